@@ -1,0 +1,389 @@
+"""The rendered world: small image classification tasks that need no files and no network.
+
+`render(task, split, index)` draws one picture, a pure function of its arguments and of the task's
+version: the random generator is seeded with a SHA-256 of them, so any process on any machine draws
+the same bytes with the same library versions. `digits` shows scikit-learn's real handwriting;
+everything else is drawn with Pillow and the fonts that come with matplotlib.
+
+Every task has three streams. `pretrain` is mostly drawn in a plain style (clean background, few
+colours and fonts, little jitter) while `train` and `test` have a richer one, so a model pre-trained
+on the first knows the classes somewhat and still has something to learn from the second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, ImageDraw, ImageFont
+
+from .errors import RecipeError, nearest
+
+SIDE = 48
+PLAIN_SHARE = 0.8  # of the pretrain stream
+CANVAS = 2 * SIDE  # drawn at twice the size, then averaged down: smooth edges
+
+Colour = tuple[int, int, int]
+Draw = Callable[[Generator, int, bool], Image.Image]
+
+
+@dataclass(frozen=True)
+class RenderedTask:
+    """One task of the rendered world.
+
+    Attributes:
+        classes: class names; a label is an index into them.
+        prompt: the classification prompt, with `{c}` for the class name.
+        draw: draws one picture from a generator, a label and "plain style?"; None shows a scan.
+        templates: further captions for pre-training, with `{c}`.
+        version: raise it when the pictures change.
+        sizes: number of pictures per split.
+    """
+
+    classes: list[str]
+    prompt: str
+    draw: Draw | None
+    templates: tuple[str, ...]
+    version: int = 1
+    sizes: dict[str, int] = field(
+        default_factory=lambda: {"pretrain": 720, "train": 960, "test": 300}
+    )
+
+
+def render(task: str, split: str, index: int) -> tuple[Image.Image, int, str]:
+    """Draw picture `index` of a split: a 48 x 48 RGB image, its label and its id.
+
+    Labels take turns (`index % number of classes`), so they are balanced.
+
+    Raises:
+        RecipeError: the task, the split or the index does not exist.
+    """
+    spec = _task(task)
+    if split not in spec.sizes:
+        raise RecipeError(f"rendered task '{task}' has no split '{split}'", nearest(split, spec.sizes))
+    if not 0 <= index < spec.sizes[split]:
+        raise RecipeError(
+            f"rendered task '{task}' has no {split} picture {index}",
+            f"ask for 0 to {spec.sizes[split] - 1}",
+        )
+    label = index % len(spec.classes)
+    rng = _generator("picture", task, spec.version, split, index)
+    plain = split == "pretrain" and rng.random() < PLAIN_SHARE
+    if spec.draw:
+        image = spec.draw(rng, label, plain)
+    else:
+        scans, rows = _digit_scans()
+        image = _digit(rng, scans[rows[split][label][index // len(spec.classes)]], plain)
+    return image, label, f"{task}-v{spec.version}-{split}-{index:05d}"
+
+
+def captions(task: str, label: int) -> list[str]:
+    """Captions of a class for pre-training; the first one is the classification prompt."""
+    spec = _task(task)
+    return [t.format(c=spec.classes[label]) for t in (spec.prompt, *spec.templates)]
+
+
+def _task(name: str) -> RenderedTask:
+    if name not in RENDERED:
+        raise RecipeError(f"there is no rendered task '{name}'", nearest(name, RENDERED))
+    return RENDERED[name]
+
+
+def _generator(*key: object) -> Generator:
+    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+# ---------------------------------------------------------------------------------- drawing kit
+
+PALETTE: dict[str, Colour] = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 85, 215),
+    "yellow": (240, 200, 30),
+}
+
+
+def _jitter(rng: Generator, colour: Colour, amount: int) -> Colour:
+    r, g, b = np.clip(np.array(colour) + rng.integers(-amount, amount + 1, 3), 0, 255)
+    return int(r), int(g), int(b)
+
+
+def _ink_and_paper(rng: Generator, plain: bool) -> tuple[Colour, Colour]:
+    """Two colours with a clear difference in brightness; near black on near white if plain."""
+    if plain:
+        return _jitter(rng, (25, 25, 25), 20), _jitter(rng, (235, 235, 235), 15)
+    dark, light = _jitter(rng, (65, 65, 65), 60), _jitter(rng, (190, 190, 190), 60)
+    return (dark, light) if rng.random() < 0.5 else (light, dark)
+
+
+def _canvas(rng: Generator, plain: bool, paper: Colour | None = None) -> Image.Image:
+    """The background: one light colour if plain, else a gradient between two colours."""
+    first = paper or _jitter(rng, (232, 232, 232) if plain else (150, 150, 150), 12 if plain else 60)
+    if plain:
+        return Image.new("RGB", (CANVAS, CANVAS), first)
+    second = np.array(_jitter(rng, first, 35), float)
+    ramp = np.linspace(0, 1, CANVAS)[:, None, None] * np.ones((1, CANVAS, 1))
+    if rng.random() < 0.5:
+        ramp = ramp.transpose(1, 0, 2)
+    pixels = np.array(first) * (1 - ramp) + second * ramp
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _finish(rng: Generator, image: Image.Image, plain: bool) -> Image.Image:
+    """Average down to the final size and add sensor noise."""
+    small = np.asarray(image.reduce(image.width // SIDE), np.float64)
+    noise = rng.normal(0, 3 if plain else rng.uniform(4, 16), small.shape)
+    return Image.fromarray(np.clip(small + noise, 0, 255).astype(np.uint8))
+
+
+def _outline(kind: str, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
+    """The corner points of a shape around (x, y), turned clockwise by `turn` radians."""
+    corners, inner = {"circle": (32, 1.0), "square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.42)}[kind]
+    start = turn - math.pi / 2 + (math.pi / 4 if kind == "square" else 0)
+    points = []
+    for i in range(corners):
+        reach = radius * (inner if i % 2 and kind == "star" else 1.0)
+        angle = start + 2 * math.pi * i / corners
+        points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
+    return points
+
+
+def _clutter(rng: Generator, pen: ImageDraw.ImageDraw, pieces: int) -> None:
+    """Grey lines and specks that mean nothing."""
+    for _ in range(pieces):
+        x, y, dx, dy = rng.uniform(0, CANVAS), rng.uniform(0, CANVAS), *rng.normal(0, 22, 2)
+        level = int(rng.integers(60, 200))
+        pen.line((x, y, x + dx, y + dy), fill=(level, level, level), width=int(rng.integers(1, 4)))
+
+
+@cache
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _text(image: Image.Image, words: str, font: ImageFont.FreeTypeFont, ink: Colour,
+          centre: tuple[float, float], degrees: float = 0.0) -> None:
+    """Write words around a point, turned by some degrees."""
+    mask = Image.new("L", image.size, 0)
+    left, top, right, bottom = font.getbbox(words)
+    corner = (centre[0] - (left + right) / 2, centre[1] - (top + bottom) / 2)
+    ImageDraw.Draw(mask).text(corner, words, fill=255, font=font)
+    if degrees:
+        mask = mask.rotate(degrees, Image.Resampling.BILINEAR, center=centre)
+    image.paste(ink, (0, 0), mask)
+
+
+# --------------------------------------------------------------------------------------- digits
+
+DIGITS_PER_CLASS = {"pretrain": 54, "train": 90, "test": 30}
+
+
+@cache
+def _digit_scans() -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
+    """The 8 x 8 scans, and per split and digit which of them belong there."""
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    rows: dict[str, list[np.ndarray]] = {split: [] for split in DIGITS_PER_CLASS}
+    for digit in range(10):
+        order = _generator("digits", digit).permutation(np.flatnonzero(scans.target == digit))
+        start = 0
+        for split, count in DIGITS_PER_CLASS.items():
+            rows[split].append(order[start : start + count])
+            start += count
+    return scans.images, rows
+
+
+def digit_rows(split: str) -> list[int]:
+    """Which rows of scikit-learn's `load_digits` a split of `digits` shows; splits share none."""
+    return sorted(int(i) for rows in _digit_scans()[1][split] for i in rows)
+
+
+def _digit(rng: Generator, scan: np.ndarray, plain: bool) -> Image.Image:
+    strokes = (scan * (255 / 16)).astype(np.uint8)
+    ink, paper = _ink_and_paper(rng, plain)
+    side = CANVAS - 12 if plain else int(rng.integers(54, 86))
+    mask = Image.new("L", (CANVAS, CANVAS), 0)
+    room = CANVAS - side
+    spot = (room // 2, room // 2) if plain else tuple(int(v) for v in rng.integers(0, room + 1, 2))
+    mask.paste(Image.fromarray(strokes).resize((side, side), Image.Resampling.BICUBIC), spot)
+    if not plain:
+        mask = mask.rotate(float(rng.uniform(-18, 18)), Image.Resampling.BILINEAR)
+    image = _canvas(rng, plain, paper)
+    image.paste(ink, (0, 0), mask)
+    return _finish(rng, image, plain)
+
+
+# -------------------------------------------------------------------------------- drawn pictures
+
+SHAPES = ["circle", "square", "triangle", "star"]
+COLOURED_SHAPES = [f"{colour} {shape}" for colour in PALETTE for shape in SHAPES]
+
+
+def _shape(rng: Generator, label: int, plain: bool) -> Image.Image:
+    colour, kind = COLOURED_SHAPES[label].split()
+    image = _canvas(rng, plain)
+    pen = ImageDraw.Draw(image)
+    if not plain:
+        _clutter(rng, pen, 6)
+    radius = rng.uniform(24, 38) if plain else rng.uniform(13, 30)
+    x, y = rng.uniform(radius, CANVAS - radius, 2)
+    turn = rng.uniform(-0.1, 0.1) if plain else rng.uniform(0, 2 * math.pi)
+    fill = _jitter(rng, PALETTE[colour], 10 if plain else 45)
+    pen.polygon(_outline(kind, x, y, radius, turn), fill=fill)
+    if not plain:
+        _clutter(rng, pen, 3)
+    return _finish(rng, image, plain)
+
+
+TEXTURES = ["stripes", "checkerboard", "dots", "waves", "static", "grid", "zigzag", "rings"]
+
+
+def _texture(rng: Generator, label: int, plain: bool) -> Image.Image:
+    kind = TEXTURES[label]
+    y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float64)
+    turn = 0.0 if plain else rng.uniform(0, math.pi)
+    u, v = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
+    period = rng.uniform(14, 20) if plain else rng.uniform(9, 30)
+    a, b = u / period + rng.uniform(0, 1), v / period + rng.uniform(0, 1)
+    triangle_wave = np.abs(2 * (b / 2 % 1) - 1)
+    if kind == "stripes":
+        on = a % 1 < 0.5
+    elif kind == "checkerboard":
+        on = (a % 1 < 0.5) ^ (b % 1 < 0.5)
+    elif kind == "dots":
+        on = (a % 1 - 0.5) ** 2 + (b % 1 - 0.5) ** 2 < 0.09
+    elif kind == "waves":
+        on = (a + 0.35 * np.sin(math.pi * b)) % 1 < 0.5
+    elif kind == "static":
+        cells = CANVAS // (4 if plain else int(rng.integers(3, 7))) + 1
+        grain = rng.random((cells, cells)) < 0.5
+        on = np.kron(grain, np.ones((CANVAS // cells + 1,) * 2, bool))[:CANVAS, :CANVAS]
+    elif kind == "grid":
+        on = (a % 1 < 0.2) | (b % 1 < 0.2)
+    elif kind == "zigzag":
+        on = (a + 0.9 * triangle_wave) % 1 < 0.5
+    else:
+        cx, cy = (CANVAS / 2, CANVAS / 2) if plain else rng.uniform(0, CANVAS, 2)
+        on = np.hypot(x - cx, y - cy) / period % 1 < 0.5
+    ink, paper = _ink_and_paper(rng, plain)
+    pixels = np.where(on[..., None], np.array(ink), np.array(_canvas(rng, plain, paper)))
+    return _finish(rng, Image.fromarray(pixels.astype(np.uint8)), plain)
+
+
+LETTERS = list("ABDEFGHJKMNPQRST")
+TYPEFACES: dict[str, list[str]] = {  # the first font of each is the one of the plain style
+    "sans": ["DejaVuSans", "cmss10"],
+    "serif": ["STIXGeneral", "DejaVuSerif", "cmr10"],
+    "monospace": ["DejaVuSansMono", "cmtt10"],
+    "bold": ["DejaVuSans-Bold", "DejaVuSerif-Bold", "STIXGeneralBol", "cmb10"],
+    "italic": ["STIXGeneralItalic", "DejaVuSerif-Italic", "DejaVuSans-Oblique", "cmti10"],
+}
+FONTS = [font for fonts in TYPEFACES.values() for font in fonts]
+
+
+def _glyph(rng: Generator, label: int, plain: bool) -> Image.Image:
+    ink, paper = _ink_and_paper(rng, plain)
+    image = _canvas(rng, plain, paper)
+    fonts = FONTS[:1] + ["DejaVuSans-Bold"] if plain else FONTS
+    size = int(rng.integers(66, 78) if plain else rng.integers(34, 84))
+    degrees = 0.0 if plain else float(rng.uniform(-35, 35))
+    x, y = CANVAS / 2 + rng.uniform(-1, 1, 2) * (5 if plain else (CANVAS - size) / 2)
+    if not plain:
+        _clutter(rng, ImageDraw.Draw(image), 4)
+    _text(image, LETTERS[label], _font(str(rng.choice(fonts)), size), ink, (x, y), degrees)
+    return _finish(rng, image, plain)
+
+
+def _typeface(rng: Generator, label: int, plain: bool) -> Image.Image:
+    ink, paper = _ink_and_paper(rng, plain)
+    image = _canvas(rng, plain, paper)
+    fonts = TYPEFACES[list(TYPEFACES)[label]]
+    name = fonts[0] if plain else str(rng.choice(fonts))
+    size = int(rng.integers(28, 31) if plain else rng.integers(24, 36))
+    font, degrees = _font(name, size), 0.0 if plain else float(rng.uniform(-8, 8))
+    for line in range(CANVAS // size):
+        word = "".join(rng.choice(list("abdefghiklmnoprstu"), int(rng.integers(4, 7))))
+        centre = (CANVAS / 2 + rng.uniform(-5, 5), size * (line + 0.6))
+        _text(image, word, font, ink, centre, degrees)
+    return _finish(rng, image, plain)
+
+
+COUNTS = ["one object", *(f"{n} objects" for n in ("two", "three", "four", "five", "six"))]
+
+
+def _count(rng: Generator, label: int, plain: bool) -> Image.Image:
+    ink, paper = _ink_and_paper(rng, plain)
+    image = _canvas(rng, plain, paper)
+    pen = ImageDraw.Draw(image)
+    kind = "circle" if plain else str(rng.choice(SHAPES))
+    while True:  # throw all centres at once until none are too close
+        places = rng.uniform(13, CANVAS - 13, (label + 1, 2))
+        apart = np.hypot(*(places[:, None] - places[None]).transpose(2, 0, 1))
+        if np.all(apart + CANVAS * np.eye(label + 1) > 25):
+            break
+    for x, y in places:
+        radius = 11 if plain else rng.uniform(8, 12)
+        turn = 0.0 if plain else rng.uniform(0, 2 * math.pi)
+        pen.polygon(_outline(kind, x, y, radius, turn), fill=_jitter(rng, ink, 4 if plain else 20))
+    return _finish(rng, image, plain)
+
+
+RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
+
+
+def _relation(rng: Generator, label: int, plain: bool) -> Image.Image:
+    step = np.array(list(RELATIONS.values())[label], float)
+    image = _canvas(rng, plain)
+    pen = ImageDraw.Draw(image)
+    if not plain:
+        _clutter(rng, pen, 4)
+    apart = rng.uniform(19, 22) if plain else rng.uniform(15, 26)
+    slant = step[::-1] * rng.uniform(-3, 3) * (1 if plain else 3.5)
+    centre = CANVAS / 2 + rng.uniform(-4, 4, 2) * (1 if plain else 2)
+    for kind, side in (("circle", 1), ("square", -1)):
+        x, y = centre + side * (step * apart + slant)
+        colour = _jitter(rng, PALETTE[str(rng.choice(list(PALETTE)))], 10 if plain else 40)
+        radius = 15 if plain else rng.uniform(9, 16)
+        pen.polygon(_outline(kind, x, y, radius, 0 if plain else rng.uniform(-0.3, 0.3)), fill=colour)
+    return _finish(rng, image, plain)
+
+
+RENDERED: dict[str, RenderedTask] = {
+    "digits": RenderedTask(
+        [str(d) for d in range(10)], "a scan of the handwritten digit {c}.", None,
+        ("the handwritten number {c}.", "someone wrote the digit {c}."),
+        sizes={split: 10 * count for split, count in DIGITS_PER_CLASS.items()},
+    ),
+    "shapes": RenderedTask(
+        COLOURED_SHAPES, "a picture of a {c}.", _shape,
+        ("there is a {c} in the picture.", "one {c} on a plain background."),
+    ),
+    "textures": RenderedTask(
+        TEXTURES, "a pattern of {c}.", _texture, ("a texture with {c}.", "a surface covered with {c}."),
+    ),
+    "glyphs": RenderedTask(
+        LETTERS, "a picture of the letter {c}.", _glyph, ("the capital letter {c}.", "a printed letter {c}."),
+    ),
+    "typefaces": RenderedTask(
+        list(TYPEFACES), "words printed in {c} type.", _typeface,
+        ("some text in a {c} font.", "two lines of {c} letters."),
+    ),
+    "counting": RenderedTask(
+        COUNTS, "a picture of {c}.", _count, ("there is {c} here.", "exactly {c} on paper."),
+    ),
+    "relations": RenderedTask(
+        list(RELATIONS), "the circle is {c} the square.", _relation,
+        ("a circle {c} a square.", "a picture of a circle {c} a square."),
+    ),
+}
