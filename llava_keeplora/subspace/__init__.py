@@ -1,0 +1,50 @@
+"""The mathematics of protected subspaces: torch and the standard library only."""
+
+from llava_keeplora.subspace.basis import (
+    append_directions,
+    empty_basis,
+    orthonormality_error,
+    overlap,
+    project,
+    residual,
+)
+from llava_keeplora.subspace.energy import energy_rank
+from llava_keeplora.subspace.errors import EnergyError, NonFiniteError, RankError, ShapeError, SubspaceError
+from llava_keeplora.subspace.features import FeatureDirections, feature_directions
+from llava_keeplora.subspace.gradients import ResidualDirections, residual_gradient_directions
+from llava_keeplora.subspace.moments import SecondMoment
+from llava_keeplora.subspace.principal import PrincipalBasis, principal_basis
+from llava_keeplora.subspace.released import (
+    RunningMeanFeatures,
+    released_clip_extend,
+    released_clip_weight_basis,
+    released_llava_extend,
+    released_llava_weight_basis,
+)
+
+__all__ = [
+    "EnergyError",
+    "FeatureDirections",
+    "NonFiniteError",
+    "PrincipalBasis",
+    "RankError",
+    "ResidualDirections",
+    "RunningMeanFeatures",
+    "SecondMoment",
+    "ShapeError",
+    "SubspaceError",
+    "append_directions",
+    "empty_basis",
+    "energy_rank",
+    "feature_directions",
+    "orthonormality_error",
+    "overlap",
+    "principal_basis",
+    "project",
+    "released_clip_extend",
+    "released_clip_weight_basis",
+    "released_llava_extend",
+    "released_llava_weight_basis",
+    "residual",
+    "residual_gradient_directions",
+]

@@ -1,0 +1,184 @@
+"""A basis is a tall matrix with orthonormal columns; here is what one does with it.
+
+Shapes: in = the layer's input width, k = protected directions (may be 0), m = new directions, `...` = any leading
+dimensions. U is (in, k) with U^T U = I.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_keeplora.subspace.errors import NonFiniteError, RankError, ShapeError
+
+# A new direction that keeps less than this share of its length outside the span of the others is dependent on them.
+DEPENDENT = 1e-5
+
+
+def empty_basis(
+    dim: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> Float[Tensor, "in 0"]:
+    """The basis that protects nothing, shape (dim, 0).
+
+    Args:
+        dim: the layer's input width.
+        dtype: of the result.
+        device: of the result.
+    """
+    return torch.zeros(dim, 0, dtype=dtype, device=device)
+
+
+def check_basis(basis: Tensor, dim: int, what: str) -> None:
+    """Refuse a basis that doesn't live in R^dim.
+
+    Raises:
+        ShapeError: naming `what` the basis was to be used with.
+    """
+    if basis.ndim != 2 or basis.shape[0] != dim or basis.shape[1] > dim:
+        raise ShapeError(
+            f"a basis for {what} of input width {dim} must have shape ({dim}, k) with k <= {dim}, "
+            f"but it is {tuple(basis.shape)}"
+        )
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NonFiniteError: naming `what` was checked.
+    """
+    if not torch.isfinite(tensor).all():
+        raise NonFiniteError(f"the {what} holds NaN or infinity, so it has no meaningful singular vectors")
+
+
+def project(v: Float[Tensor, "... in"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "... in"]:
+    """The part of v inside the span: U U^T v, over the last dimension.
+
+    Source: KeepLoRA (arXiv 2601.19659), the projection onto the principal subspace M'.
+
+    Args:
+        v: (..., in).
+        basis: U, (in, k), orthonormal columns; k may be 0.
+
+    Raises:
+        ShapeError: if the last dimension of v isn't the basis's height.
+    """
+    check_basis(basis, v.shape[-1], "a tensor")
+    basis = basis.to(v)
+    return (v @ basis) @ basis.T
+
+
+def residual(v: Float[Tensor, "... in"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "... in"]:
+    """The part of v outside the span: v - U U^T v, over the last dimension.
+
+    Source: KeepLoRA (arXiv 2601.19659), the residual gradient G (I - M' M'^T).
+
+    Args:
+        v: (..., in).
+        basis: U, (in, k), orthonormal columns; k may be 0.
+
+    Raises:
+        ShapeError: if the last dimension of v isn't the basis's height.
+    """
+    return v - project(v, basis)
+
+
+def orthonormality_error(basis: Float[Tensor, "in k"]) -> float:
+    """Largest entry of |U^T U - I|, computed in float64; 0 for an empty basis.
+
+    Args:
+        basis: U, (in, k).
+    """
+    if basis.shape[1] == 0:
+        return 0.0
+    tall = basis.detach().double()
+    gram = tall.T @ tall
+    gram.diagonal().sub_(1.0)
+    return float(gram.abs().max())
+
+
+def append_directions(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) -> Float[Tensor, "in k_plus_m"]:
+    """Append new directions; the old columns stay bitwise the same and nothing is dropped.
+
+    The new columns are projected off the old ones twice (once leaves rounding behind) and made orthonormal among
+    themselves in float64, each keeping its sense.
+
+    Source: KeepLoRA (arXiv 2601.19659), the update M' <- [M', new].
+
+    Args:
+        basis: (in, k), orthonormal columns.
+        new: (in, m), any independent columns, none of them inside the span of the basis.
+
+    Returns:
+        (in, k + m), in the basis's dtype.
+
+    Raises:
+        ShapeError: if the heights differ.
+        NonFiniteError: if `new` holds NaN or infinity.
+        RankError: if k + m exceeds `in`, or if a new column depends on the others.
+    """
+    dim, old = basis.shape
+    check_basis(basis, new.shape[0], "new directions")
+    count = new.shape[1]
+    if old + count > dim:
+        raise RankError(
+            f"{count} new directions don't fit beside {old} in a space of dimension {dim}",
+            requested=count,
+            available=dim - old,
+        )
+    if count == 0:
+        return basis
+    check_finite(new, "block of new directions")
+    return torch.cat([basis, orthonormal_beside(basis, new).to(basis.dtype)], dim=1)
+
+
+def orthonormal_beside(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) -> Float[Tensor, "in m"]:
+    """Orthonormal columns (float64) that span what `new` adds to the basis, refusing dependent columns.
+
+    Args:
+        basis: (in, k), orthonormal columns.
+        new: (in, m), independent of each other and of the basis.
+
+    Raises:
+        RankError: if a column of `new` lies in the span of the basis and the columns before it.
+    """
+    tall, columns = basis.detach().double(), new.detach().double()
+    lengths = columns.norm(dim=0)
+    for _ in range(2):
+        columns = columns - tall @ (tall.T @ columns)
+    q, r = torch.linalg.qr(columns)
+    kept = r.diagonal().abs()
+    available = int((kept > DEPENDENT * lengths).sum())
+    if available < new.shape[1]:
+        raise RankError(
+            f"only {available} of {new.shape[1]} new directions are independent of the {basis.shape[1]} columns of "
+            "the basis and of each other",
+            requested=new.shape[1],
+            available=available,
+        )
+    # Householder QR is free to flip signs; a direction should keep the sense it came with.
+    q = q * r.diagonal().sign()
+    # A column that was nearly inside the span has had its rounding magnified; one more pass removes it.
+    return q - tall @ (tall.T @ q)
+
+
+def overlap(first: Float[Tensor, "in k1"], second: Float[Tensor, "in k2"]) -> float:
+    """Shared share of two subspaces, ||U^T V||_F^2 / min(k1, k2): 0 orthogonal, 1 one inside the other.
+
+    Source: KeepLoRA (arXiv 2601.19659), the assumption that tasks use orthogonal feature directions; the measure is
+    the one of LoRA (Hu et al., 2021, section 7.2).
+
+    Args:
+        first: U, (in, k1).
+        second: V, (in, k2).
+
+    Returns:
+        A number in [0, 1]; 0 if either basis is empty.
+
+    Raises:
+        ShapeError: if the heights differ.
+    """
+    check_basis(second, first.shape[0], "another basis")
+    smaller = min(first.shape[1], second.shape[1])
+    if smaller == 0:
+        return 0.0
+    return float((first.detach().double().T @ second.detach().double()).square().sum() / smaller)

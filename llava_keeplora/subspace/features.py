@@ -1,0 +1,81 @@
+"""Which feature directions a finished task adds to the protected subspace.
+
+Shapes: C = X^T X (in, in), basis U (in, k), new directions (in, m), in = the layer's input width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_keeplora.subspace.basis import check_basis, check_finite, orthonormal_beside
+from llava_keeplora.subspace.energy import check_energy, energy_rank
+from llava_keeplora.subspace.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class FeatureDirections:
+    """What a task's features add to a layer's basis.
+
+    Args:
+        new: (in, m) float32, orthonormal, orthogonal to the basis; m may be 0.
+        energy_before: share of the features' energy inside the basis, in [0, 1]; 1 if there is no energy at all.
+        energy_after: share inside the basis and the new directions together.
+        rank: m.
+    """
+
+    new: Tensor
+    energy_before: float
+    energy_after: float
+    rank: int
+
+
+def feature_directions(
+    second_moment: Float[Tensor, "in in"], basis: Float[Tensor, "in k"], energy: float
+) -> FeatureDirections:
+    """Fewest residual feature directions with which the basis holds the energy of the features.
+
+    The right singular vectors of X (I - U U^T) are the eigenvectors of (I - U U^T) C (I - U U^T), so the features
+    themselves aren't needed. They are sought inside the complement of U, an (in - k)-dimensional problem.
+
+    Source: KeepLoRA (arXiv 2601.19659), the feature step at epsilon_f; Gradient Projection Memory (Saha et al., ICLR
+    2021, equation 9).
+
+    Args:
+        second_moment: C = X^T X, (in, in), symmetric.
+        basis: U, (in, k), orthonormal columns; k may be 0.
+        energy: epsilon_f, in (0, 1].
+
+    Raises:
+        EnergyError: if the energy is outside (0, 1].
+        ShapeError: if C isn't square or the basis doesn't fit it.
+        NonFiniteError: if C holds NaN or infinity.
+    """
+    check_energy(energy)
+    dim = second_moment.shape[0]
+    if second_moment.shape != (dim, dim):
+        raise ShapeError(f"a second moment must be square, but it is {tuple(second_moment.shape)}")
+    check_basis(basis, dim, "features")
+    check_finite(second_moment, "second moment of the features")
+    moment, tall = second_moment.detach().double(), basis.detach().double()
+    total = float(moment.trace())
+    captured = float((tall * (moment @ tall)).sum())
+    if total <= 0.0 or energy_rank(moment.diagonal()[:1], energy, total=total, captured=captured) == 0:
+        share = captured / total if total > 0.0 else 1.0
+        return FeatureDirections(basis.new_zeros(dim, 0, dtype=torch.float32), share, share, 0)
+    complement = _complement(tall)
+    values, vectors = torch.linalg.eigh(complement.T @ (moment @ complement))
+    squared = values.flip(0).clamp_min(0.0)
+    rank = energy_rank(squared, energy, total=total, captured=captured)
+    new = orthonormal_beside(basis, complement @ vectors.flip(1)[:, :rank]).float()
+    after = (captured + float(squared[:rank].sum())) / total
+    return FeatureDirections(new.contiguous(), captured / total, after, rank)
+
+
+def _complement(basis: Float[Tensor, "in k"]) -> Float[Tensor, "in in_minus_k"]:
+    """Orthonormal columns that span everything outside the basis."""
+    dim, rank = basis.shape
+    if rank == 0:
+        return torch.eye(dim, dtype=basis.dtype, device=basis.device)
+    return torch.linalg.qr(basis, mode="complete").Q[:, rank:]

@@ -1,0 +1,114 @@
+"""Where a task's adapter may move: the strongest directions of the gradient outside the protected subspace.
+
+Shapes: gradient G (out, in), basis U (in, k), A (in, r) with PEFT's lora_A.weight = A^T, right V (out, r).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_keeplora.subspace.basis import check_basis, check_finite, residual
+from llava_keeplora.subspace.errors import RankError, ShapeError
+
+# Singular values below this share of the gradient's norm are rounding of float32 gradients and bases, not directions.
+NOISE = 32 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class ResidualDirections:
+    """The residual gradient's leading factors, G_hat^T ~ A S V^T.
+
+    Args:
+        A: (in, r) float32, orthonormal, orthogonal to the basis.
+        singular_values: (r,) float32, descending, none of them zero.
+        right: V, (out, r) float32, orthonormal; the paper's B_0 is S V^T, (r, out).
+        captured: share of the residual gradient's energy that the r directions hold.
+        residual_energy: share of the gradient's energy outside the basis.
+    """
+
+    A: Tensor
+    singular_values: Tensor
+    right: Tensor
+    captured: float
+    residual_energy: float
+
+
+def residual_gradient_directions(
+    gradient: Float[Tensor, "out in"], basis: Float[Tensor, "in k"], rank: int, *, allow_fewer: bool = False
+) -> ResidualDirections:
+    """Top r singular directions of the gradient outside the basis.
+
+    Source: KeepLoRA (arXiv 2601.19659), the residual gradient and the initialisation of A and B_0.
+
+    Args:
+        gradient: G, (out, in), the mean gradient of the loss with respect to the weight.
+        basis: U, (in, k), orthonormal columns; k may be 0.
+        rank: r, at least 1.
+        allow_fewer: return the directions that exist when there are fewer than r (but at least one). A gradient's
+            rank is bounded by the rows that feed it, such as the classes of a small task in the last text block.
+
+    Raises:
+        ShapeError: if the gradient isn't a matrix or the basis doesn't fit it.
+        NonFiniteError: if the gradient holds NaN or infinity.
+        RankError: if r is below 1 or above min(out, in - k), or if the residual gradient has fewer than r singular
+            values above rounding; directions are never made up. `available` says how many there are.
+    """
+    if gradient.ndim != 2:
+        raise ShapeError(f"a gradient must be a matrix (out, in), but it has shape {tuple(gradient.shape)}")
+    out_dim, in_dim = gradient.shape
+    check_basis(basis, in_dim, "a gradient")
+    check_finite(gradient, "gradient")
+    room = min(out_dim, in_dim - basis.shape[1])
+    if rank < 1 or (rank > room and not allow_fewer):
+        raise RankError(_no_room(rank, in_dim, basis.shape[1], out_dim), requested=rank, available=room)
+
+    whole = gradient.detach().double()
+    outside = residual(whole, basis)
+    norm, energy = float(whole.norm()), float(outside.square().sum())
+    left, singular, right = _leading_triplets(outside, min(rank, room))
+    found = int((singular > NOISE * norm).sum())
+    if found < rank and not (allow_fewer and found):
+        raise RankError(_no_gradient(rank, found, room), requested=rank, available=found)
+    left, singular, right = left[:, :found], singular[:found], right[:, :found]
+    return ResidualDirections(
+        A=_reproject(left, basis).float().contiguous(),
+        singular_values=singular.float(),
+        right=right.float().contiguous(),
+        captured=min(1.0, float(singular.square().sum()) / energy),
+        residual_energy=energy / norm**2,
+    )
+
+
+def _leading_triplets(outside: Float[Tensor, "out in"], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Input-side vectors, singular values and output-side vectors, from the smaller Gram matrix in float64."""
+    out_dim, in_dim = outside.shape
+    small = outside if out_dim <= in_dim else outside.T
+    _, vectors = torch.linalg.eigh(small @ small.T)
+    near = vectors[:, -rank:].flip(1)
+    far = small.T @ near
+    # The lengths of the mapped vectors are the singular values, free of the squaring that the Gram matrix did.
+    singular = far.norm(dim=0)
+    far = far / singular.clamp_min(torch.finfo(far.dtype).tiny)
+    return (far, singular, near) if out_dim <= in_dim else (near, singular, far)
+
+
+def _reproject(left: Float[Tensor, "in r"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "in r"]:
+    """Take the last rounding towards the basis out of A and make it orthonormal again, columns in the same sense."""
+    q, r = torch.linalg.qr(residual(residual(left.T, basis), basis).T)
+    return q * r.diagonal().sign()
+
+
+def _no_room(rank: int, in_dim: int, protected: int, out_dim: int) -> str:
+    return (
+        f"rank {rank} must lie between 1 and the residual dimension: the layer's input width is {in_dim}, "
+        f"{protected} directions are protected, {in_dim - protected} are left, and its output width is {out_dim}"
+    )
+
+
+def _no_gradient(rank: int, found: int, room: int) -> str:
+    return (
+        f"the gradient outside the protected subspace has only {found} direction(s) above rounding, fewer than the "
+        f"rank {rank} (residual dimension {room})"
+    )

@@ -1,0 +1,70 @@
+"""Second moments of a layer's inputs, streamed: X^T X without keeping X.
+
+Shapes: x (..., in), C = X^T X (in, in), in = the layer's input width.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from llava_keeplora.subspace.errors import ShapeError
+
+
+class SecondMoment:
+    """C = sum of x x^T over every row seen so far; right singular vectors of X are the eigenvectors of C.
+
+    Each call is one float32 matrix product, added into a buffer of `dtype`. Float64 keeps thousands of batches from
+    rounding each other away; it costs 8 * dim^2 bytes.
+
+    Source: KeepLoRA (arXiv 2601.19659), the feature step; equal to the SVD of the stacked features.
+
+    Args:
+        dim: the layer's input width.
+        dtype: of the buffer, float64 or float32.
+        device: of the buffer; that of the first rows when absent.
+    """
+
+    def __init__(self, dim: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None):
+        self.dim = dim
+        self.dtype = dtype
+        self.count = 0
+        self._sum = None if device is None else torch.zeros(dim, dim, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def add(self, x: Float[Tensor, "... in"], mask: Bool[Tensor, "..."] | None = None) -> None:
+        """Add rows.
+
+        Args:
+            x: (..., in), any floating dtype.
+            mask: over the leading dimensions, True for the rows that count (padding is False).
+
+        Raises:
+            ShapeError: if the width or the mask doesn't fit.
+        """
+        if x.shape[-1] != self.dim:
+            raise ShapeError(f"second moments of width {self.dim} got features of shape {tuple(x.shape)}")
+        if mask is not None:
+            if mask.shape != x.shape[:-1]:
+                raise ShapeError(f"a mask of shape {tuple(mask.shape)} doesn't fit features of shape {tuple(x.shape)}")
+            x = x[mask]
+        rows = x.reshape(-1, self.dim).float()
+        self.count += rows.shape[0]
+        product = rows.T @ rows
+        self._sum = product.to(self.dtype) if self._sum is None else self._sum.add_(product)
+
+    def merge(self, other: "SecondMoment") -> None:
+        """Add another stream's sum and count, as from another process.
+
+        Raises:
+            ShapeError: if the widths differ.
+        """
+        if other.dim != self.dim:
+            raise ShapeError(f"second moments of width {self.dim} and {other.dim} can't be merged")
+        self.count += other.count
+        if other._sum is not None:
+            self._sum = other._sum.to(self.dtype, copy=True) if self._sum is None else self._sum.add_(other._sum.to(self._sum))
+
+    @property
+    def matrix(self) -> Float[Tensor, "in in"]:
+        """C, (dim, dim), in the buffer's dtype; zeros before the first row."""
+        return torch.zeros(self.dim, self.dim, dtype=self.dtype) if self._sum is None else self._sum
