@@ -1,0 +1,176 @@
+"""Predictions on disk: one JSON line per example id, appended, so that a killed run loses a line at most."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.files import sync_folder
+
+if TYPE_CHECKING:
+    from llava_keeplora_eval.predictors import Predictor
+    from llava_keeplora_recipes import TaskData
+
+log = logging.getLogger(__name__)
+
+KEYS = {"id", "text", "recipe", "version", "fingerprint"}
+
+
+def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
+    """Read the predictions made so far for one task and split.
+
+    A last line without its line end is what a killed writer leaves: it is reported in the log and left
+    out, so that its example is predicted again.
+
+    Args:
+        path: the JSONL file; a missing file holds no predictions.
+        data: the task and split that the predictions are for.
+
+    Returns:
+        The text of each predicted id, in file order.
+
+    Raises:
+        EvalError: a line that is no prediction, a prediction for another recipe, version or data, a
+            duplicate id, an id that is not in the data.
+    """
+    path = Path(path)
+    if not path.exists():
+        return {}
+    lines, torn = _complete_lines(path)
+    if torn:
+        log.warning("%s ends in the middle of a line (%d bytes): its example is predicted again", path, torn)
+    records = [_record(path, number, line) for number, line in enumerate(lines, start=1)]
+    for number, record in enumerate(records, start=1):
+        _check_source(path, number, record, data)
+    _check_ids(path, [record["id"] for record in records], data)
+    return {record["id"]: record["text"] for record in records}
+
+
+def predict_to_file(
+    predictor: Predictor, data: TaskData, path: str | Path, batch_size: int = 64, sync_every: int = 1000
+) -> int:
+    """Predict every example that the file doesn't hold yet, appending each batch as it is done.
+
+    Args:
+        predictor: what answers.
+        data: the task and split.
+        path: the JSONL file, created with its folder when missing, continued when there.
+        batch_size: examples per call of the predictor.
+        sync_every: lines after which the file is forced to disk (it is flushed after each batch and forced
+            at the end anyway).
+
+    Returns:
+        How many examples were predicted now.
+
+    Raises:
+        EvalError: what is in the file is not for this data (see ``read_predictions``), or the predictor
+            gives another number of texts than it got examples, or something that is not text.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = read_predictions(path, data)
+    missing = [index for index, key in enumerate(data.ids) if key not in done]
+    _drop_torn_line(path)
+    source = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint}
+    unsynced = 0
+    with (
+        open(path, "a", encoding="utf-8", newline="\n") as file,
+        tqdm(total=len(missing), desc=f"predict {data.recipe.name}", delay=2, disable=None) as bar,
+    ):
+        for start in range(0, len(missing), batch_size):
+            examples = [data[index] for index in missing[start : start + batch_size]]
+            texts = _checked(predictor.predict(examples), examples)
+            file.writelines(
+                json.dumps({"id": example.id, "text": text, **source}, ensure_ascii=False) + "\n"
+                for example, text in zip(examples, texts)
+            )
+            file.flush()
+            unsynced += len(examples)
+            if unsynced >= sync_every:
+                os.fsync(file.fileno())
+                unsynced = 0
+            bar.update(len(examples))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+    return len(missing)
+
+
+def first_ids(ids: list[str], limit: int = 3) -> str:
+    """``3 ids (a, b, c)`` or ``7 ids (a, b, c, ...)``: a count and the first few, for messages."""
+    names = ", ".join(ids[:limit]) + (", ..." if len(ids) > limit else "")
+    return f"{len(ids)} id{'s' if len(ids) != 1 else ''} ({names})"
+
+
+def _complete_lines(path: Path) -> tuple[list[bytes], int]:
+    """The lines that have their line end, and the number of bytes after the last line end."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    return lines, len(rest)
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    _, torn = _complete_lines(path)
+    if torn:
+        os.truncate(path, path.stat().st_size - torn)
+
+
+def _record(path: Path, number: int, line: bytes) -> dict:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    texts = isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("id", "text"))
+    if not texts or record.keys() != KEYS:
+        raise EvalError(
+            f"line {number} of {path} is not a prediction with the keys {', '.join(sorted(KEYS))}",
+            "remove that line, and its example is predicted again",
+        )
+    return record
+
+
+def _check_source(path: Path, number: int, record: dict, data: TaskData) -> None:
+    wanted = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint}
+    for key, value in wanted.items():
+        if record[key] != value:
+            raise EvalError(
+                f"line {number} of {path} was predicted for {key} {record[key]}, and the data has {key} {value}",
+                "predict into a new file, or score with the recipe, split and data that it was made for",
+            )
+
+
+def _check_ids(path: Path, ids: list[str], data: TaskData) -> None:
+    repeated = [key for key, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise EvalError(
+            f"{path} has more than one prediction for {first_ids(repeated)}", "remove the lines that don't belong"
+        )
+    known = set(data.ids)
+    unknown = [key for key in ids if key not in known]
+    if unknown:
+        raise EvalError(
+            f"{path} has predictions for {first_ids(unknown)} that {data.recipe.name} ({data.split}) doesn't have",
+            "check the task, the split and the data root, or predict into a new file",
+        )
+
+
+def _checked(texts: list[str], examples: list) -> list[str]:
+    if len(texts) != len(examples):
+        raise EvalError(
+            f"the predictor gave {len(texts)} texts for {len(examples)} examples",
+            "return one text per example, in order",
+        )
+    for text, example in zip(texts, examples):
+        if not isinstance(text, str):
+            raise EvalError(
+                f"the predictor gave {type(text).__name__} for example {example.id}", "return text, empty if need be"
+            )
+    return texts

@@ -1,0 +1,179 @@
+"""What answers: the one-method interface, and zero-shot classification with any CLIP model.
+
+The feature and logit functions are public because training uses the very same ones, so that what is
+trained and what is scored cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from llava_keeplora_eval.errors import EvalError
+
+if TYPE_CHECKING:
+    from llava_keeplora_recipes import Example, Recipe
+
+PROMPTS_PER_BATCH = 256
+
+
+class Predictor(Protocol):
+    """Anything that answers examples."""
+
+    def predict(self, examples: Sequence[Example]) -> list[str]:
+        """One text per example, in order; an empty text is a wrong answer."""
+        ...
+
+
+def image_features(model, pixel_values: Tensor) -> Tensor:
+    """Unit-length image features of a CLIP model, differentiable.
+
+    Args:
+        model: a CLIP-family model with ``get_image_features``.
+        pixel_values: (batch, 3, height, width), prepared by the model's image processor.
+
+    Returns:
+        (batch, projection).
+
+    Source: Radford et al. 2021, figure 3.
+    """
+    return _unit(model.get_image_features(pixel_values=pixel_values))
+
+
+def text_features(model, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Unit-length text features of a CLIP model, differentiable.
+
+    Args:
+        model: a CLIP-family model with ``get_text_features``.
+        input_ids: (prompts, tokens).
+        attention_mask: (prompts, tokens), 1 for tokens and 0 for padding.
+
+    Returns:
+        (prompts, projection).
+
+    Source: Radford et al. 2021, figure 3.
+    """
+    return _unit(model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
+
+
+def class_logits(model, image: Tensor, text: Tensor) -> Tensor:
+    """Scaled cosine similarities, the logits of the contrastive loss and of zero-shot classification.
+
+    Args:
+        model: the CLIP model, for its ``logit_scale`` (stored as a logarithm).
+        image: (batch, projection), unit length.
+        text: (classes, projection), unit length.
+
+    Returns:
+        (batch, classes).
+
+    Source: Radford et al. 2021, figure 3.
+    """
+    return model.logit_scale.exp().to(image.dtype) * image @ text.T
+
+
+def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None) -> dict[str, Tensor]:
+    """Tokenise prompts, padded to the longest, and refuse those that a model would see cut short.
+
+    Args:
+        processor: a CLIP processor, or its tokenizer.
+        prompts: the texts.
+        limit: the most tokens that the text model takes, when the tokenizer doesn't know it.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, each (prompts, tokens).
+
+    Raises:
+        EvalError: no prompts, or one that is too long.
+    """
+    if not prompts:
+        raise EvalError("there are no prompts to tokenise", "give the recipe at least one class with a prompt")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    limits = [tokenizer.model_max_length] + ([limit] if limit is not None else [])
+    longest = min(limits)
+    # Truncation would be silent, and two class names that differ at the end would become one.
+    tokens = tokenizer(list(prompts), padding="longest", truncation=False, return_tensors="pt")
+    lengths = tokens["attention_mask"].sum(dim=1)
+    worst = int(lengths.argmax())
+    if int(lengths[worst]) > longest:
+        raise EvalError(
+            f"the prompt '{prompts[worst]}' has {int(lengths[worst])} tokens and the model takes {longest}",
+            "shorten the recipe's prompt or the class name",
+        )
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+class ClipPredictor:
+    """Zero-shot classification with a CLIP model: the class whose prompt is nearest to the image.
+
+    The prompts' features are computed at the first prediction and kept; after the model's weights change,
+    make a new predictor.
+
+    Args:
+        model: any CLIP checkpoint's model.
+        processor: its processor (image processor and tokenizer).
+        recipe: gives ``classes`` and ``prompts``, one prompt per class.
+        pixels: examples -> pixel values (batch, 3, height, width), instead of the processor: a cache.
+        device: where to compute; the model's own device when None (the model itself is not moved).
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        recipe: Recipe,
+        pixels: Callable[[Sequence[Example]], Tensor] | None = None,
+        device: str | torch.device | None = None,
+    ):
+        if len(recipe.classes) != len(recipe.prompts):
+            raise EvalError(
+                f"recipe '{recipe.name}' has {len(recipe.classes)} classes and {len(recipe.prompts)} prompts",
+                "give one prompt per class",
+            )
+        self.model = model
+        self.processor = processor
+        self.recipe = recipe
+        self.pixels = pixels or self._processed
+        parameter = next(model.parameters())
+        self.device = torch.device(device) if device is not None else parameter.device
+        self.dtype = parameter.dtype
+        self._text: Tensor | None = None
+
+    @torch.no_grad()
+    def logits(self, examples: Sequence[Example]) -> Tensor:
+        """Class logits, (examples, classes), on the predictor's device; the model is in eval mode meanwhile."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            if self._text is None:
+                self._text = self._prompt_features()
+            pixel_values = self.pixels(examples).to(self.device, self.dtype)
+            return class_logits(self.model, image_features(self.model, pixel_values), self._text)
+        finally:
+            self.model.train(was_training)
+
+    def predict(self, examples: Sequence[Example]) -> list[str]:
+        """The nearest class of each example, verbatim as in ``recipe.classes``."""
+        if not examples:
+            return []
+        return [self.recipe.classes[index] for index in self.logits(examples).argmax(dim=1).tolist()]
+
+    def _processed(self, examples: Sequence[Example]) -> Tensor:
+        images = [example.image for example in examples]
+        image_processor = getattr(self.processor, "image_processor", self.processor)
+        return image_processor(images=images, return_tensors="pt")["pixel_values"]
+
+    def _prompt_features(self) -> Tensor:
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        tokens = tokenize_prompts(self.processor, self.recipe.prompts, limit)
+        batches = zip(*(tokens[key].to(self.device).split(PROMPTS_PER_BATCH) for key in ("input_ids", "attention_mask")))
+        return torch.cat([text_features(self.model, ids, mask) for ids, mask in batches])
+
+
+def _unit(output) -> Tensor:
+    # transformers 5 returns an output object whose pooler_output is projected; older ones the tensor itself.
+    features = output if isinstance(output, Tensor) else output.pooler_output
+    return features / features.norm(dim=-1, keepdim=True)

@@ -1,0 +1,133 @@
+"""Predictions on disk: continued where they stopped, and refused where they don't belong."""
+
+import json
+import logging
+
+import pytest
+
+from llava_keeplora_eval import EvalError, predict_to_file, read_predictions
+
+
+def line(key="pet-0", text="cat", recipe="pets", version=1, fingerprint="f00d"):
+    return json.dumps({"id": key, "text": text, "recipe": recipe, "version": version, "fingerprint": fingerprint})
+
+
+def test_every_id_gets_one_line_in_order_with_its_source(tmp_path, data, recorder):
+    path = tmp_path / "new" / "predictions.jsonl"
+    assert predict_to_file(recorder(), data, path, batch_size=4) == 10
+    records = [json.loads(text) for text in path.read_text().splitlines()]
+    assert [record["id"] for record in records] == data.ids
+    assert records[1] == {"id": "pet-1", "text": "dog", "recipe": "pets", "version": 1, "fingerprint": "f00d"}
+
+
+def test_a_killed_run_continues_at_the_next_missing_id(tmp_path, data, recorder):
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        predict_to_file(recorder(die_after=2), data, path, batch_size=3)
+    second = recorder()
+    assert predict_to_file(second, data, path, batch_size=3) == 4
+    assert second.asked == data.ids[6:]
+    whole = tmp_path / "whole.jsonl"
+    predict_to_file(recorder(), data, whole)
+    assert path.read_bytes() == whole.read_bytes()
+    third = recorder()
+    assert predict_to_file(third, data, path) == 0 and third.calls == 0
+
+
+@pytest.mark.parametrize("cut", [1, 5, 60])
+def test_a_torn_last_line_is_reported_and_predicted_again(tmp_path, data, recorder, caplog, cut):
+    path = tmp_path / "predictions.jsonl"
+    predict_to_file(recorder(), data, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    with caplog.at_level(logging.WARNING):
+        assert predict_to_file(recorder(), data, path) == 1
+    assert "ends in the middle of a line" in caplog.text and "predicted again" in caplog.text
+    assert path.read_bytes() == whole
+
+
+def test_a_missing_file_holds_no_predictions(tmp_path, data):
+    assert read_predictions(tmp_path / "none.jsonl", data) == {}
+
+
+def test_text_outside_ascii_and_line_breaks_come_back_as_they_were(tmp_path, data):
+    class Answers:
+        def predict(self, examples):
+            return ["zwei\nZeilen, größer\u2028als" for _ in examples]
+
+    path = tmp_path / "predictions.jsonl"
+    predict_to_file(Answers(), data, path)
+    assert set(read_predictions(path, data).values()) == {"zwei\nZeilen, größer\u2028als"}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            line() + "\nnot json\n",
+            "line 2 of {path} is not a prediction with the keys fingerprint, id, recipe, text, version; "
+            "remove that line, and its example is predicted again.",
+        ),
+        (
+            '{"id": "pet-0", "text": "cat"}\n',
+            "line 1 of {path} is not a prediction with the keys fingerprint, id, recipe, text, version; "
+            "remove that line, and its example is predicted again.",
+        ),
+        (
+            line(version=2) + "\n",
+            "line 1 of {path} was predicted for version 2, and the data has version 1; "
+            "predict into a new file, or score with the recipe, split and data that it was made for.",
+        ),
+        (
+            line(fingerprint="beef") + "\n",
+            "line 1 of {path} was predicted for fingerprint beef, and the data has fingerprint f00d; "
+            "predict into a new file, or score with the recipe, split and data that it was made for.",
+        ),
+        (
+            line(recipe="cars") + "\n",
+            "line 1 of {path} was predicted for recipe cars, and the data has recipe pets; "
+            "predict into a new file, or score with the recipe, split and data that it was made for.",
+        ),
+        (
+            line() + "\n" + line() + "\n",
+            "{path} has more than one prediction for 1 id (pet-0); remove the lines that don't belong.",
+        ),
+        (
+            "".join(line(key=f"x{i}") + "\n" for i in range(5)),
+            "{path} has predictions for 5 ids (x0, x1, x2, ...) that pets (test) doesn't have; "
+            "check the task, the split and the data root, or predict into a new file.",
+        ),
+    ],
+)
+def test_a_file_that_does_not_belong_is_refused_and_left_alone(tmp_path, data, recorder, content, sentence):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(content)
+    with pytest.raises(EvalError) as error:
+        predict_to_file(recorder(), data, path)
+    assert str(error.value) == sentence.format(path=path)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        (
+            lambda n: ["cat"] * (n - 1),
+            "the predictor gave 9 texts for 10 examples; return one text per example, in order.",
+        ),
+        (
+            lambda n: [None] * n,
+            "the predictor gave NoneType for example pet-0; return text, empty if need be.",
+        ),
+    ],
+)
+def test_a_predictor_that_breaks_its_promise_is_refused(tmp_path, data, texts, sentence):
+    class Broken:
+        def predict(self, examples):
+            return texts(len(examples))
+
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(EvalError) as error:
+        predict_to_file(Broken(), data, path)
+    assert str(error.value) == sentence
+    assert path.read_text() == ""
