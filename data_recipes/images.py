@@ -1,0 +1,144 @@
+"""Where a task's pictures come from: encoded files, or the code that draws them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from datasets import Dataset
+from PIL import Image
+from tqdm import tqdm
+
+from .rendered import render
+
+# Checking a set decodes every picture; those that fit in here are kept, so that a small set is
+# decoded once for the whole run while a large one doesn't fill the memory.
+KEEP_BYTES = 128 * 2**20
+BATCH = 256
+
+
+class Images:
+    """Pictures by row number, each with a SHA-256, decoded pictures kept up to `KEEP_BYTES`."""
+
+    def __init__(self) -> None:
+        self._digests: dict[int, str] = {}
+        self._kept: dict[int, Image.Image] = {}
+        self._kept_bytes = 0
+
+    def image(self, row: int) -> Image.Image:
+        """The RGB picture in a row; the caller may change it."""
+        if row in self._kept:
+            return self._kept[row].copy()
+        return self._decode(row)
+
+    def digest(self, row: int) -> str:
+        """SHA-256 of the row's encoded bytes, or of its pixels where nothing is encoded."""
+        return self._digests[row]
+
+    def _decode(self, row: int) -> Image.Image:
+        raise NotImplementedError
+
+    def _keep(self, row: int, image: Image.Image) -> None:
+        size = image.width * image.height * 3
+        if self._kept_bytes + size <= KEEP_BYTES:
+            self._kept[row] = image
+            self._kept_bytes += size
+
+    def __getstate__(self) -> dict:
+        # a data loader's worker process decodes for itself rather than receive a copy of it all
+        return self.__dict__ | {"_kept": {}, "_kept_bytes": 0}
+
+
+class EncodedImages(Images):
+    """Pictures of a `datasets.Dataset` whose column `image` holds bytes or paths, undecoded."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__()
+        self._dataset = dataset
+
+    def check(self, label: str) -> dict[int, str]:
+        """Hash and decode every picture once.
+
+        Args:
+            label: what the progress bar says.
+
+        Returns:
+            Why a row cannot be read, for the rows that cannot.
+        """
+        bad: dict[int, str] = {}
+        count = len(self._dataset)
+        # Pillow and hashlib release the interpreter lock, so threads share the work; batches bound
+        # the number of decoded pictures that wait
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, _bar(f"checking {label}", count) as bar:
+            for start in range(0, count, BATCH):
+                batch = range(start, min(start + BATCH, count))
+                for row, found in zip(batch, pool.map(self._examine, batch), strict=True):
+                    if isinstance(found, str):
+                        bad[row] = found
+                    else:
+                        self._digests[row] = found[0]
+                        self._keep(row, found[1])
+                    bar.update()
+        return bad
+
+    def _examine(self, row: int) -> tuple[str, Image.Image] | str:
+        try:
+            data = self._bytes(row)
+            return hashlib.sha256(data).hexdigest(), decode(data)
+        # Pillow's readers raise nearly every kind of error on broken bytes; each is reported
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__
+
+    def _bytes(self, row: int) -> bytes:
+        cell = self._dataset[row]["image"]
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+            raise FileNotFoundError("no image in the record")
+        if cell["bytes"] is not None:
+            return cell["bytes"]
+        try:
+            return Path(cell["path"]).read_bytes()
+        except FileNotFoundError as error:
+            raise FileNotFoundError("no such file") from error
+
+    def _decode(self, row: int) -> Image.Image:
+        return decode(self._bytes(row))
+
+
+class RenderedImages(Images):
+    """Pictures that `rendered.render` draws."""
+
+    def __init__(self, task: str, split: str, count: int) -> None:
+        super().__init__()
+        self._task, self._split = task, split
+        self.ids: list[str] = []
+        self.labels: list[int] = []
+        with _bar(f"drawing {task}/{split}", count) as bar:
+            for row in range(count):
+                image, label, name = render(task, split, row)
+                self._digests[row] = hashlib.sha256(image.tobytes()).hexdigest()
+                self._keep(row, image)
+                self.ids.append(name)
+                self.labels.append(label)
+                bar.update()
+
+    def _decode(self, row: int) -> Image.Image:
+        return render(self._task, self._split, row)[0]
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode a whole picture to RGB; its EXIF orientation is left alone.
+
+    Raises:
+        Exception: whatever Pillow raises for bytes that are broken or cut off.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()  # opening reads the header only; a cut-off file shows here
+        return image.convert("RGB")
+
+
+def _bar(text: str, count: int) -> tqdm:
+    """A progress bar that shows after two seconds, on the first process only."""
+    return tqdm(total=count, desc=text, unit="image", delay=2, disable=os.environ.get("RANK", "0") != "0")

@@ -1,0 +1,261 @@
+"""The recipe: what a task is, as a declarative, versioned and fingerprinted record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import RecipeError, nearest
+from .rendered import RENDERED
+from .strict_yaml import check_keys, list_shipped, read_mapping, resolve
+from .task_data import TaskData, load_task
+
+RECIPES = Path(__file__).parent / "recipes"
+KINDS = ("classification", "vqa", "captioning")
+FROM_SOURCE = "from-source"
+
+# What a YAML may say: the type of each key, and the sentence's word for that type.
+KEYS: dict[str, tuple[type, str]] = {
+    "extends": (str, "text"),
+    "name": (str, "text"),
+    "version": (int, "a whole number"),
+    "kind": (str, "text"),
+    "prompt": (str, "text"),
+    "metric": (str, "text"),
+    "licence": (str, "text"),
+    "homepage": (str, "text"),
+    "citation": (str, "text"),
+    "description": (str, "text"),
+    "seen_by": (list, "a list"),
+    "classes": (object, "a list"),
+    "num_classes": (int, "a whole number"),
+    "class_names": (dict, "a mapping"),
+    "source": (dict, "a mapping"),
+    "splits": (dict, "a mapping"),
+    "expected_sizes": (dict, "a mapping"),
+}
+SOURCE_KEYS = {
+    "rendered": ("format", "task"),
+    "hub": ("format", "path", "config", "revision", "columns"),
+    "parquet": ("format", "path", "columns"),
+    "imagefolder": ("format", "path"),
+    "llava_json": ("format", "path"),
+    "coco_captions": ("format", "path", "images"),
+}
+COLUMNS = ("id", "image", "label", "question", "answers")
+REQUIRED = ("name", "version", "kind", "metric", "licence", "source", "splits")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+
+# A corrected citation must not change a task's identity; where its files lie must not either.
+NOT_IDENTITY = ("licence", "homepage", "citation", "description", "seen_by", "folder", "expected_sizes")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a task is: its prompt, classes, metric, and where its examples come from.
+
+    Attributes:
+        name: the task's name, for example `digits` or `mtil/aircraft`.
+        version: raised whenever the examples, the classes or the prompt change.
+        kind: `classification`, `vqa` or `captioning`.
+        metric: how answers are scored, for example `accuracy`.
+        licence: the licence of the data.
+        source: `format` and what that format needs (`path`, `columns`, ...).
+        splits: our split name to the source's file, folder or split name.
+        prompt: for classification a caption with `{c}` for the class; for captioning the
+            instruction; None for question answering.
+        classes: class names in label order, as answers are scored; empty where the kind has none,
+            None while they are still unread from the source (`classes: from-source`).
+        num_classes: number of classes that the source must have.
+        class_names: the source's label to our class, where the two differ.
+        homepage, citation, description: where the data comes from.
+        seen_by: models whose pre-training saw the `pretrain` split.
+        expected_sizes: number of examples per split in the published protocol.
+        folder: folder of a user's YAML, where relative paths start without a data root.
+    """
+
+    name: str
+    version: int
+    kind: str
+    metric: str
+    licence: str
+    source: dict[str, Any]
+    splits: dict[str, Any]
+    prompt: str | None = None
+    classes: list[str] | None = field(default_factory=list)
+    num_classes: int | None = None
+    class_names: dict[str, str] = field(default_factory=dict)
+    homepage: str = ""
+    citation: str = ""
+    description: str = ""
+    seen_by: list[str] = field(default_factory=list)
+    expected_sizes: dict[str, int] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of every class in label order, with underscores as spaces.
+
+        Raises:
+            RecipeError: the task has no classes, or they are not read from its source yet.
+        """
+        if self.kind != "classification":
+            raise RecipeError(f"recipe '{self.name}' is {self.kind} and has no class prompts", "ask a classification recipe")
+        if self.classes is None:
+            raise RecipeError(
+                f"the classes of '{self.name}' are read from its data, which is not loaded yet",
+                "load a split and use the recipe that comes with it: recipe.load('train', data_root).recipe",
+            )
+        # replace, not format: a class or a prompt may hold other braces
+        return [self.prompt.replace("{c}", c.replace("_", " ")) for c in self.classes]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON of all that decides what a model sees and how it is scored."""
+        facts = {k: v for k, v in asdict(self).items() if k not in NOT_IDENTITY}
+        facts["source"] = {k: v for k, v in self.source.items() if k != "path"}
+        text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def load(self, split: str, data_root: str | Path | None = None, on_bad_image: str = "refuse") -> TaskData:
+        """Read one split, checking every record and decoding every image once.
+
+        Args:
+            split: one of `splits`, for example `train`.
+            data_root: folder under which the source's `path` lies; not needed for rendered tasks.
+            on_bad_image: `refuse`, or `drop` to leave unreadable images out and list them in
+                `TaskData.dropped`.
+
+        Raises:
+            RecipeError: something about the data is not as the recipe says; the sentence names it.
+        """
+        return load_task(self, split, data_root, on_bad_image)
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package, sorted."""
+    return list_shipped(RECIPES)
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a recipe that comes with the package, or a user's own YAML.
+
+    A user's YAML may start with `extends: NAME` and give only what differs from that recipe.
+
+    Args:
+        name_or_path: a name from `list_recipes()`, or the path of a `.yaml` file.
+
+    Raises:
+        RecipeError: there is no such recipe, or the file says something that is not understood.
+    """
+    path, shipped = resolve(name_or_path, RECIPES, "recipe")
+    facts = _read(path, seen=())
+    facts = _with_rendered(facts, path)
+    missing = [k for k in REQUIRED if k not in facts]
+    if missing:
+        raise RecipeError(f"{path.name} lacks the key '{missing[0]}'", f"add '{missing[0]}:' to {path}")
+    _check(facts, path)
+    if facts.get("classes") == FROM_SOURCE:
+        facts["classes"] = None
+    return Recipe(**facts, folder=None if shipped else path.parent.absolute())
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The YAML's keys over those of the recipe that it extends."""
+    facts = read_mapping(path)
+    check_keys(facts, KEYS, path)
+    parent = facts.pop("extends", None)
+    if parent is None:
+        return facts
+    if path in seen:
+        raise RecipeError(f"{path.name} extends itself", f"remove 'extends' from {path}")
+    parent_path, _ = resolve(parent, RECIPES, "recipe", start=path.parent)
+    return _read(parent_path, (*seen, path)) | facts
+
+
+def _with_rendered(facts: dict[str, Any], path: Path) -> dict[str, Any]:
+    """For a rendered task, take version, prompt, classes and splits from the code that draws it."""
+    source = facts.get("source", {})
+    if source.get("format") != "rendered":
+        return facts
+    task = source.get("task")
+    if task not in RENDERED:
+        raise RecipeError(f"{path.name} names the rendered task '{task}', which does not exist", nearest(str(task), RENDERED))
+    spec = RENDERED[task]
+    drawn = {
+        "version": spec.version,
+        "prompt": spec.prompt,
+        "classes": list(spec.classes),
+        "splits": {s: s for s in spec.sizes},
+        "expected_sizes": dict(spec.sizes),
+    }
+    return drawn | facts
+
+
+def _check(facts: dict[str, Any], path: Path) -> None:
+    """Refuse what would only fail, or silently mislead, later."""
+    where = path.name
+    if not NAME.fullmatch(facts["name"]):
+        raise RecipeError(
+            f"{where} has the name '{facts['name']}', which cannot be a folder",
+            "use letters, digits, '.', '_', '-', and '/' between parts",
+        )
+    if facts["kind"] not in KINDS:
+        raise RecipeError(f"{where} has the kind '{facts['kind']}'", nearest(facts["kind"], KINDS))
+    _check_source(facts["source"], path)
+    if not facts["splits"]:
+        raise RecipeError(f"{where} has no splits", f"add at least 'train:' and 'test:' under 'splits' in {path}")
+    for name in facts.get("seen_by", []):
+        if not isinstance(name, str):
+            raise RecipeError(f"{where} has {name!r} under 'seen_by'", "write model names as text")
+    if facts["kind"] == "classification":
+        _check_classes(facts, path)
+
+
+def _check_source(source: dict[str, Any], path: Path) -> None:
+    where = path.name
+    form = source.get("format")
+    if form not in SOURCE_KEYS:
+        raise RecipeError(f"{where} has the source format '{form}'", nearest(str(form), SOURCE_KEYS))
+    for key in source:
+        if key not in SOURCE_KEYS[form]:
+            raise RecipeError(f"{where} has the unknown key 'source.{key}' for format {form}", nearest(key, SOURCE_KEYS[form]))
+    if form != "rendered" and "path" not in source:
+        raise RecipeError(f"{where} lacks the key 'source.path'", f"add 'path:' under 'source' in {path}")
+    for key in source.get("columns", {}):
+        if key not in COLUMNS:
+            raise RecipeError(f"{where} has the unknown key 'source.columns.{key}'", nearest(key, COLUMNS))
+
+
+def _check_classes(facts: dict[str, Any], path: Path) -> None:
+    where = path.name
+    for key in ("prompt", "classes"):
+        if key not in facts:
+            raise RecipeError(f"{where} lacks the key '{key}'", f"add '{key}:' to {path}")
+    if "{c}" not in facts["prompt"]:
+        raise RecipeError(
+            f"{where} has the prompt '{facts['prompt']}', which has no place for the class",
+            "write {c} where the class name goes, as in 'a photo of a {c}.'",
+        )
+    classes = facts["classes"]
+    if classes == FROM_SOURCE:
+        return
+    if not isinstance(classes, list) or len(classes) < 2:
+        raise RecipeError(f"{where} has no list of at least two classes", f"list them under 'classes', or write 'classes: {FROM_SOURCE}'")
+    for c in classes:
+        # YAML reads 3 as a number and no as False
+        if not isinstance(c, str):
+            raise RecipeError(f"{where} has the class {c!r}, which YAML does not read as text", "put quotes around it")
+    twice = sorted({c for c in classes if classes.count(c) > 1})
+    if twice:
+        raise RecipeError(f"{where} lists the class '{twice[0]}' twice", "remove one of them")
+    wanted = facts.get("num_classes")
+    if wanted is not None and wanted != len(classes):
+        raise RecipeError(f"{where} lists {len(classes)} classes but says num_classes: {wanted}", "correct one of them")
+    for label, c in facts.get("class_names", {}).items():
+        if c not in classes:
+            raise RecipeError(f"{where} maps the label '{label}' to '{c}', which is not one of its classes", nearest(str(c), classes))
