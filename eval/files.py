@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Replace a text file in one step: temporary name in the same folder, flush, fsync, rename.
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Replace a file in one step: temporary name in the same folder, flush, fsync, rename.
 
     Args:
         path: the file to write; its folder must exist.
-        text: the whole new content, written as UTF-8 with ``\\n`` line ends.
+        content: all of it; text is written as UTF-8, its line ends as they are.
 
     Raises:
         OSError: the folder is missing, or the disk refuses.
@@ -19,8 +19,8 @@ def write_atomic(path: str | Path, text: str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

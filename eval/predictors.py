@@ -173,6 +173,11 @@ class ClipPredictor:
         return torch.cat([text_features(self.model, ids, mask) for ids, mask in batches])
 
 
+def default_device() -> str:
+    """``cuda`` where a GPU is usable, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _unit(output) -> Tensor:
     # transformers 5 returns an output object whose pooler_output is projected; older ones the tensor itself.
     features = output if isinstance(output, Tensor) else output.pooler_output

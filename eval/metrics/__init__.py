@@ -34,7 +34,7 @@ class MetricRecord:
 METRICS = {
     record.name: record
     for record in (
-        MetricRecord("class_accuracy", 1, 100.0, "the prediction is one of the accepted texts, letter by letter"),
+        MetricRecord("accuracy", 1, 100.0, "the prediction is one of the accepted texts, letter by letter"),
     )
 }
 

@@ -26,7 +26,7 @@ class FakeRecipe:
     name: str = "pets"
     version: int = 1
     classes: list[str] = field(default_factory=lambda: list(CLASSES))
-    metric: str = "class_accuracy"
+    metric: str = "accuracy"
     kind: str = "classification"
 
     @property

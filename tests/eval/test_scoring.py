@@ -28,14 +28,14 @@ def test_the_score_carries_what_is_needed_to_know_what_it_means(tmp_path, data, 
         "version": 1,
         "fingerprint": "f00d",
         "split": "test",
-        "metric": "class_accuracy",
+        "metric": "accuracy",
         "metric_version": 1,
         "score": 100.0,
         "n": 10,
         "dropped": 1,
         "correct": 10,
     }
-    assert str(result) == "pets v1 (test): class_accuracy v1 100.00 % (10/10, 1 dropped)"
+    assert str(result) == "pets v1 (test): accuracy v1 100.00 % (10/10, 1 dropped)"
     json.dumps(result.to_dict())
 
 
@@ -49,9 +49,9 @@ def test_empty_and_wrong_texts_stay_in_the_denominator(tmp_path, data):
 
 
 def test_an_empty_text_is_wrong_even_where_it_is_accepted():
-    metric = load_metric("class_accuracy")
+    metric = load_metric("accuracy")
     result = metric.compute(predictions=["", "a", "b"], references=[[""], ["x", "a"], []])
-    assert result == {"class_accuracy": pytest.approx(1 / 3), "correct": 1}
+    assert result == {"accuracy": pytest.approx(1 / 3), "correct": 1}
 
 
 def test_scoring_twice_gives_the_same_number_and_needs_no_network(tmp_path, data, recorder, monkeypatch):
@@ -67,12 +67,12 @@ def test_scoring_twice_gives_the_same_number_and_needs_no_network(tmp_path, data
 
 
 def test_two_metrics_at_once_share_nothing():
-    first, second = load_metric("class_accuracy"), load_metric("class_accuracy")
+    first, second = load_metric("accuracy"), load_metric("accuracy")
     first.add_batch(predictions=["a"], references=[["a"]])
     second.add_batch(predictions=["a", "b"], references=[["b"], ["c"]])
     assert first.experiment_id != second.experiment_id
-    assert first.compute()["class_accuracy"] == 1
-    assert second.compute()["class_accuracy"] == 0
+    assert first.compute()["accuracy"] == 1
+    assert second.compute()["accuracy"] == 0
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -108,8 +108,8 @@ def test_a_missing_file_an_unknown_metric_and_no_examples_are_refused(tmp_path, 
         f"there is no predictions file {tmp_path / 'none.jsonl'}; run `llava-keeplora-eval predict` first."
     )
     with pytest.raises(EvalError) as error:
-        score(fake_data(recipe=fake_recipe(metric="class_acuracy")), tmp_path / "none.jsonl")
-    assert str(error.value) == "there is no metric 'class_acuracy'; did you mean 'class_accuracy'."
+        score(fake_data(recipe=fake_recipe(metric="acuracy")), tmp_path / "none.jsonl")
+    assert str(error.value) == "there is no metric 'acuracy'; did you mean 'accuracy'."
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(EvalError) as error:
         score(fake_data(count=0), tmp_path / "empty.jsonl")

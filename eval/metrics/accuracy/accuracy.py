@@ -14,12 +14,12 @@ Args:
     predictions: one text per example.
     references: one list of accepted texts per example.
 Returns:
-    class_accuracy: the share of right predictions, 0 to 1.
+    accuracy: the share of right predictions, 0 to 1.
     correct: how many are right.
 """
 
 
-class ClassAccuracy(evaluate.Metric):
+class Accuracy(evaluate.Metric):
     """Exact match against a list of accepted texts; see the description above for the rule."""
 
     def _info(self):
@@ -40,4 +40,4 @@ class ClassAccuracy(evaluate.Metric):
             bool(text.strip()) and text.strip() in {answer.strip() for answer in answers}
             for text, answers in zip(predictions, references)
         )
-        return {"class_accuracy": correct / len(predictions), "correct": correct}
+        return {"accuracy": correct / len(predictions), "correct": correct}

@@ -1,0 +1,170 @@
+"""``llava-keeplora-eval``: predict, score and show the matrix, without the training half."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.matrix import Matrix
+from llava_keeplora_recipes.errors import UserError
+
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; those of the process when None.
+
+    Returns:
+        0, or 2 after an error that the user can repair, which is told in one sentence on stderr
+        (``--debug`` raises it instead, with its traceback).
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (UserError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--task", required=True, help="a recipe's name, or the path of a recipe's YAML")
+    data.add_argument("--split", default="test")
+    data.add_argument("--data-root", help="folder that holds the data of recipes that need files")
+    data.add_argument("--on-bad-image", choices=("refuse", "drop"), default="refuse")
+
+    parser = argparse.ArgumentParser(prog="llava-keeplora-eval", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    predict = commands.add_parser("predict", parents=[common, data], help="answer every example of a task")
+    predict.add_argument("--model", required=True, help="tiny-clip, a folder with a CLIP checkpoint, or a Hub id")
+    predict.add_argument("--output", required=True, type=Path, help="JSONL file; continued when it is there")
+    predict.add_argument("--batch-size", type=_positive, default=64)
+    predict.add_argument("--device", help="cpu, cuda, ...; a GPU when there is one")
+    predict.set_defaults(run=_predict)
+
+    score = commands.add_parser("score", parents=[common, data], help="score a file of predictions")
+    score.add_argument("--predictions", required=True, type=Path)
+    score.add_argument("--json", action="store_true", help="print the score as JSON instead of a line")
+    score.set_defaults(run=_score)
+
+    matrix = commands.add_parser("matrix", parents=[common], help="show a matrix and its metrics")
+    matrix.add_argument("path", type=Path, help="a matrix.json, or a run's folder")
+    matrix.add_argument("--format", choices=tuple(FORMATS), default="markdown")
+    matrix.add_argument("--precision", type=int, default=1, help="decimals in Markdown (default 1)")
+    matrix.set_defaults(run=_matrix)
+
+    listing = commands.add_parser("list", parents=[common], help="list the tasks that come with the package")
+    listing.set_defaults(run=_list)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _load(arguments: argparse.Namespace):
+    from llava_keeplora_recipes import load_recipe
+
+    return load_recipe(arguments.task).load(
+        arguments.split, data_root=arguments.data_root, on_bad_image=arguments.on_bad_image
+    )
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from llava_keeplora_eval.predictions import predict_to_file
+
+    data = _load(arguments)
+    if data.recipe.kind != "classification":
+        raise EvalError(
+            f"task '{data.recipe.name}' is {data.recipe.kind}, and `predict` answers classification with CLIP models",
+            "predict with your own model, write a JSONL file, and score that",
+        )
+    # After the data, because importing torch takes seconds and a misspelt task should be told at once.
+    from llava_keeplora_eval.models import load_clip
+    from llava_keeplora_eval.predictors import ClipPredictor, default_device
+
+    model, processor = load_clip(arguments.model, arguments.device or default_device())
+    predictor = ClipPredictor(model, processor, data.recipe)
+    count = predict_to_file(predictor, data, arguments.output, arguments.batch_size)
+    print(f"{arguments.output}: {count} predicted now, {len(data)} in all{_dropped(data)}")
+
+
+def _dropped(data) -> str:
+    return f", {len(data.dropped)} dropped" if data.dropped else ""
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from llava_keeplora_eval.scoring import score
+
+    result = score(_load(arguments), arguments.predictions)
+    print(json.dumps(result.to_dict()) if arguments.json else result)
+
+
+def _matrix(arguments: argparse.Namespace) -> None:
+    matrices = {name: Matrix.from_json(path) for name, path in _matrix_files(arguments.path).items()}
+    print(FORMATS[arguments.format](matrices, arguments.precision), end="")
+
+
+def _matrix_files(path: Path) -> dict[str, Path]:
+    """The matrix files that a path stands for, by label: itself, or those right in or one level below a folder."""
+    if not path.is_dir():
+        return {path.stem: path}
+    found = {path.resolve().name: path / "matrix.json"} if (path / "matrix.json").exists() else {}
+    found |= {file.parent.name: file for file in sorted(path.glob("*/matrix.json"))}
+    if not found:
+        raise EvalError(f"{path} holds no matrix.json, nor does a folder in it", "give the folder of a run")
+    return found
+
+
+def _as_markdown(matrices: dict[str, Matrix], precision: int) -> str:
+    parts = [
+        (f"## {label}\n\n" if len(matrices) > 1 else "")
+        + matrix.markdown(precision)
+        + "\n"
+        + matrix.metrics_markdown(precision)
+        for label, matrix in matrices.items()
+    ]
+    return "\n".join(parts)
+
+
+def _as_csv(matrices: dict[str, Matrix], _: int) -> str:
+    parts = [(f"# {label}\n" if len(matrices) > 1 else "") + matrix.csv() for label, matrix in matrices.items()]
+    return "\n".join(parts)
+
+
+def _as_json(matrices: dict[str, Matrix], _: int) -> str:
+    records = {label: matrix.to_dict() for label, matrix in matrices.items()}
+    return json.dumps(records if len(records) > 1 else next(iter(records.values())), indent=1) + "\n"
+
+
+FORMATS = {"markdown": _as_markdown, "csv": _as_csv, "json": _as_json}
+
+
+def _list(_: argparse.Namespace) -> None:
+    from llava_keeplora_recipes import list_recipes, load_recipe
+
+    recipes = [load_recipe(name) for name in list_recipes()]
+    width = max((len(recipe.name) for recipe in recipes), default=0)
+    for recipe in recipes:
+        classes = f"{len(recipe.classes)} classes" if recipe.classes else ""
+        print(f"{recipe.name:<{width}}  v{recipe.version}  {recipe.kind}  {recipe.metric}  {classes}".rstrip())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

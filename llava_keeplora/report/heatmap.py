@@ -1,0 +1,106 @@
+"""The matrix as a picture: what every task scores after every stage."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from llava_keeplora.report.figures import LIGHT, Palette, save
+from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, shown
+
+COLOURS = "viridis"
+GAP = 0.25  # rows of air between the zero-shot row and the trained ones
+
+
+def heatmap(matrix: Matrix, path: str | Path, title: str = "") -> list[Path]:
+    """Draw an annotated heat map of a matrix, the zero-shot row on top and the diagonal outlined.
+
+    Left of the outline a task is remembered; right of it, it has not been learned yet.
+
+    Args:
+        matrix: what to draw; cells not measured are left blank.
+        path: the file, with or without ``.png``; an SVG is written beside it.
+        title: a line above the picture.
+
+    Returns:
+        The PNG's path and the SVG's.
+
+    Raises:
+        OSError: the folder is missing, or the disk refuses.
+    """
+    return save(draw_heatmap(matrix, title), path)
+
+
+def draw_heatmap(matrix: Matrix, title: str = "", palette: Palette = LIGHT) -> Figure:
+    """The heat map as a figure, in the given palette."""
+    count = len(matrix.tasks)
+    top = 0 if matrix.zero_shot is None else 1 + GAP
+    name_width = max(len(name) for name in [*matrix.tasks, ZERO_SHOT])
+    figure = Figure(
+        figsize=(2.2 + 0.075 * name_width + 0.62 * count, 1.6 + 0.05 * name_width + 0.42 * (count + top)),
+        facecolor=palette.paper,
+        layout="constrained",
+    )
+    axes = figure.add_subplot(facecolor=palette.paper)
+    scale = _scale(matrix)
+    for t, row in enumerate(matrix.rows):
+        _draw_row(axes, row, top + t, scale, palette)
+        axes.add_patch(Rectangle((t, top + t), 1, 1, fill=False, edgecolor=palette.ink, linewidth=2.2, zorder=3))
+    labels = {top + t: name for t, name in enumerate(matrix.tasks)}
+    if matrix.zero_shot is not None:
+        _draw_row(axes, matrix.zero_shot, 0, scale, palette)
+        labels = {0: ZERO_SHOT} | labels
+    _label(axes, matrix, labels, count + top, title, palette)
+    bar = figure.colorbar(_mappable(scale), ax=axes, shrink=0.8, aspect=25, pad=0.02)
+    bar.set_label("score (%)", color=palette.ink)
+    bar.ax.tick_params(colors=palette.ink)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _scale(matrix: Matrix) -> Normalize:
+    """Tens around the values that are there, so that a matrix between 60 and 95 still shows its shape."""
+    values = [v for _, row in matrix.labelled_rows() for v in row if v is not None] or [0.0, 100.0]
+    low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
+    return Normalize(low, max(high, low + 10))
+
+
+def _mappable(scale: Normalize):
+    from matplotlib.cm import ScalarMappable
+
+    return ScalarMappable(scale, colormaps[COLOURS])
+
+
+def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette) -> None:
+    for x, value in enumerate(row):
+        colour = palette.paper if value is None else colormaps[COLOURS](float(scale(value)))
+        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=palette.paper, linewidth=1))
+        ink = palette.faint if value is None else _readable_on(colour)
+        text = shown(value, 1, MISSING)
+        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=9, zorder=4)
+
+
+def _readable_on(colour) -> str:
+    """Black or white, by the relative luminance of what is behind (WCAG 2.1)."""
+    channels = np.asarray(colour[:3])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return "#000000" if linear @ [0.2126, 0.7152, 0.0722] > 0.18 else "#ffffff"
+
+
+def _label(axes, matrix: Matrix, labels: dict[float, str], height: float, title: str, palette: Palette) -> None:
+    axes.set_xlim(0, len(matrix.tasks))
+    axes.set_ylim(height, 0)
+    axes.set_xticks([x + 0.5 for x in range(len(matrix.tasks))], matrix.tasks, rotation=40, ha="right")
+    axes.set_yticks([y + 0.5 for y in labels], list(labels.values()))
+    axes.tick_params(length=0, colors=palette.ink)
+    axes.set_xlabel("scored task", color=palette.ink)
+    axes.set_ylabel("after training", color=palette.ink)
+    axes.set_title(title, color=palette.ink, loc="left", fontsize=12, fontweight="bold")
+    for side in axes.spines.values():
+        side.set_visible(False)
