@@ -12,7 +12,7 @@ from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
 
-from .rendered import render
+from .rendered import RENDERED, render
 
 # Checking a set decodes every picture; those that fit in here are kept, so that a small set is
 # decoded once for the whole run while a large one doesn't fill the memory.
@@ -108,34 +108,45 @@ class EncodedImages(Images):
 
 
 class RenderedImages(Images):
-    """Pictures that `rendered.render` draws."""
+    """Pictures that `rendered.render` draws when they are asked for.
 
-    def __init__(self, task: str, split: str, count: int) -> None:
+    Attributes:
+        ids, labels: of each picture, known without drawing it.
+    """
+
+    def __init__(self, task: str, split: str) -> None:
         super().__init__()
+        spec = RENDERED[task]
         self._task, self._split = task, split
-        self.ids: list[str] = []
-        self.labels: list[int] = []
-        with _bar(f"drawing {task}/{split}", count) as bar:
-            for row in range(count):
-                image, label, name = render(task, split, row)
-                self._digests[row] = hashlib.sha256(image.tobytes()).hexdigest()
-                self._keep(row, image)
-                self.ids.append(name)
-                self.labels.append(label)
-                bar.update()
+        # what `render` promises; drawing hundreds of pictures to learn it would take seconds
+        self.ids = [f"{task}-v{spec.version}-{split}-{row:05d}" for row in range(spec.sizes[split])]
+        self.labels = [row % len(spec.classes) for row in range(spec.sizes[split])]
+
+    def digest(self, row: int) -> str:
+        if row not in self._digests:
+            self._digests[row] = hashlib.sha256(self.image(row).tobytes()).hexdigest()
+        return self._digests[row]
 
     def _decode(self, row: int) -> Image.Image:
-        return render(self._task, self._split, row)[0]
+        image, label, name = render(self._task, self._split, row)
+        if (label, name) != (self.labels[row], self.ids[row]):
+            raise AssertionError(f"render drew {name} with label {label}, not {self.ids[row]} with {self.labels[row]}")
+        self._keep(row, image)
+        return image.copy()
 
 
 def decode(data: bytes) -> Image.Image:
     """Decode a whole picture to RGB; its EXIF orientation is left alone.
 
     Raises:
+        ValueError: the pixels have more than 8 bits per channel.
         Exception: whatever Pillow raises for bytes that are broken or cut off.
     """
     with Image.open(io.BytesIO(data)) as image:
         image.load()  # opening reads the header only; a cut-off file shows here
+        if image.mode.startswith(("I", "F")):
+            # Pillow would clip these to white without a word
+            raise ValueError(f"pixels of more than 8 bits (mode {image.mode})")
         return image.convert("RGB")
 
 

@@ -46,6 +46,12 @@ SOURCE_KEYS = {
     "llava_json": ("format", "path"),
     "coco_captions": ("format", "path", "images"),
 }
+# Formats not listed here can hold every kind.
+FORMAT_KINDS = {
+    "rendered": ("classification",),
+    "imagefolder": ("classification",),
+    "coco_captions": ("captioning",),
+}
 COLUMNS = ("id", "image", "label", "question", "answers")
 REQUIRED = ("name", "version", "kind", "metric", "licence", "source", "splits")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -66,8 +72,8 @@ class Recipe:
         licence: the licence of the data.
         source: `format` and what that format needs (`path`, `columns`, ...).
         splits: our split name to the source's file, folder or split name.
-        prompt: for classification a caption with `{c}` for the class; for captioning the
-            instruction; None for question answering.
+        prompt: for classification a caption with `{c}` for the class; for vqa an optional text
+            around the question, `{q}`; for captioning the instruction, unless the source has one.
         classes: class names in label order, as answers are scored; empty where the kind has none,
             None while they are still unread from the source (`classes: from-source`).
         num_classes: number of classes that the source must have.
@@ -206,17 +212,30 @@ def _check(facts: dict[str, Any], path: Path) -> None:
         )
     if facts["kind"] not in KINDS:
         raise RecipeError(f"{where} has the kind '{facts['kind']}'", nearest(facts["kind"], KINDS))
-    _check_source(facts["source"], path)
+    _check_source(facts["source"], facts["kind"], path)
     if not facts["splits"]:
         raise RecipeError(f"{where} has no splits", f"add at least 'train:' and 'test:' under 'splits' in {path}")
+    for split, place in facts["splits"].items():
+        listed = place if isinstance(place, list) else [place]
+        if not listed or not all(isinstance(p, str) for p in [split, *listed]):
+            raise RecipeError(f"{where} has {place!r} as its split {split!r}", "write the file, folder or split name as text")
     for name in facts.get("seen_by", []):
         if not isinstance(name, str):
             raise RecipeError(f"{where} has {name!r} under 'seen_by'", "write model names as text")
     if facts["kind"] == "classification":
         _check_classes(facts, path)
+        return
+    for key in ("classes", "num_classes", "class_names"):
+        if key in facts:
+            raise RecipeError(f"{where} has '{key}', which a {facts['kind']} recipe does not use", f"remove it from {path}")
+    if facts["kind"] == "vqa" and "{q}" not in facts.get("prompt", "{q}"):
+        raise RecipeError(
+            f"{where} has the prompt '{facts['prompt']}', which has no place for the question",
+            "write {q} where the question goes, or leave 'prompt' out",
+        )
 
 
-def _check_source(source: dict[str, Any], path: Path) -> None:
+def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
     where = path.name
     form = source.get("format")
     if form not in SOURCE_KEYS:
@@ -226,6 +245,8 @@ def _check_source(source: dict[str, Any], path: Path) -> None:
             raise RecipeError(f"{where} has the unknown key 'source.{key}' for format {form}", nearest(key, SOURCE_KEYS[form]))
     if form != "rendered" and "path" not in source:
         raise RecipeError(f"{where} lacks the key 'source.path'", f"add 'path:' under 'source' in {path}")
+    if kind not in FORMAT_KINDS.get(form, KINDS):
+        raise RecipeError(f"{where} is of the kind {kind}, which the format {form} does not hold", f"use {FORMAT_KINDS[form][0]}, or another format")
     for key in source.get("columns", {}):
         if key not in COLUMNS:
             raise RecipeError(f"{where} has the unknown key 'source.columns.{key}'", nearest(key, COLUMNS))

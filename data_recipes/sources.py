@@ -134,7 +134,7 @@ def _parquet(recipe: Recipe, split: str, data_root: str | Path | None) -> Record
     except Exception as error:  # datasets wraps whatever pyarrow raises
         cause = error.__cause__ or error
         raise RecipeError(
-            f"the {split} split of '{recipe.name}' cannot be read as parquet ({type(cause).__name__}: {' '.join(str(cause).split())})",
+            f"the {split} split of '{recipe.name}' cannot be read as parquet ({_told(cause)})",
             f"replace {', '.join(f.name for f in files[:3])}",
         ) from error
     return _from_table(recipe, split, table)
@@ -154,7 +154,7 @@ def _hub(recipe: Recipe, split: str, data_root: str | Path | None) -> Records:
     except Exception as error:  # the Hub client and datasets raise a dozen kinds; the first is told
         raise RecipeError(
             f"Hub dataset '{target}' of recipe '{recipe.name}' cannot be loaded with the split "
-            f"'{recipe.splits[split]}' ({type(error).__name__}: {' '.join(str(error).split())})",
+            f"'{recipe.splits[split]}' ({_told(error)})",
             "check the id, the split's name and the network, or use parquet files with 'format: parquet'",
         ) from error
     return _from_table(recipe, split, table)
@@ -165,33 +165,33 @@ def _from_table(recipe: Recipe, split: str, table: datasets.Dataset) -> Records:
     names = recipe.source.get("columns", {})
     classify = recipe.kind == "classification"
     needed = ["image", "label"] if classify else ["image", "answers"] + ["question"] * (recipe.kind == "vqa")
-    for role in {*needed, *names}:
-        if names.get(role, role) not in table.column_names:
-            column = names.get(role, role)
+    for role in sorted({*needed, *names}):
+        column = names.get(role, role)
+        if column not in table.column_names:
             raise RecipeError(
                 f"the {split} split of '{recipe.name}' has no column '{column}'",
                 f"{nearest(column, table.column_names)}; set it with 'source.columns.{role}' in the recipe",
             )
 
-    def column(role: str) -> list[Any] | None:
+    def values(role: str) -> list[Any] | None:
         name = names.get(role, role)
         return table[name][:] if name in table.column_names else None
 
     count = len(table)
-    ids = column("id") or [f"{split}-{i}" for i in range(count)]
+    ids = values("id") or [f"{split}-{i}" for i in range(count)]
     image = names.get("image", "image")
     images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     if image != "image":
         images = images.rename_column(image, "image")
     feature = table.features[names.get("label", "label")] if classify else None
-    answers = [] if classify else [a if isinstance(a, list) else [a] for a in column("answers")]
+    answers = [] if classify else [a if isinstance(a, list) else [a] for a in values("answers")]
     return Records(
         ids=[str(i) for i in ids],
         images=images,
-        labels=column("label") if classify else [None] * count,
+        labels=values("label") if classify else [None] * count,
         label_names=list(feature.names) if isinstance(feature, datasets.ClassLabel) else None,
-        questions=column("question") if recipe.kind == "vqa" else [recipe.prompt] * count if not classify else [None] * count,
-        answers=answers or [[]] * count,
+        questions=[None] * count if classify else values("question") or [None] * count,
+        answers=[[]] * count if classify else answers,
     )
 
 
@@ -332,7 +332,7 @@ def _coco_captions(recipe: Recipe, split: str, data_root: str | Path | None) -> 
         images=_paths(paths),
         labels=[None] * len(captions),
         label_names=None,
-        questions=[recipe.prompt] * len(captions),
+        questions=[None] * len(captions),
         answers=list(captions.values()),
     )
 
@@ -347,6 +347,12 @@ def _read_json(path: Path, kind: type) -> Any:
     if not isinstance(content, kind):
         raise RecipeError(f"{path.name} holds a {type(content).__name__}, not a {kind.__name__}", "correct the file")
     return content
+
+
+def _told(error: BaseException) -> str:
+    """An error of another library, short enough for one sentence."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
 
 
 @contextmanager

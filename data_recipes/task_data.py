@@ -174,10 +174,7 @@ def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_i
 
 
 def _load_rendered(recipe: Recipe, split: str) -> TaskData:
-    from .rendered import RENDERED
-
-    task, stream = recipe.source["task"], recipe.splits[split]
-    images = RenderedImages(task, stream, RENDERED[task].sizes[stream])
+    images = RenderedImages(recipe.source["task"], recipe.splits[split])
     rows = [
         _Row(name, None, (recipe.classes[label],), label, i)
         for i, (name, label) in enumerate(zip(images.ids, images.labels, strict=True))
@@ -194,7 +191,7 @@ def _load_files(recipe: Recipe, split: str, data_root: str | Path | None, on_bad
     recipe = _with_classes(recipe, records, where)
     labels = _labels(recipe, records, where)
     rows = [
-        _Row(name, question, tuple(answers) if label is None else (recipe.classes[label],), label, i)
+        _Row(name, _question(recipe, question), tuple(answers) if label is None else (recipe.classes[label],), label, i)
         for i, (name, question, answers, label) in enumerate(
             zip(records.ids, records.questions, records.answers, labels, strict=True)
         )
@@ -212,6 +209,15 @@ def _load_files(recipe: Recipe, split: str, data_root: str | Path | None, on_bad
     data = TaskData(recipe, split, [r for r in rows if r.row not in bad], images, [records.ids[r] for r in sorted(bad)])
     _refuse_empty(data, where)
     return data
+
+
+def _question(recipe: Recipe, question: str | None) -> str | None:
+    """What is asked: the source's question, in the recipe's prompt or for lack of one the prompt itself."""
+    if recipe.kind == "captioning":
+        return question or recipe.prompt
+    if recipe.kind == "vqa" and recipe.prompt is not None:
+        return recipe.prompt.replace("{q}", question)
+    return question
 
 
 def _refuse_duplicates(ids: list[str], where: str) -> None:
@@ -261,7 +267,9 @@ def _labels(recipe: Recipe, records: Records, where: str) -> list[int | None]:
     """The source's labels as indices into the recipe's classes, by name where there are names."""
     if recipe.kind != "classification":
         return [None] * len(records.ids)
-    index = {_plain(c): i for i, c in enumerate(recipe.classes)}
+    plain = Counter(_plain(c) for c in recipe.classes)
+    # a spelling that fits two classes fits neither
+    index = {_plain(c): i for i, c in enumerate(recipe.classes) if plain[_plain(c)] == 1}
     index |= {c: i for i, c in enumerate(recipe.classes)}
     index |= {str(label): recipe.classes.index(c) for label, c in recipe.class_names.items()}
     return [_label(recipe, index, raw, records, name, where) for name, raw in zip(records.ids, records.labels, strict=True)]
