@@ -28,20 +28,12 @@ from tokenizers import models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava_keeplora_recipes.rendered import RENDERED, captions, render
+from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes.rendered import RENDERED, captions
 
 SIDE, MAX_WORDS = 48, 32
 OUT = Path(__file__).parents[1] / "llava_keeplora" / "assets" / "tiny-clip"
-# The classification prompts of the recipes, word for word.
-REAL_PROMPTS = {
-    "caltech101": "a photo of a {c}.",
-    "fashion": "a photo of a {c}, a type of clothing.",
-    "bloodcells": "a microscope photo of a {c} blood cell.",
-    "omniglot": "a character of the {c} script.",
-    "trashnet": "a photo of {c} waste.",
-    "signdigits": "a photo of a hand showing the digit {c}.",
-    "emoji": "an icon about {c}.",
-}
+REAL = ["caltech101", "fashion", "bloodcells", "omniglot", "trashnet", "signdigits", "emoji"]
 MIRRORED = {"caltech101", "fashion", "bloodcells", "trashnet", "signdigits", "textures", "shapes", "counting"}
 
 
@@ -71,29 +63,17 @@ def image_processor() -> CLIPImageProcessorPil:
     )
 
 
-def read_real(root: Path, name: str, split: str) -> tuple[list, list[int], list[str]]:
-    """Pictures, labels and class names of a real set, from a parquet file or class folders."""
-    if (root / name / f"{split}.parquet").exists():
-        rows = load_dataset("parquet", data_files={split: str(root / name / f"{split}.parquet")}, split=split)
-    else:
-        rows = load_dataset("imagefolder", data_dir=str(root / name / split), split="train")
-    classes = [c.replace("_", " ") for c in rows.features["label"].names]
-    return [image.convert("RGB") for image in rows["image"]], list(rows["label"]), classes
-
-
 def load_set(root: Path, name: str, split: str) -> ImageSet:
+    data = load_recipe(name).load(split, root)
     if name in RENDERED:
-        drawn = [render(name, split, i) for i in range(RENDERED[name].sizes[split])]
-        images, labels = [d[0] for d in drawn], [d[1] for d in drawn]
-        texts = [captions(name, label) for label in range(len(RENDERED[name].classes))]
+        texts = [captions(name, label) for label in range(len(data.recipe.classes))]
     else:
-        images, labels, classes = read_real(root, name, split)
-        prompt = REAL_PROMPTS[name]
-        texts = [[prompt.format(c=c), f"{c}.", f"a small picture: {c}.", f"this shows {c}."] for c in classes]
+        words = [c.replace("_", " ") for c in data.recipe.classes]
+        texts = [[p, f"{c}.", f"a small picture: {c}.", f"this shows {c}."] for p, c in zip(data.recipe.prompts, words)]
     processor = image_processor()
     processor.do_rescale = processor.do_normalize = False
-    pixels = np.stack([processor(i, return_tensors="np")["pixel_values"][0] for i in images])
-    return ImageSet(name, torch.from_numpy(pixels.astype(np.uint8)), torch.tensor(labels), texts)
+    pixels = np.stack([processor(e.image, return_tensors="np")["pixel_values"][0] for e in data])
+    return ImageSet(name, torch.from_numpy(pixels.astype(np.uint8)), torch.tensor(data.labels), texts)
 
 
 def vocabulary_texts(root: Path, sets: list[ImageSet]) -> Iterator[str]:
@@ -271,7 +251,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False)
     args = parser.parse_args()
-    names = [*REAL_PROMPTS, *RENDERED]
+    names = [*REAL, *RENDERED]
     if args.evaluate_only:
         evaluate(args.out, args.data_root, names)
         return
