@@ -69,7 +69,7 @@ def feature_directions(
     squared = values.flip(0).clamp_min(0.0)
     rank = energy_rank(squared, energy, total=total, captured=captured)
     new = orthonormal_beside(basis, complement @ vectors.flip(1)[:, :rank]).float()
-    after = (captured + float(squared[:rank].sum())) / total
+    after = min(1.0, (captured + float(squared[:rank].sum())) / total)
     return FeatureDirections(new.contiguous(), captured / total, after, rank)
 
 

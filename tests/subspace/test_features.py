@@ -1,0 +1,96 @@
+"""Feature directions against the definition: the SVD of the residual features in float64."""
+
+import pytest
+import torch
+
+
+def features(rows, dim, decay, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
+    mix = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
+    return (x * torch.arange(1, dim + 1, dtype=torch.float64) ** -decay) @ mix
+
+
+def naive(x, basis, energy):
+    """(new directions, energy before, energy after) from X itself."""
+    u = basis.double()
+    outside = x - x @ u @ u.T
+    _, singular, right = torch.linalg.svd(outside, full_matrices=False)
+    total, reached, m = float(x.square().sum()), float((x @ u).square().sum()), 0
+    before = reached / total
+    while reached < energy * total and m < x.shape[1] - u.shape[1]:
+        reached += float(singular[m] ** 2)
+        m += 1
+    return right[:m].T, before, reached / total
+
+
+@pytest.mark.parametrize("protected", [0, 5, 40, 63])
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("decay", [0.3, 1.5])
+def test_equals_the_svd_of_residual_features(sub, random_basis, protected, energy, decay):
+    x, basis = features(300, 64, decay), random_basis(64, protected, seed=5)
+    found = sub.feature_directions(x.T @ x, basis, energy)
+    new, before, after = naive(x, basis, energy)
+    assert found.rank == found.new.shape[1] == new.shape[1]
+    assert found.energy_before == pytest.approx(before, abs=1e-6)
+    assert found.energy_after == pytest.approx(after, abs=1e-6)
+    assert (found.new.double() @ found.new.double().T - new @ new.T).abs().max() < 1e-4
+    grown = torch.cat([basis, found.new], dim=1)
+    assert sub.orthonormality_error(grown) < 1e-6
+
+
+def test_larger_layers_agree_too(sub, random_basis):
+    x, basis = features(1500, 500, 0.8), random_basis(500, 60, seed=5)
+    found = sub.feature_directions(x.T @ x, basis, 0.95)
+    new, before, after = naive(x, basis, 0.95)
+    assert found.rank == new.shape[1] and found.energy_after == pytest.approx(after, abs=1e-6)
+    assert sub.orthonormality_error(torch.cat([basis, found.new], dim=1)) < 1e-6
+    held = (x @ found.new.double()).square().sum() / x.square().sum()
+    assert float(held) + before == pytest.approx(after, abs=1e-5)
+
+
+def test_features_inside_the_basis_add_nothing(sub, random_basis):
+    basis = random_basis(32, 8)
+    x = torch.randn(100, 8, dtype=torch.float64) @ basis.double().T
+    found = sub.feature_directions(x.T @ x, basis, 0.99)
+    assert found.rank == 0 and found.new.shape == (32, 0)
+    assert found.energy_before == found.energy_after == pytest.approx(1.0, abs=1e-6)
+
+
+def test_full_energy_never_exceeds_the_space(sub, random_basis):
+    x, basis = features(200, 32, 0.2), random_basis(32, 10)
+    found = sub.feature_directions(x.T @ x, basis, 1.0)
+    assert found.rank <= 22 and found.energy_after == pytest.approx(1.0, abs=1e-6)
+    whole = sub.append_directions(basis, found.new)
+    again = sub.feature_directions(x.T @ x, whole, 1.0)
+    assert again.rank <= 32 - whole.shape[1], "a full basis has no room left"
+
+
+def test_few_rows_give_few_directions(sub):
+    x = features(3, 32, 0.2)
+    found = sub.feature_directions(x.T @ x, sub.empty_basis(32), 1.0)
+    assert found.rank == 3
+
+
+def test_no_energy_adds_nothing(sub, random_basis):
+    found = sub.feature_directions(torch.zeros(16, 16), random_basis(16, 4), 0.99)
+    assert found.rank == 0 and found.energy_before == 1.0
+
+
+def test_streamed_moments_give_the_directions_of_the_features(sub, random_basis):
+    x, basis = features(400, 48, 1.0).float(), random_basis(48, 6)
+    moment = sub.SecondMoment(48)
+    for batch in x.split(64):
+        moment.add(batch)
+    new, _, _ = naive(x.double(), basis, 0.95)
+    found = sub.feature_directions(moment.matrix, basis, 0.95)
+    assert (found.new.double() @ found.new.double().T - new @ new.T).abs().max() < 1e-3
+
+
+def test_misfits_are_named(plain, random_basis):
+    with pytest.raises(plain.ShapeError, match="a basis for features of input width 8"):
+        plain.feature_directions(torch.eye(8), random_basis(9, 2), 0.9)
+    with pytest.raises(plain.NonFiniteError, match="second moment of the features"):
+        plain.feature_directions(torch.full((4, 4), float("inf")), plain.empty_basis(4), 0.9)
+    with pytest.raises(plain.EnergyError):
+        plain.feature_directions(torch.eye(4), plain.empty_basis(4), 0.0)
