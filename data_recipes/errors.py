@@ -16,6 +16,7 @@ class UserError(Exception):
 
     def __init__(self, problem: str, cure: str):
         super().__init__(f"{problem}; {cure}.")
+        self.problem, self.cure = problem, cure
 
 
 class RecipeError(UserError):

@@ -1,0 +1,108 @@
+"""PEFT LoRA layers on a named set of linear layers, for the length of one task.
+
+Legend: in / out features of a layer, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from llava_keeplora.adapters.deltas import Delta
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class AdapterInit:
+    """How one layer's adapter starts.
+
+    Args:
+        rank: r.
+        alpha: the scale s is alpha / rank.
+        A: (r, in), or None for PEFT's Kaiming-uniform start.
+        B: (out, r), or None for zeros.
+        train_A: whether A is trained beside B.
+    """
+
+    rank: int
+    alpha: float
+    A: Tensor | None = None
+    B: Tensor | None = None
+    train_A: bool = False
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / rank."""
+        return self.alpha / self.rank
+
+
+def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 0.0) -> PeftModel:
+    """Put a LoRA adapter on each named linear layer; everything else is frozen.
+
+    Args:
+        model: the model; its linear layers become `peft` LoRA layers in place.
+        inits: full layer name → start values.
+        dropout: on the adapter's input while training.
+
+    Returns:
+        the PEFT wrapper; give it to `detach` afterwards.
+    """
+    first = next(iter(inits.values()))
+    config = LoraConfig(
+        r=first.rank,
+        lora_alpha=first.alpha,
+        lora_dropout=dropout,
+        # A list of full names would also match by suffix; anchored, each name matches itself alone.
+        target_modules=r"(" + "|".join(name.replace(".", r"\.") for name in inits) + r")",
+        rank_pattern={f"^{name}": init.rank for name, init in inits.items() if init.rank != first.rank},
+        alpha_pattern={f"^{name}": init.alpha for name, init in inits.items() if init.alpha != first.alpha},
+    )
+    wrapper = get_peft_model(model, config)
+    adapters = lora_layers(model)
+    if set(adapters) != set(inits):
+        raise RuntimeError(f"PEFT adapted {len(adapters)} layers where {len(inits)} were named: {sorted(set(adapters) ^ set(inits))[:3]}")
+    for name, init in inits.items():
+        layer = adapters[name]
+        with torch.no_grad():
+            if init.A is not None:
+                layer.lora_A[ADAPTER].weight.copy_(init.A)
+            if init.B is not None:
+                layer.lora_B[ADAPTER].weight.copy_(init.B)
+        if not init.train_A:
+            _freeze_A(layer)
+    return wrapper
+
+
+def _freeze_A(layer: LoraLayer) -> None:
+    """Freeze A so that PEFT's own `set_adapter` does not thaw it again (it does after `requires_grad_`)."""
+    if hasattr(layer, "frozen_peft_weight_names"):
+        layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, ADAPTER: ("lora_A",)}
+    layer.lora_A[ADAPTER].weight.requires_grad_(False)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Every LoRA layer of a model by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def read_adapters(model: nn.Module) -> dict[str, Delta]:
+    """The adapters' present A and B, copied, by layer name."""
+    return {
+        name: Delta(
+            layer.lora_A[ADAPTER].weight.detach().clone(),
+            layer.lora_B[ADAPTER].weight.detach().clone(),
+            float(layer.scaling[ADAPTER]),
+        )
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def detach(wrapper: PeftModel) -> None:
+    """Take the adapters off again; the model's linear layers are plain and its base weights untouched."""
+    wrapper.unload()

@@ -1,0 +1,95 @@
+"""One pass over a task's data: the first-step gradient, or the features, of every adapted layer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llava_keeplora.capture.taps import DenseGradients, feature_taps, shared_inputs
+
+
+class TaskModel(Protocol):
+    """What a pass needs of a model on a task; see `llava_keeplora.models`."""
+
+    def __call__(self, **batch: Tensor) -> dict[str, Tensor]: ...
+    def constants(self): ...
+    def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None: ...
+
+
+def gradient_pass(task: TaskModel, layers: Mapping[str, nn.Linear], batches: Iterable[Mapping[str, Tensor]], total: int) -> dict[str, Tensor]:
+    """G = ∇_W of the mean loss over the data, per layer (KeepLoRA, step 2 of one task).
+
+    The weights stay frozen: G is summed as dYᵀX from taps. What does not depend on the batch (class
+    prompts) runs once; its cotangent is summed over the batches and sent back once, which is the same sum.
+
+    Args:
+        task: the model on its task; its loss is the mean over a batch's examples.
+        layers: name → linear layer.
+        batches: batches with `labels`; in several processes, each process's share.
+        total: number of examples over all processes.
+
+    Returns:
+        name → G (out, in) in fp32. A layer that received no gradient is missing or zero.
+    """
+    taps = DenseGradients(layers)
+    with taps.attached(), task.constants():
+        for batch in batches:
+            loss = task(**batch)["loss"]
+            (loss * (len(batch["labels"]) / total)).backward()
+    for name in layers:
+        if is_distributed():
+            layer = layers[name]
+            taps.gradients.setdefault(name, torch.zeros(layer.out_features, layer.in_features, device=layer.weight.device))
+            dist.all_reduce(taps.gradients[name])
+    return taps.gradients
+
+
+def feature_pass(
+    task: TaskModel,
+    layers: Mapping[str, nn.Linear],
+    parts: Mapping[str, str],
+    batches: Iterable[Mapping[str, Tensor]],
+    statistic: Callable[[int], object],
+) -> tuple[dict[str, object], dict[str, str]]:
+    """Statistics of the inputs X of every layer over the data (KeepLoRA, step 8 of one task).
+
+    Layers that read the same tensor (q, k, v) share one statistic. Padding tokens are left out.
+
+    Args:
+        task: the model on its task.
+        layers: name → linear layer.
+        parts: name → the part it belongs to.
+        batches: batches; in several processes, each process's share.
+        statistic: builds an accumulator for an input width; it has `add(x, mask)` and a summable `matrix`.
+
+    Returns:
+        leader name → statistic, and layer name → leader name.
+    """
+    batches = iter(batches)
+    first = next(batches)
+    with torch.no_grad():
+        leaders = shared_inputs(layers, lambda: task(**{k: v[:1] for k, v in first.items()}))
+        statistics = {leader: statistic(layers[leader].in_features) for leader in dict.fromkeys(leaders.values())}
+        current: dict[str, Tensor] = {}
+
+        def sink(name: str, x: Tensor) -> None:
+            statistics[name].add(x, task.token_mask(parts[name], current))
+
+        with feature_taps({name: layers[name] for name in statistics}, sink), task.constants():
+            for batch in itertools.chain([first], batches):
+                current.update(batch)
+                task(**batch)
+    if is_distributed():
+        for value in statistics.values():
+            dist.all_reduce(value.matrix)
+    return statistics, leaders
+
+
+def is_distributed() -> bool:
+    """Whether several processes take part."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

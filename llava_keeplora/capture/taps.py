@@ -1,0 +1,106 @@
+"""Taps on linear layers: what goes in (features) and what the loss sends back (gradients).
+
+The only file that touches hooks and autograd.
+
+Legend: n tokens, in / out features of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class _OutputTap(torch.autograd.Function):
+    """The identity on a layer's output that hands (x, dY) to a sink in the backward pass.
+
+    The saved input goes through autograd, so activation checkpointing still frees it. `anchor` is a
+    scalar that requires a gradient: without it the first adapted layer of a frozen model, whose input
+    needs no gradient, would never be called back.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        (x,) = ctx.saved_tensors
+        ctx.sink(x, grad_output)
+        return (grad_output if ctx.needs_input_grad[0] else None), None, None, None
+
+
+class DenseGradients:
+    """Sums G = dYᵀ X of each tapped layer in fp32, without a gradient buffer on the weight.
+
+    Args:
+        layers: name → linear layer.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear]):
+        self.layers = dict(layers)
+        self.gradients: dict[str, Tensor] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Tap the layers while the block runs."""
+        handles = []
+        try:
+            for name, layer in self.layers.items():
+                anchor = torch.zeros((), device=layer.weight.device, requires_grad=True)
+                handles.append(layer.register_forward_hook(self._hook(name, anchor)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str, anchor: Tensor):
+        def sink(x: Tensor, grad: Tensor) -> None:
+            x2, g2 = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
+            if name in self.gradients:
+                self.gradients[name].addmm_(g2.T, x2)
+            else:
+                self.gradients[name] = g2.T @ x2
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return _OutputTap.apply(output, args[0], anchor, sink) if torch.is_grad_enabled() else output
+
+        return hook
+
+
+def shared_inputs(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[str, str]:
+    """Which layers read the very same tensor, found by one probing forward pass.
+
+    Args:
+        layers: name → linear layer.
+        run: runs the model once on any input.
+
+    Returns:
+        layer name → the name of the first layer that read the same input (itself, where unshared). Layers
+        that were not reached are missing.
+    """
+    inputs: dict[str, Tensor] = {}
+    handles = [layer.register_forward_pre_hook(lambda m, args, name=name: inputs.__setitem__(name, args[0])) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaders: dict[int, str] = {}
+    return {name: leaders.setdefault(id(x), name) for name, x in inputs.items()}
+
+
+@contextmanager
+def feature_taps(layers: Mapping[str, nn.Linear], sink: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hand the input (..., in) of each layer to `sink(name, x)` while the block runs."""
+    handles = [layer.register_forward_pre_hook(lambda m, args, name=name: sink(name, args[0].detach())) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

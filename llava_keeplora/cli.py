@@ -1,0 +1,108 @@
+"""`llava-keeplora`: train a sequence, report on a run, list what there is."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from llava_keeplora.errors import UserError
+
+logger = logging.getLogger("llava_keeplora")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code (2 for what a user can repair)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    return guarded(lambda: args.run(args), debug=args.debug)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `llava-keeplora`."""
+    parser = argparse.ArgumentParser(prog="llava-keeplora", description=__doc__.split(":", 1)[1].strip())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    train = commands.add_parser("train", help="run a task sequence, or go on with one")
+    add_train_arguments(train)
+    report = commands.add_parser("report", help="write the tables, pictures and page of a run folder again")
+    report.add_argument("run_folder", metavar="RUN")
+    report.set_defaults(run=_report)
+    listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
+    listing.set_defaults(run=_list)
+    for command in (train, report, listing):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `train`, shared with scripts/train_seq.py."""
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of a shipped configuration")
+    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    parser.add_argument("--output-dir", help="the run folder (output_dir)")
+    # The DeepSpeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, for instance training.learning_rate=5e-4")
+    parser.set_defaults(run=_train)
+
+
+def guarded(action: Callable[[], None], debug: bool) -> int:
+    """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("transformers", "datasets", "accelerate", "httpx", "DeepSpeed", "torch.distributed", "filelock", "evaluate"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        action()
+    except UserError as error:
+        if debug:
+            raise
+        logger.error("error: %s", error)
+        return 2
+    except KeyboardInterrupt:
+        logger.error("stopped; every finished stage is kept, run the same command to go on")
+        return 130
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
+    # Heavy imports wait until a command needs them, so that --help is quick.
+    from llava_keeplora.config import load_config
+
+    config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir)
+    from llava_keeplora.sequence import run
+    from llava_keeplora.sequence.processes import processes
+
+    with processes(config) as main_process:
+        results = run(config)
+        if main_process:
+            from llava_keeplora.report import summary
+
+            sys.stdout.write(summary(config.output_dir, results))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from llava_keeplora.report import summary, write_run_report
+
+    results = write_run_report(args.run_folder)
+    sys.stdout.write(summary(args.run_folder, results))
+
+
+def _list(args: argparse.Namespace) -> None:
+    from llava_keeplora.config import list_configs
+    from llava_keeplora.methods import METHODS
+    from llava_keeplora.models import embedded_models
+    from llava_keeplora_recipes import list_recipes, list_sequences
+
+    lines = ["methods"]
+    lines += [f"  {name:12} {m.record.title} {m.record.url}" for name, m in METHODS.items()]
+    for title, names in (("tasks", list_recipes()), ("sequences", list_sequences()), ("configurations", list_configs()), ("embedded models", embedded_models())):
+        lines += [title, *(f"  {name}" for name in names)]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,380 @@
+"""One run as data: YAML in, frozen records out, every unknown key refused.
+
+A run is: a model, the parts of it that are adapted, a sequence of tasks, and one or more
+labelled methods. `training` is handed to `transformers.TrainingArguments` as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_keeplora.errors import ConfigError, nearest
+from llava_keeplora_recipes import load_sequence
+
+SHIPPED = Path(__file__).parent / "configs"
+
+#: Arguments of `TrainingArguments` that the driver sets itself, and what to set instead.
+DRIVER_ARGUMENTS = {
+    "output_dir": "set the top-level output_dir",
+    "seed": "set the top-level seed",
+    "data_seed": "set the top-level seed",
+    "save_strategy": "the run folder keeps every task's delta",
+    "eval_strategy": "every task is scored after each one",
+    "remove_unused_columns": "the collator decides what the model sees",
+    "resume_from_checkpoint": "run the same command again to go on",
+    "do_train": "the driver trains",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is taught.
+
+    Args:
+        name_or_path: a Hub id, a local folder, or the name of an embedded model (`tiny-clip`).
+        revision: the Hub revision.
+        dtype: of the base weights, `float32` or `bfloat16`.
+    """
+
+    name_or_path: str = "tiny-clip"
+    revision: str | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """How one part of the model (`vision`, `text`) is adapted.
+
+    Args:
+        targets: leaf names of the linear layers, for instance `q_proj`.
+        rank: r, the rank of each task's delta.
+        alpha: the scale of a delta is alpha / rank.
+        energy_weight: ε_w in (0, 1], the share of each weight's energy that is protected.
+        energy_feature: ε_f in (0, 1], the share of each task's feature energy that is protected.
+    """
+
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    rank: int = 16
+    alpha: float = 16.0
+    energy_weight: float = 0.85
+    energy_feature: float = 0.99
+
+    def __post_init__(self) -> None:
+        for name in ("energy_weight", "energy_feature"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise ConfigError(
+                    f"{name} is {value}, but a share of energy lies in (0, 1]",
+                    f"set it to a value such as 0.85; to protect nothing, use the method's "
+                    f"{'protect_weights' if name == 'energy_weight' else 'protect_features'}: false",
+                )
+        if self.rank < 1:
+            raise ConfigError(f"rank is {self.rank}, but an adapter needs at least one direction", "set rank to 1 or more")
+        if not self.targets:
+            raise ConfigError("targets is empty, so nothing would be adapted", "name at least one layer or leave the part out")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are and what to do with bad ones.
+
+    Args:
+        root: the folder that relative recipe paths start from (`--data-root`).
+        on_bad_image: `refuse` the run, or `drop` such images and record it.
+        holdout: share of each task's training split to hold out and score instead of the test split.
+        cache_gb: memory for decoded images; larger sets are decoded as they are needed.
+    """
+
+    root: str | None = None
+    on_bad_image: str = "refuse"
+    holdout: float = 0.0
+    cache_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.on_bad_image not in ("refuse", "drop"):
+            raise ConfigError(f"on_bad_image is '{self.on_bad_image}'", "set it to 'refuse' or 'drop'")
+        if not 0.0 <= self.holdout < 1.0:
+            raise ConfigError(f"holdout is {self.holdout}, but a share lies in [0, 1)", "set it to 0 or, say, 0.1")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How predictions are made.
+
+    Args:
+        batch_size: examples per forward pass.
+    """
+
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """One labelled method of a run.
+
+    Args:
+        label: the name of its folder and of its row in the table.
+        method: the method's name in the registry.
+        options: the method's own options.
+        parts: parts as this method adapts them.
+        training: arguments for `TrainingArguments` as this method trains.
+    """
+
+    label: str
+    method: str
+    options: dict[str, Any]
+    parts: dict[str, PartConfig]
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run; see the module's docstring."""
+
+    output_dir: str = "runs/run"
+    seed: int = 0
+    sequence: str | None = None
+    tasks: tuple[str, ...] = ()
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parts: dict[str, PartConfig] = field(default_factory=dict)
+    methods: dict[str, MethodConfig] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def epochs(self, label: str) -> list[float]:
+        """Epochs per task for a method: `training.num_train_epochs`, one number or one per task."""
+        value = self.methods[label].training.get("num_train_epochs", 1)
+        epochs = [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * len(self.tasks)
+        if len(epochs) != len(self.tasks):
+            raise ConfigError(
+                f"training.num_train_epochs lists {len(epochs)} values for {len(self.tasks)} tasks",
+                "give one number, or one per task",
+            )
+        return epochs
+
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on: everything but where the run and the data lie and how they are cached."""
+        tree = json.loads(json.dumps(dataclasses.asdict(self)))
+        for key in ("output_dir", "evaluation"):
+            tree.pop(key)
+        for key in ("root", "cache_gb"):
+            tree["data"].pop(key)
+        return tree
+
+    def fingerprint(self) -> str:
+        """SHA-256 of `identity()`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direct: Any) -> RunConfig:
+    """Read a run's YAML, apply dotted overrides, and check every key.
+
+    Args:
+        name_or_path: a YAML file, or the name of a shipped configuration (`llava-keeplora list`).
+        overrides: `a.b.c=value` strings; the value is read as YAML.
+        direct: top-level values that win over both, for instance `output_dir`; `data_root` sets `data.root`.
+
+    Raises:
+        ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
+    """
+    path = find_config(name_or_path)
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())})", "mend the file") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}, not a mapping", "write `key: value` lines")
+    for override in overrides:
+        _apply_override(tree, override)
+    if direct.get("data_root"):
+        tree.setdefault("data", {})["root"] = direct["data_root"]
+    if direct.get("output_dir"):
+        tree["output_dir"] = direct["output_dir"]
+    return parse_config(tree)
+
+
+def find_config(name_or_path: str) -> Path:
+    """The path of a configuration given by file or by shipped name."""
+    for path in (Path(name_or_path), SHIPPED / f"{name_or_path}.yaml"):
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"there is no configuration '{name_or_path}', neither as a file nor among the shipped ones",
+        nearest(name_or_path, list_configs()),
+    )
+
+
+def list_configs() -> list[str]:
+    """Names of the shipped configurations."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def parse_config(tree: Mapping[str, Any]) -> RunConfig:
+    """Build a `RunConfig` from plain data; see `load_config`."""
+    tree = dict(tree)
+    parts = {name: _as_mapping(value, f"parts.{name}") for name, value in _as_mapping(tree.pop("parts", {}), "parts").items()}
+    training = _as_mapping(tree.pop("training", {}), "training")
+    methods = _as_mapping(tree.pop("methods", {"keeplora": {}}), "methods")
+    sequence, tasks = tree.get("sequence"), tree.get("tasks")
+    if bool(sequence) == bool(tasks):
+        raise ConfigError("a run needs either `sequence` or `tasks`" + (", not both" if sequence else ""), "name one of them")
+    if sequence:
+        loaded = load_sequence(sequence)
+        tree["tasks"] = list(loaded.tasks)
+        if getattr(loaded, "epochs", None):
+            training.setdefault("num_train_epochs", list(loaded.epochs))
+    if not isinstance(tree["tasks"], (list, tuple)):
+        raise ConfigError(f"tasks is a {type(tree['tasks']).__name__}, not a list", "list task names or YAML files")
+    parsed = {
+        label: _parse_method(label, _as_mapping(value or {}, f"methods.{label}"), parts, training) for label, value in methods.items()
+    }
+    config = build(RunConfig, tree, "", skip=("parts", "methods", "training"))
+    config = dataclasses.replace(
+        config, parts={n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()}, methods=parsed, training=check_training(training)
+    )
+    for label in parsed:
+        config.epochs(label)
+    return config
+
+
+def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], training: dict[str, Any]) -> MethodConfig:
+    """A method inherits the run's parts and training and overrides what it names."""
+    from llava_keeplora.methods import METHODS
+
+    where = f"methods.{label}"
+    name = tree.pop("method", label)
+    if name not in METHODS:
+        raise ConfigError(f"{where} names the method '{name}', which does not exist", nearest(name, METHODS))
+    own_parts = _as_mapping(tree.pop("parts", {}), f"{where}.parts")
+    for part in own_parts:
+        if parts and part not in parts:
+            raise ConfigError(f"{where}.parts names '{part}', which the run does not adapt", nearest(part, parts))
+    merged = {n: {**parts.get(n, {}), **_as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**parts, **own_parts}}
+    own_training = _as_mapping(tree.pop("training", {}), f"{where}.training")
+    options = build(METHODS[name].Options, tree, where)
+    return MethodConfig(
+        label=label,
+        method=name,
+        options=dataclasses.asdict(options),
+        parts={n: build(PartConfig, v, f"{where}.parts.{n}") for n, v in merged.items()},
+        training=check_training({**training, **own_training}),
+    )
+
+
+def check_training(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Check names and types of `training` against `transformers.TrainingArguments`."""
+    from transformers import TrainingArguments
+
+    fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
+    hints = typing.get_type_hints(TrainingArguments)
+    out = {}
+    for key, value in tree.items():
+        if key in DRIVER_ARGUMENTS:
+            raise ConfigError(f"training.{key} belongs to the driver", DRIVER_ARGUMENTS[key])
+        if key not in fields:
+            raise ConfigError(f"training.{key} is not an argument of transformers.TrainingArguments", nearest(key, fields))
+        if isinstance(value, (list, tuple)) and key == "num_train_epochs":
+            out[key] = [_coerce(v, float, f"training.{key}") for v in value]
+        else:
+            out[key] = _coerce(value, hints[key], f"training.{key}")
+    return out
+
+
+def build(kind: type, tree: Mapping[str, Any], where: str, skip: tuple[str, ...] = ()) -> Any:
+    """Build a dataclass from a mapping; unknown keys and wrong types are errors.
+
+    Args:
+        kind: the dataclass.
+        tree: its values; absent ones take the default.
+        where: the dotted place, for error texts.
+        skip: fields that the caller fills in itself.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {f.name for f in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    for key in tree:
+        if key not in fields or key in skip:
+            raise ConfigError(f"unknown key '{prefix}{key}'", nearest(key, fields))
+    values = {}
+    for key, value in tree.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = build(hint, _as_mapping(value, f"{prefix}{key}"), f"{prefix}{key}")
+        else:
+            values[key] = _coerce(value, hint, f"{prefix}{key}")
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error.problem}", error.cure) from None
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Cast YAML scalars to a field's type (YAML reads `1e-4` as text); refuse what does not fit."""
+    options = [h for h in typing.get_args(hint) if h is not type(None)] if _is_union(hint) else [hint]
+    if value is None and (_is_union(hint) and type(None) in typing.get_args(hint)):
+        return None
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        try:
+            if origin is bool and isinstance(value, bool):
+                return value
+            if origin is int and not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, str) and value.lstrip("-").isdigit())):
+                return int(value)
+            if origin is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+                return float(value)
+            if origin is str and isinstance(value, str):
+                return value
+            if origin is tuple and isinstance(value, (list, tuple)):
+                return tuple(value)
+            if origin in (list, dict) and isinstance(value, origin):
+                return value
+        except ValueError:
+            continue
+    if all((typing.get_origin(o) or o) in (bool, int, float, str, tuple, list, dict) for o in options):
+        raise ConfigError(f"{where} is {value!r}, but it takes {names}", "mend the value")
+    return value
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _as_mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is {value!r}, but it takes `key: value` pairs", "mend the value")
+    return dict(value)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"the override '{override}' is not of the form key.subkey=value", "write, for instance, training.learning_rate=5e-4")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"the override '{override}' reaches into '{parent}', which holds {child!r}", "name a key that holds a mapping")
+        node = child
+    node[leaf] = yaml.safe_load(value)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as JSON text, as the run folder keeps it."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"

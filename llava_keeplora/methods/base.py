@@ -1,0 +1,125 @@
+"""The interface that every method implements, with defaults for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from llava_keeplora.adapters import AdapterInit
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a user can list about a method.
+
+    Args:
+        name: as in a configuration.
+        title: of the paper or idea.
+        url: of the source.
+        reference_data: whether it needs data beside the task's.
+        task_id_at_test: whether it must be told the task at test time.
+        inference_cost: extra cost at inference.
+        mergeable: whether its result merges into the base's weights.
+    """
+
+    name: str
+    title: str
+    url: str = ""
+    reference_data: bool = False
+    task_id_at_test: bool = False
+    inference_cost: str = "none"
+    mergeable: bool = True
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted linear layer and its part's settings.
+
+    Args:
+        name: full module name.
+        part: `vision`, `text`, ...
+        module: the linear layer, holding the present weights.
+        rank, alpha, energy_weight, energy_feature: see `PartConfig`.
+    """
+
+    name: str
+    part: str
+    module: nn.Linear
+    rank: int
+    alpha: float
+    energy_weight: float
+    energy_feature: float
+
+
+@dataclass
+class TaskContext:
+    """What a method may look at for one task.
+
+    Args:
+        index: 1 for the first task; 0 stands for the base before any task.
+        name: the task's name.
+        layers: name → adapted layer.
+        gradients: runs the gradient pass over a share of the data: `gradients(fraction)` → name → G (out, in).
+        features: runs the feature pass: `features(factory)` → leader → statistic, and layer → leader.
+        seed: of this task and stage.
+        report: numbers that a method wants to see in the run folder.
+    """
+
+    index: int
+    name: str
+    layers: dict[str, Layer]
+    gradients: Callable[[float], dict[str, Tensor]]
+    features: Callable[[Callable[[int], Any]], tuple[dict[str, Any], dict[str, str]]]
+    seed: int
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class Method:
+    """A continual-learning method: what happens before, during and after a task.
+
+    `state` returns what the last `consolidate` added, and `load` takes the list of all of these, so the
+    run folder holds each thing once.
+    """
+
+    record: Record
+    #: Whether there is anything to learn; where not, the zero-shot row is all there is.
+    learns = True
+
+    @dataclass(frozen=True)
+    class Options:
+        """The method's own settings."""
+
+    def __init__(self, options: Any):
+        self.options = options
+
+    def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+        """Before a task: how each layer's adapter starts; a layer that is left out is named in `ctx.report`."""
+        raise NotImplementedError
+
+    def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
+        """The training loss of one batch; the task's own by default."""
+        return out["loss"]
+
+    def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
+        """After an optimiser step."""
+
+    def base_offset(self, inits: Mapping[str, AdapterInit]) -> bool:
+        """Whether the adapter's start B₀ is taken out of the working weights, W' = W − s B₀ A."""
+        return False
+
+    def consolidate(self, ctx: TaskContext) -> None:
+        """After a task, on the merged model; with `ctx.index` 0, on the base before the first task."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the last `consolidate` added."""
+        return {}
+
+    def load(self, states: list[dict[str, Tensor]]) -> None:
+        """Take back the states of all tasks so far, the base's first."""
+
+    def capacity(self) -> dict[str, int]:
+        """Layer name → dimension of its protected subspace, for methods that have one."""
+        return {}

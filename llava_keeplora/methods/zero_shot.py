@@ -1,0 +1,12 @@
+"""The pre-trained model as it is: the first row of every table."""
+
+from __future__ import annotations
+
+from llava_keeplora.methods.base import Method, Record
+
+
+class ZeroShot(Method):
+    """Nothing is trained, nothing is stored."""
+
+    learns = False
+    record = Record("zero-shot", "the pre-trained model, untouched", "https://arxiv.org/abs/2103.00020")

@@ -1,0 +1,108 @@
+"""`transformers.Trainer` on one task: the method's loss, and checks that what should train does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from llava_keeplora.errors import MethodError, TrainingError
+from llava_keeplora.methods import Method, TaskContext
+
+
+def training_arguments(training: Mapping[str, Any], *, output_dir: str, seed: int, epochs: float) -> TrainingArguments:
+    """`TrainingArguments` of one task: the user's, and what the driver sets.
+
+    Args:
+        training: the `training` section of a configuration.
+        output_dir: for what the Trainer itself wants to write.
+        seed: of this task's training.
+        epochs: of this task.
+    """
+    values = {
+        "logging_steps": 10,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        # Batches come from memory by index; pinning would only copy them once more.
+        "dataloader_pin_memory": False,
+        **training,
+        "num_train_epochs": epochs,
+    }
+    return TrainingArguments(
+        output_dir=output_dir, seed=seed, data_seed=seed, save_strategy="no", eval_strategy="no", remove_unused_columns=False, **values
+    )
+
+
+class Indices(torch.utils.data.Dataset):
+    """0 … n−1: the Trainer shuffles indices, the collator fetches what they stand for."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class TaskTrainer(Trainer):
+    """Trains one task with a method's loss.
+
+    Args:
+        method: gives the loss and the hook after each step.
+        ctx: of the task.
+        on_step: called after every optimiser step.
+        kwargs: as for `Trainer`.
+
+    Raises:
+        TrainingError: on a loss that is not finite, naming the step.
+        MethodError: if a trainable tensor gets no gradient in the first step.
+    """
+
+    def __init__(self, *, method: Method, ctx: TaskContext, on_step: Callable[[], None], **kwargs):
+        super().__init__(**kwargs)
+        self.method, self.ctx = method, ctx
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_AfterStep(method, ctx, on_step))
+        self._waiting: set[str] | None = None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs):
+        """The method's loss on a batch."""
+        out = model(**inputs)
+        loss = self.method.loss(self.ctx, inputs, out)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss of task '{self.ctx.name}' is {loss.item()} at step {self.state.global_step + 1}",
+                "lower training.learning_rate, or check the images; the tasks before it are kept, and the same command goes on from them",
+            )
+        return (loss, out) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
+        """One forward and backward pass; the first one checks that every trainable tensor gets a gradient."""
+        if self._waiting is not None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        self._waiting = {name for name, p in model.named_parameters() if p.requires_grad}
+        handles = [p.register_hook(lambda grad, n=n: self._waiting.discard(n)) for n, p in model.named_parameters() if p.requires_grad]
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        for handle in handles:
+            handle.remove()
+        if self._waiting:
+            raise MethodError(
+                f"{len(self._waiting)} trainable tensors get no gradient on task '{self.ctx.name}', among them {sorted(self._waiting)[0]}",
+                "leave their layers out of the part's targets",
+            )
+        return loss
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, method: Method, ctx: TaskContext, on_step: Callable[[], None]):
+        self.method, self.ctx, self.on_step = method, ctx, on_step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.method.after_step(self.ctx, state.global_step)
+        self.on_step()

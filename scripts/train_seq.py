@@ -1,0 +1,15 @@
+"""Run a task sequence: `deepspeed scripts/train_seq.py --config run.yaml [key=value ...]`, or with plain `python`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from llava_keeplora.cli import add_train_arguments, guarded
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_train_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args()
+    sys.exit(guarded(lambda: args.run(args), debug=args.debug))
