@@ -232,7 +232,10 @@ class Matrix:
 
 def shown(value: float | None, precision: int = 1, absent: str = NOT_AVAILABLE) -> str:
     """A number as tables show it: rounded once, or ``absent`` for None."""
-    return absent if value is None else f"{value:.{precision}f}"
+    if value is None:
+        return absent
+    text = f"{value:.{precision}f}"
+    return text.lstrip("-") if float(text) == 0 else text  # no -0.0
 
 
 def _line(cells: list[str]) -> str:

@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from llava_keeplora.report.errors import ReportError
@@ -18,7 +19,7 @@ from llava_keeplora.report.figures import LIGHT, Palette, save
 #: One mapping per stage (0 = weight basis only, then after each task): layer name -> in, k, part.
 Capacity = Sequence[Mapping[str, Mapping]]
 
-COLOURS = "viridis"
+COLUMNS = 2  # panels side by side
 NAMED_LAYERS = 8  # more lines than this can't be told apart by name
 
 
@@ -53,13 +54,16 @@ def draw_protected_fraction(
     stages = list(stages) if stages is not None else ["weights", *(f"task {t}" for t in range(1, len(capacity)))]
     if len(stages) != len(capacity):
         raise ReportError(f"{len(capacity)} stages of capacity have {len(stages)} names", "give one name per stage")
+    columns = min(COLUMNS, len(parts))
+    lines = -(-len(parts) // columns)
     figure = Figure(
-        figsize=(max(5.0, 2.5 + 0.45 * len(stages)) * len(parts), 4.2), facecolor=palette.paper, layout="constrained"
+        figsize=(max(5.0, 2.5 + 0.45 * len(stages)) * columns, 4.0 * lines),
+        facecolor=palette.paper,
+        layout="constrained",
     )
-    panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
-    for axes, (part, layers) in zip(panels, parts.items()):
-        _draw_part(figure, axes, part, layers, stages, palette)
-    panels[0].set_ylabel("protected fraction of the input space (k / in)", color=palette.ink)
+    for position, (part, layers) in enumerate(parts.items(), start=1):
+        _draw_part(figure, figure.add_subplot(lines, columns, position), part, layers, stages, palette)
+    figure.supylabel("protected fraction of the input space (k / in)", color=palette.ink, fontsize=10)
     return figure
 
 
@@ -85,14 +89,14 @@ def _fractions(capacity: Capacity) -> dict[str, dict[str, list[float]]]:
 
 
 def _draw_part(figure, axes, part: str, layers: dict[str, list[float]], stages: list[str], palette: Palette) -> None:
-    colours = colormaps[COLOURS]
+    colours = _colours(palette)
     last = max(len(layers) - 1, 1)
     few = len(layers) <= NAMED_LAYERS
     for position, (name, line) in enumerate(zip(_short(list(layers)), layers.values())):
-        # The last tenth of the map is too pale for lines on white.
-        axes.plot(line, color=colours(0.9 * position / last), label=name, linewidth=1.6, marker="o", markersize=3)
+        style = {"marker": "o", "markersize": 3} if few or len(stages) == 1 else {}
+        axes.plot(line, color=colours(position / last), label=name, linewidth=1.6, **style)
     axes.set_facecolor(palette.paper)
-    axes.set_xticks(range(len(stages)), stages, rotation=40, ha="right")
+    axes.set_xticks(range(len(stages)), stages, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_ylim(0, 1.02)
     axes.margins(x=0.03)
     axes.grid(color=palette.faint, linewidth=0.5, alpha=0.6)
@@ -104,11 +108,14 @@ def _draw_part(figure, axes, part: str, layers: dict[str, list[float]], stages: 
         legend = axes.legend(fontsize=8, labelcolor=palette.ink, facecolor=palette.paper, edgecolor=palette.faint)
         legend.set_zorder(5)
     else:
-        bar = figure.colorbar(ScalarMappable(Normalize(1, len(layers) / 0.9), colours), ax=axes, aspect=30)
-        bar.ax.set_ylim(1, len(layers))
+        bar = figure.colorbar(ScalarMappable(Normalize(1, len(layers)), colours), ax=axes, aspect=30)
         bar.set_label("layer, first to last", color=palette.ink)
         bar.ax.tick_params(colors=palette.ink)
         bar.outline.set_visible(False)
+
+
+def _colours(palette: Palette) -> ListedColormap:
+    return ListedColormap(colormaps["viridis"](np.linspace(*palette.visible, 256)))
 
 
 def _short(names: list[str]) -> list[str]:

@@ -15,15 +15,16 @@ DPI = 150
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of a picture's paper, its ink, and what stands back."""
+    """Colours of a picture's paper, its ink and what stands back, and the part of viridis seen on the paper."""
 
     paper: str
     ink: str
     faint: str
+    visible: tuple[float, float]
 
 
-LIGHT = Palette(paper="#ffffff", ink="#1c2024", faint="#c4c9cf")
-DARK = Palette(paper="#16191d", ink="#e6e8eb", faint="#4a5058")
+LIGHT = Palette(paper="#ffffff", ink="#1c2024", faint="#c4c9cf", visible=(0.0, 0.88))
+DARK = Palette(paper="#16191d", ink="#e6e8eb", faint="#4a5058", visible=(0.3, 1.0))
 
 
 def encode(figure: Figure, kind: str) -> bytes:
@@ -39,12 +40,13 @@ def encode(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def save(figure: Figure, path: str | Path) -> list[Path]:
+def save(figure: Figure, path: str | Path, png: bytes | None = None) -> list[Path]:
     """Write the picture as PNG and as SVG beside each other.
 
     Args:
         figure: what to draw.
         path: the file without, or with either, ending; its folder must exist.
+        png: ``encode(figure, "png")`` where the caller has it already.
 
     Returns:
         The PNG's path and the SVG's.
@@ -55,6 +57,6 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for target, kind in zip(paths, ("png", "svg")):
-        write_atomic(target, encode(figure, kind))
+    write_atomic(paths[0], png if png is not None else encode(figure, "png"))
+    write_atomic(paths[1], encode(figure, "svg"))
     return paths

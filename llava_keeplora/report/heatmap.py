@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -37,8 +39,18 @@ def heatmap(matrix: Matrix, path: str | Path, title: str = "") -> list[Path]:
     return save(draw_heatmap(matrix, title), path)
 
 
-def draw_heatmap(matrix: Matrix, title: str = "", palette: Palette = LIGHT) -> Figure:
-    """The heat map as a figure, in the given palette."""
+def draw_heatmap(
+    matrix: Matrix, title: str = "", palette: Palette = LIGHT, limits: tuple[float, float] | None = None
+) -> Figure:
+    """The heat map as a figure.
+
+    Args:
+        matrix: what to draw.
+        title: a line above.
+        palette: its colours.
+        limits: the ends of the colour scale in percent, so that several matrices look alike where they are
+            alike; those of this matrix when None.
+    """
     count = len(matrix.tasks)
     top = 0 if matrix.zero_shot is None else 1 + GAP
     name_width = max(len(name) for name in [*matrix.tasks, ZERO_SHOT])
@@ -48,33 +60,29 @@ def draw_heatmap(matrix: Matrix, title: str = "", palette: Palette = LIGHT) -> F
         layout="constrained",
     )
     axes = figure.add_subplot(facecolor=palette.paper)
-    scale = _scale(matrix)
+    scale = Normalize(*(limits or colour_limits([matrix])))
     for t, row in enumerate(matrix.rows):
         _draw_row(axes, row, top + t, scale, palette)
-        axes.add_patch(Rectangle((t, top + t), 1, 1, fill=False, edgecolor=palette.ink, linewidth=2.2, zorder=3))
+        box = Rectangle((t, top + t), 1, 1, fill=False, edgecolor=palette.ink, linewidth=2.2, zorder=3, clip_on=False)
+        axes.add_patch(box)
     labels = {top + t: name for t, name in enumerate(matrix.tasks)}
     if matrix.zero_shot is not None:
         _draw_row(axes, matrix.zero_shot, 0, scale, palette)
         labels = {0: ZERO_SHOT} | labels
     _label(axes, matrix, labels, count + top, title, palette)
-    bar = figure.colorbar(_mappable(scale), ax=axes, shrink=0.8, aspect=25, pad=0.02)
+    bar = figure.colorbar(ScalarMappable(scale, colormaps[COLOURS]), ax=axes, shrink=0.8, aspect=25, pad=0.02)
     bar.set_label("score (%)", color=palette.ink)
     bar.ax.tick_params(colors=palette.ink)
     bar.outline.set_visible(False)
     return figure
 
 
-def _scale(matrix: Matrix) -> Normalize:
-    """Tens around the values that are there, so that a matrix between 60 and 95 still shows its shape."""
-    values = [v for _, row in matrix.labelled_rows() for v in row if v is not None] or [0.0, 100.0]
+def colour_limits(matrices: Iterable[Matrix]) -> tuple[float, float]:
+    """Tens around the values that are there, so that scores between 60 and 95 still show their shape."""
+    rows = [row for matrix in matrices for _, row in matrix.labelled_rows()]
+    values = [value for row in rows for value in row if value is not None] or [0.0, 100.0]
     low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
-    return Normalize(low, max(high, low + 10))
-
-
-def _mappable(scale: Normalize):
-    from matplotlib.cm import ScalarMappable
-
-    return ScalarMappable(scale, colormaps[COLOURS])
+    return low, max(high, low + 10)
 
 
 def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette) -> None:
@@ -83,7 +91,10 @@ def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette) -> None:
         axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=palette.paper, linewidth=1))
         ink = palette.faint if value is None else _readable_on(colour)
         text = shown(value, 1, MISSING)
-        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=9, zorder=4)
+        # Left out of the layout, which would otherwise measure every cell twice: seconds on eleven tasks.
+        axes.text(
+            x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=9, zorder=4, in_layout=False
+        )
 
 
 def _readable_on(colour) -> str:
@@ -96,7 +107,7 @@ def _readable_on(colour) -> str:
 def _label(axes, matrix: Matrix, labels: dict[float, str], height: float, title: str, palette: Palette) -> None:
     axes.set_xlim(0, len(matrix.tasks))
     axes.set_ylim(height, 0)
-    axes.set_xticks([x + 0.5 for x in range(len(matrix.tasks))], matrix.tasks, rotation=40, ha="right")
+    axes.set_xticks([x + 0.5 for x in range(len(matrix.tasks))], matrix.tasks, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks([y + 0.5 for y in labels], list(labels.values()))
     axes.tick_params(length=0, colors=palette.ink)
     axes.set_xlabel("scored task", color=palette.ink)
