@@ -1,0 +1,181 @@
+"""Fixtures for every part: a random CLIP of a few thousand weights, three tiny tasks of a user's own, a run on them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Before anything imports torch or the Hub's libraries: one thread, no network, a cache of our own.
+CACHE = tempfile.mkdtemp(prefix="llava-keeplora-tests-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_DATASETS_CACHE"] = CACHE
+for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[flag] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import yaml  # noqa: E402
+from PIL import Image  # noqa: E402
+
+SIDE = 16
+TASKS = {
+    "colours": ["red", "green", "blue", "grey"],
+    "stripes": ["horizontal", "vertical", "diagonal", "plain"],
+    "corners": ["north", "east", "south", "west"],
+}
+COUNTS = {"train": 6, "test": 2}
+
+
+def pytest_configure(config) -> None:
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_unconfigure(config) -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """A random CLIP (vision and text 2 layers × 32, 16-pixel images in 8-pixel patches) as a checkpoint folder."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+
+    # CLIP pools at the end token unless its id is 2, which older checkpoints have by mistake.
+    words = ["<pad>", "<start>", "<unk>", "<end>", "a", "photo", "of", "the", ".", *(c for names in TASKS.values() for c in names)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unk>", model_max_length=12
+    )
+    width = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=3)
+    config = CLIPConfig(
+        text_config=dict(**width, **special, vocab_size=len(words), max_position_embeddings=12),
+        vision_config=dict(**width, image_size=SIDE, patch_size=8),
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-clip")
+    CLIPModel(config).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    CLIPProcessor(image_processor=images, tokenizer=fast).save_pretrained(folder)
+    return folder
+
+
+def draw(task: str, label: int, seed: int) -> Image.Image:
+    """A noisy 16 × 16 picture whose class is plain to see."""
+    generator = np.random.default_rng([sorted(TASKS).index(task), label, seed])
+    pixels = generator.normal(110, 25, (SIDE, SIDE, 3))
+    if task == "colours":
+        pixels[..., label if label < 3 else slice(None)] += 90
+    elif task == "stripes":
+        row, column = np.indices((SIDE, SIDE))
+        across = (row, column, row + column)[label] if label < 3 else np.zeros_like(row)
+        pixels += (90 * (across // 3 % 2) * (label < 3))[..., None]
+    else:
+        top, left = 8 * (label // 2), 8 * (label % 2)
+        pixels[top : top + 8, left : left + 8] += 100
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def encode(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_image_folder(root: Path, task: str) -> dict[str, Any]:
+    for split, count in COUNTS.items():
+        for label, name in enumerate(TASKS[task]):
+            folder = root / task / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i}.png").write_bytes(encode(draw(task, label, i if split == "train" else 100 + i)))
+    return {"source": {"format": "imagefolder", "path": task}, "splits": {split: split for split in COUNTS}}
+
+
+def write_parquet(root: Path, task: str) -> dict[str, Any]:
+    import datasets
+
+    (root / task).mkdir(parents=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=TASKS[task])})
+    for split, count in COUNTS.items():
+        rows = [(label, i if split == "train" else 100 + i) for i in range(count) for label in range(len(TASKS[task]))]
+        columns = {"image": [{"bytes": encode(draw(task, *row)), "path": None} for row in rows], "label": [label for label, _ in rows]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(root / task / f"{split}.parquet"))
+    return {"source": {"format": "parquet", "path": task}, "splits": {split: f"{split}.parquet" for split in COUNTS}}
+
+
+def write_tasks(root: Path) -> list[Path]:
+    """The three tasks' files and a user's recipe for each; relative paths start at the recipe."""
+    paths = []
+    for task, write in (("colours", write_image_folder), ("stripes", write_parquet), ("corners", write_image_folder)):
+        facts = dict(
+            name=task, version=1, kind="classification", prompt="a photo of the {c} .", metric="accuracy", licence="CC0-1.0",
+            classes=TASKS[task], **write(root, task),
+        )
+        paths.append(root / f"{task}.yaml")
+        paths[-1].write_text(yaml.safe_dump(facts))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks(tmp_path_factory) -> list[Path]:
+    """Three recipes (ImageFolder, parquet, ImageFolder) of 24 train and 8 test images; shared, so don't change them."""
+    return write_tasks(tmp_path_factory.mktemp("tiny-tasks"))
+
+
+@pytest.fixture
+def own_tasks(tmp_path) -> list[Path]:
+    """The three tasks once more, for a test that spoils them."""
+    return write_tasks(tmp_path / "own-tasks")
+
+
+def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings are merged, but for `methods`, which is replaced; None takes a key out."""
+    for key, value in changes.items():
+        if value is None:
+            tree.pop(key, None)
+        elif isinstance(value, dict) and isinstance(tree.get(key), dict) and key != "methods":
+            merge(tree[key], value)
+        else:
+            tree[key] = value
+    return tree
+
+
+@pytest.fixture
+def run_tree(tiny_clip, tiny_tasks):
+    """Function (output_dir, **changes) → a run as plain data: sequential LoRA and KeepLoRA on the tiny tasks."""
+
+    def build(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
+        part = {"targets": ["q_proj", "k_proj", "v_proj", "out_proj"], "rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
+        tree = {
+            "output_dir": str(output_dir),
+            "tasks": [str(path) for path in tiny_tasks],
+            "model": {"name_or_path": str(tiny_clip)},
+            "parts": {"vision": part, "text": copy.deepcopy(part)},
+            "methods": {"seq-lora": {}, "keeplora": {}},
+            "training": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 0.01, "use_cpu": True},
+        }
+        return merge(tree, changes)
+
+    return build
+
+
+@pytest.fixture
+def run_config(run_tree):
+    """Function (output_dir, **changes) → `RunConfig`; see `run_tree`."""
+    from llava_keeplora.config import parse_config
+
+    return lambda output_dir, **changes: parse_config(run_tree(output_dir, **changes))
