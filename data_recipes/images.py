@@ -130,7 +130,9 @@ class RenderedImages(Images):
     def _decode(self, row: int) -> Image.Image:
         image, label, name = render(self._task, self._split, row)
         if (label, name) != (self.labels[row], self.ids[row]):
-            raise AssertionError(f"render drew {name} with label {label}, not {self.ids[row]} with {self.labels[row]}")
+            raise AssertionError(
+                f"render drew {name} with label {label}, not {self.ids[row]} with {self.labels[row]}"
+            )
         self._keep(row, image)
         return image.copy()
 

@@ -110,7 +110,9 @@ class Recipe:
             RecipeError: the task has no classes, or they are not read from its source yet.
         """
         if self.kind != "classification":
-            raise RecipeError(f"recipe '{self.name}' is {self.kind} and has no class prompts", "ask a classification recipe")
+            raise RecipeError(
+                f"recipe '{self.name}' is {self.kind} and has no class prompts", "ask a classification recipe"
+            )
         if self.classes is None:
             raise RecipeError(
                 f"the classes of '{self.name}' are read from its data, which is not loaded yet",
@@ -190,7 +192,10 @@ def _with_rendered(facts: dict[str, Any], path: Path) -> dict[str, Any]:
         return facts
     task = source.get("task")
     if task not in RENDERED:
-        raise RecipeError(f"{path.name} names the rendered task '{task}', which does not exist", nearest(str(task), RENDERED))
+        raise RecipeError(
+            f"{path.name} names the rendered task '{task}', which does not exist",
+            nearest(str(task), RENDERED),
+        )
     spec = RENDERED[task]
     drawn = {
         "version": spec.version,
@@ -214,11 +219,16 @@ def _check(facts: dict[str, Any], path: Path) -> None:
         raise RecipeError(f"{where} has the kind '{facts['kind']}'", nearest(facts["kind"], KINDS))
     _check_source(facts["source"], facts["kind"], path)
     if not facts["splits"]:
-        raise RecipeError(f"{where} has no splits", f"add at least 'train:' and 'test:' under 'splits' in {path}")
+        raise RecipeError(
+            f"{where} has no splits", f"add at least 'train:' and 'test:' under 'splits' in {path}"
+        )
     for split, place in facts["splits"].items():
         listed = place if isinstance(place, list) else [place]
         if not listed or not all(isinstance(p, str) for p in [split, *listed]):
-            raise RecipeError(f"{where} has {place!r} as its split {split!r}", "write the file, folder or split name as text")
+            raise RecipeError(
+                f"{where} has {place!r} as its split {split!r}",
+                "write the file, folder or split name as text",
+            )
     for name in facts.get("seen_by", []):
         if not isinstance(name, str):
             raise RecipeError(f"{where} has {name!r} under 'seen_by'", "write model names as text")
@@ -227,7 +237,9 @@ def _check(facts: dict[str, Any], path: Path) -> None:
         return
     for key in ("classes", "num_classes", "class_names"):
         if key in facts:
-            raise RecipeError(f"{where} has '{key}', which a {facts['kind']} recipe does not use", f"remove it from {path}")
+            raise RecipeError(
+                f"{where} has '{key}', which a {facts['kind']} recipe does not use", f"remove it from {path}"
+            )
     if facts["kind"] == "vqa" and "{q}" not in facts.get("prompt", "{q}"):
         raise RecipeError(
             f"{where} has the prompt '{facts['prompt']}', which has no place for the question",
@@ -242,11 +254,17 @@ def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
         raise RecipeError(f"{where} has the source format '{form}'", nearest(str(form), SOURCE_KEYS))
     for key in source:
         if key not in SOURCE_KEYS[form]:
-            raise RecipeError(f"{where} has the unknown key 'source.{key}' for format {form}", nearest(key, SOURCE_KEYS[form]))
+            raise RecipeError(
+                f"{where} has the unknown key 'source.{key}' for format {form}",
+                nearest(key, SOURCE_KEYS[form]),
+            )
     if form != "rendered" and "path" not in source:
         raise RecipeError(f"{where} lacks the key 'source.path'", f"add 'path:' under 'source' in {path}")
     if kind not in FORMAT_KINDS.get(form, KINDS):
-        raise RecipeError(f"{where} is of the kind {kind}, which the format {form} does not hold", f"use {FORMAT_KINDS[form][0]}, or another format")
+        raise RecipeError(
+            f"{where} is of the kind {kind}, which the format {form} does not hold",
+            f"use {FORMAT_KINDS[form][0]}, or another format",
+        )
     for key in source.get("columns", {}):
         if key not in COLUMNS:
             raise RecipeError(f"{where} has the unknown key 'source.columns.{key}'", nearest(key, COLUMNS))
@@ -266,17 +284,27 @@ def _check_classes(facts: dict[str, Any], path: Path) -> None:
     if classes == FROM_SOURCE:
         return
     if not isinstance(classes, list) or len(classes) < 2:
-        raise RecipeError(f"{where} has no list of at least two classes", f"list them under 'classes', or write 'classes: {FROM_SOURCE}'")
+        raise RecipeError(
+            f"{where} has no list of at least two classes",
+            f"list them under 'classes', or write 'classes: {FROM_SOURCE}'",
+        )
     for c in classes:
         # YAML reads 3 as a number and no as False
         if not isinstance(c, str):
-            raise RecipeError(f"{where} has the class {c!r}, which YAML does not read as text", "put quotes around it")
+            raise RecipeError(
+                f"{where} has the class {c!r}, which YAML does not read as text", "put quotes around it"
+            )
     twice = sorted({c for c in classes if classes.count(c) > 1})
     if twice:
         raise RecipeError(f"{where} lists the class '{twice[0]}' twice", "remove one of them")
     wanted = facts.get("num_classes")
     if wanted is not None and wanted != len(classes):
-        raise RecipeError(f"{where} lists {len(classes)} classes but says num_classes: {wanted}", "correct one of them")
+        raise RecipeError(
+            f"{where} lists {len(classes)} classes but says num_classes: {wanted}", "correct one of them"
+        )
     for label, c in facts.get("class_names", {}).items():
         if c not in classes:
-            raise RecipeError(f"{where} maps the label '{label}' to '{c}', which is not one of its classes", nearest(str(c), classes))
+            raise RecipeError(
+                f"{where} maps the label '{label}' to '{c}', which is not one of its classes",
+                nearest(str(c), classes),
+            )

@@ -60,8 +60,12 @@ def load_sequence(name_or_path: str | Path) -> Sequence:
         raise RecipeError(f"{path.name} has no list of recipe names under 'tasks'", f"list them in {path}")
     for task in tasks:
         if tasks.count(task) > 1:
-            raise RecipeError(f"{path.name} lists the task '{task}' twice", "a task is learned once; remove one of them")
-    if epochs is not None and (len(epochs) != len(tasks) or not all(type(e) is int and e > 0 for e in epochs)):
+            raise RecipeError(
+                f"{path.name} lists the task '{task}' twice", "a task is learned once; remove one of them"
+            )
+    if epochs is not None and (
+        len(epochs) != len(tasks) or not all(type(e) is int and e > 0 for e in epochs)
+    ):
         raise RecipeError(
             f"{path.name} gives the epochs {epochs} for {len(tasks)} tasks",
             "give one whole number above zero per task",

@@ -55,6 +55,7 @@ def read_records(recipe: Recipe, split: str, data_root: str | Path | None) -> Re
 
 # ------------------------------------------------------------------------------- where files lie
 
+
 def set_folder(recipe: Recipe, data_root: str | Path | None) -> Path:
     """The folder of a task's files: under the data root, else beside the user's YAML.
 
@@ -93,7 +94,10 @@ def _inside(folder: Path, name: str, what: str) -> Path:
     """`folder / name`, refused if the name leads out of the folder (links on disk are the user's own)."""
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
-        raise RecipeError(f"{what} has the path '{name}', which leads out of its data folder", "use a path inside the folder")
+        raise RecipeError(
+            f"{what} has the path '{name}', which leads out of its data folder",
+            "use a path inside the folder",
+        )
     return folder / parts
 
 
@@ -101,7 +105,9 @@ def _split_file(recipe: Recipe, split: str, data_root: str | Path | None) -> Pat
     folder = set_folder(recipe, data_root)
     name = recipe.splits[split]
     if not isinstance(name, str):
-        raise RecipeError(f"recipe '{recipe.name}' has {name!r} as its {split} split", "write one file name as text")
+        raise RecipeError(
+            f"recipe '{recipe.name}' has {name!r} as its {split} split", "write one file name as text"
+        )
     path = _inside(folder, name, f"split '{split}' of recipe '{recipe.name}'")
     if not path.exists():
         raise RecipeError(
@@ -112,6 +118,7 @@ def _split_file(recipe: Recipe, split: str, data_root: str | Path | None) -> Pat
 
 
 # ----------------------------------------------------------------------- tables: parquet and Hub
+
 
 def _parquet(recipe: Recipe, split: str, data_root: str | Path | None) -> Records:
     folder = set_folder(recipe, data_root)
@@ -130,7 +137,9 @@ def _parquet(recipe: Recipe, split: str, data_root: str | Path | None) -> Record
     try:
         with _quiet():
             # a pattern again for datasets, so a folder named 'a[1]' has to be escaped
-            table = datasets.load_dataset("parquet", data_files=[glob.escape(str(f.absolute())) for f in files], split="train")
+            table = datasets.load_dataset(
+                "parquet", data_files=[glob.escape(str(f.absolute())) for f in files], split="train"
+            )
     except Exception as error:  # datasets wraps whatever pyarrow raises
         cause = error.__cause__ or error
         raise RecipeError(
@@ -149,7 +158,10 @@ def _hub(recipe: Recipe, split: str, data_root: str | Path | None) -> Records:
     try:
         with _quiet():
             table = datasets.load_dataset(
-                target, recipe.source.get("config"), split=recipe.splits[split], revision=recipe.source.get("revision")
+                target,
+                recipe.source.get("config"),
+                split=recipe.splits[split],
+                revision=recipe.source.get("revision"),
             )
     except Exception as error:  # the Hub client and datasets raise a dozen kinds; the first is told
         raise RecipeError(
@@ -197,6 +209,7 @@ def _from_table(recipe: Recipe, split: str, table: datasets.Dataset) -> Records:
 
 # ------------------------------------------------------------------------------------ image folder
 
+
 def _imagefolder(recipe: Recipe, split: str, data_root: str | Path | None) -> Records:
     """`<split folder>/<class>/.../picture`; the class is the folder's name.
 
@@ -225,7 +238,13 @@ def _imagefolder(recipe: Recipe, split: str, data_root: str | Path | None) -> Re
                 )
             found[path.relative_to(folder).as_posix()] = parts[0]
     if others:
-        log.warning("%s/%s: %d files are no images and are left out (%s)", recipe.name, split, len(others), ", ".join(sorted(others)[:3]))
+        log.warning(
+            "%s/%s: %d files are no images and are left out (%s)",
+            recipe.name,
+            split,
+            len(others),
+            ", ".join(sorted(others)[:3]),
+        )
     ids = sorted(found)
     return Records(
         ids=ids,
@@ -246,6 +265,7 @@ def _paths(paths: list[Path]) -> datasets.Dataset:
 
 # ---------------------------------------------------------------------------------------- JSON
 
+
 def _llava_json(recipe: Recipe, split: str, data_root: str | Path | None) -> Records:
     """LLaVA's lists: `id`, `image`, `conversations` for training, or `question_id`, `image`, `text`, `answer`."""
     folder = set_folder(recipe, data_root)
@@ -261,7 +281,10 @@ def _llava_json(recipe: Recipe, split: str, data_root: str | Path | None) -> Rec
         what = f"record '{name}' of {path.name}"
         image = row.get("image")
         if not isinstance(image, str):
-            raise RecipeError(f"{what} has {'no' if image is None else 'more than one'} image", "give every record one image path")
+            raise RecipeError(
+                f"{what} has {'no' if image is None else 'more than one'} image",
+                "give every record one image path",
+            )
         question, answer = _turn(row, what)
         ids.append(str(name))
         paths.append(_inside(folder, image, what))
@@ -282,10 +305,14 @@ def _turn(row: dict, what: str) -> tuple[str, Any]:
     """The question, without the image token, and the answer of one record."""
     if "conversations" not in row:
         if "text" not in row or "answer" not in row:
-            raise RecipeError(f"{what} has neither 'conversations' nor 'text' and 'answer'", "add one of them")
+            raise RecipeError(
+                f"{what} has neither 'conversations' nor 'text' and 'answer'", "add one of them"
+            )
         return _without_token(row["text"]), row["answer"]
     turns = row["conversations"]
-    speakers = [t.get("from") if isinstance(t, dict) else None for t in turns] if isinstance(turns, list) else []
+    speakers = (
+        [t.get("from") if isinstance(t, dict) else None for t in turns] if isinstance(turns, list) else []
+    )
     if speakers != ["human", "gpt"] or not all(isinstance(t.get("value"), str) for t in turns):
         raise RecipeError(
             f"{what} is not one question ('human') and one answer ('gpt')",
@@ -323,10 +350,15 @@ def _coco_captions(recipe: Recipe, split: str, data_root: str | Path | None) -> 
                 )
             captions[note["image_id"]].append(note["caption"])
     except (KeyError, TypeError) as error:
-        raise RecipeError(f"{path.name} has an entry without the field {error}", "use the layout of COCO's caption files") from error
+        raise RecipeError(
+            f"{path.name} has an entry without the field {error}", "use the layout of COCO's caption files"
+        ) from error
     bare = [i for i, texts in captions.items() if not texts]
     if bare:
-        raise RecipeError(f"{len(bare)} images of {path.name} have no caption (first: {bare[0]})", "add captions or remove the images")
+        raise RecipeError(
+            f"{len(bare)} images of {path.name} have no caption (first: {bare[0]})",
+            "add captions or remove the images",
+        )
     return Records(
         ids=[str(i) for i in captions],
         images=_paths(paths),
@@ -345,7 +377,9 @@ def _read_json(path: Path, kind: type) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path} is not readable JSON ({error})", "correct the file") from error
     if not isinstance(content, kind):
-        raise RecipeError(f"{path.name} holds a {type(content).__name__}, not a {kind.__name__}", "correct the file")
+        raise RecipeError(
+            f"{path.name} holds a {type(content).__name__}, not a {kind.__name__}", "correct the file"
+        )
     return content
 
 

@@ -17,7 +17,9 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' occurs twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' occurs twice", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -30,9 +32,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
-        raise RecipeError(f"{path} cannot be read ({error.strerror})", "give the path of an existing YAML file") from error
+        raise RecipeError(
+            f"{path} cannot be read ({error.strerror})", "give the path of an existing YAML file"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML ({' '.join(str(error).split())})", "correct the file") from error
+        raise RecipeError(
+            f"{path} is not valid YAML ({' '.join(str(error).split())})", "correct the file"
+        ) from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path} holds no 'key: value' pairs", "start from one of the shipped files")
     return value
@@ -50,7 +56,10 @@ def check_keys(facts: dict[str, Any], keys: dict[str, tuple[type, str]], path: P
         kind, word = keys[key]
         # bool is an int in Python
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise RecipeError(f"{path.name} has {value!r} under '{key}', which is not {word}", f"write {word} there, in {path}")
+            raise RecipeError(
+                f"{path.name} has {value!r} under '{key}', which is not {word}",
+                f"write {word} there, in {path}",
+            )
 
 
 def list_shipped(folder: Path) -> list[str]:
@@ -58,7 +67,9 @@ def list_shipped(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
 
 
-def resolve(name_or_path: str | Path, folder: Path, word: str, start: Path | None = None) -> tuple[Path, bool]:
+def resolve(
+    name_or_path: str | Path, folder: Path, word: str, start: Path | None = None
+) -> tuple[Path, bool]:
     """Where a shipped name or a user's path points to, and whether it is a shipped one.
 
     Args:

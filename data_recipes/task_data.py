@@ -67,7 +67,9 @@ class TaskData:
         dropped: ids of the examples left out because their image cannot be read.
     """
 
-    def __init__(self, recipe: Recipe, split: str, rows: list[_Row], images: Images, dropped: list[str]) -> None:
+    def __init__(
+        self, recipe: Recipe, split: str, rows: list[_Row], images: Images, dropped: list[str]
+    ) -> None:
         self.recipe = recipe
         self.split = split
         self.dropped = dropped
@@ -94,6 +96,11 @@ class TaskData:
     @property
     def labels(self) -> list[int | None]:
         return [r.label for r in self._rows]
+
+    @property
+    def digests(self) -> list[str]:
+        """SHA-256 of each example's encoded image (of its pixels where it is drawn), in order."""
+        return [self._images.digest(r.row) for r in self._rows]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -134,7 +141,9 @@ class TaskData:
             RecipeError: the fraction is not between 0 and 1, or too small for a single example.
         """
         if not 0 < fraction < 1:
-            raise RecipeError(f"a holdout of {fraction} of {self!r} is impossible", "give a fraction between 0 and 1")
+            raise RecipeError(
+                f"a holdout of {fraction} of {self!r} is impossible", "give a fraction between 0 and 1"
+            )
         groups: dict[int | None, list[int]] = defaultdict(list)
         for i, r in enumerate(self._rows):
             groups[r.label].append(i)
@@ -145,9 +154,14 @@ class TaskData:
             count = min(max(1, round(fraction * len(group))), len(group) - 1)
             held.update(group[:count])
         if not held:
-            raise RecipeError(f"{self!r} has one example per class, so nothing can be held out", "use more examples or no holdout")
+            raise RecipeError(
+                f"{self!r} has one example per class, so nothing can be held out",
+                "use more examples or no holdout",
+            )
         everything = range(len(self))
-        return self.take(i for i in everything if i not in held), self.take(i for i in everything if i in held)
+        return self.take(i for i in everything if i not in held), self.take(
+            i for i in everything if i in held
+        )
 
 
 def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_image: str) -> TaskData:
@@ -168,7 +182,10 @@ def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_i
     if expected is not None and expected != len(data):
         log.warning(
             "%s/%s holds %d examples and its recipe expects %d: scores are not comparable with those of others",
-            recipe.name, split, len(data), expected,
+            recipe.name,
+            split,
+            len(data),
+            expected,
         )
     return data
 
@@ -191,7 +208,13 @@ def _load_files(recipe: Recipe, split: str, data_root: str | Path | None, on_bad
     recipe = _with_classes(recipe, records, where)
     labels = _labels(recipe, records, where)
     rows = [
-        _Row(name, _question(recipe, question), tuple(answers) if label is None else (recipe.classes[label],), label, i)
+        _Row(
+            name,
+            _question(recipe, question),
+            tuple(answers) if label is None else (recipe.classes[label],),
+            label,
+            i,
+        )
         for i, (name, question, answers, label) in enumerate(
             zip(records.ids, records.questions, records.answers, labels, strict=True)
         )
@@ -206,7 +229,9 @@ def _load_files(recipe: Recipe, split: str, data_root: str | Path | None, on_bad
         )
     if bad:
         log.warning("%s: %d of %d images cannot be read and are left out", where, len(bad), len(rows))
-    data = TaskData(recipe, split, [r for r in rows if r.row not in bad], images, [records.ids[r] for r in sorted(bad)])
+    data = TaskData(
+        recipe, split, [r for r in rows if r.row not in bad], images, [records.ids[r] for r in sorted(bad)]
+    )
     _refuse_empty(data, where)
     return data
 
@@ -246,6 +271,7 @@ def _refuse_empty(data: TaskData, where: str) -> None:
 
 # ------------------------------------------------------------------------------------- labels
 
+
 def _with_classes(recipe: Recipe, records: Records, where: str) -> Recipe:
     """The recipe with the source's class names where it says `classes: from-source`."""
     if recipe.classes is not None:
@@ -272,7 +298,10 @@ def _labels(recipe: Recipe, records: Records, where: str) -> list[int | None]:
     index = {_plain(c): i for i, c in enumerate(recipe.classes) if plain[_plain(c)] == 1}
     index |= {c: i for i, c in enumerate(recipe.classes)}
     index |= {str(label): recipe.classes.index(c) for label, c in recipe.class_names.items()}
-    return [_label(recipe, index, raw, records, name, where) for name, raw in zip(records.ids, records.labels, strict=True)]
+    return [
+        _label(recipe, index, raw, records, name, where)
+        for name, raw in zip(records.ids, records.labels, strict=True)
+    ]
 
 
 def _label(recipe: Recipe, index: dict[str, int], raw: Any, records: Records, name: str, where: str) -> int:
