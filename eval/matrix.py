@@ -107,6 +107,11 @@ class Matrix:
         """Whether every cell of the T x T rows is there (the zero-shot row doesn't count)."""
         return all(value is not None for row in self.rows for value in row)
 
+    @property
+    def started(self) -> bool:
+        """Whether any cell of the T x T rows is there (the zero-shot row doesn't count)."""
+        return any(value is not None for row in self.rows for value in row)
+
     def metrics(self) -> dict[str, float | None]:
         """Every aggregate, unrounded, in percent; see ``aggregates`` for formulas and sources.
 

@@ -1,8 +1,9 @@
-"""Pictures and a page from matrices and protected subspaces, all from data in memory."""
+"""Pictures and a page from matrices and protected subspaces, of data in memory or of a run folder."""
 
 from llava_keeplora.report.capacity import protected_fraction_plot
 from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.heatmap import heatmap
-from llava_keeplora.report.report import write_report
+from llava_keeplora.report.page import write_report
+from llava_keeplora.report.run_report import summary, write_run_report
 
-__all__ = ["ReportError", "heatmap", "protected_fraction_plot", "write_report"]
+__all__ = ["ReportError", "heatmap", "protected_fraction_plot", "summary", "write_report", "write_run_report"]

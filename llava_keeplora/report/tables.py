@@ -16,10 +16,16 @@ COLUMNS = {
 }
 
 
+def is_baseline(label: str, matrix: Matrix) -> bool:
+    """Whether this is the untouched model itself, which has a zero-shot row and no stage."""
+    return label == ZERO_SHOT and matrix.zero_shot is not None and not matrix.started
+
+
 def summary_rows(results: Mapping[str, Matrix], precision: int = 1) -> list[list[str]]:
     """The summary as text cells: a zero-shot row first, then one row per run.
 
-    The zero-shot row is the constant matrix of a model that never changes. Runs whose zero-shot scores or
+    The zero-shot row is the constant matrix of a model that never changes; a baseline among the results is
+    this row and no other. Runs whose zero-shot scores or
     tasks differ get one such row each, named after the first run that has it.
 
     Args:
@@ -33,7 +39,8 @@ def summary_rows(results: Mapping[str, Matrix], precision: int = 1) -> list[list
             constants.append((label, constant))
     alone = len(constants) == 1
     named = [(ZERO_SHOT if alone else f"{ZERO_SHOT} ({label})", matrix) for label, matrix in constants]
-    return [_summary_row(label, matrix, precision) for label, matrix in [*named, *results.items()]]
+    runs = [(label, matrix) for label, matrix in results.items() if not is_baseline(label, matrix)]
+    return [_summary_row(label, matrix, precision) for label, matrix in [*named, *runs]]
 
 
 def _summary_row(label: str, matrix: Matrix, precision: int) -> list[str]:

@@ -1,0 +1,160 @@
+"""One HTML page that needs nothing else: no script, no network, its pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+
+from llava_keeplora.report.figures import DPI
+from llava_keeplora.report.tables import COLUMNS, is_baseline, summary_rows
+from llava_keeplora_eval.matrix import MISSING, Matrix, shown
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2024; --dim: #5c646d; --line: #dfe3e7;
+  --band: #f5f7f9; --learned: #e3eefc; }
+@media (prefers-color-scheme: dark) { :root { --paper: #16191d; --ink: #e6e8eb; --dim: #9aa3ad; --line: #30363d;
+  --band: #1d2126; --learned: #1d3a5f; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+p, figcaption { color: var(--dim); max-width: 65ch; }
+figcaption { font-size: .9rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+thead th { color: var(--dim); font-weight: 600; }
+tr.own td, tr.own th { background: var(--band); }
+td.learned { background: var(--learned); font-weight: 600; }
+figure { margin: 1rem 0; }
+img { height: auto; display: block; }
+summary { cursor: pointer; margin: .75rem 0; }
+dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .25rem 1.25rem; }
+dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dt { margin-top: .5rem; } }
+"""
+
+LEGEND = (
+    "Percent. Transfer: how well a task is done before it is learned. Average: over all stages. Last: at the end. "
+    "Forgetting: mean drop from the score right after learning; BWT: the same with the other sign. "
+    "The zero-shot row is a model that never changes."
+)
+
+
+CSS_PIXELS_PER_INCH = 96
+READABLE = 0.6  # of the drawn size: below, the numbers in the cells blur
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in both palettes, as PNG bytes, with what it shows in words."""
+
+    light: bytes
+    dark: bytes
+    caption: str
+
+
+def render_page(
+    title: str,
+    results: Mapping[str, Matrix],
+    pictures: Mapping[str, Picture],
+    settings: Mapping,
+) -> str:
+    """The whole page as text.
+
+    Args:
+        title: the page's title.
+        results: label -> matrix, in display order.
+        pictures: ``heatmap/LABEL`` for every run that gets a section, ``capacity/LABEL`` for those of them
+            that have one.
+        settings: what was run; values that are not plain are shown as JSON.
+    """
+    sections = "".join(
+        _run_section(label, matrix, pictures[f"heatmap/{label}"], pictures.get(f"capacity/{label}"))
+        for label, matrix in results.items()
+        if f"heatmap/{label}" in pictures
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{escape(title)}</h1>\n{_summary(results)}{sections}{_settings(settings)}</main>\n</body>\n</html>\n"
+    )
+
+
+def _summary(results: Mapping[str, Matrix]) -> str:
+    rows = summary_rows(results)
+    runs_from = len(rows) - sum(not is_baseline(label, matrix) for label, matrix in results.items())
+    body = "".join(_row(row, own=position < runs_from) for position, row in enumerate(rows))
+    return f"<p>{LEGEND}</p>\n{_table(['run', *COLUMNS], body)}"
+
+
+def _run_section(label: str, matrix: Matrix, heatmap: Picture, capacity: Picture | None) -> str:
+    body = ""
+    count = len(matrix.tasks)
+    offset = len(matrix.labelled_rows()) - count
+    for position, (name, row) in enumerate(matrix.labelled_rows()):
+        cells = [name, *(shown(value, 1, MISSING) for value in row)]
+        body += _row(cells, own=position < offset, learned=position - offset if position >= offset else None)
+    for name, values in matrix.per_task().items():
+        body += _row([name.capitalize(), *(shown(value) for value in values)], own=True)
+    metrics = "".join(_row([name, shown(value, 2)]) for name, value in matrix.metrics().items())
+    return (
+        f"<section>\n<h2>{escape(label)}</h2>\n{_figure(heatmap)}"
+        f"<details><summary>The numbers</summary>\n{_table(['after', *matrix.tasks], body)}"
+        f"{_table(['metric', 'percent'], metrics)}</details>\n"
+        f"{_figure(capacity) if capacity else ''}</section>\n"
+    )
+
+
+def _figure(picture: Picture) -> str:
+    caption = escape(picture.caption)
+    # As large as it was drawn, smaller where the page is narrower, and scrolled before it can't be read.
+    width = round(_pixel_width(picture.light) / DPI * CSS_PIXELS_PER_INCH)
+    size = f"width: min(100%, {width}px); min-width: {round(READABLE * width)}px"
+    return (
+        f'<figure><div class="wide" tabindex="0"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(picture.dark)}">'
+        f'<img src="{_data_uri(picture.light)}" alt="{caption}" style="{size}"></picture></div>'
+        f"<figcaption>{caption}</figcaption></figure>\n"
+    )
+
+
+def _pixel_width(png: bytes) -> int:
+    """The width in a PNG's first chunk (PNG specification, 11.2.2)."""
+    return int.from_bytes(png[16:20])
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _table(header: list[str], body: str) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
+
+
+def _row(cells: list[str], own: bool = False, learned: int | None = None) -> str:
+    """A table row; ``own`` sets it apart, ``learned`` marks the cell of the task that was just trained."""
+    first, *rest = cells
+    marked = "".join(
+        f'<td class="learned">{escape(cell)}</td>' if column == learned else f"<td>{escape(cell)}</td>"
+        for column, cell in enumerate(rest)
+    )
+    return f'<tr{" class=own" if own else ""}><th scope="row">{escape(first)}</th>{marked}</tr>'
+
+
+def _settings(settings: Mapping) -> str:
+    if not settings:
+        return ""
+    items = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(_plain(value))}</dd>" for key, value in settings.items())
+    return f"<section>\n<h2>Settings</h2>\n<dl>{items}</dl>\n</section>\n"
+
+
+def _plain(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

@@ -1,0 +1,48 @@
+"""Loading models by name: what is not a CLIP checkpoint is refused in a sentence."""
+
+import json
+
+import pytest
+
+from llava_keeplora_eval import EvalError
+from llava_keeplora_eval.models import load_clip, resolve_model
+
+
+def test_names_that_are_not_embedded_pass_through(tmp_path):
+    assert resolve_model("openai/clip-vit-base-patch32") == "openai/clip-vit-base-patch32"
+    assert resolve_model(str(tmp_path)) == str(tmp_path)
+
+
+def test_an_embedded_model_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("llava_keeplora_eval.models.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EvalError) as error:
+        resolve_model("tiny-clip")
+    assert str(error.value) == (
+        "the embedded model 'tiny-clip' is not installed; install the llava-keeplora package, or give a folder."
+    )
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(EvalError) as error:
+        load_clip(str(tmp_path))
+    assert f"model '{tmp_path}' cannot be loaded (" in str(error.value)
+    assert str(error.value).endswith("give a folder with a CLIP checkpoint, or a Hub id.")
+
+
+def test_a_model_of_another_family_is_refused(tmp_path, tiny_clip):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+    )
+    CLIPVisionModel(config).save_pretrained(tmp_path)
+    for name in ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (tiny_clip / name).exists():
+            (tmp_path / name).write_text((tiny_clip / name).read_text())
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "clip_vision_model"
+    with pytest.raises(EvalError) as error:
+        load_clip(str(tmp_path))
+    assert str(error.value) == (
+        f"model '{tmp_path}' is a CLIPVisionModel, and zero-shot classification needs a CLIP model; "
+        "give a CLIP checkpoint."
+    )
