@@ -101,6 +101,16 @@ def test_debug_raises_the_error_itself(run):
         run("matrix", "nowhere.json", "--debug")
 
 
+def test_a_reader_that_stops_reading_is_no_error(matrix_file):
+    program = "import sys, llava_keeplora_eval.cli as cli; sys.exit(cli.main(sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "matrix", matrix_file], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_a_batch_of_no_examples_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["predict", "--model", "m", "--task", "t", "--output", "o", "--batch-size", "0"])
