@@ -225,6 +225,13 @@ def test_classes_left_to_a_source_without_names_or_with_another_number(pets, tmp
         pets(**change).prompts
 
 
+def test_an_image_column_that_holds_no_images(pets, tmp_path, make):
+    make.parquet(tmp_path / "pets" / "train.parquet", {"image": [make.encoded(0)], "label": [0]})
+    source = {"format": "parquet", "path": "pets", "columns": {"image": "label"}}
+    sentence = refusal(pets(source=source, splits={"train": "train.parquet"}))
+    assert sentence.startswith("the column 'label' in the train split of 'pets' holds no images (")
+
+
 def test_a_missing_column_is_named_with_the_nearest_one(pets, tmp_path, make):
     make.parquet(tmp_path / "pets" / "train.parquet", {"image": [make.encoded(0)], "lable": ["cat"]})
     assert refusal(pets(source={"format": "parquet", "path": "pets"}, splits={"train": "train.parquet"})) == (
@@ -247,6 +254,8 @@ def test_duplicate_ids(questions):
     ("change", "sentence"),
     [
         ({"id": None}, "record 0 of train.json has no 'id'; give every record its own id."),
+        ({"answer": []}, "record 'a' of train.json has no question or no answer; complete or remove the record."),
+        ({"text": 3}, "record 'a' of train.json has no question or no answer; complete or remove the record."),
         ({"image": None}, "record 'a' of train.json has no image; give every record one image path."),
         ({"image": ["x.png", "y.png"]}, "record 'a' of train.json has more than one image; give every record one image path."),
         ({"answer": None}, "record 'a' of train.json has neither 'conversations' nor 'text' and 'answer'; add one of them."),

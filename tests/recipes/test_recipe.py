@@ -89,6 +89,14 @@ def test_a_missing_key_is_named(refusal, key):
             {"kind": "vqa", "prompt": "Answer.", "classes": None, "source": {"format": "llava_json", "path": "x"}},
             "mine.yaml has the prompt 'Answer.', which has no place for the question; ",
         ),
+        (
+            {"source": {"format": "rendered", "task": "digits"}},
+            "mine.yaml lists classes for a rendered task, which has its own; remove 'classes' from ",
+        ),
+        (
+            {"source": {"format": "rendered", "task": "digits"}, "classes": None, "splits": {"train": "trian"}},
+            "mine.yaml names the split 'trian', which 'digits' does not have; did you mean 'train'.",
+        ),
         ({"source": {"format": "rendered", "task": "digit"}}, "mine.yaml names the rendered task 'digit', which does not exist; did you mean 'digits'."),
     ],
 )  # fmt: skip

@@ -1,0 +1,95 @@
+"""Where a task's files lie, and the refusals when they don't."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from .errors import RecipeError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+def set_folder(recipe: Recipe, data_root: str | Path | None) -> Path:
+    """The folder of a task's files: under the data root, else beside the user's YAML.
+
+    Raises:
+        RecipeError: no data root is given, or the folder does not exist.
+    """
+    path = own_path(recipe)
+    if not path.is_absolute():
+        base = Path(data_root).expanduser() if data_root is not None else recipe.folder
+        if base is None:
+            raise RecipeError(
+                f"recipe '{recipe.name}' reads files from '{path}' under a data root, and none is given",
+                "give the folder that holds it with --data-root",
+            )
+        path = base / path
+    if not path.is_dir():
+        raise RecipeError(
+            f"the data of '{recipe.name}' is not there: no folder '{path}'",
+            "give the folder that holds it with --data-root",
+        )
+    return path
+
+
+def own_path(recipe: Recipe) -> Path:
+    """The path, or Hub id, that a recipe names.
+
+    Raises:
+        RecipeError: it names none, because the user has to.
+    """
+    path = recipe.source["path"]
+    if not isinstance(path, str) or not path:
+        raise RecipeError(
+            f"recipe '{recipe.name}' does not say where its data is (source.path is {path!r})",
+            f"write a YAML with 'extends: {recipe.name}' and a 'source:' that names a Hub dataset id "
+            "(format: hub) or a folder of parquet files (format: parquet), and use its path as the task",
+        )
+    return Path(path).expanduser()
+
+
+def inside(folder: Path, name: str, what: str) -> Path:
+    """`folder / name`; links on disk are the user's own and are followed.
+
+    Args:
+        what: what has this path, for the error's sentence.
+
+    Raises:
+        RecipeError: the name leads out of the folder.
+    """
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise RecipeError(
+            f"{what} has the path '{name}', which leads out of its data folder",
+            "use a path inside the folder",
+        )
+    return folder / parts
+
+
+def split_file(recipe: Recipe, split: str, data_root: str | Path | None) -> Path:
+    """The one file or folder of a split.
+
+    Raises:
+        RecipeError: it is not there, leads out of the task's folder, or the recipe names several.
+    """
+    folder = set_folder(recipe, data_root)
+    name = recipe.splits[split]
+    if not isinstance(name, str):
+        raise RecipeError(
+            f"recipe '{recipe.name}' has {name!r} as its {split} split", "write one file name as text"
+        )
+    path = inside(folder, name, f"split '{split}' of recipe '{recipe.name}'")
+    if not path.exists():
+        raise RecipeError(
+            f"the {split} split of '{recipe.name}' is not there: no '{path}'",
+            "add the file, or correct 'splits' in the recipe",
+        )
+    return path
+
+
+def told(error: BaseException) -> str:
+    """An error of another library, short enough for one sentence."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
