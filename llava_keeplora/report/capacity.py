@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def draw_protected_fraction(
 
 
 def _fractions(capacity: Capacity) -> dict[str, dict[str, list[float]]]:
-    """part -> layer -> k/in per stage, in the order in which layers are first named."""
+    """part -> layer -> k/in per stage, layers in the order of the numbers in their names."""
     parts: dict[str, dict[str, list[float]]] = {}
     for stage, layers in enumerate(capacity):
         for name, size in layers.items():
@@ -85,7 +86,12 @@ def _fractions(capacity: Capacity) -> dict[str, dict[str, list[float]]]:
             line[stage] = size["k"] / size["in"]
     if not parts:
         raise ReportError("the capacity names no layer", "leave the plot out, or run a method that protects directions")
-    return parts
+    # Files keep names in alphabetical order, where layer 10 comes before layer 2.
+    return {part: dict(sorted(layers.items(), key=lambda item: _natural(item[0]))) for part, layers in parts.items()}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
 
 
 def _draw_part(figure, axes, part: str, layers: dict[str, list[float]], stages: list[str], palette: Palette) -> None:

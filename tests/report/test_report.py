@@ -95,6 +95,14 @@ def test_the_protected_fraction_is_drawn_per_part_and_layer_with_gaps(tmp_path, 
     assert png.exists() and svg.exists()
 
 
+def test_layers_are_ordered_by_their_numbers_not_by_their_letters():
+    from llava_keeplora.report.capacity import draw_protected_fraction
+
+    names = ["m.10.fc1", "m.2.fc1", "m.2.attn", "m.1.fc1"]
+    legend = draw_protected_fraction([{name: {"in": 4, "k": 1, "part": "text"} for name in names}]).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["1.fc1", "2.attn", "2.fc1", "10.fc1"]
+
+
 def test_many_layers_are_told_apart_by_colour_instead_of_names():
     from llava_keeplora.report.capacity import draw_protected_fraction
 
