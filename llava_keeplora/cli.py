@@ -79,13 +79,13 @@ def _train(args: argparse.Namespace) -> None:
     with processes(config) as main_process:
         results = run(config)
         if main_process:
-            from llava_keeplora.report import summary
+            from llava_keeplora.report.run_report import summary
 
             sys.stdout.write(summary(config.output_dir, results))
 
 
 def _report(args: argparse.Namespace) -> None:
-    from llava_keeplora.report import summary, write_run_report
+    from llava_keeplora.report.run_report import summary, write_run_report
 
     results = write_run_report(args.run_folder)
     sys.stdout.write(summary(args.run_folder, results))

@@ -154,7 +154,7 @@ def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_tree(tiny_clip, tiny_tasks):
     """Function (output_dir, **changes) → a run as plain data: sequential LoRA and KeepLoRA on the tiny tasks."""
 
@@ -173,7 +173,7 @@ def run_tree(tiny_clip, tiny_tasks):
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_config(run_tree):
     """Function (output_dir, **changes) → `RunConfig`; see `run_tree`."""
     from llava_keeplora.config import parse_config

@@ -5,6 +5,7 @@ Legend: in / out features of a layer, r rank. ΔW = scale · B A with A (r, in) 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +39,16 @@ class Delta:
 def save_deltas(path: Path, deltas: Mapping[str, Delta]) -> str:
     """Write a task's deltas as safetensors and return the file's SHA-256."""
     tensors = {f"{name}.{key}": getattr(delta, key) for name, delta in deltas.items() for key in ("A", "B")}
-    return write_tensors(path, tensors, {name: repr(delta.scale) for name, delta in deltas.items()})
+    # One metadata entry: safetensors writes several in an order that changes from process to process.
+    return write_tensors(path, tensors, {"scales": json.dumps({name: delta.scale for name, delta in sorted(deltas.items())})})
 
 
 def load_deltas(path: Path) -> dict[str, Delta]:
     """Read what `save_deltas` wrote."""
     with safe_open(path, framework="pt") as file:
         return {
-            name: Delta(file.get_tensor(f"{name}.A"), file.get_tensor(f"{name}.B"), float(scale))
-            for name, scale in (file.metadata() or {}).items()
+            name: Delta(file.get_tensor(f"{name}.A"), file.get_tensor(f"{name}.B"), scale)
+            for name, scale in json.loads(file.metadata()["scales"]).items()
         }
 
 

@@ -85,6 +85,8 @@ class KeepLora(Method):
             ctx.report["layers_without_features"] = sorted(set(ctx.layers) - set(leaders))
         for name, new in self._added.items():
             self._grow(name, new)
+        # What is kept is what the basis holds, after the appended columns were made orthogonal once more.
+        self._added = {name: self.bases[name][:, -new.shape[1] or self.bases[name].shape[1] :] for name, new in self._added.items()}
         ctx.report["capacity"] = {
             name: {"in": layer.module.in_features, "k": self.bases[name].shape[1], "part": layer.part} for name, layer in ctx.layers.items()
         }

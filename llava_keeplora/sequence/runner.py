@@ -64,6 +64,8 @@ def run(config: RunConfig) -> dict[str, Matrix]:
         shared = Shared(config, workspace, tasks, family)
         methods = {ZERO_SHOT: MethodConfig(ZERO_SHOT, ZERO_SHOT, {}, config.parts, config.training), **config.methods}
         runs = [LabelRun(shared, method) for method in methods.values()]
+        # Taken once, before the first method touches a weight: every method starts from the same base.
+        shared.base = BaseWeights({name: layer.module for r in runs for name, layer in r.layers.items()})
         with shared.progress(sum(r.cost_left() for r in runs)):
             for label_run in runs:
                 label_run.go()
@@ -91,6 +93,7 @@ class Shared:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.world = dist.get_world_size() if self.distributed else 1
+        self.base: BaseWeights
         self.bar: tqdm | None = None
 
     def progress(self, cost: float) -> tqdm:
@@ -125,6 +128,7 @@ class LabelRun:
         self.count = len(self.tasks) if cls.learns else 0
         self.epochs = shared.config.epochs(config.label) if cls.learns else []
         self._method_at = 0
+        self.layers = self._find_layers()
         names = [task.name for task in self.tasks]
         path = self.folder / "matrix.json"
         self.matrix = Matrix.from_json(path) if path.exists() else Matrix(names, [None] * len(names), [])
@@ -137,7 +141,6 @@ class LabelRun:
         todo = next_stage(self.journal.entries, self.count)
         if todo is None:
             return
-        self._prepare_model()
         while todo is not None:
             index, stage = todo
             self._describe(index, stage)
@@ -199,21 +202,19 @@ class LabelRun:
     def _plan(self, index: int) -> dict[str, Any]:
         return {"seed": self.shared.config.seed, "tasks": [t.record() for t in (self.tasks if index == 0 else self.tasks[index - 1 : index])]}
 
-    def _prepare_model(self) -> None:
-        family = self.shared.family
-        modules: dict[str, torch.nn.Linear] = {}
-        self.layers: dict[str, Layer] = {}
+    def _find_layers(self) -> dict[str, Layer]:
+        """The layers that this method adapts, by full name."""
+        family, found = self.shared.family, {}
         for part, settings in self.config.parts.items() if self.count else ():
             for name, module in family.linear_layers(part, settings.targets).items():
-                modules[name] = module
-                self.layers[name] = Layer(name, part, module, settings.rank, settings.alpha, settings.energy_weight, settings.energy_feature)
-        if self.count and not self.layers:
+                found[name] = Layer(name, part, module, settings.rank, settings.alpha, settings.energy_weight, settings.energy_feature)
+        if self.count and not found:
             raise ConfigError("the run adapts no part of the model", f"name at least one of {', '.join(family.parts)} under `parts`")
-        self.base = BaseWeights(modules)
+        return found
 
     def _rebuild(self, tasks: int) -> None:
         """Put the model and the method into the state after so many tasks, from the files alone."""
-        self.base.apply(load_deltas(self.path(t, "delta.safetensors")) for t in range(1, tasks + 1))
+        self.shared.base.apply(load_deltas(self.path(t, "delta.safetensors")) for t in range(1, tasks + 1))
         known = [self.path(t, "state.safetensors") for t in range(tasks + 1)]
         known = [path for path in known if path.exists()]
         if len(known) != self._method_at:
@@ -394,6 +395,6 @@ class LabelRun:
 
 def _report(workspace: Workspace, runs: list[LabelRun]) -> None:
     """Tables and pictures of everything that is there."""
-    from llava_keeplora.report import write_run_report
+    from llava_keeplora.report.run_report import write_run_report
 
     write_run_report(workspace.root)

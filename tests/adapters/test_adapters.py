@@ -1,0 +1,102 @@
+"""PEFT adapters on named layers, and the deltas that a task leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, attach, detach, load_deltas, read_adapters, save_deltas
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.other_q_proj, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.other_q_proj(torch.tanh(self.q_proj(x)))))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def random_delta(out=6, width=6, rank=2, scale=0.5):
+    return Delta(torch.randn(rank, width), torch.randn(out, rank), scale)
+
+
+def test_only_the_named_layers_are_adapted_although_another_name_ends_alike(net):
+    wrapper = attach(net, {"q_proj": AdapterInit(2, 2.0)})
+
+    assert set(read_adapters(net)) == {"q_proj"}
+    detach(wrapper)
+    assert type(net.q_proj) is nn.Linear and not read_adapters(net)
+
+
+def test_each_layer_keeps_its_own_rank_and_scale(net):
+    attach(net, {"q_proj": AdapterInit(2, 2.0), "other_q_proj": AdapterInit(3, 6.0), "out": AdapterInit(2, 1.0)})
+
+    adapters = read_adapters(net)
+    assert {n: (d.A.shape[0], d.scale) for n, d in adapters.items()} == {"q_proj": (2, 1.0), "other_q_proj": (3, 2.0), "out": (2, 0.5)}
+
+
+def test_a_frozen_A_stays_frozen_when_peft_sets_the_adapter_again(net):
+    A = torch.randn(2, 6)
+    wrapper = attach(net, {"q_proj": AdapterInit(2, 2.0, A=A)})
+    wrapper.set_adapter("default")
+
+    assert [n for n, p in wrapper.named_parameters() if p.requires_grad] == ["base_model.model.q_proj.lora_B.default.weight"]
+    torch.testing.assert_close(read_adapters(net)["q_proj"].A, A)
+
+
+def test_attaching_and_detaching_leaves_the_base_bitwise_unchanged(net):
+    before = {n: p.clone() for n, p in net.named_parameters()}
+    wrapper = attach(net, {"q_proj": AdapterInit(2, 2.0, B=torch.ones(6, 2)), "out": AdapterInit(2, 2.0)})
+    detach(wrapper)
+
+    assert all(torch.equal(before[n], p) for n, p in net.named_parameters())
+
+
+def test_the_merged_weights_compute_what_the_adapter_computes(net):
+    x = torch.randn(5, 6)
+    base = BaseWeights({"q_proj": net.q_proj})
+    delta = random_delta()
+    wrapper = attach(net, {"q_proj": AdapterInit(2, 1.0, A=delta.A, B=delta.B)})
+    with_adapter = net(x)
+    detach(wrapper)
+    base.apply([{"q_proj": delta}])
+
+    torch.testing.assert_close(net(x), with_adapter, atol=1e-6, rtol=1e-5)
+
+
+def test_the_weights_are_rebuilt_from_the_base_every_time_so_that_nothing_accumulates(net):
+    base = BaseWeights({"q_proj": net.q_proj})
+    first, second = {"q_proj": random_delta()}, {"q_proj": random_delta()}
+    original = net.q_proj.weight.clone()
+    for _ in range(3):
+        base.apply([first, second])
+    torch.testing.assert_close(net.q_proj.weight, original + first["q_proj"].dense() + second["q_proj"].dense())
+    base.apply([])
+    assert torch.equal(net.q_proj.weight, original)
+
+
+def test_a_bf16_model_is_rounded_once_from_the_exact_sum(net):
+    net = net.to(torch.bfloat16)
+    base = BaseWeights({"q_proj": net.q_proj})
+    tasks = [{"q_proj": random_delta(scale=0.01)} for _ in range(20)]
+    exact = net.q_proj.weight.detach().float() + sum(t["q_proj"].dense() for t in tasks)
+    base.apply(tasks)
+    assert float((net.q_proj.weight.float() - exact).abs().max()) <= float(exact.abs().max()) * 2**-8
+
+
+def test_deltas_come_back_from_disk_bit_for_bit(tmp_path):
+    deltas = {"a.b": random_delta(scale=1 / 3), "c": random_delta(out=4, rank=3)}
+    save_deltas(tmp_path / "delta.safetensors", deltas)
+    loaded = load_deltas(tmp_path / "delta.safetensors")
+
+    assert loaded.keys() == deltas.keys()
+    for name, delta in deltas.items():
+        assert torch.equal(loaded[name].A, delta.A) and torch.equal(loaded[name].B, delta.B) and loaded[name].scale == delta.scale

@@ -1,0 +1,134 @@
+"""The gradient and feature passes against plain autograd and plain concatenation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llava_keeplora.capture import feature_pass, gradient_pass, shared_inputs
+from llava_keeplora.models import ClipFamily
+from llava_keeplora.subspace import SecondMoment
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+PROMPTS = ["a red thing", "a blue thing indeed", "green"]
+
+
+@pytest.fixture
+def family(tiny_clip):
+    return ClipFamily.load(str(tiny_clip), None, torch.float32)
+
+
+@pytest.fixture
+def task(family):
+    from llava_keeplora.models import ClipTask
+    from llava_keeplora_eval.predictors import tokenize_prompts
+
+    tokens = tokenize_prompts(family.processor, PROMPTS)
+    return ClipTask(family.model, tokens["input_ids"], tokens["attention_mask"])
+
+
+@pytest.fixture
+def layers(family):
+    return {n: m for part in ("vision", "text") for n, m in family.linear_layers(part, TARGETS).items()}
+
+
+@pytest.fixture
+def batches(family):
+    generator = torch.Generator().manual_seed(0)
+    size = family.model.config.vision_config.image_size
+    return [
+        {"pixel_values": torch.randn(n, 3, size, size, generator=generator), "labels": torch.randint(0, 3, (n,), generator=generator)}
+        for n in (5, 5, 2)
+    ]
+
+
+def test_the_gradient_pass_equals_autograd_on_the_whole_data_in_both_encoders(task, layers, batches):
+    captured = gradient_pass(task, layers, batches, total=12)
+
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    whole = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
+    task(**whole)["loss"].backward()
+
+    assert captured.keys() == layers.keys()
+    for name, layer in layers.items():
+        torch.testing.assert_close(captured[name], layer.weight.grad, rtol=1e-4, atol=1e-7 + 1e-5 * float(layer.weight.grad.abs().max()))
+
+
+def test_the_gradient_pass_reaches_the_first_layer_of_a_frozen_model_and_leaves_no_gradient_behind(task, layers, batches):
+    captured = gradient_pass(task, layers, batches, total=12)
+
+    first = next(name for name in layers if name.startswith("vision_model.encoder.layers.0"))
+    assert float(captured[first].norm()) > 0
+    assert all(p.grad is None for p in task.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in layers.values())
+
+
+def test_a_layer_that_the_loss_does_not_reach_has_no_gradient(task, layers, batches):
+    class VisionOnly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stray = nn.Linear(4, 4)
+
+        def forward(self, **batch):
+            return task(**batch)
+
+        constants = staticmethod(task.constants)
+
+    model = VisionOnly()
+    captured = gradient_pass(model, {**layers, "stray": model.stray}, batches, total=12)
+
+    assert "stray" not in captured
+
+
+def test_gradient_checkpointing_does_not_change_the_gradient(family, task, layers, batches):
+    plain = gradient_pass(task, layers, batches, total=12)
+    family.model.train()
+    family.model.gradient_checkpointing_enable()
+    checkpointed = gradient_pass(task, layers, batches, total=12)
+
+    for name in layers:
+        torch.testing.assert_close(checkpointed[name], plain[name])
+
+
+def test_layers_that_read_the_same_tensor_are_found(task, layers, batches):
+    leaders = shared_inputs(layers, lambda: task(**batches[0]))
+
+    for name in layers:
+        stem, leaf = name.rsplit(".", 1)
+        assert leaders[name] == (f"{leaders[name].rsplit('.', 1)[0]}.{leaders[name].rsplit('.', 1)[1]}")
+        if leaf in ("q_proj", "k_proj", "v_proj"):
+            assert leaders[name] == leaders[f"{stem}.q_proj"]
+        else:
+            assert leaders[name] == name
+
+
+def test_the_feature_pass_equals_the_concatenated_inputs(family, task, layers, batches):
+    parts = {name: "text" if name.startswith("text") else "vision" for name in layers}
+    statistics, leaders = feature_pass(task, layers, parts, batches, SecondMoment)
+
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    handles = [m.register_forward_pre_hook(lambda mod, args, n=n: seen[n].append(args[0].detach().double())) for n, m in layers.items()]
+    whole = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
+    with torch.no_grad():
+        task(**whole)
+    for handle in handles:
+        handle.remove()
+
+    keep = task.attention_mask.bool()
+    assert not keep.all(), "the prompts must differ in length for padding to be tested"
+    for name in layers:
+        (x,) = seen[name]
+        x = x[keep] if parts[name] == "text" else x.flatten(0, 1)
+        torch.testing.assert_close(statistics[leaders[name]].matrix, x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_prompts_run_once_per_pass(task, layers, batches, monkeypatch):
+    calls = []
+    original = task.clip.get_text_features
+    monkeypatch.setattr(task.clip, "get_text_features", lambda **kw: calls.append(1) or original(**kw))
+
+    gradient_pass(task, layers, batches, total=12)
+
+    assert len(calls) == 1

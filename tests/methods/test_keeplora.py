@@ -1,0 +1,262 @@
+"""The identities of KeepLoRA, on every adapted layer after every task of a real run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from llava_keeplora.adapters import AdapterInit, attach, load_deltas, read_adapters
+from llava_keeplora.errors import MethodError
+from llava_keeplora.methods import METHODS, Layer, TaskContext
+from llava_keeplora.sequence import run
+from llava_keeplora.subspace import project
+
+KeepLora = METHODS["keeplora"]
+
+
+# --- on a run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, run_config):
+    config = run_config(tmp_path_factory.mktemp("keeplora"), methods={"keeplora": {}})
+    run(config)
+    return Path(config.output_dir) / "keeplora"
+
+
+def folders(finished):
+    return sorted(p for p in finished.glob("task-*") if not p.name.startswith("task-00"))
+
+
+def bases_before(finished, task):
+    """Layer → M' as it was before task number `task` (1, 2, ...)."""
+    states = [load_file(p / "state.safetensors") for p in sorted(finished.glob("task-*"))[:task] if (p / "state.safetensors").exists()]
+    return {name: torch.cat([s[name] for s in states if name in s], dim=1) for name in states[0]}
+
+
+def test_A_is_orthonormal_and_outside_the_protected_subspace(finished):
+    for number, folder in enumerate(folders(finished), start=1):
+        bases = bases_before(finished, number)
+        for name, delta in load_deltas(folder / "delta.safetensors").items():
+            A = delta.A.double()
+            torch.testing.assert_close(A @ A.T, torch.eye(len(A)).double(), atol=2e-6, rtol=0)
+            assert float((A @ bases[name].double()).abs().max()) < 2e-6
+
+
+def test_an_input_inside_the_protected_subspace_gives_the_same_output_after_the_task(finished):
+    for number, folder in enumerate(folders(finished), start=1):
+        bases = bases_before(finished, number)
+        for name, delta in load_deltas(folder / "delta.safetensors").items():
+            change = delta.dense()
+            assert float(change.norm()) > 0, "a task that changes nothing proves nothing"
+            assert float((change @ bases[name]).norm()) < 1e-5 * float(change.norm()) + 1e-12
+
+
+def test_every_update_lies_in_the_span_of_A(finished):
+    for folder in folders(finished):
+        prepared = load_file(folder / "adapters.safetensors")
+        for name, delta in load_deltas(folder / "delta.safetensors").items():
+            change = delta.dense().double()
+            torch.testing.assert_close(project(change, prepared[f"{name}.A"].T.double()), change, atol=1e-7, rtol=1e-5)
+
+
+def test_A_is_frozen_through_training(finished):
+    for folder in folders(finished):
+        prepared = load_file(folder / "adapters.safetensors")
+        for name, delta in load_deltas(folder / "delta.safetensors").items():
+            assert torch.equal(delta.A, prepared[f"{name}.A"])
+
+
+def test_the_basis_stays_orthonormal_grows_by_the_recorded_number_and_fits_the_input(finished):
+    for number, folder in enumerate(folders(finished), start=1):
+        before, after = bases_before(finished, number), bases_before(finished, number + 1)
+        report = json.loads((folder / "consolidated.json").read_text())
+        for name, basis in after.items():
+            width, k = basis.shape
+            assert k <= width
+            assert k == before[name].shape[1] + report["feature_energy"][name]["new"] == report["capacity"][name]["k"]
+            assert torch.equal(basis[:, : before[name].shape[1]], before[name])
+            torch.testing.assert_close(basis.T.double() @ basis.double(), torch.eye(k).double(), atol=5e-6, rtol=0)
+
+
+def test_the_protected_share_of_the_features_reaches_the_threshold(finished):
+    for folder in folders(finished):
+        for numbers in json.loads((folder / "consolidated.json").read_text())["feature_energy"].values():
+            assert numbers["after"] >= 0.9 - 1e-9
+
+
+# --- on one layer --------------------------------------------------------------------------------
+
+
+def layer_context(weight_shape=(6, 10), rank=3, gradient=None, energy_weight=0.5, index=1):
+    torch.manual_seed(0)
+    module = nn.Linear(weight_shape[1], weight_shape[0], bias=False)
+    layer = Layer("layer", "vision", module, rank, float(rank), energy_weight, 0.9)
+    gradients = {} if gradient is None else {"layer": gradient}
+
+    def features(factory):
+        statistic = factory(weight_shape[1])
+        statistic.add(torch.randn(50, weight_shape[1]), None)
+        return {"layer": statistic}, {"layer": "layer"}
+
+    return TaskContext(index, "t", {"layer": layer}, lambda fraction: gradients, features, seed=0)
+
+
+def started(options=None, **kwargs):
+    method = KeepLora(KeepLora.Options(**(options or {})))
+    method.consolidate(layer_context(index=0, **kwargs))
+    return method
+
+
+def test_training_B_by_gradient_descent_is_full_gradient_descent_projected_with_A_A_transposed():
+    """Proposition 3.1: with W = W_0 + s B A and A frozen, ΔW after each step is −η s² G(W) AᵀA."""
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 10).double(), torch.randn(20, 6).double()
+    A = torch.linalg.qr(torch.randn(10, 3).double()).Q.T
+    scale, rate = 0.5, 0.1
+    weight = torch.randn(6, 10).double()
+
+    def gradient(w):
+        w = w.clone().requires_grad_(True)
+        nn.functional.mse_loss(x @ w.T, y).backward()
+        return w.grad
+
+    net = nn.ModuleDict({"layer": nn.Linear(10, 6, bias=False)}).double()
+    net["layer"].weight.data = weight.clone()
+    attach(net, {"layer": AdapterInit(3, 1.5, A=A)})
+    net = net.double()
+    net["layer"].lora_A["default"].weight.data = A
+    optimiser = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=rate)
+    projected = weight.clone()
+    for _ in range(25):
+        optimiser.zero_grad()
+        nn.functional.mse_loss(net["layer"](x), y).backward()
+        optimiser.step()
+        projected = projected - rate * scale**2 * gradient(projected) @ A.T @ A
+    torch.testing.assert_close(weight + read_adapters(net)["layer"].scale * (net["layer"].lora_B["default"].weight @ A), projected)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_delta_form_and_the_literal_form_train_alike_but_for_the_pull_of_weight_decay(decay):
+    """Adam on D from 0 and on B from B₀ on W' = W − s B₀A; decaying B adds the constant pull −ηλB₀ (method, 'A being frozen')."""
+    torch.manual_seed(1)
+    x, y = torch.randn(40, 10).double(), torch.randn(40, 6).double()
+    A, B0 = torch.linalg.qr(torch.randn(10, 3).double()).Q.T, torch.randn(6, 3).double()
+    weight, scale, rate = torch.randn(6, 10).double(), 0.5, 1e-2
+
+    def train(base, start, pull):
+        B = start.clone().requires_grad_(True)
+        optimiser = torch.optim.AdamW([B], lr=rate, weight_decay=decay)
+        for _ in range(30):
+            optimiser.zero_grad()
+            nn.functional.mse_loss(x @ (base + scale * B @ A).T, y).backward()
+            optimiser.step()
+            with torch.no_grad():
+                B += pull
+        return B.detach()
+
+    literal = train(weight - scale * B0 @ A, B0, 0.0)
+    delta = train(weight, torch.zeros_like(B0), -rate * decay * B0)
+    torch.testing.assert_close(literal - B0, delta)
+
+
+def test_a_method_starts_from_the_base_whatever_ran_before_it(tmp_path, run_config):
+    methods = {"first": {"method": "keeplora"}, "second": {"method": "keeplora"}}
+    config = run_config(tmp_path / "run", methods=methods)
+    run(config)
+    for folder in folders(Path(config.output_dir) / "first"):
+        for file in ("adapters.safetensors", "delta.safetensors", "state.safetensors"):
+            assert (folder / file).read_bytes() == (Path(config.output_dir) / "second" / folder.name / file).read_bytes()
+
+
+def test_the_two_forms_give_the_same_run_without_weight_decay(tmp_path, run_config):
+    config = run_config(
+        tmp_path / "run", methods={"delta": {"method": "keeplora"}, "literal": {"method": "keeplora", "form": "literal"}}, training={"weight_decay": 0.0}
+    )
+    run(config)
+    for folder in folders(Path(config.output_dir) / "delta"):
+        ours = load_deltas(folder / "delta.safetensors")
+        theirs = load_deltas(Path(config.output_dir) / "literal" / folder.name / "delta.safetensors")
+        for name in ours:
+            scale = float(ours[name].dense().abs().max())
+            torch.testing.assert_close(ours[name].dense(), theirs[name].dense(), atol=0.02 * scale, rtol=0)
+
+
+def test_a_layer_without_a_gradient_is_named_and_left_out():
+    method = started()
+    ctx = layer_context(gradient=torch.randn(6, 10))
+    ctx.layers["silent"] = Layer("silent", "vision", nn.Linear(10, 6), 3, 3.0, 0.5, 0.9)
+    method.bases["silent"] = method.bases["layer"]
+
+    inits = method.prepare(ctx)
+
+    assert set(inits) == {"layer"} and ctx.report["left_out"] == {"silent": "no gradient"}
+
+
+def test_when_no_layer_has_a_gradient_the_task_is_refused():
+    with pytest.raises(MethodError, match="no adapted layer has a direction left for task 't'; lower energy_weight"):
+        started().prepare(layer_context())
+
+
+def test_a_gradient_inside_the_protected_subspace_leaves_the_layer_out_rather_than_giving_it_a_random_A():
+    method = started()
+    inside = torch.randn(6, method.bases["layer"].shape[1]) @ method.bases["layer"].T
+    with pytest.raises(MethodError, match="no adapted layer"):
+        method.prepare(layer_context(gradient=inside))
+
+
+def test_a_gradient_of_lower_rank_gives_fewer_directions_at_the_same_scale():
+    method = started()
+    thin = torch.randn(6, 1) @ torch.randn(1, 10)
+    (init,) = method.prepare(layer_context(gradient=thin)).values()
+    assert init.rank == 1 and init.scale == 1.0
+
+
+def test_a_rank_larger_than_the_residual_space_is_refused_with_the_layer_and_the_cure():
+    with pytest.raises(MethodError, match=r"layer layer has \d+ of 10 input directions left .* fewer than the rank 9; lower parts.vision.rank"):
+        started(rank=9, energy_weight=0.9)
+
+
+def test_without_W_p_nothing_is_protected_before_the_first_task():
+    assert started({"protect_weights": False}).bases["layer"].shape == (10, 0)
+
+
+def test_without_M_t_the_basis_does_not_grow():
+    method = started({"protect_features": False})
+    before = method.bases["layer"].clone()
+    method.consolidate(layer_context())
+    assert torch.equal(method.bases["layer"], before)
+
+
+def test_the_random_ablation_is_random_orthonormal_and_still_outside_the_protected_subspace():
+    method = started({"init": "random"})
+    gradient = torch.randn(6, 10)
+    (init,) = method.prepare(layer_context(gradient=gradient)).values()
+    (guided,) = started().prepare(layer_context(gradient=gradient)).values()
+    torch.testing.assert_close(init.A @ init.A.T, torch.eye(3), atol=1e-5, rtol=0)
+    assert float((init.A @ method.bases["layer"]).abs().max()) < 1e-5
+    assert float((project(init.A, guided.A.T) - init.A).norm()) > 0.1
+
+
+def test_the_state_of_all_tasks_rebuilds_the_bases_bit_for_bit():
+    method = started()
+    states = [method.state()]
+    method.consolidate(layer_context())
+    states.append(method.state())
+    again = KeepLora(KeepLora.Options())
+    again.load(states)
+    assert torch.equal(again.bases["layer"], method.bases["layer"]) and again.capacity() == method.capacity()
+
+
+def test_the_released_preset_needs_square_layers_and_says_so():
+    with pytest.raises(MethodError, match="in layer layer: the released-clip preset .* square"):
+        started({"preset": "released-clip"})
+
+
+def test_the_released_preset_runs_on_square_layers(tmp_path, run_config):
+    run(run_config(tmp_path / "run", methods={"released": {"method": "keeplora", "preset": "released-clip"}}))
