@@ -66,7 +66,8 @@ def load_tasks(config: RunConfig) -> list[Task]:
             train, test = train.split_holdout(config.data.holdout, HOLDOUT_SEED)
         else:
             test = recipe.load("test", config.data.root, config.data.on_bad_image)
-        tasks.append(Task(recipe, train, test))
+        # The loaded recipe: some class lists come from the source itself.
+        tasks.append(Task(train.recipe, train, test))
     return tasks
 
 

@@ -65,7 +65,7 @@ def next_stage(entries: Sequence[Entry], tasks: int) -> tuple[int, str] | None:
 
 
 class Journal:
-    """A JSONL file of finished stages; a torn last line is what a kill leaves and is cut off.
+    """A JSONL file of finished stages; a torn last line is what a kill leaves; the next append cuts it off.
 
     Args:
         path: the file; made on the first append.
@@ -73,36 +73,38 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        self._whole = 0
         self.entries: list[Entry] = self._read()
 
     def _read(self) -> list[Entry]:
         if not self.path.exists():
             return []
-        entries, good = [], 0
+        entries = []
         lines = self.path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             try:
                 entry = Entry(**json.loads(line))
             except (ValueError, TypeError) as error:
-                if number == len(lines):
-                    logger.warning("%s: the last line is torn (a killed run); its stage runs again", self.path)
-                    os.truncate(self.path, good)
-                    break
-                raise RunError(f"{self.path}, line {number} is not a journal entry", "restore the file or start over in a new output_dir") from error
-            if not line.endswith(b"\n"):
-                os.truncate(self.path, good)
+                if number < len(lines):
+                    raise RunError(f"{self.path}, line {number} is not a journal entry", "restore the file or start over in a new output_dir") from error
+                entry = None
+            if entry is None or not line.endswith(b"\n"):
+                logger.warning("%s: the last line is torn (a killed run); its stage runs again", self.path)
                 break
             entries.append(entry)
-            good += len(line)
+            self._whole += len(line)
         return entries
 
     def append(self, entry: Entry) -> None:
         """Add a finished stage; on disk before this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(asdict(entry), sort_keys=True).encode() + b"\n"
         with open(self.path, "ab") as file:
-            file.write(json.dumps(asdict(entry), sort_keys=True).encode() + b"\n")
+            file.truncate(self._whole)
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        self._whole += len(line)
         self.entries.append(entry)
 
     def verify(self) -> None:

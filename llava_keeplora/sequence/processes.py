@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from llava_keeplora.config import RunConfig
+
+#: The first process alone scores and writes; the others may have to wait long.
+PATIENCE = timedelta(days=1)
 
 
 @contextmanager
@@ -24,21 +29,59 @@ def processes(config: RunConfig) -> Iterator[bool]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if config.training.get("deepspeed") or any(m.training.get("deepspeed") for m in config.methods.values()):
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if any(m.training.get("deepspeed") for m in config.methods.values()):
         import deepspeed
 
         # A plain `python` start: DeepSpeed would look for MPI to learn what a group of one is.
-        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}.items():
             os.environ.setdefault(key, value)
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=PATIENCE)
     elif world > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     else:
         for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(key, None)
-    yield int(os.environ.get("RANK", "0")) == 0
+    yield is_first_process()
     # Without this, gloo's threads may abort the interpreter on its way out. After an error the launcher
     # stops the others; waiting for them here would wait for ever.
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and reports."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let the first process go through a block before the others do; if it fails there, they leave without a word.
+
+    Raises:
+        SystemExit: in the other processes, with code 2, if the first one failed.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield
+        return
+    if dist.get_rank() == 0:
+        passed = [False]
+        try:
+            yield
+            passed = [True]
+        finally:
+            dist.broadcast_object_list(passed)
+        return
+    passed = [None]
+    dist.broadcast_object_list(passed)
+    if not passed[0]:
+        raise SystemExit(2)
+    yield
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -12,6 +12,17 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from llava_keeplora.errors import MethodError, TrainingError
 from llava_keeplora.methods import Method, TaskContext
 
+CURE = (
+    "start in a new output_dir with a lower training.learning_rate; every task before it is kept, "
+    "and the same command goes on from there"
+)
+TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+
+
+def without_timings(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The Trainer's log without clock readings, so that the same training leaves the same file."""
+    return [{key: value for key, value in record.items() if key not in TIMINGS} for record in history]
+
 
 def training_arguments(training: Mapping[str, Any], *, output_dir: str, seed: int, epochs: float) -> TrainingArguments:
     """`TrainingArguments` of one task: the user's, and what the driver sets.
@@ -78,7 +89,7 @@ class TaskTrainer(Trainer):
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss of task '{self.ctx.name}' is {loss.item()} at step {self.state.global_step + 1}",
-                "lower training.learning_rate, or check the images; the tasks before it are kept, and the same command goes on from them",
+                CURE,
             )
         return (loss, out) if return_outputs else loss
 

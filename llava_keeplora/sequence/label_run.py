@@ -1,0 +1,389 @@
+"""One labelled method over the sequence: its stages, each from what earlier ones wrote."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import set_seed
+
+from llava_keeplora.adapters import AdapterInit, Delta, attach, detach, load_deltas, read_adapters, save_deltas
+from llava_keeplora.capture import feature_pass, gradient_pass
+from llava_keeplora.config import MethodConfig
+from llava_keeplora.errors import ConfigError, RunError, TrainingError
+from llava_keeplora.files import file_hash, write_json, write_tensors
+from llava_keeplora.methods import METHODS, Layer, Method, TaskContext
+from llava_keeplora.sequence.data import Batches, Task, collate, stage_seed
+from llava_keeplora.sequence.journal import Entry, Journal, next_stage, stages_of
+from llava_keeplora.sequence.progress import duration
+from llava_keeplora.sequence.shared import Shared
+from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
+from llava_keeplora.sequence.workspace import differences
+from llava_keeplora_eval import Matrix, predict_to_file, score
+
+logger = logging.getLogger(__name__)
+
+ZERO_SHOT = "zero-shot"
+#: What a person reads while a stage runs.
+ACTIVITY = {
+    "PLANNED": "planning",
+    "PREPARED": "preparing the adapters",
+    "TRAINED": "training",
+    "CONSOLIDATED": "protecting what it knows",
+    "EVALUATED": "scoring every task",
+    "CLOSED": "closing",
+}
+
+
+class LabelRun:
+    """One labelled method over the sequence.
+
+    Args:
+        shared: what the methods of the run have in common.
+        config: the method.
+    """
+
+    def __init__(self, shared: Shared, config: MethodConfig):
+        self.shared, self.config, self.tasks = shared, config, shared.tasks
+        self.folder = shared.workspace.label(config.label)
+        cls = METHODS[config.method]
+        self.method: Method = cls(cls.Options(**config.options))
+        self.journal = Journal(self.folder / "journal.jsonl")
+        self.count = len(self.tasks) if cls.learns else 0
+        self.epochs = shared.config.epochs(config.label) if cls.learns else []
+        self._states_loaded = 0
+        self.layers = self._find_layers()
+        self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
+        self._check_training()
+        self._check_history()
+
+    # --- order -----------------------------------------------------------------------------------
+
+    def go(self) -> None:
+        """Run stage after stage until every task is closed."""
+        while (todo := self._next()) is not None:
+            index, stage = todo
+            with self.shared.progress.stage(f"{self.config.label} {self._where(index)}: {ACTIVITY[stage]}", self._cost(index, stage)):
+                self._run_stage(index, stage)
+            if stage == "CLOSED" and (index or self.config.label == ZERO_SHOT):
+                self.shared.progress.note(self._closing_line(index))
+
+    def _run_stage(self, index: int, stage: str) -> None:
+        set_seed(stage_seed(self.shared.config.seed, index, stage))
+        start = time.perf_counter()
+        files, info = getattr(self, f"_{stage.lower()}")(index)
+        seconds = time.perf_counter() - start
+        self.shared.barrier()
+        entry = Entry(index, stage, round(seconds, 3), {str(p.relative_to(self.folder)): file_hash(p) for p in files}, info)
+        if self.shared.rank == 0:
+            self.journal.append(entry)
+        else:
+            self.journal.entries.append(entry)
+        logger.debug("%s: %s of %s done in %.1f s", self.config.label, stage, self._where(index), seconds)
+
+    def _next(self) -> tuple[int, str] | None:
+        try:
+            return next_stage(self.journal.entries, self.count)
+        except RunError as error:
+            raise RunError(f"{self.journal.path}: {error.problem}", error.cure) from None
+
+    def cost_left(self) -> float:
+        """Images through the model that the open stages still need; a training step counts three passes."""
+        done = {(entry.task, entry.stage) for entry in self.journal.entries}
+        return sum(
+            self._cost(task, stage) for task in range(self.count + 1) for stage in stages_of(task) if (task, stage) not in done
+        )
+
+    def _cost(self, index: int, stage: str) -> float:
+        if stage == "EVALUATED":
+            return 0 if index == 0 and self.config.label != ZERO_SHOT else sum(len(task.test) for task in self.tasks)
+        if index == 0 or stage in ("PLANNED", "CLOSED"):
+            return 0
+        n = len(self.tasks[index - 1].train)
+        if stage == "TRAINED":
+            return 3 * n * self.epochs[index - 1]
+        return {"PREPARED": 3 * n, "CONSOLIDATED": n}[stage] if self.config.method.startswith("keeplora") else 0
+
+    def _where(self, index: int) -> str:
+        return f"task {index}/{self.count} {self._name(index)}" if index else "before any task"
+
+    def _closing_line(self, index: int) -> str:
+        if index == 0:
+            return f"{ZERO_SHOT}: {_mean(self.matrix.zero_shot):.1f} % on average over all tasks"
+        row, seconds = self.matrix.rows[index - 1], self.journal.entries[-1].info["seconds"]
+        return (
+            f"{self.config.label} {self._where(index)}: {row[index - 1]:.1f} % on it, "
+            f"{_mean(row[:index]):.1f} % on average over the tasks so far, {_mean(row):.1f} % over all, in {duration(seconds)}"
+        )
+
+    def _name(self, index: int) -> str:
+        return self.tasks[index - 1].name if index else "base"
+
+    def path(self, index: int, name: str = "") -> Path:
+        """A file of a task's folder."""
+        return self.shared.workspace.task(self.config.label, index, self._name(index)) / name
+
+    # --- history ---------------------------------------------------------------------------------
+
+    def _check_training(self) -> None:
+        """Let transformers refuse its arguments now rather than after the zero-shot row."""
+        for index in range(1, self.count + 1):
+            try:
+                self._training_arguments(index)
+            except (ValueError, TypeError, ImportError, AssertionError, OSError, NotImplementedError) as error:
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ConfigError(f"transformers refuses the training arguments of '{self.config.label}' ({why})", "mend `training`") from error
+
+    def _check_history(self) -> None:
+        """What the folder holds must be whole, and the data what it was when a task was planned; fills the matrix."""
+        self._next()
+        self.journal.verify()
+        for entry in self.journal.entries:
+            if entry.stage == "PLANNED":
+                self._check_plan(entry)
+            elif entry.stage == "EVALUATED":
+                self._fill_matrix(entry.task, json.loads(self.path(entry.task, "scores.json").read_text()))
+
+    def _check_plan(self, entry: Entry) -> None:
+        now = json.loads(json.dumps(self._plan(entry.task)))
+        for old, new in zip(entry.info["tasks"], now["tasks"], strict=True):
+            for key, before, after in differences(old, new):
+                raise RunError(
+                    f"task '{new['task']}' is not what it was when {self.folder} was planned ({key}: {before!r} → {after!r})",
+                    "restore its data and recipe to go on, or choose another output_dir",
+                )
+
+    def _plan(self, index: int) -> dict[str, Any]:
+        return {"seed": self.shared.config.seed, "tasks": [t.record() for t in (self.tasks if index == 0 else self.tasks[index - 1 : index])]}
+
+    def _find_layers(self) -> dict[str, Layer]:
+        """The layers that this method adapts, by full name."""
+        family, found = self.shared.family, {}
+        for part, settings in self.config.parts.items() if self.count else ():
+            for name, module in family.linear_layers(part, settings.targets).items():
+                found[name] = Layer(name, part, module, settings.rank, settings.alpha, settings.energy_weight, settings.energy_feature)
+        if self.count and not found:
+            raise ConfigError("the run adapts no part of the model", f"name at least one of {', '.join(family.parts)} under `parts`")
+        return found
+
+    def _rebuild(self, deltas: int, states: int | None = None) -> None:
+        """Put the model and the method into the state after so many tasks, from the files alone.
+
+        Args:
+            deltas: tasks whose delta the weights carry.
+            states: stages of the base and the tasks that the method has consolidated; deltas + 1 by default.
+        """
+        states = deltas + 1 if states is None else states
+        self.shared.base.apply(load_deltas(self.path(t, "delta.safetensors")) for t in range(1, deltas + 1))
+        if states != self._states_loaded:
+            paths = [self.path(t, "state.safetensors") for t in range(states)]
+            self.method.load([load_file(path) for path in paths if path.exists()])
+            self._states_loaded = states
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    def _planned(self, index: int) -> tuple[list[Path], dict]:
+        return [], self._plan(index)
+
+    def _prepared(self, index: int) -> tuple[list[Path], dict]:
+        self._rebuild(index - 1)
+        ctx = self._context(index, "PREPARED")
+        inits = self.method.prepare(ctx)
+        for name, why in ctx.report.get("left_out", {}).items():
+            logger.warning("%s: layer %s is left out of task %s: %s", self.config.label, name, ctx.name, why)
+        tensors, path = self.path(index, "adapters.safetensors"), self.path(index, "prepared.json")
+        start = {f"{n}.{k}": getattr(i, k) for n, i in inits.items() for k in ("A", "B") if getattr(i, k) is not None}
+        if self.shared.rank == 0:
+            self._write(tensors, start)
+            layers = {n: {"rank": i.rank, "alpha": i.alpha, "train_A": i.train_A} for n, i in inits.items()}
+            write_json(path, {"layers": layers, "report": ctx.report})
+        self.shared.barrier()
+        return [path] + [tensors] * bool(start), {"layers": len(inits), "left_out": len(ctx.report.get("left_out", {}))}
+
+    @staticmethod
+    def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        # An empty safetensors file cannot be read back; nothing is said by no file.
+        if tensors:
+            write_tensors(path, tensors)
+
+    def _inits(self, index: int) -> dict[str, AdapterInit]:
+        layers = json.loads(self.path(index, "prepared.json").read_text())["layers"]
+        path = self.path(index, "adapters.safetensors")
+        tensors = load_file(path) if path.exists() else {}
+        return {n: AdapterInit(**values, A=tensors.get(f"{n}.A"), B=tensors.get(f"{n}.B")) for n, values in layers.items()}
+
+    def _trained(self, index: int) -> tuple[list[Path], dict]:
+        self._rebuild(index - 1)
+        shared, task, inits = self.shared, self.tasks[index - 1], self._inits(index)
+        if self.method.base_offset(inits):
+            with torch.no_grad():
+                for name, init in inits.items():
+                    weight = self.layers[name].module.weight
+                    weight -= Delta(init.A, init.B, init.scale).dense().to(weight)
+        set_seed(stage_seed(shared.config.seed, index, "TRAINED"))
+        wrapper = attach(shared.family.model, inits)
+        try:
+            history = self._train(index, task)
+            trained = read_adapters(shared.family.model)
+        finally:
+            detach(wrapper)
+        for name, delta in trained.items():
+            if not (torch.isfinite(delta.A).all() and torch.isfinite(delta.B).all()):
+                raise TrainingError(f"the weights of task '{task.name}' are not finite after its {history['steps']} steps, first in layer {name}", CURE)
+        deltas = {
+            name: Delta(d.A.cpu(), d.B.cpu() - (inits[name].B if inits[name].B is not None else 0), d.scale) for name, d in trained.items()
+        }
+        delta_path, log_path = self.path(index, "delta.safetensors"), self.path(index, "train.json")
+        if shared.rank == 0:
+            save_deltas(delta_path, deltas)
+            write_json(log_path, history)
+        shared.barrier()
+        trainable = sum(d.B.numel() + (d.A.numel() if inits[n].train_A else 0) for n, d in deltas.items())
+        return [delta_path, log_path], {"steps": history["steps"], "trained_parameters": trainable}
+
+    def _train(self, index: int, task: Task) -> dict[str, Any]:
+        shared = self.shared
+        arguments = self._training_arguments(index)
+        model = shared.family.task(task.recipe)
+        cost = 3 * arguments.train_batch_size * arguments.gradient_accumulation_steps * shared.world
+        trainer = TaskTrainer(
+            method=self.method,
+            ctx=self._context(index, "TRAINED"),
+            on_step=functools.partial(shared.progress.advance, cost),
+            model=model,
+            args=arguments,
+            train_dataset=Indices(len(task.train)),
+            data_collator=functools.partial(collate, task.train, shared.cache),
+        )
+        result = trainer.train()
+        history = {"steps": trainer.state.global_step, "loss": result.training_loss, "history": without_timings(trainer.state.log_history)}
+        trainer.accelerator.free_memory()
+        shared.family.model.eval().requires_grad_(False)
+        del trainer
+        gc.collect()
+        return history
+
+    def _training_arguments(self, index: int):
+        return training_arguments(
+            self.config.training,
+            output_dir=str(self.path(index, "trainer")),
+            seed=stage_seed(self.shared.config.seed, index, "TRAINED"),
+            epochs=self.epochs[index - 1],
+        )
+
+    def _consolidated(self, index: int) -> tuple[list[Path], dict]:
+        # A killed attempt may have left this stage's own state behind; it must not count twice.
+        self._rebuild(index, states=index)
+        ctx = self._context(index, "CONSOLIDATED")
+        self.method.consolidate(ctx)
+        added = self.method.state()
+        state, path = self.path(index, "state.safetensors"), self.path(index, "consolidated.json")
+        if self.shared.rank == 0:
+            self._write(state, added)
+            write_json(path, ctx.report)
+        self.shared.barrier()
+        self._states_loaded = index + 1
+        return [path] + [state] * bool(added), {}
+
+    def _evaluated(self, index: int) -> tuple[list[Path], dict]:
+        copied = index == 0 and self.config.label != ZERO_SHOT
+        path, predictions = self.path(index, "scores.json"), [] if copied else [self._predictions(index, task) for task in self.tasks]
+        if self.shared.rank == 0:
+            if copied:
+                scores = json.loads((self.shared.workspace.task(ZERO_SHOT, 0, "base") / "scores.json").read_text())
+                self._fill_matrix(index, scores)
+            else:
+                self._rebuild(index)
+                scores = {task.name: self._score(index, task) for task in self.tasks}
+            write_json(path, scores)
+            self.write_matrix()
+        self.shared.barrier()
+        return [path, *predictions], {}
+
+    def _predictions(self, index: int, task: Task) -> Path:
+        return self.path(index, f"predictions/{task.name.replace('/', '-')}.jsonl")
+
+    def _score(self, index: int, task: Task) -> dict[str, Any]:
+        path, family, shared = self._predictions(index, task), self.shared.family, self.shared
+        path.parent.mkdir(parents=True, exist_ok=True)
+        where = {example_id: i for i, example_id in enumerate(task.test.ids)}
+
+        def pixels(examples: Sequence) -> torch.Tensor:
+            shared.progress.advance(len(examples))
+            return shared.cache.take(task.test, [where[e.id] for e in examples])
+
+        predictor = family.predictor(task.recipe, pixels=pixels)
+        predict_to_file(predictor, task.test, path, batch_size=shared.config.evaluation.batch_size)
+        result = score(task.test, path).to_dict()
+        self._fill_matrix(index, {task.name: result})
+        self.write_matrix()
+        return result
+
+    def _fill_matrix(self, index: int, scores: dict[str, Any]) -> None:
+        for name, result in scores.items():
+            self.matrix.set_cell(index - 1 if index else None, name, result["score"])
+
+    def write_matrix(self) -> None:
+        """Write the matrix, as far as it is filled."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.matrix.to_json(self.folder / "matrix.json")
+
+    def _closed(self, index: int) -> tuple[list[Path], dict]:
+        seconds = sum(entry.seconds for entry in self.journal.entries if entry.task == index)
+        return [], {"seconds": round(seconds, 1)}
+
+    # --- what a method sees ------------------------------------------------------------------------
+
+    def _context(self, index: int, stage: str) -> TaskContext:
+        return TaskContext(
+            index=index,
+            name=self._name(index),
+            layers=self.layers,
+            gradients=functools.partial(self._gradients, index),
+            features=functools.partial(self._features, index),
+            seed=stage_seed(self.shared.config.seed, index, stage),
+        )
+
+    def _batches(self, index: int, fraction: float, cost: float) -> Any:
+        shared, task = self.shared, self.tasks[index - 1]
+        size = int(self.config.training.get("per_device_train_batch_size", 8))
+        batches = Batches(task.train, shared.cache, size, fraction, shared.rank, shared.world, shared.device)
+
+        def counted():
+            for batch in batches:
+                yield batch
+                shared.progress.advance(cost * len(batch["labels"]) * shared.world)
+
+        return counted(), batches.total
+
+    def _autocast(self):
+        """The precision that training uses, for the passes too."""
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        chosen = next((dtype for key, dtype in kind.items() if self.config.training.get(key)), None)
+        return torch.autocast(self.shared.device.type, chosen) if chosen else nullcontext()
+
+    def _gradients(self, index: int, fraction: float) -> dict[str, torch.Tensor]:
+        batches, total = self._batches(index, fraction, 3)
+        task = self.shared.family.task(self.tasks[index - 1].recipe)
+        with self._autocast():
+            return gradient_pass(task, {n: layer.module for n, layer in self.layers.items()}, batches, total)
+
+    def _features(self, index: int, statistic: Callable[[int], Any]):
+        batches, _ = self._batches(index, 1.0, 1)
+        task = self.shared.family.task(self.tasks[index - 1].recipe)
+        modules = {n: layer.module for n, layer in self.layers.items()}
+        with self._autocast():
+            return feature_pass(task, modules, {n: layer.part for n, layer in self.layers.items()}, batches, statistic)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
