@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
+
+from llava_keeplora_eval.files import write_atomic
 
 
 def write_bytes(path: Path, data: bytes) -> str:
@@ -21,12 +22,7 @@ def write_bytes(path: Path, data: bytes) -> str:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
