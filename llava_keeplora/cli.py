@@ -6,9 +6,8 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-
-from llava_keeplora.errors import UserError
 
 logger = logging.getLogger("llava_keeplora")
 
@@ -53,8 +52,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def guarded(action: Callable[[], None], debug: bool) -> int:
     """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("transformers", "datasets", "accelerate", "httpx", "DeepSpeed", "torch.distributed", "filelock", "evaluate"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quiet_libraries()
+    from llava_keeplora.errors import UserError
+
     try:
         action()
     except UserError as error:
@@ -63,9 +63,22 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
         logger.error("error: %s", error)
         return 2
     except KeyboardInterrupt:
+        if debug:
+            raise
         logger.error("stopped; every finished stage is kept, run the same command to go on")
         return 130
     return 0
+
+
+def quiet_libraries() -> None:
+    """Keep what concerns the libraries' authors rather than this program's user off the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for noisy in ("transformers", "datasets", "accelerate", "bitsandbytes", "httpx", "torch.distributed", "filelock", "evaluate", "absl"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # Libraries tell one another what they will remove.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b")
+    # DeepSpeed sets its logger's level when it is imported; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -73,14 +86,18 @@ def _train(args: argparse.Namespace) -> None:
     from llava_keeplora.config import load_config
 
     config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir)
+    import datasets
+    import transformers
+
+    from llava_keeplora.report.run_report import summary
     from llava_keeplora.sequence import run
     from llava_keeplora.sequence.processes import processes
 
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     with processes(config) as main_process:
         results = run(config)
         if main_process:
-            from llava_keeplora.report.run_report import summary
-
             sys.stdout.write(summary(config.output_dir, results))
 
 

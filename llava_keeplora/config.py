@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -18,10 +19,16 @@ from typing import Any
 
 import yaml
 
-from llava_keeplora.errors import ConfigError, nearest
+from llava_keeplora.errors import ConfigError, UserError, nearest
 from llava_keeplora_recipes import load_sequence
+from llava_keeplora_recipes.errors import RecipeError
+from llava_keeplora_recipes.strict_yaml import read_mapping
 
 SHIPPED = Path(__file__).parent / "configs"
+ZERO_SHOT = "zero-shot"
+#: A label is the name of a folder beside the run's own files.
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+RUN_FILES = ("config.json", "identity.json", "results.json", "report.html", "table.md")
 
 #: Arguments of `TrainingArguments` that the driver sets itself, and what to set instead.
 DRIVER_ARGUMENTS = {
@@ -80,6 +87,8 @@ class PartConfig:
                 )
         if self.rank < 1:
             raise ConfigError(f"rank is {self.rank}, but an adapter needs at least one direction", "set rank to 1 or more")
+        if not self.alpha > 0:
+            raise ConfigError(f"alpha is {self.alpha}, but the scale alpha / rank must be above zero", "set alpha to the rank for a scale of 1")
         if not self.targets:
             raise ConfigError("targets is empty, so nothing would be adapted", "name at least one layer or leave the part out")
 
@@ -116,6 +125,10 @@ class EvaluationConfig:
     """
 
     batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}, but a batch holds at least one example", "set it to 1 or more")
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,8 @@ class RunConfig:
         """Epochs per task for a method: `training.num_train_epochs`, one number or one per task."""
         value = self.methods[label].training.get("num_train_epochs", 1)
         epochs = [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * len(self.tasks)
+        if not all(0 < e < float("inf") for e in epochs):
+            raise ConfigError(f"training.num_train_epochs is {value}, but a task is trained for more than nothing", "give positive numbers")
         if len(epochs) != len(self.tasks):
             raise ConfigError(
                 f"training.num_train_epochs lists {len(epochs)} values for {len(self.tasks)} tasks",
@@ -190,15 +205,13 @@ def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direc
     """
     path = find_config(name_or_path)
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())})", "mend the file") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds a {type(tree).__name__}, not a mapping", "write `key: value` lines")
+        tree = read_mapping(path)
+    except RecipeError as error:
+        raise ConfigError(error.problem, error.cure) from error
     for override in overrides:
         _apply_override(tree, override)
     if direct.get("data_root"):
-        tree.setdefault("data", {})["root"] = direct["data_root"]
+        tree["data"] = _as_mapping(tree.get("data"), "data") | {"root": direct["data_root"]}
     if direct.get("output_dir"):
         tree["output_dir"] = direct["output_dir"]
     return parse_config(tree)
@@ -223,6 +236,7 @@ def list_configs() -> list[str]:
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     """Build a `RunConfig` from plain data; see `load_config`."""
     tree = dict(tree)
+    _check_keys(RunConfig, tree, "")
     parts = {name: _as_mapping(value, f"parts.{name}") for name, value in _as_mapping(tree.pop("parts", {}), "parts").items()}
     training = _as_mapping(tree.pop("training", {}), "training")
     methods = _as_mapping(tree.pop("methods", {"keeplora": {}}), "methods")
@@ -234,12 +248,14 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
         tree["tasks"] = list(loaded.tasks)
         if getattr(loaded, "epochs", None):
             training.setdefault("num_train_epochs", list(loaded.epochs))
-    if not isinstance(tree["tasks"], (list, tuple)):
-        raise ConfigError(f"tasks is a {type(tree['tasks']).__name__}, not a list", "list task names or YAML files")
+    if not isinstance(tree["tasks"], (list, tuple)) or not all(isinstance(task, str) for task in tree["tasks"]):
+        raise ConfigError(f"tasks is {tree['tasks']!r}, which is no list of names", "list task names or YAML files")
+    if methods.get(ZERO_SHOT) in (None, {}):
+        methods.pop(ZERO_SHOT, None)  # It always comes first, asked for or not.
     parsed = {
-        label: _parse_method(label, _as_mapping(value or {}, f"methods.{label}"), parts, training) for label, value in methods.items()
+        label: _parse_method(label, _as_mapping(value, f"methods.{label}"), parts, training) for label, value in methods.items()
     }
-    config = build(RunConfig, tree, "", skip=("parts", "methods", "training"))
+    config = build(RunConfig, tree, "")
     config = dataclasses.replace(
         config, parts={n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()}, methods=parsed, training=check_training(training)
     )
@@ -253,16 +269,20 @@ def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], trai
     from llava_keeplora.methods import METHODS
 
     where = f"methods.{label}"
+    if not isinstance(label, str) or not LABEL.fullmatch(label) or label in RUN_FILES:
+        raise ConfigError(f"methods has the label '{label}', which cannot be a folder of the run", "use letters, digits, '-', '_', '.' and '+'")
     name = tree.pop("method", label)
-    if name not in METHODS:
-        raise ConfigError(f"{where} names the method '{name}', which does not exist", nearest(name, METHODS))
+    if not isinstance(name, str) or name not in METHODS:
+        raise ConfigError(f"{where} names the method '{name}', which does not exist", nearest(str(name), METHODS))
+    if ZERO_SHOT in (label, name):
+        raise ConfigError(f"{where} sets something for '{ZERO_SHOT}', which has no settings and always comes first", f"remove {where}")
     own_parts = _as_mapping(tree.pop("parts", {}), f"{where}.parts")
     for part in own_parts:
         if parts and part not in parts:
-            raise ConfigError(f"{where}.parts names '{part}', which the run does not adapt", nearest(part, parts))
+            raise ConfigError(f"{where}.parts names '{part}', which the run does not adapt", nearest(str(part), parts))
     merged = {n: {**parts.get(n, {}), **_as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**parts, **own_parts}}
     own_training = _as_mapping(tree.pop("training", {}), f"{where}.training")
-    options = build(METHODS[name].Options, tree, where)
+    options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training"))
     return MethodConfig(
         label=label,
         method=name,
@@ -283,7 +303,7 @@ def check_training(tree: Mapping[str, Any]) -> dict[str, Any]:
         if key in DRIVER_ARGUMENTS:
             raise ConfigError(f"training.{key} belongs to the driver", DRIVER_ARGUMENTS[key])
         if key not in fields:
-            raise ConfigError(f"training.{key} is not an argument of transformers.TrainingArguments", nearest(key, fields))
+            raise ConfigError(f"training.{key} is not an argument of transformers.TrainingArguments", nearest(str(key), fields))
         if isinstance(value, (list, tuple)) and key == "num_train_epochs":
             out[key] = [_coerce(v, float, f"training.{key}") for v in value]
         else:
@@ -291,21 +311,18 @@ def check_training(tree: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def build(kind: type, tree: Mapping[str, Any], where: str, skip: tuple[str, ...] = ()) -> Any:
+def build(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> Any:
     """Build a dataclass from a mapping; unknown keys and wrong types are errors.
 
     Args:
         kind: the dataclass.
         tree: its values; absent ones take the default.
         where: the dotted place, for error texts.
-        skip: fields that the caller fills in itself.
+        also: valid names beside the fields, for the hint.
     """
+    _check_keys(kind, tree, where, also)
     hints = typing.get_type_hints(kind)
-    fields = {f.name for f in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
-    for key in tree:
-        if key not in fields or key in skip:
-            raise ConfigError(f"unknown key '{prefix}{key}'", nearest(key, fields))
     values = {}
     for key, value in tree.items():
         hint = hints[key]
@@ -315,8 +332,15 @@ def build(kind: type, tree: Mapping[str, Any], where: str, skip: tuple[str, ...]
             values[key] = _coerce(value, hint, f"{prefix}{key}")
     try:
         return kind(**values)
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"{prefix}{error.problem}", error.cure) from None
+
+
+def _check_keys(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> None:
+    fields = {f.name for f in dataclasses.fields(kind)}
+    for key in tree:
+        if key not in fields:
+            raise ConfigError(f"unknown key '{where}{'.' if where else ''}{key}'", nearest(str(key), fields | set(also)))
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
@@ -372,7 +396,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"the override '{override}' reaches into '{parent}', which holds {child!r}", "name a key that holds a mapping")
         node = child
-    node[leaf] = yaml.safe_load(value)
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the override '{override}' has a value that is not YAML ({' '.join(str(error).split())})", "mend the value") from error
 
 
 def dump_config(config: RunConfig) -> str:

@@ -77,8 +77,9 @@ class Progress:
     def note(self, text: str) -> None:
         """A line that stays, with the estimate where there is no bar to show it."""
         self._last = time.monotonic()
+        finished = self.done > 0.999 * self.total
         if self.show:
-            logger.info("%s", text if self._terminal else f"{text} ({self.left()})")
+            logger.info("%s", text if self._terminal or finished else f"{text} ({self.left()})")
 
 
 def duration(seconds: float) -> str:

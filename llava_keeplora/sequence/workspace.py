@@ -5,14 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llava_keeplora.config import RunConfig, dump_config
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import write_bytes
+from llava_keeplora.files import write_bytes, write_json
 
 
 class Workspace:
@@ -41,6 +41,8 @@ class Workspace:
         Raises:
             RunError: if another process holds it, or the folder cannot be written.
         """
+        if self.root.is_dir():
+            self._refuse_foreign()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             file = open(self.root / ".lock", "a+")
@@ -66,21 +68,38 @@ class Workspace:
         Raises:
             RunError: with the difference, if the folder belongs to another configuration, or holds other files.
         """
-        path = self.root / "config.json"
-        if not path.exists():
-            others = sorted(p.name for p in self.root.iterdir() if not p.name.startswith("."))
-            if others:
-                raise RunError(f"{self.root} is not a run folder but holds {', '.join(others[:3])}", "choose an empty or new output_dir")
-            write_bytes(path, dump_config(self.config).encode())
-            write_bytes(self.root / "identity.json", json.dumps(self.config.identity(), indent=1, sort_keys=True).encode())
+        identity = self.config.identity()
+        if not (self.root / "config.json").exists():
+            self._refuse_foreign()
+            # The configuration's own file comes last: where it is, the folder is claimed.
+            write_json(self.root / "identity.json", identity)
+            write_bytes(self.root / "config.json", dump_config(self.config).encode())
             return
-        known = json.loads((self.root / "identity.json").read_text())
-        changes = [f"{key}: {old!r} → {new!r}" for key, old, new in differences(known, self.config.identity())]
+        try:
+            known = json.loads((self.root / "identity.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.root / 'identity.json'} cannot be read ({error})", "restore it or start over in a new output_dir") from error
+        changes = [f"{key}: {old!r} → {new!r}" for key, old, new in _told_once(differences(known, identity))]
         if changes:
             raise RunError(
                 f"{self.root} holds a run with another configuration ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})",
                 "restore these values to go on, or choose another output_dir",
             )
+
+    def _refuse_foreign(self) -> None:
+        names = sorted(p.name for p in self.root.iterdir())
+        others = [name for name in names if not name.startswith(".") and name != "identity.json"]
+        if others and "config.json" not in names:
+            raise RunError(f"{self.root} is not a run folder but holds {', '.join(others[:3])}", "choose an empty or new output_dir")
+
+
+def _told_once(changes: Iterable[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+    """Every method inherits the run's parts and training; what changed for all is told at the top alone."""
+    changes = list(changes)
+    general = {(key, str(old), str(new)) for key, old, new in changes}
+    return [
+        (key, old, new) for key, old, new in changes if not (key.startswith("methods.") and (key.split(".", 2)[-1], str(old), str(new)) in general)
+    ]
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -88,5 +107,8 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any,
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new)):
+            yield from differences(before, after, f"{where}[{index}]")
     elif old != new:
         yield where, old, new
