@@ -252,13 +252,13 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"tasks is {tree['tasks']!r}, which is no list of names", "list task names or YAML files")
     if methods.get(ZERO_SHOT) in (None, {}):
         methods.pop(ZERO_SHOT, None)  # It always comes first, asked for or not.
+    # The run's own sections first, so that a mistake in them isn't told of the method that inherits it.
+    own_parts, own_training = {n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()}, check_training(training)
     parsed = {
         label: _parse_method(label, _as_mapping(value, f"methods.{label}"), parts, training) for label, value in methods.items()
     }
     config = build(RunConfig, tree, "")
-    config = dataclasses.replace(
-        config, parts={n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()}, methods=parsed, training=check_training(training)
-    )
+    config = dataclasses.replace(config, parts=own_parts, methods=parsed, training=own_training)
     for label in parsed:
         config.epochs(label)
     return config
@@ -288,12 +288,17 @@ def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], trai
         method=name,
         options=dataclasses.asdict(options),
         parts={n: build(PartConfig, v, f"{where}.parts.{n}") for n, v in merged.items()},
-        training=check_training({**training, **own_training}),
+        training=check_training(training) | check_training(own_training, f"{where}.training"),
     )
 
 
-def check_training(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Check names and types of `training` against `transformers.TrainingArguments`."""
+def check_training(tree: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
+    """Check names and types of `training` against `transformers.TrainingArguments`.
+
+    Args:
+        tree: its keys and values.
+        where: the dotted place, for error texts.
+    """
     from transformers import TrainingArguments
 
     fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
@@ -301,13 +306,16 @@ def check_training(tree: Mapping[str, Any]) -> dict[str, Any]:
     out = {}
     for key, value in tree.items():
         if key in DRIVER_ARGUMENTS:
-            raise ConfigError(f"training.{key} belongs to the driver", DRIVER_ARGUMENTS[key])
+            raise ConfigError(f"{where}.{key} belongs to the driver", DRIVER_ARGUMENTS[key])
         if key not in fields:
-            raise ConfigError(f"training.{key} is not an argument of transformers.TrainingArguments", nearest(str(key), fields))
+            hint = nearest(str(key), fields)
+            if not hint.startswith("did you mean"):
+                hint = "https://huggingface.co/docs/transformers/main_classes/trainer lists them"
+            raise ConfigError(f"{where}.{key} is not an argument of transformers.TrainingArguments", hint)
         if isinstance(value, (list, tuple)) and key == "num_train_epochs":
-            out[key] = [_coerce(v, float, f"training.{key}") for v in value]
+            out[key] = [_coerce(v, float, f"{where}.{key}") for v in value]
         else:
-            out[key] = _coerce(value, hints[key], f"training.{key}")
+            out[key] = _coerce(value, hints[key], f"{where}.{key}")
     return out
 
 

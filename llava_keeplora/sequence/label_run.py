@@ -307,6 +307,8 @@ class LabelRun:
             write_json(path, scores)
             self.write_matrix()
         self.shared.barrier()
+        if self.shared.rank != 0:
+            self._fill_matrix(index, json.loads(path.read_text()))
         return [path, *predictions], {}
 
     def _predictions(self, index: int, task: Task) -> Path:

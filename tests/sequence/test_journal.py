@@ -1,0 +1,96 @@
+"""The journal: what comes next, a torn line, files that are not what a stage wrote."""
+
+import json
+
+import pytest
+
+from llava_keeplora.errors import RunError
+from llava_keeplora.files import file_hash
+from llava_keeplora.sequence.journal import BASE_STAGES, STAGES, Entry, Journal, next_stage
+
+ORDER = [(0, s) for s in BASE_STAGES] + [(t, s) for t in (1, 2) for s in STAGES]
+
+
+@pytest.mark.parametrize("done", range(len(ORDER)))
+def test_the_next_stage_follows_from_what_is_done(done):
+    assert next_stage([Entry(*pair) for pair in ORDER[:done]], tasks=2) == ORDER[done]
+
+
+def test_nothing_follows_the_last_stage():
+    assert next_stage([Entry(*pair) for pair in ORDER], tasks=2) is None
+    assert next_stage([Entry(0, stage) for stage in BASE_STAGES], tasks=0) is None
+
+
+def test_appended_tasks_follow_a_finished_run():
+    assert next_stage([Entry(*pair) for pair in ORDER], tasks=3) == (3, "PLANNED")
+
+
+@pytest.mark.parametrize(
+    "done",
+    [
+        [(0, "CONSOLIDATED")],
+        [(0, "PLANNED"), (0, "PLANNED")],
+        [(0, "PLANNED"), (0, "PREPARED")],
+        [(0, "PLANNED"), (0, "UNHEARD OF")],
+        [*ORDER, (3, "PLANNED")],
+    ],
+)
+def test_stages_out_of_order_are_refused(done):
+    with pytest.raises(RunError, match="the journal's stages are out of order; start over in a new output_dir"):
+        next_stage([Entry(*pair) for pair in done], tasks=2)
+
+
+@pytest.fixture
+def path(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    for pair in ORDER[:3]:
+        journal.append(Entry(*pair))
+    return journal.path
+
+
+def test_entries_come_back_as_they_were_written(path):
+    assert [(e.task, e.stage) for e in Journal(path).entries] == ORDER[:3]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 60])
+def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_append(path, caplog, cut):
+    path.write_bytes(path.read_bytes()[:-cut])
+    torn = path.read_bytes()
+    journal = Journal(path)
+    assert [(e.task, e.stage) for e in journal.entries] == ORDER[:2]
+    assert "the last line is torn (a killed run); its stage runs again" in caplog.text
+    assert path.read_bytes() == torn, "reading must not write: another process may be the one that writes"
+    journal.append(Entry(*ORDER[2]))
+    assert [(e.task, e.stage) for e in Journal(path).entries] == ORDER[:3]
+
+
+def test_a_broken_line_in_the_middle_is_refused(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + "nonsense\n" + lines[2])
+    with pytest.raises(RunError, match="journal.jsonl, line 2 is not a journal entry; restore the file or start over"):
+        Journal(path)
+
+
+@pytest.fixture
+def journal_with_file(tmp_path):
+    (tmp_path / "delta").write_text("whole")
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(Entry(0, "PLANNED", files={"delta": file_hash(tmp_path / "delta")}))
+    journal.verify()
+    return journal
+
+
+def test_a_file_that_is_not_what_its_stage_wrote_is_refused(journal_with_file, tmp_path):
+    (tmp_path / "delta").write_text("other")
+    with pytest.raises(RunError, match="delta is not what stage PLANNED of task 0 wrote; restore it or start over in a new output_dir"):
+        journal_with_file.verify()
+
+
+def test_a_file_that_is_gone_is_refused(journal_with_file, tmp_path):
+    (tmp_path / "delta").unlink()
+    with pytest.raises(RunError, match="delta, written by stage PLANNED of task 0, is missing"):
+        journal_with_file.verify()
+
+
+def test_each_line_is_plain_json(path):
+    assert {"task", "stage", "seconds", "files", "info"} == set(json.loads(path.read_text().splitlines()[0]))

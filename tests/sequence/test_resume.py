@@ -1,0 +1,103 @@
+"""Running and resuming are the same code: wherever a run stops, it ends with the same files."""
+
+import pytest
+
+from llava_keeplora.sequence.journal import Journal
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_config, tmp_path_factory):
+    """A folder with both methods on three tasks, run in one go."""
+    from llava_keeplora.sequence import runner
+
+    config = run_config(tmp_path_factory.mktemp("undisturbed") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "write_run_report", lambda root: None)
+        runner.run(config)
+    return config.output_dir
+
+
+def run_to_the_end(drive, config) -> int:
+    """Start again and again until the run ends; how many starts it took."""
+    for starts in range(1, 200):
+        try:
+            drive(config)
+            return starts
+        except Stopped:
+            continue
+    raise AssertionError("the run does not end")
+
+
+def stopping(monkeypatch, when):
+    """Stop at every append of the journal, before or after the line is on disk; once per stage."""
+    append, seen = Journal.append, set()
+
+    def stop(self, entry):
+        key = (self.path, entry.task, entry.stage)
+        if when == "before" and key not in seen:
+            seen.add(key)
+            raise Stopped
+        append(self, entry)
+        if when == "after":
+            raise Stopped
+
+    monkeypatch.setattr(Journal, "append", stop)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_stopped_at_every_stage_ends_with_the_same_files(run_config, drive, monkeypatch, tmp_path, undisturbed, left_behind, when):
+    stopping(monkeypatch, when)
+    starts = run_to_the_end(drive, run_config(tmp_path / "run"))
+    assert starts == 1 + 4 + 2 * (4 + 3 * 6), "every stage of the base and of the tasks of both methods was a stop"
+    assert left_behind(tmp_path / "run") == left_behind(undisturbed)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_run_stopped_within_training_ends_with_the_same_files(run_config, drive, monkeypatch, tmp_path, undisturbed, left_behind, step):
+    from llava_keeplora.sequence import trainer
+
+    stopped = []
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == step and self.ctx.index not in stopped:
+            stopped.append(self.ctx.index)
+            raise Stopped
+
+    monkeypatch.setattr(trainer._AfterStep, "on_step_end", stop)
+    assert run_to_the_end(drive, run_config(tmp_path / "run")) == 4
+    assert left_behind(tmp_path / "run") == left_behind(undisturbed)
+
+
+def test_a_method_beside_others_learns_what_it_learns_alone(run_config, drive, tmp_path, undisturbed, left_behind):
+    drive(run_config(tmp_path / "run", methods={"keeplora": {}}))
+    alone, beside = left_behind(tmp_path / "run"), left_behind(undisturbed)
+    shared = {name for name in alone if name.startswith("keeplora/")}
+    assert {name: alone[name] for name in shared} == {name: beside[name] for name in beside if name.startswith("keeplora/")}
+
+
+def test_a_finished_run_started_again_changes_nothing_and_gives_the_same_results(run_config, drive, monkeypatch, tmp_path):
+    config = run_config(tmp_path / "run", methods={"keeplora": {}})
+    config = run_config(tmp_path / "run", methods={"keeplora": {}}, tasks=list(config.tasks[:1]))
+    first = drive(config)
+    monkeypatch.setattr(Journal, "append", lambda *args: pytest.fail("a stage ran again"))
+    second = drive(config)
+    assert {k: m.to_dict() for k, m in first.items()} == {k: m.to_dict() for k, m in second.items()}
+
+
+def test_another_seed_gives_other_weights(run_config, drive, tmp_path, undisturbed, left_behind):
+    drive(run_config(tmp_path / "run", methods={"seq-lora": {}}, seed=1))
+    delta = "seq-lora/task-01-colours/delta.safetensors"
+    assert left_behind(tmp_path / "run")[delta] != left_behind(undisturbed)[delta]
+
+
+def test_a_lost_matrix_is_written_again_from_the_scores(run_config, drive, tmp_path, run_tree, tiny_tasks, left_behind):
+    config = run_config(tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(tiny_tasks[0])])
+    drive(config)
+    before = left_behind(tmp_path / "run")
+    (tmp_path / "run/seq-lora/matrix.json").unlink()
+    drive(config)
+    assert left_behind(tmp_path / "run") == before
