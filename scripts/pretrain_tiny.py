@@ -1,4 +1,4 @@
-"""Pre-train the bundled tiny CLIP: a seeded recipe for two CPU cores and about a quarter of an hour.
+"""Pre-train the bundled tiny CLIP: a seeded recipe for two CPU cores and under half an hour.
 
     python scripts/pretrain_tiny.py --data-root DATA                   # train, save, evaluate
     python scripts/pretrain_tiny.py --data-root DATA --evaluate-only   # print the zero-shot table
