@@ -316,7 +316,17 @@ def check_training(tree: Mapping[str, Any], where: str = "training") -> dict[str
             out[key] = [_coerce(v, float, f"{where}.{key}") for v in value]
         else:
             out[key] = _coerce(value, hints[key], f"{where}.{key}")
+    if isinstance(out.get("deepspeed"), str):
+        _check_json(Path(out["deepspeed"]), f"{where}.deepspeed")
     return out
+
+
+def _check_json(path: Path, where: str) -> None:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{where} names '{path}', which cannot be read as JSON ({why})", "give the path of a DeepSpeed configuration") from error
 
 
 def build(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> Any:

@@ -26,7 +26,7 @@ from llava_keeplora.sequence.data import Batches, Task, collate, stage_seed
 from llava_keeplora.sequence.journal import Entry, Journal, next_stage, stages_of
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.shared import Shared
-from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
+from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, scalars_as_vectors, training_arguments, without_timings
 from llava_keeplora.sequence.workspace import differences
 from llava_keeplora_eval import Matrix, predict_to_file, score
 
@@ -264,7 +264,8 @@ class LabelRun:
             train_dataset=Indices(len(task.train)),
             data_collator=functools.partial(collate, task.train, shared.cache),
         )
-        result = trainer.train()
+        with scalars_as_vectors(model) if arguments.deepspeed else nullcontext():
+            result = trainer.train()
         history = {"steps": trainer.state.global_step, "loss": result.training_loss, "history": without_timings(trainer.state.log_history)}
         trainer.accelerator.free_memory()
         shared.family.model.eval().requires_grad_(False)

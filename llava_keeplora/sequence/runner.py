@@ -82,9 +82,13 @@ def _write_results(workspace: Workspace, runs: list[LabelRun], tasks: list[Task]
 
 def dropped_notes(tasks: list[Task]) -> list[str]:
     """One sentence per split that lost unreadable images."""
-    splits = [(task.name, name, data) for task in tasks for name, data in (("train", task.train), ("test", task.test))]
+    splits = [(f"{task.name}/{name}", data) for task in tasks for name, data in (("train", task.train), ("test", task.test))]
     return [
-        f"{name}/{split}: {len(data.dropped)} unreadable images were left out of {len(data) + len(data.dropped)} ({', '.join(data.dropped[:3])})"
-        for name, split, data in splits
+        f"{where}: {_images(len(data.dropped))} left out of {len(data) + len(data.dropped)} ({', '.join(data.dropped[:3])})"
+        for where, data in splits
         if data.dropped
     ]
+
+
+def _images(count: int) -> str:
+    return "1 unreadable image was" if count == 1 else f"{count} unreadable images were"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,12 +40,27 @@ def training_arguments(training: Mapping[str, Any], *, output_dir: str, seed: in
         "use_cpu": not torch.cuda.is_available(),
         # Batches come from memory by index; pinning would only copy them once more.
         "dataloader_pin_memory": False,
+        # Every trainable tensor gets a gradient; the first step checks that.
+        "ddp_find_unused_parameters": False,
         **training,
         "num_train_epochs": epochs,
     }
     return TrainingArguments(
         output_dir=output_dir, seed=seed, data_seed=seed, save_strategy="no", eval_strategy="no", remove_unused_columns=False, **values
     )
+
+
+@contextmanager
+def scalars_as_vectors(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed broadcasts parameters as bytes, which one without dimensions (CLIP's temperature) can't be."""
+    scalars = [p for p in model.parameters() if p.dim() == 0]
+    try:
+        for p in scalars:
+            p.data = p.data.reshape(1)
+        yield
+    finally:
+        for p in scalars:
+            p.data = p.data.reshape(())
 
 
 class Indices(torch.utils.data.Dataset):

@@ -140,6 +140,7 @@ def test_a_key_given_twice_is_refused(write):
         ({"training": {"num_train_epochs": [1, 2, 3]}}, "training.num_train_epochs lists 3 values for 2 tasks"),
         ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs is 0.0, but a task is trained for more than nothing"),
         ({"training": {"num_train_epochs": ["x", 1]}}, "training.num_train_epochs is 'x', but it takes float"),
+        ({"training": {"deepspeed": "gone.json"}}, "training.deepspeed names 'gone.json', which cannot be read as JSON (No such file or directory)"),
         ({"training": {"seed": 1}}, "training.seed belongs to the driver; set the top-level seed"),
         ({"training": {"output_dir": "x"}}, "training.output_dir belongs to the driver; set the top-level output_dir"),
         ({"tasks": "digits"}, "tasks is 'digits', which is no list of names"),
