@@ -12,6 +12,7 @@ from torch import Tensor
 from llava_keeplora.subspace.basis import check_basis, check_finite, orthonormal_beside
 from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
+from llava_keeplora.subspace.truncated import GRAM_ENERGY, leading_eigenpairs
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class FeatureDirections:
     Args:
         new: (in, m) float32, orthonormal, orthogonal to the basis; m may be 0.
         energy_before: share of the features' energy inside the basis, in [0, 1]; 1 if there is no energy at all.
-        energy_after: share inside the basis and the new directions together.
+        energy_after: share inside the basis and the new directions together, exact to 1e-4.
         rank: m.
     """
 
@@ -37,7 +38,8 @@ def feature_directions(
     """Fewest residual feature directions with which the basis holds the energy of the features.
 
     The right singular vectors of X (I - U U^T) are the eigenvectors of (I - U U^T) C (I - U U^T), so the features
-    themselves aren't needed. They are sought inside the complement of U, an (in - k)-dimensional problem.
+    themselves aren't needed. A leading block of them answers where features decay fast; else the problem is solved in
+    full inside the complement of U, which is (in - k)-dimensional.
 
     Source: KeepLoRA (arXiv 2601.19659), the feature step at epsilon_f; Gradient Projection Memory (Saha et al., ICLR
     2021, equation 9).
@@ -64,13 +66,31 @@ def feature_directions(
     if total <= 0.0 or energy_rank(moment.diagonal()[:1], energy, total=total, captured=captured) == 0:
         share = captured / total if total > 0.0 else 1.0
         return FeatureDirections(basis.new_zeros(dim, 0, dtype=torch.float32), share, share, 0)
-    complement = _complement(tall)
-    values, vectors = torch.linalg.eigh(complement.T @ (moment @ complement))
-    squared = values.flip(0).clamp_min(0.0)
+    squared, directions = _leading_outside(moment, tall, energy * total - captured)
     rank = energy_rank(squared, energy, total=total, captured=captured)
-    new = orthonormal_beside(basis, complement @ vectors.flip(1)[:, :rank]).float()
+    new = orthonormal_beside(basis, directions[:, :rank]).float()
     after = min(1.0, (captured + float(squared[:rank].sum())) / total)
     return FeatureDirections(new.contiguous(), captured / total, after, rank)
+
+
+def _leading_outside(
+    moment: Float[Tensor, "in in"], basis: Float[Tensor, "in k"], wanted: float
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "in n"]]:
+    """Energies (descending) and directions of the residual moment: enough of them for `wanted`, or all."""
+    image = moment @ basis
+    # (I - U U^T) C (I - U U^T), symmetric by construction.
+    half_update = image - basis @ (basis.T @ image / 2)
+    outside = moment - basis @ half_update.T - half_update @ basis.T
+    scale = float(outside.diagonal().max())
+    left = float(outside.trace())
+    if scale > 0.0 and wanted <= GRAM_ENERGY * left:
+        found = leading_eigenpairs((outside / scale).float(), wanted / left, left / scale, seed=0)
+        if found is not None:
+            return found[0] * scale, found[1].double()
+    # The complement has a basis of its own, in which the protected directions can't come back through rounding.
+    complement = _complement(basis)
+    values, vectors = torch.linalg.eigh(complement.T @ (outside @ complement))
+    return values.flip(0).clamp_min(0.0), complement @ vectors.flip(1)
 
 
 def _complement(basis: Float[Tensor, "in k"]) -> Float[Tensor, "in in_minus_k"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from llava_keeplora.subspace.basis import check_finite, empty_basis
 from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
+from llava_keeplora.subspace.truncated import GRAM_ENERGY, leading_eigenpairs
 
 Method = Literal["auto", "svd", "gram", "randomized"]
 
@@ -44,8 +45,9 @@ def principal_basis(
     Args:
         weight: W, (out, in), any floating dtype; the work is done in float32 or better.
         energy: epsilon_w, in (0, 1].
-        method: `svd` (reference), `gram` (eigenvectors of the smaller Gram matrix), `randomized` (truncated), or
-            `auto`, the fastest of them that gives the same rank.
+        method: `svd` (the reference); `gram`, all eigenvectors of the smaller Gram matrix; `randomized`, only its
+            leading ones, going on to `gram` where they leave the rank in doubt or are too many to save time; `auto`,
+            `randomized` up to energy 0.999 and `svd` beyond.
         strict: the released code's `<` rule, one vector fewer.
         seed: of the randomised route's start; it moves the answer by rounding only.
 
@@ -60,13 +62,18 @@ def principal_basis(
     check_energy(energy)
     if weight.ndim != 2:
         raise ShapeError(f"a weight must be a matrix (out, in), but it has shape {tuple(weight.shape)}")
-    check_finite(weight, "weight")
     if method not in ("auto", "svd", "gram", "randomized"):
         raise ShapeError(f"method must be auto, svd, gram or randomized, but it is {method!r}")
-    weight = weight.detach().float()
-    if not weight.any():
+    check_finite(weight, "weight")
+    weight = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+    largest = weight.abs().max() if weight.numel() else weight.new_zeros(())
+    if not largest:
         return PrincipalBasis(empty_basis(weight.shape[1], device=weight.device), 1.0, 0, "svd")
-    return _by_svd(weight, energy, strict) if method == "svd" else _by_gram(weight, energy, strict)
+    # Squares of very small or large weights would leave float32's range.
+    weight = (weight / largest).float()
+    if method == "svd" or (method == "auto" and energy > GRAM_ENERGY):
+        return _by_svd(weight, energy, strict)
+    return _by_gram(weight, energy, strict, truncate=method != "gram", seed=seed)
 
 
 def _by_svd(weight: Tensor, energy: float, strict: bool) -> PrincipalBasis:
@@ -76,12 +83,22 @@ def _by_svd(weight: Tensor, energy: float, strict: bool) -> PrincipalBasis:
     return PrincipalBasis(right[:rank].T.contiguous(), float(squared[:rank].sum() / squared.sum()), rank, "svd")
 
 
-def _by_gram(weight: Tensor, energy: float, strict: bool) -> PrincipalBasis:
-    out_dim, in_dim = weight.shape
-    wide = weight.double()
-    values, vectors = torch.linalg.eigh(wide.T @ wide if in_dim <= out_dim else wide @ wide.T)
-    squared = values.flip(0).clamp_min(0.0)
-    rank = energy_rank(squared, energy, strict=strict)
-    top = vectors.flip(1)[:, :rank]
-    basis = top if in_dim <= out_dim else torch.linalg.qr(wide.T @ top).Q
-    return PrincipalBasis(basis.float().contiguous(), float(squared[:rank].sum() / squared.sum()), rank, "gram")
+def _by_gram(weight: Tensor, energy: float, strict: bool, truncate: bool, seed: int) -> PrincipalBasis:
+    """Eigenvectors of the smaller Gram matrix: a leading block of them if truncation answers, else all."""
+    tall = weight.shape[0] >= weight.shape[1]
+    factor = weight if energy <= GRAM_ENERGY else weight.double()
+    gram = factor.T @ factor if tall else factor @ factor.T
+    total = float(gram.diagonal().double().sum())
+    found = leading_eigenpairs(gram, energy, total, seed) if truncate and energy <= GRAM_ENERGY else None
+    if found is None:
+        values, vectors = torch.linalg.eigh(gram)
+        squared, vectors = values.flip(0).double().clamp_min(0.0), vectors.flip(1)
+        # With the whole spectrum at hand its own sum is the total, free of the trace's rounding.
+        total = float(squared.sum())
+    else:
+        squared, vectors = found
+    rank = energy_rank(squared, energy, total=total, strict=strict)
+    vectors = vectors[:, :rank]
+    basis = vectors if tall else torch.linalg.qr(factor.T @ vectors).Q
+    share = float(squared[:rank].sum()) / total
+    return PrincipalBasis(basis.float().contiguous(), share, rank, "gram" if found is None else "randomized")

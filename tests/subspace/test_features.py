@@ -39,14 +39,15 @@ def test_equals_the_svd_of_residual_features(sub, random_basis, protected, energ
     assert sub.orthonormality_error(grown) < 1e-6
 
 
-def test_larger_layers_agree_too(sub, random_basis):
-    x, basis = features(1500, 500, 0.8), random_basis(500, 60, seed=5)
+@pytest.mark.parametrize("decay", [0.5, 0.8, 1.5])
+def test_larger_layers_agree_too(sub, random_basis, decay):
+    x, basis = features(1500, 500, decay), random_basis(500, 60, seed=5)
     found = sub.feature_directions(x.T @ x, basis, 0.95)
     new, before, after = naive(x, basis, 0.95)
-    assert found.rank == new.shape[1] and found.energy_after == pytest.approx(after, abs=1e-6)
+    assert found.rank == new.shape[1] and found.energy_after == pytest.approx(after, abs=1e-4)
     assert sub.orthonormality_error(torch.cat([basis, found.new], dim=1)) < 1e-6
     held = (x @ found.new.double()).square().sum() / x.square().sum()
-    assert float(held) + before == pytest.approx(after, abs=1e-5)
+    assert float(held) + before == pytest.approx(after, abs=1e-4)
 
 
 def test_features_inside_the_basis_add_nothing(sub, random_basis):

@@ -30,6 +30,16 @@ def test_equals_the_full_svd(sub, with_spectrum, random_basis, shape, protected)
     assert torch.allclose(rebuilt.double(), left @ left.T @ outside.T, atol=1e-5), "A S V^T is the truncated G_hat^T"
 
 
+@pytest.mark.parametrize("exponent", [0.0, 0.7, 2.0])
+def test_large_layers_agree_whether_or_not_truncation_converges(sub, with_spectrum, random_basis, exponent):
+    singular = torch.linspace(1.0, 0.9, 300, dtype=torch.float64) * torch.arange(1, 301).double() ** -exponent
+    gradient, basis = with_spectrum(300, 320, singular).float(), random_basis(320, 30, seed=7)
+    found = sub.residual_gradient_directions(gradient, basis, 6)
+    left, exact, _, _ = naive(gradient, basis, 6)
+    assert torch.allclose(found.singular_values.double(), exact[:6], rtol=1e-5)
+    assert (found.A.double() @ found.A.double().T - left @ left.T).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
 def test_A_is_orthonormal_and_orthogonal_to_the_basis(sub, random_basis, scale):
     basis = random_basis(64, 40)

@@ -1,0 +1,174 @@
+"""Leading eigenvectors of a Gram matrix up to an energy, without the full decomposition.
+
+Block Rayleigh-Ritz with a Chebyshev filter. The total energy is known exactly (the trace), so a prefix of the
+spectrum is enough to apply the energy rule; the answer is handed out only if the error bound leaves no doubt about
+the rank, otherwise the caller decomposes in full.
+
+Shapes: G (n, n) symmetric positive semi-definite, n = its size, p = block width, k = leading pairs handed back.
+
+Sources: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), the randomised start;
+Zhou and Saad, "A Chebyshev-Davidson algorithm" (SIAM J. Matrix Anal. 2007), the filter; Parlett, "The Symmetric
+Eigenvalue Problem" (1998), chapter 11, the residual bound.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_keeplora.subspace.energy import energy_rank
+
+# A float32 Gram matrix knows eigenvalues down to 1e-7 of the largest; an energy this near 1 depends on smaller ones.
+GRAM_ENERGY = 0.999
+# Wider blocks, as a share of n, cost more than the full decomposition does; small matrices leave less to save.
+WIDEST = 0.45
+WIDEST_SMALL = 0.2
+SMALL = 1536
+# Below this size the full decomposition takes milliseconds.
+SMALLEST = 256
+# The block is this much wider than the wanted prefix: the filter needs a gap between what it keeps and what it damps.
+MARGIN = 1.4
+# Degree of the filter: each degree is one product with G; beyond 4, float32 drowns the small wanted components.
+DEGREE = 4
+# Rounding of a float32 Gram matrix, as a share of its largest eigenvalue.
+CUT_FLOOR = 1e-6
+# The residual bound is first order in each vector; doubling it covers the coupling between them.
+SAFETY = 2.0
+# Energy that the returned prefix may miss, as a share of the total, against the exact leading eigenvectors.
+MISSED = 5e-5
+
+
+class Ritz(NamedTuple):
+    """Ritz pairs of a block: values (p,) float64 descending, and the factors of their vectors.
+
+    The vectors are block @ rotation, (n, p), and G @ vectors is image @ rotation; both are formed only where needed.
+    """
+
+    values: Tensor
+    rotation: Tensor
+    block: Tensor
+    image: Tensor
+
+    def vectors(self, count: int) -> Tensor:
+        """The first `count` Ritz vectors, (n, count)."""
+        return self.block @ self.rotation[:, :count]
+
+    def residuals(self, vectors: Tensor) -> Tensor:
+        """Squared residual norms |G v - theta v|^2 of the first vectors, (count,) float64."""
+        count = vectors.shape[1]
+        images = self.image @ self.rotation[:, :count]
+        return torch.addcmul(images, vectors, self.values[:count].to(vectors), value=-1.0).square().sum(0).double()
+
+
+def leading_eigenpairs(
+    gram: Float[Tensor, "n n"], energy: float, total: float, seed: int
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "n k"]] | None:
+    """The fewest leading eigenpairs that hold `energy * total`, or None if that is better asked of a full solver.
+
+    Args:
+        gram: G, (n, n), float32.
+        energy: share to reach, in (0, 1].
+        total: trace of G.
+        seed: of the random start.
+
+    Returns:
+        Eigenvalues (k,), float64, descending, and orthonormal eigenvectors (n, k); None where the prefix is too long
+        for truncation to pay, or where its length stays in doubt.
+    """
+    n = gram.shape[0]
+    if n < SMALLEST:
+        return None
+    widest = int(n * (WIDEST if n > SMALL else WIDEST_SMALL))
+    generator = torch.Generator(device=gram.device).manual_seed(seed)
+    block = _orthonormal(_sketch(gram, max(32, n // 20), generator))
+    ritz = _rayleigh_ritz(gram, _orthonormal(gram @ block))
+    for _ in range(4):
+        vectors = _certain_vectors(ritz, energy, total)
+        if vectors is not None:
+            return ritz.values[: vectors.shape[1]], vectors
+        spectrum = _extrapolate(ritz.values, total, n)
+        width = max(len(ritz.values), int(MARGIN * energy_rank(spectrum, energy, total=total)) + 16)
+        if width > widest:
+            return None
+        ritz = _rayleigh_ritz(gram, _filtered(gram, ritz, width, float(spectrum[width]), generator))
+    return None
+
+
+def _sketch(gram: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """G times a random sign matrix with one entry per row: a random block of range(G) for the price of reading G."""
+    n = gram.shape[0]
+    bucket = torch.randint(width, (n,), generator=generator, device=gram.device)
+    bucket[torch.randperm(n, generator=generator, device=gram.device)[:width]] = torch.arange(width, device=gram.device)
+    sign = torch.randint(2, (n, 1), generator=generator, device=gram.device).to(gram) * 2 - 1
+    return gram.new_zeros(width, n).index_add_(0, bucket, gram * sign).T
+
+
+def _orthonormal(block: Tensor) -> Tensor:
+    return torch.linalg.qr(block).Q
+
+
+def _rayleigh_ritz(gram: Tensor, block: Tensor) -> Ritz:
+    """Best approximate eigenpairs inside the span of an orthonormal block."""
+    image = gram @ block
+    small = block.T @ image
+    values, rotation = torch.linalg.eigh((small + small.T) / 2)
+    return Ritz(values.flip(0).double().clamp_min(0.0), rotation.flip(1), block, image)
+
+
+def _certain_vectors(ritz: Ritz, energy: float, total: float) -> Tensor | None:
+    """As many Ritz vectors as the energy rule asks for, if the bounds on the sums of eigenvalues leave one answer.
+
+    Ritz values bound the eigenvalues from below, and lambda_i <= theta_i + |r_i|^2 / (theta_i - mu), where mu bounds
+    the spectrum outside the block; the Ritz value nine tenths down the block stands in for mu.
+    """
+    inside = int(0.9 * len(ritz.values))
+    lower = torch.cumsum(ritz.values, 0)
+    if float(lower[inside - 1]) < energy * total:
+        return None
+    rank = energy_rank(ritz.values, energy, total=total)
+    gaps = ritz.values[:rank] - ritz.values[inside]
+    if bool((gaps <= 0.0).any()):
+        return None
+    vectors = ritz.vectors(rank)
+    missing = SAFETY * float((ritz.residuals(vectors) / gaps).sum())
+    beyond_doubt = rank == 1 or float(lower[rank - 2]) + missing < energy * total
+    return vectors if beyond_doubt and missing <= MISSED * total else None
+
+
+def _extrapolate(values: Tensor, total: float, n: int) -> Tensor:
+    """The whole spectrum, guessed: the upper third of the Ritz values, then the power law that has the right trace."""
+    known = max(1, len(values) // 3)
+    left = total - float(values[:known].sum())
+    index = torch.arange(known + 1, n + 1, dtype=torch.float64, device=values.device) / known
+    slopes = torch.linspace(0.0, 4.0, 81, dtype=torch.float64, device=values.device)
+    sums = float(values[known - 1]) * (index.unsqueeze(0) ** -slopes.unsqueeze(1)).sum(1)
+    slope = slopes[(sums - left).abs().argmin()]
+    tail = index**-slope
+    return torch.cat([values[:known], tail * (max(left, 0.0) / float(tail.sum()))])
+
+
+def _filtered(gram: Tensor, ritz: Ritz, width: int, cut: float, generator: torch.Generator) -> Tensor:
+    """A better orthonormal block, (n, width): Chebyshev polynomial of G, small on [0, cut] and steep above.
+
+    The strongest directions are held out (and put back): the filter would magnify them so far above the weak wanted
+    ones that float32 loses the latter.
+    """
+    vectors = ritz.vectors(len(ritz.values))
+    count = int((ritz.values[: len(ritz.values) // 2] > 8.0 * cut).sum())
+    held, rest = vectors[:, :count], vectors[:, count:]
+    image = ritz.image @ ritz.rotation[:, :count]
+    # (I - H H^T) G (I - H H^T), symmetric by construction.
+    half_update = image - held @ (held.T @ image / 2)
+    deflated = torch.addmm(torch.addmm(gram, held, half_update.T, alpha=-1.0), half_update, held.T, alpha=-1.0)
+    fresh = width - vectors.shape[1]
+    start = rest if fresh == 0 else torch.cat([rest, _sketch(deflated, fresh, generator)], dim=1)
+    # A low-rank G leaves no spectrum to damp; the floor keeps the polynomial finite.
+    half = max(cut, CUT_FLOOR * float(ritz.values[0])) / 2
+    start = start / start.norm(dim=0).clamp_min(torch.finfo(start.dtype).tiny)
+    before, now = start, torch.addmm(start, deflated, start, beta=-1.0, alpha=1.0 / half)
+    for _ in range(DEGREE - 1):
+        before, now = now, torch.addmm(now, deflated, now, beta=-2.0, alpha=2.0 / half).sub_(before)
+    now = now / now.norm(dim=0).clamp_min(torch.finfo(now.dtype).tiny)
+    # The image instead of the held vectors themselves: one step of power iteration that is paid for already.
+    return _orthonormal(torch.cat([image, now], dim=1))

@@ -1,0 +1,102 @@
+"""Timings of what this project does against the plain way of doing it, in one run on one machine.
+
+    python scripts/bench.py                 # every bench
+    python scripts/bench.py basis           # one of them
+    python scripts/bench.py basis --quick   # small sizes, to see that it works
+
+A bench is a function `(repeats, quick) -> list[Row]`, listed in BENCHES.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from llava_keeplora.subspace import energy_rank, principal_basis
+
+
+class Row(NamedTuple):
+    """One line of the table: median seconds of the plain way and of ours, and what else is worth knowing."""
+
+    name: str
+    plain: float
+    ours: float
+    note: str
+
+    @property
+    def ratio(self) -> float:
+        return self.plain / self.ours
+
+
+def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each function after one warm-up; the rounds interleave, so that a busy moment hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def weight_with_spectrum(out_dim: int, in_dim: int, exponent: float) -> torch.Tensor:
+    """A weight (out, in) whose singular values fall as i^-exponent, between random orthogonal factors."""
+    generator = torch.Generator().manual_seed(0)
+    count = min(out_dim, in_dim)
+    left = torch.linalg.qr(torch.randn(out_dim, count, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(in_dim, count, generator=generator)).Q
+    return (left * torch.arange(1, count + 1) ** -exponent) @ right.T
+
+
+def bench_basis(repeats: int, quick: bool) -> list[Row]:
+    """`principal_basis` against a full SVD with the energy rule, on spectra as trained weights have them."""
+    shapes = [(256, 256)] if quick else [(1024, 1024), (2048, 2048), (2752, 1024), (4096, 1024)]
+    return [row for shape in shapes for exponent in (0.5, 1.0) for row in _basis_rows(*shape, exponent, repeats)]
+
+
+def _basis_rows(out_dim: int, in_dim: int, exponent: float, repeats: int) -> list[Row]:
+    weight = weight_with_spectrum(out_dim, in_dim, exponent)
+    energies = (0.6, 0.85, 0.99)
+    ours = {str(energy): lambda energy=energy: principal_basis(weight, energy) for energy in energies}
+    seconds = medians({"svd": lambda: torch.linalg.svd(weight, full_matrices=False)} | ours, repeats)
+    squared = torch.linalg.svdvals(weight.double()).square()
+    rows = []
+    for energy in energies:
+        found, rank = principal_basis(weight, energy), energy_rank(squared, energy)
+        exact = float(squared[:rank].sum() / squared.sum())
+        verdict = "same k" if found.rank == rank else f"k DIFFERS from {rank}"
+        note = f"k={found.rank} ({verdict}), energy off by {abs(found.energy - exact):.0e}, {found.method}"
+        name = f"basis {out_dim}x{in_dim} sigma~i^-{exponent} energy {energy}"
+        rows.append(Row(name, seconds["svd"], seconds[str(energy)], note))
+    return rows
+
+
+BENCHES: dict[str, Callable[[int, bool], list[Row]]] = {"basis": bench_basis}
+
+
+def main() -> None:
+    """Run the named benches, all by default, and print one table row per measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", nargs="*", metavar="bench", help=f"any of: {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, of which the median counts")
+    parser.add_argument("--threads", type=int, help="CPU threads for torch; its own choice by default")
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    args = parser.parse_args()
+    unknown = set(args.bench) - set(BENCHES)
+    if unknown:
+        parser.error(f"no bench called {', '.join(sorted(unknown))}; choose from {', '.join(BENCHES)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {args.repeats}")
+    print("| what | plain s | ours s | ratio | note |\n|---|---|---|---|---|", flush=True)
+    for name in args.bench or BENCHES:
+        for row in BENCHES[name](args.repeats, args.quick):
+            print(f"| {row.name} | {row.plain:.4f} | {row.ours:.4f} | {row.ratio:.1f} | {row.note} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
