@@ -62,10 +62,12 @@ class DenseGradients:
     def _hook(self, name: str, anchor: Tensor):
         def sink(x: Tensor, grad: Tensor) -> None:
             x2, g2 = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
-            if name in self.gradients:
-                self.gradients[name].addmm_(g2.T, x2)
-            else:
-                self.gradients[name] = g2.T @ x2
+            # Under autocast the products would be rounded to half precision before they are summed.
+            with torch.autocast(x.device.type, enabled=False):
+                if name in self.gradients:
+                    self.gradients[name].addmm_(g2.T, x2)
+                else:
+                    self.gradients[name] = g2.T @ x2
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             return _OutputTap.apply(output, args[0], anchor, sink) if torch.is_grad_enabled() else output
@@ -98,7 +100,13 @@ def shared_inputs(layers: Mapping[str, nn.Linear], run: Callable[[], object]) ->
 @contextmanager
 def feature_taps(layers: Mapping[str, nn.Linear], sink: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Hand the input (..., in) of each layer to `sink(name, x)` while the block runs."""
-    handles = [layer.register_forward_pre_hook(lambda m, args, name=name: sink(name, args[0].detach())) for name, layer in layers.items()]
+
+    def hook(name: str, x: Tensor) -> None:
+        # Under autocast the statistics would be summed in half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            sink(name, x.detach())
+
+    handles = [layer.register_forward_pre_hook(lambda m, args, name=name: hook(name, args[0])) for name, layer in layers.items()]
     try:
         yield
     finally:
