@@ -9,8 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-logger = logging.getLogger("llava_keeplora")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code (2 for what a user can repair)."""
@@ -60,12 +58,12 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
     except UserError as error:
         if debug:
             raise
-        logger.error("error: %s", error)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
         if debug:
             raise
-        logger.error("stopped; every finished stage is kept, run the same command to go on")
+        sys.stderr.write("stopped; every finished stage is kept, run the same command to go on\n")
         return 130
     return 0
 

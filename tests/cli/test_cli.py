@@ -1,0 +1,111 @@
+"""The command line: exit codes, one sentence per mistake, the traceback on demand, quick help."""
+
+import subprocess
+import sys
+
+import pytest
+
+from llava_keeplora import cli
+
+
+def sentence(capfd, *arguments) -> str:
+    """Run `train`, which must end with code 2 and one line on stderr."""
+    assert cli.main(["train", *map(str, arguments)]) == 2
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err and out == ""
+    return lines[0]
+
+
+def spoil(own_tasks, how):
+    import yaml
+
+    folder, facts = own_tasks[0].parent / "colours", yaml.safe_load(own_tasks[0].read_text())
+    if how == "truncated image":
+        image = folder / "train/red/0.png"
+        image.write_bytes(image.read_bytes()[:90])
+    elif how == "empty class":
+        for image in (folder / "train/red").iterdir():
+            image.unlink()
+    elif how == "label outside":
+        facts["classes"] = ["red", "green", "blue"]
+    elif how == "duplicate ids":
+        import datasets
+
+        path = own_tasks[1].parent / "stripes/train.parquet"
+        table = datasets.Dataset.from_parquet(str(path))
+        datasets.Dataset.from_dict(table.to_dict() | {"id": ["same"] * len(table)}, features=datasets.Features(table.features | {"id": datasets.Value("string")})).to_parquet(str(path))
+        stripes = yaml.safe_load(own_tasks[1].read_text())
+        stripes["source"]["columns"] = {"image": "image", "label": "label", "id": "id"}
+        own_tasks[1].write_text(yaml.safe_dump(stripes))
+    own_tasks[0].write_text(yaml.safe_dump(facts))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("truncated image", "1 of 24 images of colours/train cannot be read"),
+        ("empty class", "colours/train (red)"),
+        ("label outside", "grey"),
+        ("duplicate ids", "stripes/train has 1 ids more than once (same)"),
+    ],
+)
+def test_bad_data_ends_with_code_2_and_one_sentence(own_tasks, config_file, tmp_path, capfd, how, words):
+    path = config_file(tasks=[str(p) for p in own_tasks[:2]], methods={"seq-lora": {}})
+    spoil(own_tasks, how)
+    assert words in sentence(capfd, "--config", path, "--output-dir", tmp_path / "run")
+
+
+def test_a_bad_configuration_ends_with_code_2_and_one_sentence(config_file, capfd, tmp_path):
+    assert "unknown key 'parts.vision.rnak'; did you mean 'rank'." in sentence(capfd, "--config", config_file(), "parts.vision.rnak=2")
+    assert "there is no configuration 'gone.yaml'" in sentence(capfd, "--config", "gone.yaml")
+    assert "did you mean 'learning_rate'" in sentence(capfd, "--config", config_file(), "training.learnin_rate=2")
+
+
+def test_debug_shows_the_traceback(config_file, capfd):
+    from llava_keeplora.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="parts.vision.rnak"):
+        cli.main(["train", "--debug", "--config", str(config_file()), "parts.vision.rnak=2"])
+
+
+def test_an_interrupt_ends_with_code_130_and_says_how_to_go_on(capfd):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert cli.guarded(interrupted, debug=False) == 130
+    assert "every finished stage is kept, run the same command to go on" in capfd.readouterr().err
+
+
+def test_list_names_what_there_is(capfd):
+    assert cli.main(["list"]) == 0
+    out = capfd.readouterr().out
+    assert all(name in out for name in ("keeplora", "seq-lora", "demo", "digits"))
+
+
+def test_report_writes_a_finished_run_again(run_config, tmp_path, capfd, tiny_tasks, monkeypatch):
+    from llava_keeplora.sequence import runner
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "write_run_report", lambda root: None)
+        runner.run(run_config(tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(tiny_tasks[0])]))
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert "seq-lora" in capfd.readouterr().out and (tmp_path / "run/report.html").is_file()
+    assert cli.main(["report", str(tmp_path)]) == 2
+
+
+def test_a_run_in_bf16_goes_through(config_file, capfd, tmp_path, tiny_tasks):
+    arguments = ["--config", config_file(tasks=[str(tiny_tasks[0])]), "--output-dir", tmp_path / "run", "training.bf16=true"]
+    assert cli.main(["train", *map(str, arguments)]) == 0
+    assert "| keeplora |" in capfd.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, llava_keeplora.cli as cli\n"
+        "try: cli.main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*(m for m in ('torch', 'transformers', 'datasets', 'peft', 'matplotlib') if m in sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--config" in done.stdout and done.stderr.strip() == ""

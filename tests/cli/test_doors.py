@@ -1,0 +1,162 @@
+"""One command, three doors: the same numbers whatever starts a run, in one process or two, killed or not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_keeplora.files import file_hash
+
+BIN = Path(sys.executable).parent
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_seq.py"
+LAUNCHER = [str(BIN / "deepspeed"), "--num_gpus", "1"]
+PAIR = [str(BIN / "deepspeed"), "--num_gpus", "2"]
+
+CLI = [sys.executable, "-m", "llava_keeplora.cli", "train"]
+ZERO_2 = {
+    "zero_optimization": {"stage": 2},
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+}
+
+
+def start(command, *arguments) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    return subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.fixture
+def launch():
+    """Function (command, *arguments) → (exit code, stdout, stderr)."""
+
+    def run(command, *arguments, timeout=180):
+        process = start(command, *arguments)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return process.returncode, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def numbers():
+    """Function (run folder) → every artefact that a method wrote, as its hash."""
+    kinds = ("*/matrix.json", "*/task-*/*.safetensors", "*/task-*/*.json", "*/task-*/predictions/*.jsonl")
+    return lambda root: {str(p.relative_to(root)): file_hash(p) for kind in kinds for p in sorted(root.glob(kind))}
+
+
+@pytest.fixture(scope="module")
+def reference(run_config, tiny_tasks, tmp_path_factory):
+    """The same run inside this process."""
+    from llava_keeplora.sequence import run
+
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    run(run_config(folder, methods={"keeplora": {}}, tasks=[str(p) for p in tiny_tasks[:2]]))
+    return folder
+
+
+@pytest.mark.parametrize("door", [[sys.executable, SCRIPT], [*LAUNCHER, SCRIPT]], ids=["python", "deepspeed"])
+def test_every_door_gives_the_same_numbers(door, config_file, launch, numbers, reference, tmp_path):
+    code, out, err = launch(door, "--config", config_file(), "--output-dir", tmp_path / "run")
+    assert code == 0, err
+    assert numbers(tmp_path / "run") == numbers(reference)
+    assert f"run folder: {tmp_path / 'run'}" in out and (tmp_path / "run/report.html").is_file()
+    assert "Traceback" not in err and "gemm_4bit" not in err and "Loading weights" not in err and "FutureWarning" not in err
+
+
+def test_a_run_killed_in_training_and_started_again_gives_the_same_numbers(config_file, launch, numbers, reference, tmp_path):
+    arguments = [*CLI, "--config", config_file(), "--output-dir", tmp_path / "run"]
+    process = start(arguments)
+    journal, deadline = tmp_path / "run/keeplora/journal.jsonl", time.monotonic() + 120
+    while not (journal.exists() and "PREPARED" in journal.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    delay = random.uniform(0, 1.5)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, _, err = launch(arguments)
+    assert code == 0, err
+    assert numbers(tmp_path / "run") == numbers(reference), f"killed {delay:.3f} s after the first task was prepared"
+
+
+def test_zero_2_from_a_plain_start_learns_the_same(config_file, launch, reference, tmp_path):
+    (tmp_path / "zero2.json").write_text(json.dumps(ZERO_2))
+    arguments = ["--config", config_file(), "--output-dir", tmp_path / "run", f"training.deepspeed={tmp_path / 'zero2.json'}"]
+    code, _, err = launch([sys.executable, SCRIPT], *arguments)
+    assert code == 0, err
+    same_up_to_rounding(reference, tmp_path / "run")
+
+
+# Ends a process other than the first as soon as it opens a file of the run folder for writing.
+WATCHED = """
+import os, runpy, sys
+folder = sys.argv[sys.argv.index("--output-dir") + 1]
+def watch(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(folder) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        sys.stderr.write(f"process {os.environ['RANK']} writes {arguments[0]}\\n")
+        os._exit(9)
+if os.environ["RANK"] != "0":
+    sys.addaudithook(watch)
+runpy.run_path(SCRIPT, run_name="__main__")
+"""
+
+
+@pytest.fixture
+def watched(tmp_path):
+    path = tmp_path / "watched.py"
+    path.write_text(textwrap.dedent(WATCHED).replace("SCRIPT", repr(str(SCRIPT))))
+    return path
+
+
+@pytest.mark.parametrize("zero", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "zero-2"])
+def test_two_processes_learn_what_one_learns_and_the_first_alone_writes(zero, config_file, launch, reference, watched, numbers, tmp_path):
+    (tmp_path / "zero2.json").write_text(json.dumps(ZERO_2))
+    more = [f"training.deepspeed={tmp_path / 'zero2.json'}"] if zero else []
+    arguments = ["--config", config_file(), "--output-dir", tmp_path / "run", "training.per_device_train_batch_size=4", *more]
+    code, out, err = launch([*PAIR, watched], *arguments)
+    assert code == 0, err
+    assert err.count("zero-shot: ") == 1 and out.count("run folder: ") == 1
+    assert numbers(tmp_path / "run").keys() == numbers(reference).keys()
+    same_up_to_rounding(reference, tmp_path / "run")
+
+
+def same_up_to_rounding(one, two):
+    """The first task's subspaces and delta, and W_p, agree within 1e-4."""
+    for name in ("task-00-base/state", "task-01-colours/adapters", "task-01-colours/state"):
+        a, b = (load_file(run / f"keeplora/{name}.safetensors") for run in (one, two))
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.linalg.norm(projector(a[key]) - projector(b[key])) < 1e-4, (name, key)
+    a, b = (load_file(run / "keeplora/task-01-colours/delta.safetensors") for run in (one, two))
+    for key in a:
+        if key.endswith(".B"):
+            x, y = (d[key] @ d[key[:-1] + "A"] for d in (a, b))
+            assert torch.linalg.norm(x - y) < 1e-4 * torch.linalg.norm(x), key
+
+
+def projector(basis):
+    """Onto the span of a basis, stored as columns or, for an adapter's A, as rows."""
+    columns = basis if basis.shape[0] >= basis.shape[1] else basis.T
+    return columns @ columns.T
+
+
+def test_a_first_process_that_fails_at_the_start_takes_the_others_with_it(config_file, launch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    code, _, err = launch([*PAIR, SCRIPT], "--config", config_file(), "--output-dir", tmp_path / "run", timeout=90)
+    assert code != 0
+    assert err.count("error: ") == 1 and "is not a run folder but holds notes.txt" in err and "Traceback" not in err

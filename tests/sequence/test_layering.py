@@ -1,0 +1,69 @@
+"""Imports point one way: sequence → methods → {models, adapters, capture} → subspace; eval and recipes know none of them."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+#: Lower layers know nothing of the ones above them.
+ABOVE = {
+    "subspace": ["capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "capture": ["adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "adapters": ["capture", "models", "methods", "sequence", "report", "config", "cli"],
+    "models": ["capture", "adapters", "methods", "sequence", "report", "cli"],
+    "methods": ["models", "capture", "sequence", "report", "config", "cli"],
+    "report": ["sequence", "methods", "models", "adapters", "capture", "cli"],
+    "config": ["models", "sequence", "report", "cli"],
+    "sequence": ["cli"],
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file names in an import, at its head or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def files(part: str) -> list[Path]:
+    folder = ROOT / "llava_keeplora" / part
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("part", ABOVE)
+def test_no_file_of_a_layer_imports_a_layer_above(part):
+    for path in files(part):
+        wrong = {n for n in imports_of(path) for above in ABOVE[part] if f"{n}.".startswith(f"llava_keeplora.{above}.")}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("folder", ["eval", "data_recipes"])
+def test_eval_and_recipes_import_nothing_of_the_training_half(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        wrong = {n for n in imports_of(path) if n == "llava_keeplora" or n.startswith("llava_keeplora.")}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_the_driver_is_imported_by_the_command_line_alone():
+    importers = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "llava_keeplora").rglob("*.py")
+        if any(n.startswith("llava_keeplora.sequence") for n in imports_of(path)) and path.parent.name != "sequence"
+    }
+    assert importers <= {"llava_keeplora/cli.py"}
+
+
+def test_importing_eval_and_recipes_loads_nothing_of_the_training_half():
+    code = (
+        "import sys, llava_keeplora_eval, llava_keeplora_recipes; "
+        "print(*(m for m in sys.modules if m == 'llava_keeplora' or m.startswith('llava_keeplora.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
