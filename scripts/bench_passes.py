@@ -1,9 +1,10 @@
-"""The parts of a task against the plain way: training step, gradient pass, feature pass; used by bench.py."""
+"""The parts of a task and the plain way to the same work: training step, gradient pass, feature pass.
+
+Each function returns (name, plain, ours, note), where `plain` and `ours` do the work once; bench.py times them.
+"""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -16,21 +17,10 @@ from llava_keeplora.models import load_model
 from llava_keeplora.subspace import SecondMoment
 from llava_keeplora_recipes import load_recipe
 
+Pair = tuple[str, Callable[[], object], Callable[[], object], str]
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 TASK, BATCH, BATCHES, RANK = "shapes", 64, 4, 16
-
-
-def medians(plain: Callable[[], object], ours: Callable[[], object], repeats: int = 9) -> tuple[float, float]:
-    """Median seconds of both, taken in turns after a warm-up so that a change of load meets both alike."""
-    times: dict[str, list[float]] = {"plain": [], "ours": []}
-    for run in (plain, ours):
-        run(), run()
-    for _ in range(repeats):
-        for name, run in (("plain", plain), ("ours", ours)):
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return statistics.median(times["plain"]), statistics.median(times["ours"])
 
 
 class Setting:
@@ -47,7 +37,7 @@ class Setting:
         self.parts = {n: "text" if n.startswith("text") else "vision" for n in self.layers}
 
 
-def training_step() -> list[tuple[str, float, float, str]]:
+def training_step() -> Pair:
     """A KeepLoRA step (A frozen) against a PEFT LoRA step of equal rank."""
     setting = Setting()
 
@@ -65,10 +55,10 @@ def training_step() -> list[tuple[str, float, float, str]]:
 
         return run
 
-    return [("KeepLoRA step / PEFT LoRA step", *medians(steps(True), steps(False)), f"rank {RANK}, q/k/v/out of both encoders, batch {BATCH}")]
+    return "KeepLoRA step / PEFT LoRA step", steps(True), steps(False), f"rank {RANK}, q/k/v/out of both encoders, batch {BATCH}"
 
 
-def dense_gradient_pass() -> list[tuple[str, float, float, str]]:
+def dense_gradient_pass() -> Pair:
     """The dense gradient pass against the same forward and backward with frozen weights."""
     setting = Setting()
 
@@ -88,10 +78,10 @@ def dense_gradient_pass() -> list[tuple[str, float, float, str]]:
     def ours() -> None:
         gradient_pass(setting.task, setting.layers, setting.batches, BATCH * BATCHES)
 
-    return [("gradient pass / forward and backward", *medians(plain, ours), f"dense, {len(setting.layers)} layers")]
+    return "gradient pass / forward and backward of frozen weights", plain, ours, f"dense, {len(setting.layers)} layers"
 
 
-def second_moment_pass() -> list[tuple[str, float, float, str]]:
+def second_moment_pass() -> Pair:
     """The feature pass (exact second moments) against a plain forward pass."""
     setting = Setting()
 
@@ -103,4 +93,7 @@ def second_moment_pass() -> list[tuple[str, float, float, str]]:
     def ours() -> None:
         feature_pass(setting.task, setting.layers, setting.parts, setting.batches, SecondMoment)
 
-    return [("feature pass / forward", *medians(plain, ours), "q, k and v share one second moment")]
+    return "feature pass / forward", plain, ours, "q, k and v share one second moment"
+
+
+PAIRS = {"step": training_step, "gradient": dense_gradient_pass, "features": second_moment_pass}
