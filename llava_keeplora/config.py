@@ -422,4 +422,5 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as JSON text, as the run folder keeps it."""
-    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
+    # In the order given: methods appear in tables as the user listed them.
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
