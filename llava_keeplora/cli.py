@@ -51,14 +51,16 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
     """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     quiet_libraries()
-    from llava_keeplora.errors import UserError
+    from llava_keeplora.errors import TrainingError, UserError
 
     try:
         action()
     except UserError as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        # What is wrong with the input is wrong in every process and said once; a loss may fail in one alone.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, TrainingError):
+            sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
         if debug:

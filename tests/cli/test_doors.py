@@ -19,6 +19,8 @@ from llava_keeplora.files import file_hash
 BIN = Path(sys.executable).parent
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_seq.py"
 LAUNCHER = [str(BIN / "deepspeed"), "--num_gpus", "1"]
+#: Seconds; a start takes some ten on a quiet machine.
+PATIENCE = 400
 PAIR = [str(BIN / "deepspeed"), "--num_gpus", "2"]
 
 CLI = [sys.executable, "-m", "llava_keeplora.cli", "train"]
@@ -40,7 +42,7 @@ def start(command, *arguments) -> subprocess.Popen:
 def launch():
     """Function (command, *arguments) → (exit code, stdout, stderr)."""
 
-    def run(command, *arguments, timeout=180):
+    def run(command, *arguments, timeout=PATIENCE):
         process = start(command, *arguments)
         try:
             out, err = process.communicate(timeout=timeout)
@@ -68,27 +70,28 @@ def reference(run_config, tiny_tasks, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("door", [[sys.executable, SCRIPT], [*LAUNCHER, SCRIPT]], ids=["python", "deepspeed"])
-def test_every_door_gives_the_same_numbers(door, config_file, launch, numbers, reference, tmp_path):
-    code, out, err = launch(door, "--config", config_file(), "--output-dir", tmp_path / "run")
+def test_the_launcher_gives_the_same_numbers_and_a_quiet_terminal(config_file, launch, numbers, reference, tmp_path):
+    code, out, err = launch([*LAUNCHER, SCRIPT], "--config", config_file(), "--output-dir", tmp_path / "run")
     assert code == 0, err
     assert numbers(tmp_path / "run") == numbers(reference)
     assert f"run folder: {tmp_path / 'run'}" in out and (tmp_path / "run/report.html").is_file()
-    assert "Traceback" not in err and "gemm_4bit" not in err and "Loading weights" not in err and "FutureWarning" not in err
+    assert not [noise for noise in ("Traceback", "gemm_4bit", "Loading weights", "FutureWarning") if noise in err], err
 
 
-def test_a_run_killed_in_training_and_started_again_gives_the_same_numbers(config_file, launch, numbers, reference, tmp_path):
-    arguments = [*CLI, "--config", config_file(), "--output-dir", tmp_path / "run"]
-    process = start(arguments)
-    journal, deadline = tmp_path / "run/keeplora/journal.jsonl", time.monotonic() + 120
+def test_a_run_killed_in_training_and_gone_on_with_through_another_door_gives_the_same_numbers(
+    config_file, launch, numbers, reference, tmp_path
+):
+    arguments = ["--config", config_file(), "--output-dir", tmp_path / "run"]
+    process = start([sys.executable, SCRIPT], *arguments)
+    journal, deadline = tmp_path / "run/keeplora/journal.jsonl", time.monotonic() + PATIENCE
     while not (journal.exists() and "PREPARED" in journal.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
-    delay = random.uniform(0, 1.5)
+    delay = random.uniform(0, 1)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    code, _, err = launch(arguments)
+    code, _, err = launch(CLI, *arguments)
     assert code == 0, err
     assert numbers(tmp_path / "run") == numbers(reference), f"killed {delay:.3f} s after the first task was prepared"
 
@@ -157,6 +160,6 @@ def projector(basis):
 def test_a_first_process_that_fails_at_the_start_takes_the_others_with_it(config_file, launch, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
-    code, _, err = launch([*PAIR, SCRIPT], "--config", config_file(), "--output-dir", tmp_path / "run", timeout=90)
+    code, _, err = launch([*PAIR, SCRIPT], "--config", config_file(), "--output-dir", tmp_path / "run")
     assert code != 0
     assert err.count("error: ") == 1 and "is not a run folder but holds notes.txt" in err and "Traceback" not in err
