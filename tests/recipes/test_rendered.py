@@ -20,7 +20,7 @@ def digest(task: str, split: str, index: int) -> str:
     return hashlib.sha256(render(task, split, index)[0].tobytes()).hexdigest()
 
 
-def sample(task: str, split: str, count: int = 64) -> list[int]:
+def sample(task: str, split: str, count: int = 24) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, RENDERED[task].sizes[split] - 1, count)})
 
 
