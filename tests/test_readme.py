@@ -1,0 +1,86 @@
+"""Every command of the README runs, in the README's order, on the files that the README shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+#: These set up an environment or start the suite that is running; the Makefile test below holds what they do.
+BY_MAKE = {"make demo", "make test", "pip install -c constraints.txt -e ."}
+#: What makes a command small enough for a test.
+SMALLER = {
+    "deepspeed": ["tasks=[birds.yaml]", "training.num_train_epochs=1", "training.per_device_train_batch_size=8"],
+    "python": ["--quick"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A user's folder: the README's two files, some pictures of birds, and the clone's scripts."""
+    path = tmp_path_factory.mktemp("readme")
+    (path / "scripts").symlink_to(ROOT / "scripts")
+    for text in blocks("yaml"):
+        (path / re.match(r"# (\S+)", text).group(1)).write_text(text)
+    for split, count in (("train", 8), ("test", 2)):
+        for shade, name in enumerate(("robin", "house_sparrow", "blue_tit")):
+            (path / "birds" / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (48, 48), (80 * shade, 10 * i, 40 if split == "train" else 60)).save(path / "birds" / split / name / f"{i}.png")
+    return path
+
+
+def test_the_readme_names_the_files_that_it_shows(folder):
+    assert {"birds.yaml", "run.yaml"} <= {p.name for p in folder.iterdir()}
+
+
+def test_the_run_of_the_readme_is_a_valid_configuration(folder, monkeypatch):
+    from llava_keeplora.config import load_config
+
+    monkeypatch.chdir(folder)
+    assert load_config("run.yaml").tasks == ("birds.yaml", "digits", "textures")
+
+
+def test_every_command_of_the_readme_runs(folder):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ran = 0
+    for command in commands():
+        if command in BY_MAKE:
+            continue
+        words = shlex.split(command)
+        words += SMALLER.get(words[0], [])
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        ran += 1
+    assert ran >= 8
+    assert (folder / "runs/birds/report.html").is_file() and (folder / "answers.jsonl").is_file()
+
+
+def test_make_does_what_the_readme_says():
+    made = (ROOT / "Makefile").read_text()
+    assert "-c constraints.txt -e '.[test]'" in made
+    assert "deepspeed scripts/train_seq.py --config demo" in made and "deepspeed scripts/train_seq.py --config demo" in README
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_every_shipped_configuration_is_valid():
+    from llava_keeplora.config import list_configs, load_config
+
+    for name in list_configs():
+        assert load_config(name).methods
