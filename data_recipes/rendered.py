@@ -6,8 +6,8 @@ the same bytes with the same library versions. `digits` shows scikit-learn's rea
 everything else is drawn with Pillow and the fonts that come with matplotlib.
 
 Every task has three streams. `pretrain` is mostly drawn in a plain style (clean background, few
-colours and fonts, little jitter) while `train` and `test` have a richer one, so a model pre-trained
-on the first knows the classes somewhat and still has something to learn from the second.
+colours and fonts, little jitter); half of `train` and `test` has a richer one, so a model pre-trained
+on the first knows the classes somewhat and still has something to learn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from PIL import Image, ImageDraw, ImageFont
 from .errors import RecipeError, nearest
 
 SIDE = 48
-PLAIN_SHARE = 0.8  # of the pretrain stream
+#: Share of plain pictures by split. What comes after pre-training is half of another style, so that there is
+#: something to learn, and half of the known one, so that there is something to know before.
+PLAIN_SHARE = {"pretrain": 0.8, "train": 0.5, "test": 0.5}
 CANVAS = 2 * SIDE  # drawn at twice the size, then averaged down: smooth edges
 
 Colour = tuple[int, int, int]
@@ -74,7 +76,7 @@ def render(task: str, split: str, index: int) -> tuple[Image.Image, int, str]:
         )
     label = index % len(spec.classes)
     rng = _generator("picture", task, spec.version, split, index)
-    plain = split == "pretrain" and rng.random() < PLAIN_SHARE
+    plain = rng.random() < PLAIN_SHARE[split]
     if spec.draw:
         image = spec.draw(rng, label, plain)
     else:
