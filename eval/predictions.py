@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,12 @@ def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
 
 
 def predict_to_file(
-    predictor: Predictor, data: TaskData, path: str | Path, batch_size: int = 64, sync_every: int = 1000
+    predictor: Predictor,
+    data: TaskData,
+    path: str | Path,
+    batch_size: int = 64,
+    sync_every: int = 1000,
+    advance: Callable[[int], object] | None = None,
 ) -> int:
     """Predict every example that the file doesn't hold yet, appending each batch as it is done.
 
@@ -65,6 +71,8 @@ def predict_to_file(
         batch_size: examples per call of the predictor.
         sync_every: lines after which the file is forced to disk (it is flushed after each batch and forced
             at the end anyway).
+        advance: called with the number of examples of each batch done, for a caller's own progress bar; without
+            it a bar is shown when the work takes over two seconds.
 
     Returns:
         How many examples were predicted now.
@@ -82,8 +90,9 @@ def predict_to_file(
     unsynced = 0
     with (
         open(path, "a", encoding="utf-8", newline="\n") as file,
-        tqdm(total=len(missing), desc=f"predict {data.recipe.name}", delay=2, disable=None) as bar,
+        tqdm(total=len(missing), desc=f"predict {data.recipe.name}", delay=2, disable=True if advance else None) as bar,
     ):
+        advance = advance or bar.update
         for start in range(0, len(missing), batch_size):
             examples = [data[index] for index in missing[start : start + batch_size]]
             texts = _checked(predictor.predict(examples), examples)
@@ -96,7 +105,7 @@ def predict_to_file(
             if unsynced >= sync_every:
                 os.fsync(file.fileno())
                 unsynced = 0
-            bar.update(len(examples))
+            advance(len(examples))
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.parent)

@@ -321,11 +321,10 @@ class LabelRun:
         where = {example_id: i for i, example_id in enumerate(task.test.ids)}
 
         def pixels(examples: Sequence) -> torch.Tensor:
-            shared.progress.advance(len(examples))
             return shared.cache.take(task.test, [where[e.id] for e in examples])
 
         predictor = family.predictor(task.recipe, pixels=pixels)
-        predict_to_file(predictor, task.test, path, batch_size=shared.config.evaluation.batch_size)
+        predict_to_file(predictor, task.test, path, batch_size=shared.config.evaluation.batch_size, advance=shared.progress.advance)
         result = score(task.test, path).to_dict()
         self._fill_matrix(index, {task.name: result})
         self.write_matrix()
