@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llava_keeplora.subspace.basis import check_basis, check_finite, residual
 from llava_keeplora.subspace.errors import RankError, ShapeError
+from llava_keeplora.subspace.truncated import gram_matrix
 
 # Singular values below this share of the gradient's norm are rounding of float32 gradients and bases, not directions.
 NOISE = 32 * torch.finfo(torch.float32).eps
@@ -91,7 +92,7 @@ def _leading_triplets(outside: Float[Tensor, "out in"], rank: int) -> tuple[Tens
     small = outside if out_dim <= in_dim else outside.T
     near = _iterated(small, rank)
     if near is None:
-        _, vectors = torch.linalg.eigh(small @ small.T)
+        _, vectors = torch.linalg.eigh(gram_matrix(small.T))
         near = vectors[:, -rank:].flip(1)
     far = small.T @ near
     # The lengths of the mapped vectors are the singular values, free of the squaring that the Gram matrix did.

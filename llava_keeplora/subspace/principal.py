@@ -13,7 +13,7 @@ from torch import Tensor
 from llava_keeplora.subspace.basis import check_finite, empty_basis
 from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
-from llava_keeplora.subspace.truncated import GRAM_ENERGY, leading_eigenpairs
+from llava_keeplora.subspace.truncated import GRAM_ENERGY, gram_matrix, leading_eigenpairs
 
 Method = Literal["auto", "svd", "gram", "randomized"]
 
@@ -87,7 +87,7 @@ def _by_gram(weight: Tensor, energy: float, strict: bool, truncate: bool, seed: 
     """Eigenvectors of the smaller Gram matrix: a leading block of them if truncation answers, else all."""
     tall = weight.shape[0] >= weight.shape[1]
     factor = weight if energy <= GRAM_ENERGY else weight.double()
-    gram = factor.T @ factor if tall else factor @ factor.T
+    gram = gram_matrix(factor if tall else factor.T)
     total = float(gram.diagonal().double().sum())
     found = leading_eigenpairs(gram, energy, total, seed) if truncate and energy <= GRAM_ENERGY else None
     if found is None:

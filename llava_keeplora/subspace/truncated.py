@@ -28,7 +28,7 @@ SMALL = 1536
 # Below this size the full decomposition takes milliseconds.
 SMALLEST = 256
 # The block is this much wider than the wanted prefix: the filter needs a gap between what it keeps and what it damps.
-MARGIN = 1.4
+MARGIN = 1.5
 # Degree of the filter: each degree is one product with G; beyond 4, float32 drowns the small wanted components.
 DEGREE = 4
 # Rounding of a float32 Gram matrix, as a share of its largest eigenvalue.
@@ -37,6 +37,10 @@ CUT_FLOOR = 1e-6
 SAFETY = 2.0
 # Energy that the returned prefix may miss, as a share of the total, against the exact leading eigenvectors.
 MISSED = 5e-5
+
+
+# Column blocks of a Gram matrix: only those on and below the diagonal are multiplied, 5/8 of the work for four.
+BLOCKS = 4
 
 
 class Ritz(NamedTuple):
@@ -59,6 +63,23 @@ class Ritz(NamedTuple):
         count = vectors.shape[1]
         images = self.image @ self.rotation[:, :count]
         return torch.addcmul(images, vectors, self.values[:count].to(vectors), value=-1.0).square().sum(0).double()
+
+
+def gram_matrix(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
+    """X^T X, exactly symmetric, multiplying only the blocks that symmetry doesn't give.
+
+    Args:
+        tall: X, (m, n).
+    """
+    n = tall.shape[1]
+    if n < SMALLEST:
+        return tall.T @ tall
+    gram = tall.new_empty(n, n)
+    bounds = [n * block // BLOCKS for block in range(BLOCKS + 1)]
+    for start, end in zip(bounds, bounds[1:]):
+        gram[start:end, :end] = tall[:, start:end].T @ tall[:, :end]
+        gram[:start, start:end] = gram[start:end, :start].T
+    return gram
 
 
 def leading_eigenpairs(
