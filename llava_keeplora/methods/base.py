@@ -87,6 +87,8 @@ class Method:
     record: Record
     #: Whether there is anything to learn; where not, the zero-shot row is all there is.
     learns = True
+    #: What a stage costs beside training, in passes of the task's data through the model, for the estimate of time.
+    passes: dict[str, float] = {}
 
     @dataclass(frozen=True)
     class Options:

@@ -36,6 +36,8 @@ class KeepLora(Method):
         "keeplora", "KeepLoRA: Continual Learning with Residual Gradient Adaptation", "https://arxiv.org/abs/2601.19659"
     )
 
+    passes = {"PREPARED": 3.0, "CONSOLIDATED": 1.0}
+
     @dataclass(frozen=True)
     class Options:
         """Settings of KeepLoRA; rank, alpha, ε_w and ε_f are the parts'.

@@ -111,7 +111,7 @@ class LabelRun:
         n = len(self.tasks[index - 1].train)
         if stage == "TRAINED":
             return 3 * n * self.epochs[index - 1]
-        return {"PREPARED": 3 * n, "CONSOLIDATED": n}[stage] if self.config.method.startswith("keeplora") else 0
+        return n * self.method.passes.get(stage, 0.0)
 
     def _where(self, index: int) -> str:
         return f"task {index}/{self.count} {self._name(index)}" if index else "before any task"
