@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code (2 for what a user can repair)."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
@@ -34,6 +34,17 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (train, report, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line whose overrides may stand before, between and after the options."""
+    args, rest = parser.parse_known_args(argv)
+    unknown = rest if not hasattr(args, "overrides") else [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:

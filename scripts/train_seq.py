@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from llava_keeplora.cli import add_train_arguments, guarded
+from llava_keeplora.cli import add_train_arguments, guarded, parse_arguments
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     add_train_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     sys.exit(guarded(lambda: args.run(args), debug=args.debug))
