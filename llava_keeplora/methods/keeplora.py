@@ -25,7 +25,6 @@ from llava_keeplora.methods.base import Layer, Method, Record, TaskContext
 from llava_keeplora.methods.keeplora_rules import RULES
 from llava_keeplora.subspace import RankError, SubspaceError, append_directions, empty_basis, residual
 
-WEIGHT_BASIS = "weight"
 CHOICES = {"preset": tuple(RULES), "form": ("delta", "literal"), "init": ("gradient", "random")}
 
 
