@@ -12,26 +12,31 @@ on the first knows the classes somewhat and still has something to learn.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from .drawing import (
+    CANVAS,
+    PALETTE,
+    PLAIN_SHARE,
+    canvas,
+    clutter,
+    finish,
+    generator,
+    ink_and_paper,
+    jitter,
+    load_font,
+    outline,
+    write,
+)
 from .errors import RecipeError, nearest
 
-SIDE = 48
-#: Share of plain pictures by split. What comes after pre-training is half of another style, so that there is
-#: something to learn, and half of the known one, so that there is something to know before.
-PLAIN_SHARE = {"pretrain": 0.8, "train": 0.5, "test": 0.5}
-CANVAS = 2 * SIDE  # drawn at twice the size, then averaged down: smooth edges
-
-Colour = tuple[int, int, int]
 Draw = Callable[[Generator, int, bool], Image.Image]
 
 
@@ -75,7 +80,7 @@ def render(task: str, split: str, index: int) -> tuple[Image.Image, int, str]:
             f"ask for 0 to {spec.sizes[split] - 1}",
         )
     label = index % len(spec.classes)
-    rng = _generator("picture", task, spec.version, split, index)
+    rng = generator("picture", task, spec.version, split, index)
     plain = rng.random() < PLAIN_SHARE[split]
     if spec.draw:
         image = spec.draw(rng, label, plain)
@@ -97,94 +102,6 @@ def _task(name: str) -> RenderedTask:
     return RENDERED[name]
 
 
-def _generator(*key: object) -> Generator:
-    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
-
-
-# ---------------------------------------------------------------------------------- drawing kit
-
-PALETTE: dict[str, Colour] = {
-    "red": (214, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (45, 85, 215),
-    "yellow": (240, 200, 30),
-}
-
-
-def _jitter(rng: Generator, colour: Colour, amount: int) -> Colour:
-    r, g, b = np.clip(np.array(colour) + rng.integers(-amount, amount + 1, 3), 0, 255)
-    return int(r), int(g), int(b)
-
-
-def _ink_and_paper(rng: Generator, plain: bool) -> tuple[Colour, Colour]:
-    """Two colours with a clear difference in brightness; near black on near white if plain."""
-    if plain:
-        return _jitter(rng, (25, 25, 25), 20), _jitter(rng, (235, 235, 235), 15)
-    dark, light = _jitter(rng, (65, 65, 65), 60), _jitter(rng, (190, 190, 190), 60)
-    return (dark, light) if rng.random() < 0.5 else (light, dark)
-
-
-def _canvas(rng: Generator, plain: bool, paper: Colour | None = None) -> Image.Image:
-    """The background: one light colour if plain, else a gradient between two colours."""
-    first = paper or _jitter(rng, (232, 232, 232) if plain else (150, 150, 150), 12 if plain else 60)
-    if plain:
-        return Image.new("RGB", (CANVAS, CANVAS), first)
-    second = np.array(_jitter(rng, first, 35), float)
-    ramp = np.linspace(0, 1, CANVAS)[:, None, None] * np.ones((1, CANVAS, 1))
-    if rng.random() < 0.5:
-        ramp = ramp.transpose(1, 0, 2)
-    pixels = np.array(first) * (1 - ramp) + second * ramp
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def _finish(rng: Generator, image: Image.Image, plain: bool) -> Image.Image:
-    """Average down to the final size and add sensor noise."""
-    small = np.asarray(image.reduce(image.width // SIDE), np.float64)
-    noise = rng.normal(0, 3 if plain else rng.uniform(4, 16), small.shape)
-    return Image.fromarray(np.clip(small + noise, 0, 255).astype(np.uint8))
-
-
-def _outline(kind: str, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
-    """The corner points of a shape around (x, y), turned clockwise by `turn` radians."""
-    corners, inner = {"circle": (32, 1.0), "square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.42)}[kind]
-    start = turn - math.pi / 2 + (math.pi / 4 if kind == "square" else 0)
-    points = []
-    for i in range(corners):
-        reach = radius * (inner if i % 2 and kind == "star" else 1.0)
-        angle = start + 2 * math.pi * i / corners
-        points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
-    return points
-
-
-def _clutter(rng: Generator, pen: ImageDraw.ImageDraw, pieces: int) -> None:
-    """Grey lines and specks that mean nothing."""
-    for _ in range(pieces):
-        x, y, dx, dy = rng.uniform(0, CANVAS), rng.uniform(0, CANVAS), *rng.normal(0, 22, 2)
-        level = int(rng.integers(60, 200))
-        pen.line((x, y, x + dx, y + dy), fill=(level, level, level), width=int(rng.integers(1, 4)))
-
-
-@cache
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
-    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _text(image: Image.Image, words: str, font: ImageFont.FreeTypeFont, ink: Colour,
-          centre: tuple[float, float], degrees: float = 0.0) -> None:
-    """Write words around a point, turned by some degrees."""
-    mask = Image.new("L", image.size, 0)
-    left, top, right, bottom = font.getbbox(words)
-    corner = (centre[0] - (left + right) / 2, centre[1] - (top + bottom) / 2)
-    ImageDraw.Draw(mask).text(corner, words, fill=255, font=font)
-    if degrees:
-        mask = mask.rotate(degrees, Image.Resampling.BILINEAR, center=centre)
-    image.paste(ink, (0, 0), mask)
-
-
 # --------------------------------------------------------------------------------------- digits
 
 DIGITS_PER_CLASS = {"pretrain": 54, "train": 90, "test": 30}
@@ -198,7 +115,7 @@ def _digit_scans() -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
     scans = load_digits()
     rows: dict[str, list[np.ndarray]] = {split: [] for split in DIGITS_PER_CLASS}
     for digit in range(10):
-        order = _generator("digits", digit).permutation(np.flatnonzero(scans.target == digit))
+        order = generator("digits", digit).permutation(np.flatnonzero(scans.target == digit))
         start = 0
         for split, count in DIGITS_PER_CLASS.items():
             rows[split].append(order[start : start + count])
@@ -213,7 +130,7 @@ def digit_rows(split: str) -> list[int]:
 
 def _digit(rng: Generator, scan: np.ndarray, plain: bool) -> Image.Image:
     strokes = (scan * (255 / 16)).astype(np.uint8)
-    ink, paper = _ink_and_paper(rng, plain)
+    ink, paper = ink_and_paper(rng, plain)
     side = CANVAS - 12 if plain else int(rng.integers(54, 86))
     mask = Image.new("L", (CANVAS, CANVAS), 0)
     room = CANVAS - side
@@ -221,9 +138,9 @@ def _digit(rng: Generator, scan: np.ndarray, plain: bool) -> Image.Image:
     mask.paste(Image.fromarray(strokes).resize((side, side), Image.Resampling.BICUBIC), spot)
     if not plain:
         mask = mask.rotate(float(rng.uniform(-18, 18)), Image.Resampling.BILINEAR)
-    image = _canvas(rng, plain, paper)
+    image = canvas(rng, plain, paper)
     image.paste(ink, (0, 0), mask)
-    return _finish(rng, image, plain)
+    return finish(rng, image, plain)
 
 
 # -------------------------------------------------------------------------------- drawn pictures
@@ -234,18 +151,18 @@ COLOURED_SHAPES = [f"{colour} {shape}" for colour in PALETTE for shape in SHAPES
 
 def _shape(rng: Generator, label: int, plain: bool) -> Image.Image:
     colour, kind = COLOURED_SHAPES[label].split()
-    image = _canvas(rng, plain)
+    image = canvas(rng, plain)
     pen = ImageDraw.Draw(image)
     if not plain:
-        _clutter(rng, pen, 6)
+        clutter(rng, pen, 6)
     radius = rng.uniform(24, 38) if plain else rng.uniform(13, 30)
     x, y = rng.uniform(radius, CANVAS - radius, 2)
     turn = rng.uniform(-0.1, 0.1) if plain else rng.uniform(0, 2 * math.pi)
-    fill = _jitter(rng, PALETTE[colour], 10 if plain else 45)
-    pen.polygon(_outline(kind, x, y, radius, turn), fill=fill)
+    fill = jitter(rng, PALETTE[colour], 10 if plain else 45)
+    pen.polygon(outline(kind, x, y, radius, turn), fill=fill)
     if not plain:
-        _clutter(rng, pen, 3)
-    return _finish(rng, image, plain)
+        clutter(rng, pen, 3)
+    return finish(rng, image, plain)
 
 
 TEXTURES = ["stripes", "checkerboard", "dots", "waves", "static", "grid", "zigzag", "rings"]
@@ -278,9 +195,9 @@ def _texture(rng: Generator, label: int, plain: bool) -> Image.Image:
     else:
         cx, cy = (CANVAS / 2, CANVAS / 2) if plain else rng.uniform(0, CANVAS, 2)
         on = np.hypot(x - cx, y - cy) / period % 1 < 0.5
-    ink, paper = _ink_and_paper(rng, plain)
-    pixels = np.where(on[..., None], np.array(ink), np.array(_canvas(rng, plain, paper)))
-    return _finish(rng, Image.fromarray(pixels.astype(np.uint8)), plain)
+    ink, paper = ink_and_paper(rng, plain)
+    pixels = np.where(on[..., None], np.array(ink), np.array(canvas(rng, plain, paper)))
+    return finish(rng, Image.fromarray(pixels.astype(np.uint8)), plain)
 
 
 LETTERS = list("ABDEFGHJKMNPQRST")
@@ -295,38 +212,38 @@ FONTS = [font for fonts in TYPEFACES.values() for font in fonts]
 
 
 def _glyph(rng: Generator, label: int, plain: bool) -> Image.Image:
-    ink, paper = _ink_and_paper(rng, plain)
-    image = _canvas(rng, plain, paper)
+    ink, paper = ink_and_paper(rng, plain)
+    image = canvas(rng, plain, paper)
     fonts = FONTS[:1] + ["DejaVuSans-Bold"] if plain else FONTS
     size = int(rng.integers(66, 78) if plain else rng.integers(34, 84))
     degrees = 0.0 if plain else float(rng.uniform(-35, 35))
     x, y = CANVAS / 2 + rng.uniform(-1, 1, 2) * (5 if plain else (CANVAS - size) / 2)
     if not plain:
-        _clutter(rng, ImageDraw.Draw(image), 4)
-    _text(image, LETTERS[label], _font(str(rng.choice(fonts)), size), ink, (x, y), degrees)
-    return _finish(rng, image, plain)
+        clutter(rng, ImageDraw.Draw(image), 4)
+    write(image, LETTERS[label], load_font(str(rng.choice(fonts)), size), ink, (x, y), degrees)
+    return finish(rng, image, plain)
 
 
 def _typeface(rng: Generator, label: int, plain: bool) -> Image.Image:
-    ink, paper = _ink_and_paper(rng, plain)
-    image = _canvas(rng, plain, paper)
+    ink, paper = ink_and_paper(rng, plain)
+    image = canvas(rng, plain, paper)
     fonts = TYPEFACES[list(TYPEFACES)[label]]
     name = fonts[0] if plain else str(rng.choice(fonts))
     size = int(rng.integers(28, 31) if plain else rng.integers(24, 36))
-    font, degrees = _font(name, size), 0.0 if plain else float(rng.uniform(-8, 8))
+    font, degrees = load_font(name, size), 0.0 if plain else float(rng.uniform(-8, 8))
     for line in range(CANVAS // size):
         word = "".join(rng.choice(list("abdefghiklmnoprstu"), int(rng.integers(4, 7))))
         centre = (CANVAS / 2 + rng.uniform(-5, 5), size * (line + 0.6))
-        _text(image, word, font, ink, centre, degrees)
-    return _finish(rng, image, plain)
+        write(image, word, font, ink, centre, degrees)
+    return finish(rng, image, plain)
 
 
 COUNTS = ["one object", *(f"{n} objects" for n in ("two", "three", "four", "five", "six"))]
 
 
 def _count(rng: Generator, label: int, plain: bool) -> Image.Image:
-    ink, paper = _ink_and_paper(rng, plain)
-    image = _canvas(rng, plain, paper)
+    ink, paper = ink_and_paper(rng, plain)
+    image = canvas(rng, plain, paper)
     pen = ImageDraw.Draw(image)
     kind = "circle" if plain else str(rng.choice(SHAPES))
     while True:  # throw all centres at once until none are too close
@@ -337,8 +254,8 @@ def _count(rng: Generator, label: int, plain: bool) -> Image.Image:
     for x, y in places:
         radius = 11 if plain else rng.uniform(8, 12)
         turn = 0.0 if plain else rng.uniform(0, 2 * math.pi)
-        pen.polygon(_outline(kind, x, y, radius, turn), fill=_jitter(rng, ink, 4 if plain else 20))
-    return _finish(rng, image, plain)
+        pen.polygon(outline(kind, x, y, radius, turn), fill=jitter(rng, ink, 4 if plain else 20))
+    return finish(rng, image, plain)
 
 
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
@@ -346,19 +263,19 @@ RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": 
 
 def _relation(rng: Generator, label: int, plain: bool) -> Image.Image:
     step = np.array(list(RELATIONS.values())[label], float)
-    image = _canvas(rng, plain)
+    image = canvas(rng, plain)
     pen = ImageDraw.Draw(image)
     if not plain:
-        _clutter(rng, pen, 4)
+        clutter(rng, pen, 4)
     apart = rng.uniform(19, 22) if plain else rng.uniform(15, 26)
     slant = step[::-1] * rng.uniform(-3, 3) * (1 if plain else 3.5)
     centre = CANVAS / 2 + rng.uniform(-4, 4, 2) * (1 if plain else 2)
     for kind, side in (("circle", 1), ("square", -1)):
         x, y = centre + side * (step * apart + slant)
-        colour = _jitter(rng, PALETTE[str(rng.choice(list(PALETTE)))], 10 if plain else 40)
+        colour = jitter(rng, PALETTE[str(rng.choice(list(PALETTE)))], 10 if plain else 40)
         radius = 15 if plain else rng.uniform(9, 16)
-        pen.polygon(_outline(kind, x, y, radius, 0 if plain else rng.uniform(-0.3, 0.3)), fill=colour)
-    return _finish(rng, image, plain)
+        pen.polygon(outline(kind, x, y, radius, 0 if plain else rng.uniform(-0.3, 0.3)), fill=colour)
+    return finish(rng, image, plain)
 
 
 RENDERED: dict[str, RenderedTask] = {
