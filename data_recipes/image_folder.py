@@ -11,7 +11,7 @@ from PIL import Image
 
 from .errors import RecipeError
 from .places import set_folder, split_file
-from .records import Records, image_files
+from .records import Records, image_files, one_each
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -61,6 +61,7 @@ def read_image_folder(recipe: Recipe, split: str, data_root: str | Path | None) 
     return Records(
         ids=ids,
         images=image_files([folder / i for i in ids]),
+        pictures=one_each(len(ids)),
         labels=[found[i] for i in ids],
         label_names=None,
         questions=[None] * len(ids),

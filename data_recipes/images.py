@@ -59,6 +59,9 @@ class EncodedImages(Images):
         super().__init__()
         self._dataset = dataset
 
+    def __len__(self) -> int:
+        return len(self._dataset)
+
     def check(self, label: str) -> dict[int, str]:
         """Hash and decode every picture once.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError
 from .places import inside, set_folder, split_file
-from .records import Records, image_files
+from .records import Records, image_files, one_each, shared_files
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -35,22 +35,24 @@ def read_llava(recipe: Recipe, split: str, data_root: str | Path | None) -> Reco
             raise RecipeError(f"record {i} of {path.name} has no 'id'", "give every record its own id")
         what = f"record '{name}' of {path.name}"
         image = row.get("image")
-        if not isinstance(image, str):
+        listed = [] if image is None else image if isinstance(image, list) else [image]
+        if not all(isinstance(i, str) for i in listed):
             raise RecipeError(
-                f"{what} has {'no' if image is None else 'more than one'} image",
-                "give every record one image path",
+                f"{what} has {image!r} as its image", "write one path, a list of paths, or leave 'image' out"
             )
         question, answer = _turn(row, what)
         if not isinstance(question, str) or answer in (None, []):
             raise RecipeError(f"{what} has no question or no answer", "complete or remove the record")
         ids.append(str(name))
-        paths.append(inside(folder, image, what))
+        paths.append([inside(folder, i, what) for i in listed])
         questions.append(question.replace("<image>", "").strip())
         answers.append([str(a) for a in answer] if isinstance(answer, list) else [str(answer)])
     classify = recipe.kind == "classification"
+    images, pictures = shared_files(paths)
     return Records(
         ids=ids,
-        images=image_files(paths),
+        images=images,
+        pictures=pictures,
         labels=[a[0] for a in answers] if classify else [None] * len(ids),
         label_names=None,
         questions=[None] * len(ids) if classify else questions,
@@ -122,6 +124,7 @@ def read_coco(recipe: Recipe, split: str, data_root: str | Path | None) -> Recor
     return Records(
         ids=[str(i) for i in captions],
         images=image_files(paths),
+        pictures=one_each(len(captions)),
         labels=[None] * len(captions),
         label_names=None,
         questions=[None] * len(captions),

@@ -49,7 +49,7 @@ def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_i
 def _load_rendered(recipe: Recipe, split: str) -> TaskData:
     images = RenderedImages(recipe.source["task"], recipe.splits[split])
     rows = [
-        Row(name, None, (recipe.classes[label],), label, i)
+        Row(name, None, (recipe.classes[label],), label, (i,))
         for i, (name, label) in enumerate(zip(images.ids, images.labels, strict=True))
     ]
     return TaskData(recipe, split, rows, images, dropped=[])
@@ -69,27 +69,37 @@ def _load_files(recipe: Recipe, split: str, data_root: str | Path | None, on_bad
             _question(recipe, question),
             tuple(answers) if label is None else (recipe.classes[label],),
             label,
-            i,
+            pictures,
         )
-        for i, (name, question, answers, label) in enumerate(
-            zip(records.ids, records.questions, records.answers, labels, strict=True)
+        for name, question, answers, label, pictures in zip(
+            records.ids, records.questions, records.answers, labels, records.pictures, strict=True
         )
     ]
+    if recipe.kind == "classification":
+        _refuse_other_than_one(rows, where)
     images = EncodedImages(records.images)
-    bad = images.check(where)
-    if bad and on_bad_image == "refuse":
-        first = ", ".join(f"{records.ids[r]}: {bad[r]}" for r in sorted(bad)[:3])
-        raise RecipeError(
-            f"{len(bad)} of {len(rows)} images of {where} cannot be read ({first})",
-            "replace them, or leave them out with on_bad_image: drop",
-        )
-    if bad:
-        log.warning("%s: %d of %d images cannot be read and are left out", where, len(bad), len(rows))
-    data = TaskData(
-        recipe, split, [r for r in rows if r.row not in bad], images, [records.ids[r] for r in sorted(bad)]
-    )
+    good, dropped = _sift(rows, images, where, on_bad_image)
+    data = TaskData(recipe, split, good, images, dropped)
     _refuse_empty(data, where)
     return data
+
+
+def _sift(rows: list[Row], images: EncodedImages, where: str, on_bad_image: str) -> tuple[list[Row], list[str]]:
+    """The rows whose pictures can all be read, and the ids of the others."""
+    bad = images.check(where)
+    if not bad:
+        return rows, []
+    good = [r for r in rows if not any(p in bad for p in r.pictures)]
+    dropped = [r.id for r in rows if any(p in bad for p in r.pictures)]
+    counted = f"{len(bad)} of {len(images)} images of {where} cannot be read"
+    if on_bad_image == "refuse":
+        owners = {p: r.id for r in reversed(rows) for p in r.pictures}
+        first = ", ".join(f"{owners[p]}: {bad[p]}" for p in sorted(bad)[:3])
+        raise RecipeError(
+            f"{counted} ({first})", "replace them, or leave them out with on_bad_image: drop"
+        )
+    log.warning("%s: %d of %d examples are left out", counted, len(dropped), len(rows))
+    return good, dropped
 
 
 def _question(recipe: Recipe, question: str | None) -> str | None:
@@ -99,6 +109,16 @@ def _question(recipe: Recipe, question: str | None) -> str | None:
     if recipe.kind == "vqa" and recipe.prompt is not None:
         return recipe.prompt.replace("{q}", question)
     return question
+
+
+def _refuse_other_than_one(rows: list[Row], where: str) -> None:
+    wrong = [r for r in rows if len(r.pictures) != 1]
+    if wrong:
+        raise RecipeError(
+            f"{len(wrong)} of {len(rows)} records of {where} have no image or several (first: '{wrong[0].id}', "
+            f"with {len(wrong[0].pictures)})",
+            "give every record one image, or use the kind vqa",
+        )
 
 
 def _refuse_duplicates(ids: list[str], where: str) -> None:

@@ -18,6 +18,10 @@ from .task_data import TaskData
 RECIPES = Path(__file__).parent / "recipes"
 
 # A corrected citation must not change a task's identity; where its files lie must not either.
+# What a generative model is asked where a classification recipe has no instruction of its own; the second sentence is
+# LLaVA-1.5's for short answers (Liu et al., 2024, arXiv:2310.03744).
+ASKS = "What is shown in the image?\nAnswer the question using a single word or phrase."
+
 NOT_IDENTITY = ("licence", "homepage", "citation", "description", "seen_by", "folder", "expected_sizes")
 
 
@@ -35,6 +39,7 @@ class Recipe:
         splits: our split name to the source's file, folder or split name.
         prompt: for classification a caption with `{c}` for the class; for vqa an optional text
             around the question, `{q}`; for captioning the instruction, unless the source has one.
+        instruction: for classification, what a generative model is asked; see `asks`.
         classes: class names in label order, as answers are scored; empty where the kind has none,
             None while they are still unread from the source (`classes: from-source`).
         num_classes: number of classes that the source must have.
@@ -53,6 +58,7 @@ class Recipe:
     source: dict[str, Any]
     splits: dict[str, Any]
     prompt: str | None = None
+    instruction: str | None = None
     classes: list[str] | None = field(default_factory=list)
     num_classes: int | None = None
     class_names: dict[str, str] = field(default_factory=dict)
@@ -83,9 +89,25 @@ class Recipe:
         return [self.prompt.replace("{c}", c.replace("_", " ")) for c in self.classes]
 
     @property
+    def asks(self) -> str:
+        """The question that a generative model is asked on every example of a classification task.
+
+        Raises:
+            RecipeError: the task is of another kind.
+        """
+        if self.kind != "classification":
+            raise RecipeError(
+                f"recipe '{self.name}' is {self.kind}, where every example has its own question",
+                "read 'question' of the example",
+            )
+        return self.instruction if self.instruction is not None else ASKS
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON of all that decides what a model sees and how it is scored."""
         facts = {k: v for k, v in asdict(self).items() if k not in NOT_IDENTITY}
+        if self.instruction is None:
+            del facts["instruction"]  # as before there were any, so that older files keep their recipe
         facts["source"] = {k: v for k, v in self.source.items() if k != "path"}
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

@@ -18,6 +18,7 @@ KEYS: dict[str, tuple[type, str]] = {
     "version": (int, "a whole number"),
     "kind": (str, "text"),
     "prompt": (str, "text"),
+    "instruction": (str, "text"),
     "metric": (str, "text"),
     "licence": (str, "text"),
     "homepage": (str, "text"),
@@ -82,7 +83,7 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
     if facts["kind"] == "classification":
         _check_classes(facts, path)
         return
-    for key in ("classes", "num_classes", "class_names"):
+    for key in ("instruction", "classes", "num_classes", "class_names"):
         if key in facts:
             raise RecipeError(
                 f"{where} has '{key}', which a {facts['kind']} recipe does not use", f"remove it from {path}"
@@ -119,6 +120,10 @@ def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
 
 def _check_classes(facts: dict[str, Any], path: Path) -> None:
     where = path.name
+    if not facts.get("instruction", "?").strip():
+        raise RecipeError(
+            f"{where} has an empty 'instruction'", "write the question, or leave 'instruction' out"
+        )
     for key in ("prompt", "classes"):
         if key not in facts:
             raise RecipeError(f"{where} lacks the key '{key}'", f"add '{key}:' to {path}")

@@ -15,7 +15,8 @@ class Records:
 
     Attributes:
         ids: one per record, the same wherever the files lie.
-        images: a dataset whose column `image` holds bytes or paths, undecoded.
+        images: a dataset whose column `image` holds bytes or paths, undecoded, one picture per row.
+        pictures: the rows in `images` of each record's pictures; none, one or several.
         labels: the source's labels (name or index), None outside classification.
         label_names: names of integer labels, where the source has them.
         questions: one per record, or None.
@@ -24,10 +25,23 @@ class Records:
 
     ids: list[str]
     images: datasets.Dataset
+    pictures: list[tuple[int, ...]]
     labels: list[Any]
     label_names: list[str] | None
     questions: list[str | None]
     answers: list[list[str]]
+
+
+def one_each(count: int) -> list[tuple[int, ...]]:
+    """The `pictures` of records that have one picture each, in the same order."""
+    return [(i,) for i in range(count)]
+
+
+def shared_files(paths: list[list[Path]]) -> tuple[datasets.Dataset, list[tuple[int, ...]]]:
+    """The `images` and `pictures` of records that name files; a file that several name is one picture."""
+    rows: dict[Path, int] = {}
+    pictures = [tuple(rows.setdefault(p, len(rows)) for p in own) for own in paths]
+    return image_files(list(rows)), pictures
 
 
 def image_files(paths: list[Path]) -> datasets.Dataset:

@@ -12,7 +12,7 @@ import datasets
 
 from .errors import RecipeError, nearest
 from .places import inside, own_path, set_folder, told
-from .records import Records
+from .records import Records, one_each
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -114,6 +114,7 @@ def _from_table(recipe: Recipe, split: str, table: datasets.Dataset) -> Records:
     return Records(
         ids=[str(i) for i in ids],
         images=images,
+        pictures=one_each(count),
         labels=values("label") if classify else [None] * count,
         label_names=list(feature.names) if isinstance(feature, datasets.ClassLabel) else None,
         questions=[None] * count if classify else values("question") or [None] * count,

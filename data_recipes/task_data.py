@@ -26,28 +26,43 @@ class Example:
 
     Attributes:
         id: unique within the split, the same wherever the data lies.
-        image: the picture, RGB.
-        question: what is asked; None for classification.
-        answers: the reference answers; for classification the class name, as in `recipe.classes`.
+        images: the pictures, RGB, in the order in which they are shown; classification has exactly one.
+        question: what is asked, for captioning the instruction; None for classification.
+        answers: the reference answers, the first of them is trained on; for classification the class name,
+            as in `recipe.classes`; for captioning all captions.
         label: index into `recipe.classes`; None outside classification.
     """
 
     id: str
-    image: Image.Image
+    images: list[Image.Image]
     question: str | None
     answers: list[str]
     label: int | None
 
+    @property
+    def image(self) -> Image.Image:
+        """The only picture.
+
+        Raises:
+            RecipeError: there is none, or there are several.
+        """
+        if len(self.images) != 1:
+            raise RecipeError(
+                f"example '{self.id}' has {len(self.images)} images, and one is asked for",
+                "use a task with one image per example, or read 'images'",
+            )
+        return self.images[0]
+
 
 @dataclass(frozen=True)
 class Row:
-    """An example without its picture, and the picture's row in the store."""
+    """An example without its pictures, and the pictures' rows in the store."""
 
     id: str
     question: str | None
     answers: tuple[str, ...]
     label: int | None
-    row: int
+    pictures: tuple[int, ...]
 
 
 class TaskData:
@@ -58,7 +73,7 @@ class TaskData:
         split: the split's name.
         ids: the examples' ids, in order.
         labels: the examples' labels, in order; None outside classification.
-        dropped: ids of the examples left out because their image cannot be read.
+        dropped: ids of the examples left out because one of their images cannot be read.
     """
 
     def __init__(
@@ -75,7 +90,8 @@ class TaskData:
 
     def __getitem__(self, index: int) -> Example:
         row = self._rows[operator.index(index)]
-        return Example(row.id, self._images.image(row.row), row.question, list(row.answers), row.label)
+        images = [self._images.image(p) for p in row.pictures]
+        return Example(row.id, images, row.question, list(row.answers), row.label)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -93,19 +109,21 @@ class TaskData:
 
     @property
     def digests(self) -> list[str]:
-        """SHA-256 of each example's encoded image (of its pixels where it is drawn), in order."""
-        return [self._images.digest(r.row) for r in self._rows]
+        """SHA-256 of each encoded image (of its pixels where it is drawn), example by example."""
+        return [self._images.digest(p) for r in self._rows for p in r.pictures]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the recipe's fingerprint and each example's id, texts, label and image hash.
+        """SHA-256 over the recipe's fingerprint and each example's id, texts, label and image hashes.
 
         The same wherever the data lies and in whatever order; another one as soon as a byte of an
         image changes.
         """
         total = hashlib.sha256(self.recipe.fingerprint.encode())
         for r in sorted(self._rows, key=lambda r: r.id):
-            fact = [r.id, r.label, r.question, r.answers, self._images.digest(r.row)]
+            hashes = [self._images.digest(p) for p in r.pictures]
+            # one picture stands without a list, as it did before examples could have several
+            fact = [r.id, r.label, r.question, r.answers, hashes[0] if len(hashes) == 1 else hashes]
             total.update(json.dumps(fact, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         return total.hexdigest()
 

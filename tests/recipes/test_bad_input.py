@@ -151,7 +151,7 @@ def test_bad_images_can_be_dropped_and_are_recorded(pets, tmp_path, caplog):
     data = pets().load("train", on_bad_image="drop")
     assert data.dropped == ["train/cat/0.png", "train/cat/1.png"]
     assert len(data) == 10 and not set(data.dropped) & set(data.ids)
-    assert "pets/train: 2 of 12 images cannot be read and are left out" in caplog.text
+    assert "2 of 12 images of pets/train cannot be read: 2 of 12 examples are left out" in caplog.text
 
 
 def test_another_word_for_what_to_do_with_bad_images_is_refused(pets):
@@ -163,6 +163,39 @@ def test_a_missing_image_of_a_record(questions):
     assert refusal(recipe).startswith("1 of 1 images of pets/train cannot be read (a: no such file); ")
     assert (
         refusal(recipe, on_bad_image="drop") == "pets/train has no readable image left; replace the images."
+    )
+
+
+@pytest.fixture
+def album(questions, tmp_path, make):
+    """Five records over the readable pictures 0.png and 1.png, the broken 2.png and the missing 3.png."""
+    for i in range(3):
+        make.json(tmp_path / "q" / f"{i}.png", 0)
+        (tmp_path / "q" / f"{i}.png").write_bytes(make.encoded(i) if i < 2 else b"broken")
+    shown = {"none": None, "one": "0.png", "two": ["0.png", "1.png"], "half": ["1.png", "2.png"], "gone": ["3.png", "2.png"]}
+    records = [{"id": name, "image": image, "text": "q", "answer": "a"} for name, image in shown.items()]
+    return questions(*records)
+
+
+def test_a_picture_of_several_records_is_counted_once_and_named_by_its_first(album):
+    sentence = refusal(album)
+    assert sentence.startswith("2 of 4 images of pets/train cannot be read (half: cannot identify image file")
+    assert ", gone: no such file); replace them" in sentence
+
+
+def test_an_example_is_dropped_with_any_of_its_pictures(album, caplog):
+    data = album.load("train", on_bad_image="drop")
+    assert data.ids == ["none", "one", "two"] and data.dropped == ["half", "gone"]
+    assert "2 of 4 images of pets/train cannot be read: 2 of 5 examples are left out" in caplog.text
+
+
+def test_classification_needs_exactly_one_image(questions, tmp_path, make):
+    record = {"id": "a", "image": ["x.png", "y.png"], "text": "q", "answer": "cat"}
+    make.json(tmp_path / "q" / "train.json", [record])
+    facts = make.facts(source={"format": "llava_json", "path": "q"}, splits={"train": "train.json"})
+    assert refusal(load_recipe(make.yaml(tmp_path / "q.yaml", **facts))) == (
+        "1 of 1 records of pets/train have no image or several (first: 'a', with 2); "
+        "give every record one image, or use the kind vqa."
     )
 
 
@@ -256,8 +289,8 @@ def test_duplicate_ids(questions):
         ({"id": None}, "record 0 of train.json has no 'id'; give every record its own id."),
         ({"answer": []}, "record 'a' of train.json has no question or no answer; complete or remove the record."),
         ({"text": 3}, "record 'a' of train.json has no question or no answer; complete or remove the record."),
-        ({"image": None}, "record 'a' of train.json has no image; give every record one image path."),
-        ({"image": ["x.png", "y.png"]}, "record 'a' of train.json has more than one image; give every record one image path."),
+        ({"image": 3}, "record 'a' of train.json has 3 as its image; write one path, a list of paths, or leave 'image' out."),
+        ({"image": ["x.png", None]}, "record 'a' of train.json has ['x.png', None] as its image; write one path, a list of paths, or leave"),
         ({"answer": None}, "record 'a' of train.json has neither 'conversations' nor 'text' and 'answer'; add one of them."),
         (
             {"conversations": [{"from": "human", "value": "q"}] * 2},
@@ -267,7 +300,7 @@ def test_duplicate_ids(questions):
 )  # fmt: skip
 def test_a_malformed_question_record_is_named(questions, change, sentence):
     record = {"id": "a", "image": "x.png", "text": "q", "answer": "a"} | change
-    assert refusal(questions({k: v for k, v in record.items() if v is not None})) == sentence
+    assert refusal(questions({k: v for k, v in record.items() if v is not None})).startswith(sentence)
 
 
 @pytest.mark.parametrize(

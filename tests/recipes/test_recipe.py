@@ -22,6 +22,11 @@ def test_a_prompt_is_made_per_class_with_underscores_as_spaces(pets):
     assert pets().prompts == ["a photo of a cat.", "a photo of a big dog.", "a photo of a ant."]
 
 
+def test_a_classification_task_asks_its_instruction_or_the_usual_question(pets):
+    assert pets(instruction="Which pet?").asks == "Which pet?"
+    assert pets().asks == "What is shown in the image?\nAnswer the question using a single word or phrase."
+
+
 def test_other_braces_in_a_prompt_or_a_class_are_left_alone(pets):
     assert pets(prompt="{x} {c}", classes=["{c}", "b"]).prompts == ["{x} {c}", "{x} b"]
 
@@ -80,6 +85,11 @@ def test_a_missing_key_is_named(refusal, key):
         ),
         ({"class_names": {"Kitty": "cet"}}, "mine.yaml maps the label 'Kitty' to 'cet', which is not one of its classes; did you mean 'cat'."),
         ({"splits": {"train": 3}}, "mine.yaml has 3 as its split 'train'; write the file, folder or split name as text."),
+        ({"instruction": " "}, "mine.yaml has an empty 'instruction'; write the question, or leave 'instruction' out."),
+        (
+            {"kind": "vqa", "prompt": None, "classes": None, "instruction": "x", "source": {"format": "llava_json", "path": "x"}},
+            "mine.yaml has 'instruction', which a vqa recipe does not use; remove it from ",
+        ),
         ({"name": "../up"}, "mine.yaml has the name '../up', which cannot be a folder; use letters, digits, '.', '_', '-', and '/' between parts."),
         (
             {"kind": "vqa", "prompt": None, "source": {"format": "llava_json", "path": "x"}},
@@ -151,3 +161,15 @@ def test_the_fingerprint_follows_what_a_model_sees_and_nothing_else(pets):
     assert pets(prompt="a picture of a {c}.").fingerprint != first
     assert pets(classes=["cat", "ant", "big_dog"]).fingerprint != first
     assert pets(version=2).fingerprint != first
+    assert pets(instruction="Which pet?").fingerprint != first
+
+
+def test_a_recipe_of_the_first_release_keeps_its_fingerprint():
+    """Prediction files of earlier runs name it."""
+    assert load_recipe("trashnet").fingerprint == "d6b3562cc4405a9fa398ef7a9dbf28b6013b696c739327d8028ebda6c3d6664e"
+
+
+def test_a_question_recipe_has_no_question_of_its_own(pets):
+    recipe = pets(kind="vqa", prompt=None, classes=None, source={"format": "llava_json", "path": "x"})
+    with pytest.raises(RecipeError, match="^recipe 'pets' is vqa, where every example has its own question; read 'question'"):
+        recipe.asks

@@ -1,9 +1,11 @@
 """What a loaded split does: one decode, the same fingerprint everywhere, parts that don't overlap."""
 
+import io
 import pickle
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 import llava_keeplora_recipes.images as images
 from llava_keeplora_recipes import RecipeError, load_recipe
@@ -51,6 +53,51 @@ def test_the_fingerprint_of_json_data_does_not_depend_on_the_order_of_records(tm
     assert recipe.load("train").fingerprint == first
     make.json(tmp_path / "q" / "t.json", [records[0] | {"answer": "b"}, *records[1:]])
     assert recipe.load("train").fingerprint != first
+
+
+@pytest.fixture
+def album(tmp_path, make):
+    """A question recipe over three pictures, and the function to load it with these `image` entries."""
+    facts = make.facts(
+        kind="vqa", prompt=None, classes=None, source={"format": "llava_json", "path": "q"}, splits={"train": "t.json"}
+    )
+    recipe = load_recipe(make.yaml(tmp_path / "q.yaml", **facts))
+
+    def load(*shown):
+        records = [{"id": str(i), "image": image, "text": "q", "answer": "a"} for i, image in enumerate(shown)]
+        make.json(tmp_path / "q" / "t.json", records)
+        for i in range(3):
+            (tmp_path / "q" / f"{i}.png").write_bytes(make.encoded(i))
+        return recipe.load("train")
+
+    return load
+
+
+def test_an_example_has_no_picture_or_one_or_several_in_their_order(album, make):
+    data = album(None, "2.png", ["1.png", "0.png"], [])
+    pixels = [Image.open(io.BytesIO(make.encoded(i))).tobytes() for i in range(3)]
+    assert [[i.tobytes() for i in e.images] for e in data] == [[], [pixels[2]], [pixels[1], pixels[0]], []]
+    assert data[1].image.tobytes() == pixels[2]
+    for index, count in ((0, 0), (2, 2)):
+        with pytest.raises(RecipeError, match=f"^example '{index}' has {count} images, and one is asked for; use a task"):
+            data[index].image
+
+
+def test_one_picture_in_a_list_is_one_picture(album):
+    assert album("1.png").fingerprint == album(["1.png"]).fingerprint
+
+
+def test_the_fingerprint_knows_number_and_order_of_pictures(album):
+    shown = ["0.png", None, ["0.png", "1.png"], ["1.png", "0.png"], ["0.png", "0.png"]]
+    assert len({album(s).fingerprint for s in shown}) == len(shown)
+
+
+def test_a_picture_that_many_examples_show_is_decoded_once(album, monkeypatch):
+    decoded = []
+    real = images.decode
+    monkeypatch.setattr(images, "decode", lambda data: decoded.append(1) or real(data))
+    data = album("0.png", ["0.png", "1.png"], "1.png")
+    assert [len(e.images) for e in data] == [1, 2, 1] and len(decoded) == 2
 
 
 def test_one_changed_byte_changes_the_fingerprint(pets, tmp_path):
