@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from .errors import RecipeError, nearest
 from .images import EncodedImages, RenderedImages
 from .labels import label_indices, with_classes
+from .rendered import label_of
+from .rendered_scenes import SCENES, compose
 from .sources import read_records
 from .task_data import Row, TaskData
 
@@ -47,11 +49,20 @@ def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_i
 
 
 def _load_rendered(recipe: Recipe, split: str) -> TaskData:
-    images = RenderedImages(recipe.source["task"], recipe.splits[split])
-    rows = [
-        Row(name, None, (recipe.classes[label],), label, (i,))
-        for i, (name, label) in enumerate(zip(images.ids, images.labels, strict=True))
-    ]
+    task, stream = recipe.source["task"], recipe.splits[split]
+    images = RenderedImages(task, stream)
+    if task in SCENES:
+        scenes = [compose(task, stream, i) for i in range(len(images.ids))]
+        rows = [
+            Row(name, _question(recipe, scene.question), scene.answers, None, (i,))
+            for i, (name, scene) in enumerate(zip(images.ids, scenes, strict=True))
+        ]
+    else:
+        labels = [label_of(task, i) for i in range(len(images.ids))]
+        rows = [
+            Row(name, None, (recipe.classes[label],), label, (i,))
+            for i, (name, label) in enumerate(zip(images.ids, labels, strict=True))
+        ]
     return TaskData(recipe, split, rows, images, dropped=[])
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from .errors import RecipeError, nearest
 from .loading import load_task
-from .recipe_rules import FROM_SOURCE, KEYS, REQUIRED, check_recipe
+from .recipe_rules import FROM_SOURCE, KEYS, KINDS, REQUIRED, check_recipe
 from .rendered import RENDERED
+from .rendered_scenes import SCENES
 from .strict_yaml import check_keys, list_shipped, read_mapping, resolve
 from .task_data import TaskData
 
@@ -174,28 +175,32 @@ def _with_rendered(facts: dict[str, Any], path: Path) -> dict[str, Any]:
     if source.get("format") != "rendered":
         return facts
     task = source.get("task")
-    if task not in RENDERED:
+    spec = SCENES.get(task) or RENDERED.get(task)
+    if spec is None:
         raise RecipeError(
             f"{path.name} names the rendered task '{task}', which does not exist",
-            nearest(str(task), RENDERED),
+            nearest(str(task), [*RENDERED, *SCENES]),
         )
-    if "classes" in facts:
+    kind = spec.kind if task in SCENES else "classification"
+    if facts.get("kind") in KINDS and facts["kind"] != kind:
+        raise RecipeError(
+            f"{path.name} is of the kind {facts['kind']}, and the rendered task '{task}' is {kind}",
+            f"write 'kind: {kind}' in {path}",
+        )
+    if "classes" in facts and kind == "classification":
         raise RecipeError(
             f"{path.name} lists classes for a rendered task, which has its own",
             f"remove 'classes' from {path}",
         )
-    spec = RENDERED[task]
     for stream in facts.get("splits", {}).values():
         if stream not in spec.sizes:
             raise RecipeError(
                 f"{path.name} names the split '{stream}', which '{task}' does not have",
                 nearest(str(stream), spec.sizes),
             )
-    drawn = {
-        "version": spec.version,
-        "prompt": spec.prompt,
-        "classes": list(spec.classes),
-        "splits": {s: s for s in spec.sizes},
-        "expected_sizes": dict(spec.sizes),
-    }
+    drawn = {"version": spec.version, "splits": {s: s for s in spec.sizes}, "expected_sizes": dict(spec.sizes)}
+    if kind == "classification":
+        drawn |= {"prompt": spec.prompt, "classes": list(spec.classes)}
+    elif kind == "captioning":
+        drawn["prompt"] = spec.instruction
     return drawn | facts

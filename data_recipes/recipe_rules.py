@@ -42,7 +42,6 @@ SOURCE_KEYS = {
 }
 # Formats not listed here can hold every kind.
 FORMAT_KINDS = {
-    "rendered": ("classification",),
     "imagefolder": ("classification",),
     "coco_captions": ("captioning",),
 }

@@ -79,7 +79,7 @@ def render(task: str, split: str, index: int) -> tuple[Image.Image, int, str]:
             f"rendered task '{task}' has no {split} picture {index}",
             f"ask for 0 to {spec.sizes[split] - 1}",
         )
-    label = index % len(spec.classes)
+    label = label_of(task, index)
     rng = generator("picture", task, spec.version, split, index)
     plain = rng.random() < PLAIN_SHARE[split]
     if spec.draw:
@@ -88,6 +88,11 @@ def render(task: str, split: str, index: int) -> tuple[Image.Image, int, str]:
         scans, rows = _digit_scans()
         image = _digit(rng, scans[rows[split][label][index // len(spec.classes)]], plain)
     return image, label, f"{task}-v{spec.version}-{split}-{index:05d}"
+
+
+def label_of(task: str, index: int) -> int:
+    """The label of picture `index` of any split, known without drawing it."""
+    return index % len(_task(task).classes)
 
 
 def captions(task: str, label: int) -> list[str]:
