@@ -108,6 +108,16 @@ class TaskData:
         return [r.label for r in self._rows]
 
     @property
+    def questions(self) -> list[str | None]:
+        """What is asked of each example, in order, without reading a picture."""
+        return [r.question for r in self._rows]
+
+    @property
+    def answers(self) -> list[list[str]]:
+        """Each example's reference answers, in order, without reading a picture."""
+        return [list(r.answers) for r in self._rows]
+
+    @property
     def digests(self) -> list[str]:
         """SHA-256 of each encoded image (of its pixels where it is drawn), example by example."""
         return [self._images.digest(p) for r in self._rows for p in r.pictures]
