@@ -54,9 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     predict = commands.add_parser("predict", parents=[common, data], help="answer every example of a task")
-    predict.add_argument("--model", required=True, help="tiny-clip, a folder with a CLIP checkpoint, or a Hub id")
+    predict.add_argument("--model", required=True, help="tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint, or a Hub id")
     predict.add_argument("--output", required=True, type=Path, help="JSONL file; continued when it is there")
     predict.add_argument("--batch-size", type=_positive, default=64)
+    predict.add_argument("--max-new-tokens", type=_positive, default=128, help="where an answer is cut off at the latest")
     predict.add_argument("--device", help="cpu, cuda, ...; a GPU when there is one")
     predict.set_defaults(run=_predict)
 
@@ -95,17 +96,11 @@ def _predict(arguments: argparse.Namespace) -> None:
     from llava_keeplora_eval.predictions import predict_to_file
 
     data = _load(arguments)
-    if data.recipe.kind != "classification":
-        raise EvalError(
-            f"task '{data.recipe.name}' is {data.recipe.kind}, and `predict` answers classification with CLIP models",
-            "predict with your own model, write a JSONL file, and score that",
-        )
     # After the data, because importing torch takes seconds and a misspelt task should be told at once.
-    from llava_keeplora_eval.models import load_clip
-    from llava_keeplora_eval.predictors import ClipPredictor, default_device
+    from llava_keeplora_eval.models import load_predictor
+    from llava_keeplora_eval.predictors import default_device
 
-    model, processor = load_clip(arguments.model, arguments.device or default_device())
-    predictor = ClipPredictor(model, processor, data.recipe)
+    predictor = load_predictor(arguments.model, data.recipe, arguments.device or default_device(), arguments.max_new_tokens)
     count = predict_to_file(predictor, data, arguments.output, arguments.batch_size)
     print(f"{arguments.output}: {count} predicted now, {len(data)} in all{_dropped(data)}")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.files import sync_folder
+from llava_keeplora_eval.files import sync_folder, write_atomic
 
 if TYPE_CHECKING:
     from llava_keeplora_eval.predictors import Predictor
@@ -61,8 +61,12 @@ def predict_to_file(
     batch_size: int = 64,
     sync_every: int = 1000,
     advance: Callable[[int], object] | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> int:
     """Predict every example that the file doesn't hold yet, appending each batch as it is done.
+
+    Of several processes each predicts its share into a file of its own beside `path`, without waiting for the others;
+    when all are done, `join_shards` makes one file of them.
 
     Args:
         predictor: what answers.
@@ -73,6 +77,7 @@ def predict_to_file(
             at the end anyway).
         advance: called with the number of examples of each batch done, for a caller's own progress bar; without
             it a bar is shown when the work takes over two seconds.
+        shard: this process and how many there are.
 
     Returns:
         How many examples were predicted now.
@@ -83,8 +88,14 @@ def predict_to_file(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = read_predictions(path, data)
-    missing = [index for index, key in enumerate(data.ids) if key not in done]
+    rank, world = shard
+    # By position in the data, not among the missing: processes may look at the shards at different times.
+    own = range(rank, len(data), world)
+    done = _read_shards(path, data)
+    ids = data.ids
+    missing = [index for index in own if ids[index] not in done]
+    if world > 1:
+        path = _shard(path, rank)
     _drop_torn_line(path)
     source = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint}
     unsynced = 0
@@ -110,6 +121,37 @@ def predict_to_file(
         os.fsync(file.fileno())
     sync_folder(path.parent)
     return len(missing)
+
+
+def join_shards(path: str | Path, data: TaskData) -> None:
+    """Make one file, in the order of the data, of what several processes predicted; the shards are removed.
+
+    Args:
+        path: the file as it was given to `predict_to_file`.
+        data: the task and split.
+    """
+    path = Path(path)
+    shards = sorted(path.parent.glob(f"{path.stem}.shard-*.jsonl"))
+    if not shards:
+        return
+    texts = _read_shards(path, data)
+    source = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint}
+    lines = [json.dumps({"id": key, "text": texts[key], **source}, ensure_ascii=False) + "\n" for key in data.ids if key in texts]
+    write_atomic(path, "".join(lines))
+    for shard in shards:
+        shard.unlink()
+
+
+def _shard(path: Path, rank: int) -> Path:
+    return path.with_name(f"{path.stem}.shard-{rank}.jsonl")
+
+
+def _read_shards(path: Path, data: TaskData) -> dict[str, str]:
+    """What is predicted so far, in the file itself and by any number of processes beside it."""
+    texts: dict[str, str] = {}
+    for file in (*sorted(path.parent.glob(f"{path.stem}.shard-*.jsonl")), path):
+        texts |= read_predictions(file, data)
+    return texts
 
 
 def first_ids(ids: list[str], limit: int = 3) -> str:

@@ -51,32 +51,48 @@ class ModelConfig:
         name_or_path: a Hub id, a local folder, or the name of an embedded model (`tiny-clip`).
         revision: the Hub revision.
         dtype: of the base weights, `float32` or `bfloat16`.
+        max_length: the most tokens of an example of a LLaVA model, image tokens included; the model's own limit when None.
     """
 
     name_or_path: str = "tiny-clip"
     revision: str | None = None
     dtype: str = "float32"
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"max_length is {self.max_length}, but an example has tokens", "leave it out for the model's own limit")
 
 
 @dataclass(frozen=True)
 class PartConfig:
-    """How one part of the model (`vision`, `text`) is adapted.
+    """How one part of the model is adapted: `vision` and `text` of CLIP; `vision`, `projector` and `language` of LLaVA.
+
+    A part that is not named is frozen.
 
     Args:
-        targets: leaf names of the linear layers, for instance `q_proj`.
+        targets: leaf names of the linear layers, for instance `q_proj`; the model family's usual ones when None.
+        train: `adapter`, or `full` to train weight and bias themselves, unprotected, as LLaVA's recipes train the projector.
         rank: r, the rank of each task's delta.
         alpha: the scale of a delta is alpha / rank.
         energy_weight: ε_w in (0, 1], the share of each weight's energy that is protected.
         energy_feature: ε_f in (0, 1], the share of each task's feature energy that is protected.
+        learning_rate: of this part; `training.learning_rate` when None.
     """
 
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    targets: tuple[str, ...] | None = None
+    train: str = "adapter"
     rank: int = 16
     alpha: float = 16.0
     energy_weight: float = 0.85
     energy_feature: float = 0.99
+    learning_rate: float | None = None
 
     def __post_init__(self) -> None:
+        if self.train not in ("adapter", "full"):
+            raise ConfigError(f"train is '{self.train}'", "set it to 'adapter' or 'full', or leave the part out to freeze it")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate is {self.learning_rate}, but a part that is named is trained", "leave the part out to freeze it")
         for name in ("energy_weight", "energy_feature"):
             value = getattr(self, name)
             if not 0.0 < value <= 1.0:
@@ -89,7 +105,7 @@ class PartConfig:
             raise ConfigError(f"rank is {self.rank}, but an adapter needs at least one direction", "set rank to 1 or more")
         if not self.alpha > 0:
             raise ConfigError(f"alpha is {self.alpha}, but the scale alpha / rank must be above zero", "set alpha to the rank for a scale of 1")
-        if not self.targets:
+        if self.targets is not None and not self.targets:
             raise ConfigError("targets is empty, so nothing would be adapted", "name at least one layer or leave the part out")
 
 
@@ -122,13 +138,17 @@ class EvaluationConfig:
 
     Args:
         batch_size: examples per forward pass.
+        max_new_tokens: where an answer of a LLaVA model is cut off at the latest.
     """
 
     batch_size: int = 128
+    max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}, but a batch holds at least one example", "set it to 1 or more")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}, but an answer has at least one", "set it to 1 or more")
 
 
 @dataclass(frozen=True)
@@ -181,10 +201,8 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What a result depends on: everything but where the run and the data lie and how they are cached."""
         tree = json.loads(json.dumps(dataclasses.asdict(self)))
-        for key in ("output_dir", "evaluation"):
-            tree.pop(key)
-        for key in ("root", "cache_gb"):
-            tree["data"].pop(key)
+        for section, key in ((tree, "output_dir"), (tree["evaluation"], "batch_size"), (tree["data"], "root"), (tree["data"], "cache_gb")):
+            section.pop(key)
         return tree
 
     def fingerprint(self) -> str:

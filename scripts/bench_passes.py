@@ -30,8 +30,8 @@ class Setting:
         self.family = load_model(ModelConfig())
         data = load_recipe(TASK).load("test")
         self.task = self.family.task(data.recipe)
-        images = [data[i].image for i in range(BATCH * BATCHES)]
-        pixels, labels = self.family.pixels(images), torch.tensor(data.labels[: BATCH * BATCHES])
+        images = self.family.prepare([data[i] for i in range(BATCH * BATCHES)])
+        pixels, labels = torch.stack([image["pixel_values"] for image in images]), torch.tensor(data.labels[: BATCH * BATCHES])
         self.batches = [{"pixel_values": p, "labels": y} for p, y in zip(pixels.split(BATCH), labels.split(BATCH))]
         self.layers = {n: m for part in self.family.parts for n, m in self.family.linear_layers(part, TARGETS).items()}
         self.parts = {n: "text" if n.startswith("text") else "vision" for n in self.layers}

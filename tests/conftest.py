@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -72,6 +73,71 @@ def tiny_clip(tmp_path_factory) -> Path:
     images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     CLIPProcessor(image_processor=images, tokenizer=fast).save_pretrained(folder)
     return folder
+
+
+def write_llava(folder: Path, kind: str = "llava", layer: int = -2) -> Path:
+    """A random LLaVA of the family (vision 2 layers × 32, language 2 layers × 32) as a checkpoint folder."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    vocab = {word: i for i, word in enumerate([*special.values(), "<image>"])}
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[letter] = len(vocab)
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, **special, extra_special_tokens={"image_token": "<image>"}, model_max_length=512
+    )
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=8)
+    text = dict(
+        vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )
+    common = dict(image_token_id=vocab["<image>"], vision_feature_layer=layer, tie_word_embeddings=False)
+    image = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    pieces = dict(tokenizer=tokenizer, patch_size=8)
+    pins = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+    if kind == "llava":
+        config = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text), **common)
+        processor = transformers.LlavaProcessor(transformers.CLIPImageProcessorPil(**image), num_additional_image_tokens=1,
+                                                vision_feature_select_strategy="default", **pieces)
+    elif kind == "llava_next":
+        config = transformers.LlavaNextConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text), image_grid_pinpoints=pins, **common
+        )
+        processor = transformers.LlavaNextProcessor(transformers.LlavaNextImageProcessorPil(**image, image_grid_pinpoints=pins),
+                                                    num_additional_image_tokens=1, vision_feature_select_strategy="default", **pieces)
+    else:
+        vision["hidden_act"] = "gelu"
+        config = transformers.LlavaOnevisionConfig(
+            vision_config=transformers.SiglipVisionConfig(**vision, vision_use_head=False), text_config=transformers.Qwen2Config(**text),
+            image_grid_pinpoints=pins, **common | {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+        )
+        size = {"size": {"height": SIDE, "width": SIDE}}
+        tokenizer.save_pretrained(folder)
+        transformers.LlavaOnevisionImageProcessorPil(**size, image_grid_pinpoints=pins).save_pretrained(folder)
+        facts = {"processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 4, "vision_feature_select_strategy": "full"}
+        (folder / "processor_config.json").write_text(json.dumps(facts))
+        processor = None
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    if processor:
+        processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_llava():
+    """Function (folder, kind) → checkpoint folder; see `write_llava`."""
+    return write_llava
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory) -> Path:
+    """A random LLaVA-1.5 as a checkpoint folder, without a chat template; see `write_llava`."""
+    return write_llava(tmp_path_factory.mktemp("tiny-llava"))
 
 
 def draw(task: str, label: int, seed: int) -> Image.Image:

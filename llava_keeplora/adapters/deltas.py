@@ -36,24 +36,47 @@ class Delta:
         return self.scale * (self.B.float() @ self.A.float())
 
 
-def save_deltas(path: Path, deltas: Mapping[str, Delta]) -> str:
+@dataclass(frozen=True)
+class FullDelta:
+    """The change of one layer that was trained as it is, without an adapter.
+
+    Args:
+        weight: ΔW (out, in).
+        bias: (out,), or None for a layer without one.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """ΔW (out, in) in fp32."""
+        return self.weight.float()
+
+
+Deltas = Mapping[str, Delta | FullDelta]
+
+
+def save_deltas(path: Path, deltas: Deltas) -> str:
     """Write a task's deltas as safetensors and return the file's SHA-256."""
-    tensors = {f"{name}.{key}": getattr(delta, key) for name, delta in deltas.items() for key in ("A", "B")}
+    tensors = {f"{name}.{key}": value for name, delta in deltas.items() for key, value in vars(delta).items() if isinstance(value, Tensor)}
+    scales = {name: delta.scale for name, delta in sorted(deltas.items()) if isinstance(delta, Delta)}
     # One metadata entry: safetensors writes several in an order that changes from process to process.
-    return write_tensors(path, tensors, {"scales": json.dumps({name: delta.scale for name, delta in sorted(deltas.items())})})
+    return write_tensors(path, tensors, {"scales": json.dumps(scales)})
 
 
-def load_deltas(path: Path) -> dict[str, Delta]:
+def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
     """Read what `save_deltas` wrote."""
     with safe_open(path, framework="pt") as file:
-        return {
-            name: Delta(file.get_tensor(f"{name}.A"), file.get_tensor(f"{name}.B"), scale)
-            for name, scale in json.loads(file.metadata()["scales"]).items()
-        }
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        scales = json.loads(file.metadata()["scales"])
+    full = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
+    return {name: Delta(tensors[f"{name}.A"], tensors[f"{name}.B"], scale) for name, scale in scales.items()} | {
+        name: FullDelta(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in full
+    }
 
 
 class BaseWeights:
-    """The base's own weights of the adapted layers, from which the model of any stage is rebuilt.
+    """The base's own weights of the trained layers, from which the model of any stage is rebuilt.
 
     W_t = W_0 + Σ ΔW_i is summed in fp32 and rounded to the model's dtype once, so a run that goes on
     rebuilds bit for bit what an undisturbed one holds, and no rounding piles up in bf16.
@@ -65,14 +88,21 @@ class BaseWeights:
     def __init__(self, layers: Mapping[str, nn.Linear]):
         self.layers = dict(layers)
         self.weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+        self.biases = {name: layer.bias.detach().clone() for name, layer in layers.items() if layer.bias is not None}
 
     @torch.no_grad()
-    def apply(self, deltas: Iterable[Mapping[str, Delta]]) -> None:
-        """Set every layer's weight to W_0 plus its deltas, summed in the order given."""
+    def apply(self, deltas: Iterable[Deltas]) -> None:
+        """Set every layer's weight and bias to the base's plus its deltas, summed in the order given."""
         deltas = list(deltas)
         for name, layer in self.layers.items():
-            weight = self.weights[name].float().clone()
-            for task in deltas:
-                if name in task:
-                    weight += task[name].dense().to(weight.device)
-            layer.weight.copy_(weight)
+            own = [task[name] for task in deltas if name in task]
+            layer.weight.copy_(_sum(self.weights[name], [delta.dense() for delta in own]))
+            if name in self.biases:
+                layer.bias.copy_(_sum(self.biases[name], [d.bias for d in own if isinstance(d, FullDelta) and d.bias is not None]))
+
+
+def _sum(base: Tensor, changes: list[Tensor]) -> Tensor:
+    total = base.float().clone()
+    for change in changes:
+        total += change.to(total)
+    return total

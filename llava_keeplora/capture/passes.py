@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,25 +12,17 @@ from torch import Tensor, nn
 from llava_keeplora.capture.taps import DenseGradients, feature_taps, shared_inputs
 
 
-class TaskModel(Protocol):
-    """What a pass needs of a model on a task; see `llava_keeplora.models`."""
-
-    def __call__(self, **batch: Tensor) -> dict[str, Tensor]: ...
-    def constants(self): ...
-    def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None: ...
-
-
-def gradient_pass(task: TaskModel, layers: Mapping[str, nn.Linear], batches: Iterable[Mapping[str, Tensor]], total: int) -> dict[str, Tensor]:
+def gradient_pass(task, layers: Mapping[str, nn.Linear], batches: Iterable[Mapping[str, Tensor]], total: int) -> dict[str, Tensor]:
     """G = ∇_W of the mean loss over the data, per layer (KeepLoRA, step 2 of one task).
 
     The weights stay frozen: G is summed as dYᵀX from taps. What does not depend on the batch (class
     prompts) runs once; its cotangent is summed over the batches and sent back once, which is the same sum.
 
     Args:
-        task: the model on its task; its loss is the mean over a batch's examples.
+        task: a `llava_keeplora.models.TaskModel`; its loss is the mean over a batch's weight (images, or answer tokens).
         layers: name → linear layer.
-        batches: batches with `labels`; in several processes, each process's share.
-        total: number of examples over all processes.
+        batches: batches; in several processes, each process's share.
+        total: weight of all batches of all processes.
 
     Returns:
         name → G (out, in) in fp32. A layer that received no gradient is missing or zero.
@@ -40,7 +31,7 @@ def gradient_pass(task: TaskModel, layers: Mapping[str, nn.Linear], batches: Ite
     with taps.attached(), task.constants():
         for batch in batches:
             loss = task(**batch)["loss"]
-            (loss * (len(batch["labels"]) / total)).backward()
+            (loss * (task.weight(batch) / total)).backward()
     for name in layers:
         if is_distributed():
             layer = layers[name]
@@ -50,7 +41,7 @@ def gradient_pass(task: TaskModel, layers: Mapping[str, nn.Linear], batches: Ite
 
 
 def feature_pass(
-    task: TaskModel,
+    task,
     layers: Mapping[str, nn.Linear],
     parts: Mapping[str, str],
     batches: Iterable[Mapping[str, Tensor]],
@@ -61,7 +52,7 @@ def feature_pass(
     Layers that read the same tensor (q, k, v) share one statistic. Padding tokens are left out.
 
     Args:
-        task: the model on its task.
+        task: a `llava_keeplora.models.TaskModel`.
         layers: name → linear layer.
         parts: name → the part it belongs to.
         batches: batches; in several processes, each process's share.
@@ -73,7 +64,7 @@ def feature_pass(
     batches = iter(batches)
     first = next(batches)
     with torch.no_grad():
-        leaders = shared_inputs(layers, lambda: task(**{k: v[:1] for k, v in first.items()}))
+        leaders = shared_inputs(layers, lambda: task(**task.first(first)))
         statistics = {leader: statistic(layers[leader].in_features) for leader in dict.fromkeys(leaders.values())}
         current: dict[str, Tensor] = {}
 

@@ -89,6 +89,8 @@ class Method:
     learns = True
     #: What a stage costs beside training, in passes of the task's data through the model, for the estimate of time.
     passes: dict[str, float] = {}
+    #: Dropout on the adapters' input while training.
+    dropout: float = 0.0
 
     @dataclass(frozen=True)
     class Options:

@@ -9,13 +9,18 @@ from transformers import AutoConfig
 
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.models.base import Family, Inputs, TaskModel
 from llava_keeplora.models.clip import ClipFamily, ClipTask
+from llava_keeplora.models.llava import LlavaFamily, LlavaTask
+from llava_keeplora_eval.llava import LLAVA_MODELS
 
 ASSETS = Path(__file__).parent.parent / "assets"
-FAMILIES = {"clip": ClipFamily}
+FAMILIES = ("clip", *LLAVA_MODELS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-__all__ = ["ASSETS", "FAMILIES", "ClipFamily", "ClipTask", "embedded_models", "load_model"]
+__all__ = [
+    "ASSETS", "DTYPES", "FAMILIES", "ClipFamily", "ClipTask", "Family", "Inputs", "LlavaFamily", "LlavaTask", "TaskModel", "embedded_models", "load_model", "open_model",
+]
 
 
 def embedded_models() -> list[str]:
@@ -23,22 +28,35 @@ def embedded_models() -> list[str]:
     return sorted(path.name for path in ASSETS.iterdir() if (path / "config.json").is_file())
 
 
-def load_model(config: ModelConfig):
-    """Load the model that a configuration names.
+def load_model(model: ModelConfig, max_new_tokens: int = 128) -> Family:
+    """The model that a configuration names, with its weights; see `open_model`."""
+    family = open_model(model, max_new_tokens)
+    family.load(DTYPES[model.dtype])
+    return family
+
+
+def open_model(model: ModelConfig, max_new_tokens: int = 128) -> Family:
+    """The model that a configuration names, without its weights yet.
+
+    Args:
+        model: which one.
+        max_new_tokens: where an answer of a LLaVA model is cut off at the latest.
 
     Raises:
         ConfigError: for a model that is not there, or of a family that is not supported.
     """
-    if config.dtype not in DTYPES:
-        raise ConfigError(f"model.dtype is '{config.dtype}'", f"set it to one of {', '.join(DTYPES)}")
-    path = str(ASSETS / config.name_or_path) if config.name_or_path in embedded_models() else config.name_or_path
+    if model.dtype not in DTYPES:
+        raise ConfigError(f"model.dtype is '{model.dtype}'", f"set it to one of {', '.join(DTYPES)}")
+    path = str(ASSETS / model.name_or_path) if model.name_or_path in embedded_models() else model.name_or_path
     try:
-        model_type = AutoConfig.from_pretrained(path, revision=config.revision).model_type
+        model_type = AutoConfig.from_pretrained(path, revision=model.revision).model_type
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the model '{config.name_or_path}' cannot be loaded ({str(error).splitlines()[0]})",
+            f"the model '{model.name_or_path}' cannot be loaded ({str(error).splitlines()[0]})",
             f"give a local folder, a Hub id that this machine can reach, or an embedded model: {', '.join(embedded_models())}",
         ) from error
-    if model_type not in FAMILIES:
-        raise ConfigError(f"'{config.name_or_path}' is a '{model_type}' model", f"use a model of one of the families {', '.join(FAMILIES)}")
-    return FAMILIES[model_type].load(path, config.revision, DTYPES[config.dtype])
+    if model_type == "clip":
+        return ClipFamily(path, model.revision)
+    if model_type in LLAVA_MODELS:
+        return LlavaFamily(path, model.revision, model.max_length, max_new_tokens)
+    raise ConfigError(f"'{model.name_or_path}' is a '{model_type}' model", f"use a model of one of the families {', '.join(FAMILIES)}")

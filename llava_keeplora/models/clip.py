@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,50 +11,84 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor, CLIPModel
 
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
 from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, text_features, tokenize_prompts
-from llava_keeplora_recipes import Recipe
+from llava_keeplora_recipes import Example, Recipe, TaskData
 
 
 class ClipFamily:
-    """A CLIP model with its processor: everything about the model, nothing about tasks or methods.
+    """A CLIP model with its processor; see `models/base.py`.
 
     Args:
-        model: the model; its linear layers are found by part.
-        processor: its processor.
+        path: a local folder or a Hub id.
+        revision: the Hub revision.
     """
 
-    kind = "classification"
+    kinds = ("classification",)
     parts = {"vision": "vision_model.encoder.layers", "text": "text_model.encoder.layers"}
+    targets = dict.fromkeys(parts, ("q_proj", "k_proj", "v_proj", "out_proj"))
+    cost = 1.0
 
-    def __init__(self, model: CLIPModel, processor):
-        self.model = model
-        self.processor = processor
+    def __init__(self, path: str, revision: str | None = None):
+        self.path, self.revision = path, revision
+        self.processor = AutoProcessor.from_pretrained(path, revision=revision)
 
-    @classmethod
-    def load(cls, path: str, revision: str | None, dtype: torch.dtype) -> "ClipFamily":
-        """Load model and processor; `path` is a local folder or a Hub id."""
-        model = CLIPModel.from_pretrained(path, revision=revision, dtype=dtype, attn_implementation="sdpa")
-        return cls(model.eval().requires_grad_(False), AutoProcessor.from_pretrained(path, revision=revision))
+    def load(self, dtype: torch.dtype) -> None:
+        """Load the weights."""
+        model = CLIPModel.from_pretrained(self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa")
+        self.model = model.eval().requires_grad_(False)
 
-    def linear_layers(self, part: str, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
         """Full name → linear layer for the leaf names `targets` of a part; see `find_linear_layers`."""
         return find_linear_layers(self.model, self.parts, part, targets)
 
-    def pixels(self, images: list) -> Tensor:
-        """Preprocess PIL images to (images, 3, height, width)."""
-        return self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    def unreachable(self, part: str, targets: Sequence[str]) -> list[str]:
+        """Layers that the loss cannot reach: none."""
+        return []
+
+    def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """`pixel_values` (3, height, width) of each example's image."""
+        pixels = self.processor.image_processor(images=[example.image for example in examples], return_tensors="pt")["pixel_values"]
+        return [{"pixel_values": image} for image in pixels]
+
+    def inputs(self, data: TaskData, images: Images) -> "ClipInputs":
+        """A split as CLIP trains on it.
+
+        Raises:
+            ConfigError: for a task that is no classification.
+        """
+        if data.recipe.kind not in self.kinds:
+            raise ConfigError(f"task '{data.recipe.name}' is {data.recipe.kind}, and CLIP does classification only", "leave the task out of this run")
+        return ClipInputs(data, images)
 
     def task(self, recipe: Recipe) -> "ClipTask":
         """The model on one task."""
-        if recipe.kind != self.kind:
-            raise ConfigError(f"task '{recipe.name}' is {recipe.kind}, and CLIP does classification only", "leave the task out of this run")
         prompts = tokenize_prompts(self.processor, recipe.prompts, self.model.config.text_config.max_position_embeddings)
         return ClipTask(self.model, prompts["input_ids"], prompts["attention_mask"])
 
-    def predictor(self, recipe: Recipe, pixels=None) -> ClipPredictor:
+    def predictor(self, recipe: Recipe, images: Images) -> ClipPredictor:
         """What answers the task's examples with the present weights."""
-        return ClipPredictor(self.model, self.processor, recipe, pixels=pixels)
+        return ClipPredictor(self.model, self.processor, recipe, pixels=lambda examples: _stacked(images.of(examples)))
+
+
+class ClipInputs:
+    """Images and labels of a split; see `Inputs`."""
+
+    def __init__(self, data: TaskData, images: Images):
+        self.data, self.images, self.weights = data, images, [1] * len(data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """`pixel_values` (batch, 3, height, width) and `labels` (batch,)."""
+        labels = torch.tensor([self.data.labels[i] for i in indices])
+        return {"pixel_values": _stacked(self.images.take(indices)), "labels": labels}
+
+
+def _stacked(images: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    return torch.stack([image["pixel_values"] for image in images])
 
 
 class ClipTask(nn.Module):
@@ -114,3 +148,11 @@ class ClipTask(nn.Module):
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Which tokens of a part's layers carry content: padding of the prompts doesn't, every patch does."""
         return self.attention_mask.bool() if part == "text" else None
+
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
+        """What a batch counts in the mean loss: its number of images."""
+        return len(batch["labels"])
+
+    def first(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of its first example alone."""
+        return {key: value[:1] for key, value in batch.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora_recipes import Recipe, TaskData, load_recipe
+from llava_keeplora.models import Inputs
+from llava_keeplora_recipes import Example, Recipe, TaskData, load_recipe
 
 #: The held-out part is the same for every seed and method, so that all are tuned on the same examples.
 HOLDOUT_SEED = 0
@@ -71,44 +72,67 @@ def load_tasks(config: RunConfig) -> list[Task]:
     return tasks
 
 
-class PixelCache:
-    """Preprocessed images by split: kept in memory while they fit, decoded again where they don't.
+class ImageCache:
+    """Preprocessed images of all splits: kept in memory while they fit, made again where they don't.
 
     Args:
-        pixels: PIL images → (images, 3, height, width).
+        prepare: examples → what the model takes for the images of each.
         budget_gb: memory for all splits together.
     """
 
-    def __init__(self, pixels, budget_gb: float):
-        self._pixels = pixels
+    def __init__(self, prepare: Callable[[Sequence[Example]], list[dict[str, Tensor]]], budget_gb: float):
+        self._prepare = prepare
         self._left = budget_gb * 1e9
-        self._kept: dict[str, Tensor] = {}
-        self._too_big: set[str] = set()
+        self._splits: dict[str, SplitImages] = {}
 
-    def take(self, data: TaskData, indices: Sequence[int]) -> Tensor:
-        """Pixel values of some examples of a split, (len(indices), 3, height, width)."""
-        key = data.fingerprint
-        if key not in self._kept and key not in self._too_big:
-            self._fill(data)
-        if key in self._kept:
-            return self._kept[key][torch.as_tensor(indices)]
-        return self._decode(data, indices)
+    def split(self, data: TaskData) -> "SplitImages":
+        """The images of a split."""
+        return self._splits.setdefault(data.fingerprint, SplitImages(self, data))
 
-    def _decode(self, data: TaskData, indices: Sequence[int]) -> Tensor:
-        return self._pixels([data[i].image for i in indices])
+    def make(self, data: TaskData, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Decode and preprocess."""
+        return self._prepare([data[i] for i in indices])
 
-    def _fill(self, data: TaskData, chunk: int = 256) -> None:
-        first = self._decode(data, [0])
-        size = first.nbytes * len(data)
+    def claim(self, size: int) -> bool:
+        """Whether there is room for so many bytes more; takes it if so."""
         if size > self._left:
-            self._too_big.add(data.fingerprint)
-            return
+            return False
         self._left -= size
-        kept = torch.empty(len(data), *first.shape[1:], dtype=first.dtype)
-        for start in range(0, len(data), chunk):
-            stop = min(start + chunk, len(data))
-            kept[start:stop] = self._decode(data, range(start, stop))
-        self._kept[data.fingerprint] = kept
+        return True
+
+
+class SplitImages:
+    """One split's images in a cache; see `llava_keeplora.models.Images`.
+
+    Args:
+        cache: where they are kept.
+        data: the split.
+    """
+
+    def __init__(self, cache: ImageCache, data: TaskData):
+        self._cache, self._data = cache, data
+        self._rows = {example_id: i for i, example_id in enumerate(data.ids)}
+        self._kept: list[dict[str, Tensor]] | None = None
+        self._tried = False
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """What the model takes for the images of some examples."""
+        if not self._tried:
+            self._fill()
+        return [self._kept[i] for i in indices] if self._kept is not None else self._cache.make(self._data, indices)
+
+    def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """The same by example."""
+        return self.take([self._rows[example.id] for example in examples])
+
+    def _fill(self, chunk: int = 256) -> None:
+        self._tried = True
+        first = self._cache.make(self._data, range(min(chunk, len(self._data))))
+        size = sum(value.nbytes for item in first for value in item.values())
+        if not self._cache.claim(size * len(self._data) // len(first)):
+            return
+        rest = [range(start, min(start + chunk, len(self._data))) for start in range(chunk, len(self._data), chunk)]
+        self._kept = [item for made in (first, *(self._cache.make(self._data, r) for r in rest)) for item in made]
 
 
 @dataclass(frozen=True)
@@ -116,16 +140,14 @@ class Batches:
     """A split's batches in order, every example or an evenly spaced share of them, for a pass without shuffling.
 
     Args:
-        data: the split.
-        cache: where pixels come from.
+        inputs: the split as the model trains on it.
         batch_size: examples per batch and process.
         fraction: share of the examples, evenly spaced (20 % is the released LLaVA setting).
         rank, world: this process and how many there are; each takes every world-th example.
         device: where batches go.
     """
 
-    data: TaskData
-    cache: PixelCache
+    inputs: Inputs
     batch_size: int
     fraction: float = 1.0
     rank: int = 0
@@ -133,20 +155,21 @@ class Batches:
     device: torch.device = torch.device("cpu")
 
     @property
-    def total(self) -> int:
-        """Examples over all processes."""
-        return max(1, round(len(self.data) * self.fraction))
+    def chosen(self) -> list[int]:
+        """The examples over all processes."""
+        count = max(1, round(len(self.inputs) * self.fraction))
+        return [i * len(self.inputs) // count for i in range(count)]
+
+    @property
+    def weight(self) -> int:
+        """What they count together in the mean loss."""
+        return sum(self.inputs.weights[i] for i in self.chosen)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        chosen = [i * len(self.data) // self.total for i in range(self.total)][self.rank :: self.world]
-        for start in range(0, len(chosen), self.batch_size):
-            yield collate(self.data, self.cache, chosen[start : start + self.batch_size], self.device)
-
-
-def collate(data: TaskData, cache: PixelCache, indices: Sequence[int], device: torch.device = torch.device("cpu")) -> dict[str, Tensor]:
-    """`pixel_values` and `labels` of some examples."""
-    labels = torch.tensor([data.labels[i] for i in indices])
-    return {"pixel_values": cache.take(data, indices).to(device), "labels": labels.to(device)}
+        own = self.chosen[self.rank :: self.world]
+        for start in range(0, len(own), self.batch_size):
+            batch = self.inputs.collate(own[start : start + self.batch_size])
+            yield {key: value.to(self.device) for key, value in batch.items()}
 
 
 def stage_seed(seed: int, task: int, stage: str) -> int:

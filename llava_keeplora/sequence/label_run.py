@@ -14,21 +14,23 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import set_seed
 
-from llava_keeplora.adapters import AdapterInit, Delta, attach, detach, load_deltas, read_adapters, save_deltas
+from llava_keeplora.adapters import AdapterInit, Delta, FullDelta, attach, detach, load_deltas, read_adapters, save_deltas
 from llava_keeplora.capture import feature_pass, gradient_pass
 from llava_keeplora.config import MethodConfig
 from llava_keeplora.errors import ConfigError, RunError, TrainingError
 from llava_keeplora.files import file_hash, write_json, write_tensors
 from llava_keeplora.methods import METHODS, Layer, Method, TaskContext
-from llava_keeplora.sequence.data import Batches, Task, collate, stage_seed
+from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.sequence.journal import Entry, Journal, next_stage, stages_of
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, scalars_as_vectors, training_arguments, without_timings
 from llava_keeplora.sequence.workspace import differences
 from llava_keeplora_eval import Matrix, predict_to_file, score
+from llava_keeplora_eval.predictions import join_shards
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class LabelRun:
         self.count = len(self.tasks) if cls.learns else 0
         self.epochs = shared.config.epochs(config.label) if cls.learns else []
         self._states_loaded = 0
-        self.layers = self._find_layers()
+        self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
         self._check_training()
         self._check_history()
@@ -105,10 +107,11 @@ class LabelRun:
 
     def _cost(self, index: int, stage: str) -> float:
         if stage == "EVALUATED":
-            return 0 if index == 0 and self.config.label != ZERO_SHOT else sum(len(task.test) for task in self.tasks)
+            copied = index == 0 and self.config.label != ZERO_SHOT
+            return 0 if copied else self.shared.family.cost * sum(len(task.test) for task in self.tasks)
         if index == 0 or stage in ("PLANNED", "CLOSED"):
             return 0
-        n = len(self.tasks[index - 1].train)
+        n = len(self.shared.inputs[index - 1])
         if stage == "TRAINED":
             return 3 * n * self.epochs[index - 1]
         return n * self.method.passes.get(stage, 0.0)
@@ -165,15 +168,30 @@ class LabelRun:
     def _plan(self, index: int) -> dict[str, Any]:
         return {"seed": self.shared.config.seed, "tasks": [t.record() for t in (self.tasks if index == 0 else self.tasks[index - 1 : index])]}
 
-    def _find_layers(self) -> dict[str, Layer]:
-        """The layers that this method adapts, by full name."""
-        family, found = self.shared.family, {}
+    def _find_layers(self) -> tuple[dict[str, Layer], dict[str, nn.Linear], list[str]]:
+        """The layers that this method adapts, those that it trains in full, and those that the loss cannot reach."""
+        family, adapted, full, unreachable = self.shared.family, {}, {}, []
         for part, settings in self.config.parts.items() if self.count else ():
-            for name, module in family.linear_layers(part, settings.targets).items():
-                found[name] = Layer(name, part, module, settings.rank, settings.alpha, settings.energy_weight, settings.energy_feature)
-        if self.count and not found:
-            raise ConfigError("the run adapts no part of the model", f"name at least one of {', '.join(family.parts)} under `parts`")
-        return found
+            targets = settings.targets or family.targets.get(part, ())
+            modules = family.linear_layers(part, targets)
+            unreachable += family.unreachable(part, targets)
+            if settings.train == "full":
+                full |= modules
+                continue
+            for name, module in modules.items():
+                adapted[name] = Layer(name, part, module, settings.rank, settings.alpha, settings.energy_weight, settings.energy_feature)
+        if self.count and not adapted:
+            raise ConfigError("the run adapts no part of the model", f"name at least one of {', '.join(family.targets)} under `parts`")
+        if unreachable:
+            logger.warning(
+                "%s: %d layers cannot receive a gradient from this model's loss and are left out (%s, ...)",
+                self.config.label, len(unreachable), unreachable[0],
+            )
+        return adapted, full, unreachable
+
+    def modules(self) -> dict[str, nn.Linear]:
+        """Every layer that this method changes, by full name."""
+        return {name: layer.module for name, layer in self.layers.items()} | self.full
 
     def _rebuild(self, deltas: int, states: int | None = None) -> None:
         """Put the model and the method into the state after so many tasks, from the files alone.
@@ -205,9 +223,10 @@ class LabelRun:
         if self.shared.rank == 0:
             self._write(tensors, start)
             layers = {n: {"rank": i.rank, "alpha": i.alpha, "train_A": i.train_A} for n, i in inits.items()}
-            write_json(path, {"layers": layers, "report": ctx.report})
+            write_json(path, {"layers": layers, "unreachable": self.unreachable, "report": ctx.report})
         self.shared.barrier()
-        return [path] + [tensors] * bool(start), {"layers": len(inits), "left_out": len(ctx.report.get("left_out", {}))}
+        counts = {"layers": len(inits), "left_out": len(ctx.report.get("left_out", {})), "unreachable": len(self.unreachable)}
+        return [path] + [tensors] * bool(start), counts
 
     @staticmethod
     def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -230,24 +249,27 @@ class LabelRun:
                     weight = self.layers[name].module.weight
                     weight -= Delta(init.A, init.B, init.scale).dense().to(weight)
         set_seed(stage_seed(shared.config.seed, index, "TRAINED"))
-        wrapper = attach(shared.family.model, inits)
+        wrapper = attach(shared.family.model, inits, self.method.dropout)
+        before = {name: (module.weight.detach().clone(), _copy(module.bias)) for name, module in self.full.items()}
+        for module in self.full.values():
+            module.requires_grad_(True)
         try:
             history = self._train(index, task)
             trained = read_adapters(shared.family.model)
         finally:
             detach(wrapper)
-        for name, delta in trained.items():
-            if not (torch.isfinite(delta.A).all() and torch.isfinite(delta.B).all()):
-                raise TrainingError(f"the weights of task '{task.name}' are not finite after its {history['steps']} steps, first in layer {name}", CURE)
         deltas = {
             name: Delta(d.A.cpu(), d.B.cpu() - (inits[name].B if inits[name].B is not None else 0), d.scale) for name, d in trained.items()
-        }
+        } | {name: _change(self.full[name], *start) for name, start in before.items()}
+        for name, delta in deltas.items():
+            if not all(torch.isfinite(value).all() for value in vars(delta).values() if isinstance(value, torch.Tensor)):
+                raise TrainingError(f"the weights of task '{task.name}' are not finite after its {history['steps']} steps, first in layer {name}", CURE)
         delta_path, log_path = self.path(index, "delta.safetensors"), self.path(index, "train.json")
         if shared.rank == 0:
             save_deltas(delta_path, deltas)
             write_json(log_path, history)
         shared.barrier()
-        trainable = sum(d.B.numel() + (d.A.numel() if inits[n].train_A else 0) for n, d in deltas.items())
+        trainable = sum(_trained_numbers(delta, inits.get(name)) for name, delta in deltas.items())
         return [delta_path, log_path], {"steps": history["steps"], "trained_parameters": trainable}
 
     def _train(self, index: int, task: Task) -> dict[str, Any]:
@@ -261,8 +283,9 @@ class LabelRun:
             on_step=functools.partial(shared.progress.advance, cost),
             model=model,
             args=arguments,
-            train_dataset=Indices(len(task.train)),
-            data_collator=functools.partial(collate, task.train, shared.cache),
+            rates=self._rates(),
+            train_dataset=Indices(len(shared.inputs[index - 1])),
+            data_collator=shared.inputs[index - 1].collate,
         )
         with scalars_as_vectors(model) if arguments.deepspeed else nullcontext():
             result = trainer.train()
@@ -272,6 +295,15 @@ class LabelRun:
         del trainer
         gc.collect()
         return history
+
+    def _rates(self) -> dict[int, float]:
+        """id of a parameter → learning rate, for those parts that have their own."""
+        own = {part: settings.learning_rate for part, settings in self.config.parts.items() if settings.learning_rate is not None}
+        family, rates = self.shared.family, {}
+        for part, rate in own.items():
+            prefix = family.parts[part] + "."
+            rates |= {id(p): rate for name, p in family.model.named_parameters() if name.startswith(prefix) and p.requires_grad}
+        return rates
 
     def _training_arguments(self, index: int):
         return training_arguments(
@@ -298,33 +330,44 @@ class LabelRun:
     def _evaluated(self, index: int) -> tuple[list[Path], dict]:
         copied = index == 0 and self.config.label != ZERO_SHOT
         path, predictions = self.path(index, "scores.json"), [] if copied else [self._predictions(index, task) for task in self.tasks]
+        if copied:
+            scores = json.loads((self.shared.workspace.task(ZERO_SHOT, 0, "base") / "scores.json").read_text())
+        else:
+            self._rebuild(index)
+            scores = {}
+            for task in self.tasks:
+                self._predict(index, task)
+                self.shared.barrier()
+                if self.shared.rank == 0:
+                    scores[task.name] = self._score(index, task)
         if self.shared.rank == 0:
-            if copied:
-                scores = json.loads((self.shared.workspace.task(ZERO_SHOT, 0, "base") / "scores.json").read_text())
-                self._fill_matrix(index, scores)
-            else:
-                self._rebuild(index)
-                scores = {task.name: self._score(index, task) for task in self.tasks}
             write_json(path, scores)
-            self.write_matrix()
         self.shared.barrier()
-        if self.shared.rank != 0:
-            self._fill_matrix(index, json.loads(path.read_text()))
+        self._fill_matrix(index, json.loads(path.read_text()))
+        if self.shared.rank == 0:
+            self.write_matrix()
         return [path, *predictions], {}
 
     def _predictions(self, index: int, task: Task) -> Path:
         return self.path(index, f"predictions/{task.name.replace('/', '-')}.jsonl")
 
+    def _predict(self, index: int, task: Task) -> None:
+        """This process's share of the answers; processes wait for each other afterwards only."""
+        shared = self.shared
+        predictor = shared.family.predictor(task.recipe, shared.cache.split(task.test))
+        cost = shared.family.cost * shared.world
+        predict_to_file(
+            predictor,
+            task.test,
+            self._predictions(index, task),
+            batch_size=shared.config.evaluation.batch_size,
+            advance=lambda count: shared.progress.advance(cost * count),
+            shard=(shared.rank, shared.world),
+        )
+
     def _score(self, index: int, task: Task) -> dict[str, Any]:
-        path, family, shared = self._predictions(index, task), self.shared.family, self.shared
-        path.parent.mkdir(parents=True, exist_ok=True)
-        where = {example_id: i for i, example_id in enumerate(task.test.ids)}
-
-        def pixels(examples: Sequence) -> torch.Tensor:
-            return shared.cache.take(task.test, [where[e.id] for e in examples])
-
-        predictor = family.predictor(task.recipe, pixels=pixels)
-        predict_to_file(predictor, task.test, path, batch_size=shared.config.evaluation.batch_size, advance=shared.progress.advance)
+        path = self._predictions(index, task)
+        join_shards(path, task.test)
         result = score(task.test, path).to_dict()
         self._fill_matrix(index, {task.name: result})
         self.write_matrix()
@@ -356,16 +399,16 @@ class LabelRun:
         )
 
     def _batches(self, index: int, fraction: float, cost: float) -> Any:
-        shared, task = self.shared, self.tasks[index - 1]
+        shared = self.shared
         size = int(self.config.training.get("per_device_train_batch_size", 8))
-        batches = Batches(task.train, shared.cache, size, fraction, shared.rank, shared.world, shared.device)
+        batches = Batches(shared.inputs[index - 1], size, fraction, shared.rank, shared.world, shared.device)
 
         def counted():
             for batch in batches:
                 yield batch
                 shared.progress.advance(cost * len(batch["labels"]) * shared.world)
 
-        return counted(), batches.total
+        return counted(), batches.weight
 
     def _autocast(self):
         """The precision that training uses, for the passes too."""
@@ -389,3 +432,19 @@ class LabelRun:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _copy(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.detach().clone()
+
+
+def _change(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> FullDelta:
+    """What training did to a layer without an adapter."""
+    return FullDelta((module.weight.detach() - weight).cpu(), None if bias is None else (module.bias.detach() - bias).cpu())
+
+
+def _trained_numbers(delta: Delta | FullDelta, init: AdapterInit | None) -> int:
+    """How many numbers were trained for a delta."""
+    if isinstance(delta, FullDelta):
+        return delta.weight.numel() + (0 if delta.bias is None else delta.bias.numel())
+    return delta.B.numel() + (delta.A.numel() if init.train_A else 0)

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.files import write_json
-from llava_keeplora.models import load_model
+from llava_keeplora.models import open_model
 from llava_keeplora.report.run_report import write_run_report
 from llava_keeplora.sequence.data import Task, load_tasks
 from llava_keeplora.sequence.label_run import ZERO_SHOT, LabelRun
@@ -45,7 +45,7 @@ def run(config: RunConfig) -> dict[str, Matrix]:
         # Nothing is written before every process has read what is there.
         shared.barrier()
         # Taken once, before the first method touches a weight: every method starts from the same base.
-        shared.base = BaseWeights({name: layer.module for r in runs for name, layer in r.layers.items()})
+        shared.base = BaseWeights({name: module for r in runs for name, module in r.modules().items()})
         with Progress(sum(r.cost_left() for r in runs), show=is_first_process()) as shared.progress:
             for label_run in runs:
                 label_run.go()
@@ -64,9 +64,8 @@ def _opened(workspace: Workspace) -> Iterator[Shared]:
             if is_first_process():
                 held.enter_context(workspace.locked())
                 workspace.claim()
-            tasks = load_tasks(config)
-            family = load_model(config.model)
-        yield Shared(config, workspace, tasks, family)
+            shared = Shared(config, workspace, load_tasks(config), open_model(config.model, config.evaluation.max_new_tokens))
+        yield shared
 
 
 def _write_results(workspace: Workspace, runs: list[LabelRun], tasks: list[Task]) -> None:

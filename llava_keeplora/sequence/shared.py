@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import RunConfig
-from llava_keeplora.sequence.data import PixelCache, Task
+from llava_keeplora.models import DTYPES, Family, Inputs
+from llava_keeplora.sequence.data import ImageCache, Task
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.workspace import Workspace
 
@@ -19,14 +20,16 @@ class Shared:
         config: the run.
         workspace: its folder.
         tasks: the sequence.
-        family: the loaded model.
+        family: the model, its weights not loaded yet: they come after every example has been checked.
     """
 
-    def __init__(self, config: RunConfig, workspace: Workspace, tasks: list[Task], family):
+    def __init__(self, config: RunConfig, workspace: Workspace, tasks: list[Task], family: Family):
         self.config, self.workspace, self.tasks, self.family = config, workspace, tasks, family
+        self.cache = ImageCache(family.prepare, config.data.cache_gb)
+        self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]
+        family.load(DTYPES[config.model.dtype])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         family.model.to(self.device)
-        self.cache = PixelCache(family.pixels, config.data.cache_gb)
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.world = dist.get_world_size() if self.distributed else 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from llava_keeplora.errors import MethodError, TrainingError
+from llava_keeplora.errors import ConfigError, MethodError, TrainingError
 from llava_keeplora.methods import Method, TaskContext
 
 CURE = (
@@ -83,6 +83,7 @@ class TaskTrainer(Trainer):
         method: gives the loss and the hook after each step.
         ctx: of the task.
         on_step: called after every optimiser step.
+        rates: id of a parameter → its own learning rate; the others train at `args.learning_rate`.
         kwargs: as for `Trainer`.
 
     Raises:
@@ -90,9 +91,9 @@ class TaskTrainer(Trainer):
         MethodError: if a trainable tensor gets no gradient in the first step.
     """
 
-    def __init__(self, *, method: Method, ctx: TaskContext, on_step: Callable[[], None], **kwargs):
+    def __init__(self, *, method: Method, ctx: TaskContext, on_step: Callable[[], None], rates: Mapping[int, float], **kwargs):
         super().__init__(**kwargs)
-        self.method, self.ctx = method, ctx
+        self.method, self.ctx, self.rates = method, ctx, rates
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(_AfterStep(method, ctx, on_step))
@@ -109,6 +110,18 @@ class TaskTrainer(Trainer):
             )
         return (loss, out) if return_outputs else loss
 
+    def create_optimizer(self, model: nn.Module | None = None):
+        """The Trainer's optimiser, its groups split by learning rate; the schedule scales each group's own rate."""
+        optimizer = super().create_optimizer(model)
+        if self.rates and not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                "the DeepSpeed JSON brings its own optimizer, which knows one learning rate, but a part of the model has its own",
+                "remove `optimizer` and `scheduler` from the DeepSpeed JSON, or `learning_rate` from `parts`",
+            )
+        if self.rates:
+            optimizer.param_groups = [split for group in optimizer.param_groups for split in _by_rate(group, self.rates)]
+        return optimizer
+
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
         """One forward and backward pass; the first one checks that every trainable tensor gets a gradient."""
         if self._waiting is not None:
@@ -124,6 +137,15 @@ class TaskTrainer(Trainer):
                 "leave their layers out of the part's targets",
             )
         return loss
+
+
+def _by_rate(group: dict[str, Any], rates: Mapping[int, float]) -> list[dict[str, Any]]:
+    """One parameter group as one per learning rate."""
+    chosen = [rates.get(id(p), group["lr"]) for p in group["params"]]
+    return [
+        {**group, "lr": rate, "params": [p for p, own in zip(group["params"], chosen, strict=True) if own == rate]}
+        for rate in sorted(set(chosen))
+    ]
 
 
 class _AfterStep(TrainerCallback):

@@ -16,7 +16,9 @@ PROMPTS = ["a red thing", "a blue thing indeed", "green"]
 
 @pytest.fixture
 def family(tiny_clip):
-    return ClipFamily.load(str(tiny_clip), None, torch.float32)
+    family = ClipFamily(str(tiny_clip))
+    family.load(torch.float32)
+    return family
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_gradient(task, layers, batc
         def forward(self, **batch):
             return task(**batch)
 
-        constants = staticmethod(task.constants)
+        constants, weight = staticmethod(task.constants), staticmethod(task.weight)
 
     model = VisionOnly()
     captured = gradient_pass(model, {**layers, "stray": model.stray}, batches, total=12)

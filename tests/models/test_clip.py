@@ -9,12 +9,17 @@ from torch.nn.functional import cross_entropy
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import embedded_models, load_model
+from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora_recipes import load_recipe
 
 
 @pytest.fixture
 def family(tiny_clip):
     return load_model(ModelConfig(str(tiny_clip)))
+
+
+def pixels(family, examples):
+    return torch.stack([image["pixel_values"] for image in family.prepare(examples)])
 
 
 def test_layers_are_named_by_part_and_leaf(family):
@@ -40,7 +45,7 @@ def test_a_model_that_is_not_there_is_refused_with_the_embedded_names(tmp_path):
 def test_the_loss_is_cross_entropy_over_the_class_prompts_and_the_same_inside_a_constants_scope(family, tiny_tasks):
     data = load_recipe(str(tiny_tasks[0])).load("test")
     task = family.task(data.recipe)
-    batch = {"pixel_values": family.pixels([data[i].image for i in range(4)]), "labels": torch.tensor(data.labels[:4])}
+    batch = {"pixel_values": pixels(family, [data[i] for i in range(4)]), "labels": torch.tensor(data.labels[:4])}
 
     tokens = family.processor(text=data.recipe.prompts, padding=True, return_tensors="pt")
     logits = family.model(**tokens, pixel_values=batch["pixel_values"]).logits_per_image
@@ -57,9 +62,10 @@ def test_what_is_scored_is_what_is_trained(family, tiny_tasks):
     data = load_recipe(str(tiny_tasks[0])).load("test")
     examples = [data[i] for i in range(len(data))]
     with torch.no_grad():
-        out = family.task(data.recipe)(pixel_values=family.pixels([e.image for e in examples]), labels=torch.tensor(data.labels))
+        out = family.task(data.recipe)(pixel_values=pixels(family, examples), labels=torch.tensor(data.labels))
     best = [data.recipe.classes[i] for i in out["logits"].argmax(dim=1)]
-    assert family.predictor(data.recipe).predict(examples) == best
+    images = ImageCache(family.prepare, budget_gb=1.0).split(data)
+    assert family.predictor(data.recipe, images).predict(examples) == best
 
 
 def test_the_embedded_model_loads_by_name_and_is_small():

@@ -226,8 +226,8 @@ def test_the_model_is_as_it_was_after_a_failed_training(short, drive, tmp_path, 
     import llava_keeplora.sequence.runner as runner
 
     loaded = []
-    load = runner.load_model
-    monkeypatch.setattr(runner, "load_model", lambda config: loaded.append(load(config)) or loaded[-1])
+    load = runner.open_model
+    monkeypatch.setattr(runner, "open_model", lambda *given: loaded.append(load(*given)) or loaded[-1])
     monkeypatch.setattr(METHODS["keeplora"], "loss", lambda self, ctx, batch, out: out["loss"] * float("nan"))
     with pytest.raises(TrainingError):
         drive(short(tmp_path / "run"))

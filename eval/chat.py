@@ -1,0 +1,100 @@
+"""A question as a LLaVA model sees it: its chat text, its token ids, and where the answer begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llava_keeplora_eval.errors import EvalError
+
+#: For checkpoints without a chat template: LLaVA-1.5's own (conversation `v1` of github.com/haotian-liu/LLaVA).
+VICUNA_V1 = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    "{% for message in messages %} {{ message['role'].upper() }}: "
+    "{% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}<image>\n{% else %}{{ item['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def render(processor, question: str, n_images: int) -> str:
+    """The chat text of one question, up to where the answer begins.
+
+    Args:
+        processor: a LLaVA processor; its chat template is used, or `VICUNA_V1` where it has none.
+        question: what is asked.
+        n_images: how many images go before the question.
+    """
+    content = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
+    template = processor.chat_template or VICUNA_V1.replace("<image>", processor.image_token)
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+
+
+def cuts_into_tiles(processor, n_images: int) -> bool:
+    """Whether an example's images are cut into tiles: LLaVA-OneVision does so with a lone image only."""
+    return n_images == 1 or "batch_num_images" not in processor.image_processor.model_input_names
+
+
+class Chat:
+    """Questions and answers as token ids; training and generation both take theirs from here.
+
+    Args:
+        processor: a LLaVA processor.
+    """
+
+    def __init__(self, processor):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+
+    def prompt(self, question: str, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Token ids of a question, with as many placeholders per image as the model has features for it.
+
+        Args:
+            question: what is asked.
+            sizes: (height, width) of each image.
+        """
+        return self._expand(self._tokenise(render(self.processor, question, len(sizes))), sizes)
+
+    def turn(self, question: str, sizes: Sequence[tuple[int, int]], answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of a question, and of its answer with the end-of-text token.
+
+        Args:
+            question, sizes: see `prompt`.
+            answer: the text to learn.
+
+        Raises:
+            EvalError: if the tokenizer does not keep the prompt apart from the answer, so that training would show the
+                model another prompt than generation does.
+        """
+        text = render(self.processor, question, len(sizes))
+        space = "" if text[-1:].isspace() else " "
+        prompt, whole = self._tokenise(text), self._tokenise(text + space + answer + self.tokenizer.eos_token)
+        if whole[: len(prompt)] != prompt:
+            raise EvalError(
+                f"the tokenizer joins the end of the chat template with the answer '{answer}'",
+                "end the chat template's generation prompt with a colon or a line break",
+            )
+        return self._expand(prompt, sizes), whole[len(prompt) :]
+
+    def _tokenise(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
+
+    def _expand(self, ids: list[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
+        counts = iter(self.image_tokens(sizes))
+        return [token for i in ids for token in ([i] * next(counts) if i == self.image_id else [i])]
+
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """How many placeholder tokens each image takes; the processor's own rule, without touching a pixel."""
+        if not sizes:
+            return []
+        if len(sizes) > 1 and not cuts_into_tiles(self.processor, len(sizes)):
+            # One more for the line break that LLaVA-OneVision puts after each image, one less without the class token.
+            count = self.processor.num_image_tokens + 1 - (self.processor.vision_feature_select_strategy == "default")
+            return [count] * len(sizes)
+        # Not in the processors' public documentation, but kept by transformers for serving engines; a test compares it
+        # with what the processors really write.
+        return list(self.processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in sizes]).num_image_tokens)

@@ -1,0 +1,117 @@
+"""Generation: answers to questions about images from any model of the LLaVA family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import GenerationConfig
+
+from llava_keeplora_eval.chat import Chat, cuts_into_tiles
+
+if TYPE_CHECKING:
+    from llava_keeplora_recipes import Example, Recipe
+
+LLAVA_MODELS = ("llava", "llava_next", "llava_onevision")
+
+
+class LlavaPredictor:
+    """Greedy answers, in batches padded on the left.
+
+    Args:
+        model: a LLaVA-family model with `generate`.
+        processor: its processor.
+        recipe: what a classification task asks.
+        max_new_tokens: where an answer is cut off at the latest.
+        images: examples → one `image_inputs` each, instead of the processor: a cache.
+        device: where to compute; the model's own device when None.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        recipe: Recipe,
+        max_new_tokens: int = 128,
+        images: Callable[[Sequence[Example]], list[dict[str, Tensor]]] | None = None,
+        device: str | torch.device | None = None,
+    ):
+        self.model, self.recipe = model, recipe
+        self.chat = Chat(processor)
+        self.images = images or (lambda examples: [image_inputs(processor, example.images) for example in examples])
+        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        self.generation = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self._stops(),
+            bos_token_id=self.chat.tokenizer.bos_token_id,
+            pad_token_id=self.chat.pad_id,
+        )
+
+    def _stops(self) -> list[int]:
+        """The model's own end tokens, and the tokenizer's, with which training ends an answer."""
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        own = own if isinstance(own, list) else [own]
+        return sorted({token for token in [*own, self.chat.tokenizer.eos_token_id] if token is not None})
+
+    @torch.no_grad()
+    def predict(self, examples: Sequence[Example]) -> list[str]:
+        """One text per example, without white space around it."""
+        if not examples:
+            return []
+        prompts = [self.chat.prompt(asked(example, self.recipe), image_sizes(example)) for example in examples]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.chat.pad_id] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        pictures = {k: v.to(self.device) for k, v in joined(self.images(examples)).items()}
+        if "pixel_values" in pictures:
+            pictures["pixel_values"] = pictures["pixel_values"].to(self.model.dtype)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            out = self.model.generate(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **pictures, generation_config=self.generation
+            )
+        finally:
+            self.model.train(was_training)
+        return [text.strip() for text in self.chat.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+
+
+def asked(example: Example, recipe: Recipe) -> str:
+    """What a generative model is asked about an example."""
+    return recipe.asks if recipe.kind == "classification" else example.question
+
+
+def image_sizes(example: Example) -> list[tuple[int, int]]:
+    """(height, width) of each of an example's images."""
+    return [(image.height, image.width) for image in example.images]
+
+
+def image_inputs(processor, images: Sequence) -> dict[str, Tensor]:
+    """What the model takes for one example's images; nothing where it has none.
+
+    Returns:
+        `pixel_values` (images, 3, height, width), or (images, tiles, 3, height, width) with `image_sizes` (images, 2)
+        and, for LLaVA-OneVision, `batch_num_images` (1,).
+    """
+    if not images:
+        return {}
+    # Nested where the number of images makes a difference.
+    given = list(images) if cuts_into_tiles(processor, len(images)) else [list(images)]
+    return dict(processor.image_processor(images=given, return_tensors="pt"))
+
+
+def joined(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The image inputs of several examples as one batch; where images have unequal numbers of tiles, zeros fill up."""
+    present = [item for item in inputs if item]
+    if not present:
+        return {}
+    batch = {key: torch.cat([item[key] for item in present]) for key in present[0] if key != "pixel_values"}
+    pixels = [item["pixel_values"] for item in present]
+    if pixels[0].dim() == 5:
+        tiles = max(p.shape[1] for p in pixels)
+        pixels = [pad(p, (0, 0, 0, 0, 0, 0, 0, tiles - p.shape[1])) for p in pixels]
+    return {"pixel_values": torch.cat(pixels), **batch}

@@ -1,0 +1,69 @@
+"""What a model family offers the driver: everything about the model, nothing about methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llava_keeplora_eval.predictors import Predictor
+from llava_keeplora_recipes import Example, Recipe, TaskData
+
+
+
+class Images(Protocol):
+    """What the model takes for the images of a split's examples, kept where it fits; the driver's cache."""
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]: ...
+    def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]: ...
+
+
+class Inputs(Protocol):
+    """One split of a task as the model trains on it, by index.
+
+    `weights[i]` is how much an example counts in the mean loss: 1, or its number of supervised tokens.
+    """
+
+    weights: Sequence[int]
+
+    def __len__(self) -> int: ...
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]: ...
+
+
+class TaskModel(Protocol):
+    """The model on one task, an `nn.Module`: `forward(**batch)` gives `loss`, the mean over the batch's weight."""
+
+    def __call__(self, **batch: Tensor) -> dict[str, Tensor]: ...
+    def constants(self) -> AbstractContextManager[None]: ...
+    def weight(self, batch: Mapping[str, Tensor]) -> int: ...
+    def first(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None: ...
+
+
+class Family(Protocol):
+    """A model with its processor. It is opened without its weights, so that data are checked before they are loaded.
+
+    Attributes:
+        kinds: of tasks that it can learn.
+        parts: part → dotted prefix of its layers.
+        targets: part → leaf names of the linear layers that are adapted unless a configuration says otherwise.
+        model: the model, after `load`.
+        cost: of answering one example, in forward passes over it, for the estimate of time.
+    """
+
+    kinds: tuple[str, ...]
+    parts: Mapping[str, str]
+    targets: Mapping[str, tuple[str, ...]]
+    model: nn.Module
+    cost: float
+
+    def load(self, dtype: torch.dtype) -> None: ...
+    def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]: ...
+    def unreachable(self, part: str, targets: Sequence[str]) -> list[str]: ...
+    def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]: ...
+    def inputs(self, data: TaskData, images: Images) -> Inputs: ...
+    def task(self, recipe: Recipe) -> nn.Module: ...
+    def predictor(self, recipe: Recipe, images: Images) -> Predictor: ...

@@ -1,0 +1,233 @@
+"""The LLaVA family: LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, on questions, captions and classes as answers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.models.base import Images
+from llava_keeplora.models.names import find_linear_layers
+from llava_keeplora_eval.chat import Chat
+from llava_keeplora_eval.llava import LlavaPredictor, asked, image_inputs, image_sizes, joined
+from llava_keeplora_eval.models import load_llava_processor
+from llava_keeplora_recipes import Example, Recipe, TaskData
+
+IGNORE = -100  # the label of a token that is not learned, as everywhere in transformers
+LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+
+
+class LlavaFamily:
+    """A LLaVA model with its processor; see `models/base.py`.
+
+    Args:
+        path: a local folder or a Hub id.
+        revision: the Hub revision.
+        max_length: the most tokens of an example, image tokens included; the language model's own limit when None.
+        max_new_tokens: of an answer.
+    """
+
+    kinds = ("classification", "vqa", "captioning")
+    # Module names of transformers 5: no `vision_model` level inside the vision tower.
+    parts = {
+        "vision": "model.vision_tower.encoder.layers",
+        "projector": "model.multi_modal_projector",
+        "language": "model.language_model.layers",
+    }
+    targets = {
+        "vision": ("q_proj", "k_proj", "v_proj", "out_proj"),
+        "projector": ("linear_1", "linear_2"),
+        "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    }
+    cost = 3.0
+
+    def __init__(self, path: str, revision: str | None = None, max_length: int | None = None, max_new_tokens: int = 128):
+        self.path, self.revision, self.max_new_tokens = path, revision, max_new_tokens
+        self.config = AutoConfig.from_pretrained(path, revision=revision)
+        self.processor = load_llava_processor(path, revision)
+        self.chat = Chat(self.processor)
+        self.max_length = max_length or self.config.text_config.max_position_embeddings
+
+    def load(self, dtype: torch.dtype) -> None:
+        """Load the weights."""
+        model = AutoModelForImageTextToText.from_pretrained(self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa")
+        self.model = model.eval().requires_grad_(False)
+
+    def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
+        """Full name → linear layer for the leaf names `targets` of a part, without the `unreachable` ones."""
+        found = find_linear_layers(self.model, self.parts, part, targets)
+        return {name: layer for name, layer in found.items() if self._reached(part, name)}
+
+    def unreachable(self, part: str, targets: Sequence[str]) -> list[str]:
+        """Layers of the vision encoder past the last one whose output is used; the loss cannot reach them."""
+        return [name for name in find_linear_layers(self.model, self.parts, part, targets) if not self._reached(part, name)]
+
+    def _reached(self, part: str, name: str) -> bool:
+        """Whether a layer feeds the features: `vision_feature_layer` indexes hidden states, the embedding's being 0."""
+        if part != "vision":
+            return True
+        depth, chosen = self.config.vision_config.num_hidden_layers, self.config.vision_feature_layer
+        used = max(i if i >= 0 else depth + 1 + i for i in (chosen if isinstance(chosen, (list, tuple)) else [chosen]))
+        return int(LAYER_NUMBER.search(name).group(1)) < used
+
+    def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """What the model takes for each example's images; see `image_inputs`."""
+        return [image_inputs(self.processor, example.images) for example in examples]
+
+    def inputs(self, data: TaskData, images: Images) -> "LlavaInputs":
+        """A split as LLaVA trains on it.
+
+        Raises:
+            ConfigError: if an example has no answer to learn, or more tokens than the model takes.
+        """
+        return LlavaInputs(data, images, self.chat, self.max_length)
+
+    def task(self, recipe: Recipe) -> "LlavaTask":
+        """The model on one task."""
+        return LlavaTask(self.model)
+
+    def predictor(self, recipe: Recipe, images: Images) -> LlavaPredictor:
+        """What answers the task's examples with the present weights."""
+        return LlavaPredictor(self.model, self.processor, recipe, self.max_new_tokens, images=images.of)
+
+
+class LlavaInputs:
+    """Token ids and images of a split, one entry per answer to learn; see `Inputs`.
+
+    A question with several answers is trained on the one most often given, an image with several captions on each.
+
+    Args:
+        data: the split.
+        images: its images.
+        chat: makes the token ids.
+        max_length: the most tokens of an example.
+
+    Raises:
+        ConfigError: see `LlavaFamily.inputs`.
+    """
+
+    def __init__(self, data: TaskData, images: Images, chat: Chat, max_length: int):
+        self.images, self.pad_id = images, chat.pad_id
+        self.rows: list[int] = []
+        self.turns: list[tuple[list[int], list[int]]] = []
+        for row, example in enumerate(data):
+            for answer in learned(example, data.recipe):
+                prompt, reply = chat.turn(asked(example, data.recipe), image_sizes(example), answer)
+                _check_turn(example, data, answer, len(prompt), len(prompt) + len(reply), max_length)
+                self.rows.append(row)
+                self.turns.append((prompt, reply))
+        # The first token is never predicted, and it never belongs to an answer.
+        self.weights = [len(reply) for _, reply in self.turns]
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask`, `labels` (batch, tokens), padded on the right, and the images.
+
+        `labels` are the ids of the answer's tokens and `IGNORE` elsewhere. `image_counts` (batch,) says how many images
+        belong to each example.
+        """
+        turns, pictures = [self.turns[i] for i in indices], self.images.take([self.rows[i] for i in indices])
+        width = max(len(prompt) + len(reply) for prompt, reply in turns)
+
+        def padded(rows: list[list[int]], value: int) -> Tensor:
+            return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+        return {
+            "input_ids": padded([prompt + reply for prompt, reply in turns], self.pad_id),
+            "attention_mask": padded([[1] * (len(prompt) + len(reply)) for prompt, reply in turns], 0),
+            "labels": padded([[IGNORE] * len(prompt) + reply for prompt, reply in turns], IGNORE),
+            "image_counts": torch.tensor([len(p["pixel_values"]) if p else 0 for p in pictures]),
+            **joined(pictures),
+        }
+
+
+def learned(example: Example, recipe: Recipe) -> list[str]:
+    """The answers of an example that are trained on."""
+    if recipe.kind == "captioning":
+        return example.answers
+    if recipe.kind == "classification":
+        return [example.answers[0].replace("_", " ")]
+    return [Counter(example.answers).most_common(1)[0][0]]
+
+
+def _check_turn(example: Example, data: TaskData, answer: str, prompt: int, whole: int, limit: int) -> None:
+    where = f"record '{example.id}' of {data.recipe.name} ({data.recipe.splits[data.split]})"
+    if not answer.strip():
+        raise ConfigError(f"{where} has an empty answer, so there is nothing to learn from it", "complete or remove the record")
+    if whole > limit:
+        raise ConfigError(
+            f"{where} has {whole} tokens, {prompt} of them before the answer and image tokens included, and the model takes {limit}",
+            "shorten or remove the record, or raise model.max_length where the model allows it",
+        )
+
+
+class LlavaTask(nn.Module):
+    """LLaVA on one task: cross-entropy of the answers' tokens, the mean over all of a batch's answer tokens.
+
+    Args:
+        llava: the model, plain or with adapters.
+    """
+
+    def __init__(self, llava: nn.Module):
+        super().__init__()
+        self.llava = llava
+
+    def forward(self, labels: Tensor, image_counts: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+        """The mean loss, and the logits of the answers' tokens (answer tokens, vocabulary).
+
+        Args:
+            labels: (batch, tokens), `IGNORE` wherever nothing is learned.
+            image_counts: (batch,).
+            inputs: `input_ids`, `attention_mask` and the images.
+        """
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.llava.dtype)
+        hidden = self.llava.model(**inputs, use_cache=False).last_hidden_state
+        target = labels[:, 1:]
+        answered = target != IGNORE
+        # The vocabulary is wide and answers are short: logits where something is learned, and nowhere else.
+        logits = self.llava.lm_head(hidden[:, :-1][answered]).float()
+        return {"loss": cross_entropy(logits, target[answered]), "logits": logits}
+
+    @contextmanager
+    def constants(self) -> Iterator[None]:
+        """Nothing is the same for every batch."""
+        yield
+
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
+        """What a batch counts in the mean loss: its number of answer tokens."""
+        return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+    def first(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of its first example alone."""
+        images = int(batch["image_counts"][0])
+        per_image = ("pixel_values", "image_sizes")
+        first = {key: value[: images if key in per_image else 1] for key, value in batch.items()}
+        return first if images else {key: value for key, value in first.items() if key not in (*per_image, "batch_num_images")}
+
+    def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Which tokens of a part's layers carry content: padding of the text doesn't, every image token does."""
+        return batch["attention_mask"].bool() if part == "language" else None
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass; `transformers.Trainer` asks."""
+        return self.llava.is_activation_checkpointing
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None) -> None:
+        """Recompute activations in the backward pass; `transformers.Trainer` calls this."""
+        # The re-entrant form sends no gradient through a block whose input needs none, such as the first of a frozen model.
+        self.llava.activation_checkpointing_enable({"use_reentrant": False, **(activation_checkpointing_kwargs or {})})
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.llava.activation_checkpointing_disable()
