@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_keeplora_recipes import RecipeError, list_recipes, list_sequences, load_sequence
+from llava_keeplora_recipes import RecipeError, list_recipes, list_sequences, load_recipe, load_sequence
 
 
 @pytest.mark.parametrize("name", list_sequences())
@@ -13,8 +13,16 @@ def test_every_shipped_sequence_names_shipped_recipes_once(name):
 
 
 def test_the_demo_needs_no_files_and_has_at_least_six_tasks():
-    assert {"demo", "mtil-order1", "mtil-order2", "real-order1", "real-order2"} == set(list_sequences())
+    assert {"demo", "llava-demo", "llava-real", "mtil-order1", "mtil-order2", "real-order1", "real-order2"} == set(list_sequences())
     assert len(load_sequence("demo").tasks) >= 6
+
+
+@pytest.mark.parametrize(("name", "files"), [("llava-demo", False), ("llava-real", True)])
+def test_a_llava_sequence_mixes_all_kinds_of_task(name, files):
+    recipes = [load_recipe(task) for task in load_sequence(name).tasks]
+    kinds = [r.kind for r in recipes]
+    assert set(kinds) == {"classification", "vqa", "captioning"} and len(kinds) >= 4
+    assert all((r.source["format"] != "rendered") == files for r in recipes)
 
 
 def test_the_second_orders_hold_the_tasks_of_the_first():

@@ -9,15 +9,17 @@ MTIL_TEST_SIZES = dict(
     mnist=10000, oxfordpet=3669, stanfordcars=8041, sun397=21751,
 )  # fmt: skip
 REAL = ("caltech101", "fashion", "bloodcells", "omniglot", "trashnet", "signdigits", "emoji")
+ASKED = ("easy-vqa", "nlvr", "flags-vqa", "flags-captions", "emoji-names")
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_is_complete(name):
     recipe = load_recipe(name)
-    assert recipe.name == name and recipe.kind == "classification" and recipe.metric == "accuracy"
+    assert recipe.name == name
+    assert (recipe.metric == "accuracy") == (recipe.kind == "classification")
     assert recipe.licence and recipe.description and {"train", "test"} <= set(recipe.splits)
     assert len(recipe.fingerprint) == 64
-    if recipe.classes is not None:
+    if recipe.kind == "classification" and recipe.classes is not None:
         assert len(set(recipe.prompts)) == len(recipe.classes)
 
 
@@ -59,7 +61,7 @@ def test_mtil_tasks_read_the_labels_that_their_sources_use(tmp_path, make, task,
     }[task]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", REAL + ASKED)
 def test_real_sets_load_with_the_promised_sizes(name, real_data):
     recipe = load_recipe(name)
     for split, size in recipe.expected_sizes.items():
@@ -72,3 +74,11 @@ def test_no_real_training_image_is_a_test_image(real_data):
     recipe = load_recipe("trashnet")
     seen = [set(recipe.load(split, real_data).digests) for split in recipe.splits]
     assert not seen[0] & seen[1] and not seen[1] & seen[2] and not seen[0] & seen[2]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_real_questions_and_captions_come_without_image_placeholders(name, real_data):
+    data = load_recipe(name).load("test", real_data)
+    for question, answers in zip(data.questions, data.answers, strict=True):
+        assert question and "<image>" not in question
+        assert answers and all(answers)
