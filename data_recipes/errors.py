@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class UserError(Exception):
@@ -21,6 +24,54 @@ class UserError(Exception):
 
 class RecipeError(UserError):
     """A recipe, or the data that it names, cannot be used as it is."""
+
+
+class RecipeErrors(RecipeError):
+    """Several mistakes of one source: the sentence tells the first one and counts the others.
+
+    Args:
+        errors: the mistakes, at least two.
+    """
+
+    def __init__(self, errors: list[RecipeError]):
+        first, others = errors[0], len(errors) - 1
+        super().__init__(
+            f"{first.problem} (and {others} more, which `llava-keeplora-eval data check` lists)", first.cure
+        )
+        self.errors = errors
+
+
+def sift(
+    work: Callable[[Item], Result], items: Iterable[Item], problems: list[RecipeError] | None = None
+) -> list[Result]:
+    """What `work` makes of every item; those that it refuses are named together, not only the first.
+
+    Args:
+        work: raises RecipeError for an item that cannot be used.
+        items: what to work on.
+        problems: collects the refusals, and the refused items are left out; None raises instead.
+
+    Raises:
+        RecipeError: there are refusals, and nobody collects them.
+    """
+    results, errors = [], []
+    for item in items:
+        try:
+            results.append(work(item))
+        except RecipeError as error:
+            errors.append(error)
+    if errors and problems is None:
+        raise errors[0] if len(errors) == 1 else RecipeErrors(errors)
+    if errors:
+        problems += errors
+    return results
+
+
+def refuse(error: RecipeError, problems: list[RecipeError] | None) -> None:
+    """Raise an error, or leave it to a caller who collects them; see `sift`."""
+    if problems is None:
+        raise error
+    problems.append(error)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .errors import RecipeError
+from .errors import RecipeError, sift
 from .places import set_folder, split_file
-from .records import Records, image_files, one_each
+from .records import Records, picture_files
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def read_image_folder(recipe: Recipe, split: str, data_root: str | Path | None) -> Records:
+def read_image_folder(
+    recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
+) -> Records:
     """`<split folder>/<class>/.../picture`; the class is the folder's name.
 
     The walk is ours: datasets' own "imagefolder" builder numbers classes alphabetically, drops
@@ -30,25 +32,20 @@ def read_image_folder(recipe: Recipe, split: str, data_root: str | Path | None) 
     """
     folder = set_folder(recipe, data_root)
     top = split_file(recipe, split, data_root)
+    paths = _files(top)
     endings = Image.registered_extensions()
-    found: dict[str, str] = {}
-    others: list[str] = []
-    for place, folders, files in os.walk(top, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        for name in files:
-            path = Path(place, name)
-            if name.startswith("."):
-                continue
-            if path.suffix.lower() not in endings:
-                others.append(path.relative_to(folder).as_posix())
-                continue
-            parts = path.relative_to(top).parts
-            if len(parts) < 2:
-                raise RecipeError(
-                    f"'{path.relative_to(folder)}' of '{recipe.name}' lies in no class folder",
-                    f"move it to {top.name}/<class>/{name}",
-                )
-            found[path.relative_to(folder).as_posix()] = parts[0]
+    others = [p.relative_to(folder).as_posix() for p in paths if p.suffix.lower() not in endings]
+
+    def labelled(path: Path) -> tuple[str, str]:
+        parts = path.relative_to(top).parts
+        if len(parts) < 2:
+            raise RecipeError(
+                f"'{path.relative_to(folder)}' of '{recipe.name}' lies in no class folder",
+                f"move it to {top.name}/<class>/{path.name}",
+            )
+        return path.relative_to(folder).as_posix(), parts[0]
+
+    found = dict(sift(labelled, [p for p in paths if p.suffix.lower() in endings], problems))
     if others:
         log.warning(
             "%s/%s: %d files are no images and are left out (%s)",
@@ -60,10 +57,18 @@ def read_image_folder(recipe: Recipe, split: str, data_root: str | Path | None) 
     ids = sorted(found)
     return Records(
         ids=ids,
-        images=image_files([folder / i for i in ids]),
-        pictures=one_each(len(ids)),
+        pictures=picture_files([[folder / i] for i in ids]),
         labels=[found[i] for i in ids],
         label_names=None,
         questions=[None] * len(ids),
         answers=[[]] * len(ids),
     )
+
+
+def _files(top: Path) -> list[Path]:
+    """Every file under a folder, without the hidden ones."""
+    found: list[Path] = []
+    for place, folders, files in os.walk(top, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found += [Path(place, f) for f in files if not f.startswith(".")]
+    return found

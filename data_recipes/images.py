@@ -7,11 +7,10 @@ import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
 
+from .records import Pictures
 from .rendered import RENDERED, render
 from .rendered_scenes import SCENES, draw
 
@@ -22,7 +21,7 @@ BATCH = 256
 
 
 class Images:
-    """Pictures by row number, each with a SHA-256, decoded pictures kept up to `KEEP_BYTES`."""
+    """Pictures by number, each with a SHA-256, decoded pictures kept up to `KEEP_BYTES`."""
 
     def __init__(self) -> None:
         self._digests: dict[int, str] = {}
@@ -54,14 +53,14 @@ class Images:
 
 
 class EncodedImages(Images):
-    """Pictures of a `datasets.Dataset` whose column `image` holds bytes or paths, undecoded."""
+    """Pictures of a source, read from their files or cells when they are asked for."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, pictures: Pictures) -> None:
         super().__init__()
-        self._dataset = dataset
+        self._dataset, self._cells = pictures.dataset, pictures.cells
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._cells)
 
     def check(self, label: str) -> dict[int, str]:
         """Hash and decode every picture once.
@@ -70,10 +69,10 @@ class EncodedImages(Images):
             label: what the progress bar says.
 
         Returns:
-            Why a row cannot be read, for the rows that cannot.
+            Why a picture cannot be read, for those that cannot.
         """
         bad: dict[int, str] = {}
-        count = len(self._dataset)
+        count = len(self)
         # Pillow and hashlib release the interpreter lock, so threads share the work; batches bound
         # the number of decoded pictures that wait
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, _bar(f"checking {label}", count) as bar:
@@ -97,7 +96,10 @@ class EncodedImages(Images):
             return " ".join(str(error).split()) or type(error).__name__
 
     def _bytes(self, row: int) -> bytes:
-        cell = self._dataset[row]["image"]
+        place, position = self._cells[row]
+        cell = self._dataset[place]["image"]
+        if position is not None:
+            cell = cell[position]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise FileNotFoundError("no image in the record")
         if cell["bytes"] is not None:

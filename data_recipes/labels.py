@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,23 +35,18 @@ def with_classes(recipe: Recipe, records: Records, where: str) -> Recipe:
     return replace(recipe, classes=list(records.label_names))
 
 
-def label_indices(recipe: Recipe, records: Records, where: str) -> list[int | None]:
-    """The source's labels as indices into the recipe's classes, by name where there are names.
+def label_reader(recipe: Recipe, records: Records, where: str) -> Callable[[str, Any], int]:
+    """From a record's id and the source's label to an index into the recipe's classes, by name where there are names.
 
-    Raises:
-        RecipeError: a label is none of the classes; the record is named.
+    The returned function raises RecipeError for a label that is none of the classes; it names the record.
     """
-    if recipe.kind != "classification":
-        return [None] * len(records.ids)
-    plain = Counter(_plain(c) for c in recipe.classes)
+    classes = recipe.classes or []
+    plain = Counter(_plain(c) for c in classes)
     # a spelling that fits two classes fits neither
-    index = {_plain(c): i for i, c in enumerate(recipe.classes) if plain[_plain(c)] == 1}
-    index |= {c: i for i, c in enumerate(recipe.classes)}
-    index |= {str(label): recipe.classes.index(c) for label, c in recipe.class_names.items()}
-    return [
-        _label(recipe, index, raw, records, name, where)
-        for name, raw in zip(records.ids, records.labels, strict=True)
-    ]
+    index = {_plain(c): i for i, c in enumerate(classes) if plain[_plain(c)] == 1}
+    index |= {c: i for i, c in enumerate(classes)}
+    index |= {str(label): classes.index(c) for label, c in recipe.class_names.items()}
+    return lambda name, raw: _label(recipe, index, raw, records, name, where)
 
 
 def _label(recipe: Recipe, index: dict[str, int], raw: Any, records: Records, name: str, where: str) -> int:

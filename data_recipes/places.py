@@ -68,6 +68,18 @@ def inside(folder: Path, name: str, what: str) -> Path:
     return folder / parts
 
 
+def pictures_folder(recipe: Recipe, split: str, data_root: str | Path | None, default: str = "") -> Path:
+    """Where the image paths of a split start: `source.images` in the task's folder, one for all splits or one each.
+
+    Raises:
+        RecipeError: the task's folder is missing, or the path leads out of it.
+    """
+    name = recipe.source.get("images", default)
+    if isinstance(name, dict):
+        name = name.get(split, default)
+    return inside(set_folder(recipe, data_root), name, f"'source.images' of recipe '{recipe.name}'")
+
+
 def split_file(recipe: Recipe, split: str, data_root: str | Path | None) -> Path:
     """The one file or folder of a split.
 

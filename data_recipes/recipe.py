@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError, nearest
-from .loading import load_task
+from .loading import inspect_task, load_task
 from .recipe_rules import FROM_SOURCE, KEYS, KINDS, REQUIRED, check_recipe
 from .rendered import RENDERED
 from .rendered_scenes import SCENES
@@ -40,6 +40,8 @@ class Recipe:
         splits: our split name to the source's file, folder or split name.
         prompt: for classification a caption with `{c}` for the class; for vqa an optional text
             around the question, `{q}`; for captioning the instruction, unless the source has one.
+        test_prompt: for vqa, takes the place of `prompt` in the split `test`; a mapping from the first
+            reference answer to a prompt (`other` for the rest) where an official runner does that.
         instruction: for classification, what a generative model is asked; see `asks`.
         classes: class names in label order, as answers are scored; empty where the kind has none,
             None while they are still unread from the source (`classes: from-source`).
@@ -59,6 +61,7 @@ class Recipe:
     source: dict[str, Any]
     splits: dict[str, Any]
     prompt: str | None = None
+    test_prompt: str | dict[str, str] | None = None
     instruction: str | None = None
     classes: list[str] | None = field(default_factory=list)
     num_classes: int | None = None
@@ -107,8 +110,9 @@ class Recipe:
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON of all that decides what a model sees and how it is scored."""
         facts = {k: v for k, v in asdict(self).items() if k not in NOT_IDENTITY}
-        if self.instruction is None:
-            del facts["instruction"]  # as before there were any, so that older files keep their recipe
+        for key in ("instruction", "test_prompt"):
+            if facts[key] is None:
+                del facts[key]  # as before there were any, so that older files keep their recipe
         facts["source"] = {k: v for k, v in self.source.items() if k != "path"}
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -126,6 +130,19 @@ class Recipe:
             RecipeError: something about the data is not as the recipe says; the sentence names it.
         """
         return load_task(self, split, data_root, on_bad_image)
+
+    def inspect(
+        self, split: str, data_root: str | Path | None = None
+    ) -> tuple[TaskData | None, list[RecipeError]]:
+        """Read one split like `load`, and tell everything that is wrong with it.
+
+        Args:
+            split, data_root: see `load`.
+
+        Returns:
+            The examples that can be used, None if there is nothing to read; and every mistake found.
+        """
+        return inspect_task(self, split, data_root)
 
 
 def list_recipes() -> list[str]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .asking import OTHER
 from .errors import RecipeError, nearest
 
 KINDS = ("classification", "vqa", "captioning")
@@ -18,6 +19,7 @@ KEYS: dict[str, tuple[type, str]] = {
     "version": (int, "a whole number"),
     "kind": (str, "text"),
     "prompt": (str, "text"),
+    "test_prompt": ((str, dict), "text or a mapping"),
     "instruction": (str, "text"),
     "metric": (str, "text"),
     "licence": (str, "text"),
@@ -37,7 +39,8 @@ SOURCE_KEYS = {
     "hub": ("format", "path", "config", "revision", "columns"),
     "parquet": ("format", "path", "columns"),
     "imagefolder": ("format", "path"),
-    "llava_json": ("format", "path"),
+    "llava_json": ("format", "path", "images", "positional_ids", "references", "answer", "meta"),
+    "messages": ("format", "path", "images", "positional_ids", "meta"),
     "coco_captions": ("format", "path", "images"),
 }
 # Formats not listed here can hold every kind.
@@ -45,7 +48,15 @@ FORMAT_KINDS = {
     "imagefolder": ("classification",),
     "coco_captions": ("captioning",),
 }
-COLUMNS = ("id", "image", "label", "question", "answers")
+COLUMNS = ("id", "image", "label", "question", "answers", "messages")
+# What the keys of a source may hold besides text: the types, and the sentence's word for them.
+SOURCE_VALUES: dict[str, tuple[tuple[type, ...], str]] = {
+    "columns": ((dict,), "a mapping"),
+    "images": ((str, dict), "a folder, or a mapping from splits to folders"),
+    "references": ((dict,), "a mapping from splits to files"),
+    "positional_ids": ((list,), "a list of splits"),
+    "meta": ((list,), "a list of fields"),
+}
 REQUIRED = ("name", "version", "kind", "metric", "licence", "source", "splits")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
@@ -65,20 +76,14 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
     if facts["kind"] not in KINDS:
         raise RecipeError(f"{where} has the kind '{facts['kind']}'", nearest(facts["kind"], KINDS))
     _check_source(facts["source"], facts["kind"], path)
-    if not facts["splits"]:
-        raise RecipeError(
-            f"{where} has no splits", f"add at least 'train:' and 'test:' under 'splits' in {path}"
-        )
-    for split, place in facts["splits"].items():
-        listed = place if isinstance(place, list) else [place]
-        if not listed or not all(isinstance(p, str) for p in [split, *listed]):
-            raise RecipeError(
-                f"{where} has {place!r} as its split {split!r}",
-                "write the file, folder or split name as text",
-            )
+    _check_splits(facts["splits"], facts["source"], path)
     for name in facts.get("seen_by", []):
         if not isinstance(name, str):
             raise RecipeError(f"{where} has {name!r} under 'seen_by'", "write model names as text")
+    if facts["kind"] != "vqa" and "test_prompt" in facts:
+        raise RecipeError(
+            f"{where} has 'test_prompt', which a {facts['kind']} recipe does not use", f"remove it from {path}"
+        )
     if facts["kind"] == "classification":
         _check_classes(facts, path)
         return
@@ -87,11 +92,53 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
             raise RecipeError(
                 f"{where} has '{key}', which a {facts['kind']} recipe does not use", f"remove it from {path}"
             )
-    if facts["kind"] == "vqa" and "{q}" not in facts.get("prompt", "{q}"):
+    if facts["kind"] == "vqa":
+        _check_prompts(facts, path)
+
+
+def _check_splits(splits: dict[str, Any], source: dict[str, Any], path: Path) -> None:
+    where = path.name
+    if not splits:
         raise RecipeError(
-            f"{where} has the prompt '{facts['prompt']}', which has no place for the question",
-            "write {q} where the question goes, or leave 'prompt' out",
+            f"{where} has no splits", f"add at least 'train:' and 'test:' under 'splits' in {path}"
         )
+    for split, place in splits.items():
+        listed = place if isinstance(place, list) else [place]
+        if not listed or not all(isinstance(p, str) for p in [split, *listed]):
+            raise RecipeError(
+                f"{where} has {place!r} as its split {split!r}",
+                "write the file, folder or split name as text",
+            )
+    for key in ("images", "references", "positional_ids"):
+        named = source.get(key, [])
+        for split in named if isinstance(named, dict | list) else []:
+            if split not in splits:
+                raise RecipeError(
+                    f"{where} names the split '{split}' under 'source.{key}', which it does not have",
+                    nearest(str(split), splits),
+                )
+
+
+def _check_prompts(facts: dict[str, Any], path: Path) -> None:
+    test = facts.get("test_prompt", {OTHER: "{q}"})
+    by_answer = test if isinstance(test, dict) else {OTHER: test}
+    if OTHER not in by_answer:
+        raise RecipeError(
+            f"{path.name} has a 'test_prompt' by answer without '{OTHER}'",
+            f"add '{OTHER}:' with the prompt for every other answer",
+        )
+    for answer in by_answer:
+        if not isinstance(answer, str):
+            raise RecipeError(
+                f"{path.name} has the answer {answer!r} under 'test_prompt', which YAML does not read as text",
+                "put quotes around it",
+            )
+    for key, prompt in (("prompt", facts.get("prompt", "{q}")), *(("test_prompt", p) for p in by_answer.values())):
+        if not isinstance(prompt, str) or "{q}" not in prompt:
+            raise RecipeError(
+                f"{path.name} has the {key} '{prompt}', which has no place for the question",
+                f"write {{q}} where the question goes, or leave '{key}' out",
+            )
 
 
 def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
@@ -105,6 +152,15 @@ def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
                 f"{where} has the unknown key 'source.{key}' for format {form}",
                 nearest(key, SOURCE_KEYS[form]),
             )
+        types, word = SOURCE_VALUES.get(key, ((str, type(None)), "text"))
+        if not isinstance(source[key], types):
+            raise RecipeError(
+                f"{where} has {source[key]!r} under 'source.{key}', which is not {word}", f"write {word} there, in {path}"
+            )
+    if "references" in source and kind == "classification":
+        raise RecipeError(
+            f"{where} has 'source.references', which a classification recipe does not use", f"remove it from {path}"
+        )
     if form != "rendered" and "path" not in source:
         raise RecipeError(f"{where} lacks the key 'source.path'", f"add 'path:' under 'source' in {path}")
     if kind not in FORMAT_KINDS.get(form, KINDS):

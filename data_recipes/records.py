@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+
+
+@dataclass
+class Pictures:
+    """The pictures of a source and the records that show them.
+
+    Attributes:
+        dataset: a dataset whose column `image` holds bytes or paths, undecoded: one picture per row,
+            or a list of them.
+        cells: where each picture lies: its row, and its position in the row's list (None without lists).
+        shown: per record the pictures that it shows, as indices into `cells`; none, one or several.
+    """
+
+    dataset: datasets.Dataset
+    cells: list[tuple[int, int | None]]
+    shown: list[tuple[int, ...]]
 
 
 @dataclass
@@ -15,37 +31,35 @@ class Records:
 
     Attributes:
         ids: one per record, the same wherever the files lie.
-        images: a dataset whose column `image` holds bytes or paths, undecoded, one picture per row.
-        pictures: the rows in `images` of each record's pictures; none, one or several.
+        pictures: the pictures, unread.
         labels: the source's labels (name or index), None outside classification.
         label_names: names of integer labels, where the source has them.
         questions: one per record, or None.
         answers: the reference answers of each record; empty for classification.
+        meta: what else a metric needs to know of each record; empty where the source says no more.
     """
 
     ids: list[str]
-    images: datasets.Dataset
-    pictures: list[tuple[int, ...]]
+    pictures: Pictures
     labels: list[Any]
     label_names: list[str] | None
     questions: list[str | None]
     answers: list[list[str]]
+    meta: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.meta = self.meta or [{} for _ in self.ids]
 
 
-def one_each(count: int) -> list[tuple[int, ...]]:
-    """The `pictures` of records that have one picture each, in the same order."""
-    return [(i,) for i in range(count)]
+def picture_files(paths: list[list[Path]]) -> Pictures:
+    """Image files that are read when asked for; one that several records show is one picture.
 
-
-def shared_files(paths: list[list[Path]]) -> tuple[datasets.Dataset, list[tuple[int, ...]]]:
-    """The `images` and `pictures` of records that name files; a file that several name is one picture."""
+    Args:
+        paths: the files of each record, in the order in which they are shown.
+    """
     rows: dict[Path, int] = {}
-    pictures = [tuple(rows.setdefault(p, len(rows)) for p in own) for own in paths]
-    return image_files(list(rows)), pictures
-
-
-def image_files(paths: list[Path]) -> datasets.Dataset:
-    """A dataset of image files that are read when asked for."""
+    shown = [tuple(rows.setdefault(p, len(rows)) for p in own) for own in paths]
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    cells = [{"path": str(p.absolute()), "bytes": None} for p in paths]
-    return datasets.Dataset.from_dict({"image": cells}, features=features)
+    cells = [{"path": str(p.absolute()), "bytes": None} for p in rows]
+    dataset = datasets.Dataset.from_dict({"image": cells}, features=features)
+    return Pictures(dataset, [(row, None) for row in range(len(rows))], shown)

@@ -6,27 +6,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .coco import read_coco
+from .conversations import read_llava, read_messages
+from .errors import RecipeError
 from .image_folder import read_image_folder
-from .json_files import read_coco, read_llava
 from .records import Records
 from .tables import read_hub, read_parquet
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-READERS: dict[str, Callable[[Recipe, str, str | Path | None], Records]] = {
+READERS: dict[str, Callable[[Recipe, str, str | Path | None, list[RecipeError] | None], Records]] = {
     "parquet": read_parquet,
     "hub": read_hub,
     "imagefolder": read_image_folder,
     "llava_json": read_llava,
+    "messages": read_messages,
     "coco_captions": read_coco,
 }
 
 
-def read_records(recipe: Recipe, split: str, data_root: str | Path | None) -> Records:
+def read_records(
+    recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
+) -> Records:
     """Read one split of a recipe whose examples lie in files or on the Hub.
+
+    Args:
+        problems: collects what is wrong with single records, which are left out; None raises.
 
     Raises:
         RecipeError: the data root, a file, a column or a field is missing or malformed.
     """
-    return READERS[recipe.source["format"]](recipe, split, data_root)
+    return READERS[recipe.source["format"]](recipe, split, data_root, problems)

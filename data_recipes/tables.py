@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import pyarrow.compute
 
-from .errors import RecipeError, nearest
+from .errors import RecipeError, nearest, sift
 from .places import inside, own_path, set_folder, told
-from .records import Records, one_each
+from .records import Pictures, Records, picture_files
+from .turns import Turn, check_markers, from_messages
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
+TEXT, LARGE_TEXT = datasets.Value("string"), datasets.Value("large_string")
 
-def read_parquet(recipe: Recipe, split: str, data_root: str | Path | None) -> Records:
+
+def read_parquet(
+    recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
+) -> Records:
     """Parquet files; a split is one pattern or several, its files read in the order of their names.
 
     Raises:
@@ -49,10 +55,12 @@ def read_parquet(recipe: Recipe, split: str, data_root: str | Path | None) -> Re
             f"the {split} split of '{recipe.name}' cannot be read as parquet ({told(cause)})",
             f"replace {', '.join(f.name for f in files[:3])}",
         ) from error
-    return _from_table(recipe, split, table)
+    return _from_table(recipe, split, table, folder, problems)
 
 
-def read_hub(recipe: Recipe, split: str, data_root: str | Path | None) -> Records:
+def read_hub(
+    recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
+) -> Records:
     """A dataset on the Hub, or a local folder in the Hub's layout if `source.path` is one.
 
     Raises:
@@ -77,49 +85,132 @@ def read_hub(recipe: Recipe, split: str, data_root: str | Path | None) -> Record
             f"'{recipe.splits[split]}' ({told(error)})",
             "check the id, the split's name and the network, or use parquet files with 'format: parquet'",
         ) from error
-    return _from_table(recipe, split, table)
+    return _from_table(recipe, split, table, local if local.is_dir() else None, problems)
 
 
-def _from_table(recipe: Recipe, split: str, table: datasets.Dataset) -> Records:
+def _from_table(
+    recipe: Recipe, split: str, table: datasets.Dataset, folder: Path | None, problems: list[RecipeError] | None
+) -> Records:
     """Records from a table's columns, by the names in `source.columns`."""
-    names = recipe.source.get("columns", {})
-    classify = recipe.kind == "classification"
-    needed = ["image", "label"] if classify else ["image", "answers"] + ["question"] * (recipe.kind == "vqa")
-    for role in sorted({*needed, *names}):
-        column = names.get(role, role)
-        if column not in table.column_names:
-            raise RecipeError(
-                f"the {split} split of '{recipe.name}' has no column '{column}'",
-                f"{nearest(column, table.column_names)}; set it with 'source.columns.{role}' in the recipe",
-            )
-
-    def values(role: str) -> list[Any] | None:
-        name = names.get(role, role)
-        return table[name][:] if name in table.column_names else None
-
+    columns = _columns(recipe, split, table)
     count = len(table)
-    ids = values("id") or [f"{split}-{i}" for i in range(count)]
-    image = names.get("image", "image")
-    try:
-        images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise RecipeError(
-            f"the column '{image}' in the {split} split of '{recipe.name}' holds no images ({told(error)})",
-            "name the right one with 'source.columns.image' in the recipe",
-        ) from error
-    if image != "image":
-        images = images.rename_column(image, "image")
-    feature = table.features[names.get("label", "label")] if classify else None
-    answers = [] if classify else [a if isinstance(a, list) else [a] for a in values("answers")]
+
+    def values(role: str) -> list[Any]:
+        return table[columns[role]][:] if role in columns else [None] * count
+
+    ids = [str(i) for i in values("id")] if "id" in columns else [f"{split}-{i}" for i in range(count)]
+    pictures = _pictures(recipe, split, table, columns.get("image"), folder)
+    if "messages" in columns:
+        return _from_messages(recipe, ids, values("messages"), pictures, split, problems)
+    classify = recipe.kind == "classification"
+    feature = table.features[columns["label"]] if classify else None
+    answers = [[]] * count if classify else [a if isinstance(a, list) else [a] for a in values("answers")]
     return Records(
-        ids=[str(i) for i in ids],
-        images=images,
-        pictures=one_each(count),
+        ids=ids,
+        pictures=pictures,
         labels=values("label") if classify else [None] * count,
         label_names=list(feature.names) if isinstance(feature, datasets.ClassLabel) else None,
-        questions=[None] * count if classify else values("question") or [None] * count,
-        answers=[[]] * count if classify else answers,
+        questions=[None] * count if classify else values("question"),
+        answers=answers,
     )
+
+
+def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, str]:
+    """The table's column for every role that it has.
+
+    Raises:
+        RecipeError: a role that the kind needs, or that the recipe names, has no column.
+    """
+    named = recipe.source.get("columns", {})
+    if "messages" in named:
+        needed = ["messages"]
+    elif recipe.kind == "classification":
+        needed = ["image", "label"]
+    else:
+        needed = ["image", "answers"] + ["question"] * (recipe.kind == "vqa")
+    columns = {role: named.get(role, role) for role in ("id", "image", "label", "question", "answers")} | named
+    if "image" not in named and "image" not in table.column_names and "images" in table.column_names:
+        columns["image"] = "images"
+    for role in sorted({*needed, *named}):
+        if columns[role] not in table.column_names:
+            raise RecipeError(
+                f"the {split} split of '{recipe.name}' has no column '{columns[role]}'",
+                f"{nearest(columns[role], table.column_names)}; set it with 'source.columns.{role}' in the recipe",
+            )
+    return {role: column for role, column in columns.items() if column in table.column_names}
+
+
+def _from_messages(
+    recipe: Recipe,
+    ids: list[str],
+    chats: list[Any],
+    pictures: Pictures,
+    split: str,
+    problems: list[RecipeError] | None,
+) -> Records:
+    def record(item: tuple[str, Any, tuple[int, ...]]) -> tuple[str, Turn, tuple[int, ...]]:
+        name, chat, shown = item
+        what = f"record '{name}' in {recipe.name}/{split}"
+        turn = from_messages(chat, what)
+        check_markers(turn, len(shown), what)
+        return name, turn, shown
+
+    found = sift(record, zip(ids, chats, pictures.shown, strict=True), problems)
+    classify = recipe.kind == "classification"
+    return Records(
+        ids=[name for name, _, _ in found],
+        pictures=Pictures(pictures.dataset, pictures.cells, [shown for _, _, shown in found]),
+        labels=[turn.answers[0] if classify else None for _, turn, _ in found],
+        label_names=None,
+        questions=[None if classify else turn.question for _, turn, _ in found],
+        answers=[[] if classify else turn.answers for _, turn, _ in found],
+    )
+
+
+def _pictures(
+    recipe: Recipe, split: str, table: datasets.Dataset, column: str | None, folder: Path | None
+) -> Pictures:
+    """The pictures of a column of images, of lists of images, or of paths in the task's folder; unread.
+
+    An empty cell is a record without a picture, but in classification, which cannot do without, a broken one.
+    """
+    if column is None:
+        return picture_files([[] for _ in range(len(table))])
+    feature = table.features[column]
+    lists = isinstance(feature, datasets.List | datasets.LargeList)
+    if folder is not None and (feature.feature if lists else feature) in (TEXT, LARGE_TEXT):
+        cells = [c if lists else [c] for c in table[column]]
+        what = f"column '{column}' in the {split} split of '{recipe.name}'"
+        return picture_files([[inside(folder, c, what) for c in own or [] if c is not None] for own in cells])
+    undecoded = datasets.Image(decode=False)
+    try:
+        images = table.select_columns([column]).cast_column(column, datasets.List(undecoded) if lists else undecoded)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise RecipeError(
+            f"the column '{column}' in the {split} split of '{recipe.name}' holds no images ({told(error)})",
+            "name the right one with 'source.columns.image' in the recipe",
+        ) from error
+    if column != "image":
+        images = images.rename_column(column, "image")
+    return _located(images, lists, keep_empty=recipe.kind == "classification")
+
+
+def _located(images: datasets.Dataset, lists: bool, keep_empty: bool) -> Pictures:
+    # arrow counts and finds the empty cells without reading a picture
+    arrow = images.with_format("arrow")[:]["image"]
+    cells: list[tuple[int, int | None]] = []
+    shown = []
+    if lists:
+        counts = [n or 0 for n in pyarrow.compute.list_value_length(arrow).to_pylist()]
+        for row, count in enumerate(counts):
+            shown.append(tuple(range(len(cells), len(cells) + count)))
+            cells += [(row, position) for position in range(count)]
+        return Pictures(images, cells, shown)
+    for row, empty in enumerate(arrow.is_null().to_pylist()):
+        present = keep_empty or not empty
+        shown.append((len(cells),) * present)
+        cells += [(row, None)] * present
+    return Pictures(images, cells, shown)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ import json
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -31,6 +31,7 @@ class Example:
         answers: the reference answers, the first of them is trained on; for classification the class name,
             as in `recipe.classes`; for captioning all captions.
         label: index into `recipe.classes`; None outside classification.
+        meta: what else the metric needs to know, for example the kind of question.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Example:
     question: str | None
     answers: list[str]
     label: int | None
+    meta: dict[str, Any] = field(default_factory=dict)
 
     @property
     def image(self) -> Image.Image:
@@ -63,6 +65,7 @@ class Row:
     answers: tuple[str, ...]
     label: int | None
     pictures: tuple[int, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 class TaskData:
@@ -91,7 +94,7 @@ class TaskData:
     def __getitem__(self, index: int) -> Example:
         row = self._rows[operator.index(index)]
         images = [self._images.image(p) for p in row.pictures]
-        return Example(row.id, images, row.question, list(row.answers), row.label)
+        return Example(row.id, images, row.question, list(row.answers), row.label, dict(row.meta))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -118,6 +121,16 @@ class TaskData:
         return [list(r.answers) for r in self._rows]
 
     @property
+    def meta(self) -> list[dict[str, Any]]:
+        """What else a metric needs to know of each example, in order."""
+        return [dict(r.meta) for r in self._rows]
+
+    @property
+    def image_counts(self) -> list[int]:
+        """How many images each example has, in order."""
+        return [len(r.pictures) for r in self._rows]
+
+    @property
     def digests(self) -> list[str]:
         """SHA-256 of each encoded image (of its pixels where it is drawn), example by example."""
         return [self._images.digest(p) for r in self._rows for p in r.pictures]
@@ -132,9 +145,10 @@ class TaskData:
         total = hashlib.sha256(self.recipe.fingerprint.encode())
         for r in sorted(self._rows, key=lambda r: r.id):
             hashes = [self._images.digest(p) for p in r.pictures]
-            # one picture stands without a list, as it did before examples could have several
+            # one picture stands without a list, and meta only where there is any, as before there were others
             fact = [r.id, r.label, r.question, r.answers, hashes[0] if len(hashes) == 1 else hashes]
-            total.update(json.dumps(fact, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+            fact += [r.meta] if r.meta else []
+            total.update(json.dumps(fact, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n")
         return total.hexdigest()
 
     def take(self, indices: Iterable[int]) -> TaskData:

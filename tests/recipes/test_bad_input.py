@@ -194,8 +194,7 @@ def test_classification_needs_exactly_one_image(questions, tmp_path, make):
     make.json(tmp_path / "q" / "train.json", [record])
     facts = make.facts(source={"format": "llava_json", "path": "q"}, splits={"train": "train.json"})
     assert refusal(load_recipe(make.yaml(tmp_path / "q.yaml", **facts))) == (
-        "1 of 1 records of pets/train have no image or several (first: 'a', with 2); "
-        "give every record one image, or use the kind vqa."
+        "'a' in pets/train has 2 images, and classification needs one; give every record one image, or use the kind vqa."
     )
 
 
@@ -216,7 +215,8 @@ def test_a_class_without_training_examples(pets, tmp_path):
 
 def test_a_folder_that_is_no_class(pets):
     assert refusal(pets(classes=["cat", "ant"])) == (
-        "'train/big_dog/0.png' in pets/train has the label 'big_dog', which is none of the 2 classes of recipe 'pets'; "
+        "'train/big_dog/0.png' in pets/train has the label 'big_dog', which is none of the 2 classes of recipe 'pets' "
+        "(and 3 more, which `llava-keeplora-eval data check` lists); "
         "correct the label, or map it under 'class_names' (valid names are ant, cat)."
     )
 
@@ -277,16 +277,19 @@ def test_a_missing_column_is_named_with_the_nearest_one(pets, tmp_path, make):
 
 def test_duplicate_ids(questions):
     record = {"id": "a", "image": "x.png", "text": "q", "answer": "a"}
-    assert (
-        refusal(questions(record, record))
-        == "pets/train has 1 ids more than once (a); give every example its own id."
+    assert refusal(questions(record, record)) == (
+        "pets/train has 1 ids more than once (a); "
+        "give every example its own id, or number them with 'source.positional_ids: [train]' in the recipe."
     )
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"id": None}, "record 0 of train.json has no 'id'; give every record its own id."),
+        (
+            {"id": None},
+            "record 0 of train.json has no 'id'; give every record its own id, or number them with 'source.positional_ids: [train]'",
+        ),
         ({"answer": []}, "record 'a' of train.json has no question or no answer; complete or remove the record."),
         ({"text": 3}, "record 'a' of train.json has no question or no answer; complete or remove the record."),
         ({"image": 3}, "record 'a' of train.json has 3 as its image; write one path, a list of paths, or leave 'image' out."),
@@ -313,7 +316,9 @@ def test_a_malformed_question_record_is_named(questions, change, sentence):
             "annotation 5 of train.json is for the image 2, which is not listed; ",
         ),
         ([{"id": 1, "file_name": "a.png"}] * 2, [], "image 1 of train.json is listed twice; "),
-        ([{"id": 1}], [], "train.json has an entry without the field 'file_name'; "),
+        ([{"id": 1}], [{"image_id": 1, "caption": "x"}], "train.json has an entry without the field 'file_name'; "),
+        ([{"file_name": "a.png"}], [], "train.json has an entry without the field 'id'; "),
+        ([{"id": 1}], [{"image_id": 1}], "train.json has an entry without the field 'caption'; "),
     ],
 )
 def test_a_malformed_caption_file_is_named(captions, images, notes, sentence):

@@ -1,0 +1,105 @@
+"""COCO's caption files: images and annotations, joined by image id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import RecipeError, refuse, sift
+from .json_files import read_json
+from .places import inside, pictures_folder, split_file
+from .records import Records, picture_files
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+def read_coco(
+    recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
+) -> Records:
+    """COCO's captions: `images` and `annotations`, joined by image id; one record per image.
+
+    Image paths are relative to `source.images` (by default `images`) in the task's folder. Source
+    of the layout: cocodataset.org, "Data format", "Image Captioning".
+
+    Raises:
+        RecipeError: the file is missing or not JSON, or entries lack something; they are named.
+    """
+    path = split_file(recipe, split, data_root)
+    folder = pictures_folder(recipe, split, data_root, default="images")
+    content = read_json(path, dict)
+    captions = captions_by_image(content, path, problems)
+
+    def record(image: dict[str, Any]) -> tuple[Any, list[Path]]:
+        if not isinstance(image.get("file_name"), str):
+            raise _without("file_name", path)
+        return image["id"], [inside(folder, image["file_name"], f"image {image['id']} of {path.name}")]
+
+    listed = {i["id"]: i for i in content["images"] if isinstance(i, dict) and i.get("id") in captions}
+    found = sift(record, listed.values(), problems)
+    return Records(
+        ids=[str(i) for i, _ in found],
+        pictures=picture_files([paths for _, paths in found]),
+        labels=[None] * len(found),
+        label_names=None,
+        questions=[None] * len(found),
+        answers=[captions[i] for i, _ in found],
+    )
+
+
+def captions_by_image(
+    content: dict[str, Any], path: Path, problems: list[RecipeError] | None = None
+) -> dict[Any, list[str]]:
+    """The captions of every image id, in the order of the file's `images`.
+
+    Args:
+        content: the parsed file.
+        path: the file, for the error's sentence.
+        problems: collects what is wrong; None raises.
+
+    Raises:
+        RecipeError: a list is missing, an entry lacks a field, is listed twice or has no partner.
+    """
+    for key in ("images", "annotations"):
+        if not isinstance(content.get(key), list):
+            raise RecipeError(f"{path.name} has no list '{key}'", "use the layout of COCO's caption files")
+    captions: dict[Any, list[str]] = {}
+
+    def image(entry: Any) -> None:
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int | str):
+            raise _without("id", path)
+        if entry["id"] in captions:
+            raise RecipeError(
+                f"image {entry['id']} of {path.name} is listed twice", "keep one entry per image"
+            )
+        captions[entry["id"]] = []
+
+    def note(entry: Any) -> None:
+        for key in ("image_id", "caption"):
+            if not isinstance(entry, dict) or key not in entry:
+                raise _without(key, path)
+        if entry["image_id"] not in captions:
+            raise RecipeError(
+                f"annotation {entry.get('id')} of {path.name} is for the image {entry['image_id']}, which is not listed",
+                "add the image or remove the annotation",
+            )
+        captions[entry["image_id"]].append(str(entry["caption"]))
+
+    sift(image, content["images"], problems)
+    sift(note, content["annotations"], problems)
+    bare = [i for i, texts in captions.items() if not texts]
+    if bare:
+        refuse(
+            RecipeError(
+                f"{len(bare)} images of {path.name} have no caption (first: {bare[0]})",
+                "add captions or remove the images",
+            ),
+            problems,
+        )
+    return {i: texts for i, texts in captions.items() if texts}
+
+
+def _without(field: str, path: Path) -> RecipeError:
+    return RecipeError(
+        f"{path.name} has an entry without the field '{field}'", "use the layout of COCO's caption files"
+    )

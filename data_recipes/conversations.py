@@ -1,0 +1,126 @@
+"""Conversations in JSON and JSONL files: LLaVA's records, and chats of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import RecipeError, sift
+from .json_files import read_rows
+from .places import inside, pictures_folder, split_file
+from .records import Records, picture_files
+from .references import read_references
+from .turns import Turn, check_markers, from_conversations, from_fields, from_messages
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+#: (a record, whether it has to hold its answer, what it is called) → its question and answers
+TurnOf = Callable[[dict[str, Any], bool, str], Turn]
+
+
+def read_llava(
+    recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
+) -> Records:
+    """LLaVA's records: `id`, `image`, `conversations`, or `question_id`, `image`, `text`, `answer`.
+
+    `image` is a path, a list of paths, or absent (a question without a picture). Paths are relative to
+    `source.images` in the task's folder, by default that folder itself.
+
+    Raises:
+        RecipeError: the file is missing or not JSON, or records lack something; they are named.
+    """
+    answer_field = recipe.source.get("answer", "answer")
+
+    def turn(row: dict[str, Any], answered: bool, what: str) -> Turn:
+        if "messages" in row:
+            raise RecipeError(f"{what} holds 'messages'", "write 'format: messages' in the recipe")
+        if "conversations" in row:
+            return from_conversations(row["conversations"], what)
+        return from_fields(row, answer_field, answered, what)
+
+    return _read(recipe, split, data_root, problems, turn, needs_id=True)
+
+
+def read_messages(
+    recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
+) -> Records:
+    """Chats: `messages`, and `images` or `image` with a path, a list of paths, or nothing.
+
+    A record may have an `id`; without one it is numbered. For the layout see `turns.from_messages`.
+
+    Raises:
+        RecipeError: the file is missing or not JSON, or records lack something; they are named.
+    """
+
+    def turn(row: dict[str, Any], answered: bool, what: str) -> Turn:
+        if "messages" not in row:
+            raise RecipeError(f"{what} has no 'messages'", "add them, or write 'format: llava_json' in the recipe")
+        return from_messages(row["messages"], what)
+
+    return _read(recipe, split, data_root, problems, turn, needs_id=False)
+
+
+def _read(
+    recipe: Recipe,
+    split: str,
+    data_root: str | Path | None,
+    problems: list[RecipeError] | None,
+    turn_of: TurnOf,
+    needs_id: bool,
+) -> Records:
+    path = split_file(recipe, split, data_root)
+    folder = pictures_folder(recipe, split, data_root)
+    rows = read_rows(path, problems)
+    references = read_references(recipe, split, data_root, rows, problems)
+    numbered = split in recipe.source.get("positional_ids", [])
+    fields = recipe.source.get("meta", [])
+
+    def record(item: tuple[int, Any]) -> tuple[str, list[Path], Turn, dict[str, Any]]:
+        index, row = item
+        if not isinstance(row, dict):
+            raise RecipeError(f"record {index} of {path.name} is not a JSON object", "correct the file")
+        name = _name(row)
+        if name is None and needs_id and not numbered:
+            raise RecipeError(
+                f"record {index} of {path.name} has no 'id'",
+                f"give every record its own id, or number them with 'source.positional_ids: [{split}]' in the recipe",
+            )
+        what = f"record {index if name is None else repr(name)} of {path.name}"
+        turn = turn_of(row, references is None, what)
+        images = _image_names(row, what)
+        check_markers(turn, len(images), what)
+        if references is not None:
+            turn = replace(turn, answers=references(index, what))
+        own = f"{split}-{index}" if numbered or name is None else name
+        return own, [inside(folder, i, what) for i in images], turn, {f: row[f] for f in fields if f in row}
+
+    found = sift(record, enumerate(rows), problems)
+    turns = [turn for _, _, turn, _ in found]
+    classify = recipe.kind == "classification"
+    return Records(
+        ids=[name for name, _, _, _ in found],
+        pictures=picture_files([paths for _, paths, _, _ in found]),
+        labels=[t.answers[0] if classify else None for t in turns],
+        label_names=None,
+        questions=[None if classify else t.question for t in turns],
+        answers=[[] if classify else t.answers for t in turns],
+        meta=[meta for _, _, _, meta in found],
+    )
+
+
+def _name(row: dict[str, Any]) -> str | None:
+    name = row.get("id", row.get("question_id"))
+    return None if name is None else str(name)
+
+
+def _image_names(row: dict[str, Any], what: str) -> list[str]:
+    image = row.get("images", row.get("image"))
+    listed = [] if image is None else image if isinstance(image, list) else [image]
+    if not all(isinstance(i, str) and i for i in listed):
+        raise RecipeError(
+            f"{what} has {image!r} as its image", "write one path, a list of paths, or leave 'image' out"
+        )
+    return listed

@@ -1,0 +1,140 @@
+"""From a recipe's files to a checked split."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .asking import asked
+from .errors import RecipeError, refuse, sift
+from .images import EncodedImages
+from .labels import label_reader, with_classes
+from .records import Records
+from .sources import read_records
+from .task_data import Row, TaskData
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+
+def load_files(
+    recipe: Recipe,
+    split: str,
+    data_root: str | Path | None,
+    on_bad_image: str,
+    problems: list[RecipeError] | None = None,
+) -> TaskData:
+    """Read and check one split that lies in files or on the Hub.
+
+    Args:
+        on_bad_image: `refuse` or `drop`.
+        problems: collects what is wrong with single records and images, which are left out; None raises.
+
+    Raises:
+        RecipeError: something about the data is not as the recipe says; the sentence names it.
+    """
+    where = f"{recipe.name}/{split}"
+    records = read_records(recipe, split, data_root, problems)
+    if not records.ids:
+        raise RecipeError(f"{where} holds no examples", "add files, or correct 'splits' in the recipe")
+    _refuse_duplicates(recipe, records.ids, where, problems)
+    recipe = with_classes(recipe, records, where)
+    rows = _rows(recipe, split, records, where, problems)
+    images = EncodedImages(records.pictures)
+    good, dropped = _readable(rows, images, where, on_bad_image, problems)
+    data = TaskData(recipe, split, good, images, dropped)
+    _refuse_empty(data, where, problems)
+    return data
+
+
+def _rows(
+    recipe: Recipe, split: str, records: Records, where: str, problems: list[RecipeError] | None
+) -> list[Row]:
+    label_of = label_reader(recipe, records, where)
+
+    def row(record: tuple[str, str | None, list[str], Any, tuple[int, ...], dict]) -> Row:
+        name, question, answers, raw, pictures, meta = record
+        if recipe.kind != "classification":
+            text = asked(recipe, split, question, answers)
+            if not text:
+                raise RecipeError(
+                    f"'{name}' in {where} has nothing to ask",
+                    "write a question in every record, or for captioning an instruction as 'prompt' in the recipe",
+                )
+            return Row(name, text, tuple(answers), None, pictures, meta)
+        if len(pictures) != 1:
+            raise RecipeError(
+                f"'{name}' in {where} has {len(pictures)} images, and classification needs one",
+                "give every record one image, or use the kind vqa",
+            )
+        label = label_of(name, raw)
+        return Row(name, None, (recipe.classes[label],), label, pictures, meta)
+
+    columns = (records.questions, records.answers, records.labels, records.pictures.shown, records.meta)
+    return sift(row, zip(records.ids, *columns, strict=True), problems)
+
+
+def _readable(
+    rows: list[Row],
+    images: EncodedImages,
+    where: str,
+    on_bad_image: str,
+    problems: list[RecipeError] | None,
+) -> tuple[list[Row], list[str]]:
+    """The rows whose pictures can all be read, and the ids of the others."""
+    bad = images.check(where)
+    if not bad:
+        return rows, []
+    good = [r for r in rows if not any(p in bad for p in r.pictures)]
+    dropped = [r.id for r in rows if any(p in bad for p in r.pictures)]
+    # a picture that several examples show is told with the first of them
+    owners = {p: r.id for r in reversed(rows) for p in r.pictures}
+    counted = f"{len(bad)} of {len(images)} images of {where} cannot be read"
+    if problems is not None:
+        problems += [
+            RecipeError(f"an image of '{owners[p]}' in {where} cannot be read ({bad[p]})", "replace it")
+            for p in sorted(bad)
+            if p in owners
+        ]
+    elif on_bad_image == "refuse":
+        first = ", ".join(f"{owners[p]}: {bad[p]}" for p in sorted(bad)[:3])
+        raise RecipeError(
+            f"{counted} ({first})", "replace them, or leave them out with on_bad_image: drop"
+        )
+    else:
+        log.warning("%s: %d of %d examples are left out", counted, len(dropped), len(rows))
+    return good, dropped
+
+
+def _refuse_duplicates(
+    recipe: Recipe, ids: list[str], where: str, problems: list[RecipeError] | None
+) -> None:
+    twice = [name for name, count in Counter(ids).items() if count > 1]
+    if not twice:
+        return
+    cure = "give every example its own id"
+    if recipe.source["format"] in ("llava_json", "messages"):
+        cure += f", or number them with 'source.positional_ids: [{where.rsplit('/', 1)[1]}]' in the recipe"
+    names = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
+    refuse(RecipeError(f"{where} has {len(twice)} ids more than once ({names})", cure), problems)
+
+
+def _refuse_empty(data: TaskData, where: str, problems: list[RecipeError] | None) -> None:
+    if not len(data):
+        refuse(RecipeError(f"{where} has no readable image left", "replace the images"), problems)
+        return
+    if data.split != "train" or data.recipe.kind != "classification":
+        return
+    present = set(data.labels)
+    empty = [c for i, c in enumerate(data.recipe.classes) if i not in present]
+    if empty:
+        names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        error = RecipeError(
+            f"{len(empty)} of {len(data.recipe.classes)} classes have no example in {where} ({names})",
+            "add examples, or remove the classes from the recipe",
+        )
+        refuse(error, problems)

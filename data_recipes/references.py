@@ -1,0 +1,114 @@
+"""Answers that stand in another file than the questions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from .coco import captions_by_image
+from .errors import RecipeError, refuse
+from .json_files import read_json
+from .places import inside, set_folder
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+#: (position of a record in its file, what it is called) → its answers
+References = Callable[[int, str], list[str]]
+
+
+def read_references(
+    recipe: Recipe,
+    split: str,
+    data_root: str | Path | None,
+    rows: list[Any],
+    problems: list[RecipeError] | None = None,
+) -> References | None:
+    """The answers in the file that `source.references` names for a split; None where it names none.
+
+    Two layouts are known:
+
+    - COCO's captions, where the image ids 1, 2, ... count the records of the question file, as UCIT's
+      `val_coco_type_3000.json` does (github.com/Ghy0501/HiDe-LLaVA, llava/eval/eval_caption.py);
+    - TextVQA's annotations, `data` with `question_id` and `answers` (textvqa.org/dataset).
+
+    Raises:
+        RecipeError: the file is missing or of another layout, or (when called) has no answer for a record.
+    """
+    name = recipe.source.get("references", {}).get(split)
+    if name is None:
+        return None
+    path = inside(set_folder(recipe, data_root), name, f"'source.references' of recipe '{recipe.name}'")
+    content = read_json(path, dict)
+    if "annotations" in content:
+        answers = _by_position(content, path, rows, problems)
+    elif isinstance(content.get("data"), list):
+        answers = _by_question(content["data"], rows)
+    else:
+        raise RecipeError(
+            f"{path.name} holds neither COCO's captions nor TextVQA's answers",
+            "correct 'source.references' in the recipe",
+        )
+
+    def answers_of(index: int, what: str) -> list[str]:
+        if not answers.get(index):
+            raise RecipeError(f"{what} has no answer in {path.name}", "use the two files of one release")
+        return answers[index]
+
+    return answers_of
+
+
+def _by_position(
+    content: dict[str, Any], path: Path, rows: list[Any], problems: list[RecipeError] | None
+) -> dict[int, list[str]]:
+    captions = {str(i): texts for i, texts in captions_by_image(content, path, problems).items()}
+    if len(captions) > len(rows):
+        refuse(
+            RecipeError(
+                f"{path.name} holds captions of {len(captions)} images and there are {len(rows)} questions",
+                "use the two files of one release",
+            ),
+            problems,
+        )
+    _warn_of_other_images(content["images"], path, rows)
+    return {index: captions.get(str(index + 1), []) for index in range(len(rows))}
+
+
+def _warn_of_other_images(images: list[Any], path: Path, rows: list[Any]) -> None:
+    """The ids alone pair captions and questions; the files' names tell whether that can be right."""
+    named = {str(i["id"]): i.get("file_name") for i in images if isinstance(i, dict) and "id" in i}
+    shown = {str(n): row.get("image") for n, row in enumerate(rows, start=1) if isinstance(row, dict)}
+    other = [
+        n
+        for n, image in shown.items()
+        if isinstance(image, str) and isinstance(named.get(n), str) and _base(image) != _base(named[n])
+    ]
+    if other:
+        log.warning(
+            "%s names another image than the question for %d of %d records (first: number %s)",
+            path.name,
+            len(other),
+            len(rows),
+            other[0],
+        )
+
+
+def _base(name: str) -> str:
+    return PurePosixPath(name).name
+
+
+def _by_question(notes: list[Any], rows: list[Any]) -> dict[int, list[str]]:
+    answers = {
+        str(n["question_id"]): [str(a) for a in n.get("answers", [])]
+        for n in notes
+        if isinstance(n, dict) and "question_id" in n
+    }
+    return {
+        index: answers.get(str(row.get("question_id", row.get("id"))), [])
+        for index, row in enumerate(rows)
+        if isinstance(row, dict)
+    }
