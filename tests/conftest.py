@@ -203,6 +203,42 @@ def tiny_tasks(tmp_path_factory) -> list[Path]:
     return write_tasks(tmp_path_factory.mktemp("tiny-tasks"))
 
 
+@pytest.fixture(scope="session")
+def mixed_tasks(tmp_path_factory, tiny_tasks) -> list[Path]:
+    """A question task (LLaVA JSON), a captioning task (COCO) and a classification task on the same kind of pictures."""
+    root = tmp_path_factory.mktemp("mixed-tasks")
+    (root / "images").mkdir()
+    names, questions, captions = TASKS["colours"], {}, {}
+    for split, count in COUNTS.items():
+        rows = [(label, i if split == "train" else 100 + i) for i in range(count) for label in range(len(names))]
+        for label, seed in rows:
+            (root / "images" / f"{label}-{seed}.png").write_bytes(encode(draw("colours", label, seed)))
+        questions[split] = [
+            {"id": f"{split}-{label}-{seed}", "image": f"images/{label}-{seed}.png", "conversations": [
+                {"from": "human", "value": "<image>\nWhat color?"}, {"from": "gpt", "value": names[label]}]}
+            for label, seed in rows
+        ]
+        captions[split] = {
+            "images": [{"id": i, "file_name": f"{label}-{seed}.png"} for i, (label, seed) in enumerate(rows)],
+            "annotations": [{"id": 2 * i + j, "image_id": i, "caption": text.format(names[label])}
+                            for i, (label, _) in enumerate(rows) for j, text in enumerate(("a {} square.", "all {}."))],
+        }
+        (root / f"questions-{split}.json").write_text(json.dumps(questions[split]))
+        (root / f"captions-{split}.json").write_text(json.dumps(captions[split]))
+    common = dict(version=1, licence="CC0-1.0")
+    recipes = [
+        dict(name="questions", kind="vqa", metric="exact_match", source={"format": "llava_json", "path": "."}, **common),
+        dict(name="captions", kind="captioning", metric="caption_rouge_l", prompt="Describe it.",
+             source={"format": "coco_captions", "path": ".", "images": "images"}, **common),
+    ]
+    paths = []
+    for facts in recipes:
+        facts["splits"] = {split: f"{facts['name']}-{split}.json" for split in COUNTS}
+        paths.append(root / f"{facts['name']}.yaml")
+        paths[-1].write_text(yaml.safe_dump(facts))
+    return [*paths, tiny_tasks[2]]
+
+
 @pytest.fixture
 def own_tasks(tmp_path) -> list[Path]:
     """The three tasks once more, for a test that spoils them."""
@@ -234,6 +270,26 @@ def run_tree(tiny_clip, tiny_tasks):
             "parts": {"vision": part, "text": copy.deepcopy(part)},
             "methods": {"seq-lora": {}, "keeplora": {}},
             "training": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 0.01, "use_cpu": True},
+        }
+        return merge(tree, changes)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def llava_tree(tiny_llava, mixed_tasks):
+    """Function (output_dir, **changes) → a LLaVA run as plain data: three kinds of tasks, the projector trained in full."""
+
+    def build(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
+        part = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
+        tree = {
+            "output_dir": str(output_dir),
+            "tasks": [str(path) for path in mixed_tasks],
+            "model": {"name_or_path": str(tiny_llava)},
+            "parts": {"vision": part, "projector": {"train": "full", "learning_rate": 1e-3}, "language": copy.deepcopy(part)},
+            "methods": {"keeplora": {}},
+            "training": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 0.01, "use_cpu": True},
+            "evaluation": {"batch_size": 8, "max_new_tokens": 6},
         }
         return merge(tree, changes)
 

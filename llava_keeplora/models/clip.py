@@ -62,6 +62,9 @@ class ClipFamily:
             raise ConfigError(f"task '{data.recipe.name}' is {data.recipe.kind}, and CLIP does classification only", "leave the task out of this run")
         return ClipInputs(data, images)
 
+    def check(self, data: TaskData) -> None:
+        """Whether every example can be answered; any picture with class names can."""
+
     def task(self, recipe: Recipe) -> "ClipTask":
         """The model on one task."""
         prompts = tokenize_prompts(self.processor, recipe.prompts, self.model.config.text_config.max_position_embeddings)

@@ -89,6 +89,16 @@ class LlavaFamily:
         """
         return LlavaInputs(data, images, self.chat, self.max_length)
 
+    def check(self, data: TaskData) -> None:
+        """Whether every example can be answered.
+
+        Raises:
+            ConfigError: if a question leaves no room for an answer.
+        """
+        for example in data:
+            prompt = len(self.chat.prompt(asked(example, data.recipe), image_sizes(example)))
+            _check_length(example, data, prompt, prompt + 1, self.max_length)
+
     def task(self, recipe: Recipe) -> "LlavaTask":
         """The model on one task."""
         return LlavaTask(self.model)
@@ -120,7 +130,9 @@ class LlavaInputs:
         for row, example in enumerate(data):
             for answer in learned(example, data.recipe):
                 prompt, reply = chat.turn(asked(example, data.recipe), image_sizes(example), answer)
-                _check_turn(example, data, answer, len(prompt), len(prompt) + len(reply), max_length)
+                if not answer.strip():
+                    raise ConfigError(f"{_place(example, data)} has an empty answer, so there is nothing to learn from it", "complete or remove the record")
+                _check_length(example, data, len(prompt), len(prompt) + len(reply), max_length)
                 self.rows.append(row)
                 self.turns.append((prompt, reply))
         # The first token is never predicted, and it never belongs to an answer.
@@ -159,13 +171,14 @@ def learned(example: Example, recipe: Recipe) -> list[str]:
     return [Counter(example.answers).most_common(1)[0][0]]
 
 
-def _check_turn(example: Example, data: TaskData, answer: str, prompt: int, whole: int, limit: int) -> None:
-    where = f"record '{example.id}' of {data.recipe.name} ({data.recipe.splits[data.split]})"
-    if not answer.strip():
-        raise ConfigError(f"{where} has an empty answer, so there is nothing to learn from it", "complete or remove the record")
+def _place(example: Example, data: TaskData) -> str:
+    return f"record '{example.id}' of {data.recipe.name} ({data.recipe.splits[data.split]})"
+
+
+def _check_length(example: Example, data: TaskData, prompt: int, whole: int, limit: int) -> None:
     if whole > limit:
         raise ConfigError(
-            f"{where} has {whole} tokens, {prompt} of them before the answer and image tokens included, and the model takes {limit}",
+            f"{_place(example, data)} has {whole} tokens, {prompt} of them before the answer and image tokens included, and the model takes {limit}",
             "shorten or remove the record, or raise model.max_length where the model allows it",
         )
 
@@ -223,10 +236,10 @@ class LlavaTask(nn.Module):
         """Whether activations are recomputed in the backward pass; `transformers.Trainer` asks."""
         return self.llava.is_activation_checkpointing
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None) -> None:
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """Recompute activations in the backward pass; `transformers.Trainer` calls this."""
         # The re-entrant form sends no gradient through a block whose input needs none, such as the first of a frozen model.
-        self.llava.activation_checkpointing_enable({"use_reentrant": False, **(activation_checkpointing_kwargs or {})})
+        self.llava.activation_checkpointing_enable({"use_reentrant": False, **(activation_checkpointing_kwargs or {})}, **kwargs)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""

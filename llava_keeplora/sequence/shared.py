@@ -27,6 +27,8 @@ class Shared:
         self.config, self.workspace, self.tasks, self.family = config, workspace, tasks, family
         self.cache = ImageCache(family.prepare, config.data.cache_gb)
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]
+        for task in tasks:
+            family.check(task.test)
         family.load(DTYPES[config.model.dtype])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         family.model.to(self.device)
