@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import RecipeError
@@ -14,6 +14,7 @@ KEYS: dict[str, tuple[type, str]] = {
     "description": (str, "text"),
     "tasks": (list, "a list"),
     "epochs": (list, "a list"),
+    "not_scored": (dict, "a mapping"),
 }
 
 
@@ -26,12 +27,14 @@ class Sequence:
         tasks: recipe names, or absolute paths of users' recipes.
         epochs: epochs per task, or None where the run's configuration decides.
         description: one sentence on what the sequence is for.
+        not_scored: tasks of the published order that are left out, and why nothing here can score them.
     """
 
     name: str
     tasks: list[str]
     epochs: list[int] | None = None
     description: str = ""
+    not_scored: dict[str, str] = field(default_factory=dict)
 
 
 def list_sequences() -> list[str]:
@@ -70,6 +73,11 @@ def load_sequence(name_or_path: str | Path) -> Sequence:
             f"{path.name} gives the epochs {epochs} for {len(tasks)} tasks",
             "give one whole number above zero per task",
         )
+    for task, reason in facts.get("not_scored", {}).items():
+        if not isinstance(task, str) or not isinstance(reason, str):
+            raise RecipeError(
+                f"{path.name} has no reason in text for '{task}' under 'not_scored'", "write why it cannot be scored"
+            )
     if not shipped:
         facts["tasks"] = [
             str((path.parent / t).absolute()) if t.endswith((".yaml", ".yml")) else t for t in tasks

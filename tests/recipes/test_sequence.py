@@ -13,7 +13,9 @@ def test_every_shipped_sequence_names_shipped_recipes_once(name):
 
 
 def test_the_demo_needs_no_files_and_has_at_least_six_tasks():
-    assert {"demo", "llava-demo", "llava-real", "mtil-order1", "mtil-order2", "real-order1", "real-order2"} == set(list_sequences())
+    own = {"demo", "llava-demo", "llava-real", "real-order1", "real-order2"}
+    published = {"mtil-order1", "mtil-order2", "ucit", "mllm-dcl", "mllm-acl", "coin"}
+    assert own | published == set(list_sequences())
     assert len(load_sequence("demo").tasks) >= 6
 
 
@@ -60,6 +62,10 @@ def test_recipes_of_a_users_sequence_are_found_beside_it(tmp_path, make):
         (
             {"name": "mine", "tasks": ["digits"], "epochs": [1, 2]},
             "mine.yaml gives the epochs [1, 2] for 1 tasks; ",
+        ),
+        (
+            {"name": "mine", "tasks": ["digits"], "not_scored": {"Math": None}},
+            "mine.yaml has no reason in text for 'Math' under 'not_scored'; write why it cannot be scored.",
         ),
         (
             {"name": "mine", "tasks": ["digits"], "epochs": [0]},
