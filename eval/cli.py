@@ -72,7 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     matrix.add_argument("--precision", type=int, default=1, help="decimals in Markdown (default 1)")
     matrix.set_defaults(run=_matrix)
 
-    listing = commands.add_parser("list", parents=[common], help="list the tasks that come with the package")
+    data_commands = commands.add_parser("data", help="look into the data of a task").add_subparsers(required=True, metavar="COMMAND")
+    check = data_commands.add_parser("check", parents=[common], help="tell everything that is wrong with a task's data")
+    check.add_argument("recipe", metavar="RECIPE", help="a recipe's or a sequence's name, or the path of its YAML")
+    check.add_argument("--data-root", help="folder that holds the data of recipes that need files")
+    check.add_argument("--split", help="this split alone")
+    check.add_argument("--model", help="a LLaVA checkpoint, to show examples in its chat template")
+    check.set_defaults(run=_data_check)
+
+    listing = commands.add_parser("list", parents=[common], help="list the tasks and sequences that come with the package")
     listing.set_defaults(run=_list)
     return parser
 
@@ -156,14 +164,28 @@ def _as_json(matrices: dict[str, Matrix], _: int) -> str:
 FORMATS = {"markdown": _as_markdown, "csv": _as_csv, "json": _as_json}
 
 
+def _data_check(arguments: argparse.Namespace) -> None:
+    from llava_keeplora_eval.data_check import check
+
+    for line in check(arguments.recipe, arguments.data_root, arguments.split, arguments.model):
+        print(line, flush=True)
+
+
 def _list(_: argparse.Namespace) -> None:
-    from llava_keeplora_recipes import list_recipes, load_recipe
+    from llava_keeplora_recipes import list_recipes, list_sequences, load_recipe, load_sequence
 
     recipes = [load_recipe(name) for name in list_recipes()]
     width = max((len(recipe.name) for recipe in recipes), default=0)
     for recipe in recipes:
         classes = f"{len(recipe.classes)} classes" if recipe.classes else ""
         print(f"{recipe.name:<{width}}  v{recipe.version}  {recipe.kind}  {recipe.metric}  {classes}".rstrip())
+    sequences = [load_sequence(name) for name in list_sequences()]
+    width = max((len(sequence.name) for sequence in sequences), default=0)
+    print("\nsequences")
+    for sequence in sequences:
+        print(f"{sequence.name:<{width}}  {len(sequence.tasks)} tasks  {sequence.description}")
+        for task, reason in sequence.not_scored.items():
+            print(f"{'':<{width}}  without {task}: {reason}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""``llava-keeplora-eval data check``: what a task's files hold, everything wrong with them, and what a model is shown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING
+
+from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.metrics import metric_record
+from llava_keeplora_recipes import list_sequences, load_recipe, load_sequence
+from llava_keeplora_recipes.errors import UserError
+from llava_keeplora_recipes.strict_yaml import read_mapping
+
+if TYPE_CHECKING:
+    from llava_keeplora_recipes import Recipe, TaskData
+
+#: How many examples of a split are shown as a model sees them.
+SHOWN = 3
+
+#: (question, number of images, answer) → the text of an example, with the part that a model learns between ⟦ and ⟧.
+Show = Callable[[str, int, str], str]
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What was found in one split.
+
+    Args:
+        split: the split's name.
+        expected: how many examples the recipe promises; None where it promises nothing.
+        data: the examples that can be used; None where nothing can be read.
+        errors: everything that keeps the split, or a part of it, from being used.
+        warnings: what can be used and is still worth a look.
+    """
+
+    split: str
+    expected: int | None
+    data: TaskData | None
+    errors: list[UserError]
+    warnings: list[str]
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        promised = "" if self.expected is None else f" of {self.expected} expected"
+        lines = [f"{self.split}: {0 if self.data is None else len(self.data)} examples{promised}"]
+        if self.data is not None and len(self.data):
+            lines += [f"  {line}" for line in (_images(self.data), _questions(self.data), _answers(self.data))]
+        return [*lines, *(f"  warning: {w}" for w in self.warnings), *(f"  error: {e}" for e in self.errors)]
+
+
+def check(name: str, data_root: str | Path | None = None, split: str | None = None, model: str | None = None) -> Iterator[str]:
+    """Check every split of a task, or of every task of a sequence.
+
+    Args:
+        name: a recipe's or a sequence's name, or the path of its YAML.
+        data_root: folder that holds the data of recipes that need files.
+        split: this split alone.
+        model: the LLaVA checkpoint whose chat template the examples are shown in; a plain form without one.
+
+    Yields:
+        The report, line by line, as it is made.
+
+    Raises:
+        EvalError: at the end, if anything is wrong; or there is no such task, sequence or model.
+    """
+    show = plain if model is None else chat_form(model)
+    wrong = 0
+    for recipe in recipes_of(name):
+        yield f"{recipe.name} v{recipe.version} ({recipe.kind}, {recipe.metric})"
+        error = metric_error(recipe)
+        if error is not None:
+            yield f"  error: {error}"
+        reports = list(split_reports(recipe, list(recipe.splits) if split is None else [split], data_root))
+        for report in reports:
+            yield from (f"  {line}" for line in report.lines())
+            for example in examples(report.data, show):
+                yield from (f"    {line}" for line in example)
+        wrong += (error is not None) + sum(len(report.errors) for report in reports)
+    if wrong:
+        raise EvalError(f"{name} has {wrong} problem{'s' * (wrong > 1)}, listed above", "correct them and check again")
+
+
+def recipes_of(name: str) -> list[Recipe]:
+    """The recipe, or the recipes of the sequence, that a name or path stands for."""
+    path = Path(name).expanduser()
+    in_file = path.suffix in (".yaml", ".yml") and path.is_file() and "tasks" in read_mapping(path)
+    if in_file or name in list_sequences():
+        return [load_recipe(task) for task in load_sequence(name).tasks]
+    return [load_recipe(name)]
+
+
+def metric_error(recipe: Recipe) -> UserError | None:
+    """What is wrong with the metric that a recipe names, if anything."""
+    try:
+        metric_record(recipe.metric)
+    except EvalError as error:
+        return error
+    return None
+
+
+def split_reports(recipe: Recipe, splits: list[str], data_root: str | Path | None = None) -> Iterator[SplitReport]:
+    """Read splits of a task one after another and tell everything that is wrong with them."""
+    seen: dict[str, set[str]] = {}
+    for split in splits:
+        data, errors = recipe.inspect(split, data_root)
+        expected = recipe.expected_sizes.get(split)
+        warnings = [] if data is None else list(_warnings(data, expected, seen))
+        if data is not None:
+            seen[split] = set(data.digests)
+        yield SplitReport(split, expected, data, list(errors), warnings)
+
+
+def _warnings(data: TaskData, expected: int | None, seen: dict[str, set[str]]) -> Iterator[str]:
+    if expected not in (None, len(data)):
+        yield f"{len(data)} examples and not {expected}: scores are not comparable with those of others"
+    if empty := _empty(data):
+        yield f"{empty} examples have an empty answer"
+    for split, digests in seen.items():
+        if shared := len(set(data.digests) & digests):
+            yield f"{shared} different images are in '{split}' too"
+
+
+def _images(data: TaskData) -> str:
+    counts = data.image_counts
+    parts = [f"images: {sum(counts)} shown, {len(set(data.digests))} different"]
+    if none := counts.count(0):
+        parts.append(f"{none} examples without one")
+    if several := sum(n > 1 for n in counts):
+        parts.append(f"{several} examples with several")
+    if data.dropped:
+        parts.append(f"{len(data.dropped)} examples left out because one cannot be read")
+    return ", ".join(parts)
+
+
+def _questions(data: TaskData) -> str:
+    questions = asked(data)
+    return f"questions: {len(set(questions))} different, longest {max(map(len, questions))} characters"
+
+
+def _answers(data: TaskData) -> str:
+    counts = Counter(a for answers in data.answers for a in answers)
+    text, count = counts.most_common(1)[0] if counts else ("", 0)
+    longest = max(map(len, counts), default=0)
+    return (
+        f"answers: {len(counts)} different, {_empty(data)} examples with an empty one, longest {longest} characters, "
+        f"most frequent {shorten(text, 40, placeholder=' ...')!r} ({count} of {counts.total()})"
+    )
+
+
+def _empty(data: TaskData) -> int:
+    return sum(not answers or not all(a.strip() for a in answers) for answers in data.answers)
+
+
+def asked(data: TaskData) -> list[str]:
+    """What a generative model is asked on every example."""
+    return [data.recipe.asks if q is None else q for q in data.questions]
+
+
+def examples(data: TaskData | None, show: Show) -> Iterator[list[str]]:
+    """The first, the middle and the last example of a split as a model sees them, as lines of text."""
+    count = 0 if data is None else len(data)
+    for index in sorted({round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)}) if count else []:
+        answer = _learned(data, index)
+        text = show(asked(data)[index], data.image_counts[index], answer)
+        yield [f"[{data.ids[index]}]", *text.split("\n")]
+
+
+def _learned(data: TaskData, index: int) -> str:
+    """The answer that is trained on, or one of several."""
+    answers = data.answers[index]
+    if data.recipe.kind == "classification":
+        return answers[0].replace("_", " ")
+    return Counter(answers).most_common(1)[0][0]
+
+
+def plain(question: str, images: int, answer: str) -> str:
+    """An example in the words of LLaVA-1.5, without its system sentence."""
+    return "USER: " + "<image>\n" * images + f"{question} ASSISTANT: ⟦{answer}⟧"
+
+
+def chat_form(model: str) -> Show:
+    """The form of a LLaVA checkpoint: its chat template, and the end token that it learns to write.
+
+    Args:
+        model: an embedded model's name, a folder, or a Hub id.
+
+    Raises:
+        EvalError: its processor cannot be loaded.
+    """
+    from llava_keeplora_eval.chat import render
+    from llava_keeplora_eval.models import load_llava_processor, resolve_model
+
+    try:
+        processor = load_llava_processor(resolve_model(model))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise EvalError(f"the processor of '{model}' cannot be loaded ({reason})", "give a folder with a LLaVA checkpoint") from error
+
+    def show(question: str, images: int, answer: str) -> str:
+        prompt = render(processor, question, images)
+        space = "" if prompt[-1:].isspace() else " "
+        return f"{prompt}⟦{space}{answer}{processor.tokenizer.eos_token}⟧"
+
+    return show
