@@ -7,7 +7,6 @@ labelled methods. `training` is handed to `transformers.TrainingArguments` as it
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import types
@@ -204,10 +203,6 @@ class RunConfig:
         for section, key in ((tree, "output_dir"), (tree["evaluation"], "batch_size"), (tree["data"], "root"), (tree["data"], "cache_gb")):
             section.pop(key)
         return tree
-
-    def fingerprint(self) -> str:
-        """SHA-256 of `identity()`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direct: Any) -> RunConfig:

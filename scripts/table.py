@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llava_keeplora.report.run_report import read_results
+from llava_keeplora.report.tables import COLUMNS, markdown_table
 from llava_keeplora_eval import Matrix
 
-METRICS = ("transfer", "average", "last", "forgetting", "bwt")
+METRICS = tuple(COLUMNS.values())
 
 
 def train(args: argparse.Namespace, order: str, seed: int) -> Path:
@@ -51,17 +52,14 @@ def collect(folders: list[Path]) -> dict[str, dict[str, list[float]]]:
     return table
 
 
-def markdown(table: dict[str, dict[str, list[float]]]) -> str:
-    """Mean ± sample standard deviation over the seeds."""
-    lines = ["| method | " + " | ".join(name.capitalize() for name in METRICS) + " |", "|---" * (len(METRICS) + 1) + "|"]
+def spread_rows(table: dict[str, dict[str, list[float]]]) -> list[list[str]]:
+    """Mean ± sample standard deviation over the seeds; no spread where nothing is random."""
+    rows = []
     for label, metrics in table.items():
-        cells = []
-        for name in METRICS:
-            values = metrics[name]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 and statistics.stdev(values) > 0 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in (metrics[name] for name in METRICS)]
+        cells = [f"{statistics.mean(metrics[name]):.1f}" + (f" ± {sd:.1f}" if sd else "") for name, sd in zip(METRICS, deviations)]
+        rows.append([label, *cells])
+    return rows
 
 
 def main() -> None:
@@ -81,7 +79,7 @@ def main() -> None:
     for order in args.orders:
         table = collect([folders[order, seed] for seed in args.seeds])
         (Path(args.output) / args.config / f"{order}.json").write_text(json.dumps(table, indent=1))
-        sys.stdout.write(f"\n{order}, seeds {args.seeds}\n\n{markdown(table)}")
+        sys.stdout.write(f"\n{order}, seeds {args.seeds}\n\n{markdown_table(['method', *COLUMNS], spread_rows(table))}")
 
 
 if __name__ == "__main__":

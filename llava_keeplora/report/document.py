@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 from llava_keeplora.report.figures import DPI
-from llava_keeplora.report.tables import COLUMNS, is_baseline, summary_rows
+from llava_keeplora.report.tables import COLUMNS, SCORE_COLUMNS, is_baseline, summary_rows
 from llava_keeplora_eval.matrix import MISSING, Matrix, shown
 
 STYLE = """
@@ -64,6 +64,7 @@ def render_page(
     results: Mapping[str, Matrix],
     pictures: Mapping[str, Picture],
     settings: Mapping,
+    scores: Mapping[str, list[list[str]]],
 ) -> str:
     """The whole page as text.
 
@@ -73,9 +74,10 @@ def render_page(
         pictures: ``heatmap/LABEL`` for every run that gets a section, ``capacity/LABEL`` for those of them
             that have one.
         settings: what was run; values that are not plain are shown as JSON.
+        scores: label -> rows of `tables.score_rows`, for labels that have them.
     """
     sections = "".join(
-        _run_section(label, matrix, pictures[f"heatmap/{label}"], pictures.get(f"capacity/{label}"))
+        _run_section(label, matrix, pictures[f"heatmap/{label}"], pictures.get(f"capacity/{label}"), scores.get(label, []))
         for label, matrix in results.items()
         if f"heatmap/{label}" in pictures
     )
@@ -94,7 +96,7 @@ def _summary(results: Mapping[str, Matrix]) -> str:
     return f"<p>{LEGEND}</p>\n{_table(['run', *COLUMNS], body)}"
 
 
-def _run_section(label: str, matrix: Matrix, heatmap: Picture, capacity: Picture | None) -> str:
+def _run_section(label: str, matrix: Matrix, heatmap: Picture, capacity: Picture | None, scores: list[list[str]]) -> str:
     body = ""
     count = len(matrix.tasks)
     offset = len(matrix.labelled_rows()) - count
@@ -104,10 +106,11 @@ def _run_section(label: str, matrix: Matrix, heatmap: Picture, capacity: Picture
     for name, values in matrix.per_task().items():
         body += _row([name.capitalize(), *(shown(value) for value in values)], own=True)
     metrics = "".join(_row([name, shown(value, 2)]) for name, value in matrix.metrics().items())
+    answers = _table(["task", *SCORE_COLUMNS], "".join(_row(row) for row in scores)) if scores else ""
     return (
         f"<section>\n<h2>{escape(label)}</h2>\n{_figure(heatmap)}"
         f"<details><summary>The numbers</summary>\n{_table(['after', *matrix.tasks], body)}"
-        f"{_table(['metric', 'percent'], metrics)}</details>\n"
+        f"{_table(['metric', 'percent'], metrics)}{answers}</details>\n"
         f"{_figure(capacity) if capacity else ''}</section>\n"
     )
 

@@ -24,6 +24,7 @@ def write_report(
     results: Mapping[str, Matrix],
     capacity: Mapping[str, Capacity] | None = None,
     settings: Mapping | None = None,
+    scores: Mapping[str, list[list[str]]] | None = None,
 ) -> dict[str, Path]:
     """Write ``report.html`` (self-contained), ``table.md``, and every picture as PNG and SVG.
 
@@ -35,6 +36,7 @@ def write_report(
         capacity: label -> protected directions per stage (see ``capacity.Capacity``), for labels that have
             them; an empty list is the same as none.
         settings: what was run, shown as it is.
+        scores: label -> rows of `tables.score_rows`, for labels that have them.
 
     Returns:
         Every written path: ``html``, ``table``, and the PNGs as ``heatmap/LABEL`` and ``capacity/LABEL``.
@@ -60,9 +62,9 @@ def write_report(
     for name, (light, _) in figures.items():
         paths[name] = save(light, out_dir / f"{file_names[name]}.png", pictures[name].light)[0]
     paths["table"] = out_dir / "table.md"
-    write_atomic(paths["table"], markdown_tables(title, results))
+    write_atomic(paths["table"], markdown_tables(title, results, scores or {}))
     paths["html"] = out_dir / "report.html"
-    write_atomic(paths["html"], render_page(title, results, pictures, settings or {}))
+    write_atomic(paths["html"], render_page(title, results, pictures, settings or {}, scores or {}))
     return paths
 
 

@@ -8,10 +8,8 @@ from typing import Any
 
 from llava_keeplora.errors import RunError
 from llava_keeplora.report.page import write_report
+from llava_keeplora.report.tables import score_rows, summary_table
 from llava_keeplora_eval import Matrix
-
-#: The columns that a user looks at first.
-HEADLINE = ("transfer", "average", "last", "forgetting")
 
 
 def write_run_report(run: str | Path) -> dict[str, Matrix]:
@@ -32,7 +30,8 @@ def write_run_report(run: str | Path) -> dict[str, Matrix]:
     capacity = {label: stages for label in results if (stages := read_capacity(run / label))}
     settings = {key: config[key] for key in ("seed", "sequence", "model", "parts", "training", "data")}
     settings["methods"] = {label: {"method": m["method"], **m["options"]} for label, m in config["methods"].items()}
-    write_report(run, f"Run {run.name}", results, capacity, settings)
+    scores = {label: rows for label in results if (rows := read_scores(run / label))}
+    write_report(run, f"Run {run.name}", results, capacity, settings, scores)
     return results
 
 
@@ -58,23 +57,17 @@ def read_capacity(folder: Path) -> list[dict[str, dict[str, Any]]]:
     return stages
 
 
+def read_scores(folder: Path) -> list[list[str]]:
+    """The table of a method's scores, of the tasks' own metrics; empty before its first stage."""
+    stages = [json.loads(path.read_text()) for path in sorted(folder.glob("task-*/scores.json"))]
+    return score_rows(stages) if stages else []
+
+
 def summary(run: str | Path, results: dict[str, Matrix]) -> str:
     """What a run prints at its end: the matrices, the headline metrics and where everything lies."""
     run = Path(run)
-    blocks = []
-    for label, matrix in results.items():
-        if _learned(matrix):
-            blocks.append(f"{label}: accuracy in % after each task\n{matrix.markdown()}")
-    lines = [f"| method | {' | '.join(name.capitalize() for name in HEADLINE)} |", "|---" * (len(HEADLINE) + 1) + "|"]
-    for label, matrix in results.items():
-        metrics = (matrix if _learned(matrix) else matrix.constant_zero_shot()).metrics()
-        cells = ["n/a" if metrics[name] is None else f"{metrics[name]:.1f}" for name in HEADLINE]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    blocks.append("\n".join(lines))
+    blocks = [f"{label}: score in % after each task\n{matrix.markdown()}" for label, matrix in results.items() if matrix.started]
+    blocks.append(summary_table(results))
     places = {"run folder": run, "table": run / "table.md", "page with the pictures": run / "report.html"}
     blocks.append("\n".join(f"{what}: {path}" for what, path in places.items()))
     return "\n" + "\n\n".join(blocks) + "\n"
-
-
-def _learned(matrix: Matrix) -> bool:
-    return any(cell is not None for row in matrix.rows for cell in row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from llava_keeplora_eval.matrix import ZERO_SHOT, Matrix, shown
 
@@ -48,11 +48,43 @@ def _summary_row(label: str, matrix: Matrix, precision: int) -> list[str]:
     return [label, *(shown(metrics[name], precision) for name in COLUMNS.values())]
 
 
-def markdown_tables(title: str, results: Mapping[str, Matrix], precision: int = 1) -> str:
-    """The summary, then every matrix with its metrics, as one Markdown page."""
-    lines = [f"# {title}", "", "| " + " | ".join(["run", *COLUMNS]) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in summary_rows(results, precision)]
-    parts = ["\n".join(lines) + "\n"]
+#: What the table of scores shows of each task, beside its name.
+SCORE_COLUMNS = ("metric", "after learning it", "at the end", "lenient then", "lenient now", "compliance then", "compliance now", "n", "dropped")
+
+
+def score_rows(stages: Sequence[Mapping[str, Mapping]], precision: int = 1) -> list[list[str]]:
+    """Each task's score just after it was learned and at the end, with what style has to do with it.
+
+    Where the score falls and the lenient one does not, the answers are still known and another form of them was learned.
+
+    Args:
+        stages: one mapping per stage, the base's first: task → score as `llava_keeplora_eval.scoring.Score.to_dict` gives it.
+        precision: decimals shown.
+    """
+    rows = []
+    for position, (task, now) in enumerate(stages[-1].items(), start=1):
+        then = stages[min(position, len(stages) - 1)][task]
+        shares = [shown(score.get(key), precision) for key in ("score", "lenient", "compliance") for score in (then, now)]
+        rows.append([task, f"{now['metric']} v{now['metric_version']}", *shares, str(now["n"]), str(now["dropped"])])
+    return rows
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]) + "\n"
+
+
+def summary_table(results: Mapping[str, Matrix], precision: int = 1) -> str:
+    """`summary_rows` as Markdown."""
+    return markdown_table(["run", *COLUMNS], summary_rows(results, precision))
+
+
+def markdown_tables(title: str, results: Mapping[str, Matrix], scores: Mapping[str, list[list[str]]], precision: int = 1) -> str:
+    """The summary, then every matrix with its metrics and scores, as one Markdown page."""
+    parts = [f"# {title}\n\n{summary_table(results, precision)}"]
     for label, matrix in results.items():
         parts.append(f"## {label}\n\n{matrix.markdown(precision)}\n{matrix.metrics_markdown(precision)}")
+        if label in scores:
+            parts.append(markdown_table(["task", *SCORE_COLUMNS], scores[label]))
     return "\n".join(parts)

@@ -73,7 +73,7 @@ def test_zero_shot_may_be_listed_though_it_always_comes():
 def test_the_identity_ignores_where_things_lie_and_how_they_are_cached():
     one = parse_config(tree(output_dir="a", data={"root": "x", "cache_gb": 1}, evaluation={"batch_size": 3}))
     two = parse_config(tree(output_dir="b", data={"root": "y"}))
-    assert one.fingerprint() == two.fingerprint() != parse_config(tree(seed=1)).fingerprint()
+    assert one.identity() == two.identity() != parse_config(tree(seed=1)).identity()
 
 
 def test_differences_name_the_leaf():
