@@ -66,7 +66,7 @@ def principal_basis(
         raise ShapeError(f"method must be auto, svd, gram or randomized, but it is {method!r}")
     check_finite(weight, "weight")
     weight = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-    largest = weight.abs().max() if weight.numel() else weight.new_zeros(())
+    largest = torch.linalg.vector_norm(weight, float("inf")) if weight.numel() else weight.new_zeros(())
     if not largest:
         return PrincipalBasis(empty_basis(weight.shape[1], device=weight.device), 1.0, 0, "svd")
     # Squares of very small or large weights would leave float32's range.

@@ -22,7 +22,7 @@ from llava_keeplora.subspace.energy import energy_rank
 # A float32 Gram matrix knows eigenvalues down to 1e-7 of the largest; an energy this near 1 depends on smaller ones.
 GRAM_ENERGY = 0.999
 # Wider blocks, as a share of n, cost more than the full decomposition does; small matrices leave less to save.
-WIDEST = 0.45
+WIDEST = 0.33
 WIDEST_SMALL = 0.2
 SMALL = 1536
 # Below this size the full decomposition takes milliseconds.
@@ -37,8 +37,8 @@ CUT_FLOOR = 1e-6
 SAFETY = 2.0
 # Energy that the returned prefix may miss, as a share of the total, against the exact leading eigenvectors.
 MISSED = 5e-5
-
-
+# Truncation isn't even begun where the width guessed without a sketch exceeds the widest block by this factor.
+HOPELESS = 1.25
 # Column blocks of a Gram matrix: only those on and below the diagonal are multiplied, 5/8 of the work for four.
 BLOCKS = 4
 
@@ -101,6 +101,8 @@ def leading_eigenpairs(
     if n < SMALLEST:
         return None
     widest = int(n * (WIDEST if n > SMALL else WIDEST_SMALL))
+    if MARGIN * energy_rank(_power_law(gram, total), energy) > HOPELESS * widest:
+        return None
     generator = torch.Generator(device=gram.device).manual_seed(seed)
     block = _orthonormal(_sketch(gram, max(32, n // 20), generator))
     ritz = _rayleigh_ritz(gram, _orthonormal(gram @ block))
@@ -114,6 +116,15 @@ def leading_eigenpairs(
             return None
         ritz = _rayleigh_ritz(gram, _filtered(gram, ritz, width, float(spectrum[width]), generator))
     return None
+
+
+def _power_law(gram: Tensor, total: float) -> Tensor:
+    """The whole spectrum, guessed without a sketch: the power law that has G's ratio of sum of squares to squared sum."""
+    ratio = (float(gram.norm()) / total) ** 2
+    index = torch.arange(1, gram.shape[0] + 1, dtype=torch.float64)
+    spectra = index.unsqueeze(0) ** -torch.linspace(0.0, 4.0, 41, dtype=torch.float64).unsqueeze(1)
+    spectra = spectra / spectra.sum(1, keepdim=True)
+    return spectra[(spectra.square().sum(1) - ratio).abs().argmin()]
 
 
 def _sketch(gram: Tensor, width: int, generator: torch.Generator) -> Tensor:
