@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from bench_passes import PAIRS, Pair
+import bench_llava
+import bench_passes
+from bench_passes import Pair
 from llava_keeplora.subspace import energy_rank, principal_basis
 
 
@@ -83,7 +85,7 @@ def _basis_rows(out_dim: int, in_dim: int, exponent: float, repeats: int) -> lis
 
 
 def bench_pair(build: Callable[[], Pair]) -> Callable[[int, bool], list[Row]]:
-    """A part of a task against the plain way, on the embedded CLIP."""
+    """A part of a task against the plain way, on an embedded model."""
 
     def bench(repeats: int, quick: bool) -> list[Row]:
         name, plain, ours, note = build()
@@ -93,6 +95,7 @@ def bench_pair(build: Callable[[], Pair]) -> Callable[[int, bool], list[Row]]:
     return bench
 
 
+PAIRS = bench_passes.PAIRS | bench_llava.PAIRS
 BENCHES: dict[str, Callable[[int, bool], list[Row]]] = {"basis": bench_basis, **{name: bench_pair(build) for name, build in PAIRS.items()}}
 
 

@@ -5,7 +5,7 @@ Each function returns (name, plain, ours, note), where `plain` and `ours` do the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -13,9 +13,10 @@ from torch import nn
 from llava_keeplora.adapters import AdapterInit, attach
 from llava_keeplora.capture import feature_pass, gradient_pass
 from llava_keeplora.config import ModelConfig
-from llava_keeplora.models import load_model
+from llava_keeplora.models import Family, load_model
+from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora.subspace import SecondMoment
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import TaskData, load_recipe
 
 Pair = tuple[str, Callable[[], object], Callable[[], object], str]
 
@@ -28,11 +29,10 @@ class Setting:
 
     def __init__(self):
         self.family = load_model(ModelConfig())
-        data = load_recipe(TASK).load("test")
-        self.task = self.family.task(data.recipe)
-        images = self.family.prepare([data[i] for i in range(BATCH * BATCHES)])
-        pixels, labels = torch.stack([image["pixel_values"] for image in images]), torch.tensor(data.labels[: BATCH * BATCHES])
-        self.batches = [{"pixel_values": p, "labels": y} for p, y in zip(pixels.split(BATCH), labels.split(BATCH))]
+        self.data = load_recipe(TASK).load("test")
+        self.task = self.family.task(self.data.recipe)
+        inputs = self.family.inputs(self.data, ImageCache(self.family.prepare, budget_gb=1.0).split(self.data))
+        self.batches = [inputs.collate(range(start, start + BATCH)) for start in range(0, BATCH * BATCHES, BATCH)]
         self.layers = {n: m for part in self.family.parts for n, m in self.family.linear_layers(part, TARGETS).items()}
         self.parts = {n: "text" if n.startswith("text") else "vision" for n in self.layers}
 
@@ -40,22 +40,23 @@ class Setting:
 def training_step() -> Pair:
     """A KeepLoRA step (A frozen) against a PEFT LoRA step of equal rank."""
     setting = Setting()
+    plain, ours = (adapter_steps(load_model(ModelConfig()), setting.data, setting.layers, setting.batches, train_A) for train_A in (True, False))
+    return "KeepLoRA step / PEFT LoRA step", plain, ours, f"rank {RANK}, q/k/v/out of both encoders, batch {BATCH}"
 
-    def steps(train_A: bool) -> Callable[[], None]:
-        family = load_model(ModelConfig())
-        task = family.task(load_recipe(TASK).load("test").recipe)
-        attach(family.model, {name: AdapterInit(RANK, RANK, train_A=train_A) for name in setting.layers})
-        optimiser = torch.optim.AdamW([p for p in family.model.parameters() if p.requires_grad], lr=1e-3)
 
-        def run() -> None:
-            for batch in setting.batches:
-                optimiser.zero_grad()
-                task(**batch)["loss"].backward()
-                optimiser.step()
+def adapter_steps(family: Family, data: TaskData, layers: Iterable[str], batches: Iterable[Mapping[str, torch.Tensor]], train_A: bool) -> Callable[[], None]:
+    """One optimiser step per batch with adapters on the named layers."""
+    task = family.task(data.recipe)
+    attach(family.model, {name: AdapterInit(RANK, RANK, train_A=train_A) for name in layers})
+    optimiser = torch.optim.AdamW([p for p in family.model.parameters() if p.requires_grad], lr=1e-3)
 
-        return run
+    def run() -> None:
+        for batch in batches:
+            optimiser.zero_grad()
+            task(**batch)["loss"].backward()
+            optimiser.step()
 
-    return "KeepLoRA step / PEFT LoRA step", steps(True), steps(False), f"rank {RANK}, q/k/v/out of both encoders, batch {BATCH}"
+    return run
 
 
 def dense_gradient_pass() -> Pair:
