@@ -18,6 +18,7 @@ from llava_keeplora.subspace.released import (
     RunningMeanFeatures,
     released_clip_extend,
     released_clip_weight_basis,
+    released_llava_directions,
     released_llava_extend,
     released_llava_weight_basis,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "project",
     "released_clip_extend",
     "released_clip_weight_basis",
+    "released_llava_directions",
     "released_llava_extend",
     "released_llava_weight_basis",
     "residual",

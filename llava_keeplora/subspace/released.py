@@ -1,17 +1,20 @@
 """The authors' released code, where it departs from the paper, kept exact for comparison runs.
 
 `released-clip` takes the weight basis from the OUTPUT side and projects on the input side; `released-llava` extends
-the basis from gradients instead of features. Both keep one weight direction fewer than the energy rule asks for.
+the basis from gradients instead of features, and rounds A to half precision. Both keep one weight direction fewer
+than the energy rule asks for.
 
-Shapes: weight (out, in), basis (in, k), features (images, tokens, in), mean (in, images * tokens).
+Shapes: weight (out, in), basis (in, k), features (images, tokens, in), mean (in, images * tokens), A (in, r).
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_keeplora.subspace.errors import ShapeError
+from llava_keeplora.subspace.basis import check_basis, check_finite, residual
+from llava_keeplora.subspace.errors import RankError, ShapeError
 from llava_keeplora.subspace.features import FeatureDirections, feature_directions
+from llava_keeplora.subspace.gradients import NOISE, ResidualDirections
 from llava_keeplora.subspace.principal import PrincipalBasis, principal_basis
 
 
@@ -121,3 +124,49 @@ def released_llava_extend(
     """
     rows = gradient.detach().double()
     return feature_directions(rows.T @ rows, basis, energy)
+
+
+def released_llava_directions(
+    gradient: Float[Tensor, "out in"], basis: Float[Tensor, "in k"], rank: int, *, seed: int = 0
+) -> ResidualDirections:
+    """Adapter directions of the `released-llava` preset: a randomised SVD without oversampling, A rounded to float16.
+
+    Both shortcuts cost something that the paper's rule doesn't: the last of the r directions are blurred, and A is
+    orthonormal and outside the basis to 1e-3 only. The preset starts B at 0 and leaves W as it is, so the singular
+    values and V are handed back for reports alone.
+
+    Source: github.com/MaolinLuo/KeepLoRA, folder DCL_UCIT, `svd_lowrank(q=r)`.
+
+    Args:
+        gradient: G, (out, in), on the model before the task.
+        basis: (in, k), orthonormal columns.
+        rank: r; fewer directions come back where the residual gradient has fewer.
+        seed: of the randomised SVD; the global random state is left alone.
+
+    Raises:
+        ShapeError: if the basis doesn't fit the gradient.
+        NonFiniteError: if the gradient holds NaN or infinity.
+        RankError: if r is below 1 or no gradient is left outside the basis.
+    """
+    check_basis(basis, gradient.shape[1], "a gradient")
+    check_finite(gradient, "gradient")
+    gradient = gradient.detach().float()
+    outside = residual(gradient, basis)
+    with torch.random.fork_rng(devices=[gradient.device] if gradient.is_cuda else []):
+        torch.manual_seed(seed)
+        left, singular, right = torch.svd_lowrank(outside.T, q=min(max(rank, 0), *outside.shape))
+    norm, left_over = float(gradient.norm()), float(outside.square().sum())
+    found = int((singular > NOISE * norm).sum())
+    if found == 0:
+        raise RankError(
+            f"rank {rank} asks for directions of a gradient that has none outside the {basis.shape[1]} protected ones",
+            requested=rank,
+            available=0,
+        )
+    return ResidualDirections(
+        A=left[:, :found].half().float().contiguous(),
+        singular_values=singular[:found],
+        right=right[:, :found].contiguous(),
+        captured=min(1.0, float(singular[:found].square().sum()) / left_over),
+        residual_energy=left_over / norm**2,
+    )

@@ -35,6 +35,45 @@ def test_released_llava_reproduces_every_basis(sub, parity):
         assert_same_subspace(sub.append_directions(basis, extension.new), fixture[f"basis1/{layer}"].T)
 
 
+def test_released_llava_directions_are_those_of_the_gradient_outside_the_basis(sub, with_spectrum, random_basis):
+    gradient, basis = with_spectrum(60, 80, 0.3 ** torch.arange(12.0)).float(), random_basis(80, 10)
+    found = sub.released_llava_directions(gradient, basis, 4)
+    outside = gradient.double() - gradient.double() @ basis.double() @ basis.double().T
+    singular = torch.linalg.svdvals(outside)
+    assert torch.allclose(found.singular_values.double(), singular[:4], rtol=0.02), "blurred, as without oversampling"
+    energy = float(outside.square().sum())
+    held = float((outside @ found.A.double()).square().sum()) / energy
+    assert held == pytest.approx(float(singular[:4].square().sum()) / energy, abs=1e-3)
+    assert found.captured == pytest.approx(held, abs=1e-3)
+    assert found.residual_energy == pytest.approx(energy / float(gradient.double().square().sum()), rel=1e-5)
+
+
+def test_released_llava_rounds_A_to_half_precision(sub, random_basis):
+    basis, gradient = random_basis(80, 10), torch.randn(60, 80)
+    found = sub.released_llava_directions(gradient, basis, 8)
+    assert torch.equal(found.A, found.A.half().float())
+    assert 1e-6 < sub.orthonormality_error(found.A) < 1e-3
+    assert (basis.T @ found.A).abs().max() < 1e-3
+
+
+def test_released_llava_is_reproducible_and_leaves_the_random_state_alone(sub, random_basis):
+    basis, gradient, before = random_basis(30, 5), torch.randn(20, 30), torch.random.get_rng_state()
+    first, second = (sub.released_llava_directions(gradient, basis, 4, seed=3) for _ in range(2))
+    assert torch.equal(first.A, second.A) and torch.equal(torch.random.get_rng_state(), before)
+    other = sub.released_llava_directions(gradient, basis, 4, seed=4)
+    assert not torch.equal(first.A, other.A), "without oversampling the start shows"
+
+
+def test_released_llava_makes_no_directions_up(sub, random_basis):
+    basis = random_basis(30, 10)
+    with pytest.raises(sub.RankError, match="rank 4 asks for directions of a gradient that has none outside the 10"):
+        sub.released_llava_directions(torch.randn(20, 10) @ basis.T, basis, 4)
+    thin = torch.randn(20, 2) @ torch.randn(2, 30)
+    assert sub.released_llava_directions(thin, basis, 4).A.shape == (30, 2)
+    with pytest.raises(sub.NonFiniteError, match="the gradient holds NaN"):
+        sub.released_llava_directions(torch.full((4, 30), float("nan")), basis, 2)
+
+
 def test_released_clip_takes_the_output_side(sub, with_spectrum):
     weight = with_spectrum(24, 24, torch.arange(1, 25, dtype=torch.float64) ** -1.0).float()
     left, _, _ = torch.linalg.svd(weight.double())
