@@ -50,7 +50,7 @@ def test_an_example_with_nothing_to_ask_is_refused(asked):
     [
         ({"Yes": "{q}"}, "q.yaml has a 'test_prompt' by answer without 'other'; add 'other:' with the prompt for every other answer."),
         ({"other": "Go."}, "q.yaml has the test_prompt 'Go.', which has no place for the question; write {q} where the question goes"),
-        ({True: "{q}", "other": "{q}"}, "q.yaml has the answer True under 'test_prompt', which YAML does not read as text; put quotes around it."),
+        ({True: "{q}", "other": "{q}"}, "q.yaml has the answer True under 'test_prompt', which YAML does not read as text; put quotes"),
         (3, "q.yaml has 3 under 'test_prompt', which is not text or a mapping; "),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 
 import datasets
 import pytest
@@ -161,6 +162,15 @@ def test_chats_are_read_from_parquet(recipe, tmp_path, make, pixels):
     data = recipe({"train": "train.parquet"}, format="parquet", columns={"messages": "messages"}).load("train")
     assert [[i.tobytes() for i in e.images] for e in data] == [[pixels[i] for i in own] for own in SHOWN]
     assert data.questions == ["What?"] * 3 and data.ids == ["train-0", "train-1", "train-2"]
+
+
+def test_lists_of_images_travel_to_a_worker_process_as_a_path(recipe, tmp_path, make, pixels):
+    messages_table(make, SHOWN).to_parquet(str(tmp_path / "q" / "train.parquet"))
+    data = recipe({"train": "train.parquet"}, format="parquet", columns={"messages": "messages"}).load("train")
+    sent = pickle.dumps(data._images)
+    copy = pickle.loads(sent)
+    assert [copy.image(i).tobytes() for i in range(3)] == [pixels[1], pixels[2], pixels[0]]
+    assert all(make.encoded(i) not in sent for i in range(3))
 
 
 def test_chats_are_read_from_the_hub(recipe, make, monkeypatch, pixels):

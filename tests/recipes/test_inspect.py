@@ -44,10 +44,13 @@ def test_every_record_and_every_image_that_is_wrong_is_told(questions, tmp_path)
     data, problems = recipe.inspect("train")
     told = [str(p) for p in problems]
     assert data.ids == ["a", "a"] and data.dropped == ["c", "d"]
-    assert [t for t in told if "record 'b'" in t] == ["record 'b' of train.json has no question or no answer; complete or remove the record."]
-    assert [t.split(";")[0] for t in told if "record 2" in t] == ["record 2 of train.json is not a JSON object"]
-    assert [t.split(";")[0] for t in told if "record 'a'" in t] == ["record 'a' of train.json marks 2 images in its question and names 1"]
-    assert [t.split(";")[0] for t in told if "leads out" in t] == ["record 'e' of train.json has the path '../0.png', which leads out of its data folder"]
+    of_records = [t.split(";")[0] for t in told if t.startswith("record")]
+    assert of_records == [
+        "record 'b' of train.json has no question or no answer",
+        "record 2 of train.json is not a JSON object",
+        "record 'e' of train.json has the path '../0.png', which leads out of its data folder",
+        "record 'a' of train.json marks 2 images in its question and names 1",
+    ]
     assert "an image of 'c' in pets/train cannot be read (no such file); replace it." in told
     assert any(t.startswith("an image of 'd' in pets/train cannot be read (cannot identify image file") for t in told)
     assert any(t.startswith("pets/train has 1 ids more than once (a)") for t in told)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from llava_keeplora_eval.metrics import METRICS
 from llava_keeplora_recipes import list_recipes, load_recipe
 
 MTIL_TEST_SIZES = dict(
@@ -15,7 +16,7 @@ ASKED = ("easy-vqa", "nlvr", "flags-vqa", "flags-captions", "emoji-names")
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_is_complete(name):
     recipe = load_recipe(name)
-    assert recipe.name == name
+    assert recipe.name == name and recipe.metric in METRICS
     assert (recipe.metric == "accuracy") == (recipe.kind == "classification")
     assert recipe.licence and recipe.description and {"train", "test"} <= set(recipe.splits)
     assert len(recipe.fingerprint) == 64

@@ -42,7 +42,7 @@ def test_tables_fill_the_fields_that_a_part_does_not_have():
 def test_a_test_record_holds_one_answer_or_several_or_none_where_they_stand_elsewhere():
     assert from_fields({"text": "How many?", "answer": 3}, "answer", True, "r").answers == ["3"]
     assert from_fields({"text": "What?", "answer": ["a", "b"]}, "answer", True, "r").answers == ["a", "b"]
-    assert from_fields({"text": "Where?", "answer_bbox": "[0, 0, 1, 1]"}, "answer_bbox", True, "r").answers == ["[0, 0, 1, 1]"]
+    assert from_fields({"text": "Where?", "box": "[0, 0, 1, 1]"}, "box", True, "r").answers == ["[0, 0, 1, 1]"]
     assert from_fields({"text": "What?", "answer": "a"}, "answer", False, "r").answers == []
 
 
@@ -52,17 +52,18 @@ def test_a_question_without_markers_fits_any_number_of_images():
     check_markers(Turn("q", ["a"], 2), 2, "r")
 
 
-ONE_TURN = "split longer conversations into one record per question."
+CURE = "split longer conversations into one record per question."
+HUMAN_GPT = f"r is not one question ('human') and one answer ('gpt'); {CURE}"
 
 
 @pytest.mark.parametrize(
     ("read", "sentence"),
     [
-        (lambda: from_conversations([ASK, ANSWER, ASK, ANSWER], "r"), f"r is not one question ('human') and one answer ('gpt'); {ONE_TURN}"),
-        (lambda: from_conversations("hello", "r"), f"r is not one question ('human') and one answer ('gpt'); {ONE_TURN}"),
-        (lambda: from_conversations([ASK, ANSWER | {"value": 3}], "r"), f"r is not one question ('human') and one answer ('gpt'); {ONE_TURN}"),
+        (lambda: from_conversations([ASK, ANSWER, ASK, ANSWER], "r"), HUMAN_GPT),
+        (lambda: from_conversations("hello", "r"), HUMAN_GPT),
+        (lambda: from_conversations([ASK, ANSWER | {"value": 3}], "r"), HUMAN_GPT),
         (lambda: from_conversations([ASK, ANSWER | {"value": "<image>"}], "r"), "r marks an image in its answer; remove <image> there."),
-        (lambda: from_messages([USER, ASSISTANT] * 2, "r"), f"r is not one question ('user') and one answer ('assistant'); {ONE_TURN}"),
+        (lambda: from_messages([USER, ASSISTANT] * 2, "r"), f"r is not one question ('user') and one answer ('assistant'); {CURE}"),
         (
             lambda: from_messages([{"role": "system", "content": "Be brief."}, USER, ASSISTANT], "r"),
             "r has a system message, and the model's chat template has its own; remove it, or write it at the head of the question.",
@@ -83,8 +84,14 @@ ONE_TURN = "split longer conversations into one record per question."
             lambda: from_messages([USER, ASSISTANT | {"content": [{"type": "image"}]}], "r"),
             "r shows an image in its answer; answer with text alone.",
         ),
-        (lambda: from_fields({"text": "q"}, "answer", True, "r"), "r has neither 'conversations' nor 'text' and 'answer'; add one of them."),
-        (lambda: from_fields({"text": "q", "answer": []}, "answer", True, "r"), "r has no question or no answer; complete or remove the record."),
+        (
+            lambda: from_fields({"text": "q"}, "answer", True, "r"),
+            "r has neither 'conversations' nor 'text' and 'answer'; add one of them.",
+        ),
+        (
+            lambda: from_fields({"text": "q", "answer": []}, "answer", True, "r"),
+            "r has no question or no answer; complete or remove the record.",
+        ),
         (
             lambda: check_markers(Turn("q", ["a"], 1), 0, "r"),
             "r marks 1 image in its question and names 0; mark and name the same number, or remove the markers.",
