@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.metrics import load_metric, metric_record
+from llava_keeplora_eval.metrics import MetricRecord, check_metric, load_metric, metric_record
 from llava_keeplora_eval.predictions import first_ids, read_predictions
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ class Score:
         n: examples scored; every one of them is in the denominator.
         dropped: unreadable examples that were left out of the data, on the user's word.
         correct: right predictions, for metrics that count them.
+        lenient: the score in percent of a reader who looks for the answer in the text, for metrics of answers; what is above
+            the score was lost to style.
+        compliance: the share of answers in the asked form, in percent, for metrics of answers.
+        details: further numbers, in percent, and how they were made, for metrics that have them.
     """
 
     task: str
@@ -41,18 +45,27 @@ class Score:
     n: int
     dropped: int
     correct: int | None = None
+    lenient: float | None = None
+    compliance: float | None = None
+    details: dict[str, float | str | None] | None = None
 
     def to_dict(self) -> dict:
         """The score as plain JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        counted = f"{self.correct}/{self.n}" if self.correct is not None else f"n={self.n}"
-        dropped = f", {self.dropped} dropped" if self.dropped else ""
-        return (
-            f"{self.task} v{self.version} ({self.split}): {self.metric} v{self.metric_version} "
-            f"{self.score:.2f} % ({counted}{dropped})"
-        )
+        line = f"{self.task} v{self.version} ({self.split}): {self.metric} v{self.metric_version} {self.score:.2f} %"
+        for name in ("lenient", "compliance"):
+            if (share := getattr(self, name)) is not None:
+                line += f", {name} {share:.2f} %"
+        inside = [f"{self.correct}/{self.n}" if self.correct is not None else f"n={self.n}"]
+        inside += [f"{name} {_shown(value)}" for name, value in (self.details or {}).items()]
+        inside += [f"{self.dropped} dropped"] * bool(self.dropped)
+        return f"{line} ({', '.join(inside)})"
+
+
+def _shown(value: float | str | None) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "n/a" if value is None else value
 
 
 def score(data: TaskData, path: str | Path) -> Score:
@@ -69,7 +82,7 @@ def score(data: TaskData, path: str | Path) -> Score:
 
     Raises:
         EvalError: no file, no examples, a missing, duplicate or unknown id, predictions for another recipe, version or
-            data, or a metric that the package doesn't have.
+            data, a metric that the package doesn't have, or one that needs what the data or this machine doesn't have.
     """
     path = Path(path)
     record = metric_record(data.recipe.metric)
@@ -84,9 +97,12 @@ def score(data: TaskData, path: str | Path) -> Score:
             f"{path} lacks {first_ids(missing)} of the {len(data)} of {data.recipe.name} ({data.split})",
             "run the same `predict` command again to fill them in",
         )
+    check_metric(record.name)
     result = load_metric(record.name).compute(
-        predictions=[texts[key] for key in data.ids], references=_accepted(data)
+        predictions=[texts[key] for key in data.ids], references=_accepted(data), **_inputs(data, record)
     )
+    percent = {key: _percent(result.get(key), record) for key in (record.name, "lenient", "compliance")}
+    details = result.get("details")
     return Score(
         task=data.recipe.name,
         version=data.recipe.version,
@@ -94,18 +110,42 @@ def score(data: TaskData, path: str | Path) -> Score:
         split=data.split,
         metric=record.name,
         metric_version=record.version,
-        score=float(result[record.name]) * record.to_percent,
+        score=percent[record.name],
         n=len(data),
         dropped=_count(data.dropped),
         correct=result.get("correct"),
+        lenient=percent["lenient"],
+        compliance=percent["compliance"],
+        details=details and {key: _percent(value, record) for key, value in details.items()},
     )
 
 
+def _percent(value: Any, record: MetricRecord) -> Any:
+    """A number on the 0-100 scale; a name, or None where there is no number, as it is."""
+    return float(value) * record.to_percent if isinstance(value, int | float) else value
+
+
 def _accepted(data: TaskData) -> list[list[str]]:
-    """The accepted texts of every example, without decoding an image where the label says it all."""
+    """The accepted texts of every example, without decoding an image."""
     if data.recipe.kind == "classification":
         return [[data.recipe.classes[label]] for label in data.labels]
-    return [list(data[index].answers) for index in range(len(data))]
+    return data.answers
+
+
+def _inputs(data: TaskData, record: MetricRecord) -> dict[str, list[str]]:
+    """What the metric needs besides texts, by the plural of its name; see ``MetricRecord.inputs``."""
+    meta = getattr(data, "meta", None) or [{}] * len(data)
+    result = {}
+    for name in record.inputs:
+        result[f"{name}s"] = data.questions if name == "question" else [row.get(name) for row in meta]
+        lacking = [key for key, value in zip(data.ids, result[f"{name}s"]) if value is None]
+        if lacking:
+            raise EvalError(
+                f"the metric '{record.name}' needs the {name} of every example, and {first_ids(lacking)} of "
+                f"{data.recipe.name} ({data.split}) have none",
+                "give it in the recipe, or choose another metric",
+            )
+    return result
 
 
 def _count(dropped) -> int:

@@ -1,10 +1,13 @@
 """Scoring: every example in the denominator, nothing scored that is not what it says."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from llava_keeplora_eval import EvalError, load_metric, predict_to_file, score
+from llava_keeplora_eval import EvalError, caption_scores, load_metric, metrics, predict_to_file, score
+from llava_keeplora_eval.answer_rules import RULES
 from llava_keeplora_eval.metrics import METRICS
 
 
@@ -34,8 +37,13 @@ def test_the_score_carries_what_is_needed_to_know_what_it_means(tmp_path, data, 
         "n": 10,
         "dropped": 1,
         "correct": 10,
+        "lenient": 100.0,
+        "compliance": 100.0,
+        "details": None,
     }
-    assert str(result) == "pets v1 (test): accuracy v1 100.00 % (10/10, 1 dropped)"
+    assert str(result) == (
+        "pets v1 (test): accuracy v1 100.00 %, lenient 100.00 %, compliance 100.00 % (10/10, 1 dropped)"
+    )
     json.dumps(result.to_dict())
 
 
@@ -46,12 +54,14 @@ def test_empty_and_wrong_texts_stay_in_the_denominator(tmp_path, data):
     result = score(data, path)
     # right: 0 cat, 4 dog, 5 red bird, 6 cat, 9 cat; the rule is letter by letter, so DOG is wrong.
     assert (result.correct, result.n, result.score) == (5, 10, 50.0)
+    # DOG counts for a lenient reader; "", " " and "red" are no class.
+    assert (result.lenient, result.compliance) == (60.0, 70.0)
 
 
 def test_an_empty_text_is_wrong_even_where_it_is_accepted():
     metric = load_metric("accuracy")
     result = metric.compute(predictions=["", "a", "b"], references=[[""], ["x", "a"], []])
-    assert result == {"accuracy": pytest.approx(1 / 3), "correct": 1}
+    assert (result["accuracy"], result["lenient"], result["correct"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3), 1)
 
 
 def test_scoring_twice_gives_the_same_number_and_needs_no_network(tmp_path, data, recorder, monkeypatch):
@@ -75,9 +85,82 @@ def test_two_metrics_at_once_share_nothing():
     assert second.compute()["accuracy"] == 0
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_every_listed_metric_loads_and_names_its_result_after_itself(name):
-    assert name in load_metric(name).compute(predictions=["a"], references=[["a"]])
+def test_every_listed_metric_has_a_folder_that_loads_and_every_folder_is_listed():
+    folder = Path(metrics.__file__).parent
+    assert {path.parent.name for path in folder.glob("*/*.py")} == set(METRICS)
+    for name in METRICS.keys() - RULES.keys():  # those with a rule are loaded where the rules are tested
+        assert load_metric(name).rule == name
+
+
+class Questions:
+    """Three questions with answers, a column of meta, and no picture that anybody may read."""
+
+    def __init__(self, metric, answers, kind="vqa", meta=None):
+        self.recipe = SimpleNamespace(name="asks", version=1, kind=kind, metric=metric)
+        self.split, self.fingerprint, self.dropped = "test", "f00d", []
+        self.ids, self.answers = ["a", "b", "c"], answers
+        self.questions = ["Which states?", "What is it?", "What is it?"]
+        if meta:
+            self.meta = meta
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return SimpleNamespace(id=self.ids[index])
+
+
+def score_texts(tmp_path, data, texts):
+    path = tmp_path / "predictions.jsonl"
+    predict_to_file(Answers(texts), data, path)
+    return score(data, path)
+
+
+def test_soft_scores_are_counted_by_nobody(tmp_path):
+    data = Questions("vqa_accuracy", [["yes"] * 8 + ["no"] * 2, ["two"], ["a dog"]])
+    result = score_texts(tmp_path, data, ["no", "2", "It is a dog."])
+    # 0.6, 1 and 0; a lenient reader finds the dog, whose sentence is not the asked form
+    assert result.score == pytest.approx(100 * 1.6 / 3) and result.lenient == pytest.approx(100 * 2.6 / 3)
+    assert result.compliance == pytest.approx(200 / 3) and result.correct is None
+    assert str(result) == "asks v1 (test): vqa_accuracy v1 53.33 %, lenient 86.67 %, compliance 66.67 % (n=3)"
+
+
+def test_a_metric_gets_the_question_and_the_meta_that_it_asks_for(tmp_path):
+    answers = [["ohio,utah"], ["leaf"], ["leaf"]]
+    images = [{"image": "map_1.png"}, {"image": "AI2D_1.png"}, {"image": "map_2.png"}]
+    result = score_texts(tmp_path, Questions("dcl_sci", answers, meta=images), ["ohio", "a leaf", "a leaf"])
+    assert result.score == pytest.approx(100 * 1.5 / 3)
+
+
+@pytest.mark.parametrize("meta", [None, [{"image": "map_1.png"}, {}, {"answer": "x"}]])
+def test_a_metric_without_what_it_asks_for_is_refused(tmp_path, meta):
+    lacking = "3 ids (a, b, c)" if meta is None else "2 ids (b, c)"
+    with pytest.raises(EvalError) as error:
+        score_texts(tmp_path, Questions("dcl_sci", [["x"]] * 3, meta=meta), ["x"] * 3)
+    assert str(error.value) == (
+        f"the metric 'dcl_sci' needs the image of every example, and {lacking} of asks (test) have none; "
+        "give it in the recipe, or choose another metric."
+    )
+
+
+def test_captions_have_details_in_percent_and_no_lenient_score(tmp_path, monkeypatch):
+    numbers = {f"bleu_{n}": 0.1 * n for n in range(1, 5)} | {"rouge_l": 0.25, "cider": 1.5, "meteor": None}
+    monkeypatch.setattr(caption_scores, "_by_pycocoevalcap", lambda captions, references: numbers)
+    monkeypatch.setattr(caption_scores, "require", lambda need_meteor=False: None)
+    monkeypatch.setattr(caption_scores.java, "find_jar", lambda pattern: None)
+    data = Questions("caption_cider", [["a dog", "one dog"], ["a cat"], ["a bird"]], kind="captioning")
+    result = score_texts(tmp_path, data, ["a dog", "", "a bird"])
+    assert (result.score, result.lenient, result.compliance, result.correct) == (150.0, None, None, None)
+    assert result.details == {
+        **{f"bleu_{n}": pytest.approx(10 * n) for n in range(1, 5)},
+        "rouge_l": 25.0,
+        "cider": 150.0,
+        "meteor": None,
+        "tokenizer": "python",
+    }
+    assert str(result).endswith("(n=3, bleu_1 10.00, bleu_2 20.00, bleu_3 30.00, bleu_4 40.00, rouge_l 25.00, "
+                                "cider 150.00, meteor n/a, tokenizer python)")  # fmt: skip
+    json.dumps(result.to_dict())
 
 
 def test_missing_ids_are_refused_with_their_count_and_the_first_ones(tmp_path, data, recorder):

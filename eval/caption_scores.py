@@ -1,0 +1,116 @@
+"""BLEU, ROUGE-L, CIDEr and METEOR of a set of captions, by pycocoevalcap, the code behind the published numbers.
+
+BLEU and METEOR are of the set as a whole, ROUGE-L and CIDEr means over its captions. CIDEr weighs words by how many of the
+evaluated examples have them in their references, so it is a number of this set and of no other, and 0 for a single example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+
+from llava_keeplora_eval import java, ptb
+from llava_keeplora_eval.errors import EvalError
+
+UCIT = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
+
+
+def tokenize(texts: Sequence[str]) -> tuple[list[str], str]:
+    """Tokenise texts as pycocoevalcap does, with one call for all of them: PTB tokens without punctuation, in lower case.
+
+    Args:
+        texts: any texts; line breaks in them count as spaces.
+
+    Returns:
+        The tokens of each text, separated by spaces, and which tokenizer it was: ``stanford`` where there is Java, else
+        ``python`` (see ``ptb``).
+    """
+    lines = [" ".join(text.split()) for text in texts]
+    filled = [i for i, line in enumerate(lines) if line]
+    jar = java.find_jar(java.TOKENIZER)
+    if jar is None:
+        return [ptb.without_punctuation(ptb.tokenize(line)) for line in lines], "python"
+    # Nothing is sent for an empty text, which would shift every later line.
+    tokens = java.tokenize(jar, [lines[i] for i in filled]) if filled else []
+    result = [""] * len(lines)
+    for i, found in zip(filled, tokens, strict=True):
+        result[i] = ptb.without_punctuation(found.split(" "))
+    return result, "stanford"
+
+
+def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]], need_meteor: bool = False) -> dict:
+    """All scores of a set of captions; an empty caption scores 0 and stays in every mean.
+
+    Args:
+        captions: one text per example.
+        references: for each example its captions.
+        need_meteor: refuse to go on without METEOR; otherwise it is computed where there is Java.
+
+    Returns:
+        ``bleu_1`` to ``bleu_4``, ``rouge_l`` and ``meteor`` from 0 to 1, ``cider`` from 0 to 10, and ``tokenizer``; ``meteor``
+        is None without Java.
+
+    Raises:
+        EvalError: pycocoevalcap is missing, METEOR is needed and Java is missing, or an example has no reference.
+    """
+    require(need_meteor)
+    flat = [*captions, *(text for texts in references for text in texts)]
+    tokens, tokenizer = tokenize(flat)
+    rest = iter(tokens[len(captions) :])
+    found = [[words for words in (next(rest) for _ in texts) if words] for texts in references]
+    if [] in found:
+        raise EvalError(
+            f"example {found.index([]) + 1} of {len(found)} has no reference caption with a word in it, and captions are "
+            "scored against references",
+            "check the recipe's answer column",
+        )
+    return _by_pycocoevalcap(tokens[: len(captions)], found) | {"tokenizer": tokenizer}
+
+
+def _by_pycocoevalcap(captions: list[str], references: list[list[str]]) -> dict:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    gold = dict(enumerate(references))
+    said = {i: [caption] for i, caption in enumerate(captions)}
+    with contextlib.redirect_stdout(io.StringIO()):  # Bleu prints its counts
+        bleu = Bleu(4).compute_score(gold, said)[0]
+    jar = java.find_jar(java.METEOR)
+    return {
+        **{f"bleu_{n}": float(value) for n, value in enumerate(bleu, 1)},
+        "rouge_l": float(Rouge().compute_score(gold, said)[0]),
+        "cider": float(Cider().compute_score(gold, said)[0]),
+        "meteor": java.meteor(jar, captions, references) if jar else None,
+    }
+
+
+def ucit_mean(scores: dict) -> float:
+    """UCIT's score of a captioning task: the plain mean of seven scores, of which CIDEr can be above 1.
+
+    KeepLoRA's scripts cut every prediction to 300 characters first, MCITlib's and HiDe's don't; it is not done here.
+
+    Source: eval_caption.py of https://github.com/Ghy0501/MCITlib.
+    """
+    return sum(scores[name] for name in UCIT) / len(UCIT)
+
+
+def require(need_meteor: bool = False) -> None:
+    """Refuse to score captions where what it takes is missing.
+
+    Args:
+        need_meteor: whether METEOR must be computed.
+
+    Raises:
+        EvalError: pycocoevalcap, or Java for METEOR, is not installed.
+    """
+    try:
+        import pycocoevalcap  # noqa: F401
+    except ImportError:
+        raise EvalError("captions are scored by pycocoevalcap, which is not installed", "pip install pycocoevalcap") from None
+    if need_meteor and java.find_jar(java.METEOR) is None:
+        raise EvalError(
+            "'ucit_caption_mean' is a mean with METEOR in it, which needs Java, and no 'java' is on the PATH",
+            "install a Java runtime, or score with 'caption_rouge_l' or 'caption_cider'",
+        )

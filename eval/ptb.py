@@ -1,0 +1,159 @@
+"""Penn Treebank tokens in Python, for machines without Java: the conventions by which the tokenizer of Stanford CoreNLP 3.4.1
+splits captions as pycocoevalcap calls it, written anew from the conventions and from what that tokenizer answers.
+
+Where there is Java, a test compares both. Known differences: telephone numbers in groups ("123 456 7890"), which are one token
+there; SGML entities other than the five of XML; fewer abbreviations that keep their period; file names and addresses of
+unusual form; signs of currencies younger than the tokenizer, which it drops; and a single letter with a period at the end of a
+caption ("vitamin C."), which keeps the period there if the next caption in the file begins with an unusual word.
+
+Source: Marcus et al., Building a large annotated corpus of English: the Penn Treebank, Computational Linguistics 19(2), 1993;
+https://nlp.stanford.edu/software/tokenizer.html; the dropped tokens from pycocoevalcap's ptbtokenizer.py.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
+
+# Brackets are in the official list in capitals, while tokens are lower case, so "-lrb-" is never dropped.
+DROPPED = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
+
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_MONEY = {"£": "#", "€": "$", "¤": "$", "¢": "cents"}
+_REWRITTEN = _BRACKETS | _MONEY | {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
+_QUOTES = "\"'`‘’‛“”‹›«»\u0091\u0092\u0093\u0094"
+
+# Abbreviations that keep their period: always, with a capital, before a number.
+_SHORTENED = """
+mr mrs ms dr drs prof profs rev hon gen col lt sgt capt cpl pvt maj adm gov sen rep pres st ste mt ave blvd rd jr sr esq bros
+inc co cos corp ltd plc dept univ assn intl vs etc al seq cf est ext sq ft tel natl
+jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri
+ala ariz calif colo conn dak fla ga ind kan ky md mich minn mo mont neb nev okla penn tenn va vt wis wyo
+""".split()
+_CAPITAL = "Ark Del Ill La Mass Miss Ore Pa Tex Wash".split()
+_NUMBERED = "no nos fig figs pp art".split()
+# Words of which an apostrophe is a part, beside those that _KINDS describes.
+_WITH_APOSTROPHE = "ma'am c'mon e'er ev'ry li'l s'mores nor'easter nat'l dunkin' somethin' ol' 'em 'til 'till 'cause".split()
+# Two tokens written as one word, by the length of the first.
+_TWO = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "gimme": 3, "lemme": 3}
+
+_A = "['’\u0092]"  # an apostrophe
+_L = "(?:[^\\W\\d_²³¹⁰-₉]|[\u0300-\u036f])"  # a letter, or an accent by itself
+_W = "(?:[^\\W_²³¹⁰-₉]|[\u0300-\u036f])"  # a letter or a digit
+_H = "[-_\u058a\u2010\u2011]"  # a hyphen inside a word
+_END = f"(?!{_L})"
+_DO = rf"(?:[dolDOL]{_A}(?={_W}{_W}))?"  # as in o'clock, d'art, l'eau
+_EMAIL = r"[A-Za-z0-9][^\s\"<>|()]*@(?:[^\s\"<>|().]+\.)*[^\s\"<>|().,!?;:]+"
+
+
+def _any(words: Iterable[str]) -> str:
+    return "|".join(word.replace("'", _A) for word in words)
+
+
+# What a token can be, of which the longest at its place wins, the first of equally long ones.
+_KINDS = [
+    re.compile(pattern)
+    for pattern in (
+        r"(?i:https?://[^\s\"<>|()]+[^\s\"<>|.!?(){},-])",
+        r"(?i:(?:www\.)?(?:[^\s\"`'<>|.!?(){},$/-]+\.)+(?:com|net|org|edu)(?:/[^\s\"<>|()]*[^\s\"<>|.!?(){},-])?)" + _END,
+        _EMAIL,
+        r"[@#][A-Za-z_]\w*",
+        r"</?[A-Za-z!?][^\s>]*>",
+        # words: plain, with hyphens, with what is missing a space behind a mark, with apostrophes
+        f"{_L}+",
+        rf"{_DO}{_W}+(?:{_H}{_DO}{_W}+)*",
+        rf"{_W}[A-Za-z0-9.,]*(?:-{_W}+)+",
+        rf"{_L}{_W}*(?:[.!?]{_L}{_W}*)+",
+        rf"[A-HJ-XZ]{_A}{_L}{{2,}}",
+        rf"{_L}+[aeiouyAEIOUY]{_A}(?!(?i:[msd]|re|ve|ll){_END})[aeiouA-Z]{_L}*",
+        rf"(?i:{_any(_WITH_APOSTROPHE)}){_END}",
+        rf"(?i:y{_A}(?={_L})|{_A}n{_A}|{_A}n{_END}|{_A}t(?=(?:is|was){_END})|n{_A}t{_END})",
+        rf"{_A}[2-9]0s|{_A}\d\d(?=\s)",
+        r"[A-Z]+(?:[+&][A-Z]+)+|[Cc]\+\+|[CcFf]#",
+        r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}",  # and/or
+        # numbers, dates, fractions, money
+        r"[-+]?(?:\d*(?:[.:,]\d+)+|\d+)",
+        r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}",
+        r"(?:\d{1,4}[- ])?\d{1,4}[/⁄]\d{1,4}",
+        r"[A-Z]*\$",
+        # abbreviations keep their period, and so does any word before another mark
+        r"[A-Za-z](?:\.[A-Za-z])+(?:\.|(?=\s))",
+        r"[A-Za-z]\.(?!\n|\s+(?:An?|The|This|That|There|These|They|He|She|It|We|You|In|At)\s)",
+        rf"(?i:(?:ph|ed)\.d|{_any(_SHORTENED)})\.|(?:{_any(_CAPITAL)})\.|(?i:{_any(_NUMBERED)})\.(?= ?\d)",
+        rf"{_W}+(?:-{_W}+)*\.(?=[,;:])",
+        # faces, and marks that come in runs
+        r"[<>]?[:;=][-o*']?[()DPdpO|@\\{\[\]](?![A-Za-z0-9])",
+        r"\.{3,5}|(?:\. ){2,4}\.|…|<<|>>",
+        r"-+|[?!]+|\*+|_+|@+|#+|''|``",
+    )
+]
+# Most of any caption: a word of plain letters with a space behind it, which only one of the kinds can match.
+_PLAIN = re.compile(rf"(?!(?:{'|'.join(_TWO)})\s)[A-Za-z]+(?=\s)", re.IGNORECASE)
+# What splits off behind a word: "'s", "n't". The word before "n't" doesn't end in an n.
+_CLITIC = re.compile(rf"(?i:{_A}(?:[msd]|re|ve|ll)){_END}")
+_NEGATION = re.compile(rf"(?i:([a-z]*[a-mo-z])(n{_A}t)){_END}")
+_ENTITY = re.compile(r"&(?:amp|quot|apos|nbsp);", re.IGNORECASE)
+
+
+def tokenize(text: str) -> list[str]:
+    """The tokens of a text, in lower case.
+
+    Args:
+        text: one line.
+    """
+    text = _ENTITY.sub(lambda match: html.unescape(match[0].lower()), text)
+    text = text.replace("&lt;", " < ").replace("&gt;", " > ").replace("\u00ad", "")
+    return [token.lower() for token in _tokens(text + "\n")]
+
+
+def without_punctuation(tokens: Iterable[str]) -> str:
+    """The tokens that count for caption scores, separated by spaces."""
+    return " ".join(token for token in tokens if token and token not in DROPPED)
+
+
+def _tokens(text: str) -> Iterable[str]:
+    at = 0
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+            continue
+        if match := _PLAIN.match(text, at):
+            pieces, at = [match[0]], match.end()
+        elif match := _NEGATION.match(text, at):
+            pieces, at = [match[1], "n't"], match.end()
+        elif match := _CLITIC.match(text, at):
+            pieces, at = ["'" + match[0][1:]], match.end()
+        else:
+            match = max((kind.match(text, at) for kind in _KINDS), key=_length)
+            found = match[0] if match else text[at]
+            pieces, at = _written(found), at + len(found)
+        yield from pieces
+
+
+def _length(match: re.Match | None) -> int:
+    return match.end() if match else -1
+
+
+@lru_cache(maxsize=65536)
+def _written(found: str) -> list[str]:
+    """The token, or two, as the treebank writes what was found; nothing for what it has no token for."""
+    if (cut := _TWO.get(found.lower())) is not None:
+        return [found[:cut], found[cut:]]
+    if found[0].isalnum() and len(found) > 1:
+        return [found.replace(" ", "\u00a0")]  # a token holds no space
+    if found in _REWRITTEN:
+        return [_REWRITTEN[found]]
+    if re.fullmatch(r"\.{3,5}|(?:\. ){2,4}\.|…", found):
+        return ["..."]
+    if re.fullmatch("-{3,4}|[–—―\u0096\u0097]", found):
+        return ["--"]
+    if re.fullmatch(f"[{_QUOTES}]+", found):
+        return ["''"]
+    if found[0] in ":;=>" and found[-1] in "()":  # a face
+        return [found[:-1] + _BRACKETS[found[-1]]]
+    # Letters, digits, and the marks and symbols of the Basic Multilingual Plane; no emoji.
+    known = found[0].isalnum() or unicodedata.category(found[0])[0] in "PS"
+    return [found] if known and ord(found[0]) < 0x10000 else []
