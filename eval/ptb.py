@@ -45,8 +45,10 @@ _L = "(?:[^\\W\\d_²³¹⁰-₉]|[\u0300-\u036f])"  # a letter, or an accent by 
 _W = "(?:[^\\W_²³¹⁰-₉]|[\u0300-\u036f])"  # a letter or a digit
 _H = "[-_\u058a\u2010\u2011]"  # a hyphen inside a word
 _END = f"(?!{_L})"
-_DO = rf"(?:[dolDOL]{_A}(?={_W}{_W}))?"  # as in o'clock, d'art, l'eau
-_EMAIL = r"[A-Za-z0-9][^\s\"<>|()]*@(?:[^\s\"<>|().]+\.)*[^\s\"<>|().,!?;:]+"
+_FORMER = rf"(?i:[dlo]{_A}(?={_W}{{2}}))?"  # as in o'clock, d'art, l'eau
+_SPLIT = rf"(?i:[msd]|re|ve|ll){_END}"  # what splits off behind an apostrophe
+_PATH = r"[^\s\"<>]*[\w/&=%~+#]"  # of an address: it doesn't end in a mark
+_PART = "[A-Za-z0-9]+(?:-[A-Za-z]+)*"  # of words with slashes
 
 
 def _any(words: Iterable[str]) -> str:
@@ -57,23 +59,21 @@ def _any(words: Iterable[str]) -> str:
 _KINDS = [
     re.compile(pattern)
     for pattern in (
-        r"(?i:https?://[^\s\"<>|()]+[^\s\"<>|.!?(){},-])",
-        r"(?i:(?:www\.)?(?:[^\s\"`'<>|.!?(){},$/-]+\.)+(?:com|net|org|edu)(?:/[^\s\"<>|()]*[^\s\"<>|.!?(){},-])?)" + _END,
-        _EMAIL,
-        r"[@#][A-Za-z_]\w*",
-        r"</?[A-Za-z!?][^\s>]*>",
-        # words: plain, with hyphens, with what is missing a space behind a mark, with apostrophes
+        # addresses, names with a sign, tags
+        rf"(?i:https?://{_PATH}|(?:[\w-]+\.)+(?:com|net|org|edu){_END}(?:/{_PATH})?)",
+        r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*|[@#][A-Za-z_]\w*|</?[A-Za-z!?][^\s>]*>",
+        # words: plain, with hyphens, with marks before a hyphen, without the space behind a mark, with slashes
         f"{_L}+",
-        rf"{_DO}{_W}+(?:{_H}{_DO}{_W}+)*",
-        rf"{_W}[A-Za-z0-9.,]*(?:-{_W}+)+",
+        rf"{_FORMER}{_W}+(?:{_H}{_FORMER}{_W}+)*",
+        rf"{_W}(?:[.,]*{_W})*[.,]*(?:-{_W}+)+",
         rf"{_L}{_W}*(?:[.!?]{_L}{_W}*)+",
-        rf"[A-HJ-XZ]{_A}{_L}{{2,}}",
-        rf"{_L}+[aeiouyAEIOUY]{_A}(?!(?i:[msd]|re|ve|ll){_END})[aeiouA-Z]{_L}*",
+        rf"{_PART}(?:/{_PART}){{1,2}}",
+        # words with an apostrophe: O'Brien but not I'm, Hawai'i, rock 'n' roll, '90s
+        rf"(?![IY])[A-Z]{_A}{_L}{{2,}}|(?i:{_L}+[aeiouy]{_A}(?!{_SPLIT})[aeiou]{_L}*)",
         rf"(?i:{_any(_WITH_APOSTROPHE)}){_END}",
         rf"(?i:y{_A}(?={_L})|{_A}n{_A}|{_A}n{_END}|{_A}t(?=(?:is|was){_END})|n{_A}t{_END})",
         rf"{_A}[2-9]0s|{_A}\d\d(?=\s)",
-        r"[A-Z]+(?:[+&][A-Z]+)+|[Cc]\+\+|[CcFf]#",
-        r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}",  # and/or
+        r"[A-Z]+(?:[&+][A-Z]+)+|[Cc]\+\+|[CcFf]#",
         # numbers, dates, fractions, money
         r"[-+]?(?:\d*(?:[.:,]\d+)+|\d+)",
         r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}",
@@ -85,7 +85,7 @@ _KINDS = [
         rf"(?i:(?:ph|ed)\.d|{_any(_SHORTENED)})\.|(?:{_any(_CAPITAL)})\.|(?i:{_any(_NUMBERED)})\.(?= ?\d)",
         rf"{_W}+(?:-{_W}+)*\.(?=[,;:])",
         # faces, and marks that come in runs
-        r"[<>]?[:;=][-o*']?[()DPdpO|@\\{\[\]](?![A-Za-z0-9])",
+        r">?[:;=][-o*']?[()\[\]|DdPpO](?![A-Za-z0-9])",
         r"\.{3,5}|(?:\. ){2,4}\.|…|<<|>>",
         r"-+|[?!]+|\*+|_+|@+|#+|''|``",
     )
@@ -93,7 +93,7 @@ _KINDS = [
 # Most of any caption: a word of plain letters with a space behind it, which only one of the kinds can match.
 _PLAIN = re.compile(rf"(?!(?:{'|'.join(_TWO)})\s)[A-Za-z]+(?=\s)", re.IGNORECASE)
 # What splits off behind a word: "'s", "n't". The word before "n't" doesn't end in an n.
-_CLITIC = re.compile(rf"(?i:{_A}(?:[msd]|re|ve|ll)){_END}")
+_CLITIC = re.compile(_A + _SPLIT)
 _NEGATION = re.compile(rf"(?i:([a-z]*[a-mo-z])(n{_A}t)){_END}")
 _ENTITY = re.compile(r"&(?:amp|quot|apos|nbsp);", re.IGNORECASE)
 
