@@ -1,0 +1,99 @@
+"""Batches for the tiny LLaVA: every picture with as many questions about it as fit.
+
+The questions share one sequence, so that the picture's tokens are paid for once. Each of them sees
+the picture and itself only, at the positions that it has when it is asked alone: the loss is that of
+single questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import torch
+from pretraining.pictures import MIRRORED, REAL, SIDE, augment
+from pretraining.turns import TaughtSet
+from transformers import PreTrainedTokenizerFast
+
+from llava_keeplora_recipes.rendered import RENDERED
+from llava_keeplora_recipes.rendered_scenes import SCENES
+
+PATCH, TEXT_BUDGET, LONGEST_ANSWER = 8, 72, 96
+IMAGE = "<image>"
+
+#: How often a set is looked at, beside the others.
+SHARES = (
+    dict.fromkeys(SCENES, 9.0) | {"scene-exists": 12.0, "scene-count": 12.0}
+    | dict.fromkeys(RENDERED, 2.0) | dict.fromkeys(REAL, 3.3)
+    | {"easy-vqa": 8.0, "nlvr": 2.0, "flags-vqa": 1.0, "flags-captions": 0.5, "emoji-names": 2.0}
+)
+
+
+class Lessons:
+    """Batches of pictures, each with as many of its turns as fit; a batch follows from (seed, step)."""
+
+    def __init__(self, sets: list[TaughtSet], tokenizer: PreTrainedTokenizerFast, batch: int, seed: int) -> None:
+        self.tokenizer, self.batch, self.seed = tokenizer, batch, seed
+        self.pixels = torch.cat([s.pixels for s in sets])
+        image = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.prefix = tokenizer("USER: ").input_ids + [image] * (SIDE // PATCH) ** 2
+        tokens = cache(self._tokens)
+        self.turns = [[tokens(*turn) for turn in turns] for s in sets for turns in s.turns]
+        self.most = [s.most for s in sets for _ in s.turns]
+        share = torch.cat([torch.full((len(s.turns),), SHARES[s.name] / len(s.turns), dtype=torch.float64) for s in sets])
+        self.share = share / share.sum()
+        self.mirrored = torch.cat([torch.full((len(s.turns),), s.name in MIRRORED & set(REAL)) for s in sets])
+        self.moved = torch.cat([torch.full((len(s.turns),), s.name in REAL + ["digits", "emoji-names"]) for s in sets])
+
+    def _tokens(self, question: str, answer: str) -> tuple[list[int], int]:
+        """The tokens of a turn after the picture, and how many of them are the question."""
+        asked = self.tokenizer(f"\n{question} ASSISTANT:").input_ids
+        said = [*self.tokenizer(f" {answer}").input_ids, self.tokenizer.eos_token_id]
+        return asked + said[:LONGEST_ANSWER], len(asked)
+
+    def __call__(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The parts of a step's batch, each of pictures with about the same number of tokens."""
+        torch.manual_seed(self.seed * 1_000_003 + step)
+        rng = np.random.default_rng([self.seed, step])
+        chosen = torch.from_numpy(rng.choice(len(self.share), self.batch, replace=False, p=self.share.numpy()))
+        plans = [self._plan(rng, i) for i in chosen.tolist()]
+        order = np.argsort([sum(len(tokens) for tokens, _ in plan) for plan in plans], kind="stable")
+        for part in np.array_split(order, max(1, self.batch // 24)):
+            rows = chosen[torch.from_numpy(part)]
+            seen = augment(self.pixels[rows], self.mirrored[rows], self.moved[rows])
+            yield {"pixel_values": seen, **self.pack([plans[i] for i in part])}
+
+    def _plan(self, rng: np.random.Generator, row: int) -> list:
+        """The task's own turn, and others in a random order as long as they fit."""
+        turns = self.turns[row]
+        plan, used = turns[:1], len(turns[0][0])
+        for i in 1 + rng.permutation(len(turns) - 1):
+            if len(plan) < self.most[row] and used + len(turns[i][0]) <= TEXT_BUDGET:
+                plan.append(turns[i])
+                used += len(turns[i][0])
+        return plan
+
+    def pack(self, plans: list) -> dict[str, torch.Tensor]:
+        """Token ids, positions, who sees whom, and labels (-100 where nothing is learned)."""
+        start = len(self.prefix)
+        width = start + max(sum(len(tokens) for tokens, _ in plan) for plan in plans)
+        ids = torch.full((len(plans), width), self.tokenizer.pad_token_id)
+        labels, positions = torch.full_like(ids, -100), torch.zeros_like(ids)
+        turn = torch.full_like(ids, -1)
+        for row, plan in enumerate(plans):
+            ids[row, :start] = torch.tensor(self.prefix)
+            positions[row, :start], turn[row, :start] = torch.arange(start), 0
+            at = start
+            for number, (tokens, asked) in enumerate(plan, 1):
+                place = slice(at, at + len(tokens))
+                ids[row, place] = torch.tensor(tokens)
+                positions[row, place] = start + torch.arange(len(tokens))
+                turn[row, place] = number
+                labels[row, at + asked : at + len(tokens)] = torch.tensor(tokens[asked:])
+                at += len(tokens)
+        # eager attention adds its mask: nothing where a token is seen, a large negative number elsewhere
+        mine = (turn[:, :, None] == turn[:, None, :]) | (turn[:, None, :] == 0)
+        causal = torch.ones(width, width, dtype=torch.bool).tril()
+        return {"input_ids": ids, "position_ids": positions, "labels": labels,
+                "attention_mask": torch.where(mine & causal, 0.0, -1e9)[:, None]}
