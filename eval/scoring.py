@@ -128,22 +128,23 @@ def _percent(value: Any, record: MetricRecord) -> Any:
 def _accepted(data: TaskData) -> list[list[str]]:
     """The accepted texts of every example, without decoding an image."""
     if data.recipe.kind == "classification":
-        return [[data.recipe.classes[label]] for label in data.labels]
+        # A generative model is taught class names with spaces, see `Recipe.asks`.
+        return [[name, name.replace("_", " ")] for name in (data.recipe.classes[label] for label in data.labels)]
     return data.answers
 
 
 def _inputs(data: TaskData, record: MetricRecord) -> dict[str, list[str]]:
     """What the metric needs besides texts, by the plural of its name; see ``MetricRecord.inputs``."""
-    meta = getattr(data, "meta", None) or [{}] * len(data)
     result = {}
     for name in record.inputs:
-        result[f"{name}s"] = data.questions if name == "question" else [row.get(name) for row in meta]
-        lacking = [key for key, value in zip(data.ids, result[f"{name}s"]) if value is None]
+        values = data.questions if name == "question" else [row.get(name) for row in data.meta]
+        result[f"{name}s"] = values
+        lacking = [key for key, value in zip(data.ids, values) if value is None]
         if lacking:
             raise EvalError(
                 f"the metric '{record.name}' needs the {name} of every example, and {first_ids(lacking)} of "
                 f"{data.recipe.name} ({data.split}) have none",
-                "give it in the recipe, or choose another metric",
+                "list the field under 'meta' in the recipe's source, or choose another metric",
             )
     return result
 

@@ -100,8 +100,7 @@ class Questions:
         self.split, self.fingerprint, self.dropped = "test", "f00d", []
         self.ids, self.answers = ["a", "b", "c"], answers
         self.questions = ["Which states?", "What is it?", "What is it?"]
-        if meta:
-            self.meta = meta
+        self.meta = meta or [{}] * 3
 
     def __len__(self):
         return 3
@@ -139,7 +138,7 @@ def test_a_metric_without_what_it_asks_for_is_refused(tmp_path, meta):
         score_texts(tmp_path, Questions("dcl_sci", [["x"]] * 3, meta=meta), ["x"] * 3)
     assert str(error.value) == (
         f"the metric 'dcl_sci' needs the image of every example, and {lacking} of asks (test) have none; "
-        "give it in the recipe, or choose another metric."
+        "list the field under 'meta' in the recipe's source, or choose another metric."
     )
 
 
