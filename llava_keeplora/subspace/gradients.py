@@ -65,20 +65,15 @@ def residual_gradient_directions(
     out_dim, in_dim = gradient.shape
     check_basis(basis, in_dim, "a gradient")
     check_finite(gradient, "gradient")
-    room = min(out_dim, in_dim - basis.shape[1])
-    if rank < 1 or (rank > room and not allow_fewer):
-        raise RankError(_no_room(rank, in_dim, basis.shape[1], out_dim), requested=rank, available=room)
-
+    room = room_for(rank, out_dim, in_dim, basis.shape[1], allow_fewer)
     whole = gradient.detach().double()
     outside = residual(whole, basis)
     norm, energy = float(whole.norm()), float(outside.square().sum())
     left, singular, right = _leading_triplets(outside, min(rank, room))
-    found = int((singular > NOISE * norm).sum())
-    if found < rank and not (allow_fewer and found):
-        raise RankError(_no_gradient(rank, found, room), requested=rank, available=found)
+    found = above_rounding(singular, norm, rank, room, allow_fewer)
     left, singular, right = left[:, :found], singular[:found], right[:, :found]
     return ResidualDirections(
-        A=_reproject(left, basis).float().contiguous(),
+        A=outside_exactly(left, basis).float().contiguous(),
         singular_values=singular.float(),
         right=right.float().contiguous(),
         captured=min(1.0, float(singular.square().sum()) / energy),
@@ -128,21 +123,41 @@ def _iterated(matrix: Float[Tensor, "n wide"], rank: int) -> Tensor | None:
     return None
 
 
-def _reproject(left: Float[Tensor, "in r"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "in r"]:
+def outside_exactly(left: Float[Tensor, "in r"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "in r"]:
     """Take the last rounding towards the basis out of A and make it orthonormal again, columns in the same sense."""
     q, r = torch.linalg.qr(residual(residual(left.T, basis), basis).T)
     return q * r.diagonal().sign()
 
 
-def _no_room(rank: int, in_dim: int, protected: int, out_dim: int) -> str:
-    return (
-        f"rank {rank} must lie between 1 and the residual dimension: the layer's input width is {in_dim}, "
-        f"{protected} directions are protected, {in_dim - protected} are left, and its output width is {out_dim}"
-    )
+def room_for(rank: int, out_dim: int, in_dim: int, protected: int, allow_fewer: bool) -> int:
+    """How many directions a residual gradient can have at most.
+
+    Raises:
+        RankError: if the rank is below 1, or above that number unless fewer are allowed.
+    """
+    room = min(out_dim, in_dim - protected)
+    if rank < 1 or (rank > room and not allow_fewer):
+        raise RankError(
+            f"rank {rank} must lie between 1 and the residual dimension: the layer's input width is {in_dim}, "
+            f"{protected} directions are protected, {in_dim - protected} are left, and its output width is {out_dim}",
+            requested=rank,
+            available=room,
+        )
+    return room
 
 
-def _no_gradient(rank: int, found: int, room: int) -> str:
-    return (
-        f"the gradient outside the protected subspace has only {found} direction(s) above rounding, fewer than the "
-        f"rank {rank} (residual dimension {room})"
-    )
+def above_rounding(singular: Float[Tensor, " r"], norm: float, rank: int, room: int, allow_fewer: bool) -> int:
+    """How many of the leading singular values are directions of a gradient of that norm rather than its rounding.
+
+    Raises:
+        RankError: if there are none, or fewer than the rank unless fewer are allowed.
+    """
+    found = int((singular > NOISE * norm).sum())
+    if found < rank and not (allow_fewer and found):
+        raise RankError(
+            f"the gradient outside the protected subspace has only {found} direction(s) above rounding, fewer than the "
+            f"rank {rank} (residual dimension {room})",
+            requested=rank,
+            available=found,
+        )
+    return found

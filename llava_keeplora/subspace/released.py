@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_keeplora.subspace.basis import check_basis, check_finite, residual
-from llava_keeplora.subspace.errors import RankError, ShapeError
+from llava_keeplora.subspace.errors import ShapeError
 from llava_keeplora.subspace.features import FeatureDirections, feature_directions
-from llava_keeplora.subspace.gradients import NOISE, ResidualDirections
+from llava_keeplora.subspace.gradients import ResidualDirections, above_rounding, room_for
 from llava_keeplora.subspace.principal import PrincipalBasis, principal_basis
 
 
@@ -150,19 +150,14 @@ def released_llava_directions(
     """
     check_basis(basis, gradient.shape[1], "a gradient")
     check_finite(gradient, "gradient")
+    room = room_for(rank, *gradient.shape, basis.shape[1], allow_fewer=True)
     gradient = gradient.detach().float()
     outside = residual(gradient, basis)
     with torch.random.fork_rng(devices=[gradient.device] if gradient.is_cuda else []):
         torch.manual_seed(seed)
-        left, singular, right = torch.svd_lowrank(outside.T, q=min(max(rank, 0), *outside.shape))
+        left, singular, right = torch.svd_lowrank(outside.T, q=min(rank, room))
     norm, left_over = float(gradient.norm()), float(outside.square().sum())
-    found = int((singular > NOISE * norm).sum())
-    if found == 0:
-        raise RankError(
-            f"rank {rank} asks for directions of a gradient that has none outside the {basis.shape[1]} protected ones",
-            requested=rank,
-            available=0,
-        )
+    found = above_rounding(singular, norm, rank, room, allow_fewer=True)
     return ResidualDirections(
         A=left[:, :found].half().float().contiguous(),
         singular_values=singular[:found],

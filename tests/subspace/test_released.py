@@ -66,7 +66,7 @@ def test_released_llava_is_reproducible_and_leaves_the_random_state_alone(sub, r
 
 def test_released_llava_makes_no_directions_up(sub, random_basis):
     basis = random_basis(30, 10)
-    with pytest.raises(sub.RankError, match="rank 4 asks for directions of a gradient that has none outside the 10"):
+    with pytest.raises(sub.RankError, match="only 0 direction"):
         sub.released_llava_directions(torch.randn(20, 10) @ basis.T, basis, 4)
     thin = torch.randn(20, 2) @ torch.randn(2, 30)
     assert sub.released_llava_directions(thin, basis, 4).A.shape == (30, 2)
