@@ -39,22 +39,22 @@ def tokenize(texts: Sequence[str]) -> tuple[list[str], str]:
     return result, "stanford"
 
 
-def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]], need_meteor: bool = False) -> dict:
+def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]], with_meteor: bool = False) -> dict:
     """All scores of a set of captions; an empty caption scores 0 and stays in every mean.
 
     Args:
         captions: one text per example.
         references: for each example its captions.
-        need_meteor: refuse to go on without METEOR; otherwise it is computed where there is Java.
+        with_meteor: compute METEOR too; its Java program takes some ten seconds to start, which a score after every task
+            of a run cannot afford.
 
     Returns:
-        ``bleu_1`` to ``bleu_4``, ``rouge_l`` and ``meteor`` from 0 to 1, ``cider`` from 0 to 10, and ``tokenizer``; ``meteor``
-        is None without Java.
+        ``bleu_1`` to ``bleu_4``, ``rouge_l`` and, if asked for, ``meteor`` from 0 to 1, ``cider`` from 0 to 10, and ``tokenizer``.
 
     Raises:
-        EvalError: pycocoevalcap is missing, METEOR is needed and Java is missing, or an example has no reference.
+        EvalError: pycocoevalcap is missing, METEOR is asked for and Java is missing, or an example has no reference.
     """
-    require(need_meteor)
+    require(with_meteor)
     flat = [*captions, *(text for texts in references for text in texts)]
     tokens, tokenizer = tokenize(flat)
     rest = iter(tokens[len(captions) :])
@@ -65,7 +65,10 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
             "scored against references",
             "check the recipe's answer column",
         )
-    return _by_pycocoevalcap(tokens[: len(captions)], found) | {"tokenizer": tokenizer}
+    scores = _by_pycocoevalcap(tokens[: len(captions)], found)
+    if with_meteor:
+        scores["meteor"] = java.meteor(java.find_jar(java.METEOR), tokens[: len(captions)], found)
+    return scores | {"tokenizer": tokenizer}
 
 
 def _by_pycocoevalcap(captions: list[str], references: list[list[str]]) -> dict:
@@ -77,12 +80,10 @@ def _by_pycocoevalcap(captions: list[str], references: list[list[str]]) -> dict:
     said = {i: [caption] for i, caption in enumerate(captions)}
     with contextlib.redirect_stdout(io.StringIO()):  # Bleu prints its counts
         bleu = Bleu(4).compute_score(gold, said)[0]
-    jar = java.find_jar(java.METEOR)
     return {
         **{f"bleu_{n}": float(value) for n, value in enumerate(bleu, 1)},
         "rouge_l": float(Rouge().compute_score(gold, said)[0]),
         "cider": float(Cider().compute_score(gold, said)[0]),
-        "meteor": java.meteor(jar, captions, references) if jar else None,
     }
 
 
@@ -111,6 +112,6 @@ def require(need_meteor: bool = False) -> None:
         raise EvalError("captions are scored by pycocoevalcap, which is not installed", "pip install pycocoevalcap") from None
     if need_meteor and java.find_jar(java.METEOR) is None:
         raise EvalError(
-            "'ucit_caption_mean' is a mean with METEOR in it, which needs Java, and no 'java' is on the PATH",
+            "METEOR is a Java program, and no 'java' is on the PATH",
             "install a Java runtime, or score with 'caption_rouge_l' or 'caption_cider'",
         )

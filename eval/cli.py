@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     score = commands.add_parser("score", parents=[common, data], help="score a file of predictions")
     score.add_argument("--predictions", required=True, type=Path)
+    score.add_argument("--metric", help="another metric than the task's own, caption_meteor for instance")
     score.add_argument("--json", action="store_true", help="print the score as JSON instead of a line")
     score.set_defaults(run=_score)
 
@@ -120,7 +121,7 @@ def _dropped(data) -> str:
 def _score(arguments: argparse.Namespace) -> None:
     from llava_keeplora_eval.scoring import score
 
-    result = score(_load(arguments), arguments.predictions)
+    result = score(_load(arguments), arguments.predictions, arguments.metric)
     print(json.dumps(result.to_dict()) if arguments.json else result)
 
 

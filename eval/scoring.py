@@ -68,7 +68,7 @@ def _shown(value: float | str | None) -> str:
     return f"{value:.2f}" if isinstance(value, float) else "n/a" if value is None else value
 
 
-def score(data: TaskData, path: str | Path) -> Score:
+def score(data: TaskData, path: str | Path, metric: str | None = None) -> Score:
     """Score a file of predictions against its task; the same inputs always give the same score.
 
     An empty text is wrong and stays in the denominator.
@@ -76,6 +76,7 @@ def score(data: TaskData, path: str | Path) -> Score:
     Args:
         data: the task and split that was predicted.
         path: the JSONL file of predictions, one line for every id of the data.
+        metric: another metric than the recipe's.
 
     Returns:
         The score, in percent.
@@ -85,7 +86,7 @@ def score(data: TaskData, path: str | Path) -> Score:
             data, a metric that the package doesn't have, or one that needs what the data or this machine doesn't have.
     """
     path = Path(path)
-    record = metric_record(data.recipe.metric)
+    record = metric_record(metric or data.recipe.metric)
     if not path.exists():
         raise EvalError(f"there is no predictions file {path}", "run `llava-keeplora-eval predict` first")
     if len(data) == 0:

@@ -47,8 +47,9 @@ METRICS = {
         MetricRecord("option_letter", 1, 100.0, "the prediction is the option's letter and nothing else"),
         MetricRecord("numeric", 1, 100.0, "the prediction is a number of the accepted value and nothing else"),
         MetricRecord("yes_no", 1, 100.0, "the prediction is the accepted one of yes and no and nothing else"),
-        MetricRecord("caption_rouge_l", 1, 100.0, "ROUGE-L of captions, with BLEU, CIDEr and METEOR beside it", needs=_CAPTIONS),
-        MetricRecord("caption_cider", 1, 100.0, "CIDEr of captions, with BLEU, ROUGE-L and METEOR beside it", needs=_CAPTIONS),
+        MetricRecord("caption_rouge_l", 1, 100.0, "ROUGE-L of captions, with BLEU and CIDEr beside it", needs=_CAPTIONS),
+        MetricRecord("caption_cider", 1, 100.0, "CIDEr of captions, with BLEU and ROUGE-L beside it", needs=_CAPTIONS),
+        MetricRecord("caption_meteor", 1, 100.0, "METEOR of captions, with all the others beside it", needs=(*_CAPTIONS, "java")),
         MetricRecord("ucit_exact_match", 1, 100.0, "UCIT: the prediction is the answer, case aside"),
         MetricRecord(
             "ucit_caption_mean",

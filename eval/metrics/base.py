@@ -53,7 +53,7 @@ class CaptionMetric(evaluate.Metric):
     """All caption scores as a metric; a subclass names itself in ``rule`` and picks its headline from them."""
 
     rule: str
-    need_meteor = False
+    with_meteor = False
 
     def headline(self, scores: dict) -> float:
         raise NotImplementedError
@@ -62,5 +62,5 @@ class CaptionMetric(evaluate.Metric):
         return _info(self.rule, METRICS[self.rule].summary, "details: all scores and the tokenizer that was used.")
 
     def _compute(self, predictions, references):
-        scores = caption_scores(predictions, references, self.need_meteor)
+        scores = caption_scores(predictions, references, self.with_meteor)
         return {self.rule: self.headline(scores), "details": scores}

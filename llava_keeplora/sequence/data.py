@@ -12,6 +12,7 @@ from torch import Tensor
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import Inputs
+from llava_keeplora_eval.metrics import check_metric
 from llava_keeplora_recipes import Example, Recipe, TaskData, load_recipe
 
 #: The held-out part is the same for every seed and method, so that all are tuned on the same examples.
@@ -62,6 +63,7 @@ def load_tasks(config: RunConfig) -> list[Task]:
             raise ConfigError(f"task '{name}' is in the sequence {names.count(name)} times", "name each task once")
     tasks = []
     for recipe in recipes:
+        check_metric(recipe.metric)
         train = recipe.load("train", config.data.root, config.data.on_bad_image)
         if config.data.holdout:
             train, test = train.split_holdout(config.data.holdout, HOLDOUT_SEED)

@@ -26,7 +26,7 @@ def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(EvalError) as error:
         load_clip(str(tmp_path))
     assert f"model '{tmp_path}' cannot be loaded (" in str(error.value)
-    assert str(error.value).endswith("give a folder with a CLIP checkpoint, or a Hub id.")
+    assert str(error.value).endswith("give a folder with a checkpoint, or a Hub id.")
 
 
 def test_a_model_of_another_family_is_refused(tmp_path, tiny_clip):

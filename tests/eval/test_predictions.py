@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from llava_keeplora_eval import EvalError, predict_to_file, read_predictions
+from llava_keeplora_eval.predictions import join_shards
 
 
 def line(key="pet-0", text="cat", recipe="pets", version=1, fingerprint="f00d"):
@@ -131,3 +132,34 @@ def test_a_predictor_that_breaks_its_promise_is_refused(tmp_path, data, texts, s
         predict_to_file(Broken(), data, path)
     assert str(error.value) == sentence
     assert path.read_text() == ""
+
+
+class Shouting:
+    """Answers with the id in capitals, and counts."""
+
+    def __init__(self):
+        self.asked = []
+
+    def predict(self, examples):
+        self.asked += [example.id for example in examples]
+        return [example.id.upper() for example in examples]
+
+
+@pytest.mark.parametrize("worlds", [(2,), (3, 2), (2, 1), (1, 3)])
+def test_shares_of_several_processes_join_to_the_file_that_one_process_writes(tmp_path, data, worlds):
+    """Also where a later start has another number of processes than the one that was killed."""
+    alone, path = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    predict_to_file(Shouting(), data, alone, batch_size=2)
+    asked = []
+    for attempt, world in enumerate(worlds):
+        killed = attempt + 1 < len(worlds)
+        for rank in range(world):
+            predictor = Shouting()
+            if killed and rank == world - 1 and world > 1:
+                continue  # this one did not come to it
+            predict_to_file(predictor, data, path, batch_size=2, shard=(rank, world))
+            asked += predictor.asked
+    join_shards(path, data)
+    assert path.read_bytes() == alone.read_bytes()
+    assert sorted(asked) == sorted(data.ids), "every example is answered once"
+    assert [p.name for p in tmp_path.glob("shared*")] == ["shared.jsonl"]

@@ -143,9 +143,9 @@ def test_a_metric_without_what_it_asks_for_is_refused(tmp_path, meta):
 
 
 def test_captions_have_details_in_percent_and_no_lenient_score(tmp_path, monkeypatch):
-    numbers = {f"bleu_{n}": 0.1 * n for n in range(1, 5)} | {"rouge_l": 0.25, "cider": 1.5, "meteor": None}
+    numbers = {f"bleu_{n}": 0.1 * n for n in range(1, 5)} | {"rouge_l": 0.25, "cider": 1.5}
     monkeypatch.setattr(caption_scores, "_by_pycocoevalcap", lambda captions, references: numbers)
-    monkeypatch.setattr(caption_scores, "require", lambda need_meteor=False: None)
+    monkeypatch.setattr(caption_scores, "require", lambda with_meteor=False: None)
     monkeypatch.setattr(caption_scores.java, "find_jar", lambda pattern: None)
     data = Questions("caption_cider", [["a dog", "one dog"], ["a cat"], ["a bird"]], kind="captioning")
     result = score_texts(tmp_path, data, ["a dog", "", "a bird"])
@@ -154,11 +154,10 @@ def test_captions_have_details_in_percent_and_no_lenient_score(tmp_path, monkeyp
         **{f"bleu_{n}": pytest.approx(10 * n) for n in range(1, 5)},
         "rouge_l": 25.0,
         "cider": 150.0,
-        "meteor": None,
         "tokenizer": "python",
     }
     assert str(result).endswith("(n=3, bleu_1 10.00, bleu_2 20.00, bleu_3 30.00, bleu_4 40.00, rouge_l 25.00, "
-                                "cider 150.00, meteor n/a, tokenizer python)")  # fmt: skip
+                                "cider 150.00, tokenizer python)")  # fmt: skip
     json.dumps(result.to_dict())
 
 

@@ -6,7 +6,7 @@ from llava_keeplora_eval.metrics import base
 
 class UcitCaptionMean(base.CaptionMetric):
     rule = "ucit_caption_mean"
-    need_meteor = True
+    with_meteor = True
 
     def headline(self, scores):
         return ucit_mean(scores)
