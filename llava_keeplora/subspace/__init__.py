@@ -11,6 +11,13 @@ from llava_keeplora.subspace.basis import (
 from llava_keeplora.subspace.energy import energy_rank
 from llava_keeplora.subspace.errors import EnergyError, NonFiniteError, RankError, ShapeError, SubspaceError
 from llava_keeplora.subspace.features import FeatureDirections, feature_directions
+from llava_keeplora.subspace.gradient_sketch import (
+    WIDTH_PER_RANK,
+    GradientSketch,
+    SecondPass,
+    SketchedDirections,
+    sufficient_width,
+)
 from llava_keeplora.subspace.gradients import ResidualDirections, residual_gradient_directions
 from llava_keeplora.subspace.moments import SecondMoment
 from llava_keeplora.subspace.principal import PrincipalBasis, principal_basis
@@ -26,14 +33,18 @@ from llava_keeplora.subspace.released import (
 __all__ = [
     "EnergyError",
     "FeatureDirections",
+    "GradientSketch",
     "NonFiniteError",
     "PrincipalBasis",
     "RankError",
     "ResidualDirections",
     "RunningMeanFeatures",
     "SecondMoment",
+    "SecondPass",
     "ShapeError",
+    "SketchedDirections",
     "SubspaceError",
+    "WIDTH_PER_RANK",
     "append_directions",
     "empty_basis",
     "energy_rank",
@@ -49,4 +60,5 @@ __all__ = [
     "released_llava_weight_basis",
     "residual",
     "residual_gradient_directions",
+    "sufficient_width",
 ]

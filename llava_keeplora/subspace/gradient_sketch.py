@@ -1,0 +1,391 @@
+"""The residual gradient's leading directions without the gradient: a streaming sketch.
+
+A gradient arrives as a sum of dY^T X over batches. Two random mixtures of it, of its columns and of its rows, are
+linear in it, so batches, gradient accumulation and processes just add up. From them come A and S in one pass over
+the data, an estimate of how good they are, and the start of a second pass where that isn't good enough.
+
+Shapes: n = tokens of a batch, G (out, in), basis U (in, k), P = I - U U^T, G_hat = G P the residual gradient;
+w = sketch width, l = 2w + 1 rows, r = rank. The sketch is
+    range  Y = G_hat Omega, (out, w), Omega (in, w) Gaussian
+    rows   W = Psi G,       (l, in),  Psi (l, out) Gaussian
+and Q (out, w) is an orthonormal basis of Y, in order of falling singular value of Y.
+
+Sources: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), theorem 10.5, for Q and
+the second pass; Tropp, Yurtsever, Udell and Cevher, "Practical sketching algorithms for low-rank matrix
+approximation" (SIAM J. Matrix Anal. 2017), algorithm 4 and theorem 4.3, for one pass; the same, "Streaming low-rank
+matrix approximation with an application to scientific simulation" (SIAM J. Sci. Comput. 2019), section 6, for the
+error estimate from rows that had no part in the answer.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_keeplora.subspace.basis import check_basis, check_finite, residual
+from llava_keeplora.subspace.errors import RankError, ShapeError
+from llava_keeplora.subspace.gradients import ResidualDirections, above_rounding, outside_exactly, room_for
+
+# Width of a sketch in units of the rank: at 8 one pass holds 0.99 of the optimum where singular values fall as 1/i.
+WIDTH_PER_RANK = 8
+# Groups of rows that take turns at judging directions found without them.
+FOLDS = 4
+# Share of the best rank-r subspace's energy that A must hold.
+TARGET = 0.99
+
+_matrices: "weakref.WeakValueDictionary[tuple, Tensor]" = weakref.WeakValueDictionary()
+
+
+def gaussian_rows(rows: int, dim: int, stream: int, device: torch.device) -> Float[Tensor, "rows dim"]:
+    """A Gaussian matrix (rows, dim) that is the same in every process, held once for all layers that use it.
+
+    Args:
+        rows: test vectors.
+        dim: their length.
+        stream: seed; different streams are independent.
+        device: of the result; the numbers are drawn on the CPU, so that they don't depend on it.
+    """
+    key = (rows, dim, stream, str(device))
+    matrix = _matrices.get(key)
+    if matrix is None:
+        generator = torch.Generator().manual_seed(stream)
+        matrix = torch.randn(rows, dim, generator=generator).to(device)
+        _matrices[key] = matrix
+    return matrix
+
+
+
+
+
+@dataclass(frozen=True)
+class SketchedDirections(ResidualDirections):
+    """Residual directions from a sketch, with what is known of their quality.
+
+    `captured` and `residual_energy` are estimates here. With C the energy that A is estimated to hold on rows that
+    had no part in it, and I that of the best r directions for the sketch itself, E[C] <= optimum <= E[I], and the two
+    sides err alike to second order.
+
+    Args:
+        captured_error: standard error of `captured`; A holds at least `captured` less twice that with 97.5 % confidence
+            (one pass errs low besides: rows judge directions that were found from three quarters of the rows).
+        of_optimum: estimated share of the best rank-r subspace's energy that A holds, 2C / (C + I).
+        at_least: the same with the pessimistic side alone, C / I.
+        passes: 1 or 2 over the data.
+    """
+
+    captured_error: float
+    of_optimum: float
+    at_least: float
+    passes: int
+
+    def suffices(self, target: float = TARGET) -> bool:
+        """Whether A holds the target share of the best subspace's energy; if not, a second pass is worth its time."""
+        return self.of_optimum >= target
+
+
+class GradientSketch:
+    """Streaming sketch of a layer's residual gradient, of (out + 3 in) w numbers however much data there is.
+
+    Source: Tropp, Yurtsever, Udell and Cevher (2017). One pass, with q = Q^+ of the rows, satisfies
+    E ||G_hat - Q B||_F^2 <= 2 (1 + p / (w - p - 1)) tau_{p+1}^2 for every p < w - 1, tau_{p+1}^2 being the energy
+    beyond the p-th singular value (theorem 4.3 with l = 2w + 1); the second pass drops the factor 2.
+
+    Args:
+        out_dim: out.
+        in_dim: in.
+        width: w, from `WIDTH_PER_RANK` times the rank; at most min(out, in) are kept, which is exact.
+        basis: U, (in, k), the protected subspace; nothing is protected when absent.
+        seed: of the test matrices; the same in every process.
+        device: of the buffers.
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        in_dim: int,
+        width: int,
+        basis: Tensor | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        if width < 1:
+            raise ShapeError(f"a sketch needs a width of at least 1, but it is {width}")
+        self.basis = torch.zeros(in_dim, 0) if basis is None else basis.detach()
+        check_basis(self.basis, in_dim, "a gradient sketch")
+        self.width = min(width, out_dim, in_dim)
+        self.seed = seed
+        device = torch.device(device)
+        # Even and odd streams keep the two sides independent.
+        self._psi = gaussian_rows(2 * self.width + 1, out_dim, 2 * seed, device)
+        omega = gaussian_rows(self.width, in_dim, 2 * seed + 1, device)
+        self._omega = residual(omega, self.basis.to(device)).T.contiguous()
+        self.range = torch.zeros(out_dim, self.width, device=device)
+        self.rows = torch.zeros(2 * self.width + 1, in_dim, device=device)
+
+    @staticmethod
+    def numbers(out_dim: int, in_dim: int, width: int) -> int:
+        """How many numbers a layer's sketch keeps (Psi is shared); the gradient has out * in, and is exact besides."""
+        width = min(width, out_dim, in_dim)
+        return (out_dim + 3 * in_dim) * width + in_dim
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The buffers: sum them over processes, in place, before asking for directions."""
+        return [self.range, self.rows]
+
+    @torch.no_grad()
+    def add(self, x: Float[Tensor, "... in"], dy: Float[Tensor, "... out"]) -> None:
+        """Add a batch's dY^T X.
+
+        Args:
+            x: the layer's input, (..., in), any floating dtype.
+            dy: gradient of the loss with respect to its output, (..., out).
+
+        Raises:
+            ShapeError: if they don't fit the layer or each other.
+        """
+        x2, dy2 = _paired(x, dy, self.rows.shape[1], self.range.shape[0])
+        self.range.addmm_(dy2.T, x2 @ self._omega)
+        self.rows.addmm_((dy2 @ self._psi.T).T, x2)
+
+    def merge(self, other: "GradientSketch") -> None:
+        """Add another sketch of the same layer, as from another process.
+
+        Raises:
+            ShapeError: if the layers, widths or seeds differ.
+        """
+        mine, theirs = (self.range.shape, self.rows.shape, self.seed), (other.range.shape, other.rows.shape, other.seed)
+        if mine != theirs:
+            raise ShapeError(f"sketches of other layers, widths or seeds can't be merged: {mine} and {theirs}")
+        for buffer, addend in zip(self.tensors, other.tensors):
+            buffer.add_(addend.to(buffer.device))
+
+    def narrowed(self, width: int) -> "GradientSketch":
+        """The sketch that a smaller width would have given, from a part of this one's numbers.
+
+        Args:
+            width: at most this one's.
+        """
+        if not 1 <= width <= self.width:
+            raise ShapeError(f"a sketch of width {self.width} can be narrowed to 1 to {self.width}, not to {width}")
+        other = object.__new__(GradientSketch)
+        other.basis, other.width, other.seed = self.basis, width, self.seed
+        other._psi, other._omega = self._psi[: 2 * width + 1], self._omega[:, :width]
+        other.range, other.rows = self.range[:, :width].clone(), self.rows[: 2 * width + 1].clone()
+        return other
+
+    def second_pass(self) -> "SecondPass":
+        """What to feed the same data to again for the exact Q^T G; this sketch must be complete and summed."""
+        return SecondPass(_range_basis(self.range).float(), self.rows.shape[1])
+
+    def directions(self, rank: int, second: "SecondPass | None" = None, *, allow_fewer: bool = False) -> SketchedDirections:
+        """Top r directions of the residual gradient, and how near they are to the best.
+
+        Source: KeepLoRA (arXiv 2601.19659), the residual gradient and the initialisation of A and B_0.
+
+        Args:
+            rank: r, at least 1 and at most the width.
+            second: the finished second pass, where there was one.
+            allow_fewer: return the directions that exist when there are fewer than r (but at least one).
+
+        Raises:
+            NonFiniteError: if the gradient held NaN or infinity.
+            RankError: if r is below 1, above the width or above the residual dimension, or if the residual gradient
+                has fewer than r singular values above rounding.
+        """
+        (out_dim, width), in_dim = self.range.shape, self.rows.shape[1]
+        room = room_for(rank, out_dim, in_dim, self.basis.shape[1], allow_fewer)
+        if rank > width and width < room:
+            raise RankError(f"a sketch of width {width} can't tell {rank} directions", requested=rank, available=width)
+        check_finite(self.rows, "gradient")
+        basis = self.basis.to(self.rows.device, torch.float64)
+        whole, rows = self.rows.double(), residual(self.rows.double(), basis)
+        range_basis = _range_basis(self.range) if second is None else second.range_basis.double()
+        seen = self._psi.double() @ range_basis
+        if second is None:
+            fit = _one_pass(rows, seen, min(rank, width))
+        else:
+            fit = _two_pass(rows, seen, residual(second.rows.double(), basis), min(rank, width))
+        near, singular, right = torch.linalg.svd(fit.factor, full_matrices=False)
+        found = above_rounding(singular[:rank], _root_mean_square(whole), rank, room, allow_fewer)
+        captured, captured_error = _ratio(fit.captured, fit.energy)
+        held = float(fit.captured.mean())
+        return SketchedDirections(
+            A=outside_exactly(right[:found].T, basis).float().contiguous(),
+            singular_values=singular[:found].float(),
+            right=(range_basis[:, : near.shape[0]] @ near[:, :found]).float().contiguous(),
+            captured=min(1.0, captured),
+            residual_energy=float(rows.square().sum() / whole.square().sum()),
+            captured_error=captured_error,
+            of_optimum=min(1.0, 2 * held / (held + fit.optimum)),
+            at_least=min(1.0, held / fit.optimum),
+            passes=1 if second is None else 2,
+        )
+
+
+class SecondPass:
+    """Exact Q^T G, (w, in), accumulated over the same data once more; linear like the sketch.
+
+    Source: Halko, Martinsson and Tropp (2011), algorithm 5.1: E ||G_hat - Q Q^T G_hat||_F^2 is at most
+    (1 + p / (w - p - 1)) times the energy beyond the p-th singular value (theorem 10.5), and directions drawn from
+    Q^T G have gone through G once more than Q has.
+
+    Args:
+        range_basis: Q, (out, w), orthonormal columns.
+        in_dim: in.
+    """
+
+    def __init__(self, range_basis: Float[Tensor, "out w"], in_dim: int):
+        self.range_basis = range_basis
+        self.rows = torch.zeros(range_basis.shape[1], in_dim, device=range_basis.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The buffer: sum it over processes, in place."""
+        return [self.rows]
+
+    @torch.no_grad()
+    def add(self, x: Float[Tensor, "... in"], dy: Float[Tensor, "... out"]) -> None:
+        """Add a batch's Q^T dY^T X; arguments as for `GradientSketch.add`.
+
+        Raises:
+            ShapeError: if they don't fit the layer or each other.
+        """
+        x2, dy2 = _paired(x, dy, self.rows.shape[1], self.range_basis.shape[0])
+        self.rows.addmm_((dy2 @ self.range_basis).T, x2)
+
+    def merge(self, other: "SecondPass") -> None:
+        """Add another process's second pass over its data."""
+        if other.range_basis.shape != self.range_basis.shape or not torch.allclose(other.range_basis, self.range_basis):
+            raise ShapeError("second passes that started from different sketches can't be merged")
+        self.rows.add_(other.rows.to(self.rows.device))
+
+
+def sufficient_width(sketch: GradientSketch, rank: int, target: float = TARGET) -> int | None:
+    """The smallest width, halving from the sketch's own, whose single pass reaches the target; None if none does.
+
+    A wide sketch of a few batches so picks the width for all of the data.
+
+    Args:
+        sketch: the wide sketch.
+        rank: r.
+        target: share of the best rank-r subspace's energy.
+
+    Raises:
+        RankError: as `GradientSketch.directions` does.
+    """
+    enough = None
+    width = sketch.width
+    while width >= rank and sketch.narrowed(width).directions(rank, allow_fewer=True).suffices(target):
+        enough, width = width, width // 2
+    return enough
+
+
+class _Fit(NamedTuple):
+    """G_hat ~ Q factor, and per row of Psi unbiased estimates of two energies: that of A, and the whole.
+
+    optimum is the energy of the best r directions for the fit, which is biased upwards.
+    """
+
+    factor: Tensor
+    captured: Tensor
+    energy: Tensor
+    optimum: float
+
+
+def _one_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], rank: int) -> _Fit:
+    """The least squares solution of Psi Q B = Psi G_hat, for as many columns of Q as serve A best.
+
+    Each further column lets B follow the tail of G_hat more closely, and lets more of the tail's noise in; rows that
+    had no part in the solution tell where to stop.
+    """
+    gram = rows @ rows.T
+    width = seen.shape[1]
+    depths = [depth for depth in (rank * 2**step for step in range(32)) if depth < width] + [width]
+    judged = {depth: _cross_fitted(gram, seen[:, :depth], rank) for depth in depths}
+    depth = max(depths, key=lambda depth: float(judged[depth].plain.sum()))
+    factor = torch.linalg.lstsq(seen[:, :depth], rows).solution
+    missed = rows - seen[:, :depth] @ factor
+    optimum = _leading_energy(torch.cat([factor, missed / (len(rows) - depth) ** 0.5]), rank)
+    return _Fit(factor, judged[depth].captured, judged[depth].energy, optimum)
+
+
+class _Judged(NamedTuple):
+    """Per row of Psi, for A and B found without the row: |psi G_hat A|^2, and less noisy estimates of two energies."""
+
+    plain: Tensor
+    captured: Tensor
+    energy: Tensor
+
+
+def _cross_fitted(gram: Float[Tensor, "l l"], seen: Float[Tensor, "l d"], rank: int) -> _Judged:
+    """What rows say of directions that were found without them, in terms of W W^T, whatever the input width.
+
+    The energy of Q B A is known exactly, and a row only corrects it:
+    ||G_hat A||^2 = ||Q B A||^2 + E (|psi G_hat A|^2 - |psi Q B A|^2); likewise without A.
+    """
+    fold = torch.arange(len(gram), device=gram.device) % FOLDS
+    plain, captured, energy = gram.new_empty(3, len(gram))
+    for turn in range(FOLDS):
+        kept, judge = (fold != turn).nonzero().squeeze(1), (fold == turn).nonzero().squeeze(1)
+        q, r = torch.linalg.qr(seen[kept])
+        solve = torch.linalg.solve_triangular(r, q.T, upper=True)
+        squared, vectors = torch.linalg.eigh(solve @ gram[kept][:, kept] @ solve.T)
+        squared = squared.clamp_min(0.0)
+        foretold = (seen[judge] @ vectors).square() * squared
+        # A direction without energy holds none of the row's either.
+        inverse = torch.where(squared > 1e-14 * squared[-1], squared.rsqrt(), 0.0)[-rank:]
+        plain[judge] = (gram[judge][:, kept] @ (solve.T @ vectors[:, -rank:]) * inverse).square().sum(1)
+        captured[judge] = squared[-rank:].sum() + plain[judge] - foretold[:, -rank:].sum(1)
+        energy[judge] = squared.sum() + gram.diagonal()[judge] - foretold.sum(1)
+    return _Judged(plain, captured, energy)
+
+
+def _two_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], factor: Float[Tensor, "w in"], rank: int) -> _Fit:
+    """B = Q^T G_hat exactly; the rows, independent of Q, tell what lies outside Q."""
+    missed = rows - seen @ factor
+    directions = torch.linalg.svd(factor, full_matrices=False)
+    captured = directions.S[:rank].square().sum() + (missed @ directions.Vh[:rank].T).square().sum(1)
+    energy = factor.square().sum() + missed.square().sum(1)
+    return _Fit(factor, captured, energy, _leading_energy(torch.cat([factor, missed / len(rows) ** 0.5]), rank))
+
+
+def _leading_energy(tall: Float[Tensor, "m in"], rank: int) -> float:
+    """Sum of the r largest squared singular values."""
+    return float(torch.linalg.eigvalsh(tall @ tall.T)[-rank:].clamp_min(0.0).sum())
+
+
+def _ratio(part: Float[Tensor, " l"], whole: Float[Tensor, " l"]) -> tuple[float, float]:
+    """Ratio of two means over the same rows, and its standard error to first order."""
+    mean = whole.mean().clamp_min(torch.finfo(whole.dtype).tiny)
+    ratio = part.mean() / mean
+    return float(ratio), float((part - ratio * whole).std() / (mean * len(part) ** 0.5))
+
+
+def _root_mean_square(rows: Float[Tensor, "l in"]) -> float:
+    """||G||_F as the rows of Psi G tell it."""
+    return float(rows.norm() / len(rows) ** 0.5)
+
+
+def _range_basis(sketch: Float[Tensor, "out w"]) -> Float[Tensor, "out w"]:
+    """Q: orthonormal columns that span Y, strongest first, in float64."""
+    q, r = torch.linalg.qr(sketch.double())
+    return q @ torch.linalg.svd(r).U
+
+
+def _paired(x: Tensor, dy: Tensor, in_dim: int, out_dim: int) -> tuple[Tensor, Tensor]:
+    """A batch's inputs (n, in) and output gradients (n, out) in float32.
+
+    Raises:
+        ShapeError: if they don't fit the layer or each other.
+    """
+    if x.shape[-1] != in_dim or dy.shape[-1] != out_dim or x.shape[:-1] != dy.shape[:-1]:
+        raise ShapeError(
+            f"a gradient sketch of a layer ({out_dim}, {in_dim}) needs inputs (..., {in_dim}) and output gradients "
+            f"(..., {out_dim}) of the same rows, but got {tuple(x.shape)} and {tuple(dy.shape)}"
+        )
+    return x.reshape(-1, in_dim).float(), dy.reshape(-1, out_dim).float()
