@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class KeepLora(Method):
         """Settings of KeepLoRA; rank, alpha, ε_w and ε_f are the parts'.
 
         Args:
-            preset: `paper`, or `released-clip` for what the authors' released CLIP code does.
+            preset: `paper`, or `released-clip` and `released-llava` for what the authors' released code does.
             form: `delta` or `literal`, see the module's docstring; None takes the preset's.
             init: `gradient`, or `random` directions outside M' (an ablation).
             protect_weights: whether M' holds W_p (switched off: an ablation).
@@ -68,6 +69,7 @@ class KeepLora(Method):
     def __init__(self, options: "KeepLora.Options"):
         super().__init__(options)
         self.rules = RULES[options.preset]
+        self.dropout = self.rules.dropout
         self.form = options.form or self.rules.form
         self.bases: dict[str, Tensor] = {}
         self._added: dict[str, Tensor] = {}
@@ -79,11 +81,10 @@ class KeepLora(Method):
             for layer in ctx.layers.values():
                 self._added[layer.name] = self._weight_basis(layer, ctx)
         elif self.options.protect_features:
-            statistics, leaders = ctx.features(self.rules.statistic)
-            for layer in ctx.layers.values():
-                if layer.name in leaders:
-                    self._added[layer.name] = self._feature_directions(layer, statistics[leaders[layer.name]], ctx)
-            ctx.report["layers_without_features"] = sorted(set(ctx.layers) - set(leaders))
+            evidence = self._evidence(ctx)
+            for name, found in evidence.items():
+                self._added[name] = self._feature_directions(ctx.layers[name], found, ctx)
+            ctx.report["layers_without_features"] = sorted(set(ctx.layers) - set(evidence))
         for name, new in self._added.items():
             self._grow(name, new)
         # What is kept is what the basis holds, after the appended columns were made orthogonal once more.
@@ -91,6 +92,14 @@ class KeepLora(Method):
         ctx.report["capacity"] = {
             name: {"in": layer.module.in_features, "k": self.bases[name].shape[1], "part": layer.part} for name, layer in ctx.layers.items()
         }
+
+    def _evidence(self, ctx: TaskContext) -> dict[str, Any]:
+        """Layer name → what shows which directions the task uses: its features' statistic, or its gradient."""
+        if self.rules.evidence == "gradient":
+            gradients = ctx.gradients(self.options.gradient_fraction)
+            return {name: gradient.cpu() for name, gradient in gradients.items() if bool(gradient.any())}
+        statistics, leaders = ctx.features(self.rules.statistic)
+        return {name: statistics[leaders[name]] for name in ctx.layers if name in leaders}
 
     def _weight_basis(self, layer: Layer, ctx: TaskContext) -> Tensor:
         width = layer.module.in_features

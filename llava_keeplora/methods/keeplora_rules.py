@@ -19,6 +19,9 @@ from llava_keeplora.subspace import (
     principal_basis,
     released_clip_extend,
     released_clip_weight_basis,
+    released_llava_directions,
+    released_llava_extend,
+    released_llava_weight_basis,
     residual,
     residual_gradient_directions,
 )
@@ -28,6 +31,10 @@ class PaperRules:
     """What the paper says: arXiv 2601.19659, section 3."""
 
     form = "delta"
+    #: What M_t is taken from after a task: the layers' inputs, or the gradient.
+    evidence = "features"
+    #: On the adapters' input while training.
+    dropout = 0.0
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
@@ -106,4 +113,26 @@ class _RunningMean:
         raise MethodError("the released-clip preset averages batches in their order, which several processes don't have", "run it in one process")
 
 
-RULES = {"paper": PaperRules, "released-clip": ReleasedClipRules}
+class ReleasedLlavaRules(PaperRules):
+    """What the authors' released LLaVA code does (DCL_UCIT folder), for comparison runs: B from zero, no W'."""
+
+    evidence = "gradient"
+    dropout = 0.05
+
+    @staticmethod
+    def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
+        """Input-side directions by the strict rule."""
+        return released_llava_weight_basis(weight, energy)
+
+    @staticmethod
+    def extend(basis: Tensor, statistic: Tensor, energy: float) -> FeatureDirections:
+        """The GPM rule on the gradient (out, in) of the merged model."""
+        return released_llava_extend(basis, statistic, energy)
+
+    @staticmethod
+    def directions(gradient: Tensor, basis: Tensor, rank: int) -> ResidualDirections:
+        """`svd_lowrank(q=r)` without oversampling, A rounded to fp16."""
+        return released_llava_directions(gradient, basis, rank)
+
+
+RULES = {"paper": PaperRules, "released-clip": ReleasedClipRules, "released-llava": ReleasedLlavaRules}

@@ -260,3 +260,24 @@ def test_the_released_preset_needs_square_layers_and_says_so():
 
 def test_the_released_preset_runs_on_square_layers(tmp_path, run_config):
     run(run_config(tmp_path / "run", methods={"released": {"method": "keeplora", "preset": "released-clip"}}))
+
+
+def test_the_released_llava_preset_protects_the_gradient_instead_of_the_features_and_starts_B_at_zero():
+    torch.manual_seed(3)
+    method = started({"preset": "released-llava"})
+    before, gradient = method.bases["layer"].clone(), torch.randn(6, 2) @ torch.randn(2, 10)
+    ctx = layer_context(gradient=gradient)
+    (init,) = method.prepare(ctx).values()
+    assert init.B is None and not init.train_A and torch.equal(init.A, init.A.half().float())
+    assert method.dropout == 0.05
+
+    ctx.features = lambda statistic: pytest.fail("the preset looks at no features")
+    method.consolidate(ctx)
+    new = method.bases["layer"][:, before.shape[1] :]
+    rows = torch.linalg.qr(torch.cat([before, gradient.T], dim=1)).Q
+    assert 1 <= new.shape[1] <= 2, "the gradient has rank two"
+    torch.testing.assert_close(project(new.T, rows), new.T, atol=1e-5, rtol=0)
+
+
+def test_the_released_llava_preset_runs(tmp_path, run_config):
+    run(run_config(tmp_path / "run", methods={"released": {"method": "keeplora", "preset": "released-llava"}}))
