@@ -4,12 +4,14 @@ from llava_keeplora.subspace.basis import (
     append_directions,
     empty_basis,
     orthonormality_error,
+    orthonormalized,
     overlap,
     project,
     residual,
 )
 from llava_keeplora.subspace.energy import energy_rank
 from llava_keeplora.subspace.errors import EnergyError, NonFiniteError, RankError, ShapeError, SubspaceError
+from llava_keeplora.subspace.feature_sketch import SketchedFeatureDirections, SketchedMoment, choose_statistic
 from llava_keeplora.subspace.features import FeatureDirections, feature_directions
 from llava_keeplora.subspace.gradient_sketch import (
     WIDTH_PER_RANK,
@@ -43,13 +45,17 @@ __all__ = [
     "SecondPass",
     "ShapeError",
     "SketchedDirections",
+    "SketchedFeatureDirections",
+    "SketchedMoment",
     "SubspaceError",
     "WIDTH_PER_RANK",
     "append_directions",
+    "choose_statistic",
     "empty_basis",
     "energy_rank",
     "feature_directions",
     "orthonormality_error",
+    "orthonormalized",
     "overlap",
     "principal_basis",
     "project",

@@ -12,6 +12,10 @@ from llava_keeplora.subspace.errors import NonFiniteError, RankError, ShapeError
 
 # A new direction that keeps less than this share of its length outside the span of the others is dependent on them.
 DEPENDENT = 1e-5
+# Columns of U^T U - I longer than this, which float32 rounding doesn't explain: a basis has drifted.
+DRIFT = 1e-5
+# Largest entry of |U^T U - I| with which columns still count as a basis that has drifted.
+BROKEN = 1e-2
 
 
 def empty_basis(
@@ -97,10 +101,47 @@ def orthonormality_error(basis: Float[Tensor, "in k"]) -> float:
     return float(gram.abs().max())
 
 
-def append_directions(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) -> Float[Tensor, "in k_plus_m"]:
-    """Append new directions; the old columns stay bitwise the same and nothing is dropped.
+def orthonormalized(basis: Float[Tensor, "in k"]) -> Float[Tensor, "in k"]:
+    """The nearest orthonormal columns to columns that have drifted, in the basis's dtype.
 
-    The new columns are projected off the old ones twice (once leaves rounding behind) and made orthonormal among
+    The polar factor U (U^T U)^(-1/2): the span stays, and no column moves more than it must.
+
+    Source: Higham, "Functions of Matrices" (2008), theorem 8.4.
+
+    Args:
+        basis: (in, k), orthonormal up to `BROKEN`.
+
+    Raises:
+        ShapeError: if the columns are further from orthonormal than that.
+    """
+    error = orthonormality_error(basis)
+    if not error <= BROKEN:
+        raise ShapeError(
+            f"a basis of shape {tuple(basis.shape)} isn't orthonormal: |U^T U - I| reaches {error:.1e}; was it stored in "
+            "low precision or scaled?"
+        )
+    left, _, right = torch.linalg.svd(basis.detach().double(), full_matrices=False)
+    return (left @ right).to(basis.dtype)
+
+
+def has_drifted(basis: Float[Tensor, "in k"]) -> bool:
+    """Whether the columns are further from orthonormal than float32 rounding leaves them, asked of random mixtures.
+
+    Args:
+        basis: U, (in, k).
+    """
+    tall = basis.detach().double()
+    probe = torch.randn(tall.shape[1], 8, generator=torch.Generator().manual_seed(0)).to(tall)
+    # A Gaussian g has E |M g|^2 = |M|_F^2; U^T U itself would cost as much as all the rest of growing does.
+    error = (tall.T @ (tall @ probe) - probe).norm() / max(1, probe.numel()) ** 0.5
+    return not float(error) <= DRIFT
+
+
+def append_directions(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) -> Float[Tensor, "in k_plus_m"]:
+    """Append new directions; nothing is dropped, and the old columns stay bitwise the same unless they have drifted.
+
+    Columns that are stored as they are can't drift by growing, but they can by what happens to them elsewhere, such as
+    a cast to half precision: a basis beyond `DRIFT` is made orthonormal again first. The new columns are projected off the old ones twice (once leaves rounding behind) and made orthonormal among
     themselves in float64, each keeping its sense.
 
     Source: KeepLoRA (arXiv 2601.19659), the update M' <- [M', new].
@@ -113,7 +154,7 @@ def append_directions(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) 
         (in, k + m), in the basis's dtype.
 
     Raises:
-        ShapeError: if the heights differ.
+        ShapeError: if the heights differ, or if the basis is far from orthonormal.
         NonFiniteError: if `new` holds NaN or infinity.
         RankError: if k + m exceeds `in`, or if a new column depends on the others.
     """
@@ -129,6 +170,8 @@ def append_directions(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) 
     if count == 0:
         return basis
     check_finite(new, "block of new directions")
+    if has_drifted(basis):
+        basis = orthonormalized(basis)
     return torch.cat([basis, orthonormal_beside(basis, new).to(basis.dtype)], dim=1)
 
 

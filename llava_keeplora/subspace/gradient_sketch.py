@@ -57,9 +57,6 @@ def gaussian_rows(rows: int, dim: int, stream: int, device: torch.device) -> Flo
     return matrix
 
 
-
-
-
 @dataclass(frozen=True)
 class SketchedDirections(ResidualDirections):
     """Residual directions from a sketch, with what is known of their quality.

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llava_keeplora.subspace.errors import ShapeError
+from llava_keeplora.subspace.features import FeatureDirections, feature_directions
 
 
 class SecondMoment:
@@ -41,16 +42,21 @@ class SecondMoment:
         Raises:
             ShapeError: if the width or the mask doesn't fit.
         """
-        if x.shape[-1] != self.dim:
-            raise ShapeError(f"second moments of width {self.dim} got features of shape {tuple(x.shape)}")
-        if mask is not None:
-            if mask.shape != x.shape[:-1]:
-                raise ShapeError(f"a mask of shape {tuple(mask.shape)} doesn't fit features of shape {tuple(x.shape)}")
-            x = x[mask]
-        rows = x.reshape(-1, self.dim).float()
+        rows = counted_rows(x, mask, self.dim)
         self.count += rows.shape[0]
         product = rows.T @ rows
         self._sum = product.to(self.dtype) if self._sum is None else self._sum.add_(product)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The buffer: sum it over processes, in place; it is there even before the first row."""
+        if self._sum is None:
+            self._sum = torch.zeros(self.dim, self.dim, dtype=self.dtype)
+        return [self._sum]
+
+    def directions(self, basis: Float[Tensor, "in k"], energy: float) -> FeatureDirections:
+        """What the features add to a basis; see `feature_directions`."""
+        return feature_directions(self.matrix, basis, energy)
 
     def merge(self, other: "SecondMoment") -> None:
         """Add another stream's sum and count, as from another process.
@@ -68,3 +74,23 @@ class SecondMoment:
     def matrix(self) -> Float[Tensor, "in in"]:
         """C, (dim, dim), in the buffer's dtype; zeros before the first row."""
         return torch.zeros(self.dim, self.dim, dtype=self.dtype) if self._sum is None else self._sum
+
+
+def counted_rows(x: Float[Tensor, "... in"], mask: Bool[Tensor, "..."] | None, dim: int) -> Float[Tensor, "n in"]:
+    """The rows of a batch that count, in float32.
+
+    Args:
+        x: (..., in), any floating dtype.
+        mask: over the leading dimensions, True for the rows that count.
+        dim: the layer's input width.
+
+    Raises:
+        ShapeError: if the width or the mask doesn't fit.
+    """
+    if x.shape[-1] != dim:
+        raise ShapeError(f"second moments of width {dim} got features of shape {tuple(x.shape)}")
+    if mask is not None:
+        if mask.shape != x.shape[:-1]:
+            raise ShapeError(f"a mask of shape {tuple(mask.shape)} doesn't fit features of shape {tuple(x.shape)}")
+        x = x[mask]
+    return x.reshape(-1, dim).float()

@@ -49,6 +49,36 @@ def test_append_repairs_directions_that_almost_lie_in_the_basis(sub, random_basi
     assert sub.orthonormality_error(sub.append_directions(basis, nearly)) < 1e-6
 
 
+def test_a_basis_does_not_drift_while_it_grows(sub):
+    basis = sub.empty_basis(120)
+    for step in range(50):
+        nearly_known = 0.9 * sub.project(torch.randn(2, 120), basis).T + torch.randn(120, 2)
+        grown = sub.append_directions(basis, nearly_known)
+        assert torch.equal(grown[:, : basis.shape[1]], basis)
+        basis = grown
+    assert basis.shape == (120, 100) and sub.orthonormality_error(basis) < 5e-7
+
+
+def test_a_drifted_basis_is_made_orthonormal_again_when_it_grows(sub, random_basis):
+    exact = random_basis(60, 20)
+    drifted = exact.half().float()
+    assert sub.orthonormality_error(drifted) > 1e-5
+    grown = sub.append_directions(drifted, torch.randn(60, 4))
+    assert sub.orthonormality_error(grown) < 5e-7
+    assert sub.residual(drifted.T, grown[:, :20]).abs().max() < 1e-6, "the span stays"
+    values, vectors = torch.linalg.eigh(drifted.double().T @ drifted.double())
+    nearest = drifted.double() @ (vectors * values.rsqrt()) @ vectors.T
+    assert torch.allclose(sub.orthonormalized(drifted).double(), nearest, atol=1e-7)
+
+
+def test_columns_that_are_no_basis_are_refused(sub, random_basis):
+    scaled = 1.1 * random_basis(60, 20)
+    with pytest.raises(sub.ShapeError, match=r"shape \(60, 20\) isn't orthonormal: \|U\^T U - I\| reaches 2.1e-01"):
+        sub.append_directions(scaled, torch.randn(60, 1))
+    with pytest.raises(sub.ShapeError, match="isn't orthonormal"):
+        sub.orthonormalized(torch.full((4, 2), float("nan")))
+
+
 def test_append_of_orthonormal_directions_keeps_their_sense(sub, random_basis):
     whole = random_basis(20, 6)
     assert torch.allclose(sub.append_directions(whole[:, :4], whole[:, 4:]), whole, atol=1e-6)
