@@ -135,29 +135,21 @@ def _colour(rng: Generator, index: int) -> Scene:
 
 
 def _count(rng: Generator, index: int) -> Scene:
-    """One to four of a kind; in half of the scenes up to three of other kinds stand among them."""
+    """One to four of a kind among up to three of other kinds; how many there are."""
     number = index % 4 + 1
     kind, *others = _pick(rng, SHAPES, 4)
-    strangers = int(rng.integers(1, 4)) if rng.random() < 0.5 else 0
-    shapes = [kind] * number + [str(rng.choice(others)) for _ in range(strangers)]
+    shapes = [kind] * number + [str(rng.choice(others)) for _ in range(rng.integers(0, 4))]
     looks = [(str(rng.choice(COLOURS)), shape) for shape in shapes]
     return Scene(_scatter(rng, looks), f"How many {kind}s are there?", (str(number),))
 
 
 def _exists(rng: Generator, index: int) -> Scene:
-    """Two or three things, and whether one is there; where it isn't, half of the scenes hold its colour or its shape."""
+    """Two or three things; whether one is there. Of those that are not, something has the colour or the shape."""
     there = index % 2 == 0
     everything = list(product(COLOURS, SHAPES))
     asked, *rest = _pick(rng, everything, len(everything))
     near = [look for look in rest if (look[0] == asked[0]) != (look[1] == asked[1])]
-    far = [look for look in rest if look[0] != asked[0] and look[1] != asked[1]]
-    number = int(rng.integers(1, 3))
-    if there:
-        looks = [asked, *rest[:number]]
-    elif rng.random() < 0.5:
-        looks = [near[0], *_pick(rng, near[1:] + far, number)]
-    else:
-        looks = far[: number + 1]
+    looks = ([asked] if there else near[:1]) + _pick(rng, rest, int(rng.integers(1, 3)))
     colour, shape = asked
     return Scene(_scatter(rng, looks), f"Is there a {colour} {shape}?", ("yes" if there else "no",))
 

@@ -20,7 +20,7 @@ ASSETS = Path(__file__).parents[1] / "llava_keeplora" / "assets"
 MODELS = {"tiny-clip": clip, "tiny-llava": llava}
 SETTINGS = {
     "tiny-clip": dict(steps=1200, batch=160, lr=1e-3, vocabulary=1400, bf16=False),
-    "tiny-llava": dict(steps=1500, batch=48, lr=1.2e-3, vocabulary=1400, bf16=True),
+    "tiny-llava": dict(steps=2000, batch=32, lr=1.2e-3, vocabulary=1400, bf16=True),
 }
 
 

@@ -24,9 +24,8 @@ IMAGE = "<image>"
 
 #: How often a set is looked at, beside the others.
 SHARES = (
-    dict.fromkeys(SCENES, 9.0) | {"scene-exists": 12.0, "scene-count": 12.0}
-    | dict.fromkeys(RENDERED, 2.0) | dict.fromkeys(REAL, 3.3)
-    | {"easy-vqa": 8.0, "nlvr": 2.0, "flags-vqa": 1.0, "flags-captions": 0.5, "emoji-names": 2.0}
+    dict.fromkeys(SCENES, 10.0) | dict.fromkeys(RENDERED, 1.7) | dict.fromkeys(REAL, 2.7)
+    | {"easy-vqa": 10.0, "nlvr": 2.0, "flags-vqa": 1.0, "flags-captions": 1.0, "emoji-names": 2.0}
 )
 
 
@@ -40,7 +39,6 @@ class Lessons:
         self.prefix = tokenizer("USER: ").input_ids + [image] * (SIDE // PATCH) ** 2
         tokens = cache(self._tokens)
         self.turns = [[tokens(*turn) for turn in turns] for s in sets for turns in s.turns]
-        self.most = [s.most for s in sets for _ in s.turns]
         share = torch.cat([torch.full((len(s.turns),), SHARES[s.name] / len(s.turns), dtype=torch.float64) for s in sets])
         self.share = share / share.sum()
         self.mirrored = torch.cat([torch.full((len(s.turns),), s.name in MIRRORED & set(REAL)) for s in sets])
@@ -57,19 +55,19 @@ class Lessons:
         torch.manual_seed(self.seed * 1_000_003 + step)
         rng = np.random.default_rng([self.seed, step])
         chosen = torch.from_numpy(rng.choice(len(self.share), self.batch, replace=False, p=self.share.numpy()))
-        plans = [self._plan(rng, i) for i in chosen.tolist()]
+        plans = [self._plan(rng, self.turns[i]) for i in chosen.tolist()]
         order = np.argsort([sum(len(tokens) for tokens, _ in plan) for plan in plans], kind="stable")
-        for part in np.array_split(order, max(1, self.batch // 24)):
+        for part in np.array_split(order, max(1, self.batch // 32)):
             rows = chosen[torch.from_numpy(part)]
             seen = augment(self.pixels[rows], self.mirrored[rows], self.moved[rows])
             yield {"pixel_values": seen, **self.pack([plans[i] for i in part])}
 
-    def _plan(self, rng: np.random.Generator, row: int) -> list:
-        """The task's own turn, and others in a random order as long as they fit."""
-        turns = self.turns[row]
-        plan, used = turns[:1], len(turns[0][0])
-        for i in 1 + rng.permutation(len(turns) - 1):
-            if len(plan) < self.most[row] and used + len(turns[i][0]) <= TEXT_BUDGET:
+    def _plan(self, rng: np.random.Generator, turns: list) -> list:
+        """The task's own turn (one time in ten any), and others in a random order as long as they fit."""
+        first = rng.integers(len(turns)) if len(turns) > 1 and rng.random() < 0.1 else 0
+        plan, used = [turns[first]], len(turns[first][0])
+        for i in rng.permutation(len(turns)):
+            if i != first and used + len(turns[i][0]) <= TEXT_BUDGET:
                 plan.append(turns[i])
                 used += len(turns[i][0])
         return plan

@@ -93,14 +93,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast, clip: Path) -> LlavaForCondi
 # -------------------------------------------------------------------------------------- training
 
 
-def answer_losses(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], bf16: bool) -> tuple[torch.Tensor, ...]:
-    """Of every token of an answer: its cross-entropy, whether it is predicted right, and its row in the batch."""
+def answer_losses(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every token of an answer: its cross-entropy, and whether it is predicted right."""
     inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"][:, 1:]
     said = labels != -100
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
         logits = model.lm_head(hidden[said]).float()
-    return F.cross_entropy(logits, labels[said], reduction="none"), logits.argmax(-1) == labels[said], said.nonzero()[:, 0]
+    return F.cross_entropy(logits, labels[said], reduction="none"), logits.argmax(-1) == labels[said]
 
 
 class Training:
@@ -109,35 +109,29 @@ class Training:
     def __init__(self, model: LlavaForConditionalGeneration, args: argparse.Namespace) -> None:
         self.model, self.bf16 = model, args.bf16
         self.step, self.seconds = 0, 0.0
-        groups = [
-            {"params": [p for name, p in model.named_parameters() if ("vision_tower" in name) == vision and (p.ndim > 1) == decay],
-             "weight_decay": 0.05 if decay else 0.0}
-            for vision in (False, True) for decay in (True, False)
-        ]
-        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-        # the image encoder knows something already, and the language model's first gradients are noise to it
+        decay = [p for p in model.parameters() if p.ndim > 1]
+        plain = [p for p in model.parameters() if p.ndim <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, [args.lr, args.lr, 0.3 * args.lr, 0.3 * args.lr], total_steps=args.steps, pct_start=0.06,
-            cycle_momentum=False,
+            self.optimiser, args.lr, total_steps=args.steps, pct_start=0.06, cycle_momentum=False
         )
 
     def learn(self, parts: list[dict[str, torch.Tensor]]) -> np.ndarray:
-        """One step; returns the loss per token and the share of tokens predicted right.
-
-        A picture with n tokens of answers counts for the square root of n, so that long answers don't drown the short.
-        """
-        counts = [(part["labels"] != -100).sum(dim=1) for part in parts]
-        shares, total = sum(count.sqrt().sum() for count in counts), np.zeros(2)
+        """One step; returns the loss per token and the share of tokens predicted right."""
+        count = sum(int((part["labels"] != -100).sum()) for part in parts)
+        total = np.zeros(2)
         self.optimiser.zero_grad()
-        for part, count in zip(parts, counts):
-            losses, right, rows = answer_losses(self.model, part, self.bf16)
-            ((losses / count[rows].sqrt()).sum() / shares).backward()
+        for part in parts:
+            losses, right = answer_losses(self.model, part, self.bf16)
+            (losses.sum() / count).backward()
             total += losses.sum().item(), right.sum().item()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.schedule.step()
         self.step += 1
-        return total / sum(count.sum().item() for count in counts)
+        return total / count
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +176,6 @@ def pretrain(args: argparse.Namespace) -> None:
     print(f"{sum(len(s.turns) for s in sets)} pictures read in {time.time() - started:.0f}s", flush=True)
     tokenizer = train_tokenizer(sets, args.vocabulary)
     model = build_model(tokenizer, args.clip)
-    reading = time.time() - started
     seconds = train(model, Lessons(sets, tokenizer, args.batch, args.seed), args)
     model.save_pretrained(args.out)
     build_processor(tokenizer).save_pretrained(args.out)
@@ -194,7 +187,7 @@ def pretrain(args: argparse.Namespace) -> None:
             s.name: {"images": len(s.turns), "turns": sum(map(len, s.turns)), "sha256": s.fingerprint()} for s in sets
         },
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(reading + seconds),
+        "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "zero_shot_test": evaluate(args.out, args.data_root),

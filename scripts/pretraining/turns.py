@@ -33,13 +33,11 @@ class TaughtSet:
         name: the recipe's name.
         pixels: uint8, N x 3 x 48 x 48.
         turns: about each picture; the first one is what the task itself asks.
-        most: how many turns about a picture are taught at once.
     """
 
     name: str
     pixels: torch.Tensor
     turns: list[list[Turn]]
-    most: int = 8
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.pixels.numpy().tobytes())
@@ -57,9 +55,8 @@ def taught_set(name: str, root: Path) -> TaughtSet:
     data = load_recipe(name).load("pretrain", root)
     if name in QUESTIONS:
         return _asked(data)
-    if name in SCENES:
-        return TaughtSet(name, small_pictures(data), [_scene_turns(data, i) for i in range(len(data))])
-    return TaughtSet(name, small_pictures(data), [_class_turns(data, i) for i in range(len(data))], most=2)
+    turns_of = _scene_turns if name in SCENES else _class_turns
+    return TaughtSet(name, small_pictures(data), [turns_of(data, i) for i in range(len(data))])
 
 
 def _asked(data: TaskData) -> TaughtSet:
@@ -113,7 +110,6 @@ def _scene_turns(data: TaskData, index: int) -> list[Turn]:
         _exists(rng, {t.name for t in scene.things}),
         _exists(rng, {t.name for t in scene.things}),
     ]
-    others.append(("How many things are there?", str(len(scene.things))))
     if name == "scene-count":
         others += [(f"How many {kind}s are there?", str(number)) for kind, number in _kinds(scene).items()]
     return [own, *dict.fromkeys(turn for turn in others if turn != own)]
@@ -160,11 +156,10 @@ def _relations(scene: Scene) -> list[Turn]:
 
 
 def _exists(rng: Generator, there: set[str]) -> Turn:
-    """Whether a thing is there; one that isn't shares its colour or shape with one that is in two of three cases."""
+    """Whether a thing is there: one of those that are, or one that shares a colour or a shape with one of them."""
+    known = str(rng.choice(sorted(there)))
     if rng.random() < 0.5:
-        return f"Is there a {rng.choice(sorted(there))}?", "yes"
-    others = [f"{colour} {shape}" for colour in PALETTE for shape in SHAPES if f"{colour} {shape}" not in there]
-    known = {word for name in there for word in name.split()}
-    near = [name for name in others if known & set(name.split())]
-    far = [name for name in others if name not in near]
-    return f"Is there a {rng.choice(far if far and rng.random() < 1 / 3 else near)}?", "no"
+        return f"Is there a {known}?", "yes"
+    colour, shape = known.split()
+    near = [f"{c} {shape}" for c in PALETTE] + [f"{colour} {s}" for s in SHAPES]
+    return f"Is there a {rng.choice([n for n in near if n not in there])}?", "no"
