@@ -209,7 +209,23 @@ class LlavaTask(nn.Module):
         answered = target != IGNORE
         # The vocabulary is wide and answers are short: logits where something is learned, and nowhere else.
         logits = self.llava.lm_head(hidden[:, :-1][answered]).float()
-        return {"loss": cross_entropy(logits, target[answered]), "logits": logits}
+        loss = cross_entropy(logits, target[answered])
+        return {"loss": loss if "pixel_values" in inputs else loss + self._without_images(), "logits": logits}
+
+    def _without_images(self) -> Tensor:
+        """Zero, as a function of the vision encoder and the projector.
+
+        Processes that share gradients wait for every trainable tensor's, and a batch of text alone would give none.
+        """
+        model, config = self.llava.model, self.llava.config
+        trained = [p for part in (model.vision_tower, model.multi_modal_projector) for p in part.parameters() if p.requires_grad]
+        if not trained or not torch.is_grad_enabled():
+            return torch.zeros((), device=self.llava.device)
+        side, chosen = config.vision_config.image_size, config.vision_feature_layer
+        blank = torch.zeros(1, 3, side, side, dtype=self.llava.dtype, device=self.llava.device)
+        states = model.vision_tower(blank, output_hidden_states=True).hidden_states
+        used = torch.cat([states[i] for i in (chosen if isinstance(chosen, (list, tuple)) else [chosen])], dim=-1)
+        return 0.0 * model.multi_modal_projector(used).float().sum()
 
     @contextmanager
     def constants(self) -> Iterator[None]:

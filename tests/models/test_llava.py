@@ -229,3 +229,18 @@ def test_a_record_with_nothing_to_learn_is_named(tiny_llava, tmp_path):
     family = open_model(ModelConfig(str(tiny_llava)))
     with pytest.raises(ConfigError, match=r"record 'q7' of mute \(train.json\) has an empty answer"):
         family.inputs(data, ImageCache(family.prepare, 1.0).split(data))
+
+
+def test_a_batch_of_text_alone_gives_the_vision_adapters_a_gradient_of_zero_and_the_same_loss(family, inputs, data):
+    """Processes that share gradients would otherwise wait for each other forever."""
+    layers = family.linear_layers("vision", ("v_proj",)) | family.linear_layers("projector", ("linear_1",))
+    task, batch = family.task(data.recipe), inputs.collate([2])
+    assert "pixel_values" not in batch
+    frozen = task(**batch)["loss"]
+    weights = [layer.weight.requires_grad_(True) for layer in layers.values()]
+    loss = task(**batch)["loss"]
+    gradients = torch.autograd.grad(loss, weights)
+    for weight in weights:
+        weight.requires_grad_(False)
+    assert torch.equal(loss.detach(), frozen.detach())
+    assert all(not gradient.any() for gradient in gradients)
