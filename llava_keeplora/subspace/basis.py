@@ -141,8 +141,9 @@ def append_directions(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) 
     """Append new directions; nothing is dropped, and the old columns stay bitwise the same unless they have drifted.
 
     Columns that are stored as they are can't drift by growing, but they can by what happens to them elsewhere, such as
-    a cast to half precision: a basis beyond `DRIFT` is made orthonormal again first. The new columns are projected off the old ones twice (once leaves rounding behind) and made orthonormal among
-    themselves in float64, each keeping its sense.
+    a cast to half precision: a basis beyond `DRIFT` is made orthonormal again first. The new columns are projected off
+    the old ones twice (once leaves rounding behind) and made orthonormal among themselves in float64, each keeping its
+    sense.
 
     Source: KeepLoRA (arXiv 2601.19659), the update M' <- [M', new].
 
