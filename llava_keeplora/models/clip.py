@@ -105,6 +105,9 @@ class ClipTask(nn.Module):
         attention_mask: (classes, tokens).
     """
 
+    #: Every image counts the same, so a mean of the batches' means will do.
+    accepts_loss_kwargs = False
+
     def __init__(self, clip: CLIPModel, input_ids: Tensor, attention_mask: Tensor):
         super().__init__()
         self.clip = clip

@@ -190,6 +190,9 @@ class LlavaTask(nn.Module):
         llava: the model, plain or with adapters.
     """
 
+    #: `transformers.Trainer` counts the answer tokens of every optimiser step, because batches hold different numbers of them.
+    accepts_loss_kwargs = True
+
     def __init__(self, llava: nn.Module):
         super().__init__()
         self.llava = llava

@@ -99,8 +99,15 @@ class TaskTrainer(Trainer):
         self.add_callback(_AfterStep(method, ctx, on_step))
         self._waiting: set[str] | None = None
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs):
-        """The method's loss on a batch."""
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ):
+        """The method's loss on a batch; where a batch counts by its tokens, its share of the mean over the whole optimiser step.
+
+        Args:
+            num_items_in_batch: supervised tokens of all accumulated batches of all processes, for a model that
+                `accepts_loss_kwargs`; the Trainer then divides by nothing, and averages the processes' gradients.
+        """
         out = model(**inputs)
         loss = self.method.loss(self.ctx, inputs, out)
         if not torch.isfinite(loss):
@@ -108,6 +115,10 @@ class TaskTrainer(Trainer):
                 f"the loss of task '{self.ctx.name}' is {loss.item()} at step {self.state.global_step + 1}",
                 CURE,
             )
+        if num_items_in_batch is not None:
+            own = self.accelerator.unwrap_model(model).weight(inputs)
+            counted = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * (own / num_items_in_batch * counted)
         return (loss, out) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None):

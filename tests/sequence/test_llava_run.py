@@ -164,3 +164,14 @@ def test_the_configuration_of_a_llava_run_survives_a_round_trip(llava_tree, tmp_
     config = parse_config(copy.deepcopy(tree))
     assert config.parts["projector"].train == "full" and config.parts["projector"].learning_rate == 1e-3
     assert config.parts["vision"].targets is None
+
+
+def test_small_batches_accumulated_train_as_one_large_batch(llava_config, drive, tmp_path, mixed_tasks):
+    """Answers have different lengths, so a mean of the small batches' means would be another loss."""
+    results = []
+    for name, size, steps in (("large", 8, 1), ("accumulated", 2, 4)):
+        training = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 2, "optim": "sgd"}
+        drive(llava_config(tmp_path / name, tasks=[str(mixed_tasks[0])], training=training, methods={"seq-lora": {}}))
+        results.append(load_deltas(tmp_path / name / "seq-lora/task-01-questions/delta.safetensors"))
+    for layer, delta in results[0].items():
+        torch.testing.assert_close(delta.dense(), results[1][layer].dense(), atol=1e-7, rtol=1e-3)
