@@ -56,7 +56,7 @@ def feature_pass(
         layers: name → linear layer.
         parts: name → the part it belongs to.
         batches: batches; in several processes, each process's share.
-        statistic: builds an accumulator for an input width; it has `add(x, mask)` and a summable `matrix`.
+        statistic: builds an accumulator for an input width; it has `add(x, mask)` and summable `tensors`.
 
     Returns:
         leader name → statistic, and layer name → leader name.
@@ -77,7 +77,8 @@ def feature_pass(
                 task(**batch)
     if is_distributed():
         for value in statistics.values():
-            dist.all_reduce(value.matrix)
+            for tensor in value.tensors:
+                dist.all_reduce(tensor)
     return statistics, leaders
 
 

@@ -109,7 +109,7 @@ class _RunningMean:
             self.dropped += len(x)
 
     @property
-    def matrix(self) -> Tensor:
+    def tensors(self) -> list[Tensor]:
         raise MethodError("the released-clip preset averages batches in their order, which several processes don't have", "run it in one process")
 
 

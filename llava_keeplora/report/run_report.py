@@ -30,7 +30,7 @@ def write_run_report(run: str | Path) -> dict[str, Matrix]:
     capacity = {label: stages for label in results if (stages := read_capacity(run / label))}
     settings = {key: config[key] for key in ("seed", "sequence", "model", "parts", "training", "data")}
     settings["methods"] = {label: {"method": m["method"], **m["options"]} for label, m in config["methods"].items()}
-    scores = {label: rows for label in results if (rows := read_scores(run / label))}
+    scores = {label: rows for label, matrix in results.items() if (rows := read_scores(run / label, matrix.tasks))}
     write_report(run, f"Run {run.name}", results, capacity, settings, scores)
     return results
 
@@ -57,10 +57,10 @@ def read_capacity(folder: Path) -> list[dict[str, dict[str, Any]]]:
     return stages
 
 
-def read_scores(folder: Path) -> list[list[str]]:
+def read_scores(folder: Path, tasks: list[str]) -> list[list[str]]:
     """The table of a method's scores, of the tasks' own metrics; empty before its first stage."""
     stages = [json.loads(path.read_text()) for path in sorted(folder.glob("task-*/scores.json"))]
-    return score_rows(stages) if stages else []
+    return score_rows(tasks, stages) if stages else []
 
 
 def summary(run: str | Path, results: dict[str, Matrix]) -> str:

@@ -52,18 +52,19 @@ def _summary_row(label: str, matrix: Matrix, precision: int) -> list[str]:
 SCORE_COLUMNS = ("metric", "after learning it", "at the end", "lenient then", "lenient now", "compliance then", "compliance now", "n", "dropped")
 
 
-def score_rows(stages: Sequence[Mapping[str, Mapping]], precision: int = 1) -> list[list[str]]:
+def score_rows(tasks: Sequence[str], stages: Sequence[Mapping[str, Mapping]], precision: int = 1) -> list[list[str]]:
     """Each task's score just after it was learned and at the end, with what style has to do with it.
 
     Where the score falls and the lenient one does not, the answers are still known and another form of them was learned.
 
     Args:
+        tasks: in the order in which they are learned.
         stages: one mapping per stage, the base's first: task → score as `llava_keeplora_eval.scoring.Score.to_dict` gives it.
         precision: decimals shown.
     """
     rows = []
-    for position, (task, now) in enumerate(stages[-1].items(), start=1):
-        then = stages[min(position, len(stages) - 1)][task]
+    for position, task in enumerate(tasks, start=1):
+        then, now = stages[min(position, len(stages) - 1)][task], stages[-1][task]
         shares = [shown(score.get(key), precision) for key in ("score", "lenient", "compliance") for score in (then, now)]
         rows.append([task, f"{now['metric']} v{now['metric_version']}", *shares, str(now["n"]), str(now["dropped"])])
     return rows
