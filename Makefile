@@ -16,6 +16,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed scripts/train_seq.py --config demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed scripts/train_seq.py --config demo-llava
 
 test: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

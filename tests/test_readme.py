@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -43,11 +44,16 @@ def folder(tmp_path_factory) -> Path:
             (path / "birds" / split / name).mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (48, 48), (80 * shade, 10 * i, 40 if split == "train" else 60)).save(path / "birds" / split / name / f"{i}.png")
+    (path / "receipts").mkdir()
+    for split in ("train", "test"):
+        Image.new("RGB", (48, 48), (90, 120, 40)).save(path / "receipts" / f"{split}.png")
+        turns = [{"from": "human", "value": "<image>\nHow much is it?"}, {"from": "gpt", "value": "12.50"}]
+        (path / "receipts" / f"{split}.json").write_text(json.dumps([{"id": split, "image": f"{split}.png", "conversations": turns}]))
     return path
 
 
 def test_the_readme_names_the_files_that_it_shows(folder):
-    assert {"birds.yaml", "run.yaml"} <= {p.name for p in folder.iterdir()}
+    assert {"birds.yaml", "receipts.yaml", "run.yaml"} <= {p.name for p in folder.iterdir()}
 
 
 def test_the_run_of_the_readme_is_a_valid_configuration(folder, monkeypatch):
@@ -68,14 +74,15 @@ def test_every_command_of_the_readme_runs(folder):
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         ran += 1
-    assert ran == 7
+    assert ran == 10
     assert (folder / "runs/birds/report.html").is_file() and (folder / "answers.jsonl").is_file()
 
 
 def test_make_does_what_the_readme_says():
     made = (ROOT / "Makefile").read_text()
     assert "-c constraints.txt -e '.[test]'" in made
-    assert "deepspeed scripts/train_seq.py --config demo" in made and "deepspeed scripts/train_seq.py --config demo" in README
+    for config in ("demo", "demo-llava"):
+        assert f"deepspeed scripts/train_seq.py --config {config}\n" in made and f"`deepspeed scripts/train_seq.py --config {config}`" in README
     assert "make test" in (ROOT / ".ci/run").read_text()
 
 
