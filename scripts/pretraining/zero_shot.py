@@ -19,7 +19,9 @@ from llava_keeplora_recipes.rendered_scenes import SCENES
 
 
 @torch.no_grad()
-def answers(model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: list[Image.Image], asks: list[str], longest: int) -> list[str]:
+def answers(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: list[Image.Image], asks: list[str], longest: int
+) -> list[str]:
     """Greedy answers, each question asked alone."""
     texts = []
     for start in range(0, len(images), 64):
@@ -61,8 +63,8 @@ def _guesses(kind: str, past: list[str], right: list[list[str]], asked: list[str
         tried = [r[0] for r in right[:: max(1, len(right) // 40)]]
         return [max(tried, key=lambda text: sum(rouge_l(text, r) for r in right))] * len(asked)
     usual, known = Counter(r[0] for r in right), defaultdict(Counter)
-    for question, answers_ in zip(past, right):
-        known[question][answers_[0]] += 1
+    for question, references in zip(past, right):
+        known[question][references[0]] += 1
     return [(known.get(question) or usual).most_common(1)[0][0] for question in asked]
 
 

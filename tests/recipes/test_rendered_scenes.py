@@ -154,7 +154,8 @@ def test_a_scene_recipe_of_another_kind_is_refused(tmp_path, make):
         tmp_path / "mine.yaml", name="mine", kind="captioning", metric="exact_match", licence="MIT",
         source={"format": "rendered", "task": "scene-count"},
     )
-    with pytest.raises(RecipeError, match="mine.yaml is of the kind captioning, and the rendered task 'scene-count' is vqa; write 'kind: vqa' in"):
+    sentence = "mine.yaml is of the kind captioning, and the rendered task 'scene-count' is vqa; write 'kind: vqa' in"
+    with pytest.raises(RecipeError, match=sentence):
         load_recipe(path)
 
 
