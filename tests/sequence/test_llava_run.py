@@ -137,9 +137,10 @@ def test_a_part_that_is_not_named_stays_as_it_is(llava_config, drive, tmp_path, 
     assert deltas and all(name.startswith("model.language_model.") for name in deltas)
 
 
-def test_activation_checkpointing_trains_the_same(llava_config, drive, tmp_path, mixed_tasks):
+@pytest.mark.parametrize("checkpointing", ["activation_checkpointing", "gradient_checkpointing"])
+def test_recomputing_activations_trains_the_same(llava_config, drive, tmp_path, mixed_tasks, checkpointing):
     results = []
-    for name, settings in (("plain", {}), ("checkpointed", {"activation_checkpointing": True})):
+    for name, settings in (("plain", {}), ("checkpointed", {checkpointing: True})):
         drive(llava_config(tmp_path / name, tasks=[str(mixed_tasks[0])], training=settings))
         results.append(load_deltas(tmp_path / name / "keeplora/task-01-questions/delta.safetensors"))
     for layer, delta in results[0].items():
