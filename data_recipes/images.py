@@ -25,6 +25,7 @@ class Images:
 
     def __init__(self) -> None:
         self._digests: dict[int, str] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
         self._kept: dict[int, Image.Image] = {}
         self._kept_bytes = 0
 
@@ -41,7 +42,14 @@ class Images:
     def _decode(self, row: int) -> Image.Image:
         raise NotImplementedError
 
+    def size(self, row: int) -> tuple[int, int]:
+        """(height, width) of a row's picture."""
+        if row not in self._sizes:
+            self.image(row)
+        return self._sizes[row]
+
     def _keep(self, row: int, image: Image.Image) -> None:
+        self._sizes[row] = (image.height, image.width)
         size = image.width * image.height * 3
         if self._kept_bytes + size <= KEEP_BYTES:
             self._kept[row] = image

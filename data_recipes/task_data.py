@@ -28,8 +28,8 @@ class Example:
         id: unique within the split, the same wherever the data lies.
         images: the pictures, RGB, in the order in which they are shown; classification has exactly one.
         question: what is asked, for captioning the instruction; None for classification.
-        answers: the reference answers, the first of them is trained on; for classification the class name,
-            as in `recipe.classes`; for captioning all captions.
+        answers: the reference answers, the most frequent one is trained on; for classification the class name,
+            as in `recipe.classes`; for captioning all captions, each trained on.
         label: index into `recipe.classes`; None outside classification.
         meta: what else the metric needs to know, for example the kind of question.
     """
@@ -129,6 +129,11 @@ class TaskData:
     def image_counts(self) -> list[int]:
         """How many images each example has, in order."""
         return [len(r.pictures) for r in self._rows]
+
+    @property
+    def image_sizes(self) -> list[list[tuple[int, int]]]:
+        """(height, width) of each example's images, in order, without decoding a picture once more."""
+        return [[self._images.size(p) for p in r.pictures] for r in self._rows]
 
     @property
     def digests(self) -> list[str]:

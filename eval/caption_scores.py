@@ -97,11 +97,11 @@ def ucit_mean(scores: dict) -> float:
     return sum(scores[name] for name in UCIT) / len(UCIT)
 
 
-def require(need_meteor: bool = False) -> None:
+def require(with_meteor: bool = False) -> None:
     """Refuse to score captions where what it takes is missing.
 
     Args:
-        need_meteor: whether METEOR must be computed.
+        with_meteor: whether METEOR is to be computed.
 
     Raises:
         EvalError: pycocoevalcap, or Java for METEOR, is not installed.
@@ -110,7 +110,7 @@ def require(need_meteor: bool = False) -> None:
         import pycocoevalcap  # noqa: F401
     except ImportError:
         raise EvalError("captions are scored by pycocoevalcap, which is not installed", "pip install pycocoevalcap") from None
-    if need_meteor and java.find_jar(java.METEOR) is None:
+    if with_meteor and java.find_jar(java.METEOR) is None:
         raise EvalError(
             "METEOR is a Java program, and no 'java' is on the PATH",
             "install a Java runtime, or score with 'caption_rouge_l' or 'caption_cider'",

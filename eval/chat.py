@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llava_keeplora_eval.errors import EvalError
+
+if TYPE_CHECKING:
+    from llava_keeplora_recipes import Recipe
 
 #: For checkpoints without a chat template: LLaVA-1.5's own (conversation `v1` of github.com/haotian-liu/LLaVA).
 VICUNA_V1 = (
@@ -30,6 +35,25 @@ def render(processor, question: str, n_images: int) -> str:
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
     )
+
+
+def asked(recipe: Recipe, question: str | None) -> str:
+    """What a generative model is asked: the example's question, or the recipe's own where there is none."""
+    return recipe.asks if question is None else question
+
+
+def learned(recipe: Recipe, answers: Sequence[str]) -> list[str]:
+    """The answers of an example that are trained on: every caption, otherwise the one that is given most often."""
+    if recipe.kind == "captioning":
+        return list(answers)
+    if recipe.kind == "classification":
+        return [answers[0].replace("_", " ")]
+    return [Counter(answers).most_common(1)[0][0]]
+
+
+def reply(processor, prompt: str, answer: str) -> str:
+    """How an answer goes on from the chat text of its question, with the end-of-text token."""
+    return ("" if prompt[-1:].isspace() else " ") + answer + processor.tokenizer.eos_token
 
 
 def cuts_into_tiles(processor, n_images: int) -> bool:
@@ -71,8 +95,7 @@ class Chat:
                 model another prompt than generation does.
         """
         text = render(self.processor, question, len(sizes))
-        space = "" if text[-1:].isspace() else " "
-        prompt, whole = self._tokenise(text), self._tokenise(text + space + answer + self.tokenizer.eos_token)
+        prompt, whole = self._tokenise(text), self._tokenise(text + reply(self.processor, text, answer))
         if whole[: len(prompt)] != prompt:
             raise EvalError(
                 f"the tokenizer joins the end of the chat template with the answer '{answer}'",

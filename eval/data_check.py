@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
+from llava_keeplora_eval.chat import asked, learned, render, reply
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import metric_record
 from llava_keeplora_recipes import list_sequences, load_recipe, load_sequence
@@ -137,7 +138,7 @@ def _images(data: TaskData) -> str:
 
 
 def _questions(data: TaskData) -> str:
-    questions = asked(data)
+    questions = _asked(data)
     return f"questions: {len(set(questions))} different, longest {max(map(len, questions))} characters"
 
 
@@ -155,26 +156,19 @@ def _empty(data: TaskData) -> int:
     return sum(not answers or not all(a.strip() for a in answers) for answers in data.answers)
 
 
-def asked(data: TaskData) -> list[str]:
+def _asked(data: TaskData) -> list[str]:
     """What a generative model is asked on every example."""
-    return [data.recipe.asks if q is None else q for q in data.questions]
+    return [asked(data.recipe, question) for question in data.questions]
 
 
 def examples(data: TaskData | None, show: Show) -> Iterator[list[str]]:
     """The first, the middle and the last example of a split as a model sees them, as lines of text."""
     count = 0 if data is None else len(data)
     for index in sorted({round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)}) if count else []:
-        answer = _learned(data, index)
-        text = show(asked(data)[index], data.image_counts[index], answer)
+        # Of several captions, each of which is trained on, one.
+        answer = learned(data.recipe, data.answers[index])[0]
+        text = show(_asked(data)[index], data.image_counts[index], answer)
         yield [f"[{data.ids[index]}]", *text.split("\n")]
-
-
-def _learned(data: TaskData, index: int) -> str:
-    """The answer that is trained on, or one of several."""
-    answers = data.answers[index]
-    if data.recipe.kind == "classification":
-        return answers[0].replace("_", " ")
-    return Counter(answers).most_common(1)[0][0]
 
 
 def plain(question: str, images: int, answer: str) -> str:
@@ -191,7 +185,6 @@ def chat_form(model: str) -> Show:
     Raises:
         EvalError: its processor cannot be loaded.
     """
-    from llava_keeplora_eval.chat import render
     from llava_keeplora_eval.models import load_llava_processor, resolve_model
 
     try:
@@ -202,7 +195,6 @@ def chat_form(model: str) -> Show:
 
     def show(question: str, images: int, answer: str) -> str:
         prompt = render(processor, question, images)
-        space = "" if prompt[-1:].isspace() else " "
-        return f"{prompt}⟦{space}{answer}{processor.tokenizer.eos_token}⟧"
+        return f"{prompt}⟦{reply(processor, prompt, answer)}⟧"
 
     return show

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 
-from llava_keeplora_eval.chat import Chat, cuts_into_tiles
+from llava_keeplora_eval.chat import Chat, asked, cuts_into_tiles
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example, Recipe
@@ -62,7 +62,10 @@ class LlavaPredictor:
         """One text per example, without white space around it."""
         if not examples:
             return []
-        prompts = [self.chat.prompt(asked(example, self.recipe), image_sizes(example)) for example in examples]
+        prompts = [
+            self.chat.prompt(asked(self.recipe, example.question), [(image.height, image.width) for image in example.images])
+            for example in examples
+        ]
         width = max(map(len, prompts))
         ids = torch.tensor([[self.chat.pad_id] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -78,16 +81,6 @@ class LlavaPredictor:
         finally:
             self.model.train(was_training)
         return [text.strip() for text in self.chat.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
-
-
-def asked(example: Example, recipe: Recipe) -> str:
-    """What a generative model is asked about an example."""
-    return recipe.asks if recipe.kind == "classification" else example.question
-
-
-def image_sizes(example: Example) -> list[tuple[int, int]]:
-    """(height, width) of each of an example's images."""
-    return [(image.height, image.width) for image in example.images]
 
 
 def image_inputs(processor, images: Sequence) -> dict[str, Tensor]:

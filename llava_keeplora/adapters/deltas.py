@@ -31,6 +31,11 @@ class Delta:
     B: Tensor
     scale: float
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored of it, by name."""
+        return {"A": self.A, "B": self.B}
+
     def dense(self) -> Tensor:
         """ΔW (out, in) in fp32."""
         return self.scale * (self.B.float() @ self.A.float())
@@ -48,6 +53,11 @@ class FullDelta:
     weight: Tensor
     bias: Tensor | None = None
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored of it, by name."""
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
     def dense(self) -> Tensor:
         """ΔW (out, in) in fp32."""
         return self.weight.float()
@@ -58,7 +68,7 @@ Deltas = Mapping[str, Delta | FullDelta]
 
 def save_deltas(path: Path, deltas: Deltas) -> str:
     """Write a task's deltas as safetensors and return the file's SHA-256."""
-    tensors = {f"{name}.{key}": value for name, delta in deltas.items() for key, value in vars(delta).items() if isinstance(value, Tensor)}
+    tensors = {f"{name}.{key}": value for name, delta in deltas.items() for key, value in delta.tensors.items()}
     scales = {name: delta.scale for name, delta in sorted(deltas.items()) if isinstance(delta, Delta)}
     # One metadata entry: safetensors writes several in an order that changes from process to process.
     return write_tensors(path, tensors, {"scales": json.dumps(scales)})

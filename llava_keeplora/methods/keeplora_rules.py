@@ -119,20 +119,9 @@ class ReleasedLlavaRules(PaperRules):
     evidence = "gradient"
     dropout = 0.05
 
-    @staticmethod
-    def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
-        """Input-side directions by the strict rule."""
-        return released_llava_weight_basis(weight, energy)
-
-    @staticmethod
-    def extend(basis: Tensor, statistic: Tensor, energy: float) -> FeatureDirections:
-        """The GPM rule on the gradient (out, in) of the merged model."""
-        return released_llava_extend(basis, statistic, energy)
-
-    @staticmethod
-    def directions(gradient: Tensor, basis: Tensor, rank: int) -> ResidualDirections:
-        """`svd_lowrank(q=r)` without oversampling, A rounded to fp16."""
-        return released_llava_directions(gradient, basis, rank)
+    weight_basis = staticmethod(released_llava_weight_basis)
+    extend = staticmethod(released_llava_extend)
+    directions = staticmethod(released_llava_directions)
 
 
 RULES = {"paper": PaperRules, "released-clip": ReleasedClipRules, "released-llava": ReleasedLlavaRules}

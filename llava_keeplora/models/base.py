@@ -13,7 +13,6 @@ from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
 
-
 class Images(Protocol):
     """What the model takes for the images of a split's examples, kept where it fits; the driver's cache."""
 

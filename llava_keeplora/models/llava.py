@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -15,8 +14,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
-from llava_keeplora_eval.chat import Chat
-from llava_keeplora_eval.llava import LlavaPredictor, asked, image_inputs, image_sizes, joined
+from llava_keeplora_eval.chat import Chat, asked, learned
+from llava_keeplora_eval.llava import LlavaPredictor, image_inputs, joined
 from llava_keeplora_eval.models import load_llava_processor
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
@@ -73,8 +72,8 @@ class LlavaFamily:
         """Whether a layer feeds the features: `vision_feature_layer` indexes hidden states, the embedding's being 0."""
         if part != "vision":
             return True
-        depth, chosen = self.config.vision_config.num_hidden_layers, self.config.vision_feature_layer
-        used = max(i if i >= 0 else depth + 1 + i for i in (chosen if isinstance(chosen, (list, tuple)) else [chosen]))
+        depth = self.config.vision_config.num_hidden_layers
+        used = max(i if i >= 0 else depth + 1 + i for i in _feature_layers(self.config))
         return int(LAYER_NUMBER.search(name).group(1)) < used
 
     def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
@@ -95,9 +94,9 @@ class LlavaFamily:
         Raises:
             ConfigError: if a question leaves no room for an answer.
         """
-        for example in data:
-            prompt = len(self.chat.prompt(asked(example, data.recipe), image_sizes(example)))
-            _check_length(example, data, prompt, prompt + 1, self.max_length)
+        for row, (question, sizes) in enumerate(zip(data.questions, data.image_sizes, strict=True)):
+            prompt = len(self.chat.prompt(asked(data.recipe, question), sizes))
+            _check_length(data, row, prompt, prompt + 1, self.max_length)
 
     def task(self, recipe: Recipe) -> "LlavaTask":
         """The model on one task."""
@@ -106,6 +105,12 @@ class LlavaFamily:
     def predictor(self, recipe: Recipe, images: Images) -> LlavaPredictor:
         """What answers the task's examples with the present weights."""
         return LlavaPredictor(self.model, self.processor, recipe, self.max_new_tokens, images=images.of)
+
+
+def _feature_layers(config) -> list[int]:
+    """Indices of the vision encoder's hidden states that the projector reads, as a configuration has them: one or several."""
+    chosen = config.vision_feature_layer
+    return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
 
 
 class LlavaInputs:
@@ -127,12 +132,12 @@ class LlavaInputs:
         self.images, self.pad_id = images, chat.pad_id
         self.rows: list[int] = []
         self.turns: list[tuple[list[int], list[int]]] = []
-        for row, example in enumerate(data):
-            for answer in learned(example, data.recipe):
-                prompt, reply = chat.turn(asked(example, data.recipe), image_sizes(example), answer)
+        for row, (question, sizes, answers) in enumerate(zip(data.questions, data.image_sizes, data.answers, strict=True)):
+            for answer in learned(data.recipe, answers):
+                prompt, reply = chat.turn(asked(data.recipe, question), sizes, answer)
                 if not answer.strip():
-                    raise ConfigError(f"{_place(example, data)} has an empty answer, so there is nothing to learn from it", "complete or remove the record")
-                _check_length(example, data, len(prompt), len(prompt) + len(reply), max_length)
+                    raise ConfigError(f"{_place(data, row)} has an empty answer, so there is nothing to learn from it", "complete or remove the record")
+                _check_length(data, row, len(prompt), len(prompt) + len(reply), max_length)
                 self.rows.append(row)
                 self.turns.append((prompt, reply))
         # The first token is never predicted, and it never belongs to an answer.
@@ -162,23 +167,14 @@ class LlavaInputs:
         }
 
 
-def learned(example: Example, recipe: Recipe) -> list[str]:
-    """The answers of an example that are trained on."""
-    if recipe.kind == "captioning":
-        return example.answers
-    if recipe.kind == "classification":
-        return [example.answers[0].replace("_", " ")]
-    return [Counter(example.answers).most_common(1)[0][0]]
+def _place(data: TaskData, row: int) -> str:
+    return f"record '{data.ids[row]}' of {data.recipe.name} ({data.recipe.splits[data.split]})"
 
 
-def _place(example: Example, data: TaskData) -> str:
-    return f"record '{example.id}' of {data.recipe.name} ({data.recipe.splits[data.split]})"
-
-
-def _check_length(example: Example, data: TaskData, prompt: int, whole: int, limit: int) -> None:
+def _check_length(data: TaskData, row: int, prompt: int, whole: int, limit: int) -> None:
     if whole > limit:
         raise ConfigError(
-            f"{_place(example, data)} has {whole} tokens, {prompt} of them before the answer and image tokens included, and the model takes {limit}",
+            f"{_place(data, row)} has {whole} tokens, {prompt} of them before the answer and image tokens included, and the model takes {limit}",
             "shorten or remove the record, or raise model.max_length where the model allows it",
         )
 
@@ -224,10 +220,10 @@ class LlavaTask(nn.Module):
         trained = [p for part in (model.vision_tower, model.multi_modal_projector) for p in part.parameters() if p.requires_grad]
         if not trained or not torch.is_grad_enabled():
             return torch.zeros((), device=self.llava.device)
-        side, chosen = config.vision_config.image_size, config.vision_feature_layer
+        side = config.vision_config.image_size
         blank = torch.zeros(1, 3, side, side, dtype=self.llava.dtype, device=self.llava.device)
         states = model.vision_tower(blank, output_hidden_states=True).hidden_states
-        used = torch.cat([states[i] for i in (chosen if isinstance(chosen, (list, tuple)) else [chosen])], dim=-1)
+        used = torch.cat([states[i] for i in _feature_layers(config)], dim=-1)
         return 0.0 * model.multi_modal_projector(used).float().sum()
 
     @contextmanager

@@ -262,7 +262,7 @@ class LabelRun:
             name: Delta(d.A.cpu(), d.B.cpu() - (inits[name].B if inits[name].B is not None else 0), d.scale) for name, d in trained.items()
         } | {name: _change(self.full[name], *start) for name, start in before.items()}
         for name, delta in deltas.items():
-            if not all(torch.isfinite(value).all() for value in vars(delta).values() if isinstance(value, torch.Tensor)):
+            if not all(torch.isfinite(value).all() for value in delta.tensors.values()):
                 raise TrainingError(f"the weights of task '{task.name}' are not finite after its {history['steps']} steps, first in layer {name}", CURE)
         delta_path, log_path = self.path(index, "delta.safetensors"), self.path(index, "train.json")
         if shared.rank == 0:
@@ -445,6 +445,4 @@ def _change(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 def _trained_numbers(delta: Delta | FullDelta, init: AdapterInit | None) -> int:
     """How many numbers were trained for a delta."""
-    if isinstance(delta, FullDelta):
-        return delta.weight.numel() + (0 if delta.bias is None else delta.bias.numel())
-    return delta.B.numel() + (delta.A.numel() if init.train_A else 0)
+    return sum(value.numel() for key, value in delta.tensors.items() if key != "A" or init.train_A)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_keeplora.files import file_hash
-from llava_keeplora.sequence import runner
+from llava_keeplora.sequence import runner, trainer
 
 VOLATILE = {".lock", "config.json", "table.md", "report.html"}
 
@@ -16,6 +16,50 @@ def drive(monkeypatch):
     """Function (config) → results, without drawing the report."""
     monkeypatch.setattr(runner, "write_run_report", lambda root: None)
     return runner.run
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture
+def stopped():
+    """What to raise for a kill."""
+    return Stopped
+
+
+@pytest.fixture
+def run_to_the_end(drive):
+    """Function (config) → how many starts it took: start again and again until the run ends."""
+
+    def start(config) -> int:
+        for starts in range(1, 200):
+            try:
+                drive(config)
+                return starts
+            except Stopped:
+                continue
+        raise AssertionError("the run does not end")
+
+    return start
+
+
+@pytest.fixture
+def stop_within_training(monkeypatch):
+    """Function (step) → the tasks stopped so far: each task's training is stopped once, after that step."""
+
+    def stop_at(step: int) -> list[int]:
+        tasks = []
+
+        def stop(self, args, state, control, **kwargs):
+            if state.global_step == step and self.ctx.index not in tasks:
+                tasks.append(self.ctx.index)
+                raise Stopped
+
+        monkeypatch.setattr(trainer._AfterStep, "on_step_end", stop)
+        return tasks
+
+    return stop_at
 
 
 def journal_of(folder: Path) -> list[dict]:

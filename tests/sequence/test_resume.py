@@ -5,10 +5,6 @@ import pytest
 from llava_keeplora.sequence.journal import Journal
 
 
-class Stopped(Exception):
-    """Stands for a kill."""
-
-
 @pytest.fixture(scope="module")
 def undisturbed(run_config, tmp_path_factory):
     """A folder with both methods on three tasks, run in one go."""
@@ -21,18 +17,7 @@ def undisturbed(run_config, tmp_path_factory):
     return config.output_dir
 
 
-def run_to_the_end(drive, config) -> int:
-    """Start again and again until the run ends; how many starts it took."""
-    for starts in range(1, 200):
-        try:
-            drive(config)
-            return starts
-        except Stopped:
-            continue
-    raise AssertionError("the run does not end")
-
-
-def stopping(monkeypatch, when):
+def stopping(monkeypatch, when, stopped):
     """Stop at every append of the journal, before or after the line is on disk; once per stage."""
     append, seen = Journal.append, set()
 
@@ -40,35 +25,30 @@ def stopping(monkeypatch, when):
         key = (self.path, entry.task, entry.stage)
         if when == "before" and key not in seen:
             seen.add(key)
-            raise Stopped
+            raise stopped
         append(self, entry)
         if when == "after":
-            raise Stopped
+            raise stopped
 
     monkeypatch.setattr(Journal, "append", stop)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_run_stopped_at_every_stage_ends_with_the_same_files(run_config, drive, monkeypatch, tmp_path, undisturbed, left_behind, when):
-    stopping(monkeypatch, when)
-    starts = run_to_the_end(drive, run_config(tmp_path / "run"))
+def test_a_run_stopped_at_every_stage_ends_with_the_same_files(
+    run_config, run_to_the_end, stopped, monkeypatch, tmp_path, undisturbed, left_behind, when
+):
+    stopping(monkeypatch, when, stopped)
+    starts = run_to_the_end(run_config(tmp_path / "run"))
     assert starts == 1 + 4 + 2 * (4 + 3 * 6), "every stage of the base and of the tasks of both methods was a stop"
     assert left_behind(tmp_path / "run") == left_behind(undisturbed)
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_run_stopped_within_training_ends_with_the_same_files(run_config, drive, monkeypatch, tmp_path, undisturbed, left_behind, step):
-    from llava_keeplora.sequence import trainer
-
-    stopped = []
-
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == step and self.ctx.index not in stopped:
-            stopped.append(self.ctx.index)
-            raise Stopped
-
-    monkeypatch.setattr(trainer._AfterStep, "on_step_end", stop)
-    assert run_to_the_end(drive, run_config(tmp_path / "run")) == 4
+def test_a_run_stopped_within_training_ends_with_the_same_files(
+    run_config, run_to_the_end, stop_within_training, tmp_path, undisturbed, left_behind, step
+):
+    stop_within_training(step)
+    assert run_to_the_end(run_config(tmp_path / "run")) == 4
     assert left_behind(tmp_path / "run") == left_behind(undisturbed)
 
 
