@@ -151,6 +151,22 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """How much memory the method's own sums may take on the device.
+
+    Args:
+        statistics_gb: for the statistics of one pass over a task's data, in 10⁹ bytes. Features are held exactly where they
+            fit, and as sketches with a stated error where they don't.
+    """
+
+    statistics_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.statistics_gb > 0:
+            raise ConfigError(f"statistics_gb is {self.statistics_gb}, but a statistic takes memory", "leave it out for 4.0")
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """One labelled method of a run.
 
@@ -183,6 +199,7 @@ class RunConfig:
     training: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def epochs(self, label: str) -> list[float]:
         """Epochs per task for a method: `training.num_train_epochs`, one number or one per task."""

@@ -15,7 +15,7 @@ from llava_keeplora.capture import feature_pass, gradient_pass
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.models import Family, load_model
 from llava_keeplora.sequence.data import ImageCache
-from llava_keeplora.subspace import SecondMoment
+from llava_keeplora.subspace import DenseGradient, SecondMoment
 from llava_keeplora_recipes import TaskData, load_recipe
 
 Pair = tuple[str, Callable[[], object], Callable[[], object], str]
@@ -77,7 +77,8 @@ def dense_gradient_pass() -> Pair:
             handle.remove()
 
     def ours() -> None:
-        gradient_pass(setting.task, setting.layers, setting.batches, BATCH * BATCHES)
+        dense = {n: DenseGradient(layer.out_features, layer.in_features) for n, layer in setting.layers.items()}
+        gradient_pass(setting.task, setting.layers, [(batch, True) for batch in setting.batches], BATCH * BATCHES, dense)
 
     return "gradient pass / forward and backward of frozen weights", plain, ours, f"dense, {len(setting.layers)} layers"
 
@@ -92,7 +93,8 @@ def second_moment_pass() -> Pair:
                 setting.task(**batch)
 
     def ours() -> None:
-        feature_pass(setting.task, setting.layers, setting.parts, setting.batches, SecondMoment)
+        moments = lambda groups: {n: m for names in groups for m in [SecondMoment(setting.layers[names[0]].in_features)] for n in names}  # noqa: E731
+        feature_pass(setting.task, setting.layers, setting.parts, [(batch, True) for batch in setting.batches], moments)
 
     return "feature pass / forward", plain, ours, "q, k and v share one second moment"
 

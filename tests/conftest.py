@@ -140,6 +140,35 @@ def tiny_llava(tmp_path_factory) -> Path:
     return write_llava(tmp_path_factory.mktemp("tiny-llava"))
 
 
+@pytest.fixture(scope="session")
+def dense_gradients():
+    """Function (task, layers, batches, total) → layer name → G, of the layers that have one."""
+    from llava_keeplora.capture import gradient_pass
+    from llava_keeplora.subspace import DenseGradient
+
+    def take(task, layers, batches, total):
+        statistics = {name: DenseGradient(layer.out_features, layer.in_features) for name, layer in layers.items()}
+        gradient_pass(task, layers, batches, total, statistics)
+        return {name: statistic.matrix for name, statistic in statistics.items() if bool(statistic.matrix.any())}
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def second_moments():
+    """Function (task, layers, parts, batches) → layer name → exact second moment; layers that read the same share one."""
+    from llava_keeplora.capture import feature_pass
+    from llava_keeplora.subspace import SecondMoment
+
+    def take(task, layers, parts, batches):
+        return feature_pass(
+            task, layers, parts, batches,
+            lambda groups: {name: moment for group in groups for moment in [SecondMoment(layers[group[0]].in_features)] for name in group},
+        )
+
+    return take
+
+
 def draw(task: str, label: int, seed: int) -> Image.Image:
     """A noisy 16 × 16 picture whose class is plain to see."""
     generator = np.random.default_rng([sorted(TASKS).index(task), label, seed])

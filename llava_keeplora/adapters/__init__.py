@@ -2,5 +2,9 @@
 
 from llava_keeplora.adapters.deltas import BaseWeights, Delta, FullDelta, load_deltas, save_deltas
 from llava_keeplora.adapters.lora import AdapterInit, attach, detach, read_adapters
+from llava_keeplora.adapters.weights import dense_weight, is_quantised
 
-__all__ = ["AdapterInit", "BaseWeights", "Delta", "FullDelta", "attach", "detach", "load_deltas", "read_adapters", "save_deltas"]
+__all__ = [
+    "AdapterInit", "BaseWeights", "Delta", "FullDelta", "attach", "dense_weight", "detach", "is_quantised", "load_deltas", "read_adapters",
+    "save_deltas",
+]

@@ -4,82 +4,110 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llava_keeplora.capture.taps import DenseGradients, feature_taps, shared_inputs
+from llava_keeplora.capture.taps import feature_taps, gradient_taps, shared_inputs
+
+#: A batch, and whether it counts: where one process has fewer batches than another, it goes along with one that doesn't.
+Batch = tuple[Mapping[str, Tensor], bool]
 
 
-def gradient_pass(task, layers: Mapping[str, nn.Linear], batches: Iterable[Mapping[str, Tensor]], total: int) -> dict[str, Tensor]:
-    """G = ∇_W of the mean loss over the data, per layer (KeepLoRA, step 2 of one task).
+class GradientStatistic(Protocol):
+    """What a layer's gradient is summed into, see `llava_keeplora.subspace`; `tensors` add up over processes."""
 
-    The weights stay frozen: G is summed as dYᵀX from taps. What does not depend on the batch (class
-    prompts) runs once; its cotangent is summed over the batches and sent back once, which is the same sum.
+    tensors: list[Tensor]
+
+    def add(self, x: Tensor, dy: Tensor) -> None: ...
+
+
+class FeatureStatistic(Protocol):
+    """What a layer's inputs are summed into, see `llava_keeplora.subspace`; `tensors` add up over processes."""
+
+    tensors: list[Tensor]
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None: ...
+
+
+def gradient_pass(
+    task, layers: Mapping[str, nn.Linear], batches: Iterable[Batch], total: int, statistics: Mapping[str, GradientStatistic]
+) -> None:
+    """Feed G = ∇_W of the mean loss over the data to a statistic per layer (KeepLoRA, step 2 of one task).
+
+    The weights stay frozen: G arrives as a sum of dYᵀX from taps, and whether it is ever formed is up to the statistic.
+    What does not depend on the batch (class prompts) runs once; its cotangent is summed over the batches and sent back
+    once, which is the same sum.
 
     Args:
         task: a `llava_keeplora.models.TaskModel`; its loss is the mean over a batch's weight (images, or answer tokens).
         layers: name → linear layer.
-        batches: batches; in several processes, each process's share.
+        batches: batches; in several processes, each process's share, equally many everywhere.
         total: weight of all batches of all processes.
-
-    Returns:
-        name → G (out, in) in fp32. A layer that received no gradient is missing or zero.
+        statistics: layer name → what its gradient is added to; summed over processes in the end.
     """
-    taps = DenseGradients(layers)
-    with taps.attached(), task.constants():
-        for batch in batches:
+    with gradient_taps({name: layers[name] for name in statistics}, lambda name, x, dy: statistics[name].add(x, dy)), task.constants():
+        for batch, counts in batches:
             loss = task(**batch)["loss"]
-            (loss * (task.weight(batch) / total)).backward()
-    for name in layers:
-        if is_distributed():
-            layer = layers[name]
-            taps.gradients.setdefault(name, torch.zeros(layer.out_features, layer.in_features, device=layer.weight.device))
-            dist.all_reduce(taps.gradients[name])
-    return taps.gradients
+            (loss * (task.weight(batch) / total if counts else 0.0)).backward()
+    _reduce(statistics.values())
 
 
 def feature_pass(
     task,
     layers: Mapping[str, nn.Linear],
     parts: Mapping[str, str],
-    batches: Iterable[Mapping[str, Tensor]],
-    statistic: Callable[[int], object],
-) -> tuple[dict[str, object], dict[str, str]]:
-    """Statistics of the inputs X of every layer over the data (KeepLoRA, step 8 of one task).
-
-    Layers that read the same tensor (q, k, v) share one statistic. Padding tokens are left out.
+    batches: Iterable[Batch],
+    statistics: Callable[[list[list[str]]], Mapping[str, FeatureStatistic]],
+) -> Mapping[str, FeatureStatistic]:
+    """Feed the inputs X of every layer over the data to statistics (KeepLoRA, step 8 of one task). Padding tokens are left out.
 
     Args:
         task: a `llava_keeplora.models.TaskModel`.
         layers: name → linear layer.
         parts: name → the part it belongs to.
-        batches: batches; in several processes, each process's share.
-        statistic: builds an accumulator for an input width; it has `add(x, mask)` and summable `tensors`.
+        batches: batches; in several processes, each process's share, equally many everywhere.
+        statistics: given the names of the layers that were reached, grouped by the tensor that they read (q, k and v read
+            the same), makes a statistic per layer; layers of a group may share one, and layers without one are left alone.
 
     Returns:
-        leader name → statistic, and layer name → leader name.
+        layer name → its statistic, summed over processes.
     """
     batches = iter(batches)
     first = next(batches)
     with torch.no_grad():
-        leaders = shared_inputs(layers, lambda: task(**task.first(first)))
-        statistics = {leader: statistic(layers[leader].in_features) for leader in dict.fromkeys(leaders.values())}
+        leaders = shared_inputs(layers, lambda: task(**task.first(first[0])))
+        groups: dict[str, list[str]] = {}
+        for name, leader in leaders.items():
+            groups.setdefault(leader, []).append(name)
+        made = statistics(list(groups.values()))
+        fed = {leader: _distinct(made[name] for name in names if name in made) for leader, names in groups.items()}
         current: dict[str, Tensor] = {}
 
-        def sink(name: str, x: Tensor) -> None:
-            statistics[name].add(x, task.token_mask(parts[name], current))
+        def sink(leader: str, x: Tensor) -> None:
+            for statistic in fed[leader] if counted else ():
+                statistic.add(x, task.token_mask(parts[leader], current))
 
-        with feature_taps({name: layers[name] for name in statistics}, sink), task.constants():
-            for batch in itertools.chain([first], batches):
+        with feature_taps({leader: layers[leader] for leader in fed if fed[leader]}, sink), task.constants():
+            for batch, counted in itertools.chain([first], batches):
+                current.clear()
                 current.update(batch)
                 task(**batch)
+    _reduce(_distinct(made.values()))
+    return made
+
+
+def _distinct(statistics: Iterable[object]) -> list:
+    return list({id(statistic): statistic for statistic in statistics}.values())
+
+
+def _reduce(statistics: Iterable[GradientStatistic | FeatureStatistic]) -> None:
     if is_distributed():
-        for value in statistics.values():
-            for tensor in value.tensors:
+        for statistic in statistics:
+            for tensor in statistic.tensors:
                 dist.all_reduce(tensor)
-    return statistics, leaders
 
 
 def is_distributed() -> bool:

@@ -35,44 +35,29 @@ class _OutputTap(torch.autograd.Function):
         return (grad_output if ctx.needs_input_grad[0] else None), None, None, None
 
 
-class DenseGradients:
-    """Sums G = dYᵀ X of each tapped layer in fp32, without a gradient buffer on the weight.
+@contextmanager
+def gradient_taps(layers: Mapping[str, nn.Linear], sink: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Hand the input x (..., in) of each layer and dY (..., out) to `sink(name, x, dy)` in every backward pass while the block runs."""
 
-    Args:
-        layers: name → linear layer.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Linear]):
-        self.layers = dict(layers)
-        self.gradients: dict[str, Tensor] = {}
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Tap the layers while the block runs."""
-        handles = []
-        try:
-            for name, layer in self.layers.items():
-                anchor = torch.zeros((), device=layer.weight.device, requires_grad=True)
-                handles.append(layer.register_forward_hook(self._hook(name, anchor)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, name: str, anchor: Tensor):
-        def sink(x: Tensor, grad: Tensor) -> None:
-            x2, g2 = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
+    def hook(name: str, anchor: Tensor):
+        def receive(x: Tensor, dy: Tensor) -> None:
             # Under autocast the products would be rounded to half precision before they are summed.
             with torch.autocast(x.device.type, enabled=False):
-                if name in self.gradients:
-                    self.gradients[name].addmm_(g2.T, x2)
-                else:
-                    self.gradients[name] = g2.T @ x2
+                sink(name, x, dy)
 
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            return _OutputTap.apply(output, args[0], anchor, sink) if torch.is_grad_enabled() else output
+        def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return _OutputTap.apply(output, args[0], anchor, receive) if torch.is_grad_enabled() else output
 
-        return hook
+        return forward_hook
+
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(hook(name, torch.zeros((), device=layer.weight.device, requires_grad=True))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def shared_inputs(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[str, str]:

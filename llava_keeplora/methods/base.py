@@ -62,18 +62,21 @@ class TaskContext:
         index: 1 for the first task; 0 stands for the base before any task.
         name: the task's name.
         layers: name → adapted layer.
-        gradients: runs the gradient pass over a share of the data: `gradients(fraction)` → name → G (out, in).
-        features: runs the feature pass: `features(factory)` → leader → statistic, and layer → leader.
-        seed: of this task and stage.
+        gradients: runs the gradient pass over a share of the data into a statistic per layer: `gradients(fraction, statistics)`.
+        features: runs the feature pass: `features(make)` → layer name → statistic, where `make` is given the names of the layers,
+            grouped by the tensor that they read.
+        seed: of this task and stage, the same in every process.
+        statistics_bytes: device memory for the statistics of one pass.
         report: numbers that a method wants to see in the run folder.
     """
 
     index: int
     name: str
     layers: dict[str, Layer]
-    gradients: Callable[[float], dict[str, Tensor]]
-    features: Callable[[Callable[[int], Any]], tuple[dict[str, Any], dict[str, str]]]
+    gradients: Callable[[float, Mapping[str, Any]], None]
+    features: Callable[[Callable[[list[list[str]]], Mapping[str, Any]]], Mapping[str, Any]]
     seed: int
+    statistics_bytes: int
     report: dict[str, Any] = field(default_factory=dict)
 
 

@@ -20,13 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_keeplora.adapters import AdapterInit
+from llava_keeplora.adapters import AdapterInit, dense_weight
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Layer, Method, Record, TaskContext
+from llava_keeplora.methods.first_step import first_step_directions, gradient_statistic
 from llava_keeplora.methods.keeplora_rules import RULES
-from llava_keeplora.subspace import RankError, SubspaceError, append_directions, empty_basis, residual
+from llava_keeplora.subspace import (
+    FeatureDirections,
+    RankError,
+    ShapeError,
+    SketchedDirections,
+    SketchedFeatureDirections,
+    SubspaceError,
+    append_directions,
+    empty_basis,
+    residual,
+)
 
-CHOICES = {"preset": tuple(RULES), "form": ("delta", "literal"), "init": ("gradient", "random")}
+CHOICES = {"preset": tuple(RULES), "form": ("delta", "literal"), "init": ("gradient", "random"), "gradient": ("sketch", "dense")}
 
 
 class KeepLora(Method):
@@ -48,6 +59,8 @@ class KeepLora(Method):
             init: `gradient`, or `random` directions outside M' (an ablation).
             protect_weights: whether M' holds W_p (switched off: an ablation).
             protect_features: whether M' holds M_t (switched off: an ablation).
+            gradient: how the first-step gradient is held: `sketch`, in a few times r numbers per input and output, or `dense`,
+                whole (the reference; small layers are dense anyhow); None takes the preset's.
             gradient_fraction: share of the task's data for the first-step gradient, evenly spaced.
         """
 
@@ -56,21 +69,25 @@ class KeepLora(Method):
         init: str = "gradient"
         protect_weights: bool = True
         protect_features: bool = True
+        gradient: str | None = None
         gradient_fraction: float = 1.0
 
         def __post_init__(self) -> None:
             for name, valid in CHOICES.items():
                 value = getattr(self, name)
-                if value not in valid and not (name == "form" and value is None):
+                if value not in valid and not (name in ("form", "gradient") and value is None):
                     raise MethodError(f"{name} is '{value}'", nearest(str(value), valid))
             if not 0.0 < self.gradient_fraction <= 1.0:
                 raise MethodError(f"gradient_fraction is {self.gradient_fraction}, but a share of the data lies in (0, 1]", "set it to 1.0")
+            if self.gradient == "sketch" and RULES[self.preset].gradient == "dense":
+                raise MethodError(f"the preset '{self.preset}' takes the gradient whole, as the released code does", "remove `gradient: sketch`")
 
     def __init__(self, options: "KeepLora.Options"):
         super().__init__(options)
         self.rules = RULES[options.preset]
         self.dropout = self.rules.dropout
         self.form = options.form or self.rules.form
+        self.sketched = (options.gradient or self.rules.gradient) == "sketch"
         self.bases: dict[str, Tensor] = {}
         self._added: dict[str, Tensor] = {}
 
@@ -81,10 +98,8 @@ class KeepLora(Method):
             for layer in ctx.layers.values():
                 self._added[layer.name] = self._weight_basis(layer, ctx)
         elif self.options.protect_features:
-            evidence = self._evidence(ctx)
-            for name, found in evidence.items():
-                self._added[name] = self._feature_directions(ctx.layers[name], found, ctx)
-            ctx.report["layers_without_features"] = sorted(set(ctx.layers) - set(evidence))
+            self._added = self._feature_directions(ctx)
+            ctx.report["layers_without_features"] = sorted(set(ctx.layers) - set(self._added))
         for name, new in self._added.items():
             self._grow(name, new)
         # What is kept is what the basis holds, after the appended columns were made orthogonal once more.
@@ -93,20 +108,27 @@ class KeepLora(Method):
             name: {"in": layer.module.in_features, "k": self.bases[name].shape[1], "part": layer.part} for name, layer in ctx.layers.items()
         }
 
-    def _evidence(self, ctx: TaskContext) -> dict[str, Any]:
+    def _evidence(self, ctx: TaskContext) -> Mapping[str, Any]:
         """Layer name → what shows which directions the task uses: its features' statistic, or its gradient."""
         if self.rules.evidence == "gradient":
-            gradients = ctx.gradients(self.options.gradient_fraction)
-            return {name: gradient.cpu() for name, gradient in gradients.items() if bool(gradient.any())}
-        statistics, leaders = ctx.features(self.rules.statistic)
-        return {name: statistics[leaders[name]] for name in ctx.layers if name in leaders}
+            gradients = {name: gradient_statistic(layer, self.bases[name], None, ctx.seed) for name, layer in ctx.layers.items()}
+            ctx.gradients(self.options.gradient_fraction, gradients)
+            return {name: gradient for name, gradient in gradients.items() if bool(gradient.matrix.any())}
+
+        def statistics(groups: list[list[str]]) -> dict[str, Any]:
+            try:
+                return self.rules.statistics([[ctx.layers[name] for name in names] for names in groups], self.bases, ctx.statistics_bytes, ctx.seed)
+            except ShapeError as error:
+                raise MethodError(f"the features of task '{ctx.name}' don't fit into memory.statistics_gb ({error})", "raise memory.statistics_gb") from error
+
+        return ctx.features(statistics)
 
     def _weight_basis(self, layer: Layer, ctx: TaskContext) -> Tensor:
         width = layer.module.in_features
         if not self.options.protect_weights:
             return empty_basis(width)
         with _in_layer(layer):
-            basis = self.rules.weight_basis(layer.module.weight.detach(), layer.energy_weight).basis
+            basis = self.rules.weight_basis(dense_weight(layer.module).detach(), layer.energy_weight).basis
         # W' + ΔW needs room for r directions; better said now than after the first task.
         if layer.rank > width - basis.shape[1]:
             raise MethodError(
@@ -116,11 +138,27 @@ class KeepLora(Method):
             )
         return basis.cpu()
 
-    def _feature_directions(self, layer: Layer, statistic, ctx: TaskContext) -> Tensor:
-        with _in_layer(layer):
-            found = self.rules.extend(self.bases[layer.name], statistic, layer.energy_feature)
-        ctx.report.setdefault("feature_energy", {})[layer.name] = {"before": found.energy_before, "after": found.energy_after, "new": found.rank}
-        return found.new.cpu()
+    def _feature_directions(self, ctx: TaskContext) -> dict[str, Tensor]:
+        """Layer name → the columns that its features add; a sketch that has too few of them gets a second pass over the data."""
+        found: dict[str, FeatureDirections] = {}
+
+        def read(evidence: Mapping[str, Any]) -> None:
+            for name, statistic in evidence.items():
+                layer = ctx.layers[name]
+                with _in_layer(layer):
+                    found[name] = self.rules.extend(self.bases[name], statistic, layer.energy_feature)
+
+        evidence = self._evidence(ctx)
+        read(evidence)
+        again = {name: evidence[name].refined() for name, one in found.items() if not getattr(one, "reached", True)}
+        if again:
+            read(ctx.features(lambda groups: again))
+        report = ctx.report.setdefault("feature_energy", {})
+        for name, one in found.items():
+            report[name] = {"before": one.energy_before, "after": one.energy_after, "new": one.rank}
+            if isinstance(one, SketchedFeatureDirections):
+                report[name] |= {"error": one.energy_error, "missed": one.missed, "fewest": one.fewest, "reached": one.reached, "passes": 1 + (name in again)}
+        return {name: one.new.cpu() for name, one in found.items()}
 
     def _grow(self, name: str, new: Tensor) -> None:
         old = self.bases.get(name)
@@ -128,32 +166,27 @@ class KeepLora(Method):
 
     def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """A from the residual gradient; layers without a gradient or without room are left out and named."""
-        gradients = ctx.gradients(self.options.gradient_fraction)
-        inits, left_out, numbers = {}, {}, {}
+        rooms = {name: layer.module.in_features - self.bases[name].shape[1] for name, layer in ctx.layers.items()}
+        ranks = {name: min(ctx.layers[name].rank, room) for name, room in rooms.items() if room}
+        found, left_out = first_step_directions(
+            ctx, ranks, self.bases, self.options.gradient_fraction, self.sketched, self.rules.directions, _in_layer
+        )
+        left_out |= {name: "no room outside the protected subspace" for name, room in rooms.items() if not room}
+        inits, numbers = {}, {}
         generator = torch.Generator().manual_seed(ctx.seed)
         for name, layer in ctx.layers.items():
-            basis = self.bases[name]
-            gradient = gradients.get(name)
-            if gradient is None or not bool(gradient.any()):
-                left_out[name] = "no gradient"
+            if name not in found:
                 continue
-            room = layer.module.in_features - basis.shape[1]
-            if room == 0:
-                left_out[name] = "no room outside the protected subspace"
-                continue
-            with _in_layer(layer):
-                try:
-                    found = self.rules.directions(gradient.cpu(), basis, min(layer.rank, room))
-                except RankError:
-                    left_out[name] = "no gradient outside the protected subspace"
-                    continue
-            A, B = found.A.T, found.right * found.singular_values
+            one = found[name]
+            A, B = one.A.T.cpu(), (one.right * one.singular_values).cpu()
             if self.options.init == "random":
-                A, B = _random_directions(A.shape[0], basis, generator), torch.zeros_like(B)
+                A, B = _random_directions(A.shape[0], self.bases[name], generator), torch.zeros_like(B)
             # A task of few classes, or a nearly full layer, has fewer than r directions; the scale s stays.
             rank = A.shape[0]
             inits[name] = AdapterInit(rank, layer.alpha / layer.rank * rank, A, B if self.form == "literal" else None)
-            numbers[name] = {"rank": rank, "residual_energy": found.residual_energy, "captured": found.captured}
+            numbers[name] = {"rank": rank, "residual_energy": one.residual_energy, "captured": one.captured}
+            if isinstance(one, SketchedDirections):
+                numbers[name] |= {"captured_error": one.captured_error, "of_optimum": one.of_optimum, "passes": one.passes}
         if not inits:
             raise MethodError(
                 f"no adapted layer has a direction left for task '{ctx.name}'", "lower energy_weight or energy_feature, or adapt more layers"

@@ -5,17 +5,24 @@ Legend: in / out features of a layer, k protected dimensions, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from llava_keeplora.errors import MethodError
+from llava_keeplora.methods.base import Layer
 from llava_keeplora.subspace import (
+    DenseGradient,
     FeatureDirections,
+    GradientSketch,
     PrincipalBasis,
     ResidualDirections,
     RunningMeanFeatures,
     SecondMoment,
-    feature_directions,
+    SecondPass,
+    SketchedMoment,
+    choose_statistic,
     principal_basis,
     released_clip_extend,
     released_clip_weight_basis,
@@ -23,7 +30,6 @@ from llava_keeplora.subspace import (
     released_llava_extend,
     released_llava_weight_basis,
     residual,
-    residual_gradient_directions,
 )
 
 
@@ -31,6 +37,8 @@ class PaperRules:
     """What the paper says: arXiv 2601.19659, section 3."""
 
     form = "delta"
+    #: How the first-step gradient is held unless the user says otherwise.
+    gradient = "sketch"
     #: What M_t is taken from after a task: the layers' inputs, or the gradient.
     evidence = "features"
     #: On the adapters' input while training.
@@ -42,25 +50,35 @@ class PaperRules:
         return principal_basis(weight, energy)
 
     @staticmethod
-    def statistic(width: int) -> SecondMoment:
-        """Second moments of the features."""
-        return SecondMoment(width)
+    def statistics(groups: list[list[Layer]], bases: Mapping[str, Tensor], budget: int, seed: int) -> dict[str, SecondMoment | SketchedMoment]:
+        """Layer name → statistic of its features: exact and one per distinct input where all of them fit the budget (bytes), else sketched."""
+        whole = sum(layers[0].module.in_features ** 2 for layers in groups)
+        found: dict[str, SecondMoment | SketchedMoment] = {}
+        for layers in groups:
+            width, device = layers[0].module.in_features, layers[0].module.weight.device
+            share = budget * width**2 // whole
+            exact = choose_statistic(width, share, device=device) if share >= 4 * width**2 else None
+            for layer in layers:
+                # A sketch answers for one basis, so layers that read the same input have one each.
+                found[layer.name] = exact or choose_statistic(width, share // len(layers), bases[layer.name], seed=seed, device=device)
+        return found
 
     @staticmethod
-    def extend(basis: Tensor, statistic: SecondMoment, energy: float) -> FeatureDirections:
+    def extend(basis: Tensor, statistic: SecondMoment | SketchedMoment, energy: float) -> FeatureDirections:
         """The GPM rule on the residual features."""
-        return feature_directions(statistic.matrix, basis, energy)
+        return statistic.directions(basis.to(statistic.tensors[0].device), energy)
 
     @staticmethod
-    def directions(gradient: Tensor, basis: Tensor, rank: int) -> ResidualDirections:
+    def directions(statistic: DenseGradient | GradientSketch, basis: Tensor, rank: int, *second: SecondPass) -> ResidualDirections:
         """The top directions of the residual gradient, fewer where it has fewer."""
-        return residual_gradient_directions(gradient, basis, rank, allow_fewer=True)
+        return statistic.directions(rank, *second, allow_fewer=True)
 
 
 class ReleasedClipRules(PaperRules):
     """What the authors' released CLIP code does (MTIL folder), for comparison runs."""
 
     form = "literal"
+    gradient = "dense"
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
@@ -68,9 +86,9 @@ class ReleasedClipRules(PaperRules):
         return released_clip_weight_basis(weight, energy)
 
     @staticmethod
-    def statistic(width: int) -> "_RunningMean":
+    def statistics(groups: list[list[Layer]], bases: Mapping[str, Tensor], budget: int, seed: int) -> dict[str, "_RunningMean"]:
         """A running mean of the batch matrices, slot by slot."""
-        return _RunningMean()
+        return {layer.name: mean for layers in groups for mean in [_RunningMean()] for layer in layers}
 
     @staticmethod
     def extend(basis: Tensor, statistic: "_RunningMean", energy: float) -> FeatureDirections:
@@ -78,8 +96,9 @@ class ReleasedClipRules(PaperRules):
         return released_clip_extend(basis, statistic.mean.matrix, energy)
 
     @staticmethod
-    def directions(gradient: Tensor, basis: Tensor, rank: int) -> ResidualDirections:
+    def directions(statistic: DenseGradient, basis: Tensor, rank: int) -> ResidualDirections:
         """`svd_lowrank(q=4r, niter=4)`; B₀ = S Vᵀ as in the paper."""
+        gradient = statistic.matrix.cpu()
         outside = residual(gradient.float(), basis)
         u, s, v = torch.svd_lowrank(outside.T, q=min(4 * rank, *outside.shape), niter=4)
         energy = float(outside.square().sum())
@@ -116,12 +135,21 @@ class _RunningMean:
 class ReleasedLlavaRules(PaperRules):
     """What the authors' released LLaVA code does (DCL_UCIT folder), for comparison runs: B from zero, no W'."""
 
+    gradient = "dense"
     evidence = "gradient"
     dropout = 0.05
 
     weight_basis = staticmethod(released_llava_weight_basis)
-    extend = staticmethod(released_llava_extend)
-    directions = staticmethod(released_llava_directions)
+
+    @staticmethod
+    def extend(basis: Tensor, statistic: DenseGradient, energy: float) -> FeatureDirections:
+        """The GPM rule on the gradient (out, in) of the merged model."""
+        return released_llava_extend(basis, statistic.matrix.cpu(), energy)
+
+    @staticmethod
+    def directions(statistic: DenseGradient, basis: Tensor, rank: int) -> ResidualDirections:
+        """`svd_lowrank(q=r)` without oversampling, A rounded to fp16."""
+        return released_llava_directions(statistic.matrix.cpu(), basis, rank)
 
 
 RULES = {"paper": PaperRules, "released-clip": ReleasedClipRules, "released-llava": ReleasedLlavaRules}

@@ -167,11 +167,15 @@ class Batches:
         """What they count together in the mean loss."""
         return sum(self.inputs.weights[i] for i in self.chosen)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        own = self.chosen[self.rank :: self.world]
-        for start in range(0, len(own), self.batch_size):
-            batch = self.inputs.collate(own[start : start + self.batch_size])
-            yield {key: value.to(self.device) for key, value in batch.items()}
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        """Batches, and whether they count: a process whose examples have run out goes along with the first one, uncounted."""
+        chosen = self.chosen
+        own = chosen[self.rank :: self.world]
+        longest = len(range(0, len(chosen), self.world))
+        for start in range(0, longest, self.batch_size):
+            indices = own[start : start + self.batch_size]
+            batch = self.inputs.collate(indices or chosen[:1])
+            yield {key: value.to(self.device) for key, value in batch.items()}, bool(indices)
 
 
 def stage_seed(seed: int, task: int, stage: str) -> int:

@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ class LabelRun:
 
     def modules(self) -> dict[str, nn.Linear]:
         """Every layer that this method changes, by full name."""
-        return {name: layer.module for name, layer in self.layers.items()} | self.full
+        return self._adapted() | self.full
 
     def _rebuild(self, deltas: int, states: int | None = None) -> None:
         """Put the model and the method into the state after so many tasks, from the files alone.
@@ -396,6 +396,7 @@ class LabelRun:
             gradients=functools.partial(self._gradients, index),
             features=functools.partial(self._features, index),
             seed=stage_seed(self.shared.config.seed, index, stage),
+            statistics_bytes=int(self.shared.config.memory.statistics_gb * 1e9),
         )
 
     def _batches(self, index: int, fraction: float, cost: float) -> Any:
@@ -404,8 +405,8 @@ class LabelRun:
         batches = Batches(shared.inputs[index - 1], size, fraction, shared.rank, shared.world, shared.device)
 
         def counted():
-            for batch in batches:
-                yield batch
+            for batch, counts in batches:
+                yield batch, counts
                 shared.progress.advance(cost * len(batch["labels"]) * shared.world)
 
         return counted(), batches.weight
@@ -416,18 +417,20 @@ class LabelRun:
         chosen = next((dtype for key, dtype in kind.items() if self.config.training.get(key)), None)
         return torch.autocast(self.shared.device.type, chosen) if chosen else nullcontext()
 
-    def _gradients(self, index: int, fraction: float) -> dict[str, torch.Tensor]:
+    def _gradients(self, index: int, fraction: float, statistics: Mapping[str, Any]) -> None:
         batches, total = self._batches(index, fraction, 3)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
         with self._autocast():
-            return gradient_pass(task, {n: layer.module for n, layer in self.layers.items()}, batches, total)
+            gradient_pass(task, self._adapted(), batches, total, statistics)
 
-    def _features(self, index: int, statistic: Callable[[int], Any]):
+    def _features(self, index: int, statistics: Callable[[list[list[str]]], Mapping[str, Any]]) -> Mapping[str, Any]:
         batches, _ = self._batches(index, 1.0, 1)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
-        modules = {n: layer.module for n, layer in self.layers.items()}
         with self._autocast():
-            return feature_pass(task, modules, {n: layer.part for n, layer in self.layers.items()}, batches, statistic)
+            return feature_pass(task, self._adapted(), {n: layer.part for n, layer in self.layers.items()}, batches, statistics)
+
+    def _adapted(self) -> dict[str, nn.Linear]:
+        return {name: layer.module for name, layer in self.layers.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -20,7 +20,7 @@ from llava_keeplora.subspace.gradient_sketch import (
     SketchedDirections,
     sufficient_width,
 )
-from llava_keeplora.subspace.gradients import ResidualDirections, residual_gradient_directions
+from llava_keeplora.subspace.gradients import DenseGradient, ResidualDirections, residual_gradient_directions
 from llava_keeplora.subspace.moments import SecondMoment
 from llava_keeplora.subspace.principal import PrincipalBasis, principal_basis
 from llava_keeplora.subspace.released import (
@@ -33,6 +33,7 @@ from llava_keeplora.subspace.released import (
 )
 
 __all__ = [
+    "DenseGradient",
     "EnergyError",
     "FeatureDirections",
     "GradientSketch",

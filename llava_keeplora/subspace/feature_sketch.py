@@ -1,8 +1,9 @@
 """Which feature directions a task adds, from a bounded number of numbers: a streaming Nystrom sketch.
 
 The second moment of a layer's inputs takes in^2 numbers. Here only its product with s test vectors is kept, which is
-linear in it, so batches and processes add up. The energies that the rule needs are kept exactly, so that what the
-sketch can't see is known to the last digit, not estimated.
+linear in it, so batches and processes add up. The features' energy is kept exactly. The basis, which would take as much
+memory as the second moment, stays on the host: how much of the energy lies inside it is asked of evenly spaced rows at the
+end, exactly where there are at most `SAMPLE` of them, with a standard error where there are more.
 
 Shapes: x (..., in), C = X^T X (in, in), basis U (in, k), P = I - U U^T, residual moment C_hat = P C P,
 test vectors T (in, s) orthonormal and outside U, image C T (in, s), s = sketch size, m = new directions.
@@ -34,6 +35,8 @@ ROUNDING = 1e-6
 BYTES = 12
 # Fewer directions than this aren't worth a pass over the data.
 SMALLEST = 16
+# Rows that are asked for the share inside the basis, at least; up to twice as many are held.
+SAMPLE = 512
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,41 @@ class SketchedFeatureDirections(FeatureDirections):
 
     Args:
         missed: share of the features' energy that the sketch can't place, trace(C_hat - N) / ||X||^2.
+        energy_error: standard error of `energy_before`, and so of the shares after it; 0 where every row was asked.
         fewest: the exact second moment would have given between `fewest` and `rank` directions.
         reached: whether the energy asked for is reached; where not, `rank` is all that the sketch has, and a second
             pass with `refined` or a larger sketch is needed.
     """
 
     missed: float
+    energy_error: float
     fewest: int
     reached: bool
 
 
+class _RowSample:
+    """Evenly spaced rows of everything seen, on the host: every one while there are few, every second, fourth, ... then."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+        self.seen, self.stride = 0, 1
+
+    def add(self, rows: Float[Tensor, "n in"]) -> None:
+        self.rows.append(rows[-self.seen % self.stride :: self.stride].cpu())
+        self.seen += len(rows)
+        while sum(map(len, self.rows)) > 2 * SAMPLE:
+            self.rows = [torch.cat(self.rows)[::2].clone()]
+            self.stride *= 2
+
+    def take(self) -> Float[Tensor, "n in"]:
+        """The rows, which are forgotten here."""
+        rows = torch.cat(self.rows)
+        self.__init__()
+        return rows
+
+
 class SketchedMoment:
-    """Streaming sketch of the residual second moment, of 12 in s bytes; `SecondMoment` where that doesn't fit.
+    """Streaming sketch of the residual second moment, of 12 in s bytes, for where a `SecondMoment` doesn't fit.
 
     Args:
         dim: the layer's input width.
@@ -75,25 +101,56 @@ class SketchedMoment:
         test: Tensor | None = None,
     ):
         self.dim = dim
-        self.basis = (torch.zeros(dim, 0) if basis is None else basis.detach().float()).to(device)
+        self.basis = torch.zeros(dim, 0) if basis is None else basis.detach().float()
         check_basis(self.basis, dim, "a feature sketch")
+        outside_of = self.basis.to(device)
         size = min(size, dim - self.basis.shape[1])
         if test is None:
             test = torch.randn(max(size, 0), dim, generator=torch.Generator().manual_seed(seed)).T
         # N depends on the span of T alone; orthonormal columns keep the small problem as well conditioned as C is.
-        outside = residual(test.to(device, torch.float64).T, self.basis).T
+        outside = residual(test.to(device, torch.float64).T, outside_of).T
         columns = torch.linalg.qr(outside).Q
         # Where there are fewer dimensions to span, QR fills up with columns of its own, which may lie anywhere.
-        self.test = residual(columns.T, self.basis).T.float().contiguous()
+        self.test = residual(columns.T, outside_of).T.float().contiguous()
         self.image = torch.zeros(dim, self.test.shape[1], dtype=torch.float64, device=device)
-        # Energy of the features, and of their part inside the basis.
-        self.energies = torch.zeros(2, dtype=torch.float64, device=device)
-        self.count = 0
+        # Rows and their energy.
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self._sample = _RowSample()
+        # Of the sampled rows: their number, energy t, energy i inside the basis, and the sums of t^2, t i and i^2.
+        self._asked = torch.zeros(6, dtype=torch.float64, device=device)
 
     @property
     def tensors(self) -> list[Tensor]:
         """The buffers: sum them over processes, in place, before asking for directions."""
-        return [self.image, self.energies]
+        self._ask_sample()
+        return [self.image, self.totals, self._asked]
+
+    def _ask_sample(self) -> None:
+        if not self._sample.rows:
+            return
+        rows = self._sample.take().to(self.image.device).float()
+        inside = (rows @ self.basis.to(rows)).double().square().sum(1)
+        whole = rows.double().square().sum(1)
+        self._asked += torch.stack([whole.new_tensor(len(rows)), *(v.sum() for v in (whole, inside, whole**2, whole * inside, inside**2))])
+
+    @property
+    def count(self) -> int:
+        """Rows seen."""
+        return int(self.totals[0])
+
+    @property
+    def inside(self) -> tuple[float, float]:
+        """Share of the features' energy inside the basis, and its standard error; 1 and 0 if there is no energy at all.
+
+        A ratio estimate over evenly spaced rows (Cochran, "Sampling Techniques", 1977, section 6.4), with the finite population's correction.
+        """
+        self._ask_sample()
+        n, whole, inside, ww, wi, ii = self._asked.tolist()
+        if whole <= 0.0:
+            return 1.0, 0.0
+        share = inside / whole
+        variance = max(0.0, ii - 2 * share * wi + share**2 * ww) * max(0.0, 1.0 - n / self.count)
+        return share, variance**0.5 / whole
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "... in"], mask: Bool[Tensor, "..."] | None = None) -> None:
@@ -107,10 +164,10 @@ class SketchedMoment:
             ShapeError: if the width or the mask doesn't fit.
         """
         rows = counted_rows(x, mask, self.dim)
-        self.count += rows.shape[0]
         self.image += rows.T @ (rows @ self.test)
-        self.energies[0] += rows.norm(dtype=torch.float64) ** 2
-        self.energies[1] += (rows @ self.basis).norm(dtype=torch.float64) ** 2
+        self.totals[0] += rows.shape[0]
+        self.totals[1] += rows.norm(dtype=torch.float64) ** 2
+        self._sample.add(rows)
 
     def merge(self, other: "SketchedMoment") -> None:
         """Add another stream's sums and count, as from another process.
@@ -120,7 +177,6 @@ class SketchedMoment:
         """
         if other.test.shape != self.test.shape or not torch.allclose(other.test.to(self.test), self.test, atol=1e-5):
             raise ShapeError("feature sketches with other test vectors (width, size, basis or seed) can't be merged")
-        self.count += other.count
         for buffer, addend in zip(self.tensors, other.tensors):
             buffer.add_(addend.to(buffer.device))
 
@@ -151,29 +207,30 @@ class SketchedMoment:
         if basis.shape != self.basis.shape or not torch.equal(basis.detach().to(self.basis), self.basis):
             raise ShapeError("a feature sketch only answers for the basis that it was made for")
         check_finite(self.image, "second moment of the features")
-        check_finite(self.energies, "energy of the features")
-        total, inside = self.energies.tolist()
+        check_finite(self.totals, "energy of the features")
+        total, (share, error) = float(self.totals[1]), self.inside
+        inside = share * total
         if total <= 0.0 or energy_rank(torch.ones(1), energy, total=total, captured=inside) == 0:
-            share = inside / total if total > 0.0 else 1.0
-            return SketchedFeatureDirections(basis.new_zeros(self.dim, 0, dtype=torch.float32), share, share, 0, 0.0, 0, True)
+            return SketchedFeatureDirections(basis.new_zeros(self.dim, 0, dtype=torch.float32), share, share, 0, 0.0, error, 0, True)
         squared, directions = self._nystrom()
         missed = max(0.0, total - inside - float(squared.sum()))
         rank = energy_rank(squared, energy, total=total, captured=inside)
         rank = min(rank, int((squared > 0.0).sum()))
         held = inside + float(squared[:rank].sum())
         return SketchedFeatureDirections(
-            new=orthonormal_beside(basis, directions[:, :rank]).float().contiguous(),
+            new=orthonormal_beside(basis.to(directions.device), directions[:, :rank]).float().contiguous(),
             energy_before=inside / total,
             energy_after=min(1.0, held / total),
             rank=rank,
             missed=missed / total,
+            energy_error=error,
             fewest=min(rank, energy_rank(squared, energy, total=total, captured=inside + missed)),
             reached=held >= (energy - ROUNDING) * total,
         )
 
     def _nystrom(self) -> tuple[Float[Tensor, " s"], Float[Tensor, "in s"]]:
         """Eigenvalues (descending) and eigenvectors of N, in float64."""
-        test, image = self.test.double(), residual(self.image.T, self.basis).T
+        test, image = self.test.double(), residual(self.image.T, self.basis.to(self.image)).T
         small = test.T @ image
         values, vectors = torch.linalg.eigh((small + small.T) / 2)
         certain = values > NOISE * values[-1:].clamp_min(0.0).sum()

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llava_keeplora.subspace.basis import check_basis, check_finite, residual
 from llava_keeplora.subspace.errors import RankError, ShapeError
-from llava_keeplora.subspace.gradients import ResidualDirections, above_rounding, outside_exactly, room_for
+from llava_keeplora.subspace.gradients import ResidualDirections, above_rounding, outside_exactly, paired, room_for
 
 # Width of a sketch in units of the rank: at 8 one pass holds 0.99 of the optimum where singular values fall as 1/i.
 WIDTH_PER_RANK = 8
@@ -145,7 +145,7 @@ class GradientSketch:
         Raises:
             ShapeError: if they don't fit the layer or each other.
         """
-        x2, dy2 = _paired(x, dy, self.rows.shape[1], self.range.shape[0])
+        x2, dy2 = paired(x, dy, self.rows.shape[1], self.range.shape[0])
         self.range.addmm_(dy2.T, x2 @ self._omega)
         self.rows.addmm_((dy2 @ self._psi.T).T, x2)
 
@@ -252,7 +252,7 @@ class SecondPass:
         Raises:
             ShapeError: if they don't fit the layer or each other.
         """
-        x2, dy2 = _paired(x, dy, self.rows.shape[1], self.range_basis.shape[0])
+        x2, dy2 = paired(x, dy, self.rows.shape[1], self.range_basis.shape[0])
         self.rows.addmm_((dy2 @ self.range_basis).T, x2)
 
     def merge(self, other: "SecondPass") -> None:
@@ -372,17 +372,3 @@ def _range_basis(sketch: Float[Tensor, "out w"]) -> Float[Tensor, "out w"]:
     """Q: orthonormal columns that span Y, strongest first, in float64."""
     q, r = torch.linalg.qr(sketch.double())
     return q @ torch.linalg.svd(r).U
-
-
-def _paired(x: Tensor, dy: Tensor, in_dim: int, out_dim: int) -> tuple[Tensor, Tensor]:
-    """A batch's inputs (n, in) and output gradients (n, out) in float32.
-
-    Raises:
-        ShapeError: if they don't fit the layer or each other.
-    """
-    if x.shape[-1] != in_dim or dy.shape[-1] != out_dim or x.shape[:-1] != dy.shape[:-1]:
-        raise ShapeError(
-            f"a gradient sketch of a layer ({out_dim}, {in_dim}) needs inputs (..., {in_dim}) and output gradients "
-            f"(..., {out_dim}) of the same rows, but got {tuple(x.shape)} and {tuple(dy.shape)}"
-        )
-    return x.reshape(-1, in_dim).float(), dy.reshape(-1, out_dim).float()

@@ -40,6 +40,60 @@ class ResidualDirections:
     residual_energy: float
 
 
+class DenseGradient:
+    """G = sum of dY^T X over batches in float32, the reference for `GradientSketch` and smaller than one where a layer is small.
+
+    Args:
+        out_dim: out.
+        in_dim: in.
+        basis: U, (in, k), the protected subspace; nothing is protected when absent.
+        device: of the buffer.
+    """
+
+    def __init__(self, out_dim: int, in_dim: int, basis: Tensor | None = None, *, device: torch.device | str = "cpu"):
+        self.basis = torch.zeros(in_dim, 0) if basis is None else basis.detach()
+        self.matrix = torch.zeros(out_dim, in_dim, device=device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The buffer: sum it over processes, in place, before asking for directions."""
+        return [self.matrix]
+
+    @torch.no_grad()
+    def add(self, x: Float[Tensor, "... in"], dy: Float[Tensor, "... out"]) -> None:
+        """Add a batch's dY^T X.
+
+        Args:
+            x: the layer's input, (..., in), any floating dtype.
+            dy: gradient of the loss with respect to its output, (..., out).
+
+        Raises:
+            ShapeError: if they don't fit the layer or each other.
+        """
+        x2, dy2 = paired(x, dy, self.matrix.shape[1], self.matrix.shape[0])
+        self.matrix.addmm_(dy2.T, x2)
+
+    def directions(self, rank: int, *, allow_fewer: bool = False) -> ResidualDirections:
+        """Top r directions of the residual gradient; see `residual_gradient_directions`."""
+        return residual_gradient_directions(self.matrix, self.basis.to(self.matrix.device), rank, allow_fewer=allow_fewer)
+
+
+def paired(
+    x: Float[Tensor, "... in"], dy: Float[Tensor, "... out"], in_dim: int, out_dim: int
+) -> tuple[Float[Tensor, "n in"], Float[Tensor, "n out"]]:
+    """A batch's inputs and output gradients as rows, in float32.
+
+    Raises:
+        ShapeError: if they don't fit the layer or each other.
+    """
+    if x.shape[-1] != in_dim or dy.shape[-1] != out_dim or x.shape[:-1] != dy.shape[:-1]:
+        raise ShapeError(
+            f"a gradient of a layer ({out_dim}, {in_dim}) needs inputs (..., {in_dim}) and output gradients (..., {out_dim}) "
+            f"of the same rows, but got {tuple(x.shape)} and {tuple(dy.shape)}"
+        )
+    return x.reshape(-1, in_dim).float(), dy.reshape(-1, out_dim).float()
+
+
 def residual_gradient_directions(
     gradient: Float[Tensor, "out in"], basis: Float[Tensor, "in k"], rank: int, *, allow_fewer: bool = False
 ) -> ResidualDirections:

@@ -97,14 +97,17 @@ def layer_context(weight_shape=(6, 10), rank=3, gradient=None, energy_weight=0.5
     torch.manual_seed(0)
     module = nn.Linear(weight_shape[1], weight_shape[0], bias=False)
     layer = Layer("layer", "vision", module, rank, float(rank), energy_weight, 0.9)
-    gradients = {} if gradient is None else {"layer": gradient}
 
-    def features(factory):
-        statistic = factory(weight_shape[1])
-        statistic.add(torch.randn(50, weight_shape[1]), None)
-        return {"layer": statistic}, {"layer": "layer"}
+    def gradients(fraction, statistics):
+        if gradient is not None:
+            statistics["layer"].add(torch.eye(weight_shape[1]), gradient.T)
 
-    return TaskContext(index, "t", {"layer": layer}, lambda fraction: gradients, features, seed=0)
+    def features(make):
+        made = make([["layer"]])
+        made["layer"].add(torch.randn(50, weight_shape[1]), None)
+        return made
+
+    return TaskContext(index, "t", {"layer": layer}, gradients, features, seed=0, statistics_bytes=10**9)
 
 
 def started(options=None, **kwargs):

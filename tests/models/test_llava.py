@@ -10,12 +10,10 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from llava_keeplora.capture import feature_pass, gradient_pass
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import load_model
 from llava_keeplora.sequence.data import Batches, ImageCache
-from llava_keeplora.subspace import SecondMoment
 from llava_keeplora_eval.chat import Chat, render
 from llava_keeplora_eval.models import load_llava_processor
 from llava_keeplora_recipes import load_recipe
@@ -125,10 +123,10 @@ def test_an_example_counts_the_same_in_any_batch(family, inputs, data):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_gradient_pass_is_the_gradient_of_the_mean_over_all_answer_tokens(family, inputs, data, batch_size):
+def test_the_gradient_pass_is_the_gradient_of_the_mean_over_all_answer_tokens(family, inputs, data, batch_size, dense_gradients):
     layers = {n: m for part, targets in family.targets.items() for n, m in family.linear_layers(part, targets).items()}
     task, batches = family.task(data.recipe), Batches(inputs, batch_size)
-    captured = gradient_pass(task, layers, batches, batches.weight)
+    captured = dense_gradients(task, layers, batches, batches.weight)
 
     weights = [layer.weight.requires_grad_(True) for layer in layers.values()]
     out = task(**inputs.collate(range(4)))
@@ -140,7 +138,7 @@ def test_the_gradient_pass_is_the_gradient_of_the_mean_over_all_answer_tokens(fa
         torch.testing.assert_close(captured[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_layers_that_cannot_receive_a_gradient_are_named_and_really_have_none(family, inputs, data):
+def test_layers_that_cannot_receive_a_gradient_are_named_and_really_have_none(family, inputs, data, dense_gradients):
     targets = family.targets["vision"]
     named = family.unreachable("vision", targets)
     used = family.config.vision_feature_layer
@@ -148,22 +146,19 @@ def test_layers_that_cannot_receive_a_gradient_are_named_and_really_have_none(fa
 
     everything = {n: m for n, m in family.model.named_modules() if n.startswith(family.parts["vision"]) and n.rsplit(".", 1)[-1] in targets}
     batches = Batches(inputs, 4)
-    captured = gradient_pass(family.task(data.recipe), everything, batches, batches.weight)
-    assert sorted(named) == sorted(n for n in everything if n not in captured or not captured[n].any())
+    captured = dense_gradients(family.task(data.recipe), everything, batches, batches.weight)
+    assert sorted(named) == sorted(n for n in everything if n not in captured)
     assert set(family.linear_layers("vision", targets)) == set(everything) - set(named)
 
 
-def test_features_leave_padding_out_and_keep_every_image_token(family, inputs, data):
+def test_features_leave_padding_out_and_keep_every_image_token(family, inputs, data, second_moments):
     language = family.linear_layers("language", ("q_proj", "k_proj", "down_proj"))
     parts = dict.fromkeys(language, "language")
     task = family.task(data.recipe)
-    whole, leaders = feature_pass(task, language, parts, Batches(inputs, 4), SecondMoment)
-    single, _ = feature_pass(task, language, parts, Batches(inputs, 1), SecondMoment)
+    whole, single = (second_moments(task, language, parts, Batches(inputs, size)) for size in (4, 1))
     for name, statistic in whole.items():
         torch.testing.assert_close(statistic.matrix, single[name].matrix, rtol=1e-4, atol=1e-4)
-    assert all(leaders[n] == n.replace("k_proj", "q_proj") for n in language if "k_proj" in n) or all(
-        leaders[n] == n.replace("q_proj", "k_proj") for n in language if "q_proj" in n
-    )
+    assert all(whole[n] is whole[n.replace("k_proj", "q_proj")] for n in language if "k_proj" in n)
 
 
 def test_the_batch_size_does_not_change_an_answer(family, data):
@@ -183,14 +178,14 @@ def test_answers_are_those_of_the_models_own_greedy_generation(family, data):
     assert family.predictor(data.recipe, ImageCache(family.prepare, 1.0).split(data)).predict([example]) == [expected]
 
 
-def test_activation_checkpointing_does_not_change_the_gradient(family, inputs, data):
+def test_activation_checkpointing_does_not_change_the_gradient(family, inputs, data, dense_gradients):
     layers = family.linear_layers("language", ("q_proj",)) | family.linear_layers("vision", ("v_proj",))
     task, batches = family.task(data.recipe), Batches(inputs, 4)
-    plain = gradient_pass(task, layers, batches, batches.weight)
+    plain = dense_gradients(task, layers, batches, batches.weight)
     task.train()
     task.activation_checkpointing_enable()
     try:
-        again = gradient_pass(task, layers, batches, batches.weight)
+        again = dense_gradients(task, layers, batches, batches.weight)
     finally:
         task.activation_checkpointing_disable()
         task.eval()

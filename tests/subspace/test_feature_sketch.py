@@ -44,9 +44,20 @@ def test_batches_masks_and_processes_add_up(sub, random_basis):
 
 def test_the_energies_are_exact(sub, random_basis):
     basis, x = random_basis(40, 10), features(300, 40, 0.3)
-    total, inside = fed(sub.SketchedMoment(40, 8, basis), x).energies.tolist()
-    assert total == pytest.approx(float(x.double().square().sum()), rel=1e-6)
-    assert inside == pytest.approx(float((x.double() @ basis.double()).square().sum()), rel=1e-5)
+    sketch = fed(sub.SketchedMoment(40, 8, basis), x)
+    assert float(sketch.totals[1]) == pytest.approx(float(x.double().square().sum()), rel=1e-6)
+    share, error = sketch.inside
+    assert share == pytest.approx(held(x, basis), rel=1e-5) and error == 0.0
+
+
+def test_the_share_inside_the_basis_is_estimated_from_some_of_many_rows_with_a_true_error(sub, random_basis):
+    basis, misses = random_basis(24, 6), []
+    for seed in range(12):
+        x = features(9000, 24, 0.5, seed)
+        share, error = fed(sub.SketchedMoment(24, 8, basis), x).inside
+        assert 0.0 < error < 0.02
+        misses.append((share - held(x, basis)) / error)
+    assert max(map(abs, misses)) < 4 and 0.4 < (sum(m * m for m in misses) / len(misses)) ** 0.5 < 1.6
 
 
 @pytest.mark.parametrize("decay", [0.3, 1.5])

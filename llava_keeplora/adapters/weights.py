@@ -1,0 +1,30 @@
+"""A linear layer's weight as numbers, whatever form it is kept in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def is_quantised(layer: nn.Linear) -> bool:
+    """Whether the weight is stored in bitsandbytes' 4-bit or 8-bit form."""
+    return not layer.weight.is_floating_point()
+
+
+@torch.no_grad()
+def dense_weight(layer: nn.Linear) -> Tensor:
+    """The weight (out, in) in floating point, on the device that it is on.
+
+    A plain layer's own weight comes back as it is; of a quantised one, what it stands for, as a new tensor.
+
+    Args:
+        layer: an `nn.Linear` or bitsandbytes' `Linear4bit` or `Linear8bitLt`.
+    """
+    if not is_quantised(layer):
+        return layer.weight
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+    state = getattr(layer.weight, "quant_state", None)
+    if state is not None:
+        return dequantize_4bit(layer.weight.data, state).reshape(layer.out_features, layer.in_features)
+    return int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
