@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def predict_to_file(
     sync_every: int = 1000,
     advance: Callable[[int], object] | None = None,
     shard: tuple[int, int] = (0, 1),
+    rounds: Callable[[int], int] | None = None,
 ) -> int:
     """Predict every example that the file doesn't hold yet, appending each batch as it is done.
 
@@ -78,6 +80,8 @@ def predict_to_file(
         advance: called with the number of examples of each batch done, for a caller's own progress bar; without
             it a bar is shown when the work takes over two seconds.
         shard: this process and how many there are.
+        rounds: number of batches of this process → of the process that has most, where the predictor needs all processes
+            at once (weights in shards); one that has fewer goes along with an example whose answers are dropped.
 
     Returns:
         How many examples were predicted now.
@@ -104,7 +108,12 @@ def predict_to_file(
         tqdm(total=len(missing), desc=f"predict {data.recipe.name}", delay=2, disable=True if advance else None) as bar,
     ):
         advance = advance or bar.update
-        for start in range(0, len(missing), batch_size):
+        batches = math.ceil(len(missing) / batch_size)
+        for turn in range(rounds(batches) if rounds else batches):
+            if turn >= batches:
+                predictor.predict([data[0]])
+                continue
+            start = turn * batch_size
             examples = [data[index] for index in missing[start : start + batch_size]]
             texts = _checked(predictor.predict(examples), examples)
             file.writelines(

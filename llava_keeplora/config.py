@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import re
 import types
 import typing
@@ -28,6 +30,12 @@ ZERO_SHOT = "zero-shot"
 #: A label is the name of a folder beside the run's own files.
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 RUN_FILES = ("config.json", "identity.json", "results.json", "report.html", "table.md")
+
+#: Arguments of `TrainingArguments` that say where and in how many pieces a step is computed, not what it is.
+MACHINE_ARGUMENTS = (
+    "deepspeed", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "activation_checkpointing",
+    "dataloader_num_workers", "dataloader_pin_memory",
+)
 
 #: Arguments of `TrainingArguments` that the driver sets itself, and what to set instead.
 DRIVER_ARGUMENTS = {
@@ -215,11 +223,51 @@ class RunConfig:
         return epochs
 
     def identity(self) -> dict[str, Any]:
-        """What a result depends on: everything but where the run and the data lie and how they are cached."""
+        """What a result depends on: everything but where run and data lie, how they are cached, and on what machines a step is computed."""
         tree = json.loads(json.dumps(dataclasses.asdict(self)))
         for section, key in ((tree, "output_dir"), (tree["evaluation"], "batch_size"), (tree["data"], "root"), (tree["data"], "cache_gb")):
             section.pop(key)
+        for section in (tree, *tree["methods"].values()):
+            section["training"] = _machine_independent(section["training"])
         return tree
+
+    def deepspeed(self) -> dict[str, Any] | None:
+        """The ZeRO configuration of the run, its precision as it will be; None without one.
+
+        Raises:
+            ConfigError: if methods have different ones, or one contradicts `model.dtype` or `model.quantization`.
+        """
+        named = {label: method.training.get("deepspeed") for label, method in self.methods.items()}
+        if len({json.dumps(value, sort_keys=True) for value in named.values()}) > 1:
+            told = " and ".join(f"{value!r} for '{label}'" for label, value in named.items())
+            raise ConfigError(f"training.deepspeed is {told}, but the methods of a run share one model", "give all methods the same, or run them apart")
+        value = next(iter(named.values()), None)
+        if not value:
+            return None
+        content = json.loads(Path(value).read_text()) if isinstance(value, str) else json.loads(json.dumps(value))
+        for precision, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+            section = content.get(precision, {})
+            if section.get("enabled") == "auto":
+                section["enabled"] = all(method.training.get(precision) is True for method in self.methods.values())
+            # DeepSpeed turns the whole model into the precision of its own configuration, for good.
+            if bool(section.get("enabled", False)) != (self.model.dtype == dtype):
+                raise ConfigError(
+                    f"the DeepSpeed configuration has {precision}.enabled {json.dumps(section.get('enabled', False))} and model.dtype is {self.model.dtype}",
+                    "make them agree: model.dtype bfloat16 with bf16 enabled, float32 with neither bf16 nor fp16",
+                )
+        if content.get("zero_optimization", {}).get("stage") == 3 and getattr(self.model, "quantization", None):
+            raise ConfigError(
+                f"the DeepSpeed configuration has zero_optimization.stage 3 and model.quantization is {self.model.quantization}, which it cannot split",
+                "use stage 2, or leave the base unquantised",
+            )
+        return content
+
+
+def _machine_independent(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments by what a step is: batches per device and process by the examples that they are together."""
+    kept = {key: value for key, value in training.items() if key not in MACHINE_ARGUMENTS}
+    parts = (training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1), os.environ.get("WORLD_SIZE", 1))
+    return kept | {"examples_per_step": math.prod(map(int, parts))}
 
 
 def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direct: Any) -> RunConfig:
@@ -291,6 +339,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     config = dataclasses.replace(config, parts=own_parts, methods=parsed, training=own_training)
     for label in parsed:
         config.epochs(label)
+    config.deepspeed()
     return config
 
 

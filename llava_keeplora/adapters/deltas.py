@@ -1,4 +1,4 @@
-"""What a task leaves behind: one rank-r delta per layer. The base weights are never written to.
+"""What a task leaves behind: one delta per layer, as numbers and as a file.
 
 Legend: in / out features of a layer, r rank. ΔW = scale · B A with A (r, in) and B (out, r), PEFT's naming.
 """
@@ -6,13 +6,12 @@ Legend: in / out features of a layer, r rank. ΔW = scale · B A with A (r, in) 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_keeplora.files import write_tensors
 
@@ -83,36 +82,3 @@ def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
     return {name: Delta(tensors[f"{name}.A"], tensors[f"{name}.B"], scale) for name, scale in scales.items()} | {
         name: FullDelta(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in full
     }
-
-
-class BaseWeights:
-    """The base's own weights of the trained layers, from which the model of any stage is rebuilt.
-
-    W_t = W_0 + Σ ΔW_i is summed in fp32 and rounded to the model's dtype once, so a run that goes on
-    rebuilds bit for bit what an undisturbed one holds, and no rounding piles up in bf16.
-
-    Args:
-        layers: name → linear layer, holding the base's weights at construction.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Linear]):
-        self.layers = dict(layers)
-        self.weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-        self.biases = {name: layer.bias.detach().clone() for name, layer in layers.items() if layer.bias is not None}
-
-    @torch.no_grad()
-    def apply(self, deltas: Iterable[Deltas]) -> None:
-        """Set every layer's weight and bias to the base's plus its deltas, summed in the order given."""
-        deltas = list(deltas)
-        for name, layer in self.layers.items():
-            own = [task[name] for task in deltas if name in task]
-            layer.weight.copy_(_sum(self.weights[name], [delta.dense() for delta in own]))
-            if name in self.biases:
-                layer.bias.copy_(_sum(self.biases[name], [d.bias for d in own if isinstance(d, FullDelta) and d.bias is not None]))
-
-
-def _sum(base: Tensor, changes: list[Tensor]) -> Tensor:
-    total = base.float().clone()
-    for change in changes:
-        total += change.to(total)
-    return total

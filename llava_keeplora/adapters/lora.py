@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from llava_keeplora.adapters.deltas import Delta
+from llava_keeplora.zero import gathered
 
 ADAPTER = "default"
 
@@ -93,14 +94,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def read_adapters(model: nn.Module) -> dict[str, Delta]:
     """The adapters' present A and B, copied, by layer name."""
-    return {
-        name: Delta(
-            layer.lora_A[ADAPTER].weight.detach().clone(),
-            layer.lora_B[ADAPTER].weight.detach().clone(),
-            float(layer.scaling[ADAPTER]),
-        )
-        for name, layer in lora_layers(model).items()
-    }
+    found = {}
+    for name, layer in lora_layers(model).items():
+        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        with gathered([A, B]):
+            found[name] = Delta(A.detach().clone(), B.detach().clone(), float(layer.scaling[ADAPTER]))
+    return found
 
 
 def detach(wrapper: PeftModel) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llava_keeplora.zero import gathered, is_partitioned
+
 
 def is_quantised(layer: nn.Linear) -> bool:
     """Whether the weight is stored in bitsandbytes' 4-bit or 8-bit form."""
@@ -15,11 +17,15 @@ def is_quantised(layer: nn.Linear) -> bool:
 def dense_weight(layer: nn.Linear) -> Tensor:
     """The weight (out, in) in floating point, on the device that it is on.
 
-    A plain layer's own weight comes back as it is; of a quantised one, what it stands for, as a new tensor.
+    A plain layer's own weight comes back as it is; of a quantised one, what it stands for, as a new tensor. A shard of
+    ZeRO-3 is gathered into a new tensor, for which every process has to come along.
 
     Args:
         layer: an `nn.Linear` or bitsandbytes' `Linear4bit` or `Linear8bitLt`.
     """
+    if is_partitioned(layer.weight):
+        with gathered([layer.weight]):
+            return layer.weight.detach().clone()
     if not is_quantised(layer):
         return layer.weight
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant

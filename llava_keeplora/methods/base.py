@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava_keeplora.adapters import AdapterInit
+from llava_keeplora.adapters import AdapterInit, Delta
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ class Method:
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
         """After an optimiser step."""
 
-    def base_offset(self, inits: Mapping[str, AdapterInit]) -> bool:
-        """Whether the adapter's start B₀ is taken out of the working weights, W' = W − s B₀ A."""
-        return False
+    def base_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
+        """Layer name → what is added to the working weights while a task trains."""
+        return {}
 
     def consolidate(self, ctx: TaskContext) -> None:
         """After a task, on the merged model; with `ctx.index` 0, on the base before the first task."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_keeplora.adapters import AdapterInit, dense_weight
+from llava_keeplora.adapters import AdapterInit, Delta, dense_weight
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Layer, Method, Record, TaskContext
 from llava_keeplora.methods.first_step import first_step_directions, gradient_statistic
@@ -194,9 +194,9 @@ class KeepLora(Method):
         ctx.report.update(left_out=left_out, gradient=numbers)
         return inits
 
-    def base_offset(self, inits: Mapping[str, AdapterInit]) -> bool:
+    def base_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
         """The literal form trains on W' = W − s(A B₀)ᵀ."""
-        return self.form == "literal"
+        return {name: Delta(init.A, -init.B, init.scale) for name, init in inits.items()} if self.form == "literal" else {}
 
     def state(self) -> dict[str, Tensor]:
         """The columns that the last `consolidate` added to each layer's basis."""

@@ -49,7 +49,7 @@ class Family(Protocol):
         kinds: of tasks that it can learn.
         parts: part → dotted prefix of its layers.
         targets: part → leaf names of the linear layers that are adapted unless a configuration says otherwise.
-        model: the model, after `load`.
+        model: the model, after `load`; after `skeleton` one without weights.
         cost: of answering one example, in forward passes over it, for the estimate of time.
     """
 
@@ -60,6 +60,7 @@ class Family(Protocol):
     cost: float
 
     def load(self, dtype: torch.dtype) -> None: ...
+    def skeleton(self, dtype: torch.dtype) -> None: ...
     def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]: ...
     def unreachable(self, part: str, targets: Sequence[str]) -> list[str]: ...
     def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]: ...

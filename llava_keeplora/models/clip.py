@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoProcessor, CLIPModel
+from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
+from llava_keeplora.models.skeleton import build_skeleton
+from llava_keeplora.zero import loaded_whole
 from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, text_features, tokenize_prompts
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
@@ -32,11 +35,27 @@ class ClipFamily:
 
     def __init__(self, path: str, revision: str | None = None):
         self.path, self.revision = path, revision
-        self.processor = AutoProcessor.from_pretrained(path, revision=revision)
+
+    # Read when first asked for: a plan can do with the configuration alone.
+    @cached_property
+    def processor(self):
+        """The model's processor."""
+        return AutoProcessor.from_pretrained(self.path, revision=self.revision)
+
+    def skeleton(self, dtype: torch.dtype) -> None:
+        """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
+        config = CLIPConfig.from_pretrained(self.path, revision=self.revision)
+        self.model = build_skeleton(
+            lambda: CLIPModel._from_config(config, dtype=dtype, attn_implementation="sdpa"),
+            getattr(self, "quantization", None),
+            ("visual_projection", "text_projection"),
+        )
 
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights."""
-        model = CLIPModel.from_pretrained(self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa")
+        # DeepSpeed can't load CLIP's temperature, a scalar, in shards; the whole of a CLIP fits into any process.
+        with loaded_whole():
+            model = CLIPModel.from_pretrained(self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa")
         self.model = model.eval().requires_grad_(False)
 
     def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -154,6 +173,11 @@ class ClipTask(nn.Module):
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Which tokens of a part's layers carry content: padding of the prompts doesn't, every patch does."""
         return self.attention_mask.bool() if part == "text" else None
+
+    @property
+    def config(self):
+        """The model's; `auto` sizes of a DeepSpeed configuration are worked out from it."""
+        return self.clip.config
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
         """What a batch counts in the mean loss: its number of images."""

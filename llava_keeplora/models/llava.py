@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
+from llava_keeplora.models.skeleton import build_skeleton
 from llava_keeplora_eval.chat import Chat, asked, learned
 from llava_keeplora_eval.llava import LlavaPredictor, image_inputs, joined
 from llava_keeplora_eval.models import load_llava_processor
@@ -50,9 +52,26 @@ class LlavaFamily:
     def __init__(self, path: str, revision: str | None = None, max_length: int | None = None, max_new_tokens: int = 128):
         self.path, self.revision, self.max_new_tokens = path, revision, max_new_tokens
         self.config = AutoConfig.from_pretrained(path, revision=revision)
-        self.processor = load_llava_processor(path, revision)
-        self.chat = Chat(self.processor)
         self.max_length = max_length or self.config.text_config.max_position_embeddings
+
+    # Read when first asked for: a plan can do with the configuration alone.
+    @cached_property
+    def processor(self):
+        """The model's processor."""
+        return load_llava_processor(self.path, self.revision)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """Makes token ids."""
+        return Chat(self.processor)
+
+    def skeleton(self, dtype: torch.dtype) -> None:
+        """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
+        self.model = build_skeleton(
+            lambda: AutoModelForImageTextToText.from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
+            getattr(self, "quantization", None),
+            ("lm_head",),
+        )
 
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights."""
@@ -230,6 +249,11 @@ class LlavaTask(nn.Module):
     def constants(self) -> Iterator[None]:
         """Nothing is the same for every batch."""
         yield
+
+    @property
+    def config(self):
+        """The model's; `auto` sizes of a DeepSpeed configuration are worked out from it."""
+        return self.llava.config
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
         """What a batch counts in the mean loss: its number of answer tokens."""

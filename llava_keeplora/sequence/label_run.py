@@ -27,8 +27,9 @@ from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.sequence.journal import Entry, Journal, next_stage, stages_of
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.shared import Shared
-from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, scalars_as_vectors, training_arguments, without_timings
+from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
 from llava_keeplora.sequence.workspace import differences
+from llava_keeplora.zero import gathered, scalars_as_vectors
 from llava_keeplora_eval import Matrix, predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
 
@@ -141,10 +142,14 @@ class LabelRun:
         """Let transformers refuse its arguments now rather than after the zero-shot row."""
         for index in range(1, self.count + 1):
             try:
-                self._training_arguments(index)
+                arguments = self._training_arguments(index)
             except (ValueError, TypeError, ImportError, AssertionError, OSError, NotImplementedError) as error:
                 why = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ConfigError(f"transformers refuses the training arguments of '{self.config.label}' ({why})", "mend `training`") from error
+            mismatches = arguments.hf_deepspeed_config.mismatches if arguments.deepspeed else []
+            if mismatches:
+                told = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " against training.") for line in mismatches)
+                raise ConfigError(f"the DeepSpeed configuration contradicts the run's ({told})", "make them agree, or write \"auto\" in the DeepSpeed configuration")
 
     def _check_history(self) -> None:
         """What the folder holds must be whole, and the data what it was when a task was planned; fills the matrix."""
@@ -193,15 +198,16 @@ class LabelRun:
         """Every layer that this method changes, by full name."""
         return self._adapted() | self.full
 
-    def _rebuild(self, deltas: int, states: int | None = None) -> None:
+    def _rebuild(self, deltas: int, states: int | None = None, offset: Mapping[str, Delta] = {}) -> None:
         """Put the model and the method into the state after so many tasks, from the files alone.
 
         Args:
             deltas: tasks whose delta the weights carry.
             states: stages of the base and the tasks that the method has consolidated; deltas + 1 by default.
+            offset: layer name → what is added to the weights beside the tasks' deltas.
         """
         states = deltas + 1 if states is None else states
-        self.shared.base.apply(load_deltas(self.path(t, "delta.safetensors")) for t in range(1, deltas + 1))
+        self.shared.base.apply([*(load_deltas(self.path(t, "delta.safetensors")) for t in range(1, deltas + 1)), offset])
         if states != self._states_loaded:
             paths = [self.path(t, "state.safetensors") for t in range(states)]
             self.method.load([load_file(path) for path in paths if path.exists()])
@@ -241,16 +247,11 @@ class LabelRun:
         return {n: AdapterInit(**values, A=tensors.get(f"{n}.A"), B=tensors.get(f"{n}.B")) for n, values in layers.items()}
 
     def _trained(self, index: int) -> tuple[list[Path], dict]:
-        self._rebuild(index - 1)
         shared, task, inits = self.shared, self.tasks[index - 1], self._inits(index)
-        if self.method.base_offset(inits):
-            with torch.no_grad():
-                for name, init in inits.items():
-                    weight = self.layers[name].module.weight
-                    weight -= Delta(init.A, init.B, init.scale).dense().to(weight)
+        self._rebuild(index - 1, offset=self.method.base_offset(inits))
         set_seed(stage_seed(shared.config.seed, index, "TRAINED"))
         wrapper = attach(shared.family.model, inits, self.method.dropout)
-        before = {name: (module.weight.detach().clone(), _copy(module.bias)) for name, module in self.full.items()}
+        before = {name: _copied(module) for name, module in self.full.items()}
         for module in self.full.values():
             module.requires_grad_(True)
         try:
@@ -260,7 +261,7 @@ class LabelRun:
             detach(wrapper)
         deltas = {
             name: Delta(d.A.cpu(), d.B.cpu() - (inits[name].B if inits[name].B is not None else 0), d.scale) for name, d in trained.items()
-        } | {name: _change(self.full[name], *start) for name, start in before.items()}
+        } | {name: _taken_back(self.full[name], start) for name, start in before.items()}
         for name, delta in deltas.items():
             if not all(torch.isfinite(value).all() for value in delta.tensors.values()):
                 raise TrainingError(f"the weights of task '{task.name}' are not finite after its {history['steps']} steps, first in layer {name}", CURE)
@@ -335,11 +336,12 @@ class LabelRun:
         else:
             self._rebuild(index)
             scores = {}
-            for task in self.tasks:
-                self._predict(index, task)
-                self.shared.barrier()
-                if self.shared.rank == 0:
-                    scores[task.name] = self._score(index, task)
+            with self.shared.zero.engaged(self.shared.family.model):
+                for task in self.tasks:
+                    self._predict(index, task)
+                    self.shared.barrier()
+                    if self.shared.rank == 0:
+                        scores[task.name] = self._score(index, task)
         if self.shared.rank == 0:
             write_json(path, scores)
         self.shared.barrier()
@@ -363,6 +365,8 @@ class LabelRun:
             batch_size=shared.config.evaluation.batch_size,
             advance=lambda count: shared.progress.advance(cost * count),
             shard=(shared.rank, shared.world),
+            # Shards of weights are gathered by all processes together, so that all make equally many predictions.
+            rounds=shared.most if shared.zero.partitions else None,
         )
 
     def _score(self, index: int, task: Task) -> dict[str, Any]:
@@ -420,13 +424,13 @@ class LabelRun:
     def _gradients(self, index: int, fraction: float, statistics: Mapping[str, Any]) -> None:
         batches, total = self._batches(index, fraction, 3)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
-        with self._autocast():
+        with self.shared.zero.engaged(task), self._autocast():
             gradient_pass(task, self._adapted(), batches, total, statistics)
 
     def _features(self, index: int, statistics: Callable[[list[list[str]]], Mapping[str, Any]]) -> Mapping[str, Any]:
         batches, _ = self._batches(index, 1.0, 1)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
-        with self._autocast():
+        with self.shared.zero.engaged(task), self._autocast():
             return feature_pass(task, self._adapted(), {n: layer.part for n, layer in self.layers.items()}, batches, statistics)
 
     def _adapted(self) -> dict[str, nn.Linear]:
@@ -437,13 +441,21 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _copy(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.detach().clone()
+def _copied(module: nn.Linear) -> dict[str, torch.Tensor]:
+    parameters = dict(module.named_parameters(recurse=False))
+    with gathered(parameters.values()):
+        return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-def _change(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> FullDelta:
-    """What training did to a layer without an adapter."""
-    return FullDelta((module.weight.detach() - weight).cpu(), None if bias is None else (module.bias.detach() - bias).cpu())
+@torch.no_grad()
+def _taken_back(module: nn.Linear, before: Mapping[str, torch.Tensor]) -> FullDelta:
+    """What training did to a layer without an adapter; the layer gets its values from before."""
+    parameters = dict(module.named_parameters(recurse=False))
+    with gathered(parameters.values(), write=True):
+        change = FullDelta(**{name: (p - before[name]).cpu() for name, p in parameters.items()})
+        for name, p in parameters.items():
+            p.copy_(before[name])
+    return change
 
 
 def _trained_numbers(delta: Delta | FullDelta, init: AdapterInit | None) -> int:

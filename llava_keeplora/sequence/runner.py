@@ -65,6 +65,8 @@ def _opened(workspace: Workspace) -> Iterator[Shared]:
                 held.enter_context(workspace.locked())
                 workspace.claim()
             shared = Shared(config, workspace, load_tasks(config), open_model(config.model, config.evaluation.max_new_tokens))
+        # Together: with ZeRO-3 the processes need each other for it.
+        shared.load()
         yield shared
 
 

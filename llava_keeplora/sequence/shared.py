@@ -11,6 +11,7 @@ from llava_keeplora.models import DTYPES, Family, Inputs
 from llava_keeplora.sequence.data import ImageCache, Task
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.workspace import Workspace
+from llava_keeplora.zero import Zero
 
 
 class Shared:
@@ -20,7 +21,7 @@ class Shared:
         config: the run.
         workspace: its folder.
         tasks: the sequence.
-        family: the model, its weights not loaded yet: they come after every example has been checked.
+        family: the model, its weights not loaded yet: `load` does that once every example has been checked.
     """
 
     def __init__(self, config: RunConfig, workspace: Workspace, tasks: list[Task], family: Family):
@@ -29,15 +30,28 @@ class Shared:
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]
         for task in tasks:
             family.check(task.test)
-        family.load(DTYPES[config.model.dtype])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        family.model.to(self.device)
+        self.zero = Zero(config.deepspeed())
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.world = dist.get_world_size() if self.distributed else 1
         # Set by the runner once every method has named its layers and its open stages.
         self.base: BaseWeights
         self.progress: Progress
+
+    def load(self) -> None:
+        """Load the model's weights; with ZeRO-3, every process its share of them."""
+        self.family.load(DTYPES[self.config.model.dtype])
+        self.zero.partition(self.family.model)
+        self.family.model.to(self.device)
+
+    def most(self, count: int) -> int:
+        """The largest of the processes' counts."""
+        if not self.distributed:
+            return count
+        largest = torch.tensor(count, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def barrier(self) -> None:
         """Wait for the other processes."""

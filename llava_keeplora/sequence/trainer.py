@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,19 +47,6 @@ def training_arguments(training: Mapping[str, Any], *, output_dir: str, seed: in
     return TrainingArguments(
         output_dir=output_dir, seed=seed, data_seed=seed, save_strategy="no", eval_strategy="no", remove_unused_columns=False, **values
     )
-
-
-@contextmanager
-def scalars_as_vectors(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed broadcasts parameters as bytes, which one without dimensions (CLIP's temperature) can't be."""
-    scalars = [p for p in model.parameters() if p.dim() == 0]
-    try:
-        for p in scalars:
-            p.data = p.data.reshape(1)
-        yield
-    finally:
-        for p in scalars:
-            p.data = p.data.reshape(())
 
 
 class Indices(torch.utils.data.Dataset):

@@ -4,11 +4,9 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +14,8 @@ from safetensors.torch import load_file
 
 from llava_keeplora.files import file_hash
 
-BIN = Path(sys.executable).parent
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_seq.py"
-LAUNCHER = [str(BIN / "deepspeed"), "--num_gpus", "1"]
 #: Seconds; a start takes some ten on a quiet machine.
 PATIENCE = 400
-PAIR = [str(BIN / "deepspeed"), "--num_gpus", "2"]
-
 CLI = [sys.executable, "-m", "llava_keeplora.cli", "train"]
 ZERO_2 = {
     "zero_optimization": {"stage": 2},
@@ -30,27 +23,6 @@ ZERO_2 = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
 }
-
-
-def start(command, *arguments) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")}
-    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
-    return subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-@pytest.fixture
-def launch():
-    """Function (command, *arguments) → (exit code, stdout, stderr)."""
-
-    def run(command, *arguments, timeout=PATIENCE):
-        process = start(command, *arguments)
-        try:
-            out, err = process.communicate(timeout=timeout)
-        finally:
-            process.kill()
-        return process.returncode, out, err
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -70,8 +42,8 @@ def reference(run_config, tiny_tasks, tmp_path_factory):
     return folder
 
 
-def test_the_launcher_gives_the_same_numbers_and_a_quiet_terminal(config_file, launch, numbers, reference, tmp_path):
-    code, out, err = launch([*LAUNCHER, SCRIPT], "--config", config_file(), "--output-dir", tmp_path / "run")
+def test_the_launcher_gives_the_same_numbers_and_a_quiet_terminal(config_file, launch, launcher, script, numbers, reference, tmp_path):
+    code, out, err = launch([*launcher(1), script], "--config", config_file(), "--output-dir", tmp_path / "run")
     assert code == 0, err
     assert numbers(tmp_path / "run") == numbers(reference)
     assert f"run folder: {tmp_path / 'run'}" in out and (tmp_path / "run/report.html").is_file()
@@ -79,10 +51,10 @@ def test_the_launcher_gives_the_same_numbers_and_a_quiet_terminal(config_file, l
 
 
 def test_a_run_killed_in_training_and_gone_on_with_through_another_door_gives_the_same_numbers(
-    config_file, launch, numbers, reference, tmp_path
+    config_file, start, launch, script, numbers, reference, tmp_path
 ):
     arguments = ["--config", config_file(), "--output-dir", tmp_path / "run"]
-    process = start([sys.executable, SCRIPT], *arguments)
+    process = start([sys.executable, script], *arguments)
     journal, deadline = tmp_path / "run/keeplora/journal.jsonl", time.monotonic() + PATIENCE
     while not (journal.exists() and "PREPARED" in journal.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -96,10 +68,10 @@ def test_a_run_killed_in_training_and_gone_on_with_through_another_door_gives_th
     assert numbers(tmp_path / "run") == numbers(reference), f"killed {delay:.3f} s after the first task was prepared"
 
 
-def test_zero_2_from_a_plain_start_learns_the_same(config_file, launch, reference, tmp_path):
+def test_zero_2_from_a_plain_start_learns_the_same(config_file, launch, script, reference, tmp_path):
     (tmp_path / "zero2.json").write_text(json.dumps(ZERO_2))
     arguments = ["--config", config_file(), "--output-dir", tmp_path / "run", f"training.deepspeed={tmp_path / 'zero2.json'}"]
-    code, _, err = launch([sys.executable, SCRIPT], *arguments)
+    code, _, err = launch([sys.executable, script], *arguments)
     assert code == 0, err
     same_up_to_rounding(reference, tmp_path / "run")
 
@@ -119,18 +91,18 @@ runpy.run_path(SCRIPT, run_name="__main__")
 
 
 @pytest.fixture
-def watched(tmp_path):
+def watched(script, tmp_path):
     path = tmp_path / "watched.py"
-    path.write_text(textwrap.dedent(WATCHED).replace("SCRIPT", repr(str(SCRIPT))))
+    path.write_text(textwrap.dedent(WATCHED).replace("SCRIPT", repr(str(script))))
     return path
 
 
 @pytest.mark.parametrize("zero", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "zero-2"])
-def test_two_processes_learn_what_one_learns_and_the_first_alone_writes_but_for_shares_of_answers(zero, config_file, launch, reference, watched, numbers, tmp_path):
+def test_two_processes_learn_what_one_learns_and_the_first_alone_writes_but_for_shares_of_answers(zero, config_file, launch, launcher, reference, watched, numbers, tmp_path):
     (tmp_path / "zero2.json").write_text(json.dumps(ZERO_2))
     more = [f"training.deepspeed={tmp_path / 'zero2.json'}"] if zero else []
     arguments = ["--config", config_file(), "--output-dir", tmp_path / "run", "training.per_device_train_batch_size=4", *more]
-    code, out, err = launch([*PAIR, watched], *arguments)
+    code, out, err = launch([*launcher(2), watched], *arguments)
     assert code == 0, err
     assert err.count("zero-shot: ") == 1 and out.count("run folder: ") == 1
     assert numbers(tmp_path / "run").keys() == numbers(reference).keys()
@@ -157,9 +129,9 @@ def projector(basis):
     return columns @ columns.T
 
 
-def test_a_first_process_that_fails_at_the_start_takes_the_others_with_it(config_file, launch, tmp_path):
+def test_a_first_process_that_fails_at_the_start_takes_the_others_with_it(config_file, launch, launcher, script, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
-    code, _, err = launch([*PAIR, SCRIPT], "--config", config_file(), "--output-dir", tmp_path / "run")
+    code, _, err = launch([*launcher(2), script], "--config", config_file(), "--output-dir", tmp_path / "run")
     assert code != 0
     assert err.count("error: ") == 1 and "is not a run folder but holds notes.txt" in err and "Traceback" not in err

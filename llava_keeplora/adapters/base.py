@@ -1,0 +1,92 @@
+"""The base's layers, from which the model of any stage is rebuilt: base + the tasks' deltas. The base itself is never changed.
+
+Legend: in / out features of a layer, R the ranks of all deltas together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from llava_keeplora.adapters.deltas import Delta, Deltas, FullDelta
+from llava_keeplora.adapters.weights import is_quantised
+from llava_keeplora.zero import is_partitioned
+
+
+class BaseWeights:
+    """The base's layers with a stage's deltas on them.
+
+    A plain layer's weight becomes W_0 + Σ ΔW_i, summed in fp32 and rounded to the model's dtype once, so a run that goes on
+    rebuilds bit for bit what an undisturbed one holds, and no rounding piles up in bf16. A weight that is quantised or split
+    over processes is never written: there the deltas are stacked, y = W_0 x + Σ s_i B_i (A_i x) (see `is_stacked`).
+
+    Args:
+        layers: name → linear layer, holding the base's weights at construction.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear]):
+        self._layers = {name: (_Stacked if is_stacked(layer) else _Summed)(layer) for name, layer in layers.items()}
+
+    @torch.no_grad()
+    def apply(self, deltas: Iterable[Deltas]) -> None:
+        """Make every layer the base's plus its deltas, in the order given."""
+        deltas = list(deltas)
+        for name, layer in self._layers.items():
+            layer.carry([task[name] for task in deltas if name in task])
+
+
+def is_stacked(layer: nn.Linear) -> bool:
+    """Whether deltas stay beside a layer's weight: a quantised one would round them away, a shard isn't there to add to."""
+    return is_quantised(layer) or is_partitioned(layer.weight)
+
+
+class _Summed:
+    """A layer whose weight takes its deltas up; a copy of the base's is kept."""
+
+    def __init__(self, layer: nn.Linear):
+        self.layer = layer
+        self.weight = layer.weight.detach().clone()
+        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+
+    def carry(self, changes: Sequence[Delta | FullDelta]) -> None:
+        self.layer.weight.copy_(_sum(self.weight, [change.dense() for change in changes]))
+        if self.bias is not None:
+            self.layer.bias.copy_(_sum(self.bias, [c.bias for c in changes if isinstance(c, FullDelta) and c.bias is not None]))
+
+
+class _Stacked:
+    """A layer whose deltas are added to its output."""
+
+    def __init__(self, layer: nn.Linear):
+        self.layer, self._handle = layer, None
+
+    def carry(self, changes: Sequence[Delta | FullDelta]) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        device = self.layer.weight.device
+        terms = [(change.weight.to(device), None if change.bias is None else change.bias.to(device)) for change in changes if isinstance(change, FullDelta)]
+        low = [change for change in changes if isinstance(change, Delta)]
+        A = torch.cat([change.A for change in low]).to(device) if low else None  # (R, in)
+        B = torch.cat([change.scale * change.B for change in low], dim=1).to(device) if low else None  # (out, R)
+
+        def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            x = args[0]
+            if low:
+                output = output + linear(linear(x, A.to(x.dtype)), B.to(x.dtype)).to(output.dtype)
+            for weight, bias in terms:
+                output = output + linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(output.dtype)
+            return output
+
+        if changes:
+            self._handle = self.layer.register_forward_hook(add)
+
+
+def _sum(base: Tensor, changes: list[Tensor]) -> Tensor:
+    total = base.float().clone()
+    for change in changes:
+        total += change.to(total)
+    return total

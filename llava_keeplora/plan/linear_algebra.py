@@ -1,0 +1,67 @@
+"""Bytes that the subspaces' computations take for one layer beside what they are given, tensor by tensor.
+
+They look at values (how many directions reach an energy), so they can't be rehearsed on fake tensors; each function lists
+what is alive at the most expensive moment of the code that it names, on its most expensive way.
+
+Legend: in / out features of a layer, n = min(in, out), k columns of a basis, r rank, w sketch width.
+"""
+
+from __future__ import annotations
+
+from llava_keeplora.subspace import GradientSketch
+
+F32, F64 = 4, 8
+#: LAPACK's and cuSOLVER's divide-and-conquer eigensolvers work in twice the matrix beside the eigenvectors.
+EIGENSOLVER = 2
+
+
+def weight_basis(out_dim: int, in_dim: int, columns: int, size: int) -> int:
+    """`subspace/principal.py`, from a weight of `size` bytes per number.
+
+    The weight in fp32 (twice while it is scaled), its Gram matrix, the eigenvectors and the eigensolver's work, or Ritz
+    blocks of up to a third of that size six times; for a wide weight the vectors mapped to the input side and their QR.
+    """
+    n, weight = min(out_dim, in_dim), out_dim * in_dim
+    scaling = F32 * weight * (1 if size == F32 else 2)
+    solving = F32 * (weight + (2 + EIGENSOLVER) * n * n)
+    mapping = F32 * (weight + 3 * n * n + 3 * in_dim * columns) if out_dim < in_dim else 0
+    return max(scaling, solving, mapping)
+
+
+def feature_directions(in_dim: int, columns: int, exact: bool) -> int:
+    """`subspace/features.py`, from an exact second moment: the residual moment and one more of its size while it is formed;
+    then the complement of the basis, its image, the small problem, its eigenvectors and the work, in fp64.
+
+    Args:
+        in_dim: in.
+        columns: k.
+        exact: whether the moment is kept in fp64 (else it is copied into it first).
+    """
+    left = in_dim - columns
+    copied = 0 if exact else in_dim**2
+    forming = 3 * in_dim**2 + 3 * in_dim * columns
+    solving = in_dim**2 + 2 * in_dim * columns + 2 * in_dim * left + (2 + EIGENSOLVER) * left**2
+    return F64 * (copied + max(forming, solving))
+
+
+def sketched_feature_directions(in_dim: int, size: int) -> int:
+    """`subspace/feature_sketch.py`: test vectors, residual image, factor, its singular vectors, and their copy in the result."""
+    return F64 * 6 * in_dim * size
+
+
+def gradient_directions(out_dim: int, in_dim: int, width: int, dense: bool) -> int:
+    """`subspace/gradients.py` where the gradient is held whole, `subspace/gradient_sketch.py` where it is sketched.
+
+    Whole: the gradient and its residual in fp64 and one more while that is formed, or the Gram matrix with its eigenvectors
+    and the work. Sketched: rows and their residual, Psi, the range and its QR, factor, misses and singular vectors in fp64.
+    """
+    n = min(out_dim, in_dim)
+    if dense:
+        return F64 * max(3 * out_dim * in_dim, 2 * out_dim * in_dim + (2 + EIGENSOLVER) * n * n)
+    rows = 2 * min(width, n) + 1
+    return F64 * (rows * (4 * in_dim + out_dim) + 3 * min(width, n) * out_dim)
+
+
+def is_dense(out_dim: int, in_dim: int, width: int | None) -> bool:
+    """Whether a layer's gradient is held whole; None stands for a method that asks for that."""
+    return width is None or GradientSketch.numbers(out_dim, in_dim, width) >= out_dim * in_dim

@@ -1,0 +1,445 @@
+"""The peak memory of every stage of one method, rehearsed without weights.
+
+Passes, training steps and answers run the run's own code on fake tensors (see `meter.py`). What cannot be rehearsed, because
+it looks at values, is worked out in `linear_algebra.py`. Not counted: the interpreter and the libraries themselves, the
+CUDA context (a few hundred MB), the allocator's gaps, the examples' texts, and the feature directions that a pass finds
+(in × m numbers per layer), whose number no one knows before.
+
+Legend: in / out features of a layer, k columns of its basis, T tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig
+
+from llava_keeplora.adapters import AdapterInit, attach, detach
+from llava_keeplora.capture import feature_pass, gradient_pass
+from llava_keeplora.config import MethodConfig, RunConfig
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.methods import METHODS, Layer, TaskContext
+from llava_keeplora.methods.first_step import gradient_statistic
+from llava_keeplora.methods.keeplora import KeepLora
+from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask
+from llava_keeplora.plan import linear_algebra
+from llava_keeplora.plan.meter import faked, metered
+from llava_keeplora.plan.sharding import Sharding
+from llava_keeplora.plan.work import Work, repeated
+from llava_keeplora.subspace import WIDTH_PER_RANK, SecondMoment, SecondPass, ShapeError
+from llava_keeplora_eval.predictors import PROMPTS_PER_BATCH, class_logits, image_features, text_features
+
+STAGES = ("load", "basis", "gradient", "train", "features", "evaluate", "export")
+F32 = 4
+#: safetensors makes the bytes of every tensor, and of all of them one string.
+SERIALISED = 2
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory that a stage needs at once, in bytes.
+
+    Args:
+        device: of each GPU; on a CPU machine, of the process.
+        host: of the process beside its GPU; 0 on a CPU machine, where all is one.
+    """
+
+    device: int
+    host: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a method changes.
+
+    Args:
+        adapted: name → layer with an adapter.
+        full: name → linear layer that is trained itself.
+    """
+
+    adapted: dict[str, Layer]
+    full: dict[str, nn.Linear]
+
+
+def find_trained(method: MethodConfig, family: Family) -> Trained:
+    """The layers that a method changes.
+
+    Raises:
+        ConfigError: for parts or targets that the model doesn't have, or if nothing is adapted.
+    """
+    found = Trained({}, {})
+    for part, own in method.parts.items():
+        modules = family.linear_layers(part, own.targets or family.targets.get(part, ()))
+        if own.train == "full":
+            found.full.update(modules)
+            continue
+        for name, module in modules.items():
+            found.adapted[name] = Layer(name, part, module, own.rank, own.alpha, own.energy_weight, own.energy_feature)
+    if not found.adapted:
+        raise ConfigError("the run adapts no part of the model", f"name at least one of {', '.join(family.targets)} under `parts`")
+    return found
+
+
+class Rehearsal:
+    """One method of a run on a kind of machine.
+
+    Args:
+        config: the run.
+        method: the method.
+        family: the model; its `model` is a skeleton.
+        work: the tasks.
+        sharding: how training is spread.
+        cpu: whether there is no GPU.
+        base: bytes of the base's copies that a run keeps of all layers that any method changes.
+        columns: k of a layer after so many tasks, 0 for the base; at most as many as can be when None.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: MethodConfig,
+        family: Family,
+        work: Sequence[Work],
+        sharding: Sharding,
+        cpu: bool,
+        base: int,
+        columns: Callable[[Layer, int], int] | None = None,
+    ):
+        self.config, self.family, self.work, self.sharding, self.cpu, self.base = config, family, work, sharding, cpu, base
+        cls = METHODS[method.method]
+        self.method, self.training = cls(cls.Options(**method.options)), method.training
+        self.trained = find_trained(method, family)
+        self.columns = columns or self._most_columns
+        self.protects = isinstance(self.method, KeepLora)
+        self.dtype = DTYPES[config.model.dtype]
+        self.quantised = bool(getattr(config.model, "quantization", None))
+        self.largest = max(self.work, key=lambda w: (w.tokens * (len(w.prompts["input_ids"]) if w.prompts else 1)))
+
+    # --- what is there ---------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that the method goes through."""
+        return tuple(s for s in STAGES if self.protects or s not in ("basis", "gradient", "features"))
+
+    def peak(self, stage: str) -> Peak:
+        """The peak of a stage, worked out when it is first asked for."""
+        return getattr(self, f"_{stage}")
+
+    def _most_columns(self, layer: Layer, tasks: int) -> int:
+        """Directions in order of falling energy hold at least their share of it; after a task, any number may have come."""
+        out_dim, in_dim = layer.module.out_features, layer.module.in_features
+        if tasks and self.method.options.protect_features:
+            return in_dim
+        return math.ceil(layer.energy_weight * min(out_dim, in_dim)) if self.method.options.protect_weights else 0
+
+    @cached_property
+    def model_bytes(self) -> int:
+        """Of parameters and buffers."""
+        tensors = {id(t): t for t in (*self.family.model.parameters(), *self.family.model.buffers())}
+        return sum(t.nbytes for t in tensors.values())
+
+    def bases(self, tasks: int) -> int:
+        """Bytes of the protected subspaces after so many tasks, kept on the host."""
+        if not self.protects:
+            return 0
+        return sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.trained.adapted.values())
+
+    @cached_property
+    def delta_numbers(self) -> int:
+        """Numbers of one task's delta."""
+        adapted = sum(layer.rank * (layer.module.in_features + layer.module.out_features) for layer in self.trained.adapted.values())
+        return adapted + sum(p.numel() for module in self.trained.full.values() for p in module.parameters(recurse=False))
+
+    @property
+    def stacks(self) -> bool:
+        """Whether the tasks' deltas stay beside the base's weights instead of being summed into them."""
+        return self.quantised or self.sharding.partitions
+
+    @cached_property
+    def _images(self) -> int:
+        """Bytes of the image cache once every split has been seen."""
+        left = kept = int(self.config.data.cache_gb * 1e9)
+        for work in self.work:
+            size = work.images * work.image_bytes
+            left -= size if size <= left else 0
+        return kept - left
+
+    def _resident(self, size: int | None = None) -> tuple[int, int]:
+        """Bytes on the device and on the host all along: the model, and what a run keeps to rebuild it."""
+        device, host = self.sharding.parameters(self.model_bytes, self.dtype.itemsize)
+        return device + (F32 * self.delta_numbers * len(self.work) if self.stacks else self.base), host
+
+    def _sum(self, device: int, *, tasks: int, host: int = 0) -> Peak:
+        """A peak from what a stage takes beside what is there all along."""
+        resident, shards = self._resident()
+        device, host = resident + device, shards + host + self.bases(tasks) + self._images
+        return Peak(device + host) if self.cpu else Peak(device, host)
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _load(self) -> Peak:
+        """Loading, and rebuilding the model of a late task from its deltas, one layer after the other in fp32."""
+        layers = [*(layer.module for layer in self.trained.adapted.values()), *self.trained.full.values()]
+        numbers = max(module.in_features * module.out_features for module in layers)
+        if self.stacks:
+            device = numbers * self.dtype.itemsize
+        else:
+            # The base in fp32, every earlier task's ΔW, and one of them before it is scaled.
+            device = F32 * numbers * (len(self.work) + 1) if len(self.work) > 1 else 0
+        deltas = F32 * self.delta_numbers * (len(self.work) - 1)
+        peak = self._sum(device, tasks=0, host=deltas)
+        return peak if self.cpu else Peak(peak.device, max(peak.host, self.model_bytes))
+
+    @cached_property
+    def _basis(self) -> Peak:
+        layers = self.trained.adapted.values()
+        solving = max(self._one_basis(layer) for layer in layers)
+        writing = SERIALISED * self.bases(0)
+        return self._sum(max(solving, writing), tasks=0) if self.cpu else self._sum(solving, tasks=0, host=writing)
+
+    def _one_basis(self, layer: Layer) -> int:
+        out_dim, in_dim = layer.module.out_features, layer.module.in_features
+        expanded = out_dim * in_dim * self.dtype.itemsize if self.stacks else 0
+        return expanded + linear_algebra.weight_basis(out_dim, in_dim, self.columns(layer, 0), self.dtype.itemsize)
+
+    @cached_property
+    def _gradient(self) -> Peak:
+        return self._gradient_peak(self.method.sketched)
+
+    def _gradient_peak(self, sketched: bool) -> Peak:
+        layers, tasks = self.trained.adapted, max(0, len(self.work) - 1)
+        with self._fake_model() as meter:
+            bases = {name: torch.zeros(layer.module.in_features, self._room(layer, tasks)) for name, layer in layers.items()}
+            given = meter.live
+            statistics = {
+                name: gradient_statistic(layer, bases[name], WIDTH_PER_RANK * layer.rank if sketched else None, 0)
+                for name, layer in layers.items()
+            }
+            # Where one pass falls short, a second one sums into buffers of its own beside the first one's.
+            again = {
+                name: SecondPass(torch.zeros(layer.module.out_features, statistics[name].width), layer.module.in_features)
+                for name, layer in layers.items()
+                if hasattr(statistics[name], "width")
+            }
+            held = meter.live - given
+            meter.peak = meter.live
+            task, batch = self._task(), self._batch()
+            with self._autocast():
+                gradient_pass(task, self._modules(), [(batch, True)], 1, statistics)
+            beside = meter.peak - given
+            del again
+        solving = max(
+            linear_algebra.gradient_directions(out, in_, width or 0, linear_algebra.is_dense(out, in_, width))
+            for out, in_, width in (
+                (layer.module.out_features, layer.module.in_features, WIDTH_PER_RANK * layer.rank if sketched else None) for layer in layers.values()
+            )
+        )
+        found = sum(F32 * layer.rank * (layer.module.in_features + layer.module.out_features) for layer in layers.values())
+        return self._sum(max(beside, held + solving + found), tasks=tasks)
+
+    def _room(self, layer: Layer, tasks: int) -> int:
+        return min(self.columns(layer, tasks), layer.module.in_features - 1)
+
+    @cached_property
+    def _features(self) -> Peak:
+        if not self.method.options.protect_features:
+            return self._sum(0, tasks=0)
+        if self.method.rules.evidence == "gradient":
+            return self._gradient_peak(sketched=False)
+        layers, tasks = self.trained.adapted, len(self.work) - 1
+        with self._fake_model() as meter:
+            bases = {name: torch.zeros(layer.module.in_features, self._room(layer, tasks)) for name, layer in layers.items()}
+            given, made = meter.live, {}
+
+            def statistics(groups: list[list[str]]) -> Mapping[str, Any]:
+                before = meter.live
+                budget = int(self.config.memory.statistics_gb * 1e9)
+                try:
+                    made.update(self.method.rules.statistics([[layers[n] for n in names] for names in groups], bases, budget, 0))
+                except ShapeError as error:
+                    raise ConfigError(f"memory.statistics_gb is {self.config.memory.statistics_gb}, and {str(error).rstrip('.')}", "raise it") from error
+                made["held"] = meter.live - before
+                return {name: one for name, one in made.items() if name != "held"}
+
+            meter.peak = meter.live
+            with self._autocast():
+                feature_pass(self._task(), self._modules(), {n: layer.part for n, layer in layers.items()}, [(self._batch(), True)], statistics)
+            beside, held = meter.peak - given, made.pop("held")
+            solving = max(self._one_extension(layers[name], statistic, tasks) for name, statistic in made.items())
+        return self._sum(max(beside, held + solving), tasks=tasks)
+
+    def _one_extension(self, layer: Layer, statistic: Any, tasks: int) -> int:
+        in_dim = layer.module.in_features
+        if isinstance(statistic, SecondMoment):
+            return linear_algebra.feature_directions(in_dim, self._room(layer, tasks), statistic.dtype == torch.float64)
+        return linear_algebra.sketched_feature_directions(in_dim, statistic.test.shape[1]) if hasattr(statistic, "test") else 0
+
+    @cached_property
+    def _train(self) -> Peak:
+        """One optimiser step with Adam's states in place, and the gradients too where steps are accumulated."""
+        split, accumulated = self.sharding.stage is not None, int(self.training.get("gradient_accumulation_steps", 1)) > 1
+        with self._adapters(), self._fake_model() as meter:
+            parameters = self.trained_parameters()
+            adapters = meter.live - self.model_bytes
+            held = [] if split else [torch.zeros(p.shape, dtype=p.dtype) for p in parameters for _ in range(self._adam_moments())]
+            held += [p.detach().clone() for module in self.trained.full.values() for p in module.parameters(recurse=False)]
+            if accumulated and not split:
+                for p in parameters:
+                    p.grad = torch.zeros_like(p)
+            meter.peak = meter.live
+            task, batch = self._task(), self._batch()
+            with self._autocast():
+                loss = task.train()(**batch)["loss"]
+            loss.backward()
+            beside = meter.peak - self.model_bytes
+            numbers, size = sum(p.numel() for p in parameters), max(p.itemsize for p in parameters)
+            task.eval()
+            del held, loss
+        host = 0
+        if split:
+            states, host = self.sharding.states(numbers)
+            # The rehearsal kept the gradients whole.
+            beside += states + self.sharding.gradients(numbers, size) - (numbers * size if self.sharding.stage >= 2 else 0)
+            beside -= self.sharding.stage < 2 and numbers * size
+        elif self.sharding.world > 1:
+            # The processes' gradients are averaged in buckets beside them.
+            beside += numbers * size
+        assert adapters >= 0
+        return self._sum(beside, tasks=len(self.work) - 1, host=host)
+
+    def _adam_moments(self) -> int:
+        """Tensors of a parameter's size that the optimiser keeps; AdamW's two unless it is another one."""
+        return {"sgd": 0, "adafactor": 0}.get(str(self.training.get("optim", "adamw")), 2)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Inside `_adapters`: what is trained."""
+        return [p for p in self.family.model.parameters() if p.requires_grad]
+
+    @cached_property
+    def trainable(self) -> int:
+        """Numbers that are trained in one task."""
+        with self._adapters():
+            return sum(p.numel() for p in self.trained_parameters())
+
+    @cached_property
+    def _evaluate(self) -> Peak:
+        work, size = self.largest, min(self.config.evaluation.batch_size, max(w.test for w in self.work))
+        tasks = len(self.work) if self.protects else 0
+        with self._fake_model() as meter, torch.no_grad():
+            (_answer_clip if work.prompts else _answer_llava)(self.family, work, size)
+            beside = meter.peak - self.model_bytes
+        return self._sum(beside, tasks=tasks)
+
+    @cached_property
+    def _export(self) -> Peak:
+        """A merged model in host memory: the base, the deltas, and one layer's sum in fp32."""
+        layers = [*(layer.module for layer in self.trained.adapted.values()), *self.trained.full.values()]
+        numbers = max(module.in_features * module.out_features for module in layers)
+        whole = sum(_dense_bytes(m, self.dtype) for m in self.family.model.modules())
+        host = whole + F32 * (self.delta_numbers * len(self.work) + 3 * numbers)
+        return Peak(host) if self.cpu else Peak(0, host)
+
+    # --- the rehearsal -----------------------------------------------------------------------------
+
+    @contextmanager
+    def _fake_model(self) -> Iterator[Any]:
+        with metered() as meter, faked(self.family.model):
+            meter.peak = meter.live
+            yield meter
+
+    def _modules(self) -> dict[str, nn.Linear]:
+        return {name: layer.module for name, layer in self.trained.adapted.items()}
+
+    def _batch(self) -> dict[str, Tensor]:
+        size = min(int(self.training.get("per_device_train_batch_size", 8)), self.largest.train)
+        return repeated(self.largest.example, size)
+
+    def _task(self) -> nn.Module:
+        model, prompts = self.family.model, self.largest.prompts
+        return ClipTask(model, prompts["input_ids"], prompts["attention_mask"]) if prompts else LlavaTask(model)
+
+    def _autocast(self):
+        """The precision of the run's passes and of its training."""
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        chosen = next((dtype for key, dtype in kinds.items() if self.training.get(key)), None)
+        return torch.autocast("cpu", chosen) if chosen else nullcontext()
+
+    @contextmanager
+    def _adapters(self) -> Iterator[None]:
+        """The skeleton with adapters, as training has them."""
+        model, layers = self.family.model, self.trained.adapted
+        if self.protects:
+            inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
+        else:
+            inits = self.method.prepare(TaskContext(1, self.largest.name, layers, _refused, _refused, 0, 0))
+        with torch.device("meta"):
+            wrapper = attach(model, inits, self.method.dropout)
+        try:
+            for module in self.trained.full.values():
+                module.requires_grad_(True)
+            if self.sharding.stage is not None:
+                # DeepSpeed turns the whole model into one precision.
+                for p in self.trained_parameters():
+                    p.data = p.data.to(self.dtype)
+            if self.training.get("gradient_checkpointing") or self.training.get("activation_checkpointing"):
+                LlavaTask(model).activation_checkpointing_enable()
+            yield
+        finally:
+            if getattr(model, "is_activation_checkpointing", False):
+                model.activation_checkpointing_disable()
+            detach(wrapper)
+            model.eval().requires_grad_(False)
+
+
+def _rank(layer: Layer) -> int:
+    return min(layer.rank, layer.module.in_features, layer.module.out_features)
+
+
+def _refused(*args: Any) -> None:
+    raise ConfigError("this method prepares its adapters from data, which a plan has none of", "run it without a plan")
+
+
+def _dense_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a module's own parameters, a quantised weight expanded."""
+    own = dict(module.named_parameters(recurse=False))
+    if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
+        own.pop("weight")
+        return module.in_features * module.out_features * dtype.itemsize + sum(p.nbytes for p in own.values())
+    return sum(p.nbytes for p in own.values())
+
+
+def _answer_clip(family: Family, work: Work, size: int) -> None:
+    """`ClipPredictor` on one batch: the prompts' features in pieces, then the images'."""
+    model, prompts = family.model, work.prompts
+    pieces = zip(*(prompts[key].split(PROMPTS_PER_BATCH) for key in ("input_ids", "attention_mask")))
+    text = torch.cat([text_features(model, ids, mask) for ids, mask in pieces])
+    pixels = repeated(work.question, size)["pixel_values"].to(model.dtype)
+    class_logits(model, image_features(model, pixels), text)
+
+
+def _answer_llava(family: Family, work: Work, size: int) -> None:
+    """`LlavaPredictor` on one batch: the first token of every answer, then the last one, with the cache as long as it gets."""
+    model, config = family.model, family.config.text_config
+    batch = repeated(work.question, size)
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=0, eos_token_id=config.vocab_size - 1)
+    model.generate(**batch, generation_config=settings)
+    del batch
+    length = work.question["input_ids"].shape[1] + family.max_new_tokens - 1
+    heads = config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(torch.zeros(size, heads, length, width, dtype=model.dtype) for _ in range(2)), layer)
+    ids, mask = torch.zeros(size, 1, dtype=torch.long), torch.ones(size, length + 1, dtype=torch.long)
+    model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -1,0 +1,97 @@
+"""What a DeepSpeed JSON and the number of processes do to the memory of training.
+
+With P trained and M all parameters of i bytes each, N processes, Adam's states and the fp32 master copy (Rajbhandari et
+al., ZeRO, 2020, section 3): ZeRO-1 splits 12 P bytes of them N ways, ZeRO-2 the gradients as well, ZeRO-3 the parameters as
+well, of which those in use are gathered. Buckets are allocated whole, whatever there is to send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# DeepSpeed's own defaults.
+BUCKET, LIVE = 500_000_000, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How training is spread.
+
+    Args:
+        world: N, the number of processes.
+        stage: of ZeRO; None without DeepSpeed.
+        bucket: numbers of a reduce bucket.
+        buckets: how many of these.
+        live: numbers that ZeRO-3 keeps gathered at most.
+        optimizer_on_host: whether Adam's states and the master copy live in host memory.
+        parameters_on_host: whether ZeRO-3's shards do.
+    """
+
+    world: int = 1
+    stage: int | None = None
+    bucket: int = BUCKET
+    buckets: int = 1
+    live: int = LIVE
+    optimizer_on_host: bool = False
+    parameters_on_host: bool = False
+
+    @property
+    def partitions(self) -> bool:
+        """Whether weights are split over the processes."""
+        return self.stage == 3
+
+    def states(self, trained: int) -> tuple[int, int]:
+        """Bytes of Adam's states and the master copy of so many trained numbers: on the device, on the host."""
+        share = 12 * trained // self.world
+        return (0, share) if self.optimizer_on_host else (share, 0)
+
+    def gradients(self, trained: int, size: int) -> int:
+        """Bytes of gradients and buckets on the device.
+
+        Args:
+            trained: numbers.
+            size: bytes of one.
+        """
+        kept = trained * size // (self.world if self.stage >= 2 else 1)
+        return kept + self.bucket * size * self.buckets
+
+    def parameters(self, whole: int, size: int) -> tuple[int, int]:
+        """Bytes of the model's parameters while something computes with them: on the device, on the host.
+
+        Args:
+            whole: bytes of the unsplit model.
+            size: bytes of one number.
+        """
+        if not self.partitions:
+            return whole, 0
+        share, gathered = whole // self.world, min(whole, self.live * size)
+        return (gathered, share) if self.parameters_on_host else (min(whole, share + gathered), 0)
+
+
+def read_sharding(deepspeed: Mapping[str, Any] | None, world: int, hidden: int) -> Sharding:
+    """Read a DeepSpeed configuration.
+
+    Args:
+        deepspeed: its content, or None.
+        world: number of processes.
+        hidden: width of the model, for `auto` sizes as `transformers` works them out.
+    """
+    if deepspeed is None:
+        return Sharding(world)
+    zero = deepspeed.get("zero_optimization", {})
+    stage = int(zero.get("stage", 0))
+    bucket = zero.get("reduce_bucket_size", BUCKET)
+    overlap = zero.get("overlap_comm")
+    # The default of overlapping depends on the stage.
+    overlap = stage == 3 if overlap is None else bool(overlap)
+    contiguous = zero.get("contiguous_gradients", True) and stage > 0
+    return Sharding(
+        world, stage, hidden**2 if bucket == "auto" else int(float(bucket)), (2 if overlap and stage < 3 else 1) if contiguous else 0,
+        int(float(zero.get("stage3_max_live_parameters", LIVE))), _on_host(zero, "offload_optimizer"), _on_host(zero, "offload_param"),
+    )
+
+
+def _on_host(zero: Mapping[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"

@@ -1,0 +1,205 @@
+"""What a task asks of the machine: how many examples, and what the largest one looks like to the model.
+
+Read from the data where they are there, else from what the recipe says of itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_keeplora.config import RunConfig
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.models import ClipFamily, Family, LlavaFamily
+from llava_keeplora_eval.chat import asked
+from llava_keeplora_eval.predictors import tokenize_prompts
+from llava_keeplora_recipes import Recipe, TaskData, load_recipe
+from llava_keeplora_recipes.errors import RecipeError
+from llava_keeplora_recipes.places import set_folder
+
+#: Tokens of a question with its frame, and of an answer, where there are no data to ask.
+QUESTION, ANSWER = 96, 32
+#: Tokens of a class prompt, where there is no tokenizer to ask.
+PROMPT = 16
+#: Characters of an example's id, where there are no data to ask.
+ID = 12
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One task.
+
+    Args:
+        name: the task's name.
+        train: examples to learn, a caption each where an image has several.
+        test: examples to answer.
+        images: examples of both splits together, as the image cache holds them.
+        known: whether the data were there to be counted.
+        example: the longest training example as a batch of one; floating-point tensors are on the meta device.
+        question: the longest test example as a batch of one, without its answer.
+        prompts: CLIP's class prompts; nothing for other models.
+        line: bytes of one line of its predictions.
+    """
+
+    name: str
+    train: int
+    test: int
+    images: int
+    known: bool
+    example: Batch
+    question: Batch
+    prompts: Batch
+    line: float
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest training example, image tokens included; of the longest class prompt for CLIP."""
+        ids = self.prompts["input_ids"] if self.prompts else self.example["input_ids"]
+        return ids.shape[1]
+
+    @property
+    def image_bytes(self) -> int:
+        """Of one example's preprocessed images."""
+        return self.example["pixel_values"].nbytes if "pixel_values" in self.example else 0
+
+
+def repeated(batch: Batch, times: int) -> dict[str, Tensor]:
+    """A batch of so many times the same example; its floating-point tensors are made anew, as zeros."""
+    return {
+        key: torch.zeros(times * len(value), *value.shape[1:]) if value.is_floating_point() else torch.cat([value] * times)
+        for key, value in batch.items()
+    }
+
+
+def read_work(config: RunConfig, family: Family) -> list[Work]:
+    """Every task of a run.
+
+    Args:
+        config: the run.
+        family: the model; its weights are not needed.
+
+    Raises:
+        RecipeError: for a recipe or data that are wrong.
+        ConfigError: if data are absent and the recipe doesn't say how many there are.
+    """
+    return [_read(load_recipe(name), config, family) for name in config.tasks]
+
+
+def work_of(train: TaskData, test: TaskData, family: Family) -> Work:
+    """A task whose data are at hand."""
+    describe = _clip if isinstance(family, ClipFamily) else _llava
+    return describe(train.recipe, family, train, test)
+
+
+def _read(recipe: Recipe, config: RunConfig, family: Family) -> Work:
+    if _is_there(recipe, config.data.root):
+        train = recipe.load("train", config.data.root, config.data.on_bad_image)
+        if config.data.holdout:
+            return work_of(*train.split_holdout(config.data.holdout, 0), family)
+        return work_of(train, recipe.load("test", config.data.root, config.data.on_bad_image), family)
+    sizes = recipe.expected_sizes
+    if not {"train", "test"} <= set(sizes):
+        raise ConfigError(
+            f"the data of '{recipe.name}' are not there and its recipe does not say how many there are",
+            "give the folder that holds them with --data-root, or add `expected_sizes: {train: N, test: M}` to a recipe that extends it",
+        )
+    work = (_clip if isinstance(family, ClipFamily) else _llava)(recipe, family, None, None)
+    train, test = sizes["train"], sizes["test"]
+    if config.data.holdout:
+        train, test = train - round(config.data.holdout * train), round(config.data.holdout * train)
+    return dataclasses.replace(work, train=train, test=test, images=train + test)
+
+
+def _is_there(recipe: Recipe, root: str | None) -> bool:
+    if recipe.source.get("format") in ("rendered", "hub"):
+        return True
+    try:
+        set_folder(recipe, root)
+    except RecipeError:
+        return False
+    return True
+
+
+def _clip(recipe: Recipe, family: ClipFamily, train: TaskData | None, test: TaskData | None) -> Work:
+    """Every image is alike, so the class prompts are all there is to measure."""
+    vision, text = family.model.config.vision_config, family.model.config.text_config
+    if train is not None or recipe.classes:
+        prompts = tokenize_prompts(family.processor, recipe.prompts, text.max_position_embeddings)
+    else:
+        if not recipe.num_classes:
+            raise ConfigError(f"the classes of '{recipe.name}' are read from its data, which are not there", "give the folder that holds them with --data-root")
+        ids = torch.zeros(recipe.num_classes, min(PROMPT, text.max_position_embeddings), dtype=torch.long)
+        prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    pixels = torch.empty(1, 3, vision.image_size, vision.image_size, device="meta")
+    classes = recipe.classes or ["x" * ID]
+    return Work(
+        recipe.name, len(train or ()), len(test or ()), len(train or ()) + len(test or ()), train is not None,
+        {"pixel_values": pixels, "labels": torch.zeros(1, dtype=torch.long)}, {"pixel_values": pixels}, dict(prompts),
+        _line(recipe, test, sum(map(len, classes)) / len(classes)),
+    )
+
+
+def _llava(recipe: Recipe, family: LlavaFamily, train: TaskData | None, test: TaskData | None) -> Work:
+    if train is None:
+        example, question = _assumed(family)
+        return Work(recipe.name, 0, 0, 0, False, example, question, {}, _line(recipe, None, 4.0 * ANSWER))
+    inputs = family.inputs(train, _Prepared(family, train))
+    longest = max(range(len(inputs)), key=lambda i: sum(map(len, inputs.turns[i])))
+    prompts = [family.chat.prompt(asked(test.recipe, q), sizes) for q, sizes in zip(test.questions, test.image_sizes, strict=True)]
+    row = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    question = {"input_ids": torch.tensor([prompts[row]]), "attention_mask": torch.ones(1, len(prompts[row]), dtype=torch.long)}
+    question |= family.prepare([test[row]])[0]
+    said = [len(answers[0]) for answers in test.answers if answers]
+    return Work(
+        recipe.name, len(inputs), len(test), len(train) + len(test), True, _on_meta(inputs.collate([longest])), _on_meta(question), {},
+        _line(recipe, test, sum(said) / max(1, len(said))),
+    )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Images made as they are asked for; see `llava_keeplora.models.Images`."""
+
+    family: Family
+    data: TaskData
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        return self.family.prepare([self.data[i] for i in indices])
+
+
+def _on_meta(batch: Batch) -> dict[str, Tensor]:
+    return {key: value.to("meta") if value.is_floating_point() else value for key, value in batch.items()}
+
+
+def _assumed(family: LlavaFamily) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """An example of one image, a question of `QUESTION` tokens and an answer of `ANSWER`."""
+    config = family.config
+    if config.model_type != "llava":
+        raise ConfigError(
+            f"how many tokens an image takes in a '{config.model_type}' model depends on its size, and the data are not there",
+            "give the folder that holds them with --data-root",
+        )
+    vision = config.vision_config
+    image = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    text = min(QUESTION + ANSWER, family.max_length - image)
+    answer = min(ANSWER, text // 2)
+    ids = torch.full((1, image + text), config.image_token_id)
+    ids[:, image:] = (config.image_token_id + 1) % config.text_config.vocab_size
+    labels = torch.full_like(ids, -100)
+    labels[:, -answer:] = ids[:, -answer:]
+    mask, pixels = torch.ones_like(ids), torch.empty(1, 3, vision.image_size, vision.image_size, device="meta")
+    example = {"input_ids": ids, "attention_mask": mask, "labels": labels, "image_counts": torch.ones(1, dtype=torch.long), "pixel_values": pixels}
+    return example, {"input_ids": ids[:, :-answer], "attention_mask": mask[:, :-answer], "pixel_values": pixels}
+
+
+def _line(recipe: Recipe, test: TaskData | None, text: float) -> float:
+    """Bytes of a line of predictions on average: id, answer, recipe, version and fingerprint as JSON."""
+    ids = test.ids if test is not None else ["x" * ID]
+    frame = '{"id": "", "text": "", "recipe": "", "version": , "fingerprint": ""}\n'
+    return len(frame) + sum(map(len, ids)) / len(ids) + text + len(recipe.name) + len(str(recipe.version)) + 64

@@ -1,0 +1,107 @@
+"""Any number of processes, any ZeRO stage: three tasks end in the same deltas and bases as in one process."""
+
+import json
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+BATCH = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
+HOST = {"device": "cpu"}
+#: What users have: the JSON files of the transformers documentation, cut down to what matters here.
+ZERO = {
+    "zero-1": {"zero_optimization": {"stage": 1}},
+    "zero-2": {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
+    "zero-3": {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}},
+    "zero-2-offload": {"zero_optimization": {"stage": 2, "offload_optimizer": HOST}, "optimizer": ADAMW},
+    "zero-3-offload": {"zero_optimization": {"stage": 3, "offload_optimizer": HOST, "offload_param": HOST}, "optimizer": ADAMW},
+}
+#: Rounding differs from process to process, and AdamW makes a step of the full rate out of a gradient that is nothing but
+#: rounding; a larger epsilon keeps such a step as small as its gradient.
+STEADY = {"adam_epsilon": 1e-3, "num_train_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Function (tree, zero) → the path of its YAML, beside the JSON that it names."""
+
+    def write(tree, zero=None):
+        folder = tmp_path_factory.mktemp("config")
+        if zero:
+            (folder / "zero.json").write_text(json.dumps({**BATCH, **zero}))
+            tree["training"]["deepspeed"] = str(folder / "zero.json")
+        (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+        return folder / "run.yaml"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def trees(run_tree, llava_tree):
+    """Family → a run of three tasks."""
+    return {
+        "clip": lambda **changes: run_tree("unset", methods={"keeplora": {}}, training=STEADY, **changes),
+        "llava": lambda **changes: llava_tree("unset", training=STEADY, parts={"projector": {"learning_rate": None}}, **changes),
+    }
+
+
+@pytest.fixture(scope="module")
+def references(trees, tmp_path_factory):
+    """Family → the same run in one process, without DeepSpeed."""
+    from llava_keeplora.config import parse_config
+    from llava_keeplora.sequence import run
+
+    done = {}
+
+    def reference(family):
+        if family not in done:
+            folder = tmp_path_factory.mktemp(family) / "run"
+            run(parse_config(trees[family]() | {"output_dir": str(folder)}))
+            done[family] = folder
+        return done[family]
+
+    return reference
+
+
+def halved(tree):
+    tree["training"]["per_device_train_batch_size"] //= 2
+    return tree
+
+
+def distances(one, two):
+    """Relative distances of two runs, (task, delta or state) → ‖x − y‖ / ‖x‖ over all layers: of ΔW, and of the bases' projectors."""
+    found = {}
+    for folder in sorted(p.name for p in (one / "keeplora").glob("task-*")):
+        for name in ("delta", "state"):
+            paths = [run / "keeplora" / folder / f"{name}.safetensors" for run in (one, two)]
+            assert paths[0].exists() == paths[1].exists(), (folder, name)
+            if paths[0].exists():
+                a, b = (matrices(name, load_file(path)) for path in paths)
+                assert {key: x.shape for key, x in a.items()} == {key: x.shape for key, x in b.items()}
+                apart = sum(float((x - b[key]).square().sum()) for key, x in a.items())
+                found[folder, name] = (apart / sum(float(x.square().sum()) for x in a.values())) ** 0.5
+    return found
+
+
+def matrices(name, tensors):
+    """What a file's tensors mean, whatever basis they are written in: ΔW / s by layer, or the projectors onto the spans."""
+    tensors = {key: value.double() for key, value in tensors.items()}
+    if name == "state":
+        return {key: basis @ basis.T for key, basis in tensors.items()}
+    products = {key: tensors[key] @ tensors[key[:-1] + "A"] for key in tensors if key.endswith(".B")}
+    return products | {key: value for key, value in tensors.items() if key.endswith((".weight", ".bias"))}
+
+
+EVERY = [(family, stage) for family in ("clip", "llava") for stage in (None, *ZERO)]
+QUICK = [("clip", "zero-2"), ("llava", "zero-3")]
+
+
+@pytest.mark.parametrize(("family", "stage"), [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in EVERY])
+def test_three_tasks_in_two_processes_end_as_in_one(family, stage, trees, written, references, launch, launcher, script, tmp_path):
+    path = written(halved(trees[family]()), ZERO.get(stage))
+    code, _, err = launch([*launcher(2), script], "--config", path, "--output-dir", tmp_path / "run")
+    assert code == 0, err
+    apart = distances(references(family), tmp_path / "run")
+    assert {task for task, _ in apart} == {p.name for p in (tmp_path / "run/keeplora").glob("task-*")}
+    assert max(apart.values()) < 1e-5, apart
