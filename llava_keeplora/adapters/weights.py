@@ -33,4 +33,6 @@ def dense_weight(layer: nn.Linear) -> Tensor:
     state = getattr(layer.weight, "quant_state", None)
     if state is not None:
         return dequantize_4bit(layer.weight.data, state).reshape(layer.out_features, layer.in_features)
-    return int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    # The first forward pass moves the rows' scales from the weight to the layer's state.
+    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return int8_vectorwise_dequant(layer.weight.data, scales)

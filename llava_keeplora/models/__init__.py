@@ -56,7 +56,7 @@ def open_model(model: ModelConfig, max_new_tokens: int = 128) -> Family:
             f"give a local folder, a Hub id that this machine can reach, or an embedded model: {', '.join(embedded_models())}",
         ) from error
     if model_type == "clip":
-        return ClipFamily(path, model.revision)
+        return ClipFamily(path, model.revision, model.quantization)
     if model_type in LLAVA_MODELS:
-        return LlavaFamily(path, model.revision, model.max_length, max_new_tokens)
+        return LlavaFamily(path, model.revision, model.max_length, max_new_tokens, model.quantization)
     raise ConfigError(f"'{model.name_or_path}' is a '{model_type}' model", f"use a model of one of the families {', '.join(FAMILIES)}")

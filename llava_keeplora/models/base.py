@@ -50,6 +50,8 @@ class Family(Protocol):
         parts: part → dotted prefix of its layers.
         targets: part → leaf names of the linear layers that are adapted unless a configuration says otherwise.
         model: the model, after `load`; after `skeleton` one without weights.
+        quantization: the form of the frozen base's linear layers, or None.
+        whole: dotted prefixes of what stays unquantised all the same.
         cost: of answering one example, in forward passes over it, for the estimate of time.
     """
 
@@ -57,6 +59,8 @@ class Family(Protocol):
     parts: Mapping[str, str]
     targets: Mapping[str, tuple[str, ...]]
     model: nn.Module
+    quantization: str | None
+    whole: tuple[str, ...]
     cost: float
 
     def load(self, dtype: torch.dtype) -> None: ...

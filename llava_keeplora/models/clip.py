@@ -14,6 +14,7 @@ from transformers import AutoProcessor, CLIPConfig, CLIPModel
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
+from llava_keeplora.models.quantised import keep_form, quantised_loading
 from llava_keeplora.models.skeleton import build_skeleton
 from llava_keeplora.zero import loaded_whole
 from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, text_features, tokenize_prompts
@@ -33,8 +34,10 @@ class ClipFamily:
     targets = dict.fromkeys(parts, ("q_proj", "k_proj", "v_proj", "out_proj"))
     cost = 1.0
 
-    def __init__(self, path: str, revision: str | None = None):
-        self.path, self.revision = path, revision
+    whole = ("visual_projection", "text_projection")
+
+    def __init__(self, path: str, revision: str | None = None, quantization: str | None = None):
+        self.path, self.revision, self.quantization = path, revision, quantization
 
     # Read when first asked for: a plan can do with the configuration alone.
     @cached_property
@@ -47,15 +50,17 @@ class ClipFamily:
         config = CLIPConfig.from_pretrained(self.path, revision=self.revision)
         self.model = build_skeleton(
             lambda: CLIPModel._from_config(config, dtype=dtype, attn_implementation="sdpa"),
-            getattr(self, "quantization", None),
-            ("visual_projection", "text_projection"),
+            self.quantization,
+            self.whole,
         )
 
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights."""
         # DeepSpeed can't load CLIP's temperature, a scalar, in shards; the whole of a CLIP fits into any process.
         with loaded_whole():
-            model = CLIPModel.from_pretrained(self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa")
+            form = quantised_loading(self.quantization, dtype, self.whole)
+            model = CLIPModel.from_pretrained(self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form)
+        keep_form(model)
         self.model = model.eval().requires_grad_(False)
 
     def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
+from llava_keeplora.models.quantised import keep_form, quantised_loading
 from llava_keeplora.models.skeleton import build_skeleton
 from llava_keeplora_eval.chat import Chat, asked, learned
 from llava_keeplora_eval.llava import LlavaPredictor, image_inputs, joined
@@ -33,6 +34,7 @@ class LlavaFamily:
         revision: the Hub revision.
         max_length: the most tokens of an example, image tokens included; the language model's own limit when None.
         max_new_tokens: of an answer.
+        quantization: see `ModelConfig`.
     """
 
     kinds = ("classification", "vqa", "captioning")
@@ -49,8 +51,13 @@ class LlavaFamily:
     }
     cost = 3.0
 
-    def __init__(self, path: str, revision: str | None = None, max_length: int | None = None, max_new_tokens: int = 128):
-        self.path, self.revision, self.max_new_tokens = path, revision, max_new_tokens
+    # LLaVA's own recipes leave the projector unquantised too.
+    whole = ("lm_head", "model.multi_modal_projector")
+
+    def __init__(
+        self, path: str, revision: str | None = None, max_length: int | None = None, max_new_tokens: int = 128, quantization: str | None = None
+    ):
+        self.path, self.revision, self.max_new_tokens, self.quantization = path, revision, max_new_tokens, quantization
         self.config = AutoConfig.from_pretrained(path, revision=revision)
         self.max_length = max_length or self.config.text_config.max_position_embeddings
 
@@ -69,13 +76,17 @@ class LlavaFamily:
         """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
         self.model = build_skeleton(
             lambda: AutoModelForImageTextToText.from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
-            getattr(self, "quantization", None),
-            ("lm_head",),
+            self.quantization,
+            self.whole,
         )
 
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights."""
-        model = AutoModelForImageTextToText.from_pretrained(self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa")
+        form = quantised_loading(self.quantization, dtype, self.whole)
+        model = AutoModelForImageTextToText.from_pretrained(
+            self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form
+        )
+        keep_form(model)
         self.model = model.eval().requires_grad_(False)
 
     def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:

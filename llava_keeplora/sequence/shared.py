@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 
 from llava_keeplora.adapters import BaseWeights
-from llava_keeplora.config import RunConfig
+from llava_keeplora.config import PartConfig, RunConfig
+from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import DTYPES, Family, Inputs
 from llava_keeplora.sequence.data import ImageCache, Task
 from llava_keeplora.sequence.progress import Progress
@@ -30,6 +33,8 @@ class Shared:
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]
         for task in tasks:
             family.check(task.test)
+        for method in config.methods.values():
+            check_full_parts(method.parts, family)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.zero = Zero(config.deepspeed())
         self.distributed = dist.is_available() and dist.is_initialized()
@@ -43,7 +48,8 @@ class Shared:
         """Load the model's weights; with ZeRO-3, every process its share of them."""
         self.family.load(DTYPES[self.config.model.dtype])
         self.zero.partition(self.family.model)
-        self.family.model.to(self.device)
+        if not self.family.quantization:  # What is quantised was loaded to where it is.
+            self.family.model.to(self.device)
 
     def most(self, count: int) -> int:
         """The largest of the processes' counts."""
@@ -57,3 +63,17 @@ class Shared:
         """Wait for the other processes."""
         if self.distributed:
             dist.barrier()
+
+
+def check_full_parts(parts: Mapping[str, PartConfig], family: Family) -> None:
+    """Refuse to train a part in full whose weights are kept in a quantised form.
+
+    Raises:
+        ConfigError: naming the part.
+    """
+    for name, part in parts.items():
+        if part.train == "full" and family.quantization and family.parts.get(name) not in family.whole:
+            raise ConfigError(
+                f"parts.{name}.train is 'full' and model.quantization is {family.quantization}, but quantised weights can't be trained",
+                f"set parts.{name}.train to 'adapter', or leave the base unquantised",
+            )

@@ -1,0 +1,154 @@
+"""Runs on a base that bitsandbytes keeps in four or eight bits: the base stays as it is, deltas lie beside it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from llava_keeplora.adapters import BaseWeights, Delta, dense_weight, is_quantised, load_deltas
+from llava_keeplora.config import ModelConfig, parse_config
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.models import load_model
+from llava_keeplora.subspace import DenseGradient
+from llava_keeplora_recipes import load_recipe
+
+KINDS = ("nf4", "int8")
+PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
+
+
+@pytest.fixture
+def quantised_llava(tiny_llava):
+    """Function (kind) → the tiny LLaVA with a quantised base."""
+    return lambda kind: load_model(ModelConfig(str(tiny_llava), quantization=kind), max_new_tokens=6)
+
+
+@pytest.fixture
+def quantised_run(llava_tree, tmp_path):
+    """Function (kind, **changes) → a run's configuration."""
+
+    def build(kind, **changes):
+        changes = {"model": {"quantization": kind}, **changes}
+        return parse_config(llava_tree(changes.pop("into", tmp_path / "run"), **changes))
+
+    return build
+
+
+def expanded(family):
+    """The same model with every quantised layer as the plain layer that it stands for."""
+    model = copy.deepcopy(family.model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and is_quantised(child):
+                plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                plain.weight = nn.Parameter(dense_weight(child).float().clone(), requires_grad=False)
+                if child.bias is not None:
+                    plain.bias = nn.Parameter(child.bias.float().clone(), requires_grad=False)
+                setattr(module, name, plain)
+    return model
+
+
+def a_batch(family, recipe_path):
+    data = load_recipe(str(recipe_path)).load("train")
+
+    class Made:
+        def take(self, rows):
+            return family.prepare([data[i] for i in rows])
+
+    return data, family.inputs(data, Made()).collate(range(4))
+
+
+def adapted(family):
+    return {name: layer for part in ("vision", "language") for name, layer in family.linear_layers(part, family.targets[part]).items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_vision_encoder_and_language_model_are_quantised_and_the_projector_and_head_are_not(kind, quantised_llava):
+    model = quantised_llava(kind).model
+    whole = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not is_quantised(m)}
+    assert whole == {"model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2", "lm_head"}
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 1e-5), ("int8", 3e-2)])
+def test_stacked_deltas_give_the_logits_of_the_expanded_weights_with_the_deltas_added(kind, tolerance, quantised_llava, mixed_tasks):
+    # int8 products round the input to 8 bits, so only NF4 can be compared to rounding.
+    family = quantised_llava(kind)
+    recipe, (_, batch) = load_recipe(str(mixed_tasks[0])), a_batch(family, mixed_tasks[0])
+    plain = expanded(family)
+    layers = adapted(family)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator) / 4  # noqa: E731
+    deltas = [{name: Delta(draw(2, m.in_features), draw(m.out_features, 2), 0.5) for name, m in layers.items()} for _ in range(2)]
+    BaseWeights(layers).apply(deltas)
+    for name, layer in adapted(type("Plain", (), {"linear_layers": lambda s, p, t: {n: plain.get_submodule(n) for n in layers}, "targets": family.targets})()).items():
+        layer.weight += sum(task[name].dense() for task in deltas)
+    with torch.no_grad():
+        ours = family.task(recipe)(**batch)["logits"]
+        family.model = plain
+        theirs = family.task(recipe)(**batch)["logits"]
+    assert float((ours - theirs).norm() / theirs.norm()) < tolerance
+
+
+def test_the_first_step_gradient_on_an_nf4_base_is_that_of_the_expanded_weights(quantised_llava, mixed_tasks):
+    from llava_keeplora.capture import gradient_pass
+
+    family = quantised_llava("nf4")
+    recipe, (_, batch) = load_recipe(str(mixed_tasks[0])), a_batch(family, mixed_tasks[0])
+    task, layers = family.task(recipe), adapted(family)
+    gradients = {name: DenseGradient(layer.out_features, layer.in_features) for name, layer in layers.items()}
+    gradient_pass(task, layers, [(batch, True)], task.weight(batch), gradients)
+    plain = family.model = expanded(family)
+    weights = {name: plain.get_submodule(name).weight.requires_grad_(True) for name in layers}
+    family.task(recipe)(**batch)["loss"].backward()
+    for name, weight in weights.items():
+        assert float((gradients[name].matrix - weight.grad).norm() / weight.grad.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_learns_every_task_on_a_quantised_base_and_never_writes_into_it(kind, quantised_run, drive, tmp_path, monkeypatch):
+    from llava_keeplora.sequence import shared
+
+    seen = {}
+    load = shared.Shared.load
+
+    def watched(self):
+        load(self)
+        seen["model"] = self.family.model
+        seen["before"] = {n: m.weight.detach().clone() for n, m in self.family.model.named_modules() if isinstance(m, nn.Linear)}
+
+    monkeypatch.setattr(shared.Shared, "load", watched)
+    results = drive(quantised_run(kind))
+    assert len(results["keeplora"].rows) == 3
+    for name, before in seen["before"].items():
+        assert is_quantised(seen["model"].get_submodule(name)) == (not before.is_floating_point())
+        if is_quantised(seen["model"].get_submodule(name)):
+            assert torch.equal(seen["model"].get_submodule(name).weight, before), name
+    deltas = load_deltas(next((tmp_path / "run/keeplora").glob("task-03-*")) / "delta.safetensors")
+    assert any(float(delta.dense().norm()) > 0 for delta in deltas.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_quantised_base_that_is_stopped_in_training_ends_with_the_same_files(
+    kind, quantised_run, drive, run_to_the_end, stop_within_training, left_behind, tmp_path
+):
+    drive(quantised_run(kind, into=tmp_path / "whole"))
+    stop_within_training(1)
+    assert run_to_the_end(quantised_run(kind, into=tmp_path / "stopped")) > 1
+    assert left_behind(tmp_path / "whole") == left_behind(tmp_path / "stopped")
+
+
+def test_clip_runs_on_an_nf4_base(run_tree, drive, tmp_path):
+    results = drive(parse_config(run_tree(tmp_path / "run", model={"quantization": "nf4"}, methods={"keeplora": {}})))
+    assert len(results["keeplora"].rows) == 3
+
+
+def test_a_part_that_is_quantised_cannot_be_trained_in_full(quantised_run, drive):
+    with pytest.raises(ConfigError, match=r"parts.language.train is 'full' and model.quantization is nf4.*set parts.language.train to 'adapter'"):
+        drive(quantised_run("nf4", parts={"language": {"train": "full"}, "vision": PART}))
+
+
+def test_an_unknown_form_is_refused(llava_tree, tmp_path):
+    with pytest.raises(ConfigError, match="model.quantization is 'fp4'.*nf4, int8"):
+        parse_config(llava_tree(tmp_path, model={"quantization": "fp4"}))
