@@ -43,7 +43,7 @@ def gathered(parameters: Iterable[nn.Parameter | None], write: bool = False) -> 
 
 @contextmanager
 def loaded_whole() -> Iterator[None]:
-    """Load a model unpartitioned, whatever the run's ZeRO stage; `Zero.partition` does it afterwards."""
+    """Load a model unpartitioned, whatever the run's ZeRO stage; `Zero.adopt` does it afterwards."""
     from transformers.integrations import deepspeed as integration
 
     held = integration._hf_deepspeed_config_weak_ref
@@ -54,28 +54,27 @@ def loaded_whole() -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = held
 
 
-@contextmanager
-def scalars_as_vectors(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed moves parameters as bytes, which one without dimensions (CLIP's temperature) can't be; a shard stays a vector."""
-    scalars = [p for p in model.parameters() if p.dim() == 0]
-    try:
-        for p in scalars:
-            p.data = p.data.reshape(1)
-        yield
-    finally:
-        for p in scalars:
-            if not is_partitioned(p):
-                p.data = p.data.reshape(())
+def keep_scalars_whole(model: nn.Module) -> None:
+    """Turn frozen parameters without dimensions (CLIP's temperature) into buffers.
+
+    DeepSpeed moves parameters as bytes, which a scalar can't be, and in shards one process alone would hold it.
+    """
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.dim() == 0 and not p.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, p.detach())
 
 
 class Zero:
-    """What a run's ZeRO JSON means outside of training. Without a JSON, and below stage 3, everything here does nothing.
+    """What a run's ZeRO JSON means outside of training. Without a JSON, everything here does nothing; below stage 3, little.
 
     Args:
         config: the JSON's content without `auto` precisions, or None; see `RunConfig.deepspeed`.
     """
 
     def __init__(self, config: Mapping[str, Any] | None):
+        self.used = bool(config)
         section = (config or {}).get("zero_optimization", {})
         self.partitions = int(section.get("stage", 0)) == 3
         if not self.partitions:
@@ -92,14 +91,19 @@ class Zero:
         # DeepSpeed writes into what it is given.
         return json.loads(json.dumps(self.config))
 
-    def partition(self, model: nn.Module) -> None:
-        """Split what was loaded whole over the processes."""
+    def adopt(self, model: nn.Module) -> None:
+        """Make a frozen model one that DeepSpeed can work with; with ZeRO-3, split what was loaded whole over the processes."""
+        if self.used:
+            keep_scalars_whole(model)
         if not self.partitions or all(map(is_partitioned, model.parameters())):
             return
         import deepspeed
 
-        with scalars_as_vectors(model):
-            deepspeed.zero.Init(module=model, config_dict_or_path=self._copy())
+        deepspeed.zero.Init(module=model, config_dict_or_path=self._copy())
+        for module in model.modules():
+            # CLIP's embeddings ask their table of positions how long it is before they use it; a shard would say 0.
+            if isinstance(table := getattr(module, "position_embedding", None), nn.Embedding):
+                deepspeed.zero.register_external_parameter(module, table.weight)
 
     @contextmanager
     def engaged(self, module: nn.Module) -> Iterator[None]:

@@ -29,7 +29,7 @@ from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
 from llava_keeplora.sequence.workspace import differences
-from llava_keeplora.zero import gathered, scalars_as_vectors
+from llava_keeplora.zero import gathered
 from llava_keeplora_eval import Matrix, predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
 
@@ -288,8 +288,7 @@ class LabelRun:
             train_dataset=Indices(len(shared.inputs[index - 1])),
             data_collator=shared.inputs[index - 1].collate,
         )
-        with scalars_as_vectors(model) if arguments.deepspeed else nullcontext():
-            result = trainer.train()
+        result = trainer.train()
         history = {"steps": trainer.state.global_step, "loss": result.training_loss, "history": without_timings(trainer.state.log_history)}
         trainer.accelerator.free_memory()
         shared.family.model.eval().requires_grad_(False)

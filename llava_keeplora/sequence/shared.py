@@ -47,7 +47,7 @@ class Shared:
     def load(self) -> None:
         """Load the model's weights; with ZeRO-3, every process its share of them."""
         self.family.load(DTYPES[self.config.model.dtype])
-        self.zero.partition(self.family.model)
+        self.zero.adopt(self.family.model)
         if not self.family.quantization:  # What is quantised was loaded to where it is.
             self.family.model.to(self.device)
 
