@@ -6,8 +6,12 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
+
+#: Seconds after which a process takes itself to be the only one that failed.
+ALONE = 6.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,16 +66,17 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
     """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     quiet_libraries()
-    from llava_keeplora.errors import TrainingError, UserError
+    from llava_keeplora.errors import UserError
 
     try:
         action()
     except UserError as error:
         if debug:
             raise
-        # What is wrong with the input is wrong in every process and said once; a loss may fail in one alone.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, TrainingError):
-            sys.stderr.write(f"error: {error}\n")
+        if os.environ.get("RANK", "0") != "0":
+            # What is wrong in every process is said by the first one, whose end makes the launcher end this one meanwhile.
+            time.sleep(ALONE)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
         if debug:

@@ -105,3 +105,81 @@ def test_three_tasks_in_two_processes_end_as_in_one(family, stage, trees, writte
     apart = distances(references(family), tmp_path / "run")
     assert {task for task, _ in apart} == {p.name for p in (tmp_path / "run/keeplora").glob("task-*")}
     assert max(apart.values()) < 1e-5, apart
+
+
+def test_the_literal_form_ends_as_in_one_process_under_zero_3(trees, written, launch, launcher, script, tmp_path):
+    # B starts above zero: DeepSpeed's own copies of B have to start there too, and the shards' weights are W − s B₀ A.
+    from llava_keeplora.config import parse_config
+    from llava_keeplora.sequence import run
+
+    literal = {"methods": {"keeplora": {"form": "literal"}}}
+    run(parse_config(trees["llava"](**literal) | {"output_dir": str(tmp_path / "one")}))
+    path = written(halved(trees["llava"](**literal)), ZERO["zero-3"])
+    code, _, err = launch([*launcher(2), script], "--config", path, "--output-dir", tmp_path / "two")
+    assert code == 0, err
+    apart = distances(tmp_path / "one", tmp_path / "two")
+    assert apart and max(apart.values()) < 1e-5, apart
+
+
+WOUNDED = """
+import os, runpy, signal
+from llava_keeplora.errors import RunError
+from llava_keeplora.sequence.label_run import LabelRun
+stage = LabelRun._{stage}
+def wounded(self, index):
+    if index == 2 and os.environ["RANK"] == "1":
+        {wound}
+    return stage(self, index)
+LabelRun._{stage} = wounded
+runpy.run_path({script!r}, run_name="__main__")
+"""
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+REFUSED = 'raise RunError("the disk of this process is full", "make room and run the same command again")'
+
+
+@pytest.fixture
+def wounded(script, tmp_path):
+    """Function (stage, wound) → train_seq.py in which the second process gets the wound in a stage of the second task."""
+
+    def write(stage, wound):
+        path = tmp_path / "wounded.py"
+        path.write_text(WOUNDED.format(stage=stage, wound=wound, script=str(script)))
+        return path
+
+    return write
+
+
+DEATHS = [("trained", KILLED), ("prepared", REFUSED), ("prepared", KILLED), ("consolidated", KILLED), ("evaluated", KILLED), ("evaluated", REFUSED)]
+QUICK_DEATHS = DEATHS[:2]
+
+
+@pytest.mark.parametrize(
+    ("stage", "wound"),
+    [pytest.param(*one, id=f"{one[0]}-{'killed' if one[1] is KILLED else 'refused'}", marks=() if one in QUICK_DEATHS else pytest.mark.slow) for one in DEATHS],
+)
+def test_a_process_that_dies_takes_the_others_along_and_the_run_goes_on_with_any_number_of_processes(
+    stage, wound, wounded, trees, written, references, launch, launcher, script, tmp_path
+):
+    zero = ZERO["zero-2"]
+    code, _, err = launch([*launcher(2), wounded(stage, wound)], "--config", written(halved(trees["clip"]()), zero), "--output-dir", tmp_path / "run")
+    assert code != 0
+    assert (err.count("error: the disk of this process is full; make room") == 1) == (wound is REFUSED), err
+    done = [(e["task"], e["stage"]) for e in map(json.loads, (tmp_path / "run/keeplora/journal.jsonl").read_text().splitlines())]
+    assert (1, "CLOSED") in done and (2, stage.upper()) not in done
+    # One process alone, at the same number of examples per step.
+    code, _, err = launch([*launcher(1), script], "--config", written(trees["clip"](), zero), "--output-dir", tmp_path / "run")
+    assert code == 0, err
+    apart = distances(references("clip"), tmp_path / "run")
+    assert max(apart.values()) < 1e-5, apart
+
+
+@pytest.mark.parametrize("family", ["clip", pytest.param("llava", marks=pytest.mark.slow)])
+def test_processes_with_unequal_shares_of_the_data_never_wait_for_each_other_for_ever(family, trees, written, launch, launcher, script, own_tasks, tmp_path):
+    # 23 and 7 examples for two processes in batches of 4 and 1: shares and numbers of batches differ in every stage.
+    for split in ("train", "test"):
+        next((own_tasks[0].parent / "colours" / split / "red").iterdir()).unlink()
+    tree = halved(trees[family](tasks=[str(own_tasks[0])], evaluation={"batch_size": 1}))
+    code, _, err = launch([*launcher(2), script], "--config", written(tree, ZERO["zero-3"]), "--output-dir", tmp_path / "run")
+    assert code == 0, err
+    predictions = (tmp_path / "run/keeplora/task-01-colours/predictions/colours.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["id"] for line in predictions}) == len(predictions) == 7
