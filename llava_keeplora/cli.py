@@ -33,9 +33,18 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the tables, pictures and page of a run folder again")
     report.add_argument("run_folder", metavar="RUN")
     report.set_defaults(run=_report)
+    export = commands.add_parser("export", help="write what a run learned as an ordinary checkpoint")
+    export.add_argument("run_folder", metavar="RUN")
+    export.add_argument("--as", dest="form", choices=("merged",), required=True, help="merged: base and all deltas in one unquantised checkpoint")
+    export.add_argument("--into", required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--method", help="the method's label, where the run has several")
+    export.add_argument("--dtype", default="bfloat16", help="of the checkpoint (default: bfloat16)")
+    export.add_argument("--examples", type=int, default=8, help="test examples on which logits are compared (default: 8)")
+    export.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    export.set_defaults(run=_export)
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
-    for command in (train, report, listing):
+    for command in (train, report, export, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -122,6 +131,22 @@ def _report(args: argparse.Namespace) -> None:
 
     results = write_run_report(args.run_folder)
     sys.stdout.write(summary(args.run_folder, results))
+
+
+def _export(args: argparse.Namespace) -> None:
+    import transformers
+
+    from llava_keeplora.export import export_merged
+
+    transformers.utils.logging.disable_progress_bar()
+    found = export_merged(
+        args.run_folder, args.into, label=args.method, dtype=args.dtype, examples=args.examples, data_root=args.data_root
+    )
+    sys.stdout.write(
+        f"{args.into}: base and {found.tasks} tasks merged, {args.dtype}\n"
+        f"logits of {found.examples} examples against the run's own model: largest deviation {found.largest:.2g}, "
+        f"{found.relative:.2%} of their norm, the same best choice in {found.same:.1%}\n"
+    )
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: Lower layers know nothing of the ones above them.
 ABOVE = {
-    "subspace": ["capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "capture": ["adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "adapters": ["capture", "models", "methods", "sequence", "report", "config", "cli"],
-    "models": ["capture", "adapters", "methods", "sequence", "report", "cli"],
-    "methods": ["models", "capture", "sequence", "report", "config", "cli"],
+    "subspace": ["export", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "capture": ["export", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "adapters": ["export", "capture", "models", "methods", "sequence", "report", "config", "cli"],
+    "models": ["export", "capture", "adapters", "methods", "sequence", "report", "cli"],
+    "methods": ["export", "models", "capture", "sequence", "report", "config", "cli"],
+    "export": ["sequence", "methods", "capture", "report", "cli"],
     "report": ["sequence", "methods", "models", "adapters", "capture", "cli"],
     "config": ["models", "sequence", "report", "cli"],
     "sequence": ["cli"],
