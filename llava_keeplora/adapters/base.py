@@ -76,9 +76,9 @@ class _Stacked:
         def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             x = args[0]
             if low:
-                output = output + linear(linear(x, A.to(x.dtype)), B.to(x.dtype)).to(output.dtype)
+                output = output + linear(linear(x, A.to(x)), B.to(x)).to(output.dtype)
             for weight, bias in terms:
-                output = output + linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(output.dtype)
+                output = output + linear(x, weight.to(x), None if bias is None else bias.to(x)).to(output.dtype)
             return output
 
         if changes:
