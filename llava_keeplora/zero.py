@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 #: What a pass or an evaluation needs to know of a ZeRO JSON; the rest is about optimisers and batches.
 KEPT = ("bf16", "communication_data_type", "comms_logger")
@@ -39,6 +39,16 @@ def gathered(parameters: Iterable[nn.Parameter | None], write: bool = False) -> 
 
     with deepspeed.zero.GatheredParameters(shards, modifier_rank=0 if write else None):
         yield
+
+
+def trained_values(parameter: nn.Parameter) -> Tensor:
+    """A parameter in fp32, whole and copied: the optimiser's own copy where DeepSpeed keeps one; every process has to come along."""
+    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).detach().float().clone()
+    with gathered([parameter]):
+        return parameter.detach().float().clone()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from llava_keeplora.adapters.deltas import Delta
-from llava_keeplora.zero import gathered
+from llava_keeplora.zero import trained_values
 
 ADAPTER = "default"
 
@@ -43,13 +43,15 @@ class AdapterInit:
         return self.alpha / self.rank
 
 
-def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 0.0) -> PeftModel:
+def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 0.0, master_copies: bool = False) -> PeftModel:
     """Put a LoRA adapter on each named linear layer; everything else is frozen.
 
     Args:
         model: the model; its linear layers become `peft` LoRA layers in place.
         inits: full layer name → start values.
         dropout: on the adapter's input while training.
+        master_copies: whether the optimiser keeps fp32 copies of what it trains, as DeepSpeed's does; adapters then have the
+            base's dtype, which ZeRO-3 needs to be one and the same, and fp32 otherwise.
 
     Returns:
         the PEFT wrapper; give it to `detach` afterwards.
@@ -64,7 +66,7 @@ def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 
         rank_pattern={f"^{name}": init.rank for name, init in inits.items() if init.rank != first.rank},
         alpha_pattern={f"^{name}": init.alpha for name, init in inits.items() if init.alpha != first.alpha},
     )
-    wrapper = get_peft_model(model, config)
+    wrapper = get_peft_model(model, config, autocast_adapter_dtype=not master_copies)
     adapters = lora_layers(model)
     if set(adapters) != set(inits):
         raise RuntimeError(f"PEFT adapted {len(adapters)} layers where {len(inits)} were named: {sorted(set(adapters) ^ set(inits))[:3]}")
@@ -92,13 +94,21 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def read_adapters(model: nn.Module) -> dict[str, Delta]:
-    """The adapters' present A and B, copied, by layer name."""
+def read_adapters(model: nn.Module, inits: Mapping[str, AdapterInit] = {}) -> dict[str, Delta]:
+    """The adapters' present A and B in fp32, copied, by layer name.
+
+    A frozen A is the one that it started from, exactly: in a bf16 engine it was rounded, and no longer quite orthogonal to
+    what it must not touch.
+
+    Args:
+        model: the model with adapters, still in the hands of what trained it.
+        inits: as given to `attach`; without them, A is read like B.
+    """
+    frozen = {name: init.A for name, init in inits.items() if init.A is not None and not init.train_A}
     found = {}
     for name, layer in lora_layers(model).items():
-        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        with gathered([A, B]):
-            found[name] = Delta(A.detach().clone(), B.detach().clone(), float(layer.scaling[ADAPTER]))
+        A = frozen[name].float().clone() if name in frozen else trained_values(layer.lora_A[ADAPTER].weight)
+        found[name] = Delta(A, trained_values(layer.lora_B[ADAPTER].weight), float(layer.scaling[ADAPTER]))
     return found
 
 

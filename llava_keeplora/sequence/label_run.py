@@ -29,7 +29,7 @@ from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
 from llava_keeplora.sequence.workspace import differences
-from llava_keeplora.zero import gathered
+from llava_keeplora.zero import gathered, trained_values
 from llava_keeplora_eval import Matrix, predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
 
@@ -250,18 +250,19 @@ class LabelRun:
         shared, task, inits = self.shared, self.tasks[index - 1], self._inits(index)
         self._rebuild(index - 1, offset=self.method.base_offset(inits))
         set_seed(stage_seed(shared.config.seed, index, "TRAINED"))
-        wrapper = attach(shared.family.model, inits, self.method.dropout)
+        wrapper = attach(shared.family.model, inits, self.method.dropout, master_copies=shared.zero.used)
         before = {name: _copied(module) for name, module in self.full.items()}
         for module in self.full.values():
             module.requires_grad_(True)
+
+        def learned() -> dict[str, Delta | FullDelta]:
+            changes = {name: _taken_back(self.full[name], start) for name, start in before.items()}
+            return {name: _from_start(delta, inits[name]) for name, delta in read_adapters(shared.family.model, inits).items()} | changes
+
         try:
-            history = self._train(index, task)
-            trained = read_adapters(shared.family.model)
+            history, deltas = self._train(index, task, learned)
         finally:
             detach(wrapper)
-        deltas = {
-            name: Delta(d.A.cpu(), d.B.cpu() - (inits[name].B if inits[name].B is not None else 0), d.scale) for name, d in trained.items()
-        } | {name: _taken_back(self.full[name], start) for name, start in before.items()}
         for name, delta in deltas.items():
             if not all(torch.isfinite(value).all() for value in delta.tensors.values()):
                 raise TrainingError(f"the weights of task '{task.name}' are not finite after its {history['steps']} steps, first in layer {name}", CURE)
@@ -273,7 +274,8 @@ class LabelRun:
         trainable = sum(_trained_numbers(delta, inits.get(name)) for name, delta in deltas.items())
         return [delta_path, log_path], {"steps": history["steps"], "trained_parameters": trainable}
 
-    def _train(self, index: int, task: Task) -> dict[str, Any]:
+    def _train(self, index: int, task: Task, learned: Callable[[], dict[str, Delta | FullDelta]]) -> tuple[dict[str, Any], dict[str, Delta | FullDelta]]:
+        """Train; `learned` reads the outcome while an engine still holds its fp32 copies."""
         shared = self.shared
         arguments = self._training_arguments(index)
         model = shared.family.task(task.recipe)
@@ -290,11 +292,12 @@ class LabelRun:
         )
         result = trainer.train()
         history = {"steps": trainer.state.global_step, "loss": result.training_loss, "history": without_timings(trainer.state.log_history)}
+        deltas = learned()
         trainer.accelerator.free_memory()
         shared.family.model.eval().requires_grad_(False)
         del trainer
         gc.collect()
-        return history
+        return history, deltas
 
     def _rates(self) -> dict[int, float]:
         """id of a parameter → learning rate, for those parts that have their own."""
@@ -446,12 +449,17 @@ def _copied(module: nn.Linear) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in parameters.items()}
 
 
+def _from_start(delta: Delta, init: AdapterInit) -> Delta:
+    """An adapter's update less the one that it began with, on the host."""
+    return Delta(delta.A.cpu(), delta.B.cpu() - (init.B if init.B is not None else 0), delta.scale)
+
+
 @torch.no_grad()
 def _taken_back(module: nn.Linear, before: Mapping[str, torch.Tensor]) -> FullDelta:
     """What training did to a layer without an adapter; the layer gets its values from before."""
     parameters = dict(module.named_parameters(recurse=False))
+    change = FullDelta(**{name: (trained_values(p) - before[name].float()).cpu() for name, p in parameters.items()})
     with gathered(parameters.values(), write=True):
-        change = FullDelta(**{name: (p - before[name]).cpu() for name, p in parameters.items()})
         for name, p in parameters.items():
             p.copy_(before[name])
     return change

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -183,3 +184,41 @@ def test_processes_with_unequal_shares_of_the_data_never_wait_for_each_other_for
     assert code == 0, err
     predictions = (tmp_path / "run/keeplora/task-01-colours/predictions/colours.jsonl").read_text().splitlines()
     assert len({json.loads(line)["id"] for line in predictions}) == len(predictions) == 7
+
+
+@pytest.mark.slow
+def test_a_quantised_base_under_zero_2_ends_as_in_one_process(trees, written, launch, launcher, script, tmp_path):
+    from llava_keeplora.config import parse_config
+    from llava_keeplora.sequence import run
+
+    nf4 = {"model": {"quantization": "nf4"}}
+    run(parse_config(trees["llava"](**nf4) | {"output_dir": str(tmp_path / "one")}))
+    path = written(halved(trees["llava"](**nf4)), ZERO["zero-2"])
+    code, _, err = launch([*launcher(2), script], "--config", path, "--output-dir", tmp_path / "two")
+    assert code == 0, err
+    apart = distances(tmp_path / "one", tmp_path / "two")
+    assert apart and max(apart.values()) < 1e-5, apart
+
+
+@pytest.mark.slow
+def test_a_bf16_run_on_two_nodes_of_a_hostfile_learns_under_zero_3(trees, written, start, launcher, script, tmp_path):
+    # In bf16 the processes' sums round differently, so only what must hold in any precision is asked.
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    tree = halved(trees["llava"](model={"dtype": "bfloat16"}))
+    tree["training"]["bf16"] = True
+    path = written(tree, ZERO["zero-3"] | {"bf16": {"enabled": "auto"}})
+    # Without ssh, DeepSpeed's launcher is started on every node by hand.
+    common = [launcher(1)[0], "--hostfile", tmp_path / "hosts", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", str(29511)]
+    nodes = [start([*map(str, common), "--node_rank", str(rank), str(script)], "--config", path, "--output-dir", tmp_path / "run") for rank in (0, 1)]
+    for node in nodes:
+        _, err = node.communicate(timeout=400)
+        assert node.returncode == 0, err
+    folders = sorted((tmp_path / "run/keeplora").glob("task-0[123]-*"))
+    assert len(folders) == 3
+    for folder in folders:
+        delta, begun = load_file(folder / "delta.safetensors"), load_file(folder / "adapters.safetensors")
+        assert any(bool(value.any()) for key, value in delta.items() if key.endswith(".B"))
+        for key, A in begun.items():
+            assert float((A @ A.T - torch.eye(len(A))).norm()) < 1e-5, key
+        for key, basis in load_file(folder / "state.safetensors").items():
+            assert float((basis.T @ basis - torch.eye(basis.shape[1])).norm()) < 1e-5, key
