@@ -1,6 +1,7 @@
 """A run of KeepLoRA on two tasks as a YAML file, and the doors that a run starts through."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,14 @@ def script():
 @pytest.fixture(scope="session")
 def launcher():
     """Function (processes) → the start of a DeepSpeed command."""
-    return lambda processes: [str(BIN / "deepspeed"), "--num_gpus", str(processes)]
+    return lambda processes: [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(free_port())]
+
+
+def free_port() -> int:
+    """Another suite may be running on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

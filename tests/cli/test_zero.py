@@ -208,7 +208,8 @@ def test_a_bf16_run_on_two_nodes_of_a_hostfile_learns_under_zero_3(trees, writte
     tree["training"]["bf16"] = True
     path = written(tree, ZERO["zero-3"] | {"bf16": {"enabled": "auto"}})
     # Without ssh, DeepSpeed's launcher is started on every node by hand.
-    common = [launcher(1)[0], "--hostfile", tmp_path / "hosts", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", str(29511)]
+    deepspeed, *_, port = launcher(1)
+    common = [deepspeed, "--hostfile", tmp_path / "hosts", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
     nodes = [start([*map(str, common), "--node_rank", str(rank), str(script)], "--config", path, "--output-dir", tmp_path / "run") for rank in (0, 1)]
     for node in nodes:
         _, err = node.communicate(timeout=400)
