@@ -2,7 +2,8 @@
 
 Dense, G is summed whole and its residual's singular vectors are exact. Sketched, G is never formed: one pass gives
 directions and an estimate of how near they are to the best. Layers where that is short of the target get a second pass
-(exact QᵀG), and where even that is short, a sketch twice as wide, once.
+(exact QᵀG), and where even that is short, up to two more pairs of passes (subspace iteration). No pass takes more memory
+than the first: width would buy less than passes do, see `WIDTH_PER_RANK`.
 
 Legend: in / out features of a layer, r rank, w sketch width.
 """
@@ -15,14 +16,17 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from llava_keeplora.methods.base import Layer, TaskContext
-from llava_keeplora.subspace import WIDTH_PER_RANK, DenseGradient, GradientSketch, RankError, ResidualDirections, SketchedDirections
+from llava_keeplora.subspace import DenseGradient, GradientSketch, RankError, ResidualDirections, SketchedDirections, sketch_width
+
+# Pairs of passes over the data at most; the answer of the last one is taken, and reported, as it is.
+ROUNDS = 3
 
 NONE = "no gradient"
 NONE_OUTSIDE = "no gradient outside the protected subspace"
 
 
 def gradient_statistic(layer: Layer, basis: Tensor, width: int | None, seed: int) -> DenseGradient | GradientSketch:
-    """What a layer's gradient is summed into: a sketch of some width, or the gradient itself where that is no larger.
+    """What a layer's gradient is summed into: a sketch of some width, or the gradient itself where that is small too.
 
     Args:
         layer: the layer.
@@ -31,7 +35,7 @@ def gradient_statistic(layer: Layer, basis: Tensor, width: int | None, seed: int
         seed: of the sketch.
     """
     out_dim, in_dim, device = layer.module.out_features, layer.module.in_features, layer.module.weight.device
-    if width is None or GradientSketch.numbers(out_dim, in_dim, width) >= out_dim * in_dim:
+    if width is None or not GradientSketch.is_worth_it(out_dim, in_dim, width):
         return DenseGradient(out_dim, in_dim, basis, device=device)
     return GradientSketch(out_dim, in_dim, width, basis, seed=seed, device=device)
 
@@ -78,18 +82,21 @@ def first_step_directions(
     def short() -> list[str]:
         return [name for name, one in found.items() if isinstance(one, SketchedDirections) and not one.suffices()]
 
-    pending = list(ranks)
-    for per_rank in (WIDTH_PER_RANK, 2 * WIDTH_PER_RANK):
-        statistics = {
-            name: gradient_statistic(ctx.layers[name], bases[name], per_rank * ranks[name] if sketched else None, ctx.seed) for name in pending
-        }
-        ctx.gradients(fraction, statistics)
-        read(statistics)
-        again = {name: statistics[name].second_pass() for name in short()}
-        if again:
-            ctx.gradients(fraction, again)
-            read(statistics, again)
-        pending = short()
-        if not pending:
+    statistics = {
+        name: gradient_statistic(ctx.layers[name], bases[name], sketch_width(rank) if sketched else None, ctx.seed) for name, rank in ranks.items()
+    }
+    ctx.gradients(fraction, statistics)
+    read(statistics)
+    for round_ in range(ROUNDS):
+        statistics = {name: statistics[name] for name in short()}
+        if not statistics:
             break
+        if round_:
+            statistics = {name: statistic.refined(again.pop(name)) for name, statistic in statistics.items()}
+            ctx.gradients(fraction, statistics)
+        again = {name: statistic.second_pass() for name, statistic in statistics.items()}
+        for statistic in statistics.values():
+            statistic.forget_range()
+        ctx.gradients(fraction, again)
+        read(statistics, again)
     return found, left_out

@@ -59,7 +59,7 @@ class KeepLora(Method):
             init: `gradient`, or `random` directions outside M' (an ablation).
             protect_weights: whether M' holds W_p (switched off: an ablation).
             protect_features: whether M' holds M_t (switched off: an ablation).
-            gradient: how the first-step gradient is held: `sketch`, in a few times r numbers per input and output, or `dense`,
+            gradient: how the first-step gradient is held: `sketch`, in a small multiple of r numbers per input and output, or `dense`,
                 whole (the reference; small layers are dense anyhow); None takes the preset's.
             gradient_fraction: share of the task's data for the first-step gradient, evenly spaced.
         """
@@ -186,7 +186,7 @@ class KeepLora(Method):
             inits[name] = AdapterInit(rank, layer.alpha / layer.rank * rank, A, B if self.form == "literal" else None)
             numbers[name] = {"rank": rank, "residual_energy": one.residual_energy, "captured": one.captured}
             if isinstance(one, SketchedDirections):
-                numbers[name] |= {"captured_error": one.captured_error, "of_optimum": one.of_optimum, "passes": one.passes}
+                numbers[name] |= {"captured_error": one.captured_error, "of_optimum": one.of_optimum, "at_least": one.at_least, "passes": one.passes}
         if not inits:
             raise MethodError(
                 f"no adapted layer has a direction left for task '{ctx.name}'", "lower energy_weight or energy_feature, or adapt more layers"

@@ -64,4 +64,4 @@ def gradient_directions(out_dim: int, in_dim: int, width: int, dense: bool) -> i
 
 def is_dense(out_dim: int, in_dim: int, width: int | None) -> bool:
     """Whether a layer's gradient is held whole; None stands for a method that asks for that."""
-    return width is None or GradientSketch.numbers(out_dim, in_dim, width) >= out_dim * in_dim
+    return width is None or not GradientSketch.is_worth_it(out_dim, in_dim, width)

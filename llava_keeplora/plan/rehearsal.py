@@ -33,7 +33,7 @@ from llava_keeplora.plan import linear_algebra
 from llava_keeplora.plan.meter import faked, metered
 from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora.plan.work import Work, repeated
-from llava_keeplora.subspace import WIDTH_PER_RANK, SecondMoment, SecondPass, ShapeError
+from llava_keeplora.subspace import SecondMoment, ShapeError, sketch_width
 from llava_keeplora_eval.predictors import PROMPTS_PER_BATCH, class_logits, image_features, text_features
 
 STAGES = ("load", "basis", "gradient", "train", "features", "evaluate", "export")
@@ -221,26 +221,20 @@ class Rehearsal:
             bases = {name: torch.zeros(layer.module.in_features, self._room(layer, tasks)) for name, layer in layers.items()}
             given = meter.live
             statistics = {
-                name: gradient_statistic(layer, bases[name], WIDTH_PER_RANK * layer.rank if sketched else None, 0)
+                name: gradient_statistic(layer, bases[name], sketch_width(layer.rank) if sketched else None, 0)
                 for name, layer in layers.items()
             }
-            # Where one pass falls short, a second one sums into buffers of its own beside the first one's.
-            again = {
-                name: SecondPass(torch.zeros(layer.module.out_features, statistics[name].width), layer.module.in_features)
-                for name, layer in layers.items()
-                if hasattr(statistics[name], "width")
-            }
+            # Where one pass falls short, further ones take no more than the first: `GradientSketch.forget_range`.
             held = meter.live - given
             meter.peak = meter.live
             task, batch = self._task(), self._batch()
             with self._autocast():
                 gradient_pass(task, self._modules(), [(batch, True)], 1, statistics)
             beside = meter.peak - given
-            del again
         solving = max(
             linear_algebra.gradient_directions(out, in_, width or 0, linear_algebra.is_dense(out, in_, width))
             for out, in_, width in (
-                (layer.module.out_features, layer.module.in_features, WIDTH_PER_RANK * layer.rank if sketched else None) for layer in layers.values()
+                (layer.module.out_features, layer.module.in_features, sketch_width(layer.rank) if sketched else None) for layer in layers.values()
             )
         )
         found = sum(F32 * layer.rank * (layer.module.in_features + layer.module.out_features) for layer in layers.values())

@@ -18,6 +18,7 @@ from llava_keeplora.subspace.gradient_sketch import (
     GradientSketch,
     SecondPass,
     SketchedDirections,
+    sketch_width,
     sufficient_width,
 )
 from llava_keeplora.subspace.gradients import DenseGradient, ResidualDirections, residual_gradient_directions
@@ -67,5 +68,6 @@ __all__ = [
     "released_llava_weight_basis",
     "residual",
     "residual_gradient_directions",
+    "sketch_width",
     "sufficient_width",
 ]

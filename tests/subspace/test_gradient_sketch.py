@@ -163,6 +163,46 @@ def test_a_narrowed_sketch_is_the_sketch_of_that_width_and_picks_the_width(sub, 
         wide.narrowed(65)
 
 
+@pytest.mark.parametrize(("exponent", "two", "four"), [(0.5, 0.97, 0.993), (0.3, 0.9, 0.96)])
+def test_two_more_passes_sharpen_the_answer_in_the_same_memory(sub, exponent, two, four):
+    singular, rank = torch.arange(1, 1025, dtype=torch.float32) ** -exponent, 16
+    best, batch = float(singular[:rank].square().sum()), (torch.eye(1024), torch.diag(singular))
+    sketch = fed(sub.GradientSketch(1024, 1024, sub.sketch_width(rank)), [batch])
+    found = []
+    for _ in range(3):
+        second = fed(sketch.second_pass(), [batch])
+        sketch.forget_range()
+        found.append(sketch.directions(rank, second))
+        refined = sketch.refined(second)
+        assert refined.rows is sketch.rows and [t.shape for t in refined.tensors] == [(1024, 32)]
+        sketch = fed(refined, [batch])
+    true = [float((singular.unsqueeze(1) * each.A).square().sum()) / best for each in found]
+    assert [each.passes for each in found] == [2, 4, 6]
+    assert true[0] < two < true[1] and four < true[1] < true[2]
+    for share, each in zip(true, found):
+        assert each.at_least <= each.of_optimum < share + 0.003, "where rows are few and the tail is flat, estimates err on the low side"
+
+
+def test_refined_sketches_stay_outside_the_basis_and_add_up(sub, random_basis):
+    gradient, basis = torch.randn(30, 12) @ torch.randn(12, 40), random_basis(40, 35)
+    batches = stream(gradient)
+    sketch = fed(sub.GradientSketch(30, 40, 8, basis), batches)
+    # Outside the basis five directions are left, fewer than the width.
+    refined = sketch.refined(fed(sketch.second_pass(), batches))
+    assert (basis.T @ refined._omega).abs().max() < 1e-5
+    whole = fed(refined, batches)
+    again = [sketch.refined(fed(sketch.second_pass(), batches)) for _ in range(2)]
+    first, second = (fed(each, part) for each, part in zip(again, (batches[:1], batches[1:])))
+    rows = first.rows.clone()
+    first.merge(second)
+    assert torch.allclose(first.range, whole.range, atol=1e-4) and torch.equal(first.rows, rows)
+    with pytest.raises(sub.ShapeError, match="other layers, widths or seeds"):
+        first.merge(sketch)
+    exact = sub.residual_gradient_directions(gradient, basis, 4)
+    found = first.directions(4, fed(first.second_pass(), batches))
+    assert torch.allclose(found.singular_values, exact.singular_values, rtol=1e-4) and found.at_least > 0.9999
+
+
 def test_memory_does_not_grow_with_the_data_and_test_matrices_are_shared(sub):
     first, second = (sub.GradientSketch(60, 80, 10, seed=1) for _ in range(2))
     assert first._psi is second._psi and not torch.equal(first._omega, sub.GradientSketch(60, 80, 10, seed=2)._omega)
