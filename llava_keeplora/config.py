@@ -59,14 +59,18 @@ class ModelConfig:
         revision: the Hub revision.
         dtype: of the base weights, `float32` or `bfloat16`.
         max_length: the most tokens of an example of a LLaVA model, image tokens included; the model's own limit when None.
+        quantization: of the linear layers of the base, `nf4` (double-quantised) or `int8`; None for none.
     """
 
     name_or_path: str = "tiny-clip"
     revision: str | None = None
     dtype: str = "float32"
     max_length: int | None = None
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
+        if self.quantization not in (None, "nf4", "int8"):
+            raise ConfigError(f"quantization is '{self.quantization}'", "set it to 'nf4' or 'int8', or leave it out")
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length is {self.max_length}, but an example has tokens", "leave it out for the model's own limit")
 
@@ -255,7 +259,7 @@ class RunConfig:
                     f"the DeepSpeed configuration has {precision}.enabled {json.dumps(section.get('enabled', False))} and model.dtype is {self.model.dtype}",
                     "make them agree: model.dtype bfloat16 with bf16 enabled, float32 with neither bf16 nor fp16",
                 )
-        if content.get("zero_optimization", {}).get("stage") == 3 and getattr(self.model, "quantization", None):
+        if content.get("zero_optimization", {}).get("stage") == 3 and self.model.quantization:
             raise ConfigError(
                 f"the DeepSpeed configuration has zero_optimization.stage 3 and model.quantization is {self.model.quantization}, which it cannot split",
                 "use stage 2, or leave the base unquantised",
