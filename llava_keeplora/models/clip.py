@@ -42,12 +42,12 @@ class ClipFamily:
         """The model's processor."""
         return AutoProcessor.from_pretrained(self.path, revision=self.revision)
 
-    def skeleton(self, dtype: torch.dtype) -> None:
+    def skeleton(self, dtype: torch.dtype, quantization: str | None = None) -> None:
         """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
         config = CLIPConfig.from_pretrained(self.path, revision=self.revision)
         self.model = build_skeleton(
             lambda: CLIPModel._from_config(config, dtype=dtype, attn_implementation="sdpa"),
-            getattr(self, "quantization", None),
+            quantization,
             ("visual_projection", "text_projection"),
         )
 

@@ -65,12 +65,12 @@ class LlavaFamily:
         """Makes token ids."""
         return Chat(self.processor)
 
-    def skeleton(self, dtype: torch.dtype) -> None:
+    def skeleton(self, dtype: torch.dtype, quantization: str | None = None) -> None:
         """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
         self.model = build_skeleton(
             lambda: AutoModelForImageTextToText.from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
-            getattr(self, "quantization", None),
-            ("lm_head",),
+            quantization,
+            ("lm_head", "multi_modal_projector"),
         )
 
     def load(self, dtype: torch.dtype) -> None:

@@ -10,13 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: Lower layers know nothing of the ones above them.
 ABOVE = {
-    "subspace": ["capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "capture": ["adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "adapters": ["capture", "models", "methods", "sequence", "report", "config", "cli"],
-    "models": ["capture", "adapters", "methods", "sequence", "report", "cli"],
-    "methods": ["models", "capture", "sequence", "report", "config", "cli"],
-    "report": ["sequence", "methods", "models", "adapters", "capture", "cli"],
-    "config": ["models", "sequence", "report", "cli"],
+    "subspace": ["plan", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "capture": ["plan", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "adapters": ["plan", "capture", "models", "methods", "sequence", "report", "config", "cli"],
+    "models": ["plan", "capture", "adapters", "methods", "sequence", "report", "cli"],
+    "methods": ["plan", "models", "capture", "sequence", "report", "config", "cli"],
+    "plan": ["sequence", "report", "cli"],
+    "report": ["plan", "sequence", "methods", "models", "adapters", "capture", "cli"],
+    "config": ["plan", "models", "sequence", "report", "cli"],
     "sequence": ["cli"],
 }
 
