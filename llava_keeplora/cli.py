@@ -1,4 +1,4 @@
-"""`llava-keeplora`: train a sequence, report on a run, list what there is."""
+"""`llava-keeplora`: train a sequence, plan for it, report on a run, list what there is."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     train = commands.add_parser("train", help="run a task sequence, or go on with one")
     add_train_arguments(train)
+    plan = commands.add_parser("plan", help="say what a run needs, memory, disk and steps, and whether that fits")
+    add_run_arguments(plan)
+    plan.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs, a process each (default: the CPU of this machine)")
+    plan.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of each GPU (default: that of this machine's)")
+    plan.add_argument("--json", action="store_true", help="write the plan as JSON, in bytes")
+    plan.set_defaults(run=_plan)
     report = commands.add_parser("report", help="write the tables, pictures and page of a run folder again")
     report.add_argument("run_folder", metavar="RUN")
     report.set_defaults(run=_report)
@@ -44,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
-    for command in (train, report, export, listing):
+    for command in (train, plan, report, export, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -62,13 +68,18 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `train`, shared with scripts/train_seq.py."""
-    parser.add_argument("--config", required=True, help="a YAML file, or the name of a shipped configuration")
-    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    add_run_arguments(parser)
     parser.add_argument("--output-dir", help="the run folder (output_dir)")
     # The DeepSpeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, for instance training.learning_rate=5e-4")
     parser.set_defaults(run=_train)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a run."""
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of a shipped configuration")
+    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, for instance training.learning_rate=5e-4")
 
 
 def guarded(action: Callable[[], None], debug: bool) -> int:
@@ -124,6 +135,22 @@ def _train(args: argparse.Namespace) -> None:
         results = run(config)
         if main_process:
             sys.stdout.write(summary(config.output_dir, results))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    import dataclasses
+    import json
+
+    from llava_keeplora.config import load_config
+    from llava_keeplora.errors import ConfigError
+    from llava_keeplora.plan import describe, make_plan, refusal
+
+    plan = make_plan(load_config(args.config, args.overrides, data_root=args.data_root), args.gpus, args.gpu_memory)
+    sys.stdout.write(json.dumps(dataclasses.asdict(plan) | {"fits": plan.fits}, indent=1) + "\n" if args.json else describe(plan))
+    sys.stdout.flush()
+    wrong = refusal(plan)
+    if wrong is not None:
+        raise ConfigError(*wrong)
 
 
 def _report(args: argparse.Namespace) -> None:

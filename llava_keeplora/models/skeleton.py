@@ -24,14 +24,13 @@ def build_skeleton(make: Callable[[], nn.Module], quantization: str | None, whol
     Args:
         make: makes the model from its configuration.
         quantization: `nf4`, `int8` or None.
-        whole: leaf names of the linear layers that are left as they are where the others are quantised.
+        whole: dotted prefixes of what is left as it is where the other linear layers are quantised.
     """
     with torch.device("meta"):
         model = make()
-        for module in list(model.modules()) if quantization else ():
-            for name, child in list(module.named_children()):
-                if type(child) is nn.Linear and name not in whole:
-                    setattr(module, name, QuantisedLinear(child, quantization))
+        for name, layer in list(model.named_modules()) if quantization else ():
+            if type(layer) is nn.Linear and not f"{name}.".startswith(tuple(f"{prefix}." for prefix in whole)):
+                model.set_submodule(name, QuantisedLinear(layer, quantization))
     return model.eval().requires_grad_(False)
 
 

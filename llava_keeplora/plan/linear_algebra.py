@@ -8,11 +8,17 @@ Legend: in / out features of a layer, n = min(in, out), k columns of a basis, r 
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 from llava_keeplora.subspace import GradientSketch
 
 F32, F64 = 4, 8
 #: LAPACK's and cuSOLVER's divide-and-conquer eigensolvers work in twice the matrix beside the eigenvectors.
 EIGENSOLVER = 2
+#: Share of a layer's input width that a task adds to its basis; what tasks really add depends on them.
+GROWTH = 0.02
+STEPS = 2000
 
 
 def weight_basis(out_dim: int, in_dim: int, columns: int, size: int) -> int:
@@ -49,19 +55,34 @@ def sketched_feature_directions(in_dim: int, size: int) -> int:
     return F64 * 6 * in_dim * size
 
 
-def gradient_directions(out_dim: int, in_dim: int, width: int, dense: bool) -> int:
+def gradient_directions(out_dim: int, in_dim: int, width: int | None) -> int:
     """`subspace/gradients.py` where the gradient is held whole, `subspace/gradient_sketch.py` where it is sketched.
 
     Whole: the gradient and its residual in fp64 and one more while that is formed, or the Gram matrix with its eigenvectors
     and the work. Sketched: rows and their residual, Psi, the range and its QR, factor, misses and singular vectors in fp64.
+
+    Args:
+        out_dim, in_dim: out, in.
+        width: w; None for a method that asks for the whole gradient. A sketch that is no smaller is not made either.
     """
     n = min(out_dim, in_dim)
-    if dense:
+    if width is None or not GradientSketch.is_worth_it(out_dim, in_dim, width):
         return F64 * max(3 * out_dim * in_dim, 2 * out_dim * in_dim + (2 + EIGENSOLVER) * n * n)
     rows = 2 * min(width, n) + 1
     return F64 * (rows * (4 * in_dim + out_dim) + 3 * min(width, n) * out_dim)
 
 
-def is_dense(out_dim: int, in_dim: int, width: int | None) -> bool:
-    """Whether a layer's gradient is held whole; None stands for a method that asks for that."""
-    return width is None or not GradientSketch.is_worth_it(out_dim, in_dim, width)
+@cache
+def random_rank(out_dim: int, in_dim: int, energy: float) -> int:
+    """How many singular vectors of a random matrix hold a share of its energy; a trained weight's spectrum is no flatter.
+
+    Source: the Marchenko-Pastur law (1967). With x = 1 + q − 2√q cos θ, q = n / max(in, out), the eigenvalues of W Wᵀ have
+    the energy (θ − sin θ cos θ) / π below θ.
+    """
+    n = min(out_dim, in_dim)
+    ratio = n / max(out_dim, in_dim)
+    steps = [math.pi * (i + 0.5) / STEPS for i in range(STEPS)]
+    # The density of eigenvalues, as a share of all, over equal steps of θ.
+    shares = [2 * math.sin(t) ** 2 / (STEPS * max(1 + ratio - 2 * ratio**0.5 * math.cos(t), 1e-12)) for t in steps]
+    below = sum(share for t, share in zip(steps, shares, strict=True) if (t - math.sin(t) * math.cos(t)) / math.pi < 1 - energy)
+    return max(1, math.ceil(n * (1 - below)))

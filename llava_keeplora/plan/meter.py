@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 #: Larger integer tensors (attention masks) decide nothing; they are shapes like the rest.
 LARGEST_REAL = 2**20
@@ -43,13 +43,12 @@ class Meter(TorchDispatchMode):
 
     def hold(self, tensors: Any) -> None:
         """Count what was made before: the storages of all tensors of a tree, each once."""
-        for tensor in tree_iter(tensors):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = weakref.ref(storage, self._freed)
-                if key not in self._seen:
-                    self._seen[key] = storage.nbytes()
-                    self.live += storage.nbytes()
+        for tensor in _tensors(tensors):
+            storage = tensor.untyped_storage()
+            key = weakref.ref(storage, self._freed)
+            if key not in self._seen:
+                self._seen[key] = storage.nbytes()
+                self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
 
     def _freed(self, key: weakref.ref) -> None:
@@ -68,7 +67,7 @@ class _FakeMeter(Meter):
     """A meter over a `FakeTensorMode`, with small whole numbers real; see the module's docstring."""
 
     def _run(self, func, args, kwargs):
-        inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = list(_tensors((*args, *kwargs.values())))
         given = not any(isinstance(t, FakeTensor) or not _is_small_whole(t) for t in inputs)
         if given and inputs and _depends_on_values(func):
             return _really(func, args, kwargs)
@@ -77,7 +76,9 @@ class _FakeMeter(Meter):
         if func in (aten.index.Tensor, aten.masked_select.default):
             func, args = aten.index.Tensor, (args[0], self._positions([args[1]] if isinstance(args[1], Tensor) else args[1]))
         out = func(*args, **kwargs)
-        if given and all(_is_small_whole(t) for t in tree_iter(out) if isinstance(t, Tensor)):
+        if isinstance(out, Tensor) and not _is_small_whole(out):
+            return out
+        if given and all(map(_is_small_whole, _tensors(out))):
             return _really(func, args, kwargs)
         own = {id(t) for t in inputs}
         return tree_map_only(Tensor, lambda t: _zeros(t) if id(t) not in own and _is_small_whole(t) else t, out)
@@ -94,6 +95,15 @@ class _FakeMeter(Meter):
             found += [torch.empty(count, dtype=torch.int64) for _ in range(one.dim())]
         self.hold(found)
         return found
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """All tensors of nested lists and tuples; twenty times as quick as a tree of any kind, and there are ten thousands."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for one in tree:
+            yield from _tensors(one)
 
 
 def _is_small_whole(tensor: Tensor) -> bool:

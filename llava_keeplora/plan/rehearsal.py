@@ -1,17 +1,15 @@
 """The peak memory of every stage of one method, rehearsed without weights.
 
-Passes, training steps and answers run the run's own code on fake tensors (see `meter.py`). What cannot be rehearsed, because
-it looks at values, is worked out in `linear_algebra.py`. Not counted: the interpreter and the libraries themselves, the
-CUDA context (a few hundred MB), the allocator's gaps, the examples' texts, and the feature directions that a pass finds
-(in × m numbers per layer), whose number no one knows before.
+Passes, training steps and answers run the run's own code on fake tensors (see `meter.py`). What looks at values can't be
+rehearsed and is worked out in `linear_algebra.py`. Not counted: the interpreter and the libraries themselves, the CUDA
+context, the allocator's gaps, and the examples' texts.
 
 Legend: in / out features of a layer, k columns of its basis, T tasks.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from llava_keeplora.adapters import AdapterInit, attach, detach
+from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
 from llava_keeplora.capture import feature_pass, gradient_pass
 from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Layer, TaskContext
+from llava_keeplora.methods import METHODS, Layer, TaskContext, find_layers
 from llava_keeplora.methods.first_step import gradient_statistic
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask
 from llava_keeplora.plan import linear_algebra
+from llava_keeplora.plan.machine import model_bytes
 from llava_keeplora.plan.meter import faked, metered
 from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora.plan.work import Work, repeated
@@ -55,38 +54,6 @@ class Peak:
     host: int = 0
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a method changes.
-
-    Args:
-        adapted: name → layer with an adapter.
-        full: name → linear layer that is trained itself.
-    """
-
-    adapted: dict[str, Layer]
-    full: dict[str, nn.Linear]
-
-
-def find_trained(method: MethodConfig, family: Family) -> Trained:
-    """The layers that a method changes.
-
-    Raises:
-        ConfigError: for parts or targets that the model doesn't have, or if nothing is adapted.
-    """
-    found = Trained({}, {})
-    for part, own in method.parts.items():
-        modules = family.linear_layers(part, own.targets or family.targets.get(part, ()))
-        if own.train == "full":
-            found.full.update(modules)
-            continue
-        for name, module in modules.items():
-            found.adapted[name] = Layer(name, part, module, own.rank, own.alpha, own.energy_weight, own.energy_feature)
-    if not found.adapted:
-        raise ConfigError("the run adapts no part of the model", f"name at least one of {', '.join(family.targets)} under `parts`")
-    return found
-
-
 class Rehearsal:
     """One method of a run on a kind of machine.
 
@@ -97,30 +64,18 @@ class Rehearsal:
         work: the tasks.
         sharding: how training is spread.
         cpu: whether there is no GPU.
-        base: bytes of the base's copies that a run keeps of all layers that any method changes.
-        columns: k of a layer after so many tasks, 0 for the base; at most as many as can be when None.
+        kept: bytes of the base's copies that a run keeps of all layers that any method changes.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        method: MethodConfig,
-        family: Family,
-        work: Sequence[Work],
-        sharding: Sharding,
-        cpu: bool,
-        base: int,
-        columns: Callable[[Layer, int], int] | None = None,
-    ):
-        self.config, self.family, self.work, self.sharding, self.cpu, self.base = config, family, work, sharding, cpu, base
+    def __init__(self, config: RunConfig, method: MethodConfig, family: Family, work: Sequence[Work], sharding: Sharding, cpu: bool, kept: int):
+        self.config, self.family, self.work, self.sharding, self.cpu, self.kept = config, family, work, sharding, cpu, kept
         cls = METHODS[method.method]
         self.method, self.training = cls(cls.Options(**method.options)), method.training
-        self.trained = find_trained(method, family)
-        self.columns = columns or self._most_columns
+        self.changed = find_layers(method.parts, family)
+        self.layers = self.changed.adapted
         self.protects = isinstance(self.method, KeepLora)
         self.dtype = DTYPES[config.model.dtype]
-        self.quantised = bool(getattr(config.model, "quantization", None))
-        self.largest = max(self.work, key=lambda w: (w.tokens * (len(w.prompts["input_ids"]) if w.prompts else 1)))
+        self.largest = max(self.work, key=lambda w: w.tokens * (len(w.prompts["input_ids"]) if w.prompts else 1))
 
     # --- what is there ---------------------------------------------------------------------------
 
@@ -133,35 +88,37 @@ class Rehearsal:
         """The peak of a stage, worked out when it is first asked for."""
         return getattr(self, f"_{stage}")
 
-    def _most_columns(self, layer: Layer, tasks: int) -> int:
-        """Directions in order of falling energy hold at least their share of it; after a task, any number may have come."""
+    def columns(self, layer: Layer, tasks: int) -> int:
+        """k of a layer after so many tasks: of a weight with a random one's spectrum, and a share of the input per task."""
         out_dim, in_dim = layer.module.out_features, layer.module.in_features
-        if tasks and self.method.options.protect_features:
-            return in_dim
-        return math.ceil(layer.energy_weight * min(out_dim, in_dim)) if self.method.options.protect_weights else 0
+        weight = linear_algebra.random_rank(out_dim, in_dim, layer.energy_weight) if self.method.options.protect_weights else 0
+        features = round(linear_algebra.GROWTH * in_dim) * tasks if self.method.options.protect_features else 0
+        return min(weight + features, in_dim - 1)
 
     @cached_property
     def model_bytes(self) -> int:
         """Of parameters and buffers."""
-        tensors = {id(t): t for t in (*self.family.model.parameters(), *self.family.model.buffers())}
-        return sum(t.nbytes for t in tensors.values())
+        return model_bytes(self.family.model)
 
     def bases(self, tasks: int) -> int:
         """Bytes of the protected subspaces after so many tasks, kept on the host."""
-        if not self.protects:
-            return 0
-        return sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.trained.adapted.values())
+        return sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.layers.values()) if self.protects else 0
 
     @cached_property
     def delta_numbers(self) -> int:
         """Numbers of one task's delta."""
-        adapted = sum(layer.rank * (layer.module.in_features + layer.module.out_features) for layer in self.trained.adapted.values())
-        return adapted + sum(p.numel() for module in self.trained.full.values() for p in module.parameters(recurse=False))
+        return sum(map(self._numbers, self.changed.modules))
 
-    @property
-    def stacks(self) -> bool:
-        """Whether the tasks' deltas stay beside the base's weights instead of being summed into them."""
-        return self.quantised or self.sharding.partitions
+    def _numbers(self, name: str) -> int:
+        module = self.changed.modules[name]
+        if name in self.changed.full:
+            return sum(p.numel() for p in module.parameters(recurse=False))
+        return self.layers[name].rank * (module.in_features + module.out_features)
+
+    @cached_property
+    def stacked(self) -> set[str]:
+        """Layers whose deltas stay beside the base's weights instead of being summed into them."""
+        return {name for name, module in self.changed.modules.items() if self.sharding.partitions or is_quantised(module)}
 
     @cached_property
     def _images(self) -> int:
@@ -172,43 +129,37 @@ class Rehearsal:
             left -= size if size <= left else 0
         return kept - left
 
-    def _resident(self, size: int | None = None) -> tuple[int, int]:
-        """Bytes on the device and on the host all along: the model, and what a run keeps to rebuild it."""
-        device, host = self.sharding.parameters(self.model_bytes, self.dtype.itemsize)
-        return device + (F32 * self.delta_numbers * len(self.work) if self.stacks else self.base), host
-
     def _sum(self, device: int, *, tasks: int, host: int = 0) -> Peak:
-        """A peak from what a stage takes beside what is there all along."""
-        resident, shards = self._resident()
-        device, host = resident + device, shards + host + self.bases(tasks) + self._images
+        """A peak from what a stage takes beside what is there all along: the model, and what a run keeps to rebuild it."""
+        whole, shards = self.sharding.parameters(self.model_bytes, self.dtype.itemsize)
+        # Stacked deltas are kept in fp32 and used in the model's precision.
+        size = F32 + (self.dtype.itemsize if self.dtype != torch.float32 else 0)
+        device += whole + self.kept + size * len(self.work) * sum(map(self._numbers, self.stacked))
+        host += shards + self.bases(tasks) + self._images
         return Peak(device + host) if self.cpu else Peak(device, host)
 
     # --- stages ----------------------------------------------------------------------------------
 
     @cached_property
     def _load(self) -> Peak:
-        """Loading, and rebuilding the model of a late task from its deltas, one layer after the other in fp32."""
-        layers = [*(layer.module for layer in self.trained.adapted.values()), *self.trained.full.values()]
-        numbers = max(module.in_features * module.out_features for module in layers)
-        if self.stacks:
-            device = numbers * self.dtype.itemsize
-        else:
-            # The base in fp32, every earlier task's ΔW, and one of them before it is scaled.
-            device = F32 * numbers * (len(self.work) + 1) if len(self.work) > 1 else 0
-        deltas = F32 * self.delta_numbers * (len(self.work) - 1)
-        peak = self._sum(device, tasks=0, host=deltas)
+        """Loading, and rebuilding the model after the last task from its deltas, one layer after the other in fp32."""
+        plain = [m.in_features * m.out_features for name, m in self.changed.modules.items() if name not in self.stacked]
+        largest, count = F32 * max(plain, default=0), len(self.work)
+        # The base in fp32 and its sum, which are one tensor where the base is fp32, and every task's ΔW.
+        device, host = largest * (1 if self.dtype == torch.float32 else 2), count * (largest + F32 * self.delta_numbers)
+        peak = self._sum(device if self.cpu else device + largest, tasks=count, host=host)
         return peak if self.cpu else Peak(peak.device, max(peak.host, self.model_bytes))
 
     @cached_property
     def _basis(self) -> Peak:
-        layers = self.trained.adapted.values()
+        layers = self.layers.values()
         solving = max(self._one_basis(layer) for layer in layers)
         writing = SERIALISED * self.bases(0)
         return self._sum(max(solving, writing), tasks=0) if self.cpu else self._sum(solving, tasks=0, host=writing)
 
     def _one_basis(self, layer: Layer) -> int:
         out_dim, in_dim = layer.module.out_features, layer.module.in_features
-        expanded = out_dim * in_dim * self.dtype.itemsize if self.stacks else 0
+        expanded = out_dim * in_dim * self.dtype.itemsize if layer.name in self.stacked else 0
         return expanded + linear_algebra.weight_basis(out_dim, in_dim, self.columns(layer, 0), self.dtype.itemsize)
 
     @cached_property
@@ -216,9 +167,9 @@ class Rehearsal:
         return self._gradient_peak(self.method.sketched)
 
     def _gradient_peak(self, sketched: bool) -> Peak:
-        layers, tasks = self.trained.adapted, max(0, len(self.work) - 1)
+        layers, tasks = self.layers, max(0, len(self.work) - 1)
         with self._fake_model() as meter:
-            bases = {name: torch.zeros(layer.module.in_features, self._room(layer, tasks)) for name, layer in layers.items()}
+            bases = {name: torch.zeros(layer.module.in_features, self.columns(layer, tasks)) for name, layer in layers.items()}
             given = meter.live
             statistics = {
                 name: gradient_statistic(layer, bases[name], sketch_width(layer.rank) if sketched else None, 0)
@@ -231,17 +182,10 @@ class Rehearsal:
             with self._autocast():
                 gradient_pass(task, self._modules(), [(batch, True)], 1, statistics)
             beside = meter.peak - given
-        solving = max(
-            linear_algebra.gradient_directions(out, in_, width or 0, linear_algebra.is_dense(out, in_, width))
-            for out, in_, width in (
-                (layer.module.out_features, layer.module.in_features, sketch_width(layer.rank) if sketched else None) for layer in layers.values()
-            )
-        )
+        shapes = [(layer.module.out_features, layer.module.in_features, sketch_width(layer.rank) if sketched else None) for layer in layers.values()]
+        solving = max(linear_algebra.gradient_directions(*shape) for shape in shapes)
         found = sum(F32 * layer.rank * (layer.module.in_features + layer.module.out_features) for layer in layers.values())
         return self._sum(max(beside, held + solving + found), tasks=tasks)
-
-    def _room(self, layer: Layer, tasks: int) -> int:
-        return min(self.columns(layer, tasks), layer.module.in_features - 1)
 
     @cached_property
     def _features(self) -> Peak:
@@ -249,9 +193,9 @@ class Rehearsal:
             return self._sum(0, tasks=0)
         if self.method.rules.evidence == "gradient":
             return self._gradient_peak(sketched=False)
-        layers, tasks = self.trained.adapted, len(self.work) - 1
+        layers, tasks = self.layers, len(self.work) - 1
         with self._fake_model() as meter:
-            bases = {name: torch.zeros(layer.module.in_features, self._room(layer, tasks)) for name, layer in layers.items()}
+            bases = {name: torch.zeros(layer.module.in_features, self.columns(layer, tasks)) for name, layer in layers.items()}
             given, made = meter.live, {}
 
             def statistics(groups: list[list[str]]) -> Mapping[str, Any]:
@@ -274,7 +218,7 @@ class Rehearsal:
     def _one_extension(self, layer: Layer, statistic: Any, tasks: int) -> int:
         in_dim = layer.module.in_features
         if isinstance(statistic, SecondMoment):
-            return linear_algebra.feature_directions(in_dim, self._room(layer, tasks), statistic.dtype == torch.float64)
+            return linear_algebra.feature_directions(in_dim, self.columns(layer, tasks), statistic.dtype == torch.float64)
         return linear_algebra.sketched_feature_directions(in_dim, statistic.test.shape[1]) if hasattr(statistic, "test") else 0
 
     @cached_property
@@ -282,10 +226,9 @@ class Rehearsal:
         """One optimiser step with Adam's states in place, and the gradients too where steps are accumulated."""
         split, accumulated = self.sharding.stage is not None, int(self.training.get("gradient_accumulation_steps", 1)) > 1
         with self._adapters(), self._fake_model() as meter:
-            parameters = self.trained_parameters()
-            adapters = meter.live - self.model_bytes
+            parameters = self._trained_parameters()
             held = [] if split else [torch.zeros(p.shape, dtype=p.dtype) for p in parameters for _ in range(self._adam_moments())]
-            held += [p.detach().clone() for module in self.trained.full.values() for p in module.parameters(recurse=False)]
+            held += [p.detach().clone() for module in self.changed.full.values() for p in module.parameters(recurse=False)]
             if accumulated and not split:
                 for p in parameters:
                     p.grad = torch.zeros_like(p)
@@ -307,14 +250,13 @@ class Rehearsal:
         elif self.sharding.world > 1:
             # The processes' gradients are averaged in buckets beside them.
             beside += numbers * size
-        assert adapters >= 0
         return self._sum(beside, tasks=len(self.work) - 1, host=host)
 
     def _adam_moments(self) -> int:
         """Tensors of a parameter's size that the optimiser keeps; AdamW's two unless it is another one."""
         return {"sgd": 0, "adafactor": 0}.get(str(self.training.get("optim", "adamw")), 2)
 
-    def trained_parameters(self) -> list[nn.Parameter]:
+    def _trained_parameters(self) -> list[nn.Parameter]:
         """Inside `_adapters`: what is trained."""
         return [p for p in self.family.model.parameters() if p.requires_grad]
 
@@ -322,7 +264,7 @@ class Rehearsal:
     def trainable(self) -> int:
         """Numbers that are trained in one task."""
         with self._adapters():
-            return sum(p.numel() for p in self.trained_parameters())
+            return sum(p.numel() for p in self._trained_parameters())
 
     @cached_property
     def _evaluate(self) -> Peak:
@@ -336,13 +278,17 @@ class Rehearsal:
     @cached_property
     def _export(self) -> Peak:
         """A merged model in host memory: the base, the deltas, and one layer's sum in fp32."""
-        layers = [*(layer.module for layer in self.trained.adapted.values()), *self.trained.full.values()]
-        numbers = max(module.in_features * module.out_features for module in layers)
+        numbers = max(module.in_features * module.out_features for module in self.changed.modules.values())
         whole = sum(_dense_bytes(m, self.dtype) for m in self.family.model.modules())
         host = whole + F32 * (self.delta_numbers * len(self.work) + 3 * numbers)
         return Peak(host) if self.cpu else Peak(0, host)
 
     # --- the rehearsal -----------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the model can recompute activations in the backward pass."""
+        return not self.largest.prompts
 
     @contextmanager
     def _fake_model(self) -> Iterator[Any]:
@@ -351,7 +297,7 @@ class Rehearsal:
             yield meter
 
     def _modules(self) -> dict[str, nn.Linear]:
-        return {name: layer.module for name, layer in self.trained.adapted.items()}
+        return {name: layer.module for name, layer in self.layers.items()}
 
     def _batch(self) -> dict[str, Tensor]:
         size = min(int(self.training.get("per_device_train_batch_size", 8)), self.largest.train)
@@ -370,7 +316,7 @@ class Rehearsal:
     @contextmanager
     def _adapters(self) -> Iterator[None]:
         """The skeleton with adapters, as training has them."""
-        model, layers = self.family.model, self.trained.adapted
+        model, layers = self.family.model, self.layers
         if self.protects:
             inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
         else:
@@ -378,13 +324,13 @@ class Rehearsal:
         with torch.device("meta"):
             wrapper = attach(model, inits, self.method.dropout)
         try:
-            for module in self.trained.full.values():
+            for module in self.changed.full.values():
                 module.requires_grad_(True)
             if self.sharding.stage is not None:
                 # DeepSpeed turns the whole model into one precision.
-                for p in self.trained_parameters():
+                for p in self._trained_parameters():
                     p.data = p.data.to(self.dtype)
-            if self.training.get("gradient_checkpointing") or self.training.get("activation_checkpointing"):
+            if self.checkpoints and (self.training.get("gradient_checkpointing") or self.training.get("activation_checkpointing")):
                 LlavaTask(model).activation_checkpointing_enable()
             yield
         finally:

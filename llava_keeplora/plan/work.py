@@ -25,8 +25,8 @@ from llava_keeplora_recipes.places import set_folder
 QUESTION, ANSWER = 96, 32
 #: Tokens of a class prompt, where there is no tokenizer to ask.
 PROMPT = 16
-#: Characters of an example's id, where there are no data to ask.
-ID = 12
+#: Bytes of a line of predictions beside the answer: JSON keys, an id, the recipe's name, version and fingerprint.
+LINE = 160
 
 Batch = Mapping[str, Tensor]
 
@@ -40,28 +40,31 @@ class Work:
         train: examples to learn, a caption each where an image has several.
         test: examples to answer.
         images: examples of both splits together, as the image cache holds them.
-        known: whether the data were there to be counted.
         example: the longest training example as a batch of one; floating-point tensors are on the meta device.
         question: the longest test example as a batch of one, without its answer.
         prompts: CLIP's class prompts; nothing for other models.
-        line: bytes of one line of its predictions.
+        answer: characters of an answer on average.
     """
 
     name: str
     train: int
     test: int
     images: int
-    known: bool
     example: Batch
     question: Batch
     prompts: Batch
-    line: float
+    answer: float
 
     @property
     def tokens(self) -> int:
         """Of the longest training example, image tokens included; of the longest class prompt for CLIP."""
         ids = self.prompts["input_ids"] if self.prompts else self.example["input_ids"]
         return ids.shape[1]
+
+    @property
+    def predictions(self) -> int:
+        """Bytes of the file of answers."""
+        return round(self.test * (LINE + self.answer))
 
     @property
     def image_bytes(self) -> int:
@@ -91,25 +94,20 @@ def read_work(config: RunConfig, family: Family) -> list[Work]:
     return [_read(load_recipe(name), config, family) for name in config.tasks]
 
 
-def work_of(train: TaskData, test: TaskData, family: Family) -> Work:
-    """A task whose data are at hand."""
-    describe = _clip if isinstance(family, ClipFamily) else _llava
-    return describe(train.recipe, family, train, test)
-
-
 def _read(recipe: Recipe, config: RunConfig, family: Family) -> Work:
+    describe = _clip if isinstance(family, ClipFamily) else _llava
     if _is_there(recipe, config.data.root):
         train = recipe.load("train", config.data.root, config.data.on_bad_image)
         if config.data.holdout:
-            return work_of(*train.split_holdout(config.data.holdout, 0), family)
-        return work_of(train, recipe.load("test", config.data.root, config.data.on_bad_image), family)
+            return describe(train.recipe, family, *train.split_holdout(config.data.holdout, 0))
+        return describe(train.recipe, family, train, recipe.load("test", config.data.root, config.data.on_bad_image))
     sizes = recipe.expected_sizes
     if not {"train", "test"} <= set(sizes):
         raise ConfigError(
             f"the data of '{recipe.name}' are not there and its recipe does not say how many there are",
             "give the folder that holds them with --data-root, or add `expected_sizes: {train: N, test: M}` to a recipe that extends it",
         )
-    work = (_clip if isinstance(family, ClipFamily) else _llava)(recipe, family, None, None)
+    work = describe(recipe, family, None, None)
     train, test = sizes["train"], sizes["test"]
     if config.data.holdout:
         train, test = train - round(config.data.holdout * train), round(config.data.holdout * train)
@@ -137,18 +135,18 @@ def _clip(recipe: Recipe, family: ClipFamily, train: TaskData | None, test: Task
         ids = torch.zeros(recipe.num_classes, min(PROMPT, text.max_position_embeddings), dtype=torch.long)
         prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     pixels = torch.empty(1, 3, vision.image_size, vision.image_size, device="meta")
-    classes = recipe.classes or ["x" * ID]
+    classes = recipe.classes or [" " * ANSWER]
     return Work(
-        recipe.name, len(train or ()), len(test or ()), len(train or ()) + len(test or ()), train is not None,
+        recipe.name, len(train or ()), len(test or ()), len(train or ()) + len(test or ()),
         {"pixel_values": pixels, "labels": torch.zeros(1, dtype=torch.long)}, {"pixel_values": pixels}, dict(prompts),
-        _line(recipe, test, sum(map(len, classes)) / len(classes)),
+        sum(map(len, classes)) / len(classes),
     )
 
 
 def _llava(recipe: Recipe, family: LlavaFamily, train: TaskData | None, test: TaskData | None) -> Work:
     if train is None:
         example, question = _assumed(family)
-        return Work(recipe.name, 0, 0, 0, False, example, question, {}, _line(recipe, None, 4.0 * ANSWER))
+        return Work(recipe.name, 0, 0, 0, example, question, {}, 4.0 * ANSWER)
     inputs = family.inputs(train, _Prepared(family, train))
     longest = max(range(len(inputs)), key=lambda i: sum(map(len, inputs.turns[i])))
     prompts = [family.chat.prompt(asked(test.recipe, q), sizes) for q, sizes in zip(test.questions, test.image_sizes, strict=True)]
@@ -157,8 +155,8 @@ def _llava(recipe: Recipe, family: LlavaFamily, train: TaskData | None, test: Ta
     question |= family.prepare([test[row]])[0]
     said = [len(answers[0]) for answers in test.answers if answers]
     return Work(
-        recipe.name, len(inputs), len(test), len(train) + len(test), True, _on_meta(inputs.collate([longest])), _on_meta(question), {},
-        _line(recipe, test, sum(said) / max(1, len(said))),
+        recipe.name, len(inputs), len(test), len(train) + len(test), _on_meta(inputs.collate([longest])), _on_meta(question), {},
+        sum(said) / max(1, len(said)),
     )
 
 
@@ -197,9 +195,3 @@ def _assumed(family: LlavaFamily) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     example = {"input_ids": ids, "attention_mask": mask, "labels": labels, "image_counts": torch.ones(1, dtype=torch.long), "pixel_values": pixels}
     return example, {"input_ids": ids[:, :-answer], "attention_mask": mask[:, :-answer], "pixel_values": pixels}
 
-
-def _line(recipe: Recipe, test: TaskData | None, text: float) -> float:
-    """Bytes of a line of predictions on average: id, answer, recipe, version and fingerprint as JSON."""
-    ids = test.ids if test is not None else ["x" * ID]
-    frame = '{"id": "", "text": "", "recipe": "", "version": , "fingerprint": ""}\n'
-    return len(frame) + sum(map(len, ids)) / len(ids) + text + len(recipe.name) + len(str(recipe.version)) + 64

@@ -22,7 +22,7 @@ from llava_keeplora.capture import feature_pass, gradient_pass
 from llava_keeplora.config import MethodConfig
 from llava_keeplora.errors import ConfigError, RunError, TrainingError
 from llava_keeplora.files import file_hash, write_json, write_tensors
-from llava_keeplora.methods import METHODS, Layer, Method, TaskContext
+from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_layers
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.sequence.journal import Entry, Journal, next_stage, stages_of
 from llava_keeplora.sequence.progress import duration
@@ -175,24 +175,13 @@ class LabelRun:
 
     def _find_layers(self) -> tuple[dict[str, Layer], dict[str, nn.Linear], list[str]]:
         """The layers that this method adapts, those that it trains in full, and those that the loss cannot reach."""
-        family, adapted, full, unreachable = self.shared.family, {}, {}, []
-        for part, settings in self.config.parts.items() if self.count else ():
-            targets = settings.targets or family.targets.get(part, ())
-            modules = family.linear_layers(part, targets)
-            unreachable += family.unreachable(part, targets)
-            if settings.train == "full":
-                full |= modules
-                continue
-            for name, module in modules.items():
-                adapted[name] = Layer(name, part, module, settings.rank, settings.alpha, settings.energy_weight, settings.energy_feature)
-        if self.count and not adapted:
-            raise ConfigError("the run adapts no part of the model", f"name at least one of {', '.join(family.targets)} under `parts`")
-        if unreachable:
+        found = find_layers(self.config.parts, self.shared.family) if self.count else Changed()
+        if found.unreachable:
             logger.warning(
                 "%s: %d layers cannot receive a gradient from this model's loss and are left out (%s, ...)",
-                self.config.label, len(unreachable), unreachable[0],
+                self.config.label, len(found.unreachable), found.unreachable[0],
             )
-        return adapted, full, unreachable
+        return found.adapted, found.full, found.unreachable
 
     def modules(self) -> dict[str, nn.Linear]:
         """Every layer that this method changes, by full name."""

@@ -14,6 +14,7 @@ from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.files import write_json
 from llava_keeplora.models import open_model
+from llava_keeplora.plan import check_start
 from llava_keeplora.report.run_report import write_run_report
 from llava_keeplora.sequence.data import Task, load_tasks
 from llava_keeplora.sequence.label_run import ZERO_SHOT, LabelRun
@@ -65,6 +66,7 @@ def _opened(workspace: Workspace) -> Iterator[Shared]:
                 held.enter_context(workspace.locked())
                 workspace.claim()
             shared = Shared(config, workspace, load_tasks(config), open_model(config.model, config.evaluation.max_new_tokens))
+            check_start(config, shared.family)
         # Together: with ZeRO-3 the processes need each other for it.
         shared.load()
         yield shared

@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: Lower layers know nothing of the ones above them.
 ABOVE = {
-    "subspace": ["export", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "capture": ["export", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "adapters": ["export", "capture", "models", "methods", "sequence", "report", "config", "cli"],
-    "models": ["export", "capture", "adapters", "methods", "sequence", "report", "cli"],
-    "methods": ["export", "models", "capture", "sequence", "report", "config", "cli"],
-    "export": ["sequence", "methods", "capture", "report", "cli"],
-    "report": ["sequence", "methods", "models", "adapters", "capture", "cli"],
-    "config": ["models", "sequence", "report", "cli"],
+    "subspace": ["export", "plan", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "capture": ["export", "plan", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "adapters": ["export", "plan", "capture", "models", "methods", "sequence", "report", "config", "cli"],
+    "models": ["export", "plan", "capture", "adapters", "methods", "sequence", "report", "cli"],
+    "methods": ["export", "plan", "models", "capture", "sequence", "report", "config", "cli"],
+    "export": ["plan", "sequence", "methods", "capture", "report", "cli"],
+    "plan": ["sequence", "export", "report", "cli"],
+    "report": ["plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],
+    "config": ["plan", "export", "models", "sequence", "report", "cli"],
     "sequence": ["cli"],
 }
 

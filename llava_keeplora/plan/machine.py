@@ -1,0 +1,156 @@
+"""The memory of the machine that a run is planned for, and the one check of it that every start makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llava_keeplora.adapters import is_quantised
+from llava_keeplora.config import RunConfig
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.methods import METHODS, Changed, find_layers
+from llava_keeplora.methods.keeplora import KeepLora
+from llava_keeplora.models import DTYPES, Family
+from llava_keeplora.subspace import GradientSketch, sketch_width
+
+GB = 1e9
+F32 = 4
+#: What a process holds before it has a model: Python and its libraries; on a GPU, the CUDA context with its libraries' work space.
+LIBRARIES, CONTEXT = 0.8e9, 0.6e9
+#: Of a group of processes (cgroup version 2, then 1): a container may have less than the machine.
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for.
+
+    Args:
+        gpus: how many GPUs; 0 for a run on the CPU.
+        memory: bytes of each GPU, or of the CPU's machine.
+    """
+
+    gpus: int
+    memory: int
+
+    @property
+    def room(self) -> int:
+        """Bytes that are left for a run's tensors."""
+        return round(self.memory - (CONTEXT if self.gpus else LIBRARIES))
+
+    def __str__(self) -> str:
+        each = f"{self.memory / GB:.1f} GB"
+        return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {each}{' each' if self.gpus > 1 else ''}" if self.gpus else f"the CPU with {each}"
+
+
+def find_machine(gpus: int | None = None, gpu_memory_gb: float | None = None) -> Machine:
+    """What to plan for.
+
+    Args:
+        gpus: number of GPUs; None for the CPU of this machine, unless there is a memory of GPUs.
+        gpu_memory_gb: memory of each, in 10⁹ bytes; that of this machine's first GPU when None.
+
+    Raises:
+        ConfigError: for numbers that are none of a machine, or if this machine has no GPU to ask.
+    """
+    if gpus is None and gpu_memory_gb is None:
+        return Machine(0, host_memory())
+    gpus = 1 if gpus is None else gpus
+    if gpus < 1:
+        raise ConfigError(f"--gpus is {gpus}, but a plan for GPUs needs at least one", "leave it out to plan for the CPU")
+    if gpu_memory_gb is None:
+        if not torch.cuda.is_available():
+            raise ConfigError("how much memory a GPU has is not known, because this machine has none", "give it in GB, for instance --gpu-memory 24")
+        return Machine(gpus, torch.cuda.get_device_properties(0).total_memory)
+    if not gpu_memory_gb > 0:
+        raise ConfigError(f"--gpu-memory is {gpu_memory_gb}, but a GPU has memory", "give it in GB, for instance --gpu-memory 24")
+    return Machine(gpus, round(gpu_memory_gb * GB))
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory, or of this container's where that is less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in map(Path, LIMITS):
+        text = path.read_text().strip() if path.is_file() else "max"
+        found += [int(text)] if text.isdigit() else []
+    return min(found)
+
+
+def check_start(config: RunConfig, family: Family, memory: int | None = None) -> None:
+    """Refuse a run that cannot fit, whatever its data are; everything else is `llava-keeplora plan`'s.
+
+    Weights, the copies of those that change, and the sums of one gradient pass are there at the same time in every run. A
+    model that ZeRO-3 splits is let through.
+
+    Args:
+        config: the run.
+        family: its model, not loaded yet; it is given a skeleton.
+        memory: bytes of the device; those of this machine when None.
+
+    Raises:
+        ConfigError: if that is more than the device has, or `memory.statistics_gb` is.
+    """
+    gpu = torch.cuda.is_available()
+    memory = memory or (torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else host_memory())
+    where = f"the {'GPU' if gpu else 'machine'} has {memory / GB:.1f} GB"
+    if config.memory.statistics_gb * GB > memory:
+        raise ConfigError(
+            f"memory.statistics_gb is {config.memory.statistics_gb}, but {where}",
+            f"set memory.statistics_gb={memory / GB / 4:.2g}, or less",
+        )
+    deepspeed = config.deepspeed() or {}
+    if deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        return
+    model, kept, sums = _least(config, family)
+    if model + kept + sums <= memory:
+        return
+    tried = {"model.dtype=bfloat16": {"dtype": "bfloat16"}, "model.quantization=nf4": {"quantization": "nf4"}}
+    smaller = {name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values)) for name, values in tried.items()}
+    fits = next((f"set {name}" for name, other in smaller.items() if sum(_least(other, family)) <= memory), "take a smaller model or more memory")
+    raise ConfigError(
+        f"the run needs at least {(model + kept + sums) / GB:.1f} GB (the model {model / GB:.1f}, copies of the layers that change {kept / GB:.1f}, "
+        f"sums of gradients {sums / GB:.1f}), but {where}",
+        f"{fits}; `llava-keeplora plan` says stage by stage what fits",
+    )
+
+
+def _least(config: RunConfig, family: Family) -> tuple[int, int, int]:
+    """Bytes of the model, of the copies of its layers, and of the largest gradient pass's sums."""
+    family.skeleton(DTYPES[config.model.dtype])
+    changed = {label: find_layers(method.parts, family) for label, method in config.methods.items()}
+    sums = max((gradient_bytes(config, label, one) for label, one in changed.items()), default=0)
+    return model_bytes(family.model), kept_bytes(changed.values()), sums
+
+
+def model_bytes(model: torch.nn.Module) -> int:
+    """Of parameters and buffers, each once."""
+    return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def kept_bytes(changed: Iterable[Changed]) -> int:
+    """Bytes of the base's weights that a run keeps a copy of: those of plain layers that any method changes.
+
+    Args:
+        changed: of each method.
+    """
+    modules = {name: module for one in changed for name, module in one.modules.items()}
+    return sum(p.nbytes for module in modules.values() if not is_quantised(module) for p in module.parameters(recurse=False))
+
+
+def gradient_bytes(config: RunConfig, label: str, changed: Changed) -> int:
+    """Bytes of the sums of a method's first gradient pass: of the sketch where it is worth it, else of the gradient."""
+    cls = METHODS[config.methods[label].method]
+    if not issubclass(cls, KeepLora):
+        return 0
+    method, total = cls(cls.Options(**config.methods[label].options)), 0
+    for layer in changed.adapted.values():
+        out_dim, in_dim = layer.module.out_features, layer.module.in_features
+        width = sketch_width(layer.rank)
+        sketched = method.sketched and GradientSketch.is_worth_it(out_dim, in_dim, width)
+        total += F32 * (GradientSketch.numbers(out_dim, in_dim, width) if sketched else out_dim * in_dim)
+    return total

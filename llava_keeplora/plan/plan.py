@@ -1,0 +1,253 @@
+"""A run's memory, disk and steps as plain data, and the smallest change that makes it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llava_keeplora.config import RunConfig
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.methods import find_layers
+from llava_keeplora.models import DTYPES, open_model
+from llava_keeplora.plan.machine import Machine, find_machine, kept_bytes
+from llava_keeplora.plan.rehearsal import F32, Rehearsal
+from llava_keeplora.plan.sharding import read_sharding
+from llava_keeplora.plan.work import Work, read_work
+
+#: Dotted key → value; `gpus` stands for the machine's.
+Changes = Mapping[str, Any]
+BATCH, ACCUMULATION, DEEPSPEED = "training.per_device_train_batch_size", "training.gradient_accumulation_steps", "training.deepspeed"
+CHECKPOINTING, EVALUATION, STATISTICS = "training.gradient_checkpointing", "evaluation.batch_size", "memory.statistics_gb"
+MOST_GPUS = 8
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage needs.
+
+    Args:
+        stage: its name.
+        device: peak bytes on each GPU; of the process on a CPU machine.
+        host: peak bytes of a process beside its GPU; 0 on a CPU machine.
+        fits: whether the device has them. Host memory beside GPUs is told and not judged: the machine may be another one.
+        changes: settings with which this stage and all above it fit; None where none was found, or nothing is needed.
+    """
+
+    stage: str
+    device: int
+    host: int
+    fits: bool
+    changes: Changes | None = None
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What one labelled method needs.
+
+    Args:
+        label: the method's label.
+        stages: in their order.
+        trainable: numbers that are trained in a task.
+        stored: numbers of a task's delta.
+        disk_task: bytes that a task leaves in the run folder.
+        disk_base: bytes before the first task.
+        steps: optimiser steps of every task.
+    """
+
+    label: str
+    stages: tuple[StagePlan, ...]
+    trainable: int
+    stored: int
+    disk_task: int
+    disk_base: int
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Args:
+        machine: what it was planned for.
+        model: bytes of the model.
+        tasks: names.
+        examples: to learn, of every task.
+        methods: what each needs.
+        changes: settings with which everything fits; empty where it does as it is, None where none was found.
+    """
+
+    machine: Machine
+    model: int
+    tasks: tuple[str, ...]
+    examples: tuple[int, ...]
+    methods: tuple[MethodPlan, ...]
+    changes: Changes | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage does."""
+        return all(stage.fits for method in self.methods for stage in method.stages)
+
+
+def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float | None = None) -> Plan:
+    """Peak memory of every stage, disk, parameters and steps of a run, without loading its weights.
+
+    Args:
+        config: the run.
+        gpus: plan for so many GPUs; for the CPU of this machine when None.
+        gpu_memory_gb: memory of each, in 10⁹ bytes; that of this machine's when None.
+
+    Raises:
+        ConfigError: for a configuration, a model or a machine that is none.
+        RecipeError: for a recipe or data that are wrong.
+    """
+    scenarios = _Scenarios(config, find_machine(gpus, gpu_memory_gb))
+    asked, found, methods = scenarios.at({}), {}, []
+    for label, rehearsal in asked.items():
+        stages = []
+        for stage in rehearsal.stages:
+            fits, peak = scenarios.fits({}, label, stage), rehearsal.peak(stage)
+            if not fits and found is not None:
+                found = next(scenarios.fitting(found, label, stage), None)
+            stages.append(StagePlan(stage, peak.device, peak.host, fits, None if fits else found))
+        methods.append(_method_plan(label, rehearsal, tuple(stages), max(1, scenarios.machine.gpus)))
+    work = scenarios.work
+    return Plan(
+        scenarios.machine, rehearsal.model_bytes, tuple(w.name for w in work), tuple(w.train for w in work), tuple(methods), found,
+    )
+
+
+def _method_plan(label: str, rehearsal: Rehearsal, stages: tuple[StagePlan, ...], world: int) -> MethodPlan:
+    config, work = rehearsal.config, rehearsal.work
+    adapters = sum(F32 * layer.rank * layer.module.in_features for layer in rehearsal.layers.values()) if rehearsal.protects else 0
+    grown = (rehearsal.bases(len(work)) - rehearsal.bases(0)) // len(work)
+    answers = sum(w.predictions for w in work)
+    return MethodPlan(
+        label, stages, rehearsal.trainable, rehearsal.delta_numbers,
+        F32 * rehearsal.delta_numbers + adapters + grown + answers, rehearsal.bases(0) + answers,
+        tuple(_steps(rehearsal.training, w, epochs, world) for w, epochs in zip(work, config.epochs(label), strict=True)),
+    )
+
+
+def _steps(training: Mapping[str, Any], work: Work, epochs: float, world: int) -> int:
+    """Optimiser steps, as `transformers.Trainer` counts them."""
+    if int(training.get("max_steps", -1)) > 0:
+        return int(training["max_steps"])
+    batches = math.ceil(work.train / (int(training.get("per_device_train_batch_size", 8)) * world))
+    return math.ceil(epochs * math.ceil(batches / int(training.get("gradient_accumulation_steps", 1))))
+
+
+class _Scenarios:
+    """The run under changed settings, rehearsed when asked for.
+
+    Args:
+        config: the run as it is.
+        machine: where.
+    """
+
+    def __init__(self, config: RunConfig, machine: Machine):
+        self.config, self.machine = config, machine
+        self._made: dict[str, dict[str, Rehearsal]] = {}
+        self.work: list[Work] = []
+        self.at({})
+
+    def at(self, changes: Changes) -> dict[str, Rehearsal]:
+        """Label → rehearsal."""
+        key = repr(sorted(changes.items()))
+        if key not in self._made:
+            self._made[key] = self._make(_changed(self.config, changes), changes.get("gpus", self.machine.gpus))
+        return self._made[key]
+
+    def _make(self, config: RunConfig, gpus: int) -> dict[str, Rehearsal]:
+        family = open_model(config.model, config.evaluation.max_new_tokens)
+        family.skeleton(DTYPES[config.model.dtype])
+        self.work = self.work or read_work(config, family)
+        text = getattr(family.model.config, "text_config", family.model.config)
+        sharding = read_sharding(config.deepspeed(), max(1, gpus), text.hidden_size)
+        kept = 0 if sharding.partitions else kept_bytes(find_layers(method.parts, family) for method in config.methods.values())
+        return {label: Rehearsal(config, method, family, self.work, sharding, gpus == 0, kept) for label, method in config.methods.items()}
+
+    def fits(self, changes: Changes, label: str, stage: str) -> bool:
+        """Whether a stage does under these changes."""
+        try:
+            return self.at(changes)[label].peak(stage).device <= self.machine.room
+        except ConfigError:
+            # Statistics that are too small for a sketch, or settings that exclude each other.
+            if not changes:
+                raise
+            return False
+
+    def fitting(self, start: Changes, label: str, stage: str) -> Iterator[Changes]:
+        """Changes on top of others with which a stage fits, the smallest first."""
+        for heavy in self._heavy(start):
+            base = {**start, **heavy}
+            lights = [{}, *self._light(_changed(self.config, base), label, stage)]
+            # The last one takes the least memory: where even that is too much, the others needn't be tried.
+            if self.fits({**base, **lights[-1]}, label, stage):
+                yield from ({**base, **light} for light in lights if self.fits({**base, **light}, label, stage))
+
+    def _light(self, config: RunConfig, label: str, stage: str) -> list[Changes]:
+        """Changes to how a step is computed, from the smallest to the one that saves most."""
+        method, checkpoints = config.methods[label], self.at({})[label].checkpoints
+        batches = list(_smaller_batches(method.training))
+        if stage == "gradient":
+            return batches
+        if stage == "train":
+            more = {CHECKPOINTING: True}
+            return batches + ([more, *({**more, **batch} for batch in batches)] if checkpoints else [])
+        if stage == "features":
+            budgets = [{STATISTICS: config.memory.statistics_gb / 2**i} for i in range(1, 5)]
+            return budgets + [{**budgets[-1], **batch} for batch in batches]
+        return [{EVALUATION: config.evaluation.batch_size // 2**i} for i in range(1, 8) if config.evaluation.batch_size >> i] if stage == "evaluate" else []
+
+    def _heavy(self, start: Changes) -> Iterator[Changes]:
+        """Nothing; half precision; a quantised base; weights and states in shards; more GPUs."""
+        config = _changed(self.config, start)
+        half = {} if config.model.dtype == "bfloat16" else {"model.dtype": "bfloat16"}
+        yield {}
+        if config.deepspeed() is None:
+            yield from [half] if half else []
+            yield from ({**half, "model.quantization": kind} for kind in ("int8", "nf4") if not config.model.quantization)
+        gpus = max(1, start.get("gpus", self.machine.gpus))
+        while self.machine.gpus and gpus <= MOST_GPUS:
+            more = {"gpus": gpus} if gpus > self.machine.gpus else {}
+            for stage in (2, 3) if gpus > 1 else ():
+                yield {**more, **half, **_same_examples(config, gpus // self.machine.gpus), DEEPSPEED: _zero(stage)}
+            gpus *= 2
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    return {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}, **auto}
+
+
+def _smaller_batches(training: Mapping[str, Any]) -> Iterator[Changes]:
+    """Halves of a batch that keep the examples of a step."""
+    size, steps = int(training.get("per_device_train_batch_size", 8)), int(training.get("gradient_accumulation_steps", 1))
+    halves = (size >> i for i in range(1, size.bit_length()))
+    return ({BATCH: half, ACCUMULATION: size * steps // half} for half in halves if size * steps % half == 0)
+
+
+def _same_examples(config: RunConfig, factor: int) -> Changes:
+    """So many times the processes, and as many examples a step, where these can be divided."""
+    training = next(iter(config.methods.values())).training
+    size, steps = int(training.get("per_device_train_batch_size", 8)), int(training.get("gradient_accumulation_steps", 1))
+    if factor == 1 or size * steps % factor:
+        return {}
+    own = math.gcd(size, size * steps // factor)
+    return {BATCH: own, ACCUMULATION: size * steps // factor // own}
+
+
+def _changed(config: RunConfig, changes: Changes) -> RunConfig:
+    """A run with some settings replaced, in every method."""
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        if section == "training":
+            methods = {label: dataclasses.replace(m, training={**m.training, name: value}) for label, m in config.methods.items()}
+            config = dataclasses.replace(config, methods=methods, training={**config.training, name: value})
+        elif name:
+            config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+    return config

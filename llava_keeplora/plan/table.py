@@ -1,0 +1,57 @@
+"""A plan as text for a person."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from llava_keeplora.plan.machine import GB
+from llava_keeplora.plan.plan import Changes, Plan
+
+
+def describe(plan: Plan) -> str:
+    """A plan as plain-text tables: memory with a verdict for every stage, then parameters and disk, then steps."""
+    lines = [f"planned for {plan.machine}, {plan.machine.room / GB:.1f} GB of it for the run; the model takes {plan.model / GB:.2f} GB", ""]
+    beside = plan.machine.gpus > 0
+    rows = [["method", "stage", "GB per GPU" if beside else "GB", *["host GB"] * beside, "verdict"]]
+    for method in plan.methods:
+        for stage in method.stages:
+            verdict = "fits" if stage.fits else "does not fit" + (f"; fits with {changes_text(stage.changes)}" if stage.changes is not None else "")
+            rows.append([method.label, stage.stage, f"{stage.device / GB:.2f}", *[f"{stage.host / GB:.2f}"] * beside, verdict])
+    lines += [*_aligned(rows), ""]
+    rows = [["method", "trained", "stored per task", "MB on disk per task", "MB before the first task", "steps"]]
+    for method in plan.methods:
+        mb = (f"{method.disk_task / 1e6:.1f}", f"{method.disk_base / 1e6:.1f}")
+        rows.append([method.label, f"{method.trainable:,}", f"{method.stored:,}", *mb, f"{sum(method.steps):,}"])
+    lines += [*_aligned(rows), ""]
+    rows = [["task", "examples", *(f"steps of {method.label}" for method in plan.methods)]]
+    for i, (task, examples) in enumerate(zip(plan.tasks, plan.examples, strict=True)):
+        rows.append([task, f"{examples:,}", *(f"{method.steps[i]:,}" for method in plan.methods)])
+    return "\n".join([*lines, *_aligned(rows)]) + "\n"
+
+
+def refusal(plan: Plan) -> tuple[str, str] | None:
+    """What does not fit, and what to do; None where everything does."""
+    short = [(stage.device, method.label, stage.stage) for method in plan.methods for stage in method.stages if not stage.fits]
+    if not short:
+        return None
+    need, label, stage = max(short)
+    what = f"{len(short)} stage{'s do' if len(short) > 1 else ' does'} not fit {plan.machine}, most of all '{stage}' of {label} with {need / GB:.1f} GB"
+    if plan.changes is None:
+        return what, "none of the settings tried makes it fit: take a smaller model or more memory"
+    return what, f"set {changes_text(plan.changes)}"
+
+
+def changes_text(changes: Changes) -> str:
+    """Changes as they are typed."""
+    return " ".join(f"--gpus {value}" if key == "gpus" else shlex.quote(f"{key}={_yaml(value)}") for key, value in changes.items())
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,74 @@
+"""Run a configuration and print the peak resident memory of each of its stages, in bytes over the interpreter's own.
+
+    python measure.py WARM_UP.json RUN.json
+
+The first run is a tiny one: it brings every library and thread in, so that the second one's memory is its own. Peaks are the
+kernel's (VmHWM, set back at the start of a stage), so that none is missed.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from llava_keeplora.config import parse_config
+from llava_keeplora.sequence import runner
+from llava_keeplora.sequence.label_run import LabelRun
+from llava_keeplora.sequence.shared import Shared
+
+peaks: dict[str, int] = {}
+running: list[str] = []
+
+
+def status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return 1024 * int(line.split()[1])
+
+
+def close() -> None:
+    if running:
+        peaks[running[-1]] = max(peaks.get(running[-1], 0), status("VmHWM"))
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def staged(owner, method, stage) -> None:
+    """Count a method's peak for a stage, `stage(arguments)`; inside another stage, what runs inside counts for the inner one alone."""
+    inner = getattr(owner, method)
+
+    def outer(*args, **kwargs):
+        close()
+        running.append(stage(args))
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            close()
+            running.pop()
+
+    setattr(owner, method, outer)
+
+
+def run(tree: dict) -> dict[str, int]:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = status("VmRSS")
+    peaks.clear()
+    runner.run(parse_config(tree))
+    return {stage: peak - before for stage, peak in peaks.items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    runner.write_run_report = lambda root: None
+    staged(Shared, "load", lambda args: "load")
+    staged(runner, "BaseWeights", lambda args: "load")
+    staged(LabelRun, "_rebuild", lambda args: "load")
+    staged(LabelRun, "_prepared", lambda args: "gradient")
+    staged(LabelRun, "_trained", lambda args: "train")
+    staged(LabelRun, "_consolidated", lambda args: "features" if args[1] else "basis")
+    staged(LabelRun, "_evaluated", lambda args: "evaluate")
+    warm_up, measured = (json.loads(Path(path).read_text()) for path in sys.argv[1:])
+    run(warm_up)
+    sys.stdout.write(json.dumps(run(measured)) + "\n")
