@@ -13,6 +13,7 @@ Legend: in / out features of a layer, r rank, k protected dimensions. A here is 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ from llava_keeplora.subspace import (
     empty_basis,
     residual,
 )
+
+logger = logging.getLogger(__name__)
 
 CHOICES = {"preset": tuple(RULES), "form": ("delta", "literal"), "init": ("gradient", "random"), "gradient": ("sketch", "dense")}
 
@@ -192,6 +195,7 @@ class KeepLora(Method):
                 f"no adapted layer has a direction left for task '{ctx.name}'", "lower energy_weight or energy_feature, or adapt more layers"
             )
         ctx.report.update(left_out=left_out, gradient=numbers)
+        _tell_estimates(ctx.name, numbers)
         return inits
 
     def base_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
@@ -212,6 +216,19 @@ class KeepLora(Method):
     def capacity(self) -> dict[str, int]:
         """Layer name → k."""
         return {name: basis.shape[1] for name, basis in self.bases.items()}
+
+
+def _tell_estimates(task: str, numbers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say how near the sketched layers' A are to the best rank-r subspaces."""
+    sketched = {name: one for name, one in numbers.items() if "passes" in one}
+    for name, one in sketched.items():
+        logger.debug("%s, layer %s: A holds %.3f of the optimum, at least %.3f, after %d passes", task, name, one["of_optimum"], one["at_least"], one["passes"])
+    if sketched:
+        worst = min(sketched, key=lambda name: sketched[name]["at_least"])
+        logger.info(
+            "%s: A of %d layers from sketched gradients, in up to %d passes over the data; at least %.3f of the best rank-r energy, in %s",
+            task, len(sketched), max(one["passes"] for one in sketched.values()), sketched[worst]["at_least"], worst,
+        )
 
 
 def _random_directions(rank: int, basis: Tensor, generator: torch.Generator) -> Tensor:
