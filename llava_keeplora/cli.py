@@ -84,7 +84,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def guarded(action: Callable[[], None], debug: bool) -> int:
     """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Every process sees the same; the first one tells it.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     quiet_libraries()
     from llava_keeplora.errors import UserError
 

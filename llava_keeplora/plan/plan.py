@@ -185,8 +185,9 @@ class _Scenarios:
         for heavy in self._heavy(start):
             base = {**start, **heavy}
             lights = [{}, *self._light(_changed(self.config, base), label, stage)]
-            # The last one takes the least memory: where even that is too much, the others needn't be tried.
-            if self.fits({**base, **lights[-1]}, label, stage):
+            # The last one takes the least memory, and where even that is too much, the others needn't be tried; but a budget of
+            # statistics may be too small for any sketch.
+            if stage == "features" or self.fits({**base, **lights[-1]}, label, stage):
                 yield from ({**base, **light} for light in lights if self.fits({**base, **light}, label, stage))
 
     def _light(self, config: RunConfig, label: str, stage: str) -> list[Changes]:
@@ -200,7 +201,7 @@ class _Scenarios:
             return batches + ([more, *({**more, **batch} for batch in batches)] if checkpoints else [])
         if stage == "features":
             budgets = [{STATISTICS: config.memory.statistics_gb / 2**i} for i in range(1, 5)]
-            return budgets + [{**budgets[-1], **batch} for batch in batches]
+            return batches + budgets
         return [{EVALUATION: config.evaluation.batch_size // 2**i} for i in range(1, 8) if config.evaluation.batch_size >> i] if stage == "evaluate" else []
 
     def _heavy(self, start: Changes) -> Iterator[Changes]:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
+from torch import nn
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.methods import find_layers
@@ -32,8 +34,6 @@ def test_an_int8_base_takes_less_than_a_plain_one_and_nf4_less_still(wide_tree, 
 
 
 def test_a_quantised_model_keeps_head_and_projector_whole_and_clip_its_projections(wide_tree, run_tree):
-    from torch import nn
-
     from llava_keeplora.models.skeleton import QuantisedLinear
 
     for tree in (wide_tree(), run_tree("unset")):
@@ -79,7 +79,6 @@ def test_what_zero_takes_to_the_host_is_not_on_the_device(wide_tree, peaks):
 
 @pytest.mark.parametrize(("out_dim", "in_dim", "energy"), [(256, 256, 0.5), (128, 512, 0.85), (512, 128, 0.6), (256, 256, 0.99)])
 def test_the_directions_of_a_random_weight_are_foretold(out_dim, in_dim, energy):
-
     from llava_keeplora.subspace import principal_basis
 
     weight = torch.randn(out_dim, in_dim, generator=torch.Generator().manual_seed(0))
@@ -116,8 +115,6 @@ def test_disk_and_stored_parameters_are_the_sum_of_the_layers_factors(wide_tree)
 
 
 def test_seven_billion_parameters_are_planned_within_a_minute_without_weights(seven_b_tree):
-    import time
-
     start = time.process_time()
     plan = make_plan(parse_config(seven_b_tree(1, "nf4", gradient_checkpointing=True)), 1, 24.0)
     assert time.process_time() - start < 60

@@ -1,0 +1,66 @@
+"""The memory that a plan foretells is what a run takes, stage by stage, within 20 %."""
+
+import copy
+
+import pytest
+
+from llava_keeplora.config import parse_config
+from llava_keeplora.plan import make_plan
+
+MEASURED = ("load", "basis", "gradient", "train", "features", "evaluate")
+PART = {"rank": 8, "alpha": 8, "energy_weight": 0.5, "energy_feature": 0.95}
+
+
+def compare(measured, tree, small, large):
+    """Ratio of the plan's figure to the measured one for every stage that a run goes through."""
+    run = {**tree, "model": {"name_or_path": str(large)}}
+    found = measured({**tree, "model": {"name_or_path": str(small)}}, run)
+    return {stage.stage: stage.device / found[stage.stage] for stage in make_plan(parse_config(run)).methods[0].stages if stage.stage in MEASURED}
+
+
+def llava(llava_tree, tasks):
+    return llava_tree("unset", parts={"vision": PART, "language": copy.deepcopy(PART)}, tasks=[str(task) for task in tasks])
+
+
+def text(width, layers):
+    return dict(hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, head_dim=width // 8)
+
+
+def vision(width, layers):
+    return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=8)
+
+
+def within(ratios):
+    assert set(ratios) == set(MEASURED)
+    assert all(1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()), ratios
+
+
+def test_a_small_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks, tmp_path, enlarge):
+    large = enlarge(tiny_clip, tmp_path / "clip", vision(512, 4), {**vision(512, 3)}, weights=True)
+    tree = run_tree("unset", parts={"vision": PART, "text": copy.deepcopy(PART)}, tasks=[str(tiny_tasks[0])], methods={"keeplora": {}})
+    within(compare(measured, tree, tiny_clip, large))
+
+
+@pytest.mark.slow
+def test_a_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks, tmp_path, enlarge):
+    large = enlarge(tiny_clip, tmp_path / "clip", vision(768, 4), vision(512, 4), weights=True)
+    tree = run_tree("unset", parts={"vision": PART, "text": copy.deepcopy(PART)}, tasks=[str(t) for t in tiny_tasks], methods={"keeplora": {}})
+    within(compare(measured, tree, tiny_clip, large))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"training": {"gradient_checkpointing": True}}, {"methods": {"keeplora": {"gradient": "dense"}}}])
+def test_a_llava_takes_what_was_planned(measured, llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge, changes):
+    large = enlarge(tiny_llava, tmp_path / "llava", vision(512, 4), text(768, 6), weights=True)
+    tree = llava(llava_tree, mixed_tasks[:1] + mixed_tasks[2:])
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value}
+    within(compare(measured, tree, tiny_llava, large))
+
+
+@pytest.mark.slow
+def test_sequential_lora_on_a_llava_takes_what_was_planned(measured, llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge):
+    large = enlarge(tiny_llava, tmp_path / "llava", vision(512, 4), text(768, 6), weights=True)
+    tree = {**llava(llava_tree, mixed_tasks[:1]), "methods": {"seq-lora": {}}}
+    ratios = compare(measured, tree, tiny_llava, large)
+    assert set(ratios) == {"load", "train", "evaluate"} and all(1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()), ratios

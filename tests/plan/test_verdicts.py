@@ -1,0 +1,187 @@
+"""What does not fit is said with the smallest change that makes it fit, by the plan and at a run's start."""
+
+import json
+
+import pytest
+import yaml
+
+from llava_keeplora import cli
+from llava_keeplora.config import parse_config
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.models import open_model
+from llava_keeplora.plan import changes_text, check_start, make_plan, refusal
+from llava_keeplora.plan.machine import CONTEXT
+from llava_keeplora.sequence import runner
+
+
+def at(tree, room, gpus=1):
+    """The plan for GPUs that have so many bytes to themselves."""
+    return make_plan(parse_config(tree), gpus, (room + CONTEXT) / 1e9)
+
+
+def stage_of(plan, name):
+    return next(stage for stage in plan.methods[0].stages if stage.stage == name)
+
+
+@pytest.fixture
+def on_train(wide_tree, peaks):
+    """A run of sequential LoRA on the language model, and what its training and its loading take."""
+    tree = wide_tree(methods={"seq-lora": {}}, parts={"language": {"rank": 4, "alpha": 4}, "vision": None, "projector": None})
+    return tree, peaks(tree)
+
+
+def test_what_fits_is_said_to_fit_and_one_byte_less_is_not_enough(on_train):
+    tree, found = on_train
+    most = max(found.values())
+    assert at(tree, most + 1000).fits and not at(tree, most - 1000).fits
+
+
+def test_training_that_is_too_large_fits_with_the_largest_smaller_batch(on_train, peaks):
+    tree, found = on_train
+    half = peaks({**tree, "training": {**tree["training"], "per_device_train_batch_size": 4}})["train"]
+    plan = at(tree, (found["train"] + half) / 2)
+    assert changes_text(stage_of(plan, "train").changes) == "training.per_device_train_batch_size=4 training.gradient_accumulation_steps=2"
+    assert at({**tree, "training": {**tree["training"], "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}}, (found["train"] + half) / 2).fits
+
+
+def test_where_no_batch_is_small_enough_activations_are_recomputed(on_train, peaks):
+    tree, _ = on_train
+    tree = {**tree, "training": {**tree["training"], "per_device_train_batch_size": 1}, "evaluation": {"batch_size": 1, "max_new_tokens": 2}}
+    less = peaks({**tree, "training": {**tree["training"], "gradient_checkpointing": True}})
+    assert changes_text(at(tree, max(less.values()) + 1000).changes) == "training.gradient_checkpointing=true"
+
+
+def test_answers_that_are_too_many_at_once_are_asked_for_in_smaller_batches(on_train, peaks):
+    tree, _ = on_train
+    tree = {**tree, "training": {**tree["training"], "per_device_train_batch_size": 1}, "evaluation": {"batch_size": 8, "max_new_tokens": 100}}
+    found = peaks(tree)
+    assert found["evaluate"] > max(found["train"], found["load"])
+    assert changes_text(at(tree, found["evaluate"] - 1000).changes) == "evaluation.batch_size=4"
+
+
+def test_a_model_that_is_too_large_fits_in_half_precision_or_quantised(on_train, peaks):
+    tree, _ = on_train
+    half, quantised = (peaks({**tree, "model": {**tree["model"], "dtype": "bfloat16", **more}})["load"] for more in ({}, {"quantization": "nf4"}))
+    assert at(tree, half + 1000).changes["model.dtype"] == "bfloat16"
+    assert stage_of(at(tree, quantised + 1000), "load").changes == {"model.dtype": "bfloat16", "model.quantization": "nf4"}
+
+
+def test_where_nothing_fits_the_plan_says_so(on_train):
+    what, cure = refusal(at(on_train[0], 1000))
+    assert "most of all 'train' of seq-lora with" in what and "do not fit 1 GPU of 0.6 GB" in what
+    assert cure == "none of the settings tried makes it fit: take a smaller model or more memory"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("quantization", "batch", "stages"),
+    [(None, 1, {"load", "basis", "gradient", "train", "features", "evaluate"}), ("nf4", 1, set()), ("nf4", 2, set()), ("nf4", 4, {"gradient"})],
+)
+def test_seven_billion_parameters_on_24_gb(seven_b_tree, quantization, batch, stages):
+    plan = make_plan(parse_config(seven_b_tree(batch, quantization, gradient_checkpointing=True)), 1, 24.0)
+    assert {stage.stage for stage in plan.methods[0].stages if not stage.fits} == stages
+    # Whatever doesn't fit does after a change, of the batch or of the model's form.
+    assert plan.changes == ({} if not stages else {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 32} if quantization
+                            else {"model.quantization": "int8"})
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_file(run_tree, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_tree("unset"), sort_keys=False))
+    return str(path)
+
+
+def test_the_command_says_stage_by_stage_what_a_run_takes(tiny_file, capfd):
+    assert cli.main(["plan", "--config", tiny_file]) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("planned for the CPU with ")
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[1] for row in rows if row[:1] == ["keeplora"] and row[-1] == "fits"] == ["load", "basis", "gradient", "train", "features", "evaluate", "export"]
+    assert ["task", "examples", "steps", "of", "seq-lora", "steps", "of", "keeplora"] in rows and ["colours", "24", "3", "3"] in rows
+
+
+def test_the_command_writes_json_and_takes_overrides(tiny_file, capfd):
+    assert cli.main(["plan", "--config", tiny_file, "--json", "--gpus", "2", "--gpu-memory", "24", "training.per_device_train_batch_size=4"]) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["fits"] and plan["machine"] == {"gpus": 2, "memory": 24_000_000_000}
+    assert plan["methods"][0]["steps"] == [3, 3, 3] and plan["examples"] == [24, 24, 24]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpus", "1"], "how much memory a GPU has is not known, because this machine has none; give it in GB, for instance --gpu-memory 24."),
+        (["--gpus", "0", "--gpu-memory", "24"], "--gpus is 0, but a plan for GPUs needs at least one; leave it out to plan for the CPU."),
+        (["--gpu-memory", "-1"], "--gpu-memory is -1.0, but a GPU has memory; give it in GB, for instance --gpu-memory 24."),
+        (["--data-root", "/nowhere", "model.quantization=nf3"], "model.quantization is 'nf3'; set it to 'nf4' or 'int8', or leave it out."),
+    ],
+)
+def test_a_plan_that_cannot_be_made_ends_with_code_2_and_one_sentence(tiny_file, capfd, monkeypatch, arguments, sentence):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["plan", "--config", tiny_file, *arguments]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and [line for line in err.splitlines() if line.startswith("error")] == [f"error: {sentence}"]
+
+
+def test_a_run_that_does_not_fit_ends_with_code_2_after_its_table(tiny_file, capfd):
+    assert cli.main(["plan", "--config", tiny_file, "--gpus", "1", "--gpu-memory", "0.6"]) == 2
+    out, err = capfd.readouterr()
+    assert "does not fit" in out and "stages do not fit 1 GPU of 0.6 GB, most of all" in err
+
+
+def test_absent_data_of_unknown_size_are_named(run_tree, tiny_tasks, tmp_path, capfd):
+    facts = yaml.safe_load(tiny_tasks[0].read_text()) | {"source": {"format": "imagefolder", "path": "gone"}}
+    (tmp_path / "gone.yaml").write_text(yaml.safe_dump(facts))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree("unset", tasks=[str(tmp_path / "gone.yaml")])))
+    assert cli.main(["plan", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "the data of 'colours' are not there and its recipe does not say how many there are; give the folder" in capfd.readouterr().err
+
+
+# --- the start of a run ------------------------------------------------------------------------------
+
+
+def start(tree, memory=None):
+    config = parse_config(tree)
+    check_start(config, open_model(config.model), memory)
+
+
+def test_a_start_on_this_machine_goes_on(wide_tree):
+    start(wide_tree())
+
+
+def test_a_model_that_no_setting_brings_into_memory_is_refused_at_the_start(wide_tree):
+    with pytest.raises(ConfigError, match=r"the run needs at least 0\.\d GB \(the model .*sums of gradients.*take a smaller model or more memory; `llava-keeplora plan`"):
+        start(wide_tree(memory={"statistics_gb": 0.001}), 10_000_000)
+
+
+@pytest.mark.parametrize(("share", "setting"), [(0.7, "model.dtype=bfloat16"), (0.35, "model.quantization=nf4")])
+def test_a_start_that_cannot_fit_names_the_setting_that_does(wide_tree, peaks, share, setting):
+    tree = wide_tree(memory={"statistics_gb": 0.001}, parts={"language": {"rank": 1, "alpha": 1}, "vision": None}, methods={"seq-lora": {}})
+    with pytest.raises(ConfigError, match=f"; set {setting}; `llava-keeplora plan` says"):
+        start(tree, round(share * peaks(tree)["load"]))
+
+
+def test_a_start_refuses_statistics_beyond_the_memory_there_is(wide_tree):
+    with pytest.raises(ConfigError, match=r"memory.statistics_gb is 4.0, but the machine has 2.0 GB; set memory.statistics_gb=0.5, or less"):
+        start(wide_tree(), 2_000_000_000)
+
+
+def test_a_run_is_refused_before_its_weights_are_loaded(run_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_keeplora.plan.machine.host_memory", lambda: 10_000)
+    monkeypatch.setattr("llava_keeplora.models.clip.ClipFamily.load", lambda *args: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match="the machine has 0.0 GB"):
+        runner.run(run_config(tmp_path / "run"))
+
+
+def test_the_check_at_a_start_takes_well_under_a_second_of_work(seven_b_tree):
+    import time
+
+    config = parse_config(seven_b_tree(1))
+    family = open_model(config.model)
+    begun = time.process_time()
+    check_start(config, family, 10**12)
+    assert time.process_time() - begun < 1
