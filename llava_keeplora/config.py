@@ -31,9 +31,6 @@ ZERO_SHOT = "zero-shot"
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 RUN_FILES = ("config.json", "identity.json", "results.json", "report.html", "table.md")
 
-#: Forms that bitsandbytes can keep the base in.
-QUANTIZATIONS = ("nf4", "int8")
-
 #: Arguments of `TrainingArguments` that say where and in how many pieces a step is computed, not what it is.
 MACHINE_ARGUMENTS = (
     "deepspeed", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "activation_checkpointing",
@@ -72,8 +69,8 @@ class ModelConfig:
     quantization: str | None = None
 
     def __post_init__(self) -> None:
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise ConfigError(f"quantization is '{self.quantization}'", f"set it to one of {', '.join(QUANTIZATIONS)}, or leave it out")
+        if self.quantization not in (None, "nf4", "int8"):
+            raise ConfigError(f"quantization is '{self.quantization}'", "set it to 'nf4' or 'int8', or leave it out")
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length is {self.max_length}, but an example has tokens", "leave it out for the model's own limit")
 

@@ -15,7 +15,7 @@ from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Changed, find_layers
 from llava_keeplora.methods.keeplora import KeepLora
-from llava_keeplora.models import DTYPES, Family
+from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.subspace import GradientSketch, sketch_width
 
 GB = 1e9
@@ -111,7 +111,7 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None) ->
         return
     tried = {"model.dtype=bfloat16": {"dtype": "bfloat16"}, "model.quantization=nf4": {"quantization": "nf4"}}
     smaller = {name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values)) for name, values in tried.items()}
-    fits = next((f"set {name}" for name, other in smaller.items() if sum(_least(other, family)) <= memory), "take a smaller model or more memory")
+    fits = next((f"set {name}" for name, other in smaller.items() if sum(_least(other, open_model(other.model))) <= memory), "take a smaller model or more memory")
     raise ConfigError(
         f"the run needs at least {(model + kept + sums) / GB:.1f} GB (the model {model / GB:.1f}, copies of the layers that change {kept / GB:.1f}, "
         f"sums of gradients {sums / GB:.1f}), but {where}",
