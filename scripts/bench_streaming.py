@@ -8,10 +8,13 @@ Pairs as in bench_passes.py.
 
 from __future__ import annotations
 
+import math
 import statistics as numbers
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +30,7 @@ from llava_keeplora.models import load_model
 from llava_keeplora.models.llava import LlavaTask
 from llava_keeplora.plan.meter import Meter
 from llava_keeplora.sequence.data import ImageCache
-from llava_keeplora.subspace import DenseGradient, GradientSketch, ResidualDirections, principal_basis, residual, sketch_width
+from llava_keeplora.subspace import DenseGradient, GradientSketch, ResidualDirections, gradient_sketch, principal_basis, residual, sketch_width
 from llava_keeplora_recipes import load_recipe
 from random_llava import Size, language_layers, random_batch, random_llava
 
@@ -38,8 +41,10 @@ WIDE = Size(
 # An example is 64 image tokens, 160 of a question and 32 of an answer.
 EXAMPLES, TEXT, ANSWER = 4, 192, 32
 ENERGY = 0.6
-# Of a layer's weight in numbers, what the bounded feature pass may take.
+# Of the adapted weights' size, what the bounded feature pass may take.
 FEATURE_SHARE = 0.15
+# A feature pass looks once which layers share an input; over so many batches that is little, as in a task.
+BATCHES = 4
 
 
 class Setting:
@@ -58,8 +63,7 @@ class Setting:
         """The model in words."""
         return f"{WIDE.layers} layers x {WIDE.hidden} ({WIDE.intermediate}), {EXAMPLES} x {WIDE.image_tokens + TEXT} tokens, rank {RANK}"
 
-    @property
-    @cache
+    @cached_property
     def bases(self) -> dict[str, Tensor]:
         """Layer → principal basis of its weight."""
         return {name: principal_basis(layer.weight, ENERGY).basis for name, layer in self.layers.items()}
@@ -165,8 +169,52 @@ def bounded_features() -> Pair:
     return "feature pass, bounded / forward", lambda: [plain() for _ in range(BATCHES)], ours, note
 
 
-# A feature pass looks once which layers share an input; over so many batches that is as little as in a task.
-BATCHES = 4
+class Embedded:
+    """An embedded model on a rendered task, its adapted layers and principal bases as its demo has them."""
+
+    def __init__(self, model: str, recipe: str, rank: int, examples: int = 256, batch: int = 32, energy: float = 0.85):
+        family = load_model(ModelConfig(model))
+        data = load_recipe(recipe).load("train").take(range(examples))
+        inputs = family.inputs(data, ImageCache(family.prepare, budget_gb=1.0).split(data))
+        self.task, self.name = family.task(data.recipe), f"{model}, {recipe}"
+        self.batches = [(inputs.collate(range(start, min(start + batch, examples))), True) for start in range(0, examples, batch)]
+        self.total = sum(self.task.weight(each) for each, _ in self.batches)
+        self.layers = {
+            name: Layer(name, part, module, rank, float(rank), energy, 0.95)
+            for part in family.parts
+            for name, module in family.linear_layers(part, family.targets[part]).items()
+        }
+        self.modules = {name: layer.module for name, layer in self.layers.items()}
+        self.bases = {name: principal_basis(module.weight, energy).basis for name, module in self.modules.items()}
+        self.ranks = {name: min(rank, module.in_features - self.bases[name].shape[1]) for name, module in self.modules.items()}
+
+    def directions(self, sketched: bool) -> dict[str, ResidualDirections]:
+        """A of every layer, by as many passes as it takes; sketches even where the gradient itself would be smaller."""
+        gradients = lambda fraction, given: gradient_pass(self.task, self.modules, self.batches, self.total, given)  # noqa: E731
+        ctx = TaskContext(1, "task", self.layers, gradients, lambda make: {}, seed=0, statistics_bytes=0)
+        with mock.patch.object(gradient_sketch, "WORTH", math.inf):
+            return first_step_directions(ctx, self.ranks, self.bases, 1.0, sketched, PaperRules.directions, lambda layer: nullcontext())[0]
+
+    def shares(self, found: Mapping[str, ResidualDirections]) -> list[float]:
+        """What share of the best r directions' energy each A holds, from the whole gradient and its float64 singular values."""
+        dense = {name: DenseGradient(module.out_features, module.in_features) for name, module in self.modules.items()}
+        gradient_pass(self.task, self.modules, self.batches, self.total, dense)
+        shares = []
+        for name, one in found.items():
+            outside = residual(dense[name].matrix.double(), self.bases[name].double())
+            best = torch.linalg.svdvals(outside).square()[: one.A.shape[1]].sum()
+            shares.append(float((outside @ one.A.double()).square().sum() / best))
+        return shares
+
+
+def captured(model: str, recipe: str, rank: int) -> Pair:
+    """A by sketches, with the passes that they ask for, against A by the dense gradient; the note says what A holds."""
+    setting = Embedded(model, recipe, rank)
+    found = setting.directions(sketched=True)
+    shares, passes = setting.shares(found), Counter(one.passes for one in found.values())
+    taken = ", ".join(f"{count} in {number}" for number, count in sorted(passes.items()))
+    note = f"rank {rank}; share of the optimum {min(shares):.4f} at least, {numbers.median(shares):.4f} in the median; of {len(found)} layers {taken} passes"
+    return f"A from sketches / from dense gradients, {setting.name}", lambda: setting.directions(False), lambda: setting.directions(True), note
 
 
 PAIRS = {
@@ -174,4 +222,8 @@ PAIRS = {
     "gradient-second": second_pass,
     "gradient-dense": lambda: gradient(sketched=False),
     "features-bounded": bounded_features,
+    "captured-clip": lambda: captured("tiny-clip", "textures", 16),
+    "captured-clip-digits": lambda: captured("tiny-clip", "digits", 16),
+    "captured-llava": lambda: captured("tiny-llava", "scene-captions", 8),
+    "captured-llava-exists": lambda: captured("tiny-llava", "scene-exists", 8),
 }

@@ -117,15 +117,19 @@ def _buffer(module: nn.Module, name: str, config: LlavaConfig, device: torch.dev
 
 
 def random_batch(size: Size, images: int, text: int, answer: int, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """A batch of one image per example, `text` tokens after it, the last `answer` of which are to be learned."""
+    """A batch of one image per example, up to `text` tokens after it, the last `answer` of which are to be learned; padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(IMAGE + 1, size.vocabulary, (images, size.image_tokens + text), generator=generator)
     tokens[:, : size.image_tokens] = IMAGE
-    labels = tokens.clone()
-    labels[:, :-answer] = IGNORE
+    labels, mask = torch.full_like(tokens, IGNORE), torch.ones_like(tokens)
+    for row in range(images):
+        # Questions differ in length: from all of the text down to three quarters of it.
+        end = size.image_tokens + text - row * text // (4 * images)
+        labels[row, end - answer : end] = tokens[row, end - answer : end]
+        tokens[row, end:] = mask[row, end:] = 0
     batch = {
         "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
+        "attention_mask": mask,
         "labels": labels,
         "image_counts": torch.ones(images, dtype=torch.long),
         "pixel_values": torch.randn(images, 3, size.image, size.image, generator=generator),
