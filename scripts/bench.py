@@ -3,20 +3,22 @@
     python scripts/bench.py                 # every bench
     python scripts/bench.py basis           # one of them
     python scripts/bench.py basis --quick   # small sizes, to see that it works
+    python scripts/bench.py basis-wide      # a 7B model's down_proj and up_proj: minutes, so only when named
 
-A bench is a function `(repeats, quick) -> list[Row]`, listed in BENCHES.
+A bench is a function `(repeats, quick) -> Iterable[Row]`, listed in BENCHES.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
 import bench_llava
 import bench_passes
+import bench_streaming
 from bench_passes import Pair
 from llava_keeplora.subspace import energy_rank, principal_basis
 
@@ -40,14 +42,14 @@ class Row(NamedTuple):
         return self.ours / self.plain
 
 
-def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function after one warm-up; the rounds interleave, so that a busy moment hits all."""
+def medians(functions: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, float]:
+    """Median seconds of each function, after one warm-up; the rounds interleave, so that a busy moment hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repeats + 1):
+    for turn in range(repeats + warm_up):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if turn:
+            if turn or not warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -61,18 +63,27 @@ def weight_with_spectrum(out_dim: int, in_dim: int, exponent: float) -> torch.Te
     return (left * torch.arange(1, count + 1) ** -exponent) @ right.T
 
 
-def bench_basis(repeats: int, quick: bool) -> list[Row]:
+def bench_basis(repeats: int, quick: bool) -> Iterator[Row]:
     """`principal_basis` against a full SVD with the energy rule, on spectra as trained weights have them."""
-    shapes = [(256, 256)] if quick else [(1024, 1024), (2048, 2048), (2752, 1024), (4096, 1024)]
-    return [row for shape in shapes for exponent in (0.5, 1.0) for row in _basis_rows(*shape, exponent, repeats)]
+    for shape in [(256, 256)] if quick else [(1024, 1024), (2048, 2048), (2752, 1024), (4096, 1024)]:
+        for exponent in (0.5, 1.0):
+            yield from _basis_rows(*shape, exponent, repeats)
 
 
-def _basis_rows(out_dim: int, in_dim: int, exponent: float, repeats: int) -> list[Row]:
+def bench_basis_wide(repeats: int, quick: bool) -> Iterator[Row]:
+    """The same at the shapes of a 7B model's MLP, once each."""
+    for shape in [(256, 688), (688, 256)] if quick else [(4096, 11008), (11008, 4096)]:
+        for exponent in (0.5, 1.0):
+            yield from _basis_rows(*shape, exponent, 1, warm_up=False)
+
+
+def _basis_rows(out_dim: int, in_dim: int, exponent: float, repeats: int, warm_up: bool = True) -> list[Row]:
     weight = weight_with_spectrum(out_dim, in_dim, exponent)
     energies = (0.6, 0.85, 0.99)
     ours = {str(energy): lambda energy=energy: principal_basis(weight, energy) for energy in energies}
-    seconds = medians({"svd": lambda: torch.linalg.svd(weight, full_matrices=False)} | ours, repeats)
-    squared = torch.linalg.svdvals(weight.double()).square()
+    seconds = medians({"svd": lambda: torch.linalg.svd(weight, full_matrices=False)} | ours, repeats, warm_up)
+    # The weight was made with this spectrum; computing it would take as long as the bench does.
+    squared = torch.arange(1, min(out_dim, in_dim) + 1, dtype=torch.float64) ** (-2 * exponent)
     rows = []
     for energy in energies:
         found, rank = principal_basis(weight, energy), energy_rank(squared, energy)
@@ -85,7 +96,7 @@ def _basis_rows(out_dim: int, in_dim: int, exponent: float, repeats: int) -> lis
 
 
 def bench_pair(build: Callable[[], Pair]) -> Callable[[int, bool], list[Row]]:
-    """A part of a task against the plain way, on an embedded model."""
+    """A part of a task against the plain way, on an embedded model or a random one."""
 
     def bench(repeats: int, quick: bool) -> list[Row]:
         name, plain, ours, note = build()
@@ -95,14 +106,20 @@ def bench_pair(build: Callable[[], Pair]) -> Callable[[int, bool], list[Row]]:
     return bench
 
 
-PAIRS = bench_passes.PAIRS | bench_llava.PAIRS
-BENCHES: dict[str, Callable[[int, bool], list[Row]]] = {"basis": bench_basis, **{name: bench_pair(build) for name, build in PAIRS.items()}}
+PAIRS = bench_passes.PAIRS | bench_llava.PAIRS | bench_streaming.PAIRS
+BENCHES: dict[str, Callable[[int, bool], Iterable[Row]]] = {
+    "basis": bench_basis,
+    "basis-wide": bench_basis_wide,
+    **{name: bench_pair(build) for name, build in PAIRS.items()},
+}
+# Those that run only when named.
+LONG = ("basis-wide",)
 
 
 def main() -> None:
     """Run the named benches, all by default, and print one table row per measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", nargs="*", metavar="bench", help=f"any of: {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("bench", nargs="*", metavar="bench", help=f"any of: {', '.join(BENCHES)} (default: all but {', '.join(LONG)})")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds, of which the median counts")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; its own choice by default")
     parser.add_argument("--quick", action="store_true", help="small sizes")
@@ -114,7 +131,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {args.repeats}")
     print("| what | plain s | ours s | plain / ours | ours / plain | note |\n|---|---|---|---|---|---|", flush=True)
-    for name in args.bench or BENCHES:
+    for name in args.bench or [name for name in BENCHES if name not in LONG]:
         for row in BENCHES[name](args.repeats, args.quick):
             print(f"| {row.name} | {row.plain:.4f} | {row.ours:.4f} | {row.ratio:.2f} | {row.cost:.2f} | {row.note} |", flush=True)
 

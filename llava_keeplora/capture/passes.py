@@ -87,8 +87,13 @@ def feature_pass(
         current: dict[str, Tensor] = {}
 
         def sink(leader: str, x: Tensor) -> None:
-            for statistic in fed[leader] if counted else ():
-                statistic.add(x, task.token_mask(parts[leader], current))
+            if not counted:
+                return
+            mask = task.token_mask(parts[leader], current)
+            if mask is not None and len(fed[leader]) > 1 and not bool(mask.all()):
+                x, mask = x[mask], None  # picked once for all of them
+            for statistic in fed[leader]:
+                statistic.add(x, mask)
 
         with feature_taps({leader: layers[leader] for leader in fed if fed[leader]}, sink), task.constants():
             for batch, counted in itertools.chain([first], batches):

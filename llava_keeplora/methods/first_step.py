@@ -69,7 +69,7 @@ def first_step_directions(
     def read(statistics: Mapping[str, object], second: Mapping[str, object] = {}) -> None:
         for name in second or statistics:
             statistic = statistics[name]
-            if not any(bool(tensor.any()) for tensor in statistic.tensors):
+            if not second and not any(bool(tensor.any()) for tensor in statistic.tensors):
                 left_out[name] = NONE
                 continue
             with naming(ctx.layers[name]):

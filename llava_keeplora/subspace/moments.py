@@ -92,5 +92,6 @@ def counted_rows(x: Float[Tensor, "... in"], mask: Bool[Tensor, "..."] | None, d
     if mask is not None:
         if mask.shape != x.shape[:-1]:
             raise ShapeError(f"a mask of shape {tuple(mask.shape)} doesn't fit features of shape {tuple(x.shape)}")
-        x = x[mask]
+        # Picking rows copies them, which most batches can do without.
+        x = x if bool(mask.all()) else x[mask]
     return x.reshape(-1, dim).float()

@@ -163,7 +163,7 @@ def test_a_narrowed_sketch_is_the_sketch_of_that_width_and_picks_the_width(sub, 
         wide.narrowed(65)
 
 
-@pytest.mark.parametrize(("exponent", "two", "four"), [(0.5, 0.97, 0.993), (0.3, 0.9, 0.96)])
+@pytest.mark.parametrize(("exponent", "two", "four"), [(0.5, 0.95, 0.985), (0.3, 0.8, 0.93)])
 def test_two_more_passes_sharpen_the_answer_in_the_same_memory(sub, exponent, two, four):
     singular, rank = torch.arange(1, 1025, dtype=torch.float32) ** -exponent, 16
     best, batch = float(singular[:rank].square().sum()), (torch.eye(1024), torch.diag(singular))
@@ -174,7 +174,7 @@ def test_two_more_passes_sharpen_the_answer_in_the_same_memory(sub, exponent, tw
         sketch.forget_range()
         found.append(sketch.directions(rank, second))
         refined = sketch.refined(second)
-        assert refined.rows is sketch.rows and [t.shape for t in refined.tensors] == [(1024, 32)]
+        assert refined.rows is sketch.rows and [t.shape for t in refined.tensors] == [(1024, 24)]
         sketch = fed(refined, [batch])
     true = [float((singular.unsqueeze(1) * each.A).square().sum()) / best for each in found]
     assert [each.passes for each in found] == [2, 4, 6]

@@ -1,0 +1,229 @@
+"""One task on LLaVA-1.5-7B's architecture with random weights: seconds and peak memory of every stage.
+
+    python scripts/bench_7b.py                                        # bf16, full size; needs a GPU of 40 GiB
+    python scripts/bench_7b.py --quantization nf4                     # the language model in four bits; 24 GiB
+    python scripts/bench_7b.py --against                              # beside them torch.linalg.svd and the dense gradient
+    python scripts/bench_7b.py --scale 0.25 --images 16 --steps 5     # a scaled-down copy, such as for a CPU
+
+The stages are the library's own passes over all linear layers of the language model, as in the published UCIT setting: rank 32
+(times the scale), energy 0.6, activations recomputed in the backward pass. Gaussian weights have the flattest spectra there
+are, so their bases are larger, and take longer, than those of trained weights.
+
+Peak memory is what PyTorch had allocated on a GPU, weights included; on a CPU the resident memory of the process above
+what it had before the model was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llava_keeplora.adapters import AdapterInit, attach, dense_weight, detach
+from llava_keeplora.capture import feature_pass, gradient_pass
+from llava_keeplora.methods import Layer, TaskContext
+from llava_keeplora.methods.first_step import first_step_directions, gradient_statistic
+from llava_keeplora.methods.keeplora_rules import PaperRules
+from llava_keeplora.models.llava import LlavaTask
+from llava_keeplora.subspace import ResidualDirections, principal_basis, sketch_width
+from random_llava import Size, language_layers, random_batch, random_llava
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ENERGY, RANK = 0.6, 32
+GIB = 2**30
+
+
+class Memory:
+    """Peak bytes of a device since the last reset; see the module's docstring."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.before = 0
+        self.reset()
+        self.before = 0 if self.cuda else self.peak()
+
+    def reset(self) -> None:
+        """Start again from what is held now."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            # Linux then counts the peak resident set from the present one (proc(5), clear_refs).
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) - self.before
+
+
+class Bench:
+    """One task, stage by stage.
+
+    Args:
+        args: the command line's.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.size = Size() if args.scale == 1.0 else Size().scaled(args.scale)
+        self.rank = args.rank or max(4, round(RANK * args.scale))
+        self.memory = Memory(self.device)
+        self.highest = 0
+        convert = quantise if args.quantization == "nf4" else lambda module: None
+        self.model = self.stage("build", lambda: random_llava(self.size, DTYPES[args.dtype], self.device, convert))
+        self.task = LlavaTask(self.model)
+        self.modules = language_layers(self.model)
+        self.layers = {name: Layer(name, "language", module, self.rank, float(self.rank), ENERGY, 0.99) for name, module in self.modules.items()}
+        self.numbers = sum(module.in_features * module.out_features for module in self.modules.values())
+        self.bases: dict[str, Tensor] = {}
+
+    def stage(self, name: str, run: Callable[[], object], note: Callable[[object], str] = lambda result: "", counts: bool = True):
+        """Run, and print a line of the table; what doesn't count is no part of a task."""
+        self.memory.reset()
+        start = time.perf_counter()
+        result = run()
+        peak = self.memory.peak()
+        self.highest = max(self.highest, peak if counts else 0)
+        print(f"| {name} | {time.perf_counter() - start:.2f} | {peak / GIB:.3f} | {note(result)} |", flush=True)
+        return result
+
+    def batches(self, images: int) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        """Batches of so many images in all."""
+        for start in range(0, images, self.args.batch):
+            yield random_batch(self.size, min(self.args.batch, images - start), self.args.text, self.args.answer, start, self.device), True
+
+    def basis(self) -> None:
+        """W_p of every layer, kept on the host as a run does."""
+        for name, module in self.modules.items():
+            self.bases[name] = principal_basis(dense_weight(module).detach(), ENERGY).basis.cpu()
+
+    def gradients(self, statistics: Mapping[str, object]) -> Mapping[str, object]:
+        """One pass over the images."""
+        total = sum(self.task.weight(batch) for batch, _ in self.batches(self.args.images))
+        gradient_pass(self.task, self.modules, self.batches(self.args.images), total, statistics)
+        return statistics
+
+    def one_pass(self, sketched: bool = True) -> Mapping[str, object]:
+        """The first pass over the images, sketched or dense."""
+        width = sketch_width(self.rank) if sketched else None
+        return self.gradients({name: gradient_statistic(layer, self.bases[name], width, 0) for name, layer in self.layers.items()})
+
+    def directions(self) -> tuple[dict[str, ResidualDirections], list[int]]:
+        """A of every layer, by as many passes as it takes, and how many layers each pass fed."""
+        fed: list[int] = []
+
+        def gradients(fraction: float, statistics: Mapping[str, object]) -> None:
+            fed.append(len(statistics))
+            self.gradients(statistics)
+
+        ctx = TaskContext(1, "task", self.layers, gradients, lambda make: {}, seed=0, statistics_bytes=0)
+        ranks = {name: min(self.rank, layer.module.in_features - self.bases[name].shape[1]) for name, layer in self.layers.items()}
+        found, _ = first_step_directions(ctx, ranks, self.bases, 1.0, True, PaperRules.directions, lambda layer: nullcontext())
+        return found, fed
+
+    def train(self, found: Mapping[str, ResidualDirections]) -> None:
+        """Steps of AdamW on B, A frozen."""
+        inits = {name: AdapterInit(one.A.shape[1], one.A.shape[1] / 4, one.A.T) for name, one in found.items()}
+        wrapper = attach(self.model, inits)
+        optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=2e-4)
+        for batch, _ in self.batches(self.args.steps * self.args.batch):
+            optimiser.zero_grad()
+            self.task(**batch)["loss"].backward()
+            optimiser.step()
+        detach(wrapper)
+
+    def features(self) -> Mapping[str, object]:
+        """The feature pass in the memory that it is given, and the directions that it adds."""
+
+        def statistics(groups: list[list[str]]) -> dict[str, object]:
+            return PaperRules.statistics([[self.layers[name] for name in names] for names in groups], self.bases, budget, 0)
+
+        budget = int(self.args.statistics_gb * 1e9)
+        made = feature_pass(self.task, self.modules, dict.fromkeys(self.modules, "language"), self.batches(self.args.images), statistics)
+        for name, statistic in made.items():
+            PaperRules.extend(self.bases[name], statistic, self.layers[name].energy_feature)
+        return made
+
+    def run(self) -> None:
+        """Every stage of a task, then what it is compared with."""
+        self.stage("basis", self.basis, lambda _: f"{len(self.modules)} layers, {sum(b.nbytes for b in self.bases.values()) / GIB:.3f} GiB on the host")
+        self.model.train()
+        self.task.activation_checkpointing_enable()
+        images = f"{self.args.images} images, {self.size.image_tokens + self.args.text} tokens each, batches of {self.args.batch}"
+        self.stage("first gradient pass, sketch", self.one_pass, lambda _: images)
+        found, _ = self.stage("A, all the passes it asks for", self.directions, lambda pair: f"rank {self.rank}; layers fed per pass: {pair[1]}")
+        self.stage("training", lambda: self.train(found), lambda _: f"{self.args.steps} steps of {self.args.batch}")
+        self.task.activation_checkpointing_disable()
+        self.model.eval()
+        self.stage("features", self.features, lambda made: f"{images}; {type(next(iter(made.values()))).__name__}")
+        print(f"| whole task | | {self.highest / GIB:.3f} | the most of its stages |", flush=True)
+        if self.args.against:
+            self.against()
+
+    def against(self) -> None:
+        """The plain ways: a full SVD of one weight of each shape beside its basis, and the dense gradient."""
+        shapes = {(module.out_features, module.in_features): name for name, module in self.modules.items()}
+        for shape, name in shapes.items():
+            weight = dense_weight(self.modules[name]).detach()
+            text = "x".join(map(str, shape))
+            self.stage(f"torch.linalg.svd {text}", lambda: torch.linalg.svd(weight.float(), full_matrices=False) and None, counts=False)
+            self.stage(f"principal_basis {text}", lambda: principal_basis(weight, ENERGY), lambda one: f"k={one.rank}, {one.method}", counts=False)
+        self.model.train()
+        self.task.activation_checkpointing_enable()
+        dense = f"{4 * self.numbers / GIB:.3f} GiB of gradients"
+        self.stage("first gradient pass, dense", lambda: self.one_pass(sketched=False), lambda _: dense, counts=False)
+
+
+def quantise(module: nn.Module) -> None:
+    """Put a module's linear layers into NF4 with quantised scales, one after the other."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(module.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not nn.Linear:
+                continue
+            made = Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, compress_statistics=True, quant_type="nf4", device="meta"
+            )
+            made.weight = Params4bit(layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made)
+            # On some CPUs bitsandbytes repacks the weight in its first evaluation, after which nothing can be trained through it.
+            made.support_avx512bf16_for_cpu = False
+            setattr(parent, name, made.to(layer.weight.device))
+
+
+def main() -> None:
+    """Run the task and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=float, default=1.0, help="widths, depths and image as a share of the 7B model's")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights")
+    parser.add_argument("--quantization", choices=("nf4",), help="of the language model's linear layers, by bitsandbytes")
+    parser.add_argument("--rank", type=int, help="of the adapters; 32 times the scale by default")
+    parser.add_argument("--images", type=int, default=64, help="of the gradient and the feature pass")
+    parser.add_argument("--steps", type=int, default=50, help="training steps")
+    parser.add_argument("--batch", type=int, default=4, help="images in a batch")
+    parser.add_argument("--text", type=int, default=128, help="text tokens of an example, at most")
+    parser.add_argument("--answer", type=int, default=16, help="of these, tokens to be learned")
+    parser.add_argument("--statistics-gb", type=float, default=4.0, help="memory for the features, in 10^9 bytes, as memory.statistics_gb of a run")
+    parser.add_argument("--against", action="store_true", help="measure the plain ways too")
+    parser.add_argument("--threads", type=int, help="CPU threads for torch; its own choice by default")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {where}, {args.quantization or args.dtype}, scale {args.scale:g}")
+    print("| stage | seconds | peak GiB | note |\n|---|---|---|---|", flush=True)
+    Bench(args).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The streamed passes against the plain way, on a random LLaVA with wide layers, where sketches are what a run uses.
+
+The plain gradient pass is the same forward and backward with frozen weights, the gradient flowing through every adapted
+layer. Memory is counted tensor by tensor: the most bytes alive at once, whatever made them.
+
+Pairs as in bench_passes.py.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics as numbers
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from bench_passes import RANK, Pair
+from llava_keeplora.adapters import AdapterInit, attach, detach
+from llava_keeplora.capture import feature_pass, gradient_pass
+from llava_keeplora.config import ModelConfig
+from llava_keeplora.methods import Layer, TaskContext
+from llava_keeplora.methods.first_step import first_step_directions, gradient_statistic
+from llava_keeplora.methods.keeplora_rules import PaperRules
+from llava_keeplora.models import load_model
+from llava_keeplora.models.llava import LlavaTask
+from llava_keeplora.plan.meter import Meter
+from llava_keeplora.sequence.data import ImageCache
+from llava_keeplora.subspace import DenseGradient, GradientSketch, ResidualDirections, gradient_sketch, principal_basis, residual, sketch_width
+from llava_keeplora_recipes import load_recipe
+from random_llava import Size, language_layers, random_batch, random_llava
+
+WIDE = Size(
+    hidden=1024, intermediate=2752, layers=8, heads=8, vocabulary=8192,
+    vision_hidden=256, vision_intermediate=1024, vision_layers=4, vision_heads=4, image=112,
+)  # fmt: skip
+# An example is 64 image tokens, 160 of a question and 32 of an answer.
+EXAMPLES, TEXT, ANSWER = 4, 192, 32
+ENERGY = 0.6
+# Of the adapted weights' size, what the bounded feature pass may take.
+FEATURE_SHARE = 0.15
+# A feature pass looks once which layers share an input; over so many batches that is little, as in a task.
+BATCHES = 4
+
+
+class Setting:
+    """The wide LLaVA, its adapted layers with their principal bases, and one batch."""
+
+    def __init__(self) -> None:
+        self.model = random_llava(WIDE)
+        self.task = LlavaTask(self.model)
+        self.layers = language_layers(self.model)
+        self.weight_bytes = sum(layer.weight.nbytes for layer in self.layers.values())
+        self.batch = random_batch(WIDE, EXAMPLES, TEXT, ANSWER)
+        self.described = {name: Layer(name, "language", layer, RANK, float(RANK), ENERGY, 0.99) for name, layer in self.layers.items()}
+
+    @property
+    def shape(self) -> str:
+        """The model in words."""
+        return f"{WIDE.layers} layers x {WIDE.hidden} ({WIDE.intermediate}), {EXAMPLES} x {WIDE.image_tokens + TEXT} tokens, rank {RANK}"
+
+    @cached_property
+    def bases(self) -> dict[str, Tensor]:
+        """Layer → principal basis of its weight."""
+        return {name: principal_basis(layer.weight, ENERGY).basis for name, layer in self.layers.items()}
+
+    def plain_step(self) -> None:
+        """Forward and backward; every adapted layer is reached because the embedding's output asks for a gradient."""
+        handle = self.model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        self.task(**self.batch)["loss"].backward()
+        handle.remove()
+
+    def statistics(self, sketched: bool) -> dict[str, DenseGradient | GradientSketch]:
+        """What each layer's gradient is summed into, as the library chooses it."""
+        width = sketch_width(RANK) if sketched else None
+        return {name: gradient_statistic(layer, self.bases[name], width, 0) for name, layer in self.described.items()}
+
+    def gradient_step(self, statistics: Mapping[str, object]) -> None:
+        """A gradient pass over the batch."""
+        gradient_pass(self.task, self.layers, [(self.batch, True)], self.task.weight(self.batch), statistics)
+
+    def peak(self, run: Callable[[], object]) -> int:
+        """The most bytes alive while a function runs, beyond the model, the batch and the bases."""
+        with Meter() as meter:
+            meter.hold([list(self.model.parameters()), list(self.model.buffers()), self.batch, self.bases])
+            given = meter.peak = meter.live
+            run()
+        return meter.peak - given
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """Activations recomputed in the backward pass, as large models are trained."""
+        self.model.train()
+        self.task.activation_checkpointing_enable()
+        yield
+        self.task.activation_checkpointing_disable()
+        self.model.eval()
+
+    def lora_peak(self) -> int:
+        """The most bytes alive in a step of ordinary LoRA without its optimiser, beyond model, batch and adapters."""
+        wrapper = attach(self.model, {name: AdapterInit(RANK, RANK, train_A=True) for name in self.layers})
+        try:
+            return self.peak(lambda: self.task(**self.batch)["loss"].backward())
+        finally:
+            detach(wrapper)
+
+    def beyond(self, work: Callable[[], object]) -> str:
+        """Peak memory beyond a LoRA step and beyond the step with frozen weights, as shares of the adapted weights' size."""
+
+        def shares() -> str:
+            ours = self.peak(work)
+            return " and ".join(f"{100 * (ours - floor) / self.weight_bytes:.1f} %" for floor in (self.lora_peak(), self.peak(self.plain_step)))
+
+        kept = shares()
+        with self.checkpointed():
+            return f"peak beyond a LoRA step and beyond frozen weights {kept} of the adapted weights; activations checkpointed {shares()}"
+
+
+def gradient(sketched: bool) -> Pair:
+    """The gradient pass against the same forward and backward with frozen weights."""
+    setting = Setting()
+    held = setting.statistics(sketched)
+    size = sum(t.nbytes for one in held.values() for t in _kept(one)) / setting.weight_bytes
+    note = f"{setting.shape}; {setting.beyond(lambda: setting.gradient_step(setting.statistics(sketched)))}; statistics alone {100 * size:.1f} %"
+    # The buffers are made once a task, not once a batch.
+    form = "sketch" if sketched else "dense"
+    return f"gradient pass, {form} / forward and backward of frozen weights", setting.plain_step, lambda: setting.gradient_step(held), note
+
+
+def _kept(statistic: DenseGradient | GradientSketch) -> list[Tensor]:
+    return [*statistic.tensors, statistic._omega] if isinstance(statistic, GradientSketch) else statistic.tensors
+
+
+def second_pass() -> Pair:
+    """The pass for the exact Q^T G, for layers that one pass doesn't settle; here all of them."""
+    setting = Setting()
+    first = setting.statistics(sketched=True)
+    setting.gradient_step(first)
+    held = {name: one.second_pass() for name, one in first.items()}
+    return "second gradient pass / forward and backward of frozen weights", setting.plain_step, lambda: setting.gradient_step(held), setting.shape
+
+
+def bounded_features() -> Pair:
+    """The feature pass in its bounded form against a forward pass."""
+    setting = Setting()
+    parts = dict.fromkeys(setting.layers, "language")
+    budget = int(FEATURE_SHARE * setting.weight_bytes)
+    made: dict[str, object] = {}
+
+    def plain() -> None:
+        with torch.no_grad():
+            setting.task(**setting.batch)
+
+    def statistics(groups: list[list[str]]) -> dict[str, object]:
+        if not made:
+            made.update(PaperRules.statistics([[setting.described[name] for name in names] for names in groups], setting.bases, budget, 0))
+        return made
+
+    def ours() -> None:
+        feature_pass(setting.task, setting.layers, parts, [(setting.batch, True)] * BATCHES, statistics)
+
+    ours()
+    sizes = sorted({one.test.shape[1] for one in made.values()})
+    note = f"{setting.shape}; sketches of {sizes[0]} to {sizes[-1]} directions in {100 * FEATURE_SHARE:.0f} % of the adapted weights' size"
+    return "feature pass, bounded / forward", lambda: [plain() for _ in range(BATCHES)], ours, note
+
+
+class Embedded:
+    """An embedded model on a rendered task, its adapted layers and principal bases as its demo has them."""
+
+    def __init__(self, model: str, recipe: str, rank: int, examples: int = 256, batch: int = 32, energy: float = 0.85):
+        family = load_model(ModelConfig(model))
+        data = load_recipe(recipe).load("train").take(range(examples))
+        inputs = family.inputs(data, ImageCache(family.prepare, budget_gb=1.0).split(data))
+        self.task, self.name = family.task(data.recipe), f"{model}, {recipe}"
+        self.batches = [(inputs.collate(range(start, min(start + batch, examples))), True) for start in range(0, examples, batch)]
+        self.total = sum(self.task.weight(each) for each, _ in self.batches)
+        self.layers = {
+            name: Layer(name, part, module, rank, float(rank), energy, 0.95)
+            for part in family.parts
+            for name, module in family.linear_layers(part, family.targets[part]).items()
+        }
+        self.modules = {name: layer.module for name, layer in self.layers.items()}
+        self.bases = {name: principal_basis(module.weight, energy).basis for name, module in self.modules.items()}
+        self.ranks = {name: min(rank, module.in_features - self.bases[name].shape[1]) for name, module in self.modules.items()}
+
+    def directions(self, sketched: bool) -> dict[str, ResidualDirections]:
+        """A of every layer, by as many passes as it takes; sketches even where the gradient itself would be smaller."""
+        gradients = lambda fraction, given: gradient_pass(self.task, self.modules, self.batches, self.total, given)  # noqa: E731
+        ctx = TaskContext(1, "task", self.layers, gradients, lambda make: {}, seed=0, statistics_bytes=0)
+        with mock.patch.object(gradient_sketch, "WORTH", math.inf):
+            return first_step_directions(ctx, self.ranks, self.bases, 1.0, sketched, PaperRules.directions, lambda layer: nullcontext())[0]
+
+    def shares(self, found: Mapping[str, ResidualDirections]) -> list[float]:
+        """What share of the best r directions' energy each A holds, from the whole gradient and its float64 singular values."""
+        dense = {name: DenseGradient(module.out_features, module.in_features) for name, module in self.modules.items()}
+        gradient_pass(self.task, self.modules, self.batches, self.total, dense)
+        shares = []
+        for name, one in found.items():
+            outside = residual(dense[name].matrix.double(), self.bases[name].double())
+            best = torch.linalg.svdvals(outside).square()[: one.A.shape[1]].sum()
+            shares.append(float((outside @ one.A.double()).square().sum() / best))
+        return shares
+
+
+def captured(model: str, recipe: str, rank: int) -> Pair:
+    """A by sketches, with the passes that they ask for, against A by the dense gradient; the note says what A holds."""
+    setting = Embedded(model, recipe, rank)
+    found = setting.directions(sketched=True)
+    shares, passes = setting.shares(found), Counter(one.passes for one in found.values())
+    taken = ", ".join(f"{count} in {number}" for number, count in sorted(passes.items()))
+    note = f"rank {rank}; share of the optimum {min(shares):.4f} at least, {numbers.median(shares):.4f} in the median; of {len(found)} layers {taken} passes"
+    return f"A from sketches / from dense gradients, {setting.name}", lambda: setting.directions(False), lambda: setting.directions(True), note
+
+
+PAIRS = {
+    "gradient-sketch": lambda: gradient(sketched=True),
+    "gradient-second": second_pass,
+    "gradient-dense": lambda: gradient(sketched=False),
+    "features-bounded": bounded_features,
+    "captured-clip": lambda: captured("tiny-clip", "textures", 16),
+    "captured-clip-digits": lambda: captured("tiny-clip", "digits", 16),
+    "captured-llava": lambda: captured("tiny-llava", "scene-captions", 8),
+    "captured-llava-exists": lambda: captured("tiny-llava", "scene-exists", 8),
+}

@@ -1,0 +1,142 @@
+"""LLaVA models of any size with random weights, and batches for them: what the benchmarks of speed and memory run on.
+
+The architecture is LLaVA-1.5's (Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 2024): a CLIP vision tower, a
+projector of two layers, a Llama. Random weights take as long and as much memory as trained ones; what they answer means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+IMAGE, IGNORE = 4, -100
+# Standard deviation of the weights: Llama's `initializer_range`.
+SPREAD = 0.02
+LANGUAGE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths and depths of a LLaVA; the defaults are LLaVA-1.5-7B's (CLIP ViT-L/14 at 336 pixels, Vicuna-7B).
+
+    Args:
+        hidden, intermediate, layers, heads, vocabulary: of the language model.
+        vision_hidden, vision_intermediate, vision_layers, vision_heads, image, patch: of the vision tower; pixels.
+    """
+
+    hidden: int = 4096
+    intermediate: int = 11008
+    layers: int = 32
+    heads: int = 32
+    vocabulary: int = 32064
+    vision_hidden: int = 1024
+    vision_intermediate: int = 4096
+    vision_layers: int = 24
+    vision_heads: int = 16
+    image: int = 336
+    patch: int = 14
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image."""
+        return (self.image // self.patch) ** 2
+
+    def scaled(self, share: float) -> "Size":
+        """A copy whose widths, depths and image are that share of this one's, head width and patch kept, everything at least one."""
+
+        def times(number: int, unit: int = 1) -> int:
+            return unit * max(1, round(number * share / unit))
+
+        head, vision_head = self.hidden // self.heads, self.vision_hidden // self.vision_heads
+        return Size(
+            hidden=times(self.hidden, head), intermediate=times(self.intermediate, 32), layers=times(self.layers),
+            heads=times(self.hidden, head) // head, vocabulary=times(self.vocabulary, 64),
+            vision_hidden=times(self.vision_hidden, vision_head), vision_intermediate=times(self.vision_intermediate, 32),
+            vision_layers=max(2, times(self.vision_layers)), vision_heads=times(self.vision_hidden, vision_head) // vision_head,
+            image=max(2 * self.patch, times(self.image, self.patch)), patch=self.patch,
+        )  # fmt: skip
+
+
+def random_llava(
+    size: Size,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    convert: Callable[[nn.Module], None] = lambda module: None,
+) -> LlavaForConditionalGeneration:
+    """A frozen LLaVA with Gaussian weights, made piece by piece, so that nothing but the result ever is in memory.
+
+    Args:
+        size: its widths and depths.
+        dtype: of the weights.
+        device: that they are on.
+        convert: called with each decoder layer of the language model, as soon as it has its weights, such as to quantise them.
+    """
+    text = LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.heads, max_position_embeddings=4096, pad_token_id=0,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_hidden, intermediate_size=size.vision_intermediate, num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_heads, image_size=size.image, patch_size=size.patch,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=size.image_tokens)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    layers = set(model.model.language_model.layers)
+
+    def fill(module: nn.Module) -> None:
+        for child in module.children():
+            fill(child)
+        for name, p in module.named_parameters(recurse=False):
+            made = torch.empty(p.shape, dtype=dtype, device=device)
+            # Norms start as the identity.
+            value = made.normal_(0.0, SPREAD, generator=generator) if p.dim() > 1 else made.fill_(float("norm" in type(module).__name__.lower() and name == "weight"))
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module.register_buffer(name, _buffer(module, name, config, device), persistent=False)
+        if module in layers:
+            convert(module)
+
+    fill(model)
+    return model
+
+
+def _buffer(module: nn.Module, name: str, config: LlavaConfig, device: torch.device | str) -> Tensor:
+    """A buffer that a module made on the meta device should have: positions, or the frequencies of rotary embeddings."""
+    if name == "position_ids":
+        return torch.arange(module.num_positions, device=device).expand(1, -1)
+    head = config.text_config.hidden_size // config.text_config.num_attention_heads
+    theta = config.text_config.rope_parameters["rope_theta"]
+    return 1.0 / theta ** (torch.arange(0, head, 2, dtype=torch.float32, device=device) / head)
+
+
+def random_batch(size: Size, images: int, text: int, answer: int, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A batch of one image per example, up to `text` tokens after it, the last `answer` of which are to be learned; padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(IMAGE + 1, size.vocabulary, (images, size.image_tokens + text), generator=generator)
+    tokens[:, : size.image_tokens] = IMAGE
+    labels, mask = torch.full_like(tokens, IGNORE), torch.ones_like(tokens)
+    for row in range(images):
+        # Questions differ in length: from all of the text down to three quarters of it.
+        end = size.image_tokens + text - row * text // (4 * images)
+        labels[row, end - answer : end] = tokens[row, end - answer : end]
+        tokens[row, end:] = mask[row, end:] = 0
+    batch = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "labels": labels,
+        "image_counts": torch.ones(images, dtype=torch.long),
+        "pixel_values": torch.randn(images, 3, size.image, size.image, generator=generator),
+    }
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def language_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Full name → linear layer of the language model, 7 per decoder layer."""
+    return {name: module for name, module in model.named_modules() if ".language_model.layers." in name and name.rsplit(".", 1)[1] in LANGUAGE}
