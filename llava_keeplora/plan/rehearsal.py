@@ -245,8 +245,7 @@ class Rehearsal:
         if split:
             states, host = self.sharding.states(numbers)
             # The rehearsal kept the gradients whole.
-            beside += states + self.sharding.gradients(numbers, size) - (numbers * size if self.sharding.stage >= 2 else 0)
-            beside -= self.sharding.stage < 2 and numbers * size
+            beside += states + self.sharding.gradients(numbers, size) - numbers * size
         elif self.sharding.world > 1:
             # The processes' gradients are averaged in buckets beside them.
             beside += numbers * size

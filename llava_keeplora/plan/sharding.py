@@ -44,7 +44,7 @@ class Sharding:
 
     def states(self, trained: int) -> tuple[int, int]:
         """Bytes of Adam's states and the master copy of so many trained numbers: on the device, on the host."""
-        share = 12 * trained // self.world
+        share = 12 * trained // (self.world if self.stage else 1)
         return (0, share) if self.optimizer_on_host else (share, 0)
 
     def gradients(self, trained: int, size: int) -> int:

@@ -114,6 +114,7 @@ def test_disk_and_stored_parameters_are_the_sum_of_the_layers_factors(wide_tree)
     assert 0 < method.disk_task - 4 * method.stored < 8 * 250
 
 
+@pytest.mark.slow
 def test_seven_billion_parameters_are_planned_within_a_minute_without_weights(seven_b_tree):
     start = time.process_time()
     plan = make_plan(parse_config(seven_b_tree(1, "nf4", gradient_checkpointing=True)), 1, 24.0)
