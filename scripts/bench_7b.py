@@ -83,7 +83,9 @@ class Bench:
         self.model = self.stage("build", lambda: random_llava(self.size, DTYPES[args.dtype], self.device, convert))
         self.task = LlavaTask(self.model)
         self.modules = language_layers(self.model)
-        self.layers = {name: Layer(name, "language", module, self.rank, float(self.rank), ENERGY, 0.99) for name, module in self.modules.items()}
+        self.layers = {
+            name: Layer(name, "language", module, self.rank, float(self.rank), ENERGY, 0.99) for name, module in self.modules.items()
+        }
         self.numbers = sum(module.in_features * module.out_features for module in self.modules.values())
         self.bases: dict[str, Tensor] = {}
 
@@ -156,16 +158,19 @@ class Bench:
 
     def run(self) -> None:
         """Every stage of a task, then what it is compared with."""
-        self.stage("basis", self.basis, lambda _: f"{len(self.modules)} layers, {sum(b.nbytes for b in self.bases.values()) / GIB:.3f} GiB on the host")
+        kept = lambda _: f"{len(self.modules)} layers, {sum(b.nbytes for b in self.bases.values()) / GIB:.3f} GiB on the host"  # noqa: E731
+        self.stage("basis", self.basis, kept)
         self.model.train()
         self.task.activation_checkpointing_enable()
         images = f"{self.args.images} images, {self.size.image_tokens + self.args.text} tokens each, batches of {self.args.batch}"
         self.stage("first gradient pass, sketch", self.one_pass, lambda _: images)
-        found, _ = self.stage("A, all the passes it asks for", self.directions, lambda pair: f"rank {self.rank}; layers fed per pass: {pair[1]}")
+        told = lambda pair: f"rank {self.rank}; layers fed per pass: {', '.join(map(str, pair[1]))}"  # noqa: E731
+        found, _ = self.stage("A, all the passes it asks for", self.directions, told)
         self.stage("training", lambda: self.train(found), lambda _: f"{self.args.steps} steps of {self.args.batch}")
         self.task.activation_checkpointing_disable()
         self.model.eval()
-        self.stage("features", self.features, lambda made: f"{images}; {type(next(iter(made.values()))).__name__}")
+        forms = lambda made: ", ".join(sorted({type(one).__name__ for one in made.values()}))  # noqa: E731
+        self.stage("features", self.features, lambda made: f"{images}; {forms(made)}")
         print(f"| whole task | | {self.highest / GIB:.3f} | the most of its stages |", flush=True)
         if self.args.against:
             self.against()
@@ -176,8 +181,10 @@ class Bench:
         for shape, name in shapes.items():
             weight = dense_weight(self.modules[name]).detach()
             text = "x".join(map(str, shape))
-            self.stage(f"torch.linalg.svd {text}", lambda: torch.linalg.svd(weight.float(), full_matrices=False) and None, counts=False)
-            self.stage(f"principal_basis {text}", lambda: principal_basis(weight, ENERGY), lambda one: f"k={one.rank}, {one.method}", counts=False)
+            svd = lambda: torch.linalg.svd(weight.float(), full_matrices=False) and None  # noqa: E731
+            self.stage(f"torch.linalg.svd {text}", svd, counts=False)
+            ours = lambda: principal_basis(weight, ENERGY)  # noqa: E731
+            self.stage(f"principal_basis {text}", ours, lambda one: f"k={one.rank}, {one.method}", counts=False)
         self.model.train()
         self.task.activation_checkpointing_enable()
         dense = f"{4 * self.numbers / GIB:.3f} GiB of gradients"
@@ -192,10 +199,9 @@ def quantise(module: nn.Module) -> None:
         for name, layer in list(parent.named_children()):
             if type(layer) is not nn.Linear:
                 continue
-            made = Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, compress_statistics=True, quant_type="nf4", device="meta"
-            )
-            made.weight = Params4bit(layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made)
+            form = {"compress_statistics": True, "quant_type": "nf4"}
+            made = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, device="meta", **form)
+            made.weight = Params4bit(layer.weight.data, requires_grad=False, module=made, **form)
             # On some CPUs bitsandbytes repacks the weight in its first evaluation, after which nothing can be trained through it.
             made.support_avx512bf16_for_cpu = False
             setattr(parent, name, made.to(layer.weight.device))
@@ -213,7 +219,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="images in a batch")
     parser.add_argument("--text", type=int, default=128, help="text tokens of an example, at most")
     parser.add_argument("--answer", type=int, default=16, help="of these, tokens to be learned")
-    parser.add_argument("--statistics-gb", type=float, default=4.0, help="memory for the features, in 10^9 bytes, as memory.statistics_gb of a run")
+    parser.add_argument("--statistics-gb", type=float, default=4.0, help="for the features, in 10^9 bytes, as a run's memory.statistics_gb")
     parser.add_argument("--against", action="store_true", help="measure the plain ways too")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; its own choice by default")
     args = parser.parse_args()

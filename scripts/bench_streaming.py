@@ -30,7 +30,8 @@ from llava_keeplora.models import load_model
 from llava_keeplora.models.llava import LlavaTask
 from llava_keeplora.plan.meter import Meter
 from llava_keeplora.sequence.data import ImageCache
-from llava_keeplora.subspace import DenseGradient, GradientSketch, ResidualDirections, gradient_sketch, principal_basis, residual, sketch_width
+from llava_keeplora.subspace import DenseGradient, GradientSketch, ResidualDirections, gradient_sketch, principal_basis, residual
+from llava_keeplora.subspace import sketch_width
 from llava_keeplora_recipes import load_recipe
 from random_llava import Size, language_layers, random_batch, random_llava
 
@@ -113,11 +114,12 @@ class Setting:
 
         def shares() -> str:
             ours = self.peak(work)
-            return " and ".join(f"{100 * (ours - floor) / self.weight_bytes:.1f} %" for floor in (self.lora_peak(), self.peak(self.plain_step)))
+            floors = (self.lora_peak(), self.peak(self.plain_step))
+            return " and ".join(f"{100 * (ours - floor) / self.weight_bytes:.1f} %" for floor in floors)
 
         kept = shares()
         with self.checkpointed():
-            return f"peak beyond a LoRA step and beyond frozen weights {kept} of the adapted weights; activations checkpointed {shares()}"
+            return f"peak beyond a LoRA step and frozen weights {kept} of the adapted weights; activations checkpointed {shares()}"
 
 
 def gradient(sketched: bool) -> Pair:
@@ -125,7 +127,8 @@ def gradient(sketched: bool) -> Pair:
     setting = Setting()
     held = setting.statistics(sketched)
     size = sum(t.nbytes for one in held.values() for t in _kept(one)) / setting.weight_bytes
-    note = f"{setting.shape}; {setting.beyond(lambda: setting.gradient_step(setting.statistics(sketched)))}; statistics alone {100 * size:.1f} %"
+    beyond = setting.beyond(lambda: setting.gradient_step(setting.statistics(sketched)))
+    note = f"{setting.shape}; {beyond}; statistics alone {100 * size:.1f} %"
     # The buffers are made once a task, not once a batch.
     form = "sketch" if sketched else "dense"
     return f"gradient pass, {form} / forward and backward of frozen weights", setting.plain_step, lambda: setting.gradient_step(held), note
@@ -141,7 +144,8 @@ def second_pass() -> Pair:
     first = setting.statistics(sketched=True)
     setting.gradient_step(first)
     held = {name: one.second_pass() for name, one in first.items()}
-    return "second gradient pass / forward and backward of frozen weights", setting.plain_step, lambda: setting.gradient_step(held), setting.shape
+    name = "second gradient pass / forward and backward of frozen weights"
+    return name, setting.plain_step, lambda: setting.gradient_step(held), setting.shape
 
 
 def bounded_features() -> Pair:
@@ -213,8 +217,10 @@ def captured(model: str, recipe: str, rank: int) -> Pair:
     found = setting.directions(sketched=True)
     shares, passes = setting.shares(found), Counter(one.passes for one in found.values())
     taken = ", ".join(f"{count} in {number}" for number, count in sorted(passes.items()))
-    note = f"rank {rank}; share of the optimum {min(shares):.4f} at least, {numbers.median(shares):.4f} in the median; of {len(found)} layers {taken} passes"
-    return f"A from sketches / from dense gradients, {setting.name}", lambda: setting.directions(False), lambda: setting.directions(True), note
+    held = f"share of the optimum {min(shares):.4f} at least, {numbers.median(shares):.4f} in the median"
+    note = f"rank {rank}; {held}; of {len(found)} layers {taken} passes"
+    name = f"A from sketches / from dense gradients, {setting.name}"
+    return name, lambda: setting.directions(False), lambda: setting.directions(True), note
 
 
 PAIRS = {

@@ -94,9 +94,12 @@ def random_llava(
             fill(child)
         for name, p in module.named_parameters(recurse=False):
             made = torch.empty(p.shape, dtype=dtype, device=device)
-            # Norms start as the identity.
-            value = made.normal_(0.0, SPREAD, generator=generator) if p.dim() > 1 else made.fill_(float("norm" in type(module).__name__.lower() and name == "weight"))
-            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            if p.dim() > 1:
+                made.normal_(0.0, SPREAD, generator=generator)
+            else:
+                # Norms are the identity.
+                made.fill_(float("norm" in type(module).__name__.lower() and name == "weight"))
+            module.register_parameter(name, nn.Parameter(made, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 module.register_buffer(name, _buffer(module, name, config, device), persistent=False)
@@ -139,4 +142,5 @@ def random_batch(size: Size, images: int, text: int, answer: int, seed: int = 0,
 
 def language_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Full name → linear layer of the language model, 7 per decoder layer."""
-    return {name: module for name, module in model.named_modules() if ".language_model.layers." in name and name.rsplit(".", 1)[1] in LANGUAGE}
+    inside = ((name, module) for name, module in model.named_modules() if ".language_model.layers." in name)
+    return {name: module for name, module in inside if name.rsplit(".", 1)[1] in LANGUAGE}

@@ -83,7 +83,8 @@ def first_step_directions(
         return [name for name, one in found.items() if isinstance(one, SketchedDirections) and not one.suffices()]
 
     statistics = {
-        name: gradient_statistic(ctx.layers[name], bases[name], sketch_width(rank) if sketched else None, ctx.seed) for name, rank in ranks.items()
+        name: gradient_statistic(ctx.layers[name], bases[name], sketch_width(rank) if sketched else None, ctx.seed)
+        for name, rank in ranks.items()
     }
     ctx.gradients(fraction, statistics)
     read(statistics)

@@ -142,7 +142,8 @@ class SketchedMoment:
     def inside(self) -> tuple[float, float]:
         """Share of the features' energy inside the basis, and its standard error; 1 and 0 if there is no energy at all.
 
-        A ratio estimate over evenly spaced rows (Cochran, "Sampling Techniques", 1977, section 6.4), with the finite population's correction.
+        A ratio estimate over evenly spaced rows (Cochran, "Sampling Techniques", 1977, section 6.4), with the finite
+        population's correction.
         """
         self._ask_sample()
         n, whole, inside, ww, wi, ii = self._asked.tolist()

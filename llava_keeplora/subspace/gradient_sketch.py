@@ -12,10 +12,10 @@ w = sketch width, l = 2w + 1 rows, r = rank. The sketch is
 and Q (out, w) is an orthonormal basis of Y, in order of falling singular value of Y.
 
 Sources: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), theorem 10.5, for Q and
-the second pass, and theorem 10.6 with section 4.5 for further ones; Tropp, Yurtsever, Udell and Cevher, "Practical sketching algorithms for low-rank matrix
-approximation" (SIAM J. Matrix Anal. 2017), algorithm 4 and theorem 4.3, for one pass; the same, "Streaming low-rank
-matrix approximation with an application to scientific simulation" (SIAM J. Sci. Comput. 2019), section 6, for the
-error estimate from rows that had no part in the answer.
+the second pass, algorithm 4.4 and corollary 10.10 for further ones; Tropp, Yurtsever, Udell and Cevher, "Practical
+sketching algorithms for low-rank matrix approximation" (SIAM J. Matrix Anal. 2017), algorithm 4 and theorem 4.3, for one
+pass; the same, "Streaming low-rank matrix approximation with an application to scientific simulation" (SIAM J. Sci.
+Comput. 2019), section 6, for the error estimate from rows that had no part in the answer.
 """
 
 import copy
@@ -43,6 +43,9 @@ FOLDS = 4
 # Share of the best rank-r subspace's energy that A must hold.
 TARGET = 0.99
 
+_matrices: "weakref.WeakValueDictionary[tuple, Tensor]" = weakref.WeakValueDictionary()
+
+
 def sketch_width(rank: int) -> int:
     """Width of the sketch from which r directions are taken: half as many again, and at least 8 more.
 
@@ -50,9 +53,6 @@ def sketch_width(rank: int) -> int:
         rank: r.
     """
     return max(round(WIDTH_PER_RANK * rank), rank + OVERSAMPLING)
-
-
-_matrices: "weakref.WeakValueDictionary[tuple, Tensor]" = weakref.WeakValueDictionary()
 
 
 def gaussian_rows(rows: int, dim: int, stream: int, device: torch.device) -> Float[Tensor, "rows dim"]:
@@ -95,7 +95,7 @@ class SketchedDirections(ResidualDirections):
     passes: int
 
     def suffices(self, target: float = TARGET) -> bool:
-        """Whether A holds the target share of the best subspace's energy even by the pessimistic estimate; if not, another pass is worth its time."""
+        """Whether A holds the target share of the best subspace's energy, by the pessimistic estimate; if not, go on."""
         return self.at_least >= target
 
 
@@ -216,7 +216,7 @@ class GradientSketch:
     def refined(self, second: "SecondPass") -> "GradientSketch":
         """A sketch whose test vectors are the right singular vectors of Q^T G_hat, for two more passes over the same data.
 
-        One step of subspace iteration: what a pair of passes misses shrinks by (sigma_{w+1} / sigma_r)^4 in energy.
+        One step of subspace iteration: the angles to the wanted directions shrink by up to (sigma_{w+1} / sigma_r)^2.
         Only its range is fed; the rows, which no Q depends on, are this one's, as is the estimate from them.
 
         Source: Halko, Martinsson and Tropp (2011), algorithm 4.4 and corollary 10.10.
