@@ -71,7 +71,7 @@ def test_every_command_of_the_readme_runs(folder):
             continue
         words = shlex.split(command)
         words += SMALLER.get(words[0], [])
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         ran += 1
     assert ran == 12
