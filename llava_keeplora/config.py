@@ -20,13 +20,15 @@ from typing import Any
 
 import yaml
 
-from llava_keeplora.errors import ConfigError, UserError, nearest
-from llava_keeplora_recipes import load_sequence
+from llava_keeplora.errors import ConfigError, RunError, UserError, nearest
+from llava_keeplora_recipes import Recipe, TaskData, load_sequence
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.strict_yaml import read_mapping
 
 SHIPPED = Path(__file__).parent / "configs"
 ZERO_SHOT = "zero-shot"
+#: The held-out part is the same for every seed and method, so that all are tuned on the same examples.
+HOLDOUT_SEED = 0
 #: A label is the name of a folder beside the run's own files.
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 RUN_FILES = ("config.json", "identity.json", "results.json", "report.html", "table.md")
@@ -141,6 +143,15 @@ class DataConfig:
             raise ConfigError(f"on_bad_image is '{self.on_bad_image}'", "set it to 'refuse' or 'drop'")
         if not 0.0 <= self.holdout < 1.0:
             raise ConfigError(f"holdout is {self.holdout}, but a share lies in [0, 1)", "set it to 0 or, say, 0.1")
+
+    def splits(self, recipe: Recipe) -> tuple[TaskData, TaskData]:
+        """What a task is trained and scored on.
+
+        Raises:
+            RecipeError: for whatever is wrong with the recipe's data.
+        """
+        train = recipe.load("train", self.root, self.on_bad_image)
+        return train.split_holdout(self.holdout, HOLDOUT_SEED) if self.holdout else (train, recipe.load("test", self.root, self.on_bad_image))
 
 
 @dataclass(frozen=True)
@@ -507,3 +518,15 @@ def dump_config(config: RunConfig) -> str:
     """The resolved configuration as JSON text, as the run folder keeps it."""
     # In the order given: methods appear in tables as the user listed them.
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def read_dumped(run: Path) -> dict[str, Any]:
+    """The resolved configuration that a run folder keeps; see `dump_config`.
+
+    Raises:
+        RunError: if the folder is no run's.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise RunError(f"{run} is not a run folder (it has no config.json)", "name the output_dir of a run")
+    return json.loads(path.read_text())

@@ -31,6 +31,7 @@ from llava_keeplora.methods import Layer, TaskContext
 from llava_keeplora.methods.first_step import first_step_directions, gradient_statistic
 from llava_keeplora.methods.keeplora_rules import PaperRules
 from llava_keeplora.models.llava import LlavaTask
+from llava_keeplora.models.quantised import keep_form
 from llava_keeplora.subspace import ResidualDirections, principal_basis, sketch_width
 from random_llava import Size, language_layers, random_batch, random_llava
 
@@ -202,9 +203,8 @@ def quantise(module: nn.Module) -> None:
             form = {"compress_statistics": True, "quant_type": "nf4"}
             made = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, device="meta", **form)
             made.weight = Params4bit(layer.weight.data, requires_grad=False, module=made, **form)
-            # On some CPUs bitsandbytes repacks the weight in its first evaluation, after which nothing can be trained through it.
-            made.support_avx512bf16_for_cpu = False
             setattr(parent, name, made.to(layer.weight.device))
+    keep_form(module)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from functools import cached_property
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench_passes import RANK, Pair
 from llava_keeplora.adapters import AdapterInit, attach, detach

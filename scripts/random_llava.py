@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from llava_keeplora.models.llava import LlavaFamily
+from llava_keeplora.models.names import find_linear_layers
+
 IMAGE, IGNORE = 4, -100
 # Standard deviation of the weights: Llama's `initializer_range`.
 SPREAD = 0.02
-LANGUAGE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -142,5 +144,4 @@ def random_batch(size: Size, images: int, text: int, answer: int, seed: int = 0,
 
 def language_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Full name → linear layer of the language model, 7 per decoder layer."""
-    inside = ((name, module) for name, module in model.named_modules() if ".language_model.layers." in name)
-    return {name: module for name, module in inside if name.rsplit(".", 1)[1] in LANGUAGE}
+    return find_linear_layers(model, LlavaFamily.parts, "language", LlavaFamily.targets["language"])

@@ -68,7 +68,9 @@ class _Stacked:
             self._handle.remove()
             self._handle = None
         device = self.layer.weight.device
-        terms = [(change.weight.to(device), None if change.bias is None else change.bias.to(device)) for change in changes if isinstance(change, FullDelta)]
+        full = [change for change in changes if isinstance(change, FullDelta)]
+        weight = sum(change.weight.to(device) for change in full)
+        bias = sum(change.bias.to(device) for change in full) if full and self.layer.bias is not None else None
         low = [change for change in changes if isinstance(change, Delta)]
         A = torch.cat([change.A for change in low]).to(device) if low else None  # (R, in)
         B = torch.cat([change.scale * change.B for change in low], dim=1).to(device) if low else None  # (out, R)
@@ -77,7 +79,7 @@ class _Stacked:
             x = args[0]
             if low:
                 output = output + linear(linear(x, A.to(x)), B.to(x)).to(output.dtype)
-            for weight, bias in terms:
+            if full:
                 output = output + linear(x, weight.to(x), None if bias is None else bias.to(x)).to(output.dtype)
             return output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -102,6 +103,18 @@ def feature_pass(
                 task(**batch)
     _reduce(_distinct(made.values()))
     return made
+
+
+def autocast(training: Mapping[str, object], device_type: str) -> AbstractContextManager[object]:
+    """The precision that training uses, for the passes too.
+
+    Args:
+        training: arguments for `transformers.TrainingArguments`.
+        device_type: `cpu` or `cuda`.
+    """
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    chosen = next((dtype for key, dtype in kinds.items() if training.get(key)), None)
+    return torch.autocast(device_type, chosen) if chosen else nullcontext()
 
 
 def _distinct(statistics: Iterable[object]) -> list:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import BaseWeights, Delta, FullDelta, load_deltas
-from llava_keeplora.config import ModelConfig
+from llava_keeplora.config import ModelConfig, read_dumped
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.files import file_hash
-from llava_keeplora.models import DTYPES, Family, load_model
+from llava_keeplora.journal import Journal
+from llava_keeplora.models import DTYPES, Family, Prepared, load_model
 from llava_keeplora_recipes import TaskData, load_recipe
 
 
@@ -60,7 +60,7 @@ def export_merged(
         ConfigError: for an unknown dtype, a target folder that is not empty, or a model that cannot be loaded.
     """
     run, into = Path(run), Path(into)
-    config = _read_config(run)
+    config = read_dumped(run)
     label = _chosen(config, run, label)
     if dtype not in DTYPES:
         raise ConfigError(f"the dtype is '{dtype}'", f"choose one of {', '.join(DTYPES)}")
@@ -91,12 +91,6 @@ def export_merged(
     )
 
 
-def _read_config(run: Path) -> dict[str, Any]:
-    if not (run / "config.json").is_file():
-        raise RunError(f"{run} is not a run folder (it has no config.json)", "name the output_dir of a run")
-    return json.loads((run / "config.json").read_text())
-
-
 def _chosen(config: dict[str, Any], run: Path, label: str | None) -> str:
     labels = list(config["methods"])
     if label is None and len(labels) == 1:
@@ -109,18 +103,16 @@ def _chosen(config: dict[str, Any], run: Path, label: str | None) -> str:
 
 def _trained_deltas(folder: Path) -> list[dict[str, Delta | FullDelta]]:
     """The deltas of every task that the journal has as trained and protected, in order, each checked by its hash."""
-    journal = folder / "journal.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True) if journal.is_file() else []
-    entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    closed = {entry["task"] for entry in entries if entry["stage"] == "CLOSED"}
+    entries = Journal(folder / "journal.jsonl").entries
+    closed = {entry.task for entry in entries if entry.stage == "CLOSED"}
     found = []
     for entry in entries:
-        if entry["stage"] != "TRAINED" or entry["task"] not in closed:
+        if entry.stage != "TRAINED" or entry.task not in closed:
             continue
-        name, expected = next((name, value) for name, value in entry["files"].items() if name.endswith("delta.safetensors"))
+        name, expected = next((name, value) for name, value in entry.files.items() if name.endswith("delta.safetensors"))
         path = folder / name
         if not path.is_file() or file_hash(path) != expected:
-            raise RunError(f"{path} is not what task {entry['task']} wrote", "restore it")
+            raise RunError(f"{path} is not what task {entry.task} wrote", "restore it")
         found.append(load_deltas(path))
     if not found:
         raise RunError(f"{folder} holds no finished task", "run its training first")
@@ -137,11 +129,7 @@ def _with_deltas(family: Family, deltas: Sequence[dict[str, Delta | FullDelta]])
 @torch.no_grad()
 def _logits(family: Family, data: TaskData, chosen: Sequence[int]) -> Tensor:
     """(answer tokens, vocabulary), or (images, classes), in fp32."""
-
-    class Made:
-        def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-            return family.prepare([data[i] for i in indices])
-
-    batch = family.inputs(data.take(chosen), Made()).collate(range(len(chosen)))
+    examples = data.take(chosen)
+    batch = family.inputs(examples, Prepared(family, examples)).collate(range(len(chosen)))
     device = next(family.model.parameters()).device
     return family.task(data.recipe)(**{key: value.to(device) for key, value in batch.items()})["logits"].float().cpu()

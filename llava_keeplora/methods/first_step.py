@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from llava_keeplora.methods.base import Layer, TaskContext
-from llava_keeplora.subspace import DenseGradient, GradientSketch, RankError, ResidualDirections, SketchedDirections, sketch_width
+from llava_keeplora.subspace import DenseGradient, GradientSketch, RankError, ResidualDirections, SecondPass, SketchedDirections, sketch_width
 
 # Pairs of passes over the data at most; the answer of the last one is taken, and reported, as it is.
 ROUNDS = 3
@@ -88,6 +88,7 @@ def first_step_directions(
     }
     ctx.gradients(fraction, statistics)
     read(statistics)
+    again: dict[str, SecondPass] = {}
     for round_ in range(ROUNDS):
         statistics = {name: statistics[name] for name in short()}
         if not statistics:

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.models.base import Family, Inputs, TaskModel
+from llava_keeplora.models.base import Family, Inputs, Prepared, TaskModel
 from llava_keeplora.models.clip import ClipFamily, ClipTask
 from llava_keeplora.models.llava import LlavaFamily, LlavaTask
 from llava_keeplora_eval.llava import LLAVA_MODELS
@@ -19,7 +19,7 @@ FAMILIES = ("clip", *LLAVA_MODELS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 __all__ = [
-    "ASSETS", "DTYPES", "FAMILIES", "ClipFamily", "ClipTask", "Family", "Inputs", "LlavaFamily", "LlavaTask", "TaskModel", "embedded_models", "load_model", "open_model",
+    "ASSETS", "DTYPES", "FAMILIES", "ClipFamily", "ClipTask", "Family", "Inputs", "LlavaFamily", "LlavaTask", "Prepared", "TaskModel", "embedded_models", "load_model", "open_model",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,22 @@ class Images(Protocol):
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]: ...
     def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A split's images made as they are asked for, kept nowhere; see `Images`."""
+
+    family: Family
+    data: TaskData
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """What the model takes for the images of some examples."""
+        return self.of([self.data[i] for i in indices])
+
+    def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """The same by example."""
+        return self.family.prepare(examples)
 
 
 class Inputs(Protocol):

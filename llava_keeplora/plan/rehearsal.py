@@ -10,7 +10,7 @@ Legend: in / out features of a layer, k columns of its basis, T tasks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
-from llava_keeplora.capture import feature_pass, gradient_pass
+from llava_keeplora.capture import autocast, feature_pass, gradient_pass
 from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Layer, TaskContext, find_layers
@@ -179,7 +179,7 @@ class Rehearsal:
             held = meter.live - given
             meter.peak = meter.live
             task, batch = self._task(), self._batch()
-            with self._autocast():
+            with autocast(self.training, "cpu"):
                 gradient_pass(task, self._modules(), [(batch, True)], 1, statistics)
             beside = meter.peak - given
         shapes = [(layer.module.out_features, layer.module.in_features, sketch_width(layer.rank) if sketched else None) for layer in layers.values()]
@@ -196,22 +196,23 @@ class Rehearsal:
         layers, tasks = self.layers, len(self.work) - 1
         with self._fake_model() as meter:
             bases = {name: torch.zeros(layer.module.in_features, self.columns(layer, tasks)) for name, layer in layers.items()}
-            given, made = meter.live, {}
+            given, held, made = meter.live, 0, {}
 
             def statistics(groups: list[list[str]]) -> Mapping[str, Any]:
+                nonlocal held
                 before = meter.live
                 budget = int(self.config.memory.statistics_gb * 1e9)
                 try:
                     made.update(self.method.rules.statistics([[layers[n] for n in names] for names in groups], bases, budget, 0))
                 except ShapeError as error:
                     raise ConfigError(f"memory.statistics_gb is {self.config.memory.statistics_gb}, and {str(error).rstrip('.')}", "raise it") from error
-                made["held"] = meter.live - before
-                return {name: one for name, one in made.items() if name != "held"}
+                held = meter.live - before
+                return made
 
             meter.peak = meter.live
-            with self._autocast():
+            with autocast(self.training, "cpu"):
                 feature_pass(self._task(), self._modules(), {n: layer.part for n, layer in layers.items()}, [(self._batch(), True)], statistics)
-            beside, held = meter.peak - given, made.pop("held")
+            beside = meter.peak - given
             solving = max(self._one_extension(layers[name], statistic, tasks) for name, statistic in made.items())
         return self._sum(max(beside, held + solving), tasks=tasks)
 
@@ -234,7 +235,7 @@ class Rehearsal:
                     p.grad = torch.zeros_like(p)
             meter.peak = meter.live
             task, batch = self._task(), self._batch()
-            with self._autocast():
+            with autocast(self.training, "cpu"):
                 loss = task.train()(**batch)["loss"]
             loss.backward()
             beside = meter.peak - self.model_bytes
@@ -305,12 +306,6 @@ class Rehearsal:
     def _task(self) -> nn.Module:
         model, prompts = self.family.model, self.largest.prompts
         return ClipTask(model, prompts["input_ids"], prompts["attention_mask"]) if prompts else LlavaTask(model)
-
-    def _autocast(self):
-        """The precision of the run's passes and of its training."""
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        chosen = next((dtype for key, dtype in kinds.items() if self.training.get(key)), None)
-        return torch.autocast("cpu", chosen) if chosen else nullcontext()
 
     @contextmanager
     def _adapters(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ Read from the data where they are there, else from what the recipe says of itsel
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.models import ClipFamily, Family, LlavaFamily
+from llava_keeplora.models import ClipFamily, Family, LlavaFamily, Prepared
 from llava_keeplora_eval.chat import asked
 from llava_keeplora_eval.predictors import tokenize_prompts
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe
@@ -97,10 +97,8 @@ def read_work(config: RunConfig, family: Family) -> list[Work]:
 def _read(recipe: Recipe, config: RunConfig, family: Family) -> Work:
     describe = _clip if isinstance(family, ClipFamily) else _llava
     if _is_there(recipe, config.data.root):
-        train = recipe.load("train", config.data.root, config.data.on_bad_image)
-        if config.data.holdout:
-            return describe(train.recipe, family, *train.split_holdout(config.data.holdout, 0))
-        return describe(train.recipe, family, train, recipe.load("test", config.data.root, config.data.on_bad_image))
+        train, test = config.data.splits(recipe)
+        return describe(train.recipe, family, train, test)
     sizes = recipe.expected_sizes
     if not {"train", "test"} <= set(sizes):
         raise ConfigError(
@@ -147,7 +145,7 @@ def _llava(recipe: Recipe, family: LlavaFamily, train: TaskData | None, test: Ta
     if train is None:
         example, question = _assumed(family)
         return Work(recipe.name, 0, 0, 0, example, question, {}, 4.0 * ANSWER)
-    inputs = family.inputs(train, _Prepared(family, train))
+    inputs = family.inputs(train, Prepared(family, train))
     longest = max(range(len(inputs)), key=lambda i: sum(map(len, inputs.turns[i])))
     prompts = [family.chat.prompt(asked(test.recipe, q), sizes) for q, sizes in zip(test.questions, test.image_sizes, strict=True)]
     row = max(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -158,17 +156,6 @@ def _llava(recipe: Recipe, family: LlavaFamily, train: TaskData | None, test: Ta
         recipe.name, len(inputs), len(test), len(train) + len(test), _on_meta(inputs.collate([longest])), _on_meta(question), {},
         sum(said) / max(1, len(said)),
     )
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """Images made as they are asked for; see `llava_keeplora.models.Images`."""
-
-    family: Family
-    data: TaskData
-
-    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        return self.family.prepare([self.data[i] for i in indices])
 
 
 def _on_meta(batch: Batch) -> dict[str, Tensor]:

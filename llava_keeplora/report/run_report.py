@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava_keeplora.config import read_dumped
 from llava_keeplora.errors import RunError
 from llava_keeplora.report.page import write_report
 from llava_keeplora.report.tables import score_rows, summary_table
@@ -26,7 +27,7 @@ def write_run_report(run: str | Path) -> dict[str, Matrix]:
     """
     run = Path(run)
     results = read_results(run)
-    config = json.loads((run / "config.json").read_text())
+    config = read_dumped(run)
     capacity = {label: stages for label in results if (stages := read_capacity(run / label))}
     settings = {key: config[key] for key in ("seed", "sequence", "model", "parts", "training", "data")}
     settings["methods"] = {label: {"method": m["method"], **m["options"]} for label, m in config["methods"].items()}
@@ -37,10 +38,7 @@ def write_run_report(run: str | Path) -> dict[str, Matrix]:
 
 def read_results(run: Path) -> dict[str, Matrix]:
     """label → matrix of every method of a run, zero-shot first, then in the configuration's order."""
-    config_file = run / "config.json"
-    if not config_file.exists():
-        raise RunError(f"{run} is not a run folder (it has no config.json)", "name the output_dir of a run")
-    labels = ["zero-shot", *json.loads(config_file.read_text())["methods"]]
+    labels = ["zero-shot", *read_dumped(run)["methods"]]
     found = {label: Matrix.from_json(run / label / "matrix.json") for label in dict.fromkeys(labels) if (run / label / "matrix.json").exists()}
     if not found:
         raise RunError(f"{run} holds no matrix yet", "run its training first")

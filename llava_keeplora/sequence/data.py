@@ -15,9 +15,6 @@ from llava_keeplora.models import Inputs
 from llava_keeplora_eval.metrics import check_metric
 from llava_keeplora_recipes import Example, Recipe, TaskData, load_recipe
 
-#: The held-out part is the same for every seed and method, so that all are tuned on the same examples.
-HOLDOUT_SEED = 0
-
 
 @dataclass(frozen=True)
 class Task:
@@ -64,11 +61,7 @@ def load_tasks(config: RunConfig) -> list[Task]:
     tasks = []
     for recipe in recipes:
         check_metric(recipe.metric)
-        train = recipe.load("train", config.data.root, config.data.on_bad_image)
-        if config.data.holdout:
-            train, test = train.split_holdout(config.data.holdout, HOLDOUT_SEED)
-        else:
-            test = recipe.load("test", config.data.root, config.data.on_bad_image)
+        train, test = config.data.splits(recipe)
         # The loaded recipe: some class lists come from the source itself.
         tasks.append(Task(train.recipe, train, test))
     return tasks

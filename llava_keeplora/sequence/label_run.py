@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from torch import nn
 from transformers import set_seed
 
 from llava_keeplora.adapters import AdapterInit, Delta, FullDelta, attach, detach, load_deltas, read_adapters, save_deltas
-from llava_keeplora.capture import feature_pass, gradient_pass
+from llava_keeplora.capture import autocast, feature_pass, gradient_pass
 from llava_keeplora.config import MethodConfig
 from llava_keeplora.errors import ConfigError, RunError, TrainingError
 from llava_keeplora.files import file_hash, write_json, write_tensors
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_layers
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
-from llava_keeplora.sequence.journal import Entry, Journal, next_stage, stages_of
+from llava_keeplora.journal import Entry, Journal, next_stage, stages_of
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
@@ -406,22 +405,16 @@ class LabelRun:
 
         return counted(), batches.weight
 
-    def _autocast(self):
-        """The precision that training uses, for the passes too."""
-        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        chosen = next((dtype for key, dtype in kind.items() if self.config.training.get(key)), None)
-        return torch.autocast(self.shared.device.type, chosen) if chosen else nullcontext()
-
     def _gradients(self, index: int, fraction: float, statistics: Mapping[str, Any]) -> None:
         batches, total = self._batches(index, fraction, 3)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
-        with self.shared.zero.engaged(task), self._autocast():
+        with self.shared.zero.engaged(task), autocast(self.config.training, self.shared.device.type):
             gradient_pass(task, self._adapted(), batches, total, statistics)
 
     def _features(self, index: int, statistics: Callable[[list[list[str]]], Mapping[str, Any]]) -> Mapping[str, Any]:
         batches, _ = self._batches(index, 1.0, 1)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
-        with self.shared.zero.engaged(task), self._autocast():
+        with self.shared.zero.engaged(task), autocast(self.config.training, self.shared.device.type):
             return feature_pass(task, self._adapted(), {n: layer.part for n, layer in self.layers.items()}, batches, statistics)
 
     def _adapted(self) -> dict[str, nn.Linear]:

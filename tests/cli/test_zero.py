@@ -108,17 +108,25 @@ def test_three_tasks_in_two_processes_end_as_in_one(family, stage, trees, writte
     assert max(apart.values()) < 1e-5, apart
 
 
-def test_the_literal_form_ends_as_in_one_process_under_zero_3(trees, written, launch, launcher, script, tmp_path):
-    # B starts above zero: DeepSpeed's own copies of B have to start there too, and the shards' weights are W − s B₀ A.
+@pytest.fixture
+def one_and_two(trees, written, launch, launcher, script, tmp_path):
+    """Function (stage, **changes) → distances of a LLaVA run in two processes from the same in one."""
     from llava_keeplora.config import parse_config
     from llava_keeplora.sequence import run
 
-    literal = {"methods": {"keeplora": {"form": "literal"}}}
-    run(parse_config(trees["llava"](**literal) | {"output_dir": str(tmp_path / "one")}))
-    path = written(halved(trees["llava"](**literal)), ZERO["zero-3"])
-    code, _, err = launch([*launcher(2), script], "--config", path, "--output-dir", tmp_path / "two")
-    assert code == 0, err
-    apart = distances(tmp_path / "one", tmp_path / "two")
+    def measure(stage, **changes):
+        run(parse_config(trees["llava"](**changes) | {"output_dir": str(tmp_path / "one")}))
+        path = written(halved(trees["llava"](**changes)), ZERO[stage])
+        code, _, err = launch([*launcher(2), script], "--config", path, "--output-dir", tmp_path / "two")
+        assert code == 0, err
+        return distances(tmp_path / "one", tmp_path / "two")
+
+    return measure
+
+
+def test_the_literal_form_ends_as_in_one_process_under_zero_3(one_and_two):
+    # B starts above zero: DeepSpeed's own copies of B have to start there too, and the shards' weights are W − s B₀ A.
+    apart = one_and_two("zero-3", methods={"keeplora": {"form": "literal"}})
     assert apart and max(apart.values()) < 1e-5, apart
 
 
@@ -187,16 +195,8 @@ def test_processes_with_unequal_shares_of_the_data_never_wait_for_each_other_for
 
 
 @pytest.mark.slow
-def test_a_quantised_base_under_zero_2_ends_as_in_one_process(trees, written, launch, launcher, script, tmp_path):
-    from llava_keeplora.config import parse_config
-    from llava_keeplora.sequence import run
-
-    nf4 = {"model": {"quantization": "nf4"}}
-    run(parse_config(trees["llava"](**nf4) | {"output_dir": str(tmp_path / "one")}))
-    path = written(halved(trees["llava"](**nf4)), ZERO["zero-2"])
-    code, _, err = launch([*launcher(2), script], "--config", path, "--output-dir", tmp_path / "two")
-    assert code == 0, err
-    apart = distances(tmp_path / "one", tmp_path / "two")
+def test_a_quantised_base_under_zero_2_ends_as_in_one_process(one_and_two):
+    apart = one_and_two("zero-2", model={"quantization": "nf4"})
     assert apart and max(apart.values()) < 1e-5, apart
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import file_hash
-from llava_keeplora.sequence.journal import BASE_STAGES, STAGES, Entry, Journal, next_stage
+from llava_keeplora.journal import BASE_STAGES, STAGES, Entry, Journal, next_stage
 
 ORDER = [(0, s) for s in BASE_STAGES] + [(t, s) for t in (1, 2) for s in STAGES]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_keeplora.sequence.journal import Journal
+from llava_keeplora.journal import Journal
 
 
 @pytest.fixture(scope="module")
