@@ -26,7 +26,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Layer, TaskContext, find_layers
 from llava_keeplora.methods.first_step import gradient_statistic
 from llava_keeplora.methods.keeplora import KeepLora
-from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask
+from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask, recomputes
 from llava_keeplora.plan import linear_algebra
 from llava_keeplora.plan.machine import model_bytes
 from llava_keeplora.plan.meter import faked, metered
@@ -134,8 +134,8 @@ class Rehearsal:
         whole, shards = self.sharding.parameters(self.model_bytes, self.dtype.itemsize)
         # Stacked deltas are kept in fp32 and used in the model's precision.
         size = F32 + (self.dtype.itemsize if self.dtype != torch.float32 else 0)
-        device += whole + self.kept + size * len(self.work) * sum(map(self._numbers, self.stacked))
-        host += shards + self.bases(tasks) + self._images
+        device += whole + size * len(self.work) * sum(map(self._numbers, self.stacked))
+        host += shards + self.kept + self.bases(tasks) + self._images
         return Peak(device + host) if self.cpu else Peak(device, host)
 
     # --- stages ----------------------------------------------------------------------------------
@@ -144,10 +144,10 @@ class Rehearsal:
     def _load(self) -> Peak:
         """Loading, and rebuilding the model after the last task from its deltas, one layer after the other in fp32."""
         plain = [m.in_features * m.out_features for name, m in self.changed.modules.items() if name not in self.stacked]
-        largest, count = F32 * max(plain, default=0), len(self.work)
-        # The base in fp32 and its sum, which are one tensor where the base is fp32, and every task's ΔW.
-        device, host = largest * (1 if self.dtype == torch.float32 else 2), count * (largest + F32 * self.delta_numbers)
-        peak = self._sum(device if self.cpu else device + largest, tasks=count, host=host)
+        largest, count = max(plain, default=0), len(self.work)
+        # The sum in fp32 and one task's ΔW, and on a GPU the base's weight that was fetched from the host.
+        device = largest * (2 * F32 + (0 if self.cpu else self.dtype.itemsize))
+        peak = self._sum(device, tasks=count, host=count * F32 * self.delta_numbers)
         return peak if self.cpu else Peak(peak.device, max(peak.host, self.model_bytes))
 
     @cached_property
@@ -179,7 +179,7 @@ class Rehearsal:
             held = meter.live - given
             meter.peak = meter.live
             task, batch = self._task(), self._batch()
-            with autocast(self.training, "cpu"):
+            with autocast(self.training, "cpu"), task.recomputing(self.training):
                 gradient_pass(task, self._modules(), [(batch, True)], 1, statistics)
             beside = meter.peak - given
         shapes = [(layer.module.out_features, layer.module.in_features, sketch_width(layer.rank) if sketched else None) for layer in layers.values()]
@@ -285,11 +285,6 @@ class Rehearsal:
 
     # --- the rehearsal -----------------------------------------------------------------------------
 
-    @property
-    def checkpoints(self) -> bool:
-        """Whether the model can recompute activations in the backward pass."""
-        return not self.largest.prompts
-
     @contextmanager
     def _fake_model(self) -> Iterator[Any]:
         with metered() as meter, faked(self.family.model):
@@ -324,8 +319,8 @@ class Rehearsal:
                 # DeepSpeed turns the whole model into one precision.
                 for p in self._trained_parameters():
                     p.data = p.data.to(self.dtype)
-            if self.checkpoints and (self.training.get("gradient_checkpointing") or self.training.get("activation_checkpointing")):
-                LlavaTask(model).activation_checkpointing_enable()
+            if recomputes(self.training):
+                self._task().activation_checkpointing_enable()
             yield
         finally:
             if getattr(model, "is_activation_checkpointing", False):

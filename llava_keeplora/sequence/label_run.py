@@ -408,7 +408,7 @@ class LabelRun:
     def _gradients(self, index: int, fraction: float, statistics: Mapping[str, Any]) -> None:
         batches, total = self._batches(index, fraction, 3)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
-        with self.shared.zero.engaged(task), autocast(self.config.training, self.shared.device.type):
+        with self.shared.zero.engaged(task), autocast(self.config.training, self.shared.device.type), task.recomputing(self.config.training):
             gradient_pass(task, self._adapted(), batches, total, statistics)
 
     def _features(self, index: int, statistics: Callable[[list[list[str]]], Mapping[str, Any]]) -> Mapping[str, Any]:
