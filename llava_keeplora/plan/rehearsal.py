@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import AutoConfig, DynamicCache, GenerationConfig
 
 from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
@@ -100,6 +100,16 @@ class Rehearsal:
         """Of parameters and buffers."""
         return model_bytes(self.family.model)
 
+    @property
+    def _linear(self) -> list[nn.Linear]:
+        return [module for module in self.family.model.modules() if isinstance(module, nn.Linear)]
+
+    @cached_property
+    def _dense_numbers(self) -> int:
+        """Of the model, a quantised weight expanded."""
+        packed = sum(m.in_features * m.out_features - m.weight.numel() for m in self._linear if is_quantised(m))
+        return packed + sum(p.numel() for p in self.family.model.parameters())
+
     def bases(self, tasks: int) -> int:
         """Bytes of the protected subspaces after so many tasks, kept on the host."""
         return sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.layers.values()) if self.protects else 0
@@ -148,7 +158,11 @@ class Rehearsal:
         # The sum in fp32 and one task's ΔW, and on a GPU the base's weight that was fetched from the host.
         device = largest * (2 * F32 + (0 if self.cpu else self.dtype.itemsize))
         peak = self._sum(device, tasks=count, host=count * F32 * self.delta_numbers)
-        return peak if self.cpu else Peak(peak.device, max(peak.host, self.model_bytes))
+        # The checkpoint's files are mapped, and their pages count as the process's. Weights that stay as they are lie in them; others are made beside.
+        stored = AutoConfig.from_pretrained(self.family.path, revision=self.family.revision).dtype or torch.float32
+        made = stored != self.dtype or any(map(is_quantised, self._linear))
+        reading = self.model_bytes + made * self._dense_numbers * stored.itemsize
+        return Peak(max(peak.device, reading)) if self.cpu else Peak(peak.device, max(peak.host, reading))
 
     @cached_property
     def _basis(self) -> Peak:
@@ -279,8 +293,7 @@ class Rehearsal:
     def _export(self) -> Peak:
         """A merged model in host memory: the base, the deltas, and one layer's sum in fp32."""
         numbers = max(module.in_features * module.out_features for module in self.changed.modules.values())
-        whole = sum(_dense_bytes(m, self.dtype) for m in self.family.model.modules())
-        host = whole + F32 * (self.delta_numbers * len(self.work) + 3 * numbers)
+        host = self._dense_numbers * self.dtype.itemsize + F32 * (self.delta_numbers * len(self.work) + 3 * numbers)
         return Peak(host) if self.cpu else Peak(0, host)
 
     # --- the rehearsal -----------------------------------------------------------------------------
@@ -335,15 +348,6 @@ def _rank(layer: Layer) -> int:
 
 def _refused(*args: Any) -> None:
     raise ConfigError("this method prepares its adapters from data, which a plan has none of", "run it without a plan")
-
-
-def _dense_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of a module's own parameters, a quantised weight expanded."""
-    own = dict(module.named_parameters(recurse=False))
-    if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-        own.pop("weight")
-        return module.in_features * module.out_features * dtype.itemsize + sum(p.nbytes for p in own.values())
-    return sum(p.nbytes for p in own.values())
 
 
 def _answer_clip(family: Family, work: Work, size: int) -> None:
