@@ -1,0 +1,59 @@
+"""Finished runs, and exports of them that several tests look at."""
+
+import pytest
+
+from llava_keeplora.config import parse_config
+from llava_keeplora.export import check, export_run, reload
+from llava_keeplora.sequence import runner
+
+BASE_ID = "you/tiny-base@abc123"
+WHOLE_PROJECTOR = {"parts": {"projector": {"train": "full", "learning_rate": 1e-3}}}
+FORMS = {
+    "clip": {},
+    "llava": {"parts": {"projector": None}},
+    "plain": WHOLE_PROJECTOR,
+    "nf4": {**WHOLE_PROJECTOR, "model": {"quantization": "nf4"}},
+}
+
+
+@pytest.fixture(scope="session")
+def finished(run_tree, llava_tree, tmp_path_factory):
+    """Function (form) → a finished run: `clip`, `llava` (two parts adapted), `plain` and `nf4` (its projector trained in full)."""
+    done = {}
+
+    def run(form):
+        if form not in done:
+            done[form] = tmp_path_factory.mktemp(form) / "run"
+            tree = run_tree if form == "clip" else llava_tree
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(runner, "write_run_report", lambda root: None)
+                runner.run(parse_config(tree(done[form], methods={"keeplora": {}}, **FORMS[form])))
+        return done[form]
+
+    return run
+
+
+@pytest.fixture
+def quick_reload(monkeypatch):
+    """Exports are loaded again in this process: a start of Python with all libraries takes seconds, and other tests do it."""
+
+    def reload_here(room):
+        with monkeypatch.context() as patch:
+            patch.chdir(room)
+            reload.main()
+
+    monkeypatch.setattr(check, "reload_in_fresh_process", reload_here)
+
+
+@pytest.fixture(scope="session")
+def exported(finished, tmp_path_factory):
+    """Function (run's form, export's form) → (folder, what `export_run` says of it); as such, with everything at its default."""
+    done = {}
+
+    def export(run, form):
+        if (run, form) not in done:
+            folder = tmp_path_factory.mktemp(f"{run}-{form}") / "you" / f"{run}-{form}"
+            done[run, form] = folder, export_run(finished(run), form, folder, base_id=BASE_ID, name=f"you/{run}-{form}")
+        return done[run, form]
+
+    return export
