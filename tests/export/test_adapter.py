@@ -221,3 +221,17 @@ def test_the_deviation_compares_positions_and_choices():
     deviation = check.Deviation.between(found, expected)
     assert (deviation.largest, deviation.same) == (3.0, 0.5)
     assert deviation.relative == pytest.approx((0.25 + 9 + 9) ** 0.5 / (1 + 6.25 + 9) ** 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_every_family_of_llava_is_exported(kind, form, make_llava, llava_tree, tmp_path, quick_reload, monkeypatch):
+    from llava_keeplora.config import parse_config
+    from llava_keeplora.sequence import runner
+
+    monkeypatch.setattr(runner, "write_run_report", lambda root: None)
+    base = make_llava(tmp_path / "base", kind)
+    runner.run(parse_config(llava_tree(tmp_path / "run", model={"name_or_path": str(base)}, parts={"projector": None})))
+    done = export_run(tmp_path / "run", form, base_id="you/base")
+    assert done.folder == tmp_path / "run/export" / form and done.reloaded.largest < 1e-5
