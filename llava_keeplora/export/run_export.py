@@ -61,7 +61,7 @@ class Exported:
         what = {"merged": "base and updates merged", "state": "what the run needs to go on"}
         if self.adapter:
             what["adapter"] = f"a LoRA of rank {self.adapter.rank} on {len(self.adapter.layers)} layers"
-        lines = [f"{self.folder}: {what[self.form]}, after {self.tasks} tasks"]
+        lines = [f"{self.folder}: {what[self.form]}, after {self.tasks} task{'' if self.tasks == 1 else 's'}"]
         if self.compressed:
             lines.append(f"compressed: {self.adapter.error:.2%} of the updates' norm is lost, {self.adapter.worst:.2%} in the worst layer")
         if self.left_out:

@@ -77,7 +77,8 @@ def _portable(tree: dict[str, Any], learned: Learned, base: Base) -> dict[str, A
     """A resolved configuration, or its identity, without what is of one machine, and with one method."""
     tree = json.loads(json.dumps(tree))
     tree["methods"] = {learned.label: tree["methods"][learned.label]}
-    tree.pop("sequence", None)  # Its tasks are listed.
+    if "sequence" in tree:
+        tree["sequence"] = None  # Its tasks are listed.
     names = {task: recipe.name for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True) if _is_file(task)}
     tree["tasks"] = [_kept(names[task]) if task in names else task for task in tree["tasks"]]
     if find_local(learned.model.name_or_path) and learned.model.name_or_path not in embedded_models():

@@ -35,17 +35,11 @@ def states(finished, tmp_path_factory):
     return export
 
 
-@pytest.fixture
-def without_pictures(monkeypatch):
-    """Runs draw no report."""
-    monkeypatch.setattr(runner, "write_run_report", lambda root: None)
-
-
 def learned(run):
     return {str(path.relative_to(run)): file_hash(path) for pattern in LEARNED for path in (run / "keeplora").glob(pattern)}
 
 
-def test_a_run_that_goes_on_from_a_state_learns_bit_for_bit_what_the_run_itself_did(states, finished, tiny_clip, tmp_path, without_pictures):
+def test_a_run_that_goes_on_from_a_state_learns_bit_for_bit_what_the_run_itself_did(states, finished, tiny_clip, tmp_path):
     config = import_state(str(states(2)), tmp_path / "run", base=str(tiny_clip), data_root=None)
     written = json.loads((tmp_path / "run/config.json").read_text())
     # The pictures lie where they lay; a recipe's relative paths start at the data root that is given.
@@ -53,7 +47,7 @@ def test_a_run_that_goes_on_from_a_state_learns_bit_for_bit_what_the_run_itself_
     results = runner.run(load_config(str(config), data_root=str(roots.pop()), output_dir=written["output_dir"]))
     assert learned(tmp_path / "run") == learned(finished("clip"))
     assert json.loads((tmp_path / "run/keeplora/matrix.json").read_text()) == json.loads((finished("clip") / "keeplora/matrix.json").read_text())
-    assert results["keeplora"].complete
+    assert results["keeplora"].complete and (tmp_path / "run/report.html").is_file()
 
 
 def test_a_state_holds_what_was_learned_and_neither_answers_nor_starts_nor_a_path_of_this_machine(states, finished, tiny_clip, tiny_tasks):
@@ -108,7 +102,7 @@ def test_import_takes_the_state_out_of_an_adapter_and_says_how_to_go_on(exported
     assert learned(tmp_path / "run") == learned(finished("llava"))
     config = load_config(str(tmp_path / "run/run.yaml"))
     assert config.model.name_or_path == str(tiny_llava) and config.data.root == str(tmp_path)
-    assert config.identity() == json.loads((tmp_path / "run/identity.json").read_text()) | {"sequence": None}
+    assert config.identity() == json.loads((tmp_path / "run/identity.json").read_text())
     assert cli.main(arguments) == 2
     assert "is there already and not an empty folder; choose another one with --into." in capsys.readouterr().err
 
