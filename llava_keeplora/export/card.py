@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from llava_keeplora.export.adapter import vllm_rank
 from llava_keeplora.export.bundle import Base, Learned
-from llava_keeplora.export.state import FOLDER
+from llava_keeplora.export.state import FOLDER, public
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import Family
 from llava_keeplora.report import heatmap
@@ -63,10 +63,11 @@ class Usage:
         """
         auto = "AutoModelForImageTextToText" if self.kind == "llava" else "AutoModel"
         own, pinned = base.id if base else name, f', revision="{base.revision}"' if base and base.revision else ""
-        lines = [f"from transformers import {auto}, AutoProcessor", "", f'model = {auto}.from_pretrained("{own}"{pinned})']
+        lines = ["from PIL import Image", *(["from peft import PeftModel"] if base else []), f"from transformers import {auto}, AutoProcessor", ""]
+        lines += [f'model = {auto}.from_pretrained("{own}"{pinned})']
         if base:
-            lines = ["from peft import PeftModel", *lines, f'model = PeftModel.from_pretrained(model, "{name}")']
-        lines = ["from PIL import Image", *lines, f'processor = AutoProcessor.from_pretrained("{own}"{pinned})', 'image = Image.open("picture.png").convert("RGB")']
+            lines += [f'model = PeftModel.from_pretrained(model, "{name}")']
+        lines += [f'processor = AutoProcessor.from_pretrained("{own}"{pinned})', 'image = Image.open("picture.png").convert("RGB")']
         if self.kind == "clip":
             lines += [
                 f"captions = {list(self.choices)!r}",
@@ -156,7 +157,10 @@ def _loading(name: str, base: Base, done: "Exported", usage: Usage) -> Iterable[
         limit = vllm_rank(done.adapter.rank)
         beyond = "" if done.language_only else " --enable-tower-connector-lora"
         command = f"vllm serve {base.id} --enable-lora --max-lora-rank {limit}{beyond} --lora-modules learned={name}"
-        yield f"With vLLM, by its documented rules:\n\n```\n{command}\n```" if limit else f"Rank {done.adapter.rank} is more than vLLM loads (512); export with `--rank 512`, or `--as merged`."
+        if limit:
+            yield f"With vLLM, by its documented rules:\n\n```\n{command}\n```"
+        else:
+            yield f"Rank {done.adapter.rank} is more than vLLM loads (512); export with `--rank 512`, or `--as merged`."
     if done.form == "state" or done.with_state:
         where = "" if done.form == "state" else f" (what that needs lies in `{FOLDER}`)"
         yield f"To teach it further tasks{where}:\n\n```\nllava-keeplora import {name} --into runs/continued\n```"
@@ -164,7 +168,8 @@ def _loading(name: str, base: Base, done: "Exported", usage: Usage) -> Iterable[
 
 def _stages(learned: Learned) -> list[dict[str, Any]]:
     """The scores of the base and after each task; a stage that was scored again counts as it was last."""
-    found = {entry.task: name for entry in learned.entries for name in entry.files if entry.stage == "EVALUATED" and name.endswith("scores.json")}
+    scored = [entry for entry in learned.entries if entry.stage == "EVALUATED"]
+    found = {entry.task: name for entry in scored for name in entry.files if name.endswith("scores.json")}
     return [json.loads((learned.run / learned.label / found[task]).read_text()) for task in sorted(found)]
 
 
@@ -178,8 +183,8 @@ def _settings(learned: Learned) -> str:
     model = {key: value for key, value in config["model"].items() if key in ("dtype", "quantization", "max_length") and value is not None}
     rows = [["seed", str(config["seed"])], ["base", _listed(model)], ["method", method["method"]], ["options", _listed(method["options"])]]
     rows += [[f"part `{part}`", _listed({k: v for k, v in own.items() if v is not None})] for part, own in method["parts"].items()]
-    training = {key: value for key, value in method["training"].items() if key != "deepspeed"}
-    rows += [["training", _listed(training)], ["test split", f"held-out {config['data']['holdout']:.0%} of train" if config["data"]["holdout"] else "test"]]
+    held_out = config["data"]["holdout"]
+    rows += [["training", _listed(public(method["training"]))], ["scored on", f"{held_out:.0%} of train, held out" if held_out else "test"]]
     rows += [["versions", _listed({name: importlib.metadata.version(name) for name in LIBRARIES})]]
     return "| setting | value |\n| --- | --- |\n" + "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows)
 

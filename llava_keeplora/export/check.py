@@ -86,12 +86,14 @@ def check_export(
         write_json(room / "job.json", job)
         reason = reload_in_fresh_process(room)
         if reason:
-            raise RunError(f"the {form} cannot be loaded again ({reason})", "see what the reason says; nothing was exported")
+            raise RunError(f"the {form} cannot be loaded again ({reason})", "mend that and export again")
         found = load_file(room / "logits.safetensors")
         counts = json.loads((room / "layers.json").read_text())
-    wrong = {way: count for way, count in counts.items() if layers is not None and count != layers}
-    if wrong:
-        raise RunError(f"{wrong} layers are adapted after loading, where {layers} were written", "check the names of the base's layers; nothing was exported")
+    for way, count in counts.items():
+        if layers is not None and count != layers:
+            raise RunError(
+                f"{count} layers are adapted after loading, where {layers} were written", "check the names of the base's layers; nothing was exported"
+            )
     for way, logits in found.items():
         limit, largest = TOLERANCE * max(1.0, float(expected.abs().max())), Deviation.between(logits, expected).largest
         if way != "bfloat16" and not largest <= limit:

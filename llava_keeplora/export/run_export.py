@@ -14,8 +14,8 @@ from llava_keeplora.export.bundle import only_parts, published_base, read_learne
 from llava_keeplora.export.card import Usage, write_card
 from llava_keeplora.export.check import Deviation, check_export, probe
 from llava_keeplora.export.merged import write_merged
-from llava_keeplora.export.state import FOLDER, whole_or_none, write_state
-from llava_keeplora.files import write_json
+from llava_keeplora.export.state import FOLDER, write_state
+from llava_keeplora.files import whole_folder, write_json
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import DTYPES, open_model
 
@@ -114,7 +114,7 @@ def export_run(
     """
     into = Path(into) if into is not None else Path(run) / "export" / form
     learned = read_learned(run, label, at_task)
-    _check_options(form, into, parts, rank, dtype)
+    _check_options(form, into, parts, rank, dtype, examples)
     if form != "state" and not METHODS[learned.config["methods"][learned.label]["method"]].record.mergeable:
         raise ConfigError(f"what '{learned.label}' learned does not merge into the base's weights", "export --as state")
     base = published_base(learned.model, base_id)
@@ -128,7 +128,7 @@ def export_run(
     _, own = probe(learned.load(), data)
     gc.collect()
 
-    with whole_or_none(into) as room:
+    with whole_folder(into) as room:
         if form == "merged":
             family = learned.load(dtype)
             write_merged(room, family)
@@ -167,12 +167,14 @@ def export_run(
     return done
 
 
-def _check_options(form: str, into: Path, parts: Sequence[str] | None, rank: int | None, dtype: str) -> None:
+def _check_options(form: str, into: Path, parts: Sequence[str] | None, rank: int | None, dtype: str, examples: int) -> None:
     if form not in FORMS:
         raise ConfigError(f"the form is '{form}'", f"choose one of {', '.join(FORMS)}")
     if form != "adapter" and (parts or rank is not None):
         raise ConfigError(f"--parts and --rank shape an adapter, and the form is '{form}'", "leave them out, or export --as adapter")
     if dtype not in DTYPES:
         raise ConfigError(f"the dtype is '{dtype}'", f"choose one of {', '.join(DTYPES)}")
+    if examples < 1:
+        raise ConfigError(f"--examples is {examples}, but logits are compared on something", "give 1 or more")
     if into.exists() and (not into.is_dir() or any(into.iterdir()) and not (into / RECORD).is_file()):
         raise ConfigError(f"{into} is there already and not an empty folder", "choose another one with --into")

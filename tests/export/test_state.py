@@ -170,7 +170,9 @@ def config_without(key):
     (recipe_outside("/etc"), "the recipe colours.yaml reads '/etc', outside the data folder"),
     (recipe_outside("~"), "the recipe colours.yaml reads '~', outside the data folder"),
     (config_without("methods"), "the state's configuration is not what a run writes"),
-    (lambda copy, files: rewrite(copy, files, "config.json", lambda tree: tree["tasks"].append("/tmp/evil.yaml")), "names a recipe that is not in it"),
+    (lambda copy, files: rewrite(copy, files, "config.json", lambda tree: tree["tasks"].append("/tmp/evil.yaml")), "names the recipe '.*evil.yaml', which is not in it"),
+    (lambda copy, files: rewrite(copy, files, "config.json", lambda tree: tree["training"].update(hub_token="x")), "sets training.hub_token, which is for you to set"),
+    (lambda copy, files: rewrite(copy, files, "recipes/colours.yaml", lambda facts: facts.update(extends="/tmp/x.yaml")), "the recipe colours.yaml extends another"),
     (lambda copy, files: rewrite(copy, files, "config.json", lambda tree: tree.update(trust=True)), "unknown key 'trust'"),
     (lambda copy, files: files.pop("identity.json"), "lists no run's files"),
 ])
@@ -178,6 +180,26 @@ def test_a_state_that_is_damaged_or_leads_out_of_its_folder_is_refused_and_makes
     with pytest.raises(UserError, match=words):
         import_state(str(spoilt(states(3), tmp_path, change)), tmp_path / "run")
     assert not (tmp_path / "run").exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".run")]
+
+
+def test_a_state_behind_a_link_is_refused(states, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / FOLDER).symlink_to(states(3))
+    with pytest.raises(RunError, match="is a link that leads out of its folder"):
+        import_state(str(tmp_path / "adapter"), tmp_path / "run")
+
+
+def test_tokens_and_accounts_stay_out_of_what_is_published(finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished("clip"), tmp_path / "run")
+    for name in ("config.json", "identity.json"):
+        tree = json.loads((run / name).read_text())
+        for section in (tree, *tree["methods"].values()):
+            section["training"] |= {"hub_token": "hf_secret", "push_to_hub": True, "deepspeed": "/home/me/zero2.json", "run_name": "mine"}
+        (run / name).write_text(json.dumps(tree))
+    monkeypatch.setattr("llava_keeplora.export.run_export.check_export", lambda folder, form, base, batch, meant, layers: (meant, meant))
+    export_run(run, "adapter", tmp_path / "out", base_id="you/tiny-base")
+    texts = [path.read_text() for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".jsonl", ".md", ".yaml")]
+    assert len(texts) > 5 and not [text for text in texts if any(word in text for word in ("hf_secret", "push_to_hub", "/home/me", "run_name"))]
 
 
 def test_what_holds_no_state_is_refused_with_the_cure(tmp_path):
