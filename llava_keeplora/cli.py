@@ -210,7 +210,10 @@ def _import(args: argparse.Namespace) -> None:
     from llava_keeplora.export import import_state
 
     config = import_state(args.source, args.into, revision=args.revision, base=args.base, data_root=args.data_root)
-    sys.stdout.write(f"{args.into} goes on where it was published; `llava-keeplora train --config {config}` trains what is left of its tasks\n")
+    sys.stdout.write(
+        f"{args.into} goes on from what was published; `llava-keeplora train --config {config}` trains what is left of its tasks, "
+        f"`llava-keeplora extend {args.into} --task NAME` another one\n"
+    )
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """Finished runs, and exports of them that several tests look at."""
 
+import contextlib
+
 import pytest
 
 from llava_keeplora.config import parse_config
@@ -33,27 +35,31 @@ def finished(run_tree, llava_tree, tmp_path_factory):
     return run
 
 
+def reload_here(room):
+    """Load an export again in this process: a start of Python with all libraries takes seconds."""
+    with contextlib.chdir(room):
+        reload.main()
+
+
 @pytest.fixture
 def quick_reload(monkeypatch):
-    """Exports are loaded again in this process: a start of Python with all libraries takes seconds, and other tests do it."""
-
-    def reload_here(room):
-        with monkeypatch.context() as patch:
-            patch.chdir(room)
-            reload.main()
-
+    """Exports are loaded again in this process; other tests do it in a fresh one."""
     monkeypatch.setattr(check, "reload_in_fresh_process", reload_here)
 
 
 @pytest.fixture(scope="session")
 def exported(finished, tmp_path_factory):
-    """Function (run's form, export's form) → (folder, what `export_run` says of it); as such, with everything at its default."""
+    """Function (`clip` or `llava`) → (folder, what `export_run` says of it) of an adapter with everything at its default; LLaVA's is
+    loaded again by a fresh process."""
     done = {}
 
-    def export(run, form):
-        if (run, form) not in done:
-            folder = tmp_path_factory.mktemp(f"{run}-{form}") / "you" / f"{run}-{form}"
-            done[run, form] = folder, export_run(finished(run), form, folder, base_id=BASE_ID, name=f"you/{run}-{form}")
-        return done[run, form]
+    def export(run):
+        if run not in done:
+            folder = tmp_path_factory.mktemp(run) / "you" / f"{run}-adapter"
+            with pytest.MonkeyPatch.context() as patch:
+                if run == "clip":
+                    patch.setattr(check, "reload_in_fresh_process", reload_here)
+                done[run] = folder, export_run(finished(run), "adapter", folder, base_id=BASE_ID, name=f"you/{run}-adapter")
+        return done[run]
 
     return export

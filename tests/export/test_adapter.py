@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, CLIPModel
 
+from llava_keeplora import cli
 from llava_keeplora.adapters import Delta, load_deltas
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export import check, export_run, run_export
@@ -34,7 +35,7 @@ def layer_of(key):
 
 @pytest.mark.parametrize("family", PARTS)
 def test_the_product_of_every_layer_is_the_sum_of_the_tasks_deltas(family, exported, finished):
-    folder, _ = exported(family, "adapter")
+    folder, _ = exported(family)
     tensors, config = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_text())
     tasks = deltas_of(finished(family))
     assert {layer_of(key) for key in tensors} == {name for task in tasks for name in task}
@@ -46,7 +47,7 @@ def test_the_product_of_every_layer_is_the_sum_of_the_tasks_deltas(family, expor
 
 @pytest.mark.parametrize("family", PARTS)
 def test_peft_and_transformers_load_it_onto_the_original_base_and_adapt_the_same_layers(family, exported, finished, tiny_clip, tiny_llava):
-    folder, done = exported(family, "adapter")
+    folder, done = exported(family)
     base = CLIPModel.from_pretrained(tiny_clip) if family == "clip" else AutoModelForImageTextToText.from_pretrained(tiny_llava)
     plain = {name: module.weight.detach().clone() for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     loaded = PeftModel.from_pretrained(base, folder)
@@ -66,7 +67,7 @@ def test_peft_and_transformers_load_it_onto_the_original_base_and_adapt_the_same
 @pytest.mark.parametrize("family", PARTS)
 def test_vllms_loader_would_take_it(family, exported):
     """The rules of vllm/lora/peft_helper.py and lora_model.py, and the values of vllm/config/lora.py, as told in its documentation."""
-    folder, done = exported(family, "adapter")
+    folder, done = exported(family)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["bias"] == "none" and config["modules_to_save"] is None and not config["use_dora"]
     assert not {"rank_pattern", "alpha_pattern"} & config.keys() and config["lora_alpha"] == config["r"]
@@ -166,6 +167,14 @@ def test_what_an_adapter_cannot_hold_exactly_is_refused_with_the_cure(finished, 
     assert "--rank is 0, but an adapter has at least one direction" in refused(parts=["language"], rank=0)
 
 
+def test_parts_are_listed_with_commas_on_the_command_line(finished, capsys):
+    arguments = ["export", str(finished("plain")), "--as", "adapter", "--base-id", "you/base", "--parts"]
+    assert cli.main([*arguments, "language,text"]) == 2
+    assert "error: --parts names 'text', which 'keeplora' did not change; " in capsys.readouterr().err
+    assert cli.main([*arguments, "language,projector"]) == 2
+    assert "error: 2 layers were trained in full" in capsys.readouterr().err
+
+
 def test_a_task_that_is_not_finished_is_refused(finished, tmp_path):
     for task in (0, 4):
         with pytest.raises(RunError, match=f"has finished 3 tasks, and task {task} is asked for; choose 1 to 3 with --at-task"):
@@ -235,3 +244,10 @@ def test_every_family_of_llava_is_exported(kind, form, make_llava, llava_tree, t
     runner.run(parse_config(llava_tree(tmp_path / "run", model={"name_or_path": str(base)}, parts={"projector": None})))
     done = export_run(tmp_path / "run", form, base_id="you/base")
     assert done.folder == tmp_path / "run/export" / form and done.reloaded.largest < 1e-5
+
+
+def test_an_export_whose_fresh_process_fails_is_refused(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(check.sys, "executable", "false")
+    with pytest.raises(RunError, match="the adapter cannot be loaded again .no reason given.; mend that and export again"):
+        export_run(finished("clip"), "adapter", tmp_path / "new", base_id="you/base")
+    assert not (tmp_path / "new").exists()

@@ -49,7 +49,7 @@ def files_of(folder):
 
 
 def test_what_is_pushed_is_the_export_and_import_makes_a_run_of_it_elsewhere(exported, finished, server, online, tmp_path, tiny_llava):
-    folder, _ = exported("llava", "adapter")
+    folder, _ = exported("llava")
     online(server.url)
     assert hub.push(folder, "you/learned") == f"{server.url}/you/learned"
     assert server.repositories["you/learned"] == files_of(folder)

@@ -95,7 +95,7 @@ def test_a_state_is_loaded_again_by_a_fresh_process(finished, tmp_path):
 
 
 def test_import_takes_the_state_out_of_an_adapter_and_says_how_to_go_on(exported, finished, tiny_llava, tmp_path, capsys):
-    folder, _ = exported("llava", "adapter")
+    folder, _ = exported("llava")
     arguments = ["import", str(folder), "--into", str(tmp_path / "run"), "--base", str(tiny_llava), "--data-root", str(tmp_path)]
     assert cli.main(arguments) == 0
     assert f"`llava-keeplora train --config {tmp_path / 'run' / 'run.yaml'}`" in capsys.readouterr().out
