@@ -21,7 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
-    return guarded(lambda: args.run(args), debug=args.debug)
+    return guarded(lambda: args.run(args), debug=args.debug, going_on=going_on(args))
+
+
+def going_on(args: argparse.Namespace) -> str:
+    """What a person who stopped a command is told."""
+    return "every finished stage is kept, run the same command to go on" if args.run is _train else "run the same command again"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -104,16 +109,24 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_export)
 
 
-def guarded(action: Callable[[], None], debug: bool) -> int:
-    """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2."""
+def guarded(action: Callable[[], None], debug: bool, going_on: str) -> int:
+    """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2.
+
+    Args:
+        action: what to run.
+        debug: raise errors instead, with their tracebacks.
+        going_on: what is said after Ctrl-C and SIGTERM, whose exit codes are 130 and 143.
+    """
     # Every process sees the same; the first one tells it.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     quiet_libraries()
     from llava_keeplora.errors import UserError
+    from llava_keeplora_eval.interruption import Interrupted, interruptible
 
     try:
-        action()
+        with interruptible():
+            action()
     except UserError as error:
         if debug:
             raise
@@ -122,11 +135,12 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
             time.sleep(ALONE)
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except KeyboardInterrupt:
+    except Interrupted as stop:
         if debug:
             raise
-        sys.stderr.write("stopped; every finished stage is kept, run the same command to go on\n")
-        return 130
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"stopped; {going_on}\n")
+        return stop.exit_code
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from llava_keeplora.config import RunConfig, dump_config
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
+from llava_keeplora_eval.files import sweep
 
 
 class Workspace:
@@ -60,6 +61,7 @@ class Workspace:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
+            sweep(self.root)
             yield
 
     def claim(self) -> None:
