@@ -118,6 +118,7 @@ def guarded(action: Callable[[], None], debug: bool, going_on: str) -> int:
         going_on: what is said after Ctrl-C and SIGTERM, whose exit codes are 130 and 143.
     """
     # Every process sees the same; the first one tells it.
+    bound_caches()
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     quiet_libraries()
@@ -142,6 +143,16 @@ def guarded(action: Callable[[], None], debug: bool, going_on: str) -> int:
             sys.stderr.write(f"stopped; {going_on}\n")
         return stop.exit_code
     return 0
+
+
+def bound_caches() -> None:
+    """Keep a bounded number of products that PyTorch and oneDNN compile for bf16 on a CPU, one per shape.
+
+    Batches differ in length, and with the libraries' own limit of 1024 a run's memory grows by megabytes with every new one.
+    The libraries read this when they first compute.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "128")
 
 
 def quiet_libraries() -> None:

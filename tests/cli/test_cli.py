@@ -121,3 +121,30 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--config" in done.stdout and done.stderr.strip() == ""
+
+
+GROWTH = """
+import gc
+from pathlib import Path
+from llava_keeplora.cli import bound_caches
+bound_caches()
+import torch
+torch.set_num_threads(1)
+layer = torch.nn.Linear(512, 512, dtype=torch.bfloat16)
+
+def held(lengths):
+    for n in lengths:
+        layer(torch.ones(n, 512, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    gc.collect()
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+print(held(range(1, 151)), held(range(151, 301)))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from Linux's /proc")
+def test_memory_of_a_bf16_run_on_a_cpu_does_not_grow_with_every_new_length_of_a_batch():
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert after - before < 20, "MB; with the libraries' own limits some 300"
