@@ -24,6 +24,7 @@ from llava_keeplora.files import file_hash, write_json, write_tensors
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_layers
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.journal import Entry, Journal, next_stage, stages_of
+from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
@@ -82,10 +83,12 @@ class LabelRun:
     def _run_stage(self, index: int, stage: str) -> None:
         set_seed(stage_seed(self.shared.config.seed, index, stage))
         start = time.perf_counter()
-        files, info = getattr(self, f"_{stage.lower()}")(index)
+        with peak_memory(self.shared.device) as peak:
+            files, info = getattr(self, f"_{stage.lower()}")(index)
         seconds = time.perf_counter() - start
+        peak["peak_bytes"] = self.shared.most(peak["peak_bytes"])
         self.shared.barrier()
-        entry = Entry(index, stage, round(seconds, 3), {str(p.relative_to(self.folder)): file_hash(p) for p in files}, info)
+        entry = Entry(index, stage, round(seconds, 3), {str(p.relative_to(self.folder)): file_hash(p) for p in files}, info | peak)
         if self.shared.rank == 0:
             self.journal.append(entry)
         else:
