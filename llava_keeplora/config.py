@@ -31,7 +31,7 @@ ZERO_SHOT = "zero-shot"
 HOLDOUT_SEED = 0
 #: A label is the name of a folder beside the run's own files.
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-RUN_FILES = ("config.json", "identity.json", "results.json", "report.html", "table.md")
+RUN_FILES = ("config.json", "identity.json", "results.json", "report.html", "table.md", "table.tex", "summary.csv", "scores.csv")
 
 #: Arguments of `TrainingArguments` that say where and in how many pieces a step is computed, not what it is.
 MACHINE_ARGUMENTS = (
