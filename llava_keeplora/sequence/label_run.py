@@ -74,6 +74,7 @@ class LabelRun:
 
     def go(self) -> None:
         """Run stage after stage until every task is closed."""
+        self.shared.progress.watch(self.config.label, self.matrix)
         while (todo := self._next()) is not None:
             index, stage = todo
             with self.shared.progress.stage(f"{self.config.label} {self._where(index)}: {ACTIVITY[stage]}", self._cost(index, stage)):
