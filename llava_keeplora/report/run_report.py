@@ -39,6 +39,8 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
         RunError: if a folder holds no matrix, runs can't be compared, or there are several and no folder to write to.
     """
     folders = [Path(run) for run in runs]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise RunError("a run is named twice", "name every run once")
     if into is None and len(folders) > 1:
         raise RunError(f"the report of {len(folders)} runs belongs to none of their folders", "add --into DIR")
     found = {folder: read_results(folder) for folder in folders}
@@ -57,12 +59,14 @@ def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[T
         seed = identity["seed"]
         for label in matrices:
             seeds = groups.setdefault((label, settings_key(identity, label)), {})
-            if seed in seeds and label != ZERO_SHOT:
+            if label == ZERO_SHOT and seeds:
+                continue  # It draws nothing: another seed has the same scores.
+            if seed in seeds:
                 raise RunError(
                     f"{seeds[seed]} and {folder} hold '{label}' with the same settings and the same seed {seed}, which are no two samples",
                     "name one of them",
                 )
-            seeds.setdefault(seed, folder)
+            seeds[seed] = folder
     labels, names = [label for label, _ in groups], names_of(found)
     results = {}
     for (label, _), seeds in sorted(groups.items(), key=lambda item: labels.index(item[0][0])):
@@ -88,8 +92,6 @@ def names_of(folders: Iterable[Path]) -> dict[Path, str]:
 
 def _check_comparable(found: Mapping[Path, Mapping[str, Matrix]]) -> None:
     """Runs stand side by side only if they score the same tasks, in the same order, on the same examples."""
-    if len({folder.resolve() for folder in found}) < len(found):
-        raise RunError("a run is named twice", "name every run once")
     first, *others = found
     tasks, examples = next(iter(found[first].values())).tasks, examples_of(first)
     for other in others:
