@@ -6,7 +6,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from llava_keeplora.report.figures import Palette, bare, legend_above, style
+from llava_keeplora.report.figures import Palette, bare, fill, legend_above
 from llava_keeplora.report.trial import Cost, Results, mean, spread
 
 MIB = 2**20
@@ -29,7 +29,7 @@ def draw_costs(results: Results, palette: Palette) -> Figure | None:
     figure = Figure(figsize=size, facecolor=palette.paper, layout="constrained")
     panels = figure.subplots(1, len(bars), sharey=True, squeeze=False)[0]
     for axes, (label, values) in zip(panels, bars.items()):
-        _draw_bars(axes, values)
+        _draw_bars(axes, values, palette)
         axes.set_xlabel(label)
         bare(axes, palette)
         axes.set_xlim(left=0)
@@ -43,11 +43,11 @@ def _gib(cost: Cost) -> float | None:
     return None if cost.peak_bytes is None else cost.peak_bytes / 2**30
 
 
-def _draw_bars(axes, values: dict[str, list[float | None]]) -> None:
+def _draw_bars(axes, values: dict[str, list[float | None]], palette: Palette) -> None:
     thick = 0.8 / len(values)
     for position, (name, line) in enumerate(values.items()):
         place = [row + (position - (len(values) - 1) / 2) * thick for row in range(len(line))]
-        axes.barh(place, [math.nan if value is None else value for value in line], thick, label=name, color=style(position)["color"])
+        axes.barh(place, [math.nan if value is None else value for value in line], thick, label=name, **fill(position, palette))
 
 
 def cost_rows(trials) -> list[list[str]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llava_keeplora.report.figures import Palette, bare, legend_above, style
+from llava_keeplora.report.figures import Palette, bare, fill, legend_above, style
 from llava_keeplora.report.heatmap import colour_limits
 from llava_keeplora.report.trial import Results, Trial, deviation, mean
 from llava_keeplora_eval import Matrix
@@ -55,27 +55,30 @@ def draw_losses(results: Results, palette: Palette) -> Figure | None:
 
 
 def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
-    """What was lost since each task was learned: the mean after every task, and each task's own loss by the end."""
-    tasks = _tasks(results)
-    learned = {name: trials for name, trials in results.items() if any(trial.matrix.started for trial in trials)}
-    if len(tasks) < 2 or not learned:
+    """What was lost since each task was learned: the mean after every task, and every task's own loss by the last of them.
+
+    None before the second task is scored.
+    """
+    tasks, order = _tasks(results), list(results)
+    drops = {name: [_drops(trial.matrix) for trial in trials] for name, trials in results.items()}
+    means = {name: _measured((t + 1, [mean(rows[t][:t]) for rows in own]) for t in range(1, len(tasks))) for name, own in drops.items()}
+    means = {name: points for name, points in means.items() if points}
+    if not means:
         return None
-    order = list(results)
     figure = Figure(figsize=(10.4, 1.6 + max(2.0, 0.3 * len(tasks))), facecolor=palette.paper, layout="constrained")
     over, by = figure.subplots(1, 2)
-    thick = 0.8 / len(learned)
-    for row, (name, trials) in enumerate(learned.items()):
-        drops = [_drops(trial.matrix) for trial in trials]
-        _draw_line(over, _measured((t + 1, [mean(drop[t][:t]) for drop in drops]) for t in range(1, len(tasks))), name, order.index(name))
-        ends = [[drop[-1][i] for drop in drops] for i in range(len(tasks) - 1)]
-        place = [i + (row - (len(learned) - 1) / 2) * thick for i in range(len(ends))]
-        means, around = ([math.nan if number(end) is None else number(end) for end in ends] for number in (mean, deviation))
-        by.barh(place, means, thick, xerr=around, color=style(order.index(name))["color"], ecolor=palette.ink)
-    over.set(xlabel="tasks learned", ylabel="mean drop of the tasks before (points)")
-    over.set_xticks(range(2, len(tasks) + 1))
+    thick = 0.8 / len(means)
+    for row, (name, points) in enumerate(means.items()):
+        _draw_line(over, points, name, order.index(name))
+        last = points[-1][0] - 1
+        ends = [[rows[last][i] for rows in drops[name]] for i in range(last)]
+        spreads = [deviation(values) for values in ends] if len(drops[name]) > 1 else None
+        place = [i + (row - (len(means) - 1) / 2) * thick for i in range(last)]
+        by.barh(place, [mean(values) for values in ends], thick, xerr=spreads, ecolor=palette.ink, **fill(order.index(name), palette))
+    over.set(xlabel="tasks learned", ylabel="mean drop of the tasks before (points)", xticks=range(2, len(tasks) + 1))
+    by.set(xlabel="drop from just after learning to the last stage (points)")
     by.set_yticks(range(len(tasks) - 1), tasks[:-1])
     by.invert_yaxis()
-    by.set_xlabel("drop from just after learning to the end (points)")
     for axes, line in ((over, over.axhline), (by, by.axvline)):
         bare(axes, palette)
         line(0, color=palette.ink, linewidth=0.8)
@@ -97,8 +100,10 @@ def _measured(points) -> Points:
     return [(x, values) for x, values in points if None not in values]
 
 
-def _per_task(results: Results, points: Callable[[Sequence[Trial], int], Points], xlabel: str, ylabel: str, palette: Palette):
-    """A panel per task with a line per method; all of them know the same colours."""
+def _per_task(
+    results: Results, points: Callable[[Sequence[Trial], int], Points], xlabel: str, ylabel: str, palette: Palette
+) -> tuple[Figure, list[Axes]]:
+    """A panel per task with a line per method, in the same colours in all of them."""
     tasks = _tasks(results)
     columns = min(PANELS, len(tasks))
     rows = -(-len(tasks) // columns)

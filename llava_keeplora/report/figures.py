@@ -19,6 +19,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 LEGEND_MARK, LEGEND_LETTER = 0.6, 0.085
 #: With as many line styles, three times as many lines can be told apart.
 STYLES = ("-", "--", ":")
+#: And as many bars.
+HATCHES = ("", "////", "....")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ DARK = Palette(paper="#16191d", ink="#e6e8eb", faint="#4a5058", visible=(0.3, 1.
 def style(position: int) -> dict[str, str]:
     """Colour and line style of the method at a position; the same in every picture of a page."""
     return {"color": COLOURS[position % len(COLOURS)], "linestyle": STYLES[position // len(COLOURS) % len(STYLES)]}
+
+
+def fill(position: int, palette: Palette) -> dict[str, str]:
+    """The same as `style` for a bar."""
+    hatch = HATCHES[position // len(COLOURS) % len(HATCHES)]
+    return {"facecolor": COLOURS[position % len(COLOURS)], "hatch": hatch, "edgecolor": palette.paper, "linewidth": 0}
 
 
 def bare(axes, palette: Palette) -> None:

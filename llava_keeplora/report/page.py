@@ -77,7 +77,7 @@ OF_ALL = (
     Kind("curves", "Score of every task after every stage; at the dashed line it was learned, left of it not yet.",
          lambda own, results, palette: draw_curves(own, palette)),
     Kind("forgetting", "What was lost since each task was learned, in points of percent: left the mean over the tasks before, after every task; "
-         "right each task by the end. Below zero: it got better.", lambda own, results, palette: draw_forgetting(own, palette)),
+         "right each task by the last stage. Below zero: it got better.", lambda own, results, palette: draw_forgetting(own, palette)),
     Kind("loss", "Training loss of every task, as the Trainer logged it. Every panel has a scale of its own.",
          lambda own, results, palette: draw_losses(own, palette)),
     Kind("cost", "Time of each kind of stage, summed over the tasks, and its highest peak of memory: on a GPU the tensors of one process, "

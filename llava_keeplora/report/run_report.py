@@ -46,8 +46,8 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
     found = {folder: read_results(folder) for folder in folders}
     _check_comparable(found)
     results = side_by_side(found)
-    title = f"Run {folders[0].resolve().name}" if len(folders) == 1 else f"{len(folders)} runs: {', '.join(names_of(folders).values())}"
-    write_report(folders[0] if into is None else into, title, results, settings_of(folders))
+    title = f"Run {folders[0].resolve().name}" if len(folders) == 1 else f"{len(folders)} runs side by side"
+    write_report(folders[0] if into is None else into, title, results, rows_of(results) | settings_of(folders))
     return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
 
 
@@ -71,7 +71,7 @@ def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[T
     results = {}
     for (label, _), seeds in sorted(groups.items(), key=lambda item: labels.index(item[0][0])):
         name = label if labels.count(label) == 1 else f"{label} ({names[next(iter(seeds.values()))]})"
-        results[name] = [read_trial(folder / label, found[folder][label], seed) for seed, folder in sorted(seeds.items())]
+        results[name] = [read_trial(folder / label, found[folder][label], seed, names[folder]) for seed, folder in sorted(seeds.items())]
     return results
 
 
@@ -113,6 +113,13 @@ def examples_of(run: Path) -> dict[str, tuple]:
     return {task: tuple(score.get(key) for key in ("fingerprint", "metric", "metric_version")) for task, score in scores.items()}
 
 
+def rows_of(results: Mapping[str, Sequence[Trial]]) -> dict[str, str]:
+    """Which runs a row stands for, where they are several."""
+    runs = {trial.run for trials in results.values() for trial in trials}
+    told = {name: ", ".join(f"{trial.run} (seed {trial.seed})" for trial in trials) for name, trials in results.items()}
+    return {f"row {name}": text for name, text in told.items()} if len(runs) > 1 else {}
+
+
 def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
     """What the page says about how the runs were made; where they differ, run by run."""
     configs = {name: read_dumped(folder) for folder, name in names_of(folders).items()}
@@ -138,13 +145,14 @@ def read_results(run: Path) -> dict[str, Matrix]:
     return found
 
 
-def read_trial(folder: Path, matrix: Matrix, seed: int) -> Trial:
+def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
     """Everything that a method's folder shows."""
     tasks = {index: folder / f"task-{index:02d}-{name.replace('/', '-')}" for index, name in enumerate(["base", *matrix.tasks])}
     capacity = read_capacity(folder)
     return Trial(
         matrix=matrix,
         seed=seed,
+        run=run,
         capacity=capacity,
         captured=read_captured(folder, capacity),
         overlap=overlap([path / "delta.safetensors" for index, path in tasks.items() if index]),

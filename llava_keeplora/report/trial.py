@@ -38,6 +38,7 @@ class Trial:
     Args:
         matrix: its scores.
         seed: of the run.
+        run: its name.
         capacity: protected directions per stage.
         captured: per task, the share of each layer's residual gradient energy that its adapter's directions hold.
         overlap: T x T mean squared cosines between the tasks' input subspaces; None where there aren't two.
@@ -48,6 +49,7 @@ class Trial:
 
     matrix: Matrix
     seed: int | None = None
+    run: str = ""
     capacity: Capacity = ()
     captured: LayerLines = field(default_factory=dict)
     overlap: Sequence[Sequence[float | None]] | None = None

@@ -66,7 +66,7 @@ def several(seeds, other_rank, tmp_path_factory):
 
 
 def trial(run: Path, label: str = "keeplora"):
-    return read_trial(run / label, read_results(run)[label], seed=0)
+    return read_trial(run / label, read_results(run)[label], seed=0, run=run.name)
 
 
 def test_one_run_gets_every_picture_as_png_and_svg_and_every_table(one):
@@ -76,8 +76,8 @@ def test_one_run_gets_every_picture_as_png_and_svg_and_every_table(one):
     assert names == {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} | {"report.html", "table.md", "table.tex", "summary.csv", "scores.csv"}
 
 
-def test_a_run_without_a_folder_of_its_own_for_the_report_gets_it_beside_its_files(seeds, tmp_path, capfd):
-    copy = shutil.copytree(seeds[0], tmp_path / "run")
+def test_without_another_folder_the_report_of_a_run_lies_beside_its_files(other_rank, tmp_path, capfd):
+    copy = shutil.copytree(other_rank, tmp_path / "run")
     assert cli.main(["report", str(copy)]) == 0
     assert (copy / "report.html").is_file() and f"run folder: {copy}" in capfd.readouterr().out
 
@@ -158,8 +158,9 @@ def test_the_latex_tables_say_what_the_markdown_says_and_escape_what_latex_reads
     ]
 
 
-def test_the_page_says_where_the_runs_differ(several):
+def test_the_page_says_which_runs_a_row_stands_for_and_where_they_differ(several):
     page = (several[0] / "report.html").read_text()
+    assert "<dt>row keeplora (seed0)</dt><dd>seed0 (seed 0), seed1 (seed 1)</dd>" in page
     assert "<dt>seed (seed1)</dt><dd>1</dd>" in page and "<dt>parts (rank3)</dt>" in page and "<dt>model</dt>" in page
 
 
@@ -189,10 +190,9 @@ def test_runs_that_cannot_stand_side_by_side_are_refused_in_a_sentence(seeds, ma
     assert not out.exists()
 
 
-def test_a_run_in_progress_is_reported_as_far_as_it_goes(seeds, tmp_path):
+def test_a_run_in_progress_is_reported_as_far_as_it_goes(other_rank, tmp_path):
     """The files as they are when the second task is being trained."""
-    run = shutil.copytree(seeds[0], tmp_path / "run")
-    shutil.rmtree(run / "seq-lora")
+    run = shutil.copytree(other_rank, tmp_path / "run")
     folder = run / "keeplora"
     for path in (folder / "task-02-stripes").iterdir():
         if path.name not in ("adapters.safetensors", "prepared.json"):
@@ -203,7 +203,7 @@ def test_a_run_in_progress_is_reported_as_far_as_it_goes(seeds, tmp_path):
     whole = Matrix.from_json(folder / "matrix.json")
     Matrix(whole.tasks, whole.zero_shot, whole.rows[:1]).to_json(folder / "matrix.json")
     write_run_report(run)
-    assert {path.stem for path in run.glob("*.png")} == {"curves", "forgetting", "loss", "cost", "heatmap-keeplora", "capacity-keeplora", "captured-keeplora"}
+    assert {path.stem for path in run.glob("*.png")} == {"curves", "loss", "cost", "heatmap-keeplora", "capacity-keeplora", "captured-keeplora"}
 
 
 @pytest.fixture(scope="module")
