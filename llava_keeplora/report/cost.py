@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
 from llava_keeplora.report.figures import Palette, bare, fill, legend_above
-from llava_keeplora.report.trial import Cost, Results, mean, spread
+from llava_keeplora.report.trial import Cost, Results, Trial, mean, spread
 
 MIB = 2**20
 #: What a stage is called for a reader; the others take no time worth a bar.
@@ -50,11 +51,12 @@ def _draw_bars(axes, values: dict[str, list[float | None]], palette: Palette) ->
         axes.barh(place, [math.nan if value is None else value for value in line], thick, label=name, **fill(position, palette))
 
 
-def cost_rows(trials) -> list[list[str]]:
+def cost_rows(trials: Sequence[Trial]) -> list[list[str]]:
     """The same as a table: one row per kind of stage, means over the trials."""
     rows = []
-    for stage in dict.fromkeys(stage for trial in trials for stage in trial.costs):
+    for stage, name in STAGES.items():
         found = [trial.costs[stage] for trial in trials if stage in trial.costs]
-        peaks = [None if cost.peak_bytes is None else cost.peak_bytes / MIB for cost in found]
-        rows.append([STAGES.get(stage, stage.lower()), spread([cost.seconds for cost in found]), spread(peaks, 0), " / ".join(sorted({c.peak_of for c in found}))])
+        if found:
+            peaks = [None if cost.peak_bytes is None else cost.peak_bytes / MIB for cost in found]
+            rows.append([name, spread([cost.seconds for cost in found]), spread(peaks, 0), " / ".join(sorted({cost.peak_of for cost in found}))])
     return rows

@@ -35,6 +35,7 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 
 p, figcaption { color: var(--dim); max-width: 65ch; }
 figcaption { font-size: .9rem; }
 .wide { overflow-x: auto; }
+.wide + .wide { margin-top: 1.25rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }

@@ -57,7 +57,7 @@ def test_losses_are_means_at_the_steps_that_all_seeds_logged():
 
 
 def test_costs_are_bars_in_seconds_and_gib_and_memory_not_measured_has_no_panel():
-    costs = {"TRAINED": Cost(60.0, 2**31, "gpu"), "EVALUATED": Cost(30.0, 2**30, "gpu")}
+    costs = {"EVALUATED": Cost(30.0, 2**30, "gpu"), "TRAINED": Cost(60.0, 2**31, "gpu")}
     time, memory = draw_costs({"lora": [Trial(ONE, costs=costs)]}, LIGHT).axes
     assert [bar.get_width() for bar in time.patches if bar.get_width() == bar.get_width()] == [60.0, 30.0]
     assert [bar.get_width() for bar in memory.patches if bar.get_width() == bar.get_width()] == [2.0, 1.0]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -94,7 +95,7 @@ def test_what_a_trial_says_is_what_the_files_of_the_run_say(seeds):
     trained = [entry for entry in entries if entry["stage"] == "TRAINED"]
     assert found.costs["TRAINED"].seconds == pytest.approx(sum(entry["seconds"] for entry in trained))
     assert found.costs["TRAINED"].peak_bytes == max(entry["info"]["peak_bytes"] for entry in trained)
-    assert list(found.costs) == ["CONSOLIDATED", "EVALUATED", "PREPARED", "TRAINED"]
+    assert set(found.costs) == {"CONSOLIDATED", "EVALUATED", "PREPARED", "TRAINED"}
 
 
 def test_the_overlap_is_the_mean_squared_cosine_of_the_principal_angles(seeds):
@@ -204,6 +205,25 @@ def test_a_run_in_progress_is_reported_as_far_as_it_goes(other_rank, tmp_path):
     Matrix(whole.tasks, whole.zero_shot, whole.rows[:1]).to_json(folder / "matrix.json")
     write_run_report(run)
     assert {path.stem for path in run.glob("*.png")} == {"curves", "loss", "cost", "heatmap-keeplora", "capacity-keeplora", "captured-keeplora"}
+
+
+def test_several_runs_on_the_command_line_go_into_a_folder_or_are_refused(seeds, tmp_path, capfd, monkeypatch):
+    from llava_keeplora.report import run_report
+
+    monkeypatch.setattr(run_report, "write_report", lambda *args: None)  # the pictures are other tests'
+    assert cli.main(["report", *map(str, seeds), "--into", str(tmp_path)]) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"^\| keeplora \| 2 \| .* ± ", out, re.M) and f"\nfolder: {tmp_path}\n" in out
+    assert cli.main(["report", *map(str, seeds)]) == 2
+    assert "error: the report of 2 runs belongs to none of their folders; add --into DIR." in capfd.readouterr().err
+
+
+def test_every_command_of_the_reports_page_is_one():
+    text = (Path(__file__).parents[2] / "docs/reports.md").read_text()
+    commands = re.findall(r"^    llava-keeplora (.*)$", text, re.M)
+    parsed = [cli.parse_arguments(cli.build_parser(), command.split()) for command in commands]
+    assert [args.run.__name__ for args in parsed] == ["_report", "_train"]
+    assert parsed[1].overrides == ["training.report_to=tensorboard"]
 
 
 @pytest.fixture(scope="module")

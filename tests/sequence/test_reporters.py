@@ -88,6 +88,16 @@ def test_a_run_may_go_on_with_another_tracker(watched, drive, tmp_path, recorder
     assert recorder.seen == {}
 
 
+def test_weights_and_biases_has_a_run_per_task_too(watched, drive, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="the wandb package is not installed: 1 check left out")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    names, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **settings: names.append(settings["name"]) or init(**settings))
+    drive(watched(tmp_path / "run", report_to="wandb"))
+    assert names == [f"run/seq-lora/{task}" for task in TASKS] and wandb.run is None
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
