@@ -312,7 +312,7 @@ class LabelRun:
         return training_arguments(
             self.config.training,
             output_dir=str(self.path(index, "trainer")),
-            run_name=f"{self.config.training.get('run_name') or self.shared.workspace.root.name}/{self._tag(index)}",
+            run_name=f"{self.config.training.get('run_name') or self.shared.workspace.root.resolve().name}/{self._tag(index)}",
             seed=stage_seed(self.shared.config.seed, index, "TRAINED"),
             epochs=self.epochs[index - 1],
         )
