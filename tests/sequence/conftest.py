@@ -8,7 +8,9 @@ import pytest
 from llava_keeplora.files import file_hash
 from llava_keeplora.sequence import runner, trainer
 
-VOLATILE = {".lock", "config.json", "table.md", "report.html"}
+VOLATILE = {".lock", "config.json"}
+#: Endings of what a report writes from the rest.
+REPORT = {".html", ".md", ".tex", ".csv", ".png", ".svg"}
 #: What a stage's entry says of the machine rather than of the run.
 MEASURED = {"seconds", "peak_bytes", "peak_of"}
 
@@ -72,10 +74,10 @@ def journal_of(folder: Path) -> list[dict]:
 
 @pytest.fixture
 def left_behind():
-    """Function (run folder) → every file by relative path as its hash, journals as their entries."""
+    """Function (run folder) → every file but the report's by relative path as its hash, journals as their entries."""
 
     def collect(root: Path) -> dict:
-        files = sorted(p for p in Path(root).rglob("*") if p.is_file() and p.name not in VOLATILE and p.suffix != ".png")
+        files = sorted(p for p in Path(root).rglob("*") if p.is_file() and p.name not in VOLATILE and p.suffix not in REPORT)
         return {str(p.relative_to(root)): journal_of(p.parent) if p.name == "journal.jsonl" else file_hash(p) for p in files}
 
     return collect
