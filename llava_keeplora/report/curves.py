@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from llava_keeplora.report.figures import Palette, bare, fill, legend_above, style
 from llava_keeplora.report.heatmap import colour_limits
@@ -50,7 +51,10 @@ def draw_losses(results: Results, palette: Palette) -> Figure | None:
     logged = {name: trials for name, trials in results.items() if any(trial.losses for trial in trials)}
     if not logged:
         return None
-    figure, _ = _per_task(results, points, "optimiser step", "training loss", palette)
+    figure, panels = _per_task(results, points, "optimiser step", "training loss", palette)
+    for axes in panels:
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure
 
 

@@ -53,6 +53,7 @@ def test_losses_are_means_at_the_steps_that_all_seeds_logged():
     trials = [Trial(ONE, losses={"a": [(10, 2.0), (20, 1.0)]}), Trial(OTHER, losses={"a": [(10, 4.0)]})]
     panels = draw_losses({"zero-shot": [Trial(BASELINE)], "lora": trials}, LIGHT).axes
     assert line_of(panels[0], "lora") == {10: 3.0} and len(panels[1].lines) == 0
+    assert all(tick == int(tick) for tick in panels[0].get_xticks()) and panels[0].get_xlim()[0] == 0, "steps are whole"
     assert draw_losses({"lora": [Trial(ONE)]}, LIGHT) is None
 
 
