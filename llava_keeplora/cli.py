@@ -41,8 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of each GPU (default: that of this machine's)")
     plan.add_argument("--json", action="store_true", help="write the plan as JSON, in bytes")
     plan.set_defaults(run=_plan)
-    report = commands.add_parser("report", help="write the tables, pictures and page of a run folder again")
-    report.add_argument("run_folder", metavar="RUN")
+    report = commands.add_parser("report", help="write the tables, pictures and page of a run, or of several side by side")
+    report.add_argument("run_folders", metavar="RUN", nargs="+")
+    report.add_argument("--into", metavar="DIR", help="the folder to write to (default: the run's own; several runs need one)")
     report.set_defaults(run=_report)
     export = commands.add_parser("export", help="write what a run learned as an adapter, a checkpoint or a state, and push it")
     add_export_arguments(export)
@@ -183,7 +184,7 @@ def _train(args: argparse.Namespace) -> None:
     with processes(config) as main_process:
         results = run(config)
         if main_process:
-            sys.stdout.write(summary(config.output_dir, results))
+            sys.stdout.write(summary(config.output_dir, {label: [matrix] for label, matrix in results.items()}))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -205,8 +206,8 @@ def _plan(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from llava_keeplora.report.run_report import summary, write_run_report
 
-    results = write_run_report(args.run_folder)
-    sys.stdout.write(summary(args.run_folder, results))
+    results = write_run_report(*args.run_folders, into=args.into)
+    sys.stdout.write(summary(args.into or args.run_folders[0], results))
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -31,10 +31,11 @@ ZERO_SHOT = "zero-shot"
 HOLDOUT_SEED = 0
 #: A label is the name of a folder beside the run's own files.
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-RUN_FILES = ("config.json", "identity.json", "results.json", "report.html", "table.md")
+RUN_FILES = ("config.json", "identity.json", "results.json", "report.html", "table.md", "table.tex", "summary.csv", "scores.csv")
 
-#: Arguments of `TrainingArguments` that say where and in how many pieces a step is computed, not what it is.
+#: Arguments of `TrainingArguments` that say where and in how many pieces a step is computed and who watches, not what it is.
 MACHINE_ARGUMENTS = (
+    "report_to", "run_name",
     "deepspeed", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "activation_checkpointing",
     "dataloader_num_workers", "dataloader_pin_memory", "save_steps",
 )

@@ -30,7 +30,7 @@ class Entry:
         stage: one of `STAGES`.
         seconds: what the stage took.
         files: path relative to the journal's folder → SHA-256.
-        info: identity of config, recipe version and data fingerprint, as the stage has them.
+        info: recipe version and data fingerprint, as the stage has them, and its peak of memory (`peak_bytes`, `peak_of`).
     """
 
     task: int

@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llava_keeplora.report.run_report import read_results
-from llava_keeplora.report.tables import COLUMNS, markdown_table
+from llava_keeplora.report.tables import COLUMNS, summary_table
 from llava_keeplora_eval import Matrix
 
 METRICS = tuple(COLUMNS.values())
@@ -42,26 +41,6 @@ def numbers(matrix: Matrix) -> dict[str, float]:
     return {name: values[name] for name in METRICS}
 
 
-def collect(folders: list[Path]) -> dict[str, dict[str, list[float]]]:
-    """label → metric → one value per seed."""
-    table: dict[str, dict[str, list[float]]] = {}
-    for folder in folders:
-        for label, matrix in read_results(folder).items():
-            for name, value in numbers(matrix).items():
-                table.setdefault(label, {}).setdefault(name, []).append(value)
-    return table
-
-
-def spread_rows(table: dict[str, dict[str, list[float]]]) -> list[list[str]]:
-    """Mean ± sample standard deviation over the seeds; no spread where nothing is random."""
-    rows = []
-    for label, metrics in table.items():
-        deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in (metrics[name] for name in METRICS)]
-        cells = [f"{statistics.mean(metrics[name]):.1f}" + (f" ± {sd:.1f}" if sd else "") for name, sd in zip(METRICS, deviations)]
-        rows.append([label, *cells])
-    return rows
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,9 +56,11 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = dict(zip(jobs, pool.map(lambda job: train(args, *job), jobs)))
     for order in args.orders:
-        table = collect([folders[order, seed] for seed in args.seeds])
+        found = [read_results(folders[order, seed]) for seed in args.seeds]
+        results = {label: [matrices[label] for matrices in found] for label in found[0]}
+        table = {label: {name: [numbers(matrix)[name] for matrix in matrices] for name in METRICS} for label, matrices in results.items()}
         (Path(args.output) / args.config / f"{order}.json").write_text(json.dumps(table, indent=1))
-        sys.stdout.write(f"\n{order}, seeds {args.seeds}\n\n{markdown_table(['method', *COLUMNS], spread_rows(table))}")
+        sys.stdout.write(f"\n{order}, seeds {args.seeds}\n\n{summary_table(results)}")
 
 
 if __name__ == "__main__":

@@ -5,5 +5,6 @@ from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.heatmap import heatmap
 from llava_keeplora.report.page import write_report
 from llava_keeplora.report.run_report import summary, write_run_report
+from llava_keeplora.report.trial import Cost, Trial
 
-__all__ = ["ReportError", "heatmap", "protected_fraction_plot", "summary", "write_report", "write_run_report"]
+__all__ = ["Cost", "ReportError", "Trial", "heatmap", "protected_fraction_plot", "summary", "write_report", "write_run_report"]

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.figures import LIGHT, Palette, save
+from llava_keeplora.report.lines import draw_layer_lines
+from llava_keeplora.report.trial import Capacity, LayerLines
 
-#: One mapping per stage (0 = weight basis only, then after each task): layer name -> in, k, part.
-Capacity = Sequence[Mapping[str, Mapping]]
-
-COLUMNS = 2  # panels side by side
-NAMED_LAYERS = 8  # more lines than this can't be told apart by name
+YLABEL = "protected fraction of the input space (k / in)"
 
 
 def protected_fraction_plot(capacity: Capacity, path: str | Path, stages: Sequence[str] | None = None) -> list[Path]:
@@ -51,27 +44,22 @@ def draw_protected_fraction(
     capacity: Capacity, stages: Sequence[str] | None = None, palette: Palette = LIGHT
 ) -> Figure:
     """The plot as a figure, in the given palette."""
-    parts = _fractions(capacity)
+    parts = fractions(capacity)
     stages = list(stages) if stages is not None else ["weights", *(f"task {t}" for t in range(1, len(capacity)))]
     if len(stages) != len(capacity):
         raise ReportError(f"{len(capacity)} stages of capacity have {len(stages)} names", "give one name per stage")
-    columns = min(COLUMNS, len(parts))
-    lines = -(-len(parts) // columns)
-    figure = Figure(
-        figsize=(max(5.0, 2.5 + 0.45 * len(stages)) * columns, 4.0 * lines),
-        facecolor=palette.paper,
-        layout="constrained",
-    )
-    for position, (part, layers) in enumerate(parts.items(), start=1):
-        _draw_part(figure, figure.add_subplot(lines, columns, position), part, layers, stages, palette)
-    figure.supylabel("protected fraction of the input space (k / in)", color=palette.ink, fontsize=10)
-    return figure
+    return draw_layer_lines(parts, stages, YLABEL, palette)
 
 
-def _fractions(capacity: Capacity) -> dict[str, dict[str, list[float]]]:
-    """part -> layer -> k/in per stage, layers in the order of the numbers in their names."""
-    parts: dict[str, dict[str, list[float]]] = {}
+def fractions(capacity: Capacity) -> LayerLines:
+    """part -> layer -> k/in per stage, layers in the order of the numbers in their names.
+
+    Raises:
+        ReportError: see `protected_fraction_plot`.
+    """
+    values: list[dict[tuple[str, str], float]] = []
     for stage, layers in enumerate(capacity):
+        values.append({})
         for name, size in layers.items():
             if not {"in", "k", "part"} <= size.keys():
                 raise ReportError(
@@ -82,51 +70,22 @@ def _fractions(capacity: Capacity) -> dict[str, dict[str, list[float]]]:
                     f"layer '{name}' of stage {stage} protects {size['k']} of {size['in']} directions",
                     "give 0 <= k <= in, and in above 0",
                 )
-            line = parts.setdefault(size["part"], {}).setdefault(name, [math.nan] * len(capacity))
-            line[stage] = size["k"] / size["in"]
-    if not parts:
+            values[-1][size["part"], name] = size["k"] / size["in"]
+    lines = layer_lines(values)
+    if not lines:
         raise ReportError("the capacity names no layer", "leave the plot out, or run a method that protects directions")
-    # Files keep names in alphabetical order, where layer 10 comes before layer 2.
-    return {part: dict(sorted(layers.items(), key=lambda item: _natural(item[0]))) for part, layers in parts.items()}
+    return lines
+
+
+def layer_lines(values: Sequence[dict[tuple[str, str], float]]) -> LayerLines:
+    """part -> layer -> its numbers, from one mapping (part, layer) -> number per stage; nan where a stage has none."""
+    # Files keep names in alphabetical order, where layer 10 comes before layer 2; parts stay in theirs.
+    names = dict.fromkeys(key for stage in values for key in stage)
+    parts: dict[str, dict[str, list[float]]] = {part: {} for part, _ in names}
+    for part, name in sorted(names, key=lambda key: _natural(key[1])):
+        parts[part][name] = [stage.get((part, name), math.nan) for stage in values]
+    return parts
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
-
-
-def _draw_part(figure, axes, part: str, layers: dict[str, list[float]], stages: list[str], palette: Palette) -> None:
-    colours = _colours(palette)
-    last = max(len(layers) - 1, 1)
-    few = len(layers) <= NAMED_LAYERS
-    for position, (name, line) in enumerate(zip(_short(list(layers)), layers.values())):
-        style = {"marker": "o", "markersize": 3} if few or len(stages) == 1 else {}
-        axes.plot(line, color=colours(position / last), label=name, linewidth=1.6, **style)
-    axes.set_facecolor(palette.paper)
-    axes.set_xticks(range(len(stages)), stages, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_ylim(0, 1.02)
-    axes.margins(x=0.03)
-    axes.grid(color=palette.faint, linewidth=0.5, alpha=0.6)
-    axes.tick_params(length=0, colors=palette.ink)
-    axes.set_title(f"{part} ({len(layers)} layers)", color=palette.ink, loc="left", fontweight="bold")
-    for side in axes.spines.values():
-        side.set_visible(False)
-    if few:
-        legend = axes.legend(fontsize=8, labelcolor=palette.ink, facecolor=palette.paper, edgecolor=palette.faint)
-        legend.set_zorder(5)
-    else:
-        bar = figure.colorbar(ScalarMappable(Normalize(1, len(layers)), colours), ax=axes, aspect=30)
-        bar.set_label("layer, first to last", color=palette.ink)
-        bar.ax.tick_params(colors=palette.ink)
-        bar.outline.set_visible(False)
-
-
-def _colours(palette: Palette) -> ListedColormap:
-    return ListedColormap(colormaps["viridis"](np.linspace(*palette.visible, 256)))
-
-
-def _short(names: list[str]) -> list[str]:
-    """Names without the dotted prefix that all of them share."""
-    if len(names) < 2:
-        return names
-    shared = os.path.commonprefix([name.split(".") for name in names])
-    return [".".join(name.split(".")[len(shared) :]) or name for name in names]

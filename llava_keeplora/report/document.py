@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
 from llava_keeplora.report.figures import DPI
-from llava_keeplora.report.tables import COLUMNS, SCORE_COLUMNS, is_baseline, summary_rows
-from llava_keeplora_eval.matrix import MISSING, Matrix, shown
+from llava_keeplora.report.tables import (
+    SCORE_COLUMNS,
+    matrix_rows,
+    metric_rows,
+    of_seeds,
+    score_rows,
+    summary_header,
+    summary_rows,
+    zero_shot_constants,
+)
+from llava_keeplora.report.trial import Results, Trial, matrices, mean_matrix, mean_scores
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2024; --dim: #5c646d; --line: #dfe3e7;
@@ -25,6 +35,7 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 
 p, figcaption { color: var(--dim); max-width: 65ch; }
 figcaption { font-size: .9rem; }
 .wide { overflow-x: auto; }
+.wide + .wide { margin-top: 1.25rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
@@ -44,8 +55,7 @@ LEGEND = (
     "Forgetting: mean drop from the score right after learning; BWT: the same with the other sign. "
     "The zero-shot row is a model that never changes."
 )
-
-
+SPREAD = " Mean ± sample standard deviation (n − 1) over n seeds; pictures and matrices show means."
 CSS_PIXELS_PER_INCH = 96
 READABLE = 0.6  # of the drawn size: below, the numbers in the cells blur
 
@@ -59,63 +69,59 @@ class Picture:
     caption: str
 
 
-def render_page(
-    title: str,
-    results: Mapping[str, Matrix],
-    pictures: Mapping[str, Picture],
-    settings: Mapping,
-    scores: Mapping[str, list[list[str]]],
-) -> str:
+def render_page(title: str, results: Results, pictures: Mapping[str, Picture], settings: Mapping) -> str:
     """The whole page as text.
 
     Args:
         title: the page's title.
-        results: label -> matrix, in display order.
-        pictures: ``heatmap/LABEL`` for every run that gets a section, ``capacity/LABEL`` for those of them
-            that have one.
+        results: label -> trials, in display order.
+        pictures: in display order: ``KIND`` for those of all methods together, ``KIND/LABEL`` for a method's own.
         settings: what was run; values that are not plain are shown as JSON.
-        scores: label -> rows of `tables.score_rows`, for labels that have them.
     """
-    sections = "".join(
-        _run_section(label, matrix, pictures[f"heatmap/{label}"], pictures.get(f"capacity/{label}"), scores.get(label, []))
-        for label, matrix in results.items()
-        if f"heatmap/{label}" in pictures
-    )
+    together = "".join(_figure(name, picture) for name, picture in pictures.items() if "/" not in name)
+    together = f"<section>\n<h2>Side by side</h2>\n{together}</section>\n" if together else ""
+    sections = "".join(_run_section(label, trials, pictures) for label, trials in results.items() if f"heatmap/{label}" in pictures)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{escape(title)}</h1>\n{_summary(results)}{sections}{_settings(settings)}</main>\n</body>\n</html>\n"
+        f"<h1>{escape(title)}</h1>\n{_summary(results)}{together}{sections}{_settings(settings)}</main>\n</body>\n</html>\n"
     )
 
 
-def _summary(results: Mapping[str, Matrix]) -> str:
-    rows = summary_rows(results)
-    runs_from = len(rows) - sum(not is_baseline(label, matrix) for label, matrix in results.items())
-    body = "".join(_row(row, own=position < runs_from) for position, row in enumerate(rows))
-    return f"<p>{LEGEND}</p>\n{_table(['run', *COLUMNS], body)}"
+def _summary(results: Results) -> str:
+    found = matrices(results)
+    constant = zero_shot_constants(found)
+    body = "".join(_row(row, own=row[0] in constant) for row in summary_rows(found))
+    spread = SPREAD if any(len(trials) > 1 for trials in results.values()) else ""
+    return f"<p>{LEGEND}{spread}</p>\n{_table(summary_header(found), body)}"
 
 
-def _run_section(label: str, matrix: Matrix, heatmap: Picture, capacity: Picture | None, scores: list[list[str]]) -> str:
+def _run_section(label: str, trials: Sequence[Trial], pictures: Mapping[str, Picture]) -> str:
+    figures = {name: picture for name, picture in pictures.items() if name.partition("/")[2] == label}
+    heatmap = figures.pop(f"heatmap/{label}")
+    others = "".join(_figure(label, picture) for name, picture in figures.items())
+    return f"<section>\n<h2>{escape(label + of_seeds(trials))}</h2>\n{_figure(label, heatmap)}{_numbers(trials)}{others}</section>\n"
+
+
+def _numbers(trials: Sequence[Trial]) -> str:
+    """A method's tables, folded away."""
+    own = [trial.matrix for trial in trials]
+    matrix = mean_matrix(own)
+    stages, count = len(matrix.labelled_rows()), len(matrix.tasks)
     body = ""
-    count = len(matrix.tasks)
-    offset = len(matrix.labelled_rows()) - count
-    for position, (name, row) in enumerate(matrix.labelled_rows()):
-        cells = [name, *(shown(value, 1, MISSING) for value in row)]
-        body += _row(cells, own=position < offset, learned=position - offset if position >= offset else None)
-    for name, values in matrix.per_task().items():
-        body += _row([name.capitalize(), *(shown(value) for value in values)], own=True)
-    metrics = "".join(_row([name, shown(value, 2)]) for name, value in matrix.metrics().items())
-    answers = _table(["task", *SCORE_COLUMNS], "".join(_row(row) for row in scores)) if scores else ""
-    return (
-        f"<section>\n<h2>{escape(label)}</h2>\n{_figure(heatmap)}"
-        f"<details><summary>The numbers</summary>\n{_table(['after', *matrix.tasks], body)}"
-        f"{_table(['metric', 'percent'], metrics)}{answers}</details>\n"
-        f"{_figure(capacity) if capacity else ''}</section>\n"
-    )
+    for position, cells in enumerate(matrix_rows(matrix)):
+        task = position - (stages - count)
+        body += _row(cells, own=task < 0 or task >= count, learned=task if 0 <= task < count else None)
+    tables = _table(["after", *matrix.tasks], body) + _table(["metric", "percent"], _rows(metric_rows(own, 2)))
+    scores, costs = mean_scores(trials), cost_rows(trials)
+    tables += _table(["task", *SCORE_COLUMNS], _rows(score_rows(matrix.tasks, scores))) if scores else ""
+    tables += _table(COST_COLUMNS, _rows(costs)) if costs else ""
+    return f"<details><summary>The numbers</summary>\n{tables}</details>\n"
 
 
-def _figure(picture: Picture) -> str:
+def _figure(name: str, picture: Picture) -> str:
+    """A picture with its caption; the name tells a screen reader which of several alike it is."""
     caption = escape(picture.caption)
     # As large as it was drawn, smaller where the page is narrower, and scrolled before it can't be read.
     width = round(_pixel_width(picture.light) / DPI * CSS_PIXELS_PER_INCH)
@@ -123,7 +129,7 @@ def _figure(picture: Picture) -> str:
     return (
         f'<figure><div class="wide" tabindex="0"><picture>'
         f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(picture.dark)}">'
-        f'<img src="{_data_uri(picture.light)}" alt="{caption}" style="{size}"></picture></div>'
+        f'<img src="{_data_uri(picture.light)}" alt="{escape(name)}: {caption}" style="{size}"></picture></div>'
         f"<figcaption>{caption}</figcaption></figure>\n"
     )
 
@@ -137,12 +143,16 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _table(header: list[str], body: str) -> str:
+def _table(header: Sequence[str], body: str) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
 
 
-def _row(cells: list[str], own: bool = False, learned: int | None = None) -> str:
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    return "".join(map(_row, rows))
+
+
+def _row(cells: Sequence[str], own: bool = False, learned: int | None = None) -> str:
     """A table row; ``own`` sets it apart, ``learned`` marks the cell of the task that was just trained."""
     first, *rest = cells
     marked = "".join(

@@ -1,16 +1,26 @@
-"""What all pictures share: two palettes, and files made without matplotlib's global state."""
+"""What all pictures share: two palettes, lines that can be told apart, and files made without matplotlib's global state."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llava_keeplora_eval.files import write_atomic
 
 DPI = 150
+#: Okabe and Ito's colours (2008), told apart by colour-blind readers, in the order that keeps neighbours apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+#: Inches that an entry of a legend takes beside its letters, and each letter.
+LEGEND_MARK, LEGEND_LETTER = 0.6, 0.085
+#: With as many line styles, three times as many lines can be told apart.
+STYLES = ("-", "--", ":")
+#: And as many bars.
+HATCHES = ("", "////", "....")
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,40 @@ class Palette:
 
 LIGHT = Palette(paper="#ffffff", ink="#1c2024", faint="#c4c9cf", visible=(0.0, 0.88))
 DARK = Palette(paper="#16191d", ink="#e6e8eb", faint="#4a5058", visible=(0.3, 1.0))
+
+
+def style(position: int) -> dict[str, str]:
+    """Colour and line style of the method at a position; the same in every picture of a page."""
+    return {"color": COLOURS[position % len(COLOURS)], "linestyle": STYLES[position // len(COLOURS) % len(STYLES)]}
+
+
+def fill(position: int, palette: Palette) -> dict[str, str]:
+    """The same as `style` for a bar."""
+    hatch = HATCHES[position // len(COLOURS) % len(HATCHES)]
+    return {"facecolor": COLOURS[position % len(COLOURS)], "hatch": hatch, "edgecolor": palette.paper, "linewidth": 0}
+
+
+def bare(axes, palette: Palette) -> None:
+    """Axes of the palette with a faint grid and without a frame."""
+    axes.set_facecolor(palette.paper)
+    axes.grid(color=palette.faint, linewidth=0.5, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=palette.ink)
+    axes.xaxis.label.set_color(palette.ink)
+    axes.yaxis.label.set_color(palette.ink)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def legend_above(figure: Figure, panels: Sequence[Axes], palette: Palette) -> None:
+    """One legend for all panels, above them."""
+    entries = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    if entries:
+        widest = LEGEND_MARK + LEGEND_LETTER * max(map(len, entries))
+        figure.legend(
+            entries.values(), entries.keys(), loc="outside upper left", ncols=max(1, min(len(entries), int(figure.get_figwidth() / widest))),
+            labelcolor=palette.ink, facecolor=palette.paper, edgecolor=palette.paper, fontsize=9,
+        )
 
 
 def encode(figure: Figure, kind: str) -> bytes:

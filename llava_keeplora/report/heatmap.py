@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -51,30 +52,64 @@ def draw_heatmap(
         limits: the ends of the colour scale in percent, so that several matrices look alike where they are
             alike; those of this matrix when None.
     """
-    count = len(matrix.tasks)
     top = 0 if matrix.zero_shot is None else 1 + GAP
-    name_width = max(len(name) for name in [*matrix.tasks, ZERO_SHOT])
+    rows = [(top + t, row) for t, row in enumerate(matrix.rows)]
+    labels = {top + t: name for t, name in enumerate(matrix.tasks)}
+    if matrix.zero_shot is not None:
+        rows, labels = [(0, matrix.zero_shot), *rows], {0: ZERO_SHOT} | labels
+    figure, axes = draw_cells(matrix.tasks, rows, title, "score (%)", limits or colour_limits([matrix]), palette)
+    for t in range(len(matrix.tasks)):
+        box = Rectangle((t, top + t), 1, 1, fill=False, edgecolor=palette.ink, linewidth=2.2, zorder=3, clip_on=False)
+        axes.add_patch(box)
+    axes.set_yticks([y + 0.5 for y in labels], list(labels.values()))
+    axes.set_xlabel("scored task", color=palette.ink)
+    axes.set_ylabel("after training", color=palette.ink)
+    return figure
+
+
+def draw_cells(
+    columns: Sequence[str],
+    rows: Sequence[tuple[float, Sequence[float | None]]],
+    title: str,
+    unit: str,
+    limits: tuple[float, float],
+    palette: Palette,
+    precision: int = 1,
+) -> tuple[Figure, Axes]:
+    """Coloured cells with their numbers in them, and the scale of the colours.
+
+    Args:
+        columns: their names.
+        rows: (top, values) of each row, in rows from above.
+        title: a line above.
+        unit: of the numbers.
+        limits: the ends of the colour scale.
+        palette: the colours.
+        precision: decimals shown.
+    """
+    height = rows[-1][0] + 1
+    name_width = max(len(name) for name in [*columns, ZERO_SHOT])
     figure = Figure(
-        figsize=(2.2 + 0.075 * name_width + 0.62 * count, 1.6 + 0.05 * name_width + 0.42 * (count + top)),
+        figsize=(2.2 + 0.075 * name_width + 0.62 * len(columns), 1.6 + 0.05 * name_width + 0.42 * height),
         facecolor=palette.paper,
         layout="constrained",
     )
     axes = figure.add_subplot(facecolor=palette.paper)
-    scale = Normalize(*(limits or colour_limits([matrix])))
-    for t, row in enumerate(matrix.rows):
-        _draw_row(axes, row, top + t, scale, palette)
-        box = Rectangle((t, top + t), 1, 1, fill=False, edgecolor=palette.ink, linewidth=2.2, zorder=3, clip_on=False)
-        axes.add_patch(box)
-    labels = {top + t: name for t, name in enumerate(matrix.tasks)}
-    if matrix.zero_shot is not None:
-        _draw_row(axes, matrix.zero_shot, 0, scale, palette)
-        labels = {0: ZERO_SHOT} | labels
-    _label(axes, matrix, labels, count + top, title, palette)
+    scale = Normalize(*limits)
+    for top, row in rows:
+        _draw_row(axes, row, top, scale, palette, precision)
+    axes.set_xlim(0, len(columns))
+    axes.set_ylim(height, 0)
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, rotation=40, ha="right", rotation_mode="anchor")
+    axes.tick_params(length=0, colors=palette.ink)
+    axes.set_title(title, color=palette.ink, loc="left", fontsize=12, fontweight="bold")
+    for side in axes.spines.values():
+        side.set_visible(False)
     bar = figure.colorbar(ScalarMappable(scale, colormaps[COLOURS]), ax=axes, shrink=0.8, aspect=25, pad=0.02)
-    bar.set_label("score (%)", color=palette.ink)
+    bar.set_label(unit, color=palette.ink)
     bar.ax.tick_params(colors=palette.ink)
     bar.outline.set_visible(False)
-    return figure
+    return figure, axes
 
 
 def colour_limits(matrices: Iterable[Matrix]) -> tuple[float, float]:
@@ -85,12 +120,12 @@ def colour_limits(matrices: Iterable[Matrix]) -> tuple[float, float]:
     return low, max(high, low + 10)
 
 
-def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette) -> None:
+def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette, precision: int) -> None:
     for x, value in enumerate(row):
         colour = palette.paper if value is None else colormaps[COLOURS](float(scale(value)))
         axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=palette.paper, linewidth=1))
         ink = palette.faint if value is None else _readable_on(colour)
-        text = shown(value, 1, MISSING)
+        text = shown(value, precision, MISSING)
         # Left out of the layout, which would otherwise measure every cell twice: seconds on eleven tasks.
         axes.text(
             x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=9, zorder=4, in_layout=False
@@ -102,16 +137,3 @@ def _readable_on(colour) -> str:
     channels = np.asarray(colour[:3])
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return "#000000" if linear @ [0.2126, 0.7152, 0.0722] > 0.18 else "#ffffff"
-
-
-def _label(axes, matrix: Matrix, labels: dict[float, str], height: float, title: str, palette: Palette) -> None:
-    axes.set_xlim(0, len(matrix.tasks))
-    axes.set_ylim(height, 0)
-    axes.set_xticks([x + 0.5 for x in range(len(matrix.tasks))], matrix.tasks, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks([y + 0.5 for y in labels], list(labels.values()))
-    axes.tick_params(length=0, colors=palette.ink)
-    axes.set_xlabel("scored task", color=palette.ink)
-    axes.set_ylabel("after training", color=palette.ink)
-    axes.set_title(title, color=palette.ink, loc="left", fontsize=12, fontweight="bold")
-    for side in axes.spines.values():
-        side.set_visible(False)

@@ -3,104 +3,168 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from llava_keeplora.report.capacity import Capacity, draw_protected_fraction
-from llava_keeplora.report.errors import ReportError
-from llava_keeplora.report.figures import DARK, LIGHT, encode, save
-from llava_keeplora.report.heatmap import colour_limits, draw_heatmap
+from llava_keeplora.report.capacity import YLABEL, fractions
+from llava_keeplora.report.cost import draw_costs
+from llava_keeplora.report.curves import draw_curves, draw_forgetting, draw_losses
 from llava_keeplora.report.document import Picture, render_page
-from llava_keeplora.report.tables import is_baseline, markdown_tables
+from llava_keeplora.report.errors import ReportError
+from llava_keeplora.report.figures import DARK, LIGHT, Palette, encode, save
+from llava_keeplora.report.heatmap import colour_limits, draw_heatmap
+from llava_keeplora.report.lines import draw_layer_lines
+from llava_keeplora.report.overlap import draw_overlap
+from llava_keeplora.report.papers import latex_tables, scores_csv, summary_csv
+from llava_keeplora.report.tables import is_baseline, markdown_tables, of_seeds
+from llava_keeplora.report.trial import Results, Trial, mean_cells, mean_lines, mean_matrix
 from llava_keeplora_eval.files import write_atomic
-from llava_keeplora_eval.matrix import Matrix
 
 
-def write_report(
-    out_dir: str | Path,
-    title: str,
-    results: Mapping[str, Matrix],
-    capacity: Mapping[str, Capacity] | None = None,
-    settings: Mapping | None = None,
-    scores: Mapping[str, list[list[str]]] | None = None,
-) -> dict[str, Path]:
-    """Write ``report.html`` (self-contained), ``table.md``, and every picture as PNG and SVG.
+@dataclass(frozen=True)
+class Kind:
+    """A kind of picture.
+
+    Args:
+        name: of its files.
+        caption: what it shows.
+        draw: (results of one or all methods, all results, palette) → the figure, or None where there is nothing to draw.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[Results, Results, Palette], Figure | None]
+
+
+def _heatmap(own: Results, results: Results, palette: Palette) -> Figure | None:
+    ((name, trials),) = own.items()
+    if is_baseline(name, [trial.matrix for trial in trials]) and len(results) > 1:
+        return None
+    # One scale for all, so that matrices look alike where they are alike.
+    limits = colour_limits(trial.matrix for others in results.values() for trial in others)
+    return draw_heatmap(mean_matrix([trial.matrix for trial in trials]), name + of_seeds(trials), palette, limits)
+
+
+def _capacity(own: Results, results: Results, palette: Palette) -> Figure | None:
+    (trials,) = own.values()
+    if not all(len(trial.capacity) for trial in trials):
+        return None
+    stages = ["weights", *trials[0].matrix.tasks][: min(len(trial.capacity) for trial in trials)]
+    return draw_layer_lines(mean_lines([fractions(trial.capacity) for trial in trials]), stages, YLABEL, palette)
+
+
+def _captured(own: Results, results: Results, palette: Palette) -> Figure | None:
+    (trials,) = own.values()
+    if not all(trial.captured for trial in trials):
+        return None
+    lines = mean_lines([trial.captured for trial in trials])
+    learned = max(len(line) for layers in lines.values() for line in layers.values())
+    return draw_layer_lines(lines, trials[0].matrix.tasks[:learned], "share of the residual gradient's energy", palette)
+
+
+def _overlap(own: Results, results: Results, palette: Palette) -> Figure | None:
+    ((name, trials),) = own.items()
+    if not all(trial.overlap for trial in trials):
+        return None
+    return draw_overlap(trials[0].matrix.tasks, mean_cells([trial.overlap for trial in trials]), name + of_seeds(trials), palette)
+
+
+#: What shows all methods together, in the order of the page.
+OF_ALL = (
+    Kind("curves", "Score of every task after every stage; at the dashed line it was learned, left of it not yet.",
+         lambda own, results, palette: draw_curves(own, palette)),
+    Kind("forgetting", "What was lost since each task was learned, in points of percent: left the mean over the tasks before, after every task; "
+         "right each task by the last stage. Below zero: it got better.", lambda own, results, palette: draw_forgetting(own, palette)),
+    Kind("loss", "Training loss of every task, as the Trainer logged it. Every panel has a scale of its own.",
+         lambda own, results, palette: draw_losses(own, palette)),
+    Kind("cost", "Time of each kind of stage, summed over the tasks, and its highest peak of memory: on a GPU the tensors of one process, "
+         "on a CPU everything that the process holds, libraries included.", lambda own, results, palette: draw_costs(own, palette)),
+)
+#: What shows one method.
+OF_ONE = (
+    Kind("heatmap", "Score of every task after every stage; outlined, the task just learned.", _heatmap),
+    Kind("capacity", "Share of each layer's input space that is protected, stage after stage.", _capacity),
+    Kind("captured", "Share of the energy of each layer's first-step gradient, outside the protected subspace, that the task's adapter directions hold.", _captured),
+    Kind("overlap", "Overlap of the tasks' input subspaces (the rows of each adapter's A): mean squared cosine of the principal angles, averaged over "
+         "the layers; 1 where one subspace holds the other, 0 where they are orthogonal, about rank / width for two random ones.", _overlap),
+)
+
+
+def write_report(out_dir: str | Path, title: str, results: Results, settings: Mapping | None = None) -> dict[str, Path]:
+    """Write ``report.html`` (self-contained), the tables as Markdown, LaTeX and CSV, and every picture as PNG and SVG.
 
     Args:
         out_dir: the folder, made when missing; files of an earlier report are replaced.
         title: the page's title.
-        results: label (a method, a run) -> its matrix, complete or not; one labelled ``zero-shot`` without any stage is
-            the baseline: it stands in the summary and, unless it is alone, gets no picture of its own.
-        capacity: label -> protected directions per stage (see ``capacity.Capacity``), for labels that have
-            them; an empty list is the same as none.
+        results: label (a method, a run) -> its trials, one per seed, complete or not; one labelled ``zero-shot`` without any
+            stage is the baseline: it stands in the summary and, unless it is alone, gets no section of its own.
         settings: what was run, shown as it is.
-        scores: label -> rows of `tables.score_rows`, for labels that have them.
 
     Returns:
-        Every written path: ``html``, ``table``, and the PNGs as ``heatmap/LABEL`` and ``capacity/LABEL``.
+        Every written path: ``html``, ``table``, ``latex``, ``summary``, ``scores``, and the PNGs as ``KIND`` or ``KIND/LABEL``.
 
     Raises:
-        ReportError: no results, a capacity for a label without results, or a capacity that is not one.
+        ReportError: no results, different tasks, or a capacity that is not one.
         OSError: the folder cannot be written.
     """
-    capacity = {label: stages for label, stages in (capacity or {}).items() if len(stages)}
-    _check(results, capacity)
+    _check(results)
     out_dir = Path(out_dir)
     # Drawn before anything is written, so that a capacity that is not one leaves no half report.
-    limits = colour_limits(results.values())
-    figures = {
-        f"heatmap/{label}": tuple(draw_heatmap(matrix, label, palette, limits) for palette in (LIGHT, DARK))
-        for label, matrix in results.items()
-        if not is_baseline(label, matrix) or len(results) == 1
-    }
-    figures |= {f"capacity/{label}": _capacity_figures(stages, results[label]) for label, stages in capacity.items()}
-    pictures = {name: _picture(name, *pair) for name, pair in figures.items()}
+    figures, pictures = {}, {}
+    for key, kind, own in _pictures(results):
+        light = kind.draw(own, results, LIGHT)
+        if light is not None:
+            figures[key] = light
+            pictures[key] = Picture(encode(light, "png"), encode(kind.draw(own, results, DARK), "png"), kind.caption)
     out_dir.mkdir(parents=True, exist_ok=True)
     paths, file_names = {}, _file_names(figures)
-    for name, (light, _) in figures.items():
-        paths[name] = save(light, out_dir / f"{file_names[name]}.png", pictures[name].light)[0]
-    paths["table"] = out_dir / "table.md"
-    write_atomic(paths["table"], markdown_tables(title, results, scores or {}))
-    paths["html"] = out_dir / "report.html"
-    write_atomic(paths["html"], render_page(title, results, pictures, settings or {}, scores or {}))
+    for key, light in figures.items():
+        paths[key] = save(light, out_dir / f"{file_names[key]}.png", pictures[key].light)[0]
+    documents = {
+        "table": ("table.md", markdown_tables(title, results)),
+        "latex": ("table.tex", latex_tables(title, results)),
+        "summary": ("summary.csv", summary_csv(results)),
+        "scores": ("scores.csv", scores_csv(results)),
+        "html": ("report.html", render_page(title, results, pictures, settings or {})),
+    }
+    for key, (name, text) in documents.items():
+        paths[key] = out_dir / name
+        write_atomic(paths[key], text)
     return paths
 
 
-def _check(results: Mapping[str, Matrix], capacity: Mapping[str, Capacity]) -> None:
-    if not results:
+def _pictures(results: Results):
+    """(key, kind, what it shows) of every picture that there may be."""
+    yield from ((kind.name, kind, results) for kind in OF_ALL)
+    yield from ((f"{kind.name}/{label}", kind, {label: trials}) for label, trials in results.items() for kind in OF_ONE)
+
+
+def _check(results: Results) -> None:
+    if not results or not all(results.values()):
         raise ReportError("there are no results to report", "give at least one matrix")
-    strangers = sorted(set(capacity) - set(results))
-    if strangers:
-        raise ReportError(
-            f"there is a capacity for {', '.join(strangers)} and no matrix", "use the same labels for both"
-        )
+    trials = [(label, trial) for label, trials in results.items() for trial in trials]
+    for label, trial in trials:
+        if trial.matrix.tasks != trials[0][1].matrix.tasks:
+            raise ReportError(
+                f"'{trials[0][0]}' and '{label}' have different tasks ({_listed(trials[0][1])} against {_listed(trial)})",
+                "report them apart, because their scores mean different things",
+            )
+        # A run in progress has fewer stages than tasks; one that isn't of this matrix has more.
+        if len(trial.capacity) > len(trial.matrix.tasks) + 1:
+            raise ReportError(
+                f"a capacity of {len(trial.capacity)} stages belongs to a matrix of {len(trial.matrix.tasks)} tasks",
+                "give the stage of the weights, then one stage per task at most",
+            )
 
 
-def _capacity_figures(stages: Capacity, matrix: Matrix) -> tuple[Figure, Figure]:
-    # A run in progress has fewer stages than tasks; one that isn't of this matrix has more.
-    if len(stages) > len(matrix.tasks) + 1:
-        raise ReportError(
-            f"a capacity of {len(stages)} stages belongs to a matrix of {len(matrix.tasks)} tasks",
-            "give the stage of the weights, then one stage per task at most",
-        )
-    names = ["weights", *matrix.tasks][: len(stages)]
-    return draw_protected_fraction(stages, names, LIGHT), draw_protected_fraction(stages, names, DARK)
+def _listed(trial: Trial) -> str:
+    return ", ".join(trial.matrix.tasks)
 
 
-CAPTIONS = {
-    "heatmap": "score of every task after every stage; outlined, the task just learned.",
-    "capacity": "share of each layer's input space that is protected, stage after stage.",
-}
-
-
-def _picture(name: str, light: Figure, dark: Figure) -> Picture:
-    kind, label = name.split("/", 1)
-    return Picture(encode(light, "png"), encode(dark, "png"), f"{label}: {CAPTIONS[kind]}")
-
-
-def _file_names(names) -> dict[str, str]:
+def _file_names(names: Sequence[str]) -> dict[str, str]:
     """A file name for every picture, unique even where two labels differ in signs only."""
     files: dict[str, str] = {}
     for name in names:

@@ -1,51 +1,168 @@
-"""A run folder as results: matrices, protected fractions and settings, read back from its files."""
+"""Run folders as results: what their files hold, and several runs side by side."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_keeplora.config import read_dumped
 from llava_keeplora.errors import RunError
+from llava_keeplora.journal import Journal
+from llava_keeplora.report.capacity import layer_lines
+from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.page import write_report
-from llava_keeplora.report.tables import score_rows, summary_table
+from llava_keeplora.report.tables import summary_table
+from llava_keeplora.report.trial import Capacity, Cost, LayerLines, Trial
 from llava_keeplora_eval import Matrix
 
+ZERO_SHOT = "zero-shot"
+#: What the page shows of a configuration; of the rest, `config.json` knows more than a reader wants.
+SHOWN = ("seed", "sequence", "model", "parts", "training", "data")
 
-def write_run_report(run: str | Path) -> dict[str, Matrix]:
-    """Write a run's tables, pictures and page into its folder.
+
+def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[str, list[Matrix]]:
+    """Write the tables, pictures and page of a run, or of several side by side.
+
+    The same method with the same settings and other seeds is one row, mean ± sd; other settings get a row of their own, named
+    after the run.
 
     Args:
-        run: the run folder.
+        runs: the run folders.
+        into: the folder to write to; a single run's own when None.
 
     Returns:
-        label → matrix, zero-shot first.
+        name → matrices, one per seed, zero-shot first.
 
     Raises:
-        RunError: if the folder holds no matrix.
+        RunError: if a folder holds no matrix, runs can't be compared, or there are several and no folder to write to.
     """
-    run = Path(run)
-    results = read_results(run)
-    config = read_dumped(run)
-    capacity = {label: stages for label in results if (stages := read_capacity(run / label))}
-    settings = {key: config[key] for key in ("seed", "sequence", "model", "parts", "training", "data")}
-    settings["methods"] = {label: {"method": m["method"], **m["options"]} for label, m in config["methods"].items()}
-    scores = {label: rows for label, matrix in results.items() if (rows := read_scores(run / label, matrix.tasks))}
-    write_report(run, f"Run {run.name}", results, capacity, settings, scores)
+    folders = [Path(run) for run in runs]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise RunError("a run is named twice", "name every run once")
+    if into is None and len(folders) > 1:
+        raise RunError(f"the report of {len(folders)} runs belongs to none of their folders", "add --into DIR")
+    found = {folder: read_results(folder) for folder in folders}
+    _check_comparable(found)
+    results = side_by_side(found)
+    title = f"Run {folders[0].resolve().name}" if len(folders) == 1 else f"{len(folders)} runs side by side"
+    write_report(folders[0] if into is None else into, title, results, rows_of(results) | settings_of(folders))
+    return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
+
+
+def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Trial]]:
+    """name → trials: a method's label, and the first run's name behind it where runs have other settings for that label."""
+    groups: dict[tuple[str, str], dict[int, Path]] = {}
+    for folder, matrices in found.items():
+        identity = json.loads((folder / "identity.json").read_text())
+        seed = identity["seed"]
+        for label in matrices:
+            seeds = groups.setdefault((label, settings_key(identity, label)), {})
+            if label == ZERO_SHOT and seeds:
+                continue  # It draws nothing: another seed has the same scores.
+            if seed in seeds:
+                raise RunError(
+                    f"{seeds[seed]} and {folder} hold '{label}' with the same settings and the same seed {seed}, which are no two samples",
+                    "name one of them",
+                )
+            seeds[seed] = folder
+    labels, names = [label for label, _ in groups], names_of(found)
+    results = {}
+    for (label, _), seeds in sorted(groups.items(), key=lambda item: labels.index(item[0][0])):
+        name = label if labels.count(label) == 1 else f"{label} ({names[next(iter(seeds.values()))]})"
+        results[name] = [read_trial(folder / label, found[folder][label], seed, names[folder]) for seed, folder in sorted(seeds.items())]
     return results
+
+
+def settings_key(identity: Mapping[str, Any], label: str) -> str:
+    """What a method's result depends on, but for the seed; the untouched model learns nothing, so its model and data are all."""
+    keys = ("tasks", "model", "data", "evaluation", *(["memory"] if label != ZERO_SHOT else []))
+    return json.dumps([*(identity.get(key) for key in keys), identity["methods"].get(label)], sort_keys=True)
+
+
+def names_of(folders: Iterable[Path]) -> dict[Path, str]:
+    """A name for each run: its folder's, with the folders above as far as that takes to tell them apart."""
+    parts = {folder: folder.resolve().parts for folder in folders}
+    depth = 1
+    while len({each[-depth:] for each in parts.values()}) < len(parts) and depth < max(map(len, parts.values())):
+        depth += 1
+    return {folder: "/".join(each[-depth:]) for folder, each in parts.items()}
+
+
+def _check_comparable(found: Mapping[Path, Mapping[str, Matrix]]) -> None:
+    """Runs stand side by side only if they score the same tasks, in the same order, on the same examples."""
+    first, *others = found
+    tasks, examples = next(iter(found[first].values())).tasks, examples_of(first)
+    for other in others:
+        theirs = next(iter(found[other].values())).tasks
+        if theirs != tasks:
+            raise RunError(
+                f"{first} and {other} have different tasks ({', '.join(tasks)} against {', '.join(theirs)}), "
+                "so their numbers can't stand side by side", "report them apart",
+            )
+        for task, scored in examples_of(other).items():
+            if examples.get(task, scored) != scored:
+                raise RunError(f"{first} and {other} score task '{task}' on different examples or by different metrics", "report them apart")
+
+
+def examples_of(run: Path) -> dict[str, tuple]:
+    """task → what it was scored on and by, from the zero-shot row."""
+    path = run / ZERO_SHOT / "task-00-base" / "scores.json"
+    scores = json.loads(path.read_text()) if path.exists() else {}
+    return {task: tuple(score.get(key) for key in ("fingerprint", "metric", "metric_version")) for task, score in scores.items()}
+
+
+def rows_of(results: Mapping[str, Sequence[Trial]]) -> dict[str, str]:
+    """Which runs a row stands for, where they are several."""
+    runs = {trial.run for trials in results.values() for trial in trials}
+    told = {name: ", ".join(f"{trial.run} (seed {trial.seed})" for trial in trials) for name, trials in results.items()}
+    return {f"row {name}": text for name, text in told.items()} if len(runs) > 1 else {}
+
+
+def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
+    """What the page says about how the runs were made; where they differ, run by run."""
+    configs = {name: read_dumped(folder) for folder, name in names_of(folders).items()}
+    for config in configs.values():
+        config["methods"] = {label: {"method": m["method"], **m["options"]} for label, m in config["methods"].items()}
+    settings = {}
+    for key in (*SHOWN, "methods"):
+        values = {name: config[key] for name, config in configs.items()}
+        alike = all(value == next(iter(values.values())) for value in values.values())
+        settings |= {key: next(iter(values.values()))} if alike else {f"{key} ({name})": value for name, value in values.items()}
+    return settings
+
+
+# --- one folder ------------------------------------------------------------------------------------
 
 
 def read_results(run: Path) -> dict[str, Matrix]:
     """label → matrix of every method of a run, zero-shot first, then in the configuration's order."""
-    labels = ["zero-shot", *read_dumped(run)["methods"]]
+    labels = [ZERO_SHOT, *read_dumped(run)["methods"]]
     found = {label: Matrix.from_json(run / label / "matrix.json") for label in dict.fromkeys(labels) if (run / label / "matrix.json").exists()}
     if not found:
         raise RunError(f"{run} holds no matrix yet", "run its training first")
     return found
 
 
-def read_capacity(folder: Path) -> list[dict[str, dict[str, Any]]]:
+def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
+    """Everything that a method's folder shows."""
+    tasks = {index: folder / f"task-{index:02d}-{name.replace('/', '-')}" for index, name in enumerate(["base", *matrix.tasks])}
+    capacity = read_capacity(folder)
+    return Trial(
+        matrix=matrix,
+        seed=seed,
+        run=run,
+        capacity=capacity,
+        captured=read_captured(folder, capacity),
+        overlap=overlap([path / "delta.safetensors" for index, path in tasks.items() if index]),
+        losses={matrix.tasks[index - 1]: losses for index, path in tasks.items() if index and (losses := read_losses(path / "train.json"))},
+        costs=read_costs(folder),
+        scores=[json.loads(path.read_text()) for path in sorted(folder.glob("task-*/scores.json"))],
+    )
+
+
+def read_capacity(folder: Path) -> Capacity:
     """One dict per stage, layer → {in, k, part}: the base first, then after each task; empty for methods without one."""
     stages = []
     for path in sorted(folder.glob("task-*/consolidated.json")):
@@ -55,17 +172,41 @@ def read_capacity(folder: Path) -> list[dict[str, dict[str, Any]]]:
     return stages
 
 
-def read_scores(folder: Path, tasks: list[str]) -> list[list[str]]:
-    """The table of a method's scores, of the tasks' own metrics; empty before its first stage."""
-    stages = [json.loads(path.read_text()) for path in sorted(folder.glob("task-*/scores.json"))]
-    return score_rows(tasks, stages) if stages else []
+def read_captured(folder: Path, capacity: Capacity) -> LayerLines:
+    """The share of each layer's residual gradient energy that its adapter holds, task by task."""
+    parts = {name: size["part"] for stage in capacity for name, size in stage.items()}
+    tasks = []
+    for path in sorted(folder.glob("task-*/prepared.json")):
+        gradient = json.loads(path.read_text())["report"].get("gradient", {})
+        tasks.append({(parts.get(name, "layers"), name): numbers["captured"] for name, numbers in gradient.items() if "captured" in numbers})
+    return layer_lines(tasks)
 
 
-def summary(run: str | Path, results: dict[str, Matrix]) -> str:
-    """What a run prints at its end: the matrices, the headline metrics and where everything lies."""
-    run = Path(run)
-    blocks = [f"{label}: score in % after each task\n{matrix.markdown()}" for label, matrix in results.items() if matrix.started]
+def read_losses(path: Path) -> list[tuple[int, float]]:
+    """(optimiser step, training loss) as the Trainer logged them; empty before training."""
+    history = json.loads(path.read_text())["history"] if path.exists() else []
+    return [(record["step"], record["loss"]) for record in history if "loss" in record]
+
+
+def read_costs(folder: Path) -> dict[str, Cost]:
+    """stage → what it took over all tasks, from the journal."""
+    stages: dict[str, list] = {}
+    for entry in Journal(folder / "journal.jsonl").entries:
+        if entry.stage not in ("PLANNED", "CLOSED"):
+            stages.setdefault(entry.stage, []).append(entry)
+    costs = {}
+    for stage, entries in stages.items():
+        peaks = [(entry.info["peak_bytes"], entry.info["peak_of"]) for entry in entries if "peak_bytes" in entry.info]
+        costs[stage] = Cost(sum(entry.seconds for entry in entries), *max(peaks, default=(None, "")))
+    return costs
+
+
+def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
+    """What a run prints at its end, and a report: single runs' matrices, the headline metrics and where everything lies."""
+    where = Path(where)
+    alone = {name: matrices[0] for name, matrices in results.items() if len(matrices) == 1}
+    blocks = [f"{name}: score in % after each task\n{matrix.markdown()}" for name, matrix in alone.items() if matrix.started]
     blocks.append(summary_table(results))
-    places = {"run folder": run, "table": run / "table.md", "page with the pictures": run / "report.html"}
+    places = {"run folder" if (where / "config.json").exists() else "folder": where, "table": where / "table.md", "page with the pictures": where / "report.html"}
     blocks.append("\n".join(f"{what}: {path}" for what, path in places.items()))
     return "\n" + "\n\n".join(blocks) + "\n"

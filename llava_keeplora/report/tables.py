@@ -1,10 +1,12 @@
-"""The tables of a report: one row per run, and each run's matrix."""
+"""The tables of a report as text cells and as Markdown: one row per run, and each run's matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llava_keeplora_eval.matrix import ZERO_SHOT, Matrix, shown
+from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
+from llava_keeplora.report.trial import Results, Trial, matrices, mean_matrix, mean_scores, spread
+from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, shown
 
 #: Column title and the name of the number in ``Matrix.metrics``.
 COLUMNS = {
@@ -16,36 +18,66 @@ COLUMNS = {
 }
 
 
-def is_baseline(label: str, matrix: Matrix) -> bool:
-    """Whether this is the untouched model itself, which has a zero-shot row and no stage."""
-    return label == ZERO_SHOT and matrix.zero_shot is not None and not matrix.started
+def is_baseline(name: str, trials: Sequence[Matrix]) -> bool:
+    """Whether this is the untouched model itself, of one run or of one of several, which has a zero-shot row and no stage."""
+    own = name == ZERO_SHOT or name.startswith(f"{ZERO_SHOT} (")
+    return own and all(matrix.zero_shot is not None and not matrix.started for matrix in trials)
 
 
-def summary_rows(results: Mapping[str, Matrix], precision: int = 1) -> list[list[str]]:
-    """The summary as text cells: a zero-shot row first, then one row per run.
+def summary_header(results: Mapping[str, Sequence[Matrix]]) -> list[str]:
+    """The columns of `summary_rows`; how many seeds a row has is said where any has several."""
+    return ["run", *(["n"] if _repeated(results) else []), *COLUMNS]
+
+
+def summary_rows(results: Mapping[str, Sequence[Matrix]], precision: int = 1) -> list[list[str]]:
+    """The summary as text cells: a zero-shot row first, then one row per run, mean ± sample standard deviation over its seeds.
 
     The zero-shot row is the constant matrix of a model that never changes; a baseline among the results is
     this row and no other. Runs whose zero-shot scores or
     tasks differ get one such row each, named after the first run that has it.
 
     Args:
-        results: label -> matrix.
+        results: label -> matrices, one per seed.
         precision: decimals shown.
     """
+    runs = {label: trials for label, trials in results.items() if not is_baseline(label, trials)}
+    rows = {**zero_shot_constants(results), **runs}
+    return [_summary_row(label, trials, precision, _repeated(results)) for label, trials in rows.items()]
+
+
+def zero_shot_constants(results: Mapping[str, Sequence[Matrix]]) -> dict[str, list[Matrix]]:
+    """The rows of models that never change, by the name that the summary gives them."""
     constants: list[tuple[str, Matrix]] = []
-    for label, matrix in results.items():
-        constant = matrix.constant_zero_shot()
-        if constant is not None and all(constant != other for _, other in constants):
-            constants.append((label, constant))
+    for label, trials in results.items():
+        for constant in (matrix.constant_zero_shot() for matrix in trials):
+            if constant is not None and all(constant != other for _, other in constants):
+                constants.append((label, constant))
     alone = len(constants) == 1
-    named = [(ZERO_SHOT if alone else f"{ZERO_SHOT} ({label})", matrix) for label, matrix in constants]
-    runs = [(label, matrix) for label, matrix in results.items() if not is_baseline(label, matrix)]
-    return [_summary_row(label, matrix, precision) for label, matrix in [*named, *runs]]
+    # The baseline's own name says already what it is.
+    names = [ZERO_SHOT if alone else label if label.startswith(ZERO_SHOT) else f"{ZERO_SHOT} ({label})" for label, _ in constants]
+    return {name: [constant] for name, (_, constant) in zip(names, constants)}
 
 
-def _summary_row(label: str, matrix: Matrix, precision: int) -> list[str]:
-    metrics = matrix.metrics()
-    return [label, *(shown(metrics[name], precision) for name in COLUMNS.values())]
+def _repeated(results: Mapping[str, Sequence[Matrix]]) -> bool:
+    return any(len(trials) > 1 for trials in results.values())
+
+
+def _summary_row(label: str, trials: Sequence[Matrix], precision: int, count: bool) -> list[str]:
+    metrics = [matrix.metrics() for matrix in trials]
+    cells = [spread([values[name] for values in metrics], precision) for name in COLUMNS.values()]
+    return [label, *([str(len(trials))] if count else []), *cells]
+
+
+def metric_rows(trials: Sequence[Matrix], precision: int = 1) -> list[list[str]]:
+    """Every aggregate of a run, mean ± sample standard deviation over its seeds."""
+    metrics = [matrix.metrics() for matrix in trials]
+    return [[name, spread([values[name] for values in metrics], precision)] for name in metrics[0]]
+
+
+def matrix_rows(matrix: Matrix, precision: int = 1) -> list[list[str]]:
+    """The matrix as text cells, its rows by name, then Transfer, Average and Last of every task."""
+    rows = [[name, *(shown(value, precision, MISSING) for value in row)] for name, row in matrix.labelled_rows()]
+    return rows + [[name.capitalize(), *(shown(value, precision) for value in values)] for name, values in matrix.per_task().items()]
 
 
 #: What the table of scores shows of each task, beside its name.
@@ -76,16 +108,25 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]) + "\n"
 
 
-def summary_table(results: Mapping[str, Matrix], precision: int = 1) -> str:
+def summary_table(results: Mapping[str, Sequence[Matrix]], precision: int = 1) -> str:
     """`summary_rows` as Markdown."""
-    return markdown_table(["run", *COLUMNS], summary_rows(results, precision))
+    return markdown_table(summary_header(results), summary_rows(results, precision))
 
 
-def markdown_tables(title: str, results: Mapping[str, Matrix], scores: Mapping[str, list[list[str]]], precision: int = 1) -> str:
-    """The summary, then every matrix with its metrics and scores, as one Markdown page."""
-    parts = [f"# {title}\n\n{summary_table(results, precision)}"]
-    for label, matrix in results.items():
-        parts.append(f"## {label}\n\n{matrix.markdown(precision)}\n{matrix.metrics_markdown(precision)}")
-        if label in scores:
-            parts.append(markdown_table(["task", *SCORE_COLUMNS], scores[label]))
+def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
+    """The summary, then every matrix with its metrics, scores and costs, as one Markdown page."""
+    parts = [f"# {title}\n\n{summary_table(matrices(results), precision)}"]
+    for name, trials in results.items():
+        own = [trial.matrix for trial in trials]
+        parts.append(f"## {name}{of_seeds(trials)}\n\n{mean_matrix(own).markdown(precision)}")
+        parts.append(markdown_table(["metric", "percent"], metric_rows(own, precision)))
+        scores = mean_scores(trials)
+        parts += [markdown_table(["task", *SCORE_COLUMNS], score_rows(own[0].tasks, scores, precision))] if scores else []
+        costs = cost_rows(trials)
+        parts += [markdown_table(COST_COLUMNS, costs)] if costs else []
     return "\n".join(parts)
+
+
+def of_seeds(trials: Sequence[Trial]) -> str:
+    """What to say behind a name whose numbers are means."""
+    return f", mean of {len(trials)} seeds" if len(trials) > 1 else ""

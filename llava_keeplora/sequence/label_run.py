@@ -25,7 +25,9 @@ from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext,
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.journal import Entry, Journal, next_stage, stages_of
+from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.progress import duration
+from llava_keeplora.sequence.reporters import check_reporters, end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
 from llava_keeplora.sequence.workspace import differences
@@ -73,6 +75,7 @@ class LabelRun:
 
     def go(self) -> None:
         """Run stage after stage until every task is closed."""
+        self.shared.progress.watch(self.config.label, self.matrix)
         while (todo := self._next()) is not None:
             index, stage = todo
             with self.shared.progress.stage(f"{self.config.label} {self._where(index)}: {ACTIVITY[stage]}", self._cost(index, stage)):
@@ -83,10 +86,12 @@ class LabelRun:
     def _run_stage(self, index: int, stage: str) -> None:
         set_seed(stage_seed(self.shared.config.seed, index, stage))
         start = time.perf_counter()
-        files, info = getattr(self, f"_{stage.lower()}")(index)
+        with peak_memory(self.shared.device) as peak:
+            files, info = getattr(self, f"_{stage.lower()}")(index)
         seconds = time.perf_counter() - start
+        peak["peak_bytes"] = self.shared.most(peak["peak_bytes"])
         self.shared.barrier()
-        entry = Entry(index, stage, round(seconds, 3), {str(p.relative_to(self.folder)): file_hash(p) for p in files}, info)
+        entry = Entry(index, stage, round(seconds, 3), {str(p.relative_to(self.folder)): file_hash(p) for p in files}, info | peak)
         if self.shared.rank == 0:
             self.journal.append(entry)
         else:
@@ -132,6 +137,10 @@ class LabelRun:
     def _name(self, index: int) -> str:
         return self.tasks[index - 1].name if index else "base"
 
+    def _tag(self, index: int) -> str:
+        """LABEL/task-NN-NAME, which trackers tell the run's tasks apart by."""
+        return str(self.path(index).relative_to(self.shared.workspace.root))
+
     def path(self, index: int, name: str = "") -> Path:
         """A file of a task's folder."""
         return self.shared.workspace.task(self.config.label, index, self._name(index)) / name
@@ -146,6 +155,7 @@ class LabelRun:
             except (ValueError, TypeError, ImportError, AssertionError, OSError, NotImplementedError) as error:
                 why = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ConfigError(f"transformers refuses the training arguments of '{self.config.label}' ({why})", "mend `training`") from error
+            check_reporters(arguments)
             mismatches = arguments.hf_deepspeed_config.mismatches if arguments.deepspeed else []
             if mismatches:
                 told = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " against training.") for line in mismatches)
@@ -281,8 +291,10 @@ class LabelRun:
             train_dataset=Indices(len(shared.inputs[index - 1])),
             data_collator=shared.inputs[index - 1].collate,
         )
+        give_own_place(trainer, shared.workspace.root, self._tag(index))
         shared.progress.advance(cost * trainer.steps_before)
         result = trainer.go()
+        end_own_place(trainer)
         history = {"steps": trainer.state.global_step, "loss": result.training_loss, "history": without_timings(trainer.state.log_history)}
         deltas = learned()
         trainer.accelerator.free_memory()
@@ -304,6 +316,7 @@ class LabelRun:
         return training_arguments(
             self.config.training,
             output_dir=str(self.path(index, "trainer")),
+            run_name=f"{self.config.training.get('run_name') or self.shared.workspace.root.resolve().name}/{self._tag(index)}",
             seed=stage_seed(self.shared.config.seed, index, "TRAINED"),
             epochs=self.epochs[index - 1],
         )

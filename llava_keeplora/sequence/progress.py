@@ -1,24 +1,35 @@
-"""One bar over a whole run with an estimate of what is left; where nobody watches a terminal, a line now and then."""
+"""What a person sees while a run works: a live view on a terminal; where nobody watches one, a line now and then."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TextIO
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.matrix import ZERO_SHOT, shown
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two lines where there is no terminal.
 INTERVAL = 30.0
+#: How often the live view is drawn, per second: its drawing takes time from the run.
+REFRESH = 2
+BAR_WIDTH = 30
 
 
 class Progress:
-    """Counts work done in images through the model once.
+    """Counts work done in images through the model once, and shows it.
 
     Args:
         total: the work that is left when the run starts or goes on.
@@ -29,22 +40,26 @@ class Progress:
         self.total, self.show = max(total, 1.0), show
         self.done = 0.0
         self._until, self._text = 0.0, ""
+        self._title, self._matrix = "", None
         self._start = self._last = time.monotonic()
         self._open = ExitStack()
-        self._terminal = sys.stderr.isatty()
-        self._bar: tqdm | None = None
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def __enter__(self) -> Progress:
-        # The average rate over the run: a recent one jumps whenever a stage of another kind begins.
-        form = "{percentage:3.0f}%|{bar:20}| {elapsed}, {remaining} left  {desc}"
-        self._bar = tqdm(total=self.total, smoothing=0, disable=not (self.show and self._terminal), dynamic_ncols=True, bar_format=form)
-        self._open.enter_context(self._bar)
-        # Log lines go above the bar instead of through it.
-        self._open.enter_context(logging_redirect_tqdm())
+        if self.show and self._terminal:
+            # It goes at the end: the tables that a run prints then say more.
+            stderr = sys.stderr
+            live = Live(console=Console(file=stderr), get_renderable=self._view, refresh_per_second=REFRESH, transient=True, redirect_stdout=False)
+            self._open.enter_context(live)
+            self._open.enter_context(_logging_above(stderr))
         return self
 
     def __exit__(self, *error) -> None:
         self._open.close()
+
+    def watch(self, title: str, matrix: Matrix) -> None:
+        """From now on, show this matrix as it fills."""
+        self._title, self._matrix = title, matrix
 
     @contextmanager
     def stage(self, text: str, cost: float) -> Iterator[None]:
@@ -55,31 +70,63 @@ class Progress:
             cost: in images through the model once.
         """
         self._until, self._text = self.done + cost, text
-        self._bar.set_description_str(text)
         yield
         self.advance(cost)
 
     def advance(self, cost: float) -> None:
         """Report work done inside a stage."""
-        cost = min(cost, self._until - self.done)
-        self.done += cost
-        self._bar.update(cost)
+        self.done += min(cost, self._until - self.done)
         if self.show and not self._terminal and time.monotonic() - self._last > INTERVAL:
             self.note(self._text)
 
     def left(self) -> str:
         """For a person: how much is done and how long the rest may take."""
+        # By the average rate over the run: a recent one jumps whenever a stage of another kind begins.
         seconds = (time.monotonic() - self._start) * (self.total - self.done) / max(self.done, 1e-9)
         if self.done < 0.01 * self.total:
             return f"{self.done / self.total:.0%} done"
         return f"{self.done / self.total:.0%} done, about {duration(seconds)} left"
 
     def note(self, text: str) -> None:
-        """A line that stays, with the estimate where there is no bar to show it."""
+        """A line that stays, with the estimate where there is no live view to show it."""
         self._last = time.monotonic()
         finished = self.done > 0.999 * self.total
         if self.show:
             logger.info("%s", text if self._terminal or finished else f"{text} ({self.left()})")
+
+    def _view(self) -> Group:
+        """The live view: stage, progress and estimate, and the last matrix."""
+        line = Table.grid(padding=(0, 2))
+        line.add_row(ProgressBar(self.total, self.done, width=BAR_WIDTH, complete_style="green"), f"{self.left()}, {duration(time.monotonic() - self._start)} so far")
+        parts = [Text(self._text, style="bold"), line]
+        if self._matrix is not None:
+            parts += [Text(f"{self._title}: score in % of each task (column), after each one (row)"), matrix_view(self._matrix)]
+        return Group(*parts)
+
+
+def matrix_view(matrix: Matrix) -> Table:
+    """The matrix as far as it is filled, the task just learned in bold; columns are numbered so that many find room."""
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for number in range(1, len(matrix.tasks) + 1):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    rows = [(ZERO_SHOT, matrix.zero_shot or [])] + [(f"{number} {name}", row) for number, (name, row) in enumerate(zip(matrix.tasks, matrix.rows), start=1)]
+    for learned, (name, row) in enumerate(rows):
+        table.add_row(Text(name), *(Text(shown(value, 1, "·"), "bold" if number == learned else "") for number, value in enumerate(row, start=1)))
+    return table
+
+
+@contextmanager
+def _logging_above(stderr: TextIO) -> Iterator[None]:
+    """Let log lines go above the live view, which has put itself in the place of stderr, instead of through it."""
+    handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler) and h.stream is stderr]
+    for handler in handlers:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.setStream(stderr)
 
 
 def duration(seconds: float) -> str:

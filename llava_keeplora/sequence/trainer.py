@@ -35,12 +35,13 @@ def without_timings(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in TIMINGS} for record in history]
 
 
-def training_arguments(training: Mapping[str, Any], *, output_dir: str, seed: int, epochs: float) -> TrainingArguments:
+def training_arguments(training: Mapping[str, Any], *, output_dir: str, run_name: str, seed: int, epochs: float) -> TrainingArguments:
     """`TrainingArguments` of one task: the user's, and what the driver sets.
 
     Args:
         training: the `training` section of a configuration.
         output_dir: for what the Trainer itself wants to write.
+        run_name: what trackers call this task's training.
         seed: of this task's training.
         epochs: of this task.
     """
@@ -55,6 +56,7 @@ def training_arguments(training: Mapping[str, Any], *, output_dir: str, seed: in
         "ddp_find_unused_parameters": False,
         **training,
         "num_train_epochs": epochs,
+        "run_name": run_name,
     }
     return TrainingArguments(
         output_dir=output_dir,

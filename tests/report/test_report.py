@@ -8,10 +8,13 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from llava_keeplora.report import ReportError, heatmap, protected_fraction_plot, write_report
+from llava_keeplora.report import ReportError, Trial, heatmap, protected_fraction_plot, write_report
 from llava_keeplora.report.figures import DARK, LIGHT
 from llava_keeplora.report.heatmap import colour_limits, draw_heatmap
 from llava_keeplora_eval import Matrix
+
+
+DOCUMENTS = {"html", "table", "latex", "summary", "scores"}
 
 
 @pytest.fixture
@@ -137,13 +140,13 @@ def test_a_capacity_that_is_not_one_is_refused_in_a_sentence(tmp_path, stages, n
 
 def test_the_report_is_one_page_that_loads_nothing_else(tmp_path, matrix, capacity):
     settings = {"model": "https://example.org/<model>", "ranks": {"r": 4}, "note": '"quoted" & so'}
-    results = {"keep<lora>": matrix, "seq": matrix}
-    paths = write_report(tmp_path / "out", "A & B", results, {"keep<lora>": capacity, "seq": []}, settings)
-    assert set(paths) == {"html", "table", "heatmap/keep<lora>", "heatmap/seq", "capacity/keep<lora>"}
+    results = {"keep<lora>": [Trial(matrix, capacity=capacity)], "seq": [Trial(matrix)]}
+    paths = write_report(tmp_path / "out", "A & B", results, settings)
+    assert set(paths) == DOCUMENTS | {"curves", "forgetting", "heatmap/keep<lora>", "heatmap/seq", "capacity/keep<lora>"}
     assert all(path.exists() for path in paths.values())
     text = paths["html"].read_text()
     page = Page(text)
-    assert page.open == [] and len(page.references) == 6
+    assert page.open == [] and len(page.references) == 2 * 5
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert not re.search(r"url\(|@import|<script|<link", text)
     words = " ".join(page.words)
@@ -153,7 +156,7 @@ def test_the_report_is_one_page_that_loads_nothing_else(tmp_path, matrix, capaci
 
 
 def test_the_summary_starts_with_the_model_that_never_changes(tmp_path, matrix):
-    table = write_report(tmp_path, "t", {"run": matrix})["table"].read_text()
+    table = write_report(tmp_path, "t", {"run": [Trial(matrix)]})["table"].read_text()
     assert table.startswith(
         "# t\n\n"
         "| run | Transfer | Average | Last | Forgetting | BWT |\n"
@@ -165,8 +168,8 @@ def test_the_summary_starts_with_the_model_that_never_changes(tmp_path, matrix):
 
 
 def test_runs_with_other_zero_shot_scores_get_a_row_each(tmp_path, matrix):
-    other = Matrix(["b", "a"], [20.0, 10.0], matrix.rows)
-    table = write_report(tmp_path, "t", {"x": matrix, "y": other, "z": matrix})["table"].read_text()
+    other = Matrix(["a", "b"], [20.0, 10.0], matrix.rows)
+    table = write_report(tmp_path, "t", {"x": [Trial(matrix)], "y": [Trial(other)], "z": [Trial(matrix)]})["table"].read_text()
     assert re.findall(r"^\| (zero-shot[^|]*) \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", table, re.M) == [
         "zero-shot (x)",
         "zero-shot (y)",
@@ -175,48 +178,46 @@ def test_runs_with_other_zero_shot_scores_get_a_row_each(tmp_path, matrix):
 
 def test_a_zero_shot_baseline_among_the_results_is_the_summarys_first_row_and_no_picture(tmp_path, matrix):
     baseline = Matrix(matrix.tasks, matrix.zero_shot)
-    paths = write_report(tmp_path, "t", {"zero-shot": baseline, "run": matrix})
-    assert set(paths) == {"html", "table", "heatmap/run"}
+    paths = write_report(tmp_path, "t", {"zero-shot": [Trial(baseline)], "run": [Trial(matrix)]})
+    assert set(paths) == DOCUMENTS | {"curves", "forgetting", "heatmap/run"}
     assert paths["table"].read_text().count("| zero-shot | 20.0 | 15.0 | 15.0 | 0.0 | 0.0 |") == 1
     assert Page(paths["html"].read_text()).words.count("zero-shot") == 2  # the summary and the run's numbers
-    alone = write_report(tmp_path, "t", {"zero-shot": baseline})
+    alone = write_report(tmp_path, "t", {"zero-shot": [Trial(baseline)]})
     assert "heatmap/zero-shot" in alone
 
 
 def test_a_run_in_progress_and_a_single_task_are_reported_as_far_as_they_go(tmp_path):
-    results = {"half": Matrix(["a", "b"], None, [[90.0, 30.0]]), "one": Matrix(["a"], [5.0], [[9.0]])}
-    table = write_report(tmp_path, "t", results, {"half": [layers(1), layers(2)]})["table"].read_text()
-    assert "| half | 30.0 | n/a | n/a | n/a | n/a |" in table
-    assert "| one | n/a | 9.0 | 9.0 | n/a | n/a |" in table
+    half = Trial(Matrix(["a", "b"], None, [[90.0, 30.0]]), capacity=[layers(1), layers(2)])
+    assert "| half | 30.0 | n/a | n/a | n/a | n/a |" in write_report(tmp_path, "t", {"half": [half]})["table"].read_text()
+    one = Trial(Matrix(["a"], [5.0], [[9.0]]))
+    assert "| one | n/a | 9.0 | 9.0 | n/a | n/a |" in write_report(tmp_path, "t", {"one": [one]})["table"].read_text()
 
 
 def test_labels_that_differ_in_signs_or_case_get_files_of_their_own(tmp_path):
-    small = Matrix(["a"], None, [[1.0]])
+    small = [Trial(Matrix(["a"], None, [[1.0]]))]
     paths = write_report(tmp_path, "t", {"a/b": small, "a b": small, "A.b": small, "a.B": small})
     files = {path.name.casefold() for name, path in paths.items() if name.startswith("heatmap")}
     assert len(files) == 4 and all(file.endswith(".png") for file in files)
 
 
 @pytest.mark.parametrize(
-    ("results", "capacity", "sentence"),
+    ("results", "sentence"),
     [
-        ({}, {}, "there are no results to report; give at least one matrix."),
+        ({}, "there are no results to report; give at least one matrix."),
         (
-            {"a": Matrix(["t"])},
-            {"b": [layers(1)]},
-            "there is a capacity for b and no matrix; use the same labels for both.",
+            {"a": [Trial(Matrix(["s", "t"]))], "b": [Trial(Matrix(["t", "s"]))]},
+            "'a' and 'b' have different tasks (s, t against t, s); report them apart, because their scores mean different things.",
         ),
         (
-            {"a": Matrix(["t"])},
-            {"a": [layers(1)] * 3},
+            {"a": [Trial(Matrix(["t"]), capacity=[layers(1)] * 3)]},
             "a capacity of 3 stages belongs to a matrix of 1 tasks; "
             "give the stage of the weights, then one stage per task at most.",
         ),
     ],
 )
-def test_a_report_that_cannot_be_made_is_refused_and_writes_nothing(tmp_path, results, capacity, sentence):
+def test_a_report_that_cannot_be_made_is_refused_and_writes_nothing(tmp_path, results, sentence):
     with pytest.raises(ReportError) as error:
-        write_report(tmp_path / "out", "t", results, capacity)
+        write_report(tmp_path / "out", "t", results)
     assert str(error.value) == sentence
     assert not (tmp_path / "out").exists()
 

@@ -10,7 +10,11 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.files import file_hash
 from llava_keeplora.sequence import runner, trainer
 
-VOLATILE = {".lock", "config.json", "table.md", "report.html"}
+VOLATILE = {".lock", "config.json"}
+#: Endings of what a report writes from the rest.
+REPORT = {".html", ".md", ".tex", ".csv", ".png", ".svg"}
+#: What a stage's entry says of the machine rather than of the run.
+MEASURED = {"seconds", "peak_bytes", "peak_of"}
 
 
 @pytest.fixture
@@ -65,17 +69,17 @@ def stop_within_training(monkeypatch):
 
 
 def journal_of(folder: Path) -> list[dict]:
-    """A journal's entries without clock readings."""
+    """A journal's entries without what is measured of the machine."""
     entries = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if k != "seconds"} | {"info": {k: v for k, v in e["info"].items() if k != "seconds"}} for e in entries]
+    return [{k: v for k, v in e.items() if k != "seconds"} | {"info": {k: v for k, v in e["info"].items() if k not in MEASURED}} for e in entries]
 
 
 @pytest.fixture
 def left_behind():
-    """Function (run folder) → every file by relative path as its hash, journals as their entries."""
+    """Function (run folder) → every file but the report's by relative path as its hash, journals as their entries."""
 
     def collect(root: Path) -> dict:
-        files = sorted(p for p in Path(root).rglob("*") if p.is_file() and p.name not in VOLATILE and p.suffix != ".png")
+        files = sorted(p for p in Path(root).rglob("*") if p.is_file() and p.name not in VOLATILE and p.suffix not in REPORT)
         return {str(p.relative_to(root)): journal_of(p.parent) if p.name == "journal.jsonl" else file_hash(p) for p in files}
 
     return collect

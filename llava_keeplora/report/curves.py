@@ -1,0 +1,143 @@
+"""Methods against each other, a line each: every task's score, what is forgotten of it, and the training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from llava_keeplora.report.figures import Palette, bare, fill, legend_above, style
+from llava_keeplora.report.heatmap import colour_limits
+from llava_keeplora.report.trial import Results, Trial, deviation, mean
+from llava_keeplora_eval import Matrix
+
+PANELS = 4  # side by side, one per task
+PANEL = (2.6, 2.2)  # inches
+#: (x, one value per trial) of one line, in order.
+Points = Sequence[tuple[float, Sequence[float]]]
+
+
+def draw_curves(results: Results, palette: Palette) -> Figure:
+    """Every task's score over the stages, one panel per task; the dashed line stands where it was learned."""
+    tasks = _tasks(results)
+
+    def points(trials: Sequence[Trial], i: int) -> Points:
+        # A model that never changes is a level line.
+        shown = [trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix for trial in trials]
+        rows = [[matrix.zero_shot or [None] * len(tasks), *matrix.rows] for matrix in shown]
+        return _measured((stage, [stages[stage][i] for stages in rows]) for stage in range(len(tasks) + 1))
+
+    figure, panels = _per_task(results, points, "tasks learned", "score (%)", palette)
+    low, high = colour_limits(trial.matrix for trials in results.values() for trial in trials)
+    for position, axes in enumerate(panels, start=1):
+        axes.axvline(position, color=palette.ink, linewidth=0.8, linestyle=(0, (4, 4)), zorder=1)
+        axes.set_xlim(-0.2, len(tasks) + 0.2)
+        axes.set_xticks(range(0, len(tasks) + 1, max(1, len(tasks) // 6)))
+        axes.set_ylim(low - 2, high + 2)
+    return figure
+
+
+def draw_losses(results: Results, palette: Palette) -> Figure | None:
+    """The training loss of every task over its optimiser steps; None where no step was logged."""
+    tasks = _tasks(results)
+
+    def points(trials: Sequence[Trial], i: int) -> Points:
+        curves = [dict(trial.losses.get(tasks[i], ())) for trial in trials]
+        return [(step, [curve[step] for curve in curves]) for step in curves[0] if all(step in curve for curve in curves)]
+
+    logged = {name: trials for name, trials in results.items() if any(trial.losses for trial in trials)}
+    if not logged:
+        return None
+    figure, panels = _per_task(results, points, "optimiser step", "training loss", palette)
+    for axes in panels:
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure
+
+
+def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
+    """What was lost since each task was learned: the mean after every task, and every task's own loss by the last of them.
+
+    None before the second task is scored.
+    """
+    tasks, order = _tasks(results), list(results)
+    drops = {name: [_drops(trial.matrix) for trial in trials] for name, trials in results.items()}
+    means = {name: _measured((t + 1, [mean(rows[t][:t]) for rows in own]) for t in range(1, len(tasks))) for name, own in drops.items()}
+    means = {name: points for name, points in means.items() if points}
+    if not means:
+        return None
+    figure = Figure(figsize=(10.4, 1.6 + max(2.0, 0.3 * len(tasks))), facecolor=palette.paper, layout="constrained")
+    over, by = figure.subplots(1, 2)
+    thick = 0.8 / len(means)
+    for row, (name, points) in enumerate(means.items()):
+        _draw_line(over, points, name, order.index(name))
+        last = points[-1][0] - 1
+        ends = [[rows[last][i] for rows in drops[name]] for i in range(last)]
+        spreads = [deviation(values) for values in ends] if len(drops[name]) > 1 else None
+        place = [i + (row - (len(means) - 1) / 2) * thick for i in range(last)]
+        by.barh(place, [mean(values) for values in ends], thick, xerr=spreads, ecolor=palette.ink, **fill(order.index(name), palette))
+    over.set(xlabel="tasks learned", ylabel="mean drop of the tasks before (points)", xticks=range(2, len(tasks) + 1))
+    by.set(xlabel="drop from just after learning to the last stage (points)")
+    by.set_yticks(range(len(tasks) - 1), tasks[:-1])
+    by.invert_yaxis()
+    for axes, line in ((over, over.axhline), (by, by.axvline)):
+        bare(axes, palette)
+        line(0, color=palette.ink, linewidth=0.8)
+    legend_above(figure, [over], palette)
+    return figure
+
+
+def _tasks(results: Results) -> list[str]:
+    return next(iter(results.values()))[0].matrix.tasks
+
+
+def _drops(matrix: Matrix) -> list[list[float | None]]:
+    """Row t, column i: how far task i has fallen from its score right after it was learned; None where not measured."""
+    start = [matrix.rows[i][i] for i in range(len(matrix.tasks))]
+    return [[None if None in (now, then) else then - now for now, then in zip(row, start)] for row in matrix.rows]
+
+
+def _measured(points) -> Points:
+    return [(x, values) for x, values in points if None not in values]
+
+
+def _per_task(
+    results: Results, points: Callable[[Sequence[Trial], int], Points], xlabel: str, ylabel: str, palette: Palette
+) -> tuple[Figure, list[Axes]]:
+    """A panel per task with a line per method, in the same colours in all of them."""
+    tasks = _tasks(results)
+    columns = min(PANELS, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(PANEL[0] * max(columns, 2) + 0.4, PANEL[1] * rows + 0.7), facecolor=palette.paper, layout="constrained")
+    panels = []
+    for i, task in enumerate(tasks):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        for position, (name, trials) in enumerate(results.items()):
+            if drawn := points(trials, i):
+                _draw_line(axes, drawn, name, position)
+        axes.set_title(_fitted(f"{i + 1} {task}"), color=palette.ink, loc="left", fontsize=9, fontweight="bold")
+        bare(axes, palette)
+        axes.tick_params(labelsize=8)
+        panels.append(axes)
+    figure.supxlabel(xlabel, color=palette.ink, fontsize=10)
+    figure.supylabel(ylabel, color=palette.ink, fontsize=10)
+    legend_above(figure, panels, palette)
+    return figure, panels
+
+
+def _draw_line(axes, points: Points, name: str, position: int) -> None:
+    """A line of means, with a band of one standard deviation where there are several trials."""
+    xs = [x for x, _ in points]
+    means = np.array([mean(values) for _, values in points])
+    axes.plot(xs, means, label=name, marker="o", markersize=3 if len(xs) < 40 else 0, linewidth=1.6, **style(position))
+    around = np.array([deviation(values) or 0.0 for _, values in points])
+    if around.any():
+        axes.fill_between(xs, means - around, means + around, color=style(position)["color"], alpha=0.2, linewidth=0)
+
+
+def _fitted(name: str, length: int = 30) -> str:
+    """A title that doesn't reach into the next panel."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"

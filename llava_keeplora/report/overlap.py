@@ -1,0 +1,58 @@
+"""How much of one task's input subspace lies in another's.
+
+Legend: in features of a layer, r rank, A (r, in) of a delta scale · B A: what the task's update reads of its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from safetensors import safe_open
+from torch import Tensor
+
+from llava_keeplora.report.figures import Palette
+from llava_keeplora.report.heatmap import draw_cells
+
+KEY = ".A"
+
+
+def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
+    """Mean over the layers of ‖Q_iᵀ Q_j‖²_F / min(r_i, r_j), Q an orthonormal basis of the rows of A.
+
+    That is the mean squared cosine of the principal angles between two tasks' input subspaces: 1 where one holds the other,
+    0 where they are orthogonal. Only layers that both tasks have an adapter on count.
+
+    Args:
+        paths: each task's `delta.safetensors`, in order; files that aren't there are tasks without adapters.
+
+    Returns:
+        T x T, None in cells without a common layer; None with fewer than two tasks.
+    """
+    files = {task: safe_open(path, framework="pt") for task, path in enumerate(paths) if path.exists()}
+    if len(files) < 2:
+        return None
+    sums, counts = torch.zeros(len(paths), len(paths)), torch.zeros(len(paths), len(paths))
+    for key in sorted({key for file in files.values() for key in file.keys() if key.endswith(KEY)}):
+        bases = {task: _rows(file.get_tensor(key)) for task, file in files.items() if key in file.keys()}
+        for i, one in bases.items():
+            for j, other in bases.items():
+                sums[i, j] += (one.T @ other).square().sum() / min(one.shape[1], other.shape[1])
+                counts[i, j] += 1
+    return [[float(total / count) if count else None for total, count in zip(*rows)] for rows in zip(sums, counts)]
+
+
+def _rows(A: Tensor) -> Tensor:
+    """An orthonormal basis (in, r) of the rows of A."""
+    return torch.linalg.qr(A.float().T).Q
+
+
+def draw_overlap(tasks: Sequence[str], cells: Sequence[Sequence[float | None]], title: str, palette: Palette) -> Figure:
+    """The overlaps as a heat map from 0 to 1."""
+    figure, axes = draw_cells(tasks, list(enumerate(cells)), title, "mean squared cosine", (0.0, 1.0), palette, precision=2)
+    axes.set_yticks([y + 0.5 for y in range(len(tasks))], tasks)
+    axes.set_xlabel("input subspace of this task's update", color=palette.ink)
+    axes.set_ylabel("and of this one's", color=palette.ink)
+    return figure

@@ -1,0 +1,260 @@
+"""Reports of real run folders: what a run's files hold, several runs side by side, and what can't be compared."""
+
+import csv
+import json
+import re
+import shutil
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_keeplora import cli
+from llava_keeplora.errors import RunError
+from llava_keeplora.report.overlap import overlap
+from llava_keeplora.report.run_report import read_results, read_trial, write_run_report
+from llava_keeplora_eval import Matrix
+
+TASKS = ["colours", "stripes", "corners"]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def make_run(run_config, tmp_path_factory):
+    """Function (name, **changes) → the folder of a finished run without a report."""
+    from llava_keeplora.sequence import runner
+
+    root = tmp_path_factory.mktemp("runs")
+
+    def make(name, **changes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "write_run_report", lambda root: None)
+            runner.run(run_config(root / name, **{"training": {"logging_steps": 1}, **changes}))
+        return root / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def seeds(make_run):
+    """The same two methods on three tasks with seeds 0 and 1."""
+    return [make_run(f"seed{seed}", seed=seed) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def other_rank(make_run):
+    """KeepLoRA alone with another rank."""
+    part = {"rank": 3, "alpha": 3}
+    return make_run("rank3", methods={"keeplora": {}}, parts={"vision": part, "text": part})
+
+
+@pytest.fixture(scope="module")
+def one(seeds, tmp_path_factory):
+    """The report of one run, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("report-of-one")
+    write_run_report(seeds[0], into=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def several(seeds, other_rank, tmp_path_factory):
+    """The report of two seeds and another configuration."""
+    folder = tmp_path_factory.mktemp("report-of-several")
+    return folder, write_run_report(*seeds, other_rank, into=folder)
+
+
+def trial(run: Path, label: str = "keeplora"):
+    return read_trial(run / label, read_results(run)[label], seed=0, run=run.name)
+
+
+def test_one_run_gets_every_picture_as_png_and_svg_and_every_table(one):
+    names = {path.name for path in one.iterdir()}
+    pictures = {"curves", "forgetting", "loss", "cost", *(f"{kind}-keeplora" for kind in ("heatmap", "capacity", "captured", "overlap"))}
+    pictures |= {"heatmap-seq-lora", "overlap-seq-lora"}
+    assert names == {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} | {"report.html", "table.md", "table.tex", "summary.csv", "scores.csv"}
+
+
+def test_without_another_folder_the_report_of_a_run_lies_beside_its_files(other_rank, tmp_path, capfd):
+    copy = shutil.copytree(other_rank, tmp_path / "run")
+    assert cli.main(["report", str(copy)]) == 0
+    assert (copy / "report.html").is_file() and f"run folder: {copy}" in capfd.readouterr().out
+
+
+def test_what_a_trial_says_is_what_the_files_of_the_run_say(seeds):
+    found, folder = trial(seeds[0]), seeds[0] / "keeplora"
+    prepared = json.loads((folder / "task-02-stripes/prepared.json").read_text())["report"]["gradient"]
+    for name, numbers in prepared.items():
+        part = "vision" if name.startswith("vision") else "text"
+        assert found.captured[part][name][1] == numbers["captured"]
+    history = json.loads((folder / "task-03-corners/train.json").read_text())["history"]
+    assert found.losses["corners"] == [(r["step"], r["loss"]) for r in history if "loss" in r] and len(found.losses["corners"]) == 3
+    entries = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    trained = [entry for entry in entries if entry["stage"] == "TRAINED"]
+    assert found.costs["TRAINED"].seconds == pytest.approx(sum(entry["seconds"] for entry in trained))
+    assert found.costs["TRAINED"].peak_bytes == max(entry["info"]["peak_bytes"] for entry in trained)
+    assert set(found.costs) == {"CONSOLIDATED", "EVALUATED", "PREPARED", "TRAINED"}
+
+
+def test_the_overlap_is_the_mean_squared_cosine_of_the_principal_angles(seeds):
+    paths = [seeds[0] / "keeplora" / f"task-{i:02d}-{name}" / "delta.safetensors" for i, name in enumerate(TASKS, start=1)]
+    found = overlap(paths)
+    one, other = load_file(paths[0]), load_file(paths[2])
+    cosines = []
+    for key in one:
+        if key.endswith(".A"):
+            # Principal angles by their definition: singular values of the product of orthonormal bases, here from the SVD.
+            bases = [torch.linalg.svd(deltas[key].double(), full_matrices=False).Vh for deltas in (one, other)]
+            cosines.append(float(torch.linalg.svdvals(bases[0] @ bases[1].T).square().mean()))
+    assert found[0][2] == pytest.approx(statistics.mean(cosines), abs=1e-5) and found[2][0] == pytest.approx(found[0][2])
+    assert [found[i][i] for i in range(3)] == pytest.approx([1.0] * 3)
+
+
+def test_one_adapted_task_has_no_overlap(seeds, tmp_path):
+    first = seeds[0] / "keeplora/task-01-colours/delta.safetensors"
+    assert overlap([first, tmp_path / "gone"]) is None
+
+
+def test_seeds_are_one_row_and_another_configuration_has_its_own(seeds, other_rank, several):
+    folder, results = several
+    assert {name: len(trials) for name, trials in results.items()} == {
+        "zero-shot": 1, "seq-lora": 2, "keeplora (seed0)": 2, "keeplora (rank3)": 1,
+    }
+    averages = [Matrix.from_json(run / "keeplora/matrix.json").metrics()["average"] for run in seeds]
+    assert len(set(averages)) == 2, "equal seeds would make a spread of nothing"
+    row = next(line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| keeplora (seed0) |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == "2" and cells[3] == f"{statistics.mean(averages):.1f} ± {statistics.stdev(averages):.1f}"
+    assert "| keeplora (rank3) | 1 |" in (folder / "table.md").read_text()
+
+
+def test_the_csv_files_hold_unrounded_numbers(seeds, several):
+    folder, _ = several
+    summary = {row["run"]: row for row in csv.DictReader(open(folder / "summary.csv"))}
+    lasts = [Matrix.from_json(run / "seq-lora/matrix.json").metrics()["last"] for run in seeds]
+    assert float(summary["seq-lora"]["last_mean"]) == pytest.approx(statistics.mean(lasts), rel=1e-12)
+    assert float(summary["seq-lora"]["last_sd"]) == pytest.approx(statistics.stdev(lasts), abs=1e-9)
+    assert summary["zero-shot"]["last_sd"] == "" and summary["keeplora (rank3)"]["n"] == "1"
+    scores = list(csv.DictReader(open(folder / "scores.csv")))
+    cell = next(r for r in scores if (r["run"], r["seed"], r["after"], r["task"]) == ("seq-lora", "1", "stripes", "colours"))
+    assert float(cell["score"]) == Matrix.from_json(seeds[1] / "seq-lora/matrix.json").rows[1][0]
+    assert len(scores) == 3 + 5 * (3 + 9)
+
+
+def test_the_latex_tables_say_what_the_markdown_says_and_escape_what_latex_reads(several):
+    from llava_keeplora.report.papers import latex_table
+
+    folder, _ = several
+    latex = (folder / "table.tex").read_text()
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1 + 3
+    row = next(line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| seq-lora |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    expected = " & ".join(f"$-${cell[1:]}" if cell.startswith("-") else cell for cell in cells).replace("±", r"$\pm$")
+    assert expected + r" \\" in latex
+    assert latex_table(["run", "A_1"], [["50% & {x}~^\\$#", "-0.5 ± 1.0"]]).splitlines()[2:5] == [
+        r"run & A\_1 \\", r"\midrule",
+        r"50\% \& \{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}\$\# & $-$0.5 $\pm$ 1.0 \\",
+    ]
+
+
+def test_the_page_says_which_runs_a_row_stands_for_and_where_they_differ(several):
+    page = (several[0] / "report.html").read_text()
+    assert "<dt>row keeplora (seed0)</dt><dd>seed0 (seed 0), seed1 (seed 1)</dd>" in page
+    assert "<dt>seed (seed1)</dt><dd>1</dd>" in page and "<dt>parts (rank3)</dt>" in page and "<dt>model</dt>" in page
+
+
+def refused(*runs, **options) -> str:
+    with pytest.raises(RunError) as error:
+        write_run_report(*runs, **options)
+    return str(error.value)
+
+
+def test_runs_that_cannot_stand_side_by_side_are_refused_in_a_sentence(seeds, make_run, tiny_tasks, tmp_path):
+    first, second = seeds
+    out = tmp_path / "out"
+    assert refused(*seeds) == "the report of 2 runs belongs to none of their folders; add --into DIR."
+    assert refused(first, first, into=out) == "a run is named twice; name every run once."
+    fewer = make_run("fewer", tasks=[str(path) for path in reversed(tiny_tasks[:2])], methods={"seq-lora": {}})
+    assert refused(first, fewer, into=out) == (
+        f"{first} and {fewer} have different tasks (colours, stripes, corners against stripes, colours), "
+        "so their numbers can't stand side by side; report them apart."
+    )
+    again = shutil.copytree(first, tmp_path / "again")
+    assert refused(first, again, into=out) == (
+        f"{first} and {again} hold 'seq-lora' with the same settings and the same seed 0, which are no two samples; name one of them."
+    )
+    scores = again / "zero-shot/task-00-base/scores.json"
+    scores.write_text(scores.read_text().replace('"metric": "accuracy"', '"metric": "other"', 1))
+    assert refused(first, again, into=out) == f"{first} and {again} score task 'colours' on different examples or by different metrics; report them apart."
+    assert not out.exists()
+
+
+def test_a_run_in_progress_is_reported_as_far_as_it_goes(other_rank, tmp_path):
+    """The files as they are when the second task is being trained."""
+    run = shutil.copytree(other_rank, tmp_path / "run")
+    folder = run / "keeplora"
+    for path in (folder / "task-02-stripes").iterdir():
+        if path.name not in ("adapters.safetensors", "prepared.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder / "task-03-corners")
+    lines = (folder / "journal.jsonl").read_text().splitlines(keepends=True)
+    (folder / "journal.jsonl").write_text("".join(lines[: 4 + 6 + 2]))
+    whole = Matrix.from_json(folder / "matrix.json")
+    Matrix(whole.tasks, whole.zero_shot, whole.rows[:1]).to_json(folder / "matrix.json")
+    write_run_report(run)
+    assert {path.stem for path in run.glob("*.png")} == {"curves", "loss", "cost", "heatmap-keeplora", "capacity-keeplora", "captured-keeplora"}
+
+
+def test_several_runs_on_the_command_line_go_into_a_folder_or_are_refused(seeds, tmp_path, capfd, monkeypatch):
+    from llava_keeplora.report import run_report
+
+    monkeypatch.setattr(run_report, "write_report", lambda *args: None)  # the pictures are other tests'
+    assert cli.main(["report", *map(str, seeds), "--into", str(tmp_path)]) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"^\| keeplora \| 2 \| .* ± ", out, re.M) and f"\nfolder: {tmp_path}\n" in out
+    assert cli.main(["report", *map(str, seeds)]) == 2
+    assert "error: the report of 2 runs belongs to none of their folders; add --into DIR." in capfd.readouterr().err
+
+
+def test_every_command_of_the_reports_page_is_one():
+    text = (Path(__file__).parents[2] / "docs/reports.md").read_text()
+    commands = re.findall(r"^    llava-keeplora (.*)$", text, re.M)
+    parsed = [cli.parse_arguments(cli.build_parser(), command.split()) for command in commands]
+    assert [args.run.__name__ for args in parsed] == ["_report", "_train"]
+    assert parsed[1].overrides == ["training.report_to=tensorboard"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip("no Chromium on the PATH: 2 checks left out")
+
+    def start(*arguments):
+        command = [found, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    return start
+
+
+@pytest.mark.parametrize(("scheme", "paper"), [("light", (255, 255, 255)), ("dark", (22, 25, 29))])
+def test_a_browser_shows_the_page_in_light_and_dark(browser, one, tmp_path, scheme, paper):
+    from PIL import Image
+
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    browser(*dark, "--window-size=1280,1600", f"--screenshot={tmp_path / 'page.png'}", f"file://{one / 'report.html'}")
+    picture = Image.open(tmp_path / "page.png").convert("RGB")
+    colours = dict((colour, count) for count, colour in picture.getcolors(1 << 24))
+    assert max(colours, key=colours.get) == paper and picture.getpixel((2, 2)) == paper
+    assert sum(abs(r - 0xD5) + abs(g - 0x5E) + b < 12 for r, g, b in colours) > 0, "the pictures are drawn in it"
+
+
+def test_a_telephone_scrolls_the_pictures_but_never_the_page(browser, one, tmp_path):
+    page = (one / "report.html").read_text().replace("&", "&amp;").replace('"', "&quot;")
+    script = "f.onload = () => { const d = f.contentDocument; document.title = [d.documentElement.scrollWidth, [...d.images].every(i => i.naturalWidth > 300)] }"
+    frame = f'<iframe id="f" width="390" height="800" frameborder="0" srcdoc="{page}"></iframe>'
+    (tmp_path / "frame.html").write_text(f"<title></title>{frame}<script>{script}</script>")
+    dom = browser("--virtual-time-budget=8000", "--dump-dom", f"file://{tmp_path / 'frame.html'}")
+    assert "<title>390,true</title>" in dom[:200]
