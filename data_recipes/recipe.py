@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .errors import RecipeError, nearest
 from .loading import inspect_task, load_task
 from .recipe_rules import FROM_SOURCE, KEYS, KINDS, REQUIRED, check_recipe
@@ -171,6 +173,18 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if facts.get("classes") == FROM_SOURCE:
         facts["classes"] = None
     return Recipe(**facts, folder=None if shipped else path.parent.absolute())
+
+
+def flat_recipe(path: str | Path) -> str:
+    """A user's recipe as YAML that needs no other file: the keys of the recipes that it extends are in it.
+
+    Args:
+        path: the `.yaml` file.
+
+    Raises:
+        RecipeError: there is no such file, or it says something that is not understood.
+    """
+    return yaml.safe_dump(_read(resolve(path, RECIPES, "recipe")[0], seen=()), sort_keys=False, allow_unicode=True)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -9,6 +9,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llava_keeplora.config import RunConfig
 
 #: Seconds after which a process takes itself to be the only one that failed.
 ALONE = 6.0
@@ -36,6 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of each GPU (default: that of this machine's)")
     plan.add_argument("--json", action="store_true", help="write the plan as JSON, in bytes")
     plan.set_defaults(run=_plan)
+    extend = commands.add_parser("extend", help="let a run learn one more task")
+    extend.add_argument("run_folder", metavar="RUN")
+    extend.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the new task")
+    extend.add_argument("--epochs", type=float, help="of the new task (default: as for every other)")
+    extend.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    extend.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides of what another machine needs, for instance evaluation.batch_size=8")
+    extend.set_defaults(run=_extend)
     report = commands.add_parser("report", help="write the tables, pictures and page of a run folder again")
     report.add_argument("run_folder", metavar="RUN")
     report.set_defaults(run=_report)
@@ -50,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
-    for command in (train, plan, report, export, listing):
+    for command in (train, plan, extend, report, export, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -124,6 +135,17 @@ def _train(args: argparse.Namespace) -> None:
     from llava_keeplora.config import load_config
 
     config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir)
+    _run(config)
+
+
+def _extend(args: argparse.Namespace) -> None:
+    from llava_keeplora.run_folder import extended
+
+    _run(extended(args.run_folder, args.task, args.epochs, args.overrides, args.data_root))
+
+
+def _run(config: RunConfig) -> None:
+    """Run a sequence, or go on with one, and print its summary."""
     import datasets
     import transformers
 

@@ -64,9 +64,12 @@ def _opened(workspace: Workspace) -> Iterator[Shared]:
         with first_process_first():
             if is_first_process():
                 held.enter_context(workspace.locked())
-                workspace.claim()
+                workspace.check()
             shared = Shared(config, workspace, load_tasks(config), open_model(config.model, config.evaluation.max_new_tokens))
             check_start(config, shared.family)
+            if is_first_process():
+                # Only now: a start that is refused leaves the folder as it was.
+                workspace.claim()
         # Together: with ZeRO-3 the processes need each other for it.
         shared.load()
         yield shared

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import RunConfig, dump_config
+from llava_keeplora.config import RUN_FILES, RunConfig, dump_config, read_dumped
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
+from llava_keeplora.run_folder import differences, kept_recipe, read_identity
+from llava_keeplora_recipes.recipe import flat_recipe
+from llava_keeplora_recipes.strict_yaml import is_file_name
 
 
 class Workspace:
@@ -62,33 +64,40 @@ class Workspace:
             file.flush()
             yield
 
-    def claim(self) -> None:
-        """Write the configuration into a new folder, or check that the folder's is the same.
+    def check(self) -> None:
+        """Refuse a folder that is not this configuration's; tasks may have been appended to what it knows.
 
         Raises:
             RunError: with the difference, if the folder belongs to another configuration, or holds other files.
         """
-        identity = self.config.identity()
         if not (self.root / "config.json").exists():
-            self._refuse_foreign()
-            # The configuration's own file comes last: where it is, the folder is claimed.
-            write_json(self.root / "identity.json", identity)
-            write_bytes(self.root / "config.json", dump_config(self.config).encode())
-            return
-        try:
-            known = json.loads((self.root / "identity.json").read_text())
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.root / 'identity.json'} cannot be read ({error})", "restore it or start over in a new output_dir") from error
-        changes = [f"{key}: {old!r} → {new!r}" for key, old, new in _told_once(differences(known, identity))]
+            return self._refuse_foreign()
+        known = read_identity(self.root)
+        config = self.config.first(len(known["tasks"])) if len(self.config.tasks) > len(known["tasks"]) else self.config
+        changes = [f"{key}: {old!r} → {new!r}" for key, old, new in _told_once(differences(known, config.identity()))]
         if changes:
             raise RunError(
                 f"{self.root} holds a run with another configuration ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})",
                 "restore these values to go on, or choose another output_dir",
             )
 
+    def claim(self) -> None:
+        """Write the configuration into a folder that `check` let pass, unless it is there already."""
+        if (self.root / "config.json").exists() and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
+            return
+        identity = self.config.identity()
+        for task, name in zip(self.config.tasks, identity["tasks"], strict=True):
+            kept = kept_recipe(self.root, name)
+            if is_file_name(task) and not kept.exists():
+                write_bytes(kept, flat_recipe(task).encode())
+        # The configuration's own file comes last: where it is, the folder is claimed.
+        write_json(self.root / "identity.json", identity)
+        write_bytes(self.root / "config.json", dump_config(self.config).encode())
+
     def _refuse_foreign(self) -> None:
         names = sorted(p.name for p in self.root.iterdir())
-        others = [name for name in names if not name.startswith(".") and name != "identity.json"]
+        # A kill may have left what is written before config.json.
+        others = [name for name in names if not name.startswith(".") and name not in RUN_FILES]
         if others and "config.json" not in names:
             raise RunError(f"{self.root} is not a run folder but holds {', '.join(others[:3])}", "choose an empty or new output_dir")
 
@@ -100,15 +109,3 @@ def _told_once(changes: Iterable[tuple[str, Any, Any]]) -> list[tuple[str, Any, 
     return [
         (key, old, new) for key, old, new in changes if not (key.startswith("methods.") and (key.split(".", 2)[-1], str(old), str(new)) in general)
     ]
-
-
-def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The leaves in which two trees of plain data differ: (dotted key, old, new)."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (before, after) in enumerate(zip(old, new)):
-            yield from differences(before, after, f"{where}[{index}]")
-    elif old != new:
-        yield where, old, new
