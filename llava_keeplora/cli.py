@@ -47,6 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     extend.add_argument("--data-root", help="the folder with the data sets (data.root)")
     extend.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides of what another machine needs, for instance evaluation.batch_size=8")
     extend.set_defaults(run=_extend)
+    fork = commands.add_parser("fork", help="copy the first tasks of a run into a new one, to try another continuation")
+    fork.add_argument("run_folder", metavar="RUN")
+    fork.add_argument("--at-task", type=int, required=True, metavar="N", help="the last task of the new run, counted from 1")
+    fork.add_argument("--into", required=True, metavar="DIR", help="a new folder")
+    fork.set_defaults(run=_fork)
     report = commands.add_parser("report", help="write the tables, pictures and page of a run folder again")
     report.add_argument("run_folder", metavar="RUN")
     report.set_defaults(run=_report)
@@ -61,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
-    for command in (train, plan, extend, report, export, listing):
+    for command in (train, plan, extend, fork, report, export, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -142,6 +147,13 @@ def _extend(args: argparse.Namespace) -> None:
     from llava_keeplora.run_folder import extended
 
     _run(extended(args.run_folder, args.task, args.epochs, args.overrides, args.data_root))
+
+
+def _fork(args: argparse.Namespace) -> None:
+    from llava_keeplora.sequence.fork import fork
+
+    config = fork(args.run_folder, args.at_task, args.into)
+    sys.stdout.write(f"{args.into}: the first {len(config.tasks)} tasks of {args.run_folder}\ngo on with: llava-keeplora extend {args.into} --task NAME|FILE.yaml\n")
 
 
 def _run(config: RunConfig) -> None:

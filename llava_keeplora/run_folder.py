@@ -74,7 +74,12 @@ def _found(run: Path, task: str, name: str) -> str:
 
 def kept_recipe(run: Path, name: str) -> Path:
     """Where a run keeps the recipe of a user's task."""
-    return run / "recipes" / f"{name.replace('/', '-')}.yaml"
+    return run / "recipes" / f"{file_name(name)}.yaml"
+
+
+def file_name(task: str) -> str:
+    """A task's name as one of a file or folder."""
+    return task.replace("/", "-")
 
 
 def read_identity(run: Path) -> dict[str, Any]:

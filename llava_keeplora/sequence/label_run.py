@@ -22,7 +22,7 @@ from llava_keeplora.config import MethodConfig
 from llava_keeplora.errors import ConfigError, RunError, TrainingError
 from llava_keeplora.files import file_hash, write_json, write_tensors
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_layers
-from llava_keeplora.run_folder import differences
+from llava_keeplora.run_folder import differences, file_name
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.journal import SCORES, Entry, Journal, next_stage, open_stages
 from llava_keeplora.sequence.progress import duration
@@ -342,7 +342,7 @@ class LabelRun:
         return [path, *predictions], {}
 
     def _predictions(self, index: int, task: Task) -> Path:
-        return self.path(index, f"predictions/{task.name.replace('/', '-')}.jsonl")
+        return self.path(index, f"predictions/{file_name(task.name)}.jsonl")
 
     def _predict(self, index: int, task: Task) -> None:
         """This process's share of the answers; processes wait for each other afterwards only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ from typing import Any
 from llava_keeplora.config import RUN_FILES, RunConfig, dump_config, read_dumped
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
-from llava_keeplora.run_folder import differences, kept_recipe, read_identity
+from llava_keeplora.run_folder import differences, file_name, kept_recipe, read_identity
+from llava_keeplora.versions import version_changes, write_versions
 from llava_keeplora_recipes.recipe import flat_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
+
+logger = logging.getLogger(__name__)
 
 
 class Workspace:
@@ -34,7 +38,7 @@ class Workspace:
 
     def task(self, label: str, index: int, name: str) -> Path:
         """The folder of one task of one method."""
-        return self.label(label) / f"task-{index:02d}-{name.replace('/', '-')}"
+        return self.label(label) / f"task-{index:02d}-{file_name(name)}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -83,9 +87,15 @@ class Workspace:
 
     def claim(self) -> None:
         """Write the configuration into a folder that `check` let pass, unless it is there already."""
-        if (self.root / "config.json").exists() and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
+        claimed = (self.root / "config.json").exists()
+        changes = version_changes(self.root)
+        if changes:
+            logger.warning("%s was begun with other versions (%s); its numbers may differ in their last digits from here on", self.root, ", ".join(changes))
+        if claimed and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
             return
         identity = self.config.identity()
+        if not claimed and not (self.root / "versions.json").exists():
+            write_versions(self.root)
         for task, name in zip(self.config.tasks, identity["tasks"], strict=True):
             kept = kept_recipe(self.root, name)
             if is_file_name(task) and not kept.exists():

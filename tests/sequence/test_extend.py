@@ -1,6 +1,5 @@
 """A task that is appended to a run leaves what it would have left in the list from the start."""
 
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -15,48 +14,15 @@ from llava_keeplora.run_folder import extended, load_run
 from llava_keeplora_recipes.errors import RecipeError
 
 
-@pytest.fixture(scope="module")
-def driven(tmp_path_factory):
-    """Function (config) → its folder, run without the report, before the tests."""
-    from llava_keeplora.sequence import runner
-
-    def run(config) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner, "write_run_report", lambda root: None)
-            gc.freeze()
-            runner.run(config)
-        return Path(config.output_dir)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def three(run_config, driven, tmp_path_factory):
-    """A folder with both methods on three tasks from the start."""
-    return driven(run_config(tmp_path_factory.mktemp("three") / "run"))
-
-
-@pytest.fixture(scope="module")
-def two(run_config, driven, tmp_path_factory, tiny_tasks):
-    """A folder with both methods on the first two tasks; shared, so copy it."""
-    return driven(run_config(tmp_path_factory.mktemp("two") / "run", tasks=[str(path) for path in tiny_tasks[:2]]))
-
-
 @pytest.fixture
-def copied(two, tmp_path):
+def copied(two_tasks_run, tmp_path):
     """A copy of the run on two tasks in another place."""
-    return Path(shutil.copytree(two, tmp_path / "elsewhere"))
+    return Path(shutil.copytree(two_tasks_run, tmp_path / "elsewhere"))
 
 
-@pytest.fixture
-def outcome(left_behind):
-    """Function (run folder) → every file's hash but the journals', which tell the way too."""
-    return lambda run: {name: value for name, value in left_behind(run).items() if not name.endswith("journal.jsonl")}
-
-
-def test_an_extended_run_leaves_the_files_of_one_that_had_the_task_from_the_start(copied, three, outcome, drive, tiny_tasks):
+def test_an_extended_run_leaves_the_files_of_one_that_had_the_task_from_the_start(copied, three_tasks_run, outcome, drive, tiny_tasks):
     drive(extended(copied, str(tiny_tasks[2])))
-    found, expected = outcome(copied), outcome(three)
+    found, expected = outcome(copied), outcome(three_tasks_run)
     assert found == expected
     for name in ("matrix.json", "task-03-corners/delta.safetensors", "task-01-colours/predictions/corners.jsonl", "task-03-corners/state.safetensors"):
         assert f"keeplora/{name}" in found
@@ -79,13 +45,13 @@ def test_a_run_on_llava_is_extended_alike(llava_tree, mixed_tasks, driven, outco
     assert outcome(part) == outcome(whole)
 
 
-def test_a_task_appended_in_the_configuration_extends_the_run_too(copied, run_config, three, drive, outcome):
+def test_a_task_appended_in_the_configuration_extends_the_run_too(copied, run_config, three_tasks_run, drive, outcome):
     drive(run_config(copied))
-    assert outcome(copied) == outcome(three)
+    assert outcome(copied) == outcome(three_tasks_run)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_extension_stopped_at_every_stage_ends_with_the_same_files(copied, three, drive, outcome, stopped, tiny_tasks, monkeypatch, when):
+def test_an_extension_stopped_at_every_stage_ends_with_the_same_files(copied, three_tasks_run, drive, outcome, stopped, tiny_tasks, monkeypatch, when):
     append, seen = Journal.append, set()
 
     def stop(self, entry):
@@ -105,10 +71,10 @@ def test_an_extension_stopped_at_every_stage_ends_with_the_same_files(copied, th
         except stopped:
             continue
     assert starts == 1 + 2 + 2 * 10, "every stage of the extension was a stop"
-    assert outcome(copied) == outcome(three)
+    assert outcome(copied) == outcome(three_tasks_run)
 
 
-def test_a_run_is_extended_on_a_machine_that_has_neither_its_recipes_nor_its_folder(own_tasks, run_config, drive, outcome, three, tmp_path):
+def test_a_run_is_extended_on_a_machine_that_has_neither_its_recipes_nor_its_folder(own_tasks, run_config, drive, outcome, three_tasks_run, tmp_path):
     """The recipes go with the run, those that it extends included; the data come from --data-root."""
     base = own_tasks[0].with_name("base.yaml")
     own_tasks[0].rename(base)
@@ -121,20 +87,20 @@ def test_a_run_is_extended_on_a_machine_that_has_neither_its_recipes_nor_its_fol
     with pytest.raises(RecipeError, match="the data of 'colours' is not there: .*; give the folder that holds it with --data-root"):
         drive(extended(there, str(data / "corners.yaml")))
     drive(extended(there, str(data / "corners.yaml"), data_root=str(data)))
-    found, expected = outcome(there), outcome(three)
+    found, expected = outcome(there), outcome(three_tasks_run)
     recipes = {f"recipes/{name}.yaml" for name in ("colours", "stripes", "corners")}
     assert {k: v for k, v in found.items() if k not in recipes} == {k: v for k, v in expected.items() if k not in recipes}
     assert recipes <= {*found}
 
 
-def test_a_run_that_was_extended_is_extended_again(run_config, driven, three, outcome, tiny_tasks, tmp_path):
+def test_a_run_that_was_extended_is_extended_again(run_config, driven, three_tasks_run, outcome, tiny_tasks, tmp_path):
     run = driven(run_config(tmp_path / "run", tasks=[str(tiny_tasks[0])]))
     for task in tiny_tasks[1:]:
         driven(extended(run, str(task)))
-    assert outcome(run) == outcome(three)
+    assert outcome(run) == outcome(three_tasks_run)
 
 
-def test_a_run_extended_before_its_end_ends_with_the_same_files(run_config, drive, stopped, monkeypatch, three, outcome, tiny_tasks, tmp_path):
+def test_a_run_extended_before_its_end_ends_with_the_same_files(run_config, drive, stopped, monkeypatch, three_tasks_run, outcome, tiny_tasks, tmp_path):
     config = run_config(tmp_path / "run", tasks=[str(path) for path in tiny_tasks[:2]])
     append = Journal.append
 
@@ -148,7 +114,7 @@ def test_a_run_extended_before_its_end_ends_with_the_same_files(run_config, driv
         with pytest.raises(stopped):
             drive(config)
     drive(extended(tmp_path / "run", str(tiny_tasks[2])))
-    assert outcome(tmp_path / "run") == outcome(three)
+    assert outcome(tmp_path / "run") == outcome(three_tasks_run)
 
 
 def test_extending_by_the_last_task_again_changes_nothing(copied, drive, outcome, tiny_tasks, monkeypatch):
@@ -174,9 +140,9 @@ def test_a_refused_extension_leaves_the_run_as_it_was(copied, drive, tiny_tasks,
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.name != ".lock"} == before
 
 
-def test_what_a_machine_needs_may_change_with_an_extension(copied, drive, outcome, three, tiny_tasks):
+def test_what_a_machine_needs_may_change_with_an_extension(copied, drive, outcome, three_tasks_run, tiny_tasks):
     drive(extended(copied, str(tiny_tasks[2]), overrides=["evaluation.batch_size=3", "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2"]))
-    assert set(outcome(copied)) == set(outcome(three))
+    assert set(outcome(copied)) == set(outcome(three_tasks_run))
 
 
 def test_a_kept_configuration_is_read_back_as_it_was(run_config, drive, tmp_path, tiny_tasks):
