@@ -64,9 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--examples", type=int, default=8, help="test examples on which logits are compared (default: 8)")
     export.add_argument("--data-root", help="the folder with the data sets (data.root)")
     export.set_defaults(run=_export)
+    doctor = commands.add_parser("doctor", help="examine the machine, or every file of a run")
+    doctor.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder (default: the machine)")
+    doctor.set_defaults(run=_doctor)
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
-    for command in (train, plan, extend, fork, report, export, listing):
+    for command in (train, plan, extend, fork, report, export, doctor, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -210,6 +213,18 @@ def _export(args: argparse.Namespace) -> None:
         f"logits of {found.examples} examples against the run's own model: largest deviation {found.largest:.2g}, "
         f"{found.relative:.2%} of their norm, the same best choice in {found.same:.1%}\n"
     )
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from llava_keeplora.doctor import examine_machine, examine_run
+    from llava_keeplora.errors import RunError, UserError
+
+    wrong = 0
+    for found in examine_run(args.run_folder) if args.run_folder else examine_machine():
+        wrong += isinstance(found, UserError)
+        sys.stdout.write(f"{'wrong' if isinstance(found, UserError) else 'ok'}\t{found}\n")
+    if wrong:
+        raise RunError(f"{args.run_folder or 'this machine'} has {wrong} thing{'s' * (wrong > 1)} to repair", "each line with 'wrong' names its cure")
 
 
 def _list(args: argparse.Namespace) -> None:

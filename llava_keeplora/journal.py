@@ -101,6 +101,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._whole = 0
+        self.torn = False
         self.entries: list[Entry] = self._read()
 
     def _read(self) -> list[Entry]:
@@ -117,6 +118,7 @@ class Journal:
                 entry = None
             if entry is None or not line.endswith(b"\n"):
                 logger.warning("%s: the last line is torn (a killed run); its stage runs again", self.path)
+                self.torn = True
                 break
             entries.append(entry)
             self._whole += len(line)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import file_hash, write_bytes, write_json
+from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.journal import PLAN, SCORES, Entry, Journal, open_stages
 from llava_keeplora.methods import METHODS
 from llava_keeplora.run_folder import file_name, kept_recipe, load_run
@@ -42,14 +42,17 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     old, new, names = Workspace(source), Workspace(config), config.identity()["tasks"]
     methods = {ZERO_SHOT: ZERO_SHOT} | {label: method.method for label, method in source.methods.items()}
     journals = {label: _finished(old.label(label), at_task, len(source.tasks), METHODS[name].learns) for label, name in methods.items()}
-    with new.locked():
-        for label, entries in journals.items():
-            _copy(old.label(label), new.label(label), entries, names)
-        for path in (old.root / "versions.json", *(kept_recipe(old.root, name) for name in names)):
-            if path.exists():
-                write_bytes(into / path.relative_to(old.root), path.read_bytes())
-        # Where the configuration is, the run is whole.
-        new.claim()
+    try:
+        with new.told(), new.locked():
+            for label, entries in journals.items():
+                _copy(old.label(label), new.label(label), entries, names)
+            for path in (old.root / "versions.json", *(kept_recipe(old.root, name) for name in names)):
+                if path.exists():
+                    write_bytes(into / path.relative_to(old.root), path.read_bytes())
+            new.claim()
+    except BaseException:
+        shutil.rmtree(into, ignore_errors=True)  # It was new; half a run is of no use.
+        raise
     return config
 
 
@@ -90,8 +93,5 @@ def _kept(name: str, names: Sequence[str]) -> bool:
 
 
 def _copy_file(source: Path, target: Path, expected: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_file():
-        shutil.copyfile(source, target)
-    if not target.is_file() or file_hash(target) != expected:
+    if not source.is_file() or write_bytes(target, source.read_bytes()) != expected:
         raise RunError(f"{source} is missing or not what the run wrote", "restore it; `llava-keeplora doctor` lists everything that is damaged in a run")

@@ -40,7 +40,7 @@ def run(config: RunConfig) -> dict[str, Matrix]:
         UserError: one sentence for whatever a user can repair; finished stages stay.
     """
     workspace = Workspace(config)
-    with _opened(workspace) as shared:
+    with workspace.told(), _opened(workspace) as shared:
         methods = {ZERO_SHOT: MethodConfig(ZERO_SHOT, ZERO_SHOT, {}, config.parts, config.training), **config.methods}
         runs = [LabelRun(shared, method) for method in methods.values()]
         # Nothing is written before every process has read what is there.

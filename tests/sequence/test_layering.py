@@ -16,9 +16,11 @@ ABOVE = {
     "models": ["export", "plan", "capture", "adapters", "methods", "sequence", "report", "cli"],
     "methods": ["export", "plan", "models", "capture", "sequence", "report", "config", "cli"],
     "export": ["plan", "sequence", "methods", "capture", "report", "cli"],
-    "plan": ["sequence", "export", "report", "cli"],
+    "plan": ["doctor", "sequence", "export", "report", "cli"],
+    "doctor": ["sequence", "export", "report", "cli"],
     "report": ["plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],
-    "config": ["plan", "export", "models", "sequence", "report", "cli"],
+    "config": ["doctor", "plan", "export", "models", "sequence", "report", "cli", "run_folder"],
+    "run_folder": ["doctor", "plan", "export", "models", "sequence", "report", "cli"],
     "sequence": ["cli"],
 }
 
