@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, refuse, sift
 from .json_files import read_json
-from .places import inside, pictures_folder, split_file
+from .places import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ def read_coco(
         RecipeError: the file is missing or not JSON, or entries lack something; they are named.
     """
     path = split_file(recipe, split, data_root)
-    folder = pictures_folder(recipe, split, data_root, default="images")
+    folder, root = pictures_folder(recipe, split, data_root, default="images"), data_root_of(recipe, data_root)
     content = read_json(path, dict)
     captions = captions_by_image(content, path, problems)
 
     def record(image: dict[str, Any]) -> tuple[Any, list[Path]]:
         if not isinstance(image.get("file_name"), str):
             raise _without("file_name", path)
-        return image["id"], [inside(folder, image["file_name"], f"image {image['id']} of {path.name}")]
+        return image["id"], [inside(folder, image["file_name"], f"image {image['id']} of {path.name}", root)]
 
     listed = {i["id"]: i for i in content["images"] if isinstance(i, dict) and i.get("id") in captions}
     found = sift(record, listed.values(), problems)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .coco import captions_by_image
 from .errors import RecipeError, refuse
 from .json_files import read_json
-from .places import inside, set_folder
+from .places import data_root_of, inside, set_folder
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -42,7 +42,8 @@ def read_references(
     name = recipe.source.get("references", {}).get(split)
     if name is None:
         return None
-    path = inside(set_folder(recipe, data_root), name, f"'source.references' of recipe '{recipe.name}'")
+    what = f"'source.references' of recipe '{recipe.name}'"
+    path = inside(set_folder(recipe, data_root), name, what, data_root_of(recipe, data_root))
     content = read_json(path, dict)
     if "annotations" in content:
         answers = _by_position(content, path, rows, problems)
