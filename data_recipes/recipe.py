@@ -206,7 +206,7 @@ def _with_rendered(facts: dict[str, Any], path: Path) -> dict[str, Any]:
     if source.get("format") != "rendered":
         return facts
     task = source.get("task")
-    spec = SCENES.get(task) or RENDERED.get(task)
+    spec = (SCENES.get(task) or RENDERED.get(task)) if isinstance(task, str) else None
     if spec is None:
         raise RecipeError(
             f"{path.name} names the rendered task '{task}', which does not exist",
@@ -224,7 +224,7 @@ def _with_rendered(facts: dict[str, Any], path: Path) -> dict[str, Any]:
             f"remove 'classes' from {path}",
         )
     for stream in facts.get("splits", {}).values():
-        if stream not in spec.sizes:
+        if not isinstance(stream, str) or stream not in spec.sizes:
             raise RecipeError(
                 f"{path.name} names the split '{stream}', which '{task}' does not have",
                 nearest(str(stream), spec.sizes),

@@ -104,9 +104,9 @@ def _base(name: str) -> str:
 
 def _by_question(notes: list[Any], rows: list[Any]) -> dict[int, list[str]]:
     answers = {
-        str(n["question_id"]): [str(a) for a in n.get("answers", [])]
+        str(n["question_id"]): [str(a) for a in n["answers"]]
         for n in notes
-        if isinstance(n, dict) and "question_id" in n
+        if isinstance(n, dict) and "question_id" in n and isinstance(n.get("answers"), list)
     }
     return {
         index: answers.get(str(row.get("question_id", row.get("id"))), [])

@@ -305,6 +305,8 @@ class RunConfig:
         if not value:
             return None
         content = json.loads(Path(value).read_text()) if isinstance(value, str) else json.loads(json.dumps(value))
+        content = _as_mapping(content, "training.deepspeed")
+        content |= {key: _as_mapping(content[key], f"training.deepspeed.{key}") for key in ("bf16", "fp16", "zero_optimization") if key in content}
         for precision, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
             section = content.get(precision, {})
             if section.get("enabled") == "auto":

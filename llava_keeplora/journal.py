@@ -43,6 +43,20 @@ class Entry:
     info: dict[str, Any] = field(default_factory=dict)
 
 
+def _entry(values: Any) -> Entry:
+    """A line's values as an entry.
+
+    Raises:
+        ValueError, TypeError: if they are no entry's.
+    """
+    entry = Entry(**values)
+    plan = entry.info.get("tasks", []) if isinstance(entry.info, dict) else None
+    kinds = (type(entry.task) is int, isinstance(entry.stage, str), isinstance(entry.seconds, int | float), isinstance(entry.files, dict), isinstance(plan, list))
+    if not all(kinds) or not all(isinstance(name, str) and isinstance(value, str) and "\0" not in name for name, value in entry.files.items()):
+        raise ValueError("a value is of another type")
+    return entry
+
+
 def stages_of(task: int) -> tuple[str, ...]:
     """The stages that a task goes through."""
     return STAGES if task else BASE_STAGES
@@ -111,8 +125,8 @@ class Journal:
         lines = self.path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             try:
-                entry = Entry(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                entry = _entry(json.loads(line))
+            except (ValueError, TypeError, RecursionError) as error:
                 if number < len(lines):
                     raise RunError(f"{self.path}, line {number} is not a journal entry", "restore the file or start over in a new output_dir") from error
                 entry = None
