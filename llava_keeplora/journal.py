@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_keeplora.errors import RunError
@@ -50,10 +50,17 @@ def _entry(values: Any) -> Entry:
         ValueError, TypeError: if they are no entry's.
     """
     entry = Entry(**values)
-    plan = entry.info.get("tasks", []) if isinstance(entry.info, dict) else None
-    kinds = (type(entry.task) is int, isinstance(entry.stage, str), isinstance(entry.seconds, int | float), isinstance(entry.files, dict), isinstance(plan, list))
-    if not all(kinds) or not all(isinstance(name, str) and isinstance(value, str) and "\0" not in name for name, value in entry.files.items()):
+    types = {"task": int, "stage": str, "seconds": int | float, "files": dict, "info": dict}
+    if isinstance(entry.task, bool) or not all(isinstance(getattr(entry, key), kind) for key, kind in types.items()):
         raise ValueError("a value is of another type")
+    for name, expected in entry.files.items():
+        path = PurePosixPath(name)
+        # A folder from elsewhere may name anything; what is read and copied is the method's own.
+        if not isinstance(expected, str) or "\0" in name or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{name!r} is no file of the run")
+    plan = entry.info.get("tasks", [])
+    if not isinstance(plan, list) or not all(isinstance(task, dict) for task in plan):
+        raise ValueError("its tasks are no records")
     return entry
 
 

@@ -104,13 +104,13 @@ def _matrix(journal: Journal) -> Iterator[UserError]:
 def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserError]:
     """Whether the tasks are still those that the run was planned for; those whose classes stand in their data are checked with them."""
     plans = [entry for entry in journal.entries if (entry.task, entry.stage) == PLAN]
-    for task, record in zip(config.tasks, plans[-1].info["tasks"] if plans else ()):
-        kept = kept_recipe(run, record["task"])
+    for task, record in zip(config.tasks, plans[-1].info.get("tasks", ()) if plans else ()):
+        kept = kept_recipe(run, str(record.get("task")))
         for source in dict.fromkeys((task, str(kept)) if kept.exists() else (task,)):
             try:
                 recipe = load_recipe(source)
             except UserError as error:
                 yield error
                 continue
-            if recipe.classes is not None and recipe.fingerprint != record["recipe_fingerprint"]:
-                yield RunError(f"{source} is not the recipe of '{record['task']}' that {journal.path.parent} was planned with", "restore it")
+            if recipe.classes is not None and recipe.fingerprint != record.get("recipe_fingerprint"):
+                yield RunError(f"{source} is not the recipe of '{recipe.name}' that {journal.path.parent} was planned with", "restore it")

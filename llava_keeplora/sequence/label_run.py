@@ -163,7 +163,7 @@ class LabelRun:
     def _check_plan(self, entry: Entry) -> None:
         now = json.loads(json.dumps(self._plan(entry.task)))
         # A plan from before the run was extended has fewer.
-        for old, new in zip(entry.info["tasks"], now["tasks"]):
+        for old, new in zip(entry.info.get("tasks", ()), now["tasks"]):
             for key, before, after in differences(old, new):
                 raise RunError(
                     f"task '{new['task']}' is not what it was when {self.folder} was planned ({key}: {before!r} → {after!r})",
