@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llava_keeplora_eval.interruption import finishing
+
+#: A file that isn't whole yet.
+PART = ".part"
+
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Replace a file in one step: temporary name in the same folder, flush, fsync, rename.
@@ -17,16 +22,23 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         OSError: the folder is missing, or the disk refuses.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    with finishing():
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder and below; nobody else may be writing there."""
+    for path in folder.rglob(f".*{PART}"):
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

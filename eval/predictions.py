@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import sync_folder, write_atomic
+from llava_keeplora_eval.interruption import finishing
 
 if TYPE_CHECKING:
     from llava_keeplora_eval.predictors import Predictor
@@ -116,11 +117,10 @@ def predict_to_file(
             start = turn * batch_size
             examples = [data[index] for index in missing[start : start + batch_size]]
             texts = _checked(predictor.predict(examples), examples)
-            file.writelines(
-                json.dumps({"id": example.id, "text": text, **source}, ensure_ascii=False) + "\n"
-                for example, text in zip(examples, texts)
-            )
-            file.flush()
+            lines = (json.dumps({"id": example.id, "text": text, **source}, ensure_ascii=False) + "\n" for example, text in zip(examples, texts))
+            with finishing():
+                file.write("".join(lines))
+                file.flush()
             unsynced += len(examples)
             if unsynced >= sync_every:
                 os.fsync(file.fileno())

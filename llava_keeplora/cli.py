@@ -25,7 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
-    return guarded(lambda: args.run(args), debug=args.debug)
+    return guarded(lambda: args.run(args), debug=args.debug, going_on=going_on(args))
+
+
+def going_on(args: argparse.Namespace) -> str:
+    """What a person who stopped a command is told."""
+    return "every finished stage is kept, run the same command to go on" if args.run is _train else "run the same command again"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,21 +60,21 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the tables, pictures and page of a run folder again")
     report.add_argument("run_folder", metavar="RUN")
     report.set_defaults(run=_report)
-    export = commands.add_parser("export", help="write what a run learned as an ordinary checkpoint")
-    export.add_argument("run_folder", metavar="RUN")
-    export.add_argument("--as", dest="form", choices=("merged",), required=True, help="merged: base and all deltas in one unquantised checkpoint")
-    export.add_argument("--into", required=True, metavar="DIR", help="a new folder")
-    export.add_argument("--method", help="the method's label, where the run has several")
-    export.add_argument("--dtype", default="bfloat16", help="of the checkpoint (default: bfloat16)")
-    export.add_argument("--examples", type=int, default=8, help="test examples on which logits are compared (default: 8)")
-    export.add_argument("--data-root", help="the folder with the data sets (data.root)")
-    export.set_defaults(run=_export)
+    export = commands.add_parser("export", help="write what a run learned as an adapter, a checkpoint or a state, and push it")
+    add_export_arguments(export)
+    importing = commands.add_parser("import", help="make a run folder of a published adapter or state, to go on with")
+    importing.add_argument("source", metavar="ADAPTER", help="a folder, or an id on the Hub")
+    importing.add_argument("--into", required=True, metavar="RUN", help="the run folder to make")
+    importing.add_argument("--revision", help="of the Hub's repository")
+    importing.add_argument("--base", metavar="DIR", help="where the base model lies here (default: its id on the Hub)")
+    importing.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    importing.set_defaults(run=_import)
     doctor = commands.add_parser("doctor", help="examine the machine, or every file of a run")
     doctor.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder (default: the machine)")
     doctor.set_defaults(run=_doctor)
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
-    for command in (train, plan, extend, fork, report, export, doctor, listing):
+    for command in (train, plan, extend, fork, report, export, importing, doctor, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -101,16 +106,46 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, for instance training.learning_rate=5e-4")
 
 
-def guarded(action: Callable[[], None], debug: bool) -> int:
-    """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2."""
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `export`."""
+    parser.add_argument("run_folder", metavar="RUN")
+    parser.add_argument(
+        "--as", dest="form", choices=("adapter", "merged", "state"), required=True,
+        help="adapter: a PEFT LoRA of the base; merged: base and updates in one checkpoint; state: what `import` needs to go on",
+    )
+    parser.add_argument("--into", metavar="DIR", help="a new folder, or an earlier export's (default: RUN/export/FORM)")
+    parser.add_argument("--method", help="the method's label, where the run has several")
+    parser.add_argument("--at-task", type=int, metavar="T", help="the model after task T (default: the last finished one)")
+    parser.add_argument("--parts", metavar="PART,...", help="of an adapter, for instance language (default: all that were trained)")
+    parser.add_argument("--rank", type=int, metavar="R", help="compress an adapter to rank R (default: exact, the tasks' ranks together)")
+    parser.add_argument("--no-state", action="store_true", help="leave out of an adapter what `import` needs")
+    parser.add_argument("--base-id", metavar="USER/NAME[@REVISION]", help="the base's name on the Hub, where the run took it from a folder")
+    parser.add_argument("--dtype", default="bfloat16", help="of a merged checkpoint (default: bfloat16)")
+    parser.add_argument("--examples", type=int, default=8, help="test examples on which logits are compared (default: 8)")
+    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    parser.add_argument("--push", metavar="USER/NAME", help="list what would go to the Hub; with --yes, upload it")
+    parser.add_argument("--yes", action="store_true", help="push for real")
+    parser.set_defaults(run=_export)
+
+
+def guarded(action: Callable[[], None], debug: bool, going_on: str) -> int:
+    """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2.
+
+    Args:
+        action: what to run.
+        debug: raise errors instead, with their tracebacks.
+        going_on: what is said after Ctrl-C and SIGTERM, whose exit codes are 130 and 143.
+    """
     # Every process sees the same; the first one tells it.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     quiet_libraries()
     from llava_keeplora.errors import UserError
+    from llava_keeplora_eval.interruption import Interrupted, interruptible
 
     try:
-        action()
+        with interruptible():
+            action()
     except UserError as error:
         if debug:
             raise
@@ -119,11 +154,12 @@ def guarded(action: Callable[[], None], debug: bool) -> int:
             time.sleep(ALONE)
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except KeyboardInterrupt:
+    except Interrupted as stop:
         if debug:
             raise
-        sys.stderr.write("stopped; every finished stage is kept, run the same command to go on\n")
-        return 130
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"stopped; {going_on}\n")
+        return stop.exit_code
     return 0
 
 
@@ -202,16 +238,32 @@ def _report(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import transformers
 
-    from llava_keeplora.export import export_merged
+    from llava_keeplora.export import export_run
+    from llava_keeplora.export.hub import check_repo_id, contents, push
 
     transformers.utils.logging.disable_progress_bar()
-    found = export_merged(
-        args.run_folder, args.into, label=args.method, dtype=args.dtype, examples=args.examples, data_root=args.data_root
+    if args.push:
+        check_repo_id(args.push)
+    done = export_run(
+        args.run_folder, args.form, args.into, label=args.method, at_task=args.at_task, parts=args.parts and args.parts.split(","), rank=args.rank,
+        with_state=not args.no_state, base_id=args.base_id, name=args.push, dtype=args.dtype, examples=args.examples, data_root=args.data_root,
     )
+    sys.stdout.write(done.describe())
+    if args.push and args.yes:
+        sys.stdout.write(f"pushed to {push(done.folder, args.push)}\n")
+    elif args.push:
+        sizes = contents(done.folder)
+        listed = "".join(f"  {size / 1e6:10.3f} MB  {name}\n" for name, size in sizes.items())
+        sys.stdout.write(f"{args.push} would get {len(sizes)} files, {sum(sizes.values()) / 1e6:.3f} MB; nothing is pushed without --yes\n{listed}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from llava_keeplora.export import import_state
+
+    config = import_state(args.source, args.into, revision=args.revision, base=args.base, data_root=args.data_root)
     sys.stdout.write(
-        f"{args.into}: base and {found.tasks} tasks merged, {args.dtype}\n"
-        f"logits of {found.examples} examples against the run's own model: largest deviation {found.largest:.2g}, "
-        f"{found.relative:.2%} of their norm, the same best choice in {found.same:.1%}\n"
+        f"{args.into} goes on from what was published; `llava-keeplora train --config {config}` trains what is left of its tasks, "
+        f"`llava-keeplora extend {args.into} --task NAME` another one\n"
     )
 
 

@@ -36,7 +36,7 @@ RUN_FILES = ("config.json", "identity.json", "versions.json", "recipes", "result
 #: Arguments of `TrainingArguments` that say where and in how many pieces a step is computed, not what it is.
 MACHINE_ARGUMENTS = (
     "deepspeed", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "activation_checkpointing",
-    "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_num_workers", "dataloader_pin_memory", "save_steps",
 )
 
 #: Arguments of `TrainingArguments` that the driver sets itself, and what to set instead.
@@ -44,7 +44,7 @@ DRIVER_ARGUMENTS = {
     "output_dir": "set the top-level output_dir",
     "seed": "set the top-level seed",
     "data_seed": "set the top-level seed",
-    "save_strategy": "the run folder keeps every task's delta",
+    "save_strategy": "set training.save_steps, the steps between two checkpoints within a task",
     "eval_strategy": "every task is scored after each one",
     "remove_unused_columns": "the collator decides what the model sees",
     "resume_from_checkpoint": "run the same command again to go on",

@@ -1,10 +1,13 @@
-"""Whole files or none: everything is written to a temporary name, flushed and renamed."""
+"""Whole files and folders or none: everything is written under a temporary name and renamed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +44,22 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of another at the end and is gone after an error.
+
+    Args:
+        folder: the place; what is there is replaced.
+    """
+    room = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(room, ignore_errors=True)
+    room.mkdir(parents=True)
+    try:
+        yield room
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(room, folder)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import file_hash
+from llava_keeplora_eval.interruption import finishing
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class Journal:
         """Add a finished stage; on disk before this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(asdict(entry), sort_keys=True).encode() + b"\n"
-        with open(self.path, "ab") as file:
+        with finishing(), open(self.path, "ab") as file:
             file.truncate(self._whole)
             file.write(line)
             file.flush()

@@ -44,17 +44,19 @@ def is_stacked(layer: nn.Linear) -> bool:
 
 
 class _Summed:
-    """A layer whose weight takes its deltas up; a copy of the base's is kept."""
+    """A layer whose weight takes its deltas up; a copy of the base's is kept on the host, where memory is cheaper."""
 
     def __init__(self, layer: nn.Linear):
         self.layer = layer
-        self.weight = layer.weight.detach().clone()
-        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.weight = layer.weight.detach().to("cpu", copy=True)
+        self.bias = None if layer.bias is None else layer.bias.detach().to("cpu", copy=True)
 
     def carry(self, changes: Sequence[Delta | FullDelta]) -> None:
-        self.layer.weight.copy_(_sum(self.weight, [change.dense() for change in changes]))
+        device = self.layer.weight.device
+        self.layer.weight.copy_(_sum(self.weight.to(device), (change.dense(device) for change in changes)))
         if self.bias is not None:
-            self.layer.bias.copy_(_sum(self.bias, [c.bias for c in changes if isinstance(c, FullDelta) and c.bias is not None]))
+            biases = (c.bias for c in changes if isinstance(c, FullDelta) and c.bias is not None)
+            self.layer.bias.copy_(_sum(self.bias.to(device), biases))
 
 
 class _Stacked:
@@ -87,8 +89,8 @@ class _Stacked:
             self._handle = self.layer.register_forward_hook(add)
 
 
-def _sum(base: Tensor, changes: list[Tensor]) -> Tensor:
-    total = base.float().clone()
+def _sum(base: Tensor, changes: Iterable[Tensor]) -> Tensor:
+    total = base.to(torch.float32, copy=True)
     for change in changes:
         total += change.to(total)
     return total

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -35,9 +36,9 @@ class Delta:
         """What is stored of it, by name."""
         return {"A": self.A, "B": self.B}
 
-    def dense(self) -> Tensor:
-        """ΔW (out, in) in fp32."""
-        return self.scale * (self.B.float() @ self.A.float())
+    def dense(self, device: torch.device | str = "cpu") -> Tensor:
+        """ΔW (out, in) in fp32, worked out on a device."""
+        return (self.B.to(device).float() @ self.A.to(device).float()).mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class FullDelta:
         """What is stored of it, by name."""
         return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
 
-    def dense(self) -> Tensor:
-        """ΔW (out, in) in fp32."""
-        return self.weight.float()
+    def dense(self, device: torch.device | str = "cpu") -> Tensor:
+        """ΔW (out, in) in fp32, on a device."""
+        return self.weight.to(device).float()
 
 
 Deltas = Mapping[str, Delta | FullDelta]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -13,15 +12,13 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from torch.utils.cpp_extension import get_default_build_root
 
 from llava_keeplora.errors import RunError, UserError
+from llava_keeplora.operators import unheld_locks
 from llava_keeplora.plan.machine import GB, host_memory
 from llava_keeplora_eval.java import METEOR, find_jar
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
-#: Seconds for which a build may hold its lock before its compiler starts.
-GRACE = 60.0
 
 
 def examine_machine() -> Iterator[str | UserError]:
@@ -31,8 +28,8 @@ def examine_machine() -> Iterator[str | UserError]:
     free = shutil.disk_usage(Path.cwd()).free
     yield f"disk: {free / GB:.1f} GB free in {Path.cwd()}"
     yield from _programs()
-    for lock in stale_locks():
-        yield RunError(f"{lock} was left by a build that was killed, and every start of DeepSpeed waits for it without a word", f"remove it: `rm {lock}`")
+    for lock in unheld_locks():
+        yield RunError(f"{lock} was left by a build that was killed, and every start of DeepSpeed would wait for it", f"remove it: `rm {lock}`")
     offline = [name for name in OFFLINE if os.environ.get(name)]
     yield f"Hugging Face libraries: {'offline, by ' + ', '.join(offline) if offline else 'may use the network'}"
 
@@ -74,27 +71,3 @@ def _programs() -> Iterator[str]:
     for program, names in (("C++ compiler", (os.environ.get("CXX", "c++"), "g++")), ("ninja", ("ninja",))):
         found = next((path for name in names if (path := shutil.which(name))), None)
         yield f"{program}: {found or 'none on the PATH, so runs with training.deepspeed cannot start'}"
-
-
-def stale_locks() -> list[Path]:
-    """Locks of killed builds in torch's cache of compiled extensions: who finds one waits, for ever."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    locks = (path for pattern in ("*/lock", "*/*/lock") for path in sorted(root.glob(pattern)))
-    return [lock for lock in locks if not _being_built(lock)]
-
-
-def _being_built(lock: Path) -> bool:
-    """Whether a compiler works in the lock's folder, or the lock is so new that it may be about to."""
-    try:
-        if time.time() - lock.stat().st_mtime < GRACE:
-            return True
-    except FileNotFoundError:  # The build has just ended.
-        return True
-    return any(_works_in(process, lock.parent) for process in Path("/proc").glob("[0-9]*"))
-
-
-def _works_in(process: Path, folder: Path) -> bool:
-    try:
-        return os.path.samefile(process / "cwd", folder)
-    except OSError:  # It has ended, or is another user's.
-        return False

@@ -57,12 +57,14 @@ class TaskModel(Protocol):
     def weight(self, batch: Mapping[str, Tensor]) -> int: ...
     def first(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None: ...
+    def recomputing(self, training: Mapping[str, object]) -> AbstractContextManager[None]: ...
 
 
 class Family(Protocol):
     """A model with its processor. It is opened without its weights, so that data are checked before they are loaded.
 
     Attributes:
+        path, revision: the folder or Hub id that it is loaded from.
         kinds: of tasks that it can learn.
         parts: part → dotted prefix of its layers.
         targets: part → leaf names of the linear layers that are adapted unless a configuration says otherwise.
@@ -72,6 +74,8 @@ class Family(Protocol):
         cost: of answering one example, in forward passes over it, for the estimate of time.
     """
 
+    path: str
+    revision: str | None
     kinds: tuple[str, ...]
     parts: Mapping[str, str]
     targets: Mapping[str, tuple[str, ...]]

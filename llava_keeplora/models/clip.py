@@ -14,6 +14,7 @@ from transformers import AutoProcessor, CLIPConfig, CLIPModel
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
+from llava_keeplora.models.on_task import ModelOnTask
 from llava_keeplora.models.quantised import keep_form, quantised_loading
 from llava_keeplora.models.skeleton import build_skeleton
 from llava_keeplora.zero import loaded_whole
@@ -118,7 +119,7 @@ def _stacked(images: Sequence[Mapping[str, Tensor]]) -> Tensor:
     return torch.stack([image["pixel_values"] for image in images])
 
 
-class ClipTask(nn.Module):
+class ClipTask(ModelOnTask):
     """CLIP on one classification task: cross-entropy of the scaled cosines to the class prompts.
 
     Class prompts go through the text encoder with gradients whenever something in it can train.
@@ -133,8 +134,7 @@ class ClipTask(nn.Module):
     accepts_loss_kwargs = False
 
     def __init__(self, clip: CLIPModel, input_ids: Tensor, attention_mask: Tensor):
-        super().__init__()
-        self.clip = clip
+        super().__init__(clip)
         device = next(clip.parameters()).device
         self.register_buffer("input_ids", input_ids.to(device), persistent=False)
         self.register_buffer("attention_mask", attention_mask.to(device), persistent=False)
@@ -148,16 +148,16 @@ class ClipTask(nn.Module):
             pixel_values: (batch, 3, height, width).
             labels: (batch,), class indices.
         """
-        image = image_features(self.clip, pixel_values.to(self.clip.dtype))
-        logits = class_logits(self.clip, image, self.text())
+        image = image_features(self.model, pixel_values.to(self.model.dtype))
+        logits = class_logits(self.model, image, self.text())
         return {"loss": cross_entropy(logits.float(), labels), "logits": logits}
 
     def text(self) -> Tensor:
         """Unit-length text features (classes, projection), once per `constants` scope or per call."""
         if not self._once:
-            return text_features(self.clip, self.input_ids, self.attention_mask)
+            return text_features(self.model, self.input_ids, self.attention_mask)
         if self._constant is None:
-            self._features = text_features(self.clip, self.input_ids, self.attention_mask)
+            self._features = text_features(self.model, self.input_ids, self.attention_mask)
             self._constant = self._features.detach().requires_grad_(self._features.requires_grad)
         return self._constant
 
@@ -178,11 +178,6 @@ class ClipTask(nn.Module):
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Which tokens of a part's layers carry content: padding of the prompts doesn't, every patch does."""
         return self.attention_mask.bool() if part == "text" else None
-
-    @property
-    def config(self):
-        """The model's; `auto` sizes of a DeepSpeed configuration are worked out from it."""
-        return self.clip.config
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
         """What a batch counts in the mean loss: its number of images."""

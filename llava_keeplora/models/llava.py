@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
+from llava_keeplora.models.on_task import ModelOnTask
 from llava_keeplora.models.quantised import keep_form, quantised_loading
 from llava_keeplora.models.skeleton import build_skeleton
 from llava_keeplora_eval.chat import Chat, asked, learned
@@ -209,19 +210,15 @@ def _check_length(data: TaskData, row: int, prompt: int, whole: int, limit: int)
         )
 
 
-class LlavaTask(nn.Module):
+class LlavaTask(ModelOnTask):
     """LLaVA on one task: cross-entropy of the answers' tokens, the mean over all of a batch's answer tokens.
 
     Args:
-        llava: the model, plain or with adapters.
+        model: plain or with adapters.
     """
 
     #: `transformers.Trainer` counts the answer tokens of every optimiser step, because batches hold different numbers of them.
     accepts_loss_kwargs = True
-
-    def __init__(self, llava: nn.Module):
-        super().__init__()
-        self.llava = llava
 
     def forward(self, labels: Tensor, image_counts: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         """The mean loss, and the logits of the answers' tokens (answer tokens, vocabulary).
@@ -232,12 +229,12 @@ class LlavaTask(nn.Module):
             inputs: `input_ids`, `attention_mask` and the images.
         """
         if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.llava.dtype)
-        hidden = self.llava.model(**inputs, use_cache=False).last_hidden_state
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
         target = labels[:, 1:]
         answered = target != IGNORE
         # The vocabulary is wide and answers are short: logits where something is learned, and nowhere else.
-        logits = self.llava.lm_head(hidden[:, :-1][answered]).float()
+        logits = self.model.lm_head(hidden[:, :-1][answered]).float()
         loss = cross_entropy(logits, target[answered])
         return {"loss": loss if "pixel_values" in inputs else loss + self._without_images(), "logits": logits}
 
@@ -246,12 +243,12 @@ class LlavaTask(nn.Module):
 
         Processes that share gradients wait for every trainable tensor's, and a batch of text alone would give none.
         """
-        model, config = self.llava.model, self.llava.config
+        model, config = self.model.model, self.config
         trained = [p for part in (model.vision_tower, model.multi_modal_projector) for p in part.parameters() if p.requires_grad]
         if not trained or not torch.is_grad_enabled():
-            return torch.zeros((), device=self.llava.device)
+            return torch.zeros((), device=self.model.device)
         side = config.vision_config.image_size
-        blank = torch.zeros(1, 3, side, side, dtype=self.llava.dtype, device=self.llava.device)
+        blank = torch.zeros(1, 3, side, side, dtype=self.model.dtype, device=self.model.device)
         states = model.vision_tower(blank, output_hidden_states=True).hidden_states
         used = torch.cat([states[i] for i in _feature_layers(config)], dim=-1)
         return 0.0 * model.multi_modal_projector(used).float().sum()
@@ -260,11 +257,6 @@ class LlavaTask(nn.Module):
     def constants(self) -> Iterator[None]:
         """Nothing is the same for every batch."""
         yield
-
-    @property
-    def config(self):
-        """The model's; `auto` sizes of a DeepSpeed configuration are worked out from it."""
-        return self.llava.config
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
         """What a batch counts in the mean loss: its number of answer tokens."""
@@ -280,17 +272,3 @@ class LlavaTask(nn.Module):
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Which tokens of a part's layers carry content: padding of the text doesn't, every image token does."""
         return batch["attention_mask"].bool() if part == "language" else None
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """Whether activations are recomputed in the backward pass; `transformers.Trainer` asks."""
-        return self.llava.is_activation_checkpointing
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """Recompute activations in the backward pass; `transformers.Trainer` calls this."""
-        # The re-entrant form sends no gradient through a block whose input needs none, such as the first of a frozen model.
-        self.llava.activation_checkpointing_enable({"use_reentrant": False, **(activation_checkpointing_kwargs or {})}, **kwargs)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        self.llava.activation_checkpointing_disable()

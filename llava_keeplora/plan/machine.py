@@ -84,8 +84,8 @@ def host_memory() -> int:
 def check_start(config: RunConfig, family: Family, memory: int | None = None) -> None:
     """Refuse a run that cannot fit, whatever its data are; everything else is `llava-keeplora plan`'s.
 
-    Weights, the copies of those that change, and the sums of one gradient pass are there at the same time in every run. A
-    model that ZeRO-3 splits is let through.
+    Weights and the sums of one gradient pass are there at the same time in every run, and beside them, where there is no GPU,
+    the copies of the weights that change. A model that ZeRO-3 splits is let through.
 
     Args:
         config: the run.
@@ -106,25 +106,25 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None) ->
     deepspeed = config.deepspeed() or {}
     if deepspeed.get("zero_optimization", {}).get("stage") == 3:
         return
-    model, kept, sums = _least(config, family)
-    if model + kept + sums <= memory:
+    least = _least(config, family, gpu)
+    if sum(least.values()) <= memory:
         return
     tried = {"model.dtype=bfloat16": {"dtype": "bfloat16"}, "model.quantization=nf4": {"quantization": "nf4"}}
     smaller = {name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values)) for name, values in tried.items()}
-    fits = next((f"set {name}" for name, other in smaller.items() if sum(_least(other, open_model(other.model))) <= memory), "take a smaller model or more memory")
+    fits = next((f"set {name}" for name, other in smaller.items() if sum(_least(other, open_model(other.model), gpu).values()) <= memory), "take a smaller model or more memory")
     raise ConfigError(
-        f"the run needs at least {(model + kept + sums) / GB:.1f} GB (the model {model / GB:.1f}, copies of the layers that change {kept / GB:.1f}, "
-        f"sums of gradients {sums / GB:.1f}), but {where}",
+        f"the run needs at least {sum(least.values()) / GB:.1f} GB ({', '.join(f'{what} {size / GB:.1f}' for what, size in least.items())}), but {where}",
         f"{fits}; `llava-keeplora plan` says stage by stage what fits",
     )
 
 
-def _least(config: RunConfig, family: Family) -> tuple[int, int, int]:
-    """Bytes of the model, of the copies of its layers, and of the largest gradient pass's sums."""
+def _least(config: RunConfig, family: Family, gpu: bool) -> dict[str, int]:
+    """What is there at the same time on the device, in words → its bytes."""
     family.skeleton(DTYPES[config.model.dtype])
     changed = {label: find_layers(method.parts, family) for label, method in config.methods.items()}
     sums = max((gradient_bytes(config, label, one) for label, one in changed.items()), default=0)
-    return model_bytes(family.model), kept_bytes(changed.values()), sums
+    copies = {} if gpu else {"copies of the layers that change": kept_bytes(changed.values())}
+    return {"the model": model_bytes(family.model), **copies, "sums of gradients": sums}
 
 
 def model_bytes(model: torch.nn.Module) -> int:

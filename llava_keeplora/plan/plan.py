@@ -192,13 +192,10 @@ class _Scenarios:
 
     def _light(self, config: RunConfig, label: str, stage: str) -> list[Changes]:
         """Changes to how a step is computed, from the smallest to the one that saves most."""
-        method, checkpoints = config.methods[label], self.at({})[label].checkpoints
-        batches = list(_smaller_batches(method.training))
-        if stage == "gradient":
-            return batches
-        if stage == "train":
+        batches = list(_smaller_batches(config.methods[label].training))
+        if stage in ("gradient", "train"):
             more = {CHECKPOINTING: True}
-            return batches + ([more, *({**more, **batch} for batch in batches)] if checkpoints else [])
+            return batches + [more, *({**more, **batch} for batch in batches)]
         if stage == "features":
             budgets = [{STATISTICS: config.memory.statistics_gb / 2**i} for i in range(1, 5)]
             return batches + budgets

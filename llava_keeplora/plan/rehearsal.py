@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import AutoConfig, DynamicCache, GenerationConfig
 
 from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
@@ -26,7 +26,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Layer, TaskContext, find_layers
 from llava_keeplora.methods.first_step import gradient_statistic
 from llava_keeplora.methods.keeplora import KeepLora
-from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask
+from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask, recomputes
 from llava_keeplora.plan import linear_algebra
 from llava_keeplora.plan.machine import model_bytes
 from llava_keeplora.plan.meter import faked, metered
@@ -100,6 +100,16 @@ class Rehearsal:
         """Of parameters and buffers."""
         return model_bytes(self.family.model)
 
+    @property
+    def _linear(self) -> list[nn.Linear]:
+        return [module for module in self.family.model.modules() if isinstance(module, nn.Linear)]
+
+    @cached_property
+    def _dense_numbers(self) -> int:
+        """Of the model, a quantised weight expanded."""
+        packed = sum(m.in_features * m.out_features - m.weight.numel() for m in self._linear if is_quantised(m))
+        return packed + sum(p.numel() for p in self.family.model.parameters())
+
     def bases(self, tasks: int) -> int:
         """Bytes of the protected subspaces after so many tasks, kept on the host."""
         return sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.layers.values()) if self.protects else 0
@@ -134,8 +144,8 @@ class Rehearsal:
         whole, shards = self.sharding.parameters(self.model_bytes, self.dtype.itemsize)
         # Stacked deltas are kept in fp32 and used in the model's precision.
         size = F32 + (self.dtype.itemsize if self.dtype != torch.float32 else 0)
-        device += whole + self.kept + size * len(self.work) * sum(map(self._numbers, self.stacked))
-        host += shards + self.bases(tasks) + self._images
+        device += whole + size * len(self.work) * sum(map(self._numbers, self.stacked))
+        host += shards + self.kept + self.bases(tasks) + self._images
         return Peak(device + host) if self.cpu else Peak(device, host)
 
     # --- stages ----------------------------------------------------------------------------------
@@ -144,11 +154,15 @@ class Rehearsal:
     def _load(self) -> Peak:
         """Loading, and rebuilding the model after the last task from its deltas, one layer after the other in fp32."""
         plain = [m.in_features * m.out_features for name, m in self.changed.modules.items() if name not in self.stacked]
-        largest, count = F32 * max(plain, default=0), len(self.work)
-        # The base in fp32 and its sum, which are one tensor where the base is fp32, and every task's ΔW.
-        device, host = largest * (1 if self.dtype == torch.float32 else 2), count * (largest + F32 * self.delta_numbers)
-        peak = self._sum(device if self.cpu else device + largest, tasks=count, host=host)
-        return peak if self.cpu else Peak(peak.device, max(peak.host, self.model_bytes))
+        largest, count = max(plain, default=0), len(self.work)
+        # The sum in fp32 and one task's ΔW, and on a GPU the base's weight that was fetched from the host.
+        device = largest * (2 * F32 + (0 if self.cpu else self.dtype.itemsize))
+        peak = self._sum(device, tasks=count, host=count * F32 * self.delta_numbers)
+        # The checkpoint's files are mapped, and their pages count as the process's. Weights that stay as they are lie in them; others are made beside.
+        stored = AutoConfig.from_pretrained(self.family.path, revision=self.family.revision).dtype or torch.float32
+        made = stored != self.dtype or any(map(is_quantised, self._linear))
+        reading = self.model_bytes + made * self._dense_numbers * stored.itemsize
+        return Peak(max(peak.device, reading)) if self.cpu else Peak(peak.device, max(peak.host, reading))
 
     @cached_property
     def _basis(self) -> Peak:
@@ -179,7 +193,7 @@ class Rehearsal:
             held = meter.live - given
             meter.peak = meter.live
             task, batch = self._task(), self._batch()
-            with autocast(self.training, "cpu"):
+            with autocast(self.training, "cpu"), task.recomputing(self.training):
                 gradient_pass(task, self._modules(), [(batch, True)], 1, statistics)
             beside = meter.peak - given
         shapes = [(layer.module.out_features, layer.module.in_features, sketch_width(layer.rank) if sketched else None) for layer in layers.values()]
@@ -279,16 +293,10 @@ class Rehearsal:
     def _export(self) -> Peak:
         """A merged model in host memory: the base, the deltas, and one layer's sum in fp32."""
         numbers = max(module.in_features * module.out_features for module in self.changed.modules.values())
-        whole = sum(_dense_bytes(m, self.dtype) for m in self.family.model.modules())
-        host = whole + F32 * (self.delta_numbers * len(self.work) + 3 * numbers)
+        host = self._dense_numbers * self.dtype.itemsize + F32 * (self.delta_numbers * len(self.work) + 3 * numbers)
         return Peak(host) if self.cpu else Peak(0, host)
 
     # --- the rehearsal -----------------------------------------------------------------------------
-
-    @property
-    def checkpoints(self) -> bool:
-        """Whether the model can recompute activations in the backward pass."""
-        return not self.largest.prompts
 
     @contextmanager
     def _fake_model(self) -> Iterator[Any]:
@@ -324,8 +332,8 @@ class Rehearsal:
                 # DeepSpeed turns the whole model into one precision.
                 for p in self._trained_parameters():
                     p.data = p.data.to(self.dtype)
-            if self.checkpoints and (self.training.get("gradient_checkpointing") or self.training.get("activation_checkpointing")):
-                LlavaTask(model).activation_checkpointing_enable()
+            if recomputes(self.training):
+                self._task().activation_checkpointing_enable()
             yield
         finally:
             if getattr(model, "is_activation_checkpointing", False):
@@ -340,15 +348,6 @@ def _rank(layer: Layer) -> int:
 
 def _refused(*args: Any) -> None:
     raise ConfigError("this method prepares its adapters from data, which a plan has none of", "run it without a plan")
-
-
-def _dense_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of a module's own parameters, a quantised weight expanded."""
-    own = dict(module.named_parameters(recurse=False))
-    if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-        own.pop("weight")
-        return module.in_features * module.out_features * dtype.itemsize + sum(p.nbytes for p in own.values())
-    return sum(p.nbytes for p in own.values())
 
 
 def _answer_clip(family: Family, work: Work, size: int) -> None:

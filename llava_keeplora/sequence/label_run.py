@@ -23,6 +23,7 @@ from llava_keeplora.errors import ConfigError, RunError, TrainingError
 from llava_keeplora.files import file_hash, write_json, write_tensors
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_layers
 from llava_keeplora.run_folder import differences, file_name
+from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.journal import SCORES, Entry, Journal, next_stage, open_stages
 from llava_keeplora.sequence.progress import duration
@@ -259,6 +260,7 @@ class LabelRun:
         if shared.rank == 0:
             save_deltas(delta_path, deltas)
             write_json(log_path, history)
+            StepCheckpoint(self.path(index)).remove()
         shared.barrier()
         trainable = sum(_trained_numbers(delta, inits.get(name)) for name, delta in deltas.items())
         return [delta_path, log_path], {"steps": history["steps"], "trained_parameters": trainable}
@@ -276,10 +278,12 @@ class LabelRun:
             model=model,
             args=arguments,
             rates=self._rates(),
+            checkpoint=StepCheckpoint(self.path(index)),
             train_dataset=Indices(len(shared.inputs[index - 1])),
             data_collator=shared.inputs[index - 1].collate,
         )
-        result = trainer.train()
+        shared.progress.advance(cost * trainer.steps_before)
+        result = trainer.go()
         history = {"steps": trainer.state.global_step, "loss": result.training_loss, "history": without_timings(trainer.state.log_history)}
         deltas = learned()
         trainer.accelerator.free_memory()
@@ -409,7 +413,7 @@ class LabelRun:
     def _gradients(self, index: int, fraction: float, statistics: Mapping[str, Any]) -> None:
         batches, total = self._batches(index, fraction, 3)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
-        with self.shared.zero.engaged(task), autocast(self.config.training, self.shared.device.type):
+        with self.shared.zero.engaged(task), autocast(self.config.training, self.shared.device.type), task.recomputing(self.config.training):
             gradient_pass(task, self._adapted(), batches, total, statistics)
 
     def _features(self, index: int, statistics: Callable[[list[list[str]]], Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llava_keeplora.config import RunConfig
+from llava_keeplora.operators import check_builds
 
 #: The first process alone scores and writes; the others may have to wait long.
 PATIENCE = timedelta(days=1)
@@ -26,6 +27,9 @@ def processes(config: RunConfig) -> Iterator[bool]:
 
     Args:
         config: the run; with `training.deepspeed` the group is DeepSpeed's.
+
+    Raises:
+        RunError: if a killed process left the lock of a build of DeepSpeed's operators.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -34,6 +38,7 @@ def processes(config: RunConfig) -> Iterator[bool]:
     if any(m.training.get("deepspeed") for m in config.methods.values()):
         import deepspeed
 
+        check_builds()
         # A plain `python` start: DeepSpeed would look for MPI to learn what a group of one is.
         for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}.items():
             os.environ.setdefault(key, value)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
+from llava_keeplora.capture import is_distributed
 from llava_keeplora.errors import ConfigError, MethodError, TrainingError
 from llava_keeplora.methods import Method, TaskContext
+from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
 
 CURE = (
     "start in a new output_dir with a lower training.learning_rate; every task before it is kept, "
     "and the same command goes on from there"
 )
+#: What the Trainer keeps beside its record for the mean loss: the sum of all logged losses, the step of the last one, and of the first.
+LOSSES = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
 TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
@@ -35,6 +46,7 @@ def training_arguments(training: Mapping[str, Any], *, output_dir: str, seed: in
     """
     values = {
         "logging_steps": 10,
+        "save_steps": 100,
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
         # Batches come from memory by index; pinning would only copy them once more.
@@ -45,7 +57,14 @@ def training_arguments(training: Mapping[str, Any], *, output_dir: str, seed: in
         "num_train_epochs": epochs,
     }
     return TrainingArguments(
-        output_dir=output_dir, seed=seed, data_seed=seed, save_strategy="no", eval_strategy="no", remove_unused_columns=False, **values
+        output_dir=output_dir,
+        seed=seed,
+        data_seed=seed,
+        # An engine's state lies in its own shards; there a task is what is trained again.
+        save_strategy="no" if training.get("deepspeed") else "steps",
+        eval_strategy="no",
+        remove_unused_columns=False,
+        **values,
     )
 
 
@@ -70,6 +89,7 @@ class TaskTrainer(Trainer):
         ctx: of the task.
         on_step: called after every optimiser step.
         rates: id of a parameter → its own learning rate; the others train at `args.learning_rate`.
+        checkpoint: where the state between two steps is kept.
         kwargs: as for `Trainer`.
 
     Raises:
@@ -77,13 +97,79 @@ class TaskTrainer(Trainer):
         MethodError: if a trainable tensor gets no gradient in the first step.
     """
 
-    def __init__(self, *, method: Method, ctx: TaskContext, on_step: Callable[[], None], rates: Mapping[int, float], **kwargs):
+    def __init__(self, *, method: Method, ctx: TaskContext, on_step: Callable[[], None], rates: Mapping[int, float], checkpoint: StepCheckpoint, **kwargs):
         super().__init__(**kwargs)
-        self.method, self.ctx, self.rates = method, ctx, rates
+        self.method, self.ctx, self.rates, self.checkpoint = method, ctx, rates, checkpoint
+        self._found = checkpoint.read()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(_AfterStep(method, ctx, on_step))
         self._waiting: set[str] | None = None
+
+    @property
+    def steps_before(self) -> int:
+        """Steps that a killed run has made already."""
+        return self._found.values["trainer"]["global_step"] if self._found else 0
+
+    def go(self) -> TrainOutput:
+        """Train, from the last checkpoint on where a killed run left one."""
+        if self._found is None:
+            return self.train()
+        # The Trainer reads its record from a folder; everything else it is given below.
+        with TemporaryDirectory() as folder:
+            Path(folder, TRAINER_STATE_NAME).write_text(json.dumps(self._found.values["trainer"]))
+            return self.train(resume_from_checkpoint=folder)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+        everyone = [random]
+        if is_distributed():
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, random)
+        if not self.is_world_process_zero():
+            return
+        optimizer, scaler = optimizer_state(self.optimizer), self.accelerator.scaler
+        tensors = {f"weights.{name}": p.detach() for name, p in self._trained().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer.tensors.items()}
+        tensors |= {f"random.{rank}.{kind}": value for rank, own in enumerate(everyone) for kind, value in own.items()}
+        tensors["loss"] = self._tr_loss
+        values = {
+            "trainer": dataclasses.asdict(self.state) | {"stateful_callbacks": {}},
+            "optimizer": optimizer.values,
+            "schedule": self.lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "losses": {key: getattr(self, key) for key in LOSSES},
+        }
+        self.checkpoint.write(self.state.global_step, TrainingState(tensors, values))
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        for name, value in self._found.under("weights").items():
+            self.model.get_parameter(name).copy_(value)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self.optimizer, self._found.under("optimizer"), self._found.values["optimizer"])
+            self.lr_scheduler.load_state_dict(self._found.values["schedule"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(self._found.values["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The generators, and what was summed of the loss; the Trainer asks when the first step is about to be made."""
+        # With another number of processes there is none for some of them: these draw on from their seed.
+        random = self._found.under(f"random.{self.args.process_index}")
+        if random:
+            torch.set_rng_state(random["cpu"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["cuda"])
+        self._tr_loss = self._found.tensors["loss"].to(self.args.device)
+        for key, value in self._found.values["losses"].items():
+            setattr(self, key, value)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None

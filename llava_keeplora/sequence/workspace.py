@@ -16,6 +16,7 @@ from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.run_folder import differences, file_name, kept_recipe, read_identity
 from llava_keeplora.versions import version_changes, write_versions
+from llava_keeplora_eval.files import sweep
 from llava_keeplora_recipes.recipe import flat_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
@@ -88,6 +89,7 @@ class Workspace:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
+            sweep(self.root)
             yield
 
     def check(self) -> None:

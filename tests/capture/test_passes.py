@@ -85,14 +85,22 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_gradient(task, layers, batc
     assert "stray" not in captured
 
 
-def test_gradient_checkpointing_does_not_change_the_gradient(family, task, layers, batches, dense_gradients):
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_pass_recomputes_activations_where_training_does_with_the_same_gradient(family, task, layers, batches, dense_gradients, name):
     plain = dense_gradients(task, layers, batches, 12)
-    family.model.train()
-    family.model.gradient_checkpointing_enable()
-    checkpointed = dense_gradients(task, layers, batches, 12)
+    block = family.model.vision_model.encoder.layers[0]
+    passes = []
+    handle = block.self_attn.register_forward_hook(lambda *args: passes.append(block.self_attn.training))
+    with task.recomputing({name: True}):
+        recomputed = dense_gradients(task, layers, batches, 12)
+    once = len(passes)
+    dense_gradients(task, layers, batches, 12)
+    handle.remove()
 
+    assert once == 2 * len(batches) and len(passes) - once == len(batches), "forward, and again in the backward pass; afterwards no more"
+    assert not any(passes) and not any(module.training for module in task.model.modules()), "dropout stays off"
     for name in layers:
-        torch.testing.assert_close(checkpointed[name], plain[name])
+        torch.testing.assert_close(recomputed[name], plain[name])
 
 
 def test_layers_that_read_the_same_tensor_are_found(task, layers, batches):
@@ -129,8 +137,8 @@ def test_the_feature_pass_equals_the_concatenated_inputs(family, task, layers, b
 
 def test_the_prompts_run_once_per_pass(task, layers, batches, monkeypatch, dense_gradients):
     calls = []
-    original = task.clip.get_text_features
-    monkeypatch.setattr(task.clip, "get_text_features", lambda **kw: calls.append(1) or original(**kw))
+    original = task.model.get_text_features
+    monkeypatch.setattr(task.model, "get_text_features", lambda **kw: calls.append(1) or original(**kw))
 
     dense_gradients(task, layers, batches, 12)
 

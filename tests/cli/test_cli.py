@@ -1,11 +1,14 @@
 """The command line: exit codes, one sentence per mistake, the traceback on demand, quick help."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from llava_keeplora import cli
+from llava_keeplora_eval.files import write_atomic
 
 
 def sentence(capfd, *arguments) -> str:
@@ -69,12 +72,21 @@ def test_debug_shows_the_traceback(config_file, capfd):
         cli.main(["train", "--debug", "--config", str(config_file()), "parts.vision.rnak=2"])
 
 
-def test_an_interrupt_ends_with_code_130_and_says_how_to_go_on(capfd):
-    def interrupted():
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_finishes_the_file_being_written_and_says_how_to_go_on(capfd, tmp_path, monkeypatch, number, code):
+    """The signal comes in the middle of a write, between its bytes and its new name."""
+    written, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (os.kill(os.getpid(), number), written.append(paths), replace(*paths)))
 
-    assert cli.guarded(interrupted, debug=False) == 130
-    assert "every finished stage is kept, run the same command to go on" in capfd.readouterr().err
+    def action():
+        write_atomic(tmp_path / "whole", "content")
+        pytest.fail("it went on")
+
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert cli.guarded(action, debug=False, going_on="run the same command to go on") == code
+    assert (tmp_path / "whole").read_text() == "content" and written
+    assert capfd.readouterr().err == "stopped; run the same command to go on\n"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_list_names_what_there_is(capfd):

@@ -1,15 +1,10 @@
 """What a machine has is told, and what a run could not start with is an error that names its cure."""
 
-import os
-import subprocess
-import sys
-import time
 from importlib import metadata
 
 import pytest
 
 from llava_keeplora import cli
-from llava_keeplora.doctor import machine
 
 
 @pytest.fixture(autouse=True)
@@ -42,32 +37,10 @@ def test_a_library_that_is_too_old_or_missing_is_told_with_the_command(monkeypat
     assert "this machine has 2 things to repair" in err
 
 
-def old_lock(folder):
-    folder.mkdir(parents=True)
-    lock = folder / "lock"
-    lock.touch()
-    os.utime(lock, (time.time() - 3600,) * 2)
-    return lock
-
-
-@pytest.mark.parametrize("place", ["cpu_adam", "py311_cpu/cpu_adam"])
-def test_the_lock_of_a_killed_build_is_told_with_the_command_that_removes_it(tmp_path, capfd, place):
-    lock = old_lock(tmp_path / place)
+def test_the_lock_of_a_killed_build_is_told_with_the_command_that_removes_it(tmp_path, capfd):
+    lock = tmp_path / "cpu_adam/lock"
+    lock.parent.mkdir()
+    with lock.open("w"):
+        assert cli.main(["doctor"]) == 0, "somebody is compiling"
     assert cli.main(["doctor"]) == 2
-    assert f"every start of DeepSpeed waits for it without a word; remove it: `rm {lock}`." in capfd.readouterr().out
-
-
-def test_the_lock_of_a_build_that_goes_on_is_left_alone(tmp_path):
-    lock = old_lock(tmp_path / "cpu_adam")
-    compiler = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, cwd=lock.parent)
-    try:
-        assert machine.stale_locks() == []
-    finally:
-        compiler.communicate(b"\n")
-    assert machine.stale_locks() == [lock]
-
-
-def test_a_new_lock_may_be_that_of_a_build_about_to_begin(tmp_path):
-    lock = old_lock(tmp_path / "cpu_adam")
-    lock.touch()
-    assert machine.stale_locks() == []
+    assert f"every start of DeepSpeed would wait for it; remove it: `rm {lock}`." in capfd.readouterr().out

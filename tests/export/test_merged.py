@@ -1,6 +1,7 @@
 """A merged checkpoint holds base + deltas, whatever form the base had in the run."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,31 +10,19 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_keeplora import cli
 from llava_keeplora.adapters import load_deltas
-from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, RunError
-from llava_keeplora.export import export_merged
-from llava_keeplora.sequence import runner
+from llava_keeplora.export import export_run, merged
 
-RUNS = {"plain": {}, "nf4": {"model": {"quantization": "nf4"}}}
-
-
-@pytest.fixture(scope="module")
-def finished(llava_tree, tmp_path_factory):
-    """Function (form) → a finished run of the tiny LLaVA."""
-    done = {}
-
-    def run(form):
-        if form not in done:
-            done[form] = tmp_path_factory.mktemp(form) / "run"
-            runner.run(parse_config(llava_tree(done[form], **RUNS[form])))
-        return done[form]
-
-    return run
+pytestmark = pytest.mark.usefixtures("quick_reload")
 
 
-@pytest.mark.parametrize("form", RUNS)
+def merge(run, into, **options):
+    return export_run(run, "merged", into, base_id="you/base", **options)
+
+
+@pytest.mark.parametrize("form", ["plain", "nf4"])
 def test_every_weight_is_the_base_and_the_sum_of_its_deltas(form, finished, tiny_llava, tmp_path):
-    export_merged(finished(form), tmp_path / "merged", dtype="float32")
+    merge(finished(form), tmp_path / "merged", dtype="float32")
     base = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     deltas = [load_deltas(path) for path in sorted((finished(form) / "keeplora").glob("task-*/delta.safetensors"))]
@@ -46,37 +35,60 @@ def test_every_weight_is_the_base_and_the_sum_of_its_deltas(form, finished, tiny
 
 
 def test_the_deviation_is_rounding_in_fp32_larger_in_bf16_and_that_of_the_quantisation_for_an_nf4_base(finished, tmp_path):
-    exact = export_merged(finished("plain"), tmp_path / "exact", dtype="float32")
-    rounded = export_merged(finished("plain"), tmp_path / "rounded")
-    quantised = export_merged(finished("nf4"), tmp_path / "quantised")
-    assert exact.largest < 1e-5 and exact.same == 1.0 and exact.examples == 8 and exact.tasks == 3
-    assert exact.relative < rounded.relative < quantised.relative < 0.5
+    exact = merge(finished("plain"), tmp_path / "exact", dtype="float32")
+    rounded = merge(finished("plain"), tmp_path / "rounded")
+    quantised = merge(finished("nf4"), tmp_path / "quantised")
+    assert exact.own.largest < 1e-5 and exact.own.same == 1.0 and exact.examples == 8 and exact.tasks == 3
+    assert exact.own.relative < rounded.own.relative <= rounded.bfloat16.relative < quantised.bfloat16.relative < 0.5
+    # Whatever was rounded, what was written is what is loaded.
+    assert max(one.reloaded.largest for one in (exact, rounded, quantised)) < 1e-5
 
 
 def test_the_command_says_what_it_merged_and_how_far_the_logits_are(finished, tmp_path, capsys):
-    assert cli.main(["export", str(finished("nf4")), "--as", "merged", "--into", str(tmp_path / "merged")]) == 0
+    assert cli.main(["export", str(finished("nf4")), "--as", "merged", "--into", str(tmp_path / "merged"), "--base-id", "you/base"]) == 0
     out = capsys.readouterr().out
-    assert "base and 3 tasks merged, bfloat16" in out and "logits of 8 examples" in out and "largest deviation" in out
+    assert "base and updates merged, after 3 tasks" in out and "logits of 8 examples in fp32" in out and "in bfloat16: largest deviation" in out
     assert json.loads((tmp_path / "merged/config.json").read_text()).get("quantization_config") is None
+
+
+def test_a_large_checkpoint_is_written_in_shards_and_the_tasks_before_the_last_alone_can_be_merged(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(merged, "SHARD", "100KB")
+    done = merge(finished("plain"), tmp_path / "sharded", at_task=1, dtype="float32")
+    index = json.loads((tmp_path / "sharded/model.safetensors.index.json").read_text())
+    assert done.tasks == 1 and len(set(index["weight_map"].values())) > 1
+    card = (tmp_path / "sharded/README.md").read_text()
+    assert "taught 1 task one after another: questions." in card and "library_name: transformers" in card
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else_is(finished, tmp_path):
+    folder = tmp_path / "merged"
+    merge(finished("plain"), folder, at_task=1)
+    (folder / "left-over").touch()
+    assert merge(finished("plain"), folder).tasks == 3 and not (folder / "left-over").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    with pytest.raises(ConfigError, match="mine is there already and not an empty folder; choose another one with --into"):
+        merge(finished("plain"), tmp_path / "mine")
+    assert (tmp_path / "mine/notes.txt").exists()
 
 
 def test_what_cannot_be_merged_is_refused_with_the_cure(finished, tmp_path):
     run = finished("plain")
     with pytest.raises(RunError, match="is not a run folder"):
-        export_merged(tmp_path, tmp_path / "new")
+        merge(tmp_path, tmp_path / "new")
     with pytest.raises(RunError, match="has no method 'seq-lora'.*--method: keeplora"):
-        export_merged(run, tmp_path / "new", label="seq-lora")
+        merge(run, tmp_path / "new", label="seq-lora")
     with pytest.raises(ConfigError, match="not an empty folder.*--into"):
-        export_merged(run, run)
+        merge(run, run)
     with pytest.raises(ConfigError, match="the dtype is 'float8'"):
-        export_merged(run, tmp_path / "new", dtype="float8")
+        merge(run, tmp_path / "new", dtype="float8")
+    with pytest.raises(ConfigError, match="--parts and --rank shape an adapter, and the form is 'merged'"):
+        merge(run, tmp_path / "new", rank=4)
 
 
-def test_a_damaged_delta_is_refused(llava_tree, finished, tmp_path):
-    import shutil
-
+def test_a_damaged_delta_is_refused(finished, tmp_path):
     run = shutil.copytree(finished("plain"), tmp_path / "copy")
     path = next((run / "keeplora").glob("task-02-*/delta.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(RunError, match="delta.safetensors is not what task 2 wrote"):
-        export_merged(run, tmp_path / "new")
+        merge(run, tmp_path / "new")

@@ -13,8 +13,8 @@ PART = {"rank": 8, "alpha": 8, "energy_weight": 0.5, "energy_feature": 0.95}
 
 def compare(measured, tree, small, large):
     """Ratio of the plan's figure to the measured one for every stage that a run goes through."""
-    run = {**tree, "model": {"name_or_path": str(large)}}
-    found = measured({**tree, "model": {"name_or_path": str(small)}}, run)
+    run = {**tree, "model": {**tree["model"], "name_or_path": str(large)}}
+    found = measured({**tree, "model": {**tree["model"], "name_or_path": str(small)}}, run)
     return {stage.stage: stage.device / found[stage.stage] for stage in make_plan(parse_config(run)).methods[0].stages if stage.stage in MEASURED}
 
 
@@ -49,7 +49,8 @@ def test_a_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"training": {"gradient_checkpointing": True}}, {"methods": {"keeplora": {"gradient": "dense"}}}])
+@pytest.mark.parametrize("changes", [{}, {"training": {"gradient_checkpointing": True}}, {"methods": {"keeplora": {"gradient": "dense"}}},
+                                     {"model": {"dtype": "bfloat16"}, "training": {"bf16": True}}])
 def test_a_llava_takes_what_was_planned(measured, llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge, changes):
     large = enlarge(tiny_llava, tmp_path / "llava", vision(512, 4), text(768, 6), weights=True)
     tree = llava(llava_tree, mixed_tasks[:1] + mixed_tasks[2:])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_keeplora.config import parse_config
 from llava_keeplora.files import file_hash
 from llava_keeplora.sequence import runner, trainer
 
@@ -78,6 +79,17 @@ def left_behind():
         return {str(p.relative_to(root)): journal_of(p.parent) if p.name == "journal.jsonl" else file_hash(p) for p in files}
 
     return collect
+
+
+@pytest.fixture(scope="session")
+def llava_config(llava_tree):
+    """Function (output_dir, **changes) → `RunConfig`; see `llava_tree`."""
+
+    def build(output_dir, **changes):
+        gc.freeze()
+        return parse_config(llava_tree(output_dir, **changes))
+
+    return build
 
 
 @pytest.fixture(scope="session")

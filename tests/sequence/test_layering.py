@@ -15,7 +15,7 @@ ABOVE = {
     "adapters": ["export", "plan", "capture", "models", "methods", "sequence", "report", "config", "cli"],
     "models": ["export", "plan", "capture", "adapters", "methods", "sequence", "report", "cli"],
     "methods": ["export", "plan", "models", "capture", "sequence", "report", "config", "cli"],
-    "export": ["plan", "sequence", "methods", "capture", "report", "cli"],
+    "export": ["doctor", "plan", "sequence", "capture", "cli"],
     "plan": ["doctor", "sequence", "export", "report", "cli"],
     "doctor": ["sequence", "export", "report", "cli"],
     "report": ["plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],

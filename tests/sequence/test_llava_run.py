@@ -1,7 +1,6 @@
 """A LLaVA sequence of three kinds of tasks, the projector trained in full beside the adapters."""
 
 import copy
-import gc
 import json
 from pathlib import Path
 
@@ -15,15 +14,6 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.sequence import trainer
 
 TASKS = ["task-01-questions", "task-02-captions", "task-03-corners"]
-
-
-@pytest.fixture(scope="module")
-def llava_config(llava_tree):
-    def build(output_dir, **changes):
-        gc.freeze()
-        return parse_config(llava_tree(output_dir, **changes))
-
-    return build
 
 
 @pytest.fixture(scope="module")

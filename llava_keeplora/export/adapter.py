@@ -1,0 +1,162 @@
+"""The learned deltas as one ordinary PEFT LoRA of the original base.
+
+One rank, one alpha equal to it, and leaf names as targets, because vLLM reads neither patterns of ranks nor regular
+expressions; what a layer lacks in rank is zeros, and the deltas' own scales are in B.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from llava_keeplora.adapters import Delta, FullDelta, compress, concatenate, pad
+from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.export.bundle import Base
+from llava_keeplora.files import write_json, write_tensors
+
+WEIGHTS = "adapter_model.safetensors"
+#: vLLM's `--max-lora-rank` takes these and no others.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One delta per layer, all of one rank.
+
+    Args:
+        layers: name → delta of scale 1.
+        rank: of each, zeros included.
+        error: ‖ΔW − ΔW_k‖ / ‖ΔW‖ over all layers, 0 where nothing was compressed.
+        worst: the same of the layer where it is largest.
+    """
+
+    layers: dict[str, Delta]
+    rank: int
+    error: float = 0.0
+    worst: float = 0.0
+
+
+def combine(tasks: Sequence[Mapping[str, Delta | FullDelta]], rank: int | None = None) -> Combined:
+    """The sum of the tasks' deltas as one adapter, exact unless a rank is given.
+
+    Args:
+        tasks: their deltas.
+        rank: to compress to.
+
+    Raises:
+        ConfigError: for layers that were trained in full, a rank below one, or nothing to combine.
+    """
+    full = sorted({name for task in tasks for name, delta in task.items() if isinstance(delta, FullDelta)})
+    if full:
+        # PEFT's `modules_to_save` could hold them whole, but vLLM refuses an adapter that has any.
+        raise ConfigError(
+            f"{len(full)} layers were trained in full, which no LoRA adapter holds exactly (first {full[0]})",
+            "leave their part out with --parts, or export --as merged",
+        )
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank is {rank}, but an adapter has at least one direction", "give 1 or more")
+    layers = concatenate(tasks)
+    if not layers:
+        raise ConfigError("the chosen parts hold no trained layer", "choose others with --parts")
+    if rank is None:
+        widest = max(len(delta.A) for delta in layers.values())
+        return Combined({name: pad(delta, widest) for name, delta in layers.items()}, widest)
+    compressed = {name: compress(delta, rank) for name, delta in layers.items()}
+    lost = torch.stack([S[rank:].square().sum() for _, S in compressed.values()])
+    whole = torch.stack([S.square().sum() for _, S in compressed.values()])
+    widest = max(len(delta.A) for delta, _ in compressed.values())
+    return Combined(
+        {name: pad(delta, widest) for name, (delta, _) in compressed.items()},
+        widest,
+        float((lost.sum() / whole.sum().clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()),
+        float((lost / whole.clamp(min=torch.finfo(whole.dtype).tiny)).max().sqrt()),
+    )
+
+
+def write_adapter(folder: Path, combined: Combined, model: nn.Module, parts: Mapping[str, str], base: Base) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, and read the tensors again.
+
+    Args:
+        folder: where to.
+        combined: the adapter.
+        model: the base, for the names of its other layers.
+        parts: part → dotted prefix of its layers.
+        base: as others load it.
+
+    Raises:
+        RunError: if a layer learned nothing, or holds no numbers.
+    """
+    targets = sorted({_leaf(name) for name in combined.layers})
+    others = [name for name, _ in model.named_modules() if _leaf(name) in targets and name not in combined.layers]
+    write_json(folder / "adapter_config.json", {
+        # The few that matter: whatever else a PEFT version knows is at its default.
+        "peft_type": "LORA",
+        "peft_version": peft.__version__,
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "base_model_name_or_path": base.id,
+        "revision": base.revision,
+        "task_type": None,
+        "inference_mode": True,
+        "r": combined.rank,
+        "lora_alpha": combined.rank,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "exclude_modules": exclusion(others, [*others, *combined.layers], parts),
+        "bias": "none",
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    })
+    tensors = {f"base_model.model.{name}.lora_{key}.weight": value for name, delta in combined.layers.items() for key, value in delta.tensors.items()}
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    check_weights(folder / WEIGHTS)
+
+
+def check_weights(path: Path) -> None:
+    """Refuse tensors without numbers and a B of zeros alone: what a save of shards, or a layer that never trained, leaves."""
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():
+            value = file.get_tensor(key)
+            if value.numel() == 0:
+                raise RunError(f"'{key}' of {path.name} holds no numbers", "export from the run folder itself, in one process")
+            if ".lora_B." in key and not value.any():
+                raise RunError(f"'{key}' of {path.name} is zero, so its layer learned nothing", "leave its part out with --parts, or train it")
+
+
+def exclusion(others: Iterable[str], targeted: Iterable[str], parts: Mapping[str, str]) -> str | None:
+    """A regular expression of the layers that have a target's leaf name and no adapter, or None where there is none.
+
+    Names of a part's containers differ between versions of transformers (`language_model.layers`,
+    `language_model.model.layers`); what comes before and between the part's name and the layer's is left open.
+
+    Args:
+        others: full names of these layers.
+        targeted: full names of all layers with a target's leaf name.
+        parts: part → dotted prefix of its layers.
+    """
+    others, targeted, pieces = list(others), list(targeted), []
+    for prefix in parts.values():
+        own = [name for name in others if name.startswith(f"{prefix}.")]
+        marker = re.escape(prefix.removeprefix("model.").split(".")[0])
+        whole = len(own) == sum(name.startswith(f"{prefix}.") for name in targeted)
+        if own:
+            pieces += [rf"{marker}\..*"] if whole else [rf"{marker}(?:\..*)?{re.escape(name.removeprefix(prefix))}" for name in own]
+    pieces += [re.escape(name.removeprefix("model.")) for name in others if not name.startswith(tuple(f"{p}." for p in parts.values()))]
+    return rf"(?:.*\.)?(?:{'|'.join(pieces)})" if pieces else None
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The smallest `--max-lora-rank` that vLLM loads an adapter with; None where there is none."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

@@ -1,0 +1,211 @@
+"""The model card: everything that the run knows of what it made, so that nobody has to fill in a template."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+
+from llava_keeplora.export.adapter import vllm_rank
+from llava_keeplora.export.bundle import Base, Learned
+from llava_keeplora.export.state import FOLDER, public
+from llava_keeplora.methods import METHODS
+from llava_keeplora.models import Family
+from llava_keeplora.report import heatmap
+from llava_keeplora.report.tables import SCORE_COLUMNS, markdown_table, score_rows, summary_table
+from llava_keeplora_eval.chat import asked, render
+from llava_keeplora_recipes import Recipe, TaskData
+
+if TYPE_CHECKING:
+    from llava_keeplora.export.run_export import Exported
+
+PICTURE = "matrix.png"
+LIBRARIES = ("llava-keeplora", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How an export is put to use, with an example that the model knows.
+
+    Args:
+        kind: `clip` or `llava`.
+        prompt: a question as a LLaVA model is asked it.
+        choices: captions that a CLIP model chooses between.
+    """
+
+    kind: str
+    prompt: str = ""
+    choices: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, family: Family, data: TaskData) -> "Usage":
+        """Of a model on a task that it has learned."""
+        if family.kinds == ("classification",):
+            return cls("clip", choices=data.recipe.prompts[:4])
+        return cls("llava", prompt=render(family.processor, asked(data.recipe, data.questions[0]), max(1, data.image_counts[0])))
+
+    @property
+    def pipeline_tag(self) -> str:
+        """The Hub's name of what the model does."""
+        return "image-text-to-text" if self.kind == "llava" else "zero-shot-image-classification"
+
+    def snippet(self, name: str, base: Base | None) -> str:
+        """Python that loads an export and answers about a picture.
+
+        Args:
+            name: of the export.
+            base: to load an adapter onto; None for a checkpoint of its own.
+        """
+        auto = "AutoModelForImageTextToText" if self.kind == "llava" else "AutoModel"
+        own, pinned = base.id if base else name, f', revision="{base.revision}"' if base and base.revision else ""
+        lines = ["from PIL import Image", *(["from peft import PeftModel"] if base else []), f"from transformers import {auto}, AutoProcessor", ""]
+        lines += [f'model = {auto}.from_pretrained("{own}"{pinned})']
+        if base:
+            lines += [f'model = PeftModel.from_pretrained(model, "{name}")']
+        lines += [f'processor = AutoProcessor.from_pretrained("{own}"{pinned})', 'image = Image.open("picture.png").convert("RGB")']
+        if self.kind == "clip":
+            lines += [
+                f"captions = {list(self.choices)!r}",
+                'inputs = processor(images=image, text=captions, padding=True, return_tensors="pt")',
+                "print(captions[model(**inputs).logits_per_image.argmax().item()])",
+            ]
+        else:
+            images = "image" if (count := self.prompt.count("<image>")) < 2 else f"[image] * {count}"
+            lines += [
+                f"prompt = {self.prompt!r}",
+                f'inputs = processor(images={images}, text=prompt, return_tensors="pt").to(model.dtype)',
+                "answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs[\"input_ids\"].shape[1] :]",
+                "print(processor.decode(answer, skip_special_tokens=True))",
+            ]
+        return "\n".join(lines)
+
+
+def write_card(folder: Path, name: str, learned: Learned, base: Base, done: "Exported", usage: Usage) -> None:
+    """Write README.md and the picture of the accuracy matrix.
+
+    Args:
+        folder: the export.
+        name: under which it is loaded.
+        learned: the tasks.
+        base: as others load it.
+        done: what was written.
+        usage: how it is used.
+    """
+    for drawing in heatmap(learned.matrix, folder / PICTURE, f"{learned.label}: score in % after each task")[1:]:
+        drawing.unlink()  # The Hub's cards show PNG alone.
+    count, record = len(learned.deltas), METHODS[learned.config["methods"][learned.label]["method"]].record
+    names = ", ".join(recipe.name for recipe in learned.recipes[:count])
+    at = f" at revision `{base.revision}`" if base.revision else ""
+    blocks = [
+        f"---\n{_metadata(learned, base, done, usage).to_yaml()}\n---",
+        f"# {name.split('/')[-1]}",
+        f"[{base.id}](https://huggingface.co/{base.id}){at}, taught {_counted(count, 'task')} one after another: {names}.\n"
+        f"The method is `{record.name}` ([{record.title}]({record.url})), run by llava-keeplora {importlib.metadata.version('llava-keeplora')}. "
+        + _what(done),
+        "## How to load it",
+        *_loading(name, base, done, usage),
+        "## Scores",
+        "Each row is the model after one more task, each column a task's test score in percent; Transfer is the mean before a task is learned, "
+        "Last the score after the final one.",
+        f"![score of every task after every stage]({PICTURE})",
+        learned.matrix.markdown(),
+        summary_table({learned.label: learned.matrix}),
+        markdown_table(["task", *SCORE_COLUMNS], score_rows(learned.matrix.tasks, _stages(learned))),
+        "## Tasks and data",
+        markdown_table(["task, in order", "version", "kind", "metric", "licence", "source"], [_task(recipe) for recipe in learned.recipes[:count]]),
+        "What was learned from these sets comes with their licences, and with the base model's.",
+        "## Settings",
+        _settings(learned),
+        "## How exact it is",
+        _exactness(done),
+    ]
+    (folder / "README.md").write_text("\n\n".join(block.strip() for block in blocks) + "\n", encoding="utf-8")
+
+
+def _metadata(learned: Learned, base: Base, done: "Exported", usage: Usage) -> ModelCardData:
+    recipes = learned.recipes[: len(learned.deltas)]
+    tags = [learned.config["methods"][learned.label]["method"], "continual-learning", "llava-keeplora", usage.kind]
+    return ModelCardData(
+        base_model=base.id,
+        base_model_relation="adapter" if done.form == "adapter" else "finetune",
+        library_name={"adapter": "peft", "merged": "transformers", "state": "llava-keeplora"}[done.form],
+        pipeline_tag=usage.pipeline_tag,
+        tags=list(dict.fromkeys([*tags, *([f"base_model:adapter:{base.id}", "lora"] if done.form == "adapter" else [])])),
+        datasets=list(dict.fromkeys(recipe.source["path"] for recipe in recipes if recipe.source["format"] == "hub")) or None,
+        metrics=list(dict.fromkeys(recipe.metric for recipe in recipes)),
+    )
+
+
+def _what(done: "Exported") -> str:
+    if done.form == "merged":
+        return "This is the whole model, base and updates in one checkpoint."
+    if done.form == "state":
+        return "This is what the run needs to learn further tasks elsewhere; it is no adapter and no checkpoint."
+    shape = f"one LoRA of rank {done.adapter.rank} on {_counted(len(done.adapter.layers), 'layer')}"
+    return f"This is {shape}, the sum of the tasks' updates" + (f", compressed with a relative error of {done.adapter.error:.2%}." if done.compressed else ".")
+
+
+def _loading(name: str, base: Base, done: "Exported", usage: Usage) -> Iterable[str]:
+    if done.form != "state":
+        yield f"```python\n{usage.snippet(name, base if done.form == 'adapter' else None)}\n```"
+    if done.form == "adapter" and usage.kind == "llava":
+        limit = vllm_rank(done.adapter.rank)
+        beyond = "" if done.language_only else " --enable-tower-connector-lora"
+        command = f"vllm serve {base.id} --enable-lora --max-lora-rank {limit}{beyond} --lora-modules learned={name}"
+        if limit:
+            yield f"With vLLM, by its documented rules:\n\n```\n{command}\n```"
+        else:
+            yield f"Rank {done.adapter.rank} is more than vLLM loads (512); export with `--rank 512`, or `--as merged`."
+    if done.form == "state" or done.with_state:
+        where = "" if done.form == "state" else f" (what that needs lies in `{FOLDER}`)"
+        yield f"To teach it further tasks{where}:\n\n```\nllava-keeplora import {name} --into runs/continued\n```"
+
+
+def _stages(learned: Learned) -> list[dict[str, Any]]:
+    """The scores of the base and after each task; a stage that was scored again counts as it was last."""
+    scored = [entry for entry in learned.entries if entry.stage == "EVALUATED"]
+    found = {entry.task: name for entry in scored for name in entry.files if name.endswith("scores.json")}
+    return [json.loads((learned.run / learned.label / found[task]).read_text()) for task in sorted(found)]
+
+
+def _task(recipe: Recipe) -> list[str]:
+    source = recipe.source["path"] if recipe.source["format"] == "hub" else recipe.homepage or recipe.source["format"]
+    return [recipe.name, str(recipe.version), recipe.kind, recipe.metric, recipe.licence, source]
+
+
+def _settings(learned: Learned) -> str:
+    config, method = learned.config, learned.config["methods"][learned.label]
+    model = {key: value for key, value in config["model"].items() if key in ("dtype", "quantization", "max_length") and value is not None}
+    rows = [["seed", str(config["seed"])], ["base", _listed(model)], ["method", method["method"]], ["options", _listed(method["options"])]]
+    rows += [[f"part `{part}`", _listed({k: v for k, v in own.items() if v is not None})] for part, own in method["parts"].items()]
+    held_out = config["data"]["holdout"]
+    rows += [["training", _listed(public(method["training"]))], ["scored on", f"{held_out:.0%} of train, held out" if held_out else "test"]]
+    rows += [["versions", _listed({name: importlib.metadata.version(name) for name in LIBRARIES})]]
+    return "| setting | value |\n| --- | --- |\n" + "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in values.items()) or "none"
+
+
+def _exactness(done: "Exported") -> str:
+    lines = [
+        f"Loaded again in a fresh process and compared on {_counted(done.examples, 'real example')}: logits in fp32 are "
+        f"{done.reloaded.largest:.1g} off what was meant at most. Against the model that the run trained and scored, the relative deviation "
+        f"is {done.own.relative:.2g} in fp32, with the same best choice in {done.own.same:.1%}, and {done.bfloat16.relative:.2g} in "
+        f"bfloat16, with the same best choice in {done.bfloat16.same:.1%}."
+    ]
+    if done.compressed:
+        lines.append(f"Compressing lost {done.adapter.error:.2%} of the updates' norm, {done.adapter.worst:.2%} in the worst layer.")
+    if done.left_out:
+        lines.append(f"Left out, though the run trained them: {', '.join(done.left_out)}. The scores above are those of the whole.")
+    return " ".join(lines)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

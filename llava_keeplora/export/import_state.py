@@ -1,0 +1,145 @@
+"""A run folder made of a published adapter or an exported state; nothing in it is believed before it is checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from llava_keeplora.config import parse_config
+from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.export.bundle import checked
+from llava_keeplora.export.hub import download
+from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, SUFFIXES, is_recipe_file, public, stays_inside
+from llava_keeplora.files import whole_folder, write_bytes
+from llava_keeplora.journal import Journal
+
+
+def import_state(
+    source: str, into: str | Path, *, revision: str | None = None, base: str | None = None, data_root: str | None = None
+) -> Path:
+    """Make a run folder of a published adapter or an exported state, for `train` and `extend` to go on with.
+
+    Args:
+        source: a folder, or a Hub id.
+        into: the run folder to make; new or empty.
+        revision: on the Hub.
+        base: a folder with the base, or another id of it; as the state says when None.
+        data_root: the folder with the data sets.
+
+    Returns:
+        the run's configuration as a YAML file, in the folder.
+
+    Raises:
+        ConfigError: for a target that is in use, or a source that is neither a folder nor on the Hub.
+        RunError: for a source without a state, or with one that is damaged or leads out of its folder.
+    """
+    into = Path(into)
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise ConfigError(f"{into} is there already and not an empty folder", "choose another one with --into")
+    with ExitStack() as held:
+        if Path(source).is_dir():
+            found = Path(source)
+        else:
+            found = download(source, revision, Path(held.enter_context(tempfile.TemporaryDirectory())))
+        state = found / FOLDER if (found / FOLDER).is_dir() else found
+        files = _read_manifest(state, found, source)
+        into.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(into) as room:
+            for name in files:
+                (room / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(state / name, room / name)
+            _settle(room, into.resolve(), base, data_root)
+    return into / "run.yaml"
+
+
+def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
+    """The files of a state, each checked: inside the root, of a kind that holds no code, and what was exported."""
+    path = state / MANIFEST
+    if not path.is_file():
+        raise RunError(
+            f"'{source}' holds no state to continue from (no {MANIFEST})", "import an adapter that was exported with its state, or export --as state"
+        )
+    content = _read_object(path)
+    if content.get("format") != FORMAT:
+        raise RunError(
+            f"{path} has format {content.get('format')!r}, and this version reads format {FORMAT}", "use the version of llava-keeplora that wrote it"
+        )
+    files = content.get("files")
+    if not isinstance(files, dict) or not {"config.json", "identity.json"} <= files.keys():
+        raise RunError(f"{path} lists no run's files", "export the state again")
+    for name, expected in files.items():
+        if not stays_inside(name) or not name.endswith(SUFFIXES):
+            raise RunError(f"{path} lists '{name}', which is no safetensors or JSON file inside its folder", "do not use this state")
+        if not (state / name).resolve().is_relative_to(root.resolve()):
+            raise RunError(f"{state / name} is a link that leads out of its folder", "do not use this state, or download it as files")
+        checked(state / name, expected, "the export")
+    for name in files:
+        if name.endswith("journal.jsonl"):
+            strangers = {str(PurePosixPath(name).parent / own) for entry in Journal(state / name).entries for own in entry.files} - files.keys()
+            if strangers:
+                raise RunError(f"{state / name} names '{min(strangers)}', which is not in the state", "do not use this state")
+    return list(files)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read as JSON ({error})", "export the state again") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds no JSON object", "export the state again")
+    return content
+
+
+def _settle(room: Path, home: Path, base: str | None, data_root: str | None) -> None:
+    """Let a copied state's configuration speak of the machine that it is on now, and say it as a user would, too.
+
+    Args:
+        room: the copy.
+        home: where it will be.
+        base, data_root: see `import_state`.
+    """
+    trees = {name: _read_object(room / name) for name in ("config.json", "identity.json")}
+    try:
+        for tree in trees.values():
+            tree["tasks"] = [str(home / task) if is_recipe_file(task) else task for task in tree["tasks"]]
+            if base is not None:
+                tree["model"]["name_or_path"], tree["model"]["revision"] = base, None
+        config = trees["config.json"]
+        config["output_dir"], config["data"]["root"] = str(home), data_root
+        _check_recipes(room, home, config["tasks"])
+        for section in (config, *config["methods"].values()):
+            if private := section["training"].keys() - public(section["training"]).keys():
+                raise RunError(f"the state's configuration sets training.{min(private)}, which is for you to set", "do not use this state")
+        written = config | {"methods": {label: _as_written(method) for label, method in config["methods"].items()}}
+        parse_config(written)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"the state's configuration is not what a run writes ({error!r})", "export the state again") from error
+    for name, tree in trees.items():
+        write_bytes(room / name, (json.dumps(tree, indent=2) + "\n").encode())
+    # JSON is YAML.
+    write_bytes(room / "run.yaml", (json.dumps(written, indent=1) + "\n").encode())
+
+
+def _check_recipes(room: Path, home: Path, tasks: list[str]) -> None:
+    """Refuse tasks that read a recipe from elsewhere, and recipes that read data from elsewhere."""
+    recipes = {str(home / path.relative_to(room)): _read_object(path) for path in room.glob("recipes/*.yaml")}
+    for task in tasks:
+        if is_recipe_file(task) and task not in recipes:
+            raise RunError(f"the state's configuration names the recipe '{task}', which is not in it", "do not use this state")
+    for name, facts in recipes.items():
+        if "extends" in facts:
+            raise RunError(f"the recipe {Path(name).name} extends another", "do not use this state")
+        path = facts["source"].get("path", "none")
+        if facts["source"]["format"] != "hub" and not stays_inside(path):
+            raise RunError(f"the recipe {Path(name).name} reads '{path}', outside the data folder", "do not use this state")
+
+
+def _as_written(method: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved method as a user writes it."""
+    return {"method": method["method"], **method["options"], "parts": method["parts"], "training": method["training"]}

@@ -1,0 +1,130 @@
+"""What a run needs to go on elsewhere: a run folder of one method without answers, starts and pictures; safetensors and JSON only.
+
+`state.json` lists every file with its SHA-256, and nothing that it doesn't list is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from llava_keeplora.config import ZERO_SHOT
+from llava_keeplora.export.bundle import Base, Learned, checked, find_local
+from llava_keeplora.files import file_hash, write_bytes, write_json
+from llava_keeplora.journal import Entry, Journal
+from llava_keeplora.models import embedded_models
+from llava_keeplora_recipes import Recipe
+
+FORMAT = 1
+MANIFEST = "state.json"
+#: Where an exported adapter keeps it.
+FOLDER = "keeplora_state"
+SUFFIXES = (".safetensors", ".json", ".jsonl", ".yaml")
+#: Neither is read again once a task is closed; answers are personal data at times, and starts are as large as deltas.
+LEFT_OUT = ("predictions", "adapters.safetensors")
+#: How arguments of `TrainingArguments` begin that are of one person or one machine: tokens, accounts, places.
+PRIVATE = ("accelerator_config", "deepspeed", "fsdp", "hub_", "logging_dir", "project", "push_to_hub", "report_to", "run_name", "trackio")
+
+
+def write_state(learned: Learned, base: Base, folder: Path) -> None:
+    """Write the state of one method after some of its tasks, laid out as a run folder.
+
+    Args:
+        learned: the tasks.
+        base: as others load it.
+        folder: where to.
+
+    Raises:
+        RunError: if a file of the run is missing or changed.
+    """
+    for label in (ZERO_SHOT, learned.label):
+        entries = learned.entries if label == learned.label else Journal(learned.run / ZERO_SHOT / "journal.jsonl").entries
+        _copy_history(learned.run / label, entries, folder / label)
+    learned.matrix.to_json(folder / learned.label / "matrix.json")
+    shutil.copyfile(learned.run / ZERO_SHOT / "matrix.json", folder / ZERO_SHOT / "matrix.json")
+    for name in ("identity.json", "config.json"):
+        tree = json.loads((learned.run / name).read_text())
+        write_bytes(folder / name, (json.dumps(_portable(tree, learned, base), indent=2) + "\n").encode())
+    for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True):
+        if is_recipe_file(task):
+            write_bytes(folder / kept_recipe(recipe.name), (json.dumps(_recipe_facts(recipe), indent=1) + "\n").encode())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+    facts = {"label": learned.label, "tasks": len(learned.deltas), "base": base.id, "revision": base.revision}
+    write_json(folder / MANIFEST, {"format": FORMAT, **facts, "files": hashes})
+
+
+def _copy_history(source: Path, entries: Sequence[Entry], folder: Path) -> None:
+    """A journal's entries with the files that are needed to go on."""
+    written = ((name, entry) for entry in entries for name in entry.files)
+    # A stage that ran again, for a run that was extended, wrote its files again.
+    latest = {name: entry for name, entry in written if not set(PurePosixPath(name).parts) & set(LEFT_OUT)}
+    for name, entry in latest.items():
+        path = checked(source / name, entry.files[name], f"task {entry.task}")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+    journal = Journal(folder / "journal.jsonl")
+    for entry in entries:
+        journal.append(replace(entry, files={name: value for name, value in entry.files.items() if name in latest}))
+
+
+def _portable(tree: dict[str, Any], learned: Learned, base: Base) -> dict[str, Any]:
+    """A resolved configuration, or its identity, without what is of one machine, and with one method."""
+    tree = json.loads(json.dumps(tree))
+    tree["methods"] = {learned.label: tree["methods"][learned.label]}
+    if "sequence" in tree:
+        tree["sequence"] = None  # Its tasks are listed.
+    names = {task: recipe.name for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True) if is_recipe_file(task)}
+    tree["tasks"] = [kept_recipe(names[task]) if task in names else task for task in tree["tasks"]]
+    if find_local(learned.model.name_or_path) and learned.model.name_or_path not in embedded_models():
+        tree["model"]["name_or_path"] = base.id
+    for section in (tree, *tree["methods"].values()):
+        section["training"] = public(section["training"])
+    if "output_dir" in tree:
+        tree["output_dir"], tree["data"]["root"] = "", None
+    return tree
+
+
+def public(training: dict[str, Any]) -> dict[str, Any]:
+    """Training arguments without what is of one person or one machine."""
+    return {key: value for key, value in training.items() if not key.startswith(PRIVATE)}
+
+
+def is_recipe_file(task: str) -> bool:
+    """Whether a task is named by its file rather than by a recipe that comes with the package."""
+    return task.endswith((".yaml", ".yml"))
+
+
+def kept_recipe(name: str) -> str:
+    """Where the recipe of a user's task lies in a state, and in a run made of one."""
+    return f"recipes/{name.replace('/', '-')}.yaml"
+
+
+def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    """What a YAML must say to be this recipe, `extends` resolved; absolute paths are cut to their last part."""
+    facts = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if field.name != "folder" and value != default:
+            facts[field.name] = value
+    if facts["source"]["format"] == "rendered":
+        facts.pop("classes", None)  # The code that draws them has its own.
+    elif "classes" in facts and facts["classes"] is None:
+        facts["classes"] = "from-source"
+    path = facts["source"].get("path")
+    if path and facts["source"]["format"] != "hub" and not stays_inside(path):
+        facts["source"] = facts["source"] | {"path": Path(path).name}
+    return facts
+
+
+def stays_inside(path: Any) -> bool:
+    """Whether this is a path that stays in the folder where it starts."""
+    if not isinstance(path, str) or not path or "\\" in path or "\0" in path or path.startswith("~"):
+        return False
+    return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts

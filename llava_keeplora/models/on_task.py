@@ -1,0 +1,68 @@
+"""What every family's model on a task has: the model inside, and how `transformers.Trainer` asks it to recompute activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class ModelOnTask(nn.Module):
+    """A model on one task; see `llava_keeplora.models.TaskModel`.
+
+    Args:
+        model: plain or with adapters.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self):
+        """The model's; `auto` sizes of a DeepSpeed configuration are worked out from it."""
+        return self.model.config
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass; `transformers.Trainer` asks."""
+        return self.model.is_activation_checkpointing
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs) -> None:
+        """Recompute activations in the backward pass; `transformers.Trainer` calls this."""
+        # The re-entrant form sends no gradient through a block whose input needs none, such as the first of a frozen model.
+        self.model.activation_checkpointing_enable({"use_reentrant": False, **(activation_checkpointing_kwargs or {})}, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.model.activation_checkpointing_disable()
+
+    @contextmanager
+    def recomputing(self, training: Mapping[str, Any]) -> Iterator[None]:
+        """Recompute activations outside of training too, in the blocks where training does.
+
+        Args:
+            training: arguments for `transformers.TrainingArguments`.
+        """
+        if not recomputes(training):
+            yield
+            return
+        self.activation_checkpointing_enable(training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs"))
+        blocks = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer) and not module.training]
+        for block in blocks:
+            # Blocks recompute in training mode alone. What is inside them stays as it is, without dropout.
+            block.training = True
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.training = False
+            self.activation_checkpointing_disable()
+
+
+def recomputes(training: Mapping[str, Any]) -> bool:
+    """Whether training recomputes activations in the backward pass; `transformers` has two names for it."""
+    return bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing"))

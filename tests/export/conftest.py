@@ -1,0 +1,65 @@
+"""Finished runs, and exports of them that several tests look at."""
+
+import contextlib
+
+import pytest
+
+from llava_keeplora.config import parse_config
+from llava_keeplora.export import check, export_run, reload
+from llava_keeplora.sequence import runner
+
+BASE_ID = "you/tiny-base@abc123"
+WHOLE_PROJECTOR = {"parts": {"projector": {"train": "full", "learning_rate": 1e-3}}}
+FORMS = {
+    "clip": {},
+    "llava": {"parts": {"projector": None}},
+    "plain": WHOLE_PROJECTOR,
+    "nf4": {**WHOLE_PROJECTOR, "model": {"quantization": "nf4"}},
+}
+
+
+@pytest.fixture(scope="session")
+def finished(run_tree, llava_tree, tmp_path_factory):
+    """Function (form) → a finished run: `clip`, `llava` (two parts adapted), `plain` and `nf4` (its projector trained in full)."""
+    done = {}
+
+    def run(form):
+        if form not in done:
+            done[form] = tmp_path_factory.mktemp(form) / "run"
+            tree = run_tree if form == "clip" else llava_tree
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(runner, "write_run_report", lambda root: None)
+                runner.run(parse_config(tree(done[form], methods={"keeplora": {}}, **FORMS[form])))
+        return done[form]
+
+    return run
+
+
+def reload_here(room):
+    """Load an export again in this process: a start of Python with all libraries takes seconds."""
+    with contextlib.chdir(room):
+        reload.main()
+
+
+@pytest.fixture
+def quick_reload(monkeypatch):
+    """Exports are loaded again in this process; other tests do it in a fresh one."""
+    monkeypatch.setattr(check, "reload_in_fresh_process", reload_here)
+
+
+@pytest.fixture(scope="session")
+def exported(finished, tmp_path_factory):
+    """Function (`clip` or `llava`) → (folder, what `export_run` says of it) of an adapter with everything at its default; LLaVA's is
+    loaded again by a fresh process."""
+    done = {}
+
+    def export(run):
+        if run not in done:
+            folder = tmp_path_factory.mktemp(run) / "you" / f"{run}-adapter"
+            with pytest.MonkeyPatch.context() as patch:
+                if run == "clip":
+                    patch.setattr(check, "reload_in_fresh_process", reload_here)
+                done[run] = folder, export_run(finished(run), "adapter", folder, base_id=BASE_ID, name=f"you/{run}-adapter")
+        return done[run]
+
+    return export

@@ -1,0 +1,109 @@
+"""Training that is killed goes on from its last checkpoint, and ends as if nothing had happened."""
+
+import json
+
+import pytest
+import torch
+
+from llava_keeplora.sequence import trainer
+from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
+
+SETTINGS = {
+    "one epoch": {},
+    "two epochs of accumulated steps": {"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "save_steps": 2},
+    "half precision with a scheduler and momentum": {"bf16": True, "lr_scheduler_type": "cosine", "warmup_steps": 2, "optim": "sgd", "optim_args": "momentum=0.9"},
+}
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps whose batches were learned from, in the order in which they were made."""
+    made = []
+    inner = trainer.TaskTrainer.training_step
+
+    def count(self, *args, **kwargs):
+        made.append(self.state.global_step)
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.TaskTrainer, "training_step", count)
+    return made
+
+
+def one_task(build, tiny, tmp_path, name, training):
+    return build(tmp_path / name, tasks=[str(tiny[0])], training={"save_steps": 1, "logging_steps": 2, **training})
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("method", ["seq-lora", "keeplora"])
+def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(
+    run_config, drive, run_to_the_end, stop_within_training, steps, tmp_path, tiny_tasks, left_behind, one_label, settings, method
+):
+    training = SETTINGS[settings]
+    build = lambda name: one_task(lambda *a, **k: run_config(*a, **k, **one_label(method)), tiny_tasks, tmp_path, name, training)  # noqa: E731
+    drive(build("undisturbed"))
+    whole = list(steps)
+    steps.clear()
+    stop_within_training(3 if settings.startswith("two") else 2)
+    assert run_to_the_end(build("killed")) == 2
+
+    # A step was lost: it was made, and killed before its checkpoint.
+    repeated = 3 if settings.startswith("two") else 1
+    assert len(steps) == len(whole) + repeated, "no other step is made twice"
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
+    assert not list((tmp_path / "killed").rglob("training*")), "a trained task keeps no checkpoint"
+
+
+def test_a_llava_with_dropout_and_rates_of_its_parts_goes_on_bit_for_bit(
+    llava_config, drive, run_to_the_end, stop_within_training, tmp_path, mixed_tasks, left_behind
+):
+    changes = {"methods": {"released-llava": {"method": "keeplora", "preset": "released-llava"}}, "parts": {"vision": {"learning_rate": 5e-4}}}
+    build = lambda name: one_task(lambda *a, **k: llava_config(*a, **k, **changes), mixed_tasks, tmp_path, name, {})  # noqa: E731
+    drive(build("undisturbed"))
+    stop_within_training(2)
+    assert run_to_the_end(build("killed")) == 2
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
+
+
+def test_a_damaged_checkpoint_costs_the_tasks_steps_and_nothing_else(
+    run_config, drive, run_to_the_end, stop_within_training, stopped, tmp_path, tiny_tasks, left_behind, one_label, caplog, steps
+):
+    build = lambda name: one_task(lambda *a, **k: run_config(*a, **k, **one_label("keeplora")), tiny_tasks, tmp_path, name, {})  # noqa: E731
+    drive(build("undisturbed"))
+    stop_within_training(2)
+    with pytest.raises(stopped):
+        drive(build("killed"))
+    (tensors,) = (tmp_path / "killed").rglob("training-1.safetensors")
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    steps.clear()
+    drive(build("killed"))
+    assert steps == [0, 1, 2] and "the task's training begins again" in caplog.text
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
+
+
+def test_an_optimisers_state_comes_back_through_safetensors_and_json(tmp_path):
+    def trained(steps, optimizer, parameter):
+        for step in steps:
+            parameter.grad = torch.sin(parameter.detach() + step)
+            optimizer.step()
+
+    for kind in (torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.optim.Adagrad):
+        whole, begun, gone_on = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+        trained(range(4), kind([whole]), whole)
+        first = kind([begun])
+        trained(range(2), first, begun)
+        state = optimizer_state(first)
+        StepCheckpoint(tmp_path).write(2, TrainingState({"p": begun.detach(), **{f"o.{k}": v for k, v in state.tensors.items()}}, state.values))
+        back = StepCheckpoint(tmp_path).read()
+        second = kind([gone_on])
+        gone_on.data.copy_(back.tensors["p"])
+        load_optimizer(second, back.under("o"), back.values)
+        trained(range(2, 4), second, gone_on)
+        assert torch.equal(gone_on, whole)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1, "one state is kept"
+
+
+def test_how_often_training_is_kept_is_no_part_of_a_runs_identity(run_config, tmp_path):
+    often, seldom = (run_config(tmp_path / "run", training={"save_steps": n}).identity() for n in (1, 100))
+    assert json.dumps(often) == json.dumps(seldom)
