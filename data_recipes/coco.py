@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, refuse, sift
 from .json_files import read_json
-from .places import inside, pictures_folder, split_file
+from .places import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ def read_coco(
         RecipeError: the file is missing or not JSON, or entries lack something; they are named.
     """
     path = split_file(recipe, split, data_root)
-    folder = pictures_folder(recipe, split, data_root, default="images")
+    folder, root = pictures_folder(recipe, split, data_root, default="images"), data_root_of(recipe, data_root)
     content = read_json(path, dict)
     captions = captions_by_image(content, path, problems)
 
     def record(image: dict[str, Any]) -> tuple[Any, list[Path]]:
         if not isinstance(image.get("file_name"), str):
             raise _without("file_name", path)
-        return image["id"], [inside(folder, image["file_name"], f"image {image['id']} of {path.name}")]
+        return image["id"], [inside(folder, image["file_name"], f"image {image['id']} of {path.name}", root)]
 
-    listed = {i["id"]: i for i in content["images"] if isinstance(i, dict) and i.get("id") in captions}
+    listed = {i["id"]: i for i in content["images"] if _has_id(i) and i["id"] in captions}
     found = sift(record, listed.values(), problems)
     return Records(
         ids=[str(i) for i, _ in found],
@@ -66,7 +66,7 @@ def captions_by_image(
     captions: dict[Any, list[str]] = {}
 
     def image(entry: Any) -> None:
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int | str):
+        if not _has_id(entry):
             raise _without("id", path)
         if entry["id"] in captions:
             raise RecipeError(
@@ -76,7 +76,7 @@ def captions_by_image(
 
     def note(entry: Any) -> None:
         for key in ("image_id", "caption"):
-            if not isinstance(entry, dict) or key not in entry:
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), int | str):
                 raise _without(key, path)
         if entry["image_id"] not in captions:
             raise RecipeError(
@@ -97,6 +97,10 @@ def captions_by_image(
             problems,
         )
     return {i: texts for i, texts in captions.items() if texts}
+
+
+def _has_id(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("id"), int | str)
 
 
 def _without(field: str, path: Path) -> RecipeError:

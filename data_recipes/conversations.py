@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, sift
 from .json_files import read_rows
-from .places import inside, pictures_folder, split_file
+from .places import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
 from .references import read_references
 from .turns import Turn, check_markers, from_conversations, from_fields, from_messages
@@ -72,7 +72,7 @@ def _read(
     needs_id: bool,
 ) -> Records:
     path = split_file(recipe, split, data_root)
-    folder = pictures_folder(recipe, split, data_root)
+    folder, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
     rows = read_rows(path, problems)
     references = read_references(recipe, split, data_root, rows, problems)
     numbered = split in recipe.source.get("positional_ids", [])
@@ -95,7 +95,7 @@ def _read(
         if references is not None:
             turn = replace(turn, answers=references(index, what))
         own = f"{split}-{index}" if numbered or name is None else name
-        return own, [inside(folder, i, what) for i in images], turn, {f: row[f] for f in fields if f in row}
+        return own, [inside(folder, i, what, root) for i in images], turn, {f: row[f] for f in fields if f in row}
 
     found = sift(record, enumerate(rows), problems)
     turns = [turn for _, _, turn, _ in found]

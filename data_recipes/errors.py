@@ -18,7 +18,8 @@ class UserError(Exception):
     """
 
     def __init__(self, problem: str, cure: str):
-        super().__init__(f"{problem}; {cure}.")
+        # Names and values are quoted as they are; a line break in one of them must not make it two lines.
+        super().__init__(" ".join(f"{problem}; {cure}.".splitlines()))
         self.problem, self.cure = problem, cure
 
 
@@ -76,6 +77,6 @@ def refuse(error: RecipeError, problems: list[RecipeError] | None) -> None:
 
 def nearest(word: str, valid: Iterable[str]) -> str:
     """A hint for a misspelt name: ``did you mean 'x'`` or the list of valid names."""
-    valid = sorted(valid)
+    word, valid = str(word), sorted(map(str, valid))  # YAML's keys may be numbers, or nothing.
     close = difflib.get_close_matches(word, valid, n=1)
     return f"did you mean '{close[0]}'" if close else f"valid names are {', '.join(valid)}"

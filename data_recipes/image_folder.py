@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from .errors import RecipeError, sift
-from .places import set_folder, split_file
+from .places import data_root_of, set_folder, split_file, within
 from .records import Records, picture_files
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ def read_image_folder(
         RecipeError: the folder is missing, or an image lies in no class folder.
     """
     folder = set_folder(recipe, data_root)
-    top = split_file(recipe, split, data_root)
+    top, root = split_file(recipe, split, data_root), data_root_of(recipe, data_root)
     paths = _files(top)
     endings = Image.registered_extensions()
     others = [p.relative_to(folder).as_posix() for p in paths if p.suffix.lower() not in endings]
 
     def labelled(path: Path) -> tuple[str, str]:
+        within(path, f"the {split} split of '{recipe.name}'", root)
         parts = path.relative_to(top).parts
         if len(parts) < 2:
             raise RecipeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -50,22 +51,54 @@ def own_path(recipe: Recipe) -> Path:
     return Path(path).expanduser()
 
 
-def inside(folder: Path, name: str, what: str) -> Path:
-    """`folder / name`; links on disk are the user's own and are followed.
+def data_root_of(recipe: Recipe, data_root: str | Path | None) -> Path:
+    """What no path of a task may lead out of, by a link neither: the data root, or the task's own folder if that lies elsewhere.
+
+    Raises:
+        RecipeError: see `set_folder`.
+    """
+    folder = set_folder(recipe, data_root).resolve()
+    root = folder if data_root is None else Path(data_root).expanduser().resolve()
+    return root if folder.is_relative_to(root) else folder
+
+
+def inside(folder: Path, name: str, what: str, root: Path) -> Path:
+    """`folder / name`.
 
     Args:
         what: what has this path, for the error's sentence.
+        root: see `data_root_of`; links inside it are followed.
 
     Raises:
-        RecipeError: the name leads out of the folder.
+        RecipeError: the name leads out of the folder, or a link on its way out of the root.
     """
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts:
+    if parts.is_absolute() or ".." in parts.parts or "\0" in name:
         raise RecipeError(
-            f"{what} has the path '{name}', which leads out of its data folder",
+            f"{what} has the path {name!r}, which leads out of its data folder",
             "use a path inside the folder",
         )
-    return folder / parts
+    return within(folder / name, what, root)
+
+
+def within(path: Path, what: str, *roots: Path) -> Path:
+    """The path, if what it leads to lies under one of some folders.
+
+    Args:
+        path: the file or folder; it need not exist.
+        what: what has this path, for the error's sentence.
+        roots: the folders, without links.
+
+    Raises:
+        RecipeError: it lies elsewhere.
+    """
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(root) for root in roots):
+        raise RecipeError(
+            f"{what} has the path '{path}', which leads to '{real}' and so out of '{roots[0]}'",
+            "put the file itself there, or give a --data-root that holds both",
+        )
+    return path
 
 
 def pictures_folder(recipe: Recipe, split: str, data_root: str | Path | None, default: str = "") -> Path:
@@ -77,7 +110,8 @@ def pictures_folder(recipe: Recipe, split: str, data_root: str | Path | None, de
     name = recipe.source.get("images", default)
     if isinstance(name, dict):
         name = name.get(split, default)
-    return inside(set_folder(recipe, data_root), name, f"'source.images' of recipe '{recipe.name}'")
+    what = f"'source.images' of recipe '{recipe.name}'"
+    return inside(set_folder(recipe, data_root), name, what, data_root_of(recipe, data_root))
 
 
 def split_file(recipe: Recipe, split: str, data_root: str | Path | None) -> Path:
@@ -92,7 +126,7 @@ def split_file(recipe: Recipe, split: str, data_root: str | Path | None) -> Path
         raise RecipeError(
             f"recipe '{recipe.name}' has {name!r} as its {split} split", "write one file name as text"
         )
-    path = inside(folder, name, f"split '{split}' of recipe '{recipe.name}'")
+    path = inside(folder, name, f"split '{split}' of recipe '{recipe.name}'", data_root_of(recipe, data_root))
     if not path.exists():
         raise RecipeError(
             f"the {split} split of '{recipe.name}' is not there: no '{path}'",

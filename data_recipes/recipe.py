@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .errors import RecipeError, nearest
 from .loading import inspect_task, load_task
 from .recipe_rules import FROM_SOURCE, KEYS, KINDS, REQUIRED, check_recipe
@@ -173,6 +175,18 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     return Recipe(**facts, folder=None if shipped else path.parent.absolute())
 
 
+def flat_recipe(path: str | Path) -> str:
+    """A user's recipe as YAML that needs no other file: the keys of the recipes that it extends are in it.
+
+    Args:
+        path: the `.yaml` file.
+
+    Raises:
+        RecipeError: there is no such file, or it says something that is not understood.
+    """
+    return yaml.safe_dump(_read(resolve(path, RECIPES, "recipe")[0], seen=()), sort_keys=False, allow_unicode=True)
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The YAML's keys over those of the recipe that it extends."""
     facts = read_mapping(path)
@@ -192,7 +206,7 @@ def _with_rendered(facts: dict[str, Any], path: Path) -> dict[str, Any]:
     if source.get("format") != "rendered":
         return facts
     task = source.get("task")
-    spec = SCENES.get(task) or RENDERED.get(task)
+    spec = (SCENES.get(task) or RENDERED.get(task)) if isinstance(task, str) else None
     if spec is None:
         raise RecipeError(
             f"{path.name} names the rendered task '{task}', which does not exist",
@@ -210,7 +224,7 @@ def _with_rendered(facts: dict[str, Any], path: Path) -> dict[str, Any]:
             f"remove 'classes' from {path}",
         )
     for stream in facts.get("splits", {}).values():
-        if stream not in spec.sizes:
+        if not isinstance(stream, str) or stream not in spec.sizes:
             raise RecipeError(
                 f"{path.name} names the split '{stream}', which '{task}' does not have",
                 nearest(str(stream), spec.sizes),

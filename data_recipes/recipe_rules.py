@@ -144,7 +144,7 @@ def _check_prompts(facts: dict[str, Any], path: Path) -> None:
 def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
     where = path.name
     form = source.get("format")
-    if form not in SOURCE_KEYS:
+    if not isinstance(form, str) or form not in SOURCE_KEYS:
         raise RecipeError(f"{where} has the source format '{form}'", nearest(str(form), SOURCE_KEYS))
     for key in source:
         if key not in SOURCE_KEYS[form]:
@@ -157,6 +157,10 @@ def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
             raise RecipeError(
                 f"{where} has {source[key]!r} under 'source.{key}', which is not {word}", f"write {word} there, in {path}"
             )
+        inner = source[key]
+        for value in [*inner, *inner.values()] if isinstance(inner, dict) else inner if isinstance(inner, list) else ():
+            if not isinstance(value, str):
+                raise RecipeError(f"{where} has {value!r} under 'source.{key}', which YAML does not read as text", "put quotes around it")
     if "references" in source and kind == "classification":
         raise RecipeError(
             f"{where} has 'source.references', which a classification recipe does not use", f"remove it from {path}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .coco import captions_by_image
 from .errors import RecipeError, refuse
 from .json_files import read_json
-from .places import inside, set_folder
+from .places import data_root_of, inside, set_folder
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -42,7 +42,8 @@ def read_references(
     name = recipe.source.get("references", {}).get(split)
     if name is None:
         return None
-    path = inside(set_folder(recipe, data_root), name, f"'source.references' of recipe '{recipe.name}'")
+    what = f"'source.references' of recipe '{recipe.name}'"
+    path = inside(set_folder(recipe, data_root), name, what, data_root_of(recipe, data_root))
     content = read_json(path, dict)
     if "annotations" in content:
         answers = _by_position(content, path, rows, problems)
@@ -103,9 +104,9 @@ def _base(name: str) -> str:
 
 def _by_question(notes: list[Any], rows: list[Any]) -> dict[int, list[str]]:
     answers = {
-        str(n["question_id"]): [str(a) for a in n.get("answers", [])]
+        str(n["question_id"]): [str(a) for a in n["answers"]]
         for n in notes
-        if isinstance(n, dict) and "question_id" in n
+        if isinstance(n, dict) and "question_id" in n and isinstance(n.get("answers"), list)
     }
     return {
         index: answers.get(str(row.get("question_id", row.get("id"))), [])

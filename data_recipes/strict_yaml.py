@@ -67,6 +67,11 @@ def list_shipped(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
 
 
+def is_file_name(name_or_path: str | Path) -> bool:
+    """Whether this is a user's file rather than a name that comes with the package."""
+    return isinstance(name_or_path, Path) or str(name_or_path).endswith((".yaml", ".yml"))
+
+
 def resolve(
     name_or_path: str | Path, folder: Path, word: str, start: Path | None = None
 ) -> tuple[Path, bool]:
@@ -81,7 +86,7 @@ def resolve(
     Raises:
         RecipeError: there is no such name or file.
     """
-    if isinstance(name_or_path, Path) or str(name_or_path).endswith((".yaml", ".yml")):
+    if is_file_name(name_or_path):
         path = (start or Path()) / Path(name_or_path).expanduser()
         if not path.is_file():
             raise RecipeError(f"there is no {word} file '{path}'", "give the path of an existing YAML file")

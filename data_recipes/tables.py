@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import pyarrow.compute
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from .errors import RecipeError, nearest, sift
-from .places import inside, own_path, set_folder, told
+from .places import data_root_of, inside, own_path, set_folder, told, within
 from .records import Pictures, Records, picture_files
 from .turns import Turn, check_markers, from_messages
 
@@ -30,13 +31,14 @@ def read_parquet(
     Raises:
         RecipeError: a file or a column is missing, or a file is not parquet.
     """
-    folder = set_folder(recipe, data_root)
+    folder, root = set_folder(recipe, data_root), data_root_of(recipe, data_root)
+    what = f"split '{split}' of recipe '{recipe.name}'"
     patterns = recipe.splits[split]
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     files: list[Path] = []
     for pattern in patterns:
-        inside(folder, pattern, f"split '{split}' of recipe '{recipe.name}'")
-        found = sorted(folder.glob(pattern))
+        inside(folder, pattern, what, root)
+        found = [within(file, what, root) for file in sorted(folder.glob(pattern))]
         if not found:
             raise RecipeError(
                 f"the {split} split of '{recipe.name}' is not there: no '{folder / pattern}'",
@@ -55,7 +57,7 @@ def read_parquet(
             f"the {split} split of '{recipe.name}' cannot be read as parquet ({told(cause)})",
             f"replace {', '.join(f.name for f in files[:3])}",
         ) from error
-    return _from_table(recipe, split, table, folder, problems)
+    return _from_table(recipe, split, table, folder, (root,), problems)
 
 
 def read_hub(
@@ -85,13 +87,21 @@ def read_hub(
             f"'{recipe.splits[split]}' ({told(error)})",
             "check the id, the split's name and the network, or use parquet files with 'format: parquet'",
         ) from error
-    return _from_table(recipe, split, table, local if local.is_dir() else None, problems)
+    if local.is_dir():
+        return _from_table(recipe, split, table, local, (local.resolve(),), problems)
+    caches = tuple(Path(place).resolve() for place in (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE))
+    return _from_table(recipe, split, table, None, caches, problems)
 
 
 def _from_table(
-    recipe: Recipe, split: str, table: datasets.Dataset, folder: Path | None, problems: list[RecipeError] | None
+    recipe: Recipe, split: str, table: datasets.Dataset, folder: Path | None, roots: tuple[Path, ...], problems: list[RecipeError] | None
 ) -> Records:
-    """Records from a table's columns, by the names in `source.columns`."""
+    """Records from a table's columns, by the names in `source.columns`.
+
+    Args:
+        folder: where paths in the table start; None for a table from the Hub.
+        roots: folders that a path of a picture may lead into.
+    """
     columns = _columns(recipe, split, table)
     count = len(table)
 
@@ -99,7 +109,7 @@ def _from_table(
         return table[columns[role]][:] if role in columns else [None] * count
 
     ids = [str(i) for i in values("id")] if "id" in columns else [f"{split}-{i}" for i in range(count)]
-    pictures = _pictures(recipe, split, table, columns.get("image"), folder)
+    pictures = _pictures(recipe, split, table, columns.get("image"), folder, roots)
     if "messages" in columns:
         return _from_messages(recipe, ids, values("messages"), pictures, split, problems)
     classify = recipe.kind == "classification"
@@ -168,7 +178,7 @@ def _from_messages(
 
 
 def _pictures(
-    recipe: Recipe, split: str, table: datasets.Dataset, column: str | None, folder: Path | None
+    recipe: Recipe, split: str, table: datasets.Dataset, column: str | None, folder: Path | None, roots: tuple[Path, ...]
 ) -> Pictures:
     """The pictures of a column of images, of lists of images, or of paths in the task's folder; unread.
 
@@ -176,12 +186,11 @@ def _pictures(
     """
     if column is None:
         return picture_files([[] for _ in range(len(table))])
-    feature = table.features[column]
+    feature, what = table.features[column], f"column '{column}' in the {split} split of '{recipe.name}'"
     lists = isinstance(feature, datasets.List | datasets.LargeList)
     if folder is not None and (feature.feature if lists else feature) in (TEXT, LARGE_TEXT):
         cells = [c if lists else [c] for c in table[column]]
-        what = f"column '{column}' in the {split} split of '{recipe.name}'"
-        return picture_files([[inside(folder, c, what) for c in own or [] if c is not None] for own in cells])
+        return picture_files([[inside(folder, c, what, roots[0]) for c in own or [] if c is not None] for own in cells])
     undecoded = datasets.Image(decode=False)
     try:
         images = table.select_columns([column]).cast_column(column, datasets.List(undecoded) if lists else undecoded)
@@ -192,7 +201,17 @@ def _pictures(
         ) from error
     if column != "image":
         images = images.rename_column(column, "image")
+    _refuse_paths(images, lists, what, roots)
     return _located(images, lists, keep_empty=recipe.kind == "classification")
+
+
+def _refuse_paths(images: datasets.Dataset, lists: bool, what: str, roots: tuple[Path, ...]) -> None:
+    """A cell without bytes names a file, which may not lie just anywhere."""
+    cells = images.with_format("arrow")[:]["image"]
+    cells = pyarrow.compute.list_flatten(cells) if lists else cells
+    bare = pyarrow.compute.is_null(pyarrow.compute.struct_field(cells, "bytes"))
+    for path in pyarrow.compute.filter(pyarrow.compute.struct_field(cells, "path"), bare).drop_null().to_pylist():
+        within(Path(path), what, *roots)
 
 
 def _located(images: datasets.Dataset, lists: bool, keep_empty: bool) -> Pictures:

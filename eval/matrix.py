@@ -43,7 +43,7 @@ class Matrix:
     def __post_init__(self) -> None:
         self.tasks = list(self.tasks)
         count = len(self.tasks)
-        if count == 0 or len(set(self.tasks)) != count:
+        if count == 0 or not all(isinstance(task, str) for task in self.tasks) or len(set(self.tasks)) != count:
             raise EvalError(
                 f"a matrix needs at least one task and unique names, got {self.tasks}",
                 "name every task of the sequence once",
@@ -218,7 +218,7 @@ class Matrix:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise EvalError(f"there is no matrix file {path}", "check the path, or run the sequence first") from error
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise EvalError(
                 f"{path} is not a readable matrix file ({error})", "delete it and evaluate again to write it anew"
             ) from error
@@ -227,6 +227,9 @@ class Matrix:
                 f"{path} is not a matrix file: it lacks the keys format, tasks, zero_shot and rows",
                 "give the matrix.json of a run",
             )
+        lists = (record["tasks"], [] if record["zero_shot"] is None else record["zero_shot"], record["rows"], *(record["rows"] if isinstance(record["rows"], list) else ()))
+        if not all(isinstance(value, list) for value in lists):
+            raise EvalError(f"{path} is not a matrix file: its tasks or rows are no lists", "delete it and evaluate again to write it anew")
         if record["format"] != FORMAT:
             raise EvalError(
                 f"{path} has matrix format {record['format']!r}, and this version reads format {FORMAT}",

@@ -64,7 +64,7 @@ def load_predictor(name: str, recipe, device: str, max_new_tokens: int = 128):
     from llava_keeplora_eval.predictors import ClipPredictor
 
     with _told(name):
-        kind = AutoConfig.from_pretrained(resolve_model(name)).model_type
+        kind = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False).model_type
     if kind in LLAVA_MODELS:
         model, processor = load_llava(name, device)
         return LlavaPredictor(model, processor, recipe, max_new_tokens)
@@ -94,7 +94,7 @@ def load_llava(name: str, device: str | None = None):
 
     path = resolve_model(name)
     with _told(name):
-        model = AutoModelForImageTextToText.from_pretrained(path).eval()
+        model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=False).eval()
         return (model.to(device) if device else model), load_llava_processor(path)
 
 
@@ -109,8 +109,8 @@ def load_llava_processor(path: str, revision: str | None = None):
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaOnevisionProcessor
 
-    if AutoConfig.from_pretrained(path, revision=revision).model_type != "llava_onevision":
-        return AutoProcessor.from_pretrained(path, revision=revision)
+    if AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).model_type != "llava_onevision":
+        return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
 
     class WithoutVideos(LlavaOnevisionProcessor):
         def check_argument_for_proper_class(self, argument_name, argument):
@@ -120,9 +120,9 @@ def load_llava_processor(path: str, revision: str | None = None):
 
     settings, _ = LlavaOnevisionProcessor.get_processor_dict(path, revision=revision)
     own = {key: settings[key] for key in ("num_image_tokens", "vision_feature_select_strategy", "chat_template") if key in settings}
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     own.setdefault("chat_template", getattr(tokenizer, "chat_template", None))
-    image_processor = AutoImageProcessor.from_pretrained(path, revision=revision)
+    image_processor = AutoImageProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
     return WithoutVideos(image_processor=image_processor, tokenizer=tokenizer, **own)
 
 
@@ -154,8 +154,8 @@ def load_clip(name: str, device: str | None = None):
 
     path = resolve_model(name)
     with _told(name):
-        model = AutoModel.from_pretrained(path)
-        processor = ClipProcessor(AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path))
+        model = AutoModel.from_pretrained(path, trust_remote_code=False)
+        processor = ClipProcessor(AutoImageProcessor.from_pretrained(path, trust_remote_code=False), AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
         raise EvalError(
             f"model '{name}' is a {type(model).__name__}, and zero-shot classification needs a CLIP model",

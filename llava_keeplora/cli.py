@@ -9,6 +9,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llava_keeplora.config import RunConfig
 
 #: Seconds after which a process takes itself to be the only one that failed.
 ALONE = 6.0
@@ -41,6 +45,18 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of each GPU (default: that of this machine's)")
     plan.add_argument("--json", action="store_true", help="write the plan as JSON, in bytes")
     plan.set_defaults(run=_plan)
+    extend = commands.add_parser("extend", help="let a run learn one more task")
+    extend.add_argument("run_folder", metavar="RUN")
+    extend.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the new task")
+    extend.add_argument("--epochs", type=float, help="of the new task (default: as for every other)")
+    extend.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    extend.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides of what another machine needs, for instance evaluation.batch_size=8")
+    extend.set_defaults(run=_extend)
+    fork = commands.add_parser("fork", help="copy the first tasks of a run into a new one, to try another continuation")
+    fork.add_argument("run_folder", metavar="RUN")
+    fork.add_argument("--at-task", type=int, required=True, metavar="N", help="the last task of the new run, counted from 1")
+    fork.add_argument("--into", required=True, metavar="DIR", help="a new folder")
+    fork.set_defaults(run=_fork)
     report = commands.add_parser("report", help="write the tables, pictures and page of a run, or of several side by side")
     report.add_argument("run_folders", metavar="RUN", nargs="+")
     report.add_argument("--into", metavar="DIR", help="the folder to write to (default: the run's own; several runs need one)")
@@ -54,9 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
     importing.add_argument("--base", metavar="DIR", help="where the base model lies here (default: its id on the Hub)")
     importing.add_argument("--data-root", help="the folder with the data sets (data.root)")
     importing.set_defaults(run=_import)
+    doctor = commands.add_parser("doctor", help="examine the machine, or every file of a run")
+    doctor.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder (default: the machine)")
+    doctor.set_defaults(run=_doctor)
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
-    for command in (train, plan, report, export, importing, listing):
+    for command in (train, plan, extend, fork, report, export, importing, doctor, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -172,6 +191,24 @@ def _train(args: argparse.Namespace) -> None:
     from llava_keeplora.config import load_config
 
     config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir)
+    _run(config)
+
+
+def _extend(args: argparse.Namespace) -> None:
+    from llava_keeplora.run_folder import extended
+
+    _run(extended(args.run_folder, args.task, args.epochs, args.overrides, args.data_root))
+
+
+def _fork(args: argparse.Namespace) -> None:
+    from llava_keeplora.sequence.fork import fork
+
+    config = fork(args.run_folder, args.at_task, args.into)
+    sys.stdout.write(f"{args.into}: the first {len(config.tasks)} tasks of {args.run_folder}\ngo on with: llava-keeplora extend {args.into} --task NAME|FILE.yaml\n")
+
+
+def _run(config: RunConfig) -> None:
+    """Run a sequence, or go on with one, and print its summary."""
     import datasets
     import transformers
 
@@ -240,6 +277,18 @@ def _import(args: argparse.Namespace) -> None:
         f"{args.into} goes on from what was published; `llava-keeplora train --config {config}` trains what is left of its tasks, "
         f"`llava-keeplora extend {args.into} --task NAME` another one\n"
     )
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from llava_keeplora.doctor import examine_machine, examine_run
+    from llava_keeplora.errors import RunError, UserError
+
+    wrong = 0
+    for found in examine_run(args.run_folder) if args.run_folder else examine_machine():
+        wrong += isinstance(found, UserError)
+        sys.stdout.write(f"{'wrong' if isinstance(found, UserError) else 'ok'}\t{found}\n")
+    if wrong:
+        raise RunError(f"{args.run_folder or 'this machine'} has {wrong} thing{'s' * (wrong > 1)} to repair", "each line with 'wrong' names its cure")
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 
 from llava_keeplora.errors import ConfigError, RunError, UserError, nearest
-from llava_keeplora_recipes import Recipe, TaskData, load_sequence
+from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import RecipeError
-from llava_keeplora_recipes.strict_yaml import read_mapping
+from llava_keeplora_recipes.strict_yaml import is_file_name, read_mapping
 
 SHIPPED = Path(__file__).parent / "configs"
 ZERO_SHOT = "zero-shot"
@@ -31,7 +31,10 @@ ZERO_SHOT = "zero-shot"
 HOLDOUT_SEED = 0
 #: A label is the name of a folder beside the run's own files.
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-RUN_FILES = ("config.json", "identity.json", "results.json", "report.html", "table.md", "table.tex", "summary.csv", "scores.csv")
+RUN_FILES = (
+    "config.json", "identity.json", "versions.json", "recipes", "results.json",
+    "report.html", "table.md", "table.tex", "summary.csv", "scores.csv", "export",
+)
 
 #: Arguments of `TrainingArguments` that say where and in how many pieces a step is computed and who watches, not what it is.
 MACHINE_ARGUMENTS = (
@@ -227,8 +230,8 @@ class RunConfig:
 
     def epochs(self, label: str) -> list[float]:
         """Epochs per task for a method: `training.num_train_epochs`, one number or one per task."""
-        value = self.methods[label].training.get("num_train_epochs", 1)
-        epochs = [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * len(self.tasks)
+        training = self.methods[label].training
+        value, epochs = training.get("num_train_epochs", 1), _epochs(training, len(self.tasks))
         if not all(0 < e < float("inf") for e in epochs):
             raise ConfigError(f"training.num_train_epochs is {value}, but a task is trained for more than nothing", "give positive numbers")
         if len(epochs) != len(self.tasks):
@@ -239,13 +242,58 @@ class RunConfig:
         return epochs
 
     def identity(self) -> dict[str, Any]:
-        """What a result depends on: everything but where run and data lie, how they are cached, and on what machines a step is computed."""
+        """What a result depends on: everything but where run, recipes and data lie, how they are cached, and on what machines a step is computed.
+
+        Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in the journal.
+
+        Raises:
+            RecipeError: if a task's recipe is not there or cannot be read.
+        """
         tree = json.loads(json.dumps(dataclasses.asdict(self)))
-        for section, key in ((tree, "output_dir"), (tree["evaluation"], "batch_size"), (tree["data"], "root"), (tree["data"], "cache_gb")):
+        places = ((tree, "output_dir"), (tree, "sequence"), (tree["data"], "root"))
+        for section, key in (*places, (tree["evaluation"], "batch_size"), (tree["data"], "cache_gb")):
             section.pop(key)
+        tree["tasks"] = [load_recipe(task).name for task in self.tasks]
         for section in (tree, *tree["methods"].values()):
-            section["training"] = _machine_independent(section["training"])
+            epochs = _epochs(section["training"], len(self.tasks))
+            section["training"] = _machine_independent(section["training"]) | {"num_train_epochs": epochs if len(set(epochs)) > 1 else epochs[0]}
         return tree
+
+    def first(self, count: int) -> RunConfig:
+        """The run of the first tasks alone.
+
+        Args:
+            count: how many.
+        """
+        return self._with_tasks(self.tasks[:count], lambda training: _epochs(training, len(self.tasks))[:count])
+
+    def followed_by(self, task: str, epochs: float | None = None) -> RunConfig:
+        """The run with one more task.
+
+        Args:
+            task: its recipe, by name or file.
+            epochs: of its training; as for every other task when None.
+
+        Raises:
+            ConfigError: if every task has its own number of epochs and the new one has none.
+        """
+
+        def longer(training: Mapping[str, Any]) -> list[float]:
+            if epochs is None:
+                raise ConfigError("training.num_train_epochs lists a number for each task and none for the new one", "give it with --epochs")
+            return [*_epochs(training, len(self.tasks)), epochs]
+
+        return self._with_tasks((*self.tasks, task), longer, always=epochs is not None)
+
+    def _with_tasks(self, tasks: tuple[str, ...], epochs: typing.Callable[[Mapping[str, Any]], list[float]], always: bool = False) -> RunConfig:
+        """This run on other tasks; one number of epochs for all stays one, unless `always`."""
+
+        def trained(training: dict[str, Any]) -> dict[str, Any]:
+            listed = isinstance(training.get("num_train_epochs"), (list, tuple))
+            return training | {"num_train_epochs": epochs(training)} if listed or always else training
+
+        methods = {label: dataclasses.replace(method, training=trained(method.training)) for label, method in self.methods.items()}
+        return dataclasses.replace(self, sequence=None, tasks=tasks, methods=methods, training=trained(self.training))
 
     def deepspeed(self) -> dict[str, Any] | None:
         """The ZeRO configuration of the run, its precision as it will be; None without one.
@@ -261,6 +309,8 @@ class RunConfig:
         if not value:
             return None
         content = json.loads(Path(value).read_text()) if isinstance(value, str) else json.loads(json.dumps(value))
+        content = _as_mapping(content, "training.deepspeed")
+        content |= {key: _as_mapping(content[key], f"training.deepspeed.{key}") for key in ("bf16", "fp16", "zero_optimization") if key in content}
         for precision, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
             section = content.get(precision, {})
             if section.get("enabled") == "auto":
@@ -277,6 +327,12 @@ class RunConfig:
                 "use stage 2, or leave the base unquantised",
             )
         return content
+
+
+def _epochs(training: Mapping[str, Any], tasks: int) -> list[float]:
+    """Epochs as they are listed, or the one number for so many tasks."""
+    value = training.get("num_train_epochs", 1)
+    return [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * tasks
 
 
 def _machine_independent(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,6 +358,11 @@ def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direc
         tree = read_mapping(path)
     except RecipeError as error:
         raise ConfigError(error.problem, error.cure) from error
+    return finish_config(tree, overrides, **direct)
+
+
+def finish_config(tree: dict[str, Any], overrides: typing.Sequence[str] = (), **direct: Any) -> RunConfig:
+    """Build a `RunConfig` from plain data and what the command line sets; see `load_config`."""
     for override in overrides:
         _apply_override(tree, override)
     if direct.get("data_root"):
@@ -517,8 +578,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as JSON text, as the run folder keeps it."""
+    # Recipes are found from any working directory.
+    tasks = [str(Path(task).expanduser().absolute()) if is_file_name(task) else task for task in config.tasks]
     # In the order given: methods appear in tables as the user listed them.
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(config) | {"tasks": tasks}, indent=2) + "\n"
 
 
 def read_dumped(run: Path) -> dict[str, Any]:
@@ -530,4 +593,19 @@ def read_dumped(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     if not path.is_file():
         raise RunError(f"{run} is not a run folder (it has no config.json)", "name the output_dir of a run")
-    return json.loads(path.read_text())
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A run folder's JSON file that holds an object.
+
+    Raises:
+        RunError: if it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read ({error})", "restore it or start over in a new output_dir") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds no JSON object", "restore it or start over in a new output_dir")
+    return content

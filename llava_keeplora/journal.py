@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_keeplora.errors import RunError
@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 STAGES = ("PLANNED", "PREPARED", "TRAINED", "CONSOLIDATED", "EVALUATED", "CLOSED")
 #: Task 0 is the base before any task: nothing is trained, its weights are analysed and its zero-shot row taken.
 BASE_STAGES = ("PLANNED", "CONSOLIDATED", "EVALUATED", "CLOSED")
+#: The plan of the whole run; it stands in the journal once more for every time that the run was extended.
+PLAN = (0, "PLANNED")
+#: Of a stage of every task; made again from the predictions when the run is extended.
+SCORES = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -40,29 +44,73 @@ class Entry:
     info: dict[str, Any] = field(default_factory=dict)
 
 
+def _entry(values: Any) -> Entry:
+    """A line's values as an entry.
+
+    Raises:
+        ValueError, TypeError: if they are no entry's.
+    """
+    entry = Entry(**values)
+    types = {"task": int, "stage": str, "seconds": int | float, "files": dict, "info": dict}
+    if isinstance(entry.task, bool) or not all(isinstance(getattr(entry, key), kind) for key, kind in types.items()):
+        raise ValueError("a value is of another type")
+    for name, expected in entry.files.items():
+        path = PurePosixPath(name)
+        # A folder from elsewhere may name anything; what is read and copied is the method's own.
+        if not isinstance(expected, str) or "\0" in name or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{name!r} is no file of the run")
+    plan = entry.info.get("tasks", [])
+    if not isinstance(plan, list) or not all(isinstance(task, dict) for task in plan):
+        raise ValueError("its tasks are no records")
+    return entry
+
+
 def stages_of(task: int) -> tuple[str, ...]:
     """The stages that a task goes through."""
     return STAGES if task else BASE_STAGES
 
 
-def next_stage(entries: Sequence[Entry], tasks: int) -> tuple[int, str] | None:
-    """The stage to run next, from the journal alone.
+def open_stages(entries: Sequence[Entry], tasks: int, learns: bool = True) -> list[tuple[int, str]]:
+    """The stages that are still to run, in order, from the journal alone.
+
+    A run with more tasks than it was planned for has been extended: it is planned again, and every stage is scored again,
+    for the new columns. What was learned stays.
 
     Args:
         entries: the journal, oldest first.
         tasks: how many tasks the run has, not counting the base.
-
-    Returns:
-        (task, stage), or None when every task is closed.
+        learns: whether the method learns them; otherwise it is scored once, before the first.
 
     Raises:
         RunError: if the entries are not the beginning of a run's order.
     """
-    order = [(task, stage) for task in range(tasks + 1) for stage in stages_of(task)]
-    done = [(entry.task, entry.stage) for entry in entries]
-    if done != order[: len(done)]:
-        raise RunError("the journal's stages are out of order", "start over in a new output_dir")
-    return order[len(done)] if len(done) < len(order) else None
+    order = [(task, stage) for task in range(tasks * learns + 1) for stage in stages_of(task)]
+    done: dict[tuple[int, str], Entry] = {}
+    for entry in entries:
+        key = (entry.task, entry.stage)
+        if key == PLAN and key in done and planned(entry) > planned(done[key]):
+            done = _without_scores(done)
+        elif key != next((open_one for open_one in order if open_one not in done), None):
+            raise RunError("the journal's stages are out of order", "start over in a new output_dir")
+        done[key] = entry
+    if done and planned(done[PLAN]) < tasks:
+        done = _without_scores(done)
+        del done[PLAN]
+    return [key for key in order if key not in done]
+
+
+def _without_scores(done: Mapping[tuple[int, str], Entry]) -> dict[tuple[int, str], Entry]:
+    return {key: entry for key, entry in done.items() if key[1] != "EVALUATED"}
+
+
+def planned(plan: Entry) -> int:
+    """How many tasks a run had when it was planned."""
+    return len(plan.info.get("tasks", ()))
+
+
+def next_stage(entries: Sequence[Entry], tasks: int, learns: bool = True) -> tuple[int, str] | None:
+    """The stage to run next, (task, stage), or None when every task is closed; see `open_stages`."""
+    return next(iter(open_stages(entries, tasks, learns)), None)
 
 
 class Journal:
@@ -75,6 +123,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._whole = 0
+        self.torn = False
         self.entries: list[Entry] = self._read()
 
     def _read(self) -> list[Entry]:
@@ -84,13 +133,14 @@ class Journal:
         lines = self.path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             try:
-                entry = Entry(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                entry = _entry(json.loads(line))
+            except (ValueError, TypeError, RecursionError) as error:
                 if number < len(lines):
                     raise RunError(f"{self.path}, line {number} is not a journal entry", "restore the file or start over in a new output_dir") from error
                 entry = None
             if entry is None or not line.endswith(b"\n"):
                 logger.warning("%s: the last line is torn (a killed run); its stage runs again", self.path)
+                self.torn = True
                 break
             entries.append(entry)
             self._whole += len(line)
@@ -114,10 +164,23 @@ class Journal:
         Raises:
             RunError: naming the first file that is missing or changed.
         """
+        for problem in self.problems():
+            raise problem
+
+    def problems(self) -> Iterator[RunError]:
+        """What `verify` refuses, file by file; a file that was written again is what its last stage wrote."""
+        for name, (entry, expected) in self.files().items():
+            path = self.path.parent / name
+            if not path.is_file():
+                yield RunError(f"{path}, written by stage {entry.stage} of task {entry.task}, is missing", "restore it or start over in a new output_dir")
+            elif expected is not None and file_hash(path) != expected:
+                yield RunError(f"{path} is not what stage {entry.stage} of task {entry.task} wrote", "restore it or start over in a new output_dir")
+
+    def files(self) -> dict[str, tuple[Entry, str | None]]:
+        """Relative path → the stage that wrote it and its hash; None for scores that an extension may have been making again when it was killed."""
+        files: dict[str, tuple[Entry, str | None]] = {}
         for entry in self.entries:
-            for name, expected in entry.files.items():
-                path = self.path.parent / name
-                if not path.is_file():
-                    raise RunError(f"{path}, written by stage {entry.stage} of task {entry.task}, is missing", "restore it or start over in a new output_dir")
-                if file_hash(path) != expected:
-                    raise RunError(f"{path} is not what stage {entry.stage} of task {entry.task} wrote", "restore it or start over in a new output_dir")
+            if (entry.task, entry.stage) == PLAN:
+                files = {name: (by, None if Path(name).name == SCORES else expected) for name, (by, expected) in files.items()}
+            files |= {name: (entry, expected) for name, expected in entry.files.items()}
+        return files

@@ -74,7 +74,7 @@ def test_every_command_of_the_readme_runs(folder):
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         ran += 1
-    assert ran == 14
+    assert ran == 17
     assert (folder / "runs/birds/report.html").is_file() and (folder / "answers.jsonl").is_file()
 
 

@@ -51,7 +51,7 @@ def open_model(model: ModelConfig, max_new_tokens: int = 128) -> Family:
         raise ConfigError(f"model.dtype is '{model.dtype}'", f"set it to one of {', '.join(DTYPES)}")
     path = str(ASSETS / model.name_or_path) if model.name_or_path in embedded_models() else model.name_or_path
     try:
-        model_type = AutoConfig.from_pretrained(path, revision=model.revision).model_type
+        model_type = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the model '{model.name_or_path}' cannot be loaded ({str(error).splitlines()[0]})",

@@ -44,7 +44,7 @@ class ClipFamily:
     @cached_property
     def processor(self):
         """The model's processor."""
-        return AutoProcessor.from_pretrained(self.path, revision=self.revision)
+        return AutoProcessor.from_pretrained(self.path, revision=self.revision, trust_remote_code=False)
 
     def skeleton(self, dtype: torch.dtype) -> None:
         """Set `model` to one without weights, on the meta device; see `build_skeleton`."""

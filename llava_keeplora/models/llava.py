@@ -59,7 +59,7 @@ class LlavaFamily:
         self, path: str, revision: str | None = None, max_length: int | None = None, max_new_tokens: int = 128, quantization: str | None = None
     ):
         self.path, self.revision, self.max_new_tokens, self.quantization = path, revision, max_new_tokens, quantization
-        self.config = AutoConfig.from_pretrained(path, revision=revision)
+        self.config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         self.max_length = max_length or self.config.text_config.max_position_embeddings
 
     # Read when first asked for: a plan can do with the configuration alone.

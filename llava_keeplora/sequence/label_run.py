@@ -21,16 +21,16 @@ from llava_keeplora.capture import autocast, feature_pass, gradient_pass
 from llava_keeplora.config import MethodConfig
 from llava_keeplora.errors import ConfigError, RunError, TrainingError
 from llava_keeplora.files import file_hash, write_json, write_tensors
+from llava_keeplora.journal import SCORES, Entry, Journal, next_stage, open_stages
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_layers
+from llava_keeplora.run_folder import differences, file_name
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
-from llava_keeplora.journal import Entry, Journal, next_stage, stages_of
 from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.reporters import check_reporters, end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
-from llava_keeplora.sequence.workspace import differences
 from llava_keeplora.zero import gathered, trained_values
 from llava_keeplora_eval import Matrix, predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
@@ -63,6 +63,7 @@ class LabelRun:
         cls = METHODS[config.method]
         self.method: Method = cls(cls.Options(**config.options))
         self.journal = Journal(self.folder / "journal.jsonl")
+        self.learns = cls.learns
         self.count = len(self.tasks) if cls.learns else 0
         self.epochs = shared.config.epochs(config.label) if cls.learns else []
         self._states_loaded = 0
@@ -99,22 +100,18 @@ class LabelRun:
         logger.debug("%s: %s of %s done in %.1f s", self.config.label, stage, self._where(index), seconds)
 
     def _next(self) -> tuple[int, str] | None:
-        try:
-            return next_stage(self.journal.entries, self.count)
-        except RunError as error:
-            raise RunError(f"{self.journal.path}: {error.problem}", error.cure) from None
+        return next_stage(self.journal.entries, len(self.tasks), self.learns)
 
     def cost_left(self) -> float:
         """Images through the model that the open stages still need; a training step counts three passes."""
-        done = {(entry.task, entry.stage) for entry in self.journal.entries}
-        return sum(
-            self._cost(task, stage) for task in range(self.count + 1) for stage in stages_of(task) if (task, stage) not in done
-        )
+        return sum(self._cost(task, stage) for task, stage in open_stages(self.journal.entries, len(self.tasks), self.learns))
 
     def _cost(self, index: int, stage: str) -> float:
         if stage == "EVALUATED":
             copied = index == 0 and self.config.label != ZERO_SHOT
-            return 0 if copied else self.shared.family.cost * sum(len(task.test) for task in self.tasks)
+            answered = self.journal.files()
+            new = [task for task in self.tasks if str(self._predictions(index, task).relative_to(self.folder)) not in answered]
+            return 0 if copied else self.shared.family.cost * sum(len(task.test) for task in new)
         if index == 0 or stage in ("PLANNED", "CLOSED"):
             return 0
         n = len(self.shared.inputs[index - 1])
@@ -163,17 +160,21 @@ class LabelRun:
 
     def _check_history(self) -> None:
         """What the folder holds must be whole, and the data what it was when a task was planned; fills the matrix."""
-        self._next()
+        try:
+            self._next()
+        except RunError as error:
+            raise RunError(f"{self.journal.path}: {error.problem}", error.cure) from None
         self.journal.verify()
         for entry in self.journal.entries:
             if entry.stage == "PLANNED":
                 self._check_plan(entry)
             elif entry.stage == "EVALUATED":
-                self._fill_matrix(entry.task, json.loads(self.path(entry.task, "scores.json").read_text()))
+                self._fill_matrix(entry.task, json.loads(self.path(entry.task, SCORES).read_text()))
 
     def _check_plan(self, entry: Entry) -> None:
         now = json.loads(json.dumps(self._plan(entry.task)))
-        for old, new in zip(entry.info["tasks"], now["tasks"], strict=True):
+        # A plan from before the run was extended has fewer.
+        for old, new in zip(entry.info.get("tasks", ()), now["tasks"]):
             for key, before, after in differences(old, new):
                 raise RunError(
                     f"task '{new['task']}' is not what it was when {self.folder} was planned ({key}: {before!r} → {after!r})",
@@ -337,9 +338,9 @@ class LabelRun:
 
     def _evaluated(self, index: int) -> tuple[list[Path], dict]:
         copied = index == 0 and self.config.label != ZERO_SHOT
-        path, predictions = self.path(index, "scores.json"), [] if copied else [self._predictions(index, task) for task in self.tasks]
+        path, predictions = self.path(index, SCORES), [] if copied else [self._predictions(index, task) for task in self.tasks]
         if copied:
-            scores = json.loads((self.shared.workspace.task(ZERO_SHOT, 0, "base") / "scores.json").read_text())
+            scores = json.loads((self.shared.workspace.task(ZERO_SHOT, 0, "base") / SCORES).read_text())
         else:
             self._rebuild(index)
             scores = {}
@@ -358,7 +359,7 @@ class LabelRun:
         return [path, *predictions], {}
 
     def _predictions(self, index: int, task: Task) -> Path:
-        return self.path(index, f"predictions/{task.name.replace('/', '-')}.jsonl")
+        return self.path(index, f"predictions/{file_name(task.name)}.jsonl")
 
     def _predict(self, index: int, task: Task) -> None:
         """This process's share of the answers; processes wait for each other afterwards only."""

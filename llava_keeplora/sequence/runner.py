@@ -40,7 +40,7 @@ def run(config: RunConfig) -> dict[str, Matrix]:
         UserError: one sentence for whatever a user can repair; finished stages stay.
     """
     workspace = Workspace(config)
-    with _opened(workspace) as shared:
+    with workspace.told(), _opened(workspace) as shared:
         methods = {ZERO_SHOT: MethodConfig(ZERO_SHOT, ZERO_SHOT, {}, config.parts, config.training), **config.methods}
         runs = [LabelRun(shared, method) for method in methods.values()]
         # Nothing is written before every process has read what is there.
@@ -64,9 +64,12 @@ def _opened(workspace: Workspace) -> Iterator[Shared]:
         with first_process_first():
             if is_first_process():
                 held.enter_context(workspace.locked())
-                workspace.claim()
+                workspace.check()
             shared = Shared(config, workspace, load_tasks(config), open_model(config.model, config.evaluation.max_new_tokens))
             check_start(config, shared.family)
+            if is_first_process():
+                # Only now: a start that is refused leaves the folder as it was.
+                workspace.claim()
         # Together: with ZeRO-3 the processes need each other for it.
         shared.load()
         yield shared

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import RunConfig, dump_config
+from llava_keeplora.config import RUN_FILES, RunConfig, dump_config, read_dumped
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
+from llava_keeplora.run_folder import differences, file_name, kept_recipe, read_identity
+from llava_keeplora.versions import version_changes, write_versions
 from llava_keeplora_eval.files import sweep
+from llava_keeplora_recipes.recipe import flat_recipe
+from llava_keeplora_recipes.strict_yaml import is_file_name
+
+logger = logging.getLogger(__name__)
+
+#: A disk, a quota, and the largest file that a user may write.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+GO_ON = "run the same command again: it goes on, every finished stage is kept"
 
 
 class Workspace:
@@ -33,7 +45,23 @@ class Workspace:
 
     def task(self, label: str, index: int, name: str) -> Path:
         """The folder of one task of one method."""
-        return self.label(label) / f"task-{index:02d}-{name.replace('/', '-')}"
+        return self.label(label) / f"task-{index:02d}-{file_name(name)}"
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tell in one sentence what the file system refuses.
+
+        Raises:
+            RunError: for a full disk, or a file that may not be written; everything finished is kept.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno in FULL:
+                raise RunError(f"there is no room for {error.filename or self.root} ({error.strerror})", f"make room, and {GO_ON}") from error
+            if error.errno in FORBIDDEN:
+                raise RunError(f"{error.filename or self.root} cannot be used ({error.strerror})", f"give this user the right to it, and {GO_ON}") from error
+            raise
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -64,33 +92,46 @@ class Workspace:
             sweep(self.root)
             yield
 
-    def claim(self) -> None:
-        """Write the configuration into a new folder, or check that the folder's is the same.
+    def check(self) -> None:
+        """Refuse a folder that is not this configuration's; tasks may have been appended to what it knows.
 
         Raises:
             RunError: with the difference, if the folder belongs to another configuration, or holds other files.
         """
-        identity = self.config.identity()
         if not (self.root / "config.json").exists():
-            self._refuse_foreign()
-            # The configuration's own file comes last: where it is, the folder is claimed.
-            write_json(self.root / "identity.json", identity)
-            write_bytes(self.root / "config.json", dump_config(self.config).encode())
-            return
-        try:
-            known = json.loads((self.root / "identity.json").read_text())
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.root / 'identity.json'} cannot be read ({error})", "restore it or start over in a new output_dir") from error
-        changes = [f"{key}: {old!r} → {new!r}" for key, old, new in _told_once(differences(known, identity))]
+            return self._refuse_foreign()
+        known = read_identity(self.root)
+        config = self.config.first(len(known["tasks"])) if len(self.config.tasks) > len(known["tasks"]) else self.config
+        changes = [f"{key}: {old!r} → {new!r}" for key, old, new in _told_once(differences(known, config.identity()))]
         if changes:
             raise RunError(
                 f"{self.root} holds a run with another configuration ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})",
                 "restore these values to go on, or choose another output_dir",
             )
 
+    def claim(self) -> None:
+        """Write the configuration into a folder that `check` let pass, unless it is there already."""
+        claimed = (self.root / "config.json").exists()
+        changes = version_changes(self.root)
+        if changes:
+            logger.warning("%s was begun with other versions (%s); its numbers may differ in their last digits from here on", self.root, ", ".join(changes))
+        if claimed and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
+            return
+        identity = self.config.identity()
+        if not claimed and not (self.root / "versions.json").exists():
+            write_versions(self.root)
+        for task, name in zip(self.config.tasks, identity["tasks"], strict=True):
+            kept = kept_recipe(self.root, name)
+            if is_file_name(task) and not kept.exists():
+                write_bytes(kept, flat_recipe(task).encode())
+        # The configuration's own file comes last: where it is, the folder is claimed.
+        write_json(self.root / "identity.json", identity)
+        write_bytes(self.root / "config.json", dump_config(self.config).encode())
+
     def _refuse_foreign(self) -> None:
         names = sorted(p.name for p in self.root.iterdir())
-        others = [name for name in names if not name.startswith(".") and name != "identity.json"]
+        # A kill may have left what is written before config.json.
+        others = [name for name in names if not name.startswith(".") and name not in RUN_FILES]
         if others and "config.json" not in names:
             raise RunError(f"{self.root} is not a run folder but holds {', '.join(others[:3])}", "choose an empty or new output_dir")
 
@@ -102,15 +143,3 @@ def _told_once(changes: Iterable[tuple[str, Any, Any]]) -> list[tuple[str, Any, 
     return [
         (key, old, new) for key, old, new in changes if not (key.startswith("methods.") and (key.split(".", 2)[-1], str(old), str(new)) in general)
     ]
-
-
-def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The leaves in which two trees of plain data differ: (dotted key, old, new)."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (before, after) in enumerate(zip(old, new)):
-            yield from differences(before, after, f"{where}[{index}]")
-    elif old != new:
-        yield where, old, new

@@ -8,14 +8,23 @@ import pytest
 
 from llava_keeplora import cli
 from llava_keeplora.config import load_config
+from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.export import export_run, import_state
 from llava_keeplora.export.state import FOLDER
 from llava_keeplora.files import file_hash
+from llava_keeplora.run_folder import extended
 from llava_keeplora.sequence import runner
 from llava_keeplora_recipes import load_recipe
 
 LEARNED = ("*/delta.safetensors", "*/state.safetensors")
+
+
+@pytest.fixture
+def drive(monkeypatch):
+    """Function (config) → a run without its report."""
+    monkeypatch.setattr(runner, "write_run_report", lambda root: None)
+    return runner.run
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +57,17 @@ def test_a_run_that_goes_on_from_a_state_learns_bit_for_bit_what_the_run_itself_
     assert learned(tmp_path / "run") == learned(finished("clip"))
     assert json.loads((tmp_path / "run/keeplora/matrix.json").read_text()) == json.loads((finished("clip") / "keeplora/matrix.json").read_text())
     assert results["keeplora"].complete and (tmp_path / "run/report.html").is_file()
+
+
+def test_a_state_is_extended_to_what_a_run_with_the_task_from_the_start_learned(run_config, drive, finished, tiny_clip, tiny_tasks, tmp_path, monkeypatch):
+    drive(run_config(tmp_path / "two", methods={"keeplora": {}}, tasks=[str(path) for path in tiny_tasks[:2]]))
+    monkeypatch.setattr("llava_keeplora.export.run_export.check_export", lambda folder, form, base, batch, meant, layers: (meant, meant))
+    export_run(tmp_path / "two", "state", tmp_path / "state", base_id="you/tiny-base")
+    import_state(str(tmp_path / "state"), tmp_path / "run", base=str(tiny_clip))
+    drive(extended(tmp_path / "run", str(tiny_tasks[2]), data_root=str(tiny_tasks[0].parent)))
+    assert learned(tmp_path / "run") == learned(finished("clip"))
+    assert json.loads((tmp_path / "run/keeplora/matrix.json").read_text()) == json.loads((finished("clip") / "keeplora/matrix.json").read_text())
+    assert not [found for found in examine_run(tmp_path / "run") if isinstance(found, UserError)]
 
 
 def test_a_state_holds_what_was_learned_and_neither_answers_nor_starts_nor_a_path_of_this_machine(states, finished, tiny_clip, tiny_tasks):
@@ -165,7 +185,7 @@ def config_without(key):
     (lists("gone.json"), "gone.json is not what the export wrote; restore it"),
     (linked, "link.json is a link that leads out of its folder"),
     (flipped, "delta.safetensors is not what the export wrote"),
-    (journal_outside, "names 'keeplora/../../secret', which is not in the state"),
+    (journal_outside, "keeplora/journal.jsonl, line 1 is not a journal entry"),
     (recipe_outside("../../etc"), r"the recipe colours.yaml reads '../../etc', outside the data folder"),
     (recipe_outside("/etc"), "the recipe colours.yaml reads '/etc', outside the data folder"),
     (recipe_outside("~"), "the recipe colours.yaml reads '~', outside the data folder"),

@@ -100,3 +100,36 @@ def llava_config(llava_tree):
 def one_label():
     """Changes that leave a run of one method."""
     return lambda label: {"methods": {label: {}}}
+
+
+@pytest.fixture(scope="session")
+def driven():
+    """Function (config) → its folder, run without the report."""
+    from llava_keeplora.sequence import runner
+
+    def run(config) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "write_run_report", lambda root: None)
+            gc.freeze()
+            runner.run(config)
+        return Path(config.output_dir)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def three_tasks_run(run_config, driven, tmp_path_factory):
+    """A folder with both methods on the three tiny tasks, run in one go; shared, so copy it before changing it."""
+    return driven(run_config(tmp_path_factory.mktemp("three") / "run"))
+
+
+@pytest.fixture(scope="session")
+def two_tasks_run(run_config, driven, tmp_path_factory, tiny_tasks):
+    """A folder with both methods on the first two tasks; shared, so copy it."""
+    return driven(run_config(tmp_path_factory.mktemp("two") / "run", tasks=[str(path) for path in tiny_tasks[:2]]))
+
+
+@pytest.fixture
+def outcome(left_behind):
+    """Function (run folder) → every file's hash but the journals', which tell the way too."""
+    return lambda run: {name: value for name, value in left_behind(run).items() if not name.endswith("journal.jsonl")}

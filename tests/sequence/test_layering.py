@@ -15,10 +15,12 @@ ABOVE = {
     "adapters": ["export", "plan", "capture", "models", "methods", "sequence", "report", "config", "cli"],
     "models": ["export", "plan", "capture", "adapters", "methods", "sequence", "report", "cli"],
     "methods": ["export", "plan", "models", "capture", "sequence", "report", "config", "cli"],
-    "export": ["plan", "sequence", "capture", "cli"],
-    "plan": ["sequence", "export", "report", "cli"],
+    "export": ["doctor", "plan", "sequence", "capture", "cli"],
+    "plan": ["doctor", "sequence", "export", "report", "cli"],
+    "doctor": ["sequence", "export", "report", "cli"],
     "report": ["plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],
-    "config": ["plan", "export", "models", "sequence", "report", "cli"],
+    "config": ["doctor", "plan", "export", "models", "sequence", "report", "cli", "run_folder"],
+    "run_folder": ["doctor", "plan", "export", "models", "sequence", "report", "cli"],
     "sequence": ["cli"],
 }
 

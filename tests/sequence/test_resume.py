@@ -5,18 +5,6 @@ import pytest
 from llava_keeplora.journal import Journal
 
 
-@pytest.fixture(scope="module")
-def undisturbed(run_config, tmp_path_factory):
-    """A folder with both methods on three tasks, run in one go."""
-    from llava_keeplora.sequence import runner
-
-    config = run_config(tmp_path_factory.mktemp("undisturbed") / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "write_run_report", lambda root: None)
-        runner.run(config)
-    return config.output_dir
-
-
 def stopping(monkeypatch, when, stopped):
     """Stop at every append of the journal, before or after the line is on disk; once per stage."""
     append, seen = Journal.append, set()
@@ -35,26 +23,26 @@ def stopping(monkeypatch, when, stopped):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_run_stopped_at_every_stage_ends_with_the_same_files(
-    run_config, run_to_the_end, stopped, monkeypatch, tmp_path, undisturbed, left_behind, when
+    run_config, run_to_the_end, stopped, monkeypatch, tmp_path, three_tasks_run, left_behind, when
 ):
     stopping(monkeypatch, when, stopped)
     starts = run_to_the_end(run_config(tmp_path / "run"))
     assert starts == 1 + 4 + 2 * (4 + 3 * 6), "every stage of the base and of the tasks of both methods was a stop"
-    assert left_behind(tmp_path / "run") == left_behind(undisturbed)
+    assert left_behind(tmp_path / "run") == left_behind(three_tasks_run)
 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_run_stopped_within_training_ends_with_the_same_files(
-    run_config, run_to_the_end, stop_within_training, tmp_path, undisturbed, left_behind, step
+    run_config, run_to_the_end, stop_within_training, tmp_path, three_tasks_run, left_behind, step
 ):
     stop_within_training(step)
     assert run_to_the_end(run_config(tmp_path / "run")) == 4
-    assert left_behind(tmp_path / "run") == left_behind(undisturbed)
+    assert left_behind(tmp_path / "run") == left_behind(three_tasks_run)
 
 
-def test_a_method_beside_others_learns_what_it_learns_alone(run_config, drive, tmp_path, undisturbed, left_behind):
+def test_a_method_beside_others_learns_what_it_learns_alone(run_config, drive, tmp_path, three_tasks_run, left_behind):
     drive(run_config(tmp_path / "run", methods={"keeplora": {}}))
-    alone, beside = left_behind(tmp_path / "run"), left_behind(undisturbed)
+    alone, beside = left_behind(tmp_path / "run"), left_behind(three_tasks_run)
     shared = {name for name in alone if name.startswith("keeplora/")}
     assert {name: alone[name] for name in shared} == {name: beside[name] for name in beside if name.startswith("keeplora/")}
 
@@ -68,10 +56,10 @@ def test_a_finished_run_started_again_changes_nothing_and_gives_the_same_results
     assert {k: m.to_dict() for k, m in first.items()} == {k: m.to_dict() for k, m in second.items()}
 
 
-def test_another_seed_gives_other_weights(run_config, drive, tmp_path, undisturbed, left_behind):
+def test_another_seed_gives_other_weights(run_config, drive, tmp_path, three_tasks_run, left_behind):
     drive(run_config(tmp_path / "run", methods={"seq-lora": {}}, seed=1))
     delta = "seq-lora/task-01-colours/delta.safetensors"
-    assert left_behind(tmp_path / "run")[delta] != left_behind(undisturbed)[delta]
+    assert left_behind(tmp_path / "run")[delta] != left_behind(three_tasks_run)[delta]
 
 
 def test_a_lost_matrix_is_written_again_from_the_scores(run_config, drive, tmp_path, run_tree, tiny_tasks, left_behind):

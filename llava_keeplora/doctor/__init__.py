@@ -1,0 +1,6 @@
+"""What `llava-keeplora doctor` looks at: the machine, and the files of a run."""
+
+from llava_keeplora.doctor.machine import examine_machine
+from llava_keeplora.doctor.run import examine_run
+
+__all__ = ["examine_machine", "examine_run"]

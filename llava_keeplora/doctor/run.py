@@ -1,0 +1,116 @@
+"""A run folder: every hash, every journal, and whether its parts tell of the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_keeplora.config import ZERO_SHOT, RunConfig
+from llava_keeplora.errors import RunError, UserError
+from llava_keeplora.journal import PLAN, SCORES, Journal, open_stages
+from llava_keeplora.methods import METHODS
+from llava_keeplora.run_folder import differences, kept_recipe, load_run, read_identity
+from llava_keeplora.versions import version_changes
+from llava_keeplora_eval import Matrix
+from llava_keeplora_recipes import load_recipe
+
+AGAIN = "run the same command again: it is written anew"
+
+
+def examine_run(run: str | Path) -> Iterator[str | UserError]:
+    """What a run holds, line by line; an error for everything that is damaged.
+
+    Args:
+        run: the run folder; nothing in it is changed.
+
+    Raises:
+        RunError: if the folder is no run's, or its configuration was damaged.
+    """
+    run = Path(run)
+    config = load_run(run)
+    yield from _identity(run, config)
+    changes = version_changes(run)
+    yield f"libraries: {'other versions than at its start (' + ', '.join(changes) + '), so last digits may differ' if changes else 'as at its start'}"
+    journals = []
+    for label in (ZERO_SHOT, *config.methods):
+        learns = METHODS[config.methods[label].method].learns if label in config.methods else False
+        try:
+            journal = Journal(run / label / "journal.jsonl")
+            yield _progress(label, journal, config, learns)
+        except RunError as error:
+            yield RunError(f"{run / label}: {error.problem}", error.cure)
+            continue
+        journals.append(journal)
+        yield from _label(journal)
+    for journal in journals[:1]:  # All methods have the same tasks.
+        yield from _recipes(run, config, journal)
+
+
+def _identity(run: Path, config: RunConfig) -> Iterator[UserError]:
+    try:
+        found = list(differences(read_identity(run), config.identity()))
+    except UserError as error:
+        yield error
+        return
+    # How many processes there were is not written down.
+    changed = [key for key, _, _ in found if not key.endswith("examples_per_step")]
+    if changed:
+        yield RunError(f"{run / 'config.json'} and identity.json tell of different runs ({', '.join(changed[:5])})", "restore both")
+
+
+def _progress(label: str, journal: Journal, config: RunConfig, learns: bool) -> str:
+    still = open_stages(journal.entries, len(config.tasks), learns)
+    where = f"next is {still[0][1]} of task {still[0][0]}" if still else "finished"
+    return f"{label}: {len(journal.entries)} stages in its journal, {where}"
+
+
+def _label(journal: Journal) -> Iterator[UserError]:
+    if journal.torn:
+        yield RunError(f"the last line of {journal.path} is torn, as a kill leaves it", "run the same command again: its stage runs again")
+    problems = list(journal.problems())
+    yield from problems
+    yield from _unknown_files(journal)
+    if not problems:
+        yield from _matrix(journal)
+
+
+def _unknown_files(journal: Journal) -> Iterator[UserError]:
+    """Files beside those of finished tasks; what a stage in progress has written so far is its own."""
+    folder, known = journal.path.parent, journal.files()
+    for closed in (entry for entry in journal.entries if entry.stage == "CLOSED"):
+        for path in sorted(folder.glob(f"task-{closed.task:02d}-*/**/*")):
+            if path.is_file() and str(path.relative_to(folder)) not in known:
+                yield RunError(f"{path} is in no journal", "remove it")
+
+
+def _matrix(journal: Journal) -> Iterator[UserError]:
+    """The matrix has no hash: it follows from the scores."""
+    folder = journal.path.parent
+    scores = [(entry.task, folder / name) for name, (entry, _) in journal.files().items() if Path(name).name == SCORES]
+    if not scores:
+        return
+    try:
+        matrix = Matrix.from_json(folder / "matrix.json")
+        for task, path in scores:
+            row = dict(zip(matrix.tasks, matrix.rows[task - 1] if task else matrix.zero_shot or ()))
+            wrong = [name for name, score in json.loads(path.read_text()).items() if row.get(name) != score["score"]]
+            if wrong:
+                yield RunError(f"{folder / 'matrix.json'} has another score for task '{wrong[0]}' than {path}", AGAIN)
+    except UserError as error:
+        yield RunError(error.problem, AGAIN)
+
+
+def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserError]:
+    """Whether the tasks are still those that the run was planned for; those whose classes stand in their data are checked with them."""
+    plans = [entry for entry in journal.entries if (entry.task, entry.stage) == PLAN]
+    for task, record in zip(config.tasks, plans[-1].info.get("tasks", ()) if plans else ()):
+        kept = kept_recipe(run, str(record.get("task")))
+        for source in dict.fromkeys((task, str(kept)) if kept.exists() else (task,)):
+            try:
+                recipe = load_recipe(source)
+            except UserError as error:
+                yield error
+                continue
+            if recipe.classes is not None and recipe.fingerprint != record.get("recipe_fingerprint"):
+                yield RunError(f"{source} is not the recipe of '{recipe.name}' that {journal.path.parent} was planned with", "restore it")

@@ -1,0 +1,107 @@
+"""A run folder read back: its configuration, its identity, and the recipes that it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_keeplora.config import RunConfig, finish_config, read_dumped, read_object
+from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes.strict_yaml import is_file_name
+
+
+def load_run(run: str | Path, overrides: Sequence[str] = (), data_root: str | None = None) -> RunConfig:
+    """The configuration of a run folder, wherever it lies now.
+
+    A recipe file that is not where it was is read from the run folder, which keeps a copy.
+
+    Args:
+        run: the folder.
+        overrides: `a.b.c=value` strings, as for `load_config`; what the run's results depend on is refused later.
+        data_root: the folder with the data sets; the run's own when None.
+
+    Raises:
+        RunError: if the folder is no run's, or its configuration was damaged.
+    """
+    run = Path(run)
+    tree, names = read_dumped(run), read_identity(run)["tasks"]
+    where = f"{run / 'config.json'}{' with ' if overrides else ''}{' '.join(overrides)}"
+    tree.pop("sequence", None)  # Its tasks are listed.
+    try:
+        tree["methods"] = {label: _as_written(method, tree) for label, method in tree["methods"].items()}
+        tree["tasks"] = [_found(run, task, name) for task, name in zip(tree["tasks"], [*names, *tree["tasks"][len(names) :]])]
+        return finish_config(tree, overrides, data_root=data_root, output_dir=str(run))
+    except ConfigError as error:
+        raise RunError(f"{where}: {error.problem}", error.cure) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{where} is not what a run writes there ({error!r})", "restore it or start over in a new output_dir") from error
+
+
+def extended(run: str | Path, task: str, epochs: float | None = None, overrides: Sequence[str] = (), data_root: str | None = None) -> RunConfig:
+    """The configuration of a run with one more task; the run's own if that task is its last one already, so that a killed extension goes on.
+
+    Args:
+        run: the folder.
+        task: the recipe, by name or file.
+        epochs: of its training; as for every other task when None.
+        overrides, data_root: see `load_run`.
+
+    Raises:
+        RunError: see `load_run`.
+        RecipeError: if there is no such task.
+        ConfigError: if every task has its own number of epochs and the new one has none.
+    """
+    config, name = load_run(run, overrides, data_root), load_recipe(task).name
+    return config if load_recipe(config.tasks[-1]).name == name else config.followed_by(task, epochs)
+
+
+def _as_written(method: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved method as a user writes it, without what it inherits."""
+    parts = {name: _own(part, tree["parts"].get(name, {})) for name, part in method["parts"].items()}
+    return {"method": method["method"], **method["options"], "parts": parts, "training": _own(method["training"], tree["training"])}
+
+
+def _own(values: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in inherited or inherited[key] != value}
+
+
+def _found(run: Path, task: str, name: str) -> str:
+    kept = kept_recipe(run, name)
+    return str(kept) if is_file_name(task) and not Path(task).is_file() and kept.is_file() else task
+
+
+def kept_recipe(run: Path, name: str) -> Path:
+    """Where a run keeps the recipe of a user's task."""
+    return run / "recipes" / f"{file_name(name)}.yaml"
+
+
+def file_name(task: str) -> str:
+    """A task's name as one of a file or folder."""
+    return task.replace("/", "-")
+
+
+def read_identity(run: Path) -> dict[str, Any]:
+    """What a run's results depend on, as `RunConfig.identity` gave it when the folder was claimed.
+
+    Raises:
+        RunError: if that was damaged.
+    """
+    path = run / "identity.json"
+    identity = read_object(path)
+    if not isinstance(identity.get("tasks"), list) or not all(isinstance(name, str) for name in identity["tasks"]):
+        raise RunError(f"{path} names no tasks", "restore it or start over in a new output_dir")
+    return identity
+
+
+def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The leaves in which two trees of plain data differ: (dotted key, old, new)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new)):
+            yield from differences(before, after, f"{where}[{index}]")
+    elif old != new:
+        yield where, old, new

@@ -1,0 +1,97 @@
+"""A new run folder that holds the beginning of another, for a continuation of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_keeplora.config import RunConfig
+from llava_keeplora.errors import RunError
+from llava_keeplora.files import write_bytes, write_json
+from llava_keeplora.journal import PLAN, SCORES, Entry, Journal, open_stages
+from llava_keeplora.methods import METHODS
+from llava_keeplora.run_folder import file_name, kept_recipe, load_run
+from llava_keeplora.sequence.label_run import ZERO_SHOT
+from llava_keeplora.sequence.workspace import Workspace
+from llava_keeplora_eval import Matrix
+
+
+def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
+    """Copy a run's first tasks into a folder of its own, as if it had never had more.
+
+    Args:
+        run: the run folder; finished as far as that task.
+        at_task: how many tasks the new run has.
+        into: a new or empty folder.
+
+    Returns:
+        The configuration of the new run.
+
+    Raises:
+        RunError: if the run has not so many finished tasks, a file of them is damaged, or the new folder holds something.
+    """
+    source, into = load_run(run), Path(into)
+    if not 1 <= at_task <= len(source.tasks):
+        raise RunError(f"{run} has no task {at_task}", f"choose one from 1 to {len(source.tasks)} with --at-task")
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise RunError(f"{into} is there already and not an empty folder", "choose another one with --into")
+    config = dataclasses.replace(source.first(at_task), output_dir=str(into))
+    old, new, names = Workspace(source), Workspace(config), config.identity()["tasks"]
+    methods = {ZERO_SHOT: ZERO_SHOT} | {label: method.method for label, method in source.methods.items()}
+    journals = {label: _finished(old.label(label), at_task, len(source.tasks), METHODS[name].learns) for label, name in methods.items()}
+    try:
+        with new.told(), new.locked():
+            for label, entries in journals.items():
+                _copy(old.label(label), new.label(label), entries, names)
+            for path in (old.root / "versions.json", *(kept_recipe(old.root, name) for name in names)):
+                if path.exists():
+                    write_bytes(into / path.relative_to(old.root), path.read_bytes())
+            new.claim()
+    except BaseException:
+        shutil.rmtree(into, ignore_errors=True)  # It was new; half a run is of no use.
+        raise
+    return config
+
+
+def _finished(folder: Path, at_task: int, tasks: int, learns: bool) -> list[Entry]:
+    """The last entry of every stage of a method's first tasks, in order."""
+    journal = Journal(folder / "journal.jsonl")
+    missing = [(task, stage) for task, stage in open_stages(journal.entries, tasks, learns) if task <= at_task]
+    if missing:
+        raise RunError(f"{folder} has not finished stage {missing[0][1]} of task {missing[0][0]}", "let the run go on to its end first, or choose an earlier --at-task")
+    last = {(entry.task, entry.stage): entry for entry in journal.entries}
+    return [entry for (task, _), entry in last.items() if task <= at_task]
+
+
+def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[str]) -> None:
+    """Copy what some stages wrote, without what they say of other tasks; the journal that tells of it comes last."""
+    matrix, copied = Matrix(list(names), [None] * len(names), []), []
+    for entry in entries:
+        files = {name: expected for name, expected in entry.files.items() if _kept(name, names)}
+        for name, expected in files.items():
+            _copy_file(source / name, target / name, expected)
+        if entry.stage == "EVALUATED":
+            name = next(name for name in files if Path(name).name == SCORES)
+            scores = {task: score for task, score in json.loads((target / name).read_text()).items() if task in names}
+            files[name] = write_json(target / name, scores)
+            for task, score in scores.items():
+                matrix.set_cell(entry.task - 1 if entry.task else None, task, score["score"])
+        info = entry.info | {"tasks": entry.info["tasks"][: len(names)]} if (entry.task, entry.stage) == PLAN else entry.info
+        copied.append(dataclasses.replace(entry, files=files, info=info))
+    matrix.to_json(target / "matrix.json")
+    journal = Journal(target / "journal.jsonl")
+    for entry in copied:
+        journal.append(entry)
+
+
+def _kept(name: str, names: Sequence[str]) -> bool:
+    path = Path(name)
+    return path.parent.name != "predictions" or path.stem in map(file_name, names)
+
+
+def _copy_file(source: Path, target: Path, expected: str) -> None:
+    if not source.is_file() or write_bytes(target, source.read_bytes()) != expected:
+        raise RunError(f"{source} is missing or not what the run wrote", "restore it; `llava-keeplora doctor` lists everything that is damaged in a run")

@@ -1,0 +1,36 @@
+"""The versions of the libraries that a run's numbers depend on."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from llava_keeplora.config import read_object
+from llava_keeplora.files import write_json
+
+#: Their kernels, loaders and adapters decide the last bits of a result.
+LIBRARIES = ("llava-keeplora", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets", "numpy")
+
+
+def installed_versions() -> dict[str, str]:
+    """Library → its version; Python's own among them."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def write_versions(run: Path) -> None:
+    """Record in a new run folder what it was begun with."""
+    write_json(run / "versions.json", installed_versions())
+
+
+def version_changes(run: Path) -> list[str]:
+    """`torch 2.9.0 → 2.10.0` for every library that is not what the run was begun with; nothing for a run without a record.
+
+    Raises:
+        RunError: if the record was damaged.
+    """
+    path = run / "versions.json"
+    if not path.exists():
+        return []
+    now = installed_versions()
+    return [f"{name} {version} → {now.get(name, 'none')}" for name, version in read_object(path).items() if version != now.get(name)]
