@@ -326,7 +326,19 @@ class RunConfig:
                 f"the DeepSpeed configuration has zero_optimization.stage 3 and model.quantization is {self.model.quantization}, which it cannot split",
                 "use stage 2, or leave the base unquantised",
             )
+        if content.get("zero_optimization", {}).get("stage") == 3:
+            self._check_sharded()
         return content
+
+    def _check_sharded(self) -> None:
+        from llava_keeplora.methods import METHODS
+
+        for label, method in self.methods.items():
+            if not METHODS[method.method].sharded:
+                raise ConfigError(
+                    f"the DeepSpeed configuration has zero_optimization.stage 3, and '{label}' ({method.method}) needs its adapters whole outside of their layers",
+                    "use stage 2",
+                )
 
 
 def _epochs(training: Mapping[str, Any], tasks: int) -> list[float]:

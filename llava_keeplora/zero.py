@@ -23,6 +23,11 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def number_count(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter has; a shard's own shape is empty."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter | None], write: bool = False) -> Iterator[None]:
     """Make parameters whole in every process while the block runs; every process has to come along.

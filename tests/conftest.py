@@ -336,3 +336,18 @@ def run_config(run_tree):
         return parse_config(run_tree(output_dir, **changes))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def driven():
+    """Function (config) → its folder, run without the report."""
+    from llava_keeplora.sequence import runner
+
+    def run(config) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "write_run_report", lambda root: None)
+            gc.freeze()
+            runner.run(config)
+        return Path(config.output_dir)
+
+    return run

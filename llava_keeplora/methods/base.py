@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from llava_keeplora.adapters import AdapterInit, Delta
+from llava_keeplora.adapters import AdapterInit, Delta, Deltas
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,10 @@ class Record:
         reference_data: whether it needs data beside the task's.
         task_id_at_test: whether it must be told the task at test time.
         inference_cost: extra cost at inference.
+        extra_parameters: what the model has at inference beside the base's own parameters.
         mergeable: whether its result merges into the base's weights.
+        kept: what is kept for later tasks beside what the finished ones changed.
+        trained: what a task trains.
     """
 
     name: str
@@ -31,7 +35,10 @@ class Record:
     reference_data: bool = False
     task_id_at_test: bool = False
     inference_cost: str = "none"
+    extra_parameters: str = "none"
     mergeable: bool = True
+    kept: str = "nothing"
+    trained: str = "A and B"
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class TaskContext:
             grouped by the tensor that they read.
         seed: of this task and stage, the same in every process.
         statistics_bytes: device memory for the statistics of one pass.
+        deltas: reads what each earlier task left behind, in order.
         report: numbers that a method wants to see in the run folder.
     """
 
@@ -77,6 +85,7 @@ class TaskContext:
     features: Callable[[Callable[[list[list[str]]], Mapping[str, Any]]], Mapping[str, Any]]
     seed: int
     statistics_bytes: int
+    deltas: Callable[[], list[Deltas]] = list
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,6 +103,8 @@ class Method:
     passes: dict[str, float] = {}
     #: Dropout on the adapters' input while training.
     dropout: float = 0.0
+    #: Whether it trains adapters that ZeRO-3 keeps in shards: not where it reads them outside of their layers.
+    sharded = True
 
     @dataclass(frozen=True)
     class Options:
@@ -106,12 +117,24 @@ class Method:
         """Before a task: how each layer's adapter starts; a layer that is left out is named in `ctx.report`."""
         raise NotImplementedError
 
+    @contextmanager
+    def attached(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+        """Around a task's training, `model` carrying the adapters: what a method adds for that long is rebuilt here on every start.
+
+        Parameters that it puts on the model are trained and kept with a killed run's training as the adapters are.
+        """
+        yield
+
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """The training loss of one batch; the task's own by default."""
         return out["loss"]
 
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
         """After an optimiser step."""
+
+    def learned(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
+        """What a task leaves behind, from what its adapters learned; inside `attached`, after the last step."""
+        return deltas
 
     def base_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
         """Layer name → what is added to the working weights while a task trains."""

@@ -47,7 +47,8 @@ class KeepLora(Method):
     """KeepLoRA as `methods/keeplora.py` describes it."""
 
     record = Record(
-        "keeplora", "KeepLoRA: Continual Learning with Residual Gradient Adaptation", "https://arxiv.org/abs/2601.19659"
+        "keeplora", "KeepLoRA: Continual Learning with Residual Gradient Adaptation", "https://arxiv.org/abs/2601.19659",
+        kept="a basis for every layer, of at most in columns", trained="B",
     )
 
     passes = {"PREPARED": 3.0, "CONSOLIDATED": 1.0}

@@ -9,4 +9,4 @@ class ZeroShot(Method):
     """Nothing is trained, nothing is stored."""
 
     learns = False
-    record = Record("zero-shot", "the pre-trained model, untouched", "https://arxiv.org/abs/2103.00020")
+    record = Record("zero-shot", "the pre-trained model, untouched", "https://arxiv.org/abs/2103.00020", trained="nothing")

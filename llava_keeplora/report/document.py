@@ -10,6 +10,7 @@ from html import escape
 
 from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
 from llava_keeplora.report.figures import DPI
+from llava_keeplora.report.needs import NEEDS_COLUMNS, needs_rows
 from llava_keeplora.report.tables import (
     SCORE_COLUMNS,
     matrix_rows,
@@ -94,7 +95,9 @@ def _summary(results: Results) -> str:
     constant = zero_shot_constants(found)
     body = "".join(_row(row, own=row[0] in constant) for row in summary_rows(found))
     spread = SPREAD if any(len(trials) > 1 for trials in results.values()) else ""
-    return f"<p>{LEGEND}{spread}</p>\n{_table(summary_header(found), body)}"
+    needs = needs_rows(results)
+    asked = _table(NEEDS_COLUMNS, _rows(needs)) if needs else ""
+    return f"<p>{LEGEND}{spread}</p>\n{_table(summary_header(found), body)}{asked}"
 
 
 def _run_section(label: str, trials: Sequence[Trial], pictures: Mapping[str, Picture]) -> str:

@@ -11,6 +11,7 @@ from llava_keeplora.config import read_dumped
 from llava_keeplora.errors import RunError
 from llava_keeplora.journal import Journal
 from llava_keeplora.report.capacity import layer_lines
+from llava_keeplora.report.needs import read_needs
 from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.page import write_report
 from llava_keeplora.report.tables import summary_table
@@ -158,6 +159,7 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         overlap=overlap([path / "delta.safetensors" for index, path in tasks.items() if index]),
         losses={matrix.tasks[index - 1]: losses for index, path in tasks.items() if index and (losses := read_losses(path / "train.json"))},
         costs=read_costs(folder),
+        needs=read_needs(folder, folder.parent / ZERO_SHOT),
         scores=[json.loads(path.read_text()) for path in sorted(folder.glob("task-*/scores.json"))],
     )
 

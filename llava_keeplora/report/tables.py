@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
+from llava_keeplora.report.needs import NEEDS_COLUMNS, needs_rows
 from llava_keeplora.report.trial import Results, Trial, matrices, mean_matrix, mean_scores, spread
 from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, shown
 
@@ -114,8 +115,10 @@ def summary_table(results: Mapping[str, Sequence[Matrix]], precision: int = 1) -
 
 
 def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
-    """The summary, then every matrix with its metrics, scores and costs, as one Markdown page."""
+    """The summary, what the methods asked for, then every matrix with its metrics, scores and costs, as one Markdown page."""
     parts = [f"# {title}\n\n{summary_table(matrices(results), precision)}"]
+    needs = needs_rows(results)
+    parts += [markdown_table(NEEDS_COLUMNS, needs)] if needs else []
     for name, trials in results.items():
         own = [trial.matrix for trial in trials]
         parts.append(f"## {name}{of_seeds(trials)}\n\n{mean_matrix(own).markdown(precision)}")

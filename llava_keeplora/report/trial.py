@@ -32,6 +32,21 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a method asked for, means over the finished tasks; None where nothing is finished.
+
+    Args:
+        trained: numbers that a task trains.
+        kept_bytes: of a task's files that later tasks and the final model are made of.
+        test_seconds: to answer an example, beside what the untouched model takes.
+    """
+
+    trained: float | None
+    kept_bytes: float | None
+    test_seconds: float | None
+
+
+@dataclass(frozen=True)
 class Trial:
     """One run of one method: its matrix and, as far as there is any, what else its folder holds.
 
@@ -44,6 +59,7 @@ class Trial:
         overlap: T x T mean squared cosines between the tasks' input subspaces; None where there aren't two.
         losses: task -> (optimiser step, training loss).
         costs: stage -> what it took, in the order of the stages.
+        needs: what the method asked for; None where it learns nothing.
         scores: one mapping per stage, the base's first: task -> score as `llava_keeplora_eval.scoring.Score.to_dict` gives it.
     """
 
@@ -56,6 +72,7 @@ class Trial:
     losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
     scores: Sequence[Mapping[str, Mapping]] = ()
+    needs: Needs | None = None
 
 
 #: Name (a method, a method of one of several runs) -> its trials, one per seed.

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import set_seed
 
-from llava_keeplora.adapters import AdapterInit, Delta, FullDelta, attach, detach, load_deltas, read_adapters, save_deltas
+from llava_keeplora.adapters import AdapterInit, Delta, Deltas, FullDelta, attach, detach, load_deltas, read_adapters, save_deltas
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
 from llava_keeplora.config import MethodConfig
 from llava_keeplora.errors import ConfigError, RunError, TrainingError
@@ -31,7 +31,7 @@ from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.reporters import check_reporters, end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
-from llava_keeplora.zero import gathered, trained_values
+from llava_keeplora.zero import gathered, number_count, trained_values
 from llava_keeplora_eval import Matrix, predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
 
@@ -207,11 +207,15 @@ class LabelRun:
             offset: layer name → what is added to the weights beside the tasks' deltas.
         """
         states = deltas + 1 if states is None else states
-        self.shared.base.apply([*(load_deltas(self.path(t, "delta.safetensors")) for t in range(1, deltas + 1)), offset])
+        self.shared.base.apply([*self._deltas(deltas), offset])
         if states != self._states_loaded:
             paths = [self.path(t, "state.safetensors") for t in range(states)]
             self.method.load([load_file(path) for path in paths if path.exists()])
             self._states_loaded = states
+
+    def _deltas(self, count: int) -> list[Deltas]:
+        """What each of the first tasks left behind."""
+        return [load_deltas(self.path(t, "delta.safetensors")) for t in range(1, count + 1)]
 
     # --- stages ----------------------------------------------------------------------------------
 
@@ -247,7 +251,7 @@ class LabelRun:
         return {n: AdapterInit(**values, A=tensors.get(f"{n}.A"), B=tensors.get(f"{n}.B")) for n, values in layers.items()}
 
     def _trained(self, index: int) -> tuple[list[Path], dict]:
-        shared, task, inits = self.shared, self.tasks[index - 1], self._inits(index)
+        shared, task, inits, ctx = self.shared, self.tasks[index - 1], self._inits(index), self._context(index, "TRAINED")
         self._rebuild(index - 1, offset=self.method.base_offset(inits))
         set_seed(stage_seed(shared.config.seed, index, "TRAINED"))
         wrapper = attach(shared.family.model, inits, self.method.dropout, master_copies=shared.zero.used)
@@ -257,10 +261,13 @@ class LabelRun:
 
         def learned() -> dict[str, Delta | FullDelta]:
             changes = {name: _taken_back(self.full[name], start) for name, start in before.items()}
-            return {name: _from_start(delta, inits[name]) for name, delta in read_adapters(shared.family.model, inits).items()} | changes
+            adapters = {name: _from_start(delta, inits[name]) for name, delta in read_adapters(shared.family.model, inits).items()}
+            return {**self.method.learned(ctx, adapters), **changes}
 
         try:
-            history, deltas = self._train(index, task, learned)
+            with self.method.attached(ctx, shared.family.model):
+                trainable = sum(number_count(p) for p in shared.family.model.parameters() if p.requires_grad)
+                history, deltas = self._train(ctx, task, learned)
         finally:
             detach(wrapper)
         for name, delta in deltas.items():
@@ -269,21 +276,20 @@ class LabelRun:
         delta_path, log_path = self.path(index, "delta.safetensors"), self.path(index, "train.json")
         if shared.rank == 0:
             save_deltas(delta_path, deltas)
-            write_json(log_path, history)
+            write_json(log_path, history | {"report": ctx.report})
             StepCheckpoint(self.path(index)).remove()
         shared.barrier()
-        trainable = sum(_trained_numbers(delta, inits.get(name)) for name, delta in deltas.items())
         return [delta_path, log_path], {"steps": history["steps"], "trained_parameters": trainable}
 
-    def _train(self, index: int, task: Task, learned: Callable[[], dict[str, Delta | FullDelta]]) -> tuple[dict[str, Any], dict[str, Delta | FullDelta]]:
+    def _train(self, ctx: TaskContext, task: Task, learned: Callable[[], dict[str, Delta | FullDelta]]) -> tuple[dict[str, Any], dict[str, Delta | FullDelta]]:
         """Train; `learned` reads the outcome while an engine still holds its fp32 copies."""
-        shared = self.shared
+        shared, index = self.shared, ctx.index
         arguments = self._training_arguments(index)
         model = shared.family.task(task.recipe)
         cost = 3 * arguments.train_batch_size * arguments.gradient_accumulation_steps * shared.world
         trainer = TaskTrainer(
             method=self.method,
-            ctx=self._context(index, "TRAINED"),
+            ctx=ctx,
             on_step=functools.partial(shared.progress.advance, cost),
             model=model,
             args=arguments,
@@ -409,6 +415,7 @@ class LabelRun:
             features=functools.partial(self._features, index),
             seed=stage_seed(self.shared.config.seed, index, stage),
             statistics_bytes=int(self.shared.config.memory.statistics_gb * 1e9),
+            deltas=functools.partial(self._deltas, index - 1),
         )
 
     def _batches(self, index: int, fraction: float, cost: float) -> Any:
@@ -463,8 +470,3 @@ def _taken_back(module: nn.Linear, before: Mapping[str, torch.Tensor]) -> FullDe
         for name, p in parameters.items():
             p.copy_(before[name])
     return change
-
-
-def _trained_numbers(delta: Delta | FullDelta, init: AdapterInit | None) -> int:
-    """How many numbers were trained for a delta."""
-    return sum(value.numel() for key, value in delta.tensors.items() if key != "A" or init.train_A)

@@ -12,7 +12,7 @@ from llava_keeplora.subspace.basis import (
 from llava_keeplora.subspace.energy import energy_rank
 from llava_keeplora.subspace.errors import EnergyError, NonFiniteError, RankError, ShapeError, SubspaceError
 from llava_keeplora.subspace.feature_sketch import SketchedFeatureDirections, SketchedMoment, choose_statistic
-from llava_keeplora.subspace.features import FeatureDirections, feature_directions
+from llava_keeplora.subspace.features import FeatureDirections, feature_directions, leading_directions
 from llava_keeplora.subspace.gradient_sketch import (
     WIDTH_PER_RANK,
     GradientSketch,
@@ -56,6 +56,7 @@ __all__ = [
     "empty_basis",
     "energy_rank",
     "feature_directions",
+    "leading_directions",
     "orthonormality_error",
     "orthonormalized",
     "overlap",

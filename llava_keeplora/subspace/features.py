@@ -55,11 +55,8 @@ def feature_directions(
         NonFiniteError: if C holds NaN or infinity.
     """
     check_energy(energy)
-    dim = second_moment.shape[0]
-    if second_moment.shape != (dim, dim):
-        raise ShapeError(f"a second moment must be square, but it is {tuple(second_moment.shape)}")
-    check_basis(basis, dim, "features")
-    check_finite(second_moment, "second moment of the features")
+    check_moment(second_moment, basis)
+    dim = len(second_moment)
     moment, tall = second_moment.detach().double(), basis.detach().double()
     total = float(moment.trace())
     captured = float((tall * (moment @ tall)).sum())
@@ -71,6 +68,48 @@ def feature_directions(
     new = orthonormal_beside(basis, directions[:, :rank]).float()
     after = min(1.0, (captured + float(squared[:rank].sum())) / total)
     return FeatureDirections(new.contiguous(), captured / total, after, rank)
+
+
+def leading_directions(
+    second_moment: Float[Tensor, "in in"], basis: Float[Tensor, "in k"], rank: int
+) -> Float[Tensor, "in r"]:
+    """First `rank` directions of the residual features: eigenvectors of (I - U U^T) C (I - U U^T), in order of falling energy.
+
+    Source: InfLoRA (arXiv 2404.00228), the design of the dimensionality reduction matrix.
+
+    Args:
+        second_moment: C = X^T X, (in, in), symmetric.
+        basis: U, (in, k), orthonormal columns; k may be 0.
+        rank: r, how many; there are fewer where the residual features have fewer.
+
+    Returns:
+        (in, r) float32, orthonormal, orthogonal to the basis.
+
+    Raises:
+        ShapeError: if C isn't square or the basis doesn't fit it.
+        NonFiniteError: if C holds NaN or infinity.
+    """
+    check_moment(second_moment, basis)
+    moment, tall = second_moment.detach().double(), basis.detach().double()
+    complement = _complement(tall)
+    values, vectors = torch.linalg.eigh(complement.T @ (moment @ complement))
+    # Rounding of a sum in float64 is no direction.
+    count = int((values > len(moment) * torch.finfo(torch.float64).eps * moment.trace()).sum())
+    return (complement @ vectors.flip(1)[:, : min(rank, count)]).float().contiguous()
+
+
+def check_moment(second_moment: Tensor, basis: Tensor) -> None:
+    """Refuse what is no second moment, or no basis for it.
+
+    Raises:
+        ShapeError: if C isn't square or the basis doesn't fit it.
+        NonFiniteError: if C holds NaN or infinity.
+    """
+    dim = second_moment.shape[0]
+    if second_moment.shape != (dim, dim):
+        raise ShapeError(f"a second moment must be square, but it is {tuple(second_moment.shape)}")
+    check_basis(basis, dim, "features")
+    check_finite(second_moment, "second moment of the features")
 
 
 def _leading_outside(

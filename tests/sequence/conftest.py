@@ -103,21 +103,6 @@ def one_label():
 
 
 @pytest.fixture(scope="session")
-def driven():
-    """Function (config) → its folder, run without the report."""
-    from llava_keeplora.sequence import runner
-
-    def run(config) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner, "write_run_report", lambda root: None)
-            gc.freeze()
-            runner.run(config)
-        return Path(config.output_dir)
-
-    return run
-
-
-@pytest.fixture(scope="session")
 def three_tasks_run(run_config, driven, tmp_path_factory):
     """A folder with both methods on the three tiny tasks, run in one go; shared, so copy it before changing it."""
     return driven(run_config(tmp_path_factory.mktemp("three") / "run"))

@@ -1,0 +1,146 @@
+"""InfLoRA: adapters that read the task's own inputs, outside of what earlier tasks read (CVPR 2024, arXiv 2404.00228).
+
+Before a task, with Φ = XᵀX of a layer's inputs over the task's data and M the protected subspace, A = U_rᵀ / √3, U_r the
+first r left singular vectors of (I − M Mᵀ) Φ; A stays frozen, B trains from zero. After it, M takes in the fewest further
+directions with which it holds the share ε_t of the energy of Φ. Layers that read the same tensor share Φ, A and M. Published
+for ViT-B/16: k and v, r 10, s 1, ε from 0.95 or 0.98 up to 1, Adam, learning rate 5e-4, batch 128.
+
+Where this differs:
+
+- ε_t = ε_f + (t − 1) `energy_step`, at most 1, since how many tasks there will be is not known to a sequence that can be extended;
+  the published rise is `energy_step: (1 − ε_f) / T`.
+- M ends where ε_t is reached; the official code (liangyanshuo/InfLoRA) ends one direction short of it.
+- DualGPM keeps M, or what M leaves free, whichever is smaller. Each task's columns are written once and never again, which takes
+  no more than in² numbers per input for all tasks; so M itself is kept, and the two forms protect the same.
+- Energies are those of Φ, that is σ⁴ of X, as in the official code; by σ², as KeepLoRA's ε_f, the same share keeps more.
+- Class prompts and answers take the place of a head of its own per task; the loss is over the task's own classes, as there.
+
+Legend: in features of a layer, r rank, k protected directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_keeplora.adapters import AdapterInit
+from llava_keeplora.errors import MethodError
+from llava_keeplora.methods.base import Layer, Method, Record, TaskContext
+from llava_keeplora.subspace import SecondMoment, append_directions, empty_basis, feature_directions, leading_directions
+
+#: Between the names of layers that read the same tensor, in a state's keys.
+AND = "|"
+F32, F64 = 4, 8
+
+
+class InfLora(Method):
+    """InfLoRA as `methods/inflora.py` describes it."""
+
+    record = Record(
+        "inflora", "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning", "https://arxiv.org/abs/2404.00228",
+        kept="a basis for every distinct input, of at most in columns", trained="B",
+    )
+    passes = {"PREPARED": 1.0, "CONSOLIDATED": 1.0}
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of InfLoRA; rank, alpha and ε_f are the parts'.
+
+        Args:
+            energy_step: how much ε rises with every task.
+        """
+
+        energy_step: float = 0.0
+
+        def __post_init__(self) -> None:
+            if not 0.0 <= self.energy_step < 1.0:
+                raise MethodError(f"energy_step is {self.energy_step}, but a rise of a share lies in [0, 1)", "set it to 0 for one share for all tasks")
+
+    def __init__(self, options: "InfLora.Options"):
+        super().__init__(options)
+        self.bases: dict[str, Tensor] = {}
+        self._added: dict[str, Tensor] = {}
+
+    def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+        """A from the task's inputs outside M; layers without any are left out and named."""
+        inits, left_out = {}, {name: "reads nothing" for name in ctx.layers}
+        for names, moment in self._moments(ctx):
+            rank = max(ctx.layers[name].rank for name in names)
+            A = leading_directions(moment, self._basis(ctx.layers[names[0]]).to(moment.device), rank).T.cpu() / math.sqrt(3)
+            for name in names:
+                layer, own = ctx.layers[name], min(len(A), ctx.layers[name].rank)
+                left_out[name] = "no input outside the protected subspace"
+                if own:
+                    # The scale s stays where there are fewer directions than r.
+                    inits[name] = AdapterInit(own, layer.alpha / layer.rank * own, A[:own].clone())
+                    del left_out[name]
+        if not inits:
+            raise MethodError(f"no adapted layer has a direction left for task '{ctx.name}'", "lower energy_feature or energy_step")
+        ctx.report["left_out"] = left_out
+        return inits
+
+    def consolidate(self, ctx: TaskContext) -> None:
+        """Grow M by what the task reads; the base alone protects nothing."""
+        self._added, energies = {}, ctx.report.setdefault("feature_energy", {})
+        for names, moment in self._moments(ctx) if ctx.index else ():
+            layer = ctx.layers[names[0]]
+            basis, energy = self._basis(layer), min(1.0, layer.energy_feature + (ctx.index - 1) * self.options.energy_step)
+            found = feature_directions(moment, basis.to(moment.device), energy)
+            grown = append_directions(basis, found.new.cpu())
+            self._added[AND.join(names)] = grown[:, basis.shape[1] :].clone()
+            self.bases |= dict.fromkeys(names, grown)
+            energies |= dict.fromkeys(names, {"before": found.energy_before, "after": found.energy_after, "new": found.rank})
+        ctx.report["capacity"] = {
+            name: {"in": layer.module.in_features, "k": self._basis(layer).shape[1], "part": layer.part} for name, layer in ctx.layers.items()
+        }
+
+    def _basis(self, layer: Layer) -> Tensor:
+        """M (in, k)."""
+        return self.bases.get(layer.name, empty_basis(layer.module.in_features))
+
+    def _moments(self, ctx: TaskContext) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Layers that read the same tensor, and Φ² of it (in, in), Φ scaled to trace 1: its eigenvalues are the energies of Φ."""
+        made: dict[tuple[str, ...], SecondMoment] = {}
+
+        def make(groups: list[list[str]]) -> dict[str, SecondMoment]:
+            numbers = sum(ctx.layers[names[0]].module.in_features ** 2 for names in groups)
+            if F32 * numbers > ctx.statistics_bytes:
+                raise MethodError(
+                    f"the inputs' second moments for task '{ctx.name}' take {F32 * numbers / 1e9:.2g} GB, and memory.statistics_gb is {ctx.statistics_bytes / 1e9:.2g}",
+                    "raise memory.statistics_gb, or adapt k_proj and v_proj alone as the paper does",
+                )
+            dtype = torch.float64 if F64 * numbers <= ctx.statistics_bytes else torch.float32
+            for names in groups:
+                module = ctx.layers[names[0]].module
+                made[tuple(names)] = SecondMoment(module.in_features, dtype, module.weight.device)
+            return {name: moment for names, moment in made.items() for name in names}
+
+        ctx.features(make)
+        for names in list(made):
+            yield names, _squared(made.pop(names).matrix.double())
+
+    def state(self) -> dict[str, Tensor]:
+        """The columns that the last task added, once for layers that read the same tensor."""
+        return dict(self._added)
+
+    def load(self, states: list[dict[str, Tensor]]) -> None:
+        """Rebuild every M from its columns, task by task."""
+        self.bases = {}
+        for state in states:
+            for key, new in state.items():
+                for name in key.split(AND):
+                    self.bases[name] = torch.cat([self.bases[name], new], dim=1) if name in self.bases else new
+
+    def capacity(self) -> dict[str, int]:
+        """Layer name → k."""
+        return {name: basis.shape[1] for name, basis in self.bases.items()}
+
+
+def _squared(moment: Tensor) -> Tensor:
+    """Φ² of Φ scaled to trace 1."""
+    moment = moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)
+    return moment @ moment

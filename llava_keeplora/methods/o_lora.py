@@ -1,0 +1,106 @@
+"""O-LoRA: a fresh adapter for every task, whose A is pushed away from those of earlier tasks (Findings of EMNLP 2023).
+
+The loss is the task's own, plus λ₁ Σ_layers Σ_{i<t} ‖A_i A_tᵀ‖₁ and λ₂ Σ_layers (‖A_t‖_F + ‖B_t‖_F). Earlier adapters
+are active, frozen and merged; their A are read back from the tasks' deltas. Published for LLaMA and T5: q and v, r 8,
+alpha 32, dropout 0.1, λ₁ 0.5, λ₂ 0, learning rate 1e-3, 1e-4 after the first task of LLaMA.
+
+Where this differs:
+
+- from the paper: overlaps are summed as absolute values, as in the official code, not as squares; and what is pushed apart is
+  the matrix that reads the layer's input, which the official code does too.
+- from the official code (cmnfriend/O-LoRA): dropout acts on the new adapter alone, since the earlier ones are part of the
+  weights, where there it falls on all; the penalty counts once per optimiser step however many batches are accumulated,
+  where there, without DeepSpeed, it counts once per batch.
+- from the port to LLaVA in MCITlib: training runs through the earlier adapters as the evaluation does, and the penalty does
+  not move them.
+
+Legend: in / out features of a layer, r rank, R the ranks of all earlier tasks together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llava_keeplora.adapters import ADAPTER, Delta, lora_layers
+from llava_keeplora.errors import MethodError
+from llava_keeplora.methods.base import Record, TaskContext
+from llava_keeplora.methods.seq_lora import SequentialLora
+
+
+class OLora(SequentialLora):
+    """O-LoRA as `methods/o_lora.py` describes it."""
+
+    record = Record(
+        "o-lora", "Orthogonal Subspace Learning for Language Model Continual Learning", "https://arxiv.org/abs/2310.14152",
+        kept="nothing (A of every task is read from its delta)",
+    )
+    sharded = False
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of O-LoRA; rank and alpha are the parts'.
+
+        Args:
+            lambda1: weight of the overlaps.
+            lambda2: weight of the new adapter's norms.
+            dropout: on the new adapter's input while training.
+        """
+
+        lambda1: float = 0.5
+        lambda2: float = 0.0
+        dropout: float = 0.1
+
+        def __post_init__(self) -> None:
+            for name in ("lambda1", "lambda2"):
+                if not getattr(self, name) >= 0.0:
+                    raise MethodError(f"{name} is {getattr(self, name)}, but a penalty's weight is not negative", "set it to 0 to do without")
+            if not 0.0 <= self.dropout < 1.0:
+                raise MethodError(f"dropout is {self.dropout}, but a share of the input lies in [0, 1)", "set it to 0 to do without")
+
+    def __init__(self, options: "OLora.Options"):
+        super().__init__(options)
+        self.dropout = options.dropout
+        self._new: dict[str, tuple[Tensor, Tensor]] = {}
+        self._earlier: dict[str, Tensor] = {}
+
+    @contextmanager
+    def attached(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+        """Have the new adapters, and A of the earlier ones, at hand for the loss."""
+        self._new = {name: (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for name, layer in lora_layers(model).items()}
+        deltas = ctx.deltas()
+        self._earlier = {name: torch.cat([d[name].A for d in deltas]).to(A.device) for name, (A, _) in self._new.items() if deltas}
+        try:
+            yield
+        finally:
+            self._new, self._earlier = {}, {}
+
+    def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
+        """The task's own loss and the penalties, these in fp32 outside autocast."""
+        loss = out["loss"]
+        with torch.autocast(loss.device.type, enabled=False):
+            for name, (A, B) in self._new.items():
+                if self.options.lambda1 and name in self._earlier:
+                    loss = loss + self.options.lambda1 * overlap(self._earlier[name], A)
+                if self.options.lambda2:
+                    loss = loss + self.options.lambda2 * (A.float().norm() + B.float().norm())
+        return loss
+
+    def learned(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
+        """The adapters as they are; each layer's overlap, which grows with the rank and the number of tasks, is reported."""
+        ctx.report["overlap"] = {name: float(overlap(earlier.cpu(), deltas[name].A)) for name, earlier in self._earlier.items()}
+        return deltas
+
+
+def overlap(earlier: Tensor, A: Tensor) -> Tensor:
+    """Σ_i ‖A_i Aᵀ‖₁, the sum of the absolute entries.
+
+    Args:
+        earlier: the A_i, stacked (R, in).
+        A: (r, in).
+    """
+    return (earlier.float() @ A.float().T).abs().sum()

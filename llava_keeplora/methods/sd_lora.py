@@ -1,0 +1,130 @@
+"""SD-LoRA: every task adds a direction; the magnitudes of all directions stay trainable (ICLR 2025, equation 4).
+
+W_t = W_0 + Σ_{k≤t} α_k N_k. While task t trains, N_t = s B_t A_t and all α move; the N_k of earlier tasks are frozen. Each
+magnitude is one number for all layers, as in the paper. What task t leaves behind is its own direction and, exactly and as
+low-rank terms, what it did to the others: α_t s B_t A_t + Σ_{k<t} (Δα_k) N_k. So the model of any stage still is the base and a
+list of deltas, and N_k, the first r rows of task k's delta, needs no other place. Published for ViT-B/16: q and v, r 10,
+Adam, learning rate 0.008, batch 128.
+
+Where this differs:
+
+- from the paper: a direction is not scaled to ‖N_k‖_F = 1 but frozen with the norm that it has at its task's end, in each layer
+  its own, and α_k goes on from 1 there. The paper's form has 0/0 at B = 0. The span, and the number of trained magnitudes, are the
+  same, and no task begins with a jump. The variants with falling ranks (RR) and with merged directions (KD) are not here.
+- from the official code (WuYichen-97/SD-Lora-CL): that divides by ‖B_k‖_F ‖A_k‖_F, discards the learned magnitudes at every
+  task's start for 0.8, and holds 20 earlier tasks; there task t + 1 does not begin with task t's model.
+- weight decay pulls a magnitude towards its value at the task's start, not towards 0.
+
+The delta of task t has rank t r, and the tasks' deltas together one of t (t + 1) r / 2 where t r would do; `export --rank` with t r
+loses nothing.
+
+Legend: in / out features of a layer, r rank, t the task's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from llava_keeplora.adapters import ADAPTER, Delta, lora_layers
+from llava_keeplora.methods.base import Record, TaskContext
+from llava_keeplora.methods.seq_lora import SequentialLora
+from llava_keeplora.zero import trained_values
+
+#: What the model calls the parameter: how much each magnitude has moved since the task's start, the new one's last.
+SHIFT = "magnitude_shift"
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The directions of all earlier tasks in one layer, s in B.
+
+    Args:
+        A: ((t − 1) r, in).
+        B: (out, (t − 1) r).
+    """
+
+    A: Tensor
+    B: Tensor
+
+    @classmethod
+    def read(cls, deltas: list[Delta], rank: int) -> Directions:
+        """Each delta's own direction comes first in it."""
+        return cls(torch.cat([d.A[:rank] for d in deltas]), torch.cat([d.scale * d.B[:, :rank] for d in deltas], dim=1))
+
+    def to(self, device: torch.device) -> Directions:
+        """The same elsewhere."""
+        return Directions(self.A.to(device), self.B.to(device))
+
+    def scaled(self, shift: Tensor) -> Tensor:
+        """B (out, (t − 1) r) with each task's columns times its number of `shift` (t − 1,)."""
+        return self.B * shift.repeat_interleave(self.A.shape[0] // len(shift))
+
+
+class SdLora(SequentialLora):
+    """SD-LoRA as `methods/sd_lora.py` describes it."""
+
+    record = Record(
+        "sd-lora", "SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning", "https://arxiv.org/abs/2501.13198",
+        kept="nothing (A and B of every task are read from its delta)", trained="A and B, a magnitude per task",
+    )
+    sharded = False
+
+    @dataclass(frozen=True)
+    class Options:
+        """No settings of its own; rank and alpha are the parts'."""
+
+    def __init__(self, options: "SdLora.Options"):
+        super().__init__(options)
+        self._directions: dict[str, Directions] = {}
+        self._shift: nn.Parameter | None = None
+
+    @contextmanager
+    def attached(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+        """Put the magnitudes on the model; the weights hold the earlier directions already, as they were at the task's start."""
+        layers, deltas = lora_layers(model), ctx.deltas()
+        A = next(iter(layers.values())).lora_A[ADAPTER].weight
+        self._shift = nn.Parameter(torch.zeros(len(deltas) + 1, dtype=A.dtype, device=A.device))
+        self._directions = {name: Directions.read([d[name] for d in deltas], ctx.layers[name].rank) for name in layers if deltas}
+        with ExitStack() as held:
+            model.register_parameter(SHIFT, self._shift)
+            held.callback(delattr, model, SHIFT)
+            held.callback(self._directions.clear)
+            for name, layer in layers.items():
+                hooks = [layer.lora_A[ADAPTER].register_forward_hook(self._magnify)]
+                if deltas:
+                    hooks.append(layer.register_forward_hook(self._shifted(self._directions[name].to(A.device))))
+                for hook in hooks:
+                    held.callback(hook.remove)
+            yield
+
+    def _magnify(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """The new direction, times its magnitude."""
+        return output * (1.0 + self._shift[-1])
+
+    def _shifted(self, directions: Directions) -> Callable[..., Tensor]:
+        """A hook that adds what the earlier directions' magnitudes have moved."""
+
+        def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            inner = linear(args[0].to(directions.A.dtype), directions.A)
+            return output + linear(inner, directions.scaled(self._shift[:-1])).to(output.dtype)
+
+        return add
+
+    def learned(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
+        """The new direction with its magnitude, and what was done to the earlier ones."""
+        shift = trained_values(self._shift).cpu()
+        ctx.report["magnitude_shift"] = shift.tolist()
+        found = {}
+        for name, delta in deltas.items():
+            A, B = [delta.A], [delta.scale * (1.0 + shift[-1]) * delta.B]
+            if name in self._directions:
+                A.append(self._directions[name].A)
+                B.append(self._directions[name].scaled(shift[:-1]))
+            found[name] = Delta(torch.cat(A), torch.cat(B, dim=1), 1.0)
+        return found

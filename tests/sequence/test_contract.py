@@ -1,0 +1,212 @@
+"""What every method promises, on the small CLIP and the small LLaVA: one test for all of them, each from one run per family."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, FullDelta, attach, concatenate
+from llava_keeplora.config import parse_config
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.export.bundle import read_learned
+from llava_keeplora.export.check import probe
+from llava_keeplora.methods import METHODS
+from llava_keeplora.models import load_model
+from llava_keeplora.sequence import label_run, shared, trainer
+
+LEARNING = [name for name, method in METHODS.items() if method.learns]
+
+
+@dataclasses.dataclass
+class Seen:
+    """What a run showed while it lasted.
+
+    Args:
+        folder: of the run.
+        base: every tensor of the model as it was loaded.
+        restored: the same after the run, with no task's delta on it.
+        hooks: forward hooks left on the model.
+        after: method → every tensor of the model after its last task.
+        logits: method → logits on the last task's test examples then.
+        first: method and task → the first batch of its training, and the task's own loss on it.
+        unlike: method and task → trained tensors without a gradient in the first step, and frozen ones with one.
+    """
+
+    folder: Path
+    base: dict
+    restored: dict = dataclasses.field(default_factory=dict)
+    hooks: int = 0
+    after: dict = dataclasses.field(default_factory=dict)
+    logits: dict = dataclasses.field(default_factory=dict)
+    first: dict = dataclasses.field(default_factory=dict)
+    unlike: dict = dataclasses.field(default_factory=dict)
+
+
+def tensors(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module", params=["clip", "llava"])
+def config(request, run_tree, llava_tree, tiny_tasks, mixed_tasks):
+    """Function (folder, methods, **changes) → a run of them on two tasks."""
+    build, tasks = {"clip": (run_tree, tiny_tasks), "llava": (llava_tree, mixed_tasks)}[request.param]
+    return lambda folder, methods, **changes: parse_config(
+        build(folder, tasks=[str(task) for task in tasks[:2]], methods={name: {} for name in methods}, **changes)
+    )
+
+
+@pytest.fixture(scope="module")
+def seen(config, driven, tmp_path_factory):
+    """A run of every method, watched."""
+    folder = tmp_path_factory.mktemp("contract") / "run"
+    found, held = Seen(folder, {}), {}
+    load, go, step, loss_of = shared.Shared.load, label_run.LabelRun.go, trainer.TaskTrainer.training_step, trainer.TaskTrainer.compute_loss
+
+    def watched_load(self):
+        load(self)
+        held["shared"] = self
+        found.base.update(tensors(self.family.model))
+
+    def watched_go(self):
+        go(self)
+        if self.learns:
+            found.after[self.config.label] = tensors(self.shared.family.model)
+            found.logits[self.config.label] = probe(self.shared.family, self.tasks[-1].test)[1]
+
+    def watched_step(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        wrong = {name for name, p in model.named_parameters() if p.requires_grad == (p.grad is None)}
+        found.unlike.setdefault((self.method.record.name, self.ctx.name), wrong)
+        return loss
+
+    def watched_loss(self, model, inputs, *args, **kwargs):
+        loss, out = loss_of(self, model, inputs, True, *args[1:], **kwargs)
+        found.first.setdefault((self.method.record.name, self.ctx.index), (inputs, float(out["loss"].detach())))
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.TaskTrainer, "compute_loss", watched_loss)
+        patch.setattr(shared.Shared, "load", watched_load)
+        patch.setattr(label_run.LabelRun, "go", watched_go)
+        patch.setattr(trainer.TaskTrainer, "training_step", watched_step)
+        driven(config(folder, LEARNING))
+    held["shared"].base.apply([])
+    model = held["shared"].family.model
+    found.restored.update(tensors(model))
+    found.hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return found
+
+
+def base_family(learned):
+    return load_model(learned.model, learned.config["evaluation"]["max_new_tokens"])
+
+
+def test_the_base_is_bit_for_bit_what_it_was_and_nothing_is_left_on_it(seen):
+    assert seen.restored.keys() == seen.base.keys() and seen.hooks == 0
+    assert all(torch.equal(seen.restored[name], value) for name, value in seen.base.items())
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_exactly_the_declared_tensors_change(seen, method):
+    deltas = read_learned(seen.folder, method).deltas
+    declared = {f"{name}.weight" for task in deltas for name in task}
+    declared |= {f"{name}.bias" for task in deltas for name, delta in task.items() if isinstance(delta, FullDelta) and delta.bias is not None}
+    assert {name for name, value in seen.after[method].items() if not torch.equal(value, seen.base[name])} == declared
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_every_trained_tensor_gets_a_gradient_and_no_frozen_one(seen, method):
+    own = {task: wrong for (name, task), wrong in seen.unlike.items() if name == method}
+    assert len(own) == 2 and not any(own.values()), own
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
+    learned = read_learned(seen.folder, method, at_task=1)
+    batch, loss = seen.first[method, 2]
+    expected = float(learned.load().task(learned.recipes[1])(**batch)["loss"])
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_what_is_read_back_from_the_files_gives_the_same_logits(seen, method):
+    learned = read_learned(seen.folder, method)
+    data = learned.recipes[-1].load("test")
+    assert torch.equal(probe(learned.load(), data)[1], seen.logits[method])
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_merged_and_unmerged_agree(seen, method):
+    assert METHODS[method].record.mergeable
+    learned = read_learned(seen.folder, method)
+    family = base_family(learned)
+    full = [{name: delta for name, delta in task.items() if isinstance(delta, FullDelta)} for task in learned.deltas]
+    BaseWeights({name: family.model.get_submodule(name) for name in full[0]}).apply(full)
+    stacked = concatenate([{name: delta for name, delta in task.items() if isinstance(delta, Delta)} for task in learned.deltas])
+    attach(family.model, {name: AdapterInit(len(delta.A), float(len(delta.A)), delta.A, delta.B) for name, delta in stacked.items()})
+    family.model.eval()
+    unmerged = probe(family, learned.recipes[-1].load("test"))[1]
+    assert float((unmerged - seen.logits[method]).abs().max()) <= 1e-5 * max(1.0, float(unmerged.abs().max()))
+    plain = probe(base_family(learned), learned.recipes[-1].load("test"))[1]
+    assert float((unmerged - plain).abs().max()) > 1e-3, "what was learned is seen in the logits"
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, method):
+    entries = [json.loads(line) for line in (seen.folder / method / "journal.jsonl").read_text().splitlines()]
+    counts = [entry["info"]["trained_parameters"] for entry in entries if entry["stage"] == "TRAINED"]
+    prepared = [json.loads(path.read_text())["layers"] for path in sorted((seen.folder / method).glob("task-*/prepared.json"))]
+    shapes = {name.removesuffix(".weight"): value.shape for name, value in seen.base.items() if name.endswith(".weight")}
+    full = sum(value.numel() for name, value in seen.base.items() if "multi_modal_projector" in name)
+    for task, (count, layers) in enumerate(zip(counts, prepared, strict=True), start=1):
+        own = sum(layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"]) for name, layer in layers.items())
+        assert count == own + full + (task if method == "sd-lora" else 0)
+    assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+#: The others are stopped everywhere in test_resume.py.
+NEW = ["o-lora", "inflora", "sd-lora"]
+
+
+def alike(ours, theirs, method):
+    """Whether a method's files are those of the run of all methods."""
+    ours, theirs = ({name: value for name, value in found.items() if name.startswith(f"{method}/")} for found in (ours, theirs))
+    assert ours == theirs and len(ours) > 10
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(config, seen, method, run_to_the_end, stopped, monkeypatch, tmp_path, left_behind):
+    append, done = label_run.Journal.append, set()
+
+    def stop(self, entry):
+        key = (self.path, entry.task, entry.stage)
+        if key not in done and self.path.parent.name == method:
+            done.add(key)
+            raise stopped
+        append(self, entry)
+
+    monkeypatch.setattr(label_run.Journal, "append", stop)
+    assert run_to_the_end(config(tmp_path / "run", [method])) == 1 + 4 + 2 * 6
+    alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_a_run_stopped_within_training_goes_on_from_its_last_step(config, seen, method, run_to_the_end, stop_within_training, tmp_path, left_behind):
+    stop_within_training(2)
+    assert run_to_the_end(config(tmp_path / "run", [method], training={"save_steps": 1})) == 3
+    alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["o-lora", "sd-lora"])
+def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tree, tmp_path, method):
+    training = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    with pytest.raises(ConfigError, match=f"stage 3, and '{method}' .{method}. needs its adapters whole outside of their layers; use stage 2"):
+        parse_config(run_tree(tmp_path / "run", methods={method: {}}, training=training))
+    parse_config(run_tree(tmp_path / "run", methods={"inflora": {}, "keeplora": {}}, training=training))
