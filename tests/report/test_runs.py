@@ -98,6 +98,27 @@ def test_what_a_trial_says_is_what_the_files_of_the_run_say(seeds):
     assert set(found.costs) == {"CONSOLIDATED", "EVALUATED", "PREPARED", "TRAINED"}
 
 
+def test_the_report_says_what_every_method_asked_for(seeds, one):
+    lines = (one / "table.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| run | trained per task"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : start + 4]]
+    assert [row[0] for row in rows] == ["seq-lora", "keeplora"] and lines[start + 4] == "", "the untouched model asks for nothing"
+    for label, trained, kept, extra in rows:
+        folders = sorted((seeds[0] / label).glob("task-0[1-3]-*"))
+        numbers = [value.numel() for key, value in load_file(folders[0] / "delta.safetensors").items() if label == "seq-lora" or key.endswith(".B")]
+        assert int(trained) == sum(numbers)
+        sizes = [path.stat().st_size for folder in folders for path in folder.glob("*.safetensors") if path.stem in ("delta", "state")]
+        assert float(kept) == pytest.approx(sum(sizes) / 3 / 1e3, abs=0.05) and len(sizes) == (3 if label == "seq-lora" else 6)
+        scored = json.loads((folders[0] / "scores.json").read_text())
+        seconds = [
+            sum(e["seconds"] for e in map(json.loads, (seeds[0] / name / "journal.jsonl").open()) if e["stage"] == "EVALUATED" and (e["task"] or name == "zero-shot"))
+            for name in ("zero-shot", label)
+        ]
+        images = sum(score["n"] for score in scored.values())
+        assert float(extra) == pytest.approx(1e3 * (seconds[1] / 3 - seconds[0]) / images, abs=0.006)
+    assert "<th scope=\"col\">trained per task</th>" in (one / "report.html").read_text()
+
+
 def test_the_overlap_is_the_mean_squared_cosine_of_the_principal_angles(seeds):
     paths = [seeds[0] / "keeplora" / f"task-{i:02d}-{name}" / "delta.safetensors" for i, name in enumerate(TASKS, start=1)]
     found = overlap(paths)

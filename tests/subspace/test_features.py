@@ -95,3 +95,25 @@ def test_misfits_are_named(plain, random_basis):
         plain.feature_directions(torch.full((4, 4), float("inf")), plain.empty_basis(4), 0.9)
     with pytest.raises(plain.EnergyError):
         plain.feature_directions(torch.eye(4), plain.empty_basis(4), 0.0)
+
+
+@pytest.mark.parametrize("protected", [0, 5, 40])
+def test_leading_directions_are_the_first_right_singular_vectors_of_the_residual_features(sub, random_basis, protected):
+    x, basis = features(300, 64, 1.0), random_basis(64, protected, seed=5)
+    found = sub.leading_directions(x.T @ x, basis, 6)
+    outside = x - x @ basis.double() @ basis.double().T
+    right = torch.linalg.svd(outside, full_matrices=False).Vh[:6].T
+    assert (found.double().T @ right).abs().sub(torch.eye(6)).abs().max() < 1e-4, "in order of falling energy"
+    assert sub.orthonormality_error(torch.cat([basis, found], dim=1)) < 1e-6
+
+
+def test_there_are_no_leading_directions_beyond_those_that_the_features_have(sub, random_basis):
+    basis = random_basis(32, 8)
+    x = torch.randn(100, 3, dtype=torch.float64) @ torch.linalg.qr(torch.randn(32, 3, dtype=torch.float64)).Q.T
+    assert sub.leading_directions(x.T @ x, basis, 6).shape == (32, 3)
+    assert sub.leading_directions(x.T @ x, torch.eye(32), 6).shape == (32, 0)
+
+
+def test_leading_directions_refuse_what_is_no_second_moment(sub):
+    with pytest.raises(sub.ShapeError, match=r"a second moment must be square, but it is \(3, 4\)"):
+        sub.leading_directions(torch.zeros(3, 4), torch.zeros(3, 0), 1)
