@@ -114,6 +114,6 @@ def test_there_are_no_leading_directions_beyond_those_that_the_features_have(sub
     assert sub.leading_directions(x.T @ x, torch.eye(32), 6).shape == (32, 0)
 
 
-def test_leading_directions_refuse_what_is_no_second_moment(sub):
-    with pytest.raises(sub.ShapeError, match=r"a second moment must be square, but it is \(3, 4\)"):
-        sub.leading_directions(torch.zeros(3, 4), torch.zeros(3, 0), 1)
+def test_leading_directions_refuse_what_has_none(sub):
+    with pytest.raises(sub.NonFiniteError, match="the second moment of the features holds NaN or infinity"):
+        sub.leading_directions(torch.full((4, 4), torch.nan), torch.zeros(4, 0), 1)
