@@ -2,7 +2,7 @@
 
 The loss is the task's own, plus λ₁ Σ_layers Σ_{i<t} ‖A_i A_tᵀ‖₁ and λ₂ Σ_layers (‖A_t‖_F + ‖B_t‖_F). Earlier adapters
 are active, frozen and merged; their A are read back from the tasks' deltas. Published for LLaMA and T5: q and v, r 8,
-alpha 32, dropout 0.1, λ₁ 0.5, λ₂ 0, learning rate 1e-3, 1e-4 after the first task of LLaMA.
+alpha 32, dropout 0.1, λ₁ 0.5, λ₂ 0, constant learning rate 1e-3, after the first task of LLaMA 1e-4 (here it is one for all tasks).
 
 Where this differs:
 

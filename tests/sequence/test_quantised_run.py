@@ -11,6 +11,7 @@ from torch import nn
 from llava_keeplora.adapters import BaseWeights, Delta, dense_weight, is_quantised, load_deltas
 from llava_keeplora.config import ModelConfig, parse_config
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.methods import METHODS
 from llava_keeplora.models import load_model
 from llava_keeplora.subspace import DenseGradient
 from llava_keeplora_recipes import load_recipe
@@ -139,9 +140,10 @@ def test_a_run_on_a_quantised_base_that_is_stopped_in_training_ends_with_the_sam
     assert left_behind(tmp_path / "whole") == left_behind(tmp_path / "stopped")
 
 
-def test_clip_runs_on_an_nf4_base(run_tree, drive, tmp_path):
-    results = drive(parse_config(run_tree(tmp_path / "run", model={"quantization": "nf4"}, methods={"keeplora": {}})))
-    assert len(results["keeplora"].rows) == 3
+def test_every_method_runs_with_clip_on_an_nf4_base(run_tree, drive, tmp_path, tiny_tasks):
+    methods, tasks = {name: {} for name, method in METHODS.items() if method.learns}, [str(task) for task in tiny_tasks[:2]]
+    results = drive(parse_config(run_tree(tmp_path / "run", model={"quantization": "nf4"}, methods=methods, tasks=tasks)))
+    assert {name: len(matrix.rows) for name, matrix in results.items()} == {"zero-shot": 0, **dict.fromkeys(methods, 2)}
 
 
 def test_a_part_that_is_quantised_cannot_be_trained_in_full(quantised_run, drive):
