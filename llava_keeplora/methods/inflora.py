@@ -89,7 +89,8 @@ class InfLora(Method):
         for names, moment in self._moments(ctx) if ctx.index else ():
             layer = ctx.layers[names[0]]
             basis, energy = self._basis(layer), min(1.0, layer.energy_feature + (ctx.index - 1) * self.options.energy_step)
-            found = feature_directions(moment, basis.to(moment.device), energy)
+            # The eigenvalues of Φ² are the energies of Φ.
+            found = feature_directions(moment @ moment, basis.to(moment.device), energy)
             grown = append_directions(basis, found.new.cpu())
             self._added[AND.join(names)] = grown[:, basis.shape[1] :].clone()
             self.bases |= dict.fromkeys(names, grown)
@@ -103,7 +104,7 @@ class InfLora(Method):
         return self.bases.get(layer.name, empty_basis(layer.module.in_features))
 
     def _moments(self, ctx: TaskContext) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-        """Layers that read the same tensor, and Φ² of it (in, in), Φ scaled to trace 1: its eigenvalues are the energies of Φ."""
+        """Layers that read the same tensor, and its Φ (in, in), scaled to trace 1."""
         made: dict[tuple[str, ...], SecondMoment] = {}
 
         def make(groups: list[list[str]]) -> dict[str, SecondMoment]:
@@ -121,7 +122,8 @@ class InfLora(Method):
 
         ctx.features(make)
         for names in list(made):
-            yield names, _squared(made.pop(names).matrix.double())
+            moment = made.pop(names).matrix.double()
+            yield names, moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)
 
     def state(self) -> dict[str, Tensor]:
         """The columns that the last task added, once for layers that read the same tensor."""
@@ -138,9 +140,3 @@ class InfLora(Method):
     def capacity(self) -> dict[str, int]:
         """Layer name → k."""
         return {name: basis.shape[1] for name, basis in self.bases.items()}
-
-
-def _squared(moment: Tensor) -> Tensor:
-    """Φ² of Φ scaled to trace 1."""
-    moment = moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)
-    return moment @ moment

@@ -14,6 +14,9 @@ from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
 from llava_keeplora.subspace.truncated import GRAM_ENERGY, leading_eigenpairs
 
+# Singular values of sums of float32 products below this share of the whole are their rounding; seen up to a fifth of it.
+NOISE = 4 * torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True)
 class FeatureDirections:
@@ -55,8 +58,11 @@ def feature_directions(
         NonFiniteError: if C holds NaN or infinity.
     """
     check_energy(energy)
-    check_moment(second_moment, basis)
-    dim = len(second_moment)
+    dim = second_moment.shape[0]
+    if second_moment.shape != (dim, dim):
+        raise ShapeError(f"a second moment must be square, but it is {tuple(second_moment.shape)}")
+    check_basis(basis, dim, "features")
+    check_finite(second_moment, "second moment of the features")
     moment, tall = second_moment.detach().double(), basis.detach().double()
     total = float(moment.trace())
     captured = float((tall * (moment @ tall)).sum())
@@ -71,45 +77,32 @@ def feature_directions(
 
 
 def leading_directions(
-    second_moment: Float[Tensor, "in in"], basis: Float[Tensor, "in k"], rank: int
+    columns: Float[Tensor, "in n"], basis: Float[Tensor, "in k"], rank: int
 ) -> Float[Tensor, "in r"]:
-    """First `rank` directions of the residual features: eigenvectors of (I - U U^T) C (I - U U^T), in order of falling energy.
+    """First `rank` left singular vectors of (I - U U^T) Y, for a matrix Y whose columns are features or sums of them.
 
-    Source: InfLoRA (arXiv 2404.00228), the design of the dimensionality reduction matrix.
+    Source: InfLoRA (arXiv 2404.00228), the design of the dimensionality reduction matrix, with Y = X^T X.
 
     Args:
-        second_moment: C = X^T X, (in, in), symmetric.
+        columns: Y, (in, n).
         basis: U, (in, k), orthonormal columns; k may be 0.
-        rank: r, how many; there are fewer where the residual features have fewer.
+        rank: r, how many; there are fewer where the residual has fewer beyond the rounding of float32 sums.
 
     Returns:
-        (in, r) float32, orthonormal, orthogonal to the basis.
+        (in, r) float32, orthonormal, orthogonal to the basis, in order of falling singular value.
 
     Raises:
-        ShapeError: if C isn't square or the basis doesn't fit it.
-        NonFiniteError: if C holds NaN or infinity.
+        ShapeError: if the basis doesn't fit.
+        NonFiniteError: if Y holds NaN or infinity.
     """
-    check_moment(second_moment, basis)
-    moment, tall = second_moment.detach().double(), basis.detach().double()
-    complement = _complement(tall)
-    values, vectors = torch.linalg.eigh(complement.T @ (moment @ complement))
-    # Rounding of a sum in float64 is no direction.
-    count = int((values > len(moment) * torch.finfo(torch.float64).eps * moment.trace()).sum())
+    check_basis(basis, len(columns), "features")
+    check_finite(columns, "matrix of the features")
+    columns = columns.detach().double()
+    complement = _complement(basis.detach().double())
+    outside = complement.T @ columns
+    squared, vectors = torch.linalg.eigh(outside @ outside.T)
+    count = int((squared > (NOISE * columns.norm()) ** 2).sum())
     return (complement @ vectors.flip(1)[:, : min(rank, count)]).float().contiguous()
-
-
-def check_moment(second_moment: Tensor, basis: Tensor) -> None:
-    """Refuse what is no second moment, or no basis for it.
-
-    Raises:
-        ShapeError: if C isn't square or the basis doesn't fit it.
-        NonFiniteError: if C holds NaN or infinity.
-    """
-    dim = second_moment.shape[0]
-    if second_moment.shape != (dim, dim):
-        raise ShapeError(f"a second moment must be square, but it is {tuple(second_moment.shape)}")
-    check_basis(basis, dim, "features")
-    check_finite(second_moment, "second moment of the features")
 
 
 def _leading_outside(

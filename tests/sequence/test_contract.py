@@ -179,6 +179,7 @@ def alike(ours, theirs, method):
     assert ours == theirs and len(ours) > 10
 
 
+@pytest.mark.parametrize("config", ["clip", pytest.param("llava", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("method", NEW)
 def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(config, seen, method, run_to_the_end, stopped, monkeypatch, tmp_path, left_behind):
     append, done = label_run.Journal.append, set()

@@ -98,13 +98,13 @@ def test_misfits_are_named(plain, random_basis):
 
 
 @pytest.mark.parametrize("protected", [0, 5, 40])
-def test_leading_directions_are_the_first_right_singular_vectors_of_the_residual_features(sub, random_basis, protected):
+def test_leading_directions_are_the_first_left_singular_vectors_of_the_residual_in_both_forms(sub, random_basis, protected):
     x, basis = features(300, 64, 1.0), random_basis(64, protected, seed=5)
-    found = sub.leading_directions(x.T @ x, basis, 6)
-    outside = x - x @ basis.double() @ basis.double().T
-    right = torch.linalg.svd(outside, full_matrices=False).Vh[:6].T
-    assert (found.double().T @ right).abs().sub(torch.eye(6)).abs().max() < 1e-4, "in order of falling energy"
-    assert sub.orthonormality_error(torch.cat([basis, found], dim=1)) < 1e-6
+    for columns in (x.T, x.T @ x):
+        found = sub.leading_directions(columns, basis, 6)
+        left = torch.linalg.svd(columns - basis.double() @ basis.double().T @ columns, full_matrices=False).U[:, :6]
+        assert (found.double().T @ left).abs().sub(torch.eye(6)).abs().max() < 1e-4, "in order of falling energy"
+        assert sub.orthonormality_error(torch.cat([basis, found], dim=1)) < 1e-6
 
 
 def test_there_are_no_leading_directions_beyond_those_that_the_features_have(sub, random_basis):
@@ -115,5 +115,5 @@ def test_there_are_no_leading_directions_beyond_those_that_the_features_have(sub
 
 
 def test_leading_directions_refuse_what_has_none(sub):
-    with pytest.raises(sub.NonFiniteError, match="the second moment of the features holds NaN or infinity"):
+    with pytest.raises(sub.NonFiniteError, match="the matrix of the features holds NaN or infinity"):
         sub.leading_directions(torch.full((4, 4), torch.nan), torch.zeros(4, 0), 1)
