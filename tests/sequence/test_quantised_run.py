@@ -142,8 +142,9 @@ def test_a_run_on_a_quantised_base_that_is_stopped_in_training_ends_with_the_sam
 
 def test_every_method_runs_with_clip_on_an_nf4_base(run_tree, drive, tmp_path, tiny_tasks):
     methods, tasks = {name: {} for name, method in METHODS.items() if method.learns}, [str(task) for task in tiny_tasks[:2]]
-    results = drive(parse_config(run_tree(tmp_path / "run", model={"quantization": "nf4"}, methods=methods, tasks=tasks)))
-    assert {name: len(matrix.rows) for name, matrix in results.items()} == {"zero-shot": 0, **dict.fromkeys(methods, 2)}
+    changes = {"model": {"quantization": "nf4"}, "training": {"max_steps": 1}}
+    results = drive(parse_config(run_tree(tmp_path / "run", methods=methods, tasks=tasks, **changes)))
+    assert all(None not in results[name].rows[1] for name in methods)
 
 
 def test_a_part_that_is_quantised_cannot_be_trained_in_full(quantised_run, drive):
