@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava_keeplora.adapters import AdapterInit, Delta, attach, load_deltas, lora_layers, read_adapters
+from llava_keeplora.adapters import AdapterInit, Delta, attach, compress, concatenate, load_deltas, lora_layers, read_adapters
 from llava_keeplora.methods import METHODS, Layer, TaskContext
 
 SdLora = METHODS["sd-lora"]
@@ -50,6 +50,14 @@ def test_a_later_task_moves_along_earlier_directions_only_by_one_number_for_all_
 def test_the_change_of_a_magnitude_is_small_beside_the_direction_but_there(finished):
     first, *_, last = shifts(finished)
     assert all(1e-4 < abs(shift) < 0.5 for shift in (*first, *last))
+
+
+def test_all_tasks_together_have_the_rank_of_their_own_directions_so_that_compressing_to_it_loses_nothing(finished):
+    for delta in concatenate(deltas(finished)).values():
+        assert delta.A.shape[0] == RANK * (1 + 2 + 3)
+        small, singular = compress(delta, RANK * 3)
+        torch.testing.assert_close(small.dense(), delta.dense(), atol=1e-6, rtol=0)
+        assert float(singular[RANK * 3 :].max()) < 1e-6 * float(singular[0])
 
 
 # --- on one layer --------------------------------------------------------------------------------

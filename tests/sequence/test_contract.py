@@ -203,6 +203,16 @@ def test_a_run_stopped_within_training_goes_on_from_its_last_step(config, seen, 
     alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
 
 
+@pytest.mark.parametrize("config", ["clip"], indirect=True)
+def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start(config, seen, driven, tmp_path):
+    driven(config(tmp_path / "run", NEW).first(1))
+    driven(config(tmp_path / "run", NEW))
+    files = [path for path in sorted(seen.folder.rglob("*.safetensors")) if path.relative_to(seen.folder).parts[0] in NEW]
+    assert len(files) >= 2 * len(NEW)
+    for path in files:
+        assert (tmp_path / "run" / path.relative_to(seen.folder)).read_bytes() == path.read_bytes(), path
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
