@@ -75,11 +75,7 @@ class SdLora(SequentialLora):
     )
     sharded = False
 
-    @dataclass(frozen=True)
-    class Options:
-        """No settings of its own; rank and alpha are the parts'."""
-
-    def __init__(self, options: "SdLora.Options"):
+    def __init__(self, options: SequentialLora.Options):
         super().__init__(options)
         self._directions: dict[str, Directions] = {}
         self._shift: nn.Parameter | None = None

@@ -14,6 +14,7 @@ from llava_keeplora.export.bundle import read_learned
 from llava_keeplora.export.check import probe
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import load_model
+from llava_keeplora.plan import make_plan
 from llava_keeplora.sequence import label_run, shared, trainer
 
 LEARNING = [name for name, method in METHODS.items() if method.learns]
@@ -222,3 +223,8 @@ def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tre
     with pytest.raises(ConfigError, match=f"stage 3, and '{method}' .{method}. needs its adapters whole outside of their layers; use stage 2"):
         parse_config(run_tree(tmp_path / "run", methods={method: {}}, training=training))
     parse_config(run_tree(tmp_path / "run", methods={"inflora": {}, "keeplora": {}}, training=training))
+
+
+def test_a_plan_refuses_a_method_that_makes_its_adapters_of_inputs_that_it_does_not_have(run_tree, tmp_path):
+    with pytest.raises(ConfigError, match="this method prepares its adapters from data, which a plan has none of; run it without a plan"):
+        make_plan(parse_config(run_tree(tmp_path / "run", methods={"inflora": {}})))
