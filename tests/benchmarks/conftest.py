@@ -220,3 +220,61 @@ def mtil_recipes(mtil) -> dict[str, Path]:
         paths[f"mtil/{name}"] = folder / f"{name}.yaml"
         paths[f"mtil/{name}"].write_text(json.dumps(facts))  # JSON is YAML
     return paths
+
+
+def write_conversations(root: Path, task: str, count: int = 3) -> None:
+    """A few records of each split where a recipe of LLaVA's JSON says that they lie."""
+    recipe = load_recipe(task)
+    top = root / recipe.source["path"]
+    for side, split in recipe.splits.items():
+        images = top / recipe.source.get("images", ".") / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (16, 16), (60 * i, 90, 30)).save(images / f"AI2D_{side}{i}.png")
+        shown = [f"images/AI2D_{side}{i}.png" for i in range(count)]
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Yes"}]
+        asked = {"text": "What?", "answer": "Yes"}
+        file = top / split
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = {
+            "train": [{"id": str(i), "image": image, "conversations": turns} for i, image in enumerate(shown)],
+            "test": [{"question_id": f"q{i}", "image": image} | asked for i, image in enumerate(shown)],
+        }
+        file.write_text(json.dumps(rows[side]))
+        if side in recipe.source.get("references", {}):
+            numbered = [{"id": i + 1, "file_name": Path(image).name} for i, image in enumerate(shown)]
+            notes = [{"id": i, "image_id": i + 1, "caption": f"a picture of {i}"} for i in range(count)]
+            (top / recipe.source["references"][side]).write_text(json.dumps({"images": numbered, "annotations": notes}))
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory) -> Path:
+    """UCIT and MLLM-DCL in their official layouts, three records per split."""
+    root = tmp_path_factory.mktemp("conversations")
+    for sequence in ("ucit", "mllm-dcl"):
+        for task in load_sequence(sequence).tasks:
+            write_conversations(root, task)
+    return root
+
+
+@pytest.fixture(scope="session")
+def whole_mtil(tmp_path_factory) -> MtilTree:
+    """Every class of every set."""
+    return MtilTree(tmp_path_factory.mktemp("whole-mtil"), mtil_classes())
+
+
+@pytest.fixture
+def reproduce(tmp_path, monkeypatch, capfd):
+    """Function (configuration, *arguments) → (exit code, stdout, stderr, run folder) of `llava-keeplora reproduce` on a CPU, one epoch."""
+    from llava_keeplora import cli
+    from llava_keeplora.sequence import runner
+
+    monkeypatch.setattr(runner, "write_run_report", lambda root: None)
+    small = ["training.num_train_epochs=1", "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1", "training.use_cpu=true"]
+
+    def run(name: str, *arguments: object) -> SimpleNamespace:
+        code = cli.main(["reproduce", name, "--output-dir", str(tmp_path / name), *small, *map(str, arguments)])
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err, folder=tmp_path / name)
+
+    return run
