@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.io import loadmat
 
 from .errors import RecipeError, sift
 from .places import data_root_of, inside, pictures_folder, set_folder, split_file, told
@@ -65,6 +64,8 @@ def _variable(path: Path, name: str) -> np.ndarray:
     Raises:
         RecipeError: the file is missing, is none of MATLAB's, or has no such variable.
     """
+    from scipy.io import loadmat  # Slow to import, and only these two sets need it.
+
     try:
         content = loadmat(str(path), variable_names=[name], simplify_cells=True, appendmat=False)
     except FileNotFoundError as error:
