@@ -11,7 +11,8 @@ from llava_keeplora_recipes import load_sequence
 
 #: What the small CLIP needs beside the shipped settings.
 CLIP = ("model.name_or_path=tiny-clip", "training.fp16=false")
-LLAVA = ("model.dtype=float32", "model.max_length=null", "training.bf16=false", "training.gradient_checkpointing=false", "evaluation.max_new_tokens=4")
+#: And what a random LLaVA of width 32 needs.
+LLAVA = ("model.dtype=float32", "model.max_length=null", "training.bf16=false", "parts.language.rank=2", "evaluation.max_new_tokens=4")
 
 
 def three_classes(recipes: dict[str, Path], name: str) -> list[str]:
