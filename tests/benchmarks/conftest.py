@@ -264,6 +264,22 @@ def whole_mtil(tmp_path_factory) -> MtilTree:
     return MtilTree(tmp_path_factory.mktemp("whole-mtil"), mtil_classes())
 
 
+@pytest.fixture(scope="session")
+def long_clip(tmp_path_factory) -> Path:
+    """A random CLIP of the embedded one's size that takes 77 tokens, as the real ones do."""
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+    from llava_keeplora_eval.models import resolve_model
+
+    folder, source = tmp_path_factory.mktemp("long-clip"), resolve_model("tiny-clip")
+    config, processor = CLIPConfig.from_pretrained(source), CLIPProcessor.from_pretrained(source)
+    config.text_config.max_position_embeddings = processor.tokenizer.model_max_length = 77
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def reproduce(tmp_path, monkeypatch, capfd):
     """Function (configuration, *arguments) → (exit code, stdout, stderr, run folder) of `llava-keeplora reproduce` on a CPU, one epoch."""

@@ -56,7 +56,7 @@ def test_a_benchmark_of_llava_runs_in_its_order(reproduce, conversations, tiny_l
 
 
 @pytest.mark.slow
-def test_mtil_as_it_ships_runs_on_all_1201_classes(reproduce, whole_mtil):
-    done = reproduce("mtil-order1", "--data-root", whole_mtil.root, *CLIP, "methods={keeplora: {}}", "expected={}")
+def test_mtil_as_it_ships_runs_on_all_1201_classes(reproduce, whole_mtil, long_clip):
+    done = reproduce("mtil-order1", "--data-root", whole_mtil.root, *CLIP, f"model.name_or_path={long_clip}", "methods={keeplora: {}}", "expected={}")
     assert done.code == 0, done.err
     assert Matrix.from_json(done.folder / "keeplora/matrix.json").complete
