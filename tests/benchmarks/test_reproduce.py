@@ -9,10 +9,10 @@ from llava_keeplora.config import load_config
 from llava_keeplora_eval import Matrix
 from llava_keeplora_recipes import load_sequence
 
-#: What the small CLIP needs beside the shipped settings.
-CLIP = ("model.name_or_path=tiny-clip", "training.fp16=false")
+#: All that differs from the shipped settings beside the batch and the epochs; mixed precision stays.
+CLIP = ("model.name_or_path=tiny-clip",)
 #: And what a random LLaVA of width 32 needs.
-LLAVA = ("model.dtype=float32", "model.max_length=null", "training.bf16=false", "parts.language.rank=2", "evaluation.max_new_tokens=4")
+LLAVA = ("model.max_length=null", "parts.language.rank=2", "evaluation.max_new_tokens=4")
 
 
 def three_classes(recipes: dict[str, Path], name: str) -> list[str]:

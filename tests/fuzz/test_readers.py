@@ -107,6 +107,7 @@ CONFIG = {
     "methods": {"seq-lora": {}, "mine": {"method": "keeplora", "gradient_fraction": 0.5, "training": {"learning_rate": 0.5}, "parts": {"text": {"rank": 3}}}},
     "training": {"num_train_epochs": [1, 2], "per_device_train_batch_size": 8, "learning_rate": 0.01, "deepspeed": {"zero_optimization": {"stage": 2}}},
     "data": {"root": None, "holdout": 0.1}, "evaluation": {"batch_size": 4}, "memory": {"statistics_gb": 2},
+    "expected": {"mine": {"source": "a paper", "tolerance": 1, "figures": {"last": 50.0}, "last": {"digits": 40}}},
 }
 
 
