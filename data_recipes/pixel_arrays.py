@@ -149,7 +149,8 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     shape = struct.unpack(f">{dimensions}I", data[4:head]) if len(data) >= head else ()
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != head + math.prod(shape):
         raise RecipeError(
-            f"{path} is no IDX file of bytes in {dimensions} dimension{'s' * (dimensions > 1)}, or is cut off", "replace it by the official file, unpacked"
+            f"{path} is no IDX file of bytes in {dimensions} dimension{'s' * (dimensions > 1)}, or is cut off",
+            "replace it by the official file, unpacked",
         )
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
