@@ -11,7 +11,7 @@ from PIL import Image
 
 from .errors import RecipeError, sift
 from .places import data_root_of, set_folder, split_file, within
-from .records import Records, picture_files
+from .records import Records, classified, picture_files
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -32,7 +32,7 @@ def read_image_folder(
     """
     folder = set_folder(recipe, data_root)
     top, root = split_file(recipe, split, data_root), data_root_of(recipe, data_root)
-    paths = _files(top)
+    paths = files_under(top)
     endings = Image.registered_extensions()
     others = [p.relative_to(folder).as_posix() for p in paths if p.suffix.lower() not in endings]
 
@@ -56,17 +56,10 @@ def read_image_folder(
             ", ".join(sorted(others)[:3]),
         )
     ids = sorted(found)
-    return Records(
-        ids=ids,
-        pictures=picture_files([[folder / i] for i in ids]),
-        labels=[found[i] for i in ids],
-        label_names=None,
-        questions=[None] * len(ids),
-        answers=[[]] * len(ids),
-    )
+    return classified(ids, picture_files([[folder / i] for i in ids]), [found[i] for i in ids], label_names=None)
 
 
-def _files(top: Path) -> list[Path]:
+def files_under(top: Path) -> list[Path]:
     """Every file under a folder, without the hidden ones."""
     found: list[Path] = []
     for place, folders, files in os.walk(top, followlinks=True):

@@ -21,7 +21,7 @@ def read_rows(path: Path, problems: list[RecipeError] | None = None) -> list[Any
         RecipeError: the file cannot be read, is no JSON, or holds something else than a list.
     """
     if path.suffix == ".jsonl":
-        lines = enumerate(_text(path).split("\n"), start=1)
+        lines = enumerate(read_text(path).split("\n"), start=1)
         return sift(lambda item: _line(path, *item), [(n, line) for n, line in lines if line.strip()], problems)
     return read_json(path, list)
 
@@ -35,7 +35,7 @@ def read_json(path: Path, kind: type) -> Any:
     # the standard library's reader, not datasets': it keeps ids that are numbers in one record and
     # text in the next, and lets an error name the record
     try:
-        content = json.loads(_text(path))
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise RecipeError(f"{path} is not readable JSON ({error})", "correct the file") from error
     if not isinstance(content, kind):
@@ -52,7 +52,12 @@ def _line(path: Path, number: int, line: str) -> Any:
         raise RecipeError(f"line {number} of {path.name} is not readable JSON ({error})", "correct the line") from error
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file as text in UTF-8.
+
+    Raises:
+        RecipeError: the file cannot be read, or is something else.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:

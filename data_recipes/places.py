@@ -120,19 +120,30 @@ def split_file(recipe: Recipe, split: str, data_root: str | Path | None) -> Path
     Raises:
         RecipeError: it is not there, leads out of the task's folder, or the recipe names several.
     """
-    folder = set_folder(recipe, data_root)
-    name = recipe.splits[split]
-    if not isinstance(name, str):
+    files = split_files(recipe, split, data_root)
+    if not isinstance(recipe.splits[split], str):
         raise RecipeError(
-            f"recipe '{recipe.name}' has {name!r} as its {split} split", "write one file name as text"
+            f"recipe '{recipe.name}' has {recipe.splits[split]!r} as its {split} split", "write one file name as text"
         )
-    path = inside(folder, name, f"split '{split}' of recipe '{recipe.name}'", data_root_of(recipe, data_root))
-    if not path.exists():
-        raise RecipeError(
-            f"the {split} split of '{recipe.name}' is not there: no '{path}'",
-            "add the file, or correct 'splits' in the recipe",
-        )
-    return path
+    return files[0]
+
+
+def split_files(recipe: Recipe, split: str, data_root: str | Path | None) -> list[Path]:
+    """The files or folders of a split, in the order in which the recipe names them.
+
+    Raises:
+        RecipeError: one of them is not there, or leads out of the task's folder.
+    """
+    folder, root = set_folder(recipe, data_root), data_root_of(recipe, data_root)
+    named = recipe.splits[split]
+    files = [inside(folder, n, f"split '{split}' of recipe '{recipe.name}'", root) for n in ([named] if isinstance(named, str) else named)]
+    for path in files:
+        if not path.exists():
+            raise RecipeError(
+                f"the {split} split of '{recipe.name}' is not there: no '{path}'",
+                "add the file, or correct 'splits' in the recipe",
+            )
+    return files
 
 
 def told(error: BaseException) -> str:

@@ -42,12 +42,19 @@ SOURCE_KEYS = {
     "llava_json": ("format", "path", "images", "positional_ids", "references", "answer", "meta"),
     "messages": ("format", "path", "images", "positional_ids", "meta"),
     "coco_captions": ("format", "path", "images"),
+    "image_list": ("format", "path", "pattern", "images", "suffix"),
+    "random_split": ("format", "path", "pattern"),
+    "cifar_python": ("format", "path"),
+    "idx": ("format", "path"),
+    "flowers_mat": ("format", "path", "images"),
+    "cars_mat": ("format", "path", "images"),
 }
 # Formats not listed here can hold every kind.
 FORMAT_KINDS = {
-    "imagefolder": ("classification",),
     "coco_captions": ("captioning",),
-}
+} | dict.fromkeys(("imagefolder", "image_list", "random_split", "cifar_python", "idx", "flowers_mat", "cars_mat"), ("classification",))
+# What the pattern of a format says of an image, by the names of its groups.
+GROUPS = {"image_list": ("image", "label"), "random_split": ("label",)}
 COLUMNS = ("id", "image", "label", "question", "answers", "messages")
 # What the keys of a source may hold besides text: the types, and the sentence's word for them.
 SOURCE_VALUES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -167,6 +174,8 @@ def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
         )
     if form != "rendered" and "path" not in source:
         raise RecipeError(f"{where} lacks the key 'source.path'", f"add 'path:' under 'source' in {path}")
+    if form in GROUPS:
+        _check_pattern(source, path)
     if kind not in FORMAT_KINDS.get(form, KINDS):
         raise RecipeError(
             f"{where} is of the kind {kind}, which the format {form} does not hold",
@@ -175,6 +184,21 @@ def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
     for key in source.get("columns", {}):
         if key not in COLUMNS:
             raise RecipeError(f"{where} has the unknown key 'source.columns.{key}'", nearest(key, COLUMNS))
+
+
+def _check_pattern(source: dict[str, Any], path: Path) -> None:
+    pattern = source.get("pattern") or ""
+    try:
+        groups = re.compile(pattern).groupindex
+    except (re.error, OverflowError, RecursionError) as error:
+        raise RecipeError(
+            f"{path.name} has {pattern!r} under 'source.pattern', which is no regular expression ({error})", f"correct it in {path}"
+        ) from error
+    for group in GROUPS[source["format"]]:
+        if group not in groups:
+            raise RecipeError(
+                f"{path.name} has no group '{group}' in 'source.pattern'", f"write (?P<{group}>...) where the {group} stands, in {path}"
+            )
 
 
 def _check_classes(facts: dict[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,21 @@ def picture_files(paths: list[list[Path]]) -> Pictures:
     """
     rows: dict[Path, int] = {}
     shown = [tuple(rows.setdefault(p, len(rows)) for p in own) for own in paths]
+    return _pictures([{"path": str(p.absolute()), "bytes": None} for p in rows], shown)
+
+
+def picture_bytes(encoded: Iterable[bytes]) -> Pictures:
+    """Pictures that are at hand as the bytes of image files; one per record."""
+    cells = [{"path": None, "bytes": b} for b in encoded]
+    return _pictures(cells, [(row,) for row in range(len(cells))])
+
+
+def classified(ids: list[str], pictures: Pictures, labels: list[Any], label_names: list[str] | None) -> Records:
+    """The records of a classification task; see `Records`."""
+    return Records(ids, pictures, labels, label_names, questions=[None] * len(ids), answers=[[]] * len(ids))
+
+
+def _pictures(cells: list[dict[str, Any]], shown: list[tuple[int, ...]]) -> Pictures:
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    cells = [{"path": str(p.absolute()), "bytes": None} for p in rows]
     dataset = datasets.Dataset.from_dict({"image": cells}, features=features)
-    return Pictures(dataset, [(row, None) for row in range(len(rows))], shown)
+    return Pictures(dataset, [(row, None) for row in range(len(cells))], shown)

@@ -10,6 +10,9 @@ from .coco import read_coco
 from .conversations import read_llava, read_messages
 from .errors import RecipeError
 from .image_folder import read_image_folder
+from .image_lists import read_image_list, read_random_split
+from .matlab_files import read_cars, read_flowers
+from .pixel_arrays import read_cifar, read_idx
 from .records import Records
 from .tables import read_hub, read_parquet
 
@@ -23,6 +26,12 @@ READERS: dict[str, Callable[[Recipe, str, str | Path | None, list[RecipeError] |
     "llava_json": read_llava,
     "messages": read_messages,
     "coco_captions": read_coco,
+    "image_list": read_image_list,
+    "random_split": read_random_split,
+    "cifar_python": read_cifar,
+    "idx": read_idx,
+    "flowers_mat": read_flowers,
+    "cars_mat": read_cars,
 }
 
 

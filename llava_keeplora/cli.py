@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llava_keeplora.config import RunConfig
+    from llava_keeplora_eval import Matrix
 
 #: Seconds after which a process takes itself to be the only one that failed.
 ALONE = 6.0
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def going_on(args: argparse.Namespace) -> str:
     """What a person who stopped a command is told."""
-    return "every finished stage is kept, run the same command to go on" if args.run is _train else "run the same command again"
+    return "every finished stage is kept, run the same command to go on" if args.run in (_train, _reproduce) else "run the same command again"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     train = commands.add_parser("train", help="run a task sequence, or go on with one")
     add_train_arguments(train)
+    reproduce = commands.add_parser("reproduce", help="run a configuration and compare with what was published for it")
+    reproduce.add_argument("config", metavar="NAME|FILE.yaml", help="a shipped configuration, for instance mtil-order1, or a YAML file with `expected`")
+    add_settings(reproduce)
+    reproduce.add_argument("--output-dir", help="the run folder (output_dir)")
+    reproduce.set_defaults(run=_reproduce)
     plan = commands.add_parser("plan", help="say what a run needs, memory, disk and steps, and whether that fits")
     add_run_arguments(plan)
     plan.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs, a process each (default: the CPU of this machine)")
@@ -75,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
-    for command in (train, plan, extend, fork, report, export, importing, doctor, listing):
+    for command in (train, reproduce, plan, extend, fork, report, export, importing, doctor, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -103,6 +109,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that name a run."""
     parser.add_argument("--config", required=True, help="a YAML file, or the name of a shipped configuration")
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The arguments that change a configuration."""
     parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, for instance training.learning_rate=5e-4")
 
@@ -194,6 +205,23 @@ def _train(args: argparse.Namespace) -> None:
     _run(config)
 
 
+def _reproduce(args: argparse.Namespace) -> None:
+    from llava_keeplora.config import load_config
+    from llava_keeplora.errors import RunError
+    from llava_keeplora.reproduce import compare, comparison
+
+    config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir)
+    figures = compare(_run(config), config.expected)
+    sys.stdout.write(f"\npublished and measured, in %\n{comparison(figures, config.expected)}")
+    sys.stdout.flush()
+    missed = [figure for figure in figures if not figure.met]
+    if missed:
+        raise RunError(
+            f"{config.output_dir} misses {len(missed)} of {len(figures)} published figures by more than the tolerance ({missed[0]})",
+            f"check the data with `llava-keeplora-eval data check {config.sequence or config.tasks[0]}`, and what differs from the published settings",
+        )
+
+
 def _extend(args: argparse.Namespace) -> None:
     from llava_keeplora.run_folder import extended
 
@@ -207,8 +235,8 @@ def _fork(args: argparse.Namespace) -> None:
     sys.stdout.write(f"{args.into}: the first {len(config.tasks)} tasks of {args.run_folder}\ngo on with: llava-keeplora extend {args.into} --task NAME|FILE.yaml\n")
 
 
-def _run(config: RunConfig) -> None:
-    """Run a sequence, or go on with one, and print its summary."""
+def _run(config: RunConfig) -> dict[str, Matrix]:
+    """Run a sequence, or go on with one, and print its summary; returns label → matrix."""
     import datasets
     import transformers
 
@@ -222,6 +250,7 @@ def _run(config: RunConfig) -> None:
         results = run(config)
         if main_process:
             sys.stdout.write(summary(config.output_dir, {label: [matrix] for label, matrix in results.items()}))
+    return results
 
 
 def _plan(args: argparse.Namespace) -> None:

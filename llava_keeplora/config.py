@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from llava_keeplora.errors import ConfigError, RunError, UserError, nearest
+from llava_keeplora_eval.aggregates import AGGREGATES
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.strict_yaml import is_file_name, read_mapping
@@ -213,6 +214,35 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
+class ExpectedConfig:
+    """What was published for one row of the table, in percent; `llava-keeplora reproduce` compares a run with it, training ignores it.
+
+    Args:
+        source: where it was published, and what is known to differ.
+        tolerance: how far from it a reproduction may lie, in percentage points.
+        figures: aggregate → figure, for instance `transfer`; see `llava_keeplora_eval.aggregates`.
+        last: task → its score after the last task.
+    """
+
+    source: str = ""
+    tolerance: float = 1.0
+    figures: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError("source is missing, but a figure was published somewhere", "name the paper and the table")
+        if not self.tolerance > 0:
+            raise ConfigError(f"tolerance is {self.tolerance}, but no run meets a rounded figure exactly", "set it to, say, 1.0")
+        for name in self.figures:
+            if name not in AGGREGATES:
+                raise ConfigError(f"figures names '{name}', which no table has", nearest(str(name), AGGREGATES))
+        for name, value in {**self.figures, **self.last}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ConfigError(f"figures or last has {value!r} for '{name}', which is no number", "write percents")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run; see the module's docstring."""
 
@@ -227,6 +257,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    expected: dict[str, ExpectedConfig] = field(default_factory=dict)
 
     def epochs(self, label: str) -> list[float]:
         """Epochs per task for a method: `training.num_train_epochs`, one number or one per task."""
@@ -242,7 +273,7 @@ class RunConfig:
         return epochs
 
     def identity(self) -> dict[str, Any]:
-        """What a result depends on: everything but where run, recipes and data lie, how they are cached, and on what machines a step is computed.
+        """What a result depends on: everything but where run, recipes and data lie, how they are cached, what was published, and on what machines a step is computed.
 
         Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in the journal.
 
@@ -250,7 +281,7 @@ class RunConfig:
             RecipeError: if a task's recipe is not there or cannot be read.
         """
         tree = json.loads(json.dumps(dataclasses.asdict(self)))
-        places = ((tree, "output_dir"), (tree, "sequence"), (tree["data"], "root"))
+        places = ((tree, "output_dir"), (tree, "sequence"), (tree, "expected"), (tree["data"], "root"))
         for section, key in (*places, (tree["evaluation"], "batch_size"), (tree["data"], "cache_gb")):
             section.pop(key)
         tree["tasks"] = [load_recipe(task).name for task in self.tasks]
@@ -407,6 +438,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     parts = {name: _as_mapping(value, f"parts.{name}") for name, value in _as_mapping(tree.pop("parts", {}), "parts").items()}
     training = _as_mapping(tree.pop("training", {}), "training")
     methods = _as_mapping(tree.pop("methods", {"keeplora": {}}), "methods")
+    expected = _as_mapping(tree.pop("expected", {}), "expected")
     sequence, tasks = tree.get("sequence"), tree.get("tasks")
     if bool(sequence) == bool(tasks):
         raise ConfigError("a run needs either `sequence` or `tasks`" + (", not both" if sequence else ""), "name one of them")
@@ -425,7 +457,8 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
         label: _parse_method(label, _as_mapping(value, f"methods.{label}"), parts, training) for label, value in methods.items()
     }
     config = build(RunConfig, tree, "")
-    config = dataclasses.replace(config, parts=own_parts, methods=parsed, training=own_training)
+    published = {label: _parse_expected(label, value, parsed) for label, value in expected.items()}
+    config = dataclasses.replace(config, parts=own_parts, methods=parsed, training=own_training, expected=published)
     for label in parsed:
         config.epochs(label)
     config.deepspeed()
@@ -458,6 +491,14 @@ def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], trai
         parts={n: build(PartConfig, v, f"{where}.parts.{n}") for n, v in merged.items()},
         training=check_training(training) | check_training(own_training, f"{where}.training"),
     )
+
+
+def _parse_expected(label: str, tree: Any, methods: Mapping[str, MethodConfig]) -> ExpectedConfig:
+    """What was published for a row that the run has."""
+    rows = (ZERO_SHOT, *methods)
+    if label not in rows:
+        raise ConfigError(f"expected names the row '{label}', which the run does not have", nearest(str(label), rows))
+    return build(ExpectedConfig, _as_mapping(tree, f"expected.{label}"), f"expected.{label}")
 
 
 def check_training(tree: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
@@ -589,11 +630,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as JSON text, as the run folder keeps it."""
+    """The resolved configuration as JSON text, as the run folder keeps it; what was published is no part of a run."""
     # Recipes are found from any working directory.
     tasks = [str(Path(task).expanduser().absolute()) if is_file_name(task) else task for task in config.tasks]
+    tree = dataclasses.asdict(config) | {"tasks": tasks}
+    del tree["expected"]
     # In the order given: methods appear in tables as the user listed them.
-    return json.dumps(dataclasses.asdict(config) | {"tasks": tasks}, indent=2) + "\n"
+    return json.dumps(tree, indent=2) + "\n"
 
 
 def read_dumped(run: Path) -> dict[str, Any]:

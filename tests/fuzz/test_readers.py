@@ -4,8 +4,11 @@ A valid file is changed in a few places, as data or as bytes; the changes are th
 """
 
 import copy
+import io
 import json
 import os
+import pickle
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.io import savemat
 
 from llava_keeplora.config import load_config, parse_config
 from llava_keeplora.errors import UserError
@@ -103,6 +107,7 @@ CONFIG = {
     "methods": {"seq-lora": {}, "mine": {"method": "keeplora", "gradient_fraction": 0.5, "training": {"learning_rate": 0.5}, "parts": {"text": {"rank": 3}}}},
     "training": {"num_train_epochs": [1, 2], "per_device_train_batch_size": 8, "learning_rate": 0.01, "deepspeed": {"zero_optimization": {"stage": 2}}},
     "data": {"root": None, "holdout": 0.1}, "evaluation": {"batch_size": 4}, "memory": {"statistics_gb": 2},
+    "expected": {"mine": {"source": "a paper", "tolerance": 1, "figures": {"last": 50.0}, "last": {"digits": 40}}},
 }
 
 
@@ -158,6 +163,7 @@ RECIPES = {
                   "source": {"format": "llava_json", "path": ".", "images": {"train": "x"}, "positional_ids": ["test"], "references": {"test": "r.json"}, "meta": ["kind"]}},
     "drawn": {"name": "drawn", "kind": "classification", "metric": "accuracy", "licence": "MIT", "source": {"format": "rendered", "task": "shapes"}, "splits": {"train": "train"}},
     "extending": {"extends": "digits", "name": "mine", "description": "x"},
+    "lines": {"extends": "mtil/dtd", "source": {"format": "image_list", "path": ".", "pattern": "(?P<image>(?P<label>.+)/.+)", "suffix": ".jpg"}},
 }
 
 
@@ -250,6 +256,45 @@ def test_the_records_of_a_task_line_by_line(place, text):
     (place / "rows.jsonl").write_bytes(text)
     (place / "lines.yaml").write_text(yaml.safe_dump(questions({"format": "llava_json", "path": "."}, "rows.jsonl")))
     tried(lambda: load_recipe(place / "lines.yaml").load("train", place))
+
+
+def mat(**variables) -> bytes:
+    file = io.BytesIO()
+    savemat(file, variables)
+    return file.getvalue()
+
+
+#: task of MTIL → the files of a tiny set of it, all in one folder, and the files that hold a split.
+ARCHIVES = {
+    "mtil/dtd": ({"list": b"a/0.png\nb/1.png\n"}, "list"),
+    "mtil/mnist": ({"images": struct.pack(">4I", 0x803, 2, 2, 2) + bytes(8), "labels": struct.pack(">2I", 0x801, 2) + bytes([0, 1])}, ["images", "labels"]),
+    "mtil/cifar100": ({"train": pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 1]}, 2), "meta": pickle.dumps({"fine_label_names": ["a", "b"]}, 2)}, "train"),
+    "mtil/flowers": ({"imagelabels.mat": mat(labels=np.array([[1, 2]], np.uint8)), "setid.mat": mat(trnid=np.array([[1, 2]], np.uint16))}, "trnid"),
+    "mtil/stanfordcars": ({"train.mat": mat(annotations=np.array([[(np.uint8(1), "0.png"), (np.uint8(2), "1.png")]], [("class", object), ("fname", object)])),
+                           "devkit/cars_meta.mat": mat(class_names=np.array([["a", "b"]], object))}, "train.mat"),
+}
+
+
+@pytest.mark.parametrize("task", ARCHIVES)
+@given(data=st.data())
+@fuzz
+def test_the_files_of_mtil(place, task, data):
+    files, split = ARCHIVES[task]
+    spoiled = data.draw(st.sampled_from(sorted(files)))
+    for name, content in files.items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(data.draw(damaged(content)) if name == spoiled else content)
+    for number, picture in enumerate(("image_00001.jpg", "image_00002.jpg")):
+        (place / picture).write_bytes((place / f"{number}.png").read_bytes())
+    source = load_recipe(task).source | {"path": "."} | ({"images": "."} if "images" in load_recipe(task).source else {})
+    facts = {"extends": task, "source": source, "splits": {"train": split}, "expected_sizes": {}, "classes": ["a", "b"], "class_names": {}, "num_classes": 2}
+    (place / "archive.yaml").write_text(yaml.safe_dump(facts))
+    recipe = load_recipe(place / "archive.yaml")
+    loaded = tried(lambda: recipe.load("train", place))
+    if loaded is not None:
+        assert len(loaded) and loaded[0].image.mode == "RGB"
+    _, problems = recipe.inspect("train", place)
+    assert (loaded is None) == bool(problems)
 
 
 # --- what runs and the harness write --------------------------------------------------------------

@@ -76,8 +76,9 @@ def test_a_split_whose_files_are_missing(pets, tmp_path):
     assert "the train split of 'pets' is not there: no '" in refusal(recipe)
 
 
-def test_a_source_that_the_user_must_name():
-    assert refusal(load_recipe("mtil/sun397")).startswith(
+def test_a_source_that_the_user_must_name(tmp_path, make):
+    recipe = load_recipe(make.yaml(tmp_path / "mine.yaml", extends="mtil/sun397", source={"format": "hub", "path": None}))
+    assert refusal(recipe).startswith(
         "recipe 'mtil/sun397' does not say where its data is (source.path is None); write a YAML with 'extends: mtil/sun397' and a 'source:'"
     )
 

@@ -21,6 +21,7 @@ ABOVE = {
     "report": ["plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],
     "config": ["doctor", "plan", "export", "models", "sequence", "report", "cli", "run_folder"],
     "run_folder": ["doctor", "plan", "export", "models", "sequence", "report", "cli"],
+    "reproduce": ["doctor", "plan", "export", "models", "methods", "sequence", "report", "cli", "run_folder"],
     "sequence": ["cli"],
 }
 

@@ -1,0 +1,69 @@
+"""A run beside what was published: every figure that its configuration expects, and whether the run meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llava_keeplora.config import ExpectedConfig
+from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.matrix import shown
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published number and the one that was measured.
+
+    Args:
+        row: the method's label.
+        name: the aggregate, or the task whose last score it is.
+        published: in percent.
+        measured: in percent; None where the run has no such number.
+        tolerance: in percentage points.
+    """
+
+    row: str
+    name: str
+    published: float
+    measured: float | None
+    tolerance: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the measured number lies within the tolerance."""
+        return self.measured is not None and abs(self.measured - self.published) <= self.tolerance
+
+    def __str__(self) -> str:
+        return f"{self.row}, {self.name}: {shown(self.measured)} and not {self.published} ± {self.tolerance}"
+
+
+def compare(results: Mapping[str, Matrix], expected: Mapping[str, ExpectedConfig]) -> list[Figure]:
+    """Every published figure beside its measured one.
+
+    Args:
+        results: label → matrix, as a run returns them.
+        expected: label → what was published; see `ExpectedConfig`.
+
+    Raises:
+        EvalError: the last score of a task is expected that the run does not have.
+    """
+    figures = []
+    for label, published in expected.items():
+        # The untouched model's matrix is its first row alone.
+        matrix = results[label] if results[label].started else results[label].constant_zero_shot()
+        metrics, last = matrix.metrics(), matrix.per_task()["last"]
+        figures += [Figure(label, name, value, metrics[name], published.tolerance) for name, value in published.figures.items()]
+        figures += [Figure(label, task, value, last[matrix.index(task)], published.tolerance) for task, value in published.last.items()]
+    return figures
+
+
+def comparison(figures: list[Figure], expected: Mapping[str, ExpectedConfig]) -> str:
+    """The comparison as Markdown, with the sources of the published figures."""
+    if not figures:
+        return "nothing is known to be published for these methods, so there is nothing to compare with\n"
+    rows = [["row", "figure", "published", "measured", "difference", "tolerance", "met"], ["---", "---", "---:", "---:", "---:", "---:", "---"]]
+    for f in figures:
+        difference = None if f.measured is None else f.measured - f.published
+        rows.append([f.row, f.name, shown(f.published), shown(f.measured), shown(difference), shown(f.tolerance), "yes" if f.met else "no"])
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    return table + "\n" + "".join(f"{label}: {published.source}\n" for label, published in expected.items())

@@ -1,0 +1,62 @@
+"""The shipped benchmark configurations run from end to end: small models, tiny data in the official layouts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_keeplora.config import load_config
+from llava_keeplora_eval import Matrix
+from llava_keeplora_recipes import load_sequence
+
+#: All that differs from the shipped settings beside the batch and the epochs; mixed precision stays.
+CLIP = ("model.name_or_path=tiny-clip",)
+#: And what a random LLaVA of width 32 needs.
+LLAVA = ("model.max_length=null", "parts.language.rank=2", "evaluation.max_new_tokens=4")
+
+
+def three_classes(recipes: dict[str, Path], name: str) -> list[str]:
+    """The sequence of a configuration with the recipes for three classes each in the place of the shipped ones."""
+    paths = [str(recipes[task]) for task in load_sequence(name).tasks]
+    return ["sequence=null", f"tasks={json.dumps(paths)}"]
+
+
+@pytest.mark.parametrize("name", ["mtil-order1", "mtil-order2"])
+def test_mtil_runs_in_its_order_and_is_compared(reproduce, mtil, mtil_recipes, name):
+    arguments = ["--data-root", mtil.root, *CLIP, *three_classes(mtil_recipes, name)]
+    done = reproduce(name, *arguments)
+    config = load_config(name)
+    for label in ("zero-shot", *config.methods):
+        matrix = Matrix.from_json(done.folder / label / "matrix.json")
+        assert matrix.tasks == load_sequence(name).tasks and (matrix.complete or label == "zero-shot")
+    # A model of a few thousand weights is no CLIP: the run ends well, and the comparison says that it misses.
+    asked = sum(len(row.figures) + len(row.last) for row in config.expected.values())
+    assert done.code == 2 and f"of {asked} published figures by more than the tolerance (zero-shot, " in done.err
+    assert done.out.count("| no |") + done.out.count("| yes |") == asked and f"zero-shot: {config.expected['zero-shot'].source}" in done.out
+    # What it did measure is met, without a step trained anew.
+    keeplora = Matrix.from_json(done.folder / "keeplora/matrix.json")
+    figures = {key: round(keeplora.metrics()[key], 1) for key in ("transfer", "average", "last")}
+    met = reproduce(name, *arguments, f"expected={json.dumps({'keeplora': {'source': 'this run', 'tolerance': 0.1, 'figures': figures}})}")
+    assert met.code == 0 and met.out.count("| yes |") == 3 and "keeplora: this run" in met.out
+
+
+@pytest.mark.parametrize("name", ["ucit", "mllm-dcl"])
+def test_a_benchmark_of_llava_runs_in_its_order(reproduce, conversations, tiny_llava, monkeypatch, name):
+    from llava_keeplora_eval import java
+
+    # METEOR's Java program takes ten seconds to start, for every score.
+    monkeypatch.setattr(java, "find_jar", lambda pattern: Path("meteor.jar") if pattern == java.METEOR else None)
+    monkeypatch.setattr(java, "meteor", lambda jar, captions, references: 0.25)
+    done = reproduce(name, "--data-root", conversations, f"model.name_or_path={tiny_llava}", *LLAVA)
+    assert done.code == 0, done.err
+    assert "nothing is known to be published for these methods" in done.out
+    for label in ("zero-shot", "seq-lora", "keeplora"):
+        matrix = Matrix.from_json(done.folder / label / "matrix.json")
+        assert matrix.tasks == load_sequence(name).tasks and (matrix.complete or label == "zero-shot")
+
+
+@pytest.mark.slow
+def test_mtil_as_it_ships_runs_on_all_1201_classes(reproduce, whole_mtil, long_clip):
+    done = reproduce("mtil-order1", "--data-root", whole_mtil.root, *CLIP, f"model.name_or_path={long_clip}", "methods={keeplora: {}}", "expected={}")
+    assert done.code == 0, done.err
+    assert Matrix.from_json(done.folder / "keeplora/matrix.json").complete

@@ -1,0 +1,63 @@
+"""docs/benchmarks.md: its commands and YAML are understood, and its tables say what the recipes and configurations say."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_keeplora import cli
+from llava_keeplora.config import load_config, parse_config
+from llava_keeplora_recipes import load_recipe, load_sequence
+
+TEXT = (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
+COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", TEXT, flags=re.M | re.S) for line in block.splitlines()]
+MTIL = load_sequence("mtil-order1").tasks
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("llava-keeplora ")])
+def test_a_command_is_understood_and_names_a_shipped_configuration(command):
+    args = cli.parse_arguments(cli.build_parser(), shlex.split(command)[1:])
+    assert load_config(args.config, data_root=args.data_root).data.root == args.data_root
+
+
+def test_data_check_says_of_every_set_what_is_missing(tmp_path, monkeypatch, capfd):
+    from llava_keeplora_eval import cli as eval_cli
+
+    (tmp_path / "MTIL").mkdir()
+    monkeypatch.chdir(tmp_path)
+    command = next(c for c in COMMANDS if c.startswith("llava-keeplora-eval "))
+    assert eval_cli.main(shlex.split(command)[1:]) == 2
+    out, err = capfd.readouterr()
+    assert all(f"the data of '{task}' is not there: no folder 'MTIL/{load_recipe(task).source['path']}'" in out for task in MTIL)
+    assert "mtil-order1 has 22 problems, listed above" in err
+
+
+def test_the_table_of_sets_is_that_of_the_recipes():
+    rows = re.findall(r"^\| (mtil/\w+) \| \[[^\]]+\]\((\S+)\) \| (\d+) / (\d+) \| (\w+)", TEXT, flags=re.M)
+    assert [row[0] for row in rows] == MTIL
+    for task, address, train, test, split in rows:
+        recipe = load_recipe(task)
+        assert recipe.homepage == address and recipe.expected_sizes == {"train": int(train), "test": int(test)}
+        assert (recipe.source["format"] == "random_split") == (split == "random")
+
+
+def test_the_tree_has_every_path_that_a_recipe_reads():
+    tree = TEXT.split("MTIL/\n")[1].split("```")[0]
+    assert all(f"  {load_recipe(task).source['path'].split('/')[0]}/" in tree for task in MTIL)
+
+
+def test_the_table_of_figures_has_what_the_configurations_expect():
+    rows = {cells[0]: cells[1:] for cells in re.findall(r"^\| ([\w+-]+) \| ([\d.]+) \| ([\d.-]+) \| ([\d.-]+) \|", TEXT, flags=re.M)}
+    names = {"zero-shot": "zero-shot", "seq-lora": "LoRA", "keeplora": "KeepLoRA"}
+    for label, row in load_config("mtil-order1").expected.items():
+        told = dict(zip(("transfer", "average", "last"), rows[names[label]]))
+        assert {key: float(value) for key, value in told.items() if value != "-"} == row.figures
+
+
+def test_the_yaml_is_valid(tmp_path):
+    recipe, row = re.findall(r"^```yaml\n(.*?)^```", TEXT, flags=re.M | re.S)
+    (tmp_path / "cifar100.yaml").write_text(recipe)
+    assert load_recipe(tmp_path / "cifar100.yaml").source["columns"] == {"image": "img", "label": "fine_label"}
+    assert parse_config(yaml.safe_load(row) | {"sequence": "mtil-order1"}).expected["keeplora"].figures == {"transfer": 69.0}
