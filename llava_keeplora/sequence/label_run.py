@@ -26,6 +26,7 @@ from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext,
 from llava_keeplora.run_folder import differences, file_name
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
+from llava_keeplora.sequence.forecast import forecast, shortage
 from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.reporters import check_reporters, end_own_place, give_own_place
@@ -38,6 +39,7 @@ from llava_keeplora_eval.predictions import join_shards
 logger = logging.getLogger(__name__)
 
 ZERO_SHOT = "zero-shot"
+CONSOLIDATED = "consolidated.json"
 #: What a person reads while a stage runs.
 ACTIVITY = {
     "PLANNED": "planning",
@@ -327,14 +329,25 @@ class LabelRun:
         self._rebuild(index, states=index)
         ctx = self._context(index, "CONSOLIDATED")
         self.method.consolidate(ctx)
+        if index and "capacity" in ctx.report:
+            ctx.report["forecast"] = self._forecast(index, ctx.report["capacity"])
         added = self.method.state()
-        state, path = self.path(index, "state.safetensors"), self.path(index, "consolidated.json")
+        state, path = self.path(index, "state.safetensors"), self.path(index, CONSOLIDATED)
         if self.shared.rank == 0:
             self._write(state, added)
             write_json(path, ctx.report)
         self.shared.barrier()
         self._states_loaded = index + 1
         return [path] + [state] * bool(added), {}
+
+    def _forecast(self, index: int, capacity: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Layer → for how many more tasks it has room; a warning where that is too few."""
+        before = [json.loads(self.path(t, CONSOLIDATED).read_text())["capacity"] for t in range(index)]
+        rooms = forecast([*before, capacity], self.layers)
+        told = shortage(rooms, self.layers, len(self.tasks) - index)
+        if told:
+            logger.warning("%s: %s", self.config.label, told)
+        return {name: room.to_dict() for name, room in rooms.items()}
 
     def _evaluated(self, index: int) -> tuple[list[Path], dict]:
         copied = index == 0 and self.config.label != ZERO_SHOT
