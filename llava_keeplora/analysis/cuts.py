@@ -17,6 +17,8 @@ from llava_keeplora.models import Family
 from llava_keeplora.subspace import principal_basis, project
 
 SIDES = ("principal", "residual")
+#: Share of the whole model's score that its principal parts must keep for their energy to be enough.
+KEPT = 0.95
 
 
 def every_layer(family: Family) -> dict[str, dict[str, nn.Linear]]:
@@ -46,6 +48,11 @@ class Cuts:
     def directions(self) -> float:
         """The share of the input directions that hold the principal parts: Σ k / Σ in."""
         return sum(basis.shape[1] for basis in self._bases.values()) / sum(basis.shape[0] for basis in self._bases.values())
+
+    @property
+    def room(self) -> int:
+        """The fewest directions that a layer has beside its principal part."""
+        return min(basis.shape[0] - basis.shape[1] for basis in self._bases.values())
 
     @contextmanager
     def only(self, side: str) -> Iterator[None]:

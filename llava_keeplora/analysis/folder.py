@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_keeplora.analysis.cuts import KEPT
 from llava_keeplora.analysis.pictures import PLACES, draw_knowledge, draw_places
 from llava_keeplora.files import write_json
 from llava_keeplora.report.capacity import layer_lines
@@ -46,7 +47,7 @@ def knowledge_table(found: Knowledge) -> str:
     table = markdown_table(["part", "energy (%)", "directions (%)", *(f"{group}, {side}" for side, group in columns)], rows)
     tasks = "".join(f"\n{group}: {', '.join(tasks)}\n" for group, tasks in found.tasks.items())
     told = [f"{part} {'none of these' if value is None else f'{value:g}'}" for part, value in found.proposals.items()]
-    return f"{table}{tasks}\nenergy_weight that keeps {found.kept:.0%} of the general score: {', '.join(told)}\n"
+    return f"{table}{tasks}\nenergy_weight that keeps {KEPT:.0%} of the general score: {', '.join(told)}\n"
 
 
 def write_updates(run: Path, found: Mapping[str, MethodUpdates], into: Path) -> None:

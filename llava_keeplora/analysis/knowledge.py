@@ -11,11 +11,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from tqdm import tqdm
 
-from llava_keeplora.analysis.cuts import SIDES, Cuts, every_layer
+from llava_keeplora.analysis.cuts import KEPT, SIDES, Cuts, every_layer
 from llava_keeplora.analysis.folder import write_knowledge
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
@@ -58,10 +57,8 @@ class Knowledge:
         tasks: group → task → number of examples, metric and fingerprint of the data.
         whole: task → score in percent of the untouched model.
         points: all cuts.
-        kept: share of the whole model's general score that principal parts must keep for their energy to be proposed as ε_w.
     """
 
-    kept: ClassVar[float] = 0.95
     model: Mapping[str, object]
     tasks: Mapping[str, Mapping[str, Mapping[str, object]]]
     whole: Mapping[str, float]
@@ -86,8 +83,8 @@ class Knowledge:
         return {part: self.proposal(part) for part in self.parts if part != ALL}
 
     def proposal(self, part: str) -> float | None:
-        """ε_w from the data: the smallest energy from which on the principal parts alone keep the general score up to `kept`; None if none does."""
-        enough = self.kept * self.mean("general", self.whole)
+        """ε_w from the data: the smallest energy from which on the principal parts alone keep the general score up to `KEPT`; None if none does."""
+        enough = KEPT * self.mean("general", self.whole)
         found = None
         for energy, value in reversed(self.line(part, "principal", "general")):
             if value < enough:
@@ -97,7 +94,7 @@ class Knowledge:
 
     def to_dict(self) -> dict[str, object]:
         """As JSON values."""
-        return asdict(self) | {"energy_weight": self.proposals, "kept": self.kept}
+        return asdict(self) | {"energy_weight": self.proposals, "kept": KEPT}
 
 
 def analyze_model(

@@ -6,8 +6,9 @@ M (in, m) the feature directions that earlier tasks added. A share is ‖ΔW U�
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from llava_keeplora.adapters import Delta, FullDelta, dense_weight
 from llava_keeplora.analysis.folder import write_updates
 from llava_keeplora.analysis.pictures import PLACES
-from llava_keeplora.config import read_dumped
+from llava_keeplora.config import AUTO, PartConfig, read_dumped
 from llava_keeplora.errors import RunError
 from llava_keeplora.export.bundle import Learned, checked, read_learned
 from llava_keeplora.journal import Journal
@@ -108,13 +109,14 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
     learned = {label: read_learned(run, label) for label in _finished(run)}
     names, family = read_identity(run)["tasks"], load_model(next(iter(learned.values())).model)
     layers = dict.fromkeys(name for one in learned.values() for task in one.deltas for name in task)
-    features = {label: _added(one) for label, one in learned.items()}
+    features, chosen = {label: _added(one) for label, one in learned.items()}, _chosen(learned.values())
     updates: dict[str, list[Update]] = {label: [] for label in learned}
     for layer in tqdm(layers, desc="analyze", delay=2, disable=None):
         part, weight = _part(family, layer), dense_weight(family.model.get_submodule(layer)).detach().to(default_device())
         bases: dict[float, Tensor] = {}
         for label, one in learned.items():
-            energy = one.config["methods"][label]["parts"][part]["energy_weight"]
+            settings = PartConfig(**one.config["methods"][label]["parts"][part])
+            energy = chosen[part] if settings.energy_weight == AUTO and part in chosen else settings.energy("energy_weight")
             if energy not in bases:
                 bases[energy] = principal_basis(weight, energy).basis.cpu()
             before = bases[energy].new_zeros(len(bases[energy]), 0)
@@ -145,6 +147,16 @@ def _added(learned: Learned) -> list[dict[str, Tensor]]:
         if entry.task and entry.stage == "CONSOLIDATED":
             states = [name for name in entry.files if name.endswith("state.safetensors")]
             found.append(load_file(checked(folder / states[0], entry.files[states[0]], f"task {entry.task}")) if states else {})
+    return found
+
+
+def _chosen(learned: Iterable[Learned]) -> dict[str, float]:
+    """Part → ε_w that a method of the run has chosen from the data, where it is `auto`."""
+    found = {}
+    for one in learned:
+        base = next(entry for entry in one.entries if entry.stage == "CONSOLIDATED")
+        (path,) = [checked(one.run / one.label / name, value, "the base") for name, value in base.files.items() if name.endswith("consolidated.json")]
+        found |= {part: choice["energy"] for part, choice in json.loads(path.read_text()).get("energy_weight", {}).items()}
     return found
 
 

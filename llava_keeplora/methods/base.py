@@ -42,7 +42,8 @@ class Layer:
         name: full module name.
         part: `vision`, `text`, ...
         module: the linear layer, holding the present weights.
-        rank, alpha, energy_weight, energy_feature: see `PartConfig`.
+        rank, alpha, energy_weight, energy_feature: see `PartConfig`; of a threshold that is `auto`, how far it may go.
+        auto: which of the two are.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Layer:
     alpha: float
     energy_weight: float
     energy_feature: float
+    auto: tuple[str, ...] = ()
 
 
 @dataclass
@@ -68,6 +70,9 @@ class TaskContext:
         seed: of this task and stage, the same in every process.
         statistics_bytes: device memory for the statistics of one pass.
         report: numbers that a method wants to see in the run folder.
+        base: the report of the base, for a task.
+        tasks: how many are announced.
+        choose: part → the choice of its ε_w from the data, with `energy` in it.
     """
 
     index: int
@@ -78,6 +83,9 @@ class TaskContext:
     seed: int
     statistics_bytes: int
     report: dict[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    tasks: int = 0
+    choose: Callable[[str], dict[str, Any]] | None = None
 
 
 class Method:
@@ -101,6 +109,9 @@ class Method:
 
     def __init__(self, options: Any):
         self.options = options
+
+    def check(self, layers: Mapping[str, Layer]) -> None:
+        """Refuse settings of the layers that the method can't follow, before anything is computed."""
 
     def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Before a task: how each layer's adapter starts; a layer that is left out is named in `ctx.report`."""

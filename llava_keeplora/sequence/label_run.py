@@ -31,6 +31,7 @@ from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.reporters import check_reporters, end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
+from llava_keeplora.sequence.thresholds import check_auto, choose_energy_weight
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
 from llava_keeplora.zero import gathered, trained_values
 from llava_keeplora_eval import Matrix, predict_to_file, score
@@ -71,6 +72,8 @@ class LabelRun:
         self._states_loaded = 0
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
+        self.method.check(self.layers)
+        check_auto(shared, self.layers)
         self._check_training()
         self._check_history()
 
@@ -422,6 +425,9 @@ class LabelRun:
             features=functools.partial(self._features, index),
             seed=stage_seed(self.shared.config.seed, index, stage),
             statistics_bytes=int(self.shared.config.memory.statistics_gb * 1e9),
+            base=json.loads(self.path(0, CONSOLIDATED).read_text()) if index else {},
+            tasks=len(self.tasks),
+            choose=functools.partial(choose_energy_weight, self.shared, self.layers),
         )
 
     def _batches(self, index: int, fraction: float, cost: float) -> Any:
