@@ -10,7 +10,7 @@ from torch import nn
 from llava_keeplora.analysis.cuts import KEPT, Cuts
 
 #: From the largest down; below the first at which too much is lost nothing is tried.
-ENERGIES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+CANDIDATES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def choose_energy(layers: Mapping[str, nn.Linear], room: int, score: Callable[[]
     """
     whole = score()
     chosen = None
-    for energy in ENERGIES:
+    for energy in CANDIDATES:
         cuts = Cuts(layers, energy)
-        if cuts.room < room and energy != ENERGIES[-1]:
+        if cuts.room < room and energy != CANDIDATES[-1]:
             continue
         with cuts.only("principal"):
             kept = score()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llava_keeplora.analysis.cuts import KEPT
 from llava_keeplora.analysis.pictures import PLACES, draw_knowledge, draw_places
+from llava_keeplora.errors import ConfigError
 from llava_keeplora.files import write_json
 from llava_keeplora.report.capacity import layer_lines
 from llava_keeplora.report.figures import LIGHT, save
@@ -23,9 +24,21 @@ if TYPE_CHECKING:
     from llava_keeplora.analysis.updates import MethodUpdates
 
 
+def made(into: str | Path) -> Path:
+    """The folder to write to, made before the work that fills it.
+
+    Raises:
+        ConfigError: if it can't be.
+    """
+    try:
+        Path(into).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{into} cannot be a folder ({error.strerror})", "choose another one with --into") from error
+    return Path(into)
+
+
 def write_knowledge(found: Knowledge, into: Path) -> None:
     """`knowledge.json`, `.csv`, `.md`, `.png` and `.svg`."""
-    into.mkdir(parents=True, exist_ok=True)
     write_json(into / "knowledge.json", found.to_dict())
     rows = [
         [point.part, point.energy, point.side, point.directions, group, task, point.scores[task]]
@@ -52,7 +65,6 @@ def knowledge_table(found: Knowledge) -> str:
 
 def write_updates(run: Path, found: Mapping[str, MethodUpdates], into: Path) -> None:
     """`updates.json`, `.csv`, `.md`, and per method the pictures `places`, `principal` and `overlap`."""
-    into.mkdir(parents=True, exist_ok=True)
     write_json(into / "updates.json", {"run": run.resolve().name, "methods": {label: one.to_dict() for label, one in found.items()}})
     fields = list(next(one.updates[0] for one in found.values()).__dataclass_fields__)
     rows = [[label, *(getattr(update, field) for field in fields)] for label, one in found.items() for update in one.updates]

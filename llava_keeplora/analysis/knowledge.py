@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llava_keeplora.analysis.cuts import KEPT, SIDES, Cuts, every_layer
-from llava_keeplora.analysis.folder import write_knowledge
+from llava_keeplora.analysis.folder import made, write_knowledge
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import DTYPES, Family, Prepared, open_model
@@ -127,6 +127,7 @@ def analyze_model(
     data = {group: _load(family, tasks, examples, data_root) for group, tasks in groups.items()}
     every = [one for tasks in data.values() for one in tasks]
     _check_names([one.recipe.name for one in every])
+    into = made(into)
     family.load(DTYPES[model.dtype])
     if not family.quantization:  # What is quantised was loaded to where it is.
         family.model.to(default_device())
@@ -144,7 +145,7 @@ def analyze_model(
                         points.append(Point(part, energy, side, cuts.directions, _scores(family, every, evaluation.batch_size)))
                     bar.update()
     found = Knowledge(asdict(model), {group: {one.recipe.name: _record(one) for one in tasks} for group, tasks in data.items()}, whole, points)
-    write_knowledge(found, Path(into))
+    write_knowledge(found, into)
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_keeplora.adapters import Delta, FullDelta, dense_weight
-from llava_keeplora.analysis.folder import write_updates
+from llava_keeplora.analysis.folder import made, write_updates
 from llava_keeplora.analysis.pictures import PLACES
 from llava_keeplora.config import AUTO, PartConfig, read_dumped
 from llava_keeplora.errors import RunError
@@ -107,9 +107,10 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
     """
     run = Path(run)
     learned = {label: read_learned(run, label) for label in _finished(run)}
+    features, chosen = {label: _added(one) for label, one in learned.items()}, _chosen(learned.values())
+    into = made(into)
     names, family = read_identity(run)["tasks"], load_model(next(iter(learned.values())).model)
     layers = dict.fromkeys(name for one in learned.values() for task in one.deltas for name in task)
-    features, chosen = {label: _added(one) for label, one in learned.items()}, _chosen(learned.values())
     updates: dict[str, list[Update]] = {label: [] for label in learned}
     for layer in tqdm(layers, desc="analyze", delay=2, disable=None):
         part, weight = _part(family, layer), dense_weight(family.model.get_submodule(layer)).detach().to(default_device())
@@ -126,7 +127,7 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
                 if layer in features[label][task]:
                     before = torch.cat([before, features[label][task][layer]], dim=1)
     found = {label: MethodUpdates(names[: len(one.deltas)], updates[label], _overlap(one)) for label, one in learned.items()}
-    write_updates(run, found, Path(into))
+    write_updates(run, found, into)
     return found
 
 

@@ -63,7 +63,7 @@ class Shared:
         """The first process's value."""
         if not self.distributed:
             return value
-        shared = torch.tensor(value, device=self.device)
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.broadcast(shared, 0)
         return float(shared)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava_keeplora.analysis.choice import ENERGIES, choose_energy
+from llava_keeplora.analysis.choice import CANDIDATES, choose_energy
 
 
 @pytest.fixture
@@ -25,18 +25,18 @@ def scored(layer, by_energy):
     ("enough_from", "chosen"), [(0.1, 0.1), (0.3, 0.3), (0.95, 0.95)],
 )
 def test_the_smallest_energy_that_keeps_95_percent_of_the_score_is_chosen(layer, enough_from, chosen):
-    scores = {1.0: 60.0} | {energy: 57.0 if energy >= enough_from else 56.9 for energy in ENERGIES}
+    scores = {1.0: 60.0} | {energy: 57.0 if energy >= enough_from else 56.9 for energy in CANDIDATES}
     choice = choose_energy({"l": layer}, 1, scored(layer, scores))
     assert (choice.energy, choice.score, choice.whole, choice.directions) == (chosen, 57.0, 60.0, chosen)
 
 
 def test_an_energy_below_one_that_loses_too_much_is_no_choice_even_if_it_scores_well(layer):
-    scores = {1.0: 60.0} | dict.fromkeys(ENERGIES, 60.0) | {0.5: 40.0}
+    scores = {1.0: 60.0} | dict.fromkeys(CANDIDATES, 60.0) | {0.5: 40.0}
     assert choose_energy({"l": layer}, 1, scored(layer, scores)).energy == 0.6
 
 
 def test_where_no_energy_keeps_enough_the_largest_with_room_is_chosen(layer):
-    scores = {1.0: 60.0} | dict.fromkeys(ENERGIES, 10.0)
+    scores = {1.0: 60.0} | dict.fromkeys(CANDIDATES, 10.0)
     assert choose_energy({"l": layer}, 1, scored(layer, scores)).energy == 0.95
     assert choose_energy({"l": layer}, 5, scored(layer, scores)).energy == 0.8, "0.9 leaves 4 of 40 directions"
     assert choose_energy({"l": layer}, 40, scored(layer, scores)).energy == 0.1

@@ -47,6 +47,6 @@ def test_the_settings_that_it_shows_are_valid():
 
 def test_the_numbers_of_the_rules_are_those_of_the_code():
     assert re.search(r"0\.2, 0\.4, 0\.6, 0\.8, 0\.9 and 0\.95", TEXT) and ENERGIES == (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
-    assert "0.95, 0.9, 0.8, ..., 0.1" in TEXT and choice.ENERGIES[:3] == (0.95, 0.9, 0.8) and choice.ENERGIES[-1] == 0.1
+    assert "0.95, 0.9, 0.8, ..., 0.1" in TEXT and choice.CANDIDATES[:3] == (0.95, 0.9, 0.8) and choice.CANDIDATES[-1] == 0.1
     assert "95 % of" in TEXT and cuts.KEPT == 0.95
     assert f"{thresholds.EXAMPLES} examples of each **training**" in TEXT and f"aims at {AUTO_LIMITS['energy_feature']} " in TEXT
