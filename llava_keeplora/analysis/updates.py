@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_keeplora.adapters import Delta, FullDelta, dense_weight
+from llava_keeplora.adapters.deltas import Deltas
 from llava_keeplora.analysis.folder import made, write_updates
 from llava_keeplora.analysis.pictures import PLACES
 from llava_keeplora.config import AUTO, PartConfig, read_dumped
@@ -114,21 +115,31 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
     updates: dict[str, list[Update]] = {label: [] for label in learned}
     for layer in tqdm(layers, desc="analyze", delay=2, disable=None):
         part, weight = _part(family, layer), dense_weight(family.model.get_submodule(layer)).detach().to(default_device())
-        bases: dict[float, Tensor] = {}
+        energies = {label: _energy(PartConfig(**one.config["methods"][label]["parts"][part]), chosen.get(part)) for label, one in learned.items()}
+        bases = {energy: principal_basis(weight, energy).basis.cpu() for energy in set(energies.values())}
         for label, one in learned.items():
-            settings = PartConfig(**one.config["methods"][label]["parts"][part])
-            energy = chosen[part] if settings.energy_weight == AUTO and part in chosen else settings.energy("energy_weight")
-            if energy not in bases:
-                bases[energy] = principal_basis(weight, energy).basis.cpu()
-            before = bases[energy].new_zeros(len(bases[energy]), 0)
-            for task, (name, deltas) in enumerate(zip(names, one.deltas)):
-                if layer in deltas:
-                    updates[label].append(measure(name, part, layer, deltas[layer], bases[energy], before))
-                if layer in features[label][task]:
-                    before = torch.cat([before, features[label][task][layer]], dim=1)
+            updates[label] += _of_layer(layer, part, names, one.deltas, bases[energies[label]], features[label])
     found = {label: MethodUpdates(names[: len(one.deltas)], updates[label], _overlap(one)) for label, one in learned.items()}
     write_updates(run, found, into)
     return found
+
+
+def _of_layer(
+    layer: str, part: str, tasks: Sequence[str], deltas: Sequence[Deltas], principal: Tensor, features: Sequence[Mapping[str, Tensor]]
+) -> list[Update]:
+    """The updates of a layer, task by task; each sees the features of the tasks before it."""
+    found, before = [], principal.new_zeros(len(principal), 0)
+    for task, changes, added in zip(tasks, deltas, features):
+        if layer in changes:
+            found.append(measure(task, part, layer, changes[layer], principal, before))
+        if layer in added:
+            before = torch.cat([before, added[layer]], dim=1)
+    return found
+
+
+def _energy(settings: PartConfig, chosen: float | None) -> float:
+    """ε_w of a part, the chosen one where it is `auto` and a method has chosen it."""
+    return chosen if settings.energy_weight == AUTO and chosen else settings.energy("energy_weight")
 
 
 def _finished(run: Path) -> list[str]:

@@ -24,6 +24,7 @@ from llava_keeplora.files import file_hash, write_json, write_tensors
 from llava_keeplora.journal import SCORES, Entry, Journal, next_stage, open_stages
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_layers
 from llava_keeplora.run_folder import differences, file_name
+from llava_keeplora.sequence import thresholds
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.sequence.forecast import forecast, shortage
@@ -31,7 +32,6 @@ from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.reporters import check_reporters, end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
-from llava_keeplora.sequence.thresholds import check_auto, choose_energy_weight
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
 from llava_keeplora.zero import gathered, trained_values
 from llava_keeplora_eval import Matrix, predict_to_file, score
@@ -73,7 +73,7 @@ class LabelRun:
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
         self.method.check(self.layers)
-        check_auto(shared, self.layers)
+        thresholds.check_auto(shared, self.layers)
         self._check_training()
         self._check_history()
 
@@ -117,6 +117,8 @@ class LabelRun:
             answered = self.journal.files()
             new = [task for task in self.tasks if str(self._predictions(index, task).relative_to(self.folder)) not in answered]
             return 0 if copied else self.shared.family.cost * sum(len(task.test) for task in new)
+        if index == 0 and stage == "CONSOLIDATED" and stage in self.method.passes:
+            return thresholds.cost(self.shared, self.layers)
         if index == 0 or stage in ("PLANNED", "CLOSED"):
             return 0
         n = len(self.shared.inputs[index - 1])
@@ -427,7 +429,7 @@ class LabelRun:
             statistics_bytes=int(self.shared.config.memory.statistics_gb * 1e9),
             base=json.loads(self.path(0, CONSOLIDATED).read_text()) if index else {},
             tasks=len(self.tasks),
-            choose=functools.partial(choose_energy_weight, self.shared, self.layers),
+            choose=functools.partial(thresholds.choose_energy_weight, self.shared, self.layers),
         )
 
     def _batches(self, index: int, fraction: float, cost: float) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.analysis.choice import choose_energy
+from llava_keeplora.analysis.choice import CANDIDATES, choose_energy
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer
 from llava_keeplora.sequence.shared import Shared
@@ -33,6 +33,12 @@ def check_auto(shared: Shared, layers: Mapping[str, Layer]) -> None:
                 f"parts.{layer.part}.energy_weight is 'auto', and ZeRO-3 holds the weights in shards, which can't be cut and scored",
                 "set a number, for instance the one that `llava-keeplora analyze` proposes, or use ZeRO-2",
             )
+
+
+def cost(shared: Shared, layers: Mapping[str, Layer]) -> float:
+    """What the choices take at most, in images through the model once."""
+    parts = {layer.part for layer in layers.values() if "energy_weight" in layer.auto}
+    return len(parts) * (1 + len(CANDIDATES)) * shared.family.cost * sum(min(EXAMPLES, len(task.train)) for task in shared.tasks)
 
 
 def choose_energy_weight(shared: Shared, layers: Mapping[str, Layer], part: str) -> dict[str, Any]:
@@ -65,6 +71,8 @@ def _zero_shot(shared: Shared) -> float:
             data = task.train.take(i * len(task.train) // count for i in range(count))
             path = Path(folder) / f"{len(scores)}.jsonl"
             predictor = shared.family.predictor(task.recipe, shared.cache.split(task.train))
-            predict_to_file(predictor, data, path, shared.config.evaluation.batch_size, advance=lambda count: None)
+            predict_to_file(
+                predictor, data, path, shared.config.evaluation.batch_size, advance=lambda count: shared.progress.advance(shared.family.cost * count)
+            )
             scores.append(score(data, path).score)
     return statistics.fmean(scores)
