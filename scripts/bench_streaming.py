@@ -3,7 +3,7 @@
 The plain gradient pass is the same forward and backward with frozen weights, the gradient flowing through every adapted
 layer. Memory is counted tensor by tensor: the most bytes alive at once, whatever made them.
 
-Pairs as in bench_passes.py.
+Pairs as in bench_passes.py, each built small on demand.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import statistics as numbers
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from unittest import mock
 
 import torch
@@ -51,18 +52,20 @@ BATCHES = 4
 class Setting:
     """The wide LLaVA, its adapted layers with their principal bases, and one batch."""
 
-    def __init__(self) -> None:
-        self.model = random_llava(WIDE)
+    def __init__(self, quick: bool) -> None:
+        self.size = replace(WIDE, layers=1) if quick else WIDE
+        self.model = random_llava(self.size)
         self.task = LlavaTask(self.model)
         self.layers = language_layers(self.model)
         self.weight_bytes = sum(layer.weight.nbytes for layer in self.layers.values())
-        self.batch = random_batch(WIDE, EXAMPLES, TEXT, ANSWER)
+        self.batch = random_batch(self.size, EXAMPLES, TEXT, ANSWER)
         self.described = {name: Layer(name, "language", layer, RANK, float(RANK), ENERGY, 0.99) for name, layer in self.layers.items()}
 
     @property
     def shape(self) -> str:
         """The model in words."""
-        return f"{WIDE.layers} layers x {WIDE.hidden} ({WIDE.intermediate}), {EXAMPLES} x {WIDE.image_tokens + TEXT} tokens, rank {RANK}"
+        size = self.size
+        return f"{size.layers} layers x {size.hidden} ({size.intermediate}), {EXAMPLES} x {size.image_tokens + TEXT} tokens, rank {RANK}"
 
     @cached_property
     def bases(self) -> dict[str, Tensor]:
@@ -122,9 +125,9 @@ class Setting:
             return f"peak beyond a LoRA step and frozen weights {kept} of the adapted weights; activations checkpointed {shares()}"
 
 
-def gradient(sketched: bool) -> Pair:
+def gradient(sketched: bool, quick: bool) -> Pair:
     """The gradient pass against the same forward and backward with frozen weights."""
-    setting = Setting()
+    setting = Setting(quick)
     held = setting.statistics(sketched)
     size = sum(t.nbytes for one in held.values() for t in _kept(one)) / setting.weight_bytes
     beyond = setting.beyond(lambda: setting.gradient_step(setting.statistics(sketched)))
@@ -138,9 +141,9 @@ def _kept(statistic: DenseGradient | GradientSketch) -> list[Tensor]:
     return [*statistic.tensors, statistic._omega] if isinstance(statistic, GradientSketch) else statistic.tensors
 
 
-def second_pass() -> Pair:
+def second_pass(quick: bool) -> Pair:
     """The pass for the exact Q^T G, for layers that one pass doesn't settle; here all of them."""
-    setting = Setting()
+    setting = Setting(quick)
     first = setting.statistics(sketched=True)
     setting.gradient_step(first)
     held = {name: one.second_pass() for name, one in first.items()}
@@ -148,9 +151,9 @@ def second_pass() -> Pair:
     return name, setting.plain_step, lambda: setting.gradient_step(held), setting.shape
 
 
-def bounded_features() -> Pair:
+def bounded_features(quick: bool) -> Pair:
     """The feature pass in its bounded form against a forward pass."""
-    setting = Setting()
+    setting = Setting(quick)
     parts = dict.fromkeys(setting.layers, "language")
     budget = int(FEATURE_SHARE * setting.weight_bytes)
     made: dict[str, object] = {}
@@ -176,7 +179,7 @@ def bounded_features() -> Pair:
 class Embedded:
     """An embedded model on a rendered task, its adapted layers and principal bases as its demo has them."""
 
-    def __init__(self, model: str, recipe: str, rank: int, examples: int = 256, batch: int = 32, energy: float = 0.85):
+    def __init__(self, model: str, recipe: str, rank: int, examples: int, batch: int = 32, energy: float = 0.85):
         family = load_model(ModelConfig(model))
         data = load_recipe(recipe).load("train").take(range(examples))
         inputs = family.inputs(data, ImageCache(family.prepare, budget_gb=1.0).split(data))
@@ -211,9 +214,9 @@ class Embedded:
         return shares
 
 
-def captured(model: str, recipe: str, rank: int) -> Pair:
+def captured(model: str, recipe: str, rank: int, quick: bool) -> Pair:
     """A by sketches, with the passes that they ask for, against A by the dense gradient; the note says what A holds."""
-    setting = Embedded(model, recipe, rank)
+    setting = Embedded(model, recipe, rank, examples=32 if quick else 256)
     found = setting.directions(sketched=True)
     shares, passes = setting.shares(found), Counter(one.passes for one in found.values())
     taken = ", ".join(f"{count} in {number}" for number, count in sorted(passes.items()))
@@ -224,12 +227,12 @@ def captured(model: str, recipe: str, rank: int) -> Pair:
 
 
 PAIRS = {
-    "gradient-sketch": lambda: gradient(sketched=True),
+    "gradient-sketch": partial(gradient, True),
     "gradient-second": second_pass,
-    "gradient-dense": lambda: gradient(sketched=False),
+    "gradient-dense": partial(gradient, False),
     "features-bounded": bounded_features,
-    "captured-clip": lambda: captured("tiny-clip", "textures", 16),
-    "captured-clip-digits": lambda: captured("tiny-clip", "digits", 16),
-    "captured-llava": lambda: captured("tiny-llava", "scene-captions", 8),
-    "captured-llava-exists": lambda: captured("tiny-llava", "scene-exists", 8),
+    "captured-clip": partial(captured, "tiny-clip", "textures", 16),
+    "captured-clip-digits": partial(captured, "tiny-clip", "digits", 16),
+    "captured-llava": partial(captured, "tiny-llava", "scene-captions", 8),
+    "captured-llava-exists": partial(captured, "tiny-llava", "scene-exists", 8),
 }

@@ -114,7 +114,7 @@ def write_card(folder: Path, name: str, learned: Learned, base: Base, done: "Exp
         "Last the score after the final one.",
         f"![score of every task after every stage]({PICTURE})",
         learned.matrix.markdown(),
-        summary_table({learned.label: learned.matrix}),
+        summary_table({learned.label: [learned.matrix]}),
         markdown_table(["task", *SCORE_COLUMNS], score_rows(learned.matrix.tasks, _stages(learned))),
         "## Tasks and data",
         markdown_table(["task, in order", "version", "kind", "metric", "licence", "source"], [_task(recipe) for recipe in learned.recipes[:count]]),

@@ -14,9 +14,10 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export.bundle import checked
 from llava_keeplora.export.hub import download
-from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, SUFFIXES, is_recipe_file, public, stays_inside
+from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, SUFFIXES, public, stays_inside
 from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
+from llava_keeplora_recipes.strict_yaml import is_file_name
 
 
 def import_state(
@@ -107,7 +108,7 @@ def _settle(room: Path, home: Path, base: str | None, data_root: str | None) -> 
     trees = {name: _read_object(room / name) for name in ("config.json", "identity.json")}
     try:
         for tree in trees.values():
-            tree["tasks"] = [str(home / task) if is_recipe_file(task) else task for task in tree["tasks"]]
+            tree["tasks"] = [str(home / task) if is_file_name(task) else task for task in tree["tasks"]]
             if base is not None:
                 tree["model"]["name_or_path"], tree["model"]["revision"] = base, None
         config = trees["config.json"]
@@ -130,7 +131,7 @@ def _check_recipes(room: Path, home: Path, tasks: list[str]) -> None:
     """Refuse tasks that read a recipe from elsewhere, and recipes that read data from elsewhere."""
     recipes = {str(home / path.relative_to(room)): _read_object(path) for path in room.glob("recipes/*.yaml")}
     for task in tasks:
-        if is_recipe_file(task) and task not in recipes:
+        if is_file_name(task) and task not in recipes:
             raise RunError(f"the state's configuration names the recipe '{task}', which is not in it", "do not use this state")
     for name, facts in recipes.items():
         if "extends" in facts:

@@ -18,7 +18,9 @@ from llava_keeplora.export.bundle import Base, Learned, checked, find_local
 from llava_keeplora.files import file_hash, write_bytes, write_json
 from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import embedded_models
+from llava_keeplora.run_folder import kept_recipe
 from llava_keeplora_recipes import Recipe
+from llava_keeplora_recipes.strict_yaml import is_file_name
 
 FORMAT = 1
 MANIFEST = "state.json"
@@ -51,8 +53,8 @@ def write_state(learned: Learned, base: Base, folder: Path) -> None:
         tree = json.loads((learned.run / name).read_text())
         write_bytes(folder / name, (json.dumps(_portable(tree, learned, base), indent=2) + "\n").encode())
     for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True):
-        if is_recipe_file(task):
-            write_bytes(folder / kept_recipe(recipe.name), (json.dumps(_recipe_facts(recipe), indent=1) + "\n").encode())
+        if is_file_name(task):
+            write_bytes(kept_recipe(folder, recipe.name), (json.dumps(_recipe_facts(recipe), indent=1) + "\n").encode())
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
     facts = {"label": learned.label, "tasks": len(learned.deltas), "base": base.id, "revision": base.revision}
@@ -79,8 +81,8 @@ def _portable(tree: dict[str, Any], learned: Learned, base: Base) -> dict[str, A
     tree["methods"] = {learned.label: tree["methods"][learned.label]}
     if "sequence" in tree:
         tree["sequence"] = None  # Its tasks are listed.
-    names = {task: recipe.name for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True) if is_recipe_file(task)}
-    tree["tasks"] = [kept_recipe(names[task]) if task in names else task for task in tree["tasks"]]
+    names = {task: recipe.name for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True) if is_file_name(task)}
+    tree["tasks"] = [kept_recipe(Path(), names[task]).as_posix() if task in names else task for task in tree["tasks"]]
     if find_local(learned.model.name_or_path) and learned.model.name_or_path not in embedded_models():
         tree["model"]["name_or_path"] = base.id
     for section in (tree, *tree["methods"].values()):
@@ -93,16 +95,6 @@ def _portable(tree: dict[str, Any], learned: Learned, base: Base) -> dict[str, A
 def public(training: dict[str, Any]) -> dict[str, Any]:
     """Training arguments without what is of one person or one machine."""
     return {key: value for key, value in training.items() if not key.startswith(PRIVATE)}
-
-
-def is_recipe_file(task: str) -> bool:
-    """Whether a task is named by its file rather than by a recipe that comes with the package."""
-    return task.endswith((".yaml", ".yml"))
-
-
-def kept_recipe(name: str) -> str:
-    """Where the recipe of a user's task lies in a state, and in a run made of one."""
-    return f"recipes/{name.replace('/', '-')}.yaml"
 
 
 def _recipe_facts(recipe: Recipe) -> dict[str, Any]:

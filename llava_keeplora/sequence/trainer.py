@@ -126,6 +126,9 @@ class TaskTrainer(Trainer):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # The Trainer wants to save its last step too; what the task learned is about to be written.
+            return
         random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
         everyone = [random]
         if is_distributed():

@@ -1,11 +1,14 @@
 """The memory that a plan foretells is what a run takes, stage by stage, within 20 %."""
 
 import copy
+import logging
 
 import pytest
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.plan import make_plan
+
+logger = logging.getLogger(__name__)
 
 MEASURED = ("load", "basis", "gradient", "train", "features", "evaluate")
 PART = {"rank": 8, "alpha": 8, "energy_weight": 0.5, "energy_feature": 0.95}
@@ -15,7 +18,11 @@ def compare(measured, tree, small, large):
     """Ratio of the plan's figure to the measured one for every stage that a run goes through."""
     run = {**tree, "model": {**tree["model"], "name_or_path": str(large)}}
     found = measured({**tree, "model": {**tree["model"], "name_or_path": str(small)}}, run)
-    return {stage.stage: stage.device / found[stage.stage] for stage in make_plan(parse_config(run)).methods[0].stages if stage.stage in MEASURED}
+    planned = {stage.stage: stage.device for stage in make_plan(parse_config(run)).methods[0].stages if stage.stage in MEASURED}
+    for stage, size in planned.items():
+        # `pytest -m slow -o log_cli=true --log-cli-level=INFO tests/plan/test_measured.py` shows them.
+        logger.info("%s: planned %.0f MB, measured %.0f MB, %.2f", stage, size / 1e6, found[stage] / 1e6, size / found[stage])
+    return {stage: size / found[stage] for stage, size in planned.items()}
 
 
 def llava(llava_tree, tasks):
@@ -50,7 +57,7 @@ def test_a_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"training": {"gradient_checkpointing": True}}, {"methods": {"keeplora": {"gradient": "dense"}}},
-                                     {"model": {"dtype": "bfloat16"}, "training": {"bf16": True}}])
+                                     {"model": {"dtype": "bfloat16"}, "training": {"bf16": True}}, {"model": {"quantization": "nf4"}}])
 def test_a_llava_takes_what_was_planned(measured, llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge, changes):
     large = enlarge(tiny_llava, tmp_path / "llava", vision(512, 4), text(768, 6), weights=True)
     tree = llava(llava_tree, mixed_tasks[:1] + mixed_tasks[2:])

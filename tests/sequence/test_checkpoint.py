@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llava_keeplora.sequence import trainer
+from llava_keeplora.sequence import label_run, trainer
 from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
 
 SETTINGS = {
@@ -60,6 +60,24 @@ def test_a_llava_with_dropout_and_rates_of_its_parts_goes_on_bit_for_bit(
     build = lambda name: one_task(lambda *a, **k: llava_config(*a, **k, **changes), mixed_tasks, tmp_path, name, {})  # noqa: E731
     drive(build("undisturbed"))
     stop_within_training(2)
+    assert run_to_the_end(build("killed")) == 2
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
+
+
+def test_training_stopped_after_its_last_step_ends_with_the_same_files(
+    run_config, drive, run_to_the_end, stopped, monkeypatch, tmp_path, tiny_tasks, left_behind, one_label
+):
+    build = lambda name: one_task(lambda *a, **k: run_config(*a, **k, **one_label("keeplora")), tiny_tasks, tmp_path, name, {})  # noqa: E731
+    drive(build("undisturbed"))
+    save, calls = label_run.save_deltas, []
+
+    def stop_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise stopped
+        return save(*args)
+
+    monkeypatch.setattr(label_run, "save_deltas", stop_once)
     assert run_to_the_end(build("killed")) == 2
     assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
 
