@@ -40,6 +40,12 @@ def test_every_command_runs_and_writes_the_files_that_are_listed(folder, capfd):
     assert all(stem in written or {f"{stem}.png", f"{stem}.svg"} <= written for stem in stems)
 
 
+def test_the_long_command_of_the_results_is_one():
+    (command,) = re.findall(r"^    llava-keeplora (.*)$", TEXT, flags=re.M)
+    args = cli.parse_arguments(cli.build_parser(), command.split())
+    assert (args.model, args.general[0], args.specific[0], args.examples) == ("tiny-clip", "shapes", "digits", 200)
+
+
 def test_the_settings_that_it_shows_are_valid():
     (block,) = re.findall(r"^```yaml\n(.*?)^```", TEXT, flags=re.M | re.S)
     assert PartConfig(**yaml.safe_load(block)["parts"]["vision"]).auto == ("energy_weight", "energy_feature")
