@@ -76,12 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
     importing.add_argument("--base", metavar="DIR", help="where the base model lies here (default: its id on the Hub)")
     importing.add_argument("--data-root", help="the folder with the data sets (data.root)")
     importing.set_defaults(run=_import)
+    analyze = commands.add_parser("analyze", help="say where a model keeps what it knows, or where a run's updates lie")
+    add_analyze_arguments(analyze)
     doctor = commands.add_parser("doctor", help="examine the machine, or every file of a run")
     doctor.add_argument("run_folder", nargs="?", metavar="RUN", help="a run folder (default: the machine)")
     doctor.set_defaults(run=_doctor)
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
-    for command in (train, reproduce, plan, extend, fork, report, export, importing, doctor, listing):
+    for command in (train, reproduce, plan, extend, fork, report, export, importing, analyze, doctor, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -138,6 +140,29 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push", metavar="USER/NAME", help="list what would go to the Hub; with --yes, upload it")
     parser.add_argument("--yes", action="store_true", help="push for real")
     parser.set_defaults(run=_export)
+
+
+def add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `analyze`."""
+    parser.add_argument("model", metavar="MODEL|RUN", help="an embedded model, a folder or a Hub id; or a run folder, which needs no tasks")
+    parser.add_argument("--into", required=True, metavar="DIR", help="the folder to write to")
+    parser.add_argument("--general", type=_words, default=(), metavar="TASK,...", help="tasks of general knowledge, names or YAML files")
+    parser.add_argument("--specific", type=_words, default=(), metavar="TASK,...", help="tasks of specific knowledge")
+    parser.add_argument("--energies", type=_numbers, metavar="P,...", help="shares of the weights' energy to cut at (default: 0.2,0.4,0.6,0.8,0.9,0.95)")
+    parser.add_argument("--examples", type=int, default=500, help="the most of each task's test split, evenly spaced (default: 500)")
+    parser.add_argument("--batch-size", type=int, default=128, help="examples per forward pass (default: 128)")
+    parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
+    parser.add_argument("--revision", help="of the Hub's model")
+    parser.add_argument("--data-root", help="the folder with the data sets")
+    parser.set_defaults(run=_analyze)
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in _words(text)]
 
 
 def guarded(action: Callable[[], None], debug: bool, going_on: str) -> int:
@@ -306,6 +331,29 @@ def _import(args: argparse.Namespace) -> None:
         f"{args.into} goes on from what was published; `llava-keeplora train --config {config}` trains what is left of its tasks, "
         f"`llava-keeplora extend {args.into} --task NAME` another one\n"
     )
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    import transformers
+
+    from llava_keeplora.analysis import ENERGIES, analyze_model, analyze_run, knowledge_table, updates_table
+    from llava_keeplora.config import EvaluationConfig, ModelConfig
+    from llava_keeplora.errors import ConfigError
+
+    transformers.utils.logging.disable_progress_bar()
+    groups = {"general": args.general, "specific": args.specific}
+    if not (Path(args.model) / "identity.json").is_file():
+        model = ModelConfig(args.model, args.revision, args.dtype)
+        evaluation = EvaluationConfig(args.batch_size)
+        found = analyze_model(model, groups, args.into, energies=args.energies or ENERGIES, examples=args.examples, evaluation=evaluation, data_root=args.data_root)
+        table = knowledge_table(found)
+    elif any(groups.values()):
+        raise ConfigError(f"{args.model} is a run, whose updates are measured without tasks", "leave --general and --specific out, or name the run's model")
+    else:
+        table = updates_table(analyze_run(args.model, args.into))
+    sys.stdout.write(f"{table}\nfolder: {args.into}\n")
 
 
 def _doctor(args: argparse.Namespace) -> None:

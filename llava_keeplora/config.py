@@ -28,6 +28,9 @@ from llava_keeplora_recipes.strict_yaml import is_file_name, read_mapping
 
 SHIPPED = Path(__file__).parent / "configs"
 ZERO_SHOT = "zero-shot"
+#: What a threshold is that a run chooses from the data, and how far it may go.
+AUTO = "auto"
+AUTO_LIMITS = {"energy_weight": 0.95, "energy_feature": 0.99}
 #: The held-out part is the same for every seed and method, so that all are tuned on the same examples.
 HOLDOUT_SEED = 0
 #: A label is the name of a folder beside the run's own files.
@@ -93,8 +96,8 @@ class PartConfig:
         train: `adapter`, or `full` to train weight and bias themselves, unprotected, as LLaVA's recipes train the projector.
         rank: r, the rank of each task's delta.
         alpha: the scale of a delta is alpha / rank.
-        energy_weight: ε_w in (0, 1], the share of each weight's energy that is protected.
-        energy_feature: ε_f in (0, 1], the share of each task's feature energy that is protected.
+        energy_weight: ε_w in (0, 1], the share of each weight's energy that is protected; `auto` chooses it, see docs/analysis.md.
+        energy_feature: ε_f in (0, 1], the share of each task's feature energy that is protected; `auto` gives each task a budget of directions.
         learning_rate: of this part; `training.learning_rate` when None.
     """
 
@@ -102,8 +105,8 @@ class PartConfig:
     train: str = "adapter"
     rank: int = 16
     alpha: float = 16.0
-    energy_weight: float = 0.85
-    energy_feature: float = 0.99
+    energy_weight: float | str = 0.85
+    energy_feature: float | str = 0.99
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
@@ -113,7 +116,9 @@ class PartConfig:
             raise ConfigError(f"learning_rate is {self.learning_rate}, but a part that is named is trained", "leave the part out to freeze it")
         for name in ("energy_weight", "energy_feature"):
             value = getattr(self, name)
-            if not 0.0 < value <= 1.0:
+            if isinstance(value, str) and value != AUTO:
+                raise ConfigError(f"{name} is '{value}'", "set it to a share of energy such as 0.85, or to 'auto'")
+            if value != AUTO and not 0.0 < value <= 1.0:
                 raise ConfigError(
                     f"{name} is {value}, but a share of energy lies in (0, 1]",
                     f"set it to a value such as 0.85; to protect nothing, use the method's "
@@ -125,6 +130,19 @@ class PartConfig:
             raise ConfigError(f"alpha is {self.alpha}, but the scale alpha / rank must be above zero", "set alpha to the rank for a scale of 1")
         if self.targets is not None and not self.targets:
             raise ConfigError("targets is empty, so nothing would be adapted", "name at least one layer or leave the part out")
+
+    @property
+    def auto(self) -> tuple[str, ...]:
+        """Which of the two thresholds are `auto`."""
+        return tuple(name for name in AUTO_LIMITS if getattr(self, name) == AUTO)
+
+    def energy(self, name: str) -> float:
+        """A threshold as a number: of one that is `auto`, how far it may go.
+
+        Args:
+            name: `energy_weight` or `energy_feature`.
+        """
+        return AUTO_LIMITS[name] if name in self.auto else getattr(self, name)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class Layer:
         name: full module name.
         part: `vision`, `text`, ...
         module: the linear layer, holding the present weights.
-        rank, alpha, energy_weight, energy_feature: see `PartConfig`.
+        rank, alpha, energy_weight, energy_feature: see `PartConfig`; of a threshold that is `auto`, how far it may go.
+        auto: which of the two are.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Layer:
     alpha: float
     energy_weight: float
     energy_feature: float
+    auto: tuple[str, ...] = ()
 
 
 @dataclass
@@ -76,6 +78,9 @@ class TaskContext:
         statistics_bytes: device memory for the statistics of one pass.
         deltas: reads what each earlier task left behind, in order.
         report: numbers that a method wants to see in the run folder.
+        base: the report of the base, for a task.
+        tasks: how many are announced.
+        choose: part → the choice of its ε_w from the data, with `energy` in it.
     """
 
     index: int
@@ -87,6 +92,9 @@ class TaskContext:
     statistics_bytes: int
     deltas: Callable[[], list[Deltas]] = list
     report: dict[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    tasks: int = 0
+    choose: Callable[[str], dict[str, Any]] | None = None
 
 
 class Method:
@@ -112,6 +120,9 @@ class Method:
 
     def __init__(self, options: Any):
         self.options = options
+
+    def check(self, layers: Mapping[str, Layer]) -> None:
+        """Refuse settings of the layers that the method can't follow, before anything is computed."""
 
     def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Before a task: how each layer's adapter starts; a layer that is left out is named in `ctx.report`."""

@@ -95,12 +95,22 @@ class KeepLora(Method):
         self.bases: dict[str, Tensor] = {}
         self._added: dict[str, Tensor] = {}
 
+    def check(self, layers: Mapping[str, Layer]) -> None:
+        """Refuse `auto` under a preset that follows released code."""
+        for layer in layers.values():
+            if layer.auto and self.options.preset != "paper":
+                raise MethodError(
+                    f"parts.{layer.part}.{layer.auto[0]} is 'auto', and the preset '{self.options.preset}' follows released code, which has numbers",
+                    "set a number, or use the preset 'paper'",
+                )
+
     def consolidate(self, ctx: TaskContext) -> None:
         """Grow M': by W_p on the base (`ctx.index` 0), by the task's feature directions after a task."""
         self._added = {}
         if ctx.index == 0:
+            energies = self._energies(ctx)
             for layer in ctx.layers.values():
-                self._added[layer.name] = self._weight_basis(layer, ctx)
+                self._added[layer.name] = self._weight_basis(layer, energies[layer.part])
         elif self.options.protect_features:
             self._added = self._feature_directions(ctx)
             ctx.report["layers_without_features"] = sorted(set(ctx.layers) - set(self._added))
@@ -111,6 +121,8 @@ class KeepLora(Method):
         ctx.report["capacity"] = {
             name: {"in": layer.module.in_features, "k": self.bases[name].shape[1], "part": layer.part} for name, layer in ctx.layers.items()
         }
+        if ctx.index == 0:
+            self._give_budgets(ctx)
 
     def _evidence(self, ctx: TaskContext) -> Mapping[str, Any]:
         """Layer name → what shows which directions the task uses: its features' statistic, or its gradient."""
@@ -127,17 +139,40 @@ class KeepLora(Method):
 
         return ctx.features(statistics)
 
-    def _weight_basis(self, layer: Layer, ctx: TaskContext) -> Tensor:
+    def _energies(self, ctx: TaskContext) -> dict[str, float]:
+        """Part → ε_w, chosen where it is `auto`."""
+        energies = {layer.part: layer.energy_weight for layer in ctx.layers.values()}
+        auto = {layer.part for layer in ctx.layers.values() if "energy_weight" in layer.auto} if self.options.protect_weights else set()
+        if auto:
+            ctx.report["energy_weight"] = {part: ctx.choose(part) for part in energies if part in auto}
+        return energies | {part: chosen["energy"] for part, chosen in ctx.report.get("energy_weight", {}).items()}
+
+    def _give_budgets(self, ctx: TaskContext) -> None:
+        """Where ε_f is `auto`, share the room of a layer out: after all tasks but the last, r directions must be left for that one."""
+        rooms = {
+            name: layer.module.in_features - self.bases[name].shape[1] - layer.rank for name, layer in ctx.layers.items() if "energy_feature" in layer.auto
+        }
+        if rooms and self.options.protect_features:
+            ctx.report["feature_budget"] = {name: room // max(1, ctx.tasks - 1) for name, room in rooms.items()}
+
+    def _limit(self, name: str, ctx: TaskContext) -> int | None:
+        """The most directions that a task may add to a layer: its budget, and what earlier tasks left of theirs."""
+        if name not in ctx.base.get("feature_budget", {}):
+            return None
+        allowed = ctx.base["capacity"][name]["k"] + ctx.index * ctx.base["feature_budget"][name]
+        return max(0, allowed - self.bases[name].shape[1])
+
+    def _weight_basis(self, layer: Layer, energy: float) -> Tensor:
         width = layer.module.in_features
         if not self.options.protect_weights:
             return empty_basis(width)
         with _in_layer(layer):
-            basis = self.rules.weight_basis(dense_weight(layer.module).detach(), layer.energy_weight).basis
+            basis = self.rules.weight_basis(dense_weight(layer.module).detach(), energy).basis
         # W' + ΔW needs room for r directions; better said now than after the first task.
         if layer.rank > width - basis.shape[1]:
             raise MethodError(
                 f"layer {layer.name} has {width - basis.shape[1]} of {width} input directions left beside its principal subspace "
-                f"(energy_weight {layer.energy_weight}), fewer than the rank {layer.rank}",
+                f"(energy_weight {energy}), fewer than the rank {layer.rank}",
                 f"lower parts.{layer.part}.rank or parts.{layer.part}.energy_weight",
             )
         return basis.cpu()
@@ -150,7 +185,7 @@ class KeepLora(Method):
             for name, statistic in evidence.items():
                 layer = ctx.layers[name]
                 with _in_layer(layer):
-                    found[name] = self.rules.extend(self.bases[name], statistic, layer.energy_feature)
+                    found[name] = self.rules.extend(self.bases[name], statistic, layer.energy_feature, self._limit(name, ctx))
 
         evidence = self._evidence(ctx)
         read(evidence)

@@ -64,9 +64,9 @@ class PaperRules:
         return found
 
     @staticmethod
-    def extend(basis: Tensor, statistic: SecondMoment | SketchedMoment, energy: float) -> FeatureDirections:
-        """The GPM rule on the residual features."""
-        return statistic.directions(basis.to(statistic.tensors[0].device), energy)
+    def extend(basis: Tensor, statistic: SecondMoment | SketchedMoment, energy: float, limit: int | None = None) -> FeatureDirections:
+        """The GPM rule on the residual features, up to a limit of directions."""
+        return statistic.directions(basis.to(statistic.tensors[0].device), energy, limit)
 
     @staticmethod
     def directions(statistic: DenseGradient | GradientSketch, basis: Tensor, rank: int, *second: SecondPass) -> ResidualDirections:
@@ -91,8 +91,8 @@ class ReleasedClipRules(PaperRules):
         return {layer.name: mean for layers in groups for mean in [_RunningMean()] for layer in layers}
 
     @staticmethod
-    def extend(basis: Tensor, statistic: "_RunningMean", energy: float) -> FeatureDirections:
-        """The GPM rule on that mean."""
+    def extend(basis: Tensor, statistic: "_RunningMean", energy: float, limit: None = None) -> FeatureDirections:
+        """The GPM rule on that mean; the released code knows no limit."""
         return released_clip_extend(basis, statistic.mean.matrix, energy)
 
     @staticmethod
@@ -142,8 +142,8 @@ class ReleasedLlavaRules(PaperRules):
     weight_basis = staticmethod(released_llava_weight_basis)
 
     @staticmethod
-    def extend(basis: Tensor, statistic: DenseGradient, energy: float) -> FeatureDirections:
-        """The GPM rule on the gradient (out, in) of the merged model."""
+    def extend(basis: Tensor, statistic: DenseGradient, energy: float, limit: None = None) -> FeatureDirections:
+        """The GPM rule on the gradient (out, in) of the merged model; the released code knows no limit."""
         return released_llava_extend(basis, statistic.matrix.cpu(), energy)
 
     @staticmethod

@@ -51,7 +51,7 @@ def find_layers(parts: Mapping[str, Any], family: Any) -> Changed:
             found.full.update(modules)
             continue
         for name, module in modules.items():
-            found.adapted[name] = Layer(name, part, module, own.rank, own.alpha, own.energy_weight, own.energy_feature)
+            found.adapted[name] = Layer(name, part, module, own.rank, own.alpha, own.energy("energy_weight"), own.energy("energy_feature"), own.auto)
     if not found.adapted:
         raise ConfigError("the run adapts no part of the model", f"name at least one of {', '.join(family.targets)} under `parts`")
     return found

@@ -50,7 +50,7 @@ def summary_csv(results: Results) -> str:
         metrics = [matrix.metrics() for matrix in trials]
         cells = [number(values[key] for values in metrics) for key in AGGREGATES for number in (mean, deviation)]
         rows.append([name, len(trials), *cells])
-    return _csv(["run", "n", *(f"{key}_{number}" for key in AGGREGATES for number in ("mean", "sd"))], rows)
+    return csv_table(["run", "n", *(f"{key}_{number}" for key in AGGREGATES for number in ("mean", "sd"))], rows)
 
 
 def scores_csv(results: Results) -> str:
@@ -63,10 +63,11 @@ def scores_csv(results: Results) -> str:
         for task, value in zip(trial.matrix.tasks, row)
         if value is not None
     ]
-    return _csv(["run", "seed", "after", "task", "score"], rows)
+    return csv_table(["run", "seed", "after", "task", "score"], rows)
 
 
-def _csv(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+def csv_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Rows as CSV, numbers unrounded."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])  # None becomes an empty field
     return text.getvalue()

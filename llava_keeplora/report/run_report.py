@@ -174,6 +174,23 @@ def read_capacity(folder: Path) -> Capacity:
     return stages
 
 
+def room_line(name: str, folder: Path) -> str | None:
+    """How many more tasks a method has room for, by the forecast of its last one; None without a forecast."""
+    paths = sorted(folder.glob("task-*/consolidated.json"))
+    last = json.loads(paths[-1].read_text()) if paths else {}
+    if "forecast" not in last:
+        return None
+    finite = [(room["tasks"], room["left"], layer) for layer, room in last["forecast"].items() if room["tasks"] is not None]
+    if not finite:
+        return f"room of {name}: no layer's protected subspace grows"
+    tasks, left, layer = min(finite)
+    growth, width = last["forecast"][layer]["growth"], last["capacity"][layer]["in"]
+    return (
+        f"room of {name}: {tasks} more task{'' if tasks == 1 else 's'} at full rank, if each adds as many directions as those so far; "
+        f"the first layer to fill is {layer}, {left} of {width} directions left, {growth:.1f} fewer a task"
+    )
+
+
 def read_captured(folder: Path, capacity: Capacity) -> LayerLines:
     """The share of each layer's residual gradient energy that its adapter holds, task by task."""
     parts = {name: size["part"] for stage in capacity for name, size in stage.items()}
@@ -209,6 +226,8 @@ def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
     alone = {name: matrices[0] for name, matrices in results.items() if len(matrices) == 1}
     blocks = [f"{name}: score in % after each task\n{matrix.markdown()}" for name, matrix in alone.items() if matrix.started]
     blocks.append(summary_table(results))
+    rooms = [line for name in results if (line := room_line(name, where / name))]
+    blocks += ["\n".join(rooms)] * bool(rooms)
     places = {"run folder" if (where / "config.json").exists() else "folder": where, "table": where / "table.md", "page with the pictures": where / "report.html"}
     blocks.append("\n".join(f"{what}: {path}" for what, path in places.items()))
     return "\n" + "\n\n".join(blocks) + "\n"

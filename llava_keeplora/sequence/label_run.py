@@ -24,8 +24,10 @@ from llava_keeplora.files import file_hash, write_json, write_tensors
 from llava_keeplora.journal import SCORES, Entry, Journal, next_stage, open_stages
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_layers
 from llava_keeplora.run_folder import differences, file_name
+from llava_keeplora.sequence import thresholds
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
+from llava_keeplora.sequence.forecast import forecast, shortage
 from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.reporters import check_reporters, end_own_place, give_own_place
@@ -38,6 +40,7 @@ from llava_keeplora_eval.predictions import join_shards
 logger = logging.getLogger(__name__)
 
 ZERO_SHOT = "zero-shot"
+CONSOLIDATED = "consolidated.json"
 #: What a person reads while a stage runs.
 ACTIVITY = {
     "PLANNED": "planning",
@@ -69,6 +72,8 @@ class LabelRun:
         self._states_loaded = 0
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
+        self.method.check(self.layers)
+        thresholds.check_auto(shared, self.layers)
         self._check_training()
         self._check_history()
 
@@ -112,6 +117,8 @@ class LabelRun:
             answered = self.journal.files()
             new = [task for task in self.tasks if str(self._predictions(index, task).relative_to(self.folder)) not in answered]
             return 0 if copied else self.shared.family.cost * sum(len(task.test) for task in new)
+        if index == 0 and stage == "CONSOLIDATED" and stage in self.method.passes:
+            return thresholds.cost(self.shared, self.layers)
         if index == 0 or stage in ("PLANNED", "CLOSED"):
             return 0
         n = len(self.shared.inputs[index - 1])
@@ -333,14 +340,25 @@ class LabelRun:
         self._rebuild(index, states=index)
         ctx = self._context(index, "CONSOLIDATED")
         self.method.consolidate(ctx)
+        if index and "capacity" in ctx.report:
+            ctx.report["forecast"] = self._forecast(index, ctx.report["capacity"])
         added = self.method.state()
-        state, path = self.path(index, "state.safetensors"), self.path(index, "consolidated.json")
+        state, path = self.path(index, "state.safetensors"), self.path(index, CONSOLIDATED)
         if self.shared.rank == 0:
             self._write(state, added)
             write_json(path, ctx.report)
         self.shared.barrier()
         self._states_loaded = index + 1
         return [path] + [state] * bool(added), {}
+
+    def _forecast(self, index: int, capacity: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Layer → for how many more tasks it has room; a warning where that is too few."""
+        before = [json.loads(self.path(t, CONSOLIDATED).read_text())["capacity"] for t in range(index)]
+        rooms = forecast([*before, capacity], self.layers)
+        told = shortage(rooms, self.layers, len(self.tasks) - index)
+        if told:
+            logger.warning("%s: %s", self.config.label, told)
+        return {name: room.to_dict() for name, room in rooms.items()}
 
     def _evaluated(self, index: int) -> tuple[list[Path], dict]:
         copied = index == 0 and self.config.label != ZERO_SHOT
@@ -416,6 +434,9 @@ class LabelRun:
             seed=stage_seed(self.shared.config.seed, index, stage),
             statistics_bytes=int(self.shared.config.memory.statistics_gb * 1e9),
             deltas=functools.partial(self._deltas, index - 1),
+            base=json.loads(self.path(0, CONSOLIDATED).read_text()) if index else {},
+            tasks=len(self.tasks),
+            choose=functools.partial(thresholds.choose_energy_weight, self.shared, self.layers),
         )
 
     def _batches(self, index: int, fraction: float, cost: float) -> Any:

@@ -59,6 +59,14 @@ class Shared:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
+    def first_of(self, value: float) -> float:
+        """The first process's value."""
+        if not self.distributed:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, 0)
+        return float(shared)
+
     def barrier(self) -> None:
         """Wait for the other processes."""
         if self.distributed:

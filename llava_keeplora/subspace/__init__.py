@@ -9,6 +9,7 @@ from llava_keeplora.subspace.basis import (
     project,
     residual,
 )
+from llava_keeplora.subspace.capacity import Room, room_left
 from llava_keeplora.subspace.energy import energy_rank
 from llava_keeplora.subspace.errors import EnergyError, NonFiniteError, RankError, ShapeError, SubspaceError
 from llava_keeplora.subspace.feature_sketch import SketchedFeatureDirections, SketchedMoment, choose_statistic
@@ -42,6 +43,7 @@ __all__ = [
     "PrincipalBasis",
     "RankError",
     "ResidualDirections",
+    "Room",
     "RunningMeanFeatures",
     "SecondMoment",
     "SecondPass",
@@ -69,6 +71,7 @@ __all__ = [
     "released_llava_weight_basis",
     "residual",
     "residual_gradient_directions",
+    "room_left",
     "sketch_width",
     "sufficient_width",
 ]

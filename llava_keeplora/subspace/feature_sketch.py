@@ -24,7 +24,7 @@ from torch import Tensor
 from llava_keeplora.subspace.basis import check_basis, check_finite, orthonormal_beside, residual
 from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
-from llava_keeplora.subspace.features import FeatureDirections
+from llava_keeplora.subspace.features import FeatureDirections, limited
 from llava_keeplora.subspace.moments import SecondMoment, counted_rows
 
 # Eigenvalues of T^T C T below this share of the largest are rounding of the float32 products.
@@ -47,7 +47,7 @@ class SketchedFeatureDirections(FeatureDirections):
         missed: share of the features' energy that the sketch can't place, trace(C_hat - N) / ||X||^2.
         energy_error: standard error of `energy_before`, and so of the shares after it; 0 where every row was asked.
         fewest: the exact second moment would have given between `fewest` and `rank` directions.
-        reached: whether the energy asked for is reached; where not, `rank` is all that the sketch has, and a second
+        reached: whether the energy asked for is reached, or the limit; where neither is, `rank` is all that the sketch has, and a second
             pass with `refined` or a larger sketch is needed.
     """
 
@@ -190,7 +190,7 @@ class SketchedMoment:
         """
         return SketchedMoment(self.dim, self.test.shape[1], self.basis, device=self.image.device, test=self.image)
 
-    def directions(self, basis: Float[Tensor, "in k"], energy: float) -> SketchedFeatureDirections:
+    def directions(self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None) -> SketchedFeatureDirections:
         """Fewest sketched directions that are sure to hold the energy of the features together with the basis.
 
         Source: KeepLoRA (arXiv 2601.19659), the feature step at epsilon_f; Gradient Projection Memory (Saha et al.,
@@ -199,6 +199,7 @@ class SketchedMoment:
         Args:
             basis: U, (in, k), the one that the sketch was made for.
             energy: epsilon_f, in (0, 1].
+            limit: the most directions, the strongest ones; as many as the energy takes when None.
 
         Raises:
             EnergyError: if the energy is outside (0, 1].
@@ -217,7 +218,7 @@ class SketchedMoment:
         squared, directions = self._nystrom()
         missed = max(0.0, total - inside - float(squared.sum()))
         rank = energy_rank(squared, energy, total=total, captured=inside)
-        rank = min(rank, int((squared > 0.0).sum()))
+        rank = limited(min(rank, int((squared > 0.0).sum())), limit)
         held = inside + float(squared[:rank].sum())
         return SketchedFeatureDirections(
             new=orthonormal_beside(basis.to(directions.device), directions[:, :rank]).float().contiguous(),
@@ -227,7 +228,7 @@ class SketchedMoment:
             missed=missed / total,
             energy_error=error,
             fewest=min(rank, energy_rank(squared, energy, total=total, captured=inside + missed)),
-            reached=held >= (energy - ROUNDING) * total,
+            reached=held >= (energy - ROUNDING) * total or rank == limit,
         )
 
     def _nystrom(self) -> tuple[Float[Tensor, " s"], Float[Tensor, "in s"]]:

@@ -36,7 +36,7 @@ class FeatureDirections:
 
 
 def feature_directions(
-    second_moment: Float[Tensor, "in in"], basis: Float[Tensor, "in k"], energy: float
+    second_moment: Float[Tensor, "in in"], basis: Float[Tensor, "in k"], energy: float, limit: int | None = None
 ) -> FeatureDirections:
     """Fewest residual feature directions with which the basis holds the energy of the features.
 
@@ -51,6 +51,7 @@ def feature_directions(
         second_moment: C = X^T X, (in, in), symmetric.
         basis: U, (in, k), orthonormal columns; k may be 0.
         energy: epsilon_f, in (0, 1].
+        limit: the most directions, the strongest ones; as many as the energy takes when None.
 
     Raises:
         EnergyError: if the energy is outside (0, 1].
@@ -70,7 +71,7 @@ def feature_directions(
         share = captured / total if total > 0.0 else 1.0
         return FeatureDirections(basis.new_zeros(dim, 0, dtype=torch.float32), share, share, 0)
     squared, directions = _leading_outside(moment, tall, energy * total - captured)
-    rank = energy_rank(squared, energy, total=total, captured=captured)
+    rank = limited(energy_rank(squared, energy, total=total, captured=captured), limit)
     new = orthonormal_beside(basis, directions[:, :rank]).float()
     after = min(1.0, (captured + float(squared[:rank].sum())) / total)
     return FeatureDirections(new.contiguous(), captured / total, after, rank)
@@ -103,6 +104,11 @@ def leading_directions(
     squared, vectors = torch.linalg.eigh(outside @ outside.T)
     count = int((squared > (NOISE * columns.norm()) ** 2).sum())
     return (complement @ vectors.flip(1)[:, : min(rank, count)]).float().contiguous()
+
+
+def limited(rank: int, limit: int | None) -> int:
+    """A rank, or a limit below it."""
+    return rank if limit is None else min(rank, limit)
 
 
 def _leading_outside(

@@ -54,9 +54,9 @@ class SecondMoment:
             self._sum = torch.zeros(self.dim, self.dim, dtype=self.dtype)
         return [self._sum]
 
-    def directions(self, basis: Float[Tensor, "in k"], energy: float) -> FeatureDirections:
+    def directions(self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None) -> FeatureDirections:
         """What the features add to a basis; see `feature_directions`."""
-        return feature_directions(self.matrix, basis, energy)
+        return feature_directions(self.matrix, basis, energy, limit)
 
     def merge(self, other: "SecondMoment") -> None:
         """Add another stream's sum and count, as from another process.

@@ -10,18 +10,19 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: Lower layers know nothing of the ones above them.
 ABOVE = {
-    "subspace": ["export", "plan", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "capture": ["export", "plan", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "adapters": ["export", "plan", "capture", "models", "methods", "sequence", "report", "config", "cli"],
-    "models": ["export", "plan", "capture", "adapters", "methods", "sequence", "report", "cli"],
-    "methods": ["export", "plan", "models", "capture", "sequence", "report", "config", "cli"],
-    "export": ["doctor", "plan", "sequence", "capture", "cli"],
-    "plan": ["doctor", "sequence", "export", "report", "cli"],
-    "doctor": ["sequence", "export", "report", "cli"],
-    "report": ["plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],
-    "config": ["doctor", "plan", "export", "models", "sequence", "report", "cli", "run_folder"],
-    "run_folder": ["doctor", "plan", "export", "models", "sequence", "report", "cli"],
-    "reproduce": ["doctor", "plan", "export", "models", "methods", "sequence", "report", "cli", "run_folder"],
+    "subspace": ["analysis", "export", "plan", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "capture": ["analysis", "export", "plan", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "adapters": ["analysis", "export", "plan", "capture", "models", "methods", "sequence", "report", "config", "cli"],
+    "models": ["analysis", "export", "plan", "capture", "adapters", "methods", "sequence", "report", "cli"],
+    "methods": ["analysis", "export", "plan", "models", "capture", "sequence", "report", "config", "cli"],
+    "analysis": ["doctor", "plan", "sequence", "methods", "capture", "cli"],
+    "export": ["analysis", "doctor", "plan", "sequence", "capture", "cli"],
+    "plan": ["analysis", "doctor", "sequence", "export", "report", "cli"],
+    "doctor": ["analysis", "sequence", "export", "report", "cli"],
+    "report": ["analysis", "plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],
+    "config": ["analysis", "doctor", "plan", "export", "models", "sequence", "report", "cli", "run_folder"],
+    "run_folder": ["analysis", "doctor", "plan", "export", "models", "sequence", "report", "cli"],
+    "reproduce": ["analysis", "doctor", "plan", "export", "models", "methods", "sequence", "report", "cli", "run_folder"],
     "sequence": ["cli"],
 }
 

@@ -182,3 +182,14 @@ def test_misfits_are_named(plain, random_basis):
     sketch.add(torch.full((1, 8), float("nan")))
     with pytest.raises(plain.NonFiniteError, match="second moment of the features"):
         sketch.directions(sketch.basis, 0.9)
+
+
+def test_a_limit_keeps_the_strongest_directions_and_asks_for_no_second_pass(sub, random_basis):
+    basis, x = random_basis(40, 10), features(300, 40, 0.3)
+    sketch = fed(sub.SketchedMoment(40, 20, basis), x)
+    free, cut = sketch.directions(basis, 0.9), sketch.directions(basis, 0.9, limit=4)
+    assert free.rank > 4 == cut.rank == cut.new.shape[1] and cut.reached
+    assert float((cut.new.T @ free.new[:, :4]).square().sum()) == pytest.approx(4, abs=1e-4)
+    assert cut.energy_after <= held(x, basis, cut.new) + 1e-5
+    assert not free.reached, "without a limit this sketch is too small"
+    assert cut.energy_after < free.energy_after < 0.9

@@ -67,6 +67,21 @@ def test_full_energy_never_exceeds_the_space(sub, random_basis):
     assert again.rank <= 32 - whole.shape[1], "a full basis has no room left"
 
 
+@pytest.mark.parametrize("width", [48, 600])
+def test_a_limit_keeps_the_strongest_directions_and_the_energy_is_what_they_hold(sub, random_basis, width):
+    """The wider layer's directions come from a leading block instead of the full decomposition."""
+    x, basis = features(700, width, 1.0), random_basis(width, 6)
+    moment = x.T @ x
+    free, cut = (sub.feature_directions(moment, basis, 0.99, limit) for limit in (None, 3))
+    assert free.rank > 3 == cut.rank == cut.new.shape[1]
+    strongest, _, _ = naive(x, basis, 0.99)
+    assert float((cut.new.double().T @ strongest[:, :3]).square().sum()) == pytest.approx(3, abs=1e-4)
+    together = torch.cat([basis.double(), cut.new.double()], dim=1)
+    assert cut.energy_after == pytest.approx(float((x @ together).square().sum() / x.square().sum()), abs=1e-5)
+    assert sub.feature_directions(moment, basis, 0.99, 10**6).rank == free.rank
+    assert sub.feature_directions(moment, basis, 0.99, 0).rank == 0
+
+
 def test_few_rows_give_few_directions(sub):
     x = features(3, 32, 0.2)
     found = sub.feature_directions(x.T @ x, sub.empty_basis(32), 1.0)

@@ -1,0 +1,212 @@
+"""Where a run's updates lie: in the principal subspace of the weights, in what earlier tasks used, or outside both.
+
+Legend: ΔW (out, in) a task's update of a layer, W_p (in, k) the principal input directions of the base's weight at the run's ε_w,
+M (in, m) the feature directions that earlier tasks added. A share is ‖ΔW U‖² / ‖ΔW‖² for U an orthonormal basis.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from llava_keeplora.adapters import Delta, FullDelta, dense_weight
+from llava_keeplora.adapters.deltas import Deltas
+from llava_keeplora.analysis.folder import made, write_updates
+from llava_keeplora.analysis.pictures import PLACES
+from llava_keeplora.config import AUTO, PartConfig, read_dumped
+from llava_keeplora.errors import RunError
+from llava_keeplora.export.bundle import Learned, checked, read_learned
+from llava_keeplora.journal import Journal
+from llava_keeplora.models import Family, load_model
+from llava_keeplora.report.overlap import overlap
+from llava_keeplora.run_folder import read_identity
+from llava_keeplora.subspace import principal_basis, residual
+from llava_keeplora_eval.predictors import default_device
+
+#: Directions that keep less of their length than this beside a basis lie inside it.
+DEPENDENT = 1e-5
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one task did to one layer.
+
+    Args:
+        task, part, layer: their names.
+        width: in.
+        principal_directions, feature_directions: k, and those of earlier tasks beside them.
+        energy: ‖ΔW‖².
+        principal, features, outside: shares of it, which sum to 1; None for an update of zero.
+    """
+
+    task: str
+    part: str
+    layer: str
+    width: int
+    principal_directions: int
+    feature_directions: int
+    energy: float
+    principal: float | None
+    features: float | None
+    outside: float | None
+
+
+@dataclass(frozen=True)
+class MethodUpdates:
+    """All updates of one method of a run.
+
+    Args:
+        tasks: those that it has learned.
+        updates: layer by layer, task by task.
+        overlap: T x T mean squared cosines between the tasks' input subspaces; None with fewer than two.
+    """
+
+    tasks: Sequence[str]
+    updates: Sequence[Update]
+    overlap: Sequence[Sequence[float | None]] | None
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of the model that were changed."""
+        return list(dict.fromkeys(update.part for update in self.updates))
+
+    def shares(self, part: str, task: str) -> dict[str, float | None]:
+        """Shares of a task's update of a part by place, and `random`: what a random update would have in W_p; None for an update of zero."""
+        own = [update for update in self.updates if (update.part, update.task) == (part, task) and update.energy > 0]
+        total = math.fsum(update.energy for update in own)
+        if not own:
+            return dict.fromkeys((*PLACES, "random"))
+        shares = {place: math.fsum(update.energy * getattr(update, place) for update in own) / total for place in PLACES}
+        return shares | {"random": math.fsum(update.energy * update.principal_directions / update.width for update in own) / total}
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
+    """Measure where the updates of every method of a run lie, and write tables and pictures.
+
+    Args:
+        run: the run folder; nothing in it is changed.
+        into: the folder to write to, made when missing.
+
+    Returns:
+        label → its updates.
+
+    Raises:
+        RunError: if the folder is no run's, no task of it is finished, or a file was damaged.
+        ConfigError: if the base model is not there.
+    """
+    run = Path(run)
+    learned = {label: read_learned(run, label) for label in _finished(run)}
+    features, chosen = {label: _added(one) for label, one in learned.items()}, _chosen(learned.values())
+    into = made(into)
+    names, family = read_identity(run)["tasks"], load_model(next(iter(learned.values())).model)
+    layers = dict.fromkeys(name for one in learned.values() for task in one.deltas for name in task)
+    updates: dict[str, list[Update]] = {label: [] for label in learned}
+    for layer in tqdm(layers, desc="analyze", delay=2, disable=None):
+        part, weight = _part(family, layer), dense_weight(family.model.get_submodule(layer)).detach().to(default_device())
+        energies = {label: _energy(PartConfig(**one.config["methods"][label]["parts"][part]), chosen.get(part)) for label, one in learned.items()}
+        bases = {energy: principal_basis(weight, energy).basis.cpu() for energy in set(energies.values())}
+        for label, one in learned.items():
+            updates[label] += _of_layer(layer, part, names, one.deltas, bases[energies[label]], features[label])
+    found = {label: MethodUpdates(names[: len(one.deltas)], updates[label], _overlap(one)) for label, one in learned.items()}
+    write_updates(run, found, into)
+    return found
+
+
+def _of_layer(
+    layer: str, part: str, tasks: Sequence[str], deltas: Sequence[Deltas], principal: Tensor, features: Sequence[Mapping[str, Tensor]]
+) -> list[Update]:
+    """The updates of a layer, task by task; each sees the features of the tasks before it."""
+    found, before = [], principal.new_zeros(len(principal), 0)
+    for task, changes, added in zip(tasks, deltas, features):
+        if layer in changes:
+            found.append(measure(task, part, layer, changes[layer], principal, before))
+        if layer in added:
+            before = torch.cat([before, added[layer]], dim=1)
+    return found
+
+
+def _energy(settings: PartConfig, chosen: float | None) -> float:
+    """ε_w of a part, the chosen one where it is `auto` and a method has chosen it."""
+    return chosen if settings.energy_weight == AUTO and chosen else settings.energy("energy_weight")
+
+
+def _finished(run: Path) -> list[str]:
+    """The run's methods that have finished a task."""
+    labels = [
+        label for label in read_dumped(run)["methods"] if any(entry.task and entry.stage == "CLOSED" for entry in Journal(run / label / "journal.jsonl").entries)
+    ]
+    if not labels:
+        raise RunError(f"{run} holds no finished task", "run its training first")
+    return labels
+
+
+def _added(learned: Learned) -> list[dict[str, Tensor]]:
+    """Task by task, the directions (in, m) that it added to each layer's protected subspace; none for methods without one."""
+    folder, found = learned.run / learned.label, []
+    for entry in learned.entries:
+        if entry.task and entry.stage == "CONSOLIDATED":
+            states = [name for name in entry.files if name.endswith("state.safetensors")]
+            found.append(load_file(checked(folder / states[0], entry.files[states[0]], f"task {entry.task}")) if states else {})
+    return found
+
+
+def _chosen(learned: Iterable[Learned]) -> dict[str, float]:
+    """Part → ε_w that a method of the run has chosen from the data, where it is `auto`."""
+    found = {}
+    for one in learned:
+        base = next(entry for entry in one.entries if entry.stage == "CONSOLIDATED")
+        (path,) = [checked(one.run / one.label / name, value, "the base") for name, value in base.files.items() if name.endswith("consolidated.json")]
+        found |= {part: choice["energy"] for part, choice in json.loads(path.read_text()).get("energy_weight", {}).items()}
+    return found
+
+
+def _overlap(learned: Learned) -> list[list[float | None]] | None:
+    trained = [entry for entry in learned.entries if entry.stage == "TRAINED"]
+    return overlap([learned.run / learned.label / name for entry in trained for name in entry.files if name.endswith("delta.safetensors")])
+
+
+def _part(family: Family, layer: str) -> str:
+    return next(part for part, prefix in family.parts.items() if layer.startswith(f"{prefix}."))
+
+
+def measure(task: str, part: str, layer: str, delta: Delta | FullDelta, principal: Tensor, features: Tensor) -> Update:
+    """Where one update lies.
+
+    Args:
+        task, part, layer: their names.
+        delta: ΔW.
+        principal: W_p, (in, k), orthonormal columns.
+        features: M, (in, m); what it has inside W_p counts as principal.
+    """
+    rows, beside = _rows(delta), _beside(features, principal)
+    energy = float(rows.square().sum())
+    shares: list[float | None] = [None] * 3
+    if energy:
+        inside = [float((rows @ basis.double()).square().sum()) / energy for basis in (principal, beside)]
+        shares = [*inside, max(0.0, 1.0 - sum(inside))]
+    return Update(task, part, layer, len(principal), principal.shape[1], beside.shape[1], energy, *shares)
+
+
+def _rows(delta: Delta | FullDelta) -> Tensor:
+    """A matrix (r, in) or (out, in) with ΔW's energy in every input direction: B = Q R, and Q changes no length."""
+    if isinstance(delta, FullDelta):
+        return delta.weight.double()
+    return torch.linalg.qr(delta.scale * delta.B.double()).R @ delta.A.double()
+
+
+def _beside(columns: Tensor, basis: Tensor) -> Tensor:
+    """An orthonormal basis of what columns (in, m) span outside a basis (in, k)."""
+    left, singular, _ = torch.linalg.svd(residual(columns.double().T, basis).T, full_matrices=False)
+    return left[:, singular > DEPENDENT]
