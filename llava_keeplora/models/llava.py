@@ -16,7 +16,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
 from llava_keeplora.models.on_task import ModelOnTask
-from llava_keeplora.models.quantised import keep_form, quantised_loading
+from llava_keeplora.models.quantised import keep_form, leave_checkpoint, quantised_loading
 from llava_keeplora.models.skeleton import build_skeleton
 from llava_keeplora_eval.chat import Chat, asked, learned
 from llava_keeplora_eval.llava import LlavaPredictor, image_inputs, joined
@@ -87,7 +87,9 @@ class LlavaFamily:
         model = AutoModelForImageTextToText.from_pretrained(
             self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form
         )
-        keep_form(model)
+        if self.quantization:
+            keep_form(model)
+            leave_checkpoint(model)
         self.model = model.eval().requires_grad_(False)
 
     def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:

@@ -41,3 +41,10 @@ def keep_form(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def leave_checkpoint(model: nn.Module) -> None:
+    """Copy what was not quantised out of the checkpoint's mapped file: one view into it keeps all of its pages in memory."""
+    for p in model.parameters():
+        if p.device.type == "cpu" and p.is_floating_point():
+            p.data = p.data.clone()

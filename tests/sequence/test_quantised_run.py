@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +146,14 @@ def test_every_method_runs_with_clip_on_an_nf4_base(run_tree, drive, tmp_path, t
     changes = {"model": {"quantization": "nf4"}, "training": {"max_steps": 1}, "parts": {"text": None}}
     results = drive(parse_config(run_tree(tmp_path / "run", methods=methods, tasks=tasks, **changes)))
     assert all(None not in results[name].rows[1] for name in methods)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mapped files are read from Linux's /proc")
+def test_a_quantised_model_lets_go_of_its_checkpoint(tiny_clip, tiny_llava):
+    """Weights that stay as they are would be views of the mapped file, whose every page would stay in memory."""
+    for folder in (tiny_clip, tiny_llava):
+        family = load_model(ModelConfig(str(folder), quantization="nf4"), max_new_tokens=4)
+        assert str(folder) not in Path("/proc/self/maps").read_text() and family.model
 
 
 def test_a_part_that_is_quantised_cannot_be_trained_in_full(quantised_run, drive):
