@@ -90,7 +90,7 @@ class Setting:
     def peak(self, run: Callable[[], object]) -> int:
         """The most bytes alive while a function runs, beyond the model, the batch and the bases."""
         with Meter() as meter:
-            meter.hold([list(self.model.parameters()), list(self.model.buffers()), self.batch, self.bases])
+            meter.hold([*self.model.parameters(), *self.model.buffers(), *self.batch.values(), *self.bases.values()])
             given = meter.peak = meter.live
             run()
         return meter.peak - given
