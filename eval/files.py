@@ -36,9 +36,10 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half written in a folder and below; nobody else may be writing there."""
+    """Remove files that killed processes left half written in a folder and below; nobody else may be writing there."""
     for path in folder.rglob(f".*{PART}"):
-        path.unlink(missing_ok=True)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

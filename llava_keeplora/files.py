@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from llava_keeplora_eval.files import write_atomic
+from llava_keeplora_eval.files import PART, write_atomic
 
 
 def write_bytes(path: Path, data: bytes) -> str:
@@ -48,13 +49,14 @@ def file_hash(path: Path) -> str:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of another at the end and is gone after an error.
+    """A folder to fill, which takes the place of another at the end and is gone after an error; a killed process's goes with the next.
 
     Args:
         folder: the place; what is there is replaced.
     """
-    room = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(room, ignore_errors=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{PART}"):
+        shutil.rmtree(left, ignore_errors=True)
+    room = folder.with_name(f".{folder.name}.{os.getpid()}{PART}")
     room.mkdir(parents=True)
     try:
         yield room

@@ -2,6 +2,7 @@
 
 import pytest
 
+from llava_keeplora.files import whole_folder
 from llava_keeplora.journal import Journal
 
 
@@ -69,3 +70,13 @@ def test_a_lost_matrix_is_written_again_from_the_scores(run_config, drive, tmp_p
     (tmp_path / "run/seq-lora/matrix.json").unlink()
     drive(config)
     assert left_behind(tmp_path / "run") == before
+
+
+def test_a_folder_that_a_killed_export_left_stops_no_run_and_goes_with_the_next_export(run_config, drive, tmp_path, tiny_tasks):
+    config = run_config(tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(tiny_tasks[0])])
+    left = tmp_path / "run/export/.adapter.1.part"
+    drive(config)
+    left.mkdir(parents=True)
+    drive(config)
+    with whole_folder(tmp_path / "run/export/adapter"):
+        assert not left.exists()
