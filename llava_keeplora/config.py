@@ -669,8 +669,12 @@ def read_dumped(run: Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A run folder's JSON file that holds an object.
+def read_object(path: Path, cure: str = "restore it or start over in a new output_dir") -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Args:
+        path: the file.
+        cure: what an error advises; by default for a run folder's.
 
     Raises:
         RunError: if it cannot be read, or holds something else.
@@ -678,7 +682,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read ({error})", "restore it or start over in a new output_dir") from error
+        raise RunError(f"{path} cannot be read ({error})", cure) from error
     if not isinstance(content, dict):
-        raise RunError(f"{path} holds no JSON object", "restore it or start over in a new output_dir")
+        raise RunError(f"{path} holds no JSON object", cure)
     return content

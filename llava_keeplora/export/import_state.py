@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_keeplora.config import parse_config
+from llava_keeplora.config import parse_config, read_object
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export.bundle import checked
 from llava_keeplora.export.hub import download
@@ -18,6 +18,8 @@ from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, SUFFIXES, publ
 from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora_recipes.strict_yaml import is_file_name
+
+AGAIN = "export the state again"
 
 
 def import_state(
@@ -65,14 +67,14 @@ def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
         raise RunError(
             f"'{source}' holds no state to continue from (no {MANIFEST})", "import an adapter that was exported with its state, or export --as state"
         )
-    content = _read_object(path)
+    content = read_object(path, AGAIN)
     if content.get("format") != FORMAT:
         raise RunError(
             f"{path} has format {content.get('format')!r}, and this version reads format {FORMAT}", "use the version of llava-keeplora that wrote it"
         )
     files = content.get("files")
     if not isinstance(files, dict) or not {"config.json", "identity.json"} <= files.keys():
-        raise RunError(f"{path} lists no run's files", "export the state again")
+        raise RunError(f"{path} lists no run's files", AGAIN)
     for name, expected in files.items():
         if not stays_inside(name) or not name.endswith(SUFFIXES):
             raise RunError(f"{path} lists '{name}', which is no safetensors or JSON file inside its folder", "do not use this state")
@@ -87,16 +89,6 @@ def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
     return list(files)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read as JSON ({error})", "export the state again") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path} holds no JSON object", "export the state again")
-    return content
-
-
 def _settle(room: Path, home: Path, base: str | None, data_root: str | None) -> None:
     """Let a copied state's configuration speak of the machine that it is on now, and say it as a user would, too.
 
@@ -105,7 +97,7 @@ def _settle(room: Path, home: Path, base: str | None, data_root: str | None) -> 
         home: where it will be.
         base, data_root: see `import_state`.
     """
-    trees = {name: _read_object(room / name) for name in ("config.json", "identity.json")}
+    trees = {name: read_object(room / name, AGAIN) for name in ("config.json", "identity.json")}
     try:
         for tree in trees.values():
             tree["tasks"] = [str(home / task) if is_file_name(task) else task for task in tree["tasks"]]
@@ -120,7 +112,7 @@ def _settle(room: Path, home: Path, base: str | None, data_root: str | None) -> 
         written = config | {"methods": {label: _as_written(method) for label, method in config["methods"].items()}}
         parse_config(written)
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"the state's configuration is not what a run writes ({error!r})", "export the state again") from error
+        raise RunError(f"the state's configuration is not what a run writes ({error!r})", AGAIN) from error
     for name, tree in trees.items():
         write_bytes(room / name, (json.dumps(tree, indent=2) + "\n").encode())
     # JSON is YAML.
@@ -129,7 +121,7 @@ def _settle(room: Path, home: Path, base: str | None, data_root: str | None) -> 
 
 def _check_recipes(room: Path, home: Path, tasks: list[str]) -> None:
     """Refuse tasks that read a recipe from elsewhere, and recipes that read data from elsewhere."""
-    recipes = {str(home / path.relative_to(room)): _read_object(path) for path in room.glob("recipes/*.yaml")}
+    recipes = {str(home / path.relative_to(room)): read_object(path, AGAIN) for path in room.glob("recipes/*.yaml")}
     for task in tasks:
         if is_file_name(task) and task not in recipes:
             raise RunError(f"the state's configuration names the recipe '{task}', which is not in it", "do not use this state")
