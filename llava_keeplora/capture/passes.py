@@ -122,10 +122,14 @@ def _distinct(statistics: Iterable[object]) -> list:
 
 
 def _reduce(statistics: Iterable[GradientStatistic | FeatureStatistic]) -> None:
+    sum_over_processes(tensor for statistic in statistics for tensor in statistic.tensors)
+
+
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, which must come along; nothing where there is one."""
     if is_distributed():
-        for statistic in statistics:
-            for tensor in statistic.tensors:
-                dist.all_reduce(tensor)
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def is_distributed() -> bool:
