@@ -43,7 +43,7 @@ class AdapterInit:
         return self.alpha / self.rank
 
 
-def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 0.0, master_copies: bool = False) -> PeftModel:
+def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 0.0, master_copies: bool = False) -> PeftModel | None:
     """Put a LoRA adapter on each named linear layer; everything else is frozen.
 
     Args:
@@ -54,8 +54,10 @@ def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 
             base's dtype, which ZeRO-3 needs to be one and the same, and fp32 otherwise.
 
     Returns:
-        the PEFT wrapper; give it to `detach` afterwards.
+        the PEFT wrapper, None where no layer is named; give it to `detach` afterwards.
     """
+    if not inits:
+        return None
     first = next(iter(inits.values()))
     config = LoraConfig(
         r=first.rank,
@@ -112,6 +114,7 @@ def read_adapters(model: nn.Module, inits: Mapping[str, AdapterInit] = {}) -> di
     return found
 
 
-def detach(wrapper: PeftModel) -> None:
+def detach(wrapper: PeftModel | None) -> None:
     """Take the adapters off again; the model's linear layers are plain and its base weights untouched."""
-    wrapper.unload()
+    if wrapper is not None:
+        wrapper.unload()

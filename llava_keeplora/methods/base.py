@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas
+from llava_keeplora_eval.predictors import Predictor
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Record:
         mergeable: whether its result merges into the base's weights.
         kept: what is kept for later tasks beside what the finished ones changed.
         trained: what a task trains.
+        families: of models that it runs on.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Record:
     mergeable: bool = True
     kept: str = "nothing"
     trained: str = "A and B"
+    families: tuple[str, ...] = ("clip", "llava")
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,12 @@ class TaskContext:
         name: the task's name.
         layers: name → adapted layer.
         gradients: runs the gradient pass over a share of the data into a statistic per layer: `gradients(fraction, statistics)`.
+        batches: one pass over this process's share of the task's training data, in order, as the model on the task takes it.
         features: runs the feature pass: `features(make)` → layer name → statistic, where `make` is given the names of the layers,
             grouped by the tensor that they read.
         seed: of this task and stage, the same in every process.
         statistics_bytes: device memory for the statistics of one pass.
+        model: the model, as it is in this stage.
         deltas: reads what each earlier task left behind, in order.
         report: numbers that a method wants to see in the run folder.
         base: the report of the base, for a task.
@@ -90,6 +95,8 @@ class TaskContext:
     features: Callable[[Callable[[list[list[str]]], Mapping[str, Any]]], Mapping[str, Any]]
     seed: int
     statistics_bytes: int
+    batches: Callable[[], Iterator[dict[str, Tensor]]] = tuple
+    model: nn.Module | None = None
     deltas: Callable[[], list[Deltas]] = list
     report: dict[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -100,8 +107,8 @@ class TaskContext:
 class Method:
     """A continual-learning method: what happens before, during and after a task.
 
-    `state` returns what the last `consolidate` added, and `load` takes the list of all of these, so the
-    run folder holds each thing once.
+    `kept` returns what training left beside the deltas and `state` what the last `consolidate` added; `load` takes the list of
+    all of these, so the run folder holds each thing once.
     """
 
     record: Record
@@ -113,6 +120,8 @@ class Method:
     dropout: float = 0.0
     #: Whether it trains adapters that ZeRO-3 keeps in shards: not where it reads them outside of their layers.
     sharded = True
+    #: Whether it puts LoRA adapters on the layers that a run names.
+    adapts = True
 
     @dataclass(frozen=True)
     class Options:
@@ -147,6 +156,14 @@ class Method:
         """What a task leaves behind, from what its adapters learned; inside `attached`, after the last step."""
         return deltas
 
+    def kept(self) -> dict[str, Tensor]:
+        """What a task's training leaves beside the deltas; inside `attached`, after the last step."""
+        return {}
+
+    def progress(self) -> dict[str, Tensor]:
+        """What a killed training needs beside what is trained, to be filled in place when it goes on; inside `attached`."""
+        return {}
+
     def base_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
         """Layer name → what is added to the working weights while a task trains."""
         return {}
@@ -159,7 +176,20 @@ class Method:
         return {}
 
     def load(self, states: list[dict[str, Tensor]]) -> None:
-        """Take back the states of all tasks so far, the base's first."""
+        """Take back what all tasks so far kept and added, the base's first; nothing of before counts any more.
+
+        Args:
+            states: of each, what its training kept and its `consolidate` added, together; the last one may not be consolidated yet.
+        """
+
+    def predictor(self, predictor: Predictor, task: str) -> Predictor:
+        """What answers the examples of a task, with its classes; the model's own by default.
+
+        Args:
+            predictor: the model's own.
+            task: the task's name.
+        """
+        return predictor
 
     def capacity(self) -> dict[str, int]:
         """Layer name → dimension of its protected subspace, for methods that have one."""

@@ -64,6 +64,7 @@ class Family(Protocol):
     """A model with its processor. It is opened without its weights, so that data are checked before they are loaded.
 
     Attributes:
+        name: as methods name it.
         path, revision: the folder or Hub id that it is loaded from.
         kinds: of tasks that it can learn.
         parts: part → dotted prefix of its layers.
@@ -74,6 +75,7 @@ class Family(Protocol):
         cost: of answering one example, in forward passes over it, for the estimate of time.
     """
 
+    name: str
     path: str
     revision: str | None
     kinds: tuple[str, ...]

@@ -30,6 +30,7 @@ class ClipFamily:
         revision: the Hub revision.
     """
 
+    name = "clip"
     kinds = ("classification",)
     parts = {"vision": "vision_model.encoder.layers", "text": "text_model.encoder.layers"}
     targets = dict.fromkeys(parts, ("q_proj", "k_proj", "v_proj", "out_proj"))
@@ -144,7 +145,7 @@ class ClipTask(ModelOnTask):
         self._once = False
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Mean loss over the batch, and the logits (batch, classes).
+        """Mean loss over the batch, the logits (batch, classes), and the unit-length image features (batch, projection).
 
         Args:
             pixel_values: (batch, 3, height, width).
@@ -152,7 +153,7 @@ class ClipTask(ModelOnTask):
         """
         image = image_features(self.model, pixel_values.to(self.model.dtype))
         logits = class_logits(self.model, image, self.text())
-        return {"loss": cross_entropy(logits.float(), labels), "logits": logits}
+        return {"loss": cross_entropy(logits.float(), labels), "logits": logits, "image": image}
 
     def text(self) -> Tensor:
         """Unit-length text features (classes, projection), once per `constants` scope or per call."""

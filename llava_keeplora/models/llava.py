@@ -38,6 +38,7 @@ class LlavaFamily:
         quantization: see `ModelConfig`.
     """
 
+    name = "llava"
     kinds = ("classification", "vqa", "captioning")
     # Module names of transformers 5: no `vision_model` level inside the vision tower.
     parts = {

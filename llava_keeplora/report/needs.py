@@ -12,7 +12,7 @@ from llava_keeplora.report.trial import Needs, Results, mean, spread
 
 NEEDS_COLUMNS = ("run", "trained per task", "kept per task (kB)", "extra time per image at test (ms)")
 #: What goes from task to task: what a task changed, and what the method wants to know later.
-KEPT = ("delta.safetensors", "state.safetensors")
+KEPT = ("delta.safetensors", "kept.safetensors", "state.safetensors")
 
 
 def read_needs(folder: Path, baseline: Path) -> Needs:

@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,10 @@ class LabelRun:
         self.learns = cls.learns
         self.count = len(self.tasks) if cls.learns else 0
         self.epochs = shared.config.epochs(config.label) if cls.learns else []
-        self._states_loaded = 0
+        self._states_loaded: tuple[int, int] | None = None
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
+        self._check_family()
         self.method.check(self.layers)
         thresholds.check_auto(shared, self.layers)
         self._check_training()
@@ -149,6 +150,14 @@ class LabelRun:
         """A file of a task's folder."""
         return self.shared.workspace.task(self.config.label, index, self._name(index)) / name
 
+    def _check_family(self) -> None:
+        record, family = self.method.record, self.shared.family
+        if family.name not in record.families:
+            raise ConfigError(
+                f"'{self.config.label}' runs on {' and '.join(record.families)}, and {family.path} is a {family.name}",
+                f"leave '{self.config.label}' out of this run",
+            )
+
     # --- history ---------------------------------------------------------------------------------
 
     def _check_training(self) -> None:
@@ -193,7 +202,7 @@ class LabelRun:
 
     def _find_layers(self) -> tuple[dict[str, Layer], dict[str, nn.Linear], list[str]]:
         """The layers that this method adapts, those that it trains in full, and those that the loss cannot reach."""
-        found = find_layers(self.config.parts, self.shared.family) if self.count else Changed()
+        found = find_layers(self.config.parts, self.shared.family) if self.count and self.method.adapts else Changed()
         if found.unreachable:
             logger.warning(
                 "%s: %d layers cannot receive a gradient from this model's loss and are left out (%s, ...)",
@@ -215,10 +224,15 @@ class LabelRun:
         """
         states = deltas + 1 if states is None else states
         self.shared.base.apply([*self._deltas(deltas), offset])
-        if states != self._states_loaded:
-            paths = [self.path(t, "state.safetensors") for t in range(states)]
-            self.method.load([load_file(path) for path in paths if path.exists()])
-            self._states_loaded = states
+        if (deltas, states) != self._states_loaded:
+            self.method.load([self._kept(t) | (self._state(t) if t < states else {}) for t in range(deltas + 1)])
+            self._states_loaded = (deltas, states)
+
+    def _kept(self, task: int) -> dict[str, torch.Tensor]:
+        return _read(self.path(task, "kept.safetensors"))
+
+    def _state(self, task: int) -> dict[str, torch.Tensor]:
+        return _read(self.path(task, "state.safetensors"))
 
     def _deltas(self, count: int) -> list[Deltas]:
         """What each of the first tasks left behind."""
@@ -253,8 +267,7 @@ class LabelRun:
 
     def _inits(self, index: int) -> dict[str, AdapterInit]:
         layers = json.loads(self.path(index, "prepared.json").read_text())["layers"]
-        path = self.path(index, "adapters.safetensors")
-        tensors = load_file(path) if path.exists() else {}
+        tensors = _read(self.path(index, "adapters.safetensors"))
         return {n: AdapterInit(**values, A=tensors.get(f"{n}.A"), B=tensors.get(f"{n}.B")) for n, values in layers.items()}
 
     def _trained(self, index: int) -> tuple[list[Path], dict]:
@@ -274,21 +287,24 @@ class LabelRun:
         try:
             with self.method.attached(ctx, shared.family.model):
                 trainable = sum(number_count(p) for p in shared.family.model.parameters() if p.requires_grad)
-                history, deltas = self._train(ctx, task, learned)
+                history, deltas, kept = self._train(ctx, task, learned)
         finally:
             detach(wrapper)
-        for name, delta in deltas.items():
-            if not all(torch.isfinite(value).all() for value in delta.tensors.values()):
+        for name, value in [(name, value) for name, delta in deltas.items() for value in delta.tensors.values()] + list(kept.items()):
+            if not torch.isfinite(value).all():
                 raise TrainingError(f"the weights of task '{task.name}' are not finite after its {history['steps']} steps, first in layer {name}", CURE)
-        delta_path, log_path = self.path(index, "delta.safetensors"), self.path(index, "train.json")
+        delta_path, log_path, kept_path = (self.path(index, name) for name in ("delta.safetensors", "train.json", "kept.safetensors"))
         if shared.rank == 0:
             save_deltas(delta_path, deltas)
+            self._write(kept_path, kept)
             write_json(log_path, history | {"report": ctx.report})
             StepCheckpoint(self.path(index)).remove()
         shared.barrier()
-        return [delta_path, log_path], {"steps": history["steps"], "trained_parameters": trainable}
+        return [delta_path, log_path] + [kept_path] * bool(kept), {"steps": history["steps"], "trained_parameters": trainable}
 
-    def _train(self, ctx: TaskContext, task: Task, learned: Callable[[], dict[str, Delta | FullDelta]]) -> tuple[dict[str, Any], dict[str, Delta | FullDelta]]:
+    def _train(
+        self, ctx: TaskContext, task: Task, learned: Callable[[], dict[str, Delta | FullDelta]]
+    ) -> tuple[dict[str, Any], dict[str, Delta | FullDelta], dict[str, torch.Tensor]]:
         """Train; `learned` reads the outcome while an engine still holds its fp32 copies."""
         shared, index = self.shared, ctx.index
         arguments = self._training_arguments(index)
@@ -310,12 +326,12 @@ class LabelRun:
         result = trainer.go()
         end_own_place(trainer)
         history = {"steps": trainer.state.global_step, "loss": result.training_loss, "history": without_timings(trainer.state.log_history)}
-        deltas = learned()
+        deltas, kept = learned(), self.method.kept()
         trainer.accelerator.free_memory()
         shared.family.model.eval().requires_grad_(False)
         del trainer
         gc.collect()
-        return history, deltas
+        return history, deltas, kept
 
     def _rates(self) -> dict[int, float]:
         """id of a parameter → learning rate, for those parts that have their own."""
@@ -348,7 +364,7 @@ class LabelRun:
             self._write(state, added)
             write_json(path, ctx.report)
         self.shared.barrier()
-        self._states_loaded = index + 1
+        self._states_loaded = (index, index + 1)
         return [path] + [state] * bool(added), {}
 
     def _forecast(self, index: int, capacity: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -388,7 +404,7 @@ class LabelRun:
     def _predict(self, index: int, task: Task) -> None:
         """This process's share of the answers; processes wait for each other afterwards only."""
         shared = self.shared
-        predictor = shared.family.predictor(task.recipe, shared.cache.split(task.test))
+        predictor = self.method.predictor(shared.family.predictor(task.recipe, shared.cache.split(task.test)), task.name)
         cost = shared.family.cost * shared.world
         predict_to_file(
             predictor,
@@ -433,6 +449,8 @@ class LabelRun:
             features=functools.partial(self._features, index),
             seed=stage_seed(self.shared.config.seed, index, stage),
             statistics_bytes=int(self.shared.config.memory.statistics_gb * 1e9),
+            batches=functools.partial(self._counted, index),
+            model=self.shared.family.model,
             deltas=functools.partial(self._deltas, index - 1),
             base=json.loads(self.path(0, CONSOLIDATED).read_text()) if index else {},
             tasks=len(self.tasks),
@@ -451,6 +469,9 @@ class LabelRun:
 
         return counted(), batches.weight
 
+    def _counted(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
+        return (batch for batch, counts in self._batches(index, 1.0, 1)[0] if counts)
+
     def _gradients(self, index: int, fraction: float, statistics: Mapping[str, Any]) -> None:
         batches, total = self._batches(index, fraction, 3)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
@@ -465,6 +486,10 @@ class LabelRun:
 
     def _adapted(self) -> dict[str, nn.Linear]:
         return {name: layer.module for name, layer in self.layers.items()}
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path) if path.exists() else {}
 
 
 def _mean(values: Sequence[float]) -> float:

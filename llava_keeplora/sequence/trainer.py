@@ -140,6 +140,7 @@ class TaskTrainer(Trainer):
         tensors = {f"weights.{name}": p.detach() for name, p in self._trained().items()}
         tensors |= {f"optimizer.{name}": value for name, value in optimizer.tensors.items()}
         tensors |= {f"random.{rank}.{kind}": value for rank, own in enumerate(everyone) for kind, value in own.items()}
+        tensors |= {f"method.{name}": value for name, value in self.method.progress().items()}
         tensors["loss"] = self._tr_loss
         values = {
             "trainer": dataclasses.asdict(self.state) | {"stateful_callbacks": {}},
@@ -154,6 +155,9 @@ class TaskTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         for name, value in self._found.under("weights").items():
             self.model.get_parameter(name).copy_(value)
+        kept = self._found.under("method")
+        for name, value in self.method.progress().items():
+            value.copy_(kept[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
