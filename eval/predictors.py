@@ -6,6 +6,7 @@ trained and what is scored cannot drift apart.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -141,6 +142,17 @@ class ClipPredictor:
         self.device = torch.device(device) if device is not None else parameter.device
         self.dtype = parameter.dtype
         self._text: Tensor | None = None
+        self._head: Callable[[Tensor], Tensor] | None = None
+
+    def with_head(self, head: Callable[[Tensor], Tensor]) -> ClipPredictor:
+        """The same predictor with more logits, added to the prompts'.
+
+        Args:
+            head: unit-length image features (examples, projection) -> logits (examples, classes).
+        """
+        other = copy.copy(self)
+        other._head = head
+        return other
 
     @torch.no_grad()
     def logits(self, examples: Sequence[Example]) -> Tensor:
@@ -151,7 +163,9 @@ class ClipPredictor:
             if self._text is None:
                 self._text = self._prompt_features()
             pixel_values = self.pixels(examples).to(self.device, self.dtype)
-            return class_logits(self.model, image_features(self.model, pixel_values), self._text)
+            image = image_features(self.model, pixel_values)
+            logits = class_logits(self.model, image, self._text)
+            return logits if self._head is None else logits + self._head(image)
         finally:
             self.model.train(was_training)
 

@@ -385,7 +385,7 @@ class RunConfig:
         for label, method in self.methods.items():
             if not METHODS[method.method].sharded:
                 raise ConfigError(
-                    f"the DeepSpeed configuration has zero_optimization.stage 3, and '{label}' ({method.method}) needs its adapters whole outside of their layers",
+                    f"the DeepSpeed configuration has zero_optimization.stage 3, and '{label}' ({method.method}) needs what it trains whole outside of its layers",
                     "use stage 2",
                 )
 

@@ -81,6 +81,7 @@ class TaskContext:
         seed: of this task and stage, the same in every process.
         statistics_bytes: device memory for the statistics of one pass.
         model: the model, as it is in this stage.
+        task: makes that model on the task, a `llava_keeplora.models.TaskModel`.
         deltas: reads what each earlier task left behind, in order.
         report: numbers that a method wants to see in the run folder.
         base: the report of the base, for a task.
@@ -97,6 +98,7 @@ class TaskContext:
     statistics_bytes: int
     batches: Callable[[], Iterator[dict[str, Tensor]]] = tuple
     model: nn.Module | None = None
+    task: Callable[[], Any] | None = None
     deltas: Callable[[], list[Deltas]] = list
     report: dict[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -114,11 +116,11 @@ class Method:
     record: Record
     #: Whether there is anything to learn; where not, the zero-shot row is all there is.
     learns = True
-    #: What a stage costs beside training, in passes of the task's data through the model, for the estimate of time.
+    #: What a stage costs beside training itself, in passes of the task's data through the model, for the estimate of time.
     passes: dict[str, float] = {}
     #: Dropout on the adapters' input while training.
     dropout: float = 0.0
-    #: Whether it trains adapters that ZeRO-3 keeps in shards: not where it reads them outside of their layers.
+    #: Whether what it trains may lie in the shards of ZeRO-3: not where it is read outside of its layers.
     sharded = True
     #: Whether it puts LoRA adapters on the layers that a run names.
     adapts = True

@@ -123,9 +123,8 @@ class LabelRun:
         if index == 0 or stage in ("PLANNED", "CLOSED"):
             return 0
         n = len(self.shared.inputs[index - 1])
-        if stage == "TRAINED":
-            return 3 * n * self.epochs[index - 1]
-        return n * self.method.passes.get(stage, 0.0)
+        training = 3 * self.epochs[index - 1] if stage == "TRAINED" else 0
+        return n * (training + self.method.passes.get(stage, 0.0))
 
     def _where(self, index: int) -> str:
         return f"task {index}/{self.count} {self._name(index)}" if index else "before any task"
@@ -451,6 +450,7 @@ class LabelRun:
             statistics_bytes=int(self.shared.config.memory.statistics_gb * 1e9),
             batches=functools.partial(self._counted, index),
             model=self.shared.family.model,
+            task=lambda: self.shared.family.task(self.tasks[index - 1].recipe),
             deltas=functools.partial(self._deltas, index - 1),
             base=json.loads(self.path(0, CONSOLIDATED).read_text()) if index else {},
             tasks=len(self.tasks),
