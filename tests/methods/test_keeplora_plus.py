@@ -2,9 +2,13 @@
 
 import contextlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from transformers import CLIPModel, CLIPProcessor
@@ -127,6 +131,18 @@ def test_an_adapter_or_a_merged_model_is_refused_and_the_state_holds_the_rows(fi
     fork(finished, 2, tmp_path / "fork")
     for copied in (state, tmp_path / "fork"):
         assert torch.equal(rows(copied, "keeplora+", 2), rows(finished, "keeplora+", 2))
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_rows_that_one_trains(finished, run_tree, tmp_path):
+    training = {"max_grad_norm": 0.0, "per_device_train_batch_size": 4}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run", methods={"keeplora+": {}}, training=training)))
+    script = Path(__file__).parents[2] / "scripts" / "train_seq.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run([*launcher, "--config", str(tmp_path / "run.yaml")], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = (rows(run, "keeplora+", 1) for run in (tmp_path / "run", finished))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 # --- in training ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ ABOVE = {
     "capture": ["analysis", "export", "plan", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
     "adapters": ["analysis", "export", "plan", "capture", "models", "methods", "sequence", "report", "config", "cli"],
     "models": ["analysis", "export", "plan", "capture", "adapters", "methods", "sequence", "report", "cli"],
-    "methods": ["analysis", "export", "plan", "models", "capture", "sequence", "report", "config", "cli"],
+    "methods": ["analysis", "export", "plan", "models", "sequence", "report", "config", "cli"],
     "analysis": ["doctor", "plan", "sequence", "methods", "capture", "cli"],
     "export": ["analysis", "doctor", "plan", "sequence", "capture", "cli"],
     "plan": ["analysis", "doctor", "sequence", "export", "report", "cli"],
