@@ -11,11 +11,12 @@ Adam, which doesn't see a gradient's scale, an update is about λ_l times KeepLo
 
 Where this differs:
 
-- from the paper: of its text the abstract alone was at hand, so the formula and γ are those of the authors' code.
-- from the official code (MaolinLuo/KeepLoRA, the revision of KeepLoRA++): that has B from zero too, where the revision of KeepLoRA
-  for CLIP had copied it from the gradient; here the two are settings of their own, `form` and `gamma`. The form `delta`, the default,
-  is B from zero. And `preset` says, as for KeepLoRA, whether anything else follows the paper or the code.
-- λ of the text encoder was not readable there; it is 1 by that code's default.
+- from the paper: its abstract alone was at hand, so the formula and γ are those of the authors' code; the text encoder's λ is
+  that code's default, 1.
+- from the official code (MaolinLuo/KeepLoRA, the revision of KeepLoRA++): that begins with B = 0 in the same revision, where for
+  CLIP the one before had copied B from the gradient. Here these are two settings, `gamma` and `form`, whose default `delta` is B = 0.
+  What else is the paper's and what the code's is for `preset`, as in KeepLoRA.
+- a layer whose factor is 0, at γ = 0, is left out rather than trained without effect.
 """
 
 from __future__ import annotations
