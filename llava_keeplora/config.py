@@ -220,7 +220,7 @@ class MethodConfig:
         label: the name of its folder and of its row in the table.
         method: the method's name in the registry.
         options: the method's own options.
-        parts: parts as this method adapts them.
+        parts: parts as this method adapts them; none for one without adapters.
         training: arguments for `TrainingArguments` as this method trains.
     """
 
@@ -379,13 +379,33 @@ class RunConfig:
             self._check_sharded()
         return content
 
+    def check_whole(self) -> None:
+        """Refuse to train a whole model whose weights are too coarse for it.
+
+        Raises:
+            ConfigError: for a method that would, on quantised weights or on half-precision ones without an optimiser's finer copies.
+        """
+        from llava_keeplora.methods import METHODS
+
+        for label, method in self.methods.items():
+            if METHODS[method.method].whole and self.model.quantization:
+                raise ConfigError(
+                    f"'{label}' trains the whole model and model.quantization is {self.model.quantization}, but quantised weights can't be trained",
+                    f"leave the base unquantised, or '{label}' out of this run",
+                )
+            if METHODS[method.method].whole and self.model.dtype != "float32" and not method.training.get("deepspeed"):
+                raise ConfigError(
+                    f"'{label}' trains the whole model and model.dtype is {self.model.dtype}, in which small steps are rounded away",
+                    "set model.dtype to float32; training.bf16 computes in bfloat16 all the same",
+                )
+
     def _check_sharded(self) -> None:
         from llava_keeplora.methods import METHODS
 
         for label, method in self.methods.items():
             if not METHODS[method.method].sharded:
                 raise ConfigError(
-                    f"the DeepSpeed configuration has zero_optimization.stage 3, and '{label}' ({method.method}) needs its adapters whole outside of their layers",
+                    f"the DeepSpeed configuration has zero_optimization.stage 3, and '{label}' ({method.method}) needs what it trains whole outside of its layers",
                     "use stage 2",
                 )
 
@@ -480,6 +500,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     for label in parsed:
         config.epochs(label)
     config.deepspeed()
+    config.check_whole()
     return config
 
 
@@ -500,6 +521,9 @@ def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], trai
         if parts and part not in parts:
             raise ConfigError(f"{where}.parts names '{part}', which the run does not adapt", nearest(str(part), parts))
     merged = {n: {**parts.get(n, {}), **_as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**parts, **own_parts}}
+    if own_parts and not METHODS[name].adapts:
+        raise ConfigError(f"{where}.parts is set, but '{name}' has no adapters on the model's parts", f"remove {where}.parts")
+    merged = merged if METHODS[name].adapts else {}
     own_training = _as_mapping(tree.pop("training", {}), f"{where}.training")
     options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training"))
     return MethodConfig(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas
+from llava_keeplora.methods.reference import Reference
 from llava_keeplora_eval.predictors import Predictor
 
 
@@ -81,6 +82,7 @@ class TaskContext:
         seed: of this task and stage, the same in every process.
         statistics_bytes: device memory for the statistics of one pass.
         model: the model, as it is in this stage.
+        pretrained: makes a frozen copy of the model as it was before the first task.
         deltas: reads what each earlier task left behind, in order.
         report: numbers that a method wants to see in the run folder.
         base: the report of the base, for a task.
@@ -97,6 +99,7 @@ class TaskContext:
     statistics_bytes: int
     batches: Callable[[], Iterator[dict[str, Tensor]]] = tuple
     model: nn.Module | None = None
+    pretrained: Callable[[], nn.Module] | None = None
     deltas: Callable[[], list[Deltas]] = list
     report: dict[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -122,6 +125,10 @@ class Method:
     sharded = True
     #: Whether it puts LoRA adapters on the layers that a run names.
     adapts = True
+    #: Whether it trains the whole model instead, every parameter but the root's own; see `find_changed`.
+    whole = False
+    #: Data beside the tasks', for a method that has any.
+    reference: Reference | None = None
 
     @dataclass(frozen=True)
     class Options:
@@ -132,6 +139,13 @@ class Method:
 
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Refuse settings of the layers that the method can't follow, before anything is computed."""
+
+    def find_reference(self, read: Callable[[str, str | None], Reference]) -> None:
+        """Set `reference`, before anything is computed.
+
+        Args:
+            read: a recipe, and a file of texts or None → pictures and texts.
+        """
 
     def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Before a task: how each layer's adapter starts; a layer that is left out is named in `ctx.report`."""
@@ -152,8 +166,11 @@ class Method:
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
         """After an optimiser step."""
 
-    def learned(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
-        """What a task leaves behind, from what its adapters learned; inside `attached`, after the last step."""
+    def learned(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
+        """What a task leaves behind, from what its adapters learned; inside `attached`, after the last step.
+
+        A module that is trained itself is left with what it learned, unless it is named here.
+        """
         return deltas
 
     def kept(self) -> dict[str, Tensor]:

@@ -95,8 +95,12 @@ class ClipFamily:
 
     def task(self, recipe: Recipe) -> "ClipTask":
         """The model on one task."""
-        prompts = tokenize_prompts(self.processor, recipe.prompts, self.model.config.text_config.max_position_embeddings)
+        prompts = self.tokens(recipe.prompts)
         return ClipTask(self.model, prompts["input_ids"], prompts["attention_mask"])
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, each (texts, tokens); see `tokenize_prompts`."""
+        return tokenize_prompts(self.processor, texts, self.model.config.text_config.max_position_embeddings)
 
     def predictor(self, recipe: Recipe, images: Images) -> ClipPredictor:
         """What answers the task's examples with the present weights."""

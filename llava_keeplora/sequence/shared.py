@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import PartConfig, RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.models import DTYPES, Family, Inputs
+from llava_keeplora.models import DTYPES, Family, Inputs, load_model
 from llava_keeplora.sequence.data import ImageCache, Task
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.workspace import Workspace
@@ -50,6 +51,10 @@ class Shared:
         self.zero.adopt(self.family.model)
         if not self.family.quantization:  # What is quantised was loaded to where it is.
             self.family.model.to(self.device)
+
+    def pretrained(self) -> nn.Module:
+        """The model as it was before the first task, once more and frozen; loaded anew, so that nothing of a method's is on it."""
+        return load_model(self.config.model).model.to(self.device)
 
     def most(self, count: int) -> int:
         """The largest of the processes' counts."""

@@ -17,7 +17,23 @@ from llava_keeplora.models import load_model
 from llava_keeplora.plan import make_plan
 from llava_keeplora.sequence import label_run, shared, trainer
 
+FAMILIES = ("clip", "llava")
 LEARNING = [name for name, method in METHODS.items() if method.learns]
+MERGEABLE = [name for name in LEARNING if METHODS[name].record.mergeable]
+#: The others are stopped everywhere in test_resume.py.
+NEW = ["o-lora", "inflora", "sd-lora", "zscl"]
+
+
+def runs_on(family, methods=LEARNING):
+    """Those methods that run on a family."""
+    return [name for name in methods if family in METHODS[name].record.families]
+
+
+def for_every(methods, slow=()):
+    """A test for each method on each family that it runs on."""
+    pairs = [(family, name) for family in FAMILIES for name in runs_on(family, methods)]
+    marked = [pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.slow] * (pair[0] in slow)) for pair in pairs]
+    return pytest.mark.parametrize(("config", "method"), marked, indirect=["config"], scope="module")
 
 
 @dataclasses.dataclass
@@ -49,12 +65,13 @@ def tensors(model):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module", params=["clip", "llava"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def config(request, run_tree, llava_tree, tiny_tasks, mixed_tasks):
     """Function (folder, methods, **changes) → a run of them on two tasks."""
     build, tasks = {"clip": (run_tree, tiny_tasks), "llava": (llava_tree, mixed_tasks)}[request.param]
+    options = {"zscl": {"reference": str(tiny_tasks[2])}}
     return lambda folder, methods, **changes: parse_config(
-        build(folder, tasks=[str(task) for task in tasks[:2]], methods={name: {} for name in methods}, **changes)
+        build(folder, tasks=[str(task) for task in tasks[:2]], methods={name: options.get(name, {}) for name in runs_on(request.param, methods)}, **changes)
     )
 
 
@@ -110,21 +127,20 @@ def test_the_base_is_bit_for_bit_what_it_was_and_nothing_is_left_on_it(seen):
     assert all(torch.equal(seen.restored[name], value) for name, value in seen.base.items())
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@for_every(LEARNING)
 def test_exactly_the_declared_tensors_change(seen, method):
     deltas = read_learned(seen.folder, method).deltas
-    declared = {f"{name}.weight" for task in deltas for name in task}
-    declared |= {f"{name}.bias" for task in deltas for name, delta in task.items() if isinstance(delta, FullDelta) and delta.bias is not None}
+    declared = {f"{name}.{own}" for task in deltas for name, delta in task.items() for own in delta.changes()}
     assert {name for name, value in seen.after[method].items() if not torch.equal(value, seen.base[name])} == declared
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@for_every(LEARNING)
 def test_every_trained_tensor_gets_a_gradient_and_no_frozen_one(seen, method):
     own = {task: wrong for (name, task), wrong in seen.unlike.items() if name == method}
     assert len(own) == 2 and not any(own.values()), own
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@for_every(LEARNING)
 def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
     learned = read_learned(seen.folder, method, at_task=1)
     batch, loss = seen.first[method, 2]
@@ -132,16 +148,15 @@ def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@for_every(LEARNING)
 def test_what_is_read_back_from_the_files_gives_the_same_logits(seen, method):
     learned = read_learned(seen.folder, method)
     data = learned.recipes[-1].load("test")
     assert torch.equal(probe(learned.load(), data)[1], seen.logits[method])
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@for_every(MERGEABLE)
 def test_merged_and_unmerged_agree(seen, method):
-    assert METHODS[method].record.mergeable
     learned = read_learned(seen.folder, method)
     family = base_family(learned)
     full = [{name: delta for name, delta in task.items() if isinstance(delta, FullDelta)} for task in learned.deltas]
@@ -155,23 +170,22 @@ def test_merged_and_unmerged_agree(seen, method):
     assert float((unmerged - plain).abs().max()) > 1e-3, "what was learned is seen in the logits"
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@for_every(LEARNING)
 def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, method):
     entries = [json.loads(line) for line in (seen.folder / method / "journal.jsonl").read_text().splitlines()]
     counts = [entry["info"]["trained_parameters"] for entry in entries if entry["stage"] == "TRAINED"]
     prepared = [json.loads(path.read_text())["layers"] for path in sorted((seen.folder / method).glob("task-*/prepared.json"))]
     shapes = {name.removesuffix(".weight"): value.shape for name, value in seen.base.items() if name.endswith(".weight")}
-    full = sum(value.numel() for name, value in seen.base.items() if "multi_modal_projector" in name)
+    trained = (lambda name: name != "logit_scale") if METHODS[method].whole else (lambda name: "multi_modal_projector" in name)
+    full = sum(value.numel() for name, value in seen.base.items() if trained(name) and value.is_floating_point())
     for task, (count, layers) in enumerate(zip(counts, prepared, strict=True), start=1):
-        own = sum(layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"]) for name, layer in layers.items())
-        assert count == own + full + (task if method == "sd-lora" else 0)
+        adapters = sum(layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"]) for name, layer in layers.items())
+        own = {"sd-lora": task}
+        assert count == adapters + full + own.get(method, 0)
     assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
 
 
 # --- resuming ------------------------------------------------------------------------------------
-
-#: The others are stopped everywhere in test_resume.py.
-NEW = ["o-lora", "inflora", "sd-lora"]
 
 
 def alike(ours, theirs, method):
@@ -180,8 +194,7 @@ def alike(ours, theirs, method):
     assert ours == theirs and len(ours) > 10
 
 
-@pytest.mark.parametrize("config", ["clip", pytest.param("llava", marks=pytest.mark.slow)], indirect=True)
-@pytest.mark.parametrize("method", NEW)
+@for_every(NEW, slow=["llava"])
 def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(config, seen, method, run_to_the_end, stopped, monkeypatch, tmp_path, left_behind):
     append, done = label_run.Journal.append, set()
 
@@ -197,7 +210,7 @@ def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(co
     alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
 
 
-@pytest.mark.parametrize("method", NEW)
+@for_every(NEW)
 def test_a_run_stopped_within_training_goes_on_from_its_last_step(config, seen, method, run_to_the_end, stop_within_training, tmp_path, left_behind):
     stop_within_training(2)
     assert run_to_the_end(config(tmp_path / "run", [method], training={"save_steps": 1})) == 3
@@ -217,12 +230,17 @@ def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start
 # --- refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["o-lora", "sd-lora"])
+@pytest.mark.parametrize("method", ["o-lora", "sd-lora", "zscl"])
 def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tree, tmp_path, method):
     training = {"deepspeed": {"zero_optimization": {"stage": 3}}}
-    with pytest.raises(ConfigError, match=f"stage 3, and '{method}' .{method}. needs its adapters whole outside of their layers; use stage 2"):
+    with pytest.raises(ConfigError, match=f"stage 3, and '{method}' .{method}. needs what it trains whole outside of its layers; use stage 2"):
         parse_config(run_tree(tmp_path / "run", methods={method: {}}, training=training))
     parse_config(run_tree(tmp_path / "run", methods={"inflora": {}, "keeplora": {}}, training=training))
+
+
+def test_a_method_refuses_a_family_that_it_does_not_run_on_in_a_sentence(llava_tree, drive, tmp_path):
+    with pytest.raises(ConfigError, match="'zscl' runs on clip, and .* is a llava; leave 'zscl' out of this run"):
+        drive(parse_config(llava_tree(tmp_path / "run", methods={"zscl": {}})))
 
 
 def test_a_plan_refuses_a_method_that_makes_its_adapters_of_inputs_that_it_does_not_have(run_tree, tmp_path):
