@@ -127,7 +127,7 @@ class Method:
     adapts = True
     #: Whether it trains the whole model instead, every parameter but the root's own; see `find_changed`.
     whole = False
-    #: Data beside the tasks', for a method that has any.
+    #: Data beside the tasks', for a method that wants some.
     reference: Reference | None = None
 
     @dataclass(frozen=True)
@@ -140,12 +140,8 @@ class Method:
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Refuse settings of the layers that the method can't follow, before anything is computed."""
 
-    def find_reference(self, read: Callable[[str, str | None], Reference]) -> None:
-        """Set `reference`, before anything is computed.
-
-        Args:
-            read: a recipe, and a file of texts or None → pictures and texts.
-        """
+    def wanted_reference(self) -> tuple[str, str | None] | None:
+        """A recipe of pictures, and a file of texts or None for the recipe's own, to be read into `reference` before anything is computed."""
 
     def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Before a task: how each layer's adapter starts; a layer that is left out is named in `ctx.report`."""

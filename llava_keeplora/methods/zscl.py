@@ -25,7 +25,7 @@ Legend: T texts, N pictures, d projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,7 +36,6 @@ from torch.nn.functional import cross_entropy
 from llava_keeplora.adapters import AdapterInit, Deltas, FullDelta
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Method, Record, TaskContext
-from llava_keeplora.methods.reference import Reference
 from llava_keeplora.zero import trained_values
 from llava_keeplora_eval.predictors import PROMPTS_PER_BATCH, class_logits, image_features, text_features
 
@@ -94,10 +93,9 @@ class Zscl(Method):
         self._teacher: nn.Module | None = None
         self._texts: Tensor | None = None
 
-    def find_reference(self, read: Callable[[str, str | None], Reference]) -> None:
-        """The recipe's pictures and the texts, unless nothing is distilled."""
-        if self.options.distillation:
-            self.reference = read(self.options.reference, self.options.reference_texts)
+    def wanted_reference(self) -> tuple[str, str | None] | None:
+        """The pictures and texts of the settings, unless nothing is distilled."""
+        return (self.options.reference, self.options.reference_texts) if self.options.distillation else None
 
     def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """No adapters."""

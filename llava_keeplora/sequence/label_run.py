@@ -30,7 +30,6 @@ from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.sequence.forecast import forecast, shortage
 from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.progress import duration
-from llava_keeplora.sequence.reference import read_reference
 from llava_keeplora.sequence.reporters import check_reporters, end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
@@ -73,9 +72,8 @@ class LabelRun:
         self._states_loaded: tuple[int, int] | None = None
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
-        self._check_family()
         self.method.check(self.layers)
-        self.method.find_reference(functools.partial(read_reference, shared, config.label))
+        self.method.reference = shared.references.get(config.label)
         thresholds.check_auto(shared, self.layers)
         self._check_training()
         self._check_history()
@@ -151,14 +149,6 @@ class LabelRun:
     def path(self, index: int, name: str = "") -> Path:
         """A file of a task's folder."""
         return self.shared.workspace.task(self.config.label, index, self._name(index)) / name
-
-    def _check_family(self) -> None:
-        record, family = self.method.record, self.shared.family
-        if family.name not in record.families:
-            raise ConfigError(
-                f"'{self.config.label}' runs on {' and '.join(record.families)}, and {family.path} is a {family.name}",
-                f"leave '{self.config.label}' out of this run",
-            )
 
     # --- history ---------------------------------------------------------------------------------
 

@@ -7,40 +7,43 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llava_keeplora.config import DataConfig
 from llava_keeplora.errors import ConfigError, UserError
 from llava_keeplora.methods import Reference
 from llava_keeplora.models import ClipFamily
-from llava_keeplora.sequence.shared import Shared
+from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora_recipes import TaskData, load_recipe
 
 SPLIT = "train"
 
 
-def read_reference(shared: Shared, label: str, recipe: str, file: str | None) -> Reference:
+def read_reference(label: str, recipe: str, file: str | None, config: DataConfig, family: ClipFamily, cache: ImageCache) -> Reference:
     """Read a recipe's training pictures, and the texts of a file or of the recipe itself.
 
     Args:
-        shared: of the run; its data root is where relative paths start.
         label: of the method, for error texts.
         recipe: of pictures; its labels are not looked at.
         file: one text per line; None for what the recipe says of its pictures.
+        config: its root is where relative paths start.
+        family: the model; its weights are not needed.
+        cache: of prepared pictures.
 
     Raises:
         ConfigError: for data that are not there, or cannot be used; the sentence names the option.
     """
     option = "reference"
     try:
-        data = load_recipe(recipe).load(SPLIT, shared.config.data.root, shared.config.data.on_bad_image)
+        data = load_recipe(recipe).load(SPLIT, config.root, config.on_bad_image)
         option = "reference" if file is None else "reference_texts"
-        texts = _said_of(data) if file is None else _lines(Path(shared.config.data.root or "", file))
-        tokens = _tokens(shared.family, texts)
+        texts = _said_of(data) if file is None else _lines(Path(config.root or "", file))
+        tokens = _tokens(family, texts)
     except UserError as error:
         raise ConfigError(f"methods.{label}.{option}: {error.problem}", error.cure) from None
     record = {
         "recipe": data.recipe.name, "images": len(data), "fingerprint": data.fingerprint,
         "texts": len(texts), "texts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
     }
-    return Reference(shared.cache.split(data).take, len(data), tokens, record)
+    return Reference(cache.split(data).take, len(data), tokens, record)
 
 
 def _said_of(data: TaskData) -> list[str]:
