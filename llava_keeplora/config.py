@@ -47,6 +47,9 @@ MACHINE_ARGUMENTS = (
     "dataloader_num_workers", "dataloader_pin_memory", "save_steps",
 )
 
+#: Options of methods that say where data beside the tasks' lie; which data these are is held by the fingerprints in the journal.
+REFERENCE_PLACES = ("reference", "reference_texts")
+
 #: Arguments of `TrainingArguments` that the driver sets itself, and what to set instead.
 DRIVER_ARGUMENTS = {
     "output_dir": "set the top-level output_dir",
@@ -293,7 +296,8 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What a result depends on: everything but where run, recipes and data lie, how they are cached, what was published, and on what machines a step is computed.
 
-        Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in the journal.
+        Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in the journal, and so are
+        reference data.
 
         Raises:
             RecipeError: if a task's recipe is not there or cannot be read.
@@ -302,6 +306,8 @@ class RunConfig:
         places = ((tree, "output_dir"), (tree, "sequence"), (tree, "expected"), (tree["data"], "root"))
         for section, key in (*places, (tree["evaluation"], "batch_size"), (tree["data"], "cache_gb")):
             section.pop(key)
+        for method in tree["methods"].values():
+            method["options"] = {key: value for key, value in method["options"].items() if key not in REFERENCE_PLACES}
         tree["tasks"] = [load_recipe(task).name for task in self.tasks]
         for section in (tree, *tree["methods"].values()):
             epochs = _epochs(section["training"], len(self.tasks))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_keeplora.config import ZERO_SHOT
+from llava_keeplora.config import REFERENCE_PLACES, ZERO_SHOT
 from llava_keeplora.export.bundle import Base, Learned, checked, find_local
 from llava_keeplora.files import file_hash, write_bytes, write_json
 from llava_keeplora.journal import Entry, Journal
@@ -87,6 +87,8 @@ def _portable(tree: dict[str, Any], learned: Learned, base: Base) -> dict[str, A
         tree["model"]["name_or_path"] = base.id
     for section in (tree, *tree["methods"].values()):
         section["training"] = public(section["training"])
+    options = tree["methods"][learned.label]["options"]
+    options |= {key: Path(options[key]).name for key in REFERENCE_PLACES if options.get(key) and Path(options[key]).is_absolute()}
     if "output_dir" in tree:
         tree["output_dir"], tree["data"]["root"] = "", None
     return tree

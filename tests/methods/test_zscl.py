@@ -10,11 +10,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, CLIPModel
 
 from llava_keeplora.adapters import load_deltas
+from llava_keeplora.analysis import analyze_run
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError, MethodError, RunError
 from llava_keeplora.methods import METHODS, Method, Record, Reference, TaskContext
 from llava_keeplora.methods.zscl import distillation
 from llava_keeplora.models import load_model
+from llava_keeplora.plan import make_plan
+from llava_keeplora.report.run_report import write_run_report
 from llava_keeplora_recipes import load_recipe
 
 Zscl = METHODS["zscl"]
@@ -201,6 +204,25 @@ def test_reference_pictures_are_a_function_of_seed_and_step_that_no_generator_fe
     assert sorted(reference.draw(200, 1, 1)) == list(range(100))
 
 
+# --- what others make of it ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory, run_config, driven, tiny_tasks, reference):
+    """A run of sequential LoRA and ZSCL on two tasks."""
+    methods = {"seq-lora": {}, "zscl": reference}
+    return driven(run_config(tmp_path_factory.mktemp("beside") / "run", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]]))
+
+
+def test_the_analysis_measures_the_linear_layers_of_the_encoders_and_the_report_draws_the_rest(beside, tmp_path):
+    found = analyze_run(beside, tmp_path / "analysis")
+    layers = {update.layer.rsplit(".", 1)[-1] for update in found["zscl"].updates}
+    assert layers == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"} and found["zscl"].overlap is None
+    assert all(0 <= update.principal <= 1 for update in found["zscl"].updates) and found["seq-lora"].overlap is not None
+    write_run_report(beside)
+    assert "zscl" in (beside / "report.html").read_text()
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -238,6 +260,11 @@ def test_weights_that_are_too_coarse_to_be_trained_are_refused_in_a_sentence(ref
 
 def test_parts_of_a_method_without_adapters_are_refused_in_a_sentence(refused):
     refused({"parts": {"vision": {"rank": 4}}}, "methods.zscl.parts is set, but 'zscl' has no adapters on the model's parts; remove methods.zscl.parts")
+
+
+def test_a_plan_refuses_it_in_a_sentence(run_config, tmp_path):
+    with pytest.raises(ConfigError, match="'zscl' does not train LoRA adapters, and a plan knows nothing else; run it without a plan"):
+        make_plan(run_config(tmp_path / "run", methods={"zscl": {}}))
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
