@@ -26,6 +26,8 @@ def delta_files(run):
 def test_a_merged_model_is_the_base_and_the_sum_of_all_changes(run, tiny_clip, tmp_path):
     done = export_run(run, "merged", tmp_path / "merged", base_id="you/base", dtype="float32")
     assert done.own.largest < 1e-5 and not done.left_out
+    card = (tmp_path / "merged/README.md").read_text()
+    assert 'reference "corners.yaml"' in card and str(tmp_path.parent) not in card
     base, merged = (dict(CLIPModel.from_pretrained(path).named_parameters()) for path in (tiny_clip, tmp_path / "merged"))
     tasks = [{f"{name}.{own}": value for name, delta in load_deltas(path).items() for own, value in delta.changes().items()} for path in delta_files(run)]
     assert len(tasks) == 2 and all(task.keys() == base.keys() - {"logit_scale"} for task in tasks)

@@ -23,6 +23,7 @@ from llava_keeplora_recipes import load_recipe
 Zscl = METHODS["zscl"]
 NOTHING = {"method": "zscl", "label_smoothing": 0.0, "distillation": 0.0, "constraint": 0.0, "ensemble_every": 0}
 ONE_STEP = {"max_steps": 1, "optim": "sgd", "per_device_train_batch_size": 24, "max_grad_norm": 0.0}
+SGD = {"optim": "sgd", "learning_rate": 0.05}
 EVERY = 2
 
 
@@ -68,6 +69,8 @@ def finished(tmp_path_factory, run_config, driven, tiny_tasks, reference):
         "full": {}, "nothing": NOTHING, "one-step": {**NOTHING, "training": ONE_STEP},
         "watched": {"ensemble_every": EVERY, **reference, "training": {"num_train_epochs": 2}},
         "raw": {"method": "zscl", "ensemble_every": 0, **reference, "training": {"num_train_epochs": 2}},
+        "whole": {"method": "zscl", **reference, "training": SGD},
+        "halves": {"method": "zscl", **reference, "training": {**SGD, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}},
     }
     with pytest.MonkeyPatch.context() as patch:
         for method in (FullFineTuning, Watched):
@@ -119,6 +122,14 @@ def test_training_goes_on_from_the_weights_and_not_from_their_mean(finished):
     # The next task begins where the mean is.
     left = changes(delta_files(finished, "watched")[0])
     assert all(torch.allclose(second[0][name], first[0][name] + change, atol=1e-6) for name, change in left.items())
+
+
+def test_a_step_of_two_half_batches_is_the_step_of_the_whole_one(finished):
+    """Distillation and constraint count once per optimiser step, on the same reference pictures."""
+    for whole, halves in zip(delta_files(finished, "whole"), delta_files(finished, "halves"), strict=True):
+        ours, theirs = changes(whole), changes(halves)
+        scale = max(float(change.abs().max()) for change in ours.values())
+        assert all(torch.allclose(change, theirs[name], atol=1e-3 * scale, rtol=0) for name, change in ours.items())
 
 
 def test_the_journal_says_which_reference_data_a_task_was_planned_with(finished):
