@@ -12,7 +12,8 @@ of 64, 1000 steps with 100 of warm-up and a cosine; 64 pictures of ImageNet a st
 
 Where this differs:
 
-- from the paper: G is the pre-trained model's on both sides, as in the official code, so that no distillation reaches the text encoder.
+- from its name: the text encoder's distillation, D of the transposed Z, moves the image encoder alone, since G is the pre-trained
+  model's on both sides; so it is in the official code, which is what is followed here.
 - from the official code (Thunderbeee/ZSCL): that encodes all texts in every step; the pre-trained model's never change, and here
   are encoded once a task. Reference pictures are drawn for each step on its own, a pure function of seed, task and step, not epoch
   by epoch, so that they disturb nothing else and a training that was killed goes on with the same ones. Steps that are put together from
@@ -20,7 +21,7 @@ Where this differs:
 - reference data by default: rendered scenes with captions of two coloured shapes, which need no files and belong to no task that
   CLIP learns. For a CLIP that has seen the world, name pictures and texts of the world.
 
-Legend: T texts, N pictures, d projection.
+Legend: T texts, d projection.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora_recipes import TaskData, load_recipe
 
 SPLIT = "train"
+CURE = "give a text file with one caption per line"
 
 
 def read_reference(label: str, recipe: str, file: str | None, config: DataConfig, family: ClipFamily, cache: ImageCache) -> Reference:
@@ -57,9 +58,9 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})", "give a text file with one caption per line") from error
+        raise ConfigError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})", CURE) from error
     if not any(lines):
-        raise ConfigError(f"{path} holds no text", "give a text file with one caption per line")
+        raise ConfigError(f"{path} holds no text", CURE)
     return [line for line in lines if line]
 
 
