@@ -60,6 +60,10 @@ class FullDelta:
         """What is stored of it, by name."""
         return dict(self.parameters)
 
+    def dense(self, device: torch.device | str = "cpu") -> Tensor:
+        """The change of the module's weight in fp32, on a device; of a linear layer ΔW (out, in)."""
+        return self.parameters["weight"].to(device).float()
+
     def changes(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Name of a parameter → its change in fp32, on a device."""
         return {name: change.to(device).float() for name, change in self.parameters.items()}

@@ -204,7 +204,7 @@ def measure(task: str, part: str, layer: str, delta: Delta | FullDelta, principa
 def _rows(delta: Delta | FullDelta) -> Tensor:
     """A matrix (r, in) or (out, in) with ΔW's energy in every input direction: B = Q R, and Q changes no length."""
     if isinstance(delta, FullDelta):
-        return delta.parameters["weight"].double()
+        return delta.dense().double()
     return torch.linalg.qr(delta.scale * delta.B.double()).R @ delta.A.double()
 
 
