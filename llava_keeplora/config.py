@@ -47,6 +47,9 @@ MACHINE_ARGUMENTS = (
     "dataloader_num_workers", "dataloader_pin_memory", "save_steps",
 )
 
+#: Options of methods that say where data beside the tasks' lie; which data these are is held by the fingerprints in the journal.
+REFERENCE_PLACES = ("reference", "reference_texts")
+
 #: Arguments of `TrainingArguments` that the driver sets itself, and what to set instead.
 DRIVER_ARGUMENTS = {
     "output_dir": "set the top-level output_dir",
@@ -220,7 +223,7 @@ class MethodConfig:
         label: the name of its folder and of its row in the table.
         method: the method's name in the registry.
         options: the method's own options.
-        parts: parts as this method adapts them.
+        parts: parts as this method adapts them; none for one without adapters.
         training: arguments for `TrainingArguments` as this method trains.
     """
 
@@ -293,7 +296,8 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What a result depends on: everything but where run, recipes and data lie, how they are cached, what was published, and on what machines a step is computed.
 
-        Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in the journal.
+        Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in the journal, and so are
+        reference data.
 
         Raises:
             RecipeError: if a task's recipe is not there or cannot be read.
@@ -302,6 +306,8 @@ class RunConfig:
         places = ((tree, "output_dir"), (tree, "sequence"), (tree, "expected"), (tree["data"], "root"))
         for section, key in (*places, (tree["evaluation"], "batch_size"), (tree["data"], "cache_gb")):
             section.pop(key)
+        for method in tree["methods"].values():
+            method["options"] = {key: value for key, value in method["options"].items() if key not in REFERENCE_PLACES}
         tree["tasks"] = [load_recipe(task).name for task in self.tasks]
         for section in (tree, *tree["methods"].values()):
             epochs = _epochs(section["training"], len(self.tasks))
@@ -378,6 +384,26 @@ class RunConfig:
         if content.get("zero_optimization", {}).get("stage") == 3:
             self._check_sharded()
         return content
+
+    def check_whole(self) -> None:
+        """Refuse to train a whole model whose weights are too coarse for it.
+
+        Raises:
+            ConfigError: for a method that would, on quantised weights or on half-precision ones without an optimiser's finer copies.
+        """
+        from llava_keeplora.methods import METHODS
+
+        for label, method in self.methods.items():
+            if METHODS[method.method].whole and self.model.quantization:
+                raise ConfigError(
+                    f"'{label}' trains the whole model and model.quantization is {self.model.quantization}, but quantised weights can't be trained",
+                    f"leave the base unquantised, or '{label}' out of this run",
+                )
+            if METHODS[method.method].whole and self.model.dtype != "float32" and not method.training.get("deepspeed"):
+                raise ConfigError(
+                    f"'{label}' trains the whole model and model.dtype is {self.model.dtype}, in which small steps are rounded away",
+                    "set model.dtype to float32; training.bf16 computes in bfloat16 all the same",
+                )
 
     def _check_sharded(self) -> None:
         from llava_keeplora.methods import METHODS
@@ -480,6 +506,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     for label in parsed:
         config.epochs(label)
     config.deepspeed()
+    config.check_whole()
     return config
 
 
@@ -500,6 +527,9 @@ def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], trai
         if parts and part not in parts:
             raise ConfigError(f"{where}.parts names '{part}', which the run does not adapt", nearest(str(part), parts))
     merged = {n: {**parts.get(n, {}), **_as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**parts, **own_parts}}
+    if own_parts and not METHODS[name].adapts:
+        raise ConfigError(f"{where}.parts is set, but '{name}' has no adapters on the model's parts", f"remove {where}.parts")
+    merged = merged if METHODS[name].adapts else {}
     own_training = _as_mapping(tree.pop("training", {}), f"{where}.training")
     options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training"))
     return MethodConfig(

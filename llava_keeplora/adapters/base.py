@@ -19,15 +19,15 @@ from llava_keeplora.zero import is_partitioned
 class BaseWeights:
     """The base's layers with a stage's deltas on them.
 
-    A plain layer's weight becomes W_0 + Σ ΔW_i, summed in fp32 and rounded to the model's dtype once, so a run that goes on
+    A plain module's parameters become W_0 + Σ ΔW_i, summed in fp32 and rounded to the model's dtype once, so a run that goes on
     rebuilds bit for bit what an undisturbed one holds, and no rounding piles up in bf16. A weight that is quantised or split
     over processes is never written: there the deltas are stacked, y = W_0 x + Σ s_i B_i (A_i x) (see `is_stacked`).
 
     Args:
-        layers: name → linear layer, holding the base's weights at construction.
+        layers: name → module, holding the base's weights at construction; other than linear ones take full changes alone.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear]):
+    def __init__(self, layers: Mapping[str, nn.Module]):
         self._layers = {name: (_Stacked if is_stacked(layer) else _Summed)(layer) for name, layer in layers.items()}
 
     @torch.no_grad()
@@ -38,29 +38,30 @@ class BaseWeights:
             layer.carry([task[name] for task in deltas if name in task])
 
 
-def is_stacked(layer: nn.Linear) -> bool:
+def is_stacked(layer: nn.Module) -> bool:
     """Whether deltas stay beside a layer's weight: a quantised one would round them away, a shard isn't there to add to."""
-    return is_quantised(layer) or is_partitioned(layer.weight)
+    return is_quantised(layer) or any(map(is_partitioned, layer.parameters(recurse=False)))
 
 
 class _Summed:
-    """A layer whose weight takes its deltas up; a copy of the base's is kept on the host, where memory is cheaper."""
+    """A module whose parameters take its deltas up; a copy of the base's is kept on the host, where memory is cheaper."""
 
-    def __init__(self, layer: nn.Linear):
-        self.layer = layer
-        self.weight = layer.weight.detach().to("cpu", copy=True)
-        self.bias = None if layer.bias is None else layer.bias.detach().to("cpu", copy=True)
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.base = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters(recurse=False)}
 
     def carry(self, changes: Sequence[Delta | FullDelta]) -> None:
-        device = self.layer.weight.device
-        self.layer.weight.copy_(_sum(self.weight.to(device), (change.dense(device) for change in changes)))
-        if self.bias is not None:
-            biases = (c.bias for c in changes if isinstance(c, FullDelta) and c.bias is not None)
-            self.layer.bias.copy_(_sum(self.bias.to(device), biases))
+        device = next(self.module.parameters(recurse=False)).device
+        totals = {name: base.to(device, torch.float32, copy=True) for name, base in self.base.items()}
+        for change in changes:
+            for name, value in change.changes(device).items():
+                totals[name] += value
+        for name, total in totals.items():
+            self.module.get_parameter(name).copy_(total)
 
 
 class _Stacked:
-    """A layer whose deltas are added to its output."""
+    """A linear layer whose deltas are added to its output."""
 
     def __init__(self, layer: nn.Linear):
         self.layer, self._handle = layer, None
@@ -71,8 +72,8 @@ class _Stacked:
             self._handle = None
         device = self.layer.weight.device
         full = [change for change in changes if isinstance(change, FullDelta)]
-        weight = sum(change.weight.to(device) for change in full)
-        bias = sum(change.bias.to(device) for change in full) if full and self.layer.bias is not None else None
+        weight = sum(change.parameters["weight"].to(device) for change in full)
+        bias = sum(change.parameters["bias"].to(device) for change in full) if full and self.layer.bias is not None else None
         low = [change for change in changes if isinstance(change, Delta)]
         A = torch.cat([change.A for change in low]).to(device) if low else None  # (R, in)
         B = torch.cat([change.scale * change.B for change in low], dim=1).to(device) if low else None  # (out, R)
@@ -88,9 +89,3 @@ class _Stacked:
         if changes:
             self._handle = self.layer.register_forward_hook(add)
 
-
-def _sum(base: Tensor, changes: Iterable[Tensor]) -> Tensor:
-    total = base.to(torch.float32, copy=True)
-    for change in changes:
-        total += change.to(total)
-    return total

@@ -1,4 +1,4 @@
-"""What a task leaves behind: one delta per layer, as numbers and as a file.
+"""What a task leaves behind: one delta per changed module, as numbers and as a file.
 
 Legend: in / out features of a layer, r rank. ΔW = scale · B A with A (r, in) and B (out, r), PEFT's naming.
 """
@@ -40,27 +40,33 @@ class Delta:
         """ΔW (out, in) in fp32, worked out on a device."""
         return (self.B.to(device).float() @ self.A.to(device).float()).mul_(self.scale)
 
+    def changes(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Name of a parameter → its change in fp32, worked out on a device."""
+        return {"weight": self.dense(device)}
+
 
 @dataclass(frozen=True)
 class FullDelta:
-    """The change of one layer that was trained as it is, without an adapter.
+    """The change of one module that was trained as it is, without an adapter: a linear layer, a norm, an embedding, ...
 
     Args:
-        weight: ΔW (out, in).
-        bias: (out,), or None for a layer without one.
+        parameters: name of each of the module's own parameters → its change, of that one's shape.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
+    parameters: Mapping[str, Tensor]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What is stored of it, by name."""
-        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+        return dict(self.parameters)
 
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
-        """ΔW (out, in) in fp32, on a device."""
-        return self.weight.to(device).float()
+        """The change of the module's weight in fp32, on a device; of a linear layer ΔW (out, in)."""
+        return self.parameters["weight"].to(device).float()
+
+    def changes(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Name of a parameter → its change in fp32, on a device."""
+        return {name: change.to(device).float() for name, change in self.parameters.items()}
 
 
 Deltas = Mapping[str, Delta | FullDelta]
@@ -79,7 +85,9 @@ def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         scales = json.loads(file.metadata()["scales"])
-    full = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
-    return {name: Delta(tensors[f"{name}.A"], tensors[f"{name}.B"], scale) for name, scale in scales.items()} | {
-        name: FullDelta(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in full
-    }
+    found: dict[str, Delta | FullDelta] = {name: Delta(tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B"), scale) for name, scale in scales.items()}
+    full: dict[str, dict[str, Tensor]] = {}
+    for key, change in tensors.items():
+        module, _, name = key.rpartition(".")
+        full.setdefault(module, {})[name] = change
+    return found | {module: FullDelta(own) for module, own in full.items()}

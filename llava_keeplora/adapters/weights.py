@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from llava_keeplora.zero import gathered, is_partitioned
 
 
-def is_quantised(layer: nn.Linear) -> bool:
-    """Whether the weight is stored in bitsandbytes' 4-bit or 8-bit form."""
-    return not layer.weight.is_floating_point()
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer's weight is stored in bitsandbytes' 4-bit or 8-bit form; a module without one has none."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and not weight.is_floating_point()
 
 
 @torch.no_grad()

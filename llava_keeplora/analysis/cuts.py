@@ -65,7 +65,8 @@ class Cuts:
         whole = {name: BaseWeights({name: layer}) for name, layer in self._layers.items()}
         try:
             for name, layer in self._layers.items():
-                whole[name].apply([{name: FullDelta(self._removed(side, dense_weight(layer).detach().float(), self._bases[name]))}])
+                removed = self._removed(side, dense_weight(layer).detach().float(), self._bases[name])
+                whole[name].apply([{name: FullDelta({"weight": removed})}])
             yield
         finally:
             for weights in whole.values():

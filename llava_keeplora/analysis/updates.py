@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from llava_keeplora.adapters import Delta, FullDelta, dense_weight
@@ -111,11 +111,12 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
     features, chosen = {label: _added(one) for label, one in learned.items()}, _chosen(learned.values())
     into = made(into)
     names, family = read_identity(run)["tasks"], load_model(next(iter(learned.values())).model)
-    layers = dict.fromkeys(name for one in learned.values() for task in one.deltas for name in task)
+    changed = dict.fromkeys(name for one in learned.values() for task in one.deltas for name in task)
+    layers = [name for name in changed if isinstance(family.model.get_submodule(name), nn.Linear) and _part(family, name)]
     updates: dict[str, list[Update]] = {label: [] for label in learned}
     for layer in tqdm(layers, desc="analyze", delay=2, disable=None):
         part, weight = _part(family, layer), dense_weight(family.model.get_submodule(layer)).detach().to(default_device())
-        energies = {label: _energy(PartConfig(**one.config["methods"][label]["parts"][part]), chosen.get(part)) for label, one in learned.items()}
+        energies = {label: _energy(PartConfig(**one.config["methods"][label]["parts"].get(part, {})), chosen.get(part)) for label, one in learned.items()}
         bases = {energy: principal_basis(weight, energy).basis.cpu() for energy in set(energies.values())}
         for label, one in learned.items():
             updates[label] += _of_layer(layer, part, names, one.deltas, bases[energies[label]], features[label])
@@ -177,8 +178,9 @@ def _overlap(learned: Learned) -> list[list[float | None]] | None:
     return overlap([learned.run / learned.label / name for entry in trained for name in entry.files if name.endswith("delta.safetensors")])
 
 
-def _part(family: Family, layer: str) -> str:
-    return next(part for part, prefix in family.parts.items() if layer.startswith(f"{prefix}."))
+def _part(family: Family, layer: str) -> str | None:
+    """The part that a layer belongs to; None for what no part holds, such as embeddings."""
+    return next((part for part, prefix in family.parts.items() if layer.startswith(f"{prefix}.")), None)
 
 
 def measure(task: str, part: str, layer: str, delta: Delta | FullDelta, principal: Tensor, features: Tensor) -> Update:
@@ -202,7 +204,7 @@ def measure(task: str, part: str, layer: str, delta: Delta | FullDelta, principa
 def _rows(delta: Delta | FullDelta) -> Tensor:
     """A matrix (r, in) or (out, in) with ΔW's energy in every input direction: B = Q R, and Q changes no length."""
     if isinstance(delta, FullDelta):
-        return delta.weight.double()
+        return delta.dense().double()
     return torch.linalg.qr(delta.scale * delta.B.double()).R @ delta.A.double()
 
 

@@ -56,9 +56,10 @@ def combine(tasks: Sequence[Mapping[str, Delta | FullDelta]], rank: int | None =
     full = sorted({name for task in tasks for name, delta in task.items() if isinstance(delta, FullDelta)})
     if full:
         # PEFT's `modules_to_save` could hold them whole, but vLLM refuses an adapter that has any.
+        adapted = any(isinstance(delta, Delta) for task in tasks for delta in task.values())
         raise ConfigError(
             f"{len(full)} layers were trained in full, which no LoRA adapter holds exactly (first {full[0]})",
-            "leave their part out with --parts, or export --as merged",
+            "leave their part out with --parts, or export --as merged" if adapted else "export --as merged",
         )
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank is {rank}, but an adapter has at least one direction", "give 1 or more")

@@ -140,11 +140,13 @@ def only_parts(learned: Learned, parts: Sequence[str] | None, prefixes: Mapping[
     Raises:
         ConfigError: for a part that the method did not change.
     """
-    own = list(learned.config["methods"][learned.label]["parts"])
-    for part in parts or ():
+    if not parts:
+        return list(learned.deltas)
+    own = list(learned.config["methods"][learned.label]["parts"] or prefixes)  # None are named where the whole model is trained.
+    for part in parts:
         if part not in own:
             raise ConfigError(f"--parts names '{part}', which '{learned.label}' did not change", nearest(part, own))
-    chosen = tuple(f"{prefixes[part]}." for part in parts or own)
+    chosen = tuple(f"{prefixes[part]}." for part in parts)
     return [{name: delta for name, delta in task.items() if name.startswith(chosen)} for task in learned.deltas]
 
 

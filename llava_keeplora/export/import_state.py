@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_keeplora.config import parse_config, read_object
+from llava_keeplora.config import REFERENCE_PLACES, parse_config, read_object
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export.bundle import checked
 from llava_keeplora.export.hub import download
@@ -109,6 +109,9 @@ def _settle(room: Path, home: Path, base: str | None, data_root: str | None) -> 
         for section in (config, *config["methods"].values()):
             if private := section["training"].keys() - public(section["training"]).keys():
                 raise RunError(f"the state's configuration sets training.{min(private)}, which is for you to set", "do not use this state")
+        for name in [method["options"].get(key) for method in config["methods"].values() for key in REFERENCE_PLACES]:
+            if name is not None and not stays_inside(name):
+                raise RunError(f"the state's configuration reads '{name}', outside the data folder", "do not use this state")
         written = config | {"methods": {label: _as_written(method) for label, method in config["methods"].items()}}
         parse_config(written)
     except (KeyError, TypeError, AttributeError) as error:

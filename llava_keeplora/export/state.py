@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_keeplora.config import ZERO_SHOT
+from llava_keeplora.config import REFERENCE_PLACES, ZERO_SHOT
 from llava_keeplora.export.bundle import Base, Learned, checked, find_local
 from llava_keeplora.files import file_hash, write_bytes, write_json
 from llava_keeplora.journal import Entry, Journal
@@ -87,6 +87,7 @@ def _portable(tree: dict[str, Any], learned: Learned, base: Base) -> dict[str, A
         tree["model"]["name_or_path"] = base.id
     for section in (tree, *tree["methods"].values()):
         section["training"] = public(section["training"])
+    tree["methods"][learned.label]["options"] = placeless(tree["methods"][learned.label]["options"])
     if "output_dir" in tree:
         tree["output_dir"], tree["data"]["root"] = "", None
     return tree
@@ -95,6 +96,11 @@ def _portable(tree: dict[str, Any], learned: Learned, base: Base) -> dict[str, A
 def public(training: dict[str, Any]) -> dict[str, Any]:
     """Training arguments without what is of one person or one machine."""
     return {key: value for key, value in training.items() if not key.startswith(PRIVATE)}
+
+
+def placeless(options: dict[str, Any]) -> dict[str, Any]:
+    """A method's options without the folders of one machine."""
+    return options | {key: Path(options[key]).name for key in REFERENCE_PLACES if Path(options.get(key) or "").is_absolute()}
 
 
 def _recipe_facts(recipe: Recipe) -> dict[str, Any]:

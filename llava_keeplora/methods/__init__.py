@@ -7,14 +7,17 @@ from llava_keeplora.methods.inflora import InfLora
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.methods.keeplora_plus import KeepLoraPlus
 from llava_keeplora.methods.keeplora_plus_plus import KeepLoraPlusPlus
-from llava_keeplora.methods.layers import Changed, find_layers
+from llava_keeplora.methods.layers import Changed, find_changed, find_layers
 from llava_keeplora.methods.o_lora import OLora
+from llava_keeplora.methods.reference import Reference
 from llava_keeplora.methods.sd_lora import SdLora
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.zero_shot import ZeroShot
+from llava_keeplora.methods.zscl import Zscl
 
 METHODS: dict[str, type[Method]] = {
-    method.record.name: method for method in (ZeroShot, SequentialLora, KeepLora, KeepLoraPlus, KeepLoraPlusPlus, OLora, InfLora, SdLora)
+    method.record.name: method
+    for method in (ZeroShot, SequentialLora, KeepLora, KeepLoraPlus, KeepLoraPlusPlus, OLora, InfLora, SdLora, Zscl)
 }
 
-__all__ = ["METHODS", "Changed", "Layer", "Method", "Record", "TaskContext", "find_layers"]
+__all__ = ["METHODS", "Changed", "Layer", "Method", "Record", "Reference", "TaskContext", "find_changed", "find_layers"]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas
+from llava_keeplora.methods.reference import Reference
 from llava_keeplora_eval.predictors import Predictor
 
 
@@ -82,6 +83,7 @@ class TaskContext:
         statistics_bytes: device memory for the statistics of one pass.
         model: the model, as it is in this stage.
         task: makes that model on the task, a `llava_keeplora.models.TaskModel`.
+        pretrained: makes a frozen copy of the model as it was before the first task.
         deltas: reads what each earlier task left behind, in order.
         report: numbers that a method wants to see in the run folder.
         base: the report of the base, for a task.
@@ -99,6 +101,7 @@ class TaskContext:
     batches: Callable[[], Iterator[dict[str, Tensor]]] = tuple
     model: nn.Module | None = None
     task: Callable[[], Any] | None = None
+    pretrained: Callable[[], nn.Module] | None = None
     deltas: Callable[[], list[Deltas]] = list
     report: dict[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -124,6 +127,10 @@ class Method:
     sharded = True
     #: Whether it puts LoRA adapters on the layers that a run names.
     adapts = True
+    #: Whether it trains the whole model instead, every parameter but the root's own; see `find_changed`.
+    whole = False
+    #: Data beside the tasks', for a method that wants some.
+    reference: Reference | None = None
 
     @dataclass(frozen=True)
     class Options:
@@ -134,6 +141,9 @@ class Method:
 
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Refuse settings of the layers that the method can't follow, before anything is computed."""
+
+    def wanted_reference(self) -> tuple[str, str | None] | None:
+        """A recipe of pictures, and a file of texts or None for the recipe's own, to be read into `reference` before anything is computed."""
 
     def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Before a task: how each layer's adapter starts; a layer that is left out is named in `ctx.report`."""
@@ -154,8 +164,11 @@ class Method:
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
         """After an optimiser step."""
 
-    def learned(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
-        """What a task leaves behind, from what its adapters learned; inside `attached`, after the last step."""
+    def learned(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
+        """What a task leaves behind, from what its adapters learned; inside `attached`, after the last step.
+
+        A module that is trained itself is left with what it learned, unless it is named here.
+        """
         return deltas
 
     def kept(self) -> dict[str, Tensor]:

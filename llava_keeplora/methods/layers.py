@@ -9,27 +9,41 @@ from typing import Any
 from torch import nn
 
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods.base import Layer
+from llava_keeplora.methods.base import Layer, Method
 
 
 @dataclass(frozen=True)
 class Changed:
-    """The layers that a method changes.
+    """What a method changes of a model.
 
     Args:
         adapted: name → layer with an adapter.
-        full: name → linear layer that is trained itself.
+        full: name → module whose own parameters are trained themselves.
         unreachable: names of layers that were asked for and that the loss cannot reach.
     """
 
     adapted: dict[str, Layer] = field(default_factory=dict)
-    full: dict[str, nn.Linear] = field(default_factory=dict)
+    full: dict[str, nn.Module] = field(default_factory=dict)
     unreachable: list[str] = field(default_factory=list)
 
     @property
-    def modules(self) -> dict[str, nn.Linear]:
+    def modules(self) -> dict[str, nn.Module]:
         """All of them that are changed, by full name."""
         return {name: layer.module for name, layer in self.adapted.items()} | self.full
+
+
+def find_changed(method: type[Method], parts: Mapping[str, Any], family: Any) -> Changed:
+    """What a method changes of a model: layers of its parts, the whole of it, or nothing but modules of the method's own.
+
+    Args:
+        method: the method.
+        parts, family: see `find_layers`.
+    """
+    if method.whole:
+        # The root's own parameters stay as they are: of CLIP that is the temperature, which its fine-tuning leaves alone.
+        named = [(name, module) for name, module in family.model.named_modules() if name]
+        return Changed(full={name: module for name, module in named if next(module.parameters(recurse=False), None) is not None})
+    return find_layers(parts, family) if method.adapts else Changed()
 
 
 def find_layers(parts: Mapping[str, Any], family: Any) -> Changed:

@@ -47,11 +47,15 @@ class ClipFamily:
         """The model's processor."""
         return AutoProcessor.from_pretrained(self.path, revision=self.revision, trust_remote_code=False)
 
+    @cached_property
+    def config(self) -> CLIPConfig:
+        """The model's configuration."""
+        return CLIPConfig.from_pretrained(self.path, revision=self.revision)
+
     def skeleton(self, dtype: torch.dtype) -> None:
         """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
-        config = CLIPConfig.from_pretrained(self.path, revision=self.revision)
         self.model = build_skeleton(
-            lambda: CLIPModel._from_config(config, dtype=dtype, attn_implementation="sdpa"),
+            lambda: CLIPModel._from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
             self.quantization,
             self.whole,
         )
@@ -95,8 +99,12 @@ class ClipFamily:
 
     def task(self, recipe: Recipe) -> "ClipTask":
         """The model on one task."""
-        prompts = tokenize_prompts(self.processor, recipe.prompts, self.model.config.text_config.max_position_embeddings)
+        prompts = self.tokens(recipe.prompts)
         return ClipTask(self.model, prompts["input_ids"], prompts["attention_mask"])
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, each (texts, tokens); see `tokenize_prompts`."""
+        return tokenize_prompts(self.processor, texts, self.config.text_config.max_position_embeddings)
 
     def predictor(self, recipe: Recipe, images: Images) -> ClipPredictor:
         """What answers the task's examples with the present weights."""

@@ -13,7 +13,7 @@ import torch
 from llava_keeplora.adapters import is_quantised
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Changed, find_layers
+from llava_keeplora.methods import METHODS, Changed, find_changed
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.subspace import GradientSketch, sketch_width
@@ -121,7 +121,7 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None) ->
 def _least(config: RunConfig, family: Family, gpu: bool) -> dict[str, int]:
     """What is there at the same time on the device, in words → its bytes."""
     family.skeleton(DTYPES[config.model.dtype])
-    changed = {label: find_layers(method.parts, family) for label, method in config.methods.items()}
+    changed = {label: find_changed(METHODS[method.method], method.parts, family) for label, method in config.methods.items()}
     sums = max((gradient_bytes(config, label, one) for label, one in changed.items()), default=0)
     copies = {} if gpu else {"copies of the layers that change": kept_bytes(changed.values())}
     return {"the model": model_bytes(family.model), **copies, "sums of gradients": sums}

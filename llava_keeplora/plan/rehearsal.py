@@ -73,7 +73,7 @@ class Rehearsal:
         cls = METHODS[method.method]
         self.method, self.training = cls(cls.Options(**method.options)), method.training
         if not self.method.adapts:
-            raise ConfigError(f"'{method.label}' puts modules of its own on the model, which a plan does not know", "run it without a plan")
+            raise ConfigError(f"'{method.label}' does not train LoRA adapters, and a plan knows nothing else", "run it without a plan")
         self.changed = find_layers(method.parts, family)
         self.layers = self.changed.adapted
         self.protects = isinstance(self.method, KeepLora)

@@ -29,7 +29,7 @@ def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
         paths: each task's `delta.safetensors`, in order; files that aren't there are tasks without adapters.
 
     Returns:
-        T x T, None in cells without a common layer; None with fewer than two tasks.
+        T x T, None in cells without a common layer; None with fewer than two tasks, or where no task has an adapter.
     """
     files = {task: safe_open(path, framework="pt") for task, path in enumerate(paths) if path.exists()}
     if len(files) < 2:
@@ -41,6 +41,8 @@ def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
             for j, other in bases.items():
                 sums[i, j] += (one.T @ other).square().sum() / min(one.shape[1], other.shape[1])
                 counts[i, j] += 1
+    if not counts.any():
+        return None
     return [[float(total / count) if count else None for total, count in zip(*rows)] for rows in zip(sums, counts)]
 
 

@@ -22,7 +22,7 @@ from llava_keeplora.config import MethodConfig
 from llava_keeplora.errors import ConfigError, RunError, TrainingError
 from llava_keeplora.files import file_hash, write_json, write_tensors
 from llava_keeplora.journal import SCORES, Entry, Journal, next_stage, open_stages
-from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_layers
+from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_changed
 from llava_keeplora.run_folder import differences, file_name
 from llava_keeplora.sequence import thresholds
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
@@ -72,8 +72,8 @@ class LabelRun:
         self._states_loaded: tuple[int, int] | None = None
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
-        self._check_family()
         self.method.check(self.layers)
+        self.method.reference = shared.references.get(config.label)
         thresholds.check_auto(shared, self.layers)
         self._check_training()
         self._check_history()
@@ -149,14 +149,6 @@ class LabelRun:
         """A file of a task's folder."""
         return self.shared.workspace.task(self.config.label, index, self._name(index)) / name
 
-    def _check_family(self) -> None:
-        record, family = self.method.record, self.shared.family
-        if family.name not in record.families:
-            raise ConfigError(
-                f"'{self.config.label}' runs on {' and '.join(record.families)}, and {family.path} is a {family.name}",
-                f"leave '{self.config.label}' out of this run",
-            )
-
     # --- history ---------------------------------------------------------------------------------
 
     def _check_training(self) -> None:
@@ -189,19 +181,23 @@ class LabelRun:
     def _check_plan(self, entry: Entry) -> None:
         now = json.loads(json.dumps(self._plan(entry.task)))
         # A plan from before the run was extended has fewer.
-        for old, new in zip(entry.info.get("tasks", ()), now["tasks"]):
+        held = [(f"task '{new['task']}'", old, new) for old, new in zip(entry.info.get("tasks", ()), now["tasks"])]
+        held += [("the reference data", entry.info["reference"], now["reference"])] if "reference" in now else []
+        for what, old, new in held:
             for key, before, after in differences(old, new):
                 raise RunError(
-                    f"task '{new['task']}' is not what it was when {self.folder} was planned ({key}: {before!r} → {after!r})",
+                    f"{what} is not what it was when {self.folder} was planned ({key}: {before!r} → {after!r})",
                     "restore its data and recipe to go on, or choose another output_dir",
                 )
 
     def _plan(self, index: int) -> dict[str, Any]:
-        return {"seed": self.shared.config.seed, "tasks": [t.record() for t in (self.tasks if index == 0 else self.tasks[index - 1 : index])]}
+        tasks = self.tasks if index == 0 else self.tasks[index - 1 : index]
+        beside = {"reference": self.method.reference.record} if self.method.reference else {}
+        return {"seed": self.shared.config.seed, "tasks": [t.record() for t in tasks], **beside}
 
-    def _find_layers(self) -> tuple[dict[str, Layer], dict[str, nn.Linear], list[str]]:
-        """The layers that this method adapts, those that it trains in full, and those that the loss cannot reach."""
-        found = find_layers(self.config.parts, self.shared.family) if self.count and self.method.adapts else Changed()
+    def _find_layers(self) -> tuple[dict[str, Layer], dict[str, nn.Module], list[str]]:
+        """The layers that this method adapts, the modules that it trains in full, and the layers that the loss cannot reach."""
+        found = find_changed(type(self.method), self.config.parts, self.shared.family) if self.count else Changed()
         if found.unreachable:
             logger.warning(
                 "%s: %d layers cannot receive a gradient from this model's loss and are left out (%s, ...)",
@@ -209,8 +205,8 @@ class LabelRun:
             )
         return found.adapted, found.full, found.unreachable
 
-    def modules(self) -> dict[str, nn.Linear]:
-        """Every layer that this method changes, by full name."""
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module that this method changes, by full name."""
         return self._adapted() | self.full
 
     def _rebuild(self, deltas: int, states: int | None = None, offset: Mapping[str, Delta] = {}) -> None:
@@ -276,12 +272,13 @@ class LabelRun:
         wrapper = attach(shared.family.model, inits, self.method.dropout, master_copies=shared.zero.used)
         before = {name: _copied(module) for name, module in self.full.items()}
         for module in self.full.values():
-            module.requires_grad_(True)
+            for p in module.parameters(recurse=False):
+                p.requires_grad_(True)
 
         def learned() -> dict[str, Delta | FullDelta]:
             changes = {name: _taken_back(self.full[name], start) for name, start in before.items()}
             adapters = {name: _from_start(delta, inits[name]) for name, delta in read_adapters(shared.family.model, inits).items()}
-            return {**self.method.learned(ctx, adapters), **changes}
+            return {**changes, **self.method.learned(ctx, adapters)}
 
         try:
             with self.method.attached(ctx, shared.family.model):
@@ -451,6 +448,7 @@ class LabelRun:
             batches=functools.partial(self._counted, index),
             model=self.shared.family.model,
             task=lambda: self.shared.family.task(self.tasks[index - 1].recipe),
+            pretrained=self.shared.pretrained,
             deltas=functools.partial(self._deltas, index - 1),
             base=json.loads(self.path(0, CONSOLIDATED).read_text()) if index else {},
             tasks=len(self.tasks),
@@ -496,7 +494,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _copied(module: nn.Linear) -> dict[str, torch.Tensor]:
+def _copied(module: nn.Module) -> dict[str, torch.Tensor]:
     parameters = dict(module.named_parameters(recurse=False))
     with gathered(parameters.values()):
         return {name: p.detach().clone() for name, p in parameters.items()}
@@ -508,10 +506,10 @@ def _from_start(delta: Delta, init: AdapterInit) -> Delta:
 
 
 @torch.no_grad()
-def _taken_back(module: nn.Linear, before: Mapping[str, torch.Tensor]) -> FullDelta:
-    """What training did to a layer without an adapter; the layer gets its values from before."""
+def _taken_back(module: nn.Module, before: Mapping[str, torch.Tensor]) -> FullDelta:
+    """What training did to a module without an adapter; the module gets its values from before."""
     parameters = dict(module.named_parameters(recurse=False))
-    change = FullDelta(**{name: (trained_values(p) - before[name].float()).cpu() for name, p in parameters.items()})
+    change = FullDelta({name: (trained_values(p) - before[name].float()).cpu() for name, p in parameters.items()})
     with gathered(parameters.values(), write=True):
         for name, p in parameters.items():
             p.copy_(before[name])

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import PartConfig, RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.models import DTYPES, Family, Inputs
+from llava_keeplora.methods import METHODS, Method, Reference
+from llava_keeplora.models import DTYPES, Family, Inputs, load_model
 from llava_keeplora.sequence.data import ImageCache, Task
 from llava_keeplora.sequence.progress import Progress
+from llava_keeplora.sequence.reference import read_reference
 from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora.zero import Zero
 
@@ -33,8 +36,13 @@ class Shared:
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]
         for task in tasks:
             family.check(task.test)
-        for method in config.methods.values():
+        self.references: dict[str, Reference] = {}
+        for label, method in config.methods.items():
+            cls = METHODS[method.method]
+            check_family(label, cls, family)
             check_full_parts(method.parts, family)
+            if wanted := cls(cls.Options(**method.options)).wanted_reference():
+                self.references[label] = read_reference(label, *wanted, config.data, family, self.cache)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.zero = Zero(config.deepspeed())
         self.distributed = dist.is_available() and dist.is_initialized()
@@ -50,6 +58,10 @@ class Shared:
         self.zero.adopt(self.family.model)
         if not self.family.quantization:  # What is quantised was loaded to where it is.
             self.family.model.to(self.device)
+
+    def pretrained(self) -> nn.Module:
+        """The model as it was before the first task, once more and frozen; loaded anew, so that nothing of a method's is on it."""
+        return load_model(self.config.model).model.to(self.device)
 
     def most(self, count: int) -> int:
         """The largest of the processes' counts."""
@@ -71,6 +83,19 @@ class Shared:
         """Wait for the other processes."""
         if self.distributed:
             dist.barrier()
+
+
+def check_family(label: str, method: type[Method], family: Family) -> None:
+    """Refuse a model that a method does not run on.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if family.name not in method.record.families:
+        raise ConfigError(
+            f"'{label}' runs on {' and '.join(method.record.families)}, and {family.path} is a {family.name}",
+            f"leave '{label}' out of this run",
+        )
 
 
 def check_full_parts(parts: Mapping[str, PartConfig], family: Family) -> None:

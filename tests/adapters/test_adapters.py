@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, attach, detach, load_deltas, read_adapters, save_deltas
+from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, FullDelta, attach, detach, load_deltas, read_adapters, save_deltas
+from llava_keeplora.files import write_tensors
 
 
 class Net(nn.Module):
@@ -100,3 +101,50 @@ def test_deltas_come_back_from_disk_bit_for_bit(tmp_path):
     assert loaded.keys() == deltas.keys()
     for name, delta in deltas.items():
         assert torch.equal(loaded[name].A, delta.A) and torch.equal(loaded[name].B, delta.B) and loaded[name].scale == delta.scale
+
+
+# --- modules that are trained themselves ---------------------------------------------------------
+
+
+class Patches(nn.Module):
+    """Modules of every kind, and a parameter of its own, as a vision transformer has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.position = nn.Conv2d(3, 4, 2, bias=False), nn.Embedding(5, 4)
+        self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, 2)
+        self.token = nn.Parameter(torch.randn(4))
+
+
+def full_delta(module):
+    return FullDelta({name: torch.randn_like(p) for name, p in module.named_parameters(recurse=False)})
+
+
+def test_changes_of_any_module_come_back_from_disk_and_are_added_to_its_own_parameters(tmp_path):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"inside": Patches()})
+    modules = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    base, tasks = BaseWeights(modules), [{name: full_delta(module) for name, module in modules.items()} for _ in range(2)]
+    tasks[1]["inside.out"] = Delta(torch.randn(2, 4), torch.randn(2, 2), 0.5)
+    for number, task in enumerate(tasks):
+        save_deltas(tmp_path / f"{number}.safetensors", task)
+    base.apply([load_deltas(tmp_path / f"{number}.safetensors") for number in range(2)])
+
+    assert set(modules) == {"inside", "inside.patch", "inside.position", "inside.norm", "inside.out"}
+    for name, p in model.named_parameters():
+        module, _, own = name.rpartition(".")
+        changes = [task[module].changes()[own] for task in tasks if own in task[module].changes()]
+        assert len(changes) == (1 if name == "inside.out.bias" else 2)
+        torch.testing.assert_close(p.detach(), before[name] + sum(changes))
+    base.apply([])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_file_with_full_changes_of_linear_layers_is_read_as_it_was_written_before_there_were_others(tmp_path):
+    tensors = {"a.b.weight": torch.randn(2, 3), "a.b.bias": torch.randn(2), "c.weight": torch.randn(2, 2), "d.A": torch.randn(1, 3), "d.B": torch.randn(2, 1)}
+    write_tensors(tmp_path / "delta.safetensors", tensors, {"scales": '{"d": 0.5}'})
+    loaded = load_deltas(tmp_path / "delta.safetensors")
+
+    assert {name: list(delta.tensors) for name, delta in loaded.items()} == {"d": ["A", "B"], "a.b": ["bias", "weight"], "c": ["weight"]}
+    assert torch.equal(loaded["a.b"].parameters["bias"], tensors["a.b.bias"]) and loaded["d"].scale == 0.5

@@ -72,7 +72,7 @@ def test_features_count_only_outside_the_principal_subspace_and_only_once():
     new = torch.randn(20, 3)
     features = torch.cat([new, principal[:, :2], new[:, :1] + principal[:, :1]], dim=1)
     A, B = torch.randn(4, 20), torch.randn(7, 4)
-    for delta in (Delta(A, B, 0.5), FullDelta(0.5 * B @ A)):
+    for delta in (Delta(A, B, 0.5), FullDelta({"weight": 0.5 * B @ A})):
         update = measure("t", "vision", "l", delta, principal, features)
         both = share(0.5 * B @ A, principal, new)
         assert update.principal == pytest.approx(share(0.5 * B @ A, principal), abs=1e-6)

@@ -22,7 +22,7 @@ FAMILIES = ("clip", "llava")
 LEARNING = [name for name, method in METHODS.items() if method.learns]
 MERGEABLE = [name for name in LEARNING if METHODS[name].record.mergeable]
 #: The others are stopped everywhere in test_resume.py.
-NEW = ["keeplora+", "keeplora++", "o-lora", "inflora", "sd-lora"]
+NEW = ["keeplora+", "keeplora++", "o-lora", "inflora", "sd-lora", "zscl"]
 
 
 def runs_on(family, methods=LEARNING):
@@ -69,8 +69,9 @@ def tensors(model):
 def config(family, run_tree, llava_tree, tiny_tasks, mixed_tasks):
     """Function (folder, methods, **changes) → a run of them on two tasks."""
     build, tasks = {"clip": (run_tree, tiny_tasks), "llava": (llava_tree, mixed_tasks)}[family]
+    options = {"zscl": {"reference": str(tiny_tasks[2])}}
     return lambda folder, methods, **changes: parse_config(
-        build(folder, tasks=[str(task) for task in tasks[:2]], methods={name: {} for name in runs_on(family, methods)}, **changes)
+        build(folder, tasks=[str(task) for task in tasks[:2]], methods={name: options.get(name, {}) for name in runs_on(family, methods)}, **changes)
     )
 
 
@@ -142,8 +143,7 @@ def test_the_base_is_bit_for_bit_what_it_was_and_nothing_is_left_on_it(seen):
 @for_every(LEARNING)
 def test_exactly_the_declared_tensors_change(seen, method):
     deltas = read_learned(seen.folder, method).deltas
-    declared = {f"{name}.weight" for task in deltas for name in task}
-    declared |= {f"{name}.bias" for task in deltas for name, delta in task.items() if isinstance(delta, FullDelta) and delta.bias is not None}
+    declared = {f"{name}.{own}" for task in deltas for name, delta in task.items() for own in delta.changes()}
     assert {name for name, value in seen.after[method].items() if not torch.equal(value, seen.base[name])} == declared
 
 
@@ -189,7 +189,8 @@ def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, metho
     counts = [entry["info"]["trained_parameters"] for entry in entries if entry["stage"] == "TRAINED"]
     prepared = [json.loads(path.read_text())["layers"] for path in sorted((seen.folder / method).glob("task-*/prepared.json"))]
     shapes = {name.removesuffix(".weight"): value.shape for name, value in seen.base.items() if name.endswith(".weight")}
-    full = sum(value.numel() for name, value in seen.base.items() if "multi_modal_projector" in name)
+    trained = (lambda name: name != "logit_scale") if METHODS[method].whole else (lambda name: "multi_modal_projector" in name)
+    full = sum(value.numel() for name, value in seen.base.items() if trained(name) and value.is_floating_point())
     recipes, width = read_learned(seen.folder, method).recipes, shapes.get("visual_projection", [0])[0]
     for task, (count, layers) in enumerate(zip(counts, prepared, strict=True), start=1):
         adapters = sum(layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"]) for name, layer in layers.items())
@@ -243,7 +244,7 @@ def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start
 # --- refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["o-lora", "sd-lora", "keeplora+"])
+@pytest.mark.parametrize("method", ["o-lora", "sd-lora", "keeplora+", "zscl"])
 def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tree, tmp_path, method):
     training = {"deepspeed": {"zero_optimization": {"stage": 3}}}
     with pytest.raises(ConfigError, match=rf"stage 3, and '{re.escape(method)}' \({re.escape(method)}\) needs what it trains whole outside of its layers; use stage 2"):
@@ -251,9 +252,10 @@ def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tre
     parse_config(run_tree(tmp_path / "run", methods={"inflora": {}, "keeplora": {}, "keeplora++": {}}, training=training))
 
 
-def test_a_method_refuses_a_family_that_it_does_not_run_on_in_a_sentence(llava_tree, drive, tmp_path):
-    with pytest.raises(ConfigError, match=r"'keeplora\+' runs on clip, and .* is a llava; leave 'keeplora\+' out of this run"):
-        drive(parse_config(llava_tree(tmp_path / "run", methods={"keeplora+": {}})))
+@pytest.mark.parametrize("method", ["keeplora+", "zscl"])
+def test_a_method_refuses_a_family_that_it_does_not_run_on_in_a_sentence(llava_tree, drive, tmp_path, method):
+    with pytest.raises(ConfigError, match=rf"'{re.escape(method)}' runs on clip, and .* is a llava; leave '{re.escape(method)}' out of this run"):
+        drive(parse_config(llava_tree(tmp_path / "run", methods={method: {}})))
 
 
 def test_a_plan_refuses_a_method_that_makes_its_adapters_of_inputs_that_it_does_not_have(run_tree, tmp_path):

@@ -67,7 +67,7 @@ def test_the_projector_changes_in_full_at_every_task(run):
     for task in TASKS:
         full = {n: d for n, d in load_deltas(run / "keeplora" / task / "delta.safetensors").items() if isinstance(d, FullDelta)}
         assert sorted(full) == ["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"]
-        assert all(d.weight.any() and d.bias.any() for d in full.values())
+        assert all(d.parameters["weight"].any() and d.parameters["bias"].any() for d in full.values())
 
 
 def test_layers_past_the_feature_layer_are_counted_in_the_journal(run):
