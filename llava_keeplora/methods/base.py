@@ -111,6 +111,9 @@ class Method:
     passes: dict[str, float] = {}
     #: Dropout on the adapters' input while training.
     dropout: float = 0.0
+    #: Whether what it consolidates before any task depends on the model, its settings and the announced tasks alone, whatever their
+    #: order and the seed: then runs that share a base cache compute it once.
+    fixed_base = False
     #: Whether it trains adapters that ZeRO-3 keeps in shards: not where it reads them outside of their layers.
     sharded = True
 
