@@ -40,6 +40,12 @@ def in_this_process() -> Iterator[list]:
         yield started
 
 
+@pytest.fixture(scope="session")
+def here():
+    """Function () → the context in which runs start in this process; see `in_this_process`."""
+    return in_this_process
+
+
 @pytest.fixture
 def started():
     """The jobs that a test's tables start."""

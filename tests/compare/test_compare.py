@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import statistics
 
 from llava_keeplora.compare import compare, write_table
@@ -54,10 +55,10 @@ def test_what_is_known_of_the_untouched_model_is_computed_once(tuned):
     assert bases["tuning/keeplora-1"] == bases["tuning/keeplora-2"] == [False], "other options are another base"
 
 
-def test_a_finished_table_starts_nothing_and_a_new_seed_starts_its_runs_alone(tuned, make_table, orders, tuning, started):
-    again = make_table(tuned.table.output_dir, orders=orders, tuning=tuning)
-    assert compare(again).results.keys() == {"I", "II"} and started == []
-    more = make_table(tuned.table.output_dir, orders={"I": orders["I"], "II": {**orders["II"], "seeds": [0, 3]}}, tuning=tuning)
+def test_a_finished_table_starts_nothing_and_a_new_seed_starts_its_runs_alone(tuned, make_table, orders, tuning, started, tmp_path):
+    copy = shutil.copytree(tuned.table.output_dir, tmp_path / "table")
+    assert compare(make_table(copy, orders=orders, tuning=tuning)).results.keys() == {"I", "II"} and started == []
+    more = make_table(copy, orders={"I": orders["I"], "II": {**orders["II"], "seeds": [0, 3]}}, tuning=tuning)
     outcome = compare(more)
     assert folders(started, more) == ["II/seed-3/seq-lora", "II/seed-3/keeplora"] and len(outcome.results["II"]["keeplora"]) == 2
 
