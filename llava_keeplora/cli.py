@@ -424,14 +424,17 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from llava_keeplora.config import list_configs
+    from llava_keeplora.config import list_configs, list_tables
     from llava_keeplora.methods import METHODS
     from llava_keeplora.models import embedded_models
     from llava_keeplora_recipes import list_recipes, list_sequences
 
     lines = ["methods"]
     lines += [f"  {name:12} {m.record.title} {m.record.url}" for name, m in METHODS.items()]
-    for title, names in (("tasks", list_recipes()), ("sequences", list_sequences()), ("configurations", list_configs()), ("embedded models", embedded_models())):
+    listed = {
+        "tasks": list_recipes(), "sequences": list_sequences(), "configurations": list_configs(), "tables": list_tables(), "embedded models": embedded_models(),
+    }
+    for title, names in listed.items():
         lines += [title, *(f"  {name}" for name in names)]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -456,13 +456,18 @@ def find_config(name_or_path: str) -> Path:
             return path
     raise ConfigError(
         f"there is no configuration '{name_or_path}', neither as a file nor among the shipped ones",
-        nearest(name_or_path, list_configs()),
+        nearest(name_or_path, [*list_configs(), *list_tables()]),
     )
 
 
 def list_configs() -> list[str]:
-    """Names of the shipped configurations."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    """Names of the shipped configurations of one run."""
+    return sorted({path.stem for path in SHIPPED.glob("*.yaml")} - set(list_tables()))
+
+
+def list_tables() -> list[str]:
+    """Names of the shipped tables of many runs."""
+    return sorted(path.stem for path in SHIPPED.glob("table-*.yaml"))
 
 
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:

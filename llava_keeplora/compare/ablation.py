@@ -86,11 +86,10 @@ def draw_ablation(ablation: Ablation, outcome: Outcome) -> dict[str, Picture]:
     pictures = {}
     for order, results in outcome.results.items():
         for threshold, (_, sign, without) in SWEPT.items():
-            levels = {"zero-shot": ZERO_SHOT, without: without}
-            drawn = [draw_sweep(results, ablation.sweeps[threshold], levels, sign, palette) for palette in (LIGHT, DARK)]
+            drawn = [draw_sweep(results, METHOD, ablation.sweeps[threshold], (ZERO_SHOT, without), sign, palette) for palette in (LIGHT, DARK)]
             if drawn[0] is not None:
                 name = f"{threshold.replace('_', '-')}-{order}"
                 light, dark = (encode(figure, "png") for figure in drawn)
-                pictures[name] = Picture(light, dark, f"Order {order}: scores over {sign}, the same in every adapted part; dashed, without a threshold.")
+                pictures[name] = Picture(light, dark, f"Order {order}: scores over {sign}, the same in every adapted part; dashed, what has none.")
                 save(drawn[0], ablation.table.output_dir / f"{name}.png", light)
     return pictures

@@ -79,6 +79,10 @@ def _check(table: Table) -> None:
         tasks = job.identity["tasks"]
         if table.tuning and "transfer" in table.tuning.metrics and len(tasks) < 2:
             raise ConfigError(f"tuning.metric is '{table.tuning.metric}', and one task alone has no transfer", "choose by `last`, or give more tasks")
+    try:
+        table.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the table's folder {table.output_dir} cannot be made ({error.strerror})", "choose another one with --output-dir") from error
 
 
 def _judged(table: Table, label: str, jobs: Sequence[Job]) -> list[Tried]:

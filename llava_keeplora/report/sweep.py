@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -15,13 +15,14 @@ from llava_keeplora.report.trial import Results, Trial, mean
 SHOWN = ("Transfer", "Average", "Last")
 
 
-def draw_sweep(results: Results, sweep: Mapping[float, str], levels: Mapping[str, str], xlabel: str, palette: Palette) -> Figure | None:
+def draw_sweep(results: Results, method: str, sweep: Mapping[float, str], levels: Sequence[str], xlabel: str, palette: Palette) -> Figure | None:
     """Transfer, Average and Last over a setting; None where no value of it is there.
 
     Args:
         results: name → trials.
+        method: whose setting it is.
         sweep: value of the setting → the name of its trials; those that are not there are left out.
-        levels: what is drawn as a level line for comparison → the name of its trials.
+        levels: names that are drawn as level lines for comparison, as far as they are there.
         xlabel: the setting.
         palette: the colours.
     """
@@ -33,11 +34,11 @@ def draw_sweep(results: Results, sweep: Mapping[float, str], levels: Mapping[str
     for axes, title in zip(panels, SHOWN):
         points = [(value, _numbers(trials, title)) for value, trials in swept.items()]
         # Transfer of one task is no number.
-        draw_line(axes, [(value, numbers) for value, numbers in points if None not in numbers], f"over {xlabel}", 0)
-        for position, (label, name) in enumerate(levels.items(), start=1):
+        draw_line(axes, [(value, numbers) for value, numbers in points if None not in numbers], method, 0)
+        for position, name in enumerate(levels, start=1):
             level = mean(_numbers(results[name], title)) if name in results else None
             if level is not None:
-                axes.axhline(level, label=label, linewidth=1.2, **style(position) | {"linestyle": "--"})
+                axes.axhline(level, label=name, linewidth=1.2, **style(position) | {"linestyle": "--"})
         axes.set_title(title, color=palette.ink, loc="left", fontsize=9, fontweight="bold")
         axes.set_xlabel(xlabel)
         bare(axes, palette)
@@ -46,7 +47,7 @@ def draw_sweep(results: Results, sweep: Mapping[float, str], levels: Mapping[str
     return figure
 
 
-def _numbers(trials: list[Trial], title: str) -> list[float | None]:
+def _numbers(trials: Sequence[Trial], title: str) -> list[float | None]:
     """One aggregate of every trial; of a model that never changes, as a table has it."""
     found = [trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix for trial in trials]
     return [matrix.metrics()[COLUMNS[title]] for matrix in found]

@@ -53,7 +53,7 @@ def test_every_part_is_taken_away_and_every_value_of_a_threshold_is_tried(ablate
 
 def test_the_plot_shows_each_metric_over_the_threshold(ablated):
     ablation, outcome = ablated
-    figure = draw_sweep(outcome.results["I"], ablation.sweeps["energy_weight"], {"zero-shot": "zero-shot"}, "ε_w", LIGHT)
+    figure = draw_sweep(outcome.results["I"], "keeplora", ablation.sweeps["energy_weight"], ["zero-shot", "not there"], "ε_w", LIGHT)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Transfer", "Average", "Last"]
     for axes, metric in zip(figure.axes, ("transfer", "average", "last")):
         line, level = axes.get_lines()
@@ -75,7 +75,7 @@ def test_one_command_makes_the_table_and_the_plot(ablated, config_file, started,
     out = capfd.readouterr().out
     assert started == [] and "| keeplora-random-A | " in out and "| keeplora-random-A | method=keeplora form=literal init=random |" in out
     page = (ablated[0].table.output_dir / "report.html").read_text()
-    assert page.count("<img ") == 1 and "dashed, without a threshold" in page
+    assert page.count("<img ") == 1 and "dashed, what has none" in page
 
 
 def test_a_part_that_is_trained_in_full_has_no_threshold(llava_tree, tmp_path):

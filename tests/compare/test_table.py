@@ -7,7 +7,7 @@ import yaml
 
 from llava_keeplora.compare import compare, load_table, parse_table
 from llava_keeplora.compare.jobs import table_jobs, tuning_jobs
-from llava_keeplora.config import list_configs, parse_config, read_config
+from llava_keeplora.config import list_configs, list_tables, parse_config, read_config
 from llava_keeplora.errors import ConfigError, RunError, UserError
 
 FOUR = [{"training": {"learning_rate": rate}} for rate in (1e-4, 5e-4, 1e-3, 2e-3)]
@@ -107,13 +107,20 @@ def test_a_runs_folder_is_no_tables(tmp_path, make_table):
     assert str(error.value) == f"{tmp_path / 'run'} is a run's folder, and a table has many runs; choose another one with --output-dir."
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, make_table):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError) as error:
+        compare(make_table(tmp_path / "file/table"))
+    assert str(error.value) == f"the table's folder {tmp_path / 'file/table'} cannot be made (Not a directory); choose another one with --output-dir."
+
+
 def test_a_run_refuses_a_table():
     with pytest.raises(ConfigError, match="the key 'seeds' makes this a table of several runs; run it with `llava-keeplora compare`"):
         parse_config({"sequence": "demo", "seeds": [0]})
 
 
 def test_every_shipped_configuration_is_a_table_whose_runs_are_valid():
-    for name in list_configs():
+    for name in (*list_configs(), *list_tables()):
         table = load_table(name)
         jobs = [job for made in (table_jobs(table, table.methods), tuning_jobs(table)) for row in made.values() for job in row]
         assert jobs and all(json.dumps(job.tree) and parse_config(job.tree).methods for job in jobs[:: max(1, len(jobs) // 8)])
