@@ -74,11 +74,10 @@ def _check(table: Table) -> None:
     """Find what is wrong with any run's configuration before the first of them starts."""
     if (table.output_dir / "config.json").exists():
         raise RunError(f"{table.output_dir} is a run's folder, and a table has many runs", "choose another one with --output-dir")
-    jobs = [job for made in (table_jobs(table, table.methods), tuning_jobs(table)) for row in made.values() for job in row]
-    for job in jobs:
-        tasks = job.identity["tasks"]
-        if table.tuning and "transfer" in table.tuning.metrics and len(tasks) < 2:
-            raise ConfigError(f"tuning.metric is '{table.tuning.metric}', and one task alone has no transfer", "choose by `last`, or give more tasks")
+    runs = {"table": table_jobs(table, table.methods), "tuning": tuning_jobs(table)}
+    tasks = {kind: [len(job.identity["tasks"]) for jobs in made.values() for job in jobs] for kind, made in runs.items()}
+    if min(tasks["tuning"], default=2) < 2 and "transfer" in table.tuning.metrics:
+        raise ConfigError(f"tuning.metric is '{table.tuning.metric}', and one task alone has no transfer", "choose by `last`, or give more tasks")
     try:
         table.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from llava_keeplora.methods import METHODS
 from llava_keeplora.report.needs import seconds_per_example
 from llava_keeplora.sequence.label_run import LabelRun
 
@@ -52,6 +53,21 @@ def test_another_seed_and_order_take_everything_over_and_end_bit_for_bit_as_with
         for entry in entries if isinstance(entries, list) else ():
             entry["info"].pop("taken_seconds", None)
     assert taking == alone
+
+
+@pytest.mark.parametrize("energy", [0.5, "auto"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.fixed_base])
+def test_a_base_that_is_called_fixed_depends_on_neither_seed_nor_order(run_config, tiny_tasks, drive, stopped, left_behind, monkeypatch, tmp_path, name, energy):
+    def stop(self, index):
+        raise stopped
+
+    monkeypatch.setattr(LabelRun, "_prepared", stop)
+    tasks, found = [str(path) for path in tiny_tasks[:2]], []
+    for seed, order in ((0, tasks), (3, tasks[::-1])):
+        with pytest.raises(stopped):
+            drive(run_config(tmp_path / f"{seed}", seed=seed, tasks=order, methods={name: {}}, parts={"vision": {"energy_weight": energy}}))
+        found.append({file: value for file, value in left_behind(tmp_path / f"{seed}").items() if file.startswith(f"{name}/task-00-base/")})
+    assert found[0] == found[1] and len(found[0]) == 3, "state, report, scores"
 
 
 def test_the_journal_says_how_long_answers_took_the_run_that_made_them(filled, other, drive, tmp_path):
