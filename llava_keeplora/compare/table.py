@@ -151,10 +151,11 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
         unknown = set(settings) - {"tasks", "sequence"}
         if unknown:
             raise ConfigError(f"unknown key '{where}.{min(map(str, unknown))}'", nearest(min(map(str, unknown)), ("tasks", "sequence", "seeds")))
-        # A run has either key; a table may name a sequence or list the tasks under one.
-        tasks = {"sequence" if isinstance(one, str) else "tasks": one for one in settings.values() if one}
-        if len(tasks) != 1 or not isinstance(next(iter(tasks.values())), (str, list)):
+        named = [one for one in settings.values() if one]
+        if len(named) != 1 or not isinstance(named[0], (str, list)):
             raise ConfigError(f"{where} is {value!r}, which is no order of tasks", "name a sequence, or list the tasks")
+        # A run has either key; a table may name a sequence or list the tasks under one.
+        tasks = {"sequence" if isinstance(named[0], str) else "tasks": named[0]}
         orders.append(Order(name, tasks, own))
     return tuple(orders)
 

@@ -55,6 +55,10 @@ def test_a_table_changes_what_its_base_sets_and_has_its_own_methods(tmp_path):
         ({"orders": {"I": {"task": ["digits"]}}}, "unknown key 'orders.I.task'; did you mean 'tasks'."),
         ({"orders": {"I": {"seeds": [1]}}}, "orders.I is {'seeds': [1]}, which is no order of tasks; name a sequence, or list the tasks."),
         (
+            {"orders": {"I": {"tasks": "demo", "sequence": "real-order1"}}},
+            "orders.I is {'tasks': 'demo', 'sequence': 'real-order1'}, which is no order of tasks; name a sequence, or list the tasks.",
+        ),
+        (
             {"orders": {"I": "demo", "II": ["digits", "glyphs"]}, "training": {"num_train_epochs": [1, 2]}},
             "training.num_train_epochs lists a number for each task, and the table has 2 orders of them; "
             "give one number, or make each order a sequence file with `epochs`.",
