@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llava_keeplora.compare import Outcome, Table
     from llava_keeplora.config import RunConfig
     from llava_keeplora_eval import Matrix
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def going_on(args: argparse.Namespace) -> str:
     """What a person who stopped a command is told."""
-    return "every finished stage is kept, run the same command to go on" if args.run in (_train, _reproduce) else "run the same command again"
+    return "every finished stage is kept, run the same command to go on" if args.run in (_train, _reproduce, _compare, _ablate) else "run the same command again"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +46,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_settings(reproduce)
     reproduce.add_argument("--output-dir", help="the run folder (output_dir)")
     reproduce.set_defaults(run=_reproduce)
+    comparing = commands.add_parser("compare", help="run methods × seeds × orders of tasks, or go on with them, and make the table")
+    add_run_arguments(comparing)
+    add_table_arguments(comparing)
+    comparing.set_defaults(run=_compare)
+    ablate = commands.add_parser("ablate", help="take KeepLoRA's parts away one at a time, sweep its thresholds, and make the table")
+    add_run_arguments(ablate)
+    add_table_arguments(ablate)
+    ablate.add_argument("--energy-weights", type=_numbers, metavar="E,...", help="ε_w of every part, in turn (default: 0.5,0.6,0.7,0.8,0.9; '' for none)")
+    ablate.add_argument("--energy-features", type=_numbers, metavar="E,...", help="ε_f of every part, in turn (default: 0.9,0.95,0.99; '' for none)")
+    ablate.add_argument("--seeds", type=_wholes, metavar="S,...", help="(default: the configuration's)")
+    ablate.set_defaults(run=_ablate)
     plan = commands.add_parser("plan", help="say what a run needs, memory, disk and steps, and whether that fits")
     add_run_arguments(plan)
     plan.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs, a process each (default: the CPU of this machine)")
@@ -83,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
-    for command in (train, reproduce, plan, extend, fork, report, export, importing, analyze, doctor, listing):
+    for command in (train, reproduce, comparing, ablate, plan, extend, fork, report, export, importing, analyze, doctor, listing):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -118,6 +130,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """The arguments that change a configuration."""
     parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, for instance training.learning_rate=5e-4")
+
+
+def add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a table of many runs."""
+    parser.add_argument("--output-dir", help="the table's folder (output_dir)")
+    parser.add_argument("--workers", type=_count, default=1, metavar="N", help="runs at a time; the cores are shared out, and each has one of several GPUs (default: 1)")
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,11 +183,21 @@ def _numbers(text: str) -> list[float]:
     return [float(word) for word in _words(text)]
 
 
-def guarded(action: Callable[[], None], debug: bool, going_on: str) -> int:
+def _wholes(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of processes; give 1 or more")
+    return int(text)
+
+
+def guarded(action: Callable[[], int | None], debug: bool, going_on: str) -> int:
     """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2.
 
     Args:
-        action: what to run.
+        action: what to run; an exit code that it returns is kept.
         debug: raise errors instead, with their tracebacks.
         going_on: what is said after Ctrl-C and SIGTERM, whose exit codes are 130 and 143.
     """
@@ -183,7 +211,7 @@ def guarded(action: Callable[[], None], debug: bool, going_on: str) -> int:
 
     try:
         with interruptible():
-            action()
+            return action() or 0
     except UserError as error:
         if debug:
             raise
@@ -198,7 +226,6 @@ def guarded(action: Callable[[], None], debug: bool, going_on: str) -> int:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"stopped; {going_on}\n")
         return stop.exit_code
-    return 0
 
 
 def bound_caches() -> None:
@@ -245,6 +272,34 @@ def _reproduce(args: argparse.Namespace) -> None:
             f"{config.output_dir} misses {len(missed)} of {len(figures)} published figures by more than the tolerance ({missed[0]})",
             f"check the data with `llava-keeplora-eval data check {config.sequence or config.tasks[0]}`, and what differs from the published settings",
         )
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from llava_keeplora.compare import compare, load_table, write_table
+
+    table = load_table(args.config, args.overrides, args.data_root, args.output_dir)
+    outcome = compare(table, args.workers)
+    return _told(table, outcome, outcome.results and write_table(table, outcome))
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from llava_keeplora.compare import compare, draw_ablation, load_ablation, write_table
+
+    given = {"energy_weight": args.energy_weights, "energy_feature": args.energy_features}
+    thresholds = {name: values for name, values in given.items() if values is not None}
+    ablation = load_ablation(args.config, thresholds, args.seeds, args.overrides, args.data_root, args.output_dir)
+    outcome = compare(ablation.table, args.workers)
+    return _told(ablation.table, outcome, outcome.results and write_table(ablation.table, outcome, draw_ablation(ablation, outcome)))
+
+
+def _told(table: Table, outcome: Outcome, text: str) -> int:
+    """Print a table and where it lies, and name the runs that failed; returns the exit code."""
+    if outcome.results:
+        sys.stdout.write(f"{text}\nfolder: {table.output_dir}\ntable: {table.output_dir / 'table.md'}\npage: {table.output_dir / 'report.html'}\n")
+        sys.stdout.flush()
+    for failure in outcome.failures:
+        sys.stderr.write(f"error: {failure}; mend it, and run the same command again\n")
+    return 1 if outcome.failures else 0
 
 
 def _extend(args: argparse.Namespace) -> None:
@@ -369,14 +424,17 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from llava_keeplora.config import list_configs
+    from llava_keeplora.config import list_configs, list_tables
     from llava_keeplora.methods import METHODS
     from llava_keeplora.models import embedded_models
     from llava_keeplora_recipes import list_recipes, list_sequences
 
     lines = ["methods"]
     lines += [f"  {name:12} {m.record.title} {m.record.url}" for name, m in METHODS.items()]
-    for title, names in (("tasks", list_recipes()), ("sequences", list_sequences()), ("configurations", list_configs()), ("embedded models", embedded_models())):
+    listed = {
+        "tasks": list_recipes(), "sequences": list_sequences(), "configurations": list_configs(), "tables": list_tables(), "embedded models": embedded_models(),
+    }
+    for title, names in listed.items():
         lines += [title, *(f"  {name}" for name in names)]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -39,6 +39,8 @@ RUN_FILES = (
     "config.json", "identity.json", "versions.json", "recipes", "results.json",
     "report.html", "table.md", "table.tex", "summary.csv", "scores.csv", "export",
 )
+#: What makes a configuration one of several runs; see `llava_keeplora.compare`.
+TABLE_KEYS = ("base", "seeds", "orders", "tuning")
 
 #: Arguments of `TrainingArguments` that say where and in how many pieces a step is computed and who watches, not what it is.
 MACHINE_ARGUMENTS = (
@@ -265,9 +267,14 @@ class ExpectedConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run; see the module's docstring."""
+    """One run; see the module's docstring.
+
+    Args:
+        base_cache: a folder in which runs find what another one computed of the same untouched model; each computes its own when None.
+    """
 
     output_dir: str = "runs/run"
+    base_cache: str | None = None
     seed: int = 0
     sequence: str | None = None
     tasks: tuple[str, ...] = ()
@@ -303,7 +310,7 @@ class RunConfig:
             RecipeError: if a task's recipe is not there or cannot be read.
         """
         tree = json.loads(json.dumps(dataclasses.asdict(self)))
-        places = ((tree, "output_dir"), (tree, "sequence"), (tree, "expected"), (tree["data"], "root"))
+        places = ((tree, "output_dir"), (tree, "base_cache"), (tree, "sequence"), (tree, "expected"), (tree["data"], "root"))
         for section, key in (*places, (tree["evaluation"], "batch_size"), (tree["data"], "cache_gb")):
             section.pop(key)
         for method in tree["methods"].values():
@@ -364,8 +371,8 @@ class RunConfig:
         if not value:
             return None
         content = json.loads(Path(value).read_text()) if isinstance(value, str) else json.loads(json.dumps(value))
-        content = _as_mapping(content, "training.deepspeed")
-        content |= {key: _as_mapping(content[key], f"training.deepspeed.{key}") for key in ("bf16", "fp16", "zero_optimization") if key in content}
+        content = as_mapping(content, "training.deepspeed")
+        content |= {key: as_mapping(content[key], f"training.deepspeed.{key}") for key in ("bf16", "fp16", "zero_optimization") if key in content}
         for precision, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
             section = content.get(precision, {})
             if section.get("enabled") == "auto":
@@ -440,23 +447,32 @@ def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direc
     Raises:
         ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
     """
+    return finish_config(read_config(name_or_path), overrides, **direct)
+
+
+def read_config(name_or_path: str) -> dict[str, Any]:
+    """A configuration as plain data, unchecked; see `load_config`."""
     path = find_config(name_or_path)
     try:
-        tree = read_mapping(path)
+        return read_mapping(path)
     except RecipeError as error:
         raise ConfigError(error.problem, error.cure) from error
-    return finish_config(tree, overrides, **direct)
 
 
 def finish_config(tree: dict[str, Any], overrides: typing.Sequence[str] = (), **direct: Any) -> RunConfig:
     """Build a `RunConfig` from plain data and what the command line sets; see `load_config`."""
+    return parse_config(with_settings(tree, overrides, **direct))
+
+
+def with_settings(tree: dict[str, Any], overrides: typing.Sequence[str] = (), **direct: Any) -> dict[str, Any]:
+    """Plain data with what the command line sets in it; see `load_config`."""
     for override in overrides:
         _apply_override(tree, override)
     if direct.get("data_root"):
-        tree["data"] = _as_mapping(tree.get("data"), "data") | {"root": direct["data_root"]}
+        tree["data"] = as_mapping(tree.get("data"), "data") | {"root": direct["data_root"]}
     if direct.get("output_dir"):
         tree["output_dir"] = direct["output_dir"]
-    return parse_config(tree)
+    return tree
 
 
 def find_config(name_or_path: str) -> Path:
@@ -466,23 +482,31 @@ def find_config(name_or_path: str) -> Path:
             return path
     raise ConfigError(
         f"there is no configuration '{name_or_path}', neither as a file nor among the shipped ones",
-        nearest(name_or_path, list_configs()),
+        nearest(name_or_path, [*list_configs(), *list_tables()]),
     )
 
 
 def list_configs() -> list[str]:
-    """Names of the shipped configurations."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    """Names of the shipped configurations of one run."""
+    return sorted({path.stem for path in SHIPPED.glob("*.yaml")} - set(list_tables()))
+
+
+def list_tables() -> list[str]:
+    """Names of the shipped tables of many runs."""
+    return sorted(path.stem for path in SHIPPED.glob("table-*.yaml"))
 
 
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     """Build a `RunConfig` from plain data; see `load_config`."""
     tree = dict(tree)
+    for key in TABLE_KEYS:
+        if key in tree:
+            raise ConfigError(f"the key '{key}' makes this a table of several runs", "run it with `llava-keeplora compare`")
     _check_keys(RunConfig, tree, "")
-    parts = {name: _as_mapping(value, f"parts.{name}") for name, value in _as_mapping(tree.pop("parts", {}), "parts").items()}
-    training = _as_mapping(tree.pop("training", {}), "training")
-    methods = _as_mapping(tree.pop("methods", {"keeplora": {}}), "methods")
-    expected = _as_mapping(tree.pop("expected", {}), "expected")
+    parts = {name: as_mapping(value, f"parts.{name}") for name, value in as_mapping(tree.pop("parts", {}), "parts").items()}
+    training = as_mapping(tree.pop("training", {}), "training")
+    methods = as_mapping(tree.pop("methods", {"keeplora": {}}), "methods")
+    expected = as_mapping(tree.pop("expected", {}), "expected")
     sequence, tasks = tree.get("sequence"), tree.get("tasks")
     if bool(sequence) == bool(tasks):
         raise ConfigError("a run needs either `sequence` or `tasks`" + (", not both" if sequence else ""), "name one of them")
@@ -498,7 +522,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     # The run's own sections first, so that a mistake in them isn't told of the method that inherits it.
     own_parts, own_training = {n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()}, check_training(training)
     parsed = {
-        label: _parse_method(label, _as_mapping(value, f"methods.{label}"), parts, training) for label, value in methods.items()
+        label: _parse_method(label, as_mapping(value, f"methods.{label}"), parts, training) for label, value in methods.items()
     }
     config = build(RunConfig, tree, "")
     published = {label: _parse_expected(label, value, parsed) for label, value in expected.items()}
@@ -522,15 +546,15 @@ def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], trai
         raise ConfigError(f"{where} names the method '{name}', which does not exist", nearest(str(name), METHODS))
     if ZERO_SHOT in (label, name):
         raise ConfigError(f"{where} sets something for '{ZERO_SHOT}', which has no settings and always comes first", f"remove {where}")
-    own_parts = _as_mapping(tree.pop("parts", {}), f"{where}.parts")
+    own_parts = as_mapping(tree.pop("parts", {}), f"{where}.parts")
     for part in own_parts:
         if parts and part not in parts:
             raise ConfigError(f"{where}.parts names '{part}', which the run does not adapt", nearest(str(part), parts))
-    merged = {n: {**parts.get(n, {}), **_as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**parts, **own_parts}}
+    merged = {n: {**parts.get(n, {}), **as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**parts, **own_parts}}
     if own_parts and not METHODS[name].adapts:
         raise ConfigError(f"{where}.parts is set, but '{name}' has no adapters on the model's parts", f"remove {where}.parts")
     merged = merged if METHODS[name].adapts else {}
-    own_training = _as_mapping(tree.pop("training", {}), f"{where}.training")
+    own_training = as_mapping(tree.pop("training", {}), f"{where}.training")
     options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training"))
     return MethodConfig(
         label=label,
@@ -546,7 +570,7 @@ def _parse_expected(label: str, tree: Any, methods: Mapping[str, MethodConfig]) 
     rows = (ZERO_SHOT, *methods)
     if label not in rows:
         raise ConfigError(f"expected names the row '{label}', which the run does not have", nearest(str(label), rows))
-    return build(ExpectedConfig, _as_mapping(tree, f"expected.{label}"), f"expected.{label}")
+    return build(ExpectedConfig, as_mapping(tree, f"expected.{label}"), f"expected.{label}")
 
 
 def check_training(tree: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
@@ -602,7 +626,7 @@ def build(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...]
     for key, value in tree.items():
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
-            values[key] = build(hint, _as_mapping(value, f"{prefix}{key}"), f"{prefix}{key}")
+            values[key] = build(hint, as_mapping(value, f"{prefix}{key}"), f"{prefix}{key}")
         else:
             values[key] = _coerce(value, hint, f"{prefix}{key}")
     try:
@@ -650,7 +674,8 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-def _as_mapping(value: Any, where: str) -> dict[str, Any]:
+def as_mapping(value: Any, where: str) -> dict[str, Any]:
+    """A section of a configuration; nothing is an empty one."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -678,11 +703,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as JSON text, as the run folder keeps it; what was published is no part of a run."""
+    """The resolved configuration as JSON text, as the run folder keeps it; what was published, or is found elsewhere, is no part of a run."""
     # Recipes are found from any working directory.
     tasks = [str(Path(task).expanduser().absolute()) if is_file_name(task) else task for task in config.tasks]
     tree = dataclasses.asdict(config) | {"tasks": tasks}
-    del tree["expected"]
+    del tree["expected"], tree["base_cache"]
     # In the order given: methods appear in tables as the user listed them.
     return json.dumps(tree, indent=2) + "\n"
 

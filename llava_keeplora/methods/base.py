@@ -123,6 +123,9 @@ class Method:
     passes: dict[str, float] = {}
     #: Dropout on the adapters' input while training.
     dropout: float = 0.0
+    #: Whether what it consolidates before any task depends on the model, its settings and the announced tasks alone, whatever their
+    #: order and the seed: then runs that share a base cache compute it once.
+    fixed_base = False
     #: Whether what it trains may lie in the shards of ZeRO-3: not where it is read outside of its layers.
     sharded = True
     #: Whether it puts LoRA adapters on the layers that a run names.

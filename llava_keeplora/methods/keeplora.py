@@ -52,6 +52,7 @@ class KeepLora(Method):
     )
 
     passes = {"PREPARED": 3.0, "CONSOLIDATED": 1.0}
+    fixed_base = True
 
     @dataclass(frozen=True)
     class Options:

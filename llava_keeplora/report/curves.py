@@ -73,7 +73,7 @@ def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
     over, by = figure.subplots(1, 2)
     thick = 0.8 / len(means)
     for row, (name, points) in enumerate(means.items()):
-        _draw_line(over, points, name, order.index(name))
+        draw_line(over, points, name, order.index(name))
         last = points[-1][0] - 1
         ends = [[rows[last][i] for rows in drops[name]] for i in range(last)]
         spreads = [deviation(values) for values in ends] if len(drops[name]) > 1 else None
@@ -117,7 +117,7 @@ def _per_task(
         axes = figure.add_subplot(rows, columns, i + 1)
         for position, (name, trials) in enumerate(results.items()):
             if drawn := points(trials, i):
-                _draw_line(axes, drawn, name, position)
+                draw_line(axes, drawn, name, position)
         axes.set_title(_fitted(f"{i + 1} {task}"), color=palette.ink, loc="left", fontsize=9, fontweight="bold")
         bare(axes, palette)
         axes.tick_params(labelsize=8)
@@ -128,7 +128,7 @@ def _per_task(
     return figure, panels
 
 
-def _draw_line(axes, points: Points, name: str, position: int) -> None:
+def draw_line(axes, points: Points, name: str, position: int) -> None:
     """A line of means, with a band of one standard deviation where there are several trials."""
     xs = [x for x, _ in points]
     means = np.array([mean(values) for _, values in points])

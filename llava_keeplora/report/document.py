@@ -79,14 +79,24 @@ def render_page(title: str, results: Results, pictures: Mapping[str, Picture], s
         pictures: in display order: ``KIND`` for those of all methods together, ``KIND/LABEL`` for a method's own.
         settings: what was run; values that are not plain are shown as JSON.
     """
-    together = "".join(_figure(name, picture) for name, picture in pictures.items() if "/" not in name)
+    together = "".join(html_figure(name, picture) for name, picture in pictures.items() if "/" not in name)
     together = f"<section>\n<h2>Side by side</h2>\n{together}</section>\n" if together else ""
     sections = "".join(_run_section(label, trials, pictures) for label, trials in results.items() if f"heatmap/{label}" in pictures)
+    return html_page(title, f"{_summary(results)}{together}{sections}{_settings(settings)}")
+
+
+def html_page(title: str, body: str) -> str:
+    """A page with its style inside.
+
+    Args:
+        title: as text.
+        body: as HTML.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{escape(title)}</h1>\n{_summary(results)}{together}{sections}{_settings(settings)}</main>\n</body>\n</html>\n"
+        f"<h1>{escape(title)}</h1>\n{body}</main>\n</body>\n</html>\n"
     )
 
 
@@ -96,15 +106,15 @@ def _summary(results: Results) -> str:
     body = "".join(_row(row, own=row[0] in constant) for row in summary_rows(found))
     spread = SPREAD if any(len(trials) > 1 for trials in results.values()) else ""
     needs = needs_rows(results)
-    asked = _table(NEEDS_COLUMNS, _rows(needs)) if needs else ""
-    return f"<p>{LEGEND}{spread}</p>\n{_table(summary_header(found), body)}{asked}"
+    asked = html_table(NEEDS_COLUMNS, html_rows(needs)) if needs else ""
+    return f"<p>{LEGEND}{spread}</p>\n{html_table(summary_header(found), body)}{asked}"
 
 
 def _run_section(label: str, trials: Sequence[Trial], pictures: Mapping[str, Picture]) -> str:
     figures = {name: picture for name, picture in pictures.items() if name.partition("/")[2] == label}
     heatmap = figures.pop(f"heatmap/{label}")
-    others = "".join(_figure(label, picture) for name, picture in figures.items())
-    return f"<section>\n<h2>{escape(label + of_seeds(trials))}</h2>\n{_figure(label, heatmap)}{_numbers(trials)}{others}</section>\n"
+    others = "".join(html_figure(label, picture) for name, picture in figures.items())
+    return f"<section>\n<h2>{escape(label + of_seeds(trials))}</h2>\n{html_figure(label, heatmap)}{_numbers(trials)}{others}</section>\n"
 
 
 def _numbers(trials: Sequence[Trial]) -> str:
@@ -116,14 +126,14 @@ def _numbers(trials: Sequence[Trial]) -> str:
     for position, cells in enumerate(matrix_rows(matrix)):
         task = position - (stages - count)
         body += _row(cells, own=task < 0 or task >= count, learned=task if 0 <= task < count else None)
-    tables = _table(["after", *matrix.tasks], body) + _table(["metric", "percent"], _rows(metric_rows(own, 2)))
+    tables = html_table(["after", *matrix.tasks], body) + html_table(["metric", "percent"], html_rows(metric_rows(own, 2)))
     scores, costs = mean_scores(trials), cost_rows(trials)
-    tables += _table(["task", *SCORE_COLUMNS], _rows(score_rows(matrix.tasks, scores))) if scores else ""
-    tables += _table(COST_COLUMNS, _rows(costs)) if costs else ""
+    tables += html_table(["task", *SCORE_COLUMNS], html_rows(score_rows(matrix.tasks, scores))) if scores else ""
+    tables += html_table(COST_COLUMNS, html_rows(costs)) if costs else ""
     return f"<details><summary>The numbers</summary>\n{tables}</details>\n"
 
 
-def _figure(name: str, picture: Picture) -> str:
+def html_figure(name: str, picture: Picture) -> str:
     """A picture with its caption; the name tells a screen reader which of several alike it is."""
     caption = escape(picture.caption)
     # As large as it was drawn, smaller where the page is narrower, and scrolled before it can't be read.
@@ -146,12 +156,14 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _table(header: Sequence[str], body: str) -> str:
+def html_table(header: Sequence[str], body: str) -> str:
+    """A table; `body` is its rows as HTML."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
 
 
-def _rows(rows: Sequence[Sequence[str]]) -> str:
+def html_rows(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text cells as HTML."""
     return "".join(map(_row, rows))
 
 

@@ -42,7 +42,8 @@ def seconds_per_example(folder: Path) -> float | None:
     for entry in evaluated:
         if times[entry.task] == 1 and len(entry.files) > 1:
             path = next(folder / name for name in entry.files if name.endswith(SCORES))
-            seconds += entry.seconds
+            # Answers of the untouched model may be another run's, as is the time that they took.
+            seconds += entry.seconds + entry.info.get("taken_seconds", 0.0)
             examples += sum(score["n"] for score in json.loads(path.read_text()).values())
     return seconds / examples if examples else None
 

@@ -42,7 +42,12 @@ def _latex(text: str) -> str:
 
 
 def summary_csv(results: Results) -> str:
-    """One row per run, unrounded: n, then mean and sample standard deviation of every aggregate; empty where there is none."""
+    """`summary_numbers` as CSV."""
+    return csv_table(*summary_numbers(results))
+
+
+def summary_numbers(results: Results) -> tuple[list[str], list[list]]:
+    """A header, and one row per run, unrounded: n, then mean and sample standard deviation of every aggregate; None where there is none."""
     found = matrices(results)
     runs = {name: trials for name, trials in found.items() if not is_baseline(name, trials)}
     rows = []
@@ -50,7 +55,7 @@ def summary_csv(results: Results) -> str:
         metrics = [matrix.metrics() for matrix in trials]
         cells = [number(values[key] for values in metrics) for key in AGGREGATES for number in (mean, deviation)]
         rows.append([name, len(trials), *cells])
-    return csv_table(["run", "n", *(f"{key}_{number}" for key in AGGREGATES for number in ("mean", "sd"))], rows)
+    return ["run", "n", *(f"{key}_{number}" for key in AGGREGATES for number in ("mean", "sd"))], rows
 
 
 def scores_csv(results: Results) -> str:

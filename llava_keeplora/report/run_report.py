@@ -40,16 +40,25 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
         RunError: if a folder holds no matrix, runs can't be compared, or there are several and no folder to write to.
     """
     folders = [Path(run) for run in runs]
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise RunError("a run is named twice", "name every run once")
     if into is None and len(folders) > 1:
         raise RunError(f"the report of {len(folders)} runs belongs to none of their folders", "add --into DIR")
-    found = {folder: read_results(folder) for folder in folders}
-    _check_comparable(found)
-    results = side_by_side(found)
+    results = read_side_by_side(folders)
     title = f"Run {folders[0].resolve().name}" if len(folders) == 1 else f"{len(folders)} runs side by side"
     write_report(folders[0] if into is None else into, title, results, rows_of(results) | settings_of(folders))
     return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
+
+
+def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:
+    """What several runs' folders hold, by name; see `side_by_side`.
+
+    Raises:
+        RunError: if a folder holds no matrix, or runs can't be compared.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise RunError("a run is named twice", "name every run once")
+    found = {folder: read_results(folder) for folder in folders}
+    _check_comparable(found)
+    return side_by_side(found)
 
 
 def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Trial]]:

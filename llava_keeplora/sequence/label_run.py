@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import json
@@ -40,7 +41,7 @@ from llava_keeplora_eval.predictions import join_shards
 logger = logging.getLogger(__name__)
 
 ZERO_SHOT = "zero-shot"
-CONSOLIDATED = "consolidated.json"
+CONSOLIDATED, STATE = "consolidated.json", "state.safetensors"
 #: What a person reads while a stage runs.
 ACTIVITY = {
     "PLANNED": "planning",
@@ -227,7 +228,7 @@ class LabelRun:
         return _read(self.path(task, "kept.safetensors"))
 
     def _state(self, task: int) -> dict[str, torch.Tensor]:
-        return _read(self.path(task, "state.safetensors"))
+        return _read(self.path(task, STATE))
 
     def _deltas(self, count: int) -> list[Deltas]:
         """What each of the first tasks left behind."""
@@ -348,6 +349,19 @@ class LabelRun:
         )
 
     def _consolidated(self, index: int) -> tuple[list[Path], dict]:
+        if index or not self.method.fixed_base:
+            return self._consolidate(index), {}
+        files = {name: self.path(0, name) for name in (CONSOLIDATED, STATE)}
+        taken = self.shared.once(self._base_facts(), files, lambda: self._consolidate(0))
+        return [path for path in files.values() if path.exists()], _taken(taken)
+
+    def _base_facts(self) -> dict[str, Any]:
+        """What a fixed base depends on, beside the model."""
+        data = {task.name: task.record()["train"] for task in self.tasks}
+        settings = {"method": self.config.method, "options": self.config.options, "parts": {n: dataclasses.asdict(p) for n, p in self.config.parts.items()}}
+        return {"stage": "CONSOLIDATED", "tasks": data, "statistics_gb": self.shared.config.memory.statistics_gb, **settings}
+
+    def _consolidate(self, index: int) -> list[Path]:
         # A killed attempt may have left this stage's own state behind; it must not count twice.
         self._rebuild(index, states=index)
         ctx = self._context(index, "CONSOLIDATED")
@@ -355,13 +369,13 @@ class LabelRun:
         if index and "capacity" in ctx.report:
             ctx.report["forecast"] = self._forecast(index, ctx.report["capacity"])
         added = self.method.state()
-        state, path = self.path(index, "state.safetensors"), self.path(index, CONSOLIDATED)
+        state, path = self.path(index, STATE), self.path(index, CONSOLIDATED)
         if self.shared.rank == 0:
             self._write(state, added)
             write_json(path, ctx.report)
         self.shared.barrier()
         self._states_loaded = (index, index + 1)
-        return [path] + [state] * bool(added), {}
+        return [path] + [state] * bool(added)
 
     def _forecast(self, index: int, capacity: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Layer → for how many more tasks it has room; a warning where that is too few."""
@@ -373,7 +387,7 @@ class LabelRun:
         return {name: room.to_dict() for name, room in rooms.items()}
 
     def _evaluated(self, index: int) -> tuple[list[Path], dict]:
-        copied = index == 0 and self.config.label != ZERO_SHOT
+        copied, taken = index == 0 and self.config.label != ZERO_SHOT, 0.0
         path, predictions = self.path(index, SCORES), [] if copied else [self._predictions(index, task) for task in self.tasks]
         if copied:
             scores = json.loads((self.shared.workspace.task(ZERO_SHOT, 0, "base") / SCORES).read_text())
@@ -382,8 +396,7 @@ class LabelRun:
             scores = {}
             with self.shared.zero.engaged(self.shared.family.model):
                 for task in self.tasks:
-                    self._predict(index, task)
-                    self.shared.barrier()
+                    taken += self._answered(index, task)
                     if self.shared.rank == 0:
                         scores[task.name] = self._score(index, task)
         if self.shared.rank == 0:
@@ -392,10 +405,26 @@ class LabelRun:
         self._fill_matrix(index, json.loads(path.read_text()))
         if self.shared.rank == 0:
             self.write_matrix()
-        return [path, *predictions], {}
+        return [path, *predictions], _taken(taken)
 
     def _predictions(self, index: int, task: Task) -> Path:
         return self.path(index, f"predictions/{file_name(task.name)}.jsonl")
+
+    def _answered(self, index: int, task: Task) -> float:
+        """Have every answer to a task in one file; returns the seconds that those of the untouched model took another run, 0 if made now."""
+        path = self._predictions(index, task)
+
+        def make() -> None:
+            self._predict(index, task)
+            self.shared.barrier()
+            if self.shared.rank == 0:
+                join_shards(path, task.test)
+
+        if index == 0:
+            facts = {"stage": "EVALUATED", "task": task.name, "data": task.record()["test"], "max_new_tokens": self.shared.config.evaluation.max_new_tokens}
+            return self.shared.once(facts, {"predictions.jsonl": path}, make)
+        make()
+        return 0.0
 
     def _predict(self, index: int, task: Task) -> None:
         """This process's share of the answers; processes wait for each other afterwards only."""
@@ -414,9 +443,7 @@ class LabelRun:
         )
 
     def _score(self, index: int, task: Task) -> dict[str, Any]:
-        path = self._predictions(index, task)
-        join_shards(path, task.test)
-        result = score(task.test, path).to_dict()
+        result = score(task.test, self._predictions(index, task)).to_dict()
         self._fill_matrix(index, {task.name: result})
         self.write_matrix()
         return result
@@ -492,6 +519,11 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _taken(seconds: float) -> dict[str, float]:
+    """What the journal says of files that another run made: the seconds that they took it."""
+    return {"taken_seconds": round(seconds, 3)} if seconds else {}
 
 
 def _copied(module: nn.Module) -> dict[str, torch.Tensor]:

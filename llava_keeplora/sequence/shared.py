@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,10 +17,12 @@ from llava_keeplora.config import PartConfig, RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Method, Reference
 from llava_keeplora.models import DTYPES, Family, Inputs, load_model
+from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache, Task
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.reference import read_reference
 from llava_keeplora.sequence.workspace import Workspace
+from llava_keeplora.versions import installed_versions
 from llava_keeplora.zero import Zero
 
 
@@ -48,6 +54,8 @@ class Shared:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.world = dist.get_world_size() if self.distributed else 1
+        common = {"model": dataclasses.asdict(config.model), "versions": installed_versions(), "device": self.device.type}
+        self.base_cache = BaseCache(config.base_cache, common)
         # Set by the runner once every method has named its layers and its open stages.
         self.base: BaseWeights
         self.progress: Progress
@@ -62,6 +70,28 @@ class Shared:
     def pretrained(self) -> nn.Module:
         """The model as it was before the first task, once more and frozen; loaded anew, so that nothing of a method's is on it."""
         return load_model(self.config.model).model.to(self.device)
+
+    def once(self, what: Mapping[str, Any], files: Mapping[str, Path], make: Callable[[], object]) -> float:
+        """Have files of the untouched model: another run's where the base cache has them, else made now, for all processes.
+
+        Args:
+            what: everything that they depend on beside the model.
+            files: name → where they belong; `make` need not make all of them.
+            make: makes them.
+
+        Returns:
+            the seconds that they took another run; 0 where they were made now.
+        """
+        found = self.base_cache.take(what, files) if self.rank == 0 else None
+        taken = self.first_of(found or 0.0)
+        if taken:
+            return taken
+        begun, start = any(path.exists() for path in files.values()), time.perf_counter()
+        make()
+        # What a killed attempt had begun took longer than this one.
+        if self.rank == 0 and not begun:
+            self.base_cache.put(what, files, time.perf_counter() - start)
+        return 0.0
 
     def most(self, count: int) -> int:
         """The largest of the processes' counts."""

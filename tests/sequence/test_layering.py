@@ -19,11 +19,12 @@ ABOVE = {
     "export": ["analysis", "doctor", "plan", "sequence", "capture", "cli"],
     "plan": ["analysis", "doctor", "sequence", "export", "report", "cli"],
     "doctor": ["analysis", "sequence", "export", "report", "cli"],
-    "report": ["analysis", "plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],
+    "compare": ["analysis", "doctor", "plan", "export", "models", "methods", "sequence", "cli"],
+    "report": ["analysis", "compare", "plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],
     "config": ["analysis", "doctor", "plan", "export", "models", "sequence", "report", "cli", "run_folder"],
     "run_folder": ["analysis", "doctor", "plan", "export", "models", "sequence", "report", "cli"],
     "reproduce": ["analysis", "doctor", "plan", "export", "models", "methods", "sequence", "report", "cli", "run_folder"],
-    "sequence": ["cli"],
+    "sequence": ["compare", "cli"],
 }
 
 

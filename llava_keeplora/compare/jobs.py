@@ -1,0 +1,184 @@
+"""The runs of a table: each a folder of its own, started by the same command line as any other run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llava_keeplora.compare.table import CACHE, TUNING, Order, Table, merged
+from llava_keeplora.config import RunConfig, parse_config
+from llava_keeplora.files import write_bytes
+from llava_keeplora.run_folder import differences, read_identity
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at what is running.
+PAUSE = 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method with one seed on one order of tasks.
+
+    Args:
+        label: the method's.
+        folder: the run's.
+        tree: its configuration, as plain data.
+    """
+
+    label: str
+    folder: Path
+    tree: dict[str, Any]
+
+    @property
+    def config_file(self) -> Path:
+        """The run's configuration as JSON, which is YAML, beside the folder."""
+        return self.folder.with_name(f"{self.folder.name}.yaml")
+
+    @property
+    def log(self) -> Path:
+        """What the run says."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the run's results depend on.
+
+        Raises:
+            UserError: for whatever is wrong with the configuration or a recipe.
+        """
+        return parse_config(self.tree).identity()
+
+    def finished(self) -> bool:
+        """Whether the folder holds this very run, done."""
+        return (self.folder / "results.json").is_file() and not list(differences(read_identity(self.folder), self.identity))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not end well.
+
+    Args:
+        job: which one.
+        reason: what it said last.
+    """
+
+    job: Job
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.job.folder} failed ({self.reason}), see {self.job.log}"
+
+
+def make_job(table: Table, folder: str, order: Order, seed: int, label: str, settings: Mapping[str, Any], **sections: Any) -> Job:
+    """A run of a table.
+
+    Args:
+        table: the table.
+        folder: of the run, below the table's.
+        order: the tasks.
+        seed: of the run.
+        label: the method's.
+        settings: the method's.
+        sections: what this run has beside what all have.
+    """
+    place = table.output_dir / folder
+    own = {"output_dir": str(place), "seed": seed, "methods": {label: dict(settings)}, **order.tasks, **sections}
+    return Job(label, place, merged({"base_cache": str(table.output_dir / CACHE), **table.run}, own))
+
+
+def table_jobs(table: Table, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Job]]:
+    """order → its runs, methods by seeds, of the methods that have settings."""
+    return {
+        order.name: [
+            make_job(table, f"{order.name}/seed-{seed}/{label}", order, seed, label, own) for seed in order.seeds for label, own in settings.items()
+        ]
+        for order in table.orders
+    }
+
+
+def tuning_jobs(table: Table) -> dict[str, list[Job]]:
+    """label → a run for each setting that is tried, scored on the held-out part."""
+    tuning = table.tuning
+    return {
+        label: [
+            make_job(
+                table, f"{TUNING}/{label}-{number}", table.tuning_order, tuning.seed, label, merged(table.methods[label], tried),
+                data={"holdout": tuning.holdout},
+            )
+            for number, tried in enumerate(tuning.settings[label], start=1)
+        ]
+        for label in table.methods
+    } if tuning else {}
+
+
+def run_jobs(jobs: Sequence[Job], workers: int = 1) -> list[Failure]:
+    """Run, or go on with, what is not finished, so many processes at once; one that fails doesn't stop the others.
+
+    Args:
+        jobs: the runs.
+        workers: how many at once; they share out the cores, and where there are several GPUs each has one.
+
+    Returns:
+        what did not end well.
+    """
+    waiting = deque(job for job in jobs if not job.finished())
+    free, running, failures, done, count = deque(range(workers)), {}, [], 0, len(waiting)
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, slot = waiting.popleft(), free.popleft()
+                logger.info("%s: started, log in %s", job.folder, job.log)
+                running[slot] = (job, start(job, slot, workers), time.monotonic())
+            for slot, (job, process, since) in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[slot]
+                free.append(slot)
+                done += 1
+                failures += [Failure(job, _last_words(job.log, code))] if code else []
+                logger.info("%s: %s after %.0f s, %d of %d", job.folder, "failed" if code else "done", time.monotonic() - since, done, count)
+            time.sleep(PAUSE)
+    finally:
+        # Asked to stop, or something is wrong here: the runs finish what they are writing.
+        for _, process, _ in running.values():
+            process.terminate()
+        for _, process, _ in running.values():
+            process.wait()
+    return failures
+
+
+def start(job: Job, slot: int, workers: int) -> subprocess.Popen:
+    """The run in a process of its own."""
+    write_bytes(job.config_file, (json.dumps(job.tree, indent=1) + "\n").encode())
+    command = [sys.executable, "-m", "llava_keeplora.cli", "train", "--config", str(job.config_file)]
+    with open(job.log, "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **_share(slot, workers)})
+
+
+def _share(slot: int, workers: int) -> dict[str, str]:
+    """A worker's part of the machine: threads, unless the user has set them, and one of several GPUs."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return share | ({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if len(devices) > 1 else {})
+
+
+def _last_words(log: Path, code: int) -> str:
+    """The last line of a log, which is the error's sentence where the run could say it; a signal leaves none."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"killed by signal {-code}" if code < 0 else lines[-1].removeprefix("error: ").rstrip(".") if lines else f"exit code {code}"

@@ -1,0 +1,100 @@
+"""A table from its configuration to its files: tune, run, put side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava_keeplora.compare.jobs import Failure, Job, run_jobs, table_jobs, tuning_jobs
+from llava_keeplora.compare.table import Table, merged
+from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.report.run_report import read_side_by_side
+from llava_keeplora.report.trial import Results
+from llava_keeplora_eval import Matrix
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One setting of one method on the held-out part.
+
+    Args:
+        label: the method's.
+        settings: what was tried.
+        metrics: the aggregates, in percent.
+        chosen: whether it is the best of its method.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, float | None]
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What there is of a table after its runs.
+
+    Args:
+        results: order → label → trials, one per seed that is finished, zero-shot first; an order without any is left out.
+        tried: every setting of every method whose tuning is finished.
+        settings: label → the settings with which it runs.
+        failures: runs that did not end well.
+    """
+
+    results: dict[str, Results]
+    tried: list[Tried]
+    settings: dict[str, dict[str, Any]]
+    failures: list[Failure]
+
+
+def compare(table: Table, workers: int = 1) -> Outcome:
+    """Run, or go on with, everything that a table asks for.
+
+    Args:
+        table: the table.
+        workers: how many runs at once.
+
+    Raises:
+        UserError: for whatever is wrong with the table, before anything runs.
+    """
+    _check(table)
+    tuning = tuning_jobs(table)
+    failures = run_jobs([job for jobs in tuning.values() for job in jobs], workers)
+    tried = [one for label, jobs in tuning.items() for one in _judged(table, label, jobs)]
+    settings = table.methods if table.tuning is None else _chosen(table, tried)
+    orders = table_jobs(table, settings)
+    failures += run_jobs([job for jobs in orders.values() for job in jobs], workers)
+    finished = {order: [job.folder for job in jobs if job.finished()] for order, jobs in orders.items()}
+    results = {order: read_side_by_side(folders) for order, folders in finished.items() if folders}
+    return Outcome(results, tried, settings, failures)
+
+
+def _check(table: Table) -> None:
+    """Find what is wrong with any run's configuration before the first of them starts."""
+    if (table.output_dir / "config.json").exists():
+        raise RunError(f"{table.output_dir} is a run's folder, and a table has many runs", "choose another one with --output-dir")
+    runs = {"table": table_jobs(table, table.methods), "tuning": tuning_jobs(table)}
+    tasks = {kind: [len(job.identity["tasks"]) for jobs in made.values() for job in jobs] for kind, made in runs.items()}
+    if min(tasks["tuning"], default=2) < 2 and "transfer" in table.tuning.metrics:
+        raise ConfigError(f"tuning.metric is '{table.tuning.metric}', and one task alone has no transfer", "choose by `last`, or give more tasks")
+    try:
+        table.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the table's folder {table.output_dir} cannot be made ({error.strerror})", "choose another one with --output-dir") from error
+
+
+def _judged(table: Table, label: str, jobs: Sequence[Job]) -> list[Tried]:
+    """A method's settings with their scores, the best one chosen; nothing while one of them is open, so that no method is chosen from fewer."""
+    if not all(job.finished() for job in jobs):
+        return []
+    metrics = [Matrix.from_json(job.folder / label / "matrix.json").metrics() for job in jobs]
+    sums = [sum(found[name] for name in table.tuning.metrics) for found in metrics]
+    best = sums.index(max(sums)) if sums else None
+    return [Tried(label, tried, found, i == best) for i, (tried, found) in enumerate(zip(table.tuning.settings[label], metrics))]
+
+
+def _chosen(table: Table, tried: Sequence[Tried]) -> dict[str, dict[str, Any]]:
+    """label → settings, of the methods that are tuned or have nothing to tune."""
+    best = {one.label: one.settings for one in tried if one.chosen} | {label: {} for label, settings in table.tuning.settings.items() if not settings}
+    return {label: merged(own, best[label]) for label, own in table.methods.items() if label in best}

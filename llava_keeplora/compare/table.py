@@ -1,0 +1,215 @@
+"""A table as data: the settings of one run, and the methods, seeds, orders of tasks and tuning that make many of it.
+
+A table's file is a run's file with four keys more (`base`, `seeds`, `orders`, `tuning`), none of which it must have: any
+run's configuration is a table of one order and one seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_keeplora.config import LABEL, TABLE_KEYS, RunConfig, as_mapping, build, read_config, with_settings
+from llava_keeplora.errors import ConfigError, nearest
+from llava_keeplora_eval.matrix import ZERO_SHOT
+
+#: What a setting may be chosen by; one of them, or a sum such as `transfer+last`.
+CHOSEN_BY = ("transfer", "average", "last")
+#: Folders of a table beside those of its orders.
+TUNING, CACHE = "tuning", "base-cache"
+
+
+@dataclass(frozen=True)
+class Order:
+    """The tasks in one order.
+
+    Args:
+        name: of its folder and of its part of the table.
+        tasks: `sequence` or `tasks` of its runs.
+        seeds: of its runs.
+    """
+
+    name: str
+    tasks: dict[str, Any]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How each method's settings are chosen: on a held-out part of the training data, never on test.
+
+    Args:
+        settings: label → the settings that are tried, each as it would stand below the method; as many for every method. An empty
+            list takes the method as it is.
+        order: the order of tasks on which they are tried; the first one when empty.
+        seed: of these runs.
+        holdout: share of each task's training split that is held out and scored.
+        metric: what is largest for the chosen one: `transfer`, `average`, `last`, or a sum of these such as `transfer+last`.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    order: str = ""
+    seed: int = 0
+    holdout: float = 0.1
+    metric: str = "average"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.holdout < 1.0:
+            raise ConfigError(f"holdout is {self.holdout}, but settings are chosen on a part of the training data", "set it to, say, 0.1")
+        for name in self.metrics:
+            if name not in CHOSEN_BY:
+                raise ConfigError(f"metric is '{self.metric}'", f"{nearest(name, CHOSEN_BY)}, or a sum of them such as transfer+last")
+
+    @property
+    def metrics(self) -> list[str]:
+        """The aggregates whose sum decides."""
+        return self.metric.split("+")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs that make one table.
+
+    Args:
+        output_dir: the folder of all of them.
+        run: what every run has in common, as plain data.
+        methods: label → its settings, as below `methods` of a run.
+        orders: in the order of the table.
+        tuning: how settings are chosen; None takes the methods as they are.
+    """
+
+    output_dir: Path
+    run: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    orders: tuple[Order, ...]
+    tuning: Tuning | None = None
+
+    @property
+    def tuning_order(self) -> Order:
+        """The order on which settings are tried."""
+        return next((order for order in self.orders if order.name == self.tuning.order), self.orders[0])
+
+
+def load_table(name_or_path: str, overrides: Sequence[str] = (), data_root: str | None = None, output_dir: str | None = None) -> Table:
+    """Read a table's YAML, or a run's; see `load_config`.
+
+    Args:
+        name_or_path: a YAML file, or the name of a shipped configuration.
+        overrides: `a.b.c=value` strings.
+        data_root: the folder with the data sets.
+        output_dir: the table's folder.
+
+    Raises:
+        ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
+    """
+    return parse_table(with_settings(read_config(name_or_path), overrides, data_root=data_root, output_dir=output_dir))
+
+
+def parse_table(tree: Mapping[str, Any]) -> Table:
+    """Build a `Table` from plain data; what its runs have is checked when they are made. See `load_table`."""
+    tree = dict(tree)
+    known = {*TABLE_KEYS, *(f.name for f in dataclasses.fields(RunConfig))}
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"unknown key '{key}'", nearest(str(key), known))
+    base = tree.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"base is {base!r}, which is no name", "name a configuration or a YAML file, and write a run's keys into the table itself")
+    methods = tree.pop("methods", None)
+    tree = merged(read_config(base), tree) if base else tree
+    inherited = tree.pop("methods", {"keeplora": {}})
+    labels = as_mapping(inherited if methods is None else methods, "methods")
+    labels = {label: as_mapping(settings, f"methods.{label}") for label, settings in labels.items() if label != ZERO_SHOT or settings}
+    tuning, seeds = tree.pop("tuning", None), tree.pop("seeds", None)
+    own_seed, own_tasks = tree.pop("seed", 0), {key: tree.pop(key) for key in ("sequence", "tasks") if key in tree}
+    tree.pop("expected", None)  # One configuration's, not a table's.
+    orders = _parse_orders(tree.pop("orders", None) or {"I": own_tasks}, _parse_seeds([own_seed] if seeds is None else seeds, "seeds"))
+    table = Table(Path(tree.pop("output_dir", RunConfig.output_dir)), tree, labels, orders)
+    table = dataclasses.replace(table, tuning=_parse_tuning(as_mapping(tuning, "tuning"), table)) if tuning else table
+    _check_epochs(table)
+    return table
+
+
+def _parse_seeds(value: Any, where: str) -> tuple[int, ...]:
+    whole = isinstance(value, (list, tuple)) and all(type(seed) is int for seed in value)
+    if not whole or not value or len(set(value)) < len(value):
+        raise ConfigError(f"{where} is {value!r}, but it takes a list of different whole numbers", "write, for instance, [0, 1, 2]")
+    return tuple(value)
+
+
+def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
+    orders = []
+    for name, value in as_mapping(tree, "orders").items():
+        name, where = str(name), f"orders.{name}"
+        if not LABEL.fullmatch(name) or name in (TUNING, CACHE):
+            raise ConfigError(f"orders has the name '{name}', which cannot be a folder of the table", "use letters, digits, '-', '_', '.' and '+'")
+        settings = dict(value) if isinstance(value, Mapping) else {"tasks": value}
+        own = _parse_seeds(settings.pop("seeds", list(seeds)), f"{where}.seeds")
+        unknown = set(settings) - {"tasks", "sequence"}
+        if unknown:
+            raise ConfigError(f"unknown key '{where}.{min(map(str, unknown))}'", nearest(min(map(str, unknown)), ("tasks", "sequence", "seeds")))
+        named = [one for one in settings.values() if one]
+        if len(named) != 1 or not isinstance(named[0], (str, list)):
+            raise ConfigError(f"{where} is {value!r}, which is no order of tasks", "name a sequence, or list the tasks")
+        # A run has either key; a table may name a sequence or list the tasks under one.
+        tasks = {"sequence" if isinstance(named[0], str) else "tasks": named[0]}
+        orders.append(Order(name, tasks, own))
+    return tuple(orders)
+
+
+def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
+    """The tuning, as many settings for every method."""
+    tuning = build(Tuning, tree, "tuning")
+    names = [order.name for order in table.orders]
+    if tuning.order and tuning.order not in names:
+        raise ConfigError(f"tuning.order is '{tuning.order}', which the table does not have", nearest(tuning.order, names))
+    for label in tuning.settings:
+        if label not in table.methods:
+            raise ConfigError(f"tuning.settings names '{label}', which the table does not have", nearest(str(label), table.methods))
+    if as_mapping(table.run.get("data"), "data").get("holdout"):
+        raise ConfigError("data.holdout is set, so that the table itself would be scored on what its settings are chosen on", "leave it out; tuning.holdout is enough")
+    for label in table.methods:
+        found = tuning.settings.get(label)
+        if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+            raise ConfigError(f"tuning.settings.{label} is {found!r}, but it takes a list of settings", f"list them, or write `{label}: []` to take it as it is")
+    counts = {label: len(tuning.settings[label]) for label in table.methods if tuning.settings[label]}
+    if len(set(counts.values())) > 1:
+        most, fewest = max(counts, key=counts.get), min(counts, key=counts.get)
+        raise ConfigError(
+            f"tuning.settings has {counts[most]} settings for '{most}' and {counts[fewest]} for '{fewest}', which is no equal budget",
+            f"give every method as many, or write `{fewest}: []` where there is nothing to tune",
+        )
+    return tuning
+
+
+def _check_epochs(table: Table) -> None:
+    """A list of epochs, one per task, belongs to one order of them."""
+    tried = [one for settings in (table.tuning.settings.values() if table.tuning else ()) for one in settings]
+    for tree in (table.run, *table.methods.values(), *tried):
+        if len(table.orders) > 1 and isinstance(as_mapping(tree.get("training"), "training").get("num_train_epochs"), list):
+            raise ConfigError(
+                f"training.num_train_epochs lists a number for each task, and the table has {len(table.orders)} orders of them",
+                "give one number, or make each order a sequence file with `epochs`",
+            )
+
+
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with changes; sections are merged, other values replaced."""
+    out = dict(tree)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merged(out[key], value) if both else value
+    return out
+
+
+def dotted(tree: Mapping[str, Any], where: str = "") -> Iterable[str]:
+    """Settings as the command line takes them: `training.learning_rate=0.001`."""
+    for key, value in tree.items():
+        name = f"{where}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{name}.")
+        else:
+            yield f"{name}={value}"

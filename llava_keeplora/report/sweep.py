@@ -1,0 +1,53 @@
+"""Metrics over a setting that is swept, one panel per metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from llava_keeplora.report.curves import draw_line
+from llava_keeplora.report.figures import Palette, bare, legend_above, style
+from llava_keeplora.report.tables import COLUMNS
+from llava_keeplora.report.trial import Results, Trial, mean
+
+#: Of a swept setting; the others are differences of scores.
+SHOWN = ("Transfer", "Average", "Last")
+
+
+def draw_sweep(results: Results, method: str, sweep: Mapping[float, str], levels: Sequence[str], xlabel: str, palette: Palette) -> Figure | None:
+    """Transfer, Average and Last over a setting; None where no value of it is there.
+
+    Args:
+        results: name → trials.
+        method: whose setting it is.
+        sweep: value of the setting → the name of its trials; those that are not there are left out.
+        levels: names that are drawn as level lines for comparison, as far as they are there.
+        xlabel: the setting.
+        palette: the colours.
+    """
+    swept = {value: results[name] for value, name in sorted(sweep.items()) if name in results}
+    if not swept:
+        return None
+    figure = Figure(figsize=(10.4, 3.4), facecolor=palette.paper, layout="constrained")
+    panels = figure.subplots(1, len(SHOWN))
+    for axes, title in zip(panels, SHOWN):
+        points = [(value, _numbers(trials, title)) for value, trials in swept.items()]
+        # Transfer of one task is no number.
+        draw_line(axes, [(value, numbers) for value, numbers in points if None not in numbers], method, 0)
+        for position, name in enumerate(levels, start=1):
+            level = mean(_numbers(results[name], title)) if name in results else None
+            if level is not None:
+                axes.axhline(level, label=name, linewidth=1.2, **style(position) | {"linestyle": "--"})
+        axes.set_title(title, color=palette.ink, loc="left", fontsize=9, fontweight="bold")
+        axes.set_xlabel(xlabel)
+        bare(axes, palette)
+    panels[0].set_ylabel("score (%)")
+    legend_above(figure, list(panels), palette)
+    return figure
+
+
+def _numbers(trials: Sequence[Trial], title: str) -> list[float | None]:
+    """One aggregate of every trial; of a model that never changes, as a table has it."""
+    found = [trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix for trial in trials]
+    return [matrix.metrics()[COLUMNS[title]] for matrix in found]

@@ -1,0 +1,78 @@
+"""What a run computes of the untouched model, kept where other runs find it: zero-shot answers, and a method's base statistics.
+
+The name of an entry is a hash of everything that its files depend on, so nothing in the cache goes out of date. An entry
+whose files are damaged is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_keeplora.config import read_object
+from llava_keeplora.errors import RunError
+from llava_keeplora.files import write_bytes, write_json
+
+logger = logging.getLogger(__name__)
+
+#: Of an entry, written last: what its files depend on, their hashes, and how long it took to make them.
+ENTRY = "entry.json"
+
+
+class BaseCache:
+    """A folder of entries that several runs read and write at once.
+
+    Args:
+        root: the folder; None keeps nothing and finds nothing.
+        common: what everything in it depends on, as plain data.
+    """
+
+    def __init__(self, root: str | None, common: Mapping[str, Any]):
+        self._root, self._common = root and Path(root), common
+
+    def take(self, what: Mapping[str, Any], files: Mapping[str, Path]) -> float | None:
+        """Copy an entry's files to where they belong.
+
+        Args:
+            what: what they depend on beside what is common.
+            files: name in the entry → where it belongs.
+
+        Returns:
+            the seconds that it took to make them; None where there is no whole entry.
+        """
+        folder = self._folder(what)
+        if folder is None or not (folder / ENTRY).is_file():
+            return None
+        try:
+            entry = read_object(folder / ENTRY)
+            contents = {name: (folder / name).read_bytes() for name in entry["files"]}
+            if any(hashlib.sha256(contents[name]).hexdigest() != expected for name, expected in entry["files"].items()):
+                raise ValueError("a file is not what was written")
+            targets, seconds = {name: files[name] for name in contents}, float(entry["seconds"])
+        except (RunError, OSError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s is damaged (%s); it is made again", folder, error)
+            return None
+        for name, target in targets.items():
+            write_bytes(target, contents[name])
+        return seconds
+
+    def put(self, what: Mapping[str, Any], files: Mapping[str, Path], seconds: float) -> None:
+        """Keep files for other runs; of two runs that do so at once, either's are kept.
+
+        Args:
+            what: what they depend on beside what is common.
+            files: name in the entry → where it lies; those that are not there are no part of it.
+            seconds: what it took to make them.
+        """
+        folder = self._folder(what)
+        if folder is not None:
+            hashes = {name: write_bytes(folder / name, path.read_bytes()) for name, path in files.items() if path.exists()}
+            write_json(folder / ENTRY, {"of": {**self._common, **what}, "files": hashes, "seconds": seconds})
+
+    def _folder(self, what: Mapping[str, Any]) -> Path | None:
+        text = json.dumps({**self._common, **what}, sort_keys=True)
+        return self._root and self._root / hashlib.sha256(text.encode()).hexdigest()[:32]

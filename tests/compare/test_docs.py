@@ -1,0 +1,73 @@
+"""docs/compare.md runs as it stands, on tiny tasks; the commands of docs/results.md are tables."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_keeplora import cli
+from llava_keeplora.compare import load_ablation, load_table
+from llava_keeplora.compare.jobs import table_jobs, tuning_jobs
+from llava_keeplora.config import parse_config, read_config
+
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "compare.md").read_text()
+#: What makes the table small enough for a test: one seed, one tiny task an order.
+SMALLER = {"[0, 1, 2]": "[0]", "[birds.yaml, digits, textures]": "[colours.yaml]", "[textures, digits, birds.yaml]": "[corners.yaml]"}
+
+
+@pytest.fixture
+def folder(run_tree, tiny_tasks, tmp_path, monkeypatch):
+    """A working directory with the page's table and a run's configuration."""
+    shutil.copytree(tiny_tasks[0].parent, tmp_path, dirs_exist_ok=True)
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", TEXT, flags=re.M | re.S)
+    for shown, small in SMALLER.items():
+        assert block.count(shown) == 1
+        block = block.replace(shown, small)
+    (tmp_path / "table.yaml").write_text(block)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree("runs/birds", tasks=["colours.yaml"])))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_runs_and_leaves_what_the_page_says(folder, started, capfd):
+    commands = [line for block in re.findall(r"^```bash\n(.*?)^```", TEXT, flags=re.M | re.S) for line in block.splitlines()]
+    assert len(commands) == 2
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, capfd.readouterr().err
+    out = folder / "runs/table"
+    assert all((out / name).is_file() for name in ("table.md", "table.tex", "table.csv", "report.html", "I/seed-0/keeplora/config.json", "tuning/keeplora-1/config.json"))
+    assert (out / "base-cache").is_dir() and len(started) == 4 + 4 + 7
+    assert (folder / "runs/birds-ablation/energy-weight-I.svg").is_file()
+
+
+def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
+    commands = re.findall(r"^    llava-keeplora (.*)$", (DOCS / "results.md").read_text(), re.M)
+    assert len(commands) == 4
+    counts = []
+    for command in commands:
+        args = cli.parse_arguments(cli.build_parser(), shlex.split(command))
+        if args.run is cli._ablate:
+            thresholds = {"energy_weight": args.energy_weights, "energy_feature": args.energy_features}
+            table = load_ablation(args.config, thresholds, args.seeds, args.overrides, args.data_root, args.output_dir).table
+        else:
+            table = load_table(args.config, args.overrides, args.data_root, args.output_dir)
+        jobs = [job for made in table_jobs(table, table.methods).values() for job in made]
+        assert parse_config(jobs[-1].tree).data.root == "DATA"
+        counts.append(len(jobs))
+    assert counts == [2 * 3 * 2, 4 * 2, 4 * 3, 2 * 3]
+
+
+def test_the_real_table_tries_four_settings_of_every_method():
+    table = load_table("table-real")
+    tried = tuning_jobs(table)
+    assert list(tried) == ["seq-lora", "keeplora", "o-lora", "inflora", "sd-lora"] and {len(jobs) for jobs in tried.values()} == {4}
+    for jobs in tried.values():
+        assert len({job.identity["methods"][job.label].__repr__() for job in jobs}) == 4, "four different settings"
+    final = table_jobs(table, table.methods)
+    assert {name: len(jobs) for name, jobs in final.items()} == {"I": 15, "II": 5}
+    base = parse_config(read_config("real"))
+    assert parse_config(final["II"][0].tree).parts == base.parts and parse_config(final["I"][0].tree).tasks == base.tasks

@@ -1,0 +1,123 @@
+"""Runs at once: their part of the machine, and what happens to them when the table is stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import yaml
+
+from llava_keeplora import cli
+from llava_keeplora.compare import compare, files, jobs, table
+from llava_keeplora.config import load_config
+from llava_keeplora.run_folder import read_identity
+from llava_keeplora.sequence.label_run import LabelRun
+
+
+@pytest.fixture
+def job(make_table, tmp_path):
+    one = make_table(tmp_path / "table")
+    return jobs.table_jobs(one, one.methods)["I"][0]
+
+
+def test_workers_share_out_the_cores_and_the_gpus(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert jobs._share(0, 3) == {"OMP_NUM_THREADS": "2"} and jobs._share(0, 16) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    assert [jobs._share(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["1", "3", "1"] and jobs._share(0, 3)["OMP_NUM_THREADS"] == "5"
+
+
+def test_no_more_run_at_once_than_there_are_workers(make_table, tmp_path, monkeypatch):
+    many = make_table(tmp_path / "table", seeds=[0, 1, 2])
+    running, most = [], []
+
+    class Process:
+        def __init__(self, slot):
+            running.append(slot)
+            most.append(sorted(running))
+            self.looks = 0
+
+        def poll(self):
+            self.looks += 1
+            return None if self.looks < 3 else running.pop() * 0
+
+    monkeypatch.setattr(jobs, "start", lambda job, slot, workers: Process(slot))
+    monkeypatch.setattr(jobs, "PAUSE", 0)
+    assert jobs.run_jobs(jobs.table_jobs(many, many.methods)["I"], workers=2) == []
+    assert len(most) == 6 and max(map(len, most)) == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_table_stops_its_runs(job, monkeypatch, capfd, number, code):
+    processes = []
+
+    def start(*_):
+        processes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        return processes[-1]
+
+    monkeypatch.setattr(jobs, "start", start)
+    assert cli.guarded(lambda: jobs.run_jobs([job]), debug=False, going_on="run the same command to go on") == code
+    assert processes[0].returncode == -signal.SIGTERM
+    assert capfd.readouterr().err.splitlines()[-1] == "stopped; run the same command to go on"
+
+
+def test_a_killed_table_goes_on_and_says_the_same(make_table, started, tmp_path, monkeypatch):
+    undisturbed = compare(make_table(tmp_path / "undisturbed"))
+    del started[:]
+    real = LabelRun._trained
+
+    def killed(self, index):
+        if self.config.label == "keeplora" and index == 2:
+            raise KeyboardInterrupt
+        return real(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelRun, "_trained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(make_table(tmp_path / "killed"))
+    del started[:]
+    outcome = compare(make_table(tmp_path / "killed"))
+    assert [job.label for job in started] == ["keeplora"], "the first method's run was finished"
+    for name, trials in undisturbed.results["I"].items():
+        assert [trial.matrix for trial in trials] == [trial.matrix for trial in outcome.results["I"][name]]
+
+
+@pytest.fixture
+def command(run_tree, tiny_tasks, tmp_path, capfd):
+    """Function (methods, *arguments) → (exit code, stdout, errors on stderr) of `compare` on one task, its runs in processes of their own."""
+
+    def run(methods, *arguments):
+        (tmp_path / "table.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "out", tasks=[str(tiny_tasks[0])], methods=methods)))
+        code = cli.main(["compare", "--config", str(tmp_path / "table.yaml"), *arguments])
+        out, err = capfd.readouterr()
+        return code, out, [line for line in err.splitlines() if line.startswith("error: ")]
+
+    return run
+
+
+def test_the_command_starts_its_runs_as_a_user_would_and_prints_the_table(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "write_report", lambda *args: None)  # the pictures are other tests'
+    code, said, errors = command({"seq-lora": {}})
+    out = tmp_path / "out"
+    assert code == 0 and errors == []
+    assert said.startswith("# Table out\n\n## Order I\n\nTasks: colours.") and f"\npage: {out / 'report.html'}\n" in said
+    assert {"table.md", "table.tex", "table.csv", "report.html", table.CACHE, "I"} == {path.name for path in out.iterdir()}
+    assert "| seq-lora |" in (out / "I/seed-0/seq-lora.log").read_text()
+    # The run that it made is one like any other.
+    assert load_config(str(out / "I/seed-0/seq-lora.yaml")).identity() == read_identity(out / "I/seed-0/seq-lora")
+
+
+@pytest.mark.slow
+def test_of_two_runs_at_once_one_fails_and_is_named_with_its_log(command, tmp_path):
+    code, said, errors = command({"seq-lora": {}, "keeplora": {"parts": {"vision": {"energy_weight": 1.0}}}}, "--workers", "2")
+    place = tmp_path / "out/I/seed-0"
+    assert code == 1 and "| seq-lora |" in said and "| keeplora |" not in said
+    assert len(errors) == 1 and errors[0].startswith(f"error: {place}/keeplora failed (layer ")
+    assert errors[0].endswith(f"see {place}/keeplora.log; mend it, and run the same command again")
+    assert "error: layer" in (place / "keeplora.log").read_text()
+    assert {"report.html", "curves.png", "heatmap-seq-lora.svg"} <= {path.name for path in (tmp_path / "out/I").iterdir()}

@@ -1,0 +1,126 @@
+"""What runs share of the untouched model: bit for bit what each would have computed, and never what is damaged or of something else."""
+
+import json
+import shutil
+
+import pytest
+
+from llava_keeplora.methods import METHODS
+from llava_keeplora.report.needs import seconds_per_example
+from llava_keeplora.sequence.label_run import LabelRun
+
+
+@pytest.fixture(scope="module")
+def filled(run_config, driven, tmp_path_factory, tiny_tasks):
+    """A base cache after a run with seed 0 on the first two tasks; copy it before changing it."""
+    root = tmp_path_factory.mktemp("cache")
+    driven(run_config(root / "first", tasks=[str(path) for path in tiny_tasks[:2]], base_cache=str(root / "cache")))
+    return root / "cache"
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """What is computed of the untouched model, in order."""
+    found = []
+    for name in ("_predict", "_consolidate"):
+        real = getattr(LabelRun, name)
+
+        def watched(self, index, *more, real=real, name=name):
+            if index == 0:
+                found.append((self.config.label, *(task.name for task in more)))
+            return real(self, index, *more)
+
+        monkeypatch.setattr(LabelRun, name, watched)
+    return found
+
+
+@pytest.fixture
+def other(run_config, tiny_tasks, tmp_path):
+    """Function (name, cache, **changes) → a run with another seed on the two tasks the other way round."""
+    tasks = [str(path) for path in tiny_tasks[1::-1]]
+    return lambda name, cache, **changes: run_config(tmp_path / name, seed=3, tasks=tasks, base_cache=cache and str(cache), **changes)
+
+
+def test_another_seed_and_order_take_everything_over_and_end_bit_for_bit_as_without(filled, other, drive, left_behind, computed, tmp_path):
+    drive(other("alone", None))
+    nothing = {("zero-shot",), ("seq-lora",)}  # They have nothing to consolidate.
+    assert set(computed) == nothing | {("keeplora",), ("zero-shot", "colours"), ("zero-shot", "stripes")}
+    computed.clear()
+    drive(other("taking", filled))
+    assert set(computed) == nothing
+    alone, taking = left_behind(tmp_path / "alone"), left_behind(tmp_path / "taking")
+    for entries in taking.values():
+        for entry in entries if isinstance(entries, list) else ():
+            entry["info"].pop("taken_seconds", None)
+    assert taking == alone
+
+
+@pytest.mark.parametrize("energy", [0.5, "auto"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.fixed_base])
+def test_a_base_that_is_called_fixed_depends_on_neither_seed_nor_order(run_config, tiny_tasks, drive, stopped, left_behind, monkeypatch, tmp_path, name, energy):
+    def stop(self, index):
+        raise stopped
+
+    monkeypatch.setattr(LabelRun, "_prepared", stop)
+    tasks, found = [str(path) for path in tiny_tasks[:2]], []
+    for seed, order in ((0, tasks), (3, tasks[::-1])):
+        with pytest.raises(stopped):
+            drive(run_config(tmp_path / f"{seed}", seed=seed, tasks=order, methods={name: {}}, parts={"vision": {"energy_weight": energy}}))
+        found.append({file: value for file, value in left_behind(tmp_path / f"{seed}").items() if file.startswith(f"{name}/task-00-base/")})
+    assert found[0] == found[1] and len(found[0]) == 3, "state, report, scores"
+
+
+def test_the_journal_says_how_long_answers_took_the_run_that_made_them(filled, other, drive, tmp_path):
+    drive(other("taking", filled, methods={"seq-lora": {}}))
+    folder = tmp_path / "taking/zero-shot"
+    (entry,) = (one for one in map(json.loads, (folder / "journal.jsonl").open()) if one["stage"] == "EVALUATED")
+    made = [one["seconds"] for one in (json.loads(path.read_text()) for path in filled.glob("*/entry.json")) if one["of"]["stage"] == "EVALUATED"]
+    assert len(made) == 2 and entry["info"]["taken_seconds"] == pytest.approx(sum(made), abs=1e-3)
+    assert seconds_per_example(folder) == pytest.approx((entry["seconds"] + sum(made)) / 16, abs=1e-3)
+
+
+def test_an_interrupted_run_takes_over_the_rest(filled, other, stopped, drive, run_to_the_end, outcome, monkeypatch, tmp_path):
+    drive(other("alone", None))
+    real, stops = LabelRun._score, []
+
+    def stop_once(self, index, task):
+        if not stops:
+            stops.append(task.name)
+            raise stopped
+        return real(self, index, task)
+
+    monkeypatch.setattr(LabelRun, "_score", stop_once)
+    assert run_to_the_end(other("stopped", filled)) == 2
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("change", [{"model": {"dtype": "bfloat16"}}, {"data": {"holdout": 0.5}}])
+def test_another_model_or_other_examples_are_computed_anew(filled, other, drive, computed, tmp_path, change):
+    cache = shutil.copytree(filled, tmp_path / "cache")
+    drive(other("run", cache, methods={"keeplora": {}}, **change))
+    assert {("keeplora",), ("zero-shot", "colours"), ("zero-shot", "stripes")} <= set(computed)
+
+
+def test_other_settings_are_another_base(filled, other, drive, computed, tmp_path):
+    cache = shutil.copytree(filled, tmp_path / "cache")
+    drive(other("run", cache, methods={"keeplora": {"protect_weights": False}, "again": {"method": "keeplora"}}))
+    assert ("keeplora",) in computed and ("again",) not in computed, "a label is only a name"
+
+
+def test_a_damaged_entry_is_made_again(filled, other, drive, computed, caplog, tmp_path):
+    cache = shutil.copytree(filled, tmp_path / "cache")
+    entries = {path.parent: json.loads(path.read_text()) for path in cache.glob("*/entry.json")}
+    (answers,) = (folder for folder, entry in entries.items() if entry["of"].get("task") == "colours")
+    (base,) = (folder for folder, entry in entries.items() if entry["of"]["stage"] == "CONSOLIDATED")
+    whole = (answers / "predictions.jsonl").read_text()
+    (answers / "predictions.jsonl").write_text(whole.replace('"text": "', '"text": "not ', 1))
+    (base / "state.safetensors").unlink()
+    drive(other("run", cache, methods={"keeplora": {}}))
+    assert ("zero-shot", "colours") in computed and ("zero-shot", "stripes") not in computed and ("keeplora",) in computed
+    assert f"{answers} is damaged (a file is not what was written); it is made again" in caplog.text
+    assert (answers / "predictions.jsonl").read_text() == whole and (base / "state.safetensors").is_file()
+
+
+def test_a_run_keeps_no_trace_of_where_it_looked(filled, other, drive, tmp_path):
+    drive(other("run", filled, methods={"seq-lora": {}}))
+    assert str(filled) not in (tmp_path / "run/config.json").read_text() + (tmp_path / "run/identity.json").read_text()
