@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from llava_keeplora.methods.base import Layer, Method, Record, TaskContext
+from llava_keeplora.methods.iap import Iap
 from llava_keeplora.methods.inflora import InfLora
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.methods.layers import Changed, find_layers
+from llava_keeplora.methods.moe_adapters import MoeAdapters
 from llava_keeplora.methods.o_lora import OLora
 from llava_keeplora.methods.sd_lora import SdLora
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.zero_shot import ZeroShot
 
 METHODS: dict[str, type[Method]] = {
-    method.record.name: method for method in (ZeroShot, SequentialLora, KeepLora, OLora, InfLora, SdLora)
+    method.record.name: method for method in (ZeroShot, SequentialLora, KeepLora, OLora, InfLora, SdLora, MoeAdapters, Iap)
 }
 
 __all__ = ["METHODS", "Changed", "Layer", "Method", "Record", "TaskContext", "find_layers"]

@@ -6,18 +6,39 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, FullDelta, attach, concatenate
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export.bundle import read_learned
 from llava_keeplora.export.check import probe
+from llava_keeplora.export.run_export import export_run
 from llava_keeplora.methods import METHODS
-from llava_keeplora.models import load_model
+from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.plan import make_plan
 from llava_keeplora.sequence import label_run, shared, trainer
+from llava_keeplora_eval.predictions import read_predictions
 
 LEARNING = [name for name, method in METHODS.items() if method.learns]
+FAMILIES = ("clip", "llava")
+
+
+def learning(family):
+    """The methods that a family runs with."""
+    return [name for name in LEARNING if family in METHODS[name].record.families]
+
+
+def each(methods, **marks):
+    """Parametrise by family and method, for the methods named; marks by family."""
+    pairs = [pytest.param(family, name, marks=marks.get(family, ())) for family in FAMILIES for name in learning(family) if name in methods]
+    return pytest.mark.parametrize(("family", "method"), pairs, indirect=["family"])
+
+
+every_method = each(LEARNING)
+MERGING = [name for name in LEARNING if METHODS[name].record.mergeable]
+#: A router starts anew with every task, over experts that have learned already.
+STARTING_ANEW = ["moe-adapters"]
 
 
 @dataclasses.dataclass
@@ -49,17 +70,23 @@ def tensors(model):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module", params=["clip", "llava"])
-def config(request, run_tree, llava_tree, tiny_tasks, mixed_tasks):
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """The model's."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def config(family, run_tree, llava_tree, tiny_tasks, mixed_tasks):
     """Function (folder, methods, **changes) → a run of them on two tasks."""
-    build, tasks = {"clip": (run_tree, tiny_tasks), "llava": (llava_tree, mixed_tasks)}[request.param]
+    build, tasks = {"clip": (run_tree, tiny_tasks), "llava": (llava_tree, mixed_tasks)}[family]
     return lambda folder, methods, **changes: parse_config(
         build(folder, tasks=[str(task) for task in tasks[:2]], methods={name: {} for name in methods}, **changes)
     )
 
 
 @pytest.fixture(scope="module")
-def seen(config, driven, tmp_path_factory):
+def seen(config, family, driven, tmp_path_factory):
     """A run of every method, watched."""
     folder = tmp_path_factory.mktemp("contract") / "run"
     found, held = Seen(folder, {}), {}
@@ -92,7 +119,7 @@ def seen(config, driven, tmp_path_factory):
         patch.setattr(shared.Shared, "load", watched_load)
         patch.setattr(label_run.LabelRun, "go", watched_go)
         patch.setattr(trainer.TaskTrainer, "training_step", watched_step)
-        driven(config(folder, LEARNING))
+        driven(config(folder, learning(family)))
     held["shared"].base.apply([])
     model = held["shared"].family.model
     found.restored.update(tensors(model))
@@ -110,7 +137,7 @@ def test_the_base_is_bit_for_bit_what_it_was_and_nothing_is_left_on_it(seen):
     assert all(torch.equal(seen.restored[name], value) for name, value in seen.base.items())
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@every_method
 def test_exactly_the_declared_tensors_change(seen, method):
     deltas = read_learned(seen.folder, method).deltas
     declared = {f"{name}.weight" for task in deltas for name in task}
@@ -118,13 +145,13 @@ def test_exactly_the_declared_tensors_change(seen, method):
     assert {name for name, value in seen.after[method].items() if not torch.equal(value, seen.base[name])} == declared
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@every_method
 def test_every_trained_tensor_gets_a_gradient_and_no_frozen_one(seen, method):
     own = {task: wrong for (name, task), wrong in seen.unlike.items() if name == method}
     assert len(own) == 2 and not any(own.values()), own
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@each([name for name in LEARNING if name not in STARTING_ANEW])
 def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
     learned = read_learned(seen.folder, method, at_task=1)
     batch, loss = seen.first[method, 2]
@@ -132,16 +159,26 @@ def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@every_method
 def test_what_is_read_back_from_the_files_gives_the_same_logits(seen, method):
     learned = read_learned(seen.folder, method)
     data = learned.recipes[-1].load("test")
     assert torch.equal(probe(learned.load(), data)[1], seen.logits[method])
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@every_method
+def test_what_is_read_back_from_the_files_answers_as_the_run_did(seen, method):
+    learned, cls = read_learned(seen.folder, method), METHODS[method]
+    fresh, family, data = cls(cls.Options(**learned.config["methods"][method]["options"])), learned.load(), learned.recipes[-1].load("test")
+    folders = sorted((seen.folder / method).glob("task-*"))
+    fresh.load([{k: v for path in sorted(folder.glob("[ks][et]*.safetensors")) for k, v in load_file(path).items()} for folder in folders])
+    predictor = fresh.predictor(family.predictor(data.recipe, Prepared(family, data)), data.recipe.name)
+    told = read_predictions(folders[-1] / f"predictions/{data.recipe.name}.jsonl", data)
+    assert predictor.predict([data[i] for i in range(len(data))]) == [told[key] for key in data.ids]
+
+
+@each(MERGING)
 def test_merged_and_unmerged_agree(seen, method):
-    assert METHODS[method].record.mergeable
     learned = read_learned(seen.folder, method)
     family = base_family(learned)
     full = [{name: delta for name, delta in task.items() if isinstance(delta, FullDelta)} for task in learned.deltas]
@@ -155,15 +192,24 @@ def test_merged_and_unmerged_agree(seen, method):
     assert float((unmerged - plain).abs().max()) > 1e-3, "what was learned is seen in the logits"
 
 
-@pytest.mark.parametrize("method", LEARNING)
+@each([name for name in LEARNING if name not in MERGING])
+def test_what_does_not_merge_is_refused_in_a_sentence(seen, method):
+    for form in ("merged", "adapter"):
+        with pytest.raises(ConfigError, match=f"what '{method}' learned does not merge into the base's weights; export --as state"):
+            export_run(seen.folder, form, label=method)
+
+
+@every_method
 def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, method):
     entries = [json.loads(line) for line in (seen.folder / method / "journal.jsonl").read_text().splitlines()]
     counts = [entry["info"]["trained_parameters"] for entry in entries if entry["stage"] == "TRAINED"]
     prepared = [json.loads(path.read_text())["layers"] for path in sorted((seen.folder / method).glob("task-*/prepared.json"))]
     shapes = {name.removesuffix(".weight"): value.shape for name, value in seen.base.items() if name.endswith(".weight")}
     full = sum(value.numel() for name, value in seen.base.items() if "multi_modal_projector" in name)
-    for task, (count, layers) in enumerate(zip(counts, prepared, strict=True), start=1):
+    kept = [load_file(path) if path.exists() else {} for path in (path / "kept.safetensors" for path in sorted((seen.folder / method).glob("task-0[12]*")))]
+    for task, (count, layers, beside) in enumerate(zip(counts, prepared, kept, strict=True), start=1):
         own = sum(layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"]) for name, layer in layers.items())
+        own += sum(value.numel() for value in beside.values() if value.is_floating_point())
         assert count == own + full + (task if method == "sd-lora" else 0)
     assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
 
@@ -171,7 +217,7 @@ def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, metho
 # --- resuming ------------------------------------------------------------------------------------
 
 #: The others are stopped everywhere in test_resume.py.
-NEW = ["o-lora", "inflora", "sd-lora"]
+NEW = ["o-lora", "inflora", "sd-lora", "moe-adapters", "iap"]
 
 
 def alike(ours, theirs, method):
@@ -180,8 +226,7 @@ def alike(ours, theirs, method):
     assert ours == theirs and len(ours) > 10
 
 
-@pytest.mark.parametrize("config", ["clip", pytest.param("llava", marks=pytest.mark.slow)], indirect=True)
-@pytest.mark.parametrize("method", NEW)
+@each(NEW, llava=pytest.mark.slow)
 def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(config, seen, method, run_to_the_end, stopped, monkeypatch, tmp_path, left_behind):
     append, done = label_run.Journal.append, set()
 
@@ -197,14 +242,14 @@ def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(co
     alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
 
 
-@pytest.mark.parametrize("method", NEW)
+@each(NEW)
 def test_a_run_stopped_within_training_goes_on_from_its_last_step(config, seen, method, run_to_the_end, stop_within_training, tmp_path, left_behind):
     stop_within_training(2)
     assert run_to_the_end(config(tmp_path / "run", [method], training={"save_steps": 1})) == 3
     alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
 
 
-@pytest.mark.parametrize("config", ["clip"], indirect=True)
+@pytest.mark.parametrize("family", ["clip"], indirect=True)
 def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start(config, seen, driven, tmp_path):
     driven(config(tmp_path / "run", NEW).first(1))
     driven(config(tmp_path / "run", NEW))
@@ -217,7 +262,13 @@ def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start
 # --- refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["o-lora", "sd-lora"])
+@pytest.mark.parametrize("method", [name for name in LEARNING if "llava" not in METHODS[name].record.families])
+def test_a_method_is_refused_on_a_model_that_it_does_not_run_on(llava_tree, driven, tmp_path, method):
+    with pytest.raises(ConfigError, match=f"'{method}' runs on clip, and .* is a llava; leave '{method}' out of this run"):
+        driven(parse_config(llava_tree(tmp_path / "run", methods={method: {}})))
+
+
+@pytest.mark.parametrize("method", ["o-lora", "sd-lora", "moe-adapters", "iap"])
 def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tree, tmp_path, method):
     training = {"deepspeed": {"zero_optimization": {"stage": 3}}}
     with pytest.raises(ConfigError, match=f"stage 3, and '{method}' .{method}. needs its adapters whole outside of their layers; use stage 2"):
