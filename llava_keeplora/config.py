@@ -499,7 +499,10 @@ def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], trai
     for part in own_parts:
         if parts and part not in parts:
             raise ConfigError(f"{where}.parts names '{part}', which the run does not adapt", nearest(str(part), parts))
-    merged = {n: {**parts.get(n, {}), **_as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**parts, **own_parts}}
+    if own_parts and not METHODS[name].adapts:
+        raise ConfigError(f"{where}.parts is set, but '{name}' adapts no layers", f"remove {where}.parts")
+    inherited = parts if METHODS[name].adapts else {}
+    merged = {n: {**inherited.get(n, {}), **_as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**inherited, **own_parts}}
     own_training = _as_mapping(tree.pop("training", {}), f"{where}.training")
     options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training"))
     return MethodConfig(

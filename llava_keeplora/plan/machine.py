@@ -121,7 +121,7 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None) ->
 def _least(config: RunConfig, family: Family, gpu: bool) -> dict[str, int]:
     """What is there at the same time on the device, in words → its bytes."""
     family.skeleton(DTYPES[config.model.dtype])
-    changed = {label: find_layers(method.parts, family) for label, method in config.methods.items()}
+    changed = {label: find_layers(method.parts, family) for label, method in config.methods.items() if METHODS[method.method].adapts}
     sums = max((gradient_bytes(config, label, one) for label, one in changed.items()), default=0)
     copies = {} if gpu else {"copies of the layers that change": kept_bytes(changed.values())}
     return {"the model": model_bytes(family.model), **copies, "sums of gradients": sums}

@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import find_layers
+from llava_keeplora.methods import METHODS, find_layers
 from llava_keeplora.models import DTYPES, open_model
 from llava_keeplora.plan.machine import Machine, find_machine, kept_bytes
 from llava_keeplora.plan.rehearsal import F32, Rehearsal
@@ -167,7 +167,8 @@ class _Scenarios:
         self.work = self.work or read_work(config, family)
         text = getattr(family.model.config, "text_config", family.model.config)
         sharding = read_sharding(config.deepspeed(), max(1, gpus), text.hidden_size)
-        kept = 0 if sharding.partitions else kept_bytes(find_layers(method.parts, family) for method in config.methods.values())
+        adapting = [method for method in config.methods.values() if METHODS[method.method].adapts]
+        kept = 0 if sharding.partitions else kept_bytes(find_layers(method.parts, family) for method in adapting)
         return {label: Rehearsal(config, method, family, self.work, sharding, gpus == 0, kept) for label, method in config.methods.items()}
 
     def fits(self, changes: Changes, label: str, stage: str) -> bool:

@@ -279,3 +279,11 @@ def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tre
 def test_a_plan_refuses_a_method_that_makes_its_adapters_of_inputs_that_it_does_not_have(run_tree, tmp_path):
     with pytest.raises(ConfigError, match="this method prepares its adapters from data, which a plan has none of; run it without a plan"):
         make_plan(parse_config(run_tree(tmp_path / "run", methods={"inflora": {}})))
+
+
+@pytest.mark.parametrize("method", [name for name in LEARNING if not METHODS[name].adapts])
+def test_a_method_without_adapters_takes_no_parts_and_no_plan_in_a_sentence(run_tree, tmp_path, method):
+    with pytest.raises(ConfigError, match=f"methods.{method}.parts is set, but '{method}' adapts no layers; remove methods.{method}.parts"):
+        parse_config(run_tree(tmp_path / "run", methods={method: {"parts": {"vision": {"rank": 4}}}}))
+    with pytest.raises(ConfigError, match=f"'{method}' puts modules of its own on the model, which a plan does not know; run it without a plan"):
+        make_plan(parse_config(run_tree(tmp_path / "run", methods={method: {}})))
