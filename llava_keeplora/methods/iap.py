@@ -141,6 +141,7 @@ class Iap(RoutedMethod):
         with ExitStack() as held:
             model.add_module(NAME, self._trained)
             held.callback(delattr, model, NAME)
+            held.callback(delattr, self, "_trained")
             held.callback(model.vision_model.register_forward_pre_hook(look, with_kwargs=True).remove)
             held.enter_context(_on(model, self._trained, lambda number: None if looking else gates[number], 1.0))
             yield

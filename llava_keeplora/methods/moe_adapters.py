@@ -138,6 +138,7 @@ class MoeAdapters(RoutedMethod):
         with ExitStack() as held:
             model.add_module(NAME, self._trained)
             held.callback(delattr, model, NAME)
+            held.callback(delattr, self, "_trained")
             for part, layers in encoder_layers(model).items():
                 held.enter_context(mixed(layers, self._trained[part], task))
             yield

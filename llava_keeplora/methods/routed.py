@@ -109,7 +109,7 @@ class RoutedMethod(Method):
     def consolidate(self, ctx: TaskContext) -> None:
         """Look at the task's pictures once more; the base alone has nothing to choose from."""
         self._added = self.learn_route(ctx, *_seen(ctx)) if ctx.index else {}
-        self.load([*self.states[:-1], *({**last, **self._added} for last in self.states[-1:])])
+        self.load([*self.states[:-1], {**self.states[-1], **self._added}])
 
     def state(self) -> dict[str, Tensor]:
         """What the last task's route is found by."""

@@ -20,25 +20,24 @@ from llava_keeplora.plan import make_plan
 from llava_keeplora.sequence import label_run, shared, trainer
 from llava_keeplora_eval.predictions import read_predictions
 
-LEARNING = [name for name, method in METHODS.items() if method.learns]
 FAMILIES = ("clip", "llava")
-
-
-def learning(family):
-    """The methods that a family runs with."""
-    return [name for name in LEARNING if family in METHODS[name].record.families]
-
-
-def each(methods, **marks):
-    """Parametrise by family and method, for the methods named; marks by family."""
-    pairs = [pytest.param(family, name, marks=marks.get(family, ())) for family in FAMILIES for name in learning(family) if name in methods]
-    return pytest.mark.parametrize(("family", "method"), pairs, indirect=["family"])
-
-
-every_method = each(LEARNING)
-MERGING = [name for name in LEARNING if METHODS[name].record.mergeable]
+LEARNING = [name for name, method in METHODS.items() if method.learns]
+MERGEABLE = [name for name in LEARNING if METHODS[name].record.mergeable]
+#: The others are stopped everywhere in test_resume.py.
+NEW = ["o-lora", "inflora", "sd-lora", "moe-adapters", "iap"]
 #: A router starts anew with every task, over experts that have learned already.
 STARTING_ANEW = ["moe-adapters"]
+
+
+def runs_on(family, methods=LEARNING):
+    """Those methods that run on a family."""
+    return [name for name in methods if family in METHODS[name].record.families]
+
+
+def for_every(methods, slow=()):
+    """A test for each method on each family that it runs on."""
+    pairs = [(family, name) for family in FAMILIES for name in runs_on(family, methods)]
+    return pytest.mark.parametrize(("family", "method"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[0] in slow)) for pair in pairs])
 
 
 @dataclasses.dataclass
@@ -70,25 +69,31 @@ def tensors(model):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    """The model's."""
-    return request.param
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def config(family, run_tree, llava_tree, tiny_tasks, mixed_tasks):
     """Function (folder, methods, **changes) → a run of them on two tasks."""
     build, tasks = {"clip": (run_tree, tiny_tasks), "llava": (llava_tree, mixed_tasks)}[family]
     return lambda folder, methods, **changes: parse_config(
-        build(folder, tasks=[str(task) for task in tasks[:2]], methods={name: {} for name in methods}, **changes)
+        build(folder, tasks=[str(task) for task in tasks[:2]], methods={name: {} for name in runs_on(family, methods)}, **changes)
     )
 
 
 @pytest.fixture(scope="module")
-def seen(config, family, driven, tmp_path_factory):
-    """A run of every method, watched."""
-    folder = tmp_path_factory.mktemp("contract") / "run"
+def watched():
+    """Family → a run of every method on it, watched."""
+    return {}
+
+
+@pytest.fixture
+def seen(family, config, driven, watched, tmp_path_factory):
+    """A run of every method, watched; one for all tests."""
+    if family not in watched:
+        watched[family] = watch(tmp_path_factory.mktemp("contract") / "run", config, driven)
+    return watched[family]
+
+
+def watch(folder, config, driven):
+    """Run every method."""
     found, held = Seen(folder, {}), {}
     load, go, step, loss_of = shared.Shared.load, label_run.LabelRun.go, trainer.TaskTrainer.training_step, trainer.TaskTrainer.compute_loss
 
@@ -119,7 +124,7 @@ def seen(config, family, driven, tmp_path_factory):
         patch.setattr(shared.Shared, "load", watched_load)
         patch.setattr(label_run.LabelRun, "go", watched_go)
         patch.setattr(trainer.TaskTrainer, "training_step", watched_step)
-        driven(config(folder, learning(family)))
+        driven(config(folder, LEARNING))
     held["shared"].base.apply([])
     model = held["shared"].family.model
     found.restored.update(tensors(model))
@@ -128,16 +133,23 @@ def seen(config, family, driven, tmp_path_factory):
     return found
 
 
+def read(folder, name):
+    """Tensors that a stage may have left behind."""
+    path = folder / f"{name}.safetensors"
+    return load_file(path) if path.exists() else {}
+
+
 def base_family(learned):
     return load_model(learned.model, learned.config["evaluation"]["max_new_tokens"])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_base_is_bit_for_bit_what_it_was_and_nothing_is_left_on_it(seen):
     assert seen.restored.keys() == seen.base.keys() and not seen.hooks
     assert all(torch.equal(seen.restored[name], value) for name, value in seen.base.items())
 
 
-@every_method
+@for_every(LEARNING)
 def test_exactly_the_declared_tensors_change(seen, method):
     deltas = read_learned(seen.folder, method).deltas
     declared = {f"{name}.weight" for task in deltas for name in task}
@@ -145,13 +157,13 @@ def test_exactly_the_declared_tensors_change(seen, method):
     assert {name for name, value in seen.after[method].items() if not torch.equal(value, seen.base[name])} == declared
 
 
-@every_method
+@for_every(LEARNING)
 def test_every_trained_tensor_gets_a_gradient_and_no_frozen_one(seen, method):
     own = {task: wrong for (name, task), wrong in seen.unlike.items() if name == method}
     assert len(own) == 2 and not any(own.values()), own
 
 
-@each([name for name in LEARNING if name not in STARTING_ANEW])
+@for_every([name for name in LEARNING if name not in STARTING_ANEW])
 def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
     learned = read_learned(seen.folder, method, at_task=1)
     batch, loss = seen.first[method, 2]
@@ -159,25 +171,25 @@ def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@every_method
+@for_every(LEARNING)
 def test_what_is_read_back_from_the_files_gives_the_same_logits(seen, method):
     learned = read_learned(seen.folder, method)
     data = learned.recipes[-1].load("test")
     assert torch.equal(probe(learned.load(), data)[1], seen.logits[method])
 
 
-@every_method
+@for_every(LEARNING)
 def test_what_is_read_back_from_the_files_answers_as_the_run_did(seen, method):
     learned, cls = read_learned(seen.folder, method), METHODS[method]
     fresh, family, data = cls(cls.Options(**learned.config["methods"][method]["options"])), learned.load(), learned.recipes[-1].load("test")
     folders = sorted((seen.folder / method).glob("task-*"))
-    fresh.load([{k: v for path in sorted(folder.glob("[ks][et]*.safetensors")) for k, v in load_file(path).items()} for folder in folders])
+    fresh.load([read(folder, "kept") | read(folder, "state") for folder in folders])
     predictor = fresh.predictor(family.predictor(data.recipe, Prepared(family, data)), data.recipe.name)
     told = read_predictions(folders[-1] / f"predictions/{data.recipe.name}.jsonl", data)
     assert predictor.predict([data[i] for i in range(len(data))]) == [told[key] for key in data.ids]
 
 
-@each(MERGING)
+@for_every(MERGEABLE)
 def test_merged_and_unmerged_agree(seen, method):
     learned = read_learned(seen.folder, method)
     family = base_family(learned)
@@ -192,21 +204,21 @@ def test_merged_and_unmerged_agree(seen, method):
     assert float((unmerged - plain).abs().max()) > 1e-3, "what was learned is seen in the logits"
 
 
-@each([name for name in LEARNING if name not in MERGING])
+@for_every([name for name in LEARNING if name not in MERGEABLE])
 def test_what_does_not_merge_is_refused_in_a_sentence(seen, method):
     for form in ("merged", "adapter"):
         with pytest.raises(ConfigError, match=f"what '{method}' learned does not merge into the base's weights; export --as state"):
             export_run(seen.folder, form, label=method)
 
 
-@every_method
+@for_every(LEARNING)
 def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, method):
     entries = [json.loads(line) for line in (seen.folder / method / "journal.jsonl").read_text().splitlines()]
     counts = [entry["info"]["trained_parameters"] for entry in entries if entry["stage"] == "TRAINED"]
     prepared = [json.loads(path.read_text())["layers"] for path in sorted((seen.folder / method).glob("task-*/prepared.json"))]
     shapes = {name.removesuffix(".weight"): value.shape for name, value in seen.base.items() if name.endswith(".weight")}
     full = sum(value.numel() for name, value in seen.base.items() if "multi_modal_projector" in name)
-    kept = [load_file(path) if path.exists() else {} for path in (path / "kept.safetensors" for path in sorted((seen.folder / method).glob("task-0[12]*")))]
+    kept = [read(folder, "kept") for folder in sorted((seen.folder / method).glob("task-0[12]*"))]
     for task, (count, layers, beside) in enumerate(zip(counts, prepared, kept, strict=True), start=1):
         own = sum(layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"]) for name, layer in layers.items())
         own += sum(value.numel() for value in beside.values() if value.is_floating_point())
@@ -216,9 +228,6 @@ def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, metho
 
 # --- resuming ------------------------------------------------------------------------------------
 
-#: The others are stopped everywhere in test_resume.py.
-NEW = ["o-lora", "inflora", "sd-lora", "moe-adapters", "iap"]
-
 
 def alike(ours, theirs, method):
     """Whether a method's files are those of the run of all methods."""
@@ -226,7 +235,7 @@ def alike(ours, theirs, method):
     assert ours == theirs and len(ours) > 10
 
 
-@each(NEW, llava=pytest.mark.slow)
+@for_every(NEW, slow=["llava"])
 def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(config, seen, method, run_to_the_end, stopped, monkeypatch, tmp_path, left_behind):
     append, done = label_run.Journal.append, set()
 
@@ -242,14 +251,14 @@ def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(co
     alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
 
 
-@each(NEW)
+@for_every(NEW)
 def test_a_run_stopped_within_training_goes_on_from_its_last_step(config, seen, method, run_to_the_end, stop_within_training, tmp_path, left_behind):
     stop_within_training(2)
     assert run_to_the_end(config(tmp_path / "run", [method], training={"save_steps": 1})) == 3
     alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
 
 
-@pytest.mark.parametrize("family", ["clip"], indirect=True)
+@pytest.mark.parametrize("family", ["clip"])
 def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start(config, seen, driven, tmp_path):
     driven(config(tmp_path / "run", NEW).first(1))
     driven(config(tmp_path / "run", NEW))
