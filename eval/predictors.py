@@ -161,7 +161,7 @@ class ClipPredictor:
         self.model.eval()
         try:
             if self._text is None:
-                self._text = self._prompt_features()
+                self._text = self.prompt_features()
             pixel_values = self.pixels(examples).to(self.device, self.dtype)
             image = image_features(self.model, pixel_values)
             logits = class_logits(self.model, image, self._text)
@@ -180,7 +180,8 @@ class ClipPredictor:
         image_processor = getattr(self.processor, "image_processor", self.processor)
         return image_processor(images=images, return_tensors="pt")["pixel_values"]
 
-    def _prompt_features(self) -> Tensor:
+    def prompt_features(self) -> Tensor:
+        """Unit-length features of the class prompts (classes, projection), by the model as it is now."""
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         tokens = tokenize_prompts(self.processor, self.recipe.prompts, limit)
         batches = zip(*(tokens[key].to(self.device).split(PROMPTS_PER_BATCH) for key in ("input_ids", "attention_mask")))

@@ -550,10 +550,10 @@ def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], trai
     for part in own_parts:
         if parts and part not in parts:
             raise ConfigError(f"{where}.parts names '{part}', which the run does not adapt", nearest(str(part), parts))
-    merged = {n: {**parts.get(n, {}), **as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**parts, **own_parts}}
     if own_parts and not METHODS[name].adapts:
         raise ConfigError(f"{where}.parts is set, but '{name}' has no adapters on the model's parts", f"remove {where}.parts")
-    merged = merged if METHODS[name].adapts else {}
+    inherited = parts if METHODS[name].adapts else {}
+    merged = {n: {**inherited.get(n, {}), **as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**inherited, **own_parts}}
     own_training = as_mapping(tree.pop("training", {}), f"{where}.training")
     options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training"))
     return MethodConfig(

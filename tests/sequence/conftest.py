@@ -55,10 +55,10 @@ def stop_within_training(monkeypatch):
     """Function (step) → the tasks stopped so far: each task's training is stopped once, after that step."""
 
     def stop_at(step: int) -> list[int]:
-        tasks, after_step = [], trainer._AfterStep.on_step_end
+        tasks, on_step_end = [], trainer._AfterStep.on_step_end
 
         def stop(self, args, state, control, **kwargs):
-            after_step(self, args, state, control, **kwargs)
+            on_step_end(self, args, state, control, **kwargs)
             if state.global_step == step and self.ctx.index not in tasks:
                 tasks.append(self.ctx.index)
                 raise Stopped

@@ -7,22 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, FullDelta, attach, concatenate
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export.bundle import read_learned
 from llava_keeplora.export.check import probe
+from llava_keeplora.export.run_export import export_run
 from llava_keeplora.methods import METHODS
-from llava_keeplora.models import load_model
+from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.plan import make_plan
 from llava_keeplora.sequence import label_run, shared, trainer
+from llava_keeplora_eval.predictions import read_predictions
 
 FAMILIES = ("clip", "llava")
 LEARNING = [name for name, method in METHODS.items() if method.learns]
 MERGEABLE = [name for name in LEARNING if METHODS[name].record.mergeable]
 #: The others are stopped everywhere in test_resume.py.
-NEW = ["keeplora+", "keeplora++", "o-lora", "inflora", "sd-lora", "zscl"]
+NEW = ["keeplora+", "keeplora++", "o-lora", "inflora", "sd-lora", "zscl", "moe-adapters", "iap"]
+#: A router starts anew with every task, over experts that have learned already.
+STARTING_ANEW = ["moe-adapters"]
 
 
 def runs_on(family, methods=LEARNING):
@@ -130,6 +135,12 @@ def watch(folder, config, driven):
     return found
 
 
+def read(folder, name):
+    """Tensors that a stage may have left behind."""
+    path = folder / f"{name}.safetensors"
+    return load_file(path) if path.exists() else {}
+
+
 def base_family(learned):
     return load_model(learned.model, learned.config["evaluation"]["max_new_tokens"])
 
@@ -153,7 +164,7 @@ def test_every_trained_tensor_gets_a_gradient_and_no_frozen_one(seen, method):
     assert len(own) == 2 and not any(own.values()), own
 
 
-@for_every(LEARNING)
+@for_every([name for name in LEARNING if name not in STARTING_ANEW])
 def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
     learned = read_learned(seen.folder, method, at_task=1)
     batch, loss = seen.first[method, 2]
@@ -166,6 +177,17 @@ def test_what_is_read_back_from_the_files_gives_the_same_logits(seen, method):
     learned = read_learned(seen.folder, method)
     data = learned.recipes[-1].load("test")
     assert torch.equal(probe(learned.load(), data)[1], seen.logits[method])
+
+
+@for_every(LEARNING)
+def test_what_is_read_back_from_the_files_answers_as_the_run_did(seen, method):
+    learned, cls = read_learned(seen.folder, method), METHODS[method]
+    fresh, family, data = cls(cls.Options(**learned.config["methods"][method]["options"])), learned.load(), learned.recipes[-1].load("test")
+    folders = sorted((seen.folder / method).glob("task-*"))
+    fresh.load([read(folder, "kept") | read(folder, "state") for folder in folders])
+    predictor = fresh.predictor(family.predictor(data.recipe, Prepared(family, data)), data.recipe.name)
+    told = read_predictions(folders[-1] / f"predictions/{data.recipe.name}.jsonl", data)
+    assert predictor.predict([data[i] for i in range(len(data))]) == [told[key] for key in data.ids]
 
 
 @for_every(MERGEABLE)
@@ -183,19 +205,26 @@ def test_merged_and_unmerged_agree(seen, method):
     assert float((unmerged - plain).abs().max()) > 1e-3, "what was learned is seen in the logits"
 
 
+@for_every([name for name in LEARNING if name not in MERGEABLE])
+def test_what_does_not_merge_is_refused_in_a_sentence(seen, method):
+    for form in ("merged", "adapter"):
+        with pytest.raises(ConfigError, match=f"what '{re.escape(method)}' learned does not merge into the base's weights; export --as state"):
+            export_run(seen.folder, form, label=method)
+
+
 @for_every(LEARNING)
 def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, method):
     entries = [json.loads(line) for line in (seen.folder / method / "journal.jsonl").read_text().splitlines()]
     counts = [entry["info"]["trained_parameters"] for entry in entries if entry["stage"] == "TRAINED"]
     prepared = [json.loads(path.read_text())["layers"] for path in sorted((seen.folder / method).glob("task-*/prepared.json"))]
     shapes = {name.removesuffix(".weight"): value.shape for name, value in seen.base.items() if name.endswith(".weight")}
-    trained = (lambda name: name != "logit_scale") if METHODS[method].whole else (lambda name: "multi_modal_projector" in name)
+    trained = (lambda name: name != "logit_scale") if METHODS[method].whole else (lambda name: "multi_modal_projector" in name and METHODS[method].adapts)
     full = sum(value.numel() for name, value in seen.base.items() if trained(name) and value.is_floating_point())
-    recipes, width = read_learned(seen.folder, method).recipes, shapes.get("visual_projection", [0])[0]
-    for task, (count, layers) in enumerate(zip(counts, prepared, strict=True), start=1):
-        adapters = sum(layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"]) for name, layer in layers.items())
-        own = {"sd-lora": task, "keeplora+": len(recipes[task - 1].classes or ()) * width}
-        assert count == adapters + full + own.get(method, 0)
+    kept = [read(folder, "kept") for folder in sorted((seen.folder / method).glob("task-0[12]*"))]
+    for task, (count, layers, beside) in enumerate(zip(counts, prepared, kept, strict=True), start=1):
+        own = sum(layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"]) for name, layer in layers.items())
+        own += sum(value.numel() for value in beside.values() if value.is_floating_point())
+        assert count == own + full + (task if method == "sd-lora" else 0)
     assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
 
 
@@ -244,7 +273,14 @@ def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start
 # --- refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["o-lora", "sd-lora", "keeplora+", "zscl"])
+@pytest.mark.parametrize("method", [name for name in LEARNING if "llava" not in METHODS[name].record.families])
+def test_a_method_is_refused_on_a_model_that_it_does_not_run_on(llava_tree, driven, tmp_path, method):
+    name = re.escape(method)
+    with pytest.raises(ConfigError, match=f"'{name}' runs on clip, and .* is a llava; leave '{name}' out of this run"):
+        driven(parse_config(llava_tree(tmp_path / "run", methods={method: {}})))
+
+
+@pytest.mark.parametrize("method", ["o-lora", "sd-lora", "keeplora+", "zscl", "moe-adapters", "iap"])
 def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tree, tmp_path, method):
     training = {"deepspeed": {"zero_optimization": {"stage": 3}}}
     with pytest.raises(ConfigError, match=rf"stage 3, and '{re.escape(method)}' \({re.escape(method)}\) needs what it trains whole outside of its layers; use stage 2"):
@@ -252,12 +288,14 @@ def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tre
     parse_config(run_tree(tmp_path / "run", methods={"inflora": {}, "keeplora": {}, "keeplora++": {}}, training=training))
 
 
-@pytest.mark.parametrize("method", ["keeplora+", "zscl"])
-def test_a_method_refuses_a_family_that_it_does_not_run_on_in_a_sentence(llava_tree, drive, tmp_path, method):
-    with pytest.raises(ConfigError, match=rf"'{re.escape(method)}' runs on clip, and .* is a llava; leave '{re.escape(method)}' out of this run"):
-        drive(parse_config(llava_tree(tmp_path / "run", methods={method: {}})))
-
-
 def test_a_plan_refuses_a_method_that_makes_its_adapters_of_inputs_that_it_does_not_have(run_tree, tmp_path):
     with pytest.raises(ConfigError, match="this method prepares its adapters from data, which a plan has none of; run it without a plan"):
         make_plan(parse_config(run_tree(tmp_path / "run", methods={"inflora": {}})))
+
+
+@pytest.mark.parametrize("method", [name for name in LEARNING if not METHODS[name].adapts])
+def test_a_method_without_adapters_takes_no_parts_and_no_plan_in_a_sentence(run_tree, tmp_path, method):
+    with pytest.raises(ConfigError, match=f"methods.{method}.parts is set, but '{method}' adapts no layers; remove methods.{method}.parts"):
+        parse_config(run_tree(tmp_path / "run", methods={method: {"parts": {"vision": {"rank": 4}}}}))
+    with pytest.raises(ConfigError, match=f"'{method}' puts modules of its own on the model, which a plan does not know; run it without a plan"):
+        make_plan(parse_config(run_tree(tmp_path / "run", methods={method: {}})))

@@ -1,0 +1,132 @@
+"""A mixture of adapters beside a layer's MLP: experts that all tasks share, and a router for every task.
+
+Legend: b examples, s tokens, d width, E experts, h bottleneck.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear, relu, softplus
+
+#: The least spread of the noise on a router's scores (Shazeer et al. 2017, equation 4, as MoE-Adapters has it).
+LEAST_NOISE = 0.01
+
+
+class Expert(nn.Module):
+    """Two linear layers, d → h → d; the second one starts at zero.
+
+    Args:
+        width: d.
+        bottleneck: h.
+    """
+
+    def __init__(self, width: int, bottleneck: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+
+class Router(nn.Module):
+    """Scores of the experts for an example, and how far noise spreads them in training; both start at zero.
+
+    Args:
+        width: d.
+        experts: E.
+    """
+
+    def __init__(self, width: int, experts: int):
+        super().__init__()
+        self.score, self.spread = (nn.Parameter(torch.zeros(experts, width)) for _ in range(2))
+
+    def forward(self, first: Tensor, top_k: int) -> Tensor:
+        """Gates (b, E): softmax over the `top_k` best experts, 0 for the others.
+
+        Args:
+            first: (b, d), the example's first token.
+            top_k: how many take part.
+        """
+        # In fp32 also under autocast: neighbouring scores decide who takes part.
+        with torch.autocast(first.device.type, enabled=False):
+            first = first.float()
+            scores = linear(first, self.score.float())
+            if self.training:
+                scores = scores + torch.randn_like(scores) * (softplus(linear(first, self.spread.float())) + LEAST_NOISE)
+            best = scores.topk(top_k, dim=-1)
+            return torch.zeros_like(scores).scatter(-1, best.indices, best.values.softmax(-1))
+
+
+class Mixture(nn.Module):
+    """One layer's experts and routers: y = s Σ_e g_e (U_e drop(relu(D_e x + b_e)) + c_e), the same g for all tokens of an example.
+
+    Every expert is computed for every example: with a gate of 0 it adds nothing and gets a gradient of 0, so that no training
+    step leaves one out, however examples are routed.
+
+    Args:
+        width: d.
+        experts: E.
+        bottleneck: h.
+        tasks: number of routers.
+        top_k: experts per example.
+        scale: s.
+        dropout: on the bottleneck while training.
+    """
+
+    def __init__(self, width: int, *, experts: int, bottleneck: int, tasks: int, top_k: int, scale: float, dropout: float):
+        super().__init__()
+        self.experts = nn.ModuleList(Expert(width, bottleneck) for _ in range(experts))
+        self.routers = nn.ModuleList(Router(width, experts) for _ in range(tasks))
+        self.bottleneck, self.top_k, self.scale, self.dropout = bottleneck, top_k, scale, dropout
+        #: (E,) how many examples each expert took part in, where somebody wants to know.
+        self.chosen: Tensor | None = None
+
+    def forward(self, x: Tensor, task: int) -> Tensor:
+        """What is added (b, s, d).
+
+        Args:
+            x: (b, s, d), what the layer's second norm reads.
+            task: whose router.
+        """
+        gates = self.routers[task](x[:, 0], self.top_k)
+        if self.training and self.chosen is not None:
+            self.chosen += (gates > 0).sum(0)
+        down, up = [e.down for e in self.experts], [e.up for e in self.experts]
+        x, gates = x.to(down[0].weight.dtype), gates.to(down[0].weight.dtype)
+        inner = relu(linear(x, torch.cat([one.weight for one in down]), torch.cat([one.bias for one in down])))
+        inner = dropout(inner, self.dropout, self.training) * gates.repeat_interleave(self.bottleneck, dim=1)[:, None]
+        outer = linear(inner, torch.cat([one.weight for one in up], dim=1))
+        return self.scale * (outer + (gates @ torch.stack([one.bias for one in up]))[:, None])
+
+
+@contextmanager
+def mixed(layers: nn.ModuleList, mixtures: nn.ModuleList, task: int) -> Iterator[None]:
+    """Have every layer of an encoder add its mixture to its MLP's output while the block runs.
+
+    Args:
+        layers: of the encoder.
+        mixtures: one per layer.
+        task: whose routers.
+    """
+    with ExitStack() as held:
+        for layer, mixture in zip(layers, mixtures, strict=True):
+            for hook in _beside(layer, mixture, task):
+                held.callback(hook.remove)
+        yield
+
+
+def _beside(layer: nn.Module, mixture: Mixture, task: int) -> tuple:
+    read: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple) -> None:
+        read[:] = args[:1]
+
+    def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output + mixture(read.pop(), task).to(output.dtype)
+
+    return layer.layer_norm2.register_forward_pre_hook(keep), layer.mlp.register_forward_hook(add)
