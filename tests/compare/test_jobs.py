@@ -116,7 +116,8 @@ def test_the_command_starts_its_runs_as_a_user_would_and_prints_the_table(comman
 def test_of_two_runs_at_once_one_fails_and_is_named_with_its_log(command, tmp_path):
     code, said, errors = command({"seq-lora": {}, "keeplora": {"parts": {"vision": {"energy_weight": 1.0}}}}, "--workers", "2")
     place = tmp_path / "out/I/seed-0"
-    assert code == 1 and "| seq-lora |" in said and "| keeplora |" not in said
+    scores = said.split("## Settings")[0]
+    assert code == 1 and "| seq-lora |" in scores and "| keeplora |" not in scores
     assert len(errors) == 1 and errors[0].startswith(f"error: {place}/keeplora failed (layer ")
     assert errors[0].endswith(f"see {place}/keeplora.log; mend it, and run the same command again")
     assert "error: layer" in (place / "keeplora.log").read_text()
