@@ -168,7 +168,7 @@ def _file_names(names: Sequence[str]) -> dict[str, str]:
     """A file name for every picture, unique even where two labels differ in signs only."""
     files: dict[str, str] = {}
     for name in names:
-        base = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+        base = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.")
         # Compared without case, because some disks do.
         taken = {file.casefold() for file in files.values()}
         file, number = base, 2

@@ -134,9 +134,9 @@ def test_an_adapter_or_a_merged_model_is_refused_and_the_state_holds_the_rows(fi
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_rows_that_one_trains(finished, run_tree, tmp_path):
-    training = {"max_grad_norm": 0.0, "per_device_train_batch_size": 4}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run", methods={"keeplora+": {}}, training=training)))
+def test_two_processes_train_the_rows_that_one_trains(finished, run_tree, tiny_tasks, tmp_path):
+    changes = {"tasks": [str(tiny_tasks[0])], "training": {"max_grad_norm": 0.0, "per_device_train_batch_size": 4}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run", methods={"keeplora+": {}}, **changes)))
     script = Path(__file__).parents[2] / "scripts" / "train_seq.py"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run([*launcher, "--config", str(tmp_path / "run.yaml")], capture_output=True, text=True, timeout=400)

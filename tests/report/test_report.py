@@ -200,6 +200,12 @@ def test_labels_that_differ_in_signs_or_case_get_files_of_their_own(tmp_path):
     assert len(files) == 4 and all(file.endswith(".png") for file in files)
 
 
+def test_pictures_are_named_as_their_methods_are(tmp_path):
+    small = [Trial(Matrix(["a"], None, [[1.0]]))]
+    paths = write_report(tmp_path, "t", dict.fromkeys(("keeplora", "keeplora+", "keeplora++"), small))
+    assert {path.stem for name, path in paths.items() if name.startswith("heatmap")} == {"heatmap-keeplora", "heatmap-keeplora+", "heatmap-keeplora++"}
+
+
 @pytest.mark.parametrize(
     ("results", "sentence"),
     [
