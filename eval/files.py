@@ -36,9 +36,13 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove files that killed processes left half written in a folder and below; nobody else may be writing there."""
+    """Remove files that killed processes left half written in a folder and below; nobody else may be writing there.
+
+    An unfinished folder below is left with all that is in it: its next maker knows whether someone is still filling it.
+    """
     for path in folder.rglob(f".*{PART}"):
-        if not path.is_dir():
+        inside = any(parent.name.endswith(PART) for parent in path.relative_to(folder).parents)
+        if not path.is_dir() and not inside:
             path.unlink(missing_ok=True)
 
 

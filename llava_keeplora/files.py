@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -51,17 +52,35 @@ def file_hash(path: Path) -> str:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of another at the end and is gone after an error; a killed process's goes with the next.
 
+    It is locked while it is filled, so that what a living process is writing can be told from what a killed one left.
+
     Args:
         folder: the place; what is there is replaced.
     """
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{PART}"):
-        shutil.rmtree(left, ignore_errors=True)
+        if not _is_locked(left):
+            shutil.rmtree(left, ignore_errors=True)
     room = folder.with_name(f".{folder.name}.{os.getpid()}{PART}")
     room.mkdir(parents=True)
+    lock = os.open(room, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield room
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(room, folder)
     finally:
+        os.close(lock)
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a living process is filling a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -48,8 +48,8 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
         yield "float32", _auto(folder).from_pretrained(folder, dtype=torch.float32).eval()
     else:
         auto = _auto(job["base"], job["revision"])
-        base = auto.from_pretrained(job["base"], revision=job["revision"], dtype=torch.float32)
-        yield "float32", PeftModel.from_pretrained(base, folder).eval()
+        # Without a name for the base, it goes before the next model comes.
+        yield "float32", PeftModel.from_pretrained(auto.from_pretrained(job["base"], revision=job["revision"], dtype=torch.float32), folder).eval()
         yield "by the folder alone", auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 

@@ -23,6 +23,7 @@ from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
 from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.export.check import EXAMPLES
 from llava_keeplora.methods import METHODS, Layer, TaskContext, find_layers
 from llava_keeplora.methods.first_step import gradient_statistic
 from llava_keeplora.methods.keeplora import KeepLora
@@ -36,7 +37,7 @@ from llava_keeplora.subspace import SecondMoment, ShapeError, sketch_width
 from llava_keeplora_eval.predictors import PROMPTS_PER_BATCH, class_logits, image_features, text_features
 
 STAGES = ("load", "basis", "gradient", "train", "features", "evaluate", "export")
-F32 = 4
+F32, F16 = 4, 2
 #: safetensors makes the bytes of every tensor, and of all of them one string.
 SERIALISED = 2
 
@@ -161,10 +162,14 @@ class Rehearsal:
         device = largest * (2 * F32 + (0 if self.cpu else self.dtype.itemsize))
         peak = self._sum(device, tasks=count, host=count * F32 * self.delta_numbers)
         # The checkpoint's files are mapped, and their pages count as the process's. Weights that stay as they are lie in them; others are made beside.
+        return Peak(max(peak.device, self._reading)) if self.cpu else Peak(peak.device, max(peak.host, self._reading))
+
+    @cached_property
+    def _reading(self) -> int:
+        """Bytes while the checkpoint is read."""
         stored = AutoConfig.from_pretrained(self.family.path, revision=self.family.revision).dtype or torch.float32
         made = stored != self.dtype or any(map(is_quantised, self._linear))
-        reading = self.model_bytes + made * self._dense_numbers * stored.itemsize
-        return Peak(max(peak.device, reading)) if self.cpu else Peak(peak.device, max(peak.host, reading))
+        return self.model_bytes + made * self._dense_numbers * stored.itemsize
 
     @cached_property
     def _basis(self) -> Peak:
@@ -293,9 +298,16 @@ class Rehearsal:
 
     @cached_property
     def _export(self) -> Peak:
-        """A merged model in host memory: the base, the deltas, and one layer's sum in fp32."""
-        numbers = max(module.in_features * module.out_features for module in self.changed.modules.values())
-        host = self._dense_numbers * self.dtype.itemsize + F32 * (self.delta_numbers * len(self.work) + 3 * numbers)
+        """Host memory of the costliest form, which is compared in fp32 on a few examples.
+
+        Whether the base is stored in 16 bits or in 32, the model is there in both at once at some time: as it is read, as a merged
+        one is written or turned into fp32, or as the process that loads it again turns it into bf16.
+        """
+        with self._fake_model() as meter, torch.no_grad():
+            self._task()(**repeated(self.largest.example, min(EXAMPLES, self.largest.test)))
+            computing = (meter.peak - self.model_bytes) * F32 // self.dtype.itemsize
+        numbers = self._dense_numbers
+        host = max(self._reading, numbers * (F32 + F16), numbers * F32 + computing) + F32 * self.delta_numbers * len(self.work)
         return Peak(host) if self.cpu else Peak(0, host)
 
     # --- the rehearsal -----------------------------------------------------------------------------

@@ -1,22 +1,25 @@
 """A task's training between two steps, so that a killed run goes on from there: safetensors and JSON, never a pickle.
 
 What a step changes is all that is kept: trained weights, the optimiser's tensors, the states of the random generators, and
-as JSON the rest of the optimiser, the schedule and the Trainer's own record.
+as JSON the rest of the optimiser, the schedule and the Trainer's own record. Where a DeepSpeed engine spreads the optimiser over
+the processes, each of them adds a file of its share.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llava_keeplora.capture import is_distributed
 from llava_keeplora.files import file_hash, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -49,37 +52,73 @@ class StepCheckpoint:
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / "training.json"
 
-    def write(self, step: int, state: TrainingState) -> None:
-        """Replace the last state. The JSON comes second and names its tensors with their hash, so that the two belong together."""
-        name = f"training-{step}.safetensors"
-        digest = write_tensors(self.folder / name, state.tensors)
-        write_json(self.path, {"tensors": name, "sha256": digest, "values": state.values})
-        self._remove_tensors(but=name)
+    def write(self, step: int, state: TrainingState, share: Mapping[str, Tensor] | None = None) -> None:
+        """Replace the last state; every process calls this. The JSON comes last and names the tensors with their hashes, so that they belong together.
+
+        Args:
+            step: how many were made.
+            state: what all processes have in common; the first one's counts.
+            share: tensors of this process alone; given by all or by none.
+        """
+        first, name = _rank() == 0, f"training-{step}.safetensors"
+        files = {_share_name(step, _rank()): write_tensors(self.folder / _share_name(step, _rank()), share)} if share is not None else {}
+        shares = {file: digest for own in from_all(files) for file, digest in own.items()}
+        if first:
+            shares[name] = write_tensors(self.folder / name, state.tensors)
+            write_json(self.path, {"tensors": name, "sha256": shares, "values": state.values})
+            self._remove_tensors(but=shares)
 
     def read(self) -> TrainingState | None:
-        """The last state; None where there is none, or where it is damaged, which costs the task's steps and nothing else."""
+        """The last state with this process's share; None where there is none, or where one is damaged, which costs the task's steps and nothing else.
+
+        Every process calls this, and all get a state or none does. One that was written by another number of engine processes is none.
+        """
         if not self.path.exists():
             return None
         try:
             told = json.loads(self.path.read_text())
-            tensors = self.folder / Path(told["tensors"]).name
-            whole = file_hash(tensors) == told["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
+            hashes = {Path(name).name: digest for name, digest in told["sha256"].items()}
+            names, shares = [Path(told["tensors"]).name], len(hashes) - 1
+            if shares:
+                names.append(_share_name(int(names[0].removeprefix("training-").removesuffix(".safetensors")), _rank()))
+            whole = all(file_hash(self.folder / name) == hashes[name] for name in names) and shares in (0, _world())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             whole = False
-        if not whole:
-            logger.warning("%s and its tensors are not what was written; the task's training begins again", self.path)
+        if not all(from_all(whole)):
+            if _rank() == 0:
+                logger.warning("%s and its tensors are not what was written, or by another number of processes; the task's training begins again", self.path)
             return None
-        return TrainingState(load_file(tensors), told["values"])
+        return TrainingState({key: value for name in names for key, value in load_file(self.folder / name).items()}, told["values"])
 
     def remove(self) -> None:
         """Forget the state: the task is trained."""
         self.path.unlink(missing_ok=True)
         self._remove_tensors()
 
-    def _remove_tensors(self, but: str | None = None) -> None:
+    def _remove_tensors(self, but: Collection[str] = ()) -> None:
         for path in self.folder.glob("training-*.safetensors"):
-            if path.name != but:
+            if path.name not in but:
                 path.unlink()
+
+
+def _share_name(step: int, rank: int) -> str:
+    return f"training-{step}-{rank}.safetensors"
+
+
+def _rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's value, in every process."""
+    values = [value] * _world()
+    if is_distributed():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> TrainingState:

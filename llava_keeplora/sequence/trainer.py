@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from llava_keeplora.capture import is_distributed
 from llava_keeplora.errors import ConfigError, MethodError, TrainingError
 from llava_keeplora.methods import Method, TaskContext
-from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
+from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, from_all, load_optimizer, optimizer_state
+from llava_keeplora.sequence.engine import EngineShare
+from llava_keeplora.zero import is_partitioned
+
+logger = logging.getLogger(__name__)
 
 CURE = (
     "start in a new output_dir with a lower training.learning_rate; every task before it is kept, "
@@ -62,8 +65,7 @@ def training_arguments(training: Mapping[str, Any], *, output_dir: str, run_name
         output_dir=output_dir,
         seed=seed,
         data_seed=seed,
-        # An engine's state lies in its own shards; there a task is what is trained again.
-        save_strategy="no" if training.get("deepspeed") else "steps",
+        save_strategy="steps",
         eval_strategy="no",
         remove_unused_columns=False,
         **values,
@@ -129,54 +131,68 @@ class TaskTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             # The Trainer wants to save its last step too; what the task learned is about to be written.
             return
-        random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-        everyone = [random]
-        if is_distributed():
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, random)
-        if not self.is_world_process_zero():
+        share = self._share()
+        if share and share.is_swapped:
+            logger.warning("the optimiser lies in DeepSpeed's own files; a task that is killed within training begins again")
             return
-        optimizer, scaler = optimizer_state(self.optimizer), self.accelerator.scaler
-        tensors = {f"weights.{name}": p.detach() for name, p in self._trained().items()}
-        tensors |= {f"optimizer.{name}": value for name, value in optimizer.tensors.items()}
-        tensors |= {f"random.{rank}.{kind}": value for rank, own in enumerate(everyone) for kind, value in own.items()}
+        own = {"cpu": torch.get_rng_state(), "loss": self._tr_loss}
+        own |= {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+        tensors = {f"process.{rank}.{name}": value for rank, theirs in enumerate(from_all(own)) for name, value in theirs.items()}
+        tensors |= {f"weights.{name}": p.detach() for name, p in self._trained().items() if not is_partitioned(p)}
         tensors |= {f"method.{name}": value for name, value in self.method.progress().items()}
-        tensors["loss"] = self._tr_loss
+        trained = share.state() if share else optimizer_state(self.optimizer)
         values = {
             "trainer": dataclasses.asdict(self.state) | {"stateful_callbacks": {}},
-            "optimizer": optimizer.values,
+            "optimizer": trained.values,
             "schedule": self.lr_scheduler.state_dict(),
-            "scaler": scaler.state_dict() if scaler else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "losses": {key: getattr(self, key) for key in LOSSES},
         }
-        self.checkpoint.write(self.state.global_step, TrainingState(tensors, values))
+        if share:
+            self.checkpoint.write(self.state.global_step, TrainingState(tensors, values), trained.tensors)
+        else:
+            tensors |= {f"optimizer.{name}": value for name, value in trained.tensors.items()}
+            self.checkpoint.write(self.state.global_step, TrainingState(tensors, values))
+
+    def _share(self) -> EngineShare | None:
+        return EngineShare(self.deepspeed) if self.is_deepspeed_enabled else None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing yet: an engine, where there is one, must be there first."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
+        """Model, optimiser and schedule, and in them what a killed run left."""
+        # The Trainer would read DeepSpeed's own checkpoint here, which is a pickle.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._restore()
+        return prepared
 
     @torch.no_grad()
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        for name, value in self._found.under("weights").items():
+    def _restore(self) -> None:
+        found, values, share = self._found, self._found.values, self._share()
+        for name, value in found.under("weights").items():
             self.model.get_parameter(name).copy_(value)
-        kept = self._found.under("method")
+        kept = found.under("method")
         for name, value in self.method.progress().items():
             value.copy_(kept[name])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_optimizer(self.optimizer, self._found.under("optimizer"), self._found.values["optimizer"])
-            self.lr_scheduler.load_state_dict(self._found.values["schedule"])
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(self._found.values["scaler"])
+        if share:
+            share.restore(TrainingState(found.tensors, values["optimizer"]))
+        else:
+            load_optimizer(self.optimizer, found.under("optimizer"), values["optimizer"])
+        self.lr_scheduler.load_state_dict(values["schedule"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The generators, and what was summed of the loss; the Trainer asks when the first step is about to be made."""
-        # With another number of processes there is none for some of them: these draw on from their seed.
-        random = self._found.under(f"random.{self.args.process_index}")
-        if random:
-            torch.set_rng_state(random["cpu"])
-        if "cuda" in random and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random["cuda"])
-        self._tr_loss = self._found.tensors["loss"].to(self.args.device)
+        # With another number of processes there is nothing for some of them: these draw on from their seed.
+        own = self._found.under(f"process.{self.args.process_index}")
+        if own:
+            torch.set_rng_state(own["cpu"])
+            self._tr_loss = own["loss"].to(self.args.device)
+        if "cuda" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
         for key, value in self._found.values["losses"].items():
             setattr(self, key, value)
 

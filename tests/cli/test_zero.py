@@ -223,3 +223,49 @@ def test_a_bf16_run_on_two_nodes_of_a_hostfile_learns_under_zero_3(trees, writte
             assert float((A @ A.T - torch.eye(len(A))).norm()) < 1e-5, key
         for key, basis in load_file(folder / "state.safetensors").items():
             assert float((basis.T @ basis - torch.eye(basis.shape[1])).norm()) < 1e-5, key
+
+
+COUNTED = """
+import os, runpy, signal
+from llava_keeplora.sequence.trainer import TaskTrainer
+step = TaskTrainer.training_step
+def counted(self, *args, **kwargs):
+    if os.environ["RANK"] == "1":
+        with open({log!r}, "a") as file:
+            file.write(f"{{self.ctx.index}} {{self.state.global_step}}\\n")
+        if (self.ctx.index, self.state.global_step) == {fatal}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+TaskTrainer.training_step = counted
+runpy.run_path({script!r}, run_name="__main__")
+"""
+WITHIN = [("clip", "zero-2", {}), ("llava", "zero-3", {}), ("clip", "zero-1", {}), ("llava", "zero-2-offload", {}), ("llava", "zero-3-offload", {}), ("clip", "zero-1", {"bf16": True})]
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "training"), [pytest.param(*one, id="-".join((*one[:2], *one[2])), marks=() if one == WITHIN[0] else pytest.mark.slow) for one in WITHIN]
+)
+def test_a_process_killed_between_steps_goes_on_from_the_last_checkpoint(family, stage, training, trees, written, launch, launcher, script, tmp_path):
+    def run(name, fatal=None):
+        tree = halved(trees[family]())
+        # Small batches, so that there are steps enough.
+        tree["training"] |= {"per_device_train_batch_size": 1, "save_steps": 2, **training}
+        wounded, log = tmp_path / f"{name}-{bool(fatal)}.py", tmp_path / f"{name}-{bool(fatal)}.log"
+        wounded.write_text(COUNTED.format(log=str(log), fatal=fatal, script=str(script)))
+        code, _, err = launch([*launcher(2), wounded], "--config", written(tree, ZERO[stage]), "--output-dir", tmp_path / name)
+        return code, err, [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
+
+    code, err, whole = run("whole")
+    assert code == 0, err
+    code, _, before = run("killed", fatal=(2, 3))
+    assert code != 0 and before == whole[: whole.index((2, 3)) + 1]
+    code, err, after = run("killed")
+    assert code == 0, err
+    assert after == whole[whole.index((2, 2)) :], "no step before the checkpoint is made again"
+    apart = distances(tmp_path / "whole", tmp_path / "killed")
+    # The host's AdamW multiplies β up from step to step and after a start takes a power of it: 1 − β₂ᵗ is small, and magnifies its last bit.
+    assert set(task for task, _ in apart) == {p.name for p in (tmp_path / "whole/keeplora").glob("task-*")}
+    assert max(apart.values()) <= (1e-5 if "offload" in stage else 0), apart
+    ours, theirs = ({p.relative_to(root): p for p in sorted((root / "keeplora").rglob("task-*/*.*")) if p.name != "scores.json"} for root in (tmp_path / "whole", tmp_path / "killed"))
+    assert ours.keys() == theirs.keys()
+    assert "offload" in stage or [str(name) for name, path in ours.items() if path.read_bytes() != theirs[name].read_bytes()] == []

@@ -72,9 +72,9 @@ def peaks():
 
 @pytest.fixture
 def measured(tmp_path):
-    """Function (tiny run, run) as plain data → stage → measured bytes, in a process of its own; see `measure.py`."""
+    """Function (tiny run, run, what else) as plain data → stage → measured bytes, in a process of its own; see `measure.py`."""
 
-    def run(warm_up: dict, tree: dict) -> dict[str, int]:
+    def run(warm_up: dict, tree: dict, *more: str) -> dict[str, int]:
         paths = []
         for name, one in (("warm-up", warm_up), ("run", tree)):
             paths.append(tmp_path / f"{name}.json")
@@ -83,7 +83,7 @@ def measured(tmp_path):
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
         # What oneDNN compiles for bf16 is no part of a plan.
         environment |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1", "LRU_CACHE_CAPACITY": "1"}
-        done = subprocess.run([sys.executable, str(MEASURE), *map(str, paths)], env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, str(MEASURE), *map(str, paths), *more], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,20 +1,23 @@
 """Run a configuration and print the peak resident memory of each of its stages, in bytes over the interpreter's own.
 
-    python measure.py WARM_UP.json RUN.json
+    python measure.py WARM_UP.json RUN.json [export]
 
 The first run is a tiny one: it brings every library and thread in, so that the second one's memory is its own. Peaks are the
-kernel's (VmHWM, set back at the start of a stage), so that none is missed.
+kernel's (VmHWM, set back at the start of a stage), so that none is missed. That of `export` is the costliest form's, of this process or
+the one that loads it again.
 """
 
 import ctypes
 import gc
 import json
+import resource
 import sys
 from pathlib import Path
 
 import torch
 
 from llava_keeplora.config import parse_config
+from llava_keeplora.export import FORMS, export_run
 from llava_keeplora.sequence import runner
 from llava_keeplora.sequence.label_run import LabelRun
 from llava_keeplora.sequence.shared import Shared
@@ -50,13 +53,27 @@ def staged(owner, method, stage) -> None:
     setattr(owner, method, outer)
 
 
-def run(tree: dict) -> dict[str, int]:
+def run(tree: dict, forms: tuple[str, ...]) -> dict[str, int]:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = status("VmRSS")
     peaks.clear()
     runner.run(parse_config(tree))
-    return {stage: peak - before for stage, peak in peaks.items()}
+    found = {stage: peak - before for stage, peak in peaks.items()}
+    return found | ({"export": max(exported(tree, form) for form in forms)} if forms else {})
+
+
+def exported(tree: dict, form: str) -> int:
+    """The peak of one export, of this process or the one that it starts."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    parts = [part for part, own in tree["parts"].items() if (own or {}).get("train") != "full"] if form == "adapter" else None
+    export_run(tree["output_dir"], form, label=next(iter(tree["methods"])), parts=parts, base_id="user/base")
+    # The warm-up's children were as large as a process that loads a model of no size.
+    return max(status("VmHWM") - before, 1024 * (resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - children))
 
 
 if __name__ == "__main__":
@@ -69,6 +86,7 @@ if __name__ == "__main__":
     staged(LabelRun, "_trained", lambda args: "train")
     staged(LabelRun, "_consolidated", lambda args: "features" if args[1] else "basis")
     staged(LabelRun, "_evaluated", lambda args: "evaluate")
-    warm_up, measured = (json.loads(Path(path).read_text()) for path in sys.argv[1:])
-    run(warm_up)
-    sys.stdout.write(json.dumps(run(measured)) + "\n")
+    warm_up, measured = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
+    forms = FORMS if "export" in sys.argv[3:] else ()
+    run(warm_up, forms)
+    sys.stdout.write(json.dumps(run(measured, forms)) + "\n")

@@ -11,14 +11,15 @@ from llava_keeplora.plan import make_plan
 logger = logging.getLogger(__name__)
 
 MEASURED = ("load", "basis", "gradient", "train", "features", "evaluate")
+EXPORT = ("export",)
 PART = {"rank": 8, "alpha": 8, "energy_weight": 0.5, "energy_feature": 0.95}
 
 
-def compare(measured, tree, small, large):
+def compare(measured, tree, small, large, more=EXPORT):
     """Ratio of the plan's figure to the measured one for every stage that a run goes through."""
     run = {**tree, "model": {**tree["model"], "name_or_path": str(large)}}
-    found = measured({**tree, "model": {**tree["model"], "name_or_path": str(small)}}, run)
-    planned = {stage.stage: stage.device for stage in make_plan(parse_config(run)).methods[0].stages if stage.stage in MEASURED}
+    found = measured({**tree, "model": {**tree["model"], "name_or_path": str(small)}}, run, *more)
+    planned = {stage.stage: stage.device for stage in make_plan(parse_config(run)).methods[0].stages if stage.stage in (*MEASURED, *more)}
     for stage, size in planned.items():
         # `pytest -m slow -o log_cli=true --log-cli-level=INFO tests/plan/test_measured.py` shows them.
         logger.info("%s: planned %.0f MB, measured %.0f MB, %.2f", stage, size / 1e6, found[stage] / 1e6, size / found[stage])
@@ -37,15 +38,16 @@ def vision(width, layers):
     return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=8)
 
 
-def within(ratios):
-    assert set(ratios) == set(MEASURED)
+def within(ratios, more=EXPORT):
+    assert set(ratios) == {*MEASURED, *more}
     assert all(1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()), ratios
 
 
 def test_a_small_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks, tmp_path, enlarge):
     large = enlarge(tiny_clip, tmp_path / "clip", vision(512, 4), {**vision(512, 3)}, weights=True)
     tree = run_tree("unset", parts={"vision": PART, "text": copy.deepcopy(PART)}, tasks=[str(tiny_tasks[0])], methods={"keeplora": {}})
-    within(compare(measured, tree, tiny_clip, large))
+    # Its exports start processes, which takes time; those of larger models are measured.
+    within(compare(measured, tree, tiny_clip, large, more=()), more=())
 
 
 @pytest.mark.slow
@@ -71,4 +73,4 @@ def test_sequential_lora_on_a_llava_takes_what_was_planned(measured, llava_tree,
     large = enlarge(tiny_llava, tmp_path / "llava", vision(512, 4), text(768, 6), weights=True)
     tree = {**llava(llava_tree, mixed_tasks[:1]), "methods": {"seq-lora": {}}}
     ratios = compare(measured, tree, tiny_llava, large)
-    assert set(ratios) == {"load", "train", "evaluate"} and all(1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()), ratios
+    assert set(ratios) == {"load", "train", "evaluate", "export"} and all(1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()), ratios

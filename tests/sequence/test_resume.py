@@ -1,5 +1,8 @@
 """Running and resuming are the same code: wherever a run stops, it ends with the same files."""
 
+import subprocess
+import sys
+
 import pytest
 
 from llava_keeplora.files import whole_folder
@@ -80,3 +83,17 @@ def test_a_folder_that_a_killed_export_left_stops_no_run_and_goes_with_the_next_
     drive(config)
     with whole_folder(tmp_path / "run/export/adapter"):
         assert not left.exists()
+
+
+def test_what_an_export_is_writing_is_left_alone_by_a_start_of_the_run_and_by_another_export(run_config, drive, tmp_path, tiny_tasks):
+    config = run_config(tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(tiny_tasks[0])])
+    drive(config)
+    target = tmp_path / "run/export/adapter"
+    another = f"from pathlib import Path; from llava_keeplora.files import whole_folder; whole_folder(Path({str(target)!r})).__enter__()"
+    with whole_folder(target) as room:
+        unfinished = room / ".weights.part"
+        unfinished.write_text("half")
+        drive(config)
+        subprocess.run([sys.executable, "-c", another], check=True)
+        assert unfinished.read_text() == "half"
+    assert (target / ".weights.part").exists()
