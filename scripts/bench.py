@@ -4,6 +4,7 @@
     python scripts/bench.py basis           # one of them
     python scripts/bench.py basis --quick   # small sizes, to see that it works
     python scripts/bench.py basis-wide      # a 7B model's down_proj and up_proj: minutes, so only when named
+    python scripts/bench.py methods         # one task of every method; so is this
 
 A bench is a function `(repeats, quick) -> Iterable[Row]`, listed in BENCHES.
 """
@@ -12,11 +13,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 import bench_llava
+import bench_methods
 import bench_passes
 import bench_streaming
 from bench_passes import Pair
@@ -106,15 +109,21 @@ def bench_pair(build: Callable[[bool], Pair]) -> Callable[[int, bool], list[Row]
     return bench
 
 
+def bench_methods_of(data_root: str | None, repeats: int, quick: bool) -> Iterator[Row]:
+    """One task of every method against sequential LoRA's."""
+    return (Row(*found) for found in bench_methods.compare_methods(repeats, quick, data_root))
+
+
 #: On the embedded models, which are small as they are; and on what is made larger or smaller.
 PAIRS = {name: lambda quick, build=build: build() for name, build in (bench_passes.PAIRS | bench_llava.PAIRS).items()} | bench_streaming.PAIRS
 BENCHES: dict[str, Callable[[int, bool], Iterable[Row]]] = {
     "basis": bench_basis,
     "basis-wide": bench_basis_wide,
+    "methods": partial(bench_methods_of, None),
     **{name: bench_pair(build) for name, build in PAIRS.items()},
 }
 # Those that run only when named.
-LONG = ("basis-wide",)
+LONG = ("basis-wide", "methods")
 
 
 def main() -> None:
@@ -124,7 +133,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds, of which the median counts")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; its own choice by default")
     parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--data-root", help="for methods: the folder with the real sets, of which one is the task (default: the digits)")
     args = parser.parse_args()
+    BENCHES["methods"] = partial(bench_methods_of, args.data_root)
     unknown = set(args.bench) - set(BENCHES)
     if unknown:
         parser.error(f"no bench called {', '.join(sorted(unknown))}; choose from {', '.join(BENCHES)}")

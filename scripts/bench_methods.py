@@ -1,0 +1,48 @@
+"""One task of every method, from its first stage to its last but the evaluation, against sequential LoRA's in the same run.
+
+Numbers come from the run's own journal: preparing (the first-step gradient), training for one epoch, consolidating (features and
+bases), and what a method does with the base before any task.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_keeplora.config import load_config
+from llava_keeplora.journal import Journal
+from llava_keeplora.methods import METHODS
+from llava_keeplora.sequence import run
+
+PLAIN = "seq-lora"
+STAGES = ("PREPARED", "TRAINED", "CONSOLIDATED")
+
+
+def compare_methods(repeats: int, quick: bool, data_root: str | None) -> Iterator[tuple[str, float, float, str]]:
+    """Name, median seconds of sequential LoRA and of the method, and a note, for every method that learns.
+
+    Args:
+        repeats: runs of all methods, after one that doesn't count.
+        quick: whether an epoch is two steps, and nothing warms up.
+        data_root: the folder with the real sets; the digits that come with a library when None.
+    """
+    labels = [name for name, method in METHODS.items() if method.learns and "clip" in method.record.families]
+    changes = ["sequence=null", f"tasks=[{'trashnet' if data_root else 'digits'}]", "training.num_train_epochs=1"] + quick * ["training.max_steps=2"]
+    changes += [f"methods={{{', '.join(f'{name}: {{}}' for name in labels)}}}"] + [f"data.root={data_root}"] * bool(data_root)
+    seconds, bytes_ = defaultdict(list), defaultdict(list)
+    for turn in range(1 if quick else repeats + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            run(load_config("real", [*changes, f"output_dir={folder}/run"]))
+            for label in labels:
+                work = [entry for entry in Journal(Path(folder, "run", label, "journal.jsonl")).entries if entry.stage in STAGES]
+                if turn or quick:
+                    seconds[label].append(sum(entry.seconds for entry in work))
+                    bytes_[label].append(max(entry.info["peak_bytes"] for entry in work))
+    medians, peaks = ({label: statistics.median(values) for label, values in found.items()} for found in (seconds, bytes_))
+    for label in labels:
+        if label != PLAIN:
+            note = f"one task, one epoch; peak {peaks[label] / 1e6:.0f} MB of the process, {PLAIN} {peaks[PLAIN] / 1e6:.0f}"
+            yield f"{label} / {PLAIN}", medians[PLAIN], medians[label], note
