@@ -28,6 +28,8 @@ from llava_keeplora_recipes.strict_yaml import is_file_name, read_mapping
 
 SHIPPED = Path(__file__).parent / "configs"
 ZERO_SHOT = "zero-shot"
+#: Test examples on which an export's logits are compared, unless told otherwise.
+EXPORT_EXAMPLES = 8
 #: What a threshold is that a run chooses from the data, and how far it may go.
 AUTO = "auto"
 AUTO_LIMITS = {"energy_weight": 0.95, "energy_feature": 0.99}

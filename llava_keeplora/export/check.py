@@ -23,8 +23,6 @@ from llava_keeplora_recipes import TaskData
 
 #: What fp32 logits may differ by; of the largest logit where that is above 1 (CLIP's are cosines times up to 100).
 TOLERANCE = 1e-4
-#: Of a test split, to compare on, unless told otherwise.
-EXAMPLES = 8
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import llava_keeplora
+from llava_keeplora.config import EXPORT_EXAMPLES
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export.adapter import Combined, combine, write_adapter
 from llava_keeplora.export.bundle import only_parts, published_base, read_learned
 from llava_keeplora.export.card import Usage, write_card
-from llava_keeplora.export.check import EXAMPLES, Deviation, check_export, probe
+from llava_keeplora.export.check import Deviation, check_export, probe
 from llava_keeplora.export.merged import write_merged
 from llava_keeplora.export.state import FOLDER, write_state
 from llava_keeplora.files import whole_folder, write_json
@@ -88,7 +89,7 @@ def export_run(
     base_id: str | None = None,
     name: str | None = None,
     dtype: str = "bfloat16",
-    examples: int = EXAMPLES,
+    examples: int = EXPORT_EXAMPLES,
     data_root: str | None = None,
 ) -> Exported:
     """Write what a run learned in a form that others load, compare its logits, and describe it in a model card.

@@ -21,9 +21,8 @@ from transformers import AutoConfig, DynamicCache, GenerationConfig
 
 from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
-from llava_keeplora.config import MethodConfig, RunConfig
+from llava_keeplora.config import EXPORT_EXAMPLES, MethodConfig, RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.export.check import EXAMPLES
 from llava_keeplora.methods import METHODS, Layer, TaskContext, find_layers
 from llava_keeplora.methods.first_step import gradient_statistic
 from llava_keeplora.methods.keeplora import KeepLora
@@ -304,7 +303,7 @@ class Rehearsal:
         one is written or turned into fp32, or as the process that loads it again turns it into bf16.
         """
         with self._fake_model() as meter, torch.no_grad():
-            self._task()(**repeated(self.largest.example, min(EXAMPLES, self.largest.test)))
+            self._task()(**repeated(self.largest.example, min(EXPORT_EXAMPLES, self.largest.test)))
             computing = (meter.peak - self.model_bytes) * F32 // self.dtype.itemsize
         numbers = self._dense_numbers
         host = max(self._reading, numbers * (F32 + F16), numbers * F32 + computing) + F32 * self.delta_numbers * len(self.work)
