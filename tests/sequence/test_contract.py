@@ -295,7 +295,7 @@ def test_a_plan_refuses_a_method_that_makes_its_adapters_of_inputs_that_it_does_
 
 @pytest.mark.parametrize("method", [name for name in LEARNING if not METHODS[name].adapts])
 def test_a_method_without_adapters_takes_no_parts_and_no_plan_in_a_sentence(run_tree, tmp_path, method):
-    with pytest.raises(ConfigError, match=f"methods.{method}.parts is set, but '{method}' adapts no layers; remove methods.{method}.parts"):
+    with pytest.raises(ConfigError, match=f"methods.{method}.parts is set, but '{method}' has no adapters on the model's parts; remove methods.{method}.parts"):
         parse_config(run_tree(tmp_path / "run", methods={method: {"parts": {"vision": {"rank": 4}}}}))
-    with pytest.raises(ConfigError, match=f"'{method}' puts modules of its own on the model, which a plan does not know; run it without a plan"):
+    with pytest.raises(ConfigError, match=f"'{method}' does not train LoRA adapters, and a plan knows nothing else; run it without a plan"):
         make_plan(parse_config(run_tree(tmp_path / "run", methods={method: {}})))
