@@ -29,10 +29,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from llava_keeplora.capture import sum_over_processes
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.auto_encoder import AutoEncoder
 from llava_keeplora.methods.base import Record, TaskContext
@@ -149,8 +149,7 @@ class MoeAdapters(RoutedMethod):
 
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
         """Add up which experts took part, in all processes."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self._fresh)
+        sum_over_processes([self._fresh])
         self._counts += self._fresh
         self._fresh.zero_()
 

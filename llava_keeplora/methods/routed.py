@@ -15,10 +15,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit
+from llava_keeplora.capture import from_all
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Method, TaskContext
 from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features
@@ -179,10 +179,7 @@ def _seen(ctx: TaskContext) -> tuple[Tensor, Tensor]:
 
 def _of_all(own: list[Tensor]) -> Tensor:
     """This process's rows and everybody else's, in the order of the data, of which each takes every world-th."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return torch.cat(own)
-    everyone: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, own)
+    everyone = from_all(own)
     shares = [torch.cat(share) for share in everyone if share]
     rows = torch.cat(shares)
     for rank, share in enumerate(shares):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_keeplora.capture import is_distributed
+from llava_keeplora.capture import from_all, is_distributed
 from llava_keeplora.files import file_hash, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -111,14 +111,6 @@ def _rank() -> int:
 
 def _world() -> int:
     return dist.get_world_size() if is_distributed() else 1
-
-
-def from_all(value: Any) -> list[Any]:
-    """Every process's value, in every process."""
-    values = [value] * _world()
-    if is_distributed():
-        dist.all_gather_object(values, value)
-    return values
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> TrainingState:

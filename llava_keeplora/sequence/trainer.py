@@ -16,9 +16,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from llava_keeplora.capture import from_all
 from llava_keeplora.errors import ConfigError, MethodError, TrainingError
 from llava_keeplora.methods import Method, TaskContext
-from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, from_all, load_optimizer, optimizer_state
+from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
 from llava_keeplora.sequence.engine import EngineShare
 from llava_keeplora.zero import is_partitioned
 

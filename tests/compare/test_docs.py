@@ -12,6 +12,7 @@ from llava_keeplora import cli
 from llava_keeplora.compare import load_ablation, load_table
 from llava_keeplora.compare.jobs import table_jobs, tuning_jobs
 from llava_keeplora.config import parse_config, read_config
+from llava_keeplora.methods import METHODS
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "compare.md").read_text()
@@ -46,7 +47,7 @@ def test_every_command_runs_and_leaves_what_the_page_says(folder, started, capfd
 
 def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
     commands = re.findall(r"^    llava-keeplora (.*)$", (DOCS / "results.md").read_text(), re.M)
-    assert len(commands) == 4
+    assert len(commands) == 5
     counts = []
     for command in commands:
         args = cli.parse_arguments(cli.build_parser(), shlex.split(command))
@@ -58,16 +59,18 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         jobs = [job for made in table_jobs(table, table.methods).values() for job in made]
         assert parse_config(jobs[-1].tree).data.root == "DATA"
         counts.append(len(jobs))
-    assert counts == [2 * 3 * 2, 4 * 2, 4 * 3, 2 * 3]
+    assert counts == [2 * 3 * 2, 4 * 2, 4 * 3, 2 * 3, 7 * 3]
 
 
-def test_the_real_table_tries_four_settings_of_every_method():
-    table = load_table("table-real")
+@pytest.mark.parametrize(("name", "family", "counts"), [("table-real", "clip", {"I": 30, "II": 10}), ("table-real-llava", "llava", {"I": 18})])
+def test_the_real_tables_try_four_settings_of_every_method_of_their_family(name, family, counts):
+    table = load_table(name)
     tried = tuning_jobs(table)
-    assert list(tried) == ["seq-lora", "keeplora", "o-lora", "inflora", "sd-lora"] and {len(jobs) for jobs in tried.values()} == {4}
+    assert set(tried) == {label for label, method in METHODS.items() if method.learns and family in method.record.families}
+    assert {len(jobs) for jobs in tried.values()} == {4}
     for jobs in tried.values():
         assert len({job.identity["methods"][job.label].__repr__() for job in jobs}) == 4, "four different settings"
     final = table_jobs(table, table.methods)
-    assert {name: len(jobs) for name, jobs in final.items()} == {"I": 15, "II": 5}
-    base = parse_config(read_config("real"))
-    assert parse_config(final["II"][0].tree).parts == base.parts and parse_config(final["I"][0].tree).tasks == base.tasks
+    assert {order: len(jobs) for order, jobs in final.items()} == counts
+    base = parse_config(read_config(name.replace("table-", "")))
+    assert parse_config(list(final.values())[-1][0].tree).parts == base.parts and parse_config(final["I"][0].tree).tasks == base.tasks
