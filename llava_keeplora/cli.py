@@ -430,7 +430,7 @@ def _list(args: argparse.Namespace) -> None:
     from llava_keeplora_recipes import list_recipes, list_sequences
 
     lines = ["methods"]
-    lines += [f"  {name:12} {m.record.title} {m.record.url}" for name, m in METHODS.items()]
+    lines += [f"  {name:12} {m.record.title} {m.record.url}\n  {'':12} {m.record.needs}" for name, m in METHODS.items()]
     listed = {
         "tasks": list_recipes(), "sequences": list_sequences(), "configurations": list_configs(), "tables": list_tables(), "embedded models": embedded_models(),
     }

@@ -44,6 +44,13 @@ class Record:
     trained: str = "A and B"
     families: tuple[str, ...] = ("clip", "llava")
 
+    @property
+    def needs(self) -> str:
+        """In words, what it runs on and asks for."""
+        asked = ["reference data"] * self.reference_data + ["the task at test time"] * self.task_id_at_test
+        cost = [] if self.inference_cost == "none" else [f"extra at test: {self.inference_cost}"]
+        return "; ".join([" and ".join(self.families), *(f"needs {one}" for one in asked), *cost, "merges" if self.mergeable else "does not merge"])
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -93,6 +93,8 @@ def test_list_names_what_there_is(capfd):
     assert cli.main(["list"]) == 0
     out = capfd.readouterr().out
     assert all(name in out for name in ("keeplora", "seq-lora", "demo", "digits"))
+    needs = ("clip and llava; merges", "clip; needs reference data; merges", "clip; needs the task at test time; extra at test: one product with the image features; does not merge")
+    assert all(f" {words}\n" in out for words in needs), "what a method asks for stands below it"
 
 
 def test_report_writes_a_finished_run_again(run_config, tmp_path, capfd, tiny_tasks, monkeypatch):
