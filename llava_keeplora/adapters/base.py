@@ -72,17 +72,18 @@ class _Stacked:
             self._handle = None
         device = self.layer.weight.device
         full = [change for change in changes if isinstance(change, FullDelta)]
-        weight = sum(change.parameters["weight"].to(device) for change in full)
+        weight = sum(change.parameters["weight"].to(device) for change in full) if full else None
         bias = sum(change.parameters["bias"].to(device) for change in full) if full and self.layer.bias is not None else None
         low = [change for change in changes if isinstance(change, Delta)]
         A = torch.cat([change.A for change in low]).to(device) if low else None  # (R, in)
         B = torch.cat([change.scale * change.B for change in low], dim=1).to(device) if low else None  # (out, R)
 
+        # Nothing here may name the deltas themselves: the hook would hold them a second time.
         def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             x = args[0]
-            if low:
+            if A is not None:
                 output = output + linear(linear(x, A.to(x)), B.to(x)).to(output.dtype)
-            if full:
+            if weight is not None:
                 output = output + linear(x, weight.to(x), None if bias is None else bias.to(x)).to(output.dtype)
             return output
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,19 @@ def test_a_quantised_model_lets_go_of_its_checkpoint(tiny_clip, tiny_llava, tmp_
         family = load_model(ModelConfig(str(own), quantization="nf4"), max_new_tokens=4)
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(own) in line]
         assert family.model and not mapped
+
+
+def test_a_stacked_layer_holds_its_deltas_once(tiny_clip):
+    family = load_model(ModelConfig(str(tiny_clip), quantization="nf4"), max_new_tokens=4)
+    name, layer = next((name, module) for name, module in family.model.named_modules() if is_quantised(module))
+    deltas = [{name: Delta(torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2), 1.0)} for _ in range(2)]
+    given = [weakref.ref(tensor) for task in deltas for tensor in task[name].tensors.values()]
+    BaseWeights({name: layer}).apply(deltas)
+    x = torch.randn(1, layer.in_features)
+    carried = layer(x)
+    del deltas
+    gc.collect()
+    assert not any(ref() is not None for ref in given) and torch.equal(layer(x), carried)
 
 
 def test_a_part_that_is_quantised_cannot_be_trained_in_full(quantised_run, drive):
