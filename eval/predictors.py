@@ -7,7 +7,7 @@ trained and what is scored cannot drift apart.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -58,6 +58,20 @@ def text_features(model, input_ids: Tensor, attention_mask: Tensor | None = None
     Source: Radford et al. 2021, figure 3.
     """
     return _unit(model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
+
+
+def prompt_features(model, tokens: Mapping[str, Tensor]) -> Tensor:
+    """Unit-length text features of many prompts, so many at a time that memory stays small.
+
+    Args:
+        model: a CLIP-family model with ``get_text_features``.
+        tokens: ``input_ids`` and ``attention_mask``, each (prompts, tokens), on the model's device.
+
+    Returns:
+        (prompts, projection).
+    """
+    pieces = zip(*(tokens[key].split(PROMPTS_PER_BATCH) for key in ("input_ids", "attention_mask")))
+    return torch.cat([text_features(model, ids, mask) for ids, mask in pieces])
 
 
 def class_logits(model, image: Tensor, text: Tensor) -> Tensor:
@@ -184,8 +198,7 @@ class ClipPredictor:
         """Unit-length features of the class prompts (classes, projection), by the model as it is now."""
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         tokens = tokenize_prompts(self.processor, self.recipe.prompts, limit)
-        batches = zip(*(tokens[key].to(self.device).split(PROMPTS_PER_BATCH) for key in ("input_ids", "attention_mask")))
-        return torch.cat([text_features(self.model, ids, mask) for ids, mask in batches])
+        return prompt_features(self.model, {key: value.to(self.device) for key, value in tokens.items()})
 
 
 def default_device() -> str:

@@ -2,11 +2,11 @@
 
 from llava_keeplora.adapters.base import BaseWeights
 from llava_keeplora.adapters.combine import compress, concatenate, pad
-from llava_keeplora.adapters.deltas import Delta, Deltas, FullDelta, load_deltas, save_deltas
+from llava_keeplora.adapters.deltas import Delta, Deltas, FullDelta, full_deltas, load_deltas, save_deltas
 from llava_keeplora.adapters.lora import ADAPTER, AdapterInit, attach, detach, lora_layers, read_adapters
 from llava_keeplora.adapters.weights import dense_weight, is_quantised
 
 __all__ = [
     "ADAPTER", "AdapterInit", "BaseWeights", "Delta", "Deltas", "FullDelta", "attach", "compress", "concatenate", "dense_weight",
-    "detach", "is_quantised", "load_deltas", "lora_layers", "pad", "read_adapters", "save_deltas",
+    "detach", "full_deltas", "is_quantised", "load_deltas", "lora_layers", "pad", "read_adapters", "save_deltas",
 ]

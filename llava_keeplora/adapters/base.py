@@ -89,4 +89,3 @@ class _Stacked:
 
         if changes:
             self._handle = self.layer.register_forward_hook(add)
-

@@ -86,8 +86,13 @@ def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         scales = json.loads(file.metadata()["scales"])
     found: dict[str, Delta | FullDelta] = {name: Delta(tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B"), scale) for name, scale in scales.items()}
-    full: dict[str, dict[str, Tensor]] = {}
-    for key, change in tensors.items():
+    return found | full_deltas(tensors)
+
+
+def full_deltas(changes: Mapping[str, Tensor]) -> dict[str, FullDelta]:
+    """Full name of a parameter → its change, as name of a module → the changes of its own."""
+    own: dict[str, dict[str, Tensor]] = {}
+    for key, change in changes.items():
         module, _, name = key.rpartition(".")
-        full.setdefault(module, {})[name] = change
-    return found | {module: FullDelta(own) for module, own in full.items()}
+        own.setdefault(module, {})[name] = change
+    return {module: FullDelta(parameters) for module, parameters in own.items()}

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from llava_keeplora.adapters import AdapterInit, Deltas, FullDelta
+from llava_keeplora.adapters import AdapterInit, Deltas, full_deltas
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Method, Record, TaskContext
 from llava_keeplora.zero import trained_values
-from llava_keeplora_eval.predictors import PROMPTS_PER_BATCH, class_logits, image_features, text_features
+from llava_keeplora_eval.predictors import class_logits, image_features, prompt_features
 
 
 class Zscl(Method):
@@ -111,7 +111,8 @@ class Zscl(Method):
         self._mean = {name: start.clone() for name, start in self._start.items()} if self.options.ensemble_every else {}
         if self.reference:
             self._teacher = ctx.pretrained()
-            self._texts = encoded(self._teacher, self.reference.texts)
+            with torch.no_grad():
+                self._texts = prompt_features(self._teacher, {key: value.to(self._teacher.device) for key, value in self.reference.texts.items()})
         try:
             yield
         finally:
@@ -152,23 +153,7 @@ class Zscl(Method):
 
     def learned(self, ctx: TaskContext, deltas: Deltas) -> Deltas:
         """The mean less the task's start."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, mean in self._mean.items():
-            module, _, own = name.rpartition(".")
-            found.setdefault(module, {})[own] = (mean - self._start[name]).cpu()
-        return {module: FullDelta(changes) for module, changes in found.items()}
-
-
-@torch.no_grad()
-def encoded(model: nn.Module, texts: Mapping[str, Tensor]) -> Tensor:
-    """Unit-length features (T, d) of texts.
-
-    Args:
-        model: a CLIP.
-        texts: `input_ids` and `attention_mask`, each (T, tokens).
-    """
-    pieces = zip(*(texts[key].to(model.device).split(PROMPTS_PER_BATCH) for key in ("input_ids", "attention_mask")))
-    return torch.cat([text_features(model, ids, mask) for ids, mask in pieces])
+        return full_deltas({name: (mean - self._start[name]).cpu() for name, mean in self._mean.items()})
 
 
 def distillation(P: Tensor, Q: Tensor, temperature: float) -> Tensor:

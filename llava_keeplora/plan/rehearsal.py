@@ -33,7 +33,7 @@ from llava_keeplora.plan.meter import faked, metered
 from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora.plan.work import Work, repeated
 from llava_keeplora.subspace import SecondMoment, ShapeError, sketch_width
-from llava_keeplora_eval.predictors import PROMPTS_PER_BATCH, class_logits, image_features, text_features
+from llava_keeplora_eval.predictors import class_logits, image_features, prompt_features
 
 STAGES = ("load", "basis", "gradient", "train", "features", "evaluate", "export")
 F32, F16 = 4, 2
@@ -366,8 +366,7 @@ def _refused(*args: Any) -> None:
 def _answer_clip(family: Family, work: Work, size: int) -> None:
     """`ClipPredictor` on one batch: the prompts' features in pieces, then the images'."""
     model, prompts = family.model, work.prompts
-    pieces = zip(*(prompts[key].split(PROMPTS_PER_BATCH) for key in ("input_ids", "attention_mask")))
-    text = torch.cat([text_features(model, ids, mask) for ids, mask in pieces])
+    text = prompt_features(model, prompts)
     pixels = repeated(work.question, size)["pixel_values"].to(model.dtype)
     class_logits(model, image_features(model, pixels), text)
 

@@ -73,7 +73,7 @@ class StepCheckpoint:
 
         Every process calls this, and all get a state or none does. One that was written by another number of engine processes is none.
         """
-        if not self.path.exists():
+        if not any(from_all(self.path.exists())):
             return None
         try:
             told = json.loads(self.path.read_text())

@@ -149,11 +149,9 @@ class TaskTrainer(Trainer):
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "losses": {key: getattr(self, key) for key in LOSSES},
         }
-        if share:
-            self.checkpoint.write(self.state.global_step, TrainingState(tensors, values), trained.tensors)
-        else:
+        if not share:
             tensors |= {f"optimizer.{name}": value for name, value in trained.tensors.items()}
-            self.checkpoint.write(self.state.global_step, TrainingState(tensors, values))
+        self.checkpoint.write(self.state.global_step, TrainingState(tensors, values), trained.tensors if share else None)
 
     def _share(self) -> EngineShare | None:
         return EngineShare(self.deepspeed) if self.is_deepspeed_enabled else None
