@@ -94,6 +94,8 @@ def make_job(table: Table, folder: str, order: Order, seed: int, label: str, set
     """
     place = table.output_dir / folder
     own = {"output_dir": str(place), "seed": seed, "methods": {label: dict(settings)}, **order.tasks, **sections}
+    if order.epochs:
+        own["training"] = {"num_train_epochs": list(order.epochs)}
     return Job(label, place, merged({"base_cache": str(table.output_dir / CACHE), **table.run}, own))
 
 

@@ -29,12 +29,14 @@ class Order:
     Args:
         name: of its folder and of its part of the table.
         tasks: `sequence` or `tasks` of its runs.
-        seeds: of its runs.
+        seeds: of its runs; none where settings are tried alone.
+        epochs: per task; as the methods have them when empty.
     """
 
     name: str
     tasks: dict[str, Any]
     seeds: tuple[int, ...]
+    epochs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,9 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
     return table
 
 
-def _parse_seeds(value: Any, where: str) -> tuple[int, ...]:
+def _parse_seeds(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
     whole = isinstance(value, (list, tuple)) and all(type(seed) is int for seed in value)
-    if not whole or not value or len(set(value)) < len(value):
+    if not whole or len(value) < least or len(set(value)) < len(value):
         raise ConfigError(f"{where} is {value!r}, but it takes a list of different whole numbers", "write, for instance, [0, 1, 2]")
     return tuple(value)
 
@@ -147,16 +149,20 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
         if not LABEL.fullmatch(name) or name in (TUNING, CACHE):
             raise ConfigError(f"orders has the name '{name}', which cannot be a folder of the table", "use letters, digits, '-', '_', '.' and '+'")
         settings = dict(value) if isinstance(value, Mapping) else {"tasks": value}
-        own = _parse_seeds(settings.pop("seeds", list(seeds)), f"{where}.seeds")
+        own, epochs = _parse_seeds(settings.pop("seeds", list(seeds)), f"{where}.seeds", least=0), settings.pop("epochs", [])
+        if not isinstance(epochs, list) or not all(type(one) in (int, float) and one > 0 for one in epochs):
+            raise ConfigError(f"{where}.epochs is {epochs!r}, but it takes a positive number for each task", "write, for instance, [1, 3, 0.5]")
         unknown = set(settings) - {"tasks", "sequence"}
         if unknown:
-            raise ConfigError(f"unknown key '{where}.{min(map(str, unknown))}'", nearest(min(map(str, unknown)), ("tasks", "sequence", "seeds")))
+            raise ConfigError(f"unknown key '{where}.{min(map(str, unknown))}'", nearest(min(map(str, unknown)), ("tasks", "sequence", "seeds", "epochs")))
         named = [one for one in settings.values() if one]
         if len(named) != 1 or not isinstance(named[0], (str, list)):
             raise ConfigError(f"{where} is {value!r}, which is no order of tasks", "name a sequence, or list the tasks")
         # A run has either key; a table may name a sequence or list the tasks under one.
         tasks = {"sequence" if isinstance(named[0], str) else "tasks": named[0]}
-        orders.append(Order(name, tasks, own))
+        orders.append(Order(name, tasks, own, tuple(epochs)))
+    if not any(order.seeds for order in orders):
+        raise ConfigError("no order of the table has seeds", "give at least one order a seed")
     return tuple(orders)
 
 
@@ -187,12 +193,14 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
 
 def _check_epochs(table: Table) -> None:
     """A list of epochs, one per task, belongs to one order of them."""
+    if all(order.epochs for order in table.orders):
+        return
     tried = [one for settings in (table.tuning.settings.values() if table.tuning else ()) for one in settings]
     for tree in (table.run, *table.methods.values(), *tried):
         if len(table.orders) > 1 and isinstance(as_mapping(tree.get("training"), "training").get("num_train_epochs"), list):
             raise ConfigError(
                 f"training.num_train_epochs lists a number for each task, and the table has {len(table.orders)} orders of them",
-                "give one number, or make each order a sequence file with `epochs`",
+                "give one number, or each order its own `epochs`",
             )
 
 

@@ -43,6 +43,15 @@ def test_a_table_changes_what_its_base_sets_and_has_its_own_methods(tmp_path):
     assert len(parse_config(jobs["II"][0].tree).tasks) == 7
 
 
+def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_on_it():
+    orders = {"I": {"tasks": ["digits", "glyphs"], "epochs": [0.5, 2]}, "small": {"tasks": ["glyphs"], "epochs": [3], "seeds": []}}
+    tuning = {"order": "small", "metric": "last", "settings": {"seq-lora": FOUR}}
+    table = parse_table({"orders": orders, "methods": {"seq-lora": {}}, "training": {"num_train_epochs": [1, 1]}, "seeds": [0, 1], "tuning": tuning})
+    jobs, tried = table_jobs(table, table.methods), tuning_jobs(table)["seq-lora"]
+    assert [parse_config(job.tree).epochs("seq-lora") for job in jobs["I"]] == [[0.5, 2]] * 2 and jobs["small"] == []
+    assert [parse_config(job.tree).epochs("seq-lora") for job in tried] == [[3]] * 4 and parse_config(tried[0].tree).tasks == ("glyphs",)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -54,6 +63,11 @@ def test_a_table_changes_what_its_base_sets_and_has_its_own_methods(tmp_path):
         ({"orders": {"tuning": "demo"}}, "orders has the name 'tuning', which cannot be a folder of the table; use letters, digits, '-', '_', '.' and '+'."),
         ({"orders": {"I": {"task": ["digits"]}}}, "unknown key 'orders.I.task'; did you mean 'tasks'."),
         ({"orders": {"I": {"seeds": [1]}}}, "orders.I is {'seeds': [1]}, which is no order of tasks; name a sequence, or list the tasks."),
+        ({"orders": {"I": {"tasks": "demo", "seeds": []}}}, "no order of the table has seeds; give at least one order a seed."),
+        (
+            {"orders": {"I": {"tasks": "demo", "epochs": 2}}},
+            "orders.I.epochs is 2, but it takes a positive number for each task; write, for instance, [1, 3, 0.5].",
+        ),
         (
             {"orders": {"I": {"tasks": "demo", "sequence": "real-order1"}}},
             "orders.I is {'tasks': 'demo', 'sequence': 'real-order1'}, which is no order of tasks; name a sequence, or list the tasks.",
@@ -61,7 +75,7 @@ def test_a_table_changes_what_its_base_sets_and_has_its_own_methods(tmp_path):
         (
             {"orders": {"I": "demo", "II": ["digits", "glyphs"]}, "training": {"num_train_epochs": [1, 2]}},
             "training.num_train_epochs lists a number for each task, and the table has 2 orders of them; "
-            "give one number, or make each order a sequence file with `epochs`.",
+            "give one number, or each order its own `epochs`.",
         ),
         (
             {"tuning": {"settings": {"seq-lora": FOUR, "keeplora": FOUR[:3]}}},
