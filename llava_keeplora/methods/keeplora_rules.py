@@ -93,7 +93,7 @@ class ReleasedClipRules(PaperRules):
     @staticmethod
     def extend(basis: Tensor, statistic: "_RunningMean", energy: float, limit: None = None) -> FeatureDirections:
         """The GPM rule on that mean; the released code knows no limit."""
-        return released_clip_extend(basis, statistic.mean.matrix, energy)
+        return released_clip_extend(basis, statistic.mean.matrix.cpu(), energy)
 
     @staticmethod
     def directions(statistic: DenseGradient, basis: Tensor, rank: int) -> ResidualDirections:

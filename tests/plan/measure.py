@@ -1,10 +1,10 @@
-"""Run a configuration and print the peak resident memory of each of its stages, in bytes over the interpreter's own.
+"""Run a configuration and print the peak memory of each of its stages, in bytes over what was there before.
 
     python measure.py WARM_UP.json RUN.json [export]
 
-The first run is a tiny one: it brings every library and thread in, so that the second one's memory is its own. Peaks are the
-kernel's (VmHWM, set back at the start of a stage), so that none is missed. That of `export` is the costliest form's, of this process or
-the one that loads it again.
+The first run is a tiny one: it brings every library and thread in, so that the second one's memory is its own. Where there is a GPU,
+memory is that of PyTorch's tensors on it; elsewhere it is the process's resident memory, with the kernel's peaks (VmHWM, set back at the
+start of a stage), so that none is missed. That of `export` is the costliest form's, of this process or the one that loads it again.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from llava_keeplora.sequence import runner
 from llava_keeplora.sequence.label_run import LabelRun
 from llava_keeplora.sequence.shared import Shared
 
+GPU = torch.cuda.is_available()
 peaks: dict[str, int] = {}
 running: list[str] = []
 
@@ -31,10 +32,27 @@ def status(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
+def held() -> int:
+    """Bytes, with nothing that could be freed."""
+    gc.collect()
+    if GPU:
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return status("VmRSS")
+
+
 def close() -> None:
     if running:
-        peaks[running[-1]] = max(peaks.get(running[-1], 0), status("VmHWM"))
-    Path("/proc/self/clear_refs").write_text("5")
+        peaks[running[-1]] = max(peaks.get(running[-1], 0), torch.cuda.max_memory_allocated() if GPU else status("VmHWM"))
+    restart()
+
+
+def restart() -> None:
+    """Peaks are counted from now on."""
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def staged(owner, method, stage) -> None:
@@ -54,9 +72,7 @@ def staged(owner, method, stage) -> None:
 
 
 def run(tree: dict, forms: tuple[str, ...]) -> dict[str, int]:
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = status("VmRSS")
+    before = held()
     peaks.clear()
     runner.run(parse_config(tree))
     found = {stage: peak - before for stage, peak in peaks.items()}
@@ -66,10 +82,8 @@ def run(tree: dict, forms: tuple[str, ...]) -> dict[str, int]:
 def exported(tree: dict, form: str) -> int:
     """The peak of one export, of this process or the one that it starts."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = held()
+    restart()
     parts = [part for part, own in tree["parts"].items() if (own or {}).get("train") != "full"] if form == "adapter" else None
     export_run(tree["output_dir"], form, label=next(iter(tree["methods"])), parts=parts, base_id="user/base")
     # The warm-up's children were as large as a process that loads a model of no size.
