@@ -69,6 +69,9 @@ def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 
         alpha_pattern={f"^{name}": init.alpha for name, init in inits.items() if init.alpha != first.alpha},
     )
     wrapper = get_peft_model(model, config, autocast_adapter_dtype=not master_copies)
+    if getattr(model, "is_activation_checkpointing", False):
+        # PEFT has the embeddings ask for a gradient then, which only the re-entrant form of recomputing needs.
+        model.disable_input_require_grads()
     adapters = lora_layers(model)
     if set(adapters) != set(inits):
         raise RuntimeError(f"PEFT adapted {len(adapters)} layers where {len(inits)} were named: {sorted(set(adapters) ^ set(inits))[:3]}")

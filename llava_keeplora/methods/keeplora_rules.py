@@ -66,7 +66,7 @@ class PaperRules:
     @staticmethod
     def extend(basis: Tensor, statistic: SecondMoment | SketchedMoment, energy: float, limit: int | None = None) -> FeatureDirections:
         """The GPM rule on the residual features, up to a limit of directions."""
-        return statistic.directions(basis.to(statistic.tensors[0].device), energy, limit)
+        return statistic.directions(basis, energy, limit)
 
     @staticmethod
     def directions(statistic: DenseGradient | GradientSketch, basis: Tensor, rank: int, *second: SecondPass) -> ResidualDirections:

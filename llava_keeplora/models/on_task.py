@@ -35,6 +35,8 @@ class ModelOnTask(nn.Module):
         """Recompute activations in the backward pass; `transformers.Trainer` calls this."""
         # The re-entrant form sends no gradient through a block whose input needs none, such as the first of a frozen model.
         self.model.activation_checkpointing_enable({"use_reentrant": False, **(activation_checkpointing_kwargs or {})}, **kwargs)
+        # That form alone needs embeddings that ask for a gradient; they would send the backward pass through frozen encoders.
+        self.model.disable_input_require_grads()
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""

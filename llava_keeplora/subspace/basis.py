@@ -55,6 +55,17 @@ def check_finite(tensor: Tensor, what: str) -> None:
         raise NonFiniteError(f"the {what} holds NaN or infinity, so it has no meaningful singular vectors")
 
 
+def beside(basis: Float[Tensor, "in k"], other: Tensor) -> Float[Tensor, "in k"]:
+    """A basis where another tensor is, and in its dtype.
+
+    Args:
+        basis: U, (in, k), often on the host, in float32.
+        other: what it is to be used with.
+    """
+    # One step for both would convert on the host and move twice the bytes.
+    return basis.to(other.device).to(other.dtype)
+
+
 def project(v: Float[Tensor, "... in"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "... in"]:
     """The part of v inside the span: U U^T v, over the last dimension.
 
@@ -68,7 +79,7 @@ def project(v: Float[Tensor, "... in"], basis: Float[Tensor, "in k"]) -> Float[T
         ShapeError: if the last dimension of v isn't the basis's height.
     """
     check_basis(basis, v.shape[-1], "a tensor")
-    basis = basis.to(v)
+    basis = beside(basis, v)
     return (v @ basis) @ basis.T
 
 

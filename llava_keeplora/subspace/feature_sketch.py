@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llava_keeplora.subspace.basis import check_basis, check_finite, orthonormal_beside, residual
+from llava_keeplora.subspace.basis import beside, check_basis, check_finite, orthonormal_beside, residual
 from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
 from llava_keeplora.subspace.features import FeatureDirections, limited
@@ -65,11 +65,12 @@ class _RowSample:
         self.seen, self.stride = 0, 1
 
     def add(self, rows: Float[Tensor, "n in"]) -> None:
+        # Thinned before they leave the device.
+        while -(-(self.seen + len(rows)) // self.stride) > 2 * SAMPLE:
+            self.rows = [torch.cat(self.rows)[::2].clone()] if self.rows else []
+            self.stride *= 2
         self.rows.append(rows[-self.seen % self.stride :: self.stride].cpu())
         self.seen += len(rows)
-        while sum(map(len, self.rows)) > 2 * SAMPLE:
-            self.rows = [torch.cat(self.rows)[::2].clone()]
-            self.stride *= 2
 
     def take(self) -> Float[Tensor, "n in"]:
         """The rows, which are forgotten here."""
@@ -103,13 +104,13 @@ class SketchedMoment:
         self.dim = dim
         self.basis = torch.zeros(dim, 0) if basis is None else basis.detach().float()
         check_basis(self.basis, dim, "a feature sketch")
-        outside_of = self.basis.to(device)
         size = min(size, dim - self.basis.shape[1])
         if test is None:
             test = torch.randn(max(size, 0), dim, generator=torch.Generator().manual_seed(seed)).T
         # N depends on the span of T alone; orthonormal columns keep the small problem as well conditioned as C is.
-        outside = residual(test.to(device, torch.float64).T, outside_of).T
-        columns = torch.linalg.qr(outside).Q
+        test = test.to(device).double()
+        outside_of = beside(self.basis, test)
+        columns = torch.linalg.qr(residual(test.T, outside_of).T).Q
         # Where there are fewer dimensions to span, QR fills up with columns of its own, which may lie anywhere.
         self.test = residual(columns.T, outside_of).T.float().contiguous()
         self.image = torch.zeros(dim, self.test.shape[1], dtype=torch.float64, device=device)
@@ -129,7 +130,7 @@ class SketchedMoment:
         if not self._sample.rows:
             return
         rows = self._sample.take().to(self.image.device).float()
-        inside = (rows @ self.basis.to(rows)).double().square().sum(1)
+        inside = (rows @ beside(self.basis, rows)).double().square().sum(1)
         whole = rows.double().square().sum(1)
         self._asked += torch.stack([whole.new_tensor(len(rows)), *(v.sum() for v in (whole, inside, whole**2, whole * inside, inside**2))])
 
@@ -197,7 +198,7 @@ class SketchedMoment:
         ICLR 2021, equation 9), with lower bounds of the energies.
 
         Args:
-            basis: U, (in, k), the one that the sketch was made for.
+            basis: U, (in, k), the one that the sketch was made for, on any device.
             energy: epsilon_f, in (0, 1].
             limit: the most directions, the strongest ones; as many as the energy takes when None.
 
@@ -207,7 +208,8 @@ class SketchedMoment:
             NonFiniteError: if the features held NaN or infinity.
         """
         check_energy(energy)
-        if basis.shape != self.basis.shape or not torch.equal(basis.detach().to(self.basis), self.basis):
+        same = basis.is_set_to(self.basis) or basis.shape == self.basis.shape and torch.equal(basis.detach().to(self.basis), self.basis)
+        if not same:
             raise ShapeError("a feature sketch only answers for the basis that it was made for")
         check_finite(self.image, "second moment of the features")
         check_finite(self.totals, "energy of the features")
@@ -221,7 +223,7 @@ class SketchedMoment:
         rank = limited(min(rank, int((squared > 0.0).sum())), limit)
         held = inside + float(squared[:rank].sum())
         return SketchedFeatureDirections(
-            new=orthonormal_beside(basis.to(directions.device), directions[:, :rank]).float().contiguous(),
+            new=orthonormal_beside(beside(basis, directions), directions[:, :rank]).float().contiguous(),
             energy_before=inside / total,
             energy_after=min(1.0, held / total),
             rank=rank,
@@ -233,7 +235,7 @@ class SketchedMoment:
 
     def _nystrom(self) -> tuple[Float[Tensor, " s"], Float[Tensor, "in s"]]:
         """Eigenvalues (descending) and eigenvectors of N, in float64."""
-        test, image = self.test.double(), residual(self.image.T, self.basis.to(self.image)).T
+        test, image = self.test.double(), residual(self.image.T, beside(self.basis, self.image)).T
         small = test.T @ image
         values, vectors = torch.linalg.eigh((small + small.T) / 2)
         certain = values > NOISE * values[-1:].clamp_min(0.0).sum()

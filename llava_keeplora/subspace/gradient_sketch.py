@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_keeplora.subspace.basis import check_basis, check_finite, residual
+from llava_keeplora.subspace.basis import beside, check_basis, check_finite, residual
 from llava_keeplora.subspace.errors import RankError, ShapeError
 from llava_keeplora.subspace.gradients import ResidualDirections, above_rounding, outside_exactly, paired, room_for
 
@@ -224,8 +224,9 @@ class GradientSketch:
         Args:
             second: the finished second pass.
         """
-        basis = self.basis.to(self.rows.device, torch.float64)
-        vectors = torch.linalg.svd(residual(second.rows.double(), basis), full_matrices=False).Vh
+        rows = second.rows.double()
+        basis = beside(self.basis, rows)
+        vectors = torch.linalg.svd(residual(rows, basis), full_matrices=False).Vh
         other = copy.copy(self)
         # Where Q^T G_hat has fewer directions than rows, the others are arbitrary: only their part outside the basis may stay.
         other._omega = residual(residual(vectors, basis), basis).float().T
@@ -253,8 +254,9 @@ class GradientSketch:
         if rank > width and width < room:
             raise RankError(f"a sketch of width {width} can't tell {rank} directions", requested=rank, available=width)
         check_finite(self.rows, "gradient")
-        basis = self.basis.to(self.rows.device, torch.float64)
-        whole, rows = self.rows.double(), residual(self.rows.double(), basis)
+        whole = self.rows.double()
+        basis = beside(self.basis, whole)
+        rows = residual(whole, basis)
         range_basis = _range_basis(self.range) if second is None else second.range_basis.double()
         seen = self._psi.double() @ range_basis
         if second is None:
@@ -357,7 +359,9 @@ def _one_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], rank: int
     gram = rows @ rows.T
     width = seen.shape[1]
     depths = [depth for depth in (rank * 2**step for step in range(32)) if depth < width] + [width]
-    judged = {depth: _cross_fitted(gram, seen[:, :depth], rank) for depth in depths}
+    # Many problems of a few dozen numbers a side: solved on the host before a GPU has started the first.
+    small, columns = gram.cpu(), seen.cpu()
+    judged = {depth: _cross_fitted(small, columns[:, :depth], rank) for depth in depths}
     depth = max(depths, key=lambda depth: float(judged[depth].plain.sum()))
     factor = torch.linalg.lstsq(seen[:, :depth], rows).solution
     missed = rows - seen[:, :depth] @ factor
@@ -407,7 +411,7 @@ def _two_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], factor: F
 
 def _leading_energy(tall: Float[Tensor, "m in"], rank: int) -> float:
     """Sum of the r largest squared singular values."""
-    return float(torch.linalg.eigvalsh(tall @ tall.T)[-rank:].clamp_min(0.0).sum())
+    return float(torch.linalg.eigvalsh((tall @ tall.T).cpu())[-rank:].clamp_min(0.0).sum())
 
 
 def _ratio(part: Float[Tensor, " l"], whole: Float[Tensor, " l"]) -> tuple[float, float]:

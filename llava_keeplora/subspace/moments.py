@@ -55,8 +55,8 @@ class SecondMoment:
         return [self._sum]
 
     def directions(self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None) -> FeatureDirections:
-        """What the features add to a basis; see `feature_directions`."""
-        return feature_directions(self.matrix, basis, energy, limit)
+        """What the features add to a basis, on any device; see `feature_directions`."""
+        return feature_directions(self.matrix, basis.to(self.matrix.device), energy, limit)
 
     def merge(self, other: "SecondMoment") -> None:
         """Add another stream's sum and count, as from another process.

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
+from llava_keeplora.adapters import AdapterInit, attach, detach
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import load_model
@@ -176,6 +177,25 @@ def test_answers_are_those_of_the_models_own_greedy_generation(family, data):
     out = family.model.generate(**given, do_sample=False, max_new_tokens=8, pad_token_id=processor.tokenizer.pad_token_id)
     expected = processor.tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert family.predictor(data.recipe, ImageCache(family.prepare, 1.0).split(data)).predict([example]) == [expected]
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_recomputing_sends_no_gradient_into_frozen_encoders(family, inputs, data, attached_first):
+    task, batch = family.task(data.recipe), inputs.collate([0, 1])
+    name = next(name for name, module in family.model.named_modules() if isinstance(module, torch.nn.Linear) and "language_model" in name)
+    wrapper = attach(family.model, {name: AdapterInit(2, 2.0)}) if attached_first else None
+    task.activation_checkpointing_enable()
+    wrapper = wrapper or attach(family.model, {name: AdapterInit(2, 2.0)})
+    asking, tower = [], family.model.model.vision_tower
+    handle = tower.register_forward_hook(lambda module, args, output: asking.append(output.last_hidden_state.requires_grad))
+    try:
+        task.train()(**batch)["loss"].backward()
+    finally:
+        handle.remove()
+        task.activation_checkpointing_disable()
+        detach(wrapper)
+        task.eval()
+    assert asking == [False]
 
 
 def test_activation_checkpointing_does_not_change_the_gradient(family, inputs, data, dense_gradients):
