@@ -3,6 +3,7 @@
     python scripts/bench_7b.py                                        # bf16, full size; needs a GPU of 40 GiB
     python scripts/bench_7b.py --quantization nf4                     # the language model in four bits; 24 GiB
     python scripts/bench_7b.py --against                              # beside them torch.linalg.svd and the dense gradient
+    python scripts/bench_7b.py --one-pass                             # A from one pass: flat spectra take six, trained weights rarely two
     python scripts/bench_7b.py --scale 0.25 --images 16 --steps 5     # a scaled-down copy, such as for a CPU
 
 The stages are the library's own passes over all linear layers of the language model, as in the published UCIT setting: rank 32
@@ -129,10 +130,15 @@ class Bench:
             fed.append(len(statistics))
             self.gradients(statistics)
 
-        ctx = TaskContext(1, "task", self.layers, gradients, lambda make: {}, seed=0, statistics_bytes=0)
+        ctx = TaskContext(1, "task", self.layers, gradients, lambda *make: {}, seed=0, statistics_bytes=0)
         ranks = {name: min(self.rank, layer.module.in_features - self.bases[name].shape[1]) for name, layer in self.layers.items()}
         found, _ = first_step_directions(ctx, ranks, self.bases, 1.0, True, PaperRules.directions, lambda layer: nullcontext())
         return found, fed
+
+    def one_pass_directions(self) -> tuple[dict[str, ResidualDirections], list[int]]:
+        """A of every layer as the first pass has it."""
+        statistics = self.one_pass()
+        return {name: PaperRules.directions(one, self.bases[name], self.rank) for name, one in statistics.items()}, [len(statistics)]
 
     def train(self, found: Mapping[str, ResidualDirections]) -> None:
         """Steps of AdamW on B, A frozen."""
@@ -166,7 +172,10 @@ class Bench:
         images = f"{self.args.images} images, {self.size.image_tokens + self.args.text} tokens each, batches of {self.args.batch}"
         self.stage("first gradient pass, sketch", self.one_pass, lambda _: images)
         told = lambda pair: f"rank {self.rank}; layers fed per pass: {', '.join(map(str, pair[1]))}"  # noqa: E731
-        found, _ = self.stage("A, all the passes it asks for", self.directions, told)
+        if self.args.one_pass:
+            found, _ = self.stage("A from one pass", self.one_pass_directions, told)
+        else:
+            found, _ = self.stage("A, all the passes it asks for", self.directions, told)
         self.stage("training", lambda: self.train(found), lambda _: f"{self.args.steps} steps of {self.args.batch}")
         self.task.activation_checkpointing_disable()
         self.model.eval()
@@ -220,6 +229,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=128, help="text tokens of an example, at most")
     parser.add_argument("--answer", type=int, default=16, help="of these, tokens to be learned")
     parser.add_argument("--statistics-gb", type=float, default=4.0, help="for the features, in 10^9 bytes, as a run's memory.statistics_gb")
+    parser.add_argument("--one-pass", action="store_true", help="take A from the first pass, however good it is")
     parser.add_argument("--against", action="store_true", help="measure the plain ways too")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; its own choice by default")
     args = parser.parse_args()

@@ -53,6 +53,8 @@ def gradient_pass(
         for batch, counts in batches:
             loss = task(**batch)["loss"]
             (loss * (task.weight(batch) / total if counts else 0.0)).backward()
+            # With it goes the graph, in which 8-bit layers keep their inputs beyond the backward pass.
+            del loss
     _reduce(statistics.values())
 
 

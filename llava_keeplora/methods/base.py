@@ -84,8 +84,8 @@ class TaskContext:
         layers: name → adapted layer.
         gradients: runs the gradient pass over a share of the data into a statistic per layer: `gradients(fraction, statistics)`.
         batches: one pass over this process's share of the task's training data, in order, as the model on the task takes it.
-        features: runs the feature pass: `features(make)` → layer name → statistic, where `make` is given the names of the layers,
-            grouped by the tensor that they read.
+        features: runs the feature pass: `features(make, fraction)` → layer name → statistic, where `make` is given the names of the
+            layers, grouped by the tensor that they read; over all the data without a fraction.
         seed: of this task and stage, the same in every process.
         statistics_bytes: device memory for the statistics of one pass.
         model: the model, as it is in this stage.
@@ -102,7 +102,7 @@ class TaskContext:
     name: str
     layers: dict[str, Layer]
     gradients: Callable[[float, Mapping[str, Any]], None]
-    features: Callable[[Callable[[list[list[str]]], Mapping[str, Any]]], Mapping[str, Any]]
+    features: Callable[..., Mapping[str, Any]]
     seed: int
     statistics_bytes: int
     batches: Callable[[], Iterator[dict[str, Tensor]]] = tuple

@@ -67,6 +67,7 @@ class KeepLora(Method):
             gradient: how the first-step gradient is held: `sketch`, in a small multiple of r numbers per input and output, or `dense`,
                 whole (the reference; small layers are dense anyhow); None takes the preset's.
             gradient_fraction: share of the task's data for the first-step gradient, evenly spaced.
+            feature_fraction: share of it for the features that M_t is taken from, evenly spaced.
         """
 
         preset: str = "paper"
@@ -76,14 +77,16 @@ class KeepLora(Method):
         protect_features: bool = True
         gradient: str | None = None
         gradient_fraction: float = 1.0
+        feature_fraction: float = 1.0
 
         def __post_init__(self) -> None:
             for name, valid in CHOICES.items():
                 value = getattr(self, name)
                 if value not in valid and not (name in ("form", "gradient") and value is None):
                     raise MethodError(f"{name} is '{value}'", nearest(str(value), valid))
-            if not 0.0 < self.gradient_fraction <= 1.0:
-                raise MethodError(f"gradient_fraction is {self.gradient_fraction}, but a share of the data lies in (0, 1]", "set it to 1.0")
+            for name in ("gradient_fraction", "feature_fraction"):
+                if not 0.0 < getattr(self, name) <= 1.0:
+                    raise MethodError(f"{name} is {getattr(self, name)}, but a share of the data lies in (0, 1]", "set it to 1.0")
             if self.gradient == "sketch" and RULES[self.preset].gradient == "dense":
                 raise MethodError(f"the preset '{self.preset}' takes the gradient whole, as the released code does", "remove `gradient: sketch`")
 
@@ -138,7 +141,7 @@ class KeepLora(Method):
             except ShapeError as error:
                 raise MethodError(f"the features of task '{ctx.name}' don't fit into memory.statistics_gb ({error})", "raise memory.statistics_gb") from error
 
-        return ctx.features(statistics)
+        return ctx.features(statistics, self.options.feature_fraction)
 
     def _energies(self, ctx: TaskContext) -> dict[str, float]:
         """Part → ε_w, chosen where it is `auto`."""
@@ -192,7 +195,7 @@ class KeepLora(Method):
         read(evidence)
         again = {name: evidence[name].refined() for name, one in found.items() if not getattr(one, "reached", True)}
         if again:
-            read(ctx.features(lambda groups: again))
+            read(ctx.features(lambda groups: again, self.options.feature_fraction))
         report = ctx.report.setdefault("feature_energy", {})
         for name, one in found.items():
             report[name] = {"before": one.energy_before, "after": one.energy_after, "new": one.rank}

@@ -70,10 +70,14 @@ class _ThroughQuantised(torch.autograd.Function):
             dense = x.new_empty(ctx.shape)
             with torch.autocast(x.device.type, enabled=False):
                 return nn.functional.linear(x, dense, bias)
-        # bitsandbytes keeps the input as it came, and makes a half-precision and an 8-bit copy of it for the product.
+        # bitsandbytes keeps the input as it came, and makes a half-precision and an 8-bit copy of it for the product, which its
+        # kernels for any CPU form in fp32, whole numbers next, and scale; those for GPUs and newer CPUs make less of it.
         ctx.kept = x
         half, codes = x.to(torch.float16), torch.empty_like(x, dtype=torch.int8)
-        return x.new_empty(*x.shape[:-1], width)
+        with torch.autocast(x.device.type, enabled=False):
+            product = (codes.float() @ weight.float().t()).to(torch.int32)
+            scales = torch.empty(*x.shape[:-1], 1, device=x.device) * torch.empty(width, device=x.device)
+            return (product * scales * 1.0).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -503,8 +503,8 @@ class LabelRun:
         with self.shared.zero.engaged(task), autocast(self.config.training, self.shared.device.type), task.recomputing(self.config.training):
             gradient_pass(task, self._adapted(), batches, total, statistics)
 
-    def _features(self, index: int, statistics: Callable[[list[list[str]]], Mapping[str, Any]]) -> Mapping[str, Any]:
-        batches, _ = self._batches(index, 1.0, 1)
+    def _features(self, index: int, statistics: Callable[[list[list[str]]], Mapping[str, Any]], fraction: float = 1.0) -> Mapping[str, Any]:
+        batches, _ = self._batches(index, fraction, 1)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
         with self.shared.zero.engaged(task), autocast(self.config.training, self.shared.device.type):
             return feature_pass(task, self._adapted(), {n: layer.part for n, layer in self.layers.items()}, batches, statistics)

@@ -162,6 +162,7 @@ def test_a_value_that_cannot_be_is_named_with_its_place(changes, words):
         ({"keeplora": {"preset": "papr"}}, "methods.keeplora.preset is 'papr'; did you mean 'paper'"),
         ({"keeplora": {"form": "x"}}, "methods.keeplora.form is 'x'"),
         ({"keeplora": {"gradient_fraction": 0}}, "methods.keeplora.gradient_fraction is 0.0"),
+        ({"keeplora": {"feature_fraction": 1.5}}, "methods.keeplora.feature_fraction is 1.5"),
         ({"keeplora": {"protect_weights": 1}}, "methods.keeplora.protect_weights is 1, but it takes bool"),
         ({"keeplora": {"parts": {"txt": {}}}}, "methods.keeplora.parts names 'txt', which the run does not adapt; valid names are vision"),
         ({"keeplora": {"training": {"seed": 1}}}, "methods.keeplora.training.seed belongs to the driver"),

@@ -102,7 +102,7 @@ def layer_context(weight_shape=(6, 10), rank=3, gradient=None, energy_weight=0.5
         if gradient is not None:
             statistics["layer"].add(torch.eye(weight_shape[1]), gradient.T)
 
-    def features(make):
+    def features(make, fraction):
         made = make([["layer"]])
         made["layer"].add(torch.randn(50, weight_shape[1]), None)
         return made

@@ -1,0 +1,42 @@
+"""How much of a task's data the two passes of KeepLoRA read."""
+
+import pytest
+
+from llava_keeplora.sequence import label_run
+
+IMAGES = 24
+
+
+@pytest.fixture
+def read(monkeypatch, run_config, drive, tiny_tasks, tmp_path):
+    """Function (**options) → images read by the gradient pass and by the feature pass of one task."""
+    counts = {"gradient_pass": 0, "feature_pass": 0}
+
+    def counting(name):
+        inner = getattr(label_run, name)
+
+        def outer(task, layers, *arguments):
+            arguments = list(arguments)
+            place = next(i for i, one in enumerate(arguments) if hasattr(one, "__next__"))
+            batches = list(arguments[place])
+            counts[name] += sum(len(batch["labels"]) for batch, counted in batches if counted)
+            arguments[place] = iter(batches)
+            return inner(task, layers, *arguments)
+
+        return outer
+
+    def run(**options):
+        for name in counts:
+            monkeypatch.setattr(label_run, name, counting(name))
+        drive(run_config(tmp_path / "run", tasks=[str(tiny_tasks[0])], methods={"keeplora": options}))
+        return counts["gradient_pass"], counts["feature_pass"]
+
+    return run
+
+
+def test_all_of_it_unless_the_user_says_otherwise(read):
+    assert read() == (IMAGES, IMAGES)
+
+
+def test_the_shares_that_the_user_asks_for(read):
+    assert read(gradient_fraction=0.5, feature_fraction=0.25) == (IMAGES // 2, IMAGES // 4)
