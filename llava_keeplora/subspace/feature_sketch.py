@@ -65,11 +65,11 @@ class _RowSample:
         self.seen, self.stride = 0, 1
 
     def add(self, rows: Float[Tensor, "n in"]) -> None:
-        # Thinned before they leave the device.
+        # Thinned before they leave the device; copied, so that none keeps the batch that it is a part of.
         while -(-(self.seen + len(rows)) // self.stride) > 2 * SAMPLE:
             self.rows = [torch.cat(self.rows)[::2].clone()] if self.rows else []
             self.stride *= 2
-        self.rows.append(rows[-self.seen % self.stride :: self.stride].cpu())
+        self.rows.append(rows[-self.seen % self.stride :: self.stride].to("cpu", copy=True))
         self.seen += len(rows)
 
     def take(self) -> Float[Tensor, "n in"]:

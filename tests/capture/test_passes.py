@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -83,6 +86,42 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_gradient(task, layers, batc
     captured = dense_gradients(model, {**layers, "stray": model.stray}, batches, 12)
 
     assert "stray" not in captured
+
+
+class _Keeping(torch.autograd.Function):
+    """Keeps its input on the node itself, as bitsandbytes' 8-bit product does, and so beyond the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_a_batchs_graph_is_gone_before_the_next_batch():
+    class Task(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen, self.alive = nn.Linear(3, 2), [], []
+
+        def forward(self, x):
+            self.alive.append([one() is not None for one in self.seen])
+            kept = self.layer(x)
+            self.seen.append(weakref.ref(kept))
+            return {"loss": _Keeping.apply(kept).sum()}
+
+        def constants(self):
+            return nullcontext()
+
+        def weight(self, batch):
+            return len(batch["x"])
+
+    task = Task()
+    gradient_pass(task, {"layer": task.layer}, [({"x": torch.randn(4, 3)}, True)] * 3, 12, {"layer": DenseGradient(2, 3)})
+    assert task.alive == [[], [False], [False, False]]
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])

@@ -144,6 +144,16 @@ def test_a_second_pass_over_few_features_stays_outside_the_basis(sub, random_bas
     assert found.rank == 3 and found.missed < 1e-4 and held(x, basis, found.new) > 0.999
 
 
+def test_the_sampled_rows_keep_no_batch_alive(sub, random_basis):
+    x = torch.randn(5000, 40)
+    sketch = sub.SketchedMoment(40, 8, random_basis(40, 5))
+    for piece in (x[:10], x[10:4000], x[4000:]):
+        sketch.add(piece)
+    held = sum(rows.untyped_storage().nbytes() for rows in sketch._sample.rows)
+    assert held <= 2 * 512 * 40 * 4
+    assert torch.equal(torch.cat(sketch._sample.rows), x[:: sketch._sample.stride]) and sketch._sample.stride == 8
+
+
 def test_the_most_exact_statistic_that_fits_is_chosen(sub, random_basis):
     double = sub.choose_statistic(100, 80_000)
     single = sub.choose_statistic(100, 79_999)
