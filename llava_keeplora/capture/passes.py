@@ -129,20 +129,20 @@ def _reduce(statistics: Iterable[GradientStatistic | FeatureStatistic]) -> None:
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, which must come along; nothing where there is one."""
-    if is_distributed():
+    if _is_distributed():
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
 def from_all(value: Any) -> list[Any]:
     """Every process's value by rank, in every process; all must come along."""
-    if not is_distributed():
+    if not _is_distributed():
         return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def is_distributed() -> bool:
+def _is_distributed() -> bool:
     """Whether several processes take part."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

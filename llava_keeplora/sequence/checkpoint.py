@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_keeplora.capture import from_all, is_distributed
+from llava_keeplora.capture import from_all
 from llava_keeplora.files import file_hash, write_json, write_tensors
+from llava_keeplora.sequence.processes import process_count, process_rank
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class StepCheckpoint:
             state: what all processes have in common; the first one's counts.
             share: tensors of this process alone; given by all or by none.
         """
-        first, name = _rank() == 0, f"training-{step}.safetensors"
-        files = {_share_name(step, _rank()): write_tensors(self.folder / _share_name(step, _rank()), share)} if share is not None else {}
+        first, name = process_rank() == 0, f"training-{step}.safetensors"
+        files = {_share_name(step, process_rank()): write_tensors(self.folder / _share_name(step, process_rank()), share)} if share is not None else {}
         shares = {file: digest for own in from_all(files) for file, digest in own.items()}
         if first:
             shares[name] = write_tensors(self.folder / name, state.tensors)
@@ -80,12 +80,12 @@ class StepCheckpoint:
             hashes = {Path(name).name: digest for name, digest in told["sha256"].items()}
             names, shares = [Path(told["tensors"]).name], len(hashes) - 1
             if shares:
-                names.append(_share_name(int(names[0].removeprefix("training-").removesuffix(".safetensors")), _rank()))
-            whole = all(file_hash(self.folder / name) == hashes[name] for name in names) and shares in (0, _world())
+                names.append(_share_name(int(names[0].removeprefix("training-").removesuffix(".safetensors")), process_rank()))
+            whole = all(file_hash(self.folder / name) == hashes[name] for name in names) and shares in (0, process_count())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             whole = False
         if not all(from_all(whole)):
-            if _rank() == 0:
+            if process_rank() == 0:
                 logger.warning("%s and its tensors are not what was written, or by another number of processes; the task's training begins again", self.path)
             return None
         return TrainingState({key: value for name in names for key, value in load_file(self.folder / name).items()}, told["values"])
@@ -103,14 +103,6 @@ class StepCheckpoint:
 
 def _share_name(step: int, rank: int) -> str:
     return f"training-{step}-{rank}.safetensors"
-
-
-def _rank() -> int:
-    return dist.get_rank() if is_distributed() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if is_distributed() else 1
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> TrainingState:

@@ -56,9 +56,19 @@ def processes(config: RunConfig) -> Iterator[bool]:
         dist.destroy_process_group()
 
 
+def process_rank() -> int:
+    """This process's number in its group; 0 where there is none."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count() -> int:
+    """How many processes the group has; 1 where there is none."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def is_first_process() -> bool:
     """Whether this process writes and reports."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return process_rank() == 0
 
 
 @contextmanager
@@ -68,10 +78,10 @@ def first_process_first() -> Iterator[None]:
     Raises:
         SystemExit: in the other processes, with code 2, if the first one failed.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if process_count() == 1:
         yield
         return
-    if dist.get_rank() == 0:
+    if is_first_process():
         passed = [False]
         try:
             yield
