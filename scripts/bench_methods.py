@@ -18,6 +18,8 @@ from llava_keeplora.methods import METHODS
 from llava_keeplora.sequence import run
 
 PLAIN = "seq-lora"
+#: Whichever method comes first opens the pictures for all of them.
+FIRST = ("opens-the-pictures", "{method: seq-lora}")
 #: KeepLoRA with its two passes over a part of the data, as its label.
 IN_PART = ("keeplora-in-part", "{method: keeplora, gradient_fraction: 0.1, feature_fraction: 0.25}")
 STAGES = ("PREPARED", "TRAINED", "CONSOLIDATED")
@@ -33,7 +35,7 @@ def compare_methods(repeats: int, quick: bool, data_root: str | None) -> Iterato
     """
     labels = [name for name, method in METHODS.items() if method.learns and "clip" in method.record.families]
     changes = ["sequence=null", f"tasks=[{'trashnet' if data_root else 'digits'}]", "training.num_train_epochs=1"] + quick * ["training.max_steps=2"]
-    methods = {**dict.fromkeys(labels, "{}"), IN_PART[0]: IN_PART[1]}
+    methods = dict([FIRST, *((label, "{}") for label in labels), IN_PART])
     changes += [f"methods={{{', '.join(f'{name}: {own}' for name, own in methods.items())}}}"] + [f"data.root={data_root}"] * bool(data_root)
     seconds, bytes_ = defaultdict(list), defaultdict(list)
     for turn in range(1 if quick else repeats + 1):
@@ -46,7 +48,7 @@ def compare_methods(repeats: int, quick: bool, data_root: str | None) -> Iterato
                     bytes_[label].append(max(entry.info["peak_bytes"] for entry in work))
     medians, peaks = ({label: statistics.median(values) for label, values in found.items()} for found in (seconds, bytes_))
     for label in methods:
-        if label != PLAIN:
+        if label not in (PLAIN, FIRST[0]):
             shares = ", a tenth of the data for the gradient and a quarter for the features" if label == IN_PART[0] else ""
             note = f"one task, one epoch{shares}; peak {peaks[label] / 1e6:.0f} MB of the process, {PLAIN} {peaks[PLAIN] / 1e6:.0f}"
             yield f"{label} / {PLAIN}", medians[PLAIN], medians[label], note
