@@ -130,7 +130,7 @@ class Bench:
             fed.append(len(statistics))
             self.gradients(statistics)
 
-        ctx = TaskContext(1, "task", self.layers, gradients, lambda *make: {}, seed=0, statistics_bytes=0)
+        ctx = TaskContext(1, "task", self.layers, gradients, lambda *_: {}, seed=0, statistics_bytes=0)
         ranks = {name: min(self.rank, layer.module.in_features - self.bases[name].shape[1]) for name, layer in self.layers.items()}
         found, _ = first_step_directions(ctx, ranks, self.bases, 1.0, True, PaperRules.directions, lambda layer: nullcontext())
         return found, fed

@@ -198,7 +198,7 @@ class Embedded:
     def directions(self, sketched: bool) -> dict[str, ResidualDirections]:
         """A of every layer, by as many passes as it takes; sketches even where the gradient itself would be smaller."""
         gradients = lambda fraction, given: gradient_pass(self.task, self.modules, self.batches, self.total, given)  # noqa: E731
-        ctx = TaskContext(1, "task", self.layers, gradients, lambda *make: {}, seed=0, statistics_bytes=0)
+        ctx = TaskContext(1, "task", self.layers, gradients, lambda *_: {}, seed=0, statistics_bytes=0)
         with mock.patch.object(gradient_sketch, "WORTH", math.inf):
             return first_step_directions(ctx, self.ranks, self.bases, 1.0, sketched, PaperRules.directions, lambda layer: nullcontext())[0]
 

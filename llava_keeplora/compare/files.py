@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from llava_keeplora.compare.outcome import Outcome
-from llava_keeplora.compare.table import CHOSEN_BY, Table, dotted
+from llava_keeplora.compare.table import CHOSEN_BY, Order, Table, dotted
 from llava_keeplora.report.document import LEGEND, SPREAD, Picture, html_figure, html_page, html_rows, html_table
 from llava_keeplora.report.needs import NEEDS_COLUMNS, needs_rows
 from llava_keeplora.report.page import write_report
@@ -41,7 +41,7 @@ def write_table(table: Table, outcome: Outcome, pictures: Mapping[str, Picture] 
     """
     title, sections, out = f"Table {table.output_dir.resolve().name}", sections_of(table, outcome), table.output_dir
     for order, results in outcome.results.items():
-        write_report(out / order, f"{title}, order {order}", results, {**table.run, "methods": outcome.settings})
+        write_report(out / order, f"{title}, order {order}", results, {**table.order(order).changed(table.run), "methods": outcome.settings})
     texts = {
         "table.md": f"# {title}\n\n" + "\n".join(f"## {one.title}\n\n{one.text}\n\n{markdown_table(one.header, one.rows)}" for one in sections),
         "table.tex": "% Needs \\usepackage{booktabs}.\n" + "\n".join(f"% {one.title}: {one.text}\n{latex_table(one.header, one.rows)}\n" for one in sections),
@@ -74,7 +74,7 @@ def _settings_section(table: Table, outcome: Outcome) -> Section:
         return Section("Settings", "The methods ran with these settings.", ["method", "settings"], [[label, _told(own)] for label, own in table.methods.items()])
     tuning, budget = table.tuning, max((len(settings) for settings in table.tuning.settings.values()), default=0)
     text = (
-        f"Settings tried for each method: {budget}, on order {table.tuning_order.name} with seed {tuning.seed}, scored on {100 * tuning.holdout:g} % of the "
+        f"Settings tried for each method: {budget}, on order {_order_told(table.tuning_order)} with seed {tuning.seed}, scored on {100 * tuning.holdout:g} % of the "
         f"training data, which the method did not train on, never on test. Chosen: the largest {' + '.join(tuning.metrics)}."
     )
     rows = [[f"{one.label}: {_told(one.settings)}", *(shown(one.metrics[name]) for name in CHOSEN_BY), "yes" if one.chosen else ""] for one in outcome.tried]
@@ -84,6 +84,13 @@ def _settings_section(table: Table, outcome: Outcome) -> Section:
             what = "taken as it is, none tried" if label in outcome.settings else "not chosen yet"
             rows.append([f"{label}: {what}", *[MISSING] * len(CHOSEN_BY), ""])
     return Section("Settings", text, ["method: setting", *CHOSEN_BY, "chosen"], rows)
+
+
+def _order_told(order: Order) -> str:
+    """Its name; where it has no part of the table, also its tasks and their epochs."""
+    tasks = order.tasks.get("tasks") or [order.tasks["sequence"]]
+    epochs = f", {', '.join(map(str, order.epochs))} epochs" if order.epochs else ""
+    return order.name if order.seeds else f"{order.name} ({', '.join(tasks)}{epochs})"
 
 
 def _told(settings: Mapping) -> str:

@@ -93,10 +93,8 @@ def make_job(table: Table, folder: str, order: Order, seed: int, label: str, set
         sections: what this run has beside what all have.
     """
     place = table.output_dir / folder
-    own = {"output_dir": str(place), "seed": seed, "methods": {label: dict(settings)}, **order.tasks, **sections}
-    if order.epochs:
-        own["training"] = {"num_train_epochs": list(order.epochs)}
-    return Job(label, place, merged({"base_cache": str(table.output_dir / CACHE), **table.run}, own))
+    own = {"output_dir": str(place), "seed": seed, "methods": {label: dict(settings)}, **sections}
+    return Job(label, place, merged({"base_cache": str(table.output_dir / CACHE), **order.changed(table.run)}, own))
 
 
 def table_jobs(table: Table, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Job]]:

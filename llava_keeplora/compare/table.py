@@ -38,6 +38,11 @@ class Order:
     seeds: tuple[int, ...]
     epochs: tuple[float, ...] = ()
 
+    def changed(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """A run's configuration with this order's tasks and epochs."""
+        training = {"training": {"num_train_epochs": list(self.epochs)}} if self.epochs else {}
+        return merged(run, {**self.tasks, **training})
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -89,6 +94,10 @@ class Table:
     orders: tuple[Order, ...]
     tuning: Tuning | None = None
 
+    def order(self, name: str) -> Order:
+        """One of the orders by its name."""
+        return next(order for order in self.orders if order.name == name)
+
     @property
     def tuning_order(self) -> Order:
         """The order on which settings are tried."""
@@ -132,6 +141,9 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
     table = Table(Path(tree.pop("output_dir", RunConfig.output_dir)), tree, labels, orders)
     table = dataclasses.replace(table, tuning=_parse_tuning(as_mapping(tuning, "tuning"), table)) if tuning else table
     _check_epochs(table)
+    for order in table.orders:
+        if not order.seeds and not (table.tuning and order == table.tuning_order):
+            raise ConfigError(f"orders.{order.name} has no seeds, and no settings are tried on it", "give it a seed, or name it in tuning.order")
     return table
 
 
@@ -161,8 +173,6 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
         # A run has either key; a table may name a sequence or list the tasks under one.
         tasks = {"sequence" if isinstance(named[0], str) else "tasks": named[0]}
         orders.append(Order(name, tasks, own, tuple(epochs)))
-    if not any(order.seeds for order in orders):
-        raise ConfigError("no order of the table has seeds", "give at least one order a seed")
     return tuple(orders)
 
 
@@ -193,9 +203,12 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
 
 def _check_epochs(table: Table) -> None:
     """A list of epochs, one per task, belongs to one order of them."""
+    tried = [one for settings in (table.tuning.settings.values() if table.tuning else ()) for one in settings]
+    for order in table.orders:
+        if order.epochs and any("num_train_epochs" in as_mapping(tree.get("training"), "training") for tree in (*table.methods.values(), *tried)):
+            raise ConfigError(f"a method has training.num_train_epochs, and orders.{order.name}.epochs sets them for all methods", "leave out one of them")
     if all(order.epochs for order in table.orders):
         return
-    tried = [one for settings in (table.tuning.settings.values() if table.tuning else ()) for one in settings]
     for tree in (table.run, *table.methods.values(), *tried):
         if len(table.orders) > 1 and isinstance(as_mapping(tree.get("training"), "training").get("num_train_epochs"), list):
             raise ConfigError(

@@ -87,6 +87,8 @@ class KeepLora(Method):
             for name in ("gradient_fraction", "feature_fraction"):
                 if not 0.0 < getattr(self, name) <= 1.0:
                     raise MethodError(f"{name} is {getattr(self, name)}, but a share of the data lies in (0, 1]", "set it to 1.0")
+            if self.feature_fraction < 1.0 and RULES[self.preset].evidence == "gradient":
+                raise MethodError(f"feature_fraction is {self.feature_fraction}, and the preset '{self.preset}' reads gradients instead of features", "set gradient_fraction")
             if self.gradient == "sketch" and RULES[self.preset].gradient == "dense":
                 raise MethodError(f"the preset '{self.preset}' takes the gradient whole, as the released code does", "remove `gradient: sketch`")
 

@@ -154,6 +154,12 @@ class LabelRun:
 
     def _check_training(self) -> None:
         """Let transformers refuse its arguments now rather than after the zero-shot row."""
+        for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if (self.config.training.get(key) or {}).get("use_reentrant"):
+                raise ConfigError(
+                    f"training.{key}.use_reentrant is true, and that form sends no gradient through a block whose input needs none, such as a frozen "
+                    "model's first", "leave it out",
+                )
         for index in range(1, self.count + 1):
             try:
                 arguments = self._training_arguments(index)

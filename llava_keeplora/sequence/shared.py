@@ -52,7 +52,7 @@ class Shared:
                 self.references[label] = read_reference(label, *wanted, config.data, family, self.cache)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.zero = Zero(config.deepspeed())
-        self.distributed = dist.is_initialized()
+        self.distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = process_rank(), process_count()
         common = {"model": dataclasses.asdict(config.model), "versions": installed_versions(), "device": self.device.type}
         self.base_cache = BaseCache(config.base_cache, common)

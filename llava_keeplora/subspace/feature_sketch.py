@@ -69,11 +69,12 @@ class _RowSample:
         while -(-(self.seen + len(rows)) // self.stride) > 2 * SAMPLE:
             self.rows = [torch.cat(self.rows)[::2].clone()] if self.rows else []
             self.stride *= 2
-        self.rows.append(rows[-self.seen % self.stride :: self.stride].to("cpu", copy=True))
+        if len(picked := rows[-self.seen % self.stride :: self.stride]):
+            self.rows.append(picked.to("cpu", copy=True))
         self.seen += len(rows)
 
     def take(self) -> Float[Tensor, "n in"]:
-        """The rows, which are forgotten here."""
+        """The rows, at least one, which are forgotten here."""
         rows = torch.cat(self.rows)
         self.__init__()
         return rows
@@ -216,7 +217,7 @@ class SketchedMoment:
         total, (share, error) = float(self.totals[1]), self.inside
         inside = share * total
         if total <= 0.0 or energy_rank(torch.ones(1), energy, total=total, captured=inside) == 0:
-            return SketchedFeatureDirections(basis.new_zeros(self.dim, 0, dtype=torch.float32), share, share, 0, 0.0, error, 0, True)
+            return SketchedFeatureDirections(self.image.new_zeros(self.dim, 0, dtype=torch.float32), share, share, 0, 0.0, error, 0, True)
         squared, directions = self._nystrom()
         missed = max(0.0, total - inside - float(squared.sum()))
         rank = energy_rank(squared, energy, total=total, captured=inside)

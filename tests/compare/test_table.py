@@ -63,7 +63,11 @@ def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_o
         ({"orders": {"tuning": "demo"}}, "orders has the name 'tuning', which cannot be a folder of the table; use letters, digits, '-', '_', '.' and '+'."),
         ({"orders": {"I": {"task": ["digits"]}}}, "unknown key 'orders.I.task'; did you mean 'tasks'."),
         ({"orders": {"I": {"seeds": [1]}}}, "orders.I is {'seeds': [1]}, which is no order of tasks; name a sequence, or list the tasks."),
-        ({"orders": {"I": {"tasks": "demo", "seeds": []}}}, "no order of the table has seeds; give at least one order a seed."),
+        ({"orders": {"I": {"tasks": "demo", "seeds": []}}}, "orders.I has no seeds, and no settings are tried on it; give it a seed, or name it in tuning.order."),
+        (
+            {"orders": {"I": {"tasks": ["digits"], "epochs": [2]}}, "methods": {"seq-lora": {"training": {"num_train_epochs": 3}}}},
+            "a method has training.num_train_epochs, and orders.I.epochs sets them for all methods; leave out one of them.",
+        ),
         (
             {"orders": {"I": {"tasks": "demo", "epochs": 2}}},
             "orders.I.epochs is 2, but it takes a positive number for each task; write, for instance, [1, 3, 0.5].",

@@ -163,6 +163,7 @@ def test_a_value_that_cannot_be_is_named_with_its_place(changes, words):
         ({"keeplora": {"form": "x"}}, "methods.keeplora.form is 'x'"),
         ({"keeplora": {"gradient_fraction": 0}}, "methods.keeplora.gradient_fraction is 0.0"),
         ({"keeplora": {"feature_fraction": 1.5}}, "methods.keeplora.feature_fraction is 1.5"),
+        ({"keeplora": {"feature_fraction": 0.5, "preset": "released-llava"}}, "methods.keeplora.feature_fraction is 0.5, and the preset 'released-llava' reads gradients"),
         ({"keeplora": {"protect_weights": 1}}, "methods.keeplora.protect_weights is 1, but it takes bool"),
         ({"keeplora": {"parts": {"txt": {}}}}, "methods.keeplora.parts names 'txt', which the run does not adapt; valid names are vision"),
         ({"keeplora": {"training": {"seed": 1}}}, "methods.keeplora.training.seed belongs to the driver"),

@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ MEASURED = ("load", "basis", "gradient", "train", "features", "evaluate")
 # What is measured on a GPU is its memory, and an export's is the host's. Its libraries' work space is some 32 MB, so models are larger there.
 GPU = torch.cuda.is_available()
 EXPORT, WIDER = ((), 2) if GPU else (("export",), 1)
+SCRIPT = Path(__file__).parents[2] / "scripts/train_seq.py"
 PART = {"rank": 8, "alpha": 8, "energy_weight": 0.5, "energy_feature": 0.95}
 
 
@@ -96,7 +98,7 @@ def test_zero_takes_what_was_planned_on_a_gpu(llava_tree, tiny_llava, mixed_task
     tree["model"] = {"name_or_path": str(large), "dtype": "bfloat16"}
     tree["training"] = {**tree["training"], "use_cpu": False, "bf16": True, "deepspeed": str(tmp_path / "zero.json")}
     (tmp_path / "run.json").write_text(json.dumps(tree))
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "scripts/train_seq.py", "--config", str(tmp_path / "run.json")]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(SCRIPT), "--config", str(tmp_path / "run.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     planned = {stage.stage: stage.device for stage in make_plan(parse_config(tree), 1).methods[0].stages}

@@ -166,6 +166,7 @@ def test_dropped_images_are_recorded_where_the_results_are(run_config, own_tasks
         ({"parts": None}, "the run adapts no part of the model; name at least one of vision, text under `parts`"),
         ({"model": {"dtype": "float8"}}, "model.dtype is 'float8'"),
         ({"model": {"name_or_path": "nowhere/at-all"}}, "the model 'nowhere/at-all' cannot be loaded"),
+        ({"training": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}}, "training.gradient_checkpointing_kwargs.use_reentrant is true, and that form sends no"),
         ({"training": {"lr_scheduler_type": "zigzag"}}, "transformers refuses the training arguments of 'keeplora' (zigzag is not a valid SchedulerType"),
     ],
 )
