@@ -135,10 +135,9 @@ class Bench:
         found, _ = first_step_directions(ctx, ranks, self.bases, 1.0, True, PaperRules.directions, lambda layer: nullcontext())
         return found, fed
 
-    def one_pass_directions(self) -> tuple[dict[str, ResidualDirections], list[int]]:
-        """A of every layer as the first pass has it."""
-        statistics = self.one_pass()
-        return {name: PaperRules.directions(one, self.bases[name], self.rank) for name, one in statistics.items()}, [len(statistics)]
+    def one_pass_directions(self, statistics: dict[str, object]) -> dict[str, ResidualDirections]:
+        """A of every layer as the first pass has it, whose sums are let go."""
+        return {name: PaperRules.directions(statistics.pop(name), self.bases[name], self.rank) for name in list(statistics)}
 
     def train(self, found: Mapping[str, ResidualDirections]) -> None:
         """Steps of AdamW on B, A frozen."""
@@ -170,11 +169,12 @@ class Bench:
         self.model.train()
         self.task.activation_checkpointing_enable()
         images = f"{self.args.images} images, {self.size.image_tokens + self.args.text} tokens each, batches of {self.args.batch}"
-        self.stage("first gradient pass, sketch", self.one_pass, lambda _: images)
+        first = self.stage("first gradient pass, sketch", self.one_pass, lambda _: images)
         told = lambda pair: f"rank {self.rank}; layers fed per pass: {', '.join(map(str, pair[1]))}"  # noqa: E731
         if self.args.one_pass:
-            found, _ = self.stage("A from one pass", self.one_pass_directions, told)
+            found = self.stage("A from that pass", lambda: self.one_pass_directions(first), lambda _: f"rank {self.rank}")
         else:
+            first.clear()
             found, _ = self.stage("A, all the passes it asks for", self.directions, told)
         self.stage("training", lambda: self.train(found), lambda _: f"{self.args.steps} steps of {self.args.batch}")
         self.task.activation_checkpointing_disable()

@@ -88,9 +88,11 @@ def _settings_section(table: Table, outcome: Outcome) -> Section:
 
 def _order_told(order: Order) -> str:
     """Its name; where it has no part of the table, also its tasks and their epochs."""
+    if order.seeds:
+        return order.name
     tasks = order.tasks.get("tasks") or [order.tasks["sequence"]]
     epochs = f", {', '.join(map(str, order.epochs))} epochs" if order.epochs else ""
-    return order.name if order.seeds else f"{order.name} ({', '.join(tasks)}{epochs})"
+    return f"{order.name} ({', '.join(tasks)}{epochs})"
 
 
 def _told(settings: Mapping) -> str:

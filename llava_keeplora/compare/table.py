@@ -101,7 +101,7 @@ class Table:
     @property
     def tuning_order(self) -> Order:
         """The order on which settings are tried."""
-        return next((order for order in self.orders if order.name == self.tuning.order), self.orders[0])
+        return self.order(self.tuning.order) if self.tuning.order else self.orders[0]
 
 
 def load_table(name_or_path: str, overrides: Sequence[str] = (), data_root: str | None = None, output_dir: str | None = None) -> Table:

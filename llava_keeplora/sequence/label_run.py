@@ -154,12 +154,6 @@ class LabelRun:
 
     def _check_training(self) -> None:
         """Let transformers refuse its arguments now rather than after the zero-shot row."""
-        for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            if (self.config.training.get(key) or {}).get("use_reentrant"):
-                raise ConfigError(
-                    f"training.{key}.use_reentrant is true, and that form sends no gradient through a block whose input needs none, such as a frozen "
-                    "model's first", "leave it out",
-                )
         for index in range(1, self.count + 1):
             try:
                 arguments = self._training_arguments(index)
@@ -167,6 +161,12 @@ class LabelRun:
                 why = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ConfigError(f"transformers refuses the training arguments of '{self.config.label}' ({why})", "mend `training`") from error
             check_reporters(arguments)
+            if (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+                key = next(key for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if self.config.training.get(key))
+                raise ConfigError(
+                    f"training.{key}.use_reentrant is true, and that form sends no gradient through a block whose input needs none, such as a frozen "
+                    "model's first", "leave it out",
+                )
             mismatches = arguments.hf_deepspeed_config.mismatches if arguments.deepspeed else []
             if mismatches:
                 told = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " against training.") for line in mismatches)

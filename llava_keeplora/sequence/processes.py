@@ -58,15 +58,16 @@ def processes(config: RunConfig) -> Iterator[bool]:
 
 def process_rank() -> int:
     """This process's number in its group; 0 where there is none."""
-    return dist.get_rank() if _has_group() else 0
+    return dist.get_rank() if has_group() else 0
 
 
 def process_count() -> int:
     """How many processes the group has; 1 where there is none."""
-    return dist.get_world_size() if _has_group() else 1
+    return dist.get_world_size() if has_group() else 1
 
 
-def _has_group() -> bool:
+def has_group() -> bool:
+    """Whether this process is in a group, be it of one."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -19,7 +19,7 @@ from llava_keeplora.methods import METHODS, Method, Reference
 from llava_keeplora.models import DTYPES, Family, Inputs, load_model
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache, Task
-from llava_keeplora.sequence.processes import process_count, process_rank
+from llava_keeplora.sequence.processes import has_group, process_count, process_rank
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.reference import read_reference
 from llava_keeplora.sequence.workspace import Workspace
@@ -52,7 +52,7 @@ class Shared:
                 self.references[label] = read_reference(label, *wanted, config.data, family, self.cache)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.zero = Zero(config.deepspeed())
-        self.distributed = dist.is_available() and dist.is_initialized()
+        self.distributed = has_group()
         self.rank, self.world = process_rank(), process_count()
         common = {"model": dataclasses.asdict(config.model), "versions": installed_versions(), "device": self.device.type}
         self.base_cache = BaseCache(config.base_cache, common)

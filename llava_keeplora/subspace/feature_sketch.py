@@ -218,13 +218,14 @@ class SketchedMoment:
         inside = share * total
         if total <= 0.0 or energy_rank(torch.ones(1), energy, total=total, captured=inside) == 0:
             return SketchedFeatureDirections(self.image.new_zeros(self.dim, 0, dtype=torch.float32), share, share, 0, 0.0, error, 0, True)
-        squared, directions = self._nystrom()
+        tall = beside(basis, self.image)
+        squared, directions = self._nystrom(tall)
         missed = max(0.0, total - inside - float(squared.sum()))
         rank = energy_rank(squared, energy, total=total, captured=inside)
         rank = limited(min(rank, int((squared > 0.0).sum())), limit)
         held = inside + float(squared[:rank].sum())
         return SketchedFeatureDirections(
-            new=orthonormal_beside(beside(basis, directions), directions[:, :rank]).float().contiguous(),
+            new=orthonormal_beside(tall, directions[:, :rank]).float().contiguous(),
             energy_before=inside / total,
             energy_after=min(1.0, held / total),
             rank=rank,
@@ -234,9 +235,9 @@ class SketchedMoment:
             reached=held >= (energy - ROUNDING) * total or rank == limit,
         )
 
-    def _nystrom(self) -> tuple[Float[Tensor, " s"], Float[Tensor, "in s"]]:
+    def _nystrom(self, basis: Float[Tensor, "in k"]) -> tuple[Float[Tensor, " s"], Float[Tensor, "in s"]]:
         """Eigenvalues (descending) and eigenvectors of N, in float64."""
-        test, image = self.test.double(), residual(self.image.T, beside(self.basis, self.image)).T
+        test, image = self.test.double(), residual(self.image.T, basis).T
         small = test.T @ image
         values, vectors = torch.linalg.eigh((small + small.T) / 2)
         certain = values > NOISE * values[-1:].clamp_min(0.0).sum()

@@ -139,7 +139,7 @@ class GradientSketch:
         # Even and odd streams keep the two sides independent.
         self._psi = gaussian_rows(2 * self.width + 1, out_dim, 2 * seed, device)
         omega = gaussian_rows(self.width, in_dim, 2 * seed + 1, device)
-        self._omega = residual(omega, self.basis.to(device)).T
+        self._omega = residual(omega, self.basis).T
         self.range = torch.zeros(out_dim, self.width, device=device)
         self.rows = torch.zeros(2 * self.width + 1, in_dim, device=device)
 
