@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_keeplora.journal import SCORES, Journal
+from llava_keeplora.journal import Journal
 from llava_keeplora.report.trial import Needs, Results, mean, spread
 
 NEEDS_COLUMNS = ("run", "trained per task", "kept per task (kB)", "extra time per image at test (ms)")
@@ -15,37 +13,17 @@ NEEDS_COLUMNS = ("run", "trained per task", "kept per task (kB)", "extra time pe
 KEPT = ("delta.safetensors", "kept.safetensors", "state.safetensors")
 
 
-def read_needs(folder: Path, baseline: Path) -> Needs:
-    """What the folder of a method says.
-
-    Args:
-        folder: the method's.
-        baseline: the untouched model's.
-    """
+def read_needs(folder: Path) -> Needs:
+    """What the folder of a method says."""
     entries = Journal(folder / "journal.jsonl").entries
     trained = [entry for entry in entries if entry.stage == "TRAINED"]
     tasks = [folder / Path(next(iter(entry.files))).parent for entry in trained]
-    own, untouched = seconds_per_example(folder), seconds_per_example(baseline)
+    timed = [entry.info["test_seconds"] for entry in entries if "test_seconds" in entry.info]
     return Needs(
         mean(entry.info.get("trained_parameters") for entry in trained),
         mean(sum((task / name).stat().st_size for name in KEPT if (task / name).exists()) for task in tasks),
-        None if own is None or untouched is None else own - untouched,
+        timed[-1]["learned"] - timed[-1]["untouched"] if timed else None,
     )
-
-
-def seconds_per_example(folder: Path) -> float | None:
-    """Seconds that an example took in a method's evaluations: those that answered every task, in one go."""
-    evaluated = [entry for entry in Journal(folder / "journal.jsonl").entries if entry.stage == "EVALUATED"]
-    # The base's scores are copied, and for a run that was extended a stage answers the new task alone.
-    times = Counter(entry.task for entry in evaluated)
-    seconds = examples = 0
-    for entry in evaluated:
-        if times[entry.task] == 1 and len(entry.files) > 1:
-            path = next(folder / name for name in entry.files if name.endswith(SCORES))
-            # Answers of the untouched model may be another run's, as is the time that they took.
-            seconds += entry.seconds + entry.info.get("taken_seconds", 0.0)
-            examples += sum(score["n"] for score in json.loads(path.read_text()).values())
-    return seconds / examples if examples else None
 
 
 def needs_rows(results: Results) -> list[list[str]]:

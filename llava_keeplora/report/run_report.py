@@ -168,7 +168,7 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         overlap=overlap([path / "delta.safetensors" for index, path in tasks.items() if index]),
         losses={matrix.tasks[index - 1]: losses for index, path in tasks.items() if index and (losses := read_losses(path / "train.json"))},
         costs=read_costs(folder),
-        needs=read_needs(folder, folder.parent / ZERO_SHOT),
+        needs=read_needs(folder),
         scores=[json.loads(path.read_text()) for path in sorted(folder.glob("task-*/scores.json"))],
     )
 

@@ -26,6 +26,7 @@ from llava_keeplora.journal import SCORES, Entry, Journal, next_stage, open_stag
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_changed
 from llava_keeplora.run_folder import differences, file_name
 from llava_keeplora.sequence import thresholds
+from llava_keeplora.sequence.answer_time import EXAMPLES, seconds_per_example
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.sequence.forecast import forecast, shortage
@@ -465,7 +466,20 @@ class LabelRun:
 
     def _closed(self, index: int) -> tuple[list[Path], dict]:
         seconds = sum(entry.seconds for entry in self.journal.entries if entry.task == index)
-        return [], {"seconds": round(seconds, 1)}
+        last = {"test_seconds": self._test_seconds(index)} if index and index == self.count else {}
+        return [], {"seconds": round(seconds, 1), **last}
+
+    def _test_seconds(self, index: int) -> dict[str, float]:
+        """What an example of a task takes the untouched model and the learned one, one after the other on the same batch."""
+        task, family = self.tasks[index - 1], self.shared.family
+        own = functools.partial(family.predictor, task.recipe, self.shared.cache.split(task.test))
+        examples = [task.test[i] for i in range(min(EXAMPLES, len(task.test)))]
+        self.shared.base.apply([])
+        with self.shared.zero.engaged(family.model):
+            untouched = seconds_per_example(own(), examples)
+        self._rebuild(index)
+        with self.shared.zero.engaged(family.model):
+            return {"untouched": untouched, "learned": seconds_per_example(self.method.predictor(own(), task.name), examples)}
 
     # --- what a method sees ------------------------------------------------------------------------
 

@@ -166,7 +166,8 @@ def test_a_class_without_an_image_begins_with_the_direction_of_its_prompt(task):
     lacking = [{key: value[batch["labels"] != 3] for key, value in batch.items()} for batch in batches]
     whole, found = (keeplora_plus.class_directions(model, some) for some in (batches, lacking))
     torch.testing.assert_close(found[3].float(), text[3])
-    assert torch.equal(found[:3], whole[:3]) and not torch.allclose(whole[3].float(), text[3], atol=1e-2)
+    torch.testing.assert_close(found[:3], whole[:3], rtol=0, atol=1e-6)  # Another batch size, another order of fp32 sums.
+    assert not torch.allclose(whole[3].float(), text[3], atol=1e-2)
 
 
 def test_features_are_summed_over_processes_before_their_length_is_taken(task, monkeypatch):

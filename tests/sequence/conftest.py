@@ -14,7 +14,7 @@ VOLATILE = {".lock", "config.json"}
 #: Endings of what a report writes from the rest.
 REPORT = {".html", ".md", ".tex", ".csv", ".png", ".svg"}
 #: What a stage's entry says of the machine rather than of the run.
-MEASURED = {"seconds", "peak_bytes", "peak_of"}
+MEASURED = {"seconds", "test_seconds", "peak_bytes", "peak_of"}
 
 
 @pytest.fixture

@@ -1,0 +1,30 @@
+"""How long a predictor takes to answer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+from llava_keeplora_eval.predictors import Predictor
+from llava_keeplora_recipes import Example
+
+#: Few enough that a model that writes sentences is done in a moment.
+EXAMPLES, REPEATS = 16, 5
+
+
+def seconds_per_example(predictor: Predictor, examples: Sequence[Example]) -> float:
+    """Median over several answers to one batch, after a first that makes what is kept (prompt features, pictures).
+
+    Args:
+        predictor: what answers.
+        examples: the batch.
+    """
+    predictor.predict(examples)
+    return statistics.median(_seconds(predictor, examples) for _ in range(REPEATS)) / len(examples)
+
+
+def _seconds(predictor: Predictor, examples: Sequence[Example]) -> float:
+    start = time.perf_counter()
+    predictor.predict(examples)  # Its texts are on the host, so that a GPU has nothing left to do.
+    return time.perf_counter() - start

@@ -1,0 +1,72 @@
+"""What a method costs at test is measured beside the untouched model, on one batch in one process."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from llava_keeplora.methods import METHODS
+from llava_keeplora.report.needs import read_needs
+from llava_keeplora.sequence import answer_time
+from llava_keeplora.sequence.answer_time import seconds_per_example
+from llava_keeplora.sequence.label_run import LabelRun
+
+PAUSE = 0.02
+
+
+class Slow:
+    """Answers after a pause; the first time after a long one."""
+
+    def __init__(self, predictor=None):
+        self.own, self.batches = predictor, []
+
+    def predict(self, examples):
+        self.batches.append(len(examples))
+        time.sleep(PAUSE * (1 if len(self.batches) > 1 else 20))
+        return self.own.predict(examples) if self.own else [""] * len(examples)
+
+
+def test_what_an_example_takes_leaves_the_first_answer_out():
+    slow = Slow()
+    assert PAUSE <= 4 * seconds_per_example(slow, [None] * 4) < 10 * PAUSE
+    assert slow.batches == [4] * (1 + answer_time.REPEATS)
+
+
+def closed(folder):
+    return [entry["info"] for entry in map(json.loads, (folder / "journal.jsonl").open()) if entry["stage"] == "CLOSED"]
+
+
+@pytest.fixture
+def slow_method(monkeypatch):
+    monkeypatch.setattr(METHODS["seq-lora"], "predictor", lambda self, predictor, task: Slow(predictor))
+
+
+def test_what_a_method_adds_at_test_is_in_the_last_closed_task_and_in_the_table(run_config, drive, tmp_path, one_label, tiny_tasks, slow_method):
+    drive(run_config(tmp_path / "run", tasks=[str(path) for path in tiny_tasks[:2]], **one_label("seq-lora")))
+    *before, last = closed(tmp_path / "run/seq-lora")
+    assert not any("test_seconds" in info for info in [*before, *closed(tmp_path / "run/zero-shot")])
+    extra = last["test_seconds"]["learned"] - last["test_seconds"]["untouched"]
+    size = len((tmp_path / "run/seq-lora/task-02-stripes/predictions/stripes.jsonl").read_text().splitlines())
+    assert PAUSE / 2 < extra * min(size, answer_time.EXAMPLES) < 20 * PAUSE
+    assert read_needs(tmp_path / "run/seq-lora").test_seconds == pytest.approx(extra)
+
+
+def test_the_untouched_models_time_is_that_of_the_bases_weights_and_the_learned_ones_are_back_afterwards(run_config, drive, tmp_path, one_label, tiny_tasks, monkeypatch):
+    carried = []
+
+    def watched(predictor, examples):
+        carried.append({name: p.detach().clone() for name, p in predictor.model.named_parameters()})
+        return 1.0
+
+    monkeypatch.setattr("llava_keeplora.sequence.label_run.seconds_per_example", watched)
+    runs, real = [], LabelRun.go
+    monkeypatch.setattr(LabelRun, "go", lambda self: (runs.append(self), real(self)))
+    drive(run_config(tmp_path / "run", tasks=[str(tiny_tasks[0])], **one_label("seq-lora")))
+    run = runs[-1]
+    untouched, learned = carried
+    base = run.shared.pretrained().state_dict()
+    assert all(torch.equal(value, base[name]) for name, value in untouched.items())
+    now = dict(run.shared.family.model.named_parameters())
+    assert all(torch.equal(value, now[name]) for name, value in learned.items()) and any(not torch.equal(learned[name], untouched[name]) for name in learned)
+    assert read_needs(tmp_path / "run/seq-lora").test_seconds == 0.0
