@@ -66,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     extend = commands.add_parser("extend", help="let a run learn one more task")
     extend.add_argument("run_folder", metavar="RUN")
     extend.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the new task")
-    extend.add_argument("--epochs", type=float, help="of the new task (default: as for every other)")
+    extend.add_argument("--epochs", dest="num_train_epochs", type=float, help="of the new task (default: as for every other)")
+    extend.add_argument("--learning-rate", type=float, help="of the new task (default: as for every other)")
     extend.add_argument("--data-root", help="the folder with the data sets (data.root)")
     extend.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides of what another machine needs, for instance evaluation.batch_size=8")
     extend.set_defaults(run=_extend)
@@ -303,9 +304,11 @@ def _told(table: Table, outcome: Outcome, text: str) -> int:
 
 
 def _extend(args: argparse.Namespace) -> None:
+    from llava_keeplora.config import PER_TASK
     from llava_keeplora.run_folder import extended
 
-    _run(extended(args.run_folder, args.task, args.epochs, args.overrides, args.data_root))
+    own = {argument: value for argument in PER_TASK if (value := getattr(args, argument)) is not None}
+    _run(extended(args.run_folder, args.task, own, args.overrides, args.data_root))
 
 
 def _fork(args: argparse.Namespace) -> None:

@@ -51,6 +51,9 @@ MACHINE_ARGUMENTS = (
     "dataloader_num_workers", "dataloader_pin_memory", "save_steps",
 )
 
+#: Arguments of `TrainingArguments` that may list a value for each task: what they are where nothing is said, and what gives a new task its own.
+PER_TASK = {"num_train_epochs": (1.0, "--epochs"), "learning_rate": (5e-5, "--learning-rate")}
+
 #: Options of methods that say where data beside the tasks' lie; which data these are is held by the fingerprints in the journal.
 REFERENCE_PLACES = ("reference", "reference_texts")
 
@@ -290,17 +293,24 @@ class RunConfig:
     expected: dict[str, ExpectedConfig] = field(default_factory=dict)
 
     def epochs(self, label: str) -> list[float]:
-        """Epochs per task for a method: `training.num_train_epochs`, one number or one per task."""
+        """Epochs per task for a method."""
+        return self._listed(label, "num_train_epochs")
+
+    def trainings(self, label: str) -> list[dict[str, Any]]:
+        """`training` of a method as each task has it: what lists a value for each task is that task's."""
         training = self.methods[label].training
-        value, epochs = training.get("num_train_epochs", 1), _epochs(training, len(self.tasks))
-        if not all(0 < e < float("inf") for e in epochs):
-            raise ConfigError(f"training.num_train_epochs is {value}, but a task is trained for more than nothing", "give positive numbers")
-        if len(epochs) != len(self.tasks):
-            raise ConfigError(
-                f"training.num_train_epochs lists {len(epochs)} values for {len(self.tasks)} tasks",
-                "give one number, or one per task",
-            )
-        return epochs
+        own = {key: self._listed(label, key) for key in PER_TASK if key in training or key == "num_train_epochs"}
+        return [training | {key: values[i] for key, values in own.items()} for i in range(len(self.tasks))]
+
+    def _listed(self, label: str, key: str) -> list[float]:
+        """An argument of `PER_TASK` for every task: one number or one per task."""
+        training = self.methods[label].training
+        values = _per_task(training, key, len(self.tasks))
+        if key == "num_train_epochs" and not all(0 < value < float("inf") for value in values):
+            raise ConfigError(f"training.{key} is {training[key]}, but a task is trained for more than nothing", "give positive numbers")
+        if len(values) != len(self.tasks):
+            raise ConfigError(f"training.{key} lists {len(values)} values for {len(self.tasks)} tasks", "give one number, or one per task")
+        return values
 
     def identity(self) -> dict[str, Any]:
         """What a result depends on: everything but where run, recipes and data lie, how they are cached, what was published, and on what machines a step is computed.
@@ -319,8 +329,8 @@ class RunConfig:
             method["options"] = {key: value for key, value in method["options"].items() if key not in REFERENCE_PLACES}
         tree["tasks"] = [load_recipe(task).name for task in self.tasks]
         for section in (tree, *tree["methods"].values()):
-            epochs = _epochs(section["training"], len(self.tasks))
-            section["training"] = _machine_independent(section["training"]) | {"num_train_epochs": epochs if len(set(epochs)) > 1 else epochs[0]}
+            own = {key: _per_task(section["training"], key, len(self.tasks)) for key in PER_TASK if key in section["training"] or key == "num_train_epochs"}
+            section["training"] = _machine_independent(section["training"]) | {k: values if len(set(values)) > 1 else values[0] for k, values in own.items()}
         return tree
 
     def first(self, count: int) -> RunConfig:
@@ -329,32 +339,34 @@ class RunConfig:
         Args:
             count: how many.
         """
-        return self._with_tasks(self.tasks[:count], lambda training: _epochs(training, len(self.tasks))[:count])
+        return self._with_tasks(self.tasks[:count], lambda training, key: _per_task(training, key, len(self.tasks))[:count])
 
-    def followed_by(self, task: str, epochs: float | None = None) -> RunConfig:
+    def followed_by(self, task: str, own: Mapping[str, float] | None = None) -> RunConfig:
         """The run with one more task.
 
         Args:
             task: its recipe, by name or file.
-            epochs: of its training; as for every other task when None.
+            own: arguments of `PER_TASK` that it has for itself; the others are those of every task.
 
         Raises:
-            ConfigError: if every task has its own number of epochs and the new one has none.
+            ConfigError: if an argument lists a value for each task and none is given for the new one.
         """
+        own = dict(own or {})
 
-        def longer(training: Mapping[str, Any]) -> list[float]:
-            if epochs is None:
-                raise ConfigError("training.num_train_epochs lists a number for each task and none for the new one", "give it with --epochs")
-            return [*_epochs(training, len(self.tasks)), epochs]
+        def longer(training: Mapping[str, Any], key: str) -> list[float]:
+            if key not in own:
+                raise ConfigError(f"training.{key} lists a number for each task and none for the new one", f"give it with {PER_TASK[key][1]}")
+            return [*_per_task(training, key, len(self.tasks)), own[key]]
 
-        return self._with_tasks((*self.tasks, task), longer, always=epochs is not None)
+        return self._with_tasks((*self.tasks, task), longer, own)
 
-    def _with_tasks(self, tasks: tuple[str, ...], epochs: typing.Callable[[Mapping[str, Any]], list[float]], always: bool = False) -> RunConfig:
-        """This run on other tasks; one number of epochs for all stays one, unless `always`."""
+    def _with_tasks(
+        self, tasks: tuple[str, ...], values: typing.Callable[[Mapping[str, Any], str], list[float]], always: typing.Collection[str] = (),
+    ) -> RunConfig:
+        """This run on other tasks; one number for all stays one, unless `always` has the argument."""
 
         def trained(training: dict[str, Any]) -> dict[str, Any]:
-            listed = isinstance(training.get("num_train_epochs"), (list, tuple))
-            return training | {"num_train_epochs": epochs(training)} if listed or always else training
+            return training | {key: values(training, key) for key in PER_TASK if isinstance(training.get(key), (list, tuple)) or key in always}
 
         methods = {label: dataclasses.replace(method, training=trained(method.training)) for label, method in self.methods.items()}
         return dataclasses.replace(self, sequence=None, tasks=tasks, methods=methods, training=trained(self.training))
@@ -425,9 +437,9 @@ class RunConfig:
                 )
 
 
-def _epochs(training: Mapping[str, Any], tasks: int) -> list[float]:
-    """Epochs as they are listed, or the one number for so many tasks."""
-    value = training.get("num_train_epochs", 1)
+def _per_task(training: Mapping[str, Any], key: str, tasks: int) -> list[float]:
+    """An argument of `PER_TASK` as it is listed, or the one number for so many tasks."""
+    value = training.get(key, PER_TASK[key][0])
     return [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * tasks
 
 
@@ -530,7 +542,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     published = {label: _parse_expected(label, value, parsed) for label, value in expected.items()}
     config = dataclasses.replace(config, parts=own_parts, methods=parsed, training=own_training, expected=published)
     for label in parsed:
-        config.epochs(label)
+        config.trainings(label)
     config.deepspeed()
     config.check_whole()
     return config
@@ -595,7 +607,7 @@ def check_training(tree: Mapping[str, Any], where: str = "training") -> dict[str
             if not hint.startswith("did you mean"):
                 hint = "https://huggingface.co/docs/transformers/main_classes/trainer lists them"
             raise ConfigError(f"{where}.{key} is not an argument of transformers.TrainingArguments", hint)
-        if isinstance(value, (list, tuple)) and key == "num_train_epochs":
+        if isinstance(value, (list, tuple)) and key in PER_TASK:
             out[key] = [_coerce(v, float, f"{where}.{key}") for v in value]
         else:
             out[key] = _coerce(value, hints[key], f"{where}.{key}")

@@ -39,22 +39,24 @@ def load_run(run: str | Path, overrides: Sequence[str] = (), data_root: str | No
         raise RunError(f"{where} is not what a run writes there ({error!r})", "restore it or start over in a new output_dir") from error
 
 
-def extended(run: str | Path, task: str, epochs: float | None = None, overrides: Sequence[str] = (), data_root: str | None = None) -> RunConfig:
+def extended(
+    run: str | Path, task: str, own: Mapping[str, float] | None = None, overrides: Sequence[str] = (), data_root: str | None = None
+) -> RunConfig:
     """The configuration of a run with one more task; the run's own if that task is its last one already, so that a killed extension goes on.
 
     Args:
         run: the folder.
         task: the recipe, by name or file.
-        epochs: of its training; as for every other task when None.
+        own: what its training has for itself, by argument of `PER_TASK`; the rest is as for every other task.
         overrides, data_root: see `load_run`.
 
     Raises:
         RunError: see `load_run`.
         RecipeError: if there is no such task.
-        ConfigError: if every task has its own number of epochs and the new one has none.
+        ConfigError: if every task has its own value of such an argument and the new one has none.
     """
     config, name = load_run(run, overrides, data_root), load_recipe(task).name
-    return config if load_recipe(config.tasks[-1]).name == name else config.followed_by(task, epochs)
+    return config if load_recipe(config.tasks[-1]).name == name else config.followed_by(task, own)
 
 
 def _as_written(method: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import LABEL, TABLE_KEYS, RunConfig, as_mapping, build, read_config, with_settings
+from llava_keeplora.config import LABEL, PER_TASK, TABLE_KEYS, RunConfig, as_mapping, build, read_config, with_settings
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
@@ -140,7 +140,7 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
     orders = _parse_orders(tree.pop("orders", None) or {"I": own_tasks}, _parse_seeds([own_seed] if seeds is None else seeds, "seeds"))
     table = Table(Path(tree.pop("output_dir", RunConfig.output_dir)), tree, labels, orders)
     table = dataclasses.replace(table, tuning=_parse_tuning(as_mapping(tuning, "tuning"), table)) if tuning else table
-    _check_epochs(table)
+    _check_lists(table)
     for order in table.orders:
         if not order.seeds and not (table.tuning and order == table.tuning_order):
             raise ConfigError(f"orders.{order.name} has no seeds, and no settings are tried on it", "give it a seed, or name it in tuning.order")
@@ -201,20 +201,20 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
     return tuning
 
 
-def _check_epochs(table: Table) -> None:
-    """A list of epochs, one per task, belongs to one order of them."""
+def _check_lists(table: Table) -> None:
+    """A list of values, one per task, belongs to one order of them."""
     tried = [one for settings in (table.tuning.settings.values() if table.tuning else ()) for one in settings]
     for order in table.orders:
         if order.epochs and any("num_train_epochs" in as_mapping(tree.get("training"), "training") for tree in (*table.methods.values(), *tried)):
             raise ConfigError(f"a method has training.num_train_epochs, and orders.{order.name}.epochs sets them for all methods", "leave out one of them")
-    if all(order.epochs for order in table.orders):
-        return
+    listed = [key for key in PER_TASK if len(table.orders) > 1 and not (key == "num_train_epochs" and all(order.epochs for order in table.orders))]
     for tree in (table.run, *table.methods.values(), *tried):
-        if len(table.orders) > 1 and isinstance(as_mapping(tree.get("training"), "training").get("num_train_epochs"), list):
-            raise ConfigError(
-                f"training.num_train_epochs lists a number for each task, and the table has {len(table.orders)} orders of them",
-                "give one number, or each order its own `epochs`",
-            )
+        for key in listed:
+            if isinstance(as_mapping(tree.get("training"), "training").get(key), list):
+                raise ConfigError(
+                    f"training.{key} lists a number for each task, and the table has {len(table.orders)} orders of them",
+                    "give one number" + ", or each order its own `epochs`" * (key == "num_train_epochs"),
+                )
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

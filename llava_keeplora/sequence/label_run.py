@@ -70,7 +70,7 @@ class LabelRun:
         self.journal = Journal(self.folder / "journal.jsonl")
         self.learns = cls.learns
         self.count = len(self.tasks) if cls.learns else 0
-        self.epochs = shared.config.epochs(config.label) if cls.learns else []
+        self.trainings = shared.config.trainings(config.label) if cls.learns else []
         self._states_loaded: tuple[int, int] | None = None
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
@@ -125,7 +125,7 @@ class LabelRun:
         if index == 0 or stage in ("PLANNED", "CLOSED"):
             return 0
         n = len(self.shared.inputs[index - 1])
-        training = 3 * self.epochs[index - 1] if stage == "TRAINED" else 0
+        training = 3 * self.trainings[index - 1]["num_train_epochs"] if stage == "TRAINED" else 0
         return n * (training + self.method.passes.get(stage, 0.0))
 
     def _where(self, index: int) -> str:
@@ -348,11 +348,10 @@ class LabelRun:
 
     def _training_arguments(self, index: int):
         return training_arguments(
-            self.config.training,
+            self.trainings[index - 1],
             output_dir=str(self.path(index, "trainer")),
             run_name=f"{self.config.training.get('run_name') or self.shared.workspace.root.resolve().name}/{self._tag(index)}",
             seed=stage_seed(self.shared.config.seed, index, "TRAINED"),
-            epochs=self.epochs[index - 1],
         )
 
     def _consolidated(self, index: int) -> tuple[list[Path], dict]:

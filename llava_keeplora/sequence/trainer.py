@@ -39,15 +39,14 @@ def without_timings(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in TIMINGS} for record in history]
 
 
-def training_arguments(training: Mapping[str, Any], *, output_dir: str, run_name: str, seed: int, epochs: float) -> TrainingArguments:
+def training_arguments(training: Mapping[str, Any], *, output_dir: str, run_name: str, seed: int) -> TrainingArguments:
     """`TrainingArguments` of one task: the user's, and what the driver sets.
 
     Args:
-        training: the `training` section of a configuration.
+        training: the `training` section of a configuration as this task has it.
         output_dir: for what the Trainer itself wants to write.
         run_name: what trackers call this task's training.
         seed: of this task's training.
-        epochs: of this task.
     """
     values = {
         "logging_steps": 10,
@@ -59,7 +58,6 @@ def training_arguments(training: Mapping[str, Any], *, output_dir: str, run_name
         # Every trainable tensor gets a gradient; the first step checks that.
         "ddp_find_unused_parameters": False,
         **training,
-        "num_train_epochs": epochs,
         "run_name": run_name,
     }
     return TrainingArguments(

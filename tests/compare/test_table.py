@@ -82,6 +82,10 @@ def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_o
             "give one number, or each order its own `epochs`.",
         ),
         (
+            {"orders": {"I": "demo", "II": ["digits", "glyphs"]}, "methods": {"seq-lora": {"training": {"learning_rate": [1, 2]}}}},
+            "training.learning_rate lists a number for each task, and the table has 2 orders of them; give one number.",
+        ),
+        (
             {"tuning": {"settings": {"seq-lora": FOUR, "keeplora": FOUR[:3]}}},
             "tuning.settings has 4 settings for 'seq-lora' and 3 for 'keeplora', which is no equal budget; "
             "give every method as many, or write `keeplora: []` where there is nothing to tune.",

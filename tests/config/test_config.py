@@ -2,8 +2,9 @@
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
-from llava_keeplora.config import load_config, parse_config
+from llava_keeplora.config import PER_TASK, load_config, parse_config
 from llava_keeplora.errors import ConfigError, UserError
 from llava_keeplora.sequence.workspace import differences
 
@@ -64,6 +65,21 @@ def test_data_root_and_output_dir_win_over_file_and_overrides(write):
 def test_epochs_are_one_number_or_one_per_task():
     assert parse_config(tree(training={"num_train_epochs": "2"})).epochs("keeplora") == [2.0, 2.0]
     assert parse_config(tree(training={"num_train_epochs": [1, 3]})).epochs("keeplora") == [1.0, 3.0]
+
+
+def test_a_learning_rate_is_one_number_or_one_per_task():
+    both = [0.1, "1e-2"]
+    method = {"keeplora": {"training": {"learning_rate": both}}, "seq-lora": {}}
+    config = parse_config(tree(methods=method, training={"weight_decay": 0.5}))
+    assert config.trainings("keeplora") == [{"weight_decay": 0.5, "learning_rate": rate, "num_train_epochs": 1.0} for rate in (0.1, 0.01)]
+    assert config.trainings("seq-lora") == [{"weight_decay": 0.5, "num_train_epochs": 1.0}] * 2, "its own default stays transformers'"
+    alike = [parse_config(tree(training={"learning_rate": rate})).identity() for rate in (0.1, [0.1, 0.1], [0.1, 0.2])]
+    assert alike[0] == alike[1] != alike[2]
+    assert config.first(1).trainings("keeplora")[0]["learning_rate"] == 0.1 and len(config.first(1).trainings("keeplora")) == 1
+
+
+def test_what_an_argument_is_where_nothing_is_said_is_what_transformers_says():
+    assert PER_TASK["learning_rate"][0] == TrainingArguments.learning_rate
 
 
 def test_zero_shot_may_be_listed_though_it_always_comes():
@@ -138,6 +154,8 @@ def test_a_key_given_twice_is_refused(write):
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate is 'fast', but it takes float"),
         ({"training": {"bf16": "maybe"}}, "training.bf16 is 'maybe', but it takes bool"),
         ({"training": {"num_train_epochs": [1, 2, 3]}}, "training.num_train_epochs lists 3 values for 2 tasks"),
+        ({"training": {"learning_rate": [1, 2, 3]}}, "training.learning_rate lists 3 values for 2 tasks; give one number, or one per task"),
+        ({"methods": {"keeplora": {"training": {"learning_rate": [1, "x"]}}}}, "methods.keeplora.training.learning_rate is 'x', but it takes float"),
         ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs is 0.0, but a task is trained for more than nothing"),
         ({"training": {"num_train_epochs": ["x", 1]}}, "training.num_train_epochs is 'x', but it takes float"),
         ({"training": {"deepspeed": "gone.json"}}, "training.deepspeed names 'gone.json', which cannot be read as JSON (No such file or directory)"),

@@ -9,6 +9,7 @@ import yaml
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.files import file_hash
 from llava_keeplora.journal import Journal
 from llava_keeplora.run_folder import extended, load_run
 from llava_keeplora_recipes.errors import RecipeError
@@ -161,11 +162,25 @@ def test_a_run_with_epochs_per_task_asks_for_those_of_the_new_one(run_config, dr
     drive(run_config(tmp_path / "run", tasks=tasks[:1], methods={"seq-lora": {}}, training={"num_train_epochs": [1]}))
     with pytest.raises(ConfigError, match="training.num_train_epochs lists a number for each task and none for the new one; give it with --epochs"):
         extended(tmp_path / "run", tasks[1])
-    drive(extended(tmp_path / "run", tasks[1], epochs=2))
+    drive(extended(tmp_path / "run", tasks[1], {"num_train_epochs": 2}))
     steps = [json.loads(path.read_text())["steps"] for path in sorted((tmp_path / "run/seq-lora").glob("task-*/train.json"))]
     assert steps == [3, 6]
     with pytest.raises(RunError, match=r"training.num_train_epochs: \[1.0, 2.0\] → 1.0"):
         drive(run_config(tmp_path / "run", tasks=tasks[:2], methods={"seq-lora": {}}))
+
+
+def test_every_task_learns_at_its_own_rate_and_a_new_one_asks_for_its_own(run_config, drive, tmp_path, tiny_tasks):
+    tasks, rates = [str(path) for path in tiny_tasks], [0.02, 0.005, 0.01]
+    training = {"lr_scheduler_type": "constant", "logging_steps": 1}
+    drive(run_config(tmp_path / "run", tasks=tasks[:2], methods={"seq-lora": {}}, training=training | {"learning_rate": rates[:2]}))
+    with pytest.raises(ConfigError, match="training.learning_rate lists a number for each task and none for the new one; give it with --learning-rate"):
+        extended(tmp_path / "run", tasks[2])
+    drive(extended(tmp_path / "run", tasks[2], {"learning_rate": rates[2]}))
+    logs = [json.loads(path.read_text())["history"] for path in sorted((tmp_path / "run/seq-lora").glob("task-*/train.json"))]
+    assert [{one["learning_rate"] for one in log if "learning_rate" in one} for log in logs] == [{rate} for rate in rates]
+    drive(run_config(tmp_path / "whole", tasks=tasks, methods={"seq-lora": {}}, training=training | {"learning_rate": rates}))
+    deltas = [[file_hash(path) for path in sorted((tmp_path / name / "seq-lora").glob("task-*/delta.safetensors"))] for name in ("run", "whole")]
+    assert deltas[0] == deltas[1] and len(set(deltas[0])) == 3
 
 
 def test_a_task_taken_out_or_put_in_between_is_refused_with_the_difference(copied, run_config, drive, tiny_tasks):
