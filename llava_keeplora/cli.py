@@ -44,10 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce = commands.add_parser("reproduce", help="run a configuration and compare with what was published for it")
     reproduce.add_argument("config", metavar="NAME|FILE.yaml", help="a shipped configuration, for instance mtil-order1, or a YAML file with `expected`")
     add_settings(reproduce)
+    add_methods(reproduce)
     reproduce.add_argument("--output-dir", help="the run folder (output_dir)")
     reproduce.set_defaults(run=_reproduce)
     comparing = commands.add_parser("compare", help="run methods × seeds × orders of tasks, or go on with them, and make the table")
     add_run_arguments(comparing)
+    add_methods(comparing)
     add_table_arguments(comparing)
     comparing.set_defaults(run=_compare)
     ablate = commands.add_parser("ablate", help="take KeepLoRA's parts away one at a time, sweep its thresholds, and make the table")
@@ -59,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     ablate.set_defaults(run=_ablate)
     plan = commands.add_parser("plan", help="say what a run needs, memory, disk and steps, and whether that fits")
     add_run_arguments(plan)
+    add_methods(plan)
     plan.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs, a process each (default: the CPU of this machine)")
     plan.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of each GPU (default: that of this machine's)")
     plan.add_argument("--json", action="store_true", help="write the plan as JSON, in bytes")
@@ -115,10 +118,16 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `train`, shared with scripts/train_seq.py."""
     add_run_arguments(parser)
+    add_methods(parser)
     parser.add_argument("--output-dir", help="the run folder (output_dir)")
     # The DeepSpeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.set_defaults(run=_train)
+
+
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """The argument that leaves some of a configuration's methods."""
+    parser.add_argument("--methods", type=_words, metavar="LABEL,...", help="of the configuration's methods, these alone (default: all)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -254,7 +263,7 @@ def _train(args: argparse.Namespace) -> None:
     # Heavy imports wait until a command needs them, so that --help is quick.
     from llava_keeplora.config import load_config
 
-    config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir)
+    config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir, methods=args.methods)
     _run(config)
 
 
@@ -263,7 +272,7 @@ def _reproduce(args: argparse.Namespace) -> None:
     from llava_keeplora.errors import RunError
     from llava_keeplora.reproduce import compare, comparison
 
-    config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir)
+    config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir, methods=args.methods)
     figures = compare(_run(config), config.expected)
     sys.stdout.write(f"\npublished and measured, in %\n{comparison(figures, config.expected)}")
     sys.stdout.flush()
@@ -278,7 +287,7 @@ def _reproduce(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> int:
     from llava_keeplora.compare import compare, load_table, write_table
 
-    table = load_table(args.config, args.overrides, args.data_root, args.output_dir)
+    table = load_table(args.config, args.overrides, args.data_root, args.output_dir, args.methods)
     outcome = compare(table, args.workers)
     return _told(table, outcome, outcome.results and write_table(table, outcome))
 
@@ -344,7 +353,7 @@ def _plan(args: argparse.Namespace) -> None:
     from llava_keeplora.errors import ConfigError
     from llava_keeplora.plan import describe, make_plan, refusal
 
-    plan = make_plan(load_config(args.config, args.overrides, data_root=args.data_root), args.gpus, args.gpu_memory)
+    plan = make_plan(load_config(args.config, args.overrides, data_root=args.data_root, methods=args.methods), args.gpus, args.gpu_memory)
     sys.stdout.write(json.dumps(dataclasses.asdict(plan) | {"fits": plan.fits}, indent=1) + "\n" if args.json else describe(plan))
     sys.stdout.flush()
     wrong = refusal(plan)

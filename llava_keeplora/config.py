@@ -456,7 +456,7 @@ def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direc
     Args:
         name_or_path: a YAML file, or the name of a shipped configuration (`llava-keeplora list`).
         overrides: `a.b.c=value` strings; the value is read as YAML.
-        direct: top-level values that win over both, for instance `output_dir`; `data_root` sets `data.root`.
+        direct: top-level values that win over both: `output_dir`, `data_root` (sets `data.root`), and `methods`, the labels of those to keep.
 
     Raises:
         ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
@@ -486,7 +486,22 @@ def with_settings(tree: dict[str, Any], overrides: typing.Sequence[str] = (), **
         tree["data"] = as_mapping(tree.get("data"), "data") | {"root": direct["data_root"]}
     if direct.get("output_dir"):
         tree["output_dir"] = direct["output_dir"]
+    if direct.get("methods"):
+        _keep_methods(tree, direct["methods"])
     return tree
+
+
+def _keep_methods(tree: dict[str, Any], labels: typing.Sequence[str]) -> None:
+    """Leave these methods alone in a configuration, in its own order, with what is published for them and tried of them."""
+    methods = as_mapping(tree.get("methods"), "methods")
+    for label in labels:
+        if label not in methods:
+            raise ConfigError(f"the configuration has no method '{label}'", nearest(label, list(methods)))
+    kept = (ZERO_SHOT, *labels)
+    tree["methods"] = {label: value for label, value in methods.items() if label in kept}
+    for section, where in ((tree, "expected"), (tree.get("tuning"), "settings")):
+        if isinstance(section, dict) and isinstance(section.get(where), Mapping):
+            section[where] = {label: value for label, value in section[where].items() if label in kept}
 
 
 def find_config(name_or_path: str) -> Path:

@@ -104,7 +104,9 @@ class Table:
         return self.order(self.tuning.order) if self.tuning.order else self.orders[0]
 
 
-def load_table(name_or_path: str, overrides: Sequence[str] = (), data_root: str | None = None, output_dir: str | None = None) -> Table:
+def load_table(
+    name_or_path: str, overrides: Sequence[str] = (), data_root: str | None = None, output_dir: str | None = None, methods: Sequence[str] | None = None
+) -> Table:
     """Read a table's YAML, or a run's; see `load_config`.
 
     Args:
@@ -112,11 +114,12 @@ def load_table(name_or_path: str, overrides: Sequence[str] = (), data_root: str 
         overrides: `a.b.c=value` strings.
         data_root: the folder with the data sets.
         output_dir: the table's folder.
+        methods: labels of those to keep; all when None.
 
     Raises:
         ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
     """
-    return parse_table(with_settings(read_config(name_or_path), overrides, data_root=data_root, output_dir=output_dir))
+    return parse_table(with_settings(read_config(name_or_path), overrides, data_root=data_root, output_dir=output_dir, methods=methods))
 
 
 def parse_table(tree: Mapping[str, Any]) -> Table:

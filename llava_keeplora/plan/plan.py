@@ -10,7 +10,8 @@ from typing import Any
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, find_changed
+from llava_keeplora.methods import METHODS, Method, find_changed
+from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.models import DTYPES, open_model
 from llava_keeplora.plan.machine import Machine, find_machine, kept_bytes
 from llava_keeplora.plan.rehearsal import F32, Rehearsal
@@ -76,6 +77,7 @@ class Plan:
         tasks: names.
         examples: to learn, of every task.
         methods: what each needs.
+        left_out: label → why a method is not planned.
         changes: settings with which everything fits; empty where it does as it is, None where none was found.
     """
 
@@ -84,6 +86,7 @@ class Plan:
     tasks: tuple[str, ...]
     examples: tuple[int, ...]
     methods: tuple[MethodPlan, ...]
+    left_out: Mapping[str, str]
     changes: Changes | None
 
     @property
@@ -95,15 +98,20 @@ class Plan:
 def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float | None = None) -> Plan:
     """Peak memory of every stage, disk, parameters and steps of a run, without loading its weights.
 
+    Methods that can't be rehearsed without data are left out and named.
+
     Args:
         config: the run.
         gpus: plan for so many GPUs; for the CPU of this machine when None.
         gpu_memory_gb: memory of each, in 10⁹ bytes; that of this machine's when None.
 
     Raises:
-        ConfigError: for a configuration, a model or a machine that is none.
+        ConfigError: for a configuration, a model or a machine that is none, or if no method is left.
         RecipeError: for a recipe or data that are wrong.
     """
+    left_out = {label: why for label, method in config.methods.items() if (why := _unplanned(METHODS[method.method]))}
+    if len(left_out) == len(config.methods) > 0:
+        raise ConfigError(*next((f"'{label}' {why}", "run it without a plan") for label, why in left_out.items()))
     scenarios = _Scenarios(config, find_machine(gpus, gpu_memory_gb))
     asked, found, methods = scenarios.at({}), {}, []
     for label, rehearsal in asked.items():
@@ -116,8 +124,17 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
         methods.append(_method_plan(label, rehearsal, tuple(stages), max(1, scenarios.machine.gpus)))
     work = scenarios.work
     return Plan(
-        scenarios.machine, rehearsal.model_bytes, tuple(w.name for w in work), tuple(w.train for w in work), tuple(methods), found,
+        scenarios.machine, rehearsal.model_bytes, tuple(w.name for w in work), tuple(w.train for w in work), tuple(methods), left_out, found,
     )
+
+
+def _unplanned(method: type[Method]) -> str | None:
+    """Why a plan knows nothing of a method."""
+    if not method.adapts:
+        return "does not train LoRA adapters, and a plan knows nothing else"
+    if "PREPARED" in method.passes and not issubclass(method, KeepLora):
+        return "prepares its adapters from data, which a plan has none of"
+    return None
 
 
 def _method_plan(label: str, rehearsal: Rehearsal, stages: tuple[StagePlan, ...], world: int) -> MethodPlan:
@@ -169,7 +186,8 @@ class _Scenarios:
         sharding = read_sharding(config.deepspeed(), max(1, gpus), text.hidden_size)
         changed = (find_changed(METHODS[method.method], method.parts, family) for method in config.methods.values())
         kept = 0 if sharding.partitions else kept_bytes(changed)
-        return {label: Rehearsal(config, method, family, self.work, sharding, gpus == 0, kept) for label, method in config.methods.items()}
+        planned = {label: method for label, method in config.methods.items() if not _unplanned(METHODS[method.method])}
+        return {label: Rehearsal(config, method, family, self.work, sharding, gpus == 0, kept) for label, method in planned.items()}
 
     def fits(self, changes: Changes, label: str, stage: str) -> bool:
         """Whether a stage does under these changes."""

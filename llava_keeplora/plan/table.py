@@ -19,7 +19,7 @@ def describe(plan: Plan) -> str:
         for stage in method.stages:
             verdict = "fits" if stage.fits else "does not fit" + (f"; fits with {changes_text(stage.changes)}" if stage.changes is not None else "")
             rows.append([method.label, stage.stage, f"{stage.device / GB:.2f}", *[f"{stage.host / GB:.2f}"] * beside, verdict])
-    lines += [*_aligned(rows), ""]
+    lines += [*_aligned(rows), *(f"not planned: '{label}' {why}" for label, why in plan.left_out.items()), ""]
     rows = [["method", "trained", "stored per task", "MB on disk per task", "MB before the first task", "steps"]]
     for method in plan.methods:
         mb = (f"{method.disk_task / 1e6:.1f}", f"{method.disk_base / 1e6:.1f}")

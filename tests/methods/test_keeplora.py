@@ -144,28 +144,22 @@ def test_training_B_by_gradient_descent_is_full_gradient_descent_projected_with_
     torch.testing.assert_close(weight + read_adapters(net)["layer"].scale * (net["layer"].lora_B["default"].weight @ A), projected)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_the_delta_form_and_the_literal_form_train_alike_but_for_the_pull_of_weight_decay(decay):
-    """Adam on D from 0 and on B from B₀ on W' = W − s B₀A; decaying B adds the constant pull −ηλB₀ (method, 'A being frozen')."""
-    torch.manual_seed(1)
-    x, y = torch.randn(40, 10).double(), torch.randn(40, 6).double()
-    A, B0 = torch.linalg.qr(torch.randn(10, 3).double()).Q.T, torch.randn(6, 3).double()
-    weight, scale, rate = torch.randn(6, 10).double(), 0.5, 1e-2
-
-    def train(base, start, pull):
-        B = start.clone().requires_grad_(True)
-        optimiser = torch.optim.AdamW([B], lr=rate, weight_decay=decay)
-        for _ in range(30):
-            optimiser.zero_grad()
-            nn.functional.mse_loss(x @ (base + scale * B @ A).T, y).backward()
-            optimiser.step()
-            with torch.no_grad():
-                B += pull
-        return B.detach()
-
-    literal = train(weight - scale * B0 @ A, B0, 0.0)
-    delta = train(weight, torch.zeros_like(B0), -rate * decay * B0)
-    torch.testing.assert_close(literal - B0, delta)
+def test_weight_decay_pulls_the_literal_form_towards_the_weights_without_its_start_and_the_delta_form_not(tmp_path, run_config, tiny_tasks):
+    """One step of SGD from the same model: literal − delta = −η λ s B₀ A (method, 'A being frozen')."""
+    rate, decay = 0.05, 0.5
+    config = run_config(
+        tmp_path / "run", tasks=[str(tiny_tasks[0])],
+        methods={form: {"method": "keeplora", "form": form} for form in ("delta", "literal")},
+        training={"optim": "sgd", "max_steps": 1, "learning_rate": rate, "weight_decay": decay, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"},
+    )
+    run(config)
+    (delta,), (literal,) = (folders(Path(config.output_dir) / form) for form in ("delta", "literal"))
+    start = load_file(literal / "adapters.safetensors")
+    ours, theirs = (load_deltas(folder / "delta.safetensors") for folder in (delta, literal))
+    for name in ours:
+        pull = -rate * decay * theirs[name].scale * start[f"{name}.B"] @ start[f"{name}.A"]
+        assert float(pull.abs().max()) > 0
+        torch.testing.assert_close(theirs[name].dense() - ours[name].dense(), pull, atol=1e-6, rtol=1e-3)
 
 
 def test_a_method_starts_from_the_base_whatever_ran_before_it(tmp_path, run_config):

@@ -15,9 +15,10 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.export.bundle import read_learned
 from llava_keeplora.export.check import probe
 from llava_keeplora.export.run_export import export_run
-from llava_keeplora.methods import METHODS
+from llava_keeplora.methods import METHODS, find_changed
 from llava_keeplora.models import Prepared, load_model
-from llava_keeplora.plan import make_plan
+from llava_keeplora.plan import describe, make_plan
+from llava_keeplora.run_folder import load_run
 from llava_keeplora.sequence import label_run, shared, trainer
 from llava_keeplora_eval.predictions import read_predictions
 
@@ -153,8 +154,11 @@ def test_the_base_is_bit_for_bit_what_it_was_and_nothing_is_left_on_it(seen):
 
 @for_every(LEARNING)
 def test_exactly_the_declared_tensors_change(seen, method):
-    deltas = read_learned(seen.folder, method).deltas
-    declared = {f"{name}.{own}" for task in deltas for name, delta in task.items() for own in delta.changes()}
+    learned = read_learned(seen.folder, method)
+    changed = find_changed(METHODS[method], load_run(seen.folder).methods[method].parts, base_family(learned))
+    declared = {f"{name}.weight" for name in changed.adapted} | {f"{n}.{own}" for n, m in changed.full.items() for own, _ in m.named_parameters(recurse=False)}
+    stored = [{f"{name}.{own}" for name, delta in task.items() for own in delta.changes()} for task in learned.deltas]
+    assert all(names == declared for names in stored) and len(stored) == 2
     assert {name for name, value in seen.after[method].items() if not torch.equal(value, seen.base[name])} == declared
 
 
@@ -288,9 +292,14 @@ def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tre
     parse_config(run_tree(tmp_path / "run", methods={"inflora": {}, "keeplora": {}, "keeplora++": {}}, training=training))
 
 
-def test_a_plan_refuses_a_method_that_makes_its_adapters_of_inputs_that_it_does_not_have(run_tree, tmp_path):
-    with pytest.raises(ConfigError, match="this method prepares its adapters from data, which a plan has none of; run it without a plan"):
+def test_a_plan_leaves_out_and_names_what_it_cannot_rehearse_and_refuses_where_nothing_is_left(run_tree, tmp_path):
+    why = "prepares its adapters from data, which a plan has none of"
+    with pytest.raises(ConfigError, match=f"'inflora' {why}; run it without a plan"):
         make_plan(parse_config(run_tree(tmp_path / "run", methods={"inflora": {}})))
+    plan = make_plan(parse_config(run_tree(tmp_path / "run", methods={name: {} for name in LEARNING})))
+    assert [method.label for method in plan.methods] == [name for name in LEARNING if name not in plan.left_out]
+    assert list(plan.left_out) == ["inflora", "zscl", "moe-adapters", "iap"]
+    assert f"\nnot planned: 'inflora' {why}\n" in describe(plan) and "not planned: 'iap' does not train LoRA adapters" in describe(plan)
 
 
 @pytest.mark.parametrize("method", [name for name in LEARNING if not METHODS[name].adapts])
