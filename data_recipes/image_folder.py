@@ -56,7 +56,9 @@ def read_image_folder(
             ", ".join(sorted(others)[:3]),
         )
     ids = sorted(found)
-    return classified(ids, picture_files([[folder / i] for i in ids]), [found[i] for i in ids], label_names=None)
+    # A recipe that reads its classes from here has them in the order of their names.
+    names = sorted(set(found.values())) if recipe.classes is None else None
+    return classified(ids, picture_files([[folder / i] for i in ids]), [found[i] for i in ids], names)
 
 
 def files_under(top: Path) -> list[Path]:

@@ -211,7 +211,7 @@ def mtil(tmp_path_factory) -> MtilTree:
 def mtil_recipes(mtil) -> dict[str, Path]:
     """task → the shipped recipe for these three classes alone."""
     folder = mtil.root / "recipes"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     paths = {}
     for name, classes in mtil_classes(3).items():
         facts = {"extends": f"mtil/{name}", "num_classes": 3, "expected_sizes": {}}
@@ -221,6 +221,18 @@ def mtil_recipes(mtil) -> dict[str, Path]:
         paths[f"mtil/{name}"] = folder / f"{name}.yaml"
         paths[f"mtil/{name}"].write_text(json.dumps(facts))  # JSON is YAML
     return paths
+
+
+@pytest.fixture(scope="session")
+def imagenet(mtil) -> Path:
+    """The shipped recipe of ZSCL's reference pictures for two classes alone; pictures and captions lie beside MTIL's sets."""
+    for split, name, grey in itertools.product(("train", "val"), ("n01440764", "n01443537"), (40, 200)):
+        mtil._jpeg(f"imagenet/{split}/{name}/{name}_{grey}.JPEG", grey)
+    mtil._text("conceptual-captions/validation.txt", ["a boat on the water", "two people in a street"])
+    path = mtil.root / "recipes" / "imagenet.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"extends": "mtil/imagenet", "num_classes": 2, "expected_sizes": {}}))
+    return path
 
 
 def write_conversations(root: Path, task: str, count: int = 3) -> None:
@@ -264,20 +276,40 @@ def whole_mtil(tmp_path_factory) -> MtilTree:
     return MtilTree(tmp_path_factory.mktemp("whole-mtil"), mtil_classes())
 
 
-@pytest.fixture(scope="session")
-def long_clip(tmp_path_factory) -> Path:
-    """A random CLIP of the embedded one's size that takes 77 tokens, as the real ones do."""
+def write_random_clip(folder: Path, length: int, **width: int) -> Path:
+    """A random CLIP with the embedded one's tokenizer and pictures.
+
+    Args:
+        folder: where.
+        length: tokens that it takes.
+        width: of both encoders' configurations, where that isn't the embedded one's.
+    """
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     from llava_keeplora_eval.models import resolve_model
 
-    folder, source = tmp_path_factory.mktemp("long-clip"), resolve_model("tiny-clip")
+    source = resolve_model("tiny-clip")
     config, processor = CLIPConfig.from_pretrained(source), CLIPProcessor.from_pretrained(source)
-    config.text_config.max_position_embeddings = processor.tokenizer.model_max_length = 77
+    for encoder in (config.text_config, config.vision_config):
+        encoder.update(width)
+    config.text_config.max_position_embeddings = processor.tokenizer.model_max_length = length
     torch.manual_seed(0)
     CLIPModel(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def long_clip(tmp_path_factory) -> Path:
+    """Of the embedded CLIP's size, taking 77 tokens as the real ones do."""
+    return write_random_clip(tmp_path_factory.mktemp("long-clip"), 77)
+
+
+@pytest.fixture(scope="session")
+def narrow_clip(tmp_path_factory) -> Path:
+    """A few thousand weights, for many rows in a moment."""
+    width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return write_random_clip(tmp_path_factory.mktemp("narrow-clip"), 77, **width)
 
 
 @pytest.fixture

@@ -50,6 +50,14 @@ def test_the_images_of_caltechs_background_are_no_class(mtil, mtil_recipes):
     assert len(ids) == len(mtil.said["mtil/caltech101", "all"]) and not any("BACKGROUND" in i for i in ids)
 
 
+def test_the_reference_pictures_are_read_from_folders_that_name_their_classes(mtil, imagenet):
+    data = load_recipe(imagenet).load("train", mtil.root)
+    assert data.recipe.classes == ["n01440764", "n01443537"] and data.labels == [0, 0, 1, 1]
+    assert [example.id for example in data] == [f"train/{name}/{name}_{grey}.JPEG" for name in data.recipe.classes for grey in (200, 40)]
+    with pytest.raises(RecipeError, match="mtil/imagenet/train has 2 classes and recipe 'mtil/imagenet' expects 1000"):
+        load_recipe("mtil/imagenet").load("train", mtil.root)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_set_is_the_same_wherever_it_lies(mtil, mtil_recipes, task, tmp_path):
     """An id, and so the data's fingerprint, comes from the set alone."""

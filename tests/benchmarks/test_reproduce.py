@@ -6,13 +6,23 @@ from pathlib import Path
 import pytest
 
 from llava_keeplora.config import load_config
+from llava_keeplora.methods import METHODS
 from llava_keeplora_eval import Matrix
 from llava_keeplora_recipes import load_sequence
 
-#: All that differs from the shipped settings beside the batch and the epochs; mixed precision stays.
-CLIP = ("model.name_or_path=tiny-clip",)
+#: All that differs from the shipped settings beside the batch and the epochs; mixed precision stays. Methods' own steps, epochs and warm-ups are short.
+CLIP = (
+    "methods.zscl.training.max_steps=1", "methods.moe-adapters.training.max_steps=1",
+    "methods.zscl.training.warmup_steps=0", "methods.moe-adapters.training.warmup_steps=0", "methods.keeplora+.training.num_train_epochs=1",
+    "methods.iap.training.per_device_train_batch_size=8",
+)
 #: And what a random LLaVA of width 32 needs.
 LLAVA = ("model.max_length=null", "parts.language.rank=2", "evaluation.max_new_tokens=4")
+
+
+@pytest.mark.parametrize(("name", "family"), [("mtil-order1", "clip"), ("mtil-order2", "clip"), ("ucit", "llava"), ("mllm-dcl", "llava")])
+def test_a_benchmark_has_a_row_for_every_method_that_runs_on_its_model(name, family):
+    assert set(load_config(name).methods) == {label for label, method in METHODS.items() if method.learns and family in method.record.families}
 
 
 def three_classes(recipes: dict[str, Path], name: str) -> list[str]:
@@ -21,11 +31,16 @@ def three_classes(recipes: dict[str, Path], name: str) -> list[str]:
     return ["sequence=null", f"tasks={json.dumps(paths)}"]
 
 
-@pytest.mark.parametrize("name", ["mtil-order1", "mtil-order2"])
-def test_mtil_runs_in_its_order_and_is_compared(reproduce, mtil, mtil_recipes, name):
-    arguments = ["--data-root", mtil.root, *CLIP, *three_classes(mtil_recipes, name)]
+#: In the second order, by default the rows whose settings are that order's own, and KeepLoRA.
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("mtil-order1", None), ("mtil-order2", ["zscl", "keeplora", "keeplora+", "moe-adapters"]), pytest.param("mtil-order2", None, marks=pytest.mark.slow)],
+)
+def test_mtil_runs_in_its_order_and_is_compared(reproduce, mtil, mtil_recipes, imagenet, narrow_clip, name, rows):
+    arguments = ["--data-root", mtil.root, *CLIP, f"model.name_or_path={narrow_clip}", f"methods.zscl.reference={imagenet}", *three_classes(mtil_recipes, name)]
+    arguments += ["--methods", ",".join(rows)] if rows else []
     done = reproduce(name, *arguments)
-    config = load_config(name)
+    config = load_config(name, methods=rows)
     for label in ("zero-shot", *config.methods):
         matrix = Matrix.from_json(done.folder / label / "matrix.json")
         assert matrix.tasks == load_sequence(name).tasks and (matrix.complete or label == "zero-shot")
@@ -50,13 +65,13 @@ def test_a_benchmark_of_llava_runs_in_its_order(reproduce, conversations, tiny_l
     done = reproduce(name, "--data-root", conversations, f"model.name_or_path={tiny_llava}", *LLAVA)
     assert done.code == 0, done.err
     assert "nothing is known to be published for these methods" in done.out
-    for label in ("zero-shot", "seq-lora", "keeplora"):
+    for label in ("zero-shot", *load_config(name).methods):
         matrix = Matrix.from_json(done.folder / label / "matrix.json")
         assert matrix.tasks == load_sequence(name).tasks and (matrix.complete or label == "zero-shot")
 
 
 @pytest.mark.slow
 def test_mtil_as_it_ships_runs_on_all_1201_classes(reproduce, whole_mtil, long_clip):
-    done = reproduce("mtil-order1", "--data-root", whole_mtil.root, *CLIP, f"model.name_or_path={long_clip}", "methods={keeplora: {}}", "expected={}")
+    done = reproduce("mtil-order1", "--data-root", whole_mtil.root, *CLIP, f"model.name_or_path={long_clip}", "--methods", "keeplora", "expected={}")
     assert done.code == 0, done.err
     assert Matrix.from_json(done.folder / "keeplora/matrix.json").complete

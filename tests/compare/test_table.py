@@ -43,6 +43,14 @@ def test_a_table_changes_what_its_base_sets_and_has_its_own_methods(tmp_path):
     assert len(parse_config(jobs["II"][0].tree).tasks) == 7
 
 
+def test_a_table_of_some_methods_tries_their_settings_alone(tmp_path):
+    tuning = {"metric": "last", "settings": {"seq-lora": FOUR, "keeplora": FOUR}}
+    path = tmp_path / "table.yaml"
+    path.write_text(yaml.safe_dump({"tasks": ["digits"], "methods": {"seq-lora": {}, "keeplora": {}}, "tuning": tuning}))
+    table = load_table(str(path), methods=["keeplora"])
+    assert list(table.methods) == list(tuning_jobs(table)) == ["keeplora"]
+
+
 def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_on_it():
     orders = {"I": {"tasks": ["digits", "glyphs"], "epochs": [0.5, 2]}, "small": {"tasks": ["glyphs"], "epochs": [3], "seeds": []}}
     tuning = {"order": "small", "metric": "last", "settings": {"seq-lora": FOUR}}

@@ -62,6 +62,16 @@ def test_data_root_and_output_dir_win_over_file_and_overrides(write):
     assert (config.output_dir, config.data.root) == ("d", "e")
 
 
+def test_some_of_a_configurations_methods_are_kept_in_its_order_with_what_was_published(write):
+    published = {label: {"source": "x", "figures": {"last": 1.0}} for label in ("zero-shot", "a", "b")}
+    path = write(tree(methods={"a": {"method": "seq-lora"}, "b": {"method": "keeplora"}, "c": {"method": "o-lora"}}, expected=published))
+    config = load_config(path, methods=["c", "a"])
+    assert list(config.methods) == ["a", "c"] and set(config.expected) == {"zero-shot", "a"}
+    assert load_config(path, methods=None) == load_config(path)
+    with pytest.raises(ConfigError, match=r"the configuration has no method 'd'"):
+        load_config(path, methods=["a", "d"])
+
+
 def test_epochs_are_one_number_or_one_per_task():
     assert parse_config(tree(training={"num_train_epochs": "2"})).epochs("keeplora") == [2.0, 2.0]
     assert parse_config(tree(training={"num_train_epochs": [1, 3]})).epochs("keeplora") == [1.0, 3.0]

@@ -19,7 +19,8 @@ MTIL = load_sequence("mtil-order1").tasks
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("llava-keeplora ")])
 def test_a_command_is_understood_and_names_a_shipped_configuration(command):
     args = cli.parse_arguments(cli.build_parser(), shlex.split(command)[1:])
-    assert load_config(args.config, data_root=args.data_root).data.root == args.data_root
+    config = load_config(args.config, data_root=args.data_root, methods=args.methods)
+    assert config.data.root == args.data_root and (args.methods is None or list(config.methods) == args.methods)
 
 
 def test_data_check_says_of_every_set_what_is_missing(tmp_path, monkeypatch, capfd):
@@ -44,16 +45,26 @@ def test_the_table_of_sets_is_that_of_the_recipes():
 
 
 def test_the_tree_has_every_path_that_a_recipe_reads():
-    tree = TEXT.split("MTIL/\n")[1].split("```")[0]
-    assert all(f"  {load_recipe(task).source['path'].split('/')[0]}/" in tree for task in MTIL)
+    tree, reference = TEXT.split("MTIL/\n")[1].split("```")[0], load_config("mtil-order1").methods["zscl"].options
+    assert all(f"  {load_recipe(task).source['path'].split('/')[0]}/" in tree for task in [*MTIL, reference["reference"]])
+    assert f"  {reference['reference_texts']}\n" in tree
 
 
-def test_the_table_of_figures_has_what_the_configurations_expect():
+def test_the_table_of_figures_has_what_the_configuration_expects():
     rows = {cells[0]: cells[1:] for cells in re.findall(r"^\| ([\w+-]+) \| ([\d.]+) \| ([\d.-]+) \| ([\d.-]+) \|", TEXT, flags=re.M)}
-    names = {"zero-shot": "zero-shot", "seq-lora": "LoRA", "keeplora": "KeepLoRA"}
-    for label, row in load_config("mtil-order1").expected.items():
-        told = dict(zip(("transfer", "average", "last"), rows[names[label]]))
-        assert {key: float(value) for key, value in told.items() if value != "-"} == row.figures
+    told = {label: dict(zip(("transfer", "average", "last"), cells)) for label, cells in rows.items()}
+    figures = {label: {key: float(value) for key, value in row.items() if value != "-"} for label, row in told.items()}
+    assert figures == {label: row.figures for label, row in load_config("mtil-order1").expected.items()}
+    second = load_config("mtil-order2").expected
+    for label, name in (("zero-shot", "zero-shot"), ("zscl", "ZSCL")):
+        assert f"{name} {' / '.join(str(second[label].figures[key]) for key in ('transfer', 'average', 'last'))}" in TEXT and len(second) == 2
+
+
+def test_a_rate_of_each_set_is_the_same_in_both_orders():
+    first, second = (load_config(name) for name in ("mtil-order1", "mtil-order2"))
+    for label in ("zscl", "moe-adapters"):
+        rates = [dict(zip(config.tasks, (t["learning_rate"] for t in config.trainings(label)), strict=True)) for config in (first, second)]
+        assert rates[0] == rates[1] and len(set(rates[0].values())) > 1
 
 
 def test_the_yaml_is_valid(tmp_path):
