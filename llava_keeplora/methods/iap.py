@@ -15,6 +15,7 @@ Where this differs from the official code (FerdinandZJU/IAP):
   prompts, its mean w, as there. w goes by hundredths, so that a task has at most a hundred sets of class features.
 - Gaussians are kept with the run (there they are lost with the process), as Cholesky factors. Of a class with one picture the
   covariance is the ridge (there 0 / 0), and with fewer than five classes all of them count (there it stops).
+- the Trainer clips gradients unless `max_grad_norm` is 0; that code doesn't, and plain SGD feels it.
 - p is the width of CLIP's projection; there it is 512 whatever the model.
 
 Only CLIP: LLaVA has neither class prompts nor one feature per picture.

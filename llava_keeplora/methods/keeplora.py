@@ -8,6 +8,15 @@ A being frozen, training D = B − B₀ on the untouched weight is the same trai
 on W' = W − s(A B₀)ᵀ, but for weight decay: decaying D pulls towards the model at the task's start,
 decaying B towards W'. `form: delta` is the first and the default, `form: literal` the paper's second.
 
+Where this differs:
+
+- from the paper: the default `form`, under weight decay. Gradients and features that don't fit are held as sketches; how near A is to
+  the best directions is estimated for every layer, and further passes over the data are made where it is short.
+- from the official code (MaolinLuo/KeepLoRA), whose departures from the paper are the presets `released-clip` and `released-llava`: for
+  CLIP, W_p from the weight's output side but projected on the input side, M_t from a running mean over batch slots, one vector fewer by a
+  strict energy rule; for LLaVA, that rule, M_t from the gradient on the merged model, and dropout. There the subspace isn't saved, and
+  the schedule for CLIP is one-cycle, which the Trainer doesn't have.
+
 Legend: in / out features of a layer, r rank, k protected dimensions. A here is PEFT's (r, in).
 """
 

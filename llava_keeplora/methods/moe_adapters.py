@@ -9,12 +9,14 @@ is: the task with the smallest error answers it, and above a threshold the froze
 Where this differs from the official code (JiazuoYu/MoE-Adapters4CL):
 
 - the auto-encoders read the frozen CLIP's image features, not an AlexNet's, so that no second model is needed; these being
-  unit vectors and no activations between 0 and 1, the decoder is linear. Each learns after its task, all of it in one schedule.
+  unit vectors and no activations between 0 and 1, the decoder is linear. Each learns after its task, all of it in one schedule, a
+  cosine, where there the rate falls to a tenth every ten epochs.
 - an error counts relative to the auto-encoder's mean error on every fifth of its task's pictures, which it isn't trained on, since
   an absolute threshold (0.0655 there) holds for one extractor alone; and no auto-encoder of TinyImageNet stands for everything else.
 - one route per picture; `routing: batch` takes one per batch by its mean error, as there.
 - as there, the text router reads the start token: its gates are the same for every prompt. The load-balancing loss, which is
   computed there but never added, is left out. One template, in training and test.
+- the Trainer clips gradients unless `max_grad_norm` is 0; that code doesn't.
 - every expert is computed and the gates pick: the same function as dispatching, and none goes without a gradient.
 
 Only CLIP: the routers read a class token, and the auto-encoders a picture's one feature.

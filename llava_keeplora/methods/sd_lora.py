@@ -13,6 +13,8 @@ Where this differs:
   same, and no task begins with a jump. The variants with falling ranks (RR) and with merged directions (KD) are not here.
 - from the official code (WuYichen-97/SD-Lora-CL): that divides by ‖B_k‖_F ‖A_k‖_F, discards the learned magnitudes at every
   task's start for 0.8, and holds 20 earlier tasks; there task t + 1 does not begin with task t's model.
+- from both: CLIP's two encoders and LLaVA's language model take the place of a ViT with a head for its classes; s is alpha / r, where the
+  official code has no alpha.
 - weight decay pulls a magnitude towards its value at the task's start, not towards 0.
 
 The delta of task t has rank t r, and the tasks' deltas together one of t (t + 1) r / 2 where t r would do; `export --rank` with t r

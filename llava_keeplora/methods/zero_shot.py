@@ -1,4 +1,7 @@
-"""The pre-trained model as it is: the first row of every table."""
+"""The pre-trained model as it is: the first row of every table (CLIP: Radford et al. 2021, arXiv 2103.00020).
+
+One prompt per class, where CLIP's paper has ensembles of them; so does MTIL.
+"""
 
 from __future__ import annotations
 
