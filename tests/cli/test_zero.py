@@ -7,6 +7,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from llava_keeplora_eval import Matrix
+
 BATCH = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
 ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
 HOST = {"device": "cpu"}
@@ -71,12 +73,12 @@ def halved(tree):
     return tree
 
 
-def distances(one, two):
+def distances(one, two, label="keeplora"):
     """Relative distances of two runs, (task, delta or state) → ‖x − y‖ / ‖x‖ over all layers: of ΔW, and of the bases' projectors."""
     found = {}
-    for folder in sorted(p.name for p in (one / "keeplora").glob("task-*")):
+    for folder in sorted(p.name for p in (one / label).glob("task-*")):
         for name in ("delta", "state"):
-            paths = [run / "keeplora" / folder / f"{name}.safetensors" for run in (one, two)]
+            paths = [run / label / folder / f"{name}.safetensors" for run in (one, two)]
             assert paths[0].exists() == paths[1].exists(), (folder, name)
             if paths[0].exists():
                 a, b = (matrices(name, load_file(path)) for path in paths)
@@ -107,6 +109,29 @@ def test_three_tasks_in_two_processes_end_as_in_one(family, stage, trees, writte
     apart = distances(references(family), tmp_path / "run")
     assert {task for task, _ in apart} == {p.name for p in (tmp_path / "run/keeplora").glob("task-*")}
     assert max(apart.values()) < 1e-5, apart
+
+
+#: Methods that draw nothing while they train, and those whose gates do.
+CERTAIN = {"seq-lora": {}, "keeplora+": {}, "keeplora++": {}, "o-lora": {"dropout": 0.0}, "inflora": {}, "sd-lora": {}, "zscl": {}}
+DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
+
+
+@pytest.mark.parametrize("stage", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero-1", "zero-2"))])
+def test_every_other_method_ends_in_two_processes_as_in_one(stage, run_tree, tiny_tasks, written, driven, launch, launcher, script, tmp_path):
+    from llava_keeplora.config import parse_config
+
+    methods = {**CERTAIN, **DRAWING, "zscl": {"reference": str(tiny_tasks[2])}}
+    tree = run_tree(tmp_path / "one", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]], training=STEADY)
+    driven(parse_config({**tree, "methods": {label: methods[label] for label in CERTAIN}}))
+    code, _, err = launch([*launcher(2), script], "--config", written(halved(tree), ZERO.get(stage)), "--output-dir", tmp_path / "two")
+    assert code == 0, err
+    for label in CERTAIN:
+        apart = distances(tmp_path / "one", tmp_path / "two", label)
+        assert len(apart) >= 2 and max(apart.values()) < 1e-5, (label, apart)
+    for label in DRAWING:
+        matrix = Matrix.from_json(tmp_path / "two" / label / "matrix.json")
+        kept = [load_file(path) for path in sorted((tmp_path / "two" / label).glob("task-0[12]*/kept.safetensors"))]
+        assert matrix.complete and len(kept) == 2 and all(torch.isfinite(value).all() for tensors in kept for value in tensors.values())
 
 
 @pytest.fixture
