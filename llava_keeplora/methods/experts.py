@@ -1,6 +1,6 @@
 """A mixture of adapters beside a layer's MLP: experts that all tasks share, and a router for every task.
 
-Legend: b examples, s tokens, d width, E experts, h bottleneck.
+Legend: b examples, s tokens, d width, E experts, k of them for an example, h bottleneck.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Router(nn.Module):
 class Mixture(nn.Module):
     """One layer's experts and routers: y = s Σ_e g_e (U_e drop(relu(D_e x + b_e)) + c_e), the same g for all tokens of an example.
 
-    Every expert is computed for every example: with a gate of 0 it adds nothing and gets a gradient of 0, so that no training
-    step leaves one out, however examples are routed.
+    An example meets its own k experts alone, k of E of the work, by a product with their matrices side by side. Matrices are picked by
+    `index_select`, whose gradient covers all of them: an expert that nobody took gets one of 0, so that no training step leaves one out.
 
     Args:
         width: d.
@@ -96,12 +96,18 @@ class Mixture(nn.Module):
         gates = self.routers[task](x[:, 0], self.top_k)
         if self.training and self.chosen is not None:
             self.chosen += (gates > 0).sum(0)
+        gates, taken = gates.to(self.experts[0].down.weight.dtype).topk(self.top_k, dim=-1)  # (b, k)
+
+        def own(tensors: list[Tensor]) -> Tensor:
+            """Of each example's experts: (b, k, ...)."""
+            return torch.stack(tensors).index_select(0, taken.flatten()).unflatten(0, taken.shape)
+
         down, up = [e.down for e in self.experts], [e.up for e in self.experts]
-        x, gates = x.to(down[0].weight.dtype), gates.to(down[0].weight.dtype)
-        inner = relu(linear(x, torch.cat([one.weight for one in down]), torch.cat([one.bias for one in down])))
+        x = x.to(gates.dtype)
+        inner = relu(torch.baddbmm(own([e.bias for e in down]).flatten(1)[:, None], x, own([e.weight for e in down]).flatten(1, 2).mT))  # (b, s, k h)
         inner = dropout(inner, self.dropout, self.training) * gates.repeat_interleave(self.bottleneck, dim=1)[:, None]
-        outer = linear(inner, torch.cat([one.weight for one in up], dim=1))
-        return self.scale * (outer + (gates @ torch.stack([one.bias for one in up]))[:, None])
+        outer = torch.bmm(inner, own([e.weight.mT for e in up]).flatten(1, 2))
+        return self.scale * (outer + gates[:, None] @ own([e.bias for e in up]))
 
 
 @contextmanager
