@@ -1,4 +1,5 @@
-"""What a run computes of the untouched model, kept where other runs find it: zero-shot answers, and a method's base statistics.
+"""What a run computes of data and the untouched model, kept where other runs find it: pictures as the model takes them, zero-shot
+answers, and a method's base statistics.
 
 The name of an entry is a hash of everything that its files depend on, so nothing in the cache goes out of date. An entry
 whose files are damaged is made again.
@@ -9,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from torch import Tensor
+
 from llava_keeplora.config import read_object
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import write_bytes, write_json
+from llava_keeplora.files import file_hash, write_bytes, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,53 @@ class BaseCache:
             hashes = {name: write_bytes(folder / name, path.read_bytes()) for name, path in files.items() if path.exists()}
             write_json(folder / ENTRY, {"of": {**self._common, **what}, "files": hashes, "seconds": seconds})
 
+    def rows(self, what: Mapping[str, Any]) -> list[dict[str, Tensor]] | None:
+        """What `put_rows` kept, mapped from the files, so that all processes of a machine hold it once; None where there is no whole entry.
+
+        Args:
+            what: what it depends on beside what is common.
+        """
+        folder = self._folder(what)
+        if folder is None or not (folder / ENTRY).is_file():
+            return None
+        try:
+            entry = read_object(folder / ENTRY)
+            if any(file_hash(folder / name) != expected for name, expected in entry["files"].items()):
+                raise ValueError("a file is not what was written")
+            return [row for name, count in zip(entry["files"], entry["rows"], strict=True) for row in _mapped(folder / name, count)]
+        except (RunError, OSError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s is damaged (%s); it is made again", folder, error)
+            return None
+
+    def put_rows(self, what: Mapping[str, Any], pieces: Iterable[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+        """Keep rows of tensors for other runs, and give them back, mapped from the files; where nothing is kept, as they are.
+
+        Args:
+            what: what they depend on beside what is common.
+            pieces: rows, a file's at a time; a row's tensors by name.
+        """
+        folder, rows, hashes, counts = self._folder(what), [], {}, []
+        for piece in pieces:
+            if folder is None:
+                rows += piece
+                continue
+            name = f"rows-{len(counts):05d}.safetensors"
+            hashes[name] = write_tensors(folder / name, {f"{i}.{key}": value for i, row in enumerate(piece) for key, value in row.items()})
+            counts.append(len(piece))
+            rows += _mapped(folder / name, len(piece))
+        if folder is not None:
+            write_json(folder / ENTRY, {"of": {**self._common, **what}, "files": hashes, "rows": counts})
+        return rows
+
     def _folder(self, what: Mapping[str, Any]) -> Path | None:
         text = json.dumps({**self._common, **what}, sort_keys=True)
         return self._root and self._root / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _mapped(path: Path, count: int) -> list[dict[str, Tensor]]:
+    rows: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():
+            row, key = name.split(".", 1)
+            rows[int(row)][key] = file.get_tensor(name)
+    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import Inputs
+from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora_eval.metrics import check_metric
 from llava_keeplora_recipes import Example, Recipe, TaskData, load_recipe
 
@@ -73,10 +75,11 @@ class ImageCache:
     Args:
         prepare: examples → what the model takes for the images of each.
         budget_gb: memory for all splits together.
+        shared: where runs find what others prepared; what fits in memory is kept there.
     """
 
-    def __init__(self, prepare: Callable[[Sequence[Example]], list[dict[str, Tensor]]], budget_gb: float):
-        self._prepare = prepare
+    def __init__(self, prepare: Callable[[Sequence[Example]], list[dict[str, Tensor]]], budget_gb: float, shared: BaseCache | None = None):
+        self._prepare, self.shared = prepare, shared or BaseCache(None, {})
         self._left = budget_gb * 1e9
         self._splits: dict[str, SplitImages] = {}
 
@@ -122,12 +125,17 @@ class SplitImages:
 
     def _fill(self, chunk: int = 256) -> None:
         self._tried = True
+        what = {"stage": "PICTURES", "data": self._data.fingerprint}
+        found = self._cache.shared.rows(what)
+        if found is not None:
+            self._kept = found if self._cache.claim(sum(value.nbytes for item in found for value in item.values())) else None
+            return
         first = self._cache.make(self._data, range(min(chunk, len(self._data))))
         size = sum(value.nbytes for item in first for value in item.values())
         if not self._cache.claim(size * len(self._data) // len(first)):
             return
-        rest = [range(start, min(start + chunk, len(self._data))) for start in range(chunk, len(self._data), chunk)]
-        self._kept = [item for made in (first, *(self._cache.make(self._data, r) for r in rest)) for item in made]
+        rest = (range(start, min(start + chunk, len(self._data))) for start in range(chunk, len(self._data), chunk))
+        self._kept = self._cache.shared.put_rows(what, itertools.chain([first], (self._cache.make(self._data, indices) for indices in rest)))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,10 @@ class Shared:
 
     def __init__(self, config: RunConfig, workspace: Workspace, tasks: list[Task], family: Family):
         self.config, self.workspace, self.tasks, self.family = config, workspace, tasks, family
-        self.cache = ImageCache(family.prepare, config.data.cache_gb)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        common = {"model": dataclasses.asdict(config.model), "versions": installed_versions(), "device": self.device.type}
+        self.base_cache = BaseCache(config.base_cache, common)
+        self.cache = ImageCache(family.prepare, config.data.cache_gb, self.base_cache)
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]
         for task in tasks:
             family.check(task.test)
@@ -50,12 +53,9 @@ class Shared:
             check_full_parts(method.parts, family)
             if wanted := cls(cls.Options(**method.options)).wanted_reference():
                 self.references[label] = read_reference(label, *wanted, config.data, family, self.cache)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.zero = Zero(config.deepspeed())
         self.distributed = has_group()
         self.rank, self.world = process_rank(), process_count()
-        common = {"model": dataclasses.asdict(config.model), "versions": installed_versions(), "device": self.device.type}
-        self.base_cache = BaseCache(config.base_cache, common)
         # Set by the runner once every method has named its layers and its open stages.
         self.base: BaseWeights
         self.progress: Progress

@@ -4,8 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from llava_keeplora.methods import METHODS
+from llava_keeplora.sequence.base_cache import BaseCache
+from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora.sequence.label_run import LabelRun
 
 
@@ -117,6 +120,51 @@ def test_a_damaged_entry_is_made_again(filled, other, drive, computed, caplog, t
     assert ("zero-shot", "colours") in computed and ("zero-shot", "stripes") not in computed and ("keeplora",) in computed
     assert f"{answers} is damaged (a file is not what was written); it is made again" in caplog.text
     assert (answers / "predictions.jsonl").read_text() == whole and (base / "state.safetensors").is_file()
+
+
+# --- pictures --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """How many pictures are decoded and prepared for the cache, in order of the calls."""
+    counts, make = [], ImageCache.make
+    monkeypatch.setattr(ImageCache, "make", lambda self, data, indices: (counts.append(len(indices)), make(self, data, indices))[1])
+    return counts
+
+
+def test_pictures_that_another_run_prepared_are_not_prepared_again_unless_damaged(filled, other, drive, prepared, caplog, tmp_path):
+    cache = shutil.copytree(filled, tmp_path / "cache")
+    drive(other("taking", cache, methods={"seq-lora": {}}))
+    assert prepared == []
+    folders = [path.parent for path in cache.glob("*/entry.json") if json.loads(path.read_text())["of"]["stage"] == "PICTURES"]
+    assert len(folders) == 4, "two splits of two tasks"
+    damaged = folders[0] / "rows-00000.safetensors"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    drive(other("again", cache, methods={"seq-lora": {}}))
+    assert len(prepared) == 1 and f"{folders[0]} is damaged (a file is not what was written); it is made again" in caplog.text
+    assert damaged.read_bytes() == whole
+
+
+def test_rows_come_back_as_they_are_whatever_their_shapes_and_without_a_folder_too(tmp_path):
+    rows = [{"pixels": torch.randn(3, i, 4).bfloat16().mT, "sizes": torch.tensor([i, 4])} if i else {} for i in range(5)]
+    for root in (str(tmp_path / "cache"), None):
+        cache, what = BaseCache(root, {"model": "m"}), {"stage": "PICTURES", "data": "d"}
+        assert cache.rows(what) is None
+        for found in (cache.put_rows(what, iter([rows[:2], rows[2:]])), cache.rows(what) if root else rows):
+            assert len(found) == 5 and all(row.keys() == mine.keys() for row, mine in zip(found, rows))
+            assert all(torch.equal(row[key], value) for row, mine in zip(found, rows) for key, value in mine.items())
+        assert BaseCache(root, {"model": "other"}).rows(what) is None
+
+
+def test_pictures_beyond_the_budget_are_neither_kept_nor_taken(filled, other, drive, prepared, tmp_path):
+    cache = shutil.copytree(filled, tmp_path / "cache")
+    drive(other("taking", cache, methods={"seq-lora": {}}, data={"cache_gb": 0.0}))
+    assert len(prepared) > 4
+    drive(other("own", tmp_path / "empty", methods={"seq-lora": {}}, data={"cache_gb": 0.0}))
+    kept = [json.loads(path.read_text())["of"]["stage"] for path in (tmp_path / "empty").glob("*/entry.json")]
+    assert kept and "PICTURES" not in kept
 
 
 def test_a_run_keeps_no_trace_of_where_it_looked(filled, other, drive, tmp_path):
