@@ -127,7 +127,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_methods(parser: argparse.ArgumentParser) -> None:
     """The argument that leaves some of a configuration's methods."""
-    parser.add_argument("--methods", type=_words, metavar="LABEL,...", help="of the configuration's methods, these alone (default: all)")
+    parser.add_argument("--methods", type=_labels, metavar="LABEL,...", help="of the configuration's methods, only these (default: all)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +187,12 @@ def add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
+
+
+def _labels(text: str) -> list[str]:
+    if not _words(text):
+        raise argparse.ArgumentTypeError(f"'{text}' names no method; give labels, such as seq-lora,keeplora")
+    return _words(text)
 
 
 def _numbers(text: str) -> list[float]:

@@ -51,6 +51,8 @@ MACHINE_ARGUMENTS = (
     "dataloader_num_workers", "dataloader_pin_memory", "save_steps",
 )
 
+#: What a run has that names no methods.
+DEFAULT_METHODS: Mapping[str, Any] = {"keeplora": {}}
 #: Arguments of `TrainingArguments` that may list a value for each task: what they are where nothing is said, and what gives a new task its own.
 PER_TASK = {"num_train_epochs": (1.0, "--epochs"), "learning_rate": (5e-5, "--learning-rate")}
 
@@ -329,7 +331,7 @@ class RunConfig:
             method["options"] = {key: value for key, value in method["options"].items() if key not in REFERENCE_PLACES}
         tree["tasks"] = [load_recipe(task).name for task in self.tasks]
         for section in (tree, *tree["methods"].values()):
-            own = {key: _per_task(section["training"], key, len(self.tasks)) for key in PER_TASK if key in section["training"] or key == "num_train_epochs"}
+            own = {key: _per_task(section["training"], key, len(self.tasks)) for key in PER_TASK}
             section["training"] = _machine_independent(section["training"]) | {k: values if len(set(values)) > 1 else values[0] for k, values in own.items()}
         return tree
 
@@ -486,16 +488,18 @@ def with_settings(tree: dict[str, Any], overrides: typing.Sequence[str] = (), **
         tree["data"] = as_mapping(tree.get("data"), "data") | {"root": direct["data_root"]}
     if direct.get("output_dir"):
         tree["output_dir"] = direct["output_dir"]
-    if direct.get("methods"):
+    if direct.get("methods") is not None:
         _keep_methods(tree, direct["methods"])
     return tree
 
 
 def _keep_methods(tree: dict[str, Any], labels: typing.Sequence[str]) -> None:
-    """Leave these methods alone in a configuration, in its own order, with what is published for them and tried of them."""
-    methods = as_mapping(tree.get("methods"), "methods")
+    """Keep only these methods of a configuration, in its own order, with what is published for them and tried of them."""
+    base = tree.get("base")
+    default = read_config(base).get("methods", DEFAULT_METHODS) if isinstance(base, str) else DEFAULT_METHODS
+    methods = as_mapping(tree.get("methods", default), "methods")
     for label in labels:
-        if label not in methods:
+        if label not in (ZERO_SHOT, *methods):
             raise ConfigError(f"the configuration has no method '{label}'", nearest(label, list(methods)))
     kept = (ZERO_SHOT, *labels)
     tree["methods"] = {label: value for label, value in methods.items() if label in kept}
@@ -534,7 +538,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     _check_keys(RunConfig, tree, "")
     parts = {name: as_mapping(value, f"parts.{name}") for name, value in as_mapping(tree.pop("parts", {}), "parts").items()}
     training = as_mapping(tree.pop("training", {}), "training")
-    methods = as_mapping(tree.pop("methods", {"keeplora": {}}), "methods")
+    methods = as_mapping(tree.pop("methods", DEFAULT_METHODS), "methods")
     expected = as_mapping(tree.pop("expected", {}), "expected")
     sequence, tasks = tree.get("sequence"), tree.get("tasks")
     if bool(sequence) == bool(tasks):

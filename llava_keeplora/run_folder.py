@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import RunConfig, finish_config, read_dumped, read_object
+from llava_keeplora.config import PER_TASK, RunConfig, finish_config, read_dumped, read_object
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora_recipes import load_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
@@ -94,6 +94,10 @@ def read_identity(run: Path) -> dict[str, Any]:
     identity = read_object(path)
     if not isinstance(identity.get("tasks"), list) or not all(isinstance(name, str) for name in identity["tasks"]):
         raise RunError(f"{path} names no tasks", "restore it or start over in a new output_dir")
+    # An earlier version named an argument only where a configuration did.
+    for section in (identity, *identity.get("methods", {}).values()):
+        for key, (default, _) in PER_TASK.items():
+            section.get("training", {}).setdefault(key, default)
     return identity
 
 

@@ -12,10 +12,18 @@ from llava_keeplora.files import write_json
 #: Their kernels, loaders and adapters decide the last bits of a result.
 LIBRARIES = ("llava-keeplora", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets", "numpy")
 
+#: They decide the pixels.
+DECODERS = ("pillow", "torchvision")
+
 
 def installed_versions() -> dict[str, str]:
     """Library → its version; Python's own among them."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def decoder_versions() -> dict[str, str]:
+    """Library → its version, of those that turn files into pixels; one that isn't installed is left out."""
+    return {one.metadata["Name"].lower(): one.version for one in metadata.distributions() if one.metadata["Name"].lower() in DECODERS}
 
 
 def write_versions(run: Path) -> None:

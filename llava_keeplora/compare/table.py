@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import LABEL, PER_TASK, TABLE_KEYS, RunConfig, as_mapping, build, read_config, with_settings
+from llava_keeplora.config import DEFAULT_METHODS, LABEL, PER_TASK, TABLE_KEYS, RunConfig, as_mapping, build, read_config, with_settings
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
@@ -134,7 +134,7 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
         raise ConfigError(f"base is {base!r}, which is no name", "name a configuration or a YAML file, and write a run's keys into the table itself")
     methods = tree.pop("methods", None)
     tree = merged(read_config(base), tree) if base else tree
-    inherited = tree.pop("methods", {"keeplora": {}})
+    inherited = tree.pop("methods", DEFAULT_METHODS)
     labels = as_mapping(inherited if methods is None else methods, "methods")
     labels = {label: as_mapping(settings, f"methods.{label}") for label, settings in labels.items() if label != ZERO_SHOT or settings}
     tuning, seeds = tree.pop("tuning", None), tree.pop("seeds", None)

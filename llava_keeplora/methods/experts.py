@@ -65,8 +65,9 @@ class Router(nn.Module):
 class Mixture(nn.Module):
     """One layer's experts and routers: y = s Σ_e g_e (U_e drop(relu(D_e x + b_e)) + c_e), the same g for all tokens of an example.
 
-    An example meets its own k experts alone, k of E of the work, by a product with their matrices side by side. Matrices are picked by
-    `index_select`, whose gradient covers all of them: an expert that nobody took gets one of 0, so that no training step leaves one out.
+    Examples of many tokens meet their own k experts alone, k of E of the work, by a product with their matrices side by side; for examples of
+    few tokens such copies would be larger than what all experts give, so there all are computed. Either way every expert gets a gradient,
+    one that nobody took of 0, so that no training step leaves one out.
 
     Args:
         width: d.
@@ -96,18 +97,30 @@ class Mixture(nn.Module):
         gates = self.routers[task](x[:, 0], self.top_k)
         if self.training and self.chosen is not None:
             self.chosen += (gates > 0).sum(0)
-        gates, taken = gates.to(self.experts[0].down.weight.dtype).topk(self.top_k, dim=-1)  # (b, k)
+        x, gates = (value.to(self.experts[0].down.weight.dtype) for value in (x, gates))
+        few = x.shape[1] * len(self.experts) <= self.top_k * x.shape[2]
+        return self.scale * (self._of_all(x, gates) if few else self._of_own(x, gates))
+
+    def _of_all(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Σ_e g_e E_e(x) of all experts; those of gate 0 add nothing."""
+        down, up = [e.down for e in self.experts], [e.up for e in self.experts]
+        inner = self._gated(linear(x, torch.cat([one.weight for one in down]), torch.cat([one.bias for one in down])), gates)
+        return linear(inner, torch.cat([one.weight for one in up], dim=1)) + (gates @ torch.stack([one.bias for one in up]))[:, None]
+
+    def _of_own(self, x: Tensor, gates: Tensor) -> Tensor:
+        """The same by each example's own experts."""
+        gates, taken = gates.topk(self.top_k, dim=-1)  # (b, k)
 
         def own(tensors: list[Tensor]) -> Tensor:
-            """Of each example's experts: (b, k, ...)."""
-            return torch.stack(tensors).index_select(0, taken.flatten()).unflatten(0, taken.shape)
+            """(b, k, ...); unlike that of `index_select`, the gradient of indexing is summed in one order on a GPU too."""
+            return torch.stack(tensors)[taken]
 
         down, up = [e.down for e in self.experts], [e.up for e in self.experts]
-        x = x.to(gates.dtype)
-        inner = relu(torch.baddbmm(own([e.bias for e in down]).flatten(1)[:, None], x, own([e.weight for e in down]).flatten(1, 2).mT))  # (b, s, k h)
-        inner = dropout(inner, self.dropout, self.training) * gates.repeat_interleave(self.bottleneck, dim=1)[:, None]
-        outer = torch.bmm(inner, own([e.weight.mT for e in up]).flatten(1, 2))
-        return self.scale * (outer + gates[:, None] @ own([e.bias for e in up]))
+        inner = torch.baddbmm(own([e.bias for e in down]).flatten(1)[:, None], x, own([e.weight for e in down]).flatten(1, 2).mT)  # (b, s, k h)
+        return torch.bmm(self._gated(inner, gates), own([e.weight.mT for e in up]).flatten(1, 2)) + gates[:, None] @ own([e.bias for e in up])
+
+    def _gated(self, inner: Tensor, gates: Tensor) -> Tensor:
+        return dropout(relu(inner), self.dropout, self.training) * gates.repeat_interleave(self.bottleneck, dim=1)[:, None]
 
 
 @contextmanager

@@ -17,8 +17,7 @@ Where this differs from the official code (JiazuoYu/MoE-Adapters4CL):
 - as there, the text router reads the start token: its gates are the same for every prompt. The load-balancing loss, which is
   computed there but never added, is left out. One template, in training and test.
 - the Trainer clips gradients unless `max_grad_norm` is 0; that code doesn't.
-- an example's experts are computed by one product with their matrices side by side: the same function as dispatching, and an expert that
-  nobody took has a gradient of 0, where there it has none.
+- an expert that no example took has a gradient of 0, where there it has none.
 
 Only CLIP: the routers read a class token, and the auto-encoders a picture's one feature.
 

@@ -333,7 +333,7 @@ class Rehearsal:
         if self.protects:
             inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
         else:
-            inits = self.method.prepare(TaskContext(1, self.largest.name, layers, dict, dict, 0, 0))
+            inits = self.method.prepare(TaskContext(1, self.largest.name, layers, _refused, _refused, 0, 0))
         with torch.device("meta"):
             wrapper = attach(model, inits, self.method.dropout)
         try:
@@ -355,6 +355,10 @@ class Rehearsal:
 
 def _rank(layer: Layer) -> int:
     return min(layer.rank, layer.module.in_features, layer.module.out_features)
+
+
+def _refused(*args: Any) -> None:
+    raise ConfigError("this method prepares its adapters from data, which a plan has none of", "run it without a plan")
 
 
 def _answer_clip(family: Family, work: Work, size: int) -> None:

@@ -65,7 +65,7 @@ def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[T
     """name → trials: a method's label, and the first run's name behind it where runs have other settings for that label."""
     groups: dict[tuple[str, str], dict[int, Path]] = {}
     for folder, matrices in found.items():
-        identity = json.loads((folder / "identity.json").read_text())
+        identity = read_identity(folder)
         seed = identity["seed"]
         for label in matrices:
             seeds = groups.setdefault((label, settings_key(identity, label)), {})

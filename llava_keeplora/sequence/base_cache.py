@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from llava_keeplora.config import read_object
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import file_hash, write_bytes, write_json, write_tensors
+from llava_keeplora.files import file_hash, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,14 @@ class BaseCache:
             hashes = {name: write_bytes(folder / name, path.read_bytes()) for name, path in files.items() if path.exists()}
             write_json(folder / ENTRY, {"of": {**self._common, **what}, "files": hashes, "seconds": seconds})
 
+    def size(self, what: Mapping[str, Any]) -> int | None:
+        """Bytes of the tensors that `put_rows` kept; None where nothing says so."""
+        folder = self._folder(what)
+        try:
+            return int(read_object(folder / ENTRY)["bytes"]) if folder is not None and (folder / ENTRY).is_file() else None
+        except (RunError, KeyError, TypeError, ValueError):
+            return None
+
     def rows(self, what: Mapping[str, Any]) -> list[dict[str, Tensor]] | None:
         """What `put_rows` kept, mapped from the files, so that all processes of a machine hold it once; None where there is no whole entry.
 
@@ -90,13 +99,13 @@ class BaseCache:
             entry = read_object(folder / ENTRY)
             if any(file_hash(folder / name) != expected for name, expected in entry["files"].items()):
                 raise ValueError("a file is not what was written")
-            return [row for name, count in zip(entry["files"], entry["rows"], strict=True) for row in _mapped(folder / name, count)]
+            return [row for i, count in enumerate(entry["rows"]) for row in _mapped(folder / _piece(i), count)]
         except (RunError, OSError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s is damaged (%s); it is made again", folder, error)
             return None
 
     def put_rows(self, what: Mapping[str, Any], pieces: Iterable[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
-        """Keep rows of tensors for other runs, and give them back, mapped from the files; where nothing is kept, as they are.
+        """Keep rows of tensors for other runs, and give them back, mapped from the files; where nothing can be kept, as they are.
 
         Args:
             what: what they depend on beside what is common.
@@ -104,15 +113,20 @@ class BaseCache:
         """
         folder, rows, hashes, counts = self._folder(what), [], {}, []
         for piece in pieces:
-            if folder is None:
-                rows += piece
-                continue
-            name = f"rows-{len(counts):05d}.safetensors"
-            hashes[name] = write_tensors(folder / name, {f"{i}.{key}": value for i, row in enumerate(piece) for key, value in row.items()})
-            counts.append(len(piece))
-            rows += _mapped(folder / name, len(piece))
+            if folder is not None:
+                try:
+                    path = folder / _piece(len(counts))
+                    if hashed := _keep(path, piece):
+                        hashes[path.name] = hashed
+                    counts.append(len(piece))
+                    piece = _mapped(path, len(piece))
+                except OSError as error:
+                    logger.warning("%s cannot keep prepared pictures (%s); this run holds its own", folder, error.strerror or error)
+                    folder = None
+            rows += piece
         if folder is not None:
-            write_json(folder / ENTRY, {"of": {**self._common, **what}, "files": hashes, "rows": counts})
+            size = sum(value.nbytes for row in rows for value in row.values())
+            write_json(folder / ENTRY, {"of": {**self._common, **what}, "files": hashes, "rows": counts, "bytes": size})
         return rows
 
     def _folder(self, what: Mapping[str, Any]) -> Path | None:
@@ -120,10 +134,28 @@ class BaseCache:
         return self._root and self._root / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _piece(number: int) -> str:
+    return f"rows-{number:05d}.safetensors"
+
+
+def _keep(path: Path, rows: list[dict[str, Tensor]]) -> str | None:
+    """Write rows and return the file's SHA-256; None without a tensor, which safetensors has no file for.
+
+    A file that holds the same already stays: other processes have it mapped.
+    """
+    tensors = {f"{i}.{key}": value.contiguous() for i, row in enumerate(rows) for key, value in row.items()}
+    if not tensors:
+        return None
+    content = save(tensors)
+    hashed = hashlib.sha256(content).hexdigest()
+    return hashed if path.is_file() and file_hash(path) == hashed else write_bytes(path, content)
+
+
 def _mapped(path: Path, count: int) -> list[dict[str, Tensor]]:
     rows: list[dict[str, Tensor]] = [{} for _ in range(count)]
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():
-            row, key = name.split(".", 1)
-            rows[int(row)][key] = file.get_tensor(name)
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                row, key = name.split(".", 1)
+                rows[int(row)][key] = file.get_tensor(name)
     return rows

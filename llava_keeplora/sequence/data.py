@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import Inputs
 from llava_keeplora.sequence.base_cache import BaseCache
+from llava_keeplora.versions import decoder_versions
 from llava_keeplora_eval.metrics import check_metric
 from llava_keeplora_recipes import Example, Recipe, TaskData, load_recipe
 
@@ -85,7 +85,8 @@ class ImageCache:
 
     def split(self, data: TaskData) -> "SplitImages":
         """The images of a split."""
-        return self._splits.setdefault(data.fingerprint, SplitImages(self, data))
+        images = SplitImages(self, data)
+        return self._splits.setdefault(images.order, images)
 
     def make(self, data: TaskData, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         """Decode and preprocess."""
@@ -110,6 +111,8 @@ class SplitImages:
     def __init__(self, cache: ImageCache, data: TaskData):
         self._cache, self._data = cache, data
         self._rows = {example_id: i for i, example_id in enumerate(data.ids)}
+        #: Of the data in this order: a fingerprint is the same in any, and pictures are found by their place.
+        self.order = hashlib.sha256("\n".join([data.fingerprint, *data.ids]).encode()).hexdigest()
         self._kept: list[dict[str, Tensor]] | None = None
         self._tried = False
 
@@ -125,17 +128,20 @@ class SplitImages:
 
     def _fill(self, chunk: int = 256) -> None:
         self._tried = True
-        what = {"stage": "PICTURES", "data": self._data.fingerprint}
-        found = self._cache.shared.rows(what)
-        if found is not None:
-            self._kept = found if self._cache.claim(sum(value.nbytes for item in found for value in item.values())) else None
+        shared, count = self._cache.shared, len(self._data)
+        what = {"stage": "PICTURES", "data": self.order, "decoders": decoder_versions()}
+        first, size = None, shared.size(what)
+        if size is None:
+            first = self._cache.make(self._data, range(min(chunk, count)))
+            size = sum(value.nbytes for item in first for value in item.values()) * count // len(first)
+        if not self._cache.claim(size):
             return
-        first = self._cache.make(self._data, range(min(chunk, len(self._data))))
-        size = sum(value.nbytes for item in first for value in item.values())
-        if not self._cache.claim(size * len(self._data) // len(first)):
-            return
-        rest = (range(start, min(start + chunk, len(self._data))) for start in range(chunk, len(self._data), chunk))
-        self._kept = self._cache.shared.put_rows(what, itertools.chain([first], (self._cache.make(self._data, indices) for indices in rest)))
+
+        def pieces() -> Iterator[list[dict[str, Tensor]]]:
+            for start in range(0, count, chunk):
+                yield first if first and start == 0 else self._cache.make(self._data, range(start, min(start + chunk, count)))
+
+        self._kept = shared.rows(what) or shared.put_rows(what, pieces())
 
 
 @dataclass(frozen=True)

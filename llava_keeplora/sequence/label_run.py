@@ -125,8 +125,15 @@ class LabelRun:
         if index == 0 or stage in ("PLANNED", "CLOSED"):
             return 0
         n = len(self.shared.inputs[index - 1])
-        training = 3 * self.trainings[index - 1]["num_train_epochs"] if stage == "TRAINED" else 0
-        return n * (training + self.method.passes.get(stage, 0.0))
+        training = 3 * self._trained_images(index, n) if stage == "TRAINED" else 0
+        return training + n * self.method.passes.get(stage, 0.0)
+
+    def _trained_images(self, index: int, count: int) -> float:
+        """Images of which a task's training takes its steps, each counted as often as it is seen."""
+        own = self.trainings[index - 1]
+        steps, size, pieces = (int(own.get(key, default)) for key, default in
+                               (("max_steps", -1), ("per_device_train_batch_size", 8), ("gradient_accumulation_steps", 1)))
+        return steps * size * pieces * self.shared.world if steps > 0 else count * own["num_train_epochs"]
 
     def _where(self, index: int) -> str:
         return f"task {index}/{self.count} {self._name(index)}" if index else "before any task"
@@ -472,7 +479,8 @@ class LabelRun:
         """What an example of a task takes the untouched model and the learned one, one after the other on the same batch."""
         task, family = self.tasks[index - 1], self.shared.family
         own = functools.partial(family.predictor, task.recipe, self.shared.cache.split(task.test))
-        examples = [task.test[i] for i in range(min(EXAMPLES, len(task.test)))]
+        # No larger than what was answered at once before, which fits.
+        examples = [task.test[i] for i in range(min(EXAMPLES, self.shared.config.evaluation.batch_size, len(task.test)))]
         self.shared.base.apply([])
         with self.shared.zero.engaged(family.model):
             untouched = seconds_per_example(own(), examples)

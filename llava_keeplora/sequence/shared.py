@@ -15,6 +15,7 @@ from torch import nn
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import PartConfig, RunConfig
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS, Method, Reference
 from llava_keeplora.models import DTYPES, Family, Inputs, load_model
 from llava_keeplora.sequence.base_cache import BaseCache
@@ -51,7 +52,8 @@ class Shared:
             cls = METHODS[method.method]
             check_family(label, cls, family)
             check_full_parts(method.parts, family)
-            if wanted := cls(cls.Options(**method.options)).wanted_reference():
+            # Large data may stand there, which a finished row doesn't need.
+            if (wanted := cls(cls.Options(**method.options)).wanted_reference()) and not self._finished(label):
                 self.references[label] = read_reference(label, *wanted, config.data, family, self.cache)
         self.zero = Zero(config.deepspeed())
         self.distributed = has_group()
@@ -59,6 +61,11 @@ class Shared:
         # Set by the runner once every method has named its layers and its open stages.
         self.base: BaseWeights
         self.progress: Progress
+
+    def _finished(self, label: str) -> bool:
+        """Whether a method of the run has learned every task."""
+        entries = Journal(self.workspace.label(label) / "journal.jsonl").entries
+        return any((entry.task, entry.stage) == (len(self.tasks), "CLOSED") for entry in entries)
 
     def load(self) -> None:
         """Load the model's weights; with ZeRO-3, every process its share of them."""

@@ -128,6 +128,9 @@ def test_every_other_method_ends_in_two_processes_as_in_one(stage, run_tree, tin
     for label in CERTAIN:
         apart = distances(tmp_path / "one", tmp_path / "two", label)
         assert len(apart) >= 2 and max(apart.values()) < 1e-5, (label, apart)
+    for path in (tmp_path / "one").glob("*/task-*/kept.safetensors"):
+        own, theirs = load_file(path), load_file(tmp_path / "two" / path.relative_to(tmp_path / "one"))
+        torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-4)
     for label in DRAWING:
         matrix = Matrix.from_json(tmp_path / "two" / label / "matrix.json")
         kept = [load_file(path) for path in sorted((tmp_path / "two" / label).glob("task-0[12]*/kept.safetensors"))]

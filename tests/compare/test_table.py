@@ -49,6 +49,8 @@ def test_a_table_of_some_methods_tries_their_settings_alone(tmp_path):
     path.write_text(yaml.safe_dump({"tasks": ["digits"], "methods": {"seq-lora": {}, "keeplora": {}}, "tuning": tuning}))
     table = load_table(str(path), methods=["keeplora"])
     assert list(table.methods) == list(tuning_jobs(table)) == ["keeplora"]
+    path.write_text(yaml.safe_dump({"base": "mtil-order1", "seeds": [0, 1]}))
+    assert list(load_table(str(path), methods=["zscl", "iap"]).methods) == ["zscl", "iap"]
 
 
 def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_on_it():

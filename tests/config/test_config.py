@@ -68,8 +68,10 @@ def test_some_of_a_configurations_methods_are_kept_in_its_order_with_what_was_pu
     config = load_config(path, methods=["c", "a"])
     assert list(config.methods) == ["a", "c"] and set(config.expected) == {"zero-shot", "a"}
     assert load_config(path, methods=None) == load_config(path)
+    assert list(load_config(path, methods=["zero-shot", "b"]).methods) == ["b"]
     with pytest.raises(ConfigError, match=r"the configuration has no method 'd'"):
         load_config(path, methods=["a", "d"])
+    assert list(load_config(write({"tasks": ["digits"]}), methods=["keeplora"]).methods) == ["keeplora"]
 
 
 def test_epochs_are_one_number_or_one_per_task():

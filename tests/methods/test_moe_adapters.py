@@ -83,6 +83,21 @@ def test_it_is_the_sum_over_the_chosen_experts_alone(x):
     assert not torch.allclose(found(x, 0), expected, atol=1e-3), "the other task's router chooses otherwise"
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_computing_all_experts_and_an_examples_own_is_the_same_with_the_same_gradients(x, tokens):
+    found, x = mixture(), x[:, :tokens].requires_grad_()
+    gates = found.routers[1](x[:, 0], 2).double()
+    both = []
+    for form in (found._of_all, found._of_own):
+        for p in found.parameters():
+            p.grad = None
+        out = form(x, gates)
+        both.append([out, *torch.autograd.grad(out.square().sum(), [x, *found.experts.parameters()], retain_graph=True)])
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(found(x, 1), found.scale * both[tokens * 5 > 2 * 6][0]), "few tokens, all experts"
+
+
 def test_one_expert_is_the_plain_parallel_adapter(x):
     found = mixture(experts=1, top_k=1)
     torch.testing.assert_close(found(x, 0), alone(found.experts[0], x))

@@ -68,12 +68,12 @@ def test_the_penalty_counts_once_per_step_however_many_batches_it_came_in(finish
 
 @pytest.fixture
 def penalised():
-    """Function (A, earlier A, **options) → the penalty with its gradients by A and B, and the earlier A after a step."""
+    """Function (A, earlier A, **options) → the penalty with its gradients by A and B, which alone can be moved."""
 
     def compute(A, earlier, **options):
         net = nn.ModuleDict({"layer": nn.Linear(6, 4, bias=False)})
         attach(net, {"layer": AdapterInit(len(A), float(len(A)), A=A, B=torch.ones(4, len(A)), train_A=True)})
-        old = Delta(earlier.clone(), torch.ones(4, len(earlier)), 1.0)
+        old = Delta(earlier, torch.ones(4, len(earlier)), 1.0)
         ctx = TaskContext(2, "t", {"layer": Layer("layer", "vision", net["layer"], 2, 2.0, 0.5, 0.9)}, None, None, 0, 0, deltas=lambda: [{"layer": old}])
         method = OLora(OLora.Options(**options))
         with method.attached(ctx, net):
@@ -81,10 +81,7 @@ def penalised():
             assert sorted(trained) == ["layer.lora_A.default.weight", "layer.lora_B.default.weight"]
             loss = method.loss(ctx, {}, {"loss": torch.zeros((), requires_grad=True)})
             loss.backward()
-            grads = [trained[f"layer.lora_{letter}.default.weight"].grad for letter in "AB"]
-            torch.optim.SGD(net.parameters(), lr=1.0).step()
-            method.loss(ctx, {}, {"loss": torch.zeros(())})
-        return float(loss.detach()), *grads, old.A
+        return float(loss.detach()), *(trained[f"layer.lora_{letter}.default.weight"].grad for letter in "AB")
 
     return compute
 
@@ -92,10 +89,10 @@ def penalised():
 def test_the_penalty_moves_the_new_A_alone_and_by_its_signs(penalised):
     torch.manual_seed(0)
     A, earlier = torch.randn(2, 6), torch.randn(3, 6)
-    value, by_A, by_B, after = penalised(A, earlier, lambda1=0.5)
+    value, by_A, by_B = penalised(A, earlier, lambda1=0.5)
     assert value == pytest.approx(0.5 * sum(abs(float(old @ new)) for old in earlier for new in A), rel=1e-5)
     torch.testing.assert_close(by_A, 0.5 * torch.sign(A @ earlier.T) @ earlier)
-    assert by_B is None and torch.equal(after, earlier) and not after.requires_grad
+    assert by_B is None
 
 
 def test_what_an_earlier_task_left_is_bit_for_bit_the_same_after_later_ones(finished, run_config, driven, tiny_tasks, tmp_path):
@@ -111,7 +108,7 @@ def test_the_penalty_is_zero_exactly_for_orthogonal_adapters(penalised):
 
 def test_the_second_penalty_is_the_sum_of_the_norms(penalised):
     A = torch.eye(6)[:2]
-    value, by_A, by_B, _ = penalised(A, torch.eye(6)[2:4], lambda2=0.1)
+    value, by_A, by_B = penalised(A, torch.eye(6)[2:4], lambda2=0.1)
     assert value == pytest.approx(0.1 * (2**0.5 + 8**0.5), rel=1e-5)
     torch.testing.assert_close(by_A, 0.1 * A / 2**0.5)
     torch.testing.assert_close(by_B, 0.1 * torch.ones(4, 2) / 8**0.5)

@@ -293,11 +293,15 @@ def test_settings_that_mean_nothing_are_refused_in_a_sentence(options, sentence)
 def test_a_run_whose_reference_data_are_others_than_planned_is_refused(run_config, driven, tmp_path, tiny_tasks):
     (tmp_path / "captions.txt").write_text("a red circle .\na photo .")
     options = {"reference": str(tiny_tasks[2]), "reference_texts": str(tmp_path / "captions.txt")}
-    config = run_config(tmp_path / "run", methods={"zscl": options}, tasks=[str(tiny_tasks[0])])
-    driven(config)
+    one, two = (run_config(tmp_path / "run", methods={"zscl": options}, tasks=[str(path) for path in tiny_tasks[:count]]) for count in (1, 2))
+    driven(one)
+    (tmp_path / "captions.txt").unlink()
+    driven(one)  # Nothing is left to learn, so nothing is read.
+    with pytest.raises(ConfigError, match="reference_texts: .* cannot be read"):
+        driven(two)
     (tmp_path / "captions.txt").write_text("a red circle .\na blue photo .")
     with pytest.raises(RunError, match="the reference data is not what it was when .*zscl was planned .texts_sha256: "):
-        driven(config)
+        driven(two)
 
 
 def test_without_a_file_the_default_reference_is_rendered_scenes_and_their_captions(run_config, driven, tmp_path, tiny_tasks):

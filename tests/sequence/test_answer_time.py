@@ -52,6 +52,13 @@ def test_what_a_method_adds_at_test_is_in_the_last_closed_task_and_in_the_table(
     assert read_needs(tmp_path / "run/seq-lora").test_seconds == pytest.approx(extra)
 
 
+def test_no_more_examples_are_answered_at_once_than_an_evaluation_does(run_config, drive, tmp_path, one_label, tiny_tasks, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("llava_keeplora.sequence.label_run.seconds_per_example", lambda predictor, examples: sizes.append(len(examples)) or 1.0)
+    drive(run_config(tmp_path / "run", tasks=[str(tiny_tasks[0])], evaluation={"batch_size": 3}, **one_label("seq-lora")))
+    assert sizes == [3, 3]
+
+
 def test_the_untouched_models_time_is_that_of_the_bases_weights_and_the_learned_ones_are_back_afterwards(run_config, drive, tmp_path, one_label, tiny_tasks, monkeypatch):
     carried = []
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from llava_keeplora.methods import METHODS
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora.sequence.label_run import LabelRun
+from llava_keeplora_recipes import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -148,14 +150,45 @@ def test_pictures_that_another_run_prepared_are_not_prepared_again_unless_damage
 
 
 def test_rows_come_back_as_they_are_whatever_their_shapes_and_without_a_folder_too(tmp_path):
-    rows = [{"pixels": torch.randn(3, i, 4).bfloat16().mT, "sizes": torch.tensor([i, 4])} if i else {} for i in range(5)]
+    rows = [{"pixels": torch.randn(3, i, 4).bfloat16().mT, "sizes": torch.tensor([i, 4])} if i % 4 else {} for i in range(8)]
+    pieces = [rows[:1], rows[1:4], rows[4:5], rows[5:]]  # Two of them are text alone.
     for root in (str(tmp_path / "cache"), None):
         cache, what = BaseCache(root, {"model": "m"}), {"stage": "PICTURES", "data": "d"}
-        assert cache.rows(what) is None
-        for found in (cache.put_rows(what, iter([rows[:2], rows[2:]])), cache.rows(what) if root else rows):
-            assert len(found) == 5 and all(row.keys() == mine.keys() for row, mine in zip(found, rows))
+        assert cache.rows(what) is None and cache.size(what) is None
+        for found in (cache.put_rows(what, iter(pieces)), cache.rows(what) if root else rows):
+            assert len(found) == len(rows) and all(row.keys() == mine.keys() for row, mine in zip(found, rows))
             assert all(torch.equal(row[key], value) for row, mine in zip(found, rows) for key, value in mine.items())
         assert BaseCache(root, {"model": "other"}).rows(what) is None
+        assert cache.size(what) == (sum(value.nbytes for row in rows for value in row.values()) if root else None)
+
+
+def test_a_file_that_others_have_mapped_is_not_replaced_by_the_same(tmp_path):
+    cache, what, rows = BaseCache(str(tmp_path), {}), {"data": "d"}, [{"pixels": torch.ones(3)}]
+    cache.put_rows(what, iter([rows]))
+    (file,) = tmp_path.glob("*/rows-*.safetensors")
+    before = file.stat()
+    cache.put_rows(what, iter([rows]))
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_disk_that_takes_no_pictures_leaves_the_run_with_its_own(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    cache, rows = BaseCache(str(tmp_path / "file"), {}), [{"pixels": torch.ones(3)}, {"pixels": torch.zeros(3)}]
+    assert cache.put_rows({"data": "d"}, iter([rows[:1], rows[1:]])) == rows
+    assert "cannot keep prepared pictures (Not a directory); this run holds its own" in caplog.text
+
+
+def test_the_same_pictures_in_another_order_are_other_rows(tmp_path):
+    data = load_recipe("digits").load("test").take(range(6))
+    other = data.take(range(5, -1, -1))
+    assert data.fingerprint == other.fingerprint and data.ids == other.ids[::-1]
+
+    def pixels(example):
+        return torch.tensor(np.asarray(example.image))
+
+    for _ in range(2):  # Made, and then taken over.
+        cache = ImageCache(lambda examples: [{"pixels": pixels(example)} for example in examples], 1.0, BaseCache(str(tmp_path), {}))
+        assert all(torch.equal(cache.split(split).take([0])[0]["pixels"], pixels(split[0])) for split in (data, other))
 
 
 def test_pictures_beyond_the_budget_are_neither_kept_nor_taken(filled, other, drive, prepared, tmp_path):

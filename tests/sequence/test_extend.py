@@ -183,6 +183,22 @@ def test_every_task_learns_at_its_own_rate_and_a_new_one_asks_for_its_own(run_co
     assert deltas[0] == deltas[1] and len(set(deltas[0])) == 3
 
 
+@pytest.mark.parametrize("rates", [{}, {"learning_rate": 0.02}, {"learning_rate": [0.02]}])
+def test_a_new_task_has_its_own_rate_also_where_a_method_or_nothing_sets_the_others(run_tree, drive, tmp_path, tiny_tasks, rates):
+    tree = run_tree(tmp_path / "run", tasks=[str(tiny_tasks[0])], methods={"seq-lora": {"training": rates}})
+    del tree["training"]["learning_rate"]
+    drive(parse_config(tree))
+    identity = json.loads((tmp_path / "run/identity.json").read_text())
+    if not rates:  # As an earlier version wrote it.
+        for section in (identity, *identity["methods"].values()):
+            section["training"].pop("learning_rate")
+        (tmp_path / "run/identity.json").write_text(json.dumps(identity))
+    drive(parse_config(tree))
+    drive(extended(tmp_path / "run", str(tiny_tasks[1]), {"learning_rate": 0.01}))
+    assert load_run(tmp_path / "run").trainings("seq-lora")[1]["learning_rate"] == 0.01
+    assert load_run(tmp_path / "run").trainings("seq-lora")[0]["learning_rate"] == (0.02 if rates else 5e-5)
+
+
 def test_a_task_taken_out_or_put_in_between_is_refused_with_the_difference(copied, run_config, drive, tiny_tasks):
     first, second, third = map(str, tiny_tasks)
     with pytest.raises(RunError, match=r"tasks: \['colours', 'stripes'\] → \['colours'\]"):
