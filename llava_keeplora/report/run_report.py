@@ -16,6 +16,7 @@ from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.page import write_report
 from llava_keeplora.report.tables import summary_table
 from llava_keeplora.report.trial import Capacity, Cost, LayerLines, Trial
+from llava_keeplora.run_folder import read_identity
 from llava_keeplora_eval import Matrix
 
 ZERO_SHOT = "zero-shot"
