@@ -19,9 +19,6 @@ from functools import wraps
 from llava_keeplora_eval.answer_forms import (
     box_form,
     choice_form,
-    find_letter,
-    find_number,
-    find_yes_no,
     finds,
     is_letter,
     is_number,

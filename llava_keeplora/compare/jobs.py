@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.compare.table import CACHE, TUNING, Order, Table, merged
-from llava_keeplora.config import RunConfig, parse_config
+from llava_keeplora.config import parse_config
 from llava_keeplora.files import write_bytes
 from llava_keeplora.run_folder import differences, read_identity
 

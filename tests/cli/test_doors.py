@@ -1,7 +1,6 @@
 """One command, three doors: the same numbers whatever starts a run, in one process or two, killed or not."""
 
 import json
-import os
 import random
 import signal
 import sys

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava_keeplora.adapters import AdapterInit, Delta, attach, load_deltas, lora_layers
+from llava_keeplora.adapters import AdapterInit, Delta, attach, load_deltas
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods import METHODS, Layer, TaskContext
 
