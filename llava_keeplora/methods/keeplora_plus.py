@@ -59,7 +59,8 @@ class KeepLoraPlus(KeepLora):
         """Settings of KeepLoRA+ beside KeepLoRA's.
 
         Args:
-            scale: of the cosines, beside CLIP's own scale of the text's; 0 trains and answers as KeepLoRA.
+            scale: of the cosines, beside CLIP's own scale of the text's, which is 100 in the released CLIPs; of a CLIP with another, take
+                three tenths. 0 trains and answers as KeepLoRA.
         """
 
         scale: float = 30.0
