@@ -95,9 +95,11 @@ def read_identity(run: Path) -> dict[str, Any]:
     if not isinstance(identity.get("tasks"), list) or not all(isinstance(name, str) for name in identity["tasks"]):
         raise RunError(f"{path} names no tasks", "restore it or start over in a new output_dir")
     # An earlier version named an argument only where a configuration did.
-    for section in (identity, *identity.get("methods", {}).values()):
-        for key, (default, _) in PER_TASK.items():
-            section.get("training", {}).setdefault(key, default)
+    methods = identity.get("methods")
+    for section in (identity, *(methods.values() if isinstance(methods, dict) else ())):
+        if isinstance(section, dict) and isinstance(section.get("training"), dict):
+            for key, (default, _) in PER_TASK.items():
+                section["training"].setdefault(key, default)
     return identity
 
 
