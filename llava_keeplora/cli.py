@@ -126,7 +126,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:
-    """The argument that leaves some of a configuration's methods."""
+    """The argument that keeps some of a configuration's methods."""
     parser.add_argument("--methods", type=_labels, metavar="LABEL,...", help="of the configuration's methods, only these (default: all)")
 
 

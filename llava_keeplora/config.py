@@ -493,19 +493,23 @@ def with_settings(tree: dict[str, Any], overrides: typing.Sequence[str] = (), **
     return tree
 
 
-def _keep_methods(tree: dict[str, Any], labels: typing.Sequence[str]) -> None:
-    """Keep only these methods of a configuration, in its own order, with what is published for them and tried of them."""
-    base = tree.get("base")
-    default = read_config(base).get("methods", DEFAULT_METHODS) if isinstance(base, str) else DEFAULT_METHODS
-    methods = as_mapping(tree.get("methods", default), "methods")
+def only_methods(methods: Mapping[str, Any], labels: typing.Sequence[str]) -> dict[str, Any]:
+    """Of methods by label these alone, in their own order; the row of the untouched model may be named too.
+
+    Raises:
+        ConfigError: for a label that is none of theirs.
+    """
     for label in labels:
         if label not in (ZERO_SHOT, *methods):
             raise ConfigError(f"the configuration has no method '{label}'", nearest(label, list(methods)))
-    kept = (ZERO_SHOT, *labels)
-    tree["methods"] = {label: value for label, value in methods.items() if label in kept}
-    for section, where in ((tree, "expected"), (tree.get("tuning"), "settings")):
-        if isinstance(section, dict) and isinstance(section.get(where), Mapping):
-            section[where] = {label: value for label, value in section[where].items() if label in kept}
+    return {label: value for label, value in methods.items() if label in (ZERO_SHOT, *labels)}
+
+
+def _keep_methods(tree: dict[str, Any], labels: typing.Sequence[str]) -> None:
+    """Keep only these methods of a run's configuration, and what is published for them."""
+    tree["methods"] = only_methods(as_mapping(tree.get("methods", DEFAULT_METHODS), "methods"), labels)
+    if isinstance(tree.get("expected"), Mapping):
+        tree["expected"] = {label: value for label, value in tree["expected"].items() if label in (ZERO_SHOT, *labels)}
 
 
 def find_config(name_or_path: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -23,7 +24,11 @@ def installed_versions() -> dict[str, str]:
 
 def decoder_versions() -> dict[str, str]:
     """Library → its version, of those that turn files into pixels; one that isn't installed is left out."""
-    return {one.metadata["Name"].lower(): one.version for one in metadata.distributions() if one.metadata["Name"].lower() in DECODERS}
+    found = {}
+    for name in DECODERS:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def write_versions(run: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import DEFAULT_METHODS, LABEL, PER_TASK, TABLE_KEYS, RunConfig, as_mapping, build, read_config, with_settings
+from llava_keeplora.config import DEFAULT_METHODS, LABEL, PER_TASK, TABLE_KEYS, RunConfig, as_mapping, build, only_methods, read_config, with_settings
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
@@ -98,6 +98,12 @@ class Table:
         """One of the orders by its name."""
         return next(order for order in self.orders if order.name == name)
 
+    def only(self, labels: Sequence[str]) -> Table:
+        """The table of these methods alone."""
+        kept = only_methods(self.methods, labels)
+        tuning = self.tuning and dataclasses.replace(self.tuning, settings={label: tried for label, tried in self.tuning.settings.items() if label in kept})
+        return dataclasses.replace(self, methods=kept, tuning=tuning)
+
     @property
     def tuning_order(self) -> Order:
         """The order on which settings are tried."""
@@ -119,7 +125,8 @@ def load_table(
     Raises:
         ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
     """
-    return parse_table(with_settings(read_config(name_or_path), overrides, data_root=data_root, output_dir=output_dir, methods=methods))
+    table = parse_table(with_settings(read_config(name_or_path), overrides, data_root=data_root, output_dir=output_dir))
+    return table if methods is None else table.only(methods)
 
 
 def parse_table(tree: Mapping[str, Any]) -> Table:

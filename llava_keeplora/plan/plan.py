@@ -111,7 +111,8 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
     """
     left_out = {label: why for label, method in config.methods.items() if (why := _unplanned(METHODS[method.method]))}
     if len(left_out) == len(config.methods) > 0:
-        raise ConfigError(*next((f"'{label}' {why}", "run it without a plan") for label, why in left_out.items()))
+        label, why = next(iter(left_out.items()))
+        raise ConfigError(f"'{label}' {why}", "run it without a plan")
     scenarios = _Scenarios(config, find_machine(gpus, gpu_memory_gb))
     asked, found, methods = scenarios.at({}), {}, []
     for label, rehearsal in asked.items():

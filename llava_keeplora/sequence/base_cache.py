@@ -49,8 +49,8 @@ class BaseCache:
         Returns:
             the seconds that it took to make them; None where there is no whole entry.
         """
-        folder = self._folder(what)
-        if folder is None or not (folder / ENTRY).is_file():
+        folder = self._found(what)
+        if folder is None:
             return None
         try:
             entry = read_object(folder / ENTRY)
@@ -80,9 +80,9 @@ class BaseCache:
 
     def size(self, what: Mapping[str, Any]) -> int | None:
         """Bytes of the tensors that `put_rows` kept; None where nothing says so."""
-        folder = self._folder(what)
+        folder = self._found(what)
         try:
-            return int(read_object(folder / ENTRY)["bytes"]) if folder is not None and (folder / ENTRY).is_file() else None
+            return folder and int(read_object(folder / ENTRY)["bytes"])
         except (RunError, KeyError, TypeError, ValueError):
             return None
 
@@ -92,8 +92,8 @@ class BaseCache:
         Args:
             what: what it depends on beside what is common.
         """
-        folder = self._folder(what)
-        if folder is None or not (folder / ENTRY).is_file():
+        folder = self._found(what)
+        if folder is None:
             return None
         try:
             entry = read_object(folder / ENTRY)
@@ -128,6 +128,11 @@ class BaseCache:
             size = sum(value.nbytes for row in rows for value in row.values())
             write_json(folder / ENTRY, {"of": {**self._common, **what}, "files": hashes, "rows": counts, "bytes": size})
         return rows
+
+    def _found(self, what: Mapping[str, Any]) -> Path | None:
+        """The folder of an entry that is there."""
+        folder = self._folder(what)
+        return folder if folder is not None and (folder / ENTRY).is_file() else None
 
     def _folder(self, what: Mapping[str, Any]) -> Path | None:
         text = json.dumps({**self._common, **what}, sort_keys=True)
