@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from llava_keeplora.capture.taps import feature_taps, gradient_taps, shared_inputs
+from llava_keeplora.group import sum_over_processes
 
 #: A batch, and whether it counts: where one process has fewer batches than another, it goes along with one that doesn't.
 Batch = tuple[Mapping[str, Tensor], bool]
@@ -125,24 +125,3 @@ def _distinct(statistics: Iterable[object]) -> list:
 
 def _reduce(statistics: Iterable[GradientStatistic | FeatureStatistic]) -> None:
     sum_over_processes(tensor for statistic in statistics for tensor in statistic.tensors)
-
-
-def sum_over_processes(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, which must come along; nothing where there is one."""
-    if _is_distributed():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def from_all(value: Any) -> list[Any]:
-    """Every process's value by rank, in every process; all must come along."""
-    if not _is_distributed():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _is_distributed() -> bool:
-    """Whether several processes take part."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, normalize
 
-from llava_keeplora.capture import sum_over_processes
 from llava_keeplora.errors import MethodError
+from llava_keeplora.group import sum_over_processes
 from llava_keeplora.methods.base import Record, TaskContext
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.zero import trained_values

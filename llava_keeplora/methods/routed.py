@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit
-from llava_keeplora.capture import from_all
 from llava_keeplora.errors import MethodError
+from llava_keeplora.group import from_all
 from llava_keeplora.methods.base import Method, TaskContext
 from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features
 

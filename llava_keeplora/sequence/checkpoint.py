@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_keeplora.capture import from_all
 from llava_keeplora.files import file_hash, write_json, write_tensors
-from llava_keeplora.sequence.processes import process_count, process_rank
+from llava_keeplora.group import from_all, process_count, process_rank
 
 logger = logging.getLogger(__name__)
 

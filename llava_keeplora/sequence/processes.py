@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llava_keeplora.config import RunConfig
+from llava_keeplora.group import has_group, is_first_process
 from llava_keeplora.operators import check_builds
 
 #: The first process alone scores and writes; the others may have to wait long.
@@ -51,54 +52,9 @@ def processes(config: RunConfig) -> Iterator[bool]:
     yield is_first_process()
     # Without this, gloo's threads may abort the interpreter on its way out. After an error the launcher
     # stops the others; waiting for them here would wait for ever.
-    if dist.is_initialized():
+    if has_group():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def process_rank() -> int:
-    """This process's number in its group; 0 where there is none."""
-    return dist.get_rank() if has_group() else 0
-
-
-def process_count() -> int:
-    """How many processes the group has; 1 where there is none."""
-    return dist.get_world_size() if has_group() else 1
-
-
-def has_group() -> bool:
-    """Whether this process is in a group, be it of one."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def is_first_process() -> bool:
-    """Whether this process writes and reports."""
-    return process_rank() == 0
-
-
-@contextmanager
-def first_process_first() -> Iterator[None]:
-    """Let the first process go through a block before the others do; if it fails there, they leave without a word.
-
-    Raises:
-        SystemExit: in the other processes, with code 2, if the first one failed.
-    """
-    if process_count() == 1:
-        yield
-        return
-    if is_first_process():
-        passed = [False]
-        try:
-            yield
-            passed = [True]
-        finally:
-            dist.broadcast_object_list(passed)
-        return
-    passed = [None]
-    dist.broadcast_object_list(passed)
-    if not passed[0]:
-        raise SystemExit(2)
-    yield
 
 
 def _free_port() -> int:

@@ -13,12 +13,12 @@ from contextlib import ExitStack, contextmanager
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.files import write_json
+from llava_keeplora.group import first_process_first, is_first_process
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import check_start
 from llava_keeplora.report.run_report import write_run_report
 from llava_keeplora.sequence.data import Task, load_tasks
 from llava_keeplora.sequence.label_run import ZERO_SHOT, LabelRun
-from llava_keeplora.sequence.processes import first_process_first, is_first_process
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.workspace import Workspace

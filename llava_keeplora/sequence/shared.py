@@ -15,12 +15,12 @@ from torch import nn
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import PartConfig, RunConfig
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.group import has_group, process_count, process_rank
 from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS, Method, Reference
 from llava_keeplora.models import DTYPES, Family, Inputs, load_model
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache, Task
-from llava_keeplora.sequence.processes import has_group, process_count, process_rank
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.reference import read_reference
 from llava_keeplora.sequence.workspace import Workspace

@@ -16,8 +16,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from llava_keeplora.capture import from_all
 from llava_keeplora.errors import ConfigError, MethodError, TrainingError
+from llava_keeplora.group import from_all
 from llava_keeplora.methods import Method, TaskContext
 from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
 from llava_keeplora.sequence.engine import EngineShare

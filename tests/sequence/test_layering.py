@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: Lower layers know nothing of the ones above them.
 ABOVE = {
+    "group": ["analysis", "export", "plan", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
     "subspace": ["analysis", "export", "plan", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
     "capture": ["analysis", "export", "plan", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
     "adapters": ["analysis", "export", "plan", "capture", "models", "methods", "sequence", "report", "config", "cli"],

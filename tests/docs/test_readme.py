@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 #: These set up an environment or start the suite that is running; the Makefile test below holds what they do.
 BY_MAKE = {"make demo", "make test", "pip install -c constraints.txt -e ."}

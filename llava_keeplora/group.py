@@ -1,0 +1,71 @@
+"""The group of processes that a run takes part in, if there are several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def process_rank() -> int:
+    """This process's number in its group; 0 where there is none."""
+    return dist.get_rank() if has_group() else 0
+
+
+def process_count() -> int:
+    """How many processes the group has; 1 where there is none."""
+    return dist.get_world_size() if has_group() else 1
+
+
+def has_group() -> bool:
+    """Whether this process is in a group, be it of one."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and reports."""
+    return process_rank() == 0
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let the first process go through a block before the others do; if it fails there, they leave without a word.
+
+    Raises:
+        SystemExit: in the other processes, with code 2, if the first one failed.
+    """
+    if process_count() == 1:
+        yield
+        return
+    if is_first_process():
+        passed = [False]
+        try:
+            yield
+            passed = [True]
+        finally:
+            dist.broadcast_object_list(passed)
+        return
+    passed = [None]
+    dist.broadcast_object_list(passed)
+    if not passed[0]:
+        raise SystemExit(2)
+    yield
+
+
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, which must come along; nothing where there is one."""
+    if process_count() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's value by rank, in every process; all must come along."""
+    if process_count() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
