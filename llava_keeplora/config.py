@@ -315,7 +315,8 @@ class RunConfig:
         return values
 
     def identity(self) -> dict[str, Any]:
-        """What a result depends on: everything but where run, recipes and data lie, how they are cached, what was published, and on what machines a step is computed.
+        """What a result depends on: everything but where run, recipes and data lie, how they are cached, what was published, on what
+        machines a step is computed, and how much memory statistics may take (features are exact or sketched, each task's file says which).
 
         Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in the journal, and so are
         reference data.
@@ -324,7 +325,7 @@ class RunConfig:
             RecipeError: if a task's recipe is not there or cannot be read.
         """
         tree = json.loads(json.dumps(dataclasses.asdict(self)))
-        places = ((tree, "output_dir"), (tree, "base_cache"), (tree, "sequence"), (tree, "expected"), (tree["data"], "root"))
+        places = ((tree, "output_dir"), (tree, "base_cache"), (tree, "sequence"), (tree, "expected"), (tree["data"], "root"), (tree, "memory"))
         for section, key in (*places, (tree["evaluation"], "batch_size"), (tree["data"], "cache_gb")):
             section.pop(key)
         for method in tree["methods"].values():

@@ -70,9 +70,11 @@ def dense_gradient_pass() -> Pair:
 
         clip = setting.family.model
         handles = [m.register_forward_hook(ask) for m in (clip.vision_model.pre_layrnorm, clip.text_model.embeddings)]
-        with setting.task.constants():
+        with setting.task.constants() as constants:
             for batch in setting.batches:
                 setting.task(**batch)["loss"].backward()
+            for output, cotangent in constants:
+                output.backward(cotangent)
         for handle in handles:
             handle.remove()
 

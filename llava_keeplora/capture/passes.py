@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from llava_keeplora.capture.taps import feature_taps, gradient_taps, shared_inputs
-from llava_keeplora.group import sum_over_processes
+from llava_keeplora.group import from_all, sum_over_processes
+
+#: By how much a loss is raised before it is sent back in fp16, whose smallest number is 6e-8 and largest 65504.
+HEADROOM = 2.0**10
 
 #: A batch, and whether it counts: where one process has fewer batches than another, it goes along with one that doesn't.
 Batch = tuple[Mapping[str, Tensor], bool]
@@ -42,6 +46,10 @@ def gradient_pass(
     What does not depend on the batch (class prompts) runs once; its cotangent is summed over the batches and sent back
     once, which is the same sum.
 
+    Under fp16 autocast a batch's loss is sent back some `HEADROOM` times as large as its own mean, by a power of two, whatever `total` is,
+    and dY is set right in fp32 where it is summed: as a share of all data it would be lost (loss scaling, Micikevicius et al., ICLR 2018,
+    section 3.2).
+
     Args:
         task: a `llava_keeplora.models.TaskModel`; its loss is the mean over a batch's weight (images, or answer tokens).
         layers: name → linear layer.
@@ -49,13 +57,32 @@ def gradient_pass(
         total: weight of all batches of all processes.
         statistics: layer name → what its gradient is added to; summed over processes in the end.
     """
-    with gradient_taps({name: layers[name] for name in statistics}, lambda name, x, dy: statistics[name].add(x, dy)), task.constants():
-        for batch, counts in batches:
+    batches = iter(batches)
+    first = next(batches)
+    in_fp16 = _is_fp16(next(iter(first[0].values())).device.type)
+    raised: float | Tensor = math.ldexp(HEADROOM, 1 - math.frexp(task.weight(first[0]) / total)[1]) if in_fp16 else 1.0
+
+    def sink(name: str, x: Tensor, dy: Tensor) -> None:
+        statistics[name].add(x, dy.float() / raised if in_fp16 else dy)
+
+    with gradient_taps({name: layers[name] for name in statistics}, sink), task.constants() as constants:
+        for batch, counts in itertools.chain([first], batches):
             loss = task(**batch)["loss"]
-            (loss * (task.weight(batch) / total if counts else 0.0)).backward()
+            (loss * (raised * task.weight(batch) / total if counts else 0.0)).backward()
             # With it goes the graph, in which 8-bit layers keep their inputs beyond the backward pass.
             del loss
+        for output, cotangent in constants:
+            # Over all batches, these have become as large as the data are many.
+            if in_fp16:
+                cotangent = cotangent / raised
+                raised = torch.ldexp(cotangent.new_tensor(HEADROOM), 1 - torch.frexp(cotangent.abs().max()).exponent)
+                cotangent = cotangent * raised
+            output.backward(cotangent.to(output.dtype))
     _reduce(statistics.values())
+
+
+def _is_fp16(device_type: str) -> bool:
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
 
 
 def feature_pass(
@@ -72,26 +99,28 @@ def feature_pass(
         layers: name → linear layer.
         parts: name → the part it belongs to.
         batches: batches; in several processes, each process's share, equally many everywhere.
-        statistics: given the names of the layers that were reached, grouped by the tensor that they read (q, k and v read
+        statistics: given the names of the layers that can be reached, grouped by the tensor that they read (q, k and v read
             the same), makes a statistic per layer; layers of a group may share one, and layers without one are left alone.
 
     Returns:
-        layer name → its statistic, summed over processes.
+        layer name → its statistic, summed over processes; without those that no token of any process came to.
     """
     batches = iter(batches)
     first = next(batches)
     with torch.no_grad():
-        leaders = shared_inputs(layers, lambda: task(**task.first(first[0])))
+        leaders = shared_inputs(layers, lambda: task.probe(first[0]))
         groups: dict[str, list[str]] = {}
         for name, leader in leaders.items():
             groups.setdefault(leader, []).append(name)
         made = statistics(list(groups.values()))
         fed = {leader: _distinct(made[name] for name in names if name in made) for leader, names in groups.items()}
         current: dict[str, Tensor] = {}
+        reached: set[str] = set()
 
         def sink(leader: str, x: Tensor) -> None:
             if not counted:
                 return
+            reached.add(leader)
             mask = task.token_mask(parts[leader], current)
             if mask is not None and len(fed[leader]) > 1 and not bool(mask.all()):
                 x, mask = x[mask], None  # picked once for all of them
@@ -104,7 +133,8 @@ def feature_pass(
                 current.update(batch)
                 task(**batch)
     _reduce(_distinct(made.values()))
-    return made
+    everywhere = set().union(*from_all(reached))
+    return {name: statistic for name, statistic in made.items() if leaders[name] in everywhere}
 
 
 def autocast(training: Mapping[str, object], device_type: str) -> AbstractContextManager[object]:

@@ -120,7 +120,8 @@ class InfLora(Method):
                 made[tuple(names)] = SecondMoment(module.in_features, dtype, module.weight.device)
             return {name: moment for names, moment in made.items() for name in names}
 
-        ctx.features(make)
+        reached = set(ctx.features(make))
+        made = {names: moment for names, moment in made.items() if names[0] in reached}
         for names in list(made):
             moment = made.pop(names).matrix.double()
             yield names, moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)

@@ -202,11 +202,15 @@ class KeepLora(Method):
                 with _in_layer(layer):
                     found[name] = self.rules.extend(self.bases[name], statistic, layer.energy_feature, self._limit(name, ctx))
 
-        evidence = self._evidence(ctx)
+        evidence = dict(self._evidence(ctx))
         read(evidence)
-        again = {name: evidence[name].refined() for name, one in found.items() if not getattr(one, "reached", True)}
+        short = [name for name, one in found.items() if not getattr(one, "reached", True)]
+        # What the first pass summed goes, one by one, as the second one's sketches come: these take the whole budget again.
+        evidence = {name: evidence[name] for name in short}
+        again = {name: evidence.pop(name).refined() for name in short}
         if again:
             read(ctx.features(lambda groups: again, self.options.feature_fraction))
+            _tell_missed(ctx, {name: found[name].energy_after for name in again if not found[name].reached})
         report = ctx.report.setdefault("feature_energy", {})
         for name, one in found.items():
             report[name] = {"before": one.energy_before, "after": one.energy_after, "new": one.rank}
@@ -279,6 +283,16 @@ def _tell_estimates(task: str, numbers: Mapping[str, Mapping[str, Any]]) -> None
         logger.info(
             "%s: A of %d layers from sketched gradients, in up to %d passes over the data; at least %.3f of the best rank-r energy, in %s",
             task, len(sketched), max(one["passes"] for one in sketched.values()), sketched[worst]["at_least"], worst,
+        )
+
+
+def _tell_missed(ctx: TaskContext, held: Mapping[str, float]) -> None:
+    """Warn of layers whose sketch, in two passes, was sure of less energy than ε_f asks for."""
+    if held:
+        worst = min(held, key=held.get)
+        logger.warning(
+            "%s: the sketched features of %d layers don't reach energy_feature; %s protects %.3f of %s for sure. Raise memory.statistics_gb, or lower energy_feature",
+            ctx.name, len(held), worst, held[worst], ctx.layers[worst].energy_feature,
         )
 
 

@@ -5,7 +5,7 @@ Legend: in / out features of a layer, k protected dimensions, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from llava_keeplora.subspace import (
     RunningMeanFeatures,
     SecondMoment,
     SecondPass,
+    ShapeError,
     SketchedMoment,
-    choose_statistic,
     principal_basis,
     released_clip_extend,
     released_clip_weight_basis,
@@ -31,6 +31,10 @@ from llava_keeplora.subspace import (
     released_llava_weight_basis,
     residual,
 )
+from llava_keeplora.subspace.feature_sketch import BYTES, SMALLEST
+
+#: Bytes per number of an exact second moment in its smaller form.
+EXACT = 4
 
 
 class PaperRules:
@@ -51,16 +55,26 @@ class PaperRules:
 
     @staticmethod
     def statistics(groups: list[list[Layer]], bases: Mapping[str, Tensor], budget: int, seed: int) -> dict[str, SecondMoment | SketchedMoment]:
-        """Layer name → statistic of its features: exact and one per distinct input where all of them fit the budget (bytes), else sketched."""
+        """Layer name → statistic of its features: exact and one per distinct input where all of them fit the budget (bytes), else sketched.
+
+        Raises:
+            ShapeError: if not even the smallest sketches fit.
+        """
         whole = sum(layers[0].module.in_features ** 2 for layers in groups)
-        found: dict[str, SecondMoment | SketchedMoment] = {}
-        for layers in groups:
-            width, device = layers[0].module.in_features, layers[0].module.weight.device
-            share = budget * width**2 // whole
-            exact = choose_statistic(width, share, device=device) if share >= 4 * width**2 else None
-            for layer in layers:
-                # A sketch answers for one basis, so layers that read the same input have one each.
-                found[layer.name] = exact or choose_statistic(width, share // len(layers), bases[layer.name], seed=seed, device=device)
+        if budget >= EXACT * whole:
+            dtype = torch.float64 if budget >= 2 * EXACT * whole else torch.float32
+            made = ((layers, SecondMoment(width, dtype, device)) for layers in groups for width, device in [_place(layers[0])])
+            return {layer.name: moment for layers, moment in made for layer in layers}
+        # A sketch answers for one basis, so layers that read the same input have one each.
+        layers = [layer for group in groups for layer in group]
+        least, squares = smallest_sketches(layers), sum(layer.module.in_features ** 2 for layer in layers)
+        if budget < least:
+            raise ShapeError(f"{budget} bytes hold no sketch of {SMALLEST} directions for each of {len(layers)} layers, which take {least} bytes")
+        found = {}
+        for layer in layers:
+            width, device = _place(layer)
+            share = smallest_sketches([layer]) + (budget - least) * width**2 // squares
+            found[layer.name] = SketchedMoment(width, share // (BYTES * width), bases[layer.name], seed=seed, device=device)
         return found
 
     @staticmethod
@@ -72,6 +86,20 @@ class PaperRules:
     def directions(statistic: DenseGradient | GradientSketch, basis: Tensor, rank: int, *second: SecondPass) -> ResidualDirections:
         """The top directions of the residual gradient, fewer where it has fewer."""
         return statistic.directions(rank, *second, allow_fewer=True)
+
+
+def smallest_sketches(layers: Iterable[Layer]) -> int:
+    """Bytes of the smallest sketches of these layers' features."""
+    return sum(SMALLEST * BYTES * layer.module.in_features for layer in layers)
+
+
+def least_statistics(layers: Sequence[Layer]) -> int:
+    """Bytes that are sure to hold the statistics of these layers' features in some form."""
+    return min(smallest_sketches(layers), EXACT * sum(layer.module.in_features ** 2 for layer in layers))
+
+
+def _place(layer: Layer) -> tuple[int, torch.device]:
+    return layer.module.in_features, layer.module.weight.device
 
 
 class ReleasedClipRules(PaperRules):

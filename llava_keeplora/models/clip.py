@@ -150,6 +150,7 @@ class ClipTask(ModelOnTask):
         self.register_buffer("input_ids", input_ids.to(device), persistent=False)
         self.register_buffer("attention_mask", attention_mask.to(device), persistent=False)
         self._constant: Tensor | None = None
+        self._cotangent: Tensor | None = None
         self._once = False
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -170,21 +171,28 @@ class ClipTask(ModelOnTask):
         if self._constant is None:
             self._features = text_features(self.model, self.input_ids, self.attention_mask)
             self._constant = self._features.detach().requires_grad_(self._features.requires_grad)
+            if self._constant.requires_grad:
+                self._constant.register_hook(self._add_cotangent)
         return self._constant
 
     @contextmanager
-    def constants(self) -> Iterator[None]:
-        """While the weights stand still, run the prompts once; send their summed cotangent back at the end.
+    def constants(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+        """While the weights stand still, run the prompts once; gives T and what the batches sent back to it, summed in fp32.
 
         The loss of every batch reads the same text features T, so Σ ∂loss/∂W = (∂T/∂W)ᵀ Σ ∂loss/∂T.
         """
         self._once = True
         try:
-            yield
-            if self._constant is not None and self._constant.grad is not None:
-                self._features.backward(self._constant.grad)
+            yield self._sent_back()
         finally:
-            self._once, self._constant, self._features = False, None, None
+            self._once, self._constant, self._features, self._cotangent = False, None, None, None
+
+    def _sent_back(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._cotangent is not None:
+            yield self._features, self._cotangent
+
+    def _add_cotangent(self, grad: Tensor) -> None:
+        self._cotangent = grad.float() if self._cotangent is None else self._cotangent + grad
 
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Which tokens of a part's layers carry content: padding of the prompts doesn't, every patch does."""
@@ -194,6 +202,10 @@ class ClipTask(ModelOnTask):
         """What a batch counts in the mean loss: its number of images."""
         return len(batch["labels"])
 
-    def first(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch of its first example alone."""
-        return {key: value[:1] for key, value in batch.items()}
+    def first(self, batch: Mapping[str, Tensor], count: int = 1) -> dict[str, Tensor]:
+        """A batch of its first examples alone."""
+        return {key: value[:count] for key, value in batch.items()}
+
+    def probe(self, batch: Mapping[str, Tensor]) -> None:
+        """Run every layer once."""
+        self(**self.first(batch))

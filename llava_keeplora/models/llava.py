@@ -246,30 +246,42 @@ class LlavaTask(ModelOnTask):
 
         Processes that share gradients wait for every trainable tensor's, and a batch of text alone would give none.
         """
-        model, config = self.model.model, self.config
+        model = self.model.model
         trained = [p for part in (model.vision_tower, model.multi_modal_projector) for p in part.parameters() if p.requires_grad]
         if not trained or not torch.is_grad_enabled():
             return torch.zeros((), device=self.model.device)
+        return 0.0 * self._blank().float().sum()
+
+    def _blank(self) -> Tensor:
+        """What the projector makes of a picture without content."""
+        model, config = self.model.model, self.config
         side = config.vision_config.image_size
         blank = torch.zeros(1, 3, side, side, dtype=self.model.dtype, device=self.model.device)
         states = model.vision_tower(blank, output_hidden_states=True).hidden_states
         used = torch.cat([states[i] for i in _feature_layers(config)], dim=-1)
-        return 0.0 * model.multi_modal_projector(used).float().sum()
+        return model.multi_modal_projector(used)
+
+    def probe(self, batch: Mapping[str, Tensor]) -> None:
+        """Run every layer once: on the batch's first example, and without its pictures, where it has none, on one without content."""
+        first = self.first(batch)
+        self(**first)
+        if "pixel_values" not in first:
+            self._blank()
 
     @contextmanager
-    def constants(self) -> Iterator[None]:
+    def constants(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
         """Nothing is the same for every batch."""
-        yield
+        yield iter(())
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
         """What a batch counts in the mean loss: its number of answer tokens."""
         return int((batch["labels"][:, 1:] != IGNORE).sum())
 
-    def first(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch of its first example alone."""
-        images = int(batch["image_counts"][0])
+    def first(self, batch: Mapping[str, Tensor], count: int = 1) -> dict[str, Tensor]:
+        """A batch of its first examples alone."""
+        images = int(batch["image_counts"][:count].sum())
         per_image = ("pixel_values", "image_sizes")
-        first = {key: value[: images if key in per_image else 1] for key, value in batch.items()}
+        first = {key: value[: images if key in per_image else count] for key, value in batch.items()}
         return first if images else {key: value for key, value in first.items() if key not in (*per_image, "batch_num_images")}
 
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:

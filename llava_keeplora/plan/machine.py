@@ -15,6 +15,7 @@ from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Changed, find_changed
 from llava_keeplora.methods.keeplora import KeepLora
+from llava_keeplora.methods.keeplora_rules import least_statistics
 from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.subspace import GradientSketch, sketch_width
 
@@ -93,7 +94,8 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None) ->
         memory: bytes of the device; those of this machine when None.
 
     Raises:
-        ConfigError: if that is more than the device has, or `memory.statistics_gb` is.
+        ConfigError: if that is more than the device has, or `memory.statistics_gb` is, or if that holds no statistics of some method's
+            features.
     """
     gpu = torch.cuda.is_available()
     memory = memory or (torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else host_memory())
@@ -103,14 +105,23 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None) ->
             f"memory.statistics_gb is {config.memory.statistics_gb}, but {where}",
             f"set memory.statistics_gb={memory / GB / 4:.2g}, or less",
         )
+    family.skeleton(DTYPES[config.model.dtype])
+    for label, method in config.methods.items():
+        needed = feature_bytes(config, label, find_changed(METHODS[method.method], method.parts, family))
+        if needed > config.memory.statistics_gb * GB:
+            raise ConfigError(
+                f"memory.statistics_gb is {config.memory.statistics_gb}, which holds no statistics of the features of '{label}'",
+                f"set memory.statistics_gb={1.1 * needed / GB:.2g}, or more",
+            )
     deepspeed = config.deepspeed() or {}
     if deepspeed.get("zero_optimization", {}).get("stage") == 3:
         return
     least = _least(config, family, gpu)
     if sum(least.values()) <= memory:
         return
-    tried = {"model.dtype=bfloat16": {"dtype": "bfloat16"}, "model.quantization=nf4": {"quantization": "nf4"}}
-    smaller = {name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values)) for name, values in tried.items()}
+    models = {"model.dtype=bfloat16": {"dtype": "bfloat16"}, "model.quantization=nf4": {"quantization": "nf4"}}
+    smaller = {f"methods.{label}.gradient=sketch": sketching(config, label) for label in config.methods if takes_whole_gradient(config, label)}
+    smaller |= {name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values)) for name, values in models.items()}
     fits = next((f"set {name}" for name, other in smaller.items() if sum(_least(other, open_model(other.model), gpu).values()) <= memory), "take a smaller model or more memory")
     raise ConfigError(
         f"the run needs at least {sum(least.values()) / GB:.1f} GB ({', '.join(f'{what} {size / GB:.1f}' for what, size in least.items())}), but {where}",
@@ -140,6 +151,29 @@ def kept_bytes(changed: Iterable[Changed]) -> int:
     """
     modules = {name: module for one in changed for name, module in one.modules.items()}
     return sum(p.nbytes for module in modules.values() if not is_quantised(module) for p in module.parameters(recurse=False))
+
+
+def takes_whole_gradient(config: RunConfig, label: str) -> bool:
+    """Whether a method holds whole gradients where it needn't."""
+    cls, options = METHODS[config.methods[label].method], config.methods[label].options
+    return issubclass(cls, KeepLora) and options.get("gradient") == "dense" and cls(cls.Options(**options)).rules.gradient == "sketch"
+
+
+def sketching(config: RunConfig, label: str) -> RunConfig:
+    """The run with a method's gradients held as sketches."""
+    method = config.methods[label]
+    sketched = dataclasses.replace(method, options={**method.options, "gradient": "sketch"})
+    return dataclasses.replace(config, methods={**config.methods, label: sketched})
+
+
+def feature_bytes(config: RunConfig, label: str, changed: Changed) -> int:
+    """Bytes that are sure to hold the statistics of one feature pass of a method that can sketch them; 0 for the others."""
+    cls = METHODS[config.methods[label].method]
+    if not issubclass(cls, KeepLora):
+        return 0
+    method = cls(cls.Options(**config.methods[label].options))
+    sketches = method.options.protect_features and method.options.preset == "paper"
+    return least_statistics(list(changed.adapted.values())) if sketches else 0
 
 
 def gradient_bytes(config: RunConfig, label: str, changed: Changed) -> int:

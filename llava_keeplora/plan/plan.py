@@ -13,7 +13,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Method, find_changed
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.models import DTYPES, open_model
-from llava_keeplora.plan.machine import Machine, find_machine, kept_bytes
+from llava_keeplora.plan.machine import Machine, find_machine, kept_bytes, sketching, takes_whole_gradient
 from llava_keeplora.plan.rehearsal import F32, Rehearsal
 from llava_keeplora.plan.sharding import read_sharding
 from llava_keeplora.plan.work import Work, read_work
@@ -215,7 +215,9 @@ class _Scenarios:
         batches = list(_smaller_batches(config.methods[label].training))
         if stage in ("gradient", "train"):
             more = {CHECKPOINTING: True}
-            return batches + [more, *({**more, **batch} for batch in batches)]
+            lights = batches + [more, *({**more, **batch} for batch in batches)]
+            sketch = {f"methods.{label}.gradient": "sketch"}
+            return [sketch, *({**sketch, **light} for light in lights)] if stage == "gradient" and takes_whole_gradient(config, label) else lights
         if stage == "features":
             budgets = [{STATISTICS: config.memory.statistics_gb / 2**i} for i in range(1, 5)]
             return batches + budgets
@@ -266,6 +268,8 @@ def _changed(config: RunConfig, changes: Changes) -> RunConfig:
         if section == "training":
             methods = {label: dataclasses.replace(m, training={**m.training, name: value}) for label, m in config.methods.items()}
             config = dataclasses.replace(config, methods=methods, training={**config.training, name: value})
+        elif section == "methods":
+            config = sketching(config, name.rpartition(".")[0])
         elif name:
             config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
     return config

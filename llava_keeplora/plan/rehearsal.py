@@ -26,13 +26,14 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Layer, TaskContext, find_layers
 from llava_keeplora.methods.first_step import gradient_statistic
 from llava_keeplora.methods.keeplora import KeepLora
+from llava_keeplora.methods.keeplora_rules import least_statistics
 from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask, recomputes
 from llava_keeplora.plan import linear_algebra
 from llava_keeplora.plan.machine import model_bytes
 from llava_keeplora.plan.meter import faked, metered
 from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora.plan.work import Work, repeated
-from llava_keeplora.subspace import SecondMoment, ShapeError, sketch_width
+from llava_keeplora.subspace import SecondMoment, ShapeError, SketchedMoment, sketch_width
 from llava_keeplora_eval.predictors import class_logits, image_features, prompt_features
 
 STAGES = ("load", "basis", "gradient", "train", "features", "evaluate", "export")
@@ -223,7 +224,10 @@ class Rehearsal:
                 try:
                     made.update(self.method.rules.statistics([[layers[n] for n in names] for names in groups], bases, budget, 0))
                 except ShapeError as error:
-                    raise ConfigError(f"memory.statistics_gb is {self.config.memory.statistics_gb}, and {str(error).rstrip('.')}", "raise it") from error
+                    enough = 1.1e-9 * least_statistics(list(layers.values()))
+                    raise ConfigError(
+                        f"memory.statistics_gb is {self.config.memory.statistics_gb}, and {str(error).rstrip('.')}", f"set it to {enough:.2g}, or more"
+                    ) from error
                 held = meter.live - before
                 return made
 
@@ -232,13 +236,24 @@ class Rehearsal:
                 feature_pass(self._task(), self._modules(), {n: layer.part for n, layer in layers.items()}, [(self._batch(), True)], statistics)
             beside = meter.peak - given
             solving = max(self._one_extension(layers[name], statistic, tasks) for name, statistic in made.items())
-        return self._sum(max(beside, held + solving), tasks=tasks)
+            # Sampled rows lie on the host; the rehearsal saw those of one batch.
+            sketches = [statistic for statistic in made.values() if isinstance(statistic, SketchedMoment)]
+            beside -= sum(sketch.sampled_bytes for sketch in sketches)
+            rows = sum(sketch.most_sampled_bytes(self._precision.itemsize) for sketch in sketches)
+        if self.cpu:
+            return self._sum(max(beside + rows, held + rows + solving), tasks=tasks)
+        return self._sum(max(beside, held + solving), tasks=tasks, host=rows)
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """What layers' inputs come in: under autocast those of a product, else the model's."""
+        return torch.float16 if self.training.get("fp16") else torch.bfloat16 if self.training.get("bf16") else self.dtype
 
     def _one_extension(self, layer: Layer, statistic: Any, tasks: int) -> int:
         in_dim = layer.module.in_features
         if isinstance(statistic, SecondMoment):
             return linear_algebra.feature_directions(in_dim, self.columns(layer, tasks), statistic.dtype == torch.float64)
-        return linear_algebra.sketched_feature_directions(in_dim, statistic.test.shape[1]) if hasattr(statistic, "test") else 0
+        return linear_algebra.sketched_feature_directions(in_dim, statistic.test.shape[1]) if isinstance(statistic, SketchedMoment) else 0
 
     @cached_property
     def _train(self) -> Peak:

@@ -88,7 +88,7 @@ def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[T
 
 def settings_key(identity: Mapping[str, Any], label: str) -> str:
     """What a method's result depends on, but for the seed; the untouched model learns nothing, so its model and data are all."""
-    keys = ("tasks", "model", "data", "evaluation", *(["memory"] if label != ZERO_SHOT else []))
+    keys = ("tasks", "model", "data", "evaluation")
     return json.dumps([*(identity.get(key) for key in keys), identity["methods"].get(label)], sort_keys=True)
 
 

@@ -169,6 +169,8 @@ class LabelRun:
                 why = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ConfigError(f"transformers refuses the training arguments of '{self.config.label}' ({why})", "mend `training`") from error
             check_reporters(arguments)
+            if arguments.tf32:
+                raise ConfigError("training.tf32 is true, which would round the sums that the subspaces are made of to ten bits", "leave it out, and use bf16")
             if (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
                 key = next(key for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if self.config.training.get(key))
                 raise ConfigError(
@@ -387,7 +389,8 @@ class LabelRun:
             self._write(state, added)
             write_json(path, ctx.report)
         self.shared.barrier()
-        self._states_loaded = (index, index + 1)
+        # Several processes go on with the first one's directions, whatever their own machines' rounding made of the same sums.
+        self._states_loaded = (index, index + 1) if self.shared.world == 1 else None
         return [path] + [state] * bool(added)
 
     def _forecast(self, index: int, capacity: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class Shared:
         self.zero = Zero(config.deepspeed())
         self.distributed = has_group()
         self.rank, self.world = process_rank(), process_count()
+        if self.zero.partitions and self.world > 1:
+            check_pictures(tasks)
         # Set by the runner once every method has named its layers and its open stages.
         self.base: BaseWeights
         self.progress: Progress
@@ -133,6 +135,25 @@ def check_family(label: str, method: type[Method], family: Family) -> None:
             f"'{label}' runs on {' and '.join(method.record.families)}, and {family.path} is a {family.name}",
             f"leave '{label}' out of this run",
         )
+
+
+def check_pictures(tasks: Sequence[Task]) -> None:
+    """Refuse a split in which some examples have pictures and others none, for processes that gather weights together.
+
+    A batch of text alone doesn't go through the vision encoder, so that one process would gather other weights than the next one.
+
+    Raises:
+        ConfigError: naming the split and how many of its examples have none.
+    """
+    for task in tasks:
+        for split, data in (("train", task.train), ("test", task.test)):
+            without = data.image_counts.count(0)
+            if 0 < without < len(data):
+                raise ConfigError(
+                    f"{without} of the {len(data)} examples of {task.name}/{split} have no picture, and with ZeRO-3 several processes need "
+                    "every batch to go through the same layers",
+                    "use ZeRO-2 or one process, or make two tasks of it",
+                )
 
 
 def check_full_parts(parts: Mapping[str, PartConfig], family: Family) -> None:

@@ -12,7 +12,7 @@ from llava_keeplora.subspace.basis import (
 from llava_keeplora.subspace.capacity import Room, room_left
 from llava_keeplora.subspace.energy import energy_rank
 from llava_keeplora.subspace.errors import EnergyError, NonFiniteError, RankError, ShapeError, SubspaceError
-from llava_keeplora.subspace.feature_sketch import SketchedFeatureDirections, SketchedMoment, choose_statistic
+from llava_keeplora.subspace.feature_sketch import SketchedFeatureDirections, SketchedMoment
 from llava_keeplora.subspace.features import FeatureDirections, feature_directions, leading_directions
 from llava_keeplora.subspace.gradient_sketch import (
     WIDTH_PER_RANK,
@@ -54,7 +54,6 @@ __all__ = [
     "SubspaceError",
     "WIDTH_PER_RANK",
     "append_directions",
-    "choose_statistic",
     "empty_basis",
     "energy_rank",
     "feature_directions",

@@ -25,7 +25,7 @@ from llava_keeplora.subspace.basis import beside, check_basis, check_finite, ort
 from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
 from llava_keeplora.subspace.features import FeatureDirections, limited
-from llava_keeplora.subspace.moments import SecondMoment, counted_rows
+from llava_keeplora.subspace.moments import counted_rows
 
 # Eigenvalues of T^T C T below this share of the largest are rounding of the float32 products.
 NOISE = 16 * torch.finfo(torch.float32).eps
@@ -64,13 +64,14 @@ class _RowSample:
         self.rows: list[Tensor] = []
         self.seen, self.stride = 0, 1
 
-    def add(self, rows: Float[Tensor, "n in"]) -> None:
+    def add(self, rows: Float[Tensor, "n in"], dtype: torch.dtype) -> None:
+        """Take what is picked of float32 rows, kept in the precision that they came in."""
         # Thinned before they leave the device; copied, so that none keeps the batch that it is a part of.
         while -(-(self.seen + len(rows)) // self.stride) > 2 * SAMPLE:
             self.rows = [torch.cat(self.rows)[::2].clone()] if self.rows else []
             self.stride *= 2
         if len(picked := rows[-self.seen % self.stride :: self.stride]):
-            self.rows.append(picked.to("cpu", copy=True))
+            self.rows.append(picked.to("cpu", dtype, copy=True))
         self.seen += len(rows)
 
     def take(self) -> Float[Tensor, "n in"]:
@@ -136,6 +137,19 @@ class SketchedMoment:
         self._asked += torch.stack([whole.new_tensor(len(rows)), *(v.sum() for v in (whole, inside, whole**2, whole * inside, inside**2))])
 
     @property
+    def sampled_bytes(self) -> int:
+        """Of the rows that are held on the host now."""
+        return sum(rows.nbytes for rows in self._sample.rows)
+
+    def most_sampled_bytes(self, itemsize: int) -> int:
+        """Of the rows at their most.
+
+        Args:
+            itemsize: bytes of a number of the features.
+        """
+        return 2 * SAMPLE * self.dim * itemsize
+
+    @property
     def count(self) -> int:
         """Rows seen."""
         return int(self.totals[0])
@@ -171,7 +185,7 @@ class SketchedMoment:
         self.totals[0] += rows.shape[0]
         # Lengths in float32 and their squares in float64 are right to 1e-8, in a quarter of the time of converting every number.
         self.totals[1] += torch.linalg.vector_norm(rows, dim=1).double().square().sum()
-        self._sample.add(rows)
+        self._sample.add(rows, x.dtype)
 
     def merge(self, other: "SketchedMoment") -> None:
         """Add another stream's sums and count, as from another process.
@@ -245,30 +259,3 @@ class SketchedMoment:
         factor = image @ (vectors[:, certain] * values[certain].rsqrt())
         left, singular, _ = torch.linalg.svd(factor, full_matrices=False)
         return singular.square(), left
-
-
-def choose_statistic(
-    dim: int, budget_bytes: int, basis: Tensor | None = None, *, seed: int = 0, device: torch.device | str = "cpu"
-) -> SecondMoment | SketchedMoment:
-    """The most exact statistic of a layer's features that fits the memory: float64, float32, or sketched.
-
-    Args:
-        dim: the layer's input width.
-        budget_bytes: for this one statistic.
-        basis: U, (in, k), for the sketch.
-        seed: of the sketch.
-        device: of the buffers.
-
-    Raises:
-        ShapeError: if not even a sketch of `SMALLEST` directions fits.
-    """
-    for dtype in (torch.float64, torch.float32):
-        if dtype.itemsize * dim**2 <= budget_bytes:
-            return SecondMoment(dim, dtype, device)
-    size = budget_bytes // (BYTES * dim)
-    if size < SMALLEST:
-        raise ShapeError(
-            f"{budget_bytes} bytes hold {size} sketched directions of features of width {dim}, but at least {SMALLEST} "
-            f"are needed, which take {SMALLEST * BYTES * dim} bytes"
-        )
-    return SketchedMoment(dim, size, basis, seed=seed, device=device)

@@ -62,6 +62,17 @@ def test_the_gradient_pass_equals_autograd_on_the_whole_data_in_both_encoders(ta
         torch.testing.assert_close(captured[name], layer.weight.grad, rtol=1e-4, atol=1e-7 + 1e-5 * float(layer.weight.grad.abs().max()))
 
 
+@pytest.mark.parametrize("total", [12, 100_000])
+def test_a_gradient_in_fp16_is_as_near_whatever_the_number_of_examples(task, layers, batches, dense_gradients, total):
+    exact = dense_gradients(task, layers, batches, total)
+    with torch.autocast("cpu", torch.float16):
+        rounded = dense_gradients(task, layers, batches, total)
+
+    assert rounded.keys() == exact.keys()
+    apart = {name: float((rounded[name] - G).norm() / G.norm()) for name, G in exact.items()}
+    assert 1e-6 < max(apart.values()) < 2e-2, apart
+
+
 def test_the_gradient_pass_reaches_the_first_layer_of_a_frozen_model_and_leaves_no_gradient_behind(task, layers, batches, dense_gradients):
     captured = dense_gradients(task, layers, batches, 12)
 
@@ -114,7 +125,7 @@ def test_a_batchs_graph_is_gone_before_the_next_batch():
             return {"loss": _Keeping.apply(kept).sum()}
 
         def constants(self):
-            return nullcontext()
+            return nullcontext(())
 
         def weight(self, batch):
             return len(batch["x"])

@@ -162,6 +162,20 @@ def test_features_leave_padding_out_and_keep_every_image_token(family, inputs, d
     assert all(whole[n] is whole[n.replace("k_proj", "q_proj")] for n in language if "k_proj" in n)
 
 
+def test_features_are_the_same_in_any_order_and_those_of_vision_are_left_out_only_where_no_example_has_a_picture(family, inputs, data, second_moments):
+    layers = {n: m for part, targets in family.targets.items() for n, m in family.linear_layers(part, targets).items()}
+    parts = {n: part for part, targets in family.targets.items() for n in family.linear_layers(part, targets)}
+
+    def moments(*batches):
+        return second_moments(family.task(data.recipe), layers, parts, [(inputs.collate(list(batch)), True) for batch in batches])
+
+    pictures_first, text_first = moments([0, 1], [2], [3]), moments([2], [0, 1], [3])
+    assert text_first.keys() == pictures_first.keys() == layers.keys()
+    for name, one in pictures_first.items():
+        torch.testing.assert_close(text_first[name].matrix, one.matrix, rtol=1e-4, atol=1e-4 * float(one.matrix.abs().max()))
+    assert moments([2], [2]).keys() == {name for name in layers if parts[name] == "language"}
+
+
 def test_the_batch_size_does_not_change_an_answer(family, data):
     predictor = family.predictor(data.recipe, ImageCache(family.prepare, budget_gb=1.0).split(data))
     examples = list(data)

@@ -10,7 +10,7 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import changes_text, check_start, make_plan, refusal
-from llava_keeplora.plan.machine import CONTEXT
+from llava_keeplora.plan.machine import CONTEXT, _least
 from llava_keeplora.sequence import runner
 
 
@@ -156,7 +156,7 @@ def test_a_start_on_this_machine_goes_on(wide_tree):
 
 def test_a_model_that_no_setting_brings_into_memory_is_refused_at_the_start(wide_tree):
     with pytest.raises(ConfigError, match=r"the run needs at least 0\.\d GB \(the model .*sums of gradients.*take a smaller model or more memory; `llava-keeplora plan`"):
-        start(wide_tree(memory={"statistics_gb": 0.001}), 10_000_000)
+        start(wide_tree(memory={"statistics_gb": 0.005}), 10_000_000)
 
 
 @pytest.mark.parametrize(("share", "setting"), [(1.4, "model.dtype=bfloat16"), (0.7, "model.quantization=nf4")])
@@ -165,6 +165,27 @@ def test_a_start_that_cannot_fit_names_the_setting_that_does(wide_tree, peaks, s
     tree = wide_tree(memory={"statistics_gb": 0.001}, parts={"language": {"rank": 1, "alpha": 1}, "vision": None}, methods={"seq-lora": {}})
     with pytest.raises(ConfigError, match=f"; set {setting}; `llava-keeplora plan` says"):
         start(tree, round(share * peaks(tree)["load"]))
+
+
+def test_a_whole_gradient_that_cannot_fit_is_told_to_be_sketched_at_the_start_and_by_the_plan(wide_tree, peaks):
+    dense, sketched = (wide_tree(memory={"statistics_gb": 0.03}, methods={"keeplora": {"gradient": form}}) for form in ("dense", "sketch"))
+    least = sum(_least(parse_config(sketched), open_model(parse_config(sketched).model), False).values())
+    with pytest.raises(ConfigError, match="; set methods.keeplora.gradient=sketch; `llava-keeplora plan` says"):
+        start(dense, least + 1000)
+    start(sketched, least + 1000)
+
+    room = (peaks(sketched)["gradient"] + peaks(dense)["gradient"]) / 2
+    plan = make_plan(parse_config(dense), 1, (room + CONTEXT) / 1e9)
+    gradient = next(stage for stage in plan.methods[0].stages if stage.stage == "gradient")
+    assert not gradient.fits and gradient.changes == {"methods.keeplora.gradient": "sketch"}
+
+
+def test_a_start_names_the_statistics_that_the_smallest_sketches_take(wide_tree):
+    with pytest.raises(ConfigError, match="memory.statistics_gb is 1e-05, which holds no statistics of the features of 'keeplora'; set memory.statistics_gb=") as caught:
+        start(wide_tree(memory={"statistics_gb": 1e-5}))
+    enough = float(str(caught.value).split("statistics_gb=")[1].split(",")[0])
+    start(wide_tree(memory={"statistics_gb": enough}))
+    assert make_plan(parse_config(wide_tree(memory={"statistics_gb": enough}))).fits
 
 
 def test_a_start_refuses_statistics_beyond_the_memory_there_is(wide_tree):

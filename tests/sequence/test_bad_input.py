@@ -234,3 +234,22 @@ def test_the_model_is_as_it_was_after_a_failed_training(short, drive, tmp_path, 
         drive(short(tmp_path / "run"))
     assert not [name for name, _ in loaded[0].model.named_modules() if "lora" in name]
     assert all(torch.isfinite(p).all() for p in loaded[0].model.parameters())
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def test_a_split_of_examples_with_and_without_pictures_is_refused_where_processes_gather_weights_together():
+    from types import SimpleNamespace
+
+    from llava_keeplora.sequence.shared import check_pictures
+
+    def task(*counts):
+        class Data(list):
+            image_counts = list(counts)
+
+        return SimpleNamespace(name="science", train=Data(counts), test=Data((1,)))
+
+    check_pictures([task(1, 2, 1), task(0, 0)])
+    with pytest.raises(ConfigError, match="^2 of the 3 examples of science/train have no picture, and with ZeRO-3 .*; use ZeRO-2 or one process"):
+        check_pictures([task(1, 1), task(0, 1, 0)])

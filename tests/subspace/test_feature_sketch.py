@@ -154,24 +154,10 @@ def test_the_sampled_rows_keep_no_batch_alive(sub, random_basis):
     assert torch.equal(torch.cat(sketch._sample.rows), x[:: sketch._sample.stride]) and sketch._sample.stride == 8
 
 
-def test_the_most_exact_statistic_that_fits_is_chosen(sub, random_basis):
-    double = sub.choose_statistic(100, 80_000)
-    single = sub.choose_statistic(100, 79_999)
-    assert [type(s) for s in (double, single)] == [sub.SecondMoment] * 2
-    assert (double.dtype, single.dtype) == (torch.float64, torch.float32)
-    basis = random_basis(100, 10)
-    sketch = sub.choose_statistic(100, 39_999, basis)
-    assert isinstance(sketch, sub.SketchedMoment) and sketch.image.shape == (100, 33)
-    kept = sum(buffer.numel() * buffer.itemsize for buffer in (sketch.image, sketch.test))
-    assert kept <= 39_999
-    with pytest.raises(sub.ShapeError, match="10000 bytes hold 8 sketched directions of features of width 100.* 19200 bytes"):
-        sub.choose_statistic(100, 10_000)
-
-
 def test_every_statistic_answers_alike(sub, random_basis):
     basis, x = random_basis(64, 6), features(300, 64, 1.5)
-    for budget in (64 * 64 * 8, 64 * 64 * 4, 64 * 64 * 4 - 1):
-        statistic = fed(sub.choose_statistic(64, budget, basis), x)
+    for empty in (sub.SecondMoment(64), sub.SecondMoment(64, torch.float32), sub.SketchedMoment(64, 21, basis)):
+        statistic = fed(empty, x)
         assert all(torch.isfinite(buffer).all() for buffer in statistic.tensors)
         found = statistic.directions(basis, 0.9)
         assert held(x, basis, found.new) >= 0.9 - 1e-6
