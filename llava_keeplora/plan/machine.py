@@ -18,6 +18,7 @@ from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.methods.keeplora_rules import least_statistics
 from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.subspace import GradientSketch, sketch_width
+from llava_keeplora.zero import loaded_whole
 
 GB = 1e9
 F32 = 4
@@ -105,7 +106,8 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None) ->
             f"memory.statistics_gb is {config.memory.statistics_gb}, but {where}",
             f"set memory.statistics_gb={memory / GB / 4:.2g}, or less",
         )
-    family.skeleton(DTYPES[config.model.dtype])
+    with loaded_whole():
+        family.skeleton(DTYPES[config.model.dtype])
     for label, method in config.methods.items():
         needed = feature_bytes(config, label, find_changed(METHODS[method.method], method.parts, family))
         if needed > config.memory.statistics_gb * GB:

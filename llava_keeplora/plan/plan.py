@@ -17,6 +17,7 @@ from llava_keeplora.plan.machine import Machine, find_machine, kept_bytes, sketc
 from llava_keeplora.plan.rehearsal import F32, Rehearsal
 from llava_keeplora.plan.sharding import read_sharding
 from llava_keeplora.plan.work import Work, read_work
+from llava_keeplora.steps import optimiser_steps
 
 #: Dotted key → value; `gpus` stands for the machine's.
 Changes = Mapping[str, Any]
@@ -146,16 +147,8 @@ def _method_plan(label: str, rehearsal: Rehearsal, stages: tuple[StagePlan, ...]
     return MethodPlan(
         label, stages, rehearsal.trainable, rehearsal.delta_numbers,
         F32 * rehearsal.delta_numbers + adapters + grown + answers, rehearsal.bases(0) + answers,
-        tuple(_steps(rehearsal.training, w, epochs, world) for w, epochs in zip(work, config.epochs(label), strict=True)),
+        tuple(optimiser_steps(training, w.train, world) for w, training in zip(work, config.trainings(label), strict=True)),
     )
-
-
-def _steps(training: Mapping[str, Any], work: Work, epochs: float, world: int) -> int:
-    """Optimiser steps, as `transformers.Trainer` counts them."""
-    if int(training.get("max_steps", -1)) > 0:
-        return int(training["max_steps"])
-    batches = math.ceil(work.train / (int(training.get("per_device_train_batch_size", 8)) * world))
-    return math.ceil(epochs * math.ceil(batches / int(training.get("gradient_accumulation_steps", 1))))
 
 
 class _Scenarios:

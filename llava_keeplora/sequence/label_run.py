@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -35,6 +36,7 @@ from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.reporters import check_reporters, end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
+from llava_keeplora.steps import optimiser_steps
 from llava_keeplora.zero import gathered, number_count, trained_values
 from llava_keeplora_eval import Matrix, predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
@@ -177,10 +179,20 @@ class LabelRun:
                     f"training.{key}.use_reentrant is true, and that form sends no gradient through a block whose input needs none, such as a frozen "
                     "model's first", "leave it out",
                 )
-            mismatches = arguments.hf_deepspeed_config.mismatches if arguments.deepspeed else []
-            if mismatches:
+            if mismatches := self._deepspeed_mismatches(index, arguments):
                 told = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " against training.") for line in mismatches)
                 raise ConfigError(f"the DeepSpeed configuration contradicts the run's ({told})", "make them agree, or write \"auto\" in the DeepSpeed configuration")
+
+    def _deepspeed_mismatches(self, index: int, arguments) -> list[str]:
+        """In transformers' words; what it compares only once it has counted the steps, as training begins, is compared here."""
+        if not arguments.deepspeed:
+            return []
+        steps = optimiser_steps(self.trainings[index - 1], len(self.shared.inputs[index - 1]), self.shared.world)
+        # The numbers are only compared here, so that another one isn't filled in.
+        compared = copy.deepcopy(arguments.hf_deepspeed_config)
+        compared.fill_match("scheduler.params.total_num_steps", steps, f"steps of '{self._name(index)}'")
+        compared.fill_match("scheduler.params.warmup_num_steps", max(1, arguments.get_warmup_steps(steps)), f"warmup_steps of '{self._name(index)}'")
+        return compared.mismatches
 
     def _check_history(self) -> None:
         """What the folder holds must be whole, and the data what it was when a task was planned; fills the matrix."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from llava_keeplora.errors import ConfigError, MethodError, TrainingError
-from llava_keeplora.group import from_all
+from llava_keeplora.group import from_all, sum_over_processes
 from llava_keeplora.methods import Method, TaskContext
 from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
 from llava_keeplora.sequence.engine import EngineShare
@@ -108,6 +109,7 @@ class TaskTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(_AfterStep(method, ctx, on_step))
         self._waiting: set[str] | None = None
+        self._shares: deque[float] = deque()
 
     @property
     def steps_before(self) -> int:
@@ -193,10 +195,36 @@ class TaskTrainer(Trainer):
         for key, value in self._found.values["losses"].items():
             setattr(self, key, value)
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor | int | None]:
+        """The batches of an optimiser step, and what they count together; each example of an epoch once.
+
+        Where the last step of an epoch has fewer examples than fit, accelerate fills the processes' batches up with examples from the
+        epoch's beginning. These are taken out again, so that any number of processes makes the steps of one. A process that is left
+        with none goes along with an example that doesn't count.
+        """
+        batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._shares = deque([1.0] * len(batches))
+        size, world = self.args.train_batch_size, self.accelerator.num_processes
+        last = len(self.train_dataset) % (size * world)
+        if world == 1 or not last or self.args.dataloader_drop_last or not batches or not self.accelerator.gradient_state.end_of_dataloader:
+            return batches, counted
+        whole, task = batches[-1], self.accelerator.unwrap_model(self.model)
+        own = min(max(0, last - self.args.process_index * size), size)
+        batches[-1] = task.first(whole, max(own, 1))
+        # Processes' gradients are averaged.
+        self._shares[-1] = own * world / last
+        if counted is not None:
+            kept = task.weight(batches[-1]) if own else 0
+            surplus = torch.tensor(task.weight(whole) - kept, device=device)
+            if self.args.average_tokens_across_devices:
+                sum_over_processes([surplus])
+            counted = counted - surplus
+        return batches, counted
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ):
-        """The method's loss on a batch; where a batch counts by its tokens, its share of the mean over the whole optimiser step.
+        """The method's loss on a batch, times its share of the mean over the processes; where a batch counts by its tokens, over the whole optimiser step.
 
         Args:
             num_items_in_batch: supervised tokens of all accumulated batches of all processes, for a model that
@@ -209,10 +237,12 @@ class TaskTrainer(Trainer):
                 f"the loss of task '{self.ctx.name}' is {loss.item()} at step {self.state.global_step + 1}",
                 CURE,
             )
+        share = self._shares.popleft()
         if num_items_in_batch is not None:
-            own = self.accelerator.unwrap_model(model).weight(inputs)
+            own = self.accelerator.unwrap_model(model).weight(inputs) if share else 0
             counted = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss * (own / num_items_in_batch * counted)
+            share = own / num_items_in_batch * counted
+        loss = loss * share
         return (loss, out) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None):

@@ -46,11 +46,14 @@ def test_methods_with_different_zero_configurations_are_refused_with_both(run_tr
 
 
 CONTRADICTIONS = {
+    "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 100, "warmup_num_steps": 7, "warmup_max_lr": "auto"}},
     "train_micro_batch_size_per_gpu": 3,
     "gradient_accumulation_steps": 4,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.5}},
 }
 PAIRS = {
+    "scheduler.params.total_num_steps=100": "steps of 'colours'=3",
+    "scheduler.params.warmup_num_steps=7": "warmup_steps of 'colours'=1",
     "train_micro_batch_size_per_gpu=3": "per_device_train_batch_size=8",
     "gradient_accumulation_steps=4": "gradient_accumulation_steps=1",
     "optimizer.params.lr=0.5": "learning_rate=0.01",

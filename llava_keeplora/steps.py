@@ -1,0 +1,21 @@
+"""How many optimiser steps a task takes, worked out as `transformers.Trainer` counts them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def optimiser_steps(training: Mapping[str, Any], examples: int, world: int) -> int:
+    """Optimiser steps of one task.
+
+    Args:
+        training: its `training` section, `num_train_epochs` included.
+        examples: that it trains on.
+        world: processes, each with a batch of its own.
+    """
+    if int(training.get("max_steps", -1)) > 0:
+        return int(training["max_steps"])
+    batches = math.ceil(examples / (int(training.get("per_device_train_batch_size", 8)) * world))
+    return math.ceil(training["num_train_epochs"] * math.ceil(batches / int(training.get("gradient_accumulation_steps", 1))))
