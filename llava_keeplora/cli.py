@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="list methods, tasks, sequences, configurations and models")
     listing.set_defaults(run=_list)
     for command in (train, reproduce, comparing, ablate, plan, extend, fork, report, export, importing, analyze, doctor, listing):
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error, and more of what is done")
     return parser
 
 
@@ -221,6 +221,8 @@ def guarded(action: Callable[[], int | None], debug: bool, going_on: str) -> int
     bound_caches()
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    if debug and level == logging.INFO:
+        logging.getLogger("llava_keeplora").setLevel(logging.DEBUG)
     quiet_libraries()
     from llava_keeplora.errors import UserError
     from llava_keeplora_eval.interruption import Interrupted, interruptible

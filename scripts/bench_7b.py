@@ -150,17 +150,24 @@ class Bench:
             optimiser.step()
         detach(wrapper)
 
-    def features(self) -> Mapping[str, object]:
-        """The feature pass in the memory that it is given, and the directions that it adds."""
+    def features(self) -> str:
+        """The feature pass in the memory that it is given, and the second one that sketches ask for; says what was held of how many layers."""
 
         def statistics(groups: list[list[str]]) -> dict[str, object]:
             return PaperRules.statistics([[self.layers[name] for name in names] for names in groups], self.bases, budget, 0)
 
-        budget = int(self.args.statistics_gb * 1e9)
-        made = feature_pass(self.task, self.modules, dict.fromkeys(self.modules, "language"), self.batches(self.args.images), statistics)
-        for name, statistic in made.items():
-            PaperRules.extend(self.bases[name], statistic, self.layers[name].energy_feature)
-        return made
+        def short_of(make: Callable[[list[list[str]]], dict[str, object]]) -> dict[str, object]:
+            made = dict(feature_pass(self.task, self.modules, dict.fromkeys(self.modules, "language"), self.batches(self.args.images), make))
+            told.append(f"{', '.join(sorted({type(one).__name__ for one in made.values()}))} of {len(made)} layers")
+            found = {name: PaperRules.extend(self.bases[name], one, self.layers[name].energy_feature) for name, one in made.items()}
+            return {name: made[name] for name, one in found.items() if not getattr(one, "reached", True)}
+
+        budget, told = int(self.args.statistics_gb * 1e9), []
+        short = short_of(statistics)
+        again = {name: short.pop(name).refined() for name in list(short)}
+        if again and not self.args.one_pass:
+            short_of(lambda groups: again)
+        return ", then ".join(told)
 
     def run(self) -> None:
         """Every stage of a task, then what it is compared with."""
@@ -179,8 +186,7 @@ class Bench:
         self.stage("training", lambda: self.train(found), lambda _: f"{self.args.steps} steps of {self.args.batch}")
         self.task.activation_checkpointing_disable()
         self.model.eval()
-        forms = lambda made: ", ".join(sorted({type(one).__name__ for one in made.values()}))  # noqa: E731
-        self.stage("features", self.features, lambda made: f"{images}; {forms(made)}")
+        self.stage("features", self.features, lambda told: f"{images}; {told}")
         print(f"| whole task | | {self.highest / GIB:.3f} | the most of its stages |", flush=True)
         if self.args.against:
             self.against()
@@ -229,7 +235,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=128, help="text tokens of an example, at most")
     parser.add_argument("--answer", type=int, default=16, help="of these, tokens to be learned")
     parser.add_argument("--statistics-gb", type=float, default=4.0, help="for the features, in 10^9 bytes, as a run's memory.statistics_gb")
-    parser.add_argument("--one-pass", action="store_true", help="take A from the first pass, however good it is")
+    parser.add_argument("--one-pass", action="store_true", help="take A and the features from one pass each, however good it is")
     parser.add_argument("--against", action="store_true", help="measure the plain ways too")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; its own choice by default")
     args = parser.parse_args()

@@ -100,3 +100,17 @@ def test_what_fits_is_exact_and_layers_of_one_input_share_it():
     made = PaperRules.statistics([found[:2], found[2:]], {}, whole, 0)
     assert made["l0"] is made["l1"] and {type(one) for one in made.values()} == {SecondMoment} and made["l2"].dtype == torch.float32
     assert PaperRules.statistics([found[:2], found[2:]], {}, 2 * whole, 0)["l2"].dtype == torch.float64
+
+
+def test_the_estimate_of_every_sketched_layer_is_told_in_a_debug_log_and_the_lowest_in_any(caplog):
+    from llava_keeplora.methods.keeplora import _tell_estimates
+
+    numbers = {f"l{i}": {"of_optimum": 1.0 - i / 100, "at_least": 0.99 - i / 100, "passes": 1 + i} for i in range(3)} | {"dense": {"captured": 0.5}}
+    with caplog.at_level(logging.DEBUG, "llava_keeplora"):
+        _tell_estimates("birds", numbers)
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [line for level, line in lines if level == "DEBUG"] == [
+        f"birds, layer l{i}: A holds {1.0 - i / 100:.3f} of the optimum, at least {0.99 - i / 100:.3f}, after {1 + i} passes" for i in range(3)
+    ]
+    ((_, told),) = [line for line in lines if line[0] == "INFO"]
+    assert told.startswith("birds: A of 3 layers") and told.endswith("at least 0.970 of the best rank-r energy, in l2")

@@ -134,3 +134,9 @@ def test_seven_billion_parameters_are_planned_within_a_minute_without_weights(se
     assert method.disk_task == 4 * (method.stored + 32 * 32 * (6 * 4096 + 11008) + new) + answers
     # bf16 halves of embeddings, head, projector and vision; half a byte and its scales for each quantised weight.
     assert plan.model == pytest.approx(2 * (2 * 32064 * 4096 + projector) + (0.5 + 1 / 64) * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 24 * 12 * 1024**2), rel=0.01)
+
+
+def test_a_run_in_fp16_is_planned_like_one_in_bf16(run_tree, wide_tree, peaks):
+    for tree in (run_tree, lambda out, **changes: wide_tree(**changes)):
+        half, brain = (peaks(tree("unset", methods={"keeplora": {}}, training={kind: True})) for kind in ("fp16", "bf16"))
+        assert half.keys() == brain.keys() and all(abs(half[stage] - size) <= 0.02 * size for stage, size in brain.items()), (half, brain)

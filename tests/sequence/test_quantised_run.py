@@ -96,10 +96,22 @@ def test_stacked_deltas_give_the_logits_of_the_expanded_weights_with_the_deltas_
     assert float((ours - theirs).norm() / theirs.norm()) < tolerance
 
 
-def test_the_first_step_gradient_on_an_nf4_base_is_that_of_the_expanded_weights(quantised_llava, mixed_tasks):
+def test_an_nf4_base_is_told_not_to_repack_itself_on_a_cpu_that_could(quantised_llava, monkeypatch):
+    """The trap of CPUs with AVX512-BF16: the first evaluation packs a weight in place, and nothing can be trained through it then."""
+    from bitsandbytes.nn import modules
+
+    assert hasattr(modules, "has_avx512bf16"), "bitsandbytes asks elsewhere now"
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    layers = [module for module in quantised_llava("nf4").model.modules() if is_quantised(module)]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 1e-5), ("int8", 3e-2)])
+def test_the_first_step_gradient_on_a_quantised_base_is_that_of_the_expanded_weights(kind, tolerance, quantised_llava, mixed_tasks):
+    # int8 rounds the inputs of its products too, some 1 % of them.
     from llava_keeplora.capture import gradient_pass
 
-    family = quantised_llava("nf4")
+    family = quantised_llava(kind)
     recipe, (_, batch) = load_recipe(str(mixed_tasks[0])), a_batch(family, mixed_tasks[0])
     task, layers = family.task(recipe), adapted(family)
     gradients = {name: DenseGradient(layer.out_features, layer.in_features) for name, layer in layers.items()}
@@ -108,7 +120,7 @@ def test_the_first_step_gradient_on_an_nf4_base_is_that_of_the_expanded_weights(
     weights = {name: plain.get_submodule(name).weight.requires_grad_(True) for name in layers}
     family.task(recipe)(**batch)["loss"].backward()
     for name, weight in weights.items():
-        assert float((gradients[name].matrix - weight.grad).norm() / weight.grad.norm()) < 1e-5, name
+        assert float((gradients[name].matrix - weight.grad).norm() / weight.grad.norm()) < tolerance, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
