@@ -198,7 +198,7 @@ from llava_keeplora.errors import RunError
 from llava_keeplora.sequence.label_run import LabelRun
 stage = LabelRun._{stage}
 def wounded(self, index):
-    if index == 2 and os.environ["RANK"] == "1":
+    if index == 2 and os.environ["RANK"] == "{rank}":
         {wound}
     return stage(self, index)
 LabelRun._{stage} = wounded
@@ -210,29 +210,31 @@ REFUSED = 'raise RunError("the disk of this process is full", "make room and run
 
 @pytest.fixture
 def wounded(script, tmp_path):
-    """Function (stage, wound) → train_seq.py in which the second process gets the wound in a stage of the second task."""
+    """Function (stage, wound, rank) → train_seq.py in which a process gets the wound in a stage of the second task."""
 
-    def write(stage, wound):
+    def write(stage, wound, rank):
         path = tmp_path / "wounded.py"
-        path.write_text(WOUNDED.format(stage=stage, wound=wound, script=str(script)))
+        path.write_text(WOUNDED.format(stage=stage, wound=wound, rank=rank, script=str(script)))
         return path
 
     return write
 
 
-DEATHS = [("trained", KILLED), ("prepared", REFUSED), ("prepared", KILLED), ("consolidated", KILLED), ("evaluated", KILLED), ("evaluated", REFUSED)]
+DEATHS = [
+    ("trained", KILLED, 0), ("prepared", REFUSED, 1), ("prepared", KILLED, 1), ("consolidated", KILLED, 0), ("evaluated", KILLED, 1), ("evaluated", REFUSED, 0),
+]
 QUICK_DEATHS = DEATHS[:2]
 
 
 @pytest.mark.parametrize(
-    ("stage", "wound"),
-    [pytest.param(*one, id=f"{one[0]}-{'killed' if one[1] is KILLED else 'refused'}", marks=() if one in QUICK_DEATHS else pytest.mark.slow) for one in DEATHS],
+    ("stage", "wound", "rank"),
+    [pytest.param(*one, id=f"{one[0]}-{'killed' if one[1] is KILLED else 'refused'}-{one[2]}", marks=() if one in QUICK_DEATHS else pytest.mark.slow) for one in DEATHS],
 )
 def test_a_process_that_dies_takes_the_others_along_and_the_run_goes_on_with_any_number_of_processes(
-    stage, wound, wounded, trees, written, references, launch, launcher, script, tmp_path
+    stage, wound, rank, wounded, trees, written, references, launch, launcher, script, tmp_path
 ):
     zero = ZERO["zero-2"]
-    code, _, err = launch([*launcher(2), wounded(stage, wound)], "--config", written(halved(trees["clip"]()), zero), "--output-dir", tmp_path / "run")
+    code, _, err = launch([*launcher(2), wounded(stage, wound, rank)], "--config", written(halved(trees["clip"]()), zero), "--output-dir", tmp_path / "run")
     assert code != 0
     assert (err.count("error: the disk of this process is full; make room") == 1) == (wound is REFUSED), err
     done = [(e["task"], e["stage"]) for e in map(json.loads, (tmp_path / "run/keeplora/journal.jsonl").read_text().splitlines())]

@@ -71,12 +71,12 @@ def test_a_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"training": {"gradient_checkpointing": True}}, {"methods": {"keeplora": {"gradient": "dense"}}},
                                      {"model": {"dtype": "bfloat16"}, "training": {"bf16": True}}, {"model": {"quantization": "nf4"}},
-                                     {"model": {"quantization": "int8"}}])
+                                     {"model": {"quantization": "int8"}}, {"memory": {"statistics_gb": 0.05}}])
 def test_a_llava_takes_what_was_planned(measured, llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge, changes):
     large = enlarge(tiny_llava, tmp_path / "llava", vision(512, 4), text(768, 6), weights=True)
     tree = llava(llava_tree, mixed_tasks[:1] + mixed_tasks[2:])
     for key, value in changes.items():
-        tree[key] = {**tree[key], **value}
+        tree[key] = {**tree.get(key, {}), **value}
     within(compare(measured, tree, tiny_llava, large))
 
 
