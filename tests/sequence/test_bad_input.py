@@ -31,6 +31,13 @@ def test_two_runs_in_one_folder_are_refused(short, drive, tmp_path):
     drive(config)
 
 
+def test_a_run_goes_on_with_another_budget_for_statistics(short, drive, tmp_path):
+    drive(short(tmp_path / "run"))
+    before = files_of(tmp_path / "run/keeplora")
+    drive(short(tmp_path / "run", memory={"statistics_gb": 1.0}))
+    assert files_of(tmp_path / "run/keeplora").keys() == before.keys()
+
+
 def test_a_folder_of_another_configuration_is_refused_with_the_difference(short, drive, tmp_path):
     drive(short(tmp_path / "run"))
     before = files_of(tmp_path / "run")
