@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import gc
@@ -21,22 +20,22 @@ from transformers import set_seed
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas, FullDelta, attach, detach, load_deltas, read_adapters, save_deltas
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
 from llava_keeplora.config import MethodConfig
-from llava_keeplora.errors import ConfigError, RunError, TrainingError
+from llava_keeplora.errors import RunError, TrainingError
 from llava_keeplora.files import file_hash, write_json, write_tensors
 from llava_keeplora.journal import SCORES, Entry, Journal, next_stage, open_stages
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_changed
 from llava_keeplora.run_folder import differences, file_name
 from llava_keeplora.sequence import thresholds
 from llava_keeplora.sequence.answer_time import EXAMPLES, seconds_per_example
+from llava_keeplora.sequence.arguments import check_arguments, training_arguments
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
 from llava_keeplora.sequence.forecast import forecast, shortage
 from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.progress import duration
-from llava_keeplora.sequence.reporters import check_reporters, end_own_place, give_own_place
+from llava_keeplora.sequence.reporters import end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
-from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, training_arguments, without_timings
-from llava_keeplora.steps import optimiser_steps
+from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_timings
 from llava_keeplora.zero import gathered, number_count, trained_values
 from llava_keeplora_eval import Matrix, predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
@@ -163,36 +162,10 @@ class LabelRun:
     # --- history ---------------------------------------------------------------------------------
 
     def _check_training(self) -> None:
-        """Let transformers refuse its arguments now rather than after the zero-shot row."""
+        """Let what is wrong with the training arguments be said now rather than after the zero-shot row."""
         for index in range(1, self.count + 1):
-            try:
-                arguments = self._training_arguments(index)
-            except (ValueError, TypeError, ImportError, AssertionError, OSError, NotImplementedError) as error:
-                why = (str(error).splitlines() or [type(error).__name__])[0]
-                raise ConfigError(f"transformers refuses the training arguments of '{self.config.label}' ({why})", "mend `training`") from error
-            check_reporters(arguments)
-            if arguments.tf32:
-                raise ConfigError("training.tf32 is true, which would round the sums that the subspaces are made of to ten bits", "leave it out, and use bf16")
-            if (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-                key = next(key for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if self.config.training.get(key))
-                raise ConfigError(
-                    f"training.{key}.use_reentrant is true, and that form sends no gradient through a block whose input needs none, such as a frozen "
-                    "model's first", "leave it out",
-                )
-            if mismatches := self._deepspeed_mismatches(index, arguments):
-                told = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " against training.") for line in mismatches)
-                raise ConfigError(f"the DeepSpeed configuration contradicts the run's ({told})", "make them agree, or write \"auto\" in the DeepSpeed configuration")
-
-    def _deepspeed_mismatches(self, index: int, arguments) -> list[str]:
-        """In transformers' words; what it compares only once it has counted the steps, as training begins, is compared here."""
-        if not arguments.deepspeed:
-            return []
-        steps = optimiser_steps(self.trainings[index - 1], len(self.shared.inputs[index - 1]), self.shared.world)
-        # The numbers are only compared here, so that another one isn't filled in.
-        compared = copy.deepcopy(arguments.hf_deepspeed_config)
-        compared.fill_match("scheduler.params.total_num_steps", steps, f"steps of '{self._name(index)}'")
-        compared.fill_match("scheduler.params.warmup_num_steps", max(1, arguments.get_warmup_steps(steps)), f"warmup_steps of '{self._name(index)}'")
-        return compared.mismatches
+            examples = len(self.shared.inputs[index - 1])
+            check_arguments(lambda: self._training_arguments(index), self.config.label, self.trainings[index - 1], self._name(index), examples, self.shared.world)
 
     def _check_history(self) -> None:
         """What the folder holds must be whole, and the data what it was when a task was planned; fills the matrix."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -38,38 +38,6 @@ TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second"
 def without_timings(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The Trainer's log without clock readings, so that the same training leaves the same file."""
     return [{key: value for key, value in record.items() if key not in TIMINGS} for record in history]
-
-
-def training_arguments(training: Mapping[str, Any], *, output_dir: str, run_name: str, seed: int) -> TrainingArguments:
-    """`TrainingArguments` of one task: the user's, and what the driver sets.
-
-    Args:
-        training: the `training` section of a configuration as this task has it.
-        output_dir: for what the Trainer itself wants to write.
-        run_name: what trackers call this task's training.
-        seed: of this task's training.
-    """
-    values = {
-        "logging_steps": 10,
-        "save_steps": 100,
-        "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
-        # Batches come from memory by index; pinning would only copy them once more.
-        "dataloader_pin_memory": False,
-        # Every trainable tensor gets a gradient; the first step checks that.
-        "ddp_find_unused_parameters": False,
-        **training,
-        "run_name": run_name,
-    }
-    return TrainingArguments(
-        output_dir=output_dir,
-        seed=seed,
-        data_seed=seed,
-        save_strategy="steps",
-        eval_strategy="no",
-        remove_unused_columns=False,
-        **values,
-    )
 
 
 class Indices(torch.utils.data.Dataset):

@@ -1,0 +1,89 @@
+"""The arguments of one task's training: made for `transformers.Trainer`, and checked before anything is learned."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.sequence.reporters import check_reporters
+from llava_keeplora.steps import optimiser_steps
+
+
+def training_arguments(training: Mapping[str, Any], *, output_dir: str, run_name: str, seed: int) -> TrainingArguments:
+    """`TrainingArguments` of one task: the user's, and what the driver sets.
+
+    Args:
+        training: the `training` section of a configuration as this task has it.
+        output_dir: for what the Trainer itself wants to write.
+        run_name: what trackers call this task's training.
+        seed: of this task's training.
+    """
+    values = {
+        "logging_steps": 10,
+        "save_steps": 100,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        # Batches come from memory by index; pinning would only copy them once more.
+        "dataloader_pin_memory": False,
+        # Every trainable tensor gets a gradient; the first step checks that.
+        "ddp_find_unused_parameters": False,
+        **training,
+        "run_name": run_name,
+    }
+    return TrainingArguments(
+        output_dir=output_dir,
+        seed=seed,
+        data_seed=seed,
+        save_strategy="steps",
+        eval_strategy="no",
+        remove_unused_columns=False,
+        **values,
+    )
+
+
+def check_arguments(make: Callable[[], TrainingArguments], label: str, training: Mapping[str, Any], task: str, examples: int, world: int) -> None:
+    """Refuse what transformers refuses, and what would train something else than was asked for.
+
+    Args:
+        make: makes the arguments.
+        label: of the method.
+        training: the `training` section that they are made of.
+        task: the task's name.
+        examples: that it trains on.
+        world: processes.
+
+    Raises:
+        ConfigError: naming what is wrong.
+    """
+    try:
+        arguments = make()
+    except (ValueError, TypeError, ImportError, AssertionError, OSError, NotImplementedError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"transformers refuses the training arguments of '{label}' ({why})", "mend `training`") from error
+    check_reporters(arguments)
+    if arguments.tf32:
+        raise ConfigError("training.tf32 is true, which would round the sums that the subspaces are made of to ten bits", "leave it out, and use bf16")
+    if (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        key = next(key for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if training.get(key))
+        raise ConfigError(
+            f"training.{key}.use_reentrant is true, and that form sends no gradient through a block whose input needs none, such as a frozen "
+            "model's first", "leave it out",
+        )
+    mismatches = _deepspeed_mismatches(arguments, task, optimiser_steps(training, examples, world)) if arguments.deepspeed else []
+    if mismatches:
+        told = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " against training.") for line in mismatches)
+        raise ConfigError(f"the DeepSpeed configuration contradicts the run's ({told})", "make them agree, or write \"auto\" in the DeepSpeed configuration")
+
+
+def _deepspeed_mismatches(arguments: TrainingArguments, task: str, steps: int) -> list[str]:
+    """In transformers' words; what it compares only once it has counted the steps, as training begins, is compared here."""
+    # In a copy, so that nothing is filled in.
+    compared = copy.deepcopy(arguments.hf_deepspeed_config)
+    compared.fill_match("scheduler.params.total_num_steps", steps, f"steps of '{task}'")
+    compared.fill_match("scheduler.params.warmup_num_steps", max(1, arguments.get_warmup_steps(steps)), f"warmup_steps of '{task}'")
+    return compared.mismatches
