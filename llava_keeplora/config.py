@@ -294,10 +294,6 @@ class RunConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     expected: dict[str, ExpectedConfig] = field(default_factory=dict)
 
-    def epochs(self, label: str) -> list[float]:
-        """Epochs per task for a method."""
-        return self._listed(label, "num_train_epochs")
-
     def trainings(self, label: str) -> list[dict[str, Any]]:
         """`training` of a method as each task has it: what lists a value for each task is that task's."""
         training = self.methods[label].training

@@ -144,9 +144,18 @@ def autocast(training: Mapping[str, object], device_type: str) -> AbstractContex
         training: arguments for `transformers.TrainingArguments`.
         device_type: `cpu` or `cuda`.
     """
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    chosen = next((dtype for key, dtype in kinds.items() if training.get(key)), None)
+    chosen = autocast_dtype(training)
     return torch.autocast(device_type, chosen) if chosen else nullcontext()
+
+
+def autocast_dtype(training: Mapping[str, object]) -> torch.dtype | None:
+    """What training computes products in, if not in the model's own precision.
+
+    Args:
+        training: arguments for `transformers.TrainingArguments`.
+    """
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return next((dtype for key, dtype in kinds.items() if training.get(key)), None)
 
 
 def _distinct(statistics: Iterable[object]) -> list:

@@ -63,8 +63,11 @@ class PaperRules:
         whole = sum(layers[0].module.in_features ** 2 for layers in groups)
         if budget >= EXACT * whole:
             dtype = torch.float64 if budget >= 2 * EXACT * whole else torch.float32
-            made = ((layers, SecondMoment(width, dtype, device)) for layers in groups for width, device in [_place(layers[0])])
-            return {layer.name: moment for layers, moment in made for layer in layers}
+            exact: dict[str, SecondMoment | SketchedMoment] = {}
+            for layers in groups:
+                module = layers[0].module
+                exact |= dict.fromkeys((layer.name for layer in layers), SecondMoment(module.in_features, dtype, module.weight.device))
+            return exact
         # A sketch answers for one basis, so layers that read the same input have one each.
         layers = [layer for group in groups for layer in group]
         least, squares = smallest_sketches(layers), sum(layer.module.in_features ** 2 for layer in layers)
@@ -72,7 +75,7 @@ class PaperRules:
             raise ShapeError(f"{budget} bytes hold no sketch of {SMALLEST} directions for each of {len(layers)} layers, which take {least} bytes")
         found = {}
         for layer in layers:
-            width, device = _place(layer)
+            width, device = layer.module.in_features, layer.module.weight.device
             share = smallest_sketches([layer]) + (budget - least) * width**2 // squares
             found[layer.name] = SketchedMoment(width, share // (BYTES * width), bases[layer.name], seed=seed, device=device)
         return found
@@ -96,10 +99,6 @@ def smallest_sketches(layers: Iterable[Layer]) -> int:
 def least_statistics(layers: Sequence[Layer]) -> int:
     """Bytes that are sure to hold the statistics of these layers' features in some form."""
     return min(smallest_sketches(layers), EXACT * sum(layer.module.in_features ** 2 for layer in layers))
-
-
-def _place(layer: Layer) -> tuple[int, torch.device]:
-    return layer.module.in_features, layer.module.weight.device
 
 
 class ReleasedClipRules(PaperRules):

@@ -150,7 +150,6 @@ class ClipTask(ModelOnTask):
         self.register_buffer("input_ids", input_ids.to(device), persistent=False)
         self.register_buffer("attention_mask", attention_mask.to(device), persistent=False)
         self._constant: Tensor | None = None
-        self._cotangent: Tensor | None = None
         self._once = False
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -170,10 +169,9 @@ class ClipTask(ModelOnTask):
             return text_features(self.model, self.input_ids, self.attention_mask)
         if self._constant is None:
             self._features = text_features(self.model, self.input_ids, self.attention_mask)
-            self._constant = self._features.detach().requires_grad_(self._features.requires_grad)
-            if self._constant.requires_grad:
-                self._constant.register_hook(self._add_cotangent)
-        return self._constant
+            # In fp32, as its gradient then is, which is summed over the batches.
+            self._constant = self._features.detach().float().requires_grad_(self._features.requires_grad)
+        return self._constant.to(self._features.dtype)
 
     @contextmanager
     def constants(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
@@ -185,14 +183,11 @@ class ClipTask(ModelOnTask):
         try:
             yield self._sent_back()
         finally:
-            self._once, self._constant, self._features, self._cotangent = False, None, None, None
+            self._once, self._constant, self._features = False, None, None
 
     def _sent_back(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._cotangent is not None:
-            yield self._features, self._cotangent
-
-    def _add_cotangent(self, grad: Tensor) -> None:
-        self._cotangent = grad.float() if self._cotangent is None else self._cotangent + grad
+        if self._constant is not None and self._constant.grad is not None:
+            yield self._features, self._constant.grad
 
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Which tokens of a part's layers carry content: padding of the prompts doesn't, every patch does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,35 +106,44 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None) ->
             f"memory.statistics_gb is {config.memory.statistics_gb}, but {where}",
             f"set memory.statistics_gb={memory / GB / 4:.2g}, or less",
         )
-    with loaded_whole():
-        family.skeleton(DTYPES[config.model.dtype])
-    for label, method in config.methods.items():
-        needed = feature_bytes(config, label, find_changed(METHODS[method.method], method.parts, family))
+    changed = changed_layers(config, family)
+    for label, one in changed.items():
+        needed = feature_bytes(config, label, one)
         if needed > config.memory.statistics_gb * GB:
             raise ConfigError(
                 f"memory.statistics_gb is {config.memory.statistics_gb}, which holds no statistics of the features of '{label}'",
-                f"set memory.statistics_gb={1.1 * needed / GB:.2g}, or more",
+                f"set memory.statistics_gb={enough_gb(needed)}, or more",
             )
     deepspeed = config.deepspeed() or {}
     if deepspeed.get("zero_optimization", {}).get("stage") == 3:
         return
-    least = _least(config, family, gpu)
+    least = _least(config, family, changed, gpu)
     if sum(least.values()) <= memory:
         return
     models = {"model.dtype=bfloat16": {"dtype": "bfloat16"}, "model.quantization=nf4": {"quantization": "nf4"}}
     smaller = {f"methods.{label}.gradient=sketch": sketching(config, label) for label in config.methods if takes_whole_gradient(config, label)}
     smaller |= {name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values)) for name, values in models.items()}
-    fits = next((f"set {name}" for name, other in smaller.items() if sum(_least(other, open_model(other.model), gpu).values()) <= memory), "take a smaller model or more memory")
+    fits = next((f"set {name}" for name, other in smaller.items() if _fits(other, gpu, memory)), "take a smaller model or more memory")
     raise ConfigError(
         f"the run needs at least {sum(least.values()) / GB:.1f} GB ({', '.join(f'{what} {size / GB:.1f}' for what, size in least.items())}), but {where}",
         f"{fits}; `llava-keeplora plan` says stage by stage what fits",
     )
 
 
-def _least(config: RunConfig, family: Family, gpu: bool) -> dict[str, int]:
+def changed_layers(config: RunConfig, family: Family) -> dict[str, Changed]:
+    """Label → what its method changes of the family's model, which is given a skeleton."""
+    with loaded_whole():
+        family.skeleton(DTYPES[config.model.dtype])
+    return {label: find_changed(METHODS[method.method], method.parts, family) for label, method in config.methods.items()}
+
+
+def _fits(config: RunConfig, gpu: bool, memory: int) -> bool:
+    family = open_model(config.model)
+    return sum(_least(config, family, changed_layers(config, family), gpu).values()) <= memory
+
+
+def _least(config: RunConfig, family: Family, changed: Mapping[str, Changed], gpu: bool) -> dict[str, int]:
     """What is there at the same time on the device, in words → its bytes."""
-    family.skeleton(DTYPES[config.model.dtype])
-    changed = {label: find_changed(METHODS[method.method], method.parts, family) for label, method in config.methods.items()}
     sums = max((gradient_bytes(config, label, one) for label, one in changed.items()), default=0)
     copies = {} if gpu else {"copies of the layers that change": kept_bytes(changed.values())}
     return {"the model": model_bytes(family.model), **copies, "sums of gradients": sums}
@@ -155,10 +164,21 @@ def kept_bytes(changed: Iterable[Changed]) -> int:
     return sum(p.nbytes for module in modules.values() if not is_quantised(module) for p in module.parameters(recurse=False))
 
 
+def enough_gb(needed: int) -> str:
+    """So many bytes and a little more, as `memory.statistics_gb` is written."""
+    return f"{1.1 * needed / GB:.2g}"
+
+
+def _keeplora(config: RunConfig, label: str) -> KeepLora | None:
+    """A method, if it is a form of KeepLoRA."""
+    cls = METHODS[config.methods[label].method]
+    return cls(cls.Options(**config.methods[label].options)) if issubclass(cls, KeepLora) else None
+
+
 def takes_whole_gradient(config: RunConfig, label: str) -> bool:
     """Whether a method holds whole gradients where it needn't."""
-    cls, options = METHODS[config.methods[label].method], config.methods[label].options
-    return issubclass(cls, KeepLora) and options.get("gradient") == "dense" and cls(cls.Options(**options)).rules.gradient == "sketch"
+    method = _keeplora(config, label)
+    return method is not None and method.options.gradient == "dense" and method.rules.gradient == "sketch"
 
 
 def sketching(config: RunConfig, label: str) -> RunConfig:
@@ -170,20 +190,16 @@ def sketching(config: RunConfig, label: str) -> RunConfig:
 
 def feature_bytes(config: RunConfig, label: str, changed: Changed) -> int:
     """Bytes that are sure to hold the statistics of one feature pass of a method that can sketch them; 0 for the others."""
-    cls = METHODS[config.methods[label].method]
-    if not issubclass(cls, KeepLora):
-        return 0
-    method = cls(cls.Options(**config.methods[label].options))
-    sketches = method.options.protect_features and method.options.preset == "paper"
+    method = _keeplora(config, label)
+    sketches = method is not None and method.options.protect_features and method.options.preset == "paper"
     return least_statistics(list(changed.adapted.values())) if sketches else 0
 
 
 def gradient_bytes(config: RunConfig, label: str, changed: Changed) -> int:
     """Bytes of the sums of a method's first gradient pass: of the sketch where it is worth it, else of the gradient."""
-    cls = METHODS[config.methods[label].method]
-    if not issubclass(cls, KeepLora):
+    method, total = _keeplora(config, label), 0
+    if method is None:
         return 0
-    method, total = cls(cls.Options(**config.methods[label].options)), 0
     for layer in changed.adapted.values():
         out_dim, in_dim = layer.module.out_features, layer.module.in_features
         width = sketch_width(layer.rank)

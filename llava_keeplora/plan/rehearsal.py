@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache, GenerationConfig
 
 from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
-from llava_keeplora.capture import autocast, feature_pass, gradient_pass
+from llava_keeplora.capture import autocast, autocast_dtype, feature_pass, gradient_pass
 from llava_keeplora.config import EXPORT_EXAMPLES, MethodConfig, RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Layer, TaskContext, find_layers
@@ -29,7 +29,7 @@ from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.methods.keeplora_rules import least_statistics
 from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask, recomputes
 from llava_keeplora.plan import linear_algebra
-from llava_keeplora.plan.machine import model_bytes
+from llava_keeplora.plan.machine import enough_gb, model_bytes
 from llava_keeplora.plan.meter import faked, metered
 from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora.plan.work import Work, repeated
@@ -224,9 +224,9 @@ class Rehearsal:
                 try:
                     made.update(self.method.rules.statistics([[layers[n] for n in names] for names in groups], bases, budget, 0))
                 except ShapeError as error:
-                    enough = 1.1e-9 * least_statistics(list(layers.values()))
+                    enough = enough_gb(least_statistics(list(layers.values())))
                     raise ConfigError(
-                        f"memory.statistics_gb is {self.config.memory.statistics_gb}, and {str(error).rstrip('.')}", f"set it to {enough:.2g}, or more"
+                        f"memory.statistics_gb is {self.config.memory.statistics_gb}, and {str(error).rstrip('.')}", f"set it to {enough}, or more"
                     ) from error
                 held = meter.live - before
                 return made
@@ -239,15 +239,11 @@ class Rehearsal:
             # Sampled rows lie on the host; the rehearsal saw those of one batch.
             sketches = [statistic for statistic in made.values() if isinstance(statistic, SketchedMoment)]
             beside -= sum(sketch.sampled_bytes for sketch in sketches)
-            rows = sum(sketch.most_sampled_bytes(self._precision.itemsize) for sketch in sketches)
+            precision = autocast_dtype(self.training) or self.dtype
+            rows = sum(sketch.most_sampled_bytes(precision.itemsize) for sketch in sketches)
         if self.cpu:
             return self._sum(max(beside + rows, held + rows + solving), tasks=tasks)
         return self._sum(max(beside, held + solving), tasks=tasks, host=rows)
-
-    @property
-    def _precision(self) -> torch.dtype:
-        """What layers' inputs come in: under autocast those of a product, else the model's."""
-        return torch.float16 if self.training.get("fp16") else torch.bfloat16 if self.training.get("bf16") else self.dtype
 
     def _one_extension(self, layer: Layer, statistic: Any, tasks: int) -> int:
         in_dim = layer.module.in_features

@@ -75,8 +75,9 @@ def test_some_of_a_configurations_methods_are_kept_in_its_order_with_what_was_pu
 
 
 def test_epochs_are_one_number_or_one_per_task():
-    assert parse_config(tree(training={"num_train_epochs": "2"})).epochs("keeplora") == [2.0, 2.0]
-    assert parse_config(tree(training={"num_train_epochs": [1, 3]})).epochs("keeplora") == [1.0, 3.0]
+    for given, epochs in (("2", [2.0, 2.0]), ([1, 3], [1.0, 3.0])):
+        trainings = parse_config(tree(training={"num_train_epochs": given})).trainings("keeplora")
+        assert [training["num_train_epochs"] for training in trainings] == epochs
 
 
 def test_a_learning_rate_is_one_number_or_one_per_task():

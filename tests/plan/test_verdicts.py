@@ -10,7 +10,7 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import changes_text, check_start, make_plan, refusal
-from llava_keeplora.plan.machine import CONTEXT, _least
+from llava_keeplora.plan.machine import CONTEXT, _least, changed_layers
 from llava_keeplora.sequence import runner
 
 
@@ -169,7 +169,9 @@ def test_a_start_that_cannot_fit_names_the_setting_that_does(wide_tree, peaks, s
 
 def test_a_whole_gradient_that_cannot_fit_is_told_to_be_sketched_at_the_start_and_by_the_plan(wide_tree, peaks):
     dense, sketched = (wide_tree(memory={"statistics_gb": 0.03}, methods={"keeplora": {"gradient": form}}) for form in ("dense", "sketch"))
-    least = sum(_least(parse_config(sketched), open_model(parse_config(sketched).model), False).values())
+    config = parse_config(sketched)
+    family = open_model(config.model)
+    least = sum(_least(config, family, changed_layers(config, family), False).values())
     with pytest.raises(ConfigError, match="; set methods.keeplora.gradient=sketch; `llava-keeplora plan` says"):
         start(dense, least + 1000)
     start(sketched, least + 1000)
