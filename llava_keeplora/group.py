@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,11 @@ def process_rank() -> int:
 def process_count() -> int:
     """How many processes the group has; 1 where there is none."""
     return dist.get_world_size() if has_group() else 1
+
+
+def processes_here() -> int:
+    """How many processes of the group run on this machine; all must come along."""
+    return from_all(socket.gethostname()).count(socket.gethostname())
 
 
 def has_group() -> bool:

@@ -83,16 +83,17 @@ def host_memory() -> int:
     return min(found)
 
 
-def check_start(config: RunConfig, family: Family, memory: int | None = None) -> None:
+def check_start(config: RunConfig, family: Family, memory: int | None = None, processes: int = 1) -> None:
     """Refuse a run that cannot fit, whatever its data are; everything else is `llava-keeplora plan`'s.
 
-    Weights and the sums of one gradient pass are there at the same time in every run, and beside them, where there is no GPU,
+    Weights and the statistics of one pass are there at the same time in every run, and beside them, where there is no GPU,
     the copies of the weights that change. A model that ZeRO-3 splits is let through.
 
     Args:
         config: the run.
         family: its model, not loaded yet; it is given a skeleton.
         memory: bytes of the device; those of this machine when None.
+        processes: of the run on this machine, which share its memory where there is no GPU for each.
 
     Raises:
         ConfigError: if that is more than the device has, or `memory.statistics_gb` is, or if that holds no statistics of some method's
@@ -101,6 +102,9 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None) ->
     gpu = torch.cuda.is_available()
     memory = memory or (torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else host_memory())
     where = f"the {'GPU' if gpu else 'machine'} has {memory / GB:.1f} GB"
+    if not gpu and processes > 1:
+        memory //= processes
+        where += f", {memory / GB:.1f} for each of its {processes} processes"
     if config.memory.statistics_gb * GB > memory:
         raise ConfigError(
             f"memory.statistics_gb is {config.memory.statistics_gb}, but {where}",
@@ -123,7 +127,8 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None) ->
     models = {"model.dtype=bfloat16": {"dtype": "bfloat16"}, "model.quantization=nf4": {"quantization": "nf4"}}
     smaller = {f"methods.{label}.gradient=sketch": sketching(config, label) for label in config.methods if takes_whole_gradient(config, label)}
     smaller |= {name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values)) for name, values in models.items()}
-    fits = next((f"set {name}" for name, other in smaller.items() if _fits(other, gpu, memory)), "take a smaller model or more memory")
+    fewer = "fewer processes, " if not gpu and processes > 1 else ""
+    fits = next((f"set {name}" for name, other in smaller.items() if _fits(other, gpu, memory)), f"take {fewer}a smaller model or more memory")
     raise ConfigError(
         f"the run needs at least {sum(least.values()) / GB:.1f} GB ({', '.join(f'{what} {size / GB:.1f}' for what, size in least.items())}), but {where}",
         f"{fits}; `llava-keeplora plan` says stage by stage what fits",
@@ -144,9 +149,9 @@ def _fits(config: RunConfig, gpu: bool, memory: int) -> bool:
 
 def _least(config: RunConfig, family: Family, changed: Mapping[str, Changed], gpu: bool) -> dict[str, int]:
     """What is there at the same time on the device, in words → its bytes."""
-    sums = max((gradient_bytes(config, label, one) for label, one in changed.items()), default=0)
+    statistics = max((max(gradient_bytes(config, label, one), feature_bytes(config, label, one)) for label, one in changed.items()), default=0)
     copies = {} if gpu else {"copies of the layers that change": kept_bytes(changed.values())}
-    return {"the model": model_bytes(family.model), **copies, "sums of gradients": sums}
+    return {"the model": model_bytes(family.model), **copies, "statistics of a pass": statistics}
 
 
 def model_bytes(model: torch.nn.Module) -> int:

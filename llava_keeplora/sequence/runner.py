@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.files import write_json
-from llava_keeplora.group import first_process_first, is_first_process
+from llava_keeplora.group import first_process_first, is_first_process, processes_here
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import check_start
 from llava_keeplora.report.run_report import write_run_report
@@ -59,14 +59,14 @@ def run(config: RunConfig) -> dict[str, Matrix]:
 @contextmanager
 def _opened(workspace: Workspace) -> Iterator[Shared]:
     """The locked run folder with data and model; what is wrong with them is said by the first process alone."""
-    config = workspace.config
+    config, processes = workspace.config, processes_here()
     with ExitStack() as held:
         with first_process_first():
             if is_first_process():
                 held.enter_context(workspace.locked())
                 workspace.check()
             shared = Shared(config, workspace, load_tasks(config), open_model(config.model, config.evaluation.max_new_tokens))
-            check_start(config, shared.family)
+            check_start(config, shared.family, processes=processes)
             if is_first_process():
                 # Only now: a start that is refused leaves the folder as it was.
                 workspace.claim()

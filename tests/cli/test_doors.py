@@ -134,3 +134,12 @@ def test_a_first_process_that_fails_at_the_start_takes_the_others_with_it(config
     code, _, err = launch([*launcher(2), script], "--config", config_file(), "--output-dir", tmp_path / "run")
     assert code != 0
     assert err.count("error: ") == 1 and "is not a run folder but holds notes.txt" in err and "Traceback" not in err
+
+
+def test_processes_are_told_how_many_share_their_machine(launch, launcher, tmp_path):
+    script = tmp_path / "count.py"
+    script.write_text("import torch.distributed as dist\nfrom llava_keeplora.group import processes_here\n"
+                      "dist.init_process_group('gloo')\nprint(f'{processes_here()} here', flush=True)\ndist.destroy_process_group()\n")
+    code, out, err = launch([*launcher(2), script])
+    assert code == 0, err
+    assert out.count("2 here") == 2

@@ -145,9 +145,16 @@ def test_absent_data_of_unknown_size_are_named(run_tree, tiny_tasks, tmp_path, c
 # --- the start of a run ------------------------------------------------------------------------------
 
 
-def start(tree, memory=None):
+def start(tree, memory=None, processes=1):
     config = parse_config(tree)
-    check_start(config, open_model(config.model), memory)
+    check_start(config, open_model(config.model), memory, processes)
+
+
+def least(tree):
+    """Bytes that a start wants to see."""
+    config = parse_config(tree)
+    family = open_model(config.model)
+    return sum(_least(config, family, changed_layers(config, family), False).values())
 
 
 def test_a_start_on_this_machine_goes_on(wide_tree):
@@ -155,7 +162,7 @@ def test_a_start_on_this_machine_goes_on(wide_tree):
 
 
 def test_a_model_that_no_setting_brings_into_memory_is_refused_at_the_start(wide_tree):
-    with pytest.raises(ConfigError, match=r"the run needs at least 0\.\d GB \(the model .*sums of gradients.*take a smaller model or more memory; `llava-keeplora plan`"):
+    with pytest.raises(ConfigError, match=r"the run needs at least 0\.\d GB \(the model .*statistics of a pass.*take a smaller model or more memory; `llava-keeplora plan`"):
         start(wide_tree(memory={"statistics_gb": 0.005}), 10_000_000)
 
 
@@ -169,12 +176,10 @@ def test_a_start_that_cannot_fit_names_the_setting_that_does(wide_tree, peaks, s
 
 def test_a_whole_gradient_that_cannot_fit_is_told_to_be_sketched_at_the_start_and_by_the_plan(wide_tree, peaks):
     dense, sketched = (wide_tree(memory={"statistics_gb": 0.03}, methods={"keeplora": {"gradient": form}}) for form in ("dense", "sketch"))
-    config = parse_config(sketched)
-    family = open_model(config.model)
-    least = sum(_least(config, family, changed_layers(config, family), False).values())
+    enough = least(sketched)
     with pytest.raises(ConfigError, match="; set methods.keeplora.gradient=sketch; `llava-keeplora plan` says"):
-        start(dense, least + 1000)
-    start(sketched, least + 1000)
+        start(dense, enough)
+    start(sketched, enough)
 
     room = (peaks(sketched)["gradient"] + peaks(dense)["gradient"]) / 2
     plan = make_plan(parse_config(dense), 1, (room + CONTEXT) / 1e9)
@@ -193,6 +198,24 @@ def test_a_start_names_the_statistics_that_the_smallest_sketches_take(wide_tree)
 def test_a_start_refuses_statistics_beyond_the_memory_there_is(wide_tree):
     with pytest.raises(ConfigError, match=r"memory.statistics_gb is 4.0, but the machine has 2.0 GB; set memory.statistics_gb=0.5, or less"):
         start(wide_tree(), 2_000_000_000)
+
+
+def test_processes_on_one_machine_share_its_memory(wide_tree):
+    tree = wide_tree(memory={"statistics_gb": 0.01})
+    enough = least(tree)
+    start(tree, 2 * enough, processes=2)
+    with pytest.raises(ConfigError, match=r"the machine has \d\.\d GB, \d\.\d for each of its 3 processes; (set|take fewer processes, )"):
+        start(tree, 2 * enough, processes=3)
+
+
+def test_a_start_counts_the_pass_with_the_larger_statistics(wide_tree):
+    # Of rank 1 a gradient's sketch is thinner than the smallest of features, of rank 32 wider.
+    def tree(rank, **options):
+        part = {"rank": rank, "alpha": rank, "energy_weight": 0.5, "energy_feature": 0.9}
+        return wide_tree(memory={"statistics_gb": 1.0}, parts={"language": part}, methods={"keeplora": {"gradient": "sketch", **options}})
+
+    assert least(tree(1)) > least(tree(1, protect_features=False))
+    assert least(tree(32)) == least(tree(32, protect_features=False))
 
 
 def test_a_run_is_refused_before_its_weights_are_loaded(run_config, tmp_path, monkeypatch):
