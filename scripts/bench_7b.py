@@ -20,7 +20,6 @@ import argparse
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,11 +28,12 @@ from torch import Tensor, nn
 from llava_keeplora.adapters import AdapterInit, attach, dense_weight, detach
 from llava_keeplora.capture import feature_pass, gradient_pass
 from llava_keeplora.methods import Layer, TaskContext
-from llava_keeplora.methods.first_step import first_step_directions, gradient_statistic
+from llava_keeplora.methods.first_step import gradient_statistic
+from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.methods.keeplora_rules import PaperRules
 from llava_keeplora.models.llava import LlavaTask
 from llava_keeplora.models.quantised import keep_form
-from llava_keeplora.subspace import ResidualDirections, principal_basis, sketch_width
+from llava_keeplora.subspace import principal_basis, sketch_width
 from random_llava import Size, language_layers, random_batch, random_llava
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -86,10 +86,10 @@ class Bench:
         self.task = LlavaTask(self.model)
         self.modules = language_layers(self.model)
         self.layers = {
-            name: Layer(name, "language", module, self.rank, float(self.rank), ENERGY, 0.99) for name, module in self.modules.items()
+            name: Layer(name, "language", module, self.rank, self.rank / 4, ENERGY, 0.99) for name, module in self.modules.items()
         }
         self.numbers = sum(module.in_features * module.out_features for module in self.modules.values())
-        self.bases: dict[str, Tensor] = {}
+        self.method = KeepLora(KeepLora.Options(gradient="sketch"))
 
     def stage(self, name: str, run: Callable[[], object], note: Callable[[object], str] = lambda result: "", counts: bool = True):
         """Run, and print a line of the table; what doesn't count is no part of a task."""
@@ -106,10 +106,10 @@ class Bench:
         for start in range(0, images, self.args.batch):
             yield random_batch(self.size, min(self.args.batch, images - start), self.args.text, self.args.answer, start, self.device), True
 
-    def basis(self) -> None:
-        """W_p of every layer, kept on the host as a run does."""
-        for name, module in self.modules.items():
-            self.bases[name] = principal_basis(dense_weight(module).detach(), ENERGY).basis.cpu()
+    def context(self, index: int, **passes: Callable[..., object]) -> TaskContext:
+        """What the method sees of the base (0) or of the task (1)."""
+        made = {"gradients": lambda fraction, statistics: self.gradients(statistics), "features": lambda make, fraction: self.features(make)} | passes
+        return TaskContext(index, "task", self.layers, seed=0, statistics_bytes=int(self.args.statistics_gb * 1e9), **made)
 
     def gradients(self, statistics: Mapping[str, object]) -> Mapping[str, object]:
         """One pass over the images."""
@@ -117,31 +117,32 @@ class Bench:
         gradient_pass(self.task, self.modules, self.batches(self.args.images), total, statistics)
         return statistics
 
-    def one_pass(self, sketched: bool = True) -> Mapping[str, object]:
-        """The first pass over the images, sketched or dense."""
-        width = sketch_width(self.rank) if sketched else None
-        return self.gradients({name: gradient_statistic(layer, self.bases[name], width, 0) for name, layer in self.layers.items()})
+    def features(self, make: Callable[[list[list[str]]], Mapping[str, object]]) -> Mapping[str, object]:
+        """One forward pass over the images."""
+        return feature_pass(self.task, self.modules, dict.fromkeys(self.modules, "language"), self.batches(self.args.images), make)
 
-    def directions(self) -> tuple[dict[str, ResidualDirections], list[int]]:
-        """A of every layer, by as many passes as it takes, and how many layers each pass fed."""
+    def one_pass(self, sketched: bool = True) -> Mapping[str, object]:
+        """The first pass of gradients, sketched or dense."""
+        width = sketch_width(self.rank) if sketched else None
+        return self.gradients({name: gradient_statistic(layer, self.method.bases[name], width, 0) for name, layer in self.layers.items()})
+
+    def prepare(self) -> tuple[Mapping[str, AdapterInit], list[int]]:
+        """The adapters, by as many gradient passes as A takes, and how many layers each pass fed."""
         fed: list[int] = []
 
         def gradients(fraction: float, statistics: Mapping[str, object]) -> None:
             fed.append(len(statistics))
             self.gradients(statistics)
 
-        ctx = TaskContext(1, "task", self.layers, gradients, lambda *_: {}, seed=0, statistics_bytes=0)
-        ranks = {name: min(self.rank, layer.module.in_features - self.bases[name].shape[1]) for name, layer in self.layers.items()}
-        found, _ = first_step_directions(ctx, ranks, self.bases, 1.0, True, PaperRules.directions, lambda layer: nullcontext())
-        return found, fed
+        return self.method.prepare(self.context(1, gradients=gradients)), fed
 
-    def one_pass_directions(self, statistics: dict[str, object]) -> dict[str, ResidualDirections]:
-        """A of every layer as the first pass has it, whose sums are let go."""
-        return {name: PaperRules.directions(statistics.pop(name), self.bases[name], self.rank) for name in list(statistics)}
+    def prepare_from(self, statistics: dict[str, object]) -> dict[str, AdapterInit]:
+        """The adapters as the first pass has them, whose sums are let go."""
+        found = {name: PaperRules.directions(statistics.pop(name), self.method.bases[name], self.rank) for name in list(statistics)}
+        return {name: AdapterInit(one.A.shape[1], one.A.shape[1] / 4, one.A.T) for name, one in found.items()}
 
-    def train(self, found: Mapping[str, ResidualDirections]) -> None:
+    def train(self, inits: Mapping[str, AdapterInit]) -> None:
         """Steps of AdamW on B, A frozen."""
-        inits = {name: AdapterInit(one.A.shape[1], one.A.shape[1] / 4, one.A.T) for name, one in found.items()}
         wrapper = attach(self.model, inits)
         optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=2e-4)
         for batch, _ in self.batches(self.args.steps * self.args.batch):
@@ -150,43 +151,38 @@ class Bench:
             optimiser.step()
         detach(wrapper)
 
-    def features(self) -> str:
-        """The feature pass in the memory that it is given, and the second one that sketches ask for; says what was held of how many layers."""
+    def consolidate(self) -> str:
+        """The features in the memory that they are given, with the second pass that sketches ask for; says what each pass fed."""
+        told: list[str] = []
 
-        def statistics(groups: list[list[str]]) -> dict[str, object]:
-            return PaperRules.statistics([[self.layers[name] for name in names] for names in groups], self.bases, budget, 0)
-
-        def short_of(make: Callable[[list[list[str]]], dict[str, object]]) -> dict[str, object]:
-            made = dict(feature_pass(self.task, self.modules, dict.fromkeys(self.modules, "language"), self.batches(self.args.images), make))
+        def features(make: Callable[[list[list[str]]], Mapping[str, object]], fraction: float) -> Mapping[str, object]:
+            if told and self.args.one_pass:
+                return {}
+            made = self.features(make)
             told.append(f"{', '.join(sorted({type(one).__name__ for one in made.values()}))} of {len(made)} layers")
-            found = {name: PaperRules.extend(self.bases[name], one, self.layers[name].energy_feature) for name, one in made.items()}
-            return {name: made[name] for name, one in found.items() if not getattr(one, "reached", True)}
+            return made
 
-        budget, told = int(self.args.statistics_gb * 1e9), []
-        short = short_of(statistics)
-        again = {name: short.pop(name).refined() for name in list(short)}
-        if again and not self.args.one_pass:
-            short_of(lambda groups: again)
+        self.method.consolidate(self.context(1, features=features))
         return ", then ".join(told)
 
     def run(self) -> None:
         """Every stage of a task, then what it is compared with."""
-        kept = lambda _: f"{len(self.modules)} layers, {sum(b.nbytes for b in self.bases.values()) / GIB:.3f} GiB on the host"  # noqa: E731
-        self.stage("basis", self.basis, kept)
+        kept = lambda _: f"{len(self.modules)} layers, {sum(b.nbytes for b in self.method.bases.values()) / GIB:.3f} GiB on the host"  # noqa: E731
+        self.stage("basis", lambda: self.method.consolidate(self.context(0)), kept)
         self.model.train()
         self.task.activation_checkpointing_enable()
         images = f"{self.args.images} images, {self.size.image_tokens + self.args.text} tokens each, batches of {self.args.batch}"
         first = self.stage("first gradient pass, sketch", self.one_pass, lambda _: images)
         told = lambda pair: f"rank {self.rank}; layers fed per pass: {', '.join(map(str, pair[1]))}"  # noqa: E731
         if self.args.one_pass:
-            found = self.stage("A from that pass", lambda: self.one_pass_directions(first), lambda _: f"rank {self.rank}")
+            inits = self.stage("A from that pass", lambda: self.prepare_from(first), lambda _: f"rank {self.rank}")
         else:
             first.clear()
-            found, _ = self.stage("A, all the passes it asks for", self.directions, told)
-        self.stage("training", lambda: self.train(found), lambda _: f"{self.args.steps} steps of {self.args.batch}")
+            inits, _ = self.stage("A, all the passes it asks for", self.prepare, told)
+        self.stage("training", lambda: self.train(inits), lambda _: f"{self.args.steps} steps of {self.args.batch}")
         self.task.activation_checkpointing_disable()
         self.model.eval()
-        self.stage("features", self.features, lambda told: f"{images}; {told}")
+        self.stage("features", self.consolidate, lambda told: f"{images}; {told}")
         print(f"| whole task | | {self.highest / GIB:.3f} | the most of its stages |", flush=True)
         if self.args.against:
             self.against()
