@@ -103,7 +103,7 @@ def bench_pair(build: Callable[[bool], Pair]) -> Callable[[int, bool], list[Row]
 
     def bench(repeats: int, quick: bool) -> list[Row]:
         name, plain, ours, note = build(quick)
-        seconds = medians({"plain": plain, "ours": ours}, 1 if quick else 3 * repeats)
+        seconds = medians({"plain": plain, "ours": ours}, 1 if quick else 3 * repeats, warm_up=not quick)
         return [Row(name, seconds["plain"], seconds["ours"], note)]
 
     return bench

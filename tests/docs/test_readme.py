@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 BY_MAKE = {"make demo", "make test", "pip install -c constraints.txt -e ."}
 #: What makes a command small enough for a test.
 SMALLER = {
-    "deepspeed": ["tasks=[birds.yaml]", "training.num_train_epochs=1", "training.per_device_train_batch_size=8"],
+    "deepspeed": ["tasks=[birds.yaml]", "training.max_steps=2", "training.per_device_train_batch_size=8"],
     "python": ["--quick"],
 }
 
