@@ -16,6 +16,8 @@ from torch import Tensor, nn
 #: What a pass or an evaluation needs to know of a ZeRO JSON; the rest is about optimisers and batches.
 KEPT = ("bf16", "communication_data_type", "comms_logger")
 ONLY_TRAINING = ("offload_optimizer",)
+#: What the optimisers of ZeRO-3, and of ZeRO-1, 2 and bf16, hang on a parameter to find their fp32 copy of it.
+LINKS = ("_z3_optimizer", "_hp_mapping")
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -48,12 +50,19 @@ def gathered(parameters: Iterable[nn.Parameter | None], write: bool = False) -> 
 
 def trained_values(parameter: nn.Parameter) -> Tensor:
     """A parameter in fp32, whole and copied: the optimiser's own copy where DeepSpeed keeps one; every process has to come along."""
-    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+    if any(hasattr(parameter, link) for link in LINKS):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter).detach().float().clone()
     with gathered([parameter]):
         return parameter.detach().float().clone()
+
+
+def forget_engine(parameters: Iterable[nn.Parameter]) -> None:
+    """Take parameters out of the hands of an engine that has ended, whose fp32 copies are no longer theirs and would be kept alive."""
+    for parameter in parameters:
+        for link in LINKS:
+            vars(parameter).pop(link, None)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.reporters import end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_timings
-from llava_keeplora.zero import gathered, number_count, trained_values
+from llava_keeplora.zero import forget_engine, gathered, number_count, trained_values
 from llava_keeplora_eval import Matrix, predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
 
@@ -326,6 +326,7 @@ class LabelRun:
         history = {"steps": trainer.state.global_step, "loss": result.training_loss, "history": without_timings(trainer.state.log_history)}
         deltas, kept = learned(), self.method.kept()
         trainer.accelerator.free_memory()
+        forget_engine(shared.family.model.parameters())
         shared.family.model.eval().requires_grad_(False)
         del trainer
         gc.collect()

@@ -1,12 +1,14 @@
 """Any number of processes, any ZeRO stage: three tasks end in the same deltas and bases as in one process."""
 
 import json
+import sys
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from llava_keeplora.config import parse_config
 from llava_keeplora_eval import Matrix
 
 BATCH = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
@@ -53,7 +55,6 @@ def trees(run_tree, llava_tree):
 @pytest.fixture(scope="module")
 def references(trees, tmp_path_factory):
     """Family → the same run in one process, without DeepSpeed."""
-    from llava_keeplora.config import parse_config
     from llava_keeplora.sequence import run
 
     done = {}
@@ -160,8 +161,6 @@ DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
 
 @pytest.mark.parametrize("stage", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero-1", "zero-2"))])
 def test_every_other_method_ends_in_two_processes_as_in_one(stage, run_tree, tiny_tasks, written, driven, launch, launcher, script, tmp_path):
-    from llava_keeplora.config import parse_config
-
     methods = {**CERTAIN, **DRAWING, "zscl": {"reference": str(tiny_tasks[2])}}
     tree = run_tree(tmp_path / "one", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]], training=STEADY)
     driven(parse_config({**tree, "methods": {label: methods[label] for label in CERTAIN}}))
@@ -179,10 +178,20 @@ def test_every_other_method_ends_in_two_processes_as_in_one(stage, run_tree, tin
         assert matrix.complete and len(kept) == 2 and all(torch.isfinite(value).all() for tensors in kept for value in tensors.values())
 
 
+def test_a_second_task_starts_from_the_weights_and_not_from_the_engine_of_the_first(run_tree, tiny_tasks, written, driven, launch, script, tmp_path):
+    # ZSCL trains the model's own parameters and leaves a mean of theirs, where the engine ended with the last step's.
+    methods = {"zscl": {"reference": str(tiny_tasks[2])}}
+    tree = run_tree(tmp_path / "plain", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]], training=STEADY)
+    driven(parse_config(tree))
+    code, _, err = launch([sys.executable, script], "--config", written(tree, ZERO["zero-2"]), "--output-dir", tmp_path / "zero")
+    assert code == 0, err
+    apart = distances(tmp_path / "plain", tmp_path / "zero", "zscl")
+    assert len(apart) == 2 and max(apart.values()) < 1e-5, apart
+
+
 @pytest.fixture
 def one_and_two(trees, written, launch, launcher, script, tmp_path):
     """Function (stage, **changes) → distances of a LLaVA run in two processes from the same in one."""
-    from llava_keeplora.config import parse_config
     from llava_keeplora.sequence import run
 
     def measure(stage, **changes):
@@ -263,8 +272,6 @@ def test_processes_with_unequal_shares_of_the_data_never_wait_for_each_other_for
     family, gone, stage, trees, written, driven, launch, launcher, script, own_tasks, tmp_path
 ):
     # 23 or 20 examples for two processes in batches of 4: the last step has 4 and 3 of them, or 4 and none. 7 to be answered one by one.
-    from llava_keeplora.config import parse_config
-
     for image in sorted((own_tasks[0].parent / "colours/train/red").iterdir())[:gone]:
         image.unlink()
     next((own_tasks[0].parent / "colours/test/red").iterdir()).unlink()
