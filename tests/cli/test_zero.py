@@ -75,12 +75,13 @@ def halved(tree):
 
 
 def distances(one, two, label="keeplora", worst=1e-4):
-    """Relative distances of two runs, (task, delta or state) → ‖x − y‖ / ‖x‖ over all layers: of ΔW, and of the bases' projectors.
+    """Relative distances of two runs, (task, delta or state) → ‖x − y‖ / ‖x‖ over all layers: of ΔW, and of the projectors onto the bases as
+    they are after the task, of which a state has the columns that it added.
 
     No single layer may be further away than `worst`. There a layer counts as no smaller than a thousandth of the largest one: what has no
     effect, as k's bias in an attention, learns nothing but rounding.
     """
-    found = {}
+    found, grown = {}, ({}, {})
     for folder in sorted(p.name for p in (one / label).glob("task-*")):
         for name in ("delta", "state"):
             paths = [run / label / folder / f"{name}.safetensors" for run in (one, two)]
@@ -88,6 +89,10 @@ def distances(one, two, label="keeplora", worst=1e-4):
             if paths[0].exists():
                 a, b = (matrices(name, load_file(path)) for path in paths)
                 assert {key: x.shape for key, x in a.items()} == {key: x.shape for key, x in b.items()}
+                if name == "state":
+                    for basis, new in zip(grown, (a, b)):
+                        basis.update({key: basis.get(key, 0) + x for key, x in new.items()})
+                    a, b = grown
                 floor = 1e-3 * max(x.norm() for x in a.values())
                 each = {key: float((x - b[key]).norm() / x.norm().clamp_min(floor)) for key, x in a.items()}
                 assert max(each.values()) < worst, (folder, name, each)
