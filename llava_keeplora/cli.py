@@ -196,11 +196,17 @@ def _labels(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(word) for word in _words(text)]
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers; give some like 0.5,0.8") from None
 
 
 def _wholes(text: str) -> list[int]:
-    return [int(word) for word in _words(text)]
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers; give some like 0,1,2") from None
 
 
 def _count(text: str) -> int:
@@ -225,10 +231,11 @@ def guarded(action: Callable[[], int | None], debug: bool, going_on: str) -> int
         logging.getLogger("llava_keeplora").setLevel(logging.DEBUG)
     quiet_libraries()
     from llava_keeplora.errors import UserError
+    from llava_keeplora.files import told
     from llava_keeplora_eval.interruption import Interrupted, interruptible
 
     try:
-        with interruptible():
+        with interruptible(), told():
             return action() or 0
     except UserError as error:
         if debug:

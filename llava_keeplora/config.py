@@ -220,7 +220,7 @@ class MemoryConfig:
     statistics_gb: float = 4.0
 
     def __post_init__(self) -> None:
-        if not self.statistics_gb > 0:
+        if not 0 < self.statistics_gb < math.inf:
             raise ConfigError(f"statistics_gb is {self.statistics_gb}, but a statistic takes memory", "leave it out for 4.0")
 
 
@@ -306,6 +306,8 @@ class RunConfig:
         values = _per_task(training, key, len(self.tasks))
         if key == "num_train_epochs" and not all(0 < value < float("inf") for value in values):
             raise ConfigError(f"training.{key} is {training[key]}, but a task is trained for more than nothing", "give positive numbers")
+        if key == "learning_rate" and not all(0 <= value < math.inf for value in values):
+            raise ConfigError(f"training.{key} is {training[key]}, but a rate is a number from 0 on", "give, for instance, 5e-4")
         if len(values) != len(self.tasks):
             raise ConfigError(f"training.{key} lists {len(values)} values for {len(self.tasks)} tasks", "give one number, or one per task")
         return values
@@ -631,6 +633,9 @@ def check_training(tree: Mapping[str, Any], where: str = "training") -> dict[str
             out[key] = [_coerce(v, float, f"{where}.{key}") for v in value]
         else:
             out[key] = _coerce(value, hints[key], f"{where}.{key}")
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if out.get(key, 1) < 1:
+            raise ConfigError(f"{where}.{key} is {out[key]}, but a step is made of something", "give a whole number from 1 on")
     if isinstance(out.get("deepspeed"), str):
         _check_json(Path(out["deepspeed"]), f"{where}.deepspeed")
     return out

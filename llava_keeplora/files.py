@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -16,7 +17,33 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from llava_keeplora.errors import RunError
 from llava_keeplora_eval.files import PART, write_atomic
+
+#: A disk, a quota, and the largest file that a user may write.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+GO_ON = "run the same command again: it goes on, every finished stage is kept"
+
+
+@contextmanager
+def told(where: Path | str = "a file") -> Iterator[None]:
+    """Tell in one sentence what the file system refuses.
+
+    Args:
+        where: what an error is about that names no file.
+
+    Raises:
+        RunError: for a full disk, or a file that may not be written; everything finished is kept.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise RunError(f"there is no room for {error.filename or where} ({error.strerror})", f"make room, and {GO_ON}") from error
+        if error.errno in FORBIDDEN:
+            raise RunError(f"{error.filename or where} cannot be used ({error.strerror})", f"give this user the right to it, and {GO_ON}") from error
+        raise
 
 
 def write_bytes(path: Path, data: bytes) -> str:

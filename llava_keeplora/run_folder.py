@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,21 @@ def extended(
         overrides, data_root: see `load_run`.
 
     Raises:
-        RunError: see `load_run`.
+        RunError: see `load_run`; or that task is there, with other arguments.
         RecipeError: if there is no such task.
         ConfigError: if every task has its own value of such an argument and the new one has none.
     """
     config, name = load_run(run, overrides, data_root), load_recipe(task).name
-    return config if load_recipe(config.tasks[-1]).name == name else config.followed_by(task, own)
+    if load_recipe(config.tasks[-1]).name != name:
+        return config.followed_by(task, own)
+    for label, (key, value) in itertools.product(config.methods, (own or {}).items()):
+        begun = config.trainings(label)[-1].get(key, PER_TASK[key][0])
+        if begun != value:
+            raise RunError(
+                f"{run} has '{name}' as its last task already, with training.{key} {begun} instead of {value}",
+                f"leave {PER_TASK[key][1]} out to go on, or fork the run before that task",
+            )
+    return config
 
 
 def _as_written(method: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:

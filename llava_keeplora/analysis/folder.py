@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from llava_keeplora.analysis.cuts import KEPT
@@ -32,8 +33,10 @@ def made(into: str | Path) -> Path:
     """
     try:
         Path(into).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=into):
+            pass
     except OSError as error:
-        raise ConfigError(f"{into} cannot be a folder ({error.strerror})", "choose another one with --into") from error
+        raise ConfigError(f"{into} cannot be a folder to write to ({error.strerror})", "choose another one with --into") from error
     return Path(into)
 
 

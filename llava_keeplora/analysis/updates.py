@@ -7,6 +7,7 @@ M (in, m) the feature directions that earlier tasks added. A share is ‖ΔW U�
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,8 @@ from llava_keeplora.report.overlap import overlap
 from llava_keeplora.run_folder import read_identity
 from llava_keeplora.subspace import principal_basis, residual
 from llava_keeplora_eval.predictors import default_device
+
+logger = logging.getLogger(__name__)
 
 #: Directions that keep less of their length than this beside a basis lie inside it.
 DEPENDENT = 1e-5
@@ -120,7 +123,12 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
         bases = {energy: principal_basis(weight, energy).basis.cpu() for energy in set(energies.values())}
         for label, one in learned.items():
             updates[label] += _of_layer(layer, part, names, one.deltas, bases[energies[label]], features[label])
-    found = {label: MethodUpdates(names[: len(one.deltas)], updates[label], _overlap(one)) for label, one in learned.items()}
+    unchanged = [label for label in learned if not updates[label]]
+    if len(unchanged) == len(learned):
+        raise RunError(f"no method of {run} changes the weights of a linear layer, so there are no updates to measure", "analyze a run of another method")
+    if unchanged:
+        logger.warning("left out, for they change no linear layer's weights: %s", ", ".join(unchanged))
+    found = {label: MethodUpdates(names[: len(one.deltas)], updates[label], _overlap(one)) for label, one in learned.items() if updates[label]}
     write_updates(run, found, into)
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -15,9 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llava_keeplora.compare.table import CACHE, TUNING, Order, Table, merged
-from llava_keeplora.config import parse_config
+from llava_keeplora.config import ZERO_SHOT, parse_config, read_object
 from llava_keeplora.files import write_bytes
+from llava_keeplora.journal import Journal
 from llava_keeplora.run_folder import differences, read_identity
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class Job:
 
     @property
     def config_file(self) -> Path:
-        """The run's configuration as JSON, which is YAML, beside the folder."""
+        """The run's configuration beside the folder."""
         return self.folder.with_name(f"{self.folder.name}.yaml")
 
     @property
@@ -60,8 +62,18 @@ class Job:
         return parse_config(self.tree).identity()
 
     def finished(self) -> bool:
-        """Whether the folder holds this very run, done."""
-        return (self.folder / "results.json").is_file() and not list(differences(read_identity(self.folder), self.identity))
+        """Whether the folder holds this very run, done, with the numbers that it ended with.
+
+        Raises:
+            RunError: if a file of it was damaged since.
+        """
+        results, matrix = self.folder / "results.json", self.folder / self.label / "matrix.json"
+        if not results.is_file() or not matrix.is_file() or list(differences(read_identity(self.folder), self.identity)):
+            return False
+        for label in (ZERO_SHOT, self.label):
+            Journal(self.folder / label / "journal.jsonl").verify()
+        # One that was changed is made again, from the scores.
+        return read_object(results).get("methods", {}).get(self.label, {}).get("matrix") == read_object(matrix)
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ def run_jobs(jobs: Sequence[Job], workers: int = 1) -> list[Failure]:
 
 def start(job: Job, slot: int, workers: int) -> subprocess.Popen:
     """The run in a process of its own."""
-    write_bytes(job.config_file, (json.dumps(job.tree, indent=1) + "\n").encode())
+    write_bytes(job.config_file, yaml.safe_dump(job.tree, sort_keys=False, allow_unicode=True).encode())
     command = [sys.executable, "-m", "llava_keeplora.cli", "train", "--config", str(job.config_file)]
     with open(job.log, "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **_share(slot, workers)})

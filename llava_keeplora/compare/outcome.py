@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 from typing import Any
 
 from llava_keeplora.compare.jobs import Failure, Job, run_jobs, table_jobs, tuning_jobs
@@ -80,8 +81,10 @@ def _check(table: Table) -> None:
         raise ConfigError(f"tuning.metric is '{table.tuning.metric}', and one task alone has no transfer", "choose by `last`, or give more tasks")
     try:
         table.output_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=table.output_dir):
+            pass
     except OSError as error:
-        raise RunError(f"the table's folder {table.output_dir} cannot be made ({error.strerror})", "choose another one with --output-dir") from error
+        raise RunError(f"the table's folder {table.output_dir} cannot be written to ({error.strerror})", "choose another one with --output-dir") from error
 
 
 def _judged(table: Table, label: str, jobs: Sequence[Job]) -> list[Tried]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import DEFAULT_METHODS, LABEL, PER_TASK, TABLE_KEYS, RunConfig, as_mapping, build, only_methods, read_config, with_settings
+from llava_keeplora.config import (
+    DEFAULT_METHODS, LABEL, PER_TASK, RUN_FILES, TABLE_KEYS, RunConfig, as_mapping, build, only_methods, read_config, with_settings,
+)
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
@@ -20,6 +22,8 @@ from llava_keeplora_eval.matrix import ZERO_SHOT
 CHOSEN_BY = ("transfer", "average", "last")
 #: Folders of a table beside those of its orders.
 TUNING, CACHE = "tuning", "base-cache"
+#: What lies in a table's folder beside its orders.
+TABLE_FILES = (TUNING, CACHE, "table.csv", *RUN_FILES)
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
     orders = []
     for name, value in as_mapping(tree, "orders").items():
         name, where = str(name), f"orders.{name}"
-        if not LABEL.fullmatch(name) or name in (TUNING, CACHE):
+        if not LABEL.fullmatch(name) or name in TABLE_FILES:
             raise ConfigError(f"orders has the name '{name}', which cannot be a folder of the table", "use letters, digits, '-', '_', '.' and '+'")
         settings = dict(value) if isinstance(value, Mapping) else {"tasks": value}
         own, epochs = _parse_seeds(settings.pop("seeds", list(seeds)), f"{where}.seeds", least=0), settings.pop("epochs", [])

@@ -37,6 +37,14 @@ def load_model(model: ModelConfig, max_new_tokens: int = 128) -> Family:
     return family
 
 
+def weights_stamp(model: ModelConfig) -> list[tuple[str, int, int]] | str | None:
+    """What changes when the weights behind a name do, without reading them: a folder's files with sizes and times, or the Hub's commit."""
+    path = Path(ASSETS / model.name_or_path if model.name_or_path in embedded_models() else model.name_or_path)
+    if path.is_dir():
+        return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.iterdir() if file.is_file())
+    return getattr(AutoConfig.from_pretrained(model.name_or_path, revision=model.revision), "_commit_hash", None)
+
+
 def open_model(model: ModelConfig, max_new_tokens: int = 128) -> Family:
     """The model that a configuration names, without its weights yet.
 

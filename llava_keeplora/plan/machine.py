@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def find_machine(gpus: int | None = None, gpu_memory_gb: float | None = None) ->
         if not torch.cuda.is_available():
             raise ConfigError("how much memory a GPU has is not known, because this machine has none", "give it in GB, for instance --gpu-memory 24")
         return Machine(gpus, torch.cuda.get_device_properties(0).total_memory)
-    if not gpu_memory_gb > 0:
+    if not 0 < gpu_memory_gb < math.inf:
         raise ConfigError(f"--gpu-memory is {gpu_memory_gb}, but a GPU has memory", "give it in GB, for instance --gpu-memory 24")
     return Machine(gpus, round(gpu_memory_gb * GB))
 

@@ -111,7 +111,9 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
         RecipeError: for a recipe or data that are wrong.
     """
     left_out = {label: why for label, method in config.methods.items() if (why := _unplanned(METHODS[method.method]))}
-    if len(left_out) == len(config.methods) > 0:
+    if not config.methods:
+        raise ConfigError("no method of the run learns anything, so there is nothing to plan", "name one under methods")
+    if len(left_out) == len(config.methods):
         label, why = next(iter(left_out.items()))
         raise ConfigError(f"'{label}' {why}", "run it without a plan")
     scenarios = _Scenarios(config, find_machine(gpus, gpu_memory_gb))

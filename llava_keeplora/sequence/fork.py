@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import write_bytes, write_json
+from llava_keeplora.files import told, write_bytes, write_json
 from llava_keeplora.journal import PLAN, SCORES, Entry, Journal, open_stages
 from llava_keeplora.methods import METHODS
 from llava_keeplora.run_folder import file_name, kept_recipe, load_run
@@ -43,7 +43,7 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     methods = {ZERO_SHOT: ZERO_SHOT} | {label: method.method for label, method in source.methods.items()}
     journals = {label: _finished(old.label(label), at_task, len(source.tasks), METHODS[name].learns) for label, name in methods.items()}
     try:
-        with new.told(), new.locked():
+        with told(new.root), new.locked():
             for label, entries in journals.items():
                 _copy(old.label(label), new.label(label), entries, names)
             for path in (old.root / "versions.json", *(kept_recipe(old.root, name) for name in names)):

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import MethodConfig, RunConfig
-from llava_keeplora.files import write_json
+from llava_keeplora.files import told, write_json
 from llava_keeplora.group import first_process_first, is_first_process, processes_here
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import check_start
@@ -40,11 +40,14 @@ def run(config: RunConfig) -> dict[str, Matrix]:
         UserError: one sentence for whatever a user can repair; finished stages stay.
     """
     workspace = Workspace(config)
-    with workspace.told(), _opened(workspace) as shared:
+    with told(workspace.root), _opened(workspace) as shared:
         methods = {ZERO_SHOT: MethodConfig(ZERO_SHOT, ZERO_SHOT, {}, config.parts, config.training), **config.methods}
         runs = [LabelRun(shared, method) for method in methods.values()]
-        # Nothing is written before every process has read what is there.
+        # Nothing is written before every process has read what is there, and let it pass: a start that is refused leaves the folder as it was.
         shared.barrier()
+        with first_process_first():
+            if is_first_process():
+                workspace.claim()
         # Taken once, before the first method touches a weight: every method starts from the same base.
         shared.base = BaseWeights({name: module for r in runs for name, module in r.modules().items()})
         with Progress(sum(r.cost_left() for r in runs), show=is_first_process()) as shared.progress:
@@ -67,9 +70,6 @@ def _opened(workspace: Workspace) -> Iterator[Shared]:
                 workspace.check()
             shared = Shared(config, workspace, load_tasks(config), open_model(config.model, config.evaluation.max_new_tokens))
             check_start(config, shared.family, processes=processes)
-            if is_first_process():
-                # Only now: a start that is refused leaves the folder as it was.
-                workspace.claim()
         # Together: with ZeRO-3 the processes need each other for it.
         shared.load()
         yield shared

@@ -18,7 +18,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.group import has_group, process_count, process_rank
 from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS, Method, Reference
-from llava_keeplora.models import DTYPES, Family, Inputs, load_model
+from llava_keeplora.models import DTYPES, Family, Inputs, load_model, weights_stamp
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache, Task
 from llava_keeplora.sequence.progress import Progress
@@ -41,7 +41,7 @@ class Shared:
     def __init__(self, config: RunConfig, workspace: Workspace, tasks: list[Task], family: Family):
         self.config, self.workspace, self.tasks, self.family = config, workspace, tasks, family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        common = {"model": dataclasses.asdict(config.model), "versions": installed_versions(), "device": self.device.type}
+        common = {"model": dataclasses.asdict(config.model), "weights": weights_stamp(config.model) if config.base_cache else None, "versions": installed_versions(), "device": self.device.type}
         self.base_cache = BaseCache(config.base_cache, common)
         self.cache = ImageCache(family.prepare, config.data.cache_gb, self.base_cache)
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]

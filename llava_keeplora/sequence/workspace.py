@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -21,11 +20,6 @@ from llava_keeplora_recipes.recipe import flat_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
 logger = logging.getLogger(__name__)
-
-#: A disk, a quota, and the largest file that a user may write.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-GO_ON = "run the same command again: it goes on, every finished stage is kept"
 
 
 class Workspace:
@@ -46,22 +40,6 @@ class Workspace:
     def task(self, label: str, index: int, name: str) -> Path:
         """The folder of one task of one method."""
         return self.label(label) / f"task-{index:02d}-{file_name(name)}"
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Tell in one sentence what the file system refuses.
-
-        Raises:
-            RunError: for a full disk, or a file that may not be written; everything finished is kept.
-        """
-        try:
-            yield
-        except OSError as error:
-            if error.errno in FULL:
-                raise RunError(f"there is no room for {error.filename or self.root} ({error.strerror})", f"make room, and {GO_ON}") from error
-            if error.errno in FORBIDDEN:
-                raise RunError(f"{error.filename or self.root} cannot be used ({error.strerror})", f"give this user the right to it, and {GO_ON}") from error
-            raise
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -135,7 +135,7 @@ def test_a_run_that_cannot_be_analysed_is_refused_in_a_sentence(run, tmp_path, c
     state.write_bytes(state.read_bytes()[:-1])
     assert refused(capfd, copy, "--into", out) == f"error: {state} is not what task 1 wrote; restore it."
     (tmp_path / "file").touch()
-    assert refused(capfd, run, "--into", tmp_path / "file") == f"error: {tmp_path / 'file'} cannot be a folder (File exists); choose another one with --into."
+    assert refused(capfd, run, "--into", tmp_path / "file") == f"error: {tmp_path / 'file'} cannot be a folder to write to (File exists); choose another one with --into."
     for label in ("keeplora", "seq-lora"):
         shutil.rmtree(copy / label)
     assert refused(capfd, copy, "--into", out) == f"error: {copy} holds no finished task; run its training first."

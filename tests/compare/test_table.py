@@ -71,6 +71,7 @@ def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_o
         ({"seeds": 3}, "seeds is 3, but it takes a list of different whole numbers; write, for instance, [0, 1, 2]."),
         ({"base": {"seed": 1}}, "base is {'seed': 1}, which is no name; name a configuration or a YAML file, and write a run's keys into the table itself."),
         ({"base": "reel"}, "there is no configuration 'reel', neither as a file nor among the shipped ones; did you mean 'real'."),
+        ({"orders": {"report.html": "demo"}}, "orders has the name 'report.html', which cannot be a folder of the table; use letters, digits, '-', '_', '.' and '+'."),
         ({"orders": {"tuning": "demo"}}, "orders has the name 'tuning', which cannot be a folder of the table; use letters, digits, '-', '_', '.' and '+'."),
         ({"orders": {"I": {"task": ["digits"]}}}, "unknown key 'orders.I.task'; did you mean 'tasks'."),
         ({"orders": {"I": {"seeds": [1]}}}, "orders.I is {'seeds': [1]}, which is no order of tasks; name a sequence, or list the tasks."),
@@ -148,7 +149,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path, make_table):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError) as error:
         compare(make_table(tmp_path / "file/table"))
-    assert str(error.value) == f"the table's folder {tmp_path / 'file/table'} cannot be made (Not a directory); choose another one with --output-dir."
+    assert str(error.value) == f"the table's folder {tmp_path / 'file/table'} cannot be written to (Not a directory); choose another one with --output-dir."
 
 
 def test_a_run_refuses_a_table():
