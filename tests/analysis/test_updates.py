@@ -125,6 +125,15 @@ def refused(capfd, *words) -> str:
     return capfd.readouterr().err.splitlines()[-1]
 
 
+def test_a_method_that_changes_no_weights_is_left_out_and_named(run_config, driven, tiny_tasks, tmp_path, caplog, capfd):
+    def made(name, **methods):
+        return driven(run_config(tmp_path / name, methods=methods, tasks=[str(tiny_tasks[0])]))
+
+    assert set(analyze_run(made("both", iap={}, **{"seq-lora": {}}), tmp_path / "into")) == {"seq-lora"}
+    assert "left out, for they change no linear layer's weights: iap" in caplog.text
+    assert "changes the weights of a linear layer, so there are no updates to measure" in refused(capfd, made("alone", iap={}), "--into", tmp_path / "out")
+
+
 def test_a_run_that_cannot_be_analysed_is_refused_in_a_sentence(run, tmp_path, capfd):
     out = tmp_path / "out"
     assert refused(capfd, run, "--general", "digits", "--into", out) == (

@@ -5,8 +5,12 @@ import json
 import re
 import shutil
 import statistics
+from pathlib import Path
+
+import pytest
 
 from llava_keeplora.compare import compare, write_table
+from llava_keeplora.errors import RunError
 from llava_keeplora_eval import Matrix
 
 
@@ -61,6 +65,20 @@ def test_a_finished_table_starts_nothing_and_a_new_seed_starts_its_runs_alone(tu
     more = make_table(copy, orders={"I": orders["I"], "II": {**orders["II"], "seeds": [0, 3]}}, tuning=tuning)
     outcome = compare(more)
     assert folders(started, more) == ["II/seed-3/seq-lora", "II/seed-3/keeplora"] and len(outcome.results["II"]["keeplora"]) == 2
+
+
+def test_a_finished_run_whose_numbers_were_changed_makes_them_again_and_one_that_was_damaged_is_named(tuned, make_table, orders, tuning, started, tmp_path):
+    copy = shutil.copytree(tuned.table.output_dir, tmp_path / "table")
+    matrix, right = copy / "I/seed-0/keeplora/keeplora/matrix.json", (tuned.table.output_dir / "I/seed-0/keeplora/keeplora/matrix.json").read_text()
+    for wrong in (right.replace(".0", ".1"), None):
+        matrix.write_text(wrong) if wrong else matrix.unlink()
+        compare(make_table(copy, orders=orders, tuning=tuning))
+        assert matrix.read_text() == right and [job.folder.relative_to(copy) for job in started] == [Path("I/seed-0/keeplora")]
+        del started[:]
+    scores = next((copy / "II/seed-0/seq-lora").glob("seq-lora/task-02*/scores.json"))
+    scores.write_text("{")
+    with pytest.raises(RunError, match=f"{scores} is not what stage EVALUATED of task 2 wrote"):
+        compare(make_table(copy, orders=orders, tuning=tuning))
 
 
 def test_the_table_says_mean_and_deviation_needs_and_what_was_tried(tuned, started):

@@ -31,6 +31,17 @@ def test_workers_share_out_the_cores_and_the_gpus(monkeypatch):
     assert [jobs._share(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["1", "3", "1"] and jobs._share(0, 3)["OMP_NUM_THREADS"] == "5"
 
 
+def test_a_run_reads_its_configuration_as_the_table_has_it(make_table, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: None)
+    training = {"num_train_epochs": 1, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1.0e-5}}
+    one = make_table(tmp_path / "t🙂", training=training)
+    job = jobs.table_jobs(one, one.methods)["I"][0]
+    job.config_file.parent.mkdir(parents=True)
+    jobs.start(job, 0, 1)
+    found = load_config(str(job.config_file))
+    assert found.training["lr_scheduler_kwargs"] == {"min_lr": 1e-5} and found.output_dir == str(job.folder)
+
+
 def test_no_more_run_at_once_than_there_are_workers(make_table, tmp_path, monkeypatch):
     many = make_table(tmp_path / "table", seeds=[0, 1, 2])
     running, most = [], []

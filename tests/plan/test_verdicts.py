@@ -142,6 +142,15 @@ def test_absent_data_of_unknown_size_are_named(run_tree, tiny_tasks, tmp_path, c
     assert "the data of 'colours' are not there and its recipe does not say how many there are; give the folder" in capfd.readouterr().err
 
 
+def test_a_plan_for_nothing_or_for_endless_memory_is_refused(run_tree):
+    with pytest.raises(ConfigError, match="no method of the run learns anything, so there is nothing to plan"):
+        make_plan(parse_config(run_tree("unset", methods={"zero-shot": {}})), 1, 24)
+    with pytest.raises(ConfigError, match="--gpu-memory is inf"):
+        make_plan(parse_config(run_tree("unset")), 1, float("inf"))
+    with pytest.raises(ConfigError, match="statistics_gb is inf"):
+        parse_config(run_tree("unset", memory={"statistics_gb": float("inf")}))
+
+
 # --- the start of a run ------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llava_keeplora.methods import METHODS
 from llava_keeplora.sequence.base_cache import BaseCache
@@ -102,6 +103,16 @@ def test_another_model_or_other_examples_are_computed_anew(filled, other, drive,
     cache = shutil.copytree(filled, tmp_path / "cache")
     drive(other("run", cache, methods={"keeplora": {}}, **change))
     assert {("keeplora",), ("zero-shot", "colours"), ("zero-shot", "stripes")} <= set(computed)
+
+
+def test_other_weights_under_the_same_name_are_another_model(other, drive, computed, tiny_clip, tmp_path):
+    model, cache = shutil.copytree(tiny_clip, tmp_path / "model"), tmp_path / "cache"
+    drive(other("first", cache, model={"name_or_path": str(model)}))
+    del computed[:]
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 1.1 * value for name, value in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    drive(other("second", cache, model={"name_or_path": str(model)}))
+    assert ("zero-shot", "colours") in computed and ("keeplora",) in computed
 
 
 def test_other_settings_are_another_base(filled, other, drive, computed, tmp_path):
