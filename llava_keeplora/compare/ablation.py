@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_keeplora.compare.jobs import make_job
 from llava_keeplora.compare.outcome import Outcome
 from llava_keeplora.compare.table import Table, load_table, merged
+from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.report.document import Picture
 from llava_keeplora.report.figures import DARK, LIGHT, encode, save
@@ -67,7 +69,8 @@ def load_ablation(
     if own is None:
         raise ConfigError(f"'{name_or_path}' has no method {METHOD}, so there is nothing to take away from it", f"add `{METHOD}: {{}}` to its methods")
     own = {"method": METHOD, **own}
-    adapted = [part for part, settings in table.run.get("parts", {}).items() if (settings or {}).get("train", "adapter") == "adapter"]
+    resolved = parse_config(make_job(table, METHOD, table.orders[0], 0, METHOD, own).tree).methods[METHOD]
+    adapted = [part for part, settings in resolved.parts.items() if settings.train == "adapter"]
     methods, sweeps = {METHOD: own, **{label: merged(own, change) for label, change in WITHOUT.items()}}, {}
     for threshold, (usual, _, _) in SWEPT.items():
         values = (thresholds or {}).get(threshold, usual)

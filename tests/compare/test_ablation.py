@@ -88,6 +88,19 @@ def test_a_part_that_is_trained_in_full_has_no_threshold(llava_tree, tmp_path):
     }
 
 
+def test_parts_that_the_method_alone_names_are_swept_and_wrong_ones_are_told(run_tree, tmp_path):
+    tree = run_tree(tmp_path / "run")
+    own = {"method": "keeplora", "parts": tree.pop("parts")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**tree, "methods": {"ours": own}}))
+    ablation = load_ablation(str(tmp_path / "run.yaml"), {"energy_weight": [0.6, 0.3], "energy_feature": []})
+    swept = [ablation.table.methods[label]["parts"] for label in ablation.sweeps["energy_weight"].values()]
+    assert [{part: settings["energy_weight"] for part, settings in parts.items()} for parts in swept] == [dict.fromkeys(own["parts"], value) for value in (0.6, 0.3)]
+    for wrong in (["vision"], {"vision": 5}):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**tree, "parts": wrong, "methods": {"keeplora": {}}}))
+        with pytest.raises(ConfigError, match="parts"):
+            load_ablation(str(tmp_path / "run.yaml"))
+
+
 def test_without_keeplora_there_is_nothing_to_take_away(run_tree, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run", methods={"seq-lora": {}})))
     with pytest.raises(ConfigError) as error:
