@@ -285,9 +285,10 @@ def _train(args: argparse.Namespace) -> None:
 def _reproduce(args: argparse.Namespace) -> None:
     from llava_keeplora.config import load_config
     from llava_keeplora.errors import RunError
-    from llava_keeplora.reproduce import compare, comparison
+    from llava_keeplora.reproduce import check_expected, compare, comparison
 
     config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir, methods=args.methods)
+    check_expected(config)
     figures = compare(_run(config), config.expected)
     sys.stdout.write(f"\npublished and measured, in %\n{comparison(figures, config.expected)}")
     sys.stdout.flush()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llava_keeplora.config import ExpectedConfig
+from llava_keeplora.config import ExpectedConfig, RunConfig
+from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.matrix import shown
+from llava_keeplora_recipes import load_recipe
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,19 @@ class Figure:
 
     def __str__(self) -> str:
         return f"{self.row}, {self.name}: {shown(self.measured)} and not {self.published} ± {self.tolerance}"
+
+
+def check_expected(config: RunConfig) -> None:
+    """Find a figure that the run will not have before it begins.
+
+    Raises:
+        ConfigError: for the last score of a task that is not in the sequence.
+    """
+    names = [load_recipe(task).name for task in config.tasks]
+    for label, published in config.expected.items():
+        for task in published.last:
+            if task not in names:
+                raise ConfigError(f"expected.{label}.last names '{task}', which is no task of the run", nearest(task, names))
 
 
 def compare(results: Mapping[str, Matrix], expected: Mapping[str, ExpectedConfig]) -> list[Figure]:

@@ -9,7 +9,7 @@ import pytest
 
 from llava_keeplora.config import dump_config, list_configs, load_config, parse_config
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.reproduce import compare, comparison
+from llava_keeplora.reproduce import check_expected, compare, comparison
 from llava_keeplora_eval import EvalError, Matrix
 from llava_keeplora_recipes import load_recipe
 
@@ -121,3 +121,9 @@ def test_a_figure_that_cannot_be_is_named_with_its_place(row, words):
 def test_a_figure_of_a_task_that_the_run_does_not_have_is_told():
     with pytest.raises(EvalError, match="the matrix has no task 'digit'; did you mean 'digits'"):
         compare(results(), expected(seq_lora={"last": {"digit": 1.0}}))
+
+
+def test_a_task_that_the_run_does_not_have_is_found_before_it_begins():
+    source = SOURCE | {"last": {"digits": 90.0, "digit": 90.0}}
+    with pytest.raises(ConfigError, match="expected.seq-lora.last names 'digit', which is no task of the run; did you mean 'digits'"):
+        check_expected(parse_config(TREE | {"expected": {"seq-lora": source}}))
