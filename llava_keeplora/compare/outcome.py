@@ -73,6 +73,8 @@ def compare(table: Table, workers: int = 1) -> Outcome:
 
 def _check(table: Table) -> None:
     """Find what is wrong with any run's configuration before the first of them starts."""
+    if not table.methods:
+        raise ConfigError("no method of the table learns anything, so there is nothing to run", "name one under methods")
     if (table.output_dir / "config.json").exists():
         raise RunError(f"{table.output_dir} is a run's folder, and a table has many runs", "choose another one with --output-dir")
     runs = {"table": table_jobs(table, table.methods), "tuning": tuning_jobs(table)}

@@ -151,8 +151,11 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
     tuning, seeds = tree.pop("tuning", None), tree.pop("seeds", None)
     own_seed, own_tasks = tree.pop("seed", 0), {key: tree.pop(key) for key in ("sequence", "tasks") if key in tree}
     tree.pop("expected", None)  # One configuration's, not a table's.
-    orders = _parse_orders(tree.pop("orders", None) or {"I": own_tasks}, _parse_seeds([own_seed] if seeds is None else seeds, "seeds"))
-    table = Table(Path(tree.pop("output_dir", RunConfig.output_dir)), tree, labels, orders)
+    place, orders = tree.pop("output_dir", RunConfig.output_dir), tree.pop("orders", None)
+    if not isinstance(place, str) or not place:
+        raise ConfigError(f"output_dir is {place!r}, which is no folder", "write, for instance, runs/table")
+    orders = _parse_orders({"I": own_tasks} if orders is None else orders, _parse_seeds([own_seed] if seeds is None else seeds, "seeds"))
+    table = Table(Path(place), tree, labels, orders)
     table = dataclasses.replace(table, tuning=_parse_tuning(as_mapping(tuning, "tuning"), table)) if tuning else table
     _check_lists(table)
     for order in table.orders:
@@ -169,8 +172,10 @@ def _parse_seeds(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
 
 
 def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
-    orders = []
-    for name, value in as_mapping(tree, "orders").items():
+    orders, named = [], as_mapping(tree, "orders")
+    if not named or len({str(name) for name in named}) < len(named):
+        raise ConfigError(f"orders has the names {list(named)!r}, but a table has one order or more, each with a name of its own", "leave `orders` out for a single one")
+    for name, value in named.items():
         name, where = str(name), f"orders.{name}"
         if not LABEL.fullmatch(name) or name in TABLE_FILES:
             raise ConfigError(f"orders has the name '{name}', which cannot be a folder of the table", "use letters, digits, '-', '_', '.' and '+'")
@@ -181,11 +186,11 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
         unknown = set(settings) - {"tasks", "sequence"}
         if unknown:
             raise ConfigError(f"unknown key '{where}.{min(map(str, unknown))}'", nearest(min(map(str, unknown)), ("tasks", "sequence", "seeds", "epochs")))
-        named = [one for one in settings.values() if one]
-        if len(named) != 1 or not isinstance(named[0], (str, list)):
+        given = [one for one in settings.values() if one]
+        if len(given) != 1 or not isinstance(given[0], (str, list)):
             raise ConfigError(f"{where} is {value!r}, which is no order of tasks", "name a sequence, or list the tasks")
         # A run has either key; a table may name a sequence or list the tasks under one.
-        tasks = {"sequence" if isinstance(named[0], str) else "tasks": named[0]}
+        tasks = {"sequence" if isinstance(given[0], str) else "tasks": given[0]}
         orders.append(Order(name, tasks, own, tuple(epochs)))
     return tuple(orders)
 

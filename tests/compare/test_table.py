@@ -71,6 +71,9 @@ def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_o
         ({"seeds": 3}, "seeds is 3, but it takes a list of different whole numbers; write, for instance, [0, 1, 2]."),
         ({"base": {"seed": 1}}, "base is {'seed': 1}, which is no name; name a configuration or a YAML file, and write a run's keys into the table itself."),
         ({"base": "reel"}, "there is no configuration 'reel', neither as a file nor among the shipped ones; did you mean 'real'."),
+        ({"orders": {}}, "orders has the names [], but a table has one order or more, each with a name of its own; leave `orders` out for a single one."),
+        ({"orders": {1: "demo", "1": "demo"}}, "orders has the names [1, '1'], but a table has one order or more, each with a name of its own; leave `orders` out for a single one."),
+        ({"output_dir": 3}, "output_dir is 3, which is no folder; write, for instance, runs/table."),
         ({"orders": {"report.html": "demo"}}, "orders has the name 'report.html', which cannot be a folder of the table; use letters, digits, '-', '_', '.' and '+'."),
         ({"orders": {"tuning": "demo"}}, "orders has the name 'tuning', which cannot be a folder of the table; use letters, digits, '-', '_', '.' and '+'."),
         ({"orders": {"I": {"task": ["digits"]}}}, "unknown key 'orders.I.task'; did you mean 'tasks'."),
@@ -162,3 +165,8 @@ def test_every_shipped_configuration_is_a_table_whose_runs_are_valid():
         table = load_table(name)
         jobs = [job for made in (table_jobs(table, table.methods), tuning_jobs(table)) for row in made.values() for job in row]
         assert jobs and all(json.dumps(job.tree) and parse_config(job.tree).methods for job in jobs[:: max(1, len(jobs) // 8)])
+
+
+def test_a_table_without_methods_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no method of the table learns anything, so there is nothing to run"):
+        compare(load_table("demo", ["methods={}"], output_dir=str(tmp_path / "out")))
