@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_keeplora.compare import Outcome, Table
@@ -196,17 +196,18 @@ def _labels(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[float]:
-    try:
-        return [float(word) for word in _words(text)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers; give some like 0.5,0.8") from None
+    return _each(float, text, "numbers; give some like 0.5,0.8")
 
 
 def _wholes(text: str) -> list[int]:
+    return _each(int, text, "whole numbers; give some like 0,1,2")
+
+
+def _each(kind: Callable[[str], Any], text: str, what: str) -> list[Any]:
     try:
-        return [int(word) for word in _words(text)]
+        return [kind(word) for word in _words(text)]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers; give some like 0,1,2") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of {what}") from None
 
 
 def _count(text: str) -> int:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from safetensors.torch import save
@@ -44,6 +45,17 @@ def told(where: Path | str = "a file") -> Iterator[None]:
         if error.errno in FORBIDDEN:
             raise RunError(f"{error.filename or where} cannot be used ({error.strerror})", f"give this user the right to it, and {GO_ON}") from error
         raise
+
+
+def writable_folder(path: Path | str) -> Path:
+    """A folder, made where it is not there, in which a file can be written: found out before the work that fills it.
+
+    Raises:
+        OSError: if it can't be.
+    """
+    Path(path).mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=path):
+        return Path(path)
 
 
 def write_bytes(path: Path, data: bytes) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from llava_keeplora.analysis.cuts import KEPT
 from llava_keeplora.analysis.pictures import PLACES, draw_knowledge, draw_places
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.files import write_json
+from llava_keeplora.files import writable_folder, write_json
 from llava_keeplora.report.capacity import layer_lines
 from llava_keeplora.report.figures import LIGHT, save
 from llava_keeplora.report.lines import draw_layer_lines
@@ -32,12 +31,9 @@ def made(into: str | Path) -> Path:
         ConfigError: if it can't be.
     """
     try:
-        Path(into).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=into):
-            pass
+        return writable_folder(into)
     except OSError as error:
         raise ConfigError(f"{into} cannot be a folder to write to ({error.strerror})", "choose another one with --into") from error
-    return Path(into)
 
 
 def write_knowledge(found: Knowledge, into: Path) -> None:

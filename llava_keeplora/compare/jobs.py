@@ -62,18 +62,21 @@ class Job:
         return parse_config(self.tree).identity()
 
     def finished(self) -> bool:
-        """Whether the folder holds this very run, done, with the numbers that it ended with.
-
-        Raises:
-            RunError: if a file of it was damaged since.
-        """
+        """Whether the folder holds this very run, done, with the numbers that it ended with."""
         results, matrix = self.folder / "results.json", self.folder / self.label / "matrix.json"
         if not results.is_file() or not matrix.is_file() or list(differences(read_identity(self.folder), self.identity)):
             return False
-        for label in (ZERO_SHOT, self.label):
-            Journal(self.folder / label / "journal.jsonl").verify()
         # One that was changed is made again, from the scores.
         return read_object(results).get("methods", {}).get(self.label, {}).get("matrix") == read_object(matrix)
+
+    def verify(self) -> None:
+        """Check every file that the run wrote.
+
+        Raises:
+            RunError: if one was damaged since.
+        """
+        for label in (ZERO_SHOT, self.label):
+            Journal(self.folder / label / "journal.jsonl").verify()
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,16 @@ def run_jobs(jobs: Sequence[Job], workers: int = 1) -> list[Failure]:
 
     Returns:
         what did not end well.
+
+    Raises:
+        RunError: if a file of a run that was finished before is damaged.
     """
-    waiting = deque(job for job in jobs if not job.finished())
+    waiting = deque()
+    for job in jobs:
+        if job.finished():
+            job.verify()
+        else:
+            waiting.append(job)
     free, running, failures, done, count = deque(range(workers)), {}, [], 0, len(waiting)
     try:
         while waiting or running:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from tempfile import TemporaryFile
 from typing import Any
 
 from llava_keeplora.compare.jobs import Failure, Job, run_jobs, table_jobs, tuning_jobs
 from llava_keeplora.compare.table import Table, merged
 from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.files import writable_folder
 from llava_keeplora.report.run_report import read_side_by_side
 from llava_keeplora.report.trial import Results
 from llava_keeplora_eval import Matrix
@@ -82,9 +82,7 @@ def _check(table: Table) -> None:
     if min(tasks["tuning"], default=2) < 2 and "transfer" in table.tuning.metrics:
         raise ConfigError(f"tuning.metric is '{table.tuning.metric}', and one task alone has no transfer", "choose by `last`, or give more tasks")
     try:
-        table.output_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=table.output_dir):
-            pass
+        writable_folder(table.output_dir)
     except OSError as error:
         raise RunError(f"the table's folder {table.output_dir} cannot be written to ({error.strerror})", "choose another one with --output-dir") from error
 

@@ -37,9 +37,14 @@ def load_model(model: ModelConfig, max_new_tokens: int = 128) -> Family:
     return family
 
 
+def _place(model: ModelConfig) -> str:
+    """A folder or a Hub id."""
+    return str(ASSETS / model.name_or_path) if model.name_or_path in embedded_models() else model.name_or_path
+
+
 def weights_stamp(model: ModelConfig) -> list[tuple[str, int, int]] | str | None:
     """What changes when the weights behind a name do, without reading them: a folder's files with sizes and times, or the Hub's commit."""
-    path = Path(ASSETS / model.name_or_path if model.name_or_path in embedded_models() else model.name_or_path)
+    path = Path(_place(model))
     if path.is_dir():
         return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.iterdir() if file.is_file())
     return getattr(AutoConfig.from_pretrained(model.name_or_path, revision=model.revision), "_commit_hash", None)
@@ -57,7 +62,7 @@ def open_model(model: ModelConfig, max_new_tokens: int = 128) -> Family:
     """
     if model.dtype not in DTYPES:
         raise ConfigError(f"model.dtype is '{model.dtype}'", f"set it to one of {', '.join(DTYPES)}")
-    path = str(ASSETS / model.name_or_path) if model.name_or_path in embedded_models() else model.name_or_path
+    path = _place(model)
     try:
         model_type = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:

@@ -103,9 +103,10 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None, pr
     gpu = torch.cuda.is_available()
     memory = memory or (torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else host_memory())
     where = f"the {'GPU' if gpu else 'machine'} has {memory / GB:.1f} GB"
-    if not gpu and processes > 1:
-        memory //= processes
-        where += f", {memory / GB:.1f} for each of its {processes} processes"
+    sharing = 1 if gpu else processes
+    if sharing > 1:
+        memory //= sharing
+        where += f", {memory / GB:.1f} for each of its {sharing} processes"
     if config.memory.statistics_gb * GB > memory:
         raise ConfigError(
             f"memory.statistics_gb is {config.memory.statistics_gb}, but {where}",
@@ -128,7 +129,7 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None, pr
     models = {"model.dtype=bfloat16": {"dtype": "bfloat16"}, "model.quantization=nf4": {"quantization": "nf4"}}
     smaller = {f"methods.{label}.gradient=sketch": sketching(config, label) for label in config.methods if takes_whole_gradient(config, label)}
     smaller |= {name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values)) for name, values in models.items()}
-    fewer = "fewer processes, " if not gpu and processes > 1 else ""
+    fewer = "fewer processes, " if sharing > 1 else ""
     fits = next((f"set {name}" for name, other in smaller.items() if _fits(other, gpu, memory)), f"take {fewer}a smaller model or more memory")
     raise ConfigError(
         f"the run needs at least {sum(least.values()) / GB:.1f} GB ({', '.join(f'{what} {size / GB:.1f}' for what, size in least.items())}), but {where}",

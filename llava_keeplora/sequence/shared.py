@@ -41,7 +41,8 @@ class Shared:
     def __init__(self, config: RunConfig, workspace: Workspace, tasks: list[Task], family: Family):
         self.config, self.workspace, self.tasks, self.family = config, workspace, tasks, family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        common = {"model": dataclasses.asdict(config.model), "weights": weights_stamp(config.model) if config.base_cache else None, "versions": installed_versions(), "device": self.device.type}
+        common = {"model": dataclasses.asdict(config.model), "versions": installed_versions(), "device": self.device.type}
+        common |= {"weights": weights_stamp(config.model)} if config.base_cache else {}
         self.base_cache = BaseCache(config.base_cache, common)
         self.cache = ImageCache(family.prepare, config.data.cache_gb, self.base_cache)
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]
