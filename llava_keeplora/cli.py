@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Seconds after which a process takes itself to be the only one that failed.
 ALONE = 6.0
+#: What `analyze` takes for a model alone.
+ANALYZE_MODEL = ("general", "specific", "energies", "examples", "batch_size", "dtype", "revision", "data_root")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,12 +176,12 @@ def add_analyze_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `analyze`."""
     parser.add_argument("model", metavar="MODEL|RUN", help="an embedded model, a folder or a Hub id; or a run folder, which needs no tasks")
     parser.add_argument("--into", required=True, metavar="DIR", help="the folder to write to")
-    parser.add_argument("--general", type=_words, default=(), metavar="TASK,...", help="tasks of general knowledge, names or YAML files")
-    parser.add_argument("--specific", type=_words, default=(), metavar="TASK,...", help="tasks of specific knowledge")
+    parser.add_argument("--general", type=_words, metavar="TASK,...", help="tasks of general knowledge, names or YAML files")
+    parser.add_argument("--specific", type=_words, metavar="TASK,...", help="tasks of specific knowledge")
     parser.add_argument("--energies", type=_numbers, metavar="P,...", help="shares of the weights' energy to cut at (default: 0.2,0.4,0.6,0.8,0.9,0.95)")
-    parser.add_argument("--examples", type=int, default=500, help="the most of each task's test split, evenly spaced (default: 500)")
-    parser.add_argument("--batch-size", type=int, default=128, help="examples per forward pass (default: 128)")
-    parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
+    parser.add_argument("--examples", type=int, help="the most of each task's test split, evenly spaced (default: 500)")
+    parser.add_argument("--batch-size", type=int, help="examples per forward pass (default: 128)")
+    parser.add_argument("--dtype", help="of the model (default: float32)")
     parser.add_argument("--revision", help="of the Hub's model")
     parser.add_argument("--data-root", help="the folder with the data sets")
     parser.set_defaults(run=_analyze)
@@ -304,9 +306,9 @@ def _reproduce(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> int:
     from llava_keeplora.compare import compare, load_table, write_table
 
-    table = load_table(args.config, args.overrides, args.data_root, args.output_dir, args.methods)
-    outcome = compare(table, args.workers)
-    return _told(table, outcome, outcome.results and write_table(table, outcome))
+    table = load_table(args.config, args.overrides, args.data_root, args.output_dir)
+    outcome = compare(table, args.workers, args.methods)
+    return _told(table, outcome, write_table(table, outcome) if outcome.results or outcome.tried else "")
 
 
 def _ablate(args: argparse.Namespace) -> int:
@@ -316,12 +318,12 @@ def _ablate(args: argparse.Namespace) -> int:
     thresholds = {name: values for name, values in given.items() if values is not None}
     ablation = load_ablation(args.config, thresholds, args.seeds, args.overrides, args.data_root, args.output_dir)
     outcome = compare(ablation.table, args.workers)
-    return _told(ablation.table, outcome, outcome.results and write_table(ablation.table, outcome, draw_ablation(ablation, outcome)))
+    return _told(ablation.table, outcome, write_table(ablation.table, outcome, draw_ablation(ablation, outcome)) if outcome.results else "")
 
 
 def _told(table: Table, outcome: Outcome, text: str) -> int:
     """Print a table and where it lies, and name the runs that failed; returns the exit code."""
-    if outcome.results:
+    if text:
         sys.stdout.write(f"{text}\nfolder: {table.output_dir}\ntable: {table.output_dir / 'table.md'}\npage: {table.output_dir / 'report.html'}\n")
         sys.stdout.flush()
     for failure in outcome.failures:
@@ -422,19 +424,20 @@ def _analyze(args: argparse.Namespace) -> None:
 
     import transformers
 
-    from llava_keeplora.analysis import ENERGIES, analyze_model, analyze_run, knowledge_table, updates_table
+    from llava_keeplora.analysis import analyze_model, analyze_run, knowledge_table, updates_table
     from llava_keeplora.config import EvaluationConfig, ModelConfig
     from llava_keeplora.errors import ConfigError
 
     transformers.utils.logging.disable_progress_bar()
-    groups = {"general": args.general, "specific": args.specific}
+    given = {name: value for name in ANALYZE_MODEL if (value := getattr(args, name)) is not None}
     if not (Path(args.model) / "identity.json").is_file():
-        model = ModelConfig(args.model, args.revision, args.dtype)
-        evaluation = EvaluationConfig(args.batch_size)
-        found = analyze_model(model, groups, args.into, energies=args.energies or ENERGIES, examples=args.examples, evaluation=evaluation, data_root=args.data_root)
-        table = knowledge_table(found)
-    elif any(groups.values()):
-        raise ConfigError(f"{args.model} is a run, whose updates are measured without tasks", "leave --general and --specific out, or name the run's model")
+        own = lambda *names: {name: given[name] for name in names if name in given}  # noqa: E731
+        groups = {"general": given.get("general", ()), "specific": given.get("specific", ())}
+        model, evaluation = ModelConfig(args.model, **own("revision", "dtype")), EvaluationConfig(**own("batch_size"))
+        table = knowledge_table(analyze_model(model, groups, args.into, evaluation=evaluation, **own("energies", "examples", "data_root")))
+    elif given:
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{args.model} is a run, whose updates are measured without tasks and options of a model ({told})", "leave them out, or name the run's model")
     else:
         table = updates_table(analyze_run(args.model, args.into))
     sys.stdout.write(f"{table}\nfolder: {args.into}\n")

@@ -321,6 +321,7 @@ class RunConfig:
 
         Raises:
             RecipeError: if a task's recipe is not there or cannot be read.
+            ConfigError: if a task is named twice.
         """
         tree = json.loads(json.dumps(dataclasses.asdict(self)))
         places = ((tree, "output_dir"), (tree, "base_cache"), (tree, "sequence"), (tree, "expected"), (tree["data"], "root"), (tree, "memory"))
@@ -328,7 +329,7 @@ class RunConfig:
             section.pop(key)
         for method in tree["methods"].values():
             method["options"] = {key: value for key, value in method["options"].items() if key not in REFERENCE_PLACES}
-        tree["tasks"] = [load_recipe(task).name for task in self.tasks]
+        tree["tasks"] = [recipe.name for recipe in load_recipes(self.tasks)]
         for section in (tree, *tree["methods"].values()):
             own = {key: _per_task(section["training"], key, len(self.tasks)) for key in PER_TASK}
             section["training"] = _machine_independent(section["training"]) | {k: values if len(set(values)) > 1 else values[0] for k, values in own.items()}
@@ -376,7 +377,7 @@ class RunConfig:
         """The ZeRO configuration of the run, its precision as it will be; None without one.
 
         Raises:
-            ConfigError: if methods have different ones, or one contradicts `model.dtype` or `model.quantization`.
+            ConfigError: if methods have different ones, or one contradicts `model.dtype` or `model.quantization`, or has no stage that there is.
         """
         named = {label: method.training.get("deepspeed") for label, method in self.methods.items()}
         if len({json.dumps(value, sort_keys=True) for value in named.values()}) > 1:
@@ -388,6 +389,9 @@ class RunConfig:
         content = json.loads(Path(value).read_text()) if isinstance(value, str) else json.loads(json.dumps(value))
         content = as_mapping(content, "training.deepspeed")
         content |= {key: as_mapping(content[key], f"training.deepspeed.{key}") for key in ("bf16", "fp16", "zero_optimization") if key in content}
+        stage = content.get("zero_optimization", {}).get("stage", 0)
+        if type(stage) is not int or not 0 <= stage <= 3:
+            raise ConfigError(f"the DeepSpeed configuration has zero_optimization.stage {stage!r}", "set it to 0, 1, 2 or 3")
         for precision, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
             section = content.get(precision, {})
             if section.get("enabled") == "auto":
@@ -398,12 +402,12 @@ class RunConfig:
                     f"the DeepSpeed configuration has {precision}.enabled {json.dumps(section.get('enabled', False))} and model.dtype is {self.model.dtype}",
                     "make them agree: model.dtype bfloat16 with bf16 enabled, float32 with neither bf16 nor fp16",
                 )
-        if content.get("zero_optimization", {}).get("stage") == 3 and self.model.quantization:
+        if stage == 3 and self.model.quantization:
             raise ConfigError(
                 f"the DeepSpeed configuration has zero_optimization.stage 3 and model.quantization is {self.model.quantization}, which it cannot split",
                 "use stage 2, or leave the base unquantised",
             )
-        if content.get("zero_optimization", {}).get("stage") == 3:
+        if stage == 3:
             self._check_sharded()
         return content
 
@@ -490,6 +494,21 @@ def with_settings(tree: dict[str, Any], overrides: typing.Sequence[str] = (), **
     if direct.get("methods") is not None:
         _keep_methods(tree, direct["methods"])
     return tree
+
+
+def load_recipes(tasks: typing.Sequence[str]) -> list[Recipe]:
+    """The recipes of a sequence's tasks.
+
+    Raises:
+        RecipeError: if one is not there or cannot be read.
+        ConfigError: if two have one name.
+    """
+    recipes = [load_recipe(task) for task in tasks]
+    names = [recipe.name for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"task '{name}' is in the sequence {names.count(name)} times", "name each task once")
+    return recipes
 
 
 def only_methods(methods: Mapping[str, Any], labels: typing.Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -158,19 +158,24 @@ class Journal:
         self._whole += len(line)
         self.entries.append(entry)
 
-    def verify(self) -> None:
+    def verify(self, kinds: Container[str] | None = None) -> None:
         """Check the hash of every file that a finished stage wrote.
+
+        Args:
+            kinds: file names, such as scores.json, of those that are checked; all when None.
 
         Raises:
             RunError: naming the first file that is missing or changed.
         """
-        for problem in self.problems():
+        for problem in self.problems(kinds):
             raise problem
 
-    def problems(self) -> Iterator[RunError]:
+    def problems(self, kinds: Container[str] | None = None) -> Iterator[RunError]:
         """What `verify` refuses, file by file; a file that was written again is what its last stage wrote."""
         for name, (entry, expected) in self.files().items():
             path = self.path.parent / name
+            if kinds is not None and path.name not in kinds:
+                continue
             if not path.is_file():
                 yield RunError(f"{path}, written by stage {entry.stage} of task {entry.task}, is missing", "restore it or start over in a new output_dir")
             elif expected is not None and file_hash(path) != expected:

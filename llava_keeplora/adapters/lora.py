@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from llava_keeplora.adapters.deltas import Delta
 from llava_keeplora.zero import trained_values
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
 
@@ -58,6 +61,9 @@ def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 
     """
     if not inits:
         return None
+    # Seconds of imports, which commands that only read a run needn't wait for.
+    from peft import LoraConfig, get_peft_model
+
     first = next(iter(inits.values()))
     config = LoraConfig(
         r=first.rank,
@@ -96,6 +102,8 @@ def _freeze_A(layer: LoraLayer) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Every LoRA layer of a model by full name."""
+    from peft.tuners.lora import LoraLayer
+
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 

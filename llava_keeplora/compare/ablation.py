@@ -61,10 +61,12 @@ def load_ablation(
         output_dir: the table's folder; the configuration's with `-ablation` behind it when None.
 
     Raises:
-        ConfigError: see `load_config`; or KeepLoRA is not among the methods.
+        ConfigError: see `load_config`; or KeepLoRA is not among the methods, or settings are to be tried.
     """
     own_seeds = [] if seeds is None else [f"seeds={list(seeds)}"]
     table = load_table(name_or_path, [*overrides, *own_seeds], data_root, output_dir)
+    if table.tuning:
+        raise ConfigError(f"'{name_or_path}' has `tuning`, and an ablation tries no settings", "add tuning=null to take KeepLoRA as it is there, or write the chosen ones into it")
     own = next((settings for label, settings in table.methods.items() if settings.get("method", label) == METHOD), None)
     if own is None:
         raise ConfigError(f"'{name_or_path}' has no method {METHOD}, so there is nothing to take away from it", f"add `{METHOD}: {{}}` to its methods")
@@ -74,7 +76,7 @@ def load_ablation(
     methods, sweeps = {METHOD: own, **{label: merged(own, change) for label, change in WITHOUT.items()}}, {}
     for threshold, (usual, _, _) in SWEPT.items():
         values = (thresholds or {}).get(threshold, usual)
-        sweeps[threshold] = {value: f"{METHOD}-{threshold.replace('_', '-')}-{value:g}" for value in values}
+        sweeps[threshold] = {value: f"{METHOD}-{threshold.replace('_', '-')}-{value}" for value in values}
         methods |= {label: merged(own, {"parts": {part: {threshold: value} for part in adapted}}) for value, label in sweeps[threshold].items()}
     place = table.output_dir if output_dir else table.output_dir.with_name(f"{table.output_dir.name}-ablation")
     return Ablation(Table(place, table.run, methods, table.orders), sweeps)

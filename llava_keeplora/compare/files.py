@@ -33,7 +33,7 @@ def write_table(table: Table, outcome: Outcome, pictures: Mapping[str, Picture] 
 
     Args:
         table: the table.
-        outcome: what its runs gave; at least one order of it.
+        outcome: what its runs gave; an order or a tried setting at least.
         pictures: name → picture, for the page.
 
     Returns:
@@ -55,17 +55,27 @@ def write_table(table: Table, outcome: Outcome, pictures: Mapping[str, Picture] 
 
 def sections_of(table: Table, outcome: Outcome) -> list[Section]:
     """A table for each order, and the methods' settings."""
-    return [*(_order_section(order, results) for order, results in outcome.results.items()), _settings_section(table, outcome)]
+    return [*(_order_section(table, order, results) for order, results in outcome.results.items()), _settings_section(table, outcome)]
 
 
-def _order_section(order: str, results: Results) -> Section:
+def _order_section(table: Table, order: str, results: Results) -> Section:
     trials = [trial for own in results.values() for trial in own]
     seeds = ", ".join(map(str, sorted({trial.seed for trial in trials})))
     needs = {row[0]: row[1:] for row in needs_rows(results)}
     header = [*summary_header(matrices(results)), *NEEDS_COLUMNS[1:]]
     rows = [[*row, *needs.get(row[0], [MISSING] * (len(NEEDS_COLUMNS) - 1))] for row in summary_rows(matrices(results))]
-    text = f"Tasks: {', '.join(trials[0].matrix.tasks)}. Scores in percent, mean ± sample standard deviation; seeds {seeds}."
+    text = f"Tasks: {', '.join(trials[0].matrix.tasks)}. Scores in percent, mean ± sample standard deviation; seeds {seeds}.{_unfinished(table, order, results)}"
     return Section(f"Order {order}", text, header, rows)
+
+
+def _unfinished(table: Table, order: str, results: Results) -> str:
+    """What the table asks for and does not have yet, as a sentence."""
+    left = []
+    for label in table.methods:
+        done = {trial.seed for trial in results.get(label, ())}
+        seeds = [str(seed) for seed in table.order(order).seeds if seed not in done]
+        left += [f"{label} with seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"] if seeds else []
+    return f" Not finished: {'; '.join(left)}." if left else ""
 
 
 def _settings_section(table: Table, outcome: Outcome) -> Section:

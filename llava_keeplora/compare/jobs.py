@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,12 +137,13 @@ def tuning_jobs(table: Table) -> dict[str, list[Job]]:
     } if tuning else {}
 
 
-def run_jobs(jobs: Sequence[Job], workers: int = 1) -> list[Failure]:
+def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list[Failure]:
     """Run, or go on with, what is not finished, so many processes at once; one that fails doesn't stop the others.
 
     Args:
         jobs: the runs.
         workers: how many at once; they share out the cores, and where there are several GPUs each has one.
+        labels: of the methods that are run; of the others only what is finished is checked.
 
     Returns:
         what did not end well.
@@ -154,7 +155,7 @@ def run_jobs(jobs: Sequence[Job], workers: int = 1) -> list[Failure]:
     for job in jobs:
         if job.finished():
             job.verify()
-        else:
+        elif job.label in labels:
             waiting.append(job)
     free, running, failures, done, count = deque(range(workers)), {}, [], 0, len(waiting)
     try:

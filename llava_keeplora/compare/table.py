@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.config import (
-    DEFAULT_METHODS, LABEL, PER_TASK, RUN_FILES, TABLE_KEYS, RunConfig, as_mapping, build, only_methods, read_config, with_settings,
+    DEFAULT_METHODS, LABEL, PER_TASK, RUN_FILES, TABLE_KEYS, RunConfig, as_mapping, build, read_config, with_settings,
 )
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_eval.matrix import ZERO_SHOT
@@ -102,21 +102,13 @@ class Table:
         """One of the orders by its name."""
         return next(order for order in self.orders if order.name == name)
 
-    def only(self, labels: Sequence[str]) -> Table:
-        """The table of these methods alone."""
-        kept = only_methods(self.methods, labels)
-        tuning = self.tuning and dataclasses.replace(self.tuning, settings={label: tried for label, tried in self.tuning.settings.items() if label in kept})
-        return dataclasses.replace(self, methods=kept, tuning=tuning)
-
     @property
     def tuning_order(self) -> Order:
         """The order on which settings are tried."""
         return self.order(self.tuning.order) if self.tuning.order else self.orders[0]
 
 
-def load_table(
-    name_or_path: str, overrides: Sequence[str] = (), data_root: str | None = None, output_dir: str | None = None, methods: Sequence[str] | None = None
-) -> Table:
+def load_table(name_or_path: str, overrides: Sequence[str] = (), data_root: str | None = None, output_dir: str | None = None) -> Table:
     """Read a table's YAML, or a run's; see `load_config`.
 
     Args:
@@ -124,13 +116,11 @@ def load_table(
         overrides: `a.b.c=value` strings.
         data_root: the folder with the data sets.
         output_dir: the table's folder.
-        methods: labels of those to keep; all when None.
 
     Raises:
         ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
     """
-    table = parse_table(with_settings(read_config(name_or_path), overrides, data_root=data_root, output_dir=output_dir))
-    return table if methods is None else table.only(methods)
+    return parse_table(with_settings(read_config(name_or_path), overrides, data_root=data_root, output_dir=output_dir))
 
 
 def parse_table(tree: Mapping[str, Any]) -> Table:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from functools import cached_property
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
@@ -45,17 +45,17 @@ class ClipFamily:
     @cached_property
     def processor(self):
         """The model's processor."""
-        return AutoProcessor.from_pretrained(self.path, revision=self.revision, trust_remote_code=False)
+        return transformers.AutoProcessor.from_pretrained(self.path, revision=self.revision, trust_remote_code=False)
 
     @cached_property
-    def config(self) -> CLIPConfig:
+    def config(self) -> transformers.CLIPConfig:
         """The model's configuration."""
-        return CLIPConfig.from_pretrained(self.path, revision=self.revision)
+        return transformers.CLIPConfig.from_pretrained(self.path, revision=self.revision)
 
     def skeleton(self, dtype: torch.dtype) -> None:
         """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
         self.model = build_skeleton(
-            lambda: CLIPModel._from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
+            lambda: transformers.CLIPModel._from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
             self.quantization,
             self.whole,
         )
@@ -65,7 +65,7 @@ class ClipFamily:
         # DeepSpeed can't load CLIP's temperature, a scalar, in shards; the whole of a CLIP fits into any process.
         with loaded_whole():
             form = quantised_loading(self.quantization, dtype, self.whole)
-            model = CLIPModel.from_pretrained(self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form)
+            model = transformers.CLIPModel.from_pretrained(self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form)
         if self.quantization:
             keep_form(model)
             leave_checkpoint(model)
@@ -144,7 +144,7 @@ class ClipTask(ModelOnTask):
     #: Every image counts the same, so a mean of the batches' means will do.
     accepts_loss_kwargs = False
 
-    def __init__(self, clip: CLIPModel, input_ids: Tensor, attention_mask: Tensor):
+    def __init__(self, clip: transformers.CLIPModel, input_ids: Tensor, attention_mask: Tensor):
         super().__init__(clip)
         device = next(clip.parameters()).device
         self.register_buffer("input_ids", input_ids.to(device), persistent=False)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class ModelOnTask(nn.Module):
@@ -53,7 +53,7 @@ class ModelOnTask(nn.Module):
             yield
             return
         self.activation_checkpointing_enable(training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs"))
-        blocks = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer) and not module.training]
+        blocks = [module for module in self.modules() if isinstance(module, transformers.GradientCheckpointingLayer) and not module.training]
         for block in blocks:
             # Blocks recompute in training mode alone. What is inside them stays as it is, without dropout.
             block.training = True

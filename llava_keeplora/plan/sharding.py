@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llava_keeplora.config import as_mapping
+from llava_keeplora.errors import ConfigError
+
 # DeepSpeed's own defaults.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
 
@@ -81,17 +84,28 @@ def read_sharding(deepspeed: Mapping[str, Any] | None, world: int, hidden: int) 
     if deepspeed is None:
         return Sharding(world)
     zero = deepspeed.get("zero_optimization", {})
-    stage = int(zero.get("stage", 0))
-    bucket = zero.get("reduce_bucket_size", BUCKET)
+    stage = zero.get("stage", 0)
     overlap = zero.get("overlap_comm")
     # The default of overlapping depends on the stage.
     overlap = stage == 3 if overlap is None else bool(overlap)
     contiguous = zero.get("contiguous_gradients", True) and stage > 0
     return Sharding(
-        world, stage, hidden**2 if bucket == "auto" else int(float(bucket)), (2 if overlap and stage < 3 else 1) if contiguous else 0,
-        int(float(zero.get("stage3_max_live_parameters", LIVE))), _on_host(zero, "offload_optimizer"), _on_host(zero, "offload_param"),
+        world, stage, hidden**2 if zero.get("reduce_bucket_size") == "auto" else _size(zero, "reduce_bucket_size", BUCKET), (2 if overlap and stage < 3 else 1) if contiguous else 0,
+        _size(zero, "stage3_max_live_parameters", LIVE), _on_host(zero, "offload_optimizer"), _on_host(zero, "offload_param"),
     )
 
 
 def _on_host(zero: Mapping[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
+    return as_mapping(zero.get(key), f"training.deepspeed.zero_optimization.{key}").get("device", "none") != "none"
+
+
+def _size(zero: Mapping[str, Any], key: str, usual: int) -> int:
+    """A number as DeepSpeed's JSON has it, such as 5e8.
+
+    Raises:
+        ConfigError: for what is none.
+    """
+    try:
+        return int(float(zero.get(key, usual)))
+    except (TypeError, ValueError):
+        raise ConfigError(f"the DeepSpeed configuration has zero_optimization.{key} {zero[key]!r}", "write a number, such as 5e8") from None

@@ -20,6 +20,8 @@ from llava_keeplora.run_folder import read_identity
 from llava_keeplora_eval import Matrix
 
 ZERO_SHOT = "zero-shot"
+#: What is read of a method's stages.
+READ = ("scores.json", "prepared.json", "train.json", "consolidated.json", "delta.safetensors")
 #: What the page shows of a configuration; of the rest, `config.json` knows more than a reader wants.
 SHOWN = ("seed", "sequence", "model", "parts", "training", "data")
 
@@ -148,11 +150,17 @@ def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def read_results(run: Path) -> dict[str, Matrix]:
-    """label → matrix of every method of a run, zero-shot first, then in the configuration's order."""
+    """label → matrix of every method of a run, zero-shot first, then in the configuration's order.
+
+    Raises:
+        RunError: if there is none yet, or a file that the report reads was damaged.
+    """
     labels = [ZERO_SHOT, *read_dumped(run)["methods"]]
     found = {label: Matrix.from_json(run / label / "matrix.json") for label in dict.fromkeys(labels) if (run / label / "matrix.json").exists()}
     if not found:
         raise RunError(f"{run} holds no matrix yet", "run its training first")
+    for label in found:
+        Journal(run / label / "journal.jsonl").verify(READ)
     return found
 
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_keeplora.config import RunConfig
-from llava_keeplora.errors import ConfigError
+from llava_keeplora.config import RunConfig, load_recipes
 from llava_keeplora.models import Inputs
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.versions import decoder_versions
 from llava_keeplora_eval.metrics import check_metric
-from llava_keeplora_recipes import Example, Recipe, TaskData, load_recipe
+from llava_keeplora_recipes import Example, Recipe, TaskData
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,8 @@ def load_tasks(config: RunConfig) -> list[Task]:
         RecipeError: for whatever is wrong with a recipe or its data.
         ConfigError: if a task is named twice.
     """
-    recipes = [load_recipe(name) for name in config.tasks]
-    names = [recipe.name for recipe in recipes]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"task '{name}' is in the sequence {names.count(name)} times", "name each task once")
     tasks = []
-    for recipe in recipes:
+    for recipe in load_recipes(config.tasks):
         check_metric(recipe.metric)
         train, test = config.data.splits(recipe)
         # The loaded recipe: some class lists come from the source itself.

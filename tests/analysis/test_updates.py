@@ -136,8 +136,8 @@ def test_a_method_that_changes_no_weights_is_left_out_and_named(run_config, driv
 
 def test_a_run_that_cannot_be_analysed_is_refused_in_a_sentence(run, tmp_path, capfd):
     out = tmp_path / "out"
-    assert refused(capfd, run, "--general", "digits", "--into", out) == (
-        f"error: {run} is a run, whose updates are measured without tasks; leave --general and --specific out, or name the run's model."
+    assert refused(capfd, run, "--general", "digits", "--batch-size", "4", "--into", out) == (
+        f"error: {run} is a run, whose updates are measured without tasks and options of a model (--general, --batch-size); leave them out, or name the run's model."
     )
     copy = shutil.copytree(run, tmp_path / "run")
     state = copy / "keeplora/task-01-colours/state.safetensors"

@@ -67,6 +67,7 @@ def test_a_run_killed_in_training_and_gone_on_with_through_another_door_gives_th
     assert numbers(tmp_path / "run") == numbers(reference), f"killed {delay:.3f} s after the first task was prepared"
 
 
+@pytest.mark.slow
 def test_zero_2_from_a_plain_start_learns_the_same(config_file, launch, script, reference, tmp_path):
     (tmp_path / "zero2.json").write_text(json.dumps(ZERO_2))
     arguments = ["--config", config_file(), "--output-dir", tmp_path / "run", f"training.deepspeed={tmp_path / 'zero2.json'}"]

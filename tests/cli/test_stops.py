@@ -4,8 +4,6 @@ import signal
 import sys
 import time
 
-import pytest
-
 from llava_keeplora.config import load_config
 from llava_keeplora.sequence import run
 
@@ -17,18 +15,17 @@ def wait_for(path, text, process):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "code", "moment"), [(signal.SIGTERM, 143, "PREPARED"), (signal.SIGINT, 130, "TRAINED")])
-def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(config_file, start, launch, script, tmp_path, number, code, moment):
+def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(config_file, start, launch, script, tmp_path):
     config = config_file()
     run(load_config(str(config), [], output_dir=str(tmp_path / "undisturbed")))
     command = [sys.executable, script, "--config", config, "--output-dir", tmp_path / "stopped"]
-    process = start(command)
-    wait_for(tmp_path / "stopped/keeplora/journal.jsonl", moment, process)
-    process.send_signal(number)
-    _, err = process.communicate()
-
-    assert process.returncode == code
-    assert err.splitlines()[-1] == "stopped; every finished stage is kept, run the same command to go on" and "Traceback" not in err
+    for number, code, moment in ((signal.SIGTERM, 143, "PREPARED"), (signal.SIGINT, 130, "TRAINED")):
+        process = start(command)
+        wait_for(tmp_path / "stopped/keeplora/journal.jsonl", moment, process)
+        process.send_signal(number)
+        _, err = process.communicate()
+        assert process.returncode == code
+        assert err.splitlines()[-1] == "stopped; every finished stage is kept, run the same command to go on" and "Traceback" not in err
     assert launch(command)[0] == 0
     learned = [path.relative_to(tmp_path / "undisturbed") for path in (tmp_path / "undisturbed").rglob("*") if path.suffix == ".safetensors" or path.name == "matrix.json"]
     assert len(learned) == 2 + 3 + 2 * 2, "matrices, states, adapters and deltas"

@@ -101,6 +101,16 @@ def test_parts_that_the_method_alone_names_are_swept_and_wrong_ones_are_told(run
             load_ablation(str(tmp_path / "run.yaml"))
 
 
+def test_thresholds_that_are_nearly_the_same_are_two_and_a_tuning_is_not_dropped_unsaid(run_tree, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run")))
+    swept = load_ablation(str(tmp_path / "run.yaml"), {"energy_weight": [0.5, 0.50000001]}).sweeps["energy_weight"]
+    assert len(set(swept.values())) == 2
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run", tuning={"settings": {"seq-lora": [], "keeplora": []}})))
+    with pytest.raises(ConfigError, match="has `tuning`, and an ablation tries no settings; add tuning=null"):
+        load_ablation(str(tmp_path / "run.yaml"))
+    assert load_ablation(str(tmp_path / "run.yaml"), overrides=["tuning=null"]).table.tuning is None
+
+
 def test_without_keeplora_there_is_nothing_to_take_away(run_tree, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run", methods={"seq-lora": {}})))
     with pytest.raises(ConfigError) as error:

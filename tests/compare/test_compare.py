@@ -105,6 +105,27 @@ def test_the_table_says_mean_and_deviation_needs_and_what_was_tried(tuned, start
     assert page.count("<table>") == 3 and 'href="II/report.html"' in page
 
 
+def test_of_some_methods_only_theirs_are_run_and_the_table_keeps_what_the_others_have(tuned, make_table, orders, tuning, started, tmp_path):
+    copy = shutil.copytree(tuned.table.output_dir, tmp_path / "table")
+    more = make_table(copy, orders={"I": orders["I"], "II": {**orders["II"], "seeds": [0, 3]}}, tuning=tuning)
+    outcome = compare(more, labels=["keeplora"])
+    assert folders(started, more) == ["II/seed-3/keeplora"]
+    second = next(one for one in write_table(more, outcome).split("## ") if one.startswith("Order II"))
+    assert " seeds 0, 3. Not finished: seq-lora with seed 3.\n" in second and "| seq-lora | 1 |" in second and "| keeplora | 2 |" in second
+    # A method that is not run may lack what it needs.
+    other = make_table(tmp_path / "other", methods={"seq-lora": {}, "zscl": {"reference": "gone"}})
+    assert compare(other, labels=["seq-lora"]).results["I"].keys() == {"zero-shot", "seq-lora"}
+
+
+def test_a_table_that_only_tries_settings_says_what_they_gave(make_table, tmp_path, started, tiny_tasks):
+    tasks = {"small": {"tasks": [str(path) for path in tiny_tasks[:2]], "seeds": []}}
+    tuning = {"metric": "last", "settings": {"seq-lora": [{}, {"training": {"learning_rate": 0.02}}]}}
+    table = make_table(tmp_path / "table", orders=tasks, methods={"seq-lora": {}}, tuning=tuning)
+    outcome = compare(table)
+    text = write_table(table, outcome)
+    assert outcome.results == {} and text.count("## ") == 1 and text.count("| yes |") == 1 and "| seq-lora: training.learning_rate=0.02 |" in text
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(make_table, tmp_path, started):
     # No direction is left beside all of the weights' energy: KeepLoRA refuses, before it learns.
     table = make_table(tmp_path / "table", methods={"keeplora": {"parts": {"vision": {"energy_weight": 1.0}}}, "seq-lora": {}}, seeds=[0, 1])
@@ -113,6 +134,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(make_table, tmp_path, st
     told = str(outcome.failures[0])
     assert re.fullmatch(rf"{table.output_dir}/I/seed-0/keeplora failed \(layer .* input directions left .*\), see {table.output_dir}/I/seed-0/keeplora.log", told)
     assert {name: len(trials) for name, trials in outcome.results["I"].items()} == {"zero-shot": 1, "seq-lora": 2}
+    assert " seeds 0, 1. Not finished: keeplora with seeds 0, 1.\n" in write_table(table, outcome)
 
 
 def test_a_method_with_an_open_setting_waits_for_it(make_table, tmp_path, started):

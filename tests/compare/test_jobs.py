@@ -58,7 +58,7 @@ def test_no_more_run_at_once_than_there_are_workers(make_table, tmp_path, monkey
 
     monkeypatch.setattr(jobs, "start", lambda job, slot, workers: Process(slot))
     monkeypatch.setattr(jobs, "PAUSE", 0)
-    assert jobs.run_jobs(jobs.table_jobs(many, many.methods)["I"], workers=2) == []
+    assert jobs.run_jobs(jobs.table_jobs(many, many.methods)["I"], 2, many.methods) == []
     assert len(most) == 6 and max(map(len, most)) == 2
 
 
@@ -72,7 +72,7 @@ def test_a_stopped_table_stops_its_runs(job, monkeypatch, capfd, number, code):
         return processes[-1]
 
     monkeypatch.setattr(jobs, "start", start)
-    assert cli.guarded(lambda: jobs.run_jobs([job]), debug=False, going_on="run the same command to go on") == code
+    assert cli.guarded(lambda: jobs.run_jobs([job], 1, [job.label]), debug=False, going_on="run the same command to go on") == code
     assert processes[0].returncode == -signal.SIGTERM
     assert capfd.readouterr().err.splitlines()[-1] == "stopped; run the same command to go on"
 

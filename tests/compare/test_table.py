@@ -43,16 +43,6 @@ def test_a_table_changes_what_its_base_sets_and_has_its_own_methods(tmp_path):
     assert len(parse_config(jobs["II"][0].tree).tasks) == 7
 
 
-def test_a_table_of_some_methods_tries_their_settings_alone(tmp_path):
-    tuning = {"metric": "last", "settings": {"seq-lora": FOUR, "keeplora": FOUR}}
-    path = tmp_path / "table.yaml"
-    path.write_text(yaml.safe_dump({"tasks": ["digits"], "methods": {"seq-lora": {}, "keeplora": {}}, "tuning": tuning}))
-    table = load_table(str(path), methods=["keeplora"])
-    assert list(table.methods) == list(tuning_jobs(table)) == ["keeplora"]
-    path.write_text(yaml.safe_dump({"base": "mtil-order1", "seeds": [0, 1]}))
-    assert list(load_table(str(path), methods=["zscl", "iap"]).methods) == ["zscl", "iap"]
-
-
 def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_on_it():
     orders = {"I": {"tasks": ["digits", "glyphs"], "epochs": [0.5, 2]}, "small": {"tasks": ["glyphs"], "epochs": [3], "seeds": []}}
     tuning = {"order": "small", "metric": "last", "settings": {"seq-lora": FOUR}}
@@ -130,13 +120,17 @@ def test_a_method_with_nothing_to_tune_is_taken_as_it_is():
 
 
 def test_a_mistake_of_any_run_is_told_before_the_first_one_starts(started, tmp_path, make_table):
-    settings = {"seq-lora": [{"training": {"learnin_rate": 1}}], "keeplora": [{}]}
-    with pytest.raises(ConfigError, match="methods.seq-lora.training.learnin_rate is not an argument"):
+    settings = {"seq-lora": [{}, {"training": {"learnin_rate": 1}}], "keeplora": [{}, {}]}
+    with pytest.raises(ConfigError, match="^tuning.settings.seq-lora, the setting number 2: methods.seq-lora.training.learnin_rate is not an argument"):
         compare(make_table(tmp_path / "table", tuning={"settings": settings}))
     with pytest.raises(UserError, match="there is no recipe 'digitz'; did you mean 'digits'"):
         compare(make_table(tmp_path / "table", orders={"I": ["digits"], "II": ["digitz"]}))
     with pytest.raises(ConfigError, match="tuning.metric is 'transfer', and one task alone has no transfer"):
         compare(make_table(tmp_path / "table", tasks=["digits"], tuning={"metric": "transfer", "settings": {"seq-lora": [{}], "keeplora": [{}]}}))
+    with pytest.raises(ConfigError, match="task 'digits' is in the sequence 2 times"):
+        compare(make_table(tmp_path / "table", orders={"I": ["digits"], "II": ["digits", "digits"]}))
+    with pytest.raises(ConfigError, match="the configuration has no method 'keeplor'; did you mean 'keeplora'"):
+        compare(make_table(tmp_path / "table"), labels=["keeplor"])
     assert started == [] and not (tmp_path / "table").exists()
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.plan.sharding import read_sharding
 
 BATCH = {"train_micro_batch_size_per_gpu": "auto"}
 
@@ -31,12 +32,20 @@ def with_json(run_tree, tmp_path):
         ({}, {"model": {"dtype": "bfloat16"}}, ("bf16.enabled false", "model.dtype is bfloat16")),
         ({"fp16": {"enabled": True}}, {}, ("fp16.enabled true", "model.dtype is float32")),
         ({"zero_optimization": {"stage": 3}}, {"model": {"quantization": "nf4"}}, ("zero_optimization.stage 3", "model.quantization is nf4")),
+        ({"zero_optimization": {"stage": "x"}}, {}, ("zero_optimization.stage 'x'", "set it to 0, 1, 2 or 3")),
+        ({"zero_optimization": {"stage": 4}}, {}, ("zero_optimization.stage 4", "set it to 0, 1, 2 or 3")),
     ],
 )
 def test_a_precision_or_form_that_contradicts_the_model_is_refused_with_both_values(content, changes, both, with_json):
     with pytest.raises(ConfigError) as refused:
         parse_config(with_json(content, **changes))
     assert all(value in str(refused.value) for value in both)
+
+
+@pytest.mark.parametrize(("zero", "sentence"), [({"reduce_bucket_size": "big"}, "zero_optimization.reduce_bucket_size 'big'"), ({"offload_optimizer": "cpu"}, "offload_optimizer is 'cpu'")])
+def test_a_value_that_the_plan_cannot_read_is_refused_with_its_key(zero, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        read_sharding({"zero_optimization": {"stage": 2, **zero}}, 2, 8)
 
 
 def test_methods_with_different_zero_configurations_are_refused_with_both(run_tree, tmp_path):

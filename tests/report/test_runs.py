@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from llava_keeplora import cli
 from llava_keeplora.errors import RunError
+from llava_keeplora.files import file_hash
 from llava_keeplora.report.overlap import overlap
-from llava_keeplora.report.run_report import read_results, read_trial, write_run_report
+from llava_keeplora.report.run_report import READ, read_results, read_trial, write_run_report
 from llava_keeplora_eval import Matrix
 
 TASKS = ["colours", "stripes", "corners"]
@@ -202,10 +203,22 @@ def test_runs_that_cannot_stand_side_by_side_are_refused_in_a_sentence(seeds, ma
     assert refused(first, again, into=out) == (
         f"{first} and {again} hold 'seq-lora' with the same settings and the same seed 0, which are no two samples; name one of them."
     )
-    scores = again / "zero-shot/task-00-base/scores.json"
+    scores, journal = again / "zero-shot/task-00-base/scores.json", again / "zero-shot/journal.jsonl"
+    before = file_hash(scores)
     scores.write_text(scores.read_text().replace('"metric": "accuracy"', '"metric": "other"', 1))
+    journal.write_text(journal.read_text().replace(before, file_hash(scores)))
     assert refused(first, again, into=out) == f"{first} and {again} score task 'colours' on different examples or by different metrics; report them apart."
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_damaged_file_is_named_before_anything_is_made_of_it(name, other_rank, tmp_path):
+    run = shutil.copytree(other_rank, tmp_path / "run")
+    path = run / "keeplora/task-02-stripes" / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(RunError, match=rf"{path} is not what stage [A-Z]+ of task 2 wrote; restore it or start over in a new output_dir\."):
+        write_run_report(run, into=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_in_progress_is_reported_as_far_as_it_goes(other_rank, tmp_path):
