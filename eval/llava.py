@@ -28,6 +28,7 @@ class LlavaPredictor:
         max_new_tokens: where an answer is cut off at the latest.
         images: examples → one `image_inputs` each, instead of the processor: a cache.
         device: where to compute; the model's own device when None.
+        min_new_tokens: how far an answer goes on at the least.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class LlavaPredictor:
         max_new_tokens: int = 128,
         images: Callable[[Sequence[Example]], list[dict[str, Tensor]]] | None = None,
         device: str | torch.device | None = None,
+        min_new_tokens: int | None = None,
     ):
         self.model, self.recipe = model, recipe
         self.chat = Chat(processor)
@@ -46,6 +48,7 @@ class LlavaPredictor:
         self.generation = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
             eos_token_id=self._stops(),
             bos_token_id=self.chat.tokenizer.bos_token_id,
             pad_token_id=self.chat.pad_id,

@@ -106,8 +106,8 @@ class ClipFamily:
         """`input_ids` and `attention_mask`, each (texts, tokens); see `tokenize_prompts`."""
         return tokenize_prompts(self.processor, texts, self.config.text_config.max_position_embeddings)
 
-    def predictor(self, recipe: Recipe, images: Images) -> ClipPredictor:
-        """What answers the task's examples with the present weights."""
+    def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> ClipPredictor:
+        """What answers the task's examples with the present weights; it writes no `tokens`."""
         return ClipPredictor(self.model, self.processor, recipe, pixels=lambda examples: _stacked(images.of(examples)))
 
 

@@ -136,9 +136,9 @@ class LlavaFamily:
         """The model on one task."""
         return LlavaTask(self.model)
 
-    def predictor(self, recipe: Recipe, images: Images) -> LlavaPredictor:
-        """What answers the task's examples with the present weights."""
-        return LlavaPredictor(self.model, self.processor, recipe, self.max_new_tokens, images=images.of)
+    def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> LlavaPredictor:
+        """What answers the task's examples with the present weights; with exactly so many `tokens` each, where they are given."""
+        return LlavaPredictor(self.model, self.processor, recipe, tokens or self.max_new_tokens, images=images.of, min_new_tokens=tokens)
 
 
 def _feature_layers(config) -> list[int]:

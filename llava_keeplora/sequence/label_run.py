@@ -26,7 +26,7 @@ from llava_keeplora.journal import SCORES, Entry, Journal, next_stage, open_stag
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_changed
 from llava_keeplora.run_folder import differences, file_name
 from llava_keeplora.sequence import thresholds
-from llava_keeplora.sequence.answer_time import EXAMPLES, seconds_per_example
+from llava_keeplora.sequence.answer_time import EXAMPLES, TOKENS, seconds_per_example
 from llava_keeplora.sequence.arguments import check_arguments, training_arguments
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import Batches, Task, stage_seed
@@ -467,7 +467,7 @@ class LabelRun:
     def _test_seconds(self, index: int) -> dict[str, float]:
         """What an example of a task takes the untouched model and the learned one, one after the other on the same batch."""
         task, family = self.tasks[index - 1], self.shared.family
-        own = functools.partial(family.predictor, task.recipe, self.shared.cache.split(task.test))
+        own = functools.partial(family.predictor, task.recipe, self.shared.cache.split(task.test), TOKENS)
         # No larger than what was answered at once before, which fits.
         examples = [task.test[i] for i in range(min(EXAMPLES, self.shared.config.evaluation.batch_size, len(task.test)))]
         self.shared.base.apply([])

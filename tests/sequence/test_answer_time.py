@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from llava_keeplora.config import parse_config
 from llava_keeplora.methods import METHODS
 from llava_keeplora.report.needs import read_needs
 from llava_keeplora.sequence import answer_time
@@ -77,3 +78,22 @@ def test_the_untouched_models_time_is_that_of_the_bases_weights_and_the_learned_
     now = dict(run.shared.family.model.named_parameters())
     assert all(torch.equal(value, now[name]) for name, value in learned.items()) and any(not torch.equal(learned[name], untouched[name]) for name in learned)
     assert read_needs(tmp_path / "run/seq-lora").test_seconds == 0.0
+
+
+def test_answers_that_are_timed_have_one_length_whatever_was_learned(llava_tree, drive, tmp_path, mixed_tasks, monkeypatch):
+    written = []
+
+    def watched(predictor, examples):
+        with monkeypatch.context() as patch:
+            generate = predictor.model.generate
+            patch.setattr(predictor.model, "generate", lambda input_ids, **more: record(input_ids.shape[1], generate(input_ids=input_ids, **more)))
+            predictor.predict(examples)
+        return 1.0
+
+    def record(asked, ids):
+        written.append(ids.shape[1] - asked)
+        return ids
+
+    monkeypatch.setattr("llava_keeplora.sequence.label_run.seconds_per_example", watched)
+    drive(parse_config(llava_tree(tmp_path / "run", tasks=[str(mixed_tasks[0])])))
+    assert written == [answer_time.TOKENS] * 2, "untouched and learned"
