@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llava_keeplora.config import ExpectedConfig, RunConfig
+from llava_keeplora.config import ExpectedConfig, RunConfig, load_recipes
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.matrix import shown
-from llava_keeplora_recipes import load_recipe
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def check_expected(config: RunConfig) -> None:
     Raises:
         ConfigError: for the last score of a task that is not in the sequence.
     """
-    names = [load_recipe(task).name for task in config.tasks]
+    names = [recipe.name for recipe in load_recipes(config.tasks)]
     for label, published in config.expected.items():
         for task in published.last:
             if task not in names:

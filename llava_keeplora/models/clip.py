@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 
 import torch
-import transformers
+import transformers  # its models, which take seconds to import, are looked up where they are used
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import transformers
+import transformers  # its models, which take seconds to import, are looked up where they are used
 from torch import nn
 
 

@@ -89,8 +89,9 @@ def read_sharding(deepspeed: Mapping[str, Any] | None, world: int, hidden: int) 
     # The default of overlapping depends on the stage.
     overlap = stage == 3 if overlap is None else bool(overlap)
     contiguous = zero.get("contiguous_gradients", True) and stage > 0
+    bucket = hidden**2 if zero.get("reduce_bucket_size") == "auto" else _size(zero, "reduce_bucket_size", BUCKET)
     return Sharding(
-        world, stage, hidden**2 if zero.get("reduce_bucket_size") == "auto" else _size(zero, "reduce_bucket_size", BUCKET), (2 if overlap and stage < 3 else 1) if contiguous else 0,
+        world, stage, bucket, (2 if overlap and stage < 3 else 1) if contiguous else 0,
         _size(zero, "stage3_max_live_parameters", LIVE), _on_host(zero, "offload_optimizer"), _on_host(zero, "offload_param"),
     )
 

@@ -12,7 +12,7 @@ from llava_keeplora_recipes import Example
 #: Few enough that a model that writes sentences is done in a moment.
 EXAMPLES, REPEATS = 16, 5
 #: Of every answer of a model that writes: one that learned shorter answers is not quicker for it.
-TOKENS = 8
+TOKENS = 4
 
 
 def seconds_per_example(predictor: Predictor, examples: Sequence[Example]) -> float:

@@ -44,13 +44,10 @@ def undisturbed(run_tree, llava_tree, tiny_tasks, mixed_tasks, tmp_path_factory)
 
 
 def killed_until_it_ends(tree, moments, seed, log) -> int:
-    """Start again after every kill, the next one anywhere in what is left; returns the number of kills.
-
-    A kill comes after half of a run at the latest, which is more than the longest stage has: one that is never done would never end.
-    """
+    """Start again after every kill, the next one anywhere in what is left; returns the number of kills."""
     draw = random.Random(seed)
     for kills in range(100):
-        if faults.start(tree, draw.randint(1, max(2, moments // 2)), log) is not None:
+        if faults.start(tree, draw.randint(1, max(2, moments // 3)), log) is not None:
             return kills
     raise AssertionError("the run does not end")
 
