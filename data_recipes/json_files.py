@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError, sift
 from .places import told
+from .strict_json import decode_text, parse_json
 
 
 def read_rows(path: Path, problems: list[RecipeError] | None = None) -> list[Any]:
@@ -34,10 +34,11 @@ def read_json(path: Path, kind: type) -> Any:
     """
     # the standard library's reader, not datasets': it keeps ids that are numbers in one record and
     # text in the next, and lets an error name the record
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{path} is not readable JSON ({error})", "correct the file") from error
+        content = parse_json(text)
+    except ValueError as error:
+        raise RecipeError(f"{path} {error}", "correct the file") from error
     if not isinstance(content, kind):
         raise RecipeError(
             f"{path.name} holds a {type(content).__name__}, not a {kind.__name__}", "correct the file"
@@ -47,18 +48,20 @@ def read_json(path: Path, kind: type) -> Any:
 
 def _line(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"line {number} of {path.name} is not readable JSON ({error})", "correct the line") from error
+        return parse_json(line)
+    except ValueError as error:
+        raise RecipeError(f"line {number} of {path.name} {error}", "correct the line") from error
 
 
 def read_text(path: Path) -> str:
-    """A file as text in UTF-8.
+    """Read a text file; see `decode_text`.
 
     Raises:
-        RecipeError: the file cannot be read, or is something else.
+        RecipeError: the file cannot be read, or is no text.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+        return decode_text(path.read_bytes())
+    except OSError as error:
         raise RecipeError(f"{path} cannot be read ({told(error)})", "correct the file") from error
+    except ValueError as error:
+        raise RecipeError(f"{path} {error}", "save the file as UTF-8") from error

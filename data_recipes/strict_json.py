@@ -1,0 +1,56 @@
+"""Decoding text files and parsing JSON from anywhere: what cannot be read as it stands is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8, UTF-16 or UTF-32, with or without a byte order mark; every line end becomes a line feed.
+
+    Raises:
+        ValueError: the bytes are no such text.
+    """
+    try:
+        text = data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not text in UTF-8 or UTF-16: {error.reason} at byte {error.start}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON as `json.loads` does, and refuse what that would take silently or end in another error for.
+
+    Raises:
+        ValueError: with the reason: no JSON, a repeated key, half a character (a lone surrogate, which no
+            file can hold), a number of thousands of digits, or brackets nested too deep.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object_of_unique_keys)
+        if _HALF_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nests brackets too deep") from None
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"holds half a character, {half}, without its other half") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not readable JSON ({error})") from None
+    except ValueError as error:
+        # of a whole number with more digits than Python converts
+        reason = "holds a number with too many digits" if "digits" in str(error) else str(error)
+        raise ValueError(reason) from None
+    return value
+
+
+def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"has the key '{repeated[:50]}' more than once in one object")
+    return result
