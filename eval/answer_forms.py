@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from decimal import Decimal
+from unicodedata import normalize
 
 from llava_keeplora_eval.vqa_text import ARTICLES, NUMBERS
 
@@ -24,7 +26,12 @@ SHORT = 5  # words; an answer is short with this many, or with as many as the lo
 
 def plain(text: str) -> str:
     """Words only: case, punctuation, underscores and white space make no difference."""
-    return " ".join(re.findall(r"[^\W_]+", text.replace("'", "").casefold()))
+    return " ".join(re.findall(r"[^\W_]+", normalize("NFC", text.replace("'", "").casefold())))
+
+
+def folded(text: str) -> str:
+    """A text without differences of case, of the amount of white space and of Unicode form."""
+    return " ".join(normalize("NFC", normalize("NFC", text).casefold()).split())
 
 
 def _phrase(text: str) -> str:
@@ -44,9 +51,38 @@ def is_yes_no(text: str) -> bool:
     return text.casefold() in ("yes", "no")
 
 
-def to_number(text: str) -> float:
-    """The value of a text that ``is_number``; commas separate thousands."""
-    return float(text.replace(",", ""))
+def to_number(text: str) -> Decimal:
+    """The value of a text that ``is_number``, to its last digit; commas separate thousands."""
+    return Decimal(text.replace(",", ""))
+
+
+# What an accepted text says beyond doubt, in whatever form data sets write it; None where there is a doubt.
+
+
+def _compatible(accepted: str) -> str:
+    """Full-width letters and digits as the usual ones, without white space around them."""
+    return normalize("NFKC", accepted).strip()
+
+
+def read_letter(accepted: str) -> str | None:
+    """The option of "B", "(b)", "B.", "B) a dog" or "(B) a dog"; a number or a word names none for certain."""
+    for pattern in _NAMED_LETTER[:2]:
+        if match := pattern.fullmatch(_compatible(accepted)):
+            return match[1].upper()
+    return None
+
+
+def read_number(accepted: str) -> Decimal | None:
+    """The value of digits or of a word from zero to ten, without a last period or percent sign."""
+    text = re.sub(r"\s*[.%]$", "", _compatible(accepted).replace("\N{MINUS SIGN}", "-")).casefold()
+    digits = NUMBERS.get(text, "") if text != "none" else ""
+    return to_number(digits or text) if is_number(digits or text) else None
+
+
+def read_yes_no(accepted: str) -> str | None:
+    """The yes or no of "Yes", "no.", "TRUE" or "False"."""
+    word = re.sub(r"[.!]$", "", _compatible(accepted)).casefold()
+    return {"yes": "yes", "true": "yes", "no": "no", "false": "no"}.get(word)
 
 
 def find_letter(text: str) -> str | None:
@@ -59,10 +95,10 @@ def find_letter(text: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def find_number(text: str) -> float | None:
+def find_number(text: str) -> Decimal | None:
     """The one number in an answer, in digits or as a word up to ten; None where there are none or several."""
     found = {to_number(digits) for digits in _NUMBER_IN_TEXT.findall(text)}
-    found |= {float(NUMBERS[word]) for word in plain(text).split() if word in NUMBERS}
+    found |= {Decimal(NUMBERS[word]) for word in plain(text).split() if word in NUMBERS}
     if is_number(text):  # ".5" has no digit before its point
         found = {to_number(text)}
     return found.pop() if len(found) == 1 else None

@@ -1,12 +1,15 @@
 """The rules that score answers, one small function each, and the table that names them.
 
-A rule takes the predicted text (white space around it already gone, never empty), the accepted texts in their order, and by
-name what else it needs; it returns the example's score, 0 to 1. A benchmark's rule is its official script's, quirks
-included, with two exceptions that hold everywhere: an empty answer is wrong, and so an accepted text that is empty matches
-nothing. Where an official file has one answer, the first accepted text is that answer.
+A rule takes the predicted text (white space around it already gone, never empty), the accepted texts that it
+compares (at least one of them not empty), and by name what else it needs; it returns the example's score, 0 to 1. A
+benchmark's rule is its official script's, quirks included, with two exceptions that hold everywhere: an empty answer
+is wrong, and an accepted text that is empty matches nothing. Empty is what holds nothing but white space; a text of
+which nothing is left once a script has normalised it ("A", "the", ".") is scored as the script scores it.
 
-Source: eval_*.py of https://github.com/MaolinLuo/KeepLoRA (UCIT, MLLM-DCL, MLLM-ACL, the same in MCITlib and MLLM-CL) and of
-https://github.com/zackschen/CoIN.
+Source: eval_*.py of https://github.com/MaolinLuo/KeepLoRA (UCIT, MLLM-DCL, MLLM-ACL, the same in MCITlib and
+MLLM-CL) and of https://github.com/zackschen/CoIN; for ScienceQA eval_science_qa.py of
+https://github.com/haotian-liu/LLaVA, which KeepLoRA and MCITlib have too (the present one of CoIN takes the first
+single letter instead).
 """
 
 from __future__ import annotations
@@ -15,11 +18,16 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from typing import Any, Literal
 
 from llava_keeplora_eval.answer_forms import (
     box_form,
     choice_form,
+    find_letter,
+    find_number,
+    find_yes_no,
     finds,
+    folded,
     is_letter,
     is_number,
     is_yes_no,
@@ -27,24 +35,19 @@ from llava_keeplora_eval.answer_forms import (
     letter_form,
     number_form,
     plain,
+    read_letter,
+    read_number,
+    read_yes_no,
     short_form,
-    to_number,
     yes_no_form,
 )
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.vqa_text import evalai_normal, one_line, vqa_normal
+from llava_keeplora_eval.vqa_text import drop_punctuation, evalai_normal, one_line, vqa_normal
 
 Answers = Sequence[str]
 
-
-def contains(text: str, accepted: str) -> bool:
-    """Whether an accepted text, not empty, is a part of the text."""
-    return bool(accepted) and accepted in text
-
-
-def first(answers: Answers) -> str:
-    """The one answer of an official file; empty, which matches nothing, where there is none."""
-    return answers[0] if answers else ""
+#: No official script scores fewer accepted texts than this by votes.
+VOTES = 4
 
 
 # Our own
@@ -56,24 +59,32 @@ def accuracy(text: str, answers: Answers) -> float:
 
 
 def exact_match(text: str, answers: Answers) -> float:
-    """One of the accepted texts, case and the amount of white space aside."""
-    return " ".join(text.casefold().split()) in {" ".join(a.casefold().split()) for a in answers}
+    """One of the accepted texts; case, amount of white space and Unicode form (NFC, NFD) make no difference."""
+    return folded(text) in {folded(answer) for answer in answers}
+
+
+def _matches(text: str, answers: Answers, has_form: Callable[[str], bool], read: Callable[[str], Any]) -> bool:
+    """Return whether a text in the asked form has an accepted text's value, or is an accepted text with a value."""
+    values = {answer.strip().casefold(): read(answer) for answer in answers if read(answer) is not None}
+    return text.casefold() in values or (has_form(text) and read(text) in values.values())
 
 
 def option_letter(text: str, answers: Answers) -> float:
-    """The letter of the option and nothing else, in either case."""
-    return is_letter(text) and text.upper() in {answer.strip().upper() for answer in answers}
+    """The letter of the option and nothing else, in either case; of an accepted "(B)" or "B. a dog" it is B."""
+    return _matches(text, answers, is_letter, read_letter)
 
 
 def numeric(text: str, answers: Answers) -> float:
-    """A number in digits and nothing else, equal in value to an accepted one: 3, 3.0 and 1,000 are numbers, "three" isn't."""
-    accepted = {to_number(a.strip()) for a in answers if is_number(a.strip())}
-    return is_number(text) and to_number(text) in accepted
+    """A number in digits and nothing else, equal in value to an accepted one: 3, 3.0 and 1,000, but not "three".
+
+    An accepted text may be a number word up to ten, or end in a period or percent sign, which is dropped: "50%" is 50.
+    """
+    return _matches(text, answers, is_number, read_number)
 
 
 def yes_no(text: str, answers: Answers) -> float:
-    """Yes or no and nothing else, in either case."""
-    return is_yes_no(text) and text.casefold() in {answer.strip().casefold() for answer in answers}
+    """Yes or no and nothing else, in either case; of an accepted "True", "False" or "Yes." it is what it says."""
+    return _matches(text, answers, is_yes_no, read_yes_no)
 
 
 def _soft(text: str, answers: Answers) -> float:
@@ -81,10 +92,23 @@ def _soft(text: str, answers: Answers) -> float:
 
     With fewer than four answers that could not reach 1, so one of them is enough.
     """
-    if len(answers) < 4:
+    if len(answers) < VOTES:
         return text in answers
     others = [answers.count(text) - (own == text) for own in answers]
     return sum(min(1, count / 3) for count in others) / len(answers)
+
+
+def _normalised(text: str, answers: Answers, normal: Callable[[str], str]) -> tuple[str, list[str]]:
+    """Normalise a text and its accepted texts.
+
+    Ten answers are scored as the official script does, to which "A" and "the" are both nothing. Of fewer than four,
+    which have no official script, what would be nothing keeps its articles: the option "A" isn't "the".
+    """
+
+    def form(part: str) -> str:
+        return normal(part) or (len(answers) < VOTES and (drop_punctuation(part).lower().strip() or part)) or ""
+
+    return form(text), [form(answer) for answer in answers]
 
 
 def vqa_accuracy(text: str, answers: Answers) -> float:
@@ -96,8 +120,8 @@ def vqa_accuracy(text: str, answers: Answers) -> float:
     """
     text, answers = one_line(text), [one_line(answer) for answer in answers]
     if len(answers) == 1 or len(set(answers)) > 1:
-        text, answers = vqa_normal(text), [vqa_normal(answer) for answer in answers]
-    return bool(text) and _soft(text, answers)
+        text, answers = _normalised(text, answers, vqa_normal)
+    return _soft(text, answers)
 
 
 # UCIT
@@ -105,7 +129,7 @@ def vqa_accuracy(text: str, answers: Answers) -> float:
 
 def ucit_exact_match(text: str, answers: Answers) -> float:
     """The answer, case aside; a period or an article makes it wrong."""
-    return text.upper() == first(answers).upper()
+    return text.upper() == answers[0].upper()
 
 
 # MLLM-DCL and CoIN's OCR-VQA
@@ -125,19 +149,19 @@ def _skips_unanswerable(rule: Callable[..., float]) -> Callable[..., float]:
 def dcl_words(text: str, answers: Answers) -> float:
     """RS and AD: an answer of several words is a part of the prediction. One of a single word, without its periods, has a
     space before it or a space, period or comma after it, unless the prediction is a single word; then it is a part of it."""
-    text, gold = text.lower(), first(answers).lower()
+    text, gold = text.lower(), answers[0].lower()
     if " " in gold:
-        return contains(text, gold)
+        return gold in text
     gold = gold.replace(".", "")
     if " " in text:
-        return bool(gold) and any(piece in text for piece in (" " + gold, gold + " ", gold + ".", gold + ","))
-    return contains(text, gold)
+        return any(piece in text for piece in (" " + gold, gold + " ", gold + ".", gold + ","))
+    return gold in text
 
 
 @_skips_unanswerable
 def dcl_med(text: str, answers: Answers) -> float:
     """The answer is a part of the prediction, case aside, so "no" is found in "unknown"."""
-    return contains(text.lower(), first(answers).lower())
+    return answers[0].lower() in text.lower()
 
 
 @_skips_unanswerable
@@ -145,33 +169,33 @@ def dcl_sci(text: str, answers: Answers, *, question: str, image: str) -> float:
     """By the image's file name: AI2D, TQA, VQA and SciVerse ask for the answer itself, case aside. The rest is MapQA: a
     question with "Which states" gets the share of the states that stand between the prediction's commas (a space after a
     comma belongs to the state, further states cost nothing), any other looks for the answer as a part of the prediction."""
-    text, gold = text.lower(), first(answers).lower()
+    text, gold = text.lower(), answers[0].lower()
     if image.split("/")[-1].split("_")[0] in ("AI2D", "TQA", "VQA", "SciVerse"):
         return text == gold
     if "Which states" in question:
         named = text.split(",")
         return sum(state in named for state in gold.split(",")) / len(gold.split(","))
-    return contains(text, gold)
+    return gold in text
 
 
 def dcl_sci_lenient(text: str, answers: Answers, *, question: str, image: str) -> float:
     """As ``dcl_sci`` with every state looked for as whole words anywhere in the prediction."""
     if "Which states" in question:
-        states = first(answers).split(",")
+        states = answers[0].split(",")
         return sum(finds(text, state) for state in states) / len(states)
-    return finds(text, first(answers))
+    return finds(text, answers[0])
 
 
 @_skips_unanswerable
 def dcl_fin(text: str, answers: Answers) -> float:
     """The answer, case aside, after spaces and periods are removed from the prediction (not from the answer)."""
-    return text.lower().replace(" ", "").replace(".", "") == first(answers).lower()
+    return text.lower().replace(" ", "").replace(".", "") == answers[0].lower()
 
 
 @_skips_unanswerable
 def coin_ocrvqa(text: str, answers: Answers) -> float:
     """The answer, case aside."""
-    return text.lower() == first(answers).lower()
+    return text.lower() == answers[0].lower()
 
 
 # MLLM-ACL
@@ -186,7 +210,7 @@ def acl_ocr(text: str, answers: Answers, *, answer_type: str) -> float:
             return part.strip().replace(" ", "").replace("\n", "")
         return part.lower().strip().replace("\n", "")
 
-    return any(contains(bare(text), bare(answer)) for answer in answers)
+    return any(bare(answer) in bare(text) for answer in answers)
 
 
 def acl_vp(text: str, answers: Answers) -> float:
@@ -195,7 +219,7 @@ def acl_vp(text: str, answers: Answers) -> float:
     def bare(part: str) -> str:
         return re.sub(r"[ \n.]", "", part.lower().strip())
 
-    return contains(bare(text), bare(first(answers)))
+    return bare(answers[0]) in bare(text)
 
 
 # CoIN
@@ -209,24 +233,23 @@ def coin_scienceqa(text: str, answers: Answers) -> float:
         named = [text[0]]
     else:
         named = re.findall(r"The answer is ([A-Z]).", text)
-    return named == [first(answers).strip().upper()]
+    return named == [answers[0].strip().upper()]
 
 
 def coin_textvqa(text: str, answers: Answers) -> float:
     """The VQA accuracy over ten answers, both sides always normalised as EvalAI does."""
-    text = evalai_normal(text)
-    return bool(text) and _soft(text, [evalai_normal(answer) for answer in answers])
+    return _soft(*_normalised(text, answers, evalai_normal))
 
 
 def coin_imagenet(text: str, answers: Answers) -> float:
     """The class name is a part of the prediction or the prediction a part of it, with case. Officially an empty prediction
     is right too, and answers are paired with questions by position; here it is wrong, and they are paired by id."""
-    return contains(text, first(answers)) or contains(first(answers), text)
+    return answers[0] in text or text in answers[0]
 
 
 def coin_gqa(text: str, answers: Answers) -> float:
     """The answer to the letter, after the prediction lost its last periods and its case, which the answers don't have."""
-    return text.rstrip(".").lower() == first(answers)
+    return text.rstrip(".").lower() == answers[0]
 
 
 def _overlap(box: Sequence[float], other: Sequence[float]) -> float:
@@ -246,10 +269,10 @@ def _four_numbers(text: str) -> list[float] | None:
 
 
 def _accepted_box(answers: Answers) -> list[float]:
-    box = _four_numbers(re.sub(r"[\[\]]", "", first(answers)))
+    box = _four_numbers(re.sub(r"[\[\]]", "", answers[0]))
     if box is None:
         raise EvalError(
-            f"the accepted answer '{first(answers)}' is no box of four numbers, and this metric compares boxes",
+            f"the accepted answer '{answers[0]}' is no box of four numbers, and this metric compares boxes",
             "check the recipe's answer column, or choose another metric",
         )
     return box
@@ -277,6 +300,15 @@ def finds_any(text: str, answers: Answers, **given: str) -> float:
     return any(finds(text, answer) for answer in answers)
 
 
+def reads_any(find: Callable[[str], Any], read: Callable[[str], Any]) -> Callable[..., float]:
+    """Return the lenient rule for accepted texts that are read: what is found in a text is the value of one of them."""
+
+    def lenient(text: str, answers: Answers) -> float:
+        return find(text) in {read(answer) for answer in answers} - {None} or finds_any(text, answers)
+
+    return lenient
+
+
 def finds_soft(text: str, answers: Answers) -> float:
     """The best VQA accuracy of those normalised answers that a lenient reader finds in the prediction."""
     normal = [evalai_normal(answer) for answer in answers]
@@ -298,37 +330,46 @@ class AnswerRule:
         lenient: the score of a lenient reader; the higher of both counts, so that lenient is never below strict.
         complies: whether a text has the asked form; see ``answer_forms``.
         soft: whether a score can lie between 0 and 1, so that nothing can be counted as correct.
+        compares: which accepted texts are compared: any of them, the first, where an official file has one answer, or
+            all of them as votes.
     """
 
     strict: Callable[..., float]
     lenient: Callable[..., float] = finds_any
     complies: Callable[..., bool] = short_form
     soft: bool = False
+    compares: Literal["any", "first", "votes"] = "any"
+
+    def accepted(self, answers: Answers) -> Answers:
+        """Return the accepted texts that are compared, none if nothing can match because they are empty."""
+        answers = answers[:1] if self.compares == "first" else answers
+        written = [answer for answer in answers if answer.strip()]
+        return answers if written and self.compares == "votes" else written
 
 
 RULES = {
     "accuracy": AnswerRule(accuracy, same_words, known_form),
     "exact_match": AnswerRule(exact_match),
-    "vqa_accuracy": AnswerRule(vqa_accuracy, finds_soft, soft=True),
-    "option_letter": AnswerRule(option_letter, complies=letter_form),
-    "numeric": AnswerRule(numeric, complies=number_form),
-    "yes_no": AnswerRule(yes_no, complies=yes_no_form),
-    "ucit_exact_match": AnswerRule(ucit_exact_match),
-    "dcl_rs": AnswerRule(dcl_words),
-    "dcl_ad": AnswerRule(dcl_words),
-    "dcl_med": AnswerRule(dcl_med),
-    "dcl_sci": AnswerRule(dcl_sci, dcl_sci_lenient, soft=True),
-    "dcl_fin": AnswerRule(dcl_fin, complies=choice_form),
+    "vqa_accuracy": AnswerRule(vqa_accuracy, finds_soft, soft=True, compares="votes"),
+    "option_letter": AnswerRule(option_letter, reads_any(find_letter, read_letter), letter_form),
+    "numeric": AnswerRule(numeric, reads_any(find_number, read_number), number_form),
+    "yes_no": AnswerRule(yes_no, reads_any(find_yes_no, read_yes_no), yes_no_form),
+    "ucit_exact_match": AnswerRule(ucit_exact_match, compares="first"),
+    "dcl_rs": AnswerRule(dcl_words, compares="first"),
+    "dcl_ad": AnswerRule(dcl_words, compares="first"),
+    "dcl_med": AnswerRule(dcl_med, compares="first"),
+    "dcl_sci": AnswerRule(dcl_sci, dcl_sci_lenient, soft=True, compares="first"),
+    "dcl_fin": AnswerRule(dcl_fin, complies=choice_form, compares="first"),
     "acl_ocr": AnswerRule(acl_ocr),
-    "acl_vp": AnswerRule(acl_vp),
-    "coin_scienceqa": AnswerRule(coin_scienceqa, complies=letter_form),
-    "coin_textvqa": AnswerRule(coin_textvqa, finds_soft, soft=True),
-    "coin_imagenet": AnswerRule(coin_imagenet),
-    "coin_gqa": AnswerRule(coin_gqa),
-    "coin_vizwiz": AnswerRule(ucit_exact_match),
-    "coin_vqav2": AnswerRule(ucit_exact_match),
-    "coin_grounding": AnswerRule(coin_grounding, coin_grounding_lenient, box_form),
-    "coin_ocrvqa": AnswerRule(coin_ocrvqa),
+    "acl_vp": AnswerRule(acl_vp, compares="first"),
+    "coin_scienceqa": AnswerRule(coin_scienceqa, complies=letter_form, compares="first"),
+    "coin_textvqa": AnswerRule(coin_textvqa, finds_soft, soft=True, compares="votes"),
+    "coin_imagenet": AnswerRule(coin_imagenet, compares="first"),
+    "coin_gqa": AnswerRule(coin_gqa, compares="first"),
+    "coin_vizwiz": AnswerRule(ucit_exact_match, compares="first"),
+    "coin_vqav2": AnswerRule(ucit_exact_match, compares="first"),
+    "coin_grounding": AnswerRule(coin_grounding, coin_grounding_lenient, box_form, compares="first"),
+    "coin_ocrvqa": AnswerRule(coin_ocrvqa, compares="first"),
 }
 
 
@@ -353,8 +394,9 @@ def score_answers(name: str, predictions: Sequence[str], references: Sequence[An
     strict, lenient, complying = [], [], 0
     for i, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
         text, given = prediction.strip(), {key.removesuffix("s"): values[i] for key, values in inputs.items()}
-        strict.append(float(rule.strict(text, answers, **given)) if text else 0.0)
-        lenient.append(max(strict[-1], float(rule.lenient(text, answers, **given))) if text else 0.0)
+        accepted = rule.accepted(answers)
+        strict.append(float(rule.strict(text, accepted, **given)) if text and accepted else 0.0)
+        lenient.append(max(strict[-1], float(rule.lenient(text, answers, **given))) if text and accepted else 0.0)
         complying += bool(text) and rule.complies(text, answers, known)
     count = len(predictions)
     result = {name: sum(strict) / count, "lenient": sum(lenient) / count, "compliance": complying / count}

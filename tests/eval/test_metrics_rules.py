@@ -31,7 +31,7 @@ WORKED = [
     ("numeric", "1,000", ["1000"], 1),
     ("numeric", "three", ["3"], 0),
     ("numeric", "4", ["3"], 0),
-    ("numeric", "3", ["three"], 0),
+    ("numeric", "3", ["three"], 1),  # what is accepted may be a word
     ("yes_no", "YES", ["yes"], 1),
     ("yes_no", "yes.", ["yes"], 0),
     ("yes_no", "no", ["yes"], 0),
@@ -51,7 +51,21 @@ WORKED = [
     ("vqa_accuracy", "The Dogs.", ["dogs"], 1),
     ("vqa_accuracy", "cat", ["dogs"], 0),
     ("vqa_accuracy", "a cat", ["dogs", "cat"], 1),
-    ("vqa_accuracy", "the", ["a", "b", "c", "d"], 0),  # nothing is left of either
+    # nothing is left of either, and nothing equals nothing: 3 x 1/3 of 4
+    ("vqa_accuracy", "the", ["a", "b", "c", "d"], 0.25),
+    ("vqa_accuracy", "A", ["a"] * 7 + ["b"] * 3, 1),
+    ("vqa_accuracy", "A", ["A"], 1),
+    ("vqa_accuracy", "a.", ["A"], 1),
+    ("vqa_accuracy", "the", ["A"], 0),  # below four answers there is no script, and an option isn't an article
+    ("vqa_accuracy", ".", ["."], 1),
+    ("vqa_accuracy", ".", ["a", "b"], 0),
+    ("coin_textvqa", "a", ["a"] * 10, 1),
+    ("coin_textvqa", "The", ["a"] * 10, 1),
+    ("coin_textvqa", ".", ["?"] * 10, 1),
+    ("coin_textvqa", "the", ["A"], 0),
+    ("dcl_rs", "cat", ["."], 1),  # nothing is a part of everything
+    ("dcl_rs", "a cat", ["..."], 1),
+    ("acl_vp", "b", ["."], 1),
     ("ucit_exact_match", "RED bird", ["red bird"], 1),
     ("ucit_exact_match", "red bird.", ["red bird"], 0),
     ("ucit_exact_match", "a red bird", ["red bird"], 0),
@@ -241,6 +255,38 @@ def test_shares_are_means_over_all_examples_and_soft_rules_count_nothing():
 def test_the_classes_that_accuracy_knows_are_those_of_the_references():
     result = score_answers("accuracy", ["Red_bird", "dog", "tree", ""], [["cat"], ["red bird"], ["cat"], ["dog"]])
     assert result == {"accuracy": 0, "lenient": 0, "compliance": 0.5, "correct": 0}
+
+
+READ = [
+    ("option_letter", "B", ["(B)", "B.", "b)", "B. a dog", "(b) a dog", "b: dog", " B ", "\uff22"]),
+    ("yes_no", "yes", ["True", "TRUE", "Yes.", "yes!", " Yes\n", "\uff39es"]),
+    ("yes_no", "no", ["False", "no."]),
+    ("numeric", "3", ["three", "Three", "3.", " 3 ", "3.0", "\uff13"]),
+    ("numeric", "50", ["50%", "50 %", "50.0%"]),
+    ("numeric", "-1000", ["-1,000", "\u22121000"]),
+    ("exact_match", "caf\u00e9", ["cafe\u0301", "CAFE\u0301", " caf\u00e9 "]),
+]
+
+
+@pytest.mark.parametrize(("name", "prediction", "gold"), [(n, p, g) for n, p, golds in READ for g in golds])
+def test_what_an_accepted_text_says_beyond_doubt_is_read_and_the_text_itself_is_right(name, prediction, gold):
+    assert scored(name, prediction, [gold])[name] == scored(name, gold, [gold])[name] == 1
+    assert scored(name, prediction, [gold])["lenient"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "gold"),
+    [("option_letter", g) for g in ("2", "BB", "a dog", "A dog", "A or B", "I am")]
+    + [("yes_no", g) for g in ("1", "y", "yes and no", "maybe", "not true")]
+    + [("numeric", g) for g in ("none", "a dozen", "3 dogs", "1/2", "$5", "1 000", "%", "nan", "1e3", "3-5")],
+)
+def test_an_accepted_text_that_says_nothing_for_certain_matches_nothing(name, gold):
+    assert [scored(name, p, [gold])[name] for p in (gold, "A", "B", "yes", "no", "0", "1", "3")] == [0] * 8
+
+
+def test_numbers_are_equal_to_their_last_digit():
+    assert scored("numeric", "1" + "0" * 400, ["2" + "0" * 400])["numeric"] == 0
+    assert scored("numeric", "9" * 5000 + ".0", ["9" * 5000])["numeric"] == 1
 
 
 def test_a_box_that_is_none_is_refused():

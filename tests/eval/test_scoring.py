@@ -121,7 +121,7 @@ def test_soft_scores_are_counted_by_nobody(tmp_path):
     # 0.6, 1 and 0; a lenient reader finds the dog, whose sentence is not the asked form
     assert result.score == pytest.approx(100 * 1.6 / 3) and result.lenient == pytest.approx(100 * 2.6 / 3)
     assert result.compliance == pytest.approx(200 / 3) and result.correct is None
-    assert str(result) == "asks v1 (test): vqa_accuracy v1 53.33 %, lenient 86.67 %, compliance 66.67 % (n=3)"
+    assert str(result) == "asks v1 (test): vqa_accuracy v2 53.33 %, lenient 86.67 %, compliance 66.67 % (n=3)"
 
 
 def test_a_metric_gets_the_question_and_the_meta_that_it_asks_for(tmp_path):
