@@ -7,14 +7,17 @@ from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.matrix import Matrix
 from llava_keeplora_eval.metrics import load_metric
 from llava_keeplora_eval.predictions import predict_to_file, read_predictions
+from llava_keeplora_eval.references import check_references, unmeetable
 from llava_keeplora_eval.scoring import Score, score
 
 __all__ = [
     "EvalError",
     "Matrix",
     "Score",
+    "check_references",
     "load_metric",
     "predict_to_file",
     "read_predictions",
     "score",
+    "unmeetable",
 ]

@@ -252,12 +252,23 @@ def coin_gqa(text: str, answers: Answers) -> float:
     return text.rstrip(".").lower() == answers[0]
 
 
-def _overlap(box: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); officially in pixels, which changes nothing."""
-    width = max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
-    height = max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
-    union = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)) - width * height
-    return width * height / union if union > 0 else 0.0
+def _overlaps(box: Sequence[float], other: Sequence[float], size: Any) -> bool:
+    """Return whether the intersection over union of two boxes (x1, y1, x2, y2) is above a half.
+
+    It is taken in pixels of the picture's longer side, as in the script, because rounding decides where it is a half.
+
+    Raises:
+        EvalError: the size isn't a width and a height.
+    """
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int | float) for side in size)):
+        raise EvalError(
+            f"the size {str(size)[:40]!r} is no list of a picture's width and height, and this metric needs them",
+            "correct 'size' in the data, or choose another metric",
+        )
+    a, b = ([value * max(size) for value in part] for part in (box, other))
+    width, height = max(0, min(a[2], b[2]) - max(a[0], b[0])), max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    return union > 0 and width * height / union > 0.5
 
 
 def _four_numbers(text: str) -> list[float] | None:
@@ -278,18 +289,19 @@ def _accepted_box(answers: Answers) -> list[float]:
     return box
 
 
-def coin_grounding(text: str, answers: Answers) -> float:
-    """The predicted box overlaps the accepted one by more than half (intersection over union). After the brackets the script
-    drops a first and a last character more, so that 0.93 is read as 0.9; a prediction that isn't four numbers then is wrong."""
+def coin_grounding(text: str, answers: Answers, *, size: Any) -> float:
+    """The predicted box overlaps the accepted one by more than half (intersection over union). After the brackets the
+    script drops a first and a last character more, so that 0.93 is read as 0.9; a prediction that isn't four numbers
+    then is wrong."""
     box = _four_numbers(re.sub(r"[\[\]]", "", text)[1:-1])
     accepted = _accepted_box(answers)
-    return box is not None and _overlap(box, accepted) > 0.5
+    return box is not None and _overlaps(box, accepted, size)
 
 
-def coin_grounding_lenient(text: str, answers: Answers) -> float:
+def coin_grounding_lenient(text: str, answers: Answers, *, size: Any) -> float:
     """As ``coin_grounding`` with the only four numbers in the text, read to their last digit."""
     box = [float(number) for number in re.findall(r"\d*\.?\d+", text)]
-    return len(box) == 4 and _overlap(box, _accepted_box(answers)) > 0.5
+    return len(box) == 4 and _overlaps(box, _accepted_box(answers), size)
 
 
 # The table

@@ -119,9 +119,13 @@ def _dropped(data) -> str:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    from llava_keeplora_eval.references import check_references
     from llava_keeplora_eval.scoring import score
 
-    result = score(_load(arguments), arguments.predictions, arguments.metric)
+    data = _load(arguments)
+    if warning := check_references(data, arguments.metric):
+        print(f"warning: {warning}.", file=sys.stderr)
+    result = score(data, arguments.predictions, arguments.metric)
     print(json.dumps(result.to_dict()) if arguments.json else result)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llava_keeplora_eval.chat import asked, learned, render, reply
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import metric_record
+from llava_keeplora_eval.references import check_references
 from llava_keeplora_recipes import list_sequences, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import UserError
 from llava_keeplora_recipes.strict_yaml import read_mapping
@@ -19,6 +20,9 @@ from llava_keeplora_recipes.strict_yaml import read_mapping
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Recipe, TaskData
 
+#: The split that is learned and not scored: its answers may have another form, such as reasons before a letter,
+#: and lack what a metric needs.
+TRAIN = "train"
 #: How many examples of a split are shown as a model sees them.
 SHOWN = 3
 
@@ -107,12 +111,28 @@ def split_reports(recipe: Recipe, splits: list[str], data_root: str | Path | Non
     """Read splits of a task one after another and tell everything that is wrong with them."""
     seen: dict[str, set[str]] = {}
     for split in splits:
-        data, errors = recipe.inspect(split, data_root)
+        data, found = recipe.inspect(split, data_root)
+        errors: list[UserError] = list(found)
         expected = recipe.expected_sizes.get(split)
         warnings = [] if data is None else list(_warnings(data, expected, seen))
         if data is not None:
             seen[split] = set(data.digests)
-        yield SplitReport(split, expected, data, list(errors), warnings)
+            if not metric_error(recipe):
+                _check_references(data, warnings, errors)
+        yield SplitReport(split, expected, data, errors, warnings)
+
+
+def _check_references(data: TaskData, warnings: list[str], errors: list[UserError]) -> None:
+    learned_only = data.split == TRAIN
+    if learned_only and metric_record(data.recipe.metric).inputs:
+        return
+    try:
+        warnings += filter(None, [check_references(data)])
+    except EvalError as error:
+        if learned_only:
+            warnings.append(str(error).removesuffix("."))
+        else:
+            errors.append(error)
 
 
 def _warnings(data: TaskData, expected: int | None, seen: dict[str, set[str]]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import MetricRecord, check_metric, load_metric, metric_record
 from llava_keeplora_eval.predictions import first_ids, read_predictions
+from llava_keeplora_eval.references import accepted_texts, check_references, metric_inputs, unmeetable
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import TaskData
@@ -33,6 +34,7 @@ class Score:
             the score was lost to style.
         compliance: the share of answers in the asked form, in percent, for metrics of answers.
         details: further numbers, in percent, and how they were made, for metrics that have them.
+        unmeetable: examples that get 0 even if their accepted text is answered to the letter; see ``unmeetable``.
     """
 
     task: str
@@ -48,6 +50,7 @@ class Score:
     lenient: float | None = None
     compliance: float | None = None
     details: dict[str, float | str | None] | None = None
+    unmeetable: int = 0
 
     def to_dict(self) -> dict:
         """The score as plain JSON values."""
@@ -61,6 +64,7 @@ class Score:
         inside = [f"{self.correct}/{self.n}" if self.correct is not None else f"n={self.n}"]
         inside += [f"{name} {_shown(value)}" for name, value in (self.details or {}).items()]
         inside += [f"{self.dropped} dropped"] * bool(self.dropped)
+        inside += [f"{self.unmeetable} that no answer can meet"] * bool(self.unmeetable)
         return f"{line} ({', '.join(inside)})"
 
 
@@ -83,7 +87,8 @@ def score(data: TaskData, path: str | Path, metric: str | None = None) -> Score:
 
     Raises:
         EvalError: no file, no examples, a missing, duplicate or unknown id, predictions for another recipe, version or
-            data, a metric that the package doesn't have, or one that needs what the data or this machine doesn't have.
+            data, a metric that the package doesn't have, or one that needs what the data or this machine doesn't have,
+            or accepted texts of which no example can be met (see ``check_references``).
     """
     path = Path(path)
     record = metric_record(metric or data.recipe.metric)
@@ -99,8 +104,12 @@ def score(data: TaskData, path: str | Path, metric: str | None = None) -> Score:
             "run the same `predict` command again to fill them in",
         )
     check_metric(record.name)
+    references, inputs = accepted_texts(data), metric_inputs(data, record)
+    unmet = unmeetable(record.name, references, **inputs)
+    if len(unmet) == len(data):
+        check_references(data, record.name)
     result = load_metric(record.name).compute(
-        predictions=[texts[key] for key in data.ids], references=_accepted(data), **_inputs(data, record)
+        predictions=[texts[key] for key in data.ids], references=references, **inputs
     )
     percent = {key: _percent(result.get(key), record) for key in (record.name, "lenient", "compliance")}
     details = result.get("details")
@@ -118,36 +127,13 @@ def score(data: TaskData, path: str | Path, metric: str | None = None) -> Score:
         lenient=percent["lenient"],
         compliance=percent["compliance"],
         details=details and {key: _percent(value, record) for key, value in details.items()},
+        unmeetable=len(unmet),
     )
 
 
 def _percent(value: Any, record: MetricRecord) -> Any:
     """A number on the 0-100 scale; a name, or None where there is no number, as it is."""
     return float(value) * record.to_percent if isinstance(value, int | float) else value
-
-
-def _accepted(data: TaskData) -> list[list[str]]:
-    """The accepted texts of every example, without decoding an image."""
-    if data.recipe.kind == "classification":
-        # A generative model is taught class names with spaces, see `Recipe.asks`.
-        return [[name, name.replace("_", " ")] for name in (data.recipe.classes[label] for label in data.labels)]
-    return data.answers
-
-
-def _inputs(data: TaskData, record: MetricRecord) -> dict[str, list[str]]:
-    """What the metric needs besides texts, by the plural of its name; see ``MetricRecord.inputs``."""
-    result = {}
-    for name in record.inputs:
-        values = data.questions if name == "question" else [row.get(name) for row in data.meta]
-        result[f"{name}s"] = values
-        lacking = [key for key, value in zip(data.ids, values) if value is None]
-        if lacking:
-            raise EvalError(
-                f"the metric '{record.name}' needs the {name} of every example, and {first_ids(lacking)} of "
-                f"{data.recipe.name} ({data.split}) have none",
-                "list the field under 'meta' in the recipe's source, or choose another metric",
-            )
-    return result
 
 
 def _count(dropped) -> int:

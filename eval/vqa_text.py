@@ -7,6 +7,7 @@ CoIN use (m4c_evaluator.py of MMF). Both are kept with their quirks, because pub
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = {
@@ -57,6 +58,7 @@ def digits_and_articles(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+@lru_cache(maxsize=2**16)  # people's answers repeat
 def vqa_normal(text: str) -> str:
     """What the official VQA evaluation compares, where it normalises at all."""
     return digits_and_articles(drop_punctuation(one_line(text)))

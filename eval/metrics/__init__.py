@@ -73,7 +73,7 @@ METRICS = {
         MetricRecord("coin_gqa", 1, 100.0, "CoIN GQA: the prediction in lower case without last periods is the answer"),
         MetricRecord("coin_vizwiz", 1, 100.0, "CoIN VizWiz: the prediction is the one answer, case aside"),
         MetricRecord("coin_vqav2", 1, 100.0, "CoIN VQAv2: the prediction is the one answer, case aside"),
-        MetricRecord("coin_grounding", 1, 100.0, "CoIN Grounding: the boxes overlap by more than half"),
+        MetricRecord("coin_grounding", 2, 100.0, "CoIN Grounding: the boxes overlap by more than half", ("size",)),
         MetricRecord("coin_ocrvqa", 1, 100.0, "CoIN OCR-VQA: the prediction is the answer, case aside"),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,10 @@ from llava_keeplora.models import Inputs
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.versions import decoder_versions
 from llava_keeplora_eval.metrics import check_metric
+from llava_keeplora_eval.references import check_references
 from llava_keeplora_recipes import Example, Recipe, TaskData
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,14 @@ def load_tasks(config: RunConfig) -> list[Task]:
     Raises:
         RecipeError: for whatever is wrong with a recipe or its data.
         ConfigError: if a task is named twice.
+        EvalError: for a metric that cannot be computed here, or that no answer to the test split can meet.
     """
     tasks = []
     for recipe in load_recipes(config.tasks):
         check_metric(recipe.metric)
         train, test = config.data.splits(recipe)
+        if warning := check_references(test):
+            log.warning(warning)
         # The loaded recipe: some class lists come from the source itself.
         tasks.append(Task(train.recipe, train, test))
     return tasks

@@ -134,8 +134,26 @@ def test_what_can_be_used_and_is_worth_a_look_is_only_a_warning(task, run):
     assert [line.strip() for line in out if "warning" in line] == [
         "warning: 3 examples and not 40: scores are not comparable with those of others",
         "warning: 1 examples have an empty answer",
+        "warning: 1 of 3 examples of q (train), 33.3 %, get 0 from the metric 'exact_match' even if their accepted text "
+        "is answered to the letter (b: ' '); it scores whether the prediction is one of the accepted texts, case aside: "
+        "write the answers so, or choose another metric",
         "warning: 2 different images are in 'train' too",
     ]
+
+
+def test_references_that_no_answer_can_meet_are_a_problem_where_they_are_scored(task, run):
+    rows = [record("a", answer="2"), record("b", answer="(B)", image="1.png")]
+    code, out, _ = run(task(rows, [record("t", answer="2", image="2.png")], metric="option_letter"))
+    assert code == 2 and any("warning: 1 of 2 examples of q (train), 50.0 %, get 0" in line for line in out)
+    assert any("error: 1 of 1 examples of q (test), 100.0 %, get 0 from the metric 'option_letter'" in line for line in out)
+    code, out, _ = run(task(rows[:1], rows, metric="option_letter"))
+    assert code == 0 and any("warning: 1 of 2 examples of q (test), 50.0 %" in line for line in out)
+
+
+def test_a_scored_split_without_what_its_metric_needs_is_a_problem(task, run):
+    code, out, _ = run(task([record("a")], metric="acl_ocr"))
+    assert code == 2
+    assert [line for line in out if "error" in line and "needs the answer_type of every example, and 1 id (t) of q (test)" in line]
 
 
 def test_a_metric_that_does_not_exist_is_a_problem(task, run):

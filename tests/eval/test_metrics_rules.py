@@ -9,7 +9,7 @@ from llava_keeplora_eval import EvalError, load_metric
 from llava_keeplora_eval.answer_rules import RULES, score_answers
 from llava_keeplora_eval.metrics import METRICS
 
-GIVEN = {"question": "What is it?", "image": "images/map_1.png", "answer_type": "Doc-oriented VQA"}
+GIVEN = {"question": "What is it?", "image": "images/map_1.png", "answer_type": "Doc-oriented VQA", "size": [640, 480]}
 TEN = ["yes"] * 6 + ["no"] * 2 + ["maybe"] * 2
 
 
@@ -287,6 +287,18 @@ def test_an_accepted_text_that_says_nothing_for_certain_matches_nothing(name, go
 def test_numbers_are_equal_to_their_last_digit():
     assert scored("numeric", "1" + "0" * 400, ["2" + "0" * 400])["numeric"] == 0
     assert scored("numeric", "9" * 5000 + ".0", ["9" * 5000])["numeric"] == 1
+
+
+def test_boxes_are_compared_in_pixels_where_rounding_decides():
+    box, gold = "[0.79, 0.550, 0.97, 0.62].", "[0.8,0.51,0.98,0.61]"
+    results = {side: scored("coin_grounding", box, [gold], size=[side, 8])["coin_grounding"] for side in range(50, 700)}
+    assert set(results.values()) == {0, 1}
+
+
+@pytest.mark.parametrize("size", ["640x480", [640], [640, "480"], {"w": 640}])
+def test_a_size_that_is_none_is_refused(size):
+    with pytest.raises(EvalError, match="size.*width and height"):
+        scored("coin_grounding", "[0.10,0.10,0.50,0.50]", ["[0.1,0.1,0.5,0.5]"], size=size)
 
 
 def test_a_box_that_is_none_is_refused():

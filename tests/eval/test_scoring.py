@@ -40,6 +40,7 @@ def test_the_score_carries_what_is_needed_to_know_what_it_means(tmp_path, data, 
         "lenient": 100.0,
         "compliance": 100.0,
         "details": None,
+        "unmeetable": 0,
     }
     assert str(result) == (
         "pets v1 (test): accuracy v1 100.00 %, lenient 100.00 %, compliance 100.00 % (10/10, 1 dropped)"

@@ -81,7 +81,7 @@ def test_the_card_tells_base_method_order_scores_metrics_licences_and_seed(expor
     assert Image.open(folder / "matrix.png").width > 400
     assert "at revision `abc123`, taught 3 tasks one after another: questions, captions, corners." in text
     assert "[KeepLoRA" in text and "https://arxiv.org/abs/2601.19659" in text
-    assert "| questions | exact_match v1 |" in text and "| captions | caption_rouge_l v1 |" in text
+    assert "| questions | exact_match v2 |" in text and "| captions | caption_rouge_l v1 |" in text
     assert "| questions | 1 | vqa | exact_match | CC0-1.0 |" in text and "| corners | 1 | classification | accuracy | CC0-1.0 |" in text
     assert "| seed | 0 |" in text and "| part `language` | train \"adapter\", rank 2, alpha 2.0, energy_weight 0.5, energy_feature 0.9 |" in text
     assert f"one LoRA of rank 6 on {len(done.adapter.layers)} layers" in text

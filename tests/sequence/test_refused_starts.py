@@ -51,3 +51,23 @@ def test_training_on_nothing_or_at_no_rate_is_refused(key, value, run_tree):
     tree = run_tree("unset", methods={"seq-lora": {}})
     with pytest.raises(ConfigError, match=f"training.{key} is "):
         parse_config({**tree, "training": {**tree["training"], key: value}}).trainings("seq-lora")
+
+
+def test_references_that_no_answer_can_meet_are_said_before_a_run_and_refused_if_it_is_all(monkeypatch, caplog):
+    from types import SimpleNamespace
+
+    from llava_keeplora.sequence import data as sequence_data
+    from llava_keeplora_eval import EvalError
+
+    def start(answers):
+        recipe = SimpleNamespace(name="options", metric="option_letter", kind="vqa")
+        split = SimpleNamespace(recipe=recipe, split="test", answers=answers, ids=list("abc")[: len(answers)])
+        split = type("Split", (SimpleNamespace,), {"__len__": lambda self: len(self.ids)})(**vars(split))
+        monkeypatch.setattr(sequence_data, "load_recipes", lambda tasks: [recipe])
+        data = SimpleNamespace(splits=lambda recipe: (split, split))
+        return sequence_data.load_tasks(SimpleNamespace(tasks=["options"], data=data))
+
+    assert start([["A"], ["(B)"]]) and not caplog.text
+    assert start([["A"], ["2"]]) and "1 of 2 examples of options (test), 50.0 %, get 0" in caplog.text
+    with pytest.raises(EvalError, match="2 of 2 examples.*option_letter"):
+        start([["1"], ["2"]])

@@ -1,0 +1,132 @@
+"""What a metric compares answers with, and whether it gives an answer to the letter any point."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llava_keeplora_eval import ptb
+from llava_keeplora_eval.answer_rules import RULES
+from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.metrics import MetricRecord, metric_record
+from llava_keeplora_eval.predictions import first_ids
+
+if TYPE_CHECKING:
+    from llava_keeplora_recipes import TaskData
+
+#: Orders of the n-grams that CIDEr weighs.
+ORDERS = range(1, 5)
+
+
+def accepted_texts(data: TaskData) -> list[list[str]]:
+    """Return the accepted texts of every example, without decoding an image."""
+    if data.recipe.kind == "classification":
+        # A generative model is taught class names with spaces, see `Recipe.asks`.
+        return [[name, name.replace("_", " ")] for name in (data.recipe.classes[label] for label in data.labels)]
+    return data.answers
+
+
+def metric_inputs(data: TaskData, record: MetricRecord) -> dict[str, list[str]]:
+    """Return what a metric needs besides texts, by the plural of its name; see ``MetricRecord.inputs``.
+
+    Raises:
+        EvalError: an example lacks it.
+    """
+    result = {}
+    for name in record.inputs:
+        values = data.questions if name == "question" else [row.get(name) for row in data.meta]
+        result[f"{name}s"] = values
+        lacking = [key for key, value in zip(data.ids, values) if value is None]
+        if lacking:
+            raise EvalError(
+                f"the metric '{record.name}' needs the {name} of every example, and {first_ids(lacking)} of "
+                f"{data.recipe.name} ({data.split}) have none",
+                "list the field under 'meta' in the recipe's source, or choose another metric",
+            )
+    return result
+
+
+def unmeetable(metric: str, references: Sequence[Sequence[str]], **inputs: Sequence[str]) -> list[int]:
+    """Find the examples to which a metric gives 0 even if an accepted text is answered to the letter.
+
+    Args:
+        metric: a metric's name.
+        references: the accepted texts of each example.
+        inputs: what else the metric takes, as for its ``compute``.
+
+    Returns:
+        The positions of these examples, ascending.
+
+    Raises:
+        EvalError: there is no such metric.
+    """
+    if metric_record(metric).name not in RULES:
+        return _unmeetable_captions(references, by_cider=metric == "caption_cider")
+    rule = RULES[metric]
+
+    def is_met(i: int) -> bool:
+        accepted = rule.accepted(references[i])
+        given = {key.removesuffix("s"): values[i] for key, values in inputs.items()}
+        texts = dict.fromkeys(text.strip() for text in accepted if text.strip())
+        try:
+            return any(rule.strict(text, accepted, **given) for text in texts)
+        except EvalError:  # not what the metric compares, as words where it compares boxes
+            return False
+
+    return [i for i in range(len(references)) if not is_met(i)]
+
+
+def _unmeetable_captions(references: Sequence[Sequence[str]], by_cider: bool) -> list[int]:
+    """A caption needs a word; for CIDEr an n-gram that not every example has, because it weighs them by their rarity."""
+    tokens = [[ptb.without_punctuation(ptb.tokenize(text)).split() for text in texts] for texts in references]
+    if not by_cider:
+        return [i for i, texts in enumerate(tokens) if not any(texts)]
+    grams = [
+        {tuple(words[at : at + n]) for words in texts for n in ORDERS for at in range(len(words) - n + 1)}
+        for texts in tokens
+    ]
+    frequency = Counter(gram for example in grams for gram in example)
+    return [i for i, example in enumerate(grams) if all(frequency[gram] == len(grams) for gram in example)]
+
+
+def check_references(data: TaskData, metric: str | None = None) -> str | None:
+    """Say which examples of a split cannot score, before anything is predicted.
+
+    Args:
+        data: the task and split.
+        metric: another metric than the recipe's.
+
+    Returns:
+        A sentence with their number, share and first ones; None if there are none.
+
+    Raises:
+        EvalError: it is all of them, so that a score would say nothing; or the data lack what the metric needs.
+    """
+    record = metric_record(metric or data.recipe.metric)
+    references = accepted_texts(data)
+    positions = unmeetable(record.name, references, **metric_inputs(data, record))
+    if not positions:
+        return None
+    first = ", ".join(f"{data.ids[i]}: {_shortened(references[i])}" for i in positions[:3])
+    problem = (
+        f"{len(positions)} of {len(data)} examples of {data.recipe.name} ({data.split}), "
+        f"{100 * len(positions) / len(data):.1f} %, get 0 from the metric '{record.name}' even if their accepted text "
+        f"is answered to the letter ({first}{', ...' if len(positions) > 3 else ''})"
+    )
+    reason = f"it scores whether {record.summary}" if record.name in RULES else _caption_reason(record.name)
+    cure = f"{reason}: write the answers so, or choose another metric"
+    if len(positions) == len(data):
+        raise EvalError(problem, cure)
+    return f"{problem}; {cure}"
+
+
+def _caption_reason(metric: str) -> str:
+    if metric == "caption_cider":
+        return "CIDEr weighs words by how few examples have them, so a single example, or a text that all have, scores 0"
+    return "captions are compared word by word, and there is no word"
+
+
+def _shortened(texts: Sequence[str]) -> str:
+    shown = [repr(text if len(text) <= 40 else text[:40] + "...") for text in dict.fromkeys(texts)]
+    return " or ".join(shown[:2]) + (" or ..." if len(shown) > 2 else "") if shown else "none"

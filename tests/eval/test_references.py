@@ -1,0 +1,116 @@
+"""A metric says of each reference whether an answer can meet it, before anything is predicted."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from llava_keeplora_eval import EvalError, check_references, predict_to_file, score, unmeetable
+from llava_keeplora_eval.answer_rules import RULES
+from llava_keeplora_eval.cli import main
+
+#: metric → accepted texts that an answer to the letter meets, and those that it doesn't, each with the script's reason.
+SAID = {
+    "accuracy": (["cat", "red_bird", "Cat "], ["", " "]),
+    "exact_match": (["cat", "cafe\u0301", "a  b", "."], ["", "\n"]),
+    "option_letter": (["B", "b", "(B)", "B. a dog"], ["2", "BB", "a dog", ""]),
+    "yes_no": (["yes", "No", "True", "Yes."], ["1", "maybe", ""]),
+    "numeric": (["3", "three", "1,000", "50%", " 3 ", "\uff13"], ["a dozen", "3 dogs", ""]),
+    "vqa_accuracy": (["A", "the", ".", "two dogs"], [" "]),
+    "coin_textvqa": (["A", "the", ".", "two dogs"], [" "]),
+    "ucit_exact_match": (["Cat", "a. b"], ["cat ", ""]),  # the prediction is stripped, the answer isn't
+    "dcl_rs": (["yes", "rural area", "."], ["1.2", "U.S.", "", "Unanswerable"]),  # the answer loses its periods
+    "dcl_med": (["liver"], ["Unanswerable", ""]),
+    "dcl_fin": (["A", "yes"], ["a b", "A."]),  # the prediction loses spaces and periods
+    "acl_vp": (["(A)", "."], [" "]),
+    "coin_scienceqa": (["A", "E"], ["F", "2", "(A)"]),  # at most five options
+    "coin_gqa": (["table"], ["Table", "table."]),  # the prediction loses its case and its last periods
+    "coin_vizwiz": (["blue"], [""]),
+    "coin_vqav2": (["blue"], [""]),
+    "coin_imagenet": (["tabby cat"], [""]),
+    "coin_ocrvqa": (["jane doe"], ["Unanswerable"]),
+    "coin_grounding": (["[0.10,0.10,0.50,0.50]"], ["[0.1,0.1,0.5,0.5]", "on the left", "[0.10,0.10,0.10,0.50]"]),
+    "caption_rouge_l": (["a dog"], ["", "? !"]),
+    "ucit_caption_mean": (["a dog"], [" ... "]),
+}
+INPUTS = {"coin_grounding": {"sizes": [640, 480]}}
+
+
+@pytest.mark.parametrize("metric", SAID)
+def test_each_reference_is_said_to_be_met_or_not(metric):
+    met, unmet = SAID[metric]
+    references = [[text] for text in met + unmet]
+    inputs = {key: [value] * len(references) for key, value in INPUTS.get(metric, {}).items()}
+    assert unmeetable(metric, references, **inputs) == list(range(len(met), len(references)))
+
+
+def test_every_rule_is_asked_or_takes_more_than_texts():
+    assert set(RULES) - set(SAID) == {"dcl_ad", "dcl_sci", "acl_ocr"}
+    assert unmeetable("acl_ocr", [["a"], ["", "b"], [""]], answer_types=["x"] * 3) == [2]
+    given = {"questions": ["Which states", "What"], "images": ["map_1.png", "AI2D_1.png"]}
+    assert unmeetable("dcl_sci", [["ohio, utah"], [" leaf"]], **given) == [1]
+
+
+def test_one_of_several_accepted_texts_is_enough_where_any_is_compared():
+    assert unmeetable("option_letter", [["2", "B"], ["2", "3"], []]) == [1, 2]
+    assert unmeetable("ucit_exact_match", [["", "cat"]]) == [0]  # an official file has one answer
+
+
+@pytest.mark.parametrize(
+    ("references", "unmet"),
+    [
+        ([["a dog"]], [0]),  # a single example has every word of all
+        ([["a dog"], ["a dog"], ["A dog."]], [0, 1, 2]),
+        ([["a dog"], ["a dog runs"]], [0]),
+        ([["a dog"], ["dog a"]], []),  # the order of words tells them apart
+        ([["a dog"], ["a cat"], ["!"]], [2]),
+    ],
+)
+def test_cider_needs_words_that_not_every_example_has(references, unmet):
+    assert unmeetable("caption_cider", references) == unmet
+
+
+def asks(metric, answers, count=None):
+    ids = [f"q{i}" for i in range(len(answers))]
+    recipe = SimpleNamespace(name="asks", version=1, kind="vqa", metric=metric)
+
+    class Data(SimpleNamespace):
+        def __len__(self):
+            return len(self.ids)
+
+        def __getitem__(self, index):
+            return SimpleNamespace(id=self.ids[index])
+
+    return Data(recipe=recipe, split="test", fingerprint="f00d", dropped=[], ids=ids, answers=answers,
+                questions=["?"] * len(ids), meta=[{}] * len(ids))  # fmt: skip
+
+
+def test_the_sentence_has_number_share_first_ones_and_cure():
+    assert check_references(asks("option_letter", [["A"], ["(B)"]])) is None
+    sentence = check_references(asks("option_letter", [["A"], ["1"], ["2", "3"], ["x" * 90], ["5"]]))
+    assert sentence.startswith("4 of 5 examples of asks (test), 80.0 %, get 0 from the metric 'option_letter'")
+    assert "(q1: '1', q2: '2' or '3', q3: 'xxxxx" in sentence and "x..., ...)" not in sentence
+    assert sentence.endswith("the option's letter and nothing else: write the answers so, or choose another metric")
+
+
+@pytest.mark.parametrize(
+    ("metric", "answers", "why"),
+    [("option_letter", [["1"], ["2"]], "letter"), ("caption_cider", [["a dog"]], "CIDEr.*single example")],
+)
+def test_a_split_of_which_nothing_can_be_met_is_refused_before_and_at_scoring(tmp_path, metric, answers, why):
+    data = asks(metric, answers)
+    with pytest.raises(EvalError, match=f"{len(data)} of {len(data)} examples.*100.0 %.*{why}"):
+        check_references(data)
+    predictor = SimpleNamespace(predict=lambda examples: ["a dog"] * len(examples))
+    predict_to_file(predictor, data, tmp_path / "p.jsonl")
+    with pytest.raises(EvalError, match=why):
+        score(data, tmp_path / "p.jsonl")
+
+
+def test_a_score_counts_them_and_the_command_says_it_first(tmp_path, monkeypatch, capsys):
+    data = asks("numeric", [["3"], ["a dozen"]])
+    predict_to_file(SimpleNamespace(predict=lambda examples: ["3", "12"]), data, tmp_path / "p.jsonl")
+    result = score(data, tmp_path / "p.jsonl")
+    assert (result.score, result.unmeetable) == (50, 1) and str(result).endswith("(1/2, 1 that no answer can meet)")
+    monkeypatch.setattr("llava_keeplora_eval.cli._load", lambda arguments: data)
+    assert main(["score", "--task", "asks", "--predictions", str(tmp_path / "p.jsonl")]) == 0
+    assert capsys.readouterr().err.startswith("warning: 1 of 2 examples of asks (test), 50.0 %, get 0 from")
