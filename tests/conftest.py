@@ -19,6 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_DATASETS_CACHE"] = CACHE
 for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[flag] = "1"
+# A test's files need not survive a power cut, and a busy disk makes every one of thousands wait; forked processes do the same.
+os.fsync = lambda descriptor: None
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

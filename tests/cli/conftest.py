@@ -1,7 +1,6 @@
 """A run of KeepLoRA on two tasks as a YAML file, and the doors that a run starts through."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import forked
+
 BIN = Path(sys.executable).parent
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_seq.py"
-#: Seconds; a start takes some ten on a quiet machine.
-PATIENCE = 400
+FORKED = (sys.executable, "llava-keeplora", "llava-keeplora-eval")
 
 
 @pytest.fixture
@@ -37,33 +37,31 @@ def script():
 @pytest.fixture(scope="session")
 def launcher():
     """Function (processes) → the start of a DeepSpeed command."""
-    return lambda processes: [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(free_port())]
-
-
-def free_port() -> int:
-    """Another suite may be running on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return lambda processes: [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(forked.free_port())]
 
 
 @pytest.fixture(scope="session")
 def start():
-    """Function (command, *arguments) → a process of its own, its output in pipes."""
+    """Function (command, *arguments) → a process of its own: forked for `python` and the installed commands, else a real start."""
 
     def run(command, *arguments):
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")}
+        words = [*map(str, command), *map(str, arguments)]
+        if words[0] in FORKED:
+            return forked.Forked(words)
+        environment = {k: v for k, v in os.environ.items() if k not in forked.LAUNCHED}
         environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
-        return subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def launch(start):
-    """Function (command, *arguments) → (exit code, stdout, stderr)."""
+    """Function (command, *arguments, processes) → (exit code, stdout, stderr); several processes are forked ranks without a launcher."""
 
-    def run(command, *arguments, timeout=PATIENCE):
+    def run(command, *arguments, processes=1, timeout=forked.PATIENCE):
+        if processes > 1:
+            return forked.run([*command, *arguments], timeout, processes)
         process = start(command, *arguments)
         try:
             out, err = process.communicate(timeout=timeout)

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import forked
+
 from llava_keeplora import cli
 from llava_keeplora_eval.files import write_atomic
 
@@ -133,12 +135,12 @@ def test_help_and_list_import_nothing_heavy_that_they_do_not_need(words, said, h
 
 
 GROWTH = """
-import gc
+import gc, sys
 from pathlib import Path
-from llava_keeplora.cli import bound_caches
-bound_caches()
+if "bounded" in sys.argv:
+    from llava_keeplora.cli import bound_caches
+    bound_caches()
 import torch
-torch.set_num_threads(1)
 layer = torch.nn.Linear(512, 512, dtype=torch.bfloat16)
 
 def held(lengths):
@@ -153,7 +155,13 @@ print(held(range(1, 76)), held(range(76, 151)))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from Linux's /proc")
-def test_memory_of_a_bf16_run_on_a_cpu_does_not_grow_with_every_new_length_of_a_batch():
-    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
-    before, after = map(float, done.stdout.split())
-    assert after - before < 10, "MB; with the libraries' own limits some 150"
+def test_memory_of_a_bf16_run_on_a_cpu_grows_little_with_new_lengths_of_a_batch():
+    # What a compiled product takes depends on the processor: 2 MB a length without the bound on one, 1 MB on another.
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}  # Another test's command may have set them here.
+    growth = {}
+    for bound in ("bounded", "libraries"):
+        code, out, err = forked.run([sys.executable, "-c", GROWTH, bound], env=environment)
+        assert code == 0, err
+        before, after = map(float, out.split())
+        growth[bound] = after - before
+    assert growth["libraries"] > 50 and growth["bounded"] < 0.4 * growth["libraries"], growth

@@ -98,11 +98,11 @@ def watched(script, tmp_path):
 
 
 @pytest.mark.parametrize("zero", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "zero-2"])
-def test_two_processes_learn_what_one_learns_and_the_first_alone_writes_but_for_shares_of_answers(zero, config_file, launch, launcher, reference, watched, numbers, tmp_path):
+def test_two_processes_learn_what_one_learns_and_the_first_alone_writes_but_for_shares_of_answers(zero, config_file, launch, reference, watched, numbers, tmp_path):
     (tmp_path / "zero2.json").write_text(json.dumps(ZERO_2))
     more = [f"training.deepspeed={tmp_path / 'zero2.json'}"] if zero else []
     arguments = ["--config", config_file(), "--output-dir", tmp_path / "run", "training.per_device_train_batch_size=4", *more]
-    code, out, err = launch([*launcher(2), watched], *arguments)
+    code, out, err = launch([sys.executable, watched], *arguments, processes=2)
     assert code == 0, err
     assert err.count("zero-shot: ") == 1 and out.count("run folder: ") == 1
     assert numbers(tmp_path / "run").keys() == numbers(reference).keys()
@@ -137,10 +137,10 @@ def test_a_first_process_that_fails_at_the_start_takes_the_others_with_it(config
     assert err.count("error: ") == 1 and "is not a run folder but holds notes.txt" in err and "Traceback" not in err
 
 
-def test_processes_are_told_how_many_share_their_machine(launch, launcher, tmp_path):
+def test_processes_are_told_how_many_share_their_machine(launch, tmp_path):
     script = tmp_path / "count.py"
     script.write_text("import torch.distributed as dist\nfrom llava_keeplora.group import processes_here\n"
                       "dist.init_process_group('gloo')\nprint(f'{processes_here()} here', flush=True)\ndist.destroy_process_group()\n")
-    code, out, err = launch([*launcher(2), script])
+    code, out, err = launch([sys.executable, script], processes=2)
     assert code == 0, err
     assert out.count("2 here") == 2

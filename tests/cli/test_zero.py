@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from llava_keeplora.config import parse_config
+from llava_keeplora.methods import METHODS
 from llava_keeplora_eval import Matrix
 
 BATCH = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
@@ -102,6 +103,13 @@ def distances(one, two, label="keeplora", worst=1e-4):
     return found
 
 
+def rounding(run, base, label, task):
+    """The part of a whole model's update that float32 cannot hold: ε ‖W‖ / ‖ΔW‖, as an update is the difference of two weights."""
+    update = load_file(run / label / task / "delta.safetensors").values()
+    norms = [sum(float(x.double().square().sum()) for x in tensors) ** 0.5 for tensors in (load_file(base / "model.safetensors").values(), update)]
+    return torch.finfo(torch.float32).eps * norms[0] / norms[1]
+
+
 def answers(run, label="keeplora"):
     """Every answer after every task: file → example → answer."""
     files = sorted((run / label).glob("task-*/predictions/*.jsonl"))
@@ -124,9 +132,9 @@ QUICK = [("clip", "zero-2"), ("llava", "zero-3")]
 
 
 @pytest.mark.parametrize(("family", "stage"), [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in EVERY])
-def test_three_tasks_in_two_processes_end_as_in_one(family, stage, trees, written, references, launch, launcher, script, tmp_path):
+def test_three_tasks_in_two_processes_end_as_in_one(family, stage, trees, written, references, launch, script, tmp_path):
     path = written(halved(trees[family]()), ZERO.get(stage))
-    code, _, err = launch([*launcher(2), script], "--config", path, "--output-dir", tmp_path / "run")
+    code, _, err = launch([sys.executable, script], "--config", path, "--output-dir", tmp_path / "run", processes=2)
     assert code == 0, err
     apart = distances(references(family), tmp_path / "run")
     assert {task for task, _ in apart} == {p.name for p in (tmp_path / "run/keeplora").glob("task-*")}
@@ -143,7 +151,7 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-def test_sketches_of_gradients_and_features_add_up_over_processes(trees, tiny_tasks, written, driven, launch, launcher, script, tmp_path, monkeypatch):
+def test_sketches_of_gradients_and_features_add_up_over_processes(trees, tiny_tasks, written, driven, launch, script, tmp_path, monkeypatch):
     # Sketches on layers this small, of 19 directions where the inputs have 32; both kinds ask for further passes.
     (tmp_path / "sketched.py").write_text(SKETCHED.format(script=str(script)))
     monkeypatch.setattr("llava_keeplora.subspace.gradient_sketch.WORTH", math.inf)
@@ -151,7 +159,7 @@ def test_sketches_of_gradients_and_features_add_up_over_processes(trees, tiny_ta
     parts = {part: {"energy_feature": 0.98} for part in ("vision", "text")}
     tree = trees["clip"](memory={"statistics_gb": 1.2e-4}, parts=parts, tasks=[str(path) for path in tiny_tasks[:2]])
     driven(parse_config(tree | {"output_dir": str(tmp_path / "1")}))
-    code, _, err = launch([*launcher(2), tmp_path / "sketched.py"], "--config", written(halved(tree)), "--output-dir", tmp_path / "2")
+    code, _, err = launch([sys.executable, tmp_path / "sketched.py"], "--config", written(halved(tree)), "--output-dir", tmp_path / "2", processes=2)
     assert code == 0, err
     # A basis ends between eigenvalues of a sketch that may lie near each other, which makes rounding larger by as much: some 1e-4 at times.
     apart = distances(tmp_path / "1", tmp_path / "2", worst=1e-3)
@@ -168,15 +176,16 @@ DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
 
 
 @pytest.mark.parametrize("stage", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero-1", "zero-2"))])
-def test_every_other_method_ends_in_two_processes_as_in_one(stage, run_tree, tiny_tasks, written, driven, launch, launcher, script, tmp_path):
+def test_every_other_method_ends_in_two_processes_as_in_one(stage, run_tree, tiny_clip, tiny_tasks, written, driven, launch, script, tmp_path):
     methods = {**CERTAIN, **DRAWING, "zscl": {"reference": str(tiny_tasks[2])}}
     tree = run_tree(tmp_path / "one", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]], training=STEADY)
     driven(parse_config({**tree, "methods": {label: methods[label] for label in CERTAIN}}))
-    code, _, err = launch([*launcher(2), script], "--config", written(halved(tree), ZERO.get(stage)), "--output-dir", tmp_path / "two")
+    code, _, err = launch([sys.executable, script], "--config", written(halved(tree), ZERO.get(stage)), "--output-dir", tmp_path / "two", processes=2)
     assert code == 0, err
     for label in CERTAIN:
         apart = distances(tmp_path / "one", tmp_path / "two", label)
-        assert len(apart) >= 2 and max(apart.values()) < 1e-5, (label, apart)
+        limits = {key: 1e-5 + (rounding(tmp_path / "one", tiny_clip, label, key[0]) if METHODS[label].whole else 0.0) for key in apart}
+        assert len(apart) >= 2 and all(apart[key] < limits[key] for key in apart), (label, apart, limits)
     for path in (tmp_path / "one").glob("*/task-*/kept.safetensors"):
         own, theirs = load_file(path), load_file(tmp_path / "two" / path.relative_to(tmp_path / "one"))
         torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-4)
@@ -198,14 +207,14 @@ def test_a_second_task_starts_from_the_weights_and_not_from_the_engine_of_the_fi
 
 
 @pytest.fixture
-def one_and_two(trees, written, launch, launcher, script, tmp_path):
+def one_and_two(trees, written, launch, script, tmp_path):
     """Function (stage, **changes) → distances of a LLaVA run in two processes from the same in one."""
     from llava_keeplora.sequence import run
 
     def measure(stage, **changes):
         run(parse_config(trees["llava"](**changes) | {"output_dir": str(tmp_path / "one")}))
         path = written(halved(trees["llava"](**changes)), ZERO[stage])
-        code, _, err = launch([*launcher(2), script], "--config", path, "--output-dir", tmp_path / "two")
+        code, _, err = launch([sys.executable, script], "--config", path, "--output-dir", tmp_path / "two", processes=2)
         assert code == 0, err
         return distances(tmp_path / "one", tmp_path / "two")
 
@@ -256,16 +265,16 @@ DEATHS = [
     [pytest.param(*one, id=f"{one[0]}-{'killed' if one[1] is KILLED else 'refused'}-{one[2]}", marks=() if one == DEATHS[0] else pytest.mark.slow) for one in DEATHS],
 )
 def test_a_process_that_dies_takes_the_others_along_and_the_run_goes_on_with_any_number_of_processes(
-    stage, wound, rank, wounded, trees, written, references, launch, launcher, script, tmp_path
+    stage, wound, rank, wounded, trees, written, references, launch, script, tmp_path
 ):
     zero = ZERO["zero-2"]
-    code, _, err = launch([*launcher(2), wounded(stage, wound, rank)], "--config", written(halved(trees["clip"]()), zero), "--output-dir", tmp_path / "run")
+    code, _, err = launch([sys.executable, wounded(stage, wound, rank)], "--config", written(halved(trees["clip"]()), zero), "--output-dir", tmp_path / "run", processes=2)
     assert code != 0
     assert (err.count("error: the disk of this process is full; make room") == 1) == (wound is REFUSED), err
     done = [(e["task"], e["stage"]) for e in map(json.loads, (tmp_path / "run/keeplora/journal.jsonl").read_text().splitlines())]
     assert (1, "CLOSED") in done and (2, stage.upper()) not in done
     # One process alone, at the same number of examples per step.
-    code, _, err = launch([*launcher(1), script], "--config", written(trees["clip"](), zero), "--output-dir", tmp_path / "run")
+    code, _, err = launch([sys.executable, script], "--config", written(trees["clip"](), zero), "--output-dir", tmp_path / "run")
     assert code == 0, err
     apart = distances(references("clip"), tmp_path / "run")
     assert max(apart.values()) < 1e-5, apart
@@ -276,7 +285,7 @@ UNEQUAL = [("clip", 4, "zero-3"), ("clip", 1, "zero-3"), ("clip", 4, None), ("ll
 
 @pytest.mark.parametrize(("family", "gone", "stage"), [pytest.param(*one, marks=() if one == UNEQUAL[0] else pytest.mark.slow) for one in UNEQUAL])
 def test_processes_with_unequal_shares_of_the_data_never_wait_for_each_other_for_ever_and_learn_what_one_learns(
-    family, gone, stage, trees, written, driven, launch, launcher, script, own_tasks, tmp_path
+    family, gone, stage, trees, written, driven, launch, script, own_tasks, tmp_path
 ):
     # 23 or 20 examples for two processes in batches of 4: the last step has 4 and 3 of them, or 4 and none. 7 to be answered one by one.
     for image in sorted((own_tasks[0].parent / "colours/train/red").iterdir())[:gone]:
@@ -284,7 +293,7 @@ def test_processes_with_unequal_shares_of_the_data_never_wait_for_each_other_for
     next((own_tasks[0].parent / "colours/test/red").iterdir()).unlink()
     tree = trees[family](tasks=[str(own_tasks[0])], evaluation={"batch_size": 1})
     driven(parse_config({**tree, "output_dir": str(tmp_path / "one")}))
-    code, _, err = launch([*launcher(2), script], "--config", written(halved(tree), ZERO.get(stage)), "--output-dir", tmp_path / "run")
+    code, _, err = launch([sys.executable, script], "--config", written(halved(tree), ZERO.get(stage)), "--output-dir", tmp_path / "run", processes=2)
     assert code == 0, err
     predictions = (tmp_path / "run/keeplora/task-01-colours/predictions/colours.jsonl").read_text().splitlines()
     assert len({json.loads(line)["id"] for line in predictions}) == len(predictions) == 7
@@ -343,7 +352,7 @@ WITHIN = [("clip", "zero-2", {}), ("llava", "zero-3", {}), ("clip", "zero-1", {}
 @pytest.mark.parametrize(
     ("family", "stage", "training"), [pytest.param(*one, id="-".join((*one[:2], *one[2])), marks=() if one == WITHIN[0] else pytest.mark.slow) for one in WITHIN]
 )
-def test_a_process_killed_between_steps_goes_on_from_the_last_checkpoint(family, stage, training, trees, written, launch, launcher, script, tmp_path):
+def test_a_process_killed_between_steps_goes_on_from_the_last_checkpoint(family, stage, training, trees, written, launch, script, tmp_path):
     def run(name, fatal=None):
         tree = trees[family]()
         tree = halved(tree | {"tasks": tree["tasks"][:2]})
@@ -351,7 +360,7 @@ def test_a_process_killed_between_steps_goes_on_from_the_last_checkpoint(family,
         tree["training"] |= {"per_device_train_batch_size": 1, "save_steps": 2, **training}
         wounded, log = tmp_path / f"{name}-{bool(fatal)}.py", tmp_path / f"{name}-{bool(fatal)}.log"
         wounded.write_text(COUNTED.format(log=str(log), fatal=fatal, script=str(script)))
-        code, _, err = launch([*launcher(2), wounded], "--config", written(tree, ZERO[stage]), "--output-dir", tmp_path / name)
+        code, _, err = launch([sys.executable, wounded], "--config", written(tree, ZERO[stage]), "--output-dir", tmp_path / name, processes=2)
         return code, err, [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
 
     code, err, whole = run("whole")
