@@ -1,18 +1,22 @@
 """BLEU, ROUGE-L, CIDEr and METEOR of a set of captions, by pycocoevalcap, the code behind the published numbers.
 
 BLEU and METEOR are of the set as a whole, ROUGE-L and CIDEr means over its captions. CIDEr weighs words by how many of the
-evaluated examples have them in their references, so it is a number of this set and of no other, and 0 for a single example.
+evaluated examples have them in their references, so it is a number of this set and of no other. What every example
+has weighs nothing, so of a single example, or where all have the same references, CIDEr is 0 whatever the captions are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 
 from llava_keeplora_eval import java, ptb
 from llava_keeplora_eval.errors import EvalError
 
+#: Orders of the n-grams that CIDEr weighs.
+ORDERS = range(1, 5)
 UCIT = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 
 
@@ -49,7 +53,8 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
             of a run cannot afford.
 
     Returns:
-        ``bleu_1`` to ``bleu_4``, ``rouge_l`` and, if asked for, ``meteor`` from 0 to 1, ``cider`` from 0 to 10, and ``tokenizer``.
+        ``bleu_1`` to ``bleu_4``, ``rouge_l`` and, if asked for, ``meteor`` from 0 to 1, ``cider`` from 0 to 10, and
+        ``tokenizer``; ``cider_note`` where CIDEr is 0 whatever the captions are.
 
     Raises:
         EvalError: pycocoevalcap is missing, METEOR is asked for and Java is missing, or an example has no reference.
@@ -68,7 +73,26 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
     scores = _by_pycocoevalcap(tokens[: len(captions)], found)
     if with_meteor:
         scores["meteor"] = java.meteor(java.find_jar(java.METEOR), tokens[: len(captions)], found)
+    if len(weightless(found)) == len(found):
+        scores["cider_note"] = f"0 for any caption, because all references of the {len(found)} scored say the same"
     return scores | {"tokenizer": tokenizer}
+
+
+def weightless(references: Sequence[Sequence[str]]) -> list[int]:
+    """Find the examples of which CIDEr weighs every n-gram 0, because all examples have it.
+
+    Args:
+        references: for each example its tokenised captions, tokens separated by spaces.
+
+    Returns:
+        The positions of the examples, ascending; of a single example 0.
+    """
+    grams = [
+        {tuple(words[at : at + n]) for words in map(str.split, texts) for n in ORDERS for at in range(len(words) - n + 1)}
+        for texts in references
+    ]
+    frequency = Counter(gram for example in grams for gram in example)
+    return [i for i, example in enumerate(grams) if all(frequency[gram] == len(grams) for gram in example)]
 
 
 def _by_pycocoevalcap(captions: list[str], references: list[list[str]]) -> dict:

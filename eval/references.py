@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava_keeplora_eval import ptb
-from llava_keeplora_eval.answer_rules import RULES
+from llava_keeplora_eval.answer_rules import RULES, score_answers
+from llava_keeplora_eval.caption_scores import weightless
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import MetricRecord, metric_record
 from llava_keeplora_eval.predictions import first_ids
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import TaskData
-
-#: Orders of the n-grams that CIDEr weighs.
-ORDERS = range(1, 5)
 
 
 def accepted_texts(data: TaskData) -> list[list[str]]:
@@ -79,15 +76,8 @@ def unmeetable(metric: str, references: Sequence[Sequence[str]], **inputs: Seque
 
 def _unmeetable_captions(references: Sequence[Sequence[str]], by_cider: bool) -> list[int]:
     """A caption needs a word; for CIDEr an n-gram that not every example has, because it weighs them by their rarity."""
-    tokens = [[ptb.without_punctuation(ptb.tokenize(text)).split() for text in texts] for texts in references]
-    if not by_cider:
-        return [i for i, texts in enumerate(tokens) if not any(texts)]
-    grams = [
-        {tuple(words[at : at + n]) for words in texts for n in ORDERS for at in range(len(words) - n + 1)}
-        for texts in tokens
-    ]
-    frequency = Counter(gram for example in grams for gram in example)
-    return [i for i, example in enumerate(grams) if all(frequency[gram] == len(grams) for gram in example)]
+    tokens = [[ptb.without_punctuation(ptb.tokenize(text)) for text in texts] for texts in references]
+    return weightless(tokens) if by_cider else [i for i, texts in enumerate(tokens) if not any(texts)]
 
 
 def check_references(data: TaskData, metric: str | None = None) -> str | None:
@@ -101,22 +91,27 @@ def check_references(data: TaskData, metric: str | None = None) -> str | None:
         A sentence with their number, share and first ones; None if there are none.
 
     Raises:
-        EvalError: it is all of them, so that a score would say nothing; or the data lack what the metric needs.
+        EvalError: it is all of them, so that a score would say nothing; or scoring would refuse one of them; or the
+            data lack what the metric needs.
     """
     record = metric_record(metric or data.recipe.metric)
-    references = accepted_texts(data)
-    positions = unmeetable(record.name, references, **metric_inputs(data, record))
+    references, inputs = accepted_texts(data), metric_inputs(data, record)
+    positions = unmeetable(record.name, references, **inputs)
     if not positions:
         return None
+    is_caption = record.name not in RULES
+    if not is_caption:  # raises for what the rule cannot compare with anything
+        given = {key: [values[i] for i in positions] for key, values in inputs.items()}
+        score_answers(record.name, ["?"] * len(positions), [references[i] for i in positions], **given)
     first = ", ".join(f"{data.ids[i]}: {_shortened(references[i])}" for i in positions[:3])
     problem = (
         f"{len(positions)} of {len(data)} examples of {data.recipe.name} ({data.split}), "
         f"{100 * len(positions) / len(data):.1f} %, get 0 from the metric '{record.name}' even if their accepted text "
         f"is answered to the letter ({first}{', ...' if len(positions) > 3 else ''})"
     )
-    reason = f"it scores whether {record.summary}" if record.name in RULES else _caption_reason(record.name)
+    reason = _caption_reason(record.name) if is_caption else f"it scores whether {record.summary}"
     cure = f"{reason}: write the answers so, or choose another metric"
-    if len(positions) == len(data):
+    if len(positions) == len(data) or (is_caption and unmeetable("caption_rouge_l", references)):
         raise EvalError(problem, cure)
     return f"{problem}; {cure}"
 

@@ -190,6 +190,17 @@ def test_cider_of_a_single_example_is_0(no_java):
 
 
 @installed
+@pytest.mark.parametrize("references", [[["a dog runs"]], [["a dog", "one dog"]] * 3, [["a dog"], ["A dog."]]])
+def test_cider_that_is_0_for_any_caption_says_so(no_java, references):
+    captions = ["a dog"] * len(references)
+    scores = caption_scores.caption_scores(captions, references)
+    assert scores["cider"] == 0 == naive_cider(captions, [["a dog"]] * len(references))
+    assert f"references of the {len(references)} scored say the same" in scores["cider_note"]
+    apart = caption_scores.caption_scores([*captions, "a cat"], [*references, ["a cat"]])
+    assert apart["cider"] > 0 and "cider_note" not in apart
+
+
+@installed
 def test_an_example_without_a_reference_is_refused(no_java):
     with pytest.raises(EvalError) as error:
         caption_scores.caption_scores(["a", "b"], [["a dog"], ["...", ""]])

@@ -69,7 +69,7 @@ def test_cider_needs_words_that_not_every_example_has(references, unmet):
     assert unmeetable("caption_cider", references) == unmet
 
 
-def asks(metric, answers, count=None):
+def asks(metric, answers):
     ids = [f"q{i}" for i in range(len(answers))]
     recipe = SimpleNamespace(name="asks", version=1, kind="vqa", metric=metric)
 
@@ -104,6 +104,15 @@ def test_a_split_of_which_nothing_can_be_met_is_refused_before_and_at_scoring(tm
     predict_to_file(predictor, data, tmp_path / "p.jsonl")
     with pytest.raises(EvalError, match=why):
         score(data, tmp_path / "p.jsonl")
+
+
+def test_what_scoring_refuses_is_refused_before_a_run():
+    with pytest.raises(EvalError, match="1 of 2 examples.*q1: '...'.*no word"):
+        check_references(asks("caption_rouge_l", [["a dog"], ["..."]]))
+    boxes = asks("coin_grounding", [["[0.10,0.10,0.50,0.50]"], ["on the left"]])
+    boxes.meta = [{"size": [8, 8]}] * 2
+    with pytest.raises(EvalError, match="'on the left' is no box"):
+        check_references(boxes)
 
 
 def test_a_score_counts_them_and_the_command_says_it_first(tmp_path, monkeypatch, capsys):
