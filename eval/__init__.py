@@ -3,6 +3,7 @@
 ``llava_keeplora_eval.predictors`` is imported on its own, because it needs torch and the rest doesn't.
 """
 
+from llava_keeplora_eval.answer_files import read_answers
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.matrix import Matrix
 from llava_keeplora_eval.metrics import load_metric
@@ -17,6 +18,7 @@ __all__ = [
     "check_references",
     "load_metric",
     "predict_to_file",
+    "read_answers",
     "read_predictions",
     "score",
     "unmeetable",

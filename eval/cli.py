@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_keeplora_eval.answer_files import FORMS as ANSWER_FORMS
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.matrix import Matrix
 from llava_keeplora_recipes.errors import UserError
@@ -62,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
 
     score = commands.add_parser("score", parents=[common, data], help="score a file of predictions")
-    score.add_argument("--predictions", required=True, type=Path)
+    score.add_argument("--predictions", required=True, type=Path, help="of `predict`, or answers made elsewhere")
+    score.add_argument("--from", dest="form", choices=ANSWER_FORMS, help="what made the file; by default a look tells")
     score.add_argument("--metric", help="another metric than the task's own, caption_meteor for instance")
     score.add_argument("--json", action="store_true", help="print the score as JSON instead of a line")
     score.set_defaults(run=_score)
@@ -125,7 +127,7 @@ def _score(arguments: argparse.Namespace) -> None:
     data = _load(arguments)
     if warning := check_references(data, arguments.metric):
         print(f"warning: {warning}.", file=sys.stderr)
-    result = score(data, arguments.predictions, arguments.metric)
+    result = score(data, arguments.predictions, arguments.metric, arguments.form)
     print(json.dumps(result.to_dict()) if arguments.json else result)
 
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEYS = {"id", "text", "recipe", "version", "fingerprint"}
+#: What a line says of the data that it was predicted for.
+SOURCE = {"recipe", "version", "fingerprint"}
+KEYS = {"id", "text"} | SOURCE
 
 
 def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
@@ -51,7 +53,7 @@ def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
         log.warning("%s ends in the middle of a line (%d bytes): its example is predicted again", path, torn)
     records = [_record(path, number, line) for number, line in enumerate(lines, start=1)]
     for number, record in enumerate(records, start=1):
-        _check_source(path, number, record, data)
+        check_source(path, number, record, data)
     _check_ids(path, [record["id"] for record in records], data)
     return {record["id"]: record["text"] for record in records}
 
@@ -165,7 +167,8 @@ def _read_shards(path: Path, data: TaskData) -> dict[str, str]:
 
 def first_ids(ids: list[str], limit: int = 3) -> str:
     """``3 ids (a, b, c)`` or ``7 ids (a, b, c, ...)``: a count and the first few, for messages."""
-    names = ", ".join(ids[:limit]) + (", ..." if len(ids) > limit else "")
+    names = ", ".join(key if len(key) <= 60 else f"{key[:60]}..." for key in ids[:limit])
+    names += ", ..." if len(ids) > limit else ""
     return f"{len(ids)} id{'s' if len(ids) != 1 else ''} ({names})"
 
 
@@ -197,7 +200,12 @@ def _record(path: Path, number: int, line: bytes) -> dict:
     return record
 
 
-def _check_source(path: Path, number: int, record: dict, data: TaskData) -> None:
+def check_source(path: Path, number: int, record: dict, data: TaskData) -> None:
+    """Refuse a line that was predicted for another recipe, version or data.
+
+    Raises:
+        EvalError: names the line and what differs.
+    """
     wanted = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint}
     for key, value in wanted.items():
         if record[key] != value:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_keeplora_eval.answer_files import read_answers
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import MetricRecord, check_metric, load_metric, metric_record
-from llava_keeplora_eval.predictions import first_ids, read_predictions
 from llava_keeplora_eval.references import accepted_texts, check_references, metric_inputs, unmeetable
 
 if TYPE_CHECKING:
@@ -72,22 +72,23 @@ def _shown(value: float | str | None) -> str:
     return f"{value:.2f}" if isinstance(value, float) else "n/a" if value is None else value
 
 
-def score(data: TaskData, path: str | Path, metric: str | None = None) -> Score:
-    """Score a file of predictions against its task; the same inputs always give the same score.
+def score(data: TaskData, path: str | Path, metric: str | None = None, form: str | None = None) -> Score:
+    """Score a file of answers against its task; the same inputs always give the same score.
 
     An empty text is wrong and stays in the denominator.
 
     Args:
         data: the task and split that was predicted.
-        path: the JSONL file of predictions, one line for every id of the data.
+        path: the file, with an answer for every id of the data; see ``read_answers`` for what it may look like.
         metric: another metric than the recipe's.
+        form: one of ``answer_files.FORMS``; None looks at the file.
 
     Returns:
         The score, in percent.
 
     Raises:
-        EvalError: no file, no examples, a missing, duplicate or unknown id, predictions for another recipe, version or
-            data, a metric that the package doesn't have, or one that needs what the data or this machine doesn't have,
+        EvalError: no file, no examples, a record that is no answer, a missing, duplicate or unknown id, predictions
+            for another recipe, version or data, a metric that the package doesn't have, or one that needs what the data or this machine doesn't have,
             or accepted texts of which no example can be met (see ``check_references``).
     """
     path = Path(path)
@@ -96,20 +97,14 @@ def score(data: TaskData, path: str | Path, metric: str | None = None) -> Score:
         raise EvalError(f"there is no predictions file {path}", "run `llava-keeplora-eval predict` first")
     if len(data) == 0:
         raise EvalError(f"{data.recipe.name} ({data.split}) has no examples to score", "check the split and the data")
-    texts = read_predictions(path, data)
-    missing = [key for key in data.ids if key not in texts]
-    if missing:
-        raise EvalError(
-            f"{path} lacks {first_ids(missing)} of the {len(data)} of {data.recipe.name} ({data.split})",
-            "run the same `predict` command again to fill them in",
-        )
+    texts = read_answers(path, data, form)
     check_metric(record.name)
     references, inputs = accepted_texts(data), metric_inputs(data, record)
     unmet = unmeetable(record.name, references, **inputs)
     if len(unmet) == len(data):
         check_references(data, record.name)
     result = load_metric(record.name).compute(
-        predictions=[texts[key] for key in data.ids], references=references, **inputs
+        predictions=list(texts.values()), references=references, **inputs
     )
     percent = {key: _percent(result.get(key), record) for key in (record.name, "lenient", "compliance")}
     details = result.get("details")
