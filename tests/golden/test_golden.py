@@ -1,0 +1,141 @@
+"""Runs of release 0.1.0: the same configurations end with the same numbers, and the old folders open, resume, extend, report and export.
+
+`release-0.1.0.tar.gz` holds two small random base models, their tasks, two configurations and the folders of their runs (without
+what a report draws). The numbers were computed by torch 2.13.0 on an x86-64 processor with AMX, on one thread.
+"""
+
+import json
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_keeplora import cli
+from llava_keeplora.config import load_config
+from llava_keeplora.run_folder import extended, load_run
+from llava_keeplora.sequence import runner
+
+ARCHIVE = Path(__file__).with_name("release-0.1.0.tar.gz")
+#: Where the release's runs lay when they were recorded.
+RECORDED = "/tmp/gold"
+#: Relative distance of tensors and difference of scores (points) on a processor or with libraries of another kind.
+CLOSE, POINTS = 1e-3, 15.0
+RUNS = {"clip": ["keeplora", "keeplora++", "inflora", "moe-adapters", "zscl"], "llava": ["keeplora", "keeplora++", "inflora"]}
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    """The release's folder; shared, so copy what you change."""
+    root = tmp_path_factory.mktemp("release")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(root, filter="data")
+    for path in (*root.glob("run-*/config.json"), *root.glob("run-*/identity.json")):
+        path.write_text(path.read_text().replace(RECORDED, str(root)))
+    return root
+
+
+@pytest.fixture
+def old(release, tmp_path, monkeypatch):
+    """Function (family) → a copy of the release's run, the working folder being the release's."""
+    monkeypatch.chdir(release)
+    return lambda family: Path(shutil.copytree(release / f"run-{family}", tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def fresh(release, driven, tmp_path_factory):
+    """Function (family) → the folder of the same run, made now."""
+    folders = {}
+
+    def run(family: str) -> Path:
+        if family not in folders:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(release)
+                folder = tmp_path_factory.mktemp(family) / "run"
+                folders[family] = driven(load_config(f"{family}.yaml", output_dir=str(folder)))
+        return folders[family]
+
+    return run
+
+
+def same_machine() -> bool:
+    """Whether numbers are to be the recorded ones bit for bit."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return torch.__version__.startswith("2.13.0") and "amx_bf16" in flags and torch.get_num_threads() == 1
+
+
+def assert_same_numbers(expected: Path, seen: Path, label: str) -> None:
+    """Compare every tensor, score and answer that a method left behind."""
+    exact = same_machine()
+    tensors = sorted(path.relative_to(expected) for path in (expected / label).rglob("*.safetensors"))
+    assert tensors == sorted(path.relative_to(seen) for path in (seen / label).rglob("*.safetensors")) and len(tensors) >= 2
+    for name in tensors:
+        a, b = load_file(expected / name), load_file(seen / name)
+        assert a.keys() == b.keys(), name
+        for key in a:
+            if exact:
+                assert torch.equal(a[key], b[key]), (name, key)
+            elif name.name == "delta.safetensors" and a[key].is_floating_point():
+                assert float((a[key] - b[key]).norm()) <= CLOSE * max(1.0, float(a[key].norm())), (name, key)
+    rows = [json.loads((run / label / "matrix.json").read_text()) for run in (expected, seen)]
+    scores = [np.array(row["rows"], float) for row in rows]
+    assert np.abs(scores[0] - scores[1]).max() <= (0 if exact else POINTS)
+    if exact:
+        for path in sorted((expected / label).glob("task-*/predictions/*.jsonl")):
+            answers = [{row["id"]: row["text"] for row in map(json.loads, (run / path.relative_to(expected)).read_text().splitlines())} for run in (expected, seen)]
+            assert answers[0] == answers[1], path
+
+
+@pytest.mark.parametrize(("family", "label"), [(family, label) for family, labels in RUNS.items() for label in labels])
+def test_a_run_ends_with_the_numbers_of_the_release(release, fresh, family, label):
+    assert_same_numbers(release / f"run-{family}", fresh(family), label)
+
+
+def test_a_run_that_the_release_began_ends_with_its_numbers(release, old, drive_quietly):
+    run = old("clip")
+    journal = run / "keeplora/journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    begun = next(i for i, line in enumerate(lines) if '"TRAINED"' in line and '"task": 2' in re.sub(r":\s*", ": ", line))
+    journal.write_text("".join(lines[:begun]))
+    for path in ("delta.safetensors", "train.json", "state.safetensors", "consolidated.json", "scores.json"):
+        (run / "keeplora/task-02-stripes" / path).unlink()
+    shutil.rmtree(run / "keeplora/task-02-stripes/predictions")
+    drive_quietly(load_run(run))
+    assert_same_numbers(release / "run-clip", run, "keeplora")
+
+
+@pytest.mark.parametrize("family", RUNS)
+def test_the_release_s_run_is_whole_extends_and_reports(old, drive_quietly, family, capfd):
+    run = old(family)
+    assert cli.main(["doctor", str(run)]) == 0, capfd.readouterr()
+    before = {path: path.read_bytes() for path in run.glob("*/task-0[12]*/*.safetensors")}
+    task = {"clip": "tasks/corners.yaml", "llava": "tasks/corners.yaml"}[family]
+    drive_quietly(extended(run, task))
+    assert all(path.read_bytes() == content for path, content in before.items())
+    matrix = json.loads((run / "keeplora/matrix.json").read_text())
+    assert len(matrix["rows"]) == 3 and cli.main(["report", str(run)]) == 0 and (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize("form", ["adapter", "state"])
+def test_the_release_s_run_is_exported_and_its_state_imported(old, form, tmp_path, capfd):
+    run = old("clip")
+    words = ["export", str(run), "--method", "keeplora", "--as", form, "--into", str(tmp_path / form), "--base-id", "you/tiny"]
+    assert cli.main(words) == 0, capfd.readouterr()
+    assert cli.main(["import", str(tmp_path / form), "--into", str(tmp_path / "more"), "--base", "base-clip"]) == 0, capfd.readouterr()
+    assert cli.main(["doctor", str(tmp_path / "more")]) == 0, capfd.readouterr()
+
+
+@pytest.fixture
+def drive_quietly(monkeypatch):
+    """Function (config): run it without drawing the report."""
+
+    def drive(config) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "write_run_report", lambda root: None)
+            runner.run(config)
+
+    return drive
