@@ -16,6 +16,7 @@ from tqdm import tqdm
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import sync_folder, write_atomic
 from llava_keeplora_eval.interruption import finishing
+from llava_keeplora_recipes.strict_json import decode_text, parse_json
 
 if TYPE_CHECKING:
     from llava_keeplora_eval.predictors import Predictor
@@ -188,7 +189,7 @@ def _drop_torn_line(path: Path) -> None:
 
 def _record(path: Path, number: int, line: bytes) -> dict:
     try:
-        record = json.loads(line)
+        record = parse_json(decode_text(line))
     except ValueError:
         record = None
     texts = isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("id", "text"))
@@ -240,5 +241,10 @@ def _checked(texts: list[str], examples: list) -> list[str]:
         if not isinstance(text, str):
             raise EvalError(
                 f"the predictor gave {type(text).__name__} for example {example.id}", "return text, empty if need be"
+            )
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise EvalError(
+                f"the predictor gave half a character, {ascii(text)[:60]}, for example {example.id}",
+                "decode the answer as a whole, with errors='replace'",
             )
     return texts

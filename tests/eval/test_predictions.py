@@ -120,6 +120,11 @@ def test_a_file_that_does_not_belong_is_refused_and_left_alone(tmp_path, data, r
             lambda n: [None] * n,
             "the predictor gave NoneType for example pet-0; return text, empty if need be.",
         ),
+        (
+            lambda n: ["\ud83d"] * n,
+            "the predictor gave half a character, '\\ud83d', for example pet-0; "
+            "decode the answer as a whole, with errors='replace'.",
+        ),
     ],
 )
 def test_a_predictor_that_breaks_its_promise_is_refused(tmp_path, data, texts, sentence):
@@ -163,3 +168,13 @@ def test_shares_of_several_processes_join_to_the_file_that_one_process_writes(tm
     assert path.read_bytes() == alone.read_bytes()
     assert sorted(asked) == sorted(data.ids), "every example is answered once"
     assert [p.name for p in tmp_path.glob("shared*")] == ["shared.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, line()[:-1] + ', "id": "pet-1"}', line().replace("cat", "\\ud83d"), "9" * 5000, "\0" * 40]
+)
+def test_a_hostile_line_is_refused_in_one_sentence(tmp_path, data, recorder, line):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(EvalError, match="line 1 of .* is not a prediction with the keys"):
+        predict_to_file(recorder(), data, path)
