@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
+from unicodedata import normalize
 
 from llava_keeplora_eval.answer_forms import (
     box_form,
@@ -54,8 +55,11 @@ VOTES = 4
 
 
 def accuracy(text: str, answers: Answers) -> float:
-    """Letter by letter one of the accepted texts, white space around both aside."""
-    return text in {answer.strip() for answer in answers}
+    """Letter by letter one of the accepted texts, white space around both aside.
+
+    The same letters in another Unicode form, as some file systems write a class's folder, are the same.
+    """
+    return normalize("NFC", text) in {normalize("NFC", answer.strip()) for answer in answers}
 
 
 def exact_match(text: str, answers: Answers) -> float:

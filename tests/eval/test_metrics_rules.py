@@ -264,6 +264,7 @@ READ = [
     ("numeric", "3", ["three", "Three", "3.", " 3 ", "3.0", "\uff13"]),
     ("numeric", "50", ["50%", "50 %", "50.0%"]),
     ("numeric", "-1000", ["-1,000", "\u22121000"]),
+    ("accuracy", "caf\u00e9", ["cafe\u0301", " cafe\u0301"]),
     ("exact_match", "caf\u00e9", ["cafe\u0301", "CAFE\u0301", " caf\u00e9 "]),
 ]
 
