@@ -1,4 +1,4 @@
-"""Decoding text files and parsing JSON from anywhere: what cannot be read as it stands is refused with the reason."""
+"""Decoding text files and parsing JSON; what cannot be read as it stands is refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of answers from anywhere: LLaVA's, lines of JSON, a JSON list of records, or a JSON object from id to text."""
+"""Files of answers from anywhere: LLaVA's, lines of JSON, a JSON list of records, or a JSON object by id."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from llava_keeplora_recipes.strict_json import decode_text, parse_json
 if TYPE_CHECKING:
     from llava_keeplora_recipes import TaskData
 
-#: What `--from` may name, else a look at the file tells: LLaVA's answers (lines with `question_id` and `text`), any
-#: lines of JSON, one JSON value.
+#: What `--from` may name, else a look at the file tells: LLaVA's answers (lines with `question_id` and
+#: `text`), any lines of JSON, one JSON value.
 FORMS = ("llava", "jsonl", "json")
 #: Names of the id; the second group are ids of other things where one of the first is there too.
 ID_KEYS = (("id", "question_id", "questionId"), ("image_id", "index"))
-#: Names of the answer. Beside one of the first group, `answer` is the reference; `text` may always be the question.
+#: Names of the answer. Where one of the first group is there too, `answer` is the reference; `text` may
+#: always be the question.
 TEXT_KEYS = (("prediction", "response"), ("text", "answer", "caption"))
 #: Characters; a longer answer is a damaged file.
 LONGEST = 1_000_000
@@ -28,8 +29,8 @@ LONGEST = 1_000_000
 def read_answers(path: str | Path, data: TaskData, form: str | None = None) -> dict[str, str]:
     """Read the answers to every example of a split.
 
-    Ids may be text or whole numbers, and so may answers; UTF-8, UTF-16, a byte order mark, any line end and blank lines
-    are read. Lines that `predict` wrote are checked against the data as well.
+    Ids may be text or whole numbers, and so may answers; UTF-8, UTF-16, a byte order mark, any line end and
+    blank lines are read. Lines that `predict` wrote are checked against the data as well.
 
     Args:
         path: the file.
@@ -40,8 +41,8 @@ def read_answers(path: str | Path, data: TaskData, form: str | None = None) -> d
         id → text, in the order of the data.
 
     Raises:
-        EvalError: the file isn't readable, a record isn't an answer, was made for other data or leaves a doubt about
-            which of its values is the answer, or ids are missing, unknown or repeated.
+        EvalError: the file isn't readable, a record isn't an answer, was made for other data or leaves a
+            doubt about which of its values is the answer, or ids are missing, unknown or repeated.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,15 +71,17 @@ def _values(path: Path, text: str, form: str | None) -> Iterator[tuple[str, Any]
         return
     content = _parse(str(path), text)
     if isinstance(content, list):
-        yield from ((f"record {number} of {path}", value) for number, value in enumerate(content, start=1))
+        for number, value in enumerate(content, start=1):
+            yield f"record {number} of {path}", value
     elif isinstance(content, dict) and not _names(content, ID_KEYS[0]):
-        yield from ((f"the answer to '{_short(key)}' in {path}", (key, value)) for key, value in content.items())
+        for key, value in content.items():
+            yield f"the answer to '{_short(key)}' in {path}", (key, value)
     else:
         yield str(path), content
 
 
 def _is_lines(lines: list[tuple[int, str]]) -> bool:
-    """Return whether each line is a record of its own: a list never is, nor is an object over several lines."""
+    """Return whether each line is a record of its own, and not a part of one list or object."""
     starts = [line.lstrip()[0] for _, line in lines[:2]]
     if starts[:1] == ["["] or len(lines) == 1:
         return False
@@ -106,11 +109,16 @@ def _answer(where: str, value: Any, form: str | None) -> tuple[str, str]:
     if isinstance(value, tuple):
         key, text = value
     elif isinstance(value, dict):
-        id_key, text_key = ("question_id", "text") if form == "llava" else (_id_key(where, value), _text_key(where, value))
-        for name in (id_key, text_key):
+        if form == "llava":
+            names = ("question_id", "text")
+        else:
+            names = (_id_key(where, value), _text_key(where, value))
+        for name in names:
             if name not in value:
-                raise EvalError(f"{where} has no '{name}', which LLaVA's answers have", "leave out '--from llava'")
-        key, text = value[id_key], value[text_key]
+                raise EvalError(
+                    f"{where} has no '{name}', which LLaVA's answers have", "leave out '--from llava'"
+                )
+        key, text = (value[name] for name in names)
     else:
         raise EvalError(
             f"{where} is {_kind(value)}, and an answer is a record with its id",
@@ -119,10 +127,13 @@ def _answer(where: str, value: Any, form: str | None) -> tuple[str, str]:
     if isinstance(key, bool) or not isinstance(key, str | int):
         raise EvalError(f"{where} has {_kind(key)} as its id", "write the id as text or as a whole number")
     if isinstance(text, bool) or not isinstance(text, str | int):
-        raise EvalError(f"{where} has {_kind(text)} as its answer", "write the answer as text, empty if there is none")
+        raise EvalError(
+            f"{where} has {_kind(text)} as its answer", "write the answer as text, empty if there is none"
+        )
     if len(str(text)) > LONGEST:
         raise EvalError(
-            f"{where} has an answer of {len(str(text))} characters, and at most {LONGEST} are read", "shorten the answer"
+            f"{where} has an answer of {len(str(text))} characters, and at most {LONGEST} are read",
+            "shorten the answer",
         )
     return str(key), str(text)
 
@@ -177,8 +188,9 @@ def _kind(value: Any) -> str:
     """Return what a value is, in JSON's words."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    names = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return f"{names[type(value)]} ({_short(str(value))})" if not isinstance(value, list | dict) else names[type(value)]
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return f"{'a text' if isinstance(value, str) else 'a number'} ({_short(str(value))})"
 
 
 def _check_ids(path: Path, ids: list[str], data: TaskData, predicted: bool) -> None:
@@ -186,15 +198,20 @@ def _check_ids(path: Path, ids: list[str], data: TaskData, predicted: bool) -> N
     name = f"{data.recipe.name} ({data.split})"
     repeated = [key for key, count in Counter(ids).items() if count > 1]
     if repeated:
-        raise EvalError(f"{path} has more than one prediction for {first_ids(repeated)}", "remove all but one of each")
+        raise EvalError(
+            f"{path} has more than one prediction for {first_ids(repeated)}", "remove all but one of each"
+        )
     there, wanted = set(ids), set(data.ids)
     missing = [key for key in data.ids if key not in there]
     unknown = [key for key in ids if key not in wanted]
     if missing:
         more = f", and has {first_ids(unknown)} that it doesn't have" if unknown else ""
-        again = "run the same `predict` command again to fill them in"
-        elsewhere = "add them, with an empty text where there is no answer"
-        cure = "check the task, the split and the ids" if unknown else again if predicted or not ids else elsewhere
+        if unknown:
+            cure = "check the task, the split and the ids"
+        elif predicted or not ids:
+            cure = "run the same `predict` command again to fill them in"
+        else:
+            cure = "add them, with an empty text where there is no answer"
         raise EvalError(f"{path} lacks {first_ids(missing)} of the {len(data)} of {name}{more}", cure)
     if unknown:
         raise EvalError(

@@ -65,7 +65,7 @@ def _compatible(accepted: str) -> str:
 
 
 def read_letter(accepted: str) -> str | None:
-    """The option of "B", "(b)", "B.", "B) a dog" or "(B) a dog"; a number or a word names none for certain."""
+    """The option of "B", "(b)", "B.", "B) a dog" or "(B) a dog"; a number or a word names none."""
     for pattern in _NAMED_LETTER[:2]:
         if match := pattern.fullmatch(_compatible(accepted)):
             return match[1].upper()

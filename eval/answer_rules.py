@@ -1,15 +1,16 @@
 """The rules that score answers, one small function each, and the table that names them.
 
 A rule takes the predicted text (white space around it already gone, never empty), the accepted texts that it
-compares (at least one of them not empty), and by name what else it needs; it returns the example's score, 0 to 1. A
-benchmark's rule is its official script's, quirks included, with two exceptions that hold everywhere: an empty answer
-is wrong, and an accepted text that is empty matches nothing. Empty is what holds nothing but white space; a text of
-which nothing is left once a script has normalised it ("A", "the", ".") is scored as the script scores it.
+compares (at least one of them not empty), and by name what else it needs; it returns the example's score, 0
+to 1. A benchmark's rule is its official script's, quirks included, with two exceptions that hold everywhere:
+an empty answer is wrong, and an accepted text that is empty matches nothing. Empty is what holds nothing but
+white space; a text of which nothing is left once a script has normalised it ("A", "the", ".") is scored as the
+script scores it.
 
 Source: eval_*.py of https://github.com/MaolinLuo/KeepLoRA (UCIT, MLLM-DCL, MLLM-ACL, the same in MCITlib and
 MLLM-CL) and of https://github.com/zackschen/CoIN; for ScienceQA eval_science_qa.py of
-https://github.com/haotian-liu/LLaVA, which KeepLoRA and MCITlib have too (the present one of CoIN takes the first
-single letter instead).
+https://github.com/haotian-liu/LLaVA, which KeepLoRA and MCITlib have too (the present one of CoIN takes the
+first single letter instead).
 """
 
 from __future__ import annotations
@@ -63,31 +64,34 @@ def accuracy(text: str, answers: Answers) -> float:
 
 
 def exact_match(text: str, answers: Answers) -> float:
-    """One of the accepted texts; case, amount of white space and Unicode form (NFC, NFD) make no difference."""
+    """One of the accepted texts, without differences of case, amount of white space or Unicode form."""
     return folded(text) in {folded(answer) for answer in answers}
 
 
-def _matches(text: str, answers: Answers, has_form: Callable[[str], bool], read: Callable[[str], Any]) -> bool:
-    """Return whether a text in the asked form has an accepted text's value, or is an accepted text with a value."""
+def _matches(
+    text: str, answers: Answers, has_form: Callable[[str], bool], read: Callable[[str], Any]
+) -> bool:
+    """Return whether a text of the asked form has an accepted text's value, or is one that has a value."""
     values = {answer.strip().casefold(): read(answer) for answer in answers if read(answer) is not None}
     return text.casefold() in values or (has_form(text) and read(text) in values.values())
 
 
 def option_letter(text: str, answers: Answers) -> float:
-    """The letter of the option and nothing else, in either case; of an accepted "(B)" or "B. a dog" it is B."""
+    """The letter of the option and nothing else, in either case; an accepted "(B)" or "B. a dog" means B."""
     return _matches(text, answers, is_letter, read_letter)
 
 
 def numeric(text: str, answers: Answers) -> float:
-    """A number in digits and nothing else, equal in value to an accepted one: 3, 3.0 and 1,000, but not "three".
+    """A number in digits and nothing else, equal in value to an accepted one: 3, 3.0, 1,000, but not "three".
 
-    An accepted text may be a number word up to ten, or end in a period or percent sign, which is dropped: "50%" is 50.
+    An accepted text may be a number word up to ten, or end in a period or percent sign, which is dropped:
+    "50%" is 50.
     """
     return _matches(text, answers, is_number, read_number)
 
 
 def yes_no(text: str, answers: Answers) -> float:
-    """Yes or no and nothing else, in either case; of an accepted "True", "False" or "Yes." it is what it says."""
+    """Yes or no and nothing else, in either case; an accepted "True" or "Yes." means yes, "False" no."""
     return _matches(text, answers, is_yes_no, read_yes_no)
 
 
@@ -105,12 +109,14 @@ def _soft(text: str, answers: Answers) -> float:
 def _normalised(text: str, answers: Answers, normal: Callable[[str], str]) -> tuple[str, list[str]]:
     """Normalise a text and its accepted texts.
 
-    Ten answers are scored as the official script does, to which "A" and "the" are both nothing. Of fewer than four,
-    which have no official script, what would be nothing keeps its articles: the option "A" isn't "the".
+    Ten answers are scored as the official script does, to which "A" and "the" are both nothing. Of fewer
+    than four, which have no official script, what would be nothing keeps its articles: the option "A" isn't
+    "the".
     """
 
     def form(part: str) -> str:
-        return normal(part) or (len(answers) < VOTES and (drop_punctuation(part).lower().strip() or part)) or ""
+        as_written = (drop_punctuation(part).lower().strip() or part) if len(answers) < VOTES else ""
+        return normal(part) or as_written
 
     return form(text), [form(answer) for answer in answers]
 
@@ -259,14 +265,15 @@ def coin_gqa(text: str, answers: Answers) -> float:
 def _overlaps(box: Sequence[float], other: Sequence[float], size: Any) -> bool:
     """Return whether the intersection over union of two boxes (x1, y1, x2, y2) is above a half.
 
-    It is taken in pixels of the picture's longer side, as in the script, because rounding decides where it is a half.
+    It is taken in pixels of the picture's longer side, as in the script, because rounding decides where it
+    is a half.
 
     Raises:
         EvalError: the size isn't a width and a height.
     """
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int | float) for side in size)):
+    if not (isinstance(size, list) and [isinstance(side, int | float) for side in size] == [True, True]):
         raise EvalError(
-            f"the size {str(size)[:40]!r} is no list of a picture's width and height, and this metric needs them",
+            f"the size {str(size)[:40]!r} is no list of a picture's width and height, which this metric needs",
             "correct 'size' in the data, or choose another metric",
         )
     a, b = ([value * max(size) for value in part] for part in (box, other))
@@ -294,9 +301,9 @@ def _accepted_box(answers: Answers) -> list[float]:
 
 
 def coin_grounding(text: str, answers: Answers, *, size: Any) -> float:
-    """The predicted box overlaps the accepted one by more than half (intersection over union). After the brackets the
-    script drops a first and a last character more, so that 0.93 is read as 0.9; a prediction that isn't four numbers
-    then is wrong."""
+    """The predicted box overlaps the accepted one by more than half (intersection over union). After the
+    brackets the script drops a first and a last character more, so that 0.93 is read as 0.9; a prediction that
+    isn't four numbers then is wrong."""
     box = _four_numbers(re.sub(r"[\[\]]", "", text)[1:-1])
     accepted = _accepted_box(answers)
     return box is not None and _overlaps(box, accepted, size)
@@ -317,7 +324,7 @@ def finds_any(text: str, answers: Answers, **given: str) -> float:
 
 
 def reads_any(find: Callable[[str], Any], read: Callable[[str], Any]) -> Callable[..., float]:
-    """Return the lenient rule for accepted texts that are read: what is found in a text is the value of one of them."""
+    """Return the lenient rule for accepted texts that are read: the value found in a text is one of theirs."""
 
     def lenient(text: str, answers: Answers) -> float:
         return find(text) in {read(answer) for answer in answers} - {None} or finds_any(text, answers)
@@ -346,8 +353,8 @@ class AnswerRule:
         lenient: the score of a lenient reader; the higher of both counts, so that lenient is never below strict.
         complies: whether a text has the asked form; see ``answer_forms``.
         soft: whether a score can lie between 0 and 1, so that nothing can be counted as correct.
-        compares: which accepted texts are compared: any of them, the first, where an official file has one answer, or
-            all of them as votes.
+        compares: which accepted texts are compared: any of them, the first, where an official file has one
+            answer, or all of them as votes.
     """
 
     strict: Callable[..., float]
@@ -411,8 +418,9 @@ def score_answers(name: str, predictions: Sequence[str], references: Sequence[An
     for i, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
         text, given = prediction.strip(), {key.removesuffix("s"): values[i] for key, values in inputs.items()}
         accepted = rule.accepted(answers)
-        strict.append(float(rule.strict(text, accepted, **given)) if text and accepted else 0.0)
-        lenient.append(max(strict[-1], float(rule.lenient(text, answers, **given))) if text and accepted else 0.0)
+        can_match = text and accepted
+        strict.append(float(rule.strict(text, accepted, **given)) if can_match else 0.0)
+        lenient.append(max(strict[-1], float(rule.lenient(text, answers, **given))) if can_match else 0.0)
         complying += bool(text) and rule.complies(text, answers, known)
     count = len(predictions)
     result = {name: sum(strict) / count, "lenient": sum(lenient) / count, "compliance": complying / count}

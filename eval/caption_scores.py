@@ -1,8 +1,8 @@
 """BLEU, ROUGE-L, CIDEr and METEOR of a set of captions, by pycocoevalcap, the code behind the published numbers.
 
 BLEU and METEOR are of the set as a whole, ROUGE-L and CIDEr means over its captions. CIDEr weighs words by how many of the
-evaluated examples have them in their references, so it is a number of this set and of no other. What every example
-has weighs nothing, so of a single example, or where all have the same references, CIDEr is 0 whatever the captions are.
+evaluated examples have them in their references, so it is a number of this set and of no other. What every
+example has weighs nothing, so of a single example, or where all have the same references, CIDEr is 0.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
             of a run cannot afford.
 
     Returns:
-        ``bleu_1`` to ``bleu_4``, ``rouge_l`` and, if asked for, ``meteor`` from 0 to 1, ``cider`` from 0 to 10, and
-        ``tokenizer``; ``cider_note`` where CIDEr is 0 whatever the captions are.
+        ``bleu_1`` to ``bleu_4``, ``rouge_l`` and, if asked for, ``meteor`` from 0 to 1, ``cider`` from 0 to
+        10, and ``tokenizer``; ``cider_note`` where CIDEr is 0 for any caption.
 
     Raises:
         EvalError: pycocoevalcap is missing, METEOR is asked for and Java is missing, or an example has no reference.
@@ -74,7 +74,9 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
     if with_meteor:
         scores["meteor"] = java.meteor(java.find_jar(java.METEOR), tokens[: len(captions)], found)
     if len(weightless(found)) == len(found):
-        scores["cider_note"] = f"0 for any caption, because all references of the {len(found)} scored say the same"
+        scores["cider_note"] = (
+            f"0 for any caption, because all references of the {len(found)} scored say the same"
+        )
     return scores | {"tokenizer": tokenizer}
 
 
@@ -87,10 +89,11 @@ def weightless(references: Sequence[Sequence[str]]) -> list[int]:
     Returns:
         The positions of the examples, ascending; of a single example 0.
     """
-    grams = [
-        {tuple(words[at : at + n]) for words in map(str.split, texts) for n in ORDERS for at in range(len(words) - n + 1)}
-        for texts in references
-    ]
+
+    def grams_of(words: list[str]) -> set[tuple[str, ...]]:
+        return {tuple(words[at : at + n]) for n in ORDERS for at in range(len(words) - n + 1)}
+
+    grams = [set().union(*(grams_of(text.split()) for text in texts)) for texts in references]
     frequency = Counter(gram for example in grams for gram in example)
     return [i for i, example in enumerate(grams) if all(frequency[gram] == len(grams) for gram in example)]
 

@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
 
     score = commands.add_parser("score", parents=[common, data], help="score a file of predictions")
-    score.add_argument("--predictions", required=True, type=Path, help="of `predict`, or answers made elsewhere")
-    score.add_argument("--from", dest="form", choices=ANSWER_FORMS, help="what made the file; by default a look tells")
+    score.add_argument("--predictions", required=True, type=Path, help="by `predict`, or answers made elsewhere")
+    score.add_argument("--from", dest="form", choices=ANSWER_FORMS, help="how the file is laid out; a look tells")
     score.add_argument("--metric", help="another metric than the task's own, caption_meteor for instance")
     score.add_argument("--json", action="store_true", help="print the score as JSON instead of a line")
     score.set_defaults(run=_score)

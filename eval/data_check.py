@@ -20,8 +20,8 @@ from llava_keeplora_recipes.strict_yaml import read_mapping
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Recipe, TaskData
 
-#: The split that is learned and not scored: its answers may have another form, such as reasons before a letter,
-#: and lack what a metric needs.
+#: The split that is learned and not scored: its answers may have another form, such as reasons before a
+#: letter, and lack what a metric needs.
 TRAIN = "train"
 #: How many examples of a split are shown as a model sees them.
 SHOWN = 3

@@ -20,7 +20,8 @@ def accepted_texts(data: TaskData) -> list[list[str]]:
     """Return the accepted texts of every example, without decoding an image."""
     if data.recipe.kind == "classification":
         # A generative model is taught class names with spaces, see `Recipe.asks`.
-        return [[name, name.replace("_", " ")] for name in (data.recipe.classes[label] for label in data.labels)]
+        names = (data.recipe.classes[label] for label in data.labels)
+        return [[name, name.replace("_", " ")] for name in names]
     return data.answers
 
 
@@ -75,9 +76,11 @@ def unmeetable(metric: str, references: Sequence[Sequence[str]], **inputs: Seque
 
 
 def _unmeetable_captions(references: Sequence[Sequence[str]], by_cider: bool) -> list[int]:
-    """A caption needs a word; for CIDEr an n-gram that not every example has, because it weighs them by their rarity."""
+    """Find the captions without a word, or for CIDEr without an n-gram that not every example has."""
     tokens = [[ptb.without_punctuation(ptb.tokenize(text)) for text in texts] for texts in references]
-    return weightless(tokens) if by_cider else [i for i, texts in enumerate(tokens) if not any(texts)]
+    if by_cider:
+        return weightless(tokens)
+    return [i for i, texts in enumerate(tokens) if not any(texts)]
 
 
 def check_references(data: TaskData, metric: str | None = None) -> str | None:
@@ -91,8 +94,8 @@ def check_references(data: TaskData, metric: str | None = None) -> str | None:
         A sentence with their number, share and first ones; None if there are none.
 
     Raises:
-        EvalError: it is all of them, so that a score would say nothing; or scoring would refuse one of them; or the
-            data lack what the metric needs.
+        EvalError: it is all of them, so that a score would say nothing; or scoring would refuse one of them;
+            or the data lack what the metric needs.
     """
     record = metric_record(metric or data.recipe.metric)
     references, inputs = accepted_texts(data), metric_inputs(data, record)
@@ -106,8 +109,8 @@ def check_references(data: TaskData, metric: str | None = None) -> str | None:
     first = ", ".join(f"{data.ids[i]}: {_shortened(references[i])}" for i in positions[:3])
     problem = (
         f"{len(positions)} of {len(data)} examples of {data.recipe.name} ({data.split}), "
-        f"{100 * len(positions) / len(data):.1f} %, get 0 from the metric '{record.name}' even if their accepted text "
-        f"is answered to the letter ({first}{', ...' if len(positions) > 3 else ''})"
+        f"{100 * len(positions) / len(data):.1f} %, get 0 from the metric '{record.name}' even if their "
+        f"accepted text is answered to the letter ({first}{', ...' if len(positions) > 3 else ''})"
     )
     reason = _caption_reason(record.name) if is_caption else f"it scores whether {record.summary}"
     cure = f"{reason}: write the answers so, or choose another metric"
@@ -118,7 +121,9 @@ def check_references(data: TaskData, metric: str | None = None) -> str | None:
 
 def _caption_reason(metric: str) -> str:
     if metric == "caption_cider":
-        return "CIDEr weighs words by how few examples have them, so a single example, or a text that all have, scores 0"
+        return (
+            "CIDEr weighs words by how few examples have them, so a single example or what all have scores 0"
+        )
     return "captions are compared word by word, and there is no word"
 
 

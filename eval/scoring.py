@@ -34,7 +34,7 @@ class Score:
             the score was lost to style.
         compliance: the share of answers in the asked form, in percent, for metrics of answers.
         details: further numbers, in percent, and how they were made, for metrics that have them.
-        unmeetable: examples that get 0 even if their accepted text is answered to the letter; see ``unmeetable``.
+        unmeetable: how many examples get 0 even if their accepted text is answered to the letter.
     """
 
     task: str
@@ -79,7 +79,7 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
 
     Args:
         data: the task and split that was predicted.
-        path: the file, with an answer for every id of the data; see ``read_answers`` for what it may look like.
+        path: the file, with an answer for every id of the data, in any form that ``read_answers`` reads.
         metric: another metric than the recipe's.
         form: one of ``answer_files.FORMS``; None looks at the file.
 
@@ -87,9 +87,10 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
         The score, in percent.
 
     Raises:
-        EvalError: no file, no examples, a record that is no answer, a missing, duplicate or unknown id, predictions
-            for another recipe, version or data, a metric that the package doesn't have, or one that needs what the data or this machine doesn't have,
-            or accepted texts of which no example can be met (see ``check_references``).
+        EvalError: no file, no examples, a record that is no answer, a missing, duplicate or unknown id,
+            predictions for another recipe, version or data, a metric that the package doesn't have, or one that
+            needs what the data or this machine doesn't have, or accepted texts of which none can be met (see
+            ``check_references``).
     """
     path = Path(path)
     record = metric_record(metric or data.recipe.metric)

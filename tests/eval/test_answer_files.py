@@ -76,7 +76,8 @@ def test_what_other_tools_write_is_read_by_looking(answered, made, name):
 
 
 @pytest.mark.parametrize(
-    ("made", "form"), [("llava", "llava"), ("llava", "jsonl"), ("lines", "jsonl"), ("list", "json"), ("object", "json")]
+    ("made", "form"),
+    [("llava", "llava"), ("llava", "jsonl"), ("lines", "jsonl"), ("list", "json"), ("object", "json")],
 )
 def test_the_form_can_be_named(answered, made, form):
     assert answered(MADE[made], form) == ANSWERS
@@ -84,18 +85,27 @@ def test_the_form_can_be_named(answered, made, form):
 
 @pytest.mark.parametrize("made", ["llava", "list over lines", "object over lines"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
-@pytest.mark.parametrize("change", [str.rstrip, lambda t: t + "\n\n", lambda t: "\n" + t.replace("\n", "\r\n") + " \r\n"])
+@pytest.mark.parametrize(
+    "change", [str.rstrip, lambda t: t + "\n\n", lambda t: "\n" + t.replace("\n", "\r\n") + " \r\n"]
+)
 def test_line_ends_blank_lines_and_encodings_make_no_difference(answered, made, encoding, change):
     assert answered(change(MADE[made]).encode(encoding)) == ANSWERS
 
 
 def test_one_answer_alone_is_read(asks, answered):
     asks.ids = ["a"]
-    for content in ('{"id": "a", "text": "x"}', '[{"id": "a", "text": "x"}]', '{"a": "x"}\n', '{"id": "a", "answer": "x"}'):
+    for content in (
+        '{"id": "a", "text": "x"}',
+        '[{"id": "a", "text": "x"}]',
+        '{"a": "x"}\n',
+        '{"id": "a", "answer": "x"}',
+    ):
         assert answered(content) == {"a": "x"}
 
 
-def test_what_predict_wrote_is_read_without_its_last_line_end_and_checked_against_the_data(asks, answered, tmp_path):
+def test_what_predict_wrote_is_read_without_its_last_line_end_and_checked_against_the_data(
+    asks, answered, tmp_path
+):
     predict_to_file(SimpleNamespace(predict=lambda examples: TEXTS), asks, tmp_path / "p.jsonl")
     content = (tmp_path / "p.jsonl").read_text()
     assert answered(content) == answered(content.rstrip("\n")) == answered("\ufeff" + content) == ANSWERS
@@ -103,7 +113,9 @@ def test_what_predict_wrote_is_read_without_its_last_line_end_and_checked_agains
         with pytest.raises(EvalError, match=f"line {line} .*not readable JSON.*run the same command again"):
             answered(damaged)
     asks.fingerprint = "cafe"
-    with pytest.raises(EvalError, match="line 1 of .*predicted for fingerprint f00d, and the data has fingerprint cafe"):
+    with pytest.raises(
+        EvalError, match="line 1 of .*predicted for fingerprint f00d, and the data has fingerprint cafe"
+    ):
         answered(content)
 
 
@@ -199,7 +211,9 @@ LAYOUTS = {
     "lines": as_lines,
     "list": json.dumps,
     "indented": lambda rows: json.dumps(rows, indent=1),
-    "object": lambda rows: json.dumps({str(next(iter(row.values()))): list(row.values())[-1] for row in rows}),
+    "object": lambda rows: json.dumps(
+        {str(next(iter(row.values()))): list(row.values())[-1] for row in rows}
+    ),
 }
 
 
@@ -217,7 +231,9 @@ def test_cells_of_every_type_are_read_as_said_or_refused_in_one_sentence(asks, a
     text_key = data.draw(st.sampled_from(["text", "answer", "prediction", "response", "caption"]))
     rows = [{id_key: as_id(key), text_key: cell} for key, cell in zip(IDS, cells)]
     content = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](data.draw(st.permutations(rows)))
-    content = data.draw(st.sampled_from([content, content.rstrip(), content.replace("\n", "\r\n"), f"\n{content}\n \n"]))
+    content = data.draw(
+        st.sampled_from([content, content.rstrip(), content.replace("\n", "\r\n"), f"\n{content}\n \n"])
+    )
     encoded = content.encode(data.draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])))
     try:
         texts = answered(encoded, name=data.draw(st.sampled_from(["x.jsonl", "x.json", "x.txt"])))

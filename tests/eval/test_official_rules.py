@@ -1,4 +1,4 @@
-"""Random answers against each official script's rule, derived anew from what the script does; `make test-slow` takes 30,000.
+"""Random answers against each official script's rule, derived anew; `make test-slow` takes 30,000 of them.
 
 The scripts themselves were run beside the metrics on as many cases; see docs/benchmarks.md.
 """
@@ -11,9 +11,15 @@ import pytest
 from llava_keeplora_eval.answer_rules import RULES, score_answers
 
 CASES = [pytest.param(150, id="few"), pytest.param(30_000, id="30000", marks=pytest.mark.slow)]
-CONTRACTIONS = {"dont": "don't", "couldn'tve": "couldn't've", "somebody'd": "somebodyd", "twas": "'twas", "youre": "you're"}
+CONTRACTIONS = {
+    "dont": "don't",
+    "couldn'tve": "couldn't've",
+    "somebody'd": "somebodyd",
+    "twas": "'twas",
+    "youre": "you're",
+}
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "ten": "10"}
-MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+MARKS = ';/[]"{}()=+\\_-><@`,?!'
 WORDS = [
     *("a an the A The yes no Yes No 1 2 3 10 1,000 1,,2 3.5 .5 5. none zero one two ten eleven let's she's dog's dog cat"
       " red Red-Brown t-shirt a/b w/ ? ! . ... , ; : ' \" ( ) (B) B. B b C F [x] {y} = + \\ _ - > < @ ` stop STOP"
@@ -141,10 +147,15 @@ def test_random_answers_score_as_by_the_official_rule(name, count):
         answers = references(name, chance)
         text = near(chance, chance.choice(answers))
         if name == "coin_scienceqa" and chance.random() < 0.6:
-            text = chance.choice(["The answer is {}.", "{}. a dog", "{}.", "So: The answer is {}!"]).format(text)
+            text = chance.choice(["The answer is {}.", "{}. a dog", "{}.", "So: The answer is {}!"]).format(
+                text
+            )
         expected = float(OFFICIAL[name](text, answers))
         scores.add(expected)
-        assert score_answers(name, [text], [answers])[name] == pytest.approx(expected, abs=1e-12), (text, answers)
+        assert score_answers(name, [text], [answers])[name] == pytest.approx(expected, abs=1e-12), (
+            text,
+            answers,
+        )
     assert len(scores) > 1
 
 
@@ -153,14 +164,21 @@ def test_random_ocr_answers(count):
     chance = random.Random(1)
     formula = "Handwritten Mathematical Expression Recognition"
     for _ in range(count):
-        kind, answers = chance.choice([formula, "Doc-oriented VQA"]), [phrase(chance, 2) for _ in range(chance.randint(1, 3))]
+        kind, answers = (
+            chance.choice([formula, "Doc-oriented VQA"]),
+            [phrase(chance, 2) for _ in range(chance.randint(1, 3))],
+        )
         text = near(chance, chance.choice(answers))
 
         def form(t):
             return "".join(t.strip().split("\n")).replace(" ", "") if kind == formula else bare(t, "\n")
 
         expected = max(form(text).find(form(answer)) >= 0 for answer in answers)
-        assert score_answers("acl_ocr", [text], [answers], answer_types=[kind])["acl_ocr"] == expected, (text, answers, kind)
+        assert score_answers("acl_ocr", [text], [answers], answer_types=[kind])["acl_ocr"] == expected, (
+            text,
+            answers,
+            kind,
+        )
 
 
 @pytest.mark.parametrize("count", CASES)
@@ -168,7 +186,10 @@ def test_random_science_answers(count):
     chance = random.Random(2)
     states = ["ohio", "Utah", " texas", "New York"]
     for _ in range(count):
-        image, question = chance.choice(["x/AI2D_1.png", "TQA_2.png", "map_1.png"]), chance.choice(["Which states?", "What?"])
+        image, question = (
+            chance.choice(["x/AI2D_1.png", "TQA_2.png", "map_1.png"]),
+            chance.choice(["Which states?", "What?"]),
+        )
         gold = ",".join(chance.choices(states, k=3)) if chance.random() < 0.5 else phrase(chance, 2)
         text = ",".join(chance.choices(states, k=3)).strip() if chance.random() < 0.5 else near(chance, gold)
         low, wanted = text.lower(), gold.lower()
@@ -181,7 +202,9 @@ def test_random_science_answers(count):
         else:
             expected = low.find(wanted) >= 0
         given = {"questions": [question], "images": [image]}
-        assert score_answers("dcl_sci", [text], [[gold]], **given)["dcl_sci"] == pytest.approx(float(expected)), (text, gold, image)
+        assert score_answers("dcl_sci", [text], [[gold]], **given)["dcl_sci"] == pytest.approx(
+            float(expected)
+        ), (text, gold, image)
 
 
 @pytest.mark.parametrize("count", CASES)

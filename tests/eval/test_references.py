@@ -8,7 +8,7 @@ from llava_keeplora_eval import EvalError, check_references, predict_to_file, sc
 from llava_keeplora_eval.answer_rules import RULES
 from llava_keeplora_eval.cli import main
 
-#: metric → accepted texts that an answer to the letter meets, and those that it doesn't, each with the script's reason.
+#: metric → accepted texts that an answer to the letter meets, and those that it doesn't.
 SAID = {
     "accuracy": (["cat", "red_bird", "Cat "], ["", " "]),
     "exact_match": (["cat", "cafe\u0301", "a  b", "."], ["", "\n"]),
@@ -18,7 +18,10 @@ SAID = {
     "vqa_accuracy": (["A", "the", ".", "two dogs"], [" "]),
     "coin_textvqa": (["A", "the", ".", "two dogs"], [" "]),
     "ucit_exact_match": (["Cat", "a. b"], ["cat ", ""]),  # the prediction is stripped, the answer isn't
-    "dcl_rs": (["yes", "rural area", "."], ["1.2", "U.S.", "", "Unanswerable"]),  # the answer loses its periods
+    "dcl_rs": (
+        ["yes", "rural area", "."],
+        ["1.2", "U.S.", "", "Unanswerable"],
+    ),  # the answer loses its periods
     "dcl_med": (["liver"], ["Unanswerable", ""]),
     "dcl_fin": (["A", "yes"], ["a b", "A."]),  # the prediction loses spaces and periods
     "acl_vp": (["(A)", "."], [" "]),
@@ -28,7 +31,10 @@ SAID = {
     "coin_vqav2": (["blue"], [""]),
     "coin_imagenet": (["tabby cat"], [""]),
     "coin_ocrvqa": (["jane doe"], ["Unanswerable"]),
-    "coin_grounding": (["[0.10,0.10,0.50,0.50]"], ["[0.1,0.1,0.5,0.5]", "on the left", "[0.10,0.10,0.10,0.50]"]),
+    "coin_grounding": (
+        ["[0.10,0.10,0.50,0.50]"],
+        ["[0.1,0.1,0.5,0.5]", "on the left", "[0.10,0.10,0.10,0.50]"],
+    ),
     "caption_rouge_l": (["a dog"], ["", "? !"]),
     "ucit_caption_mean": (["a dog"], [" ... "]),
 }
@@ -87,9 +93,13 @@ def asks(metric, answers):
 def test_the_sentence_has_number_share_first_ones_and_cure():
     assert check_references(asks("option_letter", [["A"], ["(B)"]])) is None
     sentence = check_references(asks("option_letter", [["A"], ["1"], ["2", "3"], ["x" * 90], ["5"]]))
-    assert sentence.startswith("4 of 5 examples of asks (test), 80.0 %, get 0 from the metric 'option_letter'")
+    assert sentence.startswith(
+        "4 of 5 examples of asks (test), 80.0 %, get 0 from the metric 'option_letter'"
+    )
     assert "(q1: '1', q2: '2' or '3', q3: 'xxxxx" in sentence and "x..., ...)" not in sentence
-    assert sentence.endswith("the option's letter and nothing else: write the answers so, or choose another metric")
+    assert sentence.endswith(
+        "the option's letter and nothing else: write the answers so, or choose another metric"
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +129,9 @@ def test_a_score_counts_them_and_the_command_says_it_first(tmp_path, monkeypatch
     data = asks("numeric", [["3"], ["a dozen"]])
     predict_to_file(SimpleNamespace(predict=lambda examples: ["3", "12"]), data, tmp_path / "p.jsonl")
     result = score(data, tmp_path / "p.jsonl")
-    assert (result.score, result.unmeetable) == (50, 1) and str(result).endswith("(1/2, 1 that no answer can meet)")
+    assert (result.score, result.unmeetable) == (50, 1) and str(result).endswith(
+        "(1/2, 1 that no answer can meet)"
+    )
     monkeypatch.setattr("llava_keeplora_eval.cli._load", lambda arguments: data)
     assert main(["score", "--task", "asks", "--predictions", str(tmp_path / "p.jsonl")]) == 0
     assert capsys.readouterr().err.startswith("warning: 1 of 2 examples of asks (test), 50.0 %, get 0 from")
