@@ -104,9 +104,16 @@ class Chat:
         return self._expand(prompt, sizes), whole[len(prompt) :]
 
     def _tokenise(self, text: str) -> list[int]:
-        return self.tokenizer(text)["input_ids"]
+        # Some chat templates write the begin-of-text token that the tokenizer puts before every text too; it goes there once.
+        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        return self.tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
 
     def _expand(self, ids: list[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
+        if (marked := ids.count(self.image_id)) != len(sizes):
+            raise EvalError(
+                f"a question has {len(sizes)} images and its chat text marks {marked} with {self.processor.image_token}",
+                "remove the mark from the text of the question, the prompt or the chat template",
+            )
         counts = iter(self.image_tokens(sizes))
         return [token for i in ids for token in ([i] * next(counts) if i == self.image_id else [i])]
 

@@ -110,8 +110,10 @@ def _predict(arguments: argparse.Namespace) -> None:
     # After the data, because importing torch takes seconds and a misspelt task should be told at once.
     from llava_keeplora_eval.models import load_predictor
     from llava_keeplora_eval.predictors import default_device
+    from llava_keeplora_eval.preparation import check_questions
 
     predictor = load_predictor(arguments.model, data.recipe, arguments.device or default_device(), arguments.max_new_tokens)
+    check_questions(predictor.preparation, data)
     count = predict_to_file(predictor, data, arguments.output, arguments.batch_size)
     print(f"{arguments.output}: {count} predicted now, {len(data)} in all{_dropped(data)}")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from llava_keeplora_eval.chat import asked, learned, render, reply
+from llava_keeplora_eval.chat import asked, learned
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import metric_record
+from llava_keeplora_eval.preparation import Preparation, answer_problems, check_answers, load_preparation
 from llava_keeplora_eval.references import check_references
 from llava_keeplora_recipes import list_sequences, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import UserError
@@ -26,8 +27,8 @@ TRAIN = "train"
 #: How many examples of a split are shown as a model sees them.
 SHOWN = 3
 
-#: (question, number of images, answer) → the text of an example, with the part that a model learns between ⟦ and ⟧.
-Show = Callable[[str, int, str], str]
+#: (split, row) → an example as lines of text, with the part that a model learns between ⟦ and ⟧.
+Show = Callable[["TaskData", int], list[str]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class SplitReport:
         data: the examples that can be used; None where nothing can be read.
         errors: everything that keeps the split, or a part of it, from being used.
         warnings: what can be used and is still worth a look.
+        sizes: how long the examples are for a model; None without one.
     """
 
     split: str
@@ -47,6 +49,7 @@ class SplitReport:
     data: TaskData | None
     errors: list[UserError]
     warnings: list[str]
+    sizes: str | None = None
 
     def lines(self) -> list[str]:
         """The report as text."""
@@ -54,6 +57,7 @@ class SplitReport:
         lines = [f"{self.split}: {0 if self.data is None else len(self.data)} examples{promised}"]
         if self.data is not None and len(self.data):
             lines += [f"  {line}" for line in (_images(self.data), _questions(self.data), _answers(self.data))]
+            lines += [f"  {self.sizes}"] if self.sizes else []
         return [*lines, *(f"  warning: {w}" for w in self.warnings), *(f"  error: {e}" for e in self.errors)]
 
 
@@ -64,7 +68,7 @@ def check(name: str, data_root: str | Path | None = None, split: str | None = No
         name: a recipe's or a sequence's name, or the path of its YAML.
         data_root: folder that holds the data of recipes that need files.
         split: this split alone.
-        model: the LLaVA checkpoint whose chat template the examples are shown in; a plain form without one.
+        model: a CLIP or LLaVA checkpoint that the examples are prepared for as for training; shown in a plain form without one.
 
     Yields:
         The report, line by line, as it is made.
@@ -72,14 +76,15 @@ def check(name: str, data_root: str | Path | None = None, split: str | None = No
     Raises:
         EvalError: at the end, if anything is wrong; or there is no such task, sequence or model.
     """
-    show = plain if model is None else chat_form(model)
+    preparation = None if model is None else load_preparation(model)
+    show = plain if preparation is None else preparation.show
     wrong = 0
     for recipe in recipes_of(name):
         yield f"{recipe.name} v{recipe.version} ({recipe.kind}, {recipe.metric})"
         error = metric_error(recipe)
         if error is not None:
             yield f"  error: {error}"
-        reports = list(split_reports(recipe, list(recipe.splits) if split is None else [split], data_root))
+        reports = list(split_reports(recipe, list(recipe.splits) if split is None else [split], data_root, preparation))
         for report in reports:
             yield from (f"  {line}" for line in report.lines())
             for example in examples(report.data, show):
@@ -107,19 +112,27 @@ def metric_error(recipe: Recipe) -> UserError | None:
     return None
 
 
-def split_reports(recipe: Recipe, splits: list[str], data_root: str | Path | None = None) -> Iterator[SplitReport]:
+def split_reports(
+    recipe: Recipe, splits: list[str], data_root: str | Path | None = None, preparation: Preparation | None = None
+) -> Iterator[SplitReport]:
     """Read splits of a task one after another and tell everything that is wrong with them."""
     seen: dict[str, set[str]] = {}
     for split in splits:
         data, found = recipe.inspect(split, data_root)
         errors: list[UserError] = list(found)
+        sizes = None
         expected = recipe.expected_sizes.get(split)
         warnings = [] if data is None else list(_warnings(data, expected, seen))
         if data is not None:
             seen[split] = set(data.digests)
             if not metric_error(recipe):
                 _check_references(data, warnings, errors)
-        yield SplitReport(split, expected, data, errors, warnings)
+            if preparation is not None:
+                report = preparation.report(data, learns=split == TRAIN)
+                sizes, errors = report.sizes, errors + report.errors
+            elif split == TRAIN:
+                errors += answer_problems(data)
+        yield SplitReport(split, expected, data, errors, warnings, sizes)
 
 
 def _check_references(data: TaskData, warnings: list[str], errors: list[UserError]) -> None:
@@ -182,39 +195,19 @@ def _asked(data: TaskData) -> list[str]:
 
 
 def examples(data: TaskData | None, show: Show) -> Iterator[list[str]]:
-    """The first, the middle and the last example of a split as a model sees them, as lines of text."""
+    """The first, the middle and the last example of a split as a model gets them, as lines of text."""
     count = 0 if data is None else len(data)
     for index in sorted({round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)}) if count else []:
-        # Of several captions, each of which is trained on, one.
-        answer = learned(data.recipe, data.answers[index])[0]
-        text = show(_asked(data)[index], data.image_counts[index], answer)
-        yield [f"[{data.ids[index]}]", *text.split("\n")]
+        try:
+            lines = show(data, index)
+        except EvalError as error:
+            lines = [f"not shown: {error}"]
+        yield [f"[{data.ids[index]}]", *lines]
 
 
-def plain(question: str, images: int, answer: str) -> str:
-    """An example in the words of LLaVA-1.5, without its system sentence."""
-    return "USER: " + "<image>\n" * images + f"{question} ASSISTANT: ⟦{answer}⟧"
-
-
-def chat_form(model: str) -> Show:
-    """The form of a LLaVA checkpoint: its chat template, and the end token that it learns to write.
-
-    Args:
-        model: an embedded model's name, a folder, or a Hub id.
-
-    Raises:
-        EvalError: its processor cannot be loaded.
-    """
-    from llava_keeplora_eval.models import load_llava_processor, resolve_model
-
-    try:
-        processor = load_llava_processor(resolve_model(model))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise EvalError(f"the processor of '{model}' cannot be loaded ({reason})", "give a folder with a LLaVA checkpoint") from error
-
-    def show(question: str, images: int, answer: str) -> str:
-        prompt = render(processor, question, images)
-        return f"{prompt}⟦{reply(processor, prompt, answer)}⟧"
-
-    return show
+def plain(data: TaskData, row: int) -> list[str]:
+    """An example in the words of LLaVA-1.5, without its system sentence; of several captions, each of which is learned, one."""
+    check_answers(data, row, data.answers[row])
+    answer = learned(data.recipe, data.answers[row])[0]
+    text = "USER: " + "<image>\n" * data.image_counts[row] + f"{_asked(data)[row]} ASSISTANT: ⟦{answer}⟧"
+    return text.split("\n")

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 
-from llava_keeplora_eval.chat import Chat, asked, cuts_into_tiles
+from llava_keeplora_eval.chat import asked, cuts_into_tiles
+from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.preparation import ChatPreparation
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example, Recipe
@@ -29,6 +31,7 @@ class LlavaPredictor:
         images: examples → one `image_inputs` each, instead of the processor: a cache.
         device: where to compute; the model's own device when None.
         min_new_tokens: how far an answer goes on at the least.
+        limit: the most tokens of a question and its answer, image tokens included; the language model's own when None.
     """
 
     def __init__(
@@ -40,9 +43,12 @@ class LlavaPredictor:
         images: Callable[[Sequence[Example]], list[dict[str, Tensor]]] | None = None,
         device: str | torch.device | None = None,
         min_new_tokens: int | None = None,
+        limit: int | None = None,
     ):
         self.model, self.recipe = model, recipe
-        self.chat = Chat(processor)
+        # `data check`, plan, train and predict take ids and lengths from one place.
+        self.preparation = ChatPreparation(processor, limit or model.config.text_config.max_position_embeddings, max_new_tokens)
+        self.chat = self.preparation.chat
         self.images = images or (lambda examples: [image_inputs(processor, example.images) for example in examples])
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.generation = GenerationConfig(
@@ -62,13 +68,18 @@ class LlavaPredictor:
 
     @torch.no_grad()
     def predict(self, examples: Sequence[Example]) -> list[str]:
-        """One text per example, without white space around it."""
+        """One text per example, without white space around it; it ends where the model's tokens do.
+
+        Raises:
+            EvalError: a question leaves no room for an answer.
+        """
         if not examples:
             return []
         prompts = [
             self.chat.prompt(asked(self.recipe, example.question), [(image.height, image.width) for image in example.images])
             for example in examples
         ]
+        rooms = [self._room(example, len(prompt)) for example, prompt in zip(examples, prompts)]
         width = max(map(len, prompts))
         ids = torch.tensor([[self.chat.pad_id] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -83,7 +94,17 @@ class LlavaPredictor:
             )
         finally:
             self.model.train(was_training)
-        return [text.strip() for text in self.chat.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+        answers = [ids[:room] for ids, room in zip(out[:, width:].tolist(), rooms)]
+        return [text.strip() for text in self.chat.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    def _room(self, example: Example, tokens: int) -> int:
+        """How many tokens the model takes after those of a question."""
+        if tokens >= (limit := self.preparation.limit):
+            raise EvalError(
+                f"the question of '{example.id}' has {tokens} tokens, image tokens included, and the model takes {limit}, its answer among them",
+                "shorten or remove it",
+            )
+        return limit - tokens
 
 
 def image_inputs(processor, images: Sequence) -> dict[str, Tensor]:

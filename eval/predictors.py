@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.preparation import PromptPreparation
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example, Recipe
@@ -90,37 +91,6 @@ def class_logits(model, image: Tensor, text: Tensor) -> Tensor:
     return model.logit_scale.exp().to(image.dtype) * image @ text.T
 
 
-def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None) -> dict[str, Tensor]:
-    """Tokenise prompts, padded to the longest, and refuse those that a model would see cut short.
-
-    Args:
-        processor: a CLIP processor, or its tokenizer.
-        prompts: the texts.
-        limit: the most tokens that the text model takes, when the tokenizer doesn't know it.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, each (prompts, tokens).
-
-    Raises:
-        EvalError: no prompts, or one that is too long.
-    """
-    if not prompts:
-        raise EvalError("there are no prompts to tokenise", "give the recipe at least one class with a prompt")
-    tokenizer = getattr(processor, "tokenizer", processor)
-    limits = [tokenizer.model_max_length] + ([limit] if limit is not None else [])
-    longest = min(limits)
-    # Truncation would be silent, and two class names that differ at the end would become one.
-    tokens = tokenizer(list(prompts), padding="longest", truncation=False, return_tensors="pt")
-    lengths = tokens["attention_mask"].sum(dim=1)
-    worst = int(lengths.argmax())
-    if int(lengths[worst]) > longest:
-        raise EvalError(
-            f"the prompt '{prompts[worst]}' has {int(lengths[worst])} tokens and the model takes {longest}",
-            "shorten the recipe's prompt or the class name",
-        )
-    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-
-
 class ClipPredictor:
     """Zero-shot classification with a CLIP model: the class whose prompt is nearest to the image.
 
@@ -155,6 +125,7 @@ class ClipPredictor:
         parameter = next(model.parameters())
         self.device = torch.device(device) if device is not None else parameter.device
         self.dtype = parameter.dtype
+        self.preparation = PromptPreparation(processor, getattr(model.config.text_config, "max_position_embeddings", None))
         self._text: Tensor | None = None
         self._head: Callable[[Tensor], Tensor] | None = None
 
@@ -196,8 +167,7 @@ class ClipPredictor:
 
     def prompt_features(self) -> Tensor:
         """Unit-length features of the class prompts (classes, projection), by the model as it is now."""
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        tokens = tokenize_prompts(self.processor, self.recipe.prompts, limit)
+        tokens = self.preparation.tokens(self.recipe.prompts)
         return prompt_features(self.model, {key: value.to(self.device) for key, value in tokens.items()})
 
 

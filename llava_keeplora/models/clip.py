@@ -11,14 +11,14 @@ import transformers  # its models, which take seconds to import, are looked up w
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
 from llava_keeplora.models.on_task import ModelOnTask
 from llava_keeplora.models.quantised import keep_form, leave_checkpoint, quantised_loading
 from llava_keeplora.models.skeleton import build_skeleton
 from llava_keeplora.zero import loaded_whole
-from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, text_features, tokenize_prompts
+from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, text_features
+from llava_keeplora_eval.preparation import PromptPreparation, check_questions
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
 
@@ -46,6 +46,11 @@ class ClipFamily:
     def processor(self):
         """The model's processor."""
         return transformers.AutoProcessor.from_pretrained(self.path, revision=self.revision, trust_remote_code=False)
+
+    @cached_property
+    def preparation(self) -> PromptPreparation:
+        """Makes token ids."""
+        return PromptPreparation(self.processor, self.config.text_config.max_position_embeddings)
 
     @cached_property
     def config(self) -> transformers.CLIPConfig:
@@ -88,14 +93,18 @@ class ClipFamily:
         """A split as CLIP trains on it.
 
         Raises:
-            ConfigError: for a task that is no classification.
+            EvalError: see `check`.
         """
-        if data.recipe.kind not in self.kinds:
-            raise ConfigError(f"task '{data.recipe.name}' is {data.recipe.kind}, and CLIP does classification only", "leave the task out of this run")
+        self.check(data)
         return ClipInputs(data, images)
 
     def check(self, data: TaskData) -> None:
-        """Whether every example can be answered; any picture with class names can."""
+        """Whether every example can be answered.
+
+        Raises:
+            EvalError: for a task that is no classification, or a class prompt that the model would see cut short.
+        """
+        check_questions(self.preparation, data)
 
     def task(self, recipe: Recipe) -> "ClipTask":
         """The model on one task."""
@@ -104,7 +113,7 @@ class ClipFamily:
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, each (texts, tokens); see `tokenize_prompts`."""
-        return tokenize_prompts(self.processor, texts, self.config.text_config.max_position_embeddings)
+        return self.preparation.tokens(texts)
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> ClipPredictor:
         """What answers the task's examples with the present weights; it writes no `tokens`."""

@@ -18,9 +18,9 @@ from llava_keeplora.models.names import find_linear_layers
 from llava_keeplora.models.on_task import ModelOnTask
 from llava_keeplora.models.quantised import keep_form, leave_checkpoint, quantised_loading
 from llava_keeplora.models.skeleton import build_skeleton
-from llava_keeplora_eval.chat import Chat, asked, learned
 from llava_keeplora_eval.llava import LlavaPredictor, image_inputs, joined
 from llava_keeplora_eval.models import load_llava_processor
+from llava_keeplora_eval.preparation import ChatPreparation, check_questions
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
 IGNORE = -100  # the label of a token that is not learned, as everywhere in transformers
@@ -61,7 +61,10 @@ class LlavaFamily:
     ):
         self.path, self.revision, self.max_new_tokens, self.quantization = path, revision, max_new_tokens, quantization
         self.config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-        self.max_length = max_length or self.config.text_config.max_position_embeddings
+        positions = self.config.text_config.max_position_embeddings
+        if max_length is not None and max_length > positions:
+            raise ConfigError(f"model.max_length is {max_length}, and '{path}' has positions for {positions} tokens", f"set it to {positions} or less")
+        self.max_length = max_length or positions
 
     # Read when first asked for: a plan can do with the configuration alone.
     @cached_property
@@ -70,9 +73,9 @@ class LlavaFamily:
         return load_llava_processor(self.path, self.revision)
 
     @cached_property
-    def chat(self) -> Chat:
+    def preparation(self) -> ChatPreparation:
         """Makes token ids."""
-        return Chat(self.processor)
+        return ChatPreparation(self.processor, self.max_length, self.max_new_tokens)
 
     def skeleton(self, dtype: torch.dtype) -> None:
         """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
@@ -118,19 +121,17 @@ class LlavaFamily:
         """A split as LLaVA trains on it.
 
         Raises:
-            ConfigError: if an example has no answer to learn, or more tokens than the model takes.
+            EvalError: if an example has no answer to learn, or more tokens than the model takes.
         """
-        return LlavaInputs(data, images, self.chat, self.max_length)
+        return LlavaInputs(data, images, self.preparation)
 
     def check(self, data: TaskData) -> None:
         """Whether every example can be answered.
 
         Raises:
-            ConfigError: if a question leaves no room for an answer.
+            EvalError: if a question leaves no room for an answer.
         """
-        for row, (question, sizes) in enumerate(zip(data.questions, data.image_sizes, strict=True)):
-            prompt = len(self.chat.prompt(asked(data.recipe, question), sizes))
-            _check_length(data, row, prompt, prompt + 1, self.max_length)
+        check_questions(self.preparation, data)
 
     def task(self, recipe: Recipe) -> "LlavaTask":
         """The model on one task."""
@@ -138,7 +139,9 @@ class LlavaFamily:
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> LlavaPredictor:
         """What answers the task's examples with the present weights; with exactly so many `tokens` each, where they are given."""
-        return LlavaPredictor(self.model, self.processor, recipe, tokens or self.max_new_tokens, images=images.of, min_new_tokens=tokens)
+        return LlavaPredictor(
+            self.model, self.processor, recipe, tokens or self.max_new_tokens, images=images.of, min_new_tokens=tokens, limit=self.max_length
+        )
 
 
 def _feature_layers(config) -> list[int]:
@@ -155,25 +158,17 @@ class LlavaInputs:
     Args:
         data: the split.
         images: its images.
-        chat: makes the token ids.
-        max_length: the most tokens of an example.
+        preparation: makes the token ids.
 
     Raises:
-        ConfigError: see `LlavaFamily.inputs`.
+        EvalError: see `LlavaFamily.inputs`.
     """
 
-    def __init__(self, data: TaskData, images: Images, chat: Chat, max_length: int):
-        self.images, self.pad_id = images, chat.pad_id
-        self.rows: list[int] = []
-        self.turns: list[tuple[list[int], list[int]]] = []
-        for row, (question, sizes, answers) in enumerate(zip(data.questions, data.image_sizes, data.answers, strict=True)):
-            for answer in learned(data.recipe, answers):
-                prompt, reply = chat.turn(asked(data.recipe, question), sizes, answer)
-                if not answer.strip():
-                    raise ConfigError(f"{_place(data, row)} has an empty answer, so there is nothing to learn from it", "complete or remove the record")
-                _check_length(data, row, len(prompt), len(prompt) + len(reply), max_length)
-                self.rows.append(row)
-                self.turns.append((prompt, reply))
+    def __init__(self, data: TaskData, images: Images, preparation: ChatPreparation):
+        self.images, self.pad_id = images, preparation.chat.pad_id
+        turns = preparation.learn(data)
+        self.rows = [turn.row for turn in turns]
+        self.turns = [(turn.prompt, turn.reply) for turn in turns]
         # The first token is never predicted, and it never belongs to an answer.
         self.weights = [len(reply) for _, reply in self.turns]
 
@@ -199,18 +194,6 @@ class LlavaInputs:
             "image_counts": torch.tensor([len(p["pixel_values"]) if p else 0 for p in pictures]),
             **joined(pictures),
         }
-
-
-def _place(data: TaskData, row: int) -> str:
-    return f"record '{data.ids[row]}' of {data.recipe.name} ({data.recipe.splits[data.split]})"
-
-
-def _check_length(data: TaskData, row: int, prompt: int, whole: int, limit: int) -> None:
-    if whole > limit:
-        raise ConfigError(
-            f"{_place(data, row)} has {whole} tokens, {prompt} of them before the answer and image tokens included, and the model takes {limit}",
-            "shorten or remove the record, or raise model.max_length where the model allows it",
-        )
 
 
 class LlavaTask(ModelOnTask):

@@ -15,8 +15,6 @@ from torch import Tensor
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import ClipFamily, Family, LlavaFamily, Prepared
-from llava_keeplora_eval.chat import asked
-from llava_keeplora_eval.predictors import tokenize_prompts
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.places import set_folder
@@ -126,7 +124,9 @@ def _clip(recipe: Recipe, family: ClipFamily, train: TaskData | None, test: Task
     """Every image is alike, so the class prompts are all there is to measure."""
     vision, text = family.model.config.vision_config, family.model.config.text_config
     if train is not None or recipe.classes:
-        prompts = tokenize_prompts(family.processor, recipe.prompts, text.max_position_embeddings)
+        if train is not None:
+            family.check(train)
+        prompts = family.tokens(recipe.prompts)
     else:
         if not recipe.num_classes:
             raise ConfigError(f"the classes of '{recipe.name}' are read from its data, which are not there", "give the folder that holds them with --data-root")
@@ -147,10 +147,9 @@ def _llava(recipe: Recipe, family: LlavaFamily, train: TaskData | None, test: Ta
         return Work(recipe.name, 0, 0, 0, example, question, {}, 4.0 * ANSWER)
     inputs = family.inputs(train, Prepared(family, train))
     longest = max(range(len(inputs)), key=lambda i: sum(map(len, inputs.turns[i])))
-    prompts = [family.chat.prompt(asked(test.recipe, q), sizes) for q, sizes in zip(test.questions, test.image_sizes, strict=True)]
-    row = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    question = {"input_ids": torch.tensor([prompts[row]]), "attention_mask": torch.ones(1, len(prompts[row]), dtype=torch.long)}
-    question |= family.prepare([test[row]])[0]
+    asked = max(family.preparation.ask(test), key=len)
+    question = {"input_ids": torch.tensor([asked.prompt]), "attention_mask": torch.ones(1, len(asked), dtype=torch.long)}
+    question |= family.prepare([test[asked.row]])[0]
     said = [len(answers[0]) for answers in test.answers if answers]
     return Work(
         recipe.name, len(inputs), len(test), len(train) + len(test), _on_meta(inputs.collate([longest])), _on_meta(question), {},

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_three_examples_are_shown_with_the_learned_part_marked(task, run):
 
 def test_a_model_shows_them_in_its_chat_template_with_its_end_token(task, run, tiny_llava):
     _, out, _ = run(task([record("a")]), "--split", "train", "--model", tiny_llava)
-    assert out[-3:] == [
+    assert out[5].startswith("    tokens: longest ") and out[6:-1] == [
         "    [a]",
         "    A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: <image>",
@@ -87,15 +88,20 @@ def test_a_model_shows_them_in_its_chat_template_with_its_end_token(task, run, t
     ]
 
 
-def test_what_is_marked_is_what_the_model_is_trained_on(task, run, tiny_llava):
-    from llava_keeplora_eval.chat import Chat
-    from llava_keeplora_eval.models import load_llava_processor
+def test_the_ids_shown_are_those_that_the_model_is_trained_on(task, run, tiny_llava):
+    from transformers import AutoProcessor
 
-    _, out, _ = run(task([record("a", image=None)]), "--split", "train", "--model", tiny_llava)
-    before, marked = out[-1].strip().removesuffix("⟧").split("⟦")
-    chat = Chat(load_llava_processor(str(tiny_llava)))
-    prompt, reply = chat.turn("What?", [], "a cat")
-    assert (chat.tokenizer(before)["input_ids"], chat.tokenizer(marked)["input_ids"]) == (prompt, reply)
+    _, out, _ = run(task([record("a")]), "--split", "train", "--model", tiny_llava)
+    before, marked = out[-1].strip().removeprefix("ids: ").removesuffix("⟧").split("⟦")
+
+    def ids(shown):
+        return [int(i) for piece in re.findall(r"(\d+)(?: × (\d+))?", shown) for i in [piece[0]] * int(piece[1] or 1)]
+
+    text = "\n".join(line.removeprefix("    ") for line in out[7:-1]).replace("⟦", "").replace("⟧", "")
+    processor = AutoProcessor.from_pretrained(str(tiny_llava))
+    whole = processor(text=text, images=Image.open(io.BytesIO(encoded(0))))["input_ids"][0]
+    assert ids(before) + ids(marked) == list(whole)
+    assert ids(marked) == processor.tokenizer(" a cat</s>", add_special_tokens=False)["input_ids"]
 
 
 def test_every_problem_of_every_split_is_listed_and_the_exit_code_says_so(task, run, tmp_path):
@@ -129,8 +135,9 @@ def test_a_missing_file_is_a_problem_of_its_split_alone(task, run, tmp_path):
 
 def test_what_can_be_used_and_is_worth_a_look_is_only_a_warning(task, run):
     rows = [record("a"), record("b", answer=" "), record("c", image="1.png")]
-    code, out, _ = run(task(rows, [record("t"), record("u", image="1.png")], expected_sizes={"train": 40}))
-    assert code == 0
+    code, out, err = run(task(rows, [record("t"), record("u", image="1.png")], expected_sizes={"train": 40}))
+    assert code == 2 and "has 1 problem, listed" in err
+    assert "    error: record 'b' of q (train.json) has an empty answer, so there is nothing to learn from it; complete or remove the record." in out
     assert [line.strip() for line in out if "warning" in line] == [
         "warning: 3 examples and not 40: scores are not comparable with those of others",
         "warning: 1 examples have an empty answer",

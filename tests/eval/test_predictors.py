@@ -9,8 +9,8 @@ from llava_keeplora_eval.predictors import (
     class_logits,
     image_features,
     text_features,
-    tokenize_prompts,
 )
+from llava_keeplora_eval.preparation import tokenize_prompts
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,7 @@ def test_prompts_are_encoded_once_and_the_pixel_cache_replaces_the_processor(cli
     def cache(examples):
         return stored[[data.ids.index(example.id) for example in examples]]
 
-    predictor = ClipPredictor(model, None, data.recipe, pixels=cache)
-    predictor.processor = processor.tokenizer
+    predictor = ClipPredictor(model, processor.tokenizer, data.recipe, pixels=cache)
     assert calls == []
     first = predictor.predict([data[0], data[1]])
     second = predictor.predict([data[1], data[0]])

@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from llava_keeplora.adapters import AdapterInit, attach, detach
 from llava_keeplora.config import ModelConfig
-from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import load_model
 from llava_keeplora.sequence.data import Batches, ImageCache
 from llava_keeplora_eval.chat import Chat, render
+from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.models import load_llava_processor
 from llava_keeplora_recipes import load_recipe
 
@@ -240,7 +240,7 @@ def test_a_record_that_is_too_long_with_its_image_tokens_is_named_before_any_wei
 
     family = open_model(ModelConfig(str(tiny_llava), max_length=180))
     words = r"record 'q0' of questions \(train.json\) has \d+ tokens, \d+ of them before the answer and image tokens included, and the model takes 180"
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(EvalError, match=words):
         family.inputs(data, ImageCache(family.prepare, 1.0).split(data))
     assert not hasattr(family, "model")
 
@@ -256,7 +256,7 @@ def test_a_record_with_nothing_to_learn_is_named(tiny_llava, tmp_path):
     )
     data = load_recipe(tmp_path / "r.yaml").load("train")
     family = open_model(ModelConfig(str(tiny_llava)))
-    with pytest.raises(ConfigError, match=r"record 'q7' of mute \(train.json\) has an empty answer"):
+    with pytest.raises(EvalError, match=r"record 'q7' of mute \(train.json\) has an empty answer"):
         family.inputs(data, ImageCache(family.prepare, 1.0).split(data))
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from llava_keeplora.adapters import Delta, FullDelta, load_deltas
 from llava_keeplora.config import parse_config
-from llava_keeplora.errors import ConfigError
 from llava_keeplora.sequence import trainer
+from llava_keeplora_eval.errors import EvalError
 
 TASKS = ["task-01-questions", "task-02-captions", "task-03-corners"]
 
@@ -126,12 +126,12 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_named_before_any_weight
     from llava_keeplora.models import LlavaFamily
 
     monkeypatch.setattr(LlavaFamily, "load", lambda *args: pytest.fail("weights were loaded"))
-    with pytest.raises(ConfigError, match=r"record 'train-0-0' of questions \(questions-train.json\) has \d+ tokens, \d+ of them before the answer"):
+    with pytest.raises(EvalError, match=r"record 'train-0-0' of questions \(questions-train.json\) has \d+ tokens, \d+ of them before the answer"):
         drive(llava_config(tmp_path / "run", model={"max_length": 150}))
 
 
 def test_a_clip_run_refuses_a_captioning_task(run_config, drive, tmp_path, mixed_tasks):
-    with pytest.raises(ConfigError, match="task 'captions' is captioning, and CLIP does classification only"):
+    with pytest.raises(EvalError, match="task 'captions' is captioning, and CLIP does classification only"):
         drive(run_config(tmp_path / "run", tasks=[str(mixed_tasks[1])]))
 
 

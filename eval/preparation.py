@@ -1,0 +1,315 @@
+"""What a model gets of a task: token ids, their lengths, and what is learned of them, without its weights.
+
+`data check --model`, plan, train and predict all take it from here, so that what one of them refuses, the others refuse
+in the same words.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llava_keeplora_eval.chat import Chat, asked, learned
+from llava_keeplora_eval.errors import EvalError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava_keeplora_recipes import TaskData
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and an answer to it, as a generative model gets them.
+
+    Args:
+        row: the example's place in its split.
+        prompt: token ids of the question, image tokens included.
+        reply: token ids that are learned; empty where the question is only asked.
+    """
+
+    row: int
+    prompt: list[int]
+    reply: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.reply)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `data check` says of a split and a model.
+
+    Args:
+        sizes: how long the examples are for the model, and how much it takes.
+        errors: every example that it cannot learn or answer.
+    """
+
+    sizes: str
+    errors: list[EvalError]
+
+
+class Preparation(Protocol):
+    """What a model's processor and configuration make of a split.
+
+    `learn` and `ask` raise EvalError for the first example that cannot be learned or answered and count the others;
+    `report` gives all of them.
+    """
+
+    def learn(self, data: TaskData) -> Any: ...
+    def ask(self, data: TaskData) -> Any: ...
+    def short_answers(self, questions: Any) -> str: ...
+    def report(self, data: TaskData, learns: bool) -> Report: ...
+    def show(self, data: TaskData, row: int) -> list[str]: ...
+
+
+def check_answers(data: TaskData, row: int, answers: Sequence[str]) -> None:
+    """Refuse an example that a generative model cannot learn from.
+
+    Raises:
+        EvalError: it has no answer, or an empty one among those that are learned.
+    """
+    if not answers or not all(answer.strip() for answer in learned(data.recipe, answers)):
+        what = "an empty answer" if answers else "no answer"
+        raise EvalError(f"{_place(data, row)} has {what}, so there is nothing to learn from it", "complete or remove the record")
+
+
+def check_questions(preparation: Preparation, data: TaskData) -> None:
+    """Refuse a split that a model cannot answer, before it answers any of it; log which answers have less room than they may take.
+
+    Raises:
+        EvalError: see `Preparation`.
+    """
+    if note := preparation.short_answers(preparation.ask(data)):
+        log.warning("%s (%s): %s", data.recipe.name, data.split, note)
+
+
+def answer_problems(data: TaskData) -> list[EvalError]:
+    """Every example that no generative model can learn from, whichever it is; see `check_answers`."""
+    problems = []
+    for row, answers in enumerate(data.answers):
+        try:
+            check_answers(data, row, answers)
+        except EvalError as error:
+            problems.append(error)
+    return problems
+
+
+class ChatPreparation:
+    """Chats of a LLaVA model.
+
+    Args:
+        processor: a LLaVA processor.
+        limit: the most tokens of an example, image tokens included.
+        max_new_tokens: where an answer is cut off at the latest.
+    """
+
+    def __init__(self, processor, limit: int, max_new_tokens: int = 0):
+        self.chat, self.limit, self.max_new_tokens = Chat(processor), limit, max_new_tokens
+
+    def learn(self, data: TaskData) -> list[Turn]:
+        """Every answer to learn: of several answers the most frequent one, of several captions each."""
+        return _accepted(self._turns(data, True), data)
+
+    def ask(self, data: TaskData) -> list[Turn]:
+        """Every question, with room for at least one token of an answer."""
+        return _accepted(self._turns(data, False), data)
+
+    def report(self, data: TaskData, learns: bool) -> Report:
+        """Everything that `learn`, or else `ask`, refuses, and how long the examples are."""
+        items = list(self._turns(data, learns))
+        turns = [item for item in items if isinstance(item, Turn)]
+        errors = [item for item in items if isinstance(item, EvalError)]
+        if not turns:
+            return Report(f"tokens: no example that the model takes, {self.limit} at the most", errors)
+        longest = max(turns, key=len)
+        images = longest.prompt.count(self.chat.image_id)
+        answers = f", longest answer {max(len(turn.reply) for turn in turns)}" if learns else ""
+        return Report(f"tokens: longest {len(longest)} of {self.limit}, {images} of them of images{answers}", errors)
+
+    def short_answers(self, questions: Sequence[Turn]) -> str:
+        """Say how many questions leave less room than `max_new_tokens`; nothing where all leave enough."""
+        short = [turn for turn in questions if len(turn) + self.max_new_tokens > self.limit]
+        if not short:
+            return ""
+        return (
+            f"{len(short)} of {len(questions)} questions leave fewer than {self.max_new_tokens} tokens for an answer, "
+            f"{self.limit - max(map(len, short))} at the least: an answer ends where the model's {self.limit} tokens do"
+        )
+
+    def show(self, data: TaskData, row: int) -> list[str]:
+        """An example as the model gets it: its text by its ids, the learned part between ⟦ and ⟧, and the ids.
+
+        A run of image tokens is one in the text, and id × count among the ids.
+        """
+        # Of several captions, each of which is trained on, one.
+        answer = learned(data.recipe, data.answers[row])[0]
+        prompt, reply = self.chat.turn(asked(data.recipe, data.questions[row]), data.image_sizes[row], answer)
+        once = [i for i, run in groupby(prompt) for i in ([i] if i == self.chat.image_id else run)]
+        before, whole = self._decode(once), self._decode(once + reply)
+        after = whole[len(before) :] if whole.startswith(before) else self._decode(reply)
+        return [*f"{before}⟦{after}⟧".split("\n"), f"ids: {_runs(prompt)} ⟦{_runs(reply)}⟧"]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.chat.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _turns(self, data: TaskData, learns: bool) -> Iterator[Turn | EvalError]:
+        """Of each example its turns, or why the model cannot take it."""
+        columns = zip(data.questions, data.image_sizes, data.answers, strict=True)
+        for row, (question, sizes, answers) in enumerate(columns):
+            text = asked(data.recipe, question)
+            try:
+                if learns:
+                    check_answers(data, row, answers)
+                    turns = [Turn(row, *self.chat.turn(text, sizes, answer)) for answer in learned(data.recipe, answers)]
+                else:
+                    turns = [Turn(row, self.chat.prompt(text, sizes), [])]
+                self._check_length(data, max(turns, key=len), learns)
+            except EvalError as error:
+                yield error
+            else:
+                yield from turns
+
+    def _check_length(self, data: TaskData, turn: Turn, learns: bool) -> None:
+        needed = len(turn) + (not learns)
+        if needed > self.limit:
+            raise EvalError(
+                f"{_place(data, turn.row)} has {needed} tokens, {len(turn.prompt)} of them before the answer and image tokens included, "
+                f"and the model takes {self.limit}",
+                "shorten or remove the record, or raise model.max_length where the model allows it",
+            )
+
+
+class PromptPreparation:
+    """Class prompts of a CLIP model.
+
+    Args:
+        processor: a CLIP processor, or its tokenizer.
+        limit: the most tokens of a prompt, where the tokenizer doesn't know it.
+    """
+
+    def __init__(self, processor, limit: int | None = None):
+        self.tokenizer, self.limit = getattr(processor, "tokenizer", processor), limit
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, each (texts, tokens); see `tokenize_prompts`."""
+        return tokenize_prompts(self.tokenizer, texts, self.limit)
+
+    def ask(self, data: TaskData) -> dict[str, Tensor]:
+        """The task's class prompts.
+
+        Raises:
+            EvalError: the task is no classification, or a prompt is too long.
+        """
+        recipe = data.recipe
+        if recipe.kind != "classification":
+            raise EvalError(
+                f"task '{recipe.name}' is {recipe.kind}, and CLIP does classification only", "leave the task out, or take a LLaVA model"
+            )
+        return self.tokens(recipe.prompts)
+
+    #: What is learned are the same prompts.
+    learn = ask
+
+    def short_answers(self, questions: Any) -> str:
+        """Nothing: a class is named whole or not at all."""
+        return ""
+
+    def report(self, data: TaskData, learns: bool) -> Report:
+        """What `ask` refuses, and how many prompts there are and how long."""
+        try:
+            lengths = self.ask(data)["attention_mask"].sum(dim=1)
+        except EvalError as error:
+            return Report("class prompts: none that the model takes", [error])
+        limit = min(self.tokenizer.model_max_length, self.limit or self.tokenizer.model_max_length)
+        return Report(f"class prompts: {len(lengths)}, longest {int(lengths.max())} of {limit} tokens", [])
+
+    def show(self, data: TaskData, row: int) -> list[str]:
+        """The prompt of an example's class as the model gets it, and its ids."""
+        ids = self.tokenizer(data.recipe.prompts[data.labels[row]])["input_ids"]
+        return [f"⟦{self.tokenizer.decode(ids, skip_special_tokens=False)}⟧", f"ids: ⟦{_runs(ids)}⟧"]
+
+
+def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None) -> dict[str, Tensor]:
+    """Tokenise prompts, padded to the longest, and refuse those that a model would see cut short.
+
+    Args:
+        processor: a CLIP processor, or its tokenizer.
+        prompts: the texts.
+        limit: the most tokens that the text model takes, when the tokenizer doesn't know it.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, each (prompts, tokens).
+
+    Raises:
+        EvalError: no prompts, or one that is too long.
+    """
+    if not prompts:
+        raise EvalError("there are no prompts to tokenise", "give the recipe at least one class with a prompt")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    limits = [tokenizer.model_max_length] + ([limit] if limit is not None else [])
+    longest = min(limits)
+    # Truncation would be silent, and two class names that differ at the end would become one.
+    tokens = tokenizer(list(prompts), padding="longest", truncation=False, return_tensors="pt", verbose=False)
+    lengths = tokens["attention_mask"].sum(dim=1)
+    worst, count = int(lengths.argmax()), int((lengths > longest).sum())
+    if count:
+        more = f" (and {count - 1} more of {len(prompts)} prompts are too long)" if count > 1 else ""
+        raise EvalError(
+            f"the prompt '{prompts[worst]}' has {int(lengths[worst])} tokens and the model takes {longest}{more}",
+            "shorten the recipe's prompt or the class name",
+        )
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def load_preparation(name: str) -> Preparation:
+    """What a checkpoint's processor and configuration make of a task, without its weights.
+
+    Args:
+        name: an embedded model's name, a folder, or a Hub id.
+
+    Raises:
+        EvalError: its processor cannot be loaded, or it is a model of no supported family.
+    """
+    # Seconds to import, which a check without a model doesn't need.
+    from transformers import AutoConfig, AutoTokenizer
+
+    from llava_keeplora_eval.llava import LLAVA_MODELS
+    from llava_keeplora_eval.models import load_llava_processor, resolve_model
+
+    path = resolve_model(name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.model_type in LLAVA_MODELS:
+            return ChatPreparation(load_llava_processor(path), config.text_config.max_position_embeddings)
+        if config.model_type == "clip":
+            return PromptPreparation(AutoTokenizer.from_pretrained(path, trust_remote_code=False), config.text_config.max_position_embeddings)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise EvalError(f"the processor of '{name}' cannot be loaded ({reason})", "give a folder with a CLIP or LLaVA checkpoint") from error
+    raise EvalError(f"'{name}' is a '{config.model_type}' model", f"take one of clip, {', '.join(LLAVA_MODELS)}")
+
+
+def _runs(ids: Iterable[int]) -> str:
+    """Ids in their order, equal neighbours as id × count."""
+    runs = [(i, sum(1 for _ in run)) for i, run in groupby(ids)]
+    return " ".join(f"{i} × {count}" if count > 1 else str(i) for i, count in runs)
+
+
+def _accepted(items: Iterable[Turn | EvalError], data: TaskData) -> list[Turn]:
+    """The turns, if nothing was refused."""
+    items = list(items)
+    refused = [item for item in items if isinstance(item, EvalError)]
+    if refused:
+        more = f" (and {len(refused) - 1} more of {len(data)} examples)" if len(refused) > 1 else ""
+        raise EvalError(refused[0].problem + more, refused[0].cure)
+    return items
+
+
+def _place(data: TaskData, row: int) -> str:
+    return f"record '{data.ids[row]}' of {data.recipe.name} ({data.recipe.splits[data.split]})"
