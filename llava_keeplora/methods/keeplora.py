@@ -244,7 +244,7 @@ class KeepLora(Method):
             inits[name] = AdapterInit(rank, layer.alpha / layer.rank * rank, A, B if self.form == "literal" else None)
             numbers[name] = {"rank": rank, "residual_energy": one.residual_energy, "captured": one.captured}
             if isinstance(one, SketchedDirections):
-                numbers[name] |= {"captured_error": one.captured_error, "of_optimum": one.of_optimum, "at_least": one.at_least, "passes": one.passes}
+                numbers[name] |= {key: getattr(one, key) for key in ("captured_error", "of_optimum", "at_least", "residual_bounds", "passes")}
         if not inits:
             raise MethodError(
                 f"no adapted layer has a direction left for task '{ctx.name}'", "lower energy_weight or energy_feature, or adapt more layers"
@@ -279,10 +279,12 @@ def _tell_estimates(task: str, numbers: Mapping[str, Mapping[str, Any]]) -> None
     for name, one in sketched.items():
         logger.debug("%s, layer %s: A holds %.3f of the optimum, at least %.3f, after %d passes", task, name, one["of_optimum"], one["at_least"], one["passes"])
     if sketched:
-        worst = min(sketched, key=lambda name: sketched[name]["at_least"])
+        worst = min(sketched, key=lambda name: sketched[name]["of_optimum"])
         logger.info(
-            "%s: A of %d layers from sketched gradients, in up to %d passes over the data; at least %.3f of the best rank-r energy, in %s",
-            task, len(sketched), max(one["passes"] for one in sketched.values()), sketched[worst]["at_least"], worst,
+            "%s: A of %d layers from sketched gradients, in up to %d passes over the data; "
+            "an estimated %.3f of the best rank-r energy in %s, the worst, of which %.3f is proven",
+            task, len(sketched), max(one["passes"] for one in sketched.values()),
+            sketched[worst]["of_optimum"], worst, sketched[worst]["at_least"],
         )
 
 

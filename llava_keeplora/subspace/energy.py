@@ -45,7 +45,7 @@ def energy_rank(
         total: the whole energy; the sum of the given values plus `captured` when absent.
         captured: energy that earlier directions hold already, in the units of `total`.
         strict: the rule of the released code, which counts the prefixes that stay *below* the threshold and so
-            keeps one vector fewer (never fewer than 0).
+            keeps one vector fewer, but never fewer than 1.
 
     Returns:
         k, between 0 and n; 0 if `captured` suffices, n if even all n values fall short of the threshold.
@@ -68,4 +68,4 @@ def energy_rank(
         return 0
     # Every prefix below the threshold needs one more vector; rounding must not ask for more than exist.
     below = int((reached < threshold).sum())
-    return below if strict else min(below + 1, len(values))
+    return min(max(below, 1) if strict else below + 1, len(values))

@@ -27,9 +27,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_keeplora.subspace.basis import beside, check_basis, check_finite, residual
+from llava_keeplora.subspace.basis import beside, check_basis, check_finite, project, residual
 from llava_keeplora.subspace.errors import RankError, ShapeError
 from llava_keeplora.subspace.gradients import ResidualDirections, above_rounding, outside_exactly, paired, room_for
+from llava_keeplora.subspace.sketch_bounds import PartlyKnown, chi_square_factors, fit_error, least_share, share_bounds
 
 # Width of a sketch in units of the rank. Passes over the data buy more than width does: at width 1024 and rank 16, singular
 # values falling as i^-0.5, 1.5 r in four passes hold 0.989 of the optimum and in six 0.997, 8 r in two 0.992, which take five
@@ -77,26 +78,29 @@ def gaussian_rows(rows: int, dim: int, stream: int, device: torch.device) -> Flo
 class SketchedDirections(ResidualDirections):
     """Residual directions from a sketch, with what is known of their quality.
 
-    `captured` and `residual_energy` are estimates here. With C the energy that A is estimated to hold on rows that
-    had no part in it, and I that of the best r directions for the sketch itself, E[C] <= optimum <= E[I], and the two
-    sides err alike to second order.
+    `captured`, `residual_energy` and `of_optimum` are estimates here. With C the energy that A is estimated to hold on rows
+    that had no part in it, and I that of the best r directions for the sketch itself, E[C] <= optimum <= E[I], and the two
+    sides err alike to second order. `at_least` and `residual_bounds` are bounds, which hold whatever the spectrum but with a
+    probability below 3e-6; see `sketch_bounds`. They are the looser, the more energy lies outside the sketch.
 
     Args:
         captured_error: standard error of `captured`; A holds at least `captured` less twice that with 97.5 % confidence
             (one pass errs low besides: rows judge directions that were found from three quarters of the rows).
         of_optimum: estimated share of the best rank-r subspace's energy that A holds, 2C / (C + I).
-        at_least: the same with the pessimistic side alone, C / I.
+        at_least: lower bound of that share.
+        residual_bounds: lower and upper bound of `residual_energy`.
         passes: over the data, 1 or an even number.
     """
 
     captured_error: float
     of_optimum: float
     at_least: float
+    residual_bounds: tuple[float, float]
     passes: int
 
     def suffices(self, target: float = TARGET) -> bool:
-        """Whether A holds the target share of the best subspace's energy, by the pessimistic estimate; if not, go on."""
-        return self.at_least >= target
+        """Whether A holds the target share of the best subspace's energy, by the estimate's pessimistic side C / I; if not, go on."""
+        return self.of_optimum / (2.0 - self.of_optimum) >= target
 
 
 class GradientSketch:
@@ -263,19 +267,22 @@ class GradientSketch:
             fit = _one_pass(rows, seen, min(rank, width))
         else:
             fit = _two_pass(rows, seen, residual(second.rows.double(), basis), min(rank, width))
+        inside = PartlyKnown.of(whole - rows, seen, None if second is None else project(second.rows.double(), basis))
         near, singular, right = torch.linalg.svd(fit.factor, full_matrices=False)
         found = above_rounding(singular[:rank], _root_mean_square(whole), rank, room, allow_fewer)
         captured, captured_error = _ratio(fit.captured, fit.energy)
         held = float(fit.captured.mean())
+        outside = PartlyKnown.of(rows, seen, None if second is None else fit.factor)
         return SketchedDirections(
             A=outside_exactly(right[:found].T, basis).float().contiguous(),
             singular_values=singular[:found].float(),
             right=(range_basis[:, : near.shape[0]] @ near[:, :found]).float().contiguous(),
             captured=min(1.0, captured),
-            residual_energy=float(rows.square().sum() / whole.square().sum()),
+            residual_energy=outside.estimate / (outside.estimate + inside.estimate),
             captured_error=captured_error,
             of_optimum=min(1.0, 2 * held / (held + fit.optimum)),
-            at_least=min(1.0, held / fit.optimum),
+            at_least=least_share(float(singular[:found].square().sum()), fit.error, fit.most, outside.bounds[1] + inside.bounds[1]),
+            residual_bounds=share_bounds(outside.bounds, inside.bounds),
             passes=self.passes + (1 if second is None else 2),
         )
 
@@ -341,13 +348,16 @@ def sufficient_width(sketch: GradientSketch, rank: int, target: float = TARGET) 
 class _Fit(NamedTuple):
     """G_hat ~ Q factor, and per row of Psi unbiased estimates of two energies: that of A, and the whole.
 
-    optimum is the energy of the best r directions for the fit, which is biased upwards.
+    optimum is the energy of the best r directions for the fit, which is biased upwards. error bounds ||factor - Q^T G_hat||_F,
+    and most the energy of the best r directions of G_hat.
     """
 
     factor: Tensor
     captured: Tensor
     energy: Tensor
     optimum: float
+    error: float
+    most: float
 
 
 def _one_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], rank: int) -> _Fit:
@@ -366,7 +376,10 @@ def _one_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], rank: int
     factor = torch.linalg.lstsq(seen[:, :depth], rows).solution
     missed = rows - seen[:, :depth] @ factor
     optimum = _leading_energy(torch.cat([factor, missed / (len(rows) - depth) ** 0.5]), rank)
-    return _Fit(factor, judged[depth].captured, judged[depth].energy, optimum)
+    error, outside = fit_error(seen[:, :depth], missed)
+    # The root of the r leading energies is a norm, so it is off by no more than the factor is.
+    most = (float(torch.linalg.svdvals(factor)[:rank].norm()) + error) ** 2 + outside
+    return _Fit(factor, judged[depth].captured, judged[depth].energy, optimum, error, most)
 
 
 class _Judged(NamedTuple):
@@ -406,7 +419,11 @@ def _two_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], factor: F
     directions = torch.linalg.svd(factor, full_matrices=False)
     captured = directions.S[:rank].square().sum() + (missed @ directions.Vh[:rank].T).square().sum(1)
     energy = factor.square().sum() + missed.square().sum(1)
-    return _Fit(factor, captured, energy, _leading_energy(torch.cat([factor, missed / len(rows) ** 0.5]), rank))
+    optimum = _leading_energy(torch.cat([factor, missed / len(rows) ** 0.5]), rank)
+    # The best r directions V hold ||factor V||^2 + ||M V||^2, and the rows tell the latter for this one V, which no row decides.
+    least = chi_square_factors(len(rows))[0]
+    most = _leading_energy(torch.cat([factor, missed / (least * len(rows)) ** 0.5]), rank)
+    return _Fit(factor, captured, energy, optimum, 0.0, most)
 
 
 def _leading_energy(tall: Float[Tensor, "m in"], rank: int) -> float:

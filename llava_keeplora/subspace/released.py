@@ -2,7 +2,7 @@
 
 `released-clip` takes the weight basis from the OUTPUT side and projects on the input side; `released-llava` extends
 the basis from gradients instead of features, and rounds A to half precision. Both keep one weight direction fewer
-than the energy rule asks for.
+than the energy rule asks for, but at least one.
 
 Shapes: weight (out, in), basis (in, k), features (images, tokens, in), mean (in, images * tokens), A (in, r).
 """

@@ -35,6 +35,21 @@ def test_released_llava_reproduces_every_basis(sub, parity):
         assert_same_subspace(sub.append_directions(basis, extension.new), fixture[f"basis1/{layer}"].T)
 
 
+@pytest.mark.parametrize("preset", ["released_clip", "released_llava"])
+def test_released_presets_keep_one_direction_where_the_strict_rule_would_keep_none(sub, parity, preset):
+    fixture = parity(f"{preset}_subspace.npz")
+    for name in [key for key in fixture if key.startswith("weight")]:
+        weight = fixture[name].double()
+        left, singular, right = torch.linalg.svd(weight)
+        first = left[:, :1] if preset == "released_clip" else right[:1].T
+        # The first direction alone holds more than this.
+        energy = 0.5 * float(singular[0].square() / singular.square().sum())
+        assert int((torch.cumsum(singular.square(), 0) / singular.square().sum() < energy).sum()) == 0
+        found = getattr(sub, f"{preset}_weight_basis")(fixture[name], energy)
+        assert found.rank == 1
+        assert_same_subspace(found.basis, first.float())
+
+
 def test_released_llava_directions_are_those_of_the_gradient_outside_the_basis(sub, with_spectrum, random_basis):
     gradient, basis = with_spectrum(60, 80, 0.3 ** torch.arange(12.0)).float(), random_basis(80, 10)
     found = sub.released_llava_directions(gradient, basis, 4)
