@@ -135,6 +135,10 @@ class Method:
     fixed_base = False
     #: Whether what it trains may lie in the shards of ZeRO-3: not where it is read outside of its layers.
     sharded = True
+    #: Whether the gradient pass counts every example alike, and not as the loss does.
+    counts_examples = False
+    #: Whether the feature pass takes the prompts at every position of the text encoder, padding too.
+    every_position = False
     #: Whether it puts LoRA adapters on the layers that a run names.
     adapts = True
     #: Whether it trains the whole model instead, every parameter but the root's own; see `find_changed`.

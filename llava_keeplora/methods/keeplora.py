@@ -13,9 +13,12 @@ Where this differs:
 - from the paper: the default `form`, under weight decay. Gradients and features that don't fit are held as sketches; how near A is to
   the best directions is estimated for every layer, and further passes over the data are made where it is short.
 - from the official code (MaolinLuo/KeepLoRA), whose departures from the paper are the presets `released-clip` and `released-llava`: for
-  CLIP, W_p from the weight's output side but projected on the input side, M_t from a running mean over batch slots, one vector fewer by a
-  strict energy rule; for LLaVA, that rule, M_t from the gradient on the merged model, and dropout. There the subspace isn't saved, and
-  the schedule for CLIP is one-cycle, which the Trainer doesn't have.
+  CLIP, W_p from the weight's output side but projected on the input side, M_t from a running mean over batch slots, of the prompts over
+  all 77 positions, one vector fewer by a strict energy rule; for LLaVA, that rule, M_t from the gradient on the merged model, gradients
+  that count every example alike, and dropout. There the subspace isn't saved, and the schedule for CLIP is one-cycle, which the Trainer
+  doesn't have. For LLaVA the gradient pass runs in fp16 there, each gradient is stored in it and added to a running mean in it, example by
+  example, so that entries below 6e-8 are lost and every addition rounds to eleven bits; here sums are in float32 (A alone is rounded to
+  fp16, as there). Bases are kept in fp16 or bfloat16 there, in float32 here.
 
 Legend: in / out features of a layer, r rank, k protected dimensions. A here is PEFT's (r, in).
 """
@@ -104,7 +107,7 @@ class KeepLora(Method):
     def __init__(self, options: "KeepLora.Options"):
         super().__init__(options)
         self.rules = RULES[options.preset]
-        self.dropout = self.rules.dropout
+        self.dropout, self.counts_examples, self.every_position = self.rules.dropout, self.rules.counts_examples, self.rules.every_position
         self.form = options.form or self.rules.form
         self.sketched = (options.gradient or self.rules.gradient) == "sketch"
         self.bases: dict[str, Tensor] = {}

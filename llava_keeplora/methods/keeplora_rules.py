@@ -47,6 +47,10 @@ class PaperRules:
     evidence = "features"
     #: On the adapters' input while training.
     dropout = 0.0
+    #: Whether a gradient counts every example alike, and not every token.
+    counts_examples = False
+    #: Whether the features of the prompts are those of all positions.
+    every_position = False
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
@@ -106,6 +110,7 @@ class ReleasedClipRules(PaperRules):
 
     form = "literal"
     gradient = "dense"
+    every_position = True
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
@@ -165,6 +170,7 @@ class ReleasedLlavaRules(PaperRules):
     gradient = "dense"
     evidence = "gradient"
     dropout = 0.05
+    counts_examples = True
 
     weight_basis = staticmethod(released_llava_weight_basis)
 

@@ -198,6 +198,17 @@ class ClipTask(ModelOnTask):
         if self._constant is not None and self._constant.grad is not None:
             yield self._features, self._constant.grad
 
+    def at_every_position(self) -> "ClipTask":
+        """The model with its prompts filled up with id 0 to the text encoder's last position, as OpenAI's `clip.tokenize` does.
+
+        Attention is causal, so the prompts' own positions stay as they are.
+        """
+        width = self.model.config.text_config.max_position_embeddings
+        own = self.attention_mask.bool()
+        ids = self.input_ids.new_zeros(len(own), width)
+        ids[:, : own.shape[1]] = torch.where(own, self.input_ids, 0)
+        return ClipTask(self.model, ids, torch.ones_like(ids))
+
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Which tokens of a part's layers carry content: padding of the prompts doesn't, every patch does."""
         return self.attention_mask.bool() if part == "text" else None

@@ -201,10 +201,19 @@ class LlavaTask(ModelOnTask):
 
     Args:
         model: plain or with adapters.
+        counts_examples: whether the loss is the mean of the examples' own means instead.
     """
 
     #: `transformers.Trainer` counts the answer tokens of every optimiser step, because batches hold different numbers of them.
     accepts_loss_kwargs = True
+
+    def __init__(self, model: nn.Module, counts_examples: bool = False):
+        super().__init__(model)
+        self.counts_examples = counts_examples
+
+    def counting_examples(self) -> "LlavaTask":
+        """The model with the mean of the examples' mean losses as its loss, whatever their answers' lengths."""
+        return LlavaTask(self.model, counts_examples=True)
 
     def forward(self, labels: Tensor, image_counts: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         """The mean loss, and the logits of the answers' tokens (answer tokens, vocabulary).
@@ -221,7 +230,11 @@ class LlavaTask(ModelOnTask):
         answered = target != IGNORE
         # The vocabulary is wide and answers are short: logits where something is learned, and nowhere else.
         logits = self.model.lm_head(hidden[:, :-1][answered]).float()
-        loss = cross_entropy(logits, target[answered])
+        if self.counts_examples:
+            shares = answered / (len(answered) * answered.sum(1, keepdim=True))
+            loss = (cross_entropy(logits, target[answered], reduction="none") * shares[answered]).sum()
+        else:
+            loss = cross_entropy(logits, target[answered])
         return {"loss": loss if "pixel_values" in inputs else loss + self._without_images(), "logits": logits}
 
     def _without_images(self) -> Tensor:
@@ -257,8 +270,8 @@ class LlavaTask(ModelOnTask):
         yield iter(())
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
-        """What a batch counts in the mean loss: its number of answer tokens."""
-        return int((batch["labels"][:, 1:] != IGNORE).sum())
+        """What a batch counts in the mean loss: its number of answer tokens, or of examples."""
+        return len(batch["labels"]) if self.counts_examples else int((batch["labels"][:, 1:] != IGNORE).sum())
 
     def first(self, batch: Mapping[str, Tensor], count: int = 1) -> dict[str, Tensor]:
         """A batch of its first examples alone."""

@@ -21,6 +21,14 @@ class ModelOnTask(nn.Module):
         super().__init__()
         self.model = model
 
+    def counting_examples(self) -> "ModelOnTask":
+        """The model on the same task with a loss in which every example counts alike; itself where every one does anyhow."""
+        return self
+
+    def at_every_position(self) -> "ModelOnTask":
+        """The model on the same task with its prompts filled up to the last position, none of them masked; itself without prompts."""
+        return self
+
     @property
     def config(self):
         """The model's; `auto` sizes of a DeepSpeed configuration are worked out from it."""

@@ -233,7 +233,8 @@ class Rehearsal:
 
             meter.peak = meter.live
             with autocast(self.training, "cpu"):
-                feature_pass(self._task(), self._modules(), {n: layer.part for n, layer in layers.items()}, [(self._batch(), True)], statistics)
+                task = self._task().at_every_position() if self.method.every_position else self._task()
+                feature_pass(task, self._modules(), {n: layer.part for n, layer in layers.items()}, [(self._batch(), True)], statistics)
             beside = meter.peak - given
             solving = max(self._one_extension(layers[name], statistic, tasks) for name, statistic in made.items())
             # Sampled rows lie on the host; the rehearsal saw those of one batch.

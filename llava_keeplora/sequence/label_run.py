@@ -498,7 +498,7 @@ class LabelRun:
             choose=functools.partial(thresholds.choose_energy_weight, self.shared, self.layers),
         )
 
-    def _batches(self, index: int, fraction: float, cost: float) -> Any:
+    def _batches(self, index: int, fraction: float, cost: float) -> tuple[Iterator[Any], Batches]:
         shared = self.shared
         size = int(self.config.training.get("per_device_train_batch_size", 8))
         batches = Batches(shared.inputs[index - 1], size, fraction, shared.rank, shared.world, shared.device)
@@ -508,20 +508,23 @@ class LabelRun:
                 yield batch, counts
                 shared.progress.advance(cost * len(batch["labels"]) * shared.world)
 
-        return counted(), batches.weight
+        return counted(), batches
 
     def _counted(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
         return (batch for batch, counts in self._batches(index, 1.0, 1)[0] if counts)
 
     def _gradients(self, index: int, fraction: float, statistics: Mapping[str, Any]) -> None:
-        batches, total = self._batches(index, fraction, 3)
-        task = self.shared.family.task(self.tasks[index - 1].recipe)
+        batches, counted = self._batches(index, fraction, 3)
+        task, total = self.shared.family.task(self.tasks[index - 1].recipe), counted.weight
+        if self.method.counts_examples:
+            task, total = task.counting_examples(), len(counted.chosen)
         with self.shared.zero.engaged(task), autocast(self.config.training, self.shared.device.type), task.recomputing(self.config.training):
             gradient_pass(task, self._adapted(), batches, total, statistics)
 
     def _features(self, index: int, statistics: Callable[[list[list[str]]], Mapping[str, Any]], fraction: float = 1.0) -> Mapping[str, Any]:
         batches, _ = self._batches(index, fraction, 1)
         task = self.shared.family.task(self.tasks[index - 1].recipe)
+        task = task.at_every_position() if self.method.every_position else task
         with self.shared.zero.engaged(task), autocast(self.config.training, self.shared.device.type):
             return feature_pass(task, self._adapted(), {n: layer.part for n, layer in self.layers.items()}, batches, statistics)
 

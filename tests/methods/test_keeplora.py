@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoTokenizer, CLIPModel
 
 from llava_keeplora.adapters import AdapterInit, attach, load_deltas, read_adapters
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods import METHODS, Layer, TaskContext
 from llava_keeplora.sequence import run
 from llava_keeplora.subspace import project
+from llava_keeplora_recipes import load_recipe
 
 KeepLora = METHODS["keeplora"]
 
@@ -255,8 +257,25 @@ def test_the_released_preset_needs_square_layers_and_says_so():
         started({"preset": "released-clip"})
 
 
-def test_the_released_preset_runs_on_square_layers(tmp_path, run_config):
-    run(run_config(tmp_path / "run", methods={"released": {"method": "keeplora", "preset": "released-clip"}}))
+def test_the_released_preset_protects_the_prompts_at_every_position(tmp_path, run_config, tiny_clip):
+    config = run_config(tmp_path / "run", methods={"released": {"method": "keeplora", "preset": "released-clip"}})
+    run(config)
+    # What the text encoder's first layer reads depends on nothing that was trained.
+    model, name = CLIPModel.from_pretrained(tiny_clip), "text_model.encoder.layers.0.self_attn.q_proj"
+    width, recipe = model.config.text_config.max_position_embeddings, load_recipe(config.tasks[0])
+    ids = [AutoTokenizer.from_pretrained(tiny_clip)(prompt)["input_ids"] for prompt in recipe.prompts]
+    text = model.text_model
+    with torch.no_grad():
+        embedded = text.embeddings(input_ids=torch.tensor([row + [0] * (width - len(row)) for row in ids]))
+        read = text.encoder.layers[0].layer_norm1(embedded).flatten(0, 1).double()
+    folder = Path(config.output_dir) / "released"
+    before, new = (load_file(next(folder.glob(f"task-0{i}*")) / "state.safetensors")[name].double() for i in range(2))
+    total, outside = float(read.square().sum()), read - read @ before @ before.T
+    inside = 1.0 - float(outside.square().sum()) / total
+    _, singular, right = torch.linalg.svd(outside)
+    count = int((inside + torch.cumsum(singular.square(), 0) / total < config.parts["text"].energy_feature).sum()) + 1
+    assert new.shape[1] == count
+    torch.testing.assert_close(new @ new.T, right[:count].T @ right[:count], atol=1e-4, rtol=0)
 
 
 def test_the_released_llava_preset_protects_the_gradient_instead_of_the_features_and_starts_B_at_zero():

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.models import embedded_models, load_model
+from llava_keeplora.models import ClipTask, embedded_models, load_model
 from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora_recipes import load_recipe
 
@@ -56,6 +56,19 @@ def test_the_loss_is_cross_entropy_over_the_class_prompts_and_the_same_inside_a_
     torch.testing.assert_close(out["logits"], logits)
     torch.testing.assert_close(out["loss"], cross_entropy(logits, batch["labels"]))
     torch.testing.assert_close(inside["loss"], out["loss"])
+
+
+def test_prompts_at_every_position_are_filled_with_zeros_whatever_the_tokenizer_pads_with_and_answer_the_same(family, tiny_tasks):
+    data = load_recipe(str(tiny_tasks[0])).load("test")
+    task = family.task(data.recipe)
+    width, lengths = family.config.text_config.max_position_embeddings, task.attention_mask.sum(1).tolist()
+    padded = ClipTask(task.model, torch.where(task.attention_mask.bool(), task.input_ids, 7), task.attention_mask)
+    for every in (task.at_every_position(), padded.at_every_position()):
+        assert every.input_ids.shape == (len(data.recipe.classes), width)
+        for row, length in zip(range(len(lengths)), lengths):
+            assert torch.equal(every.input_ids[row, :length], task.input_ids[row, :length]) and not every.input_ids[row, length:].any()
+        assert bool(every.token_mask("text", {}).all()) and every.token_mask("text", {}).shape == every.input_ids.shape
+        torch.testing.assert_close(every.text(), task.text())
 
 
 def test_what_is_scored_is_what_is_trained(family, tiny_tasks):

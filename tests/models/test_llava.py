@@ -139,6 +139,22 @@ def test_the_gradient_pass_is_the_gradient_of_the_mean_over_all_answer_tokens(fa
         torch.testing.assert_close(captured[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_gradient_that_counts_examples_is_the_mean_of_the_examples_own(family, inputs, data, batch_size, dense_gradients):
+    task = family.task(data.recipe).counting_examples()
+    layers = family.linear_layers("language", ("q_proj", "down_proj"))
+    batches = Batches(inputs, batch_size)
+    captured = dense_gradients(task, layers, batches, len(batches.chosen))
+    plain, each = family.task(data.recipe), []
+    for i in range(len(inputs)):
+        batch = inputs.collate([i])
+        each.append(dense_gradients(plain, layers, [(batch, True)], plain.weight(batch)))
+    assert len(set(inputs.weights)) > 1
+    for name, gradient in captured.items():
+        mean = sum(one[name] for one in each) / len(each)
+        torch.testing.assert_close(gradient, mean, rtol=1e-4, atol=1e-6 + 1e-5 * float(mean.abs().max()))
+
+
 def test_layers_that_cannot_receive_a_gradient_are_named_and_really_have_none(family, inputs, data, dense_gradients):
     targets = family.targets["vision"]
     named = family.unreachable("vision", targets)
