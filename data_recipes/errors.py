@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+#: Characters of a problem or a cure.
+LONGEST = 2000
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -18,9 +20,14 @@ class UserError(Exception):
     """
 
     def __init__(self, problem: str, cure: str):
-        # Names and values are quoted as they are; a line break in one of them must not make it two lines.
-        super().__init__(" ".join(f"{problem}; {cure}.".splitlines()))
+        # Names and values are quoted as they are; a line break in one of them must not make it two lines, nor its length a page.
+        super().__init__(" ".join(f"{_shortened(problem)}; {_shortened(cure)}.".splitlines()))
         self.problem, self.cure = problem, cure
+
+
+def _shortened(text: str) -> str:
+    """Text without its middle where it is longer than `LONGEST`."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class RecipeError(UserError):

@@ -8,14 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import RecipeError, nearest
 from .loading import inspect_task, load_task
 from .recipe_rules import FROM_SOURCE, KEYS, KINDS, REQUIRED, check_recipe
 from .rendered import RENDERED
 from .rendered_scenes import SCENES
-from .strict_yaml import check_keys, list_shipped, read_mapping, resolve
+from .strict_yaml import check_keys, dump_yaml, list_shipped, read_mapping, resolve
 from .task_data import TaskData
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -184,7 +182,7 @@ def flat_recipe(path: str | Path) -> str:
     Raises:
         RecipeError: there is no such file, or it says something that is not understood.
     """
-    return yaml.safe_dump(_read(resolve(path, RECIPES, "recipe")[0], seen=()), sort_keys=False, allow_unicode=True)
+    return dump_yaml(_read(resolve(path, RECIPES, "recipe")[0], seen=()))
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ SOURCE_VALUES: dict[str, tuple[tuple[type, ...], str]] = {
     "meta": ((list,), "a list of fields"),
 }
 REQUIRED = ("name", "version", "kind", "metric", "licence", "source", "splits")
+#: File systems hold names of 255 bytes, and what is written for a task adds to its own.
+MAX_NAME = 100
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
@@ -80,6 +83,8 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
             f"{where} has the name '{facts['name']}', which cannot be a folder",
             "use letters, digits, '.', '_', '-', and '/' between parts",
         )
+    if len(facts["name"]) > MAX_NAME:
+        raise RecipeError(f"{where} has a name of {len(facts['name'])} characters, and folders are named after it", f"use {MAX_NAME} at most")
     if facts["kind"] not in KINDS:
         raise RecipeError(f"{where} has the kind '{facts['kind']}'", nearest(facts["kind"], KINDS))
     _check_source(facts["source"], facts["kind"], path)
@@ -229,7 +234,7 @@ def _check_classes(facts: dict[str, Any], path: Path) -> None:
             raise RecipeError(
                 f"{where} has the class {c!r}, which YAML does not read as text", "put quotes around it"
             )
-    twice = sorted({c for c in classes if classes.count(c) > 1})
+    twice = sorted(c for c, count in Counter(classes).items() if count > 1)
     if twice:
         raise RecipeError(f"{where} lists the class '{twice[0]}' twice", "remove one of them")
     wanted = facts.get("num_classes")

@@ -1,26 +1,136 @@
-"""Reading the package's YAML files: unknown, repeated and misspelt keys are errors."""
+"""Reading YAML that anyone may have written: plain data alone, in YAML 1.2's sense of it, within limits.
+
+Recipes, sequences, configurations, tables and the values of overrides are all read here. YAML 1.1, which PyYAML reads, takes
+`no` for False, `010` for 8, `12:30:45` for 45045 and `1e-3` for text; the core schema of YAML 1.2 (section 10.3) does not.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .errors import RecipeError, nearest
+from .strict_json import decode_text
+
+#: Characters of a file, levels of nesting, and values once every alias is written out: far beyond what a person writes.
+MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES = 2**21, 32, 200_000
+#: A whole number that JSON, torch and NumPy all hold.
+MAX_INTEGER = 2**63 - 1
+#: Plain scalars that are no text, with their first characters; the dots that JSON knows no word for stay text.
+SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|\.[0-9]+[eE][-+]?[0-9]+)", "-+0123456789."),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; this one refuses them."""
+    """PyYAML's loader with the scalars above, without tags, and with errors for repeated keys and whatever goes beyond the limits."""
 
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' occurs twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
+    yaml_implicit_resolvers: dict = {}
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._depth, self._values = 0, {}
+
+    def compose_node(self, parent, index):
+        """Compose a node, counting the levels above it and, with each alias written out, the values in it."""
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise _refusal(f"has the tag '{event.tag}'; only plain text, numbers, lists and mappings are read", event)
+        if self._depth == MAX_DEPTH:
+            raise _refusal(f"nests more than {MAX_DEPTH} levels deep", event)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._values:
+                raise _refusal(f"has an alias '*{event.anchor}' inside of what it stands for", event)
+            return node
+        inner = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            self._check_keys(node)
+            inner = [part for pair in node.value for part in pair]
+        self._values[id(node)] = 1 + sum(self._values[id(part)] for part in inner)
+        if self._values[id(node)] > MAX_VALUES:
+            raise _refusal(f"holds more than {MAX_VALUES} values once its aliases are written out", event)
+        return node
+
+    def _check_keys(self, node: yaml.MappingNode) -> None:
+        # Before `<<` is filled in: what is merged are defaults, which the mapping's own keys replace.
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _refusal("has a list or mapping as a key", key_node)
+            key = "<<" if key_node.tag.endswith(":merge") else self.construct_object(key_node)
+            if key in seen:
+                raise _refusal(f"the key '{key}' occurs twice", key_node)
+            seen.add(key)
+
+    def construct_text(self, node) -> str:
+        """Build text that a file can hold and a path can be made of."""
+        text = self.construct_scalar(node)
+        if "\0" in text or any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise _refusal("holds the character NUL or half a character, which no file can", node)
+        return text
+
+    def construct_number(self, node) -> int | float:
+        """Build a number that is finite and fits 64 bits."""
+        text = self.construct_scalar(node)
+        # More digits than Python converts are more than fit.
+        value = float(text) if node.tag.endswith(":float") or len(text) > 20 else int(text)
+        if not math.isfinite(value) or (node.tag.endswith(":int") and abs(value) > MAX_INTEGER):
+            raise _refusal(f"holds the number {text[:20]}{'...' if len(text) > 20 else ''}, which is too large", node)
+        return int(text) if node.tag.endswith(":int") else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's dumper, which puts quotes around text that `_StrictLoader` would read as a number."""
+
+
+for _name, (_pattern, _first) in SCALARS.items():
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_StrictLoader.add_constructor("tag:yaml.org,2002:str", _StrictLoader.construct_text)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_number)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_number)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{SCALARS['float'][0]})$"), list(SCALARS["float"][1]))
+
+
+def _refusal(problem: str, where: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse one YAML document of plain data.
+
+    Raises:
+        ValueError: with the reason: no YAML, a tag, a repeated key, an alias within itself, a number that 64 bits don't hold, half a
+            character, or more characters, levels or values than the limits.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"is longer than {MAX_CHARACTERS} characters")
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506, a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark, context = error.problem_mark or error.context_mark, f"{error.context}, " if error.context else ""
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"is not valid YAML ({context}{error.problem}{place})") from None
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"is not valid YAML (has the character {error.character:#04x} at position {error.position})") from None
+    except (yaml.YAMLError, ValueError) as error:
+        # PyYAML converts the escape \U00110000, which is no character, without a look.
+        raise ValueError(f"is not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain data as YAML that `parse_yaml` reads as the same."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -30,15 +140,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
         RecipeError: the file is missing, is not YAML, or holds something else.
     """
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        # A character has four bytes at most.
+        with open(path, "rb") as file:
+            value = parse_yaml(decode_text(file.read(4 * MAX_CHARACTERS + 4)))
     except OSError as error:
         raise RecipeError(
             f"{path} cannot be read ({error.strerror})", "give the path of an existing YAML file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"{path} is not valid YAML ({' '.join(str(error).split())})", "correct the file"
-        ) from error
+    except ValueError as error:
+        raise RecipeError(f"{path} {error}", "correct the file") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path} holds no 'key: value' pairs", "start from one of the shipped files")
     return value

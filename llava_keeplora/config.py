@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llava_keeplora.errors import ConfigError, RunError, UserError, nearest
 from llava_keeplora_eval.aggregates import AGGREGATES
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import RecipeError
-from llava_keeplora_recipes.strict_yaml import is_file_name, read_mapping
+from llava_keeplora_recipes.recipe_rules import MAX_NAME
+from llava_keeplora_recipes.strict_json import decode_text, parse_json
+from llava_keeplora_recipes.strict_yaml import MAX_DEPTH, is_file_name, parse_yaml, read_mapping
 
 SHIPPED = Path(__file__).parent / "configs"
 ZERO_SHOT = "zero-shot"
@@ -51,6 +51,8 @@ MACHINE_ARGUMENTS = (
     "dataloader_num_workers", "dataloader_pin_memory", "save_steps",
 )
 
+#: YAML 1.1's words for true and false, as they are read where nothing else can be meant.
+SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 #: What a run has that names no methods.
 DEFAULT_METHODS: Mapping[str, Any] = {"keeplora": {}}
 #: Arguments of `TrainingArguments` that may list a value for each task: what they are where nothing is said, and what gives a new task its own.
@@ -386,7 +388,7 @@ class RunConfig:
         value = next(iter(named.values()), None)
         if not value:
             return None
-        content = json.loads(Path(value).read_text()) if isinstance(value, str) else json.loads(json.dumps(value))
+        content = read_deepspeed(Path(value), "training.deepspeed") if isinstance(value, str) else json.loads(json.dumps(value))
         content = as_mapping(content, "training.deepspeed")
         content |= {key: as_mapping(content[key], f"training.deepspeed.{key}") for key in ("bf16", "fp16", "zero_optimization") if key in content}
         stage = content.get("zero_optimization", {}).get("stage", 0)
@@ -596,6 +598,8 @@ def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], trai
     where = f"methods.{label}"
     if not isinstance(label, str) or not LABEL.fullmatch(label) or label in RUN_FILES:
         raise ConfigError(f"methods has the label '{label}', which cannot be a folder of the run", "use letters, digits, '-', '_', '.' and '+'")
+    if len(label) > MAX_NAME:
+        raise ConfigError(f"methods has a label of {len(label)} characters, and a folder is named after it", f"use {MAX_NAME} at most")
     name = tree.pop("method", label)
     if not isinstance(name, str) or name not in METHODS:
         raise ConfigError(f"{where} names the method '{name}', which does not exist", nearest(str(name), METHODS))
@@ -656,16 +660,24 @@ def check_training(tree: Mapping[str, Any], where: str = "training") -> dict[str
         if out.get(key, 1) < 1:
             raise ConfigError(f"{where}.{key} is {out[key]}, but a step is made of something", "give a whole number from 1 on")
     if isinstance(out.get("deepspeed"), str):
-        _check_json(Path(out["deepspeed"]), f"{where}.deepspeed")
+        read_deepspeed(Path(out["deepspeed"]), f"{where}.deepspeed")
     return out
 
 
-def _check_json(path: Path, where: str) -> None:
+def read_deepspeed(path: Path, where: str) -> dict[str, Any]:
+    """The content of a DeepSpeed configuration.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no JSON object.
+    """
     try:
-        json.loads(path.read_text())
+        content = parse_json(decode_text(path.read_bytes()))
+        # Plain data from here on: json.dumps would write what JSON has no word for.
+        json.dumps(content, allow_nan=False)
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{where} names '{path}', which cannot be read as JSON ({why})", "give the path of a DeepSpeed configuration") from error
+        why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{where} names '{path}', which {why}", "give the path of a DeepSpeed configuration in JSON") from error
+    return as_mapping(content, where)
 
 
 def build(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> Any:
@@ -701,7 +713,7 @@ def _check_keys(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Cast YAML scalars to a field's type (YAML reads `1e-4` as text); refuse what does not fit."""
+    """Cast YAML scalars to a field's type; refuse what does not fit, and numbers that are not finite."""
     options = [h for h in typing.get_args(hint) if h is not type(None)] if _is_union(hint) else [hint]
     if value is None and (_is_union(hint) and type(None) in typing.get_args(hint)):
         return None
@@ -711,9 +723,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         try:
             if origin is bool and isinstance(value, bool):
                 return value
+            # Where text fits as well, `no` is the text: `save_strategy: no`.
+            if origin is bool and str not in options and isinstance(value, str) and value.lower() in SWITCHES:
+                return SWITCHES[value.lower()]
             if origin is int and not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, str) and value.lstrip("-").isdigit())):
                 return int(value)
-            if origin is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+            if origin is float and not isinstance(value, bool) and isinstance(value, (int, float, str)) and math.isfinite(float(value)):
                 return float(value)
             if origin is str and isinstance(value, str):
                 return value
@@ -721,7 +736,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
                 return tuple(value)
             if origin in (list, dict) and isinstance(value, origin):
                 return value
-        except ValueError:
+        except (ValueError, OverflowError):
             continue
     if all((typing.get_origin(o) or o) in (bool, int, float, str, tuple, list, dict) for o in options):
         raise ConfigError(f"{where} is {value!r}, but it takes {names}", "mend the value")
@@ -746,6 +761,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"the override '{override}' is not of the form key.subkey=value", "write, for instance, training.learning_rate=5e-4")
     *parents, leaf = key.split(".")
+    if len(parents) >= MAX_DEPTH:
+        raise ConfigError(f"the override '{override}' names a key {len(parents) + 1} levels deep", "name a key that the configuration has")
     node = tree
     for parent in parents:
         child = node.get(parent)
@@ -755,9 +772,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"the override '{override}' reaches into '{parent}', which holds {child!r}", "name a key that holds a mapping")
         node = child
     try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the override '{override}' has a value that is not YAML ({' '.join(str(error).split())})", "mend the value") from error
+        node[leaf] = parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"the override '{override}' has a value that {error}", "correct the value, or put quotes around text") from error
 
 
 def dump_config(config: RunConfig) -> str:

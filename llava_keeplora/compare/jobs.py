@@ -14,13 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llava_keeplora.compare.table import CACHE, TUNING, Order, Table, merged
 from llava_keeplora.config import ZERO_SHOT, parse_config, read_object
 from llava_keeplora.files import write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.run_folder import differences, read_identity
+from llava_keeplora_recipes.strict_yaml import dump_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +184,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
 
 def start(job: Job, slot: int, workers: int) -> subprocess.Popen:
     """The run in a process of its own."""
-    write_bytes(job.config_file, yaml.safe_dump(job.tree, sort_keys=False, allow_unicode=True).encode())
+    write_bytes(job.config_file, dump_yaml(job.tree).encode())
     command = [sys.executable, "-m", "llava_keeplora.cli", "train", "--config", str(job.config_file)]
     with open(job.log, "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **_share(slot, workers)})

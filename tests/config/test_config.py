@@ -171,7 +171,7 @@ def test_a_key_given_twice_is_refused(write):
         ({"methods": {"keeplora": {"training": {"learning_rate": [1, "x"]}}}}, "methods.keeplora.training.learning_rate is 'x', but it takes float"),
         ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs is 0.0, but a task is trained for more than nothing"),
         ({"training": {"num_train_epochs": ["x", 1]}}, "training.num_train_epochs is 'x', but it takes float"),
-        ({"training": {"deepspeed": "gone.json"}}, "training.deepspeed names 'gone.json', which cannot be read as JSON (No such file or directory)"),
+        ({"training": {"deepspeed": "gone.json"}}, "training.deepspeed names 'gone.json', which cannot be read (No such file or directory)"),
         ({"training": {"seed": 1}}, "training.seed belongs to the driver; set the top-level seed"),
         ({"training": {"output_dir": "x"}}, "training.output_dir belongs to the driver; set the top-level output_dir"),
         ({"tasks": "digits"}, "tasks is 'digits', which is no list of names"),
@@ -235,7 +235,7 @@ def test_a_file_that_is_no_configuration_is_refused(write, content, words):
         ("seed", "the override 'seed' is not of the form key.subkey=value"),
         ("=3", "is not of the form key.subkey=value"),
         ("seed.x=1", "the override 'seed.x=1' reaches into 'seed', which holds 3"),
-        ("seed=[1", "the override 'seed=[1' has a value that is not YAML"),
+        ("seed=[1", "the override 'seed=[1' has a value that is not valid YAML"),
         ("training.learning_rte=1", "training.learning_rte is not an argument of transformers.TrainingArguments; did you mean 'learning_rate'"),
     ],
 )
