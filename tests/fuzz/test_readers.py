@@ -198,7 +198,7 @@ def test_yaml_that_would_run_a_command_runs_none(tmp_path, tag):
     for read in (load_recipe, load_sequence, load_config):
         with pytest.raises(UserError, match="is not valid YAML"):
             read(str(path))
-    with pytest.raises(UserError, match="has a value that is not YAML"):
+    with pytest.raises(UserError, match="has a value that is not valid YAML"):
         load_config("demo", [f"seed={tag.format(marker)}"])
     assert not marker.exists()
 
