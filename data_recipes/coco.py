@@ -9,6 +9,7 @@ from .errors import RecipeError, refuse, sift
 from .json_files import read_json
 from .places import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
+from .texts import as_text, identifier
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -38,7 +39,7 @@ def read_coco(
     listed = {i["id"]: i for i in content["images"] if _has_id(i) and i["id"] in captions}
     found = sift(record, listed.values(), problems)
     return Records(
-        ids=[str(i) for i, _ in found],
+        ids=[identifier(i, path.name) for i, _ in found],
         pictures=picture_files([paths for _, paths in found]),
         labels=[None] * len(found),
         label_names=None,
@@ -76,14 +77,15 @@ def captions_by_image(
 
     def note(entry: Any) -> None:
         for key in ("image_id", "caption"):
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), int | str):
+            if not isinstance(entry, dict) or entry.get(key) is None or (key == "image_id" and not _is_id(entry[key])):
                 raise _without(key, path)
         if entry["image_id"] not in captions:
             raise RecipeError(
                 f"annotation {entry.get('id')} of {path.name} is for the image {entry['image_id']}, which is not listed",
                 "add the image or remove the annotation",
             )
-        captions[entry["image_id"]].append(str(entry["caption"]))
+        what = f"an annotation of the image {entry['image_id']} of {path.name}"
+        captions[entry["image_id"]].append(as_text(entry["caption"], what, "caption"))
 
     sift(image, content["images"], problems)
     sift(note, content["annotations"], problems)
@@ -100,7 +102,11 @@ def captions_by_image(
 
 
 def _has_id(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("id"), int | str)
+    return isinstance(entry, dict) and _is_id(entry.get("id"))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def _without(field: str, path: Path) -> RecipeError:

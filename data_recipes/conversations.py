@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, sift
 from .json_files import read_rows
+from .media import image_names
+from .placeholders import place_images
 from .places import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
 from .references import read_references
-from .turns import Turn, check_markers, from_conversations, from_fields, from_messages
+from .texts import identifier
+from .turns import Turn, from_conversations, from_fields, from_messages
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -82,18 +84,17 @@ def _read(
         index, row = item
         if not isinstance(row, dict):
             raise RecipeError(f"record {index} of {path.name} is not a JSON object", "correct the file")
-        name = _name(row)
-        if name is None and needs_id and not numbered:
+        given = next((row[key] for key in ("id", "question_id") if row.get(key) is not None), None)
+        if given is None and needs_id and not numbered:
             raise RecipeError(
                 f"record {index} of {path.name} has no 'id'",
                 f"give every record its own id, or number them with 'source.positional_ids: [{split}]' in the recipe",
             )
+        name = None if given is None else identifier(given, f"record {index} of {path.name}")
         what = f"record {index if name is None else repr(name)} of {path.name}"
-        turn = turn_of(row, references is None, what)
-        images = _image_names(row, what)
-        check_markers(turn, len(images), what)
-        if references is not None:
-            turn = replace(turn, answers=references(index, what))
+        turn, images = turn_of(row, references is None, what), image_names(row, what)
+        answers = turn.answers if references is None else references(index, what)
+        turn = Turn(place_images(turn.question, len(images), what), answers)
         own = f"{split}-{index}" if numbered or name is None else name
         return own, [inside(folder, i, what, root) for i in images], turn, {f: row[f] for f in fields if f in row}
 
@@ -110,17 +111,3 @@ def _read(
         meta=[meta for _, _, _, meta in found],
     )
 
-
-def _name(row: dict[str, Any]) -> str | None:
-    name = row.get("id", row.get("question_id"))
-    return None if name is None else str(name)
-
-
-def _image_names(row: dict[str, Any], what: str) -> list[str]:
-    image = row.get("images", row.get("image"))
-    listed = [] if image is None else image if isinstance(image, list) else [image]
-    if not all(isinstance(i, str) and i for i in listed):
-        raise RecipeError(
-            f"{what} has {image!r} as its image", "write one path, a list of paths, or leave 'image' out"
-        )
-    return listed

@@ -11,6 +11,7 @@ from .asking import asked
 from .errors import RecipeError, refuse, sift
 from .images import EncodedImages
 from .labels import label_reader, with_classes
+from .placeholders import refuse_marked_answer
 from .records import Records
 from .sources import read_records
 from .task_data import Row, TaskData
@@ -42,7 +43,8 @@ def load_files(
     if not records.ids:
         raise RecipeError(f"{where} holds no examples", "add files, or correct 'splits' in the recipe")
     _refuse_duplicates(recipe, records.ids, where, problems)
-    recipe = with_classes(recipe, records, where)
+    # what is wrong with the records of another split is told where that one is loaded
+    recipe = with_classes(recipe, split, records, lambda recipe, other: read_records(recipe, other, data_root, []))
     rows = _rows(recipe, split, records, where, problems)
     images = EncodedImages(records.pictures)
     good, dropped = _readable(rows, images, where, on_bad_image, problems)
@@ -59,7 +61,10 @@ def _rows(
     def row(record: tuple[str, str | None, list[str], Any, tuple[int, ...], dict]) -> Row:
         name, question, answers, raw, pictures, meta = record
         if recipe.kind != "classification":
-            text = asked(recipe, split, question, answers)
+            what = f"'{name}' in {where}"
+            for answer in answers:
+                refuse_marked_answer(answer, what)
+            text = asked(recipe, split, question, answers, len(pictures), what)
             if not text:
                 raise RecipeError(
                     f"'{name}' in {where} has nothing to ask",

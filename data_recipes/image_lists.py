@@ -49,7 +49,7 @@ def read_image_list(
         name = (found["image"] or "") + suffix
         return name, inside(folder, name, f"line {number} of {path.name}", root), found["label"] or ""
 
-    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).splitlines(), start=1)]
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), start=1)]
     found = sift(listed, [item for item in lines if item[1]], problems)
     return _records(found, label_names=sorted({label for _, _, label in found}))
 

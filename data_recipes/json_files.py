@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import RecipeError, sift
 from .places import told
-from .strict_json import decode_text, parse_json
+from .strict_json import constant_in, decode_text, may_hold_constants, parse_json
 
 
 def read_rows(path: Path, problems: list[RecipeError] | None = None) -> list[Any]:
@@ -20,10 +20,12 @@ def read_rows(path: Path, problems: list[RecipeError] | None = None) -> list[Any
     Raises:
         RecipeError: the file cannot be read, is no JSON, or holds something else than a list.
     """
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         lines = enumerate(read_text(path).split("\n"), start=1)
         return sift(lambda item: _line(path, *item), [(n, line) for n, line in lines if line.strip()], problems)
-    return read_json(path, list)
+    text = read_text(path)
+    rows = _parsed(path, text, list)
+    return sift(lambda item: _finite(*item, path), enumerate(rows), problems) if may_hold_constants(text) else rows
 
 
 def read_json(path: Path, kind: type) -> Any:
@@ -35,6 +37,13 @@ def read_json(path: Path, kind: type) -> Any:
     # the standard library's reader, not datasets': it keeps ids that are numbers in one record and
     # text in the next, and lets an error name the record
     text = read_text(path)
+    content = _parsed(path, text, kind)
+    if may_hold_constants(text) and (constant := constant_in(content)) is not None:
+        raise RecipeError(f"{path.name} holds {constant}, which is no value in JSON", "write null or a number there")
+    return content
+
+
+def _parsed(path: Path, text: str, kind: type) -> Any:
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -48,9 +57,20 @@ def read_json(path: Path, kind: type) -> Any:
 
 def _line(path: Path, number: int, line: str) -> Any:
     try:
-        return parse_json(line)
+        row = parse_json(line)
     except ValueError as error:
         raise RecipeError(f"line {number} of {path.name} {error}", "correct the line") from error
+    if may_hold_constants(line) and (constant := constant_in(row)) is not None:
+        raise RecipeError(f"line {number} of {path.name} holds {constant}, which is no value in JSON", "write null or a number there")
+    return row
+
+
+def _finite(number: int, row: Any, path: Path) -> Any:
+    constant = constant_in(row)
+    if constant is None:
+        return row
+    name = repr(row.get("id", number)) if isinstance(row, dict) else number
+    raise RecipeError(f"record {name} of {path.name} holds {constant}, which is no value in JSON", "write null or a number there")
 
 
 def read_text(path: Path) -> str:

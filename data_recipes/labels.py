@@ -2,37 +2,84 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+import logging
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, nearest
+from .placeholders import MARKER
 from .records import Records
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
+log = logging.getLogger(__name__)
 
-def with_classes(recipe: Recipe, records: Records, where: str) -> Recipe:
+#: (recipe, split, data root) → the records of the split
+Read = Callable[["Recipe", str], Records]
+#: The split whose classes are the task's, where the recipe has it.
+TRAIN = "train"
+
+
+def with_classes(recipe: Recipe, split: str, records: Records, read: Read) -> Recipe:
     """The recipe with the source's class names where it says `classes: from-source`.
 
+    A task has one list of classes, whatever split is looked at: that of its training data, and of its first split where
+    the recipe has no `train`. By another list a model would choose among other classes in one split than in the next.
+
+    Args:
+        recipe: as its YAML says.
+        split: the split that is loaded.
+        records: of that split.
+        read: reads another split.
+
     Raises:
-        RecipeError: the source has no class names, or another number of them.
+        RecipeError: the source has no class names, another number of them, or two that are one to a model.
     """
     if recipe.classes is not None:
         return recipe
-    if records.label_names is None:
+    defining = TRAIN if TRAIN in recipe.splits else next(iter(recipe.splits))
+    where = f"{recipe.name}/{defining}"
+    names = (records if split == defining else read(recipe, defining)).label_names
+    if names is None:
         raise RecipeError(
             f"recipe '{recipe.name}' takes its classes from the source, but the labels of {where} come without names",
             "list the classes in the recipe, in label order",
         )
-    if recipe.num_classes not in (None, len(records.label_names)):
+    if recipe.num_classes not in (None, len(names)):
         raise RecipeError(
-            f"{where} has {len(records.label_names)} classes and recipe '{recipe.name}' expects {recipe.num_classes}",
+            f"{where} has {len(names)} classes and recipe '{recipe.name}' expects {recipe.num_classes}",
             "use the right dataset, or correct num_classes",
         )
-    return replace(recipe, classes=list(records.label_names))
+    check_distinct(names, where)
+    return replace(recipe, classes=list(names))
+
+
+def check_distinct(classes: Sequence[str], where: str) -> None:
+    """Refuse classes that a model or a metric cannot tell apart: with one prompt or one answer for two, one is never right.
+
+    Underscores are spaces in prompts and answers; CLIP's tokenizer and most metrics don't look at case or white space.
+
+    Args:
+        classes: the names.
+        where: whose they are, for the error's sentence.
+
+    Raises:
+        RecipeError: two are the same but for these, or one is empty or marks a picture.
+    """
+    first: dict[str, str] = {}
+    for name in classes:
+        if not folded(name) or MARKER in name:
+            raise RecipeError(f"{where} has the class {name!r}, which is no name", "give it another name")
+        other = first.setdefault(folded(name), name)
+        if other is not name:
+            raise RecipeError(
+                f"{where} has the classes {other!r} and {name!r}, which are one and the same in prompts and answers",
+                "join them into one class, or name them apart",
+            )
 
 
 def label_reader(recipe: Recipe, records: Records, where: str) -> Callable[[str, Any], int]:
@@ -41,17 +88,29 @@ def label_reader(recipe: Recipe, records: Records, where: str) -> Callable[[str,
     The returned function raises RecipeError for a label that is none of the classes; it names the record.
     """
     classes = recipe.classes or []
-    plain = Counter(_plain(c) for c in classes)
-    # a spelling that fits two classes fits neither
-    index = {_plain(c): i for i, c in enumerate(classes) if plain[_plain(c)] == 1}
-    index |= {c: i for i, c in enumerate(classes)}
+    index = {folded(c): i for i, c in enumerate(classes)} | {c: i for i, c in enumerate(classes)}
     index |= {str(label): classes.index(c) for label, c in recipe.class_names.items()}
+    if records.label_names is None:
+        _warn_of_doubt(recipe, index, records.labels, where)
     return lambda name, raw: _label(recipe, index, raw, records, name, where)
+
+
+def _warn_of_doubt(recipe: Recipe, index: dict[str, int], labels: Sequence[Any], where: str) -> None:
+    """Tell of whole numbers that are read as positions and could be names of other classes."""
+    numbers = sorted({label for label in labels if _is_whole(label)})
+    doubtful = [n for n in numbers if str(n) not in recipe.class_names and index.get(str(n), n) != n]
+    if doubtful and 0 <= doubtful[0] < len(recipe.classes):
+        log.warning(
+            "%s has labels that are numbers, and the classes of recipe '%s' are numbers too: the label %d is read as the "
+            "position of the class '%s' (counted from 0), not as the name '%d' (%d such labels); if names are meant, "
+            "store them as text, or map them under 'class_names'",
+            where, recipe.name, doubtful[0], recipe.classes[doubtful[0]], doubtful[0], len(doubtful),
+        )
 
 
 def _label(recipe: Recipe, index: dict[str, int], raw: Any, records: Records, name: str, where: str) -> int:
     label = raw
-    if isinstance(raw, int) and not isinstance(raw, bool):
+    if _is_whole(raw):
         names = records.label_names
         if names is None and str(raw) in recipe.class_names:
             return index[str(raw)]
@@ -60,14 +119,19 @@ def _label(recipe: Recipe, index: dict[str, int], raw: Any, records: Records, na
         if names is not None and 0 <= raw < len(names):
             label = names[raw]
     if isinstance(label, str):
-        found = index.get(label, index.get(_plain(label)))
+        found = index.get(label, index.get(folded(label)))
         if found is not None:
             return found
     raise RecipeError(
         f"'{name}' in {where} has the label {label!r}, which is none of the {len(recipe.classes)} classes of recipe '{recipe.name}'",
-        f"correct the label, or map it under 'class_names' ({nearest(str(label), recipe.classes)})",
+        f"correct the label, add training data of its class, or map it under 'class_names' ({nearest(str(label), recipe.classes)})",
     )
 
 
-def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").split()).casefold()
+def _is_whole(label: Any) -> bool:
+    return isinstance(label, int) and not isinstance(label, bool)
+
+
+def folded(name: str) -> str:
+    """A class name without what prompts, tokenizers and metrics don't look at."""
+    return " ".join(unicodedata.normalize("NFC", name.replace("_", " ").casefold()).split())

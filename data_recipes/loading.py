@@ -71,7 +71,7 @@ def _load_rendered(recipe: Recipe, split: str) -> TaskData:
     if task in SCENES:
         scenes = [compose(task, stream, i) for i in range(len(images.ids))]
         rows = [
-            Row(name, asked(recipe, split, scene.question, scene.answers), scene.answers, None, (i,))
+            Row(name, asked(recipe, split, scene.question, scene.answers, 1, name), scene.answers, None, (i,))
             for i, (name, scene) in enumerate(zip(images.ids, scenes, strict=True))
         ]
     else:

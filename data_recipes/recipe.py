@@ -10,6 +10,7 @@ from typing import Any
 
 from .errors import RecipeError, nearest
 from .loading import inspect_task, load_task
+from .placeholders import place_images
 from .recipe_rules import FROM_SOURCE, KEYS, KINDS, REQUIRED, check_recipe
 from .rendered import RENDERED
 from .rendered_scenes import SCENES
@@ -104,7 +105,7 @@ class Recipe:
                 f"recipe '{self.name}' is {self.kind}, where every example has its own question",
                 "read 'question' of the example",
             )
-        return self.instruction if self.instruction is not None else ASKS
+        return ASKS if self.instruction is None else place_images(self.instruction, 1, f"the instruction of '{self.name}'")
 
     @property
     def fingerprint(self) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from .asking import OTHER
 from .errors import RecipeError, nearest
+from .labels import check_distinct
+from .placeholders import MARKER, place_images, refuse_unread
 
 KINDS = ("classification", "vqa", "captioning")
 FROM_SOURCE = "from-source"
@@ -104,6 +106,7 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
             raise RecipeError(
                 f"{where} has '{key}', which a {facts['kind']} recipe does not use", f"remove it from {path}"
             )
+    refuse_unread(facts.get("prompt", ""), f"the prompt of {where}")
     if facts["kind"] == "vqa":
         _check_prompts(facts, path)
 
@@ -151,6 +154,7 @@ def _check_prompts(facts: dict[str, Any], path: Path) -> None:
                 f"{path.name} has the {key} '{prompt}', which has no place for the question",
                 f"write {{q}} where the question goes, or leave '{key}' out",
             )
+        refuse_unread(prompt, f"the {key} of {path.name}")
 
 
 def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
@@ -212,6 +216,7 @@ def _check_classes(facts: dict[str, Any], path: Path) -> None:
         raise RecipeError(
             f"{where} has an empty 'instruction'", "write the question, or leave 'instruction' out"
         )
+    place_images(facts.get("instruction", ""), 1, f"the instruction of {where}")
     for key in ("prompt", "classes"):
         if key not in facts:
             raise RecipeError(f"{where} lacks the key '{key}'", f"add '{key}:' to {path}")
@@ -219,6 +224,10 @@ def _check_classes(facts: dict[str, Any], path: Path) -> None:
         raise RecipeError(
             f"{where} has the prompt '{facts['prompt']}', which has no place for the class",
             "write {c} where the class name goes, as in 'a photo of a {c}.'",
+        )
+    if MARKER in facts["prompt"]:
+        raise RecipeError(
+            f"{where} marks an image in its prompt, which is a caption for a class", f"remove {MARKER} there"
         )
     classes = facts["classes"]
     if classes == FROM_SOURCE:
@@ -237,6 +246,7 @@ def _check_classes(facts: dict[str, Any], path: Path) -> None:
     twice = sorted(c for c, count in Counter(classes).items() if count > 1)
     if twice:
         raise RecipeError(f"{where} lists the class '{twice[0]}' twice", "remove one of them")
+    check_distinct(classes, where)
     wanted = facts.get("num_classes")
     if wanted is not None and wanted != len(classes):
         raise RecipeError(

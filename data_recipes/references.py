@@ -8,9 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from .coco import captions_by_image
-from .errors import RecipeError, refuse
+from .errors import RecipeError, refuse, sift
 from .json_files import read_json
 from .places import data_root_of, inside, set_folder
+from .texts import answer_texts, identifier
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -48,7 +49,7 @@ def read_references(
     if "annotations" in content:
         answers = _by_position(content, path, rows, problems)
     elif isinstance(content.get("data"), list):
-        answers = _by_question(content["data"], rows)
+        answers = _by_question(content["data"], path, rows, problems)
     else:
         raise RecipeError(
             f"{path.name} holds neither COCO's captions nor TextVQA's answers",
@@ -56,9 +57,9 @@ def read_references(
         )
 
     def answers_of(index: int, what: str) -> list[str]:
-        if not answers.get(index):
+        if answers.get(index) in (None, []):
             raise RecipeError(f"{what} has no answer in {path.name}", "use the two files of one release")
-        return answers[index]
+        return answer_texts(answers[index], f"{what} in {path.name}")
 
     return answers_of
 
@@ -102,12 +103,20 @@ def _base(name: str) -> str:
     return PurePosixPath(name).name
 
 
-def _by_question(notes: list[Any], rows: list[Any]) -> dict[int, list[str]]:
-    answers = {
-        str(n["question_id"]): [str(a) for a in n["answers"]]
-        for n in notes
-        if isinstance(n, dict) and "question_id" in n and isinstance(n.get("answers"), list)
-    }
+def _by_question(
+    notes: list[Any], path: Path, rows: list[Any], problems: list[RecipeError] | None
+) -> dict[int, Any]:
+    answers: dict[str, Any] = {}
+
+    def note(item: tuple[int, Any]) -> None:
+        index, entry = item
+        if not isinstance(entry, dict) or entry.get("question_id") is None or entry.get("answers") is None:
+            return  # told where a question has no other entry
+        name = identifier(entry["question_id"], f"entry {index} of {path.name}")
+        if answers.setdefault(name, entry["answers"]) != entry["answers"]:
+            raise RecipeError(f"{path.name} has other answers for the question {name!r} in entry {index}", "keep one of them")
+
+    sift(note, enumerate(notes), problems)
     return {
         index: answers.get(str(row.get("question_id", row.get("id"))), [])
         for index, row in enumerate(rows)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from typing import Any
 
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+_CONSTANT = re.compile(r"NaN|Infinity|[eE]\+?\d{3}")
 
 
 def decode_text(data: bytes) -> str:
@@ -20,7 +22,9 @@ def decode_text(data: bytes) -> str:
         text = data.decode(json.detect_encoding(data))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not text in UTF-8 or UTF-16: {error.reason} at byte {error.start}") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    # files that were joined have one at the head of each part
+    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")
 
 
 def parse_json(text: str) -> Any:
@@ -46,6 +50,19 @@ def parse_json(text: str) -> Any:
         reason = "holds a number with too many digits" if "digits" in str(error) else str(error)
         raise ValueError(reason) from None
     return value
+
+
+def may_hold_constants(text: str) -> bool:
+    """Whether it is worth looking for NaN and infinity in what was parsed from a text."""
+    return _CONSTANT.search(text) is not None
+
+
+def constant_in(value: Any) -> str | None:
+    """The first number in parsed JSON that is none, `NaN` or `Infinity`: Python reads and writes them, and JSON has none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((constant for item in inner if (constant := constant_in(item)) is not None), None)
 
 
 def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

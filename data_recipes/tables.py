@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 import pyarrow.compute
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .errors import RecipeError, nearest, sift
+from .media import UNREAD, is_empty, refuse_unread_media
+from .placeholders import place_images
 from .places import data_root_of, inside, own_path, set_folder, told, within
 from .records import Pictures, Records, picture_files
-from .turns import Turn, check_markers, from_messages
+from .texts import answer_texts, described, identifier
+from .turns import Turn, from_messages
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -103,26 +107,67 @@ def _from_table(
         roots: folders that a path of a picture may lead into.
     """
     columns = _columns(recipe, split, table)
-    count = len(table)
+    count, classify = len(table), recipe.kind == "classification"
+    chats = "messages" in columns
+    roles = ["id", *(["messages"] if chats else ["label"] if classify else ["question", "answers"])]
+    cells = {role: _values(table, columns[role]) if role in columns else [None] * count for role in roles}
+    unread = {c: _values(table, c) for c in UNREAD if c in table.column_names and c not in columns.values()}
+    pictures = _pictures(recipe, split, table, columns, folder, roots)
 
-    def values(role: str) -> list[Any]:
-        return table[columns[role]][:] if role in columns else [None] * count
+    def record(row: int) -> tuple[str, Turn, Any, tuple[int, ...]]:
+        what = f"row {row} of {recipe.name}/{split}"
+        name = identifier(cells["id"][row], what) if "id" in columns else f"{split}-{row}"
+        what, shown = f"record '{name}' in {recipe.name}/{split}", pictures.shown[row]
+        if shown is None:
+            raise RecipeError(f"{what} has other images in 'image' than in 'images'", "keep those that are meant")
+        refuse_unread_media({column: values[row] for column, values in unread.items()}, what)
+        if classify and not chats:
+            return name, Turn("", []), cells["label"][row], shown
+        turn = from_messages(cells["messages"][row], what) if chats else _turn(cells["question"][row], cells["answers"][row], what)
+        turn = Turn(place_images(turn.question, len(shown), what), turn.answers)
+        return name, turn, turn.answers[0] if classify else None, shown
 
-    ids = [str(i) for i in values("id")] if "id" in columns else [f"{split}-{i}" for i in range(count)]
-    pictures = _pictures(recipe, split, table, columns.get("image"), folder, roots)
-    if "messages" in columns:
-        return _from_messages(recipe, ids, values("messages"), pictures, split, problems)
-    classify = recipe.kind == "classification"
-    feature = table.features[columns["label"]] if classify else None
-    answers = [[]] * count if classify else [a if isinstance(a, list) else [a] for a in values("answers")]
+    found = sift(record, range(count), problems)
+    feature = table.features[columns["label"]] if classify and not chats else None
     return Records(
-        ids=ids,
-        pictures=pictures,
-        labels=values("label") if classify else [None] * count,
+        ids=[name for name, _, _, _ in found],
+        pictures=Pictures(pictures.dataset, pictures.cells, [shown for _, _, _, shown in found]),
+        labels=[label for _, _, label, _ in found],
         label_names=list(feature.names) if isinstance(feature, datasets.ClassLabel) else None,
-        questions=[None] * count if classify else values("question"),
-        answers=answers,
+        questions=[None if classify else turn.question for _, turn, _, _ in found],
+        answers=[[] if classify else turn.answers for _, turn, _, _ in found],
     )
+
+
+def _turn(question: Any, answers: Any, what: str) -> Turn:
+    if question is not None and not isinstance(question, str):
+        raise RecipeError(f"{what} has {described(question)} as its question, and a question is text", "correct or remove the record")
+    return Turn(question or "", answer_texts(answers, what))
+
+
+def _values(table: datasets.Dataset, column: str) -> list[Any]:
+    """A column's values as Python has them; numbers of 32 bits keep their own digits, 0.1 and not 0.10000000149011612."""
+    try:
+        arrow = table.with_format("arrow")[:][column]
+        short = {pyarrow.float32(), pyarrow.float16()}
+        values = arrow.to_pylist()
+        if _leaf(arrow.type) in short:
+            values = _short_digits(values)
+        return values
+    except (ValueError, pyarrow.ArrowException) as error:
+        raise RecipeError(f"the column '{column}' cannot be read ({told(error)})", "write the table anew") from error
+
+
+def _leaf(kind: pyarrow.DataType) -> pyarrow.DataType:
+    while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return kind
+
+
+def _short_digits(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short_digits(v) for v in value]
+    return value if value is None else float(str(np.float32(value)))
 
 
 def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, str]:
@@ -147,62 +192,80 @@ def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, s
                 f"the {split} split of '{recipe.name}' has no column '{columns[role]}'",
                 f"{nearest(columns[role], table.column_names)}; set it with 'source.columns.{role}' in the recipe",
             )
+    if "image" not in named and {"image", "images"} <= set(table.column_names):
+        columns["images"] = "images"
     return {role: column for role, column in columns.items() if column in table.column_names}
 
 
-def _from_messages(
-    recipe: Recipe,
-    ids: list[str],
-    chats: list[Any],
-    pictures: Pictures,
-    split: str,
-    problems: list[RecipeError] | None,
-) -> Records:
-    def record(item: tuple[str, Any, tuple[int, ...]]) -> tuple[str, Turn, tuple[int, ...]]:
-        name, chat, shown = item
-        what = f"record '{name}' in {recipe.name}/{split}"
-        turn = from_messages(chat, what)
-        check_markers(turn, len(shown), what)
-        return name, turn, shown
-
-    found = sift(record, zip(ids, chats, pictures.shown, strict=True), problems)
-    classify = recipe.kind == "classification"
-    return Records(
-        ids=[name for name, _, _ in found],
-        pictures=Pictures(pictures.dataset, pictures.cells, [shown for _, _, shown in found]),
-        labels=[turn.answers[0] if classify else None for _, turn, _ in found],
-        label_names=None,
-        questions=[None if classify else turn.question for _, turn, _ in found],
-        answers=[[] if classify else turn.answers for _, turn, _ in found],
-    )
-
-
 def _pictures(
-    recipe: Recipe, split: str, table: datasets.Dataset, column: str | None, folder: Path | None, roots: tuple[Path, ...]
+    recipe: Recipe, split: str, table: datasets.Dataset, columns: dict[str, str], folder: Path | None, roots: tuple[Path, ...]
+) -> Pictures:
+    """The pictures that a table's records show; of the columns `image` and `images`, whichever holds something."""
+    keep_empty = recipe.kind == "classification" and "images" not in columns
+    named = [columns[role] for role in ("image", "images") if role in columns]
+    if not named:
+        return picture_files([[] for _ in range(len(table))])
+    held = [_column_of_pictures(f"column '{c}' in the {split} split of '{recipe.name}'", table, c, folder, roots, keep_empty) for c in named]
+    return held[0] if len(held) == 1 else _whichever(*held)
+
+
+def _whichever(first: Pictures, second: Pictures) -> Pictures:
+    """Each record's pictures from the one of two columns that shows some; None where both do and they are not the same."""
+    offset, lists = len(first.cells), [_as_lists(first), _as_lists(second)]
+    rows = len(lists[0])
+    cells = [(row, position or 0) for row, position in first.cells] + [(rows + row, position or 0) for row, position in second.cells]
+
+    def choose(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
+        if one and other and [_cell(first, i) for i in one] != [_cell(second, i) for i in other]:
+            return None
+        return one or tuple(offset + i for i in other)
+
+    shown = [choose(one, other) for one, other in zip(first.shown, second.shown, strict=True)]
+    return Pictures(datasets.concatenate_datasets(lists), cells, shown)
+
+
+def _cell(pictures: Pictures, index: int) -> Any:
+    row, position = pictures.cells[index]
+    cell = pictures.dataset[row]["image"]
+    return cell if position is None else cell[position]
+
+
+def _as_lists(pictures: Pictures) -> datasets.Dataset:
+    """Pictures as lists of pictures, without a copy of them."""
+    features = datasets.Features({"image": datasets.List(datasets.Image(decode=False))})
+    dataset = pictures.dataset
+    if isinstance(dataset.features["image"], datasets.List | datasets.LargeList):
+        return dataset.cast(features)
+    chunks = dataset.with_format("arrow")[:]["image"].chunks
+    lists = [pyarrow.ListArray.from_arrays(pyarrow.array(range(len(c) + 1), pyarrow.int32()), c) for c in chunks]
+    table = pyarrow.table({"image": pyarrow.chunked_array(lists, features.arrow_schema.field("image").type)})
+    return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
+
+
+def _column_of_pictures(
+    what: str, table: datasets.Dataset, column: str, folder: Path | None, roots: tuple[Path, ...], keep_empty: bool
 ) -> Pictures:
     """The pictures of a column of images, of lists of images, or of paths in the task's folder; unread.
 
     An empty cell is a record without a picture, but in classification, which cannot do without, a broken one.
     """
-    if column is None:
-        return picture_files([[] for _ in range(len(table))])
-    feature, what = table.features[column], f"column '{column}' in the {split} split of '{recipe.name}'"
+    feature = table.features[column]
     lists = isinstance(feature, datasets.List | datasets.LargeList)
     if folder is not None and (feature.feature if lists else feature) in (TEXT, LARGE_TEXT):
         cells = [c if lists else [c] for c in table[column]]
-        return picture_files([[inside(folder, c, what, roots[0]) for c in own or [] if c is not None] for own in cells])
+        return picture_files([[inside(folder, c, what, roots[0]) for c in own or [] if not is_empty(c)] for own in cells])
     undecoded = datasets.Image(decode=False)
     try:
         images = table.select_columns([column]).cast_column(column, datasets.List(undecoded) if lists else undecoded)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RecipeError(
-            f"the column '{column}' in the {split} split of '{recipe.name}' holds no images ({told(error)})",
+            f"the {what} holds no images ({told(error)})",
             "name the right one with 'source.columns.image' in the recipe",
         ) from error
     if column != "image":
         images = images.rename_column(column, "image")
     _refuse_paths(images, lists, what, roots)
-    return _located(images, lists, keep_empty=recipe.kind == "classification")
+    return _located(images, lists, keep_empty)
 
 
 def _refuse_paths(images: datasets.Dataset, lists: bool, what: str, roots: tuple[Path, ...]) -> None:

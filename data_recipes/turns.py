@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import RecipeError
+from .media import refuse_inner_media
+from .placeholders import MARKER
+from .texts import answer_texts, described
 
-#: What LLaVA's files write where a picture goes.
-MARKER = "<image>"
+SPLIT_UP = "split longer conversations into one record per question"
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,27 @@ class Turn:
     """One question and its answers.
 
     Attributes:
-        question: without image markers.
+        question: with a marker wherever a picture goes, as the file has it; see `placeholders`.
         answers: the accepted texts; empty where they stand in another file.
-        markers: how many images the question marks; 0 where it marks none and leaves the place open.
     """
 
     question: str
     answers: list[str]
-    markers: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a conversation is written: its list's name, the key of who speaks, the two speakers, and the key of what is said."""
+
+    name: str
+    speaker: str
+    asks: str
+    answers: str
+    said: str
+
+
+LLAVA = Layout("conversations", "from", "human", "gpt", "value")
+CHAT = Layout("messages", "role", "user", "assistant", "content")
 
 
 def from_conversations(turns: Any, what: str) -> Turn:
@@ -36,19 +51,19 @@ def from_conversations(turns: Any, what: str) -> Turn:
         what: the record, for the error's sentence.
 
     Raises:
-        RecipeError: there is another number of turns, or one of them is not text.
+        RecipeError: it is anything else than one question and one answer, both text; the sentence says what.
     """
-    speakers = _roles(turns, "from")
-    if speakers != ["human", "gpt"] or not all(isinstance(t.get("value"), str) for t in turns):
-        raise RecipeError(
-            f"{what} is not one question ('human') and one answer ('gpt')",
-            "split longer conversations into one record per question",
-        )
-    return _turn(turns[0]["value"], [turns[1]["value"]], 0, what)
+    question, answer = _pair(turns, LLAVA, what)
+    for turn, role in ((question, "question"), (answer, "answer")):
+        if not isinstance(turn.get("value"), str):
+            raise RecipeError(
+                f"{what} has {described(turn.get('value'))} as its {role}, and a conversation is text", "put quotes around it, or remove the record"
+            )
+    return Turn(question["value"].strip(), [answer["value"]])
 
 
 def from_fields(row: dict[str, Any], answer_field: str, answered: bool, what: str) -> Turn:
-    """A LLaVA test record: `text` and an answer, which is text, a number, or a list of accepted ones.
+    """A LLaVA test record: `text` and an answer; see `answer_texts`.
 
     Source of the layout: github.com/haotian-liu/LLaVA, docs/Evaluation.md.
 
@@ -59,16 +74,15 @@ def from_fields(row: dict[str, Any], answer_field: str, answered: bool, what: st
         what: the record, for the error's sentence.
 
     Raises:
-        RecipeError: a field is missing or empty.
+        RecipeError: a field is missing or empty, or holds something else.
     """
-    if "text" not in row or (answered and answer_field not in row):
-        raise RecipeError(
-            f"{what} has neither 'conversations' nor 'text' and '{answer_field}'", "add one of them"
-        )
-    answer = row.get(answer_field) if answered else []
-    if not isinstance(row["text"], str) or (answered and answer in (None, [])):
-        raise RecipeError(f"{what} has no question or no answer", "complete or remove the record")
-    return _turn(row["text"], [str(a) for a in (answer if isinstance(answer, list) else [answer])], 0, what)
+    if "text" not in row:
+        raise RecipeError(f"{what} has neither 'conversations' nor 'text' and '{answer_field}'", "add one of them")
+    if answered and answer_field not in row:
+        raise RecipeError(f"{what} has no '{answer_field}'", "add it, or name the field of the answer with 'source.answer' in the recipe")
+    if not isinstance(row["text"], str):
+        raise RecipeError(f"{what} has {described(row['text'])} as its question, and a question is text", "correct or remove the record")
+    return Turn(row["text"].strip(), answer_texts(row[answer_field], what) if answered else [])
 
 
 def from_messages(messages: Any, what: str) -> Turn:
@@ -86,71 +100,69 @@ def from_messages(messages: Any, what: str) -> Turn:
         what: the record, for the error's sentence.
 
     Raises:
-        RecipeError: there is another number of messages, or one holds something else.
+        RecipeError: it is anything else than one question and one answer; the sentence says what.
     """
-    roles = _roles(messages, "role")
-    if "system" in roles:
+    question, answer = (_content(message.get("content"), what) for message in _pair(messages, CHAT, what))
+    return Turn(question.strip(), [answer])
+
+
+def _pair(turns: Any, layout: Layout, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The question's turn and the answer's."""
+    if not isinstance(turns, list):
+        raise RecipeError(f"{what} has {described(turns)} as its '{layout.name}', and not a list of turns", "correct the record")
+    if not turns:
+        raise RecipeError(f"{what} has an empty list as its '{layout.name}'", "complete or remove the record")
+    speakers = [_speaker(turn, number, layout, what) for number, turn in enumerate(turns, start=1)]
+    if speakers[0] == layout.answers:
+        raise RecipeError(f"{what} begins with an answer ('{layout.answers}')", "begin with the question, or remove the record")
+    if len(speakers) == 1:
+        raise RecipeError(f"{what} has a question ('{layout.asks}') and no answer", "complete or remove the record")
+    for number, (one, other) in enumerate(zip(speakers, speakers[1:], strict=False), start=1):
+        if one == other:
+            kind = "questions" if one == layout.asks else "answers"
+            raise RecipeError(f"{what} has two {kind} in a row (turns {number} and {number + 1}, '{one}')", "join or remove one of them")
+    if len(speakers) > 2:
+        raise RecipeError(f"{what} has {len(speakers)} turns, and one question with one answer is learned from a record", SPLIT_UP)
+    return turns[0], turns[1]
+
+
+def _speaker(turn: Any, number: int, layout: Layout, what: str) -> str:
+    """Who speaks in a turn: the one who asks or the one who answers."""
+    if not isinstance(turn, dict):
+        raise RecipeError(f"{what} has {described(turn)} as turn {number}, and not an object", "correct the record")
+    speaker = turn.get(layout.speaker)
+    if speaker == "system":
         raise RecipeError(
             f"{what} has a system message, and the model's chat template has its own",
             "remove it, or write it at the head of the question",
         )
-    if roles != ["user", "assistant"]:
+    if speaker not in (layout.asks, layout.answers):
+        given = f"no '{layout.speaker}'" if speaker is None else f"{described(speaker)} as '{layout.speaker}'"
         raise RecipeError(
-            f"{what} is not one question ('user') and one answer ('assistant')",
-            "split longer conversations into one record per question",
+            f"{what} has {given} in turn {number}, which is neither '{layout.asks}' nor '{layout.answers}'",
+            f"name the one who asks '{layout.asks}' and the one who answers '{layout.answers}'",
         )
-    question, markers = _content(messages[0].get("content"), what)
-    answer, marked = _content(messages[1].get("content"), what)
-    if marked:
-        raise RecipeError(f"{what} shows an image in its answer", "answer with text alone")
-    return _turn(question, [answer], markers, what)
+    refuse_inner_media(turn, f"turn {number} of {what}")
+    return speaker
 
 
-def check_markers(turn: Turn, images: int, what: str) -> None:
-    """Refuse a question that marks another number of images than the record has.
-
-    Raises:
-        RecipeError: the two numbers differ; a question without markers fits any number.
-    """
-    if turn.markers not in (0, images):
-        raise RecipeError(
-            f"{what} marks {turn.markers} image{'s' * (turn.markers > 1)} in its question and names {images}",
-            "mark and name the same number, or remove the markers",
-        )
-
-
-def _roles(turns: Any, key: str) -> list[Any]:
-    if not isinstance(turns, list):
-        return []
-    return [t.get(key) if isinstance(t, dict) else None for t in turns]
-
-
-def _content(content: Any, what: str) -> tuple[str, int]:
-    """The text of a message, and how many images it marks."""
+def _content(content: Any, what: str) -> str:
+    """The text of a message, with a marker for every part that is an image."""
     if isinstance(content, str):
-        return content, 0
+        return content
     if not isinstance(content, list) or not all(isinstance(p, dict) for p in content):
         raise RecipeError(
-            f"{what} has a message whose content is neither text nor a list of parts", "correct its 'content'"
+            f"{what} has a message with {described(content)} as its content, which is neither text nor a list of parts",
+            "correct its 'content', or remove the record",
         )
-    texts, images = [], 0
-    for part in content:
-        kind = part.get("type")
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"].strip())
-        elif kind != "image":
-            raise RecipeError(f"{what} has a part of the type {kind!r} without text", "use the types text and image")
-        elif any(part.get(key) is not None for key in ("image", "path", "url", "base64")):
-            raise RecipeError(
-                f"{what} holds an image inside a message", "list the images under 'images' of the record"
-            )
-        else:
-            images += 1
-    return "\n".join(texts), images
+    return "\n".join(_part(part, what) for part in content)
 
 
-def _turn(question: str, answers: list[str], images: int, what: str) -> Turn:
-    if any(MARKER in a for a in answers):
-        raise RecipeError(f"{what} marks an image in its answer", f"remove {MARKER} there")
-    # LLaVA itself takes the markers out and shows the images first, wherever they stood
-    return Turn(question.replace(MARKER, "").strip(), answers, images + question.count(MARKER))
+def _part(part: dict[str, Any], what: str) -> str:
+    kind = part.get("type")
+    if kind not in ("text", "image"):
+        raise RecipeError(f"{what} has a part of the type {kind!r}, which is not read", "use the types text and image")
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise RecipeError(f"{what} has a part of the type 'text' without text", "add it, or remove the part")
+    refuse_inner_media(part, f"a message of {what}")
+    return part["text"].strip() if kind == "text" else MARKER

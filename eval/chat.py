@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_recipes.placeholders import MARKER
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Recipe
@@ -27,10 +30,18 @@ def render(processor, question: str, n_images: int) -> str:
 
     Args:
         processor: a LLaVA processor; its chat template is used, or `VICUNA_V1` where it has none.
-        question: what is asked.
-        n_images: how many images go before the question.
+        question: what is asked; with a marker for each image where they have places in it.
+        n_images: how many images there are; they go before a question without markers.
+
+    Raises:
+        EvalError: the question marks another number of images.
     """
-    content = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
+    marked = question.count(MARKER)
+    if marked not in (0, n_images):
+        raise EvalError(f"the question '{shorten(question, 80)}' marks {marked} images and has {n_images}", "mark each image once, or none")
+    # Chat templates put parts of the type image before the text, wherever they stand among the parts.
+    text = {"type": "text", "text": question.replace(MARKER, processor.image_token)}
+    content = [text] if marked else [{"type": "image"}] * n_images + [text]
     template = processor.chat_template or VICUNA_V1.replace("<image>", processor.image_token)
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
@@ -72,6 +83,7 @@ class Chat:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self._special = _special_tokens(processor)
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
 
     def prompt(self, question: str, sizes: Sequence[tuple[int, int]]) -> list[int]:
@@ -80,7 +92,11 @@ class Chat:
         Args:
             question: what is asked.
             sizes: (height, width) of each image.
+
+        Raises:
+            EvalError: the question holds one of the tokenizer's special tokens, or marks another number of images.
         """
+        self._refuse_special(question)
         return self._expand(self._tokenise(render(self.processor, question, len(sizes))), sizes)
 
     def turn(self, question: str, sizes: Sequence[tuple[int, int]], answer: str) -> tuple[list[int], list[int]]:
@@ -91,9 +107,10 @@ class Chat:
             answer: the text to learn.
 
         Raises:
-            EvalError: if the tokenizer does not keep the prompt apart from the answer, so that training would show the
+            EvalError: as `prompt`, and if the tokenizer does not keep the prompt apart from the answer, so that training would show the
                 model another prompt than generation does.
         """
+        self._refuse_special(question, answer)
         text = render(self.processor, question, len(sizes))
         prompt, whole = self._tokenise(text), self._tokenise(text + reply(self.processor, text, answer))
         if whole[: len(prompt)] != prompt:
@@ -102,6 +119,15 @@ class Chat:
                 "end the chat template's generation prompt with a colon or a line break",
             )
         return self._expand(prompt, sizes), whole[len(prompt) :]
+
+    def _refuse_special(self, question: str, answer: str = "") -> None:
+        """Refuse what the tokenizer would read as a token of its own, such as the end of the text, instead of as letters."""
+        for role, text in (("question", question.replace(MARKER, " ")), ("answer", answer)):
+            if special := self._special.search(text):
+                raise EvalError(
+                    f"the {role} '{shorten(text, 80)}' holds {special[0]}, which is a special token of the model",
+                    "take it out of the text, or write it with spaces in it",
+                )
 
     def _tokenise(self, text: str) -> list[int]:
         # Some chat templates write the begin-of-text token that the tokenizer puts before every text too; it goes there once.
@@ -128,3 +154,11 @@ class Chat:
         # Not in the processors' public documentation, but kept by transformers for serving engines; a test compares it
         # with what the processors really write.
         return list(self.processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in sizes]).num_image_tokens)
+
+
+def _special_tokens(processor) -> re.Pattern[str]:
+    """What the tokenizer reads as one of its special tokens wherever it stands in a text."""
+    tokenizer = processor.tokenizer
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    words = {*added, *tokenizer.all_special_tokens, processor.image_token} - {""}
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))

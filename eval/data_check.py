@@ -16,6 +16,7 @@ from llava_keeplora_eval.preparation import Preparation, answer_problems, check_
 from llava_keeplora_eval.references import check_references
 from llava_keeplora_recipes import list_sequences, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import UserError
+from llava_keeplora_recipes.placeholders import MARKER
 from llava_keeplora_recipes.strict_yaml import read_mapping
 
 if TYPE_CHECKING:
@@ -209,5 +210,7 @@ def plain(data: TaskData, row: int) -> list[str]:
     """An example in the words of LLaVA-1.5, without its system sentence; of several captions, each of which is learned, one."""
     check_answers(data, row, data.answers[row])
     answer = learned(data.recipe, data.answers[row])[0]
-    text = "USER: " + "<image>\n" * data.image_counts[row] + f"{_asked(data)[row]} ASSISTANT: ⟦{answer}⟧"
+    question = _asked(data)[row]
+    before = "" if MARKER in question else f"{MARKER}\n" * data.image_counts[row]
+    text = f"USER: {before}{question} ASSISTANT: ⟦{answer}⟧"
     return text.split("\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
@@ -166,9 +167,12 @@ class ChatPreparation:
             try:
                 if learns:
                     check_answers(data, row, answers)
-                    turns = [Turn(row, *self.chat.turn(text, sizes, answer)) for answer in learned(data.recipe, answers)]
+                    texts = learned(data.recipe, answers)
+                    with _named(data, row):
+                        turns = [Turn(row, *self.chat.turn(text, sizes, answer)) for answer in texts]
                 else:
-                    turns = [Turn(row, self.chat.prompt(text, sizes), [])]
+                    with _named(data, row):
+                        turns = [Turn(row, self.chat.prompt(text, sizes), [])]
                 self._check_length(data, max(turns, key=len), learns)
             except EvalError as error:
                 yield error
@@ -247,11 +251,17 @@ def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None
         ``input_ids`` and ``attention_mask``, each (prompts, tokens).
 
     Raises:
-        EvalError: no prompts, or one that is too long.
+        EvalError: no prompts, or one that is too long or holds the token of a text's beginning or end.
     """
     if not prompts:
         raise EvalError("there are no prompts to tokenise", "give the recipe at least one class with a prompt")
     tokenizer = getattr(processor, "tokenizer", processor)
+    for prompt in prompts:
+        # CLIP's feature is that of the first end token
+        if special := next((token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and token in prompt), None):
+            raise EvalError(
+                f"the prompt '{prompt}' holds {special}, which is a special token of the model", "take it out of the prompt or the class name"
+            )
     limits = [tokenizer.model_max_length] + ([limit] if limit is not None else [])
     longest = min(limits)
     # Truncation would be silent, and two class names that differ at the end would become one.
@@ -309,6 +319,15 @@ def _accepted(items: Iterable[Turn | EvalError], data: TaskData) -> list[Turn]:
         more = f" (and {len(refused) - 1} more of {len(data)} examples)" if len(refused) > 1 else ""
         raise EvalError(refused[0].problem + more, refused[0].cure)
     return items
+
+
+@contextmanager
+def _named(data: TaskData, row: int) -> Iterator[None]:
+    """Name the example in what is refused of its text."""
+    try:
+        yield
+    except EvalError as error:
+        raise EvalError(f"{_place(data, row)} cannot be shown to the model: {error.problem}", error.cure) from None
 
 
 def _place(data: TaskData, row: int) -> str:

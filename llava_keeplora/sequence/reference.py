@@ -13,6 +13,7 @@ from llava_keeplora.methods import Reference
 from llava_keeplora.models import ClipFamily
 from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora_recipes import TaskData, load_recipe
+from llava_keeplora_recipes.json_files import read_text
 
 SPLIT = "train"
 CURE = "give a text file with one caption per line"
@@ -56,9 +57,9 @@ def _said_of(data: TaskData) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})", CURE) from error
+        lines = [line.strip() for line in read_text(path).split("\n")]
+    except UserError as error:
+        raise ConfigError(error.problem, CURE) from error
     if not any(lines):
         raise ConfigError(f"{path} holds no text", CURE)
     return [line for line in lines if line]

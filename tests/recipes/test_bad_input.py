@@ -218,7 +218,7 @@ def test_a_folder_that_is_no_class(pets):
     assert refusal(pets(classes=["cat", "ant"])) == (
         "'train/big_dog/0.png' in pets/train has the label 'big_dog', which is none of the 2 classes of recipe 'pets' "
         "(and 3 more, which `llava-keeplora-eval data check` lists); "
-        "correct the label, or map it under 'class_names' (valid names are ant, cat)."
+        "correct the label, add training data of its class, or map it under 'class_names' (valid names are ant, cat)."
     )
 
 
@@ -291,14 +291,14 @@ def test_duplicate_ids(questions):
             {"id": None},
             "record 0 of train.json has no 'id'; give every record its own id, or number them with 'source.positional_ids: [train]'",
         ),
-        ({"answer": []}, "record 'a' of train.json has no question or no answer; complete or remove the record."),
-        ({"text": 3}, "record 'a' of train.json has no question or no answer; complete or remove the record."),
+        ({"answer": []}, "record 'a' of train.json has no answer; complete or remove the record."),
+        ({"text": 3}, "record 'a' of train.json has the number 3 as its question, and a question is text; correct or remove the record."),
         ({"image": 3}, "record 'a' of train.json has 3 as its image; write one path, a list of paths, or leave 'image' out."),
         ({"image": ["x.png", None]}, "record 'a' of train.json has ['x.png', None] as its image; write one path, a list of paths, or leave"),
-        ({"answer": None}, "record 'a' of train.json has neither 'conversations' nor 'text' and 'answer'; add one of them."),
+        ({"answer": None}, "record 'a' of train.json has no 'answer'; add it, or name the field of the answer with 'source.answer' in the recipe."),
         (
             {"conversations": [{"from": "human", "value": "q"}] * 2},
-            "record 'a' of train.json is not one question ('human') and one answer ('gpt'); split longer conversations into one record per question.",
+            "record 'a' of train.json has two questions in a row (turns 1 and 2, 'human'); join or remove one of them.",
         ),
     ],
 )  # fmt: skip

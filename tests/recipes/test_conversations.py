@@ -61,7 +61,7 @@ def test_llava_records_show_no_picture_one_or_several(recipe, tmp_path, make, pi
     make.json(tmp_path / "q" / "train.json", rows)
     data = recipe(format="llava_json").load("train")
     assert [[i.tobytes() for i in e.images] for e in data] == [[], [pixels[0]], [pixels[2], pixels[1]]]
-    assert data.questions == ["Two and two?", "What?", "or ?"]
+    assert data.questions == ["Two and two?", "What?", "<image> or <image>?"]
     assert data.image_counts == [0, 1, 2] and data.answers == [["a cat"]] * 3
 
 

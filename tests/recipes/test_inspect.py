@@ -46,7 +46,7 @@ def test_every_record_and_every_image_that_is_wrong_is_told(questions, tmp_path)
     assert data.ids == ["a", "a"] and data.dropped == ["c", "d"]
     of_records = [t.split(";")[0] for t in told if t.startswith("record")]
     assert of_records == [
-        "record 'b' of train.json has no question or no answer",
+        "record 'b' of train.json has no answer",
         "record 2 of train.json is not a JSON object",
         "record 'e' of train.json has the path '../0.png', which leads out of its data folder",
         "record 'a' of train.json marks 2 images in its question and names 1",

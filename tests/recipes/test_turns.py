@@ -3,40 +3,33 @@
 import pytest
 
 from llava_keeplora_recipes.errors import RecipeError
-from llava_keeplora_recipes.turns import Turn, check_markers, from_conversations, from_fields, from_messages
+from llava_keeplora_recipes.turns import Turn, from_conversations, from_fields, from_messages
 
 ASK = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "gpt", "value": "a cat"}
 USER = {"role": "user", "content": "What is it?"}
 ASSISTANT = {"role": "assistant", "content": "a cat"}
+IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "What is it?"}
 
 
-@pytest.mark.parametrize(
-    ("value", "question", "markers"),
-    [
-        ("What is it?", "What is it?", 0),
-        ("<image>\nWhat is it?", "What is it?", 1),
-        ("What is it?\n<image>", "What is it?", 1),
-        ("Is <image> left of <image>?", "Is  left of ?", 2),
-    ],
-)
-def test_markers_are_taken_out_of_a_question_and_counted(value, question, markers):
-    assert from_conversations([{"from": "human", "value": value}, ANSWER], "r") == Turn(question, ["a cat"], markers)
+@pytest.mark.parametrize("value", ["What is it?", "<image>\nWhat is it?", "Is <image> left of <image>?"])
+def test_a_question_is_handed_on_with_the_markers_of_its_pictures(value):
+    assert from_conversations([{"from": "human", "value": f" {value}\n"}, ANSWER], "r") == Turn(value, ["a cat"])
+    assert from_messages([USER | {"content": value}, ASSISTANT], "r") == Turn(value, ["a cat"])
+    assert from_fields({"text": value, "answer": "a cat"}, "answer", True, "r") == Turn(value, ["a cat"])
 
 
-def test_messages_hold_text_or_typed_parts():
-    image, text = {"type": "image"}, {"type": "text", "text": "What is it?"}
-    assert from_messages([USER, ASSISTANT], "r") == Turn("What is it?", ["a cat"], 0)
-    assert from_messages([USER | {"content": "<image>\nWhat is it?"}, ASSISTANT], "r").markers == 1
-    typed = from_messages([USER | {"content": [image, text]}, ASSISTANT | {"content": [{"type": "text", "text": "a cat"}]}], "r")
-    assert typed == Turn("What is it?", ["a cat"], 1)
-    parts = [text, image, {"type": "text", "text": "And this?"}, image]
-    assert from_messages([USER | {"content": parts}, ASSISTANT], "r") == Turn("What is it?\nAnd this?", ["a cat"], 2)
+def test_parts_of_a_message_that_are_images_are_markers_where_they_stand():
+    def asked(*parts):
+        return from_messages([USER | {"content": list(parts)}, ASSISTANT], "r").question
+
+    assert asked(IMAGE, TEXT) == "<image>\nWhat is it?"
+    assert asked(TEXT, IMAGE, TEXT | {"text": "And this?"}, IMAGE) == "What is it?\n<image>\nAnd this?\n<image>"
 
 
 def test_tables_fill_the_fields_that_a_part_does_not_have():
-    parts = [{"type": "image", "text": None, "index": 0}, {"type": "text", "text": "What is it?", "index": None}]
-    assert from_messages([USER | {"content": parts}, ASSISTANT], "r") == Turn("What is it?", ["a cat"], 1)
+    parts = [{"type": "image", "text": None, "image": None}, TEXT | {"index": None}]
+    assert from_messages([USER | {"content": parts}, ASSISTANT], "r") == Turn("<image>\nWhat is it?", ["a cat"])
 
 
 def test_a_test_record_holds_one_answer_or_several_or_none_where_they_stand_elsewhere():
@@ -46,63 +39,72 @@ def test_a_test_record_holds_one_answer_or_several_or_none_where_they_stand_else
     assert from_fields({"text": "What?", "answer": "a"}, "answer", False, "r").answers == []
 
 
-def test_a_question_without_markers_fits_any_number_of_images():
-    for images in range(3):
-        check_markers(Turn("q", ["a"]), images, "r")
-    check_markers(Turn("q", ["a"], 2), 2, "r")
-
-
-CURE = "split longer conversations into one record per question."
-HUMAN_GPT = f"r is not one question ('human') and one answer ('gpt'); {CURE}"
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        (None, r"nothing \(null\) as its 'conversations'.*list of turns"),
+        ("hello", "text 'hello' as its 'conversations'.*list of turns"),
+        ([], "empty list"),
+        ([3, ANSWER], "the number 3 as turn 1"),
+        ([ASK], "no answer"),
+        ([ANSWER], "begins with an answer"),
+        ([ANSWER, ASK], "begins with an answer"),
+        ([ASK, ASK], r"two questions in a row \(turns 1 and 2, 'human'\)"),
+        ([ASK, ANSWER, ANSWER], r"two answers in a row \(turns 2 and 3, 'gpt'\)"),
+        ([ASK, ANSWER, ASK, ANSWER], "4 turns.*one record per question"),
+        ([{"from": "system", "value": "Be brief."}, ASK, ANSWER], "system message"),
+        ([{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}], "'user' as 'from' in turn 1.*'human'.*'gpt'"),
+        ([ASK, {"from": "tool", "value": "a"}], "'tool' as 'from' in turn 2"),
+        ([USER, ASSISTANT], "no 'from' in turn 1"),
+        ([ASK, ANSWER | {"value": 3}], "the number 3 as its answer.*quotes"),
+        ([ASK, {"from": "gpt"}], r"nothing \(null\) as its answer"),
+        ([ASK | {"value": ["q"]}, ANSWER], r"the list \['q'\] as its question"),
+        ([ASK | {"image": "a.png"}, ANSWER], "turn 1 of r holds 'image' itself"),
+        ([ASK | {"video": "a.mp4"}, ANSWER], "turn 1 of r holds 'video' itself"),
+    ],
+)
+def test_each_fault_of_a_conversation_has_its_own_sentence(turns, reason):
+    with pytest.raises(RecipeError, match=reason):
+        from_conversations(turns, "r")
 
 
 @pytest.mark.parametrize(
-    ("read", "sentence"),
+    ("messages", "reason"),
     [
-        (lambda: from_conversations([ASK, ANSWER, ASK, ANSWER], "r"), HUMAN_GPT),
-        (lambda: from_conversations("hello", "r"), HUMAN_GPT),
-        (lambda: from_conversations([ASK, ANSWER | {"value": 3}], "r"), HUMAN_GPT),
-        (lambda: from_conversations([ASK, ANSWER | {"value": "<image>"}], "r"), "r marks an image in its answer; remove <image> there."),
-        (lambda: from_messages([USER, ASSISTANT] * 2, "r"), f"r is not one question ('user') and one answer ('assistant'); {CURE}"),
-        (
-            lambda: from_messages([{"role": "system", "content": "Be brief."}, USER, ASSISTANT], "r"),
-            "r has a system message, and the model's chat template has its own; remove it, or write it at the head of the question.",
-        ),
-        (
-            lambda: from_messages([USER, {"role": "assistant", "content": None}], "r"),
-            "r has a message whose content is neither text nor a list of parts; correct its 'content'.",
-        ),
-        (
-            lambda: from_messages([USER | {"content": [{"type": "video"}]}, ASSISTANT], "r"),
-            "r has a part of the type 'video' without text; use the types text and image.",
-        ),
-        (
-            lambda: from_messages([USER | {"content": [{"type": "image", "path": "a.png"}]}, ASSISTANT], "r"),
-            "r holds an image inside a message; list the images under 'images' of the record.",
-        ),
-        (
-            lambda: from_messages([USER, ASSISTANT | {"content": [{"type": "image"}]}], "r"),
-            "r shows an image in its answer; answer with text alone.",
-        ),
-        (
-            lambda: from_fields({"text": "q"}, "answer", True, "r"),
-            "r has neither 'conversations' nor 'text' and 'answer'; add one of them.",
-        ),
-        (
-            lambda: from_fields({"text": "q", "answer": []}, "answer", True, "r"),
-            "r has no question or no answer; complete or remove the record.",
-        ),
-        (
-            lambda: check_markers(Turn("q", ["a"], 1), 0, "r"),
-            "r marks 1 image in its question and names 0; mark and name the same number, or remove the markers.",
-        ),
-        (
-            lambda: check_markers(Turn("q", ["a"], 2), 1, "r"),
-            "r marks 2 images in its question and names 1; mark and name the same number, or remove the markers.",
-        ),
+        ({}, r"the object \{\} as its 'messages'"),
+        ([USER, ASSISTANT] * 2, "4 turns.*one record per question"),
+        ([{"role": "system", "content": "Be brief."}, USER, ASSISTANT], "system message"),
+        ([ASK, ANSWER], "no 'role' in turn 1"),
+        ([USER, {"role": "tool", "content": "a"}], "'tool' as 'role' in turn 2"),
+        ([USER, ASSISTANT | {"content": None}], r"message with nothing \(null\) as its content"),
+        ([USER, ASSISTANT | {"content": 3}], "message with the number 3 as its content"),
+        ([USER, ASSISTANT | {"content": {"answer": "a"}}], "message with the object"),
+        ([USER | {"content": [{"type": "video"}]}, ASSISTANT], "type 'video', which is not read; use the types text and image"),
+        ([USER | {"content": [{"type": "audio"}, TEXT]}, ASSISTANT], "type 'audio'"),
+        ([USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ASSISTANT], "type 'image_url'"),
+        ([USER | {"content": [{"text": "q"}]}, ASSISTANT], "type None"),
+        ([USER | {"content": [{"type": "text"}]}, ASSISTANT], "'text' without text"),
+        ([USER | {"content": [IMAGE | {"path": "a.png"}]}, ASSISTANT], "holds 'path' itself.*under 'images'"),
+        ([USER | {"content": [TEXT | {"image": "a.png"}]}, ASSISTANT], "holds 'image' itself"),
+        ([USER | {"images": ["a.png"]}, ASSISTANT], "turn 1 of r holds 'images' itself"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_read_is_refused_with_its_cure(read, sentence):
-    with pytest.raises(RecipeError) as caught:
-        read()
-    assert str(caught.value) == sentence
+)
+def test_each_fault_of_a_chat_has_its_own_sentence(messages, reason):
+    with pytest.raises(RecipeError, match=reason):
+        from_messages(messages, "r")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, "neither 'conversations' nor 'text'"),
+        ({"text": "q"}, "no 'answer'.*'source.answer'"),
+        ({"text": None, "answer": "a"}, r"nothing \(null\) as its question"),
+        ({"text": 3, "answer": "a"}, "the number 3 as its question"),
+        ({"text": "q", "answer": []}, "no answer"),
+        ({"text": "q", "answer": None}, r"nothing \(null\) as its answer"),
+    ],
+)
+def test_each_fault_of_a_test_record_has_its_own_sentence(row, reason):
+    with pytest.raises(RecipeError, match=reason):
+        from_fields(row, "answer", True, "r")

@@ -1,0 +1,79 @@
+"""Which pictures a record names, and the refusal of what is not read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import RecipeError
+from .texts import described
+
+IMAGES = ("image", "images")
+#: Media that no model here is shown: a record that has some would be learned from its text alone.
+UNREAD = ("video", "videos", "audio", "audios")
+#: Where a message or one of its parts may hold a picture itself.
+_INNER = (*IMAGES, *UNREAD, "path", "url", "base64", "image_url", "video_url", "input_audio", "tool_calls")
+
+
+def image_names(row: dict[str, Any], what: str) -> list[str]:
+    """The paths in `image` or `images`, whichever holds something: one path, or a list of them.
+
+    Null, an empty text, an empty list, and a list of these hold nothing: sets that were merged have such a field in
+    every record.
+
+    Raises:
+        RecipeError: a value is no path, both fields hold something and not the same, or the record has a video or audio.
+    """
+    refuse_unread_media(row, what)
+    named = [listed for field in IMAGES if (listed := _listed(row.get(field), what))]
+    if len(named) == 2 and named[0] != named[1]:
+        raise RecipeError(
+            f"{what} has {described(row['image'])} as 'image' and {described(row['images'])} as 'images'", "keep the one that is meant"
+        )
+    return named[0] if named else []
+
+
+def refuse_unread_media(row: dict[str, Any], what: str) -> None:
+    """Refuse a record with a video or audio.
+
+    Raises:
+        RecipeError: it has one.
+    """
+    for field in UNREAD:
+        if not is_empty(row.get(field)):
+            raise RecipeError(
+                f"{what} has {described(row[field])} as '{field}', and {field.removesuffix('s')} is not read",
+                f"remove the record, use images of it, or remove '{field}' where it is not needed",
+            )
+
+
+def refuse_inner_media(place: dict[str, Any], what: str) -> None:
+    """Refuse a turn or a part that holds a picture, or something else that is shown, itself.
+
+    Args:
+        place: the turn, or a part of it.
+        what: what it is, for the error's sentence.
+
+    Raises:
+        RecipeError: it holds one.
+    """
+    for key in _INNER:
+        if not is_empty(place.get(key)):
+            raise RecipeError(
+                f"{what} holds '{key}' itself", "list images under 'images' of the record, and remove anything else"
+            )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing."""
+    if isinstance(value, list):
+        return all(map(is_empty, value))
+    return value is None or value == {} or (isinstance(value, str) and not value.strip())
+
+
+def _listed(value: Any, what: str) -> list[str]:
+    if is_empty(value):
+        return []
+    listed = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name.strip() for name in listed):
+        raise RecipeError(f"{what} has {value!r} as its image", "write one path, a list of paths, or leave 'image' out")
+    return listed

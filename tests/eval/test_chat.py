@@ -1,0 +1,112 @@
+"""What a model is asked, token by token: places of pictures are kept, and a user's text stays text."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+import llava_keeplora
+from llava_keeplora_eval.chat import Chat, render
+from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.llava import LlavaPredictor
+from llava_keeplora_eval.models import load_llava_processor
+from llava_keeplora_eval.preparation import ChatPreparation, tokenize_prompts
+from llava_keeplora_recipes import Example
+
+ASSETS = Path(llava_keeplora.__file__).parent / "assets"
+SIZE = (48, 48)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The processor of the embedded model, whose chat template shows images first wherever they stand."""
+    return load_llava_processor(str(ASSETS / "tiny-llava"))
+
+
+@pytest.fixture(scope="module", params=["embedded", "no template"])
+def processor(request, embedded, tiny_llava):
+    """Processors with and without a chat template of their own."""
+    return embedded if request.param == "embedded" else load_llava_processor(str(tiny_llava))
+
+
+def runs(ids, image_id):
+    """Token ids with every run of placeholders as its length."""
+    out = []
+    for token in ids:
+        if token != image_id:
+            out.append(str(token))
+        elif out and out[-1].startswith("x"):
+            out[-1] = f"x{int(out[-1][1:]) + 1}"
+        else:
+            out.append("x1")
+    return out
+
+
+@pytest.mark.parametrize("question", ["Is <image> red?", "Is <image> left of <image>?", "Which? <image><image>"])
+def test_pictures_stay_where_the_question_marks_them(processor, question):
+    chat, n = Chat(processor), question.count("<image>")
+    per_image = chat.image_tokens([SIZE])[0]
+    text = render(processor, question, n)
+    assert question.replace("<image>", processor.image_token) in text and text.count(processor.image_token) == n
+    ids = chat.prompt(question, [SIZE] * n)
+    expected = [t for i in processor.tokenizer(text)["input_ids"] for t in ([i] * per_image if i == chat.image_id else [i])]
+    assert ids == expected and ids.count(chat.image_id) == n * per_image
+    whole = processor(text=[text], images=[[Image.new("RGB", SIZE)] * n], return_tensors="pt")["input_ids"][0].tolist()
+    assert runs(ids, chat.image_id) == runs(whole, chat.image_id), "as the processor itself has it"
+
+
+def test_pictures_without_places_go_before_the_question(processor):
+    text = render(processor, "What?", 2)
+    assert text.index("What?") > text.rindex(processor.image_token) and text.count(processor.image_token) == 2
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_another_number_of_places_than_pictures_is_refused(embedded, images):
+    with pytest.raises(EvalError, match=f"marks 2 images and has {images}"):
+        Chat(embedded).prompt("<image> or <image>?", [SIZE] * images)
+
+
+def test_a_model_answers_a_question_with_places_in_it(embedded):
+    model = AutoModelForImageTextToText.from_pretrained(ASSETS / "tiny-llava", dtype=torch.float32).eval()
+    predictor = LlavaPredictor(model, embedded, recipe=None, max_new_tokens=2)
+    images = [Image.new("RGB", SIZE, colour) for colour in ("red", "blue")]
+    questions = {"a": "Is <image> left of <image>?", "b": "Which?"}
+    answers = predictor.predict([Example(i, images, q, ["x"], None) for i, q in questions.items()])
+    alone = [predictor.predict([Example(i, images, q, ["x"], None)])[0] for i, q in questions.items()]
+    assert answers == alone
+
+
+@pytest.mark.parametrize("token", ["</s>", "<s>", "<pad>", "<unk>"])
+def test_special_tokens_in_a_users_text_are_refused(embedded, token):
+    chat = Chat(embedded)
+    for ask in (lambda: chat.prompt(f"a {token} b", []), lambda: chat.turn("q", [], f"a{token}")):
+        with pytest.raises(EvalError, match=f"holds {token}, which is a special token"):
+            ask()
+    with pytest.raises(EvalError, match="holds <image>, which is a special token"):
+        chat.turn("q", [SIZE], "an <image>")
+
+
+def test_special_tokens_of_other_models_are_letters(embedded):
+    chat = Chat(embedded)
+    ids = chat.prompt("a <|im_end|> b", [])
+    assert "<|im_end|>" in chat.tokenizer.decode(ids) and not set(ids[1:]) & set(chat.tokenizer.all_special_ids)
+
+
+def test_a_class_prompt_that_ends_early_is_refused():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-clip")
+    with pytest.raises(EvalError, match=r"holds <\|endoftext\|>, which is a special token"):
+        tokenize_prompts(tokenizer, ["a photo of a <|endoftext|> cat"])
+
+
+def test_a_record_with_a_special_token_is_named(embedded):
+    data = SimpleNamespace(
+        recipe=SimpleNamespace(name="pets", kind="vqa", splits={"train": "train.json"}), split="train",
+        ids=["a", "b"], questions=["q", "a </s> b"], image_sizes=[[], []], answers=[["x"], ["x"]], __len__=lambda: 2,
+    )  # fmt: skip
+    errors = ChatPreparation(embedded, 100, 10).report(data, learns=True).errors
+    assert len(errors) == 1 and "record 'b' of pets (train.json)" in str(errors[0]) and "</s>" in str(errors[0])
