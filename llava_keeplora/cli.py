@@ -164,7 +164,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, metavar="R", help="compress an adapter to rank R (default: exact, the tasks' ranks together)")
     parser.add_argument("--no-state", action="store_true", help="leave out of an adapter what `import` needs")
     parser.add_argument("--base-id", metavar="USER/NAME[@REVISION]", help="the base's name on the Hub, where the run took it from a folder")
-    parser.add_argument("--dtype", default="bfloat16", help="of a merged checkpoint (default: bfloat16)")
+    parser.add_argument("--dtype", help="of a merged checkpoint (default: the base's own)")
     parser.add_argument("--examples", type=int, default=8, help="test examples on which logits are compared (default: 8)")
     parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
     parser.add_argument("--push", metavar="USER/NAME", help="list what would go to the Hub; with --yes, upload it")

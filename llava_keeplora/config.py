@@ -30,6 +30,8 @@ SHIPPED = Path(__file__).parent / "configs"
 ZERO_SHOT = "zero-shot"
 #: Test examples on which an export's logits are compared, unless told otherwise.
 EXPORT_EXAMPLES = 8
+#: PEFT's word for every linear layer; here of a part.
+ALL_LINEAR = "all-linear"
 #: What a threshold is that a run chooses from the data, and how far it may go.
 AUTO = "auto"
 AUTO_LIMITS = {"energy_weight": 0.95, "energy_feature": 0.99}
@@ -106,7 +108,8 @@ class PartConfig:
     A part that is not named is frozen.
 
     Args:
-        targets: leaf names of the linear layers, for instance `q_proj`; the model family's usual ones when None.
+        targets: leaf names of the linear layers, for instance `q_proj`, or `all-linear` for every linear layer of the part, as in PEFT;
+            the model family's usual ones when None.
         train: `adapter`, or `full` to train weight and bias themselves, unprotected, as LLaVA's recipes train the projector.
         rank: r, the rank of each task's delta.
         alpha: the scale of a delta is alpha / rank.
@@ -115,7 +118,7 @@ class PartConfig:
         learning_rate: of this part; `training.learning_rate` when None.
     """
 
-    targets: tuple[str, ...] | None = None
+    targets: tuple[str, ...] | str | None = None
     train: str = "adapter"
     rank: int = 16
     alpha: float = 16.0
@@ -142,8 +145,7 @@ class PartConfig:
             raise ConfigError(f"rank is {self.rank}, but an adapter needs at least one direction", "set rank to 1 or more")
         if not self.alpha > 0:
             raise ConfigError(f"alpha is {self.alpha}, but the scale alpha / rank must be above zero", "set alpha to the rank for a scale of 1")
-        if self.targets is not None and not self.targets:
-            raise ConfigError("targets is empty, so nothing would be adapted", "name at least one layer or leave the part out")
+        object.__setattr__(self, "targets", _read_targets(self.targets))
 
     @property
     def auto(self) -> tuple[str, ...]:
@@ -157,6 +159,30 @@ class PartConfig:
             name: `energy_weight` or `energy_feature`.
         """
         return AUTO_LIMITS[name] if name in self.auto else getattr(self, name)
+
+
+def _read_targets(targets: Any) -> tuple[str, ...] | None:
+    """Leaf names as a list, whether a configuration lists them, names one, or writes PEFT's `all-linear`.
+
+    PEFT reads any other text as a pattern for whole module names, which would be one for all parts; parts are named here.
+
+    Raises:
+        ConfigError: for a pattern, a name with a path, or nothing.
+    """
+    if targets is None:
+        return None
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not names:
+        raise ConfigError("targets is empty, so nothing would be adapted", "name at least one layer or leave the part out")
+    for name in names:
+        if not isinstance(name, str) or not (name == ALL_LINEAR or re.fullmatch(r"\w+", name)):
+            raise ConfigError(
+                f"targets names {name!r}, but a target is the last part of a layer's name, such as q_proj, and no path or pattern",
+                f"list such names, or write {ALL_LINEAR} for every linear layer of the part",
+            )
+    if ALL_LINEAR in names and len(names) > 1:
+        raise ConfigError(f"targets lists {ALL_LINEAR} beside {', '.join(n for n in names if n != ALL_LINEAR)}, which it holds already", f"write {ALL_LINEAR} alone")
+    return names
 
 
 @dataclass(frozen=True)

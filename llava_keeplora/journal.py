@@ -23,6 +23,8 @@ BASE_STAGES = ("PLANNED", "CONSOLIDATED", "EVALUATED", "CLOSED")
 PLAN = (0, "PLANNED")
 #: Of a stage of every task; made again from the predictions when the run is extended.
 SCORES = "scores.json"
+#: What `CONSOLIDATED` reports; beside it lies what it protects, if that is anything.
+CONSOLIDATED = "consolidated.json"
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,15 @@ class Journal:
             entries.append(entry)
             self._whole += len(line)
         return entries
+
+    def forget(self) -> None:
+        """Begin anew: the next append overwrites what is there."""
+        self._whole, self.torn, self.entries = 0, False, []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a finished stage left more than a plan, a copied row, or the word that nothing is protected yet."""
+        return any(Path(name).name not in (SCORES, CONSOLIDATED) for entry in self.entries for name in entry.files)
 
     def append(self, entry: Entry) -> None:
         """Add a finished stage; on disk before this returns."""

@@ -202,6 +202,8 @@ def _exactness(done: "Exported") -> str:
     ]
     if done.compressed:
         lines.append(f"Compressing lost {done.adapter.error:.2%} of the updates' norm, {done.adapter.worst:.2%} in the worst layer.")
+    if done.rounding:
+        lines.append(f"The weights are {done.rounding.describe()}.")
     if done.left_out:
         lines.append(f"Left out, though the run trained them: {', '.join(done.left_out)}. The scores above are those of the whole.")
     return " ".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import llava_keeplora
@@ -14,7 +14,7 @@ from llava_keeplora.export.adapter import Combined, combine, write_adapter
 from llava_keeplora.export.bundle import only_parts, published_base, read_learned
 from llava_keeplora.export.card import Usage, write_card
 from llava_keeplora.export.check import Deviation, check_export, probe
-from llava_keeplora.export.merged import write_merged
+from llava_keeplora.export.merged import Rounding, merge, write_merged
 from llava_keeplora.export.state import FOLDER, write_state
 from llava_keeplora.files import whole_folder, write_json
 from llava_keeplora.methods import METHODS
@@ -42,6 +42,7 @@ class Exported:
         reloaded: what a fresh process loaded against what was meant, both in fp32.
         own: the export in fp32 against the run's own model.
         bfloat16: the export in bfloat16 against the run's own model.
+        rounding: what a merged checkpoint's dtype loses of the updates; None for another form.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Exported:
     reloaded: Deviation
     own: Deviation
     bfloat16: Deviation
+    rounding: Rounding | None = None
 
     def describe(self) -> str:
         """What a person reads at the end."""
@@ -65,6 +67,8 @@ class Exported:
         lines = [f"{self.folder}: {what[self.form]}, after {self.tasks} task{'' if self.tasks == 1 else 's'}"]
         if self.compressed:
             lines.append(f"compressed: {self.adapter.error:.2%} of the updates' norm is lost, {self.adapter.worst:.2%} in the worst layer")
+        if self.rounding:
+            lines.append(self.rounding.describe())
         if self.left_out:
             lines.append(f"left out, though the run trained it: {', '.join(self.left_out)}")
         lines.append(f"loaded again in a fresh process: logits of {self.examples} examples in fp32 are {self.reloaded.largest:.2g} off at most")
@@ -88,7 +92,7 @@ def export_run(
     with_state: bool = True,
     base_id: str | None = None,
     name: str | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     examples: int = EXPORT_EXAMPLES,
     data_root: str | None = None,
 ) -> Exported:
@@ -105,7 +109,7 @@ def export_run(
         with_state: whether an adapter brings along what `import` needs.
         base_id: `user/name` or `user/name@revision`, for a base that the run took from a folder.
         name: under which the export will be published, for the card; the folder's when None.
-        dtype: of a merged checkpoint, a key of `DTYPES`.
+        dtype: of a merged checkpoint, a key of `DTYPES`; the base's own when None.
         examples: of the last task's test split, to compare on.
         data_root: the folder with the data sets; the run's own when None.
 
@@ -120,7 +124,7 @@ def export_run(
         raise ConfigError(f"what '{learned.label}' learned does not merge into the base's weights", "export --as state")
     base = published_base(learned.model, base_id)
     chosen = only_parts(learned, parts, open_model(learned.model).parts)
-    combined = combine(chosen, rank) if form == "adapter" else None
+    combined, rounding = combine(chosen, rank) if form == "adapter" else None, None
 
     # What can go wrong for want of data, before any weight is loaded.
     recipe = learned.recipes[len(learned.deltas) - 1]
@@ -131,7 +135,7 @@ def export_run(
 
     with whole_folder(into) as room:
         if form == "merged":
-            family = learned.load(dtype)
+            family, rounding = merge(learned, dtype)
             write_merged(room, family)
             family.model.float()
         else:
@@ -162,18 +166,20 @@ def export_run(
             reloaded=Deviation.between(exact, meant),
             own=Deviation.between(exact, own),
             bfloat16=Deviation.between(rounded, own),
+            rounding=rounding,
         )
-        write_json(room / RECORD, {"form": form, "label": learned.label, "tasks": done.tasks, "version": llava_keeplora.__version__})
+        record = {"form": form, "label": learned.label, "tasks": done.tasks, "version": llava_keeplora.__version__}
+        write_json(room / RECORD, record | ({"rounding": asdict(rounding)} if rounding else {}))
         write_card(room, name or into.name, learned, base, done, usage)
     return done
 
 
-def _check_options(form: str, into: Path, parts: Sequence[str] | None, rank: int | None, dtype: str, examples: int) -> None:
+def _check_options(form: str, into: Path, parts: Sequence[str] | None, rank: int | None, dtype: str | None, examples: int) -> None:
     if form not in FORMS:
         raise ConfigError(f"the form is '{form}'", f"choose one of {', '.join(FORMS)}")
     if form != "adapter" and (parts or rank is not None):
         raise ConfigError(f"--parts and --rank shape an adapter, and the form is '{form}'", "leave them out, or export --as adapter")
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"the dtype is '{dtype}'", f"choose one of {', '.join(DTYPES)}")
     if examples < 1:
         raise ConfigError(f"--examples is {examples}, but logits are compared on something", "give 1 or more")

@@ -8,7 +8,7 @@ from llava_keeplora.methods.inflora import InfLora
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.methods.keeplora_plus import KeepLoraPlus
 from llava_keeplora.methods.keeplora_plus_plus import KeepLoraPlusPlus
-from llava_keeplora.methods.layers import Changed, find_changed, find_layers
+from llava_keeplora.methods.layers import Changed, check_method, find_changed, find_layers
 from llava_keeplora.methods.moe_adapters import MoeAdapters
 from llava_keeplora.methods.o_lora import OLora
 from llava_keeplora.methods.reference import Reference
@@ -22,4 +22,4 @@ METHODS: dict[str, type[Method]] = {
     for method in (ZeroShot, SequentialLora, KeepLora, KeepLoraPlus, KeepLoraPlusPlus, OLora, InfLora, SdLora, Zscl, MoeAdapters, Iap)
 }
 
-__all__ = ["METHODS", "Changed", "Layer", "Method", "Record", "Reference", "TaskContext", "find_changed", "find_layers"]
+__all__ = ["METHODS", "Changed", "Layer", "Method", "Record", "Reference", "TaskContext", "check_method", "find_changed", "find_layers"]

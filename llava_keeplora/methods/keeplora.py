@@ -114,8 +114,15 @@ class KeepLora(Method):
         self._added: dict[str, Tensor] = {}
 
     def check(self, layers: Mapping[str, Layer]) -> None:
-        """Refuse `auto` under a preset that follows released code."""
+        """Refuse `auto` under a preset that follows released code, and a rank that no layer of this width has room for."""
         for layer in layers.values():
+            width = layer.module.in_features
+            # A principal subspace has a direction at least; how many more is known when the weights are analysed.
+            if self.options.protect_weights and layer.rank >= width:
+                raise MethodError(
+                    f"parts.{layer.part}.rank is {layer.rank}, and layer {layer.name} has {width} input directions, of which one at least is protected",
+                    f"set parts.{layer.part}.rank to {width - 1} or less, for instance 16",
+                )
             if layer.auto and self.options.preset != "paper":
                 raise MethodError(
                     f"parts.{layer.part}.{layer.auto[0]} is 'auto', and the preset '{self.options.preset}' follows released code, which has numbers",

@@ -32,6 +32,24 @@ class Changed:
         return {name: layer.module for name, layer in self.adapted.items()} | self.full
 
 
+def check_method(label: str, method: Method, parts: Mapping[str, Any], family: Any) -> Changed:
+    """Refuse a method that cannot run on a model with these settings, whatever the data are; what it changes if it can.
+
+    Args:
+        label: of the method.
+        method: the method.
+        parts, family: see `find_layers`.
+
+    Raises:
+        ConfigError, MethodError: naming the label or the setting.
+    """
+    _check_family(label, type(method), family)
+    _check_full_parts(parts, family)
+    changed = find_changed(type(method), parts, family)
+    method.check(changed.adapted)
+    return changed
+
+
 def find_changed(method: type[Method], parts: Mapping[str, Any], family: Any) -> Changed:
     """What a method changes of a model: layers of its parts, the whole of it, or nothing but modules of the method's own.
 
@@ -69,3 +87,30 @@ def find_layers(parts: Mapping[str, Any], family: Any) -> Changed:
     if not found.adapted:
         raise ConfigError("the run adapts no part of the model", f"name at least one of {', '.join(family.targets)} under `parts`")
     return found
+
+
+def _check_family(label: str, method: type[Method], family: Any) -> None:
+    """Refuse a model that a method does not run on.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if family.name not in method.record.families:
+        raise ConfigError(
+            f"'{label}' runs on {' and '.join(method.record.families)}, and {family.path} is a {family.name}",
+            f"leave '{label}' out of this run",
+        )
+
+
+def _check_full_parts(parts: Mapping[str, Any], family: Any) -> None:
+    """Refuse to train a part in full whose weights are kept in a quantised form.
+
+    Raises:
+        ConfigError: naming the part.
+    """
+    for name, part in parts.items():
+        if part.train == "full" and family.quantization and family.parts.get(name) not in family.whole:
+            raise ConfigError(
+                f"parts.{name}.train is 'full' and model.quantization is {family.quantization}, but quantised weights can't be trained",
+                f"set parts.{name}.train to 'adapter', or leave the base unquantised",
+            )

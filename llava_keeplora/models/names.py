@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from llava_keeplora.config import ALL_LINEAR
 from llava_keeplora.errors import ConfigError, nearest
 
 
 def find_linear_layers(model: nn.Module, prefixes: Mapping[str, str], part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """Full name → linear layer, for the leaf names `targets` under the part's prefix.
+    """Full name → linear layer, for the leaf names `targets` under the part's prefix, or for all of them with `all-linear`.
+
+    PEFT's `all-linear` means every linear layer of the model but its output layer (`lm_head`). Here it is every one of the part; output
+    layers, embeddings and what lies outside of the parts are in none.
 
     Args:
         model: the plain model.
@@ -25,6 +29,8 @@ def find_linear_layers(model: nn.Module, prefixes: Mapping[str, str], part: str,
         raise ConfigError(f"parts names '{part}', which this model does not have", nearest(part, prefixes))
     linear = {n: m for n, m in model.named_modules() if n.startswith(prefixes[part] + ".") and isinstance(m, nn.Linear)}
     leaves = {name.rsplit(".", 1)[-1] for name in linear}
+    if tuple(targets) == (ALL_LINEAR,):
+        return linear
     for target in targets:
         if target not in leaves:
             raise ConfigError(f"parts.{part}.targets names '{target}', which matches no linear layer of that part", nearest(target, leaves))

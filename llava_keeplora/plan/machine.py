@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from llava_keeplora.adapters import is_quantised
-from llava_keeplora.config import RunConfig
+from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Changed, find_changed
+from llava_keeplora.methods import METHODS, Changed, Method, check_method
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.methods.keeplora_rules import least_statistics
 from llava_keeplora.models import DTYPES, Family, open_model
@@ -138,10 +138,16 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None, pr
 
 
 def changed_layers(config: RunConfig, family: Family) -> dict[str, Changed]:
-    """Label → what its method changes of the family's model, which is given a skeleton."""
+    """Label → what its method changes of the family's model, which is given a skeleton; see `check_method`."""
     with loaded_whole():
         family.skeleton(DTYPES[config.model.dtype])
-    return {label: find_changed(METHODS[method.method], method.parts, family) for label, method in config.methods.items()}
+    return {label: check_method(label, make_method(method), method.parts, family) for label, method in config.methods.items()}
+
+
+def make_method(method: MethodConfig) -> Method:
+    """A method with its options."""
+    cls = METHODS[method.method]
+    return cls(cls.Options(**method.options))
 
 
 def _fits(config: RunConfig, gpu: bool, memory: int) -> bool:
@@ -178,8 +184,8 @@ def enough_gb(needed: int) -> str:
 
 def _keeplora(config: RunConfig, label: str) -> KeepLora | None:
     """A method, if it is a form of KeepLoRA."""
-    cls = METHODS[config.methods[label].method]
-    return cls(cls.Options(**config.methods[label].options)) if issubclass(cls, KeepLora) else None
+    method = make_method(config.methods[label])
+    return method if isinstance(method, KeepLora) else None
 
 
 def takes_whole_gradient(config: RunConfig, label: str) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Method, find_changed
+from llava_keeplora.methods import METHODS, Method
 from llava_keeplora.methods.keeplora import KeepLora
-from llava_keeplora.models import DTYPES, open_model
-from llava_keeplora.plan.machine import Machine, find_machine, kept_bytes, sketching, takes_whole_gradient
+from llava_keeplora.models import open_model
+from llava_keeplora.plan.machine import Machine, changed_layers, find_machine, kept_bytes, sketching, takes_whole_gradient
 from llava_keeplora.plan.rehearsal import F32, Rehearsal
 from llava_keeplora.plan.sharding import read_sharding
 from llava_keeplora.plan.work import Work, read_work
@@ -176,12 +176,11 @@ class _Scenarios:
 
     def _make(self, config: RunConfig, gpus: int) -> dict[str, Rehearsal]:
         family = open_model(config.model, config.evaluation.max_new_tokens)
-        family.skeleton(DTYPES[config.model.dtype])
+        changed = changed_layers(config, family)
         self.work = self.work or read_work(config, family)
         text = getattr(family.model.config, "text_config", family.model.config)
         sharding = read_sharding(config.deepspeed(), max(1, gpus), text.hidden_size)
-        changed = (find_changed(METHODS[method.method], method.parts, family) for method in config.methods.values())
-        kept = 0 if sharding.partitions else kept_bytes(changed)
+        kept = 0 if sharding.partitions else kept_bytes(changed.values())
         planned = {label: method for label, method in config.methods.items() if not _unplanned(METHODS[method.method])}
         return {label: Rehearsal(config, method, family, self.work, sharding, gpus == 0, kept) for label, method in planned.items()}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.sequence.reporters import check_reporters
@@ -65,6 +65,9 @@ def check_arguments(make: Callable[[], TrainingArguments], label: str, training:
     except (ValueError, TypeError, ImportError, AssertionError, OSError, NotImplementedError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"transformers refuses the training arguments of '{label}' ({why})", "mend `training`") from error
+    steps = optimiser_steps(training, examples, world)
+    if not arguments.deepspeed:  # DeepSpeed makes its own.
+        _check_optimiser(arguments, label, steps)
     check_reporters(arguments)
     if arguments.tf32:
         raise ConfigError("training.tf32 is true, which would round the sums that the subspaces are made of to ten bits", "leave it out, and use bf16")
@@ -74,10 +77,33 @@ def check_arguments(make: Callable[[], TrainingArguments], label: str, training:
             f"training.{key}.use_reentrant is true, and that form sends no gradient through a block whose input needs none, such as a frozen "
             "model's first", "leave it out",
         )
-    mismatches = _deepspeed_mismatches(arguments, task, optimiser_steps(training, examples, world)) if arguments.deepspeed else []
+    mismatches = _deepspeed_mismatches(arguments, task, steps) if arguments.deepspeed else []
     if mismatches:
         told = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " against training.") for line in mismatches)
         raise ConfigError(f"the DeepSpeed configuration contradicts the run's ({told})", "make them agree, or write \"auto\" in the DeepSpeed configuration")
+
+
+def _check_optimiser(arguments: TrainingArguments, label: str, steps: int) -> None:
+    """Make the optimiser and its schedule for one number, so that settings which they refuse are told before any stage.
+
+    Raises:
+        ConfigError: naming the optimiser and what it says.
+    """
+    try:
+        cls, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        if {"params", "model", "optimizer_dict"} & set(values):
+            return  # Made for the model's own layers.
+        optimiser = cls([torch.nn.Parameter(torch.zeros(1))], **values)
+        get_scheduler(
+            arguments.lr_scheduler_type, optimiser, num_warmup_steps=arguments.get_warmup_steps(steps), num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+    except Exception as error:  # Whatever an optimiser of any library says of its settings.
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"the optimiser '{getattr(arguments.optim, 'value', arguments.optim)}' of '{label}' or its schedule "
+            f"'{getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}' refuses its settings ({why})", "mend `training`",
+        ) from error
 
 
 def _deepspeed_mismatches(arguments: TrainingArguments, task: str, steps: int) -> list[str]:

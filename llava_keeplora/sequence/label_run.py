@@ -19,10 +19,10 @@ from transformers import set_seed
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas, FullDelta, attach, detach, load_deltas, read_adapters, save_deltas
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
-from llava_keeplora.config import MethodConfig
+from llava_keeplora.config import ALL_LINEAR, MethodConfig
 from llava_keeplora.errors import RunError, TrainingError
 from llava_keeplora.files import file_hash, write_json, write_tensors
-from llava_keeplora.journal import SCORES, Entry, Journal, next_stage, open_stages
+from llava_keeplora.journal import CONSOLIDATED, SCORES, Entry, Journal, next_stage, open_stages
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_changed
 from llava_keeplora.run_folder import differences, file_name
 from llava_keeplora.sequence import thresholds
@@ -43,7 +43,7 @@ from llava_keeplora_eval.predictions import join_shards
 logger = logging.getLogger(__name__)
 
 ZERO_SHOT = "zero-shot"
-CONSOLIDATED, STATE = "consolidated.json", "state.safetensors"
+STATE = "state.safetensors"
 #: What a person reads while a stage runs.
 ACTIVITY = {
     "PLANNED": "planning",
@@ -69,13 +69,14 @@ class LabelRun:
         cls = METHODS[config.method]
         self.method: Method = cls(cls.Options(**config.options))
         self.journal = Journal(self.folder / "journal.jsonl")
+        if config.label in shared.workspace.begun_anew():
+            self.journal.forget()
         self.learns = cls.learns
         self.count = len(self.tasks) if cls.learns else 0
         self.trainings = shared.config.trainings(config.label) if cls.learns else []
         self._states_loaded: tuple[int, int] | None = None
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
-        self.method.check(self.layers)
         self.method.reference = shared.references.get(config.label)
         thresholds.check_auto(shared, self.layers)
         self._check_training()
@@ -205,6 +206,9 @@ class LabelRun:
                 "%s: %d layers cannot receive a gradient from this model's loss and are left out (%s, ...)",
                 self.config.label, len(found.unreachable), found.unreachable[0],
             )
+        for part in (name for name, own in self.config.parts.items() if own.targets == (ALL_LINEAR,)):
+            leaves = sorted({name.rpartition(".")[2] for name, layer in found.adapted.items() if layer.part == part})
+            logger.info("%s: %s of %s are its layers %s", self.config.label, ALL_LINEAR, part, ", ".join(leaves) or "trained in full")
         return found.adapted, found.full, found.unreachable
 
     def modules(self) -> dict[str, nn.Module]:

@@ -68,8 +68,9 @@ def _opened(workspace: Workspace) -> Iterator[Shared]:
             if is_first_process():
                 held.enter_context(workspace.locked())
                 workspace.check()
-            shared = Shared(config, workspace, load_tasks(config), open_model(config.model, config.evaluation.max_new_tokens))
-            check_start(config, shared.family, processes=processes)
+            tasks, family = load_tasks(config), open_model(config.model, config.evaluation.max_new_tokens)
+            check_start(config, family, processes=processes)
+            shared = Shared(config, workspace, tasks, family)
         # Together: with ZeRO-3 the processes need each other for it.
         shared.load()
         yield shared

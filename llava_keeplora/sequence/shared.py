@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 from llava_keeplora.adapters import BaseWeights
-from llava_keeplora.config import PartConfig, RunConfig
+from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.group import has_group, process_count, process_rank
 from llava_keeplora.journal import Journal
-from llava_keeplora.methods import METHODS, Method, Reference
+from llava_keeplora.methods import METHODS, Reference
 from llava_keeplora.models import DTYPES, Family, Inputs, load_model, weights_stamp
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache, Task
@@ -51,8 +51,6 @@ class Shared:
         self.references: dict[str, Reference] = {}
         for label, method in config.methods.items():
             cls = METHODS[method.method]
-            check_family(label, cls, family)
-            check_full_parts(method.parts, family)
             # Large data may stand there, which a finished row doesn't need.
             if (wanted := cls(cls.Options(**method.options)).wanted_reference()) and not self._finished(label):
                 self.references[label] = read_reference(label, *wanted, config.data, family, self.cache)
@@ -125,19 +123,6 @@ class Shared:
             dist.barrier()
 
 
-def check_family(label: str, method: type[Method], family: Family) -> None:
-    """Refuse a model that a method does not run on.
-
-    Raises:
-        ConfigError: naming both.
-    """
-    if family.name not in method.record.families:
-        raise ConfigError(
-            f"'{label}' runs on {' and '.join(method.record.families)}, and {family.path} is a {family.name}",
-            f"leave '{label}' out of this run",
-        )
-
-
 def check_pictures(tasks: Sequence[Task]) -> None:
     """Refuse a split in which some examples have pictures and others none, for processes that gather weights together.
 
@@ -155,17 +140,3 @@ def check_pictures(tasks: Sequence[Task]) -> None:
                     "every batch to go through the same layers",
                     "use ZeRO-2 or one process, or make two tasks of it",
                 )
-
-
-def check_full_parts(parts: Mapping[str, PartConfig], family: Family) -> None:
-    """Refuse to train a part in full whose weights are kept in a quantised form.
-
-    Raises:
-        ConfigError: naming the part.
-    """
-    for name, part in parts.items():
-        if part.train == "full" and family.quantization and family.parts.get(name) not in family.whole:
-            raise ConfigError(
-                f"parts.{name}.train is 'full' and model.quantization is {family.quantization}, but quantised weights can't be trained",
-                f"set parts.{name}.train to 'adapter', or leave the base unquantised",
-            )

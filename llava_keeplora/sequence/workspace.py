@@ -5,14 +5,16 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import RUN_FILES, RunConfig, dump_config, read_dumped
+from llava_keeplora.config import RUN_FILES, ZERO_SHOT, RunConfig, dump_config, read_dumped
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
+from llava_keeplora.journal import Journal
 from llava_keeplora.run_folder import differences, file_name, kept_recipe, read_identity
 from llava_keeplora.versions import version_changes, write_versions
 from llava_keeplora_eval.files import sweep
@@ -20,6 +22,9 @@ from llava_keeplora_recipes.recipe import flat_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
 logger = logging.getLogger(__name__)
+
+#: Sections of a configuration that the zero-shot row does not depend on.
+OF_METHODS = ("methods", "parts", "training")
 
 
 class Workspace:
@@ -78,29 +83,52 @@ class Workspace:
         """
         if not (self.root / "config.json").exists():
             return self._refuse_foreign()
-        known = read_identity(self.root)
-        config = self.config.first(len(known["tasks"])) if len(self.config.tasks) > len(known["tasks"]) else self.config
-        changes = [f"{key}: {old!r} → {new!r}" for key, old, new in _told_once(differences(known, config.identity()))]
-        if changes:
+        changes = [f"{key}: {old!r} → {new!r}" for key, old, new in _told_once(self._changes())]
+        if changes and not self.begun_anew():
             raise RunError(
                 f"{self.root} holds a run with another configuration ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})",
                 "restore these values to go on, or choose another output_dir",
             )
 
+    def _changes(self) -> list[tuple[str, Any, Any]]:
+        """(dotted key, old, new) of what the folder's configuration has another value for; tasks may have been appended."""
+        known = read_identity(self.root)
+        config = self.config.first(len(known["tasks"])) if len(self.config.tasks) > len(known["tasks"]) else self.config
+        return list(differences(known, config.identity()))
+
+    def begun_anew(self) -> list[str]:
+        """Labels whose folder is begun anew, because the configuration is another one and no stage of a method has finished.
+
+        A start may be refused by what only a stage can know; the mended configuration is then let in. The zero-shot row stays
+        where none of what it depends on has changed.
+        """
+        if not (self.root / "config.json").exists() or not (changes := self._changes()):
+            return []
+        labels = [ZERO_SHOT, *read_dumped(self.root).get("methods", {})]
+        kept = [label for label in labels if Journal(self.label(label) / "journal.jsonl").has_work]
+        shared = any(key.partition(".")[0] not in OF_METHODS for key, _, _ in changes)
+        if kept and (shared or kept != [ZERO_SHOT]):
+            return []
+        return [label for label in labels if label not in kept]
+
     def claim(self) -> None:
         """Write the configuration into a folder that `check` let pass, unless it is there already."""
-        claimed = (self.root / "config.json").exists()
+        claimed, anew = (self.root / "config.json").exists(), self.begun_anew()
+        if anew:
+            logger.warning("%s is begun anew: its configuration was another one, and no stage of a method had finished", self.root)
+            for label in anew:
+                shutil.rmtree(self.label(label), ignore_errors=True)
         changes = version_changes(self.root)
         if changes:
             logger.warning("%s was begun with other versions (%s); its numbers may differ in their last digits from here on", self.root, ", ".join(changes))
-        if claimed and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
+        if claimed and not anew and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
             return
         identity = self.config.identity()
         if not claimed and not (self.root / "versions.json").exists():
             write_versions(self.root)
         for task, name in zip(self.config.tasks, identity["tasks"], strict=True):
             kept = kept_recipe(self.root, name)
-            if is_file_name(task) and not kept.exists():
+            if is_file_name(task) and (anew or not kept.exists()):
                 write_bytes(kept, flat_recipe(task).encode())
         # The configuration's own file comes last: where it is, the folder is claimed.
         write_json(self.root / "identity.json", identity)

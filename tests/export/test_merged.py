@@ -36,8 +36,8 @@ def test_every_weight_is_the_base_and_the_sum_of_its_deltas(form, finished, tiny
 
 def test_the_deviation_is_rounding_in_fp32_larger_in_bf16_and_that_of_the_quantisation_for_an_nf4_base(finished, tmp_path):
     exact = merge(finished("plain"), tmp_path / "exact", dtype="float32")
-    rounded = merge(finished("plain"), tmp_path / "rounded")
-    quantised = merge(finished("nf4"), tmp_path / "quantised")
+    rounded = merge(finished("plain"), tmp_path / "rounded", dtype="bfloat16")
+    quantised = merge(finished("nf4"), tmp_path / "quantised", dtype="bfloat16")
     assert exact.own.largest < 1e-5 and exact.own.same == 1.0 and exact.examples == 8 and exact.tasks == 3
     assert exact.own.relative < rounded.own.relative <= rounded.bfloat16.relative < quantised.bfloat16.relative < 0.5
     # Whatever was rounded, what was written is what is loaded.
@@ -49,6 +49,34 @@ def test_the_command_says_what_it_merged_and_how_far_the_logits_are(finished, tm
     out = capsys.readouterr().out
     assert "base and updates merged, after 3 tasks" in out and "logits of 8 examples in fp32" in out and "in bfloat16: largest deviation" in out
     assert json.loads((tmp_path / "merged/config.json").read_text()).get("quantization_config") is None
+
+
+def test_the_default_is_the_bases_own_dtype_and_a_cast_says_what_rounding_loses_of_the_update(finished, tiny_llava, tmp_path, capsys):
+    own = merge(finished("plain"), tmp_path / "own")
+    assert own.rounding.dtype == own.rounding.base == "float32" and own.rounding.lost < 1e-3
+    assert json.loads((tmp_path / "own/config.json").read_text())["dtype"] == "float32"
+    cast = merge(finished("plain"), tmp_path / "cast", dtype="bfloat16")
+
+    base = dict(AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float64).named_parameters())
+    written = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "cast", dtype=torch.float64).named_parameters())
+    totals: dict[str, torch.Tensor] = {}
+    for path in (finished("plain") / "keeplora").glob("task-*/delta.safetensors"):
+        for module, delta in load_deltas(path).items():
+            changes = {"weight": delta.scale * delta.B.double() @ delta.A.double()} if hasattr(delta, "A") else delta.parameters
+            for name, change in changes.items():
+                totals[f"{module}.{name}"] = totals.get(f"{module}.{name}", 0) + change.double()
+
+    def lost(prefix: str) -> float:
+        names = [name for name in totals if name.startswith(prefix)]
+        error = sum((written[n] - base[n].bfloat16().double() - totals[n]).square().sum() for n in names)
+        return float((error / sum(totals[n].square().sum() for n in names)).sqrt())
+
+    assert cast.rounding.lost == pytest.approx(lost(""), rel=1e-3) and cast.rounding.lost > 1e-3
+    for part, prefix in (("vision", "model.vision_tower"), ("projector", "model.multi_modal_projector"), ("language", "model.language_model")):
+        assert cast.rounding.parts[part] == pytest.approx(lost(prefix), rel=1e-3)
+    record = json.loads((tmp_path / "cast/keeplora_export.json").read_text())["rounding"]
+    assert record["lost"] == cast.rounding.lost and record["dtype"] == "bfloat16" and record["base"] == "float32"
+    assert "rounding loses" in cast.describe() and "where the base has float32: rounding loses" in (tmp_path / "cast/README.md").read_text()
 
 
 def test_a_large_checkpoint_is_written_in_shards_and_the_tasks_before_the_last_alone_can_be_merged(finished, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from llava_keeplora.config import parse_config
-from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.run_folder import extended, load_run
 from llava_keeplora.sequence import run
 
@@ -71,3 +71,86 @@ def test_references_that_no_answer_can_meet_are_said_before_a_run_and_refused_if
     assert start([["A"], ["2"]]) and "1 of 2 examples of options (test), 50.0 %, get 0" in caplog.text
     with pytest.raises(EvalError, match="2 of 2 examples.*option_letter"):
         start([["1"], ["2"]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"parts": {"vision": {"rank": 500}}}, r"parts.vision.rank is 500, and layer .* has \d+ input directions"),
+        ({"methods": {"keeplora": {"preset": "released-clip"}}, "parts": {"text": {"energy_weight": "auto"}}}, "the preset 'released-clip' follows"),
+        ({"parts": {"vision": {"targets": ["w_proj"]}}}, "targets names 'w_proj', which matches no linear layer"),
+    ],
+)
+def test_what_no_data_are_needed_for_is_refused_alike_by_plan_and_train_before_the_folder_is_claimed(changes, told, run_tree, tmp_path):
+    from llava_keeplora.plan import make_plan
+
+    tree = run_tree(tmp_path / "run", **{"methods": {"keeplora": {}}} | changes)
+    sentences = []
+    for door in (make_plan, run):
+        with pytest.raises(UserError, match=told) as error:
+            door(parse_config(tree))
+        sentences.append(str(error.value))
+    assert sentences[0] == sentences[1] and not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "training", [{"lr_scheduler_type": "cosine_with_min_lr"}, {"adam_beta1": 1.5}, {"adam_epsilon": -1.0}, {"lr_scheduler_kwargs": {"nope": 1}}]
+)
+def test_settings_that_the_optimiser_or_its_schedule_refuse_are_told_before_any_stage(training):
+    from llava_keeplora.sequence.arguments import check_arguments, training_arguments
+
+    training = {"num_train_epochs": 1, "use_cpu": True} | training
+    with pytest.raises(ConfigError, match="the optimiser 'adamw_torch.*' of 'keeplora' or its schedule .* refuses its settings"):
+        check_arguments(lambda: training_arguments(training, output_dir="x", run_name="x", seed=0), "keeplora", training, "a", 10, 1)
+
+
+class TestBegunAnew:
+    """A folder in which no stage of a method has finished takes another configuration."""
+
+    @pytest.fixture
+    def refused(self, run_tree, tiny_tasks, tmp_path, monkeypatch):
+        """A run that was refused in its first method's first stage: only the zero-shot row is there."""
+        from llava_keeplora.errors import MethodError
+        from llava_keeplora.methods import METHODS
+
+        tree = run_tree(tmp_path / "run", methods={"keeplora": {}}, tasks=[str(tiny_tasks[0])], training={"max_steps": 1})
+
+        def refuse(self, ctx):
+            raise MethodError("no room", "lower the rank")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(METHODS["keeplora"], "consolidate", refuse)
+            with pytest.raises(MethodError):
+                run(parse_config(tree))
+        assert (tmp_path / "run/config.json").exists()
+        return tree
+
+    def test_the_mended_configuration_goes_on_and_keeps_the_zero_shot_row(self, refused, tmp_path, caplog):
+        answers = next((tmp_path / "run/zero-shot").rglob("*.jsonl"))
+        before = {path: path.read_bytes() for path in (tmp_path / "run/zero-shot").rglob("*.jsonl")}
+        mended = parse_config(refused | {"parts": {"vision": {"rank": 1}}, "methods": {"keeplora": {"form": "literal"}}})
+        assert run(mended)["keeplora"].complete and answers in before
+        assert {path: path.read_bytes() for path in before} == before
+        assert load_run(tmp_path / "run").methods["keeplora"].parts["vision"].rank == 1
+        assert "is begun anew" in caplog.text
+        with pytest.raises(RunError, match="holds a run with another configuration"):
+            run(parse_config(refused))
+
+    def test_what_the_zero_shot_row_depends_on_stays(self, refused):
+        with pytest.raises(RunError, match="another configuration .seed: 0 → 5."):
+            run(parse_config(refused | {"seed": 5}))
+
+    def test_without_a_finished_row_everything_may_change_and_half_made_files_go(self, refused, tmp_path):
+        import shutil
+
+        from llava_keeplora.sequence.workspace import Workspace
+
+        folder = tmp_path / "run"
+        shutil.rmtree(folder / "zero-shot")
+        (folder / "zero-shot/task-00-base/predictions").mkdir(parents=True)
+        (folder / "zero-shot/task-00-base/predictions/half.jsonl").write_text("x")
+        workspace = Workspace(parse_config(refused | {"seed": 5}))
+        workspace.check()
+        assert sorted(workspace.begun_anew()) == ["keeplora", "zero-shot"]
+        workspace.claim()
+        assert not (folder / "zero-shot").exists() and workspace.begun_anew() == [] and load_run(folder).seed == 5
