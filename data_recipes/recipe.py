@@ -24,7 +24,8 @@ RECIPES = Path(__file__).parent / "recipes"
 # LLaVA-1.5's for short answers (Liu et al., 2024, arXiv:2310.03744).
 ASKS = "What is shown in the image?\nAnswer the question using a single word or phrase."
 
-NOT_IDENTITY = ("licence", "homepage", "citation", "description", "seen_by", "folder", "expected_sizes")
+# Nor must test prompts, which a task is only read with where that is asked for, and then kept with what they were asked for.
+NOT_IDENTITY = ("licence", "homepage", "citation", "description", "seen_by", "folder", "expected_sizes", "test_prompts")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Recipe:
             around the question, `{q}`; for captioning the instruction, unless the source has one.
         test_prompt: for vqa, takes the place of `prompt` in the split `test`; a mapping from the first
             reference answer to a prompt (`other` for the rest) where an official runner does that.
+        test_prompts: for classification, captions with `{c}` whose text features are averaged where a test asks for that, as
+            CLIP's own tests do (Radford et al., 2021, section 3.1.4); `prompt` alone where there are none.
         instruction: for classification, what a generative model is asked; see `asks`.
         classes: class names in label order, as answers are scored; empty where the kind has none,
             None while they are still unread from the source (`classes: from-source`).
@@ -63,6 +66,7 @@ class Recipe:
     splits: dict[str, Any]
     prompt: str | None = None
     test_prompt: str | dict[str, str] | None = None
+    test_prompts: list[str] = field(default_factory=list)
     instruction: str | None = None
     classes: list[str] | None = field(default_factory=list)
     num_classes: int | None = None
@@ -76,7 +80,14 @@ class Recipe:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of every class in label order, with underscores as spaces.
+        """The prompt of every class in label order, with underscores as spaces; for errors see `class_prompts`."""
+        return self.class_prompts(self.prompt)
+
+    def class_prompts(self, template: str) -> list[str]:
+        """A caption of every class in label order, with underscores as spaces.
+
+        Args:
+            template: the caption, with `{c}` for the class; for instance one of `test_prompts`.
 
         Raises:
             RecipeError: the task has no classes, or they are not read from its source yet.
@@ -91,7 +102,7 @@ class Recipe:
                 "load a split and use the recipe that comes with it: recipe.load('train', data_root).recipe",
             )
         # replace, not format: a class or a prompt may hold other braces
-        return [self.prompt.replace("{c}", c.replace("_", " ")) for c in self.classes]
+        return [template.replace("{c}", c.replace("_", " ")) for c in self.classes]
 
     @property
     def asks(self) -> str:

@@ -23,6 +23,7 @@ KEYS: dict[str, tuple[type, str]] = {
     "kind": (str, "text"),
     "prompt": (str, "text"),
     "test_prompt": ((str, dict), "text or a mapping"),
+    "test_prompts": (list, "a list"),
     "instruction": (str, "text"),
     "metric": (str, "text"),
     "licence": (str, "text"),
@@ -101,7 +102,7 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
     if facts["kind"] == "classification":
         _check_classes(facts, path)
         return
-    for key in ("instruction", "classes", "num_classes", "class_names"):
+    for key in ("test_prompts", "instruction", "classes", "num_classes", "class_names"):
         if key in facts:
             raise RecipeError(
                 f"{where} has '{key}', which a {facts['kind']} recipe does not use", f"remove it from {path}"
@@ -220,15 +221,20 @@ def _check_classes(facts: dict[str, Any], path: Path) -> None:
     for key in ("prompt", "classes"):
         if key not in facts:
             raise RecipeError(f"{where} lacks the key '{key}'", f"add '{key}:' to {path}")
-    if "{c}" not in facts["prompt"]:
-        raise RecipeError(
-            f"{where} has the prompt '{facts['prompt']}', which has no place for the class",
-            "write {c} where the class name goes, as in 'a photo of a {c}.'",
-        )
-    if MARKER in facts["prompt"]:
-        raise RecipeError(
-            f"{where} marks an image in its prompt, which is a caption for a class", f"remove {MARKER} there"
-        )
+    templates = facts.get("test_prompts", [])
+    for prompt in [facts["prompt"], *templates]:
+        if not isinstance(prompt, str) or "{c}" not in prompt:
+            raise RecipeError(
+                f"{where} has the prompt {prompt!r}, which has no place for the class",
+                "write {c} where the class name goes, as in 'a photo of a {c}.'",
+            )
+        if MARKER in prompt:
+            raise RecipeError(
+                f"{where} marks an image in its prompt, which is a caption for a class", f"remove {MARKER} there"
+            )
+    repeated = [prompt for prompt in templates if templates.count(prompt) > 1]
+    if repeated:
+        raise RecipeError(f"{where} lists the test prompt '{repeated[0]}' twice, which would count double", "remove one of them")
     classes = facts["classes"]
     if classes == FROM_SOURCE:
         return

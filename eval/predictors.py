@@ -126,6 +126,7 @@ class ClipPredictor:
         self.device = torch.device(device) if device is not None else parameter.device
         self.dtype = parameter.dtype
         self.preparation = PromptPreparation(processor, getattr(model.config.text_config, "max_position_embeddings", None))
+        self._prompts = [recipe.prompts]
         self._text: Tensor | None = None
         self._head: Callable[[Tensor], Tensor] | None = None
 
@@ -137,6 +138,12 @@ class ClipPredictor:
         """
         other = copy.copy(self)
         other._head = head
+        return other
+
+    def with_test_prompts(self) -> ClipPredictor:
+        """The same predictor with the averaged features of the recipe's test prompts instead of its one prompt's."""
+        other = copy.copy(self)
+        other._prompts, other._text = [self.recipe.class_prompts(template) for template in self.recipe.test_prompts] or self._prompts, None
         return other
 
     @torch.no_grad()
@@ -166,8 +173,20 @@ class ClipPredictor:
         return image_processor(images=images, return_tensors="pt")["pixel_values"]
 
     def prompt_features(self) -> Tensor:
-        """Unit-length features of the class prompts (classes, projection), by the model as it is now."""
-        tokens = self.preparation.tokens(self.recipe.prompts)
+        """Unit-length features of the class prompts (classes, projection), by the model as it is now.
+
+        Of several prompts of a class, each one's feature is made unit-length, then their mean.
+
+        Source: the tests of CLIP (Radford et al., 2021, section 3.1.4) and of ZSCL (Zheng et al., 2023).
+        """
+        each = [self._features(prompts) for prompts in self._prompts]
+        if len(each) == 1:
+            return each[0]
+        mean = torch.stack(each).mean(dim=0)
+        return mean / mean.norm(dim=-1, keepdim=True)
+
+    def _features(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self.preparation.tokens(prompts)
         return prompt_features(self.model, {key: value.to(self.device) for key, value in tokens.items()})
 
 

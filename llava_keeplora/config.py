@@ -35,6 +35,8 @@ ALL_LINEAR = "all-linear"
 #: What a threshold is that a run chooses from the data, and how far it may go.
 AUTO = "auto"
 AUTO_LIMITS = {"energy_weight": 0.95, "energy_feature": 0.99}
+#: What a row is read with: one prompt per class, or the averaged features of a recipe's test prompts.
+ONE, AVERAGED = "one", "averaged"
 #: The held-out part is the same for every seed and method, so that all are tuned on the same examples.
 HOLDOUT_SEED = 0
 #: A label is the name of a folder beside the run's own files.
@@ -224,12 +226,17 @@ class EvaluationConfig:
     Args:
         batch_size: examples per forward pass.
         max_new_tokens: where an answer of a LLaVA model is cut off at the latest.
+        test_prompts: what CLIP is read with: `one` prompt, or the `averaged` features of each recipe's `test_prompts`; a method may have
+            its own.
     """
 
     batch_size: int = 128
     max_new_tokens: int = 128
+    test_prompts: str = ONE
 
     def __post_init__(self) -> None:
+        if self.test_prompts not in (ONE, AVERAGED):
+            raise ConfigError(f"test_prompts is '{self.test_prompts}'", f"set it to '{ONE}' or '{AVERAGED}'")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}, but a batch holds at least one example", "set it to 1 or more")
         if self.max_new_tokens < 1:
@@ -262,6 +269,7 @@ class MethodConfig:
         options: the method's own options.
         parts: parts as this method adapts them; none for one without adapters.
         training: arguments for `TrainingArguments` as this method trains.
+        test_prompts: see `EvaluationConfig`.
     """
 
     label: str
@@ -269,6 +277,7 @@ class MethodConfig:
     options: dict[str, Any]
     parts: dict[str, PartConfig]
     training: dict[str, Any]
+    test_prompts: str = ONE
 
 
 @dataclass(frozen=True)
@@ -340,6 +349,11 @@ class RunConfig:
             raise ConfigError(f"training.{key} lists {len(values)} values for {len(self.tasks)} tasks", "give one number, or one per task")
         return values
 
+    def first_alike(self, label: str) -> str:
+        """The first row, the untouched model's at the head, that is read with the same prompts as a method."""
+        read = {ZERO_SHOT: self.evaluation.test_prompts} | {own: method.test_prompts for own, method in self.methods.items()}
+        return next(row for row, prompts in read.items() if prompts == read[label])
+
     def identity(self) -> dict[str, Any]:
         """What a result depends on: everything but where run, recipes and data lie, how they are cached, what was published, on what
         machines a step is computed, and how much memory statistics may take (features are exact or sketched, each task's file says which).
@@ -357,6 +371,9 @@ class RunConfig:
             section.pop(key)
         for method in tree["methods"].values():
             method["options"] = {key: value for key, value in method["options"].items() if key not in REFERENCE_PLACES}
+        # As before there was a choice, so that older runs keep their identity.
+        for section in (tree["evaluation"], *tree["methods"].values()):
+            section.pop("test_prompts") if section["test_prompts"] == ONE else None
         tree["tasks"] = [recipe.name for recipe in load_recipes(self.tasks)]
         for section in (tree, *tree["methods"].values()):
             own = {key: _per_task(section["training"], key, len(self.tasks)) for key in PER_TASK}
@@ -604,8 +621,9 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
         methods.pop(ZERO_SHOT, None)  # It always comes first, asked for or not.
     # The run's own sections first, so that a mistake in them isn't told of the method that inherits it.
     own_parts, own_training = {n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()}, check_training(training)
+    evaluation = build(EvaluationConfig, as_mapping(tree.get("evaluation"), "evaluation"), "evaluation")
     parsed = {
-        label: _parse_method(label, as_mapping(value, f"methods.{label}"), parts, training) for label, value in methods.items()
+        label: _parse_method(label, as_mapping(value, f"methods.{label}"), parts, training, evaluation) for label, value in methods.items()
     }
     config = build(RunConfig, tree, "")
     published = {label: _parse_expected(label, value, parsed) for label, value in expected.items()}
@@ -617,7 +635,9 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], training: dict[str, Any]) -> MethodConfig:
+def _parse_method(
+    label: str, tree: dict[str, Any], parts: dict[str, dict], training: dict[str, Any], evaluation: EvaluationConfig
+) -> MethodConfig:
     """A method inherits the run's parts and training and overrides what it names."""
     from llava_keeplora.methods import METHODS
 
@@ -640,13 +660,16 @@ def _parse_method(label: str, tree: dict[str, Any], parts: dict[str, dict], trai
     inherited = parts if METHODS[name].adapts else {}
     merged = {n: {**inherited.get(n, {}), **as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**inherited, **own_parts}}
     own_training = as_mapping(tree.pop("training", {}), f"{where}.training")
-    options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training"))
+    read = {"test_prompts": tree.pop("test_prompts")} if "test_prompts" in tree else {}
+    test_prompts = build(EvaluationConfig, read, where).test_prompts if read else evaluation.test_prompts
+    options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training", "test_prompts"))
     return MethodConfig(
         label=label,
         method=name,
         options=dataclasses.asdict(options),
         parts={n: build(PartConfig, v, f"{where}.parts.{n}") for n, v in merged.items()},
         training=check_training(training) | check_training(own_training, f"{where}.training"),
+        test_prompts=test_prompts,
     )
 
 

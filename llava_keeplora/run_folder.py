@@ -72,7 +72,9 @@ def extended(
 def _as_written(method: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved method as a user writes it, without what it inherits."""
     parts = {name: _own(part, tree["parts"].get(name, {})) for name, part in method["parts"].items()}
-    return {"method": method["method"], **method["options"], "parts": parts, "training": _own(method["training"], tree["training"])}
+    # A release without a choice of prompts named none.
+    read = {key: method[key] for key in ("test_prompts",) if key in method}
+    return {"method": method["method"], **method["options"], "parts": parts, "training": _own(method["training"], tree["training"]), **read}
 
 
 def _own(values: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:

@@ -138,4 +138,5 @@ def _check_recipes(room: Path, home: Path, tasks: list[str]) -> None:
 
 def _as_written(method: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved method as a user writes it."""
-    return {"method": method["method"], **method["options"], "parts": method["parts"], "training": method["training"]}
+    read = {key: method[key] for key in ("test_prompts",) if key in method}
+    return {"method": method["method"], **method["options"], "parts": method["parts"], "training": method["training"], **read}

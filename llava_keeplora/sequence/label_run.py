@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas, FullDelta, attach, detach, load_deltas, read_adapters, save_deltas
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
-from llava_keeplora.config import ALL_LINEAR, MethodConfig
+from llava_keeplora.config import ALL_LINEAR, AVERAGED, MethodConfig
 from llava_keeplora.errors import RunError, TrainingError
 from llava_keeplora.files import file_hash, write_json, write_tensors
 from llava_keeplora.journal import CONSOLIDATED, SCORES, Entry, Journal, next_stage, open_stages
@@ -39,6 +39,7 @@ from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_
 from llava_keeplora.zero import forget_engine, gathered, number_count, trained_values
 from llava_keeplora_eval import Matrix, predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
+from llava_keeplora_eval.predictors import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,9 @@ class LabelRun:
             self.journal.forget()
         self.learns = cls.learns
         self.count = len(self.tasks) if cls.learns else 0
+        self.averaged = config.test_prompts == AVERAGED
+        # What the untouched model scores, the first row that is read with the same prompts has measured.
+        self.first_alike = shared.config.first_alike(config.label)
         self.trainings = shared.config.trainings(config.label) if cls.learns else []
         self._states_loaded: tuple[int, int] | None = None
         self.layers, self.full, self.unreachable = self._find_layers()
@@ -118,7 +122,7 @@ class LabelRun:
 
     def _cost(self, index: int, stage: str) -> float:
         if stage == "EVALUATED":
-            copied = index == 0 and self.config.label != ZERO_SHOT
+            copied = index == 0 and self.config.label != self.first_alike
             answered = self.journal.files()
             new = [task for task in self.tasks if str(self._predictions(index, task).relative_to(self.folder)) not in answered]
             return 0 if copied else self.shared.family.cost * sum(len(task.test) for task in new)
@@ -196,7 +200,8 @@ class LabelRun:
     def _plan(self, index: int) -> dict[str, Any]:
         tasks = self.tasks if index == 0 else self.tasks[index - 1 : index]
         beside = {"reference": self.method.reference.record} if self.method.reference else {}
-        return {"seed": self.shared.config.seed, "tasks": [t.record() for t in tasks], **beside}
+        read = [{"test_prompts": list(t.recipe.test_prompts)} if self.averaged else {} for t in tasks]
+        return {"seed": self.shared.config.seed, "tasks": [t.record() | own for t, own in zip(tasks, read)], **beside}
 
     def _find_layers(self) -> tuple[dict[str, Layer], dict[str, nn.Module], list[str]]:
         """The layers that this method adapts, the modules that it trains in full, and the layers that the loss cannot reach."""
@@ -393,10 +398,10 @@ class LabelRun:
         return {name: room.to_dict() for name, room in rooms.items()}
 
     def _evaluated(self, index: int) -> tuple[list[Path], dict]:
-        copied, taken = index == 0 and self.config.label != ZERO_SHOT, 0.0
+        copied, taken = index == 0 and self.config.label != self.first_alike, 0.0
         path, predictions = self.path(index, SCORES), [] if copied else [self._predictions(index, task) for task in self.tasks]
         if copied:
-            scores = json.loads((self.shared.workspace.task(ZERO_SHOT, 0, "base") / SCORES).read_text())
+            scores = json.loads((self.shared.workspace.task(self.first_alike, 0, "base") / SCORES).read_text())
         else:
             self._rebuild(index)
             scores = {}
@@ -428,6 +433,7 @@ class LabelRun:
 
         if index == 0:
             facts = {"stage": "EVALUATED", "task": task.name, "data": task.record()["test"], "max_new_tokens": self.shared.config.evaluation.max_new_tokens}
+            facts |= {"test_prompts": list(task.recipe.test_prompts)} if self.averaged else {}
             return self.shared.once(facts, {"predictions.jsonl": path}, make)
         make()
         return 0.0
@@ -435,7 +441,7 @@ class LabelRun:
     def _predict(self, index: int, task: Task) -> None:
         """This process's share of the answers; processes wait for each other afterwards only."""
         shared = self.shared
-        predictor = self.method.predictor(shared.family.predictor(task.recipe, shared.cache.split(task.test)), task.name)
+        predictor = self._predictor(index, task)
         cost = shared.family.cost * shared.world
         predict_to_file(
             predictor,
@@ -447,6 +453,12 @@ class LabelRun:
             # Shards of weights are gathered by all processes together, so that all make equally many predictions.
             rounds=shared.most if shared.zero.partitions else None,
         )
+
+    def _predictor(self, index: int, task: Task, tokens: int | None = None) -> Predictor:
+        """What answers a task's test examples after so many tasks; the model alone before the first."""
+        predictor = self.shared.family.predictor(task.recipe, self.shared.cache.split(task.test), tokens)
+        predictor = predictor.with_test_prompts() if self.averaged else predictor
+        return self.method.predictor(predictor, task.name) if index else predictor
 
     def _score(self, index: int, task: Task) -> dict[str, Any]:
         result = score(task.test, self._predictions(index, task)).to_dict()
@@ -471,15 +483,14 @@ class LabelRun:
     def _test_seconds(self, index: int) -> dict[str, float]:
         """What an example of a task takes the untouched model and the learned one, one after the other on the same batch."""
         task, family = self.tasks[index - 1], self.shared.family
-        own = functools.partial(family.predictor, task.recipe, self.shared.cache.split(task.test), TOKENS)
         # No larger than what was answered at once before, which fits.
         examples = [task.test[i] for i in range(min(EXAMPLES, self.shared.config.evaluation.batch_size, len(task.test)))]
         self.shared.base.apply([])
         with self.shared.zero.engaged(family.model):
-            untouched = seconds_per_example(own(), examples)
+            untouched = seconds_per_example(self._predictor(0, task, TOKENS), examples)
         self._rebuild(index)
         with self.shared.zero.engaged(family.model):
-            return {"untouched": untouched, "learned": seconds_per_example(self.method.predictor(own(), task.name), examples)}
+            return {"untouched": untouched, "learned": seconds_per_example(self._predictor(index, task, TOKENS), examples)}
 
     # --- what a method sees ------------------------------------------------------------------------
 

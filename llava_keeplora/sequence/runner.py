@@ -41,7 +41,7 @@ def run(config: RunConfig) -> dict[str, Matrix]:
     """
     workspace = Workspace(config)
     with told(workspace.root), _opened(workspace) as shared:
-        methods = {ZERO_SHOT: MethodConfig(ZERO_SHOT, ZERO_SHOT, {}, config.parts, config.training), **config.methods}
+        methods = {ZERO_SHOT: MethodConfig(ZERO_SHOT, ZERO_SHOT, {}, config.parts, config.training, config.evaluation.test_prompts)} | config.methods
         runs = [LabelRun(shared, method) for method in methods.values()]
         # Nothing is written before every process has read what is there, and let it pass: a start that is refused leaves the folder as it was.
         shared.barrier()

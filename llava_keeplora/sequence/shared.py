@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llava_keeplora.adapters import BaseWeights
-from llava_keeplora.config import RunConfig
+from llava_keeplora.config import AVERAGED, RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.group import has_group, process_count, process_rank
 from llava_keeplora.journal import Journal
@@ -48,6 +48,7 @@ class Shared:
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]
         for task in tasks:
             family.check(task.test)
+        check_test_prompts(config, tasks, family)
         self.references: dict[str, Reference] = {}
         for label, method in config.methods.items():
             cls = METHODS[method.method]
@@ -121,6 +122,27 @@ class Shared:
         """Wait for the other processes."""
         if self.distributed:
             dist.barrier()
+
+
+def check_test_prompts(config: RunConfig, tasks: Sequence[Task], family: Family) -> None:
+    """Refuse test prompts that a model has no text features to average for, or that are too long for it.
+
+    Raises:
+        ConfigError: for a model that writes its answers.
+        EvalError: naming the prompt.
+    """
+    rows = {"evaluation": config.evaluation.test_prompts} | {f"methods.{label}": method.test_prompts for label, method in config.methods.items()}
+    asking = next((where for where, prompts in rows.items() if prompts == AVERAGED), None)
+    if asking is None:
+        return
+    if family.name != "clip":
+        raise ConfigError(
+            f"{asking}.test_prompts is '{AVERAGED}', which averages the text features of CLIP, and {family.path} is a {family.name}",
+            f"remove {asking}.test_prompts",
+        )
+    for task in tasks:
+        for template in task.recipe.test_prompts:
+            family.tokens(task.recipe.class_prompts(template))
 
 
 def check_pictures(tasks: Sequence[Task]) -> None:

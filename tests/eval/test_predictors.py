@@ -1,5 +1,7 @@
 """The CLIP predictor: transformers' own answers, prompts encoded once, and no silent truncation."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -33,6 +35,27 @@ def test_predictions_are_the_argmax_of_transformers_own_logits(clip, data):
     torch.testing.assert_close(predictor.logits(examples), expected)
     assert predictor.predict(examples) == [data.recipe.classes[i] for i in expected.argmax(1).tolist()]
     assert predictor.predict([]) == []
+
+
+def test_test_prompts_are_averaged_as_unit_vectors_and_the_mean_made_one(clip, tiny_tasks):
+    from llava_keeplora_recipes import load_recipe
+
+    model, processor = clip
+    templates = ["a photo of the {c} .", "{c} .", "a drawing of the {c} ."]
+    plain = load_recipe(tiny_tasks[0])
+    recipe = dataclasses.replace(plain, test_prompts=templates)
+    rows = []
+    for name in recipe.classes:  # Class by class, as ZSCL's evaluation does.
+        tokens = processor.tokenizer([t.replace("{c}", name.replace("_", " ")) for t in templates], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            features = model.get_text_features(**tokens)
+        features = getattr(features, "pooler_output", features)
+        mean = (features / features.norm(dim=-1, keepdim=True)).mean(dim=0)
+        rows.append(mean / mean.norm())
+    one = ClipPredictor(model, processor, recipe)
+    with torch.no_grad():
+        torch.testing.assert_close(one.with_test_prompts().prompt_features(), torch.stack(rows))
+        assert torch.equal(one.prompt_features(), ClipPredictor(model, processor, plain).with_test_prompts().prompt_features()), "none but its one prompt"
 
 
 def test_features_have_unit_length_and_carry_gradients(clip, data):
