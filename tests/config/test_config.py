@@ -159,7 +159,7 @@ def test_a_key_given_twice_is_refused(write):
         ({"parts": {"vision": {"energy_feature": 1.01}}}, "parts.vision.energy_feature is 1.01, but a share of energy lies in (0, 1]"),
         ({"parts": {"vision": {"energy_feature": float("nan")}}}, "energy_feature is nan"),
         ({"parts": {"vision": {"targets": []}}}, "parts.vision.targets is empty"),
-        ({"parts": {"vision": {"targets": "q_proj"}}}, "parts.vision.targets is 'q_proj', but it takes tuple"),
+        ({"parts": {"vision": {"targets": ".*q_proj"}}}, "parts.vision.targets names '.*q_proj', but a target is the last part of a layer's name"),
         ({"parts": "vision"}, "parts is 'vision', but it takes `key: value` pairs"),
         ({"data": {"on_bad_image": "ignore"}}, "data.on_bad_image is 'ignore'; set it to 'refuse' or 'drop'"),
         ({"data": {"holdout": 1}}, "data.holdout is 1.0, but a share lies in [0, 1)"),
