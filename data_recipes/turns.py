@@ -150,9 +150,9 @@ def _content(content: Any, what: str) -> str:
     """The text of a message, with a marker for every part that is an image."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list) or not all(isinstance(p, dict) for p in content):
+    if not isinstance(content, list) or not content or not all(isinstance(p, dict) for p in content):
         raise RecipeError(
-            f"{what} has a message with {described(content)} as its content, which is neither text nor a list of parts",
+            f"{what} has a message with {described(content)} as its content, which is neither text nor parts",
             "correct its 'content', or remove the record",
         )
     return "\n".join(_part(part, what) for part in content)
