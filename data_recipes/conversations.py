@@ -13,7 +13,7 @@ from .placeholders import place_images
 from .places import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
 from .references import read_references
-from .texts import identifier
+from .texts import identifier, only_answer
 from .turns import Turn, from_conversations, from_fields, from_messages
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def _read(
     references = read_references(recipe, split, data_root, rows, problems)
     numbered = split in recipe.source.get("positional_ids", [])
     fields = recipe.source.get("meta", [])
+    classify = recipe.kind == "classification"
 
     def record(item: tuple[int, Any]) -> tuple[str, list[Path], Turn, dict[str, Any]]:
         index, row = item
@@ -94,13 +95,12 @@ def _read(
         what = f"record {index if name is None else repr(name)} of {path.name}"
         turn, images = turn_of(row, references is None, what), image_names(row, what)
         answers = turn.answers if references is None else references(index, what)
-        turn = Turn(place_images(turn.question, len(images), what), answers)
+        turn = Turn(place_images(turn.question, len(images), what), [only_answer(answers, what)] if classify else answers)
         own = f"{split}-{index}" if numbered or name is None else name
         return own, [inside(folder, i, what, root) for i in images], turn, {f: row[f] for f in fields if f in row}
 
     found = sift(record, enumerate(rows), problems)
     turns = [turn for _, _, turn, _ in found]
-    classify = recipe.kind == "classification"
     return Records(
         ids=[name for name, _, _, _ in found],
         pictures=picture_files([paths for _, paths, _, _ in found]),

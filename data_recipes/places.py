@@ -27,7 +27,7 @@ def set_folder(recipe: Recipe, data_root: str | Path | None) -> Path:
                 "give the folder that holds it with --data-root",
             )
         path = base / path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise RecipeError(
             f"the data of '{recipe.name}' is not there: no folder '{path}'",
             "give the folder that holds it with --data-root",
@@ -138,7 +138,7 @@ def split_files(recipe: Recipe, split: str, data_root: str | Path | None) -> lis
     named = recipe.splits[split]
     files = [inside(folder, n, f"split '{split}' of recipe '{recipe.name}'", root) for n in ([named] if isinstance(named, str) else named)]
     for path in files:
-        if not path.exists():
+        if not os.path.exists(path):
             raise RecipeError(
                 f"the {split} split of '{recipe.name}' is not there: no '{path}'",
                 "add the file, or correct 'splits' in the recipe",

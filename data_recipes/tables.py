@@ -18,7 +18,7 @@ from .media import UNREAD, is_empty, refuse_unread_media
 from .placeholders import place_images
 from .places import data_root_of, inside, own_path, set_folder, told, within
 from .records import Pictures, Records, picture_files
-from .texts import answer_texts, described, identifier
+from .texts import answer_texts, described, identifier, only_answer
 from .turns import Turn, from_messages
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _from_table(
     chats = "messages" in columns
     roles = ["id", *(["messages"] if chats else ["label"] if classify else ["question", "answers"])]
     cells = {role: _values(table, columns[role]) if role in columns else [None] * count for role in roles}
-    unread = {c: _values(table, c) for c in UNREAD if c in table.column_names and c not in columns.values()}
+    unread = {c: _held(table, c) for c in UNREAD if c in table.column_names and c not in columns.values()}
     pictures = _pictures(recipe, split, table, columns, folder, roots)
 
     def record(row: int) -> tuple[str, Turn, Any, tuple[int, ...]]:
@@ -125,7 +125,7 @@ def _from_table(
             return name, Turn("", []), cells["label"][row], shown
         turn = from_messages(cells["messages"][row], what) if chats else _turn(cells["question"][row], cells["answers"][row], what)
         turn = Turn(place_images(turn.question, len(shown), what), turn.answers)
-        return name, turn, turn.answers[0] if classify else None, shown
+        return name, turn, only_answer(turn.answers, what) if classify else None, shown
 
     found = sift(record, range(count), problems)
     feature = table.features[columns["label"]] if classify and not chats else None
@@ -148,7 +148,7 @@ def _turn(question: Any, answers: Any, what: str) -> Turn:
 def _values(table: datasets.Dataset, column: str) -> list[Any]:
     """A column's values as Python has them; numbers of 32 bits keep their own digits, 0.1 and not 0.10000000149011612."""
     try:
-        arrow = table.with_format("arrow")[:][column]
+        arrow = _arrow(table, column)
         short = {pyarrow.float32(), pyarrow.float16()}
         values = arrow.to_pylist()
         if _leaf(arrow.type) in short:
@@ -156,6 +156,20 @@ def _values(table: datasets.Dataset, column: str) -> list[Any]:
         return values
     except (ValueError, pyarrow.ArrowException) as error:
         raise RecipeError(f"the column '{column}' cannot be read ({told(error)})", "write the table anew") from error
+
+
+def _held(table: datasets.Dataset, column: str) -> list[Any]:
+    """What the cells of a column of media hold, without their bytes."""
+    arrow = _arrow(table, column)
+    leaf = _leaf(arrow.type)
+    if not pyarrow.types.is_struct(leaf):
+        return _values(table, column)
+    count = arrow.is_valid() if arrow.type == leaf else pyarrow.compute.list_value_length(arrow)
+    return [f"{int(n)} of them" if n else None for n in count.to_pylist()]
+
+
+def _arrow(table: datasets.Dataset, column: str) -> pyarrow.ChunkedArray:
+    return table.select_columns([column]).with_format("arrow")[:][column]
 
 
 def _leaf(kind: pyarrow.DataType) -> pyarrow.DataType:

@@ -63,6 +63,17 @@ def answer_texts(value: Any, what: str) -> list[str]:
     return [as_text(v, what, "answer") for v in values]
 
 
+def only_answer(answers: list[str], what: str) -> str:
+    """The class of a record.
+
+    Raises:
+        RecipeError: it has several answers.
+    """
+    if len(set(answers)) != 1:
+        raise RecipeError(f"{what} has {len(answers)} answers, and a record is of one class", "keep one of them, or use the kind vqa")
+    return answers[0]
+
+
 def identifier(value: Any, what: str) -> str:
     """The id of a record: text, or a number in the form of `as_text`.
 
