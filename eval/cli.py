@@ -55,10 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     predict = commands.add_parser("predict", parents=[common, data], help="answer every example of a task")
-    predict.add_argument("--model", required=True, help="tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint, or a Hub id")
+    predict.add_argument("--model", required=True, help="tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint or an adapter, or a Hub id")
+    predict.add_argument("--base", metavar="DIR", help="of an adapter, where its base model lies here (default: what the adapter names)")
     predict.add_argument("--output", required=True, type=Path, help="JSONL file; continued when it is there")
     predict.add_argument("--batch-size", type=_positive, default=64)
     predict.add_argument("--max-new-tokens", type=_positive, default=128, help="where an answer is cut off at the latest")
+    predict.add_argument("--generation", metavar="JSON", type=_object, default={}, help="""settings of a LLaVA model's answers, for instance '{"num_beams": 4}' (default: greedy)""")
     predict.add_argument("--device", help="cpu, cuda, ...; a GPU when there is one")
     predict.set_defaults(run=_predict)
 
@@ -95,6 +97,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"it is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("it is no JSON object")
+    return value
+
+
 def _load(arguments: argparse.Namespace):
     from llava_keeplora_recipes import load_recipe
 
@@ -108,13 +120,16 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     data = _load(arguments)
     # After the data, because importing torch takes seconds and a misspelt task should be told at once.
-    from llava_keeplora_eval.models import load_predictor
+    from llava_keeplora_eval.models import load_predictor, made_by
     from llava_keeplora_eval.predictors import default_device
     from llava_keeplora_eval.preparation import check_questions
 
-    predictor = load_predictor(arguments.model, data.recipe, arguments.device or default_device(), arguments.max_new_tokens)
+    predictor = load_predictor(
+        arguments.model, data.recipe, arguments.device or default_device(), arguments.max_new_tokens, arguments.base, arguments.generation
+    )
     check_questions(predictor.preparation, data)
-    count = predict_to_file(predictor, data, arguments.output, arguments.batch_size)
+    maker = made_by(arguments.model, predictor, arguments.base)
+    count = predict_to_file(predictor, data, arguments.output, arguments.batch_size, made_by=maker)
     print(f"{arguments.output}: {count} predicted now, {len(data)} in all{_dropped(data)}")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,16 +13,16 @@ from transformers import GenerationConfig
 
 from llava_keeplora_eval.chat import asked, cuts_into_tiles
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.generation import check_generation
 from llava_keeplora_eval.preparation import ChatPreparation
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example, Recipe
 
-LLAVA_MODELS = ("llava", "llava_next", "llava_onevision")
-
-
 class LlavaPredictor:
-    """Greedy answers, in batches padded on the left.
+    """Answers in batches padded on the left, greedy unless settings say otherwise.
+
+    What a checkpoint's `generation_config.json` sets has no effect but for its end tokens: a score is the harness's, not the file's.
 
     Args:
         model: a LLaVA-family model with `generate`.
@@ -32,6 +33,7 @@ class LlavaPredictor:
         device: where to compute; the model's own device when None.
         min_new_tokens: how far an answer goes on at the least.
         limit: the most tokens of a question and its answer, image tokens included; the language model's own when None.
+        generation: settings other than greedy ones; see `llava_keeplora_eval.generation.SETTINGS`.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class LlavaPredictor:
         device: str | torch.device | None = None,
         min_new_tokens: int | None = None,
         limit: int | None = None,
+        generation: Mapping[str, Any] | None = None,
     ):
         self.model, self.recipe = model, recipe
         # `data check`, plan, train and predict take ids and lengths from one place.
@@ -51,14 +54,18 @@ class LlavaPredictor:
         self.chat = self.preparation.chat
         self.images = images or (lambda examples: [image_inputs(processor, example.images) for example in examples])
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        chosen = {"do_sample": False, "max_new_tokens": max_new_tokens, **check_generation(generation or {})}
+        if min_new_tokens is not None:
+            chosen["min_new_tokens"] = min_new_tokens
         self.generation = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            eos_token_id=self._stops(),
-            bos_token_id=self.chat.tokenizer.bos_token_id,
-            pad_token_id=self.chat.pad_id,
+            **chosen, eos_token_id=self._stops(), bos_token_id=self.chat.tokenizer.bos_token_id, pad_token_id=self.chat.pad_id
         )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the answers depend on beside the weights, as plain data."""
+        chosen = {key: value for key, value in self.generation.to_diff_dict().items() if key != "transformers_version"}
+        return {"generation": chosen, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def _stops(self) -> list[int]:
         """The model's own end tokens, and the tokenizer's, with which training ends an answer."""
@@ -89,9 +96,10 @@ class LlavaPredictor:
         was_training = self.model.training
         self.model.eval()
         try:
-            out = self.model.generate(
-                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **pictures, generation_config=self.generation
-            )
+            with without_defaults(self.model):
+                out = self.model.generate(
+                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **pictures, generation_config=self.generation
+                )
         finally:
             self.model.train(was_training)
         answers = [ids[:room] for ids, room in zip(out[:, width:].tolist(), rooms)]
@@ -105,6 +113,16 @@ class LlavaPredictor:
                 "shorten or remove it",
             )
         return limit - tokens
+
+
+@contextmanager
+def without_defaults(model) -> Iterator[None]:
+    """Let `generate` see none of the checkpoint's own settings, from which it takes whatever its caller leaves unset."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def image_inputs(processor, images: Sequence) -> dict[str, Tensor]:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from llava_keeplora_eval.checkpoints import check_device, check_place, content_hash, load_checked, loading, model_content
 from llava_keeplora_eval.errors import EvalError
 
 #: Models that come with the training half; found by name, never imported.
 EMBEDDED = ("tiny-clip", "tiny-llava")
+#: Model types of transformers → the family that answers with them; training and evaluation take the same.
+FAMILIES = {"clip": "clip", "llava": "llava", "llava_next": "llava", "llava_onevision": "llava"}
+#: What PEFT writes beside an adapter's weights.
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -31,9 +38,10 @@ def resolve_model(name: str) -> str:
         name: an embedded model's name, a folder, or a Hub id.
 
     Raises:
-        EvalError: an embedded model whose files are not installed.
+        EvalError: an embedded model whose files are not installed, or a folder that is not there.
     """
     if name not in EMBEDDED or Path(name).is_dir():
+        check_place(name, EMBEDDED)
         return name
     package = importlib.util.find_spec("llava_keeplora")  # locates the folder; runs none of its code
     folders = [] if package is None else [Path(place) / "assets" / name for place in package.submodule_search_locations]
@@ -45,36 +53,120 @@ def resolve_model(name: str) -> str:
     )
 
 
-def load_predictor(name: str, recipe, device: str, max_new_tokens: int = 128):
-    """The model that answers a task: any CLIP checkpoint for classification, any LLaVA checkpoint for every kind.
+def model_family(name: str, revision: str | None = None) -> str:
+    """Return the family of a checkpoint by the type that its configuration names.
 
     Args:
         name: an embedded model's name, a folder, or a Hub id.
+        revision: on the Hub.
+
+    Returns:
+        `clip` or `llava`.
+
+    Raises:
+        EvalError: it cannot be read, or is of no supported family.
+    """
+    from transformers import AutoConfig
+
+    with loading(name):
+        kind = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=False).model_type
+    if kind not in FAMILIES:
+        raise EvalError(
+            f"'{name}' is a '{kind}' model, and supported are the types {', '.join(FAMILIES)}",
+            "take a checkpoint of one of these, or predict with your own code and score the file of answers",
+        )
+    return FAMILIES[kind]
+
+
+def load_predictor(
+    name: str, recipe, device: str, max_new_tokens: int = 128, base: str | None = None, generation: Mapping[str, Any] | None = None
+):
+    """Load what answers a task: any CLIP checkpoint for classification, any LLaVA checkpoint for every kind, or an adapter of one.
+
+    Args:
+        name: an embedded model's name, a folder with a checkpoint or a PEFT adapter, or a Hub id.
         recipe: the task.
         device: where to put the model.
         max_new_tokens: where a LLaVA model's answer is cut off at the latest.
+        base: of an adapter, where its base model lies here; as the adapter says when None.
+        generation: settings of a LLaVA model's answers other than greedy ones; see `LlavaPredictor`.
 
     Raises:
-        EvalError: the model cannot be loaded, is of neither family, or cannot answer this kind of task.
+        EvalError: the model cannot be loaded, is of no supported family, or cannot answer this kind of task.
     """
     # Seconds to import, which the other commands don't need.
-    from transformers import AutoConfig
-
-    from llava_keeplora_eval.llava import LLAVA_MODELS, LlavaPredictor
+    from llava_keeplora_eval.llava import LlavaPredictor
     from llava_keeplora_eval.predictors import ClipPredictor
 
-    with _told(name):
-        kind = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False).model_type
-    if kind in LLAVA_MODELS:
-        model, processor = load_llava(name, device)
-        return LlavaPredictor(model, processor, recipe, max_new_tokens)
-    if recipe.kind != "classification":
+    check_device(device)
+    base = adapter_base(name, base)
+    source = base or name
+    family = model_family(source)
+    if family == "clip" and recipe.kind != "classification":
         raise EvalError(
-            f"task '{recipe.name}' is {recipe.kind}, and '{name}' is a {kind} model, which answers classification at most",
+            f"task '{recipe.name}' is {recipe.kind}, and '{name}' is a CLIP model, which answers classification at most",
             "give a LLaVA checkpoint, or predict with your own model, write a JSONL file, and score that",
         )
-    model, processor = load_clip(name, device)
-    return ClipPredictor(model, processor, recipe)
+    model, processor = load_clip(source, device) if family == "clip" else load_llava(source, device)
+    if base is not None:
+        model = _with_adapter(model, name)
+    if family == "clip":
+        return ClipPredictor(model, processor, recipe)
+    return LlavaPredictor(model, processor, recipe, max_new_tokens, generation=generation)
+
+
+def adapter_base(name: str, base: str | None = None) -> str | None:
+    """Return the base model of a folder that holds a PEFT adapter; None for anything else.
+
+    Args:
+        name: a folder, a Hub id or an embedded name.
+        base: where the base lies here; what the adapter names when None.
+
+    Raises:
+        EvalError: an adapter that names no base, or a base for what is no adapter.
+    """
+    path = Path(name) / ADAPTER
+    if not path.is_file():
+        if base is not None:
+            raise EvalError(f"--base is '{base}', and '{name}' is no folder with an adapter ({ADAPTER})", "leave --base out")
+        return None
+    with loading(name):
+        named = base or json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not named:
+        raise EvalError(f"{path} names no base model", "say where it lies with --base")
+    return named
+
+
+def made_by(name: str, predictor, base: str | None = None) -> dict[str, Any]:
+    """Say what a model's answers depend on beside the data: the model by content, and how it answers.
+
+    Args:
+        name, base: as for `load_predictor`.
+        predictor: what that gave.
+    """
+    base = adapter_base(name, base)
+    adapter = {} if base is None else {"adapter": {p.name: content_hash(p) for p in sorted(Path(name).glob("adapter_*")) if p.is_file()}}
+    return {"model": model_content(resolve_model(base or name)), **adapter, **predictor.settings}
+
+
+def _with_adapter(model, folder: str):
+    """Merge a PEFT adapter into its base.
+
+    Raises:
+        EvalError: it cannot be loaded, or does not fit the base.
+    """
+    from peft import PeftModel
+
+    with loading(folder):
+        adapted = PeftModel.from_pretrained(model, folder)
+        result = adapted.load_adapter(folder, "default")
+        lost = sorted(name for name in getattr(result, "missing_keys", ()) if "lora_" in name)
+        if lost or getattr(result, "unexpected_keys", ()):
+            raise EvalError(
+                f"the adapter {folder} does not fit its base: {len(lost)} of its tensors are missing and {len(result.unexpected_keys)} have no place",
+                "give the base that it was trained on with --base, or download it again",
+            )
+        return adapted.merge_and_unload().eval()
 
 
 def load_llava(name: str, device: str | None = None):
@@ -88,13 +180,13 @@ def load_llava(name: str, device: str | None = None):
         (model, processor).
 
     Raises:
-        EvalError: it cannot be loaded.
+        EvalError: it cannot be loaded; see `load_checked`.
     """
     from transformers import AutoModelForImageTextToText
 
     path = resolve_model(name)
-    with _told(name):
-        model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=False).eval()
+    model = load_checked(AutoModelForImageTextToText, path)
+    with loading(name):
         return (model.to(device) if device else model), load_llava_processor(path)
 
 
@@ -126,16 +218,6 @@ def load_llava_processor(path: str, revision: str | None = None):
     return WithoutVideos(image_processor=image_processor, tokenizer=tokenizer, **own)
 
 
-@contextmanager
-def _told(name: str):
-    """Say in a sentence what kept a model from loading."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise EvalError(f"model '{name}' cannot be loaded ({reason})", "give a folder with a checkpoint, or a Hub id") from error
-
-
 def load_clip(name: str, device: str | None = None):
     """Load a CLIP checkpoint, in eval mode, with its image processor and tokenizer.
 
@@ -147,19 +229,15 @@ def load_clip(name: str, device: str | None = None):
         (model, processor).
 
     Raises:
-        EvalError: it cannot be loaded, or it is not of the CLIP family.
+        EvalError: it cannot be loaded (see `load_checked`), or it is not of the CLIP family.
     """
     # Seconds to import, which the other commands don't need.
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
     path = resolve_model(name)
-    with _told(name):
-        model = AutoModel.from_pretrained(path, trust_remote_code=False)
+    if model_family(name) != "clip":
+        raise EvalError(f"model '{name}' is no CLIP model, and zero-shot classification needs one", "give a CLIP checkpoint")
+    model = load_checked(CLIPModel, path)
+    with loading(name):
         processor = ClipProcessor(AutoImageProcessor.from_pretrained(path, trust_remote_code=False), AutoTokenizer.from_pretrained(path, trust_remote_code=False))
-    if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
-        raise EvalError(
-            f"model '{name}' is a {type(model).__name__}, and zero-shot classification needs a CLIP model",
-            "give a CLIP checkpoint",
-        )
-    model.eval()
     return (model.to(device) if device else model), processor

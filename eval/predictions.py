@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 #: What a line says of the data that it was predicted for.
 SOURCE = {"recipe", "version", "fingerprint"}
 KEYS = {"id", "text"} | SOURCE
+#: A hash of what the answer depends on beside the data; what that is stands in a file beside, see `maker_path`.
+MADE_BY = "made_by"
 
 
 def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
@@ -56,6 +59,12 @@ def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
     for number, record in enumerate(records, start=1):
         check_source(path, number, record, data)
     _check_ids(path, [record["id"] for record in records], data)
+    makers = [record.get(MADE_BY) for record in records]
+    other = next((number for number, maker in enumerate(makers, start=1) if maker != makers[0]), None)
+    if other is not None:
+        raise EvalError(
+            f"line {other} of {path} was made by another model or with other settings than line 1", "score answers of one model in one file"
+        )
     return {record["id"]: record["text"] for record in records}
 
 
@@ -68,6 +77,7 @@ def predict_to_file(
     advance: Callable[[int], object] | None = None,
     shard: tuple[int, int] = (0, 1),
     rounds: Callable[[int], int] | None = None,
+    made_by: Mapping[str, Any] | None = None,
 ) -> int:
     """Predict every example that the file doesn't hold yet, appending each batch as it is done.
 
@@ -86,12 +96,14 @@ def predict_to_file(
         shard: this process and how many there are.
         rounds: number of batches of this process → of the process that has most, where the predictor needs all processes
             at once (weights in shards); one that has fewer goes along with an example whose answers are dropped.
+        made_by: all that the answers depend on beside the data, as plain data: the model by content, the settings of its answers.
+            It is kept beside the file, and each line has its hash. None where the caller holds that elsewhere, as a run does.
 
     Returns:
         How many examples were predicted now.
 
     Raises:
-        EvalError: what is in the file is not for this data (see ``read_predictions``), or the predictor
+        EvalError: what is in the file is not for this data (see ``read_predictions``) or made by something else, or the predictor
             gives another number of texts than it got examples, or something that is not text.
     """
     path = Path(path)
@@ -100,12 +112,13 @@ def predict_to_file(
     # By position in the data, not among the missing: processes may look at the shards at different times.
     own = range(rank, len(data), world)
     done = _read_shards(path, data)
+    maker = _claim(path, made_by)
     ids = data.ids
     missing = [index for index in own if ids[index] not in done]
     if world > 1:
         path = _shard(path, rank)
     _drop_torn_line(path)
-    source = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint}
+    source = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint, **maker}
     unsynced = 0
     with (
         open(path, "a", encoding="utf-8", newline="\n") as file,
@@ -154,6 +167,38 @@ def join_shards(path: str | Path, data: TaskData) -> None:
         shard.unlink()
 
 
+def maker_path(path: str | Path) -> Path:
+    """Return where it stands what a file of answers depends on beside the data: `answers.made_by.json` beside `answers.jsonl`."""
+    return Path(path).with_suffix(f".{MADE_BY}.json")
+
+
+def _claim(path: Path, made_by: Mapping[str, Any] | None) -> dict[str, str]:
+    """Refuse to go on with a file that something else made, and write down what makes it.
+
+    Returns:
+        what each line says of it.
+    """
+    wanted = made_by and {MADE_BY: hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]}
+    if path.exists() and path.stat().st_size:
+        lines, _ = _complete_lines(path)
+        held = {_record(path, 1, lines[0]).get(MADE_BY)} if lines else set()
+        if held and held != {(wanted or {}).get(MADE_BY)}:
+            raise EvalError(f"{path} holds answers {_difference(path, made_by)}", "predict into a new file, or remove this one")
+    if wanted:
+        write_atomic(maker_path(path), json.dumps(made_by, indent=1, sort_keys=True) + "\n")
+    return wanted or {}
+
+
+def _difference(path: Path, made_by: Mapping[str, Any] | None) -> str:
+    """Say how the maker of a file differs from another one."""
+    try:
+        before = json.loads(maker_path(path).read_text(encoding="utf-8"))
+        changed = [key for key in sorted(before.keys() | (made_by or {}).keys()) if before.get(key) != (made_by or {}).get(key)]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return "of which no record says what made them" if made_by else "of another model or other settings"
+    return f"that were made otherwise ({', '.join(changed)} differ)"
+
+
 def _shard(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.stem}.shard-{rank}.jsonl")
 
@@ -193,7 +238,7 @@ def _record(path: Path, number: int, line: bytes) -> dict:
     except ValueError:
         record = None
     texts = isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("id", "text"))
-    if not texts or record.keys() != KEYS:
+    if not texts or record.keys() - {MADE_BY} != KEYS or not isinstance(record.get(MADE_BY, ""), str):
         raise EvalError(
             f"line {number} of {path} is not a prediction with the keys {', '.join(sorted(KEYS))}",
             "remove that line, and its example is predicted again",

@@ -130,6 +130,11 @@ class ClipPredictor:
         self._text: Tensor | None = None
         self._head: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the answers depend on beside the weights, as plain data."""
+        return {"dtype": str(self.dtype).removeprefix("torch.")}
+
     def with_head(self, head: Callable[[Tensor], Tensor]) -> ClipPredictor:
         """The same predictor with more logits, added to the prompts'.
 

@@ -289,20 +289,15 @@ def load_preparation(name: str) -> Preparation:
     # Seconds to import, which a check without a model doesn't need.
     from transformers import AutoConfig, AutoTokenizer
 
-    from llava_keeplora_eval.llava import LLAVA_MODELS
-    from llava_keeplora_eval.models import load_llava_processor, resolve_model
+    from llava_keeplora_eval.checkpoints import loading
+    from llava_keeplora_eval.models import load_llava_processor, model_family, resolve_model
 
-    path = resolve_model(name)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if config.model_type in LLAVA_MODELS:
-            return ChatPreparation(load_llava_processor(path), config.text_config.max_position_embeddings)
-        if config.model_type == "clip":
-            return PromptPreparation(AutoTokenizer.from_pretrained(path, trust_remote_code=False), config.text_config.max_position_embeddings)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise EvalError(f"the processor of '{name}' cannot be loaded ({reason})", "give a folder with a CLIP or LLaVA checkpoint") from error
-    raise EvalError(f"'{name}' is a '{config.model_type}' model", f"take one of clip, {', '.join(LLAVA_MODELS)}")
+    path, family = resolve_model(name), model_family(name)
+    with loading(name):
+        limit = AutoConfig.from_pretrained(path, trust_remote_code=False).text_config.max_position_embeddings
+        if family == "llava":
+            return ChatPreparation(load_llava_processor(path), limit)
+        return PromptPreparation(AutoTokenizer.from_pretrained(path, trust_remote_code=False), limit)
 
 
 def _runs(ids: Iterable[int]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from llava_keeplora.errors import ConfigError, RunError, UserError, nearest
 from llava_keeplora_eval.aggregates import AGGREGATES
+from llava_keeplora_eval.generation import check_generation
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.recipe_rules import MAX_NAME
@@ -228,11 +229,14 @@ class EvaluationConfig:
         max_new_tokens: where an answer of a LLaVA model is cut off at the latest.
         test_prompts: what CLIP is read with: `one` prompt, or the `averaged` features of each recipe's `test_prompts`; a method may have
             its own.
+        generation: settings of a LLaVA model's answers other than greedy ones, by the names of transformers' `GenerationConfig`
+            (`num_beams`, `repetition_penalty`, ...; see `llava_keeplora_eval.generation.SETTINGS`).
     """
 
     batch_size: int = 128
     max_new_tokens: int = 128
     test_prompts: str = ONE
+    generation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.test_prompts not in (ONE, AVERAGED):
@@ -241,6 +245,7 @@ class EvaluationConfig:
             raise ConfigError(f"batch_size is {self.batch_size}, but a batch holds at least one example", "set it to 1 or more")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}, but an answer has at least one", "set it to 1 or more")
+        check_generation(self.generation)
 
 
 @dataclass(frozen=True)
@@ -369,6 +374,8 @@ class RunConfig:
         places = ((tree, "output_dir"), (tree, "base_cache"), (tree, "sequence"), (tree, "expected"), (tree["data"], "root"), (tree, "memory"))
         for section, key in (*places, (tree["evaluation"], "batch_size"), (tree["data"], "cache_gb")):
             section.pop(key)
+        if not tree["evaluation"]["generation"]:
+            tree["evaluation"].pop("generation")  # Runs that were begun before it could be set have none.
         for method in tree["methods"].values():
             method["options"] = {key: value for key, value in method["options"].items() if key not in REFERENCE_PLACES}
         # As before there was a choice, so that older runs keep their identity.

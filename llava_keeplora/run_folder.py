@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import PER_TASK, RunConfig, finish_config, read_dumped, read_object
+from llava_keeplora.config import PER_TASK, ModelConfig, RunConfig, finish_config, read_dumped, read_object
 from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora_eval.checkpoints import content_changes, model_content
+from llava_keeplora_eval.models import resolve_model
 from llava_keeplora_recipes import load_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
+
+logger = logging.getLogger(__name__)
+
+#: In identity.json: what the base model is by content.
+BASE = "base"
 
 
 def load_run(run: str | Path, overrides: Sequence[str] = (), data_root: str | None = None) -> RunConfig:
@@ -106,6 +114,7 @@ def read_identity(run: Path) -> dict[str, Any]:
     identity = read_object(path)
     if not isinstance(identity.get("tasks"), list) or not all(isinstance(name, str) for name in identity["tasks"]):
         raise RunError(f"{path} names no tasks", "restore it or start over in a new output_dir")
+    identity.pop(BASE, None)
     # An earlier version named an argument only where a configuration did.
     methods = identity.get("methods")
     for section in (identity, *(methods.values() if isinstance(methods, dict) else ())):
@@ -113,6 +122,53 @@ def read_identity(run: Path) -> dict[str, Any]:
             for key, (default, _) in PER_TASK.items():
                 section["training"].setdefault(key, default)
     return identity
+
+
+def base_content(model: ModelConfig) -> dict[str, Any]:
+    """Say what a run's base model is by content; see `model_content`.
+
+    Raises:
+        UserError: a folder that is not there, or a file of it that cannot be read.
+    """
+    return model_content(resolve_model(model.name_or_path), model.revision)
+
+
+def recorded_base(run: Path) -> dict[str, Any] | None:
+    """What a run's base model was by content when it began; None where a version before 0.2 began it."""
+    base = read_object(run / "identity.json").get(BASE)
+    return base if isinstance(base, dict) else None
+
+
+def same_base(run: Path, model: ModelConfig) -> bool:
+    """Return whether a model, wherever it lies, is by content the one that a run began with."""
+    known = recorded_base(run)
+    return known is not None and content_changes(known, base_content(model)) == []
+
+
+def check_base(run: str | Path, model: ModelConfig) -> None:
+    """Refuse another base model, processor or template than the one that a run began with.
+
+    Args:
+        run: the run folder.
+        model: what is to be loaded now.
+
+    Raises:
+        RunError: naming what differs.
+        UserError: if the model is not there.
+    """
+    known = recorded_base(Path(run))
+    if known is None:
+        logger.warning("%s was begun by a version that kept no record of its base model; that '%s' is still the same cannot be checked", run, model.name_or_path)
+        return
+    changed = content_changes(known, base_content(model))
+    if changed is None:
+        logger.warning("%s was begun with a base model from %s; that '%s' is the same cannot be checked",
+                       run, "the Hub" if "commit" in known else "a folder", model.name_or_path)
+    elif changed:
+        raise RunError(
+            f"the base model '{model.name_or_path}' is not the one that {run} was begun with ({', '.join(changed)} differ)",
+            "restore its files to go on, or start over in a new output_dir",
+        )
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch.utils.data import DataLoader
 
 from bench_passes import RANK, Pair, adapter_steps
-from llava_keeplora.config import ModelConfig
+from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.models import load_model
 from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora.sequence.trainer import Indices
@@ -22,7 +22,7 @@ class Setting:
 
     def __init__(self):
         self.data = load_recipe(TASK).load("test").take(range(ANSWERS))
-        self.family = load_model(ModelConfig("tiny-llava"), max_new_tokens=32)
+        self.family = load_model(ModelConfig("tiny-llava"), EvaluationConfig(max_new_tokens=32))
         self.images = ImageCache(self.family.prepare, budget_gb=1.0).split(self.data)
         self.inputs = self.family.inputs(self.data, self.images)
         self.batches = [self.inputs.collate(range(start, start + BATCH)) for start in range(0, BATCH * BATCHES, BATCH)]

@@ -16,7 +16,7 @@ from typing import Any
 CACHE = tempfile.mkdtemp(prefix="llava-keeplora-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["HF_DATASETS_CACHE"] = CACHE
+os.environ["HF_DATASETS_CACHE"] = os.environ["LLAVA_KEEPLORA_CACHE"] = CACHE
 for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[flag] = "1"
 # A test's files need not survive a power cut, and a busy disk makes every one of thousands wait; forked processes do the same.

@@ -123,7 +123,7 @@ def analyze_model(
         RecipeError: for whatever is wrong with a recipe or its data.
     """
     energies = _checked(energies, groups, examples)
-    family = open_model(model, evaluation.max_new_tokens)
+    family = open_model(model, evaluation)
     data = {group: _load(family, tasks, examples, data_root) for group, tasks in groups.items()}
     every = [one for tasks in data.values() for one in tasks]
     _check_names([one.recipe.name for one in every])

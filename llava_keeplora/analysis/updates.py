@@ -28,7 +28,7 @@ from llava_keeplora.export.bundle import Learned, checked, read_learned
 from llava_keeplora.journal import Journal
 from llava_keeplora.models import Family, load_model
 from llava_keeplora.report.overlap import overlap
-from llava_keeplora.run_folder import read_identity
+from llava_keeplora.run_folder import check_base, read_identity
 from llava_keeplora.subspace import principal_basis, residual
 from llava_keeplora_eval.predictors import default_device
 
@@ -112,8 +112,9 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
     run = Path(run)
     learned = {label: read_learned(run, label) for label in _finished(run)}
     features, chosen = {label: _added(one) for label, one in learned.items()}, _chosen(learned.values())
-    into = made(into)
-    names, family = read_identity(run)["tasks"], load_model(next(iter(learned.values())).model)
+    into, base = made(into), next(iter(learned.values())).model
+    check_base(run, base)
+    names, family = read_identity(run)["tasks"], load_model(base)
     changed = dict.fromkeys(name for one in learned.values() for task in one.deltas for name in task)
     layers = [name for name in changed if isinstance(family.model.get_submodule(name), nn.Linear) and _part(family, name)]
     updates: dict[str, list[Update]] = {label: [] for label in learned}

@@ -10,9 +10,10 @@ from llava_keeplora.config import ZERO_SHOT, RunConfig
 from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.journal import PLAN, SCORES, Journal, open_stages
 from llava_keeplora.methods import METHODS
-from llava_keeplora.run_folder import differences, kept_recipe, load_run, read_identity
+from llava_keeplora.run_folder import base_content, differences, kept_recipe, load_run, read_identity, recorded_base
 from llava_keeplora.versions import version_changes
 from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.checkpoints import content_changes
 from llava_keeplora_recipes import load_recipe
 
 AGAIN = "run the same command again: it is written anew"
@@ -30,6 +31,7 @@ def examine_run(run: str | Path) -> Iterator[str | UserError]:
     run = Path(run)
     config = load_run(run)
     yield from _identity(run, config)
+    yield from _base(run, config)
     changes = version_changes(run)
     yield f"libraries: {'other versions than at its start (' + ', '.join(changes) + '), so last digits may differ' if changes else 'as at its start'}"
     journals = []
@@ -57,6 +59,22 @@ def _identity(run: Path, config: RunConfig) -> Iterator[UserError]:
     changed = [key for key, _, _ in found if not key.endswith("examples_per_step")]
     if changed:
         yield RunError(f"{run / 'config.json'} and identity.json tell of different runs ({', '.join(changed[:5])})", "restore both")
+
+
+def _base(run: Path, config: RunConfig) -> Iterator[str | UserError]:
+    """Whether the base model is the one that the run was begun with."""
+    try:
+        known = recorded_base(run)
+        changed = known and content_changes(known, base_content(config.model))
+    except UserError as error:
+        yield error
+        return
+    if known is None or changed is None:
+        yield f"base model: '{config.model.name_or_path}'; there is no record to check it by"
+    elif changed:
+        yield RunError(f"the base model '{config.model.name_or_path}' is not the one that {run} was begun with ({', '.join(changed)} differ)", "restore its files")
+    else:
+        yield f"base model: '{config.model.name_or_path}', as at its start"
 
 
 def _progress(label: str, journal: Journal, config: RunConfig, learns: bool) -> str:

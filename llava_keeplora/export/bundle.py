@@ -12,11 +12,12 @@ from typing import Any
 from transformers import AutoConfig
 
 from llava_keeplora.adapters import BaseWeights, Delta, FullDelta, load_deltas
-from llava_keeplora.config import ModelConfig, read_dumped
+from llava_keeplora.config import EvaluationConfig, ModelConfig, read_dumped
 from llava_keeplora.errors import ConfigError, RunError, nearest
 from llava_keeplora.files import file_hash
 from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
+from llava_keeplora.run_folder import check_base
 from llava_keeplora_eval import Matrix
 from llava_keeplora_recipes import Recipe, load_recipe
 
@@ -60,12 +61,16 @@ class Learned:
     def load(self, dtype: str | None = None, deltas: Sequence[Mapping[str, Delta | FullDelta]] | None = None) -> Family:
         """The model after these tasks.
 
+        Raises:
+            RunError: the base model is not what it was when the run began.
+
         Args:
             dtype: a key of `DTYPES`, for an unquantised base; the run's own form when None.
             deltas: what its layers carry; the tasks' own when None.
         """
+        check_base(self.run, self.model)
         source = self.model if dtype is None else replace(self.model, dtype=dtype, quantization=None)
-        family = load_model(source, self.config["evaluation"]["max_new_tokens"])
+        family = load_model(source, EvaluationConfig(**self.config["evaluation"]))
         deltas = self.deltas if deltas is None else deltas
         for name in dict.fromkeys(name for task in deltas for name in task):
             # Layer by layer, because `BaseWeights` keeps a copy of what it changes.

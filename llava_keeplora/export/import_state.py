@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_keeplora.config import REFERENCE_PLACES, parse_config, read_object
+from llava_keeplora.config import REFERENCE_PLACES, ModelConfig, parse_config, read_object
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export.bundle import checked
 from llava_keeplora.export.hub import download
 from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, SUFFIXES, public, stays_inside
 from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
+from llava_keeplora.run_folder import check_base
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
 AGAIN = "export the state again"
@@ -57,6 +58,8 @@ def import_state(
                 (room / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(state / name, room / name)
             _settle(room, into.resolve(), base, data_root)
+            if base is not None:
+                check_base(room, ModelConfig(**read_object(room / "config.json")["model"]))
     return into / "run.yaml"
 
 

@@ -17,6 +17,7 @@ from llava_keeplora.models.on_task import ModelOnTask
 from llava_keeplora.models.quantised import keep_form, leave_checkpoint, quantised_loading
 from llava_keeplora.models.skeleton import build_skeleton
 from llava_keeplora.zero import loaded_whole
+from llava_keeplora_eval.checkpoints import load_checked
 from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, text_features
 from llava_keeplora_eval.preparation import PromptPreparation, check_questions
 from llava_keeplora_recipes import Example, Recipe, TaskData
@@ -66,11 +67,11 @@ class ClipFamily:
         )
 
     def load(self, dtype: torch.dtype) -> None:
-        """Load the weights."""
+        """Load the weights; see `load_checked`."""
         # DeepSpeed can't load CLIP's temperature, a scalar, in shards; the whole of a CLIP fits into any process.
         with loaded_whole():
             form = quantised_loading(self.quantization, dtype, self.whole)
-            model = transformers.CLIPModel.from_pretrained(self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form)
+            model = load_checked(transformers.CLIPModel, self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form)
         if self.quantization:
             keep_form(model)
             leave_checkpoint(model)

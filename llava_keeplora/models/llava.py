@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from llava_keeplora.models.names import find_linear_layers
 from llava_keeplora.models.on_task import ModelOnTask
 from llava_keeplora.models.quantised import keep_form, leave_checkpoint, quantised_loading
 from llava_keeplora.models.skeleton import build_skeleton
+from llava_keeplora_eval.checkpoints import load_checked
 from llava_keeplora_eval.llava import LlavaPredictor, image_inputs, joined
 from llava_keeplora_eval.models import load_llava_processor
 from llava_keeplora_eval.preparation import ChatPreparation, check_questions
@@ -36,6 +38,7 @@ class LlavaFamily:
         max_length: the most tokens of an example, image tokens included; the language model's own limit when None.
         max_new_tokens: of an answer.
         quantization: see `ModelConfig`.
+        generation: of an answer; see `EvaluationConfig`.
     """
 
     name = "llava"
@@ -57,9 +60,11 @@ class LlavaFamily:
     whole = ("lm_head", "model.multi_modal_projector")
 
     def __init__(
-        self, path: str, revision: str | None = None, max_length: int | None = None, max_new_tokens: int = 128, quantization: str | None = None
+        self, path: str, revision: str | None = None, max_length: int | None = None, max_new_tokens: int = 128,
+        quantization: str | None = None, generation: Mapping[str, Any] | None = None,
     ):
         self.path, self.revision, self.max_new_tokens, self.quantization = path, revision, max_new_tokens, quantization
+        self.generation = generation
         self.config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         positions = self.config.text_config.max_position_embeddings
         if max_length is not None and max_length > positions:
@@ -86,11 +91,9 @@ class LlavaFamily:
         )
 
     def load(self, dtype: torch.dtype) -> None:
-        """Load the weights."""
+        """Load the weights; see `load_checked`."""
         form = quantised_loading(self.quantization, dtype, self.whole)
-        model = AutoModelForImageTextToText.from_pretrained(
-            self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form
-        )
+        model = load_checked(AutoModelForImageTextToText, self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form)
         if self.quantization:
             keep_form(model)
             leave_checkpoint(model)
@@ -140,7 +143,8 @@ class LlavaFamily:
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> LlavaPredictor:
         """What answers the task's examples with the present weights; with exactly so many `tokens` each, where they are given."""
         return LlavaPredictor(
-            self.model, self.processor, recipe, tokens or self.max_new_tokens, images=images.of, min_new_tokens=tokens, limit=self.max_length
+            self.model, self.processor, recipe, tokens or self.max_new_tokens, images=images.of, min_new_tokens=tokens,
+            limit=self.max_length, generation=self.generation,
         )
 
 

@@ -175,7 +175,7 @@ class _Scenarios:
         return self._made[key]
 
     def _make(self, config: RunConfig, gpus: int) -> dict[str, Rehearsal]:
-        family = open_model(config.model, config.evaluation.max_new_tokens)
+        family = open_model(config.model, config.evaluation)
         changed = changed_layers(config, family)
         self.work = self.work or read_work(config, family)
         text = getattr(family.model.config, "text_config", family.model.config)

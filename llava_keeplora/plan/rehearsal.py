@@ -34,6 +34,7 @@ from llava_keeplora.plan.meter import faked, metered
 from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora.plan.work import Work, repeated
 from llava_keeplora.subspace import SecondMoment, ShapeError, SketchedMoment, sketch_width
+from llava_keeplora_eval.llava import without_defaults
 from llava_keeplora_eval.predictors import class_logits, image_features, prompt_features
 
 STAGES = ("load", "basis", "gradient", "train", "features", "evaluate", "export")
@@ -384,11 +385,13 @@ def _answer_clip(family: Family, work: Work, size: int) -> None:
 def _answer_llava(family: Family, work: Work, size: int) -> None:
     """`LlavaPredictor` on one batch: the first token of every answer, then the last one, with the cache as long as it gets."""
     model, config = family.model, family.config.text_config
+    size *= (family.generation or {}).get("num_beams", 1)
     batch = repeated(work.question, size)
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     settings = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=0, eos_token_id=config.vocab_size - 1)
-    model.generate(**batch, generation_config=settings)
+    with without_defaults(model):
+        model.generate(**batch, generation_config=settings)
     del batch
     length = work.question["input_ids"].shape[1] + family.max_new_tokens - 1
     heads = config.num_key_value_heads

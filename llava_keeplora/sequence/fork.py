@@ -13,7 +13,7 @@ from llava_keeplora.errors import RunError
 from llava_keeplora.files import told, write_bytes, write_json
 from llava_keeplora.journal import PLAN, SCORES, Entry, Journal, open_stages
 from llava_keeplora.methods import METHODS
-from llava_keeplora.run_folder import file_name, kept_recipe, load_run
+from llava_keeplora.run_folder import check_base, file_name, kept_recipe, load_run
 from llava_keeplora.sequence.label_run import ZERO_SHOT
 from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora_eval import Matrix
@@ -38,6 +38,7 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
         raise RunError(f"{run} has no task {at_task}", f"choose one from 1 to {len(source.tasks)} with --at-task")
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise RunError(f"{into} is there already and not an empty folder", "choose another one with --into")
+    check_base(run, source.model)
     config = dataclasses.replace(source.first(at_task), output_dir=str(into))
     old, new, names = Workspace(source), Workspace(config), config.identity()["tasks"]
     methods = {ZERO_SHOT: ZERO_SHOT} | {label: method.method for label, method in source.methods.items()}

@@ -432,7 +432,8 @@ class LabelRun:
                 join_shards(path, task.test)
 
         if index == 0:
-            facts = {"stage": "EVALUATED", "task": task.name, "data": task.record()["test"], "max_new_tokens": self.shared.config.evaluation.max_new_tokens}
+            evaluation = self.shared.config.evaluation
+            facts = {"stage": "EVALUATED", "task": task.name, "data": task.record()["test"], "max_new_tokens": evaluation.max_new_tokens, "generation": evaluation.generation}
             facts |= {"test_prompts": list(task.recipe.test_prompts)} if self.averaged else {}
             return self.shared.once(facts, {"predictions.jsonl": path}, make)
         make()

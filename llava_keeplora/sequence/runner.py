@@ -68,7 +68,7 @@ def _opened(workspace: Workspace) -> Iterator[Shared]:
             if is_first_process():
                 held.enter_context(workspace.locked())
                 workspace.check()
-            tasks, family = load_tasks(config), open_model(config.model, config.evaluation.max_new_tokens)
+            tasks, family = load_tasks(config), open_model(config.model, config.evaluation)
             check_start(config, family, processes=processes)
             shared = Shared(config, workspace, tasks, family)
         # Together: with ZeRO-3 the processes need each other for it.

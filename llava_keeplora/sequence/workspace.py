@@ -15,7 +15,7 @@ from llava_keeplora.config import RUN_FILES, ZERO_SHOT, RunConfig, dump_config, 
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.journal import Journal
-from llava_keeplora.run_folder import differences, file_name, kept_recipe, read_identity
+from llava_keeplora.run_folder import BASE, base_content, check_base, differences, file_name, kept_recipe, read_identity, recorded_base, same_base
 from llava_keeplora.versions import version_changes, write_versions
 from llava_keeplora_eval.files import sweep
 from llava_keeplora_recipes.recipe import flat_recipe
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: Sections of a configuration that the zero-shot row does not depend on.
 OF_METHODS = ("methods", "parts", "training")
+#: Where a base model lies, which is another place's name for the same model where its content is the same.
+MODEL_PLACE = ("model.name_or_path", "model.revision")
 
 
 class Workspace:
@@ -89,12 +91,22 @@ class Workspace:
                 f"{self.root} holds a run with another configuration ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})",
                 "restore these values to go on, or choose another output_dir",
             )
+        if self._has_work():
+            check_base(self.root, self.config.model)
+
+    def _has_work(self) -> bool:
+        """Return whether a stage of the folder's run has finished."""
+        labels = [ZERO_SHOT, *read_dumped(self.root).get("methods", {})]
+        return any(Journal(self.label(label) / "journal.jsonl").has_work for label in labels)
 
     def _changes(self) -> list[tuple[str, Any, Any]]:
         """(dotted key, old, new) of what the folder's configuration has another value for; tasks may have been appended."""
         known = read_identity(self.root)
         config = self.config.first(len(known["tasks"])) if len(self.config.tasks) > len(known["tasks"]) else self.config
-        return list(differences(known, config.identity()))
+        found = list(differences(known, config.identity()))
+        if any(key in MODEL_PLACE for key, _, _ in found) and same_base(self.root, self.config.model):
+            found = [change for change in found if change[0] not in MODEL_PLACE]
+        return found
 
     def begun_anew(self) -> list[str]:
         """Labels whose folder is begun anew, because the configuration is another one and no stage of a method has finished.
@@ -121,7 +133,8 @@ class Workspace:
         changes = version_changes(self.root)
         if changes:
             logger.warning("%s was begun with other versions (%s); its numbers may differ in their last digits from here on", self.root, ", ".join(changes))
-        if claimed and not anew and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
+        known = recorded_base(self.root) if claimed and not anew and self._has_work() else None
+        if known and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
             return
         identity = self.config.identity()
         if not claimed and not (self.root / "versions.json").exists():
@@ -131,7 +144,7 @@ class Workspace:
             if is_file_name(task) and (anew or not kept.exists()):
                 write_bytes(kept, flat_recipe(task).encode())
         # The configuration's own file comes last: where it is, the folder is claimed.
-        write_json(self.root / "identity.json", identity)
+        write_json(self.root / "identity.json", identity | {BASE: known or base_content(self.config.model)})
         write_bytes(self.root / "config.json", dump_config(self.config).encode())
 
     def _refuse_foreign(self) -> None:

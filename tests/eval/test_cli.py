@@ -83,7 +83,7 @@ def test_the_list_names_every_recipe_with_its_metric(run):
         (("matrix", "."), (". holds no matrix.json, nor does a folder in it", "give the folder of a run")),
         (
             ("predict", "--model", "no-such-folder/at-all/here", "--task", "digits", "--output", "x.jsonl"),
-            ("model 'no-such-folder/at-all/here' cannot be loaded", "give a folder with a checkpoint"),
+            ("there is no folder 'no-such-folder/at-all/here'", "give a folder with a checkpoint"),
         ),
     ],
 )

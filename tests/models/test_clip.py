@@ -38,7 +38,9 @@ def test_a_part_that_the_model_does_not_have_is_refused(family):
 
 
 def test_a_model_that_is_not_there_is_refused_with_the_embedded_names(tmp_path):
-    with pytest.raises(ConfigError, match="the model '.*nothing' cannot be loaded .*; give a local folder, a Hub id"):
+    with pytest.raises(ConfigError, match="there is no model 'tiny-clop'.*; did you mean 'tiny-clip'"):
+        load_model(ModelConfig("tiny-clop"))
+    with pytest.raises(ConfigError, match="there is no folder '.*nothing' .*; give a folder with a checkpoint, or a Hub id"):
         load_model(ModelConfig(str(tmp_path / "nothing")))
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from llava_keeplora.adapters import AdapterInit, attach, detach
-from llava_keeplora.config import ModelConfig
+from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.models import load_model
 from llava_keeplora.sequence.data import Batches, ImageCache
 from llava_keeplora_eval.chat import Chat, render
@@ -35,7 +35,7 @@ def folder(request, make_llava, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def family(folder):
-    return load_model(ModelConfig(str(folder)), max_new_tokens=8)
+    return load_model(ModelConfig(str(folder)), EvaluationConfig(max_new_tokens=8))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_activation_checkpointing_does_not_change_the_gradient(family, inputs, d
 
 
 def test_it_runs_in_bf16(folder, data):
-    family = load_model(ModelConfig(str(folder), dtype="bfloat16"), max_new_tokens=4)
+    family = load_model(ModelConfig(str(folder), dtype="bfloat16"), EvaluationConfig(max_new_tokens=4))
     images = ImageCache(family.prepare, 1.0).split(data)
     loss = family.task(data.recipe)(**family.inputs(data, images).collate(range(4)))["loss"]
     assert torch.isfinite(loss)

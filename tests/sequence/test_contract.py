@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, FullDelta, attach, concatenate
-from llava_keeplora.config import parse_config
+from llava_keeplora.config import EvaluationConfig, parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export.bundle import read_learned
 from llava_keeplora.export.check import probe
@@ -143,7 +143,7 @@ def read(folder, name):
 
 
 def base_family(learned):
-    return load_model(learned.model, learned.config["evaluation"]["max_new_tokens"])
+    return load_model(learned.model, EvaluationConfig(**learned.config["evaluation"]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llava_keeplora.adapters import BaseWeights, Delta, dense_weight, is_quantised, load_deltas
-from llava_keeplora.config import ModelConfig, parse_config
+from llava_keeplora.config import EvaluationConfig, ModelConfig, parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import load_model
@@ -27,7 +27,7 @@ PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
 @pytest.fixture
 def quantised_llava(tiny_llava):
     """Function (kind) → the tiny LLaVA with a quantised base."""
-    return lambda kind: load_model(ModelConfig(str(tiny_llava), quantization=kind), max_new_tokens=6)
+    return lambda kind: load_model(ModelConfig(str(tiny_llava), quantization=kind), EvaluationConfig(max_new_tokens=6))
 
 
 @pytest.fixture
@@ -168,13 +168,13 @@ def test_a_quantised_model_lets_go_of_its_checkpoint(tiny_clip, tiny_llava, tmp_
     """Weights that stay as they are would be views of the mapped file, whose every page would stay in memory."""
     for folder in (tiny_clip, tiny_llava):
         own = shutil.copytree(folder, tmp_path / folder.name)  # other tests of this process may hold the shared one's pages
-        family = load_model(ModelConfig(str(own), quantization="nf4"), max_new_tokens=4)
+        family = load_model(ModelConfig(str(own), quantization="nf4"), EvaluationConfig(max_new_tokens=4))
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(own) in line]
         assert family.model and not mapped
 
 
 def test_a_stacked_layer_holds_its_deltas_once(tiny_clip):
-    family = load_model(ModelConfig(str(tiny_clip), quantization="nf4"), max_new_tokens=4)
+    family = load_model(ModelConfig(str(tiny_clip), quantization="nf4"), EvaluationConfig(max_new_tokens=4))
     name, layer = next((name, module) for name, module in family.model.named_modules() if is_quantised(module))
     deltas = [{name: Delta(torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2), 1.0)} for _ in range(2)]
     given = [weakref.ref(tensor) for task in deltas for tensor in task[name].tensors.values()]

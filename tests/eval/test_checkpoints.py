@@ -1,0 +1,227 @@
+"""Checkpoints by content: damaged, incomplete and foreign ones are refused by name, and what changes an answer changes the record."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_keeplora_eval import EvalError
+from llava_keeplora_eval.checkpoints import check_device, check_place, content_changes, content_hash, load_checked, model_content
+
+
+@pytest.fixture
+def copied(tiny_clip, tmp_path):
+    """A copy of the random CLIP."""
+    return shutil.copytree(tiny_clip, tmp_path / "model")
+
+
+def load(folder):
+    from transformers import CLIPModel
+
+    return load_checked(CLIPModel, str(folder))
+
+
+def rewrite(folder, change):
+    """Write the weights anew after a change of the dictionary of tensors."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def split_in_two(folder):
+    """Lay the weights out as two shards with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    shards = {name: {key: value for n, (key, value) in enumerate(sorted(tensors.items())) if n % 2 == i} for i, name in enumerate(names)}
+    for name, content in shards.items():
+        save_file(content, folder / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, content in shards.items() for key in content}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return names
+
+
+def test_a_whole_checkpoint_is_loaded_in_one_file_in_shards_and_pickled(copied):
+    expected = load(copied).state_dict()
+    split_in_two(copied)
+    assert all(torch.equal(value, expected[key]) for key, value in load(copied).state_dict().items())
+    for path in copied.glob("model*"):
+        path.unlink()
+    torch.save(expected, copied / "pytorch_model.bin")
+    assert all(torch.equal(value, expected[key]) for key, value in load(copied).state_dict().items())
+
+
+def test_tensors_that_newer_code_computes_are_no_fault(copied):
+    rewrite(copied, lambda tensors: tensors.update({"text_model.embeddings.position_ids": torch.arange(12)[None]}))
+    load(copied)
+
+
+def drop_layer(tensors):
+    for key in [key for key in tensors if ".encoder.layers.1." in key]:
+        tensors.pop(key)
+
+
+def drop_one(tensors):
+    tensors.pop("logit_scale")
+
+
+def add(tensors):
+    tensors["text_model.encoder.layers.7.mlp.fc1.weight"] = torch.zeros(2, 2)
+
+
+def reshape(tensors):
+    tensors["visual_projection.weight"] = torch.zeros(3, 5)
+
+
+def spoil(tensors):
+    tensors["text_projection.weight"][1, 2] = float("nan")
+
+
+def overflow(tensors):
+    tensors["text_projection.weight"][0, 0] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (drop_layer, r"lacks 32 of the model's tensors \(text_model.encoder.layers.1"), (drop_one, r"lacks 1 of .*logit_scale"),
+        (add, "holds 1 tensors that the model .* does not have .*layers.7"), (reshape, r"another shape .*visual_projection.weight: \(3, 5\) for"),
+        (spoil, r"NaN or infinity in 1 tensors \(text_projection.weight\)"), (overflow, "NaN or infinity"),
+    ],
+)
+def test_a_checkpoint_that_does_not_hold_the_models_tensors_is_refused_by_file(copied, change, said):
+    rewrite(copied, change)
+    with pytest.raises(EvalError, match=f"model.safetensors .*{said}"):
+        load(copied)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def litter(path):
+    path.write_bytes(os.urandom(4000))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, litter, empty])
+@pytest.mark.parametrize("layout", ["whole", "shards", "pickled", "index"])
+def test_a_damaged_file_of_weights_is_named(copied, damage, layout):
+    path = copied / "model.safetensors"
+    if layout in ("shards", "index"):
+        path = copied / split_in_two(copied)[1]
+        path = copied / "model.safetensors.index.json" if layout == "index" else path
+    elif layout == "pickled":
+        tensors = load_file(path)
+        path.unlink()
+        path = copied / "pytorch_model.bin"
+        torch.save(tensors, path)
+    damage(path)
+    with pytest.raises(EvalError, match=f"{path.name}.*download the checkpoint again") as caught:
+        load(copied)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_a_missing_shard_and_missing_weights_are_named(copied):
+    second = split_in_two(copied)[1]
+    (copied / second).unlink()
+    with pytest.raises(EvalError, match=f"names 1 files that are not there \\({second}\\)"):
+        load(copied)
+    for path in copied.glob("model*"):
+        path.unlink()
+    with pytest.raises(EvalError, match="holds a config.json and no weights"):
+        load(copied)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"null", b"\xff\xfe\x00", b"[" * 5000, b'{"model_type": 3}', b'{"model_type": "clip", "text_config": 5}'])
+def test_a_damaged_configuration_is_one_sentence(copied, content):
+    from llava_keeplora_eval.models import load_clip
+
+    (copied / "config.json").write_bytes(content)
+    with pytest.raises(EvalError, match="model"):
+        load_clip(str(copied))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
+def test_a_damaged_processor_is_one_sentence(copied, name):
+    from llava_keeplora_eval.models import load_clip
+
+    truncate(copied / name)
+    with pytest.raises(EvalError, match="cannot be loaded"):
+        load_clip(str(copied))
+
+
+def test_training_refuses_the_same_bases(copied):
+    from llava_keeplora.config import ModelConfig
+    from llava_keeplora.models import load_model
+
+    rewrite(copied, drop_layer)
+    with pytest.raises(EvalError, match="lacks 32 of the model's tensors"):
+        load_model(ModelConfig(str(copied)))
+
+
+def test_the_record_of_a_checkpoint_changes_with_weights_configuration_processor_and_template_alone(copied, tiny_clip):
+    record = model_content(str(copied))
+    assert record == model_content(str(tiny_clip)), "a copy is the same model"
+    (copied / "README.md").write_text("a model")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0.0", "_name_or_path": "elsewhere"}))
+    assert model_content(str(copied)) == record
+    for part, change in {
+        "weights": lambda: rewrite(copied, lambda tensors: tensors["logit_scale"].add_(1e-3)),
+        "config": lambda: (copied / "config.json").write_text(json.dumps(config | {"logit_scale_init_value": 1.5})),
+        "processor": lambda: (copied / "chat_template.jinja").write_text("{{ messages }}"),
+        "stops": lambda: (copied / "generation_config.json").write_text('{"eos_token_id": 5}'),
+    }.items():
+        before = model_content(str(copied))
+        change()
+        assert content_changes(before, model_content(str(copied))) == [part]
+    assert content_changes({"commit": "abc"}, model_content(str(copied))) is None, "a commit and files cannot be compared"
+    assert content_changes({"commit": "abc"}, {"commit": "abd"}) == ["commit"]
+
+
+def test_a_kept_hash_is_used_until_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAVA_KEEPLORA_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    old = time.time() - 100
+    os.utime(path, (old, old))
+    first = content_hash(path)
+    (kept,) = (tmp_path / "cache/hashes").iterdir()
+    kept.write_text("0" * 64)
+    assert content_hash(path) == "0" * 64, "it is not read again"
+    path.write_bytes(b"two")
+    assert content_hash(path) not in (first, "0" * 64)
+    kept.write_text("garbage")
+    os.utime(path, (old, old))
+    assert len(content_hash(path)) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("clp", None), ("./nothing", "no folder './nothing'"), ("models/tiny-clp", "did you mean 'models/tiny-clip'"), ("tiny-clipp", "did you mean 'tiny-clip'"),
+     ("models/tiny-clip/config.json", "is a file.*give models/tiny-clip"), ("C:\\models\\clip", "no folder"), ("user/name/more", "no folder"), ("user/name", None)],
+)
+def test_a_mistyped_folder_is_no_hub_id(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/tiny-clip").mkdir(parents=True)
+    (tmp_path / "models/tiny-clip/config.json").write_text("{}")
+    if said is None:
+        return check_place(name, ("tiny-clip",))
+    with pytest.raises(EvalError, match=said):
+        check_place(name, ("tiny-clip",))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "gpu", "meta"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(EvalError, match=f"device '{device}' cannot be used on this machine, which has cpu"):
+        check_device(device)

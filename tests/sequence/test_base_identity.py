@@ -1,0 +1,117 @@
+"""A run knows its base model, processor and template by content: another one is refused by every command, and doctor says so."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_keeplora import cli
+from llava_keeplora.config import parse_config
+from llava_keeplora.run_folder import extended, load_run, recorded_base
+from llava_keeplora_eval.checkpoints import model_content
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_clip, tiny_tasks, run_tree, driven, tmp_path_factory):
+    """A finished run on a base of its own, and that base; shared, so copy both."""
+    root = tmp_path_factory.mktemp("identity")
+    shutil.copytree(tiny_clip, root / "base")
+    tree = run_tree(root / "run", methods={"keeplora": {}}, tasks=[str(tiny_tasks[0])], model={"name_or_path": str(root / "base")})
+    driven(parse_config(tree))
+    (root / "run.yaml").write_text(yaml.safe_dump(tree))
+    return root
+
+
+@pytest.fixture
+def place(finished, tmp_path):
+    """A copy of run and base."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for name in ("run/config.json", "run/identity.json", "run.yaml"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace(str(finished), str(tmp_path)))
+    return tmp_path
+
+
+def change_weights(base):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(base / "model.safetensors")
+    tensors["text_projection.weight"][0, 0] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+
+
+def change_pixels(base):
+    path = next(p for p in (base / "preprocessor_config.json", base / "processor_config.json") if p.exists())
+    path.write_text(path.read_text().replace("0.48145466", "0.5"))
+
+
+def change_tokenizer(base):
+    path = base / "tokenizer.json"
+    path.write_text(path.read_text().replace('"Lowercase"', '"NFC"'))
+
+
+CHANGES = {"weights": change_weights, "processor": change_pixels, "tokenizer": change_tokenizer}
+
+
+def commands(place: Path, task: str) -> dict[str, list[str]]:
+    run = str(place / "run")
+    return {
+        "train": ["train", "--config", str(place / "run.yaml")], "extend": ["extend", run, "--task", task],
+        "fork": ["fork", run, "--at-task", "1", "--into", str(place / "fork")],
+        "export": ["export", run, "--as", "merged", "--base-id", "you/clip", "--into", str(place / "merged")],
+        "analyze": ["analyze", run, "--into", str(place / "analysis")],
+    }
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("command", ["train", "extend", "fork", "export", "analyze"])
+def test_a_command_on_another_base_is_refused_and_changes_nothing(place, tiny_tasks, command, change, capfd):
+    CHANGES[change](place / "base")
+    before = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+    assert cli.main(commands(place, str(tiny_tasks[1]))[command]) == 2
+    what = "weights" if change == "weights" else "processor"
+    assert f"is not the one that {place / 'run'} was begun with ({what} differ)" in capfd.readouterr().err
+    assert before == {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_doctor_says_whether_the_base_is_the_same(place, capfd):
+    assert cli.main(["doctor", str(place / "run")]) == 0
+    assert "as at its start" in capfd.readouterr().out
+    change_weights(place / "base")
+    assert cli.main(["doctor", str(place / "run")]) != 0
+    said = capfd.readouterr()
+    assert "weights differ" in said.out + said.err
+
+
+def test_a_base_that_lies_elsewhere_with_the_same_content_is_the_same(place, capfd):
+    assert recorded_base(place / "run") == model_content(str(place / "base"))
+    (place / "base/README.md").write_text("mine")
+    (place / "base").rename(place / "moved")
+    words = ["train", "--config", str(place / "run.yaml"), f"model.name_or_path={place / 'moved'}"]
+    assert cli.main(words) == 0, capfd.readouterr().err
+    change_weights(place / "moved")
+    assert cli.main(words) == 2 and "model.name_or_path: " in capfd.readouterr().err
+
+
+def test_an_imported_state_is_refused_on_another_base(place, capfd):
+    assert cli.main(["export", str(place / "run"), "--as", "state", "--base-id", "you/clip", "--into", str(place / "state")]) == 0, capfd.readouterr().err
+    words = ["import", str(place / "state"), "--base", str(place / "base"), "--into"]
+    assert cli.main([*words, str(place / "same")]) == 0, capfd.readouterr().err
+    assert recorded_base(place / "same") == recorded_base(place / "run")
+    change_weights(place / "base")
+    assert cli.main([*words, str(place / "other")]) == 2
+    assert "weights differ" in capfd.readouterr().err and not (place / "other").exists()
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_a_warning_and_keeps_a_record_from_then_on(place, drive, caplog, tiny_tasks):
+    path = place / "run/identity.json"
+    identity = json.loads(path.read_text())
+    identity.pop("base")
+    path.write_text(json.dumps(identity))
+    drive(load_run(place / "run"))
+    assert "kept no record of its base model" in caplog.text
+    assert recorded_base(place / "run") == model_content(str(place / "base"))
+    caplog.clear()
+    drive(extended(place / "run", str(tiny_tasks[1])))
+    assert "no record" not in caplog.text and recorded_base(place / "run") == model_content(str(place / "base"))
