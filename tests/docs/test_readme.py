@@ -22,7 +22,7 @@ BY_MAKE = {"make demo", "make test", "pip install -c constraints.txt -e ."}
 #: What makes a command small enough for a test.
 SMALLER = {
     "deepspeed": ["tasks=[birds.yaml]", "training.max_steps=2", "training.per_device_train_batch_size=8"],
-    "python": ["--quick"],
+    "python": ["basis", "--quick"],
 }
 
 
@@ -82,6 +82,12 @@ def test_every_command_of_the_readme_runs(folder):
         ran += 1
     assert ran == 17
     assert (folder / "runs/birds/report.html").is_file() and (folder / "answers.jsonl").is_file()
+
+
+@pytest.mark.slow
+def test_every_bench_runs():
+    code, out, err = forked.run([sys.executable, ROOT / "scripts/bench.py", "--quick"], 1500)
+    assert code == 0 and out.count("\n| ") >= 15, err
 
 
 def test_make_does_what_the_readme_says():
