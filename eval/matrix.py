@@ -18,6 +18,7 @@ FORMAT = 1
 ZERO_SHOT = "zero-shot"
 NOT_AVAILABLE = "n/a"
 MISSING = "-"
+LARGEST = 1e9
 
 
 @dataclass
@@ -253,10 +254,12 @@ def _line(cells: list[str]) -> str:
 def _score(value, where: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
         raise EvalError(f"{where} has the score {value!r}, which is not a finite number", "give percents, or None")
+    if abs(number) > LARGEST:  # Sums of a few larger ones are no numbers any more.
+        raise EvalError(f"{where} has the score {value!r}, and no metric gives more than {LARGEST:g}", "give percents, or None")
     return number
 
 

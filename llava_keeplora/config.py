@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.errors import ConfigError, RunError, UserError, nearest
+from llava_keeplora.records import read_record
 from llava_keeplora_eval.aggregates import AGGREGATES
 from llava_keeplora_eval.generation import check_generation
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_sequence
@@ -847,28 +848,9 @@ def read_dumped(run: Path) -> dict[str, Any]:
     """The resolved configuration that a run folder keeps; see `dump_config`.
 
     Raises:
-        RunError: if the folder is no run's.
+        RunError: if the folder is no run's, or its configuration was damaged.
     """
     path = run / "config.json"
     if not path.is_file():
         raise RunError(f"{run} is not a run folder (it has no config.json)", "name the output_dir of a run")
-    return read_object(path)
-
-
-def read_object(path: Path, cure: str = "restore it or start over in a new output_dir") -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Args:
-        path: the file.
-        cure: what an error advises; by default for a run folder's.
-
-    Raises:
-        RunError: if it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read ({error})", cure) from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path} holds no JSON object", cure)
-    return content
+    return read_record(path)

@@ -15,11 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from llava_keeplora.errors import RunError
-from llava_keeplora_eval.files import PART, write_atomic
+from llava_keeplora_eval.files import PART, sync_folder, write_atomic
 
 #: A disk, a quota, and the largest file that a user may write.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -81,6 +82,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return write_bytes(path, save(contiguous, dict(metadata or {})))
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all of a safetensors file; see `open_tensors`."""
+    file = open_tensors(path)
+    return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def open_tensors(path: Path) -> safe_open:
+    """Open safetensors, to read one by one.
+
+    Raises:
+        RunError: if the file is missing or holds none.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"{path} cannot be read as safetensors ({str(error).splitlines()[0]})", "restore it") from error
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content."""
     with open(path, "rb") as file:
@@ -88,29 +107,69 @@ def file_hash(path: Path) -> str:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of another at the end and is gone after an error; a killed process's goes with the next.
+def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
+    """A room to fill, which becomes a folder at the end: the folder appears whole or not at all.
 
-    It is locked while it is filled, so that what a living process is writing can be told from what a killed one left.
+    The room is named `.NAME.PROCESS.part`. An error removes it; what a killed process left is removed by the next command that makes
+    the same folder. It is locked while it is filled, so that what a living process is writing can be told from that.
 
     Args:
-        folder: the place; what is there is replaced.
+        folder: the place.
+        replace: whether all that is there goes. Otherwise files of the same names are replaced when all are written, each at once, and
+            others stay.
+
+    Raises:
+        OSError: if it cannot be written.
     """
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{PART}"):
-        if not _is_locked(left):
+    folder = Path(os.path.abspath(folder))
+    merged = not replace and folder.is_dir()
+    # A folder that stays may be a mount point, and what is beside it another disk.
+    beside = folder if merged else folder.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    for left in beside.glob(f".{glob.escape(folder.name)}.*{PART}"):
+        if left.is_dir() and not _is_locked(left):
             shutil.rmtree(left, ignore_errors=True)
-    room = folder.with_name(f".{folder.name}.{os.getpid()}{PART}")
-    room.mkdir(parents=True)
+    room, old = (beside / f".{folder.name}.{os.getpid()}{kind}{PART}" for kind in ("", ".old"))
+    room.mkdir()
     lock = os.open(room, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield room
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(room, folder)
+        _flush(room)
+        if merged:
+            _move_files(room, folder)
+        else:
+            if folder.is_dir() and any(folder.iterdir()):
+                os.replace(folder, old)  # Removing takes time, in which a kill would leave a part.
+            os.replace(room, folder)
+            sync_folder(folder.parent)
     finally:
         os.close(lock)
-        shutil.rmtree(room, ignore_errors=True)
+        for left in (room, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _flush(room: Path) -> None:
+    """Have all that a folder holds on the disk before its name is."""
+    for path in room.rglob("*"):
+        if path.is_dir() or path.is_file() and not path.is_symlink():
+            sync_folder(path)
+    sync_folder(room)
+
+
+def _move_files(room: Path, folder: Path) -> None:
+    for path in sorted(room.rglob("*")):
+        if path.is_file():
+            target = folder / path.relative_to(room)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+            sync_folder(target.parent)
+
+
+def left_behind(folder: Path) -> list[Path]:
+    """Rooms in a folder, below and beside it that killed processes left; see `whole_folder`."""
+    found = [*folder.rglob(f".*{PART}"), *folder.parent.glob(f".{glob.escape(folder.name)}.*{PART}")]
+    return sorted(path for path in found if path.is_dir() and not _is_locked(path))
 
 
 def _is_locked(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import file_hash
+from llava_keeplora.records import COUNT, NUMBER, mismatches
 from llava_keeplora_eval.interruption import finishing
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,11 @@ PLAN = (0, "PLANNED")
 SCORES = "scores.json"
 #: What `CONSOLIDATED` reports; beside it lies what it protects, if that is anything.
 CONSOLIDATED = "consolidated.json"
+#: What readers take out of a stage's `info`; see `llava_keeplora.records`.
+INFO = {
+    "tasks?": [{"task?": str}], "reference?": dict, "seconds?": NUMBER, "taken_seconds?": NUMBER, "peak_bytes?": COUNT, "peak_of?": str, "steps?": COUNT,
+    "trained_parameters?": COUNT, "test_seconds?": {"untouched": NUMBER, "learned": NUMBER},
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,17 @@ class Entry:
     files: dict[str, str] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
+    def file(self, kind: str) -> str:
+        """The relative path of a file that the stage wrote, by its own name, such as scores.json.
+
+        Raises:
+            RunError: if there is none.
+        """
+        for name in self.files:
+            if PurePosixPath(name).name == kind:
+                return name
+        raise RunError(f"the journal's stage {self.stage} of task {self.task} names no {kind}", "restore the journal or start over in a new output_dir")
+
 
 def _entry(values: Any) -> Entry:
     """A line's values as an entry.
@@ -61,10 +78,13 @@ def _entry(values: Any) -> Entry:
         # A folder from elsewhere may name anything; what is read and copied is the method's own.
         if not isinstance(expected, str) or "\0" in name or path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{name!r} is no file of the run")
-    plan = entry.info.get("tasks", [])
-    if not isinstance(plan, list) or not all(isinstance(task, dict) for task in plan):
-        raise ValueError("its tasks are no records")
+    for where, what in mismatches(entry.info, INFO):
+        raise ValueError(f"info.{where} is {what}")
     return entry
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0][:120]
 
 
 def stages_of(task: int) -> tuple[str, ...]:
@@ -138,7 +158,7 @@ class Journal:
                 entry = _entry(json.loads(line))
             except (ValueError, TypeError, RecursionError) as error:
                 if number < len(lines):
-                    raise RunError(f"{self.path}, line {number} is not a journal entry", "restore the file or start over in a new output_dir") from error
+                    raise RunError(f"{self.path}, line {number} is not a journal entry ({_reason(error)})", "restore the file or start over in a new output_dir") from error
                 entry = None
             if entry is None or not line.endswith(b"\n"):
                 logger.warning("%s: the last line is torn (a killed run); its stage runs again", self.path)

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import PER_TASK, ModelConfig, RunConfig, finish_config, read_dumped, read_object
+from llava_keeplora.config import PER_TASK, ModelConfig, RunConfig, finish_config, read_dumped
 from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.records import read_object, read_record
 from llava_keeplora_eval.checkpoints import content_changes, model_content
 from llava_keeplora_eval.models import resolve_model
 from llava_keeplora_recipes import load_recipe
@@ -110,10 +111,7 @@ def read_identity(run: Path) -> dict[str, Any]:
     Raises:
         RunError: if that was damaged.
     """
-    path = run / "identity.json"
-    identity = read_object(path)
-    if not isinstance(identity.get("tasks"), list) or not all(isinstance(name, str) for name in identity["tasks"]):
-        raise RunError(f"{path} names no tasks", "restore it or start over in a new output_dir")
+    identity = read_record(run / "identity.json")
     identity.pop(BASE, None)
     # An earlier version named an argument only where a configuration did.
     methods = identity.get("methods")

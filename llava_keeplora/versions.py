@@ -7,8 +7,8 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-from llava_keeplora.config import read_object
 from llava_keeplora.files import write_json
+from llava_keeplora.records import read_record
 
 #: Their kernels, loaders and adapters decide the last bits of a result.
 LIBRARIES = ("llava-keeplora", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets", "numpy")
@@ -46,4 +46,4 @@ def version_changes(run: Path) -> list[str]:
     if not path.exists():
         return []
     now = installed_versions()
-    return [f"{name} {version} → {now.get(name, 'none')}" for name, version in read_object(path).items() if version != now.get(name)]
+    return [f"{name} {version} → {now.get(name, 'none')}" for name, version in read_record(path).items() if version != now.get(name)]

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from llava_keeplora.files import write_tensors
+from llava_keeplora.errors import RunError
+from llava_keeplora.files import open_tensors, write_tensors
+from llava_keeplora.records import NUMBER
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,20 @@ def save_deltas(path: Path, deltas: Deltas) -> str:
 
 
 def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
-    """Read what `save_deltas` wrote."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        scales = json.loads(file.metadata()["scales"])
-    found: dict[str, Delta | FullDelta] = {name: Delta(tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B"), scale) for name, scale in scales.items()}
+    """Read what `save_deltas` wrote.
+
+    Raises:
+        RunError: if the file holds no deltas, or a layer's A or B is missing.
+    """
+    file = open_tensors(path)
+    tensors = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        scales = json.loads((file.metadata() or {})["scales"])
+        if not all(scale in NUMBER for scale in scales.values()):
+            raise ValueError("a scale is no finite number")
+        found: dict[str, Delta | FullDelta] = {name: Delta(tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B"), scale) for name, scale in scales.items()}
+    except (KeyError, AttributeError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} holds no task's deltas ({'without ' if isinstance(error, KeyError) else ''}{error})", "restore it") from error
     return found | full_deltas(tensors)
 
 

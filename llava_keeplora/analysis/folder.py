@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_keeplora.analysis.cuts import KEPT
 from llava_keeplora.analysis.pictures import PLACES, draw_knowledge, draw_places
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.files import writable_folder, write_json
+from llava_keeplora.files import whole_folder, write_json
 from llava_keeplora.report.capacity import layer_lines
 from llava_keeplora.report.figures import LIGHT, save
 from llava_keeplora.report.lines import draw_layer_lines
@@ -24,16 +25,19 @@ if TYPE_CHECKING:
     from llava_keeplora.analysis.updates import MethodUpdates
 
 
-def made(into: str | Path) -> Path:
-    """The folder to write to, made before the work that fills it.
+@contextmanager
+def made(into: str | Path) -> Iterator[Path]:
+    """A room for the folder to write to, made before the work that fills it; see `whole_folder`.
 
     Raises:
         ConfigError: if it can't be.
     """
-    try:
-        return writable_folder(into)
-    except OSError as error:
-        raise ConfigError(f"{into} cannot be a folder to write to ({error.strerror})", "choose another one with --into") from error
+    with ExitStack() as held:
+        try:
+            room = held.enter_context(whole_folder(into, replace=False))
+        except OSError as error:
+            raise ConfigError(f"{into} cannot be a folder to write to ({error.strerror})", "choose another one with --into") from error
+        yield room
 
 
 def write_knowledge(found: Knowledge, into: Path) -> None:

@@ -127,25 +127,25 @@ def analyze_model(
     data = {group: _load(family, tasks, examples, data_root) for group, tasks in groups.items()}
     every = [one for tasks in data.values() for one in tasks]
     _check_names([one.recipe.name for one in every])
-    into = made(into)
-    family.load(DTYPES[model.dtype])
-    if not family.quantization:  # What is quantised was loaded to where it is.
-        family.model.to(default_device())
-    layers = every_layer(family)
-    parts = layers | ({ALL: {name: layer for own in layers.values() for name, layer in own.items()}} if len(layers) > 1 else {})
-    points = []
-    with tqdm(total=1 + len(parts) * len(energies) * len(SIDES), desc="analyze", delay=2, disable=None) as bar:
-        whole = _scores(family, every, evaluation.batch_size)
-        bar.update()
-        for part, own in parts.items():
-            for energy in energies:
-                cuts = Cuts(own, energy)
-                for side in SIDES:
-                    with cuts.only(side):
-                        points.append(Point(part, energy, side, cuts.directions, _scores(family, every, evaluation.batch_size)))
-                    bar.update()
-    found = Knowledge(asdict(model), {group: {one.recipe.name: _record(one) for one in tasks} for group, tasks in data.items()}, whole, points)
-    write_knowledge(found, into)
+    with made(into) as room:
+        family.load(DTYPES[model.dtype])
+        if not family.quantization:  # What is quantised was loaded to where it is.
+            family.model.to(default_device())
+        layers = every_layer(family)
+        parts = layers | ({ALL: {name: layer for own in layers.values() for name, layer in own.items()}} if len(layers) > 1 else {})
+        points = []
+        with tqdm(total=1 + len(parts) * len(energies) * len(SIDES), desc="analyze", delay=2, disable=None) as bar:
+            whole = _scores(family, every, evaluation.batch_size)
+            bar.update()
+            for part, own in parts.items():
+                for energy in energies:
+                    cuts = Cuts(own, energy)
+                    for side in SIDES:
+                        with cuts.only(side):
+                            points.append(Point(part, energy, side, cuts.directions, _scores(family, every, evaluation.batch_size)))
+                        bar.update()
+        found = Knowledge(asdict(model), {group: {one.recipe.name: _record(one) for one in tasks} for group, tasks in data.items()}, whole, points)
+        write_knowledge(found, room)
     return found
 
 

@@ -6,7 +6,6 @@ M (in, m) the feature directions that earlier tasks added. A share is ‖ΔW U�
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,8 +23,10 @@ from llava_keeplora.analysis.pictures import PLACES
 from llava_keeplora.config import AUTO, PartConfig, read_dumped
 from llava_keeplora.errors import RunError
 from llava_keeplora.export.bundle import Learned, checked, read_learned
+from llava_keeplora.files import read_tensors
 from llava_keeplora.journal import Journal
 from llava_keeplora.models import Family, load_model
+from llava_keeplora.records import read_record
 from llava_keeplora.report.overlap import overlap
 from llava_keeplora.run_folder import check_base, read_identity
 from llava_keeplora.subspace import principal_basis, residual
@@ -112,9 +112,18 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
     run = Path(run)
     learned = {label: read_learned(run, label) for label in _finished(run)}
     features, chosen = {label: _added(one) for label, one in learned.items()}, _chosen(learned.values())
-    into, base = made(into), next(iter(learned.values())).model
-    check_base(run, base)
-    names, family = read_identity(run)["tasks"], load_model(base)
+    check_base(run, next(iter(learned.values())).model)
+    with made(into) as room:
+        found = _measured(run, learned, features, chosen)
+        write_updates(run, found, room)
+    return found
+
+
+def _measured(
+    run: Path, learned: Mapping[str, Learned], features: Mapping[str, list[dict[str, Tensor]]], chosen: Mapping[str, float]
+) -> dict[str, MethodUpdates]:
+    """The updates of every method, layer by layer; those that change no linear layer are left out with a warning."""
+    names, family = read_identity(run)["tasks"], load_model(next(iter(learned.values())).model)
     changed = dict.fromkeys(name for one in learned.values() for task in one.deltas for name in task)
     layers = [name for name in changed if isinstance(family.model.get_submodule(name), nn.Linear) and _part(family, name)]
     updates: dict[str, list[Update]] = {label: [] for label in learned}
@@ -129,9 +138,7 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
         raise RunError(f"no method of {run} changes the weights of a linear layer, so there are no updates to measure", "analyze a run of another method")
     if unchanged:
         logger.warning("left out, for they change no linear layer's weights: %s", ", ".join(unchanged))
-    found = {label: MethodUpdates(names[: len(one.deltas)], updates[label], _overlap(one)) for label, one in learned.items() if updates[label]}
-    write_updates(run, found, into)
-    return found
+    return {label: MethodUpdates(names[: len(one.deltas)], updates[label], _overlap(one)) for label, one in learned.items() if updates[label]}
 
 
 def _of_layer(
@@ -168,7 +175,7 @@ def _added(learned: Learned) -> list[dict[str, Tensor]]:
     for entry in learned.entries:
         if entry.task and entry.stage == "CONSOLIDATED":
             states = [name for name in entry.files if name.endswith("state.safetensors")]
-            found.append(load_file(checked(folder / states[0], entry.files[states[0]], f"task {entry.task}")) if states else {})
+            found.append(read_tensors(checked(folder / states[0], entry.files[states[0]], f"task {entry.task}")) if states else {})
     return found
 
 
@@ -177,14 +184,15 @@ def _chosen(learned: Iterable[Learned]) -> dict[str, float]:
     found = {}
     for one in learned:
         base = next(entry for entry in one.entries if entry.stage == "CONSOLIDATED")
-        (path,) = [checked(one.run / one.label / name, value, "the base") for name, value in base.files.items() if name.endswith("consolidated.json")]
-        found |= {part: choice["energy"] for part, choice in json.loads(path.read_text()).get("energy_weight", {}).items()}
+        name = base.file("consolidated.json")
+        path = checked(one.run / one.label / name, base.files[name], "the base")
+        found |= {part: choice["energy"] for part, choice in read_record(path).get("energy_weight", {}).items()}
     return found
 
 
 def _overlap(learned: Learned) -> list[list[float | None]] | None:
     trained = [entry for entry in learned.entries if entry.stage == "TRAINED"]
-    return overlap([learned.run / learned.label / name for entry in trained for name in entry.files if name.endswith("delta.safetensors")])
+    return overlap([learned.run / learned.label / entry.file("delta.safetensors") for entry in trained])
 
 
 def _part(family: Family, layer: str) -> str | None:

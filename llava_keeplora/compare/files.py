@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 from llava_keeplora.compare.outcome import Outcome
 from llava_keeplora.compare.table import CHOSEN_BY, Order, Table, dotted
+from llava_keeplora.files import whole_folder
 from llava_keeplora.report.document import LEGEND, SPREAD, Picture, html_figure, html_page, html_rows, html_table
 from llava_keeplora.report.needs import NEEDS_COLUMNS, needs_rows
 from llava_keeplora.report.page import write_report
@@ -39,17 +41,22 @@ def write_table(table: Table, outcome: Outcome, pictures: Mapping[str, Picture] 
     Returns:
         the text of `table.md`.
     """
-    title, sections, out = f"Table {table.output_dir.resolve().name}", sections_of(table, outcome), table.output_dir
+    with whole_folder(table.output_dir, replace=False) as room:
+        return _write_files(table, outcome, pictures or {}, room)
+
+
+def _write_files(table: Table, outcome: Outcome, pictures: Mapping[str, Picture], room: Path) -> str:
+    title, sections = f"Table {table.output_dir.resolve().name}", sections_of(table, outcome)
     for order, results in outcome.results.items():
-        write_report(out / order, f"{title}, order {order}", results, {**table.order(order).changed(table.run), "methods": outcome.settings})
+        write_report(room / order, f"{title}, order {order}", results, {**table.order(order).changed(table.run), "methods": outcome.settings})
     texts = {
         "table.md": f"# {title}\n\n" + "\n".join(f"## {one.title}\n\n{one.text}\n\n{markdown_table(one.header, one.rows)}" for one in sections),
         "table.tex": "% Needs \\usepackage{booktabs}.\n" + "\n".join(f"% {one.title}: {one.text}\n{latex_table(one.header, one.rows)}\n" for one in sections),
         "table.csv": _csv(outcome),
-        "report.html": _page(title, sections, outcome, pictures or {}),
+        "report.html": _page(title, sections, outcome, pictures),
     }
     for name, text in texts.items():
-        write_atomic(out / name, text)
+        write_atomic(room / name, text)
     return texts["table.md"]
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.compare.table import CACHE, TUNING, Order, Table, merged
-from llava_keeplora.config import ZERO_SHOT, parse_config, read_object
+from llava_keeplora.config import ZERO_SHOT, parse_config
 from llava_keeplora.files import write_bytes
 from llava_keeplora.journal import Journal
+from llava_keeplora.records import read_object
 from llava_keeplora.run_folder import differences, read_identity
 from llava_keeplora_recipes.strict_yaml import dump_yaml
 

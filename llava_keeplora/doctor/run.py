@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from llava_keeplora.config import ZERO_SHOT, RunConfig
 from llava_keeplora.errors import RunError, UserError
+from llava_keeplora.files import file_hash, left_behind
 from llava_keeplora.journal import PLAN, SCORES, Journal, open_stages
 from llava_keeplora.methods import METHODS
+from llava_keeplora.records import SCHEMAS, read_record, read_training
 from llava_keeplora.run_folder import base_content, differences, kept_recipe, load_run, read_identity, recorded_base
 from llava_keeplora.versions import version_changes
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.checkpoints import content_changes
 from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes.strict_yaml import is_file_name
 
 AGAIN = "run the same command again: it is written anew"
 
@@ -45,6 +47,8 @@ def examine_run(run: str | Path) -> Iterator[str | UserError]:
             continue
         journals.append(journal)
         yield from _label(journal)
+    for left in left_behind(run):
+        yield RunError(f"{left} is what a killed command left", "run that command again, which removes it, or remove it")
     for journal in journals[:1]:  # All methods have the same tasks.
         yield from _recipes(run, config, journal)
 
@@ -90,7 +94,11 @@ def _label(journal: Journal) -> Iterator[UserError]:
     yield from problems
     yield from _unknown_files(journal)
     if not problems:
+        problems = list(_records(journal))
+        yield from problems
+    if not problems:
         yield from _matrix(journal)
+    yield from _checkpoints(journal)
 
 
 def _unknown_files(journal: Journal) -> Iterator[UserError]:
@@ -100,6 +108,29 @@ def _unknown_files(journal: Journal) -> Iterator[UserError]:
         for path in sorted(folder.glob(f"task-{closed.task:02d}-*/**/*")):
             if path.is_file() and str(path.relative_to(folder)) not in known:
                 yield RunError(f"{path} is in no journal", "remove it")
+
+
+def _records(journal: Journal) -> Iterator[UserError]:
+    """Files with the hash of their stage that don't hold what its readers need."""
+    for name in journal.files():
+        path = journal.path.parent / name
+        if path.name in SCHEMAS:
+            try:
+                read_record(path)
+            except RunError as error:
+                yield error
+
+
+def _checkpoints(journal: Journal) -> Iterator[UserError]:
+    """The state between two steps of a task whose training is in progress."""
+    for path in sorted(journal.path.parent.glob("task-*/training.json")):
+        try:
+            for name, expected in read_training(path)["sha256"].items():
+                tensors = path.with_name(Path(name).name)
+                if not tensors.is_file() or file_hash(tensors) != expected:
+                    yield RunError(f"{tensors} is not what {path} was written with", "run the same command again: the task's training begins again")
+        except RunError as error:
+            yield error
 
 
 def _matrix(journal: Journal) -> Iterator[UserError]:
@@ -112,7 +143,7 @@ def _matrix(journal: Journal) -> Iterator[UserError]:
         matrix = Matrix.from_json(folder / "matrix.json")
         for task, path in scores:
             row = dict(zip(matrix.tasks, matrix.rows[task - 1] if task else matrix.zero_shot or ()))
-            wrong = [name for name, score in json.loads(path.read_text()).items() if row.get(name) != score["score"]]
+            wrong = [name for name, score in read_record(path).items() if row.get(name) != score["score"]]
             if wrong:
                 yield RunError(f"{folder / 'matrix.json'} has another score for task '{wrong[0]}' than {path}", AGAIN)
     except UserError as error:
@@ -124,6 +155,8 @@ def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserErr
     plans = [entry for entry in journal.entries if (entry.task, entry.stage) == PLAN]
     for task, record in zip(config.tasks, plans[-1].info.get("tasks", ()) if plans else ()):
         kept = kept_recipe(run, str(record.get("task")))
+        if is_file_name(task) and not kept.is_file():
+            yield RunError(f"{kept}, the run's own copy of the recipe {task}, is missing", "copy the recipe there")
         for source in dict.fromkeys((task, str(kept)) if kept.exists() else (task,)):
             try:
                 recipe = load_recipe(source)

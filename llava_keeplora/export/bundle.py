@@ -114,7 +114,7 @@ def _chosen(config: Mapping[str, Any], run: Path, label: str | None) -> str:
 
 
 def _deltas(folder: Path, entry: Entry) -> dict[str, Delta | FullDelta]:
-    name = next(name for name in entry.files if name.endswith("delta.safetensors"))
+    name = entry.file("delta.safetensors")
     return load_deltas(checked(folder / name, entry.files[name], f"task {entry.task}"))
 
 

@@ -14,8 +14,10 @@ from huggingface_hub import ModelCardData
 from llava_keeplora.export.adapter import vllm_rank
 from llava_keeplora.export.bundle import Base, Learned
 from llava_keeplora.export.state import FOLDER, placeless, public
+from llava_keeplora.journal import SCORES
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import Family
+from llava_keeplora.records import read_record
 from llava_keeplora.report import heatmap
 from llava_keeplora.report.tables import SCORE_COLUMNS, markdown_table, score_rows, summary_table
 from llava_keeplora_eval.chat import asked, render
@@ -169,8 +171,8 @@ def _loading(name: str, base: Base, done: "Exported", usage: Usage) -> Iterable[
 def _stages(learned: Learned) -> list[dict[str, Any]]:
     """The scores of the base and after each task; a stage that was scored again counts as it was last."""
     scored = [entry for entry in learned.entries if entry.stage == "EVALUATED"]
-    found = {entry.task: name for entry in scored for name in entry.files if name.endswith("scores.json")}
-    return [json.loads((learned.run / learned.label / found[task]).read_text()) for task in sorted(found)]
+    found = {entry.task: entry.file(SCORES) for entry in scored}
+    return [read_record(learned.run / learned.label / found[task]) for task in sorted(found)]
 
 
 def _task(recipe: Recipe) -> list[str]:

@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_keeplora.config import REFERENCE_PLACES, ModelConfig, parse_config, read_object
+from llava_keeplora.config import REFERENCE_PLACES, ModelConfig, parse_config
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export.bundle import checked
 from llava_keeplora.export.hub import download
 from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, SUFFIXES, public, stays_inside
 from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
+from llava_keeplora.records import read_object
 from llava_keeplora.run_folder import check_base
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
@@ -52,7 +53,6 @@ def import_state(
             found = download(source, revision, Path(held.enter_context(tempfile.TemporaryDirectory())))
         state = found / FOLDER if (found / FOLDER).is_dir() else found
         files = _read_manifest(state, found, source)
-        into.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(into) as room:
             for name in files:
                 (room / name).parent.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_keeplora.config import REFERENCE_PLACES, ZERO_SHOT
+from llava_keeplora.errors import RunError
 from llava_keeplora.export.bundle import Base, Learned, checked, find_local
 from llava_keeplora.files import file_hash, write_bytes, write_json
 from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import embedded_models
+from llava_keeplora.records import read_record
 from llava_keeplora.run_folder import kept_recipe
 from llava_keeplora_recipes import Recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
@@ -50,7 +52,7 @@ def write_state(learned: Learned, base: Base, folder: Path) -> None:
     learned.matrix.to_json(folder / learned.label / "matrix.json")
     shutil.copyfile(learned.run / ZERO_SHOT / "matrix.json", folder / ZERO_SHOT / "matrix.json")
     for name in ("identity.json", "config.json"):
-        tree = json.loads((learned.run / name).read_text())
+        tree = read_record(learned.run / name)
         write_bytes(folder / name, (json.dumps(_portable(tree, learned, base), indent=2) + "\n").encode())
     for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True):
         if is_file_name(task):
@@ -78,6 +80,8 @@ def _copy_history(source: Path, entries: Sequence[Entry], folder: Path) -> None:
 def _portable(tree: dict[str, Any], learned: Learned, base: Base) -> dict[str, Any]:
     """A resolved configuration, or its identity, without what is of one machine, and with one method."""
     tree = json.loads(json.dumps(tree))
+    if learned.label not in tree.get("methods", ()):
+        raise RunError(f"{learned.run / 'identity.json'} knows no method '{learned.label}'", "restore it")
     tree["methods"] = {learned.label: tree["methods"][learned.label]}
     if "sequence" in tree:
         tree["sequence"] = None  # Its tasks are listed.

@@ -17,7 +17,7 @@ def read_needs(folder: Path) -> Needs:
     """What the folder of a method says."""
     entries = Journal(folder / "journal.jsonl").entries
     trained = [entry for entry in entries if entry.stage == "TRAINED"]
-    tasks = [folder / Path(next(iter(entry.files))).parent for entry in trained]
+    tasks = [(folder / entry.file("delta.safetensors")).parent for entry in trained]
     timed = [entry.info["test_seconds"] for entry in entries if "test_seconds" in entry.info]
     return Needs(
         mean(entry.info.get("trained_parameters") for entry in trained),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from safetensors import safe_open
 from torch import Tensor
 
+from llava_keeplora.files import open_tensors
 from llava_keeplora.report.figures import Palette
 from llava_keeplora.report.heatmap import draw_cells
 
@@ -31,7 +31,7 @@ def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
     Returns:
         T x T, None in cells without a common layer; None with fewer than two tasks, or where no task has an adapter.
     """
-    files = {task: safe_open(path, framework="pt") for task, path in enumerate(paths) if path.exists()}
+    files = {task: open_tensors(path) for task, path in enumerate(paths) if path.exists()}
     if len(files) < 2:
         return None
     sums, counts = torch.zeros(len(paths), len(paths)), torch.zeros(len(paths), len(paths))

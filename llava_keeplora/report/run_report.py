@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_keeplora.config import read_dumped
 from llava_keeplora.errors import RunError
+from llava_keeplora.files import whole_folder
 from llava_keeplora.journal import Journal
 from llava_keeplora.report.capacity import layer_lines
 from llava_keeplora.report.needs import read_needs
@@ -16,6 +17,7 @@ from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.page import write_report
 from llava_keeplora.report.tables import summary_table
 from llava_keeplora.report.trial import Capacity, Cost, LayerLines, Trial
+from llava_keeplora.records import read_record
 from llava_keeplora.run_folder import read_identity
 from llava_keeplora_eval import Matrix
 
@@ -47,7 +49,8 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
         raise RunError(f"the report of {len(folders)} runs belongs to none of their folders", "add --into DIR")
     results = read_side_by_side(folders)
     title = f"Run {folders[0].resolve().name}" if len(folders) == 1 else f"{len(folders)} runs side by side"
-    write_report(folders[0] if into is None else into, title, results, rows_of(results) | settings_of(folders))
+    with whole_folder(folders[0] if into is None else into, replace=False) as room:
+        write_report(room, title, results, rows_of(results) | settings_of(folders))
     return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
 
 
@@ -122,7 +125,7 @@ def _check_comparable(found: Mapping[Path, Mapping[str, Matrix]]) -> None:
 def examples_of(run: Path) -> dict[str, tuple]:
     """task → what it was scored on and by, from the zero-shot row."""
     path = run / ZERO_SHOT / "task-00-base" / "scores.json"
-    scores = json.loads(path.read_text()) if path.exists() else {}
+    scores = read_record(path) if path.exists() else {}
     return {task: tuple(score.get(key) for key in ("fingerprint", "metric", "metric_version")) for task, score in scores.items()}
 
 
@@ -140,7 +143,7 @@ def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
         config["methods"] = {label: {"method": m["method"], **m["options"]} for label, m in config["methods"].items()}
     settings = {}
     for key in (*SHOWN, "methods"):
-        values = {name: config[key] for name, config in configs.items()}
+        values = {name: config.get(key) for name, config in configs.items()}
         alike = all(value == next(iter(values.values())) for value in values.values())
         settings |= {key: next(iter(values.values()))} if alike else {f"{key} ({name})": value for name, value in values.items()}
     return settings
@@ -178,7 +181,7 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         losses={matrix.tasks[index - 1]: losses for index, path in tasks.items() if index and (losses := read_losses(path / "train.json"))},
         costs=read_costs(folder),
         needs=read_needs(folder),
-        scores=[json.loads(path.read_text()) for path in sorted(folder.glob("task-*/scores.json"))],
+        scores=[read_record(path) for path in sorted(folder.glob("task-*/scores.json"))],
     )
 
 
@@ -186,7 +189,7 @@ def read_capacity(folder: Path) -> Capacity:
     """One dict per stage, layer → {in, k, part}: the base first, then after each task; empty for methods without one."""
     stages = []
     for path in sorted(folder.glob("task-*/consolidated.json")):
-        capacity = json.loads(path.read_text()).get("capacity")
+        capacity = read_record(path).get("capacity")
         if capacity:
             stages.append(capacity)
     return stages
@@ -195,7 +198,7 @@ def read_capacity(folder: Path) -> Capacity:
 def room_line(name: str, folder: Path) -> str | None:
     """How many more tasks a method has room for, by the forecast of its last one; None without a forecast."""
     paths = sorted(folder.glob("task-*/consolidated.json"))
-    last = json.loads(paths[-1].read_text()) if paths else {}
+    last = read_record(paths[-1]) if paths else {}
     if "forecast" not in last:
         return None
     finite = [(room["tasks"], room["left"], layer) for layer, room in last["forecast"].items() if room["tasks"] is not None]
@@ -214,14 +217,14 @@ def read_captured(folder: Path, capacity: Capacity) -> LayerLines:
     parts = {name: size["part"] for stage in capacity for name, size in stage.items()}
     tasks = []
     for path in sorted(folder.glob("task-*/prepared.json")):
-        gradient = json.loads(path.read_text())["report"].get("gradient", {})
+        gradient = read_record(path)["report"].get("gradient", {})
         tasks.append({(parts.get(name, "layers"), name): numbers["captured"] for name, numbers in gradient.items() if "captured" in numbers})
     return layer_lines(tasks)
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:
     """(optimiser step, training loss) as the Trainer logged them; empty before training."""
-    history = json.loads(path.read_text())["history"] if path.exists() else []
+    history = read_record(path)["history"] if path.exists() else []
     return [(record["step"], record["loss"]) for record in history if "loss" in record]
 
 
@@ -233,7 +236,7 @@ def read_costs(folder: Path) -> dict[str, Cost]:
             stages.setdefault(entry.stage, []).append(entry)
     costs = {}
     for stage, entries in stages.items():
-        peaks = [(entry.info["peak_bytes"], entry.info["peak_of"]) for entry in entries if "peak_bytes" in entry.info]
+        peaks = [(entry.info["peak_bytes"], entry.info.get("peak_of", "")) for entry in entries if "peak_bytes" in entry.info]
         costs[stage] = Cost(sum(entry.seconds for entry in entries), *max(peaks, default=(None, "")))
     return costs
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from llava_keeplora.config import read_object
+from llava_keeplora.records import read_object
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import file_hash, write_bytes, write_json
 

@@ -7,7 +7,6 @@ the processes, each of them adds a file of its share.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_keeplora.files import file_hash, write_json, write_tensors
+from llava_keeplora.errors import RunError
+from llava_keeplora.files import file_hash, read_tensors, write_json, write_tensors
 from llava_keeplora.group import from_all, process_count, process_rank
+from llava_keeplora.records import read_training, record_digest
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ class StepCheckpoint:
         shares = {file: digest for own in from_all(files) for file, digest in own.items()}
         if first:
             shares[name] = write_tensors(self.folder / name, state.tensors)
-            write_json(self.path, {"tensors": name, "sha256": shares, "values": state.values})
+            record = {"tensors": name, "sha256": shares, "values": state.values}
+            write_json(self.path, record | {"record_sha256": record_digest(record)})
             self._remove_tensors(but=shares)
 
     def read(self) -> TrainingState | None:
@@ -75,19 +76,19 @@ class StepCheckpoint:
         if not any(from_all(self.path.exists())):
             return None
         try:
-            told = json.loads(self.path.read_text())
+            told = read_training(self.path)
             hashes = {Path(name).name: digest for name, digest in told["sha256"].items()}
             names, shares = [Path(told["tensors"]).name], len(hashes) - 1
             if shares:
                 names.append(_share_name(int(names[0].removeprefix("training-").removesuffix(".safetensors")), process_rank()))
             whole = all(file_hash(self.folder / name) == hashes[name] for name in names) and shares in (0, process_count())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, RunError):
             whole = False
         if not all(from_all(whole)):
             if process_rank() == 0:
                 logger.warning("%s and its tensors are not what was written, or by another number of processes; the task's training begins again", self.path)
             return None
-        return TrainingState({key: value for name in names for key, value in load_file(self.folder / name).items()}, told["values"])
+        return TrainingState({key: value for name in names for key, value in read_tensors(self.folder / name).items()}, told["values"])
 
     def remove(self) -> None:
         """Forget the state: the task is trained."""

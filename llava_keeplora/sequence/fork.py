@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import told, write_bytes, write_json
+from llava_keeplora.files import told, whole_folder, write_bytes, write_json
 from llava_keeplora.journal import PLAN, SCORES, Entry, Journal, open_stages
 from llava_keeplora.methods import METHODS
+from llava_keeplora.records import read_record
 from llava_keeplora.run_folder import check_base, file_name, kept_recipe, load_run
 from llava_keeplora.sequence.label_run import ZERO_SHOT
 from llava_keeplora.sequence.workspace import Workspace
@@ -40,20 +39,17 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
         raise RunError(f"{into} is there already and not an empty folder", "choose another one with --into")
     check_base(run, source.model)
     config = dataclasses.replace(source.first(at_task), output_dir=str(into))
-    old, new, names = Workspace(source), Workspace(config), config.identity()["tasks"]
+    old, names = Workspace(source), config.identity()["tasks"]
     methods = {ZERO_SHOT: ZERO_SHOT} | {label: method.method for label, method in source.methods.items()}
     journals = {label: _finished(old.label(label), at_task, len(source.tasks), METHODS[name].learns) for label, name in methods.items()}
-    try:
-        with told(new.root), new.locked():
-            for label, entries in journals.items():
-                _copy(old.label(label), new.label(label), entries, names)
-            for path in (old.root / "versions.json", *(kept_recipe(old.root, name) for name in names)):
-                if path.exists():
-                    write_bytes(into / path.relative_to(old.root), path.read_bytes())
-            new.claim()
-    except BaseException:
-        shutil.rmtree(into, ignore_errors=True)  # It was new; half a run is of no use.
-        raise
+    with told(into), whole_folder(into) as room:
+        new = Workspace(config, room)
+        for label, entries in journals.items():
+            _copy(old.label(label), new.label(label), entries, names)
+        for path in (old.root / "versions.json", *(kept_recipe(old.root, name) for name in names)):
+            if path.exists():
+                write_bytes(room / path.relative_to(old.root), path.read_bytes())
+        new.claim()
     return config
 
 
@@ -75,8 +71,8 @@ def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[
         for name, expected in files.items():
             _copy_file(source / name, target / name, expected)
         if entry.stage == "EVALUATED":
-            name = next(name for name in files if Path(name).name == SCORES)
-            scores = {task: score for task, score in json.loads((target / name).read_text()).items() if task in names}
+            name = entry.file(SCORES)
+            scores = {task: score for task, score in read_record(target / name).items() if task in names}
             files[name] = write_json(target / name, scores)
             for task, score in scores.items():
                 matrix.set_cell(entry.task - 1 if entry.task else None, task, score["score"])

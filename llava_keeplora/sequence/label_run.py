@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import set_seed
 
@@ -21,9 +20,10 @@ from llava_keeplora.adapters import AdapterInit, Delta, Deltas, FullDelta, attac
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
 from llava_keeplora.config import ALL_LINEAR, AVERAGED, MethodConfig
 from llava_keeplora.errors import RunError, TrainingError
-from llava_keeplora.files import file_hash, write_json, write_tensors
+from llava_keeplora.files import file_hash, read_tensors, write_json, write_tensors
 from llava_keeplora.journal import CONSOLIDATED, SCORES, Entry, Journal, next_stage, open_stages
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_changed
+from llava_keeplora.records import read_record
 from llava_keeplora.run_folder import differences, file_name
 from llava_keeplora.sequence import thresholds
 from llava_keeplora.sequence.answer_time import EXAMPLES, TOKENS, seconds_per_example
@@ -183,7 +183,7 @@ class LabelRun:
             if entry.stage == "PLANNED":
                 self._check_plan(entry)
             elif entry.stage == "EVALUATED":
-                self._fill_matrix(entry.task, json.loads(self.path(entry.task, SCORES).read_text()))
+                self._fill_matrix(entry.task, read_record(self.path(entry.task, SCORES)))
 
     def _check_plan(self, entry: Entry) -> None:
         now = json.loads(json.dumps(self._plan(entry.task)))
@@ -272,7 +272,7 @@ class LabelRun:
             write_tensors(path, tensors)
 
     def _inits(self, index: int) -> dict[str, AdapterInit]:
-        layers = json.loads(self.path(index, "prepared.json").read_text())["layers"]
+        layers = read_record(self.path(index, "prepared.json"))["layers"]
         tensors = _read(self.path(index, "adapters.safetensors"))
         return {n: AdapterInit(**values, A=tensors.get(f"{n}.A"), B=tensors.get(f"{n}.B")) for n, values in layers.items()}
 
@@ -390,7 +390,7 @@ class LabelRun:
 
     def _forecast(self, index: int, capacity: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Layer → for how many more tasks it has room; a warning where that is too few."""
-        before = [json.loads(self.path(t, CONSOLIDATED).read_text())["capacity"] for t in range(index)]
+        before = [read_record(self.path(t, CONSOLIDATED))["capacity"] for t in range(index)]
         rooms = forecast([*before, capacity], self.layers)
         told = shortage(rooms, self.layers, len(self.tasks) - index)
         if told:
@@ -401,7 +401,7 @@ class LabelRun:
         copied, taken = index == 0 and self.config.label != self.first_alike, 0.0
         path, predictions = self.path(index, SCORES), [] if copied else [self._predictions(index, task) for task in self.tasks]
         if copied:
-            scores = json.loads((self.shared.workspace.task(self.first_alike, 0, "base") / SCORES).read_text())
+            scores = read_record(self.shared.workspace.task(self.first_alike, 0, "base") / SCORES)
         else:
             self._rebuild(index)
             scores = {}
@@ -413,7 +413,7 @@ class LabelRun:
         if self.shared.rank == 0:
             write_json(path, scores)
         self.shared.barrier()
-        self._fill_matrix(index, json.loads(path.read_text()))
+        self._fill_matrix(index, read_record(path))
         if self.shared.rank == 0:
             self.write_matrix()
         return [path, *predictions], _taken(taken)
@@ -509,7 +509,7 @@ class LabelRun:
             task=lambda: self.shared.family.task(self.tasks[index - 1].recipe),
             pretrained=self.shared.pretrained,
             deltas=functools.partial(self._deltas, index - 1),
-            base=json.loads(self.path(0, CONSOLIDATED).read_text()) if index else {},
+            base=read_record(self.path(0, CONSOLIDATED)) if index else {},
             tasks=len(self.tasks),
             choose=functools.partial(thresholds.choose_energy_weight, self.shared, self.layers),
         )
@@ -549,7 +549,7 @@ class LabelRun:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path) if path.exists() else {}
+    return read_tensors(path) if path.exists() else {}
 
 
 def _mean(values: Sequence[float]) -> float:

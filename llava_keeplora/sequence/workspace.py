@@ -34,11 +34,12 @@ class Workspace:
 
     Args:
         config: the run; `output_dir` is the folder.
+        root: where it is being written, if it is to be `output_dir` when it is whole.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, root: Path | None = None):
         self.config = config
-        self.root = Path(config.output_dir)
+        self.root = Path(config.output_dir) if root is None else root
 
     def label(self, label: str) -> Path:
         """The folder of one method of the run."""

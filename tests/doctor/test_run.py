@@ -112,3 +112,21 @@ def test_other_versions_are_a_warning_when_a_run_goes_on(run, caplog, monkeypatc
     runner.run(load_run(run))
     assert f"{run} was begun with other versions (peft 0.1 → " in caplog.text and "its numbers may differ in their last digits from here on" in caplog.text
     assert (run / "versions.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("spoil", ["values", "tensors"])
+def test_a_damaged_checkpoint_within_a_task_is_named_and_a_whole_one_is_not(run, spoil):
+    import torch
+
+    from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState
+
+    folder = run / "keeplora/task-03-corners"
+    StepCheckpoint(folder).write(1, TrainingState({"weights.a": torch.ones(2)}, {"schedule": {"last_epoch": 1}}))
+    assert wrong(run) == []
+    if spoil == "values":
+        rewrite(folder / "training.json", lambda record: record["values"]["schedule"].update(last_epoch=7))
+    else:
+        flip(folder / "training-1.safetensors")
+    (told,) = wrong(run)
+    assert ("training.json is not what was written" if spoil == "values" else "training-1.safetensors is not what") in told
+    assert "the task's training begins again" in told

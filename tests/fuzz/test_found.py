@@ -79,7 +79,7 @@ def test_a_deepspeed_file_of_another_shape(tmp_path):
 def test_a_journal_entry_of_other_types_or_of_files_elsewhere(tmp_path, change):
     line = json.dumps({"task": 0, "stage": "PLANNED", "seconds": 0.0, "files": {}, "info": {}} | change) + "\n"
     (tmp_path / "journal.jsonl").write_text(line * 2)
-    with pytest.raises(RunError, match="journal.jsonl, line 1 is not a journal entry; restore the file or start over"):
+    with pytest.raises(RunError, match="journal.jsonl, line 1 is not a journal entry \\(.*\\); restore the file or start over"):
         Journal(tmp_path / "journal.jsonl")
 
 

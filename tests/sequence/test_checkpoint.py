@@ -125,3 +125,52 @@ def test_an_optimisers_state_comes_back_through_safetensors_and_json(tmp_path):
 def test_how_often_training_is_kept_is_no_part_of_a_runs_identity(run_config, tmp_path):
     often, seldom = (run_config(tmp_path / "run", training={"save_steps": n}).identity() for n in (1, 100))
     assert json.dumps(often) == json.dumps(seldom)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """One with values as a Trainer's."""
+    values = {"schedule": {"last_epoch": 2, "_last_lr": [0.1]}, "optimizer": {"param_groups": [{"betas": [0.9, 0.999], "weight_decay": 0.01, "params": [0]}]}, "losses": {"_total": 1.5}}
+    checkpoint = StepCheckpoint(tmp_path)
+    checkpoint.write(2, TrainingState({"weights.a": torch.ones(2)}, values))
+    assert checkpoint.read().values == values
+    return checkpoint
+
+
+def test_every_single_flipped_bit_of_a_checkpoints_record_is_noticed(checkpoint, caplog):
+    """But for white space, which says nothing, every one makes the task's training begin again."""
+    whole = checkpoint.path.read_bytes()
+    for position in range(len(whole)):
+        for bit in range(0, 8, 3):
+            changed = bytearray(whole)
+            changed[position] ^= 1 << bit
+            checkpoint.path.write_bytes(changed)
+            caplog.clear()
+            state = checkpoint.read()
+            if state is None:
+                assert "training.json and its tensors are not what was written" in caplog.text and "training begins again" in caplog.text
+            else:
+                assert json.loads(changed) == json.loads(whole)
+
+
+@pytest.mark.parametrize("change", [
+    lambda record: record["values"]["schedule"].update(last_epoch=1),
+    lambda record: record["values"]["optimizer"]["param_groups"][0].update(weight_decay=0.0),
+    lambda record: record["values"]["optimizer"]["param_groups"][0].update(betas=[0.8, 0.999]),
+    lambda record: record.pop("values"),
+    lambda record: record.pop("record_sha256"),
+    lambda record: record.update(values=[]),
+    lambda record: record.update(tensors="../outside.safetensors"),
+    lambda record: record.update(sha256={}),
+])
+def test_a_changed_value_makes_the_training_begin_again(checkpoint, change):
+    record = json.loads(checkpoint.path.read_text())
+    change(record)
+    checkpoint.path.write_text(json.dumps(record))
+    assert checkpoint.read() is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, "\x00"])
+def test_a_record_that_is_none_makes_the_training_begin_again(checkpoint, text):
+    checkpoint.path.write_text(text)
+    assert checkpoint.read() is None
