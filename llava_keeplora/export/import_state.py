@@ -11,14 +11,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_keeplora.config import REFERENCE_PLACES, ModelConfig, parse_config
-from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.export.bundle import checked
 from llava_keeplora.export.hub import download
-from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, SUFFIXES, public, stays_inside
+from llava_keeplora.export.inspect_state import inspect_state
+from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, RECORD, SUFFIXES, public, stays_inside
 from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.records import read_object
-from llava_keeplora.run_folder import check_base
+from llava_keeplora.run_folder import check_base, load_run, read_identity
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
 AGAIN = "export the state again"
@@ -52,6 +53,7 @@ def import_state(
         else:
             found = download(source, revision, Path(held.enter_context(tempfile.TemporaryDirectory())))
         state = found / FOLDER if (found / FOLDER).is_dir() else found
+        _check_export(found)
         files = _read_manifest(state, found, source)
         with whole_folder(into) as room:
             for name in files:
@@ -60,7 +62,18 @@ def import_state(
             _settle(room, into.resolve(), base, data_root)
             if base is not None:
                 check_base(room, ModelConfig(**read_object(room / "config.json")["model"]))
+            _inspect(room, state)
     return into / "run.yaml"
+
+
+def _check_export(folder: Path) -> None:
+    """Check every file that the export says it wrote, also those that a run does not need; earlier versions did not say."""
+    if (folder / RECORD).is_file():
+        files = read_object(folder / RECORD, AGAIN).get("files", {})
+        if not isinstance(files, dict) or not all(stays_inside(name) for name in files):
+            raise RunError(f"{folder / RECORD} lists no files of its folder", AGAIN)
+        for name, expected in files.items():
+            checked(folder / name, expected, "the export")
 
 
 def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
@@ -90,6 +103,15 @@ def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
             if strangers:
                 raise RunError(f"{state / name} names '{min(strangers)}', which is not in the state", "do not use this state")
     return list(files)
+
+
+def _inspect(room: Path, state: Path) -> None:
+    """Check what the files hold; errors speak of the state rather than of its copy."""
+    try:
+        inspect_state(room, load_run(room), read_identity(room)["tasks"])
+    except UserError as error:
+        kind = type(error) if isinstance(error, ConfigError | RunError) else RunError
+        raise kind(error.problem.replace(str(room), str(state)), error.cure) from error
 
 
 def _settle(room: Path, home: Path, base: str | None, data_root: str | None) -> None:

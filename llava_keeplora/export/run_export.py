@@ -15,14 +15,12 @@ from llava_keeplora.export.bundle import only_parts, published_base, read_learne
 from llava_keeplora.export.card import Usage, write_card
 from llava_keeplora.export.check import Deviation, check_export, probe
 from llava_keeplora.export.merged import Rounding, merge, write_merged
-from llava_keeplora.export.state import FOLDER, write_state
-from llava_keeplora.files import whole_folder, write_json
+from llava_keeplora.export.state import FOLDER, RECORD, SUFFIXES, write_state
+from llava_keeplora.files import file_hash, whole_folder, write_json
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import DTYPES, open_model
 
 FORMS = ("adapter", "merged", "state")
-#: What an export says of itself, by which a later one knows that it may take its place.
-RECORD = "keeplora_export.json"
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,9 @@ def export_run(
             bfloat16=Deviation.between(rounded, own),
             rounding=rounding,
         )
-        record = {"form": form, "label": learned.label, "tasks": done.tasks, "version": llava_keeplora.__version__}
+        # A state has a list of its own.
+        written = {path.name: file_hash(path) for path in sorted(room.glob("*")) if path.suffix in SUFFIXES and form != "state"}
+        record = {"form": form, "label": learned.label, "tasks": done.tasks, "version": llava_keeplora.__version__, "files": written}
         write_json(room / RECORD, record | ({"rounding": asdict(rounding)} if rounding else {}))
         write_card(room, name or into.name, learned, base, done, usage)
     return done

@@ -28,6 +28,8 @@ FORMAT = 1
 MANIFEST = "state.json"
 #: Where an exported adapter keeps it.
 FOLDER = "keeplora_state"
+#: What an export says of itself, by which a later one knows that it may take its place, and with the hashes of its files.
+RECORD = "keeplora_export.json"
 SUFFIXES = (".safetensors", ".json", ".jsonl", ".yaml")
 #: Neither is read again once a task is closed; answers are personal data at times, and starts are as large as deltas.
 LEFT_OUT = ("predictions", "adapters.safetensors")

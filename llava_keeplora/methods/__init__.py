@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llava_keeplora.methods.base import Layer, Method, Record, TaskContext
+from llava_keeplora.methods.base import Holding, Layer, Method, Record, TaskContext
 from llava_keeplora.methods.iap import Iap
 from llava_keeplora.methods.inflora import InfLora
 from llava_keeplora.methods.keeplora import KeepLora
@@ -22,4 +22,4 @@ METHODS: dict[str, type[Method]] = {
     for method in (ZeroShot, SequentialLora, KeepLora, KeepLoraPlus, KeepLoraPlusPlus, OLora, InfLora, SdLora, Zscl, MoeAdapters, Iap)
 }
 
-__all__ = ["METHODS", "Changed", "Layer", "Method", "Record", "Reference", "TaskContext", "check_method", "find_changed", "find_layers"]
+__all__ = ["METHODS", "Changed", "Holding", "Layer", "Method", "Record", "Reference", "TaskContext", "check_method", "find_changed", "find_layers"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,6 +116,23 @@ class TaskContext:
     choose: Callable[[str], dict[str, Any]] | None = None
 
 
+@dataclass(frozen=True)
+class Holding:
+    """What a tensor is that a task keeps or adds.
+
+    Args:
+        shape: its lengths: a number, None for any, or a text for any that is the same wherever that text stands.
+        basis: layers whose protected subspace its columns (in, m) extend; all tasks' together are orthonormal.
+        required: whether every finished task has it.
+        integer: whether it holds whole numbers.
+    """
+
+    shape: tuple[int | str | None, ...]
+    basis: tuple[str, ...] = ()
+    required: bool = True
+    integer: bool = False
+
+
 class Method:
     """A continual-learning method: what happens before, during and after a task.
 
@@ -210,6 +227,15 @@ class Method:
         Args:
             states: of each, what its training kept and its `consolidate` added, together; the last one may not be consolidated yet.
         """
+
+    def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
+        """What a task's `kept` and `state` may hold, by which a state from elsewhere is checked; nothing by default.
+
+        Args:
+            ctx: of the task, with its index, name and layers, and the model without weights; nothing else of it is there.
+            names: of the tensors that were found, for names that only data decide.
+        """
+        return {}
 
     def predictor(self, predictor: Predictor, task: str) -> Predictor:
         """What answers the examples of a task, with its classes; the model's own by default.

@@ -25,7 +25,7 @@ Legend: n pictures, p width of CLIP's projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import Record, TaskContext
+from llava_keeplora.methods.base import Holding, Record, TaskContext
 from llava_keeplora.methods.gaussians import Gaussians
 from llava_keeplora.methods.prompts import Gate, Prompts, prompted
 from llava_keeplora.methods.routed import ORIGINAL, Route, RoutedMethod, check_routing, encoder_layers
@@ -150,6 +150,19 @@ class Iap(RoutedMethod):
     def kept(self) -> dict[str, Tensor]:
         """The task's prompts and gates."""
         return {name: trained_values(p).cpu() for name, p in self._trained.named_parameters()}
+
+    def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
+        """A task's prompts and gates, and the Gaussians of it and of its classes that have pictures."""
+        if not ctx.index:
+            return {}
+        with torch.device("meta"):
+            prompts = TaskPrompts(ctx.model, self.options)
+        width = ctx.model.config.projection_dim
+        gaussians = {
+            f"{of}.{what}": Holding(shape) for of, count in (("task", 1), ("classes", "classes"))
+            for what, shape in (("means", (count, width)), ("factors", (count, width, width)))
+        }
+        return {name: Holding(tuple(p.shape)) for name, p in prompts.named_parameters()} | gaussians
 
     # --- routing -----------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ Legend: in features of a layer, r rank, k protected directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llava_keeplora.adapters import AdapterInit
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import Layer, Method, Record, TaskContext
+from llava_keeplora.methods.base import Holding, Layer, Method, Record, TaskContext
 from llava_keeplora.subspace import SecondMoment, append_directions, empty_basis, feature_directions, leading_directions
 
 #: Between the names of layers that read the same tensor, in a state's keys.
@@ -129,6 +129,11 @@ class InfLora(Method):
     def state(self) -> dict[str, Tensor]:
         """The columns that the last task added, once for layers that read the same tensor."""
         return dict(self._added)
+
+    def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
+        """Columns of M, of a task's layers that read the same tensor."""
+        groups = {key: key.split(AND) for key in names if ctx.index and ctx.layers.keys() >= set(key.split(AND))}
+        return {key: Holding((ctx.layers[own[0]].module.in_features, None), tuple(own)) for key, own in groups.items()}
 
     def load(self, states: list[dict[str, Tensor]]) -> None:
         """Rebuild every M from its columns, task by task."""

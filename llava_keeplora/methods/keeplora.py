@@ -26,7 +26,7 @@ Legend: in / out features of a layer, r rank, k protected dimensions. A here is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from llava_keeplora.adapters import AdapterInit, Delta, dense_weight
 from llava_keeplora.errors import MethodError, nearest
-from llava_keeplora.methods.base import Layer, Method, Record, TaskContext
+from llava_keeplora.methods.base import Holding, Layer, Method, Record, TaskContext
 from llava_keeplora.methods.first_step import first_step_directions, gradient_statistic
 from llava_keeplora.methods.keeplora_rules import RULES
 from llava_keeplora.subspace import (
@@ -270,6 +270,10 @@ class KeepLora(Method):
     def state(self) -> dict[str, Tensor]:
         """The columns that the last `consolidate` added to each layer's basis."""
         return dict(self._added)
+
+    def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
+        """Columns of M', of every layer on the base."""
+        return {name: Holding((layer.module.in_features, None), (name,), required=ctx.index == 0) for name, layer in ctx.layers.items()}
 
     def load(self, states: list[dict[str, Tensor]]) -> None:
         """Rebuild every basis from its columns, task by task."""

@@ -23,7 +23,7 @@ Legend: C classes of the task, d width of the shared space.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy, linear, normalize
 
 from llava_keeplora.errors import MethodError
 from llava_keeplora.group import sum_over_processes
-from llava_keeplora.methods.base import Record, TaskContext
+from llava_keeplora.methods.base import Holding, Record, TaskContext
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.zero import trained_values
 from llava_keeplora_eval.predictors import ClipPredictor
@@ -95,6 +95,11 @@ class KeepLoraPlus(KeepLora):
     def kept(self) -> dict[str, Tensor]:
         """The task's rows in fp32."""
         return {f"{ROWS}.{task}": trained_values(rows).cpu() for task, rows in self._trained.items()}
+
+    def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
+        """KeepLoRA's, and a task's rows."""
+        rows = {f"{ROWS}.{ctx.name}": Holding(("classes", ctx.model.config.projection_dim))} if ctx.index else {}
+        return super().holds(ctx, names) | rows
 
     def load(self, states: list[dict[str, Tensor]]) -> None:
         """Take back every task's rows, and the bases."""

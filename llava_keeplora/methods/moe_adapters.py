@@ -26,7 +26,7 @@ Legend: n pictures, p width of CLIP's projection, L layers of both encoders, E e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ from torch.nn.functional import cross_entropy
 from llava_keeplora.errors import MethodError
 from llava_keeplora.group import sum_over_processes
 from llava_keeplora.methods.auto_encoder import AutoEncoder
-from llava_keeplora.methods.base import Record, TaskContext
+from llava_keeplora.methods.base import Holding, Record, TaskContext
 from llava_keeplora.methods.experts import Mixture, mixed
 from llava_keeplora.methods.routed import ORIGINAL, Route, RoutedMethod, check_routing, encoder_layers
 from llava_keeplora.zero import trained_values
@@ -163,6 +163,18 @@ class MoeAdapters(RoutedMethod):
         """What was trained, and which experts took part."""
         trained = {name: trained_values(p).cpu() for name, p in self._trained.named_parameters() if p.requires_grad}
         return {**trained, COUNTS: self._counts.cpu()}
+
+    def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
+        """A task's routers, the experts that it trained, how often each took part, and its auto-encoder."""
+        if not ctx.index:
+            return {}
+        self.load([])
+        with torch.device("meta"):
+            mixtures, coder = self.mixtures(ctx.model, ctx.index), AutoEncoder(ctx.model.config.projection_dim, self.options.code)
+        own = f".routers.{ctx.index - 1}."
+        trained = {name: Holding(tuple(p.shape), required=own in name) for name, p in mixtures.named_parameters() if own in name or ".experts." in name}
+        counts = Holding((len(list(_all(mixtures))), self.options.experts), integer=True)
+        return {**trained, COUNTS: counts, **{f"{CODER}{name}": Holding(tuple(value.shape)) for name, value in coder.state_dict().items()}}
 
     # --- routing -----------------------------------------------------------------------------------
 

@@ -63,3 +63,20 @@ def exported(finished, tmp_path_factory):
         return done[run]
 
     return export
+
+
+@pytest.fixture(scope="session")
+def states(finished, tmp_path_factory):
+    """Function (task) → the CLIP run's state after a task."""
+    done = {}
+
+    def export(task):
+        if task not in done:
+            with pytest.MonkeyPatch.context() as patch:
+                # Loading again is tested below, once.
+                patch.setattr("llava_keeplora.export.run_export.check_export", lambda folder, form, base, batch, meant, layers: (meant, meant))
+                done[task] = tmp_path_factory.mktemp("state") / "state"
+                export_run(finished("clip"), "state", done[task], at_task=task, base_id="you/tiny-base")
+        return done[task]
+
+    return export

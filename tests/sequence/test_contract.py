@@ -14,6 +14,7 @@ from llava_keeplora.config import EvaluationConfig, parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export.bundle import read_learned
 from llava_keeplora.export.check import probe
+from llava_keeplora.export.inspect_state import inspect_state
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.methods import METHODS, find_changed
 from llava_keeplora.models import Prepared, load_model
@@ -275,6 +276,13 @@ def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start
 
 
 # --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_tasks_keep_is_what_their_methods_declare(seen):
+    """As import checks it: names, shapes, types, numbers and orthonormal bases of every file that goes on to later tasks."""
+    config = load_run(seen.folder)
+    inspect_state(seen.folder, config, config.identity()["tasks"])
 
 
 @pytest.mark.parametrize("method", [name for name in LEARNING if "llava" not in METHODS[name].record.families])

@@ -91,7 +91,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_append(path, caplo
 def test_a_broken_line_in_the_middle_is_refused(path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + "nonsense\n" + lines[2])
-    with pytest.raises(RunError, match="journal.jsonl, line 2 is not a journal entry; restore the file or start over"):
+    with pytest.raises(RunError, match="journal.jsonl, line 2 is not a journal entry \\(.*\\); restore the file or start over"):
         Journal(path)
 
 
