@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_keeplora.config import REFERENCE_PLACES, ModelConfig, parse_config
+from llava_keeplora.config import REFERENCE_PLACES, parse_config
 from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.export.bundle import checked
 from llava_keeplora.export.hub import download
@@ -59,10 +59,12 @@ def import_state(
             for name in files:
                 (room / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(state / name, room / name)
-            _settle(room, into.resolve(), base, data_root)
-            if base is not None:
-                check_base(room, ModelConfig(**read_object(room / "config.json")["model"]))
-            _inspect(room, state)
+            with _told_of(state, room):
+                _settle(room, into.resolve(), base, data_root)
+                config = load_run(room)
+                if base is not None:
+                    check_base(room, config.model)
+                inspect_state(room, config, read_identity(room)["tasks"])
     return into / "run.yaml"
 
 
@@ -105,10 +107,11 @@ def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
     return list(files)
 
 
-def _inspect(room: Path, state: Path) -> None:
-    """Check what the files hold; errors speak of the state rather than of its copy."""
+@contextmanager
+def _told_of(state: Path, room: Path) -> Iterator[None]:
+    """Let errors speak of the state rather than of its copy."""
     try:
-        inspect_state(room, load_run(room), read_identity(room)["tasks"])
+        yield
     except UserError as error:
         kind = type(error) if isinstance(error, ConfigError | RunError) else RunError
         raise kind(error.problem.replace(str(room), str(state)), error.cure) from error
