@@ -18,7 +18,7 @@ from llava_keeplora.export.inspect_state import inspect_state
 from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, RECORD, SUFFIXES, public, stays_inside
 from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
-from llava_keeplora.records import read_object
+from llava_keeplora.records import read_object, read_record
 from llava_keeplora.run_folder import check_base, load_run, read_identity
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
@@ -125,7 +125,7 @@ def _settle(room: Path, home: Path, base: str | None, data_root: str | None) -> 
         home: where it will be.
         base, data_root: see `import_state`.
     """
-    trees = {name: read_object(room / name, AGAIN) for name in ("config.json", "identity.json")}
+    trees = {name: read_record(room / name, AGAIN) for name in ("config.json", "identity.json")}
     try:
         for tree in trees.values():
             tree["tasks"] = [str(home / task) if is_file_name(task) else task for task in tree["tasks"]]

@@ -172,7 +172,7 @@ def config_without(key):
     (recipe_outside("../../etc"), r"the recipe colours.yaml reads '../../etc', outside the data folder"),
     (recipe_outside("/etc"), "the recipe colours.yaml reads '/etc', outside the data folder"),
     (recipe_outside("~"), "the recipe colours.yaml reads '~', outside the data folder"),
-    (config_without("methods"), "the state's configuration is not what a run writes"),
+    (config_without("methods"), "config.json is not what a run writes: methods is missing"),
     (lambda copy, files: rewrite(copy, files, "config.json", lambda tree: tree["tasks"].append("/tmp/evil.yaml")), "names the recipe '.*evil.yaml', which is not in it"),
     (lambda copy, files: rewrite(copy, files, "config.json", lambda tree: tree["training"].update(hub_token="x")), "sets training.hub_token, which is for you to set"),
     (lambda copy, files: rewrite(copy, files, "recipes/colours.yaml", lambda facts: facts.update(extends="/tmp/x.yaml")), "the recipe colours.yaml extends another"),
