@@ -9,7 +9,8 @@ Where this differs:
 
 - ε_t = ε_f + (t − 1) `energy_step`, at most 1, since how many tasks there will be is not known to a sequence that can be extended;
   the published rise is `energy_step: (1 − ε_f) / T`.
-- M ends where ε_t is reached; the official code (liangyanshuo/InfLoRA) ends one direction short of it.
+- M ends where ε_t is reached; the official code (liangyanshuo/InfLoRA) ends one direction short of it after the first task, but with one
+  at the least, and where it is reached after every later one.
 - DualGPM keeps M, or what M leaves free, whichever is smaller. Each task's columns are written once and never again, which takes
   no more than in² numbers per input for all tasks; so M itself is kept, and the two forms protect the same.
 - Energies are those of Φ, that is σ⁴ of X, as in the official code; by σ², as KeepLoRA's ε_f, the same share keeps more.

@@ -16,13 +16,21 @@ CLIP = (
     "methods.zscl.training.warmup_steps=0", "methods.moe-adapters.training.warmup_steps=0", "methods.keeplora+.training.num_train_epochs=1",
     "methods.iap.training.per_device_train_batch_size=8",
 )
+#: What the rows of rank 128 need on layers of width 16, and their steps.
+NUSA = [f"methods.{row}-nusa.{change}" for row in ("seq-lora", "inflora") for change in (
+    "parts.vision.rank=2", "parts.text.rank=2", "training.max_steps=1", "training.warmup_steps=0")]
+NUSA += ["methods.keeplora+-released.training.num_train_epochs=1"]
 #: And what a random LLaVA of width 32 needs.
 LLAVA = ("model.max_length=null", "parts.language.rank=2", "evaluation.max_new_tokens=4")
 
 
 @pytest.mark.parametrize(("name", "family"), [("mtil-order1", "clip"), ("mtil-order2", "clip"), ("ucit", "llava"), ("mllm-dcl", "llava")])
 def test_a_benchmark_has_a_row_for_every_method_that_runs_on_its_model(name, family):
-    assert set(load_config(name).methods) == {label for label, method in METHODS.items() if method.learns and family in method.record.families}
+    config = load_config(name)
+    learning = {label for label, method in METHODS.items() if method.learns and family in method.record.families}
+    assert {method.method for method in config.methods.values()} == learning <= set(config.methods)
+    released = {label: method.options["preset"] for label, method in config.methods.items() if label.endswith("-released")}
+    assert set(released.values()) == {f"released-{family}"} and "keeplora-released" in released
 
 
 def three_classes(recipes: dict[str, Path], name: str) -> list[str]:
@@ -31,14 +39,21 @@ def three_classes(recipes: dict[str, Path], name: str) -> list[str]:
     return ["sequence=null", f"tasks={json.dumps(paths)}"]
 
 
-#: In the second order, by default the rows whose settings are that order's own, and KeepLoRA.
+#: In the first order, by default a row of every method and KeepLoRA's released one; in the second, KeepLoRA.
+ROWS = [*(label for label, method in load_config("mtil-order1").methods.items() if label == method.method), "keeplora-released"]
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
-    [("mtil-order1", None), ("mtil-order2", ["keeplora"]), pytest.param("mtil-order2", None, marks=pytest.mark.slow)],
+    [
+        ("mtil-order1", ROWS), ("mtil-order2", ["keeplora"]),
+        pytest.param("mtil-order1", None, marks=pytest.mark.slow), pytest.param("mtil-order2", None, marks=pytest.mark.slow),
+    ],
 )
 def test_mtil_runs_in_its_order_and_is_compared(reproduce, mtil, mtil_recipes, imagenet, narrow_clip, name, rows):
     arguments = ["--data-root", mtil.root, *CLIP, f"model.name_or_path={narrow_clip}", f"methods.zscl.reference={imagenet}", *three_classes(mtil_recipes, name)]
     arguments += ["--methods", ",".join(rows)] if rows else []
+    arguments += NUSA if name == "mtil-order1" and not rows else []
     done = reproduce(name, *arguments)
     config = load_config(name, methods=rows)
     for label in ("zero-shot", *config.methods):

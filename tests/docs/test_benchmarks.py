@@ -51,13 +51,31 @@ def test_the_tree_has_every_path_that_a_recipe_reads():
 
 
 def test_the_table_of_figures_has_what_the_configuration_expects():
-    rows = {cells[0]: cells[1:] for cells in re.findall(r"^\| ([\w+-]+) \| ([\d.]+) \| ([\d.-]+) \| ([\d.-]+) \|", TEXT, flags=re.M)}
+    table = re.findall(r"^\| ([\w+-]+) \| ([\d.]+) \| ([\d.-]+) \| ([\d.-]+) \| (\w+) \|", TEXT, flags=re.M)
+    rows, prompts = {cells[0]: cells[1:4] for cells in table}, {cells[0]: cells[4] for cells in table}
     told = {label: dict(zip(("transfer", "average", "last"), cells)) for label, cells in rows.items()}
     figures = {label: {key: float(value) for key, value in row.items() if value != "-"} for label, row in told.items()}
-    assert figures == {label: row.figures for label, row in load_config("mtil-order1").expected.items()}
+    first = load_config("mtil-order1")
+    assert figures == {label: row.figures for label, row in first.expected.items()}
+    assert prompts == {label: (first.methods.get(label) or first.evaluation).test_prompts for label in figures}
     second = load_config("mtil-order2").expected
     for label, name in (("zero-shot", "zero-shot"), ("zscl", "ZSCL")):
         assert f"{name} {' / '.join(str(second[label].figures[key]) for key in ('transfer', 'average', 'last'))}" in TEXT and len(second) == 2
+
+
+@pytest.mark.parametrize(("name", "transfer"), [("mtil-order1", 69.4), ("mtil-order2", 65.4)])
+def test_the_untouched_models_transfer_follows_from_its_scores_and_the_order(name, transfer):
+    config = load_config(name)
+    scores = [config.expected["zero-shot"].last[task] for task in config.tasks]
+    # Every task but the first is transferred to; a constant row has the same score after each task.
+    assert sum(scores[1:]) / 10 == pytest.approx(transfer, abs=0.06) and sum(scores) / 11 == pytest.approx(65.3, abs=0.06)
+    assert config.expected["zero-shot"].figures["transfer"] == transfer
+
+
+def test_the_numbers_of_templates_are_those_of_the_recipes():
+    told = re.search(r"of a set: (.*?), one for the others", TEXT, flags=re.S).group(1)
+    counts = [int(n) for n in re.findall(r"(\d+) for", told)]
+    assert counts == [len(recipe.test_prompts) for recipe in map(load_recipe, MTIL) if recipe.test_prompts]
 
 
 def test_a_rate_of_each_set_is_the_same_in_both_orders():
@@ -71,4 +89,4 @@ def test_the_yaml_is_valid(tmp_path):
     recipe, row = re.findall(r"^```yaml\n(.*?)^```", TEXT, flags=re.M | re.S)
     (tmp_path / "cifar100.yaml").write_text(recipe)
     assert load_recipe(tmp_path / "cifar100.yaml").source["columns"] == {"image": "img", "label": "fine_label"}
-    assert parse_config(yaml.safe_load(row) | {"sequence": "mtil-order1"}).expected["keeplora"].figures == {"transfer": 69.0}
+    assert parse_config(yaml.safe_load(row) | {"sequence": "mtil-order1"}).expected["keeplora-released"].figures == {"transfer": 69.0}
