@@ -39,6 +39,8 @@ AUTO = "auto"
 AUTO_LIMITS = {"energy_weight": 0.95, "energy_feature": 0.99}
 #: What a row is read with: one prompt per class, or the averaged features of a recipe's test prompts.
 ONE, AVERAGED = "one", "averaged"
+#: What a row says of itself beside its method's options, parts and training; runs of release 0.1.0 have none of these.
+ROW_KEYS = ("test_prompts", "random_resized_crop")
 #: The held-out part is the same for every seed and method, so that all are tuned on the same examples.
 HOLDOUT_SEED = 0
 #: A label is the name of a folder beside the run's own files.
@@ -276,6 +278,8 @@ class MethodConfig:
         parts: parts as this method adapts them; none for one without adapters.
         training: arguments for `TrainingArguments` as this method trains.
         test_prompts: see `EvaluationConfig`.
+        random_resized_crop: least and most share of a picture's area that CLIP trains on, cropped at random and scaled to a square; None
+            for the picture as it is tested.
     """
 
     label: str
@@ -284,6 +288,12 @@ class MethodConfig:
     parts: dict[str, PartConfig]
     training: dict[str, Any]
     test_prompts: str = ONE
+    random_resized_crop: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        scale = self.random_resized_crop
+        if scale is not None and not (len(scale) == 2 and all(isinstance(bound, (int, float)) for bound in scale) and 0 < scale[0] <= scale[1] <= 1):
+            raise ConfigError(f"random_resized_crop is {list(scale)}, but it is the least and most share of a picture's area", "set it to, say, [0.9, 1.0]")
 
 
 @dataclass(frozen=True)
@@ -382,6 +392,8 @@ class RunConfig:
         # As before there was a choice, so that older runs keep their identity.
         for section in (tree["evaluation"], *tree["methods"].values()):
             section.pop("test_prompts") if section["test_prompts"] == ONE else None
+        for method in tree["methods"].values():
+            method.pop("random_resized_crop") if method["random_resized_crop"] is None else None
         tree["tasks"] = [recipe.name for recipe in load_recipes(self.tasks)]
         for section in (tree, *tree["methods"].values()):
             own = {key: _per_task(section["training"], key, len(self.tasks)) for key in PER_TASK}
@@ -670,15 +682,21 @@ def _parse_method(
     own_training = as_mapping(tree.pop("training", {}), f"{where}.training")
     read = {"test_prompts": tree.pop("test_prompts")} if "test_prompts" in tree else {}
     test_prompts = build(EvaluationConfig, read, where).test_prompts if read else evaluation.test_prompts
-    options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training", "test_prompts"))
-    return MethodConfig(
+    crop = _coerce(tree.pop("random_resized_crop", None), tuple[float, float] | None, f"{where}.random_resized_crop")
+    options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training", *ROW_KEYS))
+    facts = dict(
         label=label,
         method=name,
         options=dataclasses.asdict(options),
         parts={n: build(PartConfig, v, f"{where}.parts.{n}") for n, v in merged.items()},
         training=check_training(training) | check_training(own_training, f"{where}.training"),
         test_prompts=test_prompts,
+        random_resized_crop=crop,
     )
+    try:
+        return MethodConfig(**facts)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error.problem}", error.cure) from None
 
 
 def _parse_expected(label: str, tree: Any, methods: Mapping[str, MethodConfig]) -> ExpectedConfig:

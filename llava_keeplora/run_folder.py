@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import PER_TASK, ModelConfig, RunConfig, finish_config, read_dumped
+from llava_keeplora.config import PER_TASK, ROW_KEYS, ModelConfig, RunConfig, finish_config, read_dumped
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.records import read_object, read_record
 from llava_keeplora_eval.checkpoints import content_changes, model_content
@@ -81,9 +81,8 @@ def extended(
 def _as_written(method: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved method as a user writes it, without what it inherits."""
     parts = {name: _own(part, tree["parts"].get(name, {})) for name, part in method["parts"].items()}
-    # A release without a choice of prompts named none.
-    read = {key: method[key] for key in ("test_prompts",) if key in method}
-    return {"method": method["method"], **method["options"], "parts": parts, "training": _own(method["training"], tree["training"]), **read}
+    row = {key: method[key] for key in ROW_KEYS if key in method}
+    return {"method": method["method"], **method["options"], "parts": parts, "training": _own(method["training"], tree["training"]), **row}
 
 
 def _own(values: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_keeplora.config import REFERENCE_PLACES, parse_config
+from llava_keeplora.config import REFERENCE_PLACES, ROW_KEYS, parse_config
 from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.export.bundle import checked
 from llava_keeplora.export.hub import download
@@ -166,5 +166,5 @@ def _check_recipes(room: Path, home: Path, tasks: list[str]) -> None:
 
 def _as_written(method: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved method as a user writes it."""
-    read = {key: method[key] for key in ("test_prompts",) if key in method}
-    return {"method": method["method"], **method["options"], "parts": method["parts"], "training": method["training"], **read}
+    row = {key: method[key] for key in ROW_KEYS if key in method}
+    return {"method": method["method"], **method["options"], "parts": method["parts"], "training": method["training"], **row}

@@ -12,6 +12,7 @@ from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Family, Inputs, Prepared, TaskModel
 from llava_keeplora.models.clip import ClipFamily, ClipTask
+from llava_keeplora.models.crops import RandomCrops
 from llava_keeplora.models.llava import LlavaFamily, LlavaTask
 from llava_keeplora.models.on_task import recomputes
 from llava_keeplora_eval.errors import EvalError
@@ -21,8 +22,8 @@ ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 __all__ = [
-    "ASSETS", "DTYPES", "FAMILIES", "ClipFamily", "ClipTask", "Family", "Inputs", "LlavaFamily", "LlavaTask", "Prepared", "TaskModel", "embedded_models", "load_model", "open_model",
-    "recomputes",
+    "ASSETS", "DTYPES", "FAMILIES", "ClipFamily", "ClipTask", "Family", "Inputs", "LlavaFamily", "LlavaTask", "Prepared", "RandomCrops",
+    "TaskModel", "embedded_models", "load_model", "open_model", "recomputes",
 ]
 
 

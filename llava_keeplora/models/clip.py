@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from llava_keeplora.models.base import Images
+from llava_keeplora.models.crops import RandomCrops
 from llava_keeplora.models.names import find_linear_layers
 from llava_keeplora.models.on_task import ModelOnTask
 from llava_keeplora.models.quantised import keep_form, leave_checkpoint, quantised_loading
@@ -98,6 +99,10 @@ class ClipFamily:
         """
         self.check(data)
         return ClipInputs(data, images)
+
+    def crops(self, data: TaskData, scale: tuple[float, float], seed: int) -> RandomCrops:
+        """A split's pictures as random crops; see `RandomCrops`."""
+        return RandomCrops(self.processor.image_processor, self.config.vision_config.image_size, data, scale, seed)
 
     def check(self, data: TaskData) -> None:
         """Whether every example can be answered.

@@ -315,7 +315,8 @@ class LabelRun:
         """Train; `learned` reads the outcome while an engine still holds its fp32 copies."""
         shared, index = self.shared, ctx.index
         arguments = self._training_arguments(index)
-        model = shared.family.task(task.recipe)
+        model, scale = shared.family.task(task.recipe), self.config.random_resized_crop
+        crops = shared.family.crops(task.train, scale, arguments.seed) if scale else None
         cost = 3 * arguments.train_batch_size * arguments.gradient_accumulation_steps * shared.world
         trainer = TaskTrainer(
             method=self.method,
@@ -326,7 +327,8 @@ class LabelRun:
             rates=self._rates(),
             checkpoint=StepCheckpoint(self.path(index)),
             train_dataset=Indices(len(shared.inputs[index - 1])),
-            data_collator=shared.inputs[index - 1].collate,
+            crops=crops,
+            data_collator=(crops or shared.inputs[index - 1]).collate,
         )
         give_own_place(trainer, shared.workspace.root, self._tag(index))
         shared.progress.advance(cost * trainer.steps_before)

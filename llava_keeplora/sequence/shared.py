@@ -49,7 +49,7 @@ class Shared:
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]
         for task in tasks:
             family.check(task.test)
-        check_test_prompts(config, tasks, family)
+        check_rows(config, tasks, family)
         self.references: dict[str, Reference] = {}
         for label, method in config.methods.items():
             cls = METHODS[method.method]
@@ -125,13 +125,19 @@ class Shared:
             dist.barrier()
 
 
-def check_test_prompts(config: RunConfig, tasks: Sequence[Task], family: Family) -> None:
-    """Refuse test prompts that a model has no text features to average for, or that are too long for it.
+def check_rows(config: RunConfig, tasks: Sequence[Task], family: Family) -> None:
+    """Refuse test prompts that a model has no text features to average for, or that are too long for it, and crops that it doesn't train on.
 
     Raises:
         ConfigError: for a model that writes its answers.
         EvalError: naming the prompt.
     """
+    for label, method in config.methods.items():
+        if method.random_resized_crop and family.name != "clip":
+            raise ConfigError(
+                f"methods.{label}.random_resized_crop is set, which crops what CLIP trains on, and {family.path} is a {family.name}",
+                f"remove methods.{label}.random_resized_crop",
+            )
     rows = {"evaluation": config.evaluation.test_prompts} | {f"methods.{label}": method.test_prompts for label, method in config.methods.items()}
     asking = next((where for where, prompts in rows.items() if prompts == AVERAGED), None)
     if asking is None:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from llava_keeplora.errors import ConfigError, MethodError, TrainingError
 from llava_keeplora.group import from_all, sum_over_processes
 from llava_keeplora.methods import Method, TaskContext
+from llava_keeplora.models import RandomCrops
 from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
 from llava_keeplora.sequence.engine import EngineShare
 from llava_keeplora.zero import is_partitioned
@@ -62,6 +63,7 @@ class TaskTrainer(Trainer):
         on_step: called after every optimiser step.
         rates: id of a parameter → its own learning rate; the others train at `args.learning_rate`.
         checkpoint: where the state between two steps is kept.
+        crops: makes the pictures of a batch for a step; None where the collator has them.
         kwargs: as for `Trainer`.
 
     Raises:
@@ -69,8 +71,10 @@ class TaskTrainer(Trainer):
         MethodError: if a trainable tensor gets no gradient in the first step.
     """
 
-    def __init__(self, *, method: Method, ctx: TaskContext, on_step: Callable[[], None], rates: Mapping[int, float], checkpoint: StepCheckpoint, **kwargs):
+    def __init__(self, *, method: Method, ctx: TaskContext, on_step: Callable[[], None], rates: Mapping[int, float], checkpoint: StepCheckpoint,
+                 crops: RandomCrops | None = None, **kwargs):
         super().__init__(**kwargs)
+        self.crops = crops
         self.method, self.ctx, self.rates, self.checkpoint = method, ctx, rates, checkpoint
         self._found = checkpoint.read()
         self.remove_callback(ProgressCallback)
@@ -198,6 +202,8 @@ class TaskTrainer(Trainer):
             num_items_in_batch: supervised tokens of all accumulated batches of all processes, for a model that
                 `accepts_loss_kwargs`; the Trainer then divides by nothing, and averages the processes' gradients.
         """
+        if self.crops:
+            inputs = self.crops.filled(inputs, self.state.global_step)
         out = model(**inputs)
         loss = self.method.loss(self.ctx, inputs, out)
         if not torch.isfinite(loss):

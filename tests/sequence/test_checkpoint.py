@@ -64,6 +64,21 @@ def test_a_llava_with_dropout_and_rates_of_its_parts_goes_on_bit_for_bit(
     assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
 
 
+def test_a_training_on_random_crops_goes_on_bit_for_bit_and_is_another_than_without(
+    run_config, drive, run_to_the_end, stop_within_training, tmp_path, tiny_tasks, left_behind, outcome
+):
+    def build(name, crop):
+        return one_task(lambda *a, **k: run_config(*a, **k, methods={"seq-lora": {"random_resized_crop": crop}}), tiny_tasks, tmp_path, name, {})
+
+    drive(build("undisturbed", [0.5, 0.9]))
+    drive(build("whole", None))
+    stop_within_training(2)
+    assert run_to_the_end(build("killed", [0.5, 0.9])) == 2
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
+    deltas = [next(value for name, value in outcome(tmp_path / run).items() if name.endswith("delta.safetensors")) for run in ("undisturbed", "whole")]
+    assert deltas[0] != deltas[1]
+
+
 def test_training_stopped_after_its_last_step_ends_with_the_same_files(
     run_config, drive, run_to_the_end, stopped, monkeypatch, tmp_path, tiny_tasks, left_behind, one_label
 ):
