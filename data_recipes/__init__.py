@@ -1,9 +1,20 @@
 """What a task is: recipes, sequences of them, and the examples that they yield."""
 
-from .errors import RecipeError, UserError
-from .recipe import Recipe, list_recipes, load_recipe
-from .sequence import Sequence, list_sequences, load_sequence
-from .task_data import Example, TaskData
+import importlib
+
+#: Public name → its module, imported when the name is first used: `--help` waits for none of them.
+_MODULES = {
+    "Example": "task_data",
+    "Recipe": "recipe",
+    "RecipeError": "errors",
+    "Sequence": "sequence",
+    "TaskData": "task_data",
+    "UserError": "errors",
+    "list_recipes": "recipe",
+    "list_sequences": "sequence",
+    "load_recipe": "recipe",
+    "load_sequence": "sequence",
+}
 
 __all__ = [
     "Example",
@@ -17,3 +28,9 @@ __all__ = [
     "load_recipe",
     "load_sequence",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

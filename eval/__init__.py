@@ -3,13 +3,21 @@
 ``llava_keeplora_eval.predictors`` is imported on its own, because it needs torch and the rest doesn't.
 """
 
-from llava_keeplora_eval.answer_files import read_answers
-from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.matrix import Matrix
-from llava_keeplora_eval.metrics import load_metric
-from llava_keeplora_eval.predictions import predict_to_file, read_predictions
-from llava_keeplora_eval.references import check_references, unmeetable
-from llava_keeplora_eval.scoring import Score, score
+import importlib
+
+#: Public name → its module, imported when the name is first used: `--help` waits for none of them.
+_MODULES = {
+    "EvalError": "errors",
+    "Matrix": "matrix",
+    "Score": "scoring",
+    "check_references": "references",
+    "load_metric": "metrics",
+    "predict_to_file": "predictions",
+    "read_answers": "answer_files",
+    "read_predictions": "predictions",
+    "score": "scoring",
+    "unmeetable": "references",
+}
 
 __all__ = [
     "EvalError",
@@ -23,3 +31,9 @@ __all__ = [
     "score",
     "unmeetable",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

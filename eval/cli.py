@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_keeplora_eval.answer_files import FORMS as ANSWER_FORMS
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.guard import check_words, guarded, standard_streams
 from llava_keeplora_eval.matrix import Matrix
-from llava_keeplora_recipes.errors import UserError
-
-USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,19 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 2 after an error that the user can repair, which is told in one sentence on stderr
         (``--debug`` raises it instead, with its traceback).
     """
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader (`| head`) has what it wants; nothing is left to write to at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+    with standard_streams():
+        parser = _parser()
+        arguments = parser.parse_args(check_words(parser, argv))
+        return guarded(lambda: arguments.run(arguments), arguments.debug, "run the same command again")
+    return 0  # Nobody reads what is left to say.
 
 
 def _parser() -> argparse.ArgumentParser:

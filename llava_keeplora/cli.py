@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from llava_keeplora_eval.guard import check_words, guarded, standard_streams
 
 if TYPE_CHECKING:
     from llava_keeplora.compare import Outcome, Table
     from llava_keeplora.config import RunConfig
     from llava_keeplora_eval import Matrix
 
-#: Seconds after which a process takes itself to be the only one that failed.
-ALONE = 6.0
 #: What `analyze` takes for a model alone.
 ANALYZE_MODEL = ("general", "specific", "energies", "examples", "batch_size", "dtype", "revision", "data_root")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code (2 for what a user can repair)."""
-    parser = build_parser()
-    args = parse_arguments(parser, argv)
-    if not hasattr(args, "run"):
-        parser.print_help()
-        return 2
-    return guarded(lambda: args.run(args), debug=args.debug, going_on=going_on(args))
+    with standard_streams():
+        parser = build_parser()
+        args = parse_arguments(parser, argv)
+        if not hasattr(args, "run"):
+            parser.print_help()
+            return 2
+        return guarded(lambda: args.run(args), debug=args.debug, going_on=going_on(args))
+    return 0  # Nobody reads what is left to say.
 
 
 def going_on(args: argparse.Namespace) -> str:
@@ -108,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line whose overrides may stand before, between and after the options."""
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(check_words(parser, argv))
     unknown = rest if not hasattr(args, "overrides") else [word for word in rest if word.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -216,65 +214,6 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no number of processes; give 1 or more")
     return int(text)
-
-
-def guarded(action: Callable[[], int | None], debug: bool, going_on: str) -> int:
-    """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2.
-
-    Args:
-        action: what to run; an exit code that it returns is kept.
-        debug: raise errors instead, with their tracebacks.
-        going_on: what is said after Ctrl-C and SIGTERM, whose exit codes are 130 and 143.
-    """
-    # Every process sees the same; the first one tells it.
-    bound_caches()
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    if debug and level == logging.INFO:
-        logging.getLogger("llava_keeplora").setLevel(logging.DEBUG)
-    quiet_libraries()
-    from llava_keeplora.errors import UserError
-    from llava_keeplora.files import told
-    from llava_keeplora_eval.interruption import Interrupted, interruptible
-
-    try:
-        with interruptible(), told():
-            return action() or 0
-    except UserError as error:
-        if debug:
-            raise
-        if os.environ.get("RANK", "0") != "0":
-            # What is wrong in every process is said by the first one, whose end makes the launcher end this one meanwhile.
-            time.sleep(ALONE)
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except Interrupted as stop:
-        if debug:
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"stopped; {going_on}\n")
-        return stop.exit_code
-
-
-def bound_caches() -> None:
-    """Keep a bounded number of products that PyTorch and oneDNN compile for bf16 on a CPU, one per shape.
-
-    Batches differ in length, and with the libraries' own limit of 1024 a run's memory grows by megabytes with every new one.
-    The libraries read this when they first compute.
-    """
-    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(variable, "128")
-
-
-def quiet_libraries() -> None:
-    """Keep what concerns the libraries' authors rather than this program's user off the terminal."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for noisy in ("transformers", "datasets", "accelerate", "bitsandbytes", "httpx", "torch.distributed", "filelock", "evaluate", "absl"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    # Libraries tell one another what they will remove.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b")
-    # DeepSpeed sets its logger's level when it is imported; a filter stays.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _train(args: argparse.Namespace) -> None:

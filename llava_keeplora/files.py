@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import glob
 import hashlib
@@ -21,10 +20,8 @@ from torch import Tensor
 
 from llava_keeplora.errors import RunError
 from llava_keeplora_eval.files import PART, sync_folder, write_atomic
+from llava_keeplora_eval.guard import FORBIDDEN, FULL, describe_os_error
 
-#: A disk, a quota, and the largest file that a user may write.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 GO_ON = "run the same command again: it goes on, every finished stage is kept"
 
 
@@ -41,10 +38,8 @@ def told(where: Path | str = "a file") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL:
-            raise RunError(f"there is no room for {error.filename or where} ({error.strerror})", f"make room, and {GO_ON}") from error
-        if error.errno in FORBIDDEN:
-            raise RunError(f"{error.filename or where} cannot be used ({error.strerror})", f"give this user the right to it, and {GO_ON}") from error
+        if error.errno in (*FULL, *FORBIDDEN):
+            raise RunError(*describe_os_error(error, where, GO_ON)) from error
         raise
 
 

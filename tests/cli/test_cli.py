@@ -11,6 +11,7 @@ import forked
 
 from llava_keeplora import cli
 from llava_keeplora_eval.files import write_atomic
+from llava_keeplora_eval.guard import guarded
 
 
 def sentence(capfd, *arguments) -> str:
@@ -85,7 +86,7 @@ def test_a_stop_finishes_the_file_being_written_and_says_how_to_go_on(capfd, tmp
         pytest.fail("it went on")
 
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    assert cli.guarded(action, debug=False, going_on="run the same command to go on") == code
+    assert guarded(action, debug=False, going_on="run the same command to go on") == code
     assert (tmp_path / "whole").read_text() == "content" and written
     assert capfd.readouterr().err == "stopped; run the same command to go on\n"
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
@@ -138,7 +139,7 @@ GROWTH = """
 import gc, sys
 from pathlib import Path
 if "bounded" in sys.argv:
-    from llava_keeplora.cli import bound_caches
+    from llava_keeplora_eval.guard import bound_caches
     bound_caches()
 import torch
 layer = torch.nn.Linear(512, 512, dtype=torch.bfloat16)

@@ -9,11 +9,11 @@ import threading
 import pytest
 import yaml
 
-from llava_keeplora import cli
 from llava_keeplora.compare import compare, files, jobs, table
 from llava_keeplora.config import load_config
 from llava_keeplora.run_folder import read_identity
 from llava_keeplora.sequence.label_run import LabelRun
+from llava_keeplora_eval.guard import guarded
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_stopped_table_stops_its_runs(job, monkeypatch, capfd, number, code):
         return processes[-1]
 
     monkeypatch.setattr(jobs, "start", start)
-    assert cli.guarded(lambda: jobs.run_jobs([job], 1, [job.label]), debug=False, going_on="run the same command to go on") == code
+    assert guarded(lambda: jobs.run_jobs([job], 1, [job.label]), debug=False, going_on="run the same command to go on") == code
     assert processes[0].returncode == -signal.SIGTERM
     assert capfd.readouterr().err.splitlines()[-1] == "stopped; run the same command to go on"
 
