@@ -38,7 +38,7 @@ def inspect_state(folder: Path, config: RunConfig, names: list[str]) -> None:
         RunError: naming the file, the record or tensor, and the rule.
         ConfigError: if the base is not there.
     """
-    family = open_model(config.model, config.evaluation.max_new_tokens)
+    family = open_model(config.model, config.evaluation)
     family.skeleton(DTYPES[config.model.dtype])
     for label in (ZERO_SHOT, *config.methods):
         cls = METHODS[config.methods[label].method if label in config.methods else ZERO_SHOT]

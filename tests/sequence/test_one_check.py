@@ -6,7 +6,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from llava_keeplora.config import parse_config
+from llava_keeplora.config import EvaluationConfig, parse_config
 from llava_keeplora.errors import UserError
 from llava_keeplora.plan import make_plan
 from llava_keeplora.sequence import run
@@ -128,9 +128,9 @@ def test_an_answer_ends_where_the_models_tokens_do_and_the_check_counts_such_que
     from llava_keeplora_recipes import load_recipe
 
     data = load_recipe(questions([("a", "What?", "a cat")], [("t", "Why?", "so")])).load("test")
-    free = load_model(ModelConfig(str(tiny_llava)), max_new_tokens=8)
+    free = load_model(ModelConfig(str(tiny_llava)), EvaluationConfig(max_new_tokens=8))
     tokens = len(free.preparation.ask(data)[0])
-    tight = load_model(ModelConfig(str(tiny_llava), max_length=tokens + 3), max_new_tokens=8)
+    tight = load_model(ModelConfig(str(tiny_llava), max_length=tokens + 3), EvaluationConfig(max_new_tokens=8))
     tight.model = free.model
     tight.check(data)
     assert "1 of 1 questions leave fewer than 8 tokens for an answer, 3 at the least" in caplog.text

@@ -7,6 +7,7 @@ import yaml
 
 from llava_keeplora.config import AVERAGED, ONE, load_config, parse_config
 from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.export import export_run, import_state
 from llava_keeplora.run_folder import load_run
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.models import load_clip
@@ -54,6 +55,16 @@ def test_each_row_is_read_with_its_own_prompts_from_the_untouched_model_on(tree,
     open(tree["tasks"][0], "w").write(yaml.safe_dump(facts))
     with pytest.raises(RunError, match="'colours' is not what it was when .*averaged was planned"):
         drive(load_run(run))
+
+
+def test_an_exported_state_is_read_as_its_row_was(tree, drive, tiny_clip, tmp_path, monkeypatch):
+    tree["methods"] = {"averaged": {**tree["methods"]["averaged"], "random_resized_crop": [0.9, 1.0]}}
+    drive(parse_config(tree))
+    monkeypatch.setattr("llava_keeplora.export.run_export.check_export", lambda folder, form, base, batch, meant, layers: (meant, meant))
+    export_run(tmp_path / "run", "state", tmp_path / "state", base_id="you/tiny-base")
+    config = load_config(str(import_state(str(tmp_path / "state"), tmp_path / "again", base=str(tiny_clip))))
+    assert config.methods["averaged"].test_prompts == AVERAGED and config.methods["averaged"].random_resized_crop == (0.9, 1.0)
+    assert load_run(tmp_path / "again").methods == config.methods
 
 
 def test_the_run_says_it_for_all_rows_and_a_row_for_itself(tree):
