@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 #: Characters of a problem or a cure.
 LONGEST = 2000
+#: Of `<... object at 0x7f...>`, which says nothing and differs from run to run.
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{6,}(?=>)")
+
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -21,7 +25,8 @@ class UserError(Exception):
 
     def __init__(self, problem: str, cure: str):
         # Names and values are quoted as they are; a line break in one of them must not make it two lines, nor its length a page.
-        super().__init__(" ".join(f"{_shortened(problem)}; {_shortened(cure)}.".splitlines()))
+        sentence = " ".join(f"{_shortened(problem)}; {_shortened(cure)}.".splitlines())
+        super().__init__(ADDRESS.sub("", sentence))
         self.problem, self.cure = problem, cure
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .asking import asked
+from .decoding import WHITE
 from .errors import RecipeError, refuse, sift
 from .images import EncodedImages
 from .labels import label_reader, with_classes
@@ -41,14 +42,16 @@ def load_files(
     where = f"{recipe.name}/{split}"
     records = read_records(recipe, split, data_root, problems)
     if not records.ids:
-        raise RecipeError(f"{where} holds no examples", "add files, or correct 'splits' in the recipe")
+        others = sum(map(len, records.left_out.values()))
+        beside = f" ({others} files are not read: {', '.join(sorted(records.left_out))})" if others else ""
+        raise RecipeError(f"{where} holds no examples{beside}", "add files, or correct 'splits' in the recipe")
     _refuse_duplicates(recipe, records.ids, where, problems)
     # what is wrong with the records of another split is told where that one is loaded
     recipe = with_classes(recipe, split, records, lambda recipe, other: read_records(recipe, other, data_root, []))
     rows = _rows(recipe, split, records, where, problems)
-    images = EncodedImages(records.pictures)
+    images = EncodedImages(records.pictures, recipe.background or WHITE)
     good, dropped = _readable(rows, images, where, on_bad_image, problems)
-    data = TaskData(recipe, split, good, images, dropped)
+    data = TaskData(recipe, split, good, images, dropped, records.left_out)
     _refuse_empty(data, where, problems)
     return data
 
@@ -101,7 +104,7 @@ def _readable(
     counted = f"{len(bad)} of {len(images)} images of {where} cannot be read"
     if problems is not None:
         problems += [
-            RecipeError(f"an image of '{owners[p]}' in {where} cannot be read ({bad[p]})", "replace it")
+            RecipeError(f"an image of '{owners[p]}' in {where} cannot be read ({bad[p]})", "replace it, or correct its path")
             for p in sorted(bad)
             if p in owners
         ]

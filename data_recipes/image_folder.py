@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
+from .decoding import endings
 from .errors import RecipeError, sift
 from .places import data_root_of, set_folder, split_file, within
 from .records import Records, classified, picture_files
 
 if TYPE_CHECKING:
     from .recipe import Recipe
-
-log = logging.getLogger(__name__)
 
 
 def read_image_folder(
@@ -25,19 +22,22 @@ def read_image_folder(
     """`<split folder>/<class>/.../picture`; the class is the folder's name.
 
     The walk is ours: datasets' own "imagefolder" builder numbers classes alphabetically, drops
-    split folders whose names it doesn't know, and passes over other files without a word.
+    split folders whose names it doesn't know, and passes over other files without a word. Here these are counted.
 
     Raises:
         RecipeError: the folder is missing, or an image lies in no class folder.
     """
     folder = set_folder(recipe, data_root)
     top, root = split_file(recipe, split, data_root), data_root_of(recipe, data_root)
-    paths = files_under(top)
-    endings = Image.registered_extensions()
-    others = [p.relative_to(folder).as_posix() for p in paths if p.suffix.lower() not in endings]
+    paths, left_out = files_under(top, folder)
+    read = endings()
+    for path in paths:
+        if path.suffix.lower() not in read:
+            left_out[path.suffix.lower() or "without an ending"].append(path.relative_to(folder).as_posix())
 
     def labelled(path: Path) -> tuple[str, str]:
         within(path, f"the {split} split of '{recipe.name}'", root)
+        refuse_no_text(path)
         parts = path.relative_to(top).parts
         if len(parts) < 2:
             raise RecipeError(
@@ -46,25 +46,51 @@ def read_image_folder(
             )
         return path.relative_to(folder).as_posix(), parts[0]
 
-    found = dict(sift(labelled, [p for p in paths if p.suffix.lower() in endings], problems))
-    if others:
-        log.warning(
-            "%s/%s: %d files are no images and are left out (%s)",
-            recipe.name,
-            split,
-            len(others),
-            ", ".join(sorted(others)[:3]),
-        )
+    found = dict(sift(labelled, [p for p in paths if p.suffix.lower() in read], problems))
     ids = sorted(found)
     # A recipe that reads its classes from here has them in the order of their names.
     names = sorted(set(found.values())) if recipe.classes is None else None
-    return classified(ids, picture_files([[folder / i] for i in ids]), [found[i] for i in ids], names)
+    return classified(ids, picture_files([[folder / i] for i in ids]), [found[i] for i in ids], names, left_out)
 
 
-def files_under(top: Path) -> list[Path]:
-    """Every file under a folder, without the hidden ones."""
+def files_under(top: Path, folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """Every file under a folder, links followed; and what is left out, by kind, with its path from another folder.
+
+    Left out are hidden files and folders, and links to a folder that they lie in, which hold nothing new.
+
+    Raises:
+        RecipeError: a folder cannot be listed.
+    """
     found: list[Path] = []
-    for place, folders, files in os.walk(top, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [Path(place, f) for f in files if not f.startswith(".")]
-    return found
+    left_out: dict[str, list[str]] = defaultdict(list)
+
+    def refuse(error: OSError) -> None:
+        raise RecipeError(f"the folder '{error.filename}' cannot be listed ({error.strerror})", "correct its permissions")
+
+    for place, folders, files in os.walk(top, followlinks=True, onerror=refuse):
+        real = os.path.realpath(place)
+        below = []
+        for name in folders:
+            path = os.path.join(place, name)
+            back = os.path.islink(path) and os.path.commonpath([real, os.path.realpath(path)]) == os.path.realpath(path)
+            kind = "hidden" if name.startswith(".") else "link to a folder around it" if back else None
+            (left_out[kind] if kind else below).append(os.path.relpath(path, folder) if kind else name)
+        folders[:] = below
+        for name in files:
+            if name.startswith("."):
+                left_out["hidden"].append(os.path.relpath(os.path.join(place, name), folder))
+            else:
+                found.append(Path(place, name))
+    return found, left_out
+
+
+def refuse_no_text(path: Path) -> None:
+    """Refuse a file name that is no text in the file system's encoding: an id could not be written down.
+
+    Raises:
+        RecipeError: the name has bytes that are no UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"the name of the file {str(path)!r} is no UTF-8", "rename it") from None

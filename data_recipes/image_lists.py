@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import RecipeError, nearest, sift
-from .image_folder import files_under
+from .image_folder import files_under, refuse_no_text
 from .json_files import read_text
 from .places import data_root_of, inside, pictures_folder, set_folder, split_file, within
 from .records import Records, classified, picture_files
 
 if TYPE_CHECKING:
     from .recipe import Recipe
-
-log = logging.getLogger(__name__)
 
 #: The share of the first part of a random split, and the seed of the order that is cut.
 SHARE, SEED = 0.8, 42
@@ -47,7 +45,9 @@ def read_image_list(
                 "correct the line, or the pattern in the recipe",
             )
         name = (found["image"] or "") + suffix
-        return name, inside(folder, name, f"line {number} of {path.name}", root), found["label"] or ""
+        place = inside(folder, name, f"line {number} of {path.name}", root)
+        # an id is the same wherever the data lies
+        return os.path.relpath(name, folder) if os.path.isabs(name) else name, place, found["label"] or ""
 
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), start=1)]
     found = sift(listed, [item for item in lines if item[1]], problems)
@@ -75,17 +75,20 @@ def read_random_split(
         raise RecipeError(f"recipe '{recipe.name}' has {part!r} as its {split} split", nearest(str(part), PARTS))
     folder, root = set_folder(recipe, data_root), data_root_of(recipe, data_root)
     pattern = re.compile(recipe.source["pattern"])
-    names = [path.relative_to(folder) for path in files_under(folder)]
+    paths, left_out = files_under(folder, folder)
+    names = [path.relative_to(folder) for path in paths]
     found = [(name.as_posix(), fit["label"] or "") for name in sorted(names) if (fit := pattern.fullmatch(name.as_posix()))]
-    if len(found) < len(names):
-        log.info("%s: %d files do not fit the pattern and are left out", recipe.name, len(names) - len(found))
+    fitting = {name for name, _ in found}
+    if others := [name.as_posix() for name in names if name.as_posix() not in fitting]:
+        left_out["not in the pattern"] += others
 
     def placed(index: int) -> tuple[str, Path, str]:
         name, label = found[index]
+        refuse_no_text(folder / name)
         return name, within(folder / name, f"the {split} split of '{recipe.name}'", root), label
 
     chosen = sift(placed, random_split(len(found))[PARTS.index(part)], problems)
-    return _records(chosen, label_names=sorted({label for _, label in found}))
+    return _records(chosen, sorted({label for _, label in found}), left_out)
 
 
 def random_split(count: int) -> tuple[list[int], list[int]]:
@@ -97,6 +100,6 @@ def random_split(count: int) -> tuple[list[int], list[int]]:
     return sorted(order[:size]), sorted(order[size:])
 
 
-def _records(found: list[tuple[str, Path, str]], label_names: list[str]) -> Records:
+def _records(found: list[tuple[str, Path, str]], label_names: list[str], left_out: dict[str, list[str]] | None = None) -> Records:
     ids, paths, labels = [[item[i] for item in found] for i in range(3)]
-    return classified(ids, picture_files([[path] for path in paths]), labels, label_names)
+    return classified(ids, picture_files([[path] for path in paths]), labels, label_names, left_out)

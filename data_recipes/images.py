@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+
 from PIL import Image
 from tqdm import tqdm
 
+from .decoding import WHITE, Decoded, decode
+from .file_bytes import Listings, read_file
 from .records import Pictures
 from .rendered import RENDERED, render
 from .rendered_scenes import SCENES, draw
@@ -21,9 +22,14 @@ BATCH = 256
 
 
 class Images:
-    """Pictures by number, each with a SHA-256, decoded pictures kept up to `KEEP_BYTES`."""
+    """Pictures by number, each with a SHA-256, decoded pictures kept up to `KEEP_BYTES`.
+
+    Attributes:
+        notes: by row, what its decoding did beyond a conversion to RGB, for those where it did; see `Decoded`.
+    """
 
     def __init__(self) -> None:
+        self.notes: dict[int, str] = {}
         self._digests: dict[int, str] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         self._kept: dict[int, Image.Image] = {}
@@ -36,7 +42,8 @@ class Images:
         return self._decode(row)
 
     def digest(self, row: int) -> str:
-        """SHA-256 of the row's encoded bytes, or of its pixels where nothing is encoded."""
+        """SHA-256 of the row's encoded bytes, and of what its decoding did beyond a conversion to RGB; where nothing is
+        encoded, of its pixels."""
         return self._digests[row]
 
     def _decode(self, row: int) -> Image.Image:
@@ -61,11 +68,17 @@ class Images:
 
 
 class EncodedImages(Images):
-    """Pictures of a source, read from their files or cells when they are asked for."""
+    """Pictures of a source, read from their files or cells when they are asked for.
 
-    def __init__(self, pictures: Pictures) -> None:
+    Args:
+        pictures: where they lie.
+        background: `#rrggbb`, what is seen through transparent pixels.
+    """
+
+    def __init__(self, pictures: Pictures, background: str = WHITE) -> None:
         super().__init__()
-        self._dataset, self._cells = pictures.dataset, pictures.cells
+        self._dataset, self._cells, self._background = pictures.dataset, pictures.cells, background
+        self._listings: Listings = {}
 
     def __len__(self) -> int:
         return len(self._cells)
@@ -90,15 +103,24 @@ class EncodedImages(Images):
                     if isinstance(found, str):
                         bad[row] = found
                     else:
-                        self._digests[row] = found[0]
-                        self._keep(row, found[1])
+                        self._take(row, *found)
                     bar.update()
+        self._listings = {}
         return bad
 
-    def _examine(self, row: int) -> tuple[str, Image.Image] | str:
+    def _take(self, row: int, digest: str, decoded: Decoded) -> None:
+        self._digests[row] = digest
+        if decoded.note:
+            self.notes[row] = decoded.note
+        self._keep(row, decoded.image)
+
+    def _examine(self, row: int) -> tuple[str, Decoded] | str:
         try:
             data = self._bytes(row)
-            return hashlib.sha256(data).hexdigest(), decode(data)
+            decoded = decode(data, self._background)
+            # Whatever names pixels by this (a run's fingerprints, prepared pictures) was right before where there is
+            # no note, and elsewhere belongs to other pixels.
+            return hashlib.sha256(data + decoded.note.encode()).hexdigest(), decoded
         # Pillow's readers raise nearly every kind of error on broken bytes; each is reported
         except Exception as error:
             return " ".join(str(error).split()) or type(error).__name__
@@ -112,13 +134,10 @@ class EncodedImages(Images):
             raise FileNotFoundError("no image in the record")
         if cell["bytes"] is not None:
             return cell["bytes"]
-        try:
-            return Path(cell["path"]).read_bytes()
-        except FileNotFoundError as error:
-            raise FileNotFoundError("no such file") from error
+        return read_file(cell["path"], self._listings)
 
     def _decode(self, row: int) -> Image.Image:
-        return decode(self._bytes(row))
+        return decode(self._bytes(row), self._background).image
 
 
 class RenderedImages(Images):
@@ -152,21 +171,6 @@ class RenderedImages(Images):
         if name != self.ids[row]:
             raise AssertionError(f"render drew {name}, not {self.ids[row]}")
         return image
-
-
-def decode(data: bytes) -> Image.Image:
-    """Decode a whole picture to RGB; its EXIF orientation is left alone.
-
-    Raises:
-        ValueError: the pixels have more than 8 bits per channel.
-        Exception: whatever Pillow raises for bytes that are broken or cut off.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()  # opening reads the header only; a cut-off file shows here
-        if image.mode.startswith(("I", "F")):
-            # Pillow would clip these to white without a word
-            raise ValueError(f"pixels of more than 8 bits (mode {image.mode})")
-        return image.convert("RGB")
 
 
 def _bar(text: str, count: int) -> tqdm:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError, sift
+from .file_bytes import read_file
 from .places import told
 from .strict_json import constant_in, decode_text, may_hold_constants, parse_json
 
@@ -80,8 +81,8 @@ def read_text(path: Path) -> str:
         RecipeError: the file cannot be read, or is no text.
     """
     try:
-        return decode_text(path.read_bytes())
+        return decode_text(read_file(path))
     except OSError as error:
-        raise RecipeError(f"{path} cannot be read ({told(error)})", "correct the file") from error
+        raise RecipeError(f"{path} cannot be read ({error})", "correct the file") from error
     except ValueError as error:
         raise RecipeError(f"{path} {error}", "save the file as UTF-8") from error

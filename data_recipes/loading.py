@@ -34,6 +34,8 @@ def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_i
         data = _load_rendered(recipe, split)
     else:
         data = load_files(recipe, split, data_root, on_bad_image)
+    if data.left_out:
+        log.warning("%s/%s: %s", recipe.name, split, data.left_out_note)
     expected = recipe.expected_sizes.get(split)
     if expected is not None and expected != len(data):
         log.warning(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import RecipeError, sift
+from .file_bytes import read_file
 from .places import data_root_of, inside, pictures_folder, set_folder, split_file, told
 from .records import Records, classified, picture_files
 
@@ -67,7 +69,7 @@ def _variable(path: Path, name: str) -> np.ndarray:
     from scipy.io import loadmat  # Slow to import, and only these two sets need it.
 
     try:
-        content = loadmat(str(path), variable_names=[name], simplify_cells=True, appendmat=False)
+        content = loadmat(io.BytesIO(read_file(path)), variable_names=[name], simplify_cells=True, appendmat=False)
     except FileNotFoundError as error:
         raise RecipeError(f"there is no '{path}'", "put the file there") from error
     # scipy raises many kinds of error on broken bytes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import struct
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import RecipeError
+from .file_bytes import read_file
 from .places import data_root_of, inside, set_folder, split_file, split_files, told
 from .records import Records, classified, picture_bytes
 
@@ -75,8 +77,7 @@ def unpickle(path: Path) -> dict[str, Any]:
         RecipeError: the file is missing, is no such pickle, or names anything else.
     """
     try:
-        with path.open("rb") as file:
-            content = _Reader(file, encoding="latin1").load()
+        content = _Reader(io.BytesIO(read_file(path)), encoding="latin1").load()
     except FileNotFoundError as error:
         raise RecipeError(f"there is no '{path}'", "put the extracted archive there") from error
     except _Refused as error:
@@ -144,7 +145,7 @@ class _Reader(pickle.Unpickler):
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:
     """The bytes of an IDX file of so many dimensions."""
-    data = path.read_bytes()
+    data = read_file(path)
     head = 4 + 4 * dimensions
     shape = struct.unpack(f">{dimensions}I", data[4:head]) if len(data) >= head else ()
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != head + math.prod(shape):

@@ -63,17 +63,17 @@ def data_root_of(recipe: Recipe, data_root: str | Path | None) -> Path:
 
 
 def inside(folder: Path, name: str, what: str, root: Path) -> Path:
-    """`folder / name`.
+    """`folder / name`, which may be absolute or begin with `..` if it stays in the root.
 
     Args:
         what: what has this path, for the error's sentence.
         root: see `data_root_of`; links inside it are followed.
 
     Raises:
-        RecipeError: the name leads out of the folder, or a link on its way out of the root.
+        RecipeError: the name leads out of the root, or a link on its way does.
     """
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+    strays = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+    if "\0" in name or (strays and not Path(os.path.realpath(folder / name)).is_relative_to(root)):
         raise RecipeError(
             f"{what} has the path {name!r}, which leads out of its data folder",
             "use a path inside the folder",
@@ -92,6 +92,8 @@ def within(path: Path, what: str, *roots: Path) -> Path:
     Raises:
         RecipeError: it lies elsewhere.
     """
+    if "\0" in str(path):
+        raise RecipeError(f"{what} has the path {str(path)!r}, which no file can have", "correct the path")
     real = Path(os.path.realpath(path))
     if not any(real.is_relative_to(root) for root in roots):
         raise RecipeError(
@@ -138,6 +140,8 @@ def split_files(recipe: Recipe, split: str, data_root: str | Path | None) -> lis
     named = recipe.splits[split]
     files = [inside(folder, n, f"split '{split}' of recipe '{recipe.name}'", root) for n in ([named] if isinstance(named, str) else named)]
     for path in files:
+        if os.path.exists(path) and not (path.is_file() or path.is_dir()):
+            raise RecipeError(f"the {split} split of '{recipe.name}', '{path}', is neither a file nor a folder", "correct 'splits' in the recipe")
         if not os.path.exists(path):
             raise RecipeError(
                 f"the {split} split of '{recipe.name}' is not there: no '{path}'",

@@ -54,6 +54,7 @@ class Recipe:
         homepage, citation, description: where the data comes from.
         seen_by: models whose pre-training saw the `pretrain` split.
         expected_sizes: number of examples per split in the published protocol.
+        background: `#rrggbb`, what is seen through transparent pixels; white where it is None.
         folder: folder of a user's YAML, where relative paths start without a data root.
     """
 
@@ -76,6 +77,7 @@ class Recipe:
     description: str = ""
     seen_by: list[str] = field(default_factory=list)
     expected_sizes: dict[str, int] = field(default_factory=dict)
+    background: str | None = None
     folder: Path | None = field(default=None, compare=False)
 
     @property
@@ -122,7 +124,7 @@ class Recipe:
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON of all that decides what a model sees and how it is scored."""
         facts = {k: v for k, v in asdict(self).items() if k not in NOT_IDENTITY}
-        for key in ("instruction", "test_prompt"):
+        for key in ("instruction", "test_prompt", "background"):
             if facts[key] is None:
                 del facts[key]  # as before there were any, so that older files keep their recipe
         facts["source"] = {k: v for k, v in self.source.items() if k != "path"}

@@ -37,6 +37,7 @@ KEYS: dict[str, tuple[type, str]] = {
     "source": (dict, "a mapping"),
     "splits": (dict, "a mapping"),
     "expected_sizes": (dict, "a mapping"),
+    "background": (str, "a colour such as '#ffffff', in quotes"),
 }
 SOURCE_KEYS = {
     "rendered": ("format", "task"),
@@ -71,6 +72,7 @@ SOURCE_VALUES: dict[str, tuple[tuple[type, ...], str]] = {
 REQUIRED = ("name", "version", "kind", "metric", "licence", "source", "splits")
 #: File systems hold names of 255 bytes, and what is written for a task adds to its own.
 MAX_NAME = 100
+COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
@@ -91,6 +93,7 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
     if facts["kind"] not in KINDS:
         raise RecipeError(f"{where} has the kind '{facts['kind']}'", nearest(facts["kind"], KINDS))
     _check_source(facts["source"], facts["kind"], path)
+    _check_background(facts, path)
     _check_splits(facts["splits"], facts["source"], path)
     for name in facts.get("seen_by", []):
         if not isinstance(name, str):
@@ -133,6 +136,14 @@ def _check_splits(splits: dict[str, Any], source: dict[str, Any], path: Path) ->
                     f"{where} names the split '{split}' under 'source.{key}', which it does not have",
                     nearest(str(split), splits),
                 )
+
+
+def _check_background(facts: dict[str, Any], path: Path) -> None:
+    colour = facts.get("background", "#ffffff")
+    if not COLOUR.fullmatch(colour):
+        raise RecipeError(f"{path.name} has the background '{colour}'", "write a colour as '#rrggbb', '#ffffff' for white")
+    if "background" in facts and facts["source"]["format"] == "rendered":
+        raise RecipeError(f"{path.name} has 'background', which a rendered task does not use", f"remove it from {path}")
 
 
 def _check_prompts(facts: dict[str, Any], path: Path) -> None:

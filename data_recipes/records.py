@@ -38,6 +38,7 @@ class Records:
         questions: one per record, or None.
         answers: the reference answers of each record; empty for classification.
         meta: what else a metric needs to know of each record; empty where the source says no more.
+        left_out: files beside the pictures that are not read, by kind.
     """
 
     ids: list[str]
@@ -47,6 +48,7 @@ class Records:
     questions: list[str | None]
     answers: list[list[str]]
     meta: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.meta = self.meta or [{} for _ in self.ids]
@@ -69,9 +71,11 @@ def picture_bytes(encoded: Iterable[bytes]) -> Pictures:
     return _pictures(cells, [(row,) for row in range(len(cells))])
 
 
-def classified(ids: list[str], pictures: Pictures, labels: list[Any], label_names: list[str] | None) -> Records:
+def classified(
+    ids: list[str], pictures: Pictures, labels: list[Any], label_names: list[str] | None, left_out: dict[str, list[str]] | None = None
+) -> Records:
     """The records of a classification task; see `Records`."""
-    return Records(ids, pictures, labels, label_names, questions=[None] * len(ids), answers=[[]] * len(ids))
+    return Records(ids, pictures, labels, label_names, [None] * len(ids), [[]] * len(ids), left_out=left_out or {})
 
 
 def _pictures(cells: list[dict[str, Any]], shown: list[tuple[int, ...]]) -> Pictures:

@@ -48,6 +48,9 @@ def read_parquet(
                 f"the {split} split of '{recipe.name}' is not there: no '{folder / pattern}'",
                 "add the file, or correct 'splits' in the recipe",
             )
+        for file in found:
+            if not file.is_file():
+                raise RecipeError(f"{what} names '{file}', which is no file", "correct 'splits' in the recipe")
         files += found
     try:
         with _quiet():

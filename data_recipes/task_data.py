@@ -77,14 +77,16 @@ class TaskData:
         ids: the examples' ids, in order.
         labels: the examples' labels, in order; None outside classification.
         dropped: ids of the examples left out because one of their images cannot be read.
+        left_out: files beside the pictures that are not read, by kind: an ending, `hidden`, and so on.
     """
 
     def __init__(
-        self, recipe: Recipe, split: str, rows: list[Row], images: Images, dropped: list[str]
+        self, recipe: Recipe, split: str, rows: list[Row], images: Images, dropped: list[str], left_out: dict[str, list[str]] | None = None
     ) -> None:
         self.recipe = recipe
         self.split = split
         self.dropped = dropped
+        self.left_out = left_out or {}
         self._rows = rows
         self._images = images
 
@@ -137,8 +139,28 @@ class TaskData:
 
     @property
     def digests(self) -> list[str]:
-        """SHA-256 of each encoded image (of its pixels where it is drawn), example by example."""
-        return [self._images.digest(p) for r in self._rows for p in r.pictures]
+        """SHA-256 of each image, example by example; see `Images.digest`."""
+        return [digest for digests in self.picture_digests for digest in digests]
+
+    @property
+    def picture_digests(self) -> list[tuple[str, ...]]:
+        """SHA-256 of the images of each example, in order."""
+        return [tuple(self._images.digest(p) for p in r.pictures) for r in self._rows]
+
+    @property
+    def decoding_notes(self) -> list[str]:
+        """What decoding did beyond a conversion to RGB, picture by picture where it did: see `decoding.Decoded`."""
+        shown = {p for r in self._rows for p in r.pictures}
+        return [note for p, note in sorted(self._images.notes.items()) if p in shown]
+
+    @property
+    def left_out_note(self) -> str | None:
+        """The files that are not read, counted by kind with the first few names; None where there are none."""
+        if not self.left_out:
+            return None
+        names = sorted(name for files in self.left_out.values() for name in files)
+        kinds = ", ".join(f"{kind}: {len(files)}" for kind, files in sorted(self.left_out.items()))
+        return f"{len(names)} files are not read and left out ({kinds}; {', '.join(names[:3])}{', ...' * (len(names) > 3)})"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -163,7 +185,7 @@ class TaskData:
             IndexError: a position is out of range.
         """
         rows = [self._rows[operator.index(i)] for i in indices]
-        return TaskData(self.recipe, self.split, rows, self._images, self.dropped)
+        return TaskData(self.recipe, self.split, rows, self._images, self.dropped, self.left_out)
 
     def split_holdout(self, fraction: float, seed: int) -> tuple[TaskData, TaskData]:
         """Cut off a validation part, the same share of every class.

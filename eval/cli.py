@@ -181,7 +181,7 @@ def _data_check(arguments: argparse.Namespace) -> None:
     from llava_keeplora_eval.data_check import check
 
     for line in check(arguments.recipe, arguments.data_root, arguments.split, arguments.model):
-        print(line, flush=True)
+        print(" ".join(line.splitlines()), flush=True)  # a name may hold a line break
 
 
 def _list(_: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from llava_keeplora_eval.references import check_references
 from llava_keeplora_recipes import list_sequences, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import UserError
 from llava_keeplora_recipes.placeholders import MARKER
+from llava_keeplora_recipes.repeats import repeats, shared_pictures
 from llava_keeplora_recipes.strict_yaml import read_mapping
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def split_reports(
     recipe: Recipe, splits: list[str], data_root: str | Path | None = None, preparation: Preparation | None = None
 ) -> Iterator[SplitReport]:
     """Read splits of a task one after another and tell everything that is wrong with them."""
-    seen: dict[str, set[str]] = {}
+    seen: list[TaskData] = []
     for split in splits:
         data, found = recipe.inspect(split, data_root)
         errors: list[UserError] = list(found)
@@ -125,7 +126,7 @@ def split_reports(
         expected = recipe.expected_sizes.get(split)
         warnings = [] if data is None else list(_warnings(data, expected, seen))
         if data is not None:
-            seen[split] = set(data.digests)
+            seen.append(data)
             if not metric_error(recipe):
                 _check_references(data, warnings, errors)
             if preparation is not None:
@@ -149,14 +150,13 @@ def _check_references(data: TaskData, warnings: list[str], errors: list[UserErro
             errors.append(error)
 
 
-def _warnings(data: TaskData, expected: int | None, seen: dict[str, set[str]]) -> Iterator[str]:
+def _warnings(data: TaskData, expected: int | None, seen: list[TaskData]) -> Iterator[str]:
     if expected not in (None, len(data)):
         yield f"{len(data)} examples and not {expected}: scores are not comparable with those of others"
     if empty := _empty(data):
         yield f"{empty} examples have an empty answer"
-    for split, digests in seen.items():
-        if shared := len(set(data.digests) & digests):
-            yield f"{shared} different images are in '{split}' too"
+    yield from repeats(data)
+    yield from filter(None, [data.left_out_note, *(shared_pictures(data, other) for other in seen)])
 
 
 def _images(data: TaskData) -> str:
@@ -166,6 +166,8 @@ def _images(data: TaskData) -> str:
         parts.append(f"{none} examples without one")
     if several := sum(n > 1 for n in counts):
         parts.append(f"{several} examples with several")
+    if redrawn := len(data.decoding_notes):
+        parts.append(f"{redrawn} turned upright or laid over the background")
     if data.dropped:
         parts.append(f"{len(data.dropped)} examples left out because one cannot be read")
     return ", ".join(parts)

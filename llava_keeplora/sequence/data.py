@@ -17,6 +17,7 @@ from llava_keeplora.versions import decoder_versions
 from llava_keeplora_eval.metrics import check_metric
 from llava_keeplora_eval.references import check_references
 from llava_keeplora_recipes import Example, Recipe, TaskData
+from llava_keeplora_recipes.repeats import repeats, shared_pictures
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,23 @@ class Task:
             "test": {"n": len(self.test), "fingerprint": self.test.fingerprint, "dropped": list(self.test.dropped)},
         }
 
+    def repeats(self) -> list[str]:
+        """What is in its data more than once, as sentences; see `llava_keeplora_recipes.repeats`."""
+        sentences = [f"{self.name}/{data.split}: {note}" for data in (self.train, self.test) for note in repeats(data)]
+        if shared := shared_pictures(self.test, self.train):
+            sentences.append(f"{self.name}/{self.test.split}: {shared}")
+        return sentences
+
+    def notes(self) -> list[str]:
+        """What is worth a look in its data: the same, and the files that are not read."""
+        files = [(data.split, data.left_out_note) for data in (self.train, self.test)]
+        return [f"{self.name}/{split}: {note}" for split, note in files if note] + self.repeats()
+
+    def decoding_note(self) -> str:
+        """A clause on pictures that earlier releases decoded otherwise; empty where there are none."""
+        count = len(self.train.decoding_notes) + len(self.test.decoding_notes)
+        return f"; {count} of its pictures have transparency or an EXIF orientation, which earlier releases ignored" if count else ""
+
 
 def load_tasks(config: RunConfig) -> list[Task]:
     """Load and check every task's data, before any weight is loaded.
@@ -67,6 +85,8 @@ def load_tasks(config: RunConfig) -> list[Task]:
             log.warning(warning)
         # The loaded recipe: some class lists come from the source itself.
         tasks.append(Task(train.recipe, train, test))
+        for note in tasks[-1].repeats():
+            log.warning(note)
     return tasks
 
 

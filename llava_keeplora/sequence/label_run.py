@@ -192,8 +192,9 @@ class LabelRun:
         held += [("the reference data", entry.info["reference"], now["reference"])] if "reference" in now else []
         for what, old, new in held:
             for key, before, after in differences(old, new):
+                decoded = next((t.decoding_note() for t in self.tasks if t.name == new.get("task")), "") if key.endswith(".fingerprint") else ""
                 raise RunError(
-                    f"{what} is not what it was when {self.folder} was planned ({key}: {before!r} → {after!r})",
+                    f"{what} is not what it was when {self.folder} was planned ({key}: {before!r} → {after!r}{decoded})",
                     "restore its data and recipe to go on, or choose another output_dir",
                 )
 

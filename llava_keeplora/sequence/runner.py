@@ -79,12 +79,17 @@ def _opened(workspace: Workspace) -> Iterator[Shared]:
 def _write_results(workspace: Workspace, runs: list[LabelRun], tasks: list[Task]) -> None:
     """The run's numbers in one file, and its tables and pictures."""
     methods = {r.config.label: {"matrix": r.matrix.to_dict(), "metrics": r.matrix.metrics()} for r in runs}
-    write_json(workspace.root / "results.json", {"methods": methods, "tasks": [task.record() for task in tasks]})
+    write_json(workspace.root / "results.json", {"methods": methods, "tasks": [_with_notes(task) for task in tasks]})
     for label_run in runs:
         label_run.write_matrix()
     write_run_report(workspace.root)
     for note in dropped_notes(tasks):
         logger.warning("%s", note)
+
+
+def _with_notes(task: Task) -> dict:
+    notes = task.notes()
+    return task.record() | ({"notes": notes} if notes else {})
 
 
 def dropped_notes(tasks: list[Task]) -> list[str]:

@@ -120,7 +120,7 @@ def test_every_problem_of_every_split_is_listed_and_the_exit_code_says_so(task, 
     assert len(errors) == 5
     assert errors[0].startswith("error: record 'b' of train.json marks 2 images in its question and names 1; ")
     assert errors[1].startswith("error: record 'e' of train.json has neither 'conversations' nor 'text' and 'answer'; ")
-    assert "error: an image of 'c' in q/train cannot be read (no such file); replace it." in errors
+    assert f"error: an image of 'c' in q/train cannot be read (no such file '{tmp_path}/q/none.png'); replace it, or correct its path." in errors
     assert any(e.startswith("error: an image of 'd' in q/train cannot be read (cannot identify image file") for e in errors)
     assert errors[-1].startswith("error: q/test has 1 ids more than once (t); ")
     assert "  train: 1 examples" in out and any("2 examples left out because one cannot be read" in line for line in out)
@@ -144,7 +144,7 @@ def test_what_can_be_used_and_is_worth_a_look_is_only_a_warning(task, run):
         "warning: 1 of 3 examples of q (train), 33.3 %, get 0 from the metric 'exact_match' even if their accepted text "
         "is answered to the letter (b: ' '); it scores whether the prediction is one of the accepted texts, case aside: "
         "write the answers so, or choose another metric",
-        "warning: 2 different images are in 'train' too",
+        "warning: 2 different images are in 'train' too (t = a, u = c)",
     ]
 
 

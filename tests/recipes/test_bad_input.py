@@ -161,7 +161,7 @@ def test_another_word_for_what_to_do_with_bad_images_is_refused(pets):
 
 def test_a_missing_image_of_a_record(questions):
     recipe = questions({"id": "a", "image": "images/none.png", "text": "q", "answer": "a"})
-    assert refusal(recipe).startswith("1 of 1 images of pets/train cannot be read (a: no such file); ")
+    assert refusal(recipe).startswith("1 of 1 images of pets/train cannot be read (a: no such file '")
     assert (
         refusal(recipe, on_bad_image="drop") == "pets/train has no readable image left; replace the images."
     )
@@ -181,7 +181,7 @@ def album(questions, tmp_path, make):
 def test_a_picture_of_several_records_is_counted_once_and_named_by_its_first(album):
     sentence = refusal(album)
     assert sentence.startswith("2 of 4 images of pets/train cannot be read (half: cannot identify image file")
-    assert ", gone: no such file); replace them" in sentence
+    assert "/3.png'); replace them" in sentence
 
 
 def test_an_example_is_dropped_with_any_of_its_pictures(album, caplog):
@@ -197,11 +197,6 @@ def test_classification_needs_exactly_one_image(questions, tmp_path, make):
     assert refusal(load_recipe(make.yaml(tmp_path / "q.yaml", **facts))) == (
         "'a' in pets/train has 2 images, and classification needs one; give every record one image, or use the kind vqa."
     )
-
-
-def test_pixels_of_sixteen_bits_are_refused_rather_than_clipped(pets, tmp_path, make):
-    (tmp_path / "pets" / "train" / "cat" / "0.png").write_bytes(make.encoded(3, mode="I;16"))
-    assert "train/cat/0.png: pixels of more than 8 bits (mode I;16)" in refusal(pets())
 
 
 # ----------------------------------------------------------------------------------- labels

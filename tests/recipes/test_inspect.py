@@ -51,7 +51,7 @@ def test_every_record_and_every_image_that_is_wrong_is_told(questions, tmp_path)
         "record 'e' of train.json has the path '../0.png', which leads out of its data folder",
         "record 'a' of train.json marks 2 images in its question and names 1",
     ]
-    assert "an image of 'c' in pets/train cannot be read (no such file); replace it." in told
+    assert f"an image of 'c' in pets/train cannot be read (no such file '{tmp_path}/q/none.png'); replace it, or correct its path." in told
     assert any(t.startswith("an image of 'd' in pets/train cannot be read (cannot identify image file") for t in told)
     assert any(t.startswith("pets/train has 1 ids more than once (a)") for t in told)
     assert len(told) == 7

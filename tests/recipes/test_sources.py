@@ -65,7 +65,7 @@ def test_files_that_are_no_images_are_left_out_with_a_warning(pets, tmp_path, ca
     (tmp_path / "pets" / "train" / "cat" / "notes.txt").write_text("x")
     (tmp_path / "pets" / "train" / "cat" / ".hidden.png").write_text("x")
     assert len(pets().load("train", tmp_path)) == 12
-    assert "pets/train: 1 files are no images and are left out (train/cat/notes.txt)" in caplog.text
+    assert "pets/train: 2 files are not read and left out (.txt: 1, hidden: 1; train/cat/.hidden.png, train/cat/notes.txt)" in caplog.text
 
 
 def test_class_names_map_folders_that_are_called_otherwise(pets, tmp_path):

@@ -95,7 +95,7 @@ def test_the_fingerprint_knows_number_and_order_of_pictures(album):
 def test_a_picture_that_many_examples_show_is_decoded_once(album, monkeypatch):
     decoded = []
     real = images.decode
-    monkeypatch.setattr(images, "decode", lambda data: decoded.append(1) or real(data))
+    monkeypatch.setattr(images, "decode", lambda *given: decoded.append(1) or real(*given))
     data = album("0.png", ["0.png", "1.png"], "1.png")
     assert [len(e.images) for e in data] == [1, 2, 1] and len(decoded) == 2
 
@@ -133,7 +133,7 @@ def test_a_part_has_its_own_fingerprint_and_draws_only_its_own_pictures(shapes, 
 def test_each_image_is_decoded_once_however_often_it_is_used(pets, monkeypatch):
     decoded = []
     real = images.decode
-    monkeypatch.setattr(images, "decode", lambda data: decoded.append(1) or real(data))
+    monkeypatch.setattr(images, "decode", lambda *given: decoded.append(1) or real(*given))
     data = pets().load("train")
     rest, holdout = data.split_holdout(0.25, seed=0)
     for part in (data, rest, holdout):

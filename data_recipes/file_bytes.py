@@ -1,0 +1,95 @@
+"""Reading a file whole: only what is a file, and with the likely cause where it isn't there."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import unicodedata
+from pathlib import Path
+from urllib.parse import unquote
+
+#: What else than a file a path may lead to.
+KINDS = [
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+]
+
+#: Folder → its entries by how they read apart from letter case and Unicode form.
+Listings = dict[str, dict[str, str]]
+
+
+def read_file(path: str | Path, listings: Listings | None = None) -> bytes:
+    """The content of a regular file; nothing else is opened, as a pipe would wait for a writer for ever.
+
+    Args:
+        path: the file; links are followed.
+        listings: what was already listed for `likely_cause`, when many files are read.
+
+    Raises:
+        OSError: there is none, or it cannot be read; the message is a clause with the path.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            what = next((words for test, words in KINDS if test(mode)), "no file")
+            raise OSError(f"'{path}' is {what}, not a file")
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        cause = likely_cause(str(path), {} if listings is None else listings)
+        raise FileNotFoundError(f"no such file '{path}'{cause and f': {cause}'}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise OSError(f"'{path}' cannot be opened: {reason}") from None
+
+
+def likely_cause(path: str, listings: Listings) -> str:
+    """Why a file may not be where it is looked for, as a clause; empty where nothing is likely."""
+    if os.path.islink(path):
+        return f"it is a link to '{os.readlink(path)}'"
+    if scheme := re.search(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/", path):
+        return f"its name is a URL ({scheme[1]}:), and pictures are read from files"
+    if "\\" in path:
+        found = _spelt(path.replace("\\", "/"), listings)
+        return "its name has backslashes, and folders are parted by '/'" + (f", as in '{found}'" if found else "")
+    parts = path.split("/")
+    for size in range(1, len(parts) // 2 + 1):
+        for start in range(len(parts) - 2 * size + 1):
+            if parts[start : start + size] == parts[start + size : start + 2 * size]:
+                single = "/".join(parts[: start + size] + parts[start + 2 * size :])
+                if os.path.lexists(single):
+                    return f"a folder is doubled, '{single}' is there"
+    if found := _spelt(path, listings):
+        same = unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", path)
+        return f"'{found}' is there, in another {'Unicode form' if same else 'letter case'}"
+    if "%" in path and os.path.lexists(unquote(path)):
+        return f"'{unquote(path)}' is there, and the name is percent-encoded"
+    return ""
+
+
+def _spelt(path: str, listings: Listings) -> str:
+    """The path of the file that reads the same apart from letter case and Unicode form; empty where there is none."""
+    found = "/" if path.startswith("/") else ""
+    for part in filter(None, path.split("/")):
+        if os.path.lexists(os.path.join(found, part)):
+            found = os.path.join(found, part)
+            continue
+        folder = found or "."
+        if folder not in listings:
+            try:
+                listings[folder] = {_folded(name): name for name in os.listdir(folder)}
+            except OSError:
+                listings[folder] = {}
+        if _folded(part) not in listings[folder]:
+            return ""
+        found = os.path.join(found, listings[folder][_folded(part)])
+    return found
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
