@@ -77,8 +77,10 @@ def captions_by_image(
 
     def note(entry: Any) -> None:
         for key in ("image_id", "caption"):
-            if not isinstance(entry, dict) or entry.get(key) is None or (key == "image_id" and not _is_id(entry[key])):
+            if not isinstance(entry, dict) or entry.get(key) is None:
                 raise _without(key, path)
+        if not _is_id(entry["image_id"]):
+            raise _without("image_id", path)
         if entry["image_id"] not in captions:
             raise RecipeError(
                 f"annotation {entry.get('id')} of {path.name} is for the image {entry['image_id']}, which is not listed",

@@ -59,7 +59,9 @@ def read_messages(
 
     def turn(row: dict[str, Any], answered: bool, what: str) -> Turn:
         if "messages" not in row:
-            raise RecipeError(f"{what} has no 'messages'", "add them, or write 'format: llava_json' in the recipe")
+            raise RecipeError(
+                f"{what} has no 'messages'", "add them, or write 'format: llava_json' in the recipe"
+            )
         return from_messages(row["messages"], what)
 
     return _read(recipe, split, data_root, problems, turn, needs_id=False)
@@ -95,7 +97,8 @@ def _read(
         what = f"record {index if name is None else repr(name)} of {path.name}"
         turn, images = turn_of(row, references is None, what), image_names(row, what)
         answers = turn.answers if references is None else references(index, what)
-        turn = Turn(place_images(turn.question, len(images), what), [only_answer(answers, what)] if classify else answers)
+        answers = [only_answer(answers, what)] if classify else answers
+        turn = Turn(place_images(turn.question, len(images), what), answers)
         own = f"{split}-{index}" if numbered or name is None else name
         return own, [inside(folder, i, what, root) for i in images], turn, {f: row[f] for f in fields if f in row}
 

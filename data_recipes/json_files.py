@@ -26,7 +26,9 @@ def read_rows(path: Path, problems: list[RecipeError] | None = None) -> list[Any
         return sift(lambda item: _line(path, *item), [(n, line) for n, line in lines if line.strip()], problems)
     text = read_text(path)
     rows = _parsed(path, text, list)
-    return sift(lambda item: _finite(*item, path), enumerate(rows), problems) if may_hold_constants(text) else rows
+    if not may_hold_constants(text):
+        return rows
+    return sift(lambda item: _finite(*item, path), enumerate(rows), problems)
 
 
 def read_json(path: Path, kind: type) -> Any:
@@ -40,7 +42,9 @@ def read_json(path: Path, kind: type) -> Any:
     text = read_text(path)
     content = _parsed(path, text, kind)
     if may_hold_constants(text) and (constant := constant_in(content)) is not None:
-        raise RecipeError(f"{path.name} holds {constant}, which is no value in JSON", "write null or a number there")
+        raise RecipeError(
+            f"{path.name} holds {constant}, which is no value in JSON", "write null or a number there"
+        )
     return content
 
 
@@ -62,7 +66,10 @@ def _line(path: Path, number: int, line: str) -> Any:
     except ValueError as error:
         raise RecipeError(f"line {number} of {path.name} {error}", "correct the line") from error
     if may_hold_constants(line) and (constant := constant_in(row)) is not None:
-        raise RecipeError(f"line {number} of {path.name} holds {constant}, which is no value in JSON", "write null or a number there")
+        raise RecipeError(
+            f"line {number} of {path.name} holds {constant}, which is no value in JSON",
+            "write null or a number there",
+        )
     return row
 
 
@@ -71,7 +78,10 @@ def _finite(number: int, row: Any, path: Path) -> Any:
     if constant is None:
         return row
     name = repr(row.get("id", number)) if isinstance(row, dict) else number
-    raise RecipeError(f"record {name} of {path.name} holds {constant}, which is no value in JSON", "write null or a number there")
+    raise RecipeError(
+        f"record {name} of {path.name} holds {constant}, which is no value in JSON",
+        "write null or a number there",
+    )
 
 
 def read_text(path: Path) -> str:

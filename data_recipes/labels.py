@@ -27,8 +27,9 @@ TRAIN = "train"
 def with_classes(recipe: Recipe, split: str, records: Records, read: Read) -> Recipe:
     """The recipe with the source's class names where it says `classes: from-source`.
 
-    A task has one list of classes, whatever split is looked at: that of its training data, and of its first split where
-    the recipe has no `train`. By another list a model would choose among other classes in one split than in the next.
+    A task has one list of classes, whatever split is looked at: that of its training data, and of its first
+    split where the recipe has no `train`. By another list a model would choose among other classes in one
+    split than in the next.
 
     Args:
         recipe: as its YAML says.
@@ -59,9 +60,10 @@ def with_classes(recipe: Recipe, split: str, records: Records, read: Read) -> Re
 
 
 def check_distinct(classes: Sequence[str], where: str) -> None:
-    """Refuse classes that a model or a metric cannot tell apart: with one prompt or one answer for two, one is never right.
+    """Refuse classes that a model or a metric cannot tell apart: of two with one prompt, one is never right.
 
-    Underscores are spaces in prompts and answers; CLIP's tokenizer and most metrics don't look at case or white space.
+    Underscores are spaces in prompts and answers; CLIP's tokenizer and most metrics don't look at case or
+    white space.
 
     Args:
         classes: the names.
@@ -77,7 +79,8 @@ def check_distinct(classes: Sequence[str], where: str) -> None:
         other = first.setdefault(folded(name), name)
         if other is not name:
             raise RecipeError(
-                f"{where} has the classes {other!r} and {name!r}, which are one and the same in prompts and answers",
+                f"{where} has the classes {other!r} and {name!r}, "
+                "which are one and the same in prompts and answers",
                 "join them into one class, or name them apart",
             )
 
@@ -101,9 +104,9 @@ def _warn_of_doubt(recipe: Recipe, index: dict[str, int], labels: Sequence[Any],
     doubtful = [n for n in numbers if str(n) not in recipe.class_names and index.get(str(n), n) != n]
     if doubtful and 0 <= doubtful[0] < len(recipe.classes):
         log.warning(
-            "%s has labels that are numbers, and the classes of recipe '%s' are numbers too: the label %d is read as the "
-            "position of the class '%s' (counted from 0), not as the name '%d' (%d such labels); if names are meant, "
-            "store them as text, or map them under 'class_names'",
+            "%s has labels that are numbers, and the classes of recipe '%s' are numbers too: the label %d is "
+            "read as the position of the class '%s' (counted from 0), not as the name '%d' (%d such labels); "
+            "if names are meant, store them as text, or map them under 'class_names'",
             where, recipe.name, doubtful[0], recipe.classes[doubtful[0]], doubtful[0], len(doubtful),
         )
 
@@ -124,7 +127,8 @@ def _label(recipe: Recipe, index: dict[str, int], raw: Any, records: Records, na
             return found
     raise RecipeError(
         f"'{name}' in {where} has the label {label!r}, which is none of the {len(recipe.classes)} classes of recipe '{recipe.name}'",
-        f"correct the label, add training data of its class, or map it under 'class_names' ({nearest(str(label), recipe.classes)})",
+        "correct the label, add training data of its class, or map it under 'class_names' "
+        f"({nearest(str(label), recipe.classes)})",
     )
 
 

@@ -17,17 +17,18 @@ _INNER = (*IMAGES, *UNREAD, "path", "url", "base64", "image_url", "video_url", "
 def image_names(row: dict[str, Any], what: str) -> list[str]:
     """The paths in `image` or `images`, whichever holds something: one path, or a list of them.
 
-    Null, an empty text, an empty list, and a list of these hold nothing: sets that were merged have such a field in
-    every record.
+    Null, an empty text, an empty list, and a list of these hold nothing: sets that were merged have such a
+    field in every record.
 
     Raises:
-        RecipeError: a value is no path, both fields hold something and not the same, or the record has a video or audio.
+        RecipeError: a value is no path, the two fields hold different ones, or there is a video or audio.
     """
     refuse_unread_media(row, what)
     named = [listed for field in IMAGES if (listed := _listed(row.get(field), what))]
     if len(named) == 2 and named[0] != named[1]:
         raise RecipeError(
-            f"{what} has {described(row['image'])} as 'image' and {described(row['images'])} as 'images'", "keep the one that is meant"
+            f"{what} has {described(row['image'])} as 'image' and {described(row['images'])} as 'images'",
+            "keep the one that is meant",
         )
     return named[0] if named else []
 
@@ -59,7 +60,8 @@ def refuse_inner_media(place: dict[str, Any], what: str) -> None:
     for key in _INNER:
         if not is_empty(place.get(key)):
             raise RecipeError(
-                f"{what} holds '{key}' itself", "list images under 'images' of the record, and remove anything else"
+                f"{what} holds '{key}' itself",
+                "list images under 'images' of the record, and remove anything else",
             )
 
 
@@ -75,5 +77,7 @@ def _listed(value: Any, what: str) -> list[str]:
         return []
     listed = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) and name.strip() for name in listed):
-        raise RecipeError(f"{what} has {value!r} as its image", "write one path, a list of paths, or leave 'image' out")
+        raise RecipeError(
+            f"{what} has {value!r} as its image", "write one path, a list of paths, or leave 'image' out"
+        )
     return listed

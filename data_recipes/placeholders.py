@@ -8,7 +8,7 @@ from .errors import RecipeError
 
 #: Marks the place of a picture.
 MARKER = "<image>"
-_AT_HEAD = re.compile(rf"(?:\s*{MARKER})+")
+_AT_HEAD = re.compile(rf"^(?:\s*{MARKER})+")
 #: Mark what no model here is shown.
 _UNREAD = re.compile(r"<(video|audio)>")
 
@@ -16,11 +16,11 @@ _UNREAD = re.compile(r"<(video|audio)>")
 def place_images(text: str, images: int, what: str) -> str:
     """A question with the places of its pictures.
 
-    A text without markers has its pictures before it. One with markers has to mark as many places as there are
-    pictures; where they all stand before the text, they are taken out, which means the same. A lone picture after the
-    whole text goes before it too, as LLaVA's own preprocessing puts it (`preprocess_multimodal` in
-    github.com/haotian-liu/LLaVA, llava/train/train.py), because half of its data are written so. Every other place is
-    kept: the text that is returned holds one marker for each picture.
+    A text without markers has its pictures before it. One with markers has to mark as many places as there
+    are pictures; where they all stand before the text, they are taken out, which means the same. A lone
+    picture after the whole text goes before it too, as LLaVA's own preprocessing puts it, because half of
+    its data are written so (`preprocess_multimodal` in github.com/haotian-liu/LLaVA, llava/train/train.py).
+    Every other place is kept: the text that is returned holds one marker for each picture.
 
     Args:
         text: what is asked.
@@ -39,9 +39,10 @@ def place_images(text: str, images: int, what: str) -> str:
             f"{what} marks {marked} image{'s' * (marked > 1)} in its question and names {images}",
             "mark and name the same number, or remove the markers",
         )
-    rest = _AT_HEAD.sub("", text, count=1) if _AT_HEAD.match(text) else text
-    rest = rest.strip()
-    return rest.removesuffix(MARKER).rstrip() if images == 1 and rest.endswith(MARKER) else rest if MARKER not in rest else text.strip()
+    rest = _AT_HEAD.sub("", text).strip()
+    if images == 1 and rest.endswith(MARKER):
+        return rest.removesuffix(MARKER).rstrip()
+    return text.strip() if MARKER in rest else rest
 
 
 def refuse_marked_answer(answer: str, what: str) -> None:
@@ -63,5 +64,6 @@ def refuse_unread(text: str, what: str) -> None:
     """
     if unread := _UNREAD.search(text):
         raise RecipeError(
-            f"{what} has {unread[0]} in its text, and {unread[1]} is not read", "remove the record, or use images of it"
+            f"{what} has {unread[0]} in its text, and {unread[1]} is not read",
+            "remove the record, or use images of it",
         )

@@ -114,7 +114,10 @@ def _by_question(
             return  # told where a question has no other entry
         name = identifier(entry["question_id"], f"entry {index} of {path.name}")
         if answers.setdefault(name, entry["answers"]) != entry["answers"]:
-            raise RecipeError(f"{path.name} has other answers for the question {name!r} in entry {index}", "keep one of them")
+            raise RecipeError(
+                f"{path.name} has other answers for the question {name!r} in entry {index}",
+                "keep one of them",
+            )
 
     sift(note, enumerate(notes), problems)
     return {

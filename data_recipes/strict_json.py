@@ -58,7 +58,7 @@ def may_hold_constants(text: str) -> bool:
 
 
 def constant_in(value: Any) -> str | None:
-    """The first number in parsed JSON that is none, `NaN` or `Infinity`: Python reads and writes them, and JSON has none."""
+    """The first number in parsed JSON that is none: Python reads `NaN` and `Infinity`, JSON has neither."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

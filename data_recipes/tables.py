@@ -122,11 +122,16 @@ def _from_table(
         name = identifier(cells["id"][row], what) if "id" in columns else f"{split}-{row}"
         what, shown = f"record '{name}' in {recipe.name}/{split}", pictures.shown[row]
         if shown is None:
-            raise RecipeError(f"{what} has other images in 'image' than in 'images'", "keep those that are meant")
+            raise RecipeError(
+                f"{what} has other images in 'image' than in 'images'", "keep those that are meant"
+            )
         refuse_unread_media({column: values[row] for column, values in unread.items()}, what)
         if classify and not chats:
             return name, Turn("", []), cells["label"][row], shown
-        turn = from_messages(cells["messages"][row], what) if chats else _turn(cells["question"][row], cells["answers"][row], what)
+        if chats:
+            turn = from_messages(cells["messages"][row], what)
+        else:
+            turn = _turn(cells["question"][row], cells["answers"][row], what)
         turn = Turn(place_images(turn.question, len(shown), what), turn.answers)
         return name, turn, only_answer(turn.answers, what) if classify else None, shown
 
@@ -144,12 +149,15 @@ def _from_table(
 
 def _turn(question: Any, answers: Any, what: str) -> Turn:
     if question is not None and not isinstance(question, str):
-        raise RecipeError(f"{what} has {described(question)} as its question, and a question is text", "correct or remove the record")
+        raise RecipeError(
+            f"{what} has {described(question)} as its question, and a question is text",
+            "correct or remove the record",
+        )
     return Turn(question or "", answer_texts(answers, what))
 
 
 def _values(table: datasets.Dataset, column: str) -> list[Any]:
-    """A column's values as Python has them; numbers of 32 bits keep their own digits, 0.1 and not 0.10000000149011612."""
+    """A column's values; numbers of 32 bits keep their own digits, 0.1 and not 0.10000000149011612."""
     try:
         arrow = _arrow(table, column)
         short = {pyarrow.float32(), pyarrow.float16()}
@@ -158,7 +166,9 @@ def _values(table: datasets.Dataset, column: str) -> list[Any]:
             values = _short_digits(values)
         return values
     except (ValueError, pyarrow.ArrowException) as error:
-        raise RecipeError(f"the column '{column}' cannot be read ({told(error)})", "write the table anew") from error
+        raise RecipeError(
+            f"the column '{column}' cannot be read ({told(error)})", "write the table anew"
+        ) from error
 
 
 def _held(table: datasets.Dataset, column: str) -> list[Any]:
@@ -176,7 +186,8 @@ def _arrow(table: datasets.Dataset, column: str) -> pyarrow.ChunkedArray:
 
 
 def _leaf(kind: pyarrow.DataType) -> pyarrow.DataType:
-    while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+    types = pyarrow.types
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         kind = kind.value_type
     return kind
 
@@ -215,22 +226,29 @@ def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, s
 
 
 def _pictures(
-    recipe: Recipe, split: str, table: datasets.Dataset, columns: dict[str, str], folder: Path | None, roots: tuple[Path, ...]
+    recipe: Recipe,
+    split: str,
+    table: datasets.Dataset,
+    columns: dict[str, str],
+    folder: Path | None,
+    roots: tuple[Path, ...],
 ) -> Pictures:
-    """The pictures that a table's records show; of the columns `image` and `images`, whichever holds something."""
+    """The pictures that a table's records show: of `image` and `images`, those of the one that holds some."""
     keep_empty = recipe.kind == "classification" and "images" not in columns
     named = [columns[role] for role in ("image", "images") if role in columns]
     if not named:
         return picture_files([[] for _ in range(len(table))])
-    held = [_column_of_pictures(f"column '{c}' in the {split} split of '{recipe.name}'", table, c, folder, roots, keep_empty) for c in named]
+    where = f"in the {split} split of '{recipe.name}'"
+    held = [_column_of_pictures(f"column '{c}' {where}", table, c, folder, roots, keep_empty) for c in named]
     return held[0] if len(held) == 1 else _whichever(*held)
 
 
 def _whichever(first: Pictures, second: Pictures) -> Pictures:
-    """Each record's pictures from the one of two columns that shows some; None where both do and they are not the same."""
+    """Each record's pictures from the one of two columns that shows some; None where both show others."""
     offset, lists = len(first.cells), [_as_lists(first), _as_lists(second)]
     rows = len(lists[0])
-    cells = [(row, position or 0) for row, position in first.cells] + [(rows + row, position or 0) for row, position in second.cells]
+    cells = [(row, position or 0) for row, position in first.cells]
+    cells += [(rows + row, position or 0) for row, position in second.cells]
 
     def choose(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
         if one and other and [_cell(first, i) for i in one] != [_cell(second, i) for i in other]:
@@ -254,13 +272,19 @@ def _as_lists(pictures: Pictures) -> datasets.Dataset:
     if isinstance(dataset.features["image"], datasets.List | datasets.LargeList):
         return dataset.cast(features)
     chunks = dataset.with_format("arrow")[:]["image"].chunks
-    lists = [pyarrow.ListArray.from_arrays(pyarrow.array(range(len(c) + 1), pyarrow.int32()), c) for c in chunks]
+    ends = [pyarrow.array(range(len(chunk) + 1), pyarrow.int32()) for chunk in chunks]
+    lists = [pyarrow.ListArray.from_arrays(*parts) for parts in zip(ends, chunks, strict=True)]
     table = pyarrow.table({"image": pyarrow.chunked_array(lists, features.arrow_schema.field("image").type)})
     return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
 
 
 def _column_of_pictures(
-    what: str, table: datasets.Dataset, column: str, folder: Path | None, roots: tuple[Path, ...], keep_empty: bool
+    what: str,
+    table: datasets.Dataset,
+    column: str,
+    folder: Path | None,
+    roots: tuple[Path, ...],
+    keep_empty: bool,
 ) -> Pictures:
     """The pictures of a column of images, of lists of images, or of paths in the task's folder; unread.
 
@@ -270,7 +294,8 @@ def _column_of_pictures(
     lists = isinstance(feature, datasets.List | datasets.LargeList)
     if folder is not None and (feature.feature if lists else feature) in (TEXT, LARGE_TEXT):
         cells = [c if lists else [c] for c in table[column]]
-        return picture_files([[inside(folder, c, what, roots[0]) for c in own or [] if not is_empty(c)] for own in cells])
+        names = [[c for c in own or [] if not is_empty(c)] for own in cells]
+        return picture_files([[inside(folder, name, what, roots[0]) for name in own] for own in names])
     undecoded = datasets.Image(decode=False)
     try:
         images = table.select_columns([column]).cast_column(column, datasets.List(undecoded) if lists else undecoded)

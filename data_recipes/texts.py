@@ -16,8 +16,8 @@ CURE = "write text, a number, yes or no, or a list of them, or remove the record
 def as_text(value: Any, what: str, field: str) -> str:
     """The text that a value stands for.
 
-    Text stays as it is. A number is written in its shortest form, without a fraction that is zero: 3 and 3.0 are
-    `3`, 0.50 is `0.5`. A boolean is `yes` or `no`.
+    Text stays as it is. A number is written in its shortest form, without a fraction that is zero: 3 and 3.0
+    are `3`, 0.50 is `0.5`. A boolean is `yes` or `no`.
 
     Args:
         value: as the file's reader gives it.
@@ -41,7 +41,7 @@ def as_text(value: Any, what: str, field: str) -> str:
 
 
 def answer_texts(value: Any, what: str) -> list[str]:
-    """The accepted texts of a record: one value, or a list of them; objects are read by `answer`, as VQAv2 has them.
+    """The accepted texts of a record: one value, or a list of them; objects are read by `answer`.
 
     Source of VQAv2's objects: visualqa.org/vqa_v1_download, "Annotation format".
 
@@ -70,7 +70,10 @@ def only_answer(answers: list[str], what: str) -> str:
         RecipeError: it has several answers.
     """
     if len(set(answers)) != 1:
-        raise RecipeError(f"{what} has {len(answers)} answers, and a record is of one class", "keep one of them, or use the kind vqa")
+        raise RecipeError(
+            f"{what} has {len(answers)} answers, and a record is of one class",
+            "keep one of them, or use the kind vqa",
+        )
     return answers[0]
 
 
@@ -81,7 +84,10 @@ def identifier(value: Any, what: str) -> str:
         RecipeError: it is empty or anything else.
     """
     if value is None or value == "" or isinstance(value, bool):
-        raise RecipeError(f"{what} has {described(value)} as its id", "give every record an id of its own, as text or number")
+        raise RecipeError(
+            f"{what} has {described(value)} as its id",
+            "give every record an id of its own, as text or number",
+        )
     return as_text(value, what, "id")
 
 
@@ -90,7 +96,8 @@ def described(value: Any) -> str:
     if value is None:
         return "nothing (null)"
     kinds = {str: "the text", bool: "the boolean", list: "the list", dict: "the object", bytes: "the bytes"}
-    kind = kinds.get(type(value), "the number" if isinstance(value, int | float | Decimal) else f"the {type(value).__name__}")
+    number = isinstance(value, int | float | Decimal)
+    kind = kinds.get(type(value), "the number" if number else f"the {type(value).__name__}")
     text = repr(value) if not isinstance(value, Decimal) else str(value)
     return f"{kind} {text[:60]}{'...' if len(text) > 60 else ''}"
 

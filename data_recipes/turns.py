@@ -28,17 +28,22 @@ class Turn:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a conversation is written: its list's name, the key of who speaks, the two speakers, and the key of what is said."""
+    """How a conversation is written.
+
+    Attributes:
+        name: the key of its list.
+        speaker: the key of who speaks in a turn.
+        asks, answers: the two speakers.
+    """
 
     name: str
     speaker: str
     asks: str
     answers: str
-    said: str
 
 
-LLAVA = Layout("conversations", "from", "human", "gpt", "value")
-CHAT = Layout("messages", "role", "user", "assistant", "content")
+LLAVA = Layout("conversations", "from", "human", "gpt")
+CHAT = Layout("messages", "role", "user", "assistant")
 
 
 def from_conversations(turns: Any, what: str) -> Turn:
@@ -57,7 +62,8 @@ def from_conversations(turns: Any, what: str) -> Turn:
     for turn, role in ((question, "question"), (answer, "answer")):
         if not isinstance(turn.get("value"), str):
             raise RecipeError(
-                f"{what} has {described(turn.get('value'))} as its {role}, and a conversation is text", "put quotes around it, or remove the record"
+                f"{what} has {described(turn.get('value'))} as its {role}, and a conversation is text",
+                "put quotes around it, or remove the record",
             )
     return Turn(question["value"].strip(), [answer["value"]])
 
@@ -77,11 +83,19 @@ def from_fields(row: dict[str, Any], answer_field: str, answered: bool, what: st
         RecipeError: a field is missing or empty, or holds something else.
     """
     if "text" not in row:
-        raise RecipeError(f"{what} has neither 'conversations' nor 'text' and '{answer_field}'", "add one of them")
+        raise RecipeError(
+            f"{what} has neither 'conversations' nor 'text' and '{answer_field}'", "add one of them"
+        )
     if answered and answer_field not in row:
-        raise RecipeError(f"{what} has no '{answer_field}'", "add it, or name the field of the answer with 'source.answer' in the recipe")
+        raise RecipeError(
+            f"{what} has no '{answer_field}'",
+            "add it, or name the field of the answer with 'source.answer' in the recipe",
+        )
     if not isinstance(row["text"], str):
-        raise RecipeError(f"{what} has {described(row['text'])} as its question, and a question is text", "correct or remove the record")
+        raise RecipeError(
+            f"{what} has {described(row['text'])} as its question, and a question is text",
+            "correct or remove the record",
+        )
     return Turn(row["text"].strip(), answer_texts(row[answer_field], what) if answered else [])
 
 
@@ -109,27 +123,42 @@ def from_messages(messages: Any, what: str) -> Turn:
 def _pair(turns: Any, layout: Layout, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The question's turn and the answer's."""
     if not isinstance(turns, list):
-        raise RecipeError(f"{what} has {described(turns)} as its '{layout.name}', and not a list of turns", "correct the record")
+        raise RecipeError(
+            f"{what} has {described(turns)} as its '{layout.name}', and not a list of turns",
+            "correct the record",
+        )
     if not turns:
         raise RecipeError(f"{what} has an empty list as its '{layout.name}'", "complete or remove the record")
     speakers = [_speaker(turn, number, layout, what) for number, turn in enumerate(turns, start=1)]
     if speakers[0] == layout.answers:
-        raise RecipeError(f"{what} begins with an answer ('{layout.answers}')", "begin with the question, or remove the record")
+        raise RecipeError(
+            f"{what} begins with an answer ('{layout.answers}')",
+            "begin with the question, or remove the record",
+        )
     if len(speakers) == 1:
-        raise RecipeError(f"{what} has a question ('{layout.asks}') and no answer", "complete or remove the record")
+        raise RecipeError(
+            f"{what} has a question ('{layout.asks}') and no answer", "complete or remove the record"
+        )
     for number, (one, other) in enumerate(zip(speakers, speakers[1:], strict=False), start=1):
         if one == other:
             kind = "questions" if one == layout.asks else "answers"
-            raise RecipeError(f"{what} has two {kind} in a row (turns {number} and {number + 1}, '{one}')", "join or remove one of them")
+            raise RecipeError(
+                f"{what} has two {kind} in a row (turns {number} and {number + 1}, '{one}')",
+                "join or remove one of them",
+            )
     if len(speakers) > 2:
-        raise RecipeError(f"{what} has {len(speakers)} turns, and one question with one answer is learned from a record", SPLIT_UP)
+        raise RecipeError(
+            f"{what} has {len(speakers)} turns, and one question with one answer is learned from a record", SPLIT_UP
+        )
     return turns[0], turns[1]
 
 
 def _speaker(turn: Any, number: int, layout: Layout, what: str) -> str:
     """Who speaks in a turn: the one who asks or the one who answers."""
     if not isinstance(turn, dict):
-        raise RecipeError(f"{what} has {described(turn)} as turn {number}, and not an object", "correct the record")
+        raise RecipeError(
+            f"{what} has {described(turn)} as turn {number}, and not an object", "correct the record"
+        )
     speaker = turn.get(layout.speaker)
     if speaker == "system":
         raise RecipeError(
@@ -161,7 +190,9 @@ def _content(content: Any, what: str) -> str:
 def _part(part: dict[str, Any], what: str) -> str:
     kind = part.get("type")
     if kind not in ("text", "image"):
-        raise RecipeError(f"{what} has a part of the type {kind!r}, which is not read", "use the types text and image")
+        raise RecipeError(
+            f"{what} has a part of the type {kind!r}, which is not read", "use the types text and image"
+        )
     if kind == "text" and not isinstance(part.get("text"), str):
         raise RecipeError(f"{what} has a part of the type 'text' without text", "add it, or remove the part")
     refuse_inner_media(part, f"a message of {what}")

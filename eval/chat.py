@@ -38,7 +38,10 @@ def render(processor, question: str, n_images: int) -> str:
     """
     marked = question.count(MARKER)
     if marked not in (0, n_images):
-        raise EvalError(f"the question '{shorten(question, 80)}' marks {marked} images and has {n_images}", "mark each image once, or none")
+        raise EvalError(
+            f"the question '{shorten(question, 80)}' marks {marked} images and has {n_images}",
+            "mark each image once, or none",
+        )
     # Chat templates put parts of the type image before the text, wherever they stand among the parts.
     text = {"type": "text", "text": question.replace(MARKER, processor.image_token)}
     content = [text] if marked else [{"type": "image"}] * n_images + [text]
@@ -94,7 +97,7 @@ class Chat:
             sizes: (height, width) of each image.
 
         Raises:
-            EvalError: the question holds one of the tokenizer's special tokens, or marks another number of images.
+            EvalError: the question holds a special token of the tokenizer, or marks another number of images.
         """
         self._refuse_special(question)
         return self._expand(self._tokenise(render(self.processor, question, len(sizes))), sizes)
@@ -107,8 +110,8 @@ class Chat:
             answer: the text to learn.
 
         Raises:
-            EvalError: as `prompt`, and if the tokenizer does not keep the prompt apart from the answer, so that training would show the
-                model another prompt than generation does.
+            EvalError: as `prompt`, and if the tokenizer does not keep the prompt apart from the answer, so
+                that training would show the model another prompt than generation does.
         """
         self._refuse_special(question, answer)
         text = render(self.processor, question, len(sizes))
@@ -121,11 +124,11 @@ class Chat:
         return self._expand(prompt, sizes), whole[len(prompt) :]
 
     def _refuse_special(self, question: str, answer: str = "") -> None:
-        """Refuse what the tokenizer would read as a token of its own, such as the end of the text, instead of as letters."""
+        """Refuse what the tokenizer would read as a token of its own, such as the end of the text."""
         for role, text in (("question", question.replace(MARKER, " ")), ("answer", answer)):
             if special := self._special.search(text):
                 raise EvalError(
-                    f"the {role} '{shorten(text, 80)}' holds {special[0]}, which is a special token of the model",
+                    f"the {role} '{shorten(text, 80)}' holds {special[0]}, a special token of the model",
                     "take it out of the text, or write it with spaces in it",
                 )
 
