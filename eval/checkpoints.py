@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +29,12 @@ PROCESSOR = (
 #: Keys of a configuration that say who wrote it, not what the model is.
 WRITTEN_BY = ("_name_or_path", "transformers_version")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-#: Older checkpoints hold tensors that newer code computes.
+#: What PEFT writes beside an adapter's weights.
+ADAPTER = "adapter_config.json"
+AGAIN = "download the checkpoint again, or give another one"
+#: Older checkpoints hold tensors that newer code computes; those of a vision encoder's own head have no use in a LLaVA.
 COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked")
+UNUSED = ("vision_model.head.", "vision_tower.head.")
 #: Seconds within which a file may change again without another time stamp.
 RECENT = 2.0
 
@@ -70,15 +76,19 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for name in WEIGHTS:
         path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise EvalError(f"{path} is a link to nothing", AGAIN)
         if not path.is_file():
             continue
         if path.suffix != ".json":
             return [path]
         try:
             names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-            files = [folder / str(name) for name in names]
+            if not all(isinstance(name, str) and name == Path(name).name for name in names):
+                raise ValueError("it names something other than files of its folder")
+            files = [folder / name for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise EvalError(f"{path} is no index of a checkpoint's weights ({_reason(error)})", "download the checkpoint again") from error
+            raise EvalError(f"{path} is no index of a checkpoint's weights ({_reason(error)})", AGAIN) from error
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise EvalError(
@@ -176,24 +186,28 @@ def load_checked(auto_class, place: str, **options):
     Raises:
         EvalError: a file that cannot be read, tensors that are missing, unknown or of another shape, or values that are no numbers.
     """
-    if Path(place).is_dir():
-        check_weight_files(Path(place))
-    with loading(place):
+    folder = Path(place)
+    if (folder / ADAPTER).is_file():
+        raise EvalError(f"{folder} holds an adapter ({ADAPTER}), which transformers would load along with the model", "move it out, or give its base")
+    if folder.is_dir():
+        check_weight_files(folder)
+    with loading(place), _quiet():
         model, info = auto_class.from_pretrained(place, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **options)
     what = _where(place)
-    missing, unexpected = (
-        sorted(name for name in info[key] if not name.endswith(COMPUTED)) for key in ("missing_keys", "unexpected_keys")
-    )
+    missing = sorted(name for name in info["missing_keys"] if not name.endswith(COMPUTED))
+    unknown = sorted(name for name in info["unexpected_keys"] if not name.endswith(COMPUTED) and not any(part in name for part in UNUSED))
+    shapes = [f"{name}: {tuple(held)} for {tuple(wanted)}" for name, held, wanted in info.get("mismatched_keys", ())]
+    errors = [_reason(error) if isinstance(error, BaseException) else str(error).splitlines()[0] for error in info.get("error_msgs", ())]
     for names, problem in (
         (missing, "lacks {} of the model's tensors ({}), which would be drawn at random"),
-        (unexpected, "holds {} tensors that the model of its config.json does not have ({})"),
-        ([f"{name}: {tuple(was)} for {tuple(is_)}" for name, was, is_ in info.get("mismatched_keys", ())], "holds {} tensors of another shape than its config.json says ({})"),
-        ([str(message).splitlines()[0] for message in info.get("error_msgs", ())], "could not be loaded whole: {} errors ({})"),
+        (unknown, "holds {} tensors that the model of its config.json does not have ({})"),
+        (shapes, "holds {} tensors of another shape than its config.json says ({})"),
+        (errors, "could not be loaded whole: {} errors ({})"),
     ):
         if names:
-            raise EvalError(f"{what} {problem.format(len(names), ', '.join(names[:2]) + (', ...' if len(names) > 2 else ''))}",
-                            "download the checkpoint again, or give the one that its config.json belongs to")
-    check_finite(model, what)
+            first = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+            raise EvalError(f"{what} {problem.format(len(names), first)}", "download the checkpoint again, or give the one that its config.json belongs to")
+    check_finite(model, place)
     return model.eval()
 
 
@@ -207,9 +221,12 @@ def check_weight_files(folder: Path) -> None:
 
     files = weight_files(folder)
     if not files and (folder / "config.json").is_file():
-        raise EvalError(f"{folder} holds a config.json and no weights ({', '.join(WEIGHTS)})", "download the checkpoint again")
+        raise EvalError(f"{folder} holds a config.json and no weights ({', '.join(WEIGHTS)})", AGAIN)
     for path in files:
         try:
+            with open(path, "rb") as file:
+                if file.read(40).startswith(b"version https://git-lfs"):
+                    raise ValueError("it is a pointer of Git LFS; run `git lfs pull`")
             if path.suffix == ".safetensors":
                 with safetensors.safe_open(path, framework="pt") as file:
                     file.keys()
@@ -219,17 +236,41 @@ def check_weight_files(folder: Path) -> None:
             raise EvalError(f"the weights in {path} cannot be read ({_reason(error)})", "download the checkpoint again, or make the file readable") from error
 
 
-def check_finite(model, what: str) -> None:
+def check_finite(model, place: str) -> None:
     """Refuse weights that are not numbers: a loss on them is NaN, whatever the settings.
 
+    With weights in shards over several processes, each looks at its own.
+
     Raises:
-        EvalError: naming the first such tensor and how many there are.
+        EvalError: naming the file and the first such tensor, and how many there are.
     """
     import torch
 
-    bad = [name for name, value in model.state_dict().items() if value.is_floating_point() and value.device.type != "meta" and not torch.isfinite(value).all()]
+    values = {name: getattr(value, "ds_tensor", value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    bad = [
+        name for name, value in values.items()
+        if value.is_floating_point() and not value.is_meta and value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all()
+    ]
     if bad:
-        raise EvalError(f"{what} holds NaN or infinity in {len(bad)} tensors ({', '.join(bad[:2])})", "download the checkpoint again, or take one that trained without diverging")
+        first = ", ".join(bad[:2]) + (", ..." if len(bad) > 2 else "")
+        raise EvalError(
+            f"{_spoilt(place) or _where(place)} holds NaN or infinity (in {len(bad)} tensors of the model: {first})",
+            "download the checkpoint again, or take one whose training did not diverge",
+        )
+
+
+def _spoilt(place: str) -> Path | None:
+    """Find the shard of a local checkpoint that holds values that are not numbers."""
+    import safetensors
+    import torch
+
+    for path in weight_files(Path(place)) if Path(place).is_dir() else []:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensors = (file.get_tensor(name) for name in file.keys())
+                if any(value.is_floating_point() and not torch.isfinite(value).all() for value in tensors):
+                    return path
+    return None
 
 
 def check_device(device: str) -> str:
@@ -257,8 +298,10 @@ def loading(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
+    except ImportError as error:
+        raise EvalError(f"the model '{name}' cannot be loaded ({_reason(error)})", "install what is missing") from error
     except Exception as error:  # transformers, tokenizers, safetensors and pickle raise errors of every kind for damaged files.
         raise EvalError(f"the model '{name}' cannot be loaded ({_reason(error)})", "give a folder with a whole checkpoint, an embedded model, or a Hub id that this machine can reach") from error
 
@@ -267,12 +310,27 @@ def _open_pickled(path: Path) -> None:
     """Read the directory of a pickled checkpoint without its tensors."""
     import torch
 
-    torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    tensors = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ValueError("it holds something other than tensors by name")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the table off the terminal that transformers draws of what `load_checked` refuses in a sentence."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _where(place: str) -> str:
-    files = weight_files(Path(place)) if Path(place).is_dir() else []
-    return str(files[0]) if len(files) == 1 else f"the checkpoint {place}"
+    """Name the file that says which tensors a checkpoint holds."""
+    present = [Path(place) / name for name in WEIGHTS if (Path(place) / name).is_file()]
+    return str(present[0]) if present else f"the checkpoint '{place}'"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,8 +48,11 @@ def check_generation(settings: Mapping[str, Any], where: str = "generation") -> 
         if any(type(token) is not int or token < 0 for token in settings.get(key, ())):
             raise EvalError(f"{where}.{key} is {settings[key]!r}, but it lists ids of tokens", "write whole numbers")
     for key, lowest in LOWEST.items():
-        if settings.get(key, lowest) < lowest:
+        if not settings.get(key, lowest) >= lowest:
             raise EvalError(f"{where}.{key} is {settings[key]}, but it is {lowest} or more", "mend the value")
+    for key in ("repetition_penalty", "length_penalty"):
+        if not math.isfinite(settings.get(key, 1.0)):
+            raise EvalError(f"{where}.{key} is {settings[key]}, which is no number", "mend the value")
     try:
         GenerationConfig(**{"max_new_tokens": 1, **settings}).validate()
     except (ValueError, TypeError) as error:

@@ -69,9 +69,11 @@ class LlavaPredictor:
 
     def _stops(self) -> list[int]:
         """The model's own end tokens, and the tokenizer's, with which training ends an answer."""
-        own = getattr(self.model.generation_config, "eos_token_id", None)
-        own = own if isinstance(own, list) else [own]
-        return sorted({token for token in [*own, self.chat.tokenizer.eos_token_id] if token is not None})
+        stops = getattr(self.model.generation_config, "eos_token_id", None)
+        tokens = {token for token in [*(stops if isinstance(stops, list) else [stops]), self.chat.tokenizer.eos_token_id] if token is not None}
+        if not all(type(token) is int for token in tokens):
+            raise EvalError(f"the checkpoint's generation_config.json has the eos_token_id {stops!r}", "write a token's id, or a list of them")
+        return sorted(tokens)
 
     @torch.no_grad()
     def predict(self, examples: Sequence[Example]) -> list[str]:

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora_eval.checkpoints import check_device, check_place, content_hash, load_checked, loading, model_content
+from llava_keeplora_eval.checkpoints import ADAPTER, check_device, check_finite, check_place, content_hash, load_checked, loading, model_content
 from llava_keeplora_eval.errors import EvalError
 
 #: Models that come with the training half; found by name, never imported.
 EMBEDDED = ("tiny-clip", "tiny-llava")
 #: Model types of transformers → the family that answers with them; training and evaluation take the same.
 FAMILIES = {"clip": "clip", "llava": "llava", "llava_next": "llava", "llava_onevision": "llava"}
-#: What PEFT writes beside an adapter's weights.
-ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,8 @@ def model_family(name: str, revision: str | None = None) -> str:
     """
     from transformers import AutoConfig
 
+    if (Path(name) / ADAPTER).is_file():
+        raise EvalError(f"'{name}' is an adapter, and a whole model is needed", "give its base model, `import` the adapter, or export it as merged")
     with loading(name):
         kind = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=False).model_type
     if kind not in FAMILIES:
@@ -150,10 +150,10 @@ def made_by(name: str, predictor, base: str | None = None) -> dict[str, Any]:
 
 
 def _with_adapter(model, folder: str):
-    """Merge a PEFT adapter into its base.
+    """Put a PEFT adapter on its base, unmerged: in a base of half precision a merge would round small updates away.
 
     Raises:
-        EvalError: it cannot be loaded, or does not fit the base.
+        EvalError: it cannot be loaded, does not fit the base, or holds values that are not numbers.
     """
     from peft import PeftModel
 
@@ -166,7 +166,8 @@ def _with_adapter(model, folder: str):
                 f"the adapter {folder} does not fit its base: {len(lost)} of its tensors are missing and {len(result.unexpected_keys)} have no place",
                 "give the base that it was trained on with --base, or download it again",
             )
-        return adapted.merge_and_unload().eval()
+        check_finite(adapted, folder)
+        return adapted.get_base_model().eval()
 
 
 def load_llava(name: str, device: str | None = None):

@@ -52,8 +52,9 @@ def test_a_whole_checkpoint_is_loaded_in_one_file_in_shards_and_pickled(copied):
     assert all(torch.equal(value, expected[key]) for key, value in load(copied).state_dict().items())
     for path in copied.glob("model*"):
         path.unlink()
-    torch.save(expected, copied / "pytorch_model.bin")
-    assert all(torch.equal(value, expected[key]) for key, value in load(copied).state_dict().items())
+    for zipped in (True, False):
+        torch.save(expected, copied / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        assert all(torch.equal(value, expected[key]) for key, value in load(copied).state_dict().items())
 
 
 def test_tensors_that_newer_code_computes_are_no_fault(copied):
@@ -91,7 +92,7 @@ def overflow(tensors):
     [
         (drop_layer, r"lacks 32 of the model's tensors \(text_model.encoder.layers.1"), (drop_one, r"lacks 1 of .*logit_scale"),
         (add, "holds 1 tensors that the model .* does not have .*layers.7"), (reshape, r"another shape .*visual_projection.weight: \(3, 5\) for"),
-        (spoil, r"NaN or infinity in 1 tensors \(text_projection.weight\)"), (overflow, "NaN or infinity"),
+        (spoil, r"NaN or infinity \(in 1 tensors of the model: text_projection.weight\)"), (overflow, "NaN or infinity"),
     ],
 )
 def test_a_checkpoint_that_does_not_hold_the_models_tensors_is_refused_by_file(copied, change, said):
@@ -138,6 +139,52 @@ def test_a_missing_shard_and_missing_weights_are_named(copied):
     for path in copied.glob("model*"):
         path.unlink()
     with pytest.raises(EvalError, match="holds a config.json and no weights"):
+        load(copied)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"), lambda path: (path.unlink(), path.symlink_to("gone")),
+])
+def test_a_pointer_and_a_dangling_link_are_named(copied, damage):
+    damage(copied / "model.safetensors")
+    with pytest.raises(EvalError, match="model.safetensors.*(git lfs pull|link to nothing)"):
+        load(copied)
+
+
+def test_a_shard_that_holds_nan_is_named(copied):
+    names = split_in_two(copied)
+    tensors = load_file(copied / names[1])
+    next(value for value in tensors.values() if value.is_floating_point()).fill_(float("nan"))
+    save_file(tensors, copied / names[1], {"format": "pt"})
+    with pytest.raises(EvalError, match=f"{names[1]} holds NaN"):
+        load(copied)
+
+
+@pytest.mark.parametrize("names", [["../secret"], [3], [None]])
+def test_an_index_names_files_of_its_folder_alone(copied, names):
+    split_in_two(copied)
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name for name in names}}))
+    with pytest.raises(EvalError, match="index.json is no index"):
+        load(copied)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {}])
+def test_a_pickle_of_something_else_is_named_and_code_in_one_is_not_run(copied, content, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (copied / "model.safetensors").unlink()
+    for held in (content, {"a": Code()}):
+        torch.save(held, copied / "pytorch_model.bin")
+        with pytest.raises(EvalError, match="pytorch_model.bin cannot be read"):
+            load(copied)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_base_with_an_adapter_in_its_folder_is_refused(copied):
+    (copied / "adapter_config.json").write_text("{}")
+    with pytest.raises(EvalError, match="holds an adapter"):
         load(copied)
 
 

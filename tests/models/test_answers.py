@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
@@ -79,7 +80,7 @@ def test_settings_that_a_user_chooses_are_those_of_generate(tiny_llava, question
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({"do_sample": True}, "do_sample could not be repeated"), ({"num_beam": 4}, "num_beam cannot be set; did you mean 'num_beams'"), ({"num_beams": "4"}, "takes int"),
-     ({"num_beams": 0}, "num_beams is 0, but it is 1 or more"), ({"suppress_tokens": ["a"]}, ".*lists ids of tokens"), ({"repetition_penalty": True}, "takes int or float"), ({"eos_token_id": 3}, "cannot be set"), ({"max_new_tokens": 3}, "cannot be set")],
+     ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"), ({"length_penalty": float("inf")}, "no number"), ({"num_beams": 0}, "num_beams is 0, but it is 1 or more"), ({"suppress_tokens": ["a"]}, ".*lists ids of tokens"), ({"repetition_penalty": True}, "takes int or float"), ({"eos_token_id": 3}, "cannot be set"), ({"max_new_tokens": 3}, "cannot be set")],
 )
 def test_a_setting_that_is_none_is_refused_by_name(settings, said, llava_tree, tmp_path):
     with pytest.raises(EvalError, match=f"generation.*{said}"):
@@ -95,8 +96,6 @@ def test_settings_of_answers_are_part_of_what_a_run_is(llava_tree, tmp_path):
 
 
 def change_weights(folder):
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     next(iter(tensors.values())).add_(1.0)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -162,12 +161,30 @@ def test_a_peft_adapter_answers_on_its_base(tiny_llava, questions, tmp_path):
     assert answers(tmp_path / "adapter", questions) == answers(tmp_path / "merged", questions) != answers(tiny_llava, questions)
     predictor = load_predictor(str(tmp_path / "adapter"), questions.recipe, "cpu", base=str(tiny_llava))
     assert "adapter_model.safetensors" in made_by(str(tmp_path / "adapter"), predictor, str(tiny_llava))["adapter"]
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    tensors = load_file(weights)
+    save_file({**tensors, next(iter(tensors)): torch.full_like(next(iter(tensors.values())), float("nan"))}, weights, {"format": "pt"})
+    with pytest.raises(EvalError, match="holds NaN"):
+        answers(tmp_path / "adapter", questions)
+    save_file(dict(list(tensors.items())[1:]), weights, {"format": "pt"})
+    with pytest.raises(EvalError, match="1 of its tensors are missing"):
+        answers(tmp_path / "adapter", questions)
+    weights.write_bytes(whole)
     config = tmp_path / "adapter/adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(EvalError, match="names no base model; say where it lies with --base"):
         answers(tmp_path / "adapter", questions)
     with pytest.raises(EvalError, match="is no folder with an adapter"):
         answers(tiny_llava, questions, base=str(tiny_llava))
+
+
+@pytest.mark.parametrize("stops", ["</s>", [2, "3"]])
+def test_end_tokens_that_are_no_ids_are_refused(tiny_llava, questions, tmp_path, stops):
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    with pytest.raises(EvalError, match="eos_token_id|cannot be loaded"):
+        answers(folder, questions)
 
 
 @pytest.mark.parametrize("kind", ["siglip", "blip", "bert"])
