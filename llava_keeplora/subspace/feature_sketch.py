@@ -41,7 +41,10 @@ SAMPLE = 512
 
 @dataclass(frozen=True)
 class SketchedFeatureDirections(FeatureDirections):
-    """What a task's features add to a layer's basis, by a sketch: `energy_after` is a lower bound.
+    """What a task's features add to a layer's basis, by a sketch.
+
+    `energy_after` is a lower bound where every row was asked for `energy_before`; where they were sampled, both carry its
+    standard error, `energy_error`, and `fewest` and `reached` follow the estimate.
 
     Args:
         missed: share of the features' energy that the sketch can't place, trace(C_hat - N) / ||X||^2.
