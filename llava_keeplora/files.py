@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -117,6 +118,8 @@ def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
         OSError: if it cannot be written.
     """
     folder = Path(os.path.abspath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
     merged = not replace and folder.is_dir()
     # A folder that stays may be a mount point, and what is beside it another disk.
     beside = folder if merged else folder.parent

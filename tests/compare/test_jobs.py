@@ -9,6 +9,7 @@ import threading
 import pytest
 import yaml
 
+from llava_keeplora import cli
 from llava_keeplora.compare import compare, files, jobs, table
 from llava_keeplora.config import load_config
 from llava_keeplora.run_folder import read_identity
