@@ -1,9 +1,11 @@
 """Random crops of a task's training pictures, a function of seed, step and example alone.
 
-So a killed training goes on with the crops that it would have made, and any number of processes makes the same ones.
+So a killed training goes on with the crops that it would have made, and any number of processes makes the
+same ones.
 
-Source: Szegedy et al., "Going deeper with convolutions" (CVPR 2015), section 6; the order of draws and the fallback are those that
-torchvision documents for RandomResizedCrop, with the ratio from 3/4 to 4/3 that it has by default.
+Source: Szegedy et al., "Going deeper with convolutions" (CVPR 2015), section 6; the order of draws and the
+fallback are those that torchvision documents for RandomResizedCrop, with the ratio from 3/4 to 4/3 that it
+has by default.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class RandomCrops:
     """A split's pictures as random crops, and the collator that names them.
 
     Args:
-        image_processor: a CLIP image processor; it makes pixel values of what is cropped, and neither scales nor cuts any more.
+        image_processor: a CLIP image processor; it makes pixel values of what is cropped, and neither scales
+        nor cuts any more.
         side: of the square that a crop is scaled to, bicubically.
         data: the split.
         scale: least and most share of a picture's area.
@@ -34,32 +37,38 @@ class RandomCrops:
     """
 
     def __init__(self, image_processor, side: int, data: TaskData, scale: tuple[float, float], seed: int):
-        self.image_processor, self.side, self.data, self.scale, self.seed = image_processor, side, data, scale, seed
+        self.image_processor, self.side, self.data = image_processor, side, data
+        self.scale, self.seed = scale, seed
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """`rows` and `labels`, each (batch,): which examples these are, to be cropped once the step is known."""
-        return {"rows": torch.tensor(list(indices)), "labels": torch.tensor([self.data.labels[i] for i in indices])}
+        """`rows` and `labels`, each (batch,): which examples these are, cropped once the step is known."""
+        labels = [self.data.labels[i] for i in indices]
+        return {"rows": torch.tensor(list(indices)), "labels": torch.tensor(labels)}
 
     def crop(self, row: int, step: int) -> Image.Image:
         """The crop of an example that a step sees, (side, side), RGB."""
         image = self.data[row].image.convert("RGB")
         digest = hashlib.sha256(f"{self.seed}/{step}/{row}".encode()).digest()
-        box = random_box(*image.size, self.scale, torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        box = random_box(*image.size, self.scale, generator)
         return image.crop(box).resize((self.side, self.side), Image.Resampling.BICUBIC)
 
     def filled(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """A batch of `collate` as the model takes it: `pixel_values` (batch, 3, side, side) in the place of `rows`.
+        """A batch of `collate` with `pixel_values` (batch, 3, side, side) in the place of `rows`.
 
         Args:
             batch: on any device.
             step: the optimiser step that it is for, from 0.
         """
         crops = [self.crop(row, step) for row in batch["rows"].tolist()]
-        pixels = self.image_processor(images=crops, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
-        return {key: value for key, value in batch.items() if key != "rows"} | {"pixel_values": pixels.to(batch["labels"].device)}
+        made = self.image_processor(images=crops, do_resize=False, do_center_crop=False, return_tensors="pt")
+        others = {key: value for key, value in batch.items() if key != "rows"}
+        return others | {"pixel_values": made["pixel_values"].to(batch["labels"].device)}
 
 
-def random_box(width: int, height: int, scale: tuple[float, float], generator: torch.Generator) -> tuple[int, int, int, int]:
+def random_box(
+    width: int, height: int, scale: tuple[float, float], generator: torch.Generator
+) -> tuple[int, int, int, int]:
     """A box (left, top, right, bottom) of random area and ratio, anywhere inside a picture.
 
     Args:

@@ -1,16 +1,17 @@
 """Bounds of energies that are known through Gaussian test vectors alone, and how sure they are.
 
-Shapes: M any matrix (out, in), Psi (l, out) standard Gaussian and independent of M, so |psi_i M|^2 has mean ||M||_F^2.
+Shapes: M any matrix (out, in), Psi (l, out) standard Gaussian and independent of M, so |psi_i M|^2 has mean
+||M||_F^2.
 
-The bound: sum_i |psi_i M|^2 / l lies in [c, C] ||M||_F^2, each side but for a probability delta, where c < 1 < C solve
-x - 1 - ln x = 2 ln(1 / delta) / l. Proof: with the eigenvalues mu_j of M M^T, summing to ||M||_F^2 = 1, the sum is
-sum_ij mu_j z_ij^2 / l over independent standard normals z. Its logarithmic moment generating function is
--1/2 sum_ij ln(1 - 2 t mu_j / l), for either sign of t a convex function of mu, so over the simplex it is largest where one
-mu_j is 1, where the sum is chi^2_l / l. Chernoff's bound of that, P(chi^2_l / l beyond x) <= (x e^(1 - x))^(l / 2), holds
-for every M, whatever its spectrum.
+The bound: sum_i |psi_i M|^2 / l lies in [c, C] ||M||_F^2, each side but for a probability delta, where
+c < 1 < C solve x - 1 - ln x = 2 ln(1 / delta) / l. Proof: with the eigenvalues mu_j of M M^T, summing to ||M||_F^2
+= 1, the sum is sum_ij mu_j z_ij^2 / l over independent standard normals z. Its logarithmic moment generating
+function is -1/2 sum_ij ln(1 - 2 t mu_j / l), for either sign of t a convex function of mu, so over the
+simplex it is largest where one mu_j is 1, where the sum is chi^2_l / l. Chernoff's bound of that, P(chi^2_l / l
+beyond x) <= (x e^(1 - x))^(l / 2), holds for every M, whatever its spectrum.
 
-Source of the tail of chi^2: Dasgupta and Gupta, "An elementary proof of a theorem of Johnson and Lindenstrauss" (2003),
-lemma 2.2.
+Source of the tail of chi^2: Dasgupta and Gupta, "An elementary proof of a theorem of Johnson and
+Lindenstrauss" (2003), lemma 2.2.
 """
 
 import math
@@ -23,7 +24,8 @@ from torch import Tensor
 
 # Probability with which one inequality may fail; an answer takes fewer than thirty of them.
 CHANCE = 1e-7
-# Norm of the rounding in a float32 sum of products, as a share of the whole gradient's; seen up to a quarter of it.
+# Norm of the rounding in a float32 sum of products, as a share of the whole gradient's; seen: an eighth of it
+# over 64 batches, a quarter over 512. The rounding of much longer sums, of gradients that cancel, isn't in it.
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
@@ -41,7 +43,7 @@ def chi_square_factors(rows: int, chance: float = CHANCE) -> tuple[float, float]
 
 
 def _crossing(wanted: float, inner: float, outer: float) -> float:
-    """Where x - 1 - ln x, which grows away from 1, reaches a value; the outer end of the last interval, so to be safe."""
+    """Where x - 1 - ln x, which grows away from 1, reaches a value; the outer end of the last interval."""
     for _ in range(100):
         middle = (inner + outer) / 2
         if middle - 1.0 - math.log(middle) < wanted:
@@ -64,7 +66,7 @@ class PartlyKnown(NamedTuple):
 
     @classmethod
     def of(cls, rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], exact: Tensor | None) -> "PartlyKnown":
-        """A matrix X by its rows Psi X, and by Q^T X, (w, in), where that is known exactly; see `fit_error` for `seen`."""
+        """A matrix X by its rows Psi X, and by Q^T X, (w, in), where that is known; `seen` is Psi Q."""
         return cls(0.0, rows) if exact is None else cls(float(exact.square().sum()), rows - seen @ exact)
 
     @property
@@ -81,7 +83,7 @@ class PartlyKnown(NamedTuple):
 
 
 def share_bounds(part: tuple[float, float], rest: tuple[float, float]) -> tuple[float, float]:
-    """Least and most of part / (part + rest), for two energies between bounds; rounding is taken off and added on.
+    """Least and most of part / (part + rest), for two energies between bounds, rounding included.
 
     Args:
         part, rest: least and most of each.
@@ -101,7 +103,8 @@ def _rounded(bounds: tuple[float, float], rounding: float) -> tuple[float, float
 def least_share(held: float, error: float, most: float, whole: float) -> float:
     """A lower bound of ||G_hat A||^2 over the energy of the best r directions.
 
-    ||G_hat A|| >= ||Q^T G_hat A|| >= ||B A|| - ||B - Q^T G_hat||, for any B and any Q with orthonormal columns.
+    ||G_hat A|| >= ||Q^T G_hat A|| >= ||B A|| - ||B - Q^T G_hat||, for any B and any Q with orthonormal
+    columns.
 
     Args:
         held: ||B A||^2.
@@ -117,9 +120,10 @@ def least_share(held: float, error: float, most: float, whole: float) -> float:
 def fit_error(seen: Float[Tensor, "l d"], missed: Float[Tensor, "l in"]) -> tuple[float, float]:
     """How far least squares on rows can be from Q^T G_hat, and how much of G_hat can lie outside Q.
 
-    The rows of G_hat are Psi Q (Q^T G_hat) + Psi M with M = G_hat - Q Q^T G_hat, and Psi Q is independent of Psi M, since
-    Q is orthogonal to M. So the solution B is off by (Psi Q)^+ Psi M, whose norm is at most ||(Psi Q)^+||_2 times that of
-    the d dimensions of Psi M inside the span of Psi Q; what is left in the other l - d dimensions tells ||M||_F.
+    The rows of G_hat are Psi Q (Q^T G_hat) + Psi M with M = G_hat - Q Q^T G_hat, and Psi Q is independent of
+    Psi M, since Q is orthogonal to M. So the solution B is off by (Psi Q)^+ Psi M, whose norm is at most
+    ||(Psi Q)^+||_2 times that of the d dimensions of Psi M inside the span of Psi Q; what is left in the
+    other l - d dimensions tells ||M||_F.
 
     Args:
         seen: Psi Q, l > d.
