@@ -67,15 +67,16 @@ def place(tmp_path_factory):
     return root
 
 
-def inspected(place, content, count, form="llava_json", kind="vqa", **source):
+def inspected(place, content, count, form="llava_json", recipe=None, **source):
     """The usable examples by id, and the sentences of the others; every record is one or the other."""
     file = "rows.parquet" if isinstance(content, pa.Table) else "rows.jsonl" if isinstance(content, str) else "rows.json"
     if isinstance(content, pa.Table):
         pyarrow.parquet.write_table(content, place / file)
     else:
         (place / file).write_text(content if isinstance(content, str) else json.dumps(content))
-    facts = {"name": "cells", "version": 1, "licence": "MIT", "kind": kind, "metric": "exact_match", "splits": {"train": file}}
-    (place / "cells.yaml").write_text(yaml.safe_dump(facts | {"source": {"format": form, "path": "."} | source}))
+    facts = {"name": "cells", "version": 1, "licence": "MIT", "kind": "vqa", "metric": "exact_match", "splits": {"train": file}}
+    facts |= {"source": {"format": form, "path": "."} | source} | (recipe or {})
+    (place / "cells.yaml").write_text(yaml.safe_dump(facts))
     data, problems = load_recipe(place / "cells.yaml").inspect("train", place)
     assert all(isinstance(p, RecipeError) and str(p).endswith(".") and "\n" not in str(p) for p in problems)
     examples = {} if data is None else {example.id: example for example in data}
@@ -86,7 +87,7 @@ def inspected(place, content, count, form="llava_json", kind="vqa", **source):
         assert len(problems) == 1, "a file or column that cannot be read is refused once"
         return examples, problems
     used = {int(name[1:]) for name in examples if name[0] == "r"}
-    assert "id" in source or used | told == set(range(count)), (problems, set(range(count)) - used - told)
+    assert used | told == set(range(count)), (problems, set(range(count)) - used - told)
     assert not used & told, "what is refused is not used"
     return examples, problems
 
@@ -250,3 +251,16 @@ def check_ids(place, table, column):
     ids = [] if data is None else data.ids
     assert ids == [f"{c.normalize():f}" if isinstance(c, decimal.Decimal) else word(c) for c in said]
     assert len(ids) + len({i for p in problems for i in numbers_in(str(p))}) in (3, len(ids)), problems
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=lambda c: str(c.type).replace(" ", ""))
+def test_labels(place, column):
+    """A label is a class by name, or by position where it is a whole number; anything else is refused."""
+    table = {"id": ["r0", "r1", "r2"], "image": ["0.png"] * 3, "label": column}
+    classes = ["red", "blue", "a", "b"]
+    facts = {"kind": "classification", "prompt": "a {c}.", "classes": classes, "metric": "accuracy"}
+    examples, _ = inspected(place, pa.table(table), 3, "parquet", facts)
+    cells = cells_of(column)
+    by_name = {f"r{i}": c for i, c in enumerate(cells) if isinstance(c, str) and c in classes}
+    by_place = {f"r{i}": classes[c] for i, c in enumerate(cells) if type(c) is int and 0 <= c < len(classes)}
+    assert {name: example.answers[0] for name, example in examples.items()} == by_name | by_place
