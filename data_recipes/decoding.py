@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to the RGB pixels that a viewer shows; every reader's pictures come through here."""
+"""From the bytes of a picture file to the RGB pixels that a viewer shows, for every reader."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 #: What lies under transparent pixels where a recipe doesn't say: the page of a browser.
 WHITE = "#ffffff"
 
-#: Pillow opens these, and shows no pixels of the file itself: PostScript is a program that another program would have
-#: to run, WMF is drawn by Windows, and of the others only the header is read.
+#: Pillow opens these, and shows no pixels of the file itself: PostScript is a program that another program would
+#: have to run, WMF is drawn by Windows, and of the others only the header is read.
 NOT_DECODED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
 
 #: Pillow's own limit is a setting that any library may change; this is its default, for 512 MiB of pixels.
@@ -56,8 +56,8 @@ class Decoded:
 
     Attributes:
         image: RGB.
-        note: what was done beyond Pillow's own conversion to RGB, such as `orientation 6, over #ffffff`; empty for
-            most pictures, those of RGB or grey without transparency and upright.
+        note: what was done beyond Pillow's own conversion to RGB, such as `orientation 6, over #ffffff`; empty
+            for most pictures, which are upright and without transparency.
     """
 
     image: Image.Image
@@ -74,7 +74,7 @@ def decode(data: bytes, background: str = WHITE) -> Decoded:
         background: `#rrggbb`.
 
     Raises:
-        ValueError: the bytes are no picture, or one whose look is open: 32 bits per pixel have no agreed white.
+        ValueError: the bytes are no picture, or one whose look is open, as numbers of 32 bits have no agreed white.
         Exception: whatever Pillow raises for bytes that are broken or cut off.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a setting of the process: another library may have turned it on
@@ -110,8 +110,9 @@ def _opened(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=[form for form in Image.ID if form not in NOT_DECODED])
     except UnidentifiedImageError:
         # Pillow's own sentence has the address of an object in it
-        found = (words for pattern, words in CONTENTS if re.match(pattern, data[:4096], re.DOTALL | re.IGNORECASE))
-        raise ValueError(f"cannot identify image file: it is {next(found, 'in no format that is read')}") from None
+        flags, start = re.DOTALL | re.IGNORECASE, data[:4096]
+        found = next((words for pattern, words in CONTENTS if re.match(pattern, start, flags)), "in no format that is read")
+        raise ValueError(f"cannot identify image file: it is {found}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"it has more than {MAX_PIXELS} pixels") from None
 
@@ -122,13 +123,15 @@ def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ValueError(f"it has {width} x {height} pixels, which is more than {MAX_PIXELS}")
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"it has {width} x {height} pixels, and a side over {MAX_RATIO} times the other cannot be scaled")
+        what = f"a side over {MAX_RATIO} times the other"
+        raise ValueError(f"it has {width} x {height} pixels, and {what} cannot be scaled")
 
 
 def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF raises nearly every kind of error, and viewers show such pictures as they lie
+    # damaged EXIF raises nearly every kind of error, and viewers show such pictures as they lie
+    except Exception:
         return None
 
 
@@ -138,7 +141,8 @@ def _pixels(image: Image.Image, data: bytes) -> tuple[Image.Image, Image.Image |
     if deep:
         return _from_16_bits(image)
     if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no agreed white: save it with 8 or 16 bits")
+        what = f"pixels of 32 bits (mode {image.mode})"
+        raise ValueError(f"{what} have no agreed white: save it with 8 or 16 bits")
     key = image.info.get("transparency")
     if image.mode in ("L", "RGB", "1") and key is not None:
         return image.convert("RGB"), _keyed(image, key, data)
@@ -169,7 +173,8 @@ def _keyed(image: Image.Image, key: int | tuple[int, int, int], data: bytes) -> 
     if depth == 16:
         raise ValueError("one of its colours of 16 bits is transparent, and colours are read with 8")
     if image.mode == "RGB":
-        return Image.fromarray(np.where((np.asarray(image) == np.array(key)).all(axis=-1), 0, 255).astype(np.uint8))
+        there = (np.asarray(image) == np.array(key)).all(axis=-1)
+        return Image.fromarray(np.where(there, 0, 255).astype(np.uint8))
     # Pillow spreads grey of 2 and 4 bits over 0 … 255, and leaves the colour's number as it is
     level = key * 255 // (2**depth - 1) if image.mode == "L" and depth < 8 else key
     return image.convert("L").point([0 if value == level else 255 for value in range(256)])

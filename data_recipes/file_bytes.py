@@ -56,7 +56,8 @@ def likely_cause(path: str, listings: Listings) -> str:
         return f"its name is a URL ({scheme[1]}:), and pictures are read from files"
     if "\\" in path:
         found = _spelt(path.replace("\\", "/"), listings)
-        return "its name has backslashes, and folders are parted by '/'" + (f", as in '{found}'" if found else "")
+        example = f", as in '{found}'" if found else ""
+        return f"its name has backslashes, and folders are parted by '/'{example}"
     parts = path.split("/")
     for size in range(1, len(parts) // 2 + 1):
         for start in range(len(parts) - 2 * size + 1):
@@ -69,26 +70,33 @@ def likely_cause(path: str, listings: Listings) -> str:
         return f"'{found}' is there, in another {'Unicode form' if same else 'letter case'}"
     if "%" in path and os.path.lexists(unquote(path)):
         return f"'{unquote(path)}' is there, and the name is percent-encoded"
-    return ""
+    folder, stem = os.path.dirname(path) or ".", _folded(Path(path).stem)
+    other = sorted(name for folded, name in _listing(folder, listings).items() if Path(folded).stem == stem)
+    return f"'{os.path.join(folder, other[0])}' is there, with another ending" if other else ""
 
 
 def _spelt(path: str, listings: Listings) -> str:
-    """The path of the file that reads the same apart from letter case and Unicode form; empty where there is none."""
+    """The path of the file that reads the same but for letter case and Unicode form; empty where there is none."""
     found = "/" if path.startswith("/") else ""
     for part in filter(None, path.split("/")):
         if os.path.lexists(os.path.join(found, part)):
             found = os.path.join(found, part)
             continue
         folder = found or "."
-        if folder not in listings:
-            try:
-                listings[folder] = {_folded(name): name for name in os.listdir(folder)}
-            except OSError:
-                listings[folder] = {}
-        if _folded(part) not in listings[folder]:
+        names = _listing(folder, listings)
+        if _folded(part) not in names:
             return ""
-        found = os.path.join(found, listings[folder][_folded(part)])
+        found = os.path.join(found, names[_folded(part)])
     return found
+
+
+def _listing(folder: str, listings: Listings) -> dict[str, str]:
+    if folder not in listings:
+        try:
+            listings[folder] = {_folded(name): name for name in os.listdir(folder)}
+        except OSError:
+            listings[folder] = {}
+    return listings[folder]
 
 
 def _folded(name: str) -> str:

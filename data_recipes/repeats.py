@@ -1,4 +1,4 @@
-"""What a split holds more than once, as sentences: pictures under two labels, the same record twice, pictures of another split.
+"""What a split holds more than once, as sentences: a picture under two labels, in two splits, the same record twice.
 
 Pictures are the same where their files are, byte for byte.
 """
@@ -32,7 +32,7 @@ def repeats(data: TaskData) -> list[str]:
 
 
 def shared_pictures(data: TaskData, other: TaskData) -> str | None:
-    """Which pictures of a split are in another one too, counted with the first few names; None where none is."""
+    """Which pictures of a split are in another one too, counted, with the first few names; None if none is."""
     if data.recipe.source["format"] == "rendered":
         return None
     here, there = _first(data), _first(other)
@@ -49,7 +49,9 @@ def _first(data: TaskData) -> dict[str, str]:
     return found
 
 
-def _groups(ids: list[str], keys: Iterable[Hashable], values: Iterable[Hashable] | None = None) -> list[list[str]]:
+def _groups(
+    ids: list[str], keys: Iterable[Hashable], values: Iterable[Hashable] | None = None
+) -> list[list[str]]:
     """The ids that share a key; with values, one id for each value that a key has, where it has several."""
     found: dict[Hashable, dict[Hashable, str]] = defaultdict(dict)
     for name, key, value in zip(ids, keys, ids if values is None else values):

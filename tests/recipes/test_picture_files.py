@@ -146,6 +146,7 @@ def test_an_unquoted_colour_is_a_comment_in_yaml_and_refused(tmp_path):
         ("Images/A.PNG", "'{root}/q/images/a.png' is there, in another letter case"),
         ("images/cafe\u0301.png", "'{root}/q/images/caf\u00e9.png' is there, in another Unicode form"),
         ("images/caf%C3%A9.png", "'{root}/q/images/caf\u00e9.png' is there, and the name is percent-encoded"),
+        ("images/a.jpg", "'{root}/q/images/a.png' is there, with another ending"),
         ("gone.png", "it is a link to 'nowhere.png'"),
         ("loop.png", "'{root}/q/loop.png' cannot be opened: Too many levels of symbolic links"),
         ("images", "'{root}/q/images' is a folder, not a file"),

@@ -162,6 +162,41 @@ def test_dropped_images_are_recorded_where_the_results_are(run_config, own_tasks
     assert "colours/train: 1 unreadable image was left out of 24" in caplog.text
 
 
+def test_what_is_worth_a_look_in_a_task_is_logged_and_kept(run_config, own_tasks, caplog):
+    from llava_keeplora.sequence.data import load_tasks
+
+    folder = own_tasks[0].parent / "colours"
+    twice = (folder / "train/red/0.png").read_bytes()
+    for name in ("train/blue/twice.png", "test/red/twice.png"):
+        (folder / name).write_bytes(twice)
+    (folder / "train/red/photo.heic").write_bytes(b"x")
+    (task,) = load_tasks(run_config(folder.parent / "run", methods={"seq-lora": {}}, tasks=[str(own_tasks[0])]))
+    files, labels, both = task.notes()
+    assert files.startswith("colours/train: 1 files are not read and left out (.heic: 1; ")
+    assert labels.startswith("colours/train: 1 pictures are under several labels (")
+    assert both.startswith("colours/test: 1 different images are in 'train' too (")
+    assert all(note in caplog.text for note in (files, labels, both)) and task.decoding_note() == ""
+
+
+def test_a_run_of_pictures_that_were_decoded_otherwise_is_refused_with_the_reason(run_config, own_tasks):
+    from types import SimpleNamespace
+
+    from PIL import Image
+
+    from llava_keeplora.sequence.data import load_tasks
+    from llava_keeplora.sequence.label_run import LabelRun
+
+    path = own_tasks[0].parent / "colours/train/red/0.png"
+    Image.new("RGBA", (16, 16), (0, 0, 0, 128)).save(path)
+    tasks = load_tasks(run_config(path.parents[3] / "run", methods={"seq-lora": {}}, tasks=[str(own_tasks[0])]))
+    old = tasks[0].record()
+    old["train"] = old["train"] | {"fingerprint": "of the bytes alone"}
+    run = SimpleNamespace(tasks=tasks, folder="run", _plan=lambda index: {"tasks": [t.record() for t in tasks]})
+    entry = SimpleNamespace(task=0, info={"tasks": [old]})
+    with pytest.raises(RunError, match="train.fingerprint: .*; 1 of its pictures have transparency or an EXIF orient"):
+        LabelRun._check_plan(run, entry)
+
+
 # --- the model and the method --------------------------------------------------------------------
 
 
@@ -248,6 +283,8 @@ def test_the_model_is_as_it_was_after_a_failed_training(short, drive, tmp_path, 
 
 def test_a_split_of_examples_with_and_without_pictures_is_refused_where_processes_gather_weights_together():
     from types import SimpleNamespace
+
+    from PIL import Image
 
     from llava_keeplora.sequence.shared import check_pictures
 
