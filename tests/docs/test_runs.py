@@ -42,7 +42,7 @@ def test_the_folder_is_as_described(folder):
 
 
 def test_the_sentences_that_it_explains_are_in_the_code():
-    source = "".join(path.read_text() for place in ("llava_keeplora", "data_recipes") for path in (ROOT / place).rglob("*.py"))
+    source = "".join(path.read_text() for place in ("llava_keeplora", "eval", "data_recipes") for path in (ROOT / place).rglob("*.py"))
     sentences = [part for row in TEXT.splitlines() if row.startswith("| `") for text in re.findall(r"`([^`]+)`", row.split("|")[1]) for part in text.split("...")]
     for words in sentences:
         words = words.strip(" ()")

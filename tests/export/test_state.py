@@ -13,7 +13,7 @@ from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.export import export_run, import_state
 from llava_keeplora.export.state import FOLDER
 from llava_keeplora.files import file_hash
-from llava_keeplora.run_folder import extended
+from llava_keeplora.run_folder import extended, read_identity
 from llava_keeplora.sequence import runner
 from llava_keeplora_recipes import load_recipe
 
@@ -105,7 +105,7 @@ def test_import_takes_the_state_out_of_an_adapter_and_says_how_to_go_on(exported
     assert learned(tmp_path / "run") == learned(finished("llava"))
     config = load_config(str(tmp_path / "run/run.yaml"))
     assert config.model.name_or_path == str(tiny_llava) and config.data.root == str(tmp_path)
-    assert config.identity() == json.loads((tmp_path / "run/identity.json").read_text())
+    assert config.identity() == read_identity(tmp_path / "run")
     assert cli.main(arguments) == 2
     assert "is there already and not an empty folder; choose another one with --into." in capsys.readouterr().err
 
