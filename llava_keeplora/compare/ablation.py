@@ -12,7 +12,7 @@ from llava_keeplora.compare.table import Table, load_table, merged
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.report.document import Picture
-from llava_keeplora.report.figures import DARK, LIGHT, encode, save
+from llava_keeplora.report.figures import LIGHT, encode, save
 from llava_keeplora.report.sweep import draw_sweep
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
@@ -91,10 +91,10 @@ def draw_ablation(ablation: Ablation, outcome: Outcome) -> dict[str, Picture]:
     pictures = {}
     for order, results in outcome.results.items():
         for threshold, (_, sign, without) in SWEPT.items():
-            drawn = [draw_sweep(results, METHOD, ablation.sweeps[threshold], (ZERO_SHOT, without), sign, palette) for palette in (LIGHT, DARK)]
-            if drawn[0] is not None:
+            drawn = draw_sweep(results, METHOD, ablation.sweeps[threshold], (ZERO_SHOT, without), sign, LIGHT)
+            if drawn is not None:
                 name = f"{threshold.replace('_', '-')}-{order}"
-                light, dark = (encode(figure, "png") for figure in drawn)
-                pictures[name] = Picture(light, dark, f"Order {order}: scores over {sign}, the same in every adapted part; dashed, what has none.")
-                save(drawn[0], ablation.table.output_dir / f"{name}.png", light)
+                png = encode(drawn, "png")
+                pictures[name] = Picture(png, f"Order {order}: scores over {sign}, the same in every adapted part; dashed, what has none.")
+                save(drawn, ablation.table.output_dir / f"{name}.png", png)
     return pictures

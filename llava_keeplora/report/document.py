@@ -45,6 +45,9 @@ tr.own td, tr.own th { background: var(--band); }
 td.learned { background: var(--learned); font-weight: 600; }
 figure { margin: 1rem 0; }
 img { height: auto; display: block; }
+/* White becomes the page's dark paper, and lines and bars keep their hue; a map's colours are numbers and stay. */
+@media (prefers-color-scheme: dark) { img { filter: invert(.91) hue-rotate(180deg); }
+  img[alt^="heatmap"], img[alt^="overlap"] { filter: none; border-radius: .4rem; } }
 summary { cursor: pointer; margin: .75rem 0; }
 dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .25rem 1.25rem; }
 dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -63,10 +66,9 @@ READABLE = 0.6  # of the drawn size: below, the numbers in the cells blur
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in both palettes, as PNG bytes, with what it shows in words."""
+    """A picture as PNG bytes, with what it shows in words; on a dark page, light and dark are swapped."""
 
-    light: bytes
-    dark: bytes
+    png: bytes
     caption: str
 
 
@@ -137,12 +139,11 @@ def html_figure(name: str, picture: Picture) -> str:
     """A picture with its caption; the name tells a screen reader which of several alike it is."""
     caption = escape(picture.caption)
     # As large as it was drawn, smaller where the page is narrower, and scrolled before it can't be read.
-    width = round(_pixel_width(picture.light) / DPI * CSS_PIXELS_PER_INCH)
+    width = round(_pixel_width(picture.png) / DPI * CSS_PIXELS_PER_INCH)
     size = f"width: min(100%, {width}px); min-width: {round(READABLE * width)}px"
     return (
-        f'<figure><div class="wide" tabindex="0"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(picture.dark)}">'
-        f'<img src="{_data_uri(picture.light)}" alt="{escape(name)}: {caption}" style="{size}"></picture></div>'
+        f'<figure><div class="wide" tabindex="0">'
+        f'<img src="{_data_uri(picture.png)}" alt="{escape(name)}: {caption}" style="{size}"></div>'
         f"<figcaption>{caption}</figcaption></figure>\n"
     )
 

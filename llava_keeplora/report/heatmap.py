@@ -123,7 +123,7 @@ def colour_limits(matrices: Iterable[Matrix]) -> tuple[float, float]:
 def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette, precision: int) -> None:
     for x, value in enumerate(row):
         colour = palette.paper if value is None else colormaps[COLOURS](float(scale(value)))
-        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=palette.paper, linewidth=1))
+        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=palette.paper, linewidth=1, in_layout=False))
         ink = palette.faint if value is None else _readable_on(colour)
         text = shown(value, precision, MISSING)
         # Left out of the layout, which would otherwise measure every cell twice: seconds on eleven tasks.

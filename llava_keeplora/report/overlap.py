@@ -5,7 +5,7 @@ Legend: in features of a layer, r rank, A (r, in) of a delta scale · B A: what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,21 +34,32 @@ def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
     files = {task: open_tensors(path) for task, path in enumerate(paths) if path.exists()}
     if len(files) < 2:
         return None
+    keys = {task: set(file.keys()) for task, file in files.items()}
     sums, counts = torch.zeros(len(paths), len(paths)), torch.zeros(len(paths), len(paths))
-    for key in sorted({key for file in files.values() for key in file.keys() if key.endswith(KEY)}):
-        bases = {task: _rows(file.get_tensor(key)) for task, file in files.items() if key in file.keys()}
-        for i, one in bases.items():
-            for j, other in bases.items():
-                sums[i, j] += (one.T @ other).square().sum() / min(one.shape[1], other.shape[1])
-                counts[i, j] += 1
+    for key in sorted({key for names in keys.values() for key in names if key.endswith(KEY)}):
+        bases = _bases({task: file.get_tensor(key) for task, file in files.items() if key in keys[task]})
+        tasks, ranks = torch.tensor(list(bases)), torch.tensor([basis.shape[1] for basis in bases.values()])
+        # All pairs of tasks in one product; its squares are summed over each pair's block.
+        joined = torch.cat(list(bases.values()), dim=1)
+        squares = (joined.T @ joined).square()
+        owner = torch.repeat_interleave(torch.arange(len(ranks)), ranks)
+        blocks = torch.zeros(len(ranks), len(squares)).index_add_(0, owner, squares)
+        blocks = torch.zeros(len(ranks), len(ranks)).index_add_(1, owner, blocks)
+        sums[tasks[:, None], tasks] += blocks / torch.minimum(ranks[:, None], ranks)
+        counts[tasks[:, None], tasks] += 1
     if not counts.any():
         return None
     return [[float(total / count) if count else None for total, count in zip(*rows)] for rows in zip(sums, counts)]
 
 
-def _rows(A: Tensor) -> Tensor:
-    """An orthonormal basis (in, r) of the rows of A."""
-    return torch.linalg.qr(A.float().T).Q
+def _bases(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """An orthonormal basis (in, r) of the rows of each A (r, in); of those of one shape together."""
+    shapes = {tuple(A.shape) for A in rows.values()}
+    alike = [[task for task, A in rows.items() if tuple(A.shape) == shape] for shape in sorted(shapes)]
+    found = {}
+    for tasks in alike:
+        found |= zip(tasks, torch.linalg.qr(torch.stack([rows[task].float().T for task in tasks])).Q)
+    return {task: found[task] for task in rows}
 
 
 def draw_overlap(tasks: Sequence[str], cells: Sequence[Sequence[float | None]], title: str, palette: Palette) -> Figure:

@@ -14,7 +14,7 @@ from llava_keeplora.report.cost import draw_costs
 from llava_keeplora.report.curves import draw_curves, draw_forgetting, draw_losses
 from llava_keeplora.report.document import Picture, render_page
 from llava_keeplora.report.errors import ReportError
-from llava_keeplora.report.figures import DARK, LIGHT, Palette, encode, save
+from llava_keeplora.report.figures import LIGHT, Palette, encode, save
 from llava_keeplora.report.heatmap import colour_limits, draw_heatmap
 from llava_keeplora.report.lines import draw_layer_lines
 from llava_keeplora.report.overlap import draw_overlap
@@ -22,6 +22,10 @@ from llava_keeplora.report.papers import latex_tables, scores_csv, summary_csv
 from llava_keeplora.report.tables import is_baseline, markdown_tables, of_seeds
 from llava_keeplora.report.trial import Results, Trial, mean_cells, mean_lines, mean_matrix
 from llava_keeplora_eval.files import write_atomic
+
+
+#: What a report consists of beside its pictures.
+DOCUMENTS = {"table": "table.md", "latex": "table.tex", "summary": "summary.csv", "scores": "scores.csv", "html": "report.html"}
 
 
 @dataclass(frozen=True)
@@ -118,21 +122,21 @@ def write_report(out_dir: str | Path, title: str, results: Results, settings: Ma
         light = kind.draw(own, results, LIGHT)
         if light is not None:
             figures[key] = light
-            pictures[key] = Picture(encode(light, "png"), encode(kind.draw(own, results, DARK), "png"), kind.caption)
+            pictures[key] = Picture(encode(light, "png"), kind.caption)
     out_dir.mkdir(parents=True, exist_ok=True)
     paths, file_names = {}, _file_names(figures)
     for key, light in figures.items():
-        paths[key] = save(light, out_dir / f"{file_names[key]}.png", pictures[key].light)[0]
-    documents = {
-        "table": ("table.md", markdown_tables(title, results)),
-        "latex": ("table.tex", latex_tables(title, results)),
-        "summary": ("summary.csv", summary_csv(results)),
-        "scores": ("scores.csv", scores_csv(results)),
-        "html": ("report.html", render_page(title, results, pictures, settings or {})),
+        paths[key] = save(light, out_dir / f"{file_names[key]}.png", pictures[key].png)[0]
+    texts = {
+        "table": markdown_tables(title, results),
+        "latex": latex_tables(title, results),
+        "summary": summary_csv(results),
+        "scores": scores_csv(results),
+        "html": render_page(title, results, pictures, settings or {}),
     }
-    for key, (name, text) in documents.items():
+    for key, name in DOCUMENTS.items():
         paths[key] = out_dir / name
-        write_atomic(paths[key], text)
+        write_atomic(paths[key], texts[key])
     return paths
 
 

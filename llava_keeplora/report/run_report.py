@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from llava_keeplora.config import read_dumped
 from llava_keeplora.errors import RunError
+from llava_keeplora.files import file_hash, write_bytes
 from llava_keeplora.files import whole_folder
 from llava_keeplora.journal import Journal
 from llava_keeplora.report.capacity import layer_lines
 from llava_keeplora.report.needs import read_needs
 from llava_keeplora.report.overlap import overlap
-from llava_keeplora.report.page import write_report
+from llava_keeplora.report.page import DOCUMENTS, write_report
 from llava_keeplora.report.tables import summary_table
 from llava_keeplora.report.trial import Capacity, Cost, LayerLines, Trial
 from llava_keeplora.records import read_record
@@ -22,6 +24,8 @@ from llava_keeplora.run_folder import read_identity
 from llava_keeplora_eval import Matrix
 
 ZERO_SHOT = "zero-shot"
+#: What a run's own report was made of.
+STAMP = ".report"
 #: What is read of a method's stages.
 READ = ("scores.json", "prepared.json", "train.json", "consolidated.json", "delta.safetensors")
 #: What the page shows of a configuration; of the rest, `config.json` knows more than a reader wants.
@@ -52,6 +56,17 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
     with whole_folder(folders[0] if into is None else into, replace=False) as room:
         write_report(room, title, results, rows_of(results) | settings_of(folders))
     return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
+
+
+def refresh_run_report(run: Path) -> None:
+    """Write a run's report unless the one that is there shows these very stages; see `write_run_report`."""
+    made_of = [run / "config.json", *sorted(run.glob("*/journal.jsonl"))]
+    state = "\n".join([version("llava-keeplora"), *(f"{path.relative_to(run)} {file_hash(path)}" for path in made_of)])
+    stamp = run / STAMP
+    whole = all((run / name).is_file() for name in DOCUMENTS.values())
+    if not (whole and stamp.is_file() and stamp.read_text(encoding="utf-8") == state):
+        write_run_report(run)
+        write_bytes(stamp, state.encode())
 
 
 def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:

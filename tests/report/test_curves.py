@@ -5,7 +5,7 @@ import pytest
 from llava_keeplora.report import Cost, Trial
 from llava_keeplora.report.cost import cost_rows, draw_costs
 from llava_keeplora.report.curves import draw_curves, draw_forgetting, draw_losses
-from llava_keeplora.report.figures import DARK, LIGHT
+from llava_keeplora.report.figures import LIGHT
 from llava_keeplora.report.trial import mean_lines, spread
 from llava_keeplora_eval import Matrix
 
@@ -63,7 +63,7 @@ def test_costs_are_bars_in_seconds_and_gib_and_memory_not_measured_has_no_panel(
     assert [bar.get_width() for bar in time.patches if bar.get_width() == bar.get_width()] == [60.0, 30.0]
     assert [bar.get_width() for bar in memory.patches if bar.get_width() == bar.get_width()] == [2.0, 1.0]
     assert (time.get_xlabel(), memory.get_xlabel()) == ("time, all tasks together (s)", "highest peak of memory (GiB)")
-    assert len(draw_costs({"lora": [Trial(ONE, costs={"TRAINED": Cost(60.0)})]}, DARK).axes) == 1
+    assert len(draw_costs({"lora": [Trial(ONE, costs={"TRAINED": Cost(60.0)})]}, LIGHT).axes) == 1
     assert draw_costs({"lora": [Trial(ONE)]}, LIGHT) is None
     assert cost_rows([Trial(ONE, costs=costs)]) == [["train", "60.0", "2048", "gpu"], ["score every task", "30.0", "1024", "gpu"]]
 

@@ -1,11 +1,13 @@
 """Reports of real run folders: what a run's files hold, several runs side by side, and what can't be compared."""
 
+import colorsys
 import csv
 import json
 import re
 import shutil
 import statistics
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from llava_keeplora import cli
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import file_hash
 from llava_keeplora.report.overlap import overlap
-from llava_keeplora.report.run_report import READ, read_results, read_trial, write_run_report
+from llava_keeplora.report.run_report import READ, read_results, read_trial, refresh_run_report, write_run_report
 from llava_keeplora_eval import Matrix
 
 TASKS = ["colours", "stripes", "corners"]
@@ -248,6 +250,19 @@ def test_several_runs_on_the_command_line_go_into_a_folder_or_are_refused(seeds,
     assert "error: the report of 2 runs belongs to none of their folders; add --into DIR." in capfd.readouterr().err
 
 
+def test_a_start_writes_the_report_again_only_where_it_would_show_something_else(other_rank, tmp_path):
+    run = shutil.copytree(other_rank, tmp_path / "run")
+    written = lambda: (refresh_run_report(run), (run / "report.html").stat().st_ino)[1]  # noqa: E731
+    first = written()
+    assert written() == first
+    (run / "table.tex").unlink()
+    second = written()
+    assert second != first and (run / "table.tex").is_file()
+    journal = run / "keeplora/journal.jsonl"
+    journal.write_text(journal.read_text().replace('"seconds": ', '"seconds": 1', 1))
+    assert written() != second
+
+
 def test_every_command_of_the_reports_page_is_one():
     text = (Path(__file__).parents[2] / "docs/reports.md").read_text()
     commands = re.findall(r"^    llava-keeplora (.*)$", text, re.M)
@@ -278,7 +293,8 @@ def test_a_browser_shows_the_page_in_light_and_dark(browser, one, tmp_path, sche
     picture = Image.open(tmp_path / "page.png").convert("RGB")
     colours = dict((colour, count) for count, colour in picture.getcolors(1 << 24))
     assert max(colours, key=colours.get) == paper and picture.getpixel((2, 2)) == paper
-    assert sum(abs(r - 0xD5) + abs(g - 0x5E) + b < 12 for r, g, b in colours) > 0, "the pictures are drawn in it"
+    hues = Counter(round(12 * colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))[0]) for colour in colours if max(colour) - min(colour) > 90)
+    assert hues[round(12 * colorsys.rgb_to_hsv(0xD5, 0x5E, 0)[0])] > 0, "the pictures keep the hues of their lines"
 
 
 def test_a_telephone_scrolls_the_pictures_but_never_the_page(browser, one, tmp_path):
