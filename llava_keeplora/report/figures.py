@@ -89,7 +89,12 @@ def encode(figure: Figure, kind: str) -> bytes:
 
 
 def _with_few_colours(png: io.BytesIO) -> bytes:
-    few = Image.open(png).convert("RGB").quantize(PNG_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    picture = Image.open(png).convert("RGB")
+    few = picture.quantize(PNG_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    # The paper's own colour and not a mean around it: it has to be that of the page.
+    palette, corner = few.getpalette(), 3 * few.getpixel((0, 0))
+    palette[corner : corner + 3] = picture.getpixel((0, 0))
+    few.putpalette(palette)
     smaller = io.BytesIO()
     few.save(smaller, "PNG", optimize=True)
     return smaller.getvalue()
