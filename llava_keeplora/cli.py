@@ -292,11 +292,12 @@ def _run(config: RunConfig) -> dict[str, Matrix]:
 
     from llava_keeplora.report.run_report import summary
     from llava_keeplora.sequence import run
+    from llava_keeplora.sequence.launcher import stopped_with_launcher
     from llava_keeplora.sequence.processes import processes
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    with processes(config) as main_process:
+    with stopped_with_launcher(), processes(config) as main_process:
         results = run(config)
         if main_process:
             sys.stdout.write(summary(config.output_dir, {label: [matrix] for label, matrix in results.items()}))

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from llava_keeplora.files import write_json
+from llava_keeplora.group import process_count
 from llava_keeplora.records import read_record
 
 #: Their kernels, loaders and adapters decide the last bits of a result.
@@ -15,6 +16,10 @@ LIBRARIES = ("llava-keeplora", "torch", "transformers", "peft", "accelerate", "b
 
 #: They decide the pixels.
 DECODERS = ("pillow", "torchvision")
+
+
+#: What else decides the last bits, in the same record.
+WORKERS = ("threads", "processes")
 
 
 def installed_versions() -> dict[str, str]:
@@ -33,7 +38,25 @@ def decoder_versions() -> dict[str, str]:
 
 def write_versions(run: Path) -> None:
     """Record in a new run folder what it was begun with."""
-    write_json(run / "versions.json", installed_versions())
+    write_json(run / "versions.json", installed_versions() | {name: str(count) for name, count in worker_counts().items()})
+
+
+def worker_counts() -> dict[str, int]:
+    """Return how many threads and processes share the sums of this process's run: their order decides the last bits."""
+    import torch
+
+    return {"threads": torch.get_num_threads(), "processes": process_count()}
+
+
+def worker_changes(run: Path) -> list[str]:
+    """Return `threads 1 → 2` for each count that is not what the run was begun with; nothing for a run without a record of it.
+
+    Raises:
+        RunError: if the record was damaged.
+    """
+    path = run / "versions.json"
+    begun = read_object(path) if path.exists() else {}
+    return [f"{name} {begun[name]} → {count}" for name, count in worker_counts().items() if name in begun and begun[name] != str(count)]
 
 
 def version_changes(run: Path) -> list[str]:

@@ -37,6 +37,7 @@ from llava_keeplora.sequence.reporters import end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_timings
 from llava_keeplora.zero import forget_engine, gathered, number_count, trained_values
+from llava_keeplora.versions import worker_counts
 from llava_keeplora_eval import Matrix, predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
 from llava_keeplora_eval.predictors import Predictor
@@ -106,7 +107,7 @@ class LabelRun:
         seconds = time.perf_counter() - start
         peak["peak_bytes"] = self.shared.most(peak["peak_bytes"])
         self.shared.barrier()
-        entry = Entry(index, stage, round(seconds, 3), {str(p.relative_to(self.folder)): file_hash(p) for p in files}, info | peak)
+        entry = Entry(index, stage, round(seconds, 3), {str(p.relative_to(self.folder)): file_hash(p) for p in files}, info | peak | worker_counts())
         if self.shared.rank == 0:
             self.journal.append(entry)
         else:

@@ -16,7 +16,7 @@ from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.journal import Journal
 from llava_keeplora.run_folder import BASE, base_content, check_base, differences, file_name, kept_recipe, read_identity, recorded_base, same_base
-from llava_keeplora.versions import version_changes, write_versions
+from llava_keeplora.versions import version_changes, worker_changes, write_versions
 from llava_keeplora_eval.files import sweep
 from llava_keeplora_recipes.recipe import flat_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
@@ -134,6 +134,8 @@ class Workspace:
         changes = version_changes(self.root)
         if changes:
             logger.warning("%s was begun with other versions (%s); its numbers may differ in their last digits from here on", self.root, ", ".join(changes))
+        if workers := worker_changes(self.root):
+            logger.warning("%s was begun with other numbers of workers (%s); sums in another order differ in their last digits from here on", self.root, ", ".join(workers))
         known = recorded_base(self.root) if claimed and not anew and self._has_work() else None
         if known and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
             return

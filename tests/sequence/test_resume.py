@@ -97,3 +97,18 @@ def test_what_an_export_is_writing_is_left_alone_by_a_start_of_the_run_and_by_an
         subprocess.run([sys.executable, "-c", another], check=True)
         assert unfinished.read_text() == "half"
     assert (target / ".weights.part").exists()
+
+
+def test_a_run_says_with_how_many_threads_it_was_begun_and_warns_where_they_change(tmp_path, caplog):
+    import json
+
+    from llava_keeplora.versions import version_changes, worker_changes, worker_counts, write_versions
+
+    write_versions(tmp_path)
+    assert json.loads((tmp_path / "versions.json").read_text())["threads"] == str(worker_counts()["threads"])
+    assert worker_changes(tmp_path) == [] and version_changes(tmp_path) == []
+    begun = json.loads((tmp_path / "versions.json").read_text())
+    (tmp_path / "versions.json").write_text(json.dumps(begun | {"threads": "77"}))
+    assert worker_changes(tmp_path) == [f"threads 77 → {worker_counts()['threads']}"] and version_changes(tmp_path) == []
+    (tmp_path / "versions.json").write_text(json.dumps({name: value for name, value in begun.items() if name not in ("threads", "processes")}))
+    assert worker_changes(tmp_path) == [], "a run of an earlier release"
