@@ -12,6 +12,7 @@ from pathlib import Path
 from llava_keeplora_eval import aggregates
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import write_atomic
+from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_recipes.errors import nearest
 
 FORMAT = 1
@@ -248,7 +249,7 @@ def shown(value: float | None, precision: int = 1, absent: str = NOT_AVAILABLE) 
 
 
 def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(markdown_text, cells)) + " |"
 
 
 def _score(value, where: str) -> float:

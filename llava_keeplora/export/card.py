@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
@@ -21,6 +22,7 @@ from llava_keeplora.records import read_record
 from llava_keeplora.report import heatmap
 from llava_keeplora.report.tables import SCORE_COLUMNS, markdown_table, score_rows, summary_table
 from llava_keeplora_eval.chat import asked, render
+from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_recipes import Recipe, TaskData
 
 if TYPE_CHECKING:
@@ -64,12 +66,12 @@ class Usage:
             base: to load an adapter onto; None for a checkpoint of its own.
         """
         auto = "AutoModelForImageTextToText" if self.kind == "llava" else "AutoModel"
-        own, pinned = base.id if base else name, f', revision="{base.revision}"' if base and base.revision else ""
+        own, pinned = base.id if base else name, f", revision={json.dumps(base.revision)}" if base and base.revision else ""
         lines = ["from PIL import Image", *(["from peft import PeftModel"] if base else []), f"from transformers import {auto}, AutoProcessor", ""]
-        lines += [f'model = {auto}.from_pretrained("{own}"{pinned})']
+        lines += [f"model = {auto}.from_pretrained({json.dumps(own)}{pinned})"]
         if base:
-            lines += [f'model = PeftModel.from_pretrained(model, "{name}")']
-        lines += [f'processor = AutoProcessor.from_pretrained("{own}"{pinned})', 'image = Image.open("picture.png").convert("RGB")']
+            lines += [f"model = PeftModel.from_pretrained(model, {json.dumps(name)})"]
+        lines += [f"processor = AutoProcessor.from_pretrained({json.dumps(own)}{pinned})", 'image = Image.open("picture.png").convert("RGB")']
         if self.kind == "clip":
             lines += [
                 f"captions = {list(self.choices)!r}",
@@ -105,8 +107,8 @@ def write_card(folder: Path, name: str, learned: Learned, base: Base, done: "Exp
     at = f" at revision `{base.revision}`" if base.revision else ""
     blocks = [
         f"---\n{_metadata(learned, base, done, usage).to_yaml()}\n---",
-        f"# {name.split('/')[-1]}",
-        f"[{base.id}](https://huggingface.co/{base.id}){at}, taught {_counted(count, 'task')} one after another: {names}.\n"
+        f"# {markdown_text(name.split('/')[-1])}",
+        f"[{markdown_text(base.id)}](https://huggingface.co/{quote(base.id)}){at}, taught {_counted(count, 'task')} one after another: {names}.\n"
         f"The method is `{record.name}` ([{record.title}]({record.url})), run by llava-keeplora {importlib.metadata.version('llava-keeplora')}. "
         + _what(done),
         "## How to load it",
@@ -188,7 +190,7 @@ def _settings(learned: Learned) -> str:
     held_out = config["data"]["holdout"]
     rows += [["training", _listed(public(method["training"]))], ["scored on", f"{held_out:.0%} of train, held out" if held_out else "test"]]
     rows += [["versions", _listed({name: importlib.metadata.version(name) for name in LIBRARIES})]]
-    return "| setting | value |\n| --- | --- |\n" + "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows)
+    return "| setting | value |\n| --- | --- |\n" + "\n".join(f"| {name} | {markdown_text(value)} |" for name, value in rows)
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from llava_keeplora.report.tables import is_baseline, matrix_rows, of_seeds, summary_header, summary_rows, zero_shot_constants
 from llava_keeplora.report.trial import Results, deviation, matrices, mean, mean_matrix
 from llava_keeplora_eval.aggregates import AGGREGATES
+from llava_keeplora_eval.guard import printable
 
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -38,7 +39,7 @@ def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _latex(text: str) -> str:
     minus = f"$-${text[1:]}" if text[:1] == "-" and text[1:2].isdigit() else None
-    return "".join(LATEX.get(sign, sign) for sign in text) if minus is None else minus.replace(" ± ", r" $\pm$ ")
+    return "".join(LATEX.get(sign, sign) for sign in printable(" ".join(text.splitlines()))) if minus is None else minus.replace(" ± ", r" $\pm$ ")
 
 
 def summary_csv(results: Results) -> str:

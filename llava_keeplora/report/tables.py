@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
 from llava_keeplora.report.needs import NEEDS_COLUMNS, needs_rows
 from llava_keeplora.report.trial import Results, Trial, matrices, mean_matrix, mean_scores, spread
+from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, shown
 
 #: Column title and the name of the number in ``Matrix.metrics``.
@@ -105,8 +106,8 @@ def score_rows(tasks: Sequence[str], stages: Sequence[Mapping[str, Mapping]], pr
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]) + "\n"
+    first, *lines = ["| " + " | ".join(map(markdown_text, row)) + " |" for row in (header, *rows)]
+    return "\n".join([first, "| --- |" + " ---: |" * (len(header) - 1), *lines]) + "\n"
 
 
 def summary_table(results: Mapping[str, Sequence[Matrix]], precision: int = 1) -> str:
