@@ -159,11 +159,11 @@ class Matrix:
             precision: decimals shown; means are taken before rounding. A cell not measured is ``-``; a
                 number that is undefined or not there yet is ``n/a``.
         """
-        lines = [_line(["after", *self.tasks, "mean"]), _line(["---"] + ["---:"] * (len(self.tasks) + 1))]
+        lines = [_line(["after", *map(markdown_text, self.tasks), "mean"]), _line(["---"] + ["---:"] * (len(self.tasks) + 1))]
         for name, row in self.labelled_rows():
             known = None not in row
             mean = math.fsum(row) / len(row) if known else None
-            lines.append(_line([name, *(shown(v, precision, MISSING) for v in row), shown(mean, precision)]))
+            lines.append(_line([markdown_text(name), *(shown(v, precision, MISSING) for v in row), shown(mean, precision)]))
         metrics = self.metrics()
         for name, values in self.per_task().items():
             lines.append(
@@ -249,7 +249,7 @@ def shown(value: float | None, precision: int = 1, absent: str = NOT_AVAILABLE) 
 
 
 def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(map(markdown_text, cells)) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def _score(value, where: str) -> float:
