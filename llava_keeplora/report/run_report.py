@@ -55,18 +55,20 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
     title = f"Run {folders[0].resolve().name}" if len(folders) == 1 else f"{len(folders)} runs side by side"
     with whole_folder(folders[0] if into is None else into, replace=False) as room:
         write_report(room, title, results, rows_of(results) | settings_of(folders))
+    if into is None:
+        write_bytes(folders[0] / STAMP, _made_of(folders[0]))
     return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
 
 
-def refresh_run_report(run: Path) -> None:
-    """Write a run's report unless the one that is there shows these very stages; see `write_run_report`."""
-    made_of = [run / "config.json", *sorted(run.glob("*/journal.jsonl"))]
-    state = "\n".join([version("llava-keeplora"), *(f"{path.relative_to(run)} {file_hash(path)}" for path in made_of)])
-    stamp = run / STAMP
-    whole = all((run / name).is_file() for name in DOCUMENTS.values())
-    if not (whole and stamp.is_file() and stamp.read_text(encoding="utf-8") == state):
-        write_run_report(run)
-        write_bytes(stamp, state.encode())
+def report_is_current(run: Path) -> bool:
+    """Return whether the report in a run's folder is whole and was made of the stages that are there now."""
+    whole = all((run / name).is_file() for name in (STAMP, *DOCUMENTS.values()))
+    return whole and (run / STAMP).read_bytes() == _made_of(run)
+
+
+def _made_of(run: Path) -> bytes:
+    files = [run / "config.json", *sorted(run.glob("*/journal.jsonl"))]
+    return "\n".join([version("llava-keeplora"), *(f"{path.relative_to(run)} {file_hash(path)}" for path in files)]).encode()
 
 
 def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:

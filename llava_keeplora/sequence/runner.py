@@ -16,7 +16,7 @@ from llava_keeplora.files import told, write_json
 from llava_keeplora.group import first_process_first, is_first_process, processes_here
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import check_start
-from llava_keeplora.report.run_report import refresh_run_report
+from llava_keeplora.report.run_report import report_is_current, write_run_report
 from llava_keeplora.sequence.data import Task, load_tasks
 from llava_keeplora.sequence.label_run import ZERO_SHOT, LabelRun
 from llava_keeplora.sequence.progress import Progress
@@ -82,7 +82,8 @@ def _write_results(workspace: Workspace, runs: list[LabelRun], tasks: list[Task]
     write_json(workspace.root / "results.json", {"methods": methods, "tasks": [_with_notes(task) for task in tasks]})
     for label_run in runs:
         label_run.write_matrix()
-    refresh_run_report(workspace.root)
+    if not report_is_current(workspace.root):
+        write_run_report(workspace.root)
     for note in dropped_notes(tasks):
         logger.warning("%s", note)
 

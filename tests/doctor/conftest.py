@@ -13,7 +13,7 @@ def whole_run(run_config, tiny_tasks, tmp_path_factory) -> Path:
 
     config = run_config(tmp_path_factory.mktemp("whole") / "run", methods={"keeplora": {}}, tasks=[str(path) for path in tiny_tasks[:2]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "refresh_run_report", lambda root: None)
+        patch.setattr(runner, "write_run_report", lambda root: None)
         runner.run(config)
     return Path(config.output_dir)
 

@@ -108,7 +108,7 @@ def test_other_versions_are_a_warning_when_a_run_goes_on(run, caplog, monkeypatc
 
     rewrite(run / "versions.json", lambda versions: versions.update(peft="0.1"))
     before = (run / "versions.json").read_bytes()
-    monkeypatch.setattr(runner, "refresh_run_report", lambda root: None)
+    monkeypatch.setattr(runner, "write_run_report", lambda root: None)
     runner.run(load_run(run))
     assert f"{run} was begun with other versions (peft 0.1 → " in caplog.text and "its numbers may differ in their last digits from here on" in caplog.text
     assert (run / "versions.json").read_bytes() == before

@@ -135,7 +135,7 @@ def drive_quietly(monkeypatch):
 
     def drive(config) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(runner, "refresh_run_report", lambda root: None)
+            patch.setattr(runner, "write_run_report", lambda root: None)
             runner.run(config)
 
     return drive

@@ -89,7 +89,7 @@ def test_the_directions_of_a_random_weight_are_foretold(out_dim, in_dim, energy)
 
 @pytest.mark.parametrize("family", ["clip", "llava"])
 def test_steps_and_trained_parameters_are_those_of_a_run(family, run_tree, llava_tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "refresh_run_report", lambda root: None)
+    monkeypatch.setattr(runner, "write_run_report", lambda root: None)
     training = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "num_train_epochs": 1.5}
     changes = {"methods": {"seq-lora": {}, "keeplora": {}}, "training": training}
     config = parse_config((run_tree if family == "clip" else llava_tree)(tmp_path / "run", **changes))

@@ -20,7 +20,7 @@ MEASURED = {"seconds", "test_seconds", "peak_bytes", "peak_of"}
 @pytest.fixture
 def drive(monkeypatch):
     """Function (config) → results, without drawing the report."""
-    monkeypatch.setattr(runner, "refresh_run_report", lambda root: None)
+    monkeypatch.setattr(runner, "write_run_report", lambda root: None)
     return runner.run
 
 

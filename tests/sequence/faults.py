@@ -114,7 +114,7 @@ def live(tree: dict, fatal: int | None, log: str, counted) -> None:
     moments.writes(files, "file")
     moments.writes(journal, "journal")
     moments.writes(predictions, "answers")
-    runner.refresh_run_report = lambda root: None
+    runner.write_run_report = lambda root: None
     told = os.open(f"{log}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(told, 1), os.dup2(told, 2)
     runner.run(parse_config(tree))
