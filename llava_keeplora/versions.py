@@ -55,7 +55,7 @@ def worker_changes(run: Path) -> list[str]:
         RunError: if the record was damaged.
     """
     path = run / "versions.json"
-    begun = read_object(path) if path.exists() else {}
+    begun = read_record(path) if path.exists() else {}
     return [f"{name} {begun[name]} → {count}" for name, count in worker_counts().items() if name in begun and begun[name] != str(count)]
 
 
@@ -69,4 +69,4 @@ def version_changes(run: Path) -> list[str]:
     if not path.exists():
         return []
     now = installed_versions()
-    return [f"{name} {version} → {now.get(name, 'none')}" for name, version in read_record(path).items() if version != now.get(name)]
+    return [f"{name} {version} → {now.get(name, 'none')}" for name, version in read_record(path).items() if name not in WORKERS and version != now.get(name)]
