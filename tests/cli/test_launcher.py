@@ -50,6 +50,8 @@ def under(tmp_path, program, monkeypatch):
     """A process below a program of that name, and whether the program counts as its launcher."""
     tmp_path.joinpath(program).symlink_to("/bin/sleep")
     parent = subprocess.Popen([tmp_path / program, "100"])
+    while program.encode() not in Path(f"/proc/{parent.pid}/cmdline").read_bytes():
+        time.sleep(0.01)  # Its command line is empty for a moment.
     monkeypatch.setattr(os, "getppid", lambda: parent.pid)
     return parent
 
