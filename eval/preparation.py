@@ -281,7 +281,7 @@ def load_preparation(name: str) -> Preparation:
     """What a checkpoint's processor and configuration make of a task, without its weights.
 
     Args:
-        name: an embedded model's name, a folder, or a Hub id.
+        name: an embedded model's name, a folder, or a Hub id; of an adapter, its base is prepared for.
 
     Raises:
         EvalError: its processor cannot be loaded, or it is a model of no supported family.
@@ -290,8 +290,9 @@ def load_preparation(name: str) -> Preparation:
     from transformers import AutoConfig, AutoTokenizer
 
     from llava_keeplora_eval.checkpoints import loading
-    from llava_keeplora_eval.models import load_llava_processor, model_family, resolve_model
+    from llava_keeplora_eval.models import adapter_base, load_llava_processor, model_family, resolve_model
 
+    name = adapter_base(name) or name
     path, family = resolve_model(name), model_family(name)
     with loading(name):
         limit = AutoConfig.from_pretrained(path, trust_remote_code=False).text_config.max_position_embeddings

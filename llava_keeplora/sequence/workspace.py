@@ -124,8 +124,13 @@ class Workspace:
             return []
         return [label for label in labels if label not in kept]
 
-    def claim(self) -> None:
-        """Write the configuration into a folder that `check` let pass, unless it is there already."""
+    def claim(self, base: dict[str, Any] | None = None) -> None:
+        """Write the configuration into a folder that `check` let pass, unless it is there already.
+
+        Args:
+            base: the record of its base model as `{"base": record}`, where the folder takes it over from another run; made from the
+                model's files when None.
+        """
         claimed, anew = (self.root / "config.json").exists(), self.begun_anew()
         if anew:
             logger.warning("%s is begun anew: its configuration was another one, and no stage of a method had finished", self.root)
@@ -147,7 +152,7 @@ class Workspace:
             if is_file_name(task) and (anew or not kept.exists()):
                 write_bytes(kept, flat_recipe(task).encode())
         # The configuration's own file comes last: where it is, the folder is claimed.
-        write_json(self.root / "identity.json", identity | {BASE: known or base_content(self.config.model)})
+        write_json(self.root / "identity.json", identity | (base or {BASE: known or base_content(self.config.model)}))
         write_bytes(self.root / "config.json", dump_config(self.config).encode())
 
     def _refuse_foreign(self) -> None:

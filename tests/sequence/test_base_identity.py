@@ -115,3 +115,28 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning_and_keeps_a_record_f
     caplog.clear()
     drive(extended(place / "run", str(tiny_tasks[1])))
     assert "no record" not in caplog.text and recorded_base(place / "run") == model_content(str(place / "base"))
+
+
+def test_a_fork_needs_no_base_and_keeps_its_record(place, capfd):
+    (place / "base").rename(place / "moved")
+    assert cli.main(commands(place, "")["fork"]) == 0
+    assert recorded_base(place / "fork") == recorded_base(place / "run") is not None
+
+
+def test_a_fork_of_a_run_without_a_record_does_not_take_the_files_of_today_for_its_base(place, capfd):
+    identity = json.loads((place / "run/identity.json").read_text())
+    identity.pop("base")
+    (place / "run/identity.json").write_text(json.dumps(identity))
+    change_weights(place / "base")
+    assert cli.main(commands(place, "")["fork"]) == 0
+    assert recorded_base(place / "fork") is None
+    capfd.readouterr()
+    assert cli.main(["doctor", str(place / "fork")]) == 0
+    assert "there is no record to check it by" in capfd.readouterr().out
+
+
+def test_an_adapter_is_checked_with_its_base_model(tiny_clip, tmp_path):
+    from llava_keeplora_eval.preparation import PromptPreparation, load_preparation
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_clip)}))
+    assert isinstance(load_preparation(str(tmp_path)), PromptPreparation)
