@@ -17,6 +17,7 @@ from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.journal import Journal
 from llava_keeplora.run_folder import BASE, base_content, check_base, differences, file_name, kept_recipe, read_identity, recorded_base, same_base
 from llava_keeplora.versions import version_changes, worker_changes, write_versions
+from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import sweep
 from llava_keeplora_recipes.recipe import flat_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
@@ -82,7 +83,8 @@ class Workspace:
         """Refuse a folder that is not this configuration's; tasks may have been appended to what it knows.
 
         Raises:
-            RunError: with the difference, if the folder belongs to another configuration, or holds other files.
+            RunError: with the difference, if the folder belongs to another configuration or base model, or holds other files; or the
+            base model is not where it was.
         """
         if not (self.root / "config.json").exists():
             return self._refuse_foreign()
@@ -93,7 +95,10 @@ class Workspace:
                 "restore these values to go on, or choose another output_dir",
             )
         if self._has_work():
-            check_base(self.root, self.config.model)
+            try:
+                check_base(self.root, self.config.model)
+            except EvalError as error:
+                raise RunError(error.problem, f"{error.cure}; where its base lies elsewhere now, add model.name_or_path=DIR to the command") from error
 
     def _has_work(self) -> bool:
         """Return whether a stage of the folder's run has finished."""

@@ -140,3 +140,11 @@ def test_an_adapter_is_checked_with_its_base_model(tiny_clip, tmp_path):
 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_clip)}))
     assert isinstance(load_preparation(str(tmp_path)), PromptPreparation)
+
+
+def test_a_moved_base_is_given_to_extend_by_its_new_place(place, tiny_tasks, capfd):
+    (place / "base").rename(place / "moved")
+    extend = commands(place, str(tiny_tasks[1]))["extend"]
+    assert cli.main(extend) == 2
+    assert "model.name_or_path=DIR" in capfd.readouterr().err
+    assert cli.main([*extend, f"model.name_or_path={place / 'moved'}"]) == 0
