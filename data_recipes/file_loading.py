@@ -133,7 +133,9 @@ def _refuse_duplicates(
 
 def _refuse_empty(data: TaskData, where: str, problems: list[RecipeError] | None) -> None:
     if not len(data):
-        refuse(RecipeError(f"{where} has no readable image left", "replace the images"), problems)
+        # Examples that are refused for another reason have told it, and their images may be well.
+        if data.dropped:
+            refuse(RecipeError(f"{where} has no readable image left", "replace the images"), problems)
         return
     if data.split != "train" or data.recipe.kind != "classification":
         return

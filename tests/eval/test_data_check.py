@@ -212,3 +212,17 @@ def test_the_list_names_sequences_and_what_they_leave_out(capsys):
     out = capsys.readouterr().out
     assert "\nsequences\n" in out and "6 tasks  UCIT in its published order" in out
     assert "without Math: MathVista's protocol" in out
+
+
+def test_examples_refused_for_their_text_are_not_told_as_unreadable_images(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "x.json").write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": turns}]))
+    (tmp_path / "t.yaml").write_text(
+        "{name: t, version: 1, kind: vqa, metric: exact_match, licence: CC0-1.0, "
+        "source: {format: llava_json, path: .}, splits: {train: x.json, test: x.json}}"
+    )
+    assert main(["data", "check", str(tmp_path / "t.yaml")]) == 2
+    out = capsys.readouterr().out
+    assert "'1' in t/train has nothing to ask" in out
+    assert "no readable image" not in out
