@@ -132,7 +132,7 @@ def adapter_base(name: str, base: str | None = None) -> str | None:
         return None
     with loading(name):
         named = base or json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not named:
+    if not isinstance(named, str) or not named:
         raise EvalError(f"{path} names no base model", "say where it lies with --base")
     return named
 

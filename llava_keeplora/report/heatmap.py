@@ -18,6 +18,8 @@ from llava_keeplora.report.figures import LIGHT, Palette, save
 from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, shown
 
 COLOURS = "viridis"
+#: Columns up to which the cells hold their numbers; the tables have all of them.
+MOST_NUMBERS = 20
 GAP = 0.25  # rows of air between the zero-shot row and the trained ones
 
 
@@ -121,10 +123,14 @@ def colour_limits(matrices: Iterable[Matrix]) -> tuple[float, float]:
 
 
 def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette, precision: int) -> None:
+    values = np.ma.masked_invalid([[np.nan if value is None else float(value) for value in row]])
+    # One mesh a row: a patch a cell takes most of the time of a large picture.
+    mesh = axes.pcolormesh(np.arange(len(row) + 1), [y, y + 1], values, norm=scale, cmap=COLOURS, edgecolors=palette.paper, linewidth=1)
+    mesh.set_in_layout(False)
+    if len(row) > MOST_NUMBERS:
+        return
     for x, value in enumerate(row):
-        colour = palette.paper if value is None else colormaps[COLOURS](float(scale(value)))
-        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=palette.paper, linewidth=1, in_layout=False))
-        ink = palette.faint if value is None else _readable_on(colour)
+        ink = palette.faint if value is None else _readable_on(colormaps[COLOURS](float(scale(value))))
         text = shown(value, precision, MISSING)
         # Left out of the layout, which would otherwise measure every cell twice: seconds on eleven tasks.
         axes.text(

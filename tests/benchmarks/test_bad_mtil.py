@@ -45,9 +45,9 @@ OFFICIAL = "replace it by the official file."
     [
         ("dtd", "dtd/dtd/labels/train1.txt", None, "the train split of 'mtil/dtd' is not there: no 'ROOT/dtd/dtd/labels/train1.txt'; add the file, or correct 'splits' in the recipe."),
         ("dtd", "dtd/dtd/labels/train1.txt", b"banded/a.jpg\nnobody\n", "line 2 of train1.txt is 'nobody', which 'source.pattern' of recipe 'mtil/dtd' does not fit; correct the line, or the pattern in the recipe."),
-        ("dtd", "dtd/dtd/labels/train1.txt", b"banded/../../../x.jpg\n", "line 1 of train1.txt has the path 'banded/../../../x.jpg', which leads out of its data folder; use a path inside the folder."),
+        ("dtd", "dtd/dtd/labels/train1.txt", b"banded/../../../x.jpg\n", "1 of 1 images of mtil/dtd/train cannot be read (banded/../../../x.jpg: no such file 'ROOT/dtd/dtd/images/banded/../../../x.jpg'); replace them, or leave them out with on_bad_image: drop."),
         ("dtd", "dtd/dtd/labels/train1.txt", b"\n\n", "mtil/dtd/train holds no examples; add files, or correct 'splits' in the recipe."),
-        ("dtd", "dtd/dtd/labels/train1.txt", b"banded/gone.jpg\n", "1 of 1 images of mtil/dtd/train cannot be read (banded/gone.jpg: no such file); replace them, or leave them out with on_bad_image: drop."),
+        ("dtd", "dtd/dtd/labels/train1.txt", b"banded/gone.jpg\n", "1 of 1 images of mtil/dtd/train cannot be read (banded/gone.jpg: no such file 'ROOT/dtd/dtd/images/banded/gone.jpg'); replace them, or leave them out with on_bad_image: drop."),
         ("aircraft", "fgvc-aircraft-2013b/data/images_variant_train.txt", b"0034309 F/A-0\n", "mtil/aircraft/train has 1 classes and recipe 'mtil/aircraft' expects 3; use the right dataset, or correct num_classes."),
         ("flowers", "flowers-102/setid.mat", None, "there is no 'ROOT/flowers-102/setid.mat'; put the file there."),
         ("flowers", "flowers-102/setid.mat", b"no file of MATLAB", f"ROOT/flowers-102/setid.mat cannot be read as a MATLAB file (MatReadError: Mat file appears to be truncated); {OFFICIAL}"),
