@@ -9,7 +9,9 @@ from .texts import described
 
 IMAGES = ("image", "images")
 #: Media that no model here is shown: a record that has some would be learned from its text alone.
-UNREAD = ("video", "videos", "audio", "audios")
+UNREAD = ("video", "videos", "audio", "audios", "video_path", "video_url", "audio_path", "audio_url")
+#: Where other tools' records name a picture; one that only stands there would be passed over.
+ELSEWHERE = ("image_path", "image_paths", "image_file", "image_url", "image_urls", "img", "img_path", "picture", "pictures")
 #: Where a message or one of its parts may hold a picture itself.
 _INNER = (*IMAGES, *UNREAD, "path", "url", "base64", "image_url", "video_url", "input_audio", "tool_calls")
 
@@ -30,6 +32,13 @@ def image_names(row: dict[str, Any], what: str) -> list[str]:
             f"{what} has {described(row['image'])} as 'image' and {described(row['images'])} as 'images'",
             "keep the one that is meant",
         )
+    if not named:
+        for field in ELSEWHERE:
+            if not is_empty(row.get(field)):
+                raise RecipeError(
+                    f"{what} has {described(row[field])} as '{field}', and pictures are read from 'image' or 'images'",
+                    "rename the field, or remove it where no picture is meant",
+                )
     return named[0] if named else []
 
 
@@ -42,7 +51,7 @@ def refuse_unread_media(row: dict[str, Any], what: str) -> None:
     for field in UNREAD:
         if not is_empty(row.get(field)):
             raise RecipeError(
-                f"{what} has {described(row[field])} as '{field}', and {field.removesuffix('s')} is not read",
+                f"{what} has {described(row[field])} as '{field}', and {field[:5]} is not read",
                 f"remove the record, use images of it, or remove '{field}' where it is not needed",
             )
 

@@ -198,7 +198,16 @@ def test_merged_tables_keep_their_pictures(task, make, tmp_path):
     assert loaded(task(pa.table(paths | text), "parquet")).image_counts == [1, 2, 0]
 
 
-@pytest.mark.parametrize("field", ["video", "videos", "audio", "audios"])
+@pytest.mark.parametrize("field", ["image_path", "image_url", "img", "pictures"])
+def test_a_picture_that_another_tools_field_names_is_not_passed_over(task, field):
+    row = {"id": "a", "text": "q", "answer": "x"}
+    said = loaded(task([row | {field: "0.png"}]))
+    assert f"as '{field}', and pictures are read from 'image' or 'images'; rename the field" in said
+    assert loaded(task([row | {field: None}])).image_counts == [0]
+    assert loaded(task([row | {field: "0.png", "image": "0.png"}])).image_counts == [1]
+
+
+@pytest.mark.parametrize("field", ["video", "videos", "audio", "audios", "video_path", "audio_path"])
 def test_a_record_with_a_video_or_audio_is_refused(task, field):
     row = {"id": "a", "text": "<video>\nq", "answer": "x"}
     for value in ("a.mp4", ["a.mp4"], {"path": "a"}):
