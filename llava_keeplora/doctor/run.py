@@ -78,7 +78,7 @@ def _base(run: Path, config: RunConfig) -> Iterator[str | UserError]:
     elif changed:
         yield RunError(f"the base model '{config.model.name_or_path}' is not the one that {run} was begun with ({', '.join(changed)} differ)", "restore its files")
     else:
-        yield f"base model: '{config.model.name_or_path}', as at its start"
+        yield f"base model: '{config.model.name_or_path}', the same by content as in the run's record"
 
 
 def _progress(label: str, journal: Journal, config: RunConfig, learns: bool) -> str:

@@ -77,7 +77,7 @@ def test_a_command_on_another_base_is_refused_and_changes_nothing(place, tiny_ta
 
 def test_doctor_says_whether_the_base_is_the_same(place, capfd):
     assert cli.main(["doctor", str(place / "run")]) == 0
-    assert "as at its start" in capfd.readouterr().out
+    assert "the same by content" in capfd.readouterr().out
     change_weights(place / "base")
     assert cli.main(["doctor", str(place / "run")]) != 0
     said = capfd.readouterr()

@@ -1,6 +1,6 @@
 """Whatever makes a folder is killed within its writes, flushes, renames and removals: the folder is whole or not there, and the same command goes on.
 
-What they share, `whole_folder`, is killed at every one; commands that make hundreds at every third or twelfth.
+What they share, `whole_folder`, is killed at every one; commands that make hundreds at every third or seventeenth, and in the slow forms at every one.
 """
 
 import builtins
@@ -146,8 +146,14 @@ def test_files_are_replaced_in_a_folder_that_stays_when_all_are_written_and_othe
     assert contents(into) == {"config.json": b"{}", "table.md": b"new", "pictures/a.png": b"new"} and fatal > 10
 
 
-def test_a_killed_fork_is_whole_or_not_there_and_the_same_command_goes_on(deadly, two_tasks_run, tmp_path):
-    assert kill_everywhere(deadly, lambda into: fork(two_tasks_run, 1, into), tmp_path / "fork", stride=3) > 30
+@pytest.fixture(params=["some", pytest.param("every", marks=pytest.mark.slow)])
+def stride(request):
+    """Function (n): kill at every n-th change, or in the slow form at every one."""
+    return lambda n: n if request.param == "some" else 1
+
+
+def test_a_killed_fork_is_whole_or_not_there_and_the_same_command_goes_on(deadly, two_tasks_run, tmp_path, stride):
+    assert kill_everywhere(deadly, lambda into: fork(two_tasks_run, 1, into), tmp_path / "fork", stride=stride(3)) > 30
 
 
 @pytest.fixture(scope="module")
@@ -160,15 +166,15 @@ def state(two_tasks_run, tmp_path_factory):
     return into
 
 
-def test_a_killed_import_is_whole_or_not_there_and_the_same_command_goes_on(deadly, state, tiny_clip, tmp_path):
+def test_a_killed_import_is_whole_or_not_there_and_the_same_command_goes_on(deadly, state, tiny_clip, tmp_path, stride):
     command = lambda into: import_state(str(state), into, base=str(tiny_clip))  # noqa: E731
-    assert kill_everywhere(deadly, command, tmp_path / "run", stride=3) > 20
+    assert kill_everywhere(deadly, command, tmp_path / "run", stride=stride(3)) > 20
 
 
-def test_a_killed_export_is_whole_or_not_there_and_the_same_command_goes_on(deadly, two_tasks_run, tmp_path, monkeypatch):
+def test_a_killed_export_is_whole_or_not_there_and_the_same_command_goes_on(deadly, two_tasks_run, tmp_path, monkeypatch, stride):
     monkeypatch.setattr(run_export, "check_export", lambda folder, form, base, batch, meant, layers: (meant, meant))
     command = lambda into: export_run(two_tasks_run, "state", into, label="keeplora", base_id="you/tiny-base", examples=1)  # noqa: E731
-    assert kill_everywhere(deadly, command, tmp_path / "state", lambda name: name.endswith(".png"), stride=17) > 5
+    assert kill_everywhere(deadly, command, tmp_path / "state", lambda name: name.endswith(".png"), stride=stride(17)) > 5
 
 
 def test_a_killed_report_is_whole_or_not_there_and_the_same_command_goes_on(deadly, two_tasks_run, tmp_path, monkeypatch):
