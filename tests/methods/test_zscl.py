@@ -251,7 +251,7 @@ def refused(run_config, driven, tmp_path):
 
 def test_reference_data_that_are_not_there_are_refused_in_a_sentence(refused, tmp_path):
     refused({"reference": "imagenet"}, "methods.zscl.reference: there is no recipe 'imagenet'")
-    refused({"reference_texts": "captions.txt"}, "reference_texts: captions.txt cannot be read .No such file or directory.; give a text file with one caption per line")
+    refused({"reference_texts": "captions.txt"}, "reference_texts: captions.txt cannot be read .no such file 'captions.txt'.; give a text file with one caption per line")
     (tmp_path / "captions.txt").write_text("\n\n")
     root = {"data": {"root": str(tmp_path)}, "tasks": ["digits"]}
     refused({"reference_texts": "captions.txt"}, f"reference_texts: {tmp_path}/captions.txt holds no text; give a text file", **root)
