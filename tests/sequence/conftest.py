@@ -10,7 +10,7 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.files import file_hash
 from llava_keeplora.sequence import runner, trainer
 
-VOLATILE = {".lock", "config.json"}
+VOLATILE = {".lock", ".report", "config.json"}
 #: Endings of what a report writes from the rest.
 REPORT = {".html", ".md", ".tex", ".csv", ".png", ".svg"}
 #: What a stage's entry says of the machine rather than of the run.

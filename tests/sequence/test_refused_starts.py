@@ -60,7 +60,7 @@ def test_references_that_no_answer_can_meet_are_said_before_a_run_and_refused_if
     from llava_keeplora_eval import EvalError
 
     def start(answers):
-        recipe = SimpleNamespace(name="options", metric="option_letter", kind="vqa")
+        recipe = SimpleNamespace(name="options", metric="option_letter", kind="vqa", source={"format": "rendered"})
         split = SimpleNamespace(recipe=recipe, split="test", answers=answers, ids=list("abc")[: len(answers)])
         split = type("Split", (SimpleNamespace,), {"__len__": lambda self: len(self.ids)})(**vars(split))
         monkeypatch.setattr(sequence_data, "load_recipes", lambda tasks: [recipe])
