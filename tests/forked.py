@@ -111,6 +111,11 @@ def run(command: Sequence[str | Path], timeout: float = PATIENCE, processes: int
             code = code or next((rank.returncode for rank in ranks if rank.returncode), 0)
             if code:
                 [rank.send_signal(signal.SIGTERM) for rank in ranks]
+                # One that waits for the dead in a collective hears no signal but the last, as under DeepSpeed's launcher.
+                patience = time.monotonic() + 10
+                while any(rank.returncode is None for rank in ranks) and time.monotonic() < patience:
+                    time.sleep(0.01)
+                [rank.kill() for rank in ranks]
                 [rank.wait(30) for rank in ranks]
             if time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(list(map(str, command)), timeout)
