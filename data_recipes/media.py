@@ -33,12 +33,11 @@ def image_names(row: dict[str, Any], what: str) -> list[str]:
             "keep the one that is meant",
         )
     if not named:
-        for field in ELSEWHERE:
-            if not is_empty(row.get(field)):
-                raise RecipeError(
-                    f"{what} has {described(row[field])} as '{field}', and pictures are read from 'image' or 'images'",
-                    "rename the field, or remove it where no picture is meant",
-                )
+        if field := _first_held(row, ELSEWHERE):
+            raise RecipeError(
+                f"{what} has {described(row[field])} as '{field}', and pictures are read from 'image' or 'images'",
+                "rename the field, or remove it where no picture is meant",
+            )
     return named[0] if named else []
 
 
@@ -48,12 +47,11 @@ def refuse_unread_media(row: dict[str, Any], what: str) -> None:
     Raises:
         RecipeError: it has one.
     """
-    for field in UNREAD:
-        if not is_empty(row.get(field)):
-            raise RecipeError(
-                f"{what} has {described(row[field])} as '{field}', and {field[:5]} is not read",
-                f"remove the record, use images of it, or remove '{field}' where it is not needed",
-            )
+    if field := _first_held(row, UNREAD):
+        raise RecipeError(
+            f"{what} has {described(row[field])} as '{field}', and {field[:5]} is not read",
+            f"remove the record, use images of it, or remove '{field}' where it is not needed",
+        )
 
 
 def refuse_inner_media(place: dict[str, Any], what: str) -> None:
@@ -66,12 +64,16 @@ def refuse_inner_media(place: dict[str, Any], what: str) -> None:
     Raises:
         RecipeError: it holds one.
     """
-    for key in _INNER:
-        if not is_empty(place.get(key)):
-            raise RecipeError(
-                f"{what} holds '{key}' itself",
-                "list images under 'images' of the record, and remove anything else",
-            )
+    if key := _first_held(place, _INNER):
+        raise RecipeError(
+            f"{what} holds '{key}' itself",
+            "list images under 'images' of the record, and remove anything else",
+        )
+
+
+def _first_held(place: dict[str, Any], fields: tuple[str, ...]) -> str | None:
+    """Return the first of these fields that holds something; None where none does."""
+    return next((field for field in fields if not is_empty(place.get(field))), None)
 
 
 def is_empty(value: Any) -> bool:

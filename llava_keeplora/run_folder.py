@@ -136,10 +136,17 @@ def recorded_base(run: Path) -> dict[str, Any] | None:
     return base if isinstance(base, dict) else None
 
 
-def same_base(run: Path, model: ModelConfig) -> bool:
-    """Return whether a model, wherever it lies, is by content the one that a run began with."""
+def base_changes(run: Path, model: ModelConfig) -> list[str] | None:
+    """Return what of a model, wherever it lies, differs by content from the one that a run began with.
+
+    Returns:
+        names of what differs; None where there is no record to compare with; see `content_changes`.
+
+    Raises:
+        UserError: if the model is not there.
+    """
     known = recorded_base(run)
-    return known is not None and content_changes(known, base_content(model)) == []
+    return None if known is None else content_changes(known, base_content(model))
 
 
 def check_base(run: str | Path, model: ModelConfig) -> None:

@@ -11,10 +11,9 @@ from llava_keeplora.files import file_hash, left_behind
 from llava_keeplora.journal import PLAN, SCORES, Journal, open_stages
 from llava_keeplora.methods import METHODS
 from llava_keeplora.records import SCHEMAS, read_record, read_training
-from llava_keeplora.run_folder import base_content, differences, kept_recipe, load_run, read_identity, recorded_base
+from llava_keeplora.run_folder import base_changes, differences, kept_recipe, load_run, read_identity
 from llava_keeplora.versions import version_changes
 from llava_keeplora_eval import Matrix
-from llava_keeplora_eval.checkpoints import content_changes
 from llava_keeplora_recipes import load_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
@@ -68,12 +67,11 @@ def _identity(run: Path, config: RunConfig) -> Iterator[UserError]:
 def _base(run: Path, config: RunConfig) -> Iterator[str | UserError]:
     """Whether the base model is the one that the run was begun with."""
     try:
-        known = recorded_base(run)
-        changed = known and content_changes(known, base_content(config.model))
+        changed = base_changes(run, config.model)
     except UserError as error:
         yield error
         return
-    if known is None or changed is None:
+    if changed is None:
         yield f"base model: '{config.model.name_or_path}'; there is no record to check it by"
     elif changed:
         yield RunError(f"the base model '{config.model.name_or_path}' is not the one that {run} was begun with ({', '.join(changed)} differ)", "restore its files")

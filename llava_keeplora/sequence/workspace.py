@@ -15,7 +15,7 @@ from llava_keeplora.config import RUN_FILES, ZERO_SHOT, RunConfig, dump_config, 
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.journal import Journal
-from llava_keeplora.run_folder import BASE, base_content, check_base, differences, file_name, kept_recipe, read_identity, recorded_base, same_base
+from llava_keeplora.run_folder import BASE, base_changes, base_content, check_base, differences, file_name, kept_recipe, read_identity, recorded_base
 from llava_keeplora.versions import version_changes, worker_changes, write_versions
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import sweep
@@ -110,7 +110,7 @@ class Workspace:
         known = read_identity(self.root)
         config = self.config.first(len(known["tasks"])) if len(self.config.tasks) > len(known["tasks"]) else self.config
         found = list(differences(known, config.identity()))
-        if any(key in MODEL_PLACE for key, _, _ in found) and same_base(self.root, self.config.model):
+        if any(key in MODEL_PLACE for key, _, _ in found) and base_changes(self.root, self.config.model) == []:
             found = [change for change in found if change[0] not in MODEL_PLACE]
         return found
 
