@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llava_keeplora_eval import ptb
-from llava_keeplora_eval.answer_rules import RULES, score_answers
-from llava_keeplora_eval.caption_scores import weightless
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import MetricRecord, metric_record
 from llava_keeplora_eval.predictions import first_ids
@@ -59,28 +56,7 @@ def unmeetable(metric: str, references: Sequence[Sequence[str]], **inputs: Seque
     Raises:
         EvalError: there is no such metric.
     """
-    if metric_record(metric).name not in RULES:
-        return _unmeetable_captions(references, by_cider=metric == "caption_cider")
-    rule = RULES[metric]
-
-    def is_met(i: int) -> bool:
-        accepted = rule.accepted(references[i])
-        given = {key.removesuffix("s"): values[i] for key, values in inputs.items()}
-        texts = dict.fromkeys(text.strip() for text in accepted if text.strip())
-        try:
-            return any(rule.strict(text, accepted, **given) for text in texts)
-        except EvalError:  # not what the metric compares, as words where it compares boxes
-            return False
-
-    return [i for i in range(len(references)) if not is_met(i)]
-
-
-def _unmeetable_captions(references: Sequence[Sequence[str]], by_cider: bool) -> list[int]:
-    """Find the captions without a word, or for CIDEr without an n-gram that not every example has."""
-    tokens = [[ptb.without_punctuation(ptb.tokenize(text)) for text in texts] for texts in references]
-    if by_cider:
-        return weightless(tokens)
-    return [i for i, texts in enumerate(tokens) if not any(texts)]
+    return metric_record(metric).unmeetable(references, **inputs)
 
 
 def check_references(data: TaskData, metric: str | None = None) -> str | None:
@@ -99,32 +75,21 @@ def check_references(data: TaskData, metric: str | None = None) -> str | None:
     """
     record = metric_record(metric or data.recipe.metric)
     references, inputs = accepted_texts(data), metric_inputs(data, record)
-    positions = unmeetable(record.name, references, **inputs)
+    positions = record.unmeetable(references, **inputs)
     if not positions:
         return None
-    is_caption = record.name not in RULES
-    if not is_caption:  # raises for what the rule cannot compare with anything
-        given = {key: [values[i] for i in positions] for key, values in inputs.items()}
-        score_answers(record.name, ["?"] * len(positions), [references[i] for i in positions], **given)
+    given = {key: [values[i] for i in positions] for key, values in inputs.items()}
+    refused = record.refuses([references[i] for i in positions], **given)
     first = ", ".join(f"{data.ids[i]}: {_shortened(references[i])}" for i in positions[:3])
     problem = (
         f"{len(positions)} of {len(data)} examples of {data.recipe.name} ({data.split}), "
         f"{100 * len(positions) / len(data):.1f} %, get 0 from the metric '{record.name}' even if their "
         f"accepted text is answered to the letter ({first}{', ...' if len(positions) > 3 else ''})"
     )
-    reason = _caption_reason(record.name) if is_caption else f"it scores whether {record.summary}"
-    cure = f"{reason}: write the answers so, or choose another metric"
-    if len(positions) == len(data) or (is_caption and unmeetable("caption_rouge_l", references)):
+    cure = f"{record.reason}: write the answers so, or choose another metric"
+    if len(positions) == len(data) or refused:
         raise EvalError(problem, cure)
     return f"{problem}; {cure}"
-
-
-def _caption_reason(metric: str) -> str:
-    if metric == "caption_cider":
-        return (
-            "CIDEr weighs words by how few examples have them, so a single example or what all have scores 0"
-        )
-    return "captions are compared word by word, and there is no word"
 
 
 def _shortened(texts: Sequence[str]) -> str:

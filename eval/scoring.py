@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava_keeplora_eval.answer_files import read_answers
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.metrics import MetricRecord, check_metric, load_metric, metric_record
-from llava_keeplora_eval.references import accepted_texts, check_references, metric_inputs, unmeetable
+from llava_keeplora_eval.metrics import MetricRecord, load_metric, metric_record
+from llava_keeplora_eval.references import accepted_texts, check_references, metric_inputs
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import TaskData
@@ -99,9 +99,9 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
     if len(data) == 0:
         raise EvalError(f"{data.recipe.name} ({data.split}) has no examples to score", "check the split and the data")
     texts = read_answers(path, data, form)
-    check_metric(record.name)
+    record.check_installed()
     references, inputs = accepted_texts(data), metric_inputs(data, record)
-    unmet = unmeetable(record.name, references, **inputs)
+    unmet = record.unmeetable(references, **inputs)
     if len(unmet) == len(data):
         check_references(data, record.name)
     result = load_metric(record.name).compute(

@@ -6,16 +6,16 @@ import random
 import pytest
 
 from llava_keeplora_eval import EvalError, load_metric
-from llava_keeplora_eval.answer_rules import RULES, score_answers
-from llava_keeplora_eval.metrics import METRICS
+from llava_keeplora_eval.metrics import METRICS, AnswerMetric
 
+RULES = [name for name, record in METRICS.items() if isinstance(record, AnswerMetric)]
 GIVEN = {"question": "What is it?", "image": "images/map_1.png", "answer_type": "Doc-oriented VQA", "size": [640, 480]}
 TEN = ["yes"] * 6 + ["no"] * 2 + ["maybe"] * 2
 
 
 def scored(name, prediction, answers, **given):
     inputs = {f"{key}s": [(GIVEN | given)[key]] for key in METRICS[name].inputs}
-    return score_answers(name, [prediction], [answers], **inputs)
+    return METRICS[name].compute([prediction], [answers], **inputs)
 
 
 WORKED = [
@@ -247,13 +247,13 @@ def test_lenient_is_never_below_strict_and_every_share_lies_between_0_and_1():
 
 
 def test_shares_are_means_over_all_examples_and_soft_rules_count_nothing():
-    result = score_answers("exact_match", ["dog", "a cat", "", "x"], [["dog"], ["cat"], ["y"], ["y"]])
+    result = METRICS["exact_match"].compute(["dog", "a cat", "", "x"], [["dog"], ["cat"], ["y"], ["y"]])
     assert result == {"exact_match": 0.25, "lenient": 0.5, "compliance": 0.75, "correct": 1}
-    assert "correct" not in score_answers("vqa_accuracy", ["dog"], [["dog"]])
+    assert "correct" not in METRICS["vqa_accuracy"].compute(["dog"], [["dog"]])
 
 
 def test_the_classes_that_accuracy_knows_are_those_of_the_references():
-    result = score_answers("accuracy", ["Red_bird", "dog", "tree", ""], [["cat"], ["red bird"], ["cat"], ["dog"]])
+    result = METRICS["accuracy"].compute(["Red_bird", "dog", "tree", ""], [["cat"], ["red bird"], ["cat"], ["dog"]])
     assert result == {"accuracy": 0, "lenient": 0, "compliance": 0.5, "correct": 0}
 
 
@@ -317,4 +317,4 @@ def test_every_rule_is_a_metric_that_loads_and_computes_the_same(name):
     inputs = {f"{key}s": [GIVEN[key]] for key in METRICS[name].inputs}
     metric = load_metric(name)
     assert metric.compute(predictions=[gold], references=[[gold]], **inputs) == scored(name, gold, [gold])
-    assert metric.description == RULES[name].strict.__doc__
+    assert metric.description == METRICS[name].function.__doc__

@@ -1,13 +1,11 @@
 """Scoring: every example in the denominator, nothing scored that is not what it says."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from llava_keeplora_eval import EvalError, caption_scores, load_metric, metrics, predict_to_file, score
-from llava_keeplora_eval.answer_rules import RULES
 from llava_keeplora_eval.metrics import METRICS
 
 
@@ -86,11 +84,42 @@ def test_two_metrics_at_once_share_nothing():
     assert second.compute()["accuracy"] == 0
 
 
-def test_every_listed_metric_has_a_folder_that_loads_and_every_folder_is_listed():
-    folder = Path(metrics.__file__).parent
-    assert {path.parent.name for path in folder.glob("*/*.py")} == set(METRICS)
-    for name in METRICS.keys() - RULES.keys():  # those with a rule are loaded where the rules are tested
-        assert load_metric(name).rule == name
+@pytest.mark.parametrize("name", METRICS)
+def test_a_record_says_what_its_evaluate_metric_does(name):
+    metric, record = load_metric(name), METRICS[name]
+    assert metric.record is record and record.name == name and record.version >= 1
+    assert (metric.description, metric.citation) == (record.description, record.citation)
+    assert record.summary and set(metric.features) == {"predictions", "references"}
+
+
+def test_evaluate_loads_any_metric_by_the_path_of_one_file(monkeypatch):
+    import socket
+
+    import evaluate
+
+    def refuse(*_):
+        raise AssertionError("loading must not use the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    metric = evaluate.load(f"{metrics.__path__[0]}/evaluate_metric.py", "exact_match", keep_in_memory=True)
+    assert isinstance(metric, evaluate.Metric)
+    given = {"predictions": ["Dog", "cat"], "references": [["dog"], ["bird"]]}
+    assert metric.compute(**given) == METRICS["exact_match"].compute(**given)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "sentence"),
+    [
+        ("exact_match", {"predictions": [], "references": []}, "no predictions to score"),
+        ("caption_cider", {"predictions": [], "references": []}, "no predictions to score"),
+        ("exact_match", {"predictions": ["a"], "references": []}, "1 predictions and 0 references"),
+        ("dcl_sci", {"predictions": ["a"], "references": [["a"]], "images": ["x"]}, "needs the questions"),
+        ("exact_match", {"predictions": ["a"], "references": [["a"]], "images": ["x"]}, "takes no images"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(name, given, sentence):
+    with pytest.raises(EvalError, match=sentence):
+        METRICS[name].compute(**given)
 
 
 class Questions:

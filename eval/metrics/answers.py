@@ -1,0 +1,117 @@
+"""Answers that are compared as texts, and as option letters, numbers or yes and no."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unicodedata import normalize
+
+from llava_keeplora_eval.answer_forms import (
+    find_letter,
+    find_number,
+    find_yes_no,
+    folded,
+    is_letter,
+    is_number,
+    is_yes_no,
+    known_form,
+    letter_form,
+    number_form,
+    plain,
+    read_letter,
+    read_number,
+    read_yes_no,
+    yes_no_form,
+)
+from llava_keeplora_eval.metrics.records import AnswerMetric, Answers, finds_any
+
+
+def accuracy(text: str, answers: Answers) -> float:
+    """Letter by letter one of the accepted texts, white space around both aside.
+
+    The same letters in another Unicode form, as some file systems write a class's folder, are the same.
+    """
+    return normalize("NFC", text) in {normalize("NFC", answer.strip()) for answer in answers}
+
+
+def same_words(text: str, answers: Answers) -> float:
+    """An accepted text, without case, punctuation and underscores."""
+    return bool(plain(text)) and plain(text) in {plain(answer) for answer in answers}
+
+
+def exact_match(text: str, answers: Answers) -> float:
+    """One of the accepted texts, without differences of case, amount of white space or Unicode form."""
+    return folded(text) in {folded(answer) for answer in answers}
+
+
+def _matches(
+    text: str, answers: Answers, has_form: Callable[[str], bool], read: Callable[[str], Any]
+) -> bool:
+    """Return whether a text of the asked form has an accepted text's value, or is one that has a value."""
+    values = {answer.strip().casefold(): read(answer) for answer in answers if read(answer) is not None}
+    return text.casefold() in values or (has_form(text) and read(text) in values.values())
+
+
+def reads_any(find: Callable[[str], Any], read: Callable[[str], Any]) -> Callable[..., float]:
+    """Return the lenient rule for accepted texts that are read: the value found in a text is one of theirs."""
+
+    def lenient(text: str, answers: Answers) -> float:
+        return find(text) in {read(answer) for answer in answers} - {None} or finds_any(text, answers)
+
+    return lenient
+
+
+def option_letter(text: str, answers: Answers) -> float:
+    """The letter of the option and nothing else, in either case; an accepted "(B)" or "B. a dog" means B."""
+    return _matches(text, answers, is_letter, read_letter)
+
+
+def numeric(text: str, answers: Answers) -> float:
+    """A number in digits and nothing else, equal in value to an accepted one: 3, 3.0, 1,000, but not "three".
+
+    An accepted text may be a number word up to ten, or end in a period or percent sign, which is dropped:
+    "50%" is 50.
+    """
+    return _matches(text, answers, is_number, read_number)
+
+
+def yes_no(text: str, answers: Answers) -> float:
+    """Yes or no and nothing else, in either case; an accepted "True" or "Yes." means yes, "False" no."""
+    return _matches(text, answers, is_yes_no, read_yes_no)
+
+
+METRICS = (
+    AnswerMetric(
+        "accuracy",
+        1,
+        accuracy,
+        "the prediction is one of the accepted texts, letter by letter",
+        lenient=same_words,
+        complies=known_form,
+    ),
+    AnswerMetric("exact_match", 2, exact_match, "the prediction is one of the accepted texts, case aside"),
+    AnswerMetric(
+        "option_letter",
+        2,
+        option_letter,
+        "the prediction is the option's letter and nothing else",
+        lenient=reads_any(find_letter, read_letter),
+        complies=letter_form,
+    ),
+    AnswerMetric(
+        "numeric",
+        2,
+        numeric,
+        "the prediction is a number of the accepted value and nothing else",
+        lenient=reads_any(find_number, read_number),
+        complies=number_form,
+    ),
+    AnswerMetric(
+        "yes_no",
+        2,
+        yes_no,
+        "the prediction is the accepted one of yes and no and nothing else",
+        lenient=reads_any(find_yes_no, read_yes_no),
+        complies=yes_no_form,
+    ),
+)

@@ -1,7 +1,0 @@
-"""The rule ``numeric`` of ``llava_keeplora_eval.answer_rules`` as an ``evaluate.Metric``."""
-
-from llava_keeplora_eval.metrics import base
-
-
-class Numeric(base.AnswerMetric):
-    rule = "numeric"
