@@ -34,7 +34,7 @@ def render(processor, question: str, n_images: int) -> str:
         n_images: how many images there are; they go before a question without markers.
 
     Raises:
-        EvalError: the question marks another number of images.
+        EvalError: the question marks another number of images, or the template fails.
     """
     marked = question.count(MARKER)
     if marked not in (0, n_images):
@@ -46,9 +46,15 @@ def render(processor, question: str, n_images: int) -> str:
     text = {"type": "text", "text": question.replace(MARKER, processor.image_token)}
     content = [text] if marked else [{"type": "image"}] * n_images + [text]
     template = processor.chat_template or VICUNA_V1.replace("<image>", processor.image_token)
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
-    )
+    try:
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # A template is a program: it may fail in any way.
+        raise EvalError(
+            f"the model's chat template fails ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
+            "restore the checkpoint's chat_template.jinja, or the chat_template of its tokenizer_config.json",
+        ) from error
 
 
 def asked(recipe: Recipe, question: str | None) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.files import write_atomic
+from llava_keeplora_eval.files import file_hash, write_atomic
+from llava_keeplora_eval.guard import is_exhaustion
 from llava_keeplora_recipes.errors import UserError, nearest
 
 #: In the order in which transformers looks for them.
@@ -32,6 +33,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 #: What PEFT writes beside an adapter's weights.
 ADAPTER = "adapter_config.json"
 AGAIN = "download the checkpoint again, or give another one"
+DIVERGED = "download the checkpoint again, or take one whose training did not diverge"
+UNQUANTISED = "give the checkpoint that it was quantised from; a run quantises it with model.quantization"
 #: Older checkpoints hold tensors that newer code computes; those of a vision encoder's own head have no use in a LLaVA.
 COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked")
 UNUSED = ("vision_model.head.", "vision_tower.head.")
@@ -159,8 +162,7 @@ def content_hash(path: Path) -> str:
             return known
     except (OSError, ValueError):
         pass
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_hash(path)
     if time.time() - stat.st_mtime > RECENT:
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +193,8 @@ def load_checked(auto_class, place: str, **options):
         raise EvalError(f"{folder} holds an adapter ({ADAPTER}), which transformers would load along with the model", "move it out, or give its base")
     if folder.is_dir():
         check_weight_files(folder)
+    if options.get("quantization_config") is not None:
+        check_values(place, options.get("revision"))
     with loading(place), _quiet():
         model, info = auto_class.from_pretrained(place, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **options)
     what = _where(place)
@@ -215,25 +219,60 @@ def check_weight_files(folder: Path) -> None:
     """Refuse a local checkpoint one of whose weight files is damaged, by name.
 
     Raises:
-        EvalError: naming the file.
+        EvalError: naming the file: it cannot be read, holds a tensor that another shard holds too, or weights that are no
+            floating-point numbers, which transformers would cast without a word.
     """
-    import safetensors
-
     files = weight_files(folder)
     if not files and (folder / "config.json").is_file():
         raise EvalError(f"{folder} holds a config.json and no weights ({', '.join(WEIGHTS)})", AGAIN)
+    holders: dict[str, Path] = {}
     for path in files:
-        try:
-            with open(path, "rb") as file:
-                if file.read(40).startswith(b"version https://git-lfs"):
-                    raise ValueError("it is a pointer of Git LFS; run `git lfs pull`")
-            if path.suffix == ".safetensors":
-                with safetensors.safe_open(path, framework="pt") as file:
-                    file.keys()
-            else:
-                _open_pickled(path)
-        except Exception as error:  # safetensors, pickle and zip each raise their own.
-            raise EvalError(f"the weights in {path} cannot be read ({_reason(error)})", "download the checkpoint again, or make the file readable") from error
+        kinds = _tensor_kinds(path)
+        if repeated := sorted(holders.keys() & kinds):
+            raise EvalError(f"{path} holds {len(repeated)} tensors that {holders[repeated[0]].name} holds too (first {repeated[0]})", AGAIN)
+        holders |= dict.fromkeys(kinds, path)
+        if whole := sorted(name for name, is_float in kinds.items() if not is_float and not name.endswith(COMPUTED)):
+            raise EvalError(
+                f"{path} holds {len(whole)} tensors of whole or complex numbers, as quantised checkpoints do (first {whole[0]})", UNQUANTISED
+            )
+
+
+def _tensor_kinds(path: Path) -> dict[str, bool]:
+    """Read a weight file's directory: name of a tensor → whether it is floating point.
+
+    Raises:
+        EvalError: it cannot be read.
+    """
+    import safetensors
+
+    try:
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError("it is a pointer of Git LFS; run `git lfs pull`")
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: "F" in file.get_slice(name).get_dtype() for name in file.keys()}
+        return {name: value.is_floating_point() for name, value in _open_pickled(path).items()}
+    except MemoryError:
+        raise
+    except Exception as error:  # safetensors, pickle and zip each raise their own.
+        if is_exhaustion(error):
+            raise
+        raise EvalError(f"the weights in {path} cannot be read ({_reason(error)})", "download the checkpoint again, or make the file readable") from error
+
+
+def check_values(place: str, revision: str | None = None) -> None:
+    """Refuse a checkpoint whose files hold NaN or infinity, which quantising hides.
+
+    Args:
+        place: a folder or a Hub id.
+        revision: on the Hub.
+
+    Raises:
+        EvalError: naming the file and the first such tensor.
+    """
+    if spoilt := _spoilt(place, revision):
+        raise EvalError(f"{spoilt[0]} holds NaN or infinity (in {spoilt[1]})", DIVERGED)
 
 
 def check_finite(model, place: str) -> None:
@@ -253,24 +292,37 @@ def check_finite(model, place: str) -> None:
     ]
     if bad:
         first = ", ".join(bad[:2]) + (", ..." if len(bad) > 2 else "")
-        raise EvalError(
-            f"{_spoilt(place) or _where(place)} holds NaN or infinity (in {len(bad)} tensors of the model: {first})",
-            "download the checkpoint again, or take one whose training did not diverge",
-        )
+        spoilt = _spoilt(place)
+        raise EvalError(f"{spoilt[0] if spoilt else _where(place)} holds NaN or infinity (in {len(bad)} tensors of the model: {first})", DIVERGED)
 
 
-def _spoilt(place: str) -> Path | None:
-    """Find the shard of a local checkpoint that holds values that are not numbers."""
+def _spoilt(place: str, revision: str | None = None) -> tuple[Path, str] | None:
+    """Find the file of a checkpoint, and the tensor in it, that holds values that are not numbers."""
     import safetensors
     import torch
+    from transformers.utils import cached_file
 
-    for path in weight_files(Path(place)) if Path(place).is_dir() else []:
+    folder = Path(place)
+    if not folder.is_dir():
+        with loading(place):
+            folder = Path(cached_file(place, "config.json", revision=revision)).parent
+    for path in weight_files(folder):
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
-                tensors = (file.get_tensor(name) for name in file.keys())
-                if any(value.is_floating_point() and not torch.isfinite(value).all() for value in tensors):
-                    return path
+                tensors = ((name, file.get_tensor(name)) for name in file.keys())
+                bad = next((name for name, value in tensors if not _is_finite(value)), None)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+            bad = next((name for name, value in tensors.items() if not _is_finite(value)), None)
+        if bad:
+            return path, bad
     return None
+
+
+def _is_finite(value) -> bool:
+    import torch
+
+    return not value.is_floating_point() or not value.numel() or bool(torch.isfinite(value.float() if value.itemsize == 1 else value).all())
 
 
 def check_device(device: str) -> str:
@@ -300,19 +352,21 @@ def loading(name: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError):
         raise
-    except ImportError as error:
-        raise EvalError(f"the model '{name}' cannot be loaded ({_reason(error)})", "install what is missing") from error
     except Exception as error:  # transformers, tokenizers, safetensors and pickle raise errors of every kind for damaged files.
-        raise EvalError(f"the model '{name}' cannot be loaded ({_reason(error)})", "give a folder with a whole checkpoint, an embedded model, or a Hub id that this machine can reach") from error
+        if is_exhaustion(error):
+            raise
+        cure = "give a folder with a whole checkpoint, an embedded model, or a Hub id that this machine can reach"
+        raise EvalError(f"the model '{name}' cannot be loaded ({_reason(error)})", "install what is missing" if isinstance(error, ImportError) else cure) from error
 
 
-def _open_pickled(path: Path) -> None:
-    """Read the directory of a pickled checkpoint without its tensors."""
+def _open_pickled(path: Path) -> dict[str, Any]:
+    """Read the directory of a pickled checkpoint: its tensors without their values."""
     import torch
 
     tensors = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ValueError("it holds something other than tensors by name")
+    return tensors
 
 
 @contextmanager
@@ -350,5 +404,7 @@ def _digest(value: Any) -> str:
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = str(error).splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(". ")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    # A KeyError's text is the key alone.
+    return (f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text or type(error).__name__)[:300].rstrip(". ")

@@ -132,7 +132,7 @@ def describe(error: Exception) -> str | None:
     """Describe in one sentence an error that a user can repair; None for any other."""
     if isinstance(error, UserError):
         return str(error)
-    if _is_exhaustion(error):
+    if is_exhaustion(error):
         reason = (str(error) or "the system gives no more").strip().splitlines()[0][:200]
         return str(UserError(f"this needs more memory or threads than there are ({reason})", "free some, raise the limits (`ulimit -a`), or lower the batch size"))
     if isinstance(error, OSError) and error.strerror:
@@ -142,7 +142,8 @@ def describe(error: Exception) -> str | None:
     return None
 
 
-def _is_exhaustion(error: Exception) -> bool:
+def is_exhaustion(error: Exception) -> bool:
+    """Return whether memory, address space or threads have run out, however a library says so."""
     # An import that runs into a limit of the address space fails in ways of its own.
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if isinstance(error, MemoryError) or (limited and isinstance(error, (ImportError, SystemError))):

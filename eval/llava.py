@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from llava_keeplora_eval.chat import asked, cuts_into_tiles
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import check_generation
+from llava_keeplora_eval.predictors import no_numbers
 from llava_keeplora_eval.preparation import ChatPreparation
 
 if TYPE_CHECKING:
@@ -100,8 +101,14 @@ class LlavaPredictor:
         try:
             with without_defaults(self.model):
                 out = self.model.generate(
-                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **pictures, generation_config=self.generation
+                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **pictures, generation_config=self.generation,
+                    logits_processor=[_refuse_nan(examples, self.model.dtype)],
                 )
+        except (ValueError, IndexError) as error:
+            raise EvalError(
+                f"the model cannot take what its processor makes of example '{examples[0].id}' ({str(error).splitlines()[0][:200]})",
+                "check that config.json and the processor's files are of one checkpoint",
+            ) from error
         finally:
             self.model.train(was_training)
         answers = [ids[:room] for ids, room in zip(out[:, width:].tolist(), rooms)]
@@ -115,6 +122,18 @@ class LlavaPredictor:
                 "shorten or remove it",
             )
         return limit - tokens
+
+
+def _refuse_nan(examples: Sequence[Example], dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor that ends generation where scores (examples × beams, vocabulary) are no numbers."""
+
+    def check(ids: Tensor, scores: Tensor) -> Tensor:
+        bad = (scores.isnan() | scores.isposinf()).any(dim=1)
+        if bad.any():
+            raise no_numbers(examples[int(bad.nonzero()[0]) * len(examples) // len(scores)].id, dtype)
+        return scores
+
+    return check
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora_eval.checkpoints import ADAPTER, check_device, check_finite, check_place, content_hash, load_checked, loading, model_content
+from llava_keeplora_eval.checkpoints import ADAPTER, AGAIN, UNQUANTISED, check_device, check_finite, check_place, content_hash, load_checked, loading, model_content
 from llava_keeplora_eval.errors import EvalError
 
 #: Models that come with the training half; found by name, never imported.
@@ -69,7 +69,10 @@ def model_family(name: str, revision: str | None = None) -> str:
     if (Path(name) / ADAPTER).is_file():
         raise EvalError(f"'{name}' is an adapter, and a whole model is needed", "give its base model, `import` the adapter, or export it as merged")
     with loading(name):
-        kind = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=False).model_type
+        config = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=False)
+        kind = config.model_type
+    if getattr(config, "quantization_config", None) is not None:
+        raise EvalError(f"'{name}' is quantised already (its config.json has a quantization_config), and what is learned belongs to whole weights", UNQUANTISED)
     if kind not in FAMILIES:
         raise EvalError(
             f"'{name}' is a '{kind}' model, and supported are the types {', '.join(FAMILIES)}",
@@ -187,8 +190,7 @@ def load_llava(name: str, device: str | None = None):
 
     path = resolve_model(name)
     model = load_checked(AutoModelForImageTextToText, path)
-    with loading(name):
-        return (model.to(device) if device else model), load_llava_processor(path)
+    return (model.to(device) if device else model), load_llava_processor(path)
 
 
 def load_llava_processor(path: str, revision: str | None = None):
@@ -199,11 +201,11 @@ def load_llava_processor(path: str, revision: str | None = None):
     Args:
         path: a folder or a Hub id.
         revision: the Hub revision.
+
+    Raises:
+        EvalError: it cannot be loaded, or belongs to another model.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaOnevisionProcessor
-
-    if AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).model_type != "llava_onevision":
-        return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
 
     class WithoutVideos(LlavaOnevisionProcessor):
         def check_argument_for_proper_class(self, argument_name, argument):
@@ -211,12 +213,69 @@ def load_llava_processor(path: str, revision: str | None = None):
                 return super().check_argument_for_proper_class(argument_name, argument)
             return None
 
-    settings, _ = LlavaOnevisionProcessor.get_processor_dict(path, revision=revision)
-    own = {key: settings[key] for key in ("num_image_tokens", "vision_feature_select_strategy", "chat_template") if key in settings}
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    own.setdefault("chat_template", getattr(tokenizer, "chat_template", None))
-    image_processor = AutoImageProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
-    return WithoutVideos(image_processor=image_processor, tokenizer=tokenizer, **own)
+    source = {"revision": revision, "trust_remote_code": False}
+    with loading(path):
+        config = AutoConfig.from_pretrained(path, **source)
+        if config.model_type != "llava_onevision":
+            processor = AutoProcessor.from_pretrained(path, **source)
+        else:
+            settings, _ = LlavaOnevisionProcessor.get_processor_dict(path, revision=revision)
+            own = {key: settings[key] for key in ("num_image_tokens", "vision_feature_select_strategy", "chat_template") if key in settings}
+            tokenizer = AutoTokenizer.from_pretrained(path, **source)
+            own.setdefault("chat_template", getattr(tokenizer, "chat_template", None))
+            processor = WithoutVideos(image_processor=AutoImageProcessor.from_pretrained(path, **source), tokenizer=tokenizer, **own)
+    _check_vocabulary(processor.tokenizer, path)
+    _check_image_tokens(processor, config, path)
+    return processor
+
+
+def _check_vocabulary(tokenizer, path: str) -> None:
+    """Refuse a tokenizer without words, which transformers makes where a checkpoint's tokenizer files are not there.
+
+    Raises:
+        EvalError: naming the checkpoint.
+    """
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) == 0:
+        raise EvalError(f"the tokenizer of '{path}' has no words: its files (tokenizer.json, or vocab.json and merges.txt) are not there", AGAIN)
+
+
+def _check_image_tokens(processor, config, path: str) -> None:
+    """Refuse a LLaVA processor that makes other image tokens than its model takes.
+
+    Raises:
+        EvalError: naming what differs.
+    """
+    for name, made, taken in (
+        ("image token", processor.tokenizer.convert_tokens_to_ids(processor.image_token), config.image_token_id),
+        ("patch_size", getattr(processor, "patch_size", None), config.vision_config.patch_size),
+        ("vision_feature_select_strategy", processor.vision_feature_select_strategy, config.vision_feature_select_strategy),
+    ):
+        if made is not None and made != taken:
+            raise EvalError(f"the processor of '{path}' has the {name} {made}, and its config.json {taken}", AGAIN)
+    layers, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
+        if not -depth - 1 <= layer <= depth:
+            raise EvalError(f"the config.json of '{path}' has the vision_feature_layer {layer}, and its vision encoder {depth} layers", AGAIN)
+
+
+def load_clip_processor(path: str, revision: str | None = None) -> ClipProcessor:
+    """The image processor and tokenizer of a CLIP checkpoint.
+
+    Args:
+        path: a folder or a Hub id.
+        revision: the Hub revision.
+
+    Raises:
+        EvalError: one of them cannot be loaded.
+    """
+    # Seconds to import, which the other commands don't need.
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    source = {"revision": revision, "trust_remote_code": False}
+    with loading(path):
+        processor = ClipProcessor(AutoImageProcessor.from_pretrained(path, **source), AutoTokenizer.from_pretrained(path, **source))
+    _check_vocabulary(processor.tokenizer, path)
+    return processor
 
 
 def load_clip(name: str, device: str | None = None):
@@ -232,13 +291,10 @@ def load_clip(name: str, device: str | None = None):
     Raises:
         EvalError: it cannot be loaded (see `load_checked`), or it is not of the CLIP family.
     """
-    # Seconds to import, which the other commands don't need.
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+    from transformers import CLIPModel  # Seconds to import, which the other commands don't need.
 
     path = resolve_model(name)
     if model_family(name) != "clip":
         raise EvalError(f"model '{name}' is no CLIP model, and zero-shot classification needs one", "give a CLIP checkpoint")
     model = load_checked(CLIPModel, path)
-    with loading(name):
-        processor = ClipProcessor(AutoImageProcessor.from_pretrained(path, trust_remote_code=False), AutoTokenizer.from_pretrained(path, trust_remote_code=False))
-    return (model.to(device) if device else model), processor
+    return (model.to(device) if device else model), load_clip_processor(path)

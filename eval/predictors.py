@@ -170,7 +170,10 @@ class ClipPredictor:
         """The nearest class of each example, verbatim as in ``recipe.classes``."""
         if not examples:
             return []
-        return [self.recipe.classes[index] for index in self.logits(examples).argmax(dim=1).tolist()]
+        logits = self.logits(examples)
+        if bad := [example.id for example, row in zip(examples, logits.isfinite().all(dim=1).tolist()) if not row]:
+            raise no_numbers(bad[0], self.dtype)
+        return [self.recipe.classes[index] for index in logits.argmax(dim=1).tolist()]
 
     def _processed(self, examples: Sequence[Example]) -> Tensor:
         images = [example.image for example in examples]
@@ -193,6 +196,20 @@ class ClipPredictor:
     def _features(self, prompts: Sequence[str]) -> Tensor:
         tokens = self.preparation.tokens(prompts)
         return prompt_features(self.model, {key: value.to(self.device) for key, value in tokens.items()})
+
+
+def no_numbers(example: str, dtype: torch.dtype) -> EvalError:
+    """The error for a model whose outputs are NaN or infinite: the answer read off them would be the first class or token.
+
+    Args:
+        example: the id of the first such example.
+        dtype: of the model.
+    """
+    name = str(dtype).removeprefix("torch.")
+    return EvalError(
+        f"the model's outputs for example '{example}' are NaN or infinite in {name}",
+        "use a dtype of more range (bfloat16, float32), or check the checkpoint's weights",
+    )
 
 
 def default_device() -> str:

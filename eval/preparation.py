@@ -287,18 +287,18 @@ def load_preparation(name: str) -> Preparation:
         EvalError: its processor cannot be loaded, or it is a model of no supported family.
     """
     # Seconds to import, which a check without a model doesn't need.
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from llava_keeplora_eval.checkpoints import loading
-    from llava_keeplora_eval.models import adapter_base, load_llava_processor, model_family, resolve_model
+    from llava_keeplora_eval.models import adapter_base, load_clip_processor, load_llava_processor, model_family, resolve_model
 
     name = adapter_base(name) or name
     path, family = resolve_model(name), model_family(name)
     with loading(name):
         limit = AutoConfig.from_pretrained(path, trust_remote_code=False).text_config.max_position_embeddings
-        if family == "llava":
-            return ChatPreparation(load_llava_processor(path), limit)
-        return PromptPreparation(AutoTokenizer.from_pretrained(path, trust_remote_code=False), limit)
+    if family == "llava":
+        return ChatPreparation(load_llava_processor(path), limit)
+    return PromptPreparation(load_clip_processor(path), limit)
 
 
 def _runs(ids: Iterable[int]) -> str:

@@ -96,12 +96,6 @@ def open_tensors(path: Path) -> safe_open:
         raise RunError(f"{path} cannot be read as safetensors ({str(error).splitlines()[0]})", "restore it") from error
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextmanager
 def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
     """A room to fill, which becomes a folder at the end: the folder appears whole or not at all.

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import file_hash
 from llava_keeplora.records import COUNT, NUMBER, mismatches
+from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.interruption import finishing
 
 logger = logging.getLogger(__name__)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from llava_keeplora.config import ZERO_SHOT, RunConfig
 from llava_keeplora.errors import RunError, UserError
-from llava_keeplora.files import file_hash, left_behind
+from llava_keeplora.files import left_behind
 from llava_keeplora.journal import PLAN, SCORES, Journal, open_stages
 from llava_keeplora.methods import METHODS
 from llava_keeplora.records import SCHEMAS, read_record, read_training
 from llava_keeplora.run_folder import base_changes, differences, kept_recipe, load_run, read_identity
 from llava_keeplora.versions import version_changes
 from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes import load_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
 

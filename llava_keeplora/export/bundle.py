@@ -14,11 +14,11 @@ from transformers import AutoConfig
 from llava_keeplora.adapters import BaseWeights, Delta, FullDelta, load_deltas
 from llava_keeplora.config import EvaluationConfig, ModelConfig, read_dumped
 from llava_keeplora.errors import ConfigError, RunError, nearest
-from llava_keeplora.files import file_hash
 from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
 from llava_keeplora.run_folder import check_base
 from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes import Recipe, load_recipe
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -16,9 +16,10 @@ from llava_keeplora.export.card import Usage, write_card
 from llava_keeplora.export.check import Deviation, check_export, probe
 from llava_keeplora.export.merged import Rounding, merge, write_merged
 from llava_keeplora.export.state import FOLDER, RECORD, SUFFIXES, write_state
-from llava_keeplora.files import file_hash, whole_folder, write_json
+from llava_keeplora.files import whole_folder, write_json
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import DTYPES, open_model
+from llava_keeplora_eval.files import file_hash
 
 FORMS = ("adapter", "merged", "state")
 

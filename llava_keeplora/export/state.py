@@ -16,11 +16,12 @@ from typing import Any
 from llava_keeplora.config import REFERENCE_PLACES, ZERO_SHOT
 from llava_keeplora.errors import RunError
 from llava_keeplora.export.bundle import Base, Learned, checked, find_local
-from llava_keeplora.files import file_hash, write_bytes, write_json
+from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import embedded_models
 from llava_keeplora.records import read_record
 from llava_keeplora.run_folder import kept_recipe
+from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes import Recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
 

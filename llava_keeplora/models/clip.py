@@ -19,6 +19,7 @@ from llava_keeplora.models.quantised import keep_form, leave_checkpoint, quantis
 from llava_keeplora.models.skeleton import build_skeleton
 from llava_keeplora.zero import loaded_whole
 from llava_keeplora_eval.checkpoints import load_checked
+from llava_keeplora_eval.models import load_clip_processor
 from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, text_features
 from llava_keeplora_eval.preparation import PromptPreparation, check_questions
 from llava_keeplora_recipes import Example, Recipe, TaskData
@@ -47,7 +48,7 @@ class ClipFamily:
     @cached_property
     def processor(self):
         """The model's processor."""
-        return transformers.AutoProcessor.from_pretrained(self.path, revision=self.revision, trust_remote_code=False)
+        return load_clip_processor(self.path, self.revision)
 
     @cached_property
     def preparation(self) -> PromptPreparation:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_keeplora.config import read_dumped
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import file_hash, write_bytes
+from llava_keeplora.files import write_bytes
 from llava_keeplora.files import whole_folder
 from llava_keeplora.journal import Journal
 from llava_keeplora.report.capacity import layer_lines
@@ -22,6 +22,7 @@ from llava_keeplora.report.trial import Capacity, Cost, LayerLines, Trial
 from llava_keeplora.records import read_record
 from llava_keeplora.run_folder import read_identity
 from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.files import file_hash
 
 ZERO_SHOT = "zero-shot"
 #: What a run's own report was made of.

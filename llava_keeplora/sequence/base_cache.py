@@ -20,7 +20,8 @@ from torch import Tensor
 
 from llava_keeplora.records import read_object
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import file_hash, write_bytes, write_json
+from llava_keeplora.files import write_bytes, write_json
+from llava_keeplora_eval.files import file_hash
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import file_hash, read_tensors, write_json, write_tensors
+from llava_keeplora.files import read_tensors, write_json, write_tensors
 from llava_keeplora.group import from_all, process_count, process_rank
 from llava_keeplora.records import read_training, record_digest
+from llava_keeplora_eval.files import file_hash
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from llava_keeplora.adapters import AdapterInit, Delta, Deltas, FullDelta, attac
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
 from llava_keeplora.config import ALL_LINEAR, AVERAGED, MethodConfig
 from llava_keeplora.errors import RunError, TrainingError
-from llava_keeplora.files import file_hash, read_tensors, write_json, write_tensors
+from llava_keeplora.files import read_tensors, write_json, write_tensors
 from llava_keeplora.journal import CONSOLIDATED, SCORES, Entry, Journal, next_stage, open_stages
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, TaskContext, find_changed
 from llava_keeplora.records import read_record
@@ -39,6 +39,7 @@ from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_
 from llava_keeplora.zero import forget_engine, gathered, number_count, trained_values
 from llava_keeplora.versions import worker_counts
 from llava_keeplora_eval import Matrix, predict_to_file, score
+from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.predictions import join_shards
 from llava_keeplora_eval.predictors import Predictor
 

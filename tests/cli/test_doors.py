@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from llava_keeplora_eval.files import file_hash
 
-from llava_keeplora.files import file_hash
 
 #: Seconds; a start takes some ten on a quiet machine.
 PATIENCE = 400

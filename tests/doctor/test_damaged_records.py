@@ -14,11 +14,11 @@ from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.export import card
 from llava_keeplora.export.bundle import Base, read_learned
 from llava_keeplora.export.state import write_state
-from llava_keeplora.files import file_hash
 from llava_keeplora.records import MOST_DEEP, SCHEMAS, read_object, read_record
 from llava_keeplora.report import run_report
 from llava_keeplora.run_folder import extended, load_run
 from llava_keeplora.sequence.fork import fork
+from llava_keeplora_eval.files import file_hash
 
 FIRST = "keeplora/task-01-colours"
 FILES = [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_keeplora_eval import EvalError
-from llava_keeplora_eval.checkpoints import check_device, check_place, content_changes, content_hash, load_checked, model_content
+from llava_keeplora_eval.checkpoints import check_device, check_place, check_values, content_changes, content_hash, load_checked, model_content
 
 
 @pytest.fixture
@@ -272,3 +272,90 @@ def test_a_mistyped_folder_is_no_hub_id(tmp_path, monkeypatch, name, said):
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(EvalError, match=f"device '{device}' cannot be used on this machine, which has cpu"):
         check_device(device)
+
+
+def whole_numbers(tensors):
+    tensors["visual_projection.weight"] = tensors["visual_projection.weight"].to(torch.int8)
+
+
+def truths(tensors):
+    tensors["logit_scale"] = tensors["logit_scale"] > 0
+
+
+@pytest.mark.parametrize("change", [whole_numbers, truths])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_weights_that_are_no_floating_point_numbers_are_refused_instead_of_cast(copied, change, pickled):
+    rewrite(copied, change)
+    if pickled:
+        torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+        (copied / "model.safetensors").unlink()
+    with pytest.raises(EvalError, match="holds 1 tensors of whole or complex numbers.*quantised from"):
+        load(copied)
+
+
+def test_a_tensor_in_two_shards_is_refused(copied):
+    names = split_in_two(copied)
+    first, second = (load_file(copied / name) for name in names)
+    save_file(second | {"logit_scale": torch.tensor(0.0)} | dict(list(first.items())[:1]), copied / names[1], {"format": "pt"})
+    with pytest.raises(EvalError, match=f"{names[1]} holds .* tensors that {names[0]} holds too"):
+        load(copied)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_values_that_quantising_would_hide_are_found_in_the_files(copied, value, pickled):
+    rewrite(copied, lambda tensors: tensors["visual_projection.weight"].view(-1)[3:4].fill_(value))
+    if pickled:
+        torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+        (copied / "model.safetensors").unlink()
+    with pytest.raises(EvalError, match=r"(model.safetensors|pytorch_model.bin) holds NaN or infinity \(in visual_projection.weight\)"):
+        check_values(str(copied))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_with_nan_is_refused_before_it_is_loaded(copied, kind):
+    from llava_keeplora.config import ModelConfig
+    from llava_keeplora.models import load_model
+
+    rewrite(copied, lambda tensors: tensors["text_model.encoder.layers.0.self_attn.q_proj.weight"].view(-1)[:1].fill_(float("nan")))
+    with pytest.raises(EvalError, match="NaN or infinity .*q_proj"):
+        load_model(ModelConfig(str(copied), quantization=kind))
+
+
+@pytest.mark.parametrize("quantization", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "nothing"}])
+def test_a_checkpoint_that_says_it_is_quantised_is_refused_by_both_programs(copied, quantization):
+    from llava_keeplora.config import ModelConfig
+    from llava_keeplora.errors import ConfigError
+    from llava_keeplora.models import open_model
+    from llava_keeplora_eval.models import load_clip
+
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    with pytest.raises(EvalError, match="quantised already"):
+        load_clip(str(copied))
+    with pytest.raises(ConfigError, match="quantised already"):
+        open_model(ModelConfig(str(copied)))
+
+
+@pytest.mark.parametrize("names", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
+def test_a_tokenizer_without_words_is_refused_by_every_door(copied, names):
+    from llava_keeplora.config import ModelConfig
+    from llava_keeplora.models import open_model
+    from llava_keeplora_eval.models import load_clip
+    from llava_keeplora_eval.preparation import load_preparation
+
+    for name in names:
+        (copied / name).unlink()
+    for door in (lambda: load_clip(str(copied)), lambda: open_model(ModelConfig(str(copied))).processor, lambda: load_preparation(str(copied))):
+        with pytest.raises(EvalError, match="has no words: its files|the backend tokenizer"):
+            door()
+
+
+def test_a_reason_of_one_line_says_what_is_wrong(copied):
+    from llava_keeplora_eval.models import load_clip
+
+    config = json.loads((copied / "config.json").read_text())
+    for section, said in ({"num_attention_heads": 3}, "hidden size"), ({"hidden_act": "sigh"}, "KeyError: 'sigh'"):
+        (copied / "config.json").write_text(json.dumps(config | {"vision_config": config["vision_config"] | section}))
+        with pytest.raises(EvalError, match=said):
+            load_clip(str(copied))

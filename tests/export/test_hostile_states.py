@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.export import import_state
-from llava_keeplora.files import file_hash
+from llava_keeplora_eval.files import file_hash
 
 LAYER = "vision_model.encoder.layers.0.self_attn.q_proj"
 TASK = "keeplora/task-01-colours"

@@ -11,7 +11,7 @@ import pytest
 from llava_keeplora import cli
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export import hub, import_state
-from llava_keeplora.files import file_hash
+from llava_keeplora_eval.files import file_hash
 
 # Tests are imported by path, without packages.
 spec = importlib.util.spec_from_file_location("hub_stand_in", Path(__file__).with_name("hub_stand_in.py"))

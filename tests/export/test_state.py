@@ -12,9 +12,9 @@ from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.export import export_run, import_state
 from llava_keeplora.export.state import FOLDER
-from llava_keeplora.files import file_hash
 from llava_keeplora.run_folder import extended, read_identity
 from llava_keeplora.sequence import runner
+from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes import load_recipe
 
 LEARNED = ("*/delta.safetensors", "*/state.safetensors")

@@ -49,7 +49,7 @@ def test_the_loss_is_cross_entropy_over_the_class_prompts_and_the_same_inside_a_
     task = family.task(data.recipe)
     batch = {"pixel_values": pixels(family, [data[i] for i in range(4)]), "labels": torch.tensor(data.labels[:4])}
 
-    tokens = family.processor(text=data.recipe.prompts, padding=True, return_tensors="pt")
+    tokens = family.processor.tokenizer(data.recipe.prompts, padding=True, return_tensors="pt")
     logits = family.model(**tokens, pixel_values=batch["pixel_values"]).logits_per_image
     out = task(**batch)
     with task.constants():

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from llava_keeplora import cli
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import file_hash
 from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.run_report import READ, read_results, read_trial, report_is_current, write_run_report
 from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.files import file_hash
 
 TASKS = ["colours", "stripes", "corners"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from llava_keeplora.config import parse_config
-from llava_keeplora.files import file_hash
 from llava_keeplora.sequence import runner, trainer
+from llava_keeplora_eval.files import file_hash
 
 VOLATILE = {".lock", ".report", "config.json"}
 #: Endings of what a report writes from the rest.

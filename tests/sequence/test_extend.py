@@ -9,9 +9,9 @@ import yaml
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, RunError
-from llava_keeplora.files import file_hash
 from llava_keeplora.journal import Journal
 from llava_keeplora.run_folder import extended, load_run
+from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes.errors import RecipeError
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import file_hash
 from llava_keeplora.journal import BASE_STAGES, STAGES, Entry, Journal, next_stage, open_stages
+from llava_keeplora_eval.files import file_hash
 
 ORDER = [(0, s) for s in BASE_STAGES] + [(t, s) for t in (1, 2) for s in STAGES]
 #: Of a run with two tasks that was extended by a third.
