@@ -12,12 +12,15 @@ from .errors import RecipeError, nearest
 from .loading import inspect_task, load_task
 from .placeholders import place_images
 from .recipe_rules import FROM_SOURCE, KEYS, KINDS, REQUIRED, check_recipe
+from .registry import Registry
 from .rendered import RENDERED
 from .rendered_scenes import SCENES
 from .strict_yaml import check_keys, dump_yaml, list_shipped, read_mapping, resolve
 from .task_data import TaskData
 
 RECIPES = Path(__file__).parent / "recipes"
+#: How a metric from elsewhere is named; the metrics themselves are `llava_keeplora_eval`'s.
+METRIC_NAMES = Registry("metric", "llava_keeplora.metrics", {})
 
 # A corrected citation must not change a task's identity; where its files lie must not either.
 # What a generative model is asked where a classification recipe has no instruction of its own; the second sentence is
@@ -36,7 +39,7 @@ class Recipe:
         name: the task's name, for example `digits` or `mtil/aircraft`.
         version: raised whenever the examples, the classes or the prompt change.
         kind: `classification`, `vqa` or `captioning`.
-        metric: how answers are scored, for example `accuracy`.
+        metric: how answers are scored, for example `accuracy`, or `my_metrics.py:my_metric` beside the YAML.
         licence: the licence of the data.
         source: `format` and what that format needs (`path`, `columns`, ...).
         splits: our split name to the source's file, folder or split name.
@@ -121,12 +124,18 @@ class Recipe:
         return ASKS if self.instruction is None else place_images(self.instruction, 1, f"the instruction of '{self.name}'")
 
     @property
+    def metric_name(self) -> str:
+        """The metric's name without a path of this machine: of one in a file `module:object`."""
+        return METRIC_NAMES.portable_name(self.metric)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON of all that decides what a model sees and how it is scored."""
         facts = {k: v for k, v in asdict(self).items() if k not in NOT_IDENTITY}
         for key in ("instruction", "test_prompt", "background"):
             if facts[key] is None:
                 del facts[key]  # as before there were any, so that older files keep their recipe
+        facts["metric"] = self.metric_name
         facts["source"] = {k: v for k, v in self.source.items() if k != "path"}
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -203,6 +212,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The YAML's keys over those of the recipe that it extends."""
     facts = read_mapping(path)
     check_keys(facts, KEYS, path)
+    if "metric" in facts:
+        facts["metric"] = METRIC_NAMES.localize(facts["metric"], path.parent)
     parent = facts.pop("extends", None)
     if parent is None:
         return facts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_keeplora_eval.answer_files import read_answers
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.metrics import MetricRecord, load_metric, metric_record
+from llava_keeplora_eval.metrics import METRICS, MetricRecord, load_metric, metric_record, metric_source
 from llava_keeplora_eval.references import accepted_texts, check_references, metric_inputs
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Score:
         version: the recipe's version.
         fingerprint: the fingerprint of the data that was scored.
         split: the split that was scored.
-        metric: the metric's name.
+        metric: the metric's name, of one in a file ``module:object``.
         metric_version: the version of the metric's rule.
         score: the score in percent, unrounded.
         n: examples scored; every one of them is in the denominator.
@@ -35,6 +35,7 @@ class Score:
         compliance: the share of answers in the asked form, in percent, for metrics of answers.
         details: further numbers, in percent, and how they were made, for metrics that have them.
         unmeetable: how many examples get 0 even if their accepted text is answered to the letter.
+        metric_source: SHA-256 of the sources of a metric that is a plug-in.
     """
 
     task: str
@@ -51,10 +52,14 @@ class Score:
     compliance: float | None = None
     details: dict[str, float | str | None] | None = None
     unmeetable: int = 0
+    metric_source: str | None = None
 
     def to_dict(self) -> dict:
-        """The score as plain JSON values."""
-        return asdict(self)
+        """Return the score as plain JSON values; ``metric_source`` only where there is one."""
+        values = asdict(self)
+        if self.metric_source is None:
+            del values["metric_source"]
+        return values
 
     def __str__(self) -> str:
         line = f"{self.task} v{self.version} ({self.split}): {self.metric} v{self.metric_version} {self.score:.2f} %"
@@ -93,7 +98,8 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
             ``check_references``).
     """
     path = Path(path)
-    record = metric_record(metric or data.recipe.metric)
+    name = metric or data.recipe.metric
+    record = metric_record(name)
     if not path.exists():
         raise EvalError(f"there is no predictions file {path}", "run `llava-keeplora-eval predict` first")
     if len(data) == 0:
@@ -103,8 +109,8 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
     references, inputs = accepted_texts(data), metric_inputs(data, record)
     unmet = record.unmeetable(references, **inputs)
     if len(unmet) == len(data):
-        check_references(data, record.name)
-    result = load_metric(record.name).compute(
+        check_references(data, name)
+    result = load_metric(name).compute(
         predictions=list(texts.values()), references=references, **inputs
     )
     percent = {key: _percent(result.get(key), record) for key in (record.name, "lenient", "compliance")}
@@ -114,7 +120,7 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
         version=data.recipe.version,
         fingerprint=data.fingerprint,
         split=data.split,
-        metric=record.name,
+        metric=METRICS.portable_name(name),
         metric_version=record.version,
         score=percent[record.name],
         n=len(data),
@@ -124,6 +130,7 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
         compliance=percent["compliance"],
         details=details and {key: _percent(value, record) for key, value in details.items()},
         unmeetable=len(unmet),
+        metric_source=metric_source(name),
     )
 
 

@@ -213,6 +213,7 @@ class AnswerMetric(MetricRecord):
 
     def unmeetable(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> list[int]:
         """See ``MetricRecord.unmeetable``."""
+        self.check_installed()
 
         def is_met(i: int) -> bool:
             given = _of_example(inputs, i)

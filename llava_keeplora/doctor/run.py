@@ -15,6 +15,7 @@ from llava_keeplora.run_folder import base_changes, differences, kept_recipe, lo
 from llava_keeplora.versions import version_changes
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
+from llava_keeplora_eval.plugins import task_plugins
 from llava_keeplora_recipes import load_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
@@ -159,8 +160,15 @@ def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserErr
         for source in dict.fromkeys((task, str(kept)) if kept.exists() else (task,)):
             try:
                 recipe = load_recipe(source)
+                plugins = task_plugins(recipe)
             except UserError as error:
                 yield error
                 continue
             if recipe.classes is not None and recipe.fingerprint != record.get("recipe_fingerprint"):
                 yield RunError(f"{source} is not the recipe of '{recipe.name}' that {journal.path.parent} was planned with", "restore it")
+            changed = [role for role, source in plugins.items() if source != record.get("plugins", {}).get(role)]
+            if changed:
+                yield RunError(
+                    f"the {changed[0]} of '{recipe.name}', {recipe.metric}, is not what {journal.path.parent} was planned with",
+                    "restore its files",
+                )

@@ -141,7 +141,7 @@ def _metadata(learned: Learned, base: Base, done: "Exported", usage: Usage) -> M
         pipeline_tag=usage.pipeline_tag,
         tags=list(dict.fromkeys([*tags, *([f"base_model:adapter:{base.id}", "lora"] if done.form == "adapter" else [])])),
         datasets=list(dict.fromkeys(recipe.source["path"] for recipe in recipes if recipe.source["format"] == "hub")) or None,
-        metrics=list(dict.fromkeys(recipe.metric for recipe in recipes)),
+        metrics=list(dict.fromkeys(recipe.metric_name for recipe in recipes)),
     )
 
 
@@ -179,7 +179,7 @@ def _stages(learned: Learned) -> list[dict[str, Any]]:
 
 def _task(recipe: Recipe) -> list[str]:
     source = recipe.source["path"] if recipe.source["format"] == "hub" else recipe.homepage or recipe.source["format"]
-    return [recipe.name, str(recipe.version), recipe.kind, recipe.metric, recipe.licence, source]
+    return [recipe.name, str(recipe.version), recipe.kind, recipe.metric_name, recipe.licence, source]
 
 
 def _settings(learned: Learned) -> str:

@@ -144,7 +144,7 @@ def examples_of(run: Path) -> dict[str, tuple]:
     """task → what it was scored on and by, from the zero-shot row."""
     path = run / ZERO_SHOT / "task-00-base" / "scores.json"
     scores = read_record(path) if path.exists() else {}
-    return {task: tuple(score.get(key) for key in ("fingerprint", "metric", "metric_version")) for task, score in scores.items()}
+    return {task: tuple(score.get(key) for key in ("fingerprint", "metric", "metric_version", "metric_source")) for task, score in scores.items()}
 
 
 def rows_of(results: Mapping[str, Sequence[Trial]]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from llava_keeplora.models import Inputs
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.versions import decoder_versions
 from llava_keeplora_eval.metrics import check_metric
+from llava_keeplora_eval.plugins import task_plugins
 from llava_keeplora_eval.references import check_references
 from llava_keeplora_recipes import Example, Recipe, TaskData
 from llava_keeplora_recipes.repeats import repeats, shared_pictures
@@ -42,13 +43,15 @@ class Task:
         return self.recipe.name
 
     def record(self) -> dict:
-        """What every journal entry of the task carries."""
+        """What every journal entry of the task carries; `plugins` only where there are some."""
+        plugins = task_plugins(self.recipe)
         return {
             "task": self.name,
             "version": self.recipe.version,
             "recipe_fingerprint": self.recipe.fingerprint,
             "train": {"n": len(self.train), "fingerprint": self.train.fingerprint, "dropped": list(self.train.dropped)},
             "test": {"n": len(self.test), "fingerprint": self.test.fingerprint, "dropped": list(self.test.dropped)},
+            **({"plugins": plugins} if plugins else {}),
         }
 
     def repeats(self) -> list[str]:
