@@ -118,10 +118,8 @@ def model_content(place: str, revision: str | None = None) -> dict[str, Any]:
     """
     folder = Path(place)
     if not folder.is_dir():
-        from transformers import AutoConfig
-
         with loading(place):
-            return {"commit": getattr(AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False), "_commit_hash", None)}
+            return {"commit": hub_commit(place, revision)}
     try:
         weights = {path.name: content_hash(path) for path in weight_files(folder)}
         processor = {name: content_hash(folder / name) for name in PROCESSOR if (folder / name).is_file()}
@@ -134,6 +132,24 @@ def model_content(place: str, revision: str | None = None) -> dict[str, Any]:
         "weights": _digest(weights), "config": _digest(config), "processor": _digest(processor | templates),
         "stops": generation.get("eos_token_id"),
     }
+
+
+def hub_commit(name: str, revision: str | None = None) -> str:
+    """Return the commit of a model on the Hub, without the network where the model's configuration is in the Hub's cache.
+
+    The cache keeps the files of a commit in `snapshots/<commit>`, which `huggingface_hub` documents; recent versions of
+    transformers keep no commit in a configuration.
+
+    Args:
+        name: of the model, `user/name`.
+        revision: a branch, tag or commit; the main branch when None.
+
+    Raises:
+        OSError: the Hub has no such model, or it is neither cached nor within reach.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
 
 
 def content_changes(known: dict[str, Any], now: dict[str, Any]) -> list[str] | None:

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from llava_keeplora.adapters import BaseWeights, Delta, FullDelta, load_deltas
 from llava_keeplora.config import EvaluationConfig, ModelConfig, read_dumped
 from llava_keeplora.errors import ConfigError, RunError, nearest
@@ -18,6 +16,7 @@ from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
 from llava_keeplora.run_folder import check_base
 from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.checkpoints import hub_commit, loading
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes import Recipe, load_recipe
 
@@ -191,8 +190,8 @@ def published_base(model: ModelConfig, base_id: str | None) -> Base:
             f"the base of this run is '{model.name_or_path}', a folder of this machine, which nobody else can load",
             "give its id on the Hub with --base-id user/name",
         )
-    found = AutoConfig.from_pretrained(model.name_or_path, revision=model.revision)
-    return Base(model.name_or_path, getattr(found, "_commit_hash", None) or model.revision, None)
+    with loading(model.name_or_path):
+        return Base(model.name_or_path, hub_commit(model.name_or_path, model.revision), None)
 
 
 def find_local(name_or_path: str) -> Path | None:

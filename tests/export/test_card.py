@@ -14,7 +14,8 @@ from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export import export_run
 from llava_keeplora.export.bundle import published_base
-from llava_keeplora_eval import Matrix
+from llava_keeplora_eval import EvalError, Matrix
+from llava_keeplora_eval.checkpoints import model_content
 from llava_keeplora_eval.metrics import METRICS
 
 
@@ -110,11 +111,16 @@ def test_a_base_that_only_this_machine_knows_needs_a_name_on_the_hub(tiny_clip):
             published_base(ModelConfig(str(tiny_clip)), wrong)
 
 
-def test_a_base_from_the_hub_is_named_with_the_commit_that_was_loaded(monkeypatch):
-    from transformers import AutoConfig, CLIPConfig
-
-    config = CLIPConfig()
-    config._commit_hash = "0123abc"
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, revision: config)
-    found = published_base(ModelConfig("openai/clip-vit-base-patch16", revision="main"), None)
-    assert (found.id, found.revision, found.local) == ("openai/clip-vit-base-patch16", "0123abc", None)
+def test_a_base_from_the_hub_is_named_with_the_commit_that_was_loaded(tmp_path, monkeypatch):
+    commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--you--clip"
+    for path, text in {f"snapshots/{commit}/config.json": '{"model_type": "clip"}', "refs/main": commit}.items():
+        (cache / path).parent.mkdir(parents=True)
+        (cache / path).write_text(text)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for revision in (None, "main", commit):
+        found = published_base(ModelConfig("you/clip", revision=revision), None)
+        assert (found.id, found.revision, found.local) == ("you/clip", commit, None)
+        assert model_content("you/clip", revision) == {"commit": commit}
+    with pytest.raises(EvalError, match="'you/other' cannot be loaded"):
+        published_base(ModelConfig("you/other"), None)
