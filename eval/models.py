@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora_eval.checkpoints import ADAPTER, AGAIN, UNQUANTISED, check_device, check_finite, check_place, content_hash, load_checked, loading, model_content
+from llava_keeplora_eval.checkpoints import ADAPTER, AGAIN, UNQUANTISED, check_device, check_finite, check_place, content_changes, content_hash, load_checked, loading, model_content
 from llava_keeplora_eval.errors import EvalError
 
 #: Models that come with the training half; found by name, never imported.
 EMBEDDED = ("tiny-clip", "tiny-llava")
+#: What an export of a run says of itself.
+EXPORT = "keeplora_export.json"
 #: Model types of transformers → the family that answers with them; training and evaluation take the same.
 FAMILIES = {"clip": "clip", "llava": "llava", "llava_next": "llava", "llava_onevision": "llava"}
 
@@ -102,24 +104,25 @@ def load_predictor(
     from llava_keeplora_eval.predictors import ClipPredictor
 
     check_device(device)
-    base = adapter_base(name, base)
-    source = base or name
-    family = model_family(source)
+    adapted = adapter_base(name, base)
+    source, revision = adapted or (name, None)
+    family = model_family(source, revision)
     if family == "clip" and recipe.kind != "classification":
         raise EvalError(
             f"task '{recipe.name}' is {recipe.kind}, and '{name}' is a CLIP model, which answers classification at most",
             "give a LLaVA checkpoint, or predict with your own model, write a JSONL file, and score that",
         )
-    model, processor = load_clip(source, device) if family == "clip" else load_llava(source, device)
-    if base is not None:
+    model, processor = (load_clip if family == "clip" else load_llava)(source, device, revision)
+    if adapted is not None:
+        _check_exported_base(Path(name), source, revision)
         model = _with_adapter(model, name)
     if family == "clip":
         return ClipPredictor(model, processor, recipe)
     return LlavaPredictor(model, processor, recipe, max_new_tokens, generation=generation)
 
 
-def adapter_base(name: str, base: str | None = None) -> str | None:
-    """Return the base model of a folder that holds a PEFT adapter; None for anything else.
+def adapter_base(name: str, base: str | None = None) -> tuple[str, str | None] | None:
+    """Return the base model of a folder that holds a PEFT adapter, and its revision on the Hub; None for anything else.
 
     Args:
         name: a folder, a Hub id or an embedded name.
@@ -133,11 +136,34 @@ def adapter_base(name: str, base: str | None = None) -> str | None:
         if base is not None:
             raise EvalError(f"--base is '{base}', and '{name}' is no folder with an adapter ({ADAPTER})", "leave --base out")
         return None
+    if base is not None:
+        return base, None
     with loading(name):
-        named = base or json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        named, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(named, str) or not named:
         raise EvalError(f"{path} names no base model", "say where it lies with --base")
-    return named
+    if not isinstance(revision, str | None):
+        raise EvalError(f"{path} has the revision {revision!r} of its base, which is no text", "write a branch, a tag or a commit")
+    return named, revision
+
+
+def _check_exported_base(folder: Path, base: str, revision: str | None) -> None:
+    """Refuse another base than the one that an exported adapter was trained on, where the export says by content which that was.
+
+    Raises:
+        EvalError: naming what differs.
+    """
+    path = folder / EXPORT
+    if not path.is_file():
+        return
+    with loading(str(folder)):
+        known = json.loads(path.read_text(encoding="utf-8")).get("base")
+    if isinstance(known, dict) and (changed := content_changes(known, model_content(resolve_model(base), revision))):
+        raise EvalError(
+            f"the base model '{base}' is not the one that the adapter {folder} was trained on ({', '.join(changed)} differ)",
+            "give that one with --base",
+        )
 
 
 def made_by(name: str, predictor, base: str | None = None) -> dict[str, Any]:
@@ -147,9 +173,10 @@ def made_by(name: str, predictor, base: str | None = None) -> dict[str, Any]:
         name, base: as for `load_predictor`.
         predictor: what that gave.
     """
-    base = adapter_base(name, base)
-    adapter = {} if base is None else {"adapter": {p.name: content_hash(p) for p in sorted(Path(name).glob("adapter_*")) if p.is_file()}}
-    return {"model": model_content(resolve_model(base or name)), **adapter, **predictor.settings}
+    adapted = adapter_base(name, base)
+    adapter = {} if adapted is None else {"adapter": {p.name: content_hash(p) for p in sorted(Path(name).glob("adapter_*")) if p.is_file()}}
+    source, revision = adapted or (name, None)
+    return {"model": model_content(resolve_model(source), revision), **adapter, **predictor.settings}
 
 
 def _with_adapter(model, folder: str):
@@ -173,12 +200,13 @@ def _with_adapter(model, folder: str):
         return adapted.get_base_model().eval()
 
 
-def load_llava(name: str, device: str | None = None):
+def load_llava(name: str, device: str | None = None, revision: str | None = None):
     """Load a LLaVA checkpoint, in eval mode, with its processor.
 
     Args:
         name: an embedded model's name, a folder, or a Hub id.
         device: where to put it; the CPU when None.
+        revision: on the Hub.
 
     Returns:
         (model, processor).
@@ -189,8 +217,8 @@ def load_llava(name: str, device: str | None = None):
     from transformers import AutoModelForImageTextToText
 
     path = resolve_model(name)
-    model = load_checked(AutoModelForImageTextToText, path)
-    return (model.to(device) if device else model), load_llava_processor(path)
+    model = load_checked(AutoModelForImageTextToText, path, revision=revision)
+    return (model.to(device) if device else model), load_llava_processor(path, revision)
 
 
 def load_llava_processor(path: str, revision: str | None = None):
@@ -278,12 +306,13 @@ def load_clip_processor(path: str, revision: str | None = None) -> ClipProcessor
     return processor
 
 
-def load_clip(name: str, device: str | None = None):
+def load_clip(name: str, device: str | None = None, revision: str | None = None):
     """Load a CLIP checkpoint, in eval mode, with its image processor and tokenizer.
 
     Args:
         name: an embedded model's name, a folder, or a Hub id.
         device: where to put it; the CPU when None.
+        revision: on the Hub.
 
     Returns:
         (model, processor).
@@ -294,7 +323,7 @@ def load_clip(name: str, device: str | None = None):
     from transformers import CLIPModel  # Seconds to import, which the other commands don't need.
 
     path = resolve_model(name)
-    if model_family(name) != "clip":
+    if model_family(name, revision) != "clip":
         raise EvalError(f"model '{name}' is no CLIP model, and zero-shot classification needs one", "give a CLIP checkpoint")
-    model = load_checked(CLIPModel, path)
-    return (model.to(device) if device else model), load_clip_processor(path)
+    model = load_checked(CLIPModel, path, revision=revision)
+    return (model.to(device) if device else model), load_clip_processor(path, revision)

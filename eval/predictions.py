@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -156,11 +157,12 @@ def join_shards(path: str | Path, data: TaskData) -> None:
         data: the task and split.
     """
     path = Path(path)
-    shards = sorted(path.parent.glob(f"{path.stem}.shard-*.jsonl"))
+    shards = _shards(path)
     if not shards:
         return
     texts = _read_shards(path, data)
-    source = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint}
+    maker = {MADE_BY: held} if (held := _held_maker(path)) else {}
+    source = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint, **maker}
     lines = [json.dumps({"id": key, "text": texts[key], **source}, ensure_ascii=False) + "\n" for key in data.ids if key in texts]
     write_atomic(path, "".join(lines))
     for shard in shards:
@@ -179,14 +181,31 @@ def _claim(path: Path, made_by: Mapping[str, Any] | None) -> dict[str, str]:
         what each line says of it.
     """
     wanted = made_by and {MADE_BY: hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]}
-    if path.exists() and path.stat().st_size:
-        lines, _ = _complete_lines(path)
-        held = {_record(path, 1, lines[0]).get(MADE_BY)} if lines else set()
-        if held and held != {(wanted or {}).get(MADE_BY)}:
-            raise EvalError(f"{path} holds answers {_difference(path, made_by)}", "predict into a new file, or remove this one")
+    if _held_maker(path, (wanted or {}).get(MADE_BY)) != (wanted or {}).get(MADE_BY):
+        raise EvalError(f"{path} holds answers {_difference(path, made_by)}", "predict into a new file, or remove this one")
     if wanted:
         write_atomic(maker_path(path), json.dumps(made_by, indent=1, sort_keys=True) + "\n")
     return wanted or {}
+
+
+def _held_maker(path: Path, otherwise: str | None = None) -> str | None:
+    """What the first line of a file and of its shards says of their maker.
+
+    Args:
+        path: the file.
+        otherwise: what is returned where none of them holds a line.
+
+    Raises:
+        EvalError: two of them are of different makers.
+    """
+    held = {}
+    for file in (*_shards(path), path):
+        lines = _complete_lines(file)[0] if file.exists() else []
+        if lines:
+            held[file] = _record(file, 1, lines[0]).get(MADE_BY)
+    if len(set(held.values())) > 1:
+        raise EvalError(f"{path} and its shards hold answers of two models or settings", f"remove {', '.join(file.name for file in held)}, and predict again")
+    return next(iter(held.values()), otherwise)
 
 
 def _difference(path: Path, made_by: Mapping[str, Any] | None) -> str:
@@ -203,10 +222,15 @@ def _shard(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.stem}.shard-{rank}.jsonl")
 
 
+def _shards(path: Path) -> list[Path]:
+    """The files of all processes that work, or worked, on a file of answers."""
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.shard-*.jsonl"))
+
+
 def _read_shards(path: Path, data: TaskData) -> dict[str, str]:
     """What is predicted so far, in the file itself and by any number of processes beside it."""
     texts: dict[str, str] = {}
-    for file in (*sorted(path.parent.glob(f"{path.stem}.shard-*.jsonl")), path):
+    for file in (*_shards(path), path):
         texts |= read_predictions(file, data)
     return texts
 

@@ -292,13 +292,13 @@ def load_preparation(name: str) -> Preparation:
     from llava_keeplora_eval.checkpoints import loading
     from llava_keeplora_eval.models import adapter_base, load_clip_processor, load_llava_processor, model_family, resolve_model
 
-    name = adapter_base(name) or name
-    path, family = resolve_model(name), model_family(name)
+    name, revision = adapter_base(name) or (name, None)
+    path, family = resolve_model(name), model_family(name, revision)
     with loading(name):
-        limit = AutoConfig.from_pretrained(path, trust_remote_code=False).text_config.max_position_embeddings
+        limit = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).text_config.max_position_embeddings
     if family == "llava":
-        return ChatPreparation(load_llava_processor(path), limit)
-    return PromptPreparation(load_clip_processor(path), limit)
+        return ChatPreparation(load_llava_processor(path, revision), limit)
+    return PromptPreparation(load_clip_processor(path, revision), limit)
 
 
 def _runs(ids: Iterable[int]) -> str:

@@ -12,6 +12,7 @@ from llava_keeplora.config import PER_TASK, ROW_KEYS, ModelConfig, RunConfig, fi
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.records import read_object, read_record
 from llava_keeplora_eval.checkpoints import content_changes, model_content
+from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.models import resolve_model
 from llava_keeplora_recipes import load_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
@@ -136,8 +137,13 @@ def recorded_base(run: Path) -> dict[str, Any] | None:
     return base if isinstance(base, dict) else None
 
 
-def base_changes(run: Path, model: ModelConfig) -> list[str] | None:
+def base_changes(run: Path, model: ModelConfig, content: Mapping[str, Any] | None = None) -> list[str] | None:
     """Return what of a model, wherever it lies, differs by content from the one that a run began with.
+
+    Args:
+        run: the run folder.
+        model: the model.
+        content: its `base_content`, where that is known already.
 
     Returns:
         names of what differs; None where there is no record to compare with; see `content_changes`.
@@ -146,15 +152,16 @@ def base_changes(run: Path, model: ModelConfig) -> list[str] | None:
         UserError: if the model is not there.
     """
     known = recorded_base(run)
-    return None if known is None else content_changes(known, base_content(model))
+    return None if known is None else content_changes(known, content or base_content(model))
 
 
-def check_base(run: str | Path, model: ModelConfig) -> None:
+def check_base(run: str | Path, model: ModelConfig, content: Mapping[str, Any] | None = None) -> None:
     """Refuse another base model, processor or template than the one that a run began with.
 
     Args:
         run: the run folder.
         model: what is to be loaded now.
+        content: its `base_content`, where that is known already.
 
     Raises:
         RunError: naming what differs.
@@ -164,7 +171,7 @@ def check_base(run: str | Path, model: ModelConfig) -> None:
     if known is None:
         logger.warning("%s was begun by a version that kept no record of its base model; that '%s' is still the same cannot be checked", run, model.name_or_path)
         return
-    changed = content_changes(known, base_content(model))
+    changed = content_changes(known, content or base_content(model))
     if changed is None:
         logger.warning("%s was begun with a base model from %s; that '%s' is the same cannot be checked",
                        run, "the Hub" if "commit" in known else "a folder", model.name_or_path)
@@ -173,6 +180,18 @@ def check_base(run: str | Path, model: ModelConfig) -> None:
             f"the base model '{model.name_or_path}' is not the one that {run} was begun with ({', '.join(changed)} differ)",
             "restore its files to go on, or start over in a new output_dir",
         )
+
+
+def check_base_if_here(run: str | Path, model: ModelConfig) -> None:
+    """Refuse another base model as `check_base` does; one that cannot be read here is warned of.
+
+    Raises:
+        RunError: naming what differs.
+    """
+    try:
+        check_base(run, model)
+    except EvalError as error:
+        logger.warning("the base model of %s is not checked (%s)", run, error.problem)
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -19,7 +19,7 @@ from llava_keeplora.config import ZERO_SHOT, parse_config
 from llava_keeplora.files import write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.records import read_object
-from llava_keeplora.run_folder import differences, read_identity
+from llava_keeplora.run_folder import check_base_if_here, differences, read_identity
 from llava_keeplora_recipes.strict_yaml import dump_yaml
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,12 @@ class Job:
         return read_object(results).get("methods", {}).get(self.label, {}).get("matrix") == read_object(matrix)
 
     def verify(self) -> None:
-        """Check every file that the run wrote.
+        """Check every file that the run wrote, and that its base model is the one that the table's other runs would start from.
 
         Raises:
-            RunError: if one was damaged since.
+            RunError: if one was damaged, or the base changed, since.
         """
+        check_base_if_here(self.folder, parse_config(self.tree).model)
         for label in (ZERO_SHOT, self.label):
             Journal(self.folder / label / "journal.jsonl").verify()
 

@@ -62,8 +62,7 @@ def import_state(
             with _told_of(state, room):
                 _settle(room, into.resolve(), base, data_root)
                 config = load_run(room)
-                if base is not None:
-                    check_base(room, config.model)
+                check_base(room, config.model)
                 inspect_state(room, config, read_identity(room)["tasks"])
     return into / "run.yaml"
 

@@ -19,6 +19,7 @@ from llava_keeplora.export.state import FOLDER, RECORD, SUFFIXES, write_state
 from llava_keeplora.files import whole_folder, write_json
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import DTYPES, open_model
+from llava_keeplora.run_folder import BASE, recorded_base
 from llava_keeplora_eval.files import file_hash
 
 FORMS = ("adapter", "merged", "state")
@@ -170,6 +171,8 @@ def export_run(
         # A state has a list of its own.
         written = {path.name: file_hash(path) for path in sorted(room.glob("*")) if path.suffix in SUFFIXES and form != "state"}
         record = {"form": form, "label": learned.label, "tasks": done.tasks, "version": llava_keeplora.__version__, "files": written}
+        # By content, so that `predict` with the adapter can refuse another base.
+        record |= {BASE: known} if (known := recorded_base(learned.run)) else {}
         write_json(room / RECORD, record | ({"rounding": asdict(rounding)} if rounding else {}))
         write_card(room, name or into.name, learned, base, done, usage)
     return done

@@ -22,6 +22,7 @@ from llava_keeplora.models import embedded_models
 from llava_keeplora.records import read_record
 from llava_keeplora.run_folder import kept_recipe
 from llava_keeplora_eval.files import file_hash
+from llava_keeplora_eval.models import EXPORT
 from llava_keeplora_recipes import Recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
@@ -30,7 +31,7 @@ MANIFEST = "state.json"
 #: Where an exported adapter keeps it.
 FOLDER = "keeplora_state"
 #: What an export says of itself, by which a later one knows that it may take its place, and with the hashes of its files.
-RECORD = "keeplora_export.json"
+RECORD = EXPORT
 SUFFIXES = (".safetensors", ".json", ".jsonl", ".yaml")
 #: Neither is read again once a task is closed; answers are personal data at times, and starts are as large as deltas.
 LEFT_OUT = ("predictions", "adapters.safetensors")

@@ -20,7 +20,7 @@ from llava_keeplora.report.page import DOCUMENTS, write_report
 from llava_keeplora.report.tables import summary_table
 from llava_keeplora.report.trial import Capacity, Cost, LayerLines, Trial
 from llava_keeplora.records import read_record
-from llava_keeplora.run_folder import read_identity
+from llava_keeplora.run_folder import read_identity, recorded_base, recorded_base
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
 
@@ -88,8 +88,12 @@ def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:
 def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Trial]]:
     """name → trials: a method's label, and the first run's name behind it where runs have other settings for that label."""
     groups: dict[tuple[str, str], dict[int, Path]] = {}
+    bases = {folder: recorded_base(folder) for folder in found}
     for folder, matrices in found.items():
         identity = read_identity(folder)
+        if all(bases.values()):
+            # One model may lie in several places, and the files of one place may have changed between two runs.
+            identity |= {"model": identity["model"] | {"name_or_path": bases[folder], "revision": None}}
         seed = identity["seed"]
         for label in matrices:
             seeds = groups.setdefault((label, settings_key(identity, label)), {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +12,10 @@ from llava_keeplora.files import told, whole_folder, write_bytes, write_json
 from llava_keeplora.journal import PLAN, SCORES, Entry, Journal, open_stages
 from llava_keeplora.methods import METHODS
 from llava_keeplora.records import read_record
-from llava_keeplora.run_folder import BASE, check_base, file_name, kept_recipe, load_run, recorded_base
+from llava_keeplora.run_folder import BASE, check_base_if_here, file_name, kept_recipe, load_run, recorded_base
 from llava_keeplora.sequence.label_run import ZERO_SHOT
 from llava_keeplora.sequence.workspace import Workspace
-from llava_keeplora_eval import EvalError, Matrix
-
-logger = logging.getLogger(__name__)
+from llava_keeplora_eval import Matrix
 
 
 def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
@@ -40,7 +37,7 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
         raise RunError(f"{run} has no task {at_task}", f"choose one from 1 to {len(source.tasks)} with --at-task")
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise RunError(f"{into} is there already and not an empty folder", "choose another one with --into")
-    _check_base_if_here(run, source)
+    check_base_if_here(run, source.model)  # One that is not here is checked when the new run goes on.
     config = dataclasses.replace(source.first(at_task), output_dir=str(into))
     old, names = Workspace(source), config.identity()["tasks"]
     methods = {ZERO_SHOT: ZERO_SHOT} | {label: method.method for label, method in source.methods.items()}
@@ -55,18 +52,6 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
         # What the copied stages were made on, which is not for the files of today to say.
         new.claim({BASE: recorded_base(old.root)})
     return config
-
-
-def _check_base_if_here(run: str | Path, source: RunConfig) -> None:
-    """Refuse another base model; one that cannot be read here is checked when the new run goes on.
-
-    Raises:
-        RunError: naming what differs.
-    """
-    try:
-        check_base(run, source.model)
-    except EvalError as error:
-        logger.warning("the base model of %s is not checked (%s); it will be when the new run goes on", run, error.problem)
 
 
 def _finished(folder: Path, at_task: int, tasks: int, learns: bool) -> list[Entry]:

@@ -19,7 +19,6 @@ from llava_keeplora.group import has_group, process_count, process_rank
 from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS, Reference
 from llava_keeplora.models import DTYPES, Family, Inputs, load_model
-from llava_keeplora.run_folder import base_content
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache, Task
 from llava_keeplora.sequence.progress import Progress
@@ -43,7 +42,7 @@ class Shared:
         self.config, self.workspace, self.tasks, self.family = config, workspace, tasks, family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         common = {"model": dataclasses.asdict(config.model), "versions": installed_versions(), "device": self.device.type}
-        common |= {"base": base_content(config.model)} if config.base_cache else {}
+        common |= {"base": workspace.base} if config.base_cache else {}
         self.base_cache = BaseCache(config.base_cache, common)
         self.cache = ImageCache(family.prepare, config.data.cache_gb, self.base_cache)
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ class Workspace:
     def __init__(self, config: RunConfig, root: Path | None = None):
         self.config = config
         self.root = Path(config.output_dir) if root is None else root
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """The base model by content, which a start looks at once; see `base_content`."""
+        return base_content(self.config.model)
 
     def label(self, label: str) -> Path:
         """The folder of one method of the run."""
@@ -96,7 +102,7 @@ class Workspace:
             )
         if self._has_work():
             try:
-                check_base(self.root, self.config.model)
+                check_base(self.root, self.config.model, self.base)
             except EvalError as error:
                 raise RunError(error.problem, f"{error.cure}; where its base lies elsewhere now, add model.name_or_path=DIR to the command") from error
 
@@ -110,7 +116,7 @@ class Workspace:
         known = read_identity(self.root)
         config = self.config.first(len(known["tasks"])) if len(self.config.tasks) > len(known["tasks"]) else self.config
         found = list(differences(known, config.identity()))
-        if any(key in MODEL_PLACE for key, _, _ in found) and base_changes(self.root, self.config.model) == []:
+        if any(key in MODEL_PLACE for key, _, _ in found) and base_changes(self.root, self.config.model, self.base) == []:
             found = [change for change in found if change[0] not in MODEL_PLACE]
         return found
 
@@ -157,7 +163,7 @@ class Workspace:
             if is_file_name(task) and (anew or not kept.exists()):
                 write_bytes(kept, flat_recipe(task).encode())
         # The configuration's own file comes last: where it is, the folder is claimed.
-        write_json(self.root / "identity.json", identity | (base or {BASE: known or base_content(self.config.model)}))
+        write_json(self.root / "identity.json", identity | (base or {BASE: known or self.base}))
         write_bytes(self.root / "config.json", dump_config(self.config).encode())
 
     def _refuse_foreign(self) -> None:

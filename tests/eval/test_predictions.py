@@ -170,6 +170,35 @@ def test_shares_of_several_processes_join_to_the_file_that_one_process_writes(tm
     assert [p.name for p in tmp_path.glob("shared*")] == ["shared.jsonl"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shares_are_of_one_model_and_their_file_says_which(tmp_path, data, rank):
+    """Also where the process that goes on has no line of its own yet, or the file itself is the other model's."""
+    path = tmp_path / "shared [1].jsonl"
+    predict_to_file(Shouting(), data, path, shard=(1, 2), made_by={"model": "A"})
+    with pytest.raises(EvalError, match="holds answers that were made otherwise"):
+        predict_to_file(Shouting(), data, path, shard=(rank, 2), made_by={"model": "B"})
+    with pytest.raises(EvalError, match="made otherwise"):
+        predict_to_file(Shouting(), data, path, made_by={"model": "B"})
+    predict_to_file(Shouting(), data, path, shard=(0, 2), made_by={"model": "A"})
+    join_shards(path, data)
+    alone = tmp_path / "alone.jsonl"
+    predict_to_file(Shouting(), data, alone, made_by={"model": "A"})
+    assert path.read_bytes() == alone.read_bytes()
+    with pytest.raises(EvalError, match="made otherwise"):
+        predict_to_file(Shouting(), data, path, shard=(rank, 2), made_by={"model": "B"})
+
+
+def test_shares_of_two_models_are_not_joined(tmp_path, data):
+    path = tmp_path / "shared.jsonl"
+    predict_to_file(Shouting(), data, path, shard=(0, 2), made_by={"model": "A"})
+    other = tmp_path / "other.jsonl"
+    predict_to_file(Shouting(), data, other, shard=(1, 2), made_by={"model": "B"})
+    (tmp_path / "other.shard-1.jsonl").rename(tmp_path / "shared.shard-1.jsonl")
+    with pytest.raises(EvalError, match="of two models or settings"):
+        join_shards(path, data)
+    assert len(list(tmp_path.glob("shared.shard-*"))) == 2, "nothing is lost"
+
+
 @pytest.mark.parametrize(
     "line", ["[" * 100_000, line()[:-1] + ', "id": "pet-1"}', line().replace("cat", "\\ud83d"), "9" * 5000, "\0" * 40]
 )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora_eval import EvalError, predict_to_file, read_predictions
 from llava_keeplora_eval.generation import SETTINGS, check_generation
+from llava_keeplora_eval.checkpoints import model_content
 from llava_keeplora_eval.models import load_predictor, made_by
 from llava_keeplora_eval.predictions import maker_path
 from llava_keeplora_recipes import load_recipe
@@ -149,6 +151,28 @@ def test_a_file_of_two_models_is_not_scored(tiny_llava, questions, tmp_path):
         read_predictions(paths[0], questions)
 
 
+def test_the_revision_of_an_adapters_base_is_loaded_and_recorded(tmp_path, monkeypatch):
+    from llava_keeplora_eval import models
+
+    config = {"base_model_name_or_path": "user/base", "revision": "abc123"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert models.adapter_base(str(tmp_path)) == ("user/base", "abc123")
+    assert models.adapter_base(str(tmp_path), "elsewhere") == ("elsewhere", None)
+    asked = []
+    monkeypatch.setattr(models, "resolve_model", lambda name: name)
+    monkeypatch.setattr(models, "model_content", lambda place, revision=None: asked.append((place, revision)) or {})
+    monkeypatch.setattr(models, "model_family", lambda place, revision=None: asked.append((place, revision)) or "llava")
+    monkeypatch.setattr(models, "load_llava", lambda place, device=None, revision=None: asked.append((place, revision)) or (None, None))
+    monkeypatch.setattr(models, "_with_adapter", lambda model, folder: 1 / 0)
+    made_by(str(tmp_path), SimpleNamespace(settings={}))
+    with pytest.raises(ZeroDivisionError):
+        load_predictor(str(tmp_path), SimpleNamespace(kind="vqa"), "cpu")
+    assert asked == [("user/base", "abc123")] * 3
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"revision": 3}))
+    with pytest.raises(EvalError, match="has the revision 3 of its base"):
+        models.adapter_base(str(tmp_path))
+
+
 def test_a_peft_adapter_answers_on_its_base(tiny_llava, questions, tmp_path):
     import peft
     from transformers import AutoModelForImageTextToText
@@ -161,6 +185,12 @@ def test_a_peft_adapter_answers_on_its_base(tiny_llava, questions, tmp_path):
     assert answers(tmp_path / "adapter", questions) == answers(tmp_path / "merged", questions) != answers(tiny_llava, questions)
     predictor = load_predictor(str(tmp_path / "adapter"), questions.recipe, "cpu", base=str(tiny_llava))
     assert "adapter_model.safetensors" in made_by(str(tmp_path / "adapter"), predictor, str(tiny_llava))["adapter"]
+    record = tmp_path / "adapter/keeplora_export.json"
+    record.write_text(json.dumps({"base": model_content(str(tiny_llava))}))
+    load_predictor(str(tmp_path / "adapter"), questions.recipe, "cpu", base=str(tiny_llava))
+    with pytest.raises(EvalError, match=r"is not the one that the adapter .* was trained on .*weights differ"):
+        load_predictor(str(tmp_path / "adapter"), questions.recipe, "cpu", base=str(tmp_path / "merged"))
+    record.unlink()
     weights = tmp_path / "adapter/adapter_model.safetensors"
     whole = weights.read_bytes()
     tensors = load_file(weights)

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from llava_keeplora import cli
-from llava_keeplora.config import parse_config
+from llava_keeplora.config import load_config, parse_config
+from llava_keeplora.errors import RunError
 from llava_keeplora.run_folder import extended, load_run, recorded_base
 from llava_keeplora_eval.checkpoints import model_content
 
@@ -73,6 +74,46 @@ def test_a_command_on_another_base_is_refused_and_changes_nothing(place, tiny_ta
     what = "weights" if change == "weights" else "processor"
     assert f"is not the one that {place / 'run'} was begun with ({what} differ)" in capfd.readouterr().err
     assert before == {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_start_on_a_moved_base_looks_at_its_content_once(place, monkeypatch):
+    from llava_keeplora import run_folder
+    from llava_keeplora.sequence.workspace import Workspace
+
+    (place / "base").rename(place / "moved")
+    config = load_config(str(place / "run.yaml"), [f"model.name_or_path={place / 'moved'}"])
+    looks = []
+    monkeypatch.setattr("llava_keeplora.sequence.workspace.base_content", lambda model: looks.append(model) or model_content(model.name_or_path))
+    monkeypatch.setattr(run_folder, "base_content", lambda model: looks.append(model) or model_content(model.name_or_path))
+    workspace = Workspace(config)
+    workspace.check()
+    workspace.claim()
+    assert len(looks) == 1
+
+
+def test_a_table_does_not_go_on_with_finished_runs_of_another_base(place, tiny_tasks, caplog):
+    from llava_keeplora.compare.jobs import Job, run_jobs
+
+    job = Job("keeplora", place / "run", yaml.safe_load((place / "run.yaml").read_text()))
+    assert job.finished() and run_jobs([job], 1, ["keeplora"]) == []
+    change_weights(place / "base")
+    with pytest.raises(RunError, match=r"is not the one that .*run was begun with \(weights differ\)"):
+        run_jobs([job], 1, ["keeplora"])
+    shutil.rmtree(place / "base")
+    assert run_jobs([job], 1, ["keeplora"]) == [] and "is not checked" in caplog.text
+
+
+def test_runs_of_two_bases_with_one_name_have_rows_of_their_own_and_a_copy_of_a_base_has_not(place):
+    """Also the untouched model, of which runs with other seeds share a row."""
+    from llava_keeplora.report.run_report import read_side_by_side
+
+    other = Path(shutil.copytree(place / "run", place / "other"))
+    identity = json.loads((other / "identity.json").read_text())
+    for content, rows in ((identity["base"], ["zero-shot", "keeplora"]), (identity["base"] | {"weights": "0"}, ["zero-shot (run)", "zero-shot (other)"])):
+        changed = {"seed": identity["seed"] + 1, "base": content, "model": identity["model"] | {"name_or_path": "elsewhere"}}
+        (other / "identity.json").write_text(json.dumps(identity | changed))
+        found = read_side_by_side([place / "run", other])
+        assert list(found)[:2] == rows, list(found)
 
 
 def test_doctor_says_whether_the_base_is_the_same(place, capfd):
