@@ -25,13 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         (``--debug`` raises it instead, with its traceback).
     """
     with standard_streams():
-        parser = _parser()
+        parser = build_parser()
         arguments = parser.parse_args(check_words(parser, argv))
         return guarded(lambda: arguments.run(arguments), arguments.debug, "run the same command again")
     return 0  # Nobody reads what is left to say.
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `llava-keeplora-eval`."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     data = argparse.ArgumentParser(add_help=False)

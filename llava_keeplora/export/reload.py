@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from llava_keeplora.export.bundle import read_learned
 from llava_keeplora.files import write_json, write_tensors
-from llava_keeplora_eval.models import load_llava_processor
+from llava_keeplora_eval.models import load_clip_processor, load_llava_processor, model_family
 
 
 def main() -> None:
@@ -44,7 +44,8 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     if job["form"] == "state":
         yield "float32", read_learned(folder).load("float32").model
     elif job["form"] == "merged":
-        load_llava_processor(folder)
+        load_processor = load_clip_processor if model_family(folder) == "clip" else load_llava_processor
+        load_processor(folder)
         yield "float32", _auto(folder).from_pretrained(folder, dtype=torch.float32).eval()
     else:
         auto = _auto(job["base"], job["revision"])

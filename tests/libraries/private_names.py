@@ -106,6 +106,9 @@ PRIVATE_NAMES = (
     # evaluate: the way in which its guide has a metric written
     PrivateName("evaluate.Metric._info", ("llava_keeplora_eval.metrics.evaluate_metric",), "overridden, as evaluate's guide to a new metric says"),
     PrivateName("evaluate.Metric._compute", ("llava_keeplora_eval.metrics.evaluate_metric",), "overridden, as evaluate's guide to a new metric says"),
+    # Python
+    PrivateName("argparse._ActionsContainer._actions", ("scripts.write_docs",), "a parser does not list its arguments otherwise"),
+    PrivateName("argparse._SubParsersAction._choices_actions", ("scripts.write_docs",), "the one-line help of each command"),
     # torch
     PrivateName("torch.nn.Module._parameters", (_METER,), "fake weights for the length of a measurement, shared ones shared"),
     PrivateName("torch.nn.Module._buffers", (_METER,), "the same"),

@@ -1,0 +1,186 @@
+"""Write the lists in docs/ that the code knows best: methods, metrics, tasks, sequences, configurations, commands.
+
+    python scripts/write_docs.py            writes them
+    python scripts/write_docs.py --check    names the pages that are out of date, and ends with exit code 1 if there are any
+
+A list stands between `<!-- generated: NAME -->` and `<!-- end -->`; the text around it is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+
+from llava_keeplora.cli import build_parser
+from llava_keeplora.config import list_configs, list_tables
+from llava_keeplora.methods import METHODS
+from llava_keeplora_eval.cli import build_parser as build_eval_parser
+from llava_keeplora_eval.metrics import METRICS
+from llava_keeplora_recipes import list_recipes, list_sequences, load_recipe, load_sequence
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", flags=re.S)
+YES = {True: "yes", False: "no"}
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Return a Markdown table; a bar within a cell is escaped."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def methods() -> str:
+    """Return what each method trains, keeps and asks for, from its record."""
+    header = (
+        "method", "trained per task", "kept for later tasks, besides the tasks' updates", "reference data", "task id at test",
+        "extra parameters at test", "extra cost at test", "merges into the base",
+    )  # fmt: skip
+    records = [(name, method.record) for name, method in METHODS.items()]
+    return table(
+        header,
+        (
+            (
+                f"[{name}]({record.url})", record.trained, record.kept, YES[record.reference_data], YES[record.task_id_at_test],
+                record.extra_parameters, record.inference_cost, YES[record.mergeable],
+            )  # fmt: skip
+            for name, record in records
+        ),
+    )
+
+
+def metrics() -> str:
+    """Return the name, version, rule and source of every metric."""
+    rows = ((f"`{m.name}`", m.version, m.summary, ", ".join(m.needs) or "-", m.citation or "-") for m in METRICS.values())
+    return table(("metric", "version", "rule", "needs", "source"), rows)
+
+
+def tasks() -> str:
+    """Return kind, classes, metric, form of source and licence of every task."""
+    rows = []
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        classes = "" if recipe.kind != "classification" else len(recipe.classes or ()) or "from its source"
+        rows.append((f"`{name}`", recipe.kind, classes, f"`{recipe.metric}`", f"`{recipe.source['format']}`", recipe.licence))
+    return table(("task", "kind", "classes", "metric", "reader", "licence"), rows)
+
+
+def sequences() -> str:
+    """Return the tasks of every sequence in their order, and what it leaves out."""
+    rows = []
+    for name in list_sequences():
+        sequence = load_sequence(name)
+        left_out = " ".join(f"Without {task}: {reason}" for task, reason in sequence.not_scored.items())
+        rows.append((f"`{name}`", ", ".join(sequence.tasks), f"{sequence.description} {left_out}".strip()))
+    return table(("sequence", "tasks", "what it is"), rows)
+
+
+def configurations() -> str:
+    """Return every configuration of a run or a table of runs, with the first sentence of its file."""
+    folder = files("llava_keeplora") / "configs"
+    rows = []
+    for names, command in ((list_configs(), "train"), (list_tables(), "compare")):
+        for name in names:
+            lines = (folder / f"{name}.yaml").read_text().splitlines()
+            comment = " ".join(line.lstrip("# ") for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+            rows.append((f"`{name}`", f"`{command}`", re.split(r"(?<=\.) (?=[A-Z`])", comment)[0]))
+    return table(("configuration", "of", "what it is"), rows)
+
+
+def commands() -> str:
+    """Return every command of `llava-keeplora` with its arguments."""
+    return "".join(_commands(build_parser(), "llava-keeplora"))
+
+
+def eval_commands() -> str:
+    """Return every command of `llava-keeplora-eval` with its arguments."""
+    return "".join(_commands(build_eval_parser(), "llava-keeplora-eval"))
+
+
+def _commands(parser: argparse.ArgumentParser, program: str) -> Iterator[str]:
+    for action in parser._actions:
+        if not isinstance(action.choices, Mapping):
+            continue
+        summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
+        for name, subparser in action.choices.items():
+            yield f"### `{program} {name}`\n\n{_sentence(summaries[name])}\n\n"
+            if any(isinstance(inner.choices, Mapping) for inner in subparser._actions):
+                yield from _commands(subparser, f"{program} {name}")
+            else:
+                yield _arguments(subparser) + "\n"
+
+
+def _arguments(parser: argparse.ArgumentParser) -> str:
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"]
+    return table(("argument", "", "meaning"), ((_name(action), "required" if _is_required(action) else "", _meaning(action)) for action in shown))
+
+
+def _is_required(action: argparse.Action) -> bool:
+    return action.required and action.nargs not in ("*", "?")
+
+
+def _name(action: argparse.Action) -> str:
+    value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
+    if not action.option_strings:
+        return f"`{action.metavar or action.dest.upper()}`" + (" ..." if action.nargs in ("*", "+") else "")
+    return f"`{', '.join(action.option_strings)}{'' if action.nargs == 0 else f' {value}'}`"
+
+
+def _meaning(action: argparse.Action) -> str:
+    meaning = (action.help or "").replace("*", "\\*")
+    # `default` is a plain value where an argument has one and its help does not say so.
+    if isinstance(action.default, (str, int, float)) and not isinstance(action.default, bool) and "default" not in meaning:
+        meaning += f" (default: {action.default})"
+    return meaning.strip()
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "." if text else ""
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "methods": methods,
+    "metrics": metrics,
+    "tasks": tasks,
+    "sequences": sequences,
+    "configurations": configurations,
+    "commands": commands,
+    "eval-commands": eval_commands,
+}
+
+
+def renew(text: str) -> str:
+    """Return a page with every generated list made anew.
+
+    Raises:
+        KeyError: the page asks for a list that is none of `GENERATED`.
+    """
+    return BLOCK.sub(lambda block: f"{block[1]}\n{GENERATED[block['name']]()}\n{block[3]}", text)
+
+
+def stale_pages(folder: Path = DOCS) -> dict[Path, str]:
+    """Return the pages that are out of date, with what they should hold."""
+    pages = {path: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))}
+    renewed = {path: renew(text) for path, text in pages.items()}
+    return {path: text for path, text in renewed.items() if text != pages[path]}
+
+
+def main() -> int:
+    """Write the pages, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is out of date")
+    check = parser.parse_args().check
+    stale = stale_pages()
+    for path, text in stale.items():
+        sys.stdout.write(f"docs/{path.name} {'is out of date: run python scripts/write_docs.py' if check else 'written'}\n")
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""The lists in docs/ are what the code says; see scripts/write_docs.py."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from llava_keeplora.methods import METHODS
+from llava_keeplora_eval.metrics import METRICS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def write_docs():
+    spec = importlib.util.spec_from_file_location("write_docs", ROOT / "scripts/write_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_page_is_out_of_date(write_docs):
+    stale = [path.name for path in write_docs.stale_pages()]
+    assert not stale, f"run python scripts/write_docs.py: {stale}"
+
+
+def test_every_list_stands_on_a_page(write_docs):
+    names = {name for path in (ROOT / "docs").glob("*.md") for name in re.findall(r"<!-- generated: ([\w-]+) -->", path.read_text())}
+    assert names == set(write_docs.GENERATED)
+
+
+def test_a_page_that_is_out_of_date_is_named_and_what_is_written_by_hand_stays(write_docs, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# By hand\n\n<!-- generated: metrics -->\nold\n<!-- end -->\n\nBy hand too.\n")
+    ((path, text),) = write_docs.stale_pages(tmp_path).items()
+    assert path == page and text.startswith("# By hand\n\n<!-- generated: metrics -->\n") and text.endswith("<!-- end -->\n\nBy hand too.\n")
+    page.write_text(text)
+    assert not write_docs.stale_pages(tmp_path)
+
+
+def test_the_lists_name_what_there_is(write_docs):
+    assert re.findall(r"^\| \[(.*?)\]", write_docs.methods(), flags=re.M) == list(METHODS)
+    assert re.findall(r"^\| `(\w+)`", write_docs.metrics(), flags=re.M) == list(METRICS)
+    commands = write_docs.commands() + write_docs.eval_commands()
+    assert "### `llava-keeplora train`" in commands and "### `llava-keeplora-eval data check`" in commands
+    assert "`--gpu-memory GB`" in commands and "--local_rank" not in commands
+    for row in re.findall(r"^\| (.*) \|$", commands, flags=re.M):
+        assert len(re.split(r"(?<!\\)\|", row)) == 3
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs/index.md").read_text()
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"} == set(re.findall(r"\]\(([\w-]+\.md)\)", index))
