@@ -10,8 +10,10 @@ from pathlib import Path
 
 from llava_keeplora_eval.answer_files import FORMS as ANSWER_FORMS
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.generation import MAX_NEW_TOKENS
 from llava_keeplora_eval.guard import check_words, guarded, standard_streams
 from llava_keeplora_eval.matrix import Matrix
+from llava_keeplora_eval.metrics import metric_record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--base", metavar="DIR", help="of an adapter, where its base model lies here (default: what the adapter names)")
     predict.add_argument("--output", required=True, type=Path, help="JSONL file; continued when it is there")
     predict.add_argument("--batch-size", type=_positive, default=64)
-    predict.add_argument("--max-new-tokens", type=_positive, default=128, help="where an answer is cut off at the latest")
+    predict.add_argument("--max-new-tokens", type=_positive, default=MAX_NEW_TOKENS, help="where an answer is cut off at the latest")
     predict.add_argument("--generation", metavar="JSON", type=_object, default={}, help="""settings of a LLaVA model's answers, for instance '{"num_beams": 4}' (default: greedy)""")
     predict.add_argument("--device", help="cpu, cuda, ...; a GPU when there is one")
     predict.set_defaults(run=_predict)
@@ -72,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("recipe", metavar="RECIPE", help="a recipe's or a sequence's name, or the path of its YAML")
     check.add_argument("--data-root", help="folder that holds the data of recipes that need files")
     check.add_argument("--split", help="this split alone")
-    check.add_argument("--model", help="a LLaVA checkpoint, to show examples in its chat template")
+    check.add_argument("--model", help="prepare the examples for tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint or an adapter, or a Hub id")
+    check.add_argument("--base", metavar="DIR", help="of an adapter, where its base model lies here (default: what the adapter names)")
     check.set_defaults(run=_data_check)
 
     listing = commands.add_parser("list", parents=[common], help="list the tasks and sequences that come with the package")
@@ -109,6 +112,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     from llava_keeplora_eval.predictions import predict_to_file
 
     data = _load(arguments)
+    metric_record(data.recipe.metric)
     # After the data, because importing torch takes seconds and a misspelt task should be told at once.
     from llava_keeplora_eval.models import load_predictor, made_by
     from llava_keeplora_eval.predictors import default_device
@@ -181,7 +185,7 @@ FORMATS = {"markdown": _as_markdown, "csv": _as_csv, "json": _as_json}
 def _data_check(arguments: argparse.Namespace) -> None:
     from llava_keeplora_eval.data_check import check
 
-    for line in check(arguments.recipe, arguments.data_root, arguments.split, arguments.model):
+    for line in check(arguments.recipe, arguments.data_root, arguments.split, arguments.model, arguments.base):
         print(" ".join(line.splitlines()), flush=True)  # a name may hold a line break
 
 

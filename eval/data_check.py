@@ -63,7 +63,9 @@ class SplitReport:
         return [*lines, *(f"  warning: {w}" for w in self.warnings), *(f"  error: {e}" for e in self.errors)]
 
 
-def check(name: str, data_root: str | Path | None = None, split: str | None = None, model: str | None = None) -> Iterator[str]:
+def check(
+    name: str, data_root: str | Path | None = None, split: str | None = None, model: str | None = None, base: str | None = None
+) -> Iterator[str]:
     """Check every split of a task, or of every task of a sequence.
 
     Args:
@@ -71,6 +73,7 @@ def check(name: str, data_root: str | Path | None = None, split: str | None = No
         data_root: folder that holds the data of recipes that need files.
         split: this split alone.
         model: a CLIP or LLaVA checkpoint that the examples are prepared for as for training; shown in a plain form without one.
+        base: of an adapter, where its base lies here; as the adapter says when None.
 
     Yields:
         The report, line by line, as it is made.
@@ -78,7 +81,7 @@ def check(name: str, data_root: str | Path | None = None, split: str | None = No
     Raises:
         EvalError: at the end, if anything is wrong; or there is no such task, sequence or model.
     """
-    preparation = None if model is None else load_preparation(model)
+    preparation = None if model is None else load_preparation(model, base)
     show = plain if preparation is None else preparation.show
     wrong = 0
     for recipe in recipes_of(name):
@@ -119,6 +122,7 @@ def split_reports(
 ) -> Iterator[SplitReport]:
     """Read splits of a task one after another and tell everything that is wrong with them."""
     seen: list[TaskData] = []
+    told: set[str] = set()  # Of class prompts, which are the same for every split.
     for split in splits:
         data, found = recipe.inspect(split, data_root)
         errors: list[UserError] = list(found)
@@ -131,7 +135,9 @@ def split_reports(
                 _check_references(data, warnings, errors)
             if preparation is not None:
                 report = preparation.report(data, learns=split == TRAIN)
-                sizes, errors = report.sizes, errors + report.errors
+                sizes, errors = report.sizes, errors + [error for error in report.errors if str(error) not in told]
+                told |= set(map(str, report.errors))
+                warnings += [report.note] if report.note else []
             elif split == TRAIN:
                 errors += answer_problems(data)
         yield SplitReport(split, expected, data, errors, warnings, sizes)

@@ -16,6 +16,9 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "min_new_tokens": int, "suppress_tokens": list, "begin_suppress_tokens": list,
 }
 
+#: Where an answer is cut off at the latest, unless told otherwise.
+MAX_NEW_TOKENS = 128
+
 LOWEST = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "repetition_penalty": 1e-3}
 
 

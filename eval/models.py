@@ -102,16 +102,16 @@ def load_predictor(
     # Seconds to import, which the other commands don't need.
     from llava_keeplora_eval.llava import LlavaPredictor
     from llava_keeplora_eval.predictors import ClipPredictor
+    from llava_keeplora_eval.preparation import check_kind
 
     check_device(device)
     adapted = adapter_base(name, base)
     source, revision = adapted or (name, None)
     family = model_family(source, revision)
-    if family == "clip" and recipe.kind != "classification":
-        raise EvalError(
-            f"task '{recipe.name}' is {recipe.kind}, and '{name}' is a CLIP model, which answers classification at most",
-            "give a LLaVA checkpoint, or predict with your own model, write a JSONL file, and score that",
-        )
+    if family == "clip":
+        check_kind(recipe)
+        if generation:
+            raise EvalError(f"--generation is {dict(generation)}, and '{name}' is a CLIP model, which writes no answers", "leave it out")
     model, processor = (load_clip if family == "clip" else load_llava)(source, device, revision)
     if adapted is not None:
         _check_exported_base(Path(name), source, revision)

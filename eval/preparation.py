@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llava_keeplora_eval.chat import Chat, asked, learned
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.generation import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llava_keeplora_recipes import TaskData
+    from llava_keeplora_recipes import Recipe, TaskData
 
 log = logging.getLogger(__name__)
+
+#: Characters of a text that an error shows.
+SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,12 @@ class Report:
     Args:
         sizes: how long the examples are for the model, and how much it takes.
         errors: every example that it cannot learn or answer.
+        note: which answers have less room than they may take, if any.
     """
 
     sizes: str
     errors: list[EvalError]
+    note: str = ""
 
 
 class Preparation(Protocol):
@@ -80,14 +86,19 @@ def check_answers(data: TaskData, row: int, answers: Sequence[str]) -> None:
         raise EvalError(f"{_place(data, row)} has {what}, so there is nothing to learn from it", "complete or remove the record")
 
 
-def check_questions(preparation: Preparation, data: TaskData) -> None:
+def check_questions(preparation: Preparation, data: TaskData) -> Any:
     """Refuse a split that a model cannot answer, before it answers any of it; log which answers have less room than they may take.
+
+    Returns:
+        What `Preparation.ask` gives.
 
     Raises:
         EvalError: see `Preparation`.
     """
-    if note := preparation.short_answers(preparation.ask(data)):
+    questions = preparation.ask(data)
+    if note := preparation.short_answers(questions):
         log.warning("%s (%s): %s", data.recipe.name, data.split, note)
+    return questions
 
 
 def answer_problems(data: TaskData) -> list[EvalError]:
@@ -131,7 +142,8 @@ class ChatPreparation:
         longest = max(turns, key=len)
         images = longest.prompt.count(self.chat.image_id)
         answers = f", longest answer {max(len(turn.reply) for turn in turns)}" if learns else ""
-        return Report(f"tokens: longest {len(longest)} of {self.limit}, {images} of them of images{answers}", errors)
+        note = "" if learns else self.short_answers(turns)
+        return Report(f"tokens: longest {len(longest)} of {self.limit}, {images} of them of images{answers}", errors, note)
 
     def short_answers(self, questions: Sequence[Turn]) -> str:
         """Say how many questions leave less room than `max_new_tokens`; nothing where all leave enough."""
@@ -210,12 +222,8 @@ class PromptPreparation:
         Raises:
             EvalError: the task is no classification, or a prompt is too long.
         """
-        recipe = data.recipe
-        if recipe.kind != "classification":
-            raise EvalError(
-                f"task '{recipe.name}' is {recipe.kind}, and CLIP does classification only", "leave the task out, or take a LLaVA model"
-            )
-        return self.tokens(recipe.prompts)
+        check_kind(data.recipe)
+        return self.tokens(data.recipe.prompts)
 
     #: What is learned are the same prompts.
     learn = ask
@@ -239,6 +247,16 @@ class PromptPreparation:
         return [f"⟦{self.tokenizer.decode(ids, skip_special_tokens=False)}⟧", f"ids: ⟦{_runs(ids)}⟧"]
 
 
+def check_kind(recipe: Recipe) -> None:
+    """Refuse a task that CLIP cannot answer.
+
+    Raises:
+        EvalError: it is no classification.
+    """
+    if recipe.kind != "classification":
+        raise EvalError(f"task '{recipe.name}' is {recipe.kind}, and CLIP does classification only", "leave the task out, or take a LLaVA model")
+
+
 def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None) -> dict[str, Tensor]:
     """Tokenise prompts, padded to the longest, and refuse those that a model would see cut short.
 
@@ -260,7 +278,7 @@ def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None
         # CLIP's feature is that of the first end token
         if special := next((token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and token in prompt), None):
             raise EvalError(
-                f"the prompt '{prompt}' holds {special}, which is a special token of the model", "take it out of the prompt or the class name"
+                f"the prompt {_quoted(prompt)} holds {special}, which is a special token of the model", "take it out of the prompt or the class name"
             )
     limits = [tokenizer.model_max_length] + ([limit] if limit is not None else [])
     longest = min(limits)
@@ -271,17 +289,18 @@ def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None
     if count:
         more = f" (and {count - 1} more of {len(prompts)} prompts are too long)" if count > 1 else ""
         raise EvalError(
-            f"the prompt '{prompts[worst]}' has {int(lengths[worst])} tokens and the model takes {longest}{more}",
+            f"the prompt {_quoted(prompts[worst])} has {int(lengths[worst])} tokens and the model takes {longest}{more}",
             "shorten the recipe's prompt or the class name",
         )
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
-def load_preparation(name: str) -> Preparation:
+def load_preparation(name: str, base: str | None = None) -> Preparation:
     """What a checkpoint's processor and configuration make of a task, without its weights.
 
     Args:
         name: an embedded model's name, a folder, or a Hub id; of an adapter, its base is prepared for.
+        base: of an adapter, where its base lies here; as the adapter says when None.
 
     Raises:
         EvalError: its processor cannot be loaded, or it is a model of no supported family.
@@ -292,13 +311,18 @@ def load_preparation(name: str) -> Preparation:
     from llava_keeplora_eval.checkpoints import loading
     from llava_keeplora_eval.models import adapter_base, load_clip_processor, load_llava_processor, model_family, resolve_model
 
-    name, revision = adapter_base(name) or (name, None)
+    name, revision = adapter_base(name, base) or (name, None)
     path, family = resolve_model(name), model_family(name, revision)
     with loading(name):
         limit = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).text_config.max_position_embeddings
     if family == "llava":
-        return ChatPreparation(load_llava_processor(path, revision), limit)
+        return ChatPreparation(load_llava_processor(path, revision), limit, MAX_NEW_TOKENS)
     return PromptPreparation(load_clip_processor(path, revision), limit)
+
+
+def _quoted(text: str) -> str:
+    """A text in quotes, its beginning and its length where it is long."""
+    return f"'{text}'" if len(text) <= SHOWN else f"'{text[:SHOWN]}...' ({len(text)} characters)"
 
 
 def _runs(ids: Iterable[int]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from llava_keeplora.errors import ConfigError, RunError, UserError, nearest
 from llava_keeplora.records import read_record
 from llava_keeplora_eval.aggregates import AGGREGATES
-from llava_keeplora_eval.generation import check_generation
+from llava_keeplora_eval.generation import MAX_NEW_TOKENS, check_generation
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.recipe_rules import MAX_NAME
@@ -237,7 +237,7 @@ class EvaluationConfig:
     """
 
     batch_size: int = 128
-    max_new_tokens: int = 128
+    max_new_tokens: int = MAX_NEW_TOKENS
     test_prompts: str = ONE
     generation: dict[str, Any] = field(default_factory=dict)
 

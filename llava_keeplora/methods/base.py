@@ -152,6 +152,8 @@ class Method:
     fixed_base = False
     #: Whether what it trains may lie in the shards of ZeRO-3: not where it is read outside of its layers.
     sharded = True
+    #: Whether it runs in one process alone.
+    one_process = False
     #: Whether the gradient pass counts every example alike, and not as the loss does.
     counts_examples = False
     #: Whether the feature pass takes the prompts at every position of the text encoder, padding too.
@@ -172,6 +174,10 @@ class Method:
 
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Refuse settings of the layers that the method can't follow, before anything is computed."""
+
+    def least_statistics(self, layers: Mapping[str, Layer]) -> int:
+        """Bytes below which `memory.statistics_gb` holds no statistics of one pass over the layers' features; 0 where there are none."""
+        return 0
 
     def wanted_reference(self) -> tuple[str, str | None] | None:
         """A recipe of pictures, and a file of texts or None for the recipe's own, to be read into `reference` before anything is computed."""

@@ -22,7 +22,7 @@ Legend: in features of a layer, r rank, k protected directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,11 @@ class InfLora(Method):
         super().__init__(options)
         self.bases: dict[str, Tensor] = {}
         self._added: dict[str, Tensor] = {}
+
+    def least_statistics(self, layers: Mapping[str, Layer]) -> int:
+        """Of Φ in fp32, once for layers of one width side by side in a module: some of these may read different tensors, and take more."""
+        distinct = {(name.rpartition(".")[0], layer.module.in_features) for name, layer in layers.items()}
+        return F32 * sum(width**2 for _, width in distinct)
 
     def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """A from the task's inputs outside M; layers without any are left out and named."""

@@ -37,7 +37,7 @@ from llava_keeplora.adapters import AdapterInit, Delta, dense_weight
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Holding, Layer, Method, Record, TaskContext
 from llava_keeplora.methods.first_step import first_step_directions, gradient_statistic
-from llava_keeplora.methods.keeplora_rules import RULES
+from llava_keeplora.methods.keeplora_rules import RULES, least_statistics
 from llava_keeplora.subspace import (
     FeatureDirections,
     RankError,
@@ -109,12 +109,13 @@ class KeepLora(Method):
         self.rules = RULES[options.preset]
         self.dropout, self.counts_examples, self.every_position = self.rules.dropout, self.rules.counts_examples, self.rules.every_position
         self.form = options.form or self.rules.form
+        self.one_process = self.rules.one_process and options.protect_features
         self.sketched = (options.gradient or self.rules.gradient) == "sketch"
         self.bases: dict[str, Tensor] = {}
         self._added: dict[str, Tensor] = {}
 
     def check(self, layers: Mapping[str, Layer]) -> None:
-        """Refuse `auto` under a preset that follows released code, and a rank that no layer of this width has room for."""
+        """Refuse `auto` or a layer's shape that a preset of released code has no rule for, and a rank that no layer of this width has room for."""
         for layer in layers.values():
             width = layer.module.in_features
             # A principal subspace has a direction at least; how many more is known when the weights are analysed.
@@ -123,11 +124,22 @@ class KeepLora(Method):
                     f"parts.{layer.part}.rank is {layer.rank}, and layer {layer.name} has {width} input directions, of which one at least is protected",
                     f"set parts.{layer.part}.rank to {width - 1} or less, for instance 16",
                 )
+            if self.options.protect_weights and self.rules.square and layer.module.out_features != width:
+                raise MethodError(
+                    f"the preset '{self.options.preset}' takes a weight's directions for its input, which square layers alone allow, and {layer.name} "
+                    f"is {layer.module.out_features} × {width}",
+                    f"name square layers under parts.{layer.part}.targets, or use the preset 'paper'",
+                )
             if layer.auto and self.options.preset != "paper":
                 raise MethodError(
                     f"parts.{layer.part}.{layer.auto[0]} is 'auto', and the preset '{self.options.preset}' follows released code, which has numbers",
                     "set a number, or use the preset 'paper'",
                 )
+
+    def least_statistics(self, layers: Mapping[str, Layer]) -> int:
+        """Of the paper's rules, which can sketch features: bytes that are sure to hold them in some form."""
+        sketches = self.options.protect_features and self.options.preset == "paper"
+        return least_statistics(list(layers.values())) if sketches else 0
 
     def consolidate(self, ctx: TaskContext) -> None:
         """Grow M': by W_p on the base (`ctx.index` 0), by the task's feature directions after a task."""

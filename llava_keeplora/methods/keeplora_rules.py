@@ -51,6 +51,10 @@ class PaperRules:
     counts_examples = False
     #: Whether the features of the prompts are those of all positions.
     every_position = False
+    #: Whether batches count in their order, which several processes don't have.
+    one_process = False
+    #: Whether its weight basis is one of square layers alone.
+    square = False
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
@@ -111,6 +115,8 @@ class ReleasedClipRules(PaperRules):
     form = "literal"
     gradient = "dense"
     every_position = True
+    one_process = True
+    square = True
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:

@@ -10,7 +10,7 @@ import torch
 
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.models.base import Family, Inputs, Prepared, TaskModel
+from llava_keeplora.models.base import Family, Images, Inputs, Prepared, TaskModel
 from llava_keeplora.models.clip import ClipFamily, ClipTask
 from llava_keeplora.models.crops import RandomCrops
 from llava_keeplora.models.llava import LlavaFamily, LlavaTask
@@ -22,7 +22,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 __all__ = [
-    "ASSETS", "DTYPES", "FAMILIES", "ClipFamily", "ClipTask", "Family", "Inputs", "LlavaFamily", "LlavaTask", "Prepared", "RandomCrops",
+    "ASSETS", "DTYPES", "FAMILIES", "ClipFamily", "ClipTask", "Family", "Images", "Inputs", "LlavaFamily", "LlavaTask", "Prepared", "RandomCrops",
     "TaskModel", "embedded_models", "load_model", "open_model", "recomputes",
 ]
 
@@ -54,6 +54,9 @@ def open_model(model: ModelConfig, evaluation: EvaluationConfig = EvaluationConf
     with _as_config_error():
         path, family = resolve_model(model.name_or_path), model_family(model.name_or_path, model.revision)
     if family == "clip":
+        unread = {"model.max_length": model.max_length, "evaluation.generation": evaluation.generation}
+        for key in (key for key, value in unread.items() if value):
+            raise ConfigError(f"{key} is {unread[key]}, which is of models that write answers, and {path} is a clip", f"remove {key}")
         return ClipFamily(path, model.revision, model.quantization)
     return LlavaFamily(path, model.revision, model.max_length, evaluation.max_new_tokens, model.quantization, evaluation.generation)
 

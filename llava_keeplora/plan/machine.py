@@ -16,7 +16,6 @@ from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Changed, Method, check_method
 from llava_keeplora.methods.keeplora import KeepLora
-from llava_keeplora.methods.keeplora_rules import least_statistics
 from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.subspace import GradientSketch, sketch_width
 from llava_keeplora.zero import loaded_whole
@@ -84,7 +83,7 @@ def host_memory() -> int:
     return min(found)
 
 
-def check_start(config: RunConfig, family: Family, memory: int | None = None, processes: int = 1) -> None:
+def check_start(config: RunConfig, family: Family, memory: int | None = None, processes: int = 1) -> dict[str, Changed]:
     """Refuse a run that cannot fit, whatever its data are; everything else is `llava-keeplora plan`'s.
 
     Weights and the statistics of one pass are there at the same time in every run, and beside them, where there is no GPU,
@@ -96,9 +95,11 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None, pr
         memory: bytes of the device; those of this machine when None.
         processes: of the run on this machine, which share its memory where there is no GPU for each.
 
+    Returns:
+        see `changed_layers`.
+
     Raises:
-        ConfigError: if that is more than the device has, or `memory.statistics_gb` is, or if that holds no statistics of some method's
-            features.
+        ConfigError: if that is more than the device has, or `memory.statistics_gb` is.
     """
     gpu = torch.cuda.is_available()
     memory = memory or (torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else host_memory())
@@ -113,19 +114,12 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None, pr
             f"set memory.statistics_gb={memory / GB / 4:.2g}, or less",
         )
     changed = changed_layers(config, family)
-    for label, one in changed.items():
-        needed = feature_bytes(config, label, one)
-        if needed > config.memory.statistics_gb * GB:
-            raise ConfigError(
-                f"memory.statistics_gb is {config.memory.statistics_gb}, which holds no statistics of the features of '{label}'",
-                f"set memory.statistics_gb={enough_gb(needed)}, or more",
-            )
     deepspeed = config.deepspeed() or {}
     if deepspeed.get("zero_optimization", {}).get("stage") == 3:
-        return
+        return changed
     least = _least(config, family, changed, gpu)
     if sum(least.values()) <= memory:
-        return
+        return changed
     models = {"model.dtype=bfloat16": {"dtype": "bfloat16"}, "model.quantization=nf4": {"quantization": "nf4"}}
     smaller = {f"methods.{label}.gradient=sketch": sketching(config, label) for label in config.methods if takes_whole_gradient(config, label)}
     smaller |= {name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values)) for name, values in models.items()}
@@ -157,7 +151,7 @@ def _fits(config: RunConfig, gpu: bool, memory: int) -> bool:
 
 def _least(config: RunConfig, family: Family, changed: Mapping[str, Changed], gpu: bool) -> dict[str, int]:
     """What is there at the same time on the device, in words → its bytes."""
-    statistics = max((max(gradient_bytes(config, label, one), feature_bytes(config, label, one)) for label, one in changed.items()), default=0)
+    statistics = max((max(gradient_bytes(config, label, one), make_method(config.methods[label]).least_statistics(one.adapted)) for label, one in changed.items()), default=0)
     copies = {} if gpu else {"copies of the layers that change": kept_bytes(changed.values())}
     return {"the model": model_bytes(family.model), **copies, "statistics of a pass": statistics}
 
@@ -177,11 +171,6 @@ def kept_bytes(changed: Iterable[Changed]) -> int:
     return sum(p.nbytes for module in modules.values() if not is_quantised(module) for p in module.parameters(recurse=False))
 
 
-def enough_gb(needed: int) -> str:
-    """So many bytes and a little more, as `memory.statistics_gb` is written."""
-    return f"{1.1 * needed / GB:.2g}"
-
-
 def _keeplora(config: RunConfig, label: str) -> KeepLora | None:
     """A method, if it is a form of KeepLoRA."""
     method = make_method(config.methods[label])
@@ -199,13 +188,6 @@ def sketching(config: RunConfig, label: str) -> RunConfig:
     method = config.methods[label]
     sketched = dataclasses.replace(method, options={**method.options, "gradient": "sketch"})
     return dataclasses.replace(config, methods={**config.methods, label: sketched})
-
-
-def feature_bytes(config: RunConfig, label: str, changed: Changed) -> int:
-    """Bytes that are sure to hold the statistics of one feature pass of a method that can sketch them; 0 for the others."""
-    method = _keeplora(config, label)
-    sketches = method is not None and method.options.protect_features and method.options.preset == "paper"
-    return least_statistics(list(changed.adapted.values())) if sketches else 0
 
 
 def gradient_bytes(config: RunConfig, label: str, changed: Changed) -> int:

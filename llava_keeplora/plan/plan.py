@@ -177,7 +177,7 @@ class _Scenarios:
     def _make(self, config: RunConfig, gpus: int) -> dict[str, Rehearsal]:
         family = open_model(config.model, config.evaluation)
         changed = changed_layers(config, family)
-        self.work = self.work or read_work(config, family)
+        self.work = self.work or read_work(config, family, changed, max(1, gpus))
         text = getattr(family.model.config, "text_config", family.model.config)
         sharding = read_sharding(config.deepspeed(), max(1, gpus), text.hidden_size)
         kept = 0 if sharding.partitions else kept_bytes(changed.values())

@@ -29,10 +29,11 @@ from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.methods.keeplora_rules import least_statistics
 from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask, recomputes
 from llava_keeplora.plan import linear_algebra
-from llava_keeplora.plan.machine import enough_gb, model_bytes
+from llava_keeplora.plan.machine import model_bytes
 from llava_keeplora.plan.meter import faked, metered
 from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora.plan.work import Work, repeated
+from llava_keeplora.start.check import enough_gb
 from llava_keeplora.subspace import SecondMoment, ShapeError, SketchedMoment, sketch_width
 from llava_keeplora_eval.llava import without_defaults
 from llava_keeplora_eval.predictors import class_logits, image_features, prompt_features
@@ -393,7 +394,7 @@ def _answer_llava(family: Family, work: Work, size: int) -> None:
     with without_defaults(model):
         model.generate(**batch, generation_config=settings)
     del batch
-    length = work.question["input_ids"].shape[1] + family.max_new_tokens - 1
+    length = min(work.question["input_ids"].shape[1] + family.max_new_tokens, family.max_length) - 1
     heads = config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = DynamicCache()

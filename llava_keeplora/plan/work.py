@@ -12,9 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_keeplora.config import RunConfig
+from llava_keeplora.config import RunConfig, load_recipes
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.methods import METHODS, Changed
 from llava_keeplora.models import ClipFamily, Family, LlavaFamily, Prepared
+from llava_keeplora.start import Task, check_run, load_task
+from llava_keeplora.start.reference import read_reference
+from llava_keeplora_eval.metrics import check_metric
+from llava_keeplora_eval.preparation import check_questions
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.places import set_folder
@@ -78,25 +83,37 @@ def repeated(batch: Batch, times: int) -> dict[str, Tensor]:
     }
 
 
-def read_work(config: RunConfig, family: Family) -> list[Work]:
-    """Every task of a run.
+def read_work(config: RunConfig, family: Family, changed: Mapping[str, Changed], world: int) -> list[Work]:
+    """Every task of a run, once whatever a start would refuse has been looked for.
 
     Args:
         config: the run.
         family: the model; its weights are not needed.
+        changed: label → what its method changes of the model.
+        world: processes.
 
     Raises:
-        RecipeError: for a recipe or data that are wrong.
-        ConfigError: if data are absent and the recipe doesn't say how many there are.
+        RecipeError, EvalError: for a recipe or data that are wrong.
+        ConfigError: if data are absent and the recipe doesn't say how many there are; or see `check_run`.
     """
-    return [_read(load_recipe(name), config, family) for name in config.tasks]
+    recipes, root = load_recipes(config.tasks), config.data.root
+    tasks = {recipe.name: load_task(recipe, config.data) for recipe in recipes if _is_there(recipe, root)}
+    recipes = [tasks[recipe.name].recipe if recipe.name in tasks else recipe for recipe in recipes]
+    for recipe in recipes:
+        check_metric(recipe.metric)
+    work = [_read(recipe, tasks.get(recipe.name), config, family) for recipe in recipes]
+    for label, method in config.methods.items():
+        wanted = METHODS[method.method](METHODS[method.method].Options(**method.options)).wanted_reference()
+        if wanted and not _is_absent(wanted[0], root):
+            read_reference(label, *wanted, config.data, family, lambda data: Prepared(family, data))
+    check_run(config, family, changed, list(tasks.values()), recipes, [one.train for one in work], world)
+    return work
 
 
-def _read(recipe: Recipe, config: RunConfig, family: Family) -> Work:
+def _read(recipe: Recipe, task: Task | None, config: RunConfig, family: Family) -> Work:
     describe = _clip if isinstance(family, ClipFamily) else _llava
-    if _is_there(recipe, config.data.root):
-        train, test = config.data.splits(recipe)
-        return describe(train.recipe, family, train, test)
+    if task is not None:
+        return describe(recipe, family, task.train, task.test)
     sizes = recipe.expected_sizes
     if not {"train", "test"} <= set(sizes):
         raise ConfigError(
@@ -120,12 +137,20 @@ def _is_there(recipe: Recipe, root: str | None) -> bool:
     return True
 
 
+def _is_absent(name: str, root: str | None) -> bool:
+    """Whether a recipe is there and its data are not."""
+    try:
+        return not _is_there(load_recipe(name), root)
+    except RecipeError:
+        return False
+
+
 def _clip(recipe: Recipe, family: ClipFamily, train: TaskData | None, test: TaskData | None) -> Work:
     """Every image is alike, so the class prompts are all there is to measure."""
     vision, text = family.model.config.vision_config, family.model.config.text_config
     if train is not None or recipe.classes:
         if train is not None:
-            family.check(train)
+            family.check(test)
         prompts = family.tokens(recipe.prompts)
     else:
         if not recipe.num_classes:
@@ -147,7 +172,7 @@ def _llava(recipe: Recipe, family: LlavaFamily, train: TaskData | None, test: Ta
         return Work(recipe.name, 0, 0, 0, example, question, {}, 4.0 * ANSWER)
     inputs = family.inputs(train, Prepared(family, train))
     longest = max(range(len(inputs)), key=lambda i: sum(map(len, inputs.turns[i])))
-    asked = max(family.preparation.ask(test), key=len)
+    asked = max(check_questions(family.preparation, test), key=len)
     question = {"input_ids": torch.tensor([asked.prompt]), "attention_mask": torch.ones(1, len(asked), dtype=torch.long)}
     question |= family.prepare([test[asked.row]])[0]
     said = [len(answers[0]) for answers in test.answers if answers]

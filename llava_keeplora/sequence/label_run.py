@@ -27,15 +27,16 @@ from llava_keeplora.records import read_record
 from llava_keeplora.run_folder import differences, file_name
 from llava_keeplora.sequence import thresholds
 from llava_keeplora.sequence.answer_time import EXAMPLES, TOKENS, seconds_per_example
-from llava_keeplora.sequence.arguments import check_arguments, training_arguments
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
-from llava_keeplora.sequence.data import Batches, Task, stage_seed
+from llava_keeplora.sequence.data import Batches, stage_seed
 from llava_keeplora.sequence.forecast import forecast, shortage
 from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.reporters import end_own_place, give_own_place
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_timings
+from llava_keeplora.start import Task
+from llava_keeplora.start.arguments import training_arguments
 from llava_keeplora.zero import forget_engine, gathered, number_count, trained_values
 from llava_keeplora.versions import worker_counts
 from llava_keeplora_eval import Matrix, predict_to_file, score
@@ -84,8 +85,6 @@ class LabelRun:
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
         self.method.reference = shared.references.get(config.label)
-        thresholds.check_auto(shared, self.layers)
-        self._check_training()
         self._check_history()
 
     # --- order -----------------------------------------------------------------------------------
@@ -167,12 +166,6 @@ class LabelRun:
         return self.shared.workspace.task(self.config.label, index, self._name(index)) / name
 
     # --- history ---------------------------------------------------------------------------------
-
-    def _check_training(self) -> None:
-        """Let what is wrong with the training arguments be said now rather than after the zero-shot row."""
-        for index in range(1, self.count + 1):
-            examples = len(self.shared.inputs[index - 1])
-            check_arguments(lambda: self._training_arguments(index), self.config.label, self.trainings[index - 1], self._name(index), examples, self.shared.world)
 
     def _check_history(self) -> None:
         """What the folder holds must be whole, and the data what it was when a task was planned; fills the matrix."""

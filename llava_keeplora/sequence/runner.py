@@ -17,11 +17,11 @@ from llava_keeplora.group import first_process_first, is_first_process, processe
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import check_start
 from llava_keeplora.report.run_report import report_is_current, write_run_report
-from llava_keeplora.sequence.data import Task, load_tasks
 from llava_keeplora.sequence.label_run import ZERO_SHOT, LabelRun
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora.sequence.workspace import Workspace
+from llava_keeplora.start import Task, check_run, load_tasks
 from llava_keeplora_eval import Matrix
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,9 @@ def _opened(workspace: Workspace) -> Iterator[Shared]:
                 held.enter_context(workspace.locked())
                 workspace.check()
             tasks, family = load_tasks(config), open_model(config.model, config.evaluation)
-            check_start(config, family, processes=processes)
+            changed = check_start(config, family, processes=processes)
             shared = Shared(config, workspace, tasks, family)
+            check_run(config, family, changed, tasks, [task.recipe for task in tasks], list(map(len, shared.inputs)), shared.world)
         # Together: with ZeRO-3 the processes need each other for it.
         shared.load()
         yield shared

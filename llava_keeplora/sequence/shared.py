@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,17 @@ import torch.distributed as dist
 from torch import nn
 
 from llava_keeplora.adapters import BaseWeights
-from llava_keeplora.config import AVERAGED, RunConfig
-from llava_keeplora.errors import ConfigError
+from llava_keeplora.config import RunConfig
 from llava_keeplora.group import has_group, process_count, process_rank
 from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS, Reference
 from llava_keeplora.models import DTYPES, Family, Inputs, load_model
 from llava_keeplora.sequence.base_cache import BaseCache
-from llava_keeplora.sequence.data import ImageCache, Task
+from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora.sequence.progress import Progress
-from llava_keeplora.sequence.reference import read_reference
 from llava_keeplora.sequence.workspace import Workspace
+from llava_keeplora.start import Task
+from llava_keeplora.start.reference import read_reference
 from llava_keeplora.versions import installed_versions
 from llava_keeplora.zero import Zero
 
@@ -48,18 +48,15 @@ class Shared:
         self.inputs: list[Inputs] = [family.inputs(task.train, self.cache.split(task.train)) for task in tasks]
         for task in tasks:
             family.check(task.test)
-        check_rows(config, tasks, family)
         self.references: dict[str, Reference] = {}
         for label, method in config.methods.items():
             cls = METHODS[method.method]
             # Large data may stand there, which a finished row doesn't need.
             if (wanted := cls(cls.Options(**method.options)).wanted_reference()) and not self._finished(label):
-                self.references[label] = read_reference(label, *wanted, config.data, family, self.cache)
+                self.references[label] = read_reference(label, *wanted, config.data, family, self.cache.split)
         self.zero = Zero(config.deepspeed())
         self.distributed = has_group()
         self.rank, self.world = process_rank(), process_count()
-        if self.zero.partitions and self.world > 1:
-            check_pictures(tasks)
         # Set by the runner once every method has named its layers and its open stages.
         self.base: BaseWeights
         self.progress: Progress
@@ -122,49 +119,3 @@ class Shared:
         """Wait for the other processes."""
         if self.distributed:
             dist.barrier()
-
-
-def check_rows(config: RunConfig, tasks: Sequence[Task], family: Family) -> None:
-    """Refuse test prompts that a model has no text features to average for, or that are too long for it, and crops that it doesn't train on.
-
-    Raises:
-        ConfigError: for a model that writes its answers.
-        EvalError: naming the prompt.
-    """
-    for label, method in config.methods.items():
-        if method.random_resized_crop and family.name != "clip":
-            raise ConfigError(
-                f"methods.{label}.random_resized_crop is set, which crops what CLIP trains on, and {family.path} is a {family.name}",
-                f"remove methods.{label}.random_resized_crop",
-            )
-    rows = {"evaluation": config.evaluation.test_prompts} | {f"methods.{label}": method.test_prompts for label, method in config.methods.items()}
-    asking = next((where for where, prompts in rows.items() if prompts == AVERAGED), None)
-    if asking is None:
-        return
-    if family.name != "clip":
-        raise ConfigError(
-            f"{asking}.test_prompts is '{AVERAGED}', which averages the text features of CLIP, and {family.path} is a {family.name}",
-            f"remove {asking}.test_prompts",
-        )
-    for task in tasks:
-        for template in task.recipe.test_prompts:
-            family.tokens(task.recipe.class_prompts(template))
-
-
-def check_pictures(tasks: Sequence[Task]) -> None:
-    """Refuse a split in which some examples have pictures and others none, for processes that gather weights together.
-
-    A batch of text alone doesn't go through the vision encoder, so that one process would gather other weights than the next one.
-
-    Raises:
-        ConfigError: naming the split and how many of its examples have none.
-    """
-    for task in tasks:
-        for split, data in (("train", task.train), ("test", task.test)):
-            without = data.image_counts.count(0)
-            if 0 < without < len(data):
-                raise ConfigError(
-                    f"{without} of the {len(data)} examples of {task.name}/{split} have no picture, and with ZeRO-3 several processes need "
-                    "every batch to go through the same layers",
-                    "use ZeRO-2 or one process, or make two tasks of it",
-                )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.analysis.choice import CANDIDATES, choose_energy
-from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer
 from llava_keeplora.sequence.shared import Shared
 from llava_keeplora_eval import predict_to_file, score
@@ -19,20 +18,6 @@ logger = logging.getLogger(__name__)
 
 #: Examples of each task's training split, evenly spaced, that are scored: never one of a test split.
 EXAMPLES = 200
-
-
-def check_auto(shared: Shared, layers: Mapping[str, Layer]) -> None:
-    """Refuse to choose ε_w of weights that are in shards.
-
-    Raises:
-        ConfigError: naming the part.
-    """
-    for layer in layers.values():
-        if "energy_weight" in layer.auto and shared.zero.partitions:
-            raise ConfigError(
-                f"parts.{layer.part}.energy_weight is 'auto', and ZeRO-3 holds the weights in shards, which can't be cut and scored",
-                "set a number, for instance the one that `llava-keeplora analyze` proposes, or use ZeRO-2",
-            )
 
 
 def cost(shared: Shared, layers: Mapping[str, Layer]) -> float:

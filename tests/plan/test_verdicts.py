@@ -196,11 +196,10 @@ def test_a_whole_gradient_that_cannot_fit_is_told_to_be_sketched_at_the_start_an
     assert not gradient.fits and gradient.changes == {"methods.keeplora.gradient": "sketch"}
 
 
-def test_a_start_names_the_statistics_that_the_smallest_sketches_take(wide_tree):
+def test_a_plan_names_the_statistics_that_the_smallest_sketches_take_as_a_start_does(wide_tree):
     with pytest.raises(ConfigError, match="memory.statistics_gb is 1e-05, which holds no statistics of the features of 'keeplora'; set memory.statistics_gb=") as caught:
-        start(wide_tree(memory={"statistics_gb": 1e-5}))
+        make_plan(parse_config(wide_tree(memory={"statistics_gb": 1e-5})))
     enough = float(str(caught.value).split("statistics_gb=")[1].split(",")[0])
-    start(wide_tree(memory={"statistics_gb": enough}))
     assert make_plan(parse_config(wide_tree(memory={"statistics_gb": enough}))).fits
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from llava_keeplora.config import PartConfig
 from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.methods import Layer
 from llava_keeplora.sequence import thresholds
+from llava_keeplora.start.check import check_auto
 
 AUTO = {"energy_weight": "auto", "energy_feature": "auto"}
 RANK, WIDTH = 2, 32
@@ -118,4 +118,4 @@ def test_a_preset_of_released_code_takes_no_auto(run_config, drive, tmp_path):
 def test_weights_in_shards_cannot_be_cut():
     layers = {"l": Layer("l", "vision", None, 2, 2.0, 0.95, 0.99, ("energy_weight",))}
     with pytest.raises(ConfigError, match="parts.vision.energy_weight is 'auto', and ZeRO-3 holds the weights in shards"):
-        thresholds.check_auto(SimpleNamespace(zero=SimpleNamespace(partitions=True)), layers)
+        check_auto(layers.values())

@@ -163,7 +163,7 @@ def test_dropped_images_are_recorded_where_the_results_are(run_config, own_tasks
 
 
 def test_what_is_worth_a_look_in_a_task_is_logged_and_kept(run_config, own_tasks, caplog):
-    from llava_keeplora.sequence.data import load_tasks
+    from llava_keeplora.start import load_tasks
 
     folder = own_tasks[0].parent / "colours"
     twice = (folder / "train/red/0.png").read_bytes()
@@ -183,7 +183,7 @@ def test_a_run_of_pictures_that_were_decoded_otherwise_is_refused_with_the_reaso
 
     from PIL import Image
 
-    from llava_keeplora.sequence.data import load_tasks
+    from llava_keeplora.start import load_tasks
     from llava_keeplora.sequence.label_run import LabelRun
 
     path = own_tasks[0].parent / "colours/train/red/0.png"
@@ -286,7 +286,7 @@ def test_a_split_of_examples_with_and_without_pictures_is_refused_where_processe
 
     from PIL import Image
 
-    from llava_keeplora.sequence.shared import check_pictures
+    from llava_keeplora.start.check import check_pictures
 
     def task(*counts):
         class Data(list):

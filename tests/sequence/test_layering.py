@@ -10,15 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: Lower layers know nothing of the ones above them.
 ABOVE = {
-    "group": ["analysis", "export", "plan", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "subspace": ["analysis", "export", "plan", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "capture": ["analysis", "export", "plan", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "adapters": ["analysis", "export", "plan", "capture", "models", "methods", "sequence", "report", "config", "cli"],
-    "models": ["analysis", "export", "plan", "capture", "adapters", "methods", "sequence", "report", "cli"],
-    "methods": ["analysis", "export", "plan", "models", "sequence", "report", "config", "cli"],
+    "group": ["analysis", "export", "plan", "start", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "subspace": ["analysis", "export", "plan", "start", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "capture": ["analysis", "export", "plan", "start", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
+    "adapters": ["analysis", "export", "plan", "start", "capture", "models", "methods", "sequence", "report", "config", "cli"],
+    "models": ["analysis", "export", "plan", "start", "capture", "adapters", "methods", "sequence", "report", "cli"],
+    "methods": ["analysis", "export", "plan", "start", "models", "sequence", "report", "config", "cli"],
     "analysis": ["doctor", "plan", "sequence", "methods", "capture", "cli"],
     "export": ["analysis", "doctor", "plan", "sequence", "capture", "cli"],
     "plan": ["analysis", "doctor", "sequence", "export", "report", "cli"],
+    "start": ["analysis", "doctor", "plan", "sequence", "export", "report", "cli"],
     "doctor": ["analysis", "sequence", "export", "report", "cli"],
     "compare": ["analysis", "doctor", "plan", "export", "models", "methods", "sequence", "cli"],
     "report": ["analysis", "compare", "plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],

@@ -56,16 +56,16 @@ def test_training_on_nothing_or_at_no_rate_is_refused(key, value, run_tree):
 def test_references_that_no_answer_can_meet_are_said_before_a_run_and_refused_if_it_is_all(monkeypatch, caplog):
     from types import SimpleNamespace
 
-    from llava_keeplora.sequence import data as sequence_data
+    from llava_keeplora.start import tasks as start_tasks
     from llava_keeplora_eval import EvalError
 
     def start(answers):
         recipe = SimpleNamespace(name="options", metric="option_letter", kind="vqa", source={"format": "rendered"})
         split = SimpleNamespace(recipe=recipe, split="test", answers=answers, ids=list("abc")[: len(answers)])
         split = type("Split", (SimpleNamespace,), {"__len__": lambda self: len(self.ids)})(**vars(split))
-        monkeypatch.setattr(sequence_data, "load_recipes", lambda tasks: [recipe])
+        monkeypatch.setattr(start_tasks, "load_recipes", lambda tasks: [recipe])
         data = SimpleNamespace(splits=lambda recipe: (split, split))
-        return sequence_data.load_tasks(SimpleNamespace(tasks=["options"], data=data))
+        return start_tasks.load_tasks(SimpleNamespace(tasks=["options"], data=data))
 
     assert start([["A"], ["(B)"]]) and not caplog.text
     assert start([["A"], ["2"]]) and "1 of 2 examples of options (test), 50.0 %, get 0" in caplog.text
@@ -97,7 +97,7 @@ def test_what_no_data_are_needed_for_is_refused_alike_by_plan_and_train_before_t
     "training", [{"lr_scheduler_type": "cosine_with_min_lr"}, {"adam_beta1": 1.5}, {"adam_epsilon": -1.0}, {"lr_scheduler_kwargs": {"nope": 1}}]
 )
 def test_settings_that_the_optimiser_or_its_schedule_refuse_are_told_before_any_stage(training):
-    from llava_keeplora.sequence.arguments import check_arguments, training_arguments
+    from llava_keeplora.start.arguments import check_arguments, training_arguments
 
     training = {"num_train_epochs": 1, "use_cpu": True} | training
     with pytest.raises(ConfigError, match="the optimiser 'adamw_torch.*' of 'keeplora' or its schedule .* refuses its settings"):

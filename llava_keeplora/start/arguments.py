@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from llava_keeplora.errors import ConfigError
-from llava_keeplora.sequence.reporters import check_reporters
+from llava_keeplora.errors import ConfigError, nearest
+from llava_keeplora.group import has_group
 from llava_keeplora.steps import optimiser_steps
+
+#: Trackers that are used without a package that transformers could look for.
+ALWAYS = {"azure_ml", "flyte"}
 
 
 def training_arguments(training: Mapping[str, Any], *, output_dir: str, run_name: str, seed: int) -> TrainingArguments:
@@ -44,6 +51,25 @@ def training_arguments(training: Mapping[str, Any], *, output_dir: str, run_name
         remove_unused_columns=False,
         **values,
     )
+
+
+def planned_arguments(training: Mapping[str, Any], world: int) -> TrainingArguments:
+    """`TrainingArguments` to be checked; where a plan has none of DeepSpeed's processes, its configuration is compared as if there were.
+
+    Args:
+        training: as for `training_arguments`.
+        world: processes.
+    """
+    places = {"output_dir": "unset", "run_name": "unset", "seed": 0}
+    deepspeed = training.get("deepspeed")
+    if not deepspeed or has_group():
+        return training_arguments(training, **places)
+    arguments = training_arguments({**training, "deepspeed": None}, **places)
+    # In a copy, because what is `auto` is filled in.
+    arguments.hf_deepspeed_config = HfTrainerDeepSpeedConfig(copy.deepcopy(deepspeed))
+    arguments.hf_deepspeed_config.trainer_config_process(SimpleNamespace(**vars(arguments), world_size=world))
+    arguments.deepspeed = deepspeed
+    return arguments
 
 
 def check_arguments(make: Callable[[], TrainingArguments], label: str, training: Mapping[str, Any], task: str, examples: int, world: int) -> None:
@@ -104,6 +130,19 @@ def _check_optimiser(arguments: TrainingArguments, label: str, steps: int) -> No
             f"the optimiser '{getattr(arguments.optim, 'value', arguments.optim)}' of '{label}' or its schedule "
             f"'{getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}' refuses its settings ({why})", "mend `training`",
         ) from error
+
+
+def check_reporters(arguments: TrainingArguments) -> None:
+    """Refuse a tracker that isn't there before anything is trained; transformers itself would only after the zero-shot row.
+
+    Raises:
+        ConfigError: naming the first one that transformers doesn't know or whose package is missing.
+    """
+    for name in arguments.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"training.report_to names '{name}', which transformers does not know", nearest(name, INTEGRATION_TO_CALLBACK))
+        if name not in {*get_available_reporting_integrations(), *ALWAYS}:
+            raise ConfigError(f"training.report_to names '{name}', whose package is not installed", f"pip install {name.replace('_', '-')}, or leave it out")
 
 
 def _deepspeed_mismatches(arguments: TrainingArguments, task: str, steps: int) -> list[str]:

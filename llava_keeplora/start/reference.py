@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -10,8 +11,7 @@ from torch import Tensor
 from llava_keeplora.config import DataConfig
 from llava_keeplora.errors import ConfigError, UserError
 from llava_keeplora.methods import Reference
-from llava_keeplora.models import ClipFamily
-from llava_keeplora.sequence.data import ImageCache
+from llava_keeplora.models import ClipFamily, Images
 from llava_keeplora_recipes import TaskData, load_recipe
 from llava_keeplora_recipes.json_files import read_text
 
@@ -19,7 +19,9 @@ SPLIT = "train"
 CURE = "give a text file with one caption per line"
 
 
-def read_reference(label: str, recipe: str, file: str | None, config: DataConfig, family: ClipFamily, cache: ImageCache) -> Reference:
+def read_reference(
+    label: str, recipe: str, file: str | None, config: DataConfig, family: ClipFamily, images: Callable[[TaskData], Images]
+) -> Reference:
     """Read a recipe's training pictures, and the texts of a file or of the recipe itself.
 
     Args:
@@ -28,7 +30,7 @@ def read_reference(label: str, recipe: str, file: str | None, config: DataConfig
         file: one text per line; None for what the recipe says of its pictures.
         config: its root is where relative paths start.
         family: the model; its weights are not needed.
-        cache: of prepared pictures.
+        images: a split → its prepared pictures.
 
     Raises:
         ConfigError: for data that are not there, or cannot be used; the sentence names the option.
@@ -45,7 +47,7 @@ def read_reference(label: str, recipe: str, file: str | None, config: DataConfig
         "recipe": data.recipe.name, "images": len(data), "fingerprint": data.fingerprint,
         "texts": len(texts), "texts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
     }
-    return Reference(cache.split(data).take, len(data), tokens, record)
+    return Reference(images(data).take, len(data), tokens, record)
 
 
 def _said_of(data: TaskData) -> list[str]:

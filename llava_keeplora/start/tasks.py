@@ -1,0 +1,92 @@
+"""The tasks of a run: their recipes and their data, checked before anything is computed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from llava_keeplora.config import DataConfig, RunConfig, load_recipes
+from llava_keeplora_eval.metrics import check_metric
+from llava_keeplora_eval.plugins import task_plugins
+from llava_keeplora_eval.references import check_references
+from llava_keeplora_recipes import Recipe, TaskData
+from llava_keeplora_recipes.repeats import repeats, shared_pictures
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the sequence.
+
+    Args:
+        recipe: what it is.
+        train: what it learns from.
+        test: what it is scored on.
+    """
+
+    recipe: Recipe
+    train: TaskData
+    test: TaskData
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.recipe.name
+
+    def record(self) -> dict:
+        """What every journal entry of the task carries; `plugins` only where there are some."""
+        plugins = task_plugins(self.recipe)
+        return {
+            "task": self.name,
+            "version": self.recipe.version,
+            "recipe_fingerprint": self.recipe.fingerprint,
+            "train": {"n": len(self.train), "fingerprint": self.train.fingerprint, "dropped": list(self.train.dropped)},
+            "test": {"n": len(self.test), "fingerprint": self.test.fingerprint, "dropped": list(self.test.dropped)},
+            **({"plugins": plugins} if plugins else {}),
+        }
+
+    def repeats(self) -> list[str]:
+        """What is in its data more than once, as sentences; see `llava_keeplora_recipes.repeats`."""
+        sentences = [f"{self.name}/{data.split}: {note}" for data in (self.train, self.test) for note in repeats(data)]
+        if shared := shared_pictures(self.test, self.train):
+            sentences.append(f"{self.name}/{self.test.split}: {shared}")
+        return sentences
+
+    def notes(self) -> list[str]:
+        """What is worth a look in its data: the same, and the files that are not read."""
+        files = [(data.split, data.left_out_note) for data in (self.train, self.test)]
+        return [f"{self.name}/{split}: {note}" for split, note in files if note] + self.repeats()
+
+    def decoding_note(self) -> str:
+        """A clause on pictures that earlier releases decoded otherwise; empty where there are none."""
+        count = len(self.train.decoding_notes) + len(self.test.decoding_notes)
+        return f"; {count} of its pictures have transparency or an EXIF orientation, which earlier releases ignored" if count else ""
+
+
+def load_tasks(config: RunConfig) -> list[Task]:
+    """Load and check every task's data, before any weight is loaded; see `load_task`.
+
+    Raises:
+        RecipeError, EvalError: for whatever is wrong with a recipe, its data or its metric.
+        ConfigError: if a task is named twice.
+    """
+    return [load_task(recipe, config.data) for recipe in load_recipes(config.tasks)]
+
+
+def load_task(recipe: Recipe, data: DataConfig) -> Task:
+    """Load and check one task's data.
+
+    Raises:
+        RecipeError: for whatever is wrong with its data.
+        EvalError: for a metric that cannot be computed here, or that no answer to the test split can meet.
+    """
+    check_metric(recipe.metric)
+    train, test = data.splits(recipe)
+    if warning := check_references(test):
+        log.warning(warning)
+    # The loaded recipe: some class lists come from the source itself.
+    task = Task(train.recipe, train, test)
+    for note in task.repeats():
+        log.warning(note)
+    return task
