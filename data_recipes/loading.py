@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from .asking import asked
 from .errors import RecipeError, nearest
-from .file_loading import load_files
 from .images import RenderedImages
 from .rendered import label_of
 from .rendered_scenes import SCENES, compose
@@ -33,6 +32,8 @@ def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_i
     if recipe.source["format"] == "rendered":
         data = _load_rendered(recipe, split)
     else:
+        from .file_loading import load_files  # over a second to import, for datasets, which rendered tasks don't need
+
         data = load_files(recipe, split, data_root, on_bad_image)
     if data.left_out:
         log.warning("%s/%s: %s", recipe.name, split, data.left_out_note)
@@ -57,6 +58,8 @@ def inspect_task(
         _refuse_split(recipe, split)
         if recipe.source["format"] == "rendered":
             return _load_rendered(recipe, split), []
+        from .file_loading import load_files  # see load_task
+
         return load_files(recipe, split, data_root, "drop", problems), problems
     except RecipeError as error:
         return None, [*problems, error]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass
@@ -79,6 +80,8 @@ def classified(
 
 
 def _pictures(cells: list[dict[str, Any]], shown: list[tuple[int, ...]]) -> Pictures:
+    import datasets  # over a second, which rendered tasks don't need
+
     features = datasets.Features({"image": datasets.Image(decode=False)})
     dataset = datasets.Dataset.from_dict({"image": cells}, features=features)
     return Pictures(dataset, [(row, None) for row in range(len(cells))], shown)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers  # its models, which take seconds to import, are looked up where they are used
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import GenerationConfig
 
 from llava_keeplora_eval.chat import asked, cuts_into_tiles
 from llava_keeplora_eval.errors import EvalError
@@ -58,7 +58,7 @@ class LlavaPredictor:
         chosen = {"do_sample": False, "max_new_tokens": max_new_tokens, **check_generation(generation or {})}
         if min_new_tokens is not None:
             chosen["min_new_tokens"] = min_new_tokens
-        self.generation = GenerationConfig(
+        self.generation = transformers.GenerationConfig(
             **chosen, eos_token_id=self._stops(), bos_token_id=self.chat.tokenizer.bos_token_id, pad_token_id=self.chat.pad_id
         )
 
@@ -139,7 +139,7 @@ def _refuse_nan(examples: Sequence[Example], dtype: torch.dtype) -> Callable[[Te
 @contextmanager
 def without_defaults(model) -> Iterator[None]:
     """Let `generate` see none of the checkpoint's own settings, from which it takes whatever its caller leaves unset."""
-    kept, model.generation_config = model.generation_config, GenerationConfig()
+    kept, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_keeplora_eval.answer_files import read_answers
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.metrics import METRICS, MetricRecord, load_metric, metric_record, metric_source
+from llava_keeplora_eval.metrics import METRICS, MetricRecord, metric_record, metric_source
 from llava_keeplora_eval.references import accepted_texts, check_references, metric_inputs
 
 if TYPE_CHECKING:
@@ -110,9 +110,7 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
     unmet = record.unmeetable(references, **inputs)
     if len(unmet) == len(data):
         check_references(data, name)
-    result = load_metric(name).compute(
-        predictions=list(texts.values()), references=references, **inputs
-    )
+    result = record.compute(list(texts.values()), references, **inputs)
     percent = {key: _percent(result.get(key), record) for key in (record.name, "lenient", "compliance")}
     details = result.get("details")
     return Score(

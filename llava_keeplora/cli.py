@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llava_keeplora_eval.guard import check_words, guarded, standard_streams
@@ -217,19 +219,37 @@ def _count(text: str) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
-    # Heavy imports wait until a command needs them, so that --help is quick.
-    from llava_keeplora.config import load_config
+    _run(_configuration(args, output_dir=args.output_dir))
 
-    config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir, methods=args.methods)
-    _run(config)
+
+def _configuration(args: argparse.Namespace, **direct: Any) -> RunConfig:
+    """Return the configuration that a command line names."""
+    # Heavy imports wait until a command needs them, so that --help is quick.
+    with _uncollected():
+        from llava_keeplora.config import load_config
+
+        return load_config(args.config, args.overrides, data_root=args.data_root, methods=args.methods, **direct)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import libraries without garbage collection: none of their objects is garbage, and looking at all of them again and again takes time.
+
+    They are left out of later collections too; the Trainer makes one after every task.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _reproduce(args: argparse.Namespace) -> None:
-    from llava_keeplora.config import load_config
     from llava_keeplora.errors import RunError
     from llava_keeplora.reproduce import check_expected, compare, comparison
 
-    config = load_config(args.config, args.overrides, data_root=args.data_root, output_dir=args.output_dir, methods=args.methods)
+    config = _configuration(args, output_dir=args.output_dir)
     check_expected(config)
     figures = compare(_run(config), config.expected)
     sys.stdout.write(f"\npublished and measured, in %\n{comparison(figures, config.expected)}")
@@ -287,13 +307,14 @@ def _fork(args: argparse.Namespace) -> None:
 
 def _run(config: RunConfig) -> dict[str, Matrix]:
     """Run a sequence, or go on with one, and print its summary; returns label → matrix."""
-    import datasets
-    import transformers
+    with _uncollected():
+        import datasets
+        import transformers
 
-    from llava_keeplora.report.run_report import summary
-    from llava_keeplora.sequence import run
-    from llava_keeplora.sequence.launcher import stopped_with_launcher
-    from llava_keeplora.sequence.processes import processes
+        from llava_keeplora.report.run_report import summary
+        from llava_keeplora.sequence import run
+        from llava_keeplora.sequence.launcher import stopped_with_launcher
+        from llava_keeplora.sequence.processes import processes
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -308,11 +329,12 @@ def _plan(args: argparse.Namespace) -> None:
     import dataclasses
     import json
 
-    from llava_keeplora.config import load_config
-    from llava_keeplora.errors import ConfigError
-    from llava_keeplora.plan import describe, make_plan, refusal
+    config = _configuration(args)
+    with _uncollected():
+        from llava_keeplora.errors import ConfigError
+        from llava_keeplora.plan import describe, make_plan, refusal
 
-    plan = make_plan(load_config(args.config, args.overrides, data_root=args.data_root, methods=args.methods), args.gpus, args.gpu_memory)
+    plan = make_plan(config, args.gpus, args.gpu_memory)
     sys.stdout.write(json.dumps(dataclasses.asdict(plan) | {"fits": plan.fits}, indent=1) + "\n" if args.json else describe(plan))
     sys.stdout.flush()
     wrong = refusal(plan)
@@ -398,13 +420,13 @@ def _doctor(args: argparse.Namespace) -> None:
 def _list(args: argparse.Namespace) -> None:
     from llava_keeplora.config import list_configs, list_tables
     from llava_keeplora.methods import METHODS
-    from llava_keeplora.models import embedded_models
+    from llava_keeplora_eval.models import EMBEDDED
     from llava_keeplora_recipes import list_recipes, list_sequences
 
     lines = ["methods"]
     lines += [f"  {name:12} {m.record.title} {m.record.url}\n  {'':12} {m.record.needs}" for name, m in METHODS.items()]
     listed = {
-        "tasks": list_recipes(), "sequences": list_sequences(), "configurations": list_configs(), "tables": list_tables(), "embedded models": embedded_models(),
+        "tasks": list_recipes(), "sequences": list_sequences(), "configurations": list_configs(), "tables": list_tables(), "embedded models": EMBEDDED,
     }
     for title, names in listed.items():
         lines += [title, *(f"  {name}" for name in names)]

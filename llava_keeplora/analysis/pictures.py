@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
-from llava_keeplora.report.figures import Palette, bare, fill, legend_above, style
+from llava_keeplora.report.figures import Palette, bare, fill, legend_above, new_figure, style
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from llava_keeplora.analysis.knowledge import Knowledge
     from llava_keeplora.analysis.updates import MethodUpdates
 
@@ -21,7 +21,7 @@ PLACES = {"principal": "principal subspace", "features": "earlier tasks' feature
 
 def draw_knowledge(found: Knowledge, palette: Palette) -> Figure:
     """Mean score over the share of energy, a panel per part, a colour per group of tasks, a line style per side of the weights."""
-    figure = Figure(figsize=(PANEL[0] * len(found.parts), PANEL[1] + 0.5), facecolor=palette.paper, layout="constrained")
+    figure = new_figure((PANEL[0] * len(found.parts), PANEL[1] + 0.5), palette)
     panels = figure.subplots(1, len(found.parts), sharey=True, squeeze=False)[0]
     for axes, part in zip(panels, found.parts):
         for position, group in enumerate(found.tasks):
@@ -40,7 +40,7 @@ def draw_knowledge(found: Knowledge, palette: Palette) -> Figure:
 def draw_places(one: MethodUpdates, title: str, palette: Palette) -> Figure:
     """Where each task's update lies, a panel per part and a bar per task; a mark where a random update's principal share would end."""
     width = max(PANEL[0], 1.2 + 0.5 * len(one.tasks))
-    figure = Figure(figsize=(width * len(one.parts), PANEL[1] + 0.9), facecolor=palette.paper, layout="constrained")
+    figure = new_figure((width * len(one.parts), PANEL[1] + 0.9), palette)
     panels = figure.subplots(1, len(one.parts), sharey=True, squeeze=False)[0]
     for axes, part in zip(panels, one.parts):
         shares = [one.shares(part, task) for task in one.tasks]

@@ -15,7 +15,6 @@ from packaging.specifiers import SpecifierSet
 
 from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.operators import unheld_locks
-from llava_keeplora.plan.machine import GB, host_memory
 from llava_keeplora_eval.java import METEOR, find_jar
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
@@ -23,6 +22,8 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_
 
 def examine_machine() -> Iterator[str | UserError]:
     """What there is, line by line; an error for what has to be repaired before a run."""
+    from llava_keeplora.plan.machine import GB  # imports the models, which a run's files can be examined without
+
     yield from _libraries()
     yield from _devices()
     free = shutil.disk_usage(Path.cwd()).free
@@ -57,6 +58,8 @@ def _judged(name: str, found: str, needed: SpecifierSet, cure: str) -> str | Use
 
 
 def _devices() -> Iterator[str]:
+    from llava_keeplora.plan.machine import GB, host_memory  # see examine_machine
+
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield f"GPU {index}: {device.name}, {device.total_memory / GB:.1f} GB"

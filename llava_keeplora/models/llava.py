@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import transformers  # its models, which take seconds to import, are looked up where they are used
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
@@ -65,7 +65,7 @@ class LlavaFamily:
     ):
         self.path, self.revision, self.max_new_tokens, self.quantization = path, revision, max_new_tokens, quantization
         self.generation = generation
-        self.config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        self.config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         positions = self.config.text_config.max_position_embeddings
         if max_length is not None and max_length > positions:
             raise ConfigError(f"model.max_length is {max_length}, and '{path}' has positions for {positions} tokens", f"set it to {positions} or less")
@@ -85,7 +85,7 @@ class LlavaFamily:
     def skeleton(self, dtype: torch.dtype) -> None:
         """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
         self.model = build_skeleton(
-            lambda: AutoModelForImageTextToText.from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
+            lambda: transformers.AutoModelForImageTextToText.from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
             self.quantization,
             self.whole,
         )
@@ -93,7 +93,7 @@ class LlavaFamily:
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights; see `load_checked`."""
         form = quantised_loading(self.quantization, dtype, self.whole)
-        model = load_checked(AutoModelForImageTextToText, self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form)
+        model = load_checked(transformers.AutoModelForImageTextToText, self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form)
         if self.quantization:
             keep_form(model)
             leave_checkpoint(model)

@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import transformers  # its models, which take seconds to import, are looked up where they are used
 from torch import Tensor, nn
-from transformers import AutoConfig, DynamicCache, GenerationConfig
 
 from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
 from llava_keeplora.capture import autocast, autocast_dtype, feature_pass, gradient_pass
@@ -167,7 +167,7 @@ class Rehearsal:
     @cached_property
     def _reading(self) -> int:
         """Bytes while the checkpoint is read."""
-        stored = AutoConfig.from_pretrained(self.family.path, revision=self.family.revision).dtype or torch.float32
+        stored = transformers.AutoConfig.from_pretrained(self.family.path, revision=self.family.revision).dtype or torch.float32
         made = stored != self.dtype or any(map(is_quantised, self._linear))
         return self.model_bytes + made * self._dense_numbers * stored.itemsize
 
@@ -390,14 +390,14 @@ def _answer_llava(family: Family, work: Work, size: int) -> None:
     batch = repeated(work.question, size)
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=0, eos_token_id=config.vocab_size - 1)
+    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=0, eos_token_id=config.vocab_size - 1)
     with without_defaults(model):
         model.generate(**batch, generation_config=settings)
     del batch
     length = min(work.question["input_ids"].shape[1] + family.max_new_tokens, family.max_length) - 1
     heads = config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = DynamicCache()
+    cache = transformers.DynamicCache()
     for layer in range(config.num_hidden_layers):
         cache.update(*(torch.zeros(size, heads, length, width, dtype=model.dtype) for _ in range(2)), layer)
     ids, mask = torch.zeros(size, 1, dtype=torch.long), torch.ones(size, length + 1, dtype=torch.long)

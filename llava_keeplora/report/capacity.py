@@ -6,13 +6,15 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.figures import LIGHT, Palette, save
 from llava_keeplora.report.lines import draw_layer_lines
 from llava_keeplora.report.trial import Capacity, LayerLines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 YLABEL = "protected fraction of the input space (k / in)"
 

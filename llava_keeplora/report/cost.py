@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
-from llava_keeplora.report.figures import Palette, bare, fill, legend_above
+from llava_keeplora.report.figures import Palette, bare, fill, legend_above, new_figure
 from llava_keeplora.report.trial import Cost, Results, Trial, mean, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MIB = 2**20
 #: What a stage is called for a reader; the others take no time worth a bar.
@@ -27,7 +29,7 @@ def draw_costs(results: Results, palette: Palette) -> Figure | None:
     if not bars:
         return None
     size = (5.2 * max(len(bars), 1.2), 1.4 + 0.22 * len(STAGES) * (len(results) + 1))
-    figure = Figure(figsize=size, facecolor=palette.paper, layout="constrained")
+    figure = new_figure(size, palette)
     panels = figure.subplots(1, len(bars), sharey=True, squeeze=False)[0]
     for axes, (label, values) in zip(panels, bars.items()):
         _draw_bars(axes, values, palette)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from llava_keeplora.report.figures import Palette, bare, fill, legend_above, style
+from llava_keeplora.report.figures import Palette, bare, fill, legend_above, new_figure, style
 from llava_keeplora.report.heatmap import colour_limits
 from llava_keeplora.report.trial import Results, Trial, deviation, mean
 from llava_keeplora_eval import Matrix
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANELS = 4  # side by side, one per task
 PANEL = (2.6, 2.2)  # inches
@@ -51,6 +53,8 @@ def draw_losses(results: Results, palette: Palette) -> Figure | None:
     logged = {name: trials for name, trials in results.items() if any(trial.losses for trial in trials)}
     if not logged:
         return None
+    from matplotlib.ticker import MaxNLocator  # see figures.new_figure
+
     figure, panels = _per_task(results, points, "optimiser step", "training loss", palette)
     for axes in panels:
         axes.set_xlim(left=0)
@@ -69,7 +73,7 @@ def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
     means = {name: points for name, points in means.items() if points}
     if not means:
         return None
-    figure = Figure(figsize=(10.4, 1.6 + max(2.0, 0.3 * len(tasks))), facecolor=palette.paper, layout="constrained")
+    figure = new_figure((10.4, 1.6 + max(2.0, 0.3 * len(tasks))), palette)
     over, by = figure.subplots(1, 2)
     thick = 0.8 / len(means)
     for row, (name, points) in enumerate(means.items()):
@@ -111,7 +115,7 @@ def _per_task(
     tasks = _tasks(results)
     columns = min(PANELS, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(PANEL[0] * max(columns, 2) + 0.4, PANEL[1] * rows + 0.7), facecolor=palette.paper, layout="constrained")
+    figure = new_figure((PANEL[0] * max(columns, 2) + 0.4, PANEL[1] * rows + 0.7), palette)
     panels = []
     for i, task in enumerate(tasks):
         axes = figure.add_subplot(rows, columns, i + 1)

@@ -6,12 +6,15 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from llava_keeplora_eval.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DPI = 150
 #: Okabe and Ito's colours (2008), told apart by colour-blind readers, in the order that keeps neighbours apart.
@@ -37,6 +40,16 @@ class Palette:
 LIGHT = Palette(paper="#ffffff", ink="#1c2024", faint="#c4c9cf", visible=(0.0, 0.88))
 #: Colours of a PNG: enough for soft edges of six lines or for a map's scale, and a fifth of the bytes of all colours.
 PNG_COLOURS = 64
+
+
+def new_figure(size: tuple[float, float], palette: Palette) -> Figure:
+    """Return an empty figure of a size in inches, on the palette's paper.
+
+    matplotlib is imported here and where else a picture is drawn, because a run draws at its end and would wait for it at its start.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, facecolor=palette.paper, layout="constrained")
 
 
 def style(position: int) -> dict[str, str]:
@@ -77,7 +90,7 @@ def encode(figure: Figure, kind: str) -> bytes:
     """The picture as bytes.
 
     Args:
-        figure: what to draw; made with ``Figure(...)``, so that pyplot and its backend are never touched.
+        figure: what to draw; made with ``new_figure``, so that pyplot and its backend are never touched.
         kind: ``png`` or ``svg``.
     """
     buffer = io.BytesIO()

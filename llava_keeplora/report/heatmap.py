@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from llava_keeplora.report.figures import LIGHT, Palette, save
+from llava_keeplora.report.figures import LIGHT, Palette, new_figure, save
 from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
 COLOURS = "viridis"
 #: Columns up to which the cells hold their numbers; the tables have all of them.
@@ -60,6 +60,8 @@ def draw_heatmap(
     if matrix.zero_shot is not None:
         rows, labels = [(0, matrix.zero_shot), *rows], {0: ZERO_SHOT} | labels
     figure, axes = draw_cells(matrix.tasks, rows, title, "score (%)", limits or colour_limits([matrix]), palette)
+    from matplotlib.patches import Rectangle  # see figures.new_figure
+
     for t in range(len(matrix.tasks)):
         box = Rectangle((t, top + t), 1, 1, fill=False, edgecolor=palette.ink, linewidth=2.2, zorder=3, clip_on=False)
         axes.add_patch(box)
@@ -89,13 +91,13 @@ def draw_cells(
         palette: the colours.
         precision: decimals shown.
     """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
     height = rows[-1][0] + 1
     name_width = max(len(name) for name in [*columns, ZERO_SHOT])
-    figure = Figure(
-        figsize=(2.2 + 0.075 * name_width + 0.62 * len(columns), 1.6 + 0.05 * name_width + 0.42 * height),
-        facecolor=palette.paper,
-        layout="constrained",
-    )
+    figure = new_figure((2.2 + 0.075 * name_width + 0.62 * len(columns), 1.6 + 0.05 * name_width + 0.42 * height), palette)
     axes = figure.add_subplot(facecolor=palette.paper)
     scale = Normalize(*limits)
     for top, row in rows:
@@ -129,6 +131,8 @@ def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette, precision
     mesh.set_in_layout(False)
     if len(row) > MOST_NUMBERS:
         return
+    from matplotlib import colormaps
+
     for x, value in enumerate(row):
         ink = palette.faint if value is None else _readable_on(colormaps[COLOURS](float(scale(value))))
         text = shown(value, precision, MISSING)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
-from matplotlib.figure import Figure
 
-from llava_keeplora.report.figures import Palette, bare
+from llava_keeplora.report.figures import Palette, bare, new_figure
 from llava_keeplora.report.trial import LayerLines
+
+if TYPE_CHECKING:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
 
 COLUMNS = 2  # panels side by side
 NAMED_LAYERS = 8  # more lines than this can't be told apart by name
@@ -29,9 +30,7 @@ def draw_layer_lines(parts: LayerLines, stages: Sequence[str], ylabel: str, pale
     """
     columns = min(COLUMNS, len(parts))
     rows = -(-len(parts) // columns)
-    figure = Figure(
-        figsize=(max(5.0, 2.5 + 0.45 * len(stages)) * columns, 4.0 * rows), facecolor=palette.paper, layout="constrained"
-    )
+    figure = new_figure((max(5.0, 2.5 + 0.45 * len(stages)) * columns, 4.0 * rows), palette)
     for position, (part, layers) in enumerate(parts.items(), start=1):
         _draw_part(figure, figure.add_subplot(rows, columns, position), part, layers, stages, palette)
     figure.supylabel(ylabel, color=palette.ink, fontsize=10)
@@ -54,6 +53,9 @@ def _draw_part(figure, axes, part: str, layers, stages: Sequence[str], palette: 
         legend = axes.legend(fontsize=8, labelcolor=palette.ink, facecolor=palette.paper, edgecolor=palette.faint)
         legend.set_zorder(5)
     else:
+        from matplotlib.cm import ScalarMappable  # see figures.new_figure
+        from matplotlib.colors import Normalize
+
         bar = figure.colorbar(ScalarMappable(Normalize(1, len(layers)), colours), ax=axes, aspect=30)
         bar.set_label("layer, first to last", color=palette.ink)
         bar.ax.tick_params(colors=palette.ink)
@@ -61,6 +63,9 @@ def _draw_part(figure, axes, part: str, layers, stages: Sequence[str], palette: 
 
 
 def _colours(palette: Palette) -> ListedColormap:
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
     return ListedColormap(colormaps["viridis"](np.linspace(*palette.visible, 256)))
 
 

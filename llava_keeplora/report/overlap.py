@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from llava_keeplora.files import open_tensors
 from llava_keeplora.report.figures import Palette
 from llava_keeplora.report.heatmap import draw_cells
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KEY = ".A"
 

@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from llava_keeplora.report.capacity import YLABEL, fractions
 from llava_keeplora.report.cost import draw_costs
@@ -23,6 +22,8 @@ from llava_keeplora.report.tables import is_baseline, markdown_tables, of_seeds
 from llava_keeplora.report.trial import Results, Trial, mean_cells, mean_lines, mean_matrix
 from llava_keeplora_eval.files import write_atomic
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: What a report consists of beside its pictures.
 DOCUMENTS = {"table": "table.md", "latex": "table.tex", "summary": "summary.csv", "scores": "scores.csv", "html": "report.html"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from llava_keeplora.report.curves import draw_line
-from llava_keeplora.report.figures import Palette, bare, legend_above, style
+from llava_keeplora.report.figures import Palette, bare, legend_above, new_figure, style
 from llava_keeplora.report.tables import COLUMNS
 from llava_keeplora.report.trial import Results, Trial, mean
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Of a swept setting; the others are differences of scores.
 SHOWN = ("Transfer", "Average", "Last")
@@ -29,7 +31,7 @@ def draw_sweep(results: Results, method: str, sweep: Mapping[float, str], levels
     swept = {value: results[name] for value, name in sorted(sweep.items()) if name in results}
     if not swept:
         return None
-    figure = Figure(figsize=(10.4, 3.4), facecolor=palette.paper, layout="constrained")
+    figure = new_figure((10.4, 3.4), palette)
     panels = figure.subplots(1, len(SHOWN))
     for axes, title in zip(panels, SHOWN):
         points = [(value, _numbers(trials, title)) for value, trials in swept.items()]

@@ -1,0 +1,69 @@
+"""A command imports what it needs: which heavy libraries each start brings in, seen in one interpreter of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llava_keeplora_eval import Matrix
+from llava_keeplora_recipes import load_recipe
+
+#: What takes tenths of seconds and more to import.
+HEAVY = [
+    "torch", "torch._dynamo", "transformers", "transformers.modeling_utils", "peft", "bitsandbytes", "datasets", "pandas", "evaluate",
+    "scipy", "sklearn", "matplotlib", "deepspeed",
+]
+#: Runs commands one after another; after each, the heavy modules that are there, those of the commands before it included.
+PROGRAM = """
+import json, sys
+from importlib import import_module
+
+heavy, commands = map(json.loads, sys.argv[1:])
+for program, *words in commands:
+    try:
+        code = import_module(program).main(words) if program.endswith(".cli") else import_module(program) and 0
+    except SystemExit as stop:
+        code = stop.code
+    print(json.dumps([code, [name for name in heavy if name in sys.modules]]), file=sys.stderr)
+"""
+TRAIN, EVAL = "llava_keeplora.cli", "llava_keeplora_eval.cli"
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Command → the heavy modules that are there after it and those before it."""
+    folder = tmp_path_factory.mktemp("starts")
+    Matrix(["a"], [1.0], [[2.0]]).to_json(folder / "matrix.json")
+    data = load_recipe("shapes").load("test")
+    (folder / "answers.jsonl").write_text("".join(json.dumps({"question_id": name, "text": "circle"}) + "\n" for name in data.ids))
+    commands = {
+        "--help": [TRAIN, "--help"],
+        "train --help": [TRAIN, "train", "--help"],
+        "predict --help": [EVAL, "predict", "--help"],
+        "matrix": [EVAL, "matrix", str(folder / "matrix.json")],
+        "data check": [EVAL, "data", "check", "shapes", "--split", "test"],
+        "score": [EVAL, "score", "--task", "shapes", "--predictions", str(folder / "answers.jsonl")],
+        "list": [TRAIN, "list"],
+        "train": ["llava_keeplora.sequence"],
+    }
+    words = [json.dumps(HEAVY), json.dumps(list(commands.values()))]
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
+    assert [code for code, _ in rows] == [0] * len(commands), done.stderr
+    return {name: set(modules) for name, (_, modules) in zip(commands, rows)}
+
+
+@pytest.mark.parametrize("command", ["--help", "train --help", "predict --help", "matrix", "data check", "score"])
+def test_help_a_matrix_and_rendered_data_need_no_heavy_library(imported, command):
+    assert not imported[command]
+
+
+def test_the_list_of_methods_needs_torch_and_nothing_more(imported):
+    assert imported["list"] == {"torch"}
+
+
+def test_a_run_draws_and_scores_without_waiting_at_its_start(imported):
+    # The Trainer brings in the others.
+    assert not imported["train"] & {"matplotlib", "evaluate", "deepspeed"}
