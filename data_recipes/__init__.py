@@ -5,7 +5,9 @@ import importlib
 #: Public name → its module, imported when the name is first used: `--help` waits for none of them.
 _MODULES = {
     "Example": "task_data",
+    "Reader": "readers",
     "Recipe": "recipe",
+    "Records": "records",
     "RecipeError": "errors",
     "Sequence": "sequence",
     "TaskData": "task_data",
@@ -18,8 +20,10 @@ _MODULES = {
 
 __all__ = [
     "Example",
+    "Reader",
     "Recipe",
     "RecipeError",
+    "Records",
     "Sequence",
     "TaskData",
     "UserError",

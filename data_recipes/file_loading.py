@@ -13,8 +13,8 @@ from .errors import RecipeError, refuse, sift
 from .images import EncodedImages
 from .labels import label_reader, with_classes
 from .placeholders import refuse_marked_answer
+from .readers import make_reader, read_records
 from .records import Records
-from .sources import read_records
 from .task_data import Row, TaskData
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _refuse_duplicates(
     if not twice:
         return
     cure = "give every example its own id"
-    if recipe.source["format"] in ("llava_json", "messages"):
+    if "positional_ids" in make_reader(recipe.source).keys():
         cure += f", or number them with 'source.positional_ids: [{where.rsplit('/', 1)[1]}]' in the recipe"
     names = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
     refuse(RecipeError(f"{where} has {len(twice)} ids more than once ({names})", cure), problems)

@@ -11,7 +11,8 @@ from typing import Any
 from .errors import RecipeError, nearest
 from .loading import inspect_task, load_task
 from .placeholders import place_images
-from .recipe_rules import FROM_SOURCE, KEYS, KINDS, REQUIRED, check_recipe
+from .readers import KINDS, READERS
+from .recipe_rules import FROM_SOURCE, KEYS, REQUIRED, check_recipe
 from .registry import Registry
 from .rendered import RENDERED
 from .rendered_scenes import SCENES
@@ -41,7 +42,7 @@ class Recipe:
         kind: `classification`, `vqa` or `captioning`.
         metric: how answers are scored, for example `accuracy`, or `my_metrics.py:my_metric` beside the YAML.
         licence: the licence of the data.
-        source: `format` and what that format needs (`path`, `columns`, ...).
+        source: `format` and what that format needs (`path`, `columns`, ...); see `readers`.
         splits: our split name to the source's file, folder or split name.
         prompt: for classification a caption with `{c}` for the class; for vqa an optional text
             around the question, `{q}`; for captioning the instruction, unless the source has one.
@@ -129,6 +130,11 @@ class Recipe:
         return METRIC_NAMES.portable_name(self.metric)
 
     @property
+    def format_name(self) -> str:
+        """The source's format without a path of this machine: of a reader in a file `module:Object`."""
+        return READERS.portable_name(self.source["format"])
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON of all that decides what a model sees and how it is scored."""
         facts = {k: v for k, v in asdict(self).items() if k not in NOT_IDENTITY}
@@ -136,7 +142,7 @@ class Recipe:
             if facts[key] is None:
                 del facts[key]  # as before there were any, so that older files keep their recipe
         facts["metric"] = self.metric_name
-        facts["source"] = {k: v for k, v in self.source.items() if k != "path"}
+        facts["source"] = {k: v for k, v in self.source.items() if k != "path"} | {"format": self.format_name}
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -214,6 +220,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     check_keys(facts, KEYS, path)
     if "metric" in facts:
         facts["metric"] = METRIC_NAMES.localize(facts["metric"], path.parent)
+    if isinstance(facts.get("source", {}).get("format"), str):
+        facts["source"] = facts["source"] | {"format": READERS.localize(facts["source"]["format"], path.parent)}
     parent = facts.pop("extends", None)
     if parent is None:
         return facts

@@ -11,8 +11,8 @@ from .asking import OTHER
 from .errors import RecipeError, nearest
 from .labels import check_distinct
 from .placeholders import MARKER, place_images, refuse_unread
+from .readers import KINDS, check_source
 
-KINDS = ("classification", "vqa", "captioning")
 FROM_SOURCE = "from-source"
 
 # What a YAML may say: the type of each key, and the sentence's word for that type.
@@ -39,36 +39,6 @@ KEYS: dict[str, tuple[type, str]] = {
     "expected_sizes": (dict, "a mapping"),
     "background": (str, "a colour such as '#ffffff', in quotes"),
 }
-SOURCE_KEYS = {
-    "rendered": ("format", "task"),
-    "hub": ("format", "path", "config", "revision", "columns"),
-    "parquet": ("format", "path", "columns"),
-    "imagefolder": ("format", "path"),
-    "llava_json": ("format", "path", "images", "positional_ids", "references", "answer", "meta"),
-    "messages": ("format", "path", "images", "positional_ids", "meta"),
-    "coco_captions": ("format", "path", "images"),
-    "image_list": ("format", "path", "pattern", "images", "suffix"),
-    "random_split": ("format", "path", "pattern"),
-    "cifar_python": ("format", "path"),
-    "idx": ("format", "path"),
-    "flowers_mat": ("format", "path", "images"),
-    "cars_mat": ("format", "path", "images"),
-}
-# Formats not listed here can hold every kind.
-FORMAT_KINDS = {
-    "coco_captions": ("captioning",),
-} | dict.fromkeys(("imagefolder", "image_list", "random_split", "cifar_python", "idx", "flowers_mat", "cars_mat"), ("classification",))
-# What the pattern of a format says of an image, by the names of its groups.
-GROUPS = {"image_list": ("image", "label"), "random_split": ("label",)}
-COLUMNS = ("id", "image", "label", "question", "answers", "messages")
-# What the keys of a source may hold besides text: the types, and the sentence's word for them.
-SOURCE_VALUES: dict[str, tuple[tuple[type, ...], str]] = {
-    "columns": ((dict,), "a mapping"),
-    "images": ((str, dict), "a folder, or a mapping from splits to folders"),
-    "references": ((dict,), "a mapping from splits to files"),
-    "positional_ids": ((list,), "a list of splits"),
-    "meta": ((list,), "a list of fields"),
-}
 REQUIRED = ("name", "version", "kind", "metric", "licence", "source", "splits")
 #: File systems hold names of 255 bytes, and what is written for a task adds to its own.
 MAX_NAME = 100
@@ -92,7 +62,7 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
         raise RecipeError(f"{where} has a name of {len(facts['name'])} characters, and folders are named after it", f"use {MAX_NAME} at most")
     if facts["kind"] not in KINDS:
         raise RecipeError(f"{where} has the kind '{facts['kind']}'", nearest(facts["kind"], KINDS))
-    _check_source(facts["source"], facts["kind"], path)
+    check_source(facts["source"], facts["kind"], path)
     _check_background(facts, path)
     _check_splits(facts["splits"], facts["source"], path)
     for name in facts.get("seen_by", []):
@@ -167,59 +137,6 @@ def _check_prompts(facts: dict[str, Any], path: Path) -> None:
                 f"write {{q}} where the question goes, or leave '{key}' out",
             )
         refuse_unread(prompt, f"the {key} of {path.name}")
-
-
-def _check_source(source: dict[str, Any], kind: str, path: Path) -> None:
-    where = path.name
-    form = source.get("format")
-    if not isinstance(form, str) or form not in SOURCE_KEYS:
-        raise RecipeError(f"{where} has the source format '{form}'", nearest(str(form), SOURCE_KEYS))
-    for key in source:
-        if key not in SOURCE_KEYS[form]:
-            raise RecipeError(
-                f"{where} has the unknown key 'source.{key}' for format {form}",
-                nearest(key, SOURCE_KEYS[form]),
-            )
-        types, word = SOURCE_VALUES.get(key, ((str, type(None)), "text"))
-        if not isinstance(source[key], types):
-            raise RecipeError(
-                f"{where} has {source[key]!r} under 'source.{key}', which is not {word}", f"write {word} there, in {path}"
-            )
-        inner = source[key]
-        for value in [*inner, *inner.values()] if isinstance(inner, dict) else inner if isinstance(inner, list) else ():
-            if not isinstance(value, str):
-                raise RecipeError(f"{where} has {value!r} under 'source.{key}', which YAML does not read as text", "put quotes around it")
-    if "references" in source and kind == "classification":
-        raise RecipeError(
-            f"{where} has 'source.references', which a classification recipe does not use", f"remove it from {path}"
-        )
-    if form != "rendered" and "path" not in source:
-        raise RecipeError(f"{where} lacks the key 'source.path'", f"add 'path:' under 'source' in {path}")
-    if form in GROUPS:
-        _check_pattern(source, path)
-    if kind not in FORMAT_KINDS.get(form, KINDS):
-        raise RecipeError(
-            f"{where} is of the kind {kind}, which the format {form} does not hold",
-            f"use {FORMAT_KINDS[form][0]}, or another format",
-        )
-    for key in source.get("columns", {}):
-        if key not in COLUMNS:
-            raise RecipeError(f"{where} has the unknown key 'source.columns.{key}'", nearest(key, COLUMNS))
-
-
-def _check_pattern(source: dict[str, Any], path: Path) -> None:
-    pattern = source.get("pattern") or ""
-    try:
-        groups = re.compile(pattern).groupindex
-    except (re.error, OverflowError, RecursionError) as error:
-        raise RecipeError(
-            f"{path.name} has {pattern!r} under 'source.pattern', which is no regular expression ({error})", f"correct it in {path}"
-        ) from error
-    for group in GROUPS[source["format"]]:
-        if group not in groups:
-            raise RecipeError(
-                f"{path.name} has no group '{group}' in 'source.pattern'", f"write (?P<{group}>...) where the {group} stands, in {path}"
-            )
 
 
 def _check_classes(facts: dict[str, Any], path: Path) -> None:

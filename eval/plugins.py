@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import metric_source
+from llava_keeplora_recipes.readers import READERS
+from llava_keeplora_recipes.registry import PluginError
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Recipe
 
 
 def task_plugins(recipe: Recipe) -> dict[str, str]:
-    """Return the SHA-256 of the sources of the plug-ins that a task uses, under ``metric``; empty where there are none.
+    """Return the SHA-256 of the sources of the plug-ins that a task uses, under ``metric`` and ``reader``.
 
     Nothing of a plug-in is executed.
 
     Raises:
         EvalError: one of them is not installed.
     """
-    sources = {"metric": metric_source(recipe.metric)}
+    try:
+        reader = READERS.source_hash(recipe.source["format"])
+    except PluginError as error:
+        raise EvalError(error.problem, error.cure) from error
+    sources = {"metric": metric_source(recipe.metric), "reader": reader}
     return {role: source for role, source in sources.items() if source is not None}

@@ -169,6 +169,6 @@ def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserErr
             changed = [role for role, source in plugins.items() if source != record.get("plugins", {}).get(role)]
             if changed:
                 yield RunError(
-                    f"the {changed[0]} of '{recipe.name}', {recipe.metric}, is not what {journal.path.parent} was planned with",
+                    f"the {changed[0]} of '{recipe.name}' is not what {journal.path.parent} was planned with",
                     "restore its files",
                 )

@@ -178,7 +178,7 @@ def _stages(learned: Learned) -> list[dict[str, Any]]:
 
 
 def _task(recipe: Recipe) -> list[str]:
-    source = recipe.source["path"] if recipe.source["format"] == "hub" else recipe.homepage or recipe.source["format"]
+    source = recipe.source["path"] if recipe.source["format"] == "hub" else recipe.homepage or recipe.format_name
     return [recipe.name, str(recipe.version), recipe.kind, recipe.metric_name, recipe.licence, source]
 
 

@@ -119,7 +119,7 @@ def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         if field.name != "folder" and value != default:
             facts[field.name] = value
-    facts["metric"] = recipe.metric_name
+    facts |= {"metric": recipe.metric_name, "source": facts["source"] | {"format": recipe.format_name}}
     if facts["source"]["format"] == "rendered":
         facts.pop("classes", None)  # The code that draws them has its own.
     elif "classes" in facts and facts["classes"] is None:

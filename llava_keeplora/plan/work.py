@@ -21,6 +21,7 @@ from llava_keeplora.start.reference import read_reference
 from llava_keeplora_eval.metrics import check_metric
 from llava_keeplora_eval.preparation import check_questions
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe
+from llava_keeplora_recipes.readers import READERS
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.places import set_folder
 
@@ -128,7 +129,7 @@ def _read(recipe: Recipe, task: Task | None, config: RunConfig, family: Family) 
 
 
 def _is_there(recipe: Recipe, root: str | None) -> bool:
-    if recipe.source.get("format") in ("rendered", "hub"):
+    if not READERS[recipe.source["format"]].has_files:
         return True
     try:
         set_folder(recipe, root)
