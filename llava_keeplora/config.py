@@ -81,6 +81,20 @@ DRIVER_ARGUMENTS = {
     "do_train": "the driver trains",
 }
 
+#: Arguments of `TrainingArguments` that training fails with or goes without, the values that it does not, and what to do instead.
+WITHOUT = {
+    "auto_find_batch_size": ((False,), "set a batch size that `llava-keeplora plan` says fits"),
+    "batch_eval_metrics": ((False,), "every task is scored after each one"),
+    "eval_on_start": ((False,), "every task is scored before the first one"),
+    "fsdp": ((None, ""), "spread the training with training.deepspeed"),
+    "label_smoothing_factor": ((0.0,), "use a method that has an option label_smoothing"),
+    "neftune_noise_alpha": ((None,), "leave it out"),
+    "parallelism_config": ((None,), "spread the training with training.deepspeed"),
+    "push_to_hub": ((False,), "push what was learned with `llava-keeplora export --push`"),
+    "train_sampling_strategy": (("random", "sequential"), "leave it out for a random order"),
+    "use_liger_kernel": ((False,), "leave it out"),
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -731,6 +745,10 @@ def check_training(tree: Mapping[str, Any], where: str = "training") -> dict[str
             out[key] = [_coerce(v, float, f"{where}.{key}") for v in value]
         else:
             out[key] = _coerce(value, hints[key], f"{where}.{key}")
+        if key in WITHOUT and out[key] not in WITHOUT[key][0]:
+            raise ConfigError(f"{where}.{key} is {value!r}, which the driver's training does without", WITHOUT[key][1])
+    if out.get("weight_decay", 0.0) < 0:
+        raise ConfigError(f"{where}.weight_decay is {out['weight_decay']}, but weights do not grow", "give a number from 0 on")
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if out.get(key, 1) < 1:
             raise ConfigError(f"{where}.{key} is {out[key]}, but a step is made of something", "give a whole number from 1 on")

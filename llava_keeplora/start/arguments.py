@@ -94,6 +94,7 @@ def check_arguments(make: Callable[[], TrainingArguments], label: str, training:
     steps = optimiser_steps(training, examples, world)
     if not arguments.deepspeed:  # DeepSpeed makes its own.
         _check_optimiser(arguments, label, steps)
+    _check_loader(arguments, label, task, examples, world)
     check_reporters(arguments)
     if arguments.tf32:
         raise ConfigError("training.tf32 is true, which would round the sums that the subspaces are made of to ten bits", "leave it out, and use bf16")
@@ -117,6 +118,9 @@ def _check_optimiser(arguments: TrainingArguments, label: str, steps: int) -> No
     """
     try:
         cls, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        unread = [pair.partition("=")[0] for pair in (arguments.optim_args or "").replace(" ", "").split(",") if pair and not _reads(arguments, pair)]
+        if unread:
+            raise ValueError(f"it does not read training.optim_args.{unread[0]}")
         if {"params", "model", "optimizer_dict"} & set(values):
             return  # Made for the model's own layers.
         optimiser = cls([torch.nn.Parameter(torch.zeros(1))], **values)
@@ -143,6 +147,41 @@ def check_reporters(arguments: TrainingArguments) -> None:
             raise ConfigError(f"training.report_to names '{name}', which transformers does not know", nearest(name, INTEGRATION_TO_CALLBACK))
         if name not in {*get_available_reporting_integrations(), *ALWAYS}:
             raise ConfigError(f"training.report_to names '{name}', whose package is not installed", f"pip install {name.replace('_', '-')}, or leave it out")
+
+
+def _reads(arguments: TrainingArguments, pair: str) -> bool:
+    """Whether transformers reads a `key=value` of `optim_args` for the optimiser: another value then makes it another one, or fails."""
+
+    def outcome(optim_args: str | None) -> Any:
+        changed = copy.copy(arguments)
+        changed.optim_args = optim_args
+        try:
+            return Trainer.get_optimizer_cls_and_kwargs(changed)
+        except Exception:  # Of any library.
+            return None
+
+    return outcome(f"{pair.partition('=')[0]}=0.123") != outcome(None)
+
+
+def _check_loader(arguments: TrainingArguments, label: str, task: str, examples: int, world: int) -> None:
+    """Refuse workers that torch refuses, and batches that are all left out.
+
+    Raises:
+        ConfigError: naming what is wrong.
+    """
+    workers = {
+        "num_workers": arguments.dataloader_num_workers, "persistent_workers": arguments.dataloader_persistent_workers,
+        "prefetch_factor": arguments.dataloader_prefetch_factor,
+    }
+    try:
+        torch.utils.data.DataLoader(range(examples), **workers)
+    except ValueError as error:
+        raise ConfigError(f"torch refuses the data loader of '{label}' ({str(error).rstrip('.')})", "mend `training`") from error
+    size = arguments.per_device_train_batch_size * world
+    if arguments.dataloader_drop_last and examples < size:
+        raise ConfigError(
+            f"training.dataloader_drop_last is true, and '{task}' has {examples} examples for batches of {size}", "take smaller batches, or leave it out"
+        )
 
 
 def _deepspeed_mismatches(arguments: TrainingArguments, task: str, steps: int) -> list[str]:

@@ -1,6 +1,7 @@
 """`data check --model`, plan, train and predict prepare a task alike: what one of them refuses, all refuse in the same sentence."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -146,6 +147,10 @@ def deepspeed(stage=2, **content):
         ({"training": {"report_to": "no-such-tracker"}}, "report_to names 'no-such-tracker'"),
         ({"training": {"bf16": True, "fp16": True}}, "fp16 and bf16"),
         ({"training": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}}, "use_reentrant is true"),
+        ({"training": {"optim_args": "nope=1"}}, "does not read training.optim_args.nope"),
+        ({"training": {"dataloader_num_workers": -1}}, "torch refuses the data loader of 'keeplora'"),
+        ({"training": {"dataloader_persistent_workers": True}}, "torch refuses the data loader of 'keeplora'"),
+        ({"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 64}}, "'colours' has 24 examples for batches of 64"),
         ({"training": {"num_train_epochs": [1, 2]}}, "lists 2 values for 1 tasks"),
         (deepspeed(train_micro_batch_size_per_gpu=3), "train_micro_batch_size_per_gpu=3 against training.per_device_train_batch_size=8"),
         (deepspeed(scheduler={"type": "WarmupDecayLR", "params": {"total_num_steps": 77}}), "total_num_steps=77 against training.steps of 'colours'=3"),
@@ -173,6 +178,26 @@ def test_plan_and_train_say_the_same_of_a_wrong_configuration_and_let_the_mended
     assert told["run"] is not None and re.search(rule, told["run"])
     assert not (tmp_path / "run/config.json").exists()
     assert refused(run, tree()) is None and refused(make_plan, tree()) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("fsdp", "full_shard"), ("push_to_hub", True), ("neftune_noise_alpha", 5.0), ("use_liger_kernel", True), ("train_sampling_strategy", "group_by_length"),
+     ("label_smoothing_factor", 0.1), ("auto_find_batch_size", True), ("eval_on_start", True), ("parallelism_config", {"tp_size": 2}), ("weight_decay", -1.0)],
+)
+def test_arguments_that_training_fails_with_or_would_pass_over_are_refused_as_they_are_read(key, value, run_tree):
+    with pytest.raises(UserError, match=f"training.{key} is "):
+        parse_config(run_tree("unset", training={key: value}))
+    from transformers import TrainingArguments
+
+    default = next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == key)
+    assert parse_config(run_tree("unset", training={key: default})).training.get(key) == default
+
+
+def test_an_argument_that_the_optimiser_reads_is_let_in(run_tree, tiny_tasks, ends_where_it_begins):
+    for optim, given in (("sgd", "momentum=0.9,nesterov=true"), ("rmsprop", "alpha=0.9")):
+        tree = run_tree("unset", tasks=[str(tiny_tasks[0])], methods={"keeplora": {}}, training={"optim": optim, "optim_args": given})
+        assert refused(make_plan, tree) is None
 
 
 def picture_folder(root, train, test, **facts):

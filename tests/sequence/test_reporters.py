@@ -6,6 +6,7 @@ from transformers.integrations import integration_utils
 
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.sequence import reporters
+from llava_keeplora.start import arguments
 
 TASKS = ["task-01-colours", "task-02-stripes"]
 
@@ -66,7 +67,7 @@ class Recorder(TrainerCallback):
 def recorder(monkeypatch):
     """A tracker that transformers knows and finds installed as `recorder`."""
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
-    monkeypatch.setattr(reporters, "ALWAYS", {"recorder"})
+    monkeypatch.setattr(arguments, "ALWAYS", {"recorder"})
     monkeypatch.setattr(Recorder, "seen", {})
     return Recorder
 
