@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llava_keeplora_eval.errors import EvalError
@@ -18,6 +19,7 @@ __all__ = [
     "AnswerMetric",
     "CorpusMetric",
     "MetricRecord",
+    "as_record",
     "check_metric",
     "load_metric",
     "metric_record",
@@ -38,7 +40,7 @@ for _group in (answers, vqa, captions, ucit, mllm_dcl, mllm_acl, coin):
 
 
 def metric_record(name: str) -> MetricRecord:
-    """Return the record of a metric by name; a function of ``(text, answers)`` gets the one that it says of itself.
+    """Return the record of a metric by name; see ``as_record`` for a function.
 
     Args:
         name: of a metric of this package, ``module:object``, ``path/to/file.py:object``, or of an entry point of
@@ -51,6 +53,11 @@ def metric_record(name: str) -> MetricRecord:
         metric = METRICS[METRICS.localize(name)]
     except PluginError as error:
         raise EvalError(error.problem, error.cure) from error
+    return as_record(metric)
+
+
+def as_record(metric: MetricRecord | Callable[..., float]) -> MetricRecord:
+    """Return a metric's record; a function of ``(text, answers)`` gets one with its name and its docstring's first line."""
     if isinstance(metric, MetricRecord):
         return metric
     identifier = getattr(metric, "__name__", "metric")
