@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow clean
+.PHONY: setup demo lint types test test-slow clean
 
 setup: $(READY)
 
@@ -18,6 +18,18 @@ demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed scripts/train_seq.py --config demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed scripts/train_seq.py --config demo-llava
 
+lint: $(READY) types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+# mypy finds packages by the names of folders; these links give `eval` and `data_recipes` their installed ones.
+types: $(READY)
+	mkdir -p build/typed
+	ln -sfn ../../llava_keeplora build/typed/llava_keeplora
+	ln -sfn ../../eval build/typed/llava_keeplora_eval
+	ln -sfn ../../data_recipes build/typed/llava_keeplora_recipes
+	$(BIN)/python -m mypy
+
 # A process per core, up to four; in the files' order, so that the long ones (docs, cli) don't come last.
 test: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=10
@@ -26,4 +38,4 @@ test-slow: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache

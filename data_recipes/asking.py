@@ -47,7 +47,7 @@ def asked(
 def _in_prompt(recipe: Recipe, split: str, question: str | None, answers: Sequence[str]) -> str | None:
     if recipe.kind == "captioning":
         return question or recipe.prompt
-    prompt = recipe.prompt
+    prompt: str | dict[str, str] | None = recipe.prompt
     if split == "test" and recipe.test_prompt is not None:
         prompt = recipe.test_prompt
     if isinstance(prompt, dict):

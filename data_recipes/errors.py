@@ -12,7 +12,8 @@ LONGEST = 2000
 #: Of `<... object at 0x7f...>`, which says nothing and differs from run to run.
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{6,}(?=>)")
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class UserError(Exception):

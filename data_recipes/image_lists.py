@@ -101,5 +101,7 @@ def random_split(count: int) -> tuple[list[int], list[int]]:
 
 
 def _records(found: list[tuple[str, Path, str]], label_names: list[str], left_out: dict[str, list[str]] | None = None) -> Records:
-    ids, paths, labels = [[item[i] for item in found] for i in range(3)]
+    ids = [name for name, _, _ in found]
+    paths = [path for _, path, _ in found]
+    labels = [label for _, _, label in found]
     return classified(ids, picture_files([[path] for path in paths]), labels, label_names, left_out)

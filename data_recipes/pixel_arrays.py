@@ -100,7 +100,8 @@ class _Array:
     """What stands for numpy's array, dtype and `_reconstruct`: it keeps the state of an array and does nothing."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.arguments, self.state = arguments, None
+        self.arguments = arguments
+        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

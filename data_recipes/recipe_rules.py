@@ -16,7 +16,7 @@ from .readers import KINDS, check_source
 FROM_SOURCE = "from-source"
 
 # What a YAML may say: the type of each key, and the sentence's word for that type.
-KEYS: dict[str, tuple[type, str]] = {
+KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "extends": (str, "text"),
     "name": (str, "text"),
     "version": (int, "a whole number"),

@@ -173,7 +173,7 @@ class TaskData:
         for r in sorted(self._rows, key=lambda r: r.id):
             hashes = [self._images.digest(p) for p in r.pictures]
             # one picture stands without a list, and meta only where there is any, as before there were others
-            fact = [r.id, r.label, r.question, r.answers, hashes[0] if len(hashes) == 1 else hashes]
+            fact: list[Any] = [r.id, r.label, r.question, r.answers, hashes[0] if len(hashes) == 1 else hashes]
             fact += [r.meta] if r.meta else []
             total.update(json.dumps(fact, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n")
         return total.hexdigest()

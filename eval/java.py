@@ -123,7 +123,12 @@ def _meteor_process(jar: Path, timeout: float) -> Iterator[subprocess.Popen]:
             command, stdin=pipe, stdout=pipe, stderr=complaints, env=_environment(), cwd=jar.parent, encoding="utf-8"
         )
         late = threading.Event()
-        watchdog = threading.Timer(timeout, lambda: (late.set(), process.kill()))
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        watchdog = threading.Timer(timeout, stop)
         watchdog.start()
         try:
             yield process

@@ -180,12 +180,12 @@ def _claim(path: Path, made_by: Mapping[str, Any] | None) -> dict[str, str]:
     Returns:
         what each line says of it.
     """
-    wanted = made_by and {MADE_BY: hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]}
-    if _held_maker(path, (wanted or {}).get(MADE_BY)) != (wanted or {}).get(MADE_BY):
+    wanted = {} if not made_by else {MADE_BY: hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]}
+    if _held_maker(path, wanted.get(MADE_BY)) != wanted.get(MADE_BY):
         raise EvalError(f"{path} holds answers {_difference(path, made_by)}", "predict into a new file, or remove this one")
     if wanted:
         write_atomic(maker_path(path), json.dumps(made_by, indent=1, sort_keys=True) + "\n")
-    return wanted or {}
+    return wanted
 
 
 def _held_maker(path: Path, otherwise: str | None = None) -> str | None:

@@ -338,7 +338,7 @@ def _accepted(items: Iterable[Turn | EvalError], data: TaskData) -> list[Turn]:
     if refused:
         more = f" (and {len(refused) - 1} more of {len(data)} examples)" if len(refused) > 1 else ""
         raise EvalError(refused[0].problem + more, refused[0].cure)
-    return items
+    return [item for item in items if not isinstance(item, EvalError)]
 
 
 @contextmanager

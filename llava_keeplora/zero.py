@@ -31,7 +31,7 @@ def number_count(parameter: nn.Parameter) -> int:
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter | None], write: bool = False) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor | None], write: bool = False) -> Iterator[None]:
     """Make parameters whole in every process while the block runs; every process has to come along.
 
     Args:

@@ -28,6 +28,8 @@ Returns:
 class EvaluateMetric(evaluate.Metric):
     """The metric that ``config_name`` names; its result has the metric's name as a key."""
 
+    config_name: str
+
     def _info(self) -> evaluate.MetricInfo:
         self.record = metric_record(self.config_name)
         # evaluate makes a folder of this name, and the name of a metric from a file is a path.

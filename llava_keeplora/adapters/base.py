@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.hooks import RemovableHandle
 
 from llava_keeplora.adapters.deltas import Delta, Deltas, FullDelta
 from llava_keeplora.adapters.weights import is_quantised
@@ -64,7 +65,8 @@ class _Stacked:
     """A linear layer whose deltas are added to its output."""
 
     def __init__(self, layer: nn.Linear):
-        self.layer, self._handle = layer, None
+        self.layer = layer
+        self._handle: RemovableHandle | None = None
 
     def carry(self, changes: Sequence[Delta | FullDelta]) -> None:
         if self._handle is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +33,10 @@ def dense_weight(layer: nn.Linear) -> Tensor:
         return layer.weight
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
-    state = getattr(layer.weight, "quant_state", None)
+    weight: Any = layer.weight  # A `Params4bit` or `Int8Params`.
+    state = getattr(weight, "quant_state", None)
     if state is not None:
-        return dequantize_4bit(layer.weight.data, state).reshape(layer.out_features, layer.in_features)
+        return dequantize_4bit(weight.data, state).reshape(layer.out_features, layer.in_features)
     # The first forward pass moves the rows' scales from the weight to the layer's state.
-    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-    return int8_vectorwise_dequant(layer.weight.data, scales)
+    scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+    return int8_vectorwise_dequant(weight.data, scales)

@@ -54,7 +54,7 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
         yield "by the folder alone", auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _auto(path: str, revision: str | None = None) -> type:
+def _auto(path: str, revision: str | None = None) -> type[AutoModel | AutoModelForImageTextToText]:
     return AutoModel if AutoConfig.from_pretrained(path, revision=revision).model_type == "clip" else AutoModelForImageTextToText
 
 

@@ -105,7 +105,7 @@ class TaskContext:
     features: Callable[..., Mapping[str, Any]]
     seed: int
     statistics_bytes: int
-    batches: Callable[[], Iterator[dict[str, Tensor]]] = tuple
+    batches: Callable[[], Iterator[dict[str, Tensor]]] = lambda: iter(())
     model: nn.Module | None = None
     task: Callable[[], Any] | None = None
     pretrained: Callable[[], nn.Module] | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def first_step_directions(
     found: dict[str, ResidualDirections] = {}
     left_out: dict[str, str] = {}
 
-    def read(statistics: Mapping[str, object], second: Mapping[str, object] = {}) -> None:
+    def read(statistics: Mapping[str, Any], second: Mapping[str, Any] = {}) -> None:
         for name in second or statistics:
             statistic = statistics[name]
             if not second and not any(bool(tensor.any()) for tensor in statistic.tensors):

@@ -232,7 +232,7 @@ class KeepLora(Method):
         again = {name: evidence.pop(name).refined() for name in short}
         if again:
             read(ctx.features(lambda groups: again, self.options.feature_fraction))
-            _tell_missed(ctx, {name: found[name].energy_after for name in again if not found[name].reached})
+            _tell_missed(ctx, {name: found[name].energy_after for name in again if not getattr(found[name], "reached", True)})
         report = ctx.report.setdefault("feature_energy", {})
         for name, one in found.items():
             report[name] = {"before": one.energy_before, "after": one.energy_after, "new": one.rank}

@@ -81,7 +81,7 @@ class PaperRules:
         least, squares = smallest_sketches(layers), sum(layer.module.in_features ** 2 for layer in layers)
         if budget < least:
             raise ShapeError(f"{budget} bytes hold no sketch of {SMALLEST} directions for each of {len(layers)} layers, which take {least} bytes")
-        found = {}
+        found: dict[str, SecondMoment | SketchedMoment] = {}
         for layer in layers:
             width, device = layer.module.in_features, layer.module.weight.device
             share = smallest_sketches([layer]) + (budget - least) * width**2 // squares

@@ -208,4 +208,4 @@ class MoeAdapters(RoutedMethod):
 
 def _all(mixtures: nn.ModuleDict) -> Iterator[Mixture]:
     """Every layer's mixture, in order."""
-    return (mixture for layers in mixtures.values() for mixture in layers)
+    return (mixture for layers in mixtures.values() for mixture in layers.children())

@@ -55,7 +55,7 @@ def check_routing(routing: str) -> None:
         raise MethodError(f"routing is '{routing}'", "set it to 'sample', or to 'batch' for one task per batch as published")
 
 
-def encoder_layers(model: nn.Module) -> dict[str, nn.ModuleList]:
+def encoder_layers(model: Any) -> dict[str, nn.ModuleList]:
     """Part → the layers of its encoder."""
     return {"vision": model.vision_model.encoder.layers, "text": model.text_model.encoder.layers}
 

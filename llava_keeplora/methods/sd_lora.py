@@ -96,7 +96,7 @@ class SdLora(SequentialLora):
             for name, layer in layers.items():
                 hooks = [layer.lora_A[ADAPTER].register_forward_hook(self._magnify)]
                 if deltas:
-                    hooks.append(layer.register_forward_hook(self._shifted(self._directions[name].to(A.device))))
+                    hooks.append(model.get_submodule(name).register_forward_hook(self._shifted(self._directions[name].to(A.device))))
                 for hook in hooks:
                     held.callback(hook.remove)
             yield

@@ -135,7 +135,8 @@ class Zscl(Method):
         with torch.no_grad():
             meant = class_logits(self._teacher, image_features(self._teacher, pixels), self._texts)
         found = class_logits(ctx.model, image_features(ctx.model, pixels), self._texts)
-        return sum(distillation(P, Q, self.options.temperature) for P, Q in ((meant, found), (meant.T, found.T)))
+        temperature = self.options.temperature
+        return distillation(meant, found, temperature) + distillation(meant.T, found.T, temperature)
 
     @torch.no_grad()
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:

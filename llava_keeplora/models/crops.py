@@ -50,7 +50,7 @@ class RandomCrops:
         image = self.data[row].image.convert("RGB")
         digest = hashlib.sha256(f"{self.seed}/{step}/{row}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        box = random_box(*image.size, self.scale, generator)
+        box = random_box(image.width, image.height, self.scale, generator)
         return image.crop(box).resize((self.side, self.side), Image.Resampling.BICUBIC)
 
     def filled(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class ModelOnTask(nn.Module):
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward pass; `transformers.Trainer` asks."""
-        return self.model.is_activation_checkpointing
+        return bool(self.model.is_activation_checkpointing)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs) -> None:
         """Recompute activations in the backward pass; `transformers.Trainer` calls this."""

@@ -73,7 +73,7 @@ class _ThroughQuantised(torch.autograd.Function):
         # bitsandbytes keeps the input as it came, and makes a half-precision and an 8-bit copy of it for the product, which its
         # kernels for any CPU form in fp32, whole numbers next, and scale; those for GPUs and newer CPUs make less of it.
         ctx.kept = x
-        half, codes = x.to(torch.float16), torch.empty_like(x, dtype=torch.int8)
+        half, codes = x.to(torch.float16), torch.empty_like(x, dtype=torch.int8)  # noqa: F841  held while it is measured
         with torch.autocast(x.device.type, enabled=False):
             product = (codes.float() @ weight.float().t()).to(torch.int32)
             scales = torch.empty(*x.shape[:-1], 1, device=x.device) * torch.empty(width, device=x.device)

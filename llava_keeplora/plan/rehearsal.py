@@ -126,7 +126,7 @@ class Rehearsal:
         module = self.changed.modules[name]
         if name in self.changed.full:
             return sum(p.numel() for p in module.parameters(recurse=False))
-        return self.layers[name].rank * (module.in_features + module.out_features)
+        return self.layers[name].rank * int(module.in_features + module.out_features)
 
     @cached_property
     def stacked(self) -> set[str]:

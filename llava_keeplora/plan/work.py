@@ -156,7 +156,7 @@ def _clip(recipe: Recipe, family: ClipFamily, train: TaskData | None, test: Task
     else:
         if not recipe.num_classes:
             raise ConfigError(f"the classes of '{recipe.name}' are read from its data, which are not there", "give the folder that holds them with --data-root")
-        ids = torch.zeros(recipe.num_classes, min(PROMPT, text.max_position_embeddings), dtype=torch.long)
+        ids = torch.zeros(recipe.num_classes, min(PROMPT, int(text.max_position_embeddings)), dtype=torch.long)
         prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     pixels = torch.empty(1, 3, vision.image_size, vision.image_size, device="meta")
     classes = recipe.classes or [" " * ANSWER]

@@ -57,7 +57,7 @@ def style(position: int) -> dict[str, str]:
     return {"color": COLOURS[position % len(COLOURS)], "linestyle": STYLES[position // len(COLOURS) % len(STYLES)]}
 
 
-def fill(position: int, palette: Palette) -> dict[str, str]:
+def fill(position: int, palette: Palette) -> dict[str, str | float]:
     """The same as `style` for a bar."""
     hatch = HATCHES[position // len(COLOURS) % len(HATCHES)]
     return {"facecolor": COLOURS[position % len(COLOURS)], "hatch": hatch, "edgecolor": palette.paper, "linewidth": 0}
@@ -106,7 +106,7 @@ def _with_few_colours(png: io.BytesIO) -> bytes:
     few = picture.quantize(PNG_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     # The paper's own colour and not a mean around it: it has to be that of the page.
     palette, corner = few.getpalette(), 3 * few.getpixel((0, 0))
-    palette[corner : corner + 3] = picture.getpixel((0, 0))
+    palette[corner : corner + 3] = list(picture.getpixel((0, 0)))
     few.putpalette(palette)
     smaller = io.BytesIO()
     few.save(smaller, "PNG", optimize=True)

@@ -83,7 +83,7 @@ class BaseCache:
         """Bytes of the tensors that `put_rows` kept; None where nothing says so."""
         folder = self._found(what)
         try:
-            return folder and int(read_object(folder / ENTRY)["bytes"])
+            return None if folder is None else int(read_object(folder / ENTRY)["bytes"])
         except (RunError, KeyError, TypeError, ValueError):
             return None
 
@@ -137,7 +137,7 @@ class BaseCache:
 
     def _folder(self, what: Mapping[str, Any]) -> Path | None:
         text = json.dumps({**self._common, **what}, sort_keys=True)
-        return self._root and self._root / hashlib.sha256(text.encode()).hexdigest()[:32]
+        return None if self._root is None else self._root / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _piece(number: int) -> str:

@@ -211,7 +211,7 @@ class TaskTrainer(Trainer):
                 f"the loss of task '{self.ctx.name}' is {loss.item()} at step {self.state.global_step + 1}",
                 CURE,
             )
-        share = self._shares.popleft()
+        share: float | Tensor = self._shares.popleft()
         if num_items_in_batch is not None:
             own = self.accelerator.unwrap_model(model).weight(inputs) if share else 0
             counted = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1

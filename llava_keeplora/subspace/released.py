@@ -150,7 +150,8 @@ def released_llava_directions(
     """
     check_basis(basis, gradient.shape[1], "a gradient")
     check_finite(gradient, "gradient")
-    room = room_for(rank, *gradient.shape, basis.shape[1], allow_fewer=True)
+    out_dim, in_dim = gradient.shape
+    room = room_for(rank, out_dim, in_dim, basis.shape[1], allow_fewer=True)
     gradient = gradient.detach().float()
     outside = residual(gradient, basis)
     with torch.random.fork_rng(devices=[gradient.device] if gradient.is_cuda else []):

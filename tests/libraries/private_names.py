@@ -69,7 +69,7 @@ PRIVATE_NAMES = (
     PrivateName("transformers.trainer.TRAINER_STATE_NAME", (_TRAINER,), "the file from which the Trainer reads its own record"),
     PrivateName(
         "transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK",
-        ("llava_keeplora.sequence.reporters",),
+        ("llava_keeplora.start.arguments",),
         "the names that report_to accepts, to refuse others before the first task",
     ),
     # transformers: DeepSpeed, models, processors
