@@ -34,6 +34,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 ADAPTER = "adapter_config.json"
 AGAIN = "download the checkpoint again, or give another one"
 DIVERGED = "download the checkpoint again, or take one whose training did not diverge"
+OTHER_CONFIG = "download the checkpoint again, or give the one that its config.json belongs to"
 UNQUANTISED = "give the checkpoint that it was quantised from; a run quantises it with model.quantization"
 #: Older checkpoints hold tensors that newer code computes; those of a vision encoder's own head have no use in a LLaVA.
 COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked")
@@ -207,8 +208,7 @@ def load_checked(auto_class, place: str, **options):
     folder = Path(place)
     if (folder / ADAPTER).is_file():
         raise EvalError(f"{folder} holds an adapter ({ADAPTER}), which transformers would load along with the model", "move it out, or give its base")
-    if folder.is_dir():
-        check_weight_files(folder)
+    held = check_weight_files(folder) if folder.is_dir() else {}
     if options.get("quantization_config") is not None:
         check_values(place, options.get("revision"))
     with loading(place), _quiet():
@@ -216,6 +216,10 @@ def load_checked(auto_class, place: str, **options):
     what = _where(place)
     missing = sorted(name for name in info["missing_keys"] if not name.endswith(COMPUTED))
     unknown = sorted(name for name in info["unexpected_keys"] if not name.endswith(COMPUTED) and not any(part in name for part in UNUSED))
+    # With ZeRO-3 transformers does not say which tensors of the files have no place, so they are counted.
+    surplus = sum(not name.endswith(COMPUTED) and not any(part in name for part in UNUSED) for name in held) - len(model.state_dict())
+    if not unknown and surplus > 0:
+        raise EvalError(f"{what} holds {surplus} tensors more than the model of its config.json has", OTHER_CONFIG)
     shapes = [f"{name}: {tuple(held)} for {tuple(wanted)}" for name, held, wanted in info.get("mismatched_keys", ())]
     errors = [_reason(error) if isinstance(error, BaseException) else str(error).splitlines()[0] for error in info.get("error_msgs", ())]
     for names, problem in (
@@ -226,13 +230,16 @@ def load_checked(auto_class, place: str, **options):
     ):
         if names:
             first = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
-            raise EvalError(f"{what} {problem.format(len(names), first)}", "download the checkpoint again, or give the one that its config.json belongs to")
+            raise EvalError(f"{what} {problem.format(len(names), first)}", OTHER_CONFIG)
     check_finite(model, place)
     return model.eval()
 
 
-def check_weight_files(folder: Path) -> None:
+def check_weight_files(folder: Path) -> dict[str, Path]:
     """Refuse a local checkpoint one of whose weight files is damaged, by name.
+
+    Returns:
+        name of a tensor → the file that holds it.
 
     Raises:
         EvalError: naming the file: it cannot be read, holds a tensor that another shard holds too, or weights that are no
@@ -251,6 +258,7 @@ def check_weight_files(folder: Path) -> None:
             raise EvalError(
                 f"{path} holds {len(whole)} tensors of whole or complex numbers, as quantised checkpoints do (first {whole[0]})", UNQUANTISED
             )
+    return holders
 
 
 def _tensor_kinds(path: Path) -> dict[str, bool]:

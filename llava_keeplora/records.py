@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -86,9 +87,20 @@ def read_record(path: Path, cure: str = RESTORE) -> dict[str, Any]:
         RunError: if it cannot be read, or holds something else; with the place in it.
     """
     content = read_object(path, cure)
-    for where, what in mismatches(content, SCHEMAS[path.name]):
+    for where, what in itertools.chain(mismatches(content, SCHEMAS[path.name]), _halves(path.name, content)):
         raise RunError(f"{path} is not what a run writes: {where or 'it'} is {what}", cure)
     return content
+
+
+def _halves(name: str, content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a record holds without what goes with it: (dotted place, what is missing); its schema is followed."""
+    if name == "consolidated.json":
+        for layer in content.get("forecast", {}).keys() - content.get("capacity", {}).keys():
+            yield f"capacity.{layer[:80]}", "missing, and forecast has it"
+    if name == "train.json":
+        for index, record in enumerate(content["history"]):
+            if "loss" in record and "step" not in record:
+                yield f"history[{index}].step", "missing, and loss has it"
 
 
 def record_digest(record: Mapping[str, Any]) -> str:

@@ -91,11 +91,15 @@ class _MethodState:
         tasks: dict[int, dict[str, Path]] = {}
         for entry in entries:
             tasks.setdefault(entry.task, {}).update({Path(name).name: self.folder / name for name in entry.files})
+        sizes: list[Mapping[str, Any]] = []
         for index, files in tasks.items():
             if "prepared.json" in files:
                 self._check_layers(files["prepared.json"], read_record(files["prepared.json"], CURE)["layers"])
             if "consolidated.json" in files:
-                self._check_layers(files["consolidated.json"], read_record(files["consolidated.json"], CURE).get("capacity", {}))
+                sizes.append(read_record(files["consolidated.json"], CURE).get("capacity", {}))
+                self._check_layers(files["consolidated.json"], sizes[-1])
+                if unlike := sorted(sizes[-1].keys() ^ sizes[0].keys()):
+                    raise RunError(f"{files['consolidated.json']} has the capacity of other layers than the base's (first '{unlike[0][:200]}')", CURE)
             if "delta.safetensors" in files:
                 self._check_deltas(files["delta.safetensors"], files.get("prepared.json"))
             self._check_held(index, {name: files[name] for name in ("kept.safetensors", "state.safetensors") if name in files}, "consolidated.json" in files)

@@ -169,6 +169,18 @@ def test_a_record_says_where_it_is_wrong(tmp_path):
         read_record(path)
 
 
+@pytest.mark.parametrize(("name", "content", "place"), [
+    ("consolidated.json", {"forecast": {"layer": {"tasks": 1, "left": 2, "growth": 1.0}}}, "capacity.layer is missing"),
+    ("consolidated.json", {"forecast": {"layer": {"tasks": 1, "left": 2, "growth": 1.0}}, "capacity": {"other": {"in": 4, "k": 1, "part": "text"}}}, "capacity.layer is missing"),
+    ("train.json", {"history": [{"step": 1, "loss": 0.1}, {"loss": 0.1}]}, r"history\[1\].step is missing"),
+    ("train.json", {"history": 3}, "history is 3 instead of a list"),
+])
+def test_a_record_holds_what_goes_together(tmp_path, name, content, place):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(RunError, match=place):
+        read_record(tmp_path / name)
+
+
 def test_a_record_nested_as_deep_as_the_limit_is_read_and_one_level_more_is_refused(tmp_path):
     path = tmp_path / "a.json"
     for depth in (MOST_DEEP, MOST_DEEP + 1):

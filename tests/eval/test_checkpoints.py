@@ -293,6 +293,24 @@ def test_weights_that_are_no_floating_point_numbers_are_refused_instead_of_cast(
         load(copied)
 
 
+def test_tensors_without_a_place_are_found_where_the_library_does_not_name_them(copied):
+    """As with ZeRO-3, where a configuration of fewer layers would be loaded without a word."""
+    from transformers import CLIPModel
+
+    class Silent:
+        @staticmethod
+        def from_pretrained(*args, **options):
+            model, info = CLIPModel.from_pretrained(*args, **options)
+            return model, {**info, "unexpected_keys": set()}
+
+    load_checked(Silent, str(copied))
+    config = json.loads((copied / "config.json").read_text())
+    fewer = config["vision_config"] | {"num_hidden_layers": config["vision_config"]["num_hidden_layers"] - 1}
+    (copied / "config.json").write_text(json.dumps(config | {"vision_config": fewer}))
+    with pytest.raises(EvalError, match="holds 16 tensors more than the model of its config.json has"):
+        load_checked(Silent, str(copied))
+
+
 def test_a_tensor_in_two_shards_is_refused(copied):
     names = split_in_two(copied)
     first, second = (load_file(copied / name) for name in names)

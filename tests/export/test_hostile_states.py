@@ -138,6 +138,20 @@ def test_json_of_another_kind_is_refused_by_name(refused, name, text):
     assert name in refused(name, lambda path: path.write_text(text))
 
 
+def without(key):
+    def change(path):
+        content = json.loads(path.read_text())
+        content.pop(key)
+        path.write_text(json.dumps(content))
+
+    return change
+
+
+def test_a_base_without_the_capacity_that_its_tasks_have_is_refused(refused):
+    told = refused("keeplora/task-00-base/consolidated.json", without("capacity"))
+    assert "has the capacity of other layers than the base's" in told
+
+
 @pytest.mark.parametrize("text", ["", "{}\n{}\n", "[]\n[]\n"])
 def test_a_journal_that_is_none_is_refused(refused, text):
     assert refused("keeplora/journal.jsonl", lambda path: path.write_text(text))
