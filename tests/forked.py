@@ -23,7 +23,7 @@ from pathlib import Path
 #: One server for all test files of a worker.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([
-    "forked", "llava_keeplora.cli", "llava_keeplora_eval.cli", "llava_keeplora.sequence.runner", "llava_keeplora.export", "llava_keeplora.plan",
+    "forked", "warm", "llava_keeplora.cli", "llava_keeplora_eval.cli", "llava_keeplora.sequence.runner", "llava_keeplora.export", "llava_keeplora.plan",
     "llava_keeplora.compare", "llava_keeplora.doctor", "llava_keeplora.analysis", "deepspeed", "matplotlib.figure", "transformers.trainer",
     "transformers.models.clip.modeling_clip", "transformers.models.clip.image_processing_pil_clip", "transformers.models.llama.modeling_llama",
     "transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava",

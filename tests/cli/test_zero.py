@@ -30,6 +30,22 @@ ZERO = {
 STEADY = {"adam_epsilon": 1e-2, "num_train_epochs": 1}
 
 
+UNDRAWN = """
+import runpy
+from llava_keeplora.sequence import runner
+runner.write_run_report = lambda root: None
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def script(script, tmp_path_factory):
+    """scripts/train_seq.py without the report, which takes a quarter of a small run's time."""
+    path = tmp_path_factory.mktemp("script") / "train_seq.py"
+    path.write_text(UNDRAWN.format(script=str(script)))
+    return path
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Function (tree, zero) → the path of its YAML, beside the JSON that it names."""
@@ -55,17 +71,14 @@ def trees(run_tree, llava_tree):
 
 
 @pytest.fixture(scope="module")
-def references(trees, tmp_path_factory):
+def references(trees, driven, tmp_path_factory):
     """Family → the same run in one process, without DeepSpeed."""
-    from llava_keeplora.sequence import run
-
     done = {}
 
     def reference(family):
         if family not in done:
             folder = tmp_path_factory.mktemp(family) / "run"
-            run(parse_config(trees[family]() | {"output_dir": str(folder)}))
-            done[family] = folder
+            done[family] = driven(parse_config(trees[family]() | {"output_dir": str(folder)}))
         return done[family]
 
     return reference
@@ -207,12 +220,11 @@ def test_a_second_task_starts_from_the_weights_and_not_from_the_engine_of_the_fi
 
 
 @pytest.fixture
-def one_and_two(trees, written, launch, script, tmp_path):
+def one_and_two(trees, written, driven, launch, script, tmp_path):
     """Function (stage, **changes) → distances of a LLaVA run in two processes from the same in one."""
-    from llava_keeplora.sequence import run
 
     def measure(stage, **changes):
-        run(parse_config(trees["llava"](**changes) | {"output_dir": str(tmp_path / "one")}))
+        driven(parse_config(trees["llava"](**changes) | {"output_dir": str(tmp_path / "one")}))
         path = written(halved(trees["llava"](**changes)), ZERO[stage])
         code, _, err = launch([sys.executable, script], "--config", path, "--output-dir", tmp_path / "two", processes=2)
         assert code == 0, err

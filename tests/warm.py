@@ -1,0 +1,15 @@
+"""What the fork server imports and looks up once for every forked process; see forked.py."""
+
+from contextlib import suppress
+
+import deepspeed.runtime.engine  # noqa: F401
+import matplotlib.backends.backend_agg  # noqa: F401
+import matplotlib.backends.backend_svg  # noqa: F401
+import scipy.io  # noqa: F401
+import torch.utils.cpp_extension  # noqa: F401
+
+with suppress(ImportError):
+    # Most of a second of regular expressions at the first load of a model, kept for the next ones.
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("clip")
