@@ -39,6 +39,7 @@ PALETTE: dict[str, Colour] = {
 
 
 def jitter(rng: Generator, colour: Colour, amount: int) -> Colour:
+    """Return a colour of which each channel differs by at most `amount`."""
     r, g, b = np.clip(np.array(colour) + rng.integers(-amount, amount + 1, 3), 0, 255)
     return int(r), int(g), int(b)
 
@@ -93,6 +94,7 @@ def clutter(rng: Generator, pen: ImageDraw.ImageDraw, pieces: int) -> None:
 
 @cache
 def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """Load one of the fonts that come with matplotlib."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"

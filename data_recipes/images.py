@@ -42,8 +42,11 @@ class Images:
         return self._decode(row)
 
     def digest(self, row: int) -> str:
-        """SHA-256 of the row's encoded bytes, and of what its decoding did beyond a conversion to RGB; where nothing is
-        encoded, of its pixels."""
+        """Return the SHA-256 of a row's image.
+
+        It is that of the encoded bytes, and of what decoding did beyond a conversion to RGB; where nothing is encoded, that of
+        the pixels.
+        """
         return self._digests[row]
 
     def _decode(self, row: int) -> Image.Image:

@@ -7,7 +7,6 @@ from typing import Any
 
 from .errors import RecipeError, sift
 from .file_bytes import read_file
-from .places import told
 from .strict_json import constant_in, decode_text, may_hold_constants, parse_json
 
 

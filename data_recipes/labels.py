@@ -6,7 +6,6 @@ import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, nearest

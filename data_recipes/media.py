@@ -32,12 +32,11 @@ def image_names(row: dict[str, Any], what: str) -> list[str]:
             f"{what} has {described(row['image'])} as 'image' and {described(row['images'])} as 'images'",
             "keep the one that is meant",
         )
-    if not named:
-        if field := _first_held(row, ELSEWHERE):
-            raise RecipeError(
-                f"{what} has {described(row[field])} as '{field}', and pictures are read from 'image' or 'images'",
-                "rename the field, or remove it where no picture is meant",
-            )
+    if not named and (field := _first_held(row, ELSEWHERE)):
+        raise RecipeError(
+            f"{what} has {described(row[field])} as '{field}', and pictures are read from 'image' or 'images'",
+            "rename the field, or remove it where no picture is meant",
+        )
     return named[0] if named else []
 
 

@@ -43,7 +43,8 @@ def _read(cells: Cells, after: int, task: int) -> float:
 def transfer_of(cells: Cells, task: int) -> float | None:
     """Transfer_i = mean over j < i of A[j][i]: how well a task is done before it is learned.
 
-    ``None`` for the first task, which has no row before it (MTIL)."""
+    ``None`` for the first task, which has no row before it (MTIL).
+    """
     return _mean(_read(cells, j, task) for j in range(task)) if task > 0 else None
 
 
@@ -60,7 +61,8 @@ def last_of(cells: Cells, task: int) -> float:
 def transfer(cells: Cells) -> float | None:
     """Transfer = mean over i >= 1 of Transfer_i: a mean of per-task means, not of all upper cells (MTIL).
 
-    ``None`` for a single task."""
+    ``None`` for a single task.
+    """
     if len(cells) < 2:
         return None
     return _mean(transfer_of(cells, i) for i in range(1, len(cells)))
@@ -85,21 +87,24 @@ def _changes(cells: Cells) -> list[float]:
 def bwt(cells: Cells) -> float | None:
     """BWT = 1/(T-1) * sum over i < T-1 of (A[T-1][i] - A[i][i]) (MCITlib's divisor; Lopez-Paz & Ranzato).
 
-    Negative means forgetting. ``None`` for a single task."""
+    Negative means forgetting. ``None`` for a single task.
+    """
     return _mean(_changes(cells)) if len(cells) > 1 else None
 
 
 def bwt_coin(cells: Cells) -> float:
     """BWT with CoIN's divisor: 1/T * sum over i of (A[T-1][i] - A[i][i]); the last term is 0.
 
-    Smaller in size than ``bwt`` by (T-1)/T; 0 for a single task."""
+    Smaller in size than ``bwt`` by (T-1)/T; 0 for a single task.
+    """
     return math.fsum(_changes(cells)) / len(cells)
 
 
 def forgetting(cells: Cells) -> float | None:
     """Final drop from the diagonal: mean over i < T-1 of (A[i][i] - A[T-1][i]); exactly ``-bwt``.
 
-    ``None`` for a single task."""
+    ``None`` for a single task.
+    """
     return _mean(-change for change in _changes(cells)) if len(cells) > 1 else None
 
 
@@ -108,7 +113,8 @@ def forgetting_max(cells: Cells) -> float | None:
 
     Chaudhry et al. 2018, equations 2 and 3: the maximum runs over every earlier row, those before task i
     was learned too, so it reads the upper triangle; it is never smaller than ``forgetting``. ``None`` for
-    a single task."""
+    a single task.
+    """
     end = len(cells) - 1
     if end < 1:
         return None

@@ -40,14 +40,17 @@ def _phrase(text: str) -> str:
 
 
 def is_letter(text: str) -> bool:
+    """Return whether a text is a single letter."""
     return re.fullmatch("[A-Za-z]", text) is not None
 
 
 def is_number(text: str) -> bool:
+    """Return whether a text is a number in digits."""
     return re.fullmatch(_NUMBER, text) is not None and any(c.isdecimal() for c in text)
 
 
 def is_yes_no(text: str) -> bool:
+    """Return whether a text is yes or no, in any case."""
     return text.casefold() in ("yes", "no")
 
 
@@ -117,8 +120,11 @@ _FORMS = ((is_letter, find_letter), (is_number, find_number), (is_yes_no, find_y
 
 
 def finds(text: str, accepted: str) -> bool:
-    """Whether a lenient reader finds an accepted answer in a text: read in the accepted answer's own form, and otherwise
-    as a run of whole words, without case, punctuation and articles."""
+    """Return whether a lenient reader finds an accepted answer in a text.
+
+    The text is read in the accepted answer's own form, and otherwise as a run of whole words, without case, punctuation and
+    articles.
+    """
     accepted = accepted.strip()
     for has_form, find in _FORMS:
         if has_form(accepted):

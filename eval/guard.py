@@ -31,7 +31,7 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069
 
 
 def printable(text: str) -> str:
-    """Text for a terminal or a log: what it would act on, such as the escape codes of a name, is shown as `\\x1b`."""
+    r"""Return text for a terminal or a log: what it would act on, such as the escape codes of a name, is shown as `\x1b`."""
     return UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
 
 
@@ -66,7 +66,7 @@ def standard_streams() -> Iterator[None]:
             os.fstat(descriptor)
         except OSError:  # Otherwise the next file that is opened would be taken for it.
             os.open(os.devnull, os.O_RDWR)
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # A test's stream.
             stream.reconfigure(errors="backslashreplace")

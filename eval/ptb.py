@@ -1,5 +1,7 @@
-"""Penn Treebank tokens in Python, for machines without Java: the conventions by which the tokenizer of Stanford CoreNLP 3.4.1
-splits captions as pycocoevalcap calls it, written anew from the conventions and from what that tokenizer answers.
+"""Penn Treebank tokens in Python, for machines without Java.
+
+The conventions are those by which the tokenizer of Stanford CoreNLP 3.4.1 splits captions as pycocoevalcap calls it, written
+anew from the conventions and from what that tokenizer answers.
 
 Where there is Java, a test compares both. Known differences: telephone numbers in groups ("123 456 7890"), which are one token
 there; SGML entities other than the five of XML; fewer abbreviations that keep their period; file names and addresses of

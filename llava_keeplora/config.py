@@ -385,8 +385,10 @@ class RunConfig:
         return next(row for row, prompts in read.items() if prompts == read[label])
 
     def identity(self) -> dict[str, Any]:
-        """What a result depends on: everything but where run, recipes and data lie, how they are cached, what was published, on what
-        machines a step is computed, and how much memory statistics may take (features are exact or sketched, each task's file says which).
+        """Return what a result depends on.
+
+        That is everything but where run, recipes and data lie, how they are cached, what was published, on what machines a step
+        is computed, and how much memory statistics may take (each task's file says whether features are exact or sketched).
 
         Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in the journal, and so are
         reference data.

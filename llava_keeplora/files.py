@@ -144,7 +144,7 @@ def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
 def _flush(room: Path) -> None:
     """Have all that a folder holds on the disk before its name is."""
     for path in room.rglob("*"):
-        if path.is_dir() or path.is_file() and not path.is_symlink():
+        if path.is_dir() or (path.is_file() and not path.is_symlink()):
             sync_folder(path)
     sync_folder(room)
 

@@ -43,7 +43,7 @@ class Number:
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
             return False
         try:
-            return not self.finite or math.isfinite(value) and value >= self.least
+            return not self.finite or (math.isfinite(value) and value >= self.least)
         except OverflowError:  # An integer of thousands of digits.
             return False
 

@@ -47,7 +47,7 @@ def methods() -> str:
             (
                 f"[{name}]({record.url})", record.trained, record.kept, YES[record.reference_data], YES[record.task_id_at_test],
                 record.extra_parameters, record.inference_cost, YES[record.mergeable],
-            )  # fmt: skip
+            )
             for name, record in records
         ),
     )

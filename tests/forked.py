@@ -103,7 +103,7 @@ def run(command: Sequence[str | Path], timeout: float = PATIENCE, processes: int
     if processes == 1:
         ranks = [Forked(command, **options)]
     else:
-        common = {k: v for k, v in os.environ.items()} | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        common = dict(os.environ.items()) | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [Forked(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options) for rank in range(processes)]
     deadline, code = time.monotonic() + timeout, 0
     try:

@@ -25,8 +25,11 @@ def coin_scienceqa(text: str, answers: Answers) -> float:
 
 
 def coin_imagenet(text: str, answers: Answers) -> float:
-    """The class name is a part of the prediction or the prediction a part of it, with case. Officially an empty prediction
-    is right too, and answers are paired with questions by position; here it is wrong, and they are paired by id."""
+    """The class name is a part of the prediction or the prediction a part of it, with case.
+
+    Officially an empty prediction is right too, and answers are paired with questions by position; here it is wrong, and they are
+    paired by id.
+    """
     return answers[0] in text or text in answers[0]
 
 
@@ -74,9 +77,12 @@ def _accepted_box(answers: Answers) -> list[float]:
 
 
 def coin_grounding(text: str, answers: Answers, *, size: Any) -> float:
-    """The predicted box overlaps the accepted one by more than half (intersection over union). After the
+    """The predicted box overlaps the accepted one by more than half (intersection over union).
+
+    After the
     brackets the script drops a first and a last character more, so that 0.93 is read as 0.9; a prediction that
-    isn't four numbers then is wrong."""
+    isn't four numbers then is wrong.
+    """
     box = _four_numbers(re.sub(r"[\[\]]", "", text)[1:-1])
     accepted = _accepted_box(answers)
     return box is not None and _overlaps(box, accepted, size)

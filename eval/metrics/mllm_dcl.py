@@ -21,8 +21,11 @@ def _skips_unanswerable(rule: Callable[..., float]) -> Callable[..., float]:
 
 @_skips_unanswerable
 def dcl_words(text: str, answers: Answers) -> float:
-    """RS and AD: an answer of several words is a part of the prediction. One of a single word, without its periods, has a
-    space before it or a space, period or comma after it, unless the prediction is a single word; then it is a part of it."""
+    """RS and AD: an answer of several words is a part of the prediction.
+
+    One of a single word, without its periods, has a
+    space before it or a space, period or comma after it, unless the prediction is a single word; then it is a part of it.
+    """
     text, gold = text.lower(), answers[0].lower()
     if " " in gold:
         return gold in text
@@ -40,9 +43,11 @@ def dcl_med(text: str, answers: Answers) -> float:
 
 @_skips_unanswerable
 def dcl_sci(text: str, answers: Answers, *, question: str, image: str) -> float:
-    """By the image's file name: AI2D, TQA, VQA and SciVerse ask for the answer itself, case aside. The rest is MapQA: a
-    question with "Which states" gets the share of the states that stand between the prediction's commas (a space after a
-    comma belongs to the state, further states cost nothing), any other looks for the answer as a part of the prediction."""
+    """By the image's file name: AI2D, TQA, VQA and SciVerse ask for the answer itself, case aside.
+
+    The rest is MapQA: a question with "Which states" gets the share of the states that stand between the prediction's commas (a space after a
+    comma belongs to the state, further states cost nothing), any other looks for the answer as a part of the prediction.
+    """
     text, gold = text.lower(), answers[0].lower()
     if image.split("/")[-1].split("_")[0] in ("AI2D", "TQA", "VQA", "SciVerse"):
         return text == gold

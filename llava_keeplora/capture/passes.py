@@ -128,7 +128,7 @@ def feature_pass(
                 statistic.add(x, mask)
 
         with feature_taps({leader: layers[leader] for leader in fed if fed[leader]}, sink), task.constants():
-            for batch, counted in itertools.chain([first], batches):
+            for batch, _ in itertools.chain([first], batches):
                 current.clear()
                 current.update(batch)
                 task(**batch)

@@ -89,7 +89,7 @@ def check_export(
             raise RunError(f"the {form} cannot be loaded again ({reason})", "mend that and export again")
         found = load_file(room / "logits.safetensors")
         counts = json.loads((room / "layers.json").read_text())
-    for way, count in counts.items():
+    for count in counts.values():
         if layers is not None and count != layers:
             raise RunError(
                 f"{count} layers are adapted after loading, where {layers} were written", "check the names of the base's layers; nothing was exported"

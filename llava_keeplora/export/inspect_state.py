@@ -124,7 +124,7 @@ class _MethodState:
             if isinstance(delta, Delta):
                 layer, rank = modules[name], delta.A.shape[0] if delta.A.dim() else 0
                 shapes = {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}
-                if not 0 < rank or not abs(delta.scale) <= LARGEST:
+                if not rank > 0 or not abs(delta.scale) <= LARGEST:
                     raise RunError(f"{path} has a delta of rank {rank} and scale {delta.scale:g} in layer '{name}'", CURE)
             else:
                 shapes = {key: tuple(p.shape) for key, p in modules[name].named_parameters(recurse=False)}

@@ -187,5 +187,5 @@ def _check_options(form: str, into: Path, parts: Sequence[str] | None, rank: int
         raise ConfigError(f"the dtype is '{dtype}'", f"choose one of {', '.join(DTYPES)}")
     if examples < 1:
         raise ConfigError(f"--examples is {examples}, but logits are compared on something", "give 1 or more")
-    if into.exists() and (not into.is_dir() or any(into.iterdir()) and not (into / RECORD).is_file()):
+    if into.exists() and (not into.is_dir() or (any(into.iterdir()) and not (into / RECORD).is_file())):
         raise ConfigError(f"{into} is there already and not an empty folder", "choose another one with --into")

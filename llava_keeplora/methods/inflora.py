@@ -73,7 +73,7 @@ class InfLora(Method):
 
     def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """A from the task's inputs outside M; layers without any are left out and named."""
-        inits, left_out = {}, {name: "reads nothing" for name in ctx.layers}
+        inits, left_out = {}, dict.fromkeys(ctx.layers, "reads nothing")
         for names, moment in self._moments(ctx):
             rank = max(ctx.layers[name].rank for name in names)
             A = leading_directions(moment, self._basis(ctx.layers[names[0]]).to(moment.device), rank).T.cpu() / math.sqrt(3)

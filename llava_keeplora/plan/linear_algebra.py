@@ -35,8 +35,10 @@ def weight_basis(out_dim: int, in_dim: int, columns: int, size: int) -> int:
 
 
 def feature_directions(in_dim: int, columns: int, exact: bool) -> int:
-    """`subspace/features.py`, from an exact second moment: the residual moment and one more of its size while it is formed;
-    then the complement of the basis, its image, the small problem, its eigenvectors and the work, in fp64.
+    """Return the bytes that `subspace/features.py` takes, from an exact second moment.
+
+    These are the residual moment and one more of its size while it is formed; then the complement of the basis, its image, the
+    small problem, its eigenvectors and the work, in fp64.
 
     Args:
         in_dim: in.

@@ -73,5 +73,5 @@ def _short(names: list[str]) -> list[str]:
     """Names without the dotted prefix that all of them share."""
     if len(names) < 2:
         return names
-    shared = os.path.commonprefix([name.split(".") for name in names])
+    shared = os.path.commonprefix([name.split(".") for name in names])  # noqa: RUF071  of lists of parts
     return [".".join(name.split(".")[len(shared) :]) or name for name in names]

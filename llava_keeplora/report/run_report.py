@@ -20,7 +20,7 @@ from llava_keeplora.report.page import DOCUMENTS, write_report
 from llava_keeplora.report.tables import summary_table
 from llava_keeplora.report.trial import Capacity, Cost, LayerLines, Trial
 from llava_keeplora.records import read_record
-from llava_keeplora.run_folder import read_identity, recorded_base, recorded_base
+from llava_keeplora.run_folder import read_identity, recorded_base
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
 

@@ -1,5 +1,6 @@
-"""What a run computes of data and the untouched model, kept where other runs find it: pictures as the model takes them, zero-shot
-answers, and a method's base statistics.
+"""A cache, shared by runs, of what is computed of data and the untouched model.
+
+It holds images as the model takes them, zero-shot answers, and a method's base statistics.
 
 The name of an entry is a hash of everything that its files depend on, so nothing in the cache goes out of date. An entry
 whose files are damaged is made again.

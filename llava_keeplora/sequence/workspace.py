@@ -67,7 +67,7 @@ class Workspace:
             self._refuse_foreign()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            file = open(self.root / ".lock", "a+")
+            file = open(self.root / ".lock", "a+")  # noqa: SIM115  held until the run ends
         except OSError as error:
             raise RunError(f"the run folder {self.root} cannot be written ({error.strerror})", "choose another output_dir") from error
         with file:

@@ -58,7 +58,7 @@ def check_run(
         # transformers remembers the last DeepSpeed configuration that arguments were made with, and loads weights by it.
         with loaded_whole():
             for recipe, training, count in zip(recipes, config.trainings(label), counts, strict=True):
-                check_arguments(lambda: planned_arguments(training, world), label, training, recipe.name, count, world)
+                check_arguments(lambda training=training: planned_arguments(training, world), label, training, recipe.name, count, world)
 
 
 def enough_gb(needed: int) -> str:

@@ -226,7 +226,7 @@ class SketchedMoment:
             NonFiniteError: if the features held NaN or infinity.
         """
         check_energy(energy)
-        same = basis.is_set_to(self.basis) or basis.shape == self.basis.shape and torch.equal(basis.detach().to(self.basis), self.basis)
+        same = basis.is_set_to(self.basis) or (basis.shape == self.basis.shape and torch.equal(basis.detach().to(self.basis), self.basis))
         if not same:
             raise ShapeError("a feature sketch only answers for the basis that it was made for")
         check_finite(self.image, "second moment of the features")

@@ -384,7 +384,7 @@ def test_a_process_killed_between_steps_goes_on_from_the_last_checkpoint(family,
     assert after == whole[whole.index((2, 2)) :], "no step before the checkpoint is made again"
     apart = distances(tmp_path / "whole", tmp_path / "killed")
     # The host's AdamW multiplies β up from step to step and after a start takes a power of it: 1 − β₂ᵗ is small, and magnifies its last bit.
-    assert set(task for task, _ in apart) == {p.name for p in (tmp_path / "whole/keeplora").glob("task-*")}
+    assert {task for task, _ in apart} == {p.name for p in (tmp_path / "whole/keeplora").glob("task-*")}
     assert max(apart.values()) <= (1e-5 if "offload" in stage else 0), apart
     ours, theirs = ({p.relative_to(root): p for p in sorted((root / "keeplora").rglob("task-*/*.*")) if p.name != "scores.json"} for root in (tmp_path / "whole", tmp_path / "killed"))
     assert ours.keys() == theirs.keys()

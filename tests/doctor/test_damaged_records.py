@@ -16,7 +16,7 @@ from llava_keeplora.export.bundle import Base, read_learned
 from llava_keeplora.export.state import write_state
 from llava_keeplora.records import MOST_DEEP, SCHEMAS, read_object, read_record
 from llava_keeplora.report import run_report
-from llava_keeplora.run_folder import extended, load_run
+from llava_keeplora.run_folder import extended
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora_eval.files import file_hash
 

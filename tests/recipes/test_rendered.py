@@ -57,7 +57,7 @@ def test_labels_are_balanced_and_every_class_appears(task):
         # labels do not depend on the drawing, so a stretch of whole rounds stands for the split
         rounds = 2 * len(spec.classes)
         counts = Counter(render(task, split, i)[1] for i in range(rounds))
-        assert counts == {label: 2 for label in range(len(spec.classes))}
+        assert counts == dict.fromkeys(range(len(spec.classes)), 2)
         last = render(task, split, spec.sizes[split] - 1)[1]
         assert last == (spec.sizes[split] - 1) % len(spec.classes)
 
@@ -77,16 +77,16 @@ def test_digits_shows_every_scan_in_one_split_at_most():
     assert {split: len(found) for split, found in rows.items()} == RENDERED["digits"].sizes
     together = [row for found in rows.values() for row in found]
     assert len(together) == len(set(together))
-    assert 0 <= min(together) and max(together) < 1797
+    assert min(together) >= 0 and max(together) < 1797
 
 
 def test_digits_pictures_carry_the_label_of_their_scan():
     from sklearn.datasets import load_digits
 
     truth = load_digits().target
-    assert Counter(int(truth[row]) for row in digit_rows("test")) == {digit: 30 for digit in range(10)}
+    assert Counter(int(truth[row]) for row in digit_rows("test")) == dict.fromkeys(range(10), 30)
     labels = Counter(render("digits", "test", i)[1] for i in range(RENDERED["digits"].sizes["test"]))
-    assert labels == {digit: 30 for digit in range(10)}
+    assert labels == dict.fromkeys(range(10), 30)
 
 
 @tasks

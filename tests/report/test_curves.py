@@ -31,7 +31,7 @@ def test_a_panel_per_task_shows_means_over_seeds_and_the_level_line_of_the_untou
     assert line_of(panels[0], "lora") == {0: 10.0, 1: 85.0, 2: 75.0, 3: 65.0}
     assert line_of(panels[1], "zero-shot") == dict.fromkeys(range(4), 20.0)
     assert len({axes.get_ylim() for axes in panels}) == 1, "one scale, so that heights mean the same"
-    (band,) = [c for c in panels[0].collections]
+    (band,) = list(panels[0].collections)
     assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(85 + 50**0.5), "the sample deviation of 80 and 90"
 
 

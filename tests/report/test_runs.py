@@ -290,7 +290,7 @@ def test_a_browser_shows_the_page_in_light_and_dark(browser, one, tmp_path, sche
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     browser(*dark, "--window-size=1280,1600", f"--screenshot={tmp_path / 'page.png'}", f"file://{one / 'report.html'}")
     picture = Image.open(tmp_path / "page.png").convert("RGB")
-    colours = dict((colour, count) for count, colour in picture.getcolors(1 << 24))
+    colours = {colour: count for count, colour in picture.getcolors(1 << 24)}
     assert max(colours, key=colours.get) == paper and picture.getpixel((2, 2)) == paper
     hues = Counter(round(12 * colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))[0]) for colour in colours if max(colour) - min(colour) > 90)
     assert hues[round(12 * colorsys.rgb_to_hsv(0xD5, 0x5E, 0)[0])] > 0, "the pictures keep the hues of their lines"

@@ -284,7 +284,6 @@ def test_the_model_is_as_it_was_after_a_failed_training(short, drive, tmp_path, 
 def test_a_split_of_examples_with_and_without_pictures_is_refused_where_processes_gather_weights_together():
     from types import SimpleNamespace
 
-    from PIL import Image
 
     from llava_keeplora.start.check import check_pictures
 

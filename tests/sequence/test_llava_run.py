@@ -100,7 +100,7 @@ def test_each_part_trains_at_its_own_rate(llava_config, drive, monkeypatch, tmp_
     drive(llava_config(tmp_path / "run", tasks=[str(mixed_tasks[0])], parts={"vision": {"learning_rate": 5e-4}}))
     (rates,) = seen
     expected = {"vision_tower": 5e-4, "multi_modal_projector": 1e-3, "language_model": 0.01}
-    assert {name: rate for name, rate in rates.items()} == {
+    assert dict(rates.items()) == {
         name: next(rate for part, rate in expected.items() if part in name) for name in rates
     }
     assert len(rates) == 4 + 4 + 14, "B of each adapter, and weight and bias of the projector"

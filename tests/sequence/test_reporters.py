@@ -5,7 +5,6 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.sequence import reporters
 from llava_keeplora.start import arguments
 
 TASKS = ["task-01-colours", "task-02-stripes"]

@@ -122,7 +122,7 @@ def test_a_folder_that_takes_anothers_place_is_the_old_one_the_new_one_or_none(d
         fill(b"old")
         if not deadly.run(lambda: fill(b"new"), fatal):
             break
-        assert not into.exists() or set(contents(into).values()) in ({b"old"}, {b"new"}) and len(contents(into)) == 2
+        assert not into.exists() or (set(contents(into).values()) in ({b"old"}, {b"new"}) and len(contents(into)) == 2)
         fill(b"again")
         assert set(contents(into).values()) == {b"again"} and [path.name for path in tmp_path.iterdir()] == ["export"]
         fatal += 1
