@@ -158,6 +158,7 @@ class RenderedImages(Images):
         self.ids = [f"{task}-v{spec.version}-{split}-{row:05d}" for row in range(spec.sizes[split])]
 
     def digest(self, row: int) -> str:
+        """Return the SHA-256 of a row's pixels."""
         if row not in self._digests:
             self._digests[row] = hashlib.sha256(self.image(row).tobytes()).hexdigest()
         return self._digests[row]

@@ -40,6 +40,7 @@ class Thing:
 
     @property
     def name(self) -> str:
+        """Return colour and shape in words."""
         return f"{self.colour} {self.shape}"
 
 

@@ -106,10 +106,12 @@ class TaskData:
 
     @property
     def ids(self) -> list[str]:
+        """Return the examples' ids, in order."""
         return [r.id for r in self._rows]
 
     @property
     def labels(self) -> list[int | None]:
+        """Return the positions of the examples' classes; None where a task has none."""
         return [r.label for r in self._rows]
 
     @property

@@ -68,11 +68,20 @@ class Preparation(Protocol):
     `report` gives all of them.
     """
 
-    def learn(self, data: TaskData) -> Any: ...
-    def ask(self, data: TaskData) -> Any: ...
-    def short_answers(self, questions: Any) -> str: ...
-    def report(self, data: TaskData, learns: bool) -> Report: ...
-    def show(self, data: TaskData, row: int) -> list[str]: ...
+    def learn(self, data: TaskData) -> Any:
+        """Return a split as the model learns it."""
+
+    def ask(self, data: TaskData) -> Any:
+        """Return a split as the model is asked."""
+
+    def short_answers(self, questions: Any) -> str:
+        """Say in a sentence which questions leave little room for an answer; empty where none does."""
+
+    def report(self, data: TaskData, learns: bool) -> Report:
+        """Return everything that is wrong with a split, and how long it is."""
+
+    def show(self, data: TaskData, row: int) -> list[str]:
+        """Return an example as the model sees it, in lines."""
 
 
 def check_answers(data: TaskData, row: int, answers: Sequence[str]) -> None:

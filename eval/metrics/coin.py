@@ -79,9 +79,8 @@ def _accepted_box(answers: Answers) -> list[float]:
 def coin_grounding(text: str, answers: Answers, *, size: Any) -> float:
     """The predicted box overlaps the accepted one by more than half (intersection over union).
 
-    After the
-    brackets the script drops a first and a last character more, so that 0.93 is read as 0.9; a prediction that
-    isn't four numbers then is wrong.
+    After the brackets the script drops a first and a last character more, so that 0.93 is read as 0.9; a prediction that isn't
+    four numbers then is wrong.
     """
     box = _four_numbers(re.sub(r"[\[\]]", "", text)[1:-1])
     accepted = _accepted_box(answers)

@@ -26,7 +26,8 @@ class GradientStatistic(Protocol):
 
     tensors: list[Tensor]
 
-    def add(self, x: Tensor, dy: Tensor) -> None: ...
+    def add(self, x: Tensor, dy: Tensor) -> None:
+        """Add the gradient that a layer's input and its output's gradient make."""
 
 
 class FeatureStatistic(Protocol):
@@ -34,7 +35,8 @@ class FeatureStatistic(Protocol):
 
     tensors: list[Tensor]
 
-    def add(self, x: Tensor, mask: Tensor | None) -> None: ...
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        """Add a layer's inputs, at the positions of the mask."""
 
 
 def gradient_pass(

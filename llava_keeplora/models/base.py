@@ -17,8 +17,11 @@ from llava_keeplora_recipes import Example, Recipe, TaskData
 class Images(Protocol):
     """What the model takes for the images of a split's examples, kept where it fits; the driver's cache."""
 
-    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]: ...
-    def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]: ...
+    def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Return what the model takes for the images of some examples."""
+
+    def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """Return the same by example."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +49,37 @@ class Inputs(Protocol):
     weights: Sequence[int]
 
     def __len__(self) -> int: ...
-    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]: ...
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return some examples as a batch."""
 
 
 class TaskModel(Protocol):
     """The model on one task, an `nn.Module`: `forward(**batch)` gives `loss`, the mean over the batch's weight."""
 
     def __call__(self, **batch: Tensor) -> dict[str, Tensor]: ...
-    def constants(self) -> AbstractContextManager[Iterable[tuple[Tensor, Tensor]]]: ...
-    def weight(self, batch: Mapping[str, Tensor]) -> int: ...
-    def counting_examples(self) -> TaskModel: ...
-    def at_every_position(self) -> TaskModel: ...
-    def first(self, batch: Mapping[str, Tensor], count: int = 1) -> dict[str, Tensor]: ...
-    def probe(self, batch: Mapping[str, Tensor]) -> None: ...
-    def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None: ...
-    def recomputing(self, training: Mapping[str, object]) -> AbstractContextManager[None]: ...
+    def constants(self) -> AbstractContextManager[Iterable[tuple[Tensor, Tensor]]]:
+        """Compute what does not depend on a batch once while the block runs, as (value, leaf that gathers its gradient)."""
+
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
+        """Return how much a batch counts in the mean loss; see `Inputs.weights`."""
+
+    def counting_examples(self) -> TaskModel:
+        """Return the same model with a loss in which every example counts alike."""
+
+    def at_every_position(self) -> TaskModel:
+        """Return the same model with prompts filled up to the text encoder's last position."""
+
+    def first(self, batch: Mapping[str, Tensor], count: int = 1) -> dict[str, Tensor]:
+        """Return a batch of the first examples of another."""
+
+    def probe(self, batch: Mapping[str, Tensor]) -> None:
+        """Run every layer once."""
+
+    def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return which positions of a part's layers hold no padding; None where all do."""
+
+    def recomputing(self, training: Mapping[str, object]) -> AbstractContextManager[None]:
+        """Recompute activations while the block runs, where the training does."""
 
 
 class Family(Protocol):
@@ -89,12 +108,30 @@ class Family(Protocol):
     whole: tuple[str, ...]
     cost: float
 
-    def load(self, dtype: torch.dtype) -> None: ...
-    def skeleton(self, dtype: torch.dtype) -> None: ...
-    def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]: ...
-    def unreachable(self, part: str, targets: Sequence[str]) -> list[str]: ...
-    def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]: ...
-    def inputs(self, data: TaskData, images: Images) -> Inputs: ...
-    def check(self, data: TaskData) -> None: ...
-    def task(self, recipe: Recipe) -> nn.Module: ...
-    def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> Predictor: ...
+    def load(self, dtype: torch.dtype) -> None:
+        """Load the weights."""
+
+    def skeleton(self, dtype: torch.dtype) -> None:
+        """Build the model without weights, on the meta device."""
+
+    def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
+        """Return the linear layers of a part by full name."""
+
+    def unreachable(self, part: str, targets: Sequence[str]) -> list[str]:
+        """Return the layers of a part that the loss cannot reach."""
+
+    def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
+        """Return what the model takes for the examples' images."""
+
+    def inputs(self, data: TaskData, images: Images) -> Inputs:
+        """Return a split as the model trains on it."""
+
+    def check(self, data: TaskData) -> None:
+        """Refuse a split that the model cannot learn from."""
+
+    def task(self, recipe: Recipe) -> nn.Module:
+        """Return the model on a task, a `TaskModel`."""
+
+    def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> Predictor:
+        """Return what answers a task's examples."""
+
