@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .placeholders import place_images
+from .texts import is_blank
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -40,6 +41,7 @@ def asked(
         return None
     # before the prompt is put around it, so that pictures at its head stay at the head
     question = place_images(question, images, what) if question else None
+    question = None if question is None or is_blank(question) else question
     text = _in_prompt(recipe, split, question, answers)
     return place_images(text, images, what) if text else None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, sift
 from .json_files import read_rows
+from .labels import warn_of_names
 from .media import image_names
 from .placeholders import place_images
 from .places import data_root_of, inside, pictures_folder, split_file
@@ -103,6 +104,9 @@ def _read(
         return own, [inside(folder, i, what, root) for i in images], turn, {f: row[f] for f in fields if f in row}
 
     found = sift(record, enumerate(rows), problems)
+    if classify:
+        given = (row.get(recipe.source.get("answer", "answer")) for row in rows if isinstance(row, dict))
+        warn_of_names(recipe, {value for value in given if type(value) is int}, f"{recipe.name}/{split}")
     turns = [turn for _, _, turn, _ in found]
     return Records(
         ids=[name for name, _, _, _ in found],

@@ -12,10 +12,11 @@ from .decoding import WHITE
 from .errors import RecipeError, refuse, sift
 from .images import EncodedImages
 from .labels import label_reader, with_classes
-from .placeholders import refuse_marked_answer
+from .placeholders import MARKER, refuse_marked_answer
 from .readers import make_reader, read_records
 from .records import Records
 from .task_data import Row, TaskData
+from .texts import is_blank
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -68,7 +69,7 @@ def _rows(
             for answer in answers:
                 refuse_marked_answer(answer, what)
             text = asked(recipe, split, question, answers, len(pictures), what)
-            if not text:
+            if not text or is_blank(text.replace(MARKER, "")):
                 raise RecipeError(
                     f"'{name}' in {where} has nothing to ask",
                     "write a question in every record, or for captioning an instruction as 'prompt' in the recipe",

@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, nearest
-from .placeholders import MARKER
+from .placeholders import MARKER, foreign_marker
 from .records import Records
+from .texts import INVISIBLE
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -73,7 +74,7 @@ def check_distinct(classes: Sequence[str], where: str) -> None:
     """
     first: dict[str, str] = {}
     for name in classes:
-        if not folded(name) or MARKER in name:
+        if not folded(name) or MARKER in name or foreign_marker(name):
             raise RecipeError(f"{where} has the class {name!r}, which is no name", "give it another name")
         other = first.setdefault(folded(name), name)
         if other is not name:
@@ -110,6 +111,19 @@ def _warn_of_doubt(recipe: Recipe, index: dict[str, int], labels: Sequence[Any],
         )
 
 
+def warn_of_names(recipe: Recipe, numbers: set[int], where: str) -> None:
+    """Tell of numbers in JSON that are read as names, as text is, and could be positions of other classes."""
+    classes = recipe.classes or []
+    doubtful = [n for n in sorted(numbers) if str(n) in classes and 0 <= n < len(classes) and classes[n] != str(n)]
+    if doubtful:
+        log.warning(
+            "%s has labels that are numbers, and the classes of recipe '%s' are numbers too: the label %d is "
+            "read as the name '%d', not as the position of the class '%s' (counted from 0; %d such labels); "
+            "if positions are meant, write the names, or map them under 'class_names'",
+            where, recipe.name, doubtful[0], doubtful[0], classes[doubtful[0]], len(doubtful),
+        )
+
+
 def _label(recipe: Recipe, index: dict[str, int], raw: Any, records: Records, name: str, where: str) -> int:
     label = raw
     if _is_whole(raw):
@@ -136,5 +150,5 @@ def _is_whole(label: Any) -> bool:
 
 
 def folded(name: str) -> str:
-    """A class name without what prompts, tokenizers and metrics don't look at."""
-    return " ".join(unicodedata.normalize("NFC", name.replace("_", " ").casefold()).split())
+    """A class name without what prompts, tokenizers and metrics don't look at, and without what nobody sees."""
+    return " ".join(unicodedata.normalize("NFC", INVISIBLE.sub("", name).replace("_", " ").casefold()).split())

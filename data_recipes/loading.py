@@ -35,8 +35,8 @@ def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_i
         from .file_loading import load_files  # over a second to import, for datasets, which rendered tasks don't need
 
         data = load_files(recipe, split, data_root, on_bad_image)
-    if data.left_out:
-        log.warning("%s/%s: %s", recipe.name, split, data.left_out_note)
+    for note in filter(None, (data.left_out_note, data.marker_note)):
+        log.warning("%s/%s: %s", recipe.name, split, note)
     expected = recipe.expected_sizes.get(split)
     if expected is not None and expected != len(data):
         log.warning(

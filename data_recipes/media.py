@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import RecipeError
-from .texts import described
+from .texts import described, is_blank
 
 IMAGES = ("image", "images")
 #: Media that no model here is shown: a record that has some would be learned from its text alone.
@@ -79,14 +79,14 @@ def is_empty(value: Any) -> bool:
     """Whether a field holds nothing."""
     if isinstance(value, list):
         return all(map(is_empty, value))
-    return value is None or value == {} or (isinstance(value, str) and not value.strip())
+    return value is None or value == {} or (isinstance(value, str) and is_blank(value))
 
 
 def _listed(value: Any, what: str) -> list[str]:
     if is_empty(value):
         return []
     listed = value if isinstance(value, list) else [value]
-    if not all(isinstance(name, str) and name.strip() for name in listed):
+    if not all(isinstance(name, str) and not is_blank(name) for name in listed):
         raise RecipeError(
             f"{what} has {value!r} as its image", "write one path, a list of paths, or leave 'image' out"
         )

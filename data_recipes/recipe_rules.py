@@ -10,8 +10,9 @@ from typing import Any
 from .asking import OTHER
 from .errors import RecipeError, nearest
 from .labels import check_distinct
-from .placeholders import MARKER, place_images, refuse_unread
+from .placeholders import MARKER, place_images, refuse_foreign
 from .readers import KINDS, check_source
+from .texts import is_blank
 
 FROM_SOURCE = "from-source"
 
@@ -80,7 +81,7 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
             raise RecipeError(
                 f"{where} has '{key}', which a {facts['kind']} recipe does not use", f"remove it from {path}"
             )
-    refuse_unread(facts.get("prompt", ""), f"the prompt of {where}")
+    refuse_foreign(facts.get("prompt", ""), f"the prompt of {where}")
     if facts["kind"] == "vqa":
         _check_prompts(facts, path)
 
@@ -136,15 +137,16 @@ def _check_prompts(facts: dict[str, Any], path: Path) -> None:
                 f"{path.name} has the {key} '{prompt}', which has no place for the question",
                 f"write {{q}} where the question goes, or leave '{key}' out",
             )
-        refuse_unread(prompt, f"the {key} of {path.name}")
+        refuse_foreign(prompt, f"the {key} of {path.name}")
 
 
 def _check_classes(facts: dict[str, Any], path: Path) -> None:
     where = path.name
-    if not facts.get("instruction", "?").strip():
+    if is_blank(facts.get("instruction", "?")):
         raise RecipeError(
             f"{where} has an empty 'instruction'", "write the question, or leave 'instruction' out"
         )
+    refuse_foreign(facts.get("instruction", ""), f"the instruction of {where}")
     place_images(facts.get("instruction", ""), 1, f"the instruction of {where}")
     for key in ("prompt", "classes"):
         if key not in facts:
@@ -156,6 +158,7 @@ def _check_classes(facts: dict[str, Any], path: Path) -> None:
                 f"{where} has the prompt {prompt!r}, which has no place for the class",
                 "write {c} where the class name goes, as in 'a photo of a {c}.'",
             )
+        refuse_foreign(prompt, f"the prompt of {where}")
         if MARKER in prompt:
             raise RecipeError(
                 f"{where} marks an image in its prompt, which is a caption for a class", f"remove {MARKER} there"

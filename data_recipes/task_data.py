@@ -15,6 +15,7 @@ from PIL import Image
 
 from .errors import RecipeError
 from .images import Images
+from .placeholders import MARKER, foreign_marker
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -163,6 +164,18 @@ class TaskData:
         names = sorted(name for files in self.left_out.values() for name in files)
         kinds = ", ".join(f"{kind}: {len(files)}" for kind, files in sorted(self.left_out.items()))
         return f"{len(names)} files are not read and left out ({kinds}; {', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+
+    @cached_property
+    def marker_note(self) -> str | None:
+        """The examples with markers of other tools in their texts, counted; None where there are none."""
+        found = {r.id: marker for r in self._rows for text in (r.question or "", *r.answers) if (marker := foreign_marker(text))}
+        if not found:
+            return None
+        name, marker = next(iter(found.items()))
+        return (
+            f"{len(found)} examples have markers of other tools in their texts, which are words to the model ({name}: {marker}); "
+            f"{MARKER} is the place of a picture"
+        )
 
     @cached_property
     def fingerprint(self) -> str:

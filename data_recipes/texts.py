@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from decimal import Decimal
 from typing import Any
 
@@ -10,7 +11,15 @@ from .errors import RecipeError
 
 #: Whole numbers above it are not told apart by a float, so that its digits would be invented.
 EXACT = 2**53
+#: Characters without a width or a look of their own: soft hyphens, zero-width spaces and joiners, byte order marks inside
+#: of a text, marks of direction (Unicode's Default_Ignorable_Code_Point, without those that choose an emoji's look).
+INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 CURE = "write text, a number, yes or no, or a list of them, or remove the record"
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text holds nothing but white space and characters that nobody sees."""
+    return not INVISIBLE.sub("", text).strip()
 
 
 def as_text(value: Any, what: str, field: str) -> str:
@@ -83,7 +92,7 @@ def identifier(value: Any, what: str) -> str:
     Raises:
         RecipeError: it is empty or anything else.
     """
-    if value is None or value == "" or isinstance(value, bool):
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and is_blank(value)):
         raise RecipeError(
             f"{what} has {described(value)} as its id",
             "give every record an id of its own, as text or number",

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.predictions import SOURCE, check_source, first_ids
+from llava_keeplora_eval.predictions import SOURCE, check_source, first_ids, maker_path
 from llava_keeplora_recipes.strict_json import decode_text, parse_json
+from llava_keeplora_recipes.texts import is_blank
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import TaskData
@@ -24,6 +25,9 @@ ID_KEYS = (("id", "question_id", "questionId"), ("image_id", "index"))
 TEXT_KEYS = (("prediction", "response"), ("text", "answer", "caption"))
 #: Characters; a longer answer is a damaged file.
 LONGEST = 1_000_000
+#: The cures of a file that lacks answers: one that `predict` began, and one from elsewhere.
+AGAIN = "run the same `predict` command again to fill them in"
+WHOLE = "write one record with 'id' and 'text' for every example"
 
 
 def read_answers(path: str | Path, data: TaskData, form: str | None = None) -> dict[str, str]:
@@ -51,7 +55,10 @@ def read_answers(path: str | Path, data: TaskData, form: str | None = None) -> d
         text = decode_text(path.read_bytes())
     except ValueError as error:
         raise EvalError(f"{path} {error}", "save it as UTF-8") from None
-    answers, predicted = [], False
+    begun = maker_path(path).is_file()  # so that `predict` goes on with it
+    if is_blank(text):
+        raise EvalError(f"{path} is empty", AGAIN if begun else WHOLE)
+    answers, predicted = [], begun
     for number, (where, value) in enumerate(_values(path, text, form), start=1):
         if isinstance(value, dict) and value.keys() >= SOURCE:
             check_source(path, number, value, data)
@@ -98,10 +105,11 @@ def _parse(where: str, text: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise EvalError(
-            f"{where} {error}",
-            "correct it, or if `predict` was stopped while it wrote the file, run the same command again",
-        ) from None
+        if '":' in text or text.lstrip()[:1] in ("{", "["):
+            cure = "correct it, or if `predict` was stopped while it wrote the file, run the same command again"
+        else:
+            cure = "write JSON or lines of JSON, one record with 'id' and 'text' for every example; tables (CSV) are not read"
+        raise EvalError(f"{where} {error}", cure) from None
 
 
 def _answer(where: str, value: Any, form: str | None) -> tuple[str, str]:
@@ -208,8 +216,10 @@ def _check_ids(path: Path, ids: list[str], data: TaskData, predicted: bool) -> N
         more = f", and has {first_ids(unknown)} that it doesn't have" if unknown else ""
         if unknown:
             cure = "check the task, the split and the ids"
-        elif predicted or not ids:
-            cure = "run the same `predict` command again to fill them in"
+        elif predicted:
+            cure = AGAIN
+        elif not ids:
+            cure = WHOLE
         else:
             cure = "add them, with an empty text where there is no answer"
         raise EvalError(f"{path} lacks {first_ids(missing)} of the {len(data)} of {name}{more}", cure)

@@ -19,6 +19,7 @@ from llava_keeplora_recipes.errors import UserError
 from llava_keeplora_recipes.placeholders import MARKER
 from llava_keeplora_recipes.repeats import repeats, shared_pictures
 from llava_keeplora_recipes.strict_yaml import read_mapping
+from llava_keeplora_recipes.texts import is_blank
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Recipe, TaskData
@@ -162,7 +163,7 @@ def _warnings(data: TaskData, expected: int | None, seen: list[TaskData]) -> Ite
     if empty := _empty(data):
         yield f"{empty} examples have an empty answer"
     yield from repeats(data)
-    yield from filter(None, [data.left_out_note, *(shared_pictures(data, other) for other in seen)])
+    yield from filter(None, [data.left_out_note, data.marker_note, *(shared_pictures(data, other) for other in seen)])
 
 
 def _images(data: TaskData) -> str:
@@ -195,7 +196,7 @@ def _answers(data: TaskData) -> str:
 
 
 def _empty(data: TaskData) -> int:
-    return sum(not answers or not all(a.strip() for a in answers) for answers in data.answers)
+    return sum(not answers or any(map(is_blank, answers)) for answers in data.answers)
 
 
 def _asked(data: TaskData) -> list[str]:

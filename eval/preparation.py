@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llava_keeplora_eval.chat import Chat, asked, learned
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS
+from llava_keeplora_recipes.texts import is_blank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,7 @@ def check_answers(data: TaskData, row: int, answers: Sequence[str]) -> None:
     Raises:
         EvalError: it has no answer, or an empty one among those that are learned.
     """
-    if not answers or not all(answer.strip() for answer in learned(data.recipe, answers)):
+    if not answers or any(map(is_blank, learned(data.recipe, answers))):
         what = "an empty answer" if answers else "no answer"
         raise EvalError(f"{_place(data, row)} has {what}, so there is nothing to learn from it", "complete or remove the record")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import MetricRecord, metric_record
 from llava_keeplora_eval.predictions import first_ids
+from llava_keeplora_recipes.texts import is_blank
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import TaskData
@@ -60,7 +61,7 @@ def unmeetable(metric: str, references: Sequence[Sequence[str]], **inputs: Seque
 
 
 def check_references(data: TaskData, metric: str | None = None) -> str | None:
-    """Say which examples of a split cannot score, before anything is predicted.
+    """Say which examples of a split cannot score, and which classes are one to its score, before anything is predicted.
 
     Args:
         data: the task and split.
@@ -74,22 +75,53 @@ def check_references(data: TaskData, metric: str | None = None) -> str | None:
             or the data lack what the metric needs.
     """
     record = metric_record(metric or data.recipe.metric)
+    notes = filter(None, (_check_met(data, record), _check_classes(data, record)))
+    return "; ".join(notes) or None
+
+
+def _check_met(data: TaskData, record: MetricRecord) -> str | None:
+    """Say which examples get 0 whatever is answered; see ``check_references``."""
     references, inputs = accepted_texts(data), metric_inputs(data, record)
     positions = record.unmeetable(references, **inputs)
     if not positions:
         return None
     given = {key: [values[i] for i in positions] for key, values in inputs.items()}
     refused = record.refuses([references[i] for i in positions], **given)
-    first = ", ".join(f"{data.ids[i]}: {_shortened(references[i])}" for i in positions[:3])
-    problem = (
-        f"{len(positions)} of {len(data)} examples of {data.recipe.name} ({data.split}), "
-        f"{100 * len(positions) / len(data):.1f} %, get 0 from the metric '{record.name}' even if their "
-        f"accepted text is answered to the letter ({first}{', ...' if len(positions) > 3 else ''})"
-    )
-    cure = f"{record.reason}: write the answers so, or choose another metric"
+    empty = [i for i in positions if all(map(is_blank, references[i]))]
+    other = [i for i in positions if i not in set(empty)]
+    told = [
+        (empty, "because their accepted text is empty", "complete or remove these records"),
+        (
+            other,
+            "even if their accepted text is answered to the letter",
+            f"{record.reason}: write the answers so, or choose another metric",
+        ),
+    ]
+    told = [(_zeros(data, record, rows, references, why), cure) for rows, why, cure in told if rows]
     if len(positions) == len(data) or refused:
-        raise EvalError(problem, cure)
-    return f"{problem}; {cure}"
+        raise EvalError(", and ".join(problem for problem, _ in told), "; ".join(cure for _, cure in told))
+    return "; ".join(f"{problem}; {cure}" for problem, cure in told)
+
+
+def _zeros(data: TaskData, record: MetricRecord, rows: list[int], references: list[list[str]], why: str) -> str:
+    """Say how many examples get 0 for one reason, with the first of them."""
+    first = ", ".join(f"{data.ids[i]}: {_shortened(references[i])}" for i in rows[:3])
+    return (
+        f"{len(rows)} of {len(data)} examples of {data.recipe.name} ({data.split}), {100 * len(rows) / len(data):.1f} %, "
+        f"get 0 from the metric '{record.name}' {why} ({first}{', ...' if len(rows) > 3 else ''})"
+    )
+
+
+def _check_classes(data: TaskData, record: MetricRecord) -> str | None:
+    """Say which classes the metric, or its lenient score, takes for each other; see ``check_references``."""
+    pairs = record.alike(data.recipe.classes) if data.recipe.kind == "classification" else []
+    if not pairs:
+        return None
+    first = ", ".join(f"{one!r} = {other!r}" for one, other in pairs[:3])
+    return (
+        f"the metric '{record.name}' or its lenient score takes {len(pairs)} pairs of classes of {data.recipe.name} for one and the "
+        f"same ({first}{', ...' if len(pairs) > 3 else ''}); join them into one class, name them apart, or read the strict score alone"
+    )
 
 
 def _shortened(texts: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ score is the mean. A ``CorpusMetric`` has a function of all of them, ``(predicti
 details)``, for scores that are no mean over examples, as CIDEr is none.
 
 The rules that hold for every metric of answers: an empty answer is wrong, and an accepted text that is empty
-matches nothing. Empty is what holds nothing but white space; a text of which nothing is left once an official
+matches nothing. Empty is what holds nothing but white space and zero-width characters; a text of which nothing is left once an official
 script has normalised it ("A", "the", ".") is scored as the script scores it.
 """
 
@@ -15,12 +15,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import combinations
 from typing import Any, Literal
 
 from llava_keeplora_eval.answer_forms import finds, plain, short_form
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_recipes.texts import is_blank
 
 Answers = Sequence[str]
+
+#: With more classes only those of the same words are compared with each other.
+ALL_PAIRS = 300
 
 
 def finds_any(text: str, answers: Answers, **inputs: Any) -> float:
@@ -114,6 +119,14 @@ class MetricRecord:
         """
         return []
 
+    def alike(self, classes: Sequence[str]) -> list[tuple[str, str]]:
+        """Find the pairs of classes of which the name of one is a right answer for the other, strictly or leniently.
+
+        Returns:
+            The pairs; none where the metric cannot tell.
+        """
+        return []
+
     @property
     def reason(self) -> str:
         """Why an example of ``unmeetable`` gets 0, as a clause."""
@@ -177,7 +190,7 @@ class AnswerMetric(MetricRecord):
     def accepted(self, answers: Answers) -> Answers:
         """Return the accepted texts that are compared, none if nothing can match because they are empty."""
         answers = answers[:1] if self.compares == "first" else answers
-        written = [answer for answer in answers if answer.strip()]
+        written = [answer for answer in answers if not is_blank(answer)]
         return answers if written and self.compares == "votes" else written
 
     def score(self, text: str, answers: Answers, **inputs: Any) -> float:
@@ -193,7 +206,7 @@ class AnswerMetric(MetricRecord):
     def _score(
         self, rule: Callable[..., float], text: str, accepted: Answers, answers: Answers, inputs: dict[str, Any]
     ) -> float:
-        if not text or not accepted:
+        if is_blank(text) or not accepted:
             return 0.0
         what = f"the prediction {text[:40]!r}"
         return self._number(self._call(rule, what, text, answers, **inputs), what, highest=1)
@@ -223,6 +236,32 @@ class AnswerMetric(MetricRecord):
                 return False
 
         return [i for i in range(len(references)) if not is_met(i)]
+
+    def alike(self, classes: Sequence[str]) -> list[tuple[str, str]]:
+        """See ``MetricRecord.alike``.
+
+        A lenient score that finds one name in the other, as "dog" in "hot dog", has to do so in both directions.
+        """
+        if self.inputs:
+            return []
+
+        def meets(rule: Callable[..., float], text: str, name: str) -> bool:
+            accepted = self.accepted([name, name.replace("_", " ")])
+            try:
+                return self._score(rule, text, accepted, accepted, {}) > 0
+            except EvalError:  # not what the metric compares
+                return False
+
+        def merges(one: str, other: str) -> bool:
+            strict = meets(self.function, one, other) or meets(self.function, other, one)
+            return strict or (meets(self.lenient, one, other) and meets(self.lenient, other, one))
+
+        groups = {"": list(classes)}
+        if len(classes) > ALL_PAIRS:
+            groups = {}
+            for name in classes:
+                groups.setdefault(plain(name), []).append(name)
+        return [pair for names in groups.values() for pair in combinations(names, 2) if merges(*pair)]
 
     def refuses(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> bool:
         """See ``MetricRecord.refuses``."""

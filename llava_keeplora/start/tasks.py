@@ -55,8 +55,8 @@ class Task:
 
     def notes(self) -> list[str]:
         """What is worth a look in its data: the same, and the files that are not read."""
-        files = [(data.split, data.left_out_note) for data in (self.train, self.test)]
-        return [f"{self.name}/{split}: {note}" for split, note in files if note] + self.repeats()
+        notes = [(data.split, note) for data in (self.train, self.test) for note in (data.left_out_note, data.marker_note)]
+        return [f"{self.name}/{split}: {note}" for split, note in notes if note] + self.repeats()
 
     def decoding_note(self) -> str:
         """A clause on pictures that earlier releases decoded otherwise; empty where there are none."""

@@ -175,7 +175,7 @@ def test_llavas_names_settle_a_doubt(answered, form):
 def test_missing_and_unknown_and_repeated_ids_are_counted_and_named(answered):
     cases = [
         (records()[:1], r"lacks 2 ids \(7, é\) of the 3 of asks \(test\); add them"),
-        ([], r"lacks 3 ids \(a, 7, é\)"),
+        ([], "is empty; write one record"),
         ([*records(), {"id": 8, "text": ""}], r"has predictions for 1 id \(8\) that asks \(test\) doesn't have"),
         ([{"id": f"x{i}", "text": ""} for i in range(9)],
          r"lacks 3 ids \(a, 7, é\) of the 3 of asks \(test\), and has 9 ids \(x0, x1, x2, ...\) that it doesn't have"),
@@ -185,6 +185,22 @@ def test_missing_and_unknown_and_repeated_ids_are_counted_and_named(answered):
     for rows, sentence in cases:
         with pytest.raises(EvalError, match=sentence):
             answered(as_lines(rows))
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\ufeff", "\u200b\n", "[]", "{}"])
+def test_an_empty_file_is_told_with_the_cure_of_its_origin(answered, tmp_path, content):
+    with pytest.raises(EvalError, match="(is empty|lacks 3 ids).*; write one record with 'id' and 'text' for every example"):
+        answered(content)
+    (tmp_path / "answers.made_by.json").write_text("{}")
+    with pytest.raises(EvalError, match="(is empty|lacks 3 ids).*; run the same `predict` command again"):
+        answered(content)
+
+
+@pytest.mark.parametrize("content", ["id,text\n", "id,text\na,cat\n", "id\ttext\n", "a cat\na dog\n"])
+def test_a_table_is_told_that_json_is_read(answered, content):
+    with pytest.raises(EvalError, match="not readable JSON.*; write JSON or lines of JSON") as caught:
+        answered(content)
+    assert "predict" not in str(caught.value)
 
 
 def test_a_folder_and_a_pipe_are_no_files_of_answers(asks, tmp_path):

@@ -141,9 +141,8 @@ def test_what_can_be_used_and_is_worth_a_look_is_only_a_warning(task, run):
     assert [line.strip() for line in out if "warning" in line] == [
         "warning: 3 examples and not 40: scores are not comparable with those of others",
         "warning: 1 examples have an empty answer",
-        "warning: 1 of 3 examples of q (train), 33.3 %, get 0 from the metric 'exact_match' even if their accepted text "
-        "is answered to the letter (b: ' '); it scores whether the prediction is one of the accepted texts, case aside: "
-        "write the answers so, or choose another metric",
+        "warning: 1 of 3 examples of q (train), 33.3 %, get 0 from the metric 'exact_match' because their accepted text "
+        "is empty (b: ' '); complete or remove these records",
         "warning: 2 different images are in 'train' too (t = a, u = c)",
     ]
 

@@ -6,7 +6,7 @@ import pytest
 
 from llava_keeplora_eval import EvalError, check_references, predict_to_file, score, unmeetable
 from llava_keeplora_eval.cli import main
-from llava_keeplora_eval.metrics import METRICS, AnswerMetric
+from llava_keeplora_eval.metrics import METRICS, AnswerMetric, metric_record
 
 #: metric → accepted texts that an answer to the letter meets, and those that it doesn't.
 SAID = {
@@ -136,3 +136,52 @@ def test_a_score_counts_them_and_the_command_says_it_first(tmp_path, monkeypatch
     monkeypatch.setattr("llava_keeplora_eval.cli._load", lambda arguments: data)
     assert main(["score", "--task", "asks", "--predictions", str(tmp_path / "p.jsonl")]) == 0
     assert capsys.readouterr().err.startswith("warning: 1 of 2 examples of asks (test), 50.0 %, get 0 from")
+
+
+def kind_of(classes, labels=(0, 1), metric="accuracy", kind="classification", answers=None):
+    recipe = SimpleNamespace(name="pets", kind=kind, metric=metric, classes=classes)
+    ids, count = [f"r{i}" for i in range(len(answers or labels))], len(answers or labels)
+
+    class Data(SimpleNamespace):
+        def __len__(self):
+            return count
+
+    return Data(recipe=recipe, split="test", labels=list(labels), ids=ids, answers=answers, questions=[None] * count, meta=[{}] * count)
+
+
+@pytest.mark.parametrize(
+    ("classes", "metric", "pairs"),
+    [
+        (["cat", "cat.", "dog"], "accuracy", 1),
+        (["ice-cream", "ice cream"], "accuracy", 1),
+        (["C", "C++", "C#"], "accuracy", 3),
+        (["don't", "dont"], "accuracy", 1),
+        (["1", "1.0", "01", "2"], "numeric", 3),
+        (["one", "1", "two"], "vqa_accuracy", 1),
+        (["the cat", "cat"], "coin_textvqa", 1),
+    ],
+)
+def test_classes_that_a_score_takes_for_each_other_are_told(classes, metric, pairs):
+    data = kind_of(classes, metric=metric)
+    said = check_references(data)
+    assert f"takes {pairs} pairs of classes of pets for one and the same" in said and repr(classes[0]) in said
+    swapped = metric_record(metric).compute([classes[1], classes[0]], [[c] for c in classes[:2]])
+    assert max(swapped[metric], swapped["lenient"]) == 1
+
+
+@pytest.mark.parametrize("classes", [["cat", "dog"], ["dog", "hot dog"], ["+", "*", "\N{CAT FACE}", "\N{DOG FACE}"], ["1", "10"]])
+@pytest.mark.parametrize("metric", ["accuracy", "exact_match", "caption_rouge_l"])
+def test_classes_that_every_score_tells_apart_are_not_told(classes, metric):
+    assert metric_record(metric).alike(classes) == []
+
+
+@pytest.mark.parametrize("empty", ["", "\u00a0", "\u200b", " \ufeff"])
+def test_an_empty_accepted_text_is_told_as_empty_and_not_as_one_of_a_wrong_form(empty):
+    data = kind_of(None, metric="option_letter", kind="vqa", answers=[[empty], ["A"], ["2"]])
+    said = check_references(data)
+    assert "1 of 3 examples of pets (test), 33.3 %, get 0 from the metric 'option_letter' because their accepted text is empty (r0" in said
+    assert "complete or remove these records; 1 of 3 examples" in said and "even if their accepted text is answered to the letter (r2" in said
+    with pytest.raises(EvalError, match="because their accepted text is empty.*; complete or remove these records.$") as caught:
+        check_references(kind_of(None, metric="exact_match", kind="vqa", answers=[[empty]]))
+    assert "to the letter" not in str(caught.value)
+    assert metric_record("exact_match").compute([empty], [[empty]])["exact_match"] == 0
