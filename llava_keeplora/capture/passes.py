@@ -130,7 +130,7 @@ def feature_pass(
                 statistic.add(x, mask)
 
         with feature_taps({leader: layers[leader] for leader in fed if fed[leader]}, sink), task.constants():
-            for batch, _ in itertools.chain([first], batches):
+            for batch, counted in itertools.chain([first], batches):  # noqa: B007  `sink` reads it
                 current.clear()
                 current.update(batch)
                 task(**batch)
