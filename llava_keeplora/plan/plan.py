@@ -226,10 +226,12 @@ class _Scenarios:
             yield from [half] if half else []
             yield from ({**half, "model.quantization": kind} for kind in ("int8", "nf4") if not config.model.quantization)
         gpus = max(1, start.get("gpus", self.machine.gpus))
+        # Without it, the DeepSpeed configuration's bf16 would contradict the training arguments.
+        bf16 = {} if all(method.training.get("bf16") for method in config.methods.values()) else {"training.bf16": True}
         while self.machine.gpus and gpus <= MOST_GPUS:
             more = {"gpus": gpus} if gpus > self.machine.gpus else {}
             for stage in (2, 3) if gpus > 1 else ():
-                yield {**more, **half, **_same_examples(config, gpus // self.machine.gpus), DEEPSPEED: _zero(stage)}
+                yield {**more, **half, **bf16, **_same_examples(config, gpus // self.machine.gpus), DEEPSPEED: _zero(stage)}
             gpus *= 2
 
 

@@ -181,6 +181,36 @@ def test_plan_and_train_say_the_same_of_a_wrong_configuration_and_let_the_mended
 
 
 @pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"parts": {"language": {"rank": 64}}}, "parts.language.rank is 64, and layer .* has 32 input directions"),
+        ({"methods": {"keeplora": {"random_resized_crop": [0.9, 1.0]}}}, "random_resized_crop is set, which crops what CLIP trains on"),
+        ({"evaluation": {"test_prompts": "averaged"}}, "test_prompts is 'averaged', which averages the text features of CLIP"),
+        ({"model": {"max_length": 513}}, "model.max_length is 513"),
+        ({"training": {"optim": "adamx"}}, "adamx is not a valid OptimizerNames"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
+)
+def test_so_they_do_of_a_llava(changes, rule, llava_tree, mixed_tasks, tmp_path, ends_where_it_begins):
+    tree = lambda **changes: llava_tree(tmp_path / "run", **{"tasks": [str(mixed_tasks[0])]} | changes)  # noqa: E731
+    told = {refused(door, tree(**changes)) for door in (make_plan, run)}
+    assert len(told) == 1 and re.search(rule, told.pop()) and not (tmp_path / "run/config.json").exists()
+    assert refused(run, tree()) is None and refused(make_plan, tree()) is None
+
+
+def test_what_a_plan_proposes_is_let_in_by_a_start(run_tree, tiny_tasks):
+    from llava_keeplora.plan.machine import find_machine
+    from llava_keeplora.plan.plan import _changed, _Scenarios
+
+    config = parse_config(run_tree("unset", tasks=[str(tiny_tasks[0])], methods={"keeplora": {}}))
+    scenarios = _Scenarios(config, find_machine(2, 24.0))
+    proposals = [changes for changes in scenarios._heavy({}) if changes.get("gpus", 2) == 2]
+    assert any("training.deepspeed" in changes for changes in proposals)
+    for changes in proposals:
+        assert make_plan(_changed(config, changes), 2, 24.0).fits
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [("fsdp", "full_shard"), ("push_to_hub", True), ("neftune_noise_alpha", 5.0), ("use_liger_kernel", True), ("train_sampling_strategy", "group_by_length"),
      ("label_smoothing_factor", 0.1), ("auto_find_batch_size", True), ("eval_on_start", True), ("parallelism_config", {"tp_size": 2}), ("weight_decay", -1.0)],

@@ -108,20 +108,13 @@ class TestBegunAnew:
     """A folder in which no stage of a method has finished takes another configuration."""
 
     @pytest.fixture
-    def refused(self, run_tree, tiny_tasks, tmp_path, monkeypatch):
-        """A run that was refused in its first method's first stage: only the zero-shot row is there."""
+    def refused(self, run_tree, tiny_tasks, tmp_path):
+        """A run whose rank is just below a layer's width, as its weights say in the first method's first stage: only the zero-shot row is there."""
         from llava_keeplora.errors import MethodError
-        from llava_keeplora.methods import METHODS
 
-        tree = run_tree(tmp_path / "run", methods={"keeplora": {}}, tasks=[str(tiny_tasks[0])], training={"max_steps": 1})
-
-        def refuse(self, ctx):
-            raise MethodError("no room", "lower the rank")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(METHODS["keeplora"], "consolidate", refuse)
-            with pytest.raises(MethodError):
-                run(parse_config(tree))
+        tree = run_tree(tmp_path / "run", methods={"keeplora": {}}, tasks=[str(tiny_tasks[0])], training={"max_steps": 1}, parts={"vision": {"rank": 31}})
+        with pytest.raises(MethodError, match="input directions left beside its principal subspace .*fewer than the rank 31"):
+            run(parse_config(tree))
         assert (tmp_path / "run/config.json").exists()
         return tree
 
