@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, refuse, sift
 from .json_files import read_json
+from .media import refuse_unread_media
 from .places import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
 from .texts import as_text, identifier
@@ -34,6 +35,7 @@ def read_coco(
     def record(image: dict[str, Any]) -> tuple[Any, list[Path]]:
         if not isinstance(image.get("file_name"), str):
             raise _without("file_name", path)
+        refuse_unread_media(image, f"image {image['id']} of {path.name}")
         return image["id"], [inside(folder, image["file_name"], f"image {image['id']} of {path.name}", root)]
 
     listed = {i["id"]: i for i in content["images"] if _has_id(i) and i["id"] in captions}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import RecipeError, sift
 from .json_files import read_rows
 from .labels import warn_of_names
-from .media import image_names
+from .media import image_names, refuse_beside
 from .placeholders import place_images
 from .places import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
@@ -96,6 +96,7 @@ def _read(
             )
         name = None if given is None else identifier(given, f"record {index} of {path.name}")
         what = f"record {index if name is None else repr(name)} of {path.name}"
+        refuse_beside(row, what)
         turn, images = turn_of(row, references is None, what), image_names(row, what)
         answers = turn.answers if references is None else references(index, what)
         answers = [only_answer(answers, what)] if classify else answers

@@ -13,7 +13,9 @@ UNREAD = ("video", "videos", "audio", "audios", "video_path", "video_url", "audi
 #: Where other tools' records name a picture; one that only stands there would be passed over.
 ELSEWHERE = ("image_path", "image_paths", "image_file", "image_url", "image_urls", "img", "img_path", "picture", "pictures")
 #: Where a message or one of its parts may hold a picture itself.
-_INNER = (*IMAGES, *UNREAD, "path", "url", "base64", "image_url", "video_url", "input_audio", "tool_calls")
+_INNER = (*IMAGES, *UNREAD, "path", "url", "base64", "image_url", "video_url", "input_audio", "tool_calls", "reasoning_content")
+#: What other tools put before a conversation, and no model here is given.
+_BEFORE = ("system", "tools")
 
 
 def image_names(row: dict[str, Any], what: str) -> list[str]:
@@ -50,6 +52,19 @@ def refuse_unread_media(row: dict[str, Any], what: str) -> None:
         raise RecipeError(
             f"{what} has {described(row[field])} as '{field}', and {field[:5]} is not read",
             f"remove the record, use images of it, or remove '{field}' where it is not needed",
+        )
+
+
+def refuse_beside(row: dict[str, Any], what: str) -> None:
+    """Refuse a record with a system message or tools beside its turns, which the model would not be given.
+
+    Raises:
+        RecipeError: it has some.
+    """
+    if field := _first_held(row, _BEFORE):
+        raise RecipeError(
+            f"{what} has {described(row[field])} as '{field}', and the model's chat template has its own",
+            f"remove '{field}', or write it at the head of the question",
         )
 
 

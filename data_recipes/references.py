@@ -103,6 +103,15 @@ def _base(name: str) -> str:
     return PurePosixPath(name).name
 
 
+def _question(row: dict[str, Any]) -> str:
+    """The id of a record's question; empty where it has none, which is told with the record."""
+    given = next((row[key] for key in ("question_id", "id") if row.get(key) is not None), None)
+    try:
+        return identifier(given, "a question")
+    except RecipeError:
+        return ""
+
+
 def _by_question(
     notes: list[Any], path: Path, rows: list[Any], problems: list[RecipeError] | None
 ) -> dict[int, Any]:
@@ -121,7 +130,7 @@ def _by_question(
 
     sift(note, enumerate(notes), problems)
     return {
-        index: answers.get(str(row.get("question_id", row.get("id"))), [])
+        index: answers.get(_question(row), [])
         for index, row in enumerate(rows)
         if isinstance(row, dict)
     }

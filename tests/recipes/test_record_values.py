@@ -352,3 +352,24 @@ def test_a_name_that_no_file_can_have_is_refused_in_a_sentence(task, name):
     row = {"id": "a", "text": "q", "answer": "x", "image": name}
     for read in (loaded(task([row])), loaded(task(pa.table({"image": [name], "question": ["q"], "answers": ["x"]}), "parquet"))):
         assert read.endswith(".") and ("leads out" in read or "cannot be read" in read)
+
+
+@pytest.mark.parametrize("field", ["system", "tools"])
+def test_what_stands_before_a_conversation_is_not_dropped(task, field):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert f"record 'r' of q.json has the text 'x' as '{field}'" in loaded(task([{"id": "r", "messages": chat, field: "x"}], "messages"))
+    assert loaded(task([{"id": "r", "messages": chat, field: ""}], "messages")).answers == [["a"]]
+    assert f"as '{field}'" in loaded(task([{"id": "r", "text": "q", "answer": "a", field: "x"}]))
+    reasons = [chat[0], chat[1] | {"reasoning_content": "because"}]
+    assert "holds 'reasoning_content' itself" in loaded(task([{"id": "r", "messages": reasons}], "messages"))
+
+
+def test_a_video_in_a_caption_file_is_refused(task):
+    content = {"images": [{"id": 1, "file_name": "0.png", "video": "a.mp4"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    assert "image 1 of q.json has the text 'a.mp4' as 'video'" in loaded(task(content, "coco_captions", "captioning", prompt="Say.", images="."))
+
+
+@pytest.mark.parametrize("row", [{"question_id": 7.0}, {"id": 7, "question_id": None}, {"question_id": "7"}])
+def test_a_question_finds_its_answers_by_the_same_id_in_another_form(task, tmp_path, make, row):
+    make.json(tmp_path / "q" / "notes.json", {"data": [{"question_id": 7, "answers": ["x"]}]})
+    assert loaded(task([row | {"text": "q"}], references={"train": "notes.json"})).answers == [["x"]]
