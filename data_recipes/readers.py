@@ -68,7 +68,11 @@ class Reader:
         """
 
     def read(
-        self, recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
+        self,
+        recipe: Recipe,
+        split: str,
+        data_root: str | Path | None,
+        problems: list[RecipeError] | None = None,
     ) -> Records:
         """Read one split.
 
@@ -90,11 +94,17 @@ class _BuiltIn(Reader):
     function: ClassVar[str]
 
     def read(
-        self, recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
+        self,
+        recipe: Recipe,
+        split: str,
+        data_root: str | Path | None,
+        problems: list[RecipeError] | None = None,
     ) -> Records:
         """See `Reader.read`."""
         module, _, name = self.function.partition(SEPARATOR)
-        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(recipe, split, data_root, problems)
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(
+            recipe, split, data_root, problems
+        )
 
 
 def _mapping(word: str = "a mapping") -> Any:
@@ -320,7 +330,8 @@ def check_source(source: Mapping[str, Any], kind: str, path: Path) -> None:
             continue
         if key not in keys:
             raise RecipeError(
-                f"{path.name} has the unknown key 'source.{key}' for format {name}", nearest(key, ["format", *keys])
+                f"{path.name} has the unknown key 'source.{key}' for format {name}",
+                nearest(key, ["format", *keys]),
             )
         _check_value(reader, key, value, path)
     for key, declared in keys.items():
@@ -390,7 +401,9 @@ def _class_of(name: Any, path: Path) -> type[Reader]:
     except PluginError as error:
         if SEPARATOR in str(name):
             raise RecipeError(f"{path.name} cannot be read: {error.problem}", error.cure) from error
-        raise RecipeError(f"{path.name} has the source format '{name}'", nearest(str(name), READERS)) from error
+        raise RecipeError(
+            f"{path.name} has the source format '{name}'", nearest(str(name), READERS)
+        ) from error
 
 
 def _check_value(reader: type[Reader], key: str, value: Any, path: Path) -> None:
@@ -398,7 +411,8 @@ def _check_value(reader: type[Reader], key: str, value: Any, path: Path) -> None
     word = reader.keys()[key].metadata.get("word") or _word(hint)
     if not _is_of(value, hint):
         raise RecipeError(
-            f"{path.name} has {value!r} under 'source.{key}', which is not {word}", f"write {word} there, in {path}"
+            f"{path.name} has {value!r} under 'source.{key}', which is not {word}",
+            f"write {word} there, in {path}",
         )
     of_text = any(typing.get_args(option)[-1:] == (str,) for option in _options(hint))
     inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -427,4 +441,6 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 def _word(hint: Any) -> str:
     kinds = [typing.get_origin(option) or option for option in _options(hint)]
-    return " or ".join(WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds if kind is not type(None))
+    return " or ".join(
+        WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds if kind is not type(None)
+    )

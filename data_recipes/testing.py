@@ -42,7 +42,9 @@ def check_reader(recipe: Recipe | str | Path, data_root: str | Path | None = Non
         records = read_records(recipe, split, data_root)
         _check_records(records, recipe, f"{what} on the split '{split}'")
         again = [read_records(recipe, split, data_root), read_records(recipe, split, data_root, [])]
-        assert all(_content(records) == _content(other) for other in again), f"{what} reads '{split}' otherwise twice"
+        assert all(_content(records) == _content(other) for other in again), (
+            f"{what} reads '{split}' otherwise twice"
+        )
         assert recipe.load(split, data_root).ids == records.ids, f"the records of {what} cannot be loaded"
     if reader.has_files:
         _check_places(recipe, data_root, what)
@@ -64,7 +66,10 @@ def _check_keys(recipe: Recipe, what: str) -> None:
     _check_refused(f"an unknown key of {what}", lambda: check_source(unknown, recipe.kind, yaml))
     for key in keys:
         other = recipe.source | {key: {1, 2}}  # a set is a value of no key
-        _check_refused(f"a value of another type under '{key}' of {what}", lambda other=other: check_source(other, recipe.kind, yaml))
+        _check_refused(
+            f"a value of another type under '{key}' of {what}",
+            lambda other=other: check_source(other, recipe.kind, yaml),
+        )
 
 
 def _check_records(records: Records, recipe: Recipe, what: str) -> None:
@@ -77,13 +82,17 @@ def _check_records(records: Records, recipe: Recipe, what: str) -> None:
     assert all(isinstance(name, str) and name for name in records.ids), f"{what} gives an id that is no text"
     assert len(set(records.ids)) == count, f"{what} gives an id twice"
     cells = range(len(records.pictures.cells))
-    assert all(index in cells for shown in records.pictures.shown for index in shown), f"{what} shows a picture that is not there"
+    assert all(index in cells for shown in records.pictures.shown for index in shown), (
+        f"{what} shows a picture that is not there"
+    )
     for label, question, answers in zip(records.labels, records.questions, records.answers, strict=True):
         if recipe.kind == "classification":
             assert label is not None, f"{what} gives a record without a label"
         else:
             assert label is None and answers, f"{what} gives a record without an answer, or with a label"
-            assert all(isinstance(answer, str) for answer in answers), f"{what} gives an answer that is no text"
+            assert all(isinstance(answer, str) for answer in answers), (
+                f"{what} gives an answer that is no text"
+            )
             assert question is None or isinstance(question, str), f"{what} gives a question that is no text"
 
 
@@ -94,7 +103,9 @@ def _check_places(recipe: Recipe, data_root: str | Path | None, what: str) -> No
         elsewhere = Path(folder) / "elsewhere"
         shutil.copytree(set_folder(recipe, data_root), elsewhere)
         moved = replace(recipe, source=recipe.source | {"path": str(elsewhere)})
-        assert _labels(read_records(moved, split, folder)) == _labels(records), f"{what} reads a moved folder otherwise"
+        assert _labels(read_records(moved, split, folder)) == _labels(records), (
+            f"{what} reads a moved folder otherwise"
+        )
         for path in [path for path in elsewhere.rglob("*") if path.is_file()]:
             path.unlink()
         _check_refused(f"a folder without its files, for {what}", lambda: moved.load(split, folder))
@@ -103,7 +114,14 @@ def _check_places(recipe: Recipe, data_root: str | Path | None, what: str) -> No
 
 
 def _labels(records: Records) -> tuple[Any, ...]:
-    return records.ids, records.labels, records.questions, records.answers, records.meta, records.pictures.shown
+    return (
+        records.ids,
+        records.labels,
+        records.questions,
+        records.answers,
+        records.meta,
+        records.pictures.shown,
+    )
 
 
 def _content(records: Records) -> tuple[Any, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.metrics import metric_source
+from llava_keeplora_eval.metrics import METRICS, metric_source
 from llava_keeplora_recipes.readers import READERS
 from llava_keeplora_recipes.registry import PluginError
+from llava_keeplora_recipes.strict_yaml import read_mapping
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Recipe
@@ -27,3 +29,22 @@ def task_plugins(recipe: Recipe) -> dict[str, str]:
         raise EvalError(error.problem, error.cure) from error
     sources = {"metric": metric_source(recipe.metric), "reader": reader}
     return {role: source for role, source in sources.items() if source is not None}
+
+
+def named_plugins(path: Path) -> list[tuple[str, str]]:
+    """Return the plug-ins that a recipe's YAML names itself, as (kind, name); none is executed or looked for.
+
+    Raises:
+        RecipeError: the file cannot be read.
+    """
+    facts = read_mapping(path)
+    source = facts.get("source")
+    named = (
+        (METRICS, facts.get("metric")),
+        (READERS, source.get("format") if isinstance(source, dict) else None),
+    )
+    return [
+        (registry.kind, name)
+        for registry, name in named
+        if isinstance(name, str) and registry.is_plugin(name)
+    ]

@@ -55,12 +55,20 @@ def check_metric(
 
 def _check_record(record: MetricRecord) -> None:
     what = f"the metric '{record.name}'"
-    assert isinstance(record.name, str) and record.name.isidentifier(), f"{what} needs a name of letters and digits"
-    assert isinstance(record.version, int) and record.version >= 1, f"the version of {what} must be at least 1"
+    assert isinstance(record.name, str) and record.name.isidentifier(), (
+        f"{what} needs a name of letters and digits"
+    )
+    assert isinstance(record.version, int) and record.version >= 1, (
+        f"the version of {what} must be at least 1"
+    )
     assert record.summary.strip() and "\n" not in record.summary, f"the summary of {what} must be one line"
-    assert all(name.isidentifier() for name in record.inputs), f"the inputs of {what} must be a tuple of names"
+    assert all(name.isidentifier() for name in record.inputs), (
+        f"the inputs of {what} must be a tuple of names"
+    )
     assert len(set(record.inputs)) == len(record.inputs), f"{what} lists an input twice"
-    assert record.description.strip() and callable(record.function), f"{what} needs a function with a docstring"
+    assert record.description.strip() and callable(record.function), (
+        f"{what} needs a function with a docstring"
+    )
     record.check_installed()
 
 
@@ -69,36 +77,50 @@ def _check_result(record: MetricRecord, references: Any, predictions: Any, input
     results = [record.compute(predictions, references, **inputs) for _ in range(2)]
     assert results[0] == results[1], f"'{record.name}' gives two results for the same predictions"
     assert before == (references, predictions, inputs), f"'{record.name}' changes what it is given"
-    assert json.loads(json.dumps(results[0])) == results[0], f"the result of '{record.name}' is not plain JSON"
+    assert json.loads(json.dumps(results[0])) == results[0], (
+        f"the result of '{record.name}' is not plain JSON"
+    )
     shares = [record.name, *(key for key in ("lenient", "compliance") if key in results[0])]
     for key in shares:
         assert isinstance(results[0][key], float), f"'{record.name}' gives {results[0][key]!r} as its {key}"
-        assert math.isfinite(results[0][key]) and results[0][key] >= 0, f"the {key} of '{record.name}' is out of range"
+        assert math.isfinite(results[0][key]) and results[0][key] >= 0, (
+            f"the {key} of '{record.name}' is out of range"
+        )
     if isinstance(record, AnswerMetric):
         assert all(results[0][key] <= 1 for key in shares), f"a share of '{record.name}' is above 1"
-        assert results[0]["lenient"] >= results[0][record.name], f"'{record.name}' is stricter when read leniently"
+        assert results[0]["lenient"] >= results[0][record.name], (
+            f"'{record.name}' is stricter when read leniently"
+        )
         singles = [
-            record.compute([text], [answers], **{key: [values[i]] for key, values in inputs.items()})[record.name]
+            record.compute([text], [answers], **{key: [values[i]] for key, values in inputs.items()})[
+                record.name
+            ]
             for i, (text, answers) in enumerate(zip(predictions, references, strict=True))
         ]
         assert math.isclose(sum(singles) / len(singles), results[0][record.name], abs_tol=1e-9), (
             f"'{record.name}' scores an answer otherwise beside others than alone"
         )
-        assert record.soft or set(singles) <= {0.0, 1.0}, f"'{record.name}' gives parts of a point: it needs soft=True"
+        assert record.soft or set(singles) <= {0.0, 1.0}, (
+            f"'{record.name}' gives parts of a point: it needs soft=True"
+        )
 
 
 def _check_order(record: MetricRecord, references: Any, predictions: Any, inputs: dict[str, Any]) -> None:
     forward = record.compute(predictions, references, **inputs)[record.name]
     reverse = {key: values[::-1] for key, values in inputs.items()}
     backward = record.compute(predictions[::-1], references[::-1], **reverse)[record.name]
-    assert math.isclose(forward, backward, rel_tol=1e-9, abs_tol=1e-12), f"'{record.name}' depends on the order"
+    assert math.isclose(forward, backward, rel_tol=1e-9, abs_tol=1e-12), (
+        f"'{record.name}' depends on the order"
+    )
 
 
 def _check_empty(record: MetricRecord, references: Any, inputs: dict[str, Any]) -> None:
     for text in ("", " \n"):
         result = record.compute([text] * len(references), references, **inputs)
         assert result[record.name] == 0, f"'{record.name}' gives points to an empty prediction"
-        assert result.get("compliance", 0) == 0, f"'{record.name}' finds that an empty prediction has the asked form"
+        assert result.get("compliance", 0) == 0, (
+            f"'{record.name}' finds that an empty prediction has the asked form"
+        )
 
 
 def _check_to_the_letter(record: MetricRecord, references: Any, inputs: dict[str, Any]) -> None:
@@ -115,16 +137,19 @@ def _check_refusals(record: MetricRecord, references: Any, predictions: Any, inp
     nothing = {key: [] for key in inputs}
     _check_refused(f"'{record.name}' without predictions", lambda: record.compute([], [], **nothing))
     _check_refused(
-        f"'{record.name}' with fewer references", lambda: record.compute(predictions, references[1:], **inputs)
+        f"'{record.name}' with fewer references",
+        lambda: record.compute(predictions, references[1:], **inputs),
     )
     unknown = {"things_of_nobody": list(predictions)}
     _check_refused(
-        f"'{record.name}' with an unknown input", lambda: record.compute(predictions, references, **inputs, **unknown)
+        f"'{record.name}' with an unknown input",
+        lambda: record.compute(predictions, references, **inputs, **unknown),
     )
     for key in inputs:
         fewer = {name: values for name, values in inputs.items() if name != key}
         _check_refused(
-            f"'{record.name}' without {key}", lambda fewer=fewer: record.compute(predictions, references, **fewer)
+            f"'{record.name}' without {key}",
+            lambda fewer=fewer: record.compute(predictions, references, **fewer),
         )
 
 

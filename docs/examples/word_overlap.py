@@ -10,4 +10,6 @@ def overlap(text, answers):
     return max(len(said & expected) / len(expected) for expected in words)
 
 
-word_overlap = AnswerMetric("word_overlap", 1, overlap, "the accepted text's words are in the prediction", soft=True)
+word_overlap = AnswerMetric(
+    "word_overlap", 1, overlap, "the accepted text's words are in the prediction", soft=True
+)

@@ -42,9 +42,7 @@ class CaptionMetric(CorpusMetric):
     def reason(self) -> str:
         """Why an example of ``unmeetable`` gets 0."""
         if self.by_rarity:
-            return (
-                "CIDEr weighs words by how few examples have them, so a single example or what all have scores 0"
-            )
+            return "CIDEr weighs words by how few examples have them, so a single example or what all have scores 0"
         return "captions are compared word by word, and there is no word"
 
     def refuses(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> bool:
@@ -85,7 +83,9 @@ def ucit_caption_mean(captions: Sequence[str], references: Sequence[Answers]) ->
 
 
 _COCO = ("pycocoevalcap",)
-_SOURCE = "Chen et al. 2015, Microsoft COCO Captions (arXiv:1504.00325); https://github.com/salaniz/pycocoevalcap"
+_SOURCE = (
+    "Chen et al. 2015, Microsoft COCO Captions (arXiv:1504.00325); https://github.com/salaniz/pycocoevalcap"
+)
 
 METRICS = (
     CaptionMetric(

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 
 import datasets
-
 import evaluate
+
 from llava_keeplora_eval.metrics import metric_record
 
 _INPUTS = """

@@ -76,7 +76,9 @@ class MetricRecord:
                     f"pip install {package}",
                 )
 
-    def compute(self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]) -> dict:
+    def compute(
+        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
+    ) -> dict:
         """Score a task's predictions.
 
         Args:
@@ -92,7 +94,9 @@ class MetricRecord:
                 reference is not what the metric compares.
         """
         if not len(predictions):
-            raise EvalError(f"the metric '{self.name}' has no predictions to score", "check the split and the data")
+            raise EvalError(
+                f"the metric '{self.name}' has no predictions to score", "check the split and the data"
+            )
         lengths = {"references": len(references)} | {key: len(values) for key, values in inputs.items()}
         for key, length in lengths.items():
             if length != len(predictions):
@@ -108,7 +112,9 @@ class MetricRecord:
             )
         return self._compute(predictions, references, **inputs)
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]) -> dict:
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
+    ) -> dict:
         raise NotImplementedError
 
     def unmeetable(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> list[int]:
@@ -201,17 +207,26 @@ class AnswerMetric(MetricRecord):
             answers: all its accepted texts.
             inputs: see ``MetricRecord.inputs``.
         """
-        return self._score(self.function, text.strip(), self.accepted(answers), self.accepted(answers), inputs)
+        return self._score(
+            self.function, text.strip(), self.accepted(answers), self.accepted(answers), inputs
+        )
 
     def _score(
-        self, rule: Callable[..., float], text: str, accepted: Answers, answers: Answers, inputs: dict[str, Any]
+        self,
+        rule: Callable[..., float],
+        text: str,
+        accepted: Answers,
+        answers: Answers,
+        inputs: dict[str, Any],
     ) -> float:
         if is_blank(text) or not accepted:
             return 0.0
         what = f"the prediction {text[:40]!r}"
         return self._number(self._call(rule, what, text, answers, **inputs), what, highest=1)
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]) -> dict:
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
+    ) -> dict:
         """Return the mean score, ``lenient``, ``compliance`` and, unless the metric is soft, how many are ``correct``."""
         known = {plain(answer) for answers in references for answer in answers} - {""}
         strict, lenient, complying = [], [], 0
@@ -221,7 +236,11 @@ class AnswerMetric(MetricRecord):
             lenient.append(max(strict[-1], self._score(self.lenient, text, accepted, answers, given)))
             complying += bool(text) and self.complies(text, answers, known)
         count = len(predictions)
-        result = {self.name: sum(strict) / count, "lenient": sum(lenient) / count, "compliance": complying / count}
+        result = {
+            self.name: sum(strict) / count,
+            "lenient": sum(lenient) / count,
+            "compliance": complying / count,
+        }
         return result if self.soft else result | {"correct": int(sum(strict))}
 
     def unmeetable(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> list[int]:
@@ -277,7 +296,9 @@ class CorpusMetric(MetricRecord):
     returns the score, at least 0, and a dict of further numbers and notes, which may be empty.
     """
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]) -> dict:
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
+    ) -> dict:
         what = f"{len(predictions)} predictions"
         result = self._call(self.function, what, predictions, references, **inputs)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):

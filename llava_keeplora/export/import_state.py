@@ -20,13 +20,20 @@ from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.records import read_object, read_record
 from llava_keeplora.run_folder import check_base, load_run, read_identity
+from llava_keeplora_eval.plugins import named_plugins
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
 AGAIN = "export the state again"
 
 
 def import_state(
-    source: str, into: str | Path, *, revision: str | None = None, base: str | None = None, data_root: str | None = None
+    source: str,
+    into: str | Path,
+    *,
+    revision: str | None = None,
+    base: str | None = None,
+    data_root: str | None = None,
+    allow_plugin: bool = False,
 ) -> Path:
     """Make a run folder of a published adapter or an exported state, for `train` and `extend` to go on with.
 
@@ -36,6 +43,8 @@ def import_state(
         revision: on the Hub.
         base: a folder with the base, or another id of it; as the state says when None.
         data_root: the folder with the data sets.
+        allow_plugin: whether a method or model family that the state names and that is not built in may be imported, as it is
+            installed here; a state brings no code.
 
     Returns:
         the run's configuration as a YAML file, in the folder.
@@ -55,6 +64,7 @@ def import_state(
         state = found / FOLDER if (found / FOLDER).is_dir() else found
         _check_export(found)
         files = _read_manifest(state, found, source)
+        _check_tasks(state, files, allow_plugin)
         with whole_folder(into) as room:
             for name in files:
                 (room / name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +114,26 @@ def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
             if strangers:
                 raise RunError(f"{state / name} names '{min(strangers)}', which is not in the state", "do not use this state")
     return list(files)
+
+
+def _check_tasks(state: Path, files: list[str], allow: bool) -> None:
+    """Refuse metrics and readers that are plug-ins in the state's recipes, unless they are allowed; none is imported.
+
+    Raises:
+        RunError: one is named and not allowed, or by a path.
+        RecipeError: a recipe cannot be read.
+    """
+    for name in files:
+        if not is_file_name(name):
+            continue
+        for kind, plugin in named_plugins(state / name):
+            if "/" in plugin or "\\" in plugin:
+                raise RunError(f"{state / name} names the {kind} '{plugin}' by a path", "do not use this state")
+            if not allow:
+                raise RunError(
+                    f"{state / name} names the {kind} '{plugin}', which is not built in and would be executed",
+                    "add --allow-plugin if you trust the one that is installed here",
+                )
 
 
 @contextmanager

@@ -7,7 +7,12 @@ from llava_keeplora_eval.metrics import METRICS, AnswerMetric, CorpusMetric
 from llava_keeplora_eval.testing import REFERENCES, check_metric
 
 BOX = "[0.10,0.10,0.50,0.50]"
-INPUTS = {"question": "What is it?", "image": "AI2D_1.png", "answer_type": "Doc-oriented VQA", "size": [640, 480]}
+INPUTS = {
+    "question": "What is it?",
+    "image": "AI2D_1.png",
+    "answer_type": "Doc-oriented VQA",
+    "size": [640, 480],
+}
 #: Metrics that compare nothing but letters, numbers, ...
 OWN = {"coin_grounding": {"references": [[BOX]] * 6, "predictions": [BOX, "left", "", " ", "[1,2]", BOX]}}
 installed = pytest.importorskip("pycocoevalcap", reason="captions are scored by pycocoevalcap")
@@ -52,8 +57,12 @@ def test_a_metric_with_a_fault_is_found():
         "at least 1": AnswerMetric("old", 0, right, "old"),
         "one line": AnswerMetric("long", 1, right, "a\nb"),
         "empty prediction": CorpusMetric("kind", 1, lambda texts, references: (1.0, {}), "kind"),
-        "depends on the order": CorpusMetric("first", 1, lambda texts, references: (len(texts[0].strip()), {}), "first"),
-        "changes what it is given": CorpusMetric("taker", 1, lambda texts, references: (0.0, {"n": references[0].append("")}), "taker"),
+        "depends on the order": CorpusMetric(
+            "first", 1, lambda texts, references: (len(texts[0].strip()), {}), "first"
+        ),
+        "changes what it is given": CorpusMetric(
+            "taker", 1, lambda texts, references: (0.0, {"n": references[0].append("")}), "taker"
+        ),
     }
     for sentence, metric in faults.items():
         with pytest.raises(Exception, match=sentence) as error:

@@ -16,7 +16,7 @@ def starts_with(text, answers):
     """The prediction starts with an accepted text."""
     return any(text.startswith(answer) for answer in answers)
 '''
-RECORDS = '''
+RECORDS = """
 from llava_keeplora_eval.metrics import AnswerMetric, CorpusMetric
 
 
@@ -33,7 +33,7 @@ whole = CorpusMetric("whole", 3, share, "how many are right")
 length = AnswerMetric("length", 2, lambda text, answers: len(text), "the length", needs=("a_package_of_nobody",))
 fails = AnswerMetric("fails", 1, broken, "nothing")
 number = 3
-'''
+"""
 RECIPE = """
 name: shapes
 version: 1
@@ -51,10 +51,15 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "starts.py").write_text(FUNCTION)
     (tmp_path / "own_metrics.py").write_text(RECORDS)
-    rows = [{"id": str(i), "question_id": str(i), "text": "Which?", "answer": answer} for i, answer in enumerate(["circle", "square"])]
+    rows = [
+        {"id": str(i), "question_id": str(i), "text": "Which?", "answer": answer}
+        for i, answer in enumerate(["circle", "square"])
+    ]
     (tmp_path / "test.json").write_text(json.dumps(rows))
     (tmp_path / "shapes.yaml").write_text(RECIPE.format(metric="starts.py:starts_with"))
-    (tmp_path / "answers.jsonl").write_text('{"id": "0", "text": "circle, I think"}\n{"id": "1", "text": "a square"}\n')
+    (tmp_path / "answers.jsonl").write_text(
+        '{"id": "0", "text": "circle, I think"}\n{"id": "1", "text": "a square"}\n'
+    )
     return tmp_path
 
 
@@ -68,16 +73,28 @@ def test_a_function_in_a_file_beside_the_recipe_scores_and_its_hash_is_recorded(
     code, out, err = scored(capsys, "--json")
     assert code == 0, err
     result = json.loads(out)
-    assert (result["score"], result["metric"], result["metric_version"], result["lenient"]) == (50.0, "starts:starts_with", 1, 100.0)
+    assert (result["score"], result["metric"], result["metric_version"], result["lenient"]) == (
+        50.0,
+        "starts:starts_with",
+        1,
+        100.0,
+    )
     content = hashlib.sha256((folder / "starts.py").read_bytes()).hexdigest()
     assert result["metric_source"] == hashlib.sha256(f"{content} starts.py\n".encode()).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["own_metrics.py:whole", "own_metrics:whole", "{folder}/own_metrics.py:whole"])
+@pytest.mark.parametrize(
+    "name", ["own_metrics.py:whole", "own_metrics:whole", "{folder}/own_metrics.py:whole"]
+)
 def test_a_record_is_found_as_a_file_and_as_a_module_of_the_working_folder(folder, capsys, name):
     code, out, err = scored(capsys, "--metric", name.format(folder=folder), "--json")
     result = json.loads(out)
-    assert (code, result["score"], result["metric"], result["metric_version"]) == (0, 0.0, "own_metrics:whole", 3)
+    assert (code, result["score"], result["metric"], result["metric_version"]) == (
+        0,
+        0.0,
+        "own_metrics:whole",
+        3,
+    )
     assert result["details"] == {"right": 0.0, "note": "of all"}
 
 
@@ -86,8 +103,12 @@ def test_an_entry_point_of_an_installed_package_is_a_metric(folder, monkeypatch)
 
     (folder / "installed_metrics.py").write_text(FUNCTION)
     monkeypatch.syspath_prepend(str(folder))
-    point = importlib.metadata.EntryPoint("starts-with", "installed_metrics:starts_with", "llava_keeplora.metrics")
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == point.group else [])
+    point = importlib.metadata.EntryPoint(
+        "starts-with", "installed_metrics:starts_with", "llava_keeplora.metrics"
+    )
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [point] if group == point.group else []
+    )
     assert metric_record("starts-with").function("circles", ["circle"])
     assert metric_source("starts-with") and "starts-with" not in list(METRICS)
 
@@ -99,7 +120,10 @@ def test_an_entry_point_of_an_installed_package_is_a_metric(folder, monkeypatch)
         ("nowhere.py:metric", "no file .*nowhere.py"),
         ("a_module_of_nobody:metric", "'a_module_of_nobody' is not installed"),
         ("own_metrics.py:number", "neither an AnswerMetric or a CorpusMetric, nor a function"),
-        ("own_metrics.py:length", "needs the package a_package_of_nobody, which is not installed; pip install"),
+        (
+            "own_metrics.py:length",
+            "needs the package a_package_of_nobody, which is not installed; pip install",
+        ),
         ("own_metrics.py:fails", "'fails' failed on the prediction .*KeyError"),
         ("exact_mach", "did you mean 'exact_match'"),
     ],
@@ -122,7 +146,10 @@ def test_a_recipe_means_the_same_wherever_its_folder_lies(folder, tmp_path_facto
     for file in ("shapes.yaml", "starts.py"):
         (other / file).write_text((folder / file).read_text())
     there = load_recipe(other / "shapes.yaml")
-    assert here.metric == f"{folder / 'starts.py'}:starts_with" and there.metric == f"{other / 'starts.py'}:starts_with"
+    assert (
+        here.metric == f"{folder / 'starts.py'}:starts_with"
+        and there.metric == f"{other / 'starts.py'}:starts_with"
+    )
     assert here.fingerprint == there.fingerprint and here.metric_name == "starts:starts_with"
 
 

@@ -29,7 +29,7 @@ def refused(hostile, tiny_clip, tmp_path):
 
     def run(name, change):
         path, journal, manifest = hostile / name, hostile / name.split("/")[0] / "journal.jsonl", hostile / "state.json"
-        if not journal.parent.is_dir():
+        if not journal.is_file():
             journal = hostile / "keeplora/journal.jsonl"
         before = {each: each.read_bytes() for each in {path, journal, manifest}}
         try:
@@ -52,6 +52,20 @@ def refused(hostile, tiny_clip, tmp_path):
         return str(caught.value)
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"metric": "subprocess:getoutput"}, "metric 'subprocess:getoutput', which is not built in and would be executed; add --allow-plugin"),
+        ({"metric": "/tmp/evil.py:run"}, "metric '/tmp/evil.py:run' by a path"),
+        ({"source": {"format": "os:system", "path": "x"}}, "reader 'os:system', which is not built in and would be executed"),
+    ],
+)
+def test_a_recipe_that_names_a_plugin_is_refused_before_anything_of_it_runs(refused, hostile, changes, sentence):
+    recipe = min(hostile.glob("recipes/*.yaml")).relative_to(hostile).as_posix()
+    said = refused(recipe, lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changes)))
+    assert sentence in said and recipe in said
 
 
 def tensors(change):

@@ -41,7 +41,15 @@ def test_readers_of_conversations_and_captions_keep_the_promises(recipe_of, llav
     make.json(tmp_path / "chats.json", CHATS)
     check_reader(recipe_of({"format": "messages"}, "chats.json"))
     make.json(tmp_path / "captions.json", CAPTIONS)
-    check_reader(recipe_of({"format": "coco_captions", "images": "."}, "captions.json", kind="captioning", metric="caption_cider", prompt="Say."))
+    check_reader(
+        recipe_of(
+            {"format": "coco_captions", "images": "."},
+            "captions.json",
+            kind="captioning",
+            metric="caption_cider",
+            prompt="Say.",
+        )
+    )
 
 
 @pytest.mark.parametrize("format_name", ["imagefolder", "parquet"])
@@ -53,7 +61,9 @@ def test_readers_of_folders_and_tables_keep_the_promises(format_name, request):
 def test_the_reader_of_the_hub_keeps_the_promises_on_a_folder_in_its_layout(tiny_tasks):
     table = next(recipe for recipe in map(load_recipe, tiny_tasks) if recipe.source["format"] == "parquet")
     folder = str(table.folder / table.source["path"])
-    check_reader(replace(table, source={"format": "hub", "path": folder}, splits={"train": "train", "test": "test"}))
+    check_reader(
+        replace(table, source={"format": "hub", "path": folder}, splits={"train": "train", "test": "test"})
+    )
 
 
 def test_a_reader_with_a_fault_is_found(llava, monkeypatch):
@@ -84,7 +94,12 @@ def test_a_reader_with_a_fault_is_found(llava, monkeypatch):
         answer: object = None
 
     counted = []
-    faults = {"otherwise twice": Moody, "an id twice": Twice, "without an answer": Unanswered, "must be some of": NoKinds}
+    faults = {
+        "otherwise twice": Moody,
+        "an id twice": Twice,
+        "without an answer": Unanswered,
+        "must be some of": NoKinds,
+    }
     faults |= {"another type under 'answer'": AnyKey}
     for sentence, reader in faults.items():
         monkeypatch.setitem(READERS, "faulty", reader)

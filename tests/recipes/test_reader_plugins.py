@@ -86,7 +86,11 @@ def write(tmp_path):
 
 def test_a_reader_beside_the_recipe_reads_with_the_keys_that_its_fields_are(write):
     data = load_recipe(write()).load("test")
-    assert (data.ids, data.questions, [list(a) for a in data.answers]) == (["a", "b"], ["1 + 1?", "2 + 2?"], [["2"], ["4"]])
+    assert (data.ids, data.questions, [list(a) for a in data.answers]) == (
+        ["a", "b"],
+        ["1 + 1?", "2 + 2?"],
+        [["2"], ["4"]],
+    )
 
 
 def test_a_broken_record_is_named_and_with_inspect_left_out(write, tmp_path):
@@ -110,7 +114,9 @@ def test_an_entry_point_of_an_installed_package_is_a_format(write, tmp_path, mon
     (tmp_path / "installed_readers.py").write_text(READER)
     monkeypatch.syspath_prepend(str(tmp_path))
     point = importlib.metadata.EntryPoint("csv", "installed_readers:Csv", "llava_keeplora.readers")
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == point.group else [])
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [point] if group == point.group else []
+    )
     assert load_recipe(write("csv")).load("train").ids == ["a", "b"]
     assert READERS.source_hash("csv") and "csv" not in list(READERS)
 
