@@ -28,8 +28,8 @@ SERVER.set_forkserver_preload([
     "transformers.models.clip.modeling_clip", "transformers.models.clip.image_processing_pil_clip", "transformers.models.llama.modeling_llama",
     "transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava",
 ])
-#: Seconds for a command, in a process that has to share the machine.
-PATIENCE = 400
+#: Seconds that the starts of this process's children took; the first waits for the server's imports.
+STARTS: list[float] = []
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
 
 
@@ -47,7 +47,9 @@ class Forked:
         self._files = [tempfile.TemporaryFile() for _ in range(2)]
         names = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in self._files]
         self._process = SERVER.Process(target=_run, args=(list(map(str, command)), str(cwd or os.getcwd()), env, names), daemon=True)
+        begun = time.monotonic()
         self._process.start()
+        STARTS.append(time.monotonic() - begun)
         self.pid = self._process.pid
 
     @property
@@ -88,12 +90,19 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def run(command: Sequence[str | Path], timeout: float = PATIENCE, processes: int = 1, **options) -> tuple[int, str, str]:
+def patience() -> float:
+    """Seconds to wait for a command: a multiple of what the imports of a start took on this machine, as busy as it is."""
+    if not STARTS:
+        Forked([sys.executable, "-c", ""]).wait()
+    return max(200.0, 60 * max(STARTS))
+
+
+def run(command: Sequence[str | Path], timeout: float | None = None, processes: int = 1, **options) -> tuple[int, str, str]:
     """Run a command to its end.
 
     Args:
         command: see `Forked`.
-        timeout: seconds.
+        timeout: seconds; `patience()` when None.
         processes: how many ranks run it, with a launcher's environment where there are several; when one fails the others are stopped.
         options: of `Forked`.
 
@@ -105,6 +114,7 @@ def run(command: Sequence[str | Path], timeout: float = PATIENCE, processes: int
     else:
         common = dict(os.environ.items()) | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [Forked(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options) for rank in range(processes)]
+    timeout = timeout or patience()
     deadline, code = time.monotonic() + timeout, 0
     try:
         while any(rank.returncode is None for rank in ranks):
@@ -112,8 +122,8 @@ def run(command: Sequence[str | Path], timeout: float = PATIENCE, processes: int
             if code:
                 [rank.send_signal(signal.SIGTERM) for rank in ranks]
                 # One that waits for the dead in a collective hears no signal but the last, as under DeepSpeed's launcher.
-                patience = time.monotonic() + 10
-                while any(rank.returncode is None for rank in ranks) and time.monotonic() < patience:
+                until = time.monotonic() + 10
+                while any(rank.returncode is None for rank in ranks) and time.monotonic() < until:
                     time.sleep(0.01)
                 [rank.kill() for rank in ranks]
                 [rank.wait(30) for rank in ranks]

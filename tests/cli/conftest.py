@@ -59,12 +59,12 @@ def start():
 def launch(start):
     """Function (command, *arguments, processes) → (exit code, stdout, stderr); several processes are forked ranks without a launcher."""
 
-    def run(command, *arguments, processes=1, timeout=forked.PATIENCE):
+    def run(command, *arguments, processes=1, timeout=None):
         if processes > 1:
             return forked.run([*command, *arguments], timeout, processes)
         process = start(command, *arguments)
         try:
-            out, err = process.communicate(timeout=timeout)
+            out, err = process.communicate(timeout=timeout or forked.patience())
         finally:
             process.kill()
         return process.returncode, out, err

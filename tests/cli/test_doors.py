@@ -10,11 +10,10 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import forked
 from llava_keeplora_eval.files import file_hash
 
-
-#: Seconds; a start takes some ten on a quiet machine.
-PATIENCE = 400
 CLI = [sys.executable, "-m", "llava_keeplora.cli", "train"]
 ZERO_2 = {
     "zero_optimization": {"stage": 2},
@@ -54,7 +53,7 @@ def test_a_run_killed_in_training_and_gone_on_with_through_another_door_gives_th
 ):
     arguments = ["--config", config_file(), "--output-dir", tmp_path / "run"]
     process = start([sys.executable, script], *arguments)
-    journal, deadline = tmp_path / "run/keeplora/journal.jsonl", time.monotonic() + PATIENCE
+    journal, deadline = tmp_path / "run/keeplora/journal.jsonl", time.monotonic() + forked.patience()
     while not (journal.exists() and "PREPARED" in journal.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from llava_keeplora.sequence import launcher as watched
 
 
@@ -28,7 +29,7 @@ def processes_of(folder):
 def test_a_killed_deepspeed_takes_its_ranks_along(config_file, start, launcher, script, tmp_path):
     process = start([*launcher(1), script], "--config", config_file(), "--output-dir", tmp_path / "run")
     try:
-        journal, deadline = tmp_path / "run/keeplora/journal.jsonl", time.monotonic() + 300
+        journal, deadline = tmp_path / "run/keeplora/journal.jsonl", time.monotonic() + forked.patience()
         while not (journal.exists() and "PREPARED" in journal.read_text()):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)

@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import forked
 from llava_keeplora.config import parse_config
 from llava_keeplora.methods import METHODS
 from llava_keeplora_eval import Matrix
@@ -331,7 +332,7 @@ def test_a_bf16_run_on_two_nodes_of_a_hostfile_learns_under_zero_3(trees, writte
     common = [deepspeed, "--hostfile", tmp_path / "hosts", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
     nodes = [start([*map(str, common), "--node_rank", str(rank), str(script)], "--config", path, "--output-dir", tmp_path / "run") for rank in (0, 1)]
     for node in nodes:
-        _, err = node.communicate(timeout=400)
+        _, err = node.communicate(timeout=forked.patience())
         assert node.returncode == 0, err
     folders = sorted((tmp_path / "run/keeplora").glob("task-0[123]-*"))
     assert len(folders) == 3
