@@ -34,6 +34,10 @@ class PluginError(UserError, KeyError):
     __str__ = Exception.__str__
 
 
+class UnknownNameError(PluginError):
+    """A name that is neither built in nor written as a plug-in's, and that no installed package declares."""
+
+
 class Registry(MutableMapping[str, Any]):
     """Objects of one kind by name; whatever is not built in is imported only when it is asked for by its name.
 
@@ -164,7 +168,7 @@ class Registry(MutableMapping[str, Any]):
         declared = {point.name: point for point in importlib.metadata.entry_points(group=self.group)}
         if name in declared:
             return declared[name].module, declared[name].attr
-        raise PluginError(
+        raise UnknownNameError(
             f"there is no {self.kind} '{name}'",
             f"{nearest(str(name), [*self._builtin, *declared])}; one of your own is written module:Object or path/to/file.py:Object",
         )

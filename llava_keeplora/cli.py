@@ -93,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     importing.add_argument("--revision", help="of the Hub's repository")
     importing.add_argument("--base", metavar="DIR", help="where the base model lies here (default: its id on the Hub)")
     importing.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    importing.add_argument(
+        "--allow-plugin", action="store_true", help="import a method or family that the state names from what is installed here"
+    )
     importing.set_defaults(run=_import)
     analyze = commands.add_parser("analyze", help="say where a model keeps what it knows, or where a run's updates lie")
     add_analyze_arguments(analyze)
@@ -374,7 +377,7 @@ def _export(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from llava_keeplora.export import import_state
 
-    config = import_state(args.source, args.into, revision=args.revision, base=args.base, data_root=args.data_root)
+    config = import_state(args.source, args.into, revision=args.revision, base=args.base, data_root=args.data_root, allow_plugin=args.allow_plugin)
     sys.stdout.write(
         f"{args.into} goes on from what was published; `llava-keeplora train --config {config}` trains what is left of its tasks, "
         f"`llava-keeplora extend {args.into} --task NAME` another one\n"

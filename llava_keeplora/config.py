@@ -20,11 +20,13 @@ from typing import Any
 
 from llava_keeplora.errors import ConfigError, RunError, UserError, nearest
 from llava_keeplora.records import read_record
+from llava_keeplora.registries import METHODS, localize_plugins, plugin_identity, safe_label
 from llava_keeplora_eval.aggregates import AGGREGATES
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS, check_generation
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.recipe_rules import MAX_NAME
+from llava_keeplora_recipes.registry import PluginError, UnknownNameError
 from llava_keeplora_recipes.strict_json import decode_text, parse_json
 from llava_keeplora_recipes.strict_yaml import MAX_DEPTH, is_file_name, parse_yaml, read_mapping
 
@@ -106,6 +108,7 @@ class ModelConfig:
         dtype: of the base weights, `float32` or `bfloat16`.
         max_length: the most tokens of an example of a LLaVA model, image tokens included; the model's own limit when None.
         quantization: form of the frozen base's linear layers by bitsandbytes: `nf4` (double-quantised), `int8`, or None.
+        family: what loads it and puts it on tasks, a plug-in's name (see docs/extending.md); by the checkpoint's own type when None.
     """
 
     name_or_path: str = "tiny-clip"
@@ -113,10 +116,15 @@ class ModelConfig:
     dtype: str = "float32"
     max_length: int | None = None
     quantization: str | None = None
+    family: str | None = None
 
     def __post_init__(self) -> None:
         if self.quantization not in (None, "nf4", "int8"):
             raise ConfigError(f"quantization is '{self.quantization}'", "set it to 'nf4' or 'int8', or leave it out")
+        if self.family is not None and not isinstance(self.family, str):
+            raise ConfigError(f"family is {self.family!r}, which is no name", "write module:Object, or leave it out")
+        if self.max_length is not None and not isinstance(self.max_length, int):
+            raise ConfigError(f"max_length is {self.max_length!r}, but it is a number of tokens", "leave it out for the model's own limit")
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length is {self.max_length}, but an example has tokens", "leave it out for the model's own limit")
 
@@ -396,6 +404,7 @@ class RunConfig:
         Raises:
             RecipeError: if a task's recipe is not there or cannot be read.
             ConfigError: if a task is named twice.
+            PluginError: if the source of a plug-in is not there.
         """
         tree = json.loads(json.dumps(dataclasses.asdict(self)))
         places = ((tree, "output_dir"), (tree, "base_cache"), (tree, "sequence"), (tree, "expected"), (tree["data"], "root"), (tree, "memory"))
@@ -410,6 +419,9 @@ class RunConfig:
             section.pop("test_prompts") if section["test_prompts"] == ONE else None
         for method in tree["methods"].values():
             method.pop("random_resized_crop") if method["random_resized_crop"] is None else None
+        if tree["model"]["family"] is None:
+            tree["model"].pop("family")
+        plugin_identity(tree)
         tree["tasks"] = [recipe.name for recipe in load_recipes(self.tasks)]
         for section in (tree, *tree["methods"].values()):
             own = {key: _per_task(section["training"], key, len(self.tasks)) for key in PER_TASK}
@@ -498,8 +510,6 @@ class RunConfig:
         Raises:
             ConfigError: for a method that would, on quantised weights or on half-precision ones without an optimiser's finer copies.
         """
-        from llava_keeplora.methods import METHODS
-
         for label, method in self.methods.items():
             if METHODS[method.method].whole and self.model.quantization:
                 raise ConfigError(
@@ -513,8 +523,6 @@ class RunConfig:
                 )
 
     def _check_sharded(self) -> None:
-        from llava_keeplora.methods import METHODS
-
         for label, method in self.methods.items():
             if not METHODS[method.method].sharded:
                 raise ConfigError(
@@ -554,7 +562,7 @@ def read_config(name_or_path: str) -> dict[str, Any]:
     """A configuration as plain data, unchecked; see `load_config`."""
     path = find_config(name_or_path)
     try:
-        return read_mapping(path)
+        return localize_plugins(read_mapping(path), path.parent)
     except RecipeError as error:
         raise ConfigError(error.problem, error.cure) from error
 
@@ -598,6 +606,7 @@ def only_methods(methods: Mapping[str, Any], labels: typing.Sequence[str]) -> di
     Raises:
         ConfigError: for a label that is none of theirs.
     """
+    labels = [safe_label(label) for label in labels]
     for label in labels:
         if label not in (ZERO_SHOT, *methods):
             raise ConfigError(f"the configuration has no method '{label}'", nearest(label, list(methods)))
@@ -606,6 +615,7 @@ def only_methods(methods: Mapping[str, Any], labels: typing.Sequence[str]) -> di
 
 def _keep_methods(tree: dict[str, Any], labels: typing.Sequence[str]) -> None:
     """Keep only these methods of a run's configuration, and what is published for them."""
+    labels = [safe_label(label) for label in labels]
     tree["methods"] = only_methods(as_mapping(tree.get("methods", DEFAULT_METHODS), "methods"), labels)
     if isinstance(tree.get("expected"), Mapping):
         tree["expected"] = {label: value for label, value in tree["expected"].items() if label in (ZERO_SHOT, *labels)}
@@ -632,9 +642,15 @@ def list_tables() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("table-*.yaml"))
 
 
-def parse_config(tree: Mapping[str, Any]) -> RunConfig:
-    """Build a `RunConfig` from plain data; see `load_config`."""
-    tree = dict(tree)
+def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig:
+    """Build a `RunConfig` from plain data; see `load_config`.
+
+    Args:
+        tree: the configuration.
+        run_plugins: whether plug-ins are imported; where not, their options are taken as they are, to look at a run whose plug-ins
+            need not be installed.
+    """
+    tree = localize_plugins(tree)
     for key in TABLE_KEYS:
         if key in tree:
             raise ConfigError(f"the key '{key}' makes this a table of several runs", "run it with `llava-keeplora compare`")
@@ -659,51 +675,54 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     own_parts, own_training = {n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()}, check_training(training)
     evaluation = build(EvaluationConfig, as_mapping(tree.get("evaluation"), "evaluation"), "evaluation")
     parsed = {
-        label: _parse_method(label, as_mapping(value, f"methods.{label}"), parts, training, evaluation) for label, value in methods.items()
+        label: _parse_method(label, as_mapping(value, f"methods.{label}"), parts, training, evaluation, run_plugins)
+        for label, value in methods.items()
     }
     config = build(RunConfig, tree, "")
     published = {label: _parse_expected(label, value, parsed) for label, value in expected.items()}
     config = dataclasses.replace(config, parts=own_parts, methods=parsed, training=own_training, expected=published)
     for label in parsed:
         config.trainings(label)
-    config.deepspeed()
-    config.check_whole()
+    if run_plugins:
+        config.deepspeed()
+        config.check_whole()
     return config
 
 
 def _parse_method(
-    label: str, tree: dict[str, Any], parts: dict[str, dict], training: dict[str, Any], evaluation: EvaluationConfig
+    label: str, tree: dict[str, Any], parts: dict[str, dict], training: dict[str, Any], evaluation: EvaluationConfig,
+    run_plugins: bool = True,
 ) -> MethodConfig:
     """A method inherits the run's parts and training and overrides what it names."""
-    from llava_keeplora.methods import METHODS
-
     where = f"methods.{label}"
     if not isinstance(label, str) or not LABEL.fullmatch(label) or label in RUN_FILES:
         raise ConfigError(f"methods has the label '{label}', which cannot be a folder of the run", "use letters, digits, '-', '_', '.' and '+'")
     if len(label) > MAX_NAME:
         raise ConfigError(f"methods has a label of {len(label)} characters, and a folder is named after it", f"use {MAX_NAME} at most")
     name = tree.pop("method", label)
-    if not isinstance(name, str) or name not in METHODS:
-        raise ConfigError(f"{where} names the method '{name}', which does not exist", nearest(str(name), METHODS))
+    name = name if isinstance(name, str) else str(name)
+    cls = _find_method(name, where) if run_plugins or not METHODS.is_plugin(name) else None
     if ZERO_SHOT in (label, name):
         raise ConfigError(f"{where} sets something for '{ZERO_SHOT}', which has no settings and always comes first", f"remove {where}")
     own_parts = as_mapping(tree.pop("parts", {}), f"{where}.parts")
     for part in own_parts:
         if parts and part not in parts:
             raise ConfigError(f"{where}.parts names '{part}', which the run does not adapt", nearest(str(part), parts))
-    if own_parts and not METHODS[name].adapts:
+    adapts = bool(own_parts) if cls is None else cls.adapts
+    if own_parts and not adapts:
         raise ConfigError(f"{where}.parts is set, but '{name}' has no adapters on the model's parts", f"remove {where}.parts")
-    inherited = parts if METHODS[name].adapts else {}
+    inherited = parts if adapts else {}
     merged = {n: {**inherited.get(n, {}), **as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")} for n in {**inherited, **own_parts}}
     own_training = as_mapping(tree.pop("training", {}), f"{where}.training")
     read = {"test_prompts": tree.pop("test_prompts")} if "test_prompts" in tree else {}
     test_prompts = build(EvaluationConfig, read, where).test_prompts if read else evaluation.test_prompts
     crop = _coerce(tree.pop("random_resized_crop", None), tuple[float, float] | None, f"{where}.random_resized_crop")
-    options = build(METHODS[name].Options, tree, where, also=("method", "parts", "training", *ROW_KEYS))
+    keys = ("method", "parts", "training", *ROW_KEYS)
+    options = tree if cls is None else dataclasses.asdict(build(cls.Options, tree, where, also=keys))
     facts = dict(
         label=label,
         method=name,
-        options=dataclasses.asdict(options),
+        options=options,
         parts={n: build(PartConfig, v, f"{where}.parts.{n}") for n, v in merged.items()},
         training=check_training(training) | check_training(own_training, f"{where}.training"),
         test_prompts=test_prompts,
@@ -713,6 +732,20 @@ def _parse_method(
         return MethodConfig(**facts)
     except ConfigError as error:
         raise ConfigError(f"{where}.{error.problem}", error.cure) from None
+
+
+def _find_method(name: str, where: str) -> type:
+    """Return the class of a method, a plug-in's imported.
+
+    Raises:
+        ConfigError: there is none of that name, or it cannot be imported.
+    """
+    try:
+        return METHODS[name]
+    except UnknownNameError as error:
+        raise ConfigError(f"{where} names the method '{name}', which does not exist", error.cure) from None
+    except PluginError as error:
+        raise ConfigError(f"{where}: {error.problem}", error.cure) from error
 
 
 def _parse_expected(label: str, tree: Any, methods: Mapping[str, MethodConfig]) -> ExpectedConfig:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import PER_TASK, ROW_KEYS, ModelConfig, RunConfig, finish_config, read_dumped
+from llava_keeplora.config import PER_TASK, ROW_KEYS, ModelConfig, RunConfig, parse_config, read_dumped, with_settings
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.records import read_object, read_record
 from llava_keeplora_eval.checkpoints import content_changes, model_content
@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 BASE = "base"
 
 
-def load_run(run: str | Path, overrides: Sequence[str] = (), data_root: str | None = None) -> RunConfig:
+def load_run(
+    run: str | Path, overrides: Sequence[str] = (), data_root: str | None = None, run_plugins: bool = True
+) -> RunConfig:
     """The configuration of a run folder, wherever it lies now.
 
     A recipe file that is not where it was is read from the run folder, which keeps a copy.
@@ -32,6 +34,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = (), data_root: str | No
         run: the folder.
         overrides: `a.b.c=value` strings, as for `load_config`; what the run's results depend on is refused later.
         data_root: the folder with the data sets; the run's own when None.
+        run_plugins: see `parse_config`.
 
     Raises:
         RunError: if the folder is no run's, or its configuration was damaged.
@@ -43,7 +46,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = (), data_root: str | No
     try:
         tree["methods"] = {label: _as_written(method, tree) for label, method in tree["methods"].items()}
         tree["tasks"] = [_found(run, task, name) for task, name in zip(tree["tasks"], [*names, *tree["tasks"][len(names) :]])]
-        return finish_config(tree, overrides, data_root=data_root, output_dir=str(run))
+        return parse_config(with_settings(tree, overrides, data_root=data_root, output_dir=str(run)), run_plugins)
     except ConfigError as error:
         raise RunError(f"{where}: {error.problem}", error.cure) from error
     except (KeyError, TypeError, AttributeError) as error:

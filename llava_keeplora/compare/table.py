@@ -16,6 +16,7 @@ from llava_keeplora.config import (
     DEFAULT_METHODS, LABEL, PER_TASK, RUN_FILES, TABLE_KEYS, RunConfig, as_mapping, build, read_config, with_settings,
 )
 from llava_keeplora.errors import ConfigError, nearest
+from llava_keeplora.registries import localize_plugins
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
 #: What a setting may be chosen by; one of them, or a sum such as `transfer+last`.
@@ -120,7 +121,8 @@ def load_table(name_or_path: str, overrides: Sequence[str] = (), data_root: str 
     Raises:
         ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
     """
-    return parse_table(with_settings(read_config(name_or_path), overrides, data_root=data_root, output_dir=output_dir))
+    tree = with_settings(read_config(name_or_path), overrides, data_root=data_root, output_dir=output_dir)
+    return parse_table(localize_plugins(tree))
 
 
 def parse_table(tree: Mapping[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +10,15 @@ from llava_keeplora.config import ZERO_SHOT, RunConfig
 from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.files import left_behind
 from llava_keeplora.journal import PLAN, SCORES, Journal, open_stages
-from llava_keeplora.methods import METHODS
 from llava_keeplora.records import SCHEMAS, read_record, read_training
+from llava_keeplora.registries import list_plugins
 from llava_keeplora.run_folder import base_changes, differences, kept_recipe, load_run, read_identity
 from llava_keeplora.versions import version_changes
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.plugins import task_plugins
 from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes.registry import PluginError
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
 AGAIN = "run the same command again: it is written anew"
@@ -32,14 +34,15 @@ def examine_run(run: str | Path) -> Iterator[str | UserError]:
         RunError: if the folder is no run's, or its configuration was damaged.
     """
     run = Path(run)
-    config = load_run(run)
+    config = load_run(run, run_plugins=False)
+    yield from _plugins(run, config)
     yield from _identity(run, config)
     yield from _base(run, config)
     changes = version_changes(run)
     yield f"libraries: {'other versions than at its start (' + ', '.join(changes) + '), so last digits may differ' if changes else 'as at its start'}"
     journals = []
     for label in (ZERO_SHOT, *config.methods):
-        learns = METHODS[config.methods[label].method].learns if label in config.methods else False
+        learns = label in config.methods
         try:
             journal = Journal(run / label / "journal.jsonl")
             yield _progress(label, journal, config, learns)
@@ -54,12 +57,37 @@ def examine_run(run: str | Path) -> Iterator[str | UserError]:
         yield from _recipes(run, config, journal)
 
 
+def _plugins(run: Path, config: RunConfig) -> Iterator[str | UserError]:
+    """Say whether the plug-ins are there with the sources that the run was begun with; nothing of them is executed."""
+    try:
+        recorded = list_plugins(read_identity(run))
+    except UserError:  # `_identity` says so.
+        return
+    for (_, known, source), (registry, name, _) in zip(recorded, list_plugins(dataclasses.asdict(config)), strict=False):
+        try:
+            files = registry.source_files(name)
+        except PluginError as error:
+            yield error
+            continue
+        changed = sorted(file for file in {*source, *files} if source.get(file) != files.get(file))
+        if changed:
+            yield RunError(
+                f"{', '.join(changed)} of the plug-in '{known}' is not what {run} was begun with",
+                "restore it to go on, or start over in a new output_dir",
+            )
+        else:
+            yield f"plug-in: '{known}', the same by source as in the run's record"
+
+
 def _identity(run: Path, config: RunConfig) -> Iterator[UserError]:
     try:
         found = list(differences(read_identity(run), config.identity()))
+    except PluginError:  # `_plugins` has said so.
+        return
     except UserError as error:
         yield error
         return
+    found = [change for change in found if ".source." not in change[0]]
     # How many processes there were is not written down.
     changed = [key for key, _, _ in found if not key.endswith("examples_per_step")]
     if changed:

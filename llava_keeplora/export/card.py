@@ -185,7 +185,7 @@ def _task(recipe: Recipe) -> list[str]:
 def _settings(learned: Learned) -> str:
     config, method = learned.config, learned.config["methods"][learned.label]
     model = {key: value for key, value in config["model"].items() if key in ("dtype", "quantization", "max_length") and value is not None}
-    rows = [["seed", str(config["seed"])], ["base", _listed(model)], ["method", method["method"]], ["options", _listed(placeless(method["options"]))]]
+    rows = [["seed", str(config["seed"])], ["base", _listed(model)], ["method", METHODS.portable_name(method["method"])], ["options", _listed(placeless(method["options"]))]]
     rows += [[f"part `{part}`", _listed({k: v for k, v in own.items() if v is not None})] for part, own in method["parts"].items()]
     held_out = config["data"]["holdout"]
     rows += [["training", _listed(public(method["training"]))], ["scored on", f"{held_out:.0%} of train, held out" if held_out else "test"]]

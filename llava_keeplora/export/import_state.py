@@ -19,6 +19,7 @@ from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, RECORD, SUFFIX
 from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.records import read_object, read_record
+from llava_keeplora.registries import list_plugins
 from llava_keeplora.run_folder import check_base, load_run, read_identity
 from llava_keeplora_eval.plugins import named_plugins
 from llava_keeplora_recipes.strict_yaml import is_file_name
@@ -70,6 +71,7 @@ def import_state(
                 (room / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(state / name, room / name)
             with _told_of(state, room):
+                _check_plugins(room, allow_plugin)
                 _settle(room, into.resolve(), base, data_root)
                 config = load_run(room)
                 check_base(room, config.model)
@@ -144,6 +146,29 @@ def _told_of(state: Path, room: Path) -> Iterator[None]:
     except UserError as error:
         kind = type(error) if isinstance(error, ConfigError | RunError) else RunError
         raise kind(error.problem.replace(str(room), str(state)), error.cure) from error
+
+
+def _check_plugins(room: Path, allow: bool) -> None:
+    """Refuse plug-ins that the owner of the new run has not allowed, before any of them is imported.
+
+    Raises:
+        RunError: one is named and not allowed, by a path, or is here with another source than it had.
+        PluginError: one is not installed here.
+    """
+    trees = [read_record(room / name, AGAIN) for name in ("config.json", "identity.json")]
+    for registry, name, source in [plugin for tree in trees for plugin in list_plugins(tree)]:
+        if not isinstance(name, str) or "/" in name or "\\" in name or registry.portable_name(name) != name:
+            raise RunError(f"the state names the {registry.kind} '{name}' by a path", "do not use this state")
+        if not allow:
+            raise RunError(
+                f"the state names the {registry.kind} '{name}', which is not built in and would be executed",
+                "add --allow-plugin if you trust the one that is installed here",
+            )
+        if source and registry.source_files(registry.localize(name)) != source:
+            raise RunError(
+                f"the {registry.kind} '{name}' that is installed here has another source than the state was made with",
+                "install the version that it was made with",
+            )
 
 
 def _settle(room: Path, home: Path, base: str | None, data_root: str | None) -> None:

@@ -20,6 +20,7 @@ from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import embedded_models
 from llava_keeplora.records import read_record
+from llava_keeplora.registries import without_places
 from llava_keeplora.run_folder import kept_recipe
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.models import EXPORT
@@ -87,6 +88,7 @@ def _portable(tree: dict[str, Any], learned: Learned, base: Base) -> dict[str, A
     if learned.label not in tree.get("methods", ()):
         raise RunError(f"{learned.run / 'identity.json'} knows no method '{learned.label}'", "restore it")
     tree["methods"] = {learned.label: tree["methods"][learned.label]}
+    without_places(tree)
     if "sequence" in tree:
         tree["sequence"] = None  # Its tasks are listed.
     names = {task: recipe.name for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True) if is_file_name(task)}

@@ -16,13 +16,16 @@ from llava_keeplora.models.crops import RandomCrops
 from llava_keeplora.models.llava import LlavaFamily, LlavaTask
 from llava_keeplora.models.on_task import recomputes
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora.registries import MODEL_FAMILIES
 from llava_keeplora_eval.models import FAMILIES, model_family, resolve_model
+from llava_keeplora_recipes.registry import PluginError
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 __all__ = [
-    "ASSETS", "DTYPES", "FAMILIES", "ClipFamily", "ClipTask", "Family", "Images", "Inputs", "LlavaFamily", "LlavaTask", "Prepared", "RandomCrops",
+    "ASSETS", "DTYPES", "FAMILIES", "ClipFamily", "ClipTask", "Family", "Images", "Inputs", "LlavaFamily", "LlavaTask",
+    "MODEL_FAMILIES", "Prepared", "RandomCrops",
     "TaskModel", "embedded_models", "load_model", "open_model", "recomputes",
 ]
 
@@ -52,18 +55,14 @@ def open_model(model: ModelConfig, evaluation: EvaluationConfig = EvaluationConf
     if model.dtype not in DTYPES:
         raise ConfigError(f"model.dtype is '{model.dtype}'", f"set it to one of {', '.join(DTYPES)}")
     with _as_config_error():
-        path, family = resolve_model(model.name_or_path), model_family(model.name_or_path, model.revision)
-    if family == "clip":
-        unread = {"model.max_length": model.max_length, "evaluation.generation": evaluation.generation}
-        for key in (key for key, value in unread.items() if value):
-            raise ConfigError(f"{key} is {unread[key]}, which is of models that write answers, and {path} is a clip", f"remove {key}")
-        return ClipFamily(path, model.revision, model.quantization)
-    return LlavaFamily(path, model.revision, model.max_length, evaluation.max_new_tokens, model.quantization, evaluation.generation)
+        path = resolve_model(model.name_or_path)
+        name = model.family or model_family(model.name_or_path, model.revision)
+        return MODEL_FAMILIES[name].from_config(path, model, evaluation)
 
 
 @contextmanager
 def _as_config_error() -> Iterator[None]:
     try:
         yield
-    except EvalError as error:
+    except (EvalError, PluginError) as error:
         raise ConfigError(error.problem, error.cure) from error

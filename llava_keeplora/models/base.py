@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
@@ -107,6 +108,10 @@ class Family(Protocol):
     quantization: str | None
     whole: tuple[str, ...]
     cost: float
+
+    @classmethod
+    def from_config(cls, path: str, model: ModelConfig, evaluation: EvaluationConfig) -> Family:
+        """Open the model that a configuration names, without its weights."""
 
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Self
 
 import torch
 import transformers  # its models, which take seconds to import, are looked up where they are used
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from llava_keeplora.config import EvaluationConfig, ModelConfig
+from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.crops import RandomCrops
 from llava_keeplora.models.names import find_linear_layers
@@ -43,6 +46,20 @@ class ClipFamily:
 
     def __init__(self, path: str, revision: str | None = None, quantization: str | None = None):
         self.path, self.revision, self.quantization = path, revision, quantization
+
+    @classmethod
+    def from_config(cls, path: str, model: ModelConfig, evaluation: EvaluationConfig) -> Self:
+        """Open the model that a configuration names; see `llava_keeplora.models.Family`.
+
+        Raises:
+            ConfigError: for a setting of models that write answers.
+        """
+        unread = {"model.max_length": model.max_length, "evaluation.generation": evaluation.generation}
+        for key in (key for key, value in unread.items() if value):
+            raise ConfigError(
+                f"{key} is {unread[key]}, which is of models that write answers, and {path} is a clip", f"remove {key}"
+            )
+        return cls(path, model.revision, model.quantization)
 
     # Read when first asked for: a plan can do with the configuration alone.
     @cached_property

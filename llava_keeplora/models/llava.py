@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers  # its models, which take seconds to import, are looked up where they are used
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.names import find_linear_layers
@@ -70,6 +71,13 @@ class LlavaFamily:
         if max_length is not None and max_length > positions:
             raise ConfigError(f"model.max_length is {max_length}, and '{path}' has positions for {positions} tokens", f"set it to {positions} or less")
         self.max_length = max_length or positions
+
+    @classmethod
+    def from_config(cls, path: str, model: ModelConfig, evaluation: EvaluationConfig) -> Self:
+        """Open the model that a configuration names; see `llava_keeplora.models.Family`."""
+        return cls(
+            path, model.revision, model.max_length, evaluation.max_new_tokens, model.quantization, evaluation.generation
+        )
 
     # Read when first asked for: a plan can do with the configuration alone.
     @cached_property

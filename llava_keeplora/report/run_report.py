@@ -20,6 +20,7 @@ from llava_keeplora.report.page import DOCUMENTS, write_report
 from llava_keeplora.report.tables import summary_table
 from llava_keeplora.report.trial import Capacity, Cost, LayerLines, Trial
 from llava_keeplora.records import read_record
+from llava_keeplora.registries import METHODS
 from llava_keeplora.run_folder import read_identity, recorded_base
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
@@ -162,7 +163,7 @@ def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
     """What the page says about how the runs were made; where they differ, run by run."""
     configs = {name: read_dumped(folder) for folder, name in names_of(folders).items()}
     for config in configs.values():
-        config["methods"] = {label: {"method": m["method"], **m["options"]} for label, m in config["methods"].items()}
+        config["methods"] = {label: {"method": METHODS.portable_name(m["method"]), **m["options"]} for label, m in config["methods"].items()}
     settings = {}
     for key in (*SHOWN, "methods"):
         values = {name: config.get(key) for name, config in configs.items()}

@@ -10,7 +10,6 @@ from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import told, whole_folder, write_bytes, write_json
 from llava_keeplora.journal import PLAN, SCORES, Entry, Journal, open_stages
-from llava_keeplora.methods import METHODS
 from llava_keeplora.records import read_record
 from llava_keeplora.run_folder import BASE, check_base_if_here, file_name, kept_recipe, load_run, recorded_base
 from llava_keeplora.sequence.label_run import ZERO_SHOT
@@ -40,8 +39,8 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     check_base_if_here(run, source.model)  # One that is not here is checked when the new run goes on.
     config = dataclasses.replace(source.first(at_task), output_dir=str(into))
     old, names = Workspace(source), config.identity()["tasks"]
-    methods = {ZERO_SHOT: ZERO_SHOT} | {label: method.method for label, method in source.methods.items()}
-    journals = {label: _finished(old.label(label), at_task, len(source.tasks), METHODS[name].learns) for label, name in methods.items()}
+    labels = (ZERO_SHOT, *source.methods)
+    journals = {label: _finished(old.label(label), at_task, len(source.tasks), label != ZERO_SHOT) for label in labels}
     with told(into), whole_folder(into) as room:
         new = Workspace(config, room)
         for label, entries in journals.items():

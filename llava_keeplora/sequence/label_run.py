@@ -366,7 +366,9 @@ class LabelRun:
     def _base_facts(self) -> dict[str, Any]:
         """What a fixed base depends on, beside the model."""
         data = {task.name: task.record()["train"] for task in self.tasks}
-        settings = {"method": self.config.method, "options": self.config.options, "parts": {n: dataclasses.asdict(p) for n, p in self.config.parts.items()}}
+        name = self.config.method
+        source = {"source": METHODS.source_files(name)} if METHODS.is_plugin(name) else {}
+        settings = {"method": METHODS.portable_name(name), **source, "options": self.config.options, "parts": {n: dataclasses.asdict(p) for n, p in self.config.parts.items()}}
         return {"stage": "CONSOLIDATED", "tasks": data, "statistics_gb": self.shared.config.memory.statistics_gb, **settings}
 
     def _consolidate(self, index: int) -> list[Path]:

@@ -17,7 +17,7 @@ from llava_keeplora.config import RunConfig
 from llava_keeplora.group import has_group, process_count, process_rank
 from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS, Reference
-from llava_keeplora.models import DTYPES, Family, Inputs, load_model
+from llava_keeplora.models import DTYPES, MODEL_FAMILIES, Family, Inputs, load_model
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora.sequence.progress import Progress
@@ -41,7 +41,11 @@ class Shared:
     def __init__(self, config: RunConfig, workspace: Workspace, tasks: list[Task], family: Family):
         self.config, self.workspace, self.tasks, self.family = config, workspace, tasks, family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        common = {"model": dataclasses.asdict(config.model), "versions": installed_versions(), "device": self.device.type}
+        model = dataclasses.asdict(config.model)
+        # As before a family could be named, so that entries of earlier versions are found.
+        model |= {"family": MODEL_FAMILIES.source_hash(model["family"])} if model["family"] else {}
+        model = {key: value for key, value in model.items() if key != "family" or value}
+        common = {"model": model, "versions": installed_versions(), "device": self.device.type}
         common |= {"base": workspace.base} if config.base_cache else {}
         self.base_cache = BaseCache(config.base_cache, common)
         self.cache = ImageCache(family.prepare, config.data.cache_gb, self.base_cache)

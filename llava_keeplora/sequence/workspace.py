@@ -94,7 +94,7 @@ class Workspace:
         """
         if not (self.root / "config.json").exists():
             return self._refuse_foreign()
-        changes = [f"{key}: {old!r} → {new!r}" for key, old, new in _told_once(self._changes())]
+        changes = [_describe_change(*change) for change in _told_once(self._changes())]
         if changes and not self.begun_anew():
             raise RunError(
                 f"{self.root} holds a run with another configuration ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})",
@@ -172,6 +172,15 @@ class Workspace:
         others = [name for name in names if not name.startswith(".") and name not in RUN_FILES]
         if others and "config.json" not in names:
             raise RunError(f"{self.root} is not a run folder but holds {', '.join(others[:3])}", "choose an empty or new output_dir")
+
+
+def _describe_change(key: str, old: Any, new: Any) -> str:
+    """Return a change of configuration in words; of a plug-in's source, the file alone says it."""
+    plugin, is_source, file = key.partition(".source.")
+    if is_source:
+        how = "was added" if old is None else "is missing" if new is None else "has changed"
+        return f"the file {file} of the plug-in at {plugin} {how}"
+    return f"{key}: {old!r} → {new!r}"
 
 
 def _told_once(changes: Iterable[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
