@@ -1,4 +1,4 @@
-"""Every command of the README runs, in the README's order, on the files that the README shows."""
+"""Every command of the README and of docs/evaluation.md runs, in their order, on the files that the README shows."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ BY_MAKE = {"make demo", "make test", "pip install -c constraints.txt -e ."}
 #: What makes a command small enough for a test.
 SMALLER = {
     "deepspeed": ["tasks=[birds.yaml]", "training.max_steps=2", "training.per_device_train_batch_size=8"],
-    "python": ["basis", "--quick"],
 }
 #: A shipped task of a thousand pictures, in the place of which a test's folder has a small one.
 SMALL = {"glyphs": "glyphs.yaml"}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
 
 def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line]
+    """The lines of the README's bash blocks, the first column of its table of commands, and the evaluation page's blocks."""
+    table = re.findall(r"^\| `(llava-keeplora[^`]*)` \|", README, flags=re.M)
+    shown = [*blocks("bash"), *table, *blocks("bash", (ROOT / "docs/evaluation.md").read_text())]
+    return [line for block in shown for line in block.splitlines() if line]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,12 @@ def folder(tmp_path_factory) -> Path:
         (path / "receipts" / f"{split}.json").write_text(json.dumps([{"id": split, "image": f"{split}.png", "conversations": turns}]))
     (path / "glyphs.yaml").write_text((path / "birds.yaml").read_text().replace("name: birds", "name: glyphs"))
     return path
+
+
+def test_the_readme_is_read_in_ten_minutes_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 150
+    targets = re.findall(r"\]\(((?!https?:)[^)#]+)", README)
+    assert len(targets) > 15 and not [target for target in targets if not (ROOT / target).is_file()]
 
 
 def test_the_readme_names_the_files_that_it_shows(folder):
@@ -83,7 +91,7 @@ def test_every_command_of_the_readme_runs(folder):
             code, out, err = forked.run(words, cwd=folder, env=environment)
         assert code == 0, f"{command}\n{out[-2000:]}\n{err[-2000:]}"
         ran += 1
-    assert ran == 17
+    assert ran == 16
     assert (folder / "runs/birds/report.html").is_file() and (folder / "answers.jsonl").is_file()
 
 
