@@ -12,10 +12,12 @@ _MODULES = {
     "Sequence": "sequence",
     "TaskData": "task_data",
     "UserError": "errors",
+    "inspect_split": "loading",
     "list_recipes": "recipe",
     "list_sequences": "sequence",
     "load_recipe": "recipe",
     "load_sequence": "sequence",
+    "load_split": "loading",
 }
 
 __all__ = [
@@ -27,10 +29,12 @@ __all__ = [
     "Sequence",
     "TaskData",
     "UserError",
+    "inspect_split",
     "list_recipes",
     "list_sequences",
     "load_recipe",
     "load_sequence",
+    "load_split",
 ]
 
 

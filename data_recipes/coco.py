@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import RecipeError, refuse, sift
+from .errors import RecipeError, collect_errors, report_error
 from .json_files import read_json
 from .media import refuse_unread_media
-from .places import data_root_of, inside, pictures_folder, split_file
+from .paths import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
 from .texts import as_text, identifier
 
@@ -28,7 +28,10 @@ def read_coco(
         RecipeError: the file is missing or not JSON, or entries lack something; they are named.
     """
     path = split_file(recipe, split, data_root)
-    folder, root = pictures_folder(recipe, split, data_root, default="images"), data_root_of(recipe, data_root)
+    folder, root = (
+        pictures_folder(recipe, split, data_root, default="images"),
+        data_root_of(recipe, data_root),
+    )
     content = read_json(path, dict)
     captions = captions_by_image(content, path, problems)
 
@@ -39,7 +42,7 @@ def read_coco(
         return image["id"], [inside(folder, image["file_name"], f"image {image['id']} of {path.name}", root)]
 
     listed = {i["id"]: i for i in content["images"] if _has_id(i) and i["id"] in captions}
-    found = sift(record, listed.values(), problems)
+    found = collect_errors(record, listed.values(), problems)
     return Records(
         ids=[identifier(i, path.name) for i, _ in found],
         pictures=picture_files([paths for _, paths in found]),
@@ -91,11 +94,11 @@ def captions_by_image(
         what = f"an annotation of the image {entry['image_id']} of {path.name}"
         captions[entry["image_id"]].append(as_text(entry["caption"], what, "caption"))
 
-    sift(image, content["images"], problems)
-    sift(note, content["annotations"], problems)
+    collect_errors(image, content["images"], problems)
+    collect_errors(note, content["annotations"], problems)
     bare = [i for i, texts in captions.items() if not texts]
     if bare:
-        refuse(
+        report_error(
             RecipeError(
                 f"{len(bare)} images of {path.name} have no caption (first: {bare[0]})",
                 "add captions or remove the images",

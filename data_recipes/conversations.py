@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import RecipeError, sift
+from .conversation_turn import Turn, from_conversations, from_fields, from_messages
+from .errors import RecipeError, collect_errors
 from .json_files import read_rows
 from .labels import warn_of_names
 from .media import image_names, refuse_beside
+from .paths import data_root_of, inside, pictures_folder, split_file
 from .placeholders import place_images
-from .places import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
 from .references import read_references
 from .texts import identifier, only_answer
-from .turns import Turn, from_conversations, from_fields, from_messages
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -102,9 +102,14 @@ def _read(
         answers = [only_answer(answers, what)] if classify else answers
         turn = Turn(place_images(turn.question, len(images), what), answers)
         own = f"{split}-{index}" if numbered or name is None else name
-        return own, [inside(folder, i, what, root) for i in images], turn, {f: row[f] for f in fields if f in row}
+        return (
+            own,
+            [inside(folder, i, what, root) for i in images],
+            turn,
+            {f: row[f] for f in fields if f in row},
+        )
 
-    found = sift(record, enumerate(rows), problems)
+    found = collect_errors(record, enumerate(rows), problems)
     if classify:
         given = (row.get(recipe.source.get("answer", "answer")) for row in rows if isinstance(row, dict))
         warn_of_names(recipe, {value for value in given if type(value) is int}, f"{recipe.name}/{split}")
@@ -118,4 +123,3 @@ def _read(
         answers=[[] if classify else t.answers for t in turns],
         meta=[meta for _, _, _, meta in found],
     )
-

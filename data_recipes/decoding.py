@@ -111,7 +111,10 @@ def _opened(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         # Pillow's own sentence has the address of an object in it
         flags, start = re.DOTALL | re.IGNORECASE, data[:4096]
-        found = next((words for pattern, words in CONTENTS if re.match(pattern, start, flags)), "in no format that is read")
+        found = next(
+            (words for pattern, words in CONTENTS if re.match(pattern, start, flags)),
+            "in no format that is read",
+        )
         raise ValueError(f"cannot identify image file: it is {found}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"it has more than {MAX_PIXELS} pixels") from None

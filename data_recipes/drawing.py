@@ -101,8 +101,14 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def write(image: Image.Image, words: str, font: ImageFont.FreeTypeFont, ink: Colour,
-          centre: tuple[float, float], degrees: float = 0.0) -> None:
+def write(
+    image: Image.Image,
+    words: str,
+    font: ImageFont.FreeTypeFont,
+    ink: Colour,
+    centre: tuple[float, float],
+    degrees: float = 0.0,
+) -> None:
     """Write words around a point, turned by some degrees."""
     mask = Image.new("L", image.size, 0)
     left, top, right, bottom = font.getbbox(words)

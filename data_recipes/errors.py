@@ -55,7 +55,7 @@ class RecipeErrors(RecipeError):
         self.errors = errors
 
 
-def sift(
+def collect_errors(
     work: Callable[[Item], Result], items: Iterable[Item], problems: list[RecipeError] | None = None
 ) -> list[Result]:
     """What `work` makes of every item; those that it refuses are named together, not only the first.
@@ -81,8 +81,8 @@ def sift(
     return results
 
 
-def refuse(error: RecipeError, problems: list[RecipeError] | None) -> None:
-    """Raise an error, or leave it to a caller who collects them; see `sift`."""
+def report_error(error: RecipeError, problems: list[RecipeError] | None) -> None:
+    """Raise an error, or leave it to a caller who collects them; see `collect_errors`."""
     if problems is None:
         raise error
     problems.append(error)

@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .asking import asked
 from .decoding import WHITE
-from .errors import RecipeError, refuse, sift
+from .errors import RecipeError, collect_errors, report_error
 from .images import EncodedImages
-from .labels import label_reader, with_classes
+from .labels import label_reader, resolve_classes
 from .placeholders import MARKER, refuse_marked_answer
+from .prompts import format_question
 from .readers import make_reader, read_records
 from .records import Records
 from .task_data import Row, TaskData
@@ -45,10 +45,14 @@ def load_files(
     if not records.ids:
         others = sum(map(len, records.left_out.values()))
         beside = f" ({others} files are not read: {', '.join(sorted(records.left_out))})" if others else ""
-        raise RecipeError(f"{where} holds no examples{beside}", "add files, or correct 'splits' in the recipe")
+        raise RecipeError(
+            f"{where} holds no examples{beside}", "add files, or correct 'splits' in the recipe"
+        )
     _refuse_duplicates(recipe, records.ids, where, problems)
     # what is wrong with the records of another split is told where that one is loaded
-    recipe = with_classes(recipe, split, records, lambda recipe, other: read_records(recipe, other, data_root, []))
+    recipe = resolve_classes(
+        recipe, split, records, lambda recipe, other: read_records(recipe, other, data_root, [])
+    )
     rows = _rows(recipe, split, records, where, problems)
     images = EncodedImages(records.pictures, recipe.background or WHITE)
     good, dropped = _readable(rows, images, where, on_bad_image, problems)
@@ -68,7 +72,7 @@ def _rows(
             what = f"'{name}' in {where}"
             for answer in answers:
                 refuse_marked_answer(answer, what)
-            text = asked(recipe, split, question, answers, len(pictures), what)
+            text = format_question(recipe, split, question, answers, len(pictures), what)
             if not text or is_blank(text.replace(MARKER, "")):
                 raise RecipeError(
                     f"'{name}' in {where} has nothing to ask",
@@ -84,7 +88,7 @@ def _rows(
         return Row(name, None, (recipe.classes[label],), label, pictures, meta)
 
     columns = (records.questions, records.answers, records.labels, records.pictures.shown, records.meta)
-    return sift(row, zip(records.ids, *columns, strict=True), problems)
+    return collect_errors(row, zip(records.ids, *columns, strict=True), problems)
 
 
 def _readable(
@@ -105,15 +109,16 @@ def _readable(
     counted = f"{len(bad)} of {len(images)} images of {where} cannot be read"
     if problems is not None:
         problems += [
-            RecipeError(f"an image of '{owners[p]}' in {where} cannot be read ({bad[p]})", "replace it, or correct its path")
+            RecipeError(
+                f"an image of '{owners[p]}' in {where} cannot be read ({bad[p]})",
+                "replace it, or correct its path",
+            )
             for p in sorted(bad)
             if p in owners
         ]
     elif on_bad_image == "refuse":
         first = ", ".join(f"{owners[p]}: {bad[p]}" for p in sorted(bad)[:3])
-        raise RecipeError(
-            f"{counted} ({first})", "replace them, or leave them out with on_bad_image: drop"
-        )
+        raise RecipeError(f"{counted} ({first})", "replace them, or leave them out with on_bad_image: drop")
     else:
         log.warning("%s: %d of %d examples are left out", counted, len(dropped), len(rows))
     return good, dropped
@@ -129,14 +134,14 @@ def _refuse_duplicates(
     if "positional_ids" in make_reader(recipe.source).keys():
         cure += f", or number them with 'source.positional_ids: [{where.rsplit('/', 1)[1]}]' in the recipe"
     names = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
-    refuse(RecipeError(f"{where} has {len(twice)} ids more than once ({names})", cure), problems)
+    report_error(RecipeError(f"{where} has {len(twice)} ids more than once ({names})", cure), problems)
 
 
 def _refuse_empty(data: TaskData, where: str, problems: list[RecipeError] | None) -> None:
     if not len(data):
         # Examples that are refused for another reason have told it, and their images may be well.
         if data.dropped:
-            refuse(RecipeError(f"{where} has no readable image left", "replace the images"), problems)
+            report_error(RecipeError(f"{where} has no readable image left", "replace the images"), problems)
         return
     if data.split != "train" or data.recipe.kind != "classification":
         return
@@ -148,4 +153,4 @@ def _refuse_empty(data: TaskData, where: str, problems: list[RecipeError] | None
             f"{len(empty)} of {len(data.recipe.classes)} classes have no example in {where} ({names})",
             "add examples, or remove the classes from the recipe",
         )
-        refuse(error, problems)
+        report_error(error, problems)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .decoding import endings
-from .errors import RecipeError, sift
-from .places import data_root_of, set_folder, split_file, within
+from .errors import RecipeError, collect_errors
+from .paths import data_root_of, set_folder, split_file, within
 from .records import Records, classified, picture_files
 
 if TYPE_CHECKING:
@@ -46,11 +46,13 @@ def read_image_folder(
             )
         return path.relative_to(folder).as_posix(), parts[0]
 
-    found = dict(sift(labelled, [p for p in paths if p.suffix.lower() in read], problems))
+    found = dict(collect_errors(labelled, [p for p in paths if p.suffix.lower() in read], problems))
     ids = sorted(found)
     # A recipe that reads its classes from here has them in the order of their names.
     names = sorted(set(found.values())) if recipe.classes is None else None
-    return classified(ids, picture_files([[folder / i] for i in ids]), [found[i] for i in ids], names, left_out)
+    return classified(
+        ids, picture_files([[folder / i] for i in ids]), [found[i] for i in ids], names, left_out
+    )
 
 
 def files_under(top: Path, folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
@@ -65,14 +67,18 @@ def files_under(top: Path, folder: Path) -> tuple[list[Path], dict[str, list[str
     left_out: dict[str, list[str]] = defaultdict(list)
 
     def refuse(error: OSError) -> None:
-        raise RecipeError(f"the folder '{error.filename}' cannot be listed ({error.strerror})", "correct its permissions")
+        raise RecipeError(
+            f"the folder '{error.filename}' cannot be listed ({error.strerror})", "correct its permissions"
+        )
 
     for place, folders, files in os.walk(top, followlinks=True, onerror=refuse):
         real = os.path.realpath(place)
         below = []
         for name in folders:
             path = os.path.join(place, name)
-            back = os.path.islink(path) and os.path.commonpath([real, os.path.realpath(path)]) == os.path.realpath(path)
+            back = os.path.islink(path) and os.path.commonpath(
+                [real, os.path.realpath(path)]
+            ) == os.path.realpath(path)
             kind = "hidden" if name.startswith(".") else "link to a folder around it" if back else None
             (left_out[kind] if kind else below).append(os.path.relpath(path, folder) if kind else name)
         folders[:] = below

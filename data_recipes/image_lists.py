@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import RecipeError, nearest, sift
+from .errors import RecipeError, collect_errors, nearest
 from .image_folder import files_under, refuse_no_text
 from .json_files import read_text
-from .places import data_root_of, inside, pictures_folder, set_folder, split_file, within
+from .paths import data_root_of, inside, pictures_folder, set_folder, split_file, within
 from .records import Records, classified, picture_files
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read_image_list(
         return os.path.relpath(name, folder) if os.path.isabs(name) else name, place, found["label"] or ""
 
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), start=1)]
-    found = sift(listed, [item for item in lines if item[1]], problems)
+    found = collect_errors(listed, [item for item in lines if item[1]], problems)
     return _records(found, label_names=sorted({label for _, _, label in found}))
 
 
@@ -72,12 +72,18 @@ def read_random_split(
     """
     part = recipe.splits[split]
     if part not in PARTS:
-        raise RecipeError(f"recipe '{recipe.name}' has {part!r} as its {split} split", nearest(str(part), PARTS))
+        raise RecipeError(
+            f"recipe '{recipe.name}' has {part!r} as its {split} split", nearest(str(part), PARTS)
+        )
     folder, root = set_folder(recipe, data_root), data_root_of(recipe, data_root)
     pattern = re.compile(recipe.source["pattern"])
     paths, left_out = files_under(folder, folder)
     names = [path.relative_to(folder) for path in paths]
-    found = [(name.as_posix(), fit["label"] or "") for name in sorted(names) if (fit := pattern.fullmatch(name.as_posix()))]
+    found = [
+        (name.as_posix(), fit["label"] or "")
+        for name in sorted(names)
+        if (fit := pattern.fullmatch(name.as_posix()))
+    ]
     fitting = {name for name, _ in found}
     if others := [name.as_posix() for name in names if name.as_posix() not in fitting]:
         left_out["not in the pattern"] += others
@@ -87,7 +93,7 @@ def read_random_split(
         refuse_no_text(folder / name)
         return name, within(folder / name, f"the {split} split of '{recipe.name}'", root), label
 
-    chosen = sift(placed, random_split(len(found))[PARTS.index(part)], problems)
+    chosen = collect_errors(placed, random_split(len(found))[PARTS.index(part)], problems)
     return _records(chosen, sorted({label for _, label in found}), left_out)
 
 
@@ -100,7 +106,9 @@ def random_split(count: int) -> tuple[list[int], list[int]]:
     return sorted(order[:size]), sorted(order[size:])
 
 
-def _records(found: list[tuple[str, Path, str]], label_names: list[str], left_out: dict[str, list[str]] | None = None) -> Records:
+def _records(
+    found: list[tuple[str, Path, str]], label_names: list[str], left_out: dict[str, list[str]] | None = None
+) -> Records:
     ids = [name for name, _, _ in found]
     paths = [path for _, path, _ in found]
     labels = [label for _, _, label in found]

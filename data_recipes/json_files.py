@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError, sift
+from .errors import RecipeError, collect_errors
 from .file_bytes import read_file
 from .strict_json import constant_in, decode_text, may_hold_constants, parse_json
 
@@ -22,12 +22,14 @@ def read_rows(path: Path, problems: list[RecipeError] | None = None) -> list[Any
     """
     if path.suffix.lower() == ".jsonl":
         lines = enumerate(read_text(path).split("\n"), start=1)
-        return sift(lambda item: _line(path, *item), [(n, line) for n, line in lines if line.strip()], problems)
+        return collect_errors(
+            lambda item: _line(path, *item), [(n, line) for n, line in lines if line.strip()], problems
+        )
     text = read_text(path)
     rows = _parsed(path, text, list)
     if not may_hold_constants(text):
         return rows
-    return sift(lambda item: _finite(*item, path), enumerate(rows), problems)
+    return collect_errors(lambda item: _finite(*item, path), enumerate(rows), problems)
 
 
 def read_json(path: Path, kind: type) -> Any:

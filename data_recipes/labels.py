@@ -24,7 +24,7 @@ Read = Callable[["Recipe", str], Records]
 TRAIN = "train"
 
 
-def with_classes(recipe: Recipe, split: str, records: Records, read: Read) -> Recipe:
+def resolve_classes(recipe: Recipe, split: str, records: Records, read: Read) -> Recipe:
     """The recipe with the source's class names where it says `classes: from-source`.
 
     A task has one list of classes, whatever split is looked at: that of its training data, and of its first
@@ -107,20 +107,32 @@ def _warn_of_doubt(recipe: Recipe, index: dict[str, int], labels: Sequence[Any],
             "%s has labels that are numbers, and the classes of recipe '%s' are numbers too: the label %d is "
             "read as the position of the class '%s' (counted from 0), not as the name '%d' (%d such labels); "
             "if names are meant, store them as text, or map them under 'class_names'",
-            where, recipe.name, doubtful[0], recipe.classes[doubtful[0]], doubtful[0], len(doubtful),
+            where,
+            recipe.name,
+            doubtful[0],
+            recipe.classes[doubtful[0]],
+            doubtful[0],
+            len(doubtful),
         )
 
 
 def warn_of_names(recipe: Recipe, numbers: set[int], where: str) -> None:
     """Tell of numbers in JSON that are read as names, as text is, and could be positions of other classes."""
     classes = recipe.classes or []
-    doubtful = [n for n in sorted(numbers) if str(n) in classes and 0 <= n < len(classes) and classes[n] != str(n)]
+    doubtful = [
+        n for n in sorted(numbers) if str(n) in classes and 0 <= n < len(classes) and classes[n] != str(n)
+    ]
     if doubtful:
         log.warning(
             "%s has labels that are numbers, and the classes of recipe '%s' are numbers too: the label %d is "
             "read as the name '%d', not as the position of the class '%s' (counted from 0; %d such labels); "
             "if positions are meant, write the names, or map them under 'class_names'",
-            where, recipe.name, doubtful[0], doubtful[0], classes[doubtful[0]], len(doubtful),
+            where,
+            recipe.name,
+            doubtful[0],
+            doubtful[0],
+            classes[doubtful[0]],
+            len(doubtful),
         )
 
 
@@ -151,4 +163,6 @@ def _is_whole(label: Any) -> bool:
 
 def folded(name: str) -> str:
     """A class name without what prompts, tokenizers and metrics don't look at, and without what nobody sees."""
-    return " ".join(unicodedata.normalize("NFC", INVISIBLE.sub("", name).replace("_", " ").casefold()).split())
+    return " ".join(
+        unicodedata.normalize("NFC", INVISIBLE.sub("", name).replace("_", " ").casefold()).split()
+    )

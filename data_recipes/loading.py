@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .asking import asked
 from .errors import RecipeError, nearest
 from .images import RenderedImages
+from .prompts import format_question
 from .rendered import label_of
 from .rendered_scenes import SCENES, compose
 from .task_data import Row, TaskData
@@ -20,8 +20,16 @@ log = logging.getLogger(__name__)
 ON_BAD_IMAGE = ("refuse", "drop")
 
 
-def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_image: str) -> TaskData:
-    """Read and check one split; see `Recipe.load`.
+def load_split(
+    recipe: Recipe, split: str, data_root: str | Path | None = None, on_bad_image: str = "refuse"
+) -> TaskData:
+    """Read one split, checking every record and decoding every image once.
+
+    Args:
+        recipe: the task.
+        split: one of its `splits`, for example `train`.
+        data_root: folder under which the source's `path` lies; not needed for rendered tasks.
+        on_bad_image: `refuse`, or `drop` to leave unreadable images out and list them in `TaskData.dropped`.
 
     Raises:
         RecipeError: something about the data is not as the recipe says; the sentence names it.
@@ -32,7 +40,9 @@ def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_i
     if recipe.source["format"] == "rendered":
         data = _load_rendered(recipe, split)
     else:
-        from .file_loading import load_files  # over a second to import, for datasets, which rendered tasks don't need
+        from .file_loading import (
+            load_files,  # over a second to import, for datasets, which rendered tasks don't need
+        )
 
         data = load_files(recipe, split, data_root, on_bad_image)
     for note in filter(None, (data.left_out_note, data.marker_note)):
@@ -49,10 +59,17 @@ def load_task(recipe: Recipe, split: str, data_root: str | Path | None, on_bad_i
     return data
 
 
-def inspect_task(
-    recipe: Recipe, split: str, data_root: str | Path | None
+def inspect_split(
+    recipe: Recipe, split: str, data_root: str | Path | None = None
 ) -> tuple[TaskData | None, list[RecipeError]]:
-    """Everything that is wrong with one split, not only the first of it; see `Recipe.inspect`."""
+    """Read one split as `load_split` does, and collect everything that is wrong with it.
+
+    Args:
+        recipe, split, data_root: see `load_split`.
+
+    Returns:
+        The examples that can be used, None if there is nothing to read; and every mistake.
+    """
     problems: list[RecipeError] = []
     try:
         _refuse_split(recipe, split)
@@ -76,7 +93,13 @@ def _load_rendered(recipe: Recipe, split: str) -> TaskData:
     if task in SCENES:
         scenes = [compose(task, stream, i) for i in range(len(images.ids))]
         rows = [
-            Row(name, asked(recipe, split, scene.question, scene.answers, 1, name), scene.answers, None, (i,))
+            Row(
+                name,
+                format_question(recipe, split, scene.question, scene.answers, 1, name),
+                scene.answers,
+                None,
+                (i,),
+            )
             for i, (name, scene) in enumerate(zip(images.ids, scenes, strict=True))
         ]
     else:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import RecipeError, sift
+from .errors import RecipeError, collect_errors
 from .file_bytes import read_file
-from .places import data_root_of, inside, pictures_folder, set_folder, split_file, told
+from .paths import data_root_of, describe_error, inside, pictures_folder, set_folder, split_file
 from .records import Records, classified, picture_files
 
 if TYPE_CHECKING:
@@ -32,10 +32,15 @@ def read_flowers(
 
     def numbered(number: Any) -> tuple[Path, int]:
         if not isinstance(number, int) or not 1 <= number <= len(labels):
-            raise RecipeError(f"setid.mat names the image {number!r}, and imagelabels.mat has labels of {len(labels)}", "use the files of one release")
-        return inside(images, f"image_{number:05d}.jpg", "setid.mat", root), _from_one(labels[number - 1], "imagelabels.mat")
+            raise RecipeError(
+                f"setid.mat names the image {number!r}, and imagelabels.mat has labels of {len(labels)}",
+                "use the files of one release",
+            )
+        return inside(images, f"image_{number:05d}.jpg", "setid.mat", root), _from_one(
+            labels[number - 1], "imagelabels.mat"
+        )
 
-    found = sift(numbered, numbers, problems)
+    found = collect_errors(numbered, numbers, problems)
     return _records(found, label_names=None)
 
 
@@ -53,10 +58,13 @@ def read_cars(
 
     def annotated(note: Any) -> tuple[Path, int]:
         if not isinstance(note, dict) or not isinstance(note.get("fname"), str) or "class" not in note:
-            raise RecipeError(f"{path.name} has an annotation without 'fname' and 'class'", "use the file that has the labels")
+            raise RecipeError(
+                f"{path.name} has an annotation without 'fname' and 'class'",
+                "use the file that has the labels",
+            )
         return inside(images, note["fname"], path.name, root), _from_one(note["class"], path.name)
 
-    found = sift(annotated, _variable(path, "annotations").tolist(), problems)
+    found = collect_errors(annotated, _variable(path, "annotations").tolist(), problems)
     return _records(found, label_names=[str(name) for name in names])
 
 
@@ -69,25 +77,44 @@ def _variable(path: Path, name: str) -> np.ndarray:
     from scipy.io import loadmat  # Slow to import, and only these two sets need it.
 
     try:
-        content = loadmat(io.BytesIO(read_file(path)), variable_names=[name], simplify_cells=True, appendmat=False)
+        content = loadmat(
+            io.BytesIO(read_file(path)), variable_names=[name], simplify_cells=True, appendmat=False
+        )
     except FileNotFoundError as error:
         raise RecipeError(f"there is no '{path}'", "put the file there") from error
     # scipy raises many kinds of error on broken bytes.
     except Exception as error:
-        raise RecipeError(f"{path} cannot be read as a MATLAB file ({told(error)})", "replace it by the official file") from error
+        raise RecipeError(
+            f"{path} cannot be read as a MATLAB file ({describe_error(error)})",
+            "replace it by the official file",
+        ) from error
     if name not in content:
-        raise RecipeError(f"{path} has no variable '{name}'", "replace it by the official file, or correct 'splits' in the recipe")
+        raise RecipeError(
+            f"{path} has no variable '{name}'",
+            "replace it by the official file, or correct 'splits' in the recipe",
+        )
     value = content[name]
     # numpy would make columns of a list of dicts' keys
-    return np.array([value] if isinstance(value, dict) else value, dtype=object if isinstance(value, (dict, list)) else None, ndmin=1).ravel()
+    return np.array(
+        [value] if isinstance(value, dict) else value,
+        dtype=object if isinstance(value, (dict, list)) else None,
+        ndmin=1,
+    ).ravel()
 
 
 def _from_one(label: Any, where: str) -> int:
     """MATLAB counts from one."""
     if not isinstance(label, (int, np.integer)) or label < 1:
-        raise RecipeError(f"{where} has the class {label!r}, and classes count from 1", "replace it by the official file")
+        raise RecipeError(
+            f"{where} has the class {label!r}, and classes count from 1", "replace it by the official file"
+        )
     return int(label) - 1
 
 
 def _records(found: list[tuple[Path, int]], label_names: list[str] | None) -> Records:
-    return classified([path.name for path, _ in found], picture_files([[path] for path, _ in found]), [label for _, label in found], label_names)
+    return classified(
+        [path.name for path, _ in found],
+        picture_files([[path] for path, _ in found]),
+        [label for _, label in found],
+        label_names,
+    )

@@ -11,9 +11,30 @@ IMAGES = ("image", "images")
 #: Media that no model here is shown: a record that has some would be learned from its text alone.
 UNREAD = ("video", "videos", "audio", "audios", "video_path", "video_url", "audio_path", "audio_url")
 #: Where other tools' records name a picture; one that only stands there would be passed over.
-ELSEWHERE = ("image_path", "image_paths", "image_file", "image_url", "image_urls", "img", "img_path", "picture", "pictures")
+ELSEWHERE = (
+    "image_path",
+    "image_paths",
+    "image_file",
+    "image_url",
+    "image_urls",
+    "img",
+    "img_path",
+    "picture",
+    "pictures",
+)
 #: Where a message or one of its parts may hold a picture itself.
-_INNER = (*IMAGES, *UNREAD, "path", "url", "base64", "image_url", "video_url", "input_audio", "tool_calls", "reasoning_content")
+_INNER = (
+    *IMAGES,
+    *UNREAD,
+    "path",
+    "url",
+    "base64",
+    "image_url",
+    "video_url",
+    "input_audio",
+    "tool_calls",
+    "reasoning_content",
+)
 #: What other tools put before a conversation, and no model here is given.
 _BEFORE = ("system", "tools")
 

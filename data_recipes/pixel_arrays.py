@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import RecipeError
 from .file_bytes import read_file
-from .places import data_root_of, inside, set_folder, split_file, split_files, told
+from .paths import data_root_of, describe_error, inside, set_folder, split_file, split_files
 from .records import Records, classified, picture_bytes
 
 if TYPE_CHECKING:
@@ -32,14 +32,21 @@ def read_cifar(
         RecipeError: a file is missing, holds something else, or would have code run.
     """
     path = split_file(recipe, split, data_root)
-    meta = inside(set_folder(recipe, data_root), "meta", f"recipe '{recipe.name}'", data_root_of(recipe, data_root))
+    meta = inside(
+        set_folder(recipe, data_root), "meta", f"recipe '{recipe.name}'", data_root_of(recipe, data_root)
+    )
     batch, names = unpickle(path), unpickle(meta).get("fine_label_names")
     pixels, labels = batch.get("data"), batch.get("fine_labels")
     if not isinstance(pixels, _Array) or not isinstance(labels, list) or not isinstance(names, list):
-        raise RecipeError(f"{path} or {meta.name} beside it is none of CIFAR-100's files", "put the extracted archive there")
+        raise RecipeError(
+            f"{path} or {meta.name} beside it is none of CIFAR-100's files", "put the extracted archive there"
+        )
     values = pixels.values(path)
     if values.shape != (len(labels), 3 * 32 * 32):
-        raise RecipeError(f"{path} holds {len(labels)} labels and pixels of the shape {values.shape}", "put the extracted archive there")
+        raise RecipeError(
+            f"{path} holds {len(labels)} labels and pixels of the shape {values.shape}",
+            "put the extracted archive there",
+        )
     # Stored channel by channel.
     pictures = values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return _records(split, pictures, labels, names)
@@ -57,11 +64,15 @@ def read_idx(
     """
     files = split_files(recipe, split, data_root)
     if len(files) != 2:
-        raise RecipeError(f"recipe '{recipe.name}' names {len(files)} files as its {split} split", "list two, the images' and the labels'")
+        raise RecipeError(
+            f"recipe '{recipe.name}' names {len(files)} files as its {split} split",
+            "list two, the images' and the labels'",
+        )
     pictures, labels = _idx(files[0], dimensions=3), _idx(files[1], dimensions=1)
     if len(pictures) != len(labels):
         raise RecipeError(
-            f"{files[0].name} holds {len(pictures)} pictures and {files[1].name} {len(labels)} labels", "use the two files of one release"
+            f"{files[0].name} holds {len(pictures)} pictures and {files[1].name} {len(labels)} labels",
+            "use the two files of one release",
         )
     return _records(split, pictures, labels.tolist(), label_names=None)
 
@@ -82,13 +93,18 @@ def unpickle(path: Path) -> dict[str, Any]:
         raise RecipeError(f"there is no '{path}'", "put the extracted archive there") from error
     except _Refused as error:
         raise RecipeError(
-            f"{path} is a pickle that would call {error}, and nothing in a data set has to be run", "replace it by the official file"
+            f"{path} is a pickle that would call {error}, and nothing in a data set has to be run",
+            "replace it by the official file",
         ) from error
     # On broken bytes pickle raises nearly every kind of error.
     except Exception as error:
-        raise RecipeError(f"{path} cannot be read as a pickle ({told(error)})", "replace it by the official file") from error
+        raise RecipeError(
+            f"{path} cannot be read as a pickle ({describe_error(error)})", "replace it by the official file"
+        ) from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} holds a {type(content).__name__}, not a dict", "replace it by the official file")
+        raise RecipeError(
+            f"{path} holds a {type(content).__name__}, not a dict", "replace it by the official file"
+        )
     return content
 
 
@@ -119,7 +135,10 @@ class _Array:
                 raise ValueError("no bytes, row by row")
             return np.frombuffer(data, np.uint8).reshape(shape)
         except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-            raise RecipeError(f"{path} holds an array that is none of CIFAR's ({told(error)})", "replace it by the official file") from error
+            raise RecipeError(
+                f"{path} holds an array that is none of CIFAR's ({describe_error(error)})",
+                "replace it by the official file",
+            ) from error
 
 
 def _encoded(text: str, encoding: str) -> bytes:
@@ -157,8 +176,14 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
 
-def _records(split: str, pictures: Iterable[np.ndarray], labels: list[int], label_names: list[str] | None) -> Records:
+def _records(
+    split: str, pictures: Iterable[np.ndarray], labels: list[int], label_names: list[str] | None
+) -> Records:
     """Records of pictures (height, width) or (height, width, 3), numbered."""
     # A netpbm file is its pixels behind a line of text, so that nothing is lost and no time either.
-    encoded = (b"P%d %d %d 255\n" % (5 if p.ndim == 2 else 6, p.shape[1], p.shape[0]) + p.tobytes() for p in pictures)
-    return classified([f"{split}-{i}" for i in range(len(labels))], picture_bytes(encoded), labels, label_names)
+    encoded = (
+        b"P%d %d %d 255\n" % (5 if p.ndim == 2 else 6, p.shape[1], p.shape[0]) + p.tobytes() for p in pictures
+    )
+    return classified(
+        [f"{split}-{i}" for i in range(len(labels))], picture_bytes(encoded), labels, label_names
+    )

@@ -11,7 +11,8 @@ MARKER = "<image>"
 _AT_HEAD = re.compile(rf"^(?:\s*{MARKER})+")
 #: Mark what no model here is shown, in the spellings of many tools: `<video>`, `<|video_pad|>`, `<audio_0>`, `[AUDIO]`.
 _UNREAD = re.compile(
-    r"<\|(?P<token>video|audio)[^|<>\n]{0,20}\|>|<(?P<tag>video|audio)[ _-]?\d*>|\[(?P<word>(?-i:VIDEO|AUDIO))\]", re.IGNORECASE
+    r"<\|(?P<token>video|audio)[^|<>\n]{0,20}\|>|<(?P<tag>video|audio)[ _-]?\d*>|\[(?P<word>(?-i:VIDEO|AUDIO))\]",
+    re.IGNORECASE,
 )
 #: Mark a picture for another tool, and are words here: `<IMAGE>`, `<image_0>` and `<image 1>` (MMMU), `<|image_pad|>` and
 #: `<img>...</img>` (Qwen), `<|image_1|>` (Phi), `<start_of_image>` (Gemma), `[IMG]` (Pixtral), `<ImageHere>` (MiniGPT-4).
@@ -32,7 +33,7 @@ def place_images(text: str, images: int, what: str) -> str:
     Every other place is kept: the text that is returned holds one marker for each picture.
 
     Markers of other tools are words. They are refused where a picture is missing or its place would be lost:
-    beside none, or several pictures. Beside a single one, as MATH-Vision and MMMU have them, they are only told
+    beside none, or several pictures. Beside a single one, as MATH-Vision and MMMU have them, they are only describe_error
     (`TaskData.marker_note`).
 
     Args:
@@ -96,7 +97,9 @@ def refuse_foreign(text: str, what: str) -> None:
     """
     refuse_unread(text, what)
     if marker := foreign_marker(text):
-        raise RecipeError(f"{what} has {marker}, which marks an image for other tools only", f"write {MARKER}, or remove it")
+        raise RecipeError(
+            f"{what} has {marker}, which marks an image for other tools only", f"write {MARKER}, or remove it"
+        )
 
 
 def foreign_marker(text: str) -> str | None:

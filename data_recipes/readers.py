@@ -80,7 +80,7 @@ class Reader:
             recipe: whose source this is; `recipe.splits[split]` names the file, folder or split of the source.
             split: one of `recipe.splits`.
             data_root: the folder under which `path` lies; see `places.set_folder`.
-            problems: collects what is wrong with single records, which are left out (see `errors.sift`); None raises.
+            problems: collects what is wrong with single records, which are left out (see `errors.collect_errors`); None raises.
 
         Raises:
             RecipeError: a file is missing or malformed, or (without `problems`) a record is.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError, nearest
-from .loading import inspect_task, load_task
 from .placeholders import place_images
 from .readers import KINDS, READERS
 from .recipe_rules import FROM_SOURCE, KEYS, REQUIRED, check_recipe
@@ -17,7 +16,6 @@ from .registry import Registry
 from .rendered import RENDERED
 from .rendered_scenes import SCENES
 from .strict_yaml import check_keys, dump_yaml, list_shipped, read_mapping, resolve
-from .task_data import TaskData
 
 RECIPES = Path(__file__).parent / "recipes"
 #: How a metric from elsewhere is named; the metrics themselves are `llava_keeplora_eval`'s.
@@ -29,7 +27,16 @@ METRIC_NAMES = Registry("metric", "llava_keeplora.metrics", {})
 ASKS = "What is shown in the image?\nAnswer the question using a single word or phrase."
 
 # Nor must test prompts, which a task is only read with where that is asked for, and then kept with what they were asked for.
-NOT_IDENTITY = ("licence", "homepage", "citation", "description", "seen_by", "folder", "expected_sizes", "test_prompts")
+NOT_IDENTITY = (
+    "licence",
+    "homepage",
+    "citation",
+    "description",
+    "seen_by",
+    "folder",
+    "expected_sizes",
+    "test_prompts",
+)
 
 
 @dataclass(frozen=True)
@@ -105,13 +112,13 @@ class Recipe:
         if self.classes is None:
             raise RecipeError(
                 f"the classes of '{self.name}' are read from its data, which is not loaded yet",
-                "load a split and use the recipe that comes with it: recipe.load('train', data_root).recipe",
+                "load a split and use the recipe that comes with it: load_split(recipe, 'train', data_root).recipe",
             )
         # replace, not format: a class or a prompt may hold other braces
         return [template.replace("{c}", c.replace("_", " ")) for c in self.classes]
 
     @property
-    def asks(self) -> str:
+    def vlm_prompt(self) -> str:
         """The question that a generative model is asked on every example of a classification task.
 
         Raises:
@@ -122,7 +129,11 @@ class Recipe:
                 f"recipe '{self.name}' is {self.kind}, where every example has its own question",
                 "read 'question' of the example",
             )
-        return ASKS if self.instruction is None else place_images(self.instruction, 1, f"the instruction of '{self.name}'")
+        return (
+            ASKS
+            if self.instruction is None
+            else place_images(self.instruction, 1, f"the instruction of '{self.name}'")
+        )
 
     @property
     def metric_name(self) -> str:
@@ -145,33 +156,6 @@ class Recipe:
         facts["source"] = {k: v for k, v in self.source.items() if k != "path"} | {"format": self.format_name}
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def load(self, split: str, data_root: str | Path | None = None, on_bad_image: str = "refuse") -> TaskData:
-        """Read one split, checking every record and decoding every image once.
-
-        Args:
-            split: one of `splits`, for example `train`.
-            data_root: folder under which the source's `path` lies; not needed for rendered tasks.
-            on_bad_image: `refuse`, or `drop` to leave unreadable images out and list them in
-                `TaskData.dropped`.
-
-        Raises:
-            RecipeError: something about the data is not as the recipe says; the sentence names it.
-        """
-        return load_task(self, split, data_root, on_bad_image)
-
-    def inspect(
-        self, split: str, data_root: str | Path | None = None
-    ) -> tuple[TaskData | None, list[RecipeError]]:
-        """Read one split like `load`, and tell everything that is wrong with it.
-
-        Args:
-            split, data_root: see `load`.
-
-        Returns:
-            The examples that can be used, None if there is nothing to read; and every mistake found.
-        """
-        return inspect_task(self, split, data_root)
 
 
 def list_recipes() -> list[str]:
@@ -221,7 +205,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if "metric" in facts:
         facts["metric"] = METRIC_NAMES.localize(facts["metric"], path.parent)
     if isinstance(facts.get("source", {}).get("format"), str):
-        facts["source"] = facts["source"] | {"format": READERS.localize(facts["source"]["format"], path.parent)}
+        facts["source"] = facts["source"] | {
+            "format": READERS.localize(facts["source"]["format"], path.parent)
+        }
     parent = facts.pop("extends", None)
     if parent is None:
         return facts
@@ -260,7 +246,11 @@ def _with_rendered(facts: dict[str, Any], path: Path) -> dict[str, Any]:
                 f"{path.name} names the split '{stream}', which '{task}' does not have",
                 nearest(str(stream), spec.sizes),
             )
-    drawn = {"version": spec.version, "splits": {s: s for s in spec.sizes}, "expected_sizes": dict(spec.sizes)}
+    drawn = {
+        "version": spec.version,
+        "splits": {s: s for s in spec.sizes},
+        "expected_sizes": dict(spec.sizes),
+    }
     if kind == "classification":
         drawn |= {"prompt": spec.prompt, "classes": list(spec.classes)}
     elif kind == "captioning":

@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .asking import OTHER
 from .errors import RecipeError, nearest
 from .labels import check_distinct
 from .placeholders import MARKER, place_images, refuse_foreign
+from .prompts import OTHER
 from .readers import KINDS, check_source
 from .texts import is_blank
 
@@ -60,7 +60,10 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
             "use letters, digits, '.', '_', '-', and '/' between parts",
         )
     if len(facts["name"]) > MAX_NAME:
-        raise RecipeError(f"{where} has a name of {len(facts['name'])} characters, and folders are named after it", f"use {MAX_NAME} at most")
+        raise RecipeError(
+            f"{where} has a name of {len(facts['name'])} characters, and folders are named after it",
+            f"use {MAX_NAME} at most",
+        )
     if facts["kind"] not in KINDS:
         raise RecipeError(f"{where} has the kind '{facts['kind']}'", nearest(facts["kind"], KINDS))
     check_source(facts["source"], facts["kind"], path)
@@ -71,7 +74,8 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
             raise RecipeError(f"{where} has {name!r} under 'seen_by'", "write model names as text")
     if facts["kind"] != "vqa" and "test_prompt" in facts:
         raise RecipeError(
-            f"{where} has 'test_prompt', which a {facts['kind']} recipe does not use", f"remove it from {path}"
+            f"{where} has 'test_prompt', which a {facts['kind']} recipe does not use",
+            f"remove it from {path}",
         )
     if facts["kind"] == "classification":
         _check_classes(facts, path)
@@ -112,9 +116,13 @@ def _check_splits(splits: dict[str, Any], source: dict[str, Any], path: Path) ->
 def _check_background(facts: dict[str, Any], path: Path) -> None:
     colour = facts.get("background", "#ffffff")
     if not COLOUR.fullmatch(colour):
-        raise RecipeError(f"{path.name} has the background '{colour}'", "write a colour as '#rrggbb', '#ffffff' for white")
+        raise RecipeError(
+            f"{path.name} has the background '{colour}'", "write a colour as '#rrggbb', '#ffffff' for white"
+        )
     if "background" in facts and facts["source"]["format"] == "rendered":
-        raise RecipeError(f"{path.name} has 'background', which a rendered task does not use", f"remove it from {path}")
+        raise RecipeError(
+            f"{path.name} has 'background', which a rendered task does not use", f"remove it from {path}"
+        )
 
 
 def _check_prompts(facts: dict[str, Any], path: Path) -> None:
@@ -131,7 +139,10 @@ def _check_prompts(facts: dict[str, Any], path: Path) -> None:
                 f"{path.name} has the answer {answer!r} under 'test_prompt', which YAML does not read as text",
                 "put quotes around it",
             )
-    for key, prompt in (("prompt", facts.get("prompt", "{q}")), *(("test_prompt", p) for p in by_answer.values())):
+    for key, prompt in (
+        ("prompt", facts.get("prompt", "{q}")),
+        *(("test_prompt", p) for p in by_answer.values()),
+    ):
         if not isinstance(prompt, str) or "{q}" not in prompt:
             raise RecipeError(
                 f"{path.name} has the {key} '{prompt}', which has no place for the question",
@@ -161,11 +172,15 @@ def _check_classes(facts: dict[str, Any], path: Path) -> None:
         refuse_foreign(prompt, f"the prompt of {where}")
         if MARKER in prompt:
             raise RecipeError(
-                f"{where} marks an image in its prompt, which is a caption for a class", f"remove {MARKER} there"
+                f"{where} marks an image in its prompt, which is a caption for a class",
+                f"remove {MARKER} there",
             )
     repeated = [prompt for prompt in templates if templates.count(prompt) > 1]
     if repeated:
-        raise RecipeError(f"{where} lists the test prompt '{repeated[0]}' twice, which would count double", "remove one of them")
+        raise RecipeError(
+            f"{where} lists the test prompt '{repeated[0]}' twice, which would count double",
+            "remove one of them",
+        )
     classes = facts["classes"]
     if classes == FROM_SOURCE:
         return

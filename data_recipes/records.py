@@ -73,10 +73,16 @@ def picture_bytes(encoded: Iterable[bytes]) -> Pictures:
 
 
 def classified(
-    ids: list[str], pictures: Pictures, labels: list[Any], label_names: list[str] | None, left_out: dict[str, list[str]] | None = None
+    ids: list[str],
+    pictures: Pictures,
+    labels: list[Any],
+    label_names: list[str] | None,
+    left_out: dict[str, list[str]] | None = None,
 ) -> Records:
     """The records of a classification task; see `Records`."""
-    return Records(ids, pictures, labels, label_names, [None] * len(ids), [[]] * len(ids), left_out=left_out or {})
+    return Records(
+        ids, pictures, labels, label_names, [None] * len(ids), [[]] * len(ids), left_out=left_out or {}
+    )
 
 
 def _pictures(cells: list[dict[str, Any]], shown: list[tuple[int, ...]]) -> Pictures:

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from .coco import captions_by_image
-from .errors import RecipeError, refuse, sift
+from .errors import RecipeError, collect_errors, report_error
 from .json_files import read_json
-from .places import data_root_of, inside, set_folder
+from .paths import data_root_of, inside, set_folder
 from .texts import answer_texts, identifier
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _by_position(
 ) -> dict[int, list[str]]:
     captions = {str(i): texts for i, texts in captions_by_image(content, path, problems).items()}
     if len(captions) > len(rows):
-        refuse(
+        report_error(
             RecipeError(
                 f"{path.name} holds captions of {len(captions)} images and there are {len(rows)} questions",
                 "use the two files of one release",
@@ -128,9 +128,5 @@ def _by_question(
                 "keep one of them",
             )
 
-    sift(note, enumerate(notes), problems)
-    return {
-        index: answers.get(_question(row), [])
-        for index, row in enumerate(rows)
-        if isinstance(row, dict)
-    }
+    collect_errors(note, enumerate(notes), problems)
+    return {index: answers.get(_question(row), []) for index, row in enumerate(rows) if isinstance(row, dict)}

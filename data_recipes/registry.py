@@ -58,7 +58,11 @@ class Registry(MutableMapping[str, Any]):
     """
 
     def __init__(
-        self, kind: str, group: str, builtin: Mapping[str, str], check: Callable[[Any], str | None] = lambda value: None
+        self,
+        kind: str,
+        group: str,
+        builtin: Mapping[str, str],
+        check: Callable[[Any], str | None] = lambda value: None,
     ):
         self.kind, self.group, self._check = kind, group, check
         self._builtin: dict[str, Any] = dict(builtin)
@@ -118,7 +122,11 @@ class Registry(MutableMapping[str, Any]):
         path = next((path for path in files if path.is_file()), None)
         if path is not None:
             return f"{path.absolute()}{SEPARATOR}{attribute}"
-        return name if importlib.util.find_spec(place.partition(".")[0]) is None else f"{place}{SEPARATOR}{attribute}"
+        return (
+            name
+            if importlib.util.find_spec(place.partition(".")[0]) is None
+            else f"{place}{SEPARATOR}{attribute}"
+        )
 
     def portable_name(self, name: str) -> str:
         """Return a name without a path of this machine: of a file its module's, `module:Object`; any other as it is."""
@@ -143,7 +151,9 @@ class Registry(MutableMapping[str, Any]):
         root = _import_root(path)
         package = root / path.relative_to(root).parts[0]
         files = [path] if package == path else sorted(package.rglob("*.py"))
-        return {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        return {
+            file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+        }
 
     def source_hash(self, name: str) -> str | None:
         """Return one SHA-256 of all of a plug-in's sources, see `source_files`; None for a built-in object.
@@ -182,9 +192,13 @@ class Registry(MutableMapping[str, Any]):
                 value = getattr(value, part)
         except AttributeError:
             names = [own for own in vars(value) if not own.startswith("_")]
-            raise PluginError(f"the {self.kind} '{name}' is not in {place}", nearest(attribute, names)) from None
+            raise PluginError(
+                f"the {self.kind} '{name}' is not in {place}", nearest(attribute, names)
+            ) from None
         if reason := self._check(value):
-            raise PluginError(f"'{name}' is no {self.kind}: {reason}", "see docs/extending.md for what one looks like")
+            raise PluginError(
+                f"'{name}' is no {self.kind}: {reason}", "see docs/extending.md for what one looks like"
+            )
         return value
 
     def _import(self, name: str, place: str) -> ModuleType:
@@ -201,13 +215,18 @@ class Registry(MutableMapping[str, Any]):
             ) from error
         except (Exception, SystemExit) as error:
             raise PluginError(
-                f"the {self.kind} '{name}' cannot be imported ({type(error).__name__}: {error})", f"correct {place}"
+                f"the {self.kind} '{name}' cannot be imported ({type(error).__name__}: {error})",
+                f"correct {place}",
             ) from error
 
     def _missing(self, name: str, place: str) -> PluginError:
-        what = f"there is no file {place}" if place.endswith(".py") else f"the module '{place}' is not installed"
-        cure = "put the file back, or its folder on PYTHONPATH" if place.endswith(".py") else (
-            "install its package with pip, or put its folder on PYTHONPATH"
+        what = (
+            f"there is no file {place}" if place.endswith(".py") else f"the module '{place}' is not installed"
+        )
+        cure = (
+            "put the file back, or its folder on PYTHONPATH"
+            if place.endswith(".py")
+            else ("install its package with pip, or put its folder on PYTHONPATH")
         )
         return PluginError(f"the {self.kind} '{name}' is not installed: {what}", cure)
 

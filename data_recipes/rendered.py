@@ -58,9 +58,7 @@ class RenderedTask:
     draw: Draw | None
     templates: tuple[str, ...]
     version: int = 1
-    sizes: dict[str, int] = field(
-        default_factory=lambda: {"pretrain": 720, "train": 960, "test": 300}
-    )
+    sizes: dict[str, int] = field(default_factory=lambda: {"pretrain": 720, "train": 960, "test": 300})
 
 
 def render(task: str, split: str, index: int) -> tuple[Image.Image, int, str]:
@@ -285,29 +283,46 @@ def _relation(rng: Generator, label: int, plain: bool) -> Image.Image:
 
 RENDERED: dict[str, RenderedTask] = {
     "digits": RenderedTask(
-        [str(d) for d in range(10)], "a scan of the handwritten digit {c}.", None,
+        [str(d) for d in range(10)],
+        "a scan of the handwritten digit {c}.",
+        None,
         ("the handwritten number {c}.", "someone wrote the digit {c}."),
         sizes={split: 10 * count for split, count in DIGITS_PER_CLASS.items()},
     ),
     "shapes": RenderedTask(
-        COLOURED_SHAPES, "a picture of a {c}.", _shape,
+        COLOURED_SHAPES,
+        "a picture of a {c}.",
+        _shape,
         ("there is a {c} in the picture.", "one {c} on a plain background."),
     ),
     "textures": RenderedTask(
-        TEXTURES, "a pattern of {c}.", _texture, ("a texture with {c}.", "a surface covered with {c}."),
+        TEXTURES,
+        "a pattern of {c}.",
+        _texture,
+        ("a texture with {c}.", "a surface covered with {c}."),
     ),
     "glyphs": RenderedTask(
-        LETTERS, "a picture of the letter {c}.", _glyph, ("the capital letter {c}.", "a printed letter {c}."),
+        LETTERS,
+        "a picture of the letter {c}.",
+        _glyph,
+        ("the capital letter {c}.", "a printed letter {c}."),
     ),
     "typefaces": RenderedTask(
-        list(TYPEFACES), "words printed in {c} type.", _typeface,
+        list(TYPEFACES),
+        "words printed in {c} type.",
+        _typeface,
         ("some text in a {c} font.", "two lines of {c} letters."),
     ),
     "counting": RenderedTask(
-        COUNTS, "a picture of {c}.", _count, ("there is {c} here.", "exactly {c} on paper."),
+        COUNTS,
+        "a picture of {c}.",
+        _count,
+        ("there is {c} here.", "exactly {c} on paper."),
     ),
     "relations": RenderedTask(
-        list(RELATIONS), "the circle is {c} the square.", _relation,
+        list(RELATIONS),
+        "the circle is {c} the square.",
+        _relation,
         ("a circle {c} a square.", "a picture of a circle {c} a square."),
     ),
 }

@@ -76,7 +76,8 @@ def load_sequence(name_or_path: str | Path) -> Sequence:
     for task, reason in facts.get("not_scored", {}).items():
         if not isinstance(task, str) or not isinstance(reason, str):
             raise RecipeError(
-                f"{path.name} has no reason in text for '{task}' under 'not_scored'", "write why it cannot be scored"
+                f"{path.name} has no reason in text for '{task}' under 'not_scored'",
+                "write why it cannot be scored",
             )
     if not shipped:
         facts["tasks"] = [

@@ -24,7 +24,10 @@ MAX_INTEGER = 2**63 - 1
 SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    "float": (r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|\.[0-9]+[eE][-+]?[0-9]+)", "-+0123456789."),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|\.[0-9]+[eE][-+]?[0-9]+)",
+        "-+0123456789.",
+    ),
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "merge": (r"<<", "<"),
 }
@@ -43,7 +46,9 @@ class _StrictLoader(yaml.SafeLoader):
         """Compose a node, counting the levels above it and, with each alias written out, the values in it."""
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
-            raise _refusal(f"has the tag '{event.tag}'; only plain text, numbers, lists and mappings are read", event)
+            raise _refusal(
+                f"has the tag '{event.tag}'; only plain text, numbers, lists and mappings are read", event
+            )
         if self._depth == MAX_DEPTH:
             raise _refusal(f"nests more than {MAX_DEPTH} levels deep", event)
         self._depth += 1
@@ -86,7 +91,9 @@ class _StrictLoader(yaml.SafeLoader):
         # More digits than Python converts are more than fit.
         value = float(text) if node.tag.endswith(":float") or len(text) > 20 else int(text)
         if not math.isfinite(value) or (node.tag.endswith(":int") and abs(value) > MAX_INTEGER):
-            raise _refusal(f"holds the number {text[:20]}{'...' if len(text) > 20 else ''}, which is too large", node)
+            raise _refusal(
+                f"holds the number {text[:20]}{'...' if len(text) > 20 else ''}, which is too large", node
+            )
         return int(text) if node.tag.endswith(":int") else value
 
 
@@ -95,11 +102,15 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _name, (_pattern, _first) in SCALARS.items():
-    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    _StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
 _StrictLoader.add_constructor("tag:yaml.org,2002:str", _StrictLoader.construct_text)
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_number)
 _StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_number)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{SCALARS['float'][0]})$"), list(SCALARS["float"][1]))
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"^(?:{SCALARS['float'][0]})$"), list(SCALARS["float"][1])
+)
 
 
 def _refusal(problem: str, where: Any) -> yaml.MarkedYAMLError:
@@ -116,13 +127,18 @@ def parse_yaml(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"is longer than {MAX_CHARACTERS} characters")
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506, a SafeLoader
+        return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
-        mark, context = error.problem_mark or error.context_mark, f"{error.context}, " if error.context else ""
+        mark, context = (
+            error.problem_mark or error.context_mark,
+            f"{error.context}, " if error.context else "",
+        )
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"is not valid YAML ({context}{error.problem}{place})") from None
     except yaml.reader.ReaderError as error:
-        raise ValueError(f"is not valid YAML (has the character {error.character:#04x} at position {error.position})") from None
+        raise ValueError(
+            f"is not valid YAML (has the character {error.character:#04x} at position {error.position})"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         # PyYAML converts the escape \U00110000, which is no character, without a look.
         raise ValueError(f"is not valid YAML ({' '.join(str(error).split())})") from None

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow.compute
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .errors import RecipeError, nearest, sift
+from .conversation_turn import Turn, from_messages
+from .errors import RecipeError, collect_errors, nearest
 from .media import UNREAD, is_empty, refuse_unread_media
+from .paths import data_root_of, describe_error, inside, own_path, set_folder, within
 from .placeholders import place_images
-from .places import data_root_of, inside, own_path, set_folder, told, within
 from .records import Pictures, Records, picture_files
 from .texts import answer_texts, described, identifier, only_answer
-from .turns import Turn, from_messages
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -50,7 +50,9 @@ def read_parquet(
             )
         for file in found:
             if not file.is_file():
-                raise RecipeError(f"{what} names '{file}', which is no file", "correct 'splits' in the recipe")
+                raise RecipeError(
+                    f"{what} names '{file}', which is no file", "correct 'splits' in the recipe"
+                )
         files += found
     try:
         with _quiet():
@@ -61,7 +63,7 @@ def read_parquet(
     except Exception as error:  # datasets wraps whatever pyarrow raises
         cause = error.__cause__ or error
         raise RecipeError(
-            f"the {split} split of '{recipe.name}' cannot be read as parquet ({told(cause)})",
+            f"the {split} split of '{recipe.name}' cannot be read as parquet ({describe_error(cause)})",
             f"replace {', '.join(f.name for f in files[:3])}",
         ) from error
     return _from_table(recipe, split, table, folder, (root,), problems)
@@ -88,10 +90,10 @@ def read_hub(
                 split=recipe.splits[split],
                 revision=recipe.source.get("revision"),
             )
-    except Exception as error:  # the Hub client and datasets raise a dozen kinds; the first is told
+    except Exception as error:  # the Hub client and datasets raise a dozen kinds; the first is describe_error
         raise RecipeError(
             f"Hub dataset '{target}' of recipe '{recipe.name}' cannot be loaded with the split "
-            f"'{recipe.splits[split]}' ({told(error)})",
+            f"'{recipe.splits[split]}' ({describe_error(error)})",
             "check the id, the split's name and the network, or use parquet files with 'format: parquet'",
         ) from error
     if local.is_dir():
@@ -101,7 +103,12 @@ def read_hub(
 
 
 def _from_table(
-    recipe: Recipe, split: str, table: datasets.Dataset, folder: Path | None, roots: tuple[Path, ...], problems: list[RecipeError] | None
+    recipe: Recipe,
+    split: str,
+    table: datasets.Dataset,
+    folder: Path | None,
+    roots: tuple[Path, ...],
+    problems: list[RecipeError] | None,
 ) -> Records:
     """Records from a table's columns, by the names in `source.columns`.
 
@@ -135,7 +142,7 @@ def _from_table(
         turn = Turn(place_images(turn.question, len(shown), what), turn.answers)
         return name, turn, only_answer(turn.answers, what) if classify else None, shown
 
-    found = sift(record, range(count), problems)
+    found = collect_errors(record, range(count), problems)
     feature = table.features[columns["label"]] if classify and not chats else None
     return Records(
         ids=[name for name, _, _, _ in found],
@@ -167,7 +174,7 @@ def _values(table: datasets.Dataset, column: str) -> list[Any]:
         return values
     except (ValueError, pyarrow.ArrowException) as error:
         raise RecipeError(
-            f"the column '{column}' cannot be read ({told(error)})", "write the table anew"
+            f"the column '{column}' cannot be read ({describe_error(error)})", "write the table anew"
         ) from error
 
 
@@ -211,7 +218,9 @@ def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, s
         needed = ["image", "label"]
     else:
         needed = ["image", "answers"] + ["question"] * (recipe.kind == "vqa")
-    columns = {role: named.get(role, role) for role in ("id", "image", "label", "question", "answers")} | named
+    columns = {
+        role: named.get(role, role) for role in ("id", "image", "label", "question", "answers")
+    } | named
     if "image" not in named and "image" not in table.column_names and "images" in table.column_names:
         columns["image"] = "images"
     for role in sorted({*needed, *named}):
@@ -298,10 +307,12 @@ def _column_of_pictures(
         return picture_files([[inside(folder, name, what, roots[0]) for name in own] for own in names])
     undecoded = datasets.Image(decode=False)
     try:
-        images = table.select_columns([column]).cast_column(column, datasets.List(undecoded) if lists else undecoded)
+        images = table.select_columns([column]).cast_column(
+            column, datasets.List(undecoded) if lists else undecoded
+        )
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RecipeError(
-            f"the {what} holds no images ({told(error)})",
+            f"the {what} holds no images ({describe_error(error)})",
             "name the right one with 'source.columns.image' in the recipe",
         ) from error
     if column != "image":
@@ -315,7 +326,9 @@ def _refuse_paths(images: datasets.Dataset, lists: bool, what: str, roots: tuple
     cells = images.with_format("arrow")[:]["image"]
     cells = pyarrow.compute.list_flatten(cells) if lists else cells
     bare = pyarrow.compute.is_null(pyarrow.compute.struct_field(cells, "bytes"))
-    for path in pyarrow.compute.filter(pyarrow.compute.struct_field(cells, "path"), bare).drop_null().to_pylist():
+    for path in (
+        pyarrow.compute.filter(pyarrow.compute.struct_field(cells, "path"), bare).drop_null().to_pylist()
+    ):
         within(Path(path), what, *roots)
 
 

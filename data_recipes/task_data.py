@@ -70,7 +70,7 @@ class Row:
 
 
 class TaskData:
-    """One split of a task, or a part of it; made by `Recipe.load`.
+    """One split of a task, or a part of it; made by `load_split`.
 
     Attributes:
         recipe: the recipe, with its classes read from the source where it leaves them to it.
@@ -82,7 +82,13 @@ class TaskData:
     """
 
     def __init__(
-        self, recipe: Recipe, split: str, rows: list[Row], images: Images, dropped: list[str], left_out: dict[str, list[str]] | None = None
+        self,
+        recipe: Recipe,
+        split: str,
+        rows: list[Row],
+        images: Images,
+        dropped: list[str],
+        left_out: dict[str, list[str]] | None = None,
     ) -> None:
         self.recipe = recipe
         self.split = split
@@ -168,7 +174,12 @@ class TaskData:
     @cached_property
     def marker_note(self) -> str | None:
         """The examples with markers of other tools in their texts, counted; None where there are none."""
-        found = {r.id: marker for r in self._rows for text in (r.question or "", *r.answers) if (marker := foreign_marker(text))}
+        found = {
+            r.id: marker
+            for r in self._rows
+            for text in (r.question or "", *r.answers)
+            if (marker := foreign_marker(text))
+        }
         if not found:
             return None
         name, marker = next(iter(found.items()))
@@ -188,9 +199,17 @@ class TaskData:
         for r in sorted(self._rows, key=lambda r: r.id):
             hashes = [self._images.digest(p) for p in r.pictures]
             # one picture stands without a list, and meta only where there is any, as before there were others
-            fact: list[Any] = [r.id, r.label, r.question, r.answers, hashes[0] if len(hashes) == 1 else hashes]
+            fact: list[Any] = [
+                r.id,
+                r.label,
+                r.question,
+                r.answers,
+                hashes[0] if len(hashes) == 1 else hashes,
+            ]
             fact += [r.meta] if r.meta else []
-            total.update(json.dumps(fact, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+            total.update(
+                json.dumps(fact, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+            )
         return total.hexdigest()
 
     def take(self, indices: Iterable[int]) -> TaskData:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
-from .places import set_folder
+from .loading import load_split
+from .paths import set_folder
 from .readers import KINDS, READERS, Reader, check_source, read_records
 from .recipe import Recipe, load_recipe
 from .records import Records
@@ -45,7 +46,9 @@ def check_reader(recipe: Recipe | str | Path, data_root: str | Path | None = Non
         assert all(_content(records) == _content(other) for other in again), (
             f"{what} reads '{split}' otherwise twice"
         )
-        assert recipe.load(split, data_root).ids == records.ids, f"the records of {what} cannot be loaded"
+        assert load_split(recipe, split, data_root).ids == records.ids, (
+            f"the records of {what} cannot be loaded"
+        )
     if reader.has_files:
         _check_places(recipe, data_root, what)
 
@@ -108,7 +111,7 @@ def _check_places(recipe: Recipe, data_root: str | Path | None, what: str) -> No
         )
         for path in [path for path in elsewhere.rglob("*") if path.is_file()]:
             path.unlink()
-        _check_refused(f"a folder without its files, for {what}", lambda: moved.load(split, folder))
+        _check_refused(f"a folder without its files, for {what}", lambda: load_split(moved, split, folder))
         shutil.rmtree(elsewhere)
         _check_refused(f"a folder that is not there, for {what}", lambda: read_records(moved, split, folder))
 

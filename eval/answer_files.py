@@ -106,7 +106,9 @@ def _parse(where: str, text: str) -> Any:
         return parse_json(text)
     except ValueError as error:
         if '":' in text or text.lstrip()[:1] in ("{", "["):
-            cure = "correct it, or if `predict` was stopped while it wrote the file, run the same command again"
+            cure = (
+                "correct it, or if `predict` was stopped while it wrote the file, run the same command again"
+            )
         else:
             cure = "write JSON or lines of JSON, one record with 'id' and 'text' for every example; tables (CSV) are not read"
         raise EvalError(f"{where} {error}", cure) from None

@@ -43,7 +43,9 @@ def tokenize(texts: Sequence[str]) -> tuple[list[str], str]:
     return result, "stanford"
 
 
-def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]], with_meteor: bool = False) -> dict:
+def caption_scores(
+    captions: Sequence[str], references: Sequence[Sequence[str]], with_meteor: bool = False
+) -> dict:
     """All scores of a set of captions; an empty caption scores 0 and stays in every mean.
 
     Args:
@@ -136,7 +138,9 @@ def require(with_meteor: bool = False) -> None:
     try:
         import pycocoevalcap  # noqa: F401
     except ImportError:
-        raise EvalError("captions are scored by pycocoevalcap, which is not installed", "pip install pycocoevalcap") from None
+        raise EvalError(
+            "captions are scored by pycocoevalcap, which is not installed", "pip install pycocoevalcap"
+        ) from None
     if with_meteor and java.find_jar(java.METEOR) is None:
         raise EvalError(
             "METEOR is a Java program, and no 'java' is on the PATH",

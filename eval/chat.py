@@ -48,7 +48,10 @@ def render(processor, question: str, n_images: int) -> str:
     template = processor.chat_template or VICUNA_V1.replace("<image>", processor.image_token)
     try:
         return processor.apply_chat_template(
-            [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": content}],
+            chat_template=template,
+            add_generation_prompt=True,
+            tokenize=False,
         )
     except Exception as error:  # A template is a program: it may fail in any way.
         raise EvalError(
@@ -57,12 +60,12 @@ def render(processor, question: str, n_images: int) -> str:
         ) from error
 
 
-def asked(recipe: Recipe, question: str | None) -> str:
+def question_text(recipe: Recipe, question: str | None) -> str:
     """What a generative model is asked: the example's question, or the recipe's own where there is none."""
-    return recipe.asks if question is None else question
+    return recipe.vlm_prompt if question is None else question
 
 
-def learned(recipe: Recipe, answers: Sequence[str]) -> list[str]:
+def training_answers(recipe: Recipe, answers: Sequence[str]) -> list[str]:
     """The answers of an example that are trained on: every caption, otherwise the one that is given most often."""
     if recipe.kind == "captioning":
         return list(answers)
@@ -93,7 +96,11 @@ class Chat:
         self.tokenizer = processor.tokenizer
         self.image_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         self._special = _special_tokens(processor)
-        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        self.pad_id = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
 
     def prompt(self, question: str, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Token ids of a question, with as many placeholders per image as the model has features for it.
@@ -108,7 +115,9 @@ class Chat:
         self._refuse_special(question)
         return self._expand(self._tokenise(render(self.processor, question, len(sizes))), sizes)
 
-    def turn(self, question: str, sizes: Sequence[tuple[int, int]], answer: str) -> tuple[list[int], list[int]]:
+    def turn(
+        self, question: str, sizes: Sequence[tuple[int, int]], answer: str
+    ) -> tuple[list[int], list[int]]:
         """Token ids of a question, and of its answer with the end-of-text token.
 
         Args:
@@ -158,11 +167,19 @@ class Chat:
             return []
         if len(sizes) > 1 and not cuts_into_tiles(self.processor, len(sizes)):
             # One more for the line break that LLaVA-OneVision puts after each image, one less without the class token.
-            count = self.processor.num_image_tokens + 1 - (self.processor.vision_feature_select_strategy == "default")
+            count = (
+                self.processor.num_image_tokens
+                + 1
+                - (self.processor.vision_feature_select_strategy == "default")
+            )
             return [count] * len(sizes)
         # Not in the processors' public documentation, but kept by transformers for serving engines; a test compares it
         # with what the processors really write.
-        return list(self.processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in sizes]).num_image_tokens)
+        return list(
+            self.processor._get_num_multimodal_tokens(
+                image_sizes=[list(size) for size in sizes]
+            ).num_image_tokens
+        )
 
 
 def _special_tokens(processor) -> re.Pattern[str]:

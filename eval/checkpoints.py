@@ -20,12 +20,28 @@ from llava_keeplora_eval.guard import is_exhaustion
 from llava_keeplora_recipes.errors import UserError, nearest
 
 #: In the order in which transformers looks for them.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 #: What turns pictures and text into tensors, the chat template included.
 PROCESSOR = (
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json", "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
 )
 #: Keys of a configuration that say who wrote it, not what the model is.
 WRITTEN_BY = ("_name_or_path", "transformers_version")
@@ -60,9 +76,22 @@ def check_place(name: str, embedded: tuple[str, ...] = ()) -> None:
         raise EvalError(f"the model '{name}' is a file, and a checkpoint is a folder", f"give {path.parent}")
     parent = path.parent
     known = parent.is_dir() and str(parent) != "."
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name or known or not HUB_ID.fullmatch(name):
-        hint = nearest(name, [str(parent / p.name) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else [])
-        cure = hint if hint.startswith("did you mean") else "give a folder with a checkpoint, or a Hub id (user/name)"
+    if (
+        path.is_absolute()
+        or name.startswith((".", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+        or known
+        or not HUB_ID.fullmatch(name)
+    ):
+        hint = nearest(
+            name, [str(parent / p.name) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        )
+        cure = (
+            hint
+            if hint.startswith("did you mean")
+            else "give a folder with a checkpoint, or a Hub id (user/name)"
+        )
         raise EvalError(f"there is no folder '{name}' for the model to be loaded from", cure)
     close = nearest(name, embedded)
     if "/" not in name and close.startswith("did you mean"):
@@ -92,7 +121,9 @@ def weight_files(folder: Path) -> list[Path]:
                 raise ValueError("it names something other than files of its folder")
             files = [folder / name for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise EvalError(f"{path} is no index of a checkpoint's weights ({_reason(error)})", AGAIN) from error
+            raise EvalError(
+                f"{path} is no index of a checkpoint's weights ({_reason(error)})", AGAIN
+            ) from error
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise EvalError(
@@ -124,13 +155,22 @@ def model_content(place: str, revision: str | None = None) -> dict[str, Any]:
     try:
         weights = {path.name: content_hash(path) for path in weight_files(folder)}
         processor = {name: content_hash(folder / name) for name in PROCESSOR if (folder / name).is_file()}
-        templates = {f"additional_chat_templates/{p.name}": content_hash(p) for p in sorted(folder.glob("additional_chat_templates/*")) if p.is_file()}
+        templates = {
+            f"additional_chat_templates/{p.name}": content_hash(p)
+            for p in sorted(folder.glob("additional_chat_templates/*"))
+            if p.is_file()
+        }
         config, generation = (_json(folder / name) for name in ("config.json", "generation_config.json"))
     except OSError as error:
-        raise EvalError(f"{error.filename} cannot be read ({error.strerror})", "make it readable, or download the checkpoint again") from error
+        raise EvalError(
+            f"{error.filename} cannot be read ({error.strerror})",
+            "make it readable, or download the checkpoint again",
+        ) from error
     config = {key: value for key, value in config.items() if key not in WRITTEN_BY}
     return {
-        "weights": _digest(weights), "config": _digest(config), "processor": _digest(processor | templates),
+        "weights": _digest(weights),
+        "config": _digest(config),
+        "processor": _digest(processor | templates),
         "stops": generation.get("eos_token_id"),
     }
 
@@ -160,7 +200,11 @@ def content_changes(known: dict[str, Any], now: dict[str, Any]) -> list[str] | N
         names of what differs; None where they have nothing in common to compare, as a folder's and the Hub's.
     """
     common = [key for key in known if key in now and known[key] is not None and now[key] is not None]
-    changed = [key for key in known.keys() & now.keys() if known[key] != now[key] and (key in common or key == "stops")]
+    changed = [
+        key
+        for key in known.keys() & now.keys()
+        if known[key] != now[key] and (key in common or key == "stops")
+    ]
     return sorted(changed) if common else None
 
 
@@ -171,7 +215,10 @@ def content_hash(path: Path) -> str:
     """
     stat = path.stat()
     key = _digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
-    root = os.environ.get("LLAVA_KEEPLORA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-keeplora"
+    root = (
+        os.environ.get("LLAVA_KEEPLORA_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-keeplora"
+    )
     kept = Path(root) / "hashes" / key[:32]
     try:
         known = kept.read_text()
@@ -207,21 +254,39 @@ def load_checked(auto_class, place: str, **options):
     """
     folder = Path(place)
     if (folder / ADAPTER).is_file():
-        raise EvalError(f"{folder} holds an adapter ({ADAPTER}), which transformers would load along with the model", "move it out, or give its base")
+        raise EvalError(
+            f"{folder} holds an adapter ({ADAPTER}), which transformers would load along with the model",
+            "move it out, or give its base",
+        )
     held = check_weight_files(folder) if folder.is_dir() else {}
     if options.get("quantization_config") is not None:
         check_values(place, options.get("revision"))
     with loading(place), _quiet():
-        model, info = auto_class.from_pretrained(place, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **options)
+        model, info = auto_class.from_pretrained(
+            place, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **options
+        )
     what = _where(place)
     missing = sorted(name for name in info["missing_keys"] if not name.endswith(COMPUTED))
-    unknown = sorted(name for name in info["unexpected_keys"] if not name.endswith(COMPUTED) and not any(part in name for part in UNUSED))
+    unknown = sorted(
+        name
+        for name in info["unexpected_keys"]
+        if not name.endswith(COMPUTED) and not any(part in name for part in UNUSED)
+    )
     # With ZeRO-3 transformers does not say which tensors of the files have no place, so they are counted.
-    surplus = sum(not name.endswith(COMPUTED) and not any(part in name for part in UNUSED) for name in held) - len(model.state_dict())
+    surplus = sum(
+        not name.endswith(COMPUTED) and not any(part in name for part in UNUSED) for name in held
+    ) - len(model.state_dict())
     if not unknown and surplus > 0:
-        raise EvalError(f"{what} holds {surplus} tensors more than the model of its config.json has", OTHER_CONFIG)
-    shapes = [f"{name}: {tuple(held)} for {tuple(wanted)}" for name, held, wanted in info.get("mismatched_keys", ())]
-    errors = [_reason(error) if isinstance(error, BaseException) else str(error).splitlines()[0] for error in info.get("error_msgs", ())]
+        raise EvalError(
+            f"{what} holds {surplus} tensors more than the model of its config.json has", OTHER_CONFIG
+        )
+    shapes = [
+        f"{name}: {tuple(held)} for {tuple(wanted)}" for name, held, wanted in info.get("mismatched_keys", ())
+    ]
+    errors = [
+        _reason(error) if isinstance(error, BaseException) else str(error).splitlines()[0]
+        for error in info.get("error_msgs", ())
+    ]
     for names, problem in (
         (missing, "lacks {} of the model's tensors ({}), which would be drawn at random"),
         (unknown, "holds {} tensors that the model of its config.json does not have ({})"),
@@ -252,11 +317,17 @@ def check_weight_files(folder: Path) -> dict[str, Path]:
     for path in files:
         kinds = _tensor_kinds(path)
         if repeated := sorted(holders.keys() & kinds):
-            raise EvalError(f"{path} holds {len(repeated)} tensors that {holders[repeated[0]].name} holds too (first {repeated[0]})", AGAIN)
-        holders |= dict.fromkeys(kinds, path)
-        if whole := sorted(name for name, is_float in kinds.items() if not is_float and not name.endswith(COMPUTED)):
             raise EvalError(
-                f"{path} holds {len(whole)} tensors of whole or complex numbers, as quantised checkpoints do (first {whole[0]})", UNQUANTISED
+                f"{path} holds {len(repeated)} tensors that {holders[repeated[0]].name} holds too (first {repeated[0]})",
+                AGAIN,
+            )
+        holders |= dict.fromkeys(kinds, path)
+        if whole := sorted(
+            name for name, is_float in kinds.items() if not is_float and not name.endswith(COMPUTED)
+        ):
+            raise EvalError(
+                f"{path} holds {len(whole)} tensors of whole or complex numbers, as quantised checkpoints do (first {whole[0]})",
+                UNQUANTISED,
             )
     return holders
 
@@ -282,7 +353,10 @@ def _tensor_kinds(path: Path) -> dict[str, bool]:
     except Exception as error:  # safetensors, pickle and zip each raise their own.
         if is_exhaustion(error):
             raise
-        raise EvalError(f"the weights in {path} cannot be read ({_reason(error)})", "download the checkpoint again, or make the file readable") from error
+        raise EvalError(
+            f"the weights in {path} cannot be read ({_reason(error)})",
+            "download the checkpoint again, or make the file readable",
+        ) from error
 
 
 def check_values(place: str, revision: str | None = None) -> None:
@@ -309,15 +383,25 @@ def check_finite(model, place: str) -> None:
     """
     import torch
 
-    values = {name: getattr(value, "ds_tensor", value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    values = {
+        name: getattr(value, "ds_tensor", value)
+        for name, value in [*model.named_parameters(), *model.named_buffers()]
+    }
     bad = [
-        name for name, value in values.items()
-        if value.is_floating_point() and not value.is_meta and value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all()
+        name
+        for name, value in values.items()
+        if value.is_floating_point()
+        and not value.is_meta
+        and value.numel()
+        and not torch.isfinite(torch.stack(value.aminmax())).all()
     ]
     if bad:
         first = ", ".join(bad[:2]) + (", ..." if len(bad) > 2 else "")
         spoilt = _spoilt(place)
-        raise EvalError(f"{spoilt[0] if spoilt else _where(place)} holds NaN or infinity (in {len(bad)} tensors of the model: {first})", DIVERGED)
+        raise EvalError(
+            f"{spoilt[0] if spoilt else _where(place)} holds NaN or infinity (in {len(bad)} tensors of the model: {first})",
+            DIVERGED,
+        )
 
 
 def _spoilt(place: str, revision: str | None = None) -> tuple[Path, str] | None:
@@ -336,7 +420,9 @@ def _spoilt(place: str, revision: str | None = None) -> tuple[Path, str] | None:
                 tensors = ((name, file.get_tensor(name)) for name in file.keys())
                 bad = next((name for name, value in tensors if not _is_finite(value)), None)
         else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+            tensors = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
+            )
             bad = next((name for name, value in tensors.items() if not _is_finite(value)), None)
         if bad:
             return path, bad
@@ -346,7 +432,11 @@ def _spoilt(place: str, revision: str | None = None) -> tuple[Path, str] | None:
 def _is_finite(value) -> bool:
     import torch
 
-    return not value.is_floating_point() or not value.numel() or bool(torch.isfinite(value.float() if value.itemsize == 1 else value).all())
+    return (
+        not value.is_floating_point()
+        or not value.numel()
+        or bool(torch.isfinite(value.float() if value.itemsize == 1 else value).all())
+    )
 
 
 def check_device(device: str) -> str:
@@ -361,7 +451,10 @@ def check_device(device: str) -> str:
     try:
         torch.zeros(1, device=torch.device(device)).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise EvalError(f"the device '{device}' cannot be used on this machine, which has {', '.join(have)}", "choose one of these with --device") from error
+        raise EvalError(
+            f"the device '{device}' cannot be used on this machine, which has {', '.join(have)}",
+            "choose one of these with --device",
+        ) from error
     return device
 
 
@@ -380,7 +473,10 @@ def loading(name: str) -> Iterator[None]:
         if is_exhaustion(error):
             raise
         cure = "give a folder with a whole checkpoint, an embedded model, or a Hub id that this machine can reach"
-        raise EvalError(f"the model '{name}' cannot be loaded ({_reason(error)})", "install what is missing" if isinstance(error, ImportError) else cure) from error
+        raise EvalError(
+            f"the model '{name}' cannot be loaded ({_reason(error)})",
+            "install what is missing" if isinstance(error, ImportError) else cure,
+        ) from error
 
 
 def _open_pickled(path: Path) -> dict[str, Any]:
@@ -388,7 +484,11 @@ def _open_pickled(path: Path) -> dict[str, Any]:
     import torch
 
     tensors = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(value, torch.Tensor) for value in tensors.values())
+    ):
         raise ValueError("it holds something other than tensors by name")
     return tensors
 
@@ -431,4 +531,6 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     # A KeyError's text is the key alone.
-    return (f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text or type(error).__name__)[:300].rstrip(". ")
+    return (
+        f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text or type(error).__name__
+    )[:300].rstrip(". ")

@@ -14,6 +14,7 @@ from llava_keeplora_eval.generation import MAX_NEW_TOKENS
 from llava_keeplora_eval.guard import check_words, guarded, standard_streams
 from llava_keeplora_eval.matrix import Matrix
 from llava_keeplora_eval.metrics import metric_record
+from llava_keeplora_recipes import load_split
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,18 +48,41 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     predict = commands.add_parser("predict", parents=[common, data], help="answer every example of a task")
-    predict.add_argument("--model", required=True, help="tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint or an adapter, or a Hub id")
-    predict.add_argument("--base", metavar="DIR", help="of an adapter, where its base model lies here (default: what the adapter names)")
+    predict.add_argument(
+        "--model",
+        required=True,
+        help="tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint or an adapter, or a Hub id",
+    )
+    predict.add_argument(
+        "--base",
+        metavar="DIR",
+        help="of an adapter, where its base model lies here (default: what the adapter names)",
+    )
     predict.add_argument("--output", required=True, type=Path, help="JSONL file; continued when it is there")
     predict.add_argument("--batch-size", type=_positive, default=64)
-    predict.add_argument("--max-new-tokens", type=_positive, default=MAX_NEW_TOKENS, help="where an answer is cut off at the latest")
-    predict.add_argument("--generation", metavar="JSON", type=_object, default={}, help="""settings of a LLaVA model's answers, for instance '{"num_beams": 4}' (default: greedy)""")
+    predict.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=MAX_NEW_TOKENS,
+        help="where an answer is cut off at the latest",
+    )
+    predict.add_argument(
+        "--generation",
+        metavar="JSON",
+        type=_object,
+        default={},
+        help="""settings of a LLaVA model's answers, for instance '{"num_beams": 4}' (default: greedy)""",
+    )
     predict.add_argument("--device", help="cpu, cuda, ...; a GPU when there is one")
     predict.set_defaults(run=_predict)
 
     score = commands.add_parser("score", parents=[common, data], help="score a file of predictions")
-    score.add_argument("--predictions", required=True, type=Path, help="by `predict`, or answers made elsewhere")
-    score.add_argument("--from", dest="form", choices=ANSWER_FORMS, help="how the file is laid out; a look tells")
+    score.add_argument(
+        "--predictions", required=True, type=Path, help="by `predict`, or answers made elsewhere"
+    )
+    score.add_argument(
+        "--from", dest="form", choices=ANSWER_FORMS, help="how the file is laid out; a look tells"
+    )
     score.add_argument("--metric", help="another metric than the task's own, caption_meteor for instance")
     score.add_argument("--json", action="store_true", help="print the score as JSON instead of a line")
     score.set_defaults(run=_score)
@@ -69,16 +93,31 @@ def build_parser() -> argparse.ArgumentParser:
     matrix.add_argument("--precision", type=int, default=1, help="decimals in Markdown (default 1)")
     matrix.set_defaults(run=_matrix)
 
-    data_commands = commands.add_parser("data", help="look into the data of a task").add_subparsers(required=True, metavar="COMMAND")
-    check = data_commands.add_parser("check", parents=[common], help="tell everything that is wrong with a task's data")
-    check.add_argument("recipe", metavar="RECIPE", help="a recipe's or a sequence's name, or the path of its YAML")
+    data_commands = commands.add_parser("data", help="look into the data of a task").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    check = data_commands.add_parser(
+        "check", parents=[common], help="tell everything that is wrong with a task's data"
+    )
+    check.add_argument(
+        "recipe", metavar="RECIPE", help="a recipe's or a sequence's name, or the path of its YAML"
+    )
     check.add_argument("--data-root", help="folder that holds the data of recipes that need files")
     check.add_argument("--split", help="this split alone")
-    check.add_argument("--model", help="prepare the examples for tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint or an adapter, or a Hub id")
-    check.add_argument("--base", metavar="DIR", help="of an adapter, where its base model lies here (default: what the adapter names)")
+    check.add_argument(
+        "--model",
+        help="prepare the examples for tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint or an adapter, or a Hub id",
+    )
+    check.add_argument(
+        "--base",
+        metavar="DIR",
+        help="of an adapter, where its base model lies here (default: what the adapter names)",
+    )
     check.set_defaults(run=_data_check)
 
-    listing = commands.add_parser("list", parents=[common], help="list the tasks and sequences that come with the package")
+    listing = commands.add_parser(
+        "list", parents=[common], help="list the tasks and sequences that come with the package"
+    )
     listing.set_defaults(run=_list)
     return parser
 
@@ -103,8 +142,11 @@ def _object(text: str) -> dict:
 def _load(arguments: argparse.Namespace):
     from llava_keeplora_recipes import load_recipe
 
-    return load_recipe(arguments.task).load(
-        arguments.split, data_root=arguments.data_root, on_bad_image=arguments.on_bad_image
+    return load_split(
+        load_recipe(arguments.task),
+        arguments.split,
+        data_root=arguments.data_root,
+        on_bad_image=arguments.on_bad_image,
     )
 
 
@@ -119,7 +161,12 @@ def _predict(arguments: argparse.Namespace) -> None:
     from llava_keeplora_eval.preparation import check_questions
 
     predictor = load_predictor(
-        arguments.model, data.recipe, arguments.device or default_device(), arguments.max_new_tokens, arguments.base, arguments.generation
+        arguments.model,
+        data.recipe,
+        arguments.device or default_device(),
+        arguments.max_new_tokens,
+        arguments.base,
+        arguments.generation,
     )
     check_questions(predictor.preparation, data)
     maker = made_by(arguments.model, predictor, arguments.base)
@@ -170,7 +217,9 @@ def _as_markdown(matrices: dict[str, Matrix], precision: int) -> str:
 
 
 def _as_csv(matrices: dict[str, Matrix], _: int) -> str:
-    parts = [(f"# {label}\n" if len(matrices) > 1 else "") + matrix.csv() for label, matrix in matrices.items()]
+    parts = [
+        (f"# {label}\n" if len(matrices) > 1 else "") + matrix.csv() for label, matrix in matrices.items()
+    ]
     return "\n".join(parts)
 
 
@@ -185,7 +234,9 @@ FORMATS = {"markdown": _as_markdown, "csv": _as_csv, "json": _as_json}
 def _data_check(arguments: argparse.Namespace) -> None:
     from llava_keeplora_eval.data_check import check
 
-    for line in check(arguments.recipe, arguments.data_root, arguments.split, arguments.model, arguments.base):
+    for line in check(
+        arguments.recipe, arguments.data_root, arguments.split, arguments.model, arguments.base
+    ):
         print(" ".join(line.splitlines()), flush=True)  # a name may hold a line break
 
 
@@ -196,7 +247,9 @@ def _list(_: argparse.Namespace) -> None:
     width = max((len(recipe.name) for recipe in recipes), default=0)
     for recipe in recipes:
         classes = f"{len(recipe.classes)} classes" if recipe.classes else ""
-        print(f"{recipe.name:<{width}}  v{recipe.version}  {recipe.kind}  {recipe.metric}  {classes}".rstrip())
+        print(
+            f"{recipe.name:<{width}}  v{recipe.version}  {recipe.kind}  {recipe.metric}  {classes}".rstrip()
+        )
     sequences = [load_sequence(name) for name in list_sequences()]
     width = max((len(sequence.name) for sequence in sequences), default=0)
     print("\nsequences")

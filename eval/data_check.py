@@ -9,12 +9,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from llava_keeplora_eval.chat import asked, learned
+from llava_keeplora_eval.chat import question_text, training_answers
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import metric_record
 from llava_keeplora_eval.preparation import Preparation, answer_problems, check_answers, load_preparation
 from llava_keeplora_eval.references import check_references
-from llava_keeplora_recipes import list_sequences, load_recipe, load_sequence
+from llava_keeplora_recipes import inspect_split, list_sequences, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import UserError
 from llava_keeplora_recipes.placeholders import MARKER
 from llava_keeplora_recipes.repeats import repeats, shared_pictures
@@ -59,13 +59,19 @@ class SplitReport:
         promised = "" if self.expected is None else f" of {self.expected} expected"
         lines = [f"{self.split}: {0 if self.data is None else len(self.data)} examples{promised}"]
         if self.data is not None and len(self.data):
-            lines += [f"  {line}" for line in (_images(self.data), _questions(self.data), _answers(self.data))]
+            lines += [
+                f"  {line}" for line in (_images(self.data), _questions(self.data), _answers(self.data))
+            ]
             lines += [f"  {self.sizes}"] if self.sizes else []
         return [*lines, *(f"  warning: {w}" for w in self.warnings), *(f"  error: {e}" for e in self.errors)]
 
 
 def check(
-    name: str, data_root: str | Path | None = None, split: str | None = None, model: str | None = None, base: str | None = None
+    name: str,
+    data_root: str | Path | None = None,
+    split: str | None = None,
+    model: str | None = None,
+    base: str | None = None,
 ) -> Iterator[str]:
     """Check every split of a task, or of every task of a sequence.
 
@@ -90,14 +96,18 @@ def check(
         error = metric_error(recipe)
         if error is not None:
             yield f"  error: {error}"
-        reports = list(split_reports(recipe, list(recipe.splits) if split is None else [split], data_root, preparation))
+        reports = list(
+            split_reports(recipe, list(recipe.splits) if split is None else [split], data_root, preparation)
+        )
         for report in reports:
             yield from (f"  {line}" for line in report.lines())
             for example in examples(report.data, show):
                 yield from (f"    {line}" for line in example)
         wrong += (error is not None) + sum(len(report.errors) for report in reports)
     if wrong:
-        raise EvalError(f"{name} has {wrong} problem{'s' * (wrong > 1)}, listed above", "correct them and check again")
+        raise EvalError(
+            f"{name} has {wrong} problem{'s' * (wrong > 1)}, listed above", "correct them and check again"
+        )
 
 
 def recipes_of(name: str) -> list[Recipe]:
@@ -119,13 +129,16 @@ def metric_error(recipe: Recipe) -> UserError | None:
 
 
 def split_reports(
-    recipe: Recipe, splits: list[str], data_root: str | Path | None = None, preparation: Preparation | None = None
+    recipe: Recipe,
+    splits: list[str],
+    data_root: str | Path | None = None,
+    preparation: Preparation | None = None,
 ) -> Iterator[SplitReport]:
     """Read splits of a task one after another and tell everything that is wrong with them."""
     seen: list[TaskData] = []
     told: set[str] = set()  # Of class prompts, which are the same for every split.
     for split in splits:
-        data, found = recipe.inspect(split, data_root)
+        data, found = inspect_split(recipe, split, data_root)
         errors: list[UserError] = list(found)
         sizes = None
         expected = recipe.expected_sizes.get(split)
@@ -136,7 +149,10 @@ def split_reports(
                 _check_references(data, warnings, errors)
             if preparation is not None:
                 report = preparation.report(data, learns=split == TRAIN)
-                sizes, errors = report.sizes, errors + [error for error in report.errors if str(error) not in told]
+                sizes, errors = (
+                    report.sizes,
+                    errors + [error for error in report.errors if str(error) not in told],
+                )
                 told |= set(map(str, report.errors))
                 warnings += [report.note] if report.note else []
             elif split == TRAIN:
@@ -163,7 +179,9 @@ def _warnings(data: TaskData, expected: int | None, seen: list[TaskData]) -> Ite
     if empty := _empty(data):
         yield f"{empty} examples have an empty answer"
     yield from repeats(data)
-    yield from filter(None, [data.left_out_note, data.marker_note, *(shared_pictures(data, other) for other in seen)])
+    yield from filter(
+        None, [data.left_out_note, data.marker_note, *(shared_pictures(data, other) for other in seen)]
+    )
 
 
 def _images(data: TaskData) -> str:
@@ -201,7 +219,7 @@ def _empty(data: TaskData) -> int:
 
 def _asked(data: TaskData) -> list[str]:
     """What a generative model is asked on every example."""
-    return [asked(data.recipe, question) for question in data.questions]
+    return [question_text(data.recipe, question) for question in data.questions]
 
 
 def examples(data: TaskData | None, show: Show) -> Iterator[list[str]]:
@@ -218,7 +236,7 @@ def examples(data: TaskData | None, show: Show) -> Iterator[list[str]]:
 def plain(data: TaskData, row: int) -> list[str]:
     """An example in the words of LLaVA-1.5, without its system sentence; of several captions, each of which is learned, one."""
     check_answers(data, row, data.answers[row])
-    answer = learned(data.recipe, data.answers[row])[0]
+    answer = training_answers(data.recipe, data.answers[row])[0]
     question = _asked(data)[row]
     before = "" if MARKER in question else f"{MARKER}\n" * data.image_counts[row]
     text = f"USER: {before}{question} ASSISTANT: ⟦{answer}⟧"

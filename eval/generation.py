@@ -12,8 +12,14 @@ from llava_keeplora_recipes.errors import nearest
 #: Settings of transformers' `GenerationConfig` that a user may choose for answers, and the type of each. Sampling is not among them: a run
 #: that is killed and goes on, or has another number of processes, could not repeat it.
 SETTINGS: dict[str, type | tuple[type, ...]] = {
-    "num_beams": int, "length_penalty": (int, float), "early_stopping": bool, "repetition_penalty": (int, float), "no_repeat_ngram_size": int,
-    "min_new_tokens": int, "suppress_tokens": list, "begin_suppress_tokens": list,
+    "num_beams": int,
+    "length_penalty": (int, float),
+    "early_stopping": bool,
+    "repetition_penalty": (int, float),
+    "no_repeat_ngram_size": int,
+    "min_new_tokens": int,
+    "suppress_tokens": list,
+    "begin_suppress_tokens": list,
 }
 
 #: Where an answer is cut off at the latest, unless told otherwise.
@@ -37,7 +43,11 @@ def check_generation(settings: Mapping[str, Any], where: str = "generation") -> 
     """
     for key, value in settings.items():
         if key not in SETTINGS:
-            why = "could not be repeated by a run that was stopped" if key in ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p") else "cannot be set"
+            why = (
+                "could not be repeated by a run that was stopped"
+                if key in ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p")
+                else "cannot be set"
+            )
             raise EvalError(f"{where}.{key} {why}", nearest(key, SETTINGS))
         kind = SETTINGS[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -49,7 +59,9 @@ def check_generation(settings: Mapping[str, Any], where: str = "generation") -> 
 
     for key in ("suppress_tokens", "begin_suppress_tokens"):
         if any(type(token) is not int or token < 0 for token in settings.get(key, ())):
-            raise EvalError(f"{where}.{key} is {settings[key]!r}, but it lists ids of tokens", "write whole numbers")
+            raise EvalError(
+                f"{where}.{key} is {settings[key]!r}, but it lists ids of tokens", "write whole numbers"
+            )
     for key, lowest in LOWEST.items():
         if not settings.get(key, lowest) >= lowest:
             raise EvalError(f"{where}.{key} is {settings[key]}, but it is {lowest} or more", "mend the value")

@@ -25,7 +25,10 @@ ALONE = 6.0
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 #: How the libraries say that memory, address space or threads have run out, where they raise no MemoryError.
-EXHAUSTED = re.compile(r"can't start new thread|can(?:'t|not) allocate memory|failed to map segment|out of memory|std::bad_alloc", re.I)
+EXHAUSTED = re.compile(
+    r"can't start new thread|can(?:'t|not) allocate memory|failed to map segment|out of memory|std::bad_alloc",
+    re.I,
+)
 #: What a terminal acts on instead of showing it: control characters but for tab and line feed, and marks that turn the direction of text.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -134,11 +137,20 @@ def describe(error: Exception) -> str | None:
         return str(error)
     if is_exhaustion(error):
         reason = (str(error) or "the system gives no more").strip().splitlines()[0][:200]
-        return str(UserError(f"this needs more memory or threads than there are ({reason})", "free some, raise the limits (`ulimit -a`), or lower the batch size"))
+        return str(
+            UserError(
+                f"this needs more memory or threads than there are ({reason})",
+                "free some, raise the limits (`ulimit -a`), or lower the batch size",
+            )
+        )
     if isinstance(error, OSError) and error.strerror:
         return str(UserError(*describe_os_error(error)))
     if isinstance(error, UnicodeEncodeError):
-        return str(UserError(f"{ascii(error.object)[:200]} is no text that UTF-8 can hold", "rename what is called so"))
+        return str(
+            UserError(
+                f"{ascii(error.object)[:200]} is no text that UTF-8 can hold", "rename what is called so"
+            )
+        )
     return None
 
 
@@ -151,7 +163,9 @@ def is_exhaustion(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOMEM or EXHAUSTED.search(str(error)) is not None
 
 
-def describe_os_error(error: OSError, where: object = "a file", going_on: str = "run the same command again") -> tuple[str, str]:
+def describe_os_error(
+    error: OSError, where: object = "a file", going_on: str = "run the same command again"
+) -> tuple[str, str]:
     """Return the problem and the cure of what the file system refuses.
 
     Args:
@@ -185,10 +199,22 @@ def bound_caches() -> None:
 def quiet_libraries() -> None:
     """Keep what concerns the libraries' authors rather than this program's user off the terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for noisy in ("transformers", "datasets", "accelerate", "bitsandbytes", "httpx", "torch.distributed", "filelock", "evaluate", "absl"):
+    for noisy in (
+        "transformers",
+        "datasets",
+        "accelerate",
+        "bitsandbytes",
+        "httpx",
+        "torch.distributed",
+        "filelock",
+        "evaluate",
+        "absl",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # Libraries tell one another what they will remove.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b"
+    )
     # DeepSpeed sets its logger's level when it is imported; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 

@@ -33,7 +33,9 @@ def find_jar(pattern: str) -> Path | None:
     package = importlib.util.find_spec("pycocoevalcap")
     if shutil.which("java") is None or package is None:
         return None
-    jars = [jar for folder in package.submodule_search_locations for jar in sorted(Path(folder).glob(pattern))]
+    jars = [
+        jar for folder in package.submodule_search_locations for jar in sorted(Path(folder).glob(pattern))
+    ]
     return jars[0] if jars else None
 
 
@@ -66,18 +68,24 @@ def tokenize(jar: Path, lines: Sequence[str], timeout: float = TIMEOUT) -> list[
         command = ["java", *_SWITCHES, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", "captions.txt"]
         try:
-            done = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, timeout=timeout)
+            done = subprocess.run(
+                command, cwd=folder, env=_environment(), capture_output=True, timeout=timeout
+            )
         except subprocess.TimeoutExpired:
             raise _failure(what, f"no end after {timeout:g} seconds") from None
     if done.returncode:
-        raise _failure(what, done.stderr.decode(errors="replace").strip()[-300:] or f"exit code {done.returncode}")
+        raise _failure(
+            what, done.stderr.decode(errors="replace").strip()[-300:] or f"exit code {done.returncode}"
+        )
     result = done.stdout.decode().removesuffix("\n").split("\n")
     if len(result) != len(lines):
         raise _failure(what, f"{len(result)} lines for {len(lines)} captions")
     return result
 
 
-def meteor(jar: Path, captions: Sequence[str], references: Sequence[Sequence[str]], timeout: float = TIMEOUT) -> float:
+def meteor(
+    jar: Path, captions: Sequence[str], references: Sequence[Sequence[str]], timeout: float = TIMEOUT
+) -> float:
     """METEOR 1.5 of a set of captions, as pycocoevalcap asks for it: English, normalised, aggregated over the set.
 
     Args:
@@ -120,7 +128,13 @@ def _meteor_process(jar: Path, timeout: float) -> Iterator[subprocess.Popen]:
     # Its complaints go to a file: a pipe that nobody reads would stop it once full.
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=complaints, env=_environment(), cwd=jar.parent, encoding="utf-8"
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=complaints,
+            env=_environment(),
+            cwd=jar.parent,
+            encoding="utf-8",
         )
         late = threading.Event()
 

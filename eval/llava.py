@@ -11,7 +11,7 @@ import transformers  # its models, which take seconds to import, are looked up w
 from torch import Tensor
 from torch.nn.functional import pad
 
-from llava_keeplora_eval.chat import asked, cuts_into_tiles
+from llava_keeplora_eval.chat import cuts_into_tiles, question_text
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import check_generation
 from llava_keeplora_eval.predictors import no_numbers
@@ -19,6 +19,7 @@ from llava_keeplora_eval.preparation import ChatPreparation
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example, Recipe
+
 
 class LlavaPredictor:
     """Answers in batches padded on the left, greedy unless settings say otherwise.
@@ -51,29 +52,47 @@ class LlavaPredictor:
     ):
         self.model, self.recipe = model, recipe
         # `data check`, plan, train and predict take ids and lengths from one place.
-        self.preparation = ChatPreparation(processor, limit or model.config.text_config.max_position_embeddings, max_new_tokens)
+        self.preparation = ChatPreparation(
+            processor, limit or model.config.text_config.max_position_embeddings, max_new_tokens
+        )
         self.chat = self.preparation.chat
-        self.images = images or (lambda examples: [image_inputs(processor, example.images) for example in examples])
+        self.images = images or (
+            lambda examples: [image_inputs(processor, example.images) for example in examples]
+        )
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         chosen = {"do_sample": False, "max_new_tokens": max_new_tokens, **check_generation(generation or {})}
         if min_new_tokens is not None:
             chosen["min_new_tokens"] = min_new_tokens
         self.generation = transformers.GenerationConfig(
-            **chosen, eos_token_id=self._stops(), bos_token_id=self.chat.tokenizer.bos_token_id, pad_token_id=self.chat.pad_id
+            **chosen,
+            eos_token_id=self._stops(),
+            bos_token_id=self.chat.tokenizer.bos_token_id,
+            pad_token_id=self.chat.pad_id,
         )
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the answers depend on beside the weights, as plain data."""
-        chosen = {key: value for key, value in self.generation.to_diff_dict().items() if key != "transformers_version"}
+        chosen = {
+            key: value
+            for key, value in self.generation.to_diff_dict().items()
+            if key != "transformers_version"
+        }
         return {"generation": chosen, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def _stops(self) -> list[int]:
         """The model's own end tokens, and the tokenizer's, with which training ends an answer."""
         stops = getattr(self.model.generation_config, "eos_token_id", None)
-        tokens = {token for token in [*(stops if isinstance(stops, list) else [stops]), self.chat.tokenizer.eos_token_id] if token is not None}
+        tokens = {
+            token
+            for token in [*(stops if isinstance(stops, list) else [stops]), self.chat.tokenizer.eos_token_id]
+            if token is not None
+        }
         if not all(type(token) is int for token in tokens):
-            raise EvalError(f"the checkpoint's generation_config.json has the eos_token_id {stops!r}", "write a token's id, or a list of them")
+            raise EvalError(
+                f"the checkpoint's generation_config.json has the eos_token_id {stops!r}",
+                "write a token's id, or a list of them",
+            )
         return sorted(tokens)
 
     @torch.no_grad()
@@ -86,7 +105,10 @@ class LlavaPredictor:
         if not examples:
             return []
         prompts = [
-            self.chat.prompt(asked(self.recipe, example.question), [(image.height, image.width) for image in example.images])
+            self.chat.prompt(
+                question_text(self.recipe, example.question),
+                [(image.height, image.width) for image in example.images],
+            )
             for example in examples
         ]
         rooms = [self._room(example, len(prompt)) for example, prompt in zip(examples, prompts)]
@@ -101,7 +123,10 @@ class LlavaPredictor:
         try:
             with without_defaults(self.model):
                 out = self.model.generate(
-                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **pictures, generation_config=self.generation,
+                    input_ids=ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    **pictures,
+                    generation_config=self.generation,
                     logits_processor=[_refuse_nan(examples, self.model.dtype)],
                 )
         except (ValueError, IndexError) as error:

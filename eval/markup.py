@@ -12,5 +12,7 @@ _SIGNS = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")
 
 def markdown_text(text: str) -> str:
     """Text as Markdown and HTML show it as it is, on one line (CommonMark 0.31, 2.4; HTML there is raw)."""
-    text = printable(" ".join(text.splitlines())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = (
+        printable(" ".join(text.splitlines())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    )
     return _SIGNS.sub(r"\\\g<0>", text)

@@ -45,14 +45,19 @@ class Matrix:
     def __post_init__(self) -> None:
         self.tasks = list(self.tasks)
         count = len(self.tasks)
-        if count == 0 or not all(isinstance(task, str) for task in self.tasks) or len(set(self.tasks)) != count:
+        if (
+            count == 0
+            or not all(isinstance(task, str) for task in self.tasks)
+            or len(set(self.tasks)) != count
+        ):
             raise EvalError(
                 f"a matrix needs at least one task and unique names, got {self.tasks}",
                 "name every task of the sequence once",
             )
         if len(self.rows) > count:
             raise EvalError(
-                f"a matrix of {count} tasks has {len(self.rows)} rows", "give one row per trained task at most"
+                f"a matrix of {count} tasks has {len(self.rows)} rows",
+                "give one row per trained task at most",
             )
         if self.zero_shot is not None:
             self.zero_shot = self._row(self.zero_shot, ZERO_SHOT)
@@ -63,7 +68,8 @@ class Matrix:
         row = list(row)
         if len(row) > len(self.tasks):
             raise EvalError(
-                f"row '{name}' has {len(row)} cells for {len(self.tasks)} tasks", "give one score per task at most"
+                f"row '{name}' has {len(row)} cells for {len(self.tasks)} tasks",
+                "give one score per task at most",
             )
         cells = [None if value is None else _score(value, f"row '{name}'") for value in row]
         return cells + [None] * (len(self.tasks) - len(cells))
@@ -80,7 +86,8 @@ class Matrix:
             return self.tasks.index(task)
         if not 0 <= task < len(self.tasks):
             raise EvalError(
-                f"the matrix has no task number {task}", f"count from 0 to {len(self.tasks) - 1}, in training order"
+                f"the matrix has no task number {task}",
+                f"count from 0 to {len(self.tasks) - 1}, in training order",
             )
         return task
 
@@ -159,11 +166,22 @@ class Matrix:
             precision: decimals shown; means are taken before rounding. A cell not measured is ``-``; a
                 number that is undefined or not there yet is ``n/a``.
         """
-        lines = [_line(["after", *map(markdown_text, self.tasks), "mean"]), _line(["---"] + ["---:"] * (len(self.tasks) + 1))]
+        lines = [
+            _line(["after", *map(markdown_text, self.tasks), "mean"]),
+            _line(["---"] + ["---:"] * (len(self.tasks) + 1)),
+        ]
         for name, row in self.labelled_rows():
             known = None not in row
             mean = math.fsum(row) / len(row) if known else None
-            lines.append(_line([markdown_text(name), *(shown(v, precision, MISSING) for v in row), shown(mean, precision)]))
+            lines.append(
+                _line(
+                    [
+                        markdown_text(name),
+                        *(shown(v, precision, MISSING) for v in row),
+                        shown(mean, precision),
+                    ]
+                )
+            )
         metrics = self.metrics()
         for name, values in self.per_task().items():
             lines.append(
@@ -219,19 +237,30 @@ class Matrix:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise EvalError(f"there is no matrix file {path}", "check the path, or run the sequence first") from error
+            raise EvalError(
+                f"there is no matrix file {path}", "check the path, or run the sequence first"
+            ) from error
         except (ValueError, OSError, RecursionError) as error:
             raise EvalError(
-                f"{path} is not a readable matrix file ({error})", "delete it and evaluate again to write it anew"
+                f"{path} is not a readable matrix file ({error})",
+                "delete it and evaluate again to write it anew",
             ) from error
         if not isinstance(record, dict) or not {"format", "tasks", "zero_shot", "rows"} <= record.keys():
             raise EvalError(
                 f"{path} is not a matrix file: it lacks the keys format, tasks, zero_shot and rows",
                 "give the matrix.json of a run",
             )
-        lists = (record["tasks"], [] if record["zero_shot"] is None else record["zero_shot"], record["rows"], *(record["rows"] if isinstance(record["rows"], list) else ()))
+        lists = (
+            record["tasks"],
+            [] if record["zero_shot"] is None else record["zero_shot"],
+            record["rows"],
+            *(record["rows"] if isinstance(record["rows"], list) else ()),
+        )
         if not all(isinstance(value, list) for value in lists):
-            raise EvalError(f"{path} is not a matrix file: its tasks or rows are no lists", "delete it and evaluate again to write it anew")
+            raise EvalError(
+                f"{path} is not a matrix file: its tasks or rows are no lists",
+                "delete it and evaluate again to write it anew",
+            )
         if record["format"] != FORMAT:
             raise EvalError(
                 f"{path} has matrix format {record['format']!r}, and this version reads format {FORMAT}",
@@ -258,9 +287,14 @@ def _score(value, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
-        raise EvalError(f"{where} has the score {value!r}, which is not a finite number", "give percents, or None")
+        raise EvalError(
+            f"{where} has the score {value!r}, which is not a finite number", "give percents, or None"
+        )
     if abs(number) > LARGEST:  # Sums of a few larger ones are no numbers any more.
-        raise EvalError(f"{where} has the score {value!r}, and no metric gives more than {LARGEST:g}", "give percents, or None")
+        raise EvalError(
+            f"{where} has the score {value!r}, and no metric gives more than {LARGEST:g}",
+            "give percents, or None",
+        )
     return number
 
 

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora_eval.checkpoints import ADAPTER, AGAIN, UNQUANTISED, check_device, check_finite, check_place, content_changes, content_hash, load_checked, loading, model_content
+from llava_keeplora_eval.checkpoints import (
+    ADAPTER,
+    AGAIN,
+    UNQUANTISED,
+    check_device,
+    check_finite,
+    check_place,
+    content_changes,
+    content_hash,
+    load_checked,
+    loading,
+    model_content,
+)
 from llava_keeplora_eval.errors import EvalError
 
 #: Models that come with the training half; found by name, never imported.
@@ -44,12 +56,17 @@ def resolve_model(name: str) -> str:
         check_place(name, EMBEDDED)
         return name
     package = importlib.util.find_spec("llava_keeplora")  # locates the folder; runs none of its code
-    folders = [] if package is None else [Path(place) / "assets" / name for place in package.submodule_search_locations]
+    folders = (
+        []
+        if package is None
+        else [Path(place) / "assets" / name for place in package.submodule_search_locations]
+    )
     for folder in folders:
         if (folder / "config.json").exists():
             return str(folder)
     raise EvalError(
-        f"the embedded model '{name}' is not installed", "install the llava-keeplora package, or give a folder"
+        f"the embedded model '{name}' is not installed",
+        "install the llava-keeplora package, or give a folder",
     )
 
 
@@ -69,12 +86,18 @@ def model_family(name: str, revision: str | None = None) -> str:
     from transformers import AutoConfig
 
     if (Path(name) / ADAPTER).is_file():
-        raise EvalError(f"'{name}' is an adapter, and a whole model is needed", "give its base model, `import` the adapter, or export it as merged")
+        raise EvalError(
+            f"'{name}' is an adapter, and a whole model is needed",
+            "give its base model, `import` the adapter, or export it as merged",
+        )
     with loading(name):
         config = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=False)
         kind = config.model_type
     if getattr(config, "quantization_config", None) is not None:
-        raise EvalError(f"'{name}' is quantised already (its config.json has a quantization_config), and what is learned belongs to whole weights", UNQUANTISED)
+        raise EvalError(
+            f"'{name}' is quantised already (its config.json has a quantization_config), and what is learned belongs to whole weights",
+            UNQUANTISED,
+        )
     if kind not in FAMILIES:
         raise EvalError(
             f"'{name}' is a '{kind}' model, and supported are the types {', '.join(FAMILIES)}",
@@ -84,7 +107,12 @@ def model_family(name: str, revision: str | None = None) -> str:
 
 
 def load_predictor(
-    name: str, recipe, device: str, max_new_tokens: int = 128, base: str | None = None, generation: Mapping[str, Any] | None = None
+    name: str,
+    recipe,
+    device: str,
+    max_new_tokens: int = 128,
+    base: str | None = None,
+    generation: Mapping[str, Any] | None = None,
 ):
     """Load what answers a task: any CLIP checkpoint for classification, any LLaVA checkpoint for every kind, or an adapter of one.
 
@@ -111,7 +139,10 @@ def load_predictor(
     if family == "clip":
         check_kind(recipe)
         if generation:
-            raise EvalError(f"--generation is {dict(generation)}, and '{name}' is a CLIP model, which writes no answers", "leave it out")
+            raise EvalError(
+                f"--generation is {dict(generation)}, and '{name}' is a CLIP model, which writes no answers",
+                "leave it out",
+            )
     model, processor = (load_clip if family == "clip" else load_llava)(source, device, revision)
     if adapted is not None:
         _check_exported_base(Path(name), source, revision)
@@ -134,7 +165,10 @@ def adapter_base(name: str, base: str | None = None) -> tuple[str, str | None] |
     path = Path(name) / ADAPTER
     if not path.is_file():
         if base is not None:
-            raise EvalError(f"--base is '{base}', and '{name}' is no folder with an adapter ({ADAPTER})", "leave --base out")
+            raise EvalError(
+                f"--base is '{base}', and '{name}' is no folder with an adapter ({ADAPTER})",
+                "leave --base out",
+            )
         return None
     if base is not None:
         return base, None
@@ -144,7 +178,10 @@ def adapter_base(name: str, base: str | None = None) -> tuple[str, str | None] |
     if not isinstance(named, str) or not named:
         raise EvalError(f"{path} names no base model", "say where it lies with --base")
     if not isinstance(revision, str | None):
-        raise EvalError(f"{path} has the revision {revision!r} of its base, which is no text", "write a branch, a tag or a commit")
+        raise EvalError(
+            f"{path} has the revision {revision!r} of its base, which is no text",
+            "write a branch, a tag or a commit",
+        )
     return named, revision
 
 
@@ -159,7 +196,9 @@ def _check_exported_base(folder: Path, base: str, revision: str | None) -> None:
         return
     with loading(str(folder)):
         known = json.loads(path.read_text(encoding="utf-8")).get("base")
-    if isinstance(known, dict) and (changed := content_changes(known, model_content(resolve_model(base), revision))):
+    if isinstance(known, dict) and (
+        changed := content_changes(known, model_content(resolve_model(base), revision))
+    ):
         raise EvalError(
             f"the base model '{base}' is not the one that the adapter {folder} was trained on ({', '.join(changed)} differ)",
             "give that one with --base",
@@ -174,7 +213,13 @@ def made_by(name: str, predictor, base: str | None = None) -> dict[str, Any]:
         predictor: what that gave.
     """
     adapted = adapter_base(name, base)
-    adapter = {} if adapted is None else {"adapter": {p.name: content_hash(p) for p in sorted(Path(name).glob("adapter_*")) if p.is_file()}}
+    adapter = (
+        {}
+        if adapted is None
+        else {
+            "adapter": {p.name: content_hash(p) for p in sorted(Path(name).glob("adapter_*")) if p.is_file()}
+        }
+    )
     source, revision = adapted or (name, None)
     return {"model": model_content(resolve_model(source), revision), **adapter, **predictor.settings}
 
@@ -233,7 +278,13 @@ def load_llava_processor(path: str, revision: str | None = None):
     Raises:
         EvalError: it cannot be loaded, or belongs to another model.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaOnevisionProcessor
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoProcessor,
+        AutoTokenizer,
+        LlavaOnevisionProcessor,
+    )
 
     class WithoutVideos(LlavaOnevisionProcessor):
         def check_argument_for_proper_class(self, argument_name, argument):
@@ -248,10 +299,16 @@ def load_llava_processor(path: str, revision: str | None = None):
             processor = AutoProcessor.from_pretrained(path, **source)
         else:
             settings, _ = LlavaOnevisionProcessor.get_processor_dict(path, revision=revision)
-            own = {key: settings[key] for key in ("num_image_tokens", "vision_feature_select_strategy", "chat_template") if key in settings}
+            own = {
+                key: settings[key]
+                for key in ("num_image_tokens", "vision_feature_select_strategy", "chat_template")
+                if key in settings
+            }
             tokenizer = AutoTokenizer.from_pretrained(path, **source)
             own.setdefault("chat_template", getattr(tokenizer, "chat_template", None))
-            processor = WithoutVideos(image_processor=AutoImageProcessor.from_pretrained(path, **source), tokenizer=tokenizer, **own)
+            processor = WithoutVideos(
+                image_processor=AutoImageProcessor.from_pretrained(path, **source), tokenizer=tokenizer, **own
+            )
     _check_vocabulary(processor.tokenizer, path)
     _check_image_tokens(processor, config, path)
     return processor
@@ -264,7 +321,10 @@ def _check_vocabulary(tokenizer, path: str) -> None:
         EvalError: naming the checkpoint.
     """
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) == 0:
-        raise EvalError(f"the tokenizer of '{path}' has no words: its files (tokenizer.json, or vocab.json and merges.txt) are not there", AGAIN)
+        raise EvalError(
+            f"the tokenizer of '{path}' has no words: its files (tokenizer.json, or vocab.json and merges.txt) are not there",
+            AGAIN,
+        )
 
 
 def _check_image_tokens(processor, config, path: str) -> None:
@@ -274,16 +334,29 @@ def _check_image_tokens(processor, config, path: str) -> None:
         EvalError: naming what differs.
     """
     for name, made, taken in (
-        ("image token", processor.tokenizer.convert_tokens_to_ids(processor.image_token), config.image_token_id),
+        (
+            "image token",
+            processor.tokenizer.convert_tokens_to_ids(processor.image_token),
+            config.image_token_id,
+        ),
         ("patch_size", getattr(processor, "patch_size", None), config.vision_config.patch_size),
-        ("vision_feature_select_strategy", processor.vision_feature_select_strategy, config.vision_feature_select_strategy),
+        (
+            "vision_feature_select_strategy",
+            processor.vision_feature_select_strategy,
+            config.vision_feature_select_strategy,
+        ),
     ):
         if made is not None and made != taken:
-            raise EvalError(f"the processor of '{path}' has the {name} {made}, and its config.json {taken}", AGAIN)
+            raise EvalError(
+                f"the processor of '{path}' has the {name} {made}, and its config.json {taken}", AGAIN
+            )
     layers, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
     for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
         if not -depth - 1 <= layer <= depth:
-            raise EvalError(f"the config.json of '{path}' has the vision_feature_layer {layer}, and its vision encoder {depth} layers", AGAIN)
+            raise EvalError(
+                f"the config.json of '{path}' has the vision_feature_layer {layer}, and its vision encoder {depth} layers",
+                AGAIN,
+            )
 
 
 def load_clip_processor(path: str, revision: str | None = None) -> ClipProcessor:
@@ -301,7 +374,9 @@ def load_clip_processor(path: str, revision: str | None = None) -> ClipProcessor
 
     source = {"revision": revision, "trust_remote_code": False}
     with loading(path):
-        processor = ClipProcessor(AutoImageProcessor.from_pretrained(path, **source), AutoTokenizer.from_pretrained(path, **source))
+        processor = ClipProcessor(
+            AutoImageProcessor.from_pretrained(path, **source), AutoTokenizer.from_pretrained(path, **source)
+        )
     _check_vocabulary(processor.tokenizer, path)
     return processor
 
@@ -324,6 +399,9 @@ def load_clip(name: str, device: str | None = None, revision: str | None = None)
 
     path = resolve_model(name)
     if model_family(name, revision) != "clip":
-        raise EvalError(f"model '{name}' is no CLIP model, and zero-shot classification needs one", "give a CLIP checkpoint")
+        raise EvalError(
+            f"model '{name}' is no CLIP model, and zero-shot classification needs one",
+            "give a CLIP checkpoint",
+        )
     model = load_checked(CLIPModel, path, revision=revision)
     return (model.to(device) if device else model), load_clip_processor(path, revision)

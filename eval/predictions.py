@@ -64,7 +64,8 @@ def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
     other = next((number for number, maker in enumerate(makers, start=1) if maker != makers[0]), None)
     if other is not None:
         raise EvalError(
-            f"line {other} of {path} was made by another model or with other settings than line 1", "score answers of one model in one file"
+            f"line {other} of {path} was made by another model or with other settings than line 1",
+            "score answers of one model in one file",
         )
     return {record["id"]: record["text"] for record in records}
 
@@ -119,11 +120,18 @@ def predict_to_file(
     if world > 1:
         path = _shard(path, rank)
     _drop_torn_line(path)
-    source = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint, **maker}
+    source = {
+        "recipe": data.recipe.name,
+        "version": data.recipe.version,
+        "fingerprint": data.fingerprint,
+        **maker,
+    }
     unsynced = 0
     with (
         open(path, "a", encoding="utf-8", newline="\n") as file,
-        tqdm(total=len(missing), desc=f"predict {data.recipe.name}", delay=2, disable=True if advance else None) as bar,
+        tqdm(
+            total=len(missing), desc=f"predict {data.recipe.name}", delay=2, disable=True if advance else None
+        ) as bar,
     ):
         advance = advance or bar.update
         batches = math.ceil(len(missing) / batch_size)
@@ -134,7 +142,10 @@ def predict_to_file(
             start = turn * batch_size
             examples = [data[index] for index in missing[start : start + batch_size]]
             texts = _checked(predictor.predict(examples), examples)
-            lines = (json.dumps({"id": example.id, "text": text, **source}, ensure_ascii=False) + "\n" for example, text in zip(examples, texts))
+            lines = (
+                json.dumps({"id": example.id, "text": text, **source}, ensure_ascii=False) + "\n"
+                for example, text in zip(examples, texts)
+            )
             with finishing():
                 file.write("".join(lines))
                 file.flush()
@@ -162,8 +173,17 @@ def join_shards(path: str | Path, data: TaskData) -> None:
         return
     texts = _read_shards(path, data)
     maker = {MADE_BY: held} if (held := _held_maker(path)) else {}
-    source = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint, **maker}
-    lines = [json.dumps({"id": key, "text": texts[key], **source}, ensure_ascii=False) + "\n" for key in data.ids if key in texts]
+    source = {
+        "recipe": data.recipe.name,
+        "version": data.recipe.version,
+        "fingerprint": data.fingerprint,
+        **maker,
+    }
+    lines = [
+        json.dumps({"id": key, "text": texts[key], **source}, ensure_ascii=False) + "\n"
+        for key in data.ids
+        if key in texts
+    ]
     write_atomic(path, "".join(lines))
     for shard in shards:
         shard.unlink()
@@ -180,9 +200,16 @@ def _claim(path: Path, made_by: Mapping[str, Any] | None) -> dict[str, str]:
     Returns:
         what each line says of it.
     """
-    wanted = {} if not made_by else {MADE_BY: hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]}
+    wanted = (
+        {}
+        if not made_by
+        else {MADE_BY: hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]}
+    )
     if _held_maker(path, wanted.get(MADE_BY)) != wanted.get(MADE_BY):
-        raise EvalError(f"{path} holds answers {_difference(path, made_by)}", "predict into a new file, or remove this one")
+        raise EvalError(
+            f"{path} holds answers {_difference(path, made_by)}",
+            "predict into a new file, or remove this one",
+        )
     if wanted:
         write_atomic(maker_path(path), json.dumps(made_by, indent=1, sort_keys=True) + "\n")
     return wanted
@@ -204,7 +231,10 @@ def _held_maker(path: Path, otherwise: str | None = None) -> str | None:
         if lines:
             held[file] = _record(file, 1, lines[0]).get(MADE_BY)
     if len(set(held.values())) > 1:
-        raise EvalError(f"{path} and its shards hold answers of two models or settings", f"remove {', '.join(file.name for file in held)}, and predict again")
+        raise EvalError(
+            f"{path} and its shards hold answers of two models or settings",
+            f"remove {', '.join(file.name for file in held)}, and predict again",
+        )
     return next(iter(held.values()), otherwise)
 
 
@@ -212,7 +242,11 @@ def _difference(path: Path, made_by: Mapping[str, Any] | None) -> str:
     """Say how the maker of a file differs from another one."""
     try:
         before = json.loads(maker_path(path).read_text(encoding="utf-8"))
-        changed = [key for key in sorted(before.keys() | (made_by or {}).keys()) if before.get(key) != (made_by or {}).get(key)]
+        changed = [
+            key
+            for key in sorted(before.keys() | (made_by or {}).keys())
+            if before.get(key) != (made_by or {}).get(key)
+        ]
     except (OSError, ValueError, AttributeError, RecursionError):
         return "of which no record says what made them" if made_by else "of another model or other settings"
     return f"that were made otherwise ({', '.join(changed)} differ)"
@@ -289,7 +323,8 @@ def _check_ids(path: Path, ids: list[str], data: TaskData) -> None:
     repeated = [key for key, count in Counter(ids).items() if count > 1]
     if repeated:
         raise EvalError(
-            f"{path} has more than one prediction for {first_ids(repeated)}", "remove the lines that don't belong"
+            f"{path} has more than one prediction for {first_ids(repeated)}",
+            "remove the lines that don't belong",
         )
     known = set(data.ids)
     unknown = [key for key in ids if key not in known]
@@ -309,7 +344,8 @@ def _checked(texts: list[str], examples: list) -> list[str]:
     for text, example in zip(texts, examples):
         if not isinstance(text, str):
             raise EvalError(
-                f"the predictor gave {type(text).__name__} for example {example.id}", "return text, empty if need be"
+                f"the predictor gave {type(text).__name__} for example {example.id}",
+                "return text, empty if need be",
             )
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise EvalError(

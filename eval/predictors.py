@@ -125,7 +125,9 @@ class ClipPredictor:
         parameter = next(model.parameters())
         self.device = torch.device(device) if device is not None else parameter.device
         self.dtype = parameter.dtype
-        self.preparation = PromptPreparation(processor, getattr(model.config.text_config, "max_position_embeddings", None))
+        self.preparation = PromptPreparation(
+            processor, getattr(model.config.text_config, "max_position_embeddings", None)
+        )
         self._prompts = [recipe.prompts]
         self._text: Tensor | None = None
         self._head: Callable[[Tensor], Tensor] | None = None
@@ -148,7 +150,10 @@ class ClipPredictor:
     def with_test_prompts(self) -> ClipPredictor:
         """The same predictor with the averaged features of the recipe's test prompts instead of its one prompt's."""
         other = copy.copy(self)
-        other._prompts, other._text = [self.recipe.class_prompts(template) for template in self.recipe.test_prompts] or self._prompts, None
+        other._prompts, other._text = (
+            [self.recipe.class_prompts(template) for template in self.recipe.test_prompts] or self._prompts,
+            None,
+        )
         return other
 
     @torch.no_grad()
@@ -171,7 +176,9 @@ class ClipPredictor:
         if not examples:
             return []
         logits = self.logits(examples)
-        if bad := [example.id for example, row in zip(examples, logits.isfinite().all(dim=1).tolist()) if not row]:
+        if bad := [
+            example.id for example, row in zip(examples, logits.isfinite().all(dim=1).tolist()) if not row
+        ]:
             raise no_numbers(bad[0], self.dtype)
         return [self.recipe.classes[index] for index in logits.argmax(dim=1).tolist()]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llava_keeplora_eval.chat import Chat, asked, learned
+from llava_keeplora_eval.chat import Chat, question_text, training_answers
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS
 from llava_keeplora_recipes.texts import is_blank
@@ -91,9 +91,12 @@ def check_answers(data: TaskData, row: int, answers: Sequence[str]) -> None:
     Raises:
         EvalError: it has no answer, or an empty one among those that are learned.
     """
-    if not answers or any(map(is_blank, learned(data.recipe, answers))):
+    if not answers or any(map(is_blank, training_answers(data.recipe, answers))):
         what = "an empty answer" if answers else "no answer"
-        raise EvalError(f"{_place(data, row)} has {what}, so there is nothing to learn from it", "complete or remove the record")
+        raise EvalError(
+            f"{_place(data, row)} has {what}, so there is nothing to learn from it",
+            "complete or remove the record",
+        )
 
 
 def check_questions(preparation: Preparation, data: TaskData) -> Any:
@@ -153,7 +156,11 @@ class ChatPreparation:
         images = longest.prompt.count(self.chat.image_id)
         answers = f", longest answer {max(len(turn.reply) for turn in turns)}" if learns else ""
         note = "" if learns else self.short_answers(turns)
-        return Report(f"tokens: longest {len(longest)} of {self.limit}, {images} of them of images{answers}", errors, note)
+        return Report(
+            f"tokens: longest {len(longest)} of {self.limit}, {images} of them of images{answers}",
+            errors,
+            note,
+        )
 
     def short_answers(self, questions: Sequence[Turn]) -> str:
         """Say how many questions leave less room than `max_new_tokens`; nothing where all leave enough."""
@@ -171,8 +178,10 @@ class ChatPreparation:
         A run of image tokens is one in the text, and id × count among the ids.
         """
         # Of several captions, each of which is trained on, one.
-        answer = learned(data.recipe, data.answers[row])[0]
-        prompt, reply = self.chat.turn(asked(data.recipe, data.questions[row]), data.image_sizes[row], answer)
+        answer = training_answers(data.recipe, data.answers[row])[0]
+        prompt, reply = self.chat.turn(
+            question_text(data.recipe, data.questions[row]), data.image_sizes[row], answer
+        )
         once = [i for i, run in groupby(prompt) for i in ([i] if i == self.chat.image_id else run)]
         before, whole = self._decode(once), self._decode(once + reply)
         after = whole[len(before) :] if whole.startswith(before) else self._decode(reply)
@@ -185,11 +194,11 @@ class ChatPreparation:
         """Of each example its turns, or why the model cannot take it."""
         columns = zip(data.questions, data.image_sizes, data.answers, strict=True)
         for row, (question, sizes, answers) in enumerate(columns):
-            text = asked(data.recipe, question)
+            text = question_text(data.recipe, question)
             try:
                 if learns:
                     check_answers(data, row, answers)
-                    texts = learned(data.recipe, answers)
+                    texts = training_answers(data.recipe, answers)
                     with _named(data, row):
                         turns = [Turn(row, *self.chat.turn(text, sizes, answer)) for answer in texts]
                 else:
@@ -264,7 +273,10 @@ def check_kind(recipe: Recipe) -> None:
         EvalError: it is no classification.
     """
     if recipe.kind != "classification":
-        raise EvalError(f"task '{recipe.name}' is {recipe.kind}, and CLIP does classification only", "leave the task out, or take a LLaVA model")
+        raise EvalError(
+            f"task '{recipe.name}' is {recipe.kind}, and CLIP does classification only",
+            "leave the task out, or take a LLaVA model",
+        )
 
 
 def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None) -> dict[str, Tensor]:
@@ -282,13 +294,18 @@ def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None
         EvalError: no prompts, or one that is too long or holds the token of a text's beginning or end.
     """
     if not prompts:
-        raise EvalError("there are no prompts to tokenise", "give the recipe at least one class with a prompt")
+        raise EvalError(
+            "there are no prompts to tokenise", "give the recipe at least one class with a prompt"
+        )
     tokenizer = getattr(processor, "tokenizer", processor)
     for prompt in prompts:
         # CLIP's feature is that of the first end token
-        if special := next((token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and token in prompt), None):
+        if special := next(
+            (token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and token in prompt), None
+        ):
             raise EvalError(
-                f"the prompt {_quoted(prompt)} holds {special}, which is a special token of the model", "take it out of the prompt or the class name"
+                f"the prompt {_quoted(prompt)} holds {special}, which is a special token of the model",
+                "take it out of the prompt or the class name",
             )
     limits = [tokenizer.model_max_length] + ([limit] if limit is not None else [])
     longest = min(limits)
@@ -319,12 +336,20 @@ def load_preparation(name: str, base: str | None = None) -> Preparation:
     from transformers import AutoConfig
 
     from llava_keeplora_eval.checkpoints import loading
-    from llava_keeplora_eval.models import adapter_base, load_clip_processor, load_llava_processor, model_family, resolve_model
+    from llava_keeplora_eval.models import (
+        adapter_base,
+        load_clip_processor,
+        load_llava_processor,
+        model_family,
+        resolve_model,
+    )
 
     name, revision = adapter_base(name, base) or (name, None)
     path, family = resolve_model(name), model_family(name, revision)
     with loading(name):
-        limit = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).text_config.max_position_embeddings
+        limit = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=False
+        ).text_config.max_position_embeddings
     if family == "llava":
         return ChatPreparation(load_llava_processor(path, revision), limit, MAX_NEW_TOKENS)
     return PromptPreparation(load_clip_processor(path, revision), limit)
@@ -357,7 +382,9 @@ def _named(data: TaskData, row: int) -> Iterator[None]:
     try:
         yield
     except EvalError as error:
-        raise EvalError(f"{_place(data, row)} cannot be shown to the model: {error.problem}", error.cure) from None
+        raise EvalError(
+            f"{_place(data, row)} cannot be shown to the model: {error.problem}", error.cure
+        ) from None
 
 
 def _place(data: TaskData, row: int) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 # Brackets are in the official list in capitals, while tokens are lower case, so "-lrb-" is never dropped.
-DROPPED = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
+DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _MONEY = {"£": "#", "€": "$", "¤": "$", "¢": "cents"}
@@ -29,16 +29,125 @@ _REWRITTEN = _BRACKETS | _MONEY | {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓":
 _QUOTES = "\"'`‘’‛“”‹›«»\u0091\u0092\u0093\u0094"
 
 # Abbreviations that keep their period: always, with a capital, before a number.
-_SHORTENED = """
-mr mrs ms dr drs prof profs rev hon gen col lt sgt capt cpl pvt maj adm gov sen rep pres st ste mt ave blvd rd jr sr esq bros
-inc co cos corp ltd plc dept univ assn intl vs etc al seq cf est ext sq ft tel natl
-jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri
-ala ariz calif colo conn dak fla ga ind kan ky md mich minn mo mont neb nev okla penn tenn va vt wis wyo
-""".split()
-_CAPITAL = "Ark Del Ill La Mass Miss Ore Pa Tex Wash".split()
-_NUMBERED = "no nos fig figs pp art".split()
+_SHORTENED = [
+    "mr",
+    "mrs",
+    "ms",
+    "dr",
+    "drs",
+    "prof",
+    "profs",
+    "rev",
+    "hon",
+    "gen",
+    "col",
+    "lt",
+    "sgt",
+    "capt",
+    "cpl",
+    "pvt",
+    "maj",
+    "adm",
+    "gov",
+    "sen",
+    "rep",
+    "pres",
+    "st",
+    "ste",
+    "mt",
+    "ave",
+    "blvd",
+    "rd",
+    "jr",
+    "sr",
+    "esq",
+    "bros",
+    "inc",
+    "co",
+    "cos",
+    "corp",
+    "ltd",
+    "plc",
+    "dept",
+    "univ",
+    "assn",
+    "intl",
+    "vs",
+    "etc",
+    "al",
+    "seq",
+    "cf",
+    "est",
+    "ext",
+    "sq",
+    "ft",
+    "tel",
+    "natl",
+    "jan",
+    "feb",
+    "mar",
+    "apr",
+    "jun",
+    "jul",
+    "aug",
+    "sep",
+    "sept",
+    "oct",
+    "nov",
+    "dec",
+    "mon",
+    "tue",
+    "tues",
+    "wed",
+    "thu",
+    "thurs",
+    "fri",
+    "ala",
+    "ariz",
+    "calif",
+    "colo",
+    "conn",
+    "dak",
+    "fla",
+    "ga",
+    "ind",
+    "kan",
+    "ky",
+    "md",
+    "mich",
+    "minn",
+    "mo",
+    "mont",
+    "neb",
+    "nev",
+    "okla",
+    "penn",
+    "tenn",
+    "va",
+    "vt",
+    "wis",
+    "wyo",
+]
+_CAPITAL = ["Ark", "Del", "Ill", "La", "Mass", "Miss", "Ore", "Pa", "Tex", "Wash"]
+_NUMBERED = ["no", "nos", "fig", "figs", "pp", "art"]
 # Words of which an apostrophe is a part, beside those that _KINDS describes.
-_WITH_APOSTROPHE = "ma'am c'mon e'er ev'ry li'l s'mores nor'easter nat'l dunkin' somethin' ol' 'em 'til 'till 'cause".split()
+_WITH_APOSTROPHE = [
+    "ma'am",
+    "c'mon",
+    "e'er",
+    "ev'ry",
+    "li'l",
+    "s'mores",
+    "nor'easter",
+    "nat'l",
+    "dunkin'",
+    "somethin'",
+    "ol'",
+    "'em",
+    "'til",
+    "'till",
+    "'cause",
+]
 # Two tokens written as one word, by the length of the first.
 _TWO = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "gimme": 3, "lemme": 3}
 

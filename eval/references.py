@@ -103,7 +103,9 @@ def _check_met(data: TaskData, record: MetricRecord) -> str | None:
     return "; ".join(f"{problem}; {cure}" for problem, cure in told)
 
 
-def _zeros(data: TaskData, record: MetricRecord, rows: list[int], references: list[list[str]], why: str) -> str:
+def _zeros(
+    data: TaskData, record: MetricRecord, rows: list[int], references: list[list[str]], why: str
+) -> str:
     """Say how many examples get 0 for one reason, with the first of them."""
     first = ", ".join(f"{data.ids[i]}: {_shortened(references[i])}" for i in rows[:3])
     return (

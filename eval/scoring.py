@@ -103,7 +103,9 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
     if not path.exists():
         raise EvalError(f"there is no predictions file {path}", "run `llava-keeplora-eval predict` first")
     if len(data) == 0:
-        raise EvalError(f"{data.recipe.name} ({data.split}) has no examples to score", "check the split and the data")
+        raise EvalError(
+            f"{data.recipe.name} ({data.split}) has no examples to score", "check the split and the data"
+        )
     texts = read_answers(path, data, form)
     record.check_installed()
     references, inputs = accepted_texts(data), metric_inputs(data, record)

@@ -27,7 +27,7 @@ GO_ON = "run the same command again: it goes on, every finished stage is kept"
 
 
 @contextmanager
-def told(where: Path | str = "a file") -> Iterator[None]:
+def translate_errors(where: Path | str = "a file") -> Iterator[None]:
     """Tell in one sentence what the file system refuses.
 
     Args:
@@ -72,7 +72,9 @@ def write_json(path: Path, value: Any) -> str:
     return write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
     """Write safetensors; returns its SHA-256."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return write_bytes(path, save(contiguous, dict(metadata or {})))
@@ -93,14 +95,16 @@ def open_tensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError, ValueError) as error:
-        raise RunError(f"{path} cannot be read as safetensors ({str(error).splitlines()[0]})", "restore it") from error
+        raise RunError(
+            f"{path} cannot be read as safetensors ({str(error).splitlines()[0]})", "restore it"
+        ) from error
 
 
 @contextmanager
 def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
-    """A room to fill, which becomes a folder at the end: the folder appears whole or not at all.
+    """A tmp_dir to fill, which becomes a folder at the end: the folder appears whole or not at all.
 
-    The room is named `.NAME.PROCESS.part`. An error removes it; what a killed process left is removed by the next command that makes
+    The tmp_dir is named `.NAME.PROCESS.part`. An error removes it; what a killed process left is removed by the next command that makes
     the same folder. It is locked while it is filled, so that what a living process is writing can be told from that.
 
     Args:
@@ -121,38 +125,38 @@ def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
     for left in beside.glob(f".{glob.escape(folder.name)}.*{PART}"):
         if left.is_dir() and not _is_locked(left):
             shutil.rmtree(left, ignore_errors=True)
-    room, old = (beside / f".{folder.name}.{os.getpid()}{kind}{PART}" for kind in ("", ".old"))
-    room.mkdir()
-    lock = os.open(room, os.O_RDONLY)
+    tmp_dir, old = (beside / f".{folder.name}.{os.getpid()}{kind}{PART}" for kind in ("", ".old"))
+    tmp_dir.mkdir()
+    lock = os.open(tmp_dir, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        yield room
-        _flush(room)
+        yield tmp_dir
+        _flush(tmp_dir)
         if merged:
-            _move_files(room, folder)
+            _move_files(tmp_dir, folder)
         else:
             if folder.is_dir() and any(folder.iterdir()):
                 os.replace(folder, old)  # Removing takes time, in which a kill would leave a part.
-            os.replace(room, folder)
+            os.replace(tmp_dir, folder)
             sync_folder(folder.parent)
     finally:
         os.close(lock)
-        for left in (room, old):
+        for left in (tmp_dir, old):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _flush(room: Path) -> None:
+def _flush(tmp_dir: Path) -> None:
     """Have all that a folder holds on the disk before its name is."""
-    for path in room.rglob("*"):
+    for path in tmp_dir.rglob("*"):
         if path.is_dir() or (path.is_file() and not path.is_symlink()):
             sync_folder(path)
-    sync_folder(room)
+    sync_folder(tmp_dir)
 
 
-def _move_files(room: Path, folder: Path) -> None:
-    for path in sorted(room.rglob("*")):
+def _move_files(tmp_dir: Path, folder: Path) -> None:
+    for path in sorted(tmp_dir.rglob("*")):
         if path.is_file():
-            target = folder / path.relative_to(room)
+            target = folder / path.relative_to(tmp_dir)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
             sync_folder(target.parent)

@@ -11,26 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_keeplora.errors import RunError
-from llava_keeplora.records import COUNT, NUMBER, mismatches
+from llava_keeplora.records import mismatches
+from llava_keeplora.run_folder import BASE_STAGES, CONSOLIDATED, INFO, PLAN, SCORES, STAGES, Stage
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.interruption import finishing
 
 logger = logging.getLogger(__name__)
-
-STAGES = ("PLANNED", "PREPARED", "TRAINED", "CONSOLIDATED", "EVALUATED", "CLOSED")
-#: Task 0 is the base before any task: nothing is trained, its weights are analysed and its zero-shot row taken.
-BASE_STAGES = ("PLANNED", "CONSOLIDATED", "EVALUATED", "CLOSED")
-#: The plan of the whole run; it stands in the journal once more for every time that the run was extended.
-PLAN = (0, "PLANNED")
-#: Of a stage of every task; made again from the predictions when the run is extended.
-SCORES = "scores.json"
-#: What `CONSOLIDATED` reports; beside it lies what it protects, if that is anything.
-CONSOLIDATED = "consolidated.json"
-#: What readers take out of a stage's `info`; see `llava_keeplora.records`.
-INFO = {
-    "tasks?": [{"task?": str}], "reference?": dict, "seconds?": NUMBER, "taken_seconds?": NUMBER, "peak_bytes?": COUNT, "peak_of?": str, "steps?": COUNT,
-    "trained_parameters?": COUNT, "test_seconds?": {"untouched": NUMBER, "learned": NUMBER},
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,10 @@ class Entry:
         for name in self.files:
             if PurePosixPath(name).name == kind:
                 return name
-        raise RunError(f"the journal's stage {self.stage} of task {self.task} names no {kind}", "restore the journal or start over in a new output_dir")
+        raise RunError(
+            f"the journal's stage {self.stage} of task {self.task} names no {kind}",
+            "restore the journal or start over in a new output_dir",
+        )
 
 
 def _entry(values: Any) -> Entry:
@@ -71,7 +60,9 @@ def _entry(values: Any) -> Entry:
     """
     entry = Entry(**values)
     types = {"task": int, "stage": str, "seconds": int | float, "files": dict, "info": dict}
-    if isinstance(entry.task, bool) or not all(isinstance(getattr(entry, key), kind) for key, kind in types.items()):
+    if isinstance(entry.task, bool) or not all(
+        isinstance(getattr(entry, key), kind) for key, kind in types.items()
+    ):
         raise ValueError("a value is of another type")
     for name, expected in entry.files.items():
         path = PurePosixPath(name)
@@ -122,7 +113,7 @@ def open_stages(entries: Sequence[Entry], tasks: int, learns: bool = True) -> li
 
 
 def _without_scores(done: Mapping[tuple[int, str], Entry]) -> dict[tuple[int, str], Entry]:
-    return {key: entry for key, entry in done.items() if key[1] != "EVALUATED"}
+    return {key: entry for key, entry in done.items() if key[1] != Stage.EVALUATED}
 
 
 def planned(plan: Entry) -> int:
@@ -158,7 +149,10 @@ class Journal:
                 entry = _entry(json.loads(line))
             except (ValueError, TypeError, RecursionError) as error:
                 if number < len(lines):
-                    raise RunError(f"{self.path}, line {number} is not a journal entry ({_reason(error)})", "restore the file or start over in a new output_dir") from error
+                    raise RunError(
+                        f"{self.path}, line {number} is not a journal entry ({_reason(error)})",
+                        "restore the file or start over in a new output_dir",
+                    ) from error
                 entry = None
             if entry is None or not line.endswith(b"\n"):
                 logger.warning("%s: the last line is torn (a killed run); its stage runs again", self.path)
@@ -175,7 +169,9 @@ class Journal:
     @property
     def has_work(self) -> bool:
         """Whether a finished stage left more than a plan, a copied row, or the word that nothing is protected yet."""
-        return any(Path(name).name not in (SCORES, CONSOLIDATED) for entry in self.entries for name in entry.files)
+        return any(
+            Path(name).name not in (SCORES, CONSOLIDATED) for entry in self.entries for name in entry.files
+        )
 
     def append(self, entry: Entry) -> None:
         """Add a finished stage; on disk before this returns."""
@@ -208,15 +204,24 @@ class Journal:
             if kinds is not None and path.name not in kinds:
                 continue
             if not path.is_file():
-                yield RunError(f"{path}, written by stage {entry.stage} of task {entry.task}, is missing", "restore it or start over in a new output_dir")
+                yield RunError(
+                    f"{path}, written by stage {entry.stage} of task {entry.task}, is missing",
+                    "restore it or start over in a new output_dir",
+                )
             elif expected is not None and file_hash(path) != expected:
-                yield RunError(f"{path} is not what stage {entry.stage} of task {entry.task} wrote", "restore it or start over in a new output_dir")
+                yield RunError(
+                    f"{path} is not what stage {entry.stage} of task {entry.task} wrote",
+                    "restore it or start over in a new output_dir",
+                )
 
     def files(self) -> dict[str, tuple[Entry, str | None]]:
         """Relative path → the stage that wrote it and its hash; None for scores that an extension may have been making again when it was killed."""
         files: dict[str, tuple[Entry, str | None]] = {}
         for entry in self.entries:
             if (entry.task, entry.stage) == PLAN:
-                files = {name: (by, None if Path(name).name == SCORES else expected) for name, (by, expected) in files.items()}
+                files = {
+                    name: (by, None if Path(name).name == SCORES else expected)
+                    for name, (by, expected) in files.items()
+                }
             files |= {name: (entry, expected) for name, expected in entry.files.items()}
         return files

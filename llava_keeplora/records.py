@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -52,74 +50,6 @@ class Number:
 
 
 COUNT, NUMBER, ANY_NUMBER = Number(0, whole=True), Number(), Number(finite=False)
-_METHOD = {"method": str, "options": dict, "parts": (Each(dict), None), "training": dict}
-#: File name → schema. A key with `?` may be missing, and others may stand beside those named.
-SCHEMAS: dict[str, Any] = {
-    "config.json": {
-        "seed": COUNT, "model": {"name_or_path": str}, "tasks": [str], "methods": Each(_METHOD), "parts": Each((dict, None)), "training": dict,
-        "data": {"root": (str, None)}, "evaluation": {"max_new_tokens": COUNT},
-    },
-    "identity.json": {"seed": COUNT, "model": {"name_or_path": str}, "tasks": [str], "methods": Each(_METHOD), "training": dict},
-    "versions.json": Each(str),
-    "scores.json": Each({"score": NUMBER}),
-    "prepared.json": {
-        "layers": Each({"rank": COUNT, "alpha": NUMBER, "train_A": bool}),
-        "report": {"gradient?": Each({"captured?": ANY_NUMBER}), "left_out?": Each(str)},
-    },
-    "train.json": {"history": [{"step?": NUMBER, "loss?": ANY_NUMBER}]},
-    "consolidated.json": {
-        "capacity?": Each({"in": Number(1, whole=True), "k": COUNT, "part": str}),
-        "forecast?": Each({"tasks": (NUMBER, None), "left": NUMBER, "growth": NUMBER}),
-        "energy_weight?": Each({"energy": NUMBER}),
-    },
-    "training.json": {"tensors": str, "sha256": Each(str), "values": dict, "record_sha256": str},
-}
-
-
-def read_record(path: Path, cure: str = RESTORE) -> dict[str, Any]:
-    """A JSON file of a run, by the schema of its name.
-
-    Args:
-        path: the file; its name is a key of `SCHEMAS`.
-        cure: what an error advises.
-
-    Raises:
-        RunError: if it cannot be read, or holds something else; with the place in it.
-    """
-    content = read_object(path, cure)
-    for where, what in itertools.chain(mismatches(content, SCHEMAS[path.name]), _halves(path.name, content)):
-        raise RunError(f"{path} is not what a run writes: {where or 'it'} is {what}", cure)
-    return content
-
-
-def _halves(name: str, content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a record holds without what goes with it: (dotted place, what is missing); its schema is followed."""
-    if name == "consolidated.json":
-        for layer in content.get("forecast", {}).keys() - content.get("capacity", {}).keys():
-            yield f"capacity.{layer[:80]}", "missing, and forecast has it"
-    if name == "train.json":
-        for index, record in enumerate(content["history"]):
-            if "loss" in record and "step" not in record:
-                yield f"history[{index}].step", "missing, and loss has it"
-
-
-def record_digest(record: Mapping[str, Any]) -> str:
-    """SHA-256 of what a record says but for its own `record_sha256`, whatever the order of its keys."""
-    content = json.loads(json.dumps({key: value for key, value in record.items() if key != "record_sha256"}))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_training(path: Path) -> dict[str, Any]:
-    """A task's `training.json`, the record of its last checkpoint; the tensors that it names are checked by their reader.
-
-    Raises:
-        RunError: if its values are not those that were written.
-    """
-    cure = "run the same command again: the task's training begins again"
-    record = read_record(path, cure)
-    if record_digest(record) != record["record_sha256"]:
-        raise RunError(f"{path} is not what was written: its values have another hash", cure)
-    return record
 
 
 def read_object(path: Path, cure: str = RESTORE) -> dict[str, Any]:
@@ -148,7 +78,12 @@ def read_object(path: Path, cure: str = RESTORE) -> dict[str, Any]:
 def _is_deeper(content: Any, most: int) -> bool:
     level = [content]
     for _ in range(most):
-        level = [below for value in level if isinstance(value, dict | list) for below in (value.values() if isinstance(value, dict) else value)]
+        level = [
+            below
+            for value in level
+            if isinstance(value, dict | list)
+            for below in (value.values() if isinstance(value, dict) else value)
+        ]
         if not level:
             return False
     return True

@@ -13,15 +13,29 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora_recipes.registry import SEPARATOR, Registry
 
 #: What the driver asks of a family.
-FAMILY_MEMBERS = ("from_config", "load", "skeleton", "linear_layers", "prepare", "inputs", "check", "task", "predictor")
+FAMILY_MEMBERS = (
+    "from_config",
+    "load",
+    "skeleton",
+    "linear_layers",
+    "prepare",
+    "inputs",
+    "check",
+    "task",
+    "predictor",
+)
 
 
 def _is_method(value: Any) -> str | None:
-    from llava_keeplora.methods.base import Method, Record
+    from llava_keeplora.methods.base import Method, MethodInfo
 
     if not (isinstance(value, type) and issubclass(value, Method)):
         return "it is no subclass of llava_keeplora.methods.Method"
-    return None if isinstance(getattr(value, "record", None), Record) else "it has no `record` of the class Record"
+    return (
+        None
+        if isinstance(getattr(value, "info", None), MethodInfo)
+        else "it has no `info` of the class MethodInfo"
+    )
 
 
 def _is_family(value: Any) -> str | None:
@@ -69,7 +83,9 @@ def localize_plugins(tree: Mapping[str, Any], folder: Path | None = None) -> dic
     """
     tree = dict(tree)
     if isinstance(methods := tree.get("methods"), Mapping):
-        tree["methods"] = _with_safe_labels({label: _localize_method(label, own, folder) for label, own in methods.items()})
+        tree["methods"] = _with_safe_labels(
+            {label: _localize_method(label, own, folder) for label, own in methods.items()}
+        )
     if isinstance(expected := tree.get("expected"), Mapping):
         tree["expected"] = _with_safe_labels(expected)
     if isinstance(tuning := tree.get("tuning"), Mapping) and isinstance(tuning.get("settings"), Mapping):
@@ -130,7 +146,10 @@ def without_places(tree: dict[str, Any]) -> None:
 
 def list_plugins(tree: Mapping[str, Any]) -> list[tuple[Registry, str, dict[str, str]]]:
     """Return the plug-ins that a resolved configuration, or an identity, names: (registry, name, recorded source)."""
-    return [(registry, section[key], section.get("source") or {}) for registry, section, key in _named_plugins(tree)]
+    return [
+        (registry, section[key], section.get("source") or {})
+        for registry, section, key in _named_plugins(tree)
+    ]
 
 
 def _named_plugins(tree: Mapping[str, Any]) -> Iterator[tuple[Registry, dict[str, Any], str]]:

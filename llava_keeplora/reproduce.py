@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llava_keeplora.config import ExpectedConfig, RunConfig, load_recipes
+from llava_keeplora.config import ExpectedConfig, RunConfig
 from llava_keeplora.errors import ConfigError, nearest
+from llava_keeplora.saved_run import load_recipes
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.matrix import shown
 
@@ -48,7 +49,9 @@ def check_expected(config: RunConfig) -> None:
     for label, published in config.expected.items():
         for task in published.last:
             if task not in names:
-                raise ConfigError(f"expected.{label}.last names '{task}', which is no task of the run", nearest(task, names))
+                raise ConfigError(
+                    f"expected.{label}.last names '{task}', which is no task of the run", nearest(task, names)
+                )
 
 
 def compare(results: Mapping[str, Matrix], expected: Mapping[str, ExpectedConfig]) -> list[Figure]:
@@ -66,8 +69,14 @@ def compare(results: Mapping[str, Matrix], expected: Mapping[str, ExpectedConfig
         # The untouched model's matrix is its first row alone.
         matrix = results[label] if results[label].started else results[label].constant_zero_shot()
         metrics, last = matrix.metrics(), matrix.per_task()["last"]
-        figures += [Figure(label, name, value, metrics[name], published.tolerance) for name, value in published.figures.items()]
-        figures += [Figure(label, task, value, last[matrix.index(task)], published.tolerance) for task, value in published.last.items()]
+        figures += [
+            Figure(label, name, value, metrics[name], published.tolerance)
+            for name, value in published.figures.items()
+        ]
+        figures += [
+            Figure(label, task, value, last[matrix.index(task)], published.tolerance)
+            for task, value in published.last.items()
+        ]
     return figures
 
 
@@ -75,9 +84,22 @@ def comparison(figures: list[Figure], expected: Mapping[str, ExpectedConfig]) ->
     """The comparison as Markdown, with the sources of the published figures."""
     if not figures:
         return "nothing is known to be published for these methods, so there is nothing to compare with\n"
-    rows = [["row", "figure", "published", "measured", "difference", "tolerance", "met"], ["---", "---", "---:", "---:", "---:", "---:", "---"]]
+    rows = [
+        ["row", "figure", "published", "measured", "difference", "tolerance", "met"],
+        ["---", "---", "---:", "---:", "---:", "---:", "---"],
+    ]
     for f in figures:
         difference = None if f.measured is None else f.measured - f.published
-        rows.append([f.row, f.name, shown(f.published), shown(f.measured), shown(difference), shown(f.tolerance), "yes" if f.met else "no"])
+        rows.append(
+            [
+                f.row,
+                f.name,
+                shown(f.published),
+                shown(f.measured),
+                shown(difference),
+                shown(f.tolerance),
+                "yes" if f.met else "no",
+            ]
+        )
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
     return table + "\n" + "".join(f"{label}: {published.source}\n" for label, published in expected.items())

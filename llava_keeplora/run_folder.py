@@ -1,101 +1,219 @@
-"""A run folder read back: its configuration, its identity, and the recipes that it keeps."""
+"""The schema of a run's folder: names of its files, stages, and what each record holds; nothing else spells them out."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import PER_TASK, ROW_KEYS, ModelConfig, RunConfig, parse_config, read_dumped, with_settings
-from llava_keeplora.errors import ConfigError, RunError
-from llava_keeplora.records import read_object, read_record
-from llava_keeplora_eval.checkpoints import content_changes, model_content
-from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.models import resolve_model
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora.errors import RunError
+from llava_keeplora.records import ANY_NUMBER, COUNT, NUMBER, RESTORE, Each, Number, mismatches, read_object
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
-logger = logging.getLogger(__name__)
-
-#: In identity.json: what the base model is by content.
+#: Of the run: its configuration, what its results depend on, the versions that began it, and its results.
+CONFIG, IDENTITY, VERSIONS, RESULTS, RECIPES = (
+    "config.json",
+    "identity.json",
+    "versions.json",
+    "results.json",
+    "recipes",
+)
+#: Of a method: its finished stages, and the accuracy matrix.
+JOURNAL, MATRIX = "journal.jsonl", "matrix.json"
+#: Of a task, records: how adapters start, the log of training, what is protected afterwards, the scores, a checkpoint within training.
+PREPARED, TRAIN, CONSOLIDATED, SCORES, TRAINING = (
+    "prepared.json",
+    "train.json",
+    "consolidated.json",
+    "scores.json",
+    "training.json",
+)
+#: Of a task, tensors: where its adapters start, its update, what training keeps for later, what it adds to the protected subspace.
+ADAPTERS, DELTA, KEPT, STATE = (
+    "adapters.safetensors",
+    "delta.safetensors",
+    "kept.safetensors",
+    "state.safetensors",
+)
+#: Of a task, a folder of answers.
+PREDICTIONS = "predictions"
+#: In IDENTITY: what the base model is by content.
 BASE = "base"
+RUN_FILES = (
+    "config.json",
+    "identity.json",
+    "versions.json",
+    "recipes",
+    "results.json",
+    "report.html",
+    "table.md",
+    "table.tex",
+    "summary.csv",
+    "scores.csv",
+    "export",
+)
 
 
-def load_run(
-    run: str | Path, overrides: Sequence[str] = (), data_root: str | None = None, run_plugins: bool = True
-) -> RunConfig:
-    """The configuration of a run folder, wherever it lies now.
+class Stage(StrEnum):
+    """What a task goes through, in order."""
 
-    A recipe file that is not where it was is read from the run folder, which keeps a copy.
+    PLANNED = "PLANNED"
+    PREPARED = "PREPARED"
+    TRAINED = "TRAINED"
+    CONSOLIDATED = "CONSOLIDATED"
+    EVALUATED = "EVALUATED"
+    CLOSED = "CLOSED"
+
+
+STAGES = tuple(Stage)
+#: Task 0 is the base before any task: nothing is trained, its weights are analysed and its zero-shot row taken.
+BASE_STAGES = (Stage.PLANNED, Stage.CONSOLIDATED, Stage.EVALUATED, Stage.CLOSED)
+#: The plan of the whole run; it stands in the journal once more for every time that the run was extended.
+PLAN = (0, Stage.PLANNED)
+#: What readers take out of a stage's `info`; see `llava_keeplora.records`.
+INFO = {
+    "tasks?": [{"task?": str}],
+    "reference?": dict,
+    "seconds?": NUMBER,
+    "taken_seconds?": NUMBER,
+    "peak_bytes?": COUNT,
+    "peak_of?": str,
+    "steps?": COUNT,
+    "trained_parameters?": COUNT,
+    "test_seconds?": {"untouched": NUMBER, "learned": NUMBER},
+}
+_METHOD = {"method": str, "options": dict, "parts": (Each(dict), None), "training": dict}
+#: File name → schema. A key with `?` may be missing, and others may stand beside those named.
+SCHEMAS: dict[str, Any] = {
+    "config.json": {
+        "seed": COUNT,
+        "model": {"name_or_path": str},
+        "tasks": [str],
+        "methods": Each(_METHOD),
+        "parts": Each((dict, None)),
+        "training": dict,
+        "data": {"root": (str, None)},
+        "evaluation": {"max_new_tokens": COUNT},
+    },
+    "identity.json": {
+        "seed": COUNT,
+        "model": {"name_or_path": str},
+        "tasks": [str],
+        "methods": Each(_METHOD),
+        "training": dict,
+    },
+    "versions.json": Each(str),
+    "scores.json": Each({"score": NUMBER}),
+    "prepared.json": {
+        "layers": Each({"rank": COUNT, "alpha": NUMBER, "train_A": bool}),
+        "report": {"gradient?": Each({"captured?": ANY_NUMBER}), "left_out?": Each(str)},
+    },
+    "train.json": {"history": [{"step?": NUMBER, "loss?": ANY_NUMBER}]},
+    "consolidated.json": {
+        "capacity?": Each({"in": Number(1, whole=True), "k": COUNT, "part": str}),
+        "forecast?": Each({"tasks": (NUMBER, None), "left": NUMBER, "growth": NUMBER}),
+        "energy_weight?": Each({"energy": NUMBER}),
+    },
+    "training.json": {"tensors": str, "sha256": Each(str), "values": dict, "record_sha256": str},
+}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How much of one layer's input space is protected.
 
     Args:
-        run: the folder.
-        overrides: `a.b.c=value` strings, as for `load_config`; what the run's results depend on is refused later.
-        data_root: the folder with the data sets; the run's own when None.
-        run_plugins: see `parse_config`.
+        width: of the layer's input, `in`.
+        protected: directions of it that are protected, `k`.
+        part: of the model.
+    """
+
+    width: int
+    protected: int
+    part: str
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Capacity:
+        """Read a layer's entry under `capacity` in a task's record."""
+        return cls(record["in"], record["k"], record["part"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry that `from_dict` reads."""
+        return {"in": self.width, "k": self.protected, "part": self.part}
+
+
+def read_record(path: Path, cure: str = RESTORE) -> dict[str, Any]:
+    """A JSON file of a run, by the schema of its name.
+
+    Args:
+        path: the file; its name is a key of `SCHEMAS`.
+        cure: what an error advises.
+
+    Raises:
+        RunError: if it cannot be read, or holds something else; with the place in it.
+    """
+    content = read_object(path, cure)
+    for where, what in itertools.chain(mismatches(content, SCHEMAS[path.name]), _halves(path.name, content)):
+        raise RunError(f"{path} is not what a run writes: {where or 'it'} is {what}", cure)
+    return content
+
+
+def _halves(name: str, content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a record holds without what goes with it: (dotted place, what is missing); its schema is followed."""
+    if name == "consolidated.json":
+        for layer in content.get("forecast", {}).keys() - content.get("capacity", {}).keys():
+            yield f"capacity.{layer[:80]}", "missing, and forecast has it"
+    if name == "train.json":
+        for index, record in enumerate(content["history"]):
+            if "loss" in record and "step" not in record:
+                yield f"history[{index}].step", "missing, and loss has it"
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of what a record says but for its own `record_sha256`, whatever the order of its keys."""
+    content = json.loads(json.dumps({key: value for key, value in record.items() if key != "record_sha256"}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """A task's `training.json`, the record of its last checkpoint; the tensors that it names are checked by their reader.
+
+    Raises:
+        RunError: if its values are not those that were written.
+    """
+    cure = "run the same command again: the task's training begins again"
+    record = read_record(path, cure)
+    if record_digest(record) != record["record_sha256"]:
+        raise RunError(f"{path} is not what was written: its values have another hash", cure)
+    return record
+
+
+def dump_config(config: Any) -> str:
+    """The resolved configuration as JSON text, as the run folder keeps it; what was published, or is found elsewhere, is no part of a run."""
+    # Recipes are found from any working directory.
+    tasks = [str(Path(task).expanduser().absolute()) if is_file_name(task) else task for task in config.tasks]
+    tree = dataclasses.asdict(config) | {"tasks": tasks}
+    del tree["expected"], tree["base_cache"]
+    # In the order given: methods appear in tables as the user listed them.
+    return json.dumps(tree, indent=2) + "\n"
+
+
+def read_dumped(run: Path) -> dict[str, Any]:
+    """The resolved configuration that a run folder keeps; see `dump_config`.
 
     Raises:
         RunError: if the folder is no run's, or its configuration was damaged.
     """
-    run = Path(run)
-    tree, names = read_dumped(run), read_identity(run)["tasks"]
-    where = f"{run / 'config.json'}{' with ' if overrides else ''}{' '.join(overrides)}"
-    tree.pop("sequence", None)  # Its tasks are listed.
-    try:
-        tree["methods"] = {label: _as_written(method, tree) for label, method in tree["methods"].items()}
-        tree["tasks"] = [_found(run, task, name) for task, name in zip(tree["tasks"], [*names, *tree["tasks"][len(names) :]])]
-        return parse_config(with_settings(tree, overrides, data_root=data_root, output_dir=str(run)), run_plugins)
-    except ConfigError as error:
-        raise RunError(f"{where}: {error.problem}", error.cure) from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{where} is not what a run writes there ({error!r})", "restore it or start over in a new output_dir") from error
-
-
-def extended(
-    run: str | Path, task: str, own: Mapping[str, float] | None = None, overrides: Sequence[str] = (), data_root: str | None = None
-) -> RunConfig:
-    """The configuration of a run with one more task; the run's own if that task is its last one already, so that a killed extension goes on.
-
-    Args:
-        run: the folder.
-        task: the recipe, by name or file.
-        own: what its training has for itself, by argument of `PER_TASK`; the rest is as for every other task.
-        overrides, data_root: see `load_run`.
-
-    Raises:
-        RunError: see `load_run`; or that task is there, with other arguments.
-        RecipeError: if there is no such task.
-        ConfigError: if every task has its own value of such an argument and the new one has none.
-    """
-    config, name = load_run(run, overrides, data_root), load_recipe(task).name
-    if load_recipe(config.tasks[-1]).name != name:
-        return config.followed_by(task, own)
-    for label, (key, value) in itertools.product(config.methods, (own or {}).items()):
-        begun = config.trainings(label)[-1].get(key, PER_TASK[key][0])
-        if begun != value:
-            raise RunError(
-                f"{run} has '{name}' as its last task already, with training.{key} {begun} instead of {value}",
-                f"leave {PER_TASK[key][1]} out to go on, or fork the run before that task",
-            )
-    return config
-
-
-def _as_written(method: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved method as a user writes it, without what it inherits."""
-    parts = {name: _own(part, tree["parts"].get(name, {})) for name, part in method["parts"].items()}
-    row = {key: method[key] for key in ROW_KEYS if key in method}
-    return {"method": method["method"], **method["options"], "parts": parts, "training": _own(method["training"], tree["training"]), **row}
-
-
-def _own(values: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in inherited or inherited[key] != value}
-
-
-def _found(run: Path, task: str, name: str) -> str:
-    kept = kept_recipe(run, name)
-    return str(kept) if is_file_name(task) and not Path(task).is_file() and kept.is_file() else task
+    path = run / "config.json"
+    if not path.is_file():
+        raise RunError(f"{run} is not a run folder (it has no config.json)", "name the output_dir of a run")
+    return read_record(path)
 
 
 def kept_recipe(run: Path, name: str) -> Path:
@@ -106,95 +224,6 @@ def kept_recipe(run: Path, name: str) -> Path:
 def file_name(task: str) -> str:
     """A task's name as one of a file or folder."""
     return task.replace("/", "-")
-
-
-def read_identity(run: Path) -> dict[str, Any]:
-    """What a run's results depend on, as `RunConfig.identity` gave it when the folder was claimed.
-
-    Raises:
-        RunError: if that was damaged.
-    """
-    identity = read_record(run / "identity.json")
-    identity.pop(BASE, None)
-    # An earlier version named an argument only where a configuration did.
-    methods = identity.get("methods")
-    for section in (identity, *(methods.values() if isinstance(methods, dict) else ())):
-        if isinstance(section, dict) and isinstance(section.get("training"), dict):
-            for key, (default, _) in PER_TASK.items():
-                section["training"].setdefault(key, default)
-    return identity
-
-
-def base_content(model: ModelConfig) -> dict[str, Any]:
-    """Say what a run's base model is by content; see `model_content`.
-
-    Raises:
-        UserError: a folder that is not there, or a file of it that cannot be read.
-    """
-    return model_content(resolve_model(model.name_or_path), model.revision)
-
-
-def recorded_base(run: Path) -> dict[str, Any] | None:
-    """What a run's base model was by content when it began; None where a version before 0.2 began it."""
-    base = read_object(run / "identity.json").get(BASE)
-    return base if isinstance(base, dict) else None
-
-
-def base_changes(run: Path, model: ModelConfig, content: Mapping[str, Any] | None = None) -> list[str] | None:
-    """Return what of a model, wherever it lies, differs by content from the one that a run began with.
-
-    Args:
-        run: the run folder.
-        model: the model.
-        content: its `base_content`, where that is known already.
-
-    Returns:
-        names of what differs; None where there is no record to compare with; see `content_changes`.
-
-    Raises:
-        UserError: if the model is not there.
-    """
-    known = recorded_base(run)
-    return None if known is None else content_changes(known, content or base_content(model))
-
-
-def check_base(run: str | Path, model: ModelConfig, content: Mapping[str, Any] | None = None) -> None:
-    """Refuse another base model, processor or template than the one that a run began with.
-
-    Args:
-        run: the run folder.
-        model: what is to be loaded now.
-        content: its `base_content`, where that is known already.
-
-    Raises:
-        RunError: naming what differs.
-        UserError: if the model is not there.
-    """
-    known = recorded_base(Path(run))
-    if known is None:
-        logger.warning("%s was begun by a version that kept no record of its base model; that '%s' is still the same cannot be checked", run, model.name_or_path)
-        return
-    changed = content_changes(known, content or base_content(model))
-    if changed is None:
-        logger.warning("%s was begun with a base model from %s; that '%s' is the same cannot be checked",
-                       run, "the Hub" if "commit" in known else "a folder", model.name_or_path)
-    elif changed:
-        raise RunError(
-            f"the base model '{model.name_or_path}' is not the one that {run} was begun with ({', '.join(changed)} differ)",
-            "restore its files to go on, or start over in a new output_dir",
-        )
-
-
-def check_base_if_here(run: str | Path, model: ModelConfig) -> None:
-    """Refuse another base model as `check_base` does; one that cannot be read here is warned of.
-
-    Raises:
-        RunError: naming what differs.
-    """
-    try:
-        check_base(run, model)
-    except EvalError as error:
-        logger.warning("the base model of %s is not checked (%s)", run, error.problem)
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -19,4 +19,7 @@ def optimiser_steps(training: Mapping[str, Any], examples: int, world: int) -> i
         return int(training["max_steps"])
     batches = examples / (int(training.get("per_device_train_batch_size", 8)) * world)
     batches = math.floor(batches) if training.get("dataloader_drop_last") else math.ceil(batches)
-    return math.ceil(training["num_train_epochs"] * math.ceil(batches / int(training.get("gradient_accumulation_steps", 1))))
+    return math.ceil(
+        training["num_train_epochs"]
+        * math.ceil(batches / int(training.get("gradient_accumulation_steps", 1)))
+    )

@@ -7,12 +7,22 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+from llava_keeplora.distributed import get_world_size
 from llava_keeplora.files import write_json
-from llava_keeplora.group import process_count
-from llava_keeplora.records import read_record
+from llava_keeplora.run_folder import VERSIONS, read_record
 
 #: Their kernels, loaders and adapters decide the last bits of a result.
-LIBRARIES = ("llava-keeplora", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets", "numpy")
+LIBRARIES = (
+    "llava-keeplora",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "datasets",
+    "numpy",
+)
 
 #: They decide the pixels.
 DECODERS = ("pillow", "torchvision")
@@ -38,14 +48,16 @@ def decoder_versions() -> dict[str, str]:
 
 def write_versions(run: Path) -> None:
     """Record in a new run folder what it was begun with."""
-    write_json(run / "versions.json", installed_versions() | {name: str(count) for name, count in worker_counts().items()})
+    write_json(
+        run / VERSIONS, installed_versions() | {name: str(count) for name, count in worker_counts().items()}
+    )
 
 
 def worker_counts() -> dict[str, int]:
     """Return how many threads and processes share the sums of this process's run: their order decides the last bits."""
     import torch
 
-    return {"threads": torch.get_num_threads(), "processes": process_count()}
+    return {"threads": torch.get_num_threads(), "processes": get_world_size()}
 
 
 def worker_changes(run: Path) -> list[str]:
@@ -54,9 +66,13 @@ def worker_changes(run: Path) -> list[str]:
     Raises:
         RunError: if the record was damaged.
     """
-    path = run / "versions.json"
+    path = run / VERSIONS
     begun = read_record(path) if path.exists() else {}
-    return [f"{name} {begun[name]} → {count}" for name, count in worker_counts().items() if name in begun and begun[name] != str(count)]
+    return [
+        f"{name} {begun[name]} → {count}"
+        for name, count in worker_counts().items()
+        if name in begun and begun[name] != str(count)
+    ]
 
 
 def version_changes(run: Path) -> list[str]:
@@ -65,8 +81,12 @@ def version_changes(run: Path) -> list[str]:
     Raises:
         RunError: if the record was damaged.
     """
-    path = run / "versions.json"
+    path = run / VERSIONS
     if not path.exists():
         return []
     now = installed_versions()
-    return [f"{name} {version} → {now.get(name, 'none')}" for name, version in read_record(path).items() if name not in WORKERS and version != now.get(name)]
+    return [
+        f"{name} {version} → {now.get(name, 'none')}"
+        for name, version in read_record(path).items()
+        if name not in WORKERS and version != now.get(name)
+    ]

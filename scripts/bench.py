@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-import torch
-
 import bench_llava
 import bench_methods
 import bench_passes
 import bench_streaming
+import torch
 from bench_passes import Pair
+
 from llava_keeplora.subspace import energy_rank, principal_basis
 
 
@@ -45,7 +45,9 @@ class Row(NamedTuple):
         return self.ours / self.plain
 
 
-def medians(functions: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, float]:
+def medians(
+    functions: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True
+) -> dict[str, float]:
     """Median seconds of each function, after one warm-up; the rounds interleave, so that a busy moment hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + warm_up):
@@ -115,7 +117,10 @@ def bench_methods_of(data_root: str | None, repeats: int, quick: bool) -> Iterat
 
 
 #: On the embedded models, which are small as they are; and on what is made larger or smaller.
-PAIRS = {name: lambda quick, build=build: build() for name, build in (bench_passes.PAIRS | bench_llava.PAIRS).items()} | bench_streaming.PAIRS
+PAIRS = {
+    name: lambda quick, build=build: build()
+    for name, build in (bench_passes.PAIRS | bench_llava.PAIRS).items()
+} | bench_streaming.PAIRS
 BENCHES: dict[str, Callable[[int, bool], Iterable[Row]]] = {
     "basis": bench_basis,
     "basis-wide": bench_basis_wide,
@@ -128,12 +133,22 @@ LONG = ("basis-wide", "methods")
 
 def main() -> None:
     """Run the named benches, all by default, and print one table row per measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", nargs="*", metavar="bench", help=f"any of: {', '.join(BENCHES)} (default: all but {', '.join(LONG)})")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "bench",
+        nargs="*",
+        metavar="bench",
+        help=f"any of: {', '.join(BENCHES)} (default: all but {', '.join(LONG)})",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds, of which the median counts")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; its own choice by default")
     parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--data-root", help="for methods: the folder with the real sets, of which one is the task (default: the digits)")
+    parser.add_argument(
+        "--data-root",
+        help="for methods: the folder with the real sets, of which one is the task (default: the digits)",
+    )
     args = parser.parse_args()
     BENCHES["methods"] = partial(bench_methods_of, args.data_root)
     unknown = set(args.bench) - set(BENCHES)
@@ -142,10 +157,16 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {args.repeats}")
-    print("| what | plain s | ours s | plain / ours | ours / plain | note |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| what | plain s | ours s | plain / ours | ours / plain | note |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     for name in args.bench or [name for name in BENCHES if name not in LONG]:
         for row in BENCHES[name](args.repeats, args.quick):
-            print(f"| {row.name} | {row.plain:.4f} | {row.ours:.4f} | {row.ratio:.2f} | {row.cost:.2f} | {row.note} |", flush=True)
+            print(
+                f"| {row.name} | {row.plain:.4f} | {row.ours:.4f} | {row.ratio:.2f} | {row.cost:.2f} | {row.note} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

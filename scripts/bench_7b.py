@@ -23,18 +23,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from random_llava import Size, language_layers, random_batch, random_llava
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit, attach, dense_weight, detach
 from llava_keeplora.capture import feature_pass, gradient_pass
 from llava_keeplora.methods import Layer, TaskContext
-from llava_keeplora.methods.first_step import gradient_statistic
+from llava_keeplora.methods.gradient_init import gradient_statistic
 from llava_keeplora.methods.keeplora import KeepLora
-from llava_keeplora.methods.keeplora_rules import PaperRules
+from llava_keeplora.methods.presets import PaperRules
 from llava_keeplora.models.llava import LlavaTask
-from llava_keeplora.models.quantised import keep_form
+from llava_keeplora.models.quantization import keep_form
 from llava_keeplora.subspace import principal_basis, sketch_width
-from random_llava import Size, language_layers, random_batch, random_llava
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ENERGY, RANK = 0.6, 32
@@ -64,7 +64,10 @@ class Memory:
         if self.cuda:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated()
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) - self.before
+        return (
+            1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+            - self.before
+        )
 
 
 class Bench:
@@ -82,34 +85,60 @@ class Bench:
         self.memory = Memory(self.device)
         self.highest = 0
         convert = quantise if args.quantization == "nf4" else lambda module: None
-        self.model = self.stage("build", lambda: random_llava(self.size, DTYPES[args.dtype], self.device, convert))
+        self.model = self.stage(
+            "build", lambda: random_llava(self.size, DTYPES[args.dtype], self.device, convert)
+        )
         self.task = LlavaTask(self.model)
         self.modules = language_layers(self.model)
         self.layers = {
-            name: Layer(name, "language", module, self.rank, self.rank / 4, ENERGY, 0.99) for name, module in self.modules.items()
+            name: Layer(name, "language", module, self.rank, self.rank / 4, ENERGY, 0.99)
+            for name, module in self.modules.items()
         }
         self.numbers = sum(module.in_features * module.out_features for module in self.modules.values())
         self.method = KeepLora(KeepLora.Options(gradient="sketch"))
 
-    def stage(self, name: str, run: Callable[[], object], note: Callable[[object], str] = lambda result: "", counts: bool = True):
+    def stage(
+        self,
+        name: str,
+        run: Callable[[], object],
+        note: Callable[[object], str] = lambda result: "",
+        counts: bool = True,
+    ):
         """Run, and print a line of the table; what doesn't count is no part of a task."""
         self.memory.reset()
         start = time.perf_counter()
         result = run()
         peak = self.memory.peak()
         self.highest = max(self.highest, peak if counts else 0)
-        print(f"| {name} | {time.perf_counter() - start:.2f} | {peak / GIB:.3f} | {note(result)} |", flush=True)
+        print(
+            f"| {name} | {time.perf_counter() - start:.2f} | {peak / GIB:.3f} | {note(result)} |", flush=True
+        )
         return result
 
     def batches(self, images: int) -> Iterator[tuple[dict[str, Tensor], bool]]:
         """Batches of so many images in all."""
         for start in range(0, images, self.args.batch):
-            yield random_batch(self.size, min(self.args.batch, images - start), self.args.text, self.args.answer, start, self.device), True
+            yield (
+                random_batch(
+                    self.size,
+                    min(self.args.batch, images - start),
+                    self.args.text,
+                    self.args.answer,
+                    start,
+                    self.device,
+                ),
+                True,
+            )
 
     def context(self, index: int, **passes: Callable[..., object]) -> TaskContext:
         """What the method sees of the base (0) or of the task (1)."""
-        made = {"gradients": lambda fraction, statistics: self.gradients(statistics), "features": lambda make, fraction: self.features(make)} | passes
-        return TaskContext(index, "task", self.layers, seed=0, statistics_bytes=int(self.args.statistics_gb * 1e9), **made)
+        made = {
+            "gradients": lambda fraction, statistics: self.gradients(statistics),
+            "features": lambda make, fraction: self.features(make),
+        } | passes
+        return TaskContext(
+            index, "task", self.layers, seed=0, statistics_bytes=int(self.args.statistics_gb * 1e9), **made
+        )
 
     def gradients(self, statistics: Mapping[str, object]) -> Mapping[str, object]:
         """One pass over the images."""
@@ -119,14 +148,25 @@ class Bench:
 
     def features(self, make: Callable[[list[list[str]]], Mapping[str, object]]) -> Mapping[str, object]:
         """One forward pass over the images."""
-        return feature_pass(self.task, self.modules, dict.fromkeys(self.modules, "language"), self.batches(self.args.images), make)
+        return feature_pass(
+            self.task,
+            self.modules,
+            dict.fromkeys(self.modules, "language"),
+            self.batches(self.args.images),
+            make,
+        )
 
     def one_pass(self, sketched: bool = True) -> Mapping[str, object]:
         """The first pass of gradients, sketched or dense."""
         width = sketch_width(self.rank) if sketched else None
-        return self.gradients({name: gradient_statistic(layer, self.method.bases[name], width, 0) for name, layer in self.layers.items()})
+        return self.gradients(
+            {
+                name: gradient_statistic(layer, self.method.bases[name], width, 0)
+                for name, layer in self.layers.items()
+            }
+        )
 
-    def prepare(self) -> tuple[Mapping[str, AdapterInit], list[int]]:
+    def init_adapters(self) -> tuple[Mapping[str, AdapterInit], list[int]]:
         """The adapters, by as many gradient passes as A takes, and how many layers each pass fed."""
         fed: list[int] = []
 
@@ -134,11 +174,14 @@ class Bench:
             fed.append(len(statistics))
             self.gradients(statistics)
 
-        return self.method.prepare(self.context(1, gradients=gradients)), fed
+        return self.method.init_adapters(self.context(1, gradients=gradients)), fed
 
     def prepare_from(self, statistics: dict[str, object]) -> dict[str, AdapterInit]:
         """The adapters as the first pass has them, whose sums are let go."""
-        found = {name: PaperRules.directions(statistics.pop(name), self.method.bases[name], self.rank) for name in list(statistics)}
+        found = {
+            name: PaperRules.directions(statistics.pop(name), self.method.bases[name], self.rank)
+            for name in list(statistics)
+        }
         return {name: AdapterInit(one.A.shape[1], one.A.shape[1] / 4, one.A.T) for name, one in found.items()}
 
     def train(self, inits: Mapping[str, AdapterInit]) -> None:
@@ -151,35 +194,45 @@ class Bench:
             optimiser.step()
         detach(wrapper)
 
-    def consolidate(self) -> str:
+    def after_task(self) -> str:
         """The features in the memory that they are given, with the second pass that sketches ask for; says what each pass fed."""
         told: list[str] = []
 
-        def features(make: Callable[[list[list[str]]], Mapping[str, object]], fraction: float) -> Mapping[str, object]:
+        def features(
+            make: Callable[[list[list[str]]], Mapping[str, object]], fraction: float
+        ) -> Mapping[str, object]:
             if told and self.args.one_pass:
                 return {}
             made = self.features(make)
-            told.append(f"{', '.join(sorted({type(one).__name__ for one in made.values()}))} of {len(made)} layers")
+            told.append(
+                f"{', '.join(sorted({type(one).__name__ for one in made.values()}))} of {len(made)} layers"
+            )
             return made
 
-        self.method.consolidate(self.context(1, features=features))
+        self.method.after_task(self.context(1, features=features))
         return ", then ".join(told)
 
     def run(self) -> None:
         """Every stage of a task, then what it is compared with."""
-        kept = lambda _: f"{len(self.modules)} layers, {sum(b.nbytes for b in self.method.bases.values()) / GIB:.3f} GiB on the host"  # noqa: E731
-        self.stage("basis", lambda: self.method.consolidate(self.context(0)), kept)
+        kept = lambda _: (
+            f"{len(self.modules)} layers, {sum(b.nbytes for b in self.method.bases.values()) / GIB:.3f} GiB on the host"
+        )
+        self.stage("basis", lambda: self.method.after_task(self.context(0)), kept)
         self.model.train()
         self.task.activation_checkpointing_enable()
         images = f"{self.args.images} images, {self.size.image_tokens + self.args.text} tokens each, batches of {self.args.batch}"
         first = self.stage("first gradient pass, sketch", self.one_pass, lambda _: images)
         told = lambda pair: f"rank {self.rank}; layers fed per pass: {', '.join(map(str, pair[1]))}"  # noqa: E731
         if self.args.one_pass:
-            inits = self.stage("A from that pass", lambda: self.prepare_from(first), lambda _: f"rank {self.rank}")
+            inits = self.stage(
+                "A from that pass", lambda: self.prepare_from(first), lambda _: f"rank {self.rank}"
+            )
         else:
             first.clear()
             inits, _ = self.stage("A, all the passes it asks for", self.prepare, told)
-        self.stage("training", lambda: self.train(inits), lambda _: f"{self.args.steps} steps of {self.args.batch}")
+        self.stage(
+            "training", lambda: self.train(inits), lambda _: f"{self.args.steps} steps of {self.args.batch}"
+        )
         self.task.activation_checkpointing_disable()
         self.model.eval()
         self.stage("features", self.consolidate, lambda told: f"{images}; {told}")
@@ -196,11 +249,15 @@ class Bench:
             svd = lambda: torch.linalg.svd(weight.float(), full_matrices=False) and None  # noqa: E731
             self.stage(f"torch.linalg.svd {text}", svd, counts=False)
             ours = lambda: principal_basis(weight, ENERGY)  # noqa: E731
-            self.stage(f"principal_basis {text}", ours, lambda one: f"k={one.rank}, {one.method}", counts=False)
+            self.stage(
+                f"principal_basis {text}", ours, lambda one: f"k={one.rank}, {one.method}", counts=False
+            )
         self.model.train()
         self.task.activation_checkpointing_enable()
         dense = f"{4 * self.numbers / GIB:.3f} GiB of gradients"
-        self.stage("first gradient pass, dense", lambda: self.one_pass(sketched=False), lambda _: dense, counts=False)
+        self.stage(
+            "first gradient pass, dense", lambda: self.one_pass(sketched=False), lambda _: dense, counts=False
+        )
 
 
 def quantise(module: nn.Module) -> None:
@@ -212,7 +269,14 @@ def quantise(module: nn.Module) -> None:
             if type(layer) is not nn.Linear:
                 continue
             form = {"compress_statistics": True, "quant_type": "nf4"}
-            made = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, device="meta", **form)
+            made = Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=False,
+                compute_dtype=layer.weight.dtype,
+                device="meta",
+                **form,
+            )
             made.weight = Params4bit(layer.weight.data, requires_grad=False, module=made, **form)
             setattr(parent, name, made.to(layer.weight.device))
     keep_form(module)
@@ -220,24 +284,43 @@ def quantise(module: nn.Module) -> None:
 
 def main() -> None:
     """Run the task and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="widths, depths and image as a share of the 7B model's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="widths, depths and image as a share of the 7B model's"
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights")
-    parser.add_argument("--quantization", choices=("nf4",), help="of the language model's linear layers, by bitsandbytes")
+    parser.add_argument(
+        "--quantization", choices=("nf4",), help="of the language model's linear layers, by bitsandbytes"
+    )
     parser.add_argument("--rank", type=int, help="of the adapters; 32 times the scale by default")
     parser.add_argument("--images", type=int, default=64, help="of the gradient and the feature pass")
     parser.add_argument("--steps", type=int, default=50, help="training steps")
     parser.add_argument("--batch", type=int, default=4, help="images in a batch")
     parser.add_argument("--text", type=int, default=128, help="text tokens of an example, at most")
     parser.add_argument("--answer", type=int, default=16, help="of these, tokens to be learned")
-    parser.add_argument("--statistics-gb", type=float, default=4.0, help="for the features, in 10^9 bytes, as a run's memory.statistics_gb")
-    parser.add_argument("--one-pass", action="store_true", help="take A and the features from one pass each, however good it is")
+    parser.add_argument(
+        "--statistics-gb",
+        type=float,
+        default=4.0,
+        help="for the features, in 10^9 bytes, as a run's memory.statistics_gb",
+    )
+    parser.add_argument(
+        "--one-pass",
+        action="store_true",
+        help="take A and the features from one pass each, however good it is",
+    )
     parser.add_argument("--against", action="store_true", help="measure the plain ways too")
     parser.add_argument("--threads", type=int, help="CPU threads for torch; its own choice by default")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     print(f"torch {torch.__version__}, {where}, {args.quantization or args.dtype}, scale {args.scale:g}")
     print("| stage | seconds | peak GiB | note |\n|---|---|---|---|", flush=True)
     Bench(args).run()

@@ -25,7 +25,9 @@ IN_PART = ("keeplora-in-part", "{method: keeplora, gradient_fraction: 0.1, featu
 STAGES = ("PREPARED", "TRAINED", "CONSOLIDATED")
 
 
-def compare_methods(repeats: int, quick: bool, data_root: str | None) -> Iterator[tuple[str, float, float, str]]:
+def compare_methods(
+    repeats: int, quick: bool, data_root: str | None
+) -> Iterator[tuple[str, float, float, str]]:
     """Name, median seconds of sequential LoRA and of the method, and a note, for every method that learns.
 
     Args:
@@ -33,22 +35,38 @@ def compare_methods(repeats: int, quick: bool, data_root: str | None) -> Iterato
         quick: whether an epoch is two steps, and nothing warms up.
         data_root: the folder with the real sets; the digits that come with a library when None.
     """
-    labels = [name for name, method in METHODS.items() if method.learns and "clip" in method.record.families]
-    changes = ["sequence=null", f"tasks=[{'trashnet' if data_root else 'digits'}]", "training.num_train_epochs=1"] + quick * ["training.max_steps=2"]
+    labels = [name for name, method in METHODS.items() if method.trainable and "clip" in method.info.families]
+    changes = [
+        "sequence=null",
+        f"tasks=[{'trashnet' if data_root else 'digits'}]",
+        "training.num_train_epochs=1",
+    ] + quick * ["training.max_steps=2"]
     methods = dict([FIRST, *((label, "{}") for label in labels), IN_PART])
-    changes += [f"methods={{{', '.join(f'{name}: {own}' for name, own in methods.items())}}}"] + [f"data.root={data_root}"] * bool(data_root)
+    changes += [f"methods={{{', '.join(f'{name}: {own}' for name, own in methods.items())}}}"] + [
+        f"data.root={data_root}"
+    ] * bool(data_root)
     seconds, bytes_ = defaultdict(list), defaultdict(list)
     for turn in range(1 if quick else repeats + 1):
         with tempfile.TemporaryDirectory() as folder:
             run(load_config("real", [*changes, f"output_dir={folder}/run"]))
             for label in methods:
-                work = [entry for entry in Journal(Path(folder, "run", label, "journal.jsonl")).entries if entry.stage in STAGES]
+                work = [
+                    entry
+                    for entry in Journal(Path(folder, "run", label, "journal.jsonl")).entries
+                    if entry.stage in STAGES
+                ]
                 if turn or quick:
                     seconds[label].append(sum(entry.seconds for entry in work))
                     bytes_[label].append(max(entry.info["peak_bytes"] for entry in work))
-    medians, peaks = ({label: statistics.median(values) for label, values in found.items()} for found in (seconds, bytes_))
+    medians, peaks = (
+        {label: statistics.median(values) for label, values in found.items()} for found in (seconds, bytes_)
+    )
     for label in methods:
         if label not in (PLAIN, FIRST[0]):
-            shares = ", a tenth of the data for the gradient and a quarter for the features" if label == IN_PART[0] else ""
+            shares = (
+                ", a tenth of the data for the gradient and a quarter for the features"
+                if label == IN_PART[0]
+                else ""
+            )
             note = f"one task, one epoch{shares}; peak {peaks[label] / 1e6:.0f} MB of the process, {PLAIN} {peaks[PLAIN] / 1e6:.0f}"
             yield f"{label} / {PLAIN}", medians[PLAIN], medians[label], note

@@ -16,7 +16,7 @@ from llava_keeplora.config import ModelConfig
 from llava_keeplora.models import Family, load_model
 from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora.subspace import DenseGradient, SecondMoment
-from llava_keeplora_recipes import TaskData, load_recipe
+from llava_keeplora_recipes import TaskData, load_recipe, load_split
 
 Pair = tuple[str, Callable[[], object], Callable[[], object], str]
 
@@ -29,22 +29,42 @@ class Setting:
 
     def __init__(self):
         self.family = load_model(ModelConfig())
-        self.data = load_recipe(TASK).load("test")
+        self.data = load_split(load_recipe(TASK), "test")
         self.task = self.family.task(self.data.recipe)
-        inputs = self.family.inputs(self.data, ImageCache(self.family.prepare, budget_gb=1.0).split(self.data))
-        self.batches = [inputs.collate(range(start, start + BATCH)) for start in range(0, BATCH * BATCHES, BATCH)]
-        self.layers = {n: m for part in self.family.parts for n, m in self.family.linear_layers(part, TARGETS).items()}
+        inputs = self.family.inputs(
+            self.data, ImageCache(self.family.prepare, budget_gb=1.0).split(self.data)
+        )
+        self.batches = [
+            inputs.collate(range(start, start + BATCH)) for start in range(0, BATCH * BATCHES, BATCH)
+        ]
+        self.layers = {
+            n: m for part in self.family.parts for n, m in self.family.linear_layers(part, TARGETS).items()
+        }
         self.parts = {n: "text" if n.startswith("text") else "vision" for n in self.layers}
 
 
 def training_step() -> Pair:
     """A KeepLoRA step (A frozen) against a PEFT LoRA step of equal rank."""
     setting = Setting()
-    plain, ours = (adapter_steps(load_model(ModelConfig()), setting.data, setting.layers, setting.batches, train_A) for train_A in (True, False))
-    return "KeepLoRA step / PEFT LoRA step", plain, ours, f"rank {RANK}, q/k/v/out of both encoders, batch {BATCH}"
+    plain, ours = (
+        adapter_steps(load_model(ModelConfig()), setting.data, setting.layers, setting.batches, train_A)
+        for train_A in (True, False)
+    )
+    return (
+        "KeepLoRA step / PEFT LoRA step",
+        plain,
+        ours,
+        f"rank {RANK}, q/k/v/out of both encoders, batch {BATCH}",
+    )
 
 
-def adapter_steps(family: Family, data: TaskData, layers: Iterable[str], batches: Iterable[Mapping[str, torch.Tensor]], train_A: bool) -> Callable[[], None]:
+def adapter_steps(
+    family: Family,
+    data: TaskData,
+    layers: Iterable[str],
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    train_A: bool,
+) -> Callable[[], None]:
     """One optimiser step per batch with adapters on the named layers."""
     task = family.task(data.recipe)
     attach(family.model, {name: AdapterInit(RANK, RANK, train_A=train_A) for name in layers})
@@ -69,7 +89,9 @@ def dense_gradient_pass() -> Pair:
             return output.requires_grad_(True)
 
         clip = setting.family.model
-        handles = [m.register_forward_hook(ask) for m in (clip.vision_model.pre_layrnorm, clip.text_model.embeddings)]
+        handles = [
+            m.register_forward_hook(ask) for m in (clip.vision_model.pre_layrnorm, clip.text_model.embeddings)
+        ]
         with setting.task.constants() as constants:
             for batch in setting.batches:
                 setting.task(**batch)["loss"].backward()
@@ -79,10 +101,19 @@ def dense_gradient_pass() -> Pair:
             handle.remove()
 
     def ours() -> None:
-        dense = {n: DenseGradient(layer.out_features, layer.in_features) for n, layer in setting.layers.items()}
-        gradient_pass(setting.task, setting.layers, [(batch, True) for batch in setting.batches], BATCH * BATCHES, dense)
+        dense = {
+            n: DenseGradient(layer.out_features, layer.in_features) for n, layer in setting.layers.items()
+        }
+        gradient_pass(
+            setting.task, setting.layers, [(batch, True) for batch in setting.batches], BATCH * BATCHES, dense
+        )
 
-    return "gradient pass / forward and backward of frozen weights", plain, ours, f"dense, {len(setting.layers)} layers"
+    return (
+        "gradient pass / forward and backward of frozen weights",
+        plain,
+        ours,
+        f"dense, {len(setting.layers)} layers",
+    )
 
 
 def second_moment_pass() -> Pair:
@@ -95,8 +126,15 @@ def second_moment_pass() -> Pair:
                 setting.task(**batch)
 
     def ours() -> None:
-        moments = lambda groups: {n: m for names in groups for m in [SecondMoment(setting.layers[names[0]].in_features)] for n in names}  # noqa: E731
-        feature_pass(setting.task, setting.layers, setting.parts, [(batch, True) for batch in setting.batches], moments)
+        moments = lambda groups: {
+            n: m
+            for names in groups
+            for m in [SecondMoment(setting.layers[names[0]].in_features)]
+            for n in names
+        }
+        feature_pass(
+            setting.task, setting.layers, setting.parts, [(batch, True) for batch in setting.batches], moments
+        )
 
     return "feature pass / forward", plain, ours, "q, k and v share one second moment"
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from llava_keeplora_eval import Matrix
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 
 TRAIN, EVAL = "llava-keeplora", "llava-keeplora-eval"
 MODULES = {TRAIN: "llava_keeplora.cli", EVAL: "llava_keeplora_eval.cli"}
@@ -39,9 +39,15 @@ COMMANDS = (
 
 def main() -> None:
     """Measure every command and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="starts, of which the median is printed (default: 3)")
-    parser.add_argument("words", nargs="*", help="measure only the commands that hold one of these words, for instance `list`")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="starts, of which the median is printed (default: 3)"
+    )
+    parser.add_argument(
+        "words", nargs="*", help="measure only the commands that hold one of these words, for instance `list`"
+    )
     args = parser.parse_args()
     chosen = [command for command in COMMANDS if not args.words or set(args.words) & set(command.split())]
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +60,7 @@ def main() -> None:
 
 def write_inputs(folder: Path) -> None:
     """Write a file of answers, a matrix and the beginning of a run."""
-    data = load_recipe("shapes").load("test")
+    data = load_split(load_recipe("shapes"), "test")
     answers = [{"question_id": name, "text": data.recipe.classes[0]} for name in data.ids]
     (folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     Matrix(["a", "b"], [1.0, 2.0], [[3.0, 4.0], [5.0, 6.0]]).to_json(folder / "matrix.json")
@@ -68,8 +74,15 @@ def processor_seconds(command: str, folder: Path) -> float:
         SystemExit: the command failed.
     """
     program, *words = command.split()
-    inside = Path(tempfile.mkdtemp(dir=folder)) if command == BEGINNING and (folder / "run").exists() else folder
-    process = subprocess.Popen([sys.executable, "-m", MODULES[program], *words], cwd=inside, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    inside = (
+        Path(tempfile.mkdtemp(dir=folder)) if command == BEGINNING and (folder / "run").exists() else folder
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", MODULES[program], *words],
+        cwd=inside,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     # Waited for by hand, because only this call tells the child's own share.
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
         if command == BEGINNING and any(inside.glob("run/*/journal.jsonl")):

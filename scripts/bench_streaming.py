@@ -18,23 +18,30 @@ from functools import cached_property, partial
 from unittest import mock
 
 import torch
+from bench_passes import RANK, Pair
+from random_llava import Size, language_layers, random_batch, random_llava
 from torch import Tensor
 
-from bench_passes import RANK, Pair
 from llava_keeplora.adapters import AdapterInit, attach, detach
 from llava_keeplora.capture import feature_pass, gradient_pass
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.methods import Layer, TaskContext
-from llava_keeplora.methods.first_step import first_step_directions, gradient_statistic
-from llava_keeplora.methods.keeplora_rules import PaperRules
+from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
+from llava_keeplora.methods.presets import PaperRules
 from llava_keeplora.models import load_model
 from llava_keeplora.models.llava import LlavaTask
-from llava_keeplora.plan.meter import Meter
+from llava_keeplora.plan.allocation_tracker import Meter
 from llava_keeplora.sequence.data import ImageCache
-from llava_keeplora.subspace import DenseGradient, GradientSketch, ResidualDirections, gradient_sketch, principal_basis, residual
-from llava_keeplora.subspace import sketch_width
-from llava_keeplora_recipes import load_recipe
-from random_llava import Size, language_layers, random_batch, random_llava
+from llava_keeplora.subspace import (
+    DenseGradient,
+    GradientSketch,
+    ResidualDirections,
+    gradient_sketch,
+    principal_basis,
+    residual,
+    sketch_width,
+)
+from llava_keeplora_recipes import load_recipe, load_split
 
 WIDE = Size(
     hidden=1024, intermediate=2752, layers=8, heads=8, vocabulary=8192,
@@ -59,7 +66,10 @@ class Setting:
         self.layers = language_layers(self.model)
         self.weight_bytes = sum(layer.weight.nbytes for layer in self.layers.values())
         self.batch = random_batch(self.size, EXAMPLES, TEXT, ANSWER)
-        self.described = {name: Layer(name, "language", layer, RANK, float(RANK), ENERGY, 0.99) for name, layer in self.layers.items()}
+        self.described = {
+            name: Layer(name, "language", layer, RANK, float(RANK), ENERGY, 0.99)
+            for name, layer in self.layers.items()
+        }
 
     @property
     def shape(self) -> str:
@@ -74,14 +84,19 @@ class Setting:
 
     def plain_step(self) -> None:
         """Forward and backward; every adapted layer is reached because the embedding's output asks for a gradient."""
-        handle = self.model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        handle = self.model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: output.requires_grad_(True)
+        )
         self.task(**self.batch)["loss"].backward()
         handle.remove()
 
     def statistics(self, sketched: bool) -> dict[str, DenseGradient | GradientSketch]:
         """What each layer's gradient is summed into, as the library chooses it."""
         width = sketch_width(RANK) if sketched else None
-        return {name: gradient_statistic(layer, self.bases[name], width, 0) for name, layer in self.described.items()}
+        return {
+            name: gradient_statistic(layer, self.bases[name], width, 0)
+            for name, layer in self.described.items()
+        }
 
     def gradient_step(self, statistics: Mapping[str, object]) -> None:
         """A gradient pass over the batch."""
@@ -90,7 +105,9 @@ class Setting:
     def peak(self, run: Callable[[], object]) -> int:
         """The most bytes alive while a function runs, beyond the model, the batch and the bases."""
         with Meter() as meter:
-            meter.hold([*self.model.parameters(), *self.model.buffers(), *self.batch.values(), *self.bases.values()])
+            meter.hold(
+                [*self.model.parameters(), *self.model.buffers(), *self.batch.values(), *self.bases.values()]
+            )
             given = meter.peak = meter.live
             run()
         return meter.peak - given
@@ -134,11 +151,18 @@ def gradient(sketched: bool, quick: bool) -> Pair:
     note = f"{setting.shape}; {beyond}; statistics alone {100 * size:.1f} %"
     # The buffers are made once a task, not once a batch.
     form = "sketch" if sketched else "dense"
-    return f"gradient pass, {form} / forward and backward of frozen weights", setting.plain_step, lambda: setting.gradient_step(held), note
+    return (
+        f"gradient pass, {form} / forward and backward of frozen weights",
+        setting.plain_step,
+        lambda: setting.gradient_step(held),
+        note,
+    )
 
 
 def _kept(statistic: DenseGradient | GradientSketch) -> list[Tensor]:
-    return [*statistic.tensors, statistic._omega] if isinstance(statistic, GradientSketch) else statistic.tensors
+    return (
+        [*statistic.tensors, statistic._omega] if isinstance(statistic, GradientSketch) else statistic.tensors
+    )
 
 
 def second_pass(quick: bool) -> Pair:
@@ -164,7 +188,14 @@ def bounded_features(quick: bool) -> Pair:
 
     def statistics(groups: list[list[str]]) -> dict[str, object]:
         if not made:
-            made.update(PaperRules.statistics([[setting.described[name] for name in names] for names in groups], setting.bases, budget, 0))
+            made.update(
+                PaperRules.statistics(
+                    [[setting.described[name] for name in names] for names in groups],
+                    setting.bases,
+                    budget,
+                    0,
+                )
+            )
         return made
 
     def ours() -> None:
@@ -179,12 +210,17 @@ def bounded_features(quick: bool) -> Pair:
 class Embedded:
     """An embedded model on a rendered task, its adapted layers and principal bases as its demo has them."""
 
-    def __init__(self, model: str, recipe: str, rank: int, examples: int, batch: int = 32, energy: float = 0.85):
+    def __init__(
+        self, model: str, recipe: str, rank: int, examples: int, batch: int = 32, energy: float = 0.85
+    ):
         family = load_model(ModelConfig(model))
-        data = load_recipe(recipe).load("train").take(range(examples))
+        data = load_split(load_recipe(recipe), "train").take(range(examples))
         inputs = family.inputs(data, ImageCache(family.prepare, budget_gb=1.0).split(data))
         self.task, self.name = family.task(data.recipe), f"{model}, {recipe}"
-        self.batches = [(inputs.collate(range(start, min(start + batch, examples))), True) for start in range(0, examples, batch)]
+        self.batches = [
+            (inputs.collate(range(start, min(start + batch, examples))), True)
+            for start in range(0, examples, batch)
+        ]
         self.total = sum(self.task.weight(each) for each, _ in self.batches)
         self.layers = {
             name: Layer(name, part, module, rank, float(rank), energy, 0.95)
@@ -192,19 +228,31 @@ class Embedded:
             for name, module in family.linear_layers(part, family.targets[part]).items()
         }
         self.modules = {name: layer.module for name, layer in self.layers.items()}
-        self.bases = {name: principal_basis(module.weight, energy).basis for name, module in self.modules.items()}
-        self.ranks = {name: min(rank, module.in_features - self.bases[name].shape[1]) for name, module in self.modules.items()}
+        self.bases = {
+            name: principal_basis(module.weight, energy).basis for name, module in self.modules.items()
+        }
+        self.ranks = {
+            name: min(rank, module.in_features - self.bases[name].shape[1])
+            for name, module in self.modules.items()
+        }
 
     def directions(self, sketched: bool) -> dict[str, ResidualDirections]:
         """A of every layer, by as many passes as it takes; sketches even where the gradient itself would be smaller."""
-        gradients = lambda fraction, given: gradient_pass(self.task, self.modules, self.batches, self.total, given)  # noqa: E731
+        gradients = lambda fraction, given: gradient_pass(
+            self.task, self.modules, self.batches, self.total, given
+        )
         ctx = TaskContext(1, "task", self.layers, gradients, lambda *_: {}, seed=0, statistics_bytes=0)
         with mock.patch.object(gradient_sketch, "WORTH", math.inf):
-            return first_step_directions(ctx, self.ranks, self.bases, 1.0, sketched, PaperRules.directions, lambda layer: nullcontext())[0]
+            return first_step_directions(
+                ctx, self.ranks, self.bases, 1.0, sketched, PaperRules.directions, lambda layer: nullcontext()
+            )[0]
 
     def shares(self, found: Mapping[str, ResidualDirections]) -> list[float]:
         """What share of the best r directions' energy each A holds, from the whole gradient and its float64 singular values."""
-        dense = {name: DenseGradient(module.out_features, module.in_features) for name, module in self.modules.items()}
+        dense = {
+            name: DenseGradient(module.out_features, module.in_features)
+            for name, module in self.modules.items()
+        }
         gradient_pass(self.task, self.modules, self.batches, self.total, dense)
         shares = []
         for name, one in found.items():

@@ -25,12 +25,19 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=MODELS, default="tiny-clip")
     parser.add_argument("--data-root", type=Path, required=True, help="folder with the small real sets")
     parser.add_argument("--out", type=Path, help="by default the model's folder in the package")
     parser.add_argument("--work", type=Path, help="where tiny-llava keeps what a killed run resumes from")
-    parser.add_argument("--clip", type=Path, default=ASSETS / "tiny-clip", help="the CLIP whose image encoder tiny-llava starts from")
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        default=ASSETS / "tiny-clip",
+        help="the CLIP whose image encoder tiny-llava starts from",
+    )
     parser.add_argument("--evaluate-only", action="store_true")
     for name in ("steps", "batch", "vocabulary"):
         parser.add_argument(f"--{name}", type=int)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from llava_keeplora.models.linear_layers import find_linear_layers
 from llava_keeplora.models.llava import LlavaFamily
-from llava_keeplora.models.names import find_linear_layers
 
 IMAGE, IGNORE = 4, -100
 # Standard deviation of the weights: Llama's `initializer_range`.
@@ -85,9 +85,15 @@ def random_llava(
         hidden_size=size.vision_hidden, intermediate_size=size.vision_intermediate, num_hidden_layers=size.vision_layers,
         num_attention_heads=size.vision_heads, image_size=size.image, patch_size=size.patch,
     )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=size.image_tokens)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=size.image_tokens
+    )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
+        model = (
+            LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+            .eval()
+            .requires_grad_(False)
+        )
     generator = torch.Generator(device).manual_seed(0)
     layers = set(model.model.language_model.layers)
 
@@ -121,10 +127,14 @@ def _buffer(module: nn.Module, name: str, config: LlavaConfig, device: torch.dev
     return 1.0 / theta ** (torch.arange(0, head, 2, dtype=torch.float32, device=device) / head)
 
 
-def random_batch(size: Size, images: int, text: int, answer: int, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def random_batch(
+    size: Size, images: int, text: int, answer: int, seed: int = 0, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """A batch of one image per example, up to `text` tokens after it, the last `answer` of which are to be learned; padded on the right."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(IMAGE + 1, size.vocabulary, (images, size.image_tokens + text), generator=generator)
+    tokens = torch.randint(
+        IMAGE + 1, size.vocabulary, (images, size.image_tokens + text), generator=generator
+    )
     tokens[:, : size.image_tokens] = IMAGE
     labels, mask = torch.full_like(tokens, IGNORE), torch.ones_like(tokens)
     for row in range(images):

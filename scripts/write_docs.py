@@ -30,7 +30,11 @@ YES = {True: "yes", False: "no"}
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Return a Markdown table; a bar within a cell is escaped."""
     header = list(header)
-    lines = [header, ["---"] * len(header), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [
+        header,
+        ["---"] * len(header),
+        *([str(cell).replace("|", "\\|") for cell in row] for row in rows),
+    ]
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
@@ -40,13 +44,19 @@ def methods() -> str:
         "method", "trained per task", "kept for later tasks, besides the tasks' updates", "reference data", "task id at test",
         "extra parameters at test", "extra cost at test", "merges into the base",
     )  # fmt: skip
-    records = [(name, method.record) for name, method in METHODS.items()]
+    records = [(name, method.info) for name, method in METHODS.items()]
     return table(
         header,
         (
             (
-                f"[{name}]({record.url})", record.trained, record.kept, YES[record.reference_data], YES[record.task_id_at_test],
-                record.extra_parameters, record.inference_cost, YES[record.mergeable],
+                f"[{name}]({record.url})",
+                record.trained,
+                record.kept,
+                YES[record.reference_data],
+                YES[record.task_id_at_test],
+                record.extra_parameters,
+                record.inference_cost,
+                YES[record.mergeable],
             )
             for name, record in records
         ),
@@ -55,7 +65,10 @@ def methods() -> str:
 
 def metrics() -> str:
     """Return the name, version, rule and source of every metric."""
-    rows = ((f"`{m.name}`", m.version, m.summary, ", ".join(m.needs) or "-", m.citation or "-") for m in METRICS.values())
+    rows = (
+        (f"`{m.name}`", m.version, m.summary, ", ".join(m.needs) or "-", m.citation or "-")
+        for m in METRICS.values()
+    )
     return table(("metric", "version", "rule", "needs", "source"), rows)
 
 
@@ -65,7 +78,16 @@ def tasks() -> str:
     for name in list_recipes():
         recipe = load_recipe(name)
         classes = "" if recipe.kind != "classification" else len(recipe.classes or ()) or "from its source"
-        rows.append((f"`{name}`", recipe.kind, classes, f"`{recipe.metric}`", f"`{recipe.source['format']}`", recipe.licence))
+        rows.append(
+            (
+                f"`{name}`",
+                recipe.kind,
+                classes,
+                f"`{recipe.metric}`",
+                f"`{recipe.source['format']}`",
+                recipe.licence,
+            )
+        )
     return table(("task", "kind", "classes", "metric", "reader", "licence"), rows)
 
 
@@ -86,7 +108,10 @@ def configurations() -> str:
     for names, command in ((list_configs(), "train"), (list_tables(), "compare")):
         for name in names:
             lines = (folder / f"{name}.yaml").read_text().splitlines()
-            comment = " ".join(line.lstrip("# ") for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+            comment = " ".join(
+                line.lstrip("# ")
+                for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+            )
             rows.append((f"`{name}`", f"`{command}`", re.split(r"(?<=\.) (?=[A-Z`])", comment)[0]))
     return table(("configuration", "of", "what it is"), rows)
 
@@ -115,8 +140,13 @@ def _commands(parser: argparse.ArgumentParser, program: str) -> Iterator[str]:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> str:
-    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"]
-    return table(("argument", "", "meaning"), ((_name(action), "required" if _is_required(action) else "", _meaning(action)) for action in shown))
+    shown = [
+        action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"
+    ]
+    return table(
+        ("argument", "", "meaning"),
+        ((_name(action), "required" if _is_required(action) else "", _meaning(action)) for action in shown),
+    )
 
 
 def _is_required(action: argparse.Action) -> bool:
@@ -133,7 +163,11 @@ def _name(action: argparse.Action) -> str:
 def _meaning(action: argparse.Action) -> str:
     meaning = (action.help or "").replace("*", "\\*")
     # `default` is a plain value where an argument has one and its help does not say so.
-    if isinstance(action.default, (str, int, float)) and not isinstance(action.default, bool) and "default" not in meaning:
+    if (
+        isinstance(action.default, (str, int, float))
+        and not isinstance(action.default, bool)
+        and "default" not in meaning
+    ):
         meaning += f" (default: {action.default})"
     return meaning.strip()
 
@@ -172,11 +206,15 @@ def stale_pages(folder: Path = DOCS) -> dict[Path, str]:
 def main() -> int:
     """Write the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit code 1 if a page is out of date"
+    )
     check = parser.parse_args().check
     stale = stale_pages()
     for path, text in stale.items():
-        sys.stdout.write(f"docs/{path.name} {'is out of date: run python scripts/write_docs.py' if check else 'written'}\n")
+        sys.stdout.write(
+            f"docs/{path.name} {'is out of date: run python scripts/write_docs.py' if check else 'written'}\n"
+        )
         if not check:
             path.write_text(text, encoding="utf-8")
     return int(check and bool(stale))

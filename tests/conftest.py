@@ -51,18 +51,44 @@ def tiny_clip(tmp_path_factory) -> Path:
     """A random CLIP (vision and text 2 layers × 32, 16-pixel images in 8-pixel patches) as a checkpoint folder."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        CLIPProcessor,
+        PreTrainedTokenizerFast,
+    )
 
     # CLIP pools at the end token unless its id is 2, which older checkpoints have by mistake.
-    words = ["<pad>", "<start>", "<unk>", "<end>", "a", "photo", "of", "the", ".", *(c for names in TASKS.values() for c in names)]
+    words = [
+        "<pad>",
+        "<start>",
+        "<unk>",
+        "<end>",
+        "a",
+        "photo",
+        "of",
+        "the",
+        ".",
+        *(c for names in TASKS.values() for c in names),
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unk>", model_max_length=12
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)]
     )
-    width = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<start>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        model_max_length=12,
+    )
+    width = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=16
+    )
     special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=3)
     config = CLIPConfig(
         text_config=dict(**width, **special, vocab_size=len(words), max_position_embeddings=12),
@@ -88,39 +114,84 @@ def write_llava(folder: Path, kind: str = "llava", layer: int = -2) -> Path:
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab[letter] = len(vocab)
     backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, **special, extra_special_tokens={"image_token": "<image>"}, model_max_length=512
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
     )
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=8)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **special,
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=512,
+    )
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=8,
+    )
     text = dict(
-        vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
     )
     common = dict(image_token_id=vocab["<image>"], vision_feature_layer=layer, tie_word_embeddings=False)
     image = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     pieces = dict(tokenizer=tokenizer, patch_size=8)
     pins = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
     if kind == "llava":
-        config = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text), **common)
-        processor = transformers.LlavaProcessor(transformers.CLIPImageProcessorPil(**image), num_additional_image_tokens=1,
-                                                vision_feature_select_strategy="default", **pieces)
+        config = transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision),
+            text_config=transformers.LlamaConfig(**text),
+            **common,
+        )
+        processor = transformers.LlavaProcessor(
+            transformers.CLIPImageProcessorPil(**image),
+            num_additional_image_tokens=1,
+            vision_feature_select_strategy="default",
+            **pieces,
+        )
     elif kind == "llava_next":
         config = transformers.LlavaNextConfig(
-            vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text), image_grid_pinpoints=pins, **common
+            vision_config=transformers.CLIPVisionConfig(**vision),
+            text_config=transformers.LlamaConfig(**text),
+            image_grid_pinpoints=pins,
+            **common,
         )
-        processor = transformers.LlavaNextProcessor(transformers.LlavaNextImageProcessorPil(**image, image_grid_pinpoints=pins),
-                                                    num_additional_image_tokens=1, vision_feature_select_strategy="default", **pieces)
+        processor = transformers.LlavaNextProcessor(
+            transformers.LlavaNextImageProcessorPil(**image, image_grid_pinpoints=pins),
+            num_additional_image_tokens=1,
+            vision_feature_select_strategy="default",
+            **pieces,
+        )
     else:
         vision["hidden_act"] = "gelu"
         config = transformers.LlavaOnevisionConfig(
-            vision_config=transformers.SiglipVisionConfig(**vision, vision_use_head=False), text_config=transformers.Qwen2Config(**text),
-            image_grid_pinpoints=pins, **common | {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+            vision_config=transformers.SiglipVisionConfig(**vision, vision_use_head=False),
+            text_config=transformers.Qwen2Config(**text),
+            image_grid_pinpoints=pins,
+            **common | {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
         )
         size = {"size": {"height": SIDE, "width": SIDE}}
         tokenizer.save_pretrained(folder)
-        transformers.LlavaOnevisionImageProcessorPil(**size, image_grid_pinpoints=pins).save_pretrained(folder)
-        facts = {"processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 4, "vision_feature_select_strategy": "full"}
+        transformers.LlavaOnevisionImageProcessorPil(**size, image_grid_pinpoints=pins).save_pretrained(
+            folder
+        )
+        facts = {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": 4,
+            "vision_feature_select_strategy": "full",
+        }
         (folder / "processor_config.json").write_text(json.dumps(facts))
         processor = None
     torch.manual_seed(0)
@@ -149,9 +220,13 @@ def dense_gradients():
     from llava_keeplora.subspace import DenseGradient
 
     def take(task, layers, batches, total):
-        statistics = {name: DenseGradient(layer.out_features, layer.in_features) for name, layer in layers.items()}
+        statistics = {
+            name: DenseGradient(layer.out_features, layer.in_features) for name, layer in layers.items()
+        }
         gradient_pass(task, layers, batches, total, statistics)
-        return {name: statistic.matrix for name, statistic in statistics.items() if bool(statistic.matrix.any())}
+        return {
+            name: statistic.matrix for name, statistic in statistics.items() if bool(statistic.matrix.any())
+        }
 
     return take
 
@@ -164,8 +239,16 @@ def second_moments():
 
     def take(task, layers, parts, batches):
         return feature_pass(
-            task, layers, parts, batches,
-            lambda groups: {name: moment for group in groups for moment in [SecondMoment(layers[group[0]].in_features)] for name in group},
+            task,
+            layers,
+            parts,
+            batches,
+            lambda groups: {
+                name: moment
+                for group in groups
+                for moment in [SecondMoment(layers[group[0]].in_features)]
+                for name in group
+            },
         )
 
     return take
@@ -199,7 +282,9 @@ def write_image_folder(root: Path, task: str) -> dict[str, Any]:
             folder = root / task / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                (folder / f"{i}.png").write_bytes(encode(draw(task, label, i if split == "train" else 100 + i)))
+                (folder / f"{i}.png").write_bytes(
+                    encode(draw(task, label, i if split == "train" else 100 + i))
+                )
     return {"source": {"format": "imagefolder", "path": task}, "splits": {split: split for split in COUNTS}}
 
 
@@ -209,19 +294,41 @@ def write_parquet(root: Path, task: str) -> dict[str, Any]:
     (root / task).mkdir(parents=True)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=TASKS[task])})
     for split, count in COUNTS.items():
-        rows = [(label, i if split == "train" else 100 + i) for i in range(count) for label in range(len(TASKS[task]))]
-        columns = {"image": [{"bytes": encode(draw(task, *row)), "path": None} for row in rows], "label": [label for label, _ in rows]}
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(root / task / f"{split}.parquet"))
-    return {"source": {"format": "parquet", "path": task}, "splits": {split: f"{split}.parquet" for split in COUNTS}}
+        rows = [
+            (label, i if split == "train" else 100 + i)
+            for i in range(count)
+            for label in range(len(TASKS[task]))
+        ]
+        columns = {
+            "image": [{"bytes": encode(draw(task, *row)), "path": None} for row in rows],
+            "label": [label for label, _ in rows],
+        }
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(
+            str(root / task / f"{split}.parquet")
+        )
+    return {
+        "source": {"format": "parquet", "path": task},
+        "splits": {split: f"{split}.parquet" for split in COUNTS},
+    }
 
 
 def write_tasks(root: Path) -> list[Path]:
     """The three tasks' files and a user's recipe for each; relative paths start at the recipe."""
     paths = []
-    for task, write in (("colours", write_image_folder), ("stripes", write_parquet), ("corners", write_image_folder)):
+    for task, write in (
+        ("colours", write_image_folder),
+        ("stripes", write_parquet),
+        ("corners", write_image_folder),
+    ):
         facts = dict(
-            name=task, version=1, kind="classification", prompt="a photo of the {c} .", metric="accuracy", licence="CC0-1.0",
-            classes=TASKS[task], **write(root, task),
+            name=task,
+            version=1,
+            kind="classification",
+            prompt="a photo of the {c} .",
+            metric="accuracy",
+            licence="CC0-1.0",
+            classes=TASKS[task],
+            **write(root, task),
         )
         paths.append(root / f"{task}.yaml")
         paths[-1].write_text(yaml.safe_dump(facts))
@@ -241,26 +348,49 @@ def mixed_tasks(tmp_path_factory, tiny_tasks) -> list[Path]:
     (root / "images").mkdir()
     names, questions, captions = TASKS["colours"], {}, {}
     for split, count in COUNTS.items():
-        rows = [(label, i if split == "train" else 100 + i) for i in range(count) for label in range(len(names))]
+        rows = [
+            (label, i if split == "train" else 100 + i) for i in range(count) for label in range(len(names))
+        ]
         for label, seed in rows:
             (root / "images" / f"{label}-{seed}.png").write_bytes(encode(draw("colours", label, seed)))
         questions[split] = [
-            {"id": f"{split}-{label}-{seed}", "image": f"images/{label}-{seed}.png", "conversations": [
-                {"from": "human", "value": "<image>\nWhat color?"}, {"from": "gpt", "value": names[label]}]}
+            {
+                "id": f"{split}-{label}-{seed}",
+                "image": f"images/{label}-{seed}.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat color?"},
+                    {"from": "gpt", "value": names[label]},
+                ],
+            }
             for label, seed in rows
         ]
         captions[split] = {
             "images": [{"id": i, "file_name": f"{label}-{seed}.png"} for i, (label, seed) in enumerate(rows)],
-            "annotations": [{"id": 2 * i + j, "image_id": i, "caption": text.format(names[label])}
-                            for i, (label, _) in enumerate(rows) for j, text in enumerate(("a {} square.", "all {}."))],
+            "annotations": [
+                {"id": 2 * i + j, "image_id": i, "caption": text.format(names[label])}
+                for i, (label, _) in enumerate(rows)
+                for j, text in enumerate(("a {} square.", "all {}."))
+            ],
         }
         (root / f"questions-{split}.json").write_text(json.dumps(questions[split]))
         (root / f"captions-{split}.json").write_text(json.dumps(captions[split]))
     common = dict(version=1, licence="CC0-1.0")
     recipes = [
-        dict(name="questions", kind="vqa", metric="exact_match", source={"format": "llava_json", "path": "."}, **common),
-        dict(name="captions", kind="captioning", metric="caption_rouge_l", prompt="Describe it.",
-             source={"format": "coco_captions", "path": ".", "images": "images"}, **common),
+        dict(
+            name="questions",
+            kind="vqa",
+            metric="exact_match",
+            source={"format": "llava_json", "path": "."},
+            **common,
+        ),
+        dict(
+            name="captions",
+            kind="captioning",
+            metric="caption_rouge_l",
+            prompt="Describe it.",
+            source={"format": "coco_captions", "path": ".", "images": "images"},
+            **common,
+        ),
     ]
     paths = []
     for facts in recipes:
@@ -293,14 +423,25 @@ def run_tree(tiny_clip, tiny_tasks):
     """Function (output_dir, **changes) → a run as plain data: sequential LoRA and KeepLoRA on the tiny tasks."""
 
     def build(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
-        part = {"targets": ["q_proj", "k_proj", "v_proj", "out_proj"], "rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
+        part = {
+            "targets": ["q_proj", "k_proj", "v_proj", "out_proj"],
+            "rank": 2,
+            "alpha": 2,
+            "energy_weight": 0.5,
+            "energy_feature": 0.9,
+        }
         tree = {
             "output_dir": str(output_dir),
             "tasks": [str(path) for path in tiny_tasks],
             "model": {"name_or_path": str(tiny_clip)},
             "parts": {"vision": part, "text": copy.deepcopy(part)},
             "methods": {"seq-lora": {}, "keeplora": {}},
-            "training": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 0.01, "use_cpu": True},
+            "training": {
+                "num_train_epochs": 1,
+                "per_device_train_batch_size": 8,
+                "learning_rate": 0.01,
+                "use_cpu": True,
+            },
         }
         return merge(tree, changes)
 
@@ -317,9 +458,18 @@ def llava_tree(tiny_llava, mixed_tasks):
             "output_dir": str(output_dir),
             "tasks": [str(path) for path in mixed_tasks],
             "model": {"name_or_path": str(tiny_llava)},
-            "parts": {"vision": part, "projector": {"train": "full", "learning_rate": 1e-3}, "language": copy.deepcopy(part)},
+            "parts": {
+                "vision": part,
+                "projector": {"train": "full", "learning_rate": 1e-3},
+                "language": copy.deepcopy(part),
+            },
             "methods": {"keeplora": {}},
-            "training": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 0.01, "use_cpu": True},
+            "training": {
+                "num_train_epochs": 1,
+                "per_device_train_batch_size": 8,
+                "learning_rate": 0.01,
+                "use_cpu": True,
+            },
             "evaluation": {"batch_size": 8, "max_new_tokens": 6},
         }
         return merge(tree, changes)

@@ -22,12 +22,28 @@ from pathlib import Path
 
 #: One server for all test files of a worker.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([
-    "forked", "warm", "llava_keeplora.cli", "llava_keeplora_eval.cli", "llava_keeplora.sequence.runner", "llava_keeplora.export", "llava_keeplora.plan",
-    "llava_keeplora.compare", "llava_keeplora.doctor", "llava_keeplora.analysis", "deepspeed", "matplotlib.figure", "transformers.trainer",
-    "transformers.models.clip.modeling_clip", "transformers.models.clip.image_processing_pil_clip", "transformers.models.llama.modeling_llama",
-    "transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava",
-])
+SERVER.set_forkserver_preload(
+    [
+        "forked",
+        "warm",
+        "llava_keeplora.cli",
+        "llava_keeplora_eval.cli",
+        "llava_keeplora.sequence.runner",
+        "llava_keeplora.export",
+        "llava_keeplora.plan",
+        "llava_keeplora.compare",
+        "llava_keeplora.doctor",
+        "llava_keeplora.analysis",
+        "deepspeed",
+        "matplotlib.figure",
+        "transformers.trainer",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.clip.image_processing_pil_clip",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.llava.modeling_llava",
+        "transformers.models.llava.processing_llava",
+    ]
+)
 #: Seconds that the starts of this process's children took; the first waits for the server's imports.
 STARTS: list[float] = []
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
@@ -42,11 +58,18 @@ class Forked:
         env: the environment; this process's own, without a launcher's variables, when None.
     """
 
-    def __init__(self, command: Sequence[str | Path], cwd: str | Path | None = None, env: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        cwd: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ):
         env = {k: v for k, v in os.environ.items() if k not in LAUNCHED} if env is None else dict(env)
         self._files = [tempfile.TemporaryFile() for _ in range(2)]
         names = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in self._files]
-        self._process = SERVER.Process(target=_run, args=(list(map(str, command)), str(cwd or os.getcwd()), env, names), daemon=True)
+        self._process = SERVER.Process(
+            target=_run, args=(list(map(str, command)), str(cwd or os.getcwd()), env, names), daemon=True
+        )
         begun = time.monotonic()
         self._process.start()
         STARTS.append(time.monotonic() - begun)
@@ -97,7 +120,9 @@ def patience() -> float:
     return max(200.0, 60 * max(STARTS))
 
 
-def run(command: Sequence[str | Path], timeout: float | None = None, processes: int = 1, **options) -> tuple[int, str, str]:
+def run(
+    command: Sequence[str | Path], timeout: float | None = None, processes: int = 1, **options
+) -> tuple[int, str, str]:
     """Run a command to its end.
 
     Args:
@@ -112,8 +137,15 @@ def run(command: Sequence[str | Path], timeout: float | None = None, processes: 
     if processes == 1:
         ranks = [Forked(command, **options)]
     else:
-        common = dict(os.environ.items()) | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        ranks = [Forked(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options) for rank in range(processes)]
+        common = dict(os.environ.items()) | {
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        ranks = [
+            Forked(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
+            for rank in range(processes)
+        ]
     timeout = timeout or patience()
     deadline, code = time.monotonic() + timeout, 0
     try:

@@ -3,7 +3,7 @@
 from contextlib import suppress
 
 import deepspeed.runtime.engine  # noqa: F401
-import matplotlib.backends.backend_agg  # noqa: F401
+import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg  # noqa: F401
 import scipy.io  # noqa: F401
 import torch.utils.cpp_extension  # noqa: F401

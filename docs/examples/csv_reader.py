@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llava_keeplora_recipes import Reader, RecipeError, Records
-from llava_keeplora_recipes.errors import sift
-from llava_keeplora_recipes.places import data_root_of, inside, set_folder, split_file
+from llava_keeplora_recipes.errors import collect_errors
+from llava_keeplora_recipes.paths import data_root_of, inside, set_folder, split_file
 from llava_keeplora_recipes.records import picture_files
 
 
@@ -25,7 +25,7 @@ class CsvReader(Reader):
             return row, inside(folder, row["image"], f"record '{row['id']}'", data_root_of(recipe, data_root))
 
         with open(path, newline="", encoding="utf-8") as file:
-            records = sift(record, csv.DictReader(file, delimiter=self.delimiter), problems)
+            records = collect_errors(record, csv.DictReader(file, delimiter=self.delimiter), problems)
         return Records(
             ids=[row["id"] for row, _ in records],
             pictures=picture_files([[image] for _, image in records]),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from llava_keeplora.adapters import ADAPTER, AdapterInit, lora_layers
-from llava_keeplora.methods import Holding, Method, Record
+from llava_keeplora.methods import Holding, Method, MethodInfo
 
 
 class Fisher:
@@ -21,22 +21,30 @@ class Fisher:
 class EwcLora(Method):
     """A fresh adapter per task, and a penalty on where its product B A moves what earlier tasks needed."""
 
-    record = Record("ewc-lora", "Overcoming catastrophic forgetting in neural networks", "https://arxiv.org/abs/1612.00796")
+    info = MethodInfo(
+        "ewc-lora",
+        "Overcoming catastrophic forgetting in neural networks",
+        "https://arxiv.org/abs/1612.00796",
+    )
     sharded = False  # B A is read outside of its layer
 
     @dataclass(frozen=True)
     class Options:
         strength: float = 100.0
 
-    def prepare(self, ctx):
-        return {name: AdapterInit(layer.rank, layer.alpha, train_A=True) for name, layer in ctx.layers.items()}
+    def init_adapters(self, ctx):
+        return {
+            name: AdapterInit(layer.rank, layer.alpha, train_A=True) for name, layer in ctx.layers.items()
+        }
 
     def loss(self, ctx, batch, out):
         adapters = lora_layers(ctx.model) if self.sums else {}
         moved = {name: layer.get_delta_weight(ADAPTER) ** 2 for name, layer in adapters.items()}
-        return out["loss"] + self.options.strength * sum((self.sums[name].to(d) * d).sum() for name, d in moved.items())
+        return out["loss"] + self.options.strength * sum(
+            (self.sums[name].to(d) * d).sum() for name, d in moved.items()
+        )
 
-    def consolidate(self, ctx):
+    def after_task(self, ctx):
         self.added = {name: Fisher(layer.module.weight) for name, layer in ctx.layers.items() if ctx.index}
         if self.added:
             ctx.gradients(1.0, self.added)
@@ -45,7 +53,7 @@ class EwcLora(Method):
     def state(self):
         return {name: one.tensors[0].cpu() for name, one in self.added.items()}
 
-    def load(self, states):
+    def load_state_dicts(self, states):
         self.sums = {}
         for state in states:
             self._sum(state)
@@ -54,4 +62,6 @@ class EwcLora(Method):
         self.sums = self.sums | {name: self.sums.get(name, 0) + fisher for name, fisher in state.items()}
 
     def holds(self, ctx, names):
-        return {name: Holding(tuple(layer.module.weight.shape)) for name, layer in ctx.layers.items() if ctx.index}
+        return {
+            name: Holding(tuple(layer.module.weight.shape)) for name, layer in ctx.layers.items() if ctx.index
+        }

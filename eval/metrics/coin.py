@@ -105,8 +105,15 @@ METRICS = (
         citation="eval_science_qa.py of https://github.com/haotian-liu/LLaVA",
         complies=letter_form,
     ),
-    _First("coin_imagenet", 1, coin_imagenet, "CoIN ImageNet: one of prediction and class name is a part of the other"),
-    _First("coin_gqa", 1, coin_gqa, "CoIN GQA: the prediction in lower case without last periods is the answer"),
+    _First(
+        "coin_imagenet",
+        1,
+        coin_imagenet,
+        "CoIN ImageNet: one of prediction and class name is a part of the other",
+    ),
+    _First(
+        "coin_gqa", 1, coin_gqa, "CoIN GQA: the prediction in lower case without last periods is the answer"
+    ),
     _First("coin_vizwiz", 1, ucit_exact_match, "CoIN VizWiz: the prediction is the one answer, case aside"),
     _First("coin_vqav2", 1, ucit_exact_match, "CoIN VQAv2: the prediction is the one answer, case aside"),
     _First(

@@ -77,7 +77,9 @@ def coin_ocrvqa(text: str, answers: Answers) -> float:
     return text.lower() == answers[0].lower()
 
 
-_First = partial(AnswerMetric, compares="first", citation="eval_*.py of https://github.com/MaolinLuo/KeepLoRA")
+_First = partial(
+    AnswerMetric, compares="first", citation="eval_*.py of https://github.com/MaolinLuo/KeepLoRA"
+)
 
 METRICS = (
     _First("dcl_rs", 2, dcl_words, "MLLM-DCL remote sensing: the answer's words are in the prediction"),

@@ -7,6 +7,22 @@ from llava_keeplora.adapters.lora import ADAPTER, AdapterInit, attach, detach, l
 from llava_keeplora.adapters.weights import dense_weight, is_quantised
 
 __all__ = [
-    "ADAPTER", "AdapterInit", "BaseWeights", "Delta", "Deltas", "FullDelta", "attach", "compress", "concatenate", "dense_weight",
-    "detach", "full_deltas", "is_quantised", "load_deltas", "lora_layers", "pad", "read_adapters", "save_deltas",
+    "ADAPTER",
+    "AdapterInit",
+    "BaseWeights",
+    "Delta",
+    "Deltas",
+    "FullDelta",
+    "attach",
+    "compress",
+    "concatenate",
+    "dense_weight",
+    "detach",
+    "full_deltas",
+    "is_quantised",
+    "load_deltas",
+    "lora_layers",
+    "pad",
+    "read_adapters",
+    "save_deltas",
 ]

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_keeplora.adapters.deltas import Delta, Deltas, FullDelta
 from llava_keeplora.adapters.weights import is_quantised
-from llava_keeplora.zero import is_partitioned
+from llava_keeplora.deepspeed_zero import is_partitioned
 
 
 class BaseWeights:
@@ -29,7 +29,9 @@ class BaseWeights:
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]):
-        self._layers = {name: (_Stacked if is_stacked(layer) else _Summed)(layer) for name, layer in layers.items()}
+        self._layers = {
+            name: (_Stacked if is_stacked(layer) else _Summed)(layer) for name, layer in layers.items()
+        }
 
     @torch.no_grad()
     def apply(self, deltas: Iterable[Deltas]) -> None:
@@ -49,7 +51,9 @@ class _Summed:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.base = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters(recurse=False)}
+        self.base = {
+            name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters(recurse=False)
+        }
 
     def carry(self, changes: Sequence[Delta | FullDelta]) -> None:
         device = next(self.module.parameters(recurse=False)).device
@@ -75,10 +79,16 @@ class _Stacked:
         device = self.layer.weight.device
         full = [change for change in changes if isinstance(change, FullDelta)]
         weight = sum(change.parameters["weight"].to(device) for change in full) if full else None
-        bias = sum(change.parameters["bias"].to(device) for change in full) if full and self.layer.bias is not None else None
+        bias = (
+            sum(change.parameters["bias"].to(device) for change in full)
+            if full and self.layer.bias is not None
+            else None
+        )
         low = [change for change in changes if isinstance(change, Delta)]
         A = torch.cat([change.A for change in low]).to(device) if low else None  # (R, in)
-        B = torch.cat([change.scale * change.B for change in low], dim=1).to(device) if low else None  # (out, R)
+        B = (
+            torch.cat([change.scale * change.B for change in low], dim=1).to(device) if low else None
+        )  # (out, R)
 
         # Nothing here may name the deltas themselves: the hook would hold them a second time.
         def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -86,7 +96,9 @@ class _Stacked:
             if A is not None:
                 output = output + linear(linear(x, A.to(x)), B.to(x)).to(output.dtype)
             if weight is not None:
-                output = output + linear(x, weight.to(x), None if bias is None else bias.to(x)).to(output.dtype)
+                output = output + linear(x, weight.to(x), None if bias is None else bias.to(x)).to(
+                    output.dtype
+                )
             return output
 
         if changes:

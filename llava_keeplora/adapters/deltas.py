@@ -75,7 +75,9 @@ Deltas = Mapping[str, Delta | FullDelta]
 
 def save_deltas(path: Path, deltas: Deltas) -> str:
     """Write a task's deltas as safetensors and return the file's SHA-256."""
-    tensors = {f"{name}.{key}": value for name, delta in deltas.items() for key, value in delta.tensors.items()}
+    tensors = {
+        f"{name}.{key}": value for name, delta in deltas.items() for key, value in delta.tensors.items()
+    }
     scales = {name: delta.scale for name, delta in sorted(deltas.items()) if isinstance(delta, Delta)}
     # One metadata entry: safetensors writes several in an order that changes from process to process.
     return write_tensors(path, tensors, {"scales": json.dumps(scales)})
@@ -93,9 +95,15 @@ def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
         scales = json.loads((file.metadata() or {})["scales"])
         if not all(scale in NUMBER for scale in scales.values()):
             raise ValueError("a scale is no finite number")
-        found: dict[str, Delta | FullDelta] = {name: Delta(tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B"), scale) for name, scale in scales.items()}
+        found: dict[str, Delta | FullDelta] = {
+            name: Delta(tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B"), scale)
+            for name, scale in scales.items()
+        }
     except (KeyError, AttributeError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} holds no task's deltas ({'without ' if isinstance(error, KeyError) else ''}{error})", "restore it") from error
+        raise RunError(
+            f"{path} holds no task's deltas ({'without ' if isinstance(error, KeyError) else ''}{error})",
+            "restore it",
+        ) from error
     return found | full_deltas(tensors)
 
 

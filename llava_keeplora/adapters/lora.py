@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_keeplora.adapters.deltas import Delta
-from llava_keeplora.zero import trained_values
+from llava_keeplora.deepspeed_zero import trained_values
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,11 +42,13 @@ class AdapterInit:
 
     @property
     def scale(self) -> float:
-        """s = alpha / rank."""
+        """S = alpha / rank."""
         return self.alpha / self.rank
 
 
-def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 0.0, master_copies: bool = False) -> PeftModel | None:
+def attach(
+    model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 0.0, master_copies: bool = False
+) -> PeftModel | None:
     """Put a LoRA adapter on each named linear layer; everything else is frozen.
 
     Args:
@@ -80,7 +82,9 @@ def attach(model: nn.Module, inits: Mapping[str, AdapterInit], dropout: float = 
         model.disable_input_require_grads()
     adapters = lora_layers(model)
     if set(adapters) != set(inits):
-        raise RuntimeError(f"PEFT adapted {len(adapters)} layers where {len(inits)} were named: {sorted(set(adapters) ^ set(inits))[:3]}")
+        raise RuntimeError(
+            f"PEFT adapted {len(adapters)} layers where {len(inits)} were named: {sorted(set(adapters) ^ set(inits))[:3]}"
+        )
     for name, init in inits.items():
         layer = adapters[name]
         with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_keeplora.zero import gathered, is_partitioned
+from llava_keeplora.deepspeed_zero import gathered, is_partitioned
 
 
 def is_quantised(layer: nn.Module) -> bool:

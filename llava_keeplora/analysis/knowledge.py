@@ -14,14 +14,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llava_keeplora.analysis.cuts import KEPT, SIDES, Cuts, every_layer
-from llava_keeplora.analysis.folder import made, write_knowledge
+from llava_keeplora.analysis.svd_split import KEPT, SIDES, SvdSplit, every_layer
+from llava_keeplora.analysis.writers import made, write_knowledge
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import DTYPES, Family, Prepared, open_model
 from llava_keeplora_eval import predict_to_file, score
 from llava_keeplora_eval.predictors import default_device
-from llava_keeplora_recipes import TaskData, load_recipe
+from llava_keeplora_recipes import TaskData, load_recipe, load_split
 
 GROUPS = ("general", "specific")
 ENERGIES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
@@ -75,7 +75,9 @@ class Knowledge:
 
     def line(self, part: str, side: str, group: str) -> list[tuple[float, float]]:
         """(energy, mean score of a group) along the energies."""
-        return sorted((p.energy, self.mean(group, p.scores)) for p in self.points if (p.part, p.side) == (part, side))
+        return sorted(
+            (p.energy, self.mean(group, p.scores)) for p in self.points if (p.part, p.side) == (part, side)
+        )
 
     @property
     def proposals(self) -> dict[str, float | None]:
@@ -132,19 +134,38 @@ def analyze_model(
         if not family.quantization:  # What is quantised was loaded to where it is.
             family.model.to(default_device())
         layers = every_layer(family)
-        parts = layers | ({ALL: {name: layer for own in layers.values() for name, layer in own.items()}} if len(layers) > 1 else {})
+        parts = layers | (
+            {ALL: {name: layer for own in layers.values() for name, layer in own.items()}}
+            if len(layers) > 1
+            else {}
+        )
         points = []
-        with tqdm(total=1 + len(parts) * len(energies) * len(SIDES), desc="analyze", delay=2, disable=None) as bar:
+        with tqdm(
+            total=1 + len(parts) * len(energies) * len(SIDES), desc="analyze", delay=2, disable=None
+        ) as bar:
             whole = _scores(family, every, evaluation.batch_size)
             bar.update()
             for part, own in parts.items():
                 for energy in energies:
-                    cuts = Cuts(own, energy)
+                    cuts = SvdSplit(own, energy)
                     for side in SIDES:
                         with cuts.only(side):
-                            points.append(Point(part, energy, side, cuts.directions, _scores(family, every, evaluation.batch_size)))
+                            points.append(
+                                Point(
+                                    part,
+                                    energy,
+                                    side,
+                                    cuts.directions,
+                                    _scores(family, every, evaluation.batch_size),
+                                )
+                            )
                         bar.update()
-        found = Knowledge(asdict(model), {group: {one.recipe.name: _record(one) for one in tasks} for group, tasks in data.items()}, whole, points)
+        found = Knowledge(
+            asdict(model),
+            {group: {one.recipe.name: _record(one) for one in tasks} for group, tasks in data.items()},
+            whole,
+            points,
+        )
         write_knowledge(found, room)
     return found
 
@@ -152,7 +173,10 @@ def analyze_model(
 def _checked(energies: Sequence[float], groups: Mapping[str, Sequence[str]], examples: int) -> list[float]:
     for energy in energies:
         if not 0.0 < energy < 1.0:
-            raise ConfigError(f"--energies has {energy}, but a weight is cut at a share of its energy between 0 and 1", "give shares such as 0.5,0.9")
+            raise ConfigError(
+                f"--energies has {energy}, but a weight is cut at a share of its energy between 0 and 1",
+                "give shares such as 0.5,0.9",
+            )
     for group in GROUPS:
         if not groups.get(group):
             raise ConfigError(f"there are no {group} tasks", f"name at least one with --{group}")
@@ -164,10 +188,13 @@ def _checked(energies: Sequence[float], groups: Mapping[str, Sequence[str]], exa
 def _load(family: Family, tasks: Sequence[str], examples: int, data_root: str | None) -> list[TaskData]:
     found = []
     for task in tasks:
-        data = load_recipe(task).load("test", data_root)
+        data = load_split(load_recipe(task), "test", data_root)
         recipe = data.recipe
         if recipe.kind not in family.kinds:
-            raise ConfigError(f"task '{recipe.name}' is {recipe.kind}, and this model does {', '.join(family.kinds)} only", "leave the task out")
+            raise ConfigError(
+                f"task '{recipe.name}' is {recipe.kind}, and this model does {', '.join(family.kinds)} only",
+                "leave the task out",
+            )
         count = min(examples, len(data))
         found.append(data.take(i * len(data) // count for i in range(count)))
         family.check(found[-1])
@@ -177,7 +204,10 @@ def _load(family: Family, tasks: Sequence[str], examples: int, data_root: str | 
 def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"task '{name}' is named {names.count(name)} times", "name each task once, as general or as specific")
+            raise ConfigError(
+                f"task '{name}' is named {names.count(name)} times",
+                "name each task once, as general or as specific",
+            )
 
 
 def _scores(family: Family, tasks: Sequence[TaskData], batch_size: int) -> dict[str, float]:
@@ -186,7 +216,13 @@ def _scores(family: Family, tasks: Sequence[TaskData], batch_size: int) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         for data in tasks:
             path = Path(folder) / f"{len(found)}.jsonl"
-            predict_to_file(family.predictor(data.recipe, Prepared(family, data)), data, path, batch_size, advance=lambda count: None)
+            predict_to_file(
+                family.predictor(data.recipe, Prepared(family, data)),
+                data,
+                path,
+                batch_size,
+                advance=lambda count: None,
+            )
             found[data.recipe.name] = score(data, path).score
     return found
 

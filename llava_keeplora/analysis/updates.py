@@ -18,17 +18,17 @@ from tqdm import tqdm
 
 from llava_keeplora.adapters import Delta, FullDelta, dense_weight
 from llava_keeplora.adapters.deltas import Deltas
-from llava_keeplora.analysis.folder import made, write_updates
-from llava_keeplora.analysis.pictures import PLACES
-from llava_keeplora.config import AUTO, PartConfig, read_dumped
+from llava_keeplora.analysis.plots import PLACES
+from llava_keeplora.analysis.writers import made, write_updates
+from llava_keeplora.config import AUTO, PartConfig
 from llava_keeplora.errors import RunError
-from llava_keeplora.export.bundle import Learned, checked, read_learned
+from llava_keeplora.export.loaded_run import LearnedRun, checked, load_learned_run
 from llava_keeplora.files import read_tensors
 from llava_keeplora.journal import Journal
 from llava_keeplora.models import Family, load_model
-from llava_keeplora.records import read_record
 from llava_keeplora.report.overlap import overlap
-from llava_keeplora.run_folder import check_base, read_identity
+from llava_keeplora.run_folder import CONSOLIDATED, DELTA, JOURNAL, STATE, Stage, read_dumped, read_record
+from llava_keeplora.saved_run import check_base, read_identity
 from llava_keeplora.subspace import principal_basis, residual
 from llava_keeplora_eval.predictors import default_device
 
@@ -83,12 +83,22 @@ class MethodUpdates:
 
     def shares(self, part: str, task: str) -> dict[str, float | None]:
         """Shares of a task's update of a part by place, and `random`: what a random update would have in W_p; None for an update of zero."""
-        own = [update for update in self.updates if (update.part, update.task) == (part, task) and update.energy > 0]
+        own = [
+            update
+            for update in self.updates
+            if (update.part, update.task) == (part, task) and update.energy > 0
+        ]
         total = math.fsum(update.energy for update in own)
         if not own:
             return dict.fromkeys((*PLACES, "random"))
-        shares = {place: math.fsum(update.energy * getattr(update, place) for update in own) / total for place in PLACES}
-        return shares | {"random": math.fsum(update.energy * update.principal_directions / update.width for update in own) / total}
+        shares = {
+            place: math.fsum(update.energy * getattr(update, place) for update in own) / total
+            for place in PLACES
+        }
+        return shares | {
+            "random": math.fsum(update.energy * update.principal_directions / update.width for update in own)
+            / total
+        }
 
     def to_dict(self) -> dict[str, object]:
         """As JSON values."""
@@ -110,7 +120,7 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
         ConfigError: if the base model is not there.
     """
     run = Path(run)
-    learned = {label: read_learned(run, label) for label in _finished(run)}
+    learned = {label: load_learned_run(run, label) for label in _finished(run)}
     features, chosen = {label: _added(one) for label, one in learned.items()}, _chosen(learned.values())
     check_base(run, next(iter(learned.values())).model)
     with made(into) as room:
@@ -120,29 +130,58 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
 
 
 def _measured(
-    run: Path, learned: Mapping[str, Learned], features: Mapping[str, list[dict[str, Tensor]]], chosen: Mapping[str, float]
+    run: Path,
+    learned: Mapping[str, LearnedRun],
+    features: Mapping[str, list[dict[str, Tensor]]],
+    chosen: Mapping[str, float],
 ) -> dict[str, MethodUpdates]:
     """The updates of every method, layer by layer; those that change no linear layer are left out with a warning."""
     names, family = read_identity(run)["tasks"], load_model(next(iter(learned.values())).model)
     changed = dict.fromkeys(name for one in learned.values() for task in one.deltas for name in task)
-    layers = [name for name in changed if isinstance(family.model.get_submodule(name), nn.Linear) and _part(family, name)]
+    layers = [
+        name
+        for name in changed
+        if isinstance(family.model.get_submodule(name), nn.Linear) and _part(family, name)
+    ]
     updates: dict[str, list[Update]] = {label: [] for label in learned}
     for layer in tqdm(layers, desc="analyze", delay=2, disable=None):
-        part, weight = _part(family, layer), dense_weight(family.model.get_submodule(layer)).detach().to(default_device())
-        energies = {label: _energy(PartConfig(**one.config["methods"][label]["parts"].get(part, {})), chosen.get(part)) for label, one in learned.items()}
+        part, weight = (
+            _part(family, layer),
+            dense_weight(family.model.get_submodule(layer)).detach().to(default_device()),
+        )
+        energies = {
+            label: _energy(
+                PartConfig(**one.config["methods"][label]["parts"].get(part, {})), chosen.get(part)
+            )
+            for label, one in learned.items()
+        }
         bases = {energy: principal_basis(weight, energy).basis.cpu() for energy in set(energies.values())}
         for label, one in learned.items():
-            updates[label] += _of_layer(layer, part, names, one.deltas, bases[energies[label]], features[label])
+            updates[label] += _of_layer(
+                layer, part, names, one.deltas, bases[energies[label]], features[label]
+            )
     unchanged = [label for label in learned if not updates[label]]
     if len(unchanged) == len(learned):
-        raise RunError(f"no method of {run} changes the weights of a linear layer, so there are no updates to measure", "analyze a run of another method")
+        raise RunError(
+            f"no method of {run} changes the weights of a linear layer, so there are no updates to measure",
+            "analyze a run of another method",
+        )
     if unchanged:
         logger.warning("left out, for they change no linear layer's weights: %s", ", ".join(unchanged))
-    return {label: MethodUpdates(names[: len(one.deltas)], updates[label], _overlap(one)) for label, one in learned.items() if updates[label]}
+    return {
+        label: MethodUpdates(names[: len(one.deltas)], updates[label], _overlap(one))
+        for label, one in learned.items()
+        if updates[label]
+    }
 
 
 def _of_layer(
-    layer: str, part: str, tasks: Sequence[str], deltas: Sequence[Deltas], principal: Tensor, features: Sequence[Mapping[str, Tensor]]
+    layer: str,
+    part: str,
+    tasks: Sequence[str],
+    deltas: Sequence[Deltas],
+    principal: Tensor,
+    features: Sequence[Mapping[str, Tensor]],
 ) -> list[Update]:
     """The updates of a layer, task by task; each sees the features of the tasks before it."""
     found, before = [], principal.new_zeros(len(principal), 0)
@@ -162,37 +201,45 @@ def _energy(settings: PartConfig, chosen: float | None) -> float:
 def _finished(run: Path) -> list[str]:
     """The run's methods that have finished a task."""
     labels = [
-        label for label in read_dumped(run)["methods"] if any(entry.task and entry.stage == "CLOSED" for entry in Journal(run / label / "journal.jsonl").entries)
+        label
+        for label in read_dumped(run)["methods"]
+        if any(entry.task and entry.stage == Stage.CLOSED for entry in Journal(run / label / JOURNAL).entries)
     ]
     if not labels:
         raise RunError(f"{run} holds no finished task", "run its training first")
     return labels
 
 
-def _added(learned: Learned) -> list[dict[str, Tensor]]:
+def _added(learned: LearnedRun) -> list[dict[str, Tensor]]:
     """Task by task, the directions (in, m) that it added to each layer's protected subspace; none for methods without one."""
     folder, found = learned.run / learned.label, []
     for entry in learned.entries:
-        if entry.task and entry.stage == "CONSOLIDATED":
-            states = [name for name in entry.files if name.endswith("state.safetensors")]
-            found.append(read_tensors(checked(folder / states[0], entry.files[states[0]], f"task {entry.task}")) if states else {})
+        if entry.task and entry.stage == Stage.CONSOLIDATED:
+            states = [name for name in entry.files if name.endswith(STATE)]
+            found.append(
+                read_tensors(checked(folder / states[0], entry.files[states[0]], f"task {entry.task}"))
+                if states
+                else {}
+            )
     return found
 
 
-def _chosen(learned: Iterable[Learned]) -> dict[str, float]:
+def _chosen(learned: Iterable[LearnedRun]) -> dict[str, float]:
     """Part → ε_w that a method of the run has chosen from the data, where it is `auto`."""
     found = {}
     for one in learned:
-        base = next(entry for entry in one.entries if entry.stage == "CONSOLIDATED")
-        name = base.file("consolidated.json")
+        base = next(entry for entry in one.entries if entry.stage == Stage.CONSOLIDATED)
+        name = base.file(CONSOLIDATED)
         path = checked(one.run / one.label / name, base.files[name], "the base")
-        found |= {part: choice["energy"] for part, choice in read_record(path).get("energy_weight", {}).items()}
+        found |= {
+            part: choice["energy"] for part, choice in read_record(path).get("energy_weight", {}).items()
+        }
     return found
 
 
-def _overlap(learned: Learned) -> list[list[float | None]] | None:
-    trained = [entry for entry in learned.entries if entry.stage == "TRAINED"]
-    return overlap([learned.run / learned.label / entry.file("delta.safetensors") for entry in trained])
+def _overlap(learned: LearnedRun) -> list[list[float | None]] | None:
+    trained = [entry for entry in learned.entries if entry.stage == Stage.TRAINED]
+    return overlap([learned.run / learned.label / entry.file(DELTA) for entry in trained])
 
 
 def _part(family: Family, layer: str) -> str | None:
@@ -200,7 +247,9 @@ def _part(family: Family, layer: str) -> str | None:
     return next((part for part, prefix in family.parts.items() if layer.startswith(f"{prefix}.")), None)
 
 
-def measure(task: str, part: str, layer: str, delta: Delta | FullDelta, principal: Tensor, features: Tensor) -> Update:
+def measure(
+    task: str, part: str, layer: str, delta: Delta | FullDelta, principal: Tensor, features: Tensor
+) -> Update:
     """Where one update lies.
 
     Args:

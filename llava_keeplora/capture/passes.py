@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from llava_keeplora.capture.taps import feature_taps, gradient_taps, shared_inputs
-from llava_keeplora.group import from_all, sum_over_processes
+from llava_keeplora.capture.hooks import feature_hooks, gradient_hooks, shared_inputs
+from llava_keeplora.distributed import all_gather_object, sum_over_processes
 
 #: By how much a loss is raised before it is sent back in fp16, whose smallest number is 6e-8 and largest 65504.
 HEADROOM = 2.0**10
@@ -40,7 +40,11 @@ class FeatureStatistic(Protocol):
 
 
 def gradient_pass(
-    task, layers: Mapping[str, nn.Linear], batches: Iterable[Batch], total: int, statistics: Mapping[str, GradientStatistic]
+    task,
+    layers: Mapping[str, nn.Linear],
+    batches: Iterable[Batch],
+    total: int,
+    statistics: Mapping[str, GradientStatistic],
 ) -> None:
     """Feed G = ∇_W of the mean loss over the data to a statistic per layer (KeepLoRA, step 2 of one task).
 
@@ -62,12 +66,14 @@ def gradient_pass(
     batches = iter(batches)
     first = next(batches)
     in_fp16 = _is_fp16(next(iter(first[0].values())).device.type)
-    raised: float | Tensor = math.ldexp(HEADROOM, 1 - math.frexp(task.weight(first[0]) / total)[1]) if in_fp16 else 1.0
+    raised: float | Tensor = (
+        math.ldexp(HEADROOM, 1 - math.frexp(task.weight(first[0]) / total)[1]) if in_fp16 else 1.0
+    )
 
-    def sink(name: str, x: Tensor, dy: Tensor) -> None:
+    def callback(name: str, x: Tensor, dy: Tensor) -> None:
         statistics[name].add(x, dy.float() / raised if in_fp16 else dy)
 
-    with gradient_taps({name: layers[name] for name in statistics}, sink), task.constants() as constants:
+    with gradient_hooks({name: layers[name] for name in statistics}, callback), task.constants() as constants:
         for batch, counts in itertools.chain([first], batches):
             loss = task(**batch)["loss"]
             (loss * (raised * task.weight(batch) / total if counts else 0.0)).backward()
@@ -77,7 +83,9 @@ def gradient_pass(
             # Over all batches, these have become as large as the data are many.
             if in_fp16:
                 cotangent = cotangent / raised
-                raised = torch.ldexp(cotangent.new_tensor(HEADROOM), 1 - torch.frexp(cotangent.abs().max()).exponent)
+                raised = torch.ldexp(
+                    cotangent.new_tensor(HEADROOM), 1 - torch.frexp(cotangent.abs().max()).exponent
+                )
                 cotangent = cotangent * raised
             output.backward(cotangent.to(output.dtype))
     _reduce(statistics.values())
@@ -115,11 +123,14 @@ def feature_pass(
         for name, leader in leaders.items():
             groups.setdefault(leader, []).append(name)
         made = statistics(list(groups.values()))
-        fed = {leader: _distinct(made[name] for name in names if name in made) for leader, names in groups.items()}
+        fed = {
+            leader: _distinct(made[name] for name in names if name in made)
+            for leader, names in groups.items()
+        }
         current: dict[str, Tensor] = {}
         reached: set[str] = set()
 
-        def sink(leader: str, x: Tensor) -> None:
+        def callback(leader: str, x: Tensor) -> None:
             if not counted:
                 return
             reached.add(leader)
@@ -129,13 +140,16 @@ def feature_pass(
             for statistic in fed[leader]:
                 statistic.add(x, mask)
 
-        with feature_taps({leader: layers[leader] for leader in fed if fed[leader]}, sink), task.constants():
-            for batch, counted in itertools.chain([first], batches):  # noqa: B007  `sink` reads it
+        with (
+            feature_hooks({leader: layers[leader] for leader in fed if fed[leader]}, callback),
+            task.constants(),
+        ):
+            for batch, counted in itertools.chain([first], batches):  # noqa: B007  `callback` reads it
                 current.clear()
                 current.update(batch)
                 task(**batch)
     _reduce(_distinct(made.values()))
-    everywhere = set().union(*from_all(reached))
+    everywhere = set().union(*all_gather_object(reached))
     return {name: statistic for name, statistic in made.items() if leaders[name] in everywhere}
 
 

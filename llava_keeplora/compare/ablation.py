@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_keeplora.compare.jobs import make_job
-from llava_keeplora.compare.outcome import Outcome
+from llava_keeplora.compare.run_table import TableResult
 from llava_keeplora.compare.table import Table, load_table, merged
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.report.document import Picture
 from llava_keeplora.report.figures import LIGHT, encode, save
+from llava_keeplora.report.html import Picture
 from llava_keeplora.report.sweep import draw_sweep
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
@@ -66,10 +66,19 @@ def load_ablation(
     own_seeds = [] if seeds is None else [f"seeds={list(seeds)}"]
     table = load_table(name_or_path, [*overrides, *own_seeds], data_root, output_dir)
     if table.tuning:
-        raise ConfigError(f"'{name_or_path}' has `tuning`, and an ablation tries no settings", "add tuning=null to take KeepLoRA as it is there, or write the chosen ones into it")
-    own = next((settings for label, settings in table.methods.items() if settings.get("method", label) == METHOD), None)
+        raise ConfigError(
+            f"'{name_or_path}' has `tuning`, and an ablation tries no settings",
+            "add tuning=null to take KeepLoRA as it is there, or write the chosen ones into it",
+        )
+    own = next(
+        (settings for label, settings in table.methods.items() if settings.get("method", label) == METHOD),
+        None,
+    )
     if own is None:
-        raise ConfigError(f"'{name_or_path}' has no method {METHOD}, so there is nothing to take away from it", f"add `{METHOD}: {{}}` to its methods")
+        raise ConfigError(
+            f"'{name_or_path}' has no method {METHOD}, so there is nothing to take away from it",
+            f"add `{METHOD}: {{}}` to its methods",
+        )
     own = {"method": METHOD, **own}
     resolved = parse_config(make_job(table, METHOD, table.orders[0], 0, METHOD, own).tree).methods[METHOD]
     adapted = [part for part, settings in resolved.parts.items() if settings.train == "adapter"]
@@ -77,12 +86,17 @@ def load_ablation(
     for threshold, (usual, _, _) in SWEPT.items():
         values = (thresholds or {}).get(threshold, usual)
         sweeps[threshold] = {value: f"{METHOD}-{threshold.replace('_', '-')}-{value}" for value in values}
-        methods |= {label: merged(own, {"parts": {part: {threshold: value} for part in adapted}}) for value, label in sweeps[threshold].items()}
-    place = table.output_dir if output_dir else table.output_dir.with_name(f"{table.output_dir.name}-ablation")
+        methods |= {
+            label: merged(own, {"parts": {part: {threshold: value} for part in adapted}})
+            for value, label in sweeps[threshold].items()
+        }
+    place = (
+        table.output_dir if output_dir else table.output_dir.with_name(f"{table.output_dir.name}-ablation")
+    )
     return Ablation(Table(place, table.run, methods, table.orders), sweeps)
 
 
-def draw_ablation(ablation: Ablation, outcome: Outcome) -> dict[str, Picture]:
+def draw_ablation(ablation: Ablation, outcome: TableResult) -> dict[str, Picture]:
     """Write Transfer, Average and Last over each threshold as PNG and SVG into the table's folder.
 
     Returns:
@@ -95,6 +109,9 @@ def draw_ablation(ablation: Ablation, outcome: Outcome) -> dict[str, Picture]:
             if drawn is not None:
                 name = f"{threshold.replace('_', '-')}-{order}"
                 png = encode(drawn, "png")
-                pictures[name] = Picture(png, f"Order {order}: scores over {sign}, the same in every adapted part; dashed, what has none.")
+                pictures[name] = Picture(
+                    png,
+                    f"Order {order}: scores over {sign}, the same in every adapted part; dashed, what has none.",
+                )
                 save(drawn, ablation.table.output_dir / f"{name}.png", png)
     return pictures

@@ -19,7 +19,8 @@ from llava_keeplora.config import ZERO_SHOT, parse_config
 from llava_keeplora.files import write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.records import read_object
-from llava_keeplora.run_folder import check_base_if_here, differences, read_identity
+from llava_keeplora.run_folder import JOURNAL, MATRIX, RESULTS, differences
+from llava_keeplora.saved_run import check_base_if_here, read_identity, run_identity
 from llava_keeplora_recipes.strict_yaml import dump_yaml
 
 logger = logging.getLogger(__name__)
@@ -59,15 +60,21 @@ class Job:
         Raises:
             UserError: for whatever is wrong with the configuration or a recipe.
         """
-        return parse_config(self.tree).identity()
+        return run_identity(parse_config(self.tree))
 
     def finished(self) -> bool:
         """Whether the folder holds this very run, done, with the numbers that it ended with."""
-        results, matrix = self.folder / "results.json", self.folder / self.label / "matrix.json"
-        if not results.is_file() or not matrix.is_file() or list(differences(read_identity(self.folder), self.identity)):
+        results, matrix = self.folder / RESULTS, self.folder / self.label / MATRIX
+        if (
+            not results.is_file()
+            or not matrix.is_file()
+            or list(differences(read_identity(self.folder), self.identity))
+        ):
             return False
         # One that was changed is made again, from the scores.
-        return read_object(results).get("methods", {}).get(self.label, {}).get("matrix") == read_object(matrix)
+        return read_object(results).get("methods", {}).get(self.label, {}).get("matrix") == read_object(
+            matrix
+        )
 
     def verify(self) -> None:
         """Check every file that the run wrote, and that its base model is the one that the table's other runs would start from.
@@ -77,7 +84,7 @@ class Job:
         """
         check_base_if_here(self.folder, parse_config(self.tree).model)
         for label in (ZERO_SHOT, self.label):
-            Journal(self.folder / label / "journal.jsonl").verify()
+            Journal(self.folder / label / JOURNAL).verify()
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,15 @@ class Failure:
         return f"{self.job.folder} failed ({self.reason}), see {self.job.log}"
 
 
-def make_job(table: Table, folder: str, order: Order, seed: int, label: str, settings: Mapping[str, Any], **sections: Any) -> Job:
+def make_job(
+    table: Table,
+    folder: str,
+    order: Order,
+    seed: int,
+    label: str,
+    settings: Mapping[str, Any],
+    **sections: Any,
+) -> Job:
     """A run of a table.
 
     Args:
@@ -110,32 +125,45 @@ def make_job(table: Table, folder: str, order: Order, seed: int, label: str, set
     """
     place = table.output_dir / folder
     own = {"output_dir": str(place), "seed": seed, "methods": {label: dict(settings)}, **sections}
-    return Job(label, place, merged({"base_cache": str(table.output_dir / CACHE), **order.changed(table.run)}, own))
+    return Job(
+        label, place, merged({"base_cache": str(table.output_dir / CACHE), **order.changed(table.run)}, own)
+    )
 
 
 def table_jobs(table: Table, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Job]]:
-    """order → its runs, methods by seeds, of the methods that have settings."""
+    """Order → its runs, methods by seeds, of the methods that have settings."""
     return {
         order.name: [
-            make_job(table, f"{order.name}/seed-{seed}/{label}", order, seed, label, own) for seed in order.seeds for label, own in settings.items()
+            make_job(table, f"{order.name}/seed-{seed}/{label}", order, seed, label, own)
+            for seed in order.seeds
+            for label, own in settings.items()
         ]
         for order in table.orders
     }
 
 
 def tuning_jobs(table: Table) -> dict[str, list[Job]]:
-    """label → a run for each setting that is tried, scored on the held-out part."""
+    """Label → a run for each setting that is tried, scored on the held-out part."""
     tuning = table.tuning
-    return {
-        label: [
-            make_job(
-                table, f"{TUNING}/{label}-{number}", table.tuning_order, tuning.seed, label, merged(table.methods[label], tried),
-                data={"holdout": tuning.holdout},
-            )
-            for number, tried in enumerate(tuning.settings[label], start=1)
-        ]
-        for label in table.methods
-    } if tuning else {}
+    return (
+        {
+            label: [
+                make_job(
+                    table,
+                    f"{TUNING}/{label}-{number}",
+                    table.tuning_order,
+                    tuning.seed,
+                    label,
+                    merged(table.methods[label], tried),
+                    data={"holdout": tuning.holdout},
+                )
+                for number, tried in enumerate(tuning.settings[label], start=1)
+            ]
+            for label in table.methods
+        }
+        if tuning
+        else {}
+    )
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list[Failure]:
@@ -173,7 +201,14 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
                 free.append(slot)
                 done += 1
                 failures += [Failure(job, _last_words(job.log, code))] if code else []
-                logger.info("%s: %s after %.0f s, %d of %d", job.folder, "failed" if code else "done", time.monotonic() - since, done, count)
+                logger.info(
+                    "%s: %s after %.0f s, %d of %d",
+                    job.folder,
+                    "failed" if code else "done",
+                    time.monotonic() - since,
+                    done,
+                    count,
+                )
             time.sleep(PAUSE)
     finally:
         # Asked to stop, or something is wrong here: the runs finish what they are writing.
@@ -189,7 +224,13 @@ def start(job: Job, slot: int, workers: int) -> subprocess.Popen:
     write_bytes(job.config_file, dump_yaml(job.tree).encode())
     command = [sys.executable, "-m", "llava_keeplora.cli", "train", "--config", str(job.config_file)]
     with open(job.log, "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **_share(slot, workers)})
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **_share(slot, workers)},
+        )
 
 
 def _share(slot: int, workers: int) -> dict[str, str]:
@@ -206,4 +247,10 @@ def _share(slot: int, workers: int) -> dict[str, str]:
 def _last_words(log: Path, code: int) -> str:
     """The last line of a log, which is the error's sentence where the run could say it; a signal leaves none."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"killed by signal {-code}" if code < 0 else lines[-1].removeprefix("error: ").rstrip(".") if lines else f"exit code {code}"
+    return (
+        f"killed by signal {-code}"
+        if code < 0
+        else lines[-1].removeprefix("error: ").rstrip(".")
+        if lines
+        else f"exit code {code}"
+    )

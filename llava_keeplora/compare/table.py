@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.config import (
-    DEFAULT_METHODS, LABEL, PER_TASK, RUN_FILES, TABLE_KEYS, RunConfig, as_mapping, build, read_config, with_settings,
+    DEFAULT_METHODS,
+    LABEL,
+    PER_TASK,
+    TABLE_KEYS,
+    RunConfig,
+    as_mapping,
+    build,
+    read_config,
+    with_settings,
 )
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora.registries import localize_plugins
+from llava_keeplora.run_folder import RUN_FILES
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
 #: What a setting may be chosen by; one of them, or a sum such as `transfer+last`.
@@ -70,10 +79,16 @@ class Tuning:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.holdout < 1.0:
-            raise ConfigError(f"holdout is {self.holdout}, but settings are chosen on a part of the training data", "set it to, say, 0.1")
+            raise ConfigError(
+                f"holdout is {self.holdout}, but settings are chosen on a part of the training data",
+                "set it to, say, 0.1",
+            )
         for name in self.metrics:
             if name not in CHOSEN_BY:
-                raise ConfigError(f"metric is '{self.metric}'", f"{nearest(name, CHOSEN_BY)}, or a sum of them such as transfer+last")
+                raise ConfigError(
+                    f"metric is '{self.metric}'",
+                    f"{nearest(name, CHOSEN_BY)}, or a sum of them such as transfer+last",
+                )
 
     @property
     def metrics(self) -> list[str]:
@@ -109,7 +124,12 @@ class Table:
         return self.order(self.tuning.order) if self.tuning.order else self.orders[0]
 
 
-def load_table(name_or_path: str, overrides: Sequence[str] = (), data_root: str | None = None, output_dir: str | None = None) -> Table:
+def load_table(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    data_root: str | None = None,
+    output_dir: str | None = None,
+) -> Table:
     """Read a table's YAML, or a run's; see `load_config`.
 
     Args:
@@ -134,53 +154,93 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
             raise ConfigError(f"unknown key '{key}'", nearest(str(key), known))
     base = tree.pop("base", None)
     if base is not None and not isinstance(base, str):
-        raise ConfigError(f"base is {base!r}, which is no name", "name a configuration or a YAML file, and write a run's keys into the table itself")
+        raise ConfigError(
+            f"base is {base!r}, which is no name",
+            "name a configuration or a YAML file, and write a run's keys into the table itself",
+        )
     methods = tree.pop("methods", None)
     tree = merged(read_config(base), tree) if base else tree
     inherited = tree.pop("methods", DEFAULT_METHODS)
     labels = as_mapping(inherited if methods is None else methods, "methods")
-    labels = {label: as_mapping(settings, f"methods.{label}") for label, settings in labels.items() if label != ZERO_SHOT or settings}
+    labels = {
+        label: as_mapping(settings, f"methods.{label}")
+        for label, settings in labels.items()
+        if label != ZERO_SHOT or settings
+    }
     tuning, seeds = tree.pop("tuning", None), tree.pop("seeds", None)
-    own_seed, own_tasks = tree.pop("seed", 0), {key: tree.pop(key) for key in ("sequence", "tasks") if key in tree}
+    own_seed, own_tasks = (
+        tree.pop("seed", 0),
+        {key: tree.pop(key) for key in ("sequence", "tasks") if key in tree},
+    )
     tree.pop("expected", None)  # One configuration's, not a table's.
     place, orders = tree.pop("output_dir", RunConfig.output_dir), tree.pop("orders", None)
     if not isinstance(place, str) or not place:
         raise ConfigError(f"output_dir is {place!r}, which is no folder", "write, for instance, runs/table")
-    orders = _parse_orders({"I": own_tasks} if orders is None else orders, _parse_seeds([own_seed] if seeds is None else seeds, "seeds"))
+    orders = _parse_orders(
+        {"I": own_tasks} if orders is None else orders,
+        _parse_seeds([own_seed] if seeds is None else seeds, "seeds"),
+    )
     table = Table(Path(place), tree, labels, orders)
-    table = dataclasses.replace(table, tuning=_parse_tuning(as_mapping(tuning, "tuning"), table)) if tuning else table
+    table = (
+        dataclasses.replace(table, tuning=_parse_tuning(as_mapping(tuning, "tuning"), table))
+        if tuning
+        else table
+    )
     _check_lists(table)
     for order in table.orders:
         if not order.seeds and not (table.tuning and order == table.tuning_order):
-            raise ConfigError(f"orders.{order.name} has no seeds, and no settings are tried on it", "give it a seed, or name it in tuning.order")
+            raise ConfigError(
+                f"orders.{order.name} has no seeds, and no settings are tried on it",
+                "give it a seed, or name it in tuning.order",
+            )
     return table
 
 
 def _parse_seeds(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
     whole = isinstance(value, (list, tuple)) and all(type(seed) is int for seed in value)
     if not whole or len(value) < least or len(set(value)) < len(value):
-        raise ConfigError(f"{where} is {value!r}, but it takes a list of different whole numbers", "write, for instance, [0, 1, 2]")
+        raise ConfigError(
+            f"{where} is {value!r}, but it takes a list of different whole numbers",
+            "write, for instance, [0, 1, 2]",
+        )
     return tuple(value)
 
 
 def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
     orders, named = [], as_mapping(tree, "orders")
     if not named or len({str(name) for name in named}) < len(named):
-        raise ConfigError(f"orders has the names {list(named)!r}, but a table has one order or more, each with a name of its own", "leave `orders` out for a single one")
+        raise ConfigError(
+            f"orders has the names {list(named)!r}, but a table has one order or more, each with a name of its own",
+            "leave `orders` out for a single one",
+        )
     for name, value in named.items():
         name, where = str(name), f"orders.{name}"
         if not LABEL.fullmatch(name) or name in TABLE_FILES:
-            raise ConfigError(f"orders has the name '{name}', which cannot be a folder of the table", "use letters, digits, '-', '_', '.' and '+'")
+            raise ConfigError(
+                f"orders has the name '{name}', which cannot be a folder of the table",
+                "use letters, digits, '-', '_', '.' and '+'",
+            )
         settings = dict(value) if isinstance(value, Mapping) else {"tasks": value}
-        own, epochs = _parse_seeds(settings.pop("seeds", list(seeds)), f"{where}.seeds", least=0), settings.pop("epochs", [])
+        own, epochs = (
+            _parse_seeds(settings.pop("seeds", list(seeds)), f"{where}.seeds", least=0),
+            settings.pop("epochs", []),
+        )
         if not isinstance(epochs, list) or not all(type(one) in (int, float) and one > 0 for one in epochs):
-            raise ConfigError(f"{where}.epochs is {epochs!r}, but it takes a positive number for each task", "write, for instance, [1, 3, 0.5]")
+            raise ConfigError(
+                f"{where}.epochs is {epochs!r}, but it takes a positive number for each task",
+                "write, for instance, [1, 3, 0.5]",
+            )
         unknown = set(settings) - {"tasks", "sequence"}
         if unknown:
-            raise ConfigError(f"unknown key '{where}.{min(map(str, unknown))}'", nearest(min(map(str, unknown)), ("tasks", "sequence", "seeds", "epochs")))
+            raise ConfigError(
+                f"unknown key '{where}.{min(map(str, unknown))}'",
+                nearest(min(map(str, unknown)), ("tasks", "sequence", "seeds", "epochs")),
+            )
         given = [one for one in settings.values() if one]
         if len(given) != 1 or not isinstance(given[0], (str, list)):
-            raise ConfigError(f"{where} is {value!r}, which is no order of tasks", "name a sequence, or list the tasks")
+            raise ConfigError(
+                f"{where} is {value!r}, which is no order of tasks", "name a sequence, or list the tasks"
+            )
         # A run has either key; a table may name a sequence or list the tasks under one.
         tasks = {"sequence" if isinstance(given[0], str) else "tasks": given[0]}
         orders.append(Order(name, tasks, own, tuple(epochs)))
@@ -192,16 +252,27 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
     tuning = build(Tuning, tree, "tuning")
     names = [order.name for order in table.orders]
     if tuning.order and tuning.order not in names:
-        raise ConfigError(f"tuning.order is '{tuning.order}', which the table does not have", nearest(tuning.order, names))
+        raise ConfigError(
+            f"tuning.order is '{tuning.order}', which the table does not have", nearest(tuning.order, names)
+        )
     for label in tuning.settings:
         if label not in table.methods:
-            raise ConfigError(f"tuning.settings names '{label}', which the table does not have", nearest(str(label), table.methods))
+            raise ConfigError(
+                f"tuning.settings names '{label}', which the table does not have",
+                nearest(str(label), table.methods),
+            )
     if as_mapping(table.run.get("data"), "data").get("holdout"):
-        raise ConfigError("data.holdout is set, so that the table itself would be scored on what its settings are chosen on", "leave it out; tuning.holdout is enough")
+        raise ConfigError(
+            "data.holdout is set, so that the table itself would be scored on what its settings are chosen on",
+            "leave it out; tuning.holdout is enough",
+        )
     for label in table.methods:
         found = tuning.settings.get(label)
         if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
-            raise ConfigError(f"tuning.settings.{label} is {found!r}, but it takes a list of settings", f"list them, or write `{label}: []` to take it as it is")
+            raise ConfigError(
+                f"tuning.settings.{label} is {found!r}, but it takes a list of settings",
+                f"list them, or write `{label}: []` to take it as it is",
+            )
     counts = {label: len(tuning.settings[label]) for label in table.methods if tuning.settings[label]}
     if len(set(counts.values())) > 1:
         most, fewest = max(counts, key=counts.get), min(counts, key=counts.get)
@@ -216,9 +287,20 @@ def _check_lists(table: Table) -> None:
     """A list of values, one per task, belongs to one order of them."""
     tried = [one for settings in (table.tuning.settings.values() if table.tuning else ()) for one in settings]
     for order in table.orders:
-        if order.epochs and any("num_train_epochs" in as_mapping(tree.get("training"), "training") for tree in (*table.methods.values(), *tried)):
-            raise ConfigError(f"a method has training.num_train_epochs, and orders.{order.name}.epochs sets them for all methods", "leave out one of them")
-    listed = [key for key in PER_TASK if len(table.orders) > 1 and not (key == "num_train_epochs" and all(order.epochs for order in table.orders))]
+        if order.epochs and any(
+            "num_train_epochs" in as_mapping(tree.get("training"), "training")
+            for tree in (*table.methods.values(), *tried)
+        ):
+            raise ConfigError(
+                f"a method has training.num_train_epochs, and orders.{order.name}.epochs sets them for all methods",
+                "leave out one of them",
+            )
+    listed = [
+        key
+        for key in PER_TASK
+        if len(table.orders) > 1
+        and not (key == "num_train_epochs" and all(order.epochs for order in table.orders))
+    ]
     for tree in (table.run, *table.methods.values(), *tried):
         for key in listed:
             if isinstance(as_mapping(tree.get("training"), "training").get(key), list):

@@ -13,8 +13,8 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from llava_keeplora.deepspeed_ops import unheld_locks
 from llava_keeplora.errors import RunError, UserError
-from llava_keeplora.operators import unheld_locks
 from llava_keeplora_eval.java import METEOR, find_jar
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
@@ -22,7 +22,9 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_
 
 def examine_machine() -> Iterator[str | UserError]:
     """What there is, line by line; an error for what has to be repaired before a run."""
-    from llava_keeplora.plan.machine import GB  # imports the models, which a run's files can be examined without
+    from llava_keeplora.plan.machine import (
+        GB,  # imports the models, which a run's files can be examined without
+    )
 
     yield from _libraries()
     yield from _devices()
@@ -30,14 +32,19 @@ def examine_machine() -> Iterator[str | UserError]:
     yield f"disk: {free / GB:.1f} GB free in {Path.cwd()}"
     yield from _programs()
     for lock in unheld_locks():
-        yield RunError(f"{lock} was left by a build that was killed, and every start of DeepSpeed would wait for it", f"remove it: `rm {lock}`")
+        yield RunError(
+            f"{lock} was left by a build that was killed, and every start of DeepSpeed would wait for it",
+            f"remove it: `rm {lock}`",
+        )
     offline = [name for name in OFFLINE if os.environ.get(name)]
     yield f"Hugging Face libraries: {'offline, by ' + ', '.join(offline) if offline else 'may use the network'}"
 
 
 def _libraries() -> Iterator[str | UserError]:
     needed = SpecifierSet(metadata.metadata("llava-keeplora")["Requires-Python"])
-    yield _judged("python", platform.python_version(), needed, "make the environment anew with a newer Python")
+    yield _judged(
+        "python", platform.python_version(), needed, "make the environment anew with a newer Python"
+    )
     for text in metadata.requires("llava-keeplora") or ():
         requirement = Requirement(text)
         cure = f"install it: pip install '{requirement.name}{requirement.specifier}'"
@@ -70,7 +77,11 @@ def _devices() -> Iterator[str]:
 
 def _programs() -> Iterator[str]:
     """Programs that only some runs need, so that none of them is an error."""
-    yield "Java: found, METEOR is scored" if find_jar(METEOR) else "Java: none, so captions are scored without METEOR"
+    yield (
+        "Java: found, METEOR is scored"
+        if find_jar(METEOR)
+        else "Java: none, so captions are scored without METEOR"
+    )
     for program, names in (("C++ compiler", (os.environ.get("CXX", "c++"), "g++")), ("ninja", ("ninja",))):
         found = next((path for name in names if (path := shutil.which(name))), None)
         yield f"{program}: {found or 'none on the PATH, so runs with training.deepspeed cannot start'}"

@@ -9,10 +9,22 @@ from pathlib import Path
 from llava_keeplora.config import ZERO_SHOT, RunConfig
 from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.files import left_behind
-from llava_keeplora.journal import PLAN, SCORES, Journal, open_stages
-from llava_keeplora.records import SCHEMAS, read_record, read_training
+from llava_keeplora.journal import Journal, open_stages
 from llava_keeplora.registries import list_plugins
-from llava_keeplora.run_folder import base_changes, differences, kept_recipe, load_run, read_identity
+from llava_keeplora.run_folder import (
+    CONFIG,
+    JOURNAL,
+    MATRIX,
+    PLAN,
+    SCHEMAS,
+    SCORES,
+    Stage,
+    differences,
+    kept_recipe,
+    read_record,
+    read_training,
+)
+from llava_keeplora.saved_run import base_changes, load_run, read_identity, run_identity
 from llava_keeplora.versions import version_changes
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
@@ -44,7 +56,7 @@ def examine_run(run: str | Path) -> Iterator[str | UserError]:
     for label in (ZERO_SHOT, *config.methods):
         learns = label in config.methods
         try:
-            journal = Journal(run / label / "journal.jsonl")
+            journal = Journal(run / label / JOURNAL)
             yield _progress(label, journal, config, learns)
         except RunError as error:
             yield RunError(f"{run / label}: {error.problem}", error.cure)
@@ -52,7 +64,9 @@ def examine_run(run: str | Path) -> Iterator[str | UserError]:
         journals.append(journal)
         yield from _label(journal)
     for left in left_behind(run):
-        yield RunError(f"{left} is what a killed command left", "run that command again, which removes it, or remove it")
+        yield RunError(
+            f"{left} is what a killed command left", "run that command again, which removes it, or remove it"
+        )
     for journal in journals[:1]:  # All methods have the same tasks.
         yield from _recipes(run, config, journal)
 
@@ -63,7 +77,9 @@ def _plugins(run: Path, config: RunConfig) -> Iterator[str | UserError]:
         recorded = list_plugins(read_identity(run))
     except UserError:  # `_identity` says so.
         return
-    for (_, known, source), (registry, name, _) in zip(recorded, list_plugins(dataclasses.asdict(config)), strict=False):
+    for (_, known, source), (registry, name, _) in zip(
+        recorded, list_plugins(dataclasses.asdict(config)), strict=False
+    ):
         try:
             files = registry.source_files(name)
         except PluginError as error:
@@ -81,7 +97,7 @@ def _plugins(run: Path, config: RunConfig) -> Iterator[str | UserError]:
 
 def _identity(run: Path, config: RunConfig) -> Iterator[UserError]:
     try:
-        found = list(differences(read_identity(run), config.identity()))
+        found = list(differences(read_identity(run), run_identity(config)))
     except PluginError:  # `_plugins` has said so.
         return
     except UserError as error:
@@ -91,7 +107,10 @@ def _identity(run: Path, config: RunConfig) -> Iterator[UserError]:
     # How many processes there were is not written down.
     changed = [key for key, _, _ in found if not key.endswith("examples_per_step")]
     if changed:
-        yield RunError(f"{run / 'config.json'} and identity.json tell of different runs ({', '.join(changed[:5])})", "restore both")
+        yield RunError(
+            f"{run / CONFIG} and identity.json tell of different runs ({', '.join(changed[:5])})",
+            "restore both",
+        )
 
 
 def _base(run: Path, config: RunConfig) -> Iterator[str | UserError]:
@@ -104,7 +123,10 @@ def _base(run: Path, config: RunConfig) -> Iterator[str | UserError]:
     if changed is None:
         yield f"base model: '{config.model.name_or_path}'; there is no record to check it by"
     elif changed:
-        yield RunError(f"the base model '{config.model.name_or_path}' is not the one that {run} was begun with ({', '.join(changed)} differ)", "restore its files")
+        yield RunError(
+            f"the base model '{config.model.name_or_path}' is not the one that {run} was begun with ({', '.join(changed)} differ)",
+            "restore its files",
+        )
     else:
         yield f"base model: '{config.model.name_or_path}', the same by content as in the run's record"
 
@@ -117,7 +139,10 @@ def _progress(label: str, journal: Journal, config: RunConfig, learns: bool) -> 
 
 def _label(journal: Journal) -> Iterator[UserError]:
     if journal.torn:
-        yield RunError(f"the last line of {journal.path} is torn, as a kill leaves it", "run the same command again: its stage runs again")
+        yield RunError(
+            f"the last line of {journal.path} is torn, as a kill leaves it",
+            "run the same command again: its stage runs again",
+        )
     problems = list(journal.problems())
     yield from problems
     yield from _unknown_files(journal)
@@ -132,7 +157,7 @@ def _label(journal: Journal) -> Iterator[UserError]:
 def _unknown_files(journal: Journal) -> Iterator[UserError]:
     """Files beside those of finished tasks; what a stage in progress has written so far is its own."""
     folder, known = journal.path.parent, journal.files()
-    for closed in (entry for entry in journal.entries if entry.stage == "CLOSED"):
+    for closed in (entry for entry in journal.entries if entry.stage == Stage.CLOSED):
         for path in sorted(folder.glob(f"task-{closed.task:02d}-*/**/*")):
             if path.is_file() and str(path.relative_to(folder)) not in known:
                 yield RunError(f"{path} is in no journal", "remove it")
@@ -156,7 +181,10 @@ def _checkpoints(journal: Journal) -> Iterator[UserError]:
             for name, expected in read_training(path)["sha256"].items():
                 tensors = path.with_name(Path(name).name)
                 if not tensors.is_file() or file_hash(tensors) != expected:
-                    yield RunError(f"{tensors} is not what {path} was written with", "run the same command again: the task's training begins again")
+                    yield RunError(
+                        f"{tensors} is not what {path} was written with",
+                        "run the same command again: the task's training begins again",
+                    )
         except RunError as error:
             yield error
 
@@ -164,16 +192,22 @@ def _checkpoints(journal: Journal) -> Iterator[UserError]:
 def _matrix(journal: Journal) -> Iterator[UserError]:
     """The matrix has no hash: it follows from the scores."""
     folder = journal.path.parent
-    scores = [(entry.task, folder / name) for name, (entry, _) in journal.files().items() if Path(name).name == SCORES]
+    scores = [
+        (entry.task, folder / name)
+        for name, (entry, _) in journal.files().items()
+        if Path(name).name == SCORES
+    ]
     if not scores:
         return
     try:
-        matrix = Matrix.from_json(folder / "matrix.json")
+        matrix = Matrix.from_json(folder / MATRIX)
         for task, path in scores:
             row = dict(zip(matrix.tasks, matrix.rows[task - 1] if task else matrix.zero_shot or ()))
             wrong = [name for name, score in read_record(path).items() if row.get(name) != score["score"]]
             if wrong:
-                yield RunError(f"{folder / 'matrix.json'} has another score for task '{wrong[0]}' than {path}", AGAIN)
+                yield RunError(
+                    f"{folder / MATRIX} has another score for task '{wrong[0]}' than {path}", AGAIN
+                )
     except UserError as error:
         yield RunError(error.problem, AGAIN)
 
@@ -184,7 +218,9 @@ def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserErr
     for task, record in zip(config.tasks, plans[-1].info.get("tasks", ()) if plans else ()):
         kept = kept_recipe(run, str(record.get("task")))
         if is_file_name(task) and not kept.is_file():
-            yield RunError(f"{kept}, the run's own copy of the recipe {task}, is missing", "copy the recipe there")
+            yield RunError(
+                f"{kept}, the run's own copy of the recipe {task}, is missing", "copy the recipe there"
+            )
         for source in dict.fromkeys((task, str(kept)) if kept.exists() else (task,)):
             try:
                 recipe = load_recipe(source)
@@ -193,8 +229,13 @@ def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserErr
                 yield error
                 continue
             if recipe.classes is not None and recipe.fingerprint != record.get("recipe_fingerprint"):
-                yield RunError(f"{source} is not the recipe of '{recipe.name}' that {journal.path.parent} was planned with", "restore it")
-            changed = [role for role, source in plugins.items() if source != record.get("plugins", {}).get(role)]
+                yield RunError(
+                    f"{source} is not the recipe of '{recipe.name}' that {journal.path.parent} was planned with",
+                    "restore it",
+                )
+            changed = [
+                role for role, source in plugins.items() if source != record.get("plugins", {}).get(role)
+            ]
             if changed:
                 yield RunError(
                     f"the {changed[0]} of '{recipe.name}' is not what {journal.path.parent} was planned with",

@@ -18,7 +18,7 @@ from torch import nn
 
 from llava_keeplora.adapters import Delta, FullDelta, compress, concatenate, pad
 from llava_keeplora.errors import ConfigError, RunError
-from llava_keeplora.export.bundle import Base
+from llava_keeplora.export.loaded_run import Base
 from llava_keeplora.files import write_json, write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -81,7 +81,9 @@ def combine(tasks: Sequence[Mapping[str, Delta | FullDelta]], rank: int | None =
     )
 
 
-def write_adapter(folder: Path, combined: Combined, model: nn.Module, parts: Mapping[str, str], base: Base) -> None:
+def write_adapter(
+    folder: Path, combined: Combined, model: nn.Module, parts: Mapping[str, str], base: Base
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, and read the tensors again.
 
     Args:
@@ -95,28 +97,40 @@ def write_adapter(folder: Path, combined: Combined, model: nn.Module, parts: Map
         RunError: if a layer learned nothing, or holds no numbers.
     """
     targets = sorted({_leaf(name) for name in combined.layers})
-    others = [name for name, _ in model.named_modules() if _leaf(name) in targets and name not in combined.layers]
-    write_json(folder / "adapter_config.json", {
-        # The few that matter: whatever else a PEFT version knows is at its default.
-        "peft_type": "LORA",
-        "peft_version": peft.__version__,
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
-        "base_model_name_or_path": base.id,
-        "revision": base.revision,
-        "task_type": None,
-        "inference_mode": True,
-        "r": combined.rank,
-        "lora_alpha": combined.rank,
-        "lora_dropout": 0.0,
-        "target_modules": targets,
-        "exclude_modules": exclusion(others, [*others, *combined.layers], parts),
-        "bias": "none",
-        "modules_to_save": None,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-    })
-    tensors = {f"base_model.model.{name}.lora_{key}.weight": value for name, delta in combined.layers.items() for key, value in delta.tensors.items()}
+    others = [
+        name for name, _ in model.named_modules() if _leaf(name) in targets and name not in combined.layers
+    ]
+    write_json(
+        folder / "adapter_config.json",
+        {
+            # The few that matter: whatever else a PEFT version knows is at its default.
+            "peft_type": "LORA",
+            "peft_version": peft.__version__,
+            "auto_mapping": {
+                "base_model_class": type(model).__name__,
+                "parent_library": type(model).__module__,
+            },
+            "base_model_name_or_path": base.id,
+            "revision": base.revision,
+            "task_type": None,
+            "inference_mode": True,
+            "r": combined.rank,
+            "lora_alpha": combined.rank,
+            "lora_dropout": 0.0,
+            "target_modules": targets,
+            "exclude_modules": exclusion(others, [*others, *combined.layers], parts),
+            "bias": "none",
+            "modules_to_save": None,
+            "init_lora_weights": True,
+            "use_rslora": False,
+            "use_dora": False,
+        },
+    )
+    tensors = {
+        f"base_model.model.{name}.lora_{key}.weight": value
+        for name, delta in combined.layers.items()
+        for key, value in delta.tensors.items()
+    }
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     check_weights(folder / WEIGHTS)
 
@@ -127,9 +141,15 @@ def check_weights(path: Path) -> None:
         for key in file.keys():
             value = file.get_tensor(key)
             if value.numel() == 0:
-                raise RunError(f"'{key}' of {path.name} holds no numbers", "export from the run folder itself, in one process")
+                raise RunError(
+                    f"'{key}' of {path.name} holds no numbers",
+                    "export from the run folder itself, in one process",
+                )
             if ".lora_B." in key and not value.any():
-                raise RunError(f"'{key}' of {path.name} is zero, so its layer learned nothing", "leave its part out with --parts, or train it")
+                raise RunError(
+                    f"'{key}' of {path.name} is zero, so its layer learned nothing",
+                    "leave its part out with --parts, or train it",
+                )
 
 
 def exclusion(others: Iterable[str], targeted: Iterable[str], parts: Mapping[str, str]) -> str | None:
@@ -149,8 +169,16 @@ def exclusion(others: Iterable[str], targeted: Iterable[str], parts: Mapping[str
         marker = re.escape(prefix.removeprefix("model.").split(".")[0])
         whole = len(own) == sum(name.startswith(f"{prefix}.") for name in targeted)
         if own:
-            pieces += [rf"{marker}\..*"] if whole else [rf"{marker}(?:\..*)?{re.escape(name.removeprefix(prefix))}" for name in own]
-    pieces += [re.escape(name.removeprefix("model.")) for name in others if not name.startswith(tuple(f"{p}." for p in parts.values()))]
+            pieces += (
+                [rf"{marker}\..*"]
+                if whole
+                else [rf"{marker}(?:\..*)?{re.escape(name.removeprefix(prefix))}" for name in own]
+            )
+    pieces += [
+        re.escape(name.removeprefix("model."))
+        for name in others
+        if not name.startswith(tuple(f"{p}." for p in parts.values()))
+    ]
     return rf"(?:.*\.)?(?:{'|'.join(pieces)})" if pieces else None
 
 

@@ -13,15 +13,14 @@ from urllib.parse import quote
 from huggingface_hub import ModelCardData
 
 from llava_keeplora.export.adapter import vllm_rank
-from llava_keeplora.export.bundle import Base, Learned
+from llava_keeplora.export.loaded_run import Base, LearnedRun
 from llava_keeplora.export.state import FOLDER, placeless, public
-from llava_keeplora.journal import SCORES
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import Family
-from llava_keeplora.records import read_record
 from llava_keeplora.report import heatmap
 from llava_keeplora.report.tables import SCORE_COLUMNS, markdown_table, score_rows, summary_table
-from llava_keeplora_eval.chat import asked, render
+from llava_keeplora.run_folder import SCORES, Stage, read_record
+from llava_keeplora_eval.chat import question_text, render
 from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_recipes import Recipe, TaskData
 
@@ -51,7 +50,12 @@ class Usage:
         """Of a model on a task that it has learned."""
         if family.kinds == ("classification",):
             return cls("clip", choices=data.recipe.prompts[:4])
-        return cls("llava", prompt=render(family.processor, asked(data.recipe, data.questions[0]), max(1, data.image_counts[0])))
+        return cls(
+            "llava",
+            prompt=render(
+                family.processor, question_text(data.recipe, data.questions[0]), max(1, data.image_counts[0])
+            ),
+        )
 
     @property
     def pipeline_tag(self) -> str:
@@ -66,12 +70,23 @@ class Usage:
             base: to load an adapter onto; None for a checkpoint of its own.
         """
         auto = "AutoModelForImageTextToText" if self.kind == "llava" else "AutoModel"
-        own, pinned = base.id if base else name, f", revision={json.dumps(base.revision)}" if base and base.revision else ""
-        lines = ["from PIL import Image", *(["from peft import PeftModel"] if base else []), f"from transformers import {auto}, AutoProcessor", ""]
+        own, pinned = (
+            base.id if base else name,
+            f", revision={json.dumps(base.revision)}" if base and base.revision else "",
+        )
+        lines = [
+            "from PIL import Image",
+            *(["from peft import PeftModel"] if base else []),
+            f"from transformers import {auto}, AutoProcessor",
+            "",
+        ]
         lines += [f"model = {auto}.from_pretrained({json.dumps(own)}{pinned})"]
         if base:
             lines += [f"model = PeftModel.from_pretrained(model, {json.dumps(name)})"]
-        lines += [f"processor = AutoProcessor.from_pretrained({json.dumps(own)}{pinned})", 'image = Image.open("picture.png").convert("RGB")']
+        lines += [
+            f"processor = AutoProcessor.from_pretrained({json.dumps(own)}{pinned})",
+            'image = Image.open("picture.png").convert("RGB")',
+        ]
         if self.kind == "clip":
             lines += [
                 f"captions = {list(self.choices)!r}",
@@ -83,13 +98,15 @@ class Usage:
             lines += [
                 f"prompt = {self.prompt!r}",
                 f'inputs = processor(images={images}, text=prompt, return_tensors="pt").to(model.dtype)',
-                "answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs[\"input_ids\"].shape[1] :]",
+                'answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]',
                 "print(processor.decode(answer, skip_special_tokens=True))",
             ]
         return "\n".join(lines)
 
 
-def write_card(folder: Path, name: str, learned: Learned, base: Base, done: "Exported", usage: Usage) -> None:
+def write_card(
+    folder: Path, name: str, learned: LearnedRun, base: Base, done: "Exported", usage: Usage
+) -> None:
     """Write README.md and the picture of the accuracy matrix.
 
     Args:
@@ -100,9 +117,11 @@ def write_card(folder: Path, name: str, learned: Learned, base: Base, done: "Exp
         done: what was written.
         usage: how it is used.
     """
-    for drawing in heatmap(learned.matrix, folder / PICTURE, f"{learned.label}: score in % after each task")[1:]:
+    for drawing in heatmap(learned.matrix, folder / PICTURE, f"{learned.label}: score in % after each task")[
+        1:
+    ]:
         drawing.unlink()  # The Hub's cards show PNG alone.
-    count, record = len(learned.deltas), METHODS[learned.config["methods"][learned.label]["method"]].record
+    count, record = len(learned.deltas), METHODS[learned.config["methods"][learned.label]["method"]].info
     names = ", ".join(recipe.name for recipe in learned.recipes[:count])
     at = f" at revision `{base.revision}`" if base.revision else ""
     blocks = [
@@ -121,7 +140,10 @@ def write_card(folder: Path, name: str, learned: Learned, base: Base, done: "Exp
         summary_table({learned.label: [learned.matrix]}),
         markdown_table(["task", *SCORE_COLUMNS], score_rows(learned.matrix.tasks, _stages(learned))),
         "## Tasks and data",
-        markdown_table(["task, in order", "version", "kind", "metric", "licence", "source"], [_task(recipe) for recipe in learned.recipes[:count]]),
+        markdown_table(
+            ["task, in order", "version", "kind", "metric", "licence", "source"],
+            [_task(recipe) for recipe in learned.recipes[:count]],
+        ),
         "What was learned from these sets comes with their licences, and with the base model's.",
         "## Settings",
         _settings(learned),
@@ -131,16 +153,28 @@ def write_card(folder: Path, name: str, learned: Learned, base: Base, done: "Exp
     (folder / "README.md").write_text("\n\n".join(block.strip() for block in blocks) + "\n", encoding="utf-8")
 
 
-def _metadata(learned: Learned, base: Base, done: "Exported", usage: Usage) -> ModelCardData:
+def _metadata(learned: LearnedRun, base: Base, done: "Exported", usage: Usage) -> ModelCardData:
     recipes = learned.recipes[: len(learned.deltas)]
-    tags = [learned.config["methods"][learned.label]["method"], "continual-learning", "llava-keeplora", usage.kind]
+    tags = [
+        learned.config["methods"][learned.label]["method"],
+        "continual-learning",
+        "llava-keeplora",
+        usage.kind,
+    ]
     return ModelCardData(
         base_model=base.id,
         base_model_relation="adapter" if done.form == "adapter" else "finetune",
         library_name={"adapter": "peft", "merged": "transformers", "state": "llava-keeplora"}[done.form],
         pipeline_tag=usage.pipeline_tag,
-        tags=list(dict.fromkeys([*tags, *([f"base_model:adapter:{base.id}", "lora"] if done.form == "adapter" else [])])),
-        datasets=list(dict.fromkeys(recipe.source["path"] for recipe in recipes if recipe.source["format"] == "hub")) or None,
+        tags=list(
+            dict.fromkeys(
+                [*tags, *([f"base_model:adapter:{base.id}", "lora"] if done.form == "adapter" else [])]
+            )
+        ),
+        datasets=list(
+            dict.fromkeys(recipe.source["path"] for recipe in recipes if recipe.source["format"] == "hub")
+        )
+        or None,
         metrics=list(dict.fromkeys(recipe.metric_name for recipe in recipes)),
     )
 
@@ -149,9 +183,13 @@ def _what(done: "Exported") -> str:
     if done.form == "merged":
         return "This is the whole model, base and updates in one checkpoint."
     if done.form == "state":
-        return "This is what the run needs to learn further tasks elsewhere; it is no adapter and no checkpoint."
+        return (
+            "This is what the run needs to learn further tasks elsewhere; it is no adapter and no checkpoint."
+        )
     shape = f"one LoRA of rank {done.adapter.rank} on {_counted(len(done.adapter.layers), 'layer')}"
-    return f"This is {shape}, the sum of the tasks' updates" + (f", compressed with a relative error of {done.adapter.error:.2%}." if done.compressed else ".")
+    return f"This is {shape}, the sum of the tasks' updates" + (
+        f", compressed with a relative error of {done.adapter.error:.2%}." if done.compressed else "."
+    )
 
 
 def _loading(name: str, base: Base, done: "Exported", usage: Usage) -> Iterable[str]:
@@ -170,27 +208,46 @@ def _loading(name: str, base: Base, done: "Exported", usage: Usage) -> Iterable[
         yield f"To teach it further tasks{where}:\n\n```\nllava-keeplora import {name} --into runs/continued\n```"
 
 
-def _stages(learned: Learned) -> list[dict[str, Any]]:
+def _stages(learned: LearnedRun) -> list[dict[str, Any]]:
     """The scores of the base and after each task; a stage that was scored again counts as it was last."""
-    scored = [entry for entry in learned.entries if entry.stage == "EVALUATED"]
+    scored = [entry for entry in learned.entries if entry.stage == Stage.EVALUATED]
     found = {entry.task: entry.file(SCORES) for entry in scored}
     return [read_record(learned.run / learned.label / found[task]) for task in sorted(found)]
 
 
 def _task(recipe: Recipe) -> list[str]:
-    source = recipe.source["path"] if recipe.source["format"] == "hub" else recipe.homepage or recipe.format_name
+    source = (
+        recipe.source["path"] if recipe.source["format"] == "hub" else recipe.homepage or recipe.format_name
+    )
     return [recipe.name, str(recipe.version), recipe.kind, recipe.metric_name, recipe.licence, source]
 
 
-def _settings(learned: Learned) -> str:
+def _settings(learned: LearnedRun) -> str:
     config, method = learned.config, learned.config["methods"][learned.label]
-    model = {key: value for key, value in config["model"].items() if key in ("dtype", "quantization", "max_length") and value is not None}
-    rows = [["seed", str(config["seed"])], ["base", _listed(model)], ["method", METHODS.portable_name(method["method"])], ["options", _listed(placeless(method["options"]))]]
-    rows += [[f"part `{part}`", _listed({k: v for k, v in own.items() if v is not None})] for part, own in method["parts"].items()]
+    model = {
+        key: value
+        for key, value in config["model"].items()
+        if key in ("dtype", "quantization", "max_length") and value is not None
+    }
+    rows = [
+        ["seed", str(config["seed"])],
+        ["base", _listed(model)],
+        ["method", METHODS.portable_name(method["method"])],
+        ["options", _listed(placeless(method["options"]))],
+    ]
+    rows += [
+        [f"part `{part}`", _listed({k: v for k, v in own.items() if v is not None})]
+        for part, own in method["parts"].items()
+    ]
     held_out = config["data"]["holdout"]
-    rows += [["training", _listed(public(method["training"]))], ["scored on", f"{held_out:.0%} of train, held out" if held_out else "test"]]
+    rows += [
+        ["training", _listed(public(method["training"]))],
+        ["scored on", f"{held_out:.0%} of train, held out" if held_out else "test"],
+    ]
     rows += [["versions", _listed({name: importlib.metadata.version(name) for name in LIBRARIES})]]
-    return "| setting | value |\n| --- | --- |\n" + "\n".join(f"| {name} | {markdown_text(value)} |" for name, value in rows)
+    return "| setting | value |\n| --- | --- |\n" + "\n".join(
+        f"| {name} | {markdown_text(value)} |" for name, value in rows
+    )
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -205,11 +262,15 @@ def _exactness(done: "Exported") -> str:
         f"bfloat16, with the same best choice in {done.bfloat16.same:.1%}."
     ]
     if done.compressed:
-        lines.append(f"Compressing lost {done.adapter.error:.2%} of the updates' norm, {done.adapter.worst:.2%} in the worst layer.")
+        lines.append(
+            f"Compressing lost {done.adapter.error:.2%} of the updates' norm, {done.adapter.worst:.2%} in the worst layer."
+        )
     if done.rounding:
         lines.append(f"The weights are {done.rounding.describe()}.")
     if done.left_out:
-        lines.append(f"Left out, though the run trained them: {', '.join(done.left_out)}. The scores above are those of the whole.")
+        lines.append(
+            f"Left out, though the run trained them: {', '.join(done.left_out)}. The scores above are those of the whole."
+        )
     return " ".join(lines)
 
 

@@ -13,10 +13,22 @@ from llava_keeplora.adapters import Delta, load_deltas
 from llava_keeplora.config import ZERO_SHOT, RunConfig
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import read_tensors
-from llava_keeplora.journal import SCORES, Entry, Journal, open_stages
+from llava_keeplora.journal import Entry, Journal, open_stages
 from llava_keeplora.methods import METHODS, Changed, Holding, Method, TaskContext, find_changed
 from llava_keeplora.models import DTYPES, open_model
-from llava_keeplora.records import SCHEMAS, read_record
+from llava_keeplora.run_folder import (
+    CONSOLIDATED,
+    DELTA,
+    JOURNAL,
+    KEPT,
+    MATRIX,
+    PREPARED,
+    SCHEMAS,
+    SCORES,
+    STATE,
+    Stage,
+    read_record,
+)
 from llava_keeplora_eval import Matrix
 
 CURE = "do not use this state"
@@ -42,18 +54,20 @@ def inspect_state(folder: Path, config: RunConfig, names: list[str]) -> None:
     family.skeleton(DTYPES[config.model.dtype])
     for label in (ZERO_SHOT, *config.methods):
         cls = METHODS[config.methods[label].method if label in config.methods else ZERO_SHOT]
-        journal = Journal(folder / label / "journal.jsonl")
-        open_stages(journal.entries, len(names), cls.learns)
-        if not any(entry.stage == "CLOSED" and entry.task >= cls.learns for entry in journal.entries):
-            raise RunError(f"{journal.path} tells of no finished {'task' if cls.learns else 'base'}", CURE)
+        journal = Journal(folder / label / JOURNAL)
+        open_stages(journal.entries, len(names), cls.trainable)
+        if not any(entry.stage == Stage.CLOSED and entry.task >= cls.trainable for entry in journal.entries):
+            raise RunError(f"{journal.path} tells of no finished {'task' if cls.trainable else 'base'}", CURE)
         for name in journal.files():
             if Path(name).name in SCHEMAS:
                 _check_record(folder / label / name, names)
-        _check_matrix(folder / label / "matrix.json", names)
-        if cls.learns:
+        _check_matrix(folder / label / MATRIX, names)
+        if cls.trainable:
             own = config.methods[label]
             changed = find_changed(cls, own.parts, family)
-            _MethodState(folder / label, cls(cls.Options(**own.options)), changed, family.model, names).check(journal.entries)
+            _MethodState(folder / label, cls(cls.Options(**own.options)), changed, family.model, names).check(
+                journal.entries
+            )
 
 
 def _check_record(path: Path, names: list[str]) -> None:
@@ -78,7 +92,9 @@ class _MethodState:
         names: of the tasks.
     """
 
-    def __init__(self, folder: Path, method: Method, changed: Changed, model: torch.nn.Module, names: list[str]):
+    def __init__(
+        self, folder: Path, method: Method, changed: Changed, model: torch.nn.Module, names: list[str]
+    ):
         self.folder, self.method, self.changed, self.model, self.names = folder, method, changed, model, names
         self.bases: dict[str, list[Tensor]] = {}
 
@@ -90,62 +106,107 @@ class _MethodState:
         """
         tasks: dict[int, dict[str, Path]] = {}
         for entry in entries:
-            tasks.setdefault(entry.task, {}).update({Path(name).name: self.folder / name for name in entry.files})
+            tasks.setdefault(entry.task, {}).update(
+                {Path(name).name: self.folder / name for name in entry.files}
+            )
         sizes: list[Mapping[str, Any]] = []
         for index, files in tasks.items():
-            if "prepared.json" in files:
-                self._check_layers(files["prepared.json"], read_record(files["prepared.json"], CURE)["layers"])
-            if "consolidated.json" in files:
-                sizes.append(read_record(files["consolidated.json"], CURE).get("capacity", {}))
-                self._check_layers(files["consolidated.json"], sizes[-1])
+            if PREPARED in files:
+                self._check_layers(files[PREPARED], read_record(files[PREPARED], CURE)["layers"])
+            if CONSOLIDATED in files:
+                sizes.append(read_record(files[CONSOLIDATED], CURE).get("capacity", {}))
+                self._check_layers(files[CONSOLIDATED], sizes[-1])
                 if unlike := sorted(sizes[-1].keys() ^ sizes[0].keys()):
-                    raise RunError(f"{files['consolidated.json']} has the capacity of other layers than the base's (first '{unlike[0][:200]}')", CURE)
-            if "delta.safetensors" in files:
-                self._check_deltas(files["delta.safetensors"], files.get("prepared.json"))
-            self._check_held(index, {name: files[name] for name in ("kept.safetensors", "state.safetensors") if name in files}, "consolidated.json" in files)
+                    raise RunError(
+                        f"{files[CONSOLIDATED]} has the capacity of other layers than the base's (first '{unlike[0][:200]}')",
+                        CURE,
+                    )
+            if DELTA in files:
+                self._check_deltas(files[DELTA], files.get(PREPARED))
+            self._check_held(
+                index, {name: files[name] for name in (KEPT, STATE) if name in files}, CONSOLIDATED in files
+            )
 
     def _check_layers(self, path: Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
         for name, values in layers.items():
             layer = self.changed.adapted.get(name)
             if layer is None:
-                raise RunError(f"{path} names the layer '{name[:200]}', which the method does not adapt on this base", CURE)
-            if values.get("in", layer.module.in_features) != layer.module.in_features or values.get("k", 0) > layer.module.in_features:
-                raise RunError(f"{path} has another width of layer '{name}' than the base's {layer.module.in_features}", CURE)
+                raise RunError(
+                    f"{path} names the layer '{name[:200]}', which the method does not adapt on this base",
+                    CURE,
+                )
+            if (
+                values.get("in", layer.module.in_features) != layer.module.in_features
+                or values.get("k", 0) > layer.module.in_features
+            ):
+                raise RunError(
+                    f"{path} has another width of layer '{name}' than the base's {layer.module.in_features}",
+                    CURE,
+                )
 
     def _check_deltas(self, path: Path, prepared: Path | None) -> None:
         deltas = load_deltas(path)
         adapted = {name for name, delta in deltas.items() if isinstance(delta, Delta)}
         if prepared is not None and adapted != (begun := read_record(prepared, CURE)["layers"].keys()):
-            raise RunError(f"{path} has deltas of other layers than {prepared.name} begins with (the first is '{min(adapted ^ begun)[:200]}')", CURE)
+            raise RunError(
+                f"{path} has deltas of other layers than {prepared.name} begins with (the first is '{min(adapted ^ begun)[:200]}')",
+                CURE,
+            )
         modules = self.changed.modules
         for name, delta in deltas.items():
             if name not in modules or (name in self.changed.adapted) != isinstance(delta, Delta):
-                raise RunError(f"{path} changes '{name[:200]}', which the method does not train on this base", CURE)
+                raise RunError(
+                    f"{path} changes '{name[:200]}', which the method does not train on this base", CURE
+                )
             if isinstance(delta, Delta):
                 layer, rank = modules[name], delta.A.shape[0] if delta.A.dim() else 0
                 shapes = {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}
                 if not rank > 0 or not abs(delta.scale) <= LARGEST:
-                    raise RunError(f"{path} has a delta of rank {rank} and scale {delta.scale:g} in layer '{name}'", CURE)
+                    raise RunError(
+                        f"{path} has a delta of rank {rank} and scale {delta.scale:g} in layer '{name}'", CURE
+                    )
             else:
                 shapes = {key: tuple(p.shape) for key, p in modules[name].named_parameters(recurse=False)}
                 if delta.tensors.keys() != shapes.keys():
-                    raise RunError(f"{path} lacks changes of, or adds parameters to, '{name}', which has {', '.join(shapes)}", CURE)
+                    raise RunError(
+                        f"{path} lacks changes of, or adds parameters to, '{name}', which has {', '.join(shapes)}",
+                        CURE,
+                    )
             for key, value in delta.tensors.items():
                 _check_tensor(path, f"{name}.{key}", value, Holding(shapes[key]), {})
         if missing := self.changed.full.keys() - deltas.keys():
-            raise RunError(f"{path} lacks the change of '{min(missing)}', which the method trains in full", CURE)
+            raise RunError(
+                f"{path} lacks the change of '{min(missing)}', which the method trains in full", CURE
+            )
 
     def _check_held(self, index: int, files: Mapping[str, Path], finished: bool) -> None:
-        tensors = {name: (path, value) for path in files.values() for name, value in read_tensors(path).items()}
-        context = TaskContext(index, self.names[index - 1] if index else "base", self.changed.adapted, None, None, 0, 0, model=self.model)
+        tensors = {
+            name: (path, value) for path in files.values() for name, value in read_tensors(path).items()
+        }
+        context = TaskContext(
+            index,
+            self.names[index - 1] if index else "base",
+            self.changed.adapted,
+            None,
+            None,
+            0,
+            0,
+            model=self.model,
+        )
         declared, lengths = self.method.holds(context, tensors.keys()), {}
         for name, (path, value) in tensors.items():
             if name not in declared:
-                raise RunError(f"{path} has the tensor '{name[:200]}', which '{self.method.record.name}' does not keep on this base", CURE)
+                raise RunError(
+                    f"{path} has the tensor '{name[:200]}', which '{self.method.info.name}' does not keep on this base",
+                    CURE,
+                )
             _check_tensor(path, name, value, declared[name], lengths)
         missing = [name for name, held in declared.items() if held.required and name not in tensors]
         if missing and finished:
-            raise RunError(f"{self.folder} lacks the tensor '{missing[0]}' of task {index}, which '{self.method.record.name}' keeps", CURE)
+            raise RunError(
+                f"{self.folder} lacks the tensor '{missing[0]}' of task {index}, which '{self.method.info.name}' keeps",
+                CURE,
+            )
         for name, (path, value) in tensors.items():
             for layer in declared[name].basis:
                 self.bases.setdefault(layer, []).append(value)
@@ -155,11 +216,21 @@ class _MethodState:
 def _check_tensor(path: Path, name: str, value: Tensor, held: Holding, lengths: dict[str, int]) -> None:
     """Type, shape and numbers of a tensor; `lengths` collects those that must be the same."""
     if value.is_floating_point() == held.integer or value.is_complex() or value.dtype == torch.bool:
-        raise RunError(f"{path} has '{name}' as {str(value.dtype).removeprefix('torch.')}, and it is {'whole numbers' if held.integer else 'floating point'}", CURE)
-    expected = [lengths.setdefault(length, own) if isinstance(length, str) else own if length is None else length for length, own in zip(held.shape, value.shape)]
+        raise RunError(
+            f"{path} has '{name}' as {str(value.dtype).removeprefix('torch.')}, and it is {'whole numbers' if held.integer else 'floating point'}",
+            CURE,
+        )
+    expected = [
+        lengths.setdefault(length, own) if isinstance(length, str) else own if length is None else length
+        for length, own in zip(held.shape, value.shape)
+    ]
     if len(held.shape) != value.dim() or expected != list(value.shape):
-        wanted = ", ".join("any" if length is None else str(lengths.get(length, length)) for length in held.shape)
-        raise RunError(f"{path} has '{name}' of shape {tuple(value.shape)}, and on this base it is ({wanted})", CURE)
+        wanted = ", ".join(
+            "any" if length is None else str(lengths.get(length, length)) for length in held.shape
+        )
+        raise RunError(
+            f"{path} has '{name}' of shape {tuple(value.shape)}, and on this base it is ({wanted})", CURE
+        )
     if not torch.isfinite(value).all():
         raise RunError(f"{path} has numbers in '{name}' that are not finite", CURE)
     if value.numel() and float(value.double().abs().max()) > LARGEST:
@@ -170,8 +241,16 @@ def _check_orthonormal(path: Path, layer: str, basis: Tensor) -> None:
     """MᵀM = I, looked at through random vectors: (MᵀM − I) X is 0 for random X only if MᵀM is I."""
     basis = basis.double()
     if basis.shape[1] > basis.shape[0]:
-        raise RunError(f"{path} brings the basis of layer '{layer}' to {basis.shape[1]} columns of {basis.shape[0]} rows", CURE)
-    probes = torch.randn(basis.shape[1], PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        raise RunError(
+            f"{path} brings the basis of layer '{layer}' to {basis.shape[1]} columns of {basis.shape[0]} rows",
+            CURE,
+        )
+    probes = torch.randn(
+        basis.shape[1], PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     off = float((basis.T @ (basis @ probes) - probes).abs().max()) if probes.numel() else 0.0
     if off > TOLERANCE:
-        raise RunError(f"{path} makes the basis of layer '{layer}' one whose columns are not orthonormal ({off:.2g} off)", CURE)
+        raise RunError(
+            f"{path} makes the basis of layer '{layer}' one whose columns are not orthonormal ({off:.2g} off)",
+            CURE,
+        )

@@ -19,14 +19,21 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from llava_keeplora.adapters import BaseWeights, Delta, FullDelta
-from llava_keeplora.export.bundle import Learned
+from llava_keeplora.export.loaded_run import LearnedRun
 from llava_keeplora.models import DTYPES, Family
 
 #: Of one file; the Hub, and machines with little memory, like several better than one huge one.
 SHARD = "5GB"
 #: Training changes nothing of a processor, so its files go along as they are, in whatever format the base has them.
 PROCESSOR = (
-    "*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "*.model",
+    "*processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
 )
 
 
@@ -63,7 +70,7 @@ def own_dtype(family: Family, otherwise: str) -> str:
     return named if named in DTYPES else otherwise
 
 
-def merge(learned: Learned, dtype: str | None) -> tuple[Family, Rounding]:
+def merge(learned: LearnedRun, dtype: str | None) -> tuple[Family, Rounding]:
     """The base with what the tasks learned, W₀ + Σ ΔW summed in fp32 and rounded once.
 
     Args:
@@ -78,8 +85,16 @@ def merge(learned: Learned, dtype: str | None) -> tuple[Family, Rounding]:
     dtype = dtype or base
     sums: dict[str, list[float]] = {part: [0.0, 0.0] for part in family.parts}
     for name in dict.fromkeys(name for task in learned.deltas for name in task):
-        part = next((part for part, prefix in family.parts.items() if name.startswith(prefix + ".")), "the rest")
-        for index, square in enumerate(_merge_layer(family.model.get_submodule(name), [task[name] for task in learned.deltas if name in task], DTYPES[dtype])):
+        part = next(
+            (part for part, prefix in family.parts.items() if name.startswith(prefix + ".")), "the rest"
+        )
+        for index, square in enumerate(
+            _merge_layer(
+                family.model.get_submodule(name),
+                [task[name] for task in learned.deltas if name in task],
+                DTYPES[dtype],
+            )
+        ):
             sums.setdefault(part, [0.0, 0.0])[index] += square
     # Buffers stay: a model that is loaded in that dtype computes its rotary angles in fp32 all the same.
     for parameter in family.model.parameters():
@@ -89,7 +104,9 @@ def merge(learned: Learned, dtype: str | None) -> tuple[Family, Rounding]:
     return family, Rounding(dtype, base, math.sqrt(error / norm) if norm else 0.0, parts)
 
 
-def _merge_layer(module: nn.Module, deltas: Sequence[Delta | FullDelta], dtype: torch.dtype) -> tuple[float, float]:
+def _merge_layer(
+    module: nn.Module, deltas: Sequence[Delta | FullDelta], dtype: torch.dtype
+) -> tuple[float, float]:
     """Add deltas to a module in fp32; ‖lost‖² and ‖Δ‖² of its parameters."""
     before = {name: p.detach().clone() for name, p in module.named_parameters(recurse=False)}
     BaseWeights({"": module}).apply([{"": delta} for delta in deltas])
@@ -112,6 +129,10 @@ def write_merged(folder: Path, family: Family) -> None:
     """
     family.model.save_pretrained(folder, max_shard_size=SHARD)
     path = Path(family.path)
-    base = path if path.is_dir() else Path(snapshot_download(family.path, revision=family.revision, allow_patterns=list(PROCESSOR)))
+    base = (
+        path
+        if path.is_dir()
+        else Path(snapshot_download(family.path, revision=family.revision, allow_patterns=list(PROCESSOR)))
+    )
     for file in {file for pattern in PROCESSOR for file in base.glob(pattern) if file.is_file()}:
         shutil.copyfile(file, folder / file.name)

@@ -11,16 +11,18 @@ import llava_keeplora
 from llava_keeplora.config import EXPORT_EXAMPLES
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export.adapter import Combined, combine, write_adapter
-from llava_keeplora.export.bundle import only_parts, published_base, read_learned
 from llava_keeplora.export.card import Usage, write_card
-from llava_keeplora.export.check import Deviation, check_export, probe
+from llava_keeplora.export.loaded_run import filter_parts, load_learned_run, published_base
 from llava_keeplora.export.merged import Rounding, merge, write_merged
 from llava_keeplora.export.state import FOLDER, RECORD, SUFFIXES, write_state
+from llava_keeplora.export.verify import Deviation, probe, verify_export
 from llava_keeplora.files import whole_folder, write_json
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import DTYPES, open_model
-from llava_keeplora.run_folder import BASE, recorded_base
+from llava_keeplora.run_folder import BASE
+from llava_keeplora.saved_run import recorded_base
 from llava_keeplora_eval.files import file_hash
+from llava_keeplora_recipes import load_split
 
 FORMS = ("adapter", "merged", "state")
 
@@ -66,12 +68,16 @@ class Exported:
             what["adapter"] = f"a LoRA of rank {self.adapter.rank} on {len(self.adapter.layers)} layers"
         lines = [f"{self.folder}: {what[self.form]}, after {self.tasks} task{'' if self.tasks == 1 else 's'}"]
         if self.compressed:
-            lines.append(f"compressed: {self.adapter.error:.2%} of the updates' norm is lost, {self.adapter.worst:.2%} in the worst layer")
+            lines.append(
+                f"compressed: {self.adapter.error:.2%} of the updates' norm is lost, {self.adapter.worst:.2%} in the worst layer"
+            )
         if self.rounding:
             lines.append(self.rounding.describe())
         if self.left_out:
             lines.append(f"left out, though the run trained it: {', '.join(self.left_out)}")
-        lines.append(f"loaded again in a fresh process: logits of {self.examples} examples in fp32 are {self.reloaded.largest:.2g} off at most")
+        lines.append(
+            f"loaded again in a fresh process: logits of {self.examples} examples in fp32 are {self.reloaded.largest:.2g} off at most"
+        )
         for form, deviation in (("fp32", self.own), ("bfloat16", self.bfloat16)):
             lines.append(
                 f"against the run's own model, in {form}: largest deviation {deviation.largest:.2g}, "
@@ -118,39 +124,45 @@ def export_run(
         ConfigError: for a form that cannot hold what was learned, a target that is in use, or options that don't go together.
     """
     into = Path(into) if into is not None else Path(run) / "export" / form
-    learned = read_learned(run, label, at_task)
+    learned = load_learned_run(run, label, at_task)
     _check_options(form, into, parts, rank, dtype, examples)
-    if form != "state" and not METHODS[learned.config["methods"][learned.label]["method"]].record.mergeable:
-        raise ConfigError(f"what '{learned.label}' learned does not merge into the base's weights", "export --as state")
+    if form != "state" and not METHODS[learned.config["methods"][learned.label]["method"]].info.mergeable:
+        raise ConfigError(
+            f"what '{learned.label}' learned does not merge into the base's weights", "export --as state"
+        )
     base = published_base(learned.model, base_id)
-    chosen = only_parts(learned, parts, open_model(learned.model).parts)
+    chosen = filter_parts(learned, parts, open_model(learned.model).parts)
     combined, rounding = combine(chosen, rank) if form == "adapter" else None, None
 
     # What can go wrong for want of data, before any weight is loaded.
     recipe = learned.recipes[len(learned.deltas) - 1]
-    data = recipe.load("test", data_root or learned.config["data"]["root"], learned.config["data"]["on_bad_image"])
+    data = load_split(
+        recipe, "test", data_root or learned.config["data"]["root"], learned.config["data"]["on_bad_image"]
+    )
     data = data.take(range(min(examples, len(data))))
     _, own = probe(learned.load(), data)
     gc.collect()
 
-    with whole_folder(into) as room:
+    with whole_folder(into) as tmp_dir:
         if form == "merged":
             family, rounding = merge(learned, dtype)
-            write_merged(room, family)
+            write_merged(tmp_dir, family)
             family.model.float()
         else:
             family = learned.load("float32", [combined.layers] if combined and rank else chosen)
         if combined:
-            write_adapter(room, combined, family.model, family.parts, base)
+            write_adapter(tmp_dir, combined, family.model, family.parts, base)
         if form == "state":
-            write_state(learned, base, room)
+            write_state(learned, base, tmp_dir)
         batch, meant = probe(family, data)
         usage = Usage.of(family, data)
         del family
         gc.collect()
-        exact, rounded = check_export(room, form, base, batch, meant, len(combined.layers) if combined else None)
+        exact, rounded = verify_export(
+            tmp_dir, form, base, batch, meant, len(combined.layers) if combined else None
+        )
         if combined and with_state:
-            write_state(learned, base, room / FOLDER)
+            write_state(learned, base, tmp_dir / FOLDER)
         changed = list(learned.config["methods"][learned.label]["parts"])
         kept = list(parts or changed)
         done = Exported(
@@ -169,23 +181,40 @@ def export_run(
             rounding=rounding,
         )
         # A state has a list of its own.
-        written = {path.name: file_hash(path) for path in sorted(room.glob("*")) if path.suffix in SUFFIXES and form != "state"}
-        record = {"form": form, "label": learned.label, "tasks": done.tasks, "version": llava_keeplora.__version__, "files": written}
+        written = {
+            path.name: file_hash(path)
+            for path in sorted(tmp_dir.glob("*"))
+            if path.suffix in SUFFIXES and form != "state"
+        }
+        record = {
+            "form": form,
+            "label": learned.label,
+            "tasks": done.tasks,
+            "version": llava_keeplora.__version__,
+            "files": written,
+        }
         # By content, so that `predict` with the adapter can refuse another base.
         record |= {BASE: known} if (known := recorded_base(learned.run)) else {}
-        write_json(room / RECORD, record | ({"rounding": asdict(rounding)} if rounding else {}))
-        write_card(room, name or into.name, learned, base, done, usage)
+        write_json(tmp_dir / RECORD, record | ({"rounding": asdict(rounding)} if rounding else {}))
+        write_card(tmp_dir, name or into.name, learned, base, done, usage)
     return done
 
 
-def _check_options(form: str, into: Path, parts: Sequence[str] | None, rank: int | None, dtype: str | None, examples: int) -> None:
+def _check_options(
+    form: str, into: Path, parts: Sequence[str] | None, rank: int | None, dtype: str | None, examples: int
+) -> None:
     if form not in FORMS:
         raise ConfigError(f"the form is '{form}'", f"choose one of {', '.join(FORMS)}")
     if form != "adapter" and (parts or rank is not None):
-        raise ConfigError(f"--parts and --rank shape an adapter, and the form is '{form}'", "leave them out, or export --as adapter")
+        raise ConfigError(
+            f"--parts and --rank shape an adapter, and the form is '{form}'",
+            "leave them out, or export --as adapter",
+        )
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"the dtype is '{dtype}'", f"choose one of {', '.join(DTYPES)}")
     if examples < 1:
         raise ConfigError(f"--examples is {examples}, but logits are compared on something", "give 1 or more")
     if into.exists() and (not into.is_dir() or (any(into.iterdir()) and not (into / RECORD).is_file())):
-        raise ConfigError(f"{into} is there already and not an empty folder", "choose another one with --into")
+        raise ConfigError(
+            f"{into} is there already and not an empty folder", "choose another one with --into"
+        )

@@ -15,13 +15,12 @@ from typing import Any
 
 from llava_keeplora.config import REFERENCE_PLACES, ZERO_SHOT
 from llava_keeplora.errors import RunError
-from llava_keeplora.export.bundle import Base, Learned, checked, find_local
+from llava_keeplora.export.loaded_run import Base, LearnedRun, checked, find_local
 from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import embedded_models
-from llava_keeplora.records import read_record
 from llava_keeplora.registries import without_places
-from llava_keeplora.run_folder import kept_recipe
+from llava_keeplora.run_folder import ADAPTERS, CONFIG, IDENTITY, JOURNAL, MATRIX, kept_recipe, read_record
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.models import EXPORT
 from llava_keeplora_recipes import Recipe
@@ -35,12 +34,23 @@ FOLDER = "keeplora_state"
 RECORD = EXPORT
 SUFFIXES = (".safetensors", ".json", ".jsonl", ".yaml")
 #: Neither is read again once a task is closed; answers are personal data at times, and starts are as large as deltas.
-LEFT_OUT = ("predictions", "adapters.safetensors")
+LEFT_OUT = ("predictions", ADAPTERS)
 #: How arguments of `TrainingArguments` begin that are of one person or one machine: tokens, accounts, places.
-PRIVATE = ("accelerator_config", "deepspeed", "fsdp", "hub_", "logging_dir", "project", "push_to_hub", "report_to", "run_name", "trackio")
+PRIVATE = (
+    "accelerator_config",
+    "deepspeed",
+    "fsdp",
+    "hub_",
+    "logging_dir",
+    "project",
+    "push_to_hub",
+    "report_to",
+    "run_name",
+    "trackio",
+)
 
 
-def write_state(learned: Learned, base: Base, folder: Path) -> None:
+def write_state(learned: LearnedRun, base: Base, folder: Path) -> None:
     """Write the state of one method after some of its tasks, laid out as a run folder.
 
     Args:
@@ -52,16 +62,21 @@ def write_state(learned: Learned, base: Base, folder: Path) -> None:
         RunError: if a file of the run is missing or changed.
     """
     for label in (ZERO_SHOT, learned.label):
-        entries = learned.entries if label == learned.label else Journal(learned.run / ZERO_SHOT / "journal.jsonl").entries
+        entries = (
+            learned.entries if label == learned.label else Journal(learned.run / ZERO_SHOT / JOURNAL).entries
+        )
         _copy_history(learned.run / label, entries, folder / label)
-    learned.matrix.to_json(folder / learned.label / "matrix.json")
-    shutil.copyfile(learned.run / ZERO_SHOT / "matrix.json", folder / ZERO_SHOT / "matrix.json")
-    for name in ("identity.json", "config.json"):
+    learned.matrix.to_json(folder / learned.label / MATRIX)
+    shutil.copyfile(learned.run / ZERO_SHOT / MATRIX, folder / ZERO_SHOT / MATRIX)
+    for name in (IDENTITY, CONFIG):
         tree = read_record(learned.run / name)
         write_bytes(folder / name, (json.dumps(_portable(tree, learned, base), indent=2) + "\n").encode())
     for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True):
         if is_file_name(task):
-            write_bytes(kept_recipe(folder, recipe.name), (json.dumps(_recipe_facts(recipe), indent=1) + "\n").encode())
+            write_bytes(
+                kept_recipe(folder, recipe.name),
+                (json.dumps(_recipe_facts(recipe), indent=1) + "\n").encode(),
+            )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
     facts = {"label": learned.label, "tasks": len(learned.deltas), "base": base.id, "revision": base.revision}
@@ -77,22 +92,30 @@ def _copy_history(source: Path, entries: Sequence[Entry], folder: Path) -> None:
         path = checked(source / name, entry.files[name], f"task {entry.task}")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
-    journal = Journal(folder / "journal.jsonl")
+    journal = Journal(folder / JOURNAL)
     for entry in entries:
-        journal.append(replace(entry, files={name: value for name, value in entry.files.items() if name in latest}))
+        journal.append(
+            replace(entry, files={name: value for name, value in entry.files.items() if name in latest})
+        )
 
 
-def _portable(tree: dict[str, Any], learned: Learned, base: Base) -> dict[str, Any]:
+def _portable(tree: dict[str, Any], learned: LearnedRun, base: Base) -> dict[str, Any]:
     """A resolved configuration, or its identity, without what is of one machine, and with one method."""
     tree = json.loads(json.dumps(tree))
     if learned.label not in tree.get("methods", ()):
-        raise RunError(f"{learned.run / 'identity.json'} knows no method '{learned.label}'", "restore it")
+        raise RunError(f"{learned.run / IDENTITY} knows no method '{learned.label}'", "restore it")
     tree["methods"] = {learned.label: tree["methods"][learned.label]}
     without_places(tree)
     if "sequence" in tree:
         tree["sequence"] = None  # Its tasks are listed.
-    names = {task: recipe.name for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True) if is_file_name(task)}
-    tree["tasks"] = [kept_recipe(Path(), names[task]).as_posix() if task in names else task for task in tree["tasks"]]
+    names = {
+        task: recipe.name
+        for task, recipe in zip(learned.config["tasks"], learned.recipes, strict=True)
+        if is_file_name(task)
+    }
+    tree["tasks"] = [
+        kept_recipe(Path(), names[task]).as_posix() if task in names else task for task in tree["tasks"]
+    ]
     if find_local(learned.model.name_or_path) and learned.model.name_or_path not in embedded_models():
         tree["model"]["name_or_path"] = base.id
     for section in (tree, *tree["methods"].values()):
@@ -110,7 +133,9 @@ def public(training: dict[str, Any]) -> dict[str, Any]:
 
 def placeless(options: dict[str, Any]) -> dict[str, Any]:
     """A method's options without the folders of one machine."""
-    return options | {key: Path(options[key]).name for key in REFERENCE_PLACES if Path(options.get(key) or "").is_absolute()}
+    return options | {
+        key: Path(options[key]).name for key in REFERENCE_PLACES if Path(options.get(key) or "").is_absolute()
+    }
 
 
 def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
@@ -118,7 +143,9 @@ def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
     facts = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        default = (
+            field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        )
         if field.name != "folder" and value != default:
             facts[field.name] = value
     facts |= {"metric": recipe.metric_name, "source": facts["source"] | {"format": recipe.format_name}}

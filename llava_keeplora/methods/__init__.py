@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from llava_keeplora.methods.base import Holding, Layer, Method, Record, TaskContext
+from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, TaskContext
 from llava_keeplora.methods.layers import Changed, check_method, find_changed, find_layers
 from llava_keeplora.methods.reference import Reference
 from llava_keeplora.registries import METHODS
 
 __all__ = [
-    "METHODS", "Changed", "Holding", "Layer", "Method", "Record", "Reference", "TaskContext", "check_method", "find_changed",
+    "METHODS",
+    "Changed",
+    "Holding",
+    "Layer",
+    "Method",
+    "MethodInfo",
+    "Reference",
+    "TaskContext",
+    "check_method",
+    "find_changed",
     "find_layers",
 ]

@@ -15,7 +15,7 @@ from llava_keeplora_eval.predictors import Predictor
 
 
 @dataclass(frozen=True)
-class Record:
+class MethodInfo:
     """What a user can list about a method.
 
     Args:
@@ -49,7 +49,14 @@ class Record:
         """In words, what it runs on and asks for."""
         asked = ["reference data"] * self.reference_data + ["the task at test time"] * self.task_id_at_test
         cost = [] if self.inference_cost == "none" else [f"extra at test: {self.inference_cost}"]
-        return "; ".join([" and ".join(self.families), *(f"needs {one}" for one in asked), *cost, "merges" if self.mergeable else "does not merge"])
+        return "; ".join(
+            [
+                " and ".join(self.families),
+                *(f"needs {one}" for one in asked),
+                *cost,
+                "merges" if self.mergeable else "does not merge",
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -136,22 +143,22 @@ class Holding:
 class Method:
     """A continual-learning method: what happens before, during and after a task.
 
-    `kept` returns what training left beside the deltas and `state` what the last `consolidate` added; `load` takes the list of
+    `extra_state` returns what training left beside the deltas and `state_dict` what the last `after_task` added; `load_state_dicts` takes the list of
     all of these, so the run folder holds each thing once.
     """
 
-    record: Record
+    info: MethodInfo
     #: Whether there is anything to learn; where not, the zero-shot row is all there is.
-    learns = True
+    trainable = True
     #: What a stage costs beside training itself, in passes of the task's data through the model, for the estimate of time.
-    passes: dict[str, float] = {}
+    stage_cost: dict[str, float] = {}
     #: Dropout on the adapters' input while training.
     dropout: float = 0.0
     #: Whether what it consolidates before any task depends on the model, its settings and the announced tasks alone, whatever their
     #: order and the seed: then runs that share a base cache compute it once.
-    fixed_base = False
+    base_is_cacheable = False
     #: Whether what it trains may lie in the shards of ZeRO-3: not where it is read outside of its layers.
-    sharded = True
+    supports_zero3 = True
     #: Whether it runs in one process alone.
     one_process = False
     #: Whether the gradient pass counts every example alike, and not as the loss does.
@@ -159,9 +166,9 @@ class Method:
     #: Whether the feature pass takes the prompts at every position of the text encoder, padding too.
     every_position = False
     #: Whether it puts LoRA adapters on the layers that a run names.
-    adapts = True
+    uses_lora = True
     #: Whether it trains the whole model instead, every parameter but the root's own; see `find_changed`.
-    whole = False
+    full_finetuning = False
     #: Data beside the tasks', for a method that wants some.
     reference: Reference | None = None
 
@@ -179,15 +186,15 @@ class Method:
         """Bytes below which `memory.statistics_gb` holds no statistics of one pass over the layers' features; 0 where there are none."""
         return 0
 
-    def wanted_reference(self) -> tuple[str, str | None] | None:
+    def reference_data_spec(self) -> tuple[str, str | None] | None:
         """A recipe of pictures, and a file of texts or None for the recipe's own, to be read into `reference` before anything is computed."""
 
-    def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Before a task: how each layer's adapter starts; a layer that is left out is named in `ctx.report`."""
         raise NotImplementedError
 
     @contextmanager
-    def attached(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+    def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
         """Around a task's training, `model` carrying the adapters: what a method adds for that long is rebuilt here on every start.
 
         Parameters that it puts on the model are trained and kept with a killed run's training as the adapters are.
@@ -201,41 +208,41 @@ class Method:
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
         """After an optimiser step."""
 
-    def learned(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
-        """What a task leaves behind, from what its adapters learned; inside `attached`, after the last step.
+    def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
+        """What a task leaves behind, from what its adapters learned; inside `training_context`, after the last step.
 
         A module that is trained itself is left with what it learned, unless it is named here.
         """
         return deltas
 
-    def kept(self) -> dict[str, Tensor]:
-        """What a task's training leaves beside the deltas; inside `attached`, after the last step."""
+    def extra_state(self) -> dict[str, Tensor]:
+        """What a task's training leaves beside the deltas; inside `training_context`, after the last step."""
         return {}
 
     def progress(self) -> dict[str, Tensor]:
-        """What a killed training needs beside what is trained, to be filled in place when it goes on; inside `attached`."""
+        """What a killed training needs beside what is trained, to be filled in place when it goes on; inside `training_context`."""
         return {}
 
-    def base_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
+    def weight_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
         """Layer name → what is added to the working weights while a task trains."""
         return {}
 
-    def consolidate(self, ctx: TaskContext) -> None:
+    def after_task(self, ctx: TaskContext) -> None:
         """After a task, on the merged model; with `ctx.index` 0, on the base before the first task."""
 
-    def state(self) -> dict[str, Tensor]:
-        """What the last `consolidate` added."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the last `after_task` added."""
         return {}
 
-    def load(self, states: list[dict[str, Tensor]]) -> None:
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Take back what all tasks so far kept and added, the base's first; nothing of before counts any more.
 
         Args:
-            states: of each, what its training kept and its `consolidate` added, together; the last one may not be consolidated yet.
+            states: of each, what its training kept and its `after_task` added, together; the last one may not be consolidated yet.
         """
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """What a task's `kept` and `state` may hold, by which a state from elsewhere is checked; nothing by default.
+        """What a task's `extra_state` and `state_dict` may hold, by which a state from elsewhere is checked; nothing by default.
 
         Args:
             ctx: of the task, with its index, name and layers, and the model without weights; nothing else of it is there.

@@ -57,7 +57,9 @@ class Router(nn.Module):
             first = first.float()
             scores = linear(first, self.score.float())
             if self.training:
-                scores = scores + torch.randn_like(scores) * (softplus(linear(first, self.spread.float())) + LEAST_NOISE)
+                scores = scores + torch.randn_like(scores) * (
+                    softplus(linear(first, self.spread.float())) + LEAST_NOISE
+                )
             best = scores.topk(top_k, dim=-1)
             return torch.zeros_like(scores).scatter(-1, best.indices, best.values.softmax(-1))
 
@@ -79,7 +81,17 @@ class Mixture(nn.Module):
         dropout: on the bottleneck while training.
     """
 
-    def __init__(self, width: int, *, experts: int, bottleneck: int, tasks: int, top_k: int, scale: float, dropout: float):
+    def __init__(
+        self,
+        width: int,
+        *,
+        experts: int,
+        bottleneck: int,
+        tasks: int,
+        top_k: int,
+        scale: float,
+        dropout: float,
+    ):
         super().__init__()
         self.experts = nn.ModuleList(Expert(width, bottleneck) for _ in range(experts))
         self.routers = nn.ModuleList(Router(width, experts) for _ in range(tasks))
@@ -104,8 +116,13 @@ class Mixture(nn.Module):
     def _of_all(self, x: Tensor, gates: Tensor) -> Tensor:
         """Σ_e g_e E_e(x) of all experts; those of gate 0 add nothing."""
         down, up = [e.down for e in self.experts], [e.up for e in self.experts]
-        inner = self._gated(linear(x, torch.cat([one.weight for one in down]), torch.cat([one.bias for one in down])), gates)
-        return linear(inner, torch.cat([one.weight for one in up], dim=1)) + (gates @ torch.stack([one.bias for one in up]))[:, None]
+        inner = self._gated(
+            linear(x, torch.cat([one.weight for one in down]), torch.cat([one.bias for one in down])), gates
+        )
+        return (
+            linear(inner, torch.cat([one.weight for one in up], dim=1))
+            + (gates @ torch.stack([one.bias for one in up]))[:, None]
+        )
 
     def _of_own(self, x: Tensor, gates: Tensor) -> Tensor:
         """The same by each example's own experts."""
@@ -116,11 +133,18 @@ class Mixture(nn.Module):
             return torch.stack(tensors)[taken]
 
         down, up = [e.down for e in self.experts], [e.up for e in self.experts]
-        inner = torch.baddbmm(own([e.bias for e in down]).flatten(1)[:, None], x, own([e.weight for e in down]).flatten(1, 2).mT)  # (b, s, k h)
-        return torch.bmm(self._gated(inner, gates), own([e.weight.mT for e in up]).flatten(1, 2)) + gates[:, None] @ own([e.bias for e in up])
+        inner = torch.baddbmm(
+            own([e.bias for e in down]).flatten(1)[:, None], x, own([e.weight for e in down]).flatten(1, 2).mT
+        )  # (b, s, k h)
+        return torch.bmm(self._gated(inner, gates), own([e.weight.mT for e in up]).flatten(1, 2)) + gates[
+            :, None
+        ] @ own([e.bias for e in up])
 
     def _gated(self, inner: Tensor, gates: Tensor) -> Tensor:
-        return dropout(relu(inner), self.dropout, self.training) * gates.repeat_interleave(self.bottleneck, dim=1)[:, None]
+        return (
+            dropout(relu(inner), self.dropout, self.training)
+            * gates.repeat_interleave(self.bottleneck, dim=1)[:, None]
+        )
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Gaussians:
         return cls(torch.stack(means).float(), torch.stack(factors))
 
     def log_density(self, x: Tensor, scale: float) -> Tensor:
-        """log N(x; μ, scale · Σ) in fp64 (n, k), one Gaussian at a time in memory.
+        """Log N(x; μ, scale · Σ) in fp64 (n, k), one Gaussian at a time in memory.
 
         Args:
             x: (n, p).
@@ -53,7 +53,9 @@ class Gaussians:
         x, found = x.double(), []
         for mean, factor in zip(self.means.to(x.device), self.factors):
             factor = factor.to(x)
-            squared = torch.linalg.solve_triangular(factor, (x - mean).T, upper=False).square().sum(dim=0) / scale
+            squared = (
+                torch.linalg.solve_triangular(factor, (x - mean).T, upper=False).square().sum(dim=0) / scale
+            )
             spread = 2 * factor.diagonal().log().sum() + x.shape[1] * math.log(2 * math.pi * scale)
             found.append(-0.5 * (squared + spread))
         return torch.stack(found, dim=1)

@@ -32,12 +32,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llava_keeplora.deepspeed_zero import trained_values
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import Holding, Record, TaskContext
+from llava_keeplora.methods.base import Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.gaussians import Gaussians
 from llava_keeplora.methods.prompts import Gate, Prompts, prompted
 from llava_keeplora.methods.routed import ORIGINAL, Route, RoutedMethod, check_routing, encoder_layers
-from llava_keeplora.zero import trained_values
 from llava_keeplora_eval.predictors import image_features
 
 #: What the model calls the modules while a task trains.
@@ -59,10 +59,14 @@ class TaskPrompts(nn.Module):
 
     def __init__(self, model: nn.Module, options: "Iap.Options"):
         super().__init__()
-        attentions = {part: [layer.self_attn for layer in layers] for part, layers in encoder_layers(model).items()}
+        attentions = {
+            part: [layer.self_attn for layer in layers] for part, layers in encoder_layers(model).items()
+        }
         attentions["text"] = attentions["text"][: options.text_layers]
         for part, found in attentions.items():
-            self.add_module(part, nn.ModuleList(Prompts(one.embed_dim, options.prompts, one.num_heads) for one in found))
+            self.add_module(
+                part, nn.ModuleList(Prompts(one.embed_dim, options.prompts, one.num_heads) for one in found)
+            )
         self.gates = nn.ModuleList(Gate(model.projection_dim, options.temperature) for _ in self.vision)
 
     def open(self, image: Tensor) -> list[Tensor]:
@@ -73,11 +77,16 @@ class TaskPrompts(nn.Module):
 class Iap(RoutedMethod):
     """IAP as `methods/iap.py` describes it."""
 
-    record = Record(
-        "iap", "IAP: Improving Continual Learning of Vision-Language Models via Instance-Aware Prompting", "https://arxiv.org/abs/2503.20612",
+    info = MethodInfo(
+        "iap",
+        "IAP: Improving Continual Learning of Vision-Language Models via Instance-Aware Prompting",
+        "https://arxiv.org/abs/2503.20612",
         inference_cost="a second pass of the image encoder, prompts in its attentions, class prompts once per weight",
-        extra_parameters="per task prompts and gates, and a Gaussian for it and each of its classes", mergeable=False,
-        kept="prompts, gates and Gaussians per task and class", trained="prompts and gates", families=("clip",),
+        extra_parameters="per task prompts and gates, and a Gaussian for it and each of its classes",
+        mergeable=False,
+        kept="prompts, gates and Gaussians per task and class",
+        trained="prompts and gates",
+        families=("clip",),
     )
 
     @dataclass(frozen=True)
@@ -102,24 +111,32 @@ class Iap(RoutedMethod):
         def __post_init__(self) -> None:
             check_routing(self.routing)
             if self.prompts < 1:
-                raise MethodError(f"prompts is {self.prompts}, but there is nothing else to train", "set it to 1 or more")
+                raise MethodError(
+                    f"prompts is {self.prompts}, but there is nothing else to train", "set it to 1 or more"
+                )
             if self.text_layers < 0:
-                raise MethodError(f"text_layers is {self.text_layers}, but layers are counted from 0", "set it to 0 for prompts in the image encoder alone")
+                raise MethodError(
+                    f"text_layers is {self.text_layers}, but layers are counted from 0",
+                    "set it to 0 for prompts in the image encoder alone",
+                )
             if not self.temperature > 0:
                 raise MethodError(f"temperature is {self.temperature}, but it divides", "set it to, say, 3")
             if not 0.0 <= self.low <= self.high <= 1.0:
-                raise MethodError(f"low is {self.low} and high {self.high}, but weights lie in [0, 1]", "set them to, say, 0.2 and 0.8")
+                raise MethodError(
+                    f"low is {self.low} and high {self.high}, but weights lie in [0, 1]",
+                    "set them to, say, 0.2 and 0.8",
+                )
 
-    def load(self, states: list[dict[str, Tensor]]) -> None:
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Take the tasks' tensors."""
-        super().load(states)
+        super().load_state_dicts(states)
         self._prompts: list[TaskPrompts] = []
         self._tasks: Gaussians | None = None
 
     # --- training ----------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+    def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
         """Put the task's prompts and gates on the model; before each batch the frozen CLIP looks at it for the gates."""
         self._trained = TaskPrompts(model, self.options).to(next(model.parameters()).device)
         # While the frozen CLIP looks, no prompts are read.
@@ -144,10 +161,12 @@ class Iap(RoutedMethod):
             held.callback(delattr, model, NAME)
             held.callback(delattr, self, "_trained")
             held.callback(model.vision_model.register_forward_pre_hook(look, with_kwargs=True).remove)
-            held.enter_context(_on(model, self._trained, lambda number: None if looking else gates[number], 1.0))
+            held.enter_context(
+                _on(model, self._trained, lambda number: None if looking else gates[number], 1.0)
+            )
             yield
 
-    def kept(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """The task's prompts and gates."""
         return {name: trained_values(p).cpu() for name, p in self._trained.named_parameters()}
 
@@ -159,7 +178,8 @@ class Iap(RoutedMethod):
             prompts = TaskPrompts(ctx.model, self.options)
         width = ctx.model.config.projection_dim
         gaussians = {
-            f"{of}.{what}": Holding(shape) for of, count in (("task", 1), ("classes", "classes"))
+            f"{of}.{what}": Holding(shape)
+            for of, count in (("task", 1), ("classes", "classes"))
             for what, shape in (("means", (count, width)), ("factors", (count, width, width)))
         }
         return {name: Holding(tuple(p.shape)) for name, p in prompts.named_parameters()} | gaussians
@@ -170,13 +190,26 @@ class Iap(RoutedMethod):
         """The Gaussians of the task and of its classes that have pictures."""
         classes = [image[labels == label] for label in labels.unique()]
         task, own = Gaussians.fit([image], TASK_RIDGE), Gaussians.fit(classes, CLASS_RIDGE)
-        ctx.report["classes"] = {"with pictures": len(classes), "with one": sum(len(rows) == 1 for rows in classes)}
-        return {"task.means": task.means, "task.factors": task.factors, "classes.means": own.means, "classes.factors": own.factors}
+        ctx.report["classes"] = {
+            "with pictures": len(classes),
+            "with one": sum(len(rows) == 1 for rows in classes),
+        }
+        return {
+            "task.means": task.means,
+            "task.factors": task.factors,
+            "classes.means": own.means,
+            "classes.factors": own.factors,
+        }
 
     def routes(self, image: Tensor) -> list[Route]:
         """The task in which a picture is likeliest, and how much its prompts count."""
         if self._tasks is None:
-            self._tasks = Gaussians(*(torch.cat([state[f"task.{name}"] for state in self.learned_states]).to(image.device) for name in ("means", "factors")))
+            self._tasks = Gaussians(
+                *(
+                    torch.cat([state[f"task.{name}"] for state in self.learned_states]).to(image.device)
+                    for name in ("means", "factors")
+                )
+            )
         best, tasks = self._tasks.log_density(image, TASK_SCALE).max(dim=1)
         weights, batch = (best / image.shape[1] - 1).sigmoid(), self.options.routing == "batch"
         if batch:
@@ -188,16 +221,23 @@ class Iap(RoutedMethod):
             weights[rows] = self._class_weight(image[rows], task)
         weights = (weights * HUNDREDTHS).round() / HUNDREDTHS
         text = (weights.mean() * HUNDREDTHS).round().div(HUNDREDTHS).expand_as(weights) if batch else weights
-        return [Route(*own) if own[1] or own[2] else ORIGINAL for own in zip(tasks.tolist(), weights.tolist(), text.tolist())]
+        return [
+            Route(*own) if own[1] or own[2] else ORIGINAL
+            for own in zip(tasks.tolist(), weights.tolist(), text.tolist())
+        ]
 
     def _class_weight(self, image: Tensor, task: int) -> Tensor:
-        """w (n,) by the likeliest classes of a task."""
+        """W (n,) by the likeliest classes of a task."""
         state = self.learned_states[task]
         found = Gaussians(state["classes.means"], state["classes.factors"]).log_density(image, CLASS_SCALE)
-        return (found.topk(min(LIKELIEST, found.shape[1]), dim=1).values.mean(dim=1) / image.shape[1] - 1).sigmoid()
+        return (
+            found.topk(min(LIKELIEST, found.shape[1]), dim=1).values.mean(dim=1) / image.shape[1] - 1
+        ).sigmoid()
 
     @contextmanager
-    def engaged(self, model: nn.Module, task: int, image: Tensor, weights: Tensor, text: float) -> Iterator[None]:
+    def engaged(
+        self, model: nn.Module, task: int, image: Tensor, weights: Tensor, text: float
+    ) -> Iterator[None]:
         """Switch a task's prompts on, each where its gate is open and as its picture's weight says."""
         if not self._prompts:
             self._prompts = [self._read(model, state) for state in self.learned_states]
@@ -217,5 +257,8 @@ class Iap(RoutedMethod):
 def _on(model: nn.Module, prompts: TaskPrompts, vision, text: float) -> Iterator[None]:
     """Have both encoders read a task's prompts: the images as `vision` says of each layer, the class prompts all alike."""
     layers = {part: [layer.self_attn for layer in found] for part, found in encoder_layers(model).items()}
-    with prompted(layers["vision"], prompts.vision, vision), prompted(layers["text"], prompts.text, lambda number: text):
+    with (
+        prompted(layers["vision"], prompts.vision, vision),
+        prompted(layers["text"], prompts.text, lambda number: text),
+    ):
         yield

@@ -30,8 +30,15 @@ from torch import Tensor
 
 from llava_keeplora.adapters import AdapterInit
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import Holding, Layer, Method, Record, TaskContext
-from llava_keeplora.subspace import SecondMoment, append_directions, empty_basis, feature_directions, leading_directions
+from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, TaskContext
+from llava_keeplora.run_folder import Stage
+from llava_keeplora.subspace import (
+    SecondMoment,
+    append_directions,
+    empty_basis,
+    feature_directions,
+    leading_directions,
+)
 
 #: Between the names of layers that read the same tensor, in a state's keys.
 AND = "|"
@@ -41,11 +48,14 @@ F32, F64 = 4, 8
 class InfLora(Method):
     """InfLoRA as `methods/inflora.py` describes it."""
 
-    record = Record(
-        "inflora", "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning", "https://arxiv.org/abs/2404.00228",
-        kept="a basis for every distinct input, of at most in columns", trained="B",
+    info = MethodInfo(
+        "inflora",
+        "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning",
+        "https://arxiv.org/abs/2404.00228",
+        kept="a basis for every distinct input, of at most in columns",
+        trained="B",
     )
-    passes = {"PREPARED": 1.0, "CONSOLIDATED": 1.0}
+    stage_cost = {Stage.PREPARED: 1.0, Stage.CONSOLIDATED: 1.0}
 
     @dataclass(frozen=True)
     class Options:
@@ -59,7 +69,10 @@ class InfLora(Method):
 
         def __post_init__(self) -> None:
             if not 0.0 <= self.energy_step < 1.0:
-                raise MethodError(f"energy_step is {self.energy_step}, but a rise of a share lies in [0, 1)", "set it to 0 for one share for all tasks")
+                raise MethodError(
+                    f"energy_step is {self.energy_step}, but a rise of a share lies in [0, 1)",
+                    "set it to 0 for one share for all tasks",
+                )
 
     def __init__(self, options: "InfLora.Options"):
         super().__init__(options)
@@ -71,12 +84,14 @@ class InfLora(Method):
         distinct = {(name.rpartition(".")[0], layer.module.in_features) for name, layer in layers.items()}
         return F32 * sum(width**2 for _, width in distinct)
 
-    def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """A from the task's inputs outside M; layers without any are left out and named."""
         inits, left_out = {}, dict.fromkeys(ctx.layers, "reads nothing")
         for names, moment in self._moments(ctx):
             rank = max(ctx.layers[name].rank for name in names)
-            A = leading_directions(moment, self._basis(ctx.layers[names[0]]).to(moment.device), rank).T.cpu() / math.sqrt(3)
+            A = leading_directions(
+                moment, self._basis(ctx.layers[names[0]]).to(moment.device), rank
+            ).T.cpu() / math.sqrt(3)
             for name in names:
                 layer, own = ctx.layers[name], min(len(A), ctx.layers[name].rank)
                 left_out[name] = "no input outside the protected subspace"
@@ -85,24 +100,33 @@ class InfLora(Method):
                     inits[name] = AdapterInit(own, layer.alpha / layer.rank * own, A[:own].clone())
                     del left_out[name]
         if not inits:
-            raise MethodError(f"no adapted layer has a direction left for task '{ctx.name}'", "lower energy_feature or energy_step")
+            raise MethodError(
+                f"no adapted layer has a direction left for task '{ctx.name}'",
+                "lower energy_feature or energy_step",
+            )
         ctx.report["left_out"] = left_out
         return inits
 
-    def consolidate(self, ctx: TaskContext) -> None:
+    def after_task(self, ctx: TaskContext) -> None:
         """Grow M by what the task reads; the base alone protects nothing."""
         self._added, energies = {}, ctx.report.setdefault("feature_energy", {})
         for names, moment in self._moments(ctx) if ctx.index else ():
             layer = ctx.layers[names[0]]
-            basis, energy = self._basis(layer), min(1.0, layer.energy_feature + (ctx.index - 1) * self.options.energy_step)
+            basis, energy = (
+                self._basis(layer),
+                min(1.0, layer.energy_feature + (ctx.index - 1) * self.options.energy_step),
+            )
             # The eigenvalues of Φ² are the energies of Φ.
             found = feature_directions(moment @ moment, basis.to(moment.device), energy)
             grown = append_directions(basis, found.new.cpu())
             self._added[AND.join(names)] = grown[:, basis.shape[1] :].clone()
             self.bases |= dict.fromkeys(names, grown)
-            energies |= dict.fromkeys(names, {"before": found.energy_before, "after": found.energy_after, "new": found.rank})
+            energies |= dict.fromkeys(
+                names, {"before": found.energy_before, "after": found.energy_after, "new": found.rank}
+            )
         ctx.report["capacity"] = {
-            name: {"in": layer.module.in_features, "k": self._basis(layer).shape[1], "part": layer.part} for name, layer in ctx.layers.items()
+            name: {"in": layer.module.in_features, "k": self._basis(layer).shape[1], "part": layer.part}
+            for name, layer in ctx.layers.items()
         }
 
     def _basis(self, layer: Layer) -> Tensor:
@@ -132,22 +156,29 @@ class InfLora(Method):
             moment = made.pop(names).matrix.double()
             yield names, moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The columns that the last task added, once for layers that read the same tensor."""
         return dict(self._added)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Columns of M, of a task's layers that read the same tensor."""
-        groups = {key: key.split(AND) for key in names if ctx.index and ctx.layers.keys() >= set(key.split(AND))}
-        return {key: Holding((ctx.layers[own[0]].module.in_features, None), tuple(own)) for key, own in groups.items()}
+        groups = {
+            key: key.split(AND) for key in names if ctx.index and ctx.layers.keys() >= set(key.split(AND))
+        }
+        return {
+            key: Holding((ctx.layers[own[0]].module.in_features, None), tuple(own))
+            for key, own in groups.items()
+        }
 
-    def load(self, states: list[dict[str, Tensor]]) -> None:
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Rebuild every M from its columns, task by task."""
         self.bases = {}
         for state in states:
             for key, new in state.items():
                 for name in key.split(AND):
-                    self.bases[name] = torch.cat([self.bases[name], new], dim=1) if name in self.bases else new
+                    self.bases[name] = (
+                        torch.cat([self.bases[name], new], dim=1) if name in self.bases else new
+                    )
 
     def capacity(self) -> dict[str, int]:
         """Layer name → k."""

@@ -35,9 +35,10 @@ from torch import Tensor
 
 from llava_keeplora.adapters import AdapterInit, Delta, dense_weight
 from llava_keeplora.errors import MethodError, nearest
-from llava_keeplora.methods.base import Holding, Layer, Method, Record, TaskContext
-from llava_keeplora.methods.first_step import first_step_directions, gradient_statistic
-from llava_keeplora.methods.keeplora_rules import RULES, least_statistics
+from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, TaskContext
+from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
+from llava_keeplora.methods.presets import RULES, least_statistics
+from llava_keeplora.run_folder import Stage
 from llava_keeplora.subspace import (
     FeatureDirections,
     RankError,
@@ -52,19 +53,27 @@ from llava_keeplora.subspace import (
 
 logger = logging.getLogger(__name__)
 
-CHOICES = {"preset": tuple(RULES), "form": ("delta", "literal"), "init": ("gradient", "random"), "gradient": ("sketch", "dense")}
+CHOICES = {
+    "preset": tuple(RULES),
+    "form": ("delta", "literal"),
+    "init": ("gradient", "random"),
+    "gradient": ("sketch", "dense"),
+}
 
 
 class KeepLora(Method):
     """KeepLoRA as `methods/keeplora.py` describes it."""
 
-    record = Record(
-        "keeplora", "KeepLoRA: Continual Learning with Residual Gradient Adaptation", "https://arxiv.org/abs/2601.19659",
-        kept="a basis for every layer, of at most in columns", trained="B",
+    info = MethodInfo(
+        "keeplora",
+        "KeepLoRA: Continual Learning with Residual Gradient Adaptation",
+        "https://arxiv.org/abs/2601.19659",
+        kept="a basis for every layer, of at most in columns",
+        trained="B",
     )
 
-    passes = {"PREPARED": 3.0, "CONSOLIDATED": 1.0}
-    fixed_base = True
+    stage_cost = {Stage.PREPARED: 3.0, Stage.CONSOLIDATED: 1.0}
+    base_is_cacheable = True
 
     @dataclass(frozen=True)
     class Options:
@@ -98,16 +107,29 @@ class KeepLora(Method):
                     raise MethodError(f"{name} is '{value}'", nearest(str(value), valid))
             for name in ("gradient_fraction", "feature_fraction"):
                 if not 0.0 < getattr(self, name) <= 1.0:
-                    raise MethodError(f"{name} is {getattr(self, name)}, but a share of the data lies in (0, 1]", "set it to 1.0")
+                    raise MethodError(
+                        f"{name} is {getattr(self, name)}, but a share of the data lies in (0, 1]",
+                        "set it to 1.0",
+                    )
             if self.feature_fraction < 1.0 and RULES[self.preset].evidence == "gradient":
-                raise MethodError(f"feature_fraction is {self.feature_fraction}, and the preset '{self.preset}' reads gradients instead of features", "set gradient_fraction")
+                raise MethodError(
+                    f"feature_fraction is {self.feature_fraction}, and the preset '{self.preset}' reads gradients instead of features",
+                    "set gradient_fraction",
+                )
             if self.gradient == "sketch" and RULES[self.preset].gradient == "dense":
-                raise MethodError(f"the preset '{self.preset}' takes the gradient whole, as the released code does", "remove `gradient: sketch`")
+                raise MethodError(
+                    f"the preset '{self.preset}' takes the gradient whole, as the released code does",
+                    "remove `gradient: sketch`",
+                )
 
     def __init__(self, options: "KeepLora.Options"):
         super().__init__(options)
         self.rules = RULES[options.preset]
-        self.dropout, self.counts_examples, self.every_position = self.rules.dropout, self.rules.counts_examples, self.rules.every_position
+        self.dropout, self.counts_examples, self.every_position = (
+            self.rules.dropout,
+            self.rules.counts_examples,
+            self.rules.every_position,
+        )
         self.form = options.form or self.rules.form
         self.one_process = self.rules.one_process and options.protect_features
         self.sketched = (options.gradient or self.rules.gradient) == "sketch"
@@ -141,7 +163,7 @@ class KeepLora(Method):
         sketches = self.options.protect_features and self.options.preset == "paper"
         return least_statistics(list(layers.values())) if sketches else 0
 
-    def consolidate(self, ctx: TaskContext) -> None:
+    def after_task(self, ctx: TaskContext) -> None:
         """Grow M': by W_p on the base (`ctx.index` 0), by the task's feature directions after a task."""
         self._added = {}
         if ctx.index == 0:
@@ -154,9 +176,13 @@ class KeepLora(Method):
         for name, new in self._added.items():
             self._grow(name, new)
         # What is kept is what the basis holds, after the appended columns were made orthogonal once more.
-        self._added = {name: self.bases[name][:, -new.shape[1] or self.bases[name].shape[1] :] for name, new in self._added.items()}
+        self._added = {
+            name: self.bases[name][:, -new.shape[1] or self.bases[name].shape[1] :]
+            for name, new in self._added.items()
+        }
         ctx.report["capacity"] = {
-            name: {"in": layer.module.in_features, "k": self.bases[name].shape[1], "part": layer.part} for name, layer in ctx.layers.items()
+            name: {"in": layer.module.in_features, "k": self.bases[name].shape[1], "part": layer.part}
+            for name, layer in ctx.layers.items()
         }
         if ctx.index == 0:
             self._give_budgets(ctx)
@@ -164,33 +190,54 @@ class KeepLora(Method):
     def _evidence(self, ctx: TaskContext) -> Mapping[str, Any]:
         """Layer name → what shows which directions the task uses: its features' statistic, or its gradient."""
         if self.rules.evidence == "gradient":
-            gradients = {name: gradient_statistic(layer, self.bases[name], None, ctx.seed) for name, layer in ctx.layers.items()}
+            gradients = {
+                name: gradient_statistic(layer, self.bases[name], None, ctx.seed)
+                for name, layer in ctx.layers.items()
+            }
             ctx.gradients(self.options.gradient_fraction, gradients)
             return {name: gradient for name, gradient in gradients.items() if bool(gradient.matrix.any())}
 
         def statistics(groups: list[list[str]]) -> dict[str, Any]:
             try:
-                return self.rules.statistics([[ctx.layers[name] for name in names] for names in groups], self.bases, ctx.statistics_bytes, ctx.seed)
+                return self.rules.statistics(
+                    [[ctx.layers[name] for name in names] for names in groups],
+                    self.bases,
+                    ctx.statistics_bytes,
+                    ctx.seed,
+                )
             except ShapeError as error:
-                raise MethodError(f"the features of task '{ctx.name}' don't fit into memory.statistics_gb ({error})", "raise memory.statistics_gb") from error
+                raise MethodError(
+                    f"the features of task '{ctx.name}' don't fit into memory.statistics_gb ({error})",
+                    "raise memory.statistics_gb",
+                ) from error
 
         return ctx.features(statistics, self.options.feature_fraction)
 
     def _energies(self, ctx: TaskContext) -> dict[str, float]:
         """Part → ε_w, chosen where it is `auto`."""
         energies = {layer.part: layer.energy_weight for layer in ctx.layers.values()}
-        auto = {layer.part for layer in ctx.layers.values() if "energy_weight" in layer.auto} if self.options.protect_weights else set()
+        auto = (
+            {layer.part for layer in ctx.layers.values() if "energy_weight" in layer.auto}
+            if self.options.protect_weights
+            else set()
+        )
         if auto:
             ctx.report["energy_weight"] = {part: ctx.choose(part) for part in energies if part in auto}
-        return energies | {part: chosen["energy"] for part, chosen in ctx.report.get("energy_weight", {}).items()}
+        return energies | {
+            part: chosen["energy"] for part, chosen in ctx.report.get("energy_weight", {}).items()
+        }
 
     def _give_budgets(self, ctx: TaskContext) -> None:
         """Where ε_f is `auto`, share the room of a layer out: after all tasks but the last, r directions must be left for that one."""
         rooms = {
-            name: layer.module.in_features - self.bases[name].shape[1] - layer.rank for name, layer in ctx.layers.items() if "energy_feature" in layer.auto
+            name: layer.module.in_features - self.bases[name].shape[1] - layer.rank
+            for name, layer in ctx.layers.items()
+            if "energy_feature" in layer.auto
         }
         if rooms and self.options.protect_features:
-            ctx.report["feature_budget"] = {name: room // max(1, ctx.tasks - 1) for name, room in rooms.items()}
+            ctx.report["feature_budget"] = {
+                name: room // max(1, ctx.tasks - 1) for name, room in rooms.items()
+            }
 
     def _limit(self, name: str, ctx: TaskContext) -> int | None:
         """The most directions that a task may add to a layer: its budget, and what earlier tasks left of theirs."""
@@ -222,7 +269,9 @@ class KeepLora(Method):
             for name, statistic in evidence.items():
                 layer = ctx.layers[name]
                 with _in_layer(layer):
-                    found[name] = self.rules.extend(self.bases[name], statistic, layer.energy_feature, self._limit(name, ctx))
+                    found[name] = self.rules.extend(
+                        self.bases[name], statistic, layer.energy_feature, self._limit(name, ctx)
+                    )
 
         evidence = dict(self._evidence(ctx))
         read(evidence)
@@ -232,26 +281,49 @@ class KeepLora(Method):
         again = {name: evidence.pop(name).refined() for name in short}
         if again:
             read(ctx.features(lambda groups: again, self.options.feature_fraction))
-            _tell_missed(ctx, {name: found[name].energy_after for name in again if not getattr(found[name], "reached", True)})
+            _tell_missed(
+                ctx,
+                {
+                    name: found[name].energy_after
+                    for name in again
+                    if not getattr(found[name], "reached", True)
+                },
+            )
         report = ctx.report.setdefault("feature_energy", {})
         for name, one in found.items():
             report[name] = {"before": one.energy_before, "after": one.energy_after, "new": one.rank}
             if isinstance(one, SketchedFeatureDirections):
-                report[name] |= {"error": one.energy_error, "missed": one.missed, "fewest": one.fewest, "reached": one.reached, "passes": 1 + (name in again)}
+                report[name] |= {
+                    "error": one.energy_error,
+                    "missed": one.missed,
+                    "fewest": one.fewest,
+                    "reached": one.reached,
+                    "passes": 1 + (name in again),
+                }
         return {name: one.new.cpu() for name, one in found.items()}
 
     def _grow(self, name: str, new: Tensor) -> None:
         old = self.bases.get(name)
         self.bases[name] = new if old is None else append_directions(old, new)
 
-    def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """A from the residual gradient; layers without a gradient or without room are left out and named."""
-        rooms = {name: layer.module.in_features - self.bases[name].shape[1] for name, layer in ctx.layers.items()}
+        rooms = {
+            name: layer.module.in_features - self.bases[name].shape[1] for name, layer in ctx.layers.items()
+        }
         ranks = {name: min(ctx.layers[name].rank, room) for name, room in rooms.items() if room}
         found, left_out = first_step_directions(
-            ctx, ranks, self.bases, self.options.gradient_fraction, self.sketched, self.rules.directions, _in_layer
+            ctx,
+            ranks,
+            self.bases,
+            self.options.gradient_fraction,
+            self.sketched,
+            self.rules.directions,
+            _in_layer,
         )
-        left_out |= {name: "no room outside the protected subspace" for name, room in rooms.items() if not room}
+        left_out |= {
+            name: "no room outside the protected subspace" for name, room in rooms.items() if not room
+        }
         inits, numbers = {}, {}
         generator = torch.Generator().manual_seed(ctx.seed)
         for name, layer in ctx.layers.items():
@@ -263,31 +335,44 @@ class KeepLora(Method):
                 A, B = _random_directions(A.shape[0], self.bases[name], generator), torch.zeros_like(B)
             # A task of few classes, or a nearly full layer, has fewer than r directions; the scale s stays.
             rank = A.shape[0]
-            inits[name] = AdapterInit(rank, layer.alpha / layer.rank * rank, A, B if self.form == "literal" else None)
+            inits[name] = AdapterInit(
+                rank, layer.alpha / layer.rank * rank, A, B if self.form == "literal" else None
+            )
             numbers[name] = {"rank": rank, "residual_energy": one.residual_energy, "captured": one.captured}
             if isinstance(one, SketchedDirections):
-                numbers[name] |= {key: getattr(one, key) for key in ("captured_error", "of_optimum", "at_least", "residual_bounds", "passes")}
+                numbers[name] |= {
+                    key: getattr(one, key)
+                    for key in ("captured_error", "of_optimum", "at_least", "residual_bounds", "passes")
+                }
         if not inits:
             raise MethodError(
-                f"no adapted layer has a direction left for task '{ctx.name}'", "lower energy_weight or energy_feature, or adapt more layers"
+                f"no adapted layer has a direction left for task '{ctx.name}'",
+                "lower energy_weight or energy_feature, or adapt more layers",
             )
         ctx.report.update(left_out=left_out, gradient=numbers)
         _tell_estimates(ctx.name, numbers)
         return inits
 
-    def base_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
+    def weight_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
         """The literal form trains on W' = W − s(A B₀)ᵀ."""
-        return {name: Delta(init.A, -init.B, init.scale) for name, init in inits.items()} if self.form == "literal" else {}
+        return (
+            {name: Delta(init.A, -init.B, init.scale) for name, init in inits.items()}
+            if self.form == "literal"
+            else {}
+        )
 
-    def state(self) -> dict[str, Tensor]:
-        """The columns that the last `consolidate` added to each layer's basis."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The columns that the last `after_task` added to each layer's basis."""
         return dict(self._added)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Columns of M', of every layer on the base."""
-        return {name: Holding((layer.module.in_features, None), (name,), required=ctx.index == 0) for name, layer in ctx.layers.items()}
+        return {
+            name: Holding((layer.module.in_features, None), (name,), required=ctx.index == 0)
+            for name, layer in ctx.layers.items()
+        }
 
-    def load(self, states: list[dict[str, Tensor]]) -> None:
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Rebuild every basis from its columns, task by task."""
         self.bases = {}
         for state in states:
@@ -303,14 +388,25 @@ def _tell_estimates(task: str, numbers: Mapping[str, Mapping[str, Any]]) -> None
     """Say how near the sketched layers' A are to the best rank-r subspaces."""
     sketched = {name: one for name, one in numbers.items() if "passes" in one}
     for name, one in sketched.items():
-        logger.debug("%s, layer %s: A holds %.3f of the optimum, at least %.3f, after %d passes", task, name, one["of_optimum"], one["at_least"], one["passes"])
+        logger.debug(
+            "%s, layer %s: A holds %.3f of the optimum, at least %.3f, after %d passes",
+            task,
+            name,
+            one["of_optimum"],
+            one["at_least"],
+            one["passes"],
+        )
     if sketched:
         worst = min(sketched, key=lambda name: sketched[name]["of_optimum"])
         logger.info(
             "%s: A of %d layers from sketched gradients, in up to %d passes over the data; "
             "an estimated %.3f of the best rank-r energy in %s, the worst, of which %.3f is proven",
-            task, len(sketched), max(one["passes"] for one in sketched.values()),
-            sketched[worst]["of_optimum"], worst, sketched[worst]["at_least"],
+            task,
+            len(sketched),
+            max(one["passes"] for one in sketched.values()),
+            sketched[worst]["of_optimum"],
+            worst,
+            sketched[worst]["at_least"],
         )
 
 
@@ -320,7 +416,11 @@ def _tell_missed(ctx: TaskContext, held: Mapping[str, float]) -> None:
         worst = min(held, key=held.get)
         logger.warning(
             "%s: the sketched features of %d layers don't reach energy_feature; %s protects %.3f of %s for sure. Raise memory.statistics_gb, or lower energy_feature",
-            ctx.name, len(held), worst, held[worst], ctx.layers[worst].energy_feature,
+            ctx.name,
+            len(held),
+            worst,
+            held[worst],
+            ctx.layers[worst].energy_feature,
         )
 
 
@@ -342,4 +442,7 @@ class _in_layer:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, SubspaceError) and not isinstance(error, RankError):
-            raise MethodError(f"in layer {self.layer.name}: {str(error).rstrip('.')}", "check the model's weights, the data and the thresholds") from error
+            raise MethodError(
+                f"in layer {self.layer.name}: {str(error).rstrip('.')}",
+                "check the model's weights, the data and the thresholds",
+            ) from error

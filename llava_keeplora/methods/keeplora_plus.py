@@ -32,11 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, normalize
 
+from llava_keeplora.deepspeed_zero import trained_values
+from llava_keeplora.distributed import sum_over_processes
 from llava_keeplora.errors import MethodError
-from llava_keeplora.group import sum_over_processes
-from llava_keeplora.methods.base import Holding, Record, TaskContext
+from llava_keeplora.methods.base import Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.keeplora import KeepLora
-from llava_keeplora.zero import trained_values
+from llava_keeplora.run_folder import Stage
 from llava_keeplora_eval.predictors import ClipPredictor
 
 #: What the model calls the parameter, and how the names of kept rows begin, the task's name following.
@@ -46,13 +47,20 @@ ROWS = "cosine_classifier"
 class KeepLoraPlus(KeepLora):
     """KeepLoRA+ as `methods/keeplora_plus.py` describes it."""
 
-    record = Record(
-        "keeplora+", "KeepLoRA: Continual Learning with Residual Gradient Adaptation, with a cosine classifier", "https://arxiv.org/abs/2601.19659",
-        task_id_at_test=True, inference_cost="one product with the image features", extra_parameters="a row per learned class", mergeable=False,
-        kept="a basis for every layer, of at most in columns, and a row per class", trained="B, a row per class", families=("clip",),
+    info = MethodInfo(
+        "keeplora+",
+        "KeepLoRA: Continual Learning with Residual Gradient Adaptation, with a cosine classifier",
+        "https://arxiv.org/abs/2601.19659",
+        task_id_at_test=True,
+        inference_cost="one product with the image features",
+        extra_parameters="a row per learned class",
+        mergeable=False,
+        kept="a basis for every layer, of at most in columns, and a row per class",
+        trained="B, a row per class",
+        families=("clip",),
     )
-    passes = KeepLora.passes | {"TRAINED": 1.0}
-    sharded = False
+    stage_cost = KeepLora.stage_cost | {Stage.TRAINED: 1.0}
+    supports_zero3 = False
 
     @dataclass(frozen=True)
     class Options(KeepLora.Options):
@@ -68,7 +76,10 @@ class KeepLoraPlus(KeepLora):
         def __post_init__(self) -> None:
             super().__post_init__()
             if not self.scale >= 0.0:
-                raise MethodError(f"scale is {self.scale}, but logits grow with the cosine", "set it to 30, as published, or to 0 to do without")
+                raise MethodError(
+                    f"scale is {self.scale}, but logits grow with the cosine",
+                    "set it to 30, as published, or to 0 to do without",
+                )
 
     def __init__(self, options: "KeepLoraPlus.Options"):
         super().__init__(options)
@@ -76,7 +87,7 @@ class KeepLoraPlus(KeepLora):
         self._trained: dict[str, nn.Parameter] = {}
 
     @contextmanager
-    def attached(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+    def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
         """Put the task's rows on the model."""
         dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
         rows = nn.Parameter(class_directions(ctx.task(), ctx.batches()).to(dtype))
@@ -90,21 +101,33 @@ class KeepLoraPlus(KeepLora):
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """The cross-entropy of the text logits and the classifier's together."""
-        return cross_entropy(out["logits"].float() + cosine_logits(out["image"], self._trained[ctx.name], self.options.scale), batch["labels"])
+        return cross_entropy(
+            out["logits"].float() + cosine_logits(out["image"], self._trained[ctx.name], self.options.scale),
+            batch["labels"],
+        )
 
-    def kept(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """The task's rows in fp32."""
         return {f"{ROWS}.{task}": trained_values(rows).cpu() for task, rows in self._trained.items()}
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """KeepLoRA's, and a task's rows."""
-        rows = {f"{ROWS}.{ctx.name}": Holding(("classes", ctx.model.config.projection_dim))} if ctx.index else {}
+        rows = (
+            {f"{ROWS}.{ctx.name}": Holding(("classes", ctx.model.config.projection_dim))} if ctx.index else {}
+        )
         return super().holds(ctx, names) | rows
 
-    def load(self, states: list[dict[str, Tensor]]) -> None:
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Take back every task's rows, and the bases."""
-        self.rows = {key.removeprefix(f"{ROWS}."): rows for state in states for key, rows in state.items() if key.startswith(ROWS)}
-        super().load([{key: new for key, new in state.items() if not key.startswith(ROWS)} for state in states])
+        self.rows = {
+            key.removeprefix(f"{ROWS}."): rows
+            for state in states
+            for key, rows in state.items()
+            if key.startswith(ROWS)
+        }
+        super().load_state_dicts(
+            [{key: new for key, new in state.items() if not key.startswith(ROWS)} for state in states]
+        )
 
     def predictor(self, predictor: ClipPredictor, task: str) -> ClipPredictor:
         """The text's answer for a task that isn't learned, that of both for one that is."""
@@ -114,7 +137,7 @@ class KeepLoraPlus(KeepLora):
 
 
 def cosine_logits(image: Tensor, rows: Tensor, scale: float) -> Tensor:
-    """scale · cos(f, w_c), (batch, C) in fp32, outside autocast.
+    """Scale · cos(f, w_c), (batch, C) in fp32, outside autocast.
 
     Args:
         image: f (batch, d), unit length.

@@ -26,16 +26,19 @@ from dataclasses import dataclass, replace
 
 from llava_keeplora.adapters import AdapterInit
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import Record, TaskContext
+from llava_keeplora.methods.base import MethodInfo, TaskContext
 from llava_keeplora.methods.keeplora import KeepLora
 
 
 class KeepLoraPlusPlus(KeepLora):
     """KeepLoRA++ as `methods/keeplora_plus_plus.py` describes it."""
 
-    record = Record(
-        "keeplora++", "KeepLoRA++: Continual Learning with Layer-Scaled Residual Gradient Adaptation", "https://arxiv.org/abs/2606.16256",
-        kept="a basis for every layer, of at most in columns", trained="B",
+    info = MethodInfo(
+        "keeplora++",
+        "KeepLoRA++: Continual Learning with Layer-Scaled Residual Gradient Adaptation",
+        "https://arxiv.org/abs/2606.16256",
+        kept="a basis for every layer, of at most in columns",
+        trained="B",
     )
 
     @dataclass(frozen=True)
@@ -51,15 +54,26 @@ class KeepLoraPlusPlus(KeepLora):
         def __post_init__(self) -> None:
             super().__post_init__()
             if not 0.0 <= self.gamma <= 1.0:
-                raise MethodError(f"gamma is {self.gamma}, but the first block's share of an update lies in [0, 1]", "set it to 0.2, as published")
+                raise MethodError(
+                    f"gamma is {self.gamma}, but the first block's share of an update lies in [0, 1]",
+                    "set it to 0.2, as published",
+                )
 
-    def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """KeepLoRA's adapters, each with its block's λ in alpha; at γ = 0 the first block has none."""
         part = "vision" if ctx.model.config.model_type == "clip" else "language"
-        scaled = block_factors((name for name, layer in ctx.layers.items() if layer.part == part), self.options.gamma)
-        inits = super().prepare(ctx)
-        ctx.report["left_out"] |= {name: "its block's factor is 0" for name in inits if scaled.get(name) == 0.0}
-        return {name: replace(init, alpha=init.alpha * factor) for name, init in inits.items() if (factor := scaled.get(name, 1.0))}
+        scaled = block_factors(
+            (name for name, layer in ctx.layers.items() if layer.part == part), self.options.gamma
+        )
+        inits = super().init_adapters(ctx)
+        ctx.report["left_out"] |= {
+            name: "its block's factor is 0" for name in inits if scaled.get(name) == 0.0
+        }
+        return {
+            name: replace(init, alpha=init.alpha * factor)
+            for name, init in inits.items()
+            if (factor := scaled.get(name, 1.0))
+        }
 
 
 def block_factors(names: Iterable[str], gamma: float) -> dict[str, float]:
@@ -71,4 +85,7 @@ def block_factors(names: Iterable[str], gamma: float) -> dict[str, float]:
     """
     blocks = {name: int(next(filter(str.isdigit, name.split(".")))) for name in names}
     first, last = min(blocks.values(), default=0), max(blocks.values(), default=0)
-    return {name: gamma + (1.0 - gamma) * (block - first) / (last - first) if last > first else 1.0 for name, block in blocks.items()}
+    return {
+        name: gamma + (1.0 - gamma) * (block - first) / (last - first) if last > first else 1.0
+        for name, block in blocks.items()
+    }

@@ -57,11 +57,17 @@ def find_changed(method: type[Method], parts: Mapping[str, Any], family: Any) ->
         method: the method.
         parts, family: see `find_layers`.
     """
-    if method.whole:
+    if method.full_finetuning:
         # The root's own parameters stay as they are: of CLIP that is the temperature, which its fine-tuning leaves alone.
         named = [(name, module) for name, module in family.model.named_modules() if name]
-        return Changed(full={name: module for name, module in named if next(module.parameters(recurse=False), None) is not None})
-    return find_layers(parts, family) if method.adapts else Changed()
+        return Changed(
+            full={
+                name: module
+                for name, module in named
+                if next(module.parameters(recurse=False), None) is not None
+            }
+        )
+    return find_layers(parts, family) if method.uses_lora else Changed()
 
 
 def find_layers(parts: Mapping[str, Any], family: Any) -> Changed:
@@ -78,14 +84,26 @@ def find_layers(parts: Mapping[str, Any], family: Any) -> Changed:
     for part, own in parts.items():
         targets = own.targets or family.targets.get(part, ())
         modules = family.linear_layers(part, targets)
-        found.unreachable.extend(family.unreachable(part, targets))
+        found.unreachable.extend(family.layers_without_gradient(part, targets))
         if own.train == "full":
             found.full.update(modules)
             continue
         for name, module in modules.items():
-            found.adapted[name] = Layer(name, part, module, own.rank, own.alpha, own.energy("energy_weight"), own.energy("energy_feature"), own.auto)
+            found.adapted[name] = Layer(
+                name,
+                part,
+                module,
+                own.rank,
+                own.alpha,
+                own.energy("energy_weight"),
+                own.energy("energy_feature"),
+                own.auto,
+            )
     if not found.adapted:
-        raise ConfigError("the run adapts no part of the model", f"name at least one of {', '.join(family.targets)} under `parts`")
+        raise ConfigError(
+            "the run adapts no part of the model",
+            f"name at least one of {', '.join(family.targets)} under `parts`",
+        )
     return found
 
 
@@ -95,9 +113,9 @@ def _check_family(label: str, method: type[Method], family: Any) -> None:
     Raises:
         ConfigError: naming both.
     """
-    if family.name not in method.record.families:
+    if family.name not in method.info.families:
         raise ConfigError(
-            f"'{label}' runs on {' and '.join(method.record.families)}, and {family.path} is a {family.name}",
+            f"'{label}' runs on {' and '.join(method.info.families)}, and {family.path} is a {family.name}",
             f"leave '{label}' out of this run",
         )
 
@@ -109,7 +127,11 @@ def _check_full_parts(parts: Mapping[str, Any], family: Any) -> None:
         ConfigError: naming the part.
     """
     for name, part in parts.items():
-        if part.train == "full" and family.quantization and family.parts.get(name) not in family.whole:
+        if (
+            part.train == "full"
+            and family.quantization
+            and family.parts.get(name) not in family.skip_quantization
+        ):
             raise ConfigError(
                 f"parts.{name}.train is 'full' and model.quantization is {family.quantization}, but quantised weights can't be trained",
                 f"set parts.{name}.train to 'adapter', or leave the base unquantised",

@@ -34,13 +34,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from llava_keeplora.deepspeed_zero import trained_values
+from llava_keeplora.distributed import sum_over_processes
 from llava_keeplora.errors import MethodError
-from llava_keeplora.group import sum_over_processes
 from llava_keeplora.methods.auto_encoder import AutoEncoder
-from llava_keeplora.methods.base import Holding, Record, TaskContext
+from llava_keeplora.methods.base import Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.experts import Mixture, mixed
 from llava_keeplora.methods.routed import ORIGINAL, Route, RoutedMethod, check_routing, encoder_layers
-from llava_keeplora.zero import trained_values
 
 #: What the model calls the modules while a task trains.
 NAME = "moe_adapters"
@@ -50,11 +50,15 @@ COUNTS, CODER = "counts", "auto_encoder."
 class MoeAdapters(RoutedMethod):
     """MoE-Adapters as `methods/moe_adapters.py` describes it."""
 
-    record = Record(
-        "moe-adapters", "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts Adapters",
-        "https://arxiv.org/abs/2403.11549", inference_cost="a second pass of the image encoder, the experts in every layer",
-        extra_parameters="experts in every layer; per task a router in every layer and an auto-encoder", mergeable=False,
-        kept="experts as they are, routers and an auto-encoder per task", trained="experts that are not frozen, a router in every layer",
+    info = MethodInfo(
+        "moe-adapters",
+        "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts Adapters",
+        "https://arxiv.org/abs/2403.11549",
+        inference_cost="a second pass of the image encoder, the experts in every layer",
+        extra_parameters="experts in every layer; per task a router in every layer and an auto-encoder",
+        mergeable=False,
+        kept="experts as they are, routers and an auto-encoder per task",
+        trained="experts that are not frozen, a router in every layer",
         families=("clip",),
     )
 
@@ -88,18 +92,30 @@ class MoeAdapters(RoutedMethod):
             check_routing(self.routing)
             for name in ("bottleneck", "code"):
                 if getattr(self, name) < 1:
-                    raise MethodError(f"{name} is {getattr(self, name)}, but a bottleneck lets something through", "set it to 1 or more")
+                    raise MethodError(
+                        f"{name} is {getattr(self, name)}, but a bottleneck lets something through",
+                        "set it to 1 or more",
+                    )
             if not 1 <= self.top_k <= self.experts:
-                raise MethodError(f"top_k is {self.top_k} with experts {self.experts}, but an example takes one expert to all of them", "set top_k to, say, 2")
+                raise MethodError(
+                    f"top_k is {self.top_k} with experts {self.experts}, but an example takes one expert to all of them",
+                    "set top_k to, say, 2",
+                )
             for name in ("dropout", "label_smoothing"):
                 if not 0.0 <= getattr(self, name) < 1.0:
-                    raise MethodError(f"{name} is {getattr(self, name)}, but a share lies in [0, 1)", "set it to 0 to do without")
+                    raise MethodError(
+                        f"{name} is {getattr(self, name)}, but a share lies in [0, 1)",
+                        "set it to 0 to do without",
+                    )
             if not self.threshold > 0:
-                raise MethodError(f"threshold is {self.threshold}, but an error relative to another is above 0", "set it to, say, 2")
+                raise MethodError(
+                    f"threshold is {self.threshold}, but an error relative to another is above 0",
+                    "set it to, say, 2",
+                )
 
-    def load(self, states: list[dict[str, Tensor]]) -> None:
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Take the tasks' tensors."""
-        super().load(states)
+        super().load_state_dicts(states)
         self._mixtures: nn.ModuleDict | None = None
         self._coders: list[AutoEncoder] = []
 
@@ -111,11 +127,22 @@ class MoeAdapters(RoutedMethod):
             tasks: number of routers; those of tasks to come start at zero.
         """
         own = self.options
-        settings = dict(experts=own.experts, bottleneck=own.bottleneck, tasks=tasks, top_k=own.top_k, scale=own.scale, dropout=own.dropout)
-        found = nn.ModuleDict({
-            part: nn.ModuleList(Mixture(layer.layer_norm2.weight.shape[0], **settings) for layer in layers)
-            for part, layers in encoder_layers(model).items()
-        })
+        settings = dict(
+            experts=own.experts,
+            bottleneck=own.bottleneck,
+            tasks=tasks,
+            top_k=own.top_k,
+            scale=own.scale,
+            dropout=own.dropout,
+        )
+        found = nn.ModuleDict(
+            {
+                part: nn.ModuleList(
+                    Mixture(layer.layer_norm2.weight.shape[0], **settings) for layer in layers
+                )
+                for part, layers in encoder_layers(model).items()
+            }
+        )
         for task, state in enumerate(self.learned_states):
             # A task's tensors are a part of all, and its auto-encoder is none of them.
             found.load_state_dict(state, strict=False)
@@ -128,13 +155,15 @@ class MoeAdapters(RoutedMethod):
     # --- training ----------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+    def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
         """Put the experts on the model, with routers of the task's own."""
         task = len(self.learned_states)
         self._trained = self.mixtures(model, task + 1)
         # What this process has counted since the last step, and everybody's counts before that.
         shape = (len(list(_all(self._trained))), self.options.experts)
-        self._fresh, self._counts = (torch.zeros(shape, dtype=torch.long, device=next(model.parameters()).device) for _ in range(2))
+        self._fresh, self._counts = (
+            torch.zeros(shape, dtype=torch.long, device=next(model.parameters()).device) for _ in range(2)
+        )
         for mixture, row in zip(_all(self._trained), self._fresh, strict=True):
             mixture.chosen = row
         with ExitStack() as held:
@@ -147,7 +176,9 @@ class MoeAdapters(RoutedMethod):
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """Cross-entropy with smoothed labels."""
-        return cross_entropy(out["logits"].float(), batch["labels"], label_smoothing=self.options.label_smoothing)
+        return cross_entropy(
+            out["logits"].float(), batch["labels"], label_smoothing=self.options.label_smoothing
+        )
 
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
         """Add up which experts took part, in all processes."""
@@ -159,22 +190,35 @@ class MoeAdapters(RoutedMethod):
         """(L, E) which experts took part so far."""
         return {COUNTS: self._counts}
 
-    def kept(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """What was trained, and which experts took part."""
-        trained = {name: trained_values(p).cpu() for name, p in self._trained.named_parameters() if p.requires_grad}
+        trained = {
+            name: trained_values(p).cpu() for name, p in self._trained.named_parameters() if p.requires_grad
+        }
         return {**trained, COUNTS: self._counts.cpu()}
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """A task's routers, the experts that it trained, how often each took part, and its auto-encoder."""
         if not ctx.index:
             return {}
-        self.load([])
+        self.load_state_dicts([])
         with torch.device("meta"):
-            mixtures, coder = self.mixtures(ctx.model, ctx.index), AutoEncoder(ctx.model.config.projection_dim, self.options.code)
+            mixtures, coder = (
+                self.mixtures(ctx.model, ctx.index),
+                AutoEncoder(ctx.model.config.projection_dim, self.options.code),
+            )
         own = f".routers.{ctx.index - 1}."
-        trained = {name: Holding(tuple(p.shape), required=own in name) for name, p in mixtures.named_parameters() if own in name or ".experts." in name}
+        trained = {
+            name: Holding(tuple(p.shape), required=own in name)
+            for name, p in mixtures.named_parameters()
+            if own in name or ".experts." in name
+        }
         counts = Holding((len(list(_all(mixtures))), self.options.experts), integer=True)
-        return {**trained, COUNTS: counts, **{f"{CODER}{name}": Holding(tuple(value.shape)) for name, value in coder.state_dict().items()}}
+        return {
+            **trained,
+            COUNTS: counts,
+            **{f"{CODER}{name}": Holding(tuple(value.shape)) for name, value in coder.state_dict().items()},
+        }
 
     # --- routing -----------------------------------------------------------------------------------
 
@@ -187,16 +231,24 @@ class MoeAdapters(RoutedMethod):
     def routes(self, image: Tensor) -> list[Route]:
         """The task whose auto-encoder knows a picture best; the frozen CLIP for those that none knows."""
         if not self._coders:
-            states = [{name.removeprefix(CODER): v for name, v in state.items() if name.startswith(CODER)} for state in self.learned_states]
+            states = [
+                {name.removeprefix(CODER): v for name, v in state.items() if name.startswith(CODER)}
+                for state in self.learned_states
+            ]
             self._coders = [AutoEncoder.read(state).to(image.device) for state in states]
         errors = torch.stack([coder.error(image) / coder.usual for coder in self._coders], dim=1)
         if self.options.routing == "batch":
             errors = errors.mean(dim=0, keepdim=True).expand_as(errors)
         least = errors.min(dim=1)
-        return [Route(task) if error <= self.options.threshold else ORIGINAL for task, error in zip(least.indices.tolist(), least.values.tolist())]
+        return [
+            Route(task) if error <= self.options.threshold else ORIGINAL
+            for task, error in zip(least.indices.tolist(), least.values.tolist())
+        ]
 
     @contextmanager
-    def engaged(self, model: nn.Module, task: int, image: Tensor, weights: Tensor, text: float) -> Iterator[None]:
+    def engaged(
+        self, model: nn.Module, task: int, image: Tensor, weights: Tensor, text: float
+    ) -> Iterator[None]:
         """Switch the experts on, with a task's routers."""
         if self._mixtures is None:
             self._mixtures = self.mixtures(model, len(self.learned_states)).eval().requires_grad_(False)

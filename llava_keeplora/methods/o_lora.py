@@ -28,18 +28,20 @@ from torch import Tensor, nn
 
 from llava_keeplora.adapters import ADAPTER, Delta, lora_layers
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import Record, TaskContext
+from llava_keeplora.methods.base import MethodInfo, TaskContext
 from llava_keeplora.methods.seq_lora import SequentialLora
 
 
 class OLora(SequentialLora):
     """O-LoRA as `methods/o_lora.py` describes it."""
 
-    record = Record(
-        "o-lora", "Orthogonal Subspace Learning for Language Model Continual Learning", "https://arxiv.org/abs/2310.14152",
+    info = MethodInfo(
+        "o-lora",
+        "Orthogonal Subspace Learning for Language Model Continual Learning",
+        "https://arxiv.org/abs/2310.14152",
         kept="nothing (A of every task is read from its delta)",
     )
-    sharded = False
+    supports_zero3 = False
 
     @dataclass(frozen=True)
     class Options:
@@ -58,9 +60,15 @@ class OLora(SequentialLora):
         def __post_init__(self) -> None:
             for name in ("lambda1", "lambda2"):
                 if not getattr(self, name) >= 0.0:
-                    raise MethodError(f"{name} is {getattr(self, name)}, but a penalty's weight is not negative", "set it to 0 to do without")
+                    raise MethodError(
+                        f"{name} is {getattr(self, name)}, but a penalty's weight is not negative",
+                        "set it to 0 to do without",
+                    )
             if not 0.0 <= self.dropout < 1.0:
-                raise MethodError(f"dropout is {self.dropout}, but a share of the input lies in [0, 1)", "set it to 0 to do without")
+                raise MethodError(
+                    f"dropout is {self.dropout}, but a share of the input lies in [0, 1)",
+                    "set it to 0 to do without",
+                )
 
     def __init__(self, options: "OLora.Options"):
         super().__init__(options)
@@ -69,11 +77,18 @@ class OLora(SequentialLora):
         self._earlier: dict[str, Tensor] = {}
 
     @contextmanager
-    def attached(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+    def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
         """Have the new adapters, and A of the earlier ones, at hand for the loss."""
-        self._new = {name: (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for name, layer in lora_layers(model).items()}
+        self._new = {
+            name: (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+            for name, layer in lora_layers(model).items()
+        }
         deltas = ctx.deltas()
-        self._earlier = {name: torch.cat([d[name].A for d in deltas]).to(A.device) for name, (A, _) in self._new.items() if deltas}
+        self._earlier = {
+            name: torch.cat([d[name].A for d in deltas]).to(A.device)
+            for name, (A, _) in self._new.items()
+            if deltas
+        }
         try:
             yield
         finally:
@@ -90,9 +105,11 @@ class OLora(SequentialLora):
                     loss = loss + self.options.lambda2 * (A.float().norm() + B.float().norm())
         return loss
 
-    def learned(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
+    def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
         """The adapters as they are; each layer's overlap, which grows with the rank and the number of tasks, is reported."""
-        ctx.report["overlap"] = {name: float(overlap(earlier.cpu(), deltas[name].A)) for name, earlier in self._earlier.items()}
+        ctx.report["overlap"] = {
+            name: float(overlap(earlier.cpu(), deltas[name].A)) for name, earlier in self._earlier.items()
+        }
         return deltas
 
 

@@ -31,7 +31,13 @@ class Prompts(nn.Module):
     def forward(self, queries: Tensor) -> Tensor:
         """What the prompts add to the attention's output (b, s, d), given its queries (b, s, d)."""
         by_head = queries.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        keys, values = (p.to(queries.dtype).unflatten(-1, (self.heads, -1)).transpose(0, 1).expand(len(queries), -1, -1, -1) for p in (self.keys, self.values))
+        keys, values = (
+            p.to(queries.dtype)
+            .unflatten(-1, (self.heads, -1))
+            .transpose(0, 1)
+            .expand(len(queries), -1, -1, -1)
+            for p in (self.keys, self.values)
+        )
         return scaled_dot_product_attention(by_head, keys, values).transpose(1, 2).flatten(2)
 
 
@@ -63,7 +69,11 @@ class Gate(nn.Linear):
 
 
 @contextmanager
-def prompted(attentions: Sequence[nn.Module], prompts: Sequence[Prompts], factors: Callable[[int], Tensor | float | None]) -> Iterator[None]:
+def prompted(
+    attentions: Sequence[nn.Module],
+    prompts: Sequence[Prompts],
+    factors: Callable[[int], Tensor | float | None],
+) -> Iterator[None]:
     """Have attentions add their prompts' part before the output projection while the block runs.
 
     Args:
@@ -79,7 +89,9 @@ def prompted(attentions: Sequence[nn.Module], prompts: Sequence[Prompts], factor
         yield
 
 
-def _reading(attention: nn.Module, own: Prompts, number: int, factors: Callable[[int], Tensor | float | None]) -> tuple:
+def _reading(
+    attention: nn.Module, own: Prompts, number: int, factors: Callable[[int], Tensor | float | None]
+) -> tuple:
     read: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Tensor) -> None:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit
+from llava_keeplora.distributed import all_gather_object
 from llava_keeplora.errors import MethodError
-from llava_keeplora.group import from_all
 from llava_keeplora.methods.base import Method, TaskContext
+from llava_keeplora.run_folder import Stage
 from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ ORIGINAL = Route(-1, 0.0, 0.0)
 def check_routing(routing: str) -> None:
     """Refuse an option that is neither of the two."""
     if routing not in ROUTINGS:
-        raise MethodError(f"routing is '{routing}'", "set it to 'sample', or to 'batch' for one task per batch as published")
+        raise MethodError(
+            f"routing is '{routing}'", "set it to 'sample', or to 'batch' for one task per batch as published"
+        )
 
 
 def encoder_layers(model: Any) -> dict[str, nn.ModuleList]:
@@ -63,14 +66,14 @@ def encoder_layers(model: Any) -> dict[str, nn.ModuleList]:
 class RoutedMethod(Method):
     """A method without LoRA adapters whose modules are chosen picture by picture; see the module's docstring."""
 
-    adapts = False
-    sharded = False
-    passes = {"CONSOLIDATED": 1.0}
+    uses_lora = False
+    supports_zero3 = False
+    stage_cost = {Stage.CONSOLIDATED: 1.0}
 
     def __init__(self, options: Any):
         super().__init__(options)
         self._added: dict[str, Tensor] = {}
-        self.load([])
+        self.load_state_dicts([])
 
     def learn_route(self, ctx: TaskContext, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What tells the task's pictures from others.
@@ -90,7 +93,9 @@ class RoutedMethod(Method):
         """
         raise NotImplementedError
 
-    def engaged(self, model: nn.Module, task: int, image: Tensor, weights: Tensor, text: float) -> AbstractContextManager[None]:
+    def engaged(
+        self, model: nn.Module, task: int, image: Tensor, weights: Tensor, text: float
+    ) -> AbstractContextManager[None]:
         """Switch a task's modules on for some pictures and the class prompts.
 
         Args:
@@ -102,20 +107,20 @@ class RoutedMethod(Method):
         """
         raise NotImplementedError
 
-    def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """No layer has an adapter."""
         return {}
 
-    def consolidate(self, ctx: TaskContext) -> None:
+    def after_task(self, ctx: TaskContext) -> None:
         """Look at the task's pictures once more; the base alone has nothing to choose from."""
         self._added = self.learn_route(ctx, *_seen(ctx)) if ctx.index else {}
-        self.load([*self.states[:-1], {**self.states[-1], **self._added}])
+        self.load_state_dicts([*self.states[:-1], {**self.states[-1], **self._added}])
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What the last task's route is found by."""
         return dict(self._added)
 
-    def load(self, states: list[dict[str, Tensor]]) -> None:
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Take the tasks' tensors; modules are made of them when they are needed."""
         self.states = states
 
@@ -157,7 +162,9 @@ class RoutedPredictor:
                 continue
             weights = torch.tensor([routes[row].image for row in rows], device=image.device)
             with self.method.engaged(model, task, image[rows].float(), weights, text):
-                logits[rows] = class_logits(model, image_features(model, pixels[rows]), self._text(task, text))
+                logits[rows] = class_logits(
+                    model, image_features(model, pixels[rows]), self._text(task, text)
+                )
         return logits
 
     def predict(self, examples: Sequence[Example]) -> list[str]:
@@ -179,7 +186,7 @@ def _seen(ctx: TaskContext) -> tuple[Tensor, Tensor]:
 
 def _of_all(own: list[Tensor]) -> Tensor:
     """This process's rows and everybody else's, in the order of the data, of which each takes every world-th."""
-    everyone = from_all(own)
+    everyone = all_gather_object(own)
     shares = [torch.cat(share) for share in everyone if share]
     rows = torch.cat(shares)
     for rank, share in enumerate(shares):

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from llava_keeplora.adapters import ADAPTER, Delta, lora_layers
-from llava_keeplora.methods.base import Record, TaskContext
+from llava_keeplora.deepspeed_zero import trained_values
+from llava_keeplora.methods.base import MethodInfo, TaskContext
 from llava_keeplora.methods.seq_lora import SequentialLora
-from llava_keeplora.zero import trained_values
 
 #: What the model calls the parameter: how much each magnitude has moved since the task's start, the new one's last.
 SHIFT = "magnitude_shift"
@@ -57,7 +57,10 @@ class Directions:
     @classmethod
     def read(cls, deltas: list[Delta], rank: int) -> Directions:
         """Each delta's own direction comes first in it."""
-        return cls(torch.cat([d.A[:rank] for d in deltas]), torch.cat([d.scale * d.B[:, :rank] for d in deltas], dim=1))
+        return cls(
+            torch.cat([d.A[:rank] for d in deltas]),
+            torch.cat([d.scale * d.B[:, :rank] for d in deltas], dim=1),
+        )
 
     def to(self, device: torch.device) -> Directions:
         """The same elsewhere."""
@@ -71,11 +74,14 @@ class Directions:
 class SdLora(SequentialLora):
     """SD-LoRA as `methods/sd_lora.py` describes it."""
 
-    record = Record(
-        "sd-lora", "SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning", "https://arxiv.org/abs/2501.13198",
-        kept="nothing (A and B of every task are read from its delta)", trained="A and B, a magnitude per task",
+    info = MethodInfo(
+        "sd-lora",
+        "SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning",
+        "https://arxiv.org/abs/2501.13198",
+        kept="nothing (A and B of every task are read from its delta)",
+        trained="A and B, a magnitude per task",
     )
-    sharded = False
+    supports_zero3 = False
 
     def __init__(self, options: SequentialLora.Options):
         super().__init__(options)
@@ -83,12 +89,16 @@ class SdLora(SequentialLora):
         self._shift: nn.Parameter | None = None
 
     @contextmanager
-    def attached(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+    def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
         """Put the magnitudes on the model; the weights hold the earlier directions already, as they were at the task's start."""
         layers, deltas = lora_layers(model), ctx.deltas()
         A = next(iter(layers.values())).lora_A[ADAPTER].weight
         self._shift = nn.Parameter(torch.zeros(len(deltas) + 1, dtype=A.dtype, device=A.device))
-        self._directions = {name: Directions.read([d[name] for d in deltas], ctx.layers[name].rank) for name in layers if deltas}
+        self._directions = {
+            name: Directions.read([d[name] for d in deltas], ctx.layers[name].rank)
+            for name in layers
+            if deltas
+        }
         with ExitStack() as held:
             model.register_parameter(SHIFT, self._shift)
             held.callback(delattr, model, SHIFT)
@@ -96,7 +106,11 @@ class SdLora(SequentialLora):
             for name, layer in layers.items():
                 hooks = [layer.lora_A[ADAPTER].register_forward_hook(self._magnify)]
                 if deltas:
-                    hooks.append(model.get_submodule(name).register_forward_hook(self._shifted(self._directions[name].to(A.device))))
+                    hooks.append(
+                        model.get_submodule(name).register_forward_hook(
+                            self._shifted(self._directions[name].to(A.device))
+                        )
+                    )
                 for hook in hooks:
                     held.callback(hook.remove)
             yield
@@ -114,7 +128,7 @@ class SdLora(SequentialLora):
 
         return add
 
-    def learned(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
+    def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
         """The new direction with its magnitude, and what was done to the earlier ones."""
         shift = trained_values(self._shift).cpu()
         ctx.report["magnitude_shift"] = shift.tolist()

@@ -12,18 +12,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llava_keeplora.adapters import AdapterInit
-from llava_keeplora.methods.base import Method, Record, TaskContext
+from llava_keeplora.methods.base import Method, MethodInfo, TaskContext
 
 
 class SequentialLora(Method):
     """Sequential LoRA as `methods/seq_lora.py` describes it."""
 
-    record = Record("seq-lora", "LoRA: Low-Rank Adaptation of Large Language Models", "https://arxiv.org/abs/2106.09685")
+    info = MethodInfo(
+        "seq-lora", "LoRA: Low-Rank Adaptation of Large Language Models", "https://arxiv.org/abs/2106.09685"
+    )
 
     @dataclass(frozen=True)
     class Options:
         """No settings of its own; rank and alpha are the parts'."""
 
-    def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """A fresh adapter on every layer."""
-        return {name: AdapterInit(layer.rank, layer.alpha, train_A=True) for name, layer in ctx.layers.items()}
+        return {
+            name: AdapterInit(layer.rank, layer.alpha, train_A=True) for name, layer in ctx.layers.items()
+        }

@@ -5,11 +5,13 @@ One prompt per class, where CLIP's paper has ensembles of them; so does MTIL.
 
 from __future__ import annotations
 
-from llava_keeplora.methods.base import Method, Record
+from llava_keeplora.methods.base import Method, MethodInfo
 
 
 class ZeroShot(Method):
     """Nothing is trained, nothing is stored."""
 
-    learns = False
-    record = Record("zero-shot", "the pre-trained model, untouched", "https://arxiv.org/abs/2103.00020", trained="nothing")
+    trainable = False
+    info = MethodInfo(
+        "zero-shot", "the pre-trained model, untouched", "https://arxiv.org/abs/2103.00020", trained="nothing"
+    )

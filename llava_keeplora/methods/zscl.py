@@ -35,20 +35,24 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from llava_keeplora.adapters import AdapterInit, Deltas, full_deltas
+from llava_keeplora.deepspeed_zero import trained_values
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import Method, Record, TaskContext
-from llava_keeplora.zero import trained_values
+from llava_keeplora.methods.base import Method, MethodInfo, TaskContext
 from llava_keeplora_eval.predictors import class_logits, image_features, prompt_features
 
 
 class Zscl(Method):
     """ZSCL as `methods/zscl.py` describes it."""
 
-    record = Record(
-        "zscl", "Preventing Zero-Shot Transfer Degradation in Continual Learning of Vision-Language Models", "https://arxiv.org/abs/2303.06628",
-        reference_data=True, trained="every parameter but the temperature", families=("clip",),
+    info = MethodInfo(
+        "zscl",
+        "Preventing Zero-Shot Transfer Degradation in Continual Learning of Vision-Language Models",
+        "https://arxiv.org/abs/2303.06628",
+        reference_data=True,
+        trained="every parameter but the temperature",
+        families=("clip",),
     )
-    adapts, whole, sharded = False, True, False
+    uses_lora, full_finetuning, supports_zero3 = False, True, False
 
     @dataclass(frozen=True)
     class Options:
@@ -76,14 +80,25 @@ class Zscl(Method):
 
         def __post_init__(self) -> None:
             if not 0.0 <= self.label_smoothing < 1.0:
-                raise MethodError(f"label_smoothing is {self.label_smoothing}, but a share of the target lies in [0, 1)", "set it to 0 to do without")
+                raise MethodError(
+                    f"label_smoothing is {self.label_smoothing}, but a share of the target lies in [0, 1)",
+                    "set it to 0 to do without",
+                )
             for name in ("distillation", "constraint", "ensemble_every"):
                 if not getattr(self, name) >= 0:
-                    raise MethodError(f"{name} is {getattr(self, name)}, but it is not negative", "set it to 0 to do without")
+                    raise MethodError(
+                        f"{name} is {getattr(self, name)}, but it is not negative",
+                        "set it to 0 to do without",
+                    )
             if not self.temperature > 0:
-                raise MethodError(f"temperature is {self.temperature}, but logits are divided by it", "set it to 2.0")
+                raise MethodError(
+                    f"temperature is {self.temperature}, but logits are divided by it", "set it to 2.0"
+                )
             if self.reference_batch < 1:
-                raise MethodError(f"reference_batch is {self.reference_batch}, but a batch holds something", "set distillation to 0 to do without")
+                raise MethodError(
+                    f"reference_batch is {self.reference_batch}, but a batch holds something",
+                    "set distillation to 0 to do without",
+                )
 
     def __init__(self, options: "Zscl.Options"):
         super().__init__(options)
@@ -94,25 +109,32 @@ class Zscl(Method):
         self._teacher: nn.Module | None = None
         self._texts: Tensor | None = None
 
-    def wanted_reference(self) -> tuple[str, str | None] | None:
+    def reference_data_spec(self) -> tuple[str, str | None] | None:
         """The pictures and texts of the settings, unless nothing is distilled."""
         return (self.options.reference, self.options.reference_texts) if self.options.distillation else None
 
-    def prepare(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """No adapters."""
         return {}
 
     @contextmanager
-    def attached(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+    def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
         """Hold the pre-trained model, what it makes of the texts, the task's start and the mean since then."""
         self._steps.zero_()
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._start = {name: trained_values(p) for name, p in self._trained.items()}
-        self._mean = {name: start.clone() for name, start in self._start.items()} if self.options.ensemble_every else {}
+        self._mean = (
+            {name: start.clone() for name, start in self._start.items()}
+            if self.options.ensemble_every
+            else {}
+        )
         if self.reference:
             self._teacher = ctx.pretrained()
             with torch.no_grad():
-                self._texts = prompt_features(self._teacher, {key: value.to(self._teacher.device) for key, value in self.reference.texts.items()})
+                self._texts = prompt_features(
+                    self._teacher,
+                    {key: value.to(self._teacher.device) for key, value in self.reference.texts.items()},
+                )
         try:
             yield
         finally:
@@ -120,18 +142,24 @@ class Zscl(Method):
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """The task's own loss, smoothed, the distillation, and the distance to the task's start in fp32."""
-        loss = cross_entropy(out["logits"].float(), batch["labels"], label_smoothing=self.options.label_smoothing)
+        loss = cross_entropy(
+            out["logits"].float(), batch["labels"], label_smoothing=self.options.label_smoothing
+        )
         if self.reference:
             loss = loss + self.options.distillation * self._distilled(ctx)
         if self.options.constraint:
-            distance = sum((p.float() - self._start[name]).square().sum() for name, p in self._trained.items())
+            distance = sum(
+                (p.float() - self._start[name]).square().sum() for name, p in self._trained.items()
+            )
             loss = loss + self.options.constraint * distance
         return loss
 
     def _distilled(self, ctx: TaskContext) -> Tensor:
         """D(Z_0, Z) + D(Z_0ᵀ, Zᵀ) on the next step's reference pictures."""
         chosen = self.reference.draw(self.options.reference_batch, ctx.seed, int(self._steps))
-        pixels = torch.stack([image["pixel_values"] for image in self.reference.images(chosen)]).to(self._texts)
+        pixels = torch.stack([image["pixel_values"] for image in self.reference.images(chosen)]).to(
+            self._texts
+        )
         with torch.no_grad():
             meant = class_logits(self._teacher, image_features(self._teacher, pixels), self._texts)
         found = class_logits(ctx.model, image_features(ctx.model, pixels), self._texts)
@@ -152,7 +180,7 @@ class Zscl(Method):
         """The number of steps, and the mean."""
         return {"steps": self._steps} | {f"mean.{name}": mean for name, mean in self._mean.items()}
 
-    def learned(self, ctx: TaskContext, deltas: Deltas) -> Deltas:
+    def finalize_deltas(self, ctx: TaskContext, deltas: Deltas) -> Deltas:
         """The mean less the task's start."""
         return full_deltas({name: (mean - self._start[name]).cpu() for name, mean in self._mean.items()})
 

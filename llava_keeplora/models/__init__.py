@@ -10,13 +10,13 @@ import torch
 
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.models.base import Family, Images, Inputs, Prepared, TaskModel
+from llava_keeplora.models.base import Family, Images, Inputs, Prepared
 from llava_keeplora.models.clip import ClipFamily, ClipTask
 from llava_keeplora.models.crops import RandomCrops
 from llava_keeplora.models.llava import LlavaFamily, LlavaTask
-from llava_keeplora.models.on_task import recomputes
-from llava_keeplora_eval.errors import EvalError
+from llava_keeplora.models.task_model import TaskModel, recomputes
 from llava_keeplora.registries import MODEL_FAMILIES
+from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.models import FAMILIES, model_family, resolve_model
 from llava_keeplora_recipes.registry import PluginError
 
@@ -24,9 +24,24 @@ ASSETS = Path(__file__).parent.parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 __all__ = [
-    "ASSETS", "DTYPES", "FAMILIES", "ClipFamily", "ClipTask", "Family", "Images", "Inputs", "LlavaFamily", "LlavaTask",
-    "MODEL_FAMILIES", "Prepared", "RandomCrops",
-    "TaskModel", "embedded_models", "load_model", "open_model", "recomputes",
+    "ASSETS",
+    "DTYPES",
+    "FAMILIES",
+    "MODEL_FAMILIES",
+    "ClipFamily",
+    "ClipTask",
+    "Family",
+    "Images",
+    "Inputs",
+    "LlavaFamily",
+    "LlavaTask",
+    "Prepared",
+    "RandomCrops",
+    "TaskModel",
+    "embedded_models",
+    "load_model",
+    "open_model",
+    "recomputes",
 ]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,35 +53,6 @@ class Inputs(Protocol):
         """Return some examples as a batch."""
 
 
-class TaskModel(Protocol):
-    """The model on one task, an `nn.Module`: `forward(**batch)` gives `loss`, the mean over the batch's weight."""
-
-    def __call__(self, **batch: Tensor) -> dict[str, Tensor]: ...
-    def constants(self) -> AbstractContextManager[Iterable[tuple[Tensor, Tensor]]]:
-        """Compute what does not depend on a batch once while the block runs, as (value, leaf that gathers its gradient)."""
-
-    def weight(self, batch: Mapping[str, Tensor]) -> int:
-        """Return how much a batch counts in the mean loss; see `Inputs.weights`."""
-
-    def counting_examples(self) -> TaskModel:
-        """Return the same model with a loss in which every example counts alike."""
-
-    def at_every_position(self) -> TaskModel:
-        """Return the same model with prompts filled up to the text encoder's last position."""
-
-    def first(self, batch: Mapping[str, Tensor], count: int = 1) -> dict[str, Tensor]:
-        """Return a batch of the first examples of another."""
-
-    def probe(self, batch: Mapping[str, Tensor]) -> None:
-        """Run every layer once."""
-
-    def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Return which positions of a part's layers hold no padding; None where all do."""
-
-    def recomputing(self, training: Mapping[str, object]) -> AbstractContextManager[None]:
-        """Recompute activations while the block runs, where the training does."""
-
-
 class Family(Protocol):
     """A model with its processor. It is opened without its weights, so that data are checked before they are loaded.
 
@@ -94,8 +64,8 @@ class Family(Protocol):
         targets: part → leaf names of the linear layers that are adapted unless a configuration says otherwise.
         model: the model, after `load`; after `skeleton` one without weights.
         quantization: the form of the frozen base's linear layers, or None.
-        whole: dotted prefixes of what stays unquantised all the same.
-        cost: of answering one example, in forward passes over it, for the estimate of time.
+        skip_quantization: dotted prefixes of what stays unquantised all the same.
+        eval_cost: of answering one example, in forward passes over it, for the estimate of time.
     """
 
     name: str
@@ -106,8 +76,8 @@ class Family(Protocol):
     targets: Mapping[str, tuple[str, ...]]
     model: nn.Module
     quantization: str | None
-    whole: tuple[str, ...]
-    cost: float
+    skip_quantization: tuple[str, ...]
+    eval_cost: float
 
     @classmethod
     def from_config(cls, path: str, model: ModelConfig, evaluation: EvaluationConfig) -> Family:
@@ -122,7 +92,7 @@ class Family(Protocol):
     def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
         """Return the linear layers of a part by full name."""
 
-    def unreachable(self, part: str, targets: Sequence[str]) -> list[str]:
+    def layers_without_gradient(self, part: str, targets: Sequence[str]) -> list[str]:
         """Return the layers of a part that the loss cannot reach."""
 
     def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
@@ -139,4 +109,3 @@ class Family(Protocol):
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> Predictor:
         """Return what answers a task's examples."""
-

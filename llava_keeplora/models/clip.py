@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from llava_keeplora.config import EvaluationConfig, ModelConfig
+from llava_keeplora.deepspeed_zero import loaded_whole
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.crops import RandomCrops
-from llava_keeplora.models.names import find_linear_layers
-from llava_keeplora.models.on_task import ModelOnTask
-from llava_keeplora.models.quantised import keep_form, leave_checkpoint, quantised_loading
-from llava_keeplora.models.skeleton import build_skeleton
-from llava_keeplora.zero import loaded_whole
+from llava_keeplora.models.linear_layers import find_linear_layers
+from llava_keeplora.models.meta_model import build_meta_model
+from llava_keeplora.models.quantization import keep_form, leave_checkpoint, quantization_kwargs
+from llava_keeplora.models.task_model import TaskModel
 from llava_keeplora_eval.checkpoints import load_checked
 from llava_keeplora_eval.models import load_clip_processor
 from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, text_features
@@ -40,9 +40,9 @@ class ClipFamily:
     kinds = ("classification",)
     parts = {"vision": "vision_model.encoder.layers", "text": "text_model.encoder.layers"}
     targets = dict.fromkeys(parts, ("q_proj", "k_proj", "v_proj", "out_proj"))
-    cost = 1.0
+    eval_cost = 1.0
 
-    whole = ("visual_projection", "text_projection")
+    skip_quantization = ("visual_projection", "text_projection")
 
     def __init__(self, path: str, revision: str | None = None, quantization: str | None = None):
         self.path, self.revision, self.quantization = path, revision, quantization
@@ -57,7 +57,8 @@ class ClipFamily:
         unread = {"model.max_length": model.max_length, "evaluation.generation": evaluation.generation}
         for key in (key for key, value in unread.items() if value):
             raise ConfigError(
-                f"{key} is {unread[key]}, which is of models that write answers, and {path} is a clip", f"remove {key}"
+                f"{key} is {unread[key]}, which is of models that write answers, and {path} is a clip",
+                f"remove {key}",
             )
         return cls(path, model.revision, model.quantization)
 
@@ -78,19 +79,26 @@ class ClipFamily:
         return transformers.CLIPConfig.from_pretrained(self.path, revision=self.revision)
 
     def skeleton(self, dtype: torch.dtype) -> None:
-        """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
-        self.model = build_skeleton(
+        """Set `model` to one without weights, on the meta device; see `build_meta_model`."""
+        self.model = build_meta_model(
             lambda: transformers.CLIPModel._from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
             self.quantization,
-            self.whole,
+            self.skip_quantization,
         )
 
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights; see `load_checked`."""
         # DeepSpeed can't load CLIP's temperature, a scalar, in shards; the whole of a CLIP fits into any process.
         with loaded_whole():
-            form = quantised_loading(self.quantization, dtype, self.whole)
-            model = load_checked(transformers.CLIPModel, self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form)
+            form = quantization_kwargs(self.quantization, dtype, self.skip_quantization)
+            model = load_checked(
+                transformers.CLIPModel,
+                self.path,
+                revision=self.revision,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                **form,
+            )
         if self.quantization:
             keep_form(model)
             leave_checkpoint(model)
@@ -100,13 +108,15 @@ class ClipFamily:
         """Full name → linear layer for the leaf names `targets` of a part; see `find_linear_layers`."""
         return find_linear_layers(self.model, self.parts, part, targets)
 
-    def unreachable(self, part: str, targets: Sequence[str]) -> list[str]:
+    def layers_without_gradient(self, part: str, targets: Sequence[str]) -> list[str]:
         """Layers that the loss cannot reach: none."""
         return []
 
     def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
         """`pixel_values` (3, height, width) of each example's image."""
-        pixels = self.processor.image_processor(images=[example.image for example in examples], return_tensors="pt")["pixel_values"]
+        pixels = self.processor.image_processor(
+            images=[example.image for example in examples], return_tensors="pt"
+        )["pixel_values"]
         return [{"pixel_values": image} for image in pixels]
 
     def inputs(self, data: TaskData, images: Images) -> "ClipInputs":
@@ -120,7 +130,9 @@ class ClipFamily:
 
     def crops(self, data: TaskData, scale: tuple[float, float], seed: int) -> RandomCrops:
         """A split's pictures as random crops; see `RandomCrops`."""
-        return RandomCrops(self.processor.image_processor, self.config.vision_config.image_size, data, scale, seed)
+        return RandomCrops(
+            self.processor.image_processor, self.config.vision_config.image_size, data, scale, seed
+        )
 
     def check(self, data: TaskData) -> None:
         """Whether every example can be answered.
@@ -141,7 +153,9 @@ class ClipFamily:
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> ClipPredictor:
         """What answers the task's examples with the present weights; it writes no `tokens`."""
-        return ClipPredictor(self.model, self.processor, recipe, pixels=lambda examples: _stacked(images.of(examples)))
+        return ClipPredictor(
+            self.model, self.processor, recipe, pixels=lambda examples: _stacked(images.of(examples))
+        )
 
 
 class ClipInputs:
@@ -163,7 +177,7 @@ def _stacked(images: Sequence[Mapping[str, Tensor]]) -> Tensor:
     return torch.stack([image["pixel_values"] for image in images])
 
 
-class ClipTask(ModelOnTask):
+class ClipTask(TaskModel):
     """CLIP on one classification task: cross-entropy of the scaled cosines to the class prompts.
 
     Class prompts go through the text encoder with gradients whenever something in it can train.

@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
-from llava_keeplora.models.names import find_linear_layers
-from llava_keeplora.models.on_task import ModelOnTask
-from llava_keeplora.models.quantised import keep_form, leave_checkpoint, quantised_loading
-from llava_keeplora.models.skeleton import build_skeleton
+from llava_keeplora.models.linear_layers import find_linear_layers
+from llava_keeplora.models.meta_model import build_meta_model
+from llava_keeplora.models.quantization import keep_form, leave_checkpoint, quantization_kwargs
+from llava_keeplora.models.task_model import TaskModel
 from llava_keeplora_eval.checkpoints import load_checked
 from llava_keeplora_eval.llava import LlavaPredictor, image_inputs, joined
 from llava_keeplora_eval.models import load_llava_processor
@@ -55,28 +55,48 @@ class LlavaFamily:
         "projector": ("linear_1", "linear_2"),
         "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     }
-    cost = 3.0
+    eval_cost = 3.0
 
     # LLaVA's own recipes leave the projector unquantised too.
-    whole = ("lm_head", "model.multi_modal_projector")
+    skip_quantization = ("lm_head", "model.multi_modal_projector")
 
     def __init__(
-        self, path: str, revision: str | None = None, max_length: int | None = None, max_new_tokens: int = 128,
-        quantization: str | None = None, generation: Mapping[str, Any] | None = None,
+        self,
+        path: str,
+        revision: str | None = None,
+        max_length: int | None = None,
+        max_new_tokens: int = 128,
+        quantization: str | None = None,
+        generation: Mapping[str, Any] | None = None,
     ):
-        self.path, self.revision, self.max_new_tokens, self.quantization = path, revision, max_new_tokens, quantization
+        self.path, self.revision, self.max_new_tokens, self.quantization = (
+            path,
+            revision,
+            max_new_tokens,
+            quantization,
+        )
         self.generation = generation
-        self.config = transformers.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        self.config = transformers.AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=False
+        )
         positions = self.config.text_config.max_position_embeddings
         if max_length is not None and max_length > positions:
-            raise ConfigError(f"model.max_length is {max_length}, and '{path}' has positions for {positions} tokens", f"set it to {positions} or less")
+            raise ConfigError(
+                f"model.max_length is {max_length}, and '{path}' has positions for {positions} tokens",
+                f"set it to {positions} or less",
+            )
         self.max_length = max_length or positions
 
     @classmethod
     def from_config(cls, path: str, model: ModelConfig, evaluation: EvaluationConfig) -> Self:
         """Open the model that a configuration names; see `llava_keeplora.models.Family`."""
         return cls(
-            path, model.revision, model.max_length, evaluation.max_new_tokens, model.quantization, evaluation.generation
+            path,
+            model.revision,
+            model.max_length,
+            evaluation.max_new_tokens,
+            model.quantization,
+            evaluation.generation,
         )
 
     # Read when first asked for: a plan can do with the configuration alone.
@@ -91,30 +111,43 @@ class LlavaFamily:
         return ChatPreparation(self.processor, self.max_length, self.max_new_tokens)
 
     def skeleton(self, dtype: torch.dtype) -> None:
-        """Set `model` to one without weights, on the meta device; see `build_skeleton`."""
-        self.model = build_skeleton(
-            lambda: transformers.AutoModelForImageTextToText.from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
+        """Set `model` to one without weights, on the meta device; see `build_meta_model`."""
+        self.model = build_meta_model(
+            lambda: transformers.AutoModelForImageTextToText.from_config(
+                self.config, dtype=dtype, attn_implementation="sdpa"
+            ),
             self.quantization,
-            self.whole,
+            self.skip_quantization,
         )
 
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights; see `load_checked`."""
-        form = quantised_loading(self.quantization, dtype, self.whole)
-        model = load_checked(transformers.AutoModelForImageTextToText, self.path, revision=self.revision, dtype=dtype, attn_implementation="sdpa", **form)
+        form = quantization_kwargs(self.quantization, dtype, self.skip_quantization)
+        model = load_checked(
+            transformers.AutoModelForImageTextToText,
+            self.path,
+            revision=self.revision,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            **form,
+        )
         if self.quantization:
             keep_form(model)
             leave_checkpoint(model)
         self.model = model.eval().requires_grad_(False)
 
     def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
-        """Full name → linear layer for the leaf names `targets` of a part, without the `unreachable` ones."""
+        """Full name → linear layer for the leaf names `targets` of a part, without the `layers_without_gradient` ones."""
         found = find_linear_layers(self.model, self.parts, part, targets)
         return {name: layer for name, layer in found.items() if self._reached(part, name)}
 
-    def unreachable(self, part: str, targets: Sequence[str]) -> list[str]:
+    def layers_without_gradient(self, part: str, targets: Sequence[str]) -> list[str]:
         """Layers of the vision encoder past the last one whose output is used; the loss cannot reach them."""
-        return [name for name in find_linear_layers(self.model, self.parts, part, targets) if not self._reached(part, name)]
+        return [
+            name
+            for name in find_linear_layers(self.model, self.parts, part, targets)
+            if not self._reached(part, name)
+        ]
 
     def _reached(self, part: str, name: str) -> bool:
         """Whether a layer feeds the features: `vision_feature_layer` indexes hidden states, the embedding's being 0."""
@@ -151,8 +184,14 @@ class LlavaFamily:
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> LlavaPredictor:
         """What answers the task's examples with the present weights; with exactly so many `tokens` each, where they are given."""
         return LlavaPredictor(
-            self.model, self.processor, recipe, tokens or self.max_new_tokens, images=images.of, min_new_tokens=tokens,
-            limit=self.max_length, generation=self.generation,
+            self.model,
+            self.processor,
+            recipe,
+            tokens or self.max_new_tokens,
+            images=images.of,
+            min_new_tokens=tokens,
+            limit=self.max_length,
+            generation=self.generation,
         )
 
 
@@ -208,7 +247,7 @@ class LlavaInputs:
         }
 
 
-class LlavaTask(ModelOnTask):
+class LlavaTask(TaskModel):
     """LLaVA on one task: cross-entropy of the answers' tokens, the mean over all of a batch's answer tokens.
 
     Args:
@@ -255,7 +294,12 @@ class LlavaTask(ModelOnTask):
         Processes that share gradients wait for every trainable tensor's, and a batch of text alone would give none.
         """
         model = self.model.model
-        trained = [p for part in (model.vision_tower, model.multi_modal_projector) for p in part.parameters() if p.requires_grad]
+        trained = [
+            p
+            for part in (model.vision_tower, model.multi_modal_projector)
+            for p in part.parameters()
+            if p.requires_grad
+        ]
         if not trained or not torch.is_grad_enabled():
             return torch.zeros((), device=self.model.device)
         return 0.0 * self._blank().float().sum()
@@ -290,7 +334,11 @@ class LlavaTask(ModelOnTask):
         images = int(batch["image_counts"][:count].sum())
         per_image = ("pixel_values", "image_sizes")
         first = {key: value[: images if key in per_image else count] for key, value in batch.items()}
-        return first if images else {key: value for key, value in first.items() if key not in (*per_image, "batch_num_images")}
+        return (
+            first
+            if images
+            else {key: value for key, value in first.items() if key not in (*per_image, "batch_num_images")}
+        )
 
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Which tokens of a part's layers carry content: padding of the text doesn't, every image token does."""

@@ -16,7 +16,18 @@ _MODULES = {
     "refusal": "table",
 }
 
-__all__ = ["Machine", "MethodPlan", "Plan", "StagePlan", "changes_text", "check_start", "describe", "find_machine", "make_plan", "refusal"]
+__all__ = [
+    "Machine",
+    "MethodPlan",
+    "Plan",
+    "StagePlan",
+    "changes_text",
+    "check_start",
+    "describe",
+    "find_machine",
+    "make_plan",
+    "refusal",
+]
 
 
 def __getattr__(name: str):

@@ -85,6 +85,12 @@ def random_rank(out_dim: int, in_dim: int, energy: float) -> int:
     ratio = n / max(out_dim, in_dim)
     steps = [math.pi * (i + 0.5) / STEPS for i in range(STEPS)]
     # The density of eigenvalues, as a share of all, over equal steps of θ.
-    shares = [2 * math.sin(t) ** 2 / (STEPS * max(1 + ratio - 2 * ratio**0.5 * math.cos(t), 1e-12)) for t in steps]
-    below = sum(share for t, share in zip(steps, shares, strict=True) if (t - math.sin(t) * math.cos(t)) / math.pi < 1 - energy)
+    shares = [
+        2 * math.sin(t) ** 2 / (STEPS * max(1 + ratio - 2 * ratio**0.5 * math.cos(t), 1e-12)) for t in steps
+    ]
+    below = sum(
+        share
+        for t, share in zip(steps, shares, strict=True)
+        if (t - math.sin(t) * math.cos(t)) / math.pi < 1 - energy
+    )
     return max(1, math.ceil(n * (1 - below)))

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from llava_keeplora.adapters import is_quantised
-from llava_keeplora.config import MethodConfig, RunConfig
+from llava_keeplora.config import MethodConfig, RunConfig, deepspeed_config
+from llava_keeplora.deepspeed_zero import loaded_whole
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Changed, Method, check_method
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.subspace import GradientSketch, sketch_width
-from llava_keeplora.zero import loaded_whole
 
 GB = 1e9
 F32 = 4
@@ -47,7 +47,11 @@ class Machine:
 
     def __str__(self) -> str:
         each = f"{self.memory / GB:.1f} GB"
-        return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {each}{' each' if self.gpus > 1 else ''}" if self.gpus else f"the CPU with {each}"
+        return (
+            f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {each}{' each' if self.gpus > 1 else ''}"
+            if self.gpus
+            else f"the CPU with {each}"
+        )
 
 
 def find_machine(gpus: int | None = None, gpu_memory_gb: float | None = None) -> Machine:
@@ -64,13 +68,21 @@ def find_machine(gpus: int | None = None, gpu_memory_gb: float | None = None) ->
         return Machine(0, host_memory())
     gpus = 1 if gpus is None else gpus
     if gpus < 1:
-        raise ConfigError(f"--gpus is {gpus}, but a plan for GPUs needs at least one", "leave it out to plan for the CPU")
+        raise ConfigError(
+            f"--gpus is {gpus}, but a plan for GPUs needs at least one", "leave it out to plan for the CPU"
+        )
     if gpu_memory_gb is None:
         if not torch.cuda.is_available():
-            raise ConfigError("how much memory a GPU has is not known, because this machine has none", "give it in GB, for instance --gpu-memory 24")
+            raise ConfigError(
+                "how much memory a GPU has is not known, because this machine has none",
+                "give it in GB, for instance --gpu-memory 24",
+            )
         return Machine(gpus, torch.cuda.get_device_properties(0).total_memory)
     if not 0 < gpu_memory_gb < math.inf:
-        raise ConfigError(f"--gpu-memory is {gpu_memory_gb}, but a GPU has memory", "give it in GB, for instance --gpu-memory 24")
+        raise ConfigError(
+            f"--gpu-memory is {gpu_memory_gb}, but a GPU has memory",
+            "give it in GB, for instance --gpu-memory 24",
+        )
     return Machine(gpus, round(gpu_memory_gb * GB))
 
 
@@ -83,7 +95,9 @@ def host_memory() -> int:
     return min(found)
 
 
-def check_start(config: RunConfig, family: Family, memory: int | None = None, processes: int = 1) -> dict[str, Changed]:
+def check_start(
+    config: RunConfig, family: Family, memory: int | None = None, processes: int = 1
+) -> dict[str, Changed]:
     """Refuse a run that cannot fit, whatever its data are; everything else is `llava-keeplora plan`'s.
 
     Weights and the statistics of one pass are there at the same time in every run, and beside them, where there is no GPU,
@@ -102,7 +116,9 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None, pr
         ConfigError: if that is more than the device has, or `memory.statistics_gb` is.
     """
     gpu = torch.cuda.is_available()
-    memory = memory or (torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else host_memory())
+    memory = memory or (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if gpu else host_memory()
+    )
     where = f"the {'GPU' if gpu else 'machine'} has {memory / GB:.1f} GB"
     sharing = 1 if gpu else processes
     if sharing > 1:
@@ -114,17 +130,30 @@ def check_start(config: RunConfig, family: Family, memory: int | None = None, pr
             f"set memory.statistics_gb={memory / GB / 4:.2g}, or less",
         )
     changed = changed_layers(config, family)
-    deepspeed = config.deepspeed() or {}
+    deepspeed = deepspeed_config(config) or {}
     if deepspeed.get("zero_optimization", {}).get("stage") == 3:
         return changed
     least = _least(config, family, changed, gpu)
     if sum(least.values()) <= memory:
         return changed
-    models = {"model.dtype=bfloat16": {"dtype": "bfloat16"}, "model.quantization=nf4": {"quantization": "nf4"}}
-    smaller = {f"methods.{label}.gradient=sketch": sketching(config, label) for label in config.methods if takes_whole_gradient(config, label)}
-    smaller |= {name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values)) for name, values in models.items()}
+    models = {
+        "model.dtype=bfloat16": {"dtype": "bfloat16"},
+        "model.quantization=nf4": {"quantization": "nf4"},
+    }
+    smaller = {
+        f"methods.{label}.gradient=sketch": sketching(config, label)
+        for label in config.methods
+        if takes_whole_gradient(config, label)
+    }
+    smaller |= {
+        name: dataclasses.replace(config, model=dataclasses.replace(config.model, **values))
+        for name, values in models.items()
+    }
     fewer = "fewer processes, " if sharing > 1 else ""
-    fits = next((f"set {name}" for name, other in smaller.items() if _fits(other, gpu, memory)), f"take {fewer}a smaller model or more memory")
+    fits = next(
+        (f"set {name}" for name, other in smaller.items() if _fits(other, gpu, memory)),
+        f"take {fewer}a smaller model or more memory",
+    )
     raise ConfigError(
         f"the run needs at least {sum(least.values()) / GB:.1f} GB ({', '.join(f'{what} {size / GB:.1f}' for what, size in least.items())}), but {where}",
         f"{fits}; `llava-keeplora plan` says stage by stage what fits",
@@ -135,7 +164,10 @@ def changed_layers(config: RunConfig, family: Family) -> dict[str, Changed]:
     """Label → what its method changes of the family's model, which is given a skeleton; see `check_method`."""
     with loaded_whole():
         family.skeleton(DTYPES[config.model.dtype])
-    return {label: check_method(label, make_method(method), method.parts, family) for label, method in config.methods.items()}
+    return {
+        label: check_method(label, make_method(method), method.parts, family)
+        for label, method in config.methods.items()
+    }
 
 
 def make_method(method: MethodConfig) -> Method:
@@ -151,7 +183,16 @@ def _fits(config: RunConfig, gpu: bool, memory: int) -> bool:
 
 def _least(config: RunConfig, family: Family, changed: Mapping[str, Changed], gpu: bool) -> dict[str, int]:
     """What is there at the same time on the device, in words → its bytes."""
-    statistics = max((max(gradient_bytes(config, label, one), make_method(config.methods[label]).least_statistics(one.adapted)) for label, one in changed.items()), default=0)
+    statistics = max(
+        (
+            max(
+                gradient_bytes(config, label, one),
+                make_method(config.methods[label]).least_statistics(one.adapted),
+            )
+            for label, one in changed.items()
+        ),
+        default=0,
+    )
     copies = {} if gpu else {"copies of the layers that change": kept_bytes(changed.values())}
     return {"the model": model_bytes(family.model), **copies, "statistics of a pass": statistics}
 
@@ -168,7 +209,12 @@ def kept_bytes(changed: Iterable[Changed]) -> int:
         changed: of each method.
     """
     modules = {name: module for one in changed for name, module in one.modules.items()}
-    return sum(p.nbytes for module in modules.values() if not is_quantised(module) for p in module.parameters(recurse=False))
+    return sum(
+        p.nbytes
+        for module in modules.values()
+        if not is_quantised(module)
+        for p in module.parameters(recurse=False)
+    )
 
 
 def _keeplora(config: RunConfig, label: str) -> KeepLora | None:

@@ -8,21 +8,37 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_keeplora.config import RunConfig
+from llava_keeplora.config import RunConfig, deepspeed_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Method
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.models import open_model
-from llava_keeplora.plan.machine import Machine, changed_layers, find_machine, kept_bytes, sketching, takes_whole_gradient
-from llava_keeplora.plan.rehearsal import F32, Rehearsal
+from llava_keeplora.plan.machine import (
+    Machine,
+    changed_layers,
+    find_machine,
+    kept_bytes,
+    sketching,
+    takes_whole_gradient,
+)
+from llava_keeplora.plan.memory_estimate import F32, MemoryEstimate
 from llava_keeplora.plan.sharding import read_sharding
-from llava_keeplora.plan.work import Work, read_work
+from llava_keeplora.plan.workload import Work, read_work
+from llava_keeplora.run_folder import Stage
 from llava_keeplora.steps import optimiser_steps
 
 #: Dotted key → value; `gpus` stands for the machine's.
 Changes = Mapping[str, Any]
-BATCH, ACCUMULATION, DEEPSPEED = "training.per_device_train_batch_size", "training.gradient_accumulation_steps", "training.deepspeed"
-CHECKPOINTING, EVALUATION, STATISTICS = "training.gradient_checkpointing", "evaluation.batch_size", "memory.statistics_gb"
+BATCH, ACCUMULATION, DEEPSPEED = (
+    "training.per_device_train_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.deepspeed",
+)
+CHECKPOINTING, EVALUATION, STATISTICS = (
+    "training.gradient_checkpointing",
+    "evaluation.batch_size",
+    "memory.statistics_gb",
+)
 MOST_GPUS = 8
 
 
@@ -110,9 +126,13 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
         ConfigError: for a configuration, a model or a machine that is none, or if no method is left.
         RecipeError: for a recipe or data that are wrong.
     """
-    left_out = {label: why for label, method in config.methods.items() if (why := _unplanned(METHODS[method.method]))}
+    left_out = {
+        label: why for label, method in config.methods.items() if (why := _unplanned(METHODS[method.method]))
+    }
     if not config.methods:
-        raise ConfigError("no method of the run learns anything, so there is nothing to plan", "name one under methods")
+        raise ConfigError(
+            "no method of the run learns anything, so there is nothing to plan", "name one under methods"
+        )
     if len(left_out) == len(config.methods):
         label, why = next(iter(left_out.items()))
         raise ConfigError(f"'{label}' {why}", "run it without a plan")
@@ -128,28 +148,47 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
         methods.append(_method_plan(label, rehearsal, tuple(stages), max(1, scenarios.machine.gpus)))
     work = scenarios.work
     return Plan(
-        scenarios.machine, rehearsal.model_bytes, tuple(w.name for w in work), tuple(w.train for w in work), tuple(methods), left_out, found,
+        scenarios.machine,
+        rehearsal.model_bytes,
+        tuple(w.name for w in work),
+        tuple(w.train for w in work),
+        tuple(methods),
+        left_out,
+        found,
     )
 
 
 def _unplanned(method: type[Method]) -> str | None:
     """Why a plan knows nothing of a method."""
-    if not method.adapts:
+    if not method.uses_lora:
         return "does not train LoRA adapters, and a plan knows nothing else"
-    if "PREPARED" in method.passes and not issubclass(method, KeepLora):
+    if Stage.PREPARED in method.stage_cost and not issubclass(method, KeepLora):
         return "prepares its adapters from data, which a plan has none of"
     return None
 
 
-def _method_plan(label: str, rehearsal: Rehearsal, stages: tuple[StagePlan, ...], world: int) -> MethodPlan:
+def _method_plan(
+    label: str, rehearsal: MemoryEstimate, stages: tuple[StagePlan, ...], world: int
+) -> MethodPlan:
     config, work = rehearsal.config, rehearsal.work
-    adapters = sum(F32 * layer.rank * layer.module.in_features for layer in rehearsal.layers.values()) if rehearsal.protects else 0
+    adapters = (
+        sum(F32 * layer.rank * layer.module.in_features for layer in rehearsal.layers.values())
+        if rehearsal.protects
+        else 0
+    )
     grown = (rehearsal.bases(len(work)) - rehearsal.bases(0)) // len(work)
     answers = sum(w.predictions for w in work)
     return MethodPlan(
-        label, stages, rehearsal.trainable, rehearsal.delta_numbers,
-        F32 * rehearsal.delta_numbers + adapters + grown + answers, rehearsal.bases(0) + answers,
-        tuple(optimiser_steps(training, w.train, world) for w, training in zip(work, config.trainings(label), strict=True)),
+        label,
+        stages,
+        rehearsal.trainable,
+        rehearsal.delta_numbers,
+        F32 * rehearsal.delta_numbers + adapters + grown + answers,
+        rehearsal.bases(0) + answers,
+        tuple(
+            optimiser_steps(training, w.train, world)
+            for w, training in zip(work, config.trainings(label), strict=True)
+        ),
     )
 
 
@@ -163,26 +202,35 @@ class _Scenarios:
 
     def __init__(self, config: RunConfig, machine: Machine):
         self.config, self.machine = config, machine
-        self._made: dict[str, dict[str, Rehearsal]] = {}
+        self._made: dict[str, dict[str, MemoryEstimate]] = {}
         self.work: list[Work] = []
         self.at({})
 
-    def at(self, changes: Changes) -> dict[str, Rehearsal]:
+    def at(self, changes: Changes) -> dict[str, MemoryEstimate]:
         """Label → rehearsal."""
         key = repr(sorted(changes.items()))
         if key not in self._made:
-            self._made[key] = self._make(_changed(self.config, changes), changes.get("gpus", self.machine.gpus))
+            self._made[key] = self._make(
+                _changed(self.config, changes), changes.get("gpus", self.machine.gpus)
+            )
         return self._made[key]
 
-    def _make(self, config: RunConfig, gpus: int) -> dict[str, Rehearsal]:
+    def _make(self, config: RunConfig, gpus: int) -> dict[str, MemoryEstimate]:
         family = open_model(config.model, config.evaluation)
         changed = changed_layers(config, family)
         self.work = self.work or read_work(config, family, changed, max(1, gpus))
         text = getattr(family.model.config, "text_config", family.model.config)
-        sharding = read_sharding(config.deepspeed(), max(1, gpus), text.hidden_size)
+        sharding = read_sharding(deepspeed_config(config), max(1, gpus), text.hidden_size)
         kept = 0 if sharding.partitions else kept_bytes(changed.values())
-        planned = {label: method for label, method in config.methods.items() if not _unplanned(METHODS[method.method])}
-        return {label: Rehearsal(config, method, family, self.work, sharding, gpus == 0, kept) for label, method in planned.items()}
+        planned = {
+            label: method
+            for label, method in config.methods.items()
+            if not _unplanned(METHODS[method.method])
+        }
+        return {
+            label: MemoryEstimate(config, method, family, self.work, sharding, gpus == 0, kept)
+            for label, method in planned.items()
+        }
 
     def fits(self, changes: Changes, label: str, stage: str) -> bool:
         """Whether a stage does under these changes."""
@@ -202,7 +250,9 @@ class _Scenarios:
             # The last one takes the least memory, and where even that is too much, the others needn't be tried; but a budget of
             # statistics may be too small for any sketch.
             if stage == "features" or self.fits({**base, **lights[-1]}, label, stage):
-                yield from ({**base, **light} for light in lights if self.fits({**base, **light}, label, stage))
+                yield from (
+                    {**base, **light} for light in lights if self.fits({**base, **light}, label, stage)
+                )
 
     def _light(self, config: RunConfig, label: str, stage: str) -> list[Changes]:
         """Changes to how a step is computed, from the smallest to the one that saves most."""
@@ -211,27 +261,53 @@ class _Scenarios:
             more = {CHECKPOINTING: True}
             lights = batches + [more, *({**more, **batch} for batch in batches)]
             sketch = {f"methods.{label}.gradient": "sketch"}
-            return [sketch, *({**sketch, **light} for light in lights)] if stage == "gradient" and takes_whole_gradient(config, label) else lights
+            return (
+                [sketch, *({**sketch, **light} for light in lights)]
+                if stage == "gradient" and takes_whole_gradient(config, label)
+                else lights
+            )
         if stage == "features":
             budgets = [{STATISTICS: config.memory.statistics_gb / 2**i} for i in range(1, 5)]
             return batches + budgets
-        return [{EVALUATION: config.evaluation.batch_size // 2**i} for i in range(1, 8) if config.evaluation.batch_size >> i] if stage == "evaluate" else []
+        return (
+            [
+                {EVALUATION: config.evaluation.batch_size // 2**i}
+                for i in range(1, 8)
+                if config.evaluation.batch_size >> i
+            ]
+            if stage == "evaluate"
+            else []
+        )
 
     def _heavy(self, start: Changes) -> Iterator[Changes]:
         """Nothing; half precision; a quantised base; weights and states in shards; more GPUs."""
         config = _changed(self.config, start)
         half = {} if config.model.dtype == "bfloat16" else {"model.dtype": "bfloat16"}
         yield {}
-        if config.deepspeed() is None:
+        if deepspeed_config(config) is None:
             yield from [half] if half else []
-            yield from ({**half, "model.quantization": kind} for kind in ("int8", "nf4") if not config.model.quantization)
+            yield from (
+                {**half, "model.quantization": kind}
+                for kind in ("int8", "nf4")
+                if not config.model.quantization
+            )
         gpus = max(1, start.get("gpus", self.machine.gpus))
         # Without it, the DeepSpeed configuration's bf16 would contradict the training arguments.
-        bf16 = {} if all(method.training.get("bf16") for method in config.methods.values()) else {"training.bf16": True}
+        bf16 = (
+            {}
+            if all(method.training.get("bf16") for method in config.methods.values())
+            else {"training.bf16": True}
+        )
         while self.machine.gpus and gpus <= MOST_GPUS:
             more = {"gpus": gpus} if gpus > self.machine.gpus else {}
             for stage in (2, 3) if gpus > 1 else ():
-                yield {**more, **half, **bf16, **_same_examples(config, gpus // self.machine.gpus), DEEPSPEED: _zero(stage)}
+                yield {
+                    **more,
+                    **half,
+                    **bf16,
+                    **_same_examples(config, gpus // self.machine.gpus),
+                    DEEPSPEED: _zero(stage),
+                }
             gpus *= 2
 
 
@@ -242,7 +318,10 @@ def _zero(stage: int) -> dict[str, Any]:
 
 def _smaller_batches(training: Mapping[str, Any]) -> Iterator[Changes]:
     """Halves of a batch that keep the examples of a step."""
-    size, steps = int(training.get("per_device_train_batch_size", 8)), int(training.get("gradient_accumulation_steps", 1))
+    size, steps = (
+        int(training.get("per_device_train_batch_size", 8)),
+        int(training.get("gradient_accumulation_steps", 1)),
+    )
     halves = (size >> i for i in range(1, size.bit_length()))
     return ({BATCH: half, ACCUMULATION: size * steps // half} for half in halves if size * steps % half == 0)
 
@@ -250,7 +329,10 @@ def _smaller_batches(training: Mapping[str, Any]) -> Iterator[Changes]:
 def _same_examples(config: RunConfig, factor: int) -> Changes:
     """So many times the processes, and as many examples a step, where these can be divided."""
     training = next(iter(config.methods.values())).training
-    size, steps = int(training.get("per_device_train_batch_size", 8)), int(training.get("gradient_accumulation_steps", 1))
+    size, steps = (
+        int(training.get("per_device_train_batch_size", 8)),
+        int(training.get("gradient_accumulation_steps", 1)),
+    )
     if factor == 1 or size * steps % factor:
         return {}
     own = math.gcd(size, size * steps // factor)
@@ -262,10 +344,15 @@ def _changed(config: RunConfig, changes: Changes) -> RunConfig:
     for key, value in changes.items():
         section, _, name = key.partition(".")
         if section == "training":
-            methods = {label: dataclasses.replace(m, training={**m.training, name: value}) for label, m in config.methods.items()}
+            methods = {
+                label: dataclasses.replace(m, training={**m.training, name: value})
+                for label, m in config.methods.items()
+            }
             config = dataclasses.replace(config, methods=methods, training={**config.training, name: value})
         elif section == "methods":
             config = sketching(config, name.rpartition(".")[0])
         elif name:
-            config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+            config = dataclasses.replace(
+                config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+            )
     return config

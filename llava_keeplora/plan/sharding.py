@@ -89,15 +89,25 @@ def read_sharding(deepspeed: Mapping[str, Any] | None, world: int, hidden: int) 
     # The default of overlapping depends on the stage.
     overlap = stage == 3 if overlap is None else bool(overlap)
     contiguous = zero.get("contiguous_gradients", True) and stage > 0
-    bucket = hidden**2 if zero.get("reduce_bucket_size") == "auto" else _size(zero, "reduce_bucket_size", BUCKET)
+    bucket = (
+        hidden**2 if zero.get("reduce_bucket_size") == "auto" else _size(zero, "reduce_bucket_size", BUCKET)
+    )
     return Sharding(
-        world, stage, bucket, (2 if overlap and stage < 3 else 1) if contiguous else 0,
-        _size(zero, "stage3_max_live_parameters", LIVE), _on_host(zero, "offload_optimizer"), _on_host(zero, "offload_param"),
+        world,
+        stage,
+        bucket,
+        (2 if overlap and stage < 3 else 1) if contiguous else 0,
+        _size(zero, "stage3_max_live_parameters", LIVE),
+        _on_host(zero, "offload_optimizer"),
+        _on_host(zero, "offload_param"),
     )
 
 
 def _on_host(zero: Mapping[str, Any], key: str) -> bool:
-    return as_mapping(zero.get(key), f"training.deepspeed.zero_optimization.{key}").get("device", "none") != "none"
+    return (
+        as_mapping(zero.get(key), f"training.deepspeed.zero_optimization.{key}").get("device", "none")
+        != "none"
+    )
 
 
 def _size(zero: Mapping[str, Any], key: str, usual: int) -> int:
@@ -109,4 +119,7 @@ def _size(zero: Mapping[str, Any], key: str, usual: int) -> int:
     try:
         return int(float(zero.get(key, usual)))
     except (TypeError, ValueError):
-        raise ConfigError(f"the DeepSpeed configuration has zero_optimization.{key} {zero[key]!r}", "write a number, such as 5e8") from None
+        raise ConfigError(
+            f"the DeepSpeed configuration has zero_optimization.{key} {zero[key]!r}",
+            "write a number, such as 5e8",
+        ) from None

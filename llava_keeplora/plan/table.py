@@ -12,18 +12,38 @@ from llava_keeplora.plan.plan import Changes, Plan
 
 def describe(plan: Plan) -> str:
     """A plan as plain-text tables: memory with a verdict for every stage, then parameters and disk, then steps."""
-    lines = [f"planned for {plan.machine}, {plan.machine.room / GB:.1f} GB of it for the run; the model takes {plan.model / GB:.2f} GB", ""]
+    lines = [
+        f"planned for {plan.machine}, {plan.machine.room / GB:.1f} GB of it for the run; the model takes {plan.model / GB:.2f} GB",
+        "",
+    ]
     beside = plan.machine.gpus > 0
     rows = [["method", "stage", "GB per GPU" if beside else "GB", *["host GB"] * beside, "verdict"]]
     for method in plan.methods:
         for stage in method.stages:
-            verdict = "fits" if stage.fits else "does not fit" + (f"; fits with {changes_text(stage.changes)}" if stage.changes is not None else "")
-            rows.append([method.label, stage.stage, f"{stage.device / GB:.2f}", *[f"{stage.host / GB:.2f}"] * beside, verdict])
+            verdict = (
+                "fits"
+                if stage.fits
+                else "does not fit"
+                + (f"; fits with {changes_text(stage.changes)}" if stage.changes is not None else "")
+            )
+            rows.append(
+                [
+                    method.label,
+                    stage.stage,
+                    f"{stage.device / GB:.2f}",
+                    *[f"{stage.host / GB:.2f}"] * beside,
+                    verdict,
+                ]
+            )
     lines += [*_aligned(rows), *(f"not planned: '{label}' {why}" for label, why in plan.left_out.items()), ""]
-    rows = [["method", "trained", "stored per task", "MB on disk per task", "MB before the first task", "steps"]]
+    rows = [
+        ["method", "trained", "stored per task", "MB on disk per task", "MB before the first task", "steps"]
+    ]
     for method in plan.methods:
         mb = (f"{method.disk_task / 1e6:.1f}", f"{method.disk_base / 1e6:.1f}")
-        rows.append([method.label, f"{method.trainable:,}", f"{method.stored:,}", *mb, f"{sum(method.steps):,}"])
+        rows.append(
+            [method.label, f"{method.trainable:,}", f"{method.stored:,}", *mb, f"{sum(method.steps):,}"]
+        )
     lines += [*_aligned(rows), ""]
     rows = [["task", "examples", *(f"steps of {method.label}" for method in plan.methods)]]
     for i, (task, examples) in enumerate(zip(plan.tasks, plan.examples, strict=True)):
@@ -33,7 +53,12 @@ def describe(plan: Plan) -> str:
 
 def refusal(plan: Plan) -> tuple[str, str] | None:
     """What does not fit, and what to do; None where everything does."""
-    short = [(stage.device, method.label, stage.stage) for method in plan.methods for stage in method.stages if not stage.fits]
+    short = [
+        (stage.device, method.label, stage.stage)
+        for method in plan.methods
+        for stage in method.stages
+        if not stage.fits
+    ]
     if not short:
         return None
     need, label, stage = max(short)
@@ -45,7 +70,10 @@ def refusal(plan: Plan) -> tuple[str, str] | None:
 
 def changes_text(changes: Changes) -> str:
     """Changes as they are typed."""
-    return " ".join(f"--gpus {value}" if key == "gpus" else shlex.quote(f"{key}={_yaml(value)}") for key, value in changes.items())
+    return " ".join(
+        f"--gpus {value}" if key == "gpus" else shlex.quote(f"{key}={_yaml(value)}")
+        for key, value in changes.items()
+    )
 
 
 def _yaml(value: Any) -> str:
@@ -54,4 +82,6 @@ def _yaml(value: Any) -> str:
 
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

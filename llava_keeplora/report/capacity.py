@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.figures import LIGHT, Palette, save
 from llava_keeplora.report.lines import draw_layer_lines
-from llava_keeplora.report.trial import Capacity, LayerLines
+from llava_keeplora.report.results import Capacity, LayerLines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 YLABEL = "protected fraction of the input space (k / in)"
 
 
-def protected_fraction_plot(capacity: Capacity, path: str | Path, stages: Sequence[str] | None = None) -> list[Path]:
+def protected_fraction_plot(
+    capacity: Capacity, path: str | Path, stages: Sequence[str] | None = None
+) -> list[Path]:
     """Plot the protected fraction k/in of every layer over the stages, one panel per part of the model.
 
     k is the number of protected directions (columns of the layer's basis) and in the width of its input;
@@ -47,14 +49,18 @@ def draw_protected_fraction(
 ) -> Figure:
     """The plot as a figure, in the given palette."""
     parts = fractions(capacity)
-    stages = list(stages) if stages is not None else ["weights", *(f"task {t}" for t in range(1, len(capacity)))]
+    stages = (
+        list(stages) if stages is not None else ["weights", *(f"task {t}" for t in range(1, len(capacity)))]
+    )
     if len(stages) != len(capacity):
-        raise ReportError(f"{len(capacity)} stages of capacity have {len(stages)} names", "give one name per stage")
+        raise ReportError(
+            f"{len(capacity)} stages of capacity have {len(stages)} names", "give one name per stage"
+        )
     return draw_layer_lines(parts, stages, YLABEL, palette)
 
 
 def fractions(capacity: Capacity) -> LayerLines:
-    """part -> layer -> k/in per stage, layers in the order of the numbers in their names.
+    """Part -> layer -> k/in per stage, layers in the order of the numbers in their names.
 
     Raises:
         ReportError: see `protected_fraction_plot`.
@@ -65,7 +71,8 @@ def fractions(capacity: Capacity) -> LayerLines:
         for name, size in layers.items():
             if not {"in", "k", "part"} <= size.keys():
                 raise ReportError(
-                    f"layer '{name}' of stage {stage} has the keys {sorted(size)}", "give it 'in', 'k' and 'part'"
+                    f"layer '{name}' of stage {stage} has the keys {sorted(size)}",
+                    "give it 'in', 'k' and 'part'",
                 )
             if not 0 <= size["k"] <= size["in"] or size["in"] == 0:
                 raise ReportError(
@@ -75,12 +82,14 @@ def fractions(capacity: Capacity) -> LayerLines:
             values[-1][size["part"], name] = size["k"] / size["in"]
     lines = layer_lines(values)
     if not lines:
-        raise ReportError("the capacity names no layer", "leave the plot out, or run a method that protects directions")
+        raise ReportError(
+            "the capacity names no layer", "leave the plot out, or run a method that protects directions"
+        )
     return lines
 
 
 def layer_lines(values: Sequence[dict[tuple[str, str], float]]) -> LayerLines:
-    """part -> layer -> its numbers, from one mapping (part, layer) -> number per stage; nan where a stage has none."""
+    """Part -> layer -> its numbers, from one mapping (part, layer) -> number per stage; nan where a stage has none."""
     # Files keep names in alphabetical order, where layer 10 comes before layer 2; parts stay in theirs.
     names = dict.fromkeys(key for stage in values for key in stage)
     parts: dict[str, dict[str, list[float]]] = {part: {} for part, _ in names}

@@ -7,25 +7,42 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava_keeplora.report.figures import Palette, bare, fill, legend_above, new_figure
-from llava_keeplora.report.trial import Cost, Results, Trial, mean, spread
+from llava_keeplora.report.results import Cost, Results, Trial, mean, spread
+from llava_keeplora.run_folder import Stage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
 #: What a stage is called for a reader; the others take no time worth a bar.
-STAGES = {"PREPARED": "prepare the adapters", "TRAINED": "train", "CONSOLIDATED": "protect what it knows", "EVALUATED": "score every task"}
+STAGES = {
+    Stage.PREPARED: "prepare the adapters",
+    Stage.TRAINED: "train",
+    Stage.CONSOLIDATED: "protect what it knows",
+    Stage.EVALUATED: "score every task",
+}
 COST_COLUMNS = ("stage", "seconds, all tasks", "peak memory (MiB)", "of")
 
 
 def draw_costs(results: Results, palette: Palette) -> Figure | None:
     """Seconds and peak memory of each kind of stage, a bar per method; None without a finished stage."""
-    costs = {name: [[trial.costs[stage] for trial in trials if stage in trial.costs] for stage in STAGES] for name, trials in results.items()}
-    bars = {
-        "time, all tasks together (s)": {name: [mean(cost.seconds for cost in found) for found in stages] for name, stages in costs.items()},
-        "highest peak of memory (GiB)": {name: [mean(map(_gib, found)) for found in stages] for name, stages in costs.items()},
+    costs = {
+        name: [[trial.costs[stage] for trial in trials if stage in trial.costs] for stage in STAGES]
+        for name, trials in results.items()
     }
-    bars = {label: values for label, values in bars.items() if any(value is not None for line in values.values() for value in line)}
+    bars = {
+        "time, all tasks together (s)": {
+            name: [mean(cost.seconds for cost in found) for found in stages] for name, stages in costs.items()
+        },
+        "highest peak of memory (GiB)": {
+            name: [mean(map(_gib, found)) for found in stages] for name, stages in costs.items()
+        },
+    }
+    bars = {
+        label: values
+        for label, values in bars.items()
+        if any(value is not None for line in values.values() for value in line)
+    }
     if not bars:
         return None
     size = (5.2 * max(len(bars), 1.2), 1.4 + 0.22 * len(STAGES) * (len(results) + 1))
@@ -50,7 +67,13 @@ def _draw_bars(axes, values: dict[str, list[float | None]], palette: Palette) ->
     thick = 0.8 / len(values)
     for position, (name, line) in enumerate(values.items()):
         place = [row + (position - (len(values) - 1) / 2) * thick for row in range(len(line))]
-        axes.barh(place, [math.nan if value is None else value for value in line], thick, label=name, **fill(position, palette))
+        axes.barh(
+            place,
+            [math.nan if value is None else value for value in line],
+            thick,
+            label=name,
+            **fill(position, palette),
+        )
 
 
 def cost_rows(trials: Sequence[Trial]) -> list[list[str]]:
@@ -60,5 +83,12 @@ def cost_rows(trials: Sequence[Trial]) -> list[list[str]]:
         found = [trial.costs[stage] for trial in trials if stage in trial.costs]
         if found:
             peaks = [None if cost.peak_bytes is None else cost.peak_bytes / MIB for cost in found]
-            rows.append([name, spread([cost.seconds for cost in found]), spread(peaks, 0), " / ".join(sorted({cost.peak_of for cost in found}))])
+            rows.append(
+                [
+                    name,
+                    spread([cost.seconds for cost in found]),
+                    spread(peaks, 0),
+                    " / ".join(sorted({cost.peak_of for cost in found})),
+                ]
+            )
     return rows

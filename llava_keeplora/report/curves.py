@@ -9,7 +9,7 @@ import numpy as np
 
 from llava_keeplora.report.figures import Palette, bare, fill, legend_above, new_figure, style
 from llava_keeplora.report.heatmap import colour_limits
-from llava_keeplora.report.trial import Results, Trial, deviation, mean
+from llava_keeplora.report.results import Results, Trial, deviation, mean
 from llava_keeplora_eval import Matrix
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ def draw_curves(results: Results, palette: Palette) -> Figure:
 
     def points(trials: Sequence[Trial], i: int) -> Points:
         # A model that never changes is a level line.
-        shown = [trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix for trial in trials]
+        shown = [
+            trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix
+            for trial in trials
+        ]
         rows = [[matrix.zero_shot or [None] * len(tasks), *matrix.rows] for matrix in shown]
         return _measured((stage, [stages[stage][i] for stages in rows]) for stage in range(len(tasks) + 1))
 
@@ -48,7 +51,11 @@ def draw_losses(results: Results, palette: Palette) -> Figure | None:
 
     def points(trials: Sequence[Trial], i: int) -> Points:
         curves = [dict(trial.losses.get(tasks[i], ())) for trial in trials]
-        return [(step, [curve[step] for curve in curves]) for step in curves[0] if all(step in curve for curve in curves)]
+        return [
+            (step, [curve[step] for curve in curves])
+            for step in curves[0]
+            if all(step in curve for curve in curves)
+        ]
 
     logged = {name: trials for name, trials in results.items() if any(trial.losses for trial in trials)}
     if not logged:
@@ -69,7 +76,10 @@ def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
     """
     tasks, order = _tasks(results), list(results)
     drops = {name: [_drops(trial.matrix) for trial in trials] for name, trials in results.items()}
-    means = {name: _measured((t + 1, [mean(rows[t][:t]) for rows in own]) for t in range(1, len(tasks))) for name, own in drops.items()}
+    means = {
+        name: _measured((t + 1, [mean(rows[t][:t]) for rows in own]) for t in range(1, len(tasks)))
+        for name, own in drops.items()
+    }
     means = {name: points for name, points in means.items() if points}
     if not means:
         return None
@@ -82,8 +92,19 @@ def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
         ends = [[rows[last][i] for rows in drops[name]] for i in range(last)]
         spreads = [deviation(values) for values in ends] if len(drops[name]) > 1 else None
         place = [i + (row - (len(means) - 1) / 2) * thick for i in range(last)]
-        by.barh(place, [mean(values) for values in ends], thick, xerr=spreads, ecolor=palette.ink, **fill(order.index(name), palette))
-    over.set(xlabel="tasks learned", ylabel="mean drop of the tasks before (points)", xticks=range(2, len(tasks) + 1))
+        by.barh(
+            place,
+            [mean(values) for values in ends],
+            thick,
+            xerr=spreads,
+            ecolor=palette.ink,
+            **fill(order.index(name), palette),
+        )
+    over.set(
+        xlabel="tasks learned",
+        ylabel="mean drop of the tasks before (points)",
+        xticks=range(2, len(tasks) + 1),
+    )
     by.set(xlabel="drop from just after learning to the last stage (points)")
     by.set_yticks(range(len(tasks) - 1), tasks[:-1])
     by.invert_yaxis()
@@ -101,7 +122,9 @@ def _tasks(results: Results) -> list[str]:
 def _drops(matrix: Matrix) -> list[list[float | None]]:
     """Row t, column i: how far task i has fallen from its score right after it was learned; None where not measured."""
     start = [matrix.rows[i][i] for i in range(len(matrix.tasks))]
-    return [[None if None in (now, then) else then - now for now, then in zip(row, start)] for row in matrix.rows]
+    return [
+        [None if None in (now, then) else then - now for now, then in zip(row, start)] for row in matrix.rows
+    ]
 
 
 def _measured(points) -> Points:
@@ -109,7 +132,11 @@ def _measured(points) -> Points:
 
 
 def _per_task(
-    results: Results, points: Callable[[Sequence[Trial], int], Points], xlabel: str, ylabel: str, palette: Palette
+    results: Results,
+    points: Callable[[Sequence[Trial], int], Points],
+    xlabel: str,
+    ylabel: str,
+    palette: Palette,
 ) -> tuple[Figure, list[Axes]]:
     """A panel per task with a line per method, in the same colours in all of them."""
     tasks = _tasks(results)
@@ -122,7 +149,9 @@ def _per_task(
         for position, (name, trials) in enumerate(results.items()):
             if drawn := points(trials, i):
                 draw_line(axes, drawn, name, position)
-        axes.set_title(_fitted(f"{i + 1} {task}"), color=palette.ink, loc="left", fontsize=9, fontweight="bold")
+        axes.set_title(
+            _fitted(f"{i + 1} {task}"), color=palette.ink, loc="left", fontsize=9, fontweight="bold"
+        )
         bare(axes, palette)
         axes.tick_params(labelsize=8)
         panels.append(axes)
@@ -136,10 +165,20 @@ def draw_line(axes, points: Points, name: str, position: int) -> None:
     """A line of means, with a band of one standard deviation where there are several trials."""
     xs = [x for x, _ in points]
     means = np.array([mean(values) for _, values in points])
-    axes.plot(xs, means, label=name, marker="o", markersize=3 if len(xs) < 40 else 0, linewidth=1.6, **style(position))
+    axes.plot(
+        xs,
+        means,
+        label=name,
+        marker="o",
+        markersize=3 if len(xs) < 40 else 0,
+        linewidth=1.6,
+        **style(position),
+    )
     around = np.array([deviation(values) or 0.0 for _, values in points])
     if around.any():
-        axes.fill_between(xs, means - around, means + around, color=style(position)["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(
+            xs, means - around, means + around, color=style(position)["color"], alpha=0.2, linewidth=0
+        )
 
 
 def _fitted(name: str, length: int = 30) -> str:

@@ -54,13 +54,21 @@ def new_figure(size: tuple[float, float], palette: Palette) -> Figure:
 
 def style(position: int) -> dict[str, str]:
     """Colour and line style of the method at a position; the same in every picture of a page."""
-    return {"color": COLOURS[position % len(COLOURS)], "linestyle": STYLES[position // len(COLOURS) % len(STYLES)]}
+    return {
+        "color": COLOURS[position % len(COLOURS)],
+        "linestyle": STYLES[position // len(COLOURS) % len(STYLES)],
+    }
 
 
 def fill(position: int, palette: Palette) -> dict[str, str | float]:
     """The same as `style` for a bar."""
     hatch = HATCHES[position // len(COLOURS) % len(HATCHES)]
-    return {"facecolor": COLOURS[position % len(COLOURS)], "hatch": hatch, "edgecolor": palette.paper, "linewidth": 0}
+    return {
+        "facecolor": COLOURS[position % len(COLOURS)],
+        "hatch": hatch,
+        "edgecolor": palette.paper,
+        "linewidth": 0,
+    }
 
 
 def bare(axes, palette: Palette) -> None:
@@ -81,8 +89,14 @@ def legend_above(figure: Figure, panels: Sequence[Axes], palette: Palette) -> No
     if entries:
         widest = LEGEND_MARK + LEGEND_LETTER * max(map(len, entries))
         figure.legend(
-            entries.values(), entries.keys(), loc="outside upper left", ncols=max(1, min(len(entries), int(figure.get_figwidth() / widest))),
-            labelcolor=palette.ink, facecolor=palette.paper, edgecolor=palette.paper, fontsize=9,
+            entries.values(),
+            entries.keys(),
+            loc="outside upper left",
+            ncols=max(1, min(len(entries), int(figure.get_figwidth() / widest))),
+            labelcolor=palette.ink,
+            facecolor=palette.paper,
+            edgecolor=palette.paper,
+            fontsize=9,
         )
 
 

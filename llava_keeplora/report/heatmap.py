@@ -59,11 +59,15 @@ def draw_heatmap(
     labels = {top + t: name for t, name in enumerate(matrix.tasks)}
     if matrix.zero_shot is not None:
         rows, labels = [(0, matrix.zero_shot), *rows], {0: ZERO_SHOT} | labels
-    figure, axes = draw_cells(matrix.tasks, rows, title, "score (%)", limits or colour_limits([matrix]), palette)
+    figure, axes = draw_cells(
+        matrix.tasks, rows, title, "score (%)", limits or colour_limits([matrix]), palette
+    )
     from matplotlib.patches import Rectangle  # see figures.new_figure
 
     for t in range(len(matrix.tasks)):
-        box = Rectangle((t, top + t), 1, 1, fill=False, edgecolor=palette.ink, linewidth=2.2, zorder=3, clip_on=False)
+        box = Rectangle(
+            (t, top + t), 1, 1, fill=False, edgecolor=palette.ink, linewidth=2.2, zorder=3, clip_on=False
+        )
         axes.add_patch(box)
     axes.set_yticks([y + 0.5 for y in labels], list(labels.values()))
     axes.set_xlabel("scored task", color=palette.ink)
@@ -97,14 +101,18 @@ def draw_cells(
 
     height = rows[-1][0] + 1
     name_width = max(len(name) for name in [*columns, ZERO_SHOT])
-    figure = new_figure((2.2 + 0.075 * name_width + 0.62 * len(columns), 1.6 + 0.05 * name_width + 0.42 * height), palette)
+    figure = new_figure(
+        (2.2 + 0.075 * name_width + 0.62 * len(columns), 1.6 + 0.05 * name_width + 0.42 * height), palette
+    )
     axes = figure.add_subplot(facecolor=palette.paper)
     scale = Normalize(*limits)
     for top, row in rows:
         _draw_row(axes, row, top, scale, palette, precision)
     axes.set_xlim(0, len(columns))
     axes.set_ylim(height, 0)
-    axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_xticks(
+        [x + 0.5 for x in range(len(columns))], columns, rotation=40, ha="right", rotation_mode="anchor"
+    )
     axes.tick_params(length=0, colors=palette.ink)
     axes.set_title(title, color=palette.ink, loc="left", fontsize=12, fontweight="bold")
     for side in axes.spines.values():
@@ -127,7 +135,15 @@ def colour_limits(matrices: Iterable[Matrix]) -> tuple[float, float]:
 def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette, precision: int) -> None:
     values = np.ma.masked_invalid([[np.nan if value is None else float(value) for value in row]])
     # One mesh a row: a patch a cell takes most of the time of a large picture.
-    mesh = axes.pcolormesh(np.arange(len(row) + 1), [y, y + 1], values, norm=scale, cmap=COLOURS, edgecolors=palette.paper, linewidth=1)
+    mesh = axes.pcolormesh(
+        np.arange(len(row) + 1),
+        [y, y + 1],
+        values,
+        norm=scale,
+        cmap=COLOURS,
+        edgecolors=palette.paper,
+        linewidth=1,
+    )
     mesh.set_in_layout(False)
     if len(row) > MOST_NUMBERS:
         return

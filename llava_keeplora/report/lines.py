@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llava_keeplora.report.figures import Palette, bare, new_figure
-from llava_keeplora.report.trial import LayerLines
+from llava_keeplora.report.results import LayerLines
 
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
@@ -50,7 +50,9 @@ def _draw_part(figure, axes, part: str, layers, stages: Sequence[str], palette: 
     bare(axes, palette)
     axes.set_title(f"{part} ({len(layers)} layers)", color=palette.ink, loc="left", fontweight="bold")
     if few:
-        legend = axes.legend(fontsize=8, labelcolor=palette.ink, facecolor=palette.paper, edgecolor=palette.faint)
+        legend = axes.legend(
+            fontsize=8, labelcolor=palette.ink, facecolor=palette.paper, edgecolor=palette.faint
+        )
         legend.set_zorder(5)
     else:
         from matplotlib.cm import ScalarMappable  # see figures.new_figure

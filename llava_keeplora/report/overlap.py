@@ -52,7 +52,9 @@ def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
         counts[tasks[:, None], tasks] += 1
     if not counts.any():
         return None
-    return [[float(total / count) if count else None for total, count in zip(*rows)] for rows in zip(sums, counts)]
+    return [
+        [float(total / count) if count else None for total, count in zip(*rows)] for rows in zip(sums, counts)
+    ]
 
 
 def _bases(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -65,9 +67,13 @@ def _bases(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
     return {task: found[task] for task in rows}
 
 
-def draw_overlap(tasks: Sequence[str], cells: Sequence[Sequence[float | None]], title: str, palette: Palette) -> Figure:
+def draw_overlap(
+    tasks: Sequence[str], cells: Sequence[Sequence[float | None]], title: str, palette: Palette
+) -> Figure:
     """The overlaps as a heat map from 0 to 1."""
-    figure, axes = draw_cells(tasks, list(enumerate(cells)), title, "mean squared cosine", (0.0, 1.0), palette, precision=2)
+    figure, axes = draw_cells(
+        tasks, list(enumerate(cells)), title, "mean squared cosine", (0.0, 1.0), palette, precision=2
+    )
     axes.set_yticks([y + 0.5 for y in range(len(tasks))], tasks)
     axes.set_xlabel("input subspace of this task's update", color=palette.ink)
     axes.set_ylabel("and of this one's", color=palette.ink)

@@ -8,20 +8,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import read_dumped
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import write_bytes
-from llava_keeplora.files import whole_folder
+from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
-from llava_keeplora.report.capacity import layer_lines
-from llava_keeplora.report.needs import read_needs
-from llava_keeplora.report.overlap import overlap
-from llava_keeplora.report.page import DOCUMENTS, write_report
-from llava_keeplora.report.tables import summary_table
-from llava_keeplora.report.trial import Capacity, Cost, LayerLines, Trial
-from llava_keeplora.records import read_record
 from llava_keeplora.registries import METHODS
-from llava_keeplora.run_folder import read_identity, recorded_base
+from llava_keeplora.report.capacity import layer_lines
+from llava_keeplora.report.overlap import overlap
+from llava_keeplora.report.resources import read_needs
+from llava_keeplora.report.results import Capacity, Cost, LayerLines, Trial
+from llava_keeplora.report.tables import summary_table
+from llava_keeplora.report.write_report import DOCUMENTS, write_report
+from llava_keeplora.run_folder import (
+    CONFIG,
+    CONSOLIDATED,
+    DELTA,
+    JOURNAL,
+    MATRIX,
+    PREPARED,
+    SCORES,
+    TRAIN,
+    Stage,
+    read_dumped,
+    read_record,
+)
+from llava_keeplora.saved_run import read_identity, recorded_base
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
 
@@ -29,7 +39,7 @@ ZERO_SHOT = "zero-shot"
 #: What a run's own report was made of.
 STAMP = ".report"
 #: What is read of a method's stages.
-READ = ("scores.json", "prepared.json", "train.json", "consolidated.json", "delta.safetensors")
+READ = (SCORES, PREPARED, TRAIN, CONSOLIDATED, DELTA)
 #: What the page shows of a configuration; of the rest, `config.json` knows more than a reader wants.
 SHOWN = ("seed", "sequence", "model", "parts", "training", "data")
 
@@ -52,11 +62,13 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
     """
     folders = [Path(run) for run in runs]
     if into is None and len(folders) > 1:
-        raise RunError(f"the report of {len(folders)} runs belongs to none of their folders", "add --into DIR")
+        raise RunError(
+            f"the report of {len(folders)} runs belongs to none of their folders", "add --into DIR"
+        )
     results = read_side_by_side(folders)
     title = f"Run {folders[0].resolve().name}" if len(folders) == 1 else f"{len(folders)} runs side by side"
-    with whole_folder(folders[0] if into is None else into, replace=False) as room:
-        write_report(room, title, results, rows_of(results) | settings_of(folders))
+    with whole_folder(folders[0] if into is None else into, replace=False) as tmp_dir:
+        write_report(tmp_dir, title, results, rows_of(results) | settings_of(folders))
     if into is None:
         write_bytes(folders[0] / STAMP, _made_of(folders[0]))
     return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
@@ -69,8 +81,10 @@ def report_is_current(run: Path) -> bool:
 
 
 def _made_of(run: Path) -> bytes:
-    files = [run / "config.json", *sorted(run.glob("*/journal.jsonl"))]
-    return "\n".join([version("llava-keeplora"), *(f"{path.relative_to(run)} {file_hash(path)}" for path in files)]).encode()
+    files = [run / CONFIG, *sorted(run.glob("*/journal.jsonl"))]
+    return "\n".join(
+        [version("llava-keeplora"), *(f"{path.relative_to(run)} {file_hash(path)}" for path in files)]
+    ).encode()
 
 
 def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:
@@ -87,7 +101,7 @@ def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:
 
 
 def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Trial]]:
-    """name → trials: a method's label, and the first run's name behind it where runs have other settings for that label."""
+    """Name → trials: a method's label, and the first run's name behind it where runs have other settings for that label."""
     groups: dict[tuple[str, str], dict[int, Path]] = {}
     bases = {folder: recorded_base(folder) for folder in found}
     for folder, matrices in found.items():
@@ -110,7 +124,10 @@ def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[T
     results = {}
     for (label, _), seeds in sorted(groups.items(), key=lambda item: labels.index(item[0][0])):
         name = label if labels.count(label) == 1 else f"{label} ({names[next(iter(seeds.values()))]})"
-        results[name] = [read_trial(folder / label, found[folder][label], seed, names[folder]) for seed, folder in sorted(seeds.items())]
+        results[name] = [
+            read_trial(folder / label, found[folder][label], seed, names[folder])
+            for seed, folder in sorted(seeds.items())
+        ]
     return results
 
 
@@ -124,7 +141,9 @@ def names_of(folders: Iterable[Path]) -> dict[Path, str]:
     """A name for each run: its folder's, with the folders above as far as that takes to tell them apart."""
     parts = {folder: folder.resolve().parts for folder in folders}
     depth = 1
-    while len({each[-depth:] for each in parts.values()}) < len(parts) and depth < max(map(len, parts.values())):
+    while len({each[-depth:] for each in parts.values()}) < len(parts) and depth < max(
+        map(len, parts.values())
+    ):
         depth += 1
     return {folder: "/".join(each[-depth:]) for folder, each in parts.items()}
 
@@ -138,24 +157,34 @@ def _check_comparable(found: Mapping[Path, Mapping[str, Matrix]]) -> None:
         if theirs != tasks:
             raise RunError(
                 f"{first} and {other} have different tasks ({', '.join(tasks)} against {', '.join(theirs)}), "
-                "so their numbers can't stand side by side", "report them apart",
+                "so their numbers can't stand side by side",
+                "report them apart",
             )
         for task, scored in examples_of(other).items():
             if examples.get(task, scored) != scored:
-                raise RunError(f"{first} and {other} score task '{task}' on different examples or by different metrics", "report them apart")
+                raise RunError(
+                    f"{first} and {other} score task '{task}' on different examples or by different metrics",
+                    "report them apart",
+                )
 
 
 def examples_of(run: Path) -> dict[str, tuple]:
-    """task → what it was scored on and by, from the zero-shot row."""
-    path = run / ZERO_SHOT / "task-00-base" / "scores.json"
+    """Task → what it was scored on and by, from the zero-shot row."""
+    path = run / ZERO_SHOT / "task-00-base" / SCORES
     scores = read_record(path) if path.exists() else {}
-    return {task: tuple(score.get(key) for key in ("fingerprint", "metric", "metric_version", "metric_source")) for task, score in scores.items()}
+    return {
+        task: tuple(score.get(key) for key in ("fingerprint", "metric", "metric_version", "metric_source"))
+        for task, score in scores.items()
+    }
 
 
 def rows_of(results: Mapping[str, Sequence[Trial]]) -> dict[str, str]:
     """Which runs a row stands for, where they are several."""
     runs = {trial.run for trials in results.values() for trial in trials}
-    told = {name: ", ".join(f"{trial.run} (seed {trial.seed})" for trial in trials) for name, trials in results.items()}
+    told = {
+        name: ", ".join(f"{trial.run} (seed {trial.seed})" for trial in trials)
+        for name, trials in results.items()
+    }
     return {f"row {name}": text for name, text in told.items()} if len(runs) > 1 else {}
 
 
@@ -163,12 +192,19 @@ def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
     """What the page says about how the runs were made; where they differ, run by run."""
     configs = {name: read_dumped(folder) for folder, name in names_of(folders).items()}
     for config in configs.values():
-        config["methods"] = {label: {"method": METHODS.portable_name(m["method"]), **m["options"]} for label, m in config["methods"].items()}
+        config["methods"] = {
+            label: {"method": METHODS.portable_name(m["method"]), **m["options"]}
+            for label, m in config["methods"].items()
+        }
     settings = {}
     for key in (*SHOWN, "methods"):
         values = {name: config.get(key) for name, config in configs.items()}
         alike = all(value == next(iter(values.values())) for value in values.values())
-        settings |= {key: next(iter(values.values()))} if alike else {f"{key} ({name})": value for name, value in values.items()}
+        settings |= (
+            {key: next(iter(values.values()))}
+            if alike
+            else {f"{key} ({name})": value for name, value in values.items()}
+        )
     return settings
 
 
@@ -176,23 +212,30 @@ def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def read_results(run: Path) -> dict[str, Matrix]:
-    """label → matrix of every method of a run, zero-shot first, then in the configuration's order.
+    """Label → matrix of every method of a run, zero-shot first, then in the configuration's order.
 
     Raises:
         RunError: if there is none yet, or a file that the report reads was damaged.
     """
     labels = [ZERO_SHOT, *read_dumped(run)["methods"]]
-    found = {label: Matrix.from_json(run / label / "matrix.json") for label in dict.fromkeys(labels) if (run / label / "matrix.json").exists()}
+    found = {
+        label: Matrix.from_json(run / label / MATRIX)
+        for label in dict.fromkeys(labels)
+        if (run / label / MATRIX).exists()
+    }
     if not found:
         raise RunError(f"{run} holds no matrix yet", "run its training first")
     for label in found:
-        Journal(run / label / "journal.jsonl").verify(READ)
+        Journal(run / label / JOURNAL).verify(READ)
     return found
 
 
 def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
     """Everything that a method's folder shows."""
-    tasks = {index: folder / f"task-{index:02d}-{name.replace('/', '-')}" for index, name in enumerate(["base", *matrix.tasks])}
+    tasks = {
+        index: folder / f"task-{index:02d}-{name.replace('/', '-')}"
+        for index, name in enumerate(["base", *matrix.tasks])
+    }
     capacity = read_capacity(folder)
     return Trial(
         matrix=matrix,
@@ -200,8 +243,12 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         run=run,
         capacity=capacity,
         captured=read_captured(folder, capacity),
-        overlap=overlap([path / "delta.safetensors" for index, path in tasks.items() if index]),
-        losses={matrix.tasks[index - 1]: losses for index, path in tasks.items() if index and (losses := read_losses(path / "train.json"))},
+        overlap=overlap([path / DELTA for index, path in tasks.items() if index]),
+        losses={
+            matrix.tasks[index - 1]: losses
+            for index, path in tasks.items()
+            if index and (losses := read_losses(path / TRAIN))
+        },
         costs=read_costs(folder),
         needs=read_needs(folder),
         scores=[read_record(path) for path in sorted(folder.glob("task-*/scores.json"))],
@@ -219,18 +266,22 @@ def read_capacity(folder: Path) -> Capacity:
 
 
 def room_line(name: str, folder: Path) -> str | None:
-    """How many more tasks a method has room for, by the forecast of its last one; None without a forecast."""
+    """How many more tasks a method has tmp_dir for, by the forecast of its last one; None without a forecast."""
     paths = sorted(folder.glob("task-*/consolidated.json"))
     last = read_record(paths[-1]) if paths else {}
     if "forecast" not in last:
         return None
-    finite = [(room["tasks"], room["left"], layer) for layer, room in last["forecast"].items() if room["tasks"] is not None]
+    finite = [
+        (tmp_dir["tasks"], tmp_dir["left"], layer)
+        for layer, tmp_dir in last["forecast"].items()
+        if tmp_dir["tasks"] is not None
+    ]
     if not finite:
-        return f"room of {name}: no layer's protected subspace grows"
+        return f"tmp_dir of {name}: no layer's protected subspace grows"
     tasks, left, layer = min(finite)
     growth, width = last["forecast"][layer]["growth"], last["capacity"][layer]["in"]
     return (
-        f"room of {name}: {tasks} more task{'' if tasks == 1 else 's'} at full rank, if each adds as many directions as those so far; "
+        f"tmp_dir of {name}: {tasks} more task{'' if tasks == 1 else 's'} at full rank, if each adds as many directions as those so far; "
         f"the first layer to fill is {layer}, {left} of {width} directions left, {growth:.1f} fewer a task"
     )
 
@@ -241,7 +292,13 @@ def read_captured(folder: Path, capacity: Capacity) -> LayerLines:
     tasks = []
     for path in sorted(folder.glob("task-*/prepared.json")):
         gradient = read_record(path)["report"].get("gradient", {})
-        tasks.append({(parts.get(name, "layers"), name): numbers["captured"] for name, numbers in gradient.items() if "captured" in numbers})
+        tasks.append(
+            {
+                (parts.get(name, "layers"), name): numbers["captured"]
+                for name, numbers in gradient.items()
+                if "captured" in numbers
+            }
+        )
     return layer_lines(tasks)
 
 
@@ -252,14 +309,18 @@ def read_losses(path: Path) -> list[tuple[int, float]]:
 
 
 def read_costs(folder: Path) -> dict[str, Cost]:
-    """stage → what it took over all tasks, from the journal."""
+    """Stage → what it took over all tasks, from the journal."""
     stages: dict[str, list] = {}
-    for entry in Journal(folder / "journal.jsonl").entries:
-        if entry.stage not in ("PLANNED", "CLOSED"):
+    for entry in Journal(folder / JOURNAL).entries:
+        if entry.stage not in (Stage.PLANNED, Stage.CLOSED):
             stages.setdefault(entry.stage, []).append(entry)
     costs = {}
     for stage, entries in stages.items():
-        peaks = [(entry.info["peak_bytes"], entry.info.get("peak_of", "")) for entry in entries if "peak_bytes" in entry.info]
+        peaks = [
+            (entry.info["peak_bytes"], entry.info.get("peak_of", ""))
+            for entry in entries
+            if "peak_bytes" in entry.info
+        ]
         costs[stage] = Cost(sum(entry.seconds for entry in entries), *max(peaks, default=(None, "")))
     return costs
 
@@ -268,10 +329,18 @@ def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
     """What a run prints at its end, and a report: single runs' matrices, the headline metrics and where everything lies."""
     where = Path(where)
     alone = {name: matrices[0] for name, matrices in results.items() if len(matrices) == 1}
-    blocks = [f"{name}: score in % after each task\n{matrix.markdown()}" for name, matrix in alone.items() if matrix.started]
+    blocks = [
+        f"{name}: score in % after each task\n{matrix.markdown()}"
+        for name, matrix in alone.items()
+        if matrix.started
+    ]
     blocks.append(summary_table(results))
     rooms = [line for name in results if (line := room_line(name, where / name))]
     blocks += ["\n".join(rooms)] * bool(rooms)
-    places = {"run folder" if (where / "config.json").exists() else "folder": where, "table": where / "table.md", "page with the pictures": where / "report.html"}
+    places = {
+        "run folder" if (where / CONFIG).exists() else "folder": where,
+        "table": where / "table.md",
+        "page with the pictures": where / "report.html",
+    }
     blocks.append("\n".join(f"{what}: {path}" for what, path in places.items()))
     return "\n" + "\n\n".join(blocks) + "\n"

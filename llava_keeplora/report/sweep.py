@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from llava_keeplora.report.curves import draw_line
 from llava_keeplora.report.figures import Palette, bare, legend_above, new_figure, style
+from llava_keeplora.report.results import Results, Trial, mean
 from llava_keeplora.report.tables import COLUMNS
-from llava_keeplora.report.trial import Results, Trial, mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 SHOWN = ("Transfer", "Average", "Last")
 
 
-def draw_sweep(results: Results, method: str, sweep: Mapping[float, str], levels: Sequence[str], xlabel: str, palette: Palette) -> Figure | None:
+def draw_sweep(
+    results: Results,
+    method: str,
+    sweep: Mapping[float, str],
+    levels: Sequence[str],
+    xlabel: str,
+    palette: Palette,
+) -> Figure | None:
     """Transfer, Average and Last over a setting; None where no value of it is there.
 
     Args:
@@ -51,5 +58,8 @@ def draw_sweep(results: Results, method: str, sweep: Mapping[float, str], levels
 
 def _numbers(trials: Sequence[Trial], title: str) -> list[float | None]:
     """One aggregate of every trial; of a model that never changes, as a table has it."""
-    found = [trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix for trial in trials]
+    found = [
+        trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix
+        for trial in trials
+    ]
     return [matrix.metrics()[COLUMNS[title]] for matrix in found]

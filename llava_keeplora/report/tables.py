@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
-from llava_keeplora.report.needs import NEEDS_COLUMNS, needs_rows
-from llava_keeplora.report.trial import Results, Trial, matrices, mean_matrix, mean_scores, spread
+from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
+from llava_keeplora.report.results import Results, Trial, matrices, mean_matrix, mean_scores, spread
 from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, shown
 
@@ -56,7 +56,10 @@ def zero_shot_constants(results: Mapping[str, Sequence[Matrix]]) -> dict[str, li
                 constants.append((label, constant))
     alone = len(constants) == 1
     # The baseline's own name says already what it is.
-    names = [ZERO_SHOT if alone else label if label.startswith(ZERO_SHOT) else f"{ZERO_SHOT} ({label})" for label, _ in constants]
+    names = [
+        ZERO_SHOT if alone else label if label.startswith(ZERO_SHOT) else f"{ZERO_SHOT} ({label})"
+        for label, _ in constants
+    ]
     return {name: [constant] for name, (_, constant) in zip(names, constants)}
 
 
@@ -78,15 +81,32 @@ def metric_rows(trials: Sequence[Matrix], precision: int = 1) -> list[list[str]]
 
 def matrix_rows(matrix: Matrix, precision: int = 1) -> list[list[str]]:
     """The matrix as text cells, its rows by name, then Transfer, Average and Last of every task."""
-    rows = [[name, *(shown(value, precision, MISSING) for value in row)] for name, row in matrix.labelled_rows()]
-    return rows + [[name.capitalize(), *(shown(value, precision) for value in values)] for name, values in matrix.per_task().items()]
+    rows = [
+        [name, *(shown(value, precision, MISSING) for value in row)] for name, row in matrix.labelled_rows()
+    ]
+    return rows + [
+        [name.capitalize(), *(shown(value, precision) for value in values)]
+        for name, values in matrix.per_task().items()
+    ]
 
 
 #: What the table of scores shows of each task, beside its name.
-SCORE_COLUMNS = ("metric", "after learning it", "at the end", "lenient then", "lenient now", "compliance then", "compliance now", "n", "dropped")
+SCORE_COLUMNS = (
+    "metric",
+    "after learning it",
+    "at the end",
+    "lenient then",
+    "lenient now",
+    "compliance then",
+    "compliance now",
+    "n",
+    "dropped",
+)
 
 
-def score_rows(tasks: Sequence[str], stages: Sequence[Mapping[str, Mapping]], precision: int = 1) -> list[list[str]]:
+def score_rows(
+    tasks: Sequence[str], stages: Sequence[Mapping[str, Mapping]], precision: int = 1
+) -> list[list[str]]:
     """Each task's score just after it was learned and at the end, with what style has to do with it.
 
     Where the score falls and the lenient one does not, the answers are still known and another form of them was learned.
@@ -99,8 +119,14 @@ def score_rows(tasks: Sequence[str], stages: Sequence[Mapping[str, Mapping]], pr
     rows = []
     for position, task in enumerate(tasks, start=1):
         then, now = stages[min(position, len(stages) - 1)][task], stages[-1][task]
-        shares = [shown(score.get(key), precision) for key in ("score", "lenient", "compliance") for score in (then, now)]
-        rows.append([task, f"{now['metric']} v{now['metric_version']}", *shares, str(now["n"]), str(now["dropped"])])
+        shares = [
+            shown(score.get(key), precision)
+            for key in ("score", "lenient", "compliance")
+            for score in (then, now)
+        ]
+        rows.append(
+            [task, f"{now['metric']} v{now['metric_version']}", *shares, str(now["n"]), str(now["dropped"])]
+        )
     return rows
 
 
@@ -125,7 +151,11 @@ def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
         parts.append(f"## {name}{of_seeds(trials)}\n\n{mean_matrix(own).markdown(precision)}")
         parts.append(markdown_table(["metric", "percent"], metric_rows(own, precision)))
         scores = mean_scores(trials)
-        parts += [markdown_table(["task", *SCORE_COLUMNS], score_rows(own[0].tasks, scores, precision))] if scores else []
+        parts += (
+            [markdown_table(["task", *SCORE_COLUMNS], score_rows(own[0].tasks, scores, precision))]
+            if scores
+            else []
+        )
         costs = cost_rows(trials)
         parts += [markdown_table(COST_COLUMNS, costs)] if costs else []
     return "\n".join(parts)

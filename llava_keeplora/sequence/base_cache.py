@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from llava_keeplora.records import read_object
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
+from llava_keeplora.records import read_object
 from llava_keeplora_eval.files import file_hash
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,10 @@ class BaseCache:
         try:
             entry = read_object(folder / ENTRY)
             contents = {name: (folder / name).read_bytes() for name in entry["files"]}
-            if any(hashlib.sha256(contents[name]).hexdigest() != expected for name, expected in entry["files"].items()):
+            if any(
+                hashlib.sha256(contents[name]).hexdigest() != expected
+                for name, expected in entry["files"].items()
+            ):
                 raise ValueError("a file is not what was written")
             targets, seconds = {name: files[name] for name in contents}, float(entry["seconds"])
         except (RunError, OSError, KeyError, TypeError, ValueError) as error:
@@ -77,7 +80,11 @@ class BaseCache:
         """
         folder = self._folder(what)
         if folder is not None:
-            hashes = {name: write_bytes(folder / name, path.read_bytes()) for name, path in files.items() if path.exists()}
+            hashes = {
+                name: write_bytes(folder / name, path.read_bytes())
+                for name, path in files.items()
+                if path.exists()
+            }
             write_json(folder / ENTRY, {"of": {**self._common, **what}, "files": hashes, "seconds": seconds})
 
     def size(self, what: Mapping[str, Any]) -> int | None:
@@ -101,12 +108,16 @@ class BaseCache:
             entry = read_object(folder / ENTRY)
             if any(file_hash(folder / name) != expected for name, expected in entry["files"].items()):
                 raise ValueError("a file is not what was written")
-            return [row for i, count in enumerate(entry["rows"]) for row in _mapped(folder / _piece(i), count)]
+            return [
+                row for i, count in enumerate(entry["rows"]) for row in _mapped(folder / _piece(i), count)
+            ]
         except (RunError, OSError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s is damaged (%s); it is made again", folder, error)
             return None
 
-    def put_rows(self, what: Mapping[str, Any], pieces: Iterable[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+    def put_rows(
+        self, what: Mapping[str, Any], pieces: Iterable[list[dict[str, Tensor]]]
+    ) -> list[dict[str, Tensor]]:
         """Keep rows of tensors for other runs, and give them back, mapped from the files; where nothing can be kept, as they are.
 
         Args:
@@ -123,12 +134,19 @@ class BaseCache:
                     counts.append(len(piece))
                     piece = _mapped(path, len(piece))
                 except OSError as error:
-                    logger.warning("%s cannot keep prepared pictures (%s); this run holds its own", folder, error.strerror or error)
+                    logger.warning(
+                        "%s cannot keep prepared pictures (%s); this run holds its own",
+                        folder,
+                        error.strerror or error,
+                    )
                     folder = None
             rows += piece
         if folder is not None:
             size = sum(value.nbytes for row in rows for value in row.values())
-            write_json(folder / ENTRY, {"of": {**self._common, **what}, "files": hashes, "rows": counts, "bytes": size})
+            write_json(
+                folder / ENTRY,
+                {"of": {**self._common, **what}, "files": hashes, "rows": counts, "bytes": size},
+            )
         return rows
 
     def _found(self, what: Mapping[str, Any]) -> Path | None:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_keeplora.distributed import all_gather_object, get_rank, get_world_size
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import read_tensors, write_json, write_tensors
-from llava_keeplora.group import from_all, process_count, process_rank
-from llava_keeplora.records import read_training, record_digest
+from llava_keeplora.run_folder import TRAINING, read_training, record_digest
 from llava_keeplora_eval.files import file_hash
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,11 @@ class TrainingState:
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with `prefix.`, without it."""
-        return {name.removeprefix(f"{prefix}."): value for name, value in self.tensors.items() if name.startswith(f"{prefix}.")}
+        return {
+            name.removeprefix(f"{prefix}."): value
+            for name, value in self.tensors.items()
+            if name.startswith(f"{prefix}.")
+        }
 
 
 class StepCheckpoint:
@@ -50,7 +54,7 @@ class StepCheckpoint:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / "training.json"
+        self.folder, self.path = folder, folder / TRAINING
 
     def write(self, step: int, state: TrainingState, share: Mapping[str, Tensor] | None = None) -> None:
         """Replace the last state; every process calls this. The JSON comes last and names the tensors with their hashes, so that they belong together.
@@ -60,9 +64,13 @@ class StepCheckpoint:
             state: what all processes have in common; the first one's counts.
             share: tensors of this process alone; given by all or by none.
         """
-        first, name = process_rank() == 0, f"training-{step}.safetensors"
-        files = {_share_name(step, process_rank()): write_tensors(self.folder / _share_name(step, process_rank()), share)} if share is not None else {}
-        shares = {file: digest for own in from_all(files) for file, digest in own.items()}
+        first, name = get_rank() == 0, f"training-{step}.safetensors"
+        files = (
+            {_share_name(step, get_rank()): write_tensors(self.folder / _share_name(step, get_rank()), share)}
+            if share is not None
+            else {}
+        )
+        shares = {file: digest for own in all_gather_object(files) for file, digest in own.items()}
         if first:
             shares[name] = write_tensors(self.folder / name, state.tensors)
             record = {"tensors": name, "sha256": shares, "values": state.values}
@@ -74,22 +82,35 @@ class StepCheckpoint:
 
         Every process calls this, and all get a state or none does. One that was written by another number of engine processes is none.
         """
-        if not any(from_all(self.path.exists())):
+        if not any(all_gather_object(self.path.exists())):
             return None
         try:
             told = read_training(self.path)
             hashes = {Path(name).name: digest for name, digest in told["sha256"].items()}
             names, shares = [Path(told["tensors"]).name], len(hashes) - 1
             if shares:
-                names.append(_share_name(int(names[0].removeprefix("training-").removesuffix(".safetensors")), process_rank()))
-            whole = all(file_hash(self.folder / name) == hashes[name] for name in names) and shares in (0, process_count())
+                names.append(
+                    _share_name(
+                        int(names[0].removeprefix("training-").removesuffix(".safetensors")), get_rank()
+                    )
+                )
+            whole = all(file_hash(self.folder / name) == hashes[name] for name in names) and shares in (
+                0,
+                get_world_size(),
+            )
         except (OSError, ValueError, KeyError, RunError):
             whole = False
-        if not all(from_all(whole)):
-            if process_rank() == 0:
-                logger.warning("%s and its tensors are not what was written, or by another number of processes; the task's training begins again", self.path)
+        if not all(all_gather_object(whole)):
+            if get_rank() == 0:
+                logger.warning(
+                    "%s and its tensors are not what was written, or by another number of processes; the task's training begins again",
+                    self.path,
+                )
             return None
-        return TrainingState({key: value for name in names for key, value in read_tensors(self.folder / name).items()}, told["values"])
+        return TrainingState(
+            {key: value for name in names for key, value in read_tensors(self.folder / name).items()},
+            told["values"],
+        )
 
     def remove(self) -> None:
         """Forget the state: the task is trained."""
@@ -109,12 +130,22 @@ def _share_name(step: int, rank: int) -> str:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> TrainingState:
     """An optimiser's state, its tensors apart from the rest."""
     whole = optimizer.state_dict()
-    tensors = {f"{index}.{key}": v for index, own in whole["state"].items() for key, v in own.items() if isinstance(v, Tensor)}
-    plain = {str(index): {key: v for key, v in own.items() if not isinstance(v, Tensor)} for index, own in whole["state"].items()}
+    tensors = {
+        f"{index}.{key}": v
+        for index, own in whole["state"].items()
+        for key, v in own.items()
+        if isinstance(v, Tensor)
+    }
+    plain = {
+        str(index): {key: v for key, v in own.items() if not isinstance(v, Tensor)}
+        for index, own in whole["state"].items()
+    }
     return TrainingState(tensors, {"state": plain, "param_groups": whole["param_groups"]})
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
     """Put an optimiser into a state that `optimizer_state` took."""
     state = {int(index): dict(own) for index, own in values["state"].items()}
     for name, value in tensors.items():

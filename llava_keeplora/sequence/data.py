@@ -24,7 +24,12 @@ class ImageCache:
         shared: where runs find what others prepared; what fits in memory is kept there.
     """
 
-    def __init__(self, prepare: Callable[[Sequence[Example]], list[dict[str, Tensor]]], budget_gb: float, shared: BaseCache | None = None):
+    def __init__(
+        self,
+        prepare: Callable[[Sequence[Example]], list[dict[str, Tensor]]],
+        budget_gb: float,
+        shared: BaseCache | None = None,
+    ):
         self._prepare, self.shared = prepare, shared or BaseCache(None, {})
         self._left = budget_gb * 1e9
         self._splits: dict[str, SplitImages] = {}
@@ -66,7 +71,11 @@ class SplitImages:
         """What the model takes for the images of some examples."""
         if not self._tried:
             self._fill()
-        return [self._kept[i] for i in indices] if self._kept is not None else self._cache.make(self._data, indices)
+        return (
+            [self._kept[i] for i in indices]
+            if self._kept is not None
+            else self._cache.make(self._data, indices)
+        )
 
     def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
         """The same by example."""
@@ -85,7 +94,11 @@ class SplitImages:
 
         def pieces() -> Iterator[list[dict[str, Tensor]]]:
             for start in range(0, count, chunk):
-                yield first if first and start == 0 else self._cache.make(self._data, range(start, min(start + chunk, count)))
+                yield (
+                    first
+                    if first and start == 0
+                    else self._cache.make(self._data, range(start, min(start + chunk, count)))
+                )
 
         self._kept = shared.rows(what) or shared.put_rows(what, pieces())
 

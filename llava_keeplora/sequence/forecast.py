@@ -9,19 +9,26 @@ from llava_keeplora.methods import Layer
 from llava_keeplora.subspace import Room, room_left
 
 
-def forecast(stages: Sequence[Mapping[str, Mapping[str, Any]]], layers: Mapping[str, Layer]) -> dict[str, Room]:
+def forecast(
+    stages: Sequence[Mapping[str, Mapping[str, Any]]], layers: Mapping[str, Layer]
+) -> dict[str, Room]:
     """Layer → its room; it depends on the tasks so far alone, so that a run may be extended.
 
     Args:
         stages: the base's capacity, then that after each task: layer → in, k.
         layers: the adapted layers.
     """
-    return {name: room_left(size["in"], [stage[name]["k"] for stage in stages], layers[name].rank) for name, size in stages[-1].items()}
+    return {
+        name: room_left(size["in"], [stage[name]["k"] for stage in stages], layers[name].rank)
+        for name, size in stages[-1].items()
+    }
 
 
 def shortage(rooms: Mapping[str, Room], layers: Mapping[str, Layer], to_come: int) -> str | None:
     """What to tell where the tasks to come won't find room at full rank; None where they will."""
-    short = sorted((room.tasks, name) for name, room in rooms.items() if room.tasks is not None and room.tasks < to_come)
+    short = sorted(
+        (room.tasks, name) for name, room in rooms.items() if room.tasks is not None and room.tasks < to_come
+    )
     if not short:
         return None
     tasks, name = short[0]

@@ -8,11 +8,22 @@ from pathlib import Path
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import RunError
-from llava_keeplora.files import told, whole_folder, write_bytes, write_json
-from llava_keeplora.journal import PLAN, SCORES, Entry, Journal, open_stages
-from llava_keeplora.records import read_record
-from llava_keeplora.run_folder import BASE, check_base_if_here, file_name, kept_recipe, load_run, recorded_base
-from llava_keeplora.sequence.label_run import ZERO_SHOT
+from llava_keeplora.files import translate_errors, whole_folder, write_bytes, write_json
+from llava_keeplora.journal import Entry, Journal, open_stages
+from llava_keeplora.run_folder import (
+    BASE,
+    JOURNAL,
+    MATRIX,
+    PLAN,
+    SCORES,
+    VERSIONS,
+    Stage,
+    file_name,
+    kept_recipe,
+    read_record,
+)
+from llava_keeplora.saved_run import check_base_if_here, load_run, recorded_base, run_identity
+from llava_keeplora.sequence.method_run import ZERO_SHOT
 from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora_eval import Matrix
 
@@ -33,21 +44,25 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     """
     source, into = load_run(run), Path(into)
     if not 1 <= at_task <= len(source.tasks):
-        raise RunError(f"{run} has no task {at_task}", f"choose one from 1 to {len(source.tasks)} with --at-task")
+        raise RunError(
+            f"{run} has no task {at_task}", f"choose one from 1 to {len(source.tasks)} with --at-task"
+        )
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise RunError(f"{into} is there already and not an empty folder", "choose another one with --into")
     check_base_if_here(run, source.model)  # One that is not here is checked when the new run goes on.
     config = dataclasses.replace(source.first(at_task), output_dir=str(into))
-    old, names = Workspace(source), config.identity()["tasks"]
+    old, names = Workspace(source), run_identity(config)["tasks"]
     labels = (ZERO_SHOT, *source.methods)
-    journals = {label: _finished(old.label(label), at_task, len(source.tasks), label != ZERO_SHOT) for label in labels}
-    with told(into), whole_folder(into) as room:
-        new = Workspace(config, room)
+    journals = {
+        label: _finished(old.label(label), at_task, len(source.tasks), label != ZERO_SHOT) for label in labels
+    }
+    with translate_errors(into), whole_folder(into) as tmp_dir:
+        new = Workspace(config, tmp_dir)
         for label, entries in journals.items():
             _copy(old.label(label), new.label(label), entries, names)
-        for path in (old.root / "versions.json", *(kept_recipe(old.root, name) for name in names)):
+        for path in (old.root / VERSIONS, *(kept_recipe(old.root, name) for name in names)):
             if path.exists():
-                write_bytes(room / path.relative_to(old.root), path.read_bytes())
+                write_bytes(tmp_dir / path.relative_to(old.root), path.read_bytes())
         # What the copied stages were made on, which is not for the files of today to say.
         new.claim({BASE: recorded_base(old.root)})
     return config
@@ -55,10 +70,15 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
 
 def _finished(folder: Path, at_task: int, tasks: int, learns: bool) -> list[Entry]:
     """The last entry of every stage of a method's first tasks, in order."""
-    journal = Journal(folder / "journal.jsonl")
-    missing = [(task, stage) for task, stage in open_stages(journal.entries, tasks, learns) if task <= at_task]
+    journal = Journal(folder / JOURNAL)
+    missing = [
+        (task, stage) for task, stage in open_stages(journal.entries, tasks, learns) if task <= at_task
+    ]
     if missing:
-        raise RunError(f"{folder} has not finished stage {missing[0][1]} of task {missing[0][0]}", "let the run go on to its end first, or choose an earlier --at-task")
+        raise RunError(
+            f"{folder} has not finished stage {missing[0][1]} of task {missing[0][0]}",
+            "let the run go on to its end first, or choose an earlier --at-task",
+        )
     last = {(entry.task, entry.stage): entry for entry in journal.entries}
     return [entry for (task, _), entry in last.items() if task <= at_task]
 
@@ -70,16 +90,20 @@ def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[
         files = {name: expected for name, expected in entry.files.items() if _kept(name, names)}
         for name, expected in files.items():
             _copy_file(source / name, target / name, expected)
-        if entry.stage == "EVALUATED":
+        if entry.stage == Stage.EVALUATED:
             name = entry.file(SCORES)
             scores = {task: score for task, score in read_record(target / name).items() if task in names}
             files[name] = write_json(target / name, scores)
             for task, score in scores.items():
                 matrix.set_cell(entry.task - 1 if entry.task else None, task, score["score"])
-        info = entry.info | {"tasks": entry.info["tasks"][: len(names)]} if (entry.task, entry.stage) == PLAN else entry.info
+        info = (
+            entry.info | {"tasks": entry.info["tasks"][: len(names)]}
+            if (entry.task, entry.stage) == PLAN
+            else entry.info
+        )
         copied.append(dataclasses.replace(entry, files=files, info=info))
-    matrix.to_json(target / "matrix.json")
-    journal = Journal(target / "journal.jsonl")
+    matrix.to_json(target / MATRIX)
+    journal = Journal(target / JOURNAL)
     for entry in copied:
         journal.append(entry)
 
@@ -91,4 +115,7 @@ def _kept(name: str, names: Sequence[str]) -> bool:
 
 def _copy_file(source: Path, target: Path, expected: str) -> None:
     if not source.is_file() or write_bytes(target, source.read_bytes()) != expected:
-        raise RunError(f"{source} is missing or not what the run wrote", "restore it; `llava-keeplora doctor` lists everything that is damaged in a run")
+        raise RunError(
+            f"{source} is missing or not what the run wrote",
+            "restore it; `llava-keeplora doctor` lists everything that is damaged in a run",
+        )

@@ -18,8 +18,17 @@ logger = logging.getLogger(__name__)
 
 #: Words of a launcher's command line, by the last part of a path.
 LAUNCHERS = {
-    "deepspeed", "deepspeed.pt", "ds", "torchrun", "accelerate", "accelerate-launch", "deepspeed.launcher.launch", "deepspeed.launcher.runner",
-    "torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch",
+    "deepspeed",
+    "deepspeed.pt",
+    "ds",
+    "torchrun",
+    "accelerate",
+    "accelerate-launch",
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate.commands.launch",
 }
 #: Seconds between two looks, and those that a rank has to stop by itself: it may be waiting for another that has gone.
 INTERVAL, PATIENCE = 1.0, 60.0

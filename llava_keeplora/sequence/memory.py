@@ -50,7 +50,9 @@ def _restart() -> bool:
 def _high_water() -> int:
     """The process's highest resident memory in bytes; where there is no /proc, as `getrusage` tells it."""
     try:
-        line = next(line for line in (PROCESS / "status").read_text().splitlines() if line.startswith("VmHWM:"))
+        line = next(
+            line for line in (PROCESS / "status").read_text().splitlines() if line.startswith("VmHWM:")
+        )
     except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -49,7 +49,13 @@ class Progress:
         if self.show and self._terminal:
             # It goes at the end: the tables that a run prints then say more.
             stderr = sys.stderr
-            live = Live(console=Console(file=stderr), get_renderable=self._view, refresh_per_second=REFRESH, transient=True, redirect_stdout=False)
+            live = Live(
+                console=Console(file=stderr),
+                get_renderable=self._view,
+                refresh_per_second=REFRESH,
+                transient=True,
+                redirect_stdout=False,
+            )
             self._open.enter_context(live)
             self._open.enter_context(_logging_above(stderr))
         return self
@@ -97,10 +103,16 @@ class Progress:
     def _view(self) -> Group:
         """The live view: stage, progress and estimate, and the last matrix."""
         line = Table.grid(padding=(0, 2))
-        line.add_row(ProgressBar(self.total, self.done, width=BAR_WIDTH, complete_style="green"), f"{self.left()}, {duration(time.monotonic() - self._start)} so far")
+        line.add_row(
+            ProgressBar(self.total, self.done, width=BAR_WIDTH, complete_style="green"),
+            f"{self.left()}, {duration(time.monotonic() - self._start)} so far",
+        )
         parts = [Text(self._text, style="bold"), line]
         if self._matrix is not None:
-            parts += [Text(f"{self._title}: score in % of each task (column), after each one (row)"), matrix_view(self._matrix)]
+            parts += [
+                Text(f"{self._title}: score in % of each task (column), after each one (row)"),
+                matrix_view(self._matrix),
+            ]
         return Group(*parts)
 
 
@@ -110,16 +122,27 @@ def matrix_view(matrix: Matrix) -> Table:
     table.add_column("", no_wrap=True)
     for number in range(1, len(matrix.tasks) + 1):
         table.add_column(str(number), justify="right", no_wrap=True)
-    rows = [(ZERO_SHOT, matrix.zero_shot or [])] + [(f"{number} {name}", row) for number, (name, row) in enumerate(zip(matrix.tasks, matrix.rows), start=1)]
+    rows = [(ZERO_SHOT, matrix.zero_shot or [])] + [
+        (f"{number} {name}", row)
+        for number, (name, row) in enumerate(zip(matrix.tasks, matrix.rows), start=1)
+    ]
     for learned, (name, row) in enumerate(rows):
-        table.add_row(Text(name), *(Text(shown(value, 1, "·"), "bold" if number == learned else "") for number, value in enumerate(row, start=1)))
+        table.add_row(
+            Text(name),
+            *(
+                Text(shown(value, 1, "·"), "bold" if number == learned else "")
+                for number, value in enumerate(row, start=1)
+            ),
+        )
     return table
 
 
 @contextmanager
 def _logging_above(stderr: TextIO) -> Iterator[None]:
     """Let log lines go above the live view, which has put itself in the place of stderr, instead of through it."""
-    handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler) and h.stream is stderr]
+    handlers = [
+        h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler) and h.stream is stderr
+    ]
     for handler in handlers:
         handler.setStream(sys.stderr)
     try:

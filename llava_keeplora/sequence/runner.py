@@ -12,14 +12,15 @@ from contextlib import ExitStack, contextmanager
 
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import MethodConfig, RunConfig
-from llava_keeplora.files import told, write_json
-from llava_keeplora.group import first_process_first, is_first_process, processes_here
+from llava_keeplora.distributed import is_main_process, main_process_first, processes_here
+from llava_keeplora.files import translate_errors, write_json
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import check_start
 from llava_keeplora.report.run_report import report_is_current, write_run_report
-from llava_keeplora.sequence.label_run import ZERO_SHOT, LabelRun
+from llava_keeplora.run_folder import RESULTS
+from llava_keeplora.sequence.method_run import ZERO_SHOT, MethodRun
 from llava_keeplora.sequence.progress import Progress
-from llava_keeplora.sequence.shared import Shared
+from llava_keeplora.sequence.run_context import RunContext
 from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora.start import Task, check_run, load_tasks
 from llava_keeplora_eval import Matrix
@@ -40,49 +41,61 @@ def run(config: RunConfig) -> dict[str, Matrix]:
         UserError: one sentence for whatever a user can repair; finished stages stay.
     """
     workspace = Workspace(config)
-    with told(workspace.root), _opened(workspace) as shared:
-        methods = {ZERO_SHOT: MethodConfig(ZERO_SHOT, ZERO_SHOT, {}, config.parts, config.training, config.evaluation.test_prompts)} | config.methods
-        runs = [LabelRun(shared, method) for method in methods.values()]
+    with translate_errors(workspace.root), _opened(workspace) as context:
+        methods = {
+            ZERO_SHOT: MethodConfig(
+                ZERO_SHOT, ZERO_SHOT, {}, config.parts, config.training, config.evaluation.test_prompts
+            )
+        } | config.methods
+        runs = [MethodRun(context, method) for method in methods.values()]
         # Nothing is written before every process has read what is there, and let it pass: a start that is refused leaves the folder as it was.
-        shared.barrier()
-        with first_process_first():
-            if is_first_process():
+        context.barrier()
+        with main_process_first():
+            if is_main_process():
                 workspace.claim()
         # Taken once, before the first method touches a weight: every method starts from the same base.
-        shared.base = BaseWeights({name: module for r in runs for name, module in r.modules().items()})
-        with Progress(sum(r.cost_left() for r in runs), show=is_first_process()) as shared.progress:
-            for label_run in runs:
-                label_run.go()
+        context.base = BaseWeights({name: module for r in runs for name, module in r.modules().items()})
+        with Progress(sum(r.cost_left() for r in runs), show=is_main_process()) as context.progress:
+            for method_run in runs:
+                method_run.go()
         results = {r.config.label: r.matrix for r in runs}
-        if is_first_process():
-            _write_results(workspace, runs, shared.tasks)
+        if is_main_process():
+            _write_results(workspace, runs, context.tasks)
         return results
 
 
 @contextmanager
-def _opened(workspace: Workspace) -> Iterator[Shared]:
+def _opened(workspace: Workspace) -> Iterator[RunContext]:
     """The locked run folder with data and model; what is wrong with them is said by the first process alone."""
     config, processes = workspace.config, processes_here()
     with ExitStack() as held:
-        with first_process_first():
-            if is_first_process():
+        with main_process_first():
+            if is_main_process():
                 held.enter_context(workspace.locked())
                 workspace.check()
             tasks, family = load_tasks(config), open_model(config.model, config.evaluation)
             changed = check_start(config, family, processes=processes)
-            shared = Shared(config, workspace, tasks, family)
-            check_run(config, family, changed, tasks, [task.recipe for task in tasks], list(map(len, shared.inputs)), shared.world)
+            context = RunContext(config, workspace, tasks, family)
+            check_run(
+                config,
+                family,
+                changed,
+                tasks,
+                [task.recipe for task in tasks],
+                list(map(len, context.inputs)),
+                context.world,
+            )
         # Together: with ZeRO-3 the processes need each other for it.
-        shared.load()
-        yield shared
+        context.load()
+        yield context
 
 
-def _write_results(workspace: Workspace, runs: list[LabelRun], tasks: list[Task]) -> None:
+def _write_results(workspace: Workspace, runs: list[MethodRun], tasks: list[Task]) -> None:
     """The run's numbers in one file, and its tables and pictures."""
     methods = {r.config.label: {"matrix": r.matrix.to_dict(), "metrics": r.matrix.metrics()} for r in runs}
-    write_json(workspace.root / "results.json", {"methods": methods, "tasks": [_with_notes(task) for task in tasks]})
-    for label_run in runs:
-        label_run.write_matrix()
+    write_json(workspace.root / RESULTS, {"methods": methods, "tasks": [_with_notes(task) for task in tasks]})
+    for method_run in runs:
+        method_run.write_matrix()
     if not report_is_current(workspace.root):
         write_run_report(workspace.root)
     for note in dropped_notes(tasks):
@@ -96,7 +109,11 @@ def _with_notes(task: Task) -> dict:
 
 def dropped_notes(tasks: list[Task]) -> list[str]:
     """One sentence per split that lost unreadable images."""
-    splits = [(f"{task.name}/{name}", data) for task in tasks for name, data in (("train", task.train), ("test", task.test))]
+    splits = [
+        (f"{task.name}/{name}", data)
+        for task in tasks
+        for name, data in (("train", task.train), ("test", task.test))
+    ]
     return [
         f"{where}: {_images(len(data.dropped))} left out of {len(data) + len(data.dropped)} ({', '.join(data.dropped[:3])})"
         for where, data in splits

@@ -17,13 +17,13 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from llava_keeplora.deepspeed_zero import is_partitioned
+from llava_keeplora.distributed import all_gather_object, sum_over_processes
 from llava_keeplora.errors import ConfigError, MethodError, TrainingError
-from llava_keeplora.group import from_all, sum_over_processes
 from llava_keeplora.methods import Method, TaskContext
 from llava_keeplora.models import RandomCrops
 from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
-from llava_keeplora.sequence.engine import EngineShare
-from llava_keeplora.zero import is_partitioned
+from llava_keeplora.sequence.deepspeed_state import DeepSpeedShard
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,17 @@ class TaskTrainer(Trainer):
         MethodError: if a trainable tensor gets no gradient in the first step.
     """
 
-    def __init__(self, *, method: Method, ctx: TaskContext, on_step: Callable[[], None], rates: Mapping[int, float], checkpoint: StepCheckpoint,
-                 crops: RandomCrops | None = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        method: Method,
+        ctx: TaskContext,
+        on_step: Callable[[], None],
+        rates: Mapping[int, float],
+        checkpoint: StepCheckpoint,
+        crops: RandomCrops | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.crops = crops
         self.method, self.ctx, self.rates, self.checkpoint = method, ctx, rates, checkpoint
@@ -106,12 +115,20 @@ class TaskTrainer(Trainer):
             return
         share = self._share()
         if share and share.is_swapped:
-            logger.warning("the optimiser lies in DeepSpeed's own files; a task that is killed within training begins again")
+            logger.warning(
+                "the optimiser lies in DeepSpeed's own files; a task that is killed within training begins again"
+            )
             return
         own = {"cpu": torch.get_rng_state(), "loss": self._tr_loss}
         own |= {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-        tensors = {f"process.{rank}.{name}": value for rank, theirs in enumerate(from_all(own)) for name, value in theirs.items()}
-        tensors |= {f"weights.{name}": p.detach() for name, p in self._trained().items() if not is_partitioned(p)}
+        tensors = {
+            f"process.{rank}.{name}": value
+            for rank, theirs in enumerate(all_gather_object(own))
+            for name, value in theirs.items()
+        }
+        tensors |= {
+            f"weights.{name}": p.detach() for name, p in self._trained().items() if not is_partitioned(p)
+        }
         tensors |= {f"method.{name}": value for name, value in self.method.progress().items()}
         trained = share.state() if share else optimizer_state(self.optimizer)
         values = {
@@ -123,15 +140,19 @@ class TaskTrainer(Trainer):
         }
         if not share:
             tensors |= {f"optimizer.{name}": value for name, value in trained.tensors.items()}
-        self.checkpoint.write(self.state.global_step, TrainingState(tensors, values), trained.tensors if share else None)
+        self.checkpoint.write(
+            self.state.global_step, TrainingState(tensors, values), trained.tensors if share else None
+        )
 
-    def _share(self) -> EngineShare | None:
-        return EngineShare(self.deepspeed) if self.is_deepspeed_enabled else None
+    def _share(self) -> DeepSpeedShard | None:
+        return DeepSpeedShard(self.deepspeed) if self.is_deepspeed_enabled else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: an engine, where there is one, must be there first."""
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ):
         """Model, optimiser and schedule, and in them what a killed run left."""
         # The Trainer would read DeepSpeed's own checkpoint here, which is a pickle.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -167,7 +188,9 @@ class TaskTrainer(Trainer):
         for key, value in self._found.values["losses"].items():
             setattr(self, key, value)
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor | int | None]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
         """The batches of an optimiser step, and what they count together; each example of an epoch once.
 
         Where the last step of an epoch has fewer examples than fit, accelerate fills the processes' batches up with examples from the
@@ -178,7 +201,13 @@ class TaskTrainer(Trainer):
         self._shares = deque([1.0] * len(batches))
         size, world = self.args.train_batch_size, self.accelerator.num_processes
         last = len(self.train_dataset) % (size * world)
-        if world == 1 or not last or self.args.dataloader_drop_last or not batches or not self.accelerator.gradient_state.end_of_dataloader:
+        if (
+            world == 1
+            or not last
+            or self.args.dataloader_drop_last
+            or not batches
+            or not self.accelerator.gradient_state.end_of_dataloader
+        ):
             return batches, counted
         whole, task = batches[-1], self.accelerator.unwrap_model(self.model)
         own = min(max(0, last - self.args.process_index * size), size)
@@ -194,7 +223,11 @@ class TaskTrainer(Trainer):
         return batches, counted
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
     ):
         """The method's loss on a batch, times its share of the mean over the processes; where a batch counts by its tokens, over the whole optimiser step.
 
@@ -228,7 +261,9 @@ class TaskTrainer(Trainer):
                 "remove `optimizer` and `scheduler` from the DeepSpeed JSON, or `learning_rate` from `parts`",
             )
         if self.rates:
-            optimizer.param_groups = [split for group in optimizer.param_groups for split in _by_rate(group, self.rates)]
+            optimizer.param_groups = [
+                split for group in optimizer.param_groups for split in _by_rate(group, self.rates)
+            ]
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
@@ -236,7 +271,11 @@ class TaskTrainer(Trainer):
         if self._waiting is not None:
             return super().training_step(model, inputs, *args, **kwargs)
         self._waiting = {name for name, p in model.named_parameters() if p.requires_grad}
-        handles = [p.register_hook(lambda grad, n=n: self._waiting.discard(n)) for n, p in model.named_parameters() if p.requires_grad]
+        handles = [
+            p.register_hook(lambda grad, n=n: self._waiting.discard(n))
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        ]
         loss = super().training_step(model, inputs, *args, **kwargs)
         for handle in handles:
             handle.remove()
@@ -252,7 +291,11 @@ def _by_rate(group: dict[str, Any], rates: Mapping[int, float]) -> list[dict[str
     """One parameter group as one per learning rate."""
     chosen = [rates.get(id(p), group["lr"]) for p in group["params"]]
     return [
-        {**group, "lr": rate, "params": [p for p, own in zip(group["params"], chosen, strict=True) if own == rate]}
+        {
+            **group,
+            "lr": rate,
+            "params": [p for p, own in zip(group["params"], chosen, strict=True) if own == rate],
+        }
         for rate in sorted(set(chosen))
     ]
 

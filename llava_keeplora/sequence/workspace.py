@@ -12,11 +12,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config import RUN_FILES, ZERO_SHOT, RunConfig, dump_config, read_dumped
+from llava_keeplora.config import ZERO_SHOT, RunConfig
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.journal import Journal
-from llava_keeplora.run_folder import BASE, base_changes, base_content, check_base, differences, file_name, kept_recipe, read_identity, recorded_base
+from llava_keeplora.run_folder import (
+    BASE,
+    CONFIG,
+    IDENTITY,
+    JOURNAL,
+    RUN_FILES,
+    VERSIONS,
+    differences,
+    dump_config,
+    file_name,
+    kept_recipe,
+    read_dumped,
+)
+from llava_keeplora.saved_run import (
+    base_changes,
+    base_content,
+    check_base,
+    read_identity,
+    recorded_base,
+    run_identity,
+)
 from llava_keeplora.versions import version_changes, worker_changes, write_versions
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import sweep
@@ -69,7 +89,10 @@ class Workspace:
             self.root.mkdir(parents=True, exist_ok=True)
             file = open(self.root / ".lock", "a+")  # noqa: SIM115  held until the run ends
         except OSError as error:
-            raise RunError(f"the run folder {self.root} cannot be written ({error.strerror})", "choose another output_dir") from error
+            raise RunError(
+                f"the run folder {self.root} cannot be written ({error.strerror})",
+                "choose another output_dir",
+            ) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,9 +115,9 @@ class Workspace:
             RunError: with the difference, if the folder belongs to another configuration or base model, or holds other files; or the
             base model is not where it was.
         """
-        if not (self.root / "config.json").exists():
+        if not (self.root / CONFIG).exists():
             return self._refuse_foreign()
-        changes = [_describe_change(*change) for change in _told_once(self._changes())]
+        changes = [_describe_change(*change) for change in _without_inherited(self._changes())]
         if changes and not self.begun_anew():
             raise RunError(
                 f"{self.root} holds a run with another configuration ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})",
@@ -104,19 +127,29 @@ class Workspace:
             try:
                 check_base(self.root, self.config.model, self.base)
             except EvalError as error:
-                raise RunError(error.problem, f"{error.cure}; where its base lies elsewhere now, add model.name_or_path=DIR to the command") from error
+                raise RunError(
+                    error.problem,
+                    f"{error.cure}; where its base lies elsewhere now, add model.name_or_path=DIR to the command",
+                ) from error
 
     def _has_work(self) -> bool:
         """Return whether a stage of the folder's run has finished."""
         labels = [ZERO_SHOT, *read_dumped(self.root).get("methods", {})]
-        return any(Journal(self.label(label) / "journal.jsonl").has_work for label in labels)
+        return any(Journal(self.label(label) / JOURNAL).has_work for label in labels)
 
     def _changes(self) -> list[tuple[str, Any, Any]]:
         """(dotted key, old, new) of what the folder's configuration has another value for; tasks may have been appended."""
         known = read_identity(self.root)
-        config = self.config.first(len(known["tasks"])) if len(self.config.tasks) > len(known["tasks"]) else self.config
-        found = list(differences(known, config.identity()))
-        if any(key in MODEL_PLACE for key, _, _ in found) and base_changes(self.root, self.config.model, self.base) == []:
+        config = (
+            self.config.first(len(known["tasks"]))
+            if len(self.config.tasks) > len(known["tasks"])
+            else self.config
+        )
+        found = list(differences(known, run_identity(config)))
+        if (
+            any(key in MODEL_PLACE for key, _, _ in found)
+            and base_changes(self.root, self.config.model, self.base) == []
+        ):
             found = [change for change in found if change[0] not in MODEL_PLACE]
         return found
 
@@ -126,10 +159,10 @@ class Workspace:
         A start may be refused by what only a stage can know; the mended configuration is then let in. The zero-shot row stays
         where none of what it depends on has changed.
         """
-        if not (self.root / "config.json").exists() or not (changes := self._changes()):
+        if not (self.root / CONFIG).exists() or not (changes := self._changes()):
             return []
         labels = [ZERO_SHOT, *read_dumped(self.root).get("methods", {})]
-        kept = [label for label in labels if Journal(self.label(label) / "journal.jsonl").has_work]
+        kept = [label for label in labels if Journal(self.label(label) / JOURNAL).has_work]
         shared = any(key.partition(".")[0] not in OF_METHODS for key, _, _ in changes)
         if kept and (shared or kept != [ZERO_SHOT]):
             return []
@@ -142,36 +175,50 @@ class Workspace:
             base: the record of its base model as `{"base": record}`, where the folder takes it over from another run; made from the
                 model's files when None.
         """
-        claimed, anew = (self.root / "config.json").exists(), self.begun_anew()
+        claimed, anew = (self.root / CONFIG).exists(), self.begun_anew()
         if anew:
-            logger.warning("%s is begun anew: its configuration was another one, and no stage of a method had finished", self.root)
+            logger.warning(
+                "%s is begun anew: its configuration was another one, and no stage of a method had finished",
+                self.root,
+            )
             for label in anew:
                 shutil.rmtree(self.label(label), ignore_errors=True)
         changes = version_changes(self.root)
         if changes:
-            logger.warning("%s was begun with other versions (%s); its numbers may differ in their last digits from here on", self.root, ", ".join(changes))
+            logger.warning(
+                "%s was begun with other versions (%s); its numbers may differ in their last digits from here on",
+                self.root,
+                ", ".join(changes),
+            )
         if workers := worker_changes(self.root):
-            logger.warning("%s was begun with other numbers of workers (%s); sums in another order differ in their last digits from here on", self.root, ", ".join(workers))
+            logger.warning(
+                "%s was begun with other numbers of workers (%s); sums in another order differ in their last digits from here on",
+                self.root,
+                ", ".join(workers),
+            )
         known = recorded_base(self.root) if claimed and not anew and self._has_work() else None
         if known and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
             return
-        identity = self.config.identity()
-        if not claimed and not (self.root / "versions.json").exists():
+        identity = run_identity(self.config)
+        if not claimed and not (self.root / VERSIONS).exists():
             write_versions(self.root)
         for task, name in zip(self.config.tasks, identity["tasks"], strict=True):
             kept = kept_recipe(self.root, name)
             if is_file_name(task) and (anew or not kept.exists()):
                 write_bytes(kept, flat_recipe(task).encode())
         # The configuration's own file comes last: where it is, the folder is claimed.
-        write_json(self.root / "identity.json", identity | (base or {BASE: known or self.base}))
-        write_bytes(self.root / "config.json", dump_config(self.config).encode())
+        write_json(self.root / IDENTITY, identity | (base or {BASE: known or self.base}))
+        write_bytes(self.root / CONFIG, dump_config(self.config).encode())
 
     def _refuse_foreign(self) -> None:
         names = sorted(p.name for p in self.root.iterdir())
         # A kill may have left what is written before config.json.
         others = [name for name in names if not name.startswith(".") and name not in RUN_FILES]
-        if others and "config.json" not in names:
-            raise RunError(f"{self.root} is not a run folder but holds {', '.join(others[:3])}", "choose an empty or new output_dir")
+        if others and CONFIG not in names:
+            raise RunError(
+                f"{self.root} is not a run folder but holds {', '.join(others[:3])}",
+                "choose an empty or new output_dir",
+            )
 
 
 def _describe_change(key: str, old: Any, new: Any) -> str:
@@ -183,10 +230,12 @@ def _describe_change(key: str, old: Any, new: Any) -> str:
     return f"{key}: {old!r} → {new!r}"
 
 
-def _told_once(changes: Iterable[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+def _without_inherited(changes: Iterable[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
     """Every method inherits the run's parts and training; what changed for all is told at the top alone."""
     changes = list(changes)
     general = {(key, str(old), str(new)) for key, old, new in changes}
     return [
-        (key, old, new) for key, old, new in changes if not (key.startswith("methods.") and (key.split(".", 2)[-1], str(old), str(new)) in general)
+        (key, old, new)
+        for key, old, new in changes
+        if not (key.startswith("methods.") and (key.split(".", 2)[-1], str(old), str(new)) in general)
     ]

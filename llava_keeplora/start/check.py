@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from llava_keeplora.config import AVERAGED, RunConfig
+from llava_keeplora.config import AVERAGED, RunConfig, deepspeed_config
+from llava_keeplora.deepspeed_zero import loaded_whole
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Changed, Layer
 from llava_keeplora.models import Family
-from llava_keeplora.start.arguments import check_arguments, planned_arguments
 from llava_keeplora.start.tasks import Task
-from llava_keeplora.zero import loaded_whole
+from llava_keeplora.start.training_args import check_arguments, planned_arguments
 from llava_keeplora_recipes import Recipe
 
 
 def check_run(
-    config: RunConfig, family: Family, changed: Mapping[str, Changed], tasks: Sequence[Task], recipes: Sequence[Recipe], counts: Sequence[int], world: int
+    config: RunConfig,
+    family: Family,
+    changed: Mapping[str, Changed],
+    tasks: Sequence[Task],
+    recipes: Sequence[Recipe],
+    counts: Sequence[int],
+    world: int,
 ) -> None:
     """Refuse what would be refused, or would go wrong, after the first stage.
 
@@ -32,7 +38,7 @@ def check_run(
         ConfigError, MethodError, EvalError: naming the setting, the split or the prompt.
     """
     check_rows(config, recipes, family)
-    deepspeed = config.deepspeed() or {}
+    deepspeed = deepspeed_config(config) or {}
     sharded = deepspeed.get("zero_optimization", {}).get("stage") == 3
     if sharded and world > 1:
         check_pictures(tasks)
@@ -46,7 +52,10 @@ def check_run(
                 f"set memory.statistics_gb={enough_gb(needed)}, or more",
             )
         if made.one_process and world > 1:
-            raise ConfigError(f"'{label}' averages batches in their order, which {world} processes don't have", "run it in one process")
+            raise ConfigError(
+                f"'{label}' averages batches in their order, which {world} processes don't have",
+                "run it in one process",
+            )
         if sharded:
             check_auto(changed[label].adapted.values())
         rated = [part for part, own in method.parts.items() if own.learning_rate is not None]
@@ -58,7 +67,14 @@ def check_run(
         # transformers remembers the last DeepSpeed configuration that arguments were made with, and loads weights by it.
         with loaded_whole():
             for recipe, training, count in zip(recipes, config.trainings(label), counts, strict=True):
-                check_arguments(lambda training=training: planned_arguments(training, world), label, training, recipe.name, count, world)
+                check_arguments(
+                    lambda training=training: planned_arguments(training, world),
+                    label,
+                    training,
+                    recipe.name,
+                    count,
+                    world,
+                )
 
 
 def enough_gb(needed: int) -> str:
@@ -93,7 +109,9 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
                 f"methods.{label}.random_resized_crop is set, which crops what CLIP trains on, and {family.path} is a {family.name}",
                 f"remove methods.{label}.random_resized_crop",
             )
-    rows = {"evaluation": config.evaluation.test_prompts} | {f"methods.{label}": method.test_prompts for label, method in config.methods.items()}
+    rows = {"evaluation": config.evaluation.test_prompts} | {
+        f"methods.{label}": method.test_prompts for label, method in config.methods.items()
+    }
     asking = next((where for where, prompts in rows.items() if prompts == AVERAGED), None)
     if asking is None:
         return
@@ -103,7 +121,9 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
             f"remove {asking}.test_prompts",
         )
     for recipe in recipes:
-        for template in recipe.test_prompts if recipe.classes else ():  # A plan may not have the data that classes are read from.
+        for template in (
+            recipe.test_prompts if recipe.classes else ()
+        ):  # A plan may not have the data that classes are read from.
             family.tokens(recipe.class_prompts(template))
 
 

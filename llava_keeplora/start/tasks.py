@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from llava_keeplora.config import DataConfig, RunConfig, load_recipes
+from llava_keeplora.config import HOLDOUT_SEED, DataConfig, RunConfig
+from llava_keeplora.saved_run import load_recipes
 from llava_keeplora_eval.metrics import check_metric
 from llava_keeplora_eval.plugins import task_plugins
 from llava_keeplora_eval.references import check_references
-from llava_keeplora_recipes import Recipe, TaskData
+from llava_keeplora_recipes import Recipe, TaskData, load_split
 from llava_keeplora_recipes.repeats import repeats, shared_pictures
 
 log = logging.getLogger(__name__)
@@ -41,27 +42,45 @@ class Task:
             "task": self.name,
             "version": self.recipe.version,
             "recipe_fingerprint": self.recipe.fingerprint,
-            "train": {"n": len(self.train), "fingerprint": self.train.fingerprint, "dropped": list(self.train.dropped)},
-            "test": {"n": len(self.test), "fingerprint": self.test.fingerprint, "dropped": list(self.test.dropped)},
+            "train": {
+                "n": len(self.train),
+                "fingerprint": self.train.fingerprint,
+                "dropped": list(self.train.dropped),
+            },
+            "test": {
+                "n": len(self.test),
+                "fingerprint": self.test.fingerprint,
+                "dropped": list(self.test.dropped),
+            },
             **({"plugins": plugins} if plugins else {}),
         }
 
     def repeats(self) -> list[str]:
         """What is in its data more than once, as sentences; see `llava_keeplora_recipes.repeats`."""
-        sentences = [f"{self.name}/{data.split}: {note}" for data in (self.train, self.test) for note in repeats(data)]
+        sentences = [
+            f"{self.name}/{data.split}: {note}" for data in (self.train, self.test) for note in repeats(data)
+        ]
         if shared := shared_pictures(self.test, self.train):
             sentences.append(f"{self.name}/{self.test.split}: {shared}")
         return sentences
 
     def notes(self) -> list[str]:
         """What is worth a look in its data: the same, and the files that are not read."""
-        notes = [(data.split, note) for data in (self.train, self.test) for note in (data.left_out_note, data.marker_note)]
+        notes = [
+            (data.split, note)
+            for data in (self.train, self.test)
+            for note in (data.left_out_note, data.marker_note)
+        ]
         return [f"{self.name}/{split}: {note}" for split, note in notes if note] + self.repeats()
 
     def decoding_note(self) -> str:
         """A clause on pictures that earlier releases decoded otherwise; empty where there are none."""
         count = len(self.train.decoding_notes) + len(self.test.decoding_notes)
-        return f"; {count} of its pictures have transparency or an EXIF orientation, which earlier releases ignored" if count else ""
+        return (
+            f"; {count} of its pictures have transparency or an EXIF orientation, which earlier releases ignored"
+            if count
+            else ""
+        )
 
 
 def load_tasks(config: RunConfig) -> list[Task]:
@@ -82,7 +101,7 @@ def load_task(recipe: Recipe, data: DataConfig) -> Task:
         EvalError: for a metric that cannot be computed here, or that no answer to the test split can meet.
     """
     check_metric(recipe.metric)
-    train, test = data.splits(recipe)
+    train, test = load_splits(data, recipe)
     if warning := check_references(test):
         log.warning(warning)
     # The loaded recipe: some class lists come from the source itself.
@@ -90,3 +109,17 @@ def load_task(recipe: Recipe, data: DataConfig) -> Task:
     for note in task.repeats():
         log.warning(note)
     return task
+
+
+def load_splits(config: DataConfig, recipe: Recipe) -> tuple[TaskData, TaskData]:
+    """What a task is trained and scored on.
+
+    Raises:
+        RecipeError: for whatever is wrong with the recipe's data.
+    """
+    train = load_split(recipe, "train", config.root, config.on_bad_image)
+    return (
+        train.split_holdout(config.holdout, HOLDOUT_SEED)
+        if config.holdout
+        else (train, load_split(recipe, "test", config.root, config.on_bad_image))
+    )

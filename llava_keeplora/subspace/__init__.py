@@ -35,6 +35,7 @@ from llava_keeplora.subspace.released import (
 )
 
 __all__ = [
+    "WIDTH_PER_RANK",
     "DenseGradient",
     "EnergyError",
     "FeatureDirections",
@@ -52,7 +53,6 @@ __all__ = [
     "SketchedFeatureDirections",
     "SketchedMoment",
     "SubspaceError",
-    "WIDTH_PER_RANK",
     "append_directions",
     "empty_basis",
     "energy_rank",

@@ -55,7 +55,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
         raise NonFiniteError(f"the {what} holds NaN or infinity, so it has no meaningful singular vectors")
 
 
-def beside(basis: Float[Tensor, "in k"], other: Tensor) -> Float[Tensor, "in k"]:
+def like(basis: Float[Tensor, "in k"], other: Tensor) -> Float[Tensor, "in k"]:
     """A basis where another tensor is, and in its dtype.
 
     Args:
@@ -79,7 +79,7 @@ def project(v: Float[Tensor, "... in"], basis: Float[Tensor, "in k"]) -> Float[T
         ShapeError: if the last dimension of v isn't the basis's height.
     """
     check_basis(basis, v.shape[-1], "a tensor")
-    basis = beside(basis, v)
+    basis = like(basis, v)
     return (v @ basis) @ basis.T
 
 
@@ -148,7 +148,9 @@ def has_drifted(basis: Float[Tensor, "in k"]) -> bool:
     return not float(error) <= DRIFT
 
 
-def append_directions(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) -> Float[Tensor, "in k_plus_m"]:
+def append_directions(
+    basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]
+) -> Float[Tensor, "in k_plus_m"]:
     """Append new directions; nothing is dropped, and the old columns stay bitwise the same unless they have drifted.
 
     Columns that are stored as they are can't drift by growing, but they can by what happens to them elsewhere, such as
@@ -218,7 +220,7 @@ def orthonormal_beside(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"])
 
 
 def overlap(first: Float[Tensor, "in k1"], second: Float[Tensor, "in k2"]) -> float:
-    """Shared share of two subspaces, ||U^T V||_F^2 / min(k1, k2): 0 orthogonal, 1 one inside the other.
+    """RunContext share of two subspaces, ||U^T V||_F^2 / min(k1, k2): 0 orthogonal, 1 one inside the other.
 
     Source: KeepLoRA (arXiv 2601.19659), the assumption that tasks use orthogonal feature directions; the measure is
     the one of LoRA (Hu et al., 2021, section 7.2).

@@ -23,7 +23,9 @@ def check_energy(energy: float) -> None:
         EnergyError: with the offending value.
     """
     if not 0.0 < energy <= 1.0:
-        raise EnergyError(f"energy must lie in (0, 1], as the share of squared singular values to keep, but it is {energy}")
+        raise EnergyError(
+            f"energy must lie in (0, 1], as the share of squared singular values to keep, but it is {energy}"
+        )
 
 
 def energy_rank(

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from llava_keeplora.subspace.basis import beside, check_basis, check_finite, orthonormal_beside, residual
+from llava_keeplora.subspace.basis import check_basis, check_finite, like, orthonormal_beside, residual
 from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
 from llava_keeplora.subspace.features import FeatureDirections, limited
@@ -114,7 +114,7 @@ class SketchedMoment:
             test = torch.randn(max(size, 0), dim, generator=torch.Generator().manual_seed(seed)).T
         # N depends on the span of T alone; orthonormal columns keep the small problem as well conditioned as C is.
         test = test.to(device).double()
-        outside_of = beside(self.basis, test)
+        outside_of = like(self.basis, test)
         columns = torch.linalg.qr(residual(test.T, outside_of).T).Q
         # Where there are fewer dimensions to span, QR fills up with columns of its own, which may lie anywhere.
         self.test = residual(columns.T, outside_of).T.float().contiguous()
@@ -135,9 +135,14 @@ class SketchedMoment:
         if not self._sample.rows:
             return
         rows = self._sample.take().to(self.image.device).float()
-        inside = (rows @ beside(self.basis, rows)).double().square().sum(1)
+        inside = (rows @ like(self.basis, rows)).double().square().sum(1)
         whole = rows.double().square().sum(1)
-        self._asked += torch.stack([whole.new_tensor(len(rows)), *(v.sum() for v in (whole, inside, whole**2, whole * inside, inside**2))])
+        self._asked += torch.stack(
+            [
+                whole.new_tensor(len(rows)),
+                *(v.sum() for v in (whole, inside, whole**2, whole * inside, inside**2)),
+            ]
+        )
 
     @property
     def sampled_bytes(self) -> int:
@@ -196,8 +201,12 @@ class SketchedMoment:
         Raises:
             ShapeError: if the sketches don't share their test vectors.
         """
-        if other.test.shape != self.test.shape or not torch.allclose(other.test.to(self.test), self.test, atol=1e-5):
-            raise ShapeError("feature sketches with other test vectors (width, size, basis or seed) can't be merged")
+        if other.test.shape != self.test.shape or not torch.allclose(
+            other.test.to(self.test), self.test, atol=1e-5
+        ):
+            raise ShapeError(
+                "feature sketches with other test vectors (width, size, basis or seed) can't be merged"
+            )
         for buffer, addend in zip(self.tensors, other.tensors):
             buffer.add_(addend.to(buffer.device))
 
@@ -207,9 +216,13 @@ class SketchedMoment:
         One step of subspace iteration: what the first pass missed shrinks by the ratio of the missed eigenvalues to
         the wanted ones, squared. This sketch must be complete and summed.
         """
-        return SketchedMoment(self.dim, self.test.shape[1], self.basis, device=self.image.device, test=self.image)
+        return SketchedMoment(
+            self.dim, self.test.shape[1], self.basis, device=self.image.device, test=self.image
+        )
 
-    def directions(self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None) -> SketchedFeatureDirections:
+    def directions(
+        self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None
+    ) -> SketchedFeatureDirections:
         """Fewest sketched directions that are sure to hold the energy of the features together with the basis.
 
         Source: KeepLoRA (arXiv 2601.19659), the feature step at epsilon_f; Gradient Projection Memory (Saha et al.,
@@ -226,7 +239,9 @@ class SketchedMoment:
             NonFiniteError: if the features held NaN or infinity.
         """
         check_energy(energy)
-        same = basis.is_set_to(self.basis) or (basis.shape == self.basis.shape and torch.equal(basis.detach().to(self.basis), self.basis))
+        same = basis.is_set_to(self.basis) or (
+            basis.shape == self.basis.shape and torch.equal(basis.detach().to(self.basis), self.basis)
+        )
         if not same:
             raise ShapeError("a feature sketch only answers for the basis that it was made for")
         check_finite(self.image, "second moment of the features")
@@ -234,8 +249,10 @@ class SketchedMoment:
         total, (share, error) = float(self.totals[1]), self.inside
         inside = share * total
         if total <= 0.0 or energy_rank(torch.ones(1), energy, total=total, captured=inside) == 0:
-            return SketchedFeatureDirections(self.image.new_zeros(self.dim, 0, dtype=torch.float32), share, share, 0, 0.0, error, 0, True)
-        tall = beside(basis, self.image)
+            return SketchedFeatureDirections(
+                self.image.new_zeros(self.dim, 0, dtype=torch.float32), share, share, 0, 0.0, error, 0, True
+            )
+        tall = like(basis, self.image)
         squared, directions = self._nystrom(tall)
         missed = max(0.0, total - inside - float(squared.sum()))
         rank = energy_rank(squared, energy, total=total, captured=inside)

@@ -36,7 +36,10 @@ class FeatureDirections:
 
 
 def feature_directions(
-    second_moment: Float[Tensor, "in in"], basis: Float[Tensor, "in k"], energy: float, limit: int | None = None
+    second_moment: Float[Tensor, "in in"],
+    basis: Float[Tensor, "in k"],
+    energy: float,
+    limit: int | None = None,
 ) -> FeatureDirections:
     """Fewest residual feature directions with which the basis holds the energy of the features.
 

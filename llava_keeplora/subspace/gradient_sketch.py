@@ -27,10 +27,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_keeplora.subspace.basis import beside, check_basis, check_finite, project, residual
+from llava_keeplora.subspace.basis import check_basis, check_finite, like, project, residual
 from llava_keeplora.subspace.errors import RankError, ShapeError
-from llava_keeplora.subspace.gradients import ResidualDirections, above_rounding, outside_exactly, paired, room_for
-from llava_keeplora.subspace.sketch_bounds import PartlyKnown, chi_square_factors, fit_error, least_share, share_bounds
+from llava_keeplora.subspace.gradients import (
+    ResidualDirections,
+    above_rounding,
+    outside_exactly,
+    paired,
+    room_for,
+)
+from llava_keeplora.subspace.sketch_bounds import (
+    PartlyKnown,
+    chi_square_factors,
+    fit_error,
+    least_share,
+    share_bounds,
+)
 
 # Width of a sketch in units of the rank. Passes over the data buy more than width does: at width 1024 and rank 16, singular
 # values falling as i^-0.5, 1.5 r in four passes hold 0.989 of the optimum and in six 0.997, 8 r in two 0.992, which take five
@@ -188,7 +200,9 @@ class GradientSketch:
         """
         mine, theirs = ((one.shape, one.width, one.seed, one.passes) for one in (self, other))
         if mine != theirs:
-            raise ShapeError(f"sketches of other layers, widths or seeds can't be merged: {mine} and {theirs}")
+            raise ShapeError(
+                f"sketches of other layers, widths or seeds can't be merged: {mine} and {theirs}"
+            )
         for buffer, addend in zip(self.tensors, other.tensors):
             buffer.add_(addend.to(buffer.device))
 
@@ -199,7 +213,9 @@ class GradientSketch:
             width: at most this one's.
         """
         if not 1 <= width <= self.width:
-            raise ShapeError(f"a sketch of width {self.width} can be narrowed to 1 to {self.width}, not to {width}")
+            raise ShapeError(
+                f"a sketch of width {self.width} can be narrowed to 1 to {self.width}, not to {width}"
+            )
         other = copy.copy(self)
         other.width = width
         other._psi, other._omega = self._psi[: 2 * width + 1], self._omega[:, :width]
@@ -229,7 +245,7 @@ class GradientSketch:
             second: the finished second pass.
         """
         rows = second.rows.double()
-        basis = beside(self.basis, rows)
+        basis = like(self.basis, rows)
         vectors = torch.linalg.svd(residual(rows, basis), full_matrices=False).Vh
         other = copy.copy(self)
         # Where Q^T G_hat has fewer directions than rows, the others are arbitrary: only their part outside the basis may stay.
@@ -238,7 +254,9 @@ class GradientSketch:
         other.passes = self.passes + 2
         return other
 
-    def directions(self, rank: int, second: "SecondPass | None" = None, *, allow_fewer: bool = False) -> SketchedDirections:
+    def directions(
+        self, rank: int, second: "SecondPass | None" = None, *, allow_fewer: bool = False
+    ) -> SketchedDirections:
         """Top r directions of the residual gradient, and how near they are to the best.
 
         Source: KeepLoRA (arXiv 2601.19659), the residual gradient and the initialisation of A and B_0.
@@ -256,10 +274,12 @@ class GradientSketch:
         (out_dim, in_dim), width = self.shape, self.width
         room = room_for(rank, out_dim, in_dim, self.basis.shape[1], allow_fewer)
         if rank > width and width < room:
-            raise RankError(f"a sketch of width {width} can't tell {rank} directions", requested=rank, available=width)
+            raise RankError(
+                f"a sketch of width {width} can't tell {rank} directions", requested=rank, available=width
+            )
         check_finite(self.rows, "gradient")
         whole = self.rows.double()
-        basis = beside(self.basis, whole)
+        basis = like(self.basis, whole)
         rows = residual(whole, basis)
         range_basis = _range_basis(self.range) if second is None else second.range_basis.double()
         seen = self._psi.double() @ range_basis
@@ -267,7 +287,9 @@ class GradientSketch:
             fit = _one_pass(rows, seen, min(rank, width))
         else:
             fit = _two_pass(rows, seen, residual(second.rows.double(), basis), min(rank, width))
-        inside = PartlyKnown.of(whole - rows, seen, None if second is None else project(second.rows.double(), basis))
+        inside = PartlyKnown.of(
+            whole - rows, seen, None if second is None else project(second.rows.double(), basis)
+        )
         near, singular, right = torch.linalg.svd(fit.factor, full_matrices=False)
         found = above_rounding(singular[:rank], _root_mean_square(whole), rank, room, allow_fewer)
         captured, captured_error = _ratio(fit.captured, fit.energy)
@@ -281,7 +303,12 @@ class GradientSketch:
             residual_energy=outside.estimate / (outside.estimate + inside.estimate),
             captured_error=captured_error,
             of_optimum=min(1.0, 2 * held / (held + fit.optimum)),
-            at_least=least_share(float(singular[:found].square().sum()), fit.error, fit.most, outside.bounds[1] + inside.bounds[1]),
+            at_least=least_share(
+                float(singular[:found].square().sum()),
+                fit.error,
+                fit.most,
+                outside.bounds[1] + inside.bounds[1],
+            ),
             residual_bounds=share_bounds(outside.bounds, inside.bounds),
             passes=self.passes + (1 if second is None else 2),
         )
@@ -320,7 +347,9 @@ class SecondPass:
 
     def merge(self, other: "SecondPass") -> None:
         """Add another process's second pass over its data."""
-        if other.range_basis.shape != self.range_basis.shape or not torch.allclose(other.range_basis, self.range_basis):
+        if other.range_basis.shape != self.range_basis.shape or not torch.allclose(
+            other.range_basis, self.range_basis
+        ):
             raise ShapeError("second passes that started from different sketches can't be merged")
         self.rows.add_(other.rows.to(self.rows.device))
 
@@ -413,7 +442,9 @@ def _cross_fitted(gram: Float[Tensor, "l l"], seen: Float[Tensor, "l d"], rank: 
     return _Judged(plain, captured, energy)
 
 
-def _two_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], factor: Float[Tensor, "w in"], rank: int) -> _Fit:
+def _two_pass(
+    rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], factor: Float[Tensor, "w in"], rank: int
+) -> _Fit:
     """B = Q^T G_hat exactly; the rows, independent of Q, tell what lies outside Q."""
     missed = rows - seen @ factor
     directions = torch.linalg.svd(factor, full_matrices=False)

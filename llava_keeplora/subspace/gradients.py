@@ -50,7 +50,9 @@ class DenseGradient:
         device: of the buffer.
     """
 
-    def __init__(self, out_dim: int, in_dim: int, basis: Tensor | None = None, *, device: torch.device | str = "cpu"):
+    def __init__(
+        self, out_dim: int, in_dim: int, basis: Tensor | None = None, *, device: torch.device | str = "cpu"
+    ):
         self.basis = torch.zeros(in_dim, 0) if basis is None else basis.detach()
         self.matrix = torch.zeros(out_dim, in_dim, device=device)
 
@@ -75,7 +77,9 @@ class DenseGradient:
 
     def directions(self, rank: int, *, allow_fewer: bool = False) -> ResidualDirections:
         """Top r directions of the residual gradient; see `residual_gradient_directions`."""
-        return residual_gradient_directions(self.matrix, self.basis.to(self.matrix.device), rank, allow_fewer=allow_fewer)
+        return residual_gradient_directions(
+            self.matrix, self.basis.to(self.matrix.device), rank, allow_fewer=allow_fewer
+        )
 
 
 def paired(
@@ -200,7 +204,9 @@ def room_for(rank: int, out_dim: int, in_dim: int, protected: int, allow_fewer: 
     return room
 
 
-def above_rounding(singular: Float[Tensor, " r"], norm: float, rank: int, room: int, allow_fewer: bool) -> int:
+def above_rounding(
+    singular: Float[Tensor, " r"], norm: float, rank: int, room: int, allow_fewer: bool
+) -> int:
     """How many of the leading singular values are directions of a gradient of that norm rather than its rounding.
 
     Raises:

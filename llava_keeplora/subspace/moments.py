@@ -25,7 +25,9 @@ class SecondMoment:
         device: of the buffer; that of the first rows when absent.
     """
 
-    def __init__(self, dim: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None):
+    def __init__(
+        self, dim: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+    ):
         self.dim = dim
         self.dtype = dtype
         self.count = 0
@@ -54,7 +56,9 @@ class SecondMoment:
             self._sum = torch.zeros(self.dim, self.dim, dtype=self.dtype)
         return [self._sum]
 
-    def directions(self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None) -> FeatureDirections:
+    def directions(
+        self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None
+    ) -> FeatureDirections:
         """What the features add to a basis, on any device; see `feature_directions`."""
         return feature_directions(self.matrix, basis.to(self.matrix.device), energy, limit)
 
@@ -68,7 +72,11 @@ class SecondMoment:
             raise ShapeError(f"second moments of width {self.dim} and {other.dim} can't be merged")
         self.count += other.count
         if other._sum is not None:
-            self._sum = other._sum.to(self.dtype, copy=True) if self._sum is None else self._sum.add_(other._sum.to(self._sum))
+            self._sum = (
+                other._sum.to(self.dtype, copy=True)
+                if self._sum is None
+                else self._sum.add_(other._sum.to(self._sum))
+            )
 
     @property
     def matrix(self) -> Float[Tensor, "in in"]:
@@ -76,7 +84,9 @@ class SecondMoment:
         return torch.zeros(self.dim, self.dim, dtype=self.dtype) if self._sum is None else self._sum
 
 
-def counted_rows(x: Float[Tensor, "... in"], mask: Bool[Tensor, "..."] | None, dim: int) -> Float[Tensor, "n in"]:
+def counted_rows(
+    x: Float[Tensor, "... in"], mask: Bool[Tensor, "..."] | None, dim: int
+) -> Float[Tensor, "n in"]:
     """The rows of a batch that count, in float32.
 
     Args:
@@ -91,7 +101,9 @@ def counted_rows(x: Float[Tensor, "... in"], mask: Bool[Tensor, "..."] | None, d
         raise ShapeError(f"second moments of width {dim} got features of shape {tuple(x.shape)}")
     if mask is not None:
         if mask.shape != x.shape[:-1]:
-            raise ShapeError(f"a mask of shape {tuple(mask.shape)} doesn't fit features of shape {tuple(x.shape)}")
+            raise ShapeError(
+                f"a mask of shape {tuple(mask.shape)} doesn't fit features of shape {tuple(x.shape)}"
+            )
         # Picking rows copies them, which most batches can do without.
         x = x if bool(mask.all()) else x[mask]
     return x.reshape(-1, dim).float()

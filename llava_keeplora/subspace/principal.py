@@ -36,7 +36,12 @@ class PrincipalBasis:
 
 
 def principal_basis(
-    weight: Float[Tensor, "out in"], energy: float, *, method: Method = "auto", strict: bool = False, seed: int = 0
+    weight: Float[Tensor, "out in"],
+    energy: float,
+    *,
+    method: Method = "auto",
+    strict: bool = False,
+    seed: int = 0,
 ) -> PrincipalBasis:
     """First p right singular vectors of a weight, p the smallest number that reaches the energy.
 
@@ -80,7 +85,9 @@ def _by_svd(weight: Tensor, energy: float, strict: bool) -> PrincipalBasis:
     _, singular, right = torch.linalg.svd(weight, full_matrices=False)
     squared = singular.double().square()
     rank = energy_rank(squared, energy, strict=strict)
-    return PrincipalBasis(right[:rank].T.contiguous(), float(squared[:rank].sum() / squared.sum()), rank, "svd")
+    return PrincipalBasis(
+        right[:rank].T.contiguous(), float(squared[:rank].sum() / squared.sum()), rank, "svd"
+    )
 
 
 def _by_gram(weight: Tensor, energy: float, strict: bool, truncate: bool, seed: int) -> PrincipalBasis:

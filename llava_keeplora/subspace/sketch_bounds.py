@@ -31,7 +31,7 @@ ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 @cache
 def chi_square_factors(rows: int, chance: float = CHANCE) -> tuple[float, float]:
-    """c and C: a mean of squared lengths |psi_i M|^2 is at least c and at most C times ||M||_F^2.
+    """C and C: a mean of squared lengths |psi_i M|^2 is at least c and at most C times ||M||_F^2.
 
     Args:
         rows: l, the number of test vectors.
@@ -65,7 +65,9 @@ class PartlyKnown(NamedTuple):
     missed: Tensor
 
     @classmethod
-    def of(cls, rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], exact: Tensor | None) -> "PartlyKnown":
+    def of(
+        cls, rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], exact: Tensor | None
+    ) -> "PartlyKnown":
         """A matrix X by its rows Psi X, and by Q^T X, (w, in), where that is known; `seen` is Psi Q."""
         return cls(0.0, rows) if exact is None else cls(float(exact.square().sum()), rows - seen @ exact)
 

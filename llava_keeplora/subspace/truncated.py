@@ -62,7 +62,12 @@ class Ritz(NamedTuple):
         """Squared residual norms |G v - theta v|^2 of the first vectors, (count,) float64."""
         count = vectors.shape[1]
         images = self.image @ self.rotation[:, :count]
-        return torch.addcmul(images, vectors, self.values[:count].to(vectors), value=-1.0).square().sum(0).double()
+        return (
+            torch.addcmul(images, vectors, self.values[:count].to(vectors), value=-1.0)
+            .square()
+            .sum(0)
+            .double()
+        )
 
 
 def gram_matrix(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
@@ -131,7 +136,9 @@ def _sketch(gram: Tensor, width: int, generator: torch.Generator) -> Tensor:
     """G times a random sign matrix with one entry per row: a random block of range(G) for the price of reading G."""
     n = gram.shape[0]
     bucket = torch.randint(width, (n,), generator=generator, device=gram.device)
-    bucket[torch.randperm(n, generator=generator, device=gram.device)[:width]] = torch.arange(width, device=gram.device)
+    bucket[torch.randperm(n, generator=generator, device=gram.device)[:width]] = torch.arange(
+        width, device=gram.device
+    )
     sign = torch.randint(2, (n, 1), generator=generator, device=gram.device).to(gram) * 2 - 1
     return gram.new_zeros(width, n).index_add_(0, bucket, gram * sign).T
 
@@ -192,7 +199,9 @@ def _filtered(gram: Tensor, ritz: Ritz, width: int, cut: float, generator: torch
     image = ritz.image @ ritz.rotation[:, :count]
     # (I - H H^T) G (I - H H^T), symmetric by construction.
     half_update = image - held @ (held.T @ image / 2)
-    deflated = torch.addmm(torch.addmm(gram, held, half_update.T, alpha=-1.0), half_update, held.T, alpha=-1.0)
+    deflated = torch.addmm(
+        torch.addmm(gram, held, half_update.T, alpha=-1.0), half_update, held.T, alpha=-1.0
+    )
     fresh = width - vectors.shape[1]
     start = rest if fresh == 0 else torch.cat([rest, _sketch(deflated, fresh, generator)], dim=1)
     # A low-rank G leaves no spectrum to damp; the floor keeps the polynomial finite.

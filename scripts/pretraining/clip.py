@@ -19,7 +19,7 @@ from pretraining.pictures import MIRRORED, REAL, SIDE, augment, image_processor,
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 from llava_keeplora_recipes.rendered import RENDERED, captions
 
 MAX_WORDS = 32
@@ -45,12 +45,15 @@ class ImageSet:
 
 
 def load_set(root: Path, name: str, split: str) -> ImageSet:
-    data = load_recipe(name).load(split, root)
+    data = load_split(load_recipe(name), split, root)
     if name in RENDERED:
         texts = [captions(name, label) for label in range(len(data.recipe.classes))]
     else:
         words = [c.replace("_", " ") for c in data.recipe.classes]
-        texts = [[p, f"{c}.", f"a small picture: {c}.", f"this shows {c}."] for p, c in zip(data.recipe.prompts, words)]
+        texts = [
+            [p, f"{c}.", f"a small picture: {c}.", f"this shows {c}."]
+            for p, c in zip(data.recipe.prompts, words)
+        ]
     return ImageSet(name, small_pictures(data), torch.tensor(data.labels), texts)
 
 
@@ -62,21 +65,34 @@ def vocabulary_texts(root: Path, sets: list[ImageSet]) -> Iterator[str]:
     for path in ("easy_vqa/pretrain.json", "nlvr/pretrain.json", "flags/pretrain_vqa.json"):
         for row in json.loads((root / path).read_text())[:1500]:
             yield from (turn["value"].replace("<image>\n", "") for turn in row["conversations"])
-    rows = load_dataset("parquet", data_files={"pretrain": str(root / "emoji/pretrain.parquet")}, split="pretrain")
+    rows = load_dataset(
+        "parquet", data_files={"pretrain": str(root / "emoji/pretrain.parquet")}, split="pretrain"
+    )
     yield from rows["name"]
 
 
 def train_tokenizer(texts: Iterator[str], size: int) -> CLIPTokenizer:
     """A byte-level BPE in CLIP's own format; every byte has a token, so no text is unknown."""
-    special = {"pad_token": "<|pad|>", "bos_token": "<|startoftext|>", "unk_token": "<|unk|>", "eos_token": "<|endoftext|>"}
+    special = {
+        "pad_token": "<|pad|>",
+        "bos_token": "<|startoftext|>",
+        "unk_token": "<|unk|>",
+        "eos_token": "<|endoftext|>",
+    }
     empty = CLIPTokenizer(vocab={t: i for i, t in enumerate(special.values())}, merges=[], **special)
     backend = empty.backend_tokenizer
     backend.model = models.BPE(end_of_word_suffix="</w>")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size - len(alphabet), special_tokens=list(special.values()),
-        initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False,
-    ))
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size - len(alphabet),
+            special_tokens=list(special.values()),
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
     state = json.loads(backend.to_str())["model"]
     vocab = dict(sorted(state["vocab"].items(), key=lambda item: item[1]))
     for letter in alphabet:
@@ -89,18 +105,30 @@ def train_tokenizer(texts: Iterator[str], size: int) -> CLIPTokenizer:
 
 
 def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    return CLIPModel(CLIPConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=MAX_WORDS, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        ),
-        vision_config=dict(
-            hidden_size=160, intermediate_size=640, num_hidden_layers=4, num_attention_heads=5,
-            image_size=SIDE, patch_size=8,
-        ),
-        projection_dim=128,
-    ))
+    return CLIPModel(
+        CLIPConfig(
+            text_config=dict(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                intermediate_size=512,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=MAX_WORDS,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            ),
+            vision_config=dict(
+                hidden_size=160,
+                intermediate_size=640,
+                num_hidden_layers=4,
+                num_attention_heads=5,
+                image_size=SIDE,
+                patch_size=8,
+            ),
+            projection_dim=128,
+        )
+    )
 
 
 def image_embeddings(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
@@ -138,9 +166,12 @@ def train(sets: list[ImageSet], tokenizer: CLIPTokenizer, args: argparse.Namespa
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98),
+        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, args.lr, total_steps=args.steps, pct_start=0.08, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, args.lr, total_steps=args.steps, pct_start=0.08, cycle_momentum=False
+    )
     pixels = torch.cat([s.pixels for s in sets])
     first_class = np.cumsum([0] + [len(s.captions) for s in sets])
     targets = torch.cat([s.labels + int(start) for s, start in zip(sets, first_class)])
@@ -148,10 +179,15 @@ def train(sets: list[ImageSet], tokenizer: CLIPTokenizer, args: argparse.Namespa
     owner = torch.cat([torch.full((len(s.captions),), i) for i, s in enumerate(sets)])
     mirrored = torch.cat([torch.full((len(s.labels),), s.name in MIRRORED) for s in sets])
     # Large sets are seen less often per picture, rendered ones (easier) less often still.
-    chance = torch.cat([
-        torch.full((len(s.labels),), (0.4 if s.name in RENDERED else 1.0) * min(len(s.labels), 1500) ** 0.5 / len(s.labels))
-        for s in sets
-    ])
+    chance = torch.cat(
+        [
+            torch.full(
+                (len(s.labels),),
+                (0.4 if s.name in RENDERED else 1.0) * min(len(s.labels), 1500) ** 0.5 / len(s.labels),
+            )
+            for s in sets
+        ]
+    )
     started, running = time.time(), None
     model.train()
     for step in range(args.steps):
@@ -175,7 +211,10 @@ def train(sets: list[ImageSet], tokenizer: CLIPTokenizer, args: argparse.Namespa
         if step % 20 == 19 or step + 1 == args.steps:
             spent = time.time() - started
             left = spent / (step + 1) * (args.steps - step - 1)
-            print(f"step {step + 1}/{args.steps}  loss {running:.3f}  {spent:.0f}s gone, {left:.0f}s to go", flush=True)
+            print(
+                f"step {step + 1}/{args.steps}  loss {running:.3f}  {spent:.0f}s gone, {left:.0f}s to go",
+                flush=True,
+            )
     return model.eval()
 
 
@@ -186,12 +225,20 @@ def train(sets: list[ImageSet], tokenizer: CLIPTokenizer, args: argparse.Namespa
 def zero_shot(model: CLIPModel, processor: CLIPProcessor, data: ImageSet) -> dict[str, float]:
     """Test accuracy with the classification prompts, and what the most frequent class would get."""
     said = text_embeddings(model, processor.tokenizer, [options[0] for options in data.captions])
-    guesses = torch.cat([
-        (image_embeddings(model, part.float() / 127.5 - 1) @ said.T).argmax(1) for part in data.pixels.split(256)
-    ])
+    guesses = torch.cat(
+        [
+            (image_embeddings(model, part.float() / 127.5 - 1) @ said.T).argmax(1)
+            for part in data.pixels.split(256)
+        ]
+    )
     chance = max(Counter(data.labels.tolist()).values()) / len(data.labels)
     accuracy = (guesses == data.labels).float().mean().item()
-    return {"accuracy": round(accuracy, 4), "chance": round(chance, 4), "classes": len(data.captions), "images": len(data.labels)}
+    return {
+        "accuracy": round(accuracy, 4),
+        "chance": round(chance, 4),
+        "classes": len(data.captions),
+        "images": len(data.labels),
+    }
 
 
 def evaluate(out: Path, root: Path) -> dict[str, dict[str, float]]:
@@ -200,7 +247,9 @@ def evaluate(out: Path, root: Path) -> dict[str, dict[str, float]]:
     table = {name: zero_shot(model, processor, load_set(root, name, "test")) for name in NAMES}
     print("| task | classes | test images | chance | zero-shot accuracy |\n|---|---|---|---|---|")
     for name, row in table.items():
-        print(f"| {name} | {row['classes']} | {row['images']} | {row['chance']:.3f} | {row['accuracy']:.3f} |")
+        print(
+            f"| {name} | {row['classes']} | {row['images']} | {row['chance']:.3f} | {row['accuracy']:.3f} |"
+        )
     return table
 
 

@@ -24,7 +24,9 @@ IMAGE = "<image>"
 
 #: How often a set is looked at, beside the others.
 SHARES = (
-    dict.fromkeys(SCENES, 10.0) | dict.fromkeys(RENDERED, 1.7) | dict.fromkeys(REAL, 2.7)
+    dict.fromkeys(SCENES, 10.0)
+    | dict.fromkeys(RENDERED, 1.7)
+    | dict.fromkeys(REAL, 2.7)
     | {"easy-vqa": 10.0, "nlvr": 2.0, "flags-vqa": 1.0, "flags-captions": 1.0, "emoji-names": 2.0}
 )
 
@@ -32,17 +34,23 @@ SHARES = (
 class Lessons:
     """Batches of pictures, each with as many of its turns as fit; a batch follows from (seed, step)."""
 
-    def __init__(self, sets: list[TaughtSet], tokenizer: PreTrainedTokenizerFast, batch: int, seed: int) -> None:
+    def __init__(
+        self, sets: list[TaughtSet], tokenizer: PreTrainedTokenizerFast, batch: int, seed: int
+    ) -> None:
         self.tokenizer, self.batch, self.seed = tokenizer, batch, seed
         self.pixels = torch.cat([s.pixels for s in sets])
         image = tokenizer.convert_tokens_to_ids(IMAGE)
         self.prefix = tokenizer("USER: ").input_ids + [image] * (SIDE // PATCH) ** 2
         tokens = cache(self._tokens)
         self.turns = [[tokens(*turn) for turn in turns] for s in sets for turns in s.turns]
-        share = torch.cat([torch.full((len(s.turns),), SHARES[s.name] / len(s.turns), dtype=torch.float64) for s in sets])
+        share = torch.cat(
+            [torch.full((len(s.turns),), SHARES[s.name] / len(s.turns), dtype=torch.float64) for s in sets]
+        )
         self.share = share / share.sum()
         self.mirrored = torch.cat([torch.full((len(s.turns),), s.name in MIRRORED & set(REAL)) for s in sets])
-        self.moved = torch.cat([torch.full((len(s.turns),), s.name in REAL + ["digits", "emoji-names"]) for s in sets])
+        self.moved = torch.cat(
+            [torch.full((len(s.turns),), s.name in REAL + ["digits", "emoji-names"]) for s in sets]
+        )
 
     def _tokens(self, question: str, answer: str) -> tuple[list[int], int]:
         """The tokens of a turn after the picture, and how many of them are the question."""
@@ -54,7 +62,9 @@ class Lessons:
         """The parts of a step's batch, each of pictures with about the same number of tokens."""
         torch.manual_seed(self.seed * 1_000_003 + step)
         rng = np.random.default_rng([self.seed, step])
-        chosen = torch.from_numpy(rng.choice(len(self.share), self.batch, replace=False, p=self.share.numpy()))
+        chosen = torch.from_numpy(
+            rng.choice(len(self.share), self.batch, replace=False, p=self.share.numpy())
+        )
         plans = [self._plan(rng, self.turns[i]) for i in chosen.tolist()]
         order = np.argsort([sum(len(tokens) for tokens, _ in plan) for plan in plans], kind="stable")
         for part in np.array_split(order, max(1, self.batch // 32)):
@@ -93,5 +103,9 @@ class Lessons:
         # eager attention adds its mask: nothing where a token is seen, a large negative number elsewhere
         mine = (turn[:, :, None] == turn[:, None, :]) | (turn[:, None, :] == 0)
         causal = torch.ones(width, width, dtype=torch.bool).tril()
-        return {"input_ids": ids, "position_ids": positions, "labels": labels,
-                "attention_mask": torch.where(mine & causal, 0.0, -1e9)[:, None]}
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "labels": labels,
+            "attention_mask": torch.where(mine & causal, 0.0, -1e9)[:, None],
+        }

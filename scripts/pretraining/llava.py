@@ -47,20 +47,34 @@ def train_tokenizer(sets: list[TaughtSet], size: int) -> PreTrainedTokenizerFast
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     texts = (f"USER: \n{q} ASSISTANT: {a}" for item in sets for turns in item.turns for q, a in turns)
-    backend.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[*SPECIAL.values(), IMAGE], min_frequency=3,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
-    ))
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[*SPECIAL.values(), IMAGE],
+            min_frequency=3,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=MAX_TOKENS, padding_side="left",
-        clean_up_tokenization_spaces=False, extra_special_tokens={"image_token": IMAGE}, **SPECIAL,
+        tokenizer_object=backend,
+        model_max_length=MAX_TOKENS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens={"image_token": IMAGE},
+        **SPECIAL,
     )
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     return LlavaProcessor(
-        image_processor=image_processor(), tokenizer=tokenizer, patch_size=PATCH, chat_template=CHAT,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        image_processor=image_processor(),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        chat_template=CHAT,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )
 
 
@@ -71,15 +85,30 @@ def build_model(tokenizer: PreTrainedTokenizerFast, clip: Path) -> LlavaForCondi
     """A small LLaVA whose image encoder is that of a CLIP."""
     teacher = CLIPModel.from_pretrained(clip)
     text = dict(
-        model_type="llama", vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=6, head_dim=32, max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        model_type="llama",
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=32,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=teacher.config.vision_config.to_dict(), text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE), image_seq_length=(SIDE // PATCH) ** 2,
-        vision_feature_layer=-2, vision_feature_select_strategy="default", projector_hidden_act="gelu",
-    ))
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=teacher.config.vision_config.to_dict(),
+            text_config=text,
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_seq_length=(SIDE // PATCH) ** 2,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            projector_hidden_act="gelu",
+        )
+    )
     model.model.vision_tower.load_state_dict(
         {k.removeprefix("vision_model."): v for k, v in teacher.vision_model.state_dict().items()}
     )
@@ -93,7 +122,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, clip: Path) -> LlavaForCondi
 # -------------------------------------------------------------------------------------- training
 
 
-def answer_losses(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_losses(
+    model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], bf16: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every token of an answer: its cross-entropy, and whether it is predicted right."""
     inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"][:, 1:]
     said = labels != -100
@@ -112,7 +143,8 @@ class Training:
         decay = [p for p in model.parameters() if p.ndim > 1]
         plain = [p for p in model.parameters() if p.ndim <= 1]
         self.optimiser = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98)
+            [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+            betas=(0.9, 0.98),
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimiser, args.lr, total_steps=args.steps, pct_start=0.06, cycle_momentum=False
@@ -159,8 +191,11 @@ def train(model: LlavaForConditionalGeneration, lessons: Lessons, args: argparse
         run.seconds = time.time() - started
         if run.step % 20 == 0 or run.step == args.steps:
             left = run.seconds / run.step * (args.steps - run.step)
-            print(f"step {run.step}/{args.steps}  loss {running[0]:.3f}  tokens right {running[1]:.3f}  "
-                  f"{run.seconds:.0f}s gone, {left:.0f}s to go", flush=True)
+            print(
+                f"step {run.step}/{args.steps}  loss {running[0]:.3f}  tokens right {running[1]:.3f}  "
+                f"{run.seconds:.0f}s gone, {left:.0f}s to go",
+                flush=True,
+            )
         if saved and (time.time() - written > 180 or run.step == args.steps):
             run.save(saved)
             written = time.time()
@@ -182,9 +217,13 @@ def pretrain(args: argparse.Namespace) -> None:
     record = {
         "recipe": {k: getattr(args, k) for k in ("steps", "batch", "lr", "vocabulary", "seed", "bf16")},
         "shares": SHARES,
-        "image_encoder": {"from": args.clip.name, "sha256": hashlib.sha256((args.clip / "model.safetensors").read_bytes()).hexdigest()},
+        "image_encoder": {
+            "from": args.clip.name,
+            "sha256": hashlib.sha256((args.clip / "model.safetensors").read_bytes()).hexdigest(),
+        },
         "pretrain_sets": {
-            s.name: {"images": len(s.turns), "turns": sum(map(len, s.turns)), "sha256": s.fingerprint()} for s in sets
+            s.name: {"images": len(s.turns), "turns": sum(map(len, s.turns)), "sha256": s.fingerprint()}
+            for s in sets
         },
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds),

@@ -20,8 +20,11 @@ MIRRORED = {"caltech101", "fashion", "bloodcells", "trashnet", "signdigits", "te
 def image_processor() -> CLIPImageProcessorPil:
     """Stretches pictures to 48 x 48, so that nothing of a small picture is cropped away."""
     return CLIPImageProcessorPil(
-        size={"height": SIDE, "width": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_center_crop=False,
-        image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5],
+        size={"height": SIDE, "width": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        do_center_crop=False,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.random import Generator
 from pretraining.pictures import REAL, small_pictures
 
-from llava_keeplora_recipes import TaskData, load_recipe
+from llava_keeplora_recipes import TaskData, load_recipe, load_split
 from llava_keeplora_recipes.drawing import PALETTE, generator
 from llava_keeplora_recipes.rendered import RENDERED, captions
 from llava_keeplora_recipes.rendered_scenes import CELLS, SCENES, SHAPES, STEPS, Scene, Thing, compose
@@ -52,7 +52,7 @@ def taught_sets(root: Path) -> list[TaughtSet]:
 
 def taught_set(name: str, root: Path) -> TaughtSet:
     """One set with its turns."""
-    data = load_recipe(name).load("pretrain", root)
+    data = load_split(load_recipe(name), "pretrain", root)
     if name in QUESTIONS:
         return _asked(data)
     turns_of = _scene_turns if name in SCENES else _class_turns
@@ -66,7 +66,9 @@ def _asked(data: TaskData) -> TaughtSet:
         groups[digest].append(i)
     questions, answers = data.questions, data.answers
     turns = [[(questions[i], answer) for i in group for answer in answers[i]] for group in groups.values()]
-    return TaughtSet(data.recipe.name, small_pictures(data.take(group[0] for group in groups.values())), turns)
+    return TaughtSet(
+        data.recipe.name, small_pictures(data.take(group[0] for group in groups.values())), turns
+    )
 
 
 # ----------------------------------------------------------------------------------------- classes
@@ -78,9 +80,13 @@ def _class_turns(data: TaskData, index: int) -> list[Turn]:
     words = [c.replace("_", " ") for c in recipe.classes]
     rng = generator("class turns", recipe.name, index)
     other = words[(label + 1 + int(rng.integers(len(words) - 1))) % len(words)]
-    texts = captions(recipe.name, label) if recipe.name in RENDERED else [recipe.prompts[label], f"{words[label]}."]
+    texts = (
+        captions(recipe.name, label)
+        if recipe.name in RENDERED
+        else [recipe.prompts[label], f"{words[label]}."]
+    )
     turns = [
-        (recipe.asks, words[label]),
+        (recipe.vlm_prompt, words[label]),
         (DESCRIBE, str(rng.choice(texts))),
         (f"Is this {words[label]}?", "yes") if rng.random() < 0.5 else (f"Is this {other}?", "no"),
     ]

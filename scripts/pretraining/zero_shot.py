@@ -13,21 +13,26 @@ from pretraining.pictures import REAL
 from pretraining.turns import QUESTIONS
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from llava_keeplora_recipes import TaskData, load_recipe
+from llava_keeplora_recipes import TaskData, load_recipe, load_split
 from llava_keeplora_recipes.rendered import RENDERED
 from llava_keeplora_recipes.rendered_scenes import SCENES
 
 
 @torch.no_grad()
 def answers(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: list[Image.Image], asks: list[str], longest: int
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    images: list[Image.Image],
+    asks: list[str],
+    longest: int,
 ) -> list[str]:
     """Greedy answers, each question asked alone."""
     texts = []
     for start in range(0, len(images), 64):
         chats = [
             processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}], add_generation_prompt=True
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}],
+                add_generation_prompt=True,
             )
             for q in asks[start : start + 64]
         ]
@@ -37,16 +42,21 @@ def answers(
     return [text.strip() for text in texts]
 
 
-def zero_shot(model: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str, root: Path, limit: int) -> dict:
+def zero_shot(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str, root: Path, limit: int
+) -> dict:
     """Exact match on the test split (ROUGE-L for captions), and what a guess that sees no picture would get."""
-    test, past = (load_recipe(name).load(split, root) for split in ("test", "train"))
+    test, past = (load_split(load_recipe(name), split, root) for split in ("test", "train"))
     if limit < len(test):
         test = test.take(sorted(np.random.default_rng(0).permutation(len(test))[:limit].tolist()))
     asked, right = _texts(test)
     said = answers(model, processor, [e.image for e in test], asked, 96 if name == "flags-captions" else 24)
     guesses = _guesses(test.recipe.kind, *_texts(past), asked)
     score = rouge_l if test.recipe.kind == "captioning" else same
-    means = [round(float(np.mean([score(text, r) for text, r in zip(texts, right)])), 4) for texts in (guesses, said)]
+    means = [
+        round(float(np.mean([score(text, r) for text, r in zip(texts, right)])), 4)
+        for texts in (guesses, said)
+    ]
     return {"kind": test.recipe.kind, "examples": len(test), "guess": means[0], "score": means[1]}
 
 
@@ -54,7 +64,9 @@ def _texts(data: TaskData) -> tuple[list[str], list[list[str]]]:
     """What is asked of each example, and what is right."""
     if data.recipe.kind != "classification":
         return data.questions, data.answers
-    return [data.recipe.asks] * len(data), [[a.replace("_", " ") for a in right] for right in data.answers]
+    return [data.recipe.vlm_prompt] * len(data), [
+        [a.replace("_", " ") for a in right] for right in data.answers
+    ]
 
 
 def _guesses(kind: str, past: list[str], right: list[list[str]], asked: list[str]) -> list[str]:
@@ -81,10 +93,16 @@ def rouge_l(text: str, references: list[str]) -> float:
 
 def evaluate(out: Path, root: Path, limit: int = 300) -> dict[str, dict]:
     """Print and return the zero-shot table of the saved model."""
-    model, processor = LlavaForConditionalGeneration.from_pretrained(out).eval(), AutoProcessor.from_pretrained(out)
+    model, processor = (
+        LlavaForConditionalGeneration.from_pretrained(out).eval(),
+        AutoProcessor.from_pretrained(out),
+    )
     table = {}
     print("| task | kind | test examples | guess | zero-shot |\n|---|---|---|---|---|")
     for name in (*SCENES, *RENDERED, *REAL, *QUESTIONS):
         row = table[name] = zero_shot(model, processor, name, root, limit)
-        print(f"| {name} | {row['kind']} | {row['examples']} | {row['guess']:.3f} | {row['score']:.3f} |", flush=True)
+        print(
+            f"| {name} | {row['kind']} | {row['examples']} | {row['guess']:.3f} | {row['score']:.3f} |",
+            flush=True,
+        )
     return table

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, FullDelta, attach, detach, load_deltas, read_adapters, save_deltas
+from llava_keeplora.adapters import (
+    AdapterInit,
+    BaseWeights,
+    Delta,
+    FullDelta,
+    attach,
+    detach,
+    load_deltas,
+    read_adapters,
+    save_deltas,
+)
 from llava_keeplora.files import write_tensors
 
 
@@ -38,10 +48,16 @@ def test_only_the_named_layers_are_adapted_although_another_name_ends_alike(net)
 
 
 def test_each_layer_keeps_its_own_rank_and_scale(net):
-    attach(net, {"q_proj": AdapterInit(2, 2.0), "other_q_proj": AdapterInit(3, 6.0), "out": AdapterInit(2, 1.0)})
+    attach(
+        net, {"q_proj": AdapterInit(2, 2.0), "other_q_proj": AdapterInit(3, 6.0), "out": AdapterInit(2, 1.0)}
+    )
 
     adapters = read_adapters(net)
-    assert {n: (d.A.shape[0], d.scale) for n, d in adapters.items()} == {"q_proj": (2, 1.0), "other_q_proj": (3, 2.0), "out": (2, 0.5)}
+    assert {n: (d.A.shape[0], d.scale) for n, d in adapters.items()} == {
+        "q_proj": (2, 1.0),
+        "other_q_proj": (3, 2.0),
+        "out": (2, 0.5),
+    }
 
 
 def test_a_frozen_A_stays_frozen_when_peft_sets_the_adapter_again(net):
@@ -49,7 +65,9 @@ def test_a_frozen_A_stays_frozen_when_peft_sets_the_adapter_again(net):
     wrapper = attach(net, {"q_proj": AdapterInit(2, 2.0, A=A)})
     wrapper.set_adapter("default")
 
-    assert [n for n, p in wrapper.named_parameters() if p.requires_grad] == ["base_model.model.q_proj.lora_B.default.weight"]
+    assert [n for n, p in wrapper.named_parameters() if p.requires_grad] == [
+        "base_model.model.q_proj.lora_B.default.weight"
+    ]
     torch.testing.assert_close(read_adapters(net)["q_proj"].A, A)
 
 
@@ -79,7 +97,9 @@ def test_the_weights_are_rebuilt_from_the_base_every_time_so_that_nothing_accumu
     original = net.q_proj.weight.clone()
     for _ in range(3):
         base.apply([first, second])
-    torch.testing.assert_close(net.q_proj.weight, original + first["q_proj"].dense() + second["q_proj"].dense())
+    torch.testing.assert_close(
+        net.q_proj.weight, original + first["q_proj"].dense() + second["q_proj"].dense()
+    )
     base.apply([])
     assert torch.equal(net.q_proj.weight, original)
 
@@ -100,7 +120,11 @@ def test_deltas_come_back_from_disk_bit_for_bit(tmp_path):
 
     assert loaded.keys() == deltas.keys()
     for name, delta in deltas.items():
-        assert torch.equal(loaded[name].A, delta.A) and torch.equal(loaded[name].B, delta.B) and loaded[name].scale == delta.scale
+        assert (
+            torch.equal(loaded[name].A, delta.A)
+            and torch.equal(loaded[name].B, delta.B)
+            and loaded[name].scale == delta.scale
+        )
 
 
 # --- modules that are trained themselves ---------------------------------------------------------
@@ -123,9 +147,14 @@ def full_delta(module):
 def test_changes_of_any_module_come_back_from_disk_and_are_added_to_its_own_parameters(tmp_path):
     torch.manual_seed(0)
     model = nn.ModuleDict({"inside": Patches()})
-    modules = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    modules = {
+        name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))
+    }
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    base, tasks = BaseWeights(modules), [{name: full_delta(module) for name, module in modules.items()} for _ in range(2)]
+    base, tasks = (
+        BaseWeights(modules),
+        [{name: full_delta(module) for name, module in modules.items()} for _ in range(2)],
+    )
     tasks[1]["inside.out"] = Delta(torch.randn(2, 4), torch.randn(2, 2), 0.5)
     for number, task in enumerate(tasks):
         save_deltas(tmp_path / f"{number}.safetensors", task)
@@ -141,10 +170,22 @@ def test_changes_of_any_module_come_back_from_disk_and_are_added_to_its_own_para
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_file_with_full_changes_of_linear_layers_is_read_as_it_was_written_before_there_were_others(tmp_path):
-    tensors = {"a.b.weight": torch.randn(2, 3), "a.b.bias": torch.randn(2), "c.weight": torch.randn(2, 2), "d.A": torch.randn(1, 3), "d.B": torch.randn(2, 1)}
+def test_a_file_with_full_changes_of_linear_layers_is_read_as_it_was_written_before_there_were_others(
+    tmp_path,
+):
+    tensors = {
+        "a.b.weight": torch.randn(2, 3),
+        "a.b.bias": torch.randn(2),
+        "c.weight": torch.randn(2, 2),
+        "d.A": torch.randn(1, 3),
+        "d.B": torch.randn(2, 1),
+    }
     write_tensors(tmp_path / "delta.safetensors", tensors, {"scales": '{"d": 0.5}'})
     loaded = load_deltas(tmp_path / "delta.safetensors")
 
-    assert {name: list(delta.tensors) for name, delta in loaded.items()} == {"d": ["A", "B"], "a.b": ["bias", "weight"], "c": ["weight"]}
+    assert {name: list(delta.tensors) for name, delta in loaded.items()} == {
+        "d": ["A", "B"],
+        "a.b": ["bias", "weight"],
+        "c": ["weight"],
+    }
     assert torch.equal(loaded["a.b"].parameters["bias"], tensors["a.b.bias"]) and loaded["d"].scale == 0.5

@@ -40,7 +40,9 @@ class MtilTree:
             self._greys = itertools.cycle(range(10, 250, 12))
             getattr(self, f"_{task}")(f"mtil/{task}", names)
 
-    def _images(self, task: str, split: str, names: list[str], each: int | None = None) -> Iterator[tuple[int, str, int]]:
+    def _images(
+        self, task: str, split: str, names: list[str], each: int | None = None
+    ) -> Iterator[tuple[int, str, int]]:
         """(number of the class, class, grey) of the images of a split, one class after another and then once more."""
         for _ in range(EACH[split] if each is None else each):
             for number, name in enumerate(names):
@@ -109,13 +111,19 @@ class MtilTree:
                 ids[variable].append(len(labels))
                 self._jpeg(f"flowers-102/jpg/image_{len(labels):05d}.jpg", grey)
         savemat(self.root / "flowers-102/imagelabels.mat", {"labels": np.array([labels], np.uint8)})
-        savemat(self.root / "flowers-102/setid.mat", {name: np.array([numbers], np.uint16) for name, numbers in ids.items()})
+        savemat(
+            self.root / "flowers-102/setid.mat",
+            {name: np.array([numbers], np.uint16) for name, numbers in ids.items()},
+        )
 
     def _stanfordcars(self, task: str, names: list[str]) -> None:
         top = "stanford_cars"
         (self.root / top / "devkit").mkdir(parents=True)
         savemat(self.root / top / "devkit/cars_meta.mat", {"class_names": np.array([names], object)})
-        for split, file in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+        for split, file in (
+            ("train", "devkit/cars_train_annos.mat"),
+            ("test", "cars_test_annos_withlabels.mat"),
+        ):
             notes = []
             for number, _, grey in self._images(task, split, names):
                 notes.append((1, 16, np.uint8(number + 1), f"{len(notes) + 1:05d}.jpg"))
@@ -128,11 +136,18 @@ class MtilTree:
     def _cifar100(self, task: str, names: list[str]) -> None:
         top = self.root / "cifar-100-python"
         top.mkdir()
-        (top / "meta").write_bytes(pickle.dumps({"fine_label_names": names, "coarse_label_names": []}, protocol=2))
+        (top / "meta").write_bytes(
+            pickle.dumps({"fine_label_names": names, "coarse_label_names": []}, protocol=2)
+        )
         for split in EACH:
             images = list(self._images(task, split, names))
             pixels = np.repeat(np.array([grey for _, _, grey in images], np.uint8), 3072).reshape(-1, 3072)
-            batch = {"data": pixels, "fine_labels": [n for n, _, _ in images], "coarse_labels": [0] * len(images), "filenames": ["x"] * len(images)}
+            batch = {
+                "data": pixels,
+                "fine_labels": [n for n, _, _ in images],
+                "coarse_labels": [0] * len(images),
+                "filenames": ["x"] * len(images),
+            }
             (top / split).write_bytes(pickle.dumps(batch, protocol=2))
 
     def _mnist(self, task: str, names: list[str]) -> None:
@@ -141,14 +156,22 @@ class MtilTree:
         for split, file in (("train", "train"), ("test", "t10k")):
             images = list(self._images(task, split, names))
             pixels = b"".join(bytes([grey]) * 28 * 28 for _, _, grey in images)
-            (top / f"{file}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, len(images), 28, 28) + pixels)
-            (top / f"{file}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, len(images)) + bytes(n for n, _, _ in images))
+            (top / f"{file}-images-idx3-ubyte").write_bytes(
+                struct.pack(">4I", 0x803, len(images), 28, 28) + pixels
+            )
+            (top / f"{file}-labels-idx1-ubyte").write_bytes(
+                struct.pack(">2I", 0x801, len(images)) + bytes(n for n, _, _ in images)
+            )
 
     # --- a split at random ------------------------------------------------------------------------
 
     def _caltech101(self, task: str, names: list[str]) -> None:
         top, folders = "caltech101/101_ObjectCategories", folders_of(task)
-        self._cut(task, [(name, f"{top}/{folders.get(name, name.replace(' ', '_'))}") for name in names], "image_{:04d}.jpg")
+        self._cut(
+            task,
+            [(name, f"{top}/{folders.get(name, name.replace(' ', '_'))}") for name in names],
+            "image_{:04d}.jpg",
+        )
         self._jpeg(f"{top}/BACKGROUND_Google/image_0001.jpg", 0)
 
     def _eurosat(self, task: str, names: list[str]) -> None:
@@ -181,7 +204,9 @@ def folders_of(task: str) -> dict[str, str]:
 def owners(classes: int) -> list[int]:
     """The class of each of the fewest images, in order, of which PyTorch's random split gives every class one in its first part."""
     for count in itertools.count(classes + 1):
-        parts = torch.utils.data.random_split(range(count), [int(0.8 * count), count - int(0.8 * count)], torch.Generator().manual_seed(42))
+        parts = torch.utils.data.random_split(
+            range(count), [int(0.8 * count), count - int(0.8 * count)], torch.Generator().manual_seed(42)
+        )
         first, owner, found = set(parts[0].indices), 0, []
         for image in range(count):
             found.append(min(owner, classes - 1))
@@ -217,7 +242,10 @@ def mtil_recipes(mtil) -> dict[str, Path]:
         facts = {"extends": f"mtil/{name}", "num_classes": 3, "expected_sizes": {}}
         recipe = load_recipe(f"mtil/{name}")
         if recipe.classes is not None:
-            facts |= {"classes": classes, "class_names": {k: v for k, v in recipe.class_names.items() if v in classes}}
+            facts |= {
+                "classes": classes,
+                "class_names": {k: v for k, v in recipe.class_names.items() if v in classes},
+            }
         paths[f"mtil/{name}"] = folder / f"{name}.yaml"
         paths[f"mtil/{name}"].write_text(json.dumps(facts))  # JSON is YAML
     return paths
@@ -250,14 +278,18 @@ def write_conversations(root: Path, task: str, count: int = 3) -> None:
         file = top / split
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = {
-            "train": [{"id": str(i), "image": image, "conversations": turns} for i, image in enumerate(shown)],
+            "train": [
+                {"id": str(i), "image": image, "conversations": turns} for i, image in enumerate(shown)
+            ],
             "test": [{"question_id": f"q{i}", "image": image} | asked for i, image in enumerate(shown)],
         }
         file.write_text(json.dumps(rows[side]))
         if side in recipe.source.get("references", {}):
             numbered = [{"id": i + 1, "file_name": Path(image).name} for i, image in enumerate(shown)]
             notes = [{"id": i, "image_id": i + 1, "caption": f"a picture of {i}"} for i in range(count)]
-            (top / recipe.source["references"][side]).write_text(json.dumps({"images": numbered, "annotations": notes}))
+            (top / recipe.source["references"][side]).write_text(
+                json.dumps({"images": numbered, "annotations": notes})
+            )
 
 
 @pytest.fixture(scope="session")
@@ -321,10 +353,17 @@ def reproduce(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(runner, "write_run_report", lambda root: None)
     # The Trainer collects garbage after every task; without the libraries' own objects that is ten times quicker.
     gc.freeze()
-    small = ["training.num_train_epochs=1", "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1", "training.use_cpu=true"]
+    small = [
+        "training.num_train_epochs=1",
+        "training.per_device_train_batch_size=8",
+        "training.gradient_accumulation_steps=1",
+        "training.use_cpu=true",
+    ]
 
     def run(name: str, *arguments: object) -> SimpleNamespace:
-        code = cli.main(["reproduce", name, "--output-dir", str(tmp_path / name), *small, *map(str, arguments)])
+        code = cli.main(
+            ["reproduce", name, "--output-dir", str(tmp_path / name), *small, *map(str, arguments)]
+        )
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err, folder=tmp_path / name)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from llava_keeplora_recipes import RecipeError, load_recipe
+from llava_keeplora_recipes import RecipeError, load_recipe, load_split
 from llava_keeplora_recipes.pixel_arrays import unpickle
 
 
@@ -30,7 +30,7 @@ def refusal(mtil, mtil_recipes, tmp_path):
         else:
             file.write_bytes(content(file.read_bytes()) if callable(content) else content)
         with pytest.raises(RecipeError) as caught:
-            recipe.load("train", tmp_path)
+            load_split(recipe, "train", tmp_path)
         return str(caught.value).replace(str(tmp_path), "ROOT")
 
     return told
@@ -77,7 +77,7 @@ def test_an_image_that_is_a_link_out_of_the_data_root_is_refused(mtil, mtil_reci
         image.unlink()
         image.symlink_to(tmp_path / "secret.jpg")
     with pytest.raises(RecipeError, match="leads to '.*/secret.jpg' and so out of"):
-        load_recipe(mtil_recipes["mtil/eurosat"]).load("train", tmp_path / "root")
+        load_split(load_recipe(mtil_recipes["mtil/eurosat"]), "train", tmp_path / "root")
 
 
 # --- pickles -----------------------------------------------------------------------------------------
@@ -96,12 +96,25 @@ class Runs:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickle_that_calls_a_function_is_refused_and_does_not_run(refusal, tmp_path, protocol):
     mark = tmp_path / "it-ran"
-    sentence = refusal("cifar100", "cifar-100-python/train", pickle.dumps({"data": Runs(os.mkdir, str(mark))}, protocol))
-    assert "is a pickle that would call " in sentence and "mkdir, and nothing in a data set has to be run; replace it by the official file." in sentence
+    sentence = refusal(
+        "cifar100", "cifar-100-python/train", pickle.dumps({"data": Runs(os.mkdir, str(mark))}, protocol)
+    )
+    assert (
+        "is a pickle that would call " in sentence
+        and "mkdir, and nothing in a data set has to be run; replace it by the official file." in sentence
+    )
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("hidden", [b"cnumpy\nload\n.", b"cnumpy.core.multiarray\nscalar\n.", b"cbuiltins\ngetattr\n.", b"cnumpy\nndarray.__class__\n."])
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        b"cnumpy\nload\n.",
+        b"cnumpy.core.multiarray\nscalar\n.",
+        b"cbuiltins\ngetattr\n.",
+        b"cnumpy\nndarray.__class__\n.",
+    ],
+)
 def test_of_numpy_and_of_python_only_an_arrays_three_names_are_known(tmp_path, hidden):
     (tmp_path / "x").write_bytes(hidden)
     with pytest.raises(RecipeError, match="is a pickle that would call "):
@@ -115,8 +128,22 @@ def test_a_file_as_python_2_wrote_it_is_read_as_numpy_reads_it(tmp_path):
     def text(value: bytes) -> bytes:
         return b"T" + struct.pack("<i", len(value)) + value
 
-    kind = b"cnumpy\ndtype\n(" + text(b"u1") + b"K\x00K\x01tR(K\x03" + text(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + text(b"b") + b"tR(K\x01(K\x02M\x00\x0ct" + kind + b"I00\n" + text(pixels) + b"tb"
+    kind = (
+        b"cnumpy\ndtype\n("
+        + text(b"u1")
+        + b"K\x00K\x01tR(K\x03"
+        + text(b"|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    )
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t"
+        + text(b"b")
+        + b"tR(K\x01(K\x02M\x00\x0ct"
+        + kind
+        + b"I00\n"
+        + text(pixels)
+        + b"tb"
+    )
     data = b"\x80\x02}(" + text(b"fine_labels") + b"](K\x05K\x07e" + text(b"data") + array + b"u."
     (tmp_path / "train").write_bytes(data)
     trusted = pickle.loads(data, encoding="latin1")
@@ -132,10 +159,22 @@ def test_a_file_as_python_2_wrote_it_is_read_as_numpy_reads_it(tmp_path):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ({"format": "image_list", "path": "x"}, "mine.yaml has no group 'image' in 'source.pattern'; write (?P<image>...) where the image stands, in "),
-        ({"format": "image_list", "path": "x", "pattern": "(?P<image>.*)"}, "mine.yaml has no group 'label' in 'source.pattern'"),
-        ({"format": "random_split", "path": "x", "pattern": "(?P<label>"}, "under 'source.pattern', which is no regular expression (missing ), unterminated subpattern"),
-        ({"format": "idx", "path": "x", "pattern": "x"}, "mine.yaml has the unknown key 'source.pattern' for format idx"),
+        (
+            {"format": "image_list", "path": "x"},
+            "mine.yaml has no group 'image' in 'source.pattern'; write (?P<image>...) where the image stands, in ",
+        ),
+        (
+            {"format": "image_list", "path": "x", "pattern": "(?P<image>.*)"},
+            "mine.yaml has no group 'label' in 'source.pattern'",
+        ),
+        (
+            {"format": "random_split", "path": "x", "pattern": "(?P<label>"},
+            "under 'source.pattern', which is no regular expression (missing ), unterminated subpattern",
+        ),
+        (
+            {"format": "idx", "path": "x", "pattern": "x"},
+            "mine.yaml has the unknown key 'source.pattern' for format idx",
+        ),
     ],
 )
 def test_a_source_that_cannot_be_is_refused_when_the_recipe_is_read(tmp_path, source, words):
@@ -147,9 +186,16 @@ def test_a_source_that_cannot_be_is_refused_when_the_recipe_is_read(tmp_path, so
 
 @pytest.mark.parametrize(
     ("task", "split", "words"),
-    [("eurosat", "all", "recipe 'mtil/eurosat' has 'all' as its train split; valid names are first, rest"), ("mnist", "train-images-idx3-ubyte", "recipe 'mtil/mnist' names 1 files as its train split; list two")],
+    [
+        ("eurosat", "all", "recipe 'mtil/eurosat' has 'all' as its train split; valid names are first, rest"),
+        (
+            "mnist",
+            "train-images-idx3-ubyte",
+            "recipe 'mtil/mnist' names 1 files as its train split; list two",
+        ),
+    ],
 )
 def test_a_split_that_a_format_does_not_have_is_refused(mtil, tmp_path, task, split, words):
     (tmp_path / "mine.yaml").write_text(json.dumps({"extends": f"mtil/{task}", "splits": {"train": split}}))
     with pytest.raises(RecipeError, match=words):
-        load_recipe(tmp_path / "mine.yaml").load("train", mtil.root)
+        load_split(load_recipe(tmp_path / "mine.yaml"), "train", mtil.root)

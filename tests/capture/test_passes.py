@@ -43,13 +43,18 @@ def batches(family):
     generator = torch.Generator().manual_seed(0)
     size = family.model.config.vision_config.image_size
     made = [
-        {"pixel_values": torch.randn(n, 3, size, size, generator=generator), "labels": torch.randint(0, 3, (n,), generator=generator)}
+        {
+            "pixel_values": torch.randn(n, 3, size, size, generator=generator),
+            "labels": torch.randint(0, 3, (n,), generator=generator),
+        }
         for n in (5, 5, 2)
     ]
     return [(batch, True) for batch in made]
 
 
-def test_the_gradient_pass_equals_autograd_on_the_whole_data_in_both_encoders(task, layers, batches, dense_gradients):
+def test_the_gradient_pass_equals_autograd_on_the_whole_data_in_both_encoders(
+    task, layers, batches, dense_gradients
+):
     captured = dense_gradients(task, layers, batches, 12)
 
     for layer in layers.values():
@@ -59,11 +64,18 @@ def test_the_gradient_pass_equals_autograd_on_the_whole_data_in_both_encoders(ta
 
     assert captured.keys() == layers.keys()
     for name, layer in layers.items():
-        torch.testing.assert_close(captured[name], layer.weight.grad, rtol=1e-4, atol=1e-7 + 1e-5 * float(layer.weight.grad.abs().max()))
+        torch.testing.assert_close(
+            captured[name],
+            layer.weight.grad,
+            rtol=1e-4,
+            atol=1e-7 + 1e-5 * float(layer.weight.grad.abs().max()),
+        )
 
 
 @pytest.mark.parametrize("total", [12, 100_000])
-def test_a_gradient_in_fp16_is_as_near_whatever_the_number_of_examples(task, layers, batches, dense_gradients, total):
+def test_a_gradient_in_fp16_is_as_near_whatever_the_number_of_examples(
+    task, layers, batches, dense_gradients, total
+):
     exact = dense_gradients(task, layers, batches, total)
     with torch.autocast("cpu", torch.float16):
         rounded = dense_gradients(task, layers, batches, total)
@@ -73,7 +85,9 @@ def test_a_gradient_in_fp16_is_as_near_whatever_the_number_of_examples(task, lay
     assert 1e-6 < max(apart.values()) < 2e-2, apart
 
 
-def test_the_gradient_pass_reaches_the_first_layer_of_a_frozen_model_and_leaves_no_gradient_behind(task, layers, batches, dense_gradients):
+def test_the_gradient_pass_reaches_the_first_layer_of_a_frozen_model_and_leaves_no_gradient_behind(
+    task, layers, batches, dense_gradients
+):
     captured = dense_gradients(task, layers, batches, 12)
 
     first = next(name for name in layers if name.startswith("vision_model.encoder.layers.0"))
@@ -131,12 +145,20 @@ def test_a_batchs_graph_is_gone_before_the_next_batch():
             return len(batch["x"])
 
     task = Task()
-    gradient_pass(task, {"layer": task.layer}, [({"x": torch.randn(4, 3)}, True)] * 3, 12, {"layer": DenseGradient(2, 3)})
+    gradient_pass(
+        task,
+        {"layer": task.layer},
+        [({"x": torch.randn(4, 3)}, True)] * 3,
+        12,
+        {"layer": DenseGradient(2, 3)},
+    )
     assert task.alive == [[], [False], [False, False]]
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
-def test_a_pass_recomputes_activations_where_training_does_with_the_same_gradient(family, task, layers, batches, dense_gradients, name):
+def test_a_pass_recomputes_activations_where_training_does_with_the_same_gradient(
+    family, task, layers, batches, dense_gradients, name
+):
     plain = dense_gradients(task, layers, batches, 12)
     block = family.model.vision_model.encoder.layers[0]
     passes = []
@@ -147,8 +169,12 @@ def test_a_pass_recomputes_activations_where_training_does_with_the_same_gradien
     dense_gradients(task, layers, batches, 12)
     handle.remove()
 
-    assert once == 2 * len(batches) and len(passes) - once == len(batches), "forward, and again in the backward pass; afterwards no more"
-    assert not any(passes) and not any(module.training for module in task.model.modules()), "dropout stays off"
+    assert once == 2 * len(batches) and len(passes) - once == len(batches), (
+        "forward, and again in the backward pass; afterwards no more"
+    )
+    assert not any(passes) and not any(module.training for module in task.model.modules()), (
+        "dropout stays off"
+    )
     for name in layers:
         torch.testing.assert_close(recomputed[name], plain[name])
 
@@ -170,7 +196,10 @@ def test_the_feature_pass_equals_the_concatenated_inputs(family, task, layers, b
     statistics = second_moments(task, layers, parts, batches)
 
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    handles = [m.register_forward_pre_hook(lambda mod, args, n=n: seen[n].append(args[0].detach().double())) for n, m in layers.items()]
+    handles = [
+        m.register_forward_pre_hook(lambda mod, args, n=n: seen[n].append(args[0].detach().double()))
+        for n, m in layers.items()
+    ]
     whole = {k: torch.cat([b[k] for b, _ in batches]) for k in batches[0][0]}
     with torch.no_grad():
         task(**whole)
@@ -195,7 +224,9 @@ def test_the_prompts_run_once_per_pass(task, layers, batches, monkeypatch, dense
     assert len(calls) == 1
 
 
-def test_a_batch_that_does_not_count_changes_neither_gradients_nor_features(task, layers, batches, dense_gradients, second_moments):
+def test_a_batch_that_does_not_count_changes_neither_gradients_nor_features(
+    task, layers, batches, dense_gradients, second_moments
+):
     parts = {name: "text" if name.startswith("text") else "vision" for name in layers}
     longer = [*batches, (batches[0][0], False)]
     plain, padded = (dense_gradients(task, layers, given, 12) for given in (batches, longer))
@@ -205,22 +236,38 @@ def test_a_batch_that_does_not_count_changes_neither_gradients_nor_features(task
 
 
 def test_sketches_are_fed_with_what_the_dense_gradient_is_fed_with(task, layers, batches):
-    sketches = {name: GradientSketch(layer.out_features, layer.in_features, 8) for name, layer in layers.items()}
+    sketches = {
+        name: GradientSketch(layer.out_features, layer.in_features, 8) for name, layer in layers.items()
+    }
     dense = {name: DenseGradient(layer.out_features, layer.in_features) for name, layer in layers.items()}
     gradient_pass(task, layers, batches, 12, sketches)
     gradient_pass(task, layers, batches, 12, dense)
     for name, sketch in sketches.items():
         again = GradientSketch(sketch.range.shape[0], sketch.rows.shape[1], 8)
         again.add(torch.eye(sketch.rows.shape[1]), dense[name].matrix.T)
-        torch.testing.assert_close(sketch.range, again.range, rtol=1e-3, atol=1e-5 * float(again.range.abs().max()))
-        torch.testing.assert_close(sketch.rows, again.rows, rtol=1e-3, atol=1e-5 * float(again.rows.abs().max()))
+        torch.testing.assert_close(
+            sketch.range, again.range, rtol=1e-3, atol=1e-5 * float(again.range.abs().max())
+        )
+        torch.testing.assert_close(
+            sketch.rows, again.rows, rtol=1e-3, atol=1e-5 * float(again.rows.abs().max())
+        )
 
 
-def test_layers_of_one_input_may_have_statistics_of_their_own_and_some_layers_none(task, layers, batches, second_moments):
+def test_layers_of_one_input_may_have_statistics_of_their_own_and_some_layers_none(
+    task, layers, batches, second_moments
+):
     parts = {name: "text" if name.startswith("text") else "vision" for name in layers}
     chosen = [name for name in layers if name.endswith(("q_proj", "v_proj"))]
-    made = feature_pass(task, layers, parts, batches, lambda groups: {name: SketchedMoment(32, 32) for names in groups for name in names if name in chosen})
+    made = feature_pass(
+        task,
+        layers,
+        parts,
+        batches,
+        lambda groups: {name: SketchedMoment(32, 32) for names in groups for name in names if name in chosen},
+    )
     assert sorted(made) == sorted(chosen)
     exact = second_moments(task, layers, parts, batches)
     for name, sketch in made.items():
-        torch.testing.assert_close(sketch.image.float(), exact[name].matrix.float() @ sketch.test, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            sketch.image.float(), exact[name].matrix.float() @ sketch.test, rtol=1e-4, atol=1e-3
+        )

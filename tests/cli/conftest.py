@@ -37,7 +37,13 @@ def script():
 @pytest.fixture(scope="session")
 def launcher():
     """Function (processes) → the start of a DeepSpeed command."""
-    return lambda processes: [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(forked.free_port())]
+    return lambda processes: [
+        str(BIN / "deepspeed"),
+        "--num_gpus",
+        str(processes),
+        "--master_port",
+        str(forked.free_port()),
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +56,9 @@ def start():
             return forked.Forked(words)
         environment = {k: v for k, v in os.environ.items() if k not in forked.LAUNCHED}
         environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        return subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
 
     return run
 

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 import forked
-
 from llava_keeplora import cli
 from llava_keeplora_eval.files import write_atomic
 from llava_keeplora_eval.guard import guarded
@@ -39,7 +38,10 @@ def spoil(own_tasks, how):
 
         path = own_tasks[1].parent / "stripes/train.parquet"
         table = datasets.Dataset.from_parquet(str(path))
-        datasets.Dataset.from_dict(table.to_dict() | {"id": ["same"] * len(table)}, features=datasets.Features(table.features | {"id": datasets.Value("string")})).to_parquet(str(path))
+        datasets.Dataset.from_dict(
+            table.to_dict() | {"id": ["same"] * len(table)},
+            features=datasets.Features(table.features | {"id": datasets.Value("string")}),
+        ).to_parquet(str(path))
         stripes = yaml.safe_load(own_tasks[1].read_text())
         stripes["source"]["columns"] = {"image": "image", "label": "label", "id": "id"}
         own_tasks[1].write_text(yaml.safe_dump(stripes))
@@ -62,9 +64,13 @@ def test_bad_data_ends_with_code_2_and_one_sentence(own_tasks, config_file, tmp_
 
 
 def test_a_bad_configuration_ends_with_code_2_and_one_sentence(config_file, capfd, tmp_path):
-    assert "unknown key 'parts.vision.rnak'; did you mean 'rank'." in sentence(capfd, "--config", config_file(), "parts.vision.rnak=2")
+    assert "unknown key 'parts.vision.rnak'; did you mean 'rank'." in sentence(
+        capfd, "--config", config_file(), "parts.vision.rnak=2"
+    )
     assert "there is no configuration 'gone.yaml'" in sentence(capfd, "--config", "gone.yaml")
-    assert "did you mean 'learning_rate'" in sentence(capfd, "--config", config_file(), "training.learnin_rate=2")
+    assert "did you mean 'learning_rate'" in sentence(
+        capfd, "--config", config_file(), "training.learnin_rate=2"
+    )
 
 
 def test_debug_shows_the_traceback(config_file, capfd):
@@ -75,10 +81,14 @@ def test_debug_shows_the_traceback(config_file, capfd):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_finishes_the_file_being_written_and_says_how_to_go_on(capfd, tmp_path, monkeypatch, number, code):
+def test_a_stop_finishes_the_file_being_written_and_says_how_to_go_on(
+    capfd, tmp_path, monkeypatch, number, code
+):
     """The signal comes in the middle of a write, between its bytes and its new name."""
     written, replace = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda *paths: (os.kill(os.getpid(), number), written.append(paths), replace(*paths)))
+    monkeypatch.setattr(
+        os, "replace", lambda *paths: (os.kill(os.getpid(), number), written.append(paths), replace(*paths))
+    )
 
     def action():
         write_atomic(tmp_path / "whole", "content")
@@ -95,7 +105,11 @@ def test_list_names_what_there_is(capfd):
     assert cli.main(["list"]) == 0
     out = capfd.readouterr().out
     assert all(name in out for name in ("keeplora", "seq-lora", "demo", "digits"))
-    needs = ("clip and llava; merges", "clip; needs reference data; merges", "clip; needs the task at test time; extra at test: one product with the image features; does not merge")
+    needs = (
+        "clip and llava; merges",
+        "clip; needs reference data; merges",
+        "clip; needs the task at test time; extra at test: one product with the image features; does not merge",
+    )
     assert all(f" {words}\n" in out for words in needs), "what a method asks for stands below it"
 
 
@@ -111,7 +125,13 @@ def test_report_writes_a_finished_run_again(run_config, tmp_path, capfd, tiny_ta
 
 
 def test_a_run_in_bf16_goes_through(config_file, capfd, tmp_path, tiny_tasks):
-    arguments = ["--config", config_file(tasks=[str(tiny_tasks[0])]), "--output-dir", tmp_path / "run", "training.bf16=true"]
+    arguments = [
+        "--config",
+        config_file(tasks=[str(tiny_tasks[0])]),
+        "--output-dir",
+        tmp_path / "run",
+        "training.bf16=true",
+    ]
     assert cli.main(["train", *map(str, arguments)]) == 0
     assert "| keeplora |" in capfd.readouterr().out
 
@@ -136,10 +156,14 @@ print(held(range(1, 76)), held(range(76, 151)))
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="resident memory is read from Linux's /proc"
+)
 def test_memory_of_a_bf16_run_on_a_cpu_grows_little_with_new_lengths_of_a_batch():
     # What a compiled product takes depends on the processor: 2 MB a length without the bound on one, 1 MB on another.
-    environment = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}  # Another test's command may have set them here.
+    environment = {
+        k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")
+    }  # Another test's command may have set them here.
     growth = {}
     for bound in ("bounded", "libraries"):
         code, out, err = forked.run([sys.executable, "-c", GROWTH, bound], env=environment)

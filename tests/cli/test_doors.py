@@ -27,7 +27,9 @@ ZERO_2 = {
 def numbers():
     """Function (run folder) → every artefact that a method wrote, as its hash."""
     kinds = ("*/matrix.json", "*/task-*/*.safetensors", "*/task-*/*.json", "*/task-*/predictions/*.jsonl")
-    return lambda root: {str(p.relative_to(root)): file_hash(p) for kind in kinds for p in sorted(root.glob(kind))}
+    return lambda root: {
+        str(p.relative_to(root)): file_hash(p) for kind in kinds for p in sorted(root.glob(kind))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +42,18 @@ def reference(run_config, tiny_tasks, tmp_path_factory):
     return folder
 
 
-def test_the_launcher_gives_the_same_numbers_and_a_quiet_terminal(config_file, launch, launcher, script, numbers, reference, tmp_path):
-    code, out, err = launch([*launcher(1), script], "--config", config_file(), "--output-dir", tmp_path / "run")
+def test_the_launcher_gives_the_same_numbers_and_a_quiet_terminal(
+    config_file, launch, launcher, script, numbers, reference, tmp_path
+):
+    code, out, err = launch(
+        [*launcher(1), script], "--config", config_file(), "--output-dir", tmp_path / "run"
+    )
     assert code == 0, err
     assert numbers(tmp_path / "run") == numbers(reference)
     assert f"run folder: {tmp_path / 'run'}" in out and (tmp_path / "run/report.html").is_file()
-    assert not [noise for noise in ("Traceback", "gemm_4bit", "Loading weights", "FutureWarning") if noise in err], err
+    assert not [
+        noise for noise in ("Traceback", "gemm_4bit", "Loading weights", "FutureWarning") if noise in err
+    ], err
 
 
 def test_a_run_killed_in_training_and_gone_on_with_through_another_door_gives_the_same_numbers(
@@ -63,13 +71,21 @@ def test_a_run_killed_in_training_and_gone_on_with_through_another_door_gives_th
     process.communicate()
     code, _, err = launch(CLI, *arguments)
     assert code == 0, err
-    assert numbers(tmp_path / "run") == numbers(reference), f"killed {delay:.3f} s after the first task was prepared"
+    assert numbers(tmp_path / "run") == numbers(reference), (
+        f"killed {delay:.3f} s after the first task was prepared"
+    )
 
 
 @pytest.mark.slow
 def test_zero_2_from_a_plain_start_learns_the_same(config_file, launch, script, reference, tmp_path):
     (tmp_path / "zero2.json").write_text(json.dumps(ZERO_2))
-    arguments = ["--config", config_file(), "--output-dir", tmp_path / "run", f"training.deepspeed={tmp_path / 'zero2.json'}"]
+    arguments = [
+        "--config",
+        config_file(),
+        "--output-dir",
+        tmp_path / "run",
+        f"training.deepspeed={tmp_path / 'zero2.json'}",
+    ]
     code, _, err = launch([sys.executable, script], *arguments)
     assert code == 0, err
     same_up_to_rounding(reference, tmp_path / "run")
@@ -97,10 +113,19 @@ def watched(script, tmp_path):
 
 
 @pytest.mark.parametrize("zero", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "zero-2"])
-def test_two_processes_learn_what_one_learns_and_the_first_alone_writes_but_for_shares_of_answers(zero, config_file, launch, reference, watched, numbers, tmp_path):
+def test_two_processes_learn_what_one_learns_and_the_first_alone_writes_but_for_shares_of_answers(
+    zero, config_file, launch, reference, watched, numbers, tmp_path
+):
     (tmp_path / "zero2.json").write_text(json.dumps(ZERO_2))
     more = [f"training.deepspeed={tmp_path / 'zero2.json'}"] if zero else []
-    arguments = ["--config", config_file(), "--output-dir", tmp_path / "run", "training.per_device_train_batch_size=4", *more]
+    arguments = [
+        "--config",
+        config_file(),
+        "--output-dir",
+        tmp_path / "run",
+        "training.per_device_train_batch_size=4",
+        *more,
+    ]
     code, out, err = launch([sys.executable, watched], *arguments, processes=2)
     assert code == 0, err
     assert err.count("zero-shot: ") == 1 and out.count("run folder: ") == 1
@@ -128,18 +153,26 @@ def projector(basis):
     return columns @ columns.T
 
 
-def test_a_first_process_that_fails_at_the_start_takes_the_others_with_it(config_file, launch, launcher, script, tmp_path):
+def test_a_first_process_that_fails_at_the_start_takes_the_others_with_it(
+    config_file, launch, launcher, script, tmp_path
+):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
     code, _, err = launch([*launcher(2), script], "--config", config_file(), "--output-dir", tmp_path / "run")
     assert code != 0
-    assert err.count("error: ") == 1 and "is not a run folder but holds notes.txt" in err and "Traceback" not in err
+    assert (
+        err.count("error: ") == 1
+        and "is not a run folder but holds notes.txt" in err
+        and "Traceback" not in err
+    )
 
 
 def test_processes_are_told_how_many_share_their_machine(launch, tmp_path):
     script = tmp_path / "count.py"
-    script.write_text("import torch.distributed as dist\nfrom llava_keeplora.group import processes_here\n"
-                      "dist.init_process_group('gloo')\nprint(f'{processes_here()} here', flush=True)\ndist.destroy_process_group()\n")
+    script.write_text(
+        "import torch.distributed as dist\nfrom llava_keeplora.distributed import processes_here\n"
+        "dist.init_process_group('gloo')\nprint(f'{processes_here()} here', flush=True)\ndist.destroy_process_group()\n"
+    )
     code, out, err = launch([sys.executable, script], processes=2)
     assert code == 0, err
     assert out.count("2 here") == 2

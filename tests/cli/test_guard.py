@@ -20,11 +20,23 @@ BIN = Path(sys.executable).parent
 
 @pytest.mark.parametrize(
     ("redirection", "code", "err"),
-    [("| head -1; exit ${PIPESTATUS[0]}", 0, ""), (">&-", 0, ""), (">&- 2>&-", 0, ""), (">/dev/full", 2, "error: there is no room for a file")],
+    [
+        ("| head -1; exit ${PIPESTATUS[0]}", 0, ""),
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+        (">/dev/full", 2, "error: there is no room for a file"),
+    ],
 )
 def test_a_stdout_that_is_closed_or_full_is_no_traceback(redirection, code, err):
-    done = subprocess.run(["bash", "-c", f"{BIN / 'llava-keeplora-eval'} list {redirection}"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == code and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    done = subprocess.run(
+        ["bash", "-c", f"{BIN / 'llava-keeplora-eval'} list {redirection}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == code and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    )
     assert done.stderr.startswith(err) and done.stderr.count("\n") == (1 if err else 0)
 
 
@@ -39,10 +51,20 @@ def ended(error: Exception, capfd) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (MemoryError(), "more memory or threads"), (RuntimeError("can't start new thread"), "can't start new thread"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\nlong"), "you tried to allocate 9"),
-        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "failed to map"), (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), "nnn.*File name too long.*correct the path"),
+        (MemoryError(), "more memory or threads"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\nlong"
+            ),
+            "you tried to allocate 9",
+        ),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "failed to map"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot"),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300),
+            "nnn.*File name too long.*correct the path",
+        ),
         (FileNotFoundError(errno.ENOENT, "No such file", "a\x1b[31m\nb"), r"a\\x1b\[31m b cannot be used"),
         (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"), r"'a\\udcff' is no text"),
     ],
@@ -53,7 +75,9 @@ def test_what_the_machine_refuses_is_one_sentence(error, words, capfd):
     assert re.search(words, err), err
 
 
-def test_an_import_that_fails_under_a_limit_of_memory_is_one_sentence_and_without_one_a_traceback(monkeypatch, capfd):
+def test_an_import_that_fails_under_a_limit_of_memory_is_one_sentence_and_without_one_a_traceback(
+    monkeypatch, capfd
+):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (2 << 30, 2 << 30))
     assert ended(SystemError("returned NULL without setting an exception"), capfd)[0] == 2
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
@@ -61,7 +85,10 @@ def test_an_import_that_fails_under_a_limit_of_memory_is_one_sentence_and_withou
         ended(SystemError("returned NULL without setting an exception"), capfd)
 
 
-@pytest.mark.parametrize("words", [["train", "--config", "a\udcff"], ["report", "\udcff"], ["train", "--config", "demo", "seed=\udcff"]])
+@pytest.mark.parametrize(
+    "words",
+    [["train", "--config", "a\udcff"], ["report", "\udcff"], ["train", "--config", "demo", "seed=\udcff"]],
+)
 def test_words_that_are_no_text_are_refused_by_both_programs(words, capfd):
     for main in (cli.main, eval_cli.main):
         with pytest.raises(SystemExit, match="2"):
@@ -69,7 +96,15 @@ def test_words_that_are_no_text_are_refused_by_both_programs(words, capfd):
         assert "udcff" in capfd.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("words", [["report", "n" * 300], ["doctor", "n" * 300], ["train", "--config", "n" * 300], ["train", "--config", "demo", "--methods", "n" * 300]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report", "n" * 300],
+        ["doctor", "n" * 300],
+        ["train", "--config", "n" * 300],
+        ["train", "--config", "demo", "--methods", "n" * 300],
+    ],
+)
 def test_a_name_that_no_file_system_holds_is_one_sentence(words, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert cli.main(words) == 2

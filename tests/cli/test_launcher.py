@@ -43,7 +43,9 @@ def test_a_killed_deepspeed_takes_its_ranks_along(config_file, start, launcher, 
         for number in processes_of(tmp_path / "run"):
             os.kill(number, signal.SIGKILL)
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert (2, "CLOSED") not in [(entry["task"], entry["stage"]) for entry in entries], "stopped, not finished"
+    assert (2, "CLOSED") not in [(entry["task"], entry["stage"]) for entry in entries], (
+        "stopped, not finished"
+    )
     assert all(entry["info"]["threads"] >= 1 and entry["info"]["processes"] == 1 for entry in entries)
 
 
@@ -57,12 +59,18 @@ def under(tmp_path, program, monkeypatch):
     return parent
 
 
-@pytest.mark.parametrize(("program", "launches"), [("torchrun", True), ("accelerate", True), ("deepspeed", True), ("bash", False)])
-def test_launchers_are_known_by_their_command_and_their_end_is_noticed(program, launches, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("program", "launches"), [("torchrun", True), ("accelerate", True), ("deepspeed", True), ("bash", False)]
+)
+def test_launchers_are_known_by_their_command_and_their_end_is_noticed(
+    program, launches, tmp_path, monkeypatch
+):
     parent = under(tmp_path, program, monkeypatch)
     sent, kill = threading.Event(), os.kill
     monkeypatch.setattr(watched, "INTERVAL", 0.01)
-    monkeypatch.setattr(os, "kill", lambda number, kind: sent.set() if number == os.getpid() else kill(number, kind))
+    monkeypatch.setattr(
+        os, "kill", lambda number, kind: sent.set() if number == os.getpid() else kill(number, kind)
+    )
     try:
         assert list(watched.launchers_above()) == [parent.pid] * launches
         with watched.stopped_with_launcher():
@@ -76,5 +84,10 @@ def test_launchers_are_known_by_their_command_and_their_end_is_noticed(program, 
 
 def test_a_plain_start_has_no_launcher():
     code = "from llava_keeplora.sequence.launcher import launchers_above; print(launchers_above())"
-    done = subprocess.run(["bash", "-c", f"{sys.executable} -c '{code}' deepspeed; true"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -c '{code}' deepspeed; true"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == "{}\n"

@@ -7,12 +7,23 @@ import sys
 import pytest
 
 from llava_keeplora_eval import Matrix
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 
 #: What takes tenths of seconds and more to import.
 HEAVY = [
-    "torch", "torch._dynamo", "transformers", "transformers.modeling_utils", "peft", "bitsandbytes", "datasets", "pandas", "evaluate",
-    "scipy", "sklearn", "matplotlib", "deepspeed",
+    "torch",
+    "torch._dynamo",
+    "transformers",
+    "transformers.modeling_utils",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "pandas",
+    "evaluate",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "deepspeed",
 ]
 #: Runs commands one after another; after each, the heavy modules that are there, those of the commands before it included.
 PROGRAM = """
@@ -35,8 +46,10 @@ def imported(tmp_path_factory):
     """Command → the heavy modules that are there after it and those before it."""
     folder = tmp_path_factory.mktemp("starts")
     Matrix(["a"], [1.0], [[2.0]]).to_json(folder / "matrix.json")
-    data = load_recipe("shapes").load("test")
-    (folder / "answers.jsonl").write_text("".join(json.dumps({"question_id": name, "text": "circle"}) + "\n" for name in data.ids))
+    data = load_split(load_recipe("shapes"), "test")
+    (folder / "answers.jsonl").write_text(
+        "".join(json.dumps({"question_id": name, "text": "circle"}) + "\n" for name in data.ids)
+    )
     commands = {
         "--help": [TRAIN, "--help"],
         "train --help": [TRAIN, "train", "--help"],
@@ -55,7 +68,9 @@ def imported(tmp_path_factory):
     return {name: set(modules) for name, (_, modules) in zip(commands, rows)}
 
 
-@pytest.mark.parametrize("command", ["--help", "train --help", "predict --help", "matrix", "data check", "score"])
+@pytest.mark.parametrize(
+    "command", ["--help", "train --help", "predict --help", "matrix", "data check", "score"]
+)
 def test_help_a_matrix_and_rendered_data_need_no_heavy_library(imported, command):
     assert not imported[command]
 

@@ -28,10 +28,19 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(config_file, start, l
         process.send_signal(number)
         _, err = process.communicate()
         assert process.returncode == code
-        assert err.splitlines()[-1] == "stopped; every finished stage is kept, run the same command to go on" and "Traceback" not in err
+        assert (
+            err.splitlines()[-1] == "stopped; every finished stage is kept, run the same command to go on"
+            and "Traceback" not in err
+        )
     assert launch(command)[0] == 0
-    learned = [path.relative_to(tmp_path / "undisturbed") for path in (tmp_path / "undisturbed").rglob("*") if path.suffix == ".safetensors" or path.name == "matrix.json"]
+    learned = [
+        path.relative_to(tmp_path / "undisturbed")
+        for path in (tmp_path / "undisturbed").rglob("*")
+        if path.suffix == ".safetensors" or path.name == "matrix.json"
+    ]
     assert len(learned) == 2 + 3 + 2 * 2, "matrices, states, adapters and deltas"
     for name in learned:
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), (
+            name
+        )
     assert not list((tmp_path / "stopped").rglob(".*.part"))

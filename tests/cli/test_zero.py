@@ -14,16 +14,30 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.methods import METHODS
 from llava_keeplora_eval import Matrix
 
-BATCH = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+BATCH = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+}
 ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
 HOST = {"device": "cpu"}
 #: What users have: the JSON files of the transformers documentation, cut down to what matters here.
 ZERO = {
     "zero-1": {"zero_optimization": {"stage": 1}},
     "zero-2": {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
-    "zero-3": {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}},
+    "zero-3": {
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+        }
+    },
     "zero-2-offload": {"zero_optimization": {"stage": 2, "offload_optimizer": HOST}, "optimizer": ADAMW},
-    "zero-3-offload": {"zero_optimization": {"stage": 3, "offload_optimizer": HOST, "offload_param": HOST}, "optimizer": ADAMW},
+    "zero-3-offload": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": HOST, "offload_param": HOST},
+        "optimizer": ADAMW,
+    },
 }
 #: Rounding differs from process to process, and AdamW makes a step of the full rate out of a gradient that is nothing but
 #: rounding; a larger epsilon keeps such a step as small as its gradient. With 1e-3 the difference grew from task to task, to 1.0e-5 on
@@ -67,7 +81,9 @@ def trees(run_tree, llava_tree):
     """Family → a run of three tasks."""
     return {
         "clip": lambda **changes: run_tree("unset", methods={"keeplora": {}}, training=STEADY, **changes),
-        "llava": lambda **changes: llava_tree("unset", training=STEADY, parts={"projector": {"learning_rate": None}}, **changes),
+        "llava": lambda **changes: llava_tree(
+            "unset", training=STEADY, parts={"projector": {"learning_rate": None}}, **changes
+        ),
     }
 
 
@@ -120,14 +136,20 @@ def distances(one, two, label="keeplora", worst=1e-4):
 def rounding(run, base, label, task):
     """The part of a whole model's update that float32 cannot hold: ε ‖W‖ / ‖ΔW‖, as an update is the difference of two weights."""
     update = load_file(run / label / task / "delta.safetensors").values()
-    norms = [sum(float(x.double().square().sum()) for x in tensors) ** 0.5 for tensors in (load_file(base / "model.safetensors").values(), update)]
+    norms = [
+        sum(float(x.double().square().sum()) for x in tensors) ** 0.5
+        for tensors in (load_file(base / "model.safetensors").values(), update)
+    ]
     return torch.finfo(torch.float32).eps * norms[0] / norms[1]
 
 
 def answers(run, label="keeplora"):
     """Every answer after every task: file → example → answer."""
     files = sorted((run / label).glob("task-*/predictions/*.jsonl"))
-    rows = {str(path.relative_to(run)): [json.loads(line) for line in path.read_text().splitlines()] for path in files}
+    rows = {
+        str(path.relative_to(run)): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in files
+    }
     assert rows
     return {name: {row["id"]: row["text"] for row in found} for name, found in rows.items()}
 
@@ -145,10 +167,16 @@ EVERY = [(family, stage) for family in ("clip", "llava") for stage in (None, *ZE
 QUICK = [("clip", "zero-2"), ("llava", "zero-3")]
 
 
-@pytest.mark.parametrize(("family", "stage"), [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in EVERY])
-def test_three_tasks_in_two_processes_end_as_in_one(family, stage, trees, written, references, launch, script, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "stage"), [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in EVERY]
+)
+def test_three_tasks_in_two_processes_end_as_in_one(
+    family, stage, trees, written, references, launch, script, tmp_path
+):
     path = written(halved(trees[family]()), ZERO.get(stage))
-    code, _, err = launch([sys.executable, script], "--config", path, "--output-dir", tmp_path / "run", processes=2)
+    code, _, err = launch(
+        [sys.executable, script], "--config", path, "--output-dir", tmp_path / "run", processes=2
+    )
     assert code == 0, err
     apart = distances(references(family), tmp_path / "run")
     assert {task for task, _ in apart} == {p.name for p in (tmp_path / "run/keeplora").glob("task-*")}
@@ -165,56 +193,114 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-def test_sketches_of_gradients_and_features_add_up_over_processes(trees, tiny_tasks, written, driven, launch, script, tmp_path, monkeypatch):
+def test_sketches_of_gradients_and_features_add_up_over_processes(
+    trees, tiny_tasks, written, driven, launch, script, tmp_path, monkeypatch
+):
     # Sketches on layers this small, of 19 directions where the inputs have 32; both kinds ask for further passes.
     (tmp_path / "sketched.py").write_text(SKETCHED.format(script=str(script)))
     monkeypatch.setattr("llava_keeplora.subspace.gradient_sketch.WORTH", math.inf)
-    monkeypatch.setattr("llava_keeplora.methods.keeplora_rules.EXACT", math.inf)
+    monkeypatch.setattr("llava_keeplora.methods.presets.EXACT", math.inf)
     parts = {part: {"energy_feature": 0.98} for part in ("vision", "text")}
-    tree = trees["clip"](memory={"statistics_gb": 1.2e-4}, parts=parts, tasks=[str(path) for path in tiny_tasks[:2]])
+    tree = trees["clip"](
+        memory={"statistics_gb": 1.2e-4}, parts=parts, tasks=[str(path) for path in tiny_tasks[:2]]
+    )
     driven(parse_config(tree | {"output_dir": str(tmp_path / "1")}))
-    code, _, err = launch([sys.executable, tmp_path / "sketched.py"], "--config", written(halved(tree)), "--output-dir", tmp_path / "2", processes=2)
+    code, _, err = launch(
+        [sys.executable, tmp_path / "sketched.py"],
+        "--config",
+        written(halved(tree)),
+        "--output-dir",
+        tmp_path / "2",
+        processes=2,
+    )
     assert code == 0, err
     # A basis ends between eigenvalues of a sketch that may lie near each other, which makes rounding larger by as much: some 1e-4 at times.
     apart = distances(tmp_path / "1", tmp_path / "2", worst=1e-3)
     assert max(apart.values()) < 1e-4, apart
-    read = lambda name: [json.loads(path.read_text()) for path in sorted((tmp_path / "2/keeplora").glob(f"task-0[123]-*/{name}.json"))]  # noqa: E731
+    read = lambda name: [
+        json.loads(path.read_text())
+        for path in sorted((tmp_path / "2/keeplora").glob(f"task-0[123]-*/{name}.json"))
+    ]
     gradients = [one["passes"] for task in read("prepared") for one in task["report"]["gradient"].values()]
     features = [one["passes"] for task in read("consolidated") for one in task["feature_energy"].values()]
-    assert len(gradients) == len(features) == 2 * 16 and 2 in gradients and 2 in features, "all are sketched, and both kinds took a second pass"
+    assert len(gradients) == len(features) == 2 * 16 and 2 in gradients and 2 in features, (
+        "all are sketched, and both kinds took a second pass"
+    )
 
 
 #: Methods that draw nothing while they train, and those whose gates do.
-CERTAIN = {"seq-lora": {}, "keeplora+": {}, "keeplora++": {}, "o-lora": {"dropout": 0.0}, "inflora": {}, "sd-lora": {}, "zscl": {}}
+CERTAIN = {
+    "seq-lora": {},
+    "keeplora+": {},
+    "keeplora++": {},
+    "o-lora": {"dropout": 0.0},
+    "inflora": {},
+    "sd-lora": {},
+    "zscl": {},
+}
 DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
 
 
-@pytest.mark.parametrize("stage", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero-1", "zero-2"))])
-def test_every_other_method_ends_in_two_processes_as_in_one(stage, run_tree, tiny_clip, tiny_tasks, written, driven, launch, script, tmp_path):
+@pytest.mark.parametrize(
+    "stage", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero-1", "zero-2"))]
+)
+def test_every_other_method_ends_in_two_processes_as_in_one(
+    stage, run_tree, tiny_clip, tiny_tasks, written, driven, launch, script, tmp_path
+):
     methods = {**CERTAIN, **DRAWING, "zscl": {"reference": str(tiny_tasks[2])}}
-    tree = run_tree(tmp_path / "one", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]], training=STEADY)
+    tree = run_tree(
+        tmp_path / "one", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]], training=STEADY
+    )
     driven(parse_config({**tree, "methods": {label: methods[label] for label in CERTAIN}}))
-    code, _, err = launch([sys.executable, script], "--config", written(halved(tree), ZERO.get(stage)), "--output-dir", tmp_path / "two", processes=2)
+    code, _, err = launch(
+        [sys.executable, script],
+        "--config",
+        written(halved(tree), ZERO.get(stage)),
+        "--output-dir",
+        tmp_path / "two",
+        processes=2,
+    )
     assert code == 0, err
     for label in CERTAIN:
         apart = distances(tmp_path / "one", tmp_path / "two", label)
-        limits = {key: 1e-5 + (rounding(tmp_path / "one", tiny_clip, label, key[0]) if METHODS[label].whole else 0.0) for key in apart}
+        limits = {
+            key: 1e-5
+            + (
+                rounding(tmp_path / "one", tiny_clip, label, key[0])
+                if METHODS[label].full_finetuning
+                else 0.0
+            )
+            for key in apart
+        }
         assert len(apart) >= 2 and all(apart[key] < limits[key] for key in apart), (label, apart, limits)
     for path in (tmp_path / "one").glob("*/task-*/kept.safetensors"):
         own, theirs = load_file(path), load_file(tmp_path / "two" / path.relative_to(tmp_path / "one"))
         torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-4)
     for label in DRAWING:
         matrix = Matrix.from_json(tmp_path / "two" / label / "matrix.json")
-        kept = [load_file(path) for path in sorted((tmp_path / "two" / label).glob("task-0[12]*/kept.safetensors"))]
-        assert matrix.complete and len(kept) == 2 and all(torch.isfinite(value).all() for tensors in kept for value in tensors.values())
+        kept = [
+            load_file(path)
+            for path in sorted((tmp_path / "two" / label).glob("task-0[12]*/kept.safetensors"))
+        ]
+        assert (
+            matrix.complete
+            and len(kept) == 2
+            and all(torch.isfinite(value).all() for tensors in kept for value in tensors.values())
+        )
 
 
-def test_a_second_task_starts_from_the_weights_and_not_from_the_engine_of_the_first(run_tree, tiny_tasks, written, driven, launch, script, tmp_path):
+def test_a_second_task_starts_from_the_weights_and_not_from_the_engine_of_the_first(
+    run_tree, tiny_tasks, written, driven, launch, script, tmp_path
+):
     # ZSCL trains the model's own parameters and leaves a mean of theirs, where the engine ended with the last step's.
     methods = {"zscl": {"reference": str(tiny_tasks[2])}}
-    tree = run_tree(tmp_path / "plain", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]], training=STEADY)
+    tree = run_tree(
+        tmp_path / "plain", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]], training=STEADY
+    )
     driven(parse_config(tree))
-    code, _, err = launch([sys.executable, script], "--config", written(tree, ZERO["zero-2"]), "--output-dir", tmp_path / "zero")
+    code, _, err = launch(
+        [sys.executable, script], "--config", written(tree, ZERO["zero-2"]), "--output-dir", tmp_path / "zero"
+    )
     assert code == 0, err
     apart = distances(tmp_path / "plain", tmp_path / "zero", "zscl")
     assert len(apart) == 2 and max(apart.values()) < 1e-5, apart
@@ -227,7 +313,9 @@ def one_and_two(trees, written, driven, launch, script, tmp_path):
     def measure(stage, **changes):
         driven(parse_config(trees["llava"](**changes) | {"output_dir": str(tmp_path / "one")}))
         path = written(halved(trees["llava"](**changes)), ZERO[stage])
-        code, _, err = launch([sys.executable, script], "--config", path, "--output-dir", tmp_path / "two", processes=2)
+        code, _, err = launch(
+            [sys.executable, script], "--config", path, "--output-dir", tmp_path / "two", processes=2
+        )
         assert code == 0, err
         return distances(tmp_path / "one", tmp_path / "two")
 
@@ -236,20 +324,22 @@ def one_and_two(trees, written, driven, launch, script, tmp_path):
 
 def test_the_literal_form_ends_as_in_one_process_under_zero_3(one_and_two, mixed_tasks):
     # B starts above zero: DeepSpeed's own copies of B have to start there too, and the shards' weights are W − s B₀ A.
-    apart = one_and_two("zero-3", methods={"keeplora": {"form": "literal"}}, tasks=[str(path) for path in mixed_tasks[:2]])
+    apart = one_and_two(
+        "zero-3", methods={"keeplora": {"form": "literal"}}, tasks=[str(path) for path in mixed_tasks[:2]]
+    )
     assert apart and max(apart.values()) < 1e-5, apart
 
 
 WOUNDED = """
 import os, runpy, signal
 from llava_keeplora.errors import RunError
-from llava_keeplora.sequence.label_run import LabelRun
-stage = LabelRun._{stage}
+from llava_keeplora.sequence.method_run import MethodRun
+stage = MethodRun._{stage}
 def wounded(self, index):
     if index == 2 and os.environ["RANK"] == "{rank}":
         {wound}
     return stage(self, index)
-LabelRun._{stage} = wounded
+MethodRun._{stage} = wounded
 runpy.run_path({script!r}, run_name="__main__")
 """
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -269,34 +359,67 @@ def wounded(script, tmp_path):
 
 
 DEATHS = [
-    ("prepared", REFUSED, 1), ("trained", KILLED, 0), ("prepared", KILLED, 1), ("consolidated", KILLED, 0), ("evaluated", KILLED, 1), ("evaluated", REFUSED, 0),
+    ("prepared", REFUSED, 1),
+    ("trained", KILLED, 0),
+    ("prepared", KILLED, 1),
+    ("consolidated", KILLED, 0),
+    ("evaluated", KILLED, 1),
+    ("evaluated", REFUSED, 0),
 ]
 
 
 @pytest.mark.parametrize(
     ("stage", "wound", "rank"),
-    [pytest.param(*one, id=f"{one[0]}-{'killed' if one[1] is KILLED else 'refused'}-{one[2]}", marks=() if one == DEATHS[0] else pytest.mark.slow) for one in DEATHS],
+    [
+        pytest.param(
+            *one,
+            id=f"{one[0]}-{'killed' if one[1] is KILLED else 'refused'}-{one[2]}",
+            marks=() if one == DEATHS[0] else pytest.mark.slow,
+        )
+        for one in DEATHS
+    ],
 )
 def test_a_process_that_dies_takes_the_others_along_and_the_run_goes_on_with_any_number_of_processes(
     stage, wound, rank, wounded, trees, written, references, launch, script, tmp_path
 ):
     zero = ZERO["zero-2"]
-    code, _, err = launch([sys.executable, wounded(stage, wound, rank)], "--config", written(halved(trees["clip"]()), zero), "--output-dir", tmp_path / "run", processes=2)
+    code, _, err = launch(
+        [sys.executable, wounded(stage, wound, rank)],
+        "--config",
+        written(halved(trees["clip"]()), zero),
+        "--output-dir",
+        tmp_path / "run",
+        processes=2,
+    )
     assert code != 0
     assert (err.count("error: the disk of this process is full; make room") == 1) == (wound is REFUSED), err
-    done = [(e["task"], e["stage"]) for e in map(json.loads, (tmp_path / "run/keeplora/journal.jsonl").read_text().splitlines())]
+    done = [
+        (e["task"], e["stage"])
+        for e in map(json.loads, (tmp_path / "run/keeplora/journal.jsonl").read_text().splitlines())
+    ]
     assert (1, "CLOSED") in done and (2, stage.upper()) not in done
     # One process alone, at the same number of examples per step.
-    code, _, err = launch([sys.executable, script], "--config", written(trees["clip"](), zero), "--output-dir", tmp_path / "run")
+    code, _, err = launch(
+        [sys.executable, script], "--config", written(trees["clip"](), zero), "--output-dir", tmp_path / "run"
+    )
     assert code == 0, err
     apart = distances(references("clip"), tmp_path / "run")
     assert max(apart.values()) < 1e-5, apart
 
 
-UNEQUAL = [("clip", 4, "zero-3"), ("clip", 1, "zero-3"), ("clip", 4, None), ("llava", 1, "zero-3"), ("llava", 4, "zero-2")]
+UNEQUAL = [
+    ("clip", 4, "zero-3"),
+    ("clip", 1, "zero-3"),
+    ("clip", 4, None),
+    ("llava", 1, "zero-3"),
+    ("llava", 4, "zero-2"),
+]
 
 
-@pytest.mark.parametrize(("family", "gone", "stage"), [pytest.param(*one, marks=() if one == UNEQUAL[0] else pytest.mark.slow) for one in UNEQUAL])
+@pytest.mark.parametrize(
+    ("family", "gone", "stage"),
+    [pytest.param(*one, marks=() if one == UNEQUAL[0] else pytest.mark.slow) for one in UNEQUAL],
+)
 def test_processes_with_unequal_shares_of_the_data_never_wait_for_each_other_for_ever_and_learn_what_one_learns(
     family, gone, stage, trees, written, driven, launch, script, own_tasks, tmp_path
 ):
@@ -306,9 +429,18 @@ def test_processes_with_unequal_shares_of_the_data_never_wait_for_each_other_for
     next((own_tasks[0].parent / "colours/test/red").iterdir()).unlink()
     tree = trees[family](tasks=[str(own_tasks[0])], evaluation={"batch_size": 1})
     driven(parse_config({**tree, "output_dir": str(tmp_path / "one")}))
-    code, _, err = launch([sys.executable, script], "--config", written(halved(tree), ZERO.get(stage)), "--output-dir", tmp_path / "run", processes=2)
+    code, _, err = launch(
+        [sys.executable, script],
+        "--config",
+        written(halved(tree), ZERO.get(stage)),
+        "--output-dir",
+        tmp_path / "run",
+        processes=2,
+    )
     assert code == 0, err
-    predictions = (tmp_path / "run/keeplora/task-01-colours/predictions/colours.jsonl").read_text().splitlines()
+    predictions = (
+        (tmp_path / "run/keeplora/task-01-colours/predictions/colours.jsonl").read_text().splitlines()
+    )
     assert len({json.loads(line)["id"] for line in predictions}) == len(predictions) == 7
     apart = distances(tmp_path / "one", tmp_path / "run")
     assert len(apart) >= 2 and max(apart.values()) < 1e-5, apart
@@ -321,7 +453,9 @@ def test_a_quantised_base_under_zero_2_ends_as_in_one_process(one_and_two):
 
 
 @pytest.mark.slow
-def test_a_bf16_run_on_two_nodes_of_a_hostfile_learns_under_zero_3(trees, written, start, launcher, script, tmp_path):
+def test_a_bf16_run_on_two_nodes_of_a_hostfile_learns_under_zero_3(
+    trees, written, start, launcher, script, tmp_path
+):
     # In bf16 the processes' sums round differently, so only what must hold in any precision is asked.
     (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     tree = halved(trees["llava"](model={"dtype": "bfloat16"}))
@@ -329,8 +463,26 @@ def test_a_bf16_run_on_two_nodes_of_a_hostfile_learns_under_zero_3(trees, writte
     path = written(tree, ZERO["zero-3"] | {"bf16": {"enabled": "auto"}})
     # Without ssh, DeepSpeed's launcher is started on every node by hand.
     deepspeed, *_, port = launcher(1)
-    common = [deepspeed, "--hostfile", tmp_path / "hosts", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
-    nodes = [start([*map(str, common), "--node_rank", str(rank), str(script)], "--config", path, "--output-dir", tmp_path / "run") for rank in (0, 1)]
+    common = [
+        deepspeed,
+        "--hostfile",
+        tmp_path / "hosts",
+        "--no_ssh",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+    ]
+    nodes = [
+        start(
+            [*map(str, common), "--node_rank", str(rank), str(script)],
+            "--config",
+            path,
+            "--output-dir",
+            tmp_path / "run",
+        )
+        for rank in (0, 1)
+    ]
     for node in nodes:
         _, err = node.communicate(timeout=forked.patience())
         assert node.returncode == 0, err
@@ -359,13 +511,28 @@ def counted(self, *args, **kwargs):
 TaskTrainer.training_step = counted
 runpy.run_path({script!r}, run_name="__main__")
 """
-WITHIN = [("clip", "zero-2", {}), ("llava", "zero-3", {}), ("clip", "zero-1", {}), ("llava", "zero-2-offload", {}), ("llava", "zero-3-offload", {}), ("clip", "zero-1", {"bf16": True})]
+WITHIN = [
+    ("clip", "zero-2", {}),
+    ("llava", "zero-3", {}),
+    ("clip", "zero-1", {}),
+    ("llava", "zero-2-offload", {}),
+    ("llava", "zero-3-offload", {}),
+    ("clip", "zero-1", {"bf16": True}),
+]
 
 
 @pytest.mark.parametrize(
-    ("family", "stage", "training"), [pytest.param(*one, id="-".join((*one[:2], *one[2])), marks=() if one == WITHIN[0] else pytest.mark.slow) for one in WITHIN]
+    ("family", "stage", "training"),
+    [
+        pytest.param(
+            *one, id="-".join((*one[:2], *one[2])), marks=() if one == WITHIN[0] else pytest.mark.slow
+        )
+        for one in WITHIN
+    ],
 )
-def test_a_process_killed_between_steps_goes_on_from_the_last_checkpoint(family, stage, training, trees, written, launch, script, tmp_path):
+def test_a_process_killed_between_steps_goes_on_from_the_last_checkpoint(
+    family, stage, training, trees, written, launch, script, tmp_path
+):
     def run(name, fatal=None):
         tree = trees[family]()
         tree = halved(tree | {"tasks": tree["tasks"][:2]})
@@ -373,7 +540,14 @@ def test_a_process_killed_between_steps_goes_on_from_the_last_checkpoint(family,
         tree["training"] |= {"per_device_train_batch_size": 1, "save_steps": 2, **training}
         wounded, log = tmp_path / f"{name}-{bool(fatal)}.py", tmp_path / f"{name}-{bool(fatal)}.log"
         wounded.write_text(COUNTED.format(log=str(log), fatal=fatal, script=str(script)))
-        code, _, err = launch([sys.executable, wounded], "--config", written(tree, ZERO[stage]), "--output-dir", tmp_path / name, processes=2)
+        code, _, err = launch(
+            [sys.executable, wounded],
+            "--config",
+            written(tree, ZERO[stage]),
+            "--output-dir",
+            tmp_path / name,
+            processes=2,
+        )
         return code, err, [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
 
     code, err, whole = run("whole")
@@ -387,6 +561,16 @@ def test_a_process_killed_between_steps_goes_on_from_the_last_checkpoint(family,
     # The host's AdamW multiplies β up from step to step and after a start takes a power of it: 1 − β₂ᵗ is small, and magnifies its last bit.
     assert {task for task, _ in apart} == {p.name for p in (tmp_path / "whole/keeplora").glob("task-*")}
     assert max(apart.values()) <= (1e-5 if "offload" in stage else 0), apart
-    ours, theirs = ({p.relative_to(root): p for p in sorted((root / "keeplora").rglob("task-*/*.*")) if p.name != "scores.json"} for root in (tmp_path / "whole", tmp_path / "killed"))
+    ours, theirs = (
+        {
+            p.relative_to(root): p
+            for p in sorted((root / "keeplora").rglob("task-*/*.*"))
+            if p.name != "scores.json"
+        }
+        for root in (tmp_path / "whole", tmp_path / "killed")
+    )
     assert ours.keys() == theirs.keys()
-    assert "offload" in stage or [str(name) for name, path in ours.items() if path.read_bytes() != theirs[name].read_bytes()] == []
+    assert (
+        "offload" in stage
+        or [str(name) for name, path in ours.items() if path.read_bytes() != theirs[name].read_bytes()] == []
+    )

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_keeplora.compare import files, jobs, parse_table
+from llava_keeplora.compare import jobs, parse_table, write_table
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import UserError
 from llava_keeplora.sequence import runner
@@ -36,7 +36,7 @@ def in_this_process() -> Iterator[list]:
         patch.setattr(jobs, "start", start)
         patch.setattr(jobs, "PAUSE", 0)
         patch.setattr(runner, "write_run_report", lambda root: None)
-        patch.setattr(files, "write_report", lambda *args: None)
+        patch.setattr(write_table, "write_report", lambda *args: None)
         yield started
 
 
@@ -73,9 +73,15 @@ def orders(tiny_tasks):
 
 #: Two settings for each method; a learning rate of nothing learns nothing.
 TUNING = {
-    "seed": 5, "order": "I", "holdout": 0.5, "metric": "transfer+last",
+    "seed": 5,
+    "order": "I",
+    "holdout": 0.5,
+    "metric": "transfer+last",
     "settings": {
-        "seq-lora": [{"training": {"learning_rate": 1e-9}}, {"training": {"learning_rate": 0.02}, "parts": {"vision": {"rank": 1, "alpha": 1}}}],
+        "seq-lora": [
+            {"training": {"learning_rate": 1e-9}},
+            {"training": {"learning_rate": 0.02}, "parts": {"vision": {"rank": 1, "alpha": 1}}},
+        ],
         "keeplora": [{"training": {"learning_rate": 0.01}}, {"form": "literal"}],
     },
 }

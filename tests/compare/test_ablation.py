@@ -20,7 +20,11 @@ def config_file(run_tree, tiny_tasks, tmp_path_factory):
     """A run's YAML: its KeepLoRA has a label and an option of its own."""
     path = tmp_path_factory.mktemp("ablation") / "run.yaml"
     methods = {"seq-lora": {}, "ours": {"method": "keeplora", "form": "literal"}}
-    path.write_text(yaml.safe_dump(run_tree(path.parent / "run", tasks=[str(task) for task in tiny_tasks[:2]], methods=methods)))
+    path.write_text(
+        yaml.safe_dump(
+            run_tree(path.parent / "run", tasks=[str(task) for task in tiny_tasks[:2]], methods=methods)
+        )
+    )
     return path
 
 
@@ -34,46 +38,93 @@ def ablated(config_file, here):
 
 
 def method_of(ablation, label):
-    (found,) = json.loads((ablation.table.output_dir / "I/seed-0" / label / "config.json").read_text())["methods"].values()
+    (found,) = json.loads((ablation.table.output_dir / "I/seed-0" / label / "config.json").read_text())[
+        "methods"
+    ].values()
     return found
 
 
 def test_every_part_is_taken_away_and_every_value_of_a_threshold_is_tried(ablated):
     ablation, outcome = ablated
-    assert list(outcome.results["I"]) == ["zero-shot", *LABELS, "keeplora-energy-weight-0.6", "keeplora-energy-weight-0.3"]
+    assert list(outcome.results["I"]) == [
+        "zero-shot",
+        *LABELS,
+        "keeplora-energy-weight-0.6",
+        "keeplora-energy-weight-0.3",
+    ]
     options = {label: method_of(ablation, label)["options"] for label in LABELS}
     whole = options["keeplora"]
     assert whole["form"] == "literal" and ablation.table.output_dir.name == "run-ablation"
-    changes = [{key: value for key, value in options[label].items() if value != whole[key]} for label in LABELS[1:]]
+    changes = [
+        {key: value for key, value in options[label].items() if value != whole[key]} for label in LABELS[1:]
+    ]
     assert changes == [{"protect_weights": False}, {"protect_features": False}, {"init": "random"}]
     for value in (0.3, 0.6):
         parts = method_of(ablation, f"keeplora-energy-weight-{value}")["parts"]
-        assert {(name, part["energy_weight"], part["energy_feature"]) for name, part in parts.items()} == {("vision", value, 0.9), ("text", value, 0.9)}
+        assert {(name, part["energy_weight"], part["energy_feature"]) for name, part in parts.items()} == {
+            ("vision", value, 0.9),
+            ("text", value, 0.9),
+        }
 
 
 def test_the_plot_shows_each_metric_over_the_threshold(ablated):
     ablation, outcome = ablated
-    figure = draw_sweep(outcome.results["I"], "keeplora", ablation.sweeps["energy_weight"], ["zero-shot", "not there"], "ε_w", LIGHT)
+    figure = draw_sweep(
+        outcome.results["I"],
+        "keeplora",
+        ablation.sweeps["energy_weight"],
+        ["zero-shot", "not there"],
+        "ε_w",
+        LIGHT,
+    )
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Transfer", "Average", "Last"]
     for axes, metric in zip(figure.axes, ("transfer", "average", "last")):
         line, level = axes.get_lines()
-        matrices = [Matrix.from_json(ablation.table.output_dir / f"I/seed-0/{label}/{label}/matrix.json") for label in ("keeplora-energy-weight-0.3", "keeplora-energy-weight-0.6")]
-        assert list(line.get_xdata()) == [0.3, 0.6] and list(line.get_ydata()) == pytest.approx([matrix.metrics()[metric] for matrix in matrices])
+        matrices = [
+            Matrix.from_json(ablation.table.output_dir / f"I/seed-0/{label}/{label}/matrix.json")
+            for label in ("keeplora-energy-weight-0.3", "keeplora-energy-weight-0.6")
+        ]
+        assert list(line.get_xdata()) == [0.3, 0.6] and list(line.get_ydata()) == pytest.approx(
+            [matrix.metrics()[metric] for matrix in matrices]
+        )
         zero = matrices[0].zero_shot
-        assert list(level.get_ydata()) == pytest.approx([zero[1] if metric == "transfer" else sum(zero) / 2] * 2)
+        assert list(level.get_ydata()) == pytest.approx(
+            [zero[1] if metric == "transfer" else sum(zero) / 2] * 2
+        )
 
 
 def test_the_pictures_lie_beside_the_table_and_a_threshold_that_is_not_swept_has_none(ablated):
     ablation, outcome = ablated
     assert list(draw_ablation(ablation, outcome)) == ["energy-weight-I"]
-    assert {"energy-weight-I.png", "energy-weight-I.svg"} == {path.name for path in ablation.table.output_dir.iterdir() if path.suffix in (".png", ".svg")}
+    assert {"energy-weight-I.png", "energy-weight-I.svg"} == {
+        path.name for path in ablation.table.output_dir.iterdir() if path.suffix in (".png", ".svg")
+    }
 
 
 def test_one_command_makes_the_table_and_the_plot(ablated, config_file, started, capfd):
     """Its runs are finished already."""
-    assert cli.main(["ablate", "--config", str(config_file), "--energy-weights", "0.6,0.3", "--energy-features", "", "--seeds", "0"]) == 0
+    assert (
+        cli.main(
+            [
+                "ablate",
+                "--config",
+                str(config_file),
+                "--energy-weights",
+                "0.6,0.3",
+                "--energy-features",
+                "",
+                "--seeds",
+                "0",
+            ]
+        )
+        == 0
+    )
     out = capfd.readouterr().out
-    assert started == [] and "| keeplora-random-A | " in out and "| keeplora-random-A | method=keeplora form=literal init=random |" in out
+    assert (
+        started == []
+        and "| keeplora-random-A | " in out
+        and "| keeplora-random-A | method=keeplora form=literal init=random |" in out
+    )
     page = (ablated[0].table.output_dir / "report.html").read_text()
     assert page.count("<img ") == 1 and "dashed, what has none" in page
 
@@ -82,9 +133,12 @@ def test_a_part_that_is_trained_in_full_has_no_threshold(llava_tree, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(llava_tree(tmp_path / "run")))
     ablation = load_ablation(str(tmp_path / "run.yaml"), seeds=[3, 4], output_dir=str(tmp_path / "out"))
     assert ablation.table.orders[0].seeds == (3, 4) and ablation.table.output_dir == tmp_path / "out"
-    assert list(ablation.sweeps["energy_weight"]) == [0.5, 0.6, 0.7, 0.8, 0.9] and list(ablation.sweeps["energy_feature"]) == [0.9, 0.95, 0.99]
+    assert list(ablation.sweeps["energy_weight"]) == [0.5, 0.6, 0.7, 0.8, 0.9] and list(
+        ablation.sweeps["energy_feature"]
+    ) == [0.9, 0.95, 0.99]
     assert ablation.table.methods["keeplora-energy-weight-0.5"] == {
-        "method": "keeplora", "parts": {"vision": {"energy_weight": 0.5}, "language": {"energy_weight": 0.5}},
+        "method": "keeplora",
+        "parts": {"vision": {"energy_weight": 0.5}, "language": {"energy_weight": 0.5}},
     }
 
 
@@ -94,18 +148,26 @@ def test_parts_that_the_method_alone_names_are_swept_and_wrong_ones_are_told(run
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**tree, "methods": {"ours": own}}))
     ablation = load_ablation(str(tmp_path / "run.yaml"), {"energy_weight": [0.6, 0.3], "energy_feature": []})
     swept = [ablation.table.methods[label]["parts"] for label in ablation.sweeps["energy_weight"].values()]
-    assert [{part: settings["energy_weight"] for part, settings in parts.items()} for parts in swept] == [dict.fromkeys(own["parts"], value) for value in (0.6, 0.3)]
+    assert [{part: settings["energy_weight"] for part, settings in parts.items()} for parts in swept] == [
+        dict.fromkeys(own["parts"], value) for value in (0.6, 0.3)
+    ]
     for wrong in (["vision"], {"vision": 5}):
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**tree, "parts": wrong, "methods": {"keeplora": {}}}))
+        (tmp_path / "run.yaml").write_text(
+            yaml.safe_dump({**tree, "parts": wrong, "methods": {"keeplora": {}}})
+        )
         with pytest.raises(ConfigError, match="parts"):
             load_ablation(str(tmp_path / "run.yaml"))
 
 
 def test_thresholds_that_are_nearly_the_same_are_two_and_a_tuning_is_not_dropped_unsaid(run_tree, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run")))
-    swept = load_ablation(str(tmp_path / "run.yaml"), {"energy_weight": [0.5, 0.50000001]}).sweeps["energy_weight"]
+    swept = load_ablation(str(tmp_path / "run.yaml"), {"energy_weight": [0.5, 0.50000001]}).sweeps[
+        "energy_weight"
+    ]
     assert len(set(swept.values())) == 2
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run", tuning={"settings": {"seq-lora": [], "keeplora": []}})))
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump(run_tree(tmp_path / "run", tuning={"settings": {"seq-lora": [], "keeplora": []}}))
+    )
     with pytest.raises(ConfigError, match="has `tuning`, and an ablation tries no settings; add tuning=null"):
         load_ablation(str(tmp_path / "run.yaml"))
     assert load_ablation(str(tmp_path / "run.yaml"), overrides=["tuning=null"]).table.tuning is None
@@ -115,4 +177,7 @@ def test_without_keeplora_there_is_nothing_to_take_away(run_tree, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run", methods={"seq-lora": {}})))
     with pytest.raises(ConfigError) as error:
         load_ablation(str(tmp_path / "run.yaml"))
-    assert str(error.value) == f"'{tmp_path / 'run.yaml'}' has no method keeplora, so there is nothing to take away from it; add `keeplora: {{}}` to its methods."
+    assert (
+        str(error.value)
+        == f"'{tmp_path / 'run.yaml'}' has no method keeplora, so there is nothing to take away from it; add `keeplora: {{}}` to its methods."
+    )

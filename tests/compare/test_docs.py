@@ -17,7 +17,11 @@ from llava_keeplora.methods import METHODS
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "compare.md").read_text()
 #: What makes the table small enough for a test: one seed, one tiny task an order.
-SMALLER = {"[0, 1, 2]": "[0]", "[birds.yaml, digits, textures]": "[colours.yaml]", "[textures, digits, birds.yaml]": "[corners.yaml]"}
+SMALLER = {
+    "[0, 1, 2]": "[0]",
+    "[birds.yaml, digits, textures]": "[colours.yaml]",
+    "[textures, digits, birds.yaml]": "[corners.yaml]",
+}
 
 
 @pytest.fixture
@@ -35,12 +39,26 @@ def folder(run_tree, tiny_tasks, tmp_path, monkeypatch):
 
 
 def test_every_command_runs_and_leaves_what_the_page_says(folder, started, capfd):
-    commands = [line for block in re.findall(r"^```bash\n(.*?)^```", TEXT, flags=re.M | re.S) for line in block.splitlines()]
+    commands = [
+        line
+        for block in re.findall(r"^```bash\n(.*?)^```", TEXT, flags=re.M | re.S)
+        for line in block.splitlines()
+    ]
     assert len(commands) == 2
     for command in commands:
         assert cli.main(shlex.split(command)[1:]) == 0, capfd.readouterr().err
     out = folder / "runs/table"
-    assert all((out / name).is_file() for name in ("table.md", "table.tex", "table.csv", "report.html", "I/seed-0/keeplora/config.json", "tuning/keeplora-1/config.json"))
+    assert all(
+        (out / name).is_file()
+        for name in (
+            "table.md",
+            "table.tex",
+            "table.csv",
+            "report.html",
+            "I/seed-0/keeplora/config.json",
+            "tuning/keeplora-1/config.json",
+        )
+    )
     assert (out / "base-cache").is_dir() and len(started) == 4 + 4 + 7
     assert (folder / "runs/birds-ablation/energy-weight-I.svg").is_file()
 
@@ -53,7 +71,9 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
         args = cli.parse_arguments(cli.build_parser(), shlex.split(command))
         if args.run is cli._ablate:
             thresholds = {"energy_weight": args.energy_weights, "energy_feature": args.energy_features}
-            table = load_ablation(args.config, thresholds, args.seeds, args.overrides, args.data_root, args.output_dir).table
+            table = load_ablation(
+                args.config, thresholds, args.seeds, args.overrides, args.data_root, args.output_dir
+            ).table
         else:
             table = load_table(args.config, args.overrides, args.data_root, args.output_dir)
         jobs = [job for made in table_jobs(table, table.methods).values() for job in made]
@@ -62,16 +82,29 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
     assert counts == [2 * 3 * 2, 4 * 2, 4 * 3, 2 * 3, 7 * 3, 10 * 3 + 10, 8, 8 * 3, 6 * 3, 4, 4 * 3]
 
 
-@pytest.mark.parametrize(("name", "family", "counts"), [("table-real", "clip", {"I": 30, "II": 10, "small": 0}), ("table-real-llava", "llava", {"I": 18, "small": 0})])
+@pytest.mark.parametrize(
+    ("name", "family", "counts"),
+    [
+        ("table-real", "clip", {"I": 30, "II": 10, "small": 0}),
+        ("table-real-llava", "llava", {"I": 18, "small": 0}),
+    ],
+)
 def test_the_real_tables_try_four_settings_of_every_method_of_their_family(name, family, counts):
     table = load_table(name)
     tried = tuning_jobs(table)
-    assert set(tried) == {label for label, method in METHODS.items() if method.learns and family in method.record.families}
+    assert set(tried) == {
+        label for label, method in METHODS.items() if method.trainable and family in method.info.families
+    }
     assert {len(jobs) for jobs in tried.values()} == {4}
     for jobs in tried.values():
-        assert len({job.identity["methods"][job.label].__repr__() for job in jobs}) == 4, "four different settings"
+        assert len({job.identity["methods"][job.label].__repr__() for job in jobs}) == 4, (
+            "four different settings"
+        )
     final = table_jobs(table, table.methods)
     assert {order: len(jobs) for order, jobs in final.items()} == counts
     base = parse_config(read_config(name.replace("table-", "")))
-    assert parse_config(final["I"][0].tree).parts == base.parts and parse_config(final["I"][0].tree).tasks == base.tasks
+    assert (
+        parse_config(final["I"][0].tree).parts == base.parts
+        and parse_config(final["I"][0].tree).tasks == base.tasks
+    )
     assert all(set(parse_config(job.tree).tasks) < set(base.tasks) for jobs in tried.values() for job in jobs)

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from llava_keeplora import cli
-from llava_keeplora.compare import compare, files, jobs, table
+from llava_keeplora.compare import compare, jobs, table, write_table
 from llava_keeplora.config import load_config
-from llava_keeplora.run_folder import read_identity
-from llava_keeplora.sequence.label_run import LabelRun
+from llava_keeplora.saved_run import read_identity, run_identity
+from llava_keeplora.sequence.method_run import MethodRun
 from llava_keeplora_eval.guard import guarded
 
 
@@ -29,12 +29,20 @@ def test_workers_share_out_the_cores_and_the_gpus(monkeypatch):
     assert jobs._share(0, 3) == {"OMP_NUM_THREADS": "2"} and jobs._share(0, 16) == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-    assert [jobs._share(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["1", "3", "1"] and jobs._share(0, 3)["OMP_NUM_THREADS"] == "5"
+    assert [jobs._share(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == [
+        "1",
+        "3",
+        "1",
+    ] and jobs._share(0, 3)["OMP_NUM_THREADS"] == "5"
 
 
 def test_a_run_reads_its_configuration_as_the_table_has_it(make_table, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: None)
-    training = {"num_train_epochs": 1, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1.0e-5}}
+    training = {
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": 1.0e-5},
+    }
     one = make_table(tmp_path / "t🙂", training=training)
     job = jobs.table_jobs(one, one.methods)["I"][0]
     job.config_file.parent.mkdir(parents=True)
@@ -73,7 +81,14 @@ def test_a_stopped_table_stops_its_runs(job, monkeypatch, capfd, number, code):
         return processes[-1]
 
     monkeypatch.setattr(jobs, "start", start)
-    assert guarded(lambda: jobs.run_jobs([job], 1, [job.label]), debug=False, going_on="run the same command to go on") == code
+    assert (
+        guarded(
+            lambda: jobs.run_jobs([job], 1, [job.label]),
+            debug=False,
+            going_on="run the same command to go on",
+        )
+        == code
+    )
     assert processes[0].returncode == -signal.SIGTERM
     assert capfd.readouterr().err.splitlines()[-1] == "stopped; run the same command to go on"
 
@@ -81,7 +96,7 @@ def test_a_stopped_table_stops_its_runs(job, monkeypatch, capfd, number, code):
 def test_a_killed_table_goes_on_and_says_the_same(make_table, started, tmp_path, monkeypatch):
     undisturbed = compare(make_table(tmp_path / "undisturbed"))
     del started[:]
-    real = LabelRun._trained
+    real = MethodRun._trained
 
     def killed(self, index):
         if self.config.label == "keeplora" and index == 2:
@@ -89,7 +104,7 @@ def test_a_killed_table_goes_on_and_says_the_same(make_table, started, tmp_path,
         return real(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LabelRun, "_trained", killed)
+        patch.setattr(MethodRun, "_trained", killed)
         with pytest.raises(KeyboardInterrupt):
             compare(make_table(tmp_path / "killed"))
     del started[:]
@@ -104,7 +119,9 @@ def command(run_tree, tiny_tasks, tmp_path, capfd):
     """Function (methods, *arguments) → (exit code, stdout, errors on stderr) of `compare` on one task, its runs in processes of their own."""
 
     def run(methods, *arguments):
-        (tmp_path / "table.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "out", tasks=[str(tiny_tasks[0])], methods=methods)))
+        (tmp_path / "table.yaml").write_text(
+            yaml.safe_dump(run_tree(tmp_path / "out", tasks=[str(tiny_tasks[0])], methods=methods))
+        )
         code = cli.main(["compare", "--config", str(tmp_path / "table.yaml"), *arguments])
         out, err = capfd.readouterr()
         return code, out, [line for line in err.splitlines() if line.startswith("error: ")]
@@ -113,24 +130,35 @@ def command(run_tree, tiny_tasks, tmp_path, capfd):
 
 
 def test_the_command_starts_its_runs_as_a_user_would_and_prints_the_table(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "write_report", lambda *args: None)  # the pictures are other tests'
+    monkeypatch.setattr(write_table, "write_report", lambda *args: None)  # the pictures are other tests'
     code, said, errors = command({"seq-lora": {}})
     out = tmp_path / "out"
     assert code == 0 and errors == []
-    assert said.startswith("# Table out\n\n## Order I\n\nTasks: colours.") and f"\npage: {out / 'report.html'}\n" in said
-    assert {"table.md", "table.tex", "table.csv", "report.html", table.CACHE, "I"} == {path.name for path in out.iterdir()}
+    assert (
+        said.startswith("# Table out\n\n## Order I\n\nTasks: colours.")
+        and f"\npage: {out / 'report.html'}\n" in said
+    )
+    assert {"table.md", "table.tex", "table.csv", "report.html", table.CACHE, "I"} == {
+        path.name for path in out.iterdir()
+    }
     assert "| seq-lora |" in (out / "I/seed-0/seq-lora.log").read_text()
     # The run that it made is one like any other.
-    assert load_config(str(out / "I/seed-0/seq-lora.yaml")).identity() == read_identity(out / "I/seed-0/seq-lora")
+    assert run_identity(load_config(str(out / "I/seed-0/seq-lora.yaml"))) == read_identity(
+        out / "I/seed-0/seq-lora"
+    )
 
 
 @pytest.mark.slow
 def test_of_two_runs_at_once_one_fails_and_is_named_with_its_log(command, tmp_path):
-    code, said, errors = command({"seq-lora": {}, "keeplora": {"parts": {"vision": {"energy_weight": 1.0}}}}, "--workers", "2")
+    code, said, errors = command(
+        {"seq-lora": {}, "keeplora": {"parts": {"vision": {"energy_weight": 1.0}}}}, "--workers", "2"
+    )
     place = tmp_path / "out/I/seed-0"
     scores = said.split("## Settings")[0]
     assert code == 1 and "| seq-lora |" in scores and "| keeplora |" not in scores
     assert len(errors) == 1 and errors[0].startswith(f"error: {place}/keeplora failed (layer ")
     assert errors[0].endswith(f"see {place}/keeplora.log; mend it, and run the same command again")
     assert "error: layer" in (place / "keeplora.log").read_text()
-    assert {"report.html", "curves.png", "heatmap-seq-lora.svg"} <= {path.name for path in (tmp_path / "out/I").iterdir()}
+    assert {"report.html", "curves.png", "heatmap-seq-lora.svg"} <= {
+        path.name for path in (tmp_path / "out/I").iterdir()
+    }

@@ -6,11 +6,17 @@ from transformers import TrainingArguments
 
 from llava_keeplora.config import PER_TASK, load_config, parse_config
 from llava_keeplora.errors import ConfigError, UserError
+from llava_keeplora.saved_run import run_identity
 from llava_keeplora.sequence.workspace import differences
 
 
 def tree(**changes):
-    base = {"tasks": ["digits", "shapes"], "parts": {"vision": {}}, "methods": {"keeplora": {}}, "training": {}}
+    base = {
+        "tasks": ["digits", "shapes"],
+        "parts": {"vision": {}},
+        "methods": {"keeplora": {}},
+        "training": {},
+    }
     return base | changes
 
 
@@ -38,33 +44,59 @@ def test_a_method_inherits_parts_and_training_and_overrides_what_it_names():
         tree(
             parts={"vision": {"rank": 4}, "text": {"rank": 2}},
             training={"learning_rate": 0.1, "weight_decay": 0.5},
-            methods={"a": {"method": "keeplora", "parts": {"text": {"rank": 3}}, "training": {"learning_rate": 0.2}}, "seq-lora": {}},
+            methods={
+                "a": {
+                    "method": "keeplora",
+                    "parts": {"text": {"rank": 3}},
+                    "training": {"learning_rate": 0.2},
+                },
+                "seq-lora": {},
+            },
         )
     )
     assert (config.methods["a"].parts["vision"].rank, config.methods["a"].parts["text"].rank) == (4, 3)
     assert config.methods["a"].training == {"learning_rate": 0.2, "weight_decay": 0.5}
-    assert config.methods["seq-lora"].parts["text"].rank == 2 and config.methods["seq-lora"].training["learning_rate"] == 0.1
+    assert (
+        config.methods["seq-lora"].parts["text"].rank == 2
+        and config.methods["seq-lora"].training["learning_rate"] == 0.1
+    )
 
 
 def test_numbers_that_yaml_reads_as_text_become_numbers(write):
     config = load_config(write(tree()), ["training.learning_rate=1e-4", "seed=7", "parts.vision.alpha=2"])
-    assert config.training["learning_rate"] == 1e-4 and config.methods["keeplora"].training["learning_rate"] == 1e-4
-    assert config.seed == 7 and config.parts["vision"].alpha == 2.0 and isinstance(config.parts["vision"].alpha, float)
+    assert (
+        config.training["learning_rate"] == 1e-4
+        and config.methods["keeplora"].training["learning_rate"] == 1e-4
+    )
+    assert (
+        config.seed == 7
+        and config.parts["vision"].alpha == 2.0
+        and isinstance(config.parts["vision"].alpha, float)
+    )
 
 
 def test_an_override_reaches_a_key_that_the_file_does_not_have(write):
-    config = load_config(write({"tasks": ["digits"]}), ["methods.keeplora.gradient_fraction=0.5", "data.holdout=0.2"])
+    config = load_config(
+        write({"tasks": ["digits"]}), ["methods.keeplora.gradient_fraction=0.5", "data.holdout=0.2"]
+    )
     assert config.methods["keeplora"].options["gradient_fraction"] == 0.5 and config.data.holdout == 0.2
 
 
 def test_data_root_and_output_dir_win_over_file_and_overrides(write):
-    config = load_config(write(tree(output_dir="a", data={"root": "b"})), ["output_dir=c"], output_dir="d", data_root="e")
+    config = load_config(
+        write(tree(output_dir="a", data={"root": "b"})), ["output_dir=c"], output_dir="d", data_root="e"
+    )
     assert (config.output_dir, config.data.root) == ("d", "e")
 
 
 def test_some_of_a_configurations_methods_are_kept_in_its_order_with_what_was_published(write):
     published = {label: {"source": "x", "figures": {"last": 1.0}} for label in ("zero-shot", "a", "b")}
-    path = write(tree(methods={"a": {"method": "seq-lora"}, "b": {"method": "keeplora"}, "c": {"method": "o-lora"}}, expected=published))
+    path = write(
+        tree(
+            methods={"a": {"method": "seq-lora"}, "b": {"method": "keeplora"}, "c": {"method": "o-lora"}},
+            expected=published,
+        )
+    )
     config = load_config(path, methods=["c", "a"])
     assert list(config.methods) == ["a", "c"] and set(config.expected) == {"zero-shot", "a"}
     assert load_config(path, methods=None) == load_config(path)
@@ -84,11 +116,21 @@ def test_a_learning_rate_is_one_number_or_one_per_task():
     both = [0.1, "1e-2"]
     method = {"keeplora": {"training": {"learning_rate": both}}, "seq-lora": {}}
     config = parse_config(tree(methods=method, training={"weight_decay": 0.5}))
-    assert config.trainings("keeplora") == [{"weight_decay": 0.5, "learning_rate": rate, "num_train_epochs": 1.0} for rate in (0.1, 0.01)]
-    assert config.trainings("seq-lora") == [{"weight_decay": 0.5, "num_train_epochs": 1.0}] * 2, "its own default stays transformers'"
-    alike = [parse_config(tree(training={"learning_rate": rate})).identity() for rate in (0.1, [0.1, 0.1], [0.1, 0.2])]
+    assert config.trainings("keeplora") == [
+        {"weight_decay": 0.5, "learning_rate": rate, "num_train_epochs": 1.0} for rate in (0.1, 0.01)
+    ]
+    assert config.trainings("seq-lora") == [{"weight_decay": 0.5, "num_train_epochs": 1.0}] * 2, (
+        "its own default stays transformers'"
+    )
+    alike = [
+        run_identity(parse_config(tree(training={"learning_rate": rate})))
+        for rate in (0.1, [0.1, 0.1], [0.1, 0.2])
+    ]
     assert alike[0] == alike[1] != alike[2]
-    assert config.first(1).trainings("keeplora")[0]["learning_rate"] == 0.1 and len(config.first(1).trainings("keeplora")) == 1
+    assert (
+        config.first(1).trainings("keeplora")[0]["learning_rate"] == 0.1
+        and len(config.first(1).trainings("keeplora")) == 1
+    )
 
 
 def test_what_an_argument_is_where_nothing_is_said_is_what_transformers_says():
@@ -102,11 +144,14 @@ def test_zero_shot_may_be_listed_though_it_always_comes():
 def test_the_identity_ignores_where_things_lie_and_how_they_are_cached():
     one = parse_config(tree(output_dir="a", data={"root": "x", "cache_gb": 1}, evaluation={"batch_size": 3}))
     two = parse_config(tree(output_dir="b", data={"root": "y"}))
-    assert one.identity() == two.identity() != parse_config(tree(seed=1)).identity()
+    assert run_identity(one) == run_identity(two) != run_identity(parse_config(tree(seed=1)))
 
 
 def test_differences_name_the_leaf():
-    assert list(differences({"a": {"b": [1, {"c": 2}]}, "d": 1}, {"a": {"b": [1, {"c": 3}]}})) == [("a.b[1].c", 2, 3), ("d", 1, None)]
+    assert list(differences({"a": {"b": [1, {"c": 2}]}, "d": 1}, {"a": {"b": [1, {"c": 3}]}})) == [
+        ("a.b[1].c", 2, 3),
+        ("d", 1, None),
+    ]
 
 
 # --- unknown keys --------------------------------------------------------------------------------
@@ -122,7 +167,11 @@ def test_differences_name_the_leaf():
         ({"evaluation": {"batch": 1}}, "'evaluation.batch'", "did you mean 'batch_size'"),
         ({"methods": {"keeplora": {"prest": "paper"}}}, "'methods.keeplora.prest'", "did you mean 'preset'"),
         ({"methods": {"keeplora": {"trainig": {}}}}, "'methods.keeplora.trainig'", "did you mean 'training'"),
-        ({"methods": {"keeplora": {"parts": {"vision": {"alpa": 2}}}}}, "'methods.keeplora.parts.vision.alpa'", "did you mean 'alpha'"),
+        (
+            {"methods": {"keeplora": {"parts": {"vision": {"alpa": 2}}}}},
+            "'methods.keeplora.parts.vision.alpa'",
+            "did you mean 'alpha'",
+        ),
         ({"training": {"learning_rte": 1}}, "training.learning_rte", "did you mean 'learning_rate'"),
         ({3: 1}, "'3'", "valid names are"),
     ],
@@ -153,27 +202,60 @@ def test_a_key_given_twice_is_refused(write):
         ({"seed": True}, "seed is True, but it takes int"),
         ({"seed": 1.5}, "seed is 1.5, but it takes int"),
         ({"parts": {"vision": {"rank": [2]}}}, "parts.vision.rank is [2], but it takes int"),
-        ({"parts": {"vision": {"rank": 0}}}, "parts.vision.rank is 0, but an adapter needs at least one direction"),
+        (
+            {"parts": {"vision": {"rank": 0}}},
+            "parts.vision.rank is 0, but an adapter needs at least one direction",
+        ),
         ({"parts": {"vision": {"alpha": 0}}}, "parts.vision.alpha is 0.0"),
-        ({"parts": {"vision": {"energy_weight": 0}}}, "parts.vision.energy_weight is 0.0, but a share of energy lies in (0, 1]"),
-        ({"parts": {"vision": {"energy_feature": 1.01}}}, "parts.vision.energy_feature is 1.01, but a share of energy lies in (0, 1]"),
+        (
+            {"parts": {"vision": {"energy_weight": 0}}},
+            "parts.vision.energy_weight is 0.0, but a share of energy lies in (0, 1]",
+        ),
+        (
+            {"parts": {"vision": {"energy_feature": 1.01}}},
+            "parts.vision.energy_feature is 1.01, but a share of energy lies in (0, 1]",
+        ),
         ({"parts": {"vision": {"energy_feature": float("nan")}}}, "energy_feature is nan"),
         ({"parts": {"vision": {"targets": []}}}, "parts.vision.targets is empty"),
-        ({"parts": {"vision": {"targets": ".*q_proj"}}}, "parts.vision.targets names '.*q_proj', but a target is the last part of a layer's name"),
+        (
+            {"parts": {"vision": {"targets": ".*q_proj"}}},
+            "parts.vision.targets names '.*q_proj', but a target is the last part of a layer's name",
+        ),
         ({"parts": "vision"}, "parts is 'vision', but it takes `key: value` pairs"),
         ({"data": {"on_bad_image": "ignore"}}, "data.on_bad_image is 'ignore'; set it to 'refuse' or 'drop'"),
         ({"data": {"holdout": 1}}, "data.holdout is 1.0, but a share lies in [0, 1)"),
         ({"evaluation": {"batch_size": 0}}, "evaluation.batch_size is 0"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate is 'fast', but it takes float"),
         ({"training": {"bf16": "maybe"}}, "training.bf16 is 'maybe', but it takes bool"),
-        ({"training": {"num_train_epochs": [1, 2, 3]}}, "training.num_train_epochs lists 3 values for 2 tasks"),
-        ({"training": {"learning_rate": [1, 2, 3]}}, "training.learning_rate lists 3 values for 2 tasks; give one number, or one per task"),
-        ({"methods": {"keeplora": {"training": {"learning_rate": [1, "x"]}}}}, "methods.keeplora.training.learning_rate is 'x', but it takes float"),
-        ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs is 0.0, but a task is trained for more than nothing"),
-        ({"training": {"num_train_epochs": ["x", 1]}}, "training.num_train_epochs is 'x', but it takes float"),
-        ({"training": {"deepspeed": "gone.json"}}, "training.deepspeed names 'gone.json', which cannot be read (No such file or directory)"),
+        (
+            {"training": {"num_train_epochs": [1, 2, 3]}},
+            "training.num_train_epochs lists 3 values for 2 tasks",
+        ),
+        (
+            {"training": {"learning_rate": [1, 2, 3]}},
+            "training.learning_rate lists 3 values for 2 tasks; give one number, or one per task",
+        ),
+        (
+            {"methods": {"keeplora": {"training": {"learning_rate": [1, "x"]}}}},
+            "methods.keeplora.training.learning_rate is 'x', but it takes float",
+        ),
+        (
+            {"training": {"num_train_epochs": 0}},
+            "training.num_train_epochs is 0.0, but a task is trained for more than nothing",
+        ),
+        (
+            {"training": {"num_train_epochs": ["x", 1]}},
+            "training.num_train_epochs is 'x', but it takes float",
+        ),
+        (
+            {"training": {"deepspeed": "gone.json"}},
+            "training.deepspeed names 'gone.json', which cannot be read (No such file or directory)",
+        ),
         ({"training": {"seed": 1}}, "training.seed belongs to the driver; set the top-level seed"),
-        ({"training": {"output_dir": "x"}}, "training.output_dir belongs to the driver; set the top-level output_dir"),
+        (
+            {"training": {"output_dir": "x"}},
+            "training.output_dir belongs to the driver; set the top-level output_dir",
+        ),
         ({"tasks": "digits"}, "tasks is 'digits', which is no list of names"),
         ({"tasks": [1]}, "tasks is [1], which is no list of names"),
         ({"sequence": "demo"}, "a run needs either `sequence` or `tasks`, not both"),
@@ -188,22 +270,37 @@ def test_a_value_that_cannot_be_is_named_with_its_place(changes, words):
 @pytest.mark.parametrize(
     ("methods", "words"),
     [
-        ({"keplora": {}}, "methods.keplora names the method 'keplora', which does not exist; did you mean 'keeplora'"),
+        (
+            {"keplora": {}},
+            "methods.keplora names the method 'keplora', which does not exist; did you mean 'keeplora'",
+        ),
         ({"mine": {"method": "keplora"}}, "methods.mine names the method 'keplora', which does not exist"),
         ({"keeplora": {"preset": "papr"}}, "methods.keeplora.preset is 'papr'; did you mean 'paper'"),
         ({"keeplora": {"form": "x"}}, "methods.keeplora.form is 'x'"),
         ({"keeplora": {"gradient_fraction": 0}}, "methods.keeplora.gradient_fraction is 0.0"),
         ({"keeplora": {"feature_fraction": 1.5}}, "methods.keeplora.feature_fraction is 1.5"),
-        ({"keeplora": {"feature_fraction": 0.5, "preset": "released-llava"}}, "methods.keeplora.feature_fraction is 0.5, and the preset 'released-llava' reads gradients"),
+        (
+            {"keeplora": {"feature_fraction": 0.5, "preset": "released-llava"}},
+            "methods.keeplora.feature_fraction is 0.5, and the preset 'released-llava' reads gradients",
+        ),
         ({"keeplora": {"protect_weights": 1}}, "methods.keeplora.protect_weights is 1, but it takes bool"),
-        ({"keeplora": {"parts": {"txt": {}}}}, "methods.keeplora.parts names 'txt', which the run does not adapt; valid names are vision"),
+        (
+            {"keeplora": {"parts": {"txt": {}}}},
+            "methods.keeplora.parts names 'txt', which the run does not adapt; valid names are vision",
+        ),
         ({"keeplora": {"training": {"seed": 1}}}, "methods.keeplora.training.seed belongs to the driver"),
-        ({"keeplora": {"training": {"lr": 1}}}, "methods.keeplora.training.lr is not an argument of transformers.TrainingArguments"),
+        (
+            {"keeplora": {"training": {"lr": 1}}},
+            "methods.keeplora.training.lr is not an argument of transformers.TrainingArguments",
+        ),
         ({"keeplora": 3}, "methods.keeplora is 3, but it takes `key: value` pairs"),
         ({"a/b": {"method": "keeplora"}}, "methods has the label 'a/b', which cannot be a folder of the run"),
         ({"..": {"method": "keeplora"}}, "methods has the label '..'"),
         ({"report.html": {"method": "keeplora"}}, "methods has the label 'report.html'"),
-        ({"zero-shot": {"training": {}}}, "methods.zero-shot sets something for 'zero-shot', which has no settings"),
+        (
+            {"zero-shot": {"training": {}}},
+            "methods.zero-shot sets something for 'zero-shot', which has no settings",
+        ),
         ({"zero-shot": {"method": "seq-lora"}}, "methods.zero-shot sets something for 'zero-shot'"),
         ({"base": {"method": "zero-shot"}}, "methods.base sets something for 'zero-shot'"),
     ],
@@ -216,13 +313,20 @@ def test_a_method_that_cannot_be_is_named_with_its_place(methods, words):
 
 
 def test_a_missing_file_is_named_with_the_nearest_shipped_one():
-    with pytest.raises(ConfigError, match="there is no configuration 'demoo', neither as a file nor among the shipped ones; did you mean 'demo'"):
+    with pytest.raises(
+        ConfigError,
+        match="there is no configuration 'demoo', neither as a file nor among the shipped ones; did you mean 'demo'",
+    ):
         load_config("demoo")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("tasks: [", "is not valid YAML"), ("- a\n- b\n", "holds no 'key: value' pairs"), ("", "holds no 'key: value' pairs")],
+    [
+        ("tasks: [", "is not valid YAML"),
+        ("- a\n- b\n", "holds no 'key: value' pairs"),
+        ("", "holds no 'key: value' pairs"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused(write, content, words):
     with pytest.raises(ConfigError, match=words):
@@ -236,7 +340,10 @@ def test_a_file_that_is_no_configuration_is_refused(write, content, words):
         ("=3", "is not of the form key.subkey=value"),
         ("seed.x=1", "the override 'seed.x=1' reaches into 'seed', which holds 3"),
         ("seed=[1", "the override 'seed=[1' has a value that is not valid YAML"),
-        ("training.learning_rte=1", "training.learning_rte is not an argument of transformers.TrainingArguments; did you mean 'learning_rate'"),
+        (
+            "training.learning_rte=1",
+            "training.learning_rte is not an argument of transformers.TrainingArguments; did you mean 'learning_rate'",
+        ),
     ],
 )
 def test_an_override_that_cannot_be_is_quoted(write, override, words):

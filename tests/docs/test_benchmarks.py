@@ -12,7 +12,11 @@ from llava_keeplora.config import load_config, parse_config
 from llava_keeplora_recipes import load_recipe, load_sequence
 
 TEXT = (Path(__file__).parents[2] / "docs/benchmarks.md").read_text()
-COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", TEXT, flags=re.M | re.S) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"^```bash\n(.*?)^```", TEXT, flags=re.M | re.S)
+    for line in block.splitlines()
+]
 MTIL = load_sequence("mtil-order1").tasks
 
 
@@ -20,7 +24,9 @@ MTIL = load_sequence("mtil-order1").tasks
 def test_a_command_is_understood_and_names_a_shipped_configuration(command):
     args = cli.parse_arguments(cli.build_parser(), shlex.split(command)[1:])
     config = load_config(args.config, data_root=args.data_root, methods=args.methods)
-    assert config.data.root == args.data_root and (args.methods is None or list(config.methods) == args.methods)
+    assert config.data.root == args.data_root and (
+        args.methods is None or list(config.methods) == args.methods
+    )
 
 
 def test_data_check_says_of_every_set_what_is_missing(tmp_path, monkeypatch, capfd):
@@ -31,7 +37,10 @@ def test_data_check_says_of_every_set_what_is_missing(tmp_path, monkeypatch, cap
     command = next(c for c in COMMANDS if c.startswith("llava-keeplora-eval "))
     assert eval_cli.main(shlex.split(command)[1:]) == 2
     out, err = capfd.readouterr()
-    assert all(f"the data of '{task}' is not there: no folder 'MTIL/{load_recipe(task).source['path']}'" in out for task in MTIL)
+    assert all(
+        f"the data of '{task}' is not there: no folder 'MTIL/{load_recipe(task).source['path']}'" in out
+        for task in MTIL
+    )
     assert "mtil-order1 has 22 problems, listed above" in err
 
 
@@ -40,13 +49,22 @@ def test_the_table_of_sets_is_that_of_the_recipes():
     assert [row[0] for row in rows] == MTIL
     for task, address, train, test, split in rows:
         recipe = load_recipe(task)
-        assert recipe.homepage == address and recipe.expected_sizes == {"train": int(train), "test": int(test)}
+        assert recipe.homepage == address and recipe.expected_sizes == {
+            "train": int(train),
+            "test": int(test),
+        }
         assert (recipe.source["format"] == "random_split") == (split == "random")
 
 
 def test_the_tree_has_every_path_that_a_recipe_reads():
-    tree, reference = TEXT.split("MTIL/\n")[1].split("```")[0], load_config("mtil-order1").methods["zscl"].options
-    assert all(f"  {load_recipe(task).source['path'].split('/')[0]}/" in tree for task in [*MTIL, reference["reference"]])
+    tree, reference = (
+        TEXT.split("MTIL/\n")[1].split("```")[0],
+        load_config("mtil-order1").methods["zscl"].options,
+    )
+    assert all(
+        f"  {load_recipe(task).source['path'].split('/')[0]}/" in tree
+        for task in [*MTIL, reference["reference"]]
+    )
     assert f"  {reference['reference_texts']}\n" in tree
 
 
@@ -54,13 +72,22 @@ def test_the_table_of_figures_has_what_the_configuration_expects():
     table = re.findall(r"^\| ([\w+-]+) \| ([\d.]+) \| ([\d.-]+) \| ([\d.-]+) \| (\w+) \|", TEXT, flags=re.M)
     rows, prompts = {cells[0]: cells[1:4] for cells in table}, {cells[0]: cells[4] for cells in table}
     told = {label: dict(zip(("transfer", "average", "last"), cells)) for label, cells in rows.items()}
-    figures = {label: {key: float(value) for key, value in row.items() if value != "-"} for label, row in told.items()}
+    figures = {
+        label: {key: float(value) for key, value in row.items() if value != "-"}
+        for label, row in told.items()
+    }
     first = load_config("mtil-order1")
     assert figures == {label: row.figures for label, row in first.expected.items()}
-    assert prompts == {label: (first.methods.get(label) or first.evaluation).test_prompts for label in figures}
+    assert prompts == {
+        label: (first.methods.get(label) or first.evaluation).test_prompts for label in figures
+    }
     second = load_config("mtil-order2").expected
     for label, name in (("zero-shot", "zero-shot"), ("zscl", "ZSCL")):
-        assert f"{name} {' / '.join(str(second[label].figures[key]) for key in ('transfer', 'average', 'last'))}" in TEXT and len(second) == 2
+        assert (
+            f"{name} {' / '.join(str(second[label].figures[key]) for key in ('transfer', 'average', 'last'))}"
+            in TEXT
+            and len(second) == 2
+        )
 
 
 @pytest.mark.parametrize(("name", "transfer"), [("mtil-order1", 69.4), ("mtil-order2", 65.4)])
@@ -68,7 +95,9 @@ def test_the_untouched_models_transfer_follows_from_its_scores_and_the_order(nam
     config = load_config(name)
     scores = [config.expected["zero-shot"].last[task] for task in config.tasks]
     # Every task but the first is transferred to; a constant row has the same score after each task.
-    assert sum(scores[1:]) / 10 == pytest.approx(transfer, abs=0.06) and sum(scores) / 11 == pytest.approx(65.3, abs=0.06)
+    assert sum(scores[1:]) / 10 == pytest.approx(transfer, abs=0.06) and sum(scores) / 11 == pytest.approx(
+        65.3, abs=0.06
+    )
     assert config.expected["zero-shot"].figures["transfer"] == transfer
 
 
@@ -81,12 +110,20 @@ def test_the_numbers_of_templates_are_those_of_the_recipes():
 def test_a_rate_of_each_set_is_the_same_in_both_orders():
     first, second = (load_config(name) for name in ("mtil-order1", "mtil-order2"))
     for label in ("zscl", "moe-adapters"):
-        rates = [dict(zip(config.tasks, (t["learning_rate"] for t in config.trainings(label)), strict=True)) for config in (first, second)]
+        rates = [
+            dict(zip(config.tasks, (t["learning_rate"] for t in config.trainings(label)), strict=True))
+            for config in (first, second)
+        ]
         assert rates[0] == rates[1] and len(set(rates[0].values())) > 1
 
 
 def test_the_yaml_is_valid(tmp_path):
     recipe, row = re.findall(r"^```yaml\n(.*?)^```", TEXT, flags=re.M | re.S)
     (tmp_path / "cifar100.yaml").write_text(recipe)
-    assert load_recipe(tmp_path / "cifar100.yaml").source["columns"] == {"image": "img", "label": "fine_label"}
-    assert parse_config(yaml.safe_load(row) | {"sequence": "mtil-order1"}).expected["keeplora-released"].figures == {"transfer": 69.0}
+    assert load_recipe(tmp_path / "cifar100.yaml").source["columns"] == {
+        "image": "img",
+        "label": "fine_label",
+    }
+    assert parse_config(yaml.safe_load(row) | {"sequence": "mtil-order1"}).expected[
+        "keeplora-released"
+    ].figures == {"transfer": 69.0}

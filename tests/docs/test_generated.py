@@ -26,7 +26,11 @@ def test_no_page_is_out_of_date(write_docs):
 
 
 def test_every_list_stands_on_a_page(write_docs):
-    names = {name for path in (ROOT / "docs").glob("*.md") for name in re.findall(r"<!-- generated: ([\w-]+) -->", path.read_text())}
+    names = {
+        name
+        for path in (ROOT / "docs").glob("*.md")
+        for name in re.findall(r"<!-- generated: ([\w-]+) -->", path.read_text())
+    }
     assert names == set(write_docs.GENERATED)
 
 
@@ -34,7 +38,11 @@ def test_a_page_that_is_out_of_date_is_named_and_what_is_written_by_hand_stays(w
     page = tmp_path / "page.md"
     page.write_text("# By hand\n\n<!-- generated: metrics -->\nold\n<!-- end -->\n\nBy hand too.\n")
     ((path, text),) = write_docs.stale_pages(tmp_path).items()
-    assert path == page and text.startswith("# By hand\n\n<!-- generated: metrics -->\n") and text.endswith("<!-- end -->\n\nBy hand too.\n")
+    assert (
+        path == page
+        and text.startswith("# By hand\n\n<!-- generated: metrics -->\n")
+        and text.endswith("<!-- end -->\n\nBy hand too.\n")
+    )
     page.write_text(text)
     assert not write_docs.stale_pages(tmp_path)
 
@@ -51,4 +59,6 @@ def test_the_lists_name_what_there_is(write_docs):
 
 def test_the_index_names_every_page():
     index = (ROOT / "docs/index.md").read_text()
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"} == set(re.findall(r"\]\(([\w-]+\.md)\)", index))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"} == set(
+        re.findall(r"\]\(([\w-]+\.md)\)", index)
+    )

@@ -16,16 +16,22 @@ def test_the_table_says_what_the_records_say():
     rows = [line.strip("| ").split(" | ") for line in TEXT.splitlines() if line.startswith("| [")]
     assert rows == [
         [
-            f"[{name}]({one.url})", one.trained, one.kept, YES[one.reference_data], YES[one.task_id_at_test], one.extra_parameters,
-            one.inference_cost, YES[one.mergeable],
+            f"[{name}]({one.url})",
+            one.trained,
+            one.kept,
+            YES[one.reference_data],
+            YES[one.task_id_at_test],
+            one.extra_parameters,
+            one.inference_cost,
+            YES[one.mergeable],
         ]
-        for name, one in ((name, method.record) for name, method in METHODS.items())
+        for name, one in ((name, method.info) for name, method in METHODS.items())
     ]
 
 
 def test_the_settings_are_a_configuration_of_every_method():
     (block,) = re.findall(r"^```yaml\n(.*?)^```", TEXT, flags=re.M | re.S)
     config = parse_config(yaml.safe_load(block) | {"tasks": ["digits", "textures"]})
-    assert list(config.methods) == [name for name, method in METHODS.items() if method.learns]
+    assert list(config.methods) == [name for name, method in METHODS.items() if method.trainable]
     assert config.methods["inflora"].options == {"energy_step": 0.005}
     assert config.methods["o-lora"].parts["vision"].targets == ("q_proj", "v_proj")

@@ -49,13 +49,19 @@ def folder(tmp_path_factory) -> Path:
         for shade, name in enumerate(("robin", "house_sparrow", "blue_tit")):
             (path / "birds" / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", (48, 48), (80 * shade, 10 * i, 40 if split == "train" else 60)).save(path / "birds" / split / name / f"{i}.png")
+                Image.new("RGB", (48, 48), (80 * shade, 10 * i, 40 if split == "train" else 60)).save(
+                    path / "birds" / split / name / f"{i}.png"
+                )
     (path / "receipts").mkdir()
     for split in ("train", "test"):
         Image.new("RGB", (48, 48), (90, 120, 40)).save(path / "receipts" / f"{split}.png")
         turns = [{"from": "human", "value": "<image>\nHow much is it?"}, {"from": "gpt", "value": "12.50"}]
-        (path / "receipts" / f"{split}.json").write_text(json.dumps([{"id": split, "image": f"{split}.png", "conversations": turns}]))
-    (path / "glyphs.yaml").write_text((path / "birds.yaml").read_text().replace("name: birds", "name: glyphs"))
+        (path / "receipts" / f"{split}.json").write_text(
+            json.dumps([{"id": split, "image": f"{split}.png", "conversations": turns}])
+        )
+    (path / "glyphs.yaml").write_text(
+        (path / "birds.yaml").read_text().replace("name: birds", "name: glyphs")
+    )
     return path
 
 
@@ -85,7 +91,14 @@ def test_every_command_of_the_readme_runs(folder):
         words = [SMALL.get(word, word) for word in shlex.split(command)]
         words += SMALLER.get(words[0], [])
         if words[0] == "deepspeed":
-            done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=4 * forked.patience())
+            done = subprocess.run(
+                words,
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=4 * forked.patience(),
+            )
             code, out, err = done.returncode, done.stdout, done.stderr
         else:
             code, out, err = forked.run(words, cwd=folder, env=environment)
@@ -105,7 +118,10 @@ def test_make_does_what_the_readme_says():
     made = (ROOT / "Makefile").read_text()
     assert "-c constraints.txt -e '.[test]'" in made
     for config in ("demo", "demo-llava"):
-        assert f"deepspeed scripts/train_seq.py --config {config}\n" in made and f"`deepspeed scripts/train_seq.py --config {config}`" in README
+        assert (
+            f"deepspeed scripts/train_seq.py --config {config}\n" in made
+            and f"`deepspeed scripts/train_seq.py --config {config}`" in README
+        )
     assert "make test" in (ROOT / ".ci/run").read_text()
 
 

@@ -11,7 +11,11 @@ NAMED = re.findall(r"`((?:tests/[\w/.]+)?(?:::[\w:]+(?:\[[^`]*\])?)?)`", PAGE)
 
 
 def test_every_row_names_a_test():
-    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith(("| kind", "|---"))]
+    rows = [
+        line
+        for line in PAGE.splitlines()
+        if line.startswith("| ") and not line.startswith(("| kind", "|---"))
+    ]
     assert len(rows) > 50 and all(re.search(r"`tests/", row.rsplit(" | ", 1)[-1]) for row in rows)
 
 

@@ -28,22 +28,41 @@ def folder(run_config, tiny_tasks, tmp_path, monkeypatch):
 
 
 def test_every_command_runs(folder, capfd):
-    commands = [line for block in re.findall(r"^```bash\n(.*?)^```", TEXT, flags=re.M | re.S) for line in block.splitlines()]
+    commands = [
+        line
+        for block in re.findall(r"^```bash\n(.*?)^```", TEXT, flags=re.M | re.S)
+        for line in block.splitlines()
+    ]
     assert len(commands) == 4
     for command in commands:
         assert cli.main(shlex.split(command)[1:]) == 0, capfd.readouterr().err
-    assert json.loads((folder / "runs/birds/keeplora/matrix.json").read_text())["tasks"] == ["colours", "corners"]
+    assert json.loads((folder / "runs/birds/keeplora/matrix.json").read_text())["tasks"] == [
+        "colours",
+        "corners",
+    ]
     assert json.loads((folder / "runs/other/keeplora/matrix.json").read_text())["tasks"] == ["colours"]
 
 
 def test_the_folder_is_as_described(folder):
     for name in re.findall(r"^  +([\w.-]+\.(?:jsonl?|md))", TEXT.split("```")[1], flags=re.M):
-        assert name in ("report.html", "table.md", "results.json") or list((folder / "runs/birds").rglob(name)), name
+        assert name in ("report.html", "table.md", "results.json") or list(
+            (folder / "runs/birds").rglob(name)
+        ), name
 
 
 def test_the_sentences_that_it_explains_are_in_the_code():
-    source = "".join(path.read_text() for place in ("llava_keeplora", "eval", "data_recipes") for path in (ROOT / place).rglob("*.py"))
-    sentences = [part for row in TEXT.splitlines() if row.startswith("| `") for text in re.findall(r"`([^`]+)`", row.split("|")[1]) for part in text.split("...")]
+    source = "".join(
+        path.read_text()
+        for place in ("llava_keeplora", "eval", "data_recipes")
+        for path in (ROOT / place).rglob("*.py")
+    )
+    sentences = [
+        part
+        for row in TEXT.splitlines()
+        if row.startswith("| `")
+        for text in re.findall(r"`([^`]+)`", row.split("|")[1])
+        for part in text.split("...")
+    ]
     for words in sentences:
         words = words.strip(" ()")
         if words not in ("cannot be used (Permission denied", "Read-only file system"):

@@ -11,7 +11,11 @@ def whole_run(run_config, tiny_tasks, tmp_path_factory) -> Path:
     """A run of KeepLoRA on two tasks; shared, so copy it."""
     from llava_keeplora.sequence import runner
 
-    config = run_config(tmp_path_factory.mktemp("whole") / "run", methods={"keeplora": {}}, tasks=[str(path) for path in tiny_tasks[:2]])
+    config = run_config(
+        tmp_path_factory.mktemp("whole") / "run",
+        methods={"keeplora": {}},
+        tasks=[str(path) for path in tiny_tasks[:2]],
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "write_run_report", lambda root: None)
         runner.run(config)

@@ -12,19 +12,37 @@ from llava_keeplora.analysis import updates
 from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.export import card
-from llava_keeplora.export.bundle import Base, read_learned
+from llava_keeplora.export.loaded_run import Base, load_learned_run
 from llava_keeplora.export.state import write_state
-from llava_keeplora.records import MOST_DEEP, SCHEMAS, read_object, read_record
+from llava_keeplora.records import MOST_DEEP, read_object
 from llava_keeplora.report import run_report
-from llava_keeplora.run_folder import extended
+from llava_keeplora.run_folder import SCHEMAS, read_record
+from llava_keeplora.saved_run import extended
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora_eval.files import file_hash
 
 FIRST = "keeplora/task-01-colours"
 FILES = [
-    "config.json", "identity.json", "versions.json", "recipes/colours.yaml", "keeplora/journal.jsonl", "keeplora/matrix.json", "zero-shot/matrix.json",
-    "zero-shot/task-00-base/scores.json", "keeplora/task-00-base/consolidated.json",
-    *(f"{FIRST}/{name}" for name in ("scores.json", "prepared.json", "train.json", "consolidated.json", "delta.safetensors", "state.safetensors")),
+    "config.json",
+    "identity.json",
+    "versions.json",
+    "recipes/colours.yaml",
+    "keeplora/journal.jsonl",
+    "keeplora/matrix.json",
+    "zero-shot/matrix.json",
+    "zero-shot/task-00-base/scores.json",
+    "keeplora/task-00-base/consolidated.json",
+    *(
+        f"{FIRST}/{name}"
+        for name in (
+            "scores.json",
+            "prepared.json",
+            "train.json",
+            "consolidated.json",
+            "delta.safetensors",
+            "state.safetensors",
+        )
+    ),
 ]
 WHOLE = [b"", b"[]", b"{}", b"null", b"\xff\xfe", b'{"a":' * 900 + b"1" + b"}" * 900]
 #: How many of a file's changed places are tried; with 0 all of them, which takes a quarter of an hour.
@@ -42,14 +60,14 @@ def report(run, into, task):
 
 
 def export(run, into, task):
-    learned = read_learned(run, "keeplora")
+    learned = load_learned_run(run, "keeplora")
     learned.matrix.markdown(), learned.model, card._stages(learned)
     write_state(learned, Base("you/base", None, None), into)
 
 
 def analyze(run, into, task):
     for label in updates._finished(run):
-        learned = read_learned(run, label)
+        learned = load_learned_run(run, label)
         updates._added(learned), updates._chosen([learned]), updates._overlap(learned)
 
 
@@ -66,7 +84,13 @@ READERS = [doctor, report, export, analyze, copy_first, extend]
 
 def changed_places(content, depth=0):
     """The content with each of its values replaced in turn by each wrong one, as far as three levels deep; of many alike the first."""
-    items = list(content.items())[:8] if isinstance(content, dict) else list(enumerate(content[:1])) if isinstance(content, list) else []
+    items = (
+        list(content.items())[:8]
+        if isinstance(content, dict)
+        else list(enumerate(content[:1]))
+        if isinstance(content, list)
+        else []
+    )
     for key, value in items:
         for wrong in WRONG:
             other = copy.copy(content)
@@ -147,8 +171,13 @@ def test_a_damaged_file_is_one_sentence_to_every_reader(damaged, quick, tiny_tas
     assert not [found for found in examine_run(damaged) if isinstance(found, UserError)]
 
 
-@pytest.mark.parametrize("name", [f"{FIRST}/{kind}" for kind in ("scores.json", "train.json", "prepared.json", "consolidated.json")])
-@pytest.mark.parametrize("content", [b"[]", b"null", b'{"history": 3, "layers": {}, "capacity": [], "score": "x"}'])
+@pytest.mark.parametrize(
+    "name",
+    [f"{FIRST}/{kind}" for kind in ("scores.json", "train.json", "prepared.json", "consolidated.json")],
+)
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b'{"history": 3, "layers": {}, "capacity": [], "score": "x"}']
+)
 def test_doctor_names_a_file_with_the_right_hash_and_the_wrong_content(run, name, content):
     (run / name).write_bytes(content)
     sign(run, name)
@@ -159,22 +188,45 @@ def test_doctor_names_a_file_with_the_right_hash_and_the_wrong_content(run, name
 def test_doctor_names_a_recipe_copy_that_is_gone(run):
     (run / "recipes/colours.yaml").unlink()
     (found,) = [str(one) for one in examine_run(run) if isinstance(one, UserError)]
-    assert "recipes/colours.yaml, the run's own copy of the recipe" in found and "is missing; copy the recipe there" in found
+    assert (
+        "recipes/colours.yaml, the run's own copy of the recipe" in found
+        and "is missing; copy the recipe there" in found
+    )
 
 
 def test_a_record_says_where_it_is_wrong(tmp_path):
     path = tmp_path / "scores.json"
     path.write_text('{"colours": {"score": "high"}}')
-    with pytest.raises(RunError, match=r'scores.json is not what a run writes: colours.score is "high" instead of a number'):
+    with pytest.raises(
+        RunError, match=r'scores.json is not what a run writes: colours.score is "high" instead of a number'
+    ):
         read_record(path)
 
 
-@pytest.mark.parametrize(("name", "content", "place"), [
-    ("consolidated.json", {"forecast": {"layer": {"tasks": 1, "left": 2, "growth": 1.0}}}, "capacity.layer is missing"),
-    ("consolidated.json", {"forecast": {"layer": {"tasks": 1, "left": 2, "growth": 1.0}}, "capacity": {"other": {"in": 4, "k": 1, "part": "text"}}}, "capacity.layer is missing"),
-    ("train.json", {"history": [{"step": 1, "loss": 0.1}, {"loss": 0.1}]}, r"history\[1\].step is missing"),
-    ("train.json", {"history": 3}, "history is 3 instead of a list"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        (
+            "consolidated.json",
+            {"forecast": {"layer": {"tasks": 1, "left": 2, "growth": 1.0}}},
+            "capacity.layer is missing",
+        ),
+        (
+            "consolidated.json",
+            {
+                "forecast": {"layer": {"tasks": 1, "left": 2, "growth": 1.0}},
+                "capacity": {"other": {"in": 4, "k": 1, "part": "text"}},
+            },
+            "capacity.layer is missing",
+        ),
+        (
+            "train.json",
+            {"history": [{"step": 1, "loss": 0.1}, {"loss": 0.1}]},
+            r"history\[1\].step is missing",
+        ),
+        ("train.json", {"history": 3}, "history is 3 instead of a list"),
+    ],
+)
 def test_a_record_holds_what_goes_together(tmp_path, name, content, place):
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(RunError, match=place):

@@ -16,7 +16,18 @@ def own_extensions(tmp_path, monkeypatch):
 def test_this_machine_can_run(capfd):
     assert cli.main(["doctor"]) == 0
     out = capfd.readouterr().out
-    for words in ("python 3.", "torch ", "peft ", "evaluate ", "CPU: ", "GB free", "Java: ", "C++ compiler: ", "ninja: ", "offline, by HF_HUB_OFFLINE"):
+    for words in (
+        "python 3.",
+        "torch ",
+        "peft ",
+        "evaluate ",
+        "CPU: ",
+        "GB free",
+        "Java: ",
+        "C++ compiler: ",
+        "ninja: ",
+        "offline, by HF_HUB_OFFLINE",
+    ):
         assert words in out
     assert "pytest" not in out, "a test's libraries are no requirement"
 

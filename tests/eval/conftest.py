@@ -121,7 +121,9 @@ def tiny_clip(tmp_path_factory) -> Path:
     width = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     config = CLIPConfig(
-        text_config=dict(**width, **special, vocab_size=len(words), max_position_embeddings=16, projection_dim=8),
+        text_config=dict(
+            **width, **special, vocab_size=len(words), max_position_embeddings=16, projection_dim=8
+        ),
         vision_config=dict(**width, image_size=16, patch_size=8, projection_dim=8),
         projection_dim=8,
     )
@@ -129,9 +131,9 @@ def tiny_clip(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-clip")
     CLIPModel(config).save_pretrained(folder)
     fast.save_pretrained(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    ).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        folder
+    )
     return folder
 
 

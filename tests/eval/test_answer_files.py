@@ -189,7 +189,9 @@ def test_missing_and_unknown_and_repeated_ids_are_counted_and_named(answered):
 
 @pytest.mark.parametrize("content", ["", "\n", "\ufeff", "\u200b\n", "[]", "{}"])
 def test_an_empty_file_is_told_with_the_cure_of_its_origin(answered, tmp_path, content):
-    with pytest.raises(EvalError, match="(is empty|lacks 3 ids).*; write one record with 'id' and 'text' for every example"):
+    with pytest.raises(
+        EvalError, match="(is empty|lacks 3 ids).*; write one record with 'id' and 'text' for every example"
+    ):
         answered(content)
     (tmp_path / "answers.made_by.json").write_text("{}")
     with pytest.raises(EvalError, match="(is empty|lacks 3 ids).*; run the same `predict` command again"):

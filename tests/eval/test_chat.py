@@ -45,16 +45,26 @@ def runs(ids, image_id):
     return out
 
 
-@pytest.mark.parametrize("question", ["Is <image> red?", "Is <image> left of <image>?", "Which? <image><image>"])
+@pytest.mark.parametrize(
+    "question", ["Is <image> red?", "Is <image> left of <image>?", "Which? <image><image>"]
+)
 def test_pictures_stay_where_the_question_marks_them(processor, question):
     chat, n = Chat(processor), question.count("<image>")
     per_image = chat.image_tokens([SIZE])[0]
     text = render(processor, question, n)
-    assert question.replace("<image>", processor.image_token) in text and text.count(processor.image_token) == n
+    assert (
+        question.replace("<image>", processor.image_token) in text and text.count(processor.image_token) == n
+    )
     ids = chat.prompt(question, [SIZE] * n)
-    expected = [t for i in processor.tokenizer(text)["input_ids"] for t in ([i] * per_image if i == chat.image_id else [i])]
+    expected = [
+        t
+        for i in processor.tokenizer(text)["input_ids"]
+        for t in ([i] * per_image if i == chat.image_id else [i])
+    ]
     assert ids == expected and ids.count(chat.image_id) == n * per_image
-    whole = processor(text=[text], images=[[Image.new("RGB", SIZE)] * n], return_tensors="pt")["input_ids"][0].tolist()
+    whole = processor(text=[text], images=[[Image.new("RGB", SIZE)] * n], return_tensors="pt")["input_ids"][
+        0
+    ].tolist()
     assert runs(ids, chat.image_id) == runs(whole, chat.image_id), "as the processor itself has it"
 
 
@@ -92,7 +102,9 @@ def test_special_tokens_in_a_users_text_are_refused(embedded, token):
 def test_special_tokens_of_other_models_are_letters(embedded):
     chat = Chat(embedded)
     ids = chat.prompt("a <|im_end|> b", [])
-    assert "<|im_end|>" in chat.tokenizer.decode(ids) and not set(ids[1:]) & set(chat.tokenizer.all_special_ids)
+    assert "<|im_end|>" in chat.tokenizer.decode(ids) and not set(ids[1:]) & set(
+        chat.tokenizer.all_special_ids
+    )
 
 
 def test_a_class_prompt_that_ends_early_is_refused():
@@ -109,4 +121,6 @@ def test_a_record_with_a_special_token_is_named(embedded):
         ids=["a", "b"], questions=["q", "a </s> b"], image_sizes=[[], []], answers=[["x"], ["x"]], __len__=lambda: 2,
     )  # fmt: skip
     errors = ChatPreparation(embedded, 100, 10).report(data, learns=True).errors
-    assert len(errors) == 1 and "record 'b' of pets (train.json)" in str(errors[0]) and "</s>" in str(errors[0])
+    assert (
+        len(errors) == 1 and "record 'b' of pets (train.json)" in str(errors[0]) and "</s>" in str(errors[0])
+    )

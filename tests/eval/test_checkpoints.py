@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_keeplora_eval import EvalError
-from llava_keeplora_eval.checkpoints import check_device, check_place, check_values, content_changes, content_hash, load_checked, model_content
+from llava_keeplora_eval.checkpoints import (
+    check_device,
+    check_place,
+    check_values,
+    content_changes,
+    content_hash,
+    load_checked,
+    model_content,
+)
 
 
 @pytest.fixture
@@ -38,7 +46,10 @@ def split_in_two(folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    shards = {name: {key: value for n, (key, value) in enumerate(sorted(tensors.items())) if n % 2 == i} for i, name in enumerate(names)}
+    shards = {
+        name: {key: value for n, (key, value) in enumerate(sorted(tensors.items())) if n % 2 == i}
+        for i, name in enumerate(names)
+    }
     for name, content in shards.items():
         save_file(content, folder / name, {"format": "pt"})
     index = {"metadata": {}, "weight_map": {key: name for name, content in shards.items() for key in content}}
@@ -58,7 +69,9 @@ def test_a_whole_checkpoint_is_loaded_in_one_file_in_shards_and_pickled(copied):
 
 
 def test_tensors_that_newer_code_computes_are_no_fault(copied):
-    rewrite(copied, lambda tensors: tensors.update({"text_model.embeddings.position_ids": torch.arange(12)[None]}))
+    rewrite(
+        copied, lambda tensors: tensors.update({"text_model.embeddings.position_ids": torch.arange(12)[None]})
+    )
     load(copied)
 
 
@@ -90,9 +103,12 @@ def overflow(tensors):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (drop_layer, r"lacks 32 of the model's tensors \(text_model.encoder.layers.1"), (drop_one, r"lacks 1 of .*logit_scale"),
-        (add, "holds 1 tensors that the model .* does not have .*layers.7"), (reshape, r"another shape .*visual_projection.weight: \(3, 5\) for"),
-        (spoil, r"NaN or infinity \(in 1 tensors of the model: text_projection.weight\)"), (overflow, "NaN or infinity"),
+        (drop_layer, r"lacks 32 of the model's tensors \(text_model.encoder.layers.1"),
+        (drop_one, r"lacks 1 of .*logit_scale"),
+        (add, "holds 1 tensors that the model .* does not have .*layers.7"),
+        (reshape, r"another shape .*visual_projection.weight: \(3, 5\) for"),
+        (spoil, r"NaN or infinity \(in 1 tensors of the model: text_projection.weight\)"),
+        (overflow, "NaN or infinity"),
     ],
 )
 def test_a_checkpoint_that_does_not_hold_the_models_tensors_is_refused_by_file(copied, change, said):
@@ -142,9 +158,13 @@ def test_a_missing_shard_and_missing_weights_are_named(copied):
         load(copied)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"), lambda path: (path.unlink(), path.symlink_to("gone")),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+        lambda path: (path.unlink(), path.symlink_to("gone")),
+    ],
+)
 def test_a_pointer_and_a_dangling_link_are_named(copied, damage):
     damage(copied / "model.safetensors")
     with pytest.raises(EvalError, match="model.safetensors.*(git lfs pull|link to nothing)"):
@@ -163,7 +183,9 @@ def test_a_shard_that_holds_nan_is_named(copied):
 @pytest.mark.parametrize("names", [["../secret"], [3], [None]])
 def test_an_index_names_files_of_its_folder_alone(copied, names):
     split_in_two(copied)
-    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name for name in names}}))
+    (copied / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": name for name in names}})
+    )
     with pytest.raises(EvalError, match="index.json is no index"):
         load(copied)
 
@@ -188,7 +210,19 @@ def test_a_base_with_an_adapter_in_its_folder_is_refused(copied):
         load(copied)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"null", b"\xff\xfe\x00", b"[" * 5000, b'{"model_type": 3}', b'{"model_type": "clip", "text_config": 5}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"null",
+        b"\xff\xfe\x00",
+        b"[" * 5000,
+        b'{"model_type": 3}',
+        b'{"model_type": "clip", "text_config": 5}',
+    ],
+)
 def test_a_damaged_configuration_is_one_sentence(copied, content):
     from llava_keeplora_eval.models import load_clip
 
@@ -215,23 +249,31 @@ def test_training_refuses_the_same_bases(copied):
         load_model(ModelConfig(str(copied)))
 
 
-def test_the_record_of_a_checkpoint_changes_with_weights_configuration_processor_and_template_alone(copied, tiny_clip):
+def test_the_record_of_a_checkpoint_changes_with_weights_configuration_processor_and_template_alone(
+    copied, tiny_clip
+):
     record = model_content(str(copied))
     assert record == model_content(str(tiny_clip)), "a copy is the same model"
     (copied / "README.md").write_text("a model")
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0.0", "_name_or_path": "elsewhere"}))
+    (copied / "config.json").write_text(
+        json.dumps(config | {"transformers_version": "4.0.0", "_name_or_path": "elsewhere"})
+    )
     assert model_content(str(copied)) == record
     for part, change in {
         "weights": lambda: rewrite(copied, lambda tensors: tensors["logit_scale"].add_(1e-3)),
-        "config": lambda: (copied / "config.json").write_text(json.dumps(config | {"logit_scale_init_value": 1.5})),
+        "config": lambda: (copied / "config.json").write_text(
+            json.dumps(config | {"logit_scale_init_value": 1.5})
+        ),
         "processor": lambda: (copied / "chat_template.jinja").write_text("{{ messages }}"),
         "stops": lambda: (copied / "generation_config.json").write_text('{"eos_token_id": 5}'),
     }.items():
         before = model_content(str(copied))
         change()
         assert content_changes(before, model_content(str(copied))) == [part]
-    assert content_changes({"commit": "abc"}, model_content(str(copied))) is None, "a commit and files cannot be compared"
+    assert content_changes({"commit": "abc"}, model_content(str(copied))) is None, (
+        "a commit and files cannot be compared"
+    )
     assert content_changes({"commit": "abc"}, {"commit": "abd"}) == ["commit"]
 
 
@@ -254,8 +296,16 @@ def test_a_kept_hash_is_used_until_the_file_changes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("clp", None), ("./nothing", "no folder './nothing'"), ("models/tiny-clp", "did you mean 'models/tiny-clip'"), ("tiny-clipp", "did you mean 'tiny-clip'"),
-     ("models/tiny-clip/config.json", "is a file.*give models/tiny-clip"), ("C:\\models\\clip", "no folder"), ("user/name/more", "no folder"), ("user/name", None)],
+    [
+        ("clp", None),
+        ("./nothing", "no folder './nothing'"),
+        ("models/tiny-clp", "did you mean 'models/tiny-clip'"),
+        ("tiny-clipp", "did you mean 'tiny-clip'"),
+        ("models/tiny-clip/config.json", "is a file.*give models/tiny-clip"),
+        ("C:\\models\\clip", "no folder"),
+        ("user/name/more", "no folder"),
+        ("user/name", None),
+    ],
 )
 def test_a_mistyped_folder_is_no_hub_id(tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
@@ -314,7 +364,11 @@ def test_tensors_without_a_place_are_found_where_the_library_does_not_name_them(
 def test_a_tensor_in_two_shards_is_refused(copied):
     names = split_in_two(copied)
     first, second = (load_file(copied / name) for name in names)
-    save_file(second | {"logit_scale": torch.tensor(0.0)} | dict(list(first.items())[:1]), copied / names[1], {"format": "pt"})
+    save_file(
+        second | {"logit_scale": torch.tensor(0.0)} | dict(list(first.items())[:1]),
+        copied / names[1],
+        {"format": "pt"},
+    )
     with pytest.raises(EvalError, match=f"{names[1]} holds .* tensors that {names[0]} holds too"):
         load(copied)
 
@@ -326,7 +380,10 @@ def test_values_that_quantising_would_hide_are_found_in_the_files(copied, value,
     if pickled:
         torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
         (copied / "model.safetensors").unlink()
-    with pytest.raises(EvalError, match=r"(model.safetensors|pytorch_model.bin) holds NaN or infinity \(in visual_projection.weight\)"):
+    with pytest.raises(
+        EvalError,
+        match=r"(model.safetensors|pytorch_model.bin) holds NaN or infinity \(in visual_projection.weight\)",
+    ):
         check_values(str(copied))
 
 
@@ -335,12 +392,19 @@ def test_a_quantised_base_with_nan_is_refused_before_it_is_loaded(copied, kind):
     from llava_keeplora.config import ModelConfig
     from llava_keeplora.models import load_model
 
-    rewrite(copied, lambda tensors: tensors["text_model.encoder.layers.0.self_attn.q_proj.weight"].view(-1)[:1].fill_(float("nan")))
+    rewrite(
+        copied,
+        lambda tensors: (
+            tensors["text_model.encoder.layers.0.self_attn.q_proj.weight"].view(-1)[:1].fill_(float("nan"))
+        ),
+    )
     with pytest.raises(EvalError, match="NaN or infinity .*q_proj"):
         load_model(ModelConfig(str(copied), quantization=kind))
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "nothing"}])
+@pytest.mark.parametrize(
+    "quantization", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "nothing"}]
+)
 def test_a_checkpoint_that_says_it_is_quantised_is_refused_by_both_programs(copied, quantization):
     from llava_keeplora.config import ModelConfig
     from llava_keeplora.errors import ConfigError
@@ -364,7 +428,11 @@ def test_a_tokenizer_without_words_is_refused_by_every_door(copied, names):
 
     for name in names:
         (copied / name).unlink()
-    for door in (lambda: load_clip(str(copied)), lambda: open_model(ModelConfig(str(copied))).processor, lambda: load_preparation(str(copied))):
+    for door in (
+        lambda: load_clip(str(copied)),
+        lambda: open_model(ModelConfig(str(copied))).processor,
+        lambda: load_preparation(str(copied)),
+    ):
         with pytest.raises(EvalError, match="has no words: its files|the backend tokenizer"):
             door()
 
@@ -373,7 +441,12 @@ def test_a_reason_of_one_line_says_what_is_wrong(copied):
     from llava_keeplora_eval.models import load_clip
 
     config = json.loads((copied / "config.json").read_text())
-    for section, said in ({"num_attention_heads": 3}, "hidden size"), ({"hidden_act": "sigh"}, "KeyError: 'sigh'"):
-        (copied / "config.json").write_text(json.dumps(config | {"vision_config": config["vision_config"] | section}))
+    for section, said in (
+        ({"num_attention_heads": 3}, "hidden size"),
+        ({"hidden_act": "sigh"}, "KeyError: 'sigh'"),
+    ):
+        (copied / "config.json").write_text(
+            json.dumps(config | {"vision_config": config["vision_config"] | section})
+        )
         with pytest.raises(EvalError, match=said):
             load_clip(str(copied))

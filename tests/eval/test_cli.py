@@ -70,15 +70,23 @@ def test_a_run_folder_shows_every_matrix_in_it_under_its_name(run, matrix_file):
 def test_the_list_names_every_recipe_with_its_metric(run):
     code, listing, _ = run("list")
     assert code == 0
-    assert any(line.split()[:4] == ["digits", "v1", "classification", "accuracy"] for line in listing.splitlines())
+    assert any(
+        line.split()[:4] == ["digits", "v1", "classification", "accuracy"] for line in listing.splitlines()
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (("score", "--task", "digts", "--predictions", "x.jsonl"), ("digts", "did you mean 'digits'")),
-        (("score", "--task", "digits", "--predictions", "x.jsonl"), ("there is no predictions file x.jsonl",)),
-        (("score", "--task", "digits", "--split", "tset", "--predictions", "x.jsonl"), ("tset", "did you mean 'test'")),
+        (
+            ("score", "--task", "digits", "--predictions", "x.jsonl"),
+            ("there is no predictions file x.jsonl",),
+        ),
+        (
+            ("score", "--task", "digits", "--split", "tset", "--predictions", "x.jsonl"),
+            ("tset", "did you mean 'test'"),
+        ),
         (("matrix", "nowhere.json"), ("there is no matrix file nowhere.json", "check the path")),
         (("matrix", "."), (". holds no matrix.json, nor does a folder in it", "give the folder of a run")),
         (

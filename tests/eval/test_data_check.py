@@ -36,7 +36,9 @@ def task(tmp_path):
         (folder / "train.json").write_text(json.dumps(train))
         (folder / "test.json").write_text(json.dumps(test or [record("t", image="3.png")]))
         facts = dict(name="q", version=1, kind="vqa", metric="exact_match", licence="MIT")
-        facts |= dict(source={"format": "llava_json", "path": "q"}, splits={"train": "train.json", "test": "test.json"})
+        facts |= dict(
+            source={"format": "llava_json", "path": "q"}, splits={"train": "train.json", "test": "test.json"}
+        )
         path = tmp_path / "q.yaml"
         path.write_text(yaml.safe_dump(facts | changes, sort_keys=False))
         return path
@@ -55,7 +57,11 @@ def run(capsys):
 
 
 def test_a_sound_task_is_described_split_by_split(task, run):
-    rows = [record("a"), record("b", "How many?", ["1.png", "2.png"], "two"), record("c", "Why?", None, "a cat")]
+    rows = [
+        record("a"),
+        record("b", "How many?", ["1.png", "2.png"], "two"),
+        record("c", "Why?", None, "a cat"),
+    ]
     code, out, err = run(task(rows, expected_sizes={"train": 3, "test": 1}))
     assert (code, err) == (0, "")
     assert out[:5] == [
@@ -95,7 +101,11 @@ def test_the_ids_shown_are_those_that_the_model_is_trained_on(task, run, tiny_ll
     before, marked = out[-1].strip().removeprefix("ids: ").removesuffix("⟧").split("⟦")
 
     def ids(shown):
-        return [int(i) for piece in re.findall(r"(\d+)(?: × (\d+))?", shown) for i in [piece[0]] * int(piece[1] or 1)]
+        return [
+            int(i)
+            for piece in re.findall(r"(\d+)(?: × (\d+))?", shown)
+            for i in [piece[0]] * int(piece[1] or 1)
+        ]
 
     text = "\n".join(line.removeprefix("    ") for line in out[7:-1]).replace("⟦", "").replace("⟧", "")
     processor = AutoProcessor.from_pretrained(str(tiny_llava))
@@ -118,12 +128,24 @@ def test_every_problem_of_every_split_is_listed_and_the_exit_code_says_so(task, 
     errors = [line.strip() for line in out if line.strip().startswith("error:")]
     assert code == 2 and err == f"error: {path} has 5 problems, listed above; correct them and check again.\n"
     assert len(errors) == 5
-    assert errors[0].startswith("error: record 'b' of train.json marks 2 images in its question and names 1; ")
-    assert errors[1].startswith("error: record 'e' of train.json has neither 'conversations' nor 'text' and 'answer'; ")
-    assert f"error: an image of 'c' in q/train cannot be read (no such file '{tmp_path}/q/none.png'); replace it, or correct its path." in errors
-    assert any(e.startswith("error: an image of 'd' in q/train cannot be read (cannot identify image file") for e in errors)
+    assert errors[0].startswith(
+        "error: record 'b' of train.json marks 2 images in its question and names 1; "
+    )
+    assert errors[1].startswith(
+        "error: record 'e' of train.json has neither 'conversations' nor 'text' and 'answer'; "
+    )
+    assert (
+        f"error: an image of 'c' in q/train cannot be read (no such file '{tmp_path}/q/none.png'); replace it, or correct its path."
+        in errors
+    )
+    assert any(
+        e.startswith("error: an image of 'd' in q/train cannot be read (cannot identify image file")
+        for e in errors
+    )
     assert errors[-1].startswith("error: q/test has 1 ids more than once (t); ")
-    assert "  train: 1 examples" in out and any("2 examples left out because one cannot be read" in line for line in out)
+    assert "  train: 1 examples" in out and any(
+        "2 examples left out because one cannot be read" in line for line in out
+    )
 
 
 def test_a_missing_file_is_a_problem_of_its_split_alone(task, run, tmp_path):
@@ -137,7 +159,10 @@ def test_what_can_be_used_and_is_worth_a_look_is_only_a_warning(task, run):
     rows = [record("a"), record("b", answer=" "), record("c", image="1.png")]
     code, out, err = run(task(rows, [record("t"), record("u", image="1.png")], expected_sizes={"train": 40}))
     assert code == 2 and "has 1 problem, listed" in err
-    assert "    error: record 'b' of q (train.json) has an empty answer, so there is nothing to learn from it; complete or remove the record." in out
+    assert (
+        "    error: record 'b' of q (train.json) has an empty answer, so there is nothing to learn from it; complete or remove the record."
+        in out
+    )
     assert [line.strip() for line in out if "warning" in line] == [
         "warning: 3 examples and not 40: scores are not comparable with those of others",
         "warning: 1 examples have an empty answer",
@@ -151,7 +176,10 @@ def test_references_that_no_answer_can_meet_are_a_problem_where_they_are_scored(
     rows = [record("a", answer="2"), record("b", answer="(B)", image="1.png")]
     code, out, _ = run(task(rows, [record("t", answer="2", image="2.png")], metric="option_letter"))
     assert code == 2 and any("warning: 1 of 2 examples of q (train), 50.0 %, get 0" in line for line in out)
-    assert any("error: 1 of 1 examples of q (test), 100.0 %, get 0 from the metric 'option_letter'" in line for line in out)
+    assert any(
+        "error: 1 of 1 examples of q (test), 100.0 %, get 0 from the metric 'option_letter'" in line
+        for line in out
+    )
     code, out, _ = run(task(rows[:1], rows, metric="option_letter"))
     assert code == 0 and any("warning: 1 of 2 examples of q (test), 50.0 %" in line for line in out)
 
@@ -159,12 +187,18 @@ def test_references_that_no_answer_can_meet_are_a_problem_where_they_are_scored(
 def test_a_scored_split_without_what_its_metric_needs_is_a_problem(task, run):
     code, out, _ = run(task([record("a")], metric="acl_ocr"))
     assert code == 2
-    assert [line for line in out if "error" in line and "needs the answer_type of every example, and 1 id (t) of q (test)" in line]
+    assert [
+        line
+        for line in out
+        if "error" in line and "needs the answer_type of every example, and 1 id (t) of q (test)" in line
+    ]
 
 
 def test_a_metric_that_does_not_exist_is_a_problem(task, run):
     code, out, _ = run(task([record("a")], metric="exact_mach"))
-    assert code == 2 and any("error: there is no metric 'exact_mach'; did you mean 'exact_match'" in line for line in out)
+    assert code == 2 and any(
+        "error: there is no metric 'exact_mach'; did you mean 'exact_match'" in line for line in out
+    )
 
 
 def test_classes_are_asked_and_answered_as_a_generative_model_is(tmp_path, run):
@@ -172,9 +206,15 @@ def test_classes_are_asked_and_answered_as_a_generative_model_is(tmp_path, run):
         for i, name in enumerate(("big_dog", "cat")):
             (tmp_path / "pets" / split / name).mkdir(parents=True)
             (tmp_path / "pets" / split / name / "0.png").write_bytes(encoded(i))
-    facts = dict(name="pets", version=1, kind="classification", metric="accuracy", licence="MIT", prompt="a {c}")
-    facts |= dict(classes=["cat", "big_dog"], instruction="Which pet?", splits={"train": "train", "test": "test"})
-    (tmp_path / "pets.yaml").write_text(yaml.safe_dump(facts | {"source": {"format": "imagefolder", "path": "pets"}}))
+    facts = dict(
+        name="pets", version=1, kind="classification", metric="accuracy", licence="MIT", prompt="a {c}"
+    )
+    facts |= dict(
+        classes=["cat", "big_dog"], instruction="Which pet?", splits={"train": "train", "test": "test"}
+    )
+    (tmp_path / "pets.yaml").write_text(
+        yaml.safe_dump(facts | {"source": {"format": "imagefolder", "path": "pets"}})
+    )
     _, out, _ = run(tmp_path / "pets.yaml", "--split", "test")
     assert "    Which pet? ASSISTANT: ⟦big dog⟧" in out
 
@@ -183,8 +223,13 @@ def test_a_sequence_checks_each_of_its_tasks(task, run, tmp_path):
     task([record("a")])
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({"name": "two", "tasks": ["q.yaml", "ucit/iconqa"]}))
     code, out, err = run(tmp_path / "two.yaml", "--data-root", tmp_path)
-    assert [line for line in out if not line.startswith(" ")] == ["q v1 (vqa, exact_match)", "ucit/iconqa v1 (vqa, ucit_exact_match)"]
-    assert code == 2 and err.endswith("two.yaml has 2 problems, listed above; correct them and check again.\n")
+    assert [line for line in out if not line.startswith(" ")] == [
+        "q v1 (vqa, exact_match)",
+        "ucit/iconqa v1 (vqa, ucit_exact_match)",
+    ]
+    assert code == 2 and err.endswith(
+        "two.yaml has 2 problems, listed above; correct them and check again.\n"
+    )
     assert sum("the data of 'ucit/iconqa' is not there" in line for line in out) == 2
 
 

@@ -188,7 +188,10 @@ def test_the_csv_holds_unrounded_cells_and_leaves_missing_ones_empty():
             lambda: Matrix(["a"], None, [[float("nan")]]),
             "row 'after a' has the score nan, which is not a finite number; give percents, or None.",
         ),
-        (lambda: Matrix(["cats"]).set_cell(0, "cat", 1.0), "the matrix has no task 'cat'; did you mean 'cats'."),
+        (
+            lambda: Matrix(["cats"]).set_cell(0, "cat", 1.0),
+            "the matrix has no task 'cat'; did you mean 'cats'.",
+        ),
         (
             lambda: Matrix(["a"]).set_cell(1, 0, 1.0),
             "the matrix has no task number 1; count from 0 to 0, in training order.",

@@ -103,7 +103,9 @@ def naive_cider(captions, references):
             mine = weigh(caption)
             for text in texts:
                 theirs = weigh(text)
-                dot = sum(min(mine[gram], theirs[gram]) * theirs[gram] for gram in mine.keys() & theirs.keys())
+                dot = sum(
+                    min(mine[gram], theirs[gram]) * theirs[gram] for gram in mine.keys() & theirs.keys()
+                )
                 size = math.hypot(*mine.values()) * math.hypot(*theirs.values())
                 apart = max(0, len(caption.split()) - 1) - max(0, len(text.split()) - 1)  # counted in pairs
                 if size:
@@ -119,12 +121,31 @@ def naive(captions, references):
 
 def random_captions(count, seed):
     chance = random.Random(seed)
-    words = "a man rides the brown horse on green grass near two old trees while it rains".split()
+    words = [
+        "a",
+        "man",
+        "rides",
+        "the",
+        "brown",
+        "horse",
+        "on",
+        "green",
+        "grass",
+        "near",
+        "two",
+        "old",
+        "trees",
+        "while",
+        "it",
+        "rains",
+    ]
 
     def text():
         return " ".join(chance.choices(words, k=chance.randint(4, 12)))
 
-    return [text() for _ in range(count)], [[text() for _ in range(chance.randint(1, 5))] for _ in range(count)]
+    return [text() for _ in range(count)], [
+        [text() for _ in range(chance.randint(1, 5))] for _ in range(count)
+    ]
 
 
 @pytest.fixture
@@ -156,7 +177,9 @@ def test_the_published_example_holds_with_java_and_meteor():
 @with_meteor
 @pytest.mark.slow  # METEOR takes seconds to start
 def test_meteor_takes_empty_captions_and_bars():
-    mixed = caption_scores.caption_scores([CAPTIONS[0], "", "a ||| b"], [*REFERENCES, ["a b"]], with_meteor=True)
+    mixed = caption_scores.caption_scores(
+        [CAPTIONS[0], "", "a ||| b"], [*REFERENCES, ["a b"]], with_meteor=True
+    )
     assert 0 < mixed["meteor"] < 1
     assert caption_scores.caption_scores(["", ""], REFERENCES, with_meteor=True)["meteor"] == 0
 
@@ -176,7 +199,9 @@ def test_an_empty_caption_scores_0_and_stays_in_every_mean(no_java):
     captions[2], captions[4] = "", " . "
     # A reference without words would match an empty caption in ROUGE-L, and is left out.
     references[2] = ["...", *references[2]]
-    expected = naive(["" if i in (2, 4) else c for i, c in enumerate(captions)], [r[r[0] == "..." :] for r in references])
+    expected = naive(
+        ["" if i in (2, 4) else c for i, c in enumerate(captions)], [r[r[0] == "..." :] for r in references]
+    )
     scores = caption_scores.caption_scores(captions, references)
     assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-4)
     nothing = caption_scores.caption_scores([""] * 6, references)
@@ -190,7 +215,9 @@ def test_cider_of_a_single_example_is_0(no_java):
 
 
 @installed
-@pytest.mark.parametrize("references", [[["a dog runs"]], [["a dog", "one dog"]] * 3, [["a dog"], ["A dog."]]])
+@pytest.mark.parametrize(
+    "references", [[["a dog runs"]], [["a dog", "one dog"]] * 3, [["a dog"], ["A dog."]]]
+)
 def test_cider_that_is_0_for_any_caption_says_so(no_java, references):
     captions = ["a dog"] * len(references)
     scores = caption_scores.caption_scores(captions, references)

@@ -84,21 +84,29 @@ def test_thousands_of_captions_go_through(play, tmp_path):
     assert java.meteor(tmp_path / "a.jar", ["a dog"] * 3000, [["a bird"] * 5] * 3000) == 0.5
 
 
-@pytest.mark.parametrize("run", [lambda jar: java.tokenize(jar, ["a"], 2), lambda jar: java.meteor(jar, ["a"], [["a"]], 2)])
+@pytest.mark.parametrize(
+    "run", [lambda jar: java.tokenize(jar, ["a"], 2), lambda jar: java.meteor(jar, ["a"], [["a"]], 2)]
+)
 def test_a_program_that_never_ends_is_stopped_and_waited_for(play, tmp_path, run):
     pids = play("hang")
     begin = time.monotonic()
-    with pytest.raises(EvalError, match="failed: no end after 2 seconds; repair Java, or take it off the PATH"):
+    with pytest.raises(
+        EvalError, match="failed: no end after 2 seconds; repair Java, or take it off the PATH"
+    ):
         run(tmp_path / "a.jar")
     assert time.monotonic() - begin < 20 and gone(pids())
 
 
-@pytest.mark.parametrize("run", [lambda jar: java.tokenize(jar, ["a"]), lambda jar: java.meteor(jar, ["a"], [["a"]])])
+@pytest.mark.parametrize(
+    "run", [lambda jar: java.tokenize(jar, ["a"]), lambda jar: java.meteor(jar, ["a"], [["a"]])]
+)
 def test_what_a_failing_program_says_is_passed_on(play, tmp_path, run):
     pids = play("fail")
     with pytest.raises(EvalError) as error:
         run(tmp_path / "a.jar")
-    assert "failed: Error: out of memory; repair Java, or take it off the PATH to score without it." in str(error.value)
+    assert "failed: Error: out of memory; repair Java, or take it off the PATH to score without it." in str(
+        error.value
+    )
     assert gone(pids())
 
 
@@ -132,7 +140,9 @@ def test_no_jar_is_found_without_java_or_without_pycocoevalcap(monkeypatch, tmp_
     (package / "meteor").mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "meteor" / "meteor-1.5.jar").touch()
-    spec = importlib.util.spec_from_file_location("pycocoevalcap", package / "__init__.py", submodule_search_locations=[str(package)])
+    spec = importlib.util.spec_from_file_location(
+        "pycocoevalcap", package / "__init__.py", submodule_search_locations=[str(package)]
+    )
     monkeypatch.setattr(java.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(java.shutil, "which", lambda name: "/bin/java")
     assert java.find_jar(java.METEOR) == package / "meteor" / "meteor-1.5.jar"

@@ -9,7 +9,12 @@ from llava_keeplora_eval import EvalError, load_metric
 from llava_keeplora_eval.metrics import METRICS, AnswerMetric
 
 RULES = [name for name, record in METRICS.items() if isinstance(record, AnswerMetric)]
-GIVEN = {"question": "What is it?", "image": "images/map_1.png", "answer_type": "Doc-oriented VQA", "size": [640, 480]}
+GIVEN = {
+    "question": "What is it?",
+    "image": "images/map_1.png",
+    "answer_type": "Doc-oriented VQA",
+    "size": [640, 480],
+}
 TEN = ["yes"] * 6 + ["no"] * 2 + ["maybe"] * 2
 
 
@@ -56,7 +61,12 @@ WORKED = [
     ("vqa_accuracy", "A", ["a"] * 7 + ["b"] * 3, 1),
     ("vqa_accuracy", "A", ["A"], 1),
     ("vqa_accuracy", "a.", ["A"], 1),
-    ("vqa_accuracy", "the", ["A"], 0),  # below four answers there is no script, and an option isn't an article
+    (
+        "vqa_accuracy",
+        "the",
+        ["A"],
+        0,
+    ),  # below four answers there is no script, and an option isn't an article
     ("vqa_accuracy", ".", ["."], 1),
     ("vqa_accuracy", ".", ["a", "b"], 0),
     ("coin_textvqa", "a", ["a"] * 10, 1),
@@ -222,7 +232,9 @@ def test_the_accepted_answer_itself_is_right_and_complies(name):
         ("coin_ocrvqa", "By Jane Doe.", "Jane Doe"),
     ],
 )
-def test_a_sentence_around_the_answer_loses_score_and_compliance_but_not_the_lenient_score(name, prediction, gold):
+def test_a_sentence_around_the_answer_loses_score_and_compliance_but_not_the_lenient_score(
+    name, prediction, gold
+):
     result = scored(name, prediction, [gold], image="AI2D_1.png")
     assert (result[name], result["lenient"], result["compliance"]) == (0, 1, 0)
 
@@ -233,7 +245,23 @@ def test_another_spelling_of_a_class_is_right_for_a_lenient_reader_and_complies(
 
 
 def test_lenient_is_never_below_strict_and_every_share_lies_between_0_and_1():
-    words = ["a", "B", "no", "yes", "3", "three", "cat", "cats", "red", ".", "Unanswerable", "answer is", ",", "0.5", "(C)"]
+    words = [
+        "a",
+        "B",
+        "no",
+        "yes",
+        "3",
+        "three",
+        "cat",
+        "cats",
+        "red",
+        ".",
+        "Unanswerable",
+        "answer is",
+        ",",
+        "0.5",
+        "(C)",
+    ]
     chance = random.Random(0)
 
     def text():
@@ -253,7 +281,9 @@ def test_shares_are_means_over_all_examples_and_soft_rules_count_nothing():
 
 
 def test_the_classes_that_accuracy_knows_are_those_of_the_references():
-    result = METRICS["accuracy"].compute(["Red_bird", "dog", "tree", ""], [["cat"], ["red bird"], ["cat"], ["dog"]])
+    result = METRICS["accuracy"].compute(
+        ["Red_bird", "dog", "tree", ""], [["cat"], ["red bird"], ["cat"], ["dog"]]
+    )
     assert result == {"accuracy": 0, "lenient": 0, "compliance": 0.5, "correct": 0}
 
 
@@ -292,7 +322,10 @@ def test_numbers_are_equal_to_their_last_digit():
 
 def test_boxes_are_compared_in_pixels_where_rounding_decides():
     box, gold = "[0.79, 0.550, 0.97, 0.62].", "[0.8,0.51,0.98,0.61]"
-    results = {side: scored("coin_grounding", box, [gold], size=[side, 8])["coin_grounding"] for side in range(50, 700)}
+    results = {
+        side: scored("coin_grounding", box, [gold], size=[side, 8])["coin_grounding"]
+        for side in range(50, 700)
+    }
     assert set(results.values()) == {0, 1}
 
 

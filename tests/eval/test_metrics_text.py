@@ -99,7 +99,14 @@ def test_the_one_number_in_an_answer(text, number):
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("Yes", "yes"), ("no.", "no"), ("No, yes is wrong", "no"), ("I say yes", "yes"), ("say yes or no", None), ("maybe", None)],
+    [
+        ("Yes", "yes"),
+        ("no.", "no"),
+        ("No, yes is wrong", "no"),
+        ("I say yes", "yes"),
+        ("say yes or no", None),
+        ("maybe", None),
+    ],
 )
 def test_the_yes_or_no_of_an_answer(text, found):
     assert answer_forms.find_yes_no(text) == found

@@ -11,7 +11,7 @@ from llava_keeplora_eval import EvalError
 from llava_keeplora_eval.llava import LlavaPredictor
 from llava_keeplora_eval.models import load_clip, load_llava, load_llava_processor
 from llava_keeplora_eval.predictors import ClipPredictor
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 
 
 @pytest.fixture
@@ -24,21 +24,42 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize(("name", "changes", "said"), [
-    ("config.json", {"image_token_id": 5, "image_token_index": 5}, "has the image token .* and its config.json 5"),
-    ("config.json", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy default, and its config.json full"),
-    ("config.json", {"vision_feature_layer": 99}, "vision_feature_layer 99, and its vision encoder"),
-    ("config.json", {"vision_feature_layer": [-1, -99]}, "vision_feature_layer -99"),
-    ("processor_config.json", {"patch_size": 3}, "has the patch_size 3, and its config.json"),
-])
-def test_a_processor_that_makes_other_image_tokens_than_the_model_takes_is_refused(copied, name, changes, said):
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        (
+            "config.json",
+            {"image_token_id": 5, "image_token_index": 5},
+            "has the image token .* and its config.json 5",
+        ),
+        (
+            "config.json",
+            {"vision_feature_select_strategy": "full"},
+            "vision_feature_select_strategy default, and its config.json full",
+        ),
+        ("config.json", {"vision_feature_layer": 99}, "vision_feature_layer 99, and its vision encoder"),
+        ("config.json", {"vision_feature_layer": [-1, -99]}, "vision_feature_layer -99"),
+        ("processor_config.json", {"patch_size": 3}, "has the patch_size 3, and its config.json"),
+    ],
+)
+def test_a_processor_that_makes_other_image_tokens_than_the_model_takes_is_refused(
+    copied, name, changes, said
+):
     load_llava_processor(str(copied))
     edit(copied / name, **changes)
     with pytest.raises(EvalError, match=said):
         load_llava_processor(str(copied))
 
 
-@pytest.mark.parametrize("template", ["{% if", "{{ 1 / 0 }}", "{{ messages.nothing.at.all }}", "{{ raise_exception('roles must alternate') }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if",
+        "{{ 1 / 0 }}",
+        "{{ messages.nothing.at.all }}",
+        "{{ raise_exception('roles must alternate') }}",
+    ],
+)
 def test_a_chat_template_that_fails_is_one_sentence(copied, mixed_tasks, template):
     from llava_keeplora_eval.chat import Chat
 
@@ -50,7 +71,7 @@ def test_a_chat_template_that_fails_is_one_sentence(copied, mixed_tasks, templat
 
 
 def first(recipe):
-    data = load_recipe(recipe).load("test")
+    data = load_split(load_recipe(recipe), "test")
     return data, [data[0], data[1]]
 
 
@@ -58,7 +79,9 @@ def test_outputs_of_a_clip_that_are_no_numbers_are_refused(tiny_clip, tiny_tasks
     data, examples = first(str(tiny_tasks[0]))
     model, processor = load_clip(str(tiny_clip))
     torch.nn.init.constant_(model.vision_model.post_layernorm.weight, 1e38)
-    with pytest.raises(EvalError, match=f"outputs for example '{examples[0].id}' are NaN or infinite in float32"):
+    with pytest.raises(
+        EvalError, match=f"outputs for example '{examples[0].id}' are NaN or infinite in float32"
+    ):
         ClipPredictor(model, processor, data.recipe).predict(examples)
 
 

@@ -33,13 +33,25 @@ def test_a_model_of_another_family_is_refused(tmp_path, tiny_clip):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=8,
+        patch_size=4,
     )
     CLIPVisionModel(config).save_pretrained(tmp_path)
-    for name in ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
         if (tiny_clip / name).exists():
             (tmp_path / name).write_text((tiny_clip / name).read_text())
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "clip_vision_model"
     with pytest.raises(EvalError) as error:
         load_clip(str(tmp_path))
-    assert f"'{tmp_path}' is a 'clip_vision_model' model" in str(error.value) and "clip, llava" in str(error.value)
+    assert f"'{tmp_path}' is a 'clip_vision_model' model" in str(error.value) and "clip, llava" in str(
+        error.value
+    )

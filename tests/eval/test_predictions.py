@@ -10,7 +10,9 @@ from llava_keeplora_eval.predictions import join_shards
 
 
 def line(key="pet-0", text="cat", recipe="pets", version=1, fingerprint="f00d"):
-    return json.dumps({"id": key, "text": text, "recipe": recipe, "version": version, "fingerprint": fingerprint})
+    return json.dumps(
+        {"id": key, "text": text, "recipe": recipe, "version": version, "fingerprint": fingerprint}
+    )
 
 
 def test_every_id_gets_one_line_in_order_with_its_source(tmp_path, data, recorder):
@@ -200,7 +202,14 @@ def test_shares_of_two_models_are_not_joined(tmp_path, data):
 
 
 @pytest.mark.parametrize(
-    "line", ["[" * 100_000, line()[:-1] + ', "id": "pet-1"}', line().replace("cat", "\\ud83d"), "9" * 5000, "\0" * 40]
+    "line",
+    [
+        "[" * 100_000,
+        line()[:-1] + ', "id": "pet-1"}',
+        line().replace("cat", "\\ud83d"),
+        "9" * 5000,
+        "\0" * 40,
+    ],
 )
 def test_a_hostile_line_is_refused_in_one_sentence(tmp_path, data, recorder, line):
     path = tmp_path / "predictions.jsonl"

@@ -25,7 +25,9 @@ def clip(tiny_clip):
 def test_predictions_are_the_argmax_of_transformers_own_logits(clip, data):
     model, processor = clip
     examples = [data[i] for i in range(len(data))]
-    pixels = processor.image_processor(images=[e.image for e in examples], return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(images=[e.image for e in examples], return_tensors="pt")[
+        "pixel_values"
+    ]
     tokens = processor.tokenizer(data.recipe.prompts, padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = model(
@@ -46,7 +48,9 @@ def test_test_prompts_are_averaged_as_unit_vectors_and_the_mean_made_one(clip, t
     recipe = dataclasses.replace(plain, test_prompts=templates)
     rows = []
     for name in recipe.classes:  # Class by class, as ZSCL's evaluation does.
-        tokens = processor.tokenizer([t.replace("{c}", name.replace("_", " ")) for t in templates], padding=True, return_tensors="pt")
+        tokens = processor.tokenizer(
+            [t.replace("{c}", name.replace("_", " ")) for t in templates], padding=True, return_tensors="pt"
+        )
         with torch.no_grad():
             features = model.get_text_features(**tokens)
         features = getattr(features, "pooler_output", features)
@@ -55,7 +59,10 @@ def test_test_prompts_are_averaged_as_unit_vectors_and_the_mean_made_one(clip, t
     one = ClipPredictor(model, processor, recipe)
     with torch.no_grad():
         torch.testing.assert_close(one.with_test_prompts().prompt_features(), torch.stack(rows))
-        assert torch.equal(one.prompt_features(), ClipPredictor(model, processor, plain).with_test_prompts().prompt_features()), "none but its one prompt"
+        assert torch.equal(
+            one.prompt_features(),
+            ClipPredictor(model, processor, plain).with_test_prompts().prompt_features(),
+        ), "none but its one prompt"
 
 
 def test_features_have_unit_length_and_carry_gradients(clip, data):

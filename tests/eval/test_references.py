@@ -146,7 +146,15 @@ def kind_of(classes, labels=(0, 1), metric="accuracy", kind="classification", an
         def __len__(self):
             return count
 
-    return Data(recipe=recipe, split="test", labels=list(labels), ids=ids, answers=answers, questions=[None] * count, meta=[{}] * count)
+    return Data(
+        recipe=recipe,
+        split="test",
+        labels=list(labels),
+        ids=ids,
+        answers=answers,
+        questions=[None] * count,
+        meta=[{}] * count,
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,7 +177,9 @@ def test_classes_that_a_score_takes_for_each_other_are_told(classes, metric, pai
     assert max(swapped[metric], swapped["lenient"]) == 1
 
 
-@pytest.mark.parametrize("classes", [["cat", "dog"], ["dog", "hot dog"], ["+", "*", "\N{CAT FACE}", "\N{DOG FACE}"], ["1", "10"]])
+@pytest.mark.parametrize(
+    "classes", [["cat", "dog"], ["dog", "hot dog"], ["+", "*", "\N{CAT FACE}", "\N{DOG FACE}"], ["1", "10"]]
+)
 @pytest.mark.parametrize("metric", ["accuracy", "exact_match", "caption_rouge_l"])
 def test_classes_that_every_score_tells_apart_are_not_told(classes, metric):
     assert metric_record(metric).alike(classes) == []
@@ -179,9 +189,17 @@ def test_classes_that_every_score_tells_apart_are_not_told(classes, metric):
 def test_an_empty_accepted_text_is_told_as_empty_and_not_as_one_of_a_wrong_form(empty):
     data = kind_of(None, metric="option_letter", kind="vqa", answers=[[empty], ["A"], ["2"]])
     said = check_references(data)
-    assert "1 of 3 examples of pets (test), 33.3 %, get 0 from the metric 'option_letter' because their accepted text is empty (r0" in said
-    assert "complete or remove these records; 1 of 3 examples" in said and "even if their accepted text is answered to the letter (r2" in said
-    with pytest.raises(EvalError, match="because their accepted text is empty.*; complete or remove these records.$") as caught:
+    assert (
+        "1 of 3 examples of pets (test), 33.3 %, get 0 from the metric 'option_letter' because their accepted text is empty (r0"
+        in said
+    )
+    assert (
+        "complete or remove these records; 1 of 3 examples" in said
+        and "even if their accepted text is answered to the letter (r2" in said
+    )
+    with pytest.raises(
+        EvalError, match="because their accepted text is empty.*; complete or remove these records.$"
+    ) as caught:
         check_references(kind_of(None, metric="exact_match", kind="vqa", answers=[[empty]]))
     assert "to the letter" not in str(caught.value)
     assert metric_record("exact_match").compute([empty], [[empty]])["exact_match"] == 0

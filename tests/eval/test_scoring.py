@@ -60,7 +60,11 @@ def test_empty_and_wrong_texts_stay_in_the_denominator(tmp_path, data):
 def test_an_empty_text_is_wrong_even_where_it_is_accepted():
     metric = load_metric("accuracy")
     result = metric.compute(predictions=["", "a", "b"], references=[[""], ["x", "a"], []])
-    assert (result["accuracy"], result["lenient"], result["correct"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3), 1)
+    assert (result["accuracy"], result["lenient"], result["correct"]) == (
+        pytest.approx(1 / 3),
+        pytest.approx(1 / 3),
+        1,
+    )
 
 
 def test_scoring_twice_gives_the_same_number_and_needs_no_network(tmp_path, data, recorder, monkeypatch):

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from llava_keeplora.config import parse_config
-from llava_keeplora.export import check, export_run, reload
+from llava_keeplora.export import export_run, verify, verify_worker
 from llava_keeplora.sequence import runner
 
 BASE_ID = "you/tiny-base@abc123"
@@ -38,13 +38,13 @@ def finished(run_tree, llava_tree, tmp_path_factory):
 def reload_here(room):
     """Load an export again in this process: a start of Python with all libraries takes seconds."""
     with contextlib.chdir(room):
-        reload.main()
+        verify_worker.main()
 
 
 @pytest.fixture
 def quick_reload(monkeypatch):
     """Exports are loaded again in this process; other tests do it in a fresh one."""
-    monkeypatch.setattr(check, "reload_in_fresh_process", reload_here)
+    monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +58,11 @@ def exported(finished, tmp_path_factory):
             folder = tmp_path_factory.mktemp(run) / "you" / f"{run}-adapter"
             with pytest.MonkeyPatch.context() as patch:
                 if run == "clip":
-                    patch.setattr(check, "reload_in_fresh_process", reload_here)
-                done[run] = folder, export_run(finished(run), "adapter", folder, base_id=BASE_ID, name=f"you/{run}-adapter")
+                    patch.setattr(verify, "verify_in_fresh_process", reload_here)
+                done[run] = (
+                    folder,
+                    export_run(finished(run), "adapter", folder, base_id=BASE_ID, name=f"you/{run}-adapter"),
+                )
         return done[run]
 
     return export
@@ -74,7 +77,10 @@ def states(finished, tmp_path_factory):
         if task not in done:
             with pytest.MonkeyPatch.context() as patch:
                 # Loading again is tested below, once.
-                patch.setattr("llava_keeplora.export.run_export.check_export", lambda folder, form, base, batch, meant, layers: (meant, meant))
+                patch.setattr(
+                    "llava_keeplora.export.run_export.verify_export",
+                    lambda folder, form, base, batch, meant, layers: (meant, meant),
+                )
                 done[task] = tmp_path_factory.mktemp("state") / "state"
                 export_run(finished("clip"), "state", done[task], at_task=task, base_id="you/tiny-base")
         return done[task]

@@ -44,11 +44,13 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.dispatch({
-            r"/api/models/(\w+/[\w-]+)(?:/revision/\w+)?": self.info,
-            r"/api/models/(\w+/[\w-]+)/tree/\w+": self.tree,
-            r"/(\w+/[\w-]+)/resolve/\w+/(.+)": self.resolve,
-        })
+        self.dispatch(
+            {
+                r"/api/models/(\w+/[\w-]+)(?:/revision/\w+)?": self.info,
+                r"/api/models/(\w+/[\w-]+)/tree/\w+": self.tree,
+                r"/(\w+/[\w-]+)/resolve/\w+/(.+)": self.resolve,
+            }
+        )
 
     do_HEAD = do_GET
 
@@ -60,13 +62,15 @@ class Handler(BaseHTTPRequestHandler):
         self.take_body()
         if self.headers.get("authorization") != f"Bearer {TOKEN}":
             return self.answer(401, {"error": "Invalid username or password."})
-        self.dispatch({
-            r"/api/repos/create": self.create,
-            r"/api/validate-yaml": lambda: self.answer(200, {"errors": [], "warnings": []}),
-            r"/api/models/(\w+/[\w-]+)/preupload/main": self.preupload,
-            r"/(\w+/[\w-]+)\.git/info/lfs/objects/batch": self.batch,
-            r"/api/models/(\w+/[\w-]+)/commit/main": self.commit,
-        })
+        self.dispatch(
+            {
+                r"/api/repos/create": self.create,
+                r"/api/validate-yaml": lambda: self.answer(200, {"errors": [], "warnings": []}),
+                r"/api/models/(\w+/[\w-]+)/preupload/main": self.preupload,
+                r"/(\w+/[\w-]+)\.git/info/lfs/objects/batch": self.batch,
+                r"/api/models/(\w+/[\w-]+)/commit/main": self.commit,
+            }
+        )
 
     def do_PUT(self):
         self.take_body()
@@ -86,7 +90,11 @@ class Handler(BaseHTTPRequestHandler):
         if status in (401, 404) and "/resolve/" not in self.path:
             headers = [("X-Error-Code", "RepoNotFound"), *headers] if status == 404 else headers
         self.send_response(status)
-        for key, value in [("content-type", "application/json"), ("content-length", str(len(data))), *headers]:
+        for key, value in [
+            ("content-type", "application/json"),
+            ("content-length", str(len(data))),
+            *headers,
+        ]:
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -100,12 +108,28 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, name):
         files = json.loads(self.body)["files"]
-        modes = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".png")) else "regular", "shouldIgnore": False} for f in files]
+        modes = [
+            {
+                "path": f["path"],
+                "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".png")) else "regular",
+                "shouldIgnore": False,
+            }
+            for f in files
+        ]
         self.answer(200, {"files": modes})
 
     def batch(self, name):
         objects = json.loads(self.body)["objects"]
-        self.answer(200, {"transfer": "basic", "objects": [o | {"actions": {"upload": {"href": f"{self.server.url}/put/{o['oid']}"}}} for o in objects]})
+        self.answer(
+            200,
+            {
+                "transfer": "basic",
+                "objects": [
+                    o | {"actions": {"upload": {"href": f"{self.server.url}/put/{o['oid']}"}}}
+                    for o in objects
+                ],
+            },
+        )
 
     def commit(self, name):
         repository = self.server.repositories[name]
@@ -118,23 +142,49 @@ class Handler(BaseHTTPRequestHandler):
                 content = self.server.large[value["oid"]]
                 assert hashlib.sha256(content).hexdigest() == value["oid"]
                 repository[value["path"]] = content
-        self.answer(200, {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "pullRequestUrl": None})
+        self.answer(
+            200,
+            {
+                "success": True,
+                "commitOid": COMMIT,
+                "commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}",
+                "pullRequestUrl": None,
+            },
+        )
 
     def info(self, name):
         if name not in self.server.repositories:
             return self.answer(404, {"error": "Repository not found"})
         files = self.server.repositories[name]
-        self.answer(200, {"id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [], "siblings": [{"rfilename": path} for path in files]})
+        self.answer(
+            200,
+            {
+                "id": name,
+                "modelId": name,
+                "sha": COMMIT,
+                "private": False,
+                "tags": [],
+                "siblings": [{"rfilename": path} for path in files],
+            },
+        )
 
     def tree(self, name):
         files = self.server.repositories.get(name, {})
-        self.answer(200, [{"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for path, data in files.items()])
+        self.answer(
+            200,
+            [
+                {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for path, data in files.items()
+            ],
+        )
 
     def resolve(self, name, path):
         content = self.server.repositories.get(name, {}).get(path)
         if content is None:
             return self.answer(404, {"error": "Entry not found"}, [("X-Error-Code", "EntryNotFound")])
-        self.answer(200, content, [("etag", f'"{hashlib.sha256(content).hexdigest()}"'), ("x-repo-commit", COMMIT)])
+        self.answer(
+            200, content, [("etag", f'"{hashlib.sha256(content).hexdigest()}"'), ("x-repo-commit", COMMIT)]
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from PIL import Image
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export import export_run
-from llava_keeplora.export.bundle import published_base
+from llava_keeplora.export.loaded_run import published_base
 from llava_keeplora_eval import EvalError, Matrix
 from llava_keeplora_eval.checkpoints import model_content
 from llava_keeplora_eval.metrics import METRICS
@@ -39,8 +39,12 @@ def snippet(folder):
 
 def test_the_code_of_an_adapters_card_runs_in_a_fresh_process(exported, shelf):
     folder, _ = exported("llava")
-    assert 'PeftModel.from_pretrained(model, "you/llava-adapter")' in snippet(folder) and 'revision="abc123"' in snippet(folder)
-    done = subprocess.run([sys.executable, "-c", snippet(folder)], cwd=shelf("llava", folder), capture_output=True, text=True)
+    assert 'PeftModel.from_pretrained(model, "you/llava-adapter")' in snippet(
+        folder
+    ) and 'revision="abc123"' in snippet(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet(folder)], cwd=shelf("llava", folder), capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout, done.stderr[-2000:]
 
 
@@ -48,11 +52,15 @@ def test_the_code_of_a_clip_adapters_card_chooses_one_of_its_captions(exported, 
     folder, _ = exported("clip")
     monkeypatch.chdir(shelf("clip", folder))
     exec(snippet(folder), {})
-    assert capsys.readouterr().out.strip() in {f"a photo of the {name} ." for name in ("north", "east", "south", "west")}
+    assert capsys.readouterr().out.strip() in {
+        f"a photo of the {name} ." for name in ("north", "east", "south", "west")
+    }
 
 
 @pytest.mark.parametrize("kind", ["llava", "clip"])
-def test_the_code_of_a_checkpoints_card_runs(kind, finished, shelf, tmp_path_factory, monkeypatch, capsys, quick_reload):
+def test_the_code_of_a_checkpoints_card_runs(
+    kind, finished, shelf, tmp_path_factory, monkeypatch, capsys, quick_reload
+):
     folder = tmp_path_factory.mktemp("merged") / f"{kind}-merged"
     export_run(finished(kind), "merged", folder, base_id="you/tiny-base", name=f"you/{kind}-merged")
     assert "peft" not in snippet(folder) and "tiny-base" not in snippet(folder)
@@ -62,12 +70,20 @@ def test_the_code_of_a_checkpoints_card_runs(kind, finished, shelf, tmp_path_fac
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("kind", "tag"), [("llava", "image-text-to-text"), ("clip", "zero-shot-image-classification")])
+@pytest.mark.parametrize(
+    ("kind", "tag"), [("llava", "image-text-to-text"), ("clip", "zero-shot-image-classification")]
+)
 def test_the_hub_reads_the_cards_metadata(kind, tag, exported):
     card = ModelCard.load(exported(kind)[0] / "README.md")
     facts = card.data.to_dict()
-    assert facts["base_model"] == "you/tiny-base" and facts["library_name"] == "peft" and facts["pipeline_tag"] == tag
-    assert {"keeplora", "continual-learning", "lora", kind, "base_model:adapter:you/tiny-base"} <= set(facts["tags"])
+    assert (
+        facts["base_model"] == "you/tiny-base"
+        and facts["library_name"] == "peft"
+        and facts["pipeline_tag"] == tag
+    )
+    assert {"keeplora", "continual-learning", "lora", kind, "base_model:adapter:you/tiny-base"} <= set(
+        facts["tags"]
+    )
     assert set(facts["metrics"]) <= set(METRICS)
     text = (exported(kind)[0] / "README.md").read_text()
     assert yaml.safe_load(text.split("---")[1]) == facts
@@ -78,13 +94,22 @@ def test_the_card_tells_base_method_order_scores_metrics_licences_and_seed(expor
     folder, done = exported("llava")
     text = (folder / "README.md").read_text()
     matrix = Matrix.from_json(finished("llava") / "keeplora/matrix.json")
-    assert matrix.markdown().strip() in text and "![score of every task after every stage](matrix.png)" in text
+    assert (
+        matrix.markdown().strip() in text and "![score of every task after every stage](matrix.png)" in text
+    )
     assert Image.open(folder / "matrix.png").width > 400
     assert "at revision `abc123`, taught 3 tasks one after another: questions, captions, corners." in text
     assert "[KeepLoRA" in text and "https://arxiv.org/abs/2601.19659" in text
     assert "| questions | exact_match v2 |" in text and "| captions | caption_rouge_l v1 |" in text
-    assert "| questions | 1 | vqa | exact_match | CC0-1.0 |" in text and "| corners | 1 | classification | accuracy | CC0-1.0 |" in text
-    assert "| seed | 0 |" in text and "| part `language` | train \"adapter\", rank 2, alpha 2.0, energy_weight 0.5, energy_feature 0.9 |" in text
+    assert (
+        "| questions | 1 | vqa | exact_match | CC0-1.0 |" in text
+        and "| corners | 1 | classification | accuracy | CC0-1.0 |" in text
+    )
+    assert (
+        "| seed | 0 |" in text
+        and '| part `language` | train "adapter", rank 2, alpha 2.0, energy_weight 0.5, energy_feature 0.9 |'
+        in text
+    )
     assert f"one LoRA of rank 6 on {len(done.adapter.layers)} layers" in text
     assert "llava-keeplora import you/llava-adapter --into runs/continued" in text
 
@@ -101,7 +126,10 @@ def test_a_card_after_an_earlier_task_has_the_scores_up_to_it(finished, tmp_path
 
 def test_a_base_that_only_this_machine_knows_needs_a_name_on_the_hub(tiny_clip):
     for name in (str(tiny_clip), "tiny-clip", "./nowhere"):
-        with pytest.raises(ConfigError, match="a folder of this machine, which nobody else can load; give its id on the Hub with --base-id user/name"):
+        with pytest.raises(
+            ConfigError,
+            match="a folder of this machine, which nobody else can load; give its id on the Hub with --base-id user/name",
+        ):
             published_base(ModelConfig(name), None)
         assert published_base(ModelConfig(name), "you/clip@v2").revision == "v2"
     found = published_base(ModelConfig(str(tiny_clip)), "you/clip")
@@ -113,7 +141,10 @@ def test_a_base_that_only_this_machine_knows_needs_a_name_on_the_hub(tiny_clip):
 
 def test_a_base_from_the_hub_is_named_with_the_commit_that_was_loaded(tmp_path, monkeypatch):
     commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--you--clip"
-    for path, text in {f"snapshots/{commit}/config.json": '{"model_type": "clip"}', "refs/main": commit}.items():
+    for path, text in {
+        f"snapshots/{commit}/config.json": '{"model_type": "clip"}',
+        "refs/main": commit,
+    }.items():
         (cache / path).parent.mkdir(parents=True)
         (cache / path).write_text(text)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

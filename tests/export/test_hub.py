@@ -29,7 +29,9 @@ def online(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
         monkeypatch.setenv("HF_TOKEN", token)
         huggingface_hub.close_session()
@@ -45,29 +47,55 @@ def server():
 
 
 def files_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
-def test_what_is_pushed_is_the_export_and_import_makes_a_run_of_it_elsewhere(exported, finished, server, online, tmp_path, tiny_llava):
+def test_what_is_pushed_is_the_export_and_import_makes_a_run_of_it_elsewhere(
+    exported, finished, server, online, tmp_path, tiny_llava
+):
     folder, _ = exported("llava")
     online(server.url)
     assert hub.push(folder, "you/learned") == f"{server.url}/you/learned"
     assert server.repositories["you/learned"] == files_of(folder)
     # Somebody else's code in the repository isn't even fetched.
-    server.repositories["you/learned"] |= {"modeling_evil.py": b"raise SystemExit", "pytorch_model.bin": b"\x80\x04"}
+    server.repositories["you/learned"] |= {
+        "modeling_evil.py": b"raise SystemExit",
+        "pytorch_model.bin": b"\x80\x04",
+    }
     import_state("you/learned", tmp_path / "run", base=str(tiny_llava))
     assert not [path for _, path in server.requests if path.endswith((".py", ".bin"))]
     for path in (finished("llava") / "keeplora").glob("*/delta.safetensors"):
         assert file_hash(tmp_path / "run" / path.relative_to(finished("llava"))) == file_hash(path)
 
 
-def test_without_yes_a_push_lists_files_and_sizes_and_sends_nothing(finished, server, online, tmp_path, capsys, quick_reload):
+def test_without_yes_a_push_lists_files_and_sizes_and_sends_nothing(
+    finished, server, online, tmp_path, capsys, quick_reload
+):
     online(server.url)
-    arguments = ["export", str(finished("clip")), "--as", "adapter", "--into", str(tmp_path / "out"), "--base-id", "you/tiny-base", "--push", "you/learned"]
+    arguments = [
+        "export",
+        str(finished("clip")),
+        "--as",
+        "adapter",
+        "--into",
+        str(tmp_path / "out"),
+        "--base-id",
+        "you/tiny-base",
+        "--push",
+        "you/learned",
+    ]
     assert cli.main(arguments) == 0
     out, folder = capsys.readouterr().out, tmp_path / "out"
-    assert f"you/learned would get {len(files_of(folder))} files, " in out and "nothing is pushed without --yes" in out
-    assert f"{(folder / 'adapter_model.safetensors').stat().st_size / 1e6:10.3f} MB  adapter_model.safetensors\n" in out
+    assert (
+        f"you/learned would get {len(files_of(folder))} files, " in out
+        and "nothing is pushed without --yes" in out
+    )
+    assert (
+        f"{(folder / 'adapter_model.safetensors').stat().st_size / 1e6:10.3f} MB  adapter_model.safetensors\n"
+        in out
+    )
     assert server.requests == [] and server.repositories == {}
     assert 'PeftModel.from_pretrained(model, "you/learned")' in (folder / "README.md").read_text()
     # The same command with --yes replaces the export and sends it.
@@ -76,30 +104,43 @@ def test_without_yes_a_push_lists_files_and_sizes_and_sends_nothing(finished, se
     assert server.repositories["you/learned"] == files_of(folder)
 
 
-def test_a_push_offline_or_to_where_nobody_listens_says_so_and_how_to_push_later(tmp_path, online, monkeypatch):
+def test_a_push_offline_or_to_where_nobody_listens_says_so_and_how_to_push_later(
+    tmp_path, online, monkeypatch
+):
     (tmp_path / "README.md").write_text("# card")
     later = f"the export in {tmp_path} is complete; push it later with `hf upload you/learned {tmp_path}`"
     with pytest.raises(RunError) as error:
         hub.push(tmp_path, "you/learned")
-    assert str(error.value) == f"pushing to 'you/learned' needs a network, and HF_HUB_OFFLINE is set; unset it, or {later}."
+    assert (
+        str(error.value)
+        == f"pushing to 'you/learned' needs a network, and HF_HUB_OFFLINE is set; unset it, or {later}."
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
     online(url)
     with pytest.raises(RunError) as error:
         hub.push(tmp_path, "you/learned")
-    assert str(error.value) == f"pushing to 'you/learned' failed, because {url} cannot be reached (ConnectError); {later}."
+    assert (
+        str(error.value)
+        == f"pushing to 'you/learned' failed, because {url} cannot be reached (ConnectError); {later}."
+    )
 
 
 def test_a_push_that_the_hub_refuses_says_how_to_log_in(tmp_path, online, server):
     (tmp_path / "README.md").write_text("# card")
     online(server.url, token="hf_wrong")
-    with pytest.raises(RunError, match="pushing to 'you/learned' is not allowed .the Hub answered 401.; log in with `hf auth login`"):
+    with pytest.raises(
+        RunError,
+        match="pushing to 'you/learned' is not allowed .the Hub answered 401.; log in with `hf auth login`",
+    ):
         hub.push(tmp_path, "you/learned")
 
 
 def test_importing_what_is_not_there_or_cannot_be_reached_is_one_sentence(tmp_path, online, server):
-    with pytest.raises(RunError, match="fetching 'you/gone' (needs a network|failed).*give a folder of this machine"):
+    with pytest.raises(
+        RunError, match="fetching 'you/gone' (needs a network|failed).*give a folder of this machine"
+    ):
         import_state("you/gone", tmp_path / "run")
     online(server.url)
     with pytest.raises(RunError, match="fetching 'you/gone' found no such repository; check its name"):

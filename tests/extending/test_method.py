@@ -8,14 +8,15 @@ import pytest
 import yaml
 
 from llava_keeplora.cli import main
-from llava_keeplora.config import load_config, parse_config, read_dumped
+from llava_keeplora.config import load_config, parse_config
 from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.export import import_state
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.journal import Journal
 from llava_keeplora.report.run_report import write_run_report
-from llava_keeplora.run_folder import extended, load_run, read_identity
+from llava_keeplora.run_folder import read_dumped
+from llava_keeplora.saved_run import extended, load_run, read_identity
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora_recipes.registry import PluginError
 
@@ -61,18 +62,27 @@ def test_the_example_has_at_most_forty_lines():
 def test_the_label_is_a_folder_and_the_identity_has_no_path_but_the_source(home, finished):
     identity = read_identity(finished)["methods"][LABEL]
     assert (finished / LABEL / "journal.jsonl").is_file() and identity["method"] == "ewc_lora:EwcLora"
-    assert list(identity["source"]) == ["ewc_lora.py"] and str(home) not in (finished / "identity.json").read_text()
+    assert (
+        list(identity["source"]) == ["ewc_lora.py"]
+        and str(home) not in (finished / "identity.json").read_text()
+    )
     assert read_dumped(finished)["methods"][LABEL]["method"] == f"{home / 'ewc_lora.py'}:EwcLora"
 
 
 def test_it_learns_something_else_than_lora_without_a_penalty(home, finished, driven, tmp_path):
     first, second = sorted(finished.glob(f"{LABEL}/task-0[12]*/delta.safetensors"))
-    free = driven(load_config(str(home / "run.yaml"), [f"methods.{LABEL}.strength=0"], output_dir=str(tmp_path / "free")))
+    free = driven(
+        load_config(
+            str(home / "run.yaml"), [f"methods.{LABEL}.strength=0"], output_dir=str(tmp_path / "free")
+        )
+    )
     others = sorted(free.glob(f"{LABEL}/task-0[12]*/delta.safetensors"))
     assert first.read_bytes() == others[0].read_bytes() and second.read_bytes() != others[1].read_bytes()
 
 
-def test_a_run_that_is_killed_after_every_stage_ends_with_the_same_weights(home, finished, monkeypatch, driven, tmp_path):
+def test_a_run_that_is_killed_after_every_stage_ends_with_the_same_weights(
+    home, finished, monkeypatch, driven, tmp_path
+):
     append, done = Journal.append, set()
 
     def stop(self, entry):
@@ -101,21 +111,33 @@ def test_it_is_extended_from_anywhere_and_forked(finished, copied, driven, tiny_
 def test_a_changed_source_is_refused_with_the_file_and_doctor_says_so(copied, driven):
     (copied / "ewc_lora.py").write_text(EXAMPLE.read_text() + "\n# changed\n")
     config = load_config(str(copied / "run.yaml"), output_dir=str(copied / "run"))
-    with pytest.raises(RunError, match=rf"the file ewc_lora\.py of the plug-in at methods\.{re.escape(LABEL)} has changed"):
+    with pytest.raises(
+        RunError, match=rf"the file ewc_lora\.py of the plug-in at methods\.{re.escape(LABEL)} has changed"
+    ):
         driven(config)
     wrong = [str(line) for line in examine_run(copied / "run") if isinstance(line, UserError)]
-    assert len(wrong) == 1 and re.search(r"ewc_lora\.py of the plug-in 'ewc_lora:EwcLora' is not what", wrong[0])
+    assert len(wrong) == 1 and re.search(
+        r"ewc_lora\.py of the plug-in 'ewc_lora:EwcLora' is not what", wrong[0]
+    )
 
 
-def test_without_the_plug_in_a_run_is_reported_and_examined_and_the_rest_says_what_is_missing(copied, tiny_tasks):
+def test_without_the_plug_in_a_run_is_reported_and_examined_and_the_rest_says_what_is_missing(
+    copied, tiny_tasks
+):
     (copied / "ewc_lora.py").unlink()
     write_run_report(copied / "run")
     lines = [str(line) for line in examine_run(copied / "run")]
     assert sum("ewc_lora" in line and "is not installed" in line for line in lines) == 1
     assert any(f"{LABEL}: " in line and "finished" in line for line in lines)
-    for refused in (lambda: load_run(copied / "run"), lambda: extended(copied / "run", str(tiny_tasks[2])),
-                    lambda: load_config(str(copied / "run.yaml")), lambda: export_run(copied / "run", "adapter")):
-        with pytest.raises((ConfigError, RunError, PluginError), match="ewc_lora.*is not installed.*PYTHONPATH"):
+    for refused in (
+        lambda: load_run(copied / "run"),
+        lambda: extended(copied / "run", str(tiny_tasks[2])),
+        lambda: load_config(str(copied / "run.yaml")),
+        lambda: export_run(copied / "run", "adapter"),
+    ):
+        with pytest.raises(
+            (ConfigError, RunError, PluginError), match="ewc_lora.*is not installed.*PYTHONPATH"
+        ):
             refused()
 
 
@@ -125,13 +147,17 @@ def test_doctor_and_report_execute_nothing_of_it(copied):
     write_run_report(copied / "run")
 
 
-def test_a_state_that_names_it_is_imported_only_if_that_is_allowed(home, finished, tmp_path, monkeypatch, capsys):
+def test_a_state_that_names_it_is_imported_only_if_that_is_allowed(
+    home, finished, tmp_path, monkeypatch, capsys
+):
     export_run(finished, "state", tmp_path / "state", base_id="user/base", examples=2)
     text = (tmp_path / "state/config.json").read_text()
     assert str(home) not in text and "ewc_lora:EwcLora" in text
     base = read_dumped(finished)["model"]["name_or_path"]
     monkeypatch.chdir(home)
-    with pytest.raises(RunError, match="'ewc_lora:EwcLora', which is not built in and would be executed; add --allow-plugin"):
+    with pytest.raises(
+        RunError, match="'ewc_lora:EwcLora', which is not built in and would be executed; add --allow-plugin"
+    ):
         import_state(str(tmp_path / "state"), tmp_path / "refused", base=base)
     arguments = ["import", str(tmp_path / "state"), "--base", base, "--allow-plugin", "--into"]
     assert main([*arguments, str(tmp_path / "taken")]) == 0

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from llava_keeplora_recipes import RecipeError, load_recipe
+from llava_keeplora_recipes import RecipeError, inspect_split, load_recipe, load_split
 
 SCALARS = [
     None, True, False, 3, 0, -2.5, 3.0, 10**30, math.nan, math.inf, "red", "3", "", " ", "é\u2028🙂", "a\0b", "x" * 300, "../0.png", "0.png",
@@ -36,7 +36,9 @@ def word(value):
         return value
     if value is None or isinstance(value, (list, dict)) or not math.isfinite(value):
         return None
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else json.dumps(value).removesuffix(".0")
+    return (
+        {True: "yes", False: "no"}[value] if isinstance(value, bool) else json.dumps(value).removesuffix(".0")
+    )
 
 
 def words(value):
@@ -46,7 +48,13 @@ def words(value):
     else:
         inner = value.get("answer") if isinstance(value, dict) else value
         said = [word(v) for v in inner] if isinstance(inner, list) else [word(inner)]
-    return said if said and None not in said and not any("<image>" in w or "<video>" in w or "<audio>" in w for w in said) else None
+    return (
+        said
+        if said
+        and None not in said
+        and not any("<image>" in w or "<video>" in w or "<audio>" in w for w in said)
+        else None
+    )
 
 
 def named(value):
@@ -69,15 +77,28 @@ def place(tmp_path_factory):
 
 def inspected(place, content, count, form="llava_json", recipe=None, **source):
     """The usable examples by id, and the sentences of the others; every record is one or the other."""
-    file = "rows.parquet" if isinstance(content, pa.Table) else "rows.jsonl" if isinstance(content, str) else "rows.json"
+    file = (
+        "rows.parquet"
+        if isinstance(content, pa.Table)
+        else "rows.jsonl"
+        if isinstance(content, str)
+        else "rows.json"
+    )
     if isinstance(content, pa.Table):
         pyarrow.parquet.write_table(content, place / file)
     else:
         (place / file).write_text(content if isinstance(content, str) else json.dumps(content))
-    facts = {"name": "cells", "version": 1, "licence": "MIT", "kind": "vqa", "metric": "exact_match", "splits": {"train": file}}
+    facts = {
+        "name": "cells",
+        "version": 1,
+        "licence": "MIT",
+        "kind": "vqa",
+        "metric": "exact_match",
+        "splits": {"train": file},
+    }
     facts |= {"source": {"format": form, "path": "."} | source} | (recipe or {})
     (place / "cells.yaml").write_text(yaml.safe_dump(facts))
-    data, problems = load_recipe(place / "cells.yaml").inspect("train", place)
+    data, problems = inspect_split(load_recipe(place / "cells.yaml"), "train", place)
     assert all(isinstance(p, RecipeError) and str(p).endswith(".") and "\n" not in str(p) for p in problems)
     examples = {} if data is None else {example.id: example for example in data}
     told = {i for p in problems for i in numbers_in(str(p))}
@@ -146,7 +167,9 @@ def is_as_said(field, cell, example):
     if field in ("text", "question", "content", "text of a part"):
         return example.question == cell.strip() and "<image>" not in cell and example.answers == ["x"]
     # of every other field nothing is read but that it is there
-    empty = cell in (None, "", " ", [], {}) or (isinstance(cell, list) and all(c in (None, "", [], {}) for c in cell))
+    empty = cell in (None, "", " ", [], {}) or (
+        isinstance(cell, list) and all(c in (None, "", [], {}) for c in cell)
+    )
     return empty and (example.question, example.answers, example.images) == ("q", ["x"], [])
 
 
@@ -155,22 +178,37 @@ def is_as_said(field, cell, example):
 def test_json(place, field, lines):
     rows = [{"id": f"r{i}"} | FIELDS[field](cell) for i, cell in enumerate(CELLS)]
     form = "messages" if "messages" in rows[0] else "llava_json"
-    examples, problems = inspected(place, "".join(json.dumps(r) + "\n" for r in rows) if lines else rows, len(rows), form)
+    examples, problems = inspected(
+        place, "".join(json.dumps(r) + "\n" for r in rows) if lines else rows, len(rows), form
+    )
     for name, example in examples.items():
         assert is_as_said(field, CELLS[int(name[1:])], example), (field, CELLS[int(name[1:])], example)
     if field == "answer":
         assert set(examples) == {f"r{i}" for i, cell in enumerate(CELLS) if words(cell) is not None}
     if field in ("image", "images"):
-        readable = {f"r{i}" for i, cell in enumerate(CELLS) if named(cell) is not None and "http://x/0.png" not in str(cell)}
+        readable = {
+            f"r{i}"
+            for i, cell in enumerate(CELLS)
+            if named(cell) is not None and "http://x/0.png" not in str(cell)
+        }
         assert set(examples) == readable
 
 
 def test_ids(place):
     rows = [{"id": cell, "text": "q", "answer": "x"} for cell in CELLS]
     (place / "rows.json").write_text(json.dumps(rows))
-    facts = {"name": "cells", "version": 1, "licence": "MIT", "kind": "vqa", "metric": "exact_match", "splits": {"train": "rows.json"}}
-    (place / "cells.yaml").write_text(yaml.safe_dump(facts | {"source": {"format": "llava_json", "path": "."}}))
-    data, problems = load_recipe(place / "cells.yaml").inspect("train", place)
+    facts = {
+        "name": "cells",
+        "version": 1,
+        "licence": "MIT",
+        "kind": "vqa",
+        "metric": "exact_match",
+        "splits": {"train": "rows.json"},
+    }
+    (place / "cells.yaml").write_text(
+        yaml.safe_dump(facts | {"source": {"format": "llava_json", "path": "."}})
+    )
+    data, problems = inspect_split(load_recipe(place / "cells.yaml"), "train", place)
     said = [word(cell) for cell in CELLS if not isinstance(cell, bool) and (word(cell) or "").strip()]
     assert data.ids == said and len(problems) == len(CELLS) - len(said) + 1
     assert sum("more than once" in str(p) for p in problems) == 1
@@ -184,11 +222,20 @@ def test_captions(place, field):
         if field == "id":
             note["image_id"] = cell
         (place / "rows.json").write_text(json.dumps({"images": [image], "annotations": [note]}))
-        facts = {"name": "cells", "version": 1, "licence": "MIT", "kind": "captioning", "metric": "caption_rouge_l", "prompt": "Say."}
+        facts = {
+            "name": "cells",
+            "version": 1,
+            "licence": "MIT",
+            "kind": "captioning",
+            "metric": "caption_rouge_l",
+            "prompt": "Say.",
+        }
         source = {"format": "coco_captions", "path": ".", "images": "."}
-        (place / "cells.yaml").write_text(yaml.safe_dump(facts | {"source": source, "splits": {"train": "rows.json"}}))
+        (place / "cells.yaml").write_text(
+            yaml.safe_dump(facts | {"source": source, "splits": {"train": "rows.json"}})
+        )
         try:
-            data = load_recipe(place / "cells.yaml").load("train", place)
+            data = load_split(load_recipe(place / "cells.yaml"), "train", place)
         except RecipeError as error:
             assert "\n" not in str(error) and str(error).endswith(".")
             assert field != "caption" or words([cell]) is None or isinstance(cell, dict)
@@ -216,14 +263,25 @@ def cells_of(column):
     """A column's cells in the words of JSON, or of types that JSON lacks."""
     plain = column.cast(pa.float64()) if column.type in (pa.float16(),) else column
     cells = plain.to_pylist()
-    short = column.type == pa.float32() or (pa.types.is_list(column.type) and column.type.value_type == pa.float32())
-    return json.loads(json.dumps(cells, default=str), parse_float=lambda t: float(f"{float(t):.6g}")) if short else cells
+    short = column.type == pa.float32() or (
+        pa.types.is_list(column.type) and column.type.value_type == pa.float32()
+    )
+    return (
+        json.loads(json.dumps(cells, default=str), parse_float=lambda t: float(f"{float(t):.6g}"))
+        if short
+        else cells
+    )
 
 
 @pytest.mark.parametrize("role", ["answers", "question", "id", "image", "images", "video", "messages"])
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda c: str(c.type).replace(" ", ""))
 def test_tables(place, role, column):
-    table = {"id": ["r0", "r1", "r2"], "image": ["0.png"] * 3, "question": ["q"] * 3, "answers": ["x"] * 3} | {role: column}
+    table = {
+        "id": ["r0", "r1", "r2"],
+        "image": ["0.png"] * 3,
+        "question": ["q"] * 3,
+        "answers": ["x"] * 3,
+    } | {role: column}
     chats = {"columns": {"messages": "messages"}} if role == "messages" else {}
     if role == "id":
         check_ids(place, pa.table(table), column)
@@ -237,17 +295,32 @@ def test_tables(place, role, column):
         if isinstance(cell, decimal.Decimal):
             assert example.answers == [f"{cell.normalize():f}"]
         else:
-            assert (example.answers == words(cell)) if role == "answers" else (example.question == cell.removeprefix("<image> "))
+            assert (
+                (example.answers == words(cell))
+                if role == "answers"
+                else (example.question == cell.removeprefix("<image> "))
+            )
 
 
 def check_ids(place, table, column):
     """Ids are text and numbers; the others are refused, and none is lost."""
     pyarrow.parquet.write_table(table, place / "rows.parquet")
-    facts = {"name": "cells", "version": 1, "licence": "MIT", "kind": "vqa", "metric": "exact_match", "splits": {"train": "rows.parquet"}}
+    facts = {
+        "name": "cells",
+        "version": 1,
+        "licence": "MIT",
+        "kind": "vqa",
+        "metric": "exact_match",
+        "splits": {"train": "rows.parquet"},
+    }
     (place / "cells.yaml").write_text(yaml.safe_dump(facts | {"source": {"format": "parquet", "path": "."}}))
-    data, problems = load_recipe(place / "cells.yaml").inspect("train", place)
+    data, problems = inspect_split(load_recipe(place / "cells.yaml"), "train", place)
     numbers = (str, int, float, decimal.Decimal)
-    said = [c for c in cells_of(column) if isinstance(c, numbers) and not isinstance(c, bool) and (isinstance(c, str) or math.isfinite(c))]
+    said = [
+        c
+        for c in cells_of(column)
+        if isinstance(c, numbers) and not isinstance(c, bool) and (isinstance(c, str) or math.isfinite(c))
+    ]
     ids = [] if data is None else data.ids
     assert ids == [f"{c.normalize():f}" if isinstance(c, decimal.Decimal) else word(c) for c in said]
     assert len(ids) + len({i for p in problems for i in numbers_in(str(p))}) in (3, len(ids)), problems

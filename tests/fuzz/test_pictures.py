@@ -212,11 +212,13 @@ def test_lab_is_shown_by_its_definition():
     y = (colours[..., 0] + 16) / 116
     f = np.stack([y + colours[..., 1] / 500, y, y - colours[..., 2] / 200], -1)
     xyz = np.where(f > 6 / 29, f**3, (f - 4 / 29) * 3 * (6 / 29) ** 2) * np.array([0.9642, 1.0, 0.8249])
-    to_rgb = np.array([
-        [3.1338561, -1.6168667, -0.4906146],
-        [-0.9787684, 1.9161415, 0.0334540],
-        [0.0719453, -0.2289914, 1.4052427],
-    ])
+    to_rgb = np.array(
+        [
+            [3.1338561, -1.6168667, -0.4906146],
+            [-0.9787684, 1.9161415, 0.0334540],
+            [0.0719453, -0.2289914, 1.4052427],
+        ]
+    )
     linear = np.clip(xyz @ to_rgb.T, 0, 1)
     expected = 255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
     agree(decode(data).image, expected, by=4)
@@ -231,7 +233,9 @@ def test_the_first_picture_of_an_animation_and_of_a_file_of_several_is_shown():
         frames[0].save(file, form, save_all=True, append_images=frames[1:], **options)
         with Image.open(io.BytesIO(file.getvalue())) as image:
             assert image.n_frames == 3
-        difference = np.abs(np.asarray(decode(file.getvalue()).image).astype(float) - np.asarray(frames[0])).mean()
+        difference = np.abs(
+            np.asarray(decode(file.getvalue()).image).astype(float) - np.asarray(frames[0])
+        ).mean()
         assert difference < (20 if form in ("GIF", "MPO") else 0.5), form
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from llava_keeplora import cli
 from llava_keeplora.config import load_config
-from llava_keeplora.run_folder import extended, load_run
+from llava_keeplora.saved_run import extended, load_run
 from llava_keeplora.sequence import runner
 
 ARCHIVE = Path(__file__).with_name("release-0.1.0.tar.gz")
@@ -25,7 +25,10 @@ ARCHIVE = Path(__file__).with_name("release-0.1.0.tar.gz")
 RECORDED = "/tmp/gold"
 #: Relative distance of tensors and difference of scores (points) on a processor or with libraries of another kind.
 CLOSE, POINTS = 1e-3, 15.0
-RUNS = {"clip": ["keeplora", "keeplora++", "inflora", "moe-adapters", "zscl"], "llava": ["keeplora", "keeplora++", "inflora"]}
+RUNS = {
+    "clip": ["keeplora", "keeplora++", "inflora", "moe-adapters", "zscl"],
+    "llava": ["keeplora", "keeplora++", "inflora"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,10 @@ def assert_same_numbers(expected: Path, seen: Path, label: str) -> None:
     """Compare every tensor, score and answer that a method left behind."""
     exact = same_machine()
     tensors = sorted(path.relative_to(expected) for path in (expected / label).rglob("*.safetensors"))
-    assert tensors == sorted(path.relative_to(seen) for path in (seen / label).rglob("*.safetensors")) and len(tensors) >= 2
+    assert (
+        tensors == sorted(path.relative_to(seen) for path in (seen / label).rglob("*.safetensors"))
+        and len(tensors) >= 2
+    )
     for name in tensors:
         a, b = load_file(expected / name), load_file(seen / name)
         assert a.keys() == b.keys(), name
@@ -86,11 +92,19 @@ def assert_same_numbers(expected: Path, seen: Path, label: str) -> None:
     assert np.abs(scores[0] - scores[1]).max() <= (0 if exact else POINTS)
     if exact:
         for path in sorted((expected / label).glob("task-*/predictions/*.jsonl")):
-            answers = [{row["id"]: row["text"] for row in map(json.loads, (run / path.relative_to(expected)).read_text().splitlines())} for run in (expected, seen)]
+            answers = [
+                {
+                    row["id"]: row["text"]
+                    for row in map(json.loads, (run / path.relative_to(expected)).read_text().splitlines())
+                }
+                for run in (expected, seen)
+            ]
             assert answers[0] == answers[1], path
 
 
-@pytest.mark.parametrize(("family", "label"), [(family, label) for family, labels in RUNS.items() for label in labels])
+@pytest.mark.parametrize(
+    ("family", "label"), [(family, label) for family, labels in RUNS.items() for label in labels]
+)
 def test_a_run_ends_with_the_numbers_of_the_release(release, fresh, family, label):
     assert_same_numbers(release / f"run-{family}", fresh(family), label)
 
@@ -99,7 +113,11 @@ def test_a_run_that_the_release_began_ends_with_its_numbers(release, old, drive_
     run = old("clip")
     journal = run / "keeplora/journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
-    begun = next(i for i, line in enumerate(lines) if '"TRAINED"' in line and '"task": 2' in re.sub(r":\s*", ": ", line))
+    begun = next(
+        i
+        for i, line in enumerate(lines)
+        if '"TRAINED"' in line and '"task": 2' in re.sub(r":\s*", ": ", line)
+    )
     journal.write_text("".join(lines[:begun]))
     for path in ("delta.safetensors", "train.json", "state.safetensors", "consolidated.json", "scores.json"):
         (run / "keeplora/task-02-stripes" / path).unlink()
@@ -117,15 +135,31 @@ def test_the_release_s_run_is_whole_extends_and_reports(old, drive_quietly, fami
     drive_quietly(extended(run, task))
     assert all(path.read_bytes() == content for path, content in before.items())
     matrix = json.loads((run / "keeplora/matrix.json").read_text())
-    assert len(matrix["rows"]) == 3 and cli.main(["report", str(run)]) == 0 and (run / "report.html").is_file()
+    assert (
+        len(matrix["rows"]) == 3 and cli.main(["report", str(run)]) == 0 and (run / "report.html").is_file()
+    )
 
 
 @pytest.mark.parametrize("form", ["adapter", "state"])
 def test_the_release_s_run_is_exported_and_its_state_imported(old, form, tmp_path, capfd):
     run = old("clip")
-    words = ["export", str(run), "--method", "keeplora", "--as", form, "--into", str(tmp_path / form), "--base-id", "you/tiny"]
+    words = [
+        "export",
+        str(run),
+        "--method",
+        "keeplora",
+        "--as",
+        form,
+        "--into",
+        str(tmp_path / form),
+        "--base-id",
+        "you/tiny",
+    ]
     assert cli.main(words) == 0, capfd.readouterr()
-    assert cli.main(["import", str(tmp_path / form), "--into", str(tmp_path / "more"), "--base", "base-clip"]) == 0, capfd.readouterr()
+    assert (
+        cli.main(["import", str(tmp_path / form), "--into", str(tmp_path / "more"), "--base", "base-clip"])
+        == 0
+    ), capfd.readouterr()
     assert cli.main(["doctor", str(tmp_path / "more")]) == 0, capfd.readouterr()
 
 

@@ -18,7 +18,12 @@ from packaging.requirements import Requirement
 from libraries.private_names import PRIVATE_NAMES
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {"llava_keeplora": "llava_keeplora", "llava_keeplora_eval": "eval", "llava_keeplora_recipes": "data_recipes", "scripts": "scripts"}
+FOLDERS = {
+    "llava_keeplora": "llava_keeplora",
+    "llava_keeplora_eval": "eval",
+    "llava_keeplora_recipes": "data_recipes",
+    "scripts": "scripts",
+}
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
 LISTED = {part for entry in PRIVATE_NAMES for part in entry.name.split(".")}
 #: Documented in spite of the underscore: Python's own, and the path by which NumPy's pickles name their reader.
@@ -46,7 +51,11 @@ def defined(tree: ast.Module) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) in ("self", "cls"):
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and ast.unparse(node.value) in ("self", "cls")
+        ):
             names.add(node.attr)
         elif isinstance(node, ast.arg):
             names.add(node.arg)
@@ -71,9 +80,15 @@ def used(tree: ast.Module) -> set[str]:
 def mentioned(tree: ast.Module) -> set[str]:
     """Return every attribute, imported name, method and string of a module."""
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    names |= {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
     names |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    return names | {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return names | {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
 
 
 @cache
@@ -104,7 +119,9 @@ def owner_of(name: str) -> object:
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.name)
 def test_a_listed_name_is_in_the_installed_version(entry):
     owner, last = owner_of(entry.name), entry.name.rpartition(".")[2]
-    assert hasattr(owner, last) or last in assigned(owner), f"the installed {entry.library} has no {entry.name}: {entry.why}"
+    assert hasattr(owner, last) or last in assigned(owner), (
+        f"the installed {entry.library} has no {entry.name}: {entry.why}"
+    )
 
 
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.name)
@@ -116,17 +133,26 @@ def test_a_listed_name_is_used_where_the_list_says(entry):
 
 def test_no_private_name_of_another_library_is_used_that_is_not_listed():
     own = set().union(*map(defined, trees().values()))
-    unlisted = {(module, name) for module, tree in trees().items() for name in used(tree) - own - LISTED - DOCUMENTED}
+    unlisted = {
+        (module, name) for module, tree in trees().items() for name in used(tree) - own - LISTED - DOCUMENTED
+    }
     assert not unlisted
 
 
 def test_no_private_name_of_a_foreign_base_class_is_overridden_that_is_not_listed():
     unlisted = set()
     for cls in own_classes():
-        foreign = [base for base in cls.__mro__[1:] if base.__module__.partition(".")[0] not in {*FOLDERS, *sys.stdlib_module_names}]
+        foreign = [
+            base
+            for base in cls.__mro__[1:]
+            if base.__module__.partition(".")[0] not in {*FOLDERS, *sys.stdlib_module_names}
+        ]
         ours = {name for name in {*vars(cls), *assigned(cls)} if PRIVATE.fullmatch(name)}
         for base in foreign:
-            unlisted |= {(cls.__qualname__, name) for name in ours & {*dir(base), *assigned(base)} - LISTED - MADE_BY_LIBRARY}
+            unlisted |= {
+                (cls.__qualname__, name)
+                for name in ours & {*dir(base), *assigned(base)} - LISTED - MADE_BY_LIBRARY
+            }
     assert not unlisted
 
 
@@ -140,7 +166,9 @@ def own_classes() -> list[type]:
             module = importlib.import_module(info.name)
             classes += [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == info.name]
     packages = {*FOLDERS, *sys.stdlib_module_names}
-    return [c for c in classes if any(base.__module__.partition(".")[0] not in packages for base in c.__mro__)]
+    return [
+        c for c in classes if any(base.__module__.partition(".")[0] not in packages for base in c.__mro__)
+    ]
 
 
 def test_a_library_with_private_names_has_an_upper_bound_that_admits_the_tested_version():

@@ -8,7 +8,7 @@ import torch
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.methods import TaskContext
 from llava_keeplora.models import Prepared, load_model
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def family(tiny_clip):
 @pytest.fixture(scope="module")
 def data(tiny_tasks):
     """The training splits of the three tasks."""
-    return [load_recipe(str(path)).load("train") for path in tiny_tasks]
+    return [load_split(load_recipe(str(path)), "train") for path in tiny_tasks]
 
 
 def everything(family, data):
@@ -34,7 +34,17 @@ def contexts(family, data):
 
     def build(index):
         batch = everything(family, data[index - 1])
-        return TaskContext(index, data[index - 1].recipe.name, {}, None, None, index, 0, batches=lambda: iter([batch]), model=family.model)
+        return TaskContext(
+            index,
+            data[index - 1].recipe.name,
+            {},
+            None,
+            None,
+            index,
+            0,
+            batches=lambda: iter([batch]),
+            model=family.model,
+        )
 
     return build
 
@@ -60,7 +70,9 @@ class Taught:
 
     def logits(self, task, rows=None, base=False):
         """Of a task's training examples."""
-        return self.predictor(task, base).logits([self.data[task][i] for i in (range(len(self.data[task])) if rows is None else rows)])
+        return self.predictor(task, base).logits(
+            [self.data[task][i] for i in (range(len(self.data[task])) if rows is None else rows)]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +81,18 @@ def teach(family, data, contexts):
 
     def run(method):
         generator = torch.Generator().manual_seed(0)
-        method.load([{}])
+        method.load_state_dicts([{}])
         for index in (1, 2):
             torch.manual_seed(index)
-            with method.attached(contexts(index), family.model):
+            with method.training_context(contexts(index), family.model):
                 with torch.no_grad():
                     for p in (p for p in family.model.parameters() if p.requires_grad):
                         p += 0.3 * torch.randn(p.shape, generator=generator)
                 for value in method.progress().values():
                     value += torch.randint(9, value.shape, generator=generator)
-                kept = method.kept()
-            method.load([*method.states, kept])
-            method.consolidate(contexts(index))
+                kept = method.extra_state()
+            method.load_state_dicts([*method.states, kept])
+            method.after_task(contexts(index))
         return Taught(method, family, data)
 
     return run

@@ -35,7 +35,11 @@ def prompts():
 def test_prompts_start_uniform_and_without_a_value():
     torch.manual_seed(0)
     fresh = Prompts(64, 50, 2).requires_grad_(False)
-    assert not fresh.values.any() and -1 <= float(fresh.keys.min()) < -0.99 and 0.99 < float(fresh.keys.max()) <= 1
+    assert (
+        not fresh.values.any()
+        and -1 <= float(fresh.keys.min()) < -0.99
+        and 0.99 < float(fresh.keys.max()) <= 1
+    )
     assert float(fresh.keys.std()) == pytest.approx(3**-0.5, abs=0.01)
 
 
@@ -55,7 +59,9 @@ def test_it_is_added_before_the_output_projection_times_its_factor(family, promp
         plain = attention(states)[0]
         with prompted([attention], [prompts], lambda number: factor):
             found = attention(states)[0]
-        expected = plain + (factor[:, None, None] * prompts(attention.q_proj(states))) @ attention.out_proj.weight.T
+        expected = (
+            plain + (factor[:, None, None] * prompts(attention.q_proj(states))) @ attention.out_proj.weight.T
+        )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(found[1], plain[1]), "with a weight of 0 nothing changes, bit for bit"
 
@@ -104,14 +110,17 @@ def test_fresh_prompts_are_clip_exactly_in_training(family, data, contexts, batc
     own, task = method(), family.task(data[0].recipe)
     own.load([{}])
     with torch.no_grad():
-        with own.attached(contexts(1), family.model):
+        with own.training_context(contexts(1), family.model):
             inside = task.train()(**batch_of(0))["logits"]
             task.eval()
         assert torch.equal(inside, task(**batch_of(0))["logits"])
 
 
 def test_fresh_prompts_answer_as_clip_does_exactly(family, taught):
-    states = [{k: torch.zeros_like(v) if k.endswith("values") else v for k, v in state.items()} for state in taught.method.states]
+    states = [
+        {k: torch.zeros_like(v) if k.endswith("values") else v for k, v in state.items()}
+        for state in taught.method.states
+    ]
     own = method()
     own.load(states)
     own.routes = lambda image: [Route(1)] * len(image)
@@ -133,29 +142,37 @@ def test_without_weight_or_with_closed_gates_the_images_are_clips_bit_for_bit(ta
             gate.bias += torch.tensor([100.0, 0.0])
         with taught.method.engaged(model, 0, base, torch.ones(6), 1.0):
             assert torch.equal(image_features(model, pixels), base)
-    taught.method.load(taught.method.states)
+    taught.method.load_state_dicts(taught.method.states)
 
 
-def test_the_gates_of_training_read_the_features_of_clip_without_the_prompts(family, data, contexts, batch_of):
+def test_the_gates_of_training_read_the_features_of_clip_without_the_prompts(
+    family, data, contexts, batch_of
+):
     own, batch, seen = method(), batch_of(0), []
     own.load([{}])
     with torch.no_grad():
         expected = image_features(family.model, batch["pixel_values"])
-        with own.attached(contexts(1), family.model):
+        with own.training_context(contexts(1), family.model):
             for p in own._trained.parameters():
                 p += 0.5
             own._trained.gates[1].register_forward_hook(lambda module, args, output: seen.append(args[0]))
             out = [family.task(data[0].recipe)(**batch)["image"] for _ in range(2)]
-    assert len(seen) == 2 and all(torch.equal(one, expected) for one in seen) and not torch.allclose(out[0], expected, atol=1e-3)
+    assert (
+        len(seen) == 2
+        and all(torch.equal(one, expected) for one in seen)
+        and not torch.allclose(out[0], expected, atol=1e-3)
+    )
 
 
 def test_all_layers_of_the_image_encoder_have_prompts_and_the_first_of_the_text_encoder(family, contexts):
     own = method(text_layers=1, prompts=3)
     own.load([{}])
-    with own.attached(contexts(1), family.model):
-        shapes = {name: tuple(value.shape) for name, value in own.kept().items()}
+    with own.training_context(contexts(1), family.model):
+        shapes = {name: tuple(value.shape) for name, value in own.extra_state().items()}
     vision = {f"vision.{i}.{name}": (3, 32) for i in (0, 1) for name in ("keys", "values")}
-    gates = {f"gates.{i}.{name}": shape for i in (0, 1) for name, shape in (("weight", (2, 16)), ("bias", (2,)))}
+    gates = {
+        f"gates.{i}.{name}": shape for i in (0, 1) for name, shape in (("weight", (2, 16)), ("bias", (2,)))
+    }
     assert shapes == {**vision, **gates, "text.0.keys": (3, 32), "text.0.values": (3, 32)}
 
 
@@ -179,7 +196,12 @@ def pictures():
 @pytest.fixture(scope="module")
 def image(pictures):
     """Of two known kinds, more of the second, some of them odd, and of an unknown one."""
-    return torch.cat([pictures(*own, seed=9)[0] for own in ((1, 20, 0.03), (1, 20, 0.1), (2, 30, 0.03), (2, 30, 0.1), (3, 10, 0.1))])
+    return torch.cat(
+        [
+            pictures(*own, seed=9)[0]
+            for own in ((1, 20, 0.03), (1, 20, 0.1), (2, 30, 0.03), (2, 30, 0.1), (3, 10, 0.1))
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -204,14 +226,19 @@ def by_hand(pictures, image):
         return MultivariateNormal(rows.double().mean(0), covariance).log_prob(image.double())
 
     of_tasks = torch.stack([log_density(rows, 1e-7, 0.5) for rows, _ in known], dim=1)
-    of_classes = [torch.stack([log_density(rows[labels == c], 1e-3, 0.1) for c in range(8)], dim=1) for rows, labels in known]
+    of_classes = [
+        torch.stack([log_density(rows[labels == c], 1e-3, 0.1) for c in range(8)], dim=1)
+        for rows, labels in known
+    ]
 
     def compute(task=None):
         found = []
         for i, own in enumerate(of_tasks):
             chosen, w = int(own.argmax()) if task is None else task, float(torch.sigmoid(own.max() / 16 - 1))
             best = of_classes[chosen][i].sort().values[-5:].mean()
-            found.append((chosen, 0.0 if w < 0.2 else 1.0 if w > 0.8 else float(torch.sigmoid(best / 16 - 1))))
+            found.append(
+                (chosen, 0.0 if w < 0.2 else 1.0 if w > 0.8 else float(torch.sigmoid(best / 16 - 1)))
+            )
         return found
 
     return compute
@@ -224,12 +251,16 @@ HALF = 0.00501
 def test_task_and_weight_are_those_of_the_formulas_by_hundredths(router, image, by_hand):
     routes = router().routes(image)
     for route, (task, w) in zip(routes, by_hand(), strict=True):
-        assert (route == ORIGINAL and w < HALF) or (route.task == task and route.image == route.text and abs(route.image - w) < HALF)
+        assert (route == ORIGINAL and w < HALF) or (
+            route.task == task and route.image == route.text and abs(route.image - w) < HALF
+        )
     assert sum(0 < route.image < 1 for route in routes) > 10, "all three cases are seen"
     assert sum(route.image == 1 for route in routes) > 10 and routes.count(ORIGINAL) >= 10
 
 
-def test_a_batch_has_its_commonest_task_and_its_mean_weight_for_the_prompts_if_it_is_asked_for(router, image, by_hand):
+def test_a_batch_has_its_commonest_task_and_its_mean_weight_for_the_prompts_if_it_is_asked_for(
+    router, image, by_hand
+):
     routes = router(routing="batch").routes(image)
     expected = [w for _, w in by_hand(task=1)]
     assert len({(route.task, route.text) for route in routes}) == 1 and routes[0].task == 1
@@ -259,7 +290,14 @@ def test_fewer_than_five_classes_and_classes_of_one_picture_have_a_weight_too(pi
 def finished(tmp_path_factory, run_config, driven, tiny_tasks):
     training = {"optim": "sgd", "learning_rate": 5.0, "lr_scheduler_type": "cosine", "weight_decay": 0.0}
     methods = {"iap": {"training": training}}
-    return driven(run_config(tmp_path_factory.mktemp("iap") / "run", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]], parts=None))
+    return driven(
+        run_config(
+            tmp_path_factory.mktemp("iap") / "run",
+            methods=methods,
+            tasks=[str(path) for path in tiny_tasks[:2]],
+            parts=None,
+        )
+    )
 
 
 def test_it_runs_by_the_published_settings_without_parts_and_keeps_prompts_and_gaussians(finished):
@@ -268,16 +306,28 @@ def test_it_runs_by_the_published_settings_without_parts_and_keeps_prompts_and_g
         kept, state = load_file(folder / "kept.safetensors"), load_file(folder / "state.safetensors")
         assert all(kept[f"{part}.{i}.values"].any() for part in ("vision", "text") for i in (0, 1))
         assert {name: tuple(value.shape) for name, value in state.items()} == {
-            "task.means": (1, 16), "task.factors": (1, 16, 16), "classes.means": (4, 16), "classes.factors": (4, 16, 16)
+            "task.means": (1, 16),
+            "task.factors": (1, 16, 16),
+            "classes.means": (4, 16),
+            "classes.factors": (4, 16, 16),
         }
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"prompts": 0}, "prompts is 0, but there is nothing else to train; set it to 1 or more"),
-    ({"text_layers": -1}, "text_layers is -1, but layers are counted from 0; set it to 0 for prompts in the image encoder alone"),
-    ({"temperature": 0.0}, "temperature is 0.0, but it divides; set it to, say, 3"),
-    ({"low": 0.9}, r"low is 0.9 and high 0.8, but weights lie in \[0, 1\]; set them to, say, 0.2 and 0.8"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompts": 0}, "prompts is 0, but there is nothing else to train; set it to 1 or more"),
+        (
+            {"text_layers": -1},
+            "text_layers is -1, but layers are counted from 0; set it to 0 for prompts in the image encoder alone",
+        ),
+        ({"temperature": 0.0}, "temperature is 0.0, but it divides; set it to, say, 3"),
+        (
+            {"low": 0.9},
+            r"low is 0.9 and high 0.8, but weights lie in \[0, 1\]; set them to, say, 0.2 and 0.8",
+        ),
+    ],
+)
 def test_settings_that_are_none_are_refused(options, words):
     with pytest.raises(MethodError, match=words):
         method(**options)

@@ -37,7 +37,11 @@ def folders(finished):
 
 def bases_before(finished, task):
     """Layer → M' as it was before task number `task` (1, 2, ...)."""
-    states = [load_file(p / "state.safetensors") for p in sorted(finished.glob("task-*"))[:task] if (p / "state.safetensors").exists()]
+    states = [
+        load_file(p / "state.safetensors")
+        for p in sorted(finished.glob("task-*"))[:task]
+        if (p / "state.safetensors").exists()
+    ]
     return {name: torch.cat([s[name] for s in states if name in s], dim=1) for name in states[0]}
 
 
@@ -64,7 +68,9 @@ def test_every_update_lies_in_the_span_of_A(finished):
         prepared = load_file(folder / "adapters.safetensors")
         for name, delta in load_deltas(folder / "delta.safetensors").items():
             change = delta.dense().double()
-            torch.testing.assert_close(project(change, prepared[f"{name}.A"].T.double()), change, atol=1e-7, rtol=1e-5)
+            torch.testing.assert_close(
+                project(change, prepared[f"{name}.A"].T.double()), change, atol=1e-7, rtol=1e-5
+            )
 
 
 def test_A_is_frozen_through_training(finished):
@@ -81,9 +87,15 @@ def test_the_basis_stays_orthonormal_grows_by_the_recorded_number_and_fits_the_i
         for name, basis in after.items():
             width, k = basis.shape
             assert k <= width
-            assert k == before[name].shape[1] + report["feature_energy"][name]["new"] == report["capacity"][name]["k"]
+            assert (
+                k
+                == before[name].shape[1] + report["feature_energy"][name]["new"]
+                == report["capacity"][name]["k"]
+            )
             assert torch.equal(basis[:, : before[name].shape[1]], before[name])
-            torch.testing.assert_close(basis.T.double() @ basis.double(), torch.eye(k).double(), atol=5e-6, rtol=0)
+            torch.testing.assert_close(
+                basis.T.double() @ basis.double(), torch.eye(k).double(), atol=5e-6, rtol=0
+            )
 
 
 def test_the_protected_share_of_the_features_reaches_the_threshold(finished):
@@ -114,7 +126,7 @@ def layer_context(weight_shape=(6, 10), rank=3, gradient=None, energy_weight=0.5
 
 def started(options=None, **kwargs):
     method = KeepLora(KeepLora.Options(**(options or {})))
-    method.consolidate(layer_context(index=0, **kwargs))
+    method.after_task(layer_context(index=0, **kwargs))
     return method
 
 
@@ -143,16 +155,28 @@ def test_training_B_by_gradient_descent_is_full_gradient_descent_projected_with_
         nn.functional.mse_loss(net["layer"](x), y).backward()
         optimiser.step()
         projected = projected - rate * scale**2 * gradient(projected) @ A.T @ A
-    torch.testing.assert_close(weight + read_adapters(net)["layer"].scale * (net["layer"].lora_B["default"].weight @ A), projected)
+    torch.testing.assert_close(
+        weight + read_adapters(net)["layer"].scale * (net["layer"].lora_B["default"].weight @ A), projected
+    )
 
 
-def test_weight_decay_pulls_the_literal_form_towards_the_weights_without_its_start_and_the_delta_form_not(tmp_path, run_config, tiny_tasks):
+def test_weight_decay_pulls_the_literal_form_towards_the_weights_without_its_start_and_the_delta_form_not(
+    tmp_path, run_config, tiny_tasks
+):
     """One step of SGD from the same model: literal − delta = −η λ s B₀ A (method, 'A being frozen')."""
     rate, decay = 0.05, 0.5
     config = run_config(
-        tmp_path / "run", tasks=[str(tiny_tasks[0])],
+        tmp_path / "run",
+        tasks=[str(tiny_tasks[0])],
         methods={form: {"method": "keeplora", "form": form} for form in ("delta", "literal")},
-        training={"optim": "sgd", "max_steps": 1, "learning_rate": rate, "weight_decay": decay, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"},
+        training={
+            "optim": "sgd",
+            "max_steps": 1,
+            "learning_rate": rate,
+            "weight_decay": decay,
+            "max_grad_norm": 0.0,
+            "lr_scheduler_type": "constant",
+        },
     )
     run(config)
     (delta,), (literal,) = (folders(Path(config.output_dir) / form) for form in ("delta", "literal"))
@@ -170,12 +194,16 @@ def test_a_method_starts_from_the_base_whatever_ran_before_it(tmp_path, run_conf
     run(config)
     for folder in folders(Path(config.output_dir) / "first"):
         for file in ("adapters.safetensors", "delta.safetensors", "state.safetensors"):
-            assert (folder / file).read_bytes() == (Path(config.output_dir) / "second" / folder.name / file).read_bytes()
+            assert (folder / file).read_bytes() == (
+                Path(config.output_dir) / "second" / folder.name / file
+            ).read_bytes()
 
 
 def test_the_two_forms_give_the_same_run_without_weight_decay(tmp_path, run_config):
     config = run_config(
-        tmp_path / "run", methods={"delta": {"method": "keeplora"}, "literal": {"method": "keeplora", "form": "literal"}}, training={"weight_decay": 0.0}
+        tmp_path / "run",
+        methods={"delta": {"method": "keeplora"}, "literal": {"method": "keeplora", "form": "literal"}},
+        training={"weight_decay": 0.0},
     )
     run(config)
     for folder in folders(Path(config.output_dir) / "delta"):
@@ -192,32 +220,37 @@ def test_a_layer_without_a_gradient_is_named_and_left_out():
     ctx.layers["silent"] = Layer("silent", "vision", nn.Linear(10, 6), 3, 3.0, 0.5, 0.9)
     method.bases["silent"] = method.bases["layer"]
 
-    inits = method.prepare(ctx)
+    inits = method.init_adapters(ctx)
 
     assert set(inits) == {"layer"} and ctx.report["left_out"] == {"silent": "no gradient"}
 
 
 def test_when_no_layer_has_a_gradient_the_task_is_refused():
-    with pytest.raises(MethodError, match="no adapted layer has a direction left for task 't'; lower energy_weight"):
-        started().prepare(layer_context())
+    with pytest.raises(
+        MethodError, match="no adapted layer has a direction left for task 't'; lower energy_weight"
+    ):
+        started().init_adapters(layer_context())
 
 
 def test_a_gradient_inside_the_protected_subspace_leaves_the_layer_out_rather_than_giving_it_a_random_A():
     method = started()
     inside = torch.randn(6, method.bases["layer"].shape[1]) @ method.bases["layer"].T
     with pytest.raises(MethodError, match="no adapted layer"):
-        method.prepare(layer_context(gradient=inside))
+        method.init_adapters(layer_context(gradient=inside))
 
 
 def test_a_gradient_of_lower_rank_gives_fewer_directions_at_the_same_scale():
     method = started()
     thin = torch.randn(6, 1) @ torch.randn(1, 10)
-    (init,) = method.prepare(layer_context(gradient=thin)).values()
+    (init,) = method.init_adapters(layer_context(gradient=thin)).values()
     assert init.rank == 1 and init.scale == 1.0
 
 
 def test_a_rank_larger_than_the_residual_space_is_refused_with_the_layer_and_the_cure():
-    with pytest.raises(MethodError, match=r"layer layer has \d+ of 10 input directions left .* fewer than the rank 9; lower parts.vision.rank"):
+    with pytest.raises(
+        MethodError,
+        match=r"layer layer has \d+ of 10 input directions left .* fewer than the rank 9; lower parts.vision.rank",
+    ):
         started(rank=9, energy_weight=0.9)
 
 
@@ -228,15 +261,15 @@ def test_without_W_p_nothing_is_protected_before_the_first_task():
 def test_without_M_t_the_basis_does_not_grow():
     method = started({"protect_features": False})
     before = method.bases["layer"].clone()
-    method.consolidate(layer_context())
+    method.after_task(layer_context())
     assert torch.equal(method.bases["layer"], before)
 
 
 def test_the_random_ablation_is_random_orthonormal_and_still_outside_the_protected_subspace():
     method = started({"init": "random"})
     gradient = torch.randn(6, 10)
-    (init,) = method.prepare(layer_context(gradient=gradient)).values()
-    (guided,) = started().prepare(layer_context(gradient=gradient)).values()
+    (init,) = method.init_adapters(layer_context(gradient=gradient)).values()
+    (guided,) = started().init_adapters(layer_context(gradient=gradient)).values()
     torch.testing.assert_close(init.A @ init.A.T, torch.eye(3), atol=1e-5, rtol=0)
     assert float((init.A @ method.bases["layer"]).abs().max()) < 1e-5
     assert float((project(init.A, guided.A.T) - init.A).norm()) > 0.1
@@ -244,9 +277,9 @@ def test_the_random_ablation_is_random_orthonormal_and_still_outside_the_protect
 
 def test_the_state_of_all_tasks_rebuilds_the_bases_bit_for_bit():
     method = started()
-    states = [method.state()]
-    method.consolidate(layer_context())
-    states.append(method.state())
+    states = [method.state_dict()]
+    method.after_task(layer_context())
+    states.append(method.state_dict())
     again = KeepLora(KeepLora.Options())
     again.load(states)
     assert torch.equal(again.bases["layer"], method.bases["layer"]) and again.capacity() == method.capacity()
@@ -258,7 +291,9 @@ def test_the_released_preset_needs_square_layers_and_says_so():
 
 
 def test_the_released_preset_protects_the_prompts_at_every_position(tmp_path, run_config, tiny_clip):
-    config = run_config(tmp_path / "run", methods={"released": {"method": "keeplora", "preset": "released-clip"}})
+    config = run_config(
+        tmp_path / "run", methods={"released": {"method": "keeplora", "preset": "released-clip"}}
+    )
     run(config)
     # What the text encoder's first layer reads depends on nothing that was trained.
     model, name = CLIPModel.from_pretrained(tiny_clip), "text_model.encoder.layers.0.self_attn.q_proj"
@@ -269,11 +304,16 @@ def test_the_released_preset_protects_the_prompts_at_every_position(tmp_path, ru
         embedded = text.embeddings(input_ids=torch.tensor([row + [0] * (width - len(row)) for row in ids]))
         read = text.encoder.layers[0].layer_norm1(embedded).flatten(0, 1).double()
     folder = Path(config.output_dir) / "released"
-    before, new = (load_file(next(folder.glob(f"task-0{i}*")) / "state.safetensors")[name].double() for i in range(2))
+    before, new = (
+        load_file(next(folder.glob(f"task-0{i}*")) / "state.safetensors")[name].double() for i in range(2)
+    )
     total, outside = float(read.square().sum()), read - read @ before @ before.T
     inside = 1.0 - float(outside.square().sum()) / total
     _, singular, right = torch.linalg.svd(outside)
-    count = int((inside + torch.cumsum(singular.square(), 0) / total < config.parts["text"].energy_feature).sum()) + 1
+    count = (
+        int((inside + torch.cumsum(singular.square(), 0) / total < config.parts["text"].energy_feature).sum())
+        + 1
+    )
     assert new.shape[1] == count
     torch.testing.assert_close(new @ new.T, right[:count].T @ right[:count], atol=1e-4, rtol=0)
 
@@ -283,12 +323,12 @@ def test_the_released_llava_preset_protects_the_gradient_instead_of_the_features
     method = started({"preset": "released-llava"})
     before, gradient = method.bases["layer"].clone(), torch.randn(6, 2) @ torch.randn(2, 10)
     ctx = layer_context(gradient=gradient)
-    (init,) = method.prepare(ctx).values()
+    (init,) = method.init_adapters(ctx).values()
     assert init.B is None and not init.train_A and torch.equal(init.A, init.A.half().float())
     assert method.dropout == 0.05
 
     ctx.features = lambda statistic: pytest.fail("the preset looks at no features")
-    method.consolidate(ctx)
+    method.after_task(ctx)
     new = method.bases["layer"][:, before.shape[1] :]
     rows = torch.linalg.qr(torch.cat([before, gradient.T], dim=1)).Q
     assert 1 <= new.shape[1] <= 2, "the gradient has rank two"
@@ -296,4 +336,6 @@ def test_the_released_llava_preset_protects_the_gradient_instead_of_the_features
 
 
 def test_the_released_llava_preset_runs(tmp_path, run_config):
-    run(run_config(tmp_path / "run", methods={"released": {"method": "keeplora", "preset": "released-llava"}}))
+    run(
+        run_config(tmp_path / "run", methods={"released": {"method": "keeplora", "preset": "released-llava"}})
+    )

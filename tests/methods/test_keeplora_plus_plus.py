@@ -12,7 +12,7 @@ from transformers import CLIPModel
 from llava_keeplora.adapters import load_deltas
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import MethodError
-from llava_keeplora.export import check, export_run, reload
+from llava_keeplora.export import export_run, verify, verify_worker
 from llava_keeplora.methods import METHODS
 from llava_keeplora.methods.keeplora_plus_plus import block_factors
 
@@ -23,11 +23,21 @@ STEP = {"training": {"max_steps": 1}}
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, run_config, driven, tiny_tasks):
     methods = {
-        "keeplora": {}, "keeplora++": {}, "flat": {"method": "keeplora++", "gamma": 1.0}, "none": {"method": "keeplora++", "gamma": 0.0},
-        "keeplora-step": {"method": "keeplora", **STEP}, "step": {"method": "keeplora++", **STEP},
+        "keeplora": {},
+        "keeplora++": {},
+        "flat": {"method": "keeplora++", "gamma": 1.0},
+        "none": {"method": "keeplora++", "gamma": 0.0},
+        "keeplora-step": {"method": "keeplora", **STEP},
+        "step": {"method": "keeplora++", **STEP},
         "literal": {"method": "keeplora++", "form": "literal", **STEP},
     }
-    return driven(run_config(tmp_path_factory.mktemp("plus-plus") / "run", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]]))
+    return driven(
+        run_config(
+            tmp_path_factory.mktemp("plus-plus") / "run",
+            methods=methods,
+            tasks=[str(path) for path in tiny_tasks[:2]],
+        )
+    )
 
 
 def tasks(run, label):
@@ -44,10 +54,16 @@ def expected_factor(name):
 
 
 def test_a_gamma_of_one_is_keeplora_bit_for_bit(finished):
-    files = [path for path in sorted((finished / "keeplora").rglob("*")) if path.suffix in (".safetensors", ".jsonl") and path.name != "journal.jsonl"]
+    files = [
+        path
+        for path in sorted((finished / "keeplora").rglob("*"))
+        if path.suffix in (".safetensors", ".jsonl") and path.name != "journal.jsonl"
+    ]
     assert len(files) > 2 * 5
     for path in files:
-        assert (finished / "flat" / path.relative_to(finished / "keeplora")).read_bytes() == path.read_bytes(), path
+        assert (
+            finished / "flat" / path.relative_to(finished / "keeplora")
+        ).read_bytes() == path.read_bytes(), path
 
 
 def test_the_factor_is_gamma_in_the_first_vision_block_one_in_the_last_and_one_in_the_text_encoder(finished):
@@ -58,7 +74,9 @@ def test_the_factor_is_gamma_in_the_first_vision_block_one_in_the_last_and_one_i
 
 
 def test_the_first_tasks_A_does_not_depend_on_gamma(finished):
-    ours, theirs = (tasks(finished, label)[0] / "adapters.safetensors" for label in ("keeplora++", "keeplora"))
+    ours, theirs = (
+        tasks(finished, label)[0] / "adapters.safetensors" for label in ("keeplora++", "keeplora")
+    )
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -75,7 +93,9 @@ def test_the_literal_form_takes_the_factor_too_so_that_training_begins_where_the
     for ours, theirs in zip(deltas(finished, "literal")[:1], deltas(finished, "step")[:1], strict=True):
         for name, delta in ours.items():
             assert delta.scale == theirs[name].scale
-            assert float((delta.dense() - theirs[name].dense()).norm()) < 1e-2 * float(delta.dense().norm()), name
+            assert float((delta.dense() - theirs[name].dense()).norm()) < 1e-2 * float(
+                delta.dense().norm()
+            ), name
 
 
 def test_a_gamma_of_zero_leaves_the_first_block_out_and_says_so(finished):
@@ -83,25 +103,35 @@ def test_a_gamma_of_zero_leaves_the_first_block_out_and_says_so(finished):
     assert len(first) == 4
     for path, delta in zip(tasks(finished, "none"), deltas(finished, "none"), strict=True):
         assert not set(first) & delta.keys() and len(delta) == 12
-        assert json.loads((path / "prepared.json").read_text())["report"]["left_out"] == dict.fromkeys(first, "its block's factor is 0")
+        assert json.loads((path / "prepared.json").read_text())["report"]["left_out"] == dict.fromkeys(
+            first, "its block's factor is 0"
+        )
 
 
 def test_llava_scales_the_language_model_and_not_the_tower(llava_tree, driven, mixed_tasks, tmp_path):
     tree = llava_tree(tmp_path / "run", tasks=[str(mixed_tasks[0])], methods={"keeplora++": STEP})
     (delta,) = deltas(driven(parse_config(tree)), "keeplora++")
     low = [delta for name, delta in delta.items() if name.startswith("model.language_model.layers.0.")]
-    high = [one for name, one in delta.items() if ".vision_tower." in name or name.startswith("model.language_model.layers.1.")]
+    high = [
+        one
+        for name, one in delta.items()
+        if ".vision_tower." in name or name.startswith("model.language_model.layers.1.")
+    ]
     assert len(low) == 7 and len(high) > 7
     assert {one.scale for one in low} == {0.2} and {one.scale for one in high} == {1.0}
 
 
-def test_an_exported_adapter_holds_the_factors_though_its_scale_is_one_for_all_layers(finished, tiny_clip, tmp_path, monkeypatch):
+def test_an_exported_adapter_holds_the_factors_though_its_scale_is_one_for_all_layers(
+    finished, tiny_clip, tmp_path, monkeypatch
+):
     def reload_here(room):
         with contextlib.chdir(room):
-            reload.main()
+            verify_worker.main()
 
-    monkeypatch.setattr(check, "reload_in_fresh_process", reload_here)
-    folder = export_run(finished, "adapter", tmp_path / "adapter", label="keeplora++", base_id="you/base", with_state=False).folder
+    monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
+    folder = export_run(
+        finished, "adapter", tmp_path / "adapter", label="keeplora++", base_id="you/base", with_state=False
+    ).folder
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] and "alpha_pattern" not in config
     merged = PeftModel.from_pretrained(CLIPModel.from_pretrained(tiny_clip), folder).merge_and_unload()
@@ -109,7 +139,9 @@ def test_an_exported_adapter_holds_the_factors_though_its_scale_is_one_for_all_l
     for name, module in CLIPModel.from_pretrained(tiny_clip).named_modules():
         if isinstance(module, nn.Linear):
             change = sum((task[name].dense() for task in changes if name in task), torch.zeros(()))
-            torch.testing.assert_close(merged.get_submodule(name).weight, module.weight + change, rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                merged.get_submodule(name).weight, module.weight + change, rtol=0, atol=1e-6
+            )
 
 
 # --- the factor alone ----------------------------------------------------------------------------
@@ -128,7 +160,10 @@ def test_one_block_alone_is_keeploras():
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.5, float("nan")])
 def test_a_gamma_that_is_no_share_is_refused(gamma):
-    with pytest.raises(MethodError, match=rf"gamma is {gamma}, but the first block's share of an update lies in \[0, 1\]; set it to 0.2, as published"):
+    with pytest.raises(
+        MethodError,
+        match=rf"gamma is {gamma}, but the first block's share of an update lies in \[0, 1\]; set it to 0.2, as published",
+    ):
         Options(gamma=gamma)
 
 

@@ -28,7 +28,22 @@ def method(**options):
 def mixture(experts=5, top_k=2, tasks=2, **changes):
     """One with everything moved from zero, in float64."""
     torch.manual_seed(0)
-    found = Mixture(6, **{"experts": experts, "bottleneck": 3, "tasks": tasks, "top_k": top_k, "scale": 0.1, "dropout": 0.0, **changes}).double().eval()
+    found = (
+        Mixture(
+            6,
+            **{
+                "experts": experts,
+                "bottleneck": 3,
+                "tasks": tasks,
+                "top_k": top_k,
+                "scale": 0.1,
+                "dropout": 0.0,
+                **changes,
+            },
+        )
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         for p in found.parameters():
             p.normal_()
@@ -41,7 +56,9 @@ def x():
 
 
 def alone(expert, x):
-    return 0.1 * linear(relu(linear(x, expert.down.weight, expert.down.bias)), expert.up.weight, expert.up.bias)
+    return 0.1 * linear(
+        relu(linear(x, expert.down.weight, expert.down.bias)), expert.up.weight, expert.up.bias
+    )
 
 
 def test_fresh_experts_add_nothing_in_training_and_test(x):
@@ -68,17 +85,27 @@ def test_the_noise_of_training_has_the_spread_that_the_router_learns():
     scores, spread = (float(first[0].float() @ p[0].detach().float()) for p in (router.score, router.spread))
     torch.manual_seed(0)
     with torch.no_grad():
-        router.score[1], router.spread[1] = 0.0, -100.0  # nearly without noise: the first wins as often as its noise says
+        router.score[1], router.spread[1] = (
+            0.0,
+            -100.0,
+        )  # nearly without noise: the first wins as often as its noise says
         share = float(router(first, 1)[:, 0].mean())
     wide = torch.nn.functional.softplus(torch.tensor(spread)) + 0.01
-    assert share == pytest.approx(float(torch.distributions.Normal(0.0, wide).cdf(torch.tensor(scores))), abs=0.02)
+    assert share == pytest.approx(
+        float(torch.distributions.Normal(0.0, wide).cdf(torch.tensor(scores))), abs=0.02
+    )
 
 
 def test_it_is_the_sum_over_the_chosen_experts_alone(x):
     """Sparse dispatch: every example goes through its own two experts."""
     found = mixture()
     gates = found.routers[1](x[:, 0], 2)
-    expected = torch.stack([sum(gates[i, e] * alone(found.experts[e], x[i]) for e in gates[i].nonzero()[:, 0].tolist()) for i in range(7)])
+    expected = torch.stack(
+        [
+            sum(gates[i, e] * alone(found.experts[e], x[i]) for e in gates[i].nonzero()[:, 0].tolist())
+            for i in range(7)
+        ]
+    )
     torch.testing.assert_close(found(x, 1), expected, atol=1e-6, rtol=1e-6)
     assert not torch.allclose(found(x, 0), expected, atol=1e-3), "the other task's router chooses otherwise"
 
@@ -92,7 +119,12 @@ def test_computing_all_experts_and_an_examples_own_is_the_same_with_the_same_gra
         for p in found.parameters():
             p.grad = None
         out = form(x, gates)
-        both.append([out, *torch.autograd.grad(out.square().sum(), [x, *found.experts.parameters()], retain_graph=True)])
+        both.append(
+            [
+                out,
+                *torch.autograd.grad(out.square().sum(), [x, *found.experts.parameters()], retain_graph=True),
+            ]
+        )
     for one, other in zip(*both, strict=True):
         torch.testing.assert_close(one, other)
     assert torch.equal(found(x, 1), found.scale * both[tokens * 5 > 2 * 6][0]), "few tokens, all experts"
@@ -140,15 +172,19 @@ def taught(teach):
     return teach(method())
 
 
-def test_with_fresh_experts_training_begins_at_clip_exactly_and_loss_is_cross_entropy_with_smoothed_labels(family, data, contexts, batch_of):
+def test_with_fresh_experts_training_begins_at_clip_exactly_and_loss_is_cross_entropy_with_smoothed_labels(
+    family, data, contexts, batch_of
+):
     own, batch, task = method(label_smoothing=0.3), batch_of(0), family.task(data[0].recipe)
     own.load([{}])
-    with torch.no_grad(), own.attached(contexts(1), family.model):
+    with torch.no_grad(), own.training_context(contexts(1), family.model):
         out = task.train()(**batch)
         task.eval()
     plain = task(**batch)
     assert torch.equal(out["logits"], plain["logits"])
-    smoothed = torch.full((len(batch["labels"]), 4), 0.3 / 4).scatter(1, batch["labels"][:, None], 0.7 + 0.3 / 4)
+    smoothed = torch.full((len(batch["labels"]), 4), 0.3 / 4).scatter(
+        1, batch["labels"][:, None], 0.7 + 0.3 / 4
+    )
     expected = -(smoothed * plain["logits"].log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(own.loss(contexts(1), batch, out), expected)
 
@@ -158,7 +194,8 @@ def test_the_text_router_has_the_same_gate_for_every_prompt_and_the_image_router
     mixtures = taught.method.mixtures(taught.family.model, 2).eval()
     handles = [
         one.routers[1].register_forward_hook(lambda module, args, gates, part=part: seen[part].append(gates))
-        for part, layers in mixtures.items() for one in layers
+        for part, layers in mixtures.items()
+        for one in layers
     ]
     taught.method._mixtures = mixtures
     taught.method.routes = lambda image: [Route(1)] * len(image)
@@ -173,10 +210,18 @@ def test_the_text_router_has_the_same_gate_for_every_prompt_and_the_image_router
 
 
 def test_the_experts_that_took_part_most_are_frozen_for_good_and_earlier_routers_too(taught):
-    trainable = {name for name, p in taught.method.mixtures(taught.family.model, 3).named_parameters() if p.requires_grad}
+    trainable = {
+        name
+        for name, p in taught.method.mixtures(taught.family.model, 3).named_parameters()
+        if p.requires_grad
+    }
     layers = [f"{part}.{i}" for part in ("vision", "text") for i in range(2)]
     for row, layer in enumerate(layers):
-        frozen = {int(i) for state in taught.method.learned_states for i in state["counts"][row].argsort(descending=True, stable=True)[:2]}
+        frozen = {
+            int(i)
+            for state in taught.method.learned_states
+            for i in state["counts"][row].argsort(descending=True, stable=True)[:2]
+        }
         for expert in range(4):
             assert (f"{layer}.experts.{expert}.up.weight" in trainable) == (expert not in frozen)
         assert [f"{layer}.routers.{task}.score" in trainable for task in range(3)] == [False, False, True]
@@ -206,15 +251,24 @@ def test_frozen_experts_are_not_trained_any_more_and_the_others_are(finished):
     for row, layer in enumerate(f"{part}.{i}" for part in ("vision", "text") for i in range(2)):
         frozen = set()
         for state in (first, second, third):
-            assert {int(name.split(".")[3]) for name in state if name.startswith(f"{layer}.experts")} == set(range(5)) - frozen
+            assert {int(name.split(".")[3]) for name in state if name.startswith(f"{layer}.experts")} == set(
+                range(5)
+            ) - frozen
             frozen |= set(state["counts"][row].argsort(descending=True, stable=True)[:2].tolist())
-    assert all(not torch.equal(value, first[name]) for name, value in second.items() if name.endswith("down.weight") and name in first)
+    assert all(
+        not torch.equal(value, first[name])
+        for name, value in second.items()
+        if name.endswith("down.weight") and name in first
+    )
 
 
 def test_an_auto_encoder_of_every_task_is_kept_with_its_usual_error(finished):
     for number in (1, 2, 3):
         (folder,) = (finished / "moe-adapters").glob(f"task-0{number}-*")
-        state, told = load_file(folder / "state.safetensors"), json.loads((folder / "consolidated.json").read_text())
+        state, told = (
+            load_file(folder / "state.safetensors"),
+            json.loads((folder / "consolidated.json").read_text()),
+        )
         assert sum(prod(value.shape) for value in state.values()) == 2 * 16 * 4 + 4 + 16 + 1
         assert told["auto_encoder_error"] == pytest.approx(float(state["auto_encoder.usual"]))
 
@@ -229,7 +283,9 @@ def pictures():
     def draw(kind, count, seed=0):
         generator = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(32, 4, generator=torch.Generator().manual_seed(kind)))[0]
-        rows = torch.randn(count, 4, generator=generator) @ basis.T + 0.02 * torch.randn(count, 32, generator=generator)
+        rows = torch.randn(count, 4, generator=generator) @ basis.T + 0.02 * torch.randn(
+            count, 32, generator=generator
+        )
         return rows / rows.norm(dim=1, keepdim=True)
 
     return draw
@@ -288,15 +344,24 @@ def test_few_pictures_are_enough_for_one(pictures, count):
     assert 0 < float(coder.usual) < float("inf")
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"top_k": 5}, "top_k is 5 with experts 4, but an example takes one expert to all of them; set top_k to, say, 2"),
-    ({"top_k": 0}, "top_k is 0 with experts 4"),
-    ({"bottleneck": 0}, "bottleneck is 0, but a bottleneck lets something through; set it to 1 or more"),
-    ({"code": 0}, "code is 0"),
-    ({"dropout": 1.0}, r"dropout is 1.0, but a share lies in \[0, 1\); set it to 0 to do without"),
-    ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
-    ({"threshold": 0.0}, "threshold is 0.0, but an error relative to another is above 0; set it to, say, 2"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"top_k": 5},
+            "top_k is 5 with experts 4, but an example takes one expert to all of them; set top_k to, say, 2",
+        ),
+        ({"top_k": 0}, "top_k is 0 with experts 4"),
+        ({"bottleneck": 0}, "bottleneck is 0, but a bottleneck lets something through; set it to 1 or more"),
+        ({"code": 0}, "code is 0"),
+        ({"dropout": 1.0}, r"dropout is 1.0, but a share lies in \[0, 1\); set it to 0 to do without"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        (
+            {"threshold": 0.0},
+            "threshold is 0.0, but an error relative to another is above 0; set it to, say, 2",
+        ),
+    ],
+)
 def test_settings_that_are_none_are_refused(options, words):
     with pytest.raises(MethodError, match=words):
         method(**options)

@@ -17,17 +17,32 @@ METHODS_RUN = {
     "without": {"method": "o-lora", "lambda1": 0.0, "dropout": 0.0},
     "with": {"method": "o-lora", "lambda1": 0.5, "dropout": 0.0},
     "whole": {"method": "o-lora", "dropout": 0.0, "lambda2": 0.1, "training": SGD},
-    "halves": {"method": "o-lora", "dropout": 0.0, "lambda2": 0.1, "training": {**SGD, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}},
+    "halves": {
+        "method": "o-lora",
+        "dropout": 0.0,
+        "lambda2": 0.1,
+        "training": {**SGD, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, run_config, driven, tiny_tasks):
-    return driven(run_config(tmp_path_factory.mktemp("o-lora") / "run", methods=METHODS_RUN, tasks=[str(path) for path in tiny_tasks[:2]]))
+    return driven(
+        run_config(
+            tmp_path_factory.mktemp("o-lora") / "run",
+            methods=METHODS_RUN,
+            tasks=[str(path) for path in tiny_tasks[:2]],
+        )
+    )
 
 
 def delta_files(finished, label):
-    return [path / "delta.safetensors" for path in sorted((finished / label).glob("task-*")) if not path.name.startswith("task-00")]
+    return [
+        path / "delta.safetensors"
+        for path in sorted((finished / label).glob("task-*"))
+        if not path.name.startswith("task-00")
+    ]
 
 
 def overlaps(finished, label):
@@ -42,7 +57,9 @@ def test_without_penalties_and_dropout_it_is_sequential_lora_bit_for_bit(finishe
 
 
 def test_the_first_task_does_not_depend_on_the_penalty_and_the_second_does(finished):
-    first, second = ([path.read_bytes() for path in delta_files(finished, label)] for label in ("with", "without"))
+    first, second = (
+        [path.read_bytes() for path in delta_files(finished, label)] for label in ("with", "without")
+    )
     assert first[0] == second[0] and first[1] != second[1]
 
 
@@ -74,9 +91,18 @@ def penalised():
         net = nn.ModuleDict({"layer": nn.Linear(6, 4, bias=False)})
         attach(net, {"layer": AdapterInit(len(A), float(len(A)), A=A, B=torch.ones(4, len(A)), train_A=True)})
         old = Delta(earlier, torch.ones(4, len(earlier)), 1.0)
-        ctx = TaskContext(2, "t", {"layer": Layer("layer", "vision", net["layer"], 2, 2.0, 0.5, 0.9)}, None, None, 0, 0, deltas=lambda: [{"layer": old}])
+        ctx = TaskContext(
+            2,
+            "t",
+            {"layer": Layer("layer", "vision", net["layer"], 2, 2.0, 0.5, 0.9)},
+            None,
+            None,
+            0,
+            0,
+            deltas=lambda: [{"layer": old}],
+        )
         method = OLora(OLora.Options(**options))
-        with method.attached(ctx, net):
+        with method.training_context(ctx, net):
             trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
             assert sorted(trained) == ["layer.lora_A.default.weight", "layer.lora_B.default.weight"]
             loss = method.loss(ctx, {}, {"loss": torch.zeros((), requires_grad=True)})
@@ -95,8 +121,12 @@ def test_the_penalty_moves_the_new_A_alone_and_by_its_signs(penalised):
     assert by_B is None
 
 
-def test_what_an_earlier_task_left_is_bit_for_bit_the_same_after_later_ones(finished, run_config, driven, tiny_tasks, tmp_path):
-    alone = driven(run_config(tmp_path / "run", methods={"with": METHODS_RUN["with"]}, tasks=[str(tiny_tasks[0])]))
+def test_what_an_earlier_task_left_is_bit_for_bit_the_same_after_later_ones(
+    finished, run_config, driven, tiny_tasks, tmp_path
+):
+    alone = driven(
+        run_config(tmp_path / "run", methods={"with": METHODS_RUN["with"]}, tasks=[str(tiny_tasks[0])])
+    )
     assert delta_files(alone, "with")[0].read_bytes() == delta_files(finished, "with")[0].read_bytes()
 
 
@@ -114,11 +144,14 @@ def test_the_second_penalty_is_the_sum_of_the_norms(penalised):
     torch.testing.assert_close(by_B, 0.1 * torch.ones(4, 2) / 8**0.5)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"lambda1": -1.0}, "lambda1 is -1.0, but a penalty's weight is not negative; set it to 0"),
-    ({"lambda2": float("nan")}, "lambda2 is nan"),
-    ({"dropout": 1.0}, r"dropout is 1.0, but a share of the input lies in \[0, 1\)"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lambda1": -1.0}, "lambda1 is -1.0, but a penalty's weight is not negative; set it to 0"),
+        ({"lambda2": float("nan")}, "lambda2 is nan"),
+        ({"dropout": 1.0}, r"dropout is 1.0, but a share of the input lies in \[0, 1\)"),
+    ],
+)
 def test_settings_that_are_none_are_refused(options, words):
     with pytest.raises(MethodError, match=words):
         OLora.Options(**options)

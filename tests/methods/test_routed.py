@@ -66,7 +66,11 @@ def test_a_picture_is_answered_alike_in_any_batch(taught):
 
 def test_the_model_is_as_before_after_every_call(taught):
     model = taught.family.model
-    before, own, state = hooks(model), set(dict(model.named_modules())), {k: v.clone() for k, v in model.state_dict().items()}
+    before, own, state = (
+        hooks(model),
+        set(dict(model.named_modules())),
+        {k: v.clone() for k, v in model.state_dict().items()},
+    )
     taught.predictor(1).predict([taught.data[1][i] for i in range(4)])
     assert hooks(model) == before and set(dict(model.named_modules())) == own
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -78,7 +82,10 @@ def test_no_examples_have_no_answers(taught):
 
 @pytest.mark.parametrize("name", ROUTED)
 def test_an_unknown_routing_is_refused(name):
-    with pytest.raises(MethodError, match="routing is 'task'; set it to 'sample', or to 'batch' for one task per batch as published"):
+    with pytest.raises(
+        MethodError,
+        match="routing is 'task'; set it to 'sample', or to 'batch' for one task per batch as published",
+    ):
         make(name, routing="task")
 
 
@@ -88,9 +95,9 @@ def test_training_is_the_same_where_activations_are_recomputed(name, family, dat
     gradients = []
     for recomputing in (False, True):
         method = make(name)
-        method.load([{}])
+        method.load_state_dicts([{}])
         torch.manual_seed(0)
-        with method.attached(contexts(1), family.model):
+        with method.training_context(contexts(1), family.model):
             task = family.task(data[0].recipe).train()
             with torch.no_grad():
                 for p in task.parameters():
@@ -113,5 +120,5 @@ def test_the_rows_of_all_processes_come_in_the_order_of_the_data(monkeypatch):
     for world in (1, 3, 12):
         shares = [list(rows[rank::world].split(2)) if len(rows[rank::world]) else [] for rank in range(world)]
 
-        monkeypatch.setattr(routed, "from_all", lambda own: shares)
+        monkeypatch.setattr(routed, "all_gather_object", lambda own: shares)
         assert torch.equal(routed._of_all(shares[-1]), rows)

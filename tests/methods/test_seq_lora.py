@@ -10,26 +10,33 @@ from llava_keeplora.methods import find_changed
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.sequence.data import stage_seed
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 
 RATE, STEPS = 0.05, 3
 #: All of a task's examples in every step, so that no order of them counts.
 TRAINING = {
-    "optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": STEPS, "per_device_train_batch_size": 1000,
+    "optim": "sgd",
+    "learning_rate": RATE,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 1000,
 }
 
 
 @pytest.fixture
 def config(run_config, tiny_tasks, tmp_path):
     parts = {part: {"rank": 2, "alpha": 6} for part in ("vision", "text")}
-    return run_config(tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(tiny_tasks[0])], training=TRAINING, parts=parts)
+    return run_config(
+        tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(tiny_tasks[0])], training=TRAINING, parts=parts
+    )
 
 
 def test_one_task_is_what_peft_alone_learns(config, driven):
     """LoRA by `get_peft_model` and an optimiser in a loop, from the same seed."""
     run = driven(config)
     ours = load_deltas(next((run / "seq-lora").glob("task-01-*")) / "delta.safetensors")
-    family, data = load_model(config.model), load_recipe(config.tasks[0]).load("train")
+    family, data = load_model(config.model), load_split(load_recipe(config.tasks[0]), "train")
     layers = find_changed(SequentialLora, config.methods["seq-lora"].parts, family).adapted
     batch = family.inputs(data, Prepared(family, data)).collate(range(len(data)))
     set_seed(stage_seed(config.seed, 1, "TRAINED"))

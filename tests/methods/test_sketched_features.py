@@ -8,18 +8,23 @@ import torch
 from torch import nn
 
 from llava_keeplora.methods import METHODS, Layer, TaskContext
-from llava_keeplora.methods.keeplora_rules import PaperRules, least_statistics
+from llava_keeplora.methods.presets import PaperRules, least_statistics
 from llava_keeplora.subspace import SecondMoment, ShapeError, SketchedMoment
 
 WIDTH, DIRECTIONS = 256, 40
 
 
 def layers(*widths, energy_feature=0.99):
-    return {f"l{i}": Layer(f"l{i}", "vision", nn.Linear(width, 8, bias=False), 4, 4.0, 0.3, energy_feature) for i, width in enumerate(widths)}
+    return {
+        f"l{i}": Layer(f"l{i}", "vision", nn.Linear(width, 8, bias=False), 4, 4.0, 0.3, energy_feature)
+        for i, width in enumerate(widths)
+    }
 
 
 def held() -> int:
-    return sum(one.image.nbytes + one.test.nbytes for one in gc.get_objects() if isinstance(one, SketchedMoment))
+    return sum(
+        one.image.nbytes + one.test.nbytes for one in gc.get_objects() if isinstance(one, SketchedMoment)
+    )
 
 
 @pytest.fixture
@@ -38,9 +43,11 @@ def consolidated():
             return made
 
         method = METHODS["keeplora"](METHODS["keeplora"].Options())
-        base, task = (TaskContext(i, "flat", found, None, features, seed=0, statistics_bytes=budget) for i in (0, 1))
-        method.consolidate(base)
-        method.consolidate(task)
+        base, task = (
+            TaskContext(i, "flat", found, None, features, seed=0, statistics_bytes=budget) for i in (0, 1)
+        )
+        method.after_task(base)
+        method.after_task(task)
         return task.report, passes
 
     return run
@@ -58,12 +65,17 @@ def test_a_second_pass_holds_no_more_than_the_first(consolidated, flat):
     assert 0.9 * budget < passes[0] <= budget and passes[1] <= passes[0], (budget, passes)
 
 
-def test_layers_whose_sketch_misses_the_energy_are_told_with_the_cure_and_those_that_reach_it_are_not(consolidated, flat, caplog):
+def test_layers_whose_sketch_misses_the_energy_are_told_with_the_cure_and_those_that_reach_it_are_not(
+    consolidated, flat, caplog
+):
     with caplog.at_level(logging.WARNING):
         report, _ = consolidated(layers(*[WIDTH] * 3), flat, 3 * 12 * WIDTH * DIRECTIONS)
     (line,) = [record.getMessage() for record in caplog.records]
     least = min(one["after"] for one in report["feature_energy"].values())
-    assert line.startswith("flat: the sketched features of 3 layers don't reach energy_feature; l") and f"protects {least:.3f} of 0.99" in line
+    assert (
+        line.startswith("flat: the sketched features of 3 layers don't reach energy_feature; l")
+        and f"protects {least:.3f} of 0.99" in line
+    )
     assert line.endswith("Raise memory.statistics_gb, or lower energy_feature") and least < 0.99
 
     caplog.clear()
@@ -81,7 +93,10 @@ def test_sketches_share_their_budget_by_the_square_of_the_width_and_none_gets_le
     made = PaperRules.statistics([found[:3], found[3:]], bases, least + spare, 0)
     sizes = [made[layer.name].test.shape[1] for layer in found]
     assert all(isinstance(one, SketchedMoment) for one in made.values()) and len(set(sizes[:3])) == 1
-    assert min(sizes) >= 16 and sum(12 * layer.module.in_features * size for layer, size in zip(found, sizes)) <= least + spare
+    assert (
+        min(sizes) >= 16
+        and sum(12 * layer.module.in_features * size for layer, size in zip(found, sizes)) <= least + spare
+    )
     if spare:
         assert sizes[3] > sizes[0]
 
@@ -90,7 +105,10 @@ def test_one_byte_less_than_the_smallest_sketches_is_refused_with_what_they_take
     found = list(layers(256, 512).values())
     least = 12 * 16 * (256 + 512)
     assert least_statistics(found) == least
-    with pytest.raises(ShapeError, match=f"{least - 1} bytes hold no sketch of 16 directions for each of 2 layers, which take {least} bytes"):
+    with pytest.raises(
+        ShapeError,
+        match=f"{least - 1} bytes hold no sketch of 16 directions for each of 2 layers, which take {least} bytes",
+    ):
         PaperRules.statistics([[found[0]], [found[1]]], {}, least - 1, 0)
 
 
@@ -98,19 +116,30 @@ def test_what_fits_is_exact_and_layers_of_one_input_share_it():
     found = list(layers(64, 64, 128).values())
     whole = 4 * (64**2 + 128**2)
     made = PaperRules.statistics([found[:2], found[2:]], {}, whole, 0)
-    assert made["l0"] is made["l1"] and {type(one) for one in made.values()} == {SecondMoment} and made["l2"].dtype == torch.float32
+    assert (
+        made["l0"] is made["l1"]
+        and {type(one) for one in made.values()} == {SecondMoment}
+        and made["l2"].dtype == torch.float32
+    )
     assert PaperRules.statistics([found[:2], found[2:]], {}, 2 * whole, 0)["l2"].dtype == torch.float64
 
 
 def test_the_estimate_of_every_sketched_layer_is_told_in_a_debug_log_and_the_lowest_in_any(caplog):
     from llava_keeplora.methods.keeplora import _tell_estimates
 
-    numbers = {f"l{i}": {"of_optimum": 1.0 - i / 100, "at_least": 0.99 - i / 100, "passes": 1 + i} for i in range(3)} | {"dense": {"captured": 0.5}}
+    numbers = {
+        f"l{i}": {"of_optimum": 1.0 - i / 100, "at_least": 0.99 - i / 100, "passes": 1 + i} for i in range(3)
+    } | {"dense": {"captured": 0.5}}
     with caplog.at_level(logging.DEBUG, "llava_keeplora"):
         _tell_estimates("birds", numbers)
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert [line for level, line in lines if level == "DEBUG"] == [
-        f"birds, layer l{i}: A holds {1.0 - i / 100:.3f} of the optimum, at least {0.99 - i / 100:.3f}, after {1 + i} passes" for i in range(3)
+        f"birds, layer l{i}: A holds {1.0 - i / 100:.3f} of the optimum, at least {0.99 - i / 100:.3f}, after {1 + i} passes"
+        for i in range(3)
     ]
     ((_, told),) = [line for line in lines if line[0] == "INFO"]
-    assert told.startswith("birds: A of 3 layers") and "an estimated 0.980 of the best rank-r energy in l2" in told and told.endswith("0.970 is proven")
+    assert (
+        told.startswith("birds: A of 3 layers")
+        and "an estimated 0.980 of the best rank-r energy in l2" in told
+        and told.endswith("0.970 is proven")
+    )

@@ -13,15 +13,21 @@ from llava_keeplora.adapters import load_deltas
 from llava_keeplora.analysis import analyze_run
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError, MethodError, RunError
-from llava_keeplora.methods import METHODS, Method, Record, Reference, TaskContext
+from llava_keeplora.methods import METHODS, Method, MethodInfo, Reference, TaskContext
 from llava_keeplora.methods.zscl import distillation
 from llava_keeplora.models import load_model
 from llava_keeplora.plan import make_plan
 from llava_keeplora.report.run_report import write_run_report
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 
 Zscl = METHODS["zscl"]
-NOTHING = {"method": "zscl", "label_smoothing": 0.0, "distillation": 0.0, "constraint": 0.0, "ensemble_every": 0}
+NOTHING = {
+    "method": "zscl",
+    "label_smoothing": 0.0,
+    "distillation": 0.0,
+    "constraint": 0.0,
+    "ensemble_every": 0,
+}
 ONE_STEP = {"max_steps": 1, "optim": "sgd", "per_device_train_batch_size": 24, "max_grad_norm": 0.0}
 SGD = {"optim": "sgd", "learning_rate": 0.05}
 EVERY = 2
@@ -30,22 +36,22 @@ EVERY = 2
 class FullFineTuning(Method):
     """The task's loss on the whole model and nothing else."""
 
-    record = Record("full", "full fine-tuning")
-    adapts, whole = False, True
+    info = MethodInfo("full", "full fine-tuning")
+    uses_lora, full_finetuning = False, True
 
-    def prepare(self, ctx):
+    def init_adapters(self, ctx):
         return {}
 
 
 class Watched(Zscl):
     """ZSCL that notes the weights at every task's start and after every step."""
 
-    record = Record("watched", "ZSCL, watched")
+    info = MethodInfo("watched", "ZSCL, watched")
     seen = []
 
-    def attached(self, ctx, model):
+    def training_context(self, ctx, model):
         Watched.seen.append([values(model)])
-        return super().attached(ctx, model)
+        return super().training_context(ctx, model)
 
     def after_step(self, ctx, optimizer_step):
         super().after_step(ctx, optimizer_step)
@@ -66,25 +72,45 @@ def reference(tiny_tasks):
 def finished(tmp_path_factory, run_config, driven, tiny_tasks, reference):
     """A run on two tasks of fine-tuning, ZSCL without all that it adds, and ZSCL with and without the mean of its weights."""
     methods = {
-        "full": {}, "nothing": NOTHING, "one-step": {**NOTHING, "training": ONE_STEP},
+        "full": {},
+        "nothing": NOTHING,
+        "one-step": {**NOTHING, "training": ONE_STEP},
         "watched": {"ensemble_every": EVERY, **reference, "training": {"num_train_epochs": 2}},
         "raw": {"method": "zscl", "ensemble_every": 0, **reference, "training": {"num_train_epochs": 2}},
         "whole": {"method": "zscl", **reference, "training": SGD},
-        "halves": {"method": "zscl", **reference, "training": {**SGD, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}},
+        "halves": {
+            "method": "zscl",
+            **reference,
+            "training": {**SGD, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        },
     }
     with pytest.MonkeyPatch.context() as patch:
         for method in (FullFineTuning, Watched):
-            patch.setitem(METHODS, method.record.name, method)
-        return driven(run_config(tmp_path_factory.mktemp("zscl") / "run", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]]))
+            patch.setitem(METHODS, method.info.name, method)
+        return driven(
+            run_config(
+                tmp_path_factory.mktemp("zscl") / "run",
+                methods=methods,
+                tasks=[str(path) for path in tiny_tasks[:2]],
+            )
+        )
 
 
 def delta_files(finished, label):
-    return [path / "delta.safetensors" for path in sorted((finished / label).glob("task-*")) if not path.name.startswith("task-00")]
+    return [
+        path / "delta.safetensors"
+        for path in sorted((finished / label).glob("task-*"))
+        if not path.name.startswith("task-00")
+    ]
 
 
 def changes(path):
     """Name of a parameter → what a task did to it."""
-    return {f"{name}.{own}": change for name, delta in load_deltas(path).items() for own, change in delta.parameters.items()}
+    return {
+        f"{name}.{own}": change
+        for name, delta in load_deltas(path).items()
+        for own, change in delta.parameters.items()
+    }
 
 
 def test_with_nothing_added_it_is_full_fine_tuning_bit_for_bit(finished):
@@ -92,20 +118,26 @@ def test_with_nothing_added_it_is_full_fine_tuning_bit_for_bit(finished):
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_step_of_that_goes_down_the_gradient_of_every_parameter_but_the_temperature(finished, tiny_clip, tiny_tasks):
-    data = load_recipe(str(tiny_tasks[0])).load("train")
+def test_a_step_of_that_goes_down_the_gradient_of_every_parameter_but_the_temperature(
+    finished, tiny_clip, tiny_tasks
+):
+    data = load_split(load_recipe(str(tiny_tasks[0])), "train")
     family = load_model(ModelConfig(str(tiny_clip)))
     model = CLIPModel.from_pretrained(tiny_clip)
     prompts = AutoTokenizer.from_pretrained(tiny_clip)(data.recipe.prompts, padding=True, return_tensors="pt")
     pixels = torch.stack([one["pixel_values"] for one in family.prepare(list(data))])
-    cross_entropy(model(pixel_values=pixels, **prompts).logits_per_image, torch.tensor(data.labels)).backward()
+    cross_entropy(
+        model(pixel_values=pixels, **prompts).logits_per_image, torch.tensor(data.labels)
+    ).backward()
     found = changes(delta_files(finished, "one-step")[0])
     assert found.keys() == dict(model.named_parameters()).keys() - {"logit_scale"}
     for name, change in found.items():
         torch.testing.assert_close(change, -0.01 * model.get_parameter(name).grad, atol=1e-7, rtol=1e-3)
 
 
-def test_a_task_leaves_the_mean_of_its_start_and_of_the_weights_after_every_second_step_from_the_first_on(finished):
+def test_a_task_leaves_the_mean_of_its_start_and_of_the_weights_after_every_second_step_from_the_first_on(
+    finished,
+):
     tasks = [snapshots for snapshots in Watched.seen if len(snapshots) > 1]
     for snapshots, path in zip(tasks, delta_files(finished, "watched"), strict=True):
         assert len(snapshots) == 1 + 6
@@ -121,7 +153,9 @@ def test_training_goes_on_from_the_weights_and_not_from_their_mean(finished):
     assert all(torch.equal(first[-1][name] - first[0][name], change) for name, change in raw.items())
     # The next task begins where the mean is.
     left = changes(delta_files(finished, "watched")[0])
-    assert all(torch.allclose(second[0][name], first[0][name] + change, atol=1e-6) for name, change in left.items())
+    assert all(
+        torch.allclose(second[0][name], first[0][name] + change, atol=1e-6) for name, change in left.items()
+    )
 
 
 def test_a_step_of_two_half_batches_is_the_step_of_the_whole_one(finished):
@@ -129,7 +163,9 @@ def test_a_step_of_two_half_batches_is_the_step_of_the_whole_one(finished):
     for whole, halves in zip(delta_files(finished, "whole"), delta_files(finished, "halves"), strict=True):
         ours, theirs = changes(whole), changes(halves)
         scale = max(float(change.abs().max()) for change in ours.values())
-        assert all(torch.allclose(change, theirs[name], atol=1e-3 * scale, rtol=0) for name, change in ours.items())
+        assert all(
+            torch.allclose(change, theirs[name], atol=1e-3 * scale, rtol=0) for name, change in ours.items()
+        )
 
 
 def test_the_journal_says_which_reference_data_a_task_was_planned_with(finished):
@@ -147,15 +183,17 @@ def test_the_journal_says_which_reference_data_a_task_was_planned_with(finished)
 def held(tiny_clip, tiny_tasks):
     """(method, context, model, teacher) in training, in float64 and with everything where the pre-trained model has it."""
     family, teacher = (load_model(ModelConfig(str(tiny_clip))) for _ in range(2))
-    data = load_recipe(str(tiny_tasks[2])).load("train")
+    data = load_split(load_recipe(str(tiny_tasks[2])), "train")
     images = lambda indices: family.prepare([data[i] for i in indices])  # noqa: E731
     model, teacher = family.model.double(), teacher.model.double()
     for name, p in model.named_parameters():
         p.requires_grad_(name != "logit_scale")
     method = Zscl(Zscl.Options(reference_batch=8))
-    method.reference = Reference(images, len(data), family.tokens([*data.recipe.prompts, "a photo of the red ."]), {})
+    method.reference = Reference(
+        images, len(data), family.tokens([*data.recipe.prompts, "a photo of the red ."]), {}
+    )
     ctx = TaskContext(1, "t", {}, None, None, 7, 0, model=model, pretrained=lambda: teacher)
-    with method.attached(ctx, model):
+    with method.training_context(ctx, model):
         yield method, ctx, model, teacher
 
 
@@ -170,7 +208,12 @@ def moved(model):
 
 def test_distillation_is_the_cross_entropy_of_the_softened_rows_times_the_temperature_squared():
     P, Q = torch.randn(2, 5, 7, dtype=torch.float64)
-    rows = [-(torch.exp(p / 2) / torch.exp(p / 2).sum() * torch.log(torch.exp(q / 2) / torch.exp(q / 2).sum())).sum() for p, q in zip(P, Q)]
+    rows = [
+        -(
+            torch.exp(p / 2) / torch.exp(p / 2).sum() * torch.log(torch.exp(q / 2) / torch.exp(q / 2).sum())
+        ).sum()
+        for p, q in zip(P, Q)
+    ]
     torch.testing.assert_close(distillation(P, Q, 2.0), 4 * sum(rows) / 5)
 
 
@@ -178,16 +221,27 @@ def test_the_loss_is_the_smoothed_one_and_the_distillation_both_ways_and_the_squ
     method, ctx, model, teacher = held
     start = values(model)
     moved(model)
-    pixels = torch.stack([one["pixel_values"] for one in method.reference.images(method.reference.draw(8, 7, 0))]).double()
+    pixels = torch.stack(
+        [one["pixel_values"] for one in method.reference.images(method.reference.draw(8, 7, 0))]
+    ).double()
     logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
     meant = teacher(pixel_values=pixels, **method.reference.texts)
     image = model(pixel_values=pixels, **method.reference.texts).image_embeds
     found = model.logit_scale.exp() * image @ meant.text_embeds.T
     target = 0.8 * nn.functional.one_hot(labels, 4) + 0.2 / 4
     expected = -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
-    expected = expected + distillation(meant.logits_per_image, found, 2.0) + distillation(meant.logits_per_text, found.T, 2.0)
+    expected = (
+        expected
+        + distillation(meant.logits_per_image, found, 2.0)
+        + distillation(meant.logits_per_text, found.T, 2.0)
+    )
     expected = expected + sum((p - start[name]).square().sum() for name, p in model.named_parameters())
-    torch.testing.assert_close(method.loss(ctx, {"labels": labels}, {"logits": logits, "loss": None}).double(), expected.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        method.loss(ctx, {"labels": labels}, {"logits": logits, "loss": None}).double(),
+        expected.double(),
+        rtol=1e-5,
+        atol=0,
+    )
 
 
 def test_where_the_weights_are_the_pretrained_ones_neither_distillation_nor_constraint_pulls(held):
@@ -202,7 +256,11 @@ def test_no_distillation_reaches_the_text_encoder_and_all_of_it_the_vision_encod
     moved(model)
     method._distilled(ctx).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
-    assert reached == {name for name, _ in model.named_parameters() if name.startswith(("vision_model.", "visual_projection."))}
+    assert reached == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(("vision_model.", "visual_projection."))
+    }
 
 
 def test_reference_pictures_are_a_function_of_seed_and_step_that_no_generator_feels():
@@ -222,14 +280,27 @@ def test_reference_pictures_are_a_function_of_seed_and_step_that_no_generator_fe
 def beside(tmp_path_factory, run_config, driven, tiny_tasks, reference):
     """A run of sequential LoRA and ZSCL on two tasks."""
     methods = {"seq-lora": {}, "zscl": reference}
-    return driven(run_config(tmp_path_factory.mktemp("beside") / "run", methods=methods, tasks=[str(path) for path in tiny_tasks[:2]]))
+    return driven(
+        run_config(
+            tmp_path_factory.mktemp("beside") / "run",
+            methods=methods,
+            tasks=[str(path) for path in tiny_tasks[:2]],
+        )
+    )
 
 
-def test_the_analysis_measures_the_linear_layers_of_the_encoders_and_the_report_draws_the_rest(beside, tmp_path):
+def test_the_analysis_measures_the_linear_layers_of_the_encoders_and_the_report_draws_the_rest(
+    beside, tmp_path
+):
     found = analyze_run(beside, tmp_path / "analysis")
     layers = {update.layer.rsplit(".", 1)[-1] for update in found["zscl"].updates}
-    assert layers == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"} and found["zscl"].overlap is None
-    assert all(0 <= update.principal <= 1 for update in found["zscl"].updates) and found["seq-lora"].overlap is not None
+    assert (
+        layers == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"} and found["zscl"].overlap is None
+    )
+    assert (
+        all(0 <= update.principal <= 1 for update in found["zscl"].updates)
+        and found["seq-lora"].overlap is not None
+    )
     write_run_report(beside)
     assert "zscl" in (beside / "report.html").read_text()
 
@@ -251,10 +322,17 @@ def refused(run_config, driven, tmp_path):
 
 def test_reference_data_that_are_not_there_are_refused_in_a_sentence(refused, tmp_path):
     refused({"reference": "imagenet"}, "methods.zscl.reference: there is no recipe 'imagenet'")
-    refused({"reference_texts": "captions.txt"}, "reference_texts: captions.txt cannot be read .no such file 'captions.txt'.; give a text file with one caption per line")
+    refused(
+        {"reference_texts": "captions.txt"},
+        "reference_texts: captions.txt cannot be read .no such file 'captions.txt'.; give a text file with one caption per line",
+    )
     (tmp_path / "captions.txt").write_text("\n\n")
     root = {"data": {"root": str(tmp_path)}, "tasks": ["digits"]}
-    refused({"reference_texts": "captions.txt"}, f"reference_texts: {tmp_path}/captions.txt holds no text; give a text file", **root)
+    refused(
+        {"reference_texts": "captions.txt"},
+        f"reference_texts: {tmp_path}/captions.txt holds no text; give a text file",
+        **root,
+    )
     (tmp_path / "captions.txt").write_text("a red circle .\n" + 20 * "a photo of ")
     refused(
         {"reference_texts": str(tmp_path / "captions.txt")},
@@ -263,48 +341,80 @@ def test_reference_data_that_are_not_there_are_refused_in_a_sentence(refused, tm
 
 
 def test_weights_that_are_too_coarse_to_be_trained_are_refused_in_a_sentence(refused):
-    refused({}, "'zscl' trains the whole model and model.quantization is nf4, but quantised weights can't be trained; leave the base unquantised",
-            model={"quantization": "nf4"})
-    refused({}, "'zscl' trains the whole model and model.dtype is bfloat16, in which small steps are rounded away; set model.dtype to float32",
-            model={"dtype": "bfloat16"})
+    refused(
+        {},
+        "'zscl' trains the whole model and model.quantization is nf4, but quantised weights can't be trained; leave the base unquantised",
+        model={"quantization": "nf4"},
+    )
+    refused(
+        {},
+        "'zscl' trains the whole model and model.dtype is bfloat16, in which small steps are rounded away; set model.dtype to float32",
+        model={"dtype": "bfloat16"},
+    )
 
 
 def test_parts_of_a_method_without_adapters_are_refused_in_a_sentence(refused):
-    refused({"parts": {"vision": {"rank": 4}}}, "methods.zscl.parts is set, but 'zscl' has no adapters on the model's parts; remove methods.zscl.parts")
+    refused(
+        {"parts": {"vision": {"rank": 4}}},
+        "methods.zscl.parts is set, but 'zscl' has no adapters on the model's parts; remove methods.zscl.parts",
+    )
 
 
 def test_a_plan_refuses_it_in_a_sentence(run_config, tmp_path):
-    with pytest.raises(ConfigError, match="'zscl' does not train LoRA adapters, and a plan knows nothing else; run it without a plan"):
+    with pytest.raises(
+        ConfigError,
+        match="'zscl' does not train LoRA adapters, and a plan knows nothing else; run it without a plan",
+    ):
         make_plan(run_config(tmp_path / "run", methods={"zscl": {}}))
 
 
-@pytest.mark.parametrize(("options", "sentence"), [
-    ({"label_smoothing": 1.0}, "label_smoothing is 1.0, but a share of the target lies in"),
-    ({"distillation": -1.0}, "distillation is -1.0, but it is not negative; set it to 0 to do without"),
-    ({"ensemble_every": -1}, "ensemble_every is -1, but it is not negative"),
-    ({"temperature": 0.0}, "temperature is 0.0, but logits are divided by it"),
-    ({"reference_batch": 0}, "reference_batch is 0, but a batch holds something"),
-])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, but a share of the target lies in"),
+        ({"distillation": -1.0}, "distillation is -1.0, but it is not negative; set it to 0 to do without"),
+        ({"ensemble_every": -1}, "ensemble_every is -1, but it is not negative"),
+        ({"temperature": 0.0}, "temperature is 0.0, but logits are divided by it"),
+        ({"reference_batch": 0}, "reference_batch is 0, but a batch holds something"),
+    ],
+)
 def test_settings_that_mean_nothing_are_refused_in_a_sentence(options, sentence):
     with pytest.raises(MethodError, match=sentence):
         Zscl.Options(**options)
 
 
-def test_a_run_whose_reference_data_are_others_than_planned_is_refused(run_config, driven, tmp_path, tiny_tasks):
+def test_a_run_whose_reference_data_are_others_than_planned_is_refused(
+    run_config, driven, tmp_path, tiny_tasks
+):
     (tmp_path / "captions.txt").write_text("a red circle .\na photo .")
     options = {"reference": str(tiny_tasks[2]), "reference_texts": str(tmp_path / "captions.txt")}
-    one, two = (run_config(tmp_path / "run", methods={"zscl": options}, tasks=[str(path) for path in tiny_tasks[:count]]) for count in (1, 2))
+    one, two = (
+        run_config(
+            tmp_path / "run", methods={"zscl": options}, tasks=[str(path) for path in tiny_tasks[:count]]
+        )
+        for count in (1, 2)
+    )
     driven(one)
     (tmp_path / "captions.txt").unlink()
     driven(one)  # Nothing is left to learn, so nothing is read.
     with pytest.raises(ConfigError, match="reference_texts: .* cannot be read"):
         driven(two)
     (tmp_path / "captions.txt").write_text("a red circle .\na blue photo .")
-    with pytest.raises(RunError, match="the reference data is not what it was when .*zscl was planned .texts_sha256: "):
+    with pytest.raises(
+        RunError, match="the reference data is not what it was when .*zscl was planned .texts_sha256: "
+    ):
         driven(two)
 
 
-def test_without_a_file_the_default_reference_is_rendered_scenes_and_their_captions(run_config, driven, tmp_path, tiny_tasks):
-    driven(run_config(tmp_path / "run", methods={"zscl": {}}, tasks=[str(tiny_tasks[0])], training={"max_steps": 1}))
+def test_without_a_file_the_default_reference_is_rendered_scenes_and_their_captions(
+    run_config, driven, tmp_path, tiny_tasks
+):
+    driven(
+        run_config(
+            tmp_path / "run", methods={"zscl": {}}, tasks=[str(tiny_tasks[0])], training={"max_steps": 1}
+        )
+    )
     plan = json.loads((tmp_path / "run/zscl/journal.jsonl").read_text().splitlines()[0])
-    assert plan["info"]["reference"]["recipe"] == "scene-captions" and plan["info"]["reference"]["texts"] > 1000
+    assert (
+        plan["info"]["reference"]["recipe"] == "scene-captions" and plan["info"]["reference"]["texts"] > 1000
+    )

@@ -17,7 +17,7 @@ from llava_keeplora.sequence.data import Batches, ImageCache
 from llava_keeplora_eval.chat import Chat, render
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.models import load_llava_processor
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 
 KINDS = ("llava", "llava_next", "llava_onevision")
 TURNS = [
@@ -47,7 +47,10 @@ def recipe(tmp_path_factory):
         Image.fromarray(pixels).save(root / f"{i}.png")
     rows = []
     for i, (images, question, answer) in enumerate(TURNS):
-        turns = [{"from": "human", "value": "<image>\n" * len(images) + question}, {"from": "gpt", "value": answer}]
+        turns = [
+            {"from": "human", "value": "<image>\n" * len(images) + question},
+            {"from": "gpt", "value": answer},
+        ]
         rows.append({"id": f"q{i}", "conversations": turns} | ({"image": images} if images else {}))
     (root / "train.json").write_text(json.dumps(rows))
     (root / "questions.yaml").write_text(
@@ -59,7 +62,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture
 def data(recipe):
-    return recipe.load("train")
+    return load_split(recipe, "train")
 
 
 @pytest.fixture
@@ -72,8 +75,13 @@ def test_the_token_ids_of_a_question_are_those_of_the_processor_itself(folder, d
     chat = Chat(processor)
     for example in data:
         text = render(processor, example.question, len(example.images))
-        whole = processor(text=[text], images=[example.images] if example.images else None, return_tensors="pt")
-        assert chat.prompt(example.question, [(i.height, i.width) for i in example.images]) == whole["input_ids"][0].tolist()
+        whole = processor(
+            text=[text], images=[example.images] if example.images else None, return_tensors="pt"
+        )
+        assert (
+            chat.prompt(example.question, [(i.height, i.width) for i in example.images])
+            == whole["input_ids"][0].tolist()
+        )
 
 
 def test_a_checkpoint_without_a_chat_template_gets_that_of_llava_one_and_a_half(tiny_llava):
@@ -86,7 +94,9 @@ def test_a_checkpoint_without_a_chat_template_gets_that_of_llava_one_and_a_half(
 
 def test_a_checkpoints_own_chat_template_is_used(tiny_llava):
     processor = load_llava_processor(str(tiny_llava))
-    processor.chat_template = "{% for m in messages %}[{{ m['content'] | length }}]{% endfor %}{{ 'GO:' if add_generation_prompt }}"
+    processor.chat_template = (
+        "{% for m in messages %}[{{ m['content'] | length }}]{% endfor %}{{ 'GO:' if add_generation_prompt }}"
+    )
     assert render(processor, "What is it?", 1) == "[2]GO:"
 
 
@@ -120,12 +130,20 @@ def test_an_example_counts_the_same_in_any_batch(family, inputs, data):
     weights = torch.tensor(inputs.weights, dtype=torch.float32)
     expected = (torch.stack([out["loss"] for out in alone]) * weights).sum() / weights.sum()
     torch.testing.assert_close(together["loss"], expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(together["logits"], torch.cat([out["logits"] for out in alone]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        together["logits"], torch.cat([out["logits"] for out in alone]), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_gradient_pass_is_the_gradient_of_the_mean_over_all_answer_tokens(family, inputs, data, batch_size, dense_gradients):
-    layers = {n: m for part, targets in family.targets.items() for n, m in family.linear_layers(part, targets).items()}
+def test_the_gradient_pass_is_the_gradient_of_the_mean_over_all_answer_tokens(
+    family, inputs, data, batch_size, dense_gradients
+):
+    layers = {
+        n: m
+        for part, targets in family.targets.items()
+        for n, m in family.linear_layers(part, targets).items()
+    }
     task, batches = family.task(data.recipe), Batches(inputs, batch_size)
     captured = dense_gradients(task, layers, batches, batches.weight)
 
@@ -140,7 +158,9 @@ def test_the_gradient_pass_is_the_gradient_of_the_mean_over_all_answer_tokens(fa
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_gradient_that_counts_examples_is_the_mean_of_the_examples_own(family, inputs, data, batch_size, dense_gradients):
+def test_a_gradient_that_counts_examples_is_the_mean_of_the_examples_own(
+    family, inputs, data, batch_size, dense_gradients
+):
     task = family.task(data.recipe).counting_examples()
     layers = family.linear_layers("language", ("q_proj", "down_proj"))
     batches = Batches(inputs, batch_size)
@@ -155,13 +175,19 @@ def test_a_gradient_that_counts_examples_is_the_mean_of_the_examples_own(family,
         torch.testing.assert_close(gradient, mean, rtol=1e-4, atol=1e-6 + 1e-5 * float(mean.abs().max()))
 
 
-def test_layers_that_cannot_receive_a_gradient_are_named_and_really_have_none(family, inputs, data, dense_gradients):
+def test_layers_that_cannot_receive_a_gradient_are_named_and_really_have_none(
+    family, inputs, data, dense_gradients
+):
     targets = family.targets["vision"]
-    named = family.unreachable("vision", targets)
+    named = family.layers_without_gradient("vision", targets)
     used = family.config.vision_feature_layer
     assert len(named) == {-2: len(targets), -1: 0}[used]
 
-    everything = {n: m for n, m in family.model.named_modules() if n.startswith(family.parts["vision"]) and n.rsplit(".", 1)[-1] in targets}
+    everything = {
+        n: m
+        for n, m in family.model.named_modules()
+        if n.startswith(family.parts["vision"]) and n.rsplit(".", 1)[-1] in targets
+    }
     batches = Batches(inputs, 4)
     captured = dense_gradients(family.task(data.recipe), everything, batches, batches.weight)
     assert sorted(named) == sorted(n for n in everything if n not in captured)
@@ -178,17 +204,30 @@ def test_features_leave_padding_out_and_keep_every_image_token(family, inputs, d
     assert all(whole[n] is whole[n.replace("k_proj", "q_proj")] for n in language if "k_proj" in n)
 
 
-def test_features_are_the_same_in_any_order_and_those_of_vision_are_left_out_only_where_no_example_has_a_picture(family, inputs, data, second_moments):
-    layers = {n: m for part, targets in family.targets.items() for n, m in family.linear_layers(part, targets).items()}
+def test_features_are_the_same_in_any_order_and_those_of_vision_are_left_out_only_where_no_example_has_a_picture(
+    family, inputs, data, second_moments
+):
+    layers = {
+        n: m
+        for part, targets in family.targets.items()
+        for n, m in family.linear_layers(part, targets).items()
+    }
     parts = {n: part for part, targets in family.targets.items() for n in family.linear_layers(part, targets)}
 
     def moments(*batches):
-        return second_moments(family.task(data.recipe), layers, parts, [(inputs.collate(list(batch)), True) for batch in batches])
+        return second_moments(
+            family.task(data.recipe),
+            layers,
+            parts,
+            [(inputs.collate(list(batch)), True) for batch in batches],
+        )
 
     pictures_first, text_first = moments([0, 1], [2], [3]), moments([2], [0, 1], [3])
     assert text_first.keys() == pictures_first.keys() == layers.keys()
     for name, one in pictures_first.items():
-        torch.testing.assert_close(text_first[name].matrix, one.matrix, rtol=1e-4, atol=1e-4 * float(one.matrix.abs().max()))
+        torch.testing.assert_close(
+            text_first[name].matrix, one.matrix, rtol=1e-4, atol=1e-4 * float(one.matrix.abs().max())
+        )
     assert moments([2], [2]).keys() == {name for name in layers if parts[name] == "language"}
 
 
@@ -203,21 +242,35 @@ def test_the_batch_size_does_not_change_an_answer(family, data):
 def test_answers_are_those_of_the_models_own_greedy_generation(family, data):
     example = data[0]
     processor = family.processor
-    given = processor(text=[render(processor, example.question, 1)], images=[example.images], return_tensors="pt")
-    out = family.model.generate(**given, do_sample=False, max_new_tokens=8, pad_token_id=processor.tokenizer.pad_token_id)
-    expected = processor.tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    assert family.predictor(data.recipe, ImageCache(family.prepare, 1.0).split(data)).predict([example]) == [expected]
+    given = processor(
+        text=[render(processor, example.question, 1)], images=[example.images], return_tensors="pt"
+    )
+    out = family.model.generate(
+        **given, do_sample=False, max_new_tokens=8, pad_token_id=processor.tokenizer.pad_token_id
+    )
+    expected = processor.tokenizer.decode(
+        out[0, given["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
+    assert family.predictor(data.recipe, ImageCache(family.prepare, 1.0).split(data)).predict([example]) == [
+        expected
+    ]
 
 
 @pytest.mark.parametrize("attached_first", [True, False])
 def test_recomputing_sends_no_gradient_into_frozen_encoders(family, inputs, data, attached_first):
     task, batch = family.task(data.recipe), inputs.collate([0, 1])
-    name = next(name for name, module in family.model.named_modules() if isinstance(module, torch.nn.Linear) and "language_model" in name)
+    name = next(
+        name
+        for name, module in family.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "language_model" in name
+    )
     wrapper = attach(family.model, {name: AdapterInit(2, 2.0)}) if attached_first else None
     task.activation_checkpointing_enable()
     wrapper = wrapper or attach(family.model, {name: AdapterInit(2, 2.0)})
     asking, tower = [], family.model.model.vision_tower
-    handle = tower.register_forward_hook(lambda module, args, output: asking.append(output.last_hidden_state.requires_grad))
+    handle = tower.register_forward_hook(
+        lambda module, args, output: asking.append(output.last_hidden_state.requires_grad)
+    )
     try:
         task.train()(**batch)["loss"].backward()
     finally:
@@ -251,7 +304,9 @@ def test_it_runs_in_bf16(folder, data):
     assert len(family.predictor(data.recipe, images).predict(list(data))) == 4
 
 
-def test_a_record_that_is_too_long_with_its_image_tokens_is_named_before_any_weight_is_loaded(tiny_llava, data, monkeypatch):
+def test_a_record_that_is_too_long_with_its_image_tokens_is_named_before_any_weight_is_loaded(
+    tiny_llava, data, monkeypatch
+):
     from llava_keeplora.models import open_model
 
     family = open_model(ModelConfig(str(tiny_llava), max_length=180))
@@ -270,13 +325,15 @@ def test_a_record_with_nothing_to_learn_is_named(tiny_llava, tmp_path):
     (tmp_path / "r.yaml").write_text(
         "{name: mute, version: 1, kind: vqa, metric: exact_match, licence: CC0-1.0, source: {format: llava_json, path: .}, splits: {train: train.json}}"
     )
-    data = load_recipe(tmp_path / "r.yaml").load("train")
+    data = load_split(load_recipe(tmp_path / "r.yaml"), "train")
     family = open_model(ModelConfig(str(tiny_llava)))
     with pytest.raises(EvalError, match=r"record 'q7' of mute \(train.json\) has an empty answer"):
         family.inputs(data, ImageCache(family.prepare, 1.0).split(data))
 
 
-def test_a_batch_of_text_alone_gives_the_vision_adapters_a_gradient_of_zero_and_the_same_loss(family, inputs, data):
+def test_a_batch_of_text_alone_gives_the_vision_adapters_a_gradient_of_zero_and_the_same_loss(
+    family, inputs, data
+):
     """Processes that share gradients would otherwise wait for each other forever."""
     layers = family.linear_layers("vision", ("v_proj",)) | family.linear_layers("projector", ("linear_1",))
     task, batch = family.task(data.recipe), inputs.collate([2])

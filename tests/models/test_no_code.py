@@ -17,18 +17,35 @@ def with_code(tiny_clip, tmp_path):
 
     def build(model_type):
         folder = shutil.copytree(tiny_clip, tmp_path / "model")
-        (folder / "mark.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + "class Mark: pass\nConfig = Model = Tokenizer = Images = Processor = Mark\n")
+        (folder / "mark.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+            + "class Mark: pass\nConfig = Model = Tokenizer = Images = Processor = Mark\n"
+        )
         for name, kinds in {
-            "config.json": {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForImageTextToText": "Model"},
-            "tokenizer_config.json": {"AutoTokenizer": ["mark.Tokenizer", None], "AutoProcessor": "Processor"},
+            "config.json": {
+                "AutoConfig": "Config",
+                "AutoModel": "Model",
+                "AutoModelForImageTextToText": "Model",
+            },
+            "tokenizer_config.json": {
+                "AutoTokenizer": ["mark.Tokenizer", None],
+                "AutoProcessor": "Processor",
+            },
             "preprocessor_config.json": {"AutoImageProcessor": "Images", "AutoProcessor": "Processor"},
             "processor_config.json": {"AutoProcessor": "Processor", "AutoImageProcessor": "Images"},
         }.items():
             path = folder / name
             if path.exists():
                 content = json.loads(path.read_text())
-                content["auto_map"] = {kind: f"mark.{value}" if isinstance(value, str) else value for kind, value in kinds.items()}
-                path.write_text(json.dumps(content | ({"model_type": model_type} if model_type and name == "config.json" else {})))
+                content["auto_map"] = {
+                    kind: f"mark.{value}" if isinstance(value, str) else value
+                    for kind, value in kinds.items()
+                }
+                path.write_text(
+                    json.dumps(
+                        content | ({"model_type": model_type} if model_type and name == "config.json" else {})
+                    )
+                )
         return folder
 
     return build
@@ -36,7 +53,9 @@ def with_code(tiny_clip, tmp_path):
 
 def test_a_known_model_is_loaded_by_the_librarys_own_classes(with_code, tmp_path):
     family = load_model(ModelConfig(name_or_path=str(with_code(None))))
-    assert type(family.model).__module__.startswith("transformers.") and type(family.processor.tokenizer).__module__.startswith("transformers.")
+    assert type(family.model).__module__.startswith("transformers.") and type(
+        family.processor.tokenizer
+    ).__module__.startswith("transformers.")
     load_clip(str(tmp_path / "model"))
     assert not (tmp_path / "ran").exists()
 
@@ -44,7 +63,11 @@ def test_a_known_model_is_loaded_by_the_librarys_own_classes(with_code, tmp_path
 def test_a_model_that_needs_its_own_code_is_refused_without_a_question(with_code, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("the user was asked"))
     folder = str(with_code("marked"))
-    for load in (lambda: load_model(ModelConfig(name_or_path=folder)), lambda: load_predictor(folder, None, "cpu"), lambda: load_clip(folder)):
+    for load in (
+        lambda: load_model(ModelConfig(name_or_path=folder)),
+        lambda: load_predictor(folder, None, "cpu"),
+        lambda: load_clip(folder),
+    ):
         with pytest.raises(UserError, match="cannot be loaded"):
             load()
     assert not (tmp_path / "ran").exists()

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
 from llava_keeplora.models import ASSETS
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 
 FOLDER = ASSETS / "tiny-llava"
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -35,7 +35,9 @@ def processor():
 def scripts():
     """The pre-training's own modules, found as its script finds them."""
     sys.path.insert(0, str(SCRIPTS))
-    yield SimpleNamespace(**{name: importlib.import_module(f"pretraining.{name}") for name in ("lessons", "llava", "turns")})
+    yield SimpleNamespace(
+        **{name: importlib.import_module(f"pretraining.{name}") for name in ("lessons", "llava", "turns")}
+    )
     sys.path.remove(str(SCRIPTS))
 
 
@@ -57,12 +59,16 @@ def test_the_chat_text_has_the_pictures_first_and_works_without_any(processor):
 
 
 def test_a_picture_becomes_36_tokens(model, processor):
-    batch = processor(text=[chat(processor, "What?")], images=[Image.new("RGB", (30, 70), "red")], return_tensors="pt")
+    batch = processor(
+        text=[chat(processor, "What?")], images=[Image.new("RGB", (30, 70), "red")], return_tensors="pt"
+    )
     assert batch["pixel_values"].shape == (1, 3, 48, 48)
     assert (batch["input_ids"] == model.config.image_token_id).sum() == 36 == model.config.image_seq_length
 
 
-@pytest.mark.parametrize("text", ["yes", "a red circle left of a blue square.", "Åland’s 3rd flag, 東京 — (blue)"])
+@pytest.mark.parametrize(
+    "text", ["yes", "a red circle left of a blue square.", "Åland’s 3rd flag, 東京 — (blue)"]
+)
 def test_tokens_of_prompt_and_answer_are_those_of_the_whole_text(processor, text):
     prompt, answer = chat(processor, "What is this?"), f" {text}</s>"
     tokens = processor.tokenizer
@@ -79,7 +85,7 @@ def test_the_image_encoder_has_the_shape_of_tiny_clips(model):
 
 def exact_matches(model, processor, task: str, count: int) -> float:
     """Share of greedy answers that are right, by the models' own generate."""
-    data = load_recipe(task).load("test").take(range(count))
+    data = load_split(load_recipe(task), "test").take(range(count))
     texts = [chat(processor, question) for question in data.questions]
     batch = processor(text=texts, images=[e.image for e in data], padding=True, return_tensors="pt")
     out = model.generate(**batch, max_new_tokens=8, do_sample=False)
@@ -110,15 +116,23 @@ def test_the_digits_that_it_has_seen_are_drawn_and_asked_again_alike(scripts, tm
 
 
 def test_turns_that_share_a_picture_are_learned_as_if_each_were_asked_alone(model, processor, scripts):
-    turns = [("Is there a red square?", "yes"), ("What color is the star?", "blue"), ("List the things.", "red square, blue star")]
+    turns = [
+        ("Is there a red square?", "yes"),
+        ("What color is the star?", "blue"),
+        ("List the things.", "red square, blue star"),
+    ]
     pixels = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8)
-    lessons = scripts.lessons.Lessons([scripts.turns.TaughtSet("scene-exists", pixels, [turns])], processor.tokenizer, 1, 0)
+    lessons = scripts.lessons.Lessons(
+        [scripts.turns.TaughtSet("scene-exists", pixels, [turns])], processor.tokenizer, 1, 0
+    )
     seen = pixels.float() / 127.5 - 1
     model.set_attn_implementation("eager")  # the packed mask is one that is added
     together, alone = lessons.pack([lessons.turns[0]]), [lessons.pack([[turn]]) for turn in lessons.turns[0]]
     with torch.no_grad():
         packed, _ = scripts.llava.answer_losses(model, together | {"pixel_values": seen}, bf16=False)
-        parts = [scripts.llava.answer_losses(model, one | {"pixel_values": seen}, bf16=False)[0] for one in alone]
+        parts = [
+            scripts.llava.answer_losses(model, one | {"pixel_values": seen}, bf16=False)[0] for one in alone
+        ]
         plain = [_losses(model, processor, seen, *turn) for turn in turns]
     torch.testing.assert_close(packed, torch.cat(parts), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(packed, torch.cat(plain), rtol=1e-4, atol=1e-4)
@@ -126,8 +140,12 @@ def test_turns_that_share_a_picture_are_learned_as_if_each_were_asked_alone(mode
 
 def _losses(model, processor, seen: torch.Tensor, question: str, answer: str) -> torch.Tensor:
     """The loss of every token of one answer as the processor writes it, with nothing of the packing."""
-    prompt = processor(text=[chat(processor, question)], images=[Image.new("RGB", (48, 48))], return_tensors="pt")["input_ids"]
+    prompt = processor(
+        text=[chat(processor, question)], images=[Image.new("RGB", (48, 48))], return_tensors="pt"
+    )["input_ids"]
     reply = processor.tokenizer(f" {answer}</s>", return_tensors="pt")["input_ids"]
     ids = torch.cat([prompt, reply], dim=1)
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=seen).logits[:, prompt.shape[1] - 1 : -1]
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=seen).logits[
+        :, prompt.shape[1] - 1 : -1
+    ]
     return torch.nn.functional.cross_entropy(logits[0], reply[0], reduction="none")

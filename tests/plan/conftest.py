@@ -30,7 +30,11 @@ def enlarge():
         config.save_pretrained(folder)
         if weights:
             torch.manual_seed(0)
-            model = CLIPModel(config) if config.model_type == "clip" else AutoModelForImageTextToText.from_config(config)
+            model = (
+                CLIPModel(config)
+                if config.model_type == "clip"
+                else AutoModelForImageTextToText.from_config(config)
+            )
             model.save_pretrained(folder)
         return folder
 
@@ -40,8 +44,20 @@ def enlarge():
 @pytest.fixture(scope="session")
 def wide_llava(tmp_path_factory, tiny_llava, enlarge) -> Path:
     """A LLaVA of width 512 without weights."""
-    text = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
-    return enlarge(tiny_llava, tmp_path_factory.mktemp("wide-llava"), dict(hidden_size=256, intermediate_size=1024, num_attention_heads=4), text)
+    text = dict(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+    )
+    return enlarge(
+        tiny_llava,
+        tmp_path_factory.mktemp("wide-llava"),
+        dict(hidden_size=256, intermediate_size=1024, num_attention_heads=4),
+        text,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +67,11 @@ def wide_tree(llava_tree, wide_llava, mixed_tasks):
     def build(**changes):
         part = {"rank": 4, "alpha": 4, "energy_weight": 0.5, "energy_feature": 0.9}
         model = {"name_or_path": str(wide_llava)} | changes.pop("model", {})
-        tree = {"model": model, "tasks": [str(mixed_tasks[0])], "parts": {"vision": part, "language": copy.deepcopy(part)}}
+        tree = {
+            "model": model,
+            "tasks": [str(mixed_tasks[0])],
+            "parts": {"vision": part, "language": copy.deepcopy(part)},
+        }
         return llava_tree("unset", **tree | changes)
 
     return build
@@ -80,10 +100,20 @@ def measured(tmp_path):
             paths.append(tmp_path / f"{name}.json")
             paths[-1].write_text(json.dumps({**one, "output_dir": str(tmp_path / name)}))
         # Freed memory goes back to the system at once, so that what is resident is what is in use.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+            "OMP_NUM_THREADS": "1",
+        }
         # What oneDNN compiles for bf16 is no part of a plan.
         environment |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1", "LRU_CACHE_CAPACITY": "1"}
-        done = subprocess.run([sys.executable, str(MEASURE), *map(str, paths), *more], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, str(MEASURE), *map(str, paths), *more],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -95,11 +125,30 @@ def seven_b(tmp_path_factory) -> Path:
     """The configuration of LLaVA-1.5-7B, nothing else."""
     import transformers
 
-    vision = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=336, patch_size=14, projection_dim=768)
-    text = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, intermediate_size=11008, vocab_size=32064,
-                max_position_embeddings=4096, tie_word_embeddings=False)
+    vision = dict(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    text = dict(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        intermediate_size=11008,
+        vocab_size=32064,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
     config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text), image_token_id=32000, tie_word_embeddings=False
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        text_config=transformers.LlamaConfig(**text),
+        image_token_id=32000,
+        tie_word_embeddings=False,
     )
     folder = tmp_path_factory.mktemp("llava-1.5-7b")
     config.save_pretrained(folder)
@@ -111,18 +160,36 @@ def seven_b_tree(tmp_path_factory, seven_b):
     """Function (batch, quantization, **training) → UCIT's settings on two tasks whose data are absent, as plain data."""
     root, tasks = tmp_path_factory.mktemp("absent"), []
     for name, train, test in (("first", 20_000, 2_000), ("second", 8_001, 1_000)):
-        facts = dict(name=name, version=1, kind="vqa", metric="exact_match", licence="CC0-1.0", source={"format": "llava_json", "path": "gone"},
-                     splits={"train": "train.json", "test": "test.json"}, expected_sizes={"train": train, "test": test})
+        facts = dict(
+            name=name,
+            version=1,
+            kind="vqa",
+            metric="exact_match",
+            licence="CC0-1.0",
+            source={"format": "llava_json", "path": "gone"},
+            splits={"train": "train.json", "test": "test.json"},
+            expected_sizes={"train": train, "test": test},
+        )
         tasks.append(root / f"{name}.yaml")
         tasks[-1].write_text(yaml.safe_dump(facts))
 
     def build(batch: int, quantization: str | None = None, **training):
         return {
-            "output_dir": "unset", "tasks": [str(path) for path in tasks],
+            "output_dir": "unset",
+            "tasks": [str(path) for path in tasks],
             "model": {"name_or_path": str(seven_b), "dtype": "bfloat16", "quantization": quantization},
-            "parts": {"language": {"rank": 32, "alpha": 8, "energy_weight": 0.6}, "projector": {"train": "full", "learning_rate": 2e-5}},
+            "parts": {
+                "language": {"rank": 32, "alpha": 8, "energy_weight": 0.6},
+                "projector": {"train": "full", "learning_rate": 2e-5},
+            },
             "methods": {"keeplora": {"gradient_fraction": 0.2}},
-            "training": {"num_train_epochs": 1, "per_device_train_batch_size": batch, "gradient_accumulation_steps": 64 // batch, "bf16": True, **training},
+            "training": {
+                "num_train_epochs": 1,
+                "per_device_train_batch_size": batch,
+                "gradient_accumulation_steps": 64 // batch,
+                "bf16": True,
+                **training,
+            },
             "evaluation": {"batch_size": 8},
         }
 

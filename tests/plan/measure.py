@@ -19,8 +19,8 @@ import torch
 from llava_keeplora.config import parse_config
 from llava_keeplora.export import FORMS, export_run
 from llava_keeplora.sequence import runner
-from llava_keeplora.sequence.label_run import LabelRun
-from llava_keeplora.sequence.shared import Shared
+from llava_keeplora.sequence.method_run import MethodRun
+from llava_keeplora.sequence.run_context import RunContext
 
 GPU = torch.cuda.is_available()
 peaks: dict[str, int] = {}
@@ -28,7 +28,9 @@ running: list[str] = []
 
 
 def status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":")
+    )
     return 1024 * int(line.split()[1])
 
 
@@ -43,7 +45,9 @@ def held() -> int:
 
 def close() -> None:
     if running:
-        peaks[running[-1]] = max(peaks.get(running[-1], 0), torch.cuda.max_memory_allocated() if GPU else status("VmHWM"))
+        peaks[running[-1]] = max(
+            peaks.get(running[-1], 0), torch.cuda.max_memory_allocated() if GPU else status("VmHWM")
+        )
     restart()
 
 
@@ -84,22 +88,28 @@ def exported(tree: dict, form: str) -> int:
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     before = held()
     restart()
-    parts = [part for part, own in tree["parts"].items() if (own or {}).get("train") != "full"] if form == "adapter" else None
+    parts = (
+        [part for part, own in tree["parts"].items() if (own or {}).get("train") != "full"]
+        if form == "adapter"
+        else None
+    )
     export_run(tree["output_dir"], form, label=next(iter(tree["methods"])), parts=parts, base_id="user/base")
     # The warm-up's children were as large as a process that loads a model of no size.
-    return max(status("VmHWM") - before, 1024 * (resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - children))
+    return max(
+        status("VmHWM") - before, 1024 * (resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - children)
+    )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     runner.write_run_report = lambda root: None
-    staged(Shared, "load", lambda args: "load")
+    staged(RunContext, "load", lambda args: "load")
     staged(runner, "BaseWeights", lambda args: "load")
-    staged(LabelRun, "_rebuild", lambda args: "load")
-    staged(LabelRun, "_prepared", lambda args: "gradient")
-    staged(LabelRun, "_trained", lambda args: "train")
-    staged(LabelRun, "_consolidated", lambda args: "features" if args[1] else "basis")
-    staged(LabelRun, "_evaluated", lambda args: "evaluate")
+    staged(MethodRun, "_rebuild", lambda args: "load")
+    staged(MethodRun, "_prepared", lambda args: "gradient")
+    staged(MethodRun, "_trained", lambda args: "train")
+    staged(MethodRun, "_consolidated", lambda args: "features" if args[1] else "basis")
+    staged(MethodRun, "_evaluated", lambda args: "evaluate")
     warm_up, measured = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
     forms = FORMS if "export" in sys.argv[3:] else ()
     run(warm_up, forms)

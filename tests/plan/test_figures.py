@@ -17,7 +17,9 @@ from llava_keeplora.sequence import runner
 
 
 def test_a_sketched_gradient_takes_less_than_a_dense_one_and_leaves_training_alone(wide_tree, peaks):
-    sketch, dense = (peaks(wide_tree(methods={"keeplora": {"gradient": kind}})) for kind in ("sketch", "dense"))
+    sketch, dense = (
+        peaks(wide_tree(methods={"keeplora": {"gradient": kind}})) for kind in ("sketch", "dense")
+    )
     assert sketch["gradient"] < dense["gradient"] and sketch["train"] == dense["train"]
 
 
@@ -35,16 +37,19 @@ def test_an_int8_base_takes_less_than_a_plain_one_and_nf4_less_still(wide_tree, 
 
 
 def test_a_quantised_model_keeps_head_and_projector_whole_and_clip_its_projections(wide_tree, run_tree):
-    from llava_keeplora.models.skeleton import QuantisedLinear
+    from llava_keeplora.models.meta_model import QuantisedLinear
 
     for tree in (wide_tree(), run_tree("unset")):
         config = parse_config(tree | {"model": {**tree["model"], "quantization": "nf4"}})
         family = open_model(config.model)
         family.skeleton(torch.float32)
-        linear = {name: module for name, module in family.model.named_modules() if isinstance(module, nn.Linear)}
+        linear = {
+            name: module for name, module in family.model.named_modules() if isinstance(module, nn.Linear)
+        }
         whole = {name for name, module in linear.items() if not isinstance(module, QuantisedLinear)}
         assert whole in (
-            {"lm_head", "model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"}, {"visual_projection", "text_projection"},
+            {"lm_head", "model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"},
+            {"visual_projection", "text_projection"},
         )
 
 
@@ -56,13 +61,24 @@ def test_recomputed_activations_lower_training_and_the_gradient_pass(wide_tree, 
 
 def test_half_the_batch_lowers_training_and_the_gradient_pass(wide_tree, peaks):
     whole, half = (peaks(wide_tree(training={"per_device_train_batch_size": size})) for size in (8, 4))
-    assert half["train"] < whole["train"] and half["gradient"] < whole["gradient"] and half["load"] == whole["load"]
+    assert (
+        half["train"] < whole["train"]
+        and half["gradient"] < whole["gradient"]
+        and half["load"] == whole["load"]
+    )
 
 
 def sharded(wide_tree, stage, **zero):
     sizes = {"reduce_bucket_size": 1e4, "stage3_max_live_parameters": 1e4, "overlap_comm": False}
-    content = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": stage, **sizes, **zero}}
-    return wide_tree(training={"deepspeed": content}, methods={"seq-lora": {}}, parts={"language": {"rank": 64, "alpha": 64}, "vision": None})
+    content = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_optimization": {"stage": stage, **sizes, **zero},
+    }
+    return wide_tree(
+        training={"deepspeed": content},
+        methods={"seq-lora": {}},
+        parts={"language": {"rank": 64, "alpha": 64}, "vision": None},
+    )
 
 
 def test_every_stage_of_zero_takes_less_than_the_one_before_and_more_processes_less_still(wide_tree, peaks):
@@ -75,11 +91,15 @@ def test_every_stage_of_zero_takes_less_than_the_one_before_and_more_processes_l
 def test_what_zero_takes_to_the_host_is_not_on_the_device(wide_tree, peaks):
     on_device, on_host = sharded(wide_tree, 2), sharded(wide_tree, 2, offload_optimizer={"device": "cpu"})
     assert peaks(on_host, 2)["train"] < peaks(on_device, 2)["train"]
-    host = [make_plan(parse_config(tree), 2, 1000.0).methods[0].stages[1].host for tree in (on_device, on_host)]
+    host = [
+        make_plan(parse_config(tree), 2, 1000.0).methods[0].stages[1].host for tree in (on_device, on_host)
+    ]
     assert host[1] > host[0]
 
 
-@pytest.mark.parametrize(("out_dim", "in_dim", "energy"), [(256, 256, 0.5), (128, 512, 0.85), (512, 128, 0.6), (256, 256, 0.99)])
+@pytest.mark.parametrize(
+    ("out_dim", "in_dim", "energy"), [(256, 256, 0.5), (128, 512, 0.85), (512, 128, 0.6), (256, 256, 0.99)]
+)
 def test_the_directions_of_a_random_weight_are_foretold(out_dim, in_dim, energy):
     from llava_keeplora.subspace import principal_basis
 
@@ -108,7 +128,9 @@ def test_disk_and_stored_parameters_are_the_sum_of_the_layers_factors(wide_tree)
     plan, family = make_plan(config), open_model(config.model)
     family.skeleton(torch.float32)
     layers = find_layers(config.methods["seq-lora"].parts, family)
-    factors = sum(4 * (m.in_features + m.out_features) for n, m in layers.modules.items() if n in layers.adapted)
+    factors = sum(
+        4 * (m.in_features + m.out_features) for n, m in layers.modules.items() if n in layers.adapted
+    )
     whole = sum(p.numel() for m in layers.full.values() for p in m.parameters())
     (method,) = plan.methods
     assert method.stored == method.trainable == factors + whole
@@ -133,10 +155,18 @@ def test_seven_billion_parameters_are_planned_within_a_minute_without_weights(se
     answers = 3_000 * (160 + 4 * 32)
     assert method.disk_task == 4 * (method.stored + 32 * 32 * (6 * 4096 + 11008) + new) + answers
     # bf16 halves of embeddings, head, projector and vision; half a byte and its scales for each quantised weight.
-    assert plan.model == pytest.approx(2 * (2 * 32064 * 4096 + projector) + (0.5 + 1 / 64) * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 24 * 12 * 1024**2), rel=0.01)
+    assert plan.model == pytest.approx(
+        2 * (2 * 32064 * 4096 + projector)
+        + (0.5 + 1 / 64) * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 24 * 12 * 1024**2),
+        rel=0.01,
+    )
 
 
 def test_a_run_in_fp16_is_planned_like_one_in_bf16(run_tree, wide_tree, peaks):
     for tree in (run_tree, lambda out, **changes: wide_tree(**changes)):
-        half, brain = (peaks(tree("unset", methods={"keeplora": {}}, training={kind: True})) for kind in ("fp16", "bf16"))
-        assert half.keys() == brain.keys() and all(abs(half[stage] - size) <= 0.02 * size for stage, size in brain.items()), (half, brain)
+        half, brain = (
+            peaks(tree("unset", methods={"keeplora": {}}, training={kind: True})) for kind in ("fp16", "bf16")
+        )
+        assert half.keys() == brain.keys() and all(
+            abs(half[stage] - size) <= 0.02 * size for stage, size in brain.items()
+        ), (half, brain)

@@ -28,25 +28,46 @@ def compare(measured, tree, small, large, more=EXPORT):
     tree = {**tree, "training": {**tree["training"], "use_cpu": not GPU}}
     run = {**tree, "model": {**tree["model"], "name_or_path": str(large)}}
     found = measured({**tree, "model": {**tree["model"], "name_or_path": str(small)}}, run, *more)
-    planned = {stage.stage: stage.device for stage in make_plan(parse_config(run), 1 if GPU else None).methods[0].stages if stage.stage in (*MEASURED, *more)}
+    planned = {
+        stage.stage: stage.device
+        for stage in make_plan(parse_config(run), 1 if GPU else None).methods[0].stages
+        if stage.stage in (*MEASURED, *more)
+    }
     for stage, size in planned.items():
         # `pytest -m slow -o log_cli=true --log-cli-level=INFO tests/plan/test_measured.py` shows them.
-        logger.info("%s: planned %.0f MB, measured %.0f MB, %.2f", stage, size / 1e6, found[stage] / 1e6, size / found[stage])
+        logger.info(
+            "%s: planned %.0f MB, measured %.0f MB, %.2f",
+            stage,
+            size / 1e6,
+            found[stage] / 1e6,
+            size / found[stage],
+        )
     return {stage: size / found[stage] for stage, size in planned.items()}
 
 
 def llava(llava_tree, tasks):
-    return llava_tree("unset", parts={"vision": PART, "language": copy.deepcopy(PART)}, tasks=[str(task) for task in tasks])
+    return llava_tree(
+        "unset", parts={"vision": PART, "language": copy.deepcopy(PART)}, tasks=[str(task) for task in tasks]
+    )
 
 
 def text(width, layers):
     width *= WIDER
-    return dict(hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, head_dim=width // 8)
+    return dict(
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=width // 8,
+    )
 
 
 def vision(width, layers):
     width *= WIDER
-    return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=8)
+    return dict(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=8
+    )
 
 
 def within(ratios, more=EXPORT):
@@ -56,7 +77,12 @@ def within(ratios, more=EXPORT):
 
 def test_a_small_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks, tmp_path, enlarge):
     large = enlarge(tiny_clip, tmp_path / "clip", vision(512, 4), {**vision(512, 3)}, weights=True)
-    tree = run_tree("unset", parts={"vision": PART, "text": copy.deepcopy(PART)}, tasks=[str(tiny_tasks[0])], methods={"keeplora": {}})
+    tree = run_tree(
+        "unset",
+        parts={"vision": PART, "text": copy.deepcopy(PART)},
+        tasks=[str(tiny_tasks[0])],
+        methods={"keeplora": {}},
+    )
     # Its exports start processes, which takes time; those of larger models are measured.
     within(compare(measured, tree, tiny_clip, large, more=()), more=())
 
@@ -64,15 +90,31 @@ def test_a_small_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny
 @pytest.mark.slow
 def test_a_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks, tmp_path, enlarge):
     large = enlarge(tiny_clip, tmp_path / "clip", vision(768, 4), vision(512, 4), weights=True)
-    tree = run_tree("unset", parts={"vision": PART, "text": copy.deepcopy(PART)}, tasks=[str(t) for t in tiny_tasks], methods={"keeplora": {}})
+    tree = run_tree(
+        "unset",
+        parts={"vision": PART, "text": copy.deepcopy(PART)},
+        tasks=[str(t) for t in tiny_tasks],
+        methods={"keeplora": {}},
+    )
     within(compare(measured, tree, tiny_clip, large))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"training": {"gradient_checkpointing": True}}, {"methods": {"keeplora": {"gradient": "dense"}}},
-                                     {"model": {"dtype": "bfloat16"}, "training": {"bf16": True}}, {"model": {"quantization": "nf4"}},
-                                     {"model": {"quantization": "int8"}}, {"memory": {"statistics_gb": 0.05}}])
-def test_a_llava_takes_what_was_planned(measured, llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training": {"gradient_checkpointing": True}},
+        {"methods": {"keeplora": {"gradient": "dense"}}},
+        {"model": {"dtype": "bfloat16"}, "training": {"bf16": True}},
+        {"model": {"quantization": "nf4"}},
+        {"model": {"quantization": "int8"}},
+        {"memory": {"statistics_gb": 0.05}},
+    ],
+)
+def test_a_llava_takes_what_was_planned(
+    measured, llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge, changes
+):
     large = enlarge(tiny_llava, tmp_path / "llava", vision(512, 4), text(768, 6), weights=True)
     tree = llava(llava_tree, mixed_tasks[:1] + mixed_tasks[2:])
     for key, value in changes.items():
@@ -81,34 +123,72 @@ def test_a_llava_takes_what_was_planned(measured, llava_tree, tiny_llava, mixed_
 
 
 @pytest.mark.slow
-def test_sequential_lora_on_a_llava_takes_what_was_planned(measured, llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge):
+def test_sequential_lora_on_a_llava_takes_what_was_planned(
+    measured, llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge
+):
     large = enlarge(tiny_llava, tmp_path / "llava", vision(512, 4), text(768, 6), weights=True)
     tree = {**llava(llava_tree, mixed_tasks[:1]), "methods": {"seq-lora": {}}}
     ratios = compare(measured, tree, tiny_llava, large)
-    assert set(ratios) == {"load", "train", "evaluate", "export"} and all(1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()), ratios
+    assert set(ratios) == {"load", "train", "evaluate", "export"} and all(
+        1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()
+    ), ratios
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not GPU, reason="measures a GPU's memory")
-@pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": 3}, {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 2},
+        {"stage": 3},
+        {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
+    ],
+)
 def test_zero_takes_what_was_planned_on_a_gpu(llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge, zero):
     large = enlarge(tiny_llava, tmp_path / "llava", vision(512, 4), text(768, 6), weights=True)
-    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": True}}))
+    (tmp_path / "zero.json").write_text(
+        json.dumps(
+            {"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": True}}
+        )
+    )
     tree = {**llava(llava_tree, mixed_tasks[:1]), "output_dir": str(tmp_path / "run")}
     tree["model"] = {"name_or_path": str(large), "dtype": "bfloat16"}
-    tree["training"] = {**tree["training"], "use_cpu": False, "bf16": True, "deepspeed": str(tmp_path / "zero.json")}
+    tree["training"] = {
+        **tree["training"],
+        "use_cpu": False,
+        "bf16": True,
+        "deepspeed": str(tmp_path / "zero.json"),
+    }
     (tmp_path / "run.json").write_text(json.dumps(tree))
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(SCRIPT), "--config", str(tmp_path / "run.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "1",
+        str(SCRIPT),
+        "--config",
+        str(tmp_path / "run.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     planned = {stage.stage: stage.device for stage in make_plan(parse_config(tree), 1).methods[0].stages}
-    entries = [json.loads(line) for line in (tmp_path / "run/keeplora/journal.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(line) for line in (tmp_path / "run/keeplora/journal.jsonl").read_text().splitlines()
+    ]
     found = {(entry["task"], entry["stage"]): entry["info"]["peak_bytes"] for entry in entries}
-    stages = {"gradient": (1, "PREPARED"), "train": (1, "TRAINED"), "features": (1, "CONSOLIDATED"), "evaluate": (1, "EVALUATED")}
+    stages = {
+        "gradient": (1, "PREPARED"),
+        "train": (1, "TRAINED"),
+        "features": (1, "CONSOLIDATED"),
+        "evaluate": (1, "EVALUATED"),
+    }
     ratios = {}
     for stage, key in stages.items():
         # A stage of the journal starts with the model's rebuilding, which a plan calls loading.
         size = max(planned[stage], planned["load"]) if zero["stage"] < 3 else planned[stage]
         ratios[stage] = size / found[key]
-        logger.info("%s: planned %.0f MB, measured %.0f MB, %.2f", stage, size / 1e6, found[key] / 1e6, ratios[stage])
+        logger.info(
+            "%s: planned %.0f MB, measured %.0f MB, %.2f", stage, size / 1e6, found[key] / 1e6, ratios[stage]
+        )
     assert all(1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()), ratios

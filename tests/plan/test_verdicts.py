@@ -26,7 +26,10 @@ def stage_of(plan, name):
 @pytest.fixture
 def on_train(wide_tree, peaks):
     """A run of sequential LoRA on the language model, and what its training and its loading take."""
-    tree = wide_tree(methods={"seq-lora": {}}, parts={"language": {"rank": 4, "alpha": 4}, "vision": None, "projector": None})
+    tree = wide_tree(
+        methods={"seq-lora": {}},
+        parts={"language": {"rank": 4, "alpha": 4}, "vision": None, "projector": None},
+    )
     return tree, peaks(tree)
 
 
@@ -40,20 +43,41 @@ def test_training_that_is_too_large_fits_with_the_largest_smaller_batch(on_train
     tree, found = on_train
     half = peaks({**tree, "training": {**tree["training"], "per_device_train_batch_size": 4}})["train"]
     plan = at(tree, (found["train"] + half) / 2)
-    assert changes_text(stage_of(plan, "train").changes) == "training.per_device_train_batch_size=4 training.gradient_accumulation_steps=2"
-    assert at({**tree, "training": {**tree["training"], "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}}, (found["train"] + half) / 2).fits
+    assert (
+        changes_text(stage_of(plan, "train").changes)
+        == "training.per_device_train_batch_size=4 training.gradient_accumulation_steps=2"
+    )
+    assert at(
+        {
+            **tree,
+            "training": {
+                **tree["training"],
+                "per_device_train_batch_size": 4,
+                "gradient_accumulation_steps": 2,
+            },
+        },
+        (found["train"] + half) / 2,
+    ).fits
 
 
 def test_where_no_batch_is_small_enough_activations_are_recomputed(on_train, peaks):
     tree, _ = on_train
-    tree = {**tree, "training": {**tree["training"], "per_device_train_batch_size": 1}, "evaluation": {"batch_size": 1, "max_new_tokens": 2}}
+    tree = {
+        **tree,
+        "training": {**tree["training"], "per_device_train_batch_size": 1},
+        "evaluation": {"batch_size": 1, "max_new_tokens": 2},
+    }
     less = peaks({**tree, "training": {**tree["training"], "gradient_checkpointing": True}})
     assert changes_text(at(tree, max(less.values()) + 1000).changes) == "training.gradient_checkpointing=true"
 
 
 def test_answers_that_are_too_many_at_once_are_asked_for_in_smaller_batches(on_train, peaks):
     tree, _ = on_train
-    tree = {**tree, "training": {**tree["training"], "per_device_train_batch_size": 1}, "evaluation": {"batch_size": 8, "max_new_tokens": 100}}
+    tree = {
+        **tree,
+        "training": {**tree["training"], "per_device_train_batch_size": 1},
+        "evaluation": {"batch_size": 8, "max_new_tokens": 100},
+    }
     found = peaks(tree)
     assert found["evaluate"] > max(found["train"], found["load"])
     assert changes_text(at(tree, found["evaluate"] - 1000).changes) == "evaluation.batch_size=4"
@@ -61,9 +85,15 @@ def test_answers_that_are_too_many_at_once_are_asked_for_in_smaller_batches(on_t
 
 def test_a_model_that_is_too_large_fits_in_half_precision_or_quantised(on_train, peaks):
     tree, _ = on_train
-    half, quantised = (peaks({**tree, "model": {**tree["model"], "dtype": "bfloat16", **more}})["load"] for more in ({}, {"quantization": "nf4"}))
+    half, quantised = (
+        peaks({**tree, "model": {**tree["model"], "dtype": "bfloat16", **more}})["load"]
+        for more in ({}, {"quantization": "nf4"})
+    )
     assert at(tree, half + 1000).changes["model.dtype"] == "bfloat16"
-    assert stage_of(at(tree, quantised + 1000), "load").changes == {"model.dtype": "bfloat16", "model.quantization": "nf4"}
+    assert stage_of(at(tree, quantised + 1000), "load").changes == {
+        "model.dtype": "bfloat16",
+        "model.quantization": "nf4",
+    }
 
 
 def test_where_nothing_fits_the_plan_says_so(on_train):
@@ -101,12 +131,40 @@ def test_the_command_says_stage_by_stage_what_a_run_takes(tiny_file, capfd):
     out = capfd.readouterr().out
     assert out.startswith("planned for the CPU with ")
     rows = [line.split() for line in out.splitlines()]
-    assert [row[1] for row in rows if row[:1] == ["keeplora"] and row[-1] == "fits"] == ["load", "basis", "gradient", "train", "features", "evaluate", "export"]
-    assert ["task", "examples", "steps", "of", "seq-lora", "steps", "of", "keeplora"] in rows and ["colours", "24", "3", "3"] in rows
+    assert [row[1] for row in rows if row[:1] == ["keeplora"] and row[-1] == "fits"] == [
+        "load",
+        "basis",
+        "gradient",
+        "train",
+        "features",
+        "evaluate",
+        "export",
+    ]
+    assert ["task", "examples", "steps", "of", "seq-lora", "steps", "of", "keeplora"] in rows and [
+        "colours",
+        "24",
+        "3",
+        "3",
+    ] in rows
 
 
 def test_the_command_writes_json_and_takes_overrides(tiny_file, capfd):
-    assert cli.main(["plan", "--config", tiny_file, "--json", "--gpus", "2", "--gpu-memory", "24", "training.per_device_train_batch_size=4"]) == 0
+    assert (
+        cli.main(
+            [
+                "plan",
+                "--config",
+                tiny_file,
+                "--json",
+                "--gpus",
+                "2",
+                "--gpu-memory",
+                "24",
+                "training.per_device_train_batch_size=4",
+            ]
+        )
+        == 0
+    )
     plan = json.loads(capfd.readouterr().out)
     assert plan["fits"] and plan["machine"] == {"gpus": 2, "memory": 24_000_000_000}
     assert plan["methods"][0]["steps"] == [3, 3, 3] and plan["examples"] == [24, 24, 24]
@@ -115,17 +173,33 @@ def test_the_command_writes_json_and_takes_overrides(tiny_file, capfd):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--gpus", "1"], "how much memory a GPU has is not known, because this machine has none; give it in GB, for instance --gpu-memory 24."),
-        (["--gpus", "0", "--gpu-memory", "24"], "--gpus is 0, but a plan for GPUs needs at least one; leave it out to plan for the CPU."),
-        (["--gpu-memory", "-1"], "--gpu-memory is -1.0, but a GPU has memory; give it in GB, for instance --gpu-memory 24."),
-        (["--data-root", "/nowhere", "model.quantization=nf3"], "model.quantization is 'nf3'; set it to 'nf4' or 'int8', or leave it out."),
+        (
+            ["--gpus", "1"],
+            "how much memory a GPU has is not known, because this machine has none; give it in GB, for instance --gpu-memory 24.",
+        ),
+        (
+            ["--gpus", "0", "--gpu-memory", "24"],
+            "--gpus is 0, but a plan for GPUs needs at least one; leave it out to plan for the CPU.",
+        ),
+        (
+            ["--gpu-memory", "-1"],
+            "--gpu-memory is -1.0, but a GPU has memory; give it in GB, for instance --gpu-memory 24.",
+        ),
+        (
+            ["--data-root", "/nowhere", "model.quantization=nf3"],
+            "model.quantization is 'nf3'; set it to 'nf4' or 'int8', or leave it out.",
+        ),
     ],
 )
-def test_a_plan_that_cannot_be_made_ends_with_code_2_and_one_sentence(tiny_file, capfd, monkeypatch, arguments, sentence):
+def test_a_plan_that_cannot_be_made_ends_with_code_2_and_one_sentence(
+    tiny_file, capfd, monkeypatch, arguments, sentence
+):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.main(["plan", "--config", tiny_file, *arguments]) == 2
     out, err = capfd.readouterr()
-    assert out == "" and [line for line in err.splitlines() if line.startswith("error")] == [f"error: {sentence}"]
+    assert out == "" and [line for line in err.splitlines() if line.startswith("error")] == [
+        f"error: {sentence}"
+    ]
 
 
 def test_a_run_that_does_not_fit_ends_with_code_2_after_its_table(tiny_file, capfd):
@@ -139,11 +213,16 @@ def test_absent_data_of_unknown_size_are_named(run_tree, tiny_tasks, tmp_path, c
     (tmp_path / "gone.yaml").write_text(yaml.safe_dump(facts))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree("unset", tasks=[str(tmp_path / "gone.yaml")])))
     assert cli.main(["plan", "--config", str(tmp_path / "run.yaml")]) == 2
-    assert "the data of 'colours' are not there and its recipe does not say how many there are; give the folder" in capfd.readouterr().err
+    assert (
+        "the data of 'colours' are not there and its recipe does not say how many there are; give the folder"
+        in capfd.readouterr().err
+    )
 
 
 def test_a_plan_for_nothing_or_for_endless_memory_is_refused(run_tree):
-    with pytest.raises(ConfigError, match="no method of the run learns anything, so there is nothing to plan"):
+    with pytest.raises(
+        ConfigError, match="no method of the run learns anything, so there is nothing to plan"
+    ):
         make_plan(parse_config(run_tree("unset", methods={"zero-shot": {}})), 1, 24)
     with pytest.raises(ConfigError, match="--gpu-memory is inf"):
         make_plan(parse_config(run_tree("unset")), 1, float("inf"))
@@ -171,22 +250,38 @@ def test_a_start_on_this_machine_goes_on(wide_tree):
 
 
 def test_a_model_that_no_setting_brings_into_memory_is_refused_at_the_start(wide_tree):
-    with pytest.raises(ConfigError, match=r"the run needs at least 0\.\d GB \(the model .*statistics of a pass.*take a smaller model or more memory; `llava-keeplora plan`"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the run needs at least 0\.\d GB \(the model .*statistics of a pass.*take a smaller model or more memory; `llava-keeplora plan`",
+    ):
         start(wide_tree(memory={"statistics_gb": 0.005}), 10_000_000)
 
 
-@pytest.mark.parametrize(("share", "setting"), [(1.4, "model.dtype=bfloat16"), (0.7, "model.quantization=nf4")])
+@pytest.mark.parametrize(
+    ("share", "setting"), [(1.4, "model.dtype=bfloat16"), (0.7, "model.quantization=nf4")]
+)
 def test_a_start_that_cannot_fit_names_the_setting_that_does(wide_tree, peaks, share, setting):
     # What loading takes on a GPU is little more than the model; without one, copies of the base's weights lie beside it.
-    tree = wide_tree(memory={"statistics_gb": 0.001}, parts={"language": {"rank": 1, "alpha": 1}, "vision": None}, methods={"seq-lora": {}})
+    tree = wide_tree(
+        memory={"statistics_gb": 0.001},
+        parts={"language": {"rank": 1, "alpha": 1}, "vision": None},
+        methods={"seq-lora": {}},
+    )
     with pytest.raises(ConfigError, match=f"; set {setting}; `llava-keeplora plan` says"):
         start(tree, round(share * peaks(tree)["load"]))
 
 
-def test_a_whole_gradient_that_cannot_fit_is_told_to_be_sketched_at_the_start_and_by_the_plan(wide_tree, peaks):
-    dense, sketched = (wide_tree(memory={"statistics_gb": 0.03}, methods={"keeplora": {"gradient": form}}) for form in ("dense", "sketch"))
+def test_a_whole_gradient_that_cannot_fit_is_told_to_be_sketched_at_the_start_and_by_the_plan(
+    wide_tree, peaks
+):
+    dense, sketched = (
+        wide_tree(memory={"statistics_gb": 0.03}, methods={"keeplora": {"gradient": form}})
+        for form in ("dense", "sketch")
+    )
     enough = least(sketched)
-    with pytest.raises(ConfigError, match="; set methods.keeplora.gradient=sketch; `llava-keeplora plan` says"):
+    with pytest.raises(
+        ConfigError, match="; set methods.keeplora.gradient=sketch; `llava-keeplora plan` says"
+    ):
         start(dense, enough)
     start(sketched, enough)
 
@@ -197,14 +292,20 @@ def test_a_whole_gradient_that_cannot_fit_is_told_to_be_sketched_at_the_start_an
 
 
 def test_a_plan_names_the_statistics_that_the_smallest_sketches_take_as_a_start_does(wide_tree):
-    with pytest.raises(ConfigError, match="memory.statistics_gb is 1e-05, which holds no statistics of the features of 'keeplora'; set memory.statistics_gb=") as caught:
+    with pytest.raises(
+        ConfigError,
+        match="memory.statistics_gb is 1e-05, which holds no statistics of the features of 'keeplora'; set memory.statistics_gb=",
+    ) as caught:
         make_plan(parse_config(wide_tree(memory={"statistics_gb": 1e-5})))
     enough = float(str(caught.value).split("statistics_gb=")[1].split(",")[0])
     assert make_plan(parse_config(wide_tree(memory={"statistics_gb": enough}))).fits
 
 
 def test_a_start_refuses_statistics_beyond_the_memory_there_is(wide_tree):
-    with pytest.raises(ConfigError, match=r"memory.statistics_gb is 4.0, but the machine has 2.0 GB; set memory.statistics_gb=0.5, or less"):
+    with pytest.raises(
+        ConfigError,
+        match=r"memory.statistics_gb is 4.0, but the machine has 2.0 GB; set memory.statistics_gb=0.5, or less",
+    ):
         start(wide_tree(), 2_000_000_000)
 
 
@@ -212,7 +313,10 @@ def test_processes_on_one_machine_share_its_memory(wide_tree):
     tree = wide_tree(memory={"statistics_gb": 0.01})
     enough = least(tree)
     start(tree, 2 * enough, processes=2)
-    with pytest.raises(ConfigError, match=r"the machine has \d\.\d GB, \d\.\d for each of its 3 processes; (set|take fewer processes, )"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the machine has \d\.\d GB, \d\.\d for each of its 3 processes; (set|take fewer processes, )",
+    ):
         start(tree, 2 * enough, processes=3)
 
 
@@ -220,7 +324,11 @@ def test_a_start_counts_the_pass_with_the_larger_statistics(wide_tree):
     # Of rank 1 a gradient's sketch is thinner than the smallest of features, of rank 32 wider.
     def tree(rank, **options):
         part = {"rank": rank, "alpha": rank, "energy_weight": 0.5, "energy_feature": 0.9}
-        return wide_tree(memory={"statistics_gb": 1.0}, parts={"language": part}, methods={"keeplora": {"gradient": "sketch", **options}})
+        return wide_tree(
+            memory={"statistics_gb": 1.0},
+            parts={"language": part},
+            methods={"keeplora": {"gradient": "sketch", **options}},
+        )
 
     assert least(tree(1)) > least(tree(1, protect_features=False))
     assert least(tree(32)) == least(tree(32, protect_features=False))
@@ -228,7 +336,9 @@ def test_a_start_counts_the_pass_with_the_larger_statistics(wide_tree):
 
 def test_a_run_is_refused_before_its_weights_are_loaded(run_config, tmp_path, monkeypatch):
     monkeypatch.setattr("llava_keeplora.plan.machine.host_memory", lambda: 10_000)
-    monkeypatch.setattr("llava_keeplora.models.clip.ClipFamily.load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "llava_keeplora.models.clip.ClipFamily.load", lambda *args: pytest.fail("weights were loaded")
+    )
     with pytest.raises(ConfigError, match="the machine has 0.0 GB"):
         runner.run(run_config(tmp_path / "run"))
 

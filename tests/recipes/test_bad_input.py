@@ -4,12 +4,12 @@ import re
 
 import pytest
 
-from llava_keeplora_recipes import RecipeError, load_recipe
+from llava_keeplora_recipes import RecipeError, load_recipe, load_split
 
 
 def refusal(recipe, split="train", root=None, **options) -> str:
     with pytest.raises(RecipeError) as caught:
-        recipe.load(split, root, **options)
+        load_split(recipe, split, root, **options)
     return str(caught.value)
 
 
@@ -77,7 +77,9 @@ def test_a_split_whose_files_are_missing(pets, tmp_path):
 
 
 def test_a_source_that_the_user_must_name(tmp_path, make):
-    recipe = load_recipe(make.yaml(tmp_path / "mine.yaml", extends="mtil/sun397", source={"format": "hub", "path": None}))
+    recipe = load_recipe(
+        make.yaml(tmp_path / "mine.yaml", extends="mtil/sun397", source={"format": "hub", "path": None})
+    )
     assert refusal(recipe).startswith(
         "recipe 'mtil/sun397' does not say where its data is (source.path is None); write a YAML with 'extends: mtil/sun397' and a 'source:'"
     )
@@ -149,7 +151,7 @@ def test_an_image_cut_in_half_is_found_in_every_format(pets, tmp_path, make, for
 
 def test_bad_images_can_be_dropped_and_are_recorded(pets, tmp_path, caplog):
     break_images(tmp_path)
-    data = pets().load("train", on_bad_image="drop")
+    data = load_split(pets(), "train", on_bad_image="drop")
     assert data.dropped == ["train/cat/0.png", "train/cat/1.png"]
     assert len(data) == 10 and not set(data.dropped) & set(data.ids)
     assert "2 of 12 images of pets/train cannot be read: 2 of 12 examples are left out" in caplog.text
@@ -173,7 +175,13 @@ def album(questions, tmp_path, make):
     for i in range(3):
         make.json(tmp_path / "q" / f"{i}.png", 0)
         (tmp_path / "q" / f"{i}.png").write_bytes(make.encoded(i) if i < 2 else b"broken")
-    shown = {"none": None, "one": "0.png", "two": ["0.png", "1.png"], "half": ["1.png", "2.png"], "gone": ["3.png", "2.png"]}
+    shown = {
+        "none": None,
+        "one": "0.png",
+        "two": ["0.png", "1.png"],
+        "half": ["1.png", "2.png"],
+        "gone": ["3.png", "2.png"],
+    }
     records = [{"id": name, "image": image, "text": "q", "answer": "a"} for name, image in shown.items()]
     return questions(*records)
 
@@ -185,7 +193,7 @@ def test_a_picture_of_several_records_is_counted_once_and_named_by_its_first(alb
 
 
 def test_an_example_is_dropped_with_any_of_its_pictures(album, caplog):
-    data = album.load("train", on_bad_image="drop")
+    data = load_split(album, "train", on_bad_image="drop")
     assert data.ids == ["none", "one", "two"] and data.dropped == ["half", "gone"]
     assert "2 of 4 images of pets/train cannot be read: 2 of 5 examples are left out" in caplog.text
 
@@ -206,7 +214,7 @@ def test_a_class_without_training_examples(pets, tmp_path):
     sentence = "1 of 4 classes have no example in pets/train (yak); add examples, or remove the classes from the recipe."
     recipe = pets(classes=["cat", "big_dog", "ant", "yak"])
     assert refusal(recipe) == sentence
-    assert len(recipe.load("test")) == 12  # a test split may lack a class
+    assert len(load_split(recipe, "test")) == 12  # a test split may lack a class
 
 
 def test_a_folder_that_is_no_class(pets):
@@ -312,7 +320,11 @@ def test_a_malformed_question_record_is_named(questions, change, sentence):
             "annotation 5 of train.json is for the image 2, which is not listed; ",
         ),
         ([{"id": 1, "file_name": "a.png"}] * 2, [], "image 1 of train.json is listed twice; "),
-        ([{"id": 1}], [{"image_id": 1, "caption": "x"}], "train.json has an entry without the field 'file_name'; "),
+        (
+            [{"id": 1}],
+            [{"image_id": 1, "caption": "x"}],
+            "train.json has an entry without the field 'file_name'; ",
+        ),
         ([{"file_name": "a.png"}], [], "train.json has an entry without the field 'id'; "),
         ([{"id": 1}], [{"image_id": 1}], "train.json has an entry without the field 'caption'; "),
     ],
@@ -330,5 +342,5 @@ def test_a_file_that_is_not_json(questions, tmp_path):
 
 
 def test_a_size_other_than_the_published_one_is_said(pets, caplog):
-    pets(expected_sizes={"test": 100}).load("test")
+    load_split(pets(expected_sizes={"test": 100}), "test")
     assert "pets/test holds 12 examples and its recipe expects 100" in caplog.text

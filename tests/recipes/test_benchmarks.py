@@ -4,13 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from llava_keeplora_recipes import list_recipes, load_recipe, load_sequence
+from llava_keeplora_recipes import list_recipes, load_recipe, load_sequence, load_split
 
 COIN = "CoIN/playground/Instructions_Original"
 
 #: task: (train file, test file, image folder of train, image folder of test), all under the data root
 LAYOUT = {
-    f"ucit/{name}": (f"UCIT/instructions/{folder}/{train}", f"UCIT/instructions/{folder}/test_3000.json", *["UCIT/datasets"] * 2)
+    f"ucit/{name}": (
+        f"UCIT/instructions/{folder}/{train}",
+        f"UCIT/instructions/{folder}/test_3000.json",
+        *["UCIT/datasets"] * 2,
+    )
     for name, folder, train in (
         ("imagenet-r", "ImageNet-R", "train.json"),
         ("arxivqa", "ArxivQA", "train_4w.json"),
@@ -25,11 +29,20 @@ LAYOUT |= {
     for d in ("RS", "Med", "AD", "Sci", "Fin")
 }
 LAYOUT |= {
-    f"mllm_acl/{name}": (f"MLLM-CL/{train}/train.json", f"MLLM-CL/{test}/test.json", f"MLLM-CL/{train}", f"MLLM-CL/{test}")
+    f"mllm_acl/{name}": (
+        f"MLLM-CL/{train}/train.json",
+        f"MLLM-CL/{test}/test.json",
+        f"MLLM-CL/{train}",
+        f"MLLM-CL/{test}",
+    )
     for name, train, test in (("ocr", "OCR", "OCR_test"), ("vp", "VP", "CV-Benchv2"))
 }
 LAYOUT |= {
-    f"coin/{folder.lower()}": (f"{COIN}/{folder}/train.json", f"{COIN}/{folder}/{test}.json", *["CoIN/cl_dataset"] * 2)
+    f"coin/{folder.lower()}": (
+        f"{COIN}/{folder}/train.json",
+        f"{COIN}/{folder}/{test}.json",
+        *["CoIN/cl_dataset"] * 2,
+    )
     for folder, test in (
         ("ScienceQA", "test"),
         ("TextVQA", "val"),
@@ -41,7 +54,10 @@ LAYOUT |= {
         ("OCRVQA", "test"),
     )
 }
-CAPTIONS = {f"ucit/{n}": f"UCIT/instructions/{f}/val_coco_type_3000.json" for n, f in (("vizwiz", "VizWiz"), ("flickr30k", "Flickr30k"))}
+CAPTIONS = {
+    f"ucit/{n}": f"UCIT/instructions/{f}/val_coco_type_3000.json"
+    for n, f in (("vizwiz", "VizWiz"), ("flickr30k", "Flickr30k"))
+}
 TEXTVQA = "CoIN/cl_dataset/TextVQA/TextVQA_0.5.1_val.json"
 
 #: What a test record of the task says besides `question_id`, `image` and `text`.
@@ -75,12 +91,22 @@ def tree(tmp_path, make):
         words_only = [{"from": "human", "value": "What?"}, turns[1]]
         make.json(tmp_path / train, [{"id": "0", "conversations": words_only}, *rows])
         asked = {"text": "What?"} | MORE.get(task, {"answer": "that"})
-        make.json(tmp_path / test, [{"question_id": f"q{9 - i}", "image": f"images/AI2D_test{i}.png"} | asked for i in range(3)])
+        make.json(
+            tmp_path / test,
+            [{"question_id": f"q{9 - i}", "image": f"images/AI2D_test{i}.png"} | asked for i in range(3)],
+        )
         if task in CAPTIONS:
             images = [{"id": i + 1, "file_name": f"AI2D_test{i}.png"} for i in range(3)]
-            notes = [{"id": 0, "image_id": i + 1, "caption": f"{n} of {i}"} for n in ("first", "second") for i in (2, 0, 1)]
+            notes = [
+                {"id": 0, "image_id": i + 1, "caption": f"{n} of {i}"}
+                for n in ("first", "second")
+                for i in (2, 0, 1)
+            ]
             make.json(tmp_path / CAPTIONS[task], {"images": images, "annotations": notes})
-        make.json(tmp_path / TEXTVQA, {"data": [{"question_id": f"q{9 - i}", "answers": [f"a{i}"] * 10} for i in (1, 2, 0)]})
+        make.json(
+            tmp_path / TEXTVQA,
+            {"data": [{"question_id": f"q{9 - i}", "answers": [f"a{i}"] * 10} for i in (1, 2, 0)]},
+        )
         return tmp_path
 
     return write
@@ -93,9 +119,13 @@ def test_every_task_of_the_benchmarks_has_a_recipe():
 @pytest.mark.parametrize("task", LAYOUT)
 def test_a_task_loads_from_its_official_layout(task, tree):
     root, recipe = tree(task), load_recipe(task)
-    train, test = recipe.load("train", root), recipe.load("test", root)
+    train, test = load_split(recipe, "train", root), load_split(recipe, "test", root)
     assert train.ids == ["train-0", "train-1", "train-2"]
-    assert train.questions == ["What?"] * 3 and train.answers == [["that"]] * 3 and train.image_counts == [0, 1, 1]
+    assert (
+        train.questions == ["What?"] * 3
+        and train.answers == [["that"]] * 3
+        and train.image_counts == [0, 1, 1]
+    )
     assert test.ids == ([f"test-{i}" for i in range(3)] if task == "coin/imagenet" else ["q9", "q8", "q7"])
     assert test.answers == ANSWERS.get(task, [["that"]] * 3) and test.image_counts == [1] * 3
     assert test[0].image.size == (8, 8)
@@ -107,20 +137,20 @@ def test_a_test_question_is_asked_as_its_official_runner_asks(task, tree):
         "mllm_dcl/med": " Answer the question with a single word (or phrase).",
         "mllm_dcl/fin": " Answer with the given letter directly, e.g., A, B, C, D.",
     }.get(task, "")
-    assert load_recipe(task).load("test", tree(task)).questions == [f"What?{suffix}"] * 3
+    assert load_split(load_recipe(task), "test", tree(task)).questions == [f"What?{suffix}"] * 3
 
 
 @pytest.mark.parametrize("answer", ["Yes", "No"])
 def test_finance_asks_for_yes_or_no_where_that_is_the_answer(tree, monkeypatch, answer):
     monkeypatch.setitem(MORE, "mllm_dcl/fin", {"answer": answer})
-    questions = load_recipe("mllm_dcl/fin").load("test", tree("mllm_dcl/fin")).questions
+    questions = load_split(load_recipe("mllm_dcl/fin"), "test", tree("mllm_dcl/fin")).questions
     assert questions == ["What? Only answer with yes or no directly."] * 3
 
 
 def test_what_a_metric_needs_of_an_example_comes_with_it(tree):
-    science = load_recipe("mllm_dcl/sci").load("test", tree("mllm_dcl/sci"))
+    science = load_split(load_recipe("mllm_dcl/sci"), "test", tree("mllm_dcl/sci"))
     assert science.meta[1] == {"image": "images/AI2D_test1.png"}
-    ocr = load_recipe("mllm_acl/ocr").load("test", tree("mllm_acl/ocr"))
+    ocr = load_split(load_recipe("mllm_acl/ocr"), "test", tree("mllm_acl/ocr"))
     assert ocr.meta[1] == {"answer_type": "Digit String Recognition"}
 
 
@@ -138,7 +168,7 @@ def test_another_layout_needs_only_a_recipe_that_extends(tree, make):
     source["references"] = {"test": "VizWiz-caption/val_coco_type_3000.json"}
     splits = {"train": "VizWiz-caption/train.json", "test": "VizWiz-caption/test_3000.json"}
     mine = load_recipe(make.yaml(root / "mine.yaml", extends="ucit/vizwiz", source=source, splits=splits))
-    assert mine.load("test").answers == ANSWERS["ucit/vizwiz"] and mine.metric == "ucit_caption_mean"
+    assert load_split(mine, "test").answers == ANSWERS["ucit/vizwiz"] and mine.metric == "ucit_caption_mean"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +182,10 @@ def test_another_layout_needs_only_a_recipe_that_extends(tree, make):
 )
 def test_the_orders_and_epochs_are_the_published_ones(name, tasks, epochs):
     sequence = load_sequence(name)
-    assert sequence.tasks == [f"{name.replace('-', '_')}/{t}" for t in tasks.split()] and sequence.epochs == epochs
+    assert (
+        sequence.tasks == [f"{name.replace('-', '_')}/{t}" for t in tasks.split()]
+        and sequence.epochs == epochs
+    )
 
 
 def test_the_abilities_that_nothing_here_can_score_are_named_with_the_reason():

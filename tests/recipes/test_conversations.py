@@ -8,7 +8,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from llava_keeplora_recipes import RecipeError, load_recipe
+from llava_keeplora_recipes import RecipeError, load_recipe, load_split
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def recipe(tmp_path, make):
 
 def refusal(recipe, split="train") -> str:
     with pytest.raises(RecipeError) as caught:
-        recipe.load(split)
+        load_split(recipe, split)
     return str(caught.value)
 
 
@@ -59,7 +59,7 @@ def test_llava_records_show_no_picture_one_or_several(recipe, tmp_path, make, pi
         llava("two", "<image> or <image>?", ["2.png", "1.png"]),
     ]
     make.json(tmp_path / "q" / "train.json", rows)
-    data = recipe(format="llava_json").load("train")
+    data = load_split(recipe(format="llava_json"), "train")
     assert [[i.tobytes() for i in e.images] for e in data] == [[], [pixels[0]], [pixels[2], pixels[1]]]
     assert data.questions == ["Two and two?", "What?", "<image> or <image>?"]
     assert data.image_counts == [0, 1, 2] and data.answers == [["a cat"]] * 3
@@ -70,7 +70,7 @@ def test_jsonl_yields_what_json_does(recipe, tmp_path, make):
     make.json(tmp_path / "q" / "train.json", rows)
     (tmp_path / "q" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "\n")
     both = recipe({"train": "train.json", "test": "train.jsonl"}, format="llava_json")
-    assert both.load("train").fingerprint == both.load("test").fingerprint
+    assert load_split(both, "train").fingerprint == load_split(both, "test").fingerprint
 
 
 def test_a_broken_line_is_named(recipe, tmp_path):
@@ -94,33 +94,46 @@ def test_image_paths_start_where_the_recipe_says_per_split(recipe, tmp_path, mak
     (tmp_path / "q" / "0.png").unlink()
     make.json(tmp_path / "q" / "train.json", [llava("a", "q", "0.png")])
     make.json(tmp_path / "q" / "test.json", [llava("a", "q", "1.png")])
-    both = recipe({"train": "train.json", "test": "test.json"}, format="llava_json", images={"train": "pictures"})
-    assert both.load("train")[0].image.tobytes() == pixels[0]
-    assert both.load("test")[0].image.tobytes() == pixels[1]
+    both = recipe(
+        {"train": "train.json", "test": "test.json"}, format="llava_json", images={"train": "pictures"}
+    )
+    assert load_split(both, "train")[0].image.tobytes() == pixels[0]
+    assert load_split(both, "test")[0].image.tobytes() == pixels[1]
     one = recipe({"train": "train.json"}, format="llava_json", images="pictures")
-    assert one.load("train")[0].image.tobytes() == pixels[0]
+    assert load_split(one, "train")[0].image.tobytes() == pixels[0]
 
 
 def test_records_can_be_numbered_where_their_own_ids_repeat(recipe, tmp_path, make):
     make.json(tmp_path / "q" / "train.json", [llava("a", "q"), llava("a", "p")])
     assert "1 ids more than once" in refusal(recipe(format="llava_json"))
-    data = recipe(format="llava_json", positional_ids=["train"]).load("train")
+    data = load_split(recipe(format="llava_json", positional_ids=["train"]), "train")
     assert data.ids == ["train-0", "train-1"] and data.questions == ["q", "p"]
 
 
 def test_meta_that_a_metric_needs_are_kept_and_fingerprinted(recipe, tmp_path, make):
-    rows = [{"question_id": i, "text": "q", "answer": "a", "image": f"{i}.png", "answer_type": t} for i, t in enumerate("xy")]
+    rows = [
+        {"question_id": i, "text": "q", "answer": "a", "image": f"{i}.png", "answer_type": t}
+        for i, t in enumerate("xy")
+    ]
     make.json(tmp_path / "q" / "train.json", rows)
-    data = recipe(format="llava_json", meta=["image", "answer_type", "absent"]).load("train")
+    data = load_split(recipe(format="llava_json", meta=["image", "answer_type", "absent"]), "train")
     assert data.meta == [{"image": "0.png", "answer_type": "x"}, {"image": "1.png", "answer_type": "y"}]
     assert data[1].meta == data.meta[1]
     make.json(tmp_path / "q" / "train.json", [rows[0], rows[1] | {"answer_type": "z"}])
-    assert recipe(format="llava_json", meta=["image", "answer_type", "absent"]).load("train").fingerprint != data.fingerprint
+    assert (
+        load_split(recipe(format="llava_json", meta=["image", "answer_type", "absent"]), "train").fingerprint
+        != data.fingerprint
+    )
 
 
 def test_an_answer_can_stand_in_another_field(recipe, tmp_path, make):
-    make.json(tmp_path / "q" / "train.json", [{"question_id": 1, "text": "Where?", "answer_bbox": "[0.1, 0.2, 0.3, 0.4]"}])
-    assert recipe(format="llava_json", answer="answer_bbox").load("train").answers == [["[0.1, 0.2, 0.3, 0.4]"]]
+    make.json(
+        tmp_path / "q" / "train.json",
+        [{"question_id": 1, "text": "Where?", "answer_bbox": "[0.1, 0.2, 0.3, 0.4]"}],
+    )
+    assert load_split(recipe(format="llava_json", answer="answer_bbox"), "train").answers == [
+        ["[0.1, 0.2, 0.3, 0.4]"]
+    ]
 
 
 # ------------------------------------------------------------------------------------- messages
@@ -132,9 +145,12 @@ def test_chats_are_read_from_json_and_jsonl(recipe, tmp_path, ending, pixels):
     rows = [chat("Two and two?", answer="four"), chat(parts, ["1.png"]), chat(parts, "2.png", id="own")]
     text = json.dumps(rows) if ending == "json" else "\n".join(json.dumps(r) for r in rows)
     (tmp_path / "q" / f"train.{ending}").write_text(text)
-    data = recipe({"train": f"train.{ending}"}, format="messages").load("train")
+    data = load_split(recipe({"train": f"train.{ending}"}, format="messages"), "train")
     assert data.ids == ["train-0", "train-1", "own"]
-    assert (data.questions, data.answers) == (["Two and two?", "What?", "What?"], [["four"], ["a cat"], ["a cat"]])
+    assert (data.questions, data.answers) == (
+        ["Two and two?", "What?", "What?"],
+        [["four"], ["a cat"], ["a cat"]],
+    )
     assert [[i.tobytes() for i in e.images] for e in data] == [[], [pixels[1]], [pixels[2]]]
 
 
@@ -144,13 +160,16 @@ def messages_table(make, images) -> datasets.Dataset:
     answer = [{"type": "text", "text": "a cat"}]
     rows = {
         "messages": [
-            [{"role": "user", "content": parts(len(own))}, {"role": "assistant", "content": answer}] for own in images
+            [{"role": "user", "content": parts(len(own))}, {"role": "assistant", "content": answer}]
+            for own in images
         ],
         "images": [[{"bytes": make.encoded(i), "path": None} for i in own] for own in images],
     }
     part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
     message = {"role": datasets.Value("string"), "content": datasets.List(part)}
-    features = datasets.Features({"messages": datasets.List(message), "images": datasets.List(datasets.Image())})
+    features = datasets.Features(
+        {"messages": datasets.List(message), "images": datasets.List(datasets.Image())}
+    )
     return datasets.Dataset.from_dict(rows, features=features)
 
 
@@ -159,14 +178,18 @@ SHOWN = [[1], [], [2, 0]]
 
 def test_chats_are_read_from_parquet(recipe, tmp_path, make, pixels):
     messages_table(make, SHOWN).to_parquet(str(tmp_path / "q" / "train.parquet"))
-    data = recipe({"train": "train.parquet"}, format="parquet", columns={"messages": "messages"}).load("train")
+    data = load_split(
+        recipe({"train": "train.parquet"}, format="parquet", columns={"messages": "messages"}), "train"
+    )
     assert [[i.tobytes() for i in e.images] for e in data] == [[pixels[i] for i in own] for own in SHOWN]
     assert data.questions == ["What?"] * 3 and data.ids == ["train-0", "train-1", "train-2"]
 
 
 def test_lists_of_images_travel_to_a_worker_process_as_a_path(recipe, tmp_path, make, pixels):
     messages_table(make, SHOWN).to_parquet(str(tmp_path / "q" / "train.parquet"))
-    data = recipe({"train": "train.parquet"}, format="parquet", columns={"messages": "messages"}).load("train")
+    data = load_split(
+        recipe({"train": "train.parquet"}, format="parquet", columns={"messages": "messages"}), "train"
+    )
     sent = pickle.dumps(data._images)
     copy = pickle.loads(sent)
     assert [copy.image(i).tobytes() for i in range(3)] == [pixels[1], pixels[2], pixels[0]]
@@ -175,15 +198,19 @@ def test_lists_of_images_travel_to_a_worker_process_as_a_path(recipe, tmp_path, 
 
 def test_chats_are_read_from_the_hub(recipe, make, monkeypatch, pixels):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: messages_table(make, SHOWN))
-    data = recipe({"train": "train"}, format="hub", columns={"messages": "messages"}).load("train")
+    data = load_split(recipe({"train": "train"}, format="hub", columns={"messages": "messages"}), "train")
     assert [[i.tobytes() for i in e.images] for e in data] == [[pixels[i] for i in own] for own in SHOWN]
 
 
 def test_a_chat_in_a_table_that_cannot_be_read_is_named(recipe, tmp_path, make):
     table = messages_table(make, [[1], [2]])
-    other = table.remove_columns("images").add_column("images", [[], []], feature=datasets.List(datasets.Image()))
+    other = table.remove_columns("images").add_column(
+        "images", [[], []], feature=datasets.List(datasets.Image())
+    )
     other.to_parquet(str(tmp_path / "q" / "train.parquet"))
-    assert refusal(recipe({"train": "train.parquet"}, format="parquet", columns={"messages": "messages"})) == (
+    assert refusal(
+        recipe({"train": "train.parquet"}, format="parquet", columns={"messages": "messages"})
+    ) == (
         "record 'train-0' in pets/train marks 1 image in its question and names 0 "
         "(and 1 more, which `llava-keeplora-eval data check` lists); mark and name the same number, or remove the markers."
     )
@@ -214,14 +241,16 @@ def test_a_table_of_questions_may_have_lists_of_images_and_empty_cells(recipe, t
         features = datasets.Features({"image": feature, **kinds})
         table = datasets.Dataset.from_dict({"image": images, **text}, features=features)
         table.to_parquet(str(tmp_path / "q" / "train.parquet"))
-        data = recipe({"train": "train.parquet"}, format="parquet").load("train")
+        data = load_split(recipe({"train": "train.parquet"}, format="parquet"), "train")
         assert [[i.tobytes() for i in e.images] for e in data] == expected
 
 
 def test_paths_in_a_table_lie_in_the_tasks_folder(recipe, tmp_path, pixels):
-    table = datasets.Dataset.from_dict({"image": ["1.png", "pictures/2.png"], "question": ["q"] * 2, "answers": ["a"] * 2})
+    table = datasets.Dataset.from_dict(
+        {"image": ["1.png", "pictures/2.png"], "question": ["q"] * 2, "answers": ["a"] * 2}
+    )
     table.to_parquet(str(tmp_path / "q" / "train.parquet"))
-    data = recipe({"train": "train.parquet"}, format="parquet").load("train")
+    data = load_split(recipe({"train": "train.parquet"}, format="parquet"), "train")
     assert [e.image.tobytes() for e in data] == pixels[1:]
     table.map(lambda row: {"image": "../" + row["image"]}).to_parquet(str(tmp_path / "q" / "train.parquet"))
     assert "column 'image' in the train split of 'pets' has the path '../1.png', which leads out" in refusal(
@@ -242,24 +271,32 @@ def captions(recipe, tmp_path, make):
 
     def build(questions, by_id, names=None):
         make.json(tmp_path / "q" / "test.json", questions)
-        notes = [{"id": i, "image_id": n, "caption": c} for n, texts in by_id.items() for i, c in enumerate(texts)]
+        notes = [
+            {"id": i, "image_id": n, "caption": c} for n, texts in by_id.items() for i, c in enumerate(texts)
+        ]
         images = [{"id": n, "file_name": (names or {}).get(n, "0.png")} for n in by_id]
         make.json(tmp_path / "q" / "coco.json", {"images": images, "annotations": notes})
-        return recipe({"test": "test.json"}, "captioning", format="llava_json", references={"test": "coco.json"})
+        return recipe(
+            {"test": "test.json"}, "captioning", format="llava_json", references={"test": "coco.json"}
+        )
 
     return build
 
 
 def test_captions_of_another_file_are_paired_by_position(captions, caplog):
     questions = [question(n, f"{n % 3}.png") for n in (30, 10, 20)]
-    data = captions(questions, {2: ["b"], 3: ["c"], 1: ["a", "A"]}, {1: "0.png", 2: "1.png", 3: "2.png"}).load("test")
+    data = load_split(
+        captions(questions, {2: ["b"], 3: ["c"], 1: ["a", "A"]}, {1: "0.png", 2: "1.png", 3: "2.png"}), "test"
+    )
     assert data.ids == ["x30", "x10", "x20"] and data.questions == ["Describe it."] * 3
     assert data.answers == [["a", "A"], ["b"], ["c"]] and not caplog.text
 
 
 def test_captions_that_seem_to_be_of_other_images_are_told(captions, caplog):
-    captions([question(1), question(2)], {1: ["a"], 2: ["b"]}, {1: "0.png", 2: "9.png"}).load("test")
-    assert "coco.json names another image than the question for 1 of 2 records (first: number 2)" in caplog.text
+    load_split(captions([question(1), question(2)], {1: ["a"], 2: ["b"]}, {1: "0.png", 2: "9.png"}), "test")
+    assert (
+        "coco.json names another image than the question for 1 of 2 records (first: number 2)" in caplog.text
+    )
 
 
 def test_captions_of_another_number_of_images_are_refused(captions):
@@ -277,7 +314,7 @@ def test_answers_of_textvqa_are_paired_by_question(recipe, tmp_path, make):
     notes = [{"question_id": f"x{n}", "answers": [f"a{n}"] * 10} for n in (2, 1, 7)]
     make.json(tmp_path / "q" / "notes.json", {"data": notes})
     both = recipe({"test": "test.json"}, format="llava_json", references={"test": "notes.json"})
-    assert both.load("test").answers == [["a1"] * 10, ["a2"] * 10]
+    assert load_split(both, "test").answers == [["a1"] * 10, ["a2"] * 10]
     make.json(tmp_path / "q" / "notes.json", {"questions": []})
     assert refusal(both, "test") == (
         "notes.json holds neither COCO's captions nor TextVQA's answers; correct 'source.references' in the recipe."

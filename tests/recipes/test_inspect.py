@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import inspect_split, load_recipe, load_split
 
 
 @pytest.fixture
@@ -12,7 +12,9 @@ def questions(tmp_path, make):
         for i in range(2):
             (tmp_path / "q" / f"{i}.png").write_bytes(make.encoded(i))
         source = {"format": "llava_json", "path": "q"} | source
-        facts = make.facts(kind="vqa", prompt=None, classes=None, source=source, splits={"train": "train.json"})
+        facts = make.facts(
+            kind="vqa", prompt=None, classes=None, source=source, splits={"train": "train.json"}
+        )
         return load_recipe(make.yaml(tmp_path / "q.yaml", **facts))
 
     return build
@@ -24,8 +26,8 @@ def record(name, image="0.png", **changes) -> dict:
 
 def test_a_sound_split_has_no_problems_and_is_the_loaded_one(questions):
     recipe = questions(record("a"), record("b", "1.png"))
-    data, problems = recipe.inspect("train")
-    assert problems == [] and data.fingerprint == recipe.load("train").fingerprint
+    data, problems = inspect_split(recipe, "train")
+    assert problems == [] and data.fingerprint == load_split(recipe, "train").fingerprint
 
 
 def test_every_record_and_every_image_that_is_wrong_is_told(questions, tmp_path):
@@ -41,7 +43,7 @@ def test_every_record_and_every_image_that_is_wrong_is_told(questions, tmp_path)
         record("a", text="<image><image>q"),
         record("a", "1.png"),
     )
-    data, problems = recipe.inspect("train")
+    data, problems = inspect_split(recipe, "train")
     told = [str(p) for p in problems]
     assert data.ids == ["a", "a"] and data.dropped == ["c", "d"]
     of_records = [t.split(";")[0] for t in told if t.startswith("record")]
@@ -51,15 +53,20 @@ def test_every_record_and_every_image_that_is_wrong_is_told(questions, tmp_path)
         "record 'e' of train.json has the path '../0.png', which leads out of its data folder",
         "record 'a' of train.json marks 2 images in its question and names 1",
     ]
-    assert f"an image of 'c' in pets/train cannot be read (no such file '{tmp_path}/q/none.png'); replace it, or correct its path." in told
-    assert any(t.startswith("an image of 'd' in pets/train cannot be read (cannot identify image file") for t in told)
+    assert (
+        f"an image of 'c' in pets/train cannot be read (no such file '{tmp_path}/q/none.png'); replace it, or correct its path."
+        in told
+    )
+    assert any(
+        t.startswith("an image of 'd' in pets/train cannot be read (cannot identify image file") for t in told
+    )
     assert any(t.startswith("pets/train has 1 ids more than once (a)") for t in told)
     assert len(told) == 7
 
 
 def test_labels_and_folders_are_told_one_by_one(pets, tmp_path, make):
     (tmp_path / "pets" / "train" / "x.png").write_bytes(make.encoded(0))
-    data, problems = pets(classes=["cat", "ant"]).inspect("train")
+    data, problems = inspect_split(pets(classes=["cat", "ant"]), "train")
     told = [str(p) for p in problems]
     assert len(data) == 8 and len(told) == 5
     assert sum("has the label 'big_dog', which is none of the 2 classes" in t for t in told) == 4
@@ -69,11 +76,14 @@ def test_labels_and_folders_are_told_one_by_one(pets, tmp_path, make):
 def test_a_file_that_is_missing_leaves_nothing(questions, tmp_path):
     recipe = questions()
     (tmp_path / "q" / "train.json").unlink()
-    data, problems = recipe.inspect("train")
+    data, problems = inspect_split(recipe, "train")
     assert data is None and ["the train split of 'pets' is not there" in str(p) for p in problems] == [True]
 
 
 def test_a_rendered_task_can_be_inspected_too():
-    data, problems = load_recipe("shapes").inspect("test")
+    data, problems = inspect_split(load_recipe("shapes"), "test")
     assert len(data) == 300 and not problems
-    assert str(load_recipe("shapes").inspect("tset")[1][0]) == "recipe 'shapes' has no split 'tset'; did you mean 'test'."
+    assert (
+        str(inspect_split(load_recipe("shapes"), "tset")[1][0])
+        == "recipe 'shapes' has no split 'tset'; did you mean 'test'."
+    )

@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 from llava_keeplora_recipes.errors import RecipeError
 
 
@@ -24,10 +24,18 @@ def root(tmp_path, make):
 @pytest.fixture
 def load(tmp_path, root, make):
     """Function (**changes of the recipe) → its training split."""
-    return lambda **changes: load_recipe(make.yaml(tmp_path / "pets.yaml", **make.facts(**changes))).load("train", root)
+    return lambda **changes: load_split(
+        load_recipe(make.yaml(tmp_path / "pets.yaml", **make.facts(**changes))), "train", root
+    )
 
 
-QUESTIONS = {"kind": "vqa", "metric": "exact_match", "prompt": None, "classes": None, "splits": {"train": "train.json"}}
+QUESTIONS = {
+    "kind": "vqa",
+    "metric": "exact_match",
+    "prompt": None,
+    "classes": None,
+    "splits": {"train": "train.json"},
+}
 
 
 def asked(root, make, image):
@@ -37,8 +45,16 @@ def asked(root, make, image):
 
 
 def captioned(root, make, image):
-    make.json(root / "pets/train.json", {"images": [{"id": 7, "file_name": image}], "annotations": [{"image_id": 7, "caption": "A cat"}]})
-    return QUESTIONS | {"kind": "captioning", "metric": "caption_rouge_l", "prompt": "Say.", "source": {"format": "coco_captions", "path": "pets", "images": "."}}
+    make.json(
+        root / "pets/train.json",
+        {"images": [{"id": 7, "file_name": image}], "annotations": [{"image_id": 7, "caption": "A cat"}]},
+    )
+    return QUESTIONS | {
+        "kind": "captioning",
+        "metric": "caption_rouge_l",
+        "prompt": "Say.",
+        "source": {"format": "coco_captions", "path": "pets", "images": "."},
+    }
 
 
 def refusal(load, **changes) -> str:
@@ -47,8 +63,12 @@ def refusal(load, **changes) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("write", "what"), [(asked, "record 'first' of train.json"), (captioned, "image 7 of train.json")])
-def test_a_record_whose_picture_is_a_link_out_of_the_data_root_is_refused_by_name(load, root, make, outside, write, what):
+@pytest.mark.parametrize(
+    ("write", "what"), [(asked, "record 'first' of train.json"), (captioned, "image 7 of train.json")]
+)
+def test_a_record_whose_picture_is_a_link_out_of_the_data_root_is_refused_by_name(
+    load, root, make, outside, write, what
+):
     (root / "pets/link.png").symlink_to(outside)
     sentence = refusal(load, **write(root, make, "link.png"))
     assert sentence == (
@@ -58,10 +78,15 @@ def test_a_record_whose_picture_is_a_link_out_of_the_data_root_is_refused_by_nam
 
 
 @pytest.mark.parametrize("write", [asked, captioned])
-@pytest.mark.parametrize("image", ["../../private/cat/0.png", "/etc/hostname", "a/../../../private/cat/0.png", "a\0b.png"])
+@pytest.mark.parametrize(
+    "image", ["../../private/cat/0.png", "/etc/hostname", "a/../../../private/cat/0.png", "a\0b.png"]
+)
 def test_a_record_whose_path_leads_out_is_refused_by_name(load, root, make, outside, write, image):
     sentence = refusal(load, **write(root, make, image))
-    assert f"of train.json has the path {image!r}, which leads out of its data folder; use a path inside the folder." in sentence
+    assert (
+        f"of train.json has the path {image!r}, which leads out of its data folder; use a path inside the folder."
+        in sentence
+    )
 
 
 def test_a_folder_on_the_way_that_is_a_link_out_is_refused_too(load, root, make, outside):
@@ -96,7 +121,9 @@ def test_an_image_folder_with_a_link_out_is_refused(load, root, outside, name):
 def test_a_parquet_file_that_is_a_link_out_is_refused(load, root, make, tmp_path):
     make.parquet(tmp_path / "private.parquet", {"image": [make.encoded(1)], "label": ["cat"]})
     (root / "pets/train.parquet").symlink_to(tmp_path / "private.parquet")
-    assert "and so out of" in refusal(load, source={"format": "parquet", "path": "pets"}, splits={"train": "train.parquet"})
+    assert "and so out of" in refusal(
+        load, source={"format": "parquet", "path": "pets"}, splits={"train": "train.parquet"}
+    )
 
 
 def test_a_parquet_cell_that_names_a_file_elsewhere_instead_of_holding_one_is_refused(load, root, outside):

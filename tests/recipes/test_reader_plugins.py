@@ -4,7 +4,7 @@ import importlib.metadata
 
 import pytest
 
-from llava_keeplora_recipes import RecipeError, load_recipe
+from llava_keeplora_recipes import RecipeError, inspect_split, load_recipe, load_split
 from llava_keeplora_recipes.readers import READERS
 
 READER = '''
@@ -12,9 +12,9 @@ import csv
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_keeplora_recipes import Reader, RecipeError, Records
-from llava_keeplora_recipes.errors import sift
-from llava_keeplora_recipes.places import split_file
+from llava_keeplora_recipes import Reader, RecipeError, Records, load_split, inspect_split
+from llava_keeplora_recipes.errors import collect_errors
+from llava_keeplora_recipes.paths import split_file
 from llava_keeplora_recipes.records import picture_files
 
 
@@ -36,7 +36,7 @@ class Csv(Reader):
                 raise RecipeError(f"record '{row['id']}' has no answer", "write one")
             return row
 
-        rows = sift(check, rows, problems)
+        rows = collect_errors(check, rows, problems)
         return Records(
             ids=[row["id"] for row in rows],
             pictures=picture_files([[] for _ in rows]),
@@ -85,7 +85,7 @@ def write(tmp_path):
 
 
 def test_a_reader_beside_the_recipe_reads_with_the_keys_that_its_fields_are(write):
-    data = load_recipe(write()).load("test")
+    data = load_split(load_recipe(write()), "test")
     assert (data.ids, data.questions, [list(a) for a in data.answers]) == (
         ["a", "b"],
         ["1 + 1?", "2 + 2?"],
@@ -97,8 +97,8 @@ def test_a_broken_record_is_named_and_with_inspect_left_out(write, tmp_path):
     recipe = load_recipe(write())
     (tmp_path / "data/test.csv").write_text("id;question;answer\na;1 + 1?;2\nb;2 + 2?;\n")
     with pytest.raises(RecipeError, match="'b' has no answer"):
-        recipe.load("test")
-    data, problems = recipe.inspect("test")
+        load_split(recipe, "test")
+    data, problems = inspect_split(recipe, "test")
     assert data.ids == ["a"] and len(problems) == 1
 
 
@@ -117,7 +117,7 @@ def test_an_entry_point_of_an_installed_package_is_a_format(write, tmp_path, mon
     monkeypatch.setattr(
         importlib.metadata, "entry_points", lambda group: [point] if group == point.group else []
     )
-    assert load_recipe(write("csv")).load("train").ids == ["a", "b"]
+    assert load_split(load_recipe(write("csv")), "train").ids == ["a", "b"]
     assert READERS.source_hash("csv") and "csv" not in list(READERS)
 
 
@@ -149,4 +149,4 @@ def test_what_a_recipe_cannot_say_is_refused_in_a_sentence(write, settings, sent
 )
 def test_a_reader_that_fails_is_said_to(write, settings, sentence):
     with pytest.raises(RecipeError, match=sentence):
-        load_recipe(write(**settings)).load("test")
+        load_split(load_recipe(write(**settings)), "test")

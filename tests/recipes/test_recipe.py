@@ -166,10 +166,15 @@ def test_the_fingerprint_follows_what_a_model_sees_and_nothing_else(pets):
 
 def test_a_recipe_of_the_first_release_keeps_its_fingerprint():
     """Prediction files of earlier runs name it."""
-    assert load_recipe("trashnet").fingerprint == "d6b3562cc4405a9fa398ef7a9dbf28b6013b696c739327d8028ebda6c3d6664e"
+    assert (
+        load_recipe("trashnet").fingerprint
+        == "d6b3562cc4405a9fa398ef7a9dbf28b6013b696c739327d8028ebda6c3d6664e"
+    )
 
 
 def test_a_question_recipe_has_no_question_of_its_own(pets):
     recipe = pets(kind="vqa", prompt=None, classes=None, source={"format": "llava_json", "path": "x"})
-    with pytest.raises(RecipeError, match="^recipe 'pets' is vqa, where every example has its own question; read 'question'"):
-        recipe.asks
+    with pytest.raises(
+        RecipeError, match="^recipe 'pets' is vqa, where every example has its own question; read 'question'"
+    ):
+        recipe.vlm_prompt

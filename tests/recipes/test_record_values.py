@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from llava_keeplora_recipes import RecipeError, load_recipe
+from llava_keeplora_recipes import RecipeError, inspect_split, load_recipe, load_split
 from llava_keeplora_recipes.media import image_names
 from llava_keeplora_recipes.placeholders import place_images
 from llava_keeplora_recipes.texts import answer_texts, as_text, identifier
@@ -22,13 +22,24 @@ def task(tmp_path, make):
         (tmp_path / "q").mkdir(exist_ok=True)
         (tmp_path / "q" / f"{i}.png").write_bytes(make.encoded(i))
 
-    def build(content, form="llava_json", kind="vqa", file="q.json", prompt=None, classes=None, splits=None, **source):
+    def build(
+        content,
+        form="llava_json",
+        kind="vqa",
+        file="q.json",
+        prompt=None,
+        classes=None,
+        splits=None,
+        **source,
+    ):
         if isinstance(content, pa.Table):
             file = "q.parquet"
             pyarrow.parquet.write_table(content, tmp_path / "q" / file)
         elif content is not None:
             make.json(tmp_path / "q" / file, content)
-        facts = make.facts(kind=kind, prompt=prompt, classes=classes, source={"format": form, "path": "q"} | source)
+        facts = make.facts(
+            kind=kind, prompt=prompt, classes=classes, source={"format": form, "path": "q"} | source
+        )
         return load_recipe(make.yaml(tmp_path / "q.yaml", **facts | {"splits": splits or {"train": file}}))
 
     return build
@@ -37,11 +48,11 @@ def task(tmp_path, make):
 def loaded(recipe):
     """The data of the split `train`, or the sentence of the refusal; `data check` agrees with it."""
     try:
-        data = recipe.load("train")
+        data = load_split(recipe, "train")
     except RecipeError as error:
-        assert recipe.inspect("train")[1], "what a run refuses, the check tells"
+        assert inspect_split(recipe, "train")[1], "what a run refuses, the check tells"
         return str(error)
-    assert not recipe.inspect("train")[1]
+    assert not inspect_split(recipe, "train")[1]
     return data
 
 
@@ -51,7 +62,19 @@ READ = [
     ("red", "red"), ("", ""), (3, "3"), (-2, "-2"), (3.0, "3"), (0.5, "0.5"), (1e300, "1e+300"), (True, "yes"), (False, "no"),
     (2**60, str(2**60)),
 ]  # fmt: skip
-REFUSED = [None, math.nan, math.inf, -math.inf, [], [None], [["red"]], {}, {"text": "red"}, {"answer": None}, {"answer": {"answer": "a"}}]
+REFUSED = [
+    None,
+    math.nan,
+    math.inf,
+    -math.inf,
+    [],
+    [None],
+    [["red"]],
+    {},
+    {"text": "red"},
+    {"answer": None},
+    {"answer": {"answer": "a"}},
+]
 
 
 @pytest.mark.parametrize(("value", "text"), [*READ, (Decimal("0.50"), "0.5"), (Decimal("3.00"), "3")])
@@ -111,7 +134,9 @@ def test_answers_in_json_are_read_by_the_rule_or_refused_by_record(task, tmp_pat
     ],
 )  # fmt: skip
 def test_answers_in_a_table_are_read_by_the_rule_or_refused_by_record(task, column, expected):
-    data = loaded(task(pa.table({"image": ["0.png", "1.png"], "question": ["p", "q"], "answers": column}), "parquet"))
+    data = loaded(
+        task(pa.table({"image": ["0.png", "1.png"], "question": ["p", "q"], "answers": column}), "parquet")
+    )
     assert data.startswith(expected) if isinstance(expected, str) else data.answers == expected
 
 
@@ -123,13 +148,18 @@ def test_a_question_is_text(task, value):
 
 
 def test_ids_in_a_table_are_not_nothing(task):
-    table = pa.table({"id": [None, 2], "image": ["0.png", "1.png"], "question": ["q", "q"], "answers": ["x", "y"]})
+    table = pa.table(
+        {"id": [None, 2], "image": ["0.png", "1.png"], "question": ["q", "q"], "answers": ["x", "y"]}
+    )
     assert loaded(task(table, "parquet")).startswith("row 0 of pets/train has nothing (null) as its id")
 
 
 def test_captions_are_read_by_the_rule_too(task):
     def read(caption):
-        content = {"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1, "caption": caption}]}
+        content = {
+            "images": [{"id": 1, "file_name": "0.png"}],
+            "annotations": [{"image_id": 1, "caption": caption}],
+        }
         return loaded(task(content, "coco_captions", "captioning", prompt="Say.", images="."))
 
     assert [read(c).answers for c in ("a cat", 3)] == [[["a cat"]], [["3"]]]
@@ -144,9 +174,15 @@ def test_answers_of_another_file_are_read_by_the_rule_too(task, tmp_path, make):
         return loaded(task([{"question_id": 1, "text": "q"}], references={"train": "notes.json"}))
 
     assert read({"question_id": 1, "answers": [3, {"answer": "x"}]}).answers == [["3", "x"]]
-    assert "record '1' of q.json in notes.json has nothing (null)" in read({"question_id": 1, "answers": [None]})
-    assert "record '1' of q.json has no answer in notes.json" in read({"answers": ["x"]}, {"question_id": 1, "answers": []})
-    assert "other answers for the question '1'" in read({"question_id": 1, "answers": ["x"]}, {"question_id": "1", "answers": ["y"]})
+    assert "record '1' of q.json in notes.json has nothing (null)" in read(
+        {"question_id": 1, "answers": [None]}
+    )
+    assert "record '1' of q.json has no answer in notes.json" in read(
+        {"answers": ["x"]}, {"question_id": 1, "answers": []}
+    )
+    assert "other answers for the question '1'" in read(
+        {"question_id": 1, "answers": ["x"]}, {"question_id": "1", "answers": ["y"]}
+    )
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -173,7 +209,10 @@ def test_what_is_no_path_is_refused(value):
 
 def test_merged_sets_of_chats_keep_their_pictures(task):
     chat = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "a"}]
-    rows = [{"messages": chat, "image": "0.png", "images": None}, {"messages": chat, "image": "", "images": ["1.png"]}]
+    rows = [
+        {"messages": chat, "image": "0.png", "images": None},
+        {"messages": chat, "image": "", "images": ["1.png"]},
+    ]
     assert loaded(task(rows, "messages")).image_counts == [1, 1]
 
 
@@ -184,8 +223,13 @@ def png(make, *numbers):
 def test_merged_tables_keep_their_pictures(task, make, tmp_path):
     text = {"question": ["q"] * 3, "answers": ["a"] * 3}
     kinds = {"question": datasets.Value("string"), "answers": datasets.Value("string")}
-    features = datasets.Features({"image": datasets.Image(), "images": datasets.List(datasets.Image()), **kinds})
-    first, both = png(make, 0)[0], {"image": [None, *png(make, 0), None], "images": [png(make, 1, 2), None, []]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "images": datasets.List(datasets.Image()), **kinds}
+    )
+    first, both = (
+        png(make, 0)[0],
+        {"image": [None, *png(make, 0), None], "images": [png(make, 1, 2), None, []]},
+    )
     datasets.Dataset.from_dict(both | text, features=features).to_parquet(tmp_path / "q" / "q.parquet")
     read = loaded(task(None, "parquet", file="q.parquet"))
     alone = loaded(task(pa.table({"image": [f"{i}.png" for i in range(3)], **text}), "parquet"))
@@ -193,7 +237,9 @@ def test_merged_tables_keep_their_pictures(task, make, tmp_path):
     assert [[i.tobytes() for i in e.images] for e in read] == [pixels[1:], pixels[:1], []]
     other = {"image": [first] * 3, "images": [[first], png(make, 1), []]}
     datasets.Dataset.from_dict(other | text, features=features).to_parquet(tmp_path / "q" / "q.parquet")
-    assert "record 'train-1' in pets/train has other images in 'image' than in 'images'" in loaded(task(None, "parquet", file="q.parquet"))
+    assert "record 'train-1' in pets/train has other images in 'image' than in 'images'" in loaded(
+        task(None, "parquet", file="q.parquet")
+    )
     paths = {"image": ["0.png", "", None], "images": [None, ["1.png", "2.png"], []]}
     assert loaded(task(pa.table(paths | text), "parquet")).image_counts == [1, 2, 0]
 
@@ -214,14 +260,22 @@ def test_a_record_with_a_video_or_audio_is_refused(task, field):
         assert f"'{field}', and {field[:5]} is not read" in loaded(task([row | {"text": "q", field: value}]))
     assert loaded(task([row | {"text": "q", field: None}])).questions == ["q"]
     table = {"image": ["0.png"] * 2, "question": ["q"] * 2, "answers": ["x"] * 2}
-    assert "record 'train-1' in pets/train has" in loaded(task(pa.table(table | {field: [None, "a.mp4"]}), "parquet"))
+    assert "record 'train-1' in pets/train has" in loaded(
+        task(pa.table(table | {field: [None, "a.mp4"]}), "parquet")
+    )
 
 
 def test_a_column_of_media_is_seen_without_its_bytes(task):
     table = {"image": ["0.png"] * 3, "question": ["q"] * 3, "answers": ["x"] * 3}
     for column in ([None, {"bytes": b"x", "path": None}, None], [None, [{"bytes": b"x", "path": "a"}], []]):
-        assert "record 'train-1' in pets/train has" in loaded(task(pa.table(table | {"video": column}), "parquet"))
-        assert loaded(task(pa.table(table | {"film": column}), "parquet")).ids == ["train-0", "train-1", "train-2"]
+        assert "record 'train-1' in pets/train has" in loaded(
+            task(pa.table(table | {"video": column}), "parquet")
+        )
+        assert loaded(task(pa.table(table | {"film": column}), "parquet")).ids == [
+            "train-0",
+            "train-1",
+            "train-2",
+        ]
 
 
 @pytest.mark.parametrize("text", ["<video>\nWhat?", "What is heard? <audio>"])
@@ -230,7 +284,9 @@ def test_a_marked_video_or_audio_is_refused_in_every_place(task, text):
     assert "is not read" in loaded(task([{"id": "a", "text": "q", "answer": text}]))
     chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]
     assert "is not read" in loaded(task([{"messages": chat}], "messages"))
-    assert "is not read" in loaded(task(pa.table({"image": ["0.png"], "question": [text], "answers": ["x"]}), "parquet"))
+    assert "is not read" in loaded(
+        task(pa.table({"image": ["0.png"], "question": [text], "answers": ["x"]}), "parquet")
+    )
     with pytest.raises(RecipeError, match="the prompt of q.yaml .* is not read"):
         task([], prompt=text + "{q}")
 
@@ -238,8 +294,12 @@ def test_a_marked_video_or_audio_is_refused_in_every_place(task, text):
 def test_a_record_is_of_one_class(task):
     row = {"id": "a", "text": "q", "image": "0.png"}
     cats = {"kind": "classification", "prompt": "a {c}.", "classes": ["cat", "dog"]}
-    assert loaded(task([row | {"answer": ["cat", "cat"]}, row | {"id": "b", "answer": "dog"}], **cats)).labels == [0, 1]
-    assert "record 'a' of q.json has 2 answers, and a record is of one class" in loaded(task([row | {"answer": ["cat", "dog"]}], **cats))
+    assert loaded(
+        task([row | {"answer": ["cat", "cat"]}, row | {"id": "b", "answer": "dog"}], **cats)
+    ).labels == [0, 1]
+    assert "record 'a' of q.json has 2 answers, and a record is of one class" in loaded(
+        task([row | {"answer": ["cat", "dog"]}], **cats)
+    )
 
 
 # ----------------------------------------------------------------------------------------- places
@@ -267,7 +327,9 @@ def test_places_inside_of_a_text_are_kept(text, images, expected):
 
 @pytest.mark.parametrize(("text", "images"), [("<image> q", 0), ("<image> q", 2), ("<image><image> q", 1)])
 def test_another_number_of_markers_than_pictures_is_refused(text, images):
-    with pytest.raises(RecipeError, match=f"r marks {text.count('<image>')} images? in its question and names {images}"):
+    with pytest.raises(
+        RecipeError, match=f"r marks {text.count('<image>')} images? in its question and names {images}"
+    ):
         place_images(text, images, "r")
 
 
@@ -323,12 +385,17 @@ def test_lists_of_images_are_the_same_in_every_encoding_and_with_every_line_end(
     for i in range(2):
         (folder / f"{i}.png").write_bytes(make.encoded(i))
     source = {"format": "image_list", "path": "q", "pattern": r"(?P<label>\S+) (?P<image>\S+)"}
-    recipe = load_recipe(make.yaml(tmp_path / "q.yaml", **make.facts(source=source, classes="from-source", splits={"train": "list.txt"})))
+    recipe = load_recipe(
+        make.yaml(
+            tmp_path / "q.yaml",
+            **make.facts(source=source, classes="from-source", splits={"train": "list.txt"}),
+        )
+    )
     for data in encodings("réd 0.png\nblue 1.png\n"):
         (folder / "list.txt").write_bytes(data)
-        assert recipe.load("train").recipe.classes == ["blue", "réd"]
+        assert load_split(recipe, "train").recipe.classes == ["blue", "réd"]
     (folder / "list.txt").write_bytes("a 0.png\n\ufeffb 1.png".encode())  # two files joined
-    assert recipe.load("train").recipe.classes == ["a", "b"]
+    assert load_split(recipe, "train").recipe.classes == ["a", "b"]
 
 
 @pytest.mark.parametrize("file", ["q.json", "q.jsonl", "Q.JSONL"])
@@ -341,8 +408,12 @@ def test_records_are_the_same_in_every_encoding_and_with_every_line_end(task, tm
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_what_is_no_value_in_json_is_refused_by_record(task, tmp_path, constant):
-    (tmp_path / "q" / "q.json").write_text('[{"id": "a", "text": "NaN", "answer": "x"}, {"id": "b", "x": [%s]}]' % constant)
-    assert f"record 'b' of q.json holds {constant.replace('1e999', 'Infinity')}, which is no value" in loaded(task(None))
+    (tmp_path / "q" / "q.json").write_text(
+        '[{"id": "a", "text": "NaN", "answer": "x"}, {"id": "b", "x": [%s]}]' % constant
+    )
+    assert f"record 'b' of q.json holds {constant.replace('1e999', 'Infinity')}, which is no value" in loaded(
+        task(None)
+    )
 
 
 @pytest.mark.parametrize("name", ["a" * 300 + ".png", "a\0.png"])
@@ -350,14 +421,19 @@ def test_a_name_that_no_file_can_have_is_refused_in_a_sentence(task, name):
     if "\0" not in name:  # which no YAML holds
         assert loaded(task([], splits={"train": name})).startswith("the train split of 'pets' is not there")
     row = {"id": "a", "text": "q", "answer": "x", "image": name}
-    for read in (loaded(task([row])), loaded(task(pa.table({"image": [name], "question": ["q"], "answers": ["x"]}), "parquet"))):
+    for read in (
+        loaded(task([row])),
+        loaded(task(pa.table({"image": [name], "question": ["q"], "answers": ["x"]}), "parquet")),
+    ):
         assert read.endswith(".") and ("leads out" in read or "cannot be read" in read)
 
 
 @pytest.mark.parametrize("field", ["system", "tools"])
 def test_what_stands_before_a_conversation_is_not_dropped(task, field):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    assert f"record 'r' of q.json has the text 'x' as '{field}'" in loaded(task([{"id": "r", "messages": chat, field: "x"}], "messages"))
+    assert f"record 'r' of q.json has the text 'x' as '{field}'" in loaded(
+        task([{"id": "r", "messages": chat, field: "x"}], "messages")
+    )
     assert loaded(task([{"id": "r", "messages": chat, field: ""}], "messages")).answers == [["a"]]
     assert f"as '{field}'" in loaded(task([{"id": "r", "text": "q", "answer": "a", field: "x"}]))
     reasons = [chat[0], chat[1] | {"reasoning_content": "because"}]
@@ -365,8 +441,13 @@ def test_what_stands_before_a_conversation_is_not_dropped(task, field):
 
 
 def test_a_video_in_a_caption_file_is_refused(task):
-    content = {"images": [{"id": 1, "file_name": "0.png", "video": "a.mp4"}], "annotations": [{"image_id": 1, "caption": "a"}]}
-    assert "image 1 of q.json has the text 'a.mp4' as 'video'" in loaded(task(content, "coco_captions", "captioning", prompt="Say.", images="."))
+    content = {
+        "images": [{"id": 1, "file_name": "0.png", "video": "a.mp4"}],
+        "annotations": [{"image_id": 1, "caption": "a"}],
+    }
+    assert "image 1 of q.json has the text 'a.mp4' as 'video'" in loaded(
+        task(content, "coco_captions", "captioning", prompt="Say.", images=".")
+    )
 
 
 @pytest.mark.parametrize("row", [{"question_id": 7.0}, {"id": 7, "question_id": None}, {"question_id": "7"}])

@@ -12,7 +12,9 @@ PLUGIN = "class Mine:\n    number = {}\n"
 
 @pytest.fixture
 def registry():
-    return Registry("thing", "llava_keeplora.things", {"fraction": "fractions:Fraction", "decimal": "decimal:Decimal"})
+    return Registry(
+        "thing", "llava_keeplora.things", {"fraction": "fractions:Fraction", "decimal": "decimal:Decimal"}
+    )
 
 
 @pytest.fixture
@@ -51,13 +53,20 @@ def test_an_unknown_name_gets_a_hint(registry):
         registry["fractoin"]
 
 
-def test_a_file_is_found_from_the_configuration_and_from_the_working_folder(registry, plugin, tmp_path, monkeypatch):
+def test_a_file_is_found_from_the_configuration_and_from_the_working_folder(
+    registry, plugin, tmp_path, monkeypatch
+):
     path = plugin("configs/own/thing_file.py")
-    for name, folder in (("own/thing_file.py:Mine", tmp_path / "configs"), ("configs/own/thing_file.py:Mine", None)):
+    for name, folder in (
+        ("own/thing_file.py:Mine", tmp_path / "configs"),
+        ("configs/own/thing_file.py:Mine", None),
+    ):
         assert registry.localize(name, folder) == f"{path}:Mine"
     assert registry[f"{path}:Mine"].number == 1 and registry[f"{path}:Mine"] is registry[f"{path}:Mine"]
     assert registry.portable_name(f"{path}:Mine") == "thing_file:Mine"
-    assert not any(str(tmp_path) in entry for entry in sys.path), "folders are on Python's path only while something is imported"
+    assert not any(str(tmp_path) in entry for entry in sys.path), (
+        "folders are on Python's path only while something is imported"
+    )
 
 
 def test_a_module_beside_the_configuration_is_its_file_and_an_installed_one_stays(registry, plugin, tmp_path):
@@ -76,7 +85,10 @@ def test_a_file_that_was_moved_is_found_as_the_module_of_its_name(registry, plug
 def test_a_changed_file_is_another_object_with_another_hash(registry, plugin):
     name = f"{plugin('changed.py')}:Mine"
     before, files = registry.source_hash(name), registry.source_files(name)
-    assert files == {"changed.py": hashlib.sha256(PLUGIN.format(1).encode()).hexdigest()} and registry[name].number == 1
+    assert (
+        files == {"changed.py": hashlib.sha256(PLUGIN.format(1).encode()).hexdigest()}
+        and registry[name].number == 1
+    )
     plugin("changed.py", PLUGIN.format(2))
     assert registry.source_hash(name) != before and registry[name].number == 2
 
@@ -84,7 +96,9 @@ def test_a_changed_file_is_another_object_with_another_hash(registry, plugin):
 def test_a_package_is_hashed_as_a_whole_and_imported_with_its_relative_imports(registry, plugin, tmp_path):
     plugin("things_pkg/__init__.py", "")
     plugin("things_pkg/helper.py", "NUMBER = 7\n")
-    path = plugin("things_pkg/inner/mod.py", "from ..helper import NUMBER\nclass Mine:\n    number = NUMBER\n")
+    path = plugin(
+        "things_pkg/inner/mod.py", "from ..helper import NUMBER\nclass Mine:\n    number = NUMBER\n"
+    )
     plugin("things_pkg/inner/__init__.py", "")
     name = registry.localize("things_pkg.inner.mod:Mine", tmp_path)
     assert name == f"{path}:Mine" and registry.portable_name(name) == "things_pkg.inner.mod:Mine"
@@ -104,7 +118,10 @@ def test_hashing_executes_nothing(registry, plugin, monkeypatch, tmp_path):
 def test_an_installed_package_declares_names(registry, plugin, tmp_path, monkeypatch):
     plugin("site/installed_things.py")
     plugin("site/things-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: things\nVersion: 1.0\n")
-    plugin("site/things-1.0.dist-info/entry_points.txt", "[llava_keeplora.things]\nshiny = installed_things:Mine\n")
+    plugin(
+        "site/things-1.0.dist-info/entry_points.txt",
+        "[llava_keeplora.things]\nshiny = installed_things:Mine\n",
+    )
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert registry.is_plugin("shiny") and registry["shiny"].number == 1
     assert list(registry.source_files("shiny")) == ["installed_things.py"]
@@ -113,15 +130,22 @@ def test_an_installed_package_declares_names(registry, plugin, tmp_path, monkeyp
     del sys.modules["installed_things"]
 
 
-@pytest.mark.parametrize(("text", "name", "sentence"), [
-    (None, "not_here:Mine", "the module 'not_here' is not installed; install its package.*PYTHONPATH"),
-    (None, "not_here.py:Mine", r"there is no file .*not_here\.py; put the file back"),
-    (PLUGIN.format(1), "broken.py:Mein", "is not in .*broken.py; did you mean 'Mine'"),
-    ("import no_such_module\n", "broken.py:Mine", "needs the module 'no_such_module', which is not installed"),
-    ("1 / 0\n", "broken.py:Mine", r"cannot be imported \(ZeroDivisionError: .*\); correct .*broken.py"),
-    ("class Mine(\n", "broken.py:Mine", "cannot be imported .SyntaxError"),
-    ("raise SystemExit(3)\n", "broken.py:Mine", "cannot be imported .SystemExit"),
-])
+@pytest.mark.parametrize(
+    ("text", "name", "sentence"),
+    [
+        (None, "not_here:Mine", "the module 'not_here' is not installed; install its package.*PYTHONPATH"),
+        (None, "not_here.py:Mine", r"there is no file .*not_here\.py; put the file back"),
+        (PLUGIN.format(1), "broken.py:Mein", "is not in .*broken.py; did you mean 'Mine'"),
+        (
+            "import no_such_module\n",
+            "broken.py:Mine",
+            "needs the module 'no_such_module', which is not installed",
+        ),
+        ("1 / 0\n", "broken.py:Mine", r"cannot be imported \(ZeroDivisionError: .*\); correct .*broken.py"),
+        ("class Mine(\n", "broken.py:Mine", "cannot be imported .SyntaxError"),
+        ("raise SystemExit(3)\n", "broken.py:Mine", "cannot be imported .SystemExit"),
+    ],
+)
 def test_what_cannot_be_used_is_said_in_a_sentence(registry, plugin, text, name, sentence):
     if text is not None:
         plugin("broken.py", text)
@@ -130,7 +154,9 @@ def test_what_cannot_be_used_is_said_in_a_sentence(registry, plugin, text, name,
 
 
 def test_an_object_of_another_kind_is_refused(plugin):
-    registry = Registry("thing", "group", {}, lambda value: None if hasattr(value, "size") else "it has no size")
+    registry = Registry(
+        "thing", "group", {}, lambda value: None if hasattr(value, "size") else "it has no size"
+    )
     with pytest.raises(PluginError, match="is no thing: it has no size; see docs/extending.md"):
         registry[f"{plugin('sizeless.py')}:Mine"]
 

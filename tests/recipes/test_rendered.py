@@ -38,8 +38,11 @@ def test_another_process_with_another_hash_seed_draws_the_same_bytes():
         " for t in RENDERED for s in ('pretrain', 'train', 'test') for i in (0, 7)])"
     )
     there = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": "12345"},
-        capture_output=True, text=True, check=True,
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONHASHSEED": "12345"},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     assert there == [digest(t, s, i) for t in RENDERED for s in SPLITS for i in (0, 7)]
 

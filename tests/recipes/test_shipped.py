@@ -3,7 +3,7 @@
 import pytest
 
 from llava_keeplora_eval.metrics import METRICS
-from llava_keeplora_recipes import list_recipes, load_recipe
+from llava_keeplora_recipes import list_recipes, load_recipe, load_split
 
 MTIL_TEST_SIZES = dict(
     aircraft=3333, caltech101=1736, cifar100=10000, dtd=1880, eurosat=5400, flowers=6149, food=25250,
@@ -55,7 +55,7 @@ def test_mtil_tasks_read_the_labels_that_their_sources_use(tmp_path, make, task,
         splits={"test": "test.parquet"},
         expected_sizes={},
     )
-    answers = [e.answers[0] for e in load_recipe(path).load("test")]
+    answers = [e.answers[0] for e in load_split(load_recipe(path), "test")]
     assert answers == {
         "mnist": ["0 - zero", "7 - seven"], "eurosat": ["lake or sea", "annual crop land"],
         "caltech101": ["centered face", "yin and yang symbol"],
@@ -66,20 +66,20 @@ def test_mtil_tasks_read_the_labels_that_their_sources_use(tmp_path, make, task,
 def test_real_sets_load_with_the_promised_sizes(name, real_data):
     recipe = load_recipe(name)
     for split, size in recipe.expected_sizes.items():
-        data = recipe.load(split, real_data)
+        data = load_split(recipe, split, real_data)
         assert len(data) == size and not data.dropped
         assert data[0].image.mode == "RGB"
 
 
 def test_no_real_training_image_is_a_test_image(real_data):
     recipe = load_recipe("trashnet")
-    seen = [set(recipe.load(split, real_data).digests) for split in recipe.splits]
+    seen = [set(load_split(recipe, split, real_data).digests) for split in recipe.splits]
     assert not seen[0] & seen[1] and not seen[1] & seen[2] and not seen[0] & seen[2]
 
 
 @pytest.mark.parametrize("name", ASKED)
 def test_real_questions_and_captions_come_without_image_placeholders(name, real_data):
-    data = load_recipe(name).load("test", real_data)
+    data = load_split(load_recipe(name), "test", real_data)
     for question, answers in zip(data.questions, data.answers, strict=True):
         assert question and "<image>" not in question
         assert answers and all(answers)

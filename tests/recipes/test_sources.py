@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 from llava_keeplora_recipes.rendered import RENDERED, render
 
 NAMES = ["ant", "big_dog", "cat"]  # another order than the recipe's
@@ -18,7 +18,7 @@ def table(tmp_path, make):
         make.parquet(tmp_path / "pets" / file, rows, names)
         source = {"format": format, "path": "pets"} | ({"columns": columns} if columns else {})
         facts = make.facts(source=source, **({"splits": {"train": "train.parquet"}} | changes))
-        return load_recipe(make.yaml(tmp_path / "pets.yaml", **facts)).load("train", tmp_path)
+        return load_split(load_recipe(make.yaml(tmp_path / "pets.yaml", **facts)), "train", tmp_path)
 
     return load
 
@@ -29,7 +29,7 @@ def table(tmp_path, make):
 @pytest.mark.parametrize("task", RENDERED)
 def test_a_rendered_recipe_takes_everything_from_the_code_that_draws(task):
     recipe, spec = load_recipe(task), RENDERED[task]
-    data = recipe.load("test")
+    data = load_split(recipe, "test")
     assert (recipe.version, recipe.classes, recipe.prompt) == (spec.version, spec.classes, spec.prompt)
     assert len(data) == spec.sizes["test"]
     for i in (0, 7, len(data) - 1):
@@ -40,7 +40,7 @@ def test_a_rendered_recipe_takes_everything_from_the_code_that_draws(task):
 
 
 def test_a_picture_can_be_changed_by_its_reader_without_harm():
-    data = load_recipe("shapes").load("test").take([0])
+    data = load_split(load_recipe("shapes"), "test").take([0])
     before = data[0].image.tobytes()
     data[0].image.paste((0, 0, 0), (0, 0, 48, 48))
     assert data[0].image.tobytes() == before
@@ -50,7 +50,7 @@ def test_a_picture_can_be_changed_by_its_reader_without_harm():
 
 
 def test_an_image_folder_takes_labels_from_the_recipe_not_from_the_alphabet(pets, tmp_path):
-    data = pets().load("train", tmp_path)
+    data = load_split(pets(), "train", tmp_path)
     assert data.ids[0] == "train/ant/0.png" and data.labels[0] == 2
     assert data.ids[-1] == "train/cat/3.png" and data.labels[-1] == 0
     assert data[0].answers == ["ant"] and data[0].question is None and data.recipe.classes[1] == "big_dog"
@@ -58,19 +58,22 @@ def test_an_image_folder_takes_labels_from_the_recipe_not_from_the_alphabet(pets
 
 def test_each_split_folder_is_read_by_itself_whatever_its_name(pets, tmp_path):
     (tmp_path / "pets" / "train").rename(tmp_path / "pets" / "pretrain [a]")
-    assert len(pets(splits={"pretrain": "pretrain [a]"}).load("pretrain", tmp_path)) == 12
+    assert len(load_split(pets(splits={"pretrain": "pretrain [a]"}), "pretrain", tmp_path)) == 12
 
 
 def test_files_that_are_no_images_are_left_out_with_a_warning(pets, tmp_path, caplog):
     (tmp_path / "pets" / "train" / "cat" / "notes.txt").write_text("x")
     (tmp_path / "pets" / "train" / "cat" / ".hidden.png").write_text("x")
-    assert len(pets().load("train", tmp_path)) == 12
-    assert "pets/train: 2 files are not read and left out (.txt: 1, hidden: 1; train/cat/.hidden.png, train/cat/notes.txt)" in caplog.text
+    assert len(load_split(pets(), "train", tmp_path)) == 12
+    assert (
+        "pets/train: 2 files are not read and left out (.txt: 1, hidden: 1; train/cat/.hidden.png, train/cat/notes.txt)"
+        in caplog.text
+    )
 
 
 def test_class_names_map_folders_that_are_called_otherwise(pets, tmp_path):
     (tmp_path / "pets" / "train" / "cat").rename(tmp_path / "pets" / "train" / "Felis")
-    data = pets(class_names={"Felis": "cat"}).load("train", tmp_path)
+    data = load_split(pets(class_names={"Felis": "cat"}), "train", tmp_path)
     assert data.labels[0] == 0 and data.ids[0].startswith("train/Felis/")
 
 
@@ -78,12 +81,12 @@ def test_class_names_map_folders_that_are_called_otherwise(pets, tmp_path):
 def test_every_mode_becomes_rgb(pets, tmp_path, make, mode):
     form = "TIFF" if mode == "CMYK" else "PNG"
     (tmp_path / "pets" / "train" / "cat" / "9.png").write_bytes(make.encoded(1, form, mode))
-    data = pets().load("train", tmp_path)
+    data = load_split(pets(), "train", tmp_path)
     assert data[data.ids.index("train/cat/9.png")].image.mode == "RGB"
 
 
 def test_without_a_data_root_paths_start_beside_the_users_recipe(pets):
-    assert len(pets().load("test")) == 12
+    assert len(load_split(pets(), "test")) == 12
 
 
 # --------------------------------------------------------------------------------- parquet and Hub
@@ -126,7 +129,7 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_read(tmp_path, make):
         root / "pets" / "train.parquet", {"image": [make.encoded(i) for i in range(3)], "label": [0, 1, 2]}
     )
     facts = make.facts(source={"format": "parquet", "path": "pets"}, splits={"train": "train.parquet"})
-    assert len(load_recipe(make.yaml(tmp_path / "pets.yaml", **facts)).load("train", root)) == 3
+    assert len(load_split(load_recipe(make.yaml(tmp_path / "pets.yaml", **facts)), "train", root)) == 3
 
 
 def test_classes_come_from_the_source_where_the_recipe_leaves_them_to_it(table, make):
@@ -156,7 +159,7 @@ def test_a_hub_recipe_asks_for_its_id_config_revision_and_split(tmp_path, make, 
     recipe = load_recipe(
         make.yaml(tmp_path / "pets.yaml", **make.facts(source=source, splits={"train": "train[:50%]"}))
     )
-    assert recipe.load("train", tmp_path).labels == [2, 1, 0]
+    assert load_split(recipe, "train", tmp_path).labels == [2, 1, 0]
     assert asked == {"path": "someone/pets", "name": "small", "split": "train[:50%]", "revision": "abc"}
 
 
@@ -172,7 +175,7 @@ def test_a_table_of_questions_yields_answers(tmp_path, make):
         source={"format": "parquet", "path": "q"},
         splits={"test": "test.parquet"},
     )
-    example = load_recipe(make.yaml(tmp_path / "q.yaml", **facts)).load("test")[0]
+    example = load_split(load_recipe(make.yaml(tmp_path / "q.yaml", **facts)), "test")[0]
     assert (example.question, example.answers, example.label) == (
         "What is it?\nAnswer with one word.",
         ["a cat"],
@@ -202,7 +205,7 @@ def test_llava_records_yield_question_and_answer_without_the_image_token(tmp_pat
     )
     recipe = load_recipe(make.yaml(tmp_path / "q.yaml", **facts))
     for split, name in (("train", "1"), ("test", "t1")):
-        example = recipe.load(split, tmp_path)[0]
+        example = load_split(recipe, split, tmp_path)[0]
         assert (example.id, example.question, example.answers) == (name, "What is it?", ["a cat"])
         assert np.asarray(example.image).shape == (12, 12, 3) and example.label is None
 
@@ -226,7 +229,7 @@ def test_coco_captions_are_joined_by_image(tmp_path, make):
         source={"format": "coco_captions", "path": "c"},
         splits={"train": "train.json"},
     )
-    data = load_recipe(make.yaml(tmp_path / "c.yaml", **facts)).load("train")
+    data = load_split(load_recipe(make.yaml(tmp_path / "c.yaml", **facts)), "train")
     assert [(e.id, e.question, e.answers) for e in data] == [
         ("7", "Describe it.", ["one", "uno"]),
         ("3", "Describe it.", ["two"]),

@@ -8,16 +8,16 @@ import pytest
 from PIL import Image
 
 import llava_keeplora_recipes.images as images
-from llava_keeplora_recipes import RecipeError, load_recipe
+from llava_keeplora_recipes import RecipeError, load_recipe, load_split
 
 
 @pytest.fixture
 def shapes():
-    return load_recipe("shapes").load("train")
+    return load_split(load_recipe("shapes"), "train")
 
 
 def test_it_is_sized_and_indexed_from_both_ends(pets):
-    data = pets().load("train")
+    data = load_split(pets(), "train")
     assert len(data) == len(list(data)) == len(data.ids) == len(data.labels) == 12
     assert data[-1].id == data.ids[11] and data.split == "train" and data.dropped == []
     with pytest.raises(IndexError):
@@ -29,7 +29,10 @@ def test_the_fingerprint_depends_on_neither_the_place_nor_the_order_of_files(tmp
     for name, order in (("one", 1), ("two", -1)):
         make.folder(tmp_path / name, order)
         recipe = load_recipe(make.yaml(tmp_path / name / "pets.yaml", **make.facts()))
-        prints |= {recipe.load("train").fingerprint, recipe.load("train", tmp_path / "one").fingerprint}
+        prints |= {
+            load_split(recipe, "train").fingerprint,
+            load_split(recipe, "train", tmp_path / "one").fingerprint,
+        }
     assert len(prints) == 1
 
 
@@ -48,27 +51,33 @@ def test_the_fingerprint_of_json_data_does_not_depend_on_the_order_of_records(tm
     )
     recipe = load_recipe(make.yaml(tmp_path / "q.yaml", **facts))
     make.json(tmp_path / "q" / "t.json", records)
-    first = recipe.load("train").fingerprint
+    first = load_split(recipe, "train").fingerprint
     make.json(tmp_path / "q" / "t.json", records[::-1])
-    assert recipe.load("train").fingerprint == first
+    assert load_split(recipe, "train").fingerprint == first
     make.json(tmp_path / "q" / "t.json", [records[0] | {"answer": "b"}, *records[1:]])
-    assert recipe.load("train").fingerprint != first
+    assert load_split(recipe, "train").fingerprint != first
 
 
 @pytest.fixture
 def album(tmp_path, make):
     """A question recipe over three pictures, and the function to load it with these `image` entries."""
     facts = make.facts(
-        kind="vqa", prompt=None, classes=None, source={"format": "llava_json", "path": "q"}, splits={"train": "t.json"}
+        kind="vqa",
+        prompt=None,
+        classes=None,
+        source={"format": "llava_json", "path": "q"},
+        splits={"train": "t.json"},
     )
     recipe = load_recipe(make.yaml(tmp_path / "q.yaml", **facts))
 
     def load(*shown):
-        records = [{"id": str(i), "image": image, "text": "q", "answer": "a"} for i, image in enumerate(shown)]
+        records = [
+            {"id": str(i), "image": image, "text": "q", "answer": "a"} for i, image in enumerate(shown)
+        ]
         make.json(tmp_path / "q" / "t.json", records)
         for i in range(3):
             (tmp_path / "q" / f"{i}.png").write_bytes(make.encoded(i))
-        return recipe.load("train")
+        return load_split(recipe, "train")
 
     return load
 
@@ -79,7 +88,9 @@ def test_an_example_has_no_picture_or_one_or_several_in_their_order(album, make)
     assert [[i.tobytes() for i in e.images] for e in data] == [[], [pixels[2]], [pixels[1], pixels[0]], []]
     assert data[1].image.tobytes() == pixels[2]
     for index, count in ((0, 0), (2, 2)):
-        with pytest.raises(RecipeError, match=f"^example '{index}' has {count} images, and one is asked for; use a task"):
+        with pytest.raises(
+            RecipeError, match=f"^example '{index}' has {count} images, and one is asked for; use a task"
+        ):
             data[index].image
 
 
@@ -101,10 +112,10 @@ def test_a_picture_that_many_examples_show_is_decoded_once(album, monkeypatch):
 
 
 def test_one_changed_byte_changes_the_fingerprint(pets, tmp_path):
-    first = pets().load("train").fingerprint
+    first = load_split(pets(), "train").fingerprint
     path = tmp_path / "pets" / "train" / "ant" / "0.png"
     path.write_bytes(path.read_bytes() + b"\0")  # after the end of the picture: the pixels stay
-    assert pets().load("train").fingerprint != first
+    assert load_split(pets(), "train").fingerprint != first
 
 
 def test_the_fingerprint_of_a_table_changes_with_a_byte_and_with_a_label(tmp_path, make):
@@ -116,7 +127,7 @@ def test_the_fingerprint_of_a_table_changes_with_a_byte_and_with_a_label(tmp_pat
             tmp_path / "pets" / "train.parquet",
             {"image": [make.encoded(i) for i in (0, 1, last)], "label": labels},
         )
-        prints.add(recipe.load("train").fingerprint)
+        prints.add(load_split(recipe, "train").fingerprint)
     assert len(prints) == 3
 
 
@@ -134,7 +145,7 @@ def test_each_image_is_decoded_once_however_often_it_is_used(pets, monkeypatch):
     decoded = []
     real = images.decode
     monkeypatch.setattr(images, "decode", lambda *given: decoded.append(1) or real(*given))
-    data = pets().load("train")
+    data = load_split(pets(), "train")
     rest, holdout = data.split_holdout(0.25, seed=0)
     for part in (data, rest, holdout):
         assert part.fingerprint and all(e.image.size == (12, 12) for e in part)
@@ -143,14 +154,14 @@ def test_each_image_is_decoded_once_however_often_it_is_used(pets, monkeypatch):
 
 def test_images_beyond_the_memory_limit_are_decoded_again(pets, monkeypatch):
     monkeypatch.setattr(images, "KEEP_BYTES", 5 * 12 * 12 * 3)
-    data = pets().load("train")
-    kept = pets().load("train")
+    data = load_split(pets(), "train")
+    kept = load_split(pets(), "train")
     assert [e.image.tobytes() for e in data] == [e.image.tobytes() for e in kept]
     assert len(data._images._kept) == 5
 
 
 def test_it_travels_to_a_worker_process_without_its_decoded_images(pets):
-    data = pets().load("train")
+    data = load_split(pets(), "train")
     copy = pickle.loads(pickle.dumps(data))
     assert not copy._images._kept
     assert copy.fingerprint == data.fingerprint and copy[3].image.tobytes() == data[3].image.tobytes()
@@ -171,12 +182,12 @@ def test_a_holdout_follows_from_seed_and_id_alone(shapes):
 
 
 def test_the_choice_of_a_holdout_never_changes_between_releases(pets):
-    holdout = pets().load("train").split_holdout(0.25, seed=7)[1]
+    holdout = load_split(pets(), "train").split_holdout(0.25, seed=7)[1]
     assert holdout.ids == ["train/ant/1.png", "train/big_dog/3.png", "train/cat/1.png"]
 
 
 def test_a_holdout_never_empties_a_class(pets):
-    data = pets().load("train")
+    data = load_split(pets(), "train")
     rest, holdout = data.split_holdout(0.99, seed=0)
     assert Counter(rest.labels) == {0: 1, 1: 1, 2: 1}
     rest, holdout = data.split_holdout(0.01, seed=0)
@@ -184,7 +195,7 @@ def test_a_holdout_never_empties_a_class(pets):
 
 
 def test_an_impossible_holdout_is_refused(pets):
-    data = pets().load("train")
+    data = load_split(pets(), "train")
     with pytest.raises(
         RecipeError,
         match="a holdout of 1.5 of TaskData.pets/train, 12 examples. is impossible; give a fraction between 0 and 1",

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from llava_keeplora_recipes import RecipeError, load_recipe
+from llava_keeplora_recipes import RecipeError, load_recipe, load_split
 from llava_keeplora_recipes.media import image_names
 from llava_keeplora_recipes.placeholders import foreign_marker, place_images, refuse_unread
 from llava_keeplora_recipes.texts import identifier, is_blank
@@ -17,7 +17,17 @@ FOREIGN = [
     "<|vision_start|>", "<image_soft_token>", "<start_of_image>", "<ImageHere>", "<img>a.png</img>", "[IMG]", "[Image 2]",
 ]  # fmt: skip
 MEDIA = ["<video>", "<VIDEO>", "<video_0>", "<|video_pad|>", "<audio>", "<|AUDIO|>", "<audio 1>", "[VIDEO]"]
-PLAIN = ["the <img> tag", "<b>image</b>", "an image [1]", "x < image > y"[:5], "[img.png]", "<images>", "<imagery>", "|image|", "a [video] call"]
+PLAIN = [
+    "the <img> tag",
+    "<b>image</b>",
+    "an image [1]",
+    "x < image > y"[:5],
+    "[img.png]",
+    "<images>",
+    "<imagery>",
+    "|image|",
+    "a [video] call",
+]
 
 
 @pytest.fixture
@@ -40,16 +50,28 @@ def read(tmp_path, make):
             content = [{"id": "r", "images": names, "messages": turns}]
         elif form == "coco_captions":
             notes = [{"image_id": "r", "caption": answer}]
-            content, kind, source["images"] = {"images": [{"id": "r", "file_name": "0.png"}], "annotations": notes}, "captioning", "."
+            content, kind, source["images"] = (
+                {"images": [{"id": "r", "file_name": "0.png"}], "annotations": notes},
+                "captioning",
+                ".",
+            )
             extra = {"prompt": "Say."}
         else:
-            file, content = "q.parquet", pa.table({"id": ["r"], "images": [names], "question": [question], "answers": [answer]})
+            file, content = (
+                "q.parquet",
+                pa.table({"id": ["r"], "images": [names], "question": [question], "answers": [answer]}),
+            )
         if form == "parquet":
             pyarrow.parquet.write_table(content, tmp_path / "q" / file)
         else:
             make.json(tmp_path / "q" / file, content)
-        facts = make.facts(kind=kind, classes=None, prompt=None, source=source | {"path": "q"}, splits={"train": file}) | extra
-        return load_recipe(make.yaml(tmp_path / "q.yaml", **facts)).load("train")
+        facts = (
+            make.facts(
+                kind=kind, classes=None, prompt=None, source=source | {"path": "q"}, splits={"train": file}
+            )
+            | extra
+        )
+        return load_split(load_recipe(make.yaml(tmp_path / "q.yaml", **facts)), "train")
 
     return build
 
@@ -76,7 +98,10 @@ def test_a_question_that_nobody_sees_is_refused_by_record(read, form):
 def test_markers_of_other_tools_are_known(marker):
     assert foreign_marker(f"What is {marker}?") == marker
     for images in (0, 2):
-        with pytest.raises(RecipeError, match=f"r has .* in its text, which marks an image for other tools only, and names {images}"):
+        with pytest.raises(
+            RecipeError,
+            match=f"r has .* in its text, which marks an image for other tools only, and names {images}",
+        ):
             place_images(f"{marker} What?", images, "r")
     assert place_images(f"{marker} What?", 1, "r") == f"{marker} What?"
 
@@ -97,7 +122,10 @@ def test_other_words_are_no_markers():
 def test_markers_beside_one_picture_are_words_and_counted(read, form, caplog):
     data = read(form, "What is in <image_0>?")
     assert data.questions == ["What is in <image_0>?"]
-    assert data.marker_note.startswith("1 examples have markers of other tools in their texts") and "(r: <image_0>)" in data.marker_note
+    assert (
+        data.marker_note.startswith("1 examples have markers of other tools in their texts")
+        and "(r: <image_0>)" in data.marker_note
+    )
     assert data.marker_note in caplog.text
     with pytest.raises(RecipeError, match="record 'r' .*<image_0> in its text.* names 2"):
         read(form, "Is <image_0> left of <image_1>?", images=2)
@@ -113,7 +141,10 @@ def test_markers_in_answers_are_counted_too(read, form):
     ("facts", "words"),
     [
         ({"kind": "vqa", "classes": None, "prompt": "<IMAGE>\n{q}"}, "the prompt of .* has <IMAGE>"),
-        ({"kind": "vqa", "classes": None, "prompt": None, "test_prompt": "{q} <|video_pad|>"}, "the test_prompt of .* video is not read"),
+        (
+            {"kind": "vqa", "classes": None, "prompt": None, "test_prompt": "{q} <|video_pad|>"},
+            "the test_prompt of .* video is not read",
+        ),
         ({"kind": "captioning", "classes": None, "prompt": "[IMG] Say."}, "the prompt of .* has \\[IMG\\]"),
         ({"instruction": "<image_0> What?"}, "the instruction of .* has <image_0>"),
         ({"instruction": "\u200b"}, "empty 'instruction'"),
@@ -135,9 +166,14 @@ def test_numbers_in_json_are_names_and_a_doubt_is_told(tmp_path, make, caplog):
         (tmp_path / "q" / "0.png").write_bytes(make.encoded(0))
         rows = [{"id": i, "image": "0.png", "text": "?", "answer": label} for i, label in enumerate(labels)]
         (tmp_path / "q" / "q.json").write_text(json.dumps(rows))
-        facts = make.facts(classes=["1", "10", "2"], source={"format": "llava_json", "path": "q"}, splits={"test": "q.json"})
-        return load_recipe(make.yaml(tmp_path / "q.yaml", **facts)).load("test").labels
+        facts = make.facts(
+            classes=["1", "10", "2"], source={"format": "llava_json", "path": "q"}, splits={"test": "q.json"}
+        )
+        return load_split(load_recipe(make.yaml(tmp_path / "q.yaml", **facts)), "test").labels
 
     assert read("1", "2") == [0, 2] and "position" not in caplog.text
     assert read(1, 10) == [0, 1]
-    assert "the label 1 is read as the name '1', not as the position of the class '10' (counted from 0; 1 such" in caplog.text
+    assert (
+        "the label 1 is read as the name '1', not as the position of the class '10' (counted from 0; 1 such"
+        in caplog.text
+    )

@@ -6,7 +6,7 @@ from llava_keeplora.report import Cost, Trial
 from llava_keeplora.report.cost import cost_rows, draw_costs
 from llava_keeplora.report.curves import draw_curves, draw_forgetting, draw_losses
 from llava_keeplora.report.figures import LIGHT
-from llava_keeplora.report.trial import mean_lines, spread
+from llava_keeplora.report.results import mean_lines, spread
 from llava_keeplora_eval import Matrix
 
 TASKS = ["a", "b", "c"]
@@ -32,7 +32,9 @@ def test_a_panel_per_task_shows_means_over_seeds_and_the_level_line_of_the_untou
     assert line_of(panels[1], "zero-shot") == dict.fromkeys(range(4), 20.0)
     assert len({axes.get_ylim() for axes in panels}) == 1, "one scale, so that heights mean the same"
     (band,) = list(panels[0].collections)
-    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(85 + 50**0.5), "the sample deviation of 80 and 90"
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(85 + 50**0.5), (
+        "the sample deviation of 80 and 90"
+    )
 
 
 def test_forgetting_ends_at_the_metric_and_shows_each_tasks_share(results):
@@ -53,7 +55,9 @@ def test_losses_are_means_at_the_steps_that_all_seeds_logged():
     trials = [Trial(ONE, losses={"a": [(10, 2.0), (20, 1.0)]}), Trial(OTHER, losses={"a": [(10, 4.0)]})]
     panels = draw_losses({"zero-shot": [Trial(BASELINE)], "lora": trials}, LIGHT).axes
     assert line_of(panels[0], "lora") == {10: 3.0} and len(panels[1].lines) == 0
-    assert all(tick == int(tick) for tick in panels[0].get_xticks()) and panels[0].get_xlim()[0] == 0, "steps are whole"
+    assert all(tick == int(tick) for tick in panels[0].get_xticks()) and panels[0].get_xlim()[0] == 0, (
+        "steps are whole"
+    )
     assert draw_losses({"lora": [Trial(ONE)]}, LIGHT) is None
 
 
@@ -62,10 +66,16 @@ def test_costs_are_bars_in_seconds_and_gib_and_memory_not_measured_has_no_panel(
     time, memory = draw_costs({"lora": [Trial(ONE, costs=costs)]}, LIGHT).axes
     assert [bar.get_width() for bar in time.patches if bar.get_width() == bar.get_width()] == [60.0, 30.0]
     assert [bar.get_width() for bar in memory.patches if bar.get_width() == bar.get_width()] == [2.0, 1.0]
-    assert (time.get_xlabel(), memory.get_xlabel()) == ("time, all tasks together (s)", "highest peak of memory (GiB)")
+    assert (time.get_xlabel(), memory.get_xlabel()) == (
+        "time, all tasks together (s)",
+        "highest peak of memory (GiB)",
+    )
     assert len(draw_costs({"lora": [Trial(ONE, costs={"TRAINED": Cost(60.0)})]}, LIGHT).axes) == 1
     assert draw_costs({"lora": [Trial(ONE)]}, LIGHT) is None
-    assert cost_rows([Trial(ONE, costs=costs)]) == [["train", "60.0", "2048", "gpu"], ["score every task", "30.0", "1024", "gpu"]]
+    assert cost_rows([Trial(ONE, costs=costs)]) == [
+        ["train", "60.0", "2048", "gpu"],
+        ["score every task", "30.0", "1024", "gpu"],
+    ]
 
 
 def test_more_methods_than_colours_are_told_apart_by_their_lines_and_bars():
@@ -85,5 +95,12 @@ def test_long_names_stay_in_their_panels():
 
 
 def test_means_over_seeds_say_nothing_where_a_seed_is_missing():
-    assert spread([1.0, 2.0, 4.5]) == "2.5 ± 1.8" and spread([1.0]) == "1.0" and spread([1.0, None]) == "n/a" and spread([3.0, 3.0]) == "3.0"
-    assert mean_lines([{"text": {"l": [0.0, 1.0], "only": [1.0]}}, {"text": {"l": [1.0]}}]) == {"text": {"l": [0.5]}}
+    assert (
+        spread([1.0, 2.0, 4.5]) == "2.5 ± 1.8"
+        and spread([1.0]) == "1.0"
+        and spread([1.0, None]) == "n/a"
+        and spread([3.0, 3.0]) == "3.0"
+    )
+    assert mean_lines([{"text": {"l": [0.0, 1.0], "only": [1.0]}}, {"text": {"l": [1.0]}}]) == {
+        "text": {"l": [0.5]}
+    }

@@ -13,7 +13,6 @@ from llava_keeplora.report.figures import PNG_COLOURS
 from llava_keeplora.report.heatmap import colour_limits, draw_heatmap
 from llava_keeplora_eval import Matrix
 
-
 DOCUMENTS = {"html", "table", "latex", "summary", "scores"}
 
 
@@ -55,7 +54,11 @@ def test_a_heatmap_is_written_as_png_and_svg(tmp_path, matrix):
     png, svg = heatmap(matrix, tmp_path / "map.png", "title")
     assert (png.name, svg.name) == ("map.png", "map.svg")
     picture = Image.open(png)
-    assert picture.width > 400 and len(picture.getcolors()) <= PNG_COLOURS and picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
+    assert (
+        picture.width > 400
+        and len(picture.getcolors()) <= PNG_COLOURS
+        and picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
+    )
     assert svg.read_text().lstrip().startswith("<?xml")
     assert heatmap(matrix, tmp_path / "keeplora-v0.2")[0].name == "keeplora-v0.2.png"
 
@@ -103,7 +106,11 @@ def test_layers_are_ordered_by_their_numbers_not_by_their_letters():
     from llava_keeplora.report.capacity import draw_protected_fraction
 
     names = ["m.10.fc1", "m.2.fc1", "m.2.attn", "m.1.fc1"]
-    legend = draw_protected_fraction([{name: {"in": 4, "k": 1, "part": "text"} for name in names}]).axes[0].get_legend()
+    legend = (
+        draw_protected_fraction([{name: {"in": 4, "k": 1, "part": "text"} for name in names}])
+        .axes[0]
+        .get_legend()
+    )
     assert [text.get_text() for text in legend.get_texts()] == ["1.fc1", "2.attn", "2.fc1", "10.fc1"]
 
 
@@ -118,7 +125,11 @@ def test_many_layers_are_told_apart_by_colour_instead_of_names():
 @pytest.mark.parametrize(
     ("stages", "names", "sentence"),
     [
-        ([], None, "the capacity names no layer; leave the plot out, or run a method that protects directions."),
+        (
+            [],
+            None,
+            "the capacity names no layer; leave the plot out, or run a method that protects directions.",
+        ),
         (
             [{"l": {"in": 4, "k": 5, "part": "text"}}],
             None,
@@ -143,7 +154,13 @@ def test_the_report_is_one_page_that_loads_nothing_else(tmp_path, matrix, capaci
     settings = {"model": "https://example.org/<model>", "ranks": {"r": 4}, "note": '"quoted" & so'}
     results = {"keep<lora>": [Trial(matrix, capacity=capacity)], "seq": [Trial(matrix)]}
     paths = write_report(tmp_path / "out", "A & B", results, settings)
-    assert set(paths) == DOCUMENTS | {"curves", "forgetting", "heatmap/keep<lora>", "heatmap/seq", "capacity/keep<lora>"}
+    assert set(paths) == DOCUMENTS | {
+        "curves",
+        "forgetting",
+        "heatmap/keep<lora>",
+        "heatmap/seq",
+        "capacity/keep<lora>",
+    }
     assert all(path.exists() for path in paths.values())
     text = paths["html"].read_text()
     page = Page(text)
@@ -170,8 +187,12 @@ def test_the_summary_starts_with_the_model_that_never_changes(tmp_path, matrix):
 
 def test_runs_with_other_zero_shot_scores_get_a_row_each(tmp_path, matrix):
     other = Matrix(["a", "b"], [20.0, 10.0], matrix.rows)
-    table = write_report(tmp_path, "t", {"x": [Trial(matrix)], "y": [Trial(other)], "z": [Trial(matrix)]})["table"].read_text()
-    assert re.findall(r"^\| (zero-shot[^|]*) \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", table, re.M) == [
+    table = write_report(tmp_path, "t", {"x": [Trial(matrix)], "y": [Trial(other)], "z": [Trial(matrix)]})[
+        "table"
+    ].read_text()
+    assert re.findall(
+        r"^\| (zero-shot[^|]*) \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", table, re.M
+    ) == [
         "zero-shot (x)",
         "zero-shot (y)",
     ]
@@ -189,9 +210,15 @@ def test_a_zero_shot_baseline_among_the_results_is_the_summarys_first_row_and_no
 
 def test_a_run_in_progress_and_a_single_task_are_reported_as_far_as_they_go(tmp_path):
     half = Trial(Matrix(["a", "b"], None, [[90.0, 30.0]]), capacity=[layers(1), layers(2)])
-    assert "| half | 30.0 | n/a | n/a | n/a | n/a |" in write_report(tmp_path, "t", {"half": [half]})["table"].read_text()
+    assert (
+        "| half | 30.0 | n/a | n/a | n/a | n/a |"
+        in write_report(tmp_path, "t", {"half": [half]})["table"].read_text()
+    )
     one = Trial(Matrix(["a"], [5.0], [[9.0]]))
-    assert "| one | n/a | 9.0 | 9.0 | n/a | n/a |" in write_report(tmp_path, "t", {"one": [one]})["table"].read_text()
+    assert (
+        "| one | n/a | 9.0 | 9.0 | n/a | n/a |"
+        in write_report(tmp_path, "t", {"one": [one]})["table"].read_text()
+    )
 
 
 def test_labels_that_differ_in_signs_or_case_get_files_of_their_own(tmp_path):
@@ -204,7 +231,11 @@ def test_labels_that_differ_in_signs_or_case_get_files_of_their_own(tmp_path):
 def test_pictures_are_named_as_their_methods_are(tmp_path):
     small = [Trial(Matrix(["a"], None, [[1.0]]))]
     paths = write_report(tmp_path, "t", dict.fromkeys(("keeplora", "keeplora+", "keeplora++"), small))
-    assert {path.stem for name, path in paths.items() if name.startswith("heatmap")} == {"heatmap-keeplora", "heatmap-keeplora+", "heatmap-keeplora++"}
+    assert {path.stem for name, path in paths.items() if name.startswith("heatmap")} == {
+        "heatmap-keeplora",
+        "heatmap-keeplora+",
+        "heatmap-keeplora++",
+    }
 
 
 @pytest.mark.parametrize(
@@ -244,7 +275,15 @@ def test_scores_say_what_was_lost_to_style_and_how_many_images_were_dropped():
     from llava_keeplora.report.tables import SCORE_COLUMNS, score_rows
 
     def score(value, lenient, compliance, dropped=0):
-        return dict(metric="exact_match", metric_version=1, score=value, lenient=lenient, compliance=compliance, n=50, dropped=dropped)
+        return dict(
+            metric="exact_match",
+            metric_version=1,
+            score=value,
+            lenient=lenient,
+            compliance=compliance,
+            n=50,
+            dropped=dropped,
+        )
 
     def flipped(stage):  # files keep their keys sorted, and the order of learning is another one
         return dict(reversed(stage.items()))
@@ -252,10 +291,21 @@ def test_scores_say_what_was_lost_to_style_and_how_many_images_were_dropped():
     base = {"a": score(10.0, 20.0, 30.0), "b": score(0.0, 0.0, 0.0)}
     first = {"a": score(90.0, 91.0, 99.0), "b": score(1.0, 2.0, 3.0)}
     second = {"a": score(40.0, 90.0, 44.0, dropped=2), "b": score(80.0, None, None)}
-    rows = [dict(zip(("task", *SCORE_COLUMNS), row)) for row in score_rows(["a", "b"], [flipped(base), flipped(first), flipped(second)])]
+    rows = [
+        dict(zip(("task", *SCORE_COLUMNS), row))
+        for row in score_rows(["a", "b"], [flipped(base), flipped(first), flipped(second)])
+    ]
     assert rows[0] == {
-        "task": "a", "metric": "exact_match v1", "after learning it": "90.0", "at the end": "40.0", "lenient then": "91.0",
-        "lenient now": "90.0", "compliance then": "99.0", "compliance now": "44.0", "n": "50", "dropped": "2",
+        "task": "a",
+        "metric": "exact_match v1",
+        "after learning it": "90.0",
+        "at the end": "40.0",
+        "lenient then": "91.0",
+        "lenient now": "90.0",
+        "compliance then": "99.0",
+        "compliance now": "44.0",
+        "n": "50",
+        "dropped": "2",
     }
     assert (rows[1]["after learning it"], rows[1]["lenient now"]) == ("80.0", "n/a")
     # In the middle of a run the tasks not yet learned are as they are now.

@@ -17,7 +17,13 @@ from safetensors.torch import load_file
 from llava_keeplora import cli
 from llava_keeplora.errors import RunError
 from llava_keeplora.report.overlap import overlap
-from llava_keeplora.report.run_report import READ, read_results, read_trial, report_is_current, write_run_report
+from llava_keeplora.report.run_report import (
+    READ,
+    read_results,
+    read_trial,
+    report_is_current,
+    write_run_report,
+)
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
 
@@ -75,9 +81,21 @@ def trial(run: Path, label: str = "keeplora"):
 
 def test_one_run_gets_every_picture_as_png_and_svg_and_every_table(one):
     names = {path.name for path in one.iterdir()}
-    pictures = {"curves", "forgetting", "loss", "cost", *(f"{kind}-keeplora" for kind in ("heatmap", "capacity", "captured", "overlap"))}
+    pictures = {
+        "curves",
+        "forgetting",
+        "loss",
+        "cost",
+        *(f"{kind}-keeplora" for kind in ("heatmap", "capacity", "captured", "overlap")),
+    }
     pictures |= {"heatmap-seq-lora", "overlap-seq-lora"}
-    assert names == {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} | {"report.html", "table.md", "table.tex", "summary.csv", "scores.csv"}
+    assert names == {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} | {
+        "report.html",
+        "table.md",
+        "table.tex",
+        "summary.csv",
+        "scores.csv",
+    }
 
 
 def test_without_another_folder_the_report_of_a_run_lies_beside_its_files(other_rank, tmp_path, capfd):
@@ -93,7 +111,10 @@ def test_what_a_trial_says_is_what_the_files_of_the_run_say(seeds):
         part = "vision" if name.startswith("vision") else "text"
         assert found.captured[part][name][1] == numbers["captured"]
     history = json.loads((folder / "task-03-corners/train.json").read_text())["history"]
-    assert found.losses["corners"] == [(r["step"], r["loss"]) for r in history if "loss" in r] and len(found.losses["corners"]) == 3
+    assert (
+        found.losses["corners"] == [(r["step"], r["loss"]) for r in history if "loss" in r]
+        and len(found.losses["corners"]) == 3
+    )
     entries = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     trained = [entry for entry in entries if entry["stage"] == "TRAINED"]
     assert found.costs["TRAINED"].seconds == pytest.approx(sum(entry["seconds"] for entry in trained))
@@ -105,30 +126,54 @@ def test_the_report_says_what_every_method_asked_for(seeds, one):
     lines = (one / "table.md").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| run | trained per task"))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : start + 4]]
-    assert [row[0] for row in rows] == ["seq-lora", "keeplora"] and lines[start + 4] == "", "the untouched model asks for nothing"
+    assert [row[0] for row in rows] == ["seq-lora", "keeplora"] and lines[start + 4] == "", (
+        "the untouched model asks for nothing"
+    )
     for label, trained, kept, extra in rows:
         folders = sorted((seeds[0] / label).glob("task-0[1-3]-*"))
-        numbers = [value.numel() for key, value in load_file(folders[0] / "delta.safetensors").items() if label == "seq-lora" or key.endswith(".B")]
+        numbers = [
+            value.numel()
+            for key, value in load_file(folders[0] / "delta.safetensors").items()
+            if label == "seq-lora" or key.endswith(".B")
+        ]
         assert int(trained) == sum(numbers)
-        sizes = [path.stat().st_size for folder in folders for path in folder.glob("*.safetensors") if path.stem in ("delta", "state")]
-        assert float(kept) == pytest.approx(sum(sizes) / 3 / 1e3, abs=0.05) and len(sizes) == (3 if label == "seq-lora" else 6)
-        closed = [entry["info"] for entry in map(json.loads, (seeds[0] / label / "journal.jsonl").open()) if entry["stage"] == "CLOSED"]
+        sizes = [
+            path.stat().st_size
+            for folder in folders
+            for path in folder.glob("*.safetensors")
+            if path.stem in ("delta", "state")
+        ]
+        assert float(kept) == pytest.approx(sum(sizes) / 3 / 1e3, abs=0.05) and len(sizes) == (
+            3 if label == "seq-lora" else 6
+        )
+        closed = [
+            entry["info"]
+            for entry in map(json.loads, (seeds[0] / label / "journal.jsonl").open())
+            if entry["stage"] == "CLOSED"
+        ]
         times = closed[-1]["test_seconds"]
         assert float(extra) == pytest.approx(1e3 * (times["learned"] - times["untouched"]), abs=0.006)
-    assert "<th scope=\"col\">trained per task</th>" in (one / "report.html").read_text()
+    assert '<th scope="col">trained per task</th>' in (one / "report.html").read_text()
 
 
 def test_the_overlap_is_the_mean_squared_cosine_of_the_principal_angles(seeds):
-    paths = [seeds[0] / "keeplora" / f"task-{i:02d}-{name}" / "delta.safetensors" for i, name in enumerate(TASKS, start=1)]
+    paths = [
+        seeds[0] / "keeplora" / f"task-{i:02d}-{name}" / "delta.safetensors"
+        for i, name in enumerate(TASKS, start=1)
+    ]
     found = overlap(paths)
     one, other = load_file(paths[0]), load_file(paths[2])
     cosines = []
     for key in one:
         if key.endswith(".A"):
             # Principal angles by their definition: singular values of the product of orthonormal bases, here from the SVD.
-            bases = [torch.linalg.svd(deltas[key].double(), full_matrices=False).Vh for deltas in (one, other)]
+            bases = [
+                torch.linalg.svd(deltas[key].double(), full_matrices=False).Vh for deltas in (one, other)
+            ]
             cosines.append(float(torch.linalg.svdvals(bases[0] @ bases[1].T).square().mean()))
-    assert found[0][2] == pytest.approx(statistics.mean(cosines), abs=1e-5) and found[2][0] == pytest.approx(found[0][2])
+    assert found[0][2] == pytest.approx(statistics.mean(cosines), abs=1e-5) and found[2][0] == pytest.approx(
+        found[0][2]
+    )
     assert [found[i][i] for i in range(3)] == pytest.approx([1.0] * 3)
 
 
@@ -140,13 +185,22 @@ def test_one_adapted_task_has_no_overlap(seeds, tmp_path):
 def test_seeds_are_one_row_and_another_configuration_has_its_own(seeds, other_rank, several):
     folder, results = several
     assert {name: len(trials) for name, trials in results.items()} == {
-        "zero-shot": 1, "seq-lora": 2, "keeplora (seed0)": 2, "keeplora (rank3)": 1,
+        "zero-shot": 1,
+        "seq-lora": 2,
+        "keeplora (seed0)": 2,
+        "keeplora (rank3)": 1,
     }
     averages = [Matrix.from_json(run / "keeplora/matrix.json").metrics()["average"] for run in seeds]
     assert len(set(averages)) == 2, "equal seeds would make a spread of nothing"
-    row = next(line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| keeplora (seed0) |"))
+    row = next(
+        line
+        for line in (folder / "table.md").read_text().splitlines()
+        if line.startswith("| keeplora (seed0) |")
+    )
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1] == "2" and cells[3] == f"{statistics.mean(averages):.1f} ± {statistics.stdev(averages):.1f}"
+    assert (
+        cells[1] == "2" and cells[3] == f"{statistics.mean(averages):.1f} ± {statistics.stdev(averages):.1f}"
+    )
     assert "| keeplora (rank3) | 1 |" in (folder / "table.md").read_text()
 
 
@@ -158,23 +212,32 @@ def test_the_csv_files_hold_unrounded_numbers(seeds, several):
     assert float(summary["seq-lora"]["last_sd"]) == pytest.approx(statistics.stdev(lasts), abs=1e-9)
     assert summary["zero-shot"]["last_sd"] == "" and summary["keeplora (rank3)"]["n"] == "1"
     scores = list(csv.DictReader(open(folder / "scores.csv")))
-    cell = next(r for r in scores if (r["run"], r["seed"], r["after"], r["task"]) == ("seq-lora", "1", "stripes", "colours"))
+    cell = next(
+        r
+        for r in scores
+        if (r["run"], r["seed"], r["after"], r["task"]) == ("seq-lora", "1", "stripes", "colours")
+    )
     assert float(cell["score"]) == Matrix.from_json(seeds[1] / "seq-lora/matrix.json").rows[1][0]
     assert len(scores) == 3 + 5 * (3 + 9)
 
 
 def test_the_latex_tables_say_what_the_markdown_says_and_escape_what_latex_reads(several):
-    from llava_keeplora.report.papers import latex_table
+    from llava_keeplora.report.latex_csv import latex_table
 
     folder, _ = several
     latex = (folder / "table.tex").read_text()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1 + 3
-    row = next(line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| seq-lora |"))
+    row = next(
+        line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| seq-lora |")
+    )
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    expected = " & ".join(f"$-${cell[1:]}" if cell.startswith("-") else cell for cell in cells).replace("±", r"$\pm$")
+    expected = " & ".join(f"$-${cell[1:]}" if cell.startswith("-") else cell for cell in cells).replace(
+        "±", r"$\pm$"
+    )
     assert expected + r" \\" in latex
     assert latex_table(["run", "A_1"], [["50% & {x}~^\\$#", "-0.5 ± 1.0"]]).splitlines()[2:5] == [
-        r"run & A\_1 \\", r"\midrule",
+        r"run & A\_1 \\",
+        r"\midrule",
         r"50\% \& \{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}\$\# & $-$0.5 $\pm$ 1.0 \\",
     ]
 
@@ -182,7 +245,11 @@ def test_the_latex_tables_say_what_the_markdown_says_and_escape_what_latex_reads
 def test_the_page_says_which_runs_a_row_stands_for_and_where_they_differ(several):
     page = (several[0] / "report.html").read_text()
     assert "<dt>row keeplora (seed0)</dt><dd>seed0 (seed 0), seed1 (seed 1)</dd>" in page
-    assert "<dt>seed (seed1)</dt><dd>1</dd>" in page and "<dt>parts (rank3)</dt>" in page and "<dt>model</dt>" in page
+    assert (
+        "<dt>seed (seed1)</dt><dd>1</dd>" in page
+        and "<dt>parts (rank3)</dt>" in page
+        and "<dt>model</dt>" in page
+    )
 
 
 def refused(*runs, **options) -> str:
@@ -196,7 +263,9 @@ def test_runs_that_cannot_stand_side_by_side_are_refused_in_a_sentence(seeds, ma
     out = tmp_path / "out"
     assert refused(*seeds) == "the report of 2 runs belongs to none of their folders; add --into DIR."
     assert refused(first, first, into=out) == "a run is named twice; name every run once."
-    fewer = make_run("fewer", tasks=[str(path) for path in reversed(tiny_tasks[:2])], methods={"seq-lora": {}})
+    fewer = make_run(
+        "fewer", tasks=[str(path) for path in reversed(tiny_tasks[:2])], methods={"seq-lora": {}}
+    )
     assert refused(first, fewer, into=out) == (
         f"{first} and {fewer} have different tasks (colours, stripes, corners against stripes, colours), "
         "so their numbers can't stand side by side; report them apart."
@@ -209,7 +278,10 @@ def test_runs_that_cannot_stand_side_by_side_are_refused_in_a_sentence(seeds, ma
     before = file_hash(scores)
     scores.write_text(scores.read_text().replace('"metric": "accuracy"', '"metric": "other"', 1))
     journal.write_text(journal.read_text().replace(before, file_hash(scores)))
-    assert refused(first, again, into=out) == f"{first} and {again} score task 'colours' on different examples or by different metrics; report them apart."
+    assert (
+        refused(first, again, into=out)
+        == f"{first} and {again} score task 'colours' on different examples or by different metrics; report them apart."
+    )
     assert not out.exists()
 
 
@@ -218,7 +290,10 @@ def test_a_damaged_file_is_named_before_anything_is_made_of_it(name, other_rank,
     run = shutil.copytree(other_rank, tmp_path / "run")
     path = run / "keeplora/task-02-stripes" / name
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(RunError, match=rf"{path} is not what stage [A-Z]+ of task 2 wrote; restore it or start over in a new output_dir\."):
+    with pytest.raises(
+        RunError,
+        match=rf"{path} is not what stage [A-Z]+ of task 2 wrote; restore it or start over in a new output_dir\.",
+    ):
         write_run_report(run, into=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -236,10 +311,19 @@ def test_a_run_in_progress_is_reported_as_far_as_it_goes(other_rank, tmp_path):
     whole = Matrix.from_json(folder / "matrix.json")
     Matrix(whole.tasks, whole.zero_shot, whole.rows[:1]).to_json(folder / "matrix.json")
     write_run_report(run)
-    assert {path.stem for path in run.glob("*.png")} == {"curves", "loss", "cost", "heatmap-keeplora", "capacity-keeplora", "captured-keeplora"}
+    assert {path.stem for path in run.glob("*.png")} == {
+        "curves",
+        "loss",
+        "cost",
+        "heatmap-keeplora",
+        "capacity-keeplora",
+        "captured-keeplora",
+    }
 
 
-def test_several_runs_on_the_command_line_go_into_a_folder_or_are_refused(seeds, tmp_path, capfd, monkeypatch):
+def test_several_runs_on_the_command_line_go_into_a_folder_or_are_refused(
+    seeds, tmp_path, capfd, monkeypatch
+):
     from llava_keeplora.report import run_report
 
     monkeypatch.setattr(run_report, "write_report", lambda *args: None)  # the pictures are other tests'
@@ -247,7 +331,10 @@ def test_several_runs_on_the_command_line_go_into_a_folder_or_are_refused(seeds,
     out = capfd.readouterr().out
     assert re.search(r"^\| keeplora \| 2 \| .* ± ", out, re.M) and f"\nfolder: {tmp_path}\n" in out
     assert cli.main(["report", *map(str, seeds)]) == 2
-    assert "error: the report of 2 runs belongs to none of their folders; add --into DIR." in capfd.readouterr().err
+    assert (
+        "error: the report of 2 runs belongs to none of their folders; add --into DIR."
+        in capfd.readouterr().err
+    )
 
 
 def test_a_report_is_current_until_it_would_show_something_else(other_rank, tmp_path):
@@ -288,12 +375,23 @@ def test_a_browser_shows_the_page_in_light_and_dark(browser, one, tmp_path, sche
     from PIL import Image
 
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    browser(*dark, "--window-size=1280,1600", f"--screenshot={tmp_path / 'page.png'}", f"file://{one / 'report.html'}")
+    browser(
+        *dark,
+        "--window-size=1280,1600",
+        f"--screenshot={tmp_path / 'page.png'}",
+        f"file://{one / 'report.html'}",
+    )
     picture = Image.open(tmp_path / "page.png").convert("RGB")
     colours = {colour: count for count, colour in picture.getcolors(1 << 24)}
     assert max(colours, key=colours.get) == paper and picture.getpixel((2, 2)) == paper
-    hues = Counter(round(12 * colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))[0]) for colour in colours if max(colour) - min(colour) > 90)
-    assert hues[round(12 * colorsys.rgb_to_hsv(0xD5, 0x5E, 0)[0])] > 0, "the pictures keep the hues of their lines"
+    hues = Counter(
+        round(12 * colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))[0])
+        for colour in colours
+        if max(colour) - min(colour) > 90
+    )
+    assert hues[round(12 * colorsys.rgb_to_hsv(0xD5, 0x5E, 0)[0])] > 0, (
+        "the pictures keep the hues of their lines"
+    )
 
 
 def test_a_telephone_scrolls_the_pictures_but_never_the_page(browser, one, tmp_path):

@@ -72,7 +72,11 @@ def stop_within_training(monkeypatch):
 def journal_of(folder: Path) -> list[dict]:
     """A journal's entries without what is measured of the machine."""
     entries = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if k != "seconds"} | {"info": {k: v for k, v in e["info"].items() if k not in MEASURED}} for e in entries]
+    return [
+        {k: v for k, v in e.items() if k != "seconds"}
+        | {"info": {k: v for k, v in e["info"].items() if k not in MEASURED}}
+        for e in entries
+    ]
 
 
 @pytest.fixture
@@ -80,8 +84,15 @@ def left_behind():
     """Function (run folder) → every file but the report's by relative path as its hash, journals as their entries."""
 
     def collect(root: Path) -> dict:
-        files = sorted(p for p in Path(root).rglob("*") if p.is_file() and p.name not in VOLATILE and p.suffix not in REPORT)
-        return {str(p.relative_to(root)): journal_of(p.parent) if p.name == "journal.jsonl" else file_hash(p) for p in files}
+        files = sorted(
+            p
+            for p in Path(root).rglob("*")
+            if p.is_file() and p.name not in VOLATILE and p.suffix not in REPORT
+        )
+        return {
+            str(p.relative_to(root)): journal_of(p.parent) if p.name == "journal.jsonl" else file_hash(p)
+            for p in files
+        }
 
     return collect
 
@@ -112,10 +123,14 @@ def three_tasks_run(run_config, driven, tmp_path_factory):
 @pytest.fixture(scope="session")
 def two_tasks_run(run_config, driven, tmp_path_factory, tiny_tasks):
     """A folder with both methods on the first two tasks; shared, so copy it."""
-    return driven(run_config(tmp_path_factory.mktemp("two") / "run", tasks=[str(path) for path in tiny_tasks[:2]]))
+    return driven(
+        run_config(tmp_path_factory.mktemp("two") / "run", tasks=[str(path) for path in tiny_tasks[:2]])
+    )
 
 
 @pytest.fixture
 def outcome(left_behind):
     """Function (run folder) → every file's hash but the journals', which tell the way too."""
-    return lambda run: {name: value for name, value in left_behind(run).items() if not name.endswith("journal.jsonl")}
+    return lambda run: {
+        name: value for name, value in left_behind(run).items() if not name.endswith("journal.jsonl")
+    }

@@ -16,7 +16,14 @@ from pathlib import Path
 
 #: Imported once, in a process that forks the others off before it has computed anything.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["faults", "llava_keeplora.sequence.runner", "transformers.models.clip.modeling_clip", "transformers.models.llava.modeling_llava"])
+SERVER.set_forkserver_preload(
+    [
+        "faults",
+        "llava_keeplora.sequence.runner",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.llava.modeling_llava",
+    ]
+)
 
 
 class Moments:
@@ -100,12 +107,12 @@ def live(tree: dict, fatal: int | None, log: str, counted) -> None:
 
     from llava_keeplora import journal
     from llava_keeplora.config import parse_config
-    from llava_keeplora.sequence import label_run, runner, trainer
+    from llava_keeplora.sequence import method_run, runner, trainer
     from llava_keeplora_eval import files, predictions
 
     torch.set_num_threads(1)
     moments = Moments(fatal, Path(log))
-    moments.stages(label_run.LabelRun)
+    moments.stages(method_run.MethodRun)
     moments.calls(LlavaForConditionalGeneration, "forward", "generation")
     moments.calls(CLIPModel, "get_image_features", "images")
     moments.calls(trainer.TaskTrainer, "training_step", "batch")

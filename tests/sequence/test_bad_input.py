@@ -14,7 +14,9 @@ from llava_keeplora.sequence.workspace import Workspace
 @pytest.fixture
 def short(run_config, tiny_tasks):
     """Function (output_dir, **changes) → a run of KeepLoRA on the first task."""
-    return lambda output_dir, **changes: run_config(output_dir, **{"methods": {"keeplora": {}}, "tasks": [str(tiny_tasks[0])]} | changes)
+    return lambda output_dir, **changes: run_config(
+        output_dir, **{"methods": {"keeplora": {}}, "tasks": [str(tiny_tasks[0])]} | changes
+    )
 
 
 def files_of(root):
@@ -26,7 +28,12 @@ def files_of(root):
 
 def test_two_runs_in_one_folder_are_refused(short, drive, tmp_path):
     config = short(tmp_path / "run")
-    with Workspace(config).locked(), pytest.raises(RunError, match=r"another run \(process \d+\) is working in .*; wait for it, stop it, or choose"):
+    with (
+        Workspace(config).locked(),
+        pytest.raises(
+            RunError, match=r"another run \(process \d+\) is working in .*; wait for it, stop it, or choose"
+        ),
+    ):
         drive(config)
     drive(config)
 
@@ -44,7 +51,10 @@ def test_a_folder_of_another_configuration_is_refused_with_the_difference(short,
     with pytest.raises(RunError) as caught:
         drive(short(tmp_path / "run", training={"learning_rate": 0.5}, parts={"text": {"rank": 1}}))
     sentence = str(caught.value)
-    assert "parts.text.rank: 2 → 1; training.learning_rate: 0.01 → 0.5" in sentence and "methods." not in sentence
+    assert (
+        "parts.text.rank: 2 → 1; training.learning_rate: 0.01 → 0.5" in sentence
+        and "methods." not in sentence
+    )
     assert "restore these values to go on, or choose another output_dir" in sentence
     assert files_of(tmp_path / "run") == before
 
@@ -63,7 +73,9 @@ def test_another_evaluation_batch_size_or_place_of_the_data_is_no_other_run(shor
 def test_a_folder_of_something_else_is_refused_and_left_alone(short, drive, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("dear")
-    with pytest.raises(RunError, match="is not a run folder but holds thesis.tex; choose an empty or new output_dir"):
+    with pytest.raises(
+        RunError, match="is not a run folder but holds thesis.tex; choose an empty or new output_dir"
+    ):
         drive(short(tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
@@ -111,7 +123,9 @@ def test_data_changed_after_planning_is_refused_by_task(run_config, own_tasks, d
     (folder / "red/0.png").write_bytes((folder / "red/1.png").read_bytes())
     with pytest.raises(RunError) as caught:
         drive(config)
-    assert "task 'colours' is not what it was when" in str(caught.value) and "train.fingerprint: '" in str(caught.value)
+    assert "task 'colours' is not what it was when" in str(caught.value) and "train.fingerprint: '" in str(
+        caught.value
+    )
     assert "restore its data and recipe to go on, or choose another output_dir" in str(caught.value)
 
 
@@ -125,7 +139,12 @@ def test_a_recipe_changed_after_planning_is_refused_by_task(run_config, own_task
 
 
 def test_a_vanished_data_root_is_one_sentence(run_config, own_tasks, drive, tmp_path):
-    config = run_config(tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(own_tasks[0])], data={"root": str(tmp_path / "gone")})
+    config = run_config(
+        tmp_path / "run",
+        methods={"seq-lora": {}},
+        tasks=[str(own_tasks[0])],
+        data={"root": str(tmp_path / "gone")},
+    )
     with pytest.raises(UserError, match="gone"):
         drive(config)
 
@@ -152,7 +171,9 @@ def test_dropped_images_are_recorded_where_the_results_are(run_config, own_tasks
     import json
 
     truncate(own_tasks[0].parent / "colours/train/red/0.png")
-    config = run_config(tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(own_tasks[0])], data={"on_bad_image": "drop"})
+    config = run_config(
+        tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(own_tasks[0])], data={"on_bad_image": "drop"}
+    )
     caplog.set_level(logging.WARNING)
     drive(config)
     results = json.loads((tmp_path / "run/results.json").read_text())
@@ -170,7 +191,9 @@ def test_what_is_worth_a_look_in_a_task_is_logged_and_kept(run_config, own_tasks
     for name in ("train/blue/twice.png", "test/red/twice.png"):
         (folder / name).write_bytes(twice)
     (folder / "train/red/photo.heic").write_bytes(b"x")
-    (task,) = load_tasks(run_config(folder.parent / "run", methods={"seq-lora": {}}, tasks=[str(own_tasks[0])]))
+    (task,) = load_tasks(
+        run_config(folder.parent / "run", methods={"seq-lora": {}}, tasks=[str(own_tasks[0])])
+    )
     files, labels, both = task.notes()
     assert files.startswith("colours/train: 1 files are not read and left out (.heic: 1; ")
     assert labels.startswith("colours/train: 1 pictures are under several labels (")
@@ -183,18 +206,24 @@ def test_a_run_of_pictures_that_were_decoded_otherwise_is_refused_with_the_reaso
 
     from PIL import Image
 
+    from llava_keeplora.sequence.method_run import MethodRun
     from llava_keeplora.start import load_tasks
-    from llava_keeplora.sequence.label_run import LabelRun
 
     path = own_tasks[0].parent / "colours/train/red/0.png"
     Image.new("RGBA", (16, 16), (0, 0, 0, 128)).save(path)
-    tasks = load_tasks(run_config(path.parents[3] / "run", methods={"seq-lora": {}}, tasks=[str(own_tasks[0])]))
+    tasks = load_tasks(
+        run_config(path.parents[3] / "run", methods={"seq-lora": {}}, tasks=[str(own_tasks[0])])
+    )
     old = tasks[0].record()
     old["train"] = old["train"] | {"fingerprint": "of the bytes alone"}
-    run = SimpleNamespace(tasks=tasks, folder="run", _plan=lambda index: {"tasks": [t.record() for t in tasks]})
+    run = SimpleNamespace(
+        tasks=tasks, folder="run", _plan=lambda index: {"tasks": [t.record() for t in tasks]}
+    )
     entry = SimpleNamespace(task=0, info={"tasks": [old]})
-    with pytest.raises(RunError, match="train.fingerprint: .*; 1 of its pictures have transparency or an EXIF orient"):
-        LabelRun._check_plan(run, entry)
+    with pytest.raises(
+        RunError, match="train.fingerprint: .*; 1 of its pictures have transparency or an EXIF orient"
+    ):
+        MethodRun._check_plan(run, entry)
 
 
 # --- the model and the method --------------------------------------------------------------------
@@ -203,16 +232,33 @@ def test_a_run_of_pictures_that_were_decoded_otherwise_is_refused_with_the_reaso
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"parts": {"visoin": {}}}, "parts names 'visoin', which this model does not have; did you mean 'vision'"),
-        ({"parts": {"vision": {"targets": ["q_prj"]}}}, "parts.vision.targets names 'q_prj', which matches no linear layer of that part; did you mean 'q_proj'"),
-        ({"parts": None}, "the run adapts no part of the model; name at least one of vision, text under `parts`"),
+        (
+            {"parts": {"visoin": {}}},
+            "parts names 'visoin', which this model does not have; did you mean 'vision'",
+        ),
+        (
+            {"parts": {"vision": {"targets": ["q_prj"]}}},
+            "parts.vision.targets names 'q_prj', which matches no linear layer of that part; did you mean 'q_proj'",
+        ),
+        (
+            {"parts": None},
+            "the run adapts no part of the model; name at least one of vision, text under `parts`",
+        ),
         ({"model": {"dtype": "float8"}}, "model.dtype is 'float8'"),
         ({"model": {"name_or_path": "nowhere/at-all"}}, "the model 'nowhere/at-all' cannot be loaded"),
-        ({"training": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}}, "training.gradient_checkpointing_kwargs.use_reentrant is true, and that form sends no"),
-        ({"training": {"lr_scheduler_type": "zigzag"}}, "transformers refuses the training arguments of 'keeplora' (zigzag is not a valid SchedulerType"),
+        (
+            {"training": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}},
+            "training.gradient_checkpointing_kwargs.use_reentrant is true, and that form sends no",
+        ),
+        (
+            {"training": {"lr_scheduler_type": "zigzag"}},
+            "transformers refuses the training arguments of 'keeplora' (zigzag is not a valid SchedulerType",
+        ),
     ],
 )
-def test_what_the_model_or_the_trainer_cannot_do_is_refused_before_any_stage(short, drive, tmp_path, changes, words):
+def test_what_the_model_or_the_trainer_cannot_do_is_refused_before_any_stage(
+    short, drive, tmp_path, changes, words
+):
     with pytest.raises(ConfigError) as caught:
         drive(short(tmp_path / "run", **changes))
     assert words in str(caught.value)
@@ -246,9 +292,14 @@ def nan_once(monkeypatch):
     return active
 
 
-def test_a_nan_loss_stops_the_task_names_the_step_and_the_same_command_goes_on(run_config, drive, tmp_path, nan_once, left_behind):
+def test_a_nan_loss_stops_the_task_names_the_step_and_the_same_command_goes_on(
+    run_config, drive, tmp_path, nan_once, left_behind
+):
     config = run_config(tmp_path / "run", methods={"keeplora": {}})
-    with pytest.raises(TrainingError, match="the loss of task 'stripes' is nan at step 2; start in a new output_dir with a lower training.learning_rate"):
+    with pytest.raises(
+        TrainingError,
+        match="the loss of task 'stripes' is nan at step 2; start in a new output_dir with a lower training.learning_rate",
+    ):
         drive(config)
     kept = files_of(tmp_path / "run/keeplora/task-01-colours")
     assert any(p.name == "delta.safetensors" for p in kept)
@@ -260,7 +311,10 @@ def test_a_nan_loss_stops_the_task_names_the_step_and_the_same_command_goes_on(r
 
 
 def test_weights_that_overflow_in_the_last_step_are_not_kept(short, drive, tmp_path):
-    with pytest.raises(TrainingError, match="(the weights of task 'colours' are not finite after its|the loss of task 'colours' is nan)"):
+    with pytest.raises(
+        TrainingError,
+        match="(the weights of task 'colours' are not finite after its|the loss of task 'colours' is nan)",
+    ):
         drive(short(tmp_path / "run", training={"learning_rate": 1e38, "max_grad_norm": 0.0}))
     assert not (tmp_path / "run/keeplora/task-01-colours/delta.safetensors").exists()
 
@@ -284,7 +338,6 @@ def test_the_model_is_as_it_was_after_a_failed_training(short, drive, tmp_path, 
 def test_a_split_of_examples_with_and_without_pictures_is_refused_where_processes_gather_weights_together():
     from types import SimpleNamespace
 
-
     from llava_keeplora.start.check import check_pictures
 
     def task(*counts):
@@ -294,5 +347,8 @@ def test_a_split_of_examples_with_and_without_pictures_is_refused_where_processe
         return SimpleNamespace(name="science", train=Data(counts), test=Data((1,)))
 
     check_pictures([task(1, 2, 1), task(0, 0)])
-    with pytest.raises(ConfigError, match="^2 of the 3 examples of science/train have no picture, and with ZeRO-3 .*; use ZeRO-2 or one process"):
+    with pytest.raises(
+        ConfigError,
+        match="^2 of the 3 examples of science/train have no picture, and with ZeRO-3 .*; use ZeRO-2 or one process",
+    ):
         check_pictures([task(1, 1), task(0, 1, 0)])

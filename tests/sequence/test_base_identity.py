@@ -10,7 +10,7 @@ import yaml
 from llava_keeplora import cli
 from llava_keeplora.config import load_config, parse_config
 from llava_keeplora.errors import RunError
-from llava_keeplora.run_folder import extended, load_run, recorded_base
+from llava_keeplora.saved_run import extended, load_run, recorded_base
 from llava_keeplora_eval.checkpoints import model_content
 
 
@@ -19,7 +19,12 @@ def finished(tiny_clip, tiny_tasks, run_tree, driven, tmp_path_factory):
     """A finished run on a base of its own, and that base; shared, so copy both."""
     root = tmp_path_factory.mktemp("identity")
     shutil.copytree(tiny_clip, root / "base")
-    tree = run_tree(root / "run", methods={"keeplora": {}}, tasks=[str(tiny_tasks[0])], model={"name_or_path": str(root / "base")})
+    tree = run_tree(
+        root / "run",
+        methods={"keeplora": {}},
+        tasks=[str(tiny_tasks[0])],
+        model={"name_or_path": str(root / "base")},
+    )
     driven(parse_config(tree))
     (root / "run.yaml").write_text(yaml.safe_dump(tree))
     return root
@@ -58,7 +63,8 @@ CHANGES = {"weights": change_weights, "processor": change_pixels, "tokenizer": c
 def commands(place: Path, task: str) -> dict[str, list[str]]:
     run = str(place / "run")
     return {
-        "train": ["train", "--config", str(place / "run.yaml")], "extend": ["extend", run, "--task", task],
+        "train": ["train", "--config", str(place / "run.yaml")],
+        "extend": ["extend", run, "--task", task],
         "fork": ["fork", run, "--at-task", "1", "--into", str(place / "fork")],
         "export": ["export", run, "--as", "merged", "--base-id", "you/clip", "--into", str(place / "merged")],
         "analyze": ["analyze", run, "--into", str(place / "analysis")],
@@ -69,11 +75,19 @@ def commands(place: Path, task: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("command", ["train", "extend", "fork", "export", "analyze"])
 def test_a_command_on_another_base_is_refused_and_changes_nothing(place, tiny_tasks, command, change, capfd):
     CHANGES[change](place / "base")
-    before = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {
+        path: path.read_bytes()
+        for path in (place / "run").rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     assert cli.main(commands(place, str(tiny_tasks[1]))[command]) == 2
     what = "weights" if change == "weights" else "processor"
     assert f"is not the one that {place / 'run'} was begun with ({what} differ)" in capfd.readouterr().err
-    assert before == {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == {
+        path: path.read_bytes()
+        for path in (place / "run").rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_a_start_on_a_moved_base_looks_at_its_content_once(place, monkeypatch):
@@ -83,8 +97,13 @@ def test_a_start_on_a_moved_base_looks_at_its_content_once(place, monkeypatch):
     (place / "base").rename(place / "moved")
     config = load_config(str(place / "run.yaml"), [f"model.name_or_path={place / 'moved'}"])
     looks = []
-    monkeypatch.setattr("llava_keeplora.sequence.workspace.base_content", lambda model: looks.append(model) or model_content(model.name_or_path))
-    monkeypatch.setattr(run_folder, "base_content", lambda model: looks.append(model) or model_content(model.name_or_path))
+    monkeypatch.setattr(
+        "llava_keeplora.sequence.workspace.base_content",
+        lambda model: looks.append(model) or model_content(model.name_or_path),
+    )
+    monkeypatch.setattr(
+        run_folder, "base_content", lambda model: looks.append(model) or model_content(model.name_or_path)
+    )
     workspace = Workspace(config)
     workspace.check()
     workspace.claim()
@@ -109,8 +128,15 @@ def test_runs_of_two_bases_with_one_name_have_rows_of_their_own_and_a_copy_of_a_
 
     other = Path(shutil.copytree(place / "run", place / "other"))
     identity = json.loads((other / "identity.json").read_text())
-    for content, rows in ((identity["base"], ["zero-shot", "keeplora"]), (identity["base"] | {"weights": "0"}, ["zero-shot (run)", "zero-shot (other)"])):
-        changed = {"seed": identity["seed"] + 1, "base": content, "model": identity["model"] | {"name_or_path": "elsewhere"}}
+    for content, rows in (
+        (identity["base"], ["zero-shot", "keeplora"]),
+        (identity["base"] | {"weights": "0"}, ["zero-shot (run)", "zero-shot (other)"]),
+    ):
+        changed = {
+            "seed": identity["seed"] + 1,
+            "base": content,
+            "model": identity["model"] | {"name_or_path": "elsewhere"},
+        }
         (other / "identity.json").write_text(json.dumps(identity | changed))
         found = read_side_by_side([place / "run", other])
         assert list(found)[:2] == rows, list(found)
@@ -136,7 +162,21 @@ def test_a_base_that_lies_elsewhere_with_the_same_content_is_the_same(place, cap
 
 
 def test_an_imported_state_is_refused_on_another_base(place, capfd):
-    assert cli.main(["export", str(place / "run"), "--as", "state", "--base-id", "you/clip", "--into", str(place / "state")]) == 0, capfd.readouterr().err
+    assert (
+        cli.main(
+            [
+                "export",
+                str(place / "run"),
+                "--as",
+                "state",
+                "--base-id",
+                "you/clip",
+                "--into",
+                str(place / "state"),
+            ]
+        )
+        == 0
+    ), capfd.readouterr().err
     words = ["import", str(place / "state"), "--base", str(place / "base"), "--into"]
     assert cli.main([*words, str(place / "same")]) == 0, capfd.readouterr().err
     assert recorded_base(place / "same") == recorded_base(place / "run")
@@ -145,7 +185,9 @@ def test_an_imported_state_is_refused_on_another_base(place, capfd):
     assert "weights differ" in capfd.readouterr().err and not (place / "other").exists()
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_a_warning_and_keeps_a_record_from_then_on(place, drive, caplog, tiny_tasks):
+def test_a_run_of_an_earlier_version_goes_on_with_a_warning_and_keeps_a_record_from_then_on(
+    place, drive, caplog, tiny_tasks
+):
     path = place / "run/identity.json"
     identity = json.loads(path.read_text())
     identity.pop("base")
@@ -155,7 +197,9 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning_and_keeps_a_record_f
     assert recorded_base(place / "run") == model_content(str(place / "base"))
     caplog.clear()
     drive(extended(place / "run", str(tiny_tasks[1])))
-    assert "no record" not in caplog.text and recorded_base(place / "run") == model_content(str(place / "base"))
+    assert "no record" not in caplog.text and recorded_base(place / "run") == model_content(
+        str(place / "base")
+    )
 
 
 def test_a_fork_needs_no_base_and_keeps_its_record(place, capfd):

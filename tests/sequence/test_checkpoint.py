@@ -5,13 +5,25 @@ import json
 import pytest
 import torch
 
-from llava_keeplora.sequence import label_run, trainer
+from llava_keeplora.saved_run import run_identity
+from llava_keeplora.sequence import method_run, trainer
 from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
 
 SETTINGS = {
     "one epoch": {},
-    "two epochs of accumulated steps": {"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "save_steps": 2},
-    "half precision with a scheduler and momentum": {"bf16": True, "lr_scheduler_type": "cosine", "warmup_steps": 2, "optim": "sgd", "optim_args": "momentum=0.9"},
+    "two epochs of accumulated steps": {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "save_steps": 2,
+    },
+    "half precision with a scheduler and momentum": {
+        "bf16": True,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+    },
 }
 
 
@@ -30,16 +42,30 @@ def steps(monkeypatch):
 
 
 def one_task(build, tiny, tmp_path, name, training):
-    return build(tmp_path / name, tasks=[str(tiny[0])], training={"save_steps": 1, "logging_steps": 2, **training})
+    return build(
+        tmp_path / name, tasks=[str(tiny[0])], training={"save_steps": 1, "logging_steps": 2, **training}
+    )
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("method", ["seq-lora", "keeplora"])
 def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(
-    run_config, drive, run_to_the_end, stop_within_training, steps, tmp_path, tiny_tasks, left_behind, one_label, settings, method
+    run_config,
+    drive,
+    run_to_the_end,
+    stop_within_training,
+    steps,
+    tmp_path,
+    tiny_tasks,
+    left_behind,
+    one_label,
+    settings,
+    method,
 ):
     training = SETTINGS[settings]
-    build = lambda name: one_task(lambda *a, **k: run_config(*a, **k, **one_label(method)), tiny_tasks, tmp_path, name, training)  # noqa: E731
+    build = lambda name: one_task(
+        lambda *a, **k: run_config(*a, **k, **one_label(method)), tiny_tasks, tmp_path, name, training
+    )
     drive(build("undisturbed"))
     whole = list(steps)
     steps.clear()
@@ -56,8 +82,13 @@ def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(
 def test_a_llava_with_dropout_and_rates_of_its_parts_goes_on_bit_for_bit(
     llava_config, drive, run_to_the_end, stop_within_training, tmp_path, mixed_tasks, left_behind
 ):
-    changes = {"methods": {"released-llava": {"method": "keeplora", "preset": "released-llava"}}, "parts": {"vision": {"learning_rate": 5e-4}}}
-    build = lambda name: one_task(lambda *a, **k: llava_config(*a, **k, **changes), mixed_tasks, tmp_path, name, {})  # noqa: E731
+    changes = {
+        "methods": {"released-llava": {"method": "keeplora", "preset": "released-llava"}},
+        "parts": {"vision": {"learning_rate": 5e-4}},
+    }
+    build = lambda name: one_task(
+        lambda *a, **k: llava_config(*a, **k, **changes), mixed_tasks, tmp_path, name, {}
+    )
     drive(build("undisturbed"))
     stop_within_training(2)
     assert run_to_the_end(build("killed")) == 2
@@ -68,23 +99,34 @@ def test_a_training_on_random_crops_goes_on_bit_for_bit_and_is_another_than_with
     run_config, drive, run_to_the_end, stop_within_training, tmp_path, tiny_tasks, left_behind, outcome
 ):
     def build(name, crop):
-        return one_task(lambda *a, **k: run_config(*a, **k, methods={"seq-lora": {"random_resized_crop": crop}}), tiny_tasks, tmp_path, name, {})
+        return one_task(
+            lambda *a, **k: run_config(*a, **k, methods={"seq-lora": {"random_resized_crop": crop}}),
+            tiny_tasks,
+            tmp_path,
+            name,
+            {},
+        )
 
     drive(build("undisturbed", [0.5, 0.9]))
     drive(build("whole", None))
     stop_within_training(2)
     assert run_to_the_end(build("killed", [0.5, 0.9])) == 2
     assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
-    deltas = [next(value for name, value in outcome(tmp_path / run).items() if name.endswith("delta.safetensors")) for run in ("undisturbed", "whole")]
+    deltas = [
+        next(value for name, value in outcome(tmp_path / run).items() if name.endswith("delta.safetensors"))
+        for run in ("undisturbed", "whole")
+    ]
     assert deltas[0] != deltas[1]
 
 
 def test_training_stopped_after_its_last_step_ends_with_the_same_files(
     run_config, drive, run_to_the_end, stopped, monkeypatch, tmp_path, tiny_tasks, left_behind, one_label
 ):
-    build = lambda name: one_task(lambda *a, **k: run_config(*a, **k, **one_label("keeplora")), tiny_tasks, tmp_path, name, {})  # noqa: E731
+    build = lambda name: one_task(
+        lambda *a, **k: run_config(*a, **k, **one_label("keeplora")), tiny_tasks, tmp_path, name, {}
+    )
     drive(build("undisturbed"))
-    save, calls = label_run.save_deltas, []
+    save, calls = method_run.save_deltas, []
 
     def stop_once(*args):
         calls.append(args)
@@ -92,15 +134,27 @@ def test_training_stopped_after_its_last_step_ends_with_the_same_files(
             raise stopped
         return save(*args)
 
-    monkeypatch.setattr(label_run, "save_deltas", stop_once)
+    monkeypatch.setattr(method_run, "save_deltas", stop_once)
     assert run_to_the_end(build("killed")) == 2
     assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
 
 
 def test_a_damaged_checkpoint_costs_the_tasks_steps_and_nothing_else(
-    run_config, drive, run_to_the_end, stop_within_training, stopped, tmp_path, tiny_tasks, left_behind, one_label, caplog, steps
+    run_config,
+    drive,
+    run_to_the_end,
+    stop_within_training,
+    stopped,
+    tmp_path,
+    tiny_tasks,
+    left_behind,
+    one_label,
+    caplog,
+    steps,
 ):
-    build = lambda name: one_task(lambda *a, **k: run_config(*a, **k, **one_label("keeplora")), tiny_tasks, tmp_path, name, {})  # noqa: E731
+    build = lambda name: one_task(
+        lambda *a, **k: run_config(*a, **k, **one_label("keeplora")), tiny_tasks, tmp_path, name, {}
+    )
     drive(build("undisturbed"))
     stop_within_training(2)
     with pytest.raises(stopped):
@@ -127,7 +181,12 @@ def test_an_optimisers_state_comes_back_through_safetensors_and_json(tmp_path):
         first = kind([begun])
         trained(range(2), first, begun)
         state = optimizer_state(first)
-        StepCheckpoint(tmp_path).write(2, TrainingState({"p": begun.detach(), **{f"o.{k}": v for k, v in state.tensors.items()}}, state.values))
+        StepCheckpoint(tmp_path).write(
+            2,
+            TrainingState(
+                {"p": begun.detach(), **{f"o.{k}": v for k, v in state.tensors.items()}}, state.values
+            ),
+        )
         back = StepCheckpoint(tmp_path).read()
         second = kind([gone_on])
         gone_on.data.copy_(back.tensors["p"])
@@ -138,14 +197,18 @@ def test_an_optimisers_state_comes_back_through_safetensors_and_json(tmp_path):
 
 
 def test_how_often_training_is_kept_is_no_part_of_a_runs_identity(run_config, tmp_path):
-    often, seldom = (run_config(tmp_path / "run", training={"save_steps": n}).identity() for n in (1, 100))
+    often, seldom = (run_identity(run_config(tmp_path / "run", training={"save_steps": n})) for n in (1, 100))
     assert json.dumps(often) == json.dumps(seldom)
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """One with values as a Trainer's."""
-    values = {"schedule": {"last_epoch": 2, "_last_lr": [0.1]}, "optimizer": {"param_groups": [{"betas": [0.9, 0.999], "weight_decay": 0.01, "params": [0]}]}, "losses": {"_total": 1.5}}
+    values = {
+        "schedule": {"last_epoch": 2, "_last_lr": [0.1]},
+        "optimizer": {"param_groups": [{"betas": [0.9, 0.999], "weight_decay": 0.01, "params": [0]}]},
+        "losses": {"_total": 1.5},
+    }
     checkpoint = StepCheckpoint(tmp_path)
     checkpoint.write(2, TrainingState({"weights.a": torch.ones(2)}, values))
     assert checkpoint.read().values == values
@@ -163,21 +226,27 @@ def test_every_single_flipped_bit_of_a_checkpoints_record_is_noticed(checkpoint,
             caplog.clear()
             state = checkpoint.read()
             if state is None:
-                assert "training.json and its tensors are not what was written" in caplog.text and "training begins again" in caplog.text
+                assert (
+                    "training.json and its tensors are not what was written" in caplog.text
+                    and "training begins again" in caplog.text
+                )
             else:
                 assert json.loads(changed) == json.loads(whole)
 
 
-@pytest.mark.parametrize("change", [
-    lambda record: record["values"]["schedule"].update(last_epoch=1),
-    lambda record: record["values"]["optimizer"]["param_groups"][0].update(weight_decay=0.0),
-    lambda record: record["values"]["optimizer"]["param_groups"][0].update(betas=[0.8, 0.999]),
-    lambda record: record.pop("values"),
-    lambda record: record.pop("record_sha256"),
-    lambda record: record.update(values=[]),
-    lambda record: record.update(tensors="../outside.safetensors"),
-    lambda record: record.update(sha256={}),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["values"]["schedule"].update(last_epoch=1),
+        lambda record: record["values"]["optimizer"]["param_groups"][0].update(weight_decay=0.0),
+        lambda record: record["values"]["optimizer"]["param_groups"][0].update(betas=[0.8, 0.999]),
+        lambda record: record.pop("values"),
+        lambda record: record.pop("record_sha256"),
+        lambda record: record.update(values=[]),
+        lambda record: record.update(tensors="../outside.safetensors"),
+        lambda record: record.update(sha256={}),
+    ],
+)
 def test_a_changed_value_makes_the_training_begin_again(checkpoint, change):
     record = json.loads(checkpoint.path.read_text())
     change(record)

@@ -12,20 +12,21 @@ from safetensors.torch import load_file
 from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, FullDelta, attach, concatenate
 from llava_keeplora.config import EvaluationConfig, parse_config
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.export.bundle import read_learned
-from llava_keeplora.export.check import probe
 from llava_keeplora.export.inspect_state import inspect_state
+from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.export.run_export import export_run
+from llava_keeplora.export.verify import probe
 from llava_keeplora.methods import METHODS, find_changed
 from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.plan import describe, make_plan
-from llava_keeplora.run_folder import load_run
-from llava_keeplora.sequence import label_run, shared, trainer
+from llava_keeplora.saved_run import load_run, run_identity
+from llava_keeplora.sequence import method_run, run_context, trainer
 from llava_keeplora_eval.predictions import read_predictions
+from llava_keeplora_recipes import load_split
 
 FAMILIES = ("clip", "llava")
-LEARNING = [name for name, method in METHODS.items() if method.learns]
-MERGEABLE = [name for name in LEARNING if METHODS[name].record.mergeable]
+LEARNING = [name for name, method in METHODS.items() if method.trainable]
+MERGEABLE = [name for name in LEARNING if METHODS[name].info.mergeable]
 #: The others are stopped everywhere in test_resume.py.
 NEW = ["keeplora+", "keeplora++", "o-lora", "inflora", "sd-lora", "zscl", "moe-adapters", "iap"]
 #: A router starts anew with every task, over experts that have learned already.
@@ -34,13 +35,16 @@ STARTING_ANEW = ["moe-adapters"]
 
 def runs_on(family, methods=LEARNING):
     """Those methods that run on a family."""
-    return [name for name in methods if family in METHODS[name].record.families]
+    return [name for name in methods if family in METHODS[name].info.families]
 
 
 def for_every(methods, slow=()):
     """A test for each method on each family that it runs on."""
     pairs = [(family, name) for family in FAMILIES for name in runs_on(family, methods)]
-    return pytest.mark.parametrize(("family", "method"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[0] in slow)) for pair in pairs])
+    return pytest.mark.parametrize(
+        ("family", "method"),
+        [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[0] in slow)) for pair in pairs],
+    )
 
 
 @dataclasses.dataclass
@@ -78,7 +82,12 @@ def config(family, run_tree, llava_tree, tiny_tasks, mixed_tasks):
     build, tasks = {"clip": (run_tree, tiny_tasks), "llava": (llava_tree, mixed_tasks)}[family]
     options = {"zscl": {"reference": str(tiny_tasks[2])}}
     return lambda folder, methods, **changes: parse_config(
-        build(folder, tasks=[str(task) for task in tasks[:2]], methods={name: options.get(name, {}) for name in runs_on(family, methods)}, **changes)
+        build(
+            folder,
+            tasks=[str(task) for task in tasks[:2]],
+            methods={name: options.get(name, {}) for name in runs_on(family, methods)},
+            **changes,
+        )
     )
 
 
@@ -99,7 +108,12 @@ def seen(family, config, driven, watched, tmp_path_factory):
 def watch(folder, config, driven):
     """Run every method."""
     found, held = Seen(folder, {}), {}
-    load, go, step, loss_of = shared.Shared.load, label_run.LabelRun.go, trainer.TaskTrainer.training_step, trainer.TaskTrainer.compute_loss
+    load, go, step, loss_of = (
+        run_context.RunContext.load,
+        method_run.MethodRun.go,
+        trainer.TaskTrainer.training_step,
+        trainer.TaskTrainer.compute_loss,
+    )
 
     def watched_load(self):
         load(self)
@@ -108,31 +122,36 @@ def watch(folder, config, driven):
 
     def watched_go(self):
         go(self)
-        if self.learns:
-            found.after[self.config.label] = tensors(self.shared.family.model)
-            found.logits[self.config.label] = probe(self.shared.family, self.tasks[-1].test)[1]
+        if self.trainable:
+            found.after[self.config.label] = tensors(self.context.family.model)
+            found.logits[self.config.label] = probe(self.context.family, self.tasks[-1].test)[1]
 
     def watched_step(self, model, *args, **kwargs):
         loss = step(self, model, *args, **kwargs)
         wrong = {name for name, p in model.named_parameters() if p.requires_grad == (p.grad is None)}
-        found.unlike.setdefault((self.method.record.name, self.ctx.name), wrong)
+        found.unlike.setdefault((self.method.info.name, self.ctx.name), wrong)
         return loss
 
     def watched_loss(self, model, inputs, *args, **kwargs):
         loss, out = loss_of(self, model, inputs, True, *args[1:], **kwargs)
-        found.first.setdefault((self.method.record.name, self.ctx.index), (inputs, float(out["loss"].detach())))
+        found.first.setdefault((self.method.info.name, self.ctx.index), (inputs, float(out["loss"].detach())))
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.TaskTrainer, "compute_loss", watched_loss)
-        patch.setattr(shared.Shared, "load", watched_load)
-        patch.setattr(label_run.LabelRun, "go", watched_go)
+        patch.setattr(run_context.RunContext, "load", watched_load)
+        patch.setattr(method_run.MethodRun, "go", watched_go)
         patch.setattr(trainer.TaskTrainer, "training_step", watched_step)
         driven(config(folder, LEARNING))
     held["shared"].base.apply([])
     model = held["shared"].family.model
     found.restored.update(tensors(model))
-    hooks = [hook for module in model.modules() for kind in (module._forward_hooks, module._forward_pre_hooks) for hook in kind.values()]
+    hooks = [
+        hook
+        for module in model.modules()
+        for kind in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in kind.values()
+    ]
     found.hooks.extend(hook.__module__ for hook in hooks if not hook.__module__.startswith("transformers."))
     return found
 
@@ -155,12 +174,19 @@ def test_the_base_is_bit_for_bit_what_it_was_and_nothing_is_left_on_it(seen):
 
 @for_every(LEARNING)
 def test_exactly_the_declared_tensors_change(seen, method):
-    learned = read_learned(seen.folder, method)
+    learned = load_learned_run(seen.folder, method)
     changed = find_changed(METHODS[method], load_run(seen.folder).methods[method].parts, base_family(learned))
-    declared = {f"{name}.weight" for name in changed.adapted} | {f"{n}.{own}" for n, m in changed.full.items() for own, _ in m.named_parameters(recurse=False)}
-    stored = [{f"{name}.{own}" for name, delta in task.items() for own in delta.changes()} for task in learned.deltas]
+    declared = {f"{name}.weight" for name in changed.adapted} | {
+        f"{n}.{own}" for n, m in changed.full.items() for own, _ in m.named_parameters(recurse=False)
+    }
+    stored = [
+        {f"{name}.{own}" for name, delta in task.items() for own in delta.changes()}
+        for task in learned.deltas
+    ]
     assert all(names == declared for names in stored) and len(stored) == 2
-    assert {name for name, value in seen.after[method].items() if not torch.equal(value, seen.base[name])} == declared
+    assert {
+        name for name, value in seen.after[method].items() if not torch.equal(value, seen.base[name])
+    } == declared
 
 
 @for_every(LEARNING)
@@ -171,7 +197,7 @@ def test_every_trained_tensor_gets_a_gradient_and_no_frozen_one(seen, method):
 
 @for_every([name for name in LEARNING if name not in STARTING_ANEW])
 def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
-    learned = read_learned(seen.folder, method, at_task=1)
+    learned = load_learned_run(seen.folder, method, at_task=1)
     batch, loss = seen.first[method, 2]
     expected = float(learned.load().task(learned.recipes[1])(**batch)["loss"])
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -179,15 +205,19 @@ def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
 
 @for_every(LEARNING)
 def test_what_is_read_back_from_the_files_gives_the_same_logits(seen, method):
-    learned = read_learned(seen.folder, method)
-    data = learned.recipes[-1].load("test")
+    learned = load_learned_run(seen.folder, method)
+    data = load_split(learned.recipes[-1], "test")
     assert torch.equal(probe(learned.load(), data)[1], seen.logits[method])
 
 
 @for_every(LEARNING)
 def test_what_is_read_back_from_the_files_answers_as_the_run_did(seen, method):
-    learned, cls = read_learned(seen.folder, method), METHODS[method]
-    fresh, family, data = cls(cls.Options(**learned.config["methods"][method]["options"])), learned.load(), learned.recipes[-1].load("test")
+    learned, cls = load_learned_run(seen.folder, method), METHODS[method]
+    fresh, family, data = (
+        cls(cls.Options(**learned.config["methods"][method]["options"])),
+        learned.load(),
+        load_split(learned.recipes[-1], "test"),
+    )
     folders = sorted((seen.folder / method).glob("task-*"))
     fresh.load([read(folder, "kept") | read(folder, "state") for folder in folders])
     predictor = fresh.predictor(family.predictor(data.recipe, Prepared(family, data)), data.recipe.name)
@@ -197,23 +227,37 @@ def test_what_is_read_back_from_the_files_answers_as_the_run_did(seen, method):
 
 @for_every(MERGEABLE)
 def test_merged_and_unmerged_agree(seen, method):
-    learned = read_learned(seen.folder, method)
+    learned = load_learned_run(seen.folder, method)
     family = base_family(learned)
-    full = [{name: delta for name, delta in task.items() if isinstance(delta, FullDelta)} for task in learned.deltas]
+    full = [
+        {name: delta for name, delta in task.items() if isinstance(delta, FullDelta)}
+        for task in learned.deltas
+    ]
     BaseWeights({name: family.model.get_submodule(name) for name in full[0]}).apply(full)
-    stacked = concatenate([{name: delta for name, delta in task.items() if isinstance(delta, Delta)} for task in learned.deltas])
-    attach(family.model, {name: AdapterInit(len(delta.A), float(len(delta.A)), delta.A, delta.B) for name, delta in stacked.items()})
+    stacked = concatenate(
+        [{name: delta for name, delta in task.items() if isinstance(delta, Delta)} for task in learned.deltas]
+    )
+    attach(
+        family.model,
+        {
+            name: AdapterInit(len(delta.A), float(len(delta.A)), delta.A, delta.B)
+            for name, delta in stacked.items()
+        },
+    )
     family.model.eval()
-    unmerged = probe(family, learned.recipes[-1].load("test"))[1]
+    unmerged = probe(family, load_split(learned.recipes[-1], "test"))[1]
     assert float((unmerged - seen.logits[method]).abs().max()) <= 1e-5 * max(1.0, float(unmerged.abs().max()))
-    plain = probe(base_family(learned), learned.recipes[-1].load("test"))[1]
+    plain = probe(base_family(learned), load_split(learned.recipes[-1], "test"))[1]
     assert float((unmerged - plain).abs().max()) > 1e-3, "what was learned is seen in the logits"
 
 
 @for_every([name for name in LEARNING if name not in MERGEABLE])
 def test_what_does_not_merge_is_refused_in_a_sentence(seen, method):
     for form in ("merged", "adapter"):
-        with pytest.raises(ConfigError, match=f"what '{re.escape(method)}' learned does not merge into the base's weights; export --as state"):
+        with pytest.raises(
+            ConfigError,
+            match=f"what '{re.escape(method)}' learned does not merge into the base's weights; export --as state",
+        ):
             export_run(seen.folder, form, label=method)
 
 
@@ -221,13 +265,29 @@ def test_what_does_not_merge_is_refused_in_a_sentence(seen, method):
 def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, method):
     entries = [json.loads(line) for line in (seen.folder / method / "journal.jsonl").read_text().splitlines()]
     counts = [entry["info"]["trained_parameters"] for entry in entries if entry["stage"] == "TRAINED"]
-    prepared = [json.loads(path.read_text())["layers"] for path in sorted((seen.folder / method).glob("task-*/prepared.json"))]
-    shapes = {name.removesuffix(".weight"): value.shape for name, value in seen.base.items() if name.endswith(".weight")}
-    trained = (lambda name: name != "logit_scale") if METHODS[method].whole else (lambda name: "multi_modal_projector" in name and METHODS[method].adapts)
-    full = sum(value.numel() for name, value in seen.base.items() if trained(name) and value.is_floating_point())
+    prepared = [
+        json.loads(path.read_text())["layers"]
+        for path in sorted((seen.folder / method).glob("task-*/prepared.json"))
+    ]
+    shapes = {
+        name.removesuffix(".weight"): value.shape
+        for name, value in seen.base.items()
+        if name.endswith(".weight")
+    }
+    trained = (
+        (lambda name: name != "logit_scale")
+        if METHODS[method].full_finetuning
+        else (lambda name: "multi_modal_projector" in name and METHODS[method].uses_lora)
+    )
+    full = sum(
+        value.numel() for name, value in seen.base.items() if trained(name) and value.is_floating_point()
+    )
     kept = [read(folder, "kept") for folder in sorted((seen.folder / method).glob("task-0[12]*"))]
     for task, (count, layers, beside) in enumerate(zip(counts, prepared, kept, strict=True), start=1):
-        own = sum(layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"]) for name, layer in layers.items())
+        own = sum(
+            layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"])
+            for name, layer in layers.items()
+        )
         own += sum(value.numel() for value in beside.values() if value.is_floating_point())
         assert count == own + full + (task if method == "sd-lora" else 0)
     assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
@@ -238,13 +298,18 @@ def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, metho
 
 def alike(ours, theirs, method):
     """Whether a method's files are those of the run of all methods."""
-    ours, theirs = ({name: value for name, value in found.items() if name.startswith(f"{method}/")} for found in (ours, theirs))
+    ours, theirs = (
+        {name: value for name, value in found.items() if name.startswith(f"{method}/")}
+        for found in (ours, theirs)
+    )
     assert ours == theirs and len(ours) > 10
 
 
 @for_every(NEW, slow=["llava"])
-def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(config, seen, method, run_to_the_end, stopped, monkeypatch, tmp_path, left_behind):
-    append, done = label_run.Journal.append, set()
+def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(
+    config, seen, method, run_to_the_end, stopped, monkeypatch, tmp_path, left_behind
+):
+    append, done = method_run.Journal.append, set()
 
     def stop(self, entry):
         key = (self.path, entry.task, entry.stage)
@@ -253,23 +318,31 @@ def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(co
             raise stopped
         append(self, entry)
 
-    monkeypatch.setattr(label_run.Journal, "append", stop)
+    monkeypatch.setattr(method_run.Journal, "append", stop)
     assert run_to_the_end(config(tmp_path / "run", [method])) == 1 + 4 + 2 * 6
     alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
 
 
 @for_every(NEW)
-def test_a_run_stopped_within_training_goes_on_from_its_last_step(config, seen, method, run_to_the_end, stop_within_training, tmp_path, left_behind):
+def test_a_run_stopped_within_training_goes_on_from_its_last_step(
+    config, seen, method, run_to_the_end, stop_within_training, tmp_path, left_behind
+):
     stop_within_training(2)
     assert run_to_the_end(config(tmp_path / "run", [method], training={"save_steps": 1})) == 3
     alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
 
 
 @pytest.mark.parametrize("family", ["clip"])
-def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start(config, seen, driven, tmp_path):
+def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start(
+    config, seen, driven, tmp_path
+):
     driven(config(tmp_path / "run", NEW).first(1))
     driven(config(tmp_path / "run", NEW))
-    files = [path for path in sorted(seen.folder.rglob("*.safetensors")) if path.relative_to(seen.folder).parts[0] in NEW]
+    files = [
+        path
+        for path in sorted(seen.folder.rglob("*.safetensors"))
+        if path.relative_to(seen.folder).parts[0] in NEW
+    ]
     assert len(files) >= 2 * len(NEW)
     for path in files:
         assert (tmp_path / "run" / path.relative_to(seen.folder)).read_bytes() == path.read_bytes(), path
@@ -282,37 +355,58 @@ def test_a_run_that_is_extended_learns_what_it_would_have_learned_from_the_start
 def test_what_tasks_keep_is_what_their_methods_declare(seen):
     """As import checks it: names, shapes, types, numbers and orthonormal bases of every file that goes on to later tasks."""
     config = load_run(seen.folder)
-    inspect_state(seen.folder, config, config.identity()["tasks"])
+    inspect_state(seen.folder, config, run_identity(config)["tasks"])
 
 
-@pytest.mark.parametrize("method", [name for name in LEARNING if "llava" not in METHODS[name].record.families])
+@pytest.mark.parametrize("method", [name for name in LEARNING if "llava" not in METHODS[name].info.families])
 def test_a_method_is_refused_on_a_model_that_it_does_not_run_on(llava_tree, driven, tmp_path, method):
     name = re.escape(method)
-    with pytest.raises(ConfigError, match=f"'{name}' runs on clip, and .* is a llava; leave '{name}' out of this run"):
+    with pytest.raises(
+        ConfigError, match=f"'{name}' runs on clip, and .* is a llava; leave '{name}' out of this run"
+    ):
         driven(parse_config(llava_tree(tmp_path / "run", methods={method: {}})))
 
 
 @pytest.mark.parametrize("method", ["o-lora", "sd-lora", "keeplora+", "zscl", "moe-adapters", "iap"])
 def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tree, tmp_path, method):
     training = {"deepspeed": {"zero_optimization": {"stage": 3}}}
-    with pytest.raises(ConfigError, match=rf"stage 3, and '{re.escape(method)}' \({re.escape(method)}\) needs what it trains whole outside of its layers; use stage 2"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"stage 3, and '{re.escape(method)}' \({re.escape(method)}\) needs what it trains whole outside of its layers; use stage 2",
+    ):
         parse_config(run_tree(tmp_path / "run", methods={method: {}}, training=training))
-    parse_config(run_tree(tmp_path / "run", methods={"inflora": {}, "keeplora": {}, "keeplora++": {}}, training=training))
+    parse_config(
+        run_tree(
+            tmp_path / "run", methods={"inflora": {}, "keeplora": {}, "keeplora++": {}}, training=training
+        )
+    )
 
 
-def test_a_plan_leaves_out_and_names_what_it_cannot_rehearse_and_refuses_where_nothing_is_left(run_tree, tmp_path):
+def test_a_plan_leaves_out_and_names_what_it_cannot_rehearse_and_refuses_where_nothing_is_left(
+    run_tree, tmp_path
+):
     why = "prepares its adapters from data, which a plan has none of"
     with pytest.raises(ConfigError, match=f"'inflora' {why}; run it without a plan"):
         make_plan(parse_config(run_tree(tmp_path / "run", methods={"inflora": {}})))
     plan = make_plan(parse_config(run_tree(tmp_path / "run", methods={name: {} for name in LEARNING})))
-    assert [method.label for method in plan.methods] == [name for name in LEARNING if name not in plan.left_out]
+    assert [method.label for method in plan.methods] == [
+        name for name in LEARNING if name not in plan.left_out
+    ]
     assert list(plan.left_out) == ["inflora", "zscl", "moe-adapters", "iap"]
-    assert f"\nnot planned: 'inflora' {why}\n" in describe(plan) and "not planned: 'iap' does not train LoRA adapters" in describe(plan)
+    assert f"\nnot planned: 'inflora' {why}\n" in describe(
+        plan
+    ) and "not planned: 'iap' does not train LoRA adapters" in describe(plan)
 
 
-@pytest.mark.parametrize("method", [name for name in LEARNING if not METHODS[name].adapts])
+@pytest.mark.parametrize("method", [name for name in LEARNING if not METHODS[name].uses_lora])
 def test_a_method_without_adapters_takes_no_parts_and_no_plan_in_a_sentence(run_tree, tmp_path, method):
-    with pytest.raises(ConfigError, match=f"methods.{method}.parts is set, but '{method}' has no adapters on the model's parts; remove methods.{method}.parts"):
+    with pytest.raises(
+        ConfigError,
+        match=f"methods.{method}.parts is set, but '{method}' has no adapters on the model's parts; remove methods.{method}.parts",
+    ):
         parse_config(run_tree(tmp_path / "run", methods={method: {"parts": {"vision": {"rank": 4}}}}))
-    with pytest.raises(ConfigError, match=f"'{method}' does not train LoRA adapters, and a plan knows nothing else; run it without a plan"):
+    with pytest.raises(
+        ConfigError,
+        match=f"'{method}' does not train LoRA adapters, and a plan knows nothing else; run it without a plan",
+    ):
         make_plan(parse_config(run_tree(tmp_path / "run", methods={method: {}})))

@@ -50,9 +50,18 @@ def test_tasks_to_come_without_room_are_warned_of_in_a_sentence_with_its_cure():
     )
 
 
-def test_a_run_warns_while_tasks_are_to_come_and_says_nothing_after_the_last(run_config, drive, tmp_path, tiny_tasks, caplog):
+def test_a_run_warns_while_tasks_are_to_come_and_says_nothing_after_the_last(
+    run_config, drive, tmp_path, tiny_tasks, caplog
+):
     part = {"energy_weight": 0.5, "energy_feature": 0.999, "rank": 8, "alpha": 8}
     with caplog.at_level(logging.WARNING):
-        drive(run_config(tmp_path / "run", methods={"keeplora": {}}, parts={"vision": part, "text": part}, tasks=[str(path) for path in tiny_tasks[:2]]))
+        drive(
+            run_config(
+                tmp_path / "run",
+                methods={"keeplora": {}},
+                parts={"vision": part, "text": part},
+                tasks=[str(path) for path in tiny_tasks[:2]],
+            )
+        )
     (told,) = [message for message in caplog.messages if "to come" in message]
     assert told.startswith("keeplora: 1 more task to come, and ")

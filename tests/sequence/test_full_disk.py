@@ -35,7 +35,9 @@ SIZES = [(300, False), (2500, False), (1270, True), (1400, True), (5000, True), 
 
 
 @pytest.mark.parametrize(("size", "claimed"), SIZES)
-def test_a_full_disk_is_one_sentence_and_a_start_with_room_ends_with_the_same_files(config, drive, two_tasks_run, left_behind, size, claimed):
+def test_a_full_disk_is_one_sentence_and_a_start_with_room_ends_with_the_same_files(
+    config, drive, two_tasks_run, left_behind, size, claimed
+):
     if claimed:
         with Workspace(config).locked():
             Workspace(config).claim()
@@ -50,7 +52,9 @@ def test_a_full_disk_is_one_sentence_and_a_start_with_room_ends_with_the_same_fi
         Journal(path).verify()
     drive(config)
     assert left_behind(root) == left_behind(two_tasks_run)
-    assert all(Journal(path).entries[: len(entries)] == entries for path, entries in kept.items()), "what was finished is not done again"
+    assert all(Journal(path).entries[: len(entries)] == entries for path, entries in kept.items()), (
+        "what was finished is not done again"
+    )
     assert not list(root.rglob("*.part"))
 
 
@@ -69,7 +73,9 @@ def test_a_journal_line_that_a_full_disk_tore_is_written_again(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_a_folder_that_becomes_read_only_is_named(config, drive, monkeypatch, number, two_tasks_run, left_behind):
+def test_a_folder_that_becomes_read_only_is_named(
+    config, drive, monkeypatch, number, two_tasks_run, left_behind
+):
     import os
 
     def refuse(self, entry):
@@ -77,7 +83,10 @@ def test_a_folder_that_becomes_read_only_is_named(config, drive, monkeypatch, nu
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", refuse)
-        with pytest.raises(RunError, match=r"zero-shot/journal.jsonl cannot be used \(.*\); give this user the right to it, and run the same command again"):
+        with pytest.raises(
+            RunError,
+            match=r"zero-shot/journal.jsonl cannot be used \(.*\); give this user the right to it, and run the same command again",
+        ):
             drive(config)
     drive(config)
     assert left_behind(config.output_dir) == left_behind(two_tasks_run)

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from llava_keeplora.errors import RunError
-from llava_keeplora.journal import BASE_STAGES, STAGES, Entry, Journal, next_stage, open_stages
+from llava_keeplora.journal import Entry, Journal, next_stage, open_stages
+from llava_keeplora.run_folder import BASE_STAGES, STAGES
 from llava_keeplora_eval.files import file_hash
 
 ORDER = [(0, s) for s in BASE_STAGES] + [(t, s) for t in (1, 2) for s in STAGES]
@@ -60,7 +61,9 @@ def test_a_run_extended_before_its_end_scores_again_what_it_had_scored_and_goes_
     ],
 )
 def test_stages_out_of_order_are_refused(done):
-    with pytest.raises(RunError, match="the journal's stages are out of order; start over in a new output_dir"):
+    with pytest.raises(
+        RunError, match="the journal's stages are out of order; start over in a new output_dir"
+    ):
         next_stage([Entry(*pair, info={"tasks": [{}, {}]}) for pair in done], tasks=2)
 
 
@@ -91,7 +94,10 @@ def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_append(path, caplo
 def test_a_broken_line_in_the_middle_is_refused(path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + "nonsense\n" + lines[2])
-    with pytest.raises(RunError, match="journal.jsonl, line 2 is not a journal entry \\(.*\\); restore the file or start over"):
+    with pytest.raises(
+        RunError,
+        match="journal.jsonl, line 2 is not a journal entry \\(.*\\); restore the file or start over",
+    ):
         Journal(path)
 
 
@@ -106,7 +112,10 @@ def journal_with_file(tmp_path):
 
 def test_a_file_that_is_not_what_its_stage_wrote_is_refused(journal_with_file, tmp_path):
     (tmp_path / "delta").write_text("other")
-    with pytest.raises(RunError, match="delta is not what stage PLANNED of task 0 wrote; restore it or start over in a new output_dir"):
+    with pytest.raises(
+        RunError,
+        match="delta is not what stage PLANNED of task 0 wrote; restore it or start over in a new output_dir",
+    ):
         journal_with_file.verify()
 
 
@@ -127,7 +136,9 @@ def test_an_extension_may_make_scores_again_but_nothing_else(tmp_path):
         (tmp_path / name).write_text("second")
     assert len([*journal.problems()]) == 3
     journal.append(Entry(0, "PLANNED"))
-    assert [str(problem).split()[0] for problem in journal.problems()] == [str(tmp_path / name) for name in names[1:]]
+    assert [str(problem).split()[0] for problem in journal.problems()] == [
+        str(tmp_path / name) for name in names[1:]
+    ]
     (tmp_path / "scores.json").unlink()
     assert len([*journal.problems()]) == 3
 

@@ -61,7 +61,9 @@ def test_a_run_killed_anywhere_ends_with_the_same_files(undisturbed, left_behind
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["clip", "llava"])
-def test_runs_killed_in_every_stage_and_within_everything_they_do_end_with_the_same_files(undisturbed, left_behind, tmp_path, family):
+def test_runs_killed_in_every_stage_and_within_everything_they_do_end_with_the_same_files(
+    undisturbed, left_behind, tmp_path, family
+):
     build, whole, moments = undisturbed(family)
     expected = left_behind(whole)
     for seed in range(1, 21):
@@ -69,5 +71,13 @@ def test_runs_killed_in_every_stage_and_within_everything_they_do_end_with_the_s
         assert left_behind(tmp_path / str(seed)) == expected, f"seed {seed}"
     places = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert {stage for stage, _ in places} >= STAGES
-    assert {kind for _, kind in places} >= {"file", "rename", "journal", "answers", "batch", "step", "generation" if family == "llava" else "images"}
+    assert {kind for _, kind in places} >= {
+        "file",
+        "rename",
+        "journal",
+        "answers",
+        "batch",
+        "step",
+        "generation" if family == "llava" else "images",
+    }
     assert ("TRAINED", "step") in {tuple(place) for place in places} and len(places) >= 40

@@ -10,11 +10,72 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: Lower layers know nothing of the ones above them.
 ABOVE = {
-    "group": ["analysis", "export", "plan", "start", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "subspace": ["analysis", "export", "plan", "start", "capture", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "capture": ["analysis", "export", "plan", "start", "adapters", "models", "methods", "sequence", "report", "config", "cli"],
-    "adapters": ["analysis", "export", "plan", "start", "capture", "models", "methods", "sequence", "report", "config", "cli"],
-    "models": ["analysis", "export", "plan", "start", "capture", "adapters", "methods", "sequence", "report", "cli"],
+    "distributed": [
+        "analysis",
+        "export",
+        "plan",
+        "start",
+        "capture",
+        "adapters",
+        "models",
+        "methods",
+        "sequence",
+        "report",
+        "config",
+        "cli",
+    ],
+    "subspace": [
+        "analysis",
+        "export",
+        "plan",
+        "start",
+        "capture",
+        "adapters",
+        "models",
+        "methods",
+        "sequence",
+        "report",
+        "config",
+        "cli",
+    ],
+    "capture": [
+        "analysis",
+        "export",
+        "plan",
+        "start",
+        "adapters",
+        "models",
+        "methods",
+        "sequence",
+        "report",
+        "config",
+        "cli",
+    ],
+    "adapters": [
+        "analysis",
+        "export",
+        "plan",
+        "start",
+        "capture",
+        "models",
+        "methods",
+        "sequence",
+        "report",
+        "config",
+        "cli",
+    ],
+    "models": [
+        "analysis",
+        "export",
+        "plan",
+        "start",
+        "capture",
+        "adapters",
+        "methods",
+        "sequence",
+        "report",
+        "cli",
+    ],
     "methods": ["analysis", "export", "plan", "start", "models", "sequence", "report", "config", "cli"],
     "analysis": ["doctor", "plan", "sequence", "methods", "capture", "cli"],
     "export": ["analysis", "doctor", "plan", "sequence", "capture", "cli"],
@@ -22,10 +83,32 @@ ABOVE = {
     "start": ["analysis", "doctor", "plan", "sequence", "export", "report", "cli"],
     "doctor": ["analysis", "sequence", "export", "report", "cli"],
     "compare": ["analysis", "doctor", "plan", "export", "models", "methods", "sequence", "cli"],
-    "report": ["analysis", "compare", "plan", "export", "sequence", "methods", "models", "adapters", "capture", "cli"],
-    "config": ["analysis", "doctor", "plan", "export", "models", "sequence", "report", "cli", "run_folder"],
+    "report": [
+        "analysis",
+        "compare",
+        "plan",
+        "export",
+        "sequence",
+        "methods",
+        "models",
+        "adapters",
+        "capture",
+        "cli",
+    ],
+    "config": ["analysis", "doctor", "plan", "export", "models", "sequence", "report", "cli", "saved_run"],
     "run_folder": ["analysis", "doctor", "plan", "export", "models", "sequence", "report", "cli"],
-    "reproduce": ["analysis", "doctor", "plan", "export", "models", "methods", "sequence", "report", "cli", "run_folder"],
+    "reproduce": [
+        "analysis",
+        "doctor",
+        "plan",
+        "export",
+        "models",
+        "methods",
+        "sequence",
+        "report",
+        "cli",
+        "saved_run",
+    ],
     "sequence": ["compare", "cli"],
 }
 
@@ -49,7 +132,12 @@ def files(part: str) -> list[Path]:
 @pytest.mark.parametrize("part", ABOVE)
 def test_no_file_of_a_layer_imports_a_layer_above(part):
     for path in files(part):
-        wrong = {n for n in imports_of(path) for above in ABOVE[part] if f"{n}.".startswith(f"llava_keeplora.{above}.")}
+        wrong = {
+            n
+            for n in imports_of(path)
+            for above in ABOVE[part]
+            if f"{n}.".startswith(f"llava_keeplora.{above}.")
+        }
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
 
 
@@ -64,7 +152,8 @@ def test_the_driver_is_imported_by_the_command_line_alone():
     importers = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "llava_keeplora").rglob("*.py")
-        if any(n.startswith("llava_keeplora.sequence") for n in imports_of(path)) and path.parent.name != "sequence"
+        if any(n.startswith("llava_keeplora.sequence") for n in imports_of(path))
+        and path.parent.name != "sequence"
     }
     assert importers <= {"llava_keeplora/cli.py"}
 

@@ -40,6 +40,11 @@ def test_where_the_mark_cannot_be_set_back_the_peak_is_the_processs_since_its_st
 
 def test_every_stage_in_the_journal_has_its_peak(run_config, drive, tmp_path, one_label, tiny_tasks):
     drive(run_config(tmp_path / "run", tasks=[str(tiny_tasks[0])], **one_label("seq-lora")))
-    entries = [json.loads(line) for line in (tmp_path / "run/seq-lora/journal.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(line) for line in (tmp_path / "run/seq-lora/journal.jsonl").read_text().splitlines()
+    ]
     assert len(entries) == 4 + 6
-    assert all(entry["info"]["peak_bytes"] > 10 * 2**20 and entry["info"]["peak_of"].startswith("process") for entry in entries)
+    assert all(
+        entry["info"]["peak_bytes"] > 10 * 2**20 and entry["info"]["peak_of"].startswith("process")
+        for entry in entries
+    )

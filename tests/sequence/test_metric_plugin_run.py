@@ -9,7 +9,7 @@ import yaml
 from llava_keeplora.doctor.run import examine_run
 from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.journal import Journal
-from llava_keeplora.run_folder import extended
+from llava_keeplora.saved_run import extended
 from llava_keeplora_eval import EvalError
 
 METRIC = '''"""Written for this test."""
@@ -58,7 +58,11 @@ def test_a_run_scored_by_a_metric_of_its_own(config, tasks, drive, stopped, monk
     scores = [json.loads(path.read_text()) for path in sorted(run.glob("seq-lora/task-*/scores.json"))]
     assert {score["metric"] for row in scores for score in row.values()} == {"starts_same:same_start"}
     sources = {score["metric_source"] for row in scores for score in row.values()}
-    plan = next(entry for entry in Journal(run / "seq-lora/journal.jsonl").entries if entry.stage == "PLANNED" and entry.task)
+    plan = next(
+        entry
+        for entry in Journal(run / "seq-lora/journal.jsonl").entries
+        if entry.stage == "PLANNED" and entry.task
+    )
     assert sources == {plan.info["tasks"][0]["plugins"]["metric"]}
     assert faults(run) == []
 

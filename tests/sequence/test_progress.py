@@ -70,18 +70,27 @@ def piped(caplog):
     return caplog
 
 
-def test_a_run_on_a_terminal_shows_stage_progress_estimate_and_the_last_matrix(run_config, drive, tmp_path, one_label, tiny_tasks, terminal, monkeypatch):
+def test_a_run_on_a_terminal_shows_stage_progress_estimate_and_the_last_matrix(
+    run_config, drive, tmp_path, one_label, tiny_tasks, terminal, monkeypatch
+):
     monkeypatch.setattr(progress, "REFRESH", 50)
     screen = terminal()
-    results = drive(run_config(tmp_path / "run", tasks=[str(path) for path in tiny_tasks[:2]], **one_label("seq-lora")))
+    results = drive(
+        run_config(tmp_path / "run", tasks=[str(path) for path in tiny_tasks[:2]], **one_label("seq-lora"))
+    )
     text = screen.close()
-    assert "seq-lora task 1/2 colours: training" in text and "seq-lora task 2/2 stripes: scoring every task" in text
+    assert (
+        "seq-lora task 1/2 colours: training" in text
+        and "seq-lora task 2/2 stripes: scoring every task" in text
+    )
     assert re.search(r"━+ +\d+% done, about \d+ s left, \d+ s so far", text)
     assert "seq-lora: score in % of each task (column), after each one (row)" in text
     first = " +".join(f"{value:.1f}" for value in results["seq-lora"].rows[0])
     assert re.search(rf"1 colours +{first}\n2 stripes +· +·", text)
     note = f"seq-lora task 2/2 stripes: {results['seq-lora'].rows[1][1]:.1f} % on it"
-    assert any(line.startswith(note) for line in text.splitlines()), "a line that stays begins on a line of its own, above the view"
+    assert any(line.startswith(note) for line in text.splitlines()), (
+        "a line that stays begins on a line of its own, above the view"
+    )
 
 
 def test_the_view_leaves_stderr_and_logging_as_they_were(terminal):
@@ -90,7 +99,9 @@ def test_the_view_leaves_stderr_and_logging_as_they_were(terminal):
     with Progress(10, show=True):
         assert sys.stderr is not screen.stderr
     assert sys.stderr is screen.stderr
-    assert [handler.stream for handler in logging.getLogger().handlers if hasattr(handler, "stream")] == before
+    assert [
+        handler.stream for handler in logging.getLogger().handlers if hasattr(handler, "stream")
+    ] == before
 
 
 @pytest.mark.parametrize("change", ["another process", "dumb terminal"])
@@ -109,7 +120,9 @@ def test_a_pipe_gets_a_line_with_the_estimate_when_a_while_has_passed(piped, mon
     with Progress(100, show=True) as shown, shown.stage("task 1/2: training", 100):
         for clock[0] in (10.0, 29.0, 40.0):
             shown.advance(20)
-    assert [record.getMessage() for record in piped.records] == ["task 1/2: training (60% done, about 27 s left)"]
+    assert [record.getMessage() for record in piped.records] == [
+        "task 1/2: training (60% done, about 27 s left)"
+    ]
 
 
 def test_eleven_tasks_fit_a_terminal_of_eighty_columns():

@@ -18,7 +18,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import load_model
 from llava_keeplora.subspace import DenseGradient
-from llava_keeplora_recipes import load_recipe
+from llava_keeplora_recipes import load_recipe, load_split
 
 KINDS = ("nf4", "int8")
 PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
@@ -27,7 +27,9 @@ PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
 @pytest.fixture
 def quantised_llava(tiny_llava):
     """Function (kind) → the tiny LLaVA with a quantised base."""
-    return lambda kind: load_model(ModelConfig(str(tiny_llava), quantization=kind), EvaluationConfig(max_new_tokens=6))
+    return lambda kind: load_model(
+        ModelConfig(str(tiny_llava), quantization=kind), EvaluationConfig(max_new_tokens=6)
+    )
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def expanded(family):
 
 
 def a_batch(family, recipe_path):
-    data = load_recipe(str(recipe_path)).load("train")
+    data = load_split(load_recipe(str(recipe_path)), "train")
 
     class Made:
         def take(self, rows):
@@ -66,18 +68,30 @@ def a_batch(family, recipe_path):
 
 
 def adapted(family):
-    return {name: layer for part in ("vision", "language") for name, layer in family.linear_layers(part, family.targets[part]).items()}
+    return {
+        name: layer
+        for part in ("vision", "language")
+        for name, layer in family.linear_layers(part, family.targets[part]).items()
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_vision_encoder_and_language_model_are_quantised_and_the_projector_and_head_are_not(kind, quantised_llava):
+def test_the_vision_encoder_and_language_model_are_quantised_and_the_projector_and_head_are_not(
+    kind, quantised_llava
+):
     model = quantised_llava(kind).model
     whole = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not is_quantised(m)}
-    assert whole == {"model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2", "lm_head"}
+    assert whole == {
+        "model.multi_modal_projector.linear_1",
+        "model.multi_modal_projector.linear_2",
+        "lm_head",
+    }
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 1e-5), ("int8", 3e-2)])
-def test_stacked_deltas_give_the_logits_of_the_expanded_weights_with_the_deltas_added(kind, tolerance, quantised_llava, mixed_tasks):
+def test_stacked_deltas_give_the_logits_of_the_expanded_weights_with_the_deltas_added(
+    kind, tolerance, quantised_llava, mixed_tasks
+):
     # int8 products round the input to 8 bits, so only NF4 can be compared to rounding.
     family = quantised_llava(kind)
     recipe, (_, batch) = load_recipe(str(mixed_tasks[0])), a_batch(family, mixed_tasks[0])
@@ -85,9 +99,21 @@ def test_stacked_deltas_give_the_logits_of_the_expanded_weights_with_the_deltas_
     layers = adapted(family)
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator) / 4  # noqa: E731
-    deltas = [{name: Delta(draw(2, m.in_features), draw(m.out_features, 2), 0.5) for name, m in layers.items()} for _ in range(2)]
+    deltas = [
+        {name: Delta(draw(2, m.in_features), draw(m.out_features, 2), 0.5) for name, m in layers.items()}
+        for _ in range(2)
+    ]
     BaseWeights(layers).apply(deltas)
-    for name, layer in adapted(type("Plain", (), {"linear_layers": lambda s, p, t: {n: plain.get_submodule(n) for n in layers}, "targets": family.targets})()).items():
+    for name, layer in adapted(
+        type(
+            "Plain",
+            (),
+            {
+                "linear_layers": lambda s, p, t: {n: plain.get_submodule(n) for n in layers},
+                "targets": family.targets,
+            },
+        )()
+    ).items():
         layer.weight += sum(task[name].dense() for task in deltas)
     with torch.no_grad():
         ours = family.task(recipe)(**batch)["logits"]
@@ -107,7 +133,9 @@ def test_an_nf4_base_is_told_not_to_repack_itself_on_a_cpu_that_could(quantised_
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 1e-5), ("int8", 3e-2)])
-def test_the_first_step_gradient_on_a_quantised_base_is_that_of_the_expanded_weights(kind, tolerance, quantised_llava, mixed_tasks):
+def test_the_first_step_gradient_on_a_quantised_base_is_that_of_the_expanded_weights(
+    kind, tolerance, quantised_llava, mixed_tasks
+):
     # int8 rounds the inputs of its products too, some 1 % of them.
     from llava_keeplora.capture import gradient_pass
 
@@ -124,18 +152,24 @@ def test_the_first_step_gradient_on_a_quantised_base_is_that_of_the_expanded_wei
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_learns_every_task_on_a_quantised_base_and_never_writes_into_it(kind, quantised_run, drive, tmp_path, monkeypatch):
-    from llava_keeplora.sequence import shared
+def test_a_run_learns_every_task_on_a_quantised_base_and_never_writes_into_it(
+    kind, quantised_run, drive, tmp_path, monkeypatch
+):
+    from llava_keeplora.sequence import run_context
 
     seen = {}
-    load = shared.Shared.load
+    load = run_context.RunContext.load
 
     def watched(self):
         load(self)
         seen["model"] = self.family.model
-        seen["before"] = {n: m.weight.detach().clone() for n, m in self.family.model.named_modules() if isinstance(m, nn.Linear)}
+        seen["before"] = {
+            n: m.weight.detach().clone()
+            for n, m in self.family.model.named_modules()
+            if isinstance(m, nn.Linear)
+        }
 
-    monkeypatch.setattr(shared.Shared, "load", watched)
+    monkeypatch.setattr(run_context.RunContext, "load", watched)
     results = drive(quantised_run(kind))
     assert len(results["keeplora"].rows) == 3
     for name, before in seen["before"].items():
@@ -156,8 +190,13 @@ def test_a_run_on_a_quantised_base_that_is_stopped_in_training_ends_with_the_sam
     assert left_behind(tmp_path / "whole") == left_behind(tmp_path / "stopped")
 
 
-def test_every_method_that_leaves_the_weights_alone_runs_with_clip_on_an_nf4_base(run_tree, drive, tmp_path, tiny_tasks):
-    methods, tasks = {name: {} for name, method in METHODS.items() if method.learns and not method.whole}, [str(task) for task in tiny_tasks[:2]]
+def test_every_method_that_leaves_the_weights_alone_runs_with_clip_on_an_nf4_base(
+    run_tree, drive, tmp_path, tiny_tasks
+):
+    methods, tasks = (
+        {name: {} for name, method in METHODS.items() if method.trainable and not method.full_finetuning},
+        [str(task) for task in tiny_tasks[:2]],
+    )
     changes = {"model": {"quantization": "nf4"}, "training": {"max_steps": 1}, "parts": {"text": None}}
     results = drive(parse_config(run_tree(tmp_path / "run", methods=methods, tasks=tasks, **changes)))
     assert all(None not in results[name].rows[1] for name in methods)
@@ -167,7 +206,9 @@ def test_every_method_that_leaves_the_weights_alone_runs_with_clip_on_an_nf4_bas
 def test_a_quantised_model_lets_go_of_its_checkpoint(tiny_clip, tiny_llava, tmp_path):
     """Weights that stay as they are would be views of the mapped file, whose every page would stay in memory."""
     for folder in (tiny_clip, tiny_llava):
-        own = shutil.copytree(folder, tmp_path / folder.name)  # other tests of this process may hold the shared one's pages
+        own = shutil.copytree(
+            folder, tmp_path / folder.name
+        )  # other tests of this process may hold the shared one's pages
         family = load_model(ModelConfig(str(own), quantization="nf4"), EvaluationConfig(max_new_tokens=4))
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(own) in line]
         assert family.model and not mapped
@@ -175,8 +216,13 @@ def test_a_quantised_model_lets_go_of_its_checkpoint(tiny_clip, tiny_llava, tmp_
 
 def test_a_stacked_layer_holds_its_deltas_once(tiny_clip):
     family = load_model(ModelConfig(str(tiny_clip), quantization="nf4"), EvaluationConfig(max_new_tokens=4))
-    name, layer = next((name, module) for name, module in family.model.named_modules() if is_quantised(module))
-    deltas = [{name: Delta(torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2), 1.0)} for _ in range(2)]
+    name, layer = next(
+        (name, module) for name, module in family.model.named_modules() if is_quantised(module)
+    )
+    deltas = [
+        {name: Delta(torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2), 1.0)}
+        for _ in range(2)
+    ]
     given = [weakref.ref(tensor) for task in deltas for tensor in task[name].tensors.values()]
     BaseWeights({name: layer}).apply(deltas)
     x = torch.randn(1, layer.in_features)
@@ -187,10 +233,15 @@ def test_a_stacked_layer_holds_its_deltas_once(tiny_clip):
 
 
 def test_a_part_that_is_quantised_cannot_be_trained_in_full(quantised_run, drive):
-    with pytest.raises(ConfigError, match=r"parts.language.train is 'full' and model.quantization is nf4.*set parts.language.train to 'adapter'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"parts.language.train is 'full' and model.quantization is nf4.*set parts.language.train to 'adapter'",
+    ):
         drive(quantised_run("nf4", parts={"language": {"train": "full"}, "vision": PART}))
 
 
 def test_an_unknown_form_is_refused(llava_tree, tmp_path):
-    with pytest.raises(ConfigError, match="model.quantization is 'fp4'; set it to 'nf4' or 'int8', or leave it out"):
+    with pytest.raises(
+        ConfigError, match="model.quantization is 'fp4'; set it to 'nf4' or 'int8', or leave it out"
+    ):
         parse_config(llava_tree(tmp_path, model={"quantization": "fp4"}))

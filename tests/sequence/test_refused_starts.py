@@ -4,7 +4,7 @@ import pytest
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, RunError, UserError
-from llava_keeplora.run_folder import extended, load_run
+from llava_keeplora.saved_run import extended, load_run
 from llava_keeplora.sequence import run
 
 
@@ -26,7 +26,10 @@ def test_a_wrong_training_argument_can_be_mended_in_the_same_folder(run_tree, ti
 
 @pytest.mark.parametrize(
     ("own", "told"),
-    [({"num_train_epochs": 0.0}, "a task is trained for more than nothing"), ({"learning_rate": -1.0}, "learning_rate is .*-1.0., but a rate is a number from 0 on")],
+    [
+        ({"num_train_epochs": 0.0}, "a task is trained for more than nothing"),
+        ({"learning_rate": -1.0}, "learning_rate is .*-1.0., but a rate is a number from 0 on"),
+    ],
 )
 def test_a_wrong_extension_leaves_the_run_as_it_was(own, told, finished, tiny_tasks):
     before = {path: path.read_bytes() for path in finished.glob("*.json")}
@@ -39,13 +42,21 @@ def test_a_wrong_extension_leaves_the_run_as_it_was(own, told, finished, tiny_ta
 def test_an_extension_that_is_there_is_not_changed_without_a_word(finished, tiny_tasks):
     rate = load_run(finished).trainings("seq-lora")[-1]["learning_rate"]
     assert extended(finished, str(tiny_tasks[0]), {"learning_rate": rate}).tasks == load_run(finished).tasks
-    with pytest.raises(RunError, match=f"as its last task already, with training.learning_rate {rate} instead of 0.5; leave --learning-rate out to go on"):
+    with pytest.raises(
+        RunError,
+        match=f"as its last task already, with training.learning_rate {rate} instead of 0.5; leave --learning-rate out to go on",
+    ):
         extended(finished, str(tiny_tasks[0]), {"learning_rate": 0.5})
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("per_device_train_batch_size", 0), ("gradient_accumulation_steps", -1), ("learning_rate", float("nan")), ("learning_rate", [1e-3, -1e-3])],
+    [
+        ("per_device_train_batch_size", 0),
+        ("gradient_accumulation_steps", -1),
+        ("learning_rate", float("nan")),
+        ("learning_rate", [1e-3, -1e-3]),
+    ],
 )
 def test_training_on_nothing_or_at_no_rate_is_refused(key, value, run_tree):
     tree = run_tree("unset", methods={"seq-lora": {}})
@@ -53,14 +64,18 @@ def test_training_on_nothing_or_at_no_rate_is_refused(key, value, run_tree):
         parse_config({**tree, "training": {**tree["training"], key: value}}).trainings("seq-lora")
 
 
-def test_references_that_no_answer_can_meet_are_said_before_a_run_and_refused_if_it_is_all(monkeypatch, caplog):
+def test_references_that_no_answer_can_meet_are_said_before_a_run_and_refused_if_it_is_all(
+    monkeypatch, caplog
+):
     from types import SimpleNamespace
 
     from llava_keeplora.start import tasks as start_tasks
     from llava_keeplora_eval import EvalError
 
     def start(answers):
-        recipe = SimpleNamespace(name="options", metric="option_letter", kind="vqa", source={"format": "rendered"})
+        recipe = SimpleNamespace(
+            name="options", metric="option_letter", kind="vqa", source={"format": "rendered"}
+        )
         split = SimpleNamespace(recipe=recipe, split="test", answers=answers, ids=list("abc")[: len(answers)])
         split = type("Split", (SimpleNamespace,), {"__len__": lambda self: len(self.ids)})(**vars(split))
         monkeypatch.setattr(start_tasks, "load_recipes", lambda tasks: [recipe])
@@ -76,12 +91,26 @@ def test_references_that_no_answer_can_meet_are_said_before_a_run_and_refused_if
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"parts": {"vision": {"rank": 500}}}, r"parts.vision.rank is 500, and layer .* has \d+ input directions"),
-        ({"methods": {"keeplora": {"preset": "released-clip"}}, "parts": {"text": {"energy_weight": "auto"}}}, "the preset 'released-clip' follows"),
-        ({"parts": {"vision": {"targets": ["w_proj"]}}}, "targets names 'w_proj', which matches no linear layer"),
+        (
+            {"parts": {"vision": {"rank": 500}}},
+            r"parts.vision.rank is 500, and layer .* has \d+ input directions",
+        ),
+        (
+            {
+                "methods": {"keeplora": {"preset": "released-clip"}},
+                "parts": {"text": {"energy_weight": "auto"}},
+            },
+            "the preset 'released-clip' follows",
+        ),
+        (
+            {"parts": {"vision": {"targets": ["w_proj"]}}},
+            "targets names 'w_proj', which matches no linear layer",
+        ),
     ],
 )
-def test_what_no_data_are_needed_for_is_refused_alike_by_plan_and_train_before_the_folder_is_claimed(changes, told, run_tree, tmp_path):
+def test_what_no_data_are_needed_for_is_refused_alike_by_plan_and_train_before_the_folder_is_claimed(
+    changes, told, run_tree, tmp_path
+):
     from llava_keeplora.plan import make_plan
 
     tree = run_tree(tmp_path / "run", **{"methods": {"keeplora": {}}} | changes)
@@ -94,14 +123,30 @@ def test_what_no_data_are_needed_for_is_refused_alike_by_plan_and_train_before_t
 
 
 @pytest.mark.parametrize(
-    "training", [{"lr_scheduler_type": "cosine_with_min_lr"}, {"adam_beta1": 1.5}, {"adam_epsilon": -1.0}, {"lr_scheduler_kwargs": {"nope": 1}}]
+    "training",
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        {"adam_beta1": 1.5},
+        {"adam_epsilon": -1.0},
+        {"lr_scheduler_kwargs": {"nope": 1}},
+    ],
 )
 def test_settings_that_the_optimiser_or_its_schedule_refuse_are_told_before_any_stage(training):
-    from llava_keeplora.start.arguments import check_arguments, training_arguments
+    from llava_keeplora.start.training_args import check_arguments, training_arguments
 
     training = {"num_train_epochs": 1, "use_cpu": True} | training
-    with pytest.raises(ConfigError, match="the optimiser 'adamw_torch.*' of 'keeplora' or its schedule .* refuses its settings"):
-        check_arguments(lambda: training_arguments(training, output_dir="x", run_name="x", seed=0), "keeplora", training, "a", 10, 1)
+    with pytest.raises(
+        ConfigError,
+        match="the optimiser 'adamw_torch.*' of 'keeplora' or its schedule .* refuses its settings",
+    ):
+        check_arguments(
+            lambda: training_arguments(training, output_dir="x", run_name="x", seed=0),
+            "keeplora",
+            training,
+            "a",
+            10,
+            1,
+        )
 
 
 class TestBegunAnew:
@@ -112,8 +157,16 @@ class TestBegunAnew:
         """A run whose rank is just below a layer's width, as its weights say in the first method's first stage: only the zero-shot row is there."""
         from llava_keeplora.errors import MethodError
 
-        tree = run_tree(tmp_path / "run", methods={"keeplora": {}}, tasks=[str(tiny_tasks[0])], training={"max_steps": 1}, parts={"vision": {"rank": 31}})
-        with pytest.raises(MethodError, match="input directions left beside its principal subspace .*fewer than the rank 31"):
+        tree = run_tree(
+            tmp_path / "run",
+            methods={"keeplora": {}},
+            tasks=[str(tiny_tasks[0])],
+            training={"max_steps": 1},
+            parts={"vision": {"rank": 31}},
+        )
+        with pytest.raises(
+            MethodError, match="input directions left beside its principal subspace .*fewer than the rank 31"
+        ):
             run(parse_config(tree))
         assert (tmp_path / "run/config.json").exists()
         return tree
@@ -121,7 +174,9 @@ class TestBegunAnew:
     def test_the_mended_configuration_goes_on_and_keeps_the_zero_shot_row(self, refused, tmp_path, caplog):
         answers = next((tmp_path / "run/zero-shot").rglob("*.jsonl"))
         before = {path: path.read_bytes() for path in (tmp_path / "run/zero-shot").rglob("*.jsonl")}
-        mended = parse_config(refused | {"parts": {"vision": {"rank": 1}}, "methods": {"keeplora": {"form": "literal"}}})
+        mended = parse_config(
+            refused | {"parts": {"vision": {"rank": 1}}, "methods": {"keeplora": {"form": "literal"}}}
+        )
         assert run(mended)["keeplora"].complete and answers in before
         assert {path: path.read_bytes() for path in before} == before
         assert load_run(tmp_path / "run").methods["keeplora"].parts["vision"].rank == 1
@@ -146,4 +201,8 @@ class TestBegunAnew:
         workspace.check()
         assert sorted(workspace.begun_anew()) == ["keeplora", "zero-shot"]
         workspace.claim()
-        assert not (folder / "zero-shot").exists() and workspace.begun_anew() == [] and load_run(folder).seed == 5
+        assert (
+            not (folder / "zero-shot").exists()
+            and workspace.begun_anew() == []
+            and load_run(folder).seed == 5
+        )

@@ -5,7 +5,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.start import arguments
+from llava_keeplora.start import training_args
 
 TASKS = ["task-01-colours", "task-02-stripes"]
 
@@ -15,7 +15,10 @@ def watched(run_config, tiny_tasks, one_label):
     """Function (output_dir, **training) → a run of sequential LoRA on two tasks that logs every step."""
 
     def build(output_dir, **training):
-        changes = {"tasks": [str(path) for path in tiny_tasks[:2]], "training": {"logging_steps": 1, **training}}
+        changes = {
+            "tasks": [str(path) for path in tiny_tasks[:2]],
+            "training": {"logging_steps": 1, **training},
+        }
         return run_config(output_dir, **changes, **one_label("seq-lora"))
 
     return build
@@ -27,7 +30,9 @@ def scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_gets_a_run_per_task_beside_what_the_task_learned(watched, drive, tmp_path):
@@ -36,8 +41,14 @@ def test_tensorboard_gets_a_run_per_task_beside_what_the_task_learned(watched, d
     drive(watched(tmp_path / "run", report_to="tensorboard"))
     for task in TASKS:
         folder = tmp_path / "run/seq-lora" / task
-        logged = [(r["step"], r["loss"]) for r in json.loads((folder / "train.json").read_text())["history"] if "loss" in r]
-        assert len(logged) == 3 and scalars(folder)["train/loss"] == [(step, pytest.approx(loss)) for step, loss in logged]
+        logged = [
+            (r["step"], r["loss"])
+            for r in json.loads((folder / "train.json").read_text())["history"]
+            if "loss" in r
+        ]
+        assert len(logged) == 3 and scalars(folder)["train/loss"] == [
+            (step, pytest.approx(loss)) for step, loss in logged
+        ]
     assert sorted(p.parent.name for p in (tmp_path / "run").rglob("events.out.*")) == TASKS
 
 
@@ -49,7 +60,11 @@ def test_tensorboards_own_folder_wins_and_a_killed_attempt_leaves_no_curve(
         stop_within_training(2)
         assert run_to_the_end(watched(tmp_path / "run", report_to="tensorboard")) == 3
     for task in TASKS:
-        assert [step for step, _ in scalars(tmp_path / "elsewhere/seq-lora" / task)["train/loss"]] == [1, 2, 3]
+        assert [step for step, _ in scalars(tmp_path / "elsewhere/seq-lora" / task)["train/loss"]] == [
+            1,
+            2,
+            3,
+        ]
     assert list((tmp_path / "run").rglob("events.out.*")) == []
 
 
@@ -66,7 +81,7 @@ class Recorder(TrainerCallback):
 def recorder(monkeypatch):
     """A tracker that transformers knows and finds installed as `recorder`."""
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
-    monkeypatch.setattr(arguments, "ALWAYS", {"recorder"})
+    monkeypatch.setattr(training_args, "ALWAYS", {"recorder"})
     monkeypatch.setattr(Recorder, "seen", {})
     return Recorder
 
@@ -101,11 +116,19 @@ def test_weights_and_biases_has_a_run_per_task_too(watched, drive, tmp_path, mon
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("tensorbord", "training.report_to names 'tensorbord', which transformers does not know; did you mean 'tensorboard'"),
-        ("comet_ml", "training.report_to names 'comet_ml', whose package is not installed; pip install comet-ml, or leave it out"),
+        (
+            "tensorbord",
+            "training.report_to names 'tensorbord', which transformers does not know; did you mean 'tensorboard'",
+        ),
+        (
+            "comet_ml",
+            "training.report_to names 'comet_ml', whose package is not installed; pip install comet-ml, or leave it out",
+        ),
     ],
 )
-def test_a_tracker_that_is_not_there_is_refused_before_anything_is_scored(watched, drive, tmp_path, name, sentence):
+def test_a_tracker_that_is_not_there_is_refused_before_anything_is_scored(
+    watched, drive, tmp_path, name, sentence
+):
     with pytest.raises(ConfigError) as error:
         drive(watched(tmp_path / "run", report_to=name))
     assert sentence in str(error.value)

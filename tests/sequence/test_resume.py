@@ -31,7 +31,9 @@ def test_a_run_stopped_at_every_stage_ends_with_the_same_files(
 ):
     stopping(monkeypatch, when, stopped)
     starts = run_to_the_end(run_config(tmp_path / "run"))
-    assert starts == 1 + 4 + 2 * (4 + 3 * 6), "every stage of the base and of the tasks of both methods was a stop"
+    assert starts == 1 + 4 + 2 * (4 + 3 * 6), (
+        "every stage of the base and of the tasks of both methods was a stop"
+    )
     assert left_behind(tmp_path / "run") == left_behind(three_tasks_run)
 
 
@@ -44,14 +46,20 @@ def test_a_run_stopped_within_training_ends_with_the_same_files(
     assert left_behind(tmp_path / "run") == left_behind(three_tasks_run)
 
 
-def test_a_method_beside_others_learns_what_it_learns_alone(run_config, drive, tmp_path, three_tasks_run, left_behind):
+def test_a_method_beside_others_learns_what_it_learns_alone(
+    run_config, drive, tmp_path, three_tasks_run, left_behind
+):
     drive(run_config(tmp_path / "run", methods={"keeplora": {}}))
     alone, beside = left_behind(tmp_path / "run"), left_behind(three_tasks_run)
     shared = {name for name in alone if name.startswith("keeplora/")}
-    assert {name: alone[name] for name in shared} == {name: beside[name] for name in beside if name.startswith("keeplora/")}
+    assert {name: alone[name] for name in shared} == {
+        name: beside[name] for name in beside if name.startswith("keeplora/")
+    }
 
 
-def test_a_finished_run_started_again_changes_nothing_and_gives_the_same_results(run_config, drive, monkeypatch, tmp_path):
+def test_a_finished_run_started_again_changes_nothing_and_gives_the_same_results(
+    run_config, drive, monkeypatch, tmp_path
+):
     config = run_config(tmp_path / "run", methods={"keeplora": {}})
     config = run_config(tmp_path / "run", methods={"keeplora": {}}, tasks=list(config.tasks[:1]))
     first = drive(config)
@@ -66,7 +74,9 @@ def test_another_seed_gives_other_weights(run_config, drive, tmp_path, three_tas
     assert left_behind(tmp_path / "run")[delta] != left_behind(three_tasks_run)[delta]
 
 
-def test_a_lost_matrix_is_written_again_from_the_scores(run_config, drive, tmp_path, run_tree, tiny_tasks, left_behind):
+def test_a_lost_matrix_is_written_again_from_the_scores(
+    run_config, drive, tmp_path, run_tree, tiny_tasks, left_behind
+):
     config = run_config(tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(tiny_tasks[0])])
     drive(config)
     before = left_behind(tmp_path / "run")
@@ -75,7 +85,9 @@ def test_a_lost_matrix_is_written_again_from_the_scores(run_config, drive, tmp_p
     assert left_behind(tmp_path / "run") == before
 
 
-def test_a_folder_that_a_killed_export_left_stops_no_run_and_goes_with_the_next_export(run_config, drive, tmp_path, tiny_tasks):
+def test_a_folder_that_a_killed_export_left_stops_no_run_and_goes_with_the_next_export(
+    run_config, drive, tmp_path, tiny_tasks
+):
     config = run_config(tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(tiny_tasks[0])])
     left = tmp_path / "run/export/.adapter.1.part"
     drive(config)
@@ -85,7 +97,9 @@ def test_a_folder_that_a_killed_export_left_stops_no_run_and_goes_with_the_next_
         assert not left.exists()
 
 
-def test_what_an_export_is_writing_is_left_alone_by_a_start_of_the_run_and_by_another_export(run_config, drive, tmp_path, tiny_tasks):
+def test_what_an_export_is_writing_is_left_alone_by_a_start_of_the_run_and_by_another_export(
+    run_config, drive, tmp_path, tiny_tasks
+):
     config = run_config(tmp_path / "run", methods={"seq-lora": {}}, tasks=[str(tiny_tasks[0])])
     drive(config)
     target = tmp_path / "run/export/adapter"
@@ -109,6 +123,11 @@ def test_a_run_says_with_how_many_threads_it_was_begun_and_warns_where_they_chan
     assert worker_changes(tmp_path) == [] and version_changes(tmp_path) == []
     begun = json.loads((tmp_path / "versions.json").read_text())
     (tmp_path / "versions.json").write_text(json.dumps(begun | {"threads": "77"}))
-    assert worker_changes(tmp_path) == [f"threads 77 → {worker_counts()['threads']}"] and version_changes(tmp_path) == []
-    (tmp_path / "versions.json").write_text(json.dumps({name: value for name, value in begun.items() if name not in ("threads", "processes")}))
+    assert (
+        worker_changes(tmp_path) == [f"threads 77 → {worker_counts()['threads']}"]
+        and version_changes(tmp_path) == []
+    )
+    (tmp_path / "versions.json").write_text(
+        json.dumps({name: value for name, value in begun.items() if name not in ("threads", "processes")})
+    )
     assert worker_changes(tmp_path) == [], "a run of an earlier release"

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from llava_keeplora import files
-from llava_keeplora.analysis import folder as analysis_folder
-from llava_keeplora.compare import files as tables
+from llava_keeplora.analysis import writers as analysis_folder
+from llava_keeplora.compare import write_table as tables
 from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import UserError
 from llava_keeplora.export import export_run, import_state, run_export
 from llava_keeplora.files import left_behind, whole_folder
-from llava_keeplora.report import page, run_report
+from llava_keeplora.report import run_report, write_report
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora_eval import files as eval_files
 
@@ -34,7 +34,14 @@ class Deadly:
 
     def __init__(self, patch):
         self.patch, self.fatal, self.count, self.dead = patch, None, 0, False
-        for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (shutil, "rmtree"), (shutil, "copyfile")):
+        for owner, name in (
+            (os, "replace"),
+            (os, "fsync"),
+            (os, "unlink"),
+            (os, "mkdir"),
+            (shutil, "rmtree"),
+            (shutil, "copyfile"),
+        ):
             self.wrap(owner, name)
         for module in (files, eval_files):
             patch.setattr(module, "open", self.opened, raising=False)
@@ -79,7 +86,9 @@ def deadly(monkeypatch):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def kill_everywhere(deadly, command, into, changes=lambda name: False, stride=1):
@@ -122,9 +131,13 @@ def test_a_folder_that_takes_anothers_place_is_the_old_one_the_new_one_or_none(d
         fill(b"old")
         if not deadly.run(lambda: fill(b"new"), fatal):
             break
-        assert not into.exists() or (set(contents(into).values()) in ({b"old"}, {b"new"}) and len(contents(into)) == 2)
+        assert not into.exists() or (
+            set(contents(into).values()) in ({b"old"}, {b"new"}) and len(contents(into)) == 2
+        )
         fill(b"again")
-        assert set(contents(into).values()) == {b"again"} and [path.name for path in tmp_path.iterdir()] == ["export"]
+        assert set(contents(into).values()) == {b"again"} and [path.name for path in tmp_path.iterdir()] == [
+            "export"
+        ]
         fatal += 1
     assert fatal > 10
 
@@ -143,7 +156,9 @@ def test_files_are_replaced_in_a_folder_that_stays_when_all_are_written_and_othe
         fill(b"old")
         assert contents(into) == {"config.json": b"{}", "table.md": b"old", "pictures/a.png": b"old"}
         fatal += 1
-    assert contents(into) == {"config.json": b"{}", "table.md": b"new", "pictures/a.png": b"new"} and fatal > 10
+    assert (
+        contents(into) == {"config.json": b"{}", "table.md": b"new", "pictures/a.png": b"new"} and fatal > 10
+    )
 
 
 @pytest.fixture(params=["some", pytest.param("every", marks=pytest.mark.slow)])
@@ -152,34 +167,63 @@ def stride(request):
     return lambda n: n if request.param == "some" else 1
 
 
-def test_a_killed_fork_is_whole_or_not_there_and_the_same_command_goes_on(deadly, two_tasks_run, tmp_path, stride):
-    assert kill_everywhere(deadly, lambda into: fork(two_tasks_run, 1, into), tmp_path / "fork", stride=stride(3)) > 30
+def test_a_killed_fork_is_whole_or_not_there_and_the_same_command_goes_on(
+    deadly, two_tasks_run, tmp_path, stride
+):
+    assert (
+        kill_everywhere(
+            deadly, lambda into: fork(two_tasks_run, 1, into), tmp_path / "fork", stride=stride(3)
+        )
+        > 30
+    )
 
 
 @pytest.fixture(scope="module")
 def state(two_tasks_run, tmp_path_factory):
     """An exported state."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_export, "check_export", lambda folder, form, base, batch, meant, layers: (meant, meant))
+        patch.setattr(
+            run_export, "verify_export", lambda folder, form, base, batch, meant, layers: (meant, meant)
+        )
         into = tmp_path_factory.mktemp("state") / "state"
         export_run(two_tasks_run, "state", into, label="keeplora", base_id="you/tiny-base")
     return into
 
 
-def test_a_killed_import_is_whole_or_not_there_and_the_same_command_goes_on(deadly, state, tiny_clip, tmp_path, stride):
+def test_a_killed_import_is_whole_or_not_there_and_the_same_command_goes_on(
+    deadly, state, tiny_clip, tmp_path, stride
+):
     command = lambda into: import_state(str(state), into, base=str(tiny_clip))  # noqa: E731
     assert kill_everywhere(deadly, command, tmp_path / "run", stride=stride(3)) > 20
 
 
-def test_a_killed_export_is_whole_or_not_there_and_the_same_command_goes_on(deadly, two_tasks_run, tmp_path, monkeypatch, stride):
-    monkeypatch.setattr(run_export, "check_export", lambda folder, form, base, batch, meant, layers: (meant, meant))
-    command = lambda into: export_run(two_tasks_run, "state", into, label="keeplora", base_id="you/tiny-base", examples=1)  # noqa: E731
-    assert kill_everywhere(deadly, command, tmp_path / "state", lambda name: name.endswith(".png"), stride=stride(17)) > 5
+def test_a_killed_export_is_whole_or_not_there_and_the_same_command_goes_on(
+    deadly, two_tasks_run, tmp_path, monkeypatch, stride
+):
+    monkeypatch.setattr(
+        run_export, "verify_export", lambda folder, form, base, batch, meant, layers: (meant, meant)
+    )
+    command = lambda into: export_run(
+        two_tasks_run, "state", into, label="keeplora", base_id="you/tiny-base", examples=1
+    )
+    assert (
+        kill_everywhere(
+            deadly, command, tmp_path / "state", lambda name: name.endswith(".png"), stride=stride(17)
+        )
+        > 5
+    )
 
 
-def test_a_killed_report_is_whole_or_not_there_and_the_same_command_goes_on(deadly, two_tasks_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "_pictures", lambda *args: ())
-    assert kill_everywhere(deadly, lambda into: run_report.write_run_report(two_tasks_run, into=into), tmp_path / "report") > 20
+def test_a_killed_report_is_whole_or_not_there_and_the_same_command_goes_on(
+    deadly, two_tasks_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(write_report, "_pictures", lambda *args: ())
+    assert (
+        kill_everywhere(
+            deadly, lambda into: run_report.write_run_report(two_tasks_run, into=into), tmp_path / "report"
+        )
+        > 20
+    )
 
 
 def test_a_killed_table_and_analysis_are_whole_or_not_there(deadly, tmp_path, monkeypatch):
@@ -188,7 +232,9 @@ def test_a_killed_table_and_analysis_are_whole_or_not_there(deadly, tmp_path, mo
     def table(into):
         from types import SimpleNamespace
 
-        monkeypatch.setattr(tables, "sections_of", lambda *args: [tables.Section("Order a", "", ["method"], [["keeplora"]])])
+        monkeypatch.setattr(
+            tables, "sections_of", lambda *args: [tables.Section("Order a", "", ["method"], [["keeplora"]])]
+        )
         tables.write_table(SimpleNamespace(output_dir=into), SimpleNamespace(results={}, tried=[]))
 
     def analysis(into):
@@ -204,7 +250,9 @@ def test_what_a_kill_left_is_named_by_doctor_and_goes_with_the_same_command(dead
     run = shutil.copytree(two_tasks_run, tmp_path / "run")
     assert deadly.run(lambda: fork(run, 1, run / "fork"), 30)
     (told,) = [str(found) for found in examine_run(run) if isinstance(found, UserError)]
-    assert ".fork." in told and "is what a killed command left; run that command again, which removes it" in told
+    assert (
+        ".fork." in told and "is what a killed command left; run that command again, which removes it" in told
+    )
     fork(run, 1, run / "fork")
     assert not left_behind(run)
 

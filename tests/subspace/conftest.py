@@ -13,7 +13,11 @@ PACKAGE = "llava_keeplora.subspace"
 
 
 def _modules():
-    return {name: module for name, module in sys.modules.items() if name == PACKAGE or name.startswith(PACKAGE + ".")}
+    return {
+        name: module
+        for name, module in sys.modules.items()
+        if name == PACKAGE or name.startswith(PACKAGE + ".")
+    }
 
 
 @pytest.fixture(scope="session")

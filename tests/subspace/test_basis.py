@@ -73,7 +73,9 @@ def test_a_drifted_basis_is_made_orthonormal_again_when_it_grows(sub, random_bas
 
 def test_columns_that_are_no_basis_are_refused(sub, random_basis):
     scaled = 1.1 * random_basis(60, 20)
-    with pytest.raises(sub.ShapeError, match=r"shape \(60, 20\) isn't orthonormal: \|U\^T U - I\| reaches 2.1e-01"):
+    with pytest.raises(
+        sub.ShapeError, match=r"shape \(60, 20\) isn't orthonormal: \|U\^T U - I\| reaches 2.1e-01"
+    ):
         sub.append_directions(scaled, torch.randn(60, 1))
     with pytest.raises(sub.ShapeError, match="isn't orthonormal"):
         sub.orthonormalized(torch.full((4, 2), float("nan")))
@@ -92,7 +94,9 @@ def test_append_of_nothing_changes_nothing(sub, random_basis):
 def test_append_can_fill_the_space_and_not_more(sub, random_basis):
     full = sub.append_directions(random_basis(10, 6), torch.randn(10, 4))
     assert full.shape == (10, 10) and sub.orthonormality_error(full) < 1e-6
-    with pytest.raises(sub.RankError, match="1 new directions don't fit beside 10 in a space of dimension 10") as info:
+    with pytest.raises(
+        sub.RankError, match="1 new directions don't fit beside 10 in a space of dimension 10"
+    ) as info:
         sub.append_directions(full, torch.randn(10, 1))
     assert (info.value.requested, info.value.available) == (1, 0)
 

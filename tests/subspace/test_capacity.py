@@ -15,8 +15,12 @@ def tasks_one_by_one(width, sizes, rank):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
-@pytest.mark.parametrize("sizes", [[0, 1], [3, 10], [3, 5, 6], [0, 0, 7], [10, 12, 20, 21], [30, 31], [5, 32]])
-def test_the_tasks_that_fit_are_those_that_find_the_ranks_directions_when_each_adds_as_many_as_before(sizes, rank):
+@pytest.mark.parametrize(
+    "sizes", [[0, 1], [3, 10], [3, 5, 6], [0, 0, 7], [10, 12, 20, 21], [30, 31], [5, 32]]
+)
+def test_the_tasks_that_fit_are_those_that_find_the_ranks_directions_when_each_adds_as_many_as_before(
+    sizes, rank
+):
     room = room_left(32, sizes, rank)
     assert room.left == 32 - sizes[-1] and room.tasks == tasks_one_by_one(32, sizes, rank)
     assert room.growth == pytest.approx((sizes[-1] - sizes[0]) / (len(sizes) - 1))

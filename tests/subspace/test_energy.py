@@ -29,7 +29,9 @@ def test_full_energy_needs_the_full_rank_and_never_more(sub):
     assert sub.energy_rank(torch.tensor([4.0, 3.0, 1.0]), 1.0) == 3
     assert sub.energy_rank(torch.tensor([4.0, 3.0, 0.0, 0.0]), 1.0) == 2
     third = torch.full((3,), 1.0 / 3.0)
-    assert sub.energy_rank(third, 1.0, total=1.0 + 1e-6) == 3, "a total that rounding pushed up asks for no fourth"
+    assert sub.energy_rank(third, 1.0, total=1.0 + 1e-6) == 3, (
+        "a total that rounding pushed up asks for no fourth"
+    )
 
 
 def test_rounding_noise_in_the_tail_is_not_rank(sub):

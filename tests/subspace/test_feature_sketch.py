@@ -90,7 +90,9 @@ def test_what_the_sketch_claims_is_a_bound(sub, random_basis, decay, passes):
         found = (fed(sketch.refined(), x) if passes == 2 else sketch).directions(basis, energy)
         truth = exact.directions(basis, energy)
         assert isinstance(found, sub.FeatureDirections) and found.rank == found.new.shape[1]
-        assert found.energy_after <= held(x, basis, found.new) + 1e-6, "the directions hold at least what is claimed"
+        assert found.energy_after <= held(x, basis, found.new) + 1e-6, (
+            "the directions hold at least what is claimed"
+        )
         assert found.fewest <= truth.rank, "the exact statistic needs no fewer than stated"
         if found.reached:
             assert held(x, basis, found.new) >= energy - 1e-6 and truth.rank <= found.rank
@@ -116,14 +118,21 @@ def test_the_missed_energy_stays_below_the_theorem_on_average(plain, random_basi
     eigenvalues = torch.linalg.svdvals(outside).square()
     bound = min((1 + p / (size - p - 1)) * float(eigenvalues[p:].sum()) for p in range(size - 1))
     total = float(x.double().square().sum())
-    missed = [fed(plain.SketchedMoment(100, size, basis, seed=seed), x).directions(basis, 1.0).missed for seed in range(12)]
+    missed = [
+        fed(plain.SketchedMoment(100, size, basis, seed=seed), x).directions(basis, 1.0).missed
+        for seed in range(12)
+    ]
     assert float(eigenvalues[size:].sum()) / total < sum(missed) / len(missed) < bound / total
 
 
 def test_features_inside_the_basis_add_nothing(sub, random_basis):
     basis = random_basis(32, 8)
     found = fed(sub.SketchedMoment(32, 6, basis), torch.randn(100, 8) @ basis.T).directions(basis, 0.99)
-    assert found.rank == found.fewest == 0 and found.reached and found.energy_before == pytest.approx(1.0, abs=1e-5)
+    assert (
+        found.rank == found.fewest == 0
+        and found.reached
+        and found.energy_before == pytest.approx(1.0, abs=1e-5)
+    )
     empty = sub.SketchedMoment(32, 6, basis).directions(basis, 0.99)
     assert empty.rank == 0 and empty.energy_before == 1.0
 
@@ -139,7 +148,9 @@ def test_a_full_basis_leaves_nothing_to_sketch(sub, random_basis):
 def test_a_second_pass_over_few_features_stays_outside_the_basis(sub, random_basis):
     x, basis = torch.randn(200, 3) @ torch.randn(3, 40), random_basis(40, 25)
     second = fed(fed(sub.SketchedMoment(40, 12, basis), x).refined(), x)
-    assert (basis.T @ second.test).abs().max() < 1e-6, "though three directions can't span twelve test vectors"
+    assert (basis.T @ second.test).abs().max() < 1e-6, (
+        "though three directions can't span twelve test vectors"
+    )
     found = second.directions(basis, 0.999)
     assert found.rank == 3 and found.missed < 1e-4 and held(x, basis, found.new) > 0.999
 
@@ -151,12 +162,19 @@ def test_the_sampled_rows_keep_no_batch_alive(sub, random_basis):
         sketch.add(piece)
     held = sum(rows.untyped_storage().nbytes() for rows in sketch._sample.rows)
     assert held <= 2 * 512 * 40 * 4
-    assert torch.equal(torch.cat(sketch._sample.rows), x[:: sketch._sample.stride]) and sketch._sample.stride == 8
+    assert (
+        torch.equal(torch.cat(sketch._sample.rows), x[:: sketch._sample.stride])
+        and sketch._sample.stride == 8
+    )
 
 
 def test_every_statistic_answers_alike(sub, random_basis):
     basis, x = random_basis(64, 6), features(300, 64, 1.5)
-    for empty in (sub.SecondMoment(64), sub.SecondMoment(64, torch.float32), sub.SketchedMoment(64, 21, basis)):
+    for empty in (
+        sub.SecondMoment(64),
+        sub.SecondMoment(64, torch.float32),
+        sub.SketchedMoment(64, 21, basis),
+    ):
         statistic = fed(empty, x)
         assert all(torch.isfinite(buffer).all() for buffer in statistic.tensors)
         found = statistic.directions(basis, 0.9)

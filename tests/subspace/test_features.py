@@ -77,7 +77,9 @@ def test_a_limit_keeps_the_strongest_directions_and_the_energy_is_what_they_hold
     strongest, _, _ = naive(x, basis, 0.99)
     assert float((cut.new.double().T @ strongest[:, :3]).square().sum()) == pytest.approx(3, abs=1e-4)
     together = torch.cat([basis.double(), cut.new.double()], dim=1)
-    assert cut.energy_after == pytest.approx(float((x @ together).square().sum() / x.square().sum()), abs=1e-5)
+    assert cut.energy_after == pytest.approx(
+        float((x @ together).square().sum() / x.square().sum()), abs=1e-5
+    )
     assert sub.feature_directions(moment, basis, 0.99, 10**6).rank == free.rank
     assert sub.feature_directions(moment, basis, 0.99, 0).rank == 0
 
@@ -113,18 +115,27 @@ def test_misfits_are_named(plain, random_basis):
 
 
 @pytest.mark.parametrize("protected", [0, 5, 40])
-def test_leading_directions_are_the_first_left_singular_vectors_of_the_residual_in_both_forms(sub, random_basis, protected):
+def test_leading_directions_are_the_first_left_singular_vectors_of_the_residual_in_both_forms(
+    sub, random_basis, protected
+):
     x, basis = features(300, 64, 1.0), random_basis(64, protected, seed=5)
     for columns in (x.T, x.T @ x):
         found = sub.leading_directions(columns, basis, 6)
-        left = torch.linalg.svd(columns - basis.double() @ basis.double().T @ columns, full_matrices=False).U[:, :6]
-        assert (found.double().T @ left).abs().sub(torch.eye(6)).abs().max() < 1e-4, "in order of falling energy"
+        left = torch.linalg.svd(columns - basis.double() @ basis.double().T @ columns, full_matrices=False).U[
+            :, :6
+        ]
+        assert (found.double().T @ left).abs().sub(torch.eye(6)).abs().max() < 1e-4, (
+            "in order of falling energy"
+        )
         assert sub.orthonormality_error(torch.cat([basis, found], dim=1)) < 1e-6
 
 
 def test_there_are_no_leading_directions_beyond_those_that_the_features_have(sub, random_basis):
     basis = random_basis(32, 8)
-    x = torch.randn(100, 3, dtype=torch.float64) @ torch.linalg.qr(torch.randn(32, 3, dtype=torch.float64)).Q.T
+    x = (
+        torch.randn(100, 3, dtype=torch.float64)
+        @ torch.linalg.qr(torch.randn(32, 3, dtype=torch.float64)).Q.T
+    )
     assert sub.leading_directions(x.T @ x, basis, 6).shape == (32, 3)
     assert sub.leading_directions(x.T @ x, torch.eye(32), 6).shape == (32, 0)
 

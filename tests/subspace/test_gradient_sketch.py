@@ -9,8 +9,12 @@ BATCHES = 4
 def stream(gradient, seed=0):
     """Batches (x, dy) whose dy^T x sum to the gradient (out, in)."""
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.linalg.qr(torch.randn(gradient.shape[1], gradient.shape[1], generator=generator, dtype=torch.float64)).Q
-    return list(zip(mix.T.float().tensor_split(BATCHES), (gradient.double() @ mix).T.float().tensor_split(BATCHES)))
+    mix = torch.linalg.qr(
+        torch.randn(gradient.shape[1], gradient.shape[1], generator=generator, dtype=torch.float64)
+    ).Q
+    return list(
+        zip(mix.T.float().tensor_split(BATCHES), (gradient.double() @ mix).T.float().tensor_split(BATCHES))
+    )
 
 
 def fed(target, batches):
@@ -37,7 +41,9 @@ def test_the_buffers_are_linear_mixtures_of_the_residual_gradient(sub, random_ba
     fed(sketch, stream(gradient))
     unit.add(torch.eye(30, 40), torch.eye(30))
     twice = fed(fed(sub.GradientSketch(30, 40, 8, basis), stream(gradient)), stream(2 * gradient))
-    assert torch.allclose(twice.range, 3 * sketch.range, atol=1e-4) and torch.allclose(twice.rows, 3 * sketch.rows, atol=1e-4)
+    assert torch.allclose(twice.range, 3 * sketch.range, atol=1e-4) and torch.allclose(
+        twice.rows, 3 * sketch.rows, atol=1e-4
+    )
     # What one gradient shows of the test matrices, another one is mixed with.
     assert torch.allclose(sketch.rows, unit.rows[:, :30] @ gradient, atol=1e-4)
 
@@ -60,7 +66,9 @@ def test_batches_and_processes_add_up(sub, random_basis):
 
 @pytest.mark.parametrize("shape", [(120, 90), (90, 120)], ids=str)
 @pytest.mark.parametrize("passes", [1, 2])
-def test_a_gradient_of_rank_below_the_width_is_recovered_exactly(sub, with_spectrum, random_basis, shape, passes):
+def test_a_gradient_of_rank_below_the_width_is_recovered_exactly(
+    sub, with_spectrum, random_basis, shape, passes
+):
     gradient = with_spectrum(*shape, torch.linspace(3.0, 1.0, 20)).float()
     basis, rank = random_basis(shape[1], 10), 6
     sketch = fed(sub.GradientSketch(*shape, 24, basis), stream(gradient))
@@ -80,7 +88,11 @@ def test_A_is_orthonormal_and_orthogonal_to_the_basis(sub, random_basis, passes)
     gradient = torch.randn(80, 60) @ basis.T + 1e-2 * torch.randn(80, 96)
     sketch = fed(sub.GradientSketch(80, 96, 32, basis), stream(gradient))
     found = sketch.directions(8, fed(sketch.second_pass(), stream(gradient)) if passes == 2 else None)
-    assert isinstance(found, sub.ResidualDirections) and found.A.shape == (96, 8) and found.right.shape == (80, 8)
+    assert (
+        isinstance(found, sub.ResidualDirections)
+        and found.A.shape == (96, 8)
+        and found.right.shape == (80, 8)
+    )
     assert sub.orthonormality_error(found.A) < 1e-6 and sub.orthonormality_error(found.right) < 1e-5
     assert (basis.double().T @ found.A.double()).abs().max() < 1e-6
     assert (found.singular_values.diff() <= 0).all()
@@ -91,7 +103,9 @@ def test_A_is_orthonormal_and_orthogonal_to_the_basis(sub, random_basis, passes)
 # At width 1024, rank 16 and a sketch of 8 r columns: share of the best subspace's energy in one pass, and in two. A
 # sketch without the choice of depth, or a second pass that stays inside the first one's range, reaches 0.997 and 0.999
 # where singular values fall as 1/i, and 0.79 and 0.91 where they fall as i^-0.5.
-@pytest.mark.parametrize(("exponent", "one", "two"), [(1.0, (0.9985, 0.001), (1.0, 1e-4)), (0.5, (0.905, 0.02), (0.992, 0.002))])
+@pytest.mark.parametrize(
+    ("exponent", "one", "two"), [(1.0, (0.9985, 0.001), (1.0, 1e-4)), (0.5, (0.905, 0.02), (0.992, 0.002))]
+)
 def test_share_of_the_optimum_at_the_size_of_a_layer(sub, exponent, one, two):
     singular = torch.arange(1, 1025, dtype=torch.float32) ** -exponent
     found = {1: [], 2: []}
@@ -108,9 +122,13 @@ def test_share_of_the_optimum_at_the_size_of_a_layer(sub, exponent, one, two):
         true = [float((singular.unsqueeze(1) * each.A).square().sum()) / best for each in found[passes]]
         assert sum(true) / len(true) == pytest.approx(expected, abs=spread)
         for share, each in zip(true, found[passes]):
-            assert each.at_least < share and each.of_optimum == pytest.approx(share, abs=0.003 + 0.3 * (1 - share))
+            assert each.at_least < share and each.of_optimum == pytest.approx(
+                share, abs=0.003 + 0.3 * (1 - share)
+            )
     enough = [each.suffices() for each in found[1]]
-    assert all(enough) if exponent == 1.0 else not any(enough), "only the flat spectrum asks for a second pass"
+    assert all(enough) if exponent == 1.0 else not any(enough), (
+        "only the flat spectrum asks for a second pass"
+    )
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
@@ -180,7 +198,9 @@ def test_two_more_passes_sharpen_the_answer_in_the_same_memory(sub, exponent, tw
     assert [each.passes for each in found] == [2, 4, 6]
     assert true[0] < two < true[1] and four < true[1] < true[2]
     for share, each in zip(true, found):
-        assert each.at_least <= each.of_optimum < share + 0.003, "where rows are few and the tail is flat, estimates err on the low side"
+        assert each.at_least <= each.of_optimum < share + 0.003, (
+            "where rows are few and the tail is flat, estimates err on the low side"
+        )
 
 
 def test_refined_sketches_stay_outside_the_basis_and_add_up(sub, random_basis):
@@ -205,7 +225,9 @@ def test_refined_sketches_stay_outside_the_basis_and_add_up(sub, random_basis):
 
 def test_memory_does_not_grow_with_the_data_and_test_matrices_are_shared(sub):
     first, second = (sub.GradientSketch(60, 80, 10, seed=1) for _ in range(2))
-    assert first._psi is second._psi and not torch.equal(first._omega, sub.GradientSketch(60, 80, 10, seed=2)._omega)
+    assert first._psi is second._psi and not torch.equal(
+        first._omega, sub.GradientSketch(60, 80, 10, seed=2)._omega
+    )
     before = [buffer.data_ptr() for buffer in first.tensors]
     fed(first, stream(torch.randn(60, 80)))
     assert [buffer.data_ptr() for buffer in first.tensors] == before
@@ -259,7 +281,9 @@ def test_directions_are_never_made_up(sub, random_basis):
 
 def test_misfits_are_named(plain, random_basis):
     sketch = plain.GradientSketch(20, 30, 8)
-    with pytest.raises(plain.ShapeError, match=r"a layer \(20, 30\) needs inputs .* got \(4, 30\) and \(5, 20\)"):
+    with pytest.raises(
+        plain.ShapeError, match=r"a layer \(20, 30\) needs inputs .* got \(4, 30\) and \(5, 20\)"
+    ):
         sketch.add(torch.randn(4, 30), torch.randn(5, 20))
     with pytest.raises(plain.ShapeError, match="other layers, widths or seeds"):
         sketch.merge(plain.GradientSketch(20, 30, 8, seed=1))

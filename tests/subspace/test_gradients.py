@@ -27,7 +27,9 @@ def test_equals_the_full_svd(sub, with_spectrum, random_basis, shape, protected)
     assert found.captured == pytest.approx(float(singular[:rank].square().sum() / energy), abs=1e-6)
     assert found.residual_energy == pytest.approx(float(energy / gradient.double().square().sum()), abs=1e-6)
     rebuilt = (found.A * found.singular_values) @ found.right.T
-    assert torch.allclose(rebuilt.double(), left @ left.T @ outside.T, atol=1e-5), "A S V^T is the truncated G_hat^T"
+    assert torch.allclose(rebuilt.double(), left @ left.T @ outside.T, atol=1e-5), (
+        "A S V^T is the truncated G_hat^T"
+    )
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.7, 2.0])

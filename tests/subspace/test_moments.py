@@ -58,7 +58,9 @@ def test_many_batches_do_not_round_each_other_away(sub):
         wide.add(x)
         narrow.add(x)
     error = [float((m.matrix.double() - exact).abs().max() / exact.abs().max()) for m in (wide, narrow)]
-    assert error[0] < 2e-7 and error[1] > 3 * error[0], "a float32 buffer drifts, which is why float64 is the default"
+    assert error[0] < 2e-7 and error[1] > 3 * error[0], (
+        "a float32 buffer drifts, which is why float64 is the default"
+    )
 
 
 def test_no_graph_is_kept_and_half_precision_is_widened(sub):

@@ -31,7 +31,9 @@ def test_released_llava_reproduces_every_basis(sub, parity):
     for layer in layers:
         basis = sub.released_llava_weight_basis(fixture[f"weight/{layer}"], 0.6).basis
         assert_same_subspace(basis, fixture[f"basis0/{layer}"].T)
-        extension = sub.released_llava_extend(basis, fixture[f"gradient/{layer}"], float(fixture["energy_threshold"]))
+        extension = sub.released_llava_extend(
+            basis, fixture[f"gradient/{layer}"], float(fixture["energy_threshold"])
+        )
         assert_same_subspace(sub.append_directions(basis, extension.new), fixture[f"basis1/{layer}"].T)
 
 
@@ -50,12 +52,16 @@ def test_released_presets_keep_one_direction_where_the_strict_rule_would_keep_no
         assert_same_subspace(found.basis, first.float())
 
 
-def test_released_llava_directions_are_those_of_the_gradient_outside_the_basis(sub, with_spectrum, random_basis):
+def test_released_llava_directions_are_those_of_the_gradient_outside_the_basis(
+    sub, with_spectrum, random_basis
+):
     gradient, basis = with_spectrum(60, 80, 0.3 ** torch.arange(12.0)).float(), random_basis(80, 10)
     found = sub.released_llava_directions(gradient, basis, 4)
     outside = gradient.double() - gradient.double() @ basis.double() @ basis.double().T
     singular = torch.linalg.svdvals(outside)
-    assert torch.allclose(found.singular_values.double(), singular[:4], rtol=0.02), "blurred, as without oversampling"
+    assert torch.allclose(found.singular_values.double(), singular[:4], rtol=0.02), (
+        "blurred, as without oversampling"
+    )
     energy = float(outside.square().sum())
     held = float((outside @ found.A.double()).square().sum()) / energy
     assert held == pytest.approx(float(singular[:4].square().sum()) / energy, abs=1e-3)

@@ -65,7 +65,10 @@ def test_a_factor_is_missed_with_no_more_than_the_stated_chance(rows):
 
     least, most = chi_square_factors(rows, 1e-3)
     half = torch.tensor(rows / 2, dtype=torch.float64)
-    below, above = (float(tail(half, half * x)) for tail, x in ((torch.special.gammainc, least), (torch.special.gammaincc, most)))
+    below, above = (
+        float(tail(half, half * x))
+        for tail, x in ((torch.special.gammainc, least), (torch.special.gammaincc, most))
+    )
     assert 1e-5 < below <= 1e-3 and 1e-6 < above <= 1e-3 and least < 1.0 < most
     for factor in (least, most):
         assert (factor * math.exp(1.0 - factor)) ** (rows / 2) == pytest.approx(1e-3, rel=1e-6)

@@ -1,0 +1,142 @@
+"""A table from its configuration to its files: tune, run, put side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava_keeplora.compare.jobs import Failure, Job, run_jobs, table_jobs, tuning_jobs
+from llava_keeplora.compare.table import Table, merged
+from llava_keeplora.config import only_methods
+from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.files import writable_folder
+from llava_keeplora.report.results import Results
+from llava_keeplora.report.run_report import read_side_by_side
+from llava_keeplora.run_folder import CONFIG, MATRIX
+from llava_keeplora_eval import Matrix
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One setting of one method on the held-out part.
+
+    Args:
+        label: the method's.
+        settings: what was tried.
+        metrics: the aggregates, in percent.
+        chosen: whether it is the best of its method.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, float | None]
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class TableResult:
+    """What there is of a table after its runs.
+
+    Args:
+        results: order → label → trials, one per seed that is finished, zero-shot first; an order without any is left out.
+        tried: every setting of every method whose tuning is finished.
+        settings: label → the settings with which it runs.
+        failures: runs that did not end well.
+    """
+
+    results: dict[str, Results]
+    tried: list[Tried]
+    settings: dict[str, dict[str, Any]]
+    failures: list[Failure]
+
+
+def compare(table: Table, workers: int = 1, labels: Sequence[str] | None = None) -> TableResult:
+    """Run, or go on with, everything that a table asks for.
+
+    Args:
+        table: the table.
+        workers: how many runs at once.
+        labels: of the methods that are run; of the others only what is finished already is taken. All of them when None.
+
+    Raises:
+        UserError: for whatever is wrong with the table, before anything runs.
+    """
+    wanted = only_methods(table.methods, table.methods if labels is None else labels)
+    _check(table, wanted)
+    tuning = tuning_jobs(table)
+    failures = run_jobs([job for jobs in tuning.values() for job in jobs], workers, wanted)
+    tried = [one for label, jobs in tuning.items() for one in _judged(table, label, jobs)]
+    settings = table.methods if table.tuning is None else _chosen(table, tried)
+    orders = table_jobs(table, settings)
+    failures += run_jobs([job for jobs in orders.values() for job in jobs], workers, wanted)
+    finished = {order: [job.folder for job in jobs if job.finished()] for order, jobs in orders.items()}
+    results = {order: read_side_by_side(folders) for order, folders in finished.items() if folders}
+    return TableResult(results, tried, settings, failures)
+
+
+def _check(table: Table, wanted: Collection[str]) -> None:
+    """Find what is wrong with the configuration of any run that is wanted before the first of them starts."""
+    if not wanted:
+        raise ConfigError(
+            "no method of the table learns anything, so there is nothing to run", "name one under methods"
+        )
+    if (table.output_dir / CONFIG).exists():
+        raise RunError(
+            f"{table.output_dir} is a run's folder, and a table has many runs",
+            "choose another one with --output-dir",
+        )
+    for job in itertools.chain(
+        *table_jobs(table, {label: table.methods[label] for label in wanted}).values()
+    ):
+        job.identity  # noqa: B018
+    lengths = [
+        len(_tried_identity(job, number)["tasks"])
+        for label, jobs in tuning_jobs(table).items()
+        if label in wanted
+        for number, job in enumerate(jobs, start=1)
+    ]
+    if min(lengths, default=2) < 2 and "transfer" in table.tuning.metrics:
+        raise ConfigError(
+            f"tuning.metric is '{table.tuning.metric}', and one task alone has no transfer",
+            "choose by `last`, or give more tasks",
+        )
+    try:
+        writable_folder(table.output_dir)
+    except OSError as error:
+        raise RunError(
+            f"the table's folder {table.output_dir} cannot be written to ({error.strerror})",
+            "choose another one with --output-dir",
+        ) from error
+
+
+def _tried_identity(job: Job, number: int) -> dict[str, Any]:
+    """A tried setting's identity; what is wrong with it is told with its place, as the method's own settings are right."""
+    try:
+        return job.identity
+    except ConfigError as error:
+        raise ConfigError(
+            f"tuning.settings.{job.label}, the setting number {number}: {error.problem}", error.cure
+        ) from error
+
+
+def _judged(table: Table, label: str, jobs: Sequence[Job]) -> list[Tried]:
+    """A method's settings with their scores, the best one chosen; nothing while one of them is open, so that no method is chosen from fewer."""
+    if not all(job.finished() for job in jobs):
+        return []
+    metrics = [Matrix.from_json(job.folder / label / MATRIX).metrics() for job in jobs]
+    sums = [sum(found[name] for name in table.tuning.metrics) for found in metrics]
+    best = sums.index(max(sums)) if sums else None
+    return [
+        Tried(label, tried, found, i == best)
+        for i, (tried, found) in enumerate(zip(table.tuning.settings[label], metrics))
+    ]
+
+
+def _chosen(table: Table, tried: Sequence[Tried]) -> dict[str, dict[str, Any]]:
+    """Label → settings, of the methods that are tuned or have nothing to tune."""
+    best = {one.label: one.settings for one in tried if one.chosen} | {
+        label: {} for label, settings in table.tuning.settings.items() if not settings
+    }
+    return {label: merged(own, best[label]) for label, own in table.methods.items() if label in best}

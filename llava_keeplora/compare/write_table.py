@@ -1,0 +1,170 @@
+"""What a table leaves: a few tables as Markdown, LaTeX and a page, the numbers as CSV, and a report with pictures for each order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from llava_keeplora.compare.run_table import TableResult
+from llava_keeplora.compare.table import CHOSEN_BY, Order, Table, dotted
+from llava_keeplora.files import whole_folder
+from llava_keeplora.report.html import LEGEND, SPREAD, Picture, html_figure, html_page, html_rows, html_table
+from llava_keeplora.report.latex_csv import csv_table, latex_table, summary_numbers
+from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
+from llava_keeplora.report.results import Results, matrices
+from llava_keeplora.report.tables import markdown_table, summary_header, summary_rows
+from llava_keeplora.report.write_report import write_report
+from llava_keeplora_eval.files import write_atomic
+from llava_keeplora_eval.matrix import MISSING, shown
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with what is said of it, as text cells."""
+
+    title: str
+    text: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write_table(table: Table, outcome: TableResult, pictures: Mapping[str, Picture] | None = None) -> str:
+    """Write `table.md`, `table.tex`, `table.csv`, `report.html`, and each order's own report into its folder.
+
+    Args:
+        table: the table.
+        outcome: what its runs gave; an order or a tried setting at least.
+        pictures: name → picture, for the page.
+
+    Returns:
+        the text of `table.md`.
+    """
+    with whole_folder(table.output_dir, replace=False) as tmp_dir:
+        return _write_files(table, outcome, pictures or {}, tmp_dir)
+
+
+def _write_files(table: Table, outcome: TableResult, pictures: Mapping[str, Picture], tmp_dir: Path) -> str:
+    title, sections = f"Table {table.output_dir.resolve().name}", sections_of(table, outcome)
+    for order, results in outcome.results.items():
+        write_report(
+            tmp_dir / order,
+            f"{title}, order {order}",
+            results,
+            {**table.order(order).changed(table.run), "methods": outcome.settings},
+        )
+    texts = {
+        "table.md": f"# {title}\n\n"
+        + "\n".join(
+            f"## {one.title}\n\n{one.text}\n\n{markdown_table(one.header, one.rows)}" for one in sections
+        ),
+        "table.tex": "% Needs \\usepackage{booktabs}.\n"
+        + "\n".join(f"% {one.title}: {one.text}\n{latex_table(one.header, one.rows)}\n" for one in sections),
+        "table.csv": _csv(outcome),
+        "report.html": _page(title, sections, outcome, pictures),
+    }
+    for name, text in texts.items():
+        write_atomic(tmp_dir / name, text)
+    return texts["table.md"]
+
+
+def sections_of(table: Table, outcome: TableResult) -> list[Section]:
+    """A table for each order, and the methods' settings."""
+    return [
+        *(_order_section(table, order, results) for order, results in outcome.results.items()),
+        _settings_section(table, outcome),
+    ]
+
+
+def _order_section(table: Table, order: str, results: Results) -> Section:
+    trials = [trial for own in results.values() for trial in own]
+    seeds = ", ".join(map(str, sorted({trial.seed for trial in trials})))
+    needs = {row[0]: row[1:] for row in needs_rows(results)}
+    header = [*summary_header(matrices(results)), *NEEDS_COLUMNS[1:]]
+    rows = [
+        [*row, *needs.get(row[0], [MISSING] * (len(NEEDS_COLUMNS) - 1))]
+        for row in summary_rows(matrices(results))
+    ]
+    text = f"Tasks: {', '.join(trials[0].matrix.tasks)}. Scores in percent, mean ± sample standard deviation; seeds {seeds}.{_unfinished(table, order, results)}"
+    return Section(f"Order {order}", text, header, rows)
+
+
+def _unfinished(table: Table, order: str, results: Results) -> str:
+    """What the table asks for and does not have yet, as a sentence."""
+    left = []
+    for label in table.methods:
+        done = {trial.seed for trial in results.get(label, ())}
+        seeds = [str(seed) for seed in table.order(order).seeds if seed not in done]
+        left += [f"{label} with seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"] if seeds else []
+    return f" Not finished: {'; '.join(left)}." if left else ""
+
+
+def _settings_section(table: Table, outcome: TableResult) -> Section:
+    """The settings of every method; of those that were tuned every setting that was tried, with its scores on the held-out part."""
+    if table.tuning is None:
+        return Section(
+            "Settings",
+            "The methods ran with these settings.",
+            ["method", "settings"],
+            [[label, _format_settings(own)] for label, own in table.methods.items()],
+        )
+    tuning, budget = (
+        table.tuning,
+        max((len(settings) for settings in table.tuning.settings.values()), default=0),
+    )
+    text = (
+        f"Settings tried for each method: {budget}, on order {_order_told(table.tuning_order)} with seed {tuning.seed}, scored on {100 * tuning.holdout:g} % of the "
+        f"training data, which the method did not train on, never on test. Chosen: the largest {' + '.join(tuning.metrics)}."
+    )
+    rows = [
+        [
+            f"{one.label}: {_format_settings(one.settings)}",
+            *(shown(one.metrics[name]) for name in CHOSEN_BY),
+            "yes" if one.chosen else "",
+        ]
+        for one in outcome.tried
+    ]
+    tuned = {one.label for one in outcome.tried}
+    for label in table.methods:
+        if label not in tuned:
+            what = "taken as it is, none tried" if label in outcome.settings else "not chosen yet"
+            rows.append([f"{label}: {what}", *[MISSING] * len(CHOSEN_BY), ""])
+    return Section("Settings", text, ["method: setting", *CHOSEN_BY, "chosen"], rows)
+
+
+def _order_told(order: Order) -> str:
+    """Its name; where it has no part of the table, also its tasks and their epochs."""
+    if order.seeds:
+        return order.name
+    tasks = order.tasks.get("tasks") or [order.tasks["sequence"]]
+    epochs = f", {', '.join(map(str, order.epochs))} epochs" if order.epochs else ""
+    return f"{order.name} ({', '.join(tasks)}{epochs})"
+
+
+def _format_settings(settings: Mapping) -> str:
+    return " ".join(dotted(settings)) or MISSING
+
+
+def _csv(outcome: TableResult) -> str:
+    """One row per order and run, unrounded."""
+    header, rows = [], []
+    for order, results in outcome.results.items():
+        header, found = summary_numbers(results)
+        rows += [[order, *row] for row in found]
+    return csv_table(["order", *header], rows)
+
+
+def _page(
+    title: str, sections: Sequence[Section], outcome: TableResult, pictures: Mapping[str, Picture]
+) -> str:
+    links = {
+        f"Order {order}": f'<p><a href="{escape(order)}/report.html">Matrices, curves, costs</a></p>\n'
+        for order in outcome.results
+    }
+    body = "".join(
+        f"<section>\n<h2>{escape(one.title)}</h2>\n<p>{escape(one.text)}</p>\n{html_table(one.header, html_rows(one.rows))}{links.get(one.title, '')}</section>\n"
+        for one in sections
+    )
+    figures = "".join(html_figure(name, picture) for name, picture in pictures.items())
+    return html_page(title, f"<p>{LEGEND}{SPREAD}</p>\n{figures}{body}")

@@ -1,0 +1,102 @@
+"""Plain data into frozen records: every unknown key and every value of another type is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from llava_keeplora.errors import ConfigError, UserError, nearest
+
+#: YAML 1.1's words for true and false, as they are read where nothing else can be meant.
+SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
+
+
+def build(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> Any:
+    """Build a dataclass from a mapping; unknown keys and wrong types are errors.
+
+    Args:
+        kind: the dataclass.
+        tree: its values; absent ones take the default.
+        where: the dotted place, for error texts.
+        also: valid names beside the fields, for the hint.
+    """
+    _check_keys(kind, tree, where, also)
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    values = {}
+    for key, value in tree.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = build(hint, as_mapping(value, f"{prefix}{key}"), f"{prefix}{key}")
+        else:
+            values[key] = _coerce(value, hint, f"{prefix}{key}")
+    try:
+        return kind(**values)
+    except UserError as error:
+        raise ConfigError(f"{prefix}{error.problem}", error.cure) from None
+
+
+def _check_keys(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> None:
+    fields = {f.name for f in dataclasses.fields(kind)}
+    for key in tree:
+        if key not in fields:
+            raise ConfigError(
+                f"unknown key '{where}{'.' if where else ''}{key}'", nearest(str(key), fields | set(also))
+            )
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Cast YAML scalars to a field's type; refuse what does not fit, and numbers that are not finite."""
+    options = [h for h in typing.get_args(hint) if h is not type(None)] if _is_union(hint) else [hint]
+    if value is None and (_is_union(hint) and type(None) in typing.get_args(hint)):
+        return None
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        try:
+            if origin is bool and isinstance(value, bool):
+                return value
+            # Where text fits as well, `no` is the text: `save_strategy: no`.
+            if origin is bool and str not in options and isinstance(value, str) and value.lower() in SWITCHES:
+                return SWITCHES[value.lower()]
+            if (
+                origin is int
+                and not isinstance(value, bool)
+                and (isinstance(value, int) or (isinstance(value, str) and value.lstrip("-").isdigit()))
+            ):
+                return int(value)
+            if (
+                origin is float
+                and not isinstance(value, bool)
+                and isinstance(value, (int, float, str))
+                and math.isfinite(float(value))
+            ):
+                return float(value)
+            if origin is str and isinstance(value, str):
+                return value
+            if origin is tuple and isinstance(value, (list, tuple)):
+                return tuple(value)
+            if origin in (list, dict) and isinstance(value, origin):
+                return value
+        except (ValueError, OverflowError):
+            continue
+    if all((typing.get_origin(o) or o) in (bool, int, float, str, tuple, list, dict) for o in options):
+        raise ConfigError(f"{where} is {value!r}, but it takes {names}", "mend the value")
+    return value
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def as_mapping(value: Any, where: str) -> dict[str, Any]:
+    """A section of a configuration; nothing is an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is {value!r}, but it takes `key: value` pairs", "mend the value")
+    return dict(value)

@@ -1,0 +1,292 @@
+"""One run as data: YAML in, frozen records out, every unknown key refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from llava_keeplora.config.checks import check_full_finetuning, deepspeed_config
+from llava_keeplora.config.coerce import _check_keys, _coerce, as_mapping, build
+from llava_keeplora.config.schema import (
+    LABEL,
+    ROW_KEYS,
+    TABLE_KEYS,
+    ZERO_SHOT,
+    EvaluationConfig,
+    ExpectedConfig,
+    MethodConfig,
+    PartConfig,
+    RunConfig,
+)
+from llava_keeplora.config.shipped import find_config
+from llava_keeplora.config.training_args import check_training
+from llava_keeplora.errors import ConfigError, nearest
+from llava_keeplora.registries import METHODS, localize_plugins, safe_label
+from llava_keeplora.run_folder import RUN_FILES
+from llava_keeplora_recipes import load_sequence
+from llava_keeplora_recipes.errors import RecipeError
+from llava_keeplora_recipes.recipe_rules import MAX_NAME
+from llava_keeplora_recipes.registry import PluginError, UnknownNameError
+from llava_keeplora_recipes.strict_yaml import MAX_DEPTH, parse_yaml, read_mapping
+
+#: What a run has that names no methods.
+DEFAULT_METHODS: Mapping[str, Any] = {"keeplora": {}}
+
+
+def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direct: Any) -> RunConfig:
+    """Read a run's YAML, apply dotted overrides, and check every key.
+
+    Args:
+        name_or_path: a YAML file, or the name of a shipped configuration (`llava-keeplora list`).
+        overrides: `a.b.c=value` strings; the value is read as YAML.
+        direct: top-level values that win over both: `output_dir`, `data_root` (sets `data.root`), and `methods`, the labels of those to keep.
+
+    Raises:
+        ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
+    """
+    return finish_config(read_config(name_or_path), overrides, **direct)
+
+
+def read_config(name_or_path: str) -> dict[str, Any]:
+    """A configuration as plain data, unchecked; see `load_config`."""
+    path = find_config(name_or_path)
+    try:
+        return localize_plugins(read_mapping(path), path.parent)
+    except RecipeError as error:
+        raise ConfigError(error.problem, error.cure) from error
+
+
+def finish_config(tree: dict[str, Any], overrides: typing.Sequence[str] = (), **direct: Any) -> RunConfig:
+    """Build a `RunConfig` from plain data and what the command line sets; see `load_config`."""
+    return parse_config(with_settings(tree, overrides, **direct))
+
+
+def with_settings(
+    tree: dict[str, Any], overrides: typing.Sequence[str] = (), **direct: Any
+) -> dict[str, Any]:
+    """Plain data with what the command line sets in it; see `load_config`."""
+    for override in overrides:
+        _apply_override(tree, override)
+    if direct.get("data_root"):
+        tree["data"] = as_mapping(tree.get("data"), "data") | {"root": direct["data_root"]}
+    if direct.get("output_dir"):
+        tree["output_dir"] = direct["output_dir"]
+    if direct.get("methods") is not None:
+        _keep_methods(tree, direct["methods"])
+    return tree
+
+
+def only_methods(methods: Mapping[str, Any], labels: typing.Sequence[str]) -> dict[str, Any]:
+    """Of methods by label these alone, in their own order; the row of the untouched model may be named too.
+
+    Raises:
+        ConfigError: for a label that is none of theirs.
+    """
+    labels = [safe_label(label) for label in labels]
+    for label in labels:
+        if label not in (ZERO_SHOT, *methods):
+            raise ConfigError(f"the configuration has no method '{label}'", nearest(label, list(methods)))
+    return {label: value for label, value in methods.items() if label in (ZERO_SHOT, *labels)}
+
+
+def _keep_methods(tree: dict[str, Any], labels: typing.Sequence[str]) -> None:
+    """Keep only these methods of a run's configuration, and what is published for them."""
+    labels = [safe_label(label) for label in labels]
+    tree["methods"] = only_methods(as_mapping(tree.get("methods", DEFAULT_METHODS), "methods"), labels)
+    if isinstance(tree.get("expected"), Mapping):
+        tree["expected"] = {
+            label: value for label, value in tree["expected"].items() if label in (ZERO_SHOT, *labels)
+        }
+
+
+def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig:
+    """Build a `RunConfig` from plain data; see `load_config`.
+
+    Args:
+        tree: the configuration.
+        run_plugins: whether plug-ins are imported; where not, their options are taken as they are, to look at a run whose plug-ins
+            need not be installed.
+    """
+    tree = localize_plugins(tree)
+    for key in TABLE_KEYS:
+        if key in tree:
+            raise ConfigError(
+                f"the key '{key}' makes this a table of several runs", "run it with `llava-keeplora compare`"
+            )
+    _check_keys(RunConfig, tree, "")
+    parts = {
+        name: as_mapping(value, f"parts.{name}")
+        for name, value in as_mapping(tree.pop("parts", {}), "parts").items()
+    }
+    training = as_mapping(tree.pop("training", {}), "training")
+    methods = as_mapping(tree.pop("methods", DEFAULT_METHODS), "methods")
+    expected = as_mapping(tree.pop("expected", {}), "expected")
+    sequence, tasks = tree.get("sequence"), tree.get("tasks")
+    if bool(sequence) == bool(tasks):
+        raise ConfigError(
+            "a run needs either `sequence` or `tasks`" + (", not both" if sequence else ""),
+            "name one of them",
+        )
+    if sequence:
+        loaded = load_sequence(sequence)
+        tree["tasks"] = list(loaded.tasks)
+        if getattr(loaded, "epochs", None):
+            training.setdefault("num_train_epochs", list(loaded.epochs))
+    if not isinstance(tree["tasks"], (list, tuple)) or not all(
+        isinstance(task, str) for task in tree["tasks"]
+    ):
+        raise ConfigError(
+            f"tasks is {tree['tasks']!r}, which is no list of names", "list task names or YAML files"
+        )
+    if methods.get(ZERO_SHOT) in (None, {}):
+        methods.pop(ZERO_SHOT, None)  # It always comes first, asked for or not.
+    # The run's own sections first, so that a mistake in them isn't told of the method that inherits it.
+    own_parts, own_training = (
+        {n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()},
+        check_training(training),
+    )
+    evaluation = build(EvaluationConfig, as_mapping(tree.get("evaluation"), "evaluation"), "evaluation")
+    parsed = {
+        label: _parse_method(
+            label, as_mapping(value, f"methods.{label}"), parts, training, evaluation, run_plugins
+        )
+        for label, value in methods.items()
+    }
+    config = build(RunConfig, tree, "")
+    published = {label: _parse_expected(label, value, parsed) for label, value in expected.items()}
+    config = dataclasses.replace(
+        config, parts=own_parts, methods=parsed, training=own_training, expected=published
+    )
+    for label in parsed:
+        config.trainings(label)
+    if run_plugins:
+        deepspeed_config(config)
+        check_full_finetuning(config)
+    return config
+
+
+def _parse_method(
+    label: str,
+    tree: dict[str, Any],
+    parts: dict[str, dict],
+    training: dict[str, Any],
+    evaluation: EvaluationConfig,
+    run_plugins: bool = True,
+) -> MethodConfig:
+    """A method inherits the run's parts and training and overrides what it names."""
+    where = f"methods.{label}"
+    if not isinstance(label, str) or not LABEL.fullmatch(label) or label in RUN_FILES:
+        raise ConfigError(
+            f"methods has the label '{label}', which cannot be a folder of the run",
+            "use letters, digits, '-', '_', '.' and '+'",
+        )
+    if len(label) > MAX_NAME:
+        raise ConfigError(
+            f"methods has a label of {len(label)} characters, and a folder is named after it",
+            f"use {MAX_NAME} at most",
+        )
+    name = tree.pop("method", label)
+    name = name if isinstance(name, str) else str(name)
+    cls = _find_method(name, where) if run_plugins or not METHODS.is_plugin(name) else None
+    if ZERO_SHOT in (label, name):
+        raise ConfigError(
+            f"{where} sets something for '{ZERO_SHOT}', which has no settings and always comes first",
+            f"remove {where}",
+        )
+    own_parts = as_mapping(tree.pop("parts", {}), f"{where}.parts")
+    for part in own_parts:
+        if parts and part not in parts:
+            raise ConfigError(
+                f"{where}.parts names '{part}', which the run does not adapt", nearest(str(part), parts)
+            )
+    adapts = bool(own_parts) if cls is None else cls.uses_lora
+    if own_parts and not adapts:
+        raise ConfigError(
+            f"{where}.parts is set, but '{name}' has no adapters on the model's parts",
+            f"remove {where}.parts",
+        )
+    inherited = parts if adapts else {}
+    merged = {
+        n: {**inherited.get(n, {}), **as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")}
+        for n in {**inherited, **own_parts}
+    }
+    own_training = as_mapping(tree.pop("training", {}), f"{where}.training")
+    read = {"test_prompts": tree.pop("test_prompts")} if "test_prompts" in tree else {}
+    test_prompts = build(EvaluationConfig, read, where).test_prompts if read else evaluation.test_prompts
+    crop = _coerce(
+        tree.pop("random_resized_crop", None), tuple[float, float] | None, f"{where}.random_resized_crop"
+    )
+    keys = ("method", "parts", "training", *ROW_KEYS)
+    options = tree if cls is None else dataclasses.asdict(build(cls.Options, tree, where, also=keys))
+    facts = dict(
+        label=label,
+        method=name,
+        options=options,
+        parts={n: build(PartConfig, v, f"{where}.parts.{n}") for n, v in merged.items()},
+        training=check_training(training) | check_training(own_training, f"{where}.training"),
+        test_prompts=test_prompts,
+        random_resized_crop=crop,
+    )
+    try:
+        return MethodConfig(**facts)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error.problem}", error.cure) from None
+
+
+def _find_method(name: str, where: str) -> type:
+    """Return the class of a method, a plug-in's imported.
+
+    Raises:
+        ConfigError: there is none of that name, or it cannot be imported.
+    """
+    try:
+        return METHODS[name]
+    except UnknownNameError as error:
+        raise ConfigError(f"{where} names the method '{name}', which does not exist", error.cure) from None
+    except PluginError as error:
+        raise ConfigError(f"{where}: {error.problem}", error.cure) from error
+
+
+def _parse_expected(label: str, tree: Any, methods: Mapping[str, MethodConfig]) -> ExpectedConfig:
+    """What was published for a row that the run has."""
+    rows = (ZERO_SHOT, *methods)
+    if label not in rows:
+        raise ConfigError(
+            f"expected names the row '{label}', which the run does not have", nearest(str(label), rows)
+        )
+    return build(ExpectedConfig, as_mapping(tree, f"expected.{label}"), f"expected.{label}")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(
+            f"the override '{override}' is not of the form key.subkey=value",
+            "write, for instance, training.learning_rate=5e-4",
+        )
+    *parents, leaf = key.split(".")
+    if len(parents) >= MAX_DEPTH:
+        raise ConfigError(
+            f"the override '{override}' names a key {len(parents) + 1} levels deep",
+            "name a key that the configuration has",
+        )
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"the override '{override}' reaches into '{parent}', which holds {child!r}",
+                "name a key that holds a mapping",
+            )
+        node = child
+    try:
+        node[leaf] = parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"the override '{override}' has a value that {error}",
+            "correct the value, or put quotes around text",
+        ) from error

@@ -1,0 +1,225 @@
+"""What a run learned, read back for every form of export, and the base that others load it on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llava_keeplora.adapters import BaseWeights, Delta, FullDelta, load_deltas
+from llava_keeplora.config import EvaluationConfig, ModelConfig
+from llava_keeplora.errors import ConfigError, RunError, nearest
+from llava_keeplora.journal import Entry, Journal
+from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
+from llava_keeplora.run_folder import DELTA, JOURNAL, MATRIX, Stage, read_dumped
+from llava_keeplora.saved_run import check_base
+from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.checkpoints import hub_commit, loading
+from llava_keeplora_eval.files import file_hash
+from llava_keeplora_recipes import Recipe, load_recipe
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class LearnedRun:
+    """What one method of a run knows after some of its tasks.
+
+    Args:
+        run: the run folder.
+        config: the resolved configuration that it keeps.
+        label: the method.
+        entries: the method's journal up to the last of these tasks.
+        deltas: of each task, in order.
+    """
+
+    run: Path
+    config: Mapping[str, Any]
+    label: str
+    entries: Sequence[Entry]
+    deltas: Sequence[Mapping[str, Delta | FullDelta]]
+
+    @property
+    def model(self) -> ModelConfig:
+        """The base in the form that the run trained on."""
+        return ModelConfig(**self.config["model"])
+
+    @cached_property
+    def recipes(self) -> list[Recipe]:
+        """All tasks of the run, the learned ones first."""
+        return [load_recipe(name) for name in self.config["tasks"]]
+
+    @cached_property
+    def matrix(self) -> Matrix:
+        """The scores up to the last of these tasks."""
+        whole = Matrix.from_json(self.run / self.label / MATRIX)
+        return Matrix(whole.tasks, whole.zero_shot, whole.rows[: len(self.deltas)])
+
+    def load(
+        self, dtype: str | None = None, deltas: Sequence[Mapping[str, Delta | FullDelta]] | None = None
+    ) -> Family:
+        """The model after these tasks.
+
+        Raises:
+            RunError: the base model is not what it was when the run began.
+
+        Args:
+            dtype: a key of `DTYPES`, for an unquantised base; the run's own form when None.
+            deltas: what its layers carry; the tasks' own when None.
+        """
+        check_base(self.run, self.model)
+        source = self.model if dtype is None else replace(self.model, dtype=dtype, quantization=None)
+        family = load_model(source, EvaluationConfig(**self.config["evaluation"]))
+        deltas = self.deltas if deltas is None else deltas
+        for name in dict.fromkeys(name for task in deltas for name in task):
+            # Layer by layer, because `BaseWeights` keeps a copy of what it changes.
+            BaseWeights({name: family.model.get_submodule(name)}).apply(
+                [{name: task[name]} for task in deltas if name in task]
+            )
+        return family
+
+
+def load_learned_run(run: str | Path, label: str | None = None, at_task: int | None = None) -> LearnedRun:
+    """Read what a run learned; every delta is checked by its hash.
+
+    Args:
+        run: the run folder.
+        label: the method; the only one of the run where it is left out.
+        at_task: the last task, counted from 1; the last finished one when None.
+
+    Raises:
+        RunError: for a folder that is no run, a method that it doesn't have or that has not finished so many tasks, or damaged deltas.
+    """
+    run = Path(run)
+    config = read_dumped(run)
+    label = _chosen(config, run, label)
+    journal = Journal(run / label / JOURNAL)
+    finished = max((entry.task for entry in journal.entries if entry.stage == Stage.CLOSED), default=0)
+    if not finished:
+        raise RunError(f"{run / label} holds no finished task", "run its training first")
+    last = finished if at_task is None else at_task
+    if not 1 <= last <= finished:
+        raise RunError(
+            f"{run / label} has finished {finished} tasks, and task {last} is asked for",
+            f"choose 1 to {finished} with --at-task",
+        )
+    entries = [entry for entry in journal.entries if entry.task <= last]
+    return LearnedRun(
+        run,
+        config,
+        label,
+        entries,
+        [_deltas(run / label, entry) for entry in entries if entry.stage == Stage.TRAINED],
+    )
+
+
+def _chosen(config: Mapping[str, Any], run: Path, label: str | None) -> str:
+    labels = list(config["methods"])
+    if label is None and len(labels) == 1:
+        return labels[0]
+    if label not in labels:
+        what = f"has no method '{label}'" if label else f"has {len(labels)} methods"
+        raise RunError(f"{run} {what}", f"choose one with --method: {', '.join(labels)}")
+    return label
+
+
+def _deltas(folder: Path, entry: Entry) -> dict[str, Delta | FullDelta]:
+    name = entry.file(DELTA)
+    return load_deltas(checked(folder / name, entry.files[name], f"task {entry.task}"))
+
+
+def checked(path: Path, expected: str, writer: str) -> Path:
+    """A file, if it is still what it was.
+
+    Args:
+        path: the file.
+        expected: its SHA-256.
+        writer: what wrote it, for the error's sentence.
+
+    Raises:
+        RunError: if it is missing or changed.
+    """
+    if not path.is_file() or file_hash(path) != expected:
+        raise RunError(f"{path} is not what {writer} wrote", "restore it")
+    return path
+
+
+def filter_parts(
+    learned: LearnedRun, parts: Sequence[str] | None, prefixes: Mapping[str, str]
+) -> list[dict[str, Delta | FullDelta]]:
+    """The tasks' deltas on some parts of the model.
+
+    Args:
+        learned: the tasks.
+        parts: names of parts; all that the method changes when None.
+        prefixes: part → dotted prefix of its layers.
+
+    Raises:
+        ConfigError: for a part that the method did not change.
+    """
+    if not parts:
+        return list(learned.deltas)
+    own = list(
+        learned.config["methods"][learned.label]["parts"] or prefixes
+    )  # None are named where the whole model is trained.
+    for part in parts:
+        if part not in own:
+            raise ConfigError(
+                f"--parts names '{part}', which '{learned.label}' did not change", nearest(part, own)
+            )
+    chosen = tuple(f"{prefixes[part]}." for part in parts)
+    return [
+        {name: delta for name, delta in task.items() if name.startswith(chosen)} for task in learned.deltas
+    ]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base as others load it.
+
+    Args:
+        id: on the Hub.
+        revision: there; None for the newest.
+        local: the folder of this machine that the run took it from, or None where that was the Hub.
+    """
+
+    id: str
+    revision: str | None
+    local: Path | None
+
+
+def published_base(model: ModelConfig, base_id: str | None) -> Base:
+    """The Hub's name of a run's base.
+
+    Args:
+        model: of the run.
+        base_id: `user/name` or `user/name@revision`, for a base that the run took from a folder.
+
+    Raises:
+        ConfigError: if the base has a name on this machine alone, or the id is none.
+    """
+    folder = find_local(model.name_or_path)
+    if base_id is not None:
+        name, _, revision = base_id.partition("@")
+        if not HUB_ID.fullmatch(name):
+            raise ConfigError(
+                f"--base-id is '{base_id}', which is no id on the Hub",
+                "write user/name, or user/name@revision",
+            )
+        return Base(name, revision or None, folder)
+    if folder is not None:
+        raise ConfigError(
+            f"the base of this run is '{model.name_or_path}', a folder of this machine, which nobody else can load",
+            "give its id on the Hub with --base-id user/name",
+        )
+    with loading(model.name_or_path):
+        return Base(model.name_or_path, hub_commit(model.name_or_path, model.revision), None)
+
+
+def find_local(name_or_path: str) -> Path | None:
+    """The folder of a base that is not on the Hub, embedded ones included."""
+    path = ASSETS / name_or_path if name_or_path in embedded_models() else Path(name_or_path)
+    return path.resolve() if path.exists() or not HUB_ID.fullmatch(name_or_path) else None

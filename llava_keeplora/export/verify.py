@@ -1,0 +1,137 @@
+"""What was written, loaded by a process that knows nothing else (see `reload.py`), against what was meant, on real examples."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llava_keeplora.errors import RunError
+from llava_keeplora.export.loaded_run import Base
+from llava_keeplora.files import write_json, write_tensors
+from llava_keeplora.models import Family, Prepared
+from llava_keeplora_recipes import TaskData
+
+#: What fp32 logits may differ by; of the largest logit where that is above 1 (CLIP's are cosines times up to 100).
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far some logits are from others.
+
+    Args:
+        largest: |difference| of a logit.
+        relative: ‖difference‖ / ‖logits‖.
+        same: share of the positions with the same best token or class.
+    """
+
+    largest: float
+    relative: float
+    same: float
+
+    @classmethod
+    def between(cls, found: Tensor, expected: Tensor) -> "Deviation":
+        """Of two tensors (positions, choices)."""
+        difference = found.float() - expected.float()
+        same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+        return cls(
+            float(difference.abs().max()), float(difference.norm() / expected.float().norm()), float(same)
+        )
+
+
+@torch.no_grad()
+def probe(family: Family, data: TaskData) -> tuple[dict[str, Tensor], Tensor]:
+    """Examples as the model takes them, and its logits (answer tokens, vocabulary) or (images, classes) in fp32.
+
+    Args:
+        family: the model, by the way in which a run trains it.
+        data: the examples.
+    """
+    batch = family.inputs(data, Prepared(family, data)).collate(range(len(data)))
+    task = family.task(data.recipe)
+    device = next(family.model.parameters()).device
+    logits = task(**{key: value.to(device) for key, value in batch.items()})["logits"]
+    return {**batch, **dict(task.named_buffers(recurse=False))}, logits.float().cpu()
+
+
+def verify_export(
+    folder: Path,
+    form: str,
+    base: Base,
+    batch: Mapping[str, Tensor],
+    expected: Tensor,
+    layers: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Load an export in a fresh process and compare its logits.
+
+    Args:
+        folder: what was written.
+        form: `adapter`, `merged` or `state`.
+        base: that an adapter or a state belongs to.
+        batch, expected: see `probe`; of the model that was meant, computed in fp32.
+        layers: how many an adapter must have.
+
+    Returns:
+        the export's logits in fp32, and in bfloat16.
+
+    Raises:
+        RunError: if it cannot be loaded, has another number of adapted layers, or gives other logits.
+    """
+    with _where_base_is_named(base) as tmp_dir:
+        write_tensors(tmp_dir / "batch.safetensors", batch)
+        job = {"folder": str(folder.resolve()), "form": form, "base": base.id, "revision": base.revision}
+        write_json(tmp_dir / "job.json", job)
+        reason = verify_in_fresh_process(tmp_dir)
+        if reason:
+            raise RunError(f"the {form} cannot be loaded again ({reason})", "mend that and export again")
+        found = load_file(tmp_dir / "logits.safetensors")
+        counts = json.loads((tmp_dir / "layers.json").read_text())
+    for count in counts.values():
+        if layers is not None and count != layers:
+            raise RunError(
+                f"{count} layers are adapted after loading, where {layers} were written",
+                "check the names of the base's layers; nothing was exported",
+            )
+    for way, logits in found.items():
+        limit, largest = (
+            TOLERANCE * max(1.0, float(expected.abs().max())),
+            Deviation.between(logits, expected).largest,
+        )
+        if way != "bfloat16" and not largest <= limit:
+            raise RunError(
+                f"the {form} gives other logits after loading ({way}: {largest:.2g} off, where {limit:.2g} is rounding)",
+                "check that the base is the one that the run was trained on; nothing was exported",
+            )
+    return found["float32"], found["bfloat16"]
+
+
+def verify_in_fresh_process(tmp_dir: Path) -> str | None:
+    """Run `reload.py` in a folder; what it says where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_keeplora.export.verify_worker"],
+        cwd=tmp_dir,
+        capture_output=True,
+        text=True,
+    )
+    return (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else None
+
+
+@contextmanager
+def _where_base_is_named(base: Base) -> Iterator[Path]:
+    """A folder to work in, in which a base of this machine is found by its name on the Hub."""
+    with tempfile.TemporaryDirectory() as name:
+        tmp_dir = Path(name)
+        if base.local is not None:
+            (tmp_dir / base.id).parent.mkdir(parents=True)
+            (tmp_dir / base.id).symlink_to(base.local, target_is_directory=True)
+        yield tmp_dir

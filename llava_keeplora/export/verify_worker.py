@@ -1,0 +1,93 @@
+"""The fresh process that loads an export again; `check.py` starts it.
+
+It goes by the ordinary loaders of transformers and PEFT and the models' own forward passes; only a state is read by this
+package, because nothing else reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from llava_keeplora.export.loaded_run import load_learned_run
+from llava_keeplora.files import write_json, write_tensors
+from llava_keeplora_eval.models import load_clip_processor, load_llava_processor, model_family
+
+
+def main() -> None:
+    """Load what `job.json` of the working folder names in every way that it promises; write logits and numbers of adapted layers."""
+    job = json.loads(Path("job.json").read_text())
+    batch = load_file("batch.safetensors")
+    logits, layers = {}, {}
+    for way, model in _loaded(job):
+        layers[way] = _adapted_layers(model)
+        logits[way] = plain_logits(model, batch)
+        if way == "float32":
+            logits["bfloat16"] = plain_logits(model.to(torch.bfloat16), batch)
+        del model
+    write_tensors(Path("logits.safetensors"), logits)
+    write_json(Path("layers.json"), layers)
+
+
+def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+    """Way of loading → model in fp32; `float32` is the one by which it is measured."""
+    folder = job["folder"]
+    if job["form"] == "state":
+        yield "float32", load_learned_run(folder).load("float32").model
+    elif job["form"] == "merged":
+        load_processor = load_clip_processor if model_family(folder) == "clip" else load_llava_processor
+        load_processor(folder)
+        yield "float32", _auto(folder).from_pretrained(folder, dtype=torch.float32).eval()
+    else:
+        auto = _auto(job["base"], job["revision"])
+        # Without a name for the base, it goes before the next model comes.
+        yield (
+            "float32",
+            PeftModel.from_pretrained(
+                auto.from_pretrained(job["base"], revision=job["revision"], dtype=torch.float32), folder
+            ).eval(),
+        )
+        yield "by the folder alone", auto.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _auto(path: str, revision: str | None = None) -> type[AutoModel | AutoModelForImageTextToText]:
+    return (
+        AutoModel
+        if AutoConfig.from_pretrained(path, revision=revision).model_type == "clip"
+        else AutoModelForImageTextToText
+    )
+
+
+def _adapted_layers(model: nn.Module) -> int:
+    return sum(isinstance(module, LoraLayer) for module in model.modules())
+
+
+@torch.no_grad()
+def plain_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """A probe's logits by the model's own forward pass, in fp32.
+
+    Args:
+        model: from transformers or PEFT.
+        batch: see `probe`.
+    """
+    inputs = {
+        key: value.to(model.dtype) if value.is_floating_point() else value for key, value in batch.items()
+    }
+    labels, counts = inputs.pop("labels"), inputs.pop("image_counts", None)
+    out = model(**inputs)
+    if counts is None:
+        return out.logits_per_image.float()
+    return out.logits[:, :-1][labels[:, 1:] >= 0].float()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Linear layers by part and leaf name, with a refusal where a name matches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from llava_keeplora.config import ALL_LINEAR
+from llava_keeplora.errors import ConfigError, nearest
+
+
+def find_linear_layers(
+    model: nn.Module, prefixes: Mapping[str, str], part: str, targets: Sequence[str]
+) -> dict[str, nn.Linear]:
+    """Full name → linear layer, for the leaf names `targets` under the part's prefix, or for all of them with `all-linear`.
+
+    PEFT's `all-linear` means every linear layer of the model but its output layer (`lm_head`). Here it is every one of the part; output
+    layers, embeddings and what lies outside of the parts are in none.
+
+    Args:
+        model: the plain model.
+        prefixes: part → dotted prefix of its layers.
+        part: which part.
+        targets: leaf names such as `q_proj`.
+
+    Raises:
+        ConfigError: for an unknown part, or a target that matches no linear layer of it.
+    """
+    if part not in prefixes:
+        raise ConfigError(f"parts names '{part}', which this model does not have", nearest(part, prefixes))
+    linear = {
+        n: m
+        for n, m in model.named_modules()
+        if n.startswith(prefixes[part] + ".") and isinstance(m, nn.Linear)
+    }
+    leaves = {name.rsplit(".", 1)[-1] for name in linear}
+    if tuple(targets) == (ALL_LINEAR,):
+        return linear
+    for target in targets:
+        if target not in leaves:
+            raise ConfigError(
+                f"parts.{part}.targets names '{target}', which matches no linear layer of that part",
+                nearest(target, leaves),
+            )
+    return {name: layer for name, layer in linear.items() if name.rsplit(".", 1)[-1] in targets}

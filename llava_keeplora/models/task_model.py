@@ -1,0 +1,108 @@
+"""What every family's model on a task has: the model inside, and how `transformers.Trainer` asks it to recompute activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import transformers  # its models, which take seconds to import, are looked up where they are used
+from torch import Tensor, nn
+
+
+class TaskModel(nn.Module):
+    """The model on one task: `forward(**batch)` returns `loss`, the mean over the batch's weight.
+
+    Args:
+        model: plain or with adapters.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def constants(self) -> AbstractContextManager[Iterable[tuple[Tensor, Tensor]]]:
+        """Hold what is the same in every batch, such as the prompts' features, as tensors that gradients are summed into."""
+        raise NotImplementedError
+
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
+        """Return how much a batch counts in the mean loss: its images, or its supervised tokens."""
+        raise NotImplementedError
+
+    def first(self, batch: Mapping[str, Tensor], count: int = 1) -> dict[str, Tensor]:
+        """Return the first `count` examples of a batch, as a batch."""
+        raise NotImplementedError
+
+    def probe(self, batch: Mapping[str, Tensor]) -> None:
+        """Run every adapted layer once on a batch, without a loss."""
+        raise NotImplementedError
+
+    def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return which positions of a part's input are tokens and not padding; None where all are."""
+        raise NotImplementedError
+
+    def counting_examples(self) -> "TaskModel":
+        """The model on the same task with a loss in which every example counts alike; itself where every one does anyhow."""
+        return self
+
+    def at_every_position(self) -> "TaskModel":
+        """The model on the same task with its prompts filled up to the last position, none of them masked; itself without prompts."""
+        return self
+
+    @property
+    def config(self):
+        """The model's; `auto` sizes of a DeepSpeed configuration are worked out from it."""
+        return self.model.config
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass; `transformers.Trainer` asks."""
+        return bool(self.model.is_activation_checkpointing)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs
+    ) -> None:
+        """Recompute activations in the backward pass; `transformers.Trainer` calls this."""
+        # The re-entrant form sends no gradient through a block whose input needs none, such as the first of a frozen model.
+        self.model.activation_checkpointing_enable(
+            {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}, **kwargs
+        )
+        # That form alone needs embeddings that ask for a gradient; they would send the backward pass through frozen encoders.
+        self.model.disable_input_require_grads()
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.model.activation_checkpointing_disable()
+
+    @contextmanager
+    def recomputing(self, training: Mapping[str, Any]) -> Iterator[None]:
+        """Recompute activations outside of training too, in the blocks where training does.
+
+        Args:
+            training: arguments for `transformers.TrainingArguments`.
+        """
+        if not recomputes(training):
+            yield
+            return
+        self.activation_checkpointing_enable(
+            training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs")
+        )
+        blocks = [
+            module
+            for module in self.modules()
+            if isinstance(module, transformers.GradientCheckpointingLayer) and not module.training
+        ]
+        for block in blocks:
+            # Blocks recompute in training mode alone. What is inside them stays as it is, without dropout.
+            block.training = True
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.training = False
+            self.activation_checkpointing_disable()
+
+
+def recomputes(training: Mapping[str, Any]) -> bool:
+    """Whether training recomputes activations in the backward pass; `transformers` has two names for it."""
+    return bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing"))

@@ -1,0 +1,517 @@
+"""The peak memory of every stage of one method, rehearsed without weights.
+
+Passes, training steps and answers run the run's own code on fake tensors (see `meter.py`). What looks at values can't be
+rehearsed and is worked out in `linear_algebra.py`. Not counted: the interpreter and the libraries themselves, the CUDA
+context, the allocator's gaps, and the examples' texts.
+
+Legend: in / out features of a layer, k columns of its basis, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers  # its models, which take seconds to import, are looked up where they are used
+from torch import Tensor, nn
+
+from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
+from llava_keeplora.capture import autocast, autocast_dtype, feature_pass, gradient_pass
+from llava_keeplora.config import EXPORT_EXAMPLES, MethodConfig, RunConfig
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.methods import METHODS, Layer, TaskContext, find_layers
+from llava_keeplora.methods.gradient_init import gradient_statistic
+from llava_keeplora.methods.keeplora import KeepLora
+from llava_keeplora.methods.presets import least_statistics
+from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask, recomputes
+from llava_keeplora.plan import linear_algebra
+from llava_keeplora.plan.allocation_tracker import faked, metered
+from llava_keeplora.plan.machine import model_bytes
+from llava_keeplora.plan.sharding import Sharding
+from llava_keeplora.plan.workload import Work, repeated
+from llava_keeplora.start.check import enough_gb
+from llava_keeplora.subspace import SecondMoment, ShapeError, SketchedMoment, sketch_width
+from llava_keeplora_eval.llava import without_defaults
+from llava_keeplora_eval.predictors import class_logits, image_features, prompt_features
+
+STAGES = ("load", "basis", "gradient", "train", "features", "evaluate", "export")
+F32, F16 = 4, 2
+#: safetensors makes the bytes of every tensor, and of all of them one string.
+SERIALISED = 2
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory that a stage needs at once, in bytes.
+
+    Args:
+        device: of each GPU; on a CPU machine, of the process.
+        host: of the process beside its GPU; 0 on a CPU machine, where all is one.
+    """
+
+    device: int
+    host: int = 0
+
+
+class MemoryEstimate:
+    """One method of a run on a kind of machine.
+
+    Args:
+        config: the run.
+        method: the method.
+        family: the model; its `model` is a skeleton.
+        work: the tasks.
+        sharding: how training is spread.
+        cpu: whether there is no GPU.
+        kept: bytes of the base's copies that a run keeps of all layers that any method changes.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: MethodConfig,
+        family: Family,
+        work: Sequence[Work],
+        sharding: Sharding,
+        cpu: bool,
+        kept: int,
+    ):
+        self.config, self.family, self.work, self.sharding, self.cpu, self.kept = (
+            config,
+            family,
+            work,
+            sharding,
+            cpu,
+            kept,
+        )
+        cls = METHODS[method.method]
+        self.method, self.training = cls(cls.Options(**method.options)), method.training
+        self.changed = find_layers(method.parts, family)
+        self.layers = self.changed.adapted
+        self.protects = isinstance(self.method, KeepLora)
+        self.dtype = DTYPES[config.model.dtype]
+        self.largest = max(
+            self.work, key=lambda w: w.tokens * (len(w.prompts["input_ids"]) if w.prompts else 1)
+        )
+
+    # --- what is there ---------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that the method goes through."""
+        return tuple(s for s in STAGES if self.protects or s not in ("basis", "gradient", "features"))
+
+    def peak(self, stage: str) -> Peak:
+        """The peak of a stage, worked out when it is first asked for."""
+        return getattr(self, f"_{stage}")
+
+    def columns(self, layer: Layer, tasks: int) -> int:
+        """K of a layer after so many tasks: of a weight with a random one's spectrum, and a share of the input per task."""
+        out_dim, in_dim = layer.module.out_features, layer.module.in_features
+        weight = (
+            linear_algebra.random_rank(out_dim, in_dim, layer.energy_weight)
+            if self.method.options.protect_weights
+            else 0
+        )
+        features = (
+            round(linear_algebra.GROWTH * in_dim) * tasks if self.method.options.protect_features else 0
+        )
+        return min(weight + features, in_dim - 1)
+
+    @cached_property
+    def model_bytes(self) -> int:
+        """Of parameters and buffers."""
+        return model_bytes(self.family.model)
+
+    @property
+    def _linear(self) -> list[nn.Linear]:
+        return [module for module in self.family.model.modules() if isinstance(module, nn.Linear)]
+
+    @cached_property
+    def _dense_numbers(self) -> int:
+        """Of the model, a quantised weight expanded."""
+        packed = sum(
+            m.in_features * m.out_features - m.weight.numel() for m in self._linear if is_quantised(m)
+        )
+        return packed + sum(p.numel() for p in self.family.model.parameters())
+
+    def bases(self, tasks: int) -> int:
+        """Bytes of the protected subspaces after so many tasks, kept on the host."""
+        return (
+            sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.layers.values())
+            if self.protects
+            else 0
+        )
+
+    @cached_property
+    def delta_numbers(self) -> int:
+        """Numbers of one task's delta."""
+        return sum(map(self._numbers, self.changed.modules))
+
+    def _numbers(self, name: str) -> int:
+        module = self.changed.modules[name]
+        if name in self.changed.full:
+            return sum(p.numel() for p in module.parameters(recurse=False))
+        return self.layers[name].rank * int(module.in_features + module.out_features)
+
+    @cached_property
+    def stacked(self) -> set[str]:
+        """Layers whose deltas stay beside the base's weights instead of being summed into them."""
+        return {
+            name
+            for name, module in self.changed.modules.items()
+            if self.sharding.partitions or is_quantised(module)
+        }
+
+    @cached_property
+    def _images(self) -> int:
+        """Bytes of the image cache once every split has been seen."""
+        left = kept = int(self.config.data.cache_gb * 1e9)
+        for work in self.work:
+            size = work.images * work.image_bytes
+            left -= size if size <= left else 0
+        return kept - left
+
+    def _sum(self, device: int, *, tasks: int, host: int = 0) -> Peak:
+        """A peak from what a stage takes beside what is there all along: the model, and what a run keeps to rebuild it."""
+        whole, shards = self.sharding.parameters(self.model_bytes, self.dtype.itemsize)
+        # Stacked deltas are kept in fp32 and used in the model's precision.
+        size = F32 + (self.dtype.itemsize if self.dtype != torch.float32 else 0)
+        device += whole + size * len(self.work) * sum(map(self._numbers, self.stacked))
+        host += shards + self.kept + self.bases(tasks) + self._images
+        return Peak(device + host) if self.cpu else Peak(device, host)
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _load(self) -> Peak:
+        """Loading, and rebuilding the model after the last task from its deltas, one layer after the other in fp32."""
+        plain = [
+            m.in_features * m.out_features
+            for name, m in self.changed.modules.items()
+            if name not in self.stacked
+        ]
+        largest, count = max(plain, default=0), len(self.work)
+        # The sum in fp32 and one task's ΔW, and on a GPU the base's weight that was fetched from the host.
+        device = largest * (2 * F32 + (0 if self.cpu else self.dtype.itemsize))
+        peak = self._sum(device, tasks=count, host=count * F32 * self.delta_numbers)
+        # The checkpoint's files are mapped, and their pages count as the process's. Weights that stay as they are lie in them; others are made beside.
+        return (
+            Peak(max(peak.device, self._reading))
+            if self.cpu
+            else Peak(peak.device, max(peak.host, self._reading))
+        )
+
+    @cached_property
+    def _reading(self) -> int:
+        """Bytes while the checkpoint is read."""
+        stored = (
+            transformers.AutoConfig.from_pretrained(self.family.path, revision=self.family.revision).dtype
+            or torch.float32
+        )
+        made = stored != self.dtype or any(map(is_quantised, self._linear))
+        return self.model_bytes + made * self._dense_numbers * stored.itemsize
+
+    @cached_property
+    def _basis(self) -> Peak:
+        layers = self.layers.values()
+        solving = max(self._one_basis(layer) for layer in layers)
+        writing = SERIALISED * self.bases(0)
+        return (
+            self._sum(max(solving, writing), tasks=0)
+            if self.cpu
+            else self._sum(solving, tasks=0, host=writing)
+        )
+
+    def _one_basis(self, layer: Layer) -> int:
+        out_dim, in_dim = layer.module.out_features, layer.module.in_features
+        expanded = out_dim * in_dim * self.dtype.itemsize if layer.name in self.stacked else 0
+        return expanded + linear_algebra.weight_basis(
+            out_dim, in_dim, self.columns(layer, 0), self.dtype.itemsize
+        )
+
+    @cached_property
+    def _gradient(self) -> Peak:
+        return self._gradient_peak(self.method.sketched)
+
+    def _gradient_peak(self, sketched: bool) -> Peak:
+        layers, tasks = self.layers, max(0, len(self.work) - 1)
+        with self._fake_model() as meter:
+            bases = {
+                name: torch.zeros(layer.module.in_features, self.columns(layer, tasks))
+                for name, layer in layers.items()
+            }
+            given = meter.live
+            statistics = {
+                name: gradient_statistic(
+                    layer, bases[name], sketch_width(layer.rank) if sketched else None, 0
+                )
+                for name, layer in layers.items()
+            }
+            # Where one pass falls short, further ones take no more than the first: `GradientSketch.forget_range`.
+            held = meter.live - given
+            meter.peak = meter.live
+            task, batch = self._task(), self._batch()
+            with autocast(self.training, "cpu"), task.recomputing(self.training):
+                gradient_pass(task, self._modules(), [(batch, True)], 1, statistics)
+            beside = meter.peak - given
+        shapes = [
+            (
+                layer.module.out_features,
+                layer.module.in_features,
+                sketch_width(layer.rank) if sketched else None,
+            )
+            for layer in layers.values()
+        ]
+        solving = max(linear_algebra.gradient_directions(*shape) for shape in shapes)
+        found = sum(
+            F32 * layer.rank * (layer.module.in_features + layer.module.out_features)
+            for layer in layers.values()
+        )
+        return self._sum(max(beside, held + solving + found), tasks=tasks)
+
+    @cached_property
+    def _features(self) -> Peak:
+        if not self.method.options.protect_features:
+            return self._sum(0, tasks=0)
+        if self.method.rules.evidence == "gradient":
+            return self._gradient_peak(sketched=False)
+        layers, tasks = self.layers, len(self.work) - 1
+        with self._fake_model() as meter:
+            bases = {
+                name: torch.zeros(layer.module.in_features, self.columns(layer, tasks))
+                for name, layer in layers.items()
+            }
+            given, held, made = meter.live, 0, {}
+
+            def statistics(groups: list[list[str]]) -> Mapping[str, Any]:
+                nonlocal held
+                before = meter.live
+                budget = int(self.config.memory.statistics_gb * 1e9)
+                try:
+                    made.update(
+                        self.method.rules.statistics(
+                            [[layers[n] for n in names] for names in groups], bases, budget, 0
+                        )
+                    )
+                except ShapeError as error:
+                    enough = enough_gb(least_statistics(list(layers.values())))
+                    raise ConfigError(
+                        f"memory.statistics_gb is {self.config.memory.statistics_gb}, and {str(error).rstrip('.')}",
+                        f"set it to {enough}, or more",
+                    ) from error
+                held = meter.live - before
+                return made
+
+            meter.peak = meter.live
+            with autocast(self.training, "cpu"):
+                task = self._task().at_every_position() if self.method.every_position else self._task()
+                feature_pass(
+                    task,
+                    self._modules(),
+                    {n: layer.part for n, layer in layers.items()},
+                    [(self._batch(), True)],
+                    statistics,
+                )
+            beside = meter.peak - given
+            solving = max(
+                self._one_extension(layers[name], statistic, tasks) for name, statistic in made.items()
+            )
+            # Sampled rows lie on the host; the rehearsal saw those of one batch.
+            sketches = [statistic for statistic in made.values() if isinstance(statistic, SketchedMoment)]
+            beside -= sum(sketch.sampled_bytes for sketch in sketches)
+            precision = autocast_dtype(self.training) or self.dtype
+            rows = sum(sketch.most_sampled_bytes(precision.itemsize) for sketch in sketches)
+        if self.cpu:
+            return self._sum(max(beside + rows, held + rows + solving), tasks=tasks)
+        return self._sum(max(beside, held + solving), tasks=tasks, host=rows)
+
+    def _one_extension(self, layer: Layer, statistic: Any, tasks: int) -> int:
+        in_dim = layer.module.in_features
+        if isinstance(statistic, SecondMoment):
+            return linear_algebra.feature_directions(
+                in_dim, self.columns(layer, tasks), statistic.dtype == torch.float64
+            )
+        return (
+            linear_algebra.sketched_feature_directions(in_dim, statistic.test.shape[1])
+            if isinstance(statistic, SketchedMoment)
+            else 0
+        )
+
+    @cached_property
+    def _train(self) -> Peak:
+        """One optimiser step with Adam's states in place, and the gradients too where steps are accumulated."""
+        split, accumulated = (
+            self.sharding.stage is not None,
+            int(self.training.get("gradient_accumulation_steps", 1)) > 1,
+        )
+        with self._adapters(), self._fake_model() as meter:
+            parameters = self._trained_parameters()
+            held = (
+                []
+                if split
+                else [
+                    torch.zeros(p.shape, dtype=p.dtype)
+                    for p in parameters
+                    for _ in range(self._adam_moments())
+                ]
+            )
+            held += [
+                p.detach().clone()
+                for module in self.changed.full.values()
+                for p in module.parameters(recurse=False)
+            ]
+            if accumulated and not split:
+                for p in parameters:
+                    p.grad = torch.zeros_like(p)
+            meter.peak = meter.live
+            task, batch = self._task(), self._batch()
+            with autocast(self.training, "cpu"):
+                loss = task.train()(**batch)["loss"]
+            loss.backward()
+            beside = meter.peak - self.model_bytes
+            numbers, size = sum(p.numel() for p in parameters), max(p.itemsize for p in parameters)
+            task.eval()
+            del held, loss
+        host = 0
+        if split:
+            states, host = self.sharding.states(numbers)
+            # The rehearsal kept the gradients whole.
+            beside += states + self.sharding.gradients(numbers, size) - numbers * size
+        elif self.sharding.world > 1:
+            # The processes' gradients are averaged in buckets beside them.
+            beside += numbers * size
+        return self._sum(beside, tasks=len(self.work) - 1, host=host)
+
+    def _adam_moments(self) -> int:
+        """Tensors of a parameter's size that the optimiser keeps; AdamW's two unless it is another one."""
+        return {"sgd": 0, "adafactor": 0}.get(str(self.training.get("optim", "adamw")), 2)
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        """Inside `_adapters`: what is trained."""
+        return [p for p in self.family.model.parameters() if p.requires_grad]
+
+    @cached_property
+    def trainable(self) -> int:
+        """Numbers that are trained in one task."""
+        with self._adapters():
+            return sum(p.numel() for p in self._trained_parameters())
+
+    @cached_property
+    def _evaluate(self) -> Peak:
+        work, size = self.largest, min(self.config.evaluation.batch_size, max(w.test for w in self.work))
+        tasks = len(self.work) if self.protects else 0
+        with self._fake_model() as meter, torch.no_grad():
+            (_answer_clip if work.prompts else _answer_llava)(self.family, work, size)
+            beside = meter.peak - self.model_bytes
+        return self._sum(beside, tasks=tasks)
+
+    @cached_property
+    def _export(self) -> Peak:
+        """Host memory of the costliest form, which is compared in fp32 on a few examples.
+
+        Whether the base is stored in 16 bits or in 32, the model is there in both at once at some time: as it is read, as a merged
+        one is written or turned into fp32, or as the process that loads it again turns it into bf16.
+        """
+        with self._fake_model() as meter, torch.no_grad():
+            self._task()(**repeated(self.largest.example, min(EXPORT_EXAMPLES, self.largest.test)))
+            computing = (meter.peak - self.model_bytes) * F32 // self.dtype.itemsize
+        numbers = self._dense_numbers
+        host = max(
+            self._reading, numbers * (F32 + F16), numbers * F32 + computing
+        ) + F32 * self.delta_numbers * len(self.work)
+        return Peak(host) if self.cpu else Peak(0, host)
+
+    # --- the rehearsal -----------------------------------------------------------------------------
+
+    @contextmanager
+    def _fake_model(self) -> Iterator[Any]:
+        with metered() as meter, faked(self.family.model):
+            meter.peak = meter.live
+            yield meter
+
+    def _modules(self) -> dict[str, nn.Linear]:
+        return {name: layer.module for name, layer in self.layers.items()}
+
+    def _batch(self) -> dict[str, Tensor]:
+        size = min(int(self.training.get("per_device_train_batch_size", 8)), self.largest.train)
+        return repeated(self.largest.example, size)
+
+    def _task(self) -> nn.Module:
+        model, prompts = self.family.model, self.largest.prompts
+        return (
+            ClipTask(model, prompts["input_ids"], prompts["attention_mask"]) if prompts else LlavaTask(model)
+        )
+
+    @contextmanager
+    def _adapters(self) -> Iterator[None]:
+        """The skeleton with adapters, as training has them."""
+        model, layers = self.family.model, self.layers
+        if self.protects:
+            inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
+        else:
+            inits = self.method.init_adapters(
+                TaskContext(1, self.largest.name, layers, _refused, _refused, 0, 0)
+            )
+        with torch.device("meta"):
+            wrapper = attach(model, inits, self.method.dropout)
+        try:
+            for module in self.changed.full.values():
+                module.requires_grad_(True)
+            if self.sharding.stage is not None:
+                # DeepSpeed turns the whole model into one precision.
+                for p in self._trained_parameters():
+                    p.data = p.data.to(self.dtype)
+            if recomputes(self.training):
+                self._task().activation_checkpointing_enable()
+            yield
+        finally:
+            if getattr(model, "is_activation_checkpointing", False):
+                model.activation_checkpointing_disable()
+            detach(wrapper)
+            model.eval().requires_grad_(False)
+
+
+def _rank(layer: Layer) -> int:
+    return min(layer.rank, layer.module.in_features, layer.module.out_features)
+
+
+def _refused(*args: Any) -> None:
+    raise ConfigError(
+        "this method prepares its adapters from data, which a plan has none of", "run it without a plan"
+    )
+
+
+def _answer_clip(family: Family, work: Work, size: int) -> None:
+    """`ClipPredictor` on one batch: the prompts' features in pieces, then the images'."""
+    model, prompts = family.model, work.prompts
+    text = prompt_features(model, prompts)
+    pixels = repeated(work.question, size)["pixel_values"].to(model.dtype)
+    class_logits(model, image_features(model, pixels), text)
+
+
+def _answer_llava(family: Family, work: Work, size: int) -> None:
+    """`LlavaPredictor` on one batch: the first token of every answer, then the last one, with the cache as long as it gets."""
+    model, config = family.model, family.config.text_config
+    size *= (family.generation or {}).get("num_beams", 1)
+    batch = repeated(work.question, size)
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    settings = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=1, pad_token_id=0, eos_token_id=config.vocab_size - 1
+    )
+    with without_defaults(model):
+        model.generate(**batch, generation_config=settings)
+    del batch
+    length = min(work.question["input_ids"].shape[1] + family.max_new_tokens, family.max_length) - 1
+    heads = config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = transformers.DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(torch.zeros(size, heads, length, width, dtype=model.dtype) for _ in range(2)), layer)
+    ids, mask = torch.zeros(size, 1, dtype=torch.long), torch.ones(size, length + 1, dtype=torch.long)
+    model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)

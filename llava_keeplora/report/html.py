@@ -1,0 +1,199 @@
+"""One HTML page that needs nothing else: no script, no network, its pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
+from llava_keeplora.report.figures import DPI
+from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
+from llava_keeplora.report.results import Results, Trial, matrices, mean_matrix, mean_scores
+from llava_keeplora.report.tables import (
+    SCORE_COLUMNS,
+    matrix_rows,
+    metric_rows,
+    of_seeds,
+    score_rows,
+    summary_header,
+    summary_rows,
+    zero_shot_constants,
+)
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2024; --dim: #5c646d; --line: #dfe3e7;
+  --band: #f5f7f9; --learned: #e3eefc; }
+@media (prefers-color-scheme: dark) { :root { --paper: #16191d; --ink: #e6e8eb; --dim: #9aa3ad; --line: #30363d;
+  --band: #1d2126; --learned: #1d3a5f; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+p, figcaption { color: var(--dim); max-width: 65ch; }
+figcaption { font-size: .9rem; }
+.wide { overflow-x: auto; }
+.wide + .wide { margin-top: 1.25rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+thead th { color: var(--dim); font-weight: 600; }
+tr.own td, tr.own th { background: var(--band); }
+td.learned { background: var(--learned); font-weight: 600; }
+figure { margin: 1rem 0; }
+img { height: auto; display: block; }
+/* White becomes the page's dark paper, and lines and bars keep their hue; a map's colours are numbers and stay. */
+@media (prefers-color-scheme: dark) { img { filter: invert(.91) hue-rotate(180deg); }
+  img[alt^="heatmap"], img[alt^="overlap"] { filter: none; border-radius: .4rem; } }
+summary { cursor: pointer; margin: .75rem 0; }
+dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .25rem 1.25rem; }
+dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dt { margin-top: .5rem; } }
+"""
+
+LEGEND = (
+    "Percent. Transfer: how well a task is done before it is learned. Average: over all stages. Last: at the end. "
+    "Forgetting: mean drop from the score right after learning; BWT: the same with the other sign. "
+    "The zero-shot row is a model that never changes."
+)
+SPREAD = " Mean ± sample standard deviation (n − 1) over n seeds; pictures and matrices show means."
+CSS_PIXELS_PER_INCH = 96
+READABLE = 0.6  # of the drawn size: below, the numbers in the cells blur
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as PNG bytes, with what it shows in words; on a dark page, light and dark are swapped."""
+
+    png: bytes
+    caption: str
+
+
+def render_page(title: str, results: Results, pictures: Mapping[str, Picture], settings: Mapping) -> str:
+    """The whole page as text.
+
+    Args:
+        title: the page's title.
+        results: label -> trials, in display order.
+        pictures: in display order: ``KIND`` for those of all methods together, ``KIND/LABEL`` for a method's own.
+        settings: what was run; values that are not plain are shown as JSON.
+    """
+    together = "".join(html_figure(name, picture) for name, picture in pictures.items() if "/" not in name)
+    together = f"<section>\n<h2>Side by side</h2>\n{together}</section>\n" if together else ""
+    sections = "".join(
+        _run_section(label, trials, pictures)
+        for label, trials in results.items()
+        if f"heatmap/{label}" in pictures
+    )
+    return html_page(title, f"{_summary(results)}{together}{sections}{_settings(settings)}")
+
+
+def html_page(title: str, body: str) -> str:
+    """A page with its style inside.
+
+    Args:
+        title: as text.
+        body: as HTML.
+    """
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{escape(title)}</h1>\n{body}</main>\n</body>\n</html>\n"
+    )
+
+
+def _summary(results: Results) -> str:
+    found = matrices(results)
+    constant = zero_shot_constants(found)
+    body = "".join(_row(row, own=row[0] in constant) for row in summary_rows(found))
+    spread = SPREAD if any(len(trials) > 1 for trials in results.values()) else ""
+    needs = needs_rows(results)
+    asked = html_table(NEEDS_COLUMNS, html_rows(needs)) if needs else ""
+    return f"<p>{LEGEND}{spread}</p>\n{html_table(summary_header(found), body)}{asked}"
+
+
+def _run_section(label: str, trials: Sequence[Trial], pictures: Mapping[str, Picture]) -> str:
+    figures = {name: picture for name, picture in pictures.items() if name.partition("/")[2] == label}
+    heatmap = figures.pop(f"heatmap/{label}")
+    others = "".join(html_figure(label, picture) for name, picture in figures.items())
+    return f"<section>\n<h2>{escape(label + of_seeds(trials))}</h2>\n{html_figure(label, heatmap)}{_numbers(trials)}{others}</section>\n"
+
+
+def _numbers(trials: Sequence[Trial]) -> str:
+    """A method's tables, folded away."""
+    own = [trial.matrix for trial in trials]
+    matrix = mean_matrix(own)
+    stages, count = len(matrix.labelled_rows()), len(matrix.tasks)
+    body = ""
+    for position, cells in enumerate(matrix_rows(matrix)):
+        task = position - (stages - count)
+        body += _row(cells, own=task < 0 or task >= count, learned=task if 0 <= task < count else None)
+    tables = html_table(["after", *matrix.tasks], body) + html_table(
+        ["metric", "percent"], html_rows(metric_rows(own, 2))
+    )
+    scores, costs = mean_scores(trials), cost_rows(trials)
+    tables += (
+        html_table(["task", *SCORE_COLUMNS], html_rows(score_rows(matrix.tasks, scores))) if scores else ""
+    )
+    tables += html_table(COST_COLUMNS, html_rows(costs)) if costs else ""
+    return f"<details><summary>The numbers</summary>\n{tables}</details>\n"
+
+
+def html_figure(name: str, picture: Picture) -> str:
+    """A picture with its caption; the name tells a screen reader which of several alike it is."""
+    caption = escape(picture.caption)
+    # As large as it was drawn, smaller where the page is narrower, and scrolled before it can't be read.
+    width = round(_pixel_width(picture.png) / DPI * CSS_PIXELS_PER_INCH)
+    size = f"width: min(100%, {width}px); min-width: {round(READABLE * width)}px"
+    return (
+        f'<figure><div class="wide" tabindex="0">'
+        f'<img src="{_data_uri(picture.png)}" alt="{escape(name)}: {caption}" style="{size}"></div>'
+        f"<figcaption>{caption}</figcaption></figure>\n"
+    )
+
+
+def _pixel_width(png: bytes) -> int:
+    """The width in a PNG's first chunk (PNG specification, 11.2.2)."""
+    return int.from_bytes(png[16:20])
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def html_table(header: Sequence[str], body: str) -> str:
+    """A table; `body` is its rows as HTML."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
+
+
+def html_rows(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text cells as HTML."""
+    return "".join(map(_row, rows))
+
+
+def _row(cells: Sequence[str], own: bool = False, learned: int | None = None) -> str:
+    """A table row; ``own`` sets it apart, ``learned`` marks the cell of the task that was just trained."""
+    first, *rest = cells
+    marked = "".join(
+        f'<td class="learned">{escape(cell)}</td>' if column == learned else f"<td>{escape(cell)}</td>"
+        for column, cell in enumerate(rest)
+    )
+    return f'<tr{" class=own" if own else ""}><th scope="row">{escape(first)}</th>{marked}</tr>'
+
+
+def _settings(settings: Mapping) -> str:
+    if not settings:
+        return ""
+    items = "".join(
+        f"<dt>{escape(str(key))}</dt><dd>{escape(_plain(value))}</dd>" for key, value in settings.items()
+    )
+    return f"<section>\n<h2>Settings</h2>\n<dl>{items}</dl>\n</section>\n"
+
+
+def _plain(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

@@ -1,0 +1,116 @@
+"""The same tables for a paper: LaTeX to include, CSV to compute with."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from llava_keeplora.report.results import Results, deviation, matrices, mean, mean_matrix
+from llava_keeplora.report.tables import (
+    is_baseline,
+    matrix_rows,
+    of_seeds,
+    summary_header,
+    summary_rows,
+    zero_shot_constants,
+)
+from llava_keeplora_eval.aggregates import AGGREGATES
+from llava_keeplora_eval.guard import printable
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "…": r"\ldots{}",
+}
+
+
+def latex_tables(title: str, results: Results, precision: int = 1) -> str:
+    """The summary and every matrix as `tabular` environments with the rules of the booktabs package."""
+    parts = [
+        f"% {' '.join(title.split())}: scores in percent, mean and sample standard deviation. Needs \\usepackage{{booktabs}}."
+    ]
+    parts.append(latex_table(summary_header(matrices(results)), summary_rows(matrices(results), precision)))
+    for name, trials in results.items():
+        if is_baseline(name, [trial.matrix for trial in trials]):
+            continue
+        matrix = mean_matrix([trial.matrix for trial in trials])
+        parts.append(
+            f"% {name}{of_seeds(trials)}: score of each task (column) after each task was learned (row)."
+        )
+        parts.append(latex_table(["after", *matrix.tasks], matrix_rows(matrix, precision)))
+    return "\n".join(parts) + "\n"
+
+
+def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """One `tabular`; the first column is text, the others are numbers."""
+    lines = [" & ".join(map(_latex, cells)) + r" \\" for cells in (header, *rows)]
+    columns = "l" + "r" * (len(header) - 1)
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+def _latex(text: str) -> str:
+    minus = f"$-${text[1:]}" if text[:1] == "-" and text[1:2].isdigit() else None
+    return (
+        "".join(LATEX.get(sign, sign) for sign in printable(" ".join(text.splitlines())))
+        if minus is None
+        else minus.replace(" ± ", r" $\pm$ ")
+    )
+
+
+def summary_csv(results: Results) -> str:
+    """`summary_numbers` as CSV."""
+    return csv_table(*summary_numbers(results))
+
+
+def summary_numbers(results: Results) -> tuple[list[str], list[list]]:
+    """A header, and one row per run, unrounded: n, then mean and sample standard deviation of every aggregate; None where there is none."""
+    found = matrices(results)
+    runs = {name: trials for name, trials in found.items() if not is_baseline(name, trials)}
+    rows = []
+    for name, trials in {**zero_shot_constants(found), **runs}.items():
+        metrics = [matrix.metrics() for matrix in trials]
+        cells = [
+            number(values[key] for values in metrics) for key in AGGREGATES for number in (mean, deviation)
+        ]
+        rows.append([name, len(trials), *cells])
+    return ["run", "n", *(f"{key}_{number}" for key in AGGREGATES for number in ("mean", "sd"))], rows
+
+
+def scores_csv(results: Results) -> str:
+    """Every cell of every matrix, unrounded: one row per run, seed, stage and task; cells not measured are left out."""
+    rows = [
+        [name, trial.seed, after, task, value]
+        for name, trials in results.items()
+        for trial in trials
+        for after, row in trial.matrix.labelled_rows()
+        for task, value in zip(trial.matrix.tasks, row)
+        if value is not None
+    ]
+    return csv_table(["run", "seed", "after", "task", "score"], rows)
+
+
+def csv_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Rows as CSV, numbers unrounded."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])  # None becomes an empty field
+    return text.getvalue()

@@ -1,0 +1,130 @@
+"""What all methods of a run have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from llava_keeplora.adapters import BaseWeights
+from llava_keeplora.config import RunConfig, deepspeed_config
+from llava_keeplora.deepspeed_zero import Zero
+from llava_keeplora.distributed import get_rank, get_world_size, has_group
+from llava_keeplora.journal import Journal
+from llava_keeplora.methods import METHODS, Reference
+from llava_keeplora.models import DTYPES, MODEL_FAMILIES, Family, Inputs, load_model
+from llava_keeplora.run_folder import JOURNAL, Stage
+from llava_keeplora.sequence.base_cache import BaseCache
+from llava_keeplora.sequence.data import ImageCache
+from llava_keeplora.sequence.progress import Progress
+from llava_keeplora.sequence.workspace import Workspace
+from llava_keeplora.start import Task
+from llava_keeplora.start.reference_data import read_reference
+from llava_keeplora.versions import installed_versions
+
+
+class RunContext:
+    """Data, model, processes, progress.
+
+    Args:
+        config: the run.
+        workspace: its folder.
+        tasks: the sequence.
+        family: the model, its weights not loaded yet: `load` does that once every example has been checked.
+    """
+
+    def __init__(self, config: RunConfig, workspace: Workspace, tasks: list[Task], family: Family):
+        self.config, self.workspace, self.tasks, self.family = config, workspace, tasks, family
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = dataclasses.asdict(config.model)
+        # As before a family could be named, so that entries of earlier versions are found.
+        model |= {"family": MODEL_FAMILIES.source_hash(model["family"])} if model["family"] else {}
+        model = {key: value for key, value in model.items() if key != "family" or value}
+        common = {"model": model, "versions": installed_versions(), "device": self.device.type}
+        common |= {"base": workspace.base} if config.base_cache else {}
+        self.base_cache = BaseCache(config.base_cache, common)
+        self.cache = ImageCache(family.prepare, config.data.cache_gb, self.base_cache)
+        self.inputs: list[Inputs] = [
+            family.inputs(task.train, self.cache.split(task.train)) for task in tasks
+        ]
+        for task in tasks:
+            family.check(task.test)
+        self.references: dict[str, Reference] = {}
+        for label, method in config.methods.items():
+            cls = METHODS[method.method]
+            # Large data may stand there, which a finished row doesn't need.
+            if (wanted := cls(cls.Options(**method.options)).reference_data_spec()) and not self._finished(
+                label
+            ):
+                self.references[label] = read_reference(label, *wanted, config.data, family, self.cache.split)
+        self.zero = Zero(deepspeed_config(config))
+        self.distributed = has_group()
+        self.rank, self.world = get_rank(), get_world_size()
+        # Set by the runner once every method has named its layers and its open stages.
+        self.base: BaseWeights
+        self.progress: Progress
+
+    def _finished(self, label: str) -> bool:
+        """Whether a method of the run has learned every task."""
+        entries = Journal(self.workspace.label(label) / JOURNAL).entries
+        return any((entry.task, entry.stage) == (len(self.tasks), Stage.CLOSED) for entry in entries)
+
+    def load(self) -> None:
+        """Load the model's weights; with ZeRO-3, every process its share of them."""
+        self.family.load(DTYPES[self.config.model.dtype])
+        self.zero.adopt(self.family.model)
+        if not self.family.quantization:  # What is quantised was loaded to where it is.
+            self.family.model.to(self.device)
+
+    def pretrained(self) -> nn.Module:
+        """The model as it was before the first task, once more and frozen; loaded anew, so that nothing of a method's is on it."""
+        return load_model(self.config.model).model.to(self.device)
+
+    def once(self, what: Mapping[str, Any], files: Mapping[str, Path], make: Callable[[], object]) -> float:
+        """Have files of the untouched model: another run's where the base cache has them, else made now, for all processes.
+
+        Args:
+            what: everything that they depend on beside the model.
+            files: name → where they belong; `make` need not make all of them.
+            make: makes them.
+
+        Returns:
+            the seconds that they took another run; 0 where they were made now.
+        """
+        found = self.base_cache.take(what, files) if self.rank == 0 else None
+        taken = self.first_of(found or 0.0)
+        if taken:
+            return taken
+        begun, start = any(path.exists() for path in files.values()), time.perf_counter()
+        make()
+        # What a killed attempt had begun took longer than this one.
+        if self.rank == 0 and not begun:
+            self.base_cache.put(what, files, time.perf_counter() - start)
+        return 0.0
+
+    def most(self, count: int) -> int:
+        """The largest of the processes' counts."""
+        if not self.distributed:
+            return count
+        largest = torch.tensor(count, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def first_of(self, value: float) -> float:
+        """The first process's value."""
+        if not self.distributed:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, 0)
+        return float(shared)
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.distributed:
+            dist.barrier()

@@ -1,0 +1,82 @@
+"""Pictures and texts beside the tasks', for a method that needs some; see `llava_keeplora.methods.Reference`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from llava_keeplora.config import DataConfig
+from llava_keeplora.errors import ConfigError, UserError
+from llava_keeplora.methods import Reference
+from llava_keeplora.models import ClipFamily, Images
+from llava_keeplora_recipes import TaskData, load_recipe, load_split
+from llava_keeplora_recipes.json_files import read_text
+
+SPLIT = "train"
+CURE = "give a text file with one caption per line"
+
+
+def read_reference(
+    label: str,
+    recipe: str,
+    file: str | None,
+    config: DataConfig,
+    family: ClipFamily,
+    images: Callable[[TaskData], Images],
+) -> Reference:
+    """Read a recipe's training pictures, and the texts of a file or of the recipe itself.
+
+    Args:
+        label: of the method, for error texts.
+        recipe: of pictures; its labels are not looked at.
+        file: one text per line; None for what the recipe says of its pictures.
+        config: its root is where relative paths start.
+        family: the model; its weights are not needed.
+        images: a split → its prepared pictures.
+
+    Raises:
+        ConfigError: for data that are not there, or cannot be used; the sentence names the option.
+    """
+    option = "reference"
+    try:
+        data = load_split(load_recipe(recipe), SPLIT, config.root, config.on_bad_image)
+        option = "reference" if file is None else "reference_texts"
+        texts = _said_of(data) if file is None else _lines(Path(config.root or "", file))
+        tokens = _tokens(family, texts)
+    except UserError as error:
+        raise ConfigError(f"methods.{label}.{option}: {error.problem}", error.cure) from None
+    record = {
+        "recipe": data.recipe.name,
+        "images": len(data),
+        "fingerprint": data.fingerprint,
+        "texts": len(texts),
+        "texts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+    }
+    return Reference(images(data).take, len(data), tokens, record)
+
+
+def _said_of(data: TaskData) -> list[str]:
+    """The class prompts of a classification set, else the answers that its examples have, each once."""
+    if data.recipe.kind == "classification":
+        return data.recipe.prompts
+    return list(dict.fromkeys(answer for answers in data.answers for answer in answers))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in read_text(path).split("\n")]
+    except UserError as error:
+        raise ConfigError(error.problem, CURE) from error
+    if not any(lines):
+        raise ConfigError(f"{path} holds no text", CURE)
+    return [line for line in lines if line]
+
+
+def _tokens(family: ClipFamily, texts: list[str]) -> dict[str, Tensor]:
+    try:
+        return family.tokens(texts)
+    except UserError as error:
+        raise ConfigError(error.problem, "shorten this text, or leave it out") from None
