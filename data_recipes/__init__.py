@@ -16,6 +16,7 @@ _MODULES = {
     "list_recipes": "recipe",
     "list_sequences": "sequence",
     "load_recipe": "recipe",
+    "load_recipes": "recipe",
     "load_sequence": "sequence",
     "load_split": "loading",
 }
@@ -33,6 +34,7 @@ __all__ = [
     "list_recipes",
     "list_sequences",
     "load_recipe",
+    "load_recipes",
     "load_sequence",
     "load_split",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,22 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if facts.get("classes") == FROM_SOURCE:
         facts["classes"] = None
     return Recipe(**facts, folder=None if shipped else path.parent.absolute())
+
+
+def load_recipes(names_or_paths: Sequence[str | Path]) -> list[Recipe]:
+    """Load the recipes of a sequence's tasks.
+
+    Raises:
+        RecipeError: one is not there or cannot be read, or two have the same name.
+    """
+    recipes = [load_recipe(task) for task in names_or_paths]
+    names = [recipe.name for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(
+                f"task '{name}' is in the sequence {names.count(name)} times", "name each task once"
+            )
+    return recipes
 
 
 def flat_recipe(path: str | Path) -> str:

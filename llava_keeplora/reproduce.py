@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from llava_keeplora.config import ExpectedConfig, RunConfig
 from llava_keeplora.errors import ConfigError, nearest
-from llava_keeplora.saved_run import load_recipes
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.matrix import shown
+from llava_keeplora_recipes import load_recipes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,27 +37,10 @@ from llava_keeplora.run_folder import (
 from llava_keeplora_eval.checkpoints import content_changes, model_content
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.models import resolve_model
-from llava_keeplora_recipes import Recipe, load_recipe
+from llava_keeplora_recipes import load_recipe, load_recipes
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
 logger = logging.getLogger(__name__)
-
-
-def load_recipes(tasks: typing.Sequence[str]) -> list[Recipe]:
-    """The recipes of a sequence's tasks.
-
-    Raises:
-        RecipeError: if one is not there or cannot be read.
-        ConfigError: if two have one name.
-    """
-    recipes = [load_recipe(task) for task in tasks]
-    names = [recipe.name for recipe in recipes]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(
-                f"task '{name}' is in the sequence {names.count(name)} times", "name each task once"
-            )
-    return recipes
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:

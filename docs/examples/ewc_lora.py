@@ -21,36 +21,29 @@ class Fisher:
 class EwcLora(Method):
     """A fresh adapter per task, and a penalty on where its product B A moves what earlier tasks needed."""
 
-    info = MethodInfo(
-        "ewc-lora",
-        "Overcoming catastrophic forgetting in neural networks",
-        "https://arxiv.org/abs/1612.00796",
-    )
-    sharded = False  # B A is read outside of its layer
+    info = MethodInfo("ewc-lora", "Overcoming catastrophic forgetting", "https://arxiv.org/abs/1612.00796")
+    supports_zero3 = False  # B A is read outside of its layer
 
     @dataclass(frozen=True)
     class Options:
         strength: float = 100.0
 
     def init_adapters(self, ctx):
-        return {
-            name: AdapterInit(layer.rank, layer.alpha, train_A=True) for name, layer in ctx.layers.items()
-        }
+        return {name: AdapterInit(it.rank, it.alpha, train_A=True) for name, it in ctx.layers.items()}
 
     def loss(self, ctx, batch, out):
         adapters = lora_layers(ctx.model) if self.sums else {}
         moved = {name: layer.get_delta_weight(ADAPTER) ** 2 for name, layer in adapters.items()}
-        return out["loss"] + self.options.strength * sum(
-            (self.sums[name].to(d) * d).sum() for name, d in moved.items()
-        )
+        penalty = sum((self.sums[name].to(d) * d).sum() for name, d in moved.items())
+        return out["loss"] + self.options.strength * penalty
 
     def after_task(self, ctx):
         self.added = {name: Fisher(layer.module.weight) for name, layer in ctx.layers.items() if ctx.index}
         if self.added:
             ctx.gradients(1.0, self.added)
-        self._sum(self.state())
+        self._sum(self.state_dict())
 
-    def state(self):
+    def state_dict(self):
         return {name: one.tensors[0].cpu() for name, one in self.added.items()}
 
     def load_state_dicts(self, states):
@@ -62,6 +55,5 @@ class EwcLora(Method):
         self.sums = self.sums | {name: self.sums.get(name, 0) + fisher for name, fisher in state.items()}
 
     def holds(self, ctx, names):
-        return {
-            name: Holding(tuple(layer.module.weight.shape)) for name, layer in ctx.layers.items() if ctx.index
-        }
+        layers = ctx.layers.items() if ctx.index else ()
+        return {name: Holding(tuple(layer.module.weight.shape)) for name, layer in layers}

@@ -3,7 +3,7 @@
 from llava_keeplora.compare.ablation import Ablation, draw_ablation, load_ablation
 from llava_keeplora.compare.run_table import TableResult, compare
 from llava_keeplora.compare.table import Order, Table, Tuning, load_table, parse_table
-from llava_keeplora.compare.write_table import write_table
+from llava_keeplora.compare.writers import write_table
 
 __all__ = [
     "Ablation",

@@ -16,12 +16,11 @@ from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Changed
 from llava_keeplora.models import ClipFamily, Family, LlavaFamily, Prepared
-from llava_keeplora.saved_run import load_recipes
 from llava_keeplora.start import Task, check_run, load_task
 from llava_keeplora.start.reference_data import read_reference
 from llava_keeplora_eval.metrics import check_metric
 from llava_keeplora_eval.preparation import check_questions
-from llava_keeplora_recipes import Recipe, TaskData, load_recipe
+from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_recipes
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.paths import set_folder
 from llava_keeplora_recipes.readers import READERS

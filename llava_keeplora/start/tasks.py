@@ -6,11 +6,10 @@ import logging
 from dataclasses import dataclass
 
 from llava_keeplora.config import HOLDOUT_SEED, DataConfig, RunConfig
-from llava_keeplora.saved_run import load_recipes
 from llava_keeplora_eval.metrics import check_metric
 from llava_keeplora_eval.plugins import task_plugins
 from llava_keeplora_eval.references import check_references
-from llava_keeplora_recipes import Recipe, TaskData, load_split
+from llava_keeplora_recipes import Recipe, TaskData, load_recipes, load_split
 from llava_keeplora_recipes.repeats import repeats, shared_pictures
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_keeplora.compare import jobs, parse_table, write_table
+from llava_keeplora.compare import jobs, parse_table, writers
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import UserError
 from llava_keeplora.sequence import runner
@@ -36,7 +36,7 @@ def in_this_process() -> Iterator[list]:
         patch.setattr(jobs, "start", start)
         patch.setattr(jobs, "PAUSE", 0)
         patch.setattr(runner, "write_run_report", lambda root: None)
-        patch.setattr(write_table, "write_report", lambda *args: None)
+        patch.setattr(writers, "write_report", lambda *args: None)
         yield started
 
 

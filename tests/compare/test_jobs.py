@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llava_keeplora import cli
-from llava_keeplora.compare import compare, jobs, table, write_table
+from llava_keeplora.compare import compare, jobs, table, writers
 from llava_keeplora.config import load_config
 from llava_keeplora.saved_run import read_identity, run_identity
 from llava_keeplora.sequence.method_run import MethodRun
@@ -130,7 +130,7 @@ def command(run_tree, tiny_tasks, tmp_path, capfd):
 
 
 def test_the_command_starts_its_runs_as_a_user_would_and_prints_the_table(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(write_table, "write_report", lambda *args: None)  # the pictures are other tests'
+    monkeypatch.setattr(writers, "write_report", lambda *args: None)  # the pictures are other tests'
     code, said, errors = command({"seq-lora": {}})
     out = tmp_path / "out"
     assert code == 0 and errors == []

@@ -9,6 +9,7 @@ from llava_keeplora.compare import compare, load_table, parse_table
 from llava_keeplora.compare.jobs import table_jobs, tuning_jobs
 from llava_keeplora.config import list_configs, list_tables, parse_config, read_config
 from llava_keeplora.errors import ConfigError, RunError, UserError
+from llava_keeplora_recipes import RecipeError
 
 FOUR = [{"training": {"learning_rate": rate}} for rate in (1e-4, 5e-4, 1e-3, 2e-3)]
 
@@ -234,7 +235,7 @@ def test_a_mistake_of_any_run_is_told_before_the_first_one_starts(started, tmp_p
                 tuning={"metric": "transfer", "settings": {"seq-lora": [{}], "keeplora": [{}]}},
             )
         )
-    with pytest.raises(ConfigError, match="task 'digits' is in the sequence 2 times"):
+    with pytest.raises(RecipeError, match="task 'digits' is in the sequence 2 times"):
         compare(make_table(tmp_path / "table", orders={"I": ["digits"], "II": ["digits", "digits"]}))
     with pytest.raises(
         ConfigError, match="the configuration has no method 'keeplor'; did you mean 'keeplora'"

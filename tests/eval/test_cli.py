@@ -23,10 +23,10 @@ def run(capsys):
 @pytest.fixture
 def small_digits(tmp_path, monkeypatch):
     """The rendered digits, only the first thirty of them."""
-    from llava_keeplora_recipes import Recipe
+    from llava_keeplora_eval import cli
 
-    load = Recipe.load
-    monkeypatch.setattr(Recipe, "load", lambda self, *a, **k: load(self, *a, **k).take(range(30)))
+    load = cli.load_split
+    monkeypatch.setattr(cli, "load_split", lambda *a, **k: load(*a, **k).take(range(30)))
 
 
 def test_predict_then_score_gives_a_line_and_the_same_number_as_json(run, tiny_clip, tmp_path, small_digits):

@@ -25,7 +25,7 @@ from llava_keeplora.config import load_config, parse_config
 from llava_keeplora.errors import UserError
 from llava_keeplora.journal import Entry, Journal, open_stages
 from llava_keeplora.run_folder import BASE_STAGES, STAGES
-from llava_keeplora.saved_run import load_run
+from llava_keeplora.saved_run import load_run, run_identity
 from llava_keeplora.versions import version_changes
 from llava_keeplora_eval import Matrix, score
 from llava_keeplora_recipes import inspect_split, load_recipe, load_sequence, load_split
@@ -155,7 +155,7 @@ CONFIG = {
 def test_a_configuration(tree):
     config = tried(lambda: parse_config(tree))
     if config is not None:
-        tried(config.identity)
+        tried(lambda: run_identity(config))
 
 
 @given(
@@ -184,7 +184,7 @@ def test_the_files_of_a_run_itself(whole, name, data):
     try:
         config = tried(lambda: load_run(whole.root))
         if config is not None:
-            tried(config.identity)
+            tried(lambda: run_identity(config))
         tried(lambda: version_changes(whole.root))
     finally:
         (whole.root / name).write_bytes(whole.files[name])

@@ -108,7 +108,7 @@ def taught(teach):
 
 def test_fresh_prompts_are_clip_exactly_in_training(family, data, contexts, batch_of):
     own, task = method(), family.task(data[0].recipe)
-    own.load([{}])
+    own.load_state_dicts([{}])
     with torch.no_grad():
         with own.training_context(contexts(1), family.model):
             inside = task.train()(**batch_of(0))["logits"]
@@ -122,7 +122,7 @@ def test_fresh_prompts_answer_as_clip_does_exactly(family, taught):
         for state in taught.method.states
     ]
     own = method()
-    own.load(states)
+    own.load_state_dicts(states)
     own.routes = lambda image: [Route(1)] * len(image)
     predictor = own.predictor(taught.predictor(1, base=True), "stripes")
     examples = [taught.data[1][i] for i in range(8)]
@@ -149,7 +149,7 @@ def test_the_gates_of_training_read_the_features_of_clip_without_the_prompts(
     family, data, contexts, batch_of
 ):
     own, batch, seen = method(), batch_of(0), []
-    own.load([{}])
+    own.load_state_dicts([{}])
     with torch.no_grad():
         expected = image_features(family.model, batch["pixel_values"])
         with own.training_context(contexts(1), family.model):
@@ -166,7 +166,7 @@ def test_the_gates_of_training_read_the_features_of_clip_without_the_prompts(
 
 def test_all_layers_of_the_image_encoder_have_prompts_and_the_first_of_the_text_encoder(family, contexts):
     own = method(text_layers=1, prompts=3)
-    own.load([{}])
+    own.load_state_dicts([{}])
     with own.training_context(contexts(1), family.model):
         shapes = {name: tuple(value.shape) for name, value in own.extra_state().items()}
     vision = {f"vision.{i}.{name}": (3, 32) for i in (0, 1) for name in ("keys", "values")}
@@ -210,7 +210,7 @@ def router(pictures, contexts):
 
     def build(**options):
         own = method(**options)
-        own.load([{}, *(own.learn_route(contexts(1), *pictures(kind, 120)) for kind in (1, 2))])
+        own.load_state_dicts([{}, *(own.learn_route(contexts(1), *pictures(kind, 120)) for kind in (1, 2))])
         return own
 
     return build
@@ -277,7 +277,7 @@ def test_fewer_than_five_classes_and_classes_of_one_picture_have_a_weight_too(pi
     own, (rows, _) = method(low=0.0, high=1.0), pictures(1, 20)
     labels = torch.tensor([0] * 19 + [7])
     ctx = contexts(1)
-    own.load([{}, own.learn_route(ctx, rows, labels)])
+    own.load_state_dicts([{}, own.learn_route(ctx, rows, labels)])
     assert ctx.report["classes"] == {"with pictures": 2, "with one": 1}
     routes = own.routes(rows)
     assert len(routes) == 20 and all(0.0 <= route.image <= 1.0 for route in routes)

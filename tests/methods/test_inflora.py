@@ -169,7 +169,7 @@ def test_it_protects_what_DualGPM_protects_in_both_of_its_forms_and_reads_what_t
         torch.testing.assert_close(basis @ basis.T, reference.protected, atol=1e-5, rtol=0)
     assert set(modes) == {"remove", "retain"}, "the sequence goes through both forms"
     again = InfLora(InfLora.Options())
-    again.load(states)
+    again.load_state_dicts(states)
     assert (
         all(torch.equal(again.bases[name], method.bases[name]) for name in ("k", "v"))
         and again.capacity() == method.capacity()

@@ -281,7 +281,7 @@ def test_the_state_of_all_tasks_rebuilds_the_bases_bit_for_bit():
     method.after_task(layer_context())
     states.append(method.state_dict())
     again = KeepLora(KeepLora.Options())
-    again.load(states)
+    again.load_state_dicts(states)
     assert torch.equal(again.bases["layer"], method.bases["layer"]) and again.capacity() == method.capacity()
 
 

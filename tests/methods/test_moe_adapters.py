@@ -176,7 +176,7 @@ def test_with_fresh_experts_training_begins_at_clip_exactly_and_loss_is_cross_en
     family, data, contexts, batch_of
 ):
     own, batch, task = method(label_smoothing=0.3), batch_of(0), family.task(data[0].recipe)
-    own.load([{}])
+    own.load_state_dicts([{}])
     with torch.no_grad(), own.training_context(contexts(1), family.model):
         out = task.train()(**batch)
         task.eval()
@@ -298,7 +298,9 @@ def router(pictures):
 
     def build(**options):
         own = method(**options)
-        own.load([{}, *({f"auto_encoder.{k}": v for k, v in coder.state_dict().items()} for coder in coders)])
+        own.load_state_dicts(
+            [{}, *({f"auto_encoder.{k}": v for k, v in coder.state_dict().items()} for coder in coders)]
+        )
         return own
 
     return build

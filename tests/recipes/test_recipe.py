@@ -23,8 +23,10 @@ def test_a_prompt_is_made_per_class_with_underscores_as_spaces(pets):
 
 
 def test_a_classification_task_asks_its_instruction_or_the_usual_question(pets):
-    assert pets(instruction="Which pet?").asks == "Which pet?"
-    assert pets().asks == "What is shown in the image?\nAnswer the question using a single word or phrase."
+    assert pets(instruction="Which pet?").vlm_prompt == "Which pet?"
+    assert (
+        pets().vlm_prompt == "What is shown in the image?\nAnswer the question using a single word or phrase."
+    )
 
 
 def test_other_braces_in_a_prompt_or_a_class_are_left_alone(pets):

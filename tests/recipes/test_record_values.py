@@ -358,8 +358,8 @@ def test_classification_marks_its_picture_in_the_instruction_and_nowhere_else(ma
     def recipe(**changes):
         return load_recipe(make.yaml(tmp_path / "q.yaml", **make.facts(**changes)))
 
-    assert recipe(instruction="<image>\nWhich?").asks == "Which?"
-    assert recipe(instruction="In <image>, which?").asks == "In <image>, which?"
+    assert recipe(instruction="<image>\nWhich?").vlm_prompt == "Which?"
+    assert recipe(instruction="In <image>, which?").vlm_prompt == "In <image>, which?"
     for changes, reason in (
         ({"instruction": "<image> or <image>?"}, "the instruction of q.yaml marks 2 images"),
         ({"prompt": "<image> of a {c}"}, "marks an image in its prompt"),

@@ -9,6 +9,7 @@ import yaml
 from llava_keeplora.errors import ConfigError, MethodError, RunError, TrainingError, UserError
 from llava_keeplora.methods import METHODS
 from llava_keeplora.sequence.workspace import Workspace
+from llava_keeplora_recipes import RecipeError
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_a_vanished_data_root_is_one_sentence(run_config, own_tasks, drive, tmp_
 
 
 def test_a_task_named_twice_is_refused(short, drive, tmp_path, tiny_tasks):
-    with pytest.raises(ConfigError, match="task 'colours' is in the sequence 2 times; name each task once"):
+    with pytest.raises(RecipeError, match="task 'colours' is in the sequence 2 times; name each task once"):
         drive(short(tmp_path / "run", tasks=[str(tiny_tasks[0])] * 2))
 
 

@@ -91,7 +91,7 @@ def test_a_command_on_another_base_is_refused_and_changes_nothing(place, tiny_ta
 
 
 def test_a_start_on_a_moved_base_looks_at_its_content_once(place, monkeypatch):
-    from llava_keeplora import run_folder
+    from llava_keeplora import saved_run
     from llava_keeplora.sequence.workspace import Workspace
 
     (place / "base").rename(place / "moved")
@@ -102,7 +102,7 @@ def test_a_start_on_a_moved_base_looks_at_its_content_once(place, monkeypatch):
         lambda model: looks.append(model) or model_content(model.name_or_path),
     )
     monkeypatch.setattr(
-        run_folder, "base_content", lambda model: looks.append(model) or model_content(model.name_or_path)
+        saved_run, "base_content", lambda model: looks.append(model) or model_content(model.name_or_path)
     )
     workspace = Workspace(config)
     workspace.check()

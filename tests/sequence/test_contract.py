@@ -219,7 +219,7 @@ def test_what_is_read_back_from_the_files_answers_as_the_run_did(seen, method):
         load_split(learned.recipes[-1], "test"),
     )
     folders = sorted((seen.folder / method).glob("task-*"))
-    fresh.load([read(folder, "kept") | read(folder, "state") for folder in folders])
+    fresh.load_state_dicts([read(folder, "kept") | read(folder, "state") for folder in folders])
     predictor = fresh.predictor(family.predictor(data.recipe, Prepared(family, data)), data.recipe.name)
     told = read_predictions(folders[-1] / f"predictions/{data.recipe.name}.jsonl", data)
     assert predictor.predict([data[i] for i in range(len(data))]) == [told[key] for key in data.ids]

@@ -152,7 +152,7 @@ def test_extending_by_the_last_task_again_changes_nothing(copied, drive, outcome
 
 
 def test_a_task_learned_before_is_refused(copied, drive, tiny_tasks):
-    with pytest.raises(ConfigError, match="task 'colours' is in the sequence 2 times; name each task once"):
+    with pytest.raises(RecipeError, match="task 'colours' is in the sequence 2 times; name each task once"):
         drive(extended(copied, str(tiny_tasks[0])))
 
 
