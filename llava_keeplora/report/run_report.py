@@ -266,22 +266,22 @@ def read_capacity(folder: Path) -> Capacity:
 
 
 def room_line(name: str, folder: Path) -> str | None:
-    """How many more tasks a method has tmp_dir for, by the forecast of its last one; None without a forecast."""
+    """Return for how many more tasks a method has room, by its last task's forecast; None without a forecast."""
     paths = sorted(folder.glob("task-*/consolidated.json"))
     last = read_record(paths[-1]) if paths else {}
     if "forecast" not in last:
         return None
     finite = [
-        (tmp_dir["tasks"], tmp_dir["left"], layer)
-        for layer, tmp_dir in last["forecast"].items()
-        if tmp_dir["tasks"] is not None
+        (forecast["tasks"], forecast["left"], layer)
+        for layer, forecast in last["forecast"].items()
+        if forecast["tasks"] is not None
     ]
     if not finite:
-        return f"tmp_dir of {name}: no layer's protected subspace grows"
+        return f"room of {name}: no layer's protected subspace grows"
     tasks, left, layer = min(finite)
     growth, width = last["forecast"][layer]["growth"], last["capacity"][layer]["in"]
     return (
-        f"tmp_dir of {name}: {tasks} more task{'' if tasks == 1 else 's'} at full rank, if each adds as many directions as those so far; "
+        f"room of {name}: {tasks} more task{'' if tasks == 1 else 's'} at full rank, if each adds as many directions as those so far; "
         f"the first layer to fill is {layer}, {left} of {width} directions left, {growth:.1f} fewer a task"
     )
 

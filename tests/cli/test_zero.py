@@ -186,9 +186,9 @@ def test_three_tasks_in_two_processes_end_as_in_one(
 
 SKETCHED = """
 import math, runpy
-from llava_keeplora.methods import keeplora_rules
+from llava_keeplora.methods import presets
 from llava_keeplora.subspace import gradient_sketch
-gradient_sketch.WORTH = keeplora_rules.EXACT = math.inf
+gradient_sketch.WORTH = presets.EXACT = math.inf
 runpy.run_path({script!r}, run_name="__main__")
 """
 

@@ -9,18 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from llava_keeplora import files
 from llava_keeplora.analysis import writers as analysis_folder
-from llava_keeplora.compare import write_table as tables
+from llava_keeplora.compare import writers as tables
 from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import UserError
 from llava_keeplora.export import export_run, import_state, run_export
 from llava_keeplora.files import left_behind, whole_folder
-from llava_keeplora.report import run_report, write_report
+from llava_keeplora.report import run_report
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora_eval import files as eval_files
 
@@ -217,7 +218,7 @@ def test_a_killed_export_is_whole_or_not_there_and_the_same_command_goes_on(
 def test_a_killed_report_is_whole_or_not_there_and_the_same_command_goes_on(
     deadly, two_tasks_run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(write_report, "_pictures", lambda *args: ())
+    monkeypatch.setattr(import_module("llava_keeplora.report.write_report"), "_pictures", lambda *args: ())
     assert (
         kill_everywhere(
             deadly, lambda into: run_report.write_run_report(two_tasks_run, into=into), tmp_path / "report"
