@@ -27,7 +27,11 @@ def processes_of(folder):
 
 
 def test_a_killed_deepspeed_takes_its_ranks_along(config_file, start, launcher, script, tmp_path):
-    process = start([*launcher(1), script], "--config", config_file(), "--output-dir", tmp_path / "run")
+    # Long enough that a rank which nobody stops would still be at work after the interval between two looks.
+    longer = "training.num_train_epochs=500"
+    process = start(
+        [*launcher(1), script], "--config", config_file(), "--output-dir", tmp_path / "run", longer
+    )
     try:
         journal, deadline = tmp_path / "run/keeplora/journal.jsonl", time.monotonic() + forked.patience()
         while not (journal.exists() and "PREPARED" in journal.read_text()):
