@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from llava_keeplora import cli
 from llava_keeplora_eval import cli as eval_cli
 from llava_keeplora_eval import guard
@@ -32,7 +33,7 @@ def test_a_stdout_that_is_closed_or_full_is_no_traceback(redirection, code, err)
         ["bash", "-c", f"{BIN / 'llava-keeplora-eval'} list {redirection}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=forked.patience(),
     )
     assert (
         done.returncode == code and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

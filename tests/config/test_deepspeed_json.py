@@ -107,10 +107,11 @@ def test_batches_and_rates_that_contradict_the_training_section_are_refused_befo
 @pytest.fixture
 def launch_here(tmp_path):
     """Function (run as plain data) → (exit code, stderr) of the command line: DeepSpeed needs a process of its own."""
-    import subprocess
     import sys
 
     import yaml
+
+    import forked
 
     def start(tree):
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
@@ -122,7 +123,7 @@ def launch_here(tmp_path):
             "--config",
             str(tmp_path / "run.yaml"),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        return done.returncode, done.stderr
+        code, _, error = forked.run(command)
+        return code, error
 
     return start

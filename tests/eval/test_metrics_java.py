@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import forked
 from llava_keeplora_eval import EvalError, java
 
 PLAYER = """#!{python}
@@ -157,5 +158,6 @@ def test_no_jar_is_found_without_java_or_without_pycocoevalcap(monkeypatch, tmp_
 def test_the_real_java_is_asked_for_with_switches_that_it_knows():
     if not java.shutil.which("java"):
         pytest.skip("no Java")
-    done = subprocess.run(["java", *java._SWITCHES, "-version"], capture_output=True, text=True, timeout=60)
+    command, patience = ["java", *java._SWITCHES, "-version"], forked.patience()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from transformers import CLIPModel, CLIPProcessor
 
+import forked
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.export import export_run, verify, verify_worker
@@ -198,9 +199,8 @@ def test_two_processes_train_the_rows_that_one_trains(finished, run_tree, tiny_t
         "2",
         str(script),
     ]
-    done = subprocess.run(
-        [*launcher, "--config", str(tmp_path / "run.yaml")], capture_output=True, text=True, timeout=400
-    )
+    command = [*launcher, "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * forked.patience())
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = (rows(run, "keeplora+", 1) for run in (tmp_path / "run", finished))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 from llava_keeplora import cli
 from llava_keeplora.errors import RunError
 from llava_keeplora.report.overlap import overlap
@@ -365,7 +366,8 @@ def browser():
 
     def start(*arguments):
         command = [found, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        patience = forked.patience()
+        return subprocess.run(command, capture_output=True, text=True, timeout=patience, check=True).stdout
 
     return start
 
