@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from llava_keeplora.adapters import BaseWeights
-from llava_keeplora.config import MethodConfig, RunConfig
+from llava_keeplora.config import ZERO_SHOT, MethodConfig, RunConfig
 from llava_keeplora.distributed import is_main_process, main_process_first, processes_here
 from llava_keeplora.files import translate_errors, write_json
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import check_start
 from llava_keeplora.report.run_report import report_is_current, write_run_report
 from llava_keeplora.run_folder import RESULTS
-from llava_keeplora.sequence.method_run import ZERO_SHOT, MethodRun
+from llava_keeplora.sequence.method_run import MethodRun
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.run_context import RunContext
 from llava_keeplora.sequence.workspace import Workspace

@@ -333,13 +333,14 @@ def test_the_literal_form_ends_as_in_one_process_under_zero_3(one_and_two, mixed
 WOUNDED = """
 import os, runpy, signal
 from llava_keeplora.errors import RunError
-from llava_keeplora.sequence.method_run import MethodRun
-stage = MethodRun._{stage}
-def wounded(self, index):
+from llava_keeplora.run_folder import Stage
+from llava_keeplora.sequence.stages import STAGES
+stage = STAGES[Stage("{stage}".upper())]
+def wounded(state, index):
     if index == 2 and os.environ["RANK"] == "{rank}":
         {wound}
-    return stage(self, index)
-MethodRun._{stage} = wounded
+    return stage(state, index)
+STAGES[Stage("{stage}".upper())] = wounded
 runpy.run_path({script!r}, run_name="__main__")
 """
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"

@@ -12,8 +12,9 @@ import yaml
 from llava_keeplora import cli
 from llava_keeplora.compare import compare, jobs, table, writers
 from llava_keeplora.config import load_config
+from llava_keeplora.run_folder import Stage
 from llava_keeplora.saved_run import read_identity, run_identity
-from llava_keeplora.sequence.method_run import MethodRun
+from llava_keeplora.sequence.stages import STAGES
 from llava_keeplora_eval.guard import guarded
 
 
@@ -96,15 +97,15 @@ def test_a_stopped_table_stops_its_runs(job, monkeypatch, capfd, number, code):
 def test_a_killed_table_goes_on_and_says_the_same(make_table, started, tmp_path, monkeypatch):
     undisturbed = compare(make_table(tmp_path / "undisturbed"))
     del started[:]
-    real = MethodRun._trained
+    real = STAGES[Stage.TRAINED]
 
-    def killed(self, index):
-        if self.config.label == "keeplora" and index == 2:
+    def killed(state, index):
+        if state.config.label == "keeplora" and index == 2:
             raise KeyboardInterrupt
-        return real(self, index)
+        return real(state, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MethodRun, "_trained", killed)
+        patch.setitem(STAGES, Stage.TRAINED, killed)
         with pytest.raises(KeyboardInterrupt):
             compare(make_table(tmp_path / "killed"))
     del started[:]

@@ -18,9 +18,11 @@ import torch
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.export import FORMS, export_run
+from llava_keeplora.run_folder import Stage
 from llava_keeplora.sequence import runner
 from llava_keeplora.sequence.method_run import MethodRun
 from llava_keeplora.sequence.run_context import RunContext
+from llava_keeplora.sequence.stages import STAGES
 
 GPU = torch.cuda.is_available()
 peaks: dict[str, int] = {}
@@ -61,7 +63,7 @@ def restart() -> None:
 
 def staged(owner, method, stage) -> None:
     """Count a method's peak for a stage, `stage(arguments)`; inside another stage, what runs inside counts for the inner one alone."""
-    inner = getattr(owner, method)
+    inner = owner[method] if isinstance(owner, dict) else getattr(owner, method)
 
     def outer(*args, **kwargs):
         close()
@@ -72,7 +74,7 @@ def staged(owner, method, stage) -> None:
             close()
             running.pop()
 
-    setattr(owner, method, outer)
+    owner.update({method: outer}) if isinstance(owner, dict) else setattr(owner, method, outer)
 
 
 def run(tree: dict, forms: tuple[str, ...]) -> dict[str, int]:
@@ -105,11 +107,11 @@ if __name__ == "__main__":
     runner.write_run_report = lambda root: None
     staged(RunContext, "load", lambda args: "load")
     staged(runner, "BaseWeights", lambda args: "load")
-    staged(MethodRun, "_rebuild", lambda args: "load")
-    staged(MethodRun, "_prepared", lambda args: "gradient")
-    staged(MethodRun, "_trained", lambda args: "train")
-    staged(MethodRun, "_consolidated", lambda args: "features" if args[1] else "basis")
-    staged(MethodRun, "_evaluated", lambda args: "evaluate")
+    staged(MethodRun, "rebuild", lambda args: "load")
+    staged(STAGES, Stage.PREPARED, lambda args: "gradient")
+    staged(STAGES, Stage.TRAINED, lambda args: "train")
+    staged(STAGES, Stage.CONSOLIDATED, lambda args: "features" if args[1] else "basis")
+    staged(STAGES, Stage.EVALUATED, lambda args: "evaluate")
     warm_up, measured = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
     forms = FORMS if "export" in sys.argv[3:] else ()
     run(warm_up, forms)

@@ -217,9 +217,15 @@ def test_a_run_of_pictures_that_were_decoded_otherwise_is_refused_with_the_reaso
     )
     old = tasks[0].record()
     old["train"] = old["train"] | {"fingerprint": "of the bytes alone"}
+    context = SimpleNamespace(config=SimpleNamespace(seed=0))
     run = SimpleNamespace(
-        tasks=tasks, folder="run", _plan=lambda index: {"tasks": [t.record() for t in tasks]}
+        tasks=tasks,
+        folder="run",
+        context=context,
+        averaged=False,
+        method=SimpleNamespace(reference=None),
     )
+    run._decoding_note = lambda key, record: MethodRun._decoding_note(run, key, record)
     entry = SimpleNamespace(task=0, info={"tasks": [old]})
     with pytest.raises(
         RunError, match="train.fingerprint: .*; 1 of its pictures have transparency or an EXIF orient"

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_keeplora.methods import METHODS
+from llava_keeplora.run_folder import Stage
+from llava_keeplora.sequence import stages
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache
-from llava_keeplora.sequence.method_run import MethodRun
 from llava_keeplora_recipes import load_recipe, load_split
 
 
@@ -32,14 +33,14 @@ def computed(monkeypatch):
     """What is computed of the untouched model, in order."""
     found = []
     for name in ("_predict", "_consolidate"):
-        real = getattr(MethodRun, name)
+        real = getattr(stages, name)
 
-        def watched(self, index, *more, real=real, name=name):
+        def watched(state, index, *more, real=real, name=name):
             if index == 0:
-                found.append((self.config.label, *(task.name for task in more)))
-            return real(self, index, *more)
+                found.append((state.config.label, *(task.name for task in more)))
+            return real(state, index, *more)
 
-        monkeypatch.setattr(MethodRun, name, watched)
+        monkeypatch.setattr(stages, name, watched)
     return found
 
 
@@ -73,10 +74,10 @@ def test_another_seed_and_order_take_everything_over_and_end_bit_for_bit_as_with
 def test_a_base_that_is_called_fixed_depends_on_neither_seed_nor_order(
     run_config, tiny_tasks, drive, stopped, left_behind, monkeypatch, tmp_path, name, energy
 ):
-    def stop(self, index):
+    def stop(state, index):
         raise stopped
 
-    monkeypatch.setattr(MethodRun, "_prepared", stop)
+    monkeypatch.setitem(stages.STAGES, Stage.PREPARED, stop)
     tasks, found = [str(path) for path in tiny_tasks[:2]], []
     for seed, order in ((0, tasks), (3, tasks[::-1])):
         with pytest.raises(stopped):
@@ -117,15 +118,15 @@ def test_an_interrupted_run_takes_over_the_rest(
     filled, other, stopped, drive, run_to_the_end, outcome, monkeypatch, tmp_path
 ):
     drive(other("alone", None))
-    real, stops = MethodRun._score, []
+    real, stops = stages.score_task, []
 
-    def stop_once(self, index, task):
+    def stop_once(state, index, task):
         if not stops:
             stops.append(task.name)
             raise stopped
-        return real(self, index, task)
+        return real(state, index, task)
 
-    monkeypatch.setattr(MethodRun, "_score", stop_once)
+    monkeypatch.setattr(stages, "score_task", stop_once)
     assert run_to_the_end(other("stopped", filled)) == 2
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "alone")
 

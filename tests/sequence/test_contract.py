@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava_keeplora import journal
 from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, FullDelta, attach, concatenate
 from llava_keeplora.config import EvaluationConfig, parse_config
 from llava_keeplora.errors import ConfigError
@@ -309,7 +310,7 @@ def alike(ours, theirs, method):
 def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(
     config, seen, method, run_to_the_end, stopped, monkeypatch, tmp_path, left_behind
 ):
-    append, done = method_run.Journal.append, set()
+    append, done = journal.Journal.append, set()
 
     def stop(self, entry):
         key = (self.path, entry.task, entry.stage)
@@ -318,7 +319,7 @@ def test_a_run_stopped_after_the_work_of_every_stage_ends_with_the_same_files(
             raise stopped
         append(self, entry)
 
-    monkeypatch.setattr(method_run.Journal, "append", stop)
+    monkeypatch.setattr(journal.Journal, "append", stop)
     assert run_to_the_end(config(tmp_path / "run", [method])) == 1 + 4 + 2 * 6
     alike(left_behind(tmp_path / "run"), left_behind(seen.folder), method)
 

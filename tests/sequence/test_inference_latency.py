@@ -64,7 +64,7 @@ def test_no_more_examples_are_answered_at_once_than_an_evaluation_does(
 ):
     sizes = []
     monkeypatch.setattr(
-        "llava_keeplora.sequence.method_run.seconds_per_example",
+        "llava_keeplora.sequence.stages.seconds_per_example",
         lambda predictor, examples: sizes.append(len(examples)) or 1.0,
     )
     drive(
@@ -87,7 +87,7 @@ def test_the_untouched_models_time_is_that_of_the_bases_weights_and_the_learned_
         carried.append({name: p.detach().clone() for name, p in predictor.model.named_parameters()})
         return 1.0
 
-    monkeypatch.setattr("llava_keeplora.sequence.method_run.seconds_per_example", watched)
+    monkeypatch.setattr("llava_keeplora.sequence.stages.seconds_per_example", watched)
     runs, real = [], MethodRun.go
     monkeypatch.setattr(MethodRun, "go", lambda self: (runs.append(self), real(self)))
     drive(run_config(tmp_path / "run", tasks=[str(tiny_tasks[0])], **one_label("seq-lora")))
@@ -122,6 +122,6 @@ def test_answers_that_are_timed_have_one_length_whatever_was_learned(
         written.append(ids.shape[1] - asked)
         return ids
 
-    monkeypatch.setattr("llava_keeplora.sequence.method_run.seconds_per_example", watched)
+    monkeypatch.setattr("llava_keeplora.sequence.stages.seconds_per_example", watched)
     drive(parse_config(llava_tree(tmp_path / "run", tasks=[str(mixed_tasks[0])])))
     assert written == [inference_latency.TOKENS] * 2, "untouched and learned"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_keeplora.sequence import method_run
+from llava_keeplora.sequence import passes
 
 IMAGES = 24
 
@@ -13,7 +13,7 @@ def read(monkeypatch, run_config, drive, tiny_tasks, tmp_path):
     counts = {"gradient_pass": 0, "feature_pass": 0}
 
     def counting(name):
-        inner = getattr(method_run, name)
+        inner = getattr(passes, name)
 
         def outer(task, layers, *arguments):
             arguments = list(arguments)
@@ -27,7 +27,7 @@ def read(monkeypatch, run_config, drive, tiny_tasks, tmp_path):
 
     def run(**options):
         for name in counts:
-            monkeypatch.setattr(method_run, name, counting(name))
+            monkeypatch.setattr(passes, name, counting(name))
         drive(run_config(tmp_path / "run", tasks=[str(tiny_tasks[0])], methods={"keeplora": options}))
         return counts["gradient_pass"], counts["feature_pass"]
 

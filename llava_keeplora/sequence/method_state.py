@@ -1,0 +1,167 @@
+"""One row of a run between its stages: its method, the layers that it changes, and the model rebuilt from the files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from llava_keeplora.adapters import AdapterInit, Delta, Deltas, load_deltas
+from llava_keeplora.config import ALL_LINEAR, AVERAGED, MethodConfig
+from llava_keeplora.files import read_tensors, write_tensors
+from llava_keeplora.journal import Journal
+from llava_keeplora.methods import METHODS, Changed, Layer, Method, find_changed
+from llava_keeplora.run_folder import ADAPTERS, DELTA, JOURNAL, KEPT, MATRIX, PREPARED, STATE, read_record
+from llava_keeplora.sequence.run_context import RunContext
+from llava_keeplora_eval import Matrix
+
+logger = logging.getLogger(__name__)
+
+
+class MethodState:
+    """A method of the run with its folder, its layers and its scores so far.
+
+    Args:
+        context: what the methods of the run share.
+        config: the method.
+    """
+
+    def __init__(self, context: RunContext, config: MethodConfig):
+        self.context, self.config, self.tasks = context, config, context.tasks
+        self.folder = context.workspace.label(config.label)
+        cls = METHODS[config.method]
+        self.method: Method = cls(cls.Options(**config.options))
+        self.journal = Journal(self.folder / JOURNAL)
+        if config.label in context.workspace.begun_anew():
+            self.journal.forget()
+        self.trainable = cls.trainable
+        self.count = len(self.tasks) if cls.trainable else 0
+        self.averaged = config.test_prompts == AVERAGED
+        # The first row that reads the model with the same prompts measures what the untouched model scores.
+        self.first_alike = context.config.first_alike(config.label)
+        self.trainings = context.config.trainings(config.label) if cls.trainable else []
+        #: How many deltas and states the method has loaded; None where it has to load them again.
+        self.loaded: tuple[int, int] | None = None
+        self.layers, self.full, self.unreachable = self._find_layers()
+        self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
+        self.method.reference = context.references.get(config.label)
+
+    # --- names and files ---------------------------------------------------------------------------
+
+    def name(self, index: int) -> str:
+        """Return a task's name; `base` for index 0."""
+        return self.tasks[index - 1].name if index else "base"
+
+    def tag(self, index: int) -> str:
+        """Return LABEL/task-NN-NAME, by which trackers tell the run's tasks apart."""
+        return str(self.path(index).relative_to(self.context.workspace.root))
+
+    def path(self, index: int, name: str = "") -> Path:
+        """Return the path of a file in a task's folder."""
+        return self.context.workspace.task(self.config.label, index, self.name(index)) / name
+
+    # --- layers ------------------------------------------------------------------------------------
+
+    def _find_layers(self) -> tuple[dict[str, Layer], dict[str, nn.Module], list[str]]:
+        """Return the layers to adapt, the modules to train in full, and the layers that the loss cannot reach."""
+        changed = (
+            find_changed(type(self.method), self.config.parts, self.context.family)
+            if self.count
+            else Changed()
+        )
+        if changed.unreachable:
+            logger.warning(
+                "%s: %d layers cannot receive a gradient from this model's loss and are left out (%s, ...)",
+                self.config.label,
+                len(changed.unreachable),
+                changed.unreachable[0],
+            )
+        for part in (name for name, part in self.config.parts.items() if part.targets == (ALL_LINEAR,)):
+            leaves = sorted(
+                {name.rpartition(".")[2] for name, layer in changed.adapted.items() if layer.part == part}
+            )
+            logger.info(
+                "%s: %s of %s are its layers %s",
+                self.config.label,
+                ALL_LINEAR,
+                part,
+                ", ".join(leaves) or "trained in full",
+            )
+        return changed.adapted, changed.full, changed.unreachable
+
+    @property
+    def adapted(self) -> dict[str, nn.Linear]:
+        """Full name → linear layer with an adapter."""
+        return {name: layer.module for name, layer in self.layers.items()}
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return every module that this method changes, by full name."""
+        return self.adapted | self.full
+
+    # --- the model and the method after so many tasks ------------------------------------------------
+
+    def rebuild(
+        self, deltas: int, states: int | None = None, offset: Mapping[str, Delta] | None = None
+    ) -> None:
+        """Put the model and the method into the state after so many tasks, from the files alone.
+
+        Args:
+            deltas: number of tasks whose delta the weights carry.
+            states: number of stages, the base's included, after which the method's state is loaded; deltas + 1 by default.
+            offset: layer name → what is added to the weights besides the tasks' deltas.
+        """
+        states = deltas + 1 if states is None else states
+        self.context.base.apply([*self.deltas(deltas), offset or {}])
+        if (deltas, states) != self.loaded:
+            self.method.load_state_dicts(
+                [
+                    self._kept(task) | (self._state(task) if task < states else {})
+                    for task in range(deltas + 1)
+                ]
+            )
+            self.loaded = (deltas, states)
+
+    def _kept(self, task: int) -> dict[str, Tensor]:
+        return read_if_there(self.path(task, KEPT))
+
+    def _state(self, task: int) -> dict[str, Tensor]:
+        return read_if_there(self.path(task, STATE))
+
+    def deltas(self, count: int) -> list[Deltas]:
+        """Return the updates of the first tasks, in order."""
+        return [load_deltas(self.path(task, DELTA)) for task in range(1, count + 1)]
+
+    def inits(self, index: int) -> dict[str, AdapterInit]:
+        """Return where a task's adapters start, as its PREPARED stage wrote it."""
+        layers = read_record(self.path(index, PREPARED))["layers"]
+        tensors = read_if_there(self.path(index, ADAPTERS))
+        return {
+            name: AdapterInit(**values, A=tensors.get(f"{name}.A"), B=tensors.get(f"{name}.B"))
+            for name, values in layers.items()
+        }
+
+    # --- scores ------------------------------------------------------------------------------------
+
+    def fill_matrix(self, index: int, scores: Mapping[str, Any]) -> None:
+        """Enter scores (task → result) that were taken after a task into the matrix."""
+        for name, result in scores.items():
+            self.matrix.set_cell(index - 1 if index else None, name, result["score"])
+
+    def write_matrix(self) -> None:
+        """Write the matrix with the cells that are filled so far."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.matrix.to_json(self.folder / MATRIX)
+
+
+def read_if_there(path: Path) -> dict[str, Tensor]:
+    """Return a file's tensors; none where there is no file."""
+    return read_tensors(path) if path.exists() else {}
+
+
+def write_if_any(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors, unless there are none: an empty safetensors file cannot be read back."""
+    if tensors:
+        write_tensors(path, tensors)

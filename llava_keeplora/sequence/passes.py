@@ -1,0 +1,117 @@
+"""The passes over a task's data that a method may ask for: gradients, features, plain batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from llava_keeplora.capture import autocast, feature_pass, gradient_pass
+from llava_keeplora.methods import TaskContext
+from llava_keeplora.run_folder import CONSOLIDATED, Stage, read_record
+from llava_keeplora.sequence import auto_energy
+from llava_keeplora.sequence.data import Batches, stage_seed
+from llava_keeplora.sequence.method_state import MethodState
+
+#: Passes of one image through the model: forward and backward, and forward alone.
+GRADIENT_COST, FEATURE_COST = 3, 1
+
+
+def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
+    """Return what a method may use in a stage of a task.
+
+    Args:
+        state: the method's row.
+        index: the task, 0 for the base.
+        stage: seeds what the method draws.
+    """
+    context = state.context
+    return TaskContext(
+        index=index,
+        name=state.name(index),
+        layers=state.layers,
+        gradients=functools.partial(run_gradient_pass, state, index),
+        features=functools.partial(run_feature_pass, state, index),
+        seed=stage_seed(context.config.seed, index, stage),
+        statistics_bytes=int(context.config.memory.statistics_gb * 1e9),
+        batches=functools.partial(counted_batches, state, index),
+        model=context.family.model,
+        task=lambda: context.family.task(state.tasks[index - 1].recipe),
+        pretrained=context.pretrained,
+        deltas=functools.partial(state.deltas, index - 1),
+        base=read_record(state.path(0, CONSOLIDATED)) if index else {},
+        tasks=len(state.tasks),
+        choose=functools.partial(auto_energy.choose_energy_weight, context, state.layers),
+    )
+
+
+def run_gradient_pass(state: MethodState, index: int, fraction: float, statistics: Mapping[str, Any]) -> None:
+    """Feed the first-step gradient of every layer into its statistic; see `capture.gradient_pass`.
+
+    Args:
+        state: the method's row.
+        index: the task.
+        fraction: share of its training data.
+        statistics: layer name → statistic.
+    """
+    context = state.context
+    batches, chosen = _batches(state, index, fraction, GRADIENT_COST)
+    task, total = context.family.task(state.tasks[index - 1].recipe), chosen.weight
+    if state.method.counts_examples:
+        task, total = task.counting_examples(), len(chosen.chosen)
+    training = state.config.training
+    with (
+        context.zero.engaged(task),
+        autocast(training, context.device.type),
+        task.recomputing(training),
+    ):
+        gradient_pass(task, state.adapted, batches, total, statistics)
+
+
+def run_feature_pass(
+    state: MethodState,
+    index: int,
+    statistics: Callable[[list[list[str]]], Mapping[str, Any]],
+    fraction: float = 1.0,
+) -> Mapping[str, Any]:
+    """Feed every layer's input features into statistics; see `capture.feature_pass`.
+
+    Args:
+        state: the method's row.
+        index: the task.
+        statistics: makes them, given the names of the layers grouped by the tensor that they read.
+        fraction: share of the task's training data.
+
+    Returns:
+        layer name → statistic.
+    """
+    context = state.context
+    batches, _ = _batches(state, index, fraction, FEATURE_COST)
+    task = context.family.task(state.tasks[index - 1].recipe)
+    task = task.at_every_position() if state.method.every_position else task
+    parts = {name: layer.part for name, layer in state.layers.items()}
+    with context.zero.engaged(task), autocast(state.config.training, context.device.type):
+        return feature_pass(task, state.adapted, parts, batches, statistics)
+
+
+def counted_batches(state: MethodState, index: int) -> Iterator[dict[str, Tensor]]:
+    """Yield this process's batches of a task's training data, in order, without those that only fill up a round."""
+    return (batch for batch, counts in _batches(state, index, 1.0, FEATURE_COST)[0] if counts)
+
+
+def _batches(
+    state: MethodState, index: int, fraction: float, cost: float
+) -> tuple[Iterator[tuple[dict[str, Tensor], bool]], Batches]:
+    """Return an iterator that reports progress, and the batches themselves."""
+    context = state.context
+    size = int(state.config.training.get("per_device_train_batch_size", 8))
+    batches = Batches(context.inputs[index - 1], size, fraction, context.rank, context.world, context.device)
+
+    def with_progress() -> Iterator[tuple[dict[str, Tensor], bool]]:
+        for batch, counts in batches:
+            yield batch, counts
+            context.progress.advance(cost * len(batch["labels"]) * context.world)
+
+    return with_progress(), batches
