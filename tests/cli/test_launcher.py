@@ -38,8 +38,8 @@ def test_a_killed_deepspeed_takes_its_ranks_along(config_file, start, launcher, 
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        deadline = time.monotonic() + 60
+        process.wait(forked.patience())
+        deadline = time.monotonic() + forked.patience()
         while (left := processes_of(tmp_path / "run")) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert not left
