@@ -88,7 +88,8 @@ def captions_by_image(
             raise _without("image_id", path)
         if entry["image_id"] not in captions:
             raise RecipeError(
-                f"annotation {entry.get('id')} of {path.name} is for the image {entry['image_id']}, which is not listed",
+                f"annotation {entry.get('id')} of {path.name} is for the image {entry['image_id']}, which is "
+                "not listed",
                 "add the image or remove the annotation",
             )
         what = f"an annotation of the image {entry['image_id']} of {path.name}"

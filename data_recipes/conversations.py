@@ -92,7 +92,8 @@ def _read(
         if given is None and needs_id and not numbered:
             raise RecipeError(
                 f"record {index} of {path.name} has no 'id'",
-                f"give every record its own id, or number them with 'source.positional_ids: [{split}]' in the recipe",
+                f"give every record its own id, or number them with 'source.positional_ids: [{split}]' in "
+                "the recipe",
             )
         name = None if given is None else identifier(given, f"record {index} of {path.name}")
         what = f"record {index if name is None else repr(name)} of {path.name}"

@@ -12,8 +12,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 #: What lies under transparent pixels where a recipe doesn't say: the page of a browser.
 WHITE = "#ffffff"
 
-#: Pillow opens these, and shows no pixels of the file itself: PostScript is a program that another program would
-#: have to run, WMF is drawn by Windows, and of the others only the header is read.
+#: Pillow opens these, and shows no pixels of the file itself: PostScript is a program that another program
+#: would have to run, WMF is drawn by Windows, and of the others only the header is read.
 NOT_DECODED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
 
 #: Pillow's own limit is a setting that any library may change; this is its default, for 512 MiB of pixels.
@@ -56,8 +56,8 @@ class Decoded:
 
     Attributes:
         image: RGB.
-        note: what was done beyond Pillow's own conversion to RGB, such as `orientation 6, over #ffffff`; empty
-            for most pictures, which are upright and without transparency.
+        note: what was done beyond Pillow's own conversion to RGB, such as `orientation 6, over #ffffff`;
+            empty for most pictures, which are upright and without transparency.
     """
 
     image: Image.Image
@@ -74,7 +74,8 @@ def decode(data: bytes, background: str = WHITE) -> Decoded:
         background: `#rrggbb`.
 
     Raises:
-        ValueError: the bytes are no picture, or one whose look is open, as numbers of 32 bits have no agreed white.
+        ValueError: the bytes are no picture, or one whose look is open, as numbers of 32 bits have no agreed
+            white.
         Exception: whatever Pillow raises for bytes that are broken or cut off.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a setting of the process: another library may have turned it on

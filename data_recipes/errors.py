@@ -25,7 +25,8 @@ class UserError(Exception):
     """
 
     def __init__(self, problem: str, cure: str):
-        # Names and values are quoted as they are; a line break in one of them must not make it two lines, nor its length a page.
+        # Names and values are quoted as they are; a line break in one of them must not make it two lines, nor
+        # its length a page.
         sentence = " ".join(f"{_shortened(problem)}; {_shortened(cure)}.".splitlines())
         super().__init__(ADDRESS.sub("", sentence))
         self.problem, self.cure = problem, cure

@@ -76,7 +76,10 @@ def likely_cause(path: str, listings: Listings) -> str:
 
 
 def _spelt(path: str, listings: Listings) -> str:
-    """The path of the file that reads the same but for letter case and Unicode form; empty where there is none."""
+    """The path of the file that reads the same but for letter case and Unicode form.
+
+    Empty where there is none.
+    """
     found = "/" if path.startswith("/") else ""
     for part in filter(None, path.split("/")):
         if os.path.lexists(os.path.join(found, part)):

@@ -76,7 +76,8 @@ def _rows(
             if not text or is_blank(text.replace(MARKER, "")):
                 raise RecipeError(
                     f"'{name}' in {where} has nothing to ask",
-                    "write a question in every record, or for captioning an instruction as 'prompt' in the recipe",
+                    "write a question in every record, or for captioning an instruction as 'prompt' in the "
+                    "recipe",
                 )
             return Row(name, text, tuple(answers), None, pictures, meta)
         if len(pictures) != 1:

@@ -22,7 +22,8 @@ def read_image_folder(
     """`<split folder>/<class>/.../picture`; the class is the folder's name.
 
     The walk is ours: datasets' own "imagefolder" builder numbers classes alphabetically, drops
-    split folders whose names it doesn't know, and passes over other files without a word. Here these are counted.
+    split folders whose names it doesn't know, and passes over other files without a word. Here these are
+    counted.
 
     Raises:
         RecipeError: the folder is missing, or an image lies in no class folder.
@@ -56,7 +57,9 @@ def read_image_folder(
 
 
 def files_under(top: Path, folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """Every file under a folder, links followed; and what is left out, by kind, with its path from another folder.
+    """Every file under a folder, links followed.
+
+    And what is left out, by kind, with its path from another folder.
 
     Left out are hidden files and folders, and links to a folder that they lie in, which hold nothing new.
 

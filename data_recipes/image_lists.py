@@ -26,8 +26,9 @@ def read_image_list(
 ) -> Records:
     """A text file with a line per image, as DTD, Food-101, FGVC-Aircraft and Oxford-IIIT Pet have one.
 
-    `source.pattern` is a regular expression for a whole line: its group `label` is the class, its group `image` followed
-    by `source.suffix` the image's path, which starts at `source.images` in the task's folder.
+    `source.pattern` is a regular expression for a whole line: its group `label` is the class, its group
+    `image` followed by `source.suffix` the image's path, which starts at `source.images` in the task's
+    folder.
 
     Raises:
         RecipeError: the file is missing, a line does not fit, or an image lies elsewhere.
@@ -41,7 +42,8 @@ def read_image_list(
         found = pattern.fullmatch(line)
         if found is None:
             raise RecipeError(
-                f"line {number} of {path.name} is {line!r}, which 'source.pattern' of recipe '{recipe.name}' does not fit",
+                f"line {number} of {path.name} is {line!r}, which 'source.pattern' of recipe '{recipe.name}' "
+                "does not fit",
                 "correct the line, or the pattern in the recipe",
             )
         name = (found["image"] or "") + suffix
@@ -60,12 +62,12 @@ def read_random_split(
     """All images under a folder, cut in two: a split is `first`, 80 % of them at random, or the `rest`.
 
     It is the cut that MTIL's code makes of Caltech101, EuroSAT and SUN397, which have no official one
-    (github.com/Thunderbeee/ZSCL): `torch.utils.data.random_split` into int(0.8 n) and the rest, seed 42. torchvision
-    lists the first two by folder and then by name, as is done here. It takes SUN397 in the order of the file system, which
-    is another one on every machine, so of that set everyone has an own split.
+    (github.com/Thunderbeee/ZSCL): `torch.utils.data.random_split` into int(0.8 n) and the rest, seed 42.
+    torchvision lists the first two by folder and then by name, as is done here. It takes SUN397 in the order
+    of the file system, which is another one on every machine, so of that set everyone has an own split.
 
-    `source.pattern` is a regular expression for an image's whole path in the folder, its group `label` the class. Files
-    that it does not fit are no part of the set.
+    `source.pattern` is a regular expression for an image's whole path in the folder, its group `label` the
+    class. Files that it does not fit are no part of the set.
 
     Raises:
         RecipeError: the folder is missing, the recipe names another part, or an image lies elsewhere.

@@ -25,7 +25,8 @@ class Images:
     """Pictures by number, each with a SHA-256, decoded pictures kept up to `KEEP_BYTES`.
 
     Attributes:
-        notes: by row, what its decoding did beyond a conversion to RGB, for those where it did; see `Decoded`.
+        notes: by row, what its decoding did beyond a conversion to RGB, for those where it did; see
+            `Decoded`.
     """
 
     def __init__(self) -> None:
@@ -44,8 +45,8 @@ class Images:
     def digest(self, row: int) -> str:
         """Return the SHA-256 of a row's image.
 
-        It is that of the encoded bytes, and of what decoding did beyond a conversion to RGB; where nothing is encoded, that of
-        the pixels.
+        It is that of the encoded bytes, and of what decoding did beyond a conversion to RGB; where nothing is
+        encoded, that of the pixels.
         """
         return self._digests[row]
 
@@ -121,8 +122,8 @@ class EncodedImages(Images):
         try:
             data = self._bytes(row)
             decoded = decode(data, self._background)
-            # Whatever names pixels by this (a run's fingerprints, prepared pictures) was right before where there is
-            # no note, and elsewhere belongs to other pixels.
+            # Whatever names pixels by this (a run's fingerprints, prepared pictures) was right before where
+            # there is no note, and elsewhere belongs to other pixels.
             return hashlib.sha256(data + decoded.note.encode()).hexdigest(), decoded
         # Pillow's readers raise nearly every kind of error on broken bytes; each is reported
         except Exception as error:

@@ -47,7 +47,8 @@ def resolve_classes(recipe: Recipe, split: str, records: Records, read: Read) ->
     names = (records if split == defining else read(recipe, defining)).label_names
     if names is None:
         raise RecipeError(
-            f"recipe '{recipe.name}' takes its classes from the source, but the labels of {where} come without names",
+            f"recipe '{recipe.name}' takes its classes from the source, but the labels of {where} come "
+            "without names",
             "list the classes in the recipe, in label order",
         )
     if recipe.num_classes not in (None, len(names)):
@@ -151,7 +152,8 @@ def _label(recipe: Recipe, index: dict[str, int], raw: Any, records: Records, na
         if found is not None:
             return found
     raise RecipeError(
-        f"'{name}' in {where} has the label {label!r}, which is none of the {len(recipe.classes)} classes of recipe '{recipe.name}'",
+        f"'{name}' in {where} has the label {label!r}, which is none of the {len(recipe.classes)} classes of "
+        f"recipe '{recipe.name}'",
         "correct the label, add training data of its class, or map it under 'class_names' "
         f"({nearest(str(label), recipe.classes)})",
     )

@@ -50,7 +50,8 @@ def load_split(
     expected = recipe.expected_sizes.get(split)
     if expected is not None and expected != len(data):
         log.warning(
-            "%s/%s holds %d examples and its recipe expects %d: scores are not comparable with those of others",
+            "%s/%s holds %d examples and its recipe expects %d: scores are not comparable with those of "
+            "others",
             recipe.name,
             split,
             len(data),

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def read_flowers(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """Oxford Flowers 102: a split is a variable of `setid.mat`, the numbers of its images; `imagelabels.mat` has every image's class.
+    """Oxford Flowers 102: a split is a variable of `setid.mat`, the numbers of its images.
+
+    `imagelabels.mat` has every image's class.
 
     Raises:
         RecipeError: a file is missing or holds something else, or an image has no label.
@@ -47,7 +49,9 @@ def read_flowers(
 def read_cars(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """Stanford Cars: a split is a file of `annotations` with `fname` and `class`; `devkit/cars_meta.mat` has the classes' names.
+    """Stanford Cars: a split is a file of `annotations` with `fname` and `class`.
+
+    `devkit/cars_meta.mat` has the classes' names.
 
     Raises:
         RecipeError: a file is missing or holds something else, or an image lies elsewhere.

@@ -57,7 +57,8 @@ def image_names(row: dict[str, Any], what: str) -> list[str]:
         )
     if not named and (field := _first_held(row, ELSEWHERE)):
         raise RecipeError(
-            f"{what} has {described(row[field])} as '{field}', and pictures are read from 'image' or 'images'",
+            f"{what} has {described(row[field])} as '{field}', and pictures are read from 'image' or "
+            "'images'",
             "rename the field, or remove it where no picture is meant",
         )
     return named[0] if named else []

@@ -52,7 +52,9 @@ def own_path(recipe: Recipe) -> Path:
 
 
 def data_root_of(recipe: Recipe, data_root: str | Path | None) -> Path:
-    """What no path of a task may lead out of, by a link neither: the data root, or the task's own folder if that lies elsewhere.
+    """What no path of a task may lead out of, by a link neither.
+
+    The data root, or the task's own folder if that lies elsewhere.
 
     Raises:
         RecipeError: see `set_folder`.
@@ -104,7 +106,9 @@ def within(path: Path, what: str, *roots: Path) -> Path:
 
 
 def pictures_folder(recipe: Recipe, split: str, data_root: str | Path | None, default: str = "") -> Path:
-    """Where the image paths of a split start: `source.images` in the task's folder, one for all splits or one each.
+    """Where the image paths of a split start.
+
+    `source.images` in the task's folder, one for all splits or one each.
 
     Raises:
         RecipeError: the task's folder is missing, or the path leads out of it.

@@ -80,9 +80,9 @@ def read_idx(
 def unpickle(path: Path) -> dict[str, Any]:
     """A pickled dict of texts, numbers, lists and arrays of bytes, read without running anything.
 
-    A pickle is a program: it may call any function of any module by its name, so that reading a stranger's file is the
-    same as running it. This reader knows three names, those that numpy writes for an array, and gives back for each a
-    stand-in of its own that only keeps what it is handed; every other name is refused.
+    A pickle is a program: it may call any function of any module by its name, so that reading a stranger's
+    file is the same as running it. This reader knows three names, those that numpy writes for an array, and
+    gives back for each a stand-in of its own that only keeps what it is handed; every other name is refused.
 
     Raises:
         RecipeError: the file is missing, is no such pickle, or names anything else.
@@ -113,7 +113,10 @@ class _Refused(Exception):
 
 
 class _Array:
-    """What stands for numpy's array, dtype and `_reconstruct`: it keeps the state of an array and does nothing."""
+    """What stands for numpy's array, dtype and `_reconstruct`.
+
+    It keeps the state of an array and does nothing.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -170,7 +173,8 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     shape = struct.unpack(f">{dimensions}I", data[4:head]) if len(data) >= head else ()
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != head + math.prod(shape):
         raise RecipeError(
-            f"{path} is no IDX file of bytes in {dimensions} dimension{'s' * (dimensions > 1)}, or is cut off",
+            f"{path} is no IDX file of bytes in {dimensions} dimension{'s' * (dimensions > 1)}, or is cut "
+            "off",
             "replace it by the official file, unpacked",
         )
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)

@@ -9,13 +9,15 @@ from .errors import RecipeError
 #: Marks the place of a picture.
 MARKER = "<image>"
 _AT_HEAD = re.compile(rf"^(?:\s*{MARKER})+")
-#: Mark what no model here is shown, in the spellings of many tools: `<video>`, `<|video_pad|>`, `<audio_0>`, `[AUDIO]`.
+#: Mark what no model here is shown, in the spellings of many tools: `<video>`, `<|video_pad|>`, `<audio_0>`,
+#: `[AUDIO]`.
 _UNREAD = re.compile(
     r"<\|(?P<token>video|audio)[^|<>\n]{0,20}\|>|<(?P<tag>video|audio)[ _-]?\d*>|\[(?P<word>(?-i:VIDEO|AUDIO))\]",
     re.IGNORECASE,
 )
-#: Mark a picture for another tool, and are words here: `<IMAGE>`, `<image_0>` and `<image 1>` (MMMU), `<|image_pad|>` and
-#: `<img>...</img>` (Qwen), `<|image_1|>` (Phi), `<start_of_image>` (Gemma), `[IMG]` (Pixtral), `<ImageHere>` (MiniGPT-4).
+#: Mark a picture for another tool, and are words here: `<IMAGE>`, `<image_0>` and `<image 1>` (MMMU),
+#: `<|image_pad|>` and `<img>...</img>` (Qwen), `<|image_1|>` (Phi), `<start_of_image>` (Gemma), `[IMG]`
+#: (Pixtral), `<ImageHere>` (MiniGPT-4).
 _FOREIGN = re.compile(
     r"<\|(?:image|img|vision)[^|<>\n]{0,20}\|>|<(?:image|img)[ _-]?\d+>|<image[ _](?:pad|token|placeholder|soft_token)>|<imagehere>"
     r"|<(?:start|end)_of_image>|<img>.{0,1000}?</img>|</image>|\[(?:img|image)(?:[ _-]?\d+)?\]|(?-i:(?!<image>))<\s*image\s*/?>",
@@ -33,8 +35,8 @@ def place_images(text: str, images: int, what: str) -> str:
     Every other place is kept: the text that is returned holds one marker for each picture.
 
     Markers of other tools are words. They are refused where a picture is missing or its place would be lost:
-    beside none, or several pictures. Beside a single one, as MATH-Vision and MMMU have them, they are only describe_error
-    (`TaskData.marker_note`).
+    beside none, or several pictures. Beside a single one, as MATH-Vision and MMMU have them, they are only
+    reported (`TaskData.marker_note`).
 
     Args:
         text: what is asked.

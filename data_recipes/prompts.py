@@ -24,8 +24,8 @@ def format_question(
     goes into the recipe's prompt, in the split `test` into its `test_prompt` where it has one. A
     `test_prompt` may depend on the first reference answer, because official runners do: MLLM-DCL's finance
     task asks for yes or no exactly where the answer is `Yes` or `No`, and for a letter otherwise
-    (github.com/bjzhb666/MLLM-CL, ETrain/Eval/LLaVA/CoIN/model_fin.py). Such a prompt tells the model what kind
-    of answer is right, so its scores compare only with those of models that were told as well.
+    (github.com/bjzhb666/MLLM-CL, ETrain/Eval/LLaVA/CoIN/model_fin.py). Such a prompt tells the model what
+    kind of answer is right, so its scores compare only with those of models that were told as well.
 
     Args:
         recipe, split: of the example.

@@ -36,12 +36,13 @@ WORDS = {
 class Reader:
     """A source of examples; one subclass per format.
 
-    A subclass is a dataclass. Its fields are the keys that a recipe may write under `source` beside `format`, with
-    their types (text, numbers, bools, lists and mappings of these) and their defaults; a field without a default must
-    be written. `check` may refuse values, and `read` reads a split.
+    A subclass is a dataclass. Its fields are the keys that a recipe may write under `source` beside `format`,
+    with their types (text, numbers, bools, lists and mappings of these) and their defaults; a field without a
+    default must be written. `check` may refuse values, and `read` reads a split.
 
     Args:
-        path: the folder of the files, under the data root or beside the recipe; None if the user has to say it.
+        path: the folder of the files, under the data root or beside the recipe; None if the user has to say
+            it.
     """
 
     path: str | None = field(kw_only=True)
@@ -77,10 +78,12 @@ class Reader:
         """Read one split.
 
         Args:
-            recipe: whose source this is; `recipe.splits[split]` names the file, folder or split of the source.
+            recipe: whose source this is; `recipe.splits[split]` names the file, folder or split of the
+                source.
             split: one of `recipe.splits`.
             data_root: the folder under which `path` lies; see `places.set_folder`.
-            problems: collects what is wrong with single records, which are left out (see `errors.collect_errors`); None raises.
+            problems: collects what is wrong with single records, which are left out (see
+                `errors.collect_errors`); None raises.
 
         Raises:
             RecipeError: a file is missing or malformed, or (without `problems`) a record is.
@@ -228,7 +231,8 @@ class RandomSplit(_BuiltIn):
             groups = re.compile(pattern).groupindex
         except (re.error, OverflowError, RecursionError) as error:
             raise RecipeError(
-                f"{path.name} has {pattern!r} under 'source.pattern', which is no regular expression ({error})",
+                f"{path.name} has {pattern!r} under 'source.pattern', which is no regular expression "
+                f"({error})",
                 f"correct it in {path}",
             ) from error
         for group in self.groups:

@@ -22,12 +22,12 @@ RECIPES = Path(__file__).parent / "recipes"
 #: How a metric from elsewhere is named; the metrics themselves are `llava_keeplora_eval`'s.
 METRIC_NAMES = Registry("metric", "llava_keeplora.metrics", {})
 
-# A corrected citation must not change a task's identity; where its files lie must not either.
-# What a generative model is asked where a classification recipe has no instruction of its own; the second sentence is
-# LLaVA-1.5's for short answers (Liu et al., 2024, arXiv:2310.03744).
+# The question to a generative model where a classification recipe has no instruction of its own; the second
+# sentence is LLaVA-1.5's for short answers (Liu et al., 2024, arXiv:2310.03744).
 ASKS = "What is shown in the image?\nAnswer the question using a single word or phrase."
 
-# Nor must test prompts, which a task is only read with where that is asked for, and then kept with what they were asked for.
+# A corrected citation must not change a task's identity, nor must the place of its files, nor test prompts:
+# a task is read with them only where a run says so, and the run then records them.
 NOT_IDENTITY = (
     "licence",
     "homepage",
@@ -56,8 +56,9 @@ class Recipe:
             around the question, `{q}`; for captioning the instruction, unless the source has one.
         test_prompt: for vqa, takes the place of `prompt` in the split `test`; a mapping from the first
             reference answer to a prompt (`other` for the rest) where an official runner does that.
-        test_prompts: for classification, captions with `{c}` whose text features are averaged where a test asks for that, as
-            CLIP's own tests do (Radford et al., 2021, section 3.1.4); `prompt` alone where there are none.
+        test_prompts: for classification, captions with `{c}` whose text features are averaged where a test
+            asks for that, as CLIP's own tests do (Radford et al., 2021, section 3.1.4); `prompt` alone where
+            there are none.
         instruction: for classification, what a generative model is asked; see `asks`.
         classes: class names in label order, as answers are scored; empty where the kind has none,
             None while they are still unread from the source (`classes: from-source`).
@@ -94,7 +95,10 @@ class Recipe:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of every class in label order, with underscores as spaces; for errors see `class_prompts`."""
+        """The prompt of every class in label order, with underscores as spaces.
+
+        For errors see `class_prompts`.
+        """
         return self.class_prompts(self.prompt)
 
     def class_prompts(self, template: str) -> list[str]:
@@ -113,7 +117,8 @@ class Recipe:
         if self.classes is None:
             raise RecipeError(
                 f"the classes of '{self.name}' are read from its data, which is not loaded yet",
-                "load a split and use the recipe that comes with it: load_split(recipe, 'train', data_root).recipe",
+                "load a split and use the recipe that comes with it: load_split(recipe, 'train', "
+                "data_root).recipe",
             )
         # replace, not format: a class or a prompt may hold other braces
         return [template.replace("{c}", c.replace("_", " ")) for c in self.classes]

@@ -136,7 +136,8 @@ def _check_prompts(facts: dict[str, Any], path: Path) -> None:
     for answer in by_answer:
         if not isinstance(answer, str):
             raise RecipeError(
-                f"{path.name} has the answer {answer!r} under 'test_prompt', which YAML does not read as text",
+                f"{path.name} has the answer {answer!r} under 'test_prompt', which YAML does not read as "
+                "text",
                 "put quotes around it",
             )
     for key, prompt in (

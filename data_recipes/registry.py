@@ -1,4 +1,7 @@
-"""Find methods, model families, metrics and readers by name: built-in ones, a user's own file or module, installed packages."""
+"""Find methods, model families, metrics and readers by name.
+
+Built-in ones, a user's own file or module, installed packages.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,9 @@ class UnknownNameError(PluginError):
 
 
 class Registry(MutableMapping[str, Any]):
-    """Objects of one kind by name; whatever is not built in is imported only when it is asked for by its name.
+    """Objects of one kind by name.
+
+    Whatever is not built in is imported only when it is asked for by its name.
 
     A name is one of
 
@@ -72,7 +77,8 @@ class Registry(MutableMapping[str, Any]):
         """Return the object of a name.
 
         Raises:
-            PluginError: for an unknown name, or a plug-in that is missing, cannot be imported or is of another kind.
+            PluginError: for an unknown name, or a plug-in that is missing, cannot be imported or is of
+                another kind.
         """
         if name in self._lazy:
             module, _, attribute = self._builtin[name].partition(SEPARATOR)
@@ -99,10 +105,12 @@ class Registry(MutableMapping[str, Any]):
         return name not in self._builtin
 
     def localize(self, name: str, folder: Path | None = None) -> str:
-        """Return a plug-in's name with the absolute path of its file, where that is found; any other name as it is.
+        """Return a plug-in's name with the absolute path of its file, where that is found.
 
-        A relative path, and a module that lies there, is looked for in `folder` and then in the working folder. A file that is
-        not where it was is looked for as the module of its name.
+        Any other name as it is.
+
+        A relative path, and a module that lies there, is looked for in `folder` and then in the working
+        folder. A file that is not where it was is looked for as the module of its name.
 
         Args:
             name: any name.
@@ -129,13 +137,18 @@ class Registry(MutableMapping[str, Any]):
         )
 
     def portable_name(self, name: str) -> str:
-        """Return a name without a path of this machine: of a file its module's, `module:Object`; any other as it is."""
+        """Return a name without a path of this machine: of a file its module's, `module:Object`.
+
+        Any other as it is.
+        """
         place, _, attribute = name.rpartition(SEPARATOR)
         is_file = self.is_plugin(name) and place.endswith(".py")
         return f"{module_name(Path(place))}{SEPARATOR}{attribute}" if is_file else name
 
     def source_files(self, name: str) -> dict[str, str]:
-        """Return the SHA-256 of a plug-in's sources by relative path: of its file, or of every .py file of its package.
+        """Return the SHA-256 of a plug-in's sources by relative path.
+
+        Of its file, or of every .py file of its package.
 
         Nothing of the plug-in is executed. Built-in objects have none.
 
@@ -180,7 +193,8 @@ class Registry(MutableMapping[str, Any]):
             return declared[name].module, declared[name].attr
         raise UnknownNameError(
             f"there is no {self.kind} '{name}'",
-            f"{nearest(str(name), [*self._builtin, *declared])}; one of your own is written module:Object or path/to/file.py:Object",
+            f"{nearest(str(name), [*self._builtin, *declared])}; one of your own is written module:Object or "
+            "path/to/file.py:Object",
         )
 
     def _load_plugin(self, name: str) -> Any:
@@ -285,7 +299,8 @@ def _import_file(path: Path) -> ModuleType:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             with _on_path(root):
-                # Not `spec.loader.exec_module`, which may take stale bytecode for a file changed within the same second.
+                # Not `spec.loader.exec_module`, which may take stale bytecode for a file changed within the
+                # same second.
                 exec(compile(content, str(path), "exec"), module.__dict__)
         except BaseException:
             del sys.modules[name]

@@ -46,7 +46,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What stands in a picture and what is asked about it; `question` is None where the recipe's instruction asks."""
+    """What stands in a picture and what is asked about it.
+
+    `question` is None where the recipe's instruction asks.
+    """
 
     things: tuple[Thing, ...]
     question: str | None
@@ -145,7 +148,10 @@ def _count(rng: Generator, index: int) -> Scene:
 
 
 def _exists(rng: Generator, index: int) -> Scene:
-    """Two or three things; whether one is there. Of those that are not, something has the colour or the shape."""
+    """Two or three things; whether one is there.
+
+    Of those that are not, something has the colour or the shape.
+    """
     there = index % 2 == 0
     everything = list(product(COLOURS, SHAPES))
     asked, *rest = _pick(rng, everything, len(everything))

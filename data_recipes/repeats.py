@@ -1,4 +1,6 @@
-"""What a split holds more than once, as sentences: a picture under two labels, in two splits, the same record twice.
+"""What a split holds more than once, as sentences.
+
+A picture under two labels, in two splits, the same record twice.
 
 Pictures are the same where their files are, byte for byte.
 """
@@ -32,7 +34,10 @@ def repeats(data: TaskData) -> list[str]:
 
 
 def shared_pictures(data: TaskData, other: TaskData) -> str | None:
-    """Which pictures of a split are in another one too, counted, with the first few names; None if none is."""
+    """Which pictures of a split are in another one too, counted, with the first few names.
+
+    None if none is.
+    """
     if data.recipe.source["format"] == "rendered":
         return None
     here, there = _first(data), _first(other)

@@ -1,7 +1,8 @@
 """Reading YAML that anyone may have written: plain data alone, in YAML 1.2's sense of it, within limits.
 
-Recipes, sequences, configurations, tables and the values of overrides are all read here. YAML 1.1, which PyYAML reads, takes
-`no` for False, `010` for 8, `12:30:45` for 45045 and `1e-3` for text; the core schema of YAML 1.2 (section 10.3) does not.
+Recipes, sequences, configurations, tables and the values of overrides are all read here. YAML 1.1, which
+PyYAML reads, takes `no` for False, `010` for 8, `12:30:45` for 45045 and `1e-3` for text; the core schema of
+YAML 1.2 (section 10.3) does not.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import yaml
 from .errors import RecipeError, nearest
 from .strict_json import decode_text
 
-#: Characters of a file, levels of nesting, and values once every alias is written out: far beyond what a person writes.
+#: Characters of a file, levels of nesting, and values once every alias is written out: far beyond what a
+#: person writes.
 MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES = 2**21, 32, 200_000
 #: A whole number that JSON, torch and NumPy all hold.
 MAX_INTEGER = 2**63 - 1
-#: Plain scalars that are no text, with their first characters; the dots that JSON knows no word for stay text.
+#: Plain scalars that are no text, with their first characters; the dots that JSON knows no word for stay
+#: text.
 SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
@@ -121,8 +124,8 @@ def parse_yaml(text: str) -> Any:
     """Parse one YAML document of plain data.
 
     Raises:
-        ValueError: with the reason: no YAML, a tag, a repeated key, an alias within itself, a number that 64 bits don't hold, half a
-            character, or more characters, levels or values than the limits.
+        ValueError: with the reason: no YAML, a tag, a repeated key, an alias within itself, a number that 64
+            bits don't hold, half a character, or more characters, levels or values than the limits.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"is longer than {MAX_CHARACTERS} characters")

@@ -90,7 +90,7 @@ def read_hub(
                 split=recipe.splits[split],
                 revision=recipe.source.get("revision"),
             )
-    except Exception as error:  # the Hub client and datasets raise a dozen kinds; the first is describe_error
+    except Exception as error:  # the Hub client and datasets raise a dozen kinds; the first is reported
         raise RecipeError(
             f"Hub dataset '{target}' of recipe '{recipe.name}' cannot be loaded with the split "
             f"'{recipe.splits[split]}' ({describe_error(error)})",
@@ -227,7 +227,8 @@ def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, s
         if columns[role] not in table.column_names:
             raise RecipeError(
                 f"the {split} split of '{recipe.name}' has no column '{columns[role]}'",
-                f"{nearest(columns[role], table.column_names)}; set it with 'source.columns.{role}' in the recipe",
+                f"{nearest(columns[role], table.column_names)}; set it with 'source.columns.{role}' in the "
+                "recipe",
             )
     if "image" not in named and {"image", "images"} <= set(table.column_names):
         columns["images"] = "images"

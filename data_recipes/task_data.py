@@ -29,8 +29,8 @@ class Example:
         id: unique within the split, the same wherever the data lies.
         images: the pictures, RGB, in the order in which they are shown; classification has exactly one.
         question: what is asked, for captioning the instruction; None for classification.
-        answers: the reference answers, the most frequent one is trained on; for classification the class name,
-            as in `recipe.classes`; for captioning all captions, each trained on.
+        answers: the reference answers, the most frequent one is trained on; for classification the class
+            name, as in `recipe.classes`; for captioning all captions, each trained on.
         label: index into `recipe.classes`; None outside classification.
         meta: what else the metric needs to know, for example the kind of question.
     """
@@ -158,13 +158,19 @@ class TaskData:
 
     @property
     def decoding_notes(self) -> list[str]:
-        """What decoding did beyond a conversion to RGB, picture by picture where it did: see `decoding.Decoded`."""
+        """What decoding did beyond a conversion to RGB, picture by picture where it did.
+
+        See `decoding.Decoded`.
+        """
         shown = {p for r in self._rows for p in r.pictures}
         return [note for p, note in sorted(self._images.notes.items()) if p in shown]
 
     @property
     def left_out_note(self) -> str | None:
-        """The files that are not read, counted by kind with the first few names; None where there are none."""
+        """The files that are not read, counted by kind with the first few names.
+
+        None where there are none.
+        """
         if not self.left_out:
             return None
         names = sorted(name for files in self.left_out.values() for name in files)
@@ -184,7 +190,8 @@ class TaskData:
             return None
         name, marker = next(iter(found.items()))
         return (
-            f"{len(found)} examples have markers of other tools in their texts, which are words to the model ({name}: {marker}); "
+            f"{len(found)} examples have markers of other tools in their texts, which are words to the model "
+            f"({name}: {marker}); "
             f"{MARKER} is the place of a picture"
         )
 

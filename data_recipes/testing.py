@@ -21,12 +21,13 @@ from .records import Records
 def check_reader(recipe: Recipe | str | Path, data_root: str | Path | None = None) -> None:
     """Check that the reader of a recipe's format keeps what the package relies on.
 
-    Its fields declare its keys, and other keys and values of other types are refused; two readings of a split are the
-    same, wherever the files lie; ids are different texts; a record has what its kind needs; and missing files are
-    refused with a `RecipeError`.
+    Its fields declare its keys, and other keys and values of other types are refused; two readings of a split
+    are the same, wherever the files lie; ids are different texts; a record has what its kind needs; and
+    missing files are refused with a `RecipeError`.
 
     Args:
-        recipe: a recipe whose `source.format` names the reader, or its YAML; its data must be there, without mistakes,
+        recipe: a recipe whose `source.format` names the reader, or its YAML; its data must be there, without
+            mistakes,
             and small: they are copied.
         data_root: the folder under which its data lie; None where they lie beside the YAML.
 

@@ -11,8 +11,9 @@ from .errors import RecipeError
 
 #: Whole numbers above it are not told apart by a float, so that its digits would be invented.
 EXACT = 2**53
-#: Characters without a width or a look of their own: soft hyphens, zero-width spaces and joiners, byte order marks inside
-#: of a text, marks of direction (Unicode's Default_Ignorable_Code_Point, without those that choose an emoji's look).
+#: Characters without a width or a look of their own: soft hyphens, zero-width spaces and joiners, byte order
+#: marks inside of a text, marks of direction (Unicode's Default_Ignorable_Code_Point, without those that
+#: choose an emoji's look).
 INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 CURE = "write text, a number, yes or no, or a list of them, or remove the record"
 

@@ -122,8 +122,8 @@ _FORMS = ((is_letter, find_letter), (is_number, find_number), (is_yes_no, find_y
 def finds(text: str, accepted: str) -> bool:
     """Return whether a lenient reader finds an accepted answer in a text.
 
-    The text is read in the accepted answer's own form, and otherwise as a run of whole words, without case, punctuation and
-    articles.
+    The text is read in the accepted answer's own form, and otherwise as a run of whole words, without case,
+    punctuation and articles.
     """
     accepted = accepted.strip()
     for has_form, find in _FORMS:
@@ -134,13 +134,17 @@ def finds(text: str, accepted: str) -> bool:
 
 
 def is_short(text: str, answers: Sequence[str]) -> bool:
-    """Whether a text is a phrase without a sentence around it: one line, few words, no mark that ends a sentence."""
+    """Whether a text is a phrase without a sentence around it.
+
+    One line, few words, no mark that ends a sentence.
+    """
     limit = max([SHORT, *(len(answer.split()) for answer in answers)])
     ends = re.search(r"[.!?;:](?:\s|$)", text) and not any(text == answer.strip() for answer in answers)
     return "\n" not in text and len(text.split()) <= limit and not ends
 
 
-# Whether a text has the asked form: (text, its accepted answers, all accepted answers of the task, plain) -> bool.
+# Whether a text has the asked form: (text, its accepted answers, all accepted answers of the task, plain) ->
+# bool.
 
 
 def letter_form(text: str, answers: Sequence[str], known: Collection[str]) -> bool:

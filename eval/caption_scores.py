@@ -21,14 +21,16 @@ UCIT = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 
 
 def tokenize(texts: Sequence[str]) -> tuple[list[str], str]:
-    """Tokenise texts as pycocoevalcap does, with one call for all of them: PTB tokens without punctuation, in lower case.
+    """Tokenise texts as pycocoevalcap does, with one call for all of them.
+
+    PTB tokens without punctuation, in lower case.
 
     Args:
         texts: any texts; line breaks in them count as spaces.
 
     Returns:
-        The tokens of each text, separated by spaces, and which tokenizer it was: ``stanford`` where there is Java, else
-        ``python`` (see ``ptb``).
+        The tokens of each text, separated by spaces, and which tokenizer it was: ``stanford`` where there is
+        Java, else ``python`` (see ``ptb``).
     """
     lines = [" ".join(text.split()) for text in texts]
     filled = [i for i, line in enumerate(lines) if line]
@@ -51,15 +53,16 @@ def caption_scores(
     Args:
         captions: one text per example.
         references: for each example its captions.
-        with_meteor: compute METEOR too; its Java program takes some ten seconds to start, which a score after every task
-            of a run cannot afford.
+        with_meteor: compute METEOR too; its Java program takes some ten seconds to start, which a score after
+            every task of a run cannot afford.
 
     Returns:
         ``bleu_1`` to ``bleu_4``, ``rouge_l`` and, if asked for, ``meteor`` from 0 to 1, ``cider`` from 0 to
         10, and ``tokenizer``; ``cider_note`` where CIDEr is 0 for any caption.
 
     Raises:
-        EvalError: pycocoevalcap is missing, METEOR is asked for and Java is missing, or an example has no reference.
+        EvalError: pycocoevalcap is missing, METEOR is asked for and Java is missing, or an example has no
+            reference.
     """
     require(with_meteor)
     flat = [*captions, *(text for texts in references for text in texts)]
@@ -68,7 +71,8 @@ def caption_scores(
     found = [[words for words in (next(rest) for _ in texts) if words] for texts in references]
     if [] in found:
         raise EvalError(
-            f"example {found.index([]) + 1} of {len(found)} has no reference caption with a word in it, and captions are "
+            f"example {found.index([]) + 1} of {len(found)} has no reference caption with a word in it, and "
+            "captions are "
             "scored against references",
             "check the recipe's answer column",
         )
@@ -119,7 +123,8 @@ def _by_pycocoevalcap(captions: list[str], references: list[list[str]]) -> dict:
 def ucit_mean(scores: dict) -> float:
     """UCIT's score of a captioning task: the plain mean of seven scores, of which CIDEr can be above 1.
 
-    KeepLoRA's scripts cut every prediction to 300 characters first, MCITlib's and HiDe's don't; it is not done here.
+    KeepLoRA's scripts cut every prediction to 300 characters first, MCITlib's and HiDe's don't; it is not
+    done here.
 
     Source: eval_caption.py of https://github.com/Ghy0501/MCITlib.
     """

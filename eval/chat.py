@@ -14,7 +14,8 @@ from llava_keeplora_recipes.placeholders import MARKER
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Recipe
 
-#: For checkpoints without a chat template: LLaVA-1.5's own (conversation `v1` of github.com/haotian-liu/LLaVA).
+#: For checkpoints without a chat template: LLaVA-1.5's own (conversation `v1` of
+#: github.com/haotian-liu/LLaVA).
 VICUNA_V1 = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -55,7 +56,8 @@ def render(processor, question: str, n_images: int) -> str:
         )
     except Exception as error:  # A template is a program: it may fail in any way.
         raise EvalError(
-            f"the model's chat template fails ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
+            "the model's chat template fails "
+            f"({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
             "restore the checkpoint's chat_template.jinja, or the chat_template of its tokenizer_config.json",
         ) from error
 
@@ -66,7 +68,10 @@ def question_text(recipe: Recipe, question: str | None) -> str:
 
 
 def training_answers(recipe: Recipe, answers: Sequence[str]) -> list[str]:
-    """The answers of an example that are trained on: every caption, otherwise the one that is given most often."""
+    """The answers of an example that are trained on.
+
+    Every caption, otherwise the one that is given most often.
+    """
     if recipe.kind == "captioning":
         return list(answers)
     if recipe.kind == "classification":
@@ -148,33 +153,39 @@ class Chat:
                 )
 
     def _tokenise(self, text: str) -> list[int]:
-        # Some chat templates write the begin-of-text token that the tokenizer puts before every text too; it goes there once.
+        # Some chat templates write the begin-of-text token that the tokenizer puts before every text too; it
+        # goes there once.
         begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         return self.tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
 
     def _expand(self, ids: list[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
         if (marked := ids.count(self.image_id)) != len(sizes):
             raise EvalError(
-                f"a question has {len(sizes)} images and its chat text marks {marked} with {self.processor.image_token}",
+                f"a question has {len(sizes)} images and its chat text marks {marked} with "
+                f"{self.processor.image_token}",
                 "remove the mark from the text of the question, the prompt or the chat template",
             )
         counts = iter(self.image_tokens(sizes))
         return [token for i in ids for token in ([i] * next(counts) if i == self.image_id else [i])]
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """How many placeholder tokens each image takes; the processor's own rule, without touching a pixel."""
+        """How many placeholder tokens each image takes.
+
+        The processor's own rule, without touching a pixel.
+        """
         if not sizes:
             return []
         if len(sizes) > 1 and not cuts_into_tiles(self.processor, len(sizes)):
-            # One more for the line break that LLaVA-OneVision puts after each image, one less without the class token.
+            # One more for the line break that LLaVA-OneVision puts after each image, one less without the
+            # class token.
             count = (
                 self.processor.num_image_tokens
                 + 1
                 - (self.processor.vision_feature_select_strategy == "default")
             )
             return [count] * len(sizes)
-        # Not in the processors' public documentation, but kept by transformers for serving engines; a test compares it
-        # with what the processors really write.
+        # Not in the processors' public documentation, but kept by transformers for serving engines; a test
+        # compares it with what the processors really write.
         return list(
             self.processor._get_num_multimodal_tokens(
                 image_sizes=[list(size) for size in sizes]

@@ -1,4 +1,7 @@
-"""Checkpoints as files: where they lie, what they hold by content, and loading with every tensor accounted for."""
+"""Checkpoints as files.
+
+Where they lie, what they hold by content, and loading with every tensor accounted for.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,8 @@ AGAIN = "download the checkpoint again, or give another one"
 DIVERGED = "download the checkpoint again, or take one whose training did not diverge"
 OTHER_CONFIG = "download the checkpoint again, or give the one that its config.json belongs to"
 UNQUANTISED = "give the checkpoint that it was quantised from; a run quantises it with model.quantization"
-#: Older checkpoints hold tensors that newer code computes; those of a vision encoder's own head have no use in a LLaVA.
+#: Older checkpoints hold tensors that newer code computes; those of a vision encoder's own head have no use
+#: in a LLaVA.
 COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked")
 UNUSED = ("vision_model.head.", "vision_tower.head.")
 #: Seconds within which a file may change again without another time stamp.
@@ -127,7 +131,8 @@ def weight_files(folder: Path) -> list[Path]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise EvalError(
-                f"{path} names {len(missing)} files that are not there ({', '.join(missing[:3])}), so their weights are missing",
+                f"{path} names {len(missing)} files that are not there ({', '.join(missing[:3])}), so their "
+                "weights are missing",
                 "download the checkpoint again",
             )
         return files
@@ -142,8 +147,8 @@ def model_content(place: str, revision: str | None = None) -> dict[str, Any]:
         revision: on the Hub.
 
     Returns:
-        of a folder, SHA-256 hashes of `weights`, `config` and `processor`, and the `stops` of its generation settings; of the
-        Hub's, its `commit`.
+        of a folder, SHA-256 hashes of `weights`, `config` and `processor`, and the `stops` of its generation
+        settings; of the Hub's, its `commit`.
 
     Raises:
         EvalError: a file that cannot be read.
@@ -211,7 +216,8 @@ def content_changes(known: dict[str, Any], now: dict[str, Any]) -> list[str] | N
 def content_hash(path: Path) -> str:
     """Return a file's SHA-256, kept by its place, size and time stamps so that large weights are read once.
 
-    It is kept in `$LLAVA_KEEPLORA_CACHE`, by default in the user's cache folder; a folder that cannot be written keeps nothing.
+    It is kept in `$LLAVA_KEEPLORA_CACHE`, by default in the user's cache folder; a folder that cannot be
+    written keeps nothing.
     """
     stat = path.stat()
     key = _digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
@@ -250,7 +256,8 @@ def load_checked(auto_class, place: str, **options):
         the model, in eval mode.
 
     Raises:
-        EvalError: a file that cannot be read, tensors that are missing, unknown or of another shape, or values that are no numbers.
+        EvalError: a file that cannot be read, tensors that are missing, unknown or of another shape, or
+            values that are no numbers.
     """
     folder = Path(place)
     if (folder / ADAPTER).is_file():
@@ -307,8 +314,8 @@ def check_weight_files(folder: Path) -> dict[str, Path]:
         name of a tensor → the file that holds it.
 
     Raises:
-        EvalError: naming the file: it cannot be read, holds a tensor that another shard holds too, or weights that are no
-            floating-point numbers, which transformers would cast without a word.
+        EvalError: naming the file: it cannot be read, holds a tensor that another shard holds too, or weights
+            that are no floating-point numbers, which transformers would cast without a word.
     """
     files = weight_files(folder)
     if not files and (folder / "config.json").is_file():
@@ -318,7 +325,8 @@ def check_weight_files(folder: Path) -> dict[str, Path]:
         kinds = _tensor_kinds(path)
         if repeated := sorted(holders.keys() & kinds):
             raise EvalError(
-                f"{path} holds {len(repeated)} tensors that {holders[repeated[0]].name} holds too (first {repeated[0]})",
+                f"{path} holds {len(repeated)} tensors that {holders[repeated[0]].name} holds too (first "
+                f"{repeated[0]})",
                 AGAIN,
             )
         holders |= dict.fromkeys(kinds, path)
@@ -326,7 +334,8 @@ def check_weight_files(folder: Path) -> dict[str, Path]:
             name for name, is_float in kinds.items() if not is_float and not name.endswith(COMPUTED)
         ):
             raise EvalError(
-                f"{path} holds {len(whole)} tensors of whole or complex numbers, as quantised checkpoints do (first {whole[0]})",
+                f"{path} holds {len(whole)} tensors of whole or complex numbers, as quantised checkpoints do "
+                f"(first {whole[0]})",
                 UNQUANTISED,
             )
     return holders
@@ -399,7 +408,8 @@ def check_finite(model, place: str) -> None:
         first = ", ".join(bad[:2]) + (", ..." if len(bad) > 2 else "")
         spoilt = _spoilt(place)
         raise EvalError(
-            f"{spoilt[0] if spoilt else _where(place)} holds NaN or infinity (in {len(bad)} tensors of the model: {first})",
+            f"{spoilt[0] if spoilt else _where(place)} holds NaN or infinity (in {len(bad)} tensors of the "
+            f"model: {first})",
             DIVERGED,
         )
 

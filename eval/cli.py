@@ -195,7 +195,10 @@ def _matrix(arguments: argparse.Namespace) -> None:
 
 
 def _matrix_files(path: Path) -> dict[str, Path]:
-    """The matrix files that a path stands for, by label: itself, or those right in or one level below a folder."""
+    """The matrix files that a path stands for, by label.
+
+    Itself, or those right in or one level below a folder.
+    """
     if not path.is_dir():
         return {path.stem: path}
     found = {path.resolve().name: path / "matrix.json"} if (path / "matrix.json").exists() else {}

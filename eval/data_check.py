@@ -1,4 +1,7 @@
-"""``llava-keeplora-eval data check``: what a task's files hold, everything wrong with them, and what a model is shown."""
+"""``llava-keeplora-eval data check``.
+
+What a task's files hold, everything wrong with them, and what a model is shown.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,8 @@ def check(
         name: a recipe's or a sequence's name, or the path of its YAML.
         data_root: folder that holds the data of recipes that need files.
         split: this split alone.
-        model: a CLIP or LLaVA checkpoint that the examples are prepared for as for training; shown in a plain form without one.
+        model: a CLIP or LLaVA checkpoint that the examples are prepared for as for training; shown in a plain
+            form without one.
         base: of an adapter, where its base lies here; as the adapter says when None.
 
     Yields:
@@ -208,7 +212,8 @@ def _answers(data: TaskData) -> str:
     text, count = counts.most_common(1)[0] if counts else ("", 0)
     longest = max(map(len, counts), default=0)
     return (
-        f"answers: {len(counts)} different, {_empty(data)} examples with an empty one, longest {longest} characters, "
+        f"answers: {len(counts)} different, {_empty(data)} examples with an empty one, longest {longest} "
+        "characters, "
         f"most frequent {shorten(text, 40, placeholder=' ...')!r} ({count} of {counts.total()})"
     )
 
@@ -234,7 +239,10 @@ def examples(data: TaskData | None, show: Show) -> Iterator[list[str]]:
 
 
 def plain(data: TaskData, row: int) -> list[str]:
-    """An example in the words of LLaVA-1.5, without its system sentence; of several captions, each of which is learned, one."""
+    """An example in the words of LLaVA-1.5, without its system sentence.
+
+    Of several captions, each of which is learned, one.
+    """
     check_answers(data, row, data.answers[row])
     answer = training_answers(data.recipe, data.answers[row])[0]
     question = _asked(data)[row]

@@ -43,9 +43,12 @@ def file_hash(path: Path) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Remove files that killed processes left half written in a folder and below; nobody else may be writing there.
+    """Remove files that killed processes left half written in a folder and below.
 
-    An unfinished folder below is left with all that is in it: its next maker knows whether someone is still filling it.
+    Nobody else may be writing there.
+
+    An unfinished folder below is left with all that is in it: its next maker knows whether someone is still
+    filling it.
     """
     for path in folder.rglob(f".*{PART}"):
         inside = any(parent.name.endswith(PART) for parent in path.relative_to(folder).parents)

@@ -9,8 +9,9 @@ from typing import Any
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_recipes.errors import nearest
 
-#: Settings of transformers' `GenerationConfig` that a user may choose for answers, and the type of each. Sampling is not among them: a run
-#: that is killed and goes on, or has another number of processes, could not repeat it.
+#: Settings of transformers' `GenerationConfig` that a user may choose for answers, and the type of each.
+#: Sampling is not among them: a run that is killed and goes on, or has another number of processes, could not
+#: repeat it.
 SETTINGS: dict[str, type | tuple[type, ...]] = {
     "num_beams": int,
     "length_penalty": (int, float),

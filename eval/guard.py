@@ -1,4 +1,7 @@
-"""Between the shell and a command, for every program: streams, signals, quiet libraries, and one sentence for what a user can repair."""
+"""Between the shell and a command, for every program.
+
+Streams, signals, quiet libraries, and one sentence for what a user can repair.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,16 @@ EXHAUSTED = re.compile(
     r"can't start new thread|can(?:'t|not) allocate memory|failed to map segment|out of memory|std::bad_alloc",
     re.I,
 )
-#: What a terminal acts on instead of showing it: control characters but for tab and line feed, and marks that turn the direction of text.
+#: What a terminal acts on instead of showing it: control characters but for tab and line feed, and marks that
+#: turn the direction of text.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""Return text for a terminal or a log: what it would act on, such as the escape codes of a name, is shown as `\x1b`."""
+    r"""Return text for a terminal or a log.
+
+    What it would act on, such as the escape codes of a name, is shown as `\x1b`.
+    """
     return UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
 
 
@@ -63,7 +70,10 @@ class _PrintableFormatter(logging.Formatter):
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Let a program write to stdout whatever it is: closed, a pipe that nobody reads any more, or in another encoding."""
+    """Let a program write to stdout whatever it is.
+
+    Closed, a pipe that nobody reads any more, or in another encoding.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -125,7 +135,8 @@ def guarded(action: Callable[[], int | None], debug: bool, going_on: str) -> int
         if debug or sentence is None:
             raise
         if not is_first_rank():
-            # What is wrong in every process is said by the first one, whose end makes the launcher end this one meanwhile.
+            # What is wrong in every process is said by the first one, whose end makes the launcher end this
+            # one meanwhile.
             time.sleep(ALONE)
         _say(f"error: {sentence}")
         return USER_ERROR
@@ -189,8 +200,8 @@ def is_first_rank() -> bool:
 def bound_caches() -> None:
     """Keep a bounded number of products that PyTorch and oneDNN compile for bf16 on a CPU, one per shape.
 
-    Batches differ in length, and with the libraries' own limit of 1024 a run's memory grows by megabytes with every new one.
-    The libraries read this when they first compute.
+    Batches differ in length, and with the libraries' own limit of 1024 a run's memory grows by megabytes with
+    every new one. The libraries read this when they first compute.
     """
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, "128")
@@ -220,7 +231,8 @@ def quiet_libraries() -> None:
 
 
 def _configure_logging(debug: bool) -> None:
-    # Every process sees the same; the first one tells it. A log that cannot be written is no reason for a traceback.
+    # Every process sees the same; the first one tells it. A log that cannot be written is no reason for a
+    # traceback.
     level, logging.raiseExceptions = logging.INFO if is_first_rank() else logging.ERROR, debug
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PrintableFormatter("%(message)s"))

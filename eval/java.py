@@ -1,6 +1,9 @@
-"""The two Java programs of caption scoring, from the jars that pycocoevalcap brings: the PTB tokenizer and METEOR.
+"""The two Java programs of caption scoring, from the jars that pycocoevalcap brings.
 
-pycocoevalcap's own wrappers write into its installed folder, wait without an end, and leave a process behind when they fail.
+The PTB tokenizer and METEOR.
+
+pycocoevalcap's own wrappers write into its installed folder, wait without an end, and leave a process behind
+when they fail.
 """
 
 from __future__ import annotations
@@ -63,7 +66,8 @@ def tokenize(jar: Path, lines: Sequence[str], timeout: float = TIMEOUT) -> list[
     """
     what = "the PTB tokenizer"
     with tempfile.TemporaryDirectory() as folder:
-        # A file, because lines that come on standard input are cut off from the line breaks that end their abbreviations.
+        # A file, because lines that come on standard input are cut off from the line breaks that end their
+        # abbreviations.
         (Path(folder) / "captions.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         command = ["java", *_SWITCHES, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", "captions.txt"]
@@ -86,7 +90,9 @@ def tokenize(jar: Path, lines: Sequence[str], timeout: float = TIMEOUT) -> list[
 def meteor(
     jar: Path, captions: Sequence[str], references: Sequence[Sequence[str]], timeout: float = TIMEOUT
 ) -> float:
-    """METEOR 1.5 of a set of captions, as pycocoevalcap asks for it: English, normalised, aggregated over the set.
+    """METEOR 1.5 of a set of captions, as pycocoevalcap asks for it.
+
+    English, normalised, aggregated over the set.
 
     Args:
         jar: METEOR's jar.

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class LlavaPredictor:
     """Answers in batches padded on the left, greedy unless settings say otherwise.
 
-    What a checkpoint's `generation_config.json` sets has no effect but for its end tokens: a score is the harness's, not the file's.
+    What a checkpoint's `generation_config.json` sets has no effect but for its end tokens: a score is the
+    harness's, not the file's.
 
     Args:
         model: a LLaVA-family model with `generate`.
@@ -34,7 +35,8 @@ class LlavaPredictor:
         images: examples → one `image_inputs` each, instead of the processor: a cache.
         device: where to compute; the model's own device when None.
         min_new_tokens: how far an answer goes on at the least.
-        limit: the most tokens of a question and its answer, image tokens included; the language model's own when None.
+        limit: the most tokens of a question and its answer, image tokens included; the language model's own
+            when None.
         generation: settings other than greedy ones; see `llava_keeplora_eval.generation.SETTINGS`.
     """
 
@@ -131,7 +133,8 @@ class LlavaPredictor:
                 )
         except (ValueError, IndexError) as error:
             raise EvalError(
-                f"the model cannot take what its processor makes of example '{examples[0].id}' ({str(error).splitlines()[0][:200]})",
+                f"the model cannot take what its processor makes of example '{examples[0].id}' "
+                f"({str(error).splitlines()[0][:200]})",
                 "check that config.json and the processor's files are of one checkpoint",
             ) from error
         finally:
@@ -143,7 +146,8 @@ class LlavaPredictor:
         """How many tokens the model takes after those of a question."""
         if tokens >= (limit := self.preparation.limit):
             raise EvalError(
-                f"the question of '{example.id}' has {tokens} tokens, image tokens included, and the model takes {limit}, its answer among them",
+                f"the question of '{example.id}' has {tokens} tokens, image tokens included, and the model "
+                f"takes {limit}, its answer among them",
                 "shorten or remove it",
             )
         return limit - tokens
@@ -175,8 +179,8 @@ def image_inputs(processor, images: Sequence) -> dict[str, Tensor]:
     """What the model takes for one example's images; nothing where it has none.
 
     Returns:
-        `pixel_values` (images, 3, height, width), or (images, tiles, 3, height, width) with `image_sizes` (images, 2)
-        and, for LLaVA-OneVision, `batch_num_images` (1,).
+        `pixel_values` (images, 3, height, width), or (images, tiles, 3, height, width) with `image_sizes`
+        (images, 2) and, for LLaVA-OneVision, `batch_num_images` (1,).
     """
     if not images:
         return {}
@@ -186,7 +190,10 @@ def image_inputs(processor, images: Sequence) -> dict[str, Tensor]:
 
 
 def joined(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The image inputs of several examples as one batch; where images have unequal numbers of tiles, zeros fill up."""
+    """The image inputs of several examples as one batch.
+
+    Where images have unequal numbers of tiles, zeros fill up.
+    """
     present = [item for item in inputs if item]
     if not present:
         return {}

@@ -6,7 +6,8 @@ import re
 
 from llava_keeplora_eval.guard import printable
 
-#: What begins code, emphasis, a link, a picture, a cell or another escape; `_` does at the edge of a word alone.
+#: What begins code, emphasis, a link, a picture, a cell or another escape; `_` does at the edge of a word
+#: alone.
 _SIGNS = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")
 
 

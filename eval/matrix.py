@@ -137,7 +137,10 @@ class Matrix:
         return values
 
     def per_task(self) -> dict[str, list[float | None]]:
-        """Transfer_i, Average_i and Last_i of every task, unrounded; None where undefined or not there yet."""
+        """Transfer_i, Average_i and Last_i of every task, unrounded.
+
+        None where undefined or not there yet.
+        """
         functions = {
             "transfer": aggregates.transfer_of,
             "average": aggregates.average_of,
@@ -196,7 +199,10 @@ class Matrix:
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
-        """Comma-separated unrounded cells, header ``after,<tasks>``; an empty field is a cell not measured."""
+        """Comma-separated unrounded cells, header ``after,<tasks>``.
+
+        An empty field is a cell not measured.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["after", *self.tasks])

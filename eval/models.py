@@ -95,7 +95,8 @@ def model_family(name: str, revision: str | None = None) -> str:
         kind = config.model_type
     if getattr(config, "quantization_config", None) is not None:
         raise EvalError(
-            f"'{name}' is quantised already (its config.json has a quantization_config), and what is learned belongs to whole weights",
+            f"'{name}' is quantised already (its config.json has a quantization_config), and what is learned "
+            "belongs to whole weights",
             UNQUANTISED,
         )
     if kind not in FAMILIES:
@@ -114,7 +115,9 @@ def load_predictor(
     base: str | None = None,
     generation: Mapping[str, Any] | None = None,
 ):
-    """Load what answers a task: any CLIP checkpoint for classification, any LLaVA checkpoint for every kind, or an adapter of one.
+    """Load what answers a task.
+
+    Any CLIP checkpoint for classification, any LLaVA checkpoint for every kind, or an adapter of one.
 
     Args:
         name: an embedded model's name, a folder with a checkpoint or a PEFT adapter, or a Hub id.
@@ -153,7 +156,9 @@ def load_predictor(
 
 
 def adapter_base(name: str, base: str | None = None) -> tuple[str, str | None] | None:
-    """Return the base model of a folder that holds a PEFT adapter, and its revision on the Hub; None for anything else.
+    """Return the base model of a folder that holds a PEFT adapter, and its revision on the Hub.
+
+    None for anything else.
 
     Args:
         name: a folder, a Hub id or an embedded name.
@@ -200,7 +205,8 @@ def _check_exported_base(folder: Path, base: str, revision: str | None) -> None:
         changed := content_changes(known, model_content(resolve_model(base), revision))
     ):
         raise EvalError(
-            f"the base model '{base}' is not the one that the adapter {folder} was trained on ({', '.join(changed)} differ)",
+            f"the base model '{base}' is not the one that the adapter {folder} was trained on "
+            f"({', '.join(changed)} differ)",
             "give that one with --base",
         )
 
@@ -225,7 +231,9 @@ def made_by(name: str, predictor, base: str | None = None) -> dict[str, Any]:
 
 
 def _with_adapter(model, folder: str):
-    """Put a PEFT adapter on its base, unmerged: in a base of half precision a merge would round small updates away.
+    """Put a PEFT adapter on its base, unmerged.
+
+    In a base of half precision a merge would round small updates away.
 
     Raises:
         EvalError: it cannot be loaded, does not fit the base, or holds values that are not numbers.
@@ -238,7 +246,8 @@ def _with_adapter(model, folder: str):
         lost = sorted(name for name in getattr(result, "missing_keys", ()) if "lora_" in name)
         if lost or getattr(result, "unexpected_keys", ()):
             raise EvalError(
-                f"the adapter {folder} does not fit its base: {len(lost)} of its tensors are missing and {len(result.unexpected_keys)} have no place",
+                f"the adapter {folder} does not fit its base: {len(lost)} of its tensors are missing and "
+                f"{len(result.unexpected_keys)} have no place",
                 "give the base that it was trained on with --base, or download it again",
             )
         check_finite(adapted, folder)
@@ -269,7 +278,8 @@ def load_llava(name: str, device: str | None = None, revision: str | None = None
 def load_llava_processor(path: str, revision: str | None = None):
     """The processor of a LLaVA checkpoint, for images and text.
 
-    LLaVA-OneVision's wants a video processor, which only exists where torchvision is; here it is put together without.
+    LLaVA-OneVision's wants a video processor, which only exists where torchvision is; here it is put together
+    without.
 
     Args:
         path: a folder or a Hub id.
@@ -322,7 +332,8 @@ def _check_vocabulary(tokenizer, path: str) -> None:
     """
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) == 0:
         raise EvalError(
-            f"the tokenizer of '{path}' has no words: its files (tokenizer.json, or vocab.json and merges.txt) are not there",
+            f"the tokenizer of '{path}' has no words: its files (tokenizer.json, or vocab.json and "
+            "merges.txt) are not there",
             AGAIN,
         )
 
@@ -354,7 +365,8 @@ def _check_image_tokens(processor, config, path: str) -> None:
     for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
         if not -depth - 1 <= layer <= depth:
             raise EvalError(
-                f"the config.json of '{path}' has the vision_feature_layer {layer}, and its vision encoder {depth} layers",
+                f"the config.json of '{path}' has the vision_feature_layer {layer}, and its vision encoder "
+                f"{depth} layers",
                 AGAIN,
             )
 

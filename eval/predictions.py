@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 #: What a line says of the data that it was predicted for.
 SOURCE = {"recipe", "version", "fingerprint"}
 KEYS = {"id", "text"} | SOURCE
-#: A hash of what the answer depends on beside the data; what that is stands in a file beside, see `maker_path`.
+#: A hash of what the answer depends on beside the data; what that is stands in a file beside, see
+#: `maker_path`.
 MADE_BY = "made_by"
 
 
@@ -83,8 +84,8 @@ def predict_to_file(
 ) -> int:
     """Predict every example that the file doesn't hold yet, appending each batch as it is done.
 
-    Of several processes each predicts its share into a file of its own beside `path`, without waiting for the others;
-    when all are done, `join_shards` makes one file of them.
+    Of several processes each predicts its share into a file of its own beside `path`, without waiting for the
+    others; when all are done, `join_shards` makes one file of them.
 
     Args:
         predictor: what answers.
@@ -93,20 +94,23 @@ def predict_to_file(
         batch_size: examples per call of the predictor.
         sync_every: lines after which the file is forced to disk (it is flushed after each batch and forced
             at the end anyway).
-        advance: called with the number of examples of each batch done, for a caller's own progress bar; without
-            it a bar is shown when the work takes over two seconds.
+        advance: called with the number of examples of each batch done, for a caller's own progress bar;
+            without it a bar is shown when the work takes over two seconds.
         shard: this process and how many there are.
-        rounds: number of batches of this process → of the process that has most, where the predictor needs all processes
-            at once (weights in shards); one that has fewer goes along with an example whose answers are dropped.
-        made_by: all that the answers depend on beside the data, as plain data: the model by content, the settings of its answers.
-            It is kept beside the file, and each line has its hash. None where the caller holds that elsewhere, as a run does.
+        rounds: number of batches of this process → of the process that has most, where the predictor needs
+            all processes at once (weights in shards); one that has fewer goes along with an example whose
+            answers are dropped.
+        made_by: all that the answers depend on beside the data, as plain data: the model by content, the
+            settings of its answers. It is kept beside the file, and each line has its hash. None where the
+            caller holds that elsewhere, as a run does.
 
     Returns:
         How many examples were predicted now.
 
     Raises:
-        EvalError: what is in the file is not for this data (see ``read_predictions``) or made by something else, or the predictor
-            gives another number of texts than it got examples, or something that is not text.
+        EvalError: what is in the file is not for this data (see ``read_predictions``) or made by something
+            else, or the predictor gives another number of texts than it got examples, or something that is
+            not text.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +194,10 @@ def join_shards(path: str | Path, data: TaskData) -> None:
 
 
 def maker_path(path: str | Path) -> Path:
-    """Return where it stands what a file of answers depends on beside the data: `answers.made_by.json` beside `answers.jsonl`."""
+    """Return where it stands what a file of answers depends on beside the data.
+
+    `answers.made_by.json` beside `answers.jsonl`.
+    """
     return Path(path).with_suffix(f".{MADE_BY}.json")
 
 
@@ -314,7 +321,8 @@ def check_source(path: Path, number: int, record: dict, data: TaskData) -> None:
     for key, value in wanted.items():
         if record[key] != value:
             raise EvalError(
-                f"line {number} of {path} was predicted for {key} {record[key]}, and the data has {key} {value}",
+                f"line {number} of {path} was predicted for {key} {record[key]}, and the data has {key} "
+                f"{value}",
                 "predict into a new file, or score with the recipe, split and data that it was made for",
             )
 
@@ -330,7 +338,8 @@ def _check_ids(path: Path, ids: list[str], data: TaskData) -> None:
     unknown = [key for key in ids if key not in known]
     if unknown:
         raise EvalError(
-            f"{path} has predictions for {first_ids(unknown)} that {data.recipe.name} ({data.split}) doesn't have",
+            f"{path} has predictions for {first_ids(unknown)} that {data.recipe.name} ({data.split}) doesn't "
+            "have",
             "check the task, the split and the data root, or predict into a new file",
         )
 

@@ -158,7 +158,10 @@ class ClipPredictor:
 
     @torch.no_grad()
     def logits(self, examples: Sequence[Example]) -> Tensor:
-        """Class logits, (examples, classes), on the predictor's device; the model is in eval mode meanwhile."""
+        """Class logits, (examples, classes), on the predictor's device.
+
+        The model is in eval mode meanwhile.
+        """
         was_training = self.model.training
         self.model.eval()
         try:
@@ -206,7 +209,9 @@ class ClipPredictor:
 
 
 def no_numbers(example: str, dtype: torch.dtype) -> EvalError:
-    """The error for a model whose outputs are NaN or infinite: the answer read off them would be the first class or token.
+    """The error for a model whose outputs are NaN or infinite.
+
+    The answer read off them would be the first class or token.
 
     Args:
         example: the id of the first such example.

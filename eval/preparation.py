@@ -1,7 +1,7 @@
 """What a model gets of a task: token ids, their lengths, and what is learned of them, without its weights.
 
-`data check --model`, plan, train and predict all take it from here, so that what one of them refuses, the others refuse
-in the same words.
+`data check --model`, plan, train and predict all take it from here, so that what one of them refuses, the
+others refuse in the same words.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Report:
 class Preparation(Protocol):
     """What a model's processor and configuration make of a split.
 
-    `learn` and `ask` raise EvalError for the first example that cannot be learned or answered and count the others;
-    `report` gives all of them.
+    `learn` and `ask` raise EvalError for the first example that cannot be learned or answered and count the
+    others; `report` gives all of them.
     """
 
     def learn(self, data: TaskData) -> Any:
@@ -100,7 +100,9 @@ def check_answers(data: TaskData, row: int, answers: Sequence[str]) -> None:
 
 
 def check_questions(preparation: Preparation, data: TaskData) -> Any:
-    """Refuse a split that a model cannot answer, before it answers any of it; log which answers have less room than they may take.
+    """Refuse a split that a model cannot answer, before it answers any of it.
+
+    Log which answers have less room than they may take.
 
     Returns:
         What `Preparation.ask` gives.
@@ -168,12 +170,16 @@ class ChatPreparation:
         if not short:
             return ""
         return (
-            f"{len(short)} of {len(questions)} questions leave fewer than {self.max_new_tokens} tokens for an answer, "
-            f"{self.limit - max(map(len, short))} at the least: an answer ends where the model's {self.limit} tokens do"
+            f"{len(short)} of {len(questions)} questions leave fewer than {self.max_new_tokens} tokens for "
+            "an answer, "
+            f"{self.limit - max(map(len, short))} at the least: an answer ends where the model's "
+            f"{self.limit} tokens do"
         )
 
     def show(self, data: TaskData, row: int) -> list[str]:
-        """An example as the model gets it: its text by its ids, the learned part between ⟦ and ⟧, and the ids.
+        """An example as the model gets it.
+
+        Its text by its ids, the learned part between ⟦ and ⟧, and the ids.
 
         A run of image tokens is one in the text, and id × count among the ids.
         """
@@ -214,7 +220,8 @@ class ChatPreparation:
         needed = len(turn) + (not learns)
         if needed > self.limit:
             raise EvalError(
-                f"{_place(data, turn.row)} has {needed} tokens, {len(turn.prompt)} of them before the answer and image tokens included, "
+                f"{_place(data, turn.row)} has {needed} tokens, {len(turn.prompt)} of them before the answer "
+                "and image tokens included, "
                 f"and the model takes {self.limit}",
                 "shorten or remove the record, or raise model.max_length where the model allows it",
             )
@@ -316,7 +323,8 @@ def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None
     if count:
         more = f" (and {count - 1} more of {len(prompts)} prompts are too long)" if count > 1 else ""
         raise EvalError(
-            f"the prompt {_quoted(prompts[worst])} has {int(lengths[worst])} tokens and the model takes {longest}{more}",
+            f"the prompt {_quoted(prompts[worst])} has {int(lengths[worst])} tokens and the model takes "
+            f"{longest}{more}",
             "shorten the recipe's prompt or the class name",
         )
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}

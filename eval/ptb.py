@@ -1,15 +1,17 @@
 """Penn Treebank tokens in Python, for machines without Java.
 
-The conventions are those by which the tokenizer of Stanford CoreNLP 3.4.1 splits captions as pycocoevalcap calls it, written
-anew from the conventions and from what that tokenizer answers.
+The conventions are those by which the tokenizer of Stanford CoreNLP 3.4.1 splits captions as pycocoevalcap
+calls it, written anew from the conventions and from what that tokenizer answers.
 
-Where there is Java, a test compares both. Known differences: telephone numbers in groups ("123 456 7890"), which are one token
-there; SGML entities other than the five of XML; fewer abbreviations that keep their period; file names and addresses of
-unusual form; signs of currencies younger than the tokenizer, which it drops; and a single letter with a period at the end of a
-caption ("vitamin C."), which keeps the period there if the next caption in the file begins with an unusual word.
+Where there is Java, a test compares both. Known differences: telephone numbers in groups ("123 456 7890"),
+which are one token there; SGML entities other than the five of XML; fewer abbreviations that keep their
+period; file names and addresses of unusual form; signs of currencies younger than the tokenizer, which it
+drops; and a single letter with a period at the end of a caption ("vitamin C."), which keeps the period there
+if the next caption in the file begins with an unusual word.
 
-Source: Marcus et al., Building a large annotated corpus of English: the Penn Treebank, Computational Linguistics 19(2), 1993;
-https://nlp.stanford.edu/software/tokenizer.html; the dropped tokens from pycocoevalcap's ptbtokenizer.py.
+Source: Marcus et al., Building a large annotated corpus of English: the Penn Treebank, Computational
+Linguistics 19(2), 1993; https://nlp.stanford.edu/software/tokenizer.html; the dropped tokens from
+pycocoevalcap's ptbtokenizer.py.
 """
 
 from __future__ import annotations
@@ -173,7 +175,8 @@ _KINDS = [
         # addresses, names with a sign, tags
         rf"(?i:https?://{_PATH}|(?:[\w-]+\.)+(?:com|net|org|edu){_END}(?:/{_PATH})?)",
         r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*|[@#][A-Za-z_]\w*|</?[A-Za-z!?][^\s>]*>",
-        # words: plain, with hyphens, with marks before a hyphen, without the space behind a mark, with slashes
+        # words: plain, with hyphens, with marks before a hyphen, without the space behind a mark, with
+        # slashes
         f"{_L}+",
         rf"{_FORMER}{_W}+(?:{_H}{_FORMER}{_W}+)*",
         rf"{_W}(?:[.,]*{_W})*[.,]*(?:-{_W}+)+",

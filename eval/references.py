@@ -109,7 +109,8 @@ def _zeros(
     """Say how many examples get 0 for one reason, with the first of them."""
     first = ", ".join(f"{data.ids[i]}: {_shortened(references[i])}" for i in rows[:3])
     return (
-        f"{len(rows)} of {len(data)} examples of {data.recipe.name} ({data.split}), {100 * len(rows) / len(data):.1f} %, "
+        f"{len(rows)} of {len(data)} examples of {data.recipe.name} ({data.split}), "
+        f"{100 * len(rows) / len(data):.1f} %, "
         f"get 0 from the metric '{record.name}' {why} ({first}{', ...' if len(rows) > 3 else ''})"
     )
 
@@ -121,8 +122,10 @@ def _check_classes(data: TaskData, record: MetricRecord) -> str | None:
         return None
     first = ", ".join(f"{one!r} = {other!r}" for one, other in pairs[:3])
     return (
-        f"the metric '{record.name}' or its lenient score takes {len(pairs)} pairs of classes of {data.recipe.name} for one and the "
-        f"same ({first}{', ...' if len(pairs) > 3 else ''}); join them into one class, name them apart, or read the strict score alone"
+        f"the metric '{record.name}' or its lenient score takes {len(pairs)} pairs of classes of "
+        f"{data.recipe.name} for one and the "
+        f"same ({first}{', ...' if len(pairs) > 3 else ''}); join them into one class, name them apart, or "
+        "read the strict score alone"
     )
 
 

@@ -30,8 +30,8 @@ class Score:
         n: examples scored; every one of them is in the denominator.
         dropped: unreadable examples that were left out of the data, on the user's word.
         correct: right predictions, for metrics that count them.
-        lenient: the score in percent of a reader who looks for the answer in the text, for metrics of answers; what is above
-            the score was lost to style.
+        lenient: the score in percent of a reader who looks for the answer in the text, for metrics of
+            answers; what is above the score was lost to style.
         compliance: the share of answers in the asked form, in percent, for metrics of answers.
         details: further numbers, in percent, and how they were made, for metrics that have them.
         unmeetable: how many examples get 0 even if their accepted text is answered to the letter.
@@ -93,9 +93,9 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
 
     Raises:
         EvalError: no file, no examples, a record that is no answer, a missing, duplicate or unknown id,
-            predictions for another recipe, version or data, a metric that the package doesn't have, or one that
-            needs what the data or this machine doesn't have, or accepted texts of which none can be met (see
-            ``check_references``).
+            predictions for another recipe, version or data, a metric that the package doesn't have, or one
+            that needs what the data or this machine doesn't have, or accepted texts of which none can be met
+            (see ``check_references``).
     """
     path = Path(path)
     name = metric or data.recipe.metric

@@ -24,10 +24,10 @@ def check_metric(
 ) -> None:
     """Check that a metric keeps what the package relies on.
 
-    It says what it is; the same inputs give the same score, in any order, and are not changed; a score is a finite
-    number in its range that JSON holds; an empty prediction is wrong and stays in the denominator; an accepted text
-    that is answered to the letter gets points, unless the metric says that it cannot; and what does not fit together
-    is refused with an `EvalError`.
+    It says what it is; the same inputs give the same score, in any order, and are not changed; a score is a
+    finite number in its range that JSON holds; an empty prediction is wrong and stays in the denominator; an
+    accepted text that is answered to the letter gets points, unless the metric says that it cannot; and what
+    does not fit together is refused with an `EvalError`.
 
     Args:
         metric: its name as in a recipe, its record, or a function of `(text, answers)`.

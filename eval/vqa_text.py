@@ -1,7 +1,8 @@
 """The normalisation of answers that the official VQA and TextVQA evaluations apply before they compare.
 
-Source: vqaEvaluation/vqaEval.py of https://github.com/GT-Vision-Lab/VQA, and the EvalAI answer processor that TextVQA and
-CoIN use (m4c_evaluator.py of MMF). Both are kept with their quirks, because published numbers have them.
+Source: vqaEvaluation/vqaEval.py of https://github.com/GT-Vision-Lab/VQA, and the EvalAI answer processor that
+TextVQA and CoIN use (m4c_evaluator.py of MMF). Both are kept with their quirks, because published numbers
+have them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ NUMBERS = {
     )
 } | {"none": "0"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# At most this many periods are removed, because the scripts pass the flag re.UNICODE, which is 32, as the count.
+# At most this many periods are removed, because the scripts pass the flag re.UNICODE, which is 32, as the
+# count.
 PERIODS = 32
 
 # Each form is reached from its spellings with one apostrophe missing: "dont", "couldnt've", "couldn'tve".
@@ -127,7 +129,9 @@ def one_line(text: str) -> str:
 
 
 def drop_punctuation(text: str) -> str:
-    """Each mark goes where a space stands beside one of its kind, or a comma between digits; else it becomes a space.
+    """Each mark goes where a space stands beside one of its kind, or a comma between digits.
+
+    Else it becomes a space.
 
     A period goes unless a digit follows it. The hyphen is a mark, the apostrophe and the colon are not.
     """
@@ -152,6 +156,9 @@ def vqa_normal(text: str) -> str:
 
 
 def evalai_normal(text: str) -> str:
-    """What the TextVQA evaluation compares: commas and question marks go first, and "'s" is cut off as a word."""
+    """What the TextVQA evaluation compares.
+
+    Commas and question marks go first, and "'s" is cut off as a word.
+    """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return vqa_normal(text)

@@ -375,7 +375,9 @@ def _configuration(args: argparse.Namespace, **direct: Any) -> RunConfig:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Import libraries without garbage collection: none of their objects is garbage, and looking at all of them again and again takes time.
+    """Import libraries without garbage collection.
+
+    None of their objects is garbage, and looking at all of them again and again takes time.
 
     They are left out of later collections too; the Trainer makes one after every task.
     """
@@ -399,8 +401,10 @@ def _reproduce(args: argparse.Namespace) -> None:
     missed = [figure for figure in figures if not figure.met]
     if missed:
         raise RunError(
-            f"{config.output_dir} misses {len(missed)} of {len(figures)} published figures by more than the tolerance ({missed[0]})",
-            f"check the data with `llava-keeplora-eval data check {config.sequence or config.tasks[0]}`, and what differs from the published settings",
+            f"{config.output_dir} misses {len(missed)} of {len(figures)} published figures by more than the "
+            f"tolerance ({missed[0]})",
+            f"check the data with `llava-keeplora-eval data check {config.sequence or config.tasks[0]}`, and "
+            "what differs from the published settings",
         )
 
 
@@ -434,7 +438,8 @@ def _print_table(table: Table, outcome: TableResult, text: str) -> int:
     """Print a table and where it lies, and name the runs that failed; returns the exit code."""
     if text:
         sys.stdout.write(
-            f"{text}\nfolder: {table.output_dir}\ntable: {table.output_dir / 'table.md'}\npage: {table.output_dir / 'report.html'}\n"
+            f"{text}\nfolder: {table.output_dir}\ntable: {table.output_dir / 'table.md'}\npage: "
+            f"{table.output_dir / 'report.html'}\n"
         )
         sys.stdout.flush()
     for failure in outcome.failures:
@@ -455,7 +460,8 @@ def _fork(args: argparse.Namespace) -> None:
 
     config = fork(args.run_folder, args.at_task, args.into)
     sys.stdout.write(
-        f"{args.into}: the first {len(config.tasks)} tasks of {args.run_folder}\ngo on with: llava-keeplora extend {args.into} --task NAME|FILE.yaml\n"
+        f"{args.into}: the first {len(config.tasks)} tasks of {args.run_folder}\ngo on with: llava-keeplora "
+        f"extend {args.into} --task NAME|FILE.yaml\n"
     )
 
 
@@ -540,7 +546,8 @@ def _export(args: argparse.Namespace) -> None:
         sizes = contents(done.folder)
         listed = "".join(f"  {size / 1e6:10.3f} MB  {name}\n" for name, size in sizes.items())
         sys.stdout.write(
-            f"{args.push} would get {len(sizes)} files, {sum(sizes.values()) / 1e6:.3f} MB; nothing is pushed without --yes\n{listed}"
+            f"{args.push} would get {len(sizes)} files, {sum(sizes.values()) / 1e6:.3f} MB; nothing is "
+            f"pushed without --yes\n{listed}"
         )
 
 
@@ -556,7 +563,8 @@ def _import(args: argparse.Namespace) -> None:
         allow_plugin=args.allow_plugin,
     )
     sys.stdout.write(
-        f"{args.into} goes on from what was published; `llava-keeplora train --config {config}` trains what is left of its tasks, "
+        f"{args.into} goes on from what was published; `llava-keeplora train --config {config}` trains what "
+        "is left of its tasks, "
         f"`llava-keeplora extend {args.into} --task NAME` another one\n"
     )
 
@@ -587,7 +595,8 @@ def _analyze(args: argparse.Namespace) -> None:
     elif given:
         told = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(
-            f"{args.model} is a run, whose updates are measured without tasks and options of a model ({told})",
+            f"{args.model} is a run, whose updates are measured without tasks and options of a model "
+            f"({told})",
             "leave them out, or name the run's model",
         )
     else:

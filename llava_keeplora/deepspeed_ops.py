@@ -14,7 +14,8 @@ from llava_keeplora.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-#: No operator takes so many seconds to compile; a process on another machine with the same home may hold a younger lock.
+#: No operator takes so many seconds to compile; a process on another machine with the same home may hold a
+#: younger lock.
 LONGEST = 600
 
 

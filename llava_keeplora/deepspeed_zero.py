@@ -1,7 +1,9 @@
-"""DeepSpeed's ZeRO-3: weights that live in shards over the processes and are whole only while something computes with them.
+"""DeepSpeed's ZeRO-3.
 
-Training brings an engine that gathers them, by `transformers.Trainer`. The passes and the evaluation need one as well, without
-an optimiser and for as long as they last; single weights are gathered one layer at a time.
+Weights that live in shards over the processes and are whole only while something computes with them.
+
+Training brings an engine that gathers them, by `transformers.Trainer`. The passes and the evaluation need one
+as well, without an optimiser and for as long as they last; single weights are gathered one layer at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 #: What a pass or an evaluation needs to know of a ZeRO JSON; the rest is about optimisers and batches.
 KEPT = ("bf16", "communication_data_type", "comms_logger")
 ONLY_TRAINING = ("offload_optimizer",)
-#: What the optimisers of ZeRO-3, and of ZeRO-1, 2 and bf16, hang on a parameter to find their fp32 copy of it.
+#: What the optimisers of ZeRO-3, and of ZeRO-1, 2 and bf16, hang on a parameter to find their fp32 copy of
+#: it.
 LINKS = ("_z3_optimizer", "_hp_mapping")
 
 
@@ -49,7 +52,10 @@ def gathered(parameters: Iterable[Tensor | None], write: bool = False) -> Iterat
 
 
 def trained_values(parameter: nn.Parameter) -> Tensor:
-    """A parameter in fp32, whole and copied: the optimiser's own copy where DeepSpeed keeps one; every process has to come along."""
+    """A parameter in fp32, whole and copied: the optimiser's own copy where DeepSpeed keeps one.
+
+    Every process has to come along.
+    """
     if any(hasattr(parameter, link) for link in LINKS):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -81,7 +87,8 @@ def loaded_whole() -> Iterator[None]:
 def keep_scalars_whole(model: nn.Module) -> None:
     """Turn frozen parameters without dimensions (CLIP's temperature) into buffers.
 
-    DeepSpeed moves parameters as bytes, which a scalar can't be, and in shards one process alone would hold it.
+    DeepSpeed moves parameters as bytes, which a scalar can't be, and in shards one process alone would hold
+    it.
     """
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
@@ -91,7 +98,9 @@ def keep_scalars_whole(model: nn.Module) -> None:
 
 
 class Zero:
-    """What a run's ZeRO JSON means outside of training. Without a JSON, everything here does nothing; below stage 3, little.
+    """What a run's ZeRO JSON means outside of training.
+
+    Without a JSON, everything here does nothing; below stage 3, little.
 
     Args:
         config: the JSON's content without `auto` precisions, or None; see `RunConfig.deepspeed`.
@@ -110,7 +119,8 @@ class Zero:
         }
         self.config = {key: config[key] for key in KEPT if key in config}
         self.config |= {"zero_optimization": concrete, "train_micro_batch_size_per_gpu": 1}
-        # transformers asks this object, for as long as it lives, whether to load in shards and to generate in step.
+        # transformers asks this object, for as long as it lives, whether to load in shards and to generate in
+        # step.
         self._asked = HfDeepSpeedConfig(self._copy())
 
     def _copy(self) -> dict[str, Any]:
@@ -118,7 +128,10 @@ class Zero:
         return json.loads(json.dumps(self.config))
 
     def adopt(self, model: nn.Module) -> None:
-        """Make a frozen model one that DeepSpeed can work with; with ZeRO-3, split what was loaded whole over the processes."""
+        """Make a frozen model one that DeepSpeed can work with.
+
+        With ZeRO-3, split what was loaded whole over the processes.
+        """
         if self.used:
             keep_scalars_whole(model)
         if not self.partitions or all(map(is_partitioned, model.parameters())):
@@ -127,13 +140,17 @@ class Zero:
 
         deepspeed.zero.Init(module=model, config_dict_or_path=self._copy())
         for module in model.modules():
-            # CLIP's embeddings ask their table of positions how long it is before they use it; a shard would say 0.
+            # CLIP's embeddings ask their table of positions how long it is before they use it; a shard would
+            # say 0.
             if isinstance(table := getattr(module, "position_embedding", None), nn.Embedding):
                 deepspeed.zero.register_external_parameter(module, table.weight)
 
     @contextmanager
     def engaged(self, module: nn.Module) -> Iterator[None]:
-        """Let a module compute: its forward and backward passes gather what they need, in all processes alike."""
+        """Let a module compute.
+
+        Its forward and backward passes gather what they need, in all processes alike.
+        """
         if not self.partitions:
             yield
             return

@@ -38,7 +38,9 @@ def is_main_process() -> bool:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Let the first process go through a block before the others do; if it fails there, they leave without a word.
+    """Let the first process go through a block before the others do.
+
+    If it fails there, they leave without a word.
 
     Raises:
         SystemExit: in the other processes, with code 2, if the first one failed.
@@ -62,7 +64,10 @@ def main_process_first() -> Iterator[None]:
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, which must come along; nothing where there is one."""
+    """Replace each tensor by its sum over all processes, which must come along.
+
+    Nothing where there is one.
+    """
     if get_world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)

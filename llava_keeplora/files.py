@@ -45,7 +45,9 @@ def translate_errors(where: Path | str = "a file") -> Iterator[None]:
 
 
 def writable_folder(path: Path | str) -> Path:
-    """A folder, made where it is not there, in which a file can be written: found out before the work that fills it.
+    """A folder, made where it is not there, in which a file can be written.
+
+    Found out before the work that fills it.
 
     Raises:
         OSError: if it can't be.
@@ -104,13 +106,14 @@ def open_tensors(path: Path) -> safe_open:
 def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
     """A tmp_dir to fill, which becomes a folder at the end: the folder appears whole or not at all.
 
-    The tmp_dir is named `.NAME.PROCESS.part`. An error removes it; what a killed process left is removed by the next command that makes
-    the same folder. It is locked while it is filled, so that what a living process is writing can be told from that.
+    The tmp_dir is named `.NAME.PROCESS.part`. An error removes it; what a killed process left is removed by
+    the next command that makes the same folder. It is locked while it is filled, so that what a living
+    process is writing can be told from that.
 
     Args:
         folder: the place.
-        replace: whether all that is there goes. Otherwise files of the same names are replaced when all are written, each at once, and
-            others stay.
+        replace: whether all that is there goes. Otherwise files of the same names are replaced when all are
+            written, each at once, and others stay.
 
     Raises:
         OSError: if it cannot be written.

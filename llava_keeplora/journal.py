@@ -28,7 +28,8 @@ class Entry:
         stage: one of `STAGES`.
         seconds: what the stage took.
         files: path relative to the journal's folder → SHA-256.
-        info: recipe version and data fingerprint, as the stage has them, and its peak of memory (`peak_bytes`, `peak_of`).
+        info: recipe version and data fingerprint, as the stage has them, and its peak of memory
+            (`peak_bytes`, `peak_of`).
     """
 
     task: int
@@ -86,8 +87,8 @@ def stages_of(task: int) -> tuple[str, ...]:
 def open_stages(entries: Sequence[Entry], tasks: int, learns: bool = True) -> list[tuple[int, str]]:
     """The stages that are still to run, in order, from the journal alone.
 
-    A run with more tasks than it was planned for has been extended: it is planned again, and every stage is scored again,
-    for the new columns. What was learned stays.
+    A run with more tasks than it was planned for has been extended: it is planned again, and every stage is
+    scored again, for the new columns. What was learned stays.
 
     Args:
         entries: the journal, oldest first.
@@ -215,7 +216,10 @@ class Journal:
                 )
 
     def files(self) -> dict[str, tuple[Entry, str | None]]:
-        """Relative path → the stage that wrote it and its hash; None for scores that an extension may have been making again when it was killed."""
+        """Relative path → the stage that wrote it and its hash.
+
+        None for scores that an extension may have been making again when it was killed.
+        """
         files: dict[str, tuple[Entry, str | None]] = {}
         for entry in self.entries:
             if (entry.task, entry.stage) == PLAN:

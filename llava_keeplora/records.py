@@ -1,4 +1,7 @@
-"""The JSON files of a run folder: one reader, with limits of size and depth, and what each file must hold for its readers."""
+"""The JSON files of a run folder.
+
+One reader, with limits of size and depth, and what each file must hold for its readers.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,8 @@ def read_object(path: Path, cure: str = RESTORE) -> dict[str, Any]:
         cure: what an error advises; by default for a run folder's.
 
     Raises:
-        RunError: if it cannot be read, is larger or nested deeper than anything that a run writes, or holds something else.
+        RunError: if it cannot be read, is larger or nested deeper than anything that a run writes, or holds
+            something else.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -94,7 +98,8 @@ def mismatches(value: Any, schema: Any, where: str = "") -> Iterator[tuple[str, 
 
     Args:
         value: from JSON.
-        schema: a type, `Number`, None, a tuple of alternatives, a list of one schema for each item, `Each`, or a dict of keys.
+        schema: a type, `Number`, None, a tuple of alternatives, a list of one schema for each item, `Each`,
+            or a dict of keys.
         where: the place of the value.
     """
     inside = f"{where}." if where else ""

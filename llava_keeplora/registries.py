@@ -96,7 +96,10 @@ def localize_plugins(tree: Mapping[str, Any], folder: Path | None = None) -> dic
 
 
 def safe_label(label: Any) -> Any:
-    """Return a label that can name a folder: `plugins/ewc.py:Ewc` becomes `ewc-Ewc`; any other stays as it is."""
+    """Return a label that can name a folder: `plugins/ewc.py:Ewc` becomes `ewc-Ewc`.
+
+    Any other stays as it is.
+    """
     if not isinstance(label, str) or SEPARATOR not in label:
         return label
     place, _, attribute = label.rpartition(SEPARATOR)
@@ -125,7 +128,9 @@ def _localize_method(label: Any, settings: Any, folder: Path | None) -> Any:
 
 
 def plugin_identity(tree: dict[str, Any]) -> None:
-    """Put into a run's identity what its plug-ins are: their names without places, and the hashes of their sources.
+    """Put into a run's identity what its plug-ins are.
+
+    Their names without places, and the hashes of their sources.
 
     Args:
         tree: the identity, changed in place; one without plug-ins stays as it is.
@@ -139,13 +144,19 @@ def plugin_identity(tree: dict[str, Any]) -> None:
 
 
 def without_places(tree: dict[str, Any]) -> None:
-    """Let a resolved configuration name its plug-ins as another machine finds them, as `module:Object`; in place."""
+    """Let a resolved configuration name its plug-ins as another machine finds them, as `module:Object`.
+
+    In place.
+    """
     for registry, section, key in _named_plugins(tree):
         section[key] = registry.portable_name(section[key])
 
 
 def list_plugins(tree: Mapping[str, Any]) -> list[tuple[Registry, str, dict[str, str]]]:
-    """Return the plug-ins that a resolved configuration, or an identity, names: (registry, name, recorded source)."""
+    """Return the plug-ins that a resolved configuration, or an identity, names.
+
+    (registry, name, recorded source).
+    """
     return [
         (registry, section[key], section.get("source") or {})
         for registry, section, key in _named_plugins(tree)

@@ -1,4 +1,7 @@
-"""A run beside what was published: every figure that its configuration expects, and whether the run meets it."""
+"""A run beside what was published.
+
+Every figure that its configuration expects, and whether the run meets it.
+"""
 
 from __future__ import annotations
 

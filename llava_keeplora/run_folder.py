@@ -1,4 +1,7 @@
-"""The schema of a run's folder: names of its files, stages, and what each record holds; nothing else spells them out."""
+"""The schema of a run's folder: names of its files, stages, and what each record holds.
+
+Nothing else spells them out.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ CONFIG, IDENTITY, VERSIONS, RESULTS, RECIPES = (
 )
 #: Of a method: its finished stages, and the accuracy matrix.
 JOURNAL, MATRIX = "journal.jsonl", "matrix.json"
-#: Of a task, records: how adapters start, the log of training, what is protected afterwards, the scores, a checkpoint within training.
+#: Of a task, records: how adapters start, the log of training, what is protected afterwards, the scores, a
+#: checkpoint within training.
 PREPARED, TRAIN, CONSOLIDATED, SCORES, TRAINING = (
     "prepared.json",
     "train.json",
@@ -34,7 +38,8 @@ PREPARED, TRAIN, CONSOLIDATED, SCORES, TRAINING = (
     "scores.json",
     "training.json",
 )
-#: Of a task, tensors: where its adapters start, its update, what training keeps for later, what it adds to the protected subspace.
+#: Of a task, tensors: where its adapters start, its update, what training keeps for later, what it adds to
+#: the protected subspace.
 ADAPTERS, DELTA, KEPT, STATE = (
     "adapters.safetensors",
     "delta.safetensors",
@@ -72,7 +77,8 @@ class Stage(StrEnum):
 
 
 STAGES = tuple(Stage)
-#: Task 0 is the base before any task: nothing is trained, its weights are analysed and its zero-shot row taken.
+#: Task 0 is the base before any task: nothing is trained, its weights are analysed and its zero-shot row
+#: taken.
 BASE_STAGES = (Stage.PLANNED, Stage.CONSOLIDATED, Stage.EVALUATED, Stage.CLOSED)
 #: The plan of the whole run; it stands in the journal once more for every time that the run was extended.
 PLAN = (0, Stage.PLANNED)
@@ -165,7 +171,10 @@ def read_record(path: Path, cure: str = RESTORE) -> dict[str, Any]:
 
 
 def _halves(name: str, content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a record holds without what goes with it: (dotted place, what is missing); its schema is followed."""
+    """What a record holds without what goes with it: (dotted place, what is missing).
+
+    Its schema is followed.
+    """
     if name == "consolidated.json":
         for layer in content.get("forecast", {}).keys() - content.get("capacity", {}).keys():
             yield f"capacity.{layer[:80]}", "missing, and forecast has it"
@@ -182,7 +191,9 @@ def record_digest(record: Mapping[str, Any]) -> str:
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """A task's `training.json`, the record of its last checkpoint; the tensors that it names are checked by their reader.
+    """A task's `training.json`, the record of its last checkpoint.
+
+    The tensors that it names are checked by their reader.
 
     Raises:
         RunError: if its values are not those that were written.
@@ -195,7 +206,10 @@ def read_training(path: Path) -> dict[str, Any]:
 
 
 def dump_config(config: Any) -> str:
-    """The resolved configuration as JSON text, as the run folder keeps it; what was published, or is found elsewhere, is no part of a run."""
+    """The resolved configuration as JSON text, as the run folder keeps it.
+
+    What was published, or is found elsewhere, is no part of a run.
+    """
     # Recipes are found from any working directory.
     tasks = [str(Path(task).expanduser().absolute()) if is_file_name(task) else task for task in config.tasks]
     tree = dataclasses.asdict(config) | {"tasks": tasks}

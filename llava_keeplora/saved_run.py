@@ -46,11 +46,12 @@ logger = logging.getLogger(__name__)
 def run_identity(config: RunConfig) -> dict[str, Any]:
     """Return what a result depends on.
 
-    That is everything but where run, recipes and data lie, how they are cached, what was published, on what machines a step
-    is computed, and how much memory statistics may take (each task's file says whether features are exact or sketched).
+    That is everything but where run, recipes and data lie, how they are cached, what was published, on what
+    machines a step is computed, and how much memory statistics may take (each task's file says whether
+    features are exact or sketched).
 
-    Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in the journal, and so are
-    reference data.
+    Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in
+    the journal, and so are reference data.
 
     Raises:
         RecipeError: if a task's recipe is not there or cannot be read.
@@ -92,7 +93,10 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _machine_independent(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Training arguments by what a step is: batches per device and process by the examples that they are together."""
+    """Training arguments by what a step is.
+
+    Batches per device and process by the examples that they are together.
+    """
     kept = {key: value for key, value in training.items() if key not in MACHINE_ARGUMENTS}
     parts = (
         training.get("per_device_train_batch_size", 8),
@@ -111,7 +115,8 @@ def load_run(
 
     Args:
         run: the folder.
-        overrides: `a.b.c=value` strings, as for `load_config`; what the run's results depend on is refused later.
+        overrides: `a.b.c=value` strings, as for `load_config`; what the run's results depend on is refused
+            later.
         data_root: the folder with the data sets; the run's own when None.
         run_plugins: see `parse_config`.
 
@@ -149,7 +154,9 @@ def extended(
     overrides: Sequence[str] = (),
     data_root: str | None = None,
 ) -> RunConfig:
-    """The configuration of a run with one more task; the run's own if that task is its last one already, so that a killed extension goes on.
+    """The configuration of a run with one more task.
+
+    The run's own if that task is its last one already, so that a killed extension goes on.
 
     Args:
         run: the folder.
@@ -169,7 +176,8 @@ def extended(
         begun = config.trainings(label)[-1].get(key, PER_TASK[key][0])
         if begun != value:
             raise RunError(
-                f"{run} has '{name}' as its last task already, with training.{key} {begun} instead of {value}",
+                f"{run} has '{name}' as its last task already, with training.{key} {begun} instead of "
+                f"{value}",
                 f"leave {PER_TASK[key][1]} out to go on, or fork the run before that task",
             )
     return config
@@ -262,7 +270,8 @@ def check_base(run: str | Path, model: ModelConfig, content: Mapping[str, Any] |
     known = recorded_base(Path(run))
     if known is None:
         logger.warning(
-            "%s was begun by a version that kept no record of its base model; that '%s' is still the same cannot be checked",
+            "%s was begun by a version that kept no record of its base model; that '%s' is still the same "
+            "cannot be checked",
             run,
             model.name_or_path,
         )
@@ -277,7 +286,8 @@ def check_base(run: str | Path, model: ModelConfig, content: Mapping[str, Any] |
         )
     elif changed:
         raise RunError(
-            f"the base model '{model.name_or_path}' is not the one that {run} was begun with ({', '.join(changed)} differ)",
+            f"the base model '{model.name_or_path}' is not the one that {run} was begun with "
+            f"({', '.join(changed)} differ)",
             "restore its files to go on, or start over in a new output_dir",
         )
 

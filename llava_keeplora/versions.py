@@ -54,14 +54,19 @@ def write_versions(run: Path) -> None:
 
 
 def worker_counts() -> dict[str, int]:
-    """Return how many threads and processes share the sums of this process's run: their order decides the last bits."""
+    """Return how many threads and processes share the sums of this process's run.
+
+    Their order decides the last bits.
+    """
     import torch
 
     return {"threads": torch.get_num_threads(), "processes": get_world_size()}
 
 
 def worker_changes(run: Path) -> list[str]:
-    """Return `threads 1 → 2` for each count that is not what the run was begun with; nothing for a run without a record of it.
+    """Return `threads 1 → 2` for each count that is not what the run was begun with.
+
+    Nothing for a run without a record of it.
 
     Raises:
         RunError: if the record was damaged.
@@ -76,7 +81,9 @@ def worker_changes(run: Path) -> list[str]:
 
 
 def version_changes(run: Path) -> list[str]:
-    """`torch 2.9.0 → 2.10.0` for every library that is not what the run was begun with; nothing for a run without a record.
+    """`torch 2.9.0 → 2.10.0` for every library that is not what the run was begun with.
+
+    Nothing for a run without a record.
 
     Raises:
         RunError: if the record was damaged.

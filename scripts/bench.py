@@ -48,7 +48,10 @@ class Row(NamedTuple):
 def medians(
     functions: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True
 ) -> dict[str, float]:
-    """Median seconds of each function, after one warm-up; the rounds interleave, so that a busy moment hits all."""
+    """Median seconds of each function, after one warm-up.
+
+    The rounds interleave, so that a busy moment hits all.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + warm_up):
         for name, function in functions.items():
@@ -164,7 +167,8 @@ def main() -> None:
     for name in args.bench or [name for name in BENCHES if name not in LONG]:
         for row in BENCHES[name](args.repeats, args.quick):
             print(
-                f"| {row.name} | {row.plain:.4f} | {row.ours:.4f} | {row.ratio:.2f} | {row.cost:.2f} | {row.note} |",
+                f"| {row.name} | {row.plain:.4f} | {row.ours:.4f} | {row.ratio:.2f} | {row.cost:.2f} | "
+                f"{row.note} |",
                 flush=True,
             )
 

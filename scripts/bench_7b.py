@@ -1,17 +1,19 @@
 """One task on LLaVA-1.5-7B's architecture with random weights: seconds and peak memory of every stage.
 
     python scripts/bench_7b.py                                        # bf16, full size; needs a GPU of 40 GiB
-    python scripts/bench_7b.py --quantization nf4                     # the language model in four bits; 24 GiB
-    python scripts/bench_7b.py --against                              # beside them torch.linalg.svd and the dense gradient
-    python scripts/bench_7b.py --one-pass                             # A from one pass: flat spectra take six, trained weights rarely two
-    python scripts/bench_7b.py --scale 0.25 --images 16 --steps 5     # a scaled-down copy, such as for a CPU
+    python scripts/bench_7b.py --quantization nf4                     # the language model in four bits; 24
+    GiB python scripts/bench_7b.py --against                              # beside them torch.linalg.svd and
+    the dense gradient python scripts/bench_7b.py --one-pass                             # A from one pass:
+    flat spectra take six, trained weights rarely two python scripts/bench_7b.py --scale 0.25 --images 16
+    --steps 5     # a scaled-down copy, such as for a CPU
 
-The stages are the library's own passes over all linear layers of the language model, as in the published UCIT setting: rank 32
-(times the scale), energy 0.6, activations recomputed in the backward pass. Gaussian weights have the flattest spectra there
-are, so their bases are larger, and take longer, than those of trained weights.
+The stages are the library's own passes over all linear layers of the language model, as in the published UCIT
+setting: rank 32 (times the scale), energy 0.6, activations recomputed in the backward pass. Gaussian weights
+have the flattest spectra there are, so their bases are larger, and take longer, than those of trained
+weights.
 
-Peak memory is what PyTorch had allocated on a GPU, weights included; on a CPU the resident memory of the process above
-what it had before the model was made.
+Peak memory is what PyTorch had allocated on a GPU, weights included; on a CPU the resident memory of the
+process above what it had before the model was made.
 """
 
 from __future__ import annotations
@@ -195,7 +197,10 @@ class Bench:
         detach(wrapper)
 
     def after_task(self) -> str:
-        """The features in the memory that they are given, with the second pass that sketches ask for; says what each pass fed."""
+        """The features in the memory that they are given, with the second pass that sketches ask for.
+
+        Says what each pass fed.
+        """
         told: list[str] = []
 
         def features(
@@ -215,7 +220,8 @@ class Bench:
     def run(self) -> None:
         """Every stage of a task, then what it is compared with."""
         kept = lambda _: (
-            f"{len(self.modules)} layers, {sum(b.nbytes for b in self.method.bases.values()) / GIB:.3f} GiB on the host"
+            f"{len(self.modules)} layers, {sum(b.nbytes for b in self.method.bases.values()) / GIB:.3f} GiB "
+            "on the host"
         )
         self.stage("basis", lambda: self.method.after_task(self.context(0)), kept)
         self.model.train()

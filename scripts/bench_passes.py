@@ -1,6 +1,7 @@
 """The parts of a task and the plain way to the same work: training step, gradient pass, feature pass.
 
-Each function returns (name, plain, ours, note), where `plain` and `ours` do the work once; bench.py times them.
+Each function returns (name, plain, ours, note), where `plain` and `ours` do the work once; bench.py times
+them.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def dense_gradient_pass() -> Pair:
     setting = Setting()
 
     def plain() -> None:
-        # The gradient has to flow through every layer for the comparison, so both encoders' first inputs ask for one.
+        # The gradient has to flow through every layer for the comparison, so both encoders' first inputs ask
+        # for one.
         def ask(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             return output.requires_grad_(True)
 

@@ -1,7 +1,9 @@
-"""Print the processor time (user and system) of each command of the command lines: what a start costs, however busy the machine is.
+"""Print the processor time (user and system) of each command of the command lines.
 
-The inputs are made in a temporary folder, and nothing is downloaded. `train` is stopped when its first stage has begun, at the
-first line of a journal; `plan` runs to its end.
+What a start costs, however busy the machine is.
+
+The inputs are made in a temporary folder, and nothing is downloaded. `train` is stopped when its first stage
+has begun, at the first line of a journal; `plan` runs to its end.
 
     python scripts/bench_starts.py --repeats 3
 """
@@ -68,7 +70,9 @@ def write_inputs(folder: Path) -> None:
 
 
 def processor_seconds(command: str, folder: Path) -> float:
-    """Run a command in a folder, `train` no further than its first stage; returns the seconds that it computed.
+    """Run a command in a folder, `train` no further than its first stage.
+
+    Returns the seconds that it computed.
 
     Raises:
         SystemExit: the command failed.

@@ -83,7 +83,10 @@ class Setting:
         return {name: principal_basis(layer.weight, ENERGY).basis for name, layer in self.layers.items()}
 
     def plain_step(self) -> None:
-        """Forward and backward; every adapted layer is reached because the embedding's output asks for a gradient."""
+        """Forward and backward.
+
+        Every adapted layer is reached because the embedding's output asks for a gradient.
+        """
         handle = self.model.get_input_embeddings().register_forward_hook(
             lambda module, args, output: output.requires_grad_(True)
         )
@@ -237,7 +240,10 @@ class Embedded:
         }
 
     def directions(self, sketched: bool) -> dict[str, ResidualDirections]:
-        """A of every layer, by as many passes as it takes; sketches even where the gradient itself would be smaller."""
+        """A of every layer, by as many passes as it takes.
+
+        Sketches even where the gradient itself would be smaller.
+        """
         gradients = lambda fraction, given: gradient_pass(
             self.task, self.modules, self.batches, self.total, given
         )
@@ -263,7 +269,10 @@ class Embedded:
 
 
 def captured(model: str, recipe: str, rank: int, quick: bool) -> Pair:
-    """A by sketches, with the passes that they ask for, against A by the dense gradient; the note says what A holds."""
+    """A by sketches, with the passes that they ask for, against A by the dense gradient.
+
+    The note says what A holds.
+    """
     setting = Embedded(model, recipe, rank, examples=32 if quick else 256)
     found = setting.directions(sketched=True)
     shares, passes = setting.shares(found), Counter(one.passes for one in found.values())

@@ -1,7 +1,10 @@
-"""LLaVA models of any size with random weights, and batches for them: what the benchmarks of speed and memory run on.
+"""LLaVA models of any size with random weights, and batches for them.
 
-The architecture is LLaVA-1.5's (Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 2024): a CLIP vision tower, a
-projector of two layers, a Llama. Random weights take as long and as much memory as trained ones; what they answer means nothing.
+What the benchmarks of speed and memory run on.
+
+The architecture is LLaVA-1.5's (Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 2024):
+a CLIP vision tower, a projector of two layers, a Llama. Random weights take as long and as much memory as
+trained ones; what they answer means nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ class Size:
 
     Args:
         hidden, intermediate, layers, heads, vocabulary: of the language model.
-        vision_hidden, vision_intermediate, vision_layers, vision_heads, image, patch: of the vision tower; pixels.
+        vision_hidden, vision_intermediate, vision_layers, vision_heads, image, patch: of the vision tower;
+        pixels.
     """
 
     hidden: int = 4096
@@ -119,7 +123,10 @@ def random_llava(
 
 
 def _buffer(module: nn.Module, name: str, config: LlavaConfig, device: torch.device | str) -> Tensor:
-    """A buffer that a module made on the meta device should have: positions, or the frequencies of rotary embeddings."""
+    """A buffer that a module made on the meta device should have.
+
+    Positions, or the frequencies of rotary embeddings.
+    """
     if name == "position_ids":
         return torch.arange(module.num_positions, device=device).expand(1, -1)
     head = config.text_config.hidden_size // config.text_config.num_attention_heads

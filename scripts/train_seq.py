@@ -1,4 +1,7 @@
-"""Run a task sequence: `deepspeed scripts/train_seq.py --config run.yaml [key=value ...]`, or with plain `python`."""
+"""Run a task sequence.
+
+`deepspeed scripts/train_seq.py --config run.yaml [key=value ...]`, or with plain `python`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
-"""Write the lists in docs/ that the code knows best: methods, metrics, tasks, sequences, configurations, commands.
+"""Write the lists in docs/ that the code knows best.
+
+Methods, metrics, tasks, sequences, configurations, commands.
 
     python scripts/write_docs.py            writes them
-    python scripts/write_docs.py --check    names the pages that are out of date, and ends with exit code 1 if there are any
+    python scripts/write_docs.py --check    names the pages that are out of date, and ends with exit code 1 if
+    there are any
 
 A list stands between `<!-- generated: NAME -->` and `<!-- end -->`; the text around it is written by hand.
 """

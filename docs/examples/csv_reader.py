@@ -1,4 +1,7 @@
-"""A reader of one's own: questions on pictures in a CSV file with the columns id, image, question and answer."""
+"""A reader of one's own.
+
+Questions on pictures in a CSV file with the columns id, image, question and answer.
+"""
 
 import csv
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""The metrics that score predictions: functions in files by group, each with its record, and one list of them all."""
+"""The metrics that score predictions.
+
+Functions in files by group, each with its record, and one list of them all.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,8 @@ def metric_record(name: str) -> MetricRecord:
     """Return the record of a metric by name; see ``as_record`` for a function.
 
     Args:
-        name: of a metric of this package, ``module:object``, ``path/to/file.py:object``, or of an entry point of
-            the group ``llava_keeplora.metrics``.
+        name: of a metric of this package, ``module:object``, ``path/to/file.py:object``, or of an entry point
+            of the group ``llava_keeplora.metrics``.
 
     Raises:
         EvalError: there is no such metric, or it cannot be imported.
@@ -57,7 +60,10 @@ def metric_record(name: str) -> MetricRecord:
 
 
 def as_record(metric: MetricRecord | Callable[..., float]) -> MetricRecord:
-    """Return a metric's record; a function of ``(text, answers)`` gets one with its name and its docstring's first line."""
+    """Return a metric's record.
+
+    A function of ``(text, answers)`` gets one with its name and its docstring's first line.
+    """
     if isinstance(metric, MetricRecord):
         return metric
     identifier = getattr(metric, "__name__", "metric")
@@ -93,7 +99,8 @@ def load_metric(name: str) -> evaluate.Metric:
         name: as under ``metric`` in a recipe.
 
     Returns:
-        An ``evaluate.Metric``; its ``compute(predictions=..., references=...)`` result has the record's name as a key.
+        An ``evaluate.Metric``; its ``compute(predictions=..., references=...)`` result has the record's name
+        as a key.
 
     Raises:
         EvalError: there is no such metric.

@@ -53,7 +53,10 @@ def _matches(
 
 
 def reads_any(find: Callable[[str], Any], read: Callable[[str], Any]) -> Callable[..., float]:
-    """Return the lenient rule for accepted texts that are read: the value found in a text is one of theirs."""
+    """Return the lenient rule for accepted texts that are read.
+
+    The value found in a text is one of theirs.
+    """
 
     def lenient(text: str, answers: Answers) -> float:
         return find(text) in {read(answer) for answer in answers} - {None} or finds_any(text, answers)

@@ -1,4 +1,7 @@
-"""CoIN: ScienceQA, ImageNet, GQA, VizWiz, VQAv2 and grounding; TextVQA is in ``vqa``, OCR-VQA in ``mllm_dcl``."""
+"""CoIN: ScienceQA, ImageNet, GQA, VizWiz, VQAv2 and grounding.
+
+TextVQA is in ``vqa``, OCR-VQA in ``mllm_dcl``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from llava_keeplora_eval.metrics.ucit import ucit_exact_match
 
 
 def coin_scienceqa(text: str, answers: Answers) -> float:
-    """The letter that the prediction is, that it begins with as in "B. a dog", or that its one "The answer is B." names."""
+    """The letter that the prediction is, that it begins with as in "B.
+
+    A dog", or that its one "The answer is B." names.
+    """
     if text in tuple("ABCDE"):
         named = [text]
     elif re.match(r"[A-E]\. ", text):
@@ -27,8 +33,8 @@ def coin_scienceqa(text: str, answers: Answers) -> float:
 def coin_imagenet(text: str, answers: Answers) -> float:
     """The class name is a part of the prediction or the prediction a part of it, with case.
 
-    Officially an empty prediction is right too, and answers are paired with questions by position; here it is wrong, and they are
-    paired by id.
+    Officially an empty prediction is right too, and answers are paired with questions by position; here it is
+    wrong, and they are paired by id.
     """
     return answers[0] in text or text in answers[0]
 
@@ -49,7 +55,8 @@ def _overlaps(box: Sequence[float], other: Sequence[float], size: Any) -> bool:
     """
     if not (isinstance(size, list) and [isinstance(side, int | float) for side in size] == [True, True]):
         raise EvalError(
-            f"the size {str(size)[:40]!r} is no list of a picture's width and height, which this metric needs",
+            f"the size {str(size)[:40]!r} is no list of a picture's width and height, which this metric "
+            "needs",
             "correct 'size' in the data, or choose another metric",
         )
     a, b = ([value * max(size) for value in part] for part in (box, other))
@@ -79,8 +86,8 @@ def _accepted_box(answers: Answers) -> list[float]:
 def coin_grounding(text: str, answers: Answers, *, size: Any) -> float:
     """The predicted box overlaps the accepted one by more than half (intersection over union).
 
-    After the brackets the script drops a first and a last character more, so that 0.93 is read as 0.9; a prediction that isn't
-    four numbers then is wrong.
+    After the brackets the script drops a first and a last character more, so that 0.93 is read as 0.9; a
+    prediction that isn't four numbers then is wrong.
     """
     box = _four_numbers(re.sub(r"[\[\]]", "", text)[1:-1])
     accepted = _accepted_box(answers)
@@ -96,7 +103,8 @@ def coin_grounding_lenient(text: str, answers: Answers, *, size: Any) -> float:
 _First = partial(AnswerMetric, compares="first", citation="eval_*.py of https://github.com/zackschen/CoIN")
 
 METRICS = (
-    # LLaVA's script, which KeepLoRA and MCITlib have too; the present one of CoIN takes the first single letter.
+    # LLaVA's script, which KeepLoRA and MCITlib have too; the present one of CoIN takes the first single
+    # letter.
     _First(
         "coin_scienceqa",
         1,

@@ -2,8 +2,8 @@
 
 >>> evaluate.load(f"{llava_keeplora_eval.metrics.__path__[0]}/evaluate_metric.py", "accuracy")
 
-The second argument is the name that a recipe would have under ``metric``. ``evaluate`` takes the first metric class of
-this module for the module's own, so there is one.
+The second argument is the name that a recipe would have under ``metric``. ``evaluate`` takes the first metric
+class of this module for the module's own, so there is one.
 """
 
 from __future__ import annotations

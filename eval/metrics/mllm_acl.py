@@ -12,7 +12,8 @@ SOURCE = "eval_*.py of https://github.com/MaolinLuo/KeepLoRA"
 def acl_ocr(text: str, answers: Answers, *, answer_type: str) -> float:
     """OCRBench: any accepted text is a part of the prediction, without line breaks and case.
 
-    Handwritten formulas are compared without spaces and line breaks, and with case. The official sum of hits over 10 is this share in percent of its 1,000 questions.
+    Handwritten formulas are compared without spaces and line breaks, and with case. The official sum of hits
+    over 10 is this share in percent of its 1,000 questions.
     """
 
     def bare(part: str) -> str:

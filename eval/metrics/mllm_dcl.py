@@ -1,4 +1,7 @@
-"""MLLM-DCL: answers of remote sensing, driving, medicine, science and finance; and CoIN's OCR-VQA, of the same script."""
+"""MLLM-DCL: answers of remote sensing, driving, medicine, science and finance.
+
+And CoIN's OCR-VQA, of the same script.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from llava_keeplora_eval.metrics.records import AnswerMetric, Answers
 
 
 def _skips_unanswerable(rule: Callable[..., float]) -> Callable[..., float]:
-    """The scripts pass over a prediction with "Unanswerable" in it, spelt so, and keep it in the denominator: it is wrong."""
+    """The scripts pass over a prediction with "Unanswerable" in it, spelt so, and keep it in the denominator.
+
+    It is wrong.
+    """
 
     @wraps(rule)
     def skipping(text: str, answers: Answers, **given: str) -> float:
@@ -24,7 +30,8 @@ def dcl_words(text: str, answers: Answers) -> float:
     """RS and AD: an answer of several words is a part of the prediction.
 
     One of a single word, without its periods, has a
-    space before it or a space, period or comma after it, unless the prediction is a single word; then it is a part of it.
+    space before it or a space, period or comma after it, unless the prediction is a single word; then it is a
+    part of it.
     """
     text, gold = text.lower(), answers[0].lower()
     if " " in gold:
@@ -45,8 +52,9 @@ def dcl_med(text: str, answers: Answers) -> float:
 def dcl_sci(text: str, answers: Answers, *, question: str, image: str) -> float:
     """By the image's file name: AI2D, TQA, VQA and SciVerse ask for the answer itself, case aside.
 
-    The rest is MapQA: a question with "Which states" gets the share of the states that stand between the prediction's commas (a space after a
-    comma belongs to the state, further states cost nothing), any other looks for the answer as a part of the prediction.
+    The rest is MapQA: a question with "Which states" gets the share of the states that stand between the
+    prediction's commas (a space after a comma belongs to the state, further states cost nothing), any other
+    looks for the answer as a part of the prediction.
     """
     text, gold = text.lower(), answers[0].lower()
     if image.split("/")[-1].split("_")[0] in ("AI2D", "TQA", "VQA", "SciVerse"):

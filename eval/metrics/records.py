@@ -1,12 +1,12 @@
 """What the package knows of a metric: a function and its record.
 
-Two records are enough. An ``AnswerMetric`` has a function of one answer, ``(text, answers) -> score``; the task's
-score is the mean. A ``CorpusMetric`` has a function of all of them, ``(predictions, references) -> (score,
-details)``, for scores that are no mean over examples, as CIDEr is none.
+Two records are enough. An ``AnswerMetric`` has a function of one answer, ``(text, answers) -> score``; the
+task's score is the mean. A ``CorpusMetric`` has a function of all of them, ``(predictions, references) ->
+(score, details)``, for scores that are no mean over examples, as CIDEr is none.
 
 The rules that hold for every metric of answers: an empty answer is wrong, and an accepted text that is empty
-matches nothing. Empty is what holds nothing but white space and zero-width characters; a text of which nothing is left once an official
-script has normalised it ("A", "the", ".") is scored as the script scores it.
+matches nothing. Empty is what holds nothing but white space and zero-width characters; a text of which
+nothing is left once an official script has normalised it ("A", "the", ".") is scored as the script scores it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class MetricRecord:
         version: raised whenever the rule changes, and kept with every score.
         function: the rule.
         summary: the rule in a line, as in "it scores whether the prediction is the option's letter".
-        inputs: what the function takes of an example besides its accepted texts, by name: ``question``, or a key
-            of the example's ``meta``. ``compute`` takes them in the plural (``questions``), one value per example.
+        inputs: what the function takes of an example besides its accepted texts, by name: ``question``, or a
+            key of the example's ``meta``. ``compute`` takes them in the plural (``questions``), one value per
+            example.
         needs: packages that must be installed besides this one.
         citation: the paper or script that the rule comes from.
         to_percent: what scores are multiplied by to be on the 0-100 scale.
@@ -176,12 +177,13 @@ class MetricRecord:
 class AnswerMetric(MetricRecord):
     """A metric whose function scores one answer; a task's score is the mean over its examples.
 
-    The function takes the predicted text (without white space around it, never empty), the accepted texts that
-    it compares (at least one of them not empty) and by name what ``inputs`` lists; it returns a score from 0 to
-    1, or a bool.
+    The function takes the predicted text (without white space around it, never empty), the accepted texts
+    that it compares (at least one of them not empty) and by name what ``inputs`` lists; it returns a score
+    from 0 to 1, or a bool.
 
     Args:
-        lenient: the score of a lenient reader; the higher of both counts, so that lenient is never below strict.
+        lenient: the score of a lenient reader; the higher of both counts, so that lenient is never below
+            strict.
         complies: ``(text, answers, known)`` → whether a text has the asked form; see ``answer_forms``.
         soft: whether a score can lie between 0 and 1, so that nothing can be counted as correct.
         compares: which accepted texts are compared: any of them, the first, where an official file has one
@@ -259,7 +261,8 @@ class AnswerMetric(MetricRecord):
     def alike(self, classes: Sequence[str]) -> list[tuple[str, str]]:
         """See ``MetricRecord.alike``.
 
-        A lenient score that finds one name in the other, as "dog" in "hot dog", has to do so in both directions.
+        A lenient score that finds one name in the other, as "dog" in "hot dog", has to do so in both
+        directions.
         """
         if self.inputs:
             return []
@@ -303,7 +306,8 @@ class CorpusMetric(MetricRecord):
         result = self._call(self.function, what, predictions, references, **inputs)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             raise EvalError(
-                f"the metric '{self.name}' gave {str(result)[:60]!r}, which is no score with a dict of details",
+                f"the metric '{self.name}' gave {str(result)[:60]!r}, which is no score with a dict of "
+                "details",
                 "return (score, {}) from its function",
             )
         score, details = result

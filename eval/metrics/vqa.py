@@ -41,9 +41,9 @@ def _normalised(text: str, answers: Answers, normal: Callable[[str], str]) -> tu
 def vqa_accuracy(text: str, answers: Answers) -> float:
     """The official VQA accuracy over the answers of ten people.
 
-    Punctuation, articles, number words and contractions are normalised only where the people disagree: where all ten gave
-    the same text, the prediction must be that text to the letter. One accepted answer is nobody's agreement, so there both
-    are normalised, and the score is 1 or 0.
+    Punctuation, articles, number words and contractions are normalised only where the people disagree: where
+    all ten gave the same text, the prediction must be that text to the letter. One accepted answer is
+    nobody's agreement, so there both are normalised, and the score is 1 or 0.
     """
     text, answers = one_line(text), [one_line(answer) for answer in answers]
     if len(answers) == 1 or len(set(answers)) > 1:

@@ -1,4 +1,6 @@
-"""The base's layers, from which the model of any stage is rebuilt: base + the tasks' deltas. The base itself is never changed.
+"""The base's layers, from which the model of any stage is rebuilt: base + the tasks' deltas.
+
+The base itself is never changed.
 
 Legend: in / out features of a layer, R the ranks of all deltas together.
 """
@@ -20,12 +22,15 @@ from llava_keeplora.deepspeed_zero import is_partitioned
 class BaseWeights:
     """The base's layers with a stage's deltas on them.
 
-    A plain module's parameters become W_0 + Σ ΔW_i, summed in fp32 and rounded to the model's dtype once, so a run that goes on
-    rebuilds bit for bit what an undisturbed one holds, and no rounding piles up in bf16. A weight that is quantised or split
-    over processes is never written: there the deltas are stacked, y = W_0 x + Σ s_i B_i (A_i x) (see `is_stacked`).
+    A plain module's parameters become W_0 + Σ ΔW_i, summed in fp32 and rounded to the model's dtype once, so
+    a run that goes on rebuilds bit for bit what an undisturbed one holds, and no rounding piles up in bf16. A
+    weight that is quantised or split
+    over processes is never written: there the deltas are stacked, y = W_0 x + Σ s_i B_i (A_i x) (see
+    `is_stacked`).
 
     Args:
-        layers: name → module, holding the base's weights at construction; other than linear ones take full changes alone.
+        layers: name → module, holding the base's weights at construction; other than linear ones take full
+            changes alone.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]):
@@ -42,12 +47,18 @@ class BaseWeights:
 
 
 def is_stacked(layer: nn.Module) -> bool:
-    """Whether deltas stay beside a layer's weight: a quantised one would round them away, a shard isn't there to add to."""
+    """Whether deltas stay beside a layer's weight.
+
+    A quantised one would round them away, a shard isn't there to add to.
+    """
     return is_quantised(layer) or any(map(is_partitioned, layer.parameters(recurse=False)))
 
 
 class _Summed:
-    """A module whose parameters take its deltas up; a copy of the base's is kept on the host, where memory is cheaper."""
+    """A module whose parameters take its deltas up.
+
+    A copy of the base's is kept on the host, where memory is cheaper.
+    """
 
     def __init__(self, module: nn.Module):
         self.module = module

@@ -14,7 +14,9 @@ from llava_keeplora.adapters.deltas import Delta, Deltas
 
 
 def concatenate(tasks: Sequence[Deltas]) -> dict[str, Delta]:
-    """One delta per layer, the sum of its tasks': Σ s_i B_i A_i = [s_1 B_1, ...] [A_1; ...], of scale 1 and rank R.
+    """One delta per layer, the sum of its tasks': Σ s_i B_i A_i = [s_1 B_1, ...] [A_1.
+
+    ...], of scale 1 and rank R.
 
     Args:
         tasks: their low-rank deltas.

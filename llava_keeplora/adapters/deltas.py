@@ -48,7 +48,9 @@ class Delta:
 
 @dataclass(frozen=True)
 class FullDelta:
-    """The change of one module that was trained as it is, without an adapter: a linear layer, a norm, an embedding, ...
+    """The change of one module that was trained as it is, without an adapter.
+
+    A linear layer, a norm, an embedding, ...
 
     Args:
         parameters: name of each of the module's own parameters → its change, of that one's shape.

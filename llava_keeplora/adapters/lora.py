@@ -55,8 +55,9 @@ def attach(
         model: the model; its linear layers become `peft` LoRA layers in place.
         inits: full layer name → start values.
         dropout: on the adapter's input while training.
-        master_copies: whether the optimiser keeps fp32 copies of what it trains, as DeepSpeed's does; adapters then have the
-            base's dtype, which ZeRO-3 needs to be one and the same, and fp32 otherwise.
+        master_copies: whether the optimiser keeps fp32 copies of what it trains, as DeepSpeed's does;
+            adapters then have the base's dtype, which ZeRO-3 needs to be one and the same, and fp32
+            otherwise.
 
     Returns:
         the PEFT wrapper, None where no layer is named; give it to `detach` afterwards.
@@ -78,12 +79,14 @@ def attach(
     )
     wrapper = get_peft_model(model, config, autocast_adapter_dtype=not master_copies)
     if getattr(model, "is_activation_checkpointing", False):
-        # PEFT has the embeddings ask for a gradient then, which only the re-entrant form of recomputing needs.
+        # PEFT has the embeddings ask for a gradient then, which only the re-entrant form of recomputing
+        # needs.
         model.disable_input_require_grads()
     adapters = lora_layers(model)
     if set(adapters) != set(inits):
         raise RuntimeError(
-            f"PEFT adapted {len(adapters)} layers where {len(inits)} were named: {sorted(set(adapters) ^ set(inits))[:3]}"
+            f"PEFT adapted {len(adapters)} layers where {len(inits)} were named: "
+            f"{sorted(set(adapters) ^ set(inits))[:3]}"
         )
     for name, init in inits.items():
         layer = adapters[name]
@@ -114,8 +117,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def read_adapters(model: nn.Module, inits: Mapping[str, AdapterInit] = {}) -> dict[str, Delta]:
     """The adapters' present A and B in fp32, copied, by layer name.
 
-    A frozen A is the one that it started from, exactly: in a bf16 engine it was rounded, and no longer quite orthogonal to
-    what it must not touch.
+    A frozen A is the one that it started from, exactly: in a bf16 engine it was rounded, and no longer quite
+    orthogonal to what it must not touch.
 
     Args:
         model: the model with adapters, still in the hands of what trained it.

@@ -11,7 +11,10 @@ from llava_keeplora.deepspeed_zero import gathered, is_partitioned
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether a layer's weight is stored in bitsandbytes' 4-bit or 8-bit form; a module without one has none."""
+    """Whether a layer's weight is stored in bitsandbytes' 4-bit or 8-bit form.
+
+    A module without one has none.
+    """
     weight = getattr(layer, "weight", None)
     return weight is not None and not weight.is_floating_point()
 
@@ -20,8 +23,8 @@ def is_quantised(layer: nn.Module) -> bool:
 def dense_weight(layer: nn.Linear) -> Tensor:
     """The weight (out, in) in floating point, on the device that it is on.
 
-    A plain layer's own weight comes back as it is; of a quantised one, what it stands for, as a new tensor. A shard of
-    ZeRO-3 is gathered into a new tensor, for which every process has to come along.
+    A plain layer's own weight comes back as it is; of a quantised one, what it stands for, as a new tensor. A
+    shard of ZeRO-3 is gathered into a new tensor, for which every process has to come along.
 
     Args:
         layer: an `nn.Linear` or bitsandbytes' `Linear4bit` or `Linear8bitLt`.

@@ -1,7 +1,9 @@
-"""Which part of its weights a model's general and specific abilities need: principal directions or the residual ones.
+"""Which part of its weights a model's general and specific abilities need.
 
-Source: KeepLoRA (arXiv 2601.19659), figure 1: general knowledge lies in the principal subspace of the weights, what is specific
-to a domain in the residual one.
+Principal directions or the residual ones.
+
+Source: KeepLoRA (arXiv 2601.19659), figure 1: general knowledge lies in the principal subspace of the
+weights, what is specific to a domain in the residual one.
 """
 
 from __future__ import annotations
@@ -85,7 +87,11 @@ class Knowledge:
         return {part: self.proposal(part) for part in self.parts if part != ALL}
 
     def proposal(self, part: str) -> float | None:
-        """ε_w from the data: the smallest energy from which on the principal parts alone keep the general score up to `KEPT`; None if none does."""
+        """ε_w from the data.
+
+        The smallest energy from which on the principal parts alone keep the general score up to `KEPT`; None
+        if none does.
+        """
         enough = KEPT * self.mean("general", self.whole)
         found = None
         for energy, value in reversed(self.line(part, "principal", "general")):

@@ -46,7 +46,10 @@ def draw_knowledge(found: Knowledge, palette: Palette) -> Figure:
 
 
 def draw_places(one: MethodUpdates, title: str, palette: Palette) -> Figure:
-    """Where each task's update lies, a panel per part and a bar per task; a mark where a random update's principal share would end."""
+    """Where each task's update lies, a panel per part and a bar per task.
+
+    A mark where a random update's principal share would end.
+    """
     width = max(PANEL[0], 1.2 + 0.5 * len(one.tasks))
     figure = new_figure((width * len(one.parts), PANEL[1] + 0.9), palette)
     panels = figure.subplots(1, len(one.parts), sharey=True, squeeze=False)[0]

@@ -1,7 +1,7 @@
 """A model whose weights are cut down to their principal part, or to what is left beside it.
 
-Legend: W (out, in) a linear layer's weight, U (in, k) the fewest input-side principal directions with a share of its energy;
-W U Uᵀ is its principal part, W - W U Uᵀ the residual one.
+Legend: W (out, in) a linear layer's weight, U (in, k) the fewest input-side principal directions with a share
+of its energy; W U Uᵀ is its principal part, W - W U Uᵀ the residual one.
 """
 
 from __future__ import annotations

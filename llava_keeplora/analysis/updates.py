@@ -1,7 +1,10 @@
-"""Where a run's updates lie: in the principal subspace of the weights, in what earlier tasks used, or outside both.
+"""Where a run's updates lie.
 
-Legend: ΔW (out, in) a task's update of a layer, W_p (in, k) the principal input directions of the base's weight at the run's ε_w,
-M (in, m) the feature directions that earlier tasks added. A share is ‖ΔW U‖² / ‖ΔW‖² for U an orthonormal basis.
+In the principal subspace of the weights, in what earlier tasks used, or outside both.
+
+Legend: ΔW (out, in) a task's update of a layer, W_p (in, k) the principal input directions of the base's
+weight at the run's ε_w, M (in, m) the feature directions that earlier tasks added. A share is ‖ΔW U‖² / ‖ΔW‖²
+for U an orthonormal basis.
 """
 
 from __future__ import annotations
@@ -82,7 +85,10 @@ class MethodUpdates:
         return list(dict.fromkeys(update.part for update in self.updates))
 
     def shares(self, part: str, task: str) -> dict[str, float | None]:
-        """Shares of a task's update of a part by place, and `random`: what a random update would have in W_p; None for an update of zero."""
+        """Shares of a task's update of a part by place, and `random`: what a random update would have in W_p.
+
+        None for an update of zero.
+        """
         own = [
             update
             for update in self.updates
@@ -135,7 +141,10 @@ def _measured(
     features: Mapping[str, list[dict[str, Tensor]]],
     chosen: Mapping[str, float],
 ) -> dict[str, MethodUpdates]:
-    """The updates of every method, layer by layer; those that change no linear layer are left out with a warning."""
+    """The updates of every method, layer by layer.
+
+    Those that change no linear layer are left out with a warning.
+    """
     names, family = read_identity(run)["tasks"], load_model(next(iter(learned.values())).model)
     changed = dict.fromkeys(name for one in learned.values() for task in one.deltas for name in task)
     layers = [
@@ -211,7 +220,10 @@ def _finished(run: Path) -> list[str]:
 
 
 def _added(learned: LearnedRun) -> list[dict[str, Tensor]]:
-    """Task by task, the directions (in, m) that it added to each layer's protected subspace; none for methods without one."""
+    """Task by task, the directions (in, m) that it added to each layer's protected subspace.
+
+    None for methods without one.
+    """
     folder, found = learned.run / learned.label, []
     for entry in learned.entries:
         if entry.task and entry.stage == Stage.CONSOLIDATED:
@@ -268,7 +280,10 @@ def measure(
 
 
 def _rows(delta: Delta | FullDelta) -> Tensor:
-    """A matrix (r, in) or (out, in) with ΔW's energy in every input direction: B = Q R, and Q changes no length."""
+    """A matrix (r, in) or (out, in) with ΔW's energy in every input direction.
+
+    B = Q R, and Q changes no length.
+    """
     if isinstance(delta, FullDelta):
         return delta.dense().double()
     return torch.linalg.qr(delta.scale * delta.B.double()).R @ delta.A.double()

@@ -14,15 +14,20 @@ from torch import Tensor, nn
 from llava_keeplora.capture.hooks import feature_hooks, gradient_hooks, shared_inputs
 from llava_keeplora.distributed import all_gather_object, sum_over_processes
 
-#: By how much a loss is raised before it is sent back in fp16, whose smallest number is 6e-8 and largest 65504.
+#: By how much a loss is raised before it is sent back in fp16, whose smallest number is 6e-8 and largest
+#: 65504.
 HEADROOM = 2.0**10
 
-#: A batch, and whether it counts: where one process has fewer batches than another, it goes along with one that doesn't.
+#: A batch, and whether it counts: where one process has fewer batches than another, it goes along with one
+#: that doesn't.
 Batch = tuple[Mapping[str, Tensor], bool]
 
 
 class GradientStatistic(Protocol):
-    """What a layer's gradient is summed into, see `llava_keeplora.subspace`; `tensors` add up over processes."""
+    """What a layer's gradient is summed into, see `llava_keeplora.subspace`.
+
+    `tensors` add up over processes.
+    """
 
     tensors: list[Tensor]
 
@@ -31,7 +36,10 @@ class GradientStatistic(Protocol):
 
 
 class FeatureStatistic(Protocol):
-    """What a layer's inputs are summed into, see `llava_keeplora.subspace`; `tensors` add up over processes."""
+    """What a layer's inputs are summed into, see `llava_keeplora.subspace`.
+
+    `tensors` add up over processes.
+    """
 
     tensors: list[Tensor]
 
@@ -48,16 +56,18 @@ def gradient_pass(
 ) -> None:
     """Feed G = ∇_W of the mean loss over the data to a statistic per layer (KeepLoRA, step 2 of one task).
 
-    The weights stay frozen: G arrives as a sum of dYᵀX from taps, and whether it is ever formed is up to the statistic.
-    What does not depend on the batch (class prompts) runs once; its cotangent is summed over the batches and sent back
-    once, which is the same sum.
+    The weights stay frozen: G arrives as a sum of dYᵀX from taps, and whether it is ever formed is up to the
+    statistic. What does not depend on the batch (class prompts) runs once; its cotangent is summed over the
+    batches and sent back once, which is the same sum.
 
-    Under fp16 autocast a batch's loss is sent back some `HEADROOM` times as large as its own mean, by a power of two, whatever `total` is,
-    and dY is set right in fp32 where it is summed: as a share of all data it would be lost (loss scaling, Micikevicius et al., ICLR 2018,
-    section 3.2).
+    Under fp16 autocast a batch's loss is sent back some `HEADROOM` times as large as its own mean, by a power
+    of two, whatever `total` is,
+    and dY is set right in fp32 where it is summed: as a share of all data it would be lost (loss scaling,
+    Micikevicius et al., ICLR 2018, section 3.2).
 
     Args:
-        task: a `llava_keeplora.models.TaskModel`; its loss is the mean over a batch's weight (images, or answer tokens).
+        task: a `llava_keeplora.models.TaskModel`; its loss is the mean over a batch's weight (images, or
+            answer tokens).
         layers: name → linear layer.
         batches: batches; in several processes, each process's share, equally many everywhere.
         total: weight of all batches of all processes.
@@ -102,15 +112,18 @@ def feature_pass(
     batches: Iterable[Batch],
     statistics: Callable[[list[list[str]]], Mapping[str, FeatureStatistic]],
 ) -> Mapping[str, FeatureStatistic]:
-    """Feed the inputs X of every layer over the data to statistics (KeepLoRA, step 8 of one task). Padding tokens are left out.
+    """Feed the inputs X of every layer over the data to statistics (KeepLoRA, step 8 of one task).
+
+    Padding tokens are left out.
 
     Args:
         task: a `llava_keeplora.models.TaskModel`.
         layers: name → linear layer.
         parts: name → the part it belongs to.
         batches: batches; in several processes, each process's share, equally many everywhere.
-        statistics: given the names of the layers that can be reached, grouped by the tensor that they read (q, k and v read
-            the same), makes a statistic per layer; layers of a group may share one, and layers without one are left alone.
+        statistics: given the names of the layers that can be reached, grouped by the tensor that they read
+            (q, k and v read the same), makes a statistic per layer; layers of a group may share one, and
+            layers without one are left alone.
 
     Returns:
         layer name → its statistic, summed over processes; without those that no token of any process came to.

@@ -1,4 +1,7 @@
-"""KeepLoRA with one part taken away at a time, and with its thresholds swept: a table of one method's variants."""
+"""KeepLoRA with one part taken away at a time, and with its thresholds swept.
+
+A table of one method's variants.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "keeplora-without-features": {"protect_features": False},
     "keeplora-random-A": {"init": "random"},
 }
-#: The values that are tried of a threshold, its name on a plot, and the label of the run that does without it.
+#: The values that are tried of a threshold, its name on a plot, and the label of the run that does without
+#: it.
 SWEPT = {
     "energy_weight": ((0.5, 0.6, 0.7, 0.8, 0.9), "ε_w", "keeplora-without-weights"),
     "energy_feature": ((0.9, 0.95, 0.99), "ε_f", "keeplora-without-features"),
@@ -55,7 +59,8 @@ def load_ablation(
 
     Args:
         name_or_path: a configuration with KeepLoRA among its methods; what it sets for it, every variant has.
-        thresholds: `energy_weight` or `energy_feature` → the values that every adapted part takes in turn; those of `SWEPT` when left out.
+        thresholds: `energy_weight` or `energy_feature` → the values that every adapted part takes in turn;
+            those of `SWEPT` when left out.
         seeds: of every variant; the configuration's when None.
         overrides, data_root: see `load_config`.
         output_dir: the table's folder; the configuration's with `-ablation` behind it when None.
@@ -111,7 +116,8 @@ def draw_ablation(ablation: Ablation, outcome: TableResult) -> dict[str, Picture
                 png = encode(drawn, "png")
                 pictures[name] = Picture(
                     png,
-                    f"Order {order}: scores over {sign}, the same in every adapted part; dashed, what has none.",
+                    f"Order {order}: scores over {sign}, the same in every adapted part; dashed, what has "
+                    "none.",
                 )
                 save(drawn, ablation.table.output_dir / f"{name}.png", png)
     return pictures

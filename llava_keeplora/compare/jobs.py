@@ -167,7 +167,9 @@ def tuning_jobs(table: Table) -> dict[str, list[Job]]:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list[Failure]:
-    """Run, or go on with, what is not finished, so many processes at once; one that fails doesn't stop the others.
+    """Run, or go on with, what is not finished, so many processes at once.
+
+    One that fails doesn't stop the others.
 
     Args:
         jobs: the runs.
@@ -245,7 +247,10 @@ def _share(slot: int, workers: int) -> dict[str, str]:
 
 
 def _last_words(log: Path, code: int) -> str:
-    """The last line of a log, which is the error's sentence where the run could say it; a signal leaves none."""
+    """The last line of a log, which is the error's sentence where the run could say it.
+
+    A signal leaves none.
+    """
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return (
         f"killed by signal {-code}"

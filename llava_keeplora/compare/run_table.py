@@ -40,7 +40,8 @@ class TableResult:
     """What there is of a table after its runs.
 
     Args:
-        results: order → label → trials, one per seed that is finished, zero-shot first; an order without any is left out.
+        results: order → label → trials, one per seed that is finished, zero-shot first; an order without any
+            is left out.
         tried: every setting of every method whose tuning is finished.
         settings: label → the settings with which it runs.
         failures: runs that did not end well.
@@ -58,7 +59,8 @@ def compare(table: Table, workers: int = 1, labels: Sequence[str] | None = None)
     Args:
         table: the table.
         workers: how many runs at once.
-        labels: of the methods that are run; of the others only what is finished already is taken. All of them when None.
+        labels: of the methods that are run; of the others only what is finished already is taken. All of them
+            when None.
 
     Raises:
         UserError: for whatever is wrong with the table, before anything runs.
@@ -112,7 +114,10 @@ def _check(table: Table, wanted: Collection[str]) -> None:
 
 
 def _tried_identity(job: Job, number: int) -> dict[str, Any]:
-    """A tried setting's identity; what is wrong with it is told with its place, as the method's own settings are right."""
+    """A tried setting's identity.
+
+    What is wrong with it is told with its place, as the method's own settings are right.
+    """
     try:
         return job.identity
     except ConfigError as error:
@@ -122,7 +127,10 @@ def _tried_identity(job: Job, number: int) -> dict[str, Any]:
 
 
 def _judged(table: Table, label: str, jobs: Sequence[Job]) -> list[Tried]:
-    """A method's settings with their scores, the best one chosen; nothing while one of them is open, so that no method is chosen from fewer."""
+    """A method's settings with their scores, the best one chosen.
+
+    Nothing while one of them is open, so that no method is chosen from fewer.
+    """
     if not all(job.finished() for job in jobs):
         return []
     metrics = [Matrix.from_json(job.folder / label / MATRIX).metrics() for job in jobs]

@@ -1,7 +1,9 @@
-"""A table as data: the settings of one run, and the methods, seeds, orders of tasks and tuning that make many of it.
+"""A table as data.
 
-A table's file is a run's file with four keys more (`base`, `seeds`, `orders`, `tuning`), none of which it must have: any
-run's configuration is a table of one order and one seed.
+The settings of one run, and the methods, seeds, orders of tasks and tuning that make many of it.
+
+A table's file is a run's file with four keys more (`base`, `seeds`, `orders`, `tuning`), none of which it
+must have: any run's configuration is a table of one order and one seed.
 """
 
 from __future__ import annotations
@@ -63,12 +65,13 @@ class Tuning:
     """How each method's settings are chosen: on a held-out part of the training data, never on test.
 
     Args:
-        settings: label → the settings that are tried, each as it would stand below the method; as many for every method. An empty
-            list takes the method as it is.
+        settings: label → the settings that are tried, each as it would stand below the method; as many for
+            every method. An empty list takes the method as it is.
         order: the order of tasks on which they are tried; the first one when empty.
         seed: of these runs.
         holdout: share of each task's training split that is held out and scored.
-        metric: what is largest for the chosen one: `transfer`, `average`, `last`, or a sum of these such as `transfer+last`.
+        metric: what is largest for the chosen one: `transfer`, `average`, `last`, or a sum of these such as
+            `transfer+last`.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -210,7 +213,8 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
     orders, named = [], as_mapping(tree, "orders")
     if not named or len({str(name) for name in named}) < len(named):
         raise ConfigError(
-            f"orders has the names {list(named)!r}, but a table has one order or more, each with a name of its own",
+            f"orders has the names {list(named)!r}, but a table has one order or more, each with a name of "
+            "its own",
             "leave `orders` out for a single one",
         )
     for name, value in named.items():
@@ -263,7 +267,8 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
             )
     if as_mapping(table.run.get("data"), "data").get("holdout"):
         raise ConfigError(
-            "data.holdout is set, so that the table itself would be scored on what its settings are chosen on",
+            "data.holdout is set, so that the table itself would be scored on what its settings are chosen "
+            "on",
             "leave it out; tuning.holdout is enough",
         )
     for label in table.methods:
@@ -277,7 +282,8 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
     if len(set(counts.values())) > 1:
         most, fewest = max(counts, key=counts.get), min(counts, key=counts.get)
         raise ConfigError(
-            f"tuning.settings has {counts[most]} settings for '{most}' and {counts[fewest]} for '{fewest}', which is no equal budget",
+            f"tuning.settings has {counts[most]} settings for '{most}' and {counts[fewest]} for '{fewest}', "
+            "which is no equal budget",
             f"give every method as many, or write `{fewest}: []` where there is nothing to tune",
         )
     return tuning
@@ -292,7 +298,8 @@ def _check_lists(table: Table) -> None:
             for tree in (*table.methods.values(), *tried)
         ):
             raise ConfigError(
-                f"a method has training.num_train_epochs, and orders.{order.name}.epochs sets them for all methods",
+                f"a method has training.num_train_epochs, and orders.{order.name}.epochs sets them for all "
+                "methods",
                 "leave out one of them",
             )
     listed = [
@@ -305,7 +312,8 @@ def _check_lists(table: Table) -> None:
         for key in listed:
             if isinstance(as_mapping(tree.get("training"), "training").get(key), list):
                 raise ConfigError(
-                    f"training.{key} lists a number for each task, and the table has {len(table.orders)} orders of them",
+                    f"training.{key} lists a number for each task, and the table has {len(table.orders)} "
+                    "orders of them",
                     "give one number" + ", or each order its own `epochs`" * (key == "num_train_epochs"),
                 )
 

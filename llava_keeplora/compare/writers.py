@@ -1,4 +1,7 @@
-"""What a table leaves: a few tables as Markdown, LaTeX and a page, the numbers as CSV, and a report with pictures for each order."""
+"""What a table leaves.
+
+A few tables as Markdown, LaTeX and a page, the numbers as CSV, and a report with pictures for each order.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +104,10 @@ def _unfinished(table: Table, order: str, results: Results) -> str:
 
 
 def _settings_section(table: Table, outcome: TableResult) -> Section:
-    """The settings of every method; of those that were tuned every setting that was tried, with its scores on the held-out part."""
+    """The settings of every method.
+
+    Of those that were tuned every setting that was tried, with its scores on the held-out part.
+    """
     if table.tuning is None:
         return Section(
             "Settings",
@@ -114,8 +120,10 @@ def _settings_section(table: Table, outcome: TableResult) -> Section:
         max((len(settings) for settings in table.tuning.settings.values()), default=0),
     )
     text = (
-        f"Settings tried for each method: {budget}, on order {_order_told(table.tuning_order)} with seed {tuning.seed}, scored on {100 * tuning.holdout:g} % of the "
-        f"training data, which the method did not train on, never on test. Chosen: the largest {' + '.join(tuning.metrics)}."
+        f"Settings tried for each method: {budget}, on order {_order_told(table.tuning_order)} with seed "
+        f"{tuning.seed}, scored on {100 * tuning.holdout:g} % of the "
+        "training data, which the method did not train on, never on test. Chosen: the largest "
+        f"{' + '.join(tuning.metrics)}."
     )
     rows = [
         [

@@ -17,7 +17,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
     """The ZeRO configuration of the run, its precision as it will be; None without one.
 
     Raises:
-        ConfigError: if methods have different ones, or one contradicts `model.dtype` or `model.quantization`, or has no stage that there is.
+        ConfigError: if methods have different ones, or one contradicts `model.dtype` or `model.quantization`,
+            or has no stage that there is.
     """
     named = {label: method.training.get("deepspeed") for label, method in config.methods.items()}
     if len({json.dumps(value, sort_keys=True) for value in named.values()}) > 1:
@@ -54,12 +55,14 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
         # DeepSpeed turns the whole model into the precision of its own configuration, for good.
         if bool(section.get("enabled", False)) != (config.model.dtype == dtype):
             raise ConfigError(
-                f"the DeepSpeed configuration has {precision}.enabled {json.dumps(section.get('enabled', False))} and model.dtype is {config.model.dtype}",
+                f"the DeepSpeed configuration has {precision}.enabled "
+                f"{json.dumps(section.get('enabled', False))} and model.dtype is {config.model.dtype}",
                 "make them agree: model.dtype bfloat16 with bf16 enabled, float32 with neither bf16 nor fp16",
             )
     if stage == 3 and config.model.quantization:
         raise ConfigError(
-            f"the DeepSpeed configuration has zero_optimization.stage 3 and model.quantization is {config.model.quantization}, which it cannot split",
+            "the DeepSpeed configuration has zero_optimization.stage 3 and model.quantization is "
+            f"{config.model.quantization}, which it cannot split",
             "use stage 2, or leave the base unquantised",
         )
     if stage == 3:
@@ -71,12 +74,14 @@ def check_full_finetuning(config: RunConfig) -> None:
     """Refuse to train a whole model whose weights are too coarse for it.
 
     Raises:
-        ConfigError: for a method that would, on quantised weights or on half-precision ones without an optimiser's finer copies.
+        ConfigError: for a method that would, on quantised weights or on half-precision ones without an
+            optimiser's finer copies.
     """
     for label, method in config.methods.items():
         if METHODS[method.method].full_finetuning and config.model.quantization:
             raise ConfigError(
-                f"'{label}' trains the whole model and model.quantization is {config.model.quantization}, but quantised weights can't be trained",
+                f"'{label}' trains the whole model and model.quantization is {config.model.quantization}, "
+                "but quantised weights can't be trained",
                 f"leave the base unquantised, or '{label}' out of this run",
             )
         if (
@@ -85,7 +90,8 @@ def check_full_finetuning(config: RunConfig) -> None:
             and not method.training.get("deepspeed")
         ):
             raise ConfigError(
-                f"'{label}' trains the whole model and model.dtype is {config.model.dtype}, in which small steps are rounded away",
+                f"'{label}' trains the whole model and model.dtype is {config.model.dtype}, in which small "
+                "steps are rounded away",
                 "set model.dtype to float32; training.bf16 computes in bfloat16 all the same",
             )
 
@@ -94,6 +100,7 @@ def _check_zero3(config: RunConfig) -> None:
     for label, method in config.methods.items():
         if not METHODS[method.method].supports_zero3:
             raise ConfigError(
-                f"the DeepSpeed configuration has zero_optimization.stage 3, and '{label}' ({method.method}) needs what it trains whole outside of its layers",
+                f"the DeepSpeed configuration has zero_optimization.stage 3, and '{label}' ({method.method}) "
+                "needs what it trains whole outside of its layers",
                 "use stage 2",
             )

@@ -41,7 +41,8 @@ def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direc
     Args:
         name_or_path: a YAML file, or the name of a shipped configuration (`llava-keeplora list`).
         overrides: `a.b.c=value` strings; the value is read as YAML.
-        direct: top-level values that win over both: `output_dir`, `data_root` (sets `data.root`), and `methods`, the labels of those to keep.
+        direct: top-level values that win over both: `output_dir`, `data_root` (sets `data.root`), and
+            `methods`, the labels of those to keep.
 
     Raises:
         ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
@@ -106,8 +107,8 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
 
     Args:
         tree: the configuration.
-        run_plugins: whether plug-ins are imported; where not, their options are taken as they are, to look at a run whose plug-ins
-            need not be installed.
+        run_plugins: whether plug-ins are imported; where not, their options are taken as they are, to look at
+            a run whose plug-ins need not be installed.
     """
     tree = localize_plugins(tree)
     for key in TABLE_KEYS:

@@ -1,7 +1,7 @@
 """The records of a run's configuration.
 
-A run is: a model, the parts of it that are adapted, a sequence of tasks, and one or more labelled methods. `training` is
-handed to `transformers.TrainingArguments` as it is.
+A run is: a model, the parts of it that are adapted, a sequence of tasks, and one or more labelled methods.
+`training` is handed to `transformers.TrainingArguments` as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ AUTO_LIMITS = {"energy_weight": 0.95, "energy_feature": 0.99}
 #: What a row is read with: one prompt per class, or the averaged features of a recipe's test prompts.
 ONE, AVERAGED = "one", "averaged"
 
-#: What a row says of itself beside its method's options, parts and training; runs of release 0.1.0 have none of these.
+#: What a row says of itself beside its method's options, parts and training; runs of release 0.1.0 have none
+#: of these.
 ROW_KEYS = ("test_prompts", "random_resized_crop")
 
 #: The held-out part is the same for every seed and method, so that all are tuned on the same examples.
@@ -47,7 +48,8 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 #: What makes a configuration one of several runs; see `llava_keeplora.compare`.
 TABLE_KEYS = ("base", "seeds", "orders", "tuning")
 
-#: Options of methods that say where data beside the tasks' lie; which data these are is held by the fingerprints in the journal.
+#: Options of methods that say where data beside the tasks' lie; which data these are is held by the
+#: fingerprints in the journal.
 REFERENCE_PLACES = ("reference", "reference_texts")
 
 
@@ -59,9 +61,12 @@ class ModelConfig:
         name_or_path: a Hub id, a local folder, or the name of an embedded model (`tiny-clip`).
         revision: the Hub revision.
         dtype: of the base weights, `float32` or `bfloat16`.
-        max_length: the most tokens of an example of a LLaVA model, image tokens included; the model's own limit when None.
-        quantization: form of the frozen base's linear layers by bitsandbytes: `nf4` (double-quantised), `int8`, or None.
-        family: what loads it and puts it on tasks, a plug-in's name (see docs/extending.md); by the checkpoint's own type when None.
+        max_length: the most tokens of an example of a LLaVA model, image tokens included; the model's own
+            limit when None.
+        quantization: form of the frozen base's linear layers by bitsandbytes: `nf4` (double-quantised),
+            `int8`, or None.
+        family: what loads it and puts it on tasks, a plug-in's name (see docs/extending.md); by the
+            checkpoint's own type when None.
     """
 
     name_or_path: str = "tiny-clip"
@@ -94,18 +99,23 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PartConfig:
-    """How one part of the model is adapted: `vision` and `text` of CLIP; `vision`, `projector` and `language` of LLaVA.
+    """How one part of the model is adapted: `vision` and `text` of CLIP.
+
+    `vision`, `projector` and `language` of LLaVA.
 
     A part that is not named is frozen.
 
     Args:
-        targets: leaf names of the linear layers, for instance `q_proj`, or `all-linear` for every linear layer of the part, as in PEFT;
-            the model family's usual ones when None.
-        train: `adapter`, or `full` to train weight and bias themselves, unprotected, as LLaVA's recipes train the projector.
+        targets: leaf names of the linear layers, for instance `q_proj`, or `all-linear` for every linear
+            layer of the part, as in PEFT; the model family's usual ones when None.
+        train: `adapter`, or `full` to train weight and bias themselves, unprotected, as LLaVA's recipes train
+            the projector.
         rank: r, the rank of each task's delta.
         alpha: the scale of a delta is alpha / rank.
-        energy_weight: ε_w in (0, 1], the share of each weight's energy that is protected; `auto` chooses it, see docs/analysis.md.
-        energy_feature: ε_f in (0, 1], the share of each task's feature energy that is protected; `auto` gives each task a budget of directions.
+        energy_weight: ε_w in (0, 1], the share of each weight's energy that is protected; `auto` chooses it,
+            see docs/analysis.md.
+        energy_feature: ε_f in (0, 1], the share of each task's feature energy that is protected; `auto` gives
+            each task a budget of directions.
         learning_rate: of this part; `training.learning_rate` when None.
     """
 
@@ -168,7 +178,8 @@ class PartConfig:
 def _read_targets(targets: Any) -> tuple[str, ...] | None:
     """Leaf names as a list, whether a configuration lists them, names one, or writes PEFT's `all-linear`.
 
-    PEFT reads any other text as a pattern for whole module names, which would be one for all parts; parts are named here.
+    PEFT reads any other text as a pattern for whole module names, which would be one for all parts; parts are
+    named here.
 
     Raises:
         ConfigError: for a pattern, a name with a path, or nothing.
@@ -183,12 +194,14 @@ def _read_targets(targets: Any) -> tuple[str, ...] | None:
     for name in names:
         if not isinstance(name, str) or not (name == ALL_LINEAR or re.fullmatch(r"\w+", name)):
             raise ConfigError(
-                f"targets names {name!r}, but a target is the last part of a layer's name, such as q_proj, and no path or pattern",
+                f"targets names {name!r}, but a target is the last part of a layer's name, such as q_proj, "
+                "and no path or pattern",
                 f"list such names, or write {ALL_LINEAR} for every linear layer of the part",
             )
     if ALL_LINEAR in names and len(names) > 1:
         raise ConfigError(
-            f"targets lists {ALL_LINEAR} beside {', '.join(n for n in names if n != ALL_LINEAR)}, which it holds already",
+            f"targets lists {ALL_LINEAR} beside {', '.join(n for n in names if n != ALL_LINEAR)}, which it "
+            "holds already",
             f"write {ALL_LINEAR} alone",
         )
     return names
@@ -226,10 +239,11 @@ class EvaluationConfig:
     Args:
         batch_size: examples per forward pass.
         max_new_tokens: where an answer of a LLaVA model is cut off at the latest.
-        test_prompts: what CLIP is read with: `one` prompt, or the `averaged` features of each recipe's `test_prompts`; a method may have
-            its own.
-        generation: settings of a LLaVA model's answers other than greedy ones, by the names of transformers' `GenerationConfig`
-            (`num_beams`, `repetition_penalty`, ...; see `llava_keeplora_eval.generation.SETTINGS`).
+        test_prompts: what CLIP is read with: `one` prompt, or the `averaged` features of each recipe's
+            `test_prompts`; a method may have its own.
+        generation: settings of a LLaVA model's answers other than greedy ones, by the names of transformers'
+            `GenerationConfig` (`num_beams`, `repetition_penalty`, ...; see
+            `llava_keeplora_eval.generation.SETTINGS`).
     """
 
     batch_size: int = 128
@@ -258,8 +272,8 @@ class MemoryConfig:
     """How much memory the method's own sums may take on the device.
 
     Args:
-        statistics_gb: for the statistics of one pass over a task's data, in 10⁹ bytes. Features are held exactly where they
-            fit, and as sketches with a stated error where they don't.
+        statistics_gb: for the statistics of one pass over a task's data, in 10⁹ bytes. Features are held
+            exactly where they fit, and as sketches with a stated error where they don't.
     """
 
     statistics_gb: float = 4.0
@@ -282,8 +296,8 @@ class MethodConfig:
         parts: parts as this method adapts them; none for one without adapters.
         training: arguments for `TrainingArguments` as this method trains.
         test_prompts: see `EvaluationConfig`.
-        random_resized_crop: least and most share of a picture's area that CLIP trains on, cropped at random and scaled to a square; None
-            for the picture as it is tested.
+        random_resized_crop: least and most share of a picture's area that CLIP trains on, cropped at random
+            and scaled to a square; None for the picture as it is tested.
     """
 
     label: str
@@ -302,14 +316,17 @@ class MethodConfig:
             and 0 < scale[0] <= scale[1] <= 1
         ):
             raise ConfigError(
-                f"random_resized_crop is {list(scale)}, but it is the least and most share of a picture's area",
+                f"random_resized_crop is {list(scale)}, but it is the least and most share of a picture's "
+                "area",
                 "set it to, say, [0.9, 1.0]",
             )
 
 
 @dataclass(frozen=True)
 class ExpectedConfig:
-    """What was published for one row of the table, in percent; `llava-keeplora reproduce` compares a run with it, training ignores it.
+    """What was published for one row of the table, in percent.
+
+    `llava-keeplora reproduce` compares a run with it, training ignores it.
 
     Args:
         source: where it was published, and what is known to differ.
@@ -350,7 +367,8 @@ class RunConfig:
     """One run; see the module's docstring.
 
     Args:
-        base_cache: a folder in which runs find what another one computed of the same untouched model; each computes its own when None.
+        base_cache: a folder in which runs find what another one computed of the same untouched model; each
+            computes its own when None.
     """
 
     output_dir: str = "runs/run"

@@ -13,7 +13,8 @@ from llava_keeplora.config.coerce import _coerce, as_mapping
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_recipes.strict_json import decode_text, parse_json
 
-#: Arguments of `TrainingArguments` that say where and in how many pieces a step is computed and who watches, not what it is.
+#: Arguments of `TrainingArguments` that say where and in how many pieces a step is computed and who watches,
+#: not what it is.
 MACHINE_ARGUMENTS = (
     "report_to",
     "run_name",
@@ -27,7 +28,8 @@ MACHINE_ARGUMENTS = (
     "save_steps",
 )
 
-#: Arguments of `TrainingArguments` that may list a value for each task: what they are where nothing is said, and what gives a new task its own.
+#: Arguments of `TrainingArguments` that may list a value for each task: what they are where nothing is said,
+#: and what gives a new task its own.
 PER_TASK = {"num_train_epochs": (1.0, "--epochs"), "learning_rate": (5e-5, "--learning-rate")}
 
 #: Arguments of `TrainingArguments` that the driver sets itself, and what to set instead.
@@ -42,7 +44,8 @@ DRIVER_ARGUMENTS = {
     "do_train": "the driver trains",
 }
 
-#: Arguments of `TrainingArguments` that training fails with or goes without, the values that it does not, and what to do instead.
+#: Arguments of `TrainingArguments` that training fails with or goes without, the values that it does not, and
+#: what to do instead.
 WITHOUT = {
     "auto_find_batch_size": ((False,), "set a batch size that `llava-keeplora plan` says fits"),
     "batch_eval_metrics": ((False,), "every task is scored after each one"),

@@ -72,7 +72,10 @@ def examine_run(run: str | Path) -> Iterator[str | UserError]:
 
 
 def _plugins(run: Path, config: RunConfig) -> Iterator[str | UserError]:
-    """Say whether the plug-ins are there with the sources that the run was begun with; nothing of them is executed."""
+    """Say whether the plug-ins are there with the sources that the run was begun with.
+
+    Nothing of them is executed.
+    """
     try:
         recorded = list_plugins(read_identity(run))
     except UserError:  # `_identity` says so.
@@ -124,7 +127,8 @@ def _base(run: Path, config: RunConfig) -> Iterator[str | UserError]:
         yield f"base model: '{config.model.name_or_path}'; there is no record to check it by"
     elif changed:
         yield RunError(
-            f"the base model '{config.model.name_or_path}' is not the one that {run} was begun with ({', '.join(changed)} differ)",
+            f"the base model '{config.model.name_or_path}' is not the one that {run} was begun with "
+            f"({', '.join(changed)} differ)",
             "restore its files",
         )
     else:
@@ -213,7 +217,10 @@ def _matrix(journal: Journal) -> Iterator[UserError]:
 
 
 def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserError]:
-    """Whether the tasks are still those that the run was planned for; those whose classes stand in their data are checked with them."""
+    """Whether the tasks are still those that the run was planned for.
+
+    Those whose classes stand in their data are checked with them.
+    """
     plans = [entry for entry in journal.entries if (entry.task, entry.stage) == PLAN]
     for task, record in zip(config.tasks, plans[-1].info.get("tasks", ()) if plans else ()):
         kept = kept_recipe(run, str(record.get("task")))
@@ -230,7 +237,8 @@ def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserErr
                 continue
             if recipe.classes is not None and recipe.fingerprint != record.get("recipe_fingerprint"):
                 yield RunError(
-                    f"{source} is not the recipe of '{recipe.name}' that {journal.path.parent} was planned with",
+                    f"{source} is not the recipe of '{recipe.name}' that {journal.path.parent} was planned "
+                    "with",
                     "restore it",
                 )
             changed = [

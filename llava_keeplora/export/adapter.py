@@ -1,7 +1,7 @@
 """The learned deltas as one ordinary PEFT LoRA of the original base.
 
-One rank, one alpha equal to it, and leaf names as targets, because vLLM reads neither patterns of ranks nor regular
-expressions; what a layer lacks in rank is zeros, and the deltas' own scales are in B.
+One rank, one alpha equal to it, and leaf names as targets, because vLLM reads neither patterns of ranks nor
+regular expressions; what a layer lacks in rank is zeros, and the deltas' own scales are in B.
 """
 
 from __future__ import annotations
@@ -136,7 +136,10 @@ def write_adapter(
 
 
 def check_weights(path: Path) -> None:
-    """Refuse tensors without numbers and a B of zeros alone: what a save of shards, or a layer that never trained, leaves."""
+    """Refuse tensors without numbers and a B of zeros alone.
+
+    What a save of shards, or a layer that never trained, leaves.
+    """
     with safe_open(path, framework="pt") as file:
         for key in file.keys():
             value = file.get_tensor(key)

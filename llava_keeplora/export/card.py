@@ -127,13 +127,15 @@ def write_card(
     blocks = [
         f"---\n{_metadata(learned, base, done, usage).to_yaml()}\n---",
         f"# {markdown_text(name.split('/')[-1])}",
-        f"[{markdown_text(base.id)}](https://huggingface.co/{quote(base.id)}){at}, taught {_counted(count, 'task')} one after another: {names}.\n"
-        f"The method is `{record.name}` ([{record.title}]({record.url})), run by llava-keeplora {importlib.metadata.version('llava-keeplora')}. "
-        + _what(done),
+        f"[{markdown_text(base.id)}](https://huggingface.co/{quote(base.id)}){at}, taught "
+        f"{_counted(count, 'task')} one after another: {names}.\n"
+        f"The method is `{record.name}` ([{record.title}]({record.url})), run by llava-keeplora "
+        f"{importlib.metadata.version('llava-keeplora')}. " + _what(done),
         "## How to load it",
         *_loading(name, base, done, usage),
         "## Scores",
-        "Each row is the model after one more task, each column a task's test score in percent; Transfer is the mean before a task is learned, "
+        "Each row is the model after one more task, each column a task's test score in percent; Transfer is "
+        "the mean before a task is learned, "
         "Last the score after the final one.",
         f"![score of every task after every stage]({PICTURE})",
         learned.matrix.markdown(),
@@ -256,20 +258,25 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 def _exactness(done: "Exported") -> str:
     lines = [
-        f"Loaded again in a fresh process and compared on {_counted(done.examples, 'real example')}: logits in fp32 are "
-        f"{done.reloaded.largest:.1g} off what was meant at most. Against the model that the run trained and scored, the relative deviation "
-        f"is {done.own.relative:.2g} in fp32, with the same best choice in {done.own.same:.1%}, and {done.bfloat16.relative:.2g} in "
+        f"Loaded again in a fresh process and compared on {_counted(done.examples, 'real example')}: logits "
+        "in fp32 are "
+        f"{done.reloaded.largest:.1g} off what was meant at most. Against the model that the run trained and "
+        "scored, the relative deviation "
+        f"is {done.own.relative:.2g} in fp32, with the same best choice in {done.own.same:.1%}, and "
+        f"{done.bfloat16.relative:.2g} in "
         f"bfloat16, with the same best choice in {done.bfloat16.same:.1%}."
     ]
     if done.compressed:
         lines.append(
-            f"Compressing lost {done.adapter.error:.2%} of the updates' norm, {done.adapter.worst:.2%} in the worst layer."
+            f"Compressing lost {done.adapter.error:.2%} of the updates' norm, {done.adapter.worst:.2%} in "
+            "the worst layer."
         )
     if done.rounding:
         lines.append(f"The weights are {done.rounding.describe()}.")
     if done.left_out:
         lines.append(
-            f"Left out, though the run trained them: {', '.join(done.left_out)}. The scores above are those of the whole."
+            f"Left out, though the run trained them: {', '.join(done.left_out)}. The scores above are those "
+            "of the whole."
         )
     return " ".join(lines)
 

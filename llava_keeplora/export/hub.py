@@ -123,6 +123,7 @@ def _translate_hub_errors(what: str, cure: str) -> Iterator[None]:
         raise RunError(f"{what} failed (the Hub answered {status})", cure) from error
     except (HTTPError, LocalEntryNotFoundError) as error:
         raise RunError(
-            f"{what} failed, because {huggingface_hub.constants.ENDPOINT} cannot be reached ({type(error).__name__})",
+            f"{what} failed, because {huggingface_hub.constants.ENDPOINT} cannot be reached "
+            f"({type(error).__name__})",
             cure,
         ) from error

@@ -1,4 +1,7 @@
-"""A run folder made of a published adapter or an exported state; nothing in it is believed before it is checked."""
+"""A run folder made of a published adapter or an exported state.
+
+Nothing in it is believed before it is checked.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,8 @@ def import_state(
         revision: on the Hub.
         base: a folder with the base, or another id of it; as the state says when None.
         data_root: the folder with the data sets.
-        allow_plugin: whether a method or model family that the state names and that is not built in may be imported, as it is
-            installed here; a state brings no code.
+        allow_plugin: whether a method or model family that the state names and that is not built in may be
+            imported, as it is installed here; a state brings no code.
 
     Returns:
         the run's configuration as a YAML file, in the folder.
@@ -83,7 +86,10 @@ def import_state(
 
 
 def _check_export(folder: Path) -> None:
-    """Check every file that the export says it wrote, also those that a run does not need; earlier versions did not say."""
+    """Check every file that the export says it wrote, also those that a run does not need.
+
+    Earlier versions did not say.
+    """
     if (folder / RECORD).is_file():
         files = read_object(folder / RECORD, AGAIN).get("files", {})
         if not isinstance(files, dict) or not all(stays_inside(name) for name in files):
@@ -93,7 +99,10 @@ def _check_export(folder: Path) -> None:
 
 
 def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
-    """The files of a state, each checked: inside the root, of a kind that holds no code, and what was exported."""
+    """The files of a state, each checked.
+
+    Inside the root, of a kind that holds no code, and what was exported.
+    """
     path = state / MANIFEST
     if not path.is_file():
         raise RunError(
@@ -137,7 +146,9 @@ def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
 
 
 def _check_tasks(state: Path, files: list[str], allow: bool) -> None:
-    """Refuse metrics and readers that are plug-ins in the state's recipes, unless they are allowed; none is imported.
+    """Refuse metrics and readers that are plug-ins in the state's recipes, unless they are allowed.
+
+    None is imported.
 
     Raises:
         RunError: one is named and not allowed, or by a path.
@@ -153,7 +164,8 @@ def _check_tasks(state: Path, files: list[str], allow: bool) -> None:
                 )
             if not allow:
                 raise RunError(
-                    f"{state / name} names the {kind} '{plugin}', which is not built in and would be executed",
+                    f"{state / name} names the {kind} '{plugin}', which is not built in and would be "
+                    "executed",
                     "add --allow-plugin if you trust the one that is installed here",
                 )
 
@@ -186,7 +198,8 @@ def _check_plugins(tmp_dir: Path, allow: bool) -> None:
             )
         if source and registry.source_files(registry.localize(name)) != source:
             raise RunError(
-                f"the {registry.kind} '{name}' that is installed here has another source than the state was made with",
+                f"the {registry.kind} '{name}' that is installed here has another source than the state was "
+                "made with",
                 "install the version that it was made with",
             )
 

@@ -1,4 +1,7 @@
-"""What a state from elsewhere holds, against its own configuration and the base: the hashes say only that nothing was lost on the way."""
+"""What a state from elsewhere holds, against its own configuration and the base.
+
+The hashes say only that nothing was lost on the way.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ from llava_keeplora.run_folder import (
 from llava_keeplora_eval import Matrix
 
 CURE = "do not use this state"
-#: No weight, update or statistic of a trained model comes near it, and products of two larger ones overflow in half precision.
+#: No weight, update or statistic of a trained model comes near it, and products of two larger ones overflow
+#: in half precision.
 LARGEST = 1e6
 #: How far M' may be from orthonormal; what a run writes is within 1e-5.
 TOLERANCE, PROBES = 1e-3, 16
@@ -118,7 +122,8 @@ class _MethodState:
                 self._check_layers(files[CONSOLIDATED], sizes[-1])
                 if unlike := sorted(sizes[-1].keys() ^ sizes[0].keys()):
                     raise RunError(
-                        f"{files[CONSOLIDATED]} has the capacity of other layers than the base's (first '{unlike[0][:200]}')",
+                        f"{files[CONSOLIDATED]} has the capacity of other layers than the base's (first "
+                        f"'{unlike[0][:200]}')",
                         CURE,
                     )
             if DELTA in files:
@@ -149,7 +154,8 @@ class _MethodState:
         adapted = {name for name, delta in deltas.items() if isinstance(delta, Delta)}
         if prepared is not None and adapted != (begun := read_record(prepared, CURE)["layers"].keys()):
             raise RunError(
-                f"{path} has deltas of other layers than {prepared.name} begins with (the first is '{min(adapted ^ begun)[:200]}')",
+                f"{path} has deltas of other layers than {prepared.name} begins with (the first is "
+                f"'{min(adapted ^ begun)[:200]}')",
                 CURE,
             )
         modules = self.changed.modules
@@ -169,7 +175,8 @@ class _MethodState:
                 shapes = {key: tuple(p.shape) for key, p in modules[name].named_parameters(recurse=False)}
                 if delta.tensors.keys() != shapes.keys():
                     raise RunError(
-                        f"{path} lacks changes of, or adds parameters to, '{name}', which has {', '.join(shapes)}",
+                        f"{path} lacks changes of, or adds parameters to, '{name}', which has "
+                        f"{', '.join(shapes)}",
                         CURE,
                     )
             for key, value in delta.tensors.items():
@@ -197,14 +204,16 @@ class _MethodState:
         for name, (path, value) in tensors.items():
             if name not in declared:
                 raise RunError(
-                    f"{path} has the tensor '{name[:200]}', which '{self.method.info.name}' does not keep on this base",
+                    f"{path} has the tensor '{name[:200]}', which '{self.method.info.name}' does not keep on "
+                    "this base",
                     CURE,
                 )
             _check_tensor(path, name, value, declared[name], lengths)
         missing = [name for name, held in declared.items() if held.required and name not in tensors]
         if missing and finished:
             raise RunError(
-                f"{self.folder} lacks the tensor '{missing[0]}' of task {index}, which '{self.method.info.name}' keeps",
+                f"{self.folder} lacks the tensor '{missing[0]}' of task {index}, which "
+                f"'{self.method.info.name}' keeps",
                 CURE,
             )
         for name, (path, value) in tensors.items():
@@ -217,7 +226,8 @@ def _check_tensor(path: Path, name: str, value: Tensor, held: Holding, lengths: 
     """Type, shape and numbers of a tensor; `lengths` collects those that must be the same."""
     if value.is_floating_point() == held.integer or value.is_complex() or value.dtype == torch.bool:
         raise RunError(
-            f"{path} has '{name}' as {str(value.dtype).removeprefix('torch.')}, and it is {'whole numbers' if held.integer else 'floating point'}",
+            f"{path} has '{name}' as {str(value.dtype).removeprefix('torch.')}, and it is "
+            f"{'whole numbers' if held.integer else 'floating point'}",
             CURE,
         )
     expected = [
@@ -242,7 +252,8 @@ def _check_orthonormal(path: Path, layer: str, basis: Tensor) -> None:
     basis = basis.double()
     if basis.shape[1] > basis.shape[0]:
         raise RunError(
-            f"{path} brings the basis of layer '{layer}' to {basis.shape[1]} columns of {basis.shape[0]} rows",
+            f"{path} brings the basis of layer '{layer}' to {basis.shape[1]} columns of {basis.shape[0]} "
+            "rows",
             CURE,
         )
     probes = torch.randn(
@@ -251,6 +262,7 @@ def _check_orthonormal(path: Path, layer: str, basis: Tensor) -> None:
     off = float((basis.T @ (basis @ probes) - probes).abs().max()) if probes.numel() else 0.0
     if off > TOLERANCE:
         raise RunError(
-            f"{path} makes the basis of layer '{layer}' one whose columns are not orthonormal ({off:.2g} off)",
+            f"{path} makes the basis of layer '{layer}' one whose columns are not orthonormal ({off:.2g} "
+            "off)",
             CURE,
         )

@@ -91,7 +91,8 @@ def load_learned_run(run: str | Path, label: str | None = None, at_task: int | N
         at_task: the last task, counted from 1; the last finished one when None.
 
     Raises:
-        RunError: for a folder that is no run, a method that it doesn't have or that has not finished so many tasks, or damaged deltas.
+        RunError: for a folder that is no run, a method that it doesn't have or that has not finished so many
+            tasks, or damaged deltas.
     """
     run = Path(run)
     config = read_dumped(run)
@@ -212,7 +213,8 @@ def published_base(model: ModelConfig, base_id: str | None) -> Base:
         return Base(name, revision or None, folder)
     if folder is not None:
         raise ConfigError(
-            f"the base of this run is '{model.name_or_path}', a folder of this machine, which nobody else can load",
+            f"the base of this run is '{model.name_or_path}', a folder of this machine, which nobody else "
+            "can load",
             "give its id on the Hub with --base-id user/name",
         )
     with loading(model.name_or_path):

@@ -1,9 +1,12 @@
-"""One checkpoint out of base and deltas: what a quantised base cannot take up is merged once, into an unquantised copy.
+"""One checkpoint out of base and deltas.
 
-Rounding to a dtype with p bits of significand moves a weight by up to 2⁻ᵖ of itself, and of an update that is small beside its weight
-a large share is lost. With cast(·) the rounding, W₀ the base and Δ the sum of the updates, the exported model differs from the base in
-that dtype by cast(W₀ + Δ) − cast(W₀); what is lost is ‖cast(W₀ + Δ) − cast(W₀) − Δ‖ / ‖Δ‖ (Frobenius norms over all changed layers).
-Above 1 the rounding is larger than the update.
+What a quantised base cannot take up is merged once, into an unquantised copy.
+
+Rounding to a dtype with p bits of significand moves a weight by up to 2⁻ᵖ of itself, and of an update that is
+small beside its weight a large share is lost. With cast(·) the rounding, W₀ the base and Δ the sum of the
+updates, the exported model differs from the base in that dtype by cast(W₀ + Δ) − cast(W₀); what is lost is
+‖cast(W₀ + Δ) − cast(W₀) − Δ‖ / ‖Δ‖ (Frobenius norms over all changed layers). Above 1 the rounding is larger
+than the update.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from llava_keeplora.models import DTYPES, Family
 
 #: Of one file; the Hub, and machines with little memory, like several better than one huge one.
 SHARD = "5GB"
-#: Training changes nothing of a processor, so its files go along as they are, in whatever format the base has them.
+#: Training changes nothing of a processor, so its files go along as they are, in whatever format the base has
+#: them.
 PROCESSOR = (
     "*processor_config.json",
     "tokenizer*",
@@ -65,7 +69,10 @@ def _percent(share: float) -> str:
 
 
 def own_dtype(family: Family, otherwise: str) -> str:
-    """The dtype of a base's own checkpoint; `otherwise` where its configuration names none, or one that nothing here computes in."""
+    """The dtype of a base's own checkpoint.
+
+    `otherwise` where its configuration names none, or one that nothing here computes in.
+    """
     named = str(family.config.dtype).removeprefix("torch.")
     return named if named in DTYPES else otherwise
 

@@ -1,4 +1,7 @@
-"""One export from beginning to end: read the run, write the form, load it again, describe it, put it in its place."""
+"""One export from beginning to end.
+
+Read the run, write the form, load it again, describe it, put it in its place.
+"""
 
 from __future__ import annotations
 
@@ -69,14 +72,16 @@ class Exported:
         lines = [f"{self.folder}: {what[self.form]}, after {self.tasks} task{'' if self.tasks == 1 else 's'}"]
         if self.compressed:
             lines.append(
-                f"compressed: {self.adapter.error:.2%} of the updates' norm is lost, {self.adapter.worst:.2%} in the worst layer"
+                f"compressed: {self.adapter.error:.2%} of the updates' norm is lost, "
+                f"{self.adapter.worst:.2%} in the worst layer"
             )
         if self.rounding:
             lines.append(self.rounding.describe())
         if self.left_out:
             lines.append(f"left out, though the run trained it: {', '.join(self.left_out)}")
         lines.append(
-            f"loaded again in a fresh process: logits of {self.examples} examples in fp32 are {self.reloaded.largest:.2g} off at most"
+            f"loaded again in a fresh process: logits of {self.examples} examples in fp32 are "
+            f"{self.reloaded.largest:.2g} off at most"
         )
         for form, deviation in (("fp32", self.own), ("bfloat16", self.bfloat16)):
             lines.append(

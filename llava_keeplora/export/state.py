@@ -1,4 +1,6 @@
-"""What a run needs to go on elsewhere: a run folder of one method without answers, starts and pictures; safetensors and JSON only.
+"""What a run needs to go on elsewhere: a run folder of one method without answers, starts and pictures.
+
+Safetensors and JSON only.
 
 `state.json` lists every file with its SHA-256, and nothing that it doesn't list is read.
 """
@@ -30,10 +32,12 @@ FORMAT = 1
 MANIFEST = "state.json"
 #: Where an exported adapter keeps it.
 FOLDER = "keeplora_state"
-#: What an export says of itself, by which a later one knows that it may take its place, and with the hashes of its files.
+#: What an export says of itself, by which a later one knows that it may take its place, and with the hashes
+#: of its files.
 RECORD = EXPORT
 SUFFIXES = (".safetensors", ".json", ".jsonl", ".yaml")
-#: Neither is read again once a task is closed; answers are personal data at times, and starts are as large as deltas.
+#: Neither is read again once a task is closed; answers are personal data at times, and starts are as large as
+#: deltas.
 LEFT_OUT = ("predictions", ADAPTERS)
 #: How arguments of `TrainingArguments` begin that are of one person or one machine: tokens, accounts, places.
 PRIVATE = (
@@ -139,7 +143,10 @@ def placeless(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """What a YAML must say to be this recipe, `extends` resolved; absolute paths are cut to their last part."""
+    """What a YAML must say to be this recipe, `extends` resolved.
+
+    Absolute paths are cut to their last part.
+    """
     facts = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)

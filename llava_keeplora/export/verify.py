@@ -21,7 +21,8 @@ from llava_keeplora.files import write_json, write_tensors
 from llava_keeplora.models import Family, Prepared
 from llava_keeplora_recipes import TaskData
 
-#: What fp32 logits may differ by; of the largest logit where that is above 1 (CLIP's are cosines times up to 100).
+#: What fp32 logits may differ by; of the largest logit where that is above 1 (CLIP's are cosines times up to
+#: 100).
 TOLERANCE = 1e-4
 
 
@@ -109,7 +110,8 @@ def verify_export(
         )
         if way != "bfloat16" and not largest <= limit:
             raise RunError(
-                f"the {form} gives other logits after loading ({way}: {largest:.2g} off, where {limit:.2g} is rounding)",
+                f"the {form} gives other logits after loading ({way}: {largest:.2g} off, where {limit:.2g} "
+                "is rounding)",
                 "check that the base is the one that the run was trained on; nothing was exported",
             )
     return found["float32"], found["bfloat16"]

@@ -1,7 +1,7 @@
 """The fresh process that loads an export again; `check.py` starts it.
 
-It goes by the ordinary loaders of transformers and PEFT and the models' own forward passes; only a state is read by this
-package, because nothing else reads it.
+It goes by the ordinary loaders of transformers and PEFT and the models' own forward passes; only a state is
+read by this package, because nothing else reads it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from llava_keeplora_eval.models import load_clip_processor, load_llava_processor
 
 
 def main() -> None:
-    """Load what `job.json` of the working folder names in every way that it promises; write logits and numbers of adapted layers."""
+    """Load what `job.json` of the working folder names in every way that it promises.
+
+    Write logits and numbers of adapted layers.
+    """
     job = json.loads(Path("job.json").read_text())
     batch = load_file("batch.safetensors")
     logits, layers = {}, {}

@@ -67,7 +67,8 @@ class Layer:
         name: full module name.
         part: `vision`, `text`, ...
         module: the linear layer, holding the present weights.
-        rank, alpha, energy_weight, energy_feature: see `PartConfig`; of a threshold that is `auto`, how far it may go.
+        rank, alpha, energy_weight, energy_feature: see `PartConfig`; of a threshold that is `auto`, how far
+            it may go.
         auto: which of the two are.
     """
 
@@ -89,10 +90,13 @@ class TaskContext:
         index: 1 for the first task; 0 stands for the base before any task.
         name: the task's name.
         layers: name → adapted layer.
-        gradients: runs the gradient pass over a share of the data into a statistic per layer: `gradients(fraction, statistics)`.
-        batches: one pass over this process's share of the task's training data, in order, as the model on the task takes it.
-        features: runs the feature pass: `features(make, fraction)` → layer name → statistic, where `make` is given the names of the
-            layers, grouped by the tensor that they read; over all the data without a fraction.
+        gradients: runs the gradient pass over a share of the data into a statistic per layer:
+            `gradients(fraction, statistics)`.
+        batches: one pass over this process's share of the task's training data, in order, as the model on the
+            task takes it.
+        features: runs the feature pass: `features(make, fraction)` → layer name → statistic, where `make` is
+            given the names of the layers, grouped by the tensor that they read; over all the data without a
+            fraction.
         seed: of this task and stage, the same in every process.
         statistics_bytes: device memory for the statistics of one pass.
         model: the model, as it is in this stage.
@@ -128,8 +132,10 @@ class Holding:
     """What a tensor is that a task keeps or adds.
 
     Args:
-        shape: its lengths: a number, None for any, or a text for any that is the same wherever that text stands.
-        basis: layers whose protected subspace its columns (in, m) extend; all tasks' together are orthonormal.
+        shape: its lengths: a number, None for any, or a text for any that is the same wherever that text
+            stands.
+        basis: layers whose protected subspace its columns (in, m) extend; all tasks' together are
+            orthonormal.
         required: whether every finished task has it.
         integer: whether it holds whole numbers.
     """
@@ -143,19 +149,20 @@ class Holding:
 class Method:
     """A continual-learning method: what happens before, during and after a task.
 
-    `extra_state` returns what training left beside the deltas and `state_dict` what the last `after_task` added; `load_state_dicts` takes the list of
-    all of these, so the run folder holds each thing once.
+    `extra_state` returns what training left beside the deltas and `state_dict` what the last `after_task`
+    added; `load_state_dicts` takes the list of all of these, so the run folder holds each thing once.
     """
 
     info: MethodInfo
     #: Whether there is anything to learn; where not, the zero-shot row is all there is.
     trainable = True
-    #: What a stage costs beside training itself, in passes of the task's data through the model, for the estimate of time.
+    #: What a stage costs beside training itself, in passes of the task's data through the model, for the
+    #: estimate of time.
     stage_cost: dict[str, float] = {}
     #: Dropout on the adapters' input while training.
     dropout: float = 0.0
-    #: Whether what it consolidates before any task depends on the model, its settings and the announced tasks alone, whatever their
-    #: order and the seed: then runs that share a base cache compute it once.
+    #: Whether what it consolidates before any task depends on the model, its settings and the announced tasks
+    #: alone, whatever their order and the seed: then runs that share a base cache compute it once.
     base_is_cacheable = False
     #: Whether what it trains may lie in the shards of ZeRO-3: not where it is read outside of its layers.
     supports_zero3 = True
@@ -183,21 +190,30 @@ class Method:
         """Refuse settings of the layers that the method can't follow, before anything is computed."""
 
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
-        """Bytes below which `memory.statistics_gb` holds no statistics of one pass over the layers' features; 0 where there are none."""
+        """Bytes below which `memory.statistics_gb` holds no statistics of one pass over the layers' features.
+
+        0 where there are none.
+        """
         return 0
 
     def reference_data_spec(self) -> tuple[str, str | None] | None:
         """A recipe of pictures, and a file of texts or None for the recipe's own, to be read into `reference` before anything is computed."""
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
-        """Before a task: how each layer's adapter starts; a layer that is left out is named in `ctx.report`."""
+        """Before a task: how each layer's adapter starts.
+
+        A layer that is left out is named in `ctx.report`.
+        """
         raise NotImplementedError
 
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
-        """Around a task's training, `model` carrying the adapters: what a method adds for that long is rebuilt here on every start.
+        """Around a task's training, `model` carrying the adapters.
 
-        Parameters that it puts on the model are trained and kept with a killed run's training as the adapters are.
+        What a method adds for that long is rebuilt here on every start.
+
+        Parameters that it puts on the model are trained and kept with a killed run's training as the adapters
+        are.
         """
         yield
 
@@ -209,7 +225,9 @@ class Method:
         """After an optimiser step."""
 
     def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
-        """What a task leaves behind, from what its adapters learned; inside `training_context`, after the last step.
+        """What a task leaves behind, from what its adapters learned.
+
+        Inside `training_context`, after the last step.
 
         A module that is trained itself is left with what it learned, unless it is named here.
         """
@@ -220,7 +238,10 @@ class Method:
         return {}
 
     def progress(self) -> dict[str, Tensor]:
-        """What a killed training needs beside what is trained, to be filled in place when it goes on; inside `training_context`."""
+        """What a killed training needs beside what is trained, to be filled in place when it goes on.
+
+        Inside `training_context`.
+        """
         return {}
 
     def weight_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
@@ -235,17 +256,23 @@ class Method:
         return {}
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
-        """Take back what all tasks so far kept and added, the base's first; nothing of before counts any more.
+        """Take back what all tasks so far kept and added, the base's first.
+
+        Nothing of before counts any more.
 
         Args:
-            states: of each, what its training kept and its `after_task` added, together; the last one may not be consolidated yet.
+            states: of each, what its training kept and its `after_task` added, together; the last one may not
+                be consolidated yet.
         """
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """What a task's `extra_state` and `state_dict` may hold, by which a state from elsewhere is checked; nothing by default.
+        """What a task's `extra_state` and `state_dict` may hold, by which a state from elsewhere is checked.
+
+        Nothing by default.
 
         Args:
-            ctx: of the task, with its index, name and layers, and the model without weights; nothing else of it is there.
+            ctx: of the task, with its index, name and layers, and the model without weights; nothing else of
+                it is there.
             names: of the tensors that were found, for names that only data decide.
         """
         return {}

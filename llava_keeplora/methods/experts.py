@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, relu, softplus
 
-#: The least spread of the noise on a router's scores (Shazeer et al. 2017, equation 4, as MoE-Adapters has it).
+#: The least spread of the noise on a router's scores (Shazeer et al. 2017, equation 4, as MoE-Adapters has
+#: it).
 LEAST_NOISE = 0.01
 
 
@@ -65,11 +66,14 @@ class Router(nn.Module):
 
 
 class Mixture(nn.Module):
-    """One layer's experts and routers: y = s Σ_e g_e (U_e drop(relu(D_e x + b_e)) + c_e), the same g for all tokens of an example.
+    """One layer's experts and routers.
 
-    Examples of many tokens meet their own k experts alone, k of E of the work, by a product with their matrices side by side; for examples of
-    few tokens such copies would be larger than what all experts give, so there all are computed. Either way every expert gets a gradient,
-    one that nobody took of 0, so that no training step leaves one out.
+    Y = s Σ_e g_e (U_e drop(relu(D_e x + b_e)) + c_e), the same g for all tokens of an example.
+
+    Examples of many tokens meet their own k experts alone, k of E of the work, by a product with their
+    matrices side by side; for examples of few tokens such copies would be larger than what all experts give,
+    so there all are computed. Either way every expert gets a gradient, one that nobody took of 0, so that no
+    training step leaves one out.
 
     Args:
         width: d.

@@ -27,7 +27,9 @@ class Gaussians:
 
     @classmethod
     def fit(cls, groups: Sequence[Tensor], ridge: float) -> Gaussians:
-        """One Gaussian per group: mean, and covariance by n − 1 plus the ridge; of a single vector, the ridge alone.
+        """One Gaussian per group: mean, and covariance by n − 1 plus the ridge.
+
+        Of a single vector, the ridge alone.
 
         Args:
             groups: (n, p) each, n at least 1.

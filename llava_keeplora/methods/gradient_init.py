@@ -1,8 +1,11 @@
-"""From a task's first-step gradient to directions for A: in as few passes over the data as the answer's quality needs.
+"""From a task's first-step gradient to directions for A.
 
-Dense, G is summed whole and its residual's singular vectors are exact. Sketched, G is never formed: one pass gives
-directions and an estimate of how near they are to the best. Layers where that is short of the target get a second pass
-(exact QᵀG), and where even that is short, up to two more pairs of passes (subspace iteration). No pass takes more memory
+In as few passes over the data as the answer's quality needs.
+
+Dense, G is summed whole and its residual's singular vectors are exact. Sketched, G is never formed: one pass
+gives directions and an estimate of how near they are to the best. Layers where that is short of the target
+get a second pass (exact QᵀG), and where even that is short, up to two more pairs of passes (subspace
+iteration). No pass takes more memory
 than the first: width would buy less than passes do, see `WIDTH_PER_RANK`.
 
 Legend: in / out features of a layer, r rank, w sketch width.
@@ -37,7 +40,9 @@ NONE_OUTSIDE = "no gradient outside the protected subspace"
 def gradient_statistic(
     layer: Layer, basis: Tensor, width: int | None, seed: int
 ) -> DenseGradient | GradientSketch:
-    """What a layer's gradient is summed into: a sketch of some width, or the gradient itself where that is small too.
+    """What a layer's gradient is summed into.
+
+    A sketch of some width, or the gradient itself where that is small too.
 
     Args:
         layer: the layer.

@@ -95,7 +95,8 @@ class Iap(RoutedMethod):
 
         Args:
             prompts: per attention.
-            text_layers: how many of the text encoder's layers have prompts, from the first; all where there are fewer.
+            text_layers: how many of the text encoder's layers have prompts, from the first; all where there
+                are fewer.
             temperature: of the gates' Gumbel softmax.
             low, high: a weight below the one counts as 0, above the other as 1.
             routing: `sample` or `batch`.
@@ -137,7 +138,10 @@ class Iap(RoutedMethod):
 
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
-        """Put the task's prompts and gates on the model; before each batch the frozen CLIP looks at it for the gates."""
+        """Put the task's prompts and gates on the model.
+
+        Before each batch the frozen CLIP looks at it for the gates.
+        """
         self._trained = TaskPrompts(model, self.options).to(next(model.parameters()).device)
         # While the frozen CLIP looks, no prompts are read.
         gates: list[Tensor] = []
@@ -255,7 +259,10 @@ class Iap(RoutedMethod):
 
 @contextmanager
 def _on(model: nn.Module, prompts: TaskPrompts, vision, text: float) -> Iterator[None]:
-    """Have both encoders read a task's prompts: the images as `vision` says of each layer, the class prompts all alike."""
+    """Have both encoders read a task's prompts.
+
+    The images as `vision` says of each layer, the class prompts all alike.
+    """
     layers = {part: [layer.self_attn for layer in found] for part, found in encoder_layers(model).items()}
     with (
         prompted(layers["vision"], prompts.vision, vision),

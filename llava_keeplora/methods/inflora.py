@@ -80,7 +80,10 @@ class InfLora(Method):
         self._added: dict[str, Tensor] = {}
 
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
-        """Of Φ in fp32, once for layers of one width side by side in a module: some of these may read different tensors, and take more."""
+        """Of Φ in fp32, once for layers of one width side by side in a module.
+
+        Some of these may read different tensors, and take more.
+        """
         distinct = {(name.rpartition(".")[0], layer.module.in_features) for name, layer in layers.items()}
         return F32 * sum(width**2 for _, width in distinct)
 
@@ -141,7 +144,8 @@ class InfLora(Method):
             numbers = sum(ctx.layers[names[0]].module.in_features ** 2 for names in groups)
             if F32 * numbers > ctx.statistics_bytes:
                 raise MethodError(
-                    f"the inputs' second moments for task '{ctx.name}' take {F32 * numbers / 1e9:.2g} GB, and memory.statistics_gb is {ctx.statistics_bytes / 1e9:.2g}",
+                    f"the inputs' second moments for task '{ctx.name}' take {F32 * numbers / 1e9:.2g} GB, "
+                    f"and memory.statistics_gb is {ctx.statistics_bytes / 1e9:.2g}",
                     "raise memory.statistics_gb, or adapt k_proj and v_proj alone as the paper does",
                 )
             dtype = torch.float64 if F64 * numbers <= ctx.statistics_bytes else torch.float32

@@ -10,15 +10,18 @@ decaying B towards W'. `form: delta` is the first and the default, `form: litera
 
 Where this differs:
 
-- from the paper: the default `form`, under weight decay. Gradients and features that don't fit are held as sketches; how near A is to
-  the best directions is estimated for every layer, and further passes over the data are made where it is short.
-- from the official code (MaolinLuo/KeepLoRA), whose departures from the paper are the presets `released-clip` and `released-llava`: for
-  CLIP, W_p from the weight's output side but projected on the input side, M_t from a running mean over batch slots, of the prompts over
-  all 77 positions, one vector fewer by a strict energy rule; for LLaVA, that rule, M_t from the gradient on the merged model, gradients
-  that count every example alike, and dropout. There the subspace isn't saved, and the schedule for CLIP is one-cycle, which the Trainer
-  doesn't have. For LLaVA the gradient pass runs in fp16 there, each gradient is stored in it and added to a running mean in it, example by
-  example, so that entries below 6e-8 are lost and every addition rounds to eleven bits; here sums are in float32 (A alone is rounded to
-  fp16, as there). Bases are kept in fp16 or bfloat16 there, in float32 here.
+- from the paper: the default `form`, under weight decay. Gradients and features that don't fit are held as
+  sketches; how near A is to the best directions is estimated for every layer, and further passes over the
+  data are made where it is short.
+- from the official code (MaolinLuo/KeepLoRA), whose departures from the paper are the presets `released-clip`
+  and `released-llava`: for CLIP, W_p from the weight's output side but projected on the input side, M_t from
+      a running mean over batch slots, of the prompts over
+  all 77 positions, one vector fewer by a strict energy rule; for LLaVA, that rule, M_t from the gradient on
+  the merged model, gradients that count every example alike, and dropout. There the subspace isn't saved, and
+  the schedule for CLIP is one-cycle, which the Trainer doesn't have. For LLaVA the gradient pass runs in fp16
+  there, each gradient is stored in it and added to a running mean in it, example by example, so that entries
+  below 6e-8 are lost and every addition rounds to eleven bits; here sums are in float32 (A alone is rounded
+  to fp16, as there). Bases are kept in fp16 or bfloat16 there, in float32 here.
 
 Legend: in / out features of a layer, r rank, k protected dimensions. A here is PEFT's (r, in).
 """
@@ -85,8 +88,9 @@ class KeepLora(Method):
             init: `gradient`, or `random` directions outside M' (an ablation).
             protect_weights: whether M' holds W_p (switched off: an ablation).
             protect_features: whether M' holds M_t (switched off: an ablation).
-            gradient: how the first-step gradient is held: `sketch`, in a small multiple of r numbers per input and output, or `dense`,
-                whole (the reference; small layers are dense anyhow); None takes the preset's.
+            gradient: how the first-step gradient is held: `sketch`, in a small multiple of r numbers per
+                input and output, or `dense`, whole (the reference; small layers are dense anyhow); None takes
+                the preset's.
             gradient_fraction: share of the task's data for the first-step gradient, evenly spaced.
             feature_fraction: share of it for the features that M_t is taken from, evenly spaced.
         """
@@ -113,7 +117,8 @@ class KeepLora(Method):
                     )
             if self.feature_fraction < 1.0 and RULES[self.preset].evidence == "gradient":
                 raise MethodError(
-                    f"feature_fraction is {self.feature_fraction}, and the preset '{self.preset}' reads gradients instead of features",
+                    f"feature_fraction is {self.feature_fraction}, and the preset '{self.preset}' reads "
+                    "gradients instead of features",
                     "set gradient_fraction",
                 )
             if self.gradient == "sketch" and RULES[self.preset].gradient == "dense":
@@ -140,21 +145,25 @@ class KeepLora(Method):
         """Refuse `auto` or a layer's shape that a preset of released code has no rule for, and a rank that no layer of this width has room for."""
         for layer in layers.values():
             width = layer.module.in_features
-            # A principal subspace has a direction at least; how many more is known when the weights are analysed.
+            # A principal subspace has a direction at least; how many more is known when the weights are
+            # analysed.
             if self.options.protect_weights and layer.rank >= width:
                 raise MethodError(
-                    f"parts.{layer.part}.rank is {layer.rank}, and layer {layer.name} has {width} input directions, of which one at least is protected",
+                    f"parts.{layer.part}.rank is {layer.rank}, and layer {layer.name} has {width} input "
+                    "directions, of which one at least is protected",
                     f"set parts.{layer.part}.rank to {width - 1} or less, for instance 16",
                 )
             if self.options.protect_weights and self.rules.square and layer.module.out_features != width:
                 raise MethodError(
-                    f"the preset '{self.options.preset}' takes a weight's directions for its input, which square layers alone allow, and {layer.name} "
+                    f"the preset '{self.options.preset}' takes a weight's directions for its input, which "
+                    f"square layers alone allow, and {layer.name} "
                     f"is {layer.module.out_features} × {width}",
                     f"name square layers under parts.{layer.part}.targets, or use the preset 'paper'",
                 )
             if layer.auto and self.options.preset != "paper":
                 raise MethodError(
-                    f"parts.{layer.part}.{layer.auto[0]} is 'auto', and the preset '{self.options.preset}' follows released code, which has numbers",
+                    f"parts.{layer.part}.{layer.auto[0]} is 'auto', and the preset '{self.options.preset}' "
+                    "follows released code, which has numbers",
                     "set a number, or use the preset 'paper'",
                 )
 
@@ -188,7 +197,10 @@ class KeepLora(Method):
             self._give_budgets(ctx)
 
     def _evidence(self, ctx: TaskContext) -> Mapping[str, Any]:
-        """Layer name → what shows which directions the task uses: its features' statistic, or its gradient."""
+        """Layer name → what shows which directions the task uses.
+
+        Its features' statistic, or its gradient.
+        """
         if self.rules.evidence == "gradient":
             gradients = {
                 name: gradient_statistic(layer, self.bases[name], None, ctx.seed)
@@ -228,7 +240,10 @@ class KeepLora(Method):
         }
 
     def _give_budgets(self, ctx: TaskContext) -> None:
-        """Where ε_f is `auto`, share the room of a layer out: after all tasks but the last, r directions must be left for that one."""
+        """Where ε_f is `auto`, share the room of a layer out.
+
+        After all tasks but the last, r directions must be left for that one.
+        """
         rooms = {
             name: layer.module.in_features - self.bases[name].shape[1] - layer.rank
             for name, layer in ctx.layers.items()
@@ -240,7 +255,10 @@ class KeepLora(Method):
             }
 
     def _limit(self, name: str, ctx: TaskContext) -> int | None:
-        """The most directions that a task may add to a layer: its budget, and what earlier tasks left of theirs."""
+        """The most directions that a task may add to a layer.
+
+        Its budget, and what earlier tasks left of theirs.
+        """
         if name not in ctx.base.get("feature_budget", {}):
             return None
         allowed = ctx.base["capacity"][name]["k"] + ctx.index * ctx.base["feature_budget"][name]
@@ -255,14 +273,18 @@ class KeepLora(Method):
         # W' + ΔW needs room for r directions; better said now than after the first task.
         if layer.rank > width - basis.shape[1]:
             raise MethodError(
-                f"layer {layer.name} has {width - basis.shape[1]} of {width} input directions left beside its principal subspace "
+                f"layer {layer.name} has {width - basis.shape[1]} of {width} input directions left beside "
+                "its principal subspace "
                 f"(energy_weight {energy}), fewer than the rank {layer.rank}",
                 f"lower parts.{layer.part}.rank or parts.{layer.part}.energy_weight",
             )
         return basis.cpu()
 
     def _feature_directions(self, ctx: TaskContext) -> dict[str, Tensor]:
-        """Layer name → the columns that its features add; a sketch that has too few of them gets a second pass over the data."""
+        """Layer name → the columns that its features add.
+
+        A sketch that has too few of them gets a second pass over the data.
+        """
         found: dict[str, FeatureDirections] = {}
 
         def read(evidence: Mapping[str, Any]) -> None:
@@ -276,7 +298,8 @@ class KeepLora(Method):
         evidence = dict(self._evidence(ctx))
         read(evidence)
         short = [name for name, one in found.items() if not getattr(one, "reached", True)]
-        # What the first pass summed goes, one by one, as the second one's sketches come: these take the whole budget again.
+        # What the first pass summed goes, one by one, as the second one's sketches come: these take the whole
+        # budget again.
         evidence = {name: evidence[name] for name in short}
         again = {name: evidence.pop(name).refined() for name in short}
         if again:
@@ -415,7 +438,8 @@ def _tell_missed(ctx: TaskContext, held: Mapping[str, float]) -> None:
     if held:
         worst = min(held, key=held.get)
         logger.warning(
-            "%s: the sketched features of %d layers don't reach energy_feature; %s protects %.3f of %s for sure. Raise memory.statistics_gb, or lower energy_feature",
+            "%s: the sketched features of %d layers don't reach energy_feature; %s protects %.3f of %s for "
+            "sure. Raise memory.statistics_gb, or lower energy_feature",
             ctx.name,
             len(held),
             worst,

@@ -1,22 +1,25 @@
 """KeepLoRA+: KeepLoRA with a cosine classifier for every learned task (ICLR 2026, arXiv 2601.19659), on CLIP.
 
-The logits of a learned task are the text's plus 30 cos(f, w_c), f an image's features and w_c a row per class. The rows begin as the
-normalised means of their classes' normalised features over all of the task's training data, on the model as the task finds it
-(adapters begin without effect), and are trained together with the adapters, by the same loss. The first-step gradient
-is the text logits' alone, so A is KeepLoRA's. A task that isn't learned has no rows: there the answer is the text's. Published:
-scale 30, AdamW, learning rate 1e-3, weight decay 0.01, 5 epochs per task (order II of MTIL: 1 for its second and third).
+The logits of a learned task are the text's plus 30 cos(f, w_c), f an image's features and w_c a row per
+class. The rows begin as the normalised means of their classes' normalised features over all of the task's
+training data, on the model as the task finds it (adapters begin without effect), and are trained together
+with the adapters, by the same loss. The first-step gradient is the text logits' alone, so A is KeepLoRA's. A
+task that isn't learned has no rows: there the answer is the text's. Published: scale 30, AdamW, learning rate
+1e-3, weight decay 0.01, 5 epochs per task (order II of MTIL: 1 for its second and third).
 
 Where this differs from the official code (MaolinLuo/KeepLoRA, folder MTIL):
 
 - the means take in every image once; there, the last incomplete batch of a shuffled pass is left out.
 - a class without an image begins with the direction of its prompt's features; there it ends the run.
-- a task's rows are found by its name; there by its class names joined, so that two tasks with the same classes share them.
+- a task's rows are found by its name; there by its class names joined, so that two tasks with the same
+  classes share them.
 - the rows are kept with the run; there the checkpoints lack them.
-- a row's length doesn't matter to the cosine, so weight decay, though it is applied, moves no answer by itself.
+- a row's length doesn't matter to the cosine, so weight decay, though it is applied, moves no answer by
+  itself.
 
-Later tasks leave earlier rows as they are, bit for bit, while the image features under them drift as far as KeepLoRA lets them.
-The rows read image features, not a layer's input, so they don't merge into the base, and no checkpoint of CLIP holds them:
-`export` gives the run's state alone.
+Later tasks leave earlier rows as they are, bit for bit, while the image features under them drift as far as
+KeepLoRA lets them. The rows read image features, not a layer's input, so they don't merge into the base, and
+no checkpoint of CLIP holds them: `export` gives the run's state alone.
 
 Legend: C classes of the task, d width of the shared space.
 """
@@ -67,8 +70,8 @@ class KeepLoraPlus(KeepLora):
         """Settings of KeepLoRA+ beside KeepLoRA's.
 
         Args:
-            scale: of the cosines, beside CLIP's own scale of the text's, which is 100 in the released CLIPs; of a CLIP with another, take
-                three tenths. 0 trains and answers as KeepLoRA.
+            scale: of the cosines, beside CLIP's own scale of the text's, which is 100 in the released CLIPs;
+                of a CLIP with another, take three tenths. 0 trains and answers as KeepLoRA.
         """
 
         scale: float = 30.0
@@ -150,7 +153,9 @@ def cosine_logits(image: Tensor, rows: Tensor, scale: float) -> Tensor:
 
 @torch.no_grad()
 def class_directions(task: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """Unit-length rows (C, d): the direction of the mean of each class's image features, of its prompt's where it has no image.
+    """Unit-length rows (C, d).
+
+    The direction of the mean of each class's image features, of its prompt's where it has no image.
 
     Args:
         task: a `llava_keeplora.models.ClipTask`.

@@ -1,21 +1,24 @@
 """KeepLoRA++: KeepLoRA whose updates grow from the first block to the last (arXiv 2606.16256).
 
-Shallow blocks hold more of what transfers, so their updates are held smaller: the delta of block l is multiplied by
-λ_l = γ + (1 − γ) l / (L − 1), in training and in what is left behind alike, ΔW_l = λ_l s B_l A_l. Of CLIP that is the vision
-encoder, of LLaVA the language model; λ is 1 in the text encoder, the vision tower and the projector. l counts from the part's
-first adapted block to its last, L of them; where there is one block alone, λ is 1. Everything else is KeepLoRA's, and A doesn't
+Shallow blocks hold more of what transfers, so their updates are held smaller: the delta of block l is
+multiplied by λ_l = γ + (1 − γ) l / (L − 1), in training and in what is left behind alike, ΔW_l = λ_l s B_l
+A_l. Of CLIP that is the vision encoder, of LLaVA the language model; λ is 1 in the text encoder, the vision
+tower and the projector. l counts from the part's first adapted block to its last, L of them; where there is
+one block alone, λ is 1. Everything else is KeepLoRA's, and A doesn't
 depend on γ. Published: γ 0.2, the rest as KeepLoRA.
 
-λ is part of the adapter's alpha, so that it reaches the forward pass, the delta and every export by the way that s goes. Under
-Adam, which doesn't see a gradient's scale, an update is about λ_l times KeepLoRA's; under SGD λ_l² times.
+λ is part of the adapter's alpha, so that it reaches the forward pass, the delta and every export by the way
+that s goes. Under Adam, which doesn't see a gradient's scale, an update is about λ_l times KeepLoRA's; under
+SGD λ_l² times.
 
 Where this differs:
 
-- from the paper: its abstract alone was at hand, so the formula and γ are those of the authors' code; the text encoder's λ is
-  that code's default, 1.
-- from the official code (MaolinLuo/KeepLoRA, the revision of KeepLoRA++): that begins with B = 0 in the same revision, where for
-  CLIP the one before had copied B from the gradient. Here these are two settings, `gamma` and `form`, whose default `delta` is B = 0.
-  What else is the paper's and what the code's is for `preset`, as in KeepLoRA.
+- from the paper: its abstract alone was at hand, so the formula and γ are those of the authors' code; the
+  text encoder's λ is that code's default, 1.
+- from the official code (MaolinLuo/KeepLoRA, the revision of KeepLoRA++): that begins with B = 0 in the same
+  revision, where for CLIP the one before had copied B from the gradient. Here these are two settings, `gamma`
+  and `form`, whose default `delta` is B = 0. What else is the paper's and what the code's is for `preset`, as
+  in KeepLoRA.
 - a layer whose factor is 0, at γ = 0, is left out rather than trained without effect.
 """
 

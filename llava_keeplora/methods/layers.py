@@ -33,7 +33,9 @@ class Changed:
 
 
 def check_method(label: str, method: Method, parts: Mapping[str, Any], family: Any) -> Changed:
-    """Refuse a method that cannot run on a model with these settings, whatever the data are; what it changes if it can.
+    """Refuse a method that cannot run on a model with these settings, whatever the data are.
+
+    What it changes if it can.
 
     Args:
         label: of the method.
@@ -51,14 +53,17 @@ def check_method(label: str, method: Method, parts: Mapping[str, Any], family: A
 
 
 def find_changed(method: type[Method], parts: Mapping[str, Any], family: Any) -> Changed:
-    """What a method changes of a model: layers of its parts, the whole of it, or nothing but modules of the method's own.
+    """What a method changes of a model.
+
+    Layers of its parts, the whole of it, or nothing but modules of the method's own.
 
     Args:
         method: the method.
         parts, family: see `find_layers`.
     """
     if method.full_finetuning:
-        # The root's own parameters stay as they are: of CLIP that is the temperature, which its fine-tuning leaves alone.
+        # The root's own parameters stay as they are: of CLIP that is the temperature, which its fine-tuning
+        # leaves alone.
         named = [(name, module) for name, module in family.model.named_modules() if name]
         return Changed(
             full={
@@ -133,6 +138,7 @@ def _check_full_parts(parts: Mapping[str, Any], family: Any) -> None:
             and family.parts.get(name) not in family.skip_quantization
         ):
             raise ConfigError(
-                f"parts.{name}.train is 'full' and model.quantization is {family.quantization}, but quantised weights can't be trained",
+                f"parts.{name}.train is 'full' and model.quantization is {family.quantization}, but "
+                "quantised weights can't be trained",
                 f"set parts.{name}.train to 'adapter', or leave the base unquantised",
             )

@@ -1,21 +1,27 @@
-"""MoE-Adapters: experts that all tasks share, a router for each, and auto-encoders that know whose pictures these are (CVPR 2024).
+"""MoE-Adapters.
 
-In every layer of both encoders, x ← x + MLP(norm x) + 0.1 Σ_e g_e E_e(x): of 22 adapters E_e the two that the task's router
-scores best take part, with noise on the scores in training. A task trains its routers and the experts that are not frozen;
-after it, the two that took part most are frozen in each layer. At test, an auto-encoder per task says how familiar a picture
-is: the task with the smallest error answers it, and above a threshold the frozen CLIP does. Published: 1000 steps of AdamW at
-1e-3 (for some sets 5e-3 or 1e-4) without weight decay, cosine, batch 64, label smoothing 0.2.
+Experts that all tasks share, a router for each, and auto-encoders that know whose pictures these are (CVPR
+2024).
+
+In every layer of both encoders, x ← x + MLP(norm x) + 0.1 Σ_e g_e E_e(x): of 22 adapters E_e the two that the
+task's router scores best take part, with noise on the scores in training. A task trains its routers and the
+experts that are not frozen; after it, the two that took part most are frozen in each layer. At test, an
+auto-encoder per task says how familiar a picture
+is: the task with the smallest error answers it, and above a threshold the frozen CLIP does. Published: 1000
+steps of AdamW at 1e-3 (for some sets 5e-3 or 1e-4) without weight decay, cosine, batch 64, label smoothing
+0.2.
 
 Where this differs from the official code (JiazuoYu/MoE-Adapters4CL):
 
-- the auto-encoders read the frozen CLIP's image features, not an AlexNet's, so that no second model is needed; these being
-  unit vectors and no activations between 0 and 1, the decoder is linear. Each learns after its task, all of it in one schedule, a
-  cosine, where there the rate falls to a tenth every ten epochs.
-- an error counts relative to the auto-encoder's mean error on every fifth of its task's pictures, which it isn't trained on, since
-  an absolute threshold (0.0655 there) holds for one extractor alone; and no auto-encoder of TinyImageNet stands for everything else.
+- the auto-encoders read the frozen CLIP's image features, not an AlexNet's, so that no second model is
+  needed; these being unit vectors and no activations between 0 and 1, the decoder is linear. Each learns
+  after its task, all of it in one schedule, a cosine, where there the rate falls to a tenth every ten epochs.
+- an error counts relative to the auto-encoder's mean error on every fifth of its task's pictures, which it
+  isn't trained on, since an absolute threshold (0.0655 there) holds for one extractor alone; and no
+  auto-encoder of TinyImageNet stands for everything else.
 - one route per picture; `routing: batch` takes one per batch by its mean error, as there.
-- as there, the text router reads the start token: its gates are the same for every prompt. The load-balancing loss, which is
-  computed there but never added, is left out. One template, in training and test.
+- as there, the text router reads the start token: its gates are the same for every prompt. The load-balancing
+  loss, which is computed there but never added, is left out. One template, in training and test.
 - the Trainer clips gradients unless `max_grad_norm` is 0; that code doesn't.
 - an expert that no example took has a gradient of 0, where there it has none.
 
@@ -74,7 +80,8 @@ class MoeAdapters(RoutedMethod):
             dropout: within the experts while training.
             label_smoothing: of the training loss.
             code: width of the auto-encoders' bottleneck.
-            threshold: the error, relative to the mean on the task's own pictures, above which the frozen CLIP answers.
+            threshold: the error, relative to the mean on the task's own pictures, above which the frozen CLIP
+                answers.
             routing: `sample` or `batch`.
         """
 
@@ -98,7 +105,8 @@ class MoeAdapters(RoutedMethod):
                     )
             if not 1 <= self.top_k <= self.experts:
                 raise MethodError(
-                    f"top_k is {self.top_k} with experts {self.experts}, but an example takes one expert to all of them",
+                    f"top_k is {self.top_k} with experts {self.experts}, but an example takes one expert to "
+                    "all of them",
                     "set top_k to, say, 2",
                 )
             for name in ("dropout", "label_smoothing"):
@@ -120,7 +128,9 @@ class MoeAdapters(RoutedMethod):
         self._coders: list[AutoEncoder] = []
 
     def mixtures(self, model: nn.Module, tasks: int) -> nn.ModuleDict:
-        """Part → a mixture per layer, holding what the tasks so far have learned; frozen for good what they froze.
+        """Part → a mixture per layer, holding what the tasks so far have learned.
+
+        Frozen for good what they froze.
 
         Args:
             model: the CLIP.

@@ -106,7 +106,10 @@ class OLora(SequentialLora):
         return loss
 
     def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
-        """The adapters as they are; each layer's overlap, which grows with the rank and the number of tasks, is reported."""
+        """The adapters as they are.
+
+        Each layer's overlap, which grows with the rank and the number of tasks, is reported.
+        """
         ctx.report["overlap"] = {
             name: float(overlap(earlier.cpu(), deltas[name].A)) for name, earlier in self._earlier.items()
         }

@@ -65,7 +65,9 @@ class PaperRules:
     def statistics(
         groups: list[list[Layer]], bases: Mapping[str, Tensor], budget: int, seed: int
     ) -> dict[str, SecondMoment | SketchedMoment]:
-        """Layer name → statistic of its features: exact and one per distinct input where all of them fit the budget (bytes), else sketched.
+        """Layer name → statistic of its features.
+
+        Exact and one per distinct input where all of them fit the budget (bytes), else sketched.
 
         Raises:
             ShapeError: if not even the smallest sketches fit.
@@ -86,7 +88,8 @@ class PaperRules:
         least, squares = smallest_sketches(layers), sum(layer.module.in_features**2 for layer in layers)
         if budget < least:
             raise ShapeError(
-                f"{budget} bytes hold no sketch of {SMALLEST} directions for each of {len(layers)} layers, which take {least} bytes"
+                f"{budget} bytes hold no sketch of {SMALLEST} directions for each of {len(layers)} layers, "
+                f"which take {least} bytes"
             )
         found: dict[str, SecondMoment | SketchedMoment] = {}
         for layer in layers:
@@ -175,7 +178,10 @@ class _RunningMean:
         self._shape: torch.Size | None = None
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """Add a batch (images, tokens, in); padding is kept, as there, and a shorter last batch is left out."""
+        """Add a batch (images, tokens, in).
+
+        Padding is kept, as there, and a shorter last batch is left out.
+        """
         self._shape = self._shape or x.shape
         if x.shape == self._shape:
             self.mean.add(x)
@@ -191,7 +197,10 @@ class _RunningMean:
 
 
 class ReleasedLlavaRules(PaperRules):
-    """What the authors' released LLaVA code does (DCL_UCIT folder), for comparison runs: B from zero, no W'."""
+    """What the authors' released LLaVA code does (DCL_UCIT folder), for comparison runs.
+
+    B from zero, no W'.
+    """
 
     gradient = "dense"
     evidence = "gradient"

@@ -56,7 +56,9 @@ class Gate(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        """1 or 0 for each picture (b,): drawn in training, with the gradient of the soft choice; the likelier one else.
+        """1 or 0 for each picture (b,): drawn in training, with the gradient of the soft choice.
+
+        The likelier one else.
 
         Args:
             image: (b, p).
@@ -79,8 +81,8 @@ def prompted(
     Args:
         attentions: of an encoder.
         prompts: one for each of the first of them.
-        factors: the number of an attention → what its part is multiplied by, one for all examples or one for each (b,); None
-            for no part at all.
+        factors: the number of an attention → what its part is multiplied by, one for all examples or one for
+            each (b,); None for no part at all.
     """
     with ExitStack() as held:
         for number, own in enumerate(prompts):

@@ -27,5 +27,8 @@ class Reference:
     record: Mapping[str, Any]
 
     def draw(self, size: int, *seed: int) -> list[int]:
-        """Indices of some pictures, none twice: a pure function of the arguments, which no other generator feels."""
+        """Indices of some pictures, none twice.
+
+        A pure function of the arguments, which no other generator feels.
+        """
         return random.Random("/".join(map(str, seed))).sample(range(self.count), min(size, self.count))

@@ -64,7 +64,10 @@ def encoder_layers(model: Any) -> dict[str, nn.ModuleList]:
 
 
 class RoutedMethod(Method):
-    """A method without LoRA adapters whose modules are chosen picture by picture; see the module's docstring."""
+    """A method without LoRA adapters whose modules are chosen picture by picture.
+
+    See the module's docstring.
+    """
 
     uses_lora = False
     supports_zero3 = False

@@ -1,24 +1,29 @@
-"""SD-LoRA: every task adds a direction; the magnitudes of all directions stay trainable (ICLR 2025, equation 4).
+"""SD-LoRA: every task adds a direction.
 
-W_t = W_0 + Σ_{k≤t} α_k N_k. While task t trains, N_t = s B_t A_t and all α move; the N_k of earlier tasks are frozen. Each
-magnitude is one number for all layers, as in the paper. What task t leaves behind is its own direction and, exactly and as
-low-rank terms, what it did to the others: α_t s B_t A_t + Σ_{k<t} (Δα_k) N_k. So the model of any stage still is the base and a
-list of deltas, and N_k, the first r rows of task k's delta, needs no other place. Published for ViT-B/16: q and v, r 10,
-Adam, learning rate 0.008, batch 128.
+The magnitudes of all directions stay trainable (ICLR 2025, equation 4).
+
+W_t = W_0 + Σ_{k≤t} α_k N_k. While task t trains, N_t = s B_t A_t and all α move; the N_k of earlier tasks are
+frozen. Each magnitude is one number for all layers, as in the paper. What task t leaves behind is its own
+direction and, exactly and as
+low-rank terms, what it did to the others: α_t s B_t A_t + Σ_{k<t} (Δα_k) N_k. So the model of any stage still
+is the base and a list of deltas, and N_k, the first r rows of task k's delta, needs no other place. Published
+for ViT-B/16: q and v, r 10, Adam, learning rate 0.008, batch 128.
 
 Where this differs:
 
-- from the paper: a direction is not scaled to ‖N_k‖_F = 1 but frozen with the norm that it has at its task's end, in each layer
-  its own, and α_k goes on from 1 there. The paper's form has 0/0 at B = 0. The span, and the number of trained magnitudes, are the
-  same, and no task begins with a jump. The variants with falling ranks (RR) and with merged directions (KD) are not here.
-- from the official code (WuYichen-97/SD-Lora-CL): that divides by ‖B_k‖_F ‖A_k‖_F, discards the learned magnitudes at every
-  task's start for 0.8, and holds 20 earlier tasks; there task t + 1 does not begin with task t's model.
-- from both: CLIP's two encoders and LLaVA's language model take the place of a ViT with a head for its classes; s is alpha / r, where the
-  official code has no alpha.
+- from the paper: a direction is not scaled to ‖N_k‖_F = 1 but frozen with the norm that it has at its task's
+  end, in each layer its own, and α_k goes on from 1 there. The paper's form has 0/0 at B = 0. The span, and
+  the number of trained magnitudes, are the same, and no task begins with a jump. The variants with falling
+  ranks (RR) and with merged directions (KD) are not here.
+- from the official code (WuYichen-97/SD-Lora-CL): that divides by ‖B_k‖_F ‖A_k‖_F, discards the learned
+  magnitudes at every task's start for 0.8, and holds 20 earlier tasks; there task t + 1 does not begin with
+  task t's model.
+- from both: CLIP's two encoders and LLaVA's language model take the place of a ViT with a head for its
+  classes; s is alpha / r, where the official code has no alpha.
 - weight decay pulls a magnitude towards its value at the task's start, not towards 0.
 
-The delta of task t has rank t r, and the tasks' deltas together one of t (t + 1) r / 2 where t r would do; `export --rank` with t r
-loses nothing.
+The delta of task t has rank t r, and the tasks' deltas together one of t (t + 1) r / 2 where t r would do;
+`export --rank` with t r loses nothing.
 
 Legend: in / out features of a layer, r rank, t the task's number.
 """
@@ -38,7 +43,8 @@ from llava_keeplora.deepspeed_zero import trained_values
 from llava_keeplora.methods.base import MethodInfo, TaskContext
 from llava_keeplora.methods.seq_lora import SequentialLora
 
-#: What the model calls the parameter: how much each magnitude has moved since the task's start, the new one's last.
+#: What the model calls the parameter: how much each magnitude has moved since the task's start, the new one's
+#: last.
 SHIFT = "magnitude_shift"
 
 
@@ -90,7 +96,10 @@ class SdLora(SequentialLora):
 
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
-        """Put the magnitudes on the model; the weights hold the earlier directions already, as they were at the task's start."""
+        """Put the magnitudes on the model.
+
+        The weights hold the earlier directions already, as they were at the task's start.
+        """
         layers, deltas = lora_layers(model), ctx.deltas()
         A = next(iter(layers.values())).lora_A[ADAPTER].weight
         self._shift = nn.Parameter(torch.zeros(len(deltas) + 1, dtype=A.dtype, device=A.device))

@@ -1,10 +1,14 @@
-"""Sequential LoRA: a fresh adapter for every task, trained by the task's loss and merged; nothing is protected (arXiv 2106.09685).
+"""Sequential LoRA: a fresh adapter for every task, trained by the task's loss and merged.
 
-A starts Kaiming-uniform and B at zero, both train, and s B A is added to the weights (Hu et al. 2021); LoRA's paper has one task. Published
-for sequences (MCITlib, LLaVA): all linear layers of the language model, r 16 or 32, alpha 2 r, dropout 0.05.
+Nothing is protected (arXiv 2106.09685).
 
-Where this differs from MCITlib's LoRA-FT: that goes on training one adapter (*continue*), here every task has a fresh one on the merged
-weights (*merge and fresh*), as every other method of the table does; and there is no dropout.
+A starts Kaiming-uniform and B at zero, both train, and s B A is added to the weights (Hu et al. 2021); LoRA's
+paper has one task. Published for sequences (MCITlib, LLaVA): all linear layers of the language model, r 16 or
+32, alpha 2 r, dropout 0.05.
+
+Where this differs from MCITlib's LoRA-FT: that goes on training one adapter (*continue*), here every task has
+a fresh one on the merged weights (*merge and fresh*), as every other method of the table does; and there is
+no dropout.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class Zscl(Method):
         Args:
             label_smoothing: of the task's own loss.
             temperature: τ of the distillation.
-            distillation: weight of the distillation, over texts and over pictures alike; the official `weight_adjust` is 0.5.
+            distillation: weight of the distillation, over texts and over pictures alike; the official
+                `weight_adjust` is 0.5.
             constraint: weight of the squared distance to the task's start.
             ensemble_every: steps from one point of the mean to the next; 0 leaves the last step's weights.
             reference_batch: reference pictures in a step.

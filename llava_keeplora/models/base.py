@@ -54,14 +54,17 @@ class Inputs(Protocol):
 
 
 class Family(Protocol):
-    """A model with its processor. It is opened without its weights, so that data are checked before they are loaded.
+    """A model with its processor.
+
+    It is opened without its weights, so that data are checked before they are loaded.
 
     Attributes:
         name: as methods name it.
         path, revision: the folder or Hub id that it is loaded from.
         kinds: of tasks that it can learn.
         parts: part → dotted prefix of its layers.
-        targets: part → leaf names of the linear layers that are adapted unless a configuration says otherwise.
+        targets: part → leaf names of the linear layers that are adapted unless a configuration says
+            otherwise.
         model: the model, after `load`; after `skeleton` one without weights.
         quantization: the form of the frozen base's linear layers, or None.
         skip_quantization: dotted prefixes of what stays unquantised all the same.

@@ -88,7 +88,8 @@ class ClipFamily:
 
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights; see `load_checked`."""
-        # DeepSpeed can't load CLIP's temperature, a scalar, in shards; the whole of a CLIP fits into any process.
+        # DeepSpeed can't load CLIP's temperature, a scalar, in shards; the whole of a CLIP fits into any
+        # process.
         with loaded_whole():
             form = quantization_kwargs(self.quantization, dtype, self.skip_quantization)
             model = load_checked(
@@ -138,7 +139,8 @@ class ClipFamily:
         """Whether every example can be answered.
 
         Raises:
-            EvalError: for a task that is no classification, or a class prompt that the model would see cut short.
+            EvalError: for a task that is no classification, or a class prompt that the model would see cut
+                short.
         """
         check_questions(self.preparation, data)
 
@@ -222,7 +224,9 @@ class ClipTask(TaskModel):
 
     @contextmanager
     def constants(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-        """While the weights stand still, run the prompts once; gives T and what the batches sent back to it, summed in fp32.
+        """While the weights stand still, run the prompts once.
+
+        Gives T and what the batches sent back to it, summed in fp32.
 
         The loss of every batch reads the same text features T, so Σ ∂loss/∂W = (∂T/∂W)ᵀ Σ ∂loss/∂T.
         """

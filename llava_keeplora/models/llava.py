@@ -1,4 +1,7 @@
-"""The LLaVA family: LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, on questions, captions and classes as answers."""
+"""The LLaVA family.
+
+LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, on questions, captions and classes as answers.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ class LlavaFamily:
     Args:
         path: a local folder or a Hub id.
         revision: the Hub revision.
-        max_length: the most tokens of an example, image tokens included; the language model's own limit when None.
+        max_length: the most tokens of an example, image tokens included; the language model's own limit when
+            None.
         max_new_tokens: of an answer.
         quantization: see `ModelConfig`.
         generation: of an answer; see `EvaluationConfig`.
@@ -150,7 +154,10 @@ class LlavaFamily:
         ]
 
     def _reached(self, part: str, name: str) -> bool:
-        """Whether a layer feeds the features: `vision_feature_layer` indexes hidden states, the embedding's being 0."""
+        """Whether a layer feeds the features.
+
+        `vision_feature_layer` indexes hidden states, the embedding's being 0.
+        """
         if part != "vision":
             return True
         depth = self.config.vision_config.num_hidden_layers
@@ -182,7 +189,10 @@ class LlavaFamily:
         return LlavaTask(self.model)
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> LlavaPredictor:
-        """What answers the task's examples with the present weights; with exactly so many `tokens` each, where they are given."""
+        """What answers the task's examples with the present weights.
+
+        With exactly so many `tokens` each, where they are given.
+        """
         return LlavaPredictor(
             self.model,
             self.processor,
@@ -196,7 +206,10 @@ class LlavaFamily:
 
 
 def _feature_layers(config) -> list[int]:
-    """Indices of the vision encoder's hidden states that the projector reads, as a configuration has them: one or several."""
+    """Indices of the vision encoder's hidden states that the projector reads, as a configuration has them.
+
+    One or several.
+    """
     chosen = config.vision_feature_layer
     return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
 
@@ -204,7 +217,8 @@ def _feature_layers(config) -> list[int]:
 class LlavaInputs:
     """Token ids and images of a split, one entry per answer to learn; see `Inputs`.
 
-    A question with several answers is trained on the one most often given, an image with several captions on each.
+    A question with several answers is trained on the one most often given, an image with several captions on
+    each.
 
     Args:
         data: the split.
@@ -229,8 +243,8 @@ class LlavaInputs:
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` (batch, tokens), padded on the right, and the images.
 
-        `labels` are the ids of the answer's tokens and `IGNORE` elsewhere. `image_counts` (batch,) says how many images
-        belong to each example.
+        `labels` are the ids of the answer's tokens and `IGNORE` elsewhere. `image_counts` (batch,) says how
+        many images belong to each example.
         """
         turns, pictures = [self.turns[i] for i in indices], self.images.take([self.rows[i] for i in indices])
         width = max(len(prompt) + len(reply) for prompt, reply in turns)
@@ -255,7 +269,8 @@ class LlavaTask(TaskModel):
         counts_examples: whether the loss is the mean of the examples' own means instead.
     """
 
-    #: `transformers.Trainer` counts the answer tokens of every optimiser step, because batches hold different numbers of them.
+    #: `transformers.Trainer` counts the answer tokens of every optimiser step, because batches hold different
+    #: numbers of them.
     accepts_loss_kwargs = True
 
     def __init__(self, model: nn.Module, counts_examples: bool = False):
@@ -291,7 +306,8 @@ class LlavaTask(TaskModel):
     def _without_images(self) -> Tensor:
         """Zero, as a function of the vision encoder and the projector.
 
-        Processes that share gradients wait for every trainable tensor's, and a batch of text alone would give none.
+        Processes that share gradients wait for every trainable tensor's, and a batch of text alone would give
+        none.
         """
         model = self.model.model
         trained = [
@@ -314,7 +330,10 @@ class LlavaTask(TaskModel):
         return model.multi_modal_projector(used)
 
     def probe(self, batch: Mapping[str, Tensor]) -> None:
-        """Run every layer once: on the batch's first example, and without its pictures, where it has none, on one without content."""
+        """Run every layer once.
+
+        On the batch's first example, and without its pictures, where it has none, on one without content.
+        """
         first = self.first(batch)
         self(**first)
         if "pixel_values" not in first:
@@ -341,5 +360,8 @@ class LlavaTask(TaskModel):
         )
 
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Which tokens of a part's layers carry content: padding of the text doesn't, every image token does."""
+        """Which tokens of a part's layers carry content.
+
+        Padding of the text doesn't, every image token does.
+        """
         return batch["attention_mask"].bool() if part == "language" else None

@@ -1,10 +1,12 @@
-"""A model without weights, on the meta device: its layers, shapes and dtypes as a load would give them, for planning.
+"""A model without weights, on the meta device.
 
-Quantised linear layers are stood in for: they hold as many bytes as bitsandbytes' would, and a pass through one makes the
-tensors that bitsandbytes' would.
+Its layers, shapes and dtypes as a load would give them, for planning.
 
-Legend: in / out features of a layer. Source of the forms: Dettmers et al., QLoRA (2023, arXiv:2305.14314) and LLM.int8()
-(2022, arXiv:2208.07339).
+Quantised linear layers are stood in for: they hold as many bytes as bitsandbytes' would, and a pass through
+one makes the tensors that bitsandbytes' would.
+
+Legend: in / out features of a layer. Source of the forms: Dettmers et al., QLoRA (2023, arXiv:2305.14314) and
+LLM.int8() (2022, arXiv:2208.07339).
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def build_meta_model(
     Args:
         make: makes the model from its configuration.
         quantization: `nf4`, `int8` or None.
-        skip_quantization: dotted prefixes of what is left as it is where the other linear layers are quantised.
+        skip_quantization: dotted prefixes of what is left as it is where the other linear layers are
+            quantised.
     """
     with torch.device("meta"):
         model = make()
@@ -69,7 +72,10 @@ class QuantisedLinear(nn.Linear):
 
 
 class _ThroughQuantised(torch.autograd.Function):
-    """What a product with a quantised weight makes: NF4 is expanded in both passes, int8 in the backward pass alone."""
+    """What a product with a quantised weight makes.
+
+    NF4 is expanded in both passes, int8 in the backward pass alone.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, width: int, bias: Tensor | None) -> Tensor:
@@ -78,8 +84,9 @@ class _ThroughQuantised(torch.autograd.Function):
             dense = x.new_empty(ctx.shape)
             with torch.autocast(x.device.type, enabled=False):
                 return nn.functional.linear(x, dense, bias)
-        # bitsandbytes keeps the input as it came, and makes a half-precision and an 8-bit copy of it for the product, which its
-        # kernels for any CPU form in fp32, whole numbers next, and scale; those for GPUs and newer CPUs make less of it.
+        # bitsandbytes keeps the input as it came, and makes a half-precision and an 8-bit copy of it for the
+        # product, which its kernels for any CPU form in fp32, whole numbers next, and scale; those for GPUs
+        # and newer CPUs make less of it.
         ctx.kept = x
         half, codes = x.to(torch.float16), torch.empty_like(x, dtype=torch.int8)  # noqa: F841  held while it is measured
         with torch.autocast(x.device.type, enabled=False):

@@ -1,6 +1,7 @@
 """Bases that bitsandbytes keeps in four or eight bits: how they are loaded.
 
-Source: Dettmers et al., QLoRA (2023, arXiv:2305.14314) for `nf4`, LLM.int8() (2022, arXiv:2208.07339) for `int8`.
+Source: Dettmers et al., QLoRA (2023, arXiv:2305.14314) for `nf4`, LLM.int8() (2022, arXiv:2208.07339) for
+`int8`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import nn
 def quantization_kwargs(
     kind: str | None, dtype: torch.dtype, skip_quantization: Sequence[str]
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told to load linear layers in a quantised form; nothing where the kind is None.
+    """What `from_pretrained` is told to load linear layers in a quantised form.
+
+    Nothing where the kind is None.
 
     Args:
         kind: `nf4` (its scales quantised too) or `int8`.
@@ -51,8 +54,8 @@ def quantization_kwargs(
 def keep_form(model: nn.Module) -> None:
     """Let quantised weights stay in the form that they were loaded in.
 
-    On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in place in its first evaluation, after which it can neither
-    be trained through nor expanded.
+    On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in place in its first evaluation, after
+    which it can neither be trained through nor expanded.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -60,7 +63,10 @@ def keep_form(model: nn.Module) -> None:
 
 
 def leave_checkpoint(model: nn.Module) -> None:
-    """Copy what was not quantised out of the checkpoint's mapped file: one view into it keeps all of its pages in memory."""
+    """Copy what was not quantised out of the checkpoint's mapped file.
+
+    One view into it keeps all of its pages in memory.
+    """
     for p in model.parameters():
         if p.device.type == "cpu" and p.is_floating_point():
             p.data = p.data.clone()

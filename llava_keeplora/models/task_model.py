@@ -1,4 +1,7 @@
-"""What every family's model on a task has: the model inside, and how `transformers.Trainer` asks it to recompute activations."""
+"""What every family's model on a task has.
+
+The model inside, and how `transformers.Trainer` asks it to recompute activations.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +45,17 @@ class TaskModel(nn.Module):
         raise NotImplementedError
 
     def counting_examples(self) -> "TaskModel":
-        """The model on the same task with a loss in which every example counts alike; itself where every one does anyhow."""
+        """The model on the same task with a loss in which every example counts alike.
+
+        Itself where every one does anyhow.
+        """
         return self
 
     def at_every_position(self) -> "TaskModel":
-        """The model on the same task with its prompts filled up to the last position, none of them masked; itself without prompts."""
+        """The model on the same task with its prompts filled up to the last position, none of them masked.
+
+        Itself without prompts.
+        """
         return self
 
     @property
@@ -63,11 +72,13 @@ class TaskModel(nn.Module):
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs
     ) -> None:
         """Recompute activations in the backward pass; `transformers.Trainer` calls this."""
-        # The re-entrant form sends no gradient through a block whose input needs none, such as the first of a frozen model.
+        # The re-entrant form sends no gradient through a block whose input needs none, such as the first of a
+        # frozen model.
         self.model.activation_checkpointing_enable(
             {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}, **kwargs
         )
-        # That form alone needs embeddings that ask for a gradient; they would send the backward pass through frozen encoders.
+        # That form alone needs embeddings that ask for a gradient; they would send the backward pass through
+        # frozen encoders.
         self.model.disable_input_require_grads()
 
     def activation_checkpointing_disable(self) -> None:

@@ -2,7 +2,8 @@
 
 import importlib
 
-#: Public name → its module, imported when the name is first used: a start checks the machine and rehearses nothing.
+#: Public name → its module, imported when the name is first used: a start checks the machine and rehearses
+#: nothing.
 _MODULES = {
     "Machine": "machine",
     "MethodPlan": "plan",

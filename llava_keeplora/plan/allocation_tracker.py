@@ -1,12 +1,14 @@
-"""The peak memory of code that never computes: fake tensors for what is floating point, real ones for small whole numbers.
+"""The peak memory of code that never computes.
 
-A model's control flow hangs on whole numbers (which tokens are images, which are answers), its memory on floating point. So
-small integer and Boolean tensors stay real and every data-dependent step goes the way it would; floating-point tensors have
-a shape, a dtype and a storage, but no memory. Whole numbers that would be computed from them (an argmax, a comparison) are
-zero.
+Fake tensors for what is floating point, real ones for small whole numbers.
 
-Attention takes the road of PyTorch's fused CPU kernel, which like the fused CUDA ones keeps no matrix of scores. What a
-kernel allocates inside itself is not seen.
+A model's control flow hangs on whole numbers (which tokens are images, which are answers), its memory on
+floating point. So small integer and Boolean tensors stay real and every data-dependent step goes the way it
+would; floating-point tensors have a shape, a dtype and a storage, but no memory. Whole numbers that would be
+computed from them (an argmax, a comparison) are zero.
+
+Attention takes the road of PyTorch's fused CPU kernel, which like the fused CUDA ones keeps no matrix of
+scores. What a kernel allocates inside itself is not seen.
 """
 
 from __future__ import annotations
@@ -103,7 +105,10 @@ class _FakeMeter(Meter):
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """All tensors of nested lists and tuples; twenty times as quick as a tree of any kind, and there are ten thousands."""
+    """All tensors of nested lists and tuples.
+
+    Twenty times as quick as a tree of any kind, and there are ten thousands.
+    """
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
@@ -141,7 +146,10 @@ def metered() -> Iterator[Meter]:
 
 @contextmanager
 def faked(model: nn.Module) -> Iterator[None]:
-    """Inside `metered`: give a model on the meta device fake weights on the CPU for the length of the block."""
+    """Inside `metered`.
+
+    Give a model on the meta device fake weights on the CPU for the length of the block.
+    """
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:

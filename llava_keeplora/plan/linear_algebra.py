@@ -1,7 +1,8 @@
 """Bytes that the subspaces' computations take for one layer beside what they are given, tensor by tensor.
 
-They look at values (how many directions reach an energy), so they can't be rehearsed on fake tensors; each function lists
-what is alive at the most expensive moment of the code that it names, on its most expensive way.
+They look at values (how many directions reach an energy), so they can't be rehearsed on fake tensors; each
+function lists what is alive at the most expensive moment of the code that it names, on its most expensive
+way.
 
 Legend: in / out features of a layer, n = min(in, out), k columns of a basis, r rank, w sketch width.
 """
@@ -24,8 +25,9 @@ STEPS = 2000
 def weight_basis(out_dim: int, in_dim: int, columns: int, size: int) -> int:
     """`subspace/principal.py`, from a weight of `size` bytes per number.
 
-    The weight in fp32 (twice while it is scaled), its Gram matrix, the eigenvectors and the eigensolver's work, or Ritz
-    blocks of up to a third of that size six times; for a wide weight the vectors mapped to the input side and their QR.
+    The weight in fp32 (twice while it is scaled), its Gram matrix, the eigenvectors and the eigensolver's
+    work, or Ritz blocks of up to a third of that size six times; for a wide weight the vectors mapped to the
+    input side and their QR.
     """
     n, weight = min(out_dim, in_dim), out_dim * in_dim
     scaling = F32 * weight * (1 if size == F32 else 2)
@@ -37,8 +39,8 @@ def weight_basis(out_dim: int, in_dim: int, columns: int, size: int) -> int:
 def feature_directions(in_dim: int, columns: int, exact: bool) -> int:
     """Return the bytes that `subspace/features.py` takes, from an exact second moment.
 
-    These are the residual moment and one more of its size while it is formed; then the complement of the basis, its image, the
-    small problem, its eigenvectors and the work, in fp64.
+    These are the residual moment and one more of its size while it is formed; then the complement of the
+    basis, its image, the small problem, its eigenvectors and the work, in fp64.
 
     Args:
         in_dim: in.
@@ -53,7 +55,10 @@ def feature_directions(in_dim: int, columns: int, exact: bool) -> int:
 
 
 def sketched_feature_directions(in_dim: int, size: int) -> int:
-    """`subspace/feature_sketch.py`: test vectors, residual image, factor, its singular vectors, and their copy in the result."""
+    """`subspace/feature_sketch.py`.
+
+    Test vectors, residual image, factor, its singular vectors, and their copy in the result.
+    """
     return F64 * 6 * in_dim * size
 
 
@@ -76,10 +81,12 @@ def gradient_directions(out_dim: int, in_dim: int, width: int | None) -> int:
 
 @cache
 def random_rank(out_dim: int, in_dim: int, energy: float) -> int:
-    """How many singular vectors of a random matrix hold a share of its energy; a trained weight's spectrum is no flatter.
+    """How many singular vectors of a random matrix hold a share of its energy.
 
-    Source: the Marchenko-Pastur law (1967). With x = 1 + q − 2√q cos θ, q = n / max(in, out), the eigenvalues of W Wᵀ have
-    the energy (θ − sin θ cos θ) / π below θ.
+    A trained weight's spectrum is no flatter.
+
+    Source: the Marchenko-Pastur law (1967). With x = 1 + q − 2√q cos θ, q = n / max(in, out), the eigenvalues
+    of W Wᵀ have the energy (θ − sin θ cos θ) / π below θ.
     """
     n = min(out_dim, in_dim)
     ratio = n / max(out_dim, in_dim)

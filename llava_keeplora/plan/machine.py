@@ -22,7 +22,8 @@ from llava_keeplora.subspace import GradientSketch, sketch_width
 
 GB = 1e9
 F32 = 4
-#: What a process holds before it has a model: Python and its libraries; on a GPU, the CUDA context with its libraries' work space.
+#: What a process holds before it has a model: Python and its libraries; on a GPU, the CUDA context with its
+#: libraries' work space.
 LIBRARIES, CONTEXT = 0.8e9, 0.6e9
 #: Of a group of processes (cgroup version 2, then 1): a container may have less than the machine.
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -100,8 +101,8 @@ def check_start(
 ) -> dict[str, Changed]:
     """Refuse a run that cannot fit, whatever its data are; everything else is `llava-keeplora plan`'s.
 
-    Weights and the statistics of one pass are there at the same time in every run, and beside them, where there is no GPU,
-    the copies of the weights that change. A model that ZeRO-3 splits is let through.
+    Weights and the statistics of one pass are there at the same time in every run, and beside them, where
+    there is no GPU, the copies of the weights that change. A model that ZeRO-3 splits is let through.
 
     Args:
         config: the run.
@@ -155,13 +156,17 @@ def check_start(
         f"take {fewer}a smaller model or more memory",
     )
     raise ConfigError(
-        f"the run needs at least {sum(least.values()) / GB:.1f} GB ({', '.join(f'{what} {size / GB:.1f}' for what, size in least.items())}), but {where}",
+        f"the run needs at least {sum(least.values()) / GB:.1f} GB "
+        f"({', '.join(f'{what} {size / GB:.1f}' for what, size in least.items())}), but {where}",
         f"{fits}; `llava-keeplora plan` says stage by stage what fits",
     )
 
 
 def changed_layers(config: RunConfig, family: Family) -> dict[str, Changed]:
-    """Label → what its method changes of the family's model, which is given a skeleton; see `check_method`."""
+    """Label → what its method changes of the family's model, which is given a skeleton.
+
+    See `check_method`.
+    """
     with loaded_whole():
         family.skeleton(DTYPES[config.model.dtype])
     return {
@@ -237,7 +242,10 @@ def sketching(config: RunConfig, label: str) -> RunConfig:
 
 
 def gradient_bytes(config: RunConfig, label: str, changed: Changed) -> int:
-    """Bytes of the sums of a method's first gradient pass: of the sketch where it is worth it, else of the gradient."""
+    """Bytes of the sums of a method's first gradient pass.
+
+    Of the sketch where it is worth it, else of the gradient.
+    """
     method, total = _keeplora(config, label), 0
     if method is None:
         return 0

@@ -1,8 +1,8 @@
 """The peak memory of every stage of one method, rehearsed without weights.
 
-Passes, training steps and answers run the run's own code on fake tensors (see `meter.py`). What looks at values can't be
-rehearsed and is worked out in `linear_algebra.py`. Not counted: the interpreter and the libraries themselves, the CUDA
-context, the allocator's gaps, and the examples' texts.
+Passes, training steps and answers run the run's own code on fake tensors (see `meter.py`). What looks at
+values can't be rehearsed and is worked out in `linear_algebra.py`. Not counted: the interpreter and the
+libraries themselves, the CUDA context, the allocator's gaps, and the examples' texts.
 
 Legend: in / out features of a layer, k columns of its basis, T tasks.
 """
@@ -110,7 +110,10 @@ class MemoryEstimate:
         return getattr(self, f"_{stage}")
 
     def columns(self, layer: Layer, tasks: int) -> int:
-        """K of a layer after so many tasks: of a weight with a random one's spectrum, and a share of the input per task."""
+        """K of a layer after so many tasks.
+
+        Of a weight with a random one's spectrum, and a share of the input per task.
+        """
         out_dim, in_dim = layer.module.out_features, layer.module.in_features
         weight = (
             linear_algebra.random_rank(out_dim, in_dim, layer.energy_weight)
@@ -177,7 +180,10 @@ class MemoryEstimate:
         return kept - left
 
     def _sum(self, device: int, *, tasks: int, host: int = 0) -> Peak:
-        """A peak from what a stage takes beside what is there all along: the model, and what a run keeps to rebuild it."""
+        """A peak from what a stage takes beside what is there all along.
+
+        The model, and what a run keeps to rebuild it.
+        """
         whole, shards = self.sharding.parameters(self.model_bytes, self.dtype.itemsize)
         # Stacked deltas are kept in fp32 and used in the model's precision.
         size = F32 + (self.dtype.itemsize if self.dtype != torch.float32 else 0)
@@ -199,7 +205,8 @@ class MemoryEstimate:
         # The sum in fp32 and one task's ΔW, and on a GPU the base's weight that was fetched from the host.
         device = largest * (2 * F32 + (0 if self.cpu else self.dtype.itemsize))
         peak = self._sum(device, tasks=count, host=count * F32 * self.delta_numbers)
-        # The checkpoint's files are mapped, and their pages count as the process's. Weights that stay as they are lie in them; others are made beside.
+        # The checkpoint's files are mapped, and their pages count as the process's. Weights that stay as they
+        # are lie in them; others are made beside.
         return (
             Peak(max(peak.device, self._reading))
             if self.cpu
@@ -252,7 +259,8 @@ class MemoryEstimate:
                 )
                 for name, layer in layers.items()
             }
-            # Where one pass falls short, further ones take no more than the first: `GradientSketch.forget_range`.
+            # Where one pass falls short, further ones take no more than the first:
+            # `GradientSketch.forget_range`.
             held = meter.live - given
             meter.peak = meter.live
             task, batch = self._task(), self._batch()
@@ -301,7 +309,8 @@ class MemoryEstimate:
                 except ShapeError as error:
                     enough = enough_gb(least_statistics(list(layers.values())))
                     raise ConfigError(
-                        f"memory.statistics_gb is {self.config.memory.statistics_gb}, and {str(error).rstrip('.')}",
+                        f"memory.statistics_gb is {self.config.memory.statistics_gb}, and "
+                        f"{str(error).rstrip('.')}",
                         f"set it to {enough}, or more",
                     ) from error
                 held = meter.live - before
@@ -414,8 +423,9 @@ class MemoryEstimate:
     def _export(self) -> Peak:
         """Host memory of the costliest form, which is compared in fp32 on a few examples.
 
-        Whether the base is stored in 16 bits or in 32, the model is there in both at once at some time: as it is read, as a merged
-        one is written or turned into fp32, or as the process that loads it again turns it into bf16.
+        Whether the base is stored in 16 bits or in 32, the model is there in both at once at some time: as it
+        is read, as a merged one is written or turned into fp32, or as the process that loads it again turns
+        it into bf16.
         """
         with self._fake_model() as meter, torch.no_grad():
             self._task()(**repeated(self.largest.example, min(EXPORT_EXAMPLES, self.largest.test)))
@@ -495,7 +505,10 @@ def _answer_clip(family: Family, work: Work, size: int) -> None:
 
 
 def _answer_llava(family: Family, work: Work, size: int) -> None:
-    """`LlavaPredictor` on one batch: the first token of every answer, then the last one, with the cache as long as it gets."""
+    """`LlavaPredictor` on one batch.
+
+    The first token of every answer, then the last one, with the cache as long as it gets.
+    """
     model, config = family.model, family.config.text_config
     size *= (family.generation or {}).get("num_beams", 1)
     batch = repeated(work.question, size)

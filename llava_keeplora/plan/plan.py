@@ -50,8 +50,10 @@ class StagePlan:
         stage: its name.
         device: peak bytes on each GPU; of the process on a CPU machine.
         host: peak bytes of a process beside its GPU; 0 on a CPU machine.
-        fits: whether the device has them. Host memory beside GPUs is told and not judged: the machine may be another one.
-        changes: settings with which this stage and all above it fit; None where none was found, or nothing is needed.
+        fits: whether the device has them. Host memory beside GPUs is told and not judged: the machine may be
+            another one.
+        changes: settings with which this stage and all above it fit; None where none was found, or nothing is
+            needed.
     """
 
     stage: str
@@ -247,8 +249,8 @@ class _Scenarios:
         for heavy in self._heavy(start):
             base = {**start, **heavy}
             lights = [{}, *self._light(_changed(self.config, base), label, stage)]
-            # The last one takes the least memory, and where even that is too much, the others needn't be tried; but a budget of
-            # statistics may be too small for any sketch.
+            # The last one takes the least memory, and where even that is too much, the others needn't be
+            # tried; but a budget of statistics may be too small for any sketch.
             if stage == "features" or self.fits({**base, **lights[-1]}, label, stage):
                 yield from (
                     {**base, **light} for light in lights if self.fits({**base, **light}, label, stage)

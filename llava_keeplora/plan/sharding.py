@@ -1,8 +1,9 @@
 """What a DeepSpeed JSON and the number of processes do to the memory of training.
 
-With P trained and M all parameters of i bytes each, N processes, Adam's states and the fp32 master copy (Rajbhandari et
-al., ZeRO, 2020, section 3): ZeRO-1 splits 12 P bytes of them N ways, ZeRO-2 the gradients as well, ZeRO-3 the parameters as
-well, of which those in use are gathered. Buckets are allocated whole, whatever there is to send.
+With P trained and M all parameters of i bytes each, N processes, Adam's states and the fp32 master copy
+(Rajbhandari et al., ZeRO, 2020, section 3): ZeRO-1 splits 12 P bytes of them N ways, ZeRO-2 the gradients as
+well, ZeRO-3 the parameters as well, of which those in use are gathered. Buckets are allocated whole, whatever
+there is to send.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class Sharding:
         return self.stage == 3
 
     def states(self, trained: int) -> tuple[int, int]:
-        """Bytes of Adam's states and the master copy of so many trained numbers: on the device, on the host."""
+        """Bytes of Adam's states and the master copy of so many trained numbers.
+
+        On the device, on the host.
+        """
         share = 12 * trained // (self.world if self.stage else 1)
         return (0, share) if self.optimizer_on_host else (share, 0)
 

@@ -11,9 +11,13 @@ from llava_keeplora.plan.plan import Changes, Plan
 
 
 def describe(plan: Plan) -> str:
-    """A plan as plain-text tables: memory with a verdict for every stage, then parameters and disk, then steps."""
+    """A plan as plain-text tables.
+
+    Memory with a verdict for every stage, then parameters and disk, then steps.
+    """
     lines = [
-        f"planned for {plan.machine}, {plan.machine.room / GB:.1f} GB of it for the run; the model takes {plan.model / GB:.2f} GB",
+        f"planned for {plan.machine}, {plan.machine.room / GB:.1f} GB of it for the run; the model takes "
+        f"{plan.model / GB:.2f} GB",
         "",
     ]
     beside = plan.machine.gpus > 0

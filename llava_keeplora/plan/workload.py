@@ -29,7 +29,8 @@ from llava_keeplora_recipes.readers import READERS
 QUESTION, ANSWER = 96, 32
 #: Tokens of a class prompt, where there is no tokenizer to ask.
 PROMPT = 16
-#: Bytes of a line of predictions beside the answer: JSON keys, an id, the recipe's name, version and fingerprint.
+#: Bytes of a line of predictions beside the answer: JSON keys, an id, the recipe's name, version and
+#: fingerprint.
 LINE = 160
 
 Batch = Mapping[str, Tensor]
@@ -44,7 +45,8 @@ class Work:
         train: examples to learn, a caption each where an image has several.
         test: examples to answer.
         images: examples of both splits together, as the image cache holds them.
-        example: the longest training example as a batch of one; floating-point tensors are on the meta device.
+        example: the longest training example as a batch of one; floating-point tensors are on the meta
+            device.
         question: the longest test example as a batch of one, without its answer.
         prompts: CLIP's class prompts; nothing for other models.
         answer: characters of an answer on average.
@@ -123,7 +125,8 @@ def _read(recipe: Recipe, task: Task | None, config: RunConfig, family: Family) 
     if not {"train", "test"} <= set(sizes):
         raise ConfigError(
             f"the data of '{recipe.name}' are not there and its recipe does not say how many there are",
-            "give the folder that holds them with --data-root, or add `expected_sizes: {train: N, test: M}` to a recipe that extends it",
+            "give the folder that holds them with --data-root, or add `expected_sizes: {train: N, test: M}` "
+            "to a recipe that extends it",
         )
     work = describe(recipe, family, None, None)
     train, test = sizes["train"], sizes["test"]
@@ -215,7 +218,8 @@ def _assumed(family: LlavaFamily) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     config = family.config
     if config.model_type != "llava":
         raise ConfigError(
-            f"how many tokens an image takes in a '{config.model_type}' model depends on its size, and the data are not there",
+            f"how many tokens an image takes in a '{config.model_type}' model depends on its size, and the "
+            "data are not there",
             "give the folder that holds them with --data-root",
         )
     vision = config.vision_config

@@ -37,8 +37,8 @@ def protected_fraction_plot(
         The PNG's path and the SVG's.
 
     Raises:
-        ReportError: no stage, no layer, a layer without ``in``, ``k`` and ``part``, k not in 0..in, or another number of
-            names than stages.
+        ReportError: no stage, no layer, a layer without ``in``, ``k`` and ``part``, k not in 0..in, or
+            another number of names than stages.
         OSError: the folder is missing, or the disk refuses.
     """
     return save(draw_protected_fraction(capacity, stages), path)
@@ -89,7 +89,10 @@ def fractions(capacity: Capacity) -> LayerLines:
 
 
 def layer_lines(values: Sequence[dict[tuple[str, str], float]]) -> LayerLines:
-    """Part -> layer -> its numbers, from one mapping (part, layer) -> number per stage; nan where a stage has none."""
+    """Part -> layer -> its numbers, from one mapping (part, layer) -> number per stage.
+
+    Nan where a stage has none.
+    """
     # Files keep names in alphabetical order, where layer 10 comes before layer 2; parts stay in theirs.
     names = dict.fromkeys(key for stage in values for key in stage)
     parts: dict[str, dict[str, list[float]]] = {part: {} for part, _ in names}

@@ -1,4 +1,7 @@
-"""Methods against each other, a line each: every task's score, what is forgotten of it, and the training loss."""
+"""Methods against each other, a line each.
+
+Every task's score, what is forgotten of it, and the training loss.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,9 @@ def draw_losses(results: Results, palette: Palette) -> Figure | None:
 
 
 def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
-    """What was lost since each task was learned: the mean after every task, and every task's own loss by the last of them.
+    """What was lost since each task was learned.
+
+    The mean after every task, and every task's own loss by the last of them.
 
     None before the second task is scored.
     """
@@ -120,7 +125,10 @@ def _tasks(results: Results) -> list[str]:
 
 
 def _drops(matrix: Matrix) -> list[list[float | None]]:
-    """Row t, column i: how far task i has fallen from its score right after it was learned; None where not measured."""
+    """Row t, column i: how far task i has fallen from its score right after it was learned.
+
+    None where not measured.
+    """
     start = [matrix.rows[i][i] for i in range(len(matrix.tasks))]
     return [
         [None if None in (now, then) else then - now for now, then in zip(row, start)] for row in matrix.rows

@@ -1,4 +1,7 @@
-"""What all pictures share: a palette, lines that can be told apart, and files made without matplotlib's global state."""
+"""What all pictures share.
+
+A palette, lines that can be told apart, and files made without matplotlib's global state.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-#: Okabe and Ito's colours (2008), told apart by colour-blind readers, in the order that keeps neighbours apart.
+#: Okabe and Ito's colours (2008), told apart by colour-blind readers, in the order that keeps neighbours
+#: apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 #: Inches that an entry of a legend takes beside its letters, and each letter.
 LEGEND_MARK, LEGEND_LETTER = 0.6, 0.085
@@ -38,14 +42,16 @@ class Palette:
 
 
 LIGHT = Palette(paper="#ffffff", ink="#1c2024", faint="#c4c9cf", visible=(0.0, 0.88))
-#: Colours of a PNG: enough for soft edges of six lines or for a map's scale, and a fifth of the bytes of all colours.
+#: Colours of a PNG: enough for soft edges of six lines or for a map's scale, and a fifth of the bytes of all
+#: colours.
 PNG_COLOURS = 64
 
 
 def new_figure(size: tuple[float, float], palette: Palette) -> Figure:
     """Return an empty figure of a size in inches, on the palette's paper.
 
-    matplotlib is imported here and where else a picture is drawn, because a run draws at its end and would wait for it at its start.
+    matplotlib is imported here and where else a picture is drawn, because a run draws at its end and would
+    wait for it at its start.
     """
     from matplotlib.figure import Figure
 

@@ -55,7 +55,8 @@ dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 LEGEND = (
-    "Percent. Transfer: how well a task is done before it is learned. Average: over all stages. Last: at the end. "
+    "Percent. Transfer: how well a task is done before it is learned. Average: over all stages. Last: at the "
+    "end. "
     "Forgetting: mean drop from the score right after learning; BWT: the same with the other sign. "
     "The zero-shot row is a model that never changes."
 )
@@ -78,7 +79,8 @@ def render_page(title: str, results: Results, pictures: Mapping[str, Picture], s
     Args:
         title: the page's title.
         results: label -> trials, in display order.
-        pictures: in display order: ``KIND`` for those of all methods together, ``KIND/LABEL`` for a method's own.
+        pictures: in display order: ``KIND`` for those of all methods together, ``KIND/LABEL`` for a method's
+            own.
         settings: what was run; values that are not plain are shown as JSON.
     """
     together = "".join(html_figure(name, picture) for name, picture in pictures.items() if "/" not in name)

@@ -37,7 +37,8 @@ LATEX = {
 def latex_tables(title: str, results: Results, precision: int = 1) -> str:
     """The summary and every matrix as `tabular` environments with the rules of the booktabs package."""
     parts = [
-        f"% {' '.join(title.split())}: scores in percent, mean and sample standard deviation. Needs \\usepackage{{booktabs}}."
+        f"% {' '.join(title.split())}: scores in percent, mean and sample standard deviation. Needs "
+        f"\\usepackage{{booktabs}}."
     ]
     parts.append(latex_table(summary_header(matrices(results)), summary_rows(matrices(results), precision)))
     for name, trials in results.items():
@@ -83,7 +84,10 @@ def summary_csv(results: Results) -> str:
 
 
 def summary_numbers(results: Results) -> tuple[list[str], list[list]]:
-    """A header, and one row per run, unrounded: n, then mean and sample standard deviation of every aggregate; None where there is none."""
+    """A header, and one row per run, unrounded.
+
+    N, then mean and sample standard deviation of every aggregate; None where there is none.
+    """
     found = matrices(results)
     runs = {name: trials for name, trials in found.items() if not is_baseline(name, trials)}
     rows = []
@@ -97,7 +101,10 @@ def summary_numbers(results: Results) -> tuple[list[str], list[list]]:
 
 
 def scores_csv(results: Results) -> str:
-    """Every cell of every matrix, unrounded: one row per run, seed, stage and task; cells not measured are left out."""
+    """Every cell of every matrix, unrounded: one row per run, seed, stage and task.
+
+    Cells not measured are left out.
+    """
     rows = [
         [name, trial.seed, after, task, value]
         for name, trials in results.items()

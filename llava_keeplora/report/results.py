@@ -55,12 +55,14 @@ class Trial:
         seed: of the run.
         run: its name.
         capacity: protected directions per stage.
-        captured: per task, the share of each layer's residual gradient energy that its adapter's directions hold.
+        captured: per task, the share of each layer's residual gradient energy that its adapter's directions
+            hold.
         overlap: T x T mean squared cosines between the tasks' input subspaces; None where there aren't two.
         losses: task -> (optimiser step, training loss).
         costs: stage -> what it took, in the order of the stages.
         needs: what the method asked for; None where it learns nothing.
-        scores: one mapping per stage, the base's first: task -> score as `llava_keeplora_eval.scoring.Score.to_dict` gives it.
+        scores: one mapping per stage, the base's first: task -> score as
+            `llava_keeplora_eval.scoring.Score.to_dict` gives it.
     """
 
     matrix: Matrix

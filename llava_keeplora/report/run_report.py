@@ -47,8 +47,8 @@ SHOWN = ("seed", "sequence", "model", "parts", "training", "data")
 def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[str, list[Matrix]]:
     """Write the tables, pictures and page of a run, or of several side by side.
 
-    The same method with the same settings and other seeds is one row, mean ± sd; other settings get a row of their own, named
-    after the run.
+    The same method with the same settings and other seeds is one row, mean ± sd; other settings get a row of
+    their own, named after the run.
 
     Args:
         runs: the run folders.
@@ -58,7 +58,8 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
         name → matrices, one per seed, zero-shot first.
 
     Raises:
-        RunError: if a folder holds no matrix, runs can't be compared, or there are several and no folder to write to.
+        RunError: if a folder holds no matrix, runs can't be compared, or there are several and no folder to
+            write to.
     """
     folders = [Path(run) for run in runs]
     if into is None and len(folders) > 1:
@@ -101,13 +102,17 @@ def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:
 
 
 def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Trial]]:
-    """Name → trials: a method's label, and the first run's name behind it where runs have other settings for that label."""
+    """Name → trials.
+
+    A method's label, and the first run's name behind it where runs have other settings for that label.
+    """
     groups: dict[tuple[str, str], dict[int, Path]] = {}
     bases = {folder: recorded_base(folder) for folder in found}
     for folder, matrices in found.items():
         identity = read_identity(folder)
         if all(bases.values()):
-            # One model may lie in several places, and the files of one place may have changed between two runs.
+            # One model may lie in several places, and the files of one place may have changed between two
+            # runs.
             identity |= {"model": identity["model"] | {"name_or_path": bases[folder], "revision": None}}
         seed = identity["seed"]
         for label in matrices:
@@ -116,7 +121,8 @@ def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[T
                 continue  # It draws nothing: another seed has the same scores.
             if seed in seeds:
                 raise RunError(
-                    f"{seeds[seed]} and {folder} hold '{label}' with the same settings and the same seed {seed}, which are no two samples",
+                    f"{seeds[seed]} and {folder} hold '{label}' with the same settings and the same seed "
+                    f"{seed}, which are no two samples",
                     "name one of them",
                 )
             seeds[seed] = folder
@@ -132,7 +138,10 @@ def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[T
 
 
 def settings_key(identity: Mapping[str, Any], label: str) -> str:
-    """What a method's result depends on, but for the seed; the untouched model learns nothing, so its model and data are all."""
+    """What a method's result depends on, but for the seed.
+
+    The untouched model learns nothing, so its model and data are all.
+    """
     keys = ("tasks", "model", "data", "evaluation")
     return json.dumps([*(identity.get(key) for key in keys), identity["methods"].get(label)], sort_keys=True)
 
@@ -256,7 +265,10 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
 
 
 def read_capacity(folder: Path) -> Capacity:
-    """One dict per stage, layer → {in, k, part}: the base first, then after each task; empty for methods without one."""
+    """One dict per stage, layer → {in, k, part}: the base first, then after each task.
+
+    Empty for methods without one.
+    """
     stages = []
     for path in sorted(folder.glob("task-*/consolidated.json")):
         capacity = read_record(path).get("capacity")
@@ -266,7 +278,10 @@ def read_capacity(folder: Path) -> Capacity:
 
 
 def room_line(name: str, folder: Path) -> str | None:
-    """Return for how many more tasks a method has room, by its last task's forecast; None without a forecast."""
+    """Return for how many more tasks a method has room, by its last task's forecast.
+
+    None without a forecast.
+    """
     paths = sorted(folder.glob("task-*/consolidated.json"))
     last = read_record(paths[-1]) if paths else {}
     if "forecast" not in last:
@@ -281,7 +296,8 @@ def room_line(name: str, folder: Path) -> str | None:
     tasks, left, layer = min(finite)
     growth, width = last["forecast"][layer]["growth"], last["capacity"][layer]["in"]
     return (
-        f"room of {name}: {tasks} more task{'' if tasks == 1 else 's'} at full rank, if each adds as many directions as those so far; "
+        f"room of {name}: {tasks} more task{'' if tasks == 1 else 's'} at full rank, if each adds as many "
+        "directions as those so far; "
         f"the first layer to fill is {layer}, {left} of {width} directions left, {growth:.1f} fewer a task"
     )
 
@@ -326,7 +342,10 @@ def read_costs(folder: Path) -> dict[str, Cost]:
 
 
 def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
-    """What a run prints at its end, and a report: single runs' matrices, the headline metrics and where everything lies."""
+    """What a run prints at its end, and a report.
+
+    Single runs' matrices, the headline metrics and where everything lies.
+    """
     where = Path(where)
     alone = {name: matrices[0] for name, matrices in results.items() if len(matrices) == 1}
     blocks = [

@@ -32,7 +32,9 @@ def summary_header(results: Mapping[str, Sequence[Matrix]]) -> list[str]:
 
 
 def summary_rows(results: Mapping[str, Sequence[Matrix]], precision: int = 1) -> list[list[str]]:
-    """The summary as text cells: a zero-shot row first, then one row per run, mean ± sample standard deviation over its seeds.
+    """The summary as text cells.
+
+    A zero-shot row first, then one row per run, mean ± sample standard deviation over its seeds.
 
     The zero-shot row is the constant matrix of a model that never changes; a baseline among the results is
     this row and no other. Runs whose zero-shot scores or
@@ -109,11 +111,13 @@ def score_rows(
 ) -> list[list[str]]:
     """Each task's score just after it was learned and at the end, with what style has to do with it.
 
-    Where the score falls and the lenient one does not, the answers are still known and another form of them was learned.
+    Where the score falls and the lenient one does not, the answers are still known and another form of them
+    was learned.
 
     Args:
         tasks: in the order in which they are learned.
-        stages: one mapping per stage, the base's first: task → score as `llava_keeplora_eval.scoring.Score.to_dict` gives it.
+        stages: one mapping per stage, the base's first: task → score as
+            `llava_keeplora_eval.scoring.Score.to_dict` gives it.
         precision: decimals shown.
     """
     rows = []

@@ -42,7 +42,8 @@ class Plot:
     Args:
         name: of its files.
         caption: what it shows.
-        draw: (results of one or all methods, all results, palette) → the figure, or None where there is nothing to draw.
+        draw: (results of one or all methods, all results, palette) → the figure, or None where there is
+            nothing to draw.
     """
 
     name: str
@@ -103,7 +104,8 @@ OF_ALL = (
     ),
     Plot(
         "forgetting",
-        "What was lost since each task was learned, in points of percent: left the mean over the tasks before, after every task; "
+        "What was lost since each task was learned, in points of percent: left the mean over the tasks "
+        "before, after every task; "
         "right each task by the last stage. Below zero: it got better.",
         lambda own, results, palette: draw_forgetting(own, palette),
     ),
@@ -114,7 +116,8 @@ OF_ALL = (
     ),
     Plot(
         "cost",
-        "Time of each kind of stage, summed over the tasks, and its highest peak of memory: on a GPU the tensors of one process, "
+        "Time of each kind of stage, summed over the tasks, and its highest peak of memory: on a GPU the "
+        "tensors of one process, "
         "on a CPU everything that the process holds, libraries included.",
         lambda own, results, palette: draw_costs(own, palette),
     ),
@@ -125,13 +128,16 @@ OF_ONE = (
     Plot("capacity", "Share of each layer's input space that is protected, stage after stage.", _capacity),
     Plot(
         "captured",
-        "Share of the energy of each layer's first-step gradient, outside the protected subspace, that the task's adapter directions hold.",
+        "Share of the energy of each layer's first-step gradient, outside the protected subspace, that the "
+        "task's adapter directions hold.",
         _captured,
     ),
     Plot(
         "overlap",
-        "Overlap of the tasks' input subspaces (the rows of each adapter's A): mean squared cosine of the principal angles, averaged over "
-        "the layers; 1 where one subspace holds the other, 0 where they are orthogonal, about rank / width for two random ones.",
+        "Overlap of the tasks' input subspaces (the rows of each adapter's A): mean squared cosine of the "
+        "principal angles, averaged over "
+        "the layers; 1 where one subspace holds the other, 0 where they are orthogonal, about rank / width "
+        "for two random ones.",
         _overlap,
     ),
 )
@@ -199,13 +205,15 @@ def _check(results: Results) -> None:
     for label, trial in trials:
         if trial.matrix.tasks != trials[0][1].matrix.tasks:
             raise ReportError(
-                f"'{trials[0][0]}' and '{label}' have different tasks ({_listed(trials[0][1])} against {_listed(trial)})",
+                f"'{trials[0][0]}' and '{label}' have different tasks ({_listed(trials[0][1])} against "
+                f"{_listed(trial)})",
                 "report them apart, because their scores mean different things",
             )
         # A run in progress has fewer stages than tasks; one that isn't of this matrix has more.
         if len(trial.capacity) > len(trial.matrix.tasks) + 1:
             raise ReportError(
-                f"a capacity of {len(trial.capacity)} stages belongs to a matrix of {len(trial.matrix.tasks)} tasks",
+                f"a capacity of {len(trial.capacity)} stages belongs to a matrix of "
+                f"{len(trial.matrix.tasks)} tasks",
                 "give the stage of the weights, then one stage per task at most",
             )
 

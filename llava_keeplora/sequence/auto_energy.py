@@ -50,7 +50,8 @@ def choose_energy_weight(context: RunContext, layers: Mapping[str, Layer], part:
         lambda: context.first_of(_zero_shot(context)),
     )
     logger.info(
-        "energy_weight of %s: %g, at which its principal parts alone, %.0f %% of the directions, score %.1f of the model's %.1f %% before any task",
+        "energy_weight of %s: %g, at which its principal parts alone, %.0f %% of the directions, score %.1f "
+        "of the model's %.1f %% before any task",
         part,
         choice.energy,
         100 * choice.directions,

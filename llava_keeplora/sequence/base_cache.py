@@ -2,8 +2,8 @@
 
 It holds images as the model takes them, zero-shot answers, and a method's base statistics.
 
-The name of an entry is a hash of everything that its files depend on, so nothing in the cache goes out of date. An entry
-whose files are damaged is made again.
+The name of an entry is a hash of everything that its files depend on, so nothing in the cache goes out of
+date. An entry whose files are damaged is made again.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class BaseCache:
             return None
 
     def rows(self, what: Mapping[str, Any]) -> list[dict[str, Tensor]] | None:
-        """What `put_rows` kept, mapped from the files, so that all processes of a machine hold it once; None where there is no whole entry.
+        """What `put_rows` kept, mapped from the files, so that all processes of a machine hold it once.
+
+        None where there is no whole entry.
 
         Args:
             what: what it depends on beside what is common.
@@ -118,7 +120,9 @@ class BaseCache:
     def put_rows(
         self, what: Mapping[str, Any], pieces: Iterable[list[dict[str, Tensor]]]
     ) -> list[dict[str, Tensor]]:
-        """Keep rows of tensors for other runs, and give them back, mapped from the files; where nothing can be kept, as they are.
+        """Keep rows of tensors for other runs, and give them back, mapped from the files.
+
+        Where nothing can be kept, as they are.
 
         Args:
             what: what they depend on beside what is common.

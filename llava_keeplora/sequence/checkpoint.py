@@ -1,8 +1,10 @@
-"""A task's training between two steps, so that a killed run goes on from there: safetensors and JSON, never a pickle.
+"""A task's training between two steps, so that a killed run goes on from there.
 
-What a step changes is all that is kept: trained weights, the optimiser's tensors, the states of the random generators, and
-as JSON the rest of the optimiser, the schedule and the Trainer's own record. Where a DeepSpeed engine spreads the optimiser over
-the processes, each of them adds a file of its share.
+Safetensors and JSON, never a pickle.
+
+What a step changes is all that is kept: trained weights, the optimiser's tensors, the states of the random
+generators, and as JSON the rest of the optimiser, the schedule and the Trainer's own record. Where a
+DeepSpeed engine spreads the optimiser over the processes, each of them adds a file of its share.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class StepCheckpoint:
         self.folder, self.path = folder, folder / TRAINING
 
     def write(self, step: int, state: TrainingState, share: Mapping[str, Tensor] | None = None) -> None:
-        """Replace the last state; every process calls this. The JSON comes last and names the tensors with their hashes, so that they belong together.
+        """Replace the last state; every process calls this.
+
+        The JSON comes last and names the tensors with their hashes, so that they belong together.
 
         Args:
             step: how many were made.
@@ -78,9 +82,12 @@ class StepCheckpoint:
             self._remove_tensors(but=shares)
 
     def read(self) -> TrainingState | None:
-        """The last state with this process's share; None where there is none, or where one is damaged, which costs the task's steps and nothing else.
+        """The last state with this process's share.
 
-        Every process calls this, and all get a state or none does. One that was written by another number of engine processes is none.
+        None where there is none, or where one is damaged, which costs the task's steps and nothing else.
+
+        Every process calls this, and all get a state or none does. One that was written by another number of
+        engine processes is none.
         """
         if not any(all_gather_object(self.path.exists())):
             return None
@@ -103,7 +110,8 @@ class StepCheckpoint:
         if not all(all_gather_object(whole)):
             if get_rank() == 0:
                 logger.warning(
-                    "%s and its tensors are not what was written, or by another number of processes; the task's training begins again",
+                    "%s and its tensors are not what was written, or by another number of processes; the "
+                    "task's training begins again",
                     self.path,
                 )
             return None

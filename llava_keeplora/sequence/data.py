@@ -134,7 +134,10 @@ class Batches:
         return sum(self.inputs.weights[i] for i in self.chosen)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
-        """Batches, and whether they count: a process whose examples have run out goes along with the first one, uncounted."""
+        """Batches, and whether they count.
+
+        A process whose examples have run out goes along with the first one, uncounted.
+        """
         chosen = self.chosen
         own = chosen[self.rank :: self.world]
         longest = len(range(0, len(chosen), self.world))

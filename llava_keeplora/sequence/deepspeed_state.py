@@ -1,4 +1,7 @@
-"""What one process of a DeepSpeed engine holds of a training beside everyone's: its share of the fp32 weights and their optimiser."""
+"""What one process of a DeepSpeed engine holds of a training beside everyone's.
+
+Its share of the fp32 weights and their optimiser.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,10 @@ class DeepSpeedShard:
 
     @contextmanager
     def _whole_groups(self) -> Iterator[None]:
-        """The optimiser with its weights in its groups; ZeRO-3 puts them there for the length of a step alone."""
+        """The optimiser with its weights in its groups.
+
+        ZeRO-3 puts them there for the length of a step alone.
+        """
         group_of = getattr(self.outer, "sub_group_to_group_id", None)
         if group_of is None:
             yield

@@ -35,7 +35,9 @@ def shortage(rooms: Mapping[str, Room], layers: Mapping[str, Layer], to_come: in
     layer, room = layers[name], rooms[name]
     width = layer.module.in_features
     return (
-        f"{to_come} more task{'s' * (to_come > 1)} to come, and {len(short)} of {len(rooms)} layers have no room for as many at full rank; "
-        f"the first to fill is {name}, {room.left} of {width} directions left, {room.growth:.1f} fewer a task, room for {tasks} at rank {layer.rank}; "
+        f"{to_come} more task{'s' * (to_come > 1)} to come, and {len(short)} of {len(rooms)} layers have no "
+        "room for as many at full rank; "
+        f"the first to fill is {name}, {room.left} of {width} directions left, {room.growth:.1f} fewer a "
+        f"task, room for {tasks} at rank {layer.rank}; "
         f"with a lower parts.{layer.part}.energy_feature or parts.{layer.part}.rank another run has more"
     )

@@ -40,7 +40,8 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
         The configuration of the new run.
 
     Raises:
-        RunError: if the run has not so many finished tasks, a file of them is damaged, or the new folder holds something.
+        RunError: if the run has not so many finished tasks, a file of them is damaged, or the new folder
+            holds something.
     """
     source, into = load_run(run), Path(into)
     if not 1 <= at_task <= len(source.tasks):
@@ -84,7 +85,10 @@ def _finished(folder: Path, at_task: int, tasks: int, learns: bool) -> list[Entr
 
 
 def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[str]) -> None:
-    """Copy what some stages wrote, without what they say of other tasks; the journal that tells of it comes last."""
+    """Copy what some stages wrote, without what they say of other tasks.
+
+    The journal that tells of it comes last.
+    """
     matrix, copied = Matrix(list(names), [None] * len(names), []), []
     for entry in entries:
         files = {name: expected for name, expected in entry.files.items() if _kept(name, names)}

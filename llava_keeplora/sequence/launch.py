@@ -21,7 +21,9 @@ PATIENCE = timedelta(days=1)
 
 @contextmanager
 def processes(config: RunConfig) -> Iterator[bool]:
-    """Join the launcher's processes, if there are several; yields whether this is the one that writes and reports.
+    """Join the launcher's processes, if there are several.
+
+    Yields whether this is the one that writes and reports.
 
     A single process, launched or not, needs no group: the launcher's variables would only make
     accelerate wrap the model for nothing. A ZeRO configuration brings its own group of one.

@@ -1,7 +1,7 @@
 """Noticing that a launcher has ended: a rank that nobody supervises any more stops as on SIGTERM.
 
-`kill PID` of `deepspeed` ends that process alone; the one below it and its ranks would train on. Processes above this one are
-read from /proc; where there is none, nothing is watched.
+`kill PID` of `deepspeed` ends that process alone; the one below it and its ranks would train on. Processes
+above this one are read from /proc; where there is none, nothing is watched.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ LAUNCHERS = {
     "torch.distributed.launch",
     "accelerate.commands.launch",
 }
-#: Seconds between two looks, and those that a rank has to stop by itself: it may be waiting for another that has gone.
+#: Seconds between two looks, and those that a rank has to stop by itself: it may be waiting for another that
+#: has gone.
 INTERVAL, PATIENCE = 1.0, 60.0
 
 

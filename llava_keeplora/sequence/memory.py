@@ -18,11 +18,13 @@ RESTART = "5"
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Measure a block; at its end, the yielded record holds ``peak_bytes`` and ``peak_of``, what they are the peak of.
+    """Measure a block.
 
-    On a GPU that is the tensors that PyTorch held on it during the block (`gpu`); on the CPU the process's resident memory
-    during the block (`process`) or, where the system doesn't let the mark be set back, since the process began
-    (`process since its start`).
+    At its end, the yielded record holds ``peak_bytes`` and ``peak_of``, what they are the peak of.
+
+    On a GPU that is the tensors that PyTorch held on it during the block (`gpu`); on the CPU the process's
+    resident memory during the block (`process`) or, where the system doesn't let the mark be set back, since
+    the process began (`process since its start`).
 
     Args:
         device: where the model is.

@@ -87,7 +87,10 @@ class MethodRun(MethodState):
     # --- estimates and lines for people --------------------------------------------------------------
 
     def cost_left(self) -> float:
-        """Return the images through the model that the open stages still need; a training step counts three passes."""
+        """Return the images through the model that the open stages still need.
+
+        A training step counts three passes.
+        """
         stages = open_stages(self.journal.entries, len(self.tasks), self.trainable)
         return sum(self._cost(task, stage) for task, stage in stages)
 
@@ -138,7 +141,10 @@ class MethodRun(MethodState):
     # --- history -------------------------------------------------------------------------------------
 
     def _check_history(self) -> None:
-        """Check that the folder is whole and the data are what they were when a task was planned; fill the matrix."""
+        """Check that the folder is whole and the data are what they were when a task was planned.
+
+        Fill the matrix.
+        """
         try:
             self._next()
         except RunError as error:

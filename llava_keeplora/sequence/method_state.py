@@ -1,4 +1,7 @@
-"""One row of a run between its stages: its method, the layers that it changes, and the model rebuilt from the files."""
+"""One row of a run between its stages.
+
+Its method, the layers that it changes, and the model rebuilt from the files.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +113,8 @@ class MethodState:
 
         Args:
             deltas: number of tasks whose delta the weights carry.
-            states: number of stages, the base's included, after which the method's state is loaded; deltas + 1 by default.
+            states: number of stages, the base's included, after which the method's state is loaded; deltas +
+                1 by default.
             offset: layer name → what is added to the weights besides the tasks' deltas.
         """
         states = deltas + 1 if states is None else states

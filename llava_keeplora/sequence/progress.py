@@ -1,4 +1,7 @@
-"""What a person sees while a run works: a live view on a terminal; where nobody watches one, a line now and then."""
+"""What a person sees while a run works: a live view on a terminal.
+
+Where nobody watches one, a line now and then.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,9 @@ class Progress:
 
     @contextmanager
     def stage(self, text: str, cost: float) -> Iterator[None]:
-        """Work of a known cost: what `advance` doesn't report of it is added at its end, what is too much is not.
+        """Work of a known cost.
+
+        What `advance` doesn't report of it is added at its end, what is too much is not.
 
         Args:
             text: what is done.
@@ -117,7 +122,10 @@ class Progress:
 
 
 def matrix_view(matrix: Matrix) -> Table:
-    """The matrix as far as it is filled, the task just learned in bold; columns are numbered so that many find room."""
+    """The matrix as far as it is filled, the task just learned in bold.
+
+    Columns are numbered so that many find room.
+    """
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("", no_wrap=True)
     for number in range(1, len(matrix.tasks) + 1):

@@ -13,7 +13,9 @@ EVENTS = "events.out.tfevents.*"
 
 
 def give_own_place(trainer: TaskTrainer, root: Path, tag: str) -> None:
-    """Let TensorBoard keep a task's curves in a folder of their own; what a killed attempt left there goes, unless it is gone on with.
+    """Let TensorBoard keep a task's curves in a folder of their own.
+
+    What a killed attempt left there goes, unless it is gone on with.
 
     Other trackers take the task from `run_name`.
 

@@ -83,11 +83,16 @@ class RunContext:
             self.family.model.to(self.device)
 
     def pretrained(self) -> nn.Module:
-        """The model as it was before the first task, once more and frozen; loaded anew, so that nothing of a method's is on it."""
+        """The model as it was before the first task, once more and frozen.
+
+        Loaded anew, so that nothing of a method's is on it.
+        """
         return load_model(self.config.model).model.to(self.device)
 
     def once(self, what: Mapping[str, Any], files: Mapping[str, Path], make: Callable[[], object]) -> float:
-        """Have files of the untouched model: another run's where the base cache has them, else made now, for all processes.
+        """Have files of the untouched model.
+
+        Another run's where the base cache has them, else made now, for all processes.
 
         Args:
             what: everything that they depend on beside the model.

@@ -48,7 +48,8 @@ def run(config: RunConfig) -> dict[str, Matrix]:
             )
         } | config.methods
         runs = [MethodRun(context, method) for method in methods.values()]
-        # Nothing is written before every process has read what is there, and let it pass: a start that is refused leaves the folder as it was.
+        # Nothing is written before every process has read what is there, and let it pass: a start that is
+        # refused leaves the folder as it was.
         context.barrier()
         with main_process_first():
             if is_main_process():
@@ -66,7 +67,10 @@ def run(config: RunConfig) -> dict[str, Matrix]:
 
 @contextmanager
 def _opened(workspace: Workspace) -> Iterator[RunContext]:
-    """The locked run folder with data and model; what is wrong with them is said by the first process alone."""
+    """The locked run folder with data and model.
+
+    What is wrong with them is said by the first process alone.
+    """
     config, processes = workspace.config, processes_here()
     with ExitStack() as held:
         with main_process_first():
@@ -115,7 +119,8 @@ def dropped_notes(tasks: list[Task]) -> list[str]:
         for name, data in (("train", task.train), ("test", task.test))
     ]
     return [
-        f"{where}: {_images(len(data.dropped))} left out of {len(data) + len(data.dropped)} ({', '.join(data.dropped[:3])})"
+        f"{where}: {_images(len(data.dropped))} left out of {len(data) + len(data.dropped)} "
+        f"({', '.join(data.dropped[:3])})"
         for where, data in splits
         if data.dropped
     ]

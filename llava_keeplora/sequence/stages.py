@@ -1,4 +1,7 @@
-"""The six stages of a task. Each reads what earlier stages wrote and returns (the files that it wrote, what the journal notes)."""
+"""The six stages of a task.
+
+Each reads what earlier stages wrote and returns (the files that it wrote, what the journal notes).
+"""
 
 from __future__ import annotations
 
@@ -208,7 +211,8 @@ def _check_finite(
     for name, value in [*values, *kept.items()]:
         if not torch.isfinite(value).all():
             raise TrainingError(
-                f"the weights of task '{task.name}' are not finite after its {steps} steps, first in layer {name}",
+                f"the weights of task '{task.name}' are not finite after its {steps} steps, first in layer "
+                f"{name}",
                 CURE,
             )
 
@@ -302,7 +306,8 @@ def _consolidate(state: MethodState, index: int) -> list[Path]:
         write_if_any(tensors, added)
         write_json(record, ctx.report)
     state.context.barrier()
-    # Several processes go on with the first one's directions, because other machines may round the same sums otherwise.
+    # Several processes go on with the first one's directions, because other machines may round the same sums
+    # otherwise.
     state.loaded = (index, index + 1) if state.context.world == 1 else None
     return [record] + [tensors] * bool(added)
 
@@ -362,7 +367,8 @@ def _answer(state: MethodState, index: int, task: Task) -> float:
     """Make sure that every answer to a task is in its file.
 
     Returns:
-        how long another run took for answers of the untouched model that were reused, in seconds; 0 if made now.
+        how long another run took for answers of the untouched model that were reused, in seconds; 0 if made
+        now.
     """
     path = predictions_path(state, index, task)
 

@@ -31,7 +31,8 @@ CURE = (
     "start in a new output_dir with a lower training.learning_rate; every task before it is kept, "
     "and the same command goes on from there"
 )
-#: What the Trainer keeps beside its record for the mean loss: the sum of all logged losses, the step of the last one, and of the first.
+#: What the Trainer keeps beside its record for the mean loss: the sum of all logged losses, the step of the
+#: last one, and of the first.
 LOSSES = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
 TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
@@ -116,7 +117,8 @@ class TaskTrainer(Trainer):
         share = self._share()
         if share and share.is_swapped:
             logger.warning(
-                "the optimiser lies in DeepSpeed's own files; a task that is killed within training begins again"
+                "the optimiser lies in DeepSpeed's own files; a task that is killed within training begins "
+                "again"
             )
             return
         own = {"cpu": torch.get_rng_state(), "loss": self._tr_loss}
@@ -177,7 +179,10 @@ class TaskTrainer(Trainer):
             self.accelerator.scaler.load_state_dict(values["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The generators, and what was summed of the loss; the Trainer asks when the first step is about to be made."""
+        """The generators, and what was summed of the loss.
+
+        The Trainer asks when the first step is about to be made.
+        """
         # With another number of processes there is nothing for some of them: these draw on from their seed.
         own = self._found.under(f"process.{self.args.process_index}")
         if own:
@@ -193,9 +198,10 @@ class TaskTrainer(Trainer):
     ) -> tuple[list, Tensor | int | None]:
         """The batches of an optimiser step, and what they count together; each example of an epoch once.
 
-        Where the last step of an epoch has fewer examples than fit, accelerate fills the processes' batches up with examples from the
-        epoch's beginning. These are taken out again, so that any number of processes makes the steps of one. A process that is left
-        with none goes along with an example that doesn't count.
+        Where the last step of an epoch has fewer examples than fit, accelerate fills the processes' batches
+        up with examples from the epoch's beginning. These are taken out again, so that any number of
+        processes makes the steps of one. A process that is left with none goes along with an example that
+        doesn't count.
         """
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._shares = deque([1.0] * len(batches))
@@ -229,11 +235,14 @@ class TaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ):
-        """The method's loss on a batch, times its share of the mean over the processes; where a batch counts by its tokens, over the whole optimiser step.
+        """The method's loss on a batch, times its share of the mean over the processes.
+
+        Where a batch counts by its tokens, over the whole optimiser step.
 
         Args:
-            num_items_in_batch: supervised tokens of all accumulated batches of all processes, for a model that
-                `accepts_loss_kwargs`; the Trainer then divides by nothing, and averages the processes' gradients.
+            num_items_in_batch: supervised tokens of all accumulated batches of all processes, for a model
+                that `accepts_loss_kwargs`; the Trainer then divides by nothing, and averages the processes'
+                gradients.
         """
         if self.crops:
             inputs = self.crops.filled(inputs, self.state.global_step)
@@ -253,11 +262,15 @@ class TaskTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None):
-        """The Trainer's optimiser, its groups split by learning rate; the schedule scales each group's own rate."""
+        """The Trainer's optimiser, its groups split by learning rate.
+
+        The schedule scales each group's own rate.
+        """
         optimizer = super().create_optimizer(model)
         if self.rates and not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(
-                "the DeepSpeed JSON brings its own optimizer, which knows one learning rate, but a part of the model has its own",
+                "the DeepSpeed JSON brings its own optimizer, which knows one learning rate, but a part of "
+                "the model has its own",
                 "remove `optimizer` and `scheduler` from the DeepSpeed JSON, or `learning_rate` from `parts`",
             )
         if self.rates:
@@ -281,7 +294,8 @@ class TaskTrainer(Trainer):
             handle.remove()
         if self._waiting:
             raise MethodError(
-                f"{len(self._waiting)} trainable tensors get no gradient on task '{self.ctx.name}', among them {sorted(self._waiting)[0]}",
+                f"{len(self._waiting)} trainable tensors get no gradient on task '{self.ctx.name}', among "
+                f"them {sorted(self._waiting)[0]}",
                 "leave their layers out of the part's targets",
             )
         return loss

@@ -112,7 +112,8 @@ class Workspace:
         """Refuse a folder that is not this configuration's; tasks may have been appended to what it knows.
 
         Raises:
-            RunError: with the difference, if the folder belongs to another configuration or base model, or holds other files; or the
+            RunError: with the difference, if the folder belongs to another configuration or base model, or
+                holds other files; or the
             base model is not where it was.
         """
         if not (self.root / CONFIG).exists():
@@ -120,7 +121,8 @@ class Workspace:
         changes = [_describe_change(*change) for change in _without_inherited(self._changes())]
         if changes and not self.begun_anew():
             raise RunError(
-                f"{self.root} holds a run with another configuration ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})",
+                f"{self.root} holds a run with another configuration "
+                f"({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''})",
                 "restore these values to go on, or choose another output_dir",
             )
         if self._has_work():
@@ -129,7 +131,8 @@ class Workspace:
             except EvalError as error:
                 raise RunError(
                     error.problem,
-                    f"{error.cure}; where its base lies elsewhere now, add model.name_or_path=DIR to the command",
+                    f"{error.cure}; where its base lies elsewhere now, add model.name_or_path=DIR to the "
+                    "command",
                 ) from error
 
     def _has_work(self) -> bool:
@@ -138,7 +141,10 @@ class Workspace:
         return any(Journal(self.label(label) / JOURNAL).has_work for label in labels)
 
     def _changes(self) -> list[tuple[str, Any, Any]]:
-        """(dotted key, old, new) of what the folder's configuration has another value for; tasks may have been appended."""
+        """(dotted key, old, new) of what the folder's configuration has another value for.
+
+        Tasks may have been appended.
+        """
         known = read_identity(self.root)
         config = (
             self.config.first(len(known["tasks"]))
@@ -172,8 +178,8 @@ class Workspace:
         """Write the configuration into a folder that `check` let pass, unless it is there already.
 
         Args:
-            base: the record of its base model as `{"base": record}`, where the folder takes it over from another run; made from the
-                model's files when None.
+            base: the record of its base model as `{"base": record}`, where the folder takes it over from
+                another run; made from the model's files when None.
         """
         claimed, anew = (self.root / CONFIG).exists(), self.begun_anew()
         if anew:
@@ -186,13 +192,15 @@ class Workspace:
         changes = version_changes(self.root)
         if changes:
             logger.warning(
-                "%s was begun with other versions (%s); its numbers may differ in their last digits from here on",
+                "%s was begun with other versions (%s); its numbers may differ in their last digits from "
+                "here on",
                 self.root,
                 ", ".join(changes),
             )
         if workers := worker_changes(self.root):
             logger.warning(
-                "%s was begun with other numbers of workers (%s); sums in another order differ in their last digits from here on",
+                "%s was begun with other numbers of workers (%s); sums in another order differ in their last "
+                "digits from here on",
                 self.root,
                 ", ".join(workers),
             )

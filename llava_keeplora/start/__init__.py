@@ -1,4 +1,7 @@
-"""What is known of a run before its first stage: its tasks, its training arguments, and one check that a start and a plan share."""
+"""What is known of a run before its first stage.
+
+Its tasks, its training arguments, and one check that a start and a plan share.
+"""
 
 from llava_keeplora.start.check import check_run
 from llava_keeplora.start.tasks import Task, load_task, load_tasks

@@ -48,7 +48,8 @@ def check_run(
         needed = made.least_statistics(changed[label].adapted)
         if needed > config.memory.statistics_gb * 1e9:
             raise ConfigError(
-                f"memory.statistics_gb is {config.memory.statistics_gb}, which holds no statistics of the features of '{label}'",
+                f"memory.statistics_gb is {config.memory.statistics_gb}, which holds no statistics of the "
+                f"features of '{label}'",
                 f"set memory.statistics_gb={enough_gb(needed)}, or more",
             )
         if made.one_process and world > 1:
@@ -61,10 +62,13 @@ def check_run(
         rated = [part for part, own in method.parts.items() if own.learning_rate is not None]
         if "optimizer" in deepspeed and rated:
             raise ConfigError(
-                f"the DeepSpeed configuration brings its own optimizer, which knows one learning rate, and methods.{label}.parts.{rated[0]} has its own",
-                "remove `optimizer` and `scheduler` from the DeepSpeed configuration, or `learning_rate` from `parts`",
+                "the DeepSpeed configuration brings its own optimizer, which knows one learning rate, and "
+                f"methods.{label}.parts.{rated[0]} has its own",
+                "remove `optimizer` and `scheduler` from the DeepSpeed configuration, or `learning_rate` "
+                "from `parts`",
             )
-        # transformers remembers the last DeepSpeed configuration that arguments were made with, and loads weights by it.
+        # transformers remembers the last DeepSpeed configuration that arguments were made with, and loads
+        # weights by it.
         with loaded_whole():
             for recipe, training, count in zip(recipes, config.trainings(label), counts, strict=True):
                 check_arguments(
@@ -91,7 +95,8 @@ def check_auto(layers: Iterable[Layer]) -> None:
     for layer in layers:
         if "energy_weight" in layer.auto:
             raise ConfigError(
-                f"parts.{layer.part}.energy_weight is 'auto', and ZeRO-3 holds the weights in shards, which can't be cut and scored",
+                f"parts.{layer.part}.energy_weight is 'auto', and ZeRO-3 holds the weights in shards, which "
+                "can't be cut and scored",
                 "set a number, for instance the one that `llava-keeplora analyze` proposes, or use ZeRO-2",
             )
 
@@ -106,7 +111,8 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
     for label, method in config.methods.items():
         if method.random_resized_crop and family.name != "clip":
             raise ConfigError(
-                f"methods.{label}.random_resized_crop is set, which crops what CLIP trains on, and {family.path} is a {family.name}",
+                f"methods.{label}.random_resized_crop is set, which crops what CLIP trains on, and "
+                f"{family.path} is a {family.name}",
                 f"remove methods.{label}.random_resized_crop",
             )
     rows = {"evaluation": config.evaluation.test_prompts} | {
@@ -117,7 +123,8 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
         return
     if family.name != "clip":
         raise ConfigError(
-            f"{asking}.test_prompts is '{AVERAGED}', which averages the text features of CLIP, and {family.path} is a {family.name}",
+            f"{asking}.test_prompts is '{AVERAGED}', which averages the text features of CLIP, and "
+            f"{family.path} is a {family.name}",
             f"remove {asking}.test_prompts",
         )
     for recipe in recipes:
@@ -140,7 +147,8 @@ def check_pictures(tasks: Sequence[Task]) -> None:
             without = data.image_counts.count(0)
             if 0 < without < len(data):
                 raise ConfigError(
-                    f"{without} of the {len(data)} examples of {task.name}/{split} have no picture, and with ZeRO-3 several processes need "
+                    f"{without} of the {len(data)} examples of {task.name}/{split} have no picture, and with "
+                    "ZeRO-3 several processes need "
                     "every batch to go through the same layers",
                     "use ZeRO-2 or one process, or make two tasks of it",
                 )

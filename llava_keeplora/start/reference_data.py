@@ -1,4 +1,7 @@
-"""Pictures and texts beside the tasks', for a method that needs some; see `llava_keeplora.methods.Reference`."""
+"""Pictures and texts beside the tasks', for a method that needs some.
+
+See `llava_keeplora.methods.Reference`.
+"""
 
 from __future__ import annotations
 

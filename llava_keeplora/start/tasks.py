@@ -76,7 +76,8 @@ class Task:
         """A clause on pictures that earlier releases decoded otherwise; empty where there are none."""
         count = len(self.train.decoding_notes) + len(self.test.decoding_notes)
         return (
-            f"; {count} of its pictures have transparency or an EXIF orientation, which earlier releases ignored"
+            f"; {count} of its pictures have transparency or an EXIF orientation, which earlier releases "
+            "ignored"
             if count
             else ""
         )

@@ -1,4 +1,7 @@
-"""The arguments of one task's training: made for `transformers.Trainer`, and checked before anything is learned."""
+"""The arguments of one task's training.
+
+Made for `transformers.Trainer`, and checked before anything is learned.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,9 @@ def training_arguments(
 
 
 def planned_arguments(training: Mapping[str, Any], world: int) -> TrainingArguments:
-    """`TrainingArguments` to be checked; where a plan has none of DeepSpeed's processes, its configuration is compared as if there were.
+    """`TrainingArguments` to be checked.
+
+    Where a plan has none of DeepSpeed's processes, its configuration is compared as if there were.
 
     Args:
         training: as for `training_arguments`.
@@ -119,7 +124,8 @@ def check_arguments(
             if training.get(key)
         )
         raise ConfigError(
-            f"training.{key}.use_reentrant is true, and that form sends no gradient through a block whose input needs none, such as a frozen "
+            f"training.{key}.use_reentrant is true, and that form sends no gradient through a block whose "
+            "input needs none, such as a frozen "
             "model's first",
             "leave it out",
         )
@@ -162,14 +168,18 @@ def _check_optimiser(arguments: TrainingArguments, label: str, steps: int) -> No
     except Exception as error:  # Whatever an optimiser of any library says of its settings.
         why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
-            f"the optimiser '{getattr(arguments.optim, 'value', arguments.optim)}' of '{label}' or its schedule "
-            f"'{getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}' refuses its settings ({why})",
+            f"the optimiser '{getattr(arguments.optim, 'value', arguments.optim)}' of '{label}' or its "
+            "schedule "
+            f"'{getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}' refuses its "
+            f"settings ({why})",
             "mend `training`",
         ) from error
 
 
 def check_reporters(arguments: TrainingArguments) -> None:
-    """Refuse a tracker that isn't there before anything is trained; transformers itself would only after the zero-shot row.
+    """Refuse a tracker that isn't there before anything is trained.
+
+    Transformers itself would only after the zero-shot row.
 
     Raises:
         ConfigError: naming the first one that transformers doesn't know or whose package is missing.
@@ -188,7 +198,10 @@ def check_reporters(arguments: TrainingArguments) -> None:
 
 
 def _reads(arguments: TrainingArguments, pair: str) -> bool:
-    """Whether transformers reads a `key=value` of `optim_args` for the optimiser: another value then makes it another one, or fails."""
+    """Whether transformers reads a `key=value` of `optim_args` for the optimiser.
+
+    Another value then makes it another one, or fails.
+    """
 
     def outcome(optim_args: str | None) -> Any:
         changed = copy.copy(arguments)
@@ -221,13 +234,17 @@ def _check_loader(arguments: TrainingArguments, label: str, task: str, examples:
     size = arguments.per_device_train_batch_size * world
     if arguments.dataloader_drop_last and examples < size:
         raise ConfigError(
-            f"training.dataloader_drop_last is true, and '{task}' has {examples} examples for batches of {size}",
+            f"training.dataloader_drop_last is true, and '{task}' has {examples} examples for batches of "
+            f"{size}",
             "take smaller batches, or leave it out",
         )
 
 
 def _deepspeed_mismatches(arguments: TrainingArguments, task: str, steps: int) -> list[str]:
-    """In transformers' words; what it compares only once it has counted the steps, as training begins, is compared here."""
+    """In transformers' words.
+
+    What it compares only once it has counted the steps, as training begins, is compared here.
+    """
     # In a copy, so that nothing is filled in.
     compared = copy.deepcopy(arguments.hf_deepspeed_config)
     compared.fill_match("scheduler.params.total_num_steps", steps, f"steps of '{task}'")

@@ -1,7 +1,7 @@
 """A basis is a tall matrix with orthonormal columns; here is what one does with it.
 
-Shapes: in = the layer's input width, k = protected directions (may be 0), m = new directions, `...` = any leading
-dimensions. U is (in, k) with U^T U = I.
+Shapes: in = the layer's input width, k = protected directions (may be 0), m = new directions, `...` = any
+leading dimensions. U is (in, k) with U^T U = I.
 """
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llava_keeplora.subspace.errors import NonFiniteError, RankError, ShapeError
 
-# A new direction that keeps less than this share of its length outside the span of the others is dependent on them.
+# A new direction that keeps less than this share of its length outside the span of the others is dependent on
+# them.
 DEPENDENT = 1e-5
 # Columns of U^T U - I longer than this, which float32 rounding doesn't explain: a basis has drifted.
 DRIFT = 1e-5
@@ -128,7 +129,8 @@ def orthonormalized(basis: Float[Tensor, "in k"]) -> Float[Tensor, "in k"]:
     error = orthonormality_error(basis)
     if not error <= BROKEN:
         raise ShapeError(
-            f"a basis of shape {tuple(basis.shape)} isn't orthonormal: |U^T U - I| reaches {error:.1e}; was it stored in "
+            f"a basis of shape {tuple(basis.shape)} isn't orthonormal: |U^T U - I| reaches {error:.1e}; was "
+            "it stored in "
             "low precision or scaled?"
         )
     left, _, right = torch.linalg.svd(basis.detach().double(), full_matrices=False)
@@ -151,12 +153,15 @@ def has_drifted(basis: Float[Tensor, "in k"]) -> bool:
 def append_directions(
     basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]
 ) -> Float[Tensor, "in k_plus_m"]:
-    """Append new directions; nothing is dropped, and the old columns stay bitwise the same unless they have drifted.
+    """Append new directions.
 
-    Columns that are stored as they are can't drift by growing, but they can by what happens to them elsewhere, such as
-    a cast to half precision: a basis beyond `DRIFT` is made orthonormal again first. The new columns are projected off
-    the old ones twice (once leaves rounding behind) and made orthonormal among themselves in float64, each keeping its
-    sense.
+    Nothing is dropped, and the old columns stay bitwise the same unless they have drifted.
+
+    Columns that are stored as they are can't drift by growing, but they can by what happens to them
+    elsewhere, such as
+    a cast to half precision: a basis beyond `DRIFT` is made orthonormal again first. The new columns are
+    projected off the old ones twice (once leaves rounding behind) and made orthonormal among themselves in
+    float64, each keeping its sense.
 
     Source: KeepLoRA (arXiv 2601.19659), the update M' <- [M', new].
 
@@ -208,7 +213,8 @@ def orthonormal_beside(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"])
     available = int((kept > DEPENDENT * lengths).sum())
     if available < new.shape[1]:
         raise RankError(
-            f"only {available} of {new.shape[1]} new directions are independent of the {basis.shape[1]} columns of "
+            f"only {available} of {new.shape[1]} new directions are independent of the {basis.shape[1]} "
+            "columns of "
             "the basis and of each other",
             requested=new.shape[1],
             available=available,
@@ -222,8 +228,8 @@ def orthonormal_beside(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"])
 def overlap(first: Float[Tensor, "in k1"], second: Float[Tensor, "in k2"]) -> float:
     """RunContext share of two subspaces, ||U^T V||_F^2 / min(k1, k2): 0 orthogonal, 1 one inside the other.
 
-    Source: KeepLoRA (arXiv 2601.19659), the assumption that tasks use orthogonal feature directions; the measure is
-    the one of LoRA (Hu et al., 2021, section 7.2).
+    Source: KeepLoRA (arXiv 2601.19659), the assumption that tasks use orthogonal feature directions; the
+    measure is the one of LoRA (Hu et al., 2021, section 7.2).
 
     Args:
         first: U, (in, k1).

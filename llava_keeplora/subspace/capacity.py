@@ -30,8 +30,9 @@ class Room:
 def room_left(width: int, sizes: Sequence[int], rank: int) -> Room:
     """The room of a layer, and for how many more tasks it lasts.
 
-    A task needs r directions when it begins: the n-th from now finds in - k - (n - 1) g of them, g the mean growth so far.
-    The energy rule counts what is protected already, so later tasks tend to add less, and g errs on the side of caution.
+    A task needs r directions when it begins: the n-th from now finds in - k - (n - 1) g of them, g the mean
+    growth so far. The energy rule counts what is protected already, so later tasks tend to add less, and g
+    errs on the side of caution.
 
     Args:
         width: in.

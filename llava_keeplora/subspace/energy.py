@@ -11,8 +11,9 @@ from torch import Tensor
 
 from llava_keeplora.subspace.errors import EnergyError, NonFiniteError
 
-# Sums that differ by less than this share of the total are a tie. It sits far below the error of float32 singular
-# values (1e-7) and far above the rounding of a float64 sum, so `energy=1` doesn't chase directions made of rounding.
+# Sums that differ by less than this share of the total are a tie. It sits far below the error of float32
+# singular values (1e-7) and far above the rounding of a float64 sum, so `energy=1` doesn't chase directions
+# made of rounding.
 TIE = 1e-10
 
 

@@ -1,7 +1,7 @@
 """What can go wrong in the subspace mathematics, each as one clear sentence.
 
-These are `ValueError`s without any dependency, so that `subspace/` stays usable with torch alone; the driver wraps
-them with the layer's name and the cure.
+These are `ValueError`s without any dependency, so that `subspace/` stays usable with torch alone; the driver
+wraps them with the layer's name and the cure.
 """
 
 

@@ -1,18 +1,20 @@
 """Which feature directions a task adds, from a bounded number of numbers: a streaming Nystrom sketch.
 
-The second moment of a layer's inputs takes in^2 numbers. Here only its product with s test vectors is kept, which is
-linear in it, so batches and processes add up. The features' energy is kept exactly. The basis, which would take as much
-memory as the second moment, stays on the host: how much of the energy lies inside it is asked of evenly spaced rows at the
-end, exactly where there are at most `SAMPLE` of them, with a standard error where there are more.
+The second moment of a layer's inputs takes in^2 numbers. Here only its product with s test vectors is kept,
+which is linear in it, so batches and processes add up. The features' energy is kept exactly. The basis, which
+would take as much
+memory as the second moment, stays on the host: how much of the energy lies inside it is asked of evenly
+spaced rows at the end, exactly where there are at most `SAMPLE` of them, with a standard error where there
+are more.
 
 Shapes: x (..., in), C = X^T X (in, in), basis U (in, k), P = I - U U^T, residual moment C_hat = P C P,
 test vectors T (in, s) orthonormal and outside U, image C T (in, s), s = sketch size, m = new directions.
 
-Source: Tropp, Yurtsever, Udell and Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from streaming
-data" (NeurIPS 2017). The Nystrom approximation N = C_hat T (T^T C_hat T)^+ T^T C_hat satisfies 0 <= N <= C_hat, so
-its eigenvalues, and the energy it says its eigenvectors hold, are never above the truth; and
-E trace(C_hat - N) <= (1 + p / (s - p - 1)) times the sum of C_hat's eigenvalues beyond the p-th, for every p < s - 1
-(theorem 4.1; Halko, Martinsson and Tropp 2011, theorem 10.5).
+Source: Tropp, Yurtsever, Udell and Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from
+streaming data" (NeurIPS 2017). The Nystrom approximation N = C_hat T (T^T C_hat T)^+ T^T C_hat satisfies 0 <=
+N <= C_hat, so its eigenvalues, and the energy it says its eigenvectors hold, are never above the truth; and
+E trace(C_hat - N) <= (1 + p / (s - p - 1)) times the sum of C_hat's eigenvalues beyond the p-th, for every p
+< s - 1 (theorem 4.1; Halko, Martinsson and Tropp 2011, theorem 10.5).
 """
 
 from dataclasses import dataclass
@@ -43,15 +45,16 @@ SAMPLE = 512
 class SketchedFeatureDirections(FeatureDirections):
     """What a task's features add to a layer's basis, by a sketch.
 
-    `energy_after` is a lower bound where every row was asked for `energy_before`; where they were sampled, both carry its
-    standard error, `energy_error`, and `fewest` and `reached` follow the estimate.
+    `energy_after` is a lower bound where every row was asked for `energy_before`; where they were sampled,
+    both carry its standard error, `energy_error`, and `fewest` and `reached` follow the estimate.
 
     Args:
         missed: share of the features' energy that the sketch can't place, trace(C_hat - N) / ||X||^2.
-        energy_error: standard error of `energy_before`, and so of the shares after it; 0 where every row was asked.
+        energy_error: standard error of `energy_before`, and so of the shares after it; 0 where every row was
+            asked.
         fewest: the exact second moment would have given between `fewest` and `rank` directions.
-        reached: whether the energy asked for is reached, or the limit; where neither is, `rank` is all that the sketch has, and a second
-            pass with `refined` or a larger sketch is needed.
+        reached: whether the energy asked for is reached, or the limit; where neither is, `rank` is all that
+            the sketch has, and a second pass with `refined` or a larger sketch is needed.
     """
 
     missed: float
@@ -61,7 +64,10 @@ class SketchedFeatureDirections(FeatureDirections):
 
 
 class _RowSample:
-    """Evenly spaced rows of everything seen, on the host: every one while there are few, every second, fourth, ... then."""
+    """Evenly spaced rows of everything seen, on the host.
+
+    Every one while there are few, every second, fourth, ... then.
+    """
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
@@ -112,17 +118,20 @@ class SketchedMoment:
         size = min(size, dim - self.basis.shape[1])
         if test is None:
             test = torch.randn(max(size, 0), dim, generator=torch.Generator().manual_seed(seed)).T
-        # N depends on the span of T alone; orthonormal columns keep the small problem as well conditioned as C is.
+        # N depends on the span of T alone; orthonormal columns keep the small problem as well conditioned as
+        # C is.
         test = test.to(device).double()
         outside_of = like(self.basis, test)
         columns = torch.linalg.qr(residual(test.T, outside_of).T).Q
-        # Where there are fewer dimensions to span, QR fills up with columns of its own, which may lie anywhere.
+        # Where there are fewer dimensions to span, QR fills up with columns of its own, which may lie
+        # anywhere.
         self.test = residual(columns.T, outside_of).T.float().contiguous()
         self.image = torch.zeros(dim, self.test.shape[1], dtype=torch.float64, device=device)
         # Rows and their energy.
         self.totals = torch.zeros(2, dtype=torch.float64, device=device)
         self._sample = _RowSample()
-        # Of the sampled rows: their number, energy t, energy i inside the basis, and the sums of t^2, t i and i^2.
+        # Of the sampled rows: their number, energy t, energy i inside the basis, and the sums of t^2, t i and
+        # i^2.
         self._asked = torch.zeros(6, dtype=torch.float64, device=device)
 
     @property
@@ -164,10 +173,12 @@ class SketchedMoment:
 
     @property
     def inside(self) -> tuple[float, float]:
-        """Share of the features' energy inside the basis, and its standard error; 1 and 0 if there is no energy at all.
+        """Share of the features' energy inside the basis, and its standard error.
 
-        A ratio estimate over evenly spaced rows (Cochran, "Sampling Techniques", 1977, section 6.4), with the finite
-        population's correction.
+        1 and 0 if there is no energy at all.
+
+        A ratio estimate over evenly spaced rows (Cochran, "Sampling Techniques", 1977, section 6.4), with the
+        finite population's correction.
         """
         self._ask_sample()
         n, whole, inside, ww, wi, ii = self._asked.tolist()
@@ -191,7 +202,8 @@ class SketchedMoment:
         rows = counted_rows(x, mask, self.dim)
         self.image += rows.T @ (rows @ self.test)
         self.totals[0] += rows.shape[0]
-        # Lengths in float32 and their squares in float64 are right to 1e-8, in a quarter of the time of converting every number.
+        # Lengths in float32 and their squares in float64 are right to 1e-8, in a quarter of the time of
+        # converting every number.
         self.totals[1] += torch.linalg.vector_norm(rows, dim=1).double().square().sum()
         self._sample.add(rows, x.dtype)
 

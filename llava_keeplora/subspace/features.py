@@ -14,7 +14,8 @@ from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
 from llava_keeplora.subspace.truncated import GRAM_ENERGY, leading_eigenpairs
 
-# Singular values of sums of float32 products below this share of the whole are their rounding; seen up to a fifth of it.
+# Singular values of sums of float32 products below this share of the whole are their rounding; seen up to a
+# fifth of it.
 NOISE = 4 * torch.finfo(torch.float32).eps
 
 
@@ -24,7 +25,8 @@ class FeatureDirections:
 
     Args:
         new: (in, m) float32, orthonormal, orthogonal to the basis; m may be 0.
-        energy_before: share of the features' energy inside the basis, in [0, 1]; 1 if there is no energy at all.
+        energy_before: share of the features' energy inside the basis, in [0, 1]; 1 if there is no energy at
+            all.
         energy_after: share inside the basis and the new directions together, exact to 1e-4.
         rank: m.
     """
@@ -43,12 +45,12 @@ def feature_directions(
 ) -> FeatureDirections:
     """Fewest residual feature directions with which the basis holds the energy of the features.
 
-    The right singular vectors of X (I - U U^T) are the eigenvectors of (I - U U^T) C (I - U U^T), so the features
-    themselves aren't needed. A leading block of them answers where features decay fast; else the problem is solved in
-    full inside the complement of U, which is (in - k)-dimensional.
+    The right singular vectors of X (I - U U^T) are the eigenvectors of (I - U U^T) C (I - U U^T), so the
+    features themselves aren't needed. A leading block of them answers where features decay fast; else the
+    problem is solved in full inside the complement of U, which is (in - k)-dimensional.
 
-    Source: KeepLoRA (arXiv 2601.19659), the feature step at epsilon_f; Gradient Projection Memory (Saha et al., ICLR
-    2021, equation 9).
+    Source: KeepLoRA (arXiv 2601.19659), the feature step at epsilon_f; Gradient Projection Memory (Saha et
+    al., ICLR 2021, equation 9).
 
     Args:
         second_moment: C = X^T X, (in, in), symmetric.
@@ -128,7 +130,8 @@ def _leading_outside(
         found = leading_eigenpairs((outside / scale).float(), wanted / left, left / scale, seed=0)
         if found is not None:
             return found[0] * scale, found[1].double()
-    # The complement has a basis of its own, in which the protected directions can't come back through rounding.
+    # The complement has a basis of its own, in which the protected directions can't come back through
+    # rounding.
     complement = _complement(basis)
     values, vectors = torch.linalg.eigh(complement.T @ (outside @ complement))
     return values.flip(0).clamp_min(0.0), complement @ vectors.flip(1)

@@ -1,9 +1,11 @@
 """The residual gradient's leading directions without the gradient: a streaming sketch.
 
-A gradient arrives as a sum of dY^T X over batches. Two random mixtures of it, of its columns and of its rows, are
-linear in it, so batches, gradient accumulation and processes just add up. From them come A and S in one pass over
-the data, an estimate of how good they are, and the start of a second pass where that isn't good enough. Two more passes
-are one step of subspace iteration: they sharpen the answer in the same memory, where a wider sketch would take more.
+A gradient arrives as a sum of dY^T X over batches. Two random mixtures of it, of its columns and of its rows,
+are linear in it, so batches, gradient accumulation and processes just add up. From them come A and S in one
+pass over the data, an estimate of how good they are, and the start of a second pass where that isn't good
+enough. Two more passes
+are one step of subspace iteration: they sharpen the answer in the same memory, where a wider sketch would
+take more.
 
 Shapes: n = tokens of a batch, G (out, in), basis U (in, k), P = I - U U^T, G_hat = G P the residual gradient;
 w = sketch width, l = 2w + 1 rows, r = rank. The sketch is
@@ -11,11 +13,12 @@ w = sketch width, l = 2w + 1 rows, r = rank. The sketch is
     rows   W = Psi G,       (l, in),  Psi (l, out) Gaussian
 and Q (out, w) is an orthonormal basis of Y, in order of falling singular value of Y.
 
-Sources: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), theorem 10.5, for Q and
-the second pass, algorithm 4.4 and corollary 10.10 for further ones; Tropp, Yurtsever, Udell and Cevher, "Practical
-sketching algorithms for low-rank matrix approximation" (SIAM J. Matrix Anal. 2017), algorithm 4 and theorem 4.3, for one
-pass; the same, "Streaming low-rank matrix approximation with an application to scientific simulation" (SIAM J. Sci.
-Comput. 2019), section 6, for the error estimate from rows that had no part in the answer.
+Sources: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), theorem 10.5,
+for Q and the second pass, algorithm 4.4 and corollary 10.10 for further ones; Tropp, Yurtsever, Udell and
+Cevher, "Practical sketching algorithms for low-rank matrix approximation" (SIAM J. Matrix Anal. 2017),
+algorithm 4 and theorem 4.3, for one pass; the same, "Streaming low-rank matrix approximation with an
+application to scientific simulation" (SIAM J. Sci. Comput. 2019), section 6, for the error estimate from rows
+that had no part in the answer.
 """
 
 import copy
@@ -44,12 +47,14 @@ from llava_keeplora.subspace.sketch_bounds import (
     share_bounds,
 )
 
-# Width of a sketch in units of the rank. Passes over the data buy more than width does: at width 1024 and rank 16, singular
-# values falling as i^-0.5, 1.5 r in four passes hold 0.989 of the optimum and in six 0.997, 8 r in two 0.992, which take five
-# times the memory, and five times the time beside the model's. Fewer than 8 further columns would leave too much to chance.
+# Width of a sketch in units of the rank. Passes over the data buy more than width does: at width 1024 and
+# rank 16, singular values falling as i^-0.5, 1.5 r in four passes hold 0.989 of the optimum and in six 0.997,
+# 8 r in two 0.992, which take five times the memory, and five times the time beside the model's. Fewer than 8
+# further columns would leave too much to chance.
 WIDTH_PER_RANK = 1.5
 OVERSAMPLING = 8
-# A sketch of more than this share of the gradient's numbers isn't worth passes over the data: the gradient itself is exact in one.
+# A sketch of more than this share of the gradient's numbers isn't worth passes over the data: the gradient
+# itself is exact in one.
 WORTH = 0.25
 # Groups of rows that take turns at judging directions found without them.
 FOLDS = 4
@@ -90,14 +95,16 @@ def gaussian_rows(rows: int, dim: int, stream: int, device: torch.device) -> Flo
 class SketchedDirections(ResidualDirections):
     """Residual directions from a sketch, with what is known of their quality.
 
-    `captured`, `residual_energy` and `of_optimum` are estimates here. With C the energy that A is estimated to hold on rows
-    that had no part in it, and I that of the best r directions for the sketch itself, E[C] <= optimum <= E[I], and the two
-    sides err alike to second order. `at_least` and `residual_bounds` are bounds, which hold whatever the spectrum but with a
-    probability below 3e-6; see `sketch_bounds`. They are the looser, the more energy lies outside the sketch.
+    `captured`, `residual_energy` and `of_optimum` are estimates here. With C the energy that A is estimated
+    to hold on rows that had no part in it, and I that of the best r directions for the sketch itself, E[C] <=
+    optimum <= E[I], and the two sides err alike to second order. `at_least` and `residual_bounds` are bounds,
+    which hold whatever the spectrum but with a probability below 3e-6; see `sketch_bounds`. They are the
+    looser, the more energy lies outside the sketch.
 
     Args:
-        captured_error: standard error of `captured`; A holds at least `captured` less twice that with 97.5 % confidence
-            (one pass errs low besides: rows judge directions that were found from three quarters of the rows).
+        captured_error: standard error of `captured`; A holds at least `captured` less twice that with 97.5 %
+            confidence (one pass errs low besides: rows judge directions that were found from three quarters
+            of the rows).
         of_optimum: estimated share of the best rank-r subspace's energy that A holds, 2C / (C + I).
         at_least: lower bound of that share.
         residual_bounds: lower and upper bound of `residual_energy`.
@@ -118,11 +125,12 @@ class SketchedDirections(ResidualDirections):
 class GradientSketch:
     """Streaming sketch of a layer's residual gradient, of (out + 3 in) w numbers however much data there is.
 
-    A batch costs 6 w (in + out) operations a token, against 4 in out of the layer's own forward and backward with frozen weights.
+    A batch costs 6 w (in + out) operations a token, against 4 in out of the layer's own forward and backward
+    with frozen weights.
 
     Source: Tropp, Yurtsever, Udell and Cevher (2017). One pass, with q = Q^+ of the rows, satisfies
-    E ||G_hat - Q B||_F^2 <= 2 (1 + p / (w - p - 1)) tau_{p+1}^2 for every p < w - 1, tau_{p+1}^2 being the energy
-    beyond the p-th singular value (theorem 4.3 with l = 2w + 1); the second pass drops the factor 2.
+    E ||G_hat - Q B||_F^2 <= 2 (1 + p / (w - p - 1)) tau_{p+1}^2 for every p < w - 1, tau_{p+1}^2 being the
+    energy beyond the p-th singular value (theorem 4.3 with l = 2w + 1); the second pass drops the factor 2.
 
     Args:
         out_dim: out.
@@ -161,7 +169,10 @@ class GradientSketch:
 
     @staticmethod
     def numbers(out_dim: int, in_dim: int, width: int) -> int:
-        """How many numbers a layer's sketch keeps (Psi is shared); the gradient has out * in, and is exact besides."""
+        """How many numbers a layer's sketch keeps (Psi is shared).
+
+        The gradient has out * in, and is exact besides.
+        """
         width = min(width, out_dim, in_dim)
         return (out_dim + 3 * in_dim) * width + in_dim
 
@@ -223,7 +234,10 @@ class GradientSketch:
         return other
 
     def second_pass(self) -> "SecondPass":
-        """What to feed the same data to again for the exact Q^T G; this sketch must be complete and summed."""
+        """What to feed the same data to again for the exact Q^T G.
+
+        This sketch must be complete and summed.
+        """
         return SecondPass(_range_basis(self.range).float(), self.shape[1])
 
     def forget_range(self) -> None:
@@ -248,7 +262,8 @@ class GradientSketch:
         basis = like(self.basis, rows)
         vectors = torch.linalg.svd(residual(rows, basis), full_matrices=False).Vh
         other = copy.copy(self)
-        # Where Q^T G_hat has fewer directions than rows, the others are arbitrary: only their part outside the basis may stay.
+        # Where Q^T G_hat has fewer directions than rows, the others are arbitrary: only their part outside
+        # the basis may stay.
         other._omega = residual(residual(vectors, basis), basis).float().T
         other.range = torch.zeros(self.shape[0], self.width, device=self.rows.device)
         other.passes = self.passes + 2
@@ -268,8 +283,8 @@ class GradientSketch:
 
         Raises:
             NonFiniteError: if the gradient held NaN or infinity.
-            RankError: if r is below 1, above the width or above the residual dimension, or if the residual gradient
-                has fewer than r singular values above rounding.
+            RankError: if r is below 1, above the width or above the residual dimension, or if the residual
+                gradient has fewer than r singular values above rounding.
         """
         (out_dim, in_dim), width = self.shape, self.width
         room = room_for(rank, out_dim, in_dim, self.basis.shape[1], allow_fewer)
@@ -318,8 +333,8 @@ class SecondPass:
     """Exact Q^T G, (w, in), accumulated over the same data once more; linear like the sketch.
 
     Source: Halko, Martinsson and Tropp (2011), algorithm 5.1: E ||G_hat - Q Q^T G_hat||_F^2 is at most
-    (1 + p / (w - p - 1)) times the energy beyond the p-th singular value (theorem 10.5), and directions drawn from
-    Q^T G have gone through G once more than Q has.
+    (1 + p / (w - p - 1)) times the energy beyond the p-th singular value (theorem 10.5), and directions drawn
+    from Q^T G have gone through G once more than Q has.
 
     Args:
         range_basis: Q, (out, w), orthonormal columns.
@@ -355,7 +370,9 @@ class SecondPass:
 
 
 def sufficient_width(sketch: GradientSketch, rank: int, target: float = TARGET) -> int | None:
-    """The smallest width, halving from the sketch's own, whose single pass reaches the target; None if none does.
+    """The smallest width, halving from the sketch's own, whose single pass reaches the target.
+
+    None if none does.
 
     A wide sketch of a few batches so picks the width for all of the data.
 
@@ -377,8 +394,8 @@ def sufficient_width(sketch: GradientSketch, rank: int, target: float = TARGET) 
 class _Fit(NamedTuple):
     """G_hat ~ Q factor, and per row of Psi unbiased estimates of two energies: that of A, and the whole.
 
-    optimum is the energy of the best r directions for the fit, which is biased upwards. error bounds ||factor - Q^T G_hat||_F,
-    and most the energy of the best r directions of G_hat.
+    optimum is the energy of the best r directions for the fit, which is biased upwards. error bounds ||factor
+    - Q^T G_hat||_F, and most the energy of the best r directions of G_hat.
     """
 
     factor: Tensor
@@ -392,8 +409,8 @@ class _Fit(NamedTuple):
 def _one_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], rank: int) -> _Fit:
     """The least squares solution of Psi Q B = Psi G_hat, for as many columns of Q as serve A best.
 
-    Each further column lets B follow the tail of G_hat more closely, and lets more of the tail's noise in; rows that
-    had no part in the solution tell where to stop.
+    Each further column lets B follow the tail of G_hat more closely, and lets more of the tail's noise in;
+    rows that had no part in the solution tell where to stop.
     """
     gram = rows @ rows.T
     width = seen.shape[1]
@@ -412,7 +429,10 @@ def _one_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], rank: int
 
 
 class _Judged(NamedTuple):
-    """Per row of Psi, for A and B found without the row: |psi G_hat A|^2, and less noisy estimates of two energies."""
+    """Per row of Psi, for A and B found without the row.
+
+    |psi G_hat A|^2, and less noisy estimates of two energies.
+    """
 
     plain: Tensor
     captured: Tensor
@@ -451,7 +471,8 @@ def _two_pass(
     captured = directions.S[:rank].square().sum() + (missed @ directions.Vh[:rank].T).square().sum(1)
     energy = factor.square().sum() + missed.square().sum(1)
     optimum = _leading_energy(torch.cat([factor, missed / len(rows) ** 0.5]), rank)
-    # The best r directions V hold ||factor V||^2 + ||M V||^2, and the rows tell the latter for this one V, which no row decides.
+    # The best r directions V hold ||factor V||^2 + ||M V||^2, and the rows tell the latter for this one V,
+    # which no row decides.
     least = chi_square_factors(len(rows))[0]
     most = _leading_energy(torch.cat([factor, missed / (least * len(rows)) ** 0.5]), rank)
     return _Fit(factor, captured, energy, optimum, 0.0, most)

@@ -13,7 +13,8 @@ from llava_keeplora.subspace.basis import check_basis, check_finite, residual
 from llava_keeplora.subspace.errors import RankError, ShapeError
 from llava_keeplora.subspace.truncated import gram_matrix
 
-# Singular values below this share of the gradient's norm are rounding of float32 gradients and bases, not directions.
+# Singular values below this share of the gradient's norm are rounding of float32 gradients and bases, not
+# directions.
 NOISE = 32 * torch.finfo(torch.float32).eps
 # Subspace iteration pays where the matrix is much wider than the block, and stops at this sine of the angle.
 WORTH_TRUNCATING = 8
@@ -92,7 +93,8 @@ def paired(
     """
     if x.shape[-1] != in_dim or dy.shape[-1] != out_dim or x.shape[:-1] != dy.shape[:-1]:
         raise ShapeError(
-            f"a gradient of a layer ({out_dim}, {in_dim}) needs inputs (..., {in_dim}) and output gradients (..., {out_dim}) "
+            f"a gradient of a layer ({out_dim}, {in_dim}) needs inputs (..., {in_dim}) and output gradients "
+            f"(..., {out_dim}) "
             f"of the same rows, but got {tuple(x.shape)} and {tuple(dy.shape)}"
         )
     return x.reshape(-1, in_dim).float(), dy.reshape(-1, out_dim).float()
@@ -109,14 +111,15 @@ def residual_gradient_directions(
         gradient: G, (out, in), the mean gradient of the loss with respect to the weight.
         basis: U, (in, k), orthonormal columns; k may be 0.
         rank: r, at least 1.
-        allow_fewer: return the directions that exist when there are fewer than r (but at least one). A gradient's
-            rank is bounded by the rows that feed it, such as the classes of a small task in the last text block.
+        allow_fewer: return the directions that exist when there are fewer than r (but at least one). A
+            gradient's rank is bounded by the rows that feed it, such as the classes of a small task in the
+            last text block.
 
     Raises:
         ShapeError: if the gradient isn't a matrix or the basis doesn't fit it.
         NonFiniteError: if the gradient holds NaN or infinity.
-        RankError: if r is below 1 or above min(out, in - k), or if the residual gradient has fewer than r singular
-            values above rounding; directions are never made up. `available` says how many there are.
+        RankError: if r is below 1 or above min(out, in - k), or if the residual gradient has fewer than r
+            singular values above rounding; directions are never made up. `available` says how many there are.
     """
     if gradient.ndim != 2:
         raise ShapeError(f"a gradient must be a matrix (out, in), but it has shape {tuple(gradient.shape)}")
@@ -148,7 +151,8 @@ def _leading_triplets(outside: Float[Tensor, "out in"], rank: int) -> tuple[Tens
         _, vectors = torch.linalg.eigh(gram_matrix(small.T))
         near = vectors[:, -rank:].flip(1)
     far = small.T @ near
-    # The lengths of the mapped vectors are the singular values, free of the squaring that the Gram matrix did.
+    # The lengths of the mapped vectors are the singular values, free of the squaring that the Gram matrix
+    # did.
     singular = far.norm(dim=0)
     far = far / singular.clamp_min(torch.finfo(far.dtype).tiny)
     return (far, singular, near) if out_dim <= in_dim else (near, singular, far)
@@ -157,8 +161,8 @@ def _leading_triplets(outside: Float[Tensor, "out in"], rank: int) -> tuple[Tens
 def _iterated(matrix: Float[Tensor, "n wide"], rank: int) -> Tensor | None:
     """Left singular vectors (n, r) by subspace iteration, or None where it doesn't pay or doesn't converge.
 
-    Source: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), algorithm 4.4; the
-    angle to the exact space is bounded by residual over gap (Davis and Kahan, 1970).
+    Source: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), algorithm
+    4.4; the angle to the exact space is bounded by residual over gap (Davis and Kahan, 1970).
     """
     n, width = matrix.shape[0], 2 * rank + 16
     if n < WORTH_TRUNCATING * width:
@@ -196,8 +200,10 @@ def room_for(rank: int, out_dim: int, in_dim: int, protected: int, allow_fewer: 
     room = min(out_dim, in_dim - protected)
     if rank < 1 or (rank > room and not allow_fewer):
         raise RankError(
-            f"rank {rank} must lie between 1 and the residual dimension: the layer's input width is {in_dim}, "
-            f"{protected} directions are protected, {in_dim - protected} are left, and its output width is {out_dim}",
+            f"rank {rank} must lie between 1 and the residual dimension: the layer's input width is "
+            f"{in_dim}, "
+            f"{protected} directions are protected, {in_dim - protected} are left, and its output width is "
+            f"{out_dim}",
             requested=rank,
             available=room,
         )
@@ -215,7 +221,8 @@ def above_rounding(
     found = int((singular > NOISE * norm).sum())
     if found < rank and not (allow_fewer and found):
         raise RankError(
-            f"the gradient outside the protected subspace has only {found} direction(s) above rounding, fewer than the "
+            f"the gradient outside the protected subspace has only {found} direction(s) above rounding, "
+            "fewer than the "
             f"rank {rank} (residual dimension {room})",
             requested=rank,
             available=found,

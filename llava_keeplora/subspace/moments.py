@@ -14,8 +14,8 @@ from llava_keeplora.subspace.features import FeatureDirections, feature_directio
 class SecondMoment:
     """C = sum of x x^T over every row seen so far; right singular vectors of X are the eigenvectors of C.
 
-    Each call is one float32 matrix product, added into a buffer of `dtype`. Float64 keeps thousands of batches from
-    rounding each other away; it costs 8 * dim^2 bytes.
+    Each call is one float32 matrix product, added into a buffer of `dtype`. Float64 keeps thousands of
+    batches from rounding each other away; it costs 8 * dim^2 bytes.
 
     Source: KeepLoRA (arXiv 2601.19659), the feature step; equal to the SVD of the stacked features.
 

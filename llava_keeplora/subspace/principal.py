@@ -50,9 +50,9 @@ def principal_basis(
     Args:
         weight: W, (out, in), any floating dtype; the work is done in float32 or better.
         energy: epsilon_w, in (0, 1].
-        method: `svd` (the reference); `gram`, all eigenvectors of the smaller Gram matrix; `randomized`, only its
-            leading ones, going on to `gram` where they leave the rank in doubt or are too many to save time; `auto`,
-            `randomized` up to energy 0.999 and `svd` beyond.
+        method: `svd` (the reference); `gram`, all eigenvectors of the smaller Gram matrix; `randomized`, only
+            its leading ones, going on to `gram` where they leave the rank in doubt or are too many to save
+            time; `auto`, `randomized` up to energy 0.999 and `svd` beyond.
         strict: the released code's `<` rule, one vector fewer.
         seed: of the randomised route's start; it moves the answer by rounding only.
 

@@ -1,8 +1,8 @@
 """The authors' released code, where it departs from the paper, kept exact for comparison runs.
 
-`released-clip` takes the weight basis from the OUTPUT side and projects on the input side; `released-llava` extends
-the basis from gradients instead of features, and rounds A to half precision. Both keep one weight direction fewer
-than the energy rule asks for, but at least one.
+`released-clip` takes the weight basis from the OUTPUT side and projects on the input side; `released-llava`
+extends the basis from gradients instead of features, and rounds A to half precision. Both keep one weight
+direction fewer than the energy rule asks for, but at least one.
 
 Shapes: weight (out, in), basis (in, k), features (images, tokens, in), mean (in, images * tokens), A (in, r).
 """
@@ -32,7 +32,8 @@ def released_clip_weight_basis(weight: Float[Tensor, "out in"], energy: float) -
     """
     if weight.shape[0] != weight.shape[1]:
         raise ShapeError(
-            "the released-clip preset takes the basis from a weight's output side and applies it to the input side, "
+            "the released-clip preset takes the basis from a weight's output side and applies it to the "
+            "input side, "
             f"which only a square weight allows, but this one is {tuple(weight.shape)}"
         )
     return principal_basis(weight.T, energy, strict=True)
@@ -41,8 +42,9 @@ def released_clip_weight_basis(weight: Float[Tensor, "out in"], energy: float) -
 class RunningMeanFeatures:
     """Features of the `released-clip` preset: the transposed batch matrices, averaged slot by slot.
 
-    Column j of every batch, whatever image it shows, is summed into column j, and the sum is divided by the number
-    of columns seen (not of batches). So features of unrelated images mix, which second moments don't do.
+    Column j of every batch, whatever image it shows, is summed into column j, and the sum is divided by the
+    number of columns seen (not of batches). So features of unrelated images mix, which second moments don't
+    do.
 
     Source: github.com/MaolinLuo/KeepLoRA, folder MTIL.
     """
@@ -64,7 +66,8 @@ class RunningMeanFeatures:
         slots = batch.detach().double().flatten(0, 1).T
         if self._sum is not None and self._sum.shape != slots.shape:
             raise ShapeError(
-                f"the released-clip running mean needs equal batches, {tuple(self._sum.shape)} (in, images * tokens), "
+                f"the released-clip running mean needs equal batches, {tuple(self._sum.shape)} (in, images * "
+                "tokens), "
                 f"but got {tuple(slots.shape)}; drop the last batch"
             )
         self._sum = slots.clone() if self._sum is None else self._sum.add_(slots)
@@ -129,11 +132,13 @@ def released_llava_extend(
 def released_llava_directions(
     gradient: Float[Tensor, "out in"], basis: Float[Tensor, "in k"], rank: int, *, seed: int = 0
 ) -> ResidualDirections:
-    """Adapter directions of the `released-llava` preset: a randomised SVD without oversampling, A rounded to float16.
+    """Adapter directions of the `released-llava` preset.
 
-    Both shortcuts cost something that the paper's rule doesn't: the last of the r directions are blurred, and A is
-    orthonormal and outside the basis to 1e-3 only. The preset starts B at 0 and leaves W as it is, so the singular
-    values and V are handed back for reports alone.
+    A randomised SVD without oversampling, A rounded to float16.
+
+    Both shortcuts cost something that the paper's rule doesn't: the last of the r directions are blurred, and
+    A is orthonormal and outside the basis to 1e-3 only. The preset starts B at 0 and leaves W as it is, so
+    the singular values and V are handed back for reports alone.
 
     Source: github.com/MaolinLuo/KeepLoRA, folder DCL_UCIT, `svd_lowrank(q=r)`.
 

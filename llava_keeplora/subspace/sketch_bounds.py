@@ -4,11 +4,11 @@ Shapes: M any matrix (out, in), Psi (l, out) standard Gaussian and independent o
 ||M||_F^2.
 
 The bound: sum_i |psi_i M|^2 / l lies in [c, C] ||M||_F^2, each side but for a probability delta, where
-c < 1 < C solve x - 1 - ln x = 2 ln(1 / delta) / l. Proof: with the eigenvalues mu_j of M M^T, summing to ||M||_F^2
-= 1, the sum is sum_ij mu_j z_ij^2 / l over independent standard normals z. Its logarithmic moment generating
-function is -1/2 sum_ij ln(1 - 2 t mu_j / l), for either sign of t a convex function of mu, so over the
-simplex it is largest where one mu_j is 1, where the sum is chi^2_l / l. Chernoff's bound of that, P(chi^2_l / l
-beyond x) <= (x e^(1 - x))^(l / 2), holds for every M, whatever its spectrum.
+c < 1 < C solve x - 1 - ln x = 2 ln(1 / delta) / l. Proof: with the eigenvalues mu_j of M M^T, summing to
+||M||_F^2 = 1, the sum is sum_ij mu_j z_ij^2 / l over independent standard normals z. Its logarithmic moment
+generating function is -1/2 sum_ij ln(1 - 2 t mu_j / l), for either sign of t a convex function of mu, so over
+the simplex it is largest where one mu_j is 1, where the sum is chi^2_l / l. Chernoff's bound of that,
+P(chi^2_l / l beyond x) <= (x e^(1 - x))^(l / 2), holds for every M, whatever its spectrum.
 
 Source of the tail of chi^2: Dasgupta and Gupta, "An elementary proof of a theorem of Johnson and
 Lindenstrauss" (2003), lemma 2.2.
@@ -25,7 +25,8 @@ from torch import Tensor
 # Probability with which one inequality may fail; an answer takes fewer than thirty of them.
 CHANCE = 1e-7
 # Norm of the rounding in a float32 sum of products, as a share of the whole gradient's; seen: an eighth of it
-# over 64 batches, a quarter over 512. The rounding of much longer sums, of gradients that cancel, isn't in it.
+# over 64 batches, a quarter over 512. The rounding of much longer sums, of gradients that cancel, isn't in
+# it.
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 

@@ -1,14 +1,15 @@
 """Leading eigenvectors of a Gram matrix up to an energy, without the full decomposition.
 
 Block Rayleigh-Ritz with a Chebyshev filter. The total energy is known exactly (the trace), so a prefix of the
-spectrum is enough to apply the energy rule; the answer is handed out only if the error bound leaves no doubt about
-the rank, otherwise the caller decomposes in full.
+spectrum is enough to apply the energy rule; the answer is handed out only if the error bound leaves no doubt
+about the rank, otherwise the caller decomposes in full.
 
-Shapes: G (n, n) symmetric positive semi-definite, n = its size, p = block width, k = leading pairs handed back.
+Shapes: G (n, n) symmetric positive semi-definite, n = its size, p = block width, k = leading pairs handed
+back.
 
-Sources: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), the randomised start;
-Zhou and Saad, "A Chebyshev-Davidson algorithm" (SIAM J. Matrix Anal. 2007), the filter; Parlett, "The Symmetric
-Eigenvalue Problem" (1998), chapter 11, the residual bound.
+Sources: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), the randomised
+start; Zhou and Saad, "A Chebyshev-Davidson algorithm" (SIAM J. Matrix Anal. 2007), the filter; Parlett, "The
+Symmetric Eigenvalue Problem" (1998), chapter 11, the residual bound.
 """
 
 from typing import NamedTuple
@@ -19,17 +20,21 @@ from torch import Tensor
 
 from llava_keeplora.subspace.energy import energy_rank
 
-# A float32 Gram matrix knows eigenvalues down to 1e-7 of the largest; an energy this near 1 depends on smaller ones.
+# A float32 Gram matrix knows eigenvalues down to 1e-7 of the largest; an energy this near 1 depends on
+# smaller ones.
 GRAM_ENERGY = 0.999
-# Wider blocks, as a share of n, cost more than the full decomposition does; small matrices leave less to save.
+# Wider blocks, as a share of n, cost more than the full decomposition does; small matrices leave less to
+# save.
 WIDEST = 0.33
 WIDEST_SMALL = 0.2
 SMALL = 1536
 # Below this size the full decomposition takes milliseconds.
 SMALLEST = 256
-# The block is this much wider than the wanted prefix: the filter needs a gap between what it keeps and what it damps.
+# The block is this much wider than the wanted prefix: the filter needs a gap between what it keeps and what
+# it damps.
 MARGIN = 1.5
-# Degree of the filter: each degree is one product with G; beyond 4, float32 drowns the small wanted components.
+# Degree of the filter: each degree is one product with G; beyond 4, float32 drowns the small wanted
+# components.
 DEGREE = 4
 # Rounding of a float32 Gram matrix, as a share of its largest eigenvalue.
 CUT_FLOOR = 1e-6
@@ -37,16 +42,19 @@ CUT_FLOOR = 1e-6
 SAFETY = 2.0
 # Energy that the returned prefix may miss, as a share of the total, against the exact leading eigenvectors.
 MISSED = 5e-5
-# Truncation isn't even begun where the width guessed without a sketch exceeds the widest block by this factor.
+# Truncation isn't even begun where the width guessed without a sketch exceeds the widest block by this
+# factor.
 HOPELESS = 1.25
-# Column blocks of a Gram matrix: only those on and below the diagonal are multiplied, 5/8 of the work for four.
+# Column blocks of a Gram matrix: only those on and below the diagonal are multiplied, 5/8 of the work for
+# four.
 BLOCKS = 4
 
 
 class Ritz(NamedTuple):
     """Ritz pairs of a block: values (p,) float64 descending, and the factors of their vectors.
 
-    The vectors are block @ rotation, (n, p), and G @ vectors is image @ rotation; both are formed only where needed.
+    The vectors are block @ rotation, (n, p), and G @ vectors is image @ rotation; both are formed only where
+    needed.
     """
 
     values: Tensor
@@ -124,7 +132,10 @@ def leading_eigenpairs(
 
 
 def _power_law(gram: Tensor, total: float) -> Tensor:
-    """The whole spectrum, guessed without a sketch: the power law that has G's ratio of sum of squares to squared sum."""
+    """The whole spectrum, guessed without a sketch.
+
+    The power law that has G's ratio of sum of squares to squared sum.
+    """
     ratio = (float(gram.norm()) / total) ** 2
     index = torch.arange(1, gram.shape[0] + 1, dtype=torch.float64)
     spectra = index.unsqueeze(0) ** -torch.linspace(0.0, 4.0, 41, dtype=torch.float64).unsqueeze(1)
@@ -133,7 +144,10 @@ def _power_law(gram: Tensor, total: float) -> Tensor:
 
 
 def _sketch(gram: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """G times a random sign matrix with one entry per row: a random block of range(G) for the price of reading G."""
+    """G times a random sign matrix with one entry per row.
+
+    A random block of range(G) for the price of reading G.
+    """
     n = gram.shape[0]
     bucket = torch.randint(width, (n,), generator=generator, device=gram.device)
     bucket[torch.randperm(n, generator=generator, device=gram.device)[:width]] = torch.arange(
@@ -176,7 +190,10 @@ def _certain_vectors(ritz: Ritz, energy: float, total: float) -> Tensor | None:
 
 
 def _extrapolate(values: Tensor, total: float, n: int) -> Tensor:
-    """The whole spectrum, guessed: the upper third of the Ritz values, then the power law that has the right trace."""
+    """The whole spectrum, guessed.
+
+    The upper third of the Ritz values, then the power law that has the right trace.
+    """
     known = max(1, len(values) // 3)
     left = total - float(values[:known].sum())
     index = torch.arange(known + 1, n + 1, dtype=torch.float64, device=values.device) / known
@@ -190,8 +207,8 @@ def _extrapolate(values: Tensor, total: float, n: int) -> Tensor:
 def _filtered(gram: Tensor, ritz: Ritz, width: int, cut: float, generator: torch.Generator) -> Tensor:
     """A better orthonormal block, (n, width): Chebyshev polynomial of G, small on [0, cut] and steep above.
 
-    The strongest directions are held out (and put back): the filter would magnify them so far above the weak wanted
-    ones that float32 loses the latter.
+    The strongest directions are held out (and put back): the filter would magnify them so far above the weak
+    wanted ones that float32 loses the latter.
     """
     vectors = ritz.vectors(len(ritz.values))
     count = int((ritz.values[: len(ritz.values) // 2] > 8.0 * cut).sum())

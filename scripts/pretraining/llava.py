@@ -135,7 +135,10 @@ def answer_losses(
 
 
 class Training:
-    """A model with its optimiser and schedule, and how far they are; can be written down and taken up again."""
+    """A model with its optimiser and schedule, and how far they are.
+
+    Can be written down and taken up again.
+    """
 
     def __init__(self, model: LlavaForConditionalGeneration, args: argparse.Namespace) -> None:
         self.model, self.bf16 = model, args.bf16

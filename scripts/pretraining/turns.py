@@ -46,7 +46,10 @@ class TaughtSet:
 
 
 def taught_sets(root: Path) -> list[TaughtSet]:
-    """Every `pretrain` split: rendered scenes, rendered classes, real classes, real questions and captions."""
+    """Every `pretrain` split.
+
+    Rendered scenes, rendered classes, real classes, real questions and captions.
+    """
     return [taught_set(name, root) for name in (*SCENES, *RENDERED, *REAL, *QUESTIONS)]
 
 
@@ -162,7 +165,10 @@ def _relations(scene: Scene) -> list[Turn]:
 
 
 def _exists(rng: Generator, there: set[str]) -> Turn:
-    """Whether a thing is there: one of those that are, or one that shares a colour or a shape with one of them."""
+    """Whether a thing is there.
+
+    One of those that are, or one that shares a colour or a shape with one of them.
+    """
     known = str(rng.choice(sorted(there)))
     if rng.random() < 0.5:
         return f"Is there a {known}?", "yes"

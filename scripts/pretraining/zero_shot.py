@@ -70,7 +70,10 @@ def _texts(data: TaskData) -> tuple[list[str], list[list[str]]]:
 
 
 def _guesses(kind: str, past: list[str], right: list[list[str]], asked: list[str]) -> list[str]:
-    """The most frequent training answer to each question; for captions the one that is most like the others."""
+    """The most frequent training answer to each question.
+
+    For captions the one that is most like the others.
+    """
     if kind == "captioning":
         tried = [r[0] for r in right[:: max(1, len(right) // 40)]]
         return [max(tried, key=lambda text: sum(rouge_l(text, r) for r in right))] * len(asked)
