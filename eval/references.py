@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def accepted_texts(data: TaskData) -> list[list[str]]:
     """Return the accepted texts of every example, without decoding an image."""
     if data.recipe.kind == "classification":
-        # A generative model is taught class names with spaces, see `Recipe.asks`.
+        # A generative model is taught class names with spaces, see `Recipe.vlm_prompt`.
         names = (data.recipe.classes[label] for label in data.labels)
         return [[name, name.replace("_", " ")] for name in names]
     return data.answers

@@ -1,4 +1,4 @@
-"""What was written, loaded by a process that knows nothing else (see `reload.py`), against what was meant, on real examples."""
+"""What was written, loaded by a process that knows nothing else (see `verify_worker.py`), against what was meant, on real examples."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def verify_export(
 
 
 def verify_in_fresh_process(tmp_dir: Path) -> str | None:
-    """Run `reload.py` in a folder; what it says where it fails."""
+    """Run `verify_worker.py` in a folder; what it says where it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "llava_keeplora.export.verify_worker"],
         cwd=tmp_dir,
