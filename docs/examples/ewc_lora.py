@@ -1,4 +1,7 @@
-"""EWC on LoRA: weights that earlier tasks' gradients were large in are held (Kirkpatrick et al. 2017, arXiv 1612.00796)."""
+"""EWC on LoRA: weights that earlier tasks' gradients were large in are held.
+
+Kirkpatrick et al. 2017, arXiv 1612.00796.
+"""
 
 from dataclasses import dataclass
 
@@ -6,6 +9,8 @@ import torch
 
 from llava_keeplora.adapters import ADAPTER, AdapterInit, lora_layers
 from llava_keeplora.methods import Holding, Method, MethodInfo
+
+PAPER = "https://arxiv.org/abs/1612.00796"
 
 
 class Fisher:
@@ -21,20 +26,21 @@ class Fisher:
 class EwcLora(Method):
     """A fresh adapter per task, and a penalty on where its product B A moves what earlier tasks needed."""
 
-    info = MethodInfo("ewc-lora", "Overcoming catastrophic forgetting", "https://arxiv.org/abs/1612.00796")
+    info = MethodInfo("ewc-lora", "Overcoming catastrophic forgetting in neural networks", PAPER)
     supports_zero3 = False  # B A is read outside of its layer
 
     @dataclass(frozen=True)
     class Options:
+        """The penalty's weight."""
+
         strength: float = 100.0
 
     def init_adapters(self, ctx):
-        return {name: AdapterInit(it.rank, it.alpha, train_A=True) for name, it in ctx.layers.items()}
+        return {n: AdapterInit(layer.rank, layer.alpha, train_A=True) for n, layer in ctx.layers.items()}
 
     def loss(self, ctx, batch, out):
-        adapters = lora_layers(ctx.model) if self.sums else {}
-        moved = {name: layer.get_delta_weight(ADAPTER) ** 2 for name, layer in adapters.items()}
-        penalty = sum((self.sums[name].to(d) * d).sum() for name, d in moved.items())
+        moved = {n: layer.get_delta_weight(ADAPTER) ** 2 for n, layer in lora_layers(ctx.model).items()}
+        penalty = sum((fisher.to(moved[n]) * moved[n]).sum() for n, fisher in self.sums.items())
         return out["loss"] + self.options.strength * penalty
 
     def after_task(self, ctx):
@@ -44,7 +50,7 @@ class EwcLora(Method):
         self._sum(self.state_dict())
 
     def state_dict(self):
-        return {name: one.tensors[0].cpu() for name, one in self.added.items()}
+        return {name: fisher.tensors[0].cpu() for name, fisher in self.added.items()}
 
     def load_state_dicts(self, states):
         self.sums = {}
@@ -55,5 +61,4 @@ class EwcLora(Method):
         self.sums = self.sums | {name: self.sums.get(name, 0) + fisher for name, fisher in state.items()}
 
     def holds(self, ctx, names):
-        layers = ctx.layers.items() if ctx.index else ()
-        return {name: Holding(tuple(layer.module.weight.shape)) for name, layer in layers}
+        return {n: Holding(tuple(layer.module.weight.shape)) for n, layer in ctx.layers.items() if ctx.index}

@@ -217,10 +217,13 @@ def test_sketches_of_gradients_and_features_add_up_over_processes(
     # A basis ends between eigenvalues of a sketch that may lie near each other, which makes rounding larger by as much: some 1e-4 at times.
     apart = distances(tmp_path / "1", tmp_path / "2", worst=1e-3)
     assert max(apart.values()) < 1e-4, apart
-    read = lambda name: [
-        json.loads(path.read_text())
-        for path in sorted((tmp_path / "2/keeplora").glob(f"task-0[123]-*/{name}.json"))
-    ]
+
+    def read(name):
+        return [
+            json.loads(path.read_text())
+            for path in sorted((tmp_path / "2/keeplora").glob(f"task-0[123]-*/{name}.json"))
+        ]
+
     gradients = [one["passes"] for task in read("prepared") for one in task["report"]["gradient"].values()]
     features = [one["passes"] for task in read("consolidated") for one in task["feature_energy"].values()]
     assert len(gradients) == len(features) == 2 * 16 and 2 in gradients and 2 in features, (

@@ -88,9 +88,12 @@ def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_o
         }
     )
     jobs, tried = table_jobs(table, table.methods), tuning_jobs(table)["seq-lora"]
-    epochs = lambda jobs: [
-        [one["num_train_epochs"] for one in parse_config(job.tree).trainings("seq-lora")] for job in jobs
-    ]
+
+    def epochs(jobs):
+        return [
+            [one["num_train_epochs"] for one in parse_config(job.tree).trainings("seq-lora")] for job in jobs
+        ]
+
     assert epochs(jobs["I"]) == [[0.5, 2]] * 2 and jobs["small"] == []
     assert epochs(tried) == [[3]] * 4 and parse_config(tried[0].tree).tasks == ("glyphs",)
 

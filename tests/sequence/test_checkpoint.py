@@ -63,9 +63,12 @@ def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(
     method,
 ):
     training = SETTINGS[settings]
-    build = lambda name: one_task(
-        lambda *a, **k: run_config(*a, **k, **one_label(method)), tiny_tasks, tmp_path, name, training
-    )
+
+    def build(name):
+        return one_task(
+            lambda *a, **k: run_config(*a, **k, **one_label(method)), tiny_tasks, tmp_path, name, training
+        )
+
     drive(build("undisturbed"))
     whole = list(steps)
     steps.clear()
@@ -86,9 +89,10 @@ def test_a_llava_with_dropout_and_rates_of_its_parts_goes_on_bit_for_bit(
         "methods": {"released-llava": {"method": "keeplora", "preset": "released-llava"}},
         "parts": {"vision": {"learning_rate": 5e-4}},
     }
-    build = lambda name: one_task(
-        lambda *a, **k: llava_config(*a, **k, **changes), mixed_tasks, tmp_path, name, {}
-    )
+
+    def build(name):
+        return one_task(lambda *a, **k: llava_config(*a, **k, **changes), mixed_tasks, tmp_path, name, {})
+
     drive(build("undisturbed"))
     stop_within_training(2)
     assert run_to_the_end(build("killed")) == 2
@@ -122,9 +126,11 @@ def test_a_training_on_random_crops_goes_on_bit_for_bit_and_is_another_than_with
 def test_training_stopped_after_its_last_step_ends_with_the_same_files(
     run_config, drive, run_to_the_end, stopped, monkeypatch, tmp_path, tiny_tasks, left_behind, one_label
 ):
-    build = lambda name: one_task(
-        lambda *a, **k: run_config(*a, **k, **one_label("keeplora")), tiny_tasks, tmp_path, name, {}
-    )
+    def build(name):
+        return one_task(
+            lambda *a, **k: run_config(*a, **k, **one_label("keeplora")), tiny_tasks, tmp_path, name, {}
+        )
+
     drive(build("undisturbed"))
     save, calls = stages.save_deltas, []
 
@@ -152,9 +158,11 @@ def test_a_damaged_checkpoint_costs_the_tasks_steps_and_nothing_else(
     caplog,
     steps,
 ):
-    build = lambda name: one_task(
-        lambda *a, **k: run_config(*a, **k, **one_label("keeplora")), tiny_tasks, tmp_path, name, {}
-    )
+    def build(name):
+        return one_task(
+            lambda *a, **k: run_config(*a, **k, **one_label("keeplora")), tiny_tasks, tmp_path, name, {}
+        )
+
     drive(build("undisturbed"))
     stop_within_training(2)
     with pytest.raises(stopped):

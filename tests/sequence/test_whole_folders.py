@@ -204,9 +204,10 @@ def test_a_killed_export_is_whole_or_not_there_and_the_same_command_goes_on(
     monkeypatch.setattr(
         run_export, "verify_export", lambda folder, form, base, batch, meant, layers: (meant, meant)
     )
-    command = lambda into: export_run(
-        two_tasks_run, "state", into, label="keeplora", base_id="you/tiny-base", examples=1
-    )
+
+    def command(into):
+        return export_run(two_tasks_run, "state", into, label="keeplora", base_id="you/tiny-base", examples=1)
+
     assert (
         kill_everywhere(
             deadly, command, tmp_path / "state", lambda name: name.endswith(".png"), stride=stride(17)
