@@ -1,0 +1,81 @@
+"""Runs of three tasks, as configurations, in one process, and in two."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from llava_keeplora.config import parse_config
+from zero_runs import BATCH, STEADY, ZERO, distances, halved
+
+UNDRAWN = """
+import runpy
+from llava_keeplora.sequence import runner
+runner.write_run_report = lambda root: None
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def script(script, tmp_path_factory):
+    """scripts/train_seq.py without the report, which takes a quarter of a small run's time."""
+    path = tmp_path_factory.mktemp("script") / "train_seq.py"
+    path.write_text(UNDRAWN.format(script=str(script)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """Function (tree, zero) → the path of its YAML, beside the JSON that it names."""
+
+    def write(tree, zero=None):
+        folder = tmp_path_factory.mktemp("config")
+        if zero:
+            (folder / "zero.json").write_text(json.dumps({**BATCH, **zero}))
+            tree["training"]["deepspeed"] = str(folder / "zero.json")
+        (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+        return folder / "run.yaml"
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def trees(run_tree, llava_tree):
+    """Family → a run of three tasks."""
+    return {
+        "clip": lambda **changes: run_tree("unset", methods={"keeplora": {}}, training=STEADY, **changes),
+        "llava": lambda **changes: llava_tree(
+            "unset", training=STEADY, parts={"projector": {"learning_rate": None}}, **changes
+        ),
+    }
+
+
+@pytest.fixture(scope="session")
+def references(trees, driven, tmp_path_factory):
+    """Family → the same run in one process, without DeepSpeed."""
+    done = {}
+
+    def reference(family):
+        if family not in done:
+            folder = tmp_path_factory.mktemp(family) / "run"
+            done[family] = driven(parse_config(trees[family]() | {"output_dir": str(folder)}))
+        return done[family]
+
+    return reference
+
+
+@pytest.fixture
+def one_and_two(trees, written, driven, launch, script, tmp_path):
+    """Function (stage, **changes) → distances of a LLaVA run in two processes from the same in one."""
+
+    def measure(stage, **changes):
+        driven(parse_config(trees["llava"](**changes) | {"output_dir": str(tmp_path / "one")}))
+        path = written(halved(trees["llava"](**changes)), ZERO[stage])
+        code, _, err = launch(
+            [sys.executable, script], "--config", path, "--output-dir", tmp_path / "two", processes=2
+        )
+        assert code == 0, err
+        return distances(tmp_path / "one", tmp_path / "two")
+
+    return measure
