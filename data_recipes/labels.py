@@ -87,7 +87,9 @@ def check_distinct(classes: Sequence[str], where: str) -> None:
 
 
 def label_reader(recipe: Recipe, records: Records, where: str) -> Callable[[str, Any], int]:
-    """From a record's id and the source's label to an index into the recipe's classes, by name where there are names.
+    """Return a function from a record's id and label to an index into the recipe's classes.
+
+    Labels are matched by name where there are names.
 
     The returned function raises RecipeError for a label that is none of the classes; it names the record.
     """
@@ -164,7 +166,7 @@ def _is_whole(label: Any) -> bool:
 
 
 def folded(name: str) -> str:
-    """A class name without what prompts, tokenizers and metrics don't look at, and without what nobody sees."""
+    """Return a class name reduced to what prompts, tokenizers, metrics and readers of it can tell apart."""
     return " ".join(
         unicodedata.normalize("NFC", INVISIBLE.sub("", name).replace("_", " ").casefold()).split()
     )

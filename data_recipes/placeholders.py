@@ -12,15 +12,18 @@ _AT_HEAD = re.compile(rf"^(?:\s*{MARKER})+")
 #: Mark what no model here is shown, in the spellings of many tools: `<video>`, `<|video_pad|>`, `<audio_0>`,
 #: `[AUDIO]`.
 _UNREAD = re.compile(
-    r"<\|(?P<token>video|audio)[^|<>\n]{0,20}\|>|<(?P<tag>video|audio)[ _-]?\d*>|\[(?P<word>(?-i:VIDEO|AUDIO))\]",
+    r"<\|(?P<token>video|audio)[^|<>\n]{0,20}\|>|<(?P<tag>video|audio)[ _-]?\d*>"
+    r"|\[(?P<word>(?-i:VIDEO|AUDIO))\]",
     re.IGNORECASE,
 )
 #: Mark a picture for another tool, and are words here: `<IMAGE>`, `<image_0>` and `<image 1>` (MMMU),
 #: `<|image_pad|>` and `<img>...</img>` (Qwen), `<|image_1|>` (Phi), `<start_of_image>` (Gemma), `[IMG]`
 #: (Pixtral), `<ImageHere>` (MiniGPT-4).
 _FOREIGN = re.compile(
-    r"<\|(?:image|img|vision)[^|<>\n]{0,20}\|>|<(?:image|img)[ _-]?\d+>|<image[ _](?:pad|token|placeholder|soft_token)>|<imagehere>"
-    r"|<(?:start|end)_of_image>|<img>.{0,1000}?</img>|</image>|\[(?:img|image)(?:[ _-]?\d+)?\]|(?-i:(?!<image>))<\s*image\s*/?>",
+    r"<\|(?:image|img|vision)[^|<>\n]{0,20}\|>|<(?:image|img)[ _-]?\d+>"
+    r"|<image[ _](?:pad|token|placeholder|soft_token)>|<imagehere>"
+    r"|<(?:start|end)_of_image>|<img>.{0,1000}?</img>|</image>"
+    r"|\[(?:img|image)(?:[ _-]?\d+)?\]|(?-i:(?!<image>))<\s*image\s*/?>",
     re.IGNORECASE,
 )
 

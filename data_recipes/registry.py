@@ -25,7 +25,7 @@ SHORT = 12
 
 
 class PluginError(UserError, KeyError):
-    """A name that no built-in object, file, module or installed package answers to, or one that cannot be used.
+    """A name that no built-in object, file, module or installed package has, or that cannot be used.
 
     It is a `KeyError` as well, so that `name in registry` and `registry.get(name)` behave as for any mapping.
 
@@ -280,7 +280,9 @@ def _module_file(module: str) -> Path | None:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file, a single one under a name with its content's hash, so that a changed one is another module.
+    """Import a file.
+
+    A single file is imported under a name with its content's hash, so that a changed one is another module.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -37,7 +37,7 @@ SCALARS = {
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's loader with the scalars above, without tags, and with errors for repeated keys and whatever goes beyond the limits."""
+    """PyYAML's loader with the scalars above, without tags, strict about repeated keys and limits."""
 
     yaml_implicit_resolvers: dict = {}
 

@@ -175,7 +175,8 @@ class TaskData:
             return None
         names = sorted(name for files in self.left_out.values() for name in files)
         kinds = ", ".join(f"{kind}: {len(files)}" for kind, files in sorted(self.left_out.items()))
-        return f"{len(names)} files are not read and left out ({kinds}; {', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        first = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+        return f"{len(names)} files are not read and left out ({kinds}; {first})"
 
     @cached_property
     def marker_note(self) -> str | None:

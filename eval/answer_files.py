@@ -110,7 +110,10 @@ def _parse(where: str, text: str) -> Any:
                 "correct it, or if `predict` was stopped while it wrote the file, run the same command again"
             )
         else:
-            cure = "write JSON or lines of JSON, one record with 'id' and 'text' for every example; tables (CSV) are not read"
+            cure = (
+                "write JSON or lines of JSON, one record with 'id' and 'text' for every example; "
+                "tables (CSV) are not read"
+            )
         raise EvalError(f"{where} {error}", cure) from None
 
 

@@ -1,7 +1,9 @@
-"""What a lenient reader finds in an answer (a letter, a number, yes or no, a phrase), and whether it has the asked form.
+"""What a lenient reader finds in an answer, and whether the answer has the requested form.
 
-The lenient score and the compliance stand beside every strict score, so that a model that only changed its style ("B." or
-"The answer is B." for "B") is not booked as one that forgot.
+A lenient reader looks for a letter, a number, yes or no, or a phrase.
+
+The lenient score and the compliance stand beside every strict score, so that a model that only changed its
+style ("B." or "The answer is B." for "B") is not booked as one that forgot.
 """
 
 from __future__ import annotations

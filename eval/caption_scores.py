@@ -1,8 +1,11 @@
-"""BLEU, ROUGE-L, CIDEr and METEOR of a set of captions, by pycocoevalcap, the code behind the published numbers.
+"""BLEU, ROUGE-L, CIDEr and METEOR of a set of captions, by pycocoevalcap.
 
-BLEU and METEOR are of the set as a whole, ROUGE-L and CIDEr means over its captions. CIDEr weighs words by how many of the
-evaluated examples have them in their references, so it is a number of this set and of no other. What every
-example has weighs nothing, so of a single example, or where all have the same references, CIDEr is 0.
+pycocoevalcap is the code behind the published numbers.
+
+BLEU and METEOR are of the set as a whole, ROUGE-L and CIDEr means over its captions. CIDEr weighs words by
+how many of the evaluated examples have them in their references, so it is a number of this set and of no
+other. What every example has weighs nothing, so of a single example, or where all have the same references,
+CIDEr is 0.
 """
 
 from __future__ import annotations

@@ -181,10 +181,12 @@ def model_content(place: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def hub_commit(name: str, revision: str | None = None) -> str:
-    """Return the commit of a model on the Hub, without the network where the model's configuration is in the Hub's cache.
+    """Return the commit of a model on the Hub.
 
-    The cache keeps the files of a commit in `snapshots/<commit>`, which `huggingface_hub` documents; recent versions of
-    transformers keep no commit in a configuration.
+    The network is not used where the model's configuration is in the Hub's cache.
+
+    The cache keeps the files of a commit in `snapshots/<commit>`, which `huggingface_hub` documents; recent
+    versions of transformers keep no commit in a configuration.
 
     Args:
         name: of the model, `user/name`.
@@ -479,10 +481,13 @@ def loading(name: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # transformers, tokenizers, safetensors and pickle raise errors of every kind for damaged files.
+    except Exception as error:  # Libraries raise errors of every kind for damaged files.
         if is_exhaustion(error):
             raise
-        cure = "give a folder with a whole checkpoint, an embedded model, or a Hub id that this machine can reach"
+        cure = (
+            "give a folder with a whole checkpoint, an embedded model, or a Hub id that this machine "
+            "can reach"
+        )
         raise EvalError(
             f"the model '{name}' cannot be loaded ({_reason(error)})",
             "install what is missing" if isinstance(error, ImportError) else cure,
@@ -505,7 +510,7 @@ def _open_pickled(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the table off the terminal that transformers draws of what `load_checked` refuses in a sentence."""
+    """Keep the table that transformers prints of what `load_checked` refuses off the terminal."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)

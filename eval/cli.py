@@ -106,7 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--split", help="this split alone")
     check.add_argument(
         "--model",
-        help="prepare the examples for tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint or an adapter, or a Hub id",
+        help="prepare the examples for tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint or an "
+        "adapter, or a Hub id",
     )
     check.add_argument(
         "--base",

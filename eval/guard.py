@@ -29,7 +29,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 #: How the libraries say that memory, address space or threads have run out, where they raise no MemoryError.
 EXHAUSTED = re.compile(
-    r"can't start new thread|can(?:'t|not) allocate memory|failed to map segment|out of memory|std::bad_alloc",
+    r"can't start new thread|can(?:'t|not) allocate memory|failed to map segment|out of memory"
+    r"|std::bad_alloc",
     re.I,
 )
 #: What a terminal acts on instead of showing it: control characters but for tab and line feed, and marks that

@@ -167,7 +167,10 @@ def _refuse_nan(examples: Sequence[Example], dtype: torch.dtype) -> Callable[[Te
 
 @contextmanager
 def without_defaults(model) -> Iterator[None]:
-    """Let `generate` see none of the checkpoint's own settings, from which it takes whatever its caller leaves unset."""
+    """Hide the checkpoint's own generation settings from `generate`.
+
+    It takes from them whatever its caller leaves unset.
+    """
     kept, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:
         yield

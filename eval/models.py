@@ -191,7 +191,9 @@ def adapter_base(name: str, base: str | None = None) -> tuple[str, str | None] |
 
 
 def _check_exported_base(folder: Path, base: str, revision: str | None) -> None:
-    """Refuse another base than the one that an exported adapter was trained on, where the export says by content which that was.
+    """Refuse another base than the one that an exported adapter was trained on.
+
+    Exports record it by content; older ones don't, and are not checked.
 
     Raises:
         EvalError: naming what differs.
@@ -325,7 +327,9 @@ def load_llava_processor(path: str, revision: str | None = None):
 
 
 def _check_vocabulary(tokenizer, path: str) -> None:
-    """Refuse a tokenizer without words, which transformers makes where a checkpoint's tokenizer files are not there.
+    """Refuse a tokenizer without words.
+
+    transformers makes one where a checkpoint's tokenizer files are missing.
 
     Raises:
         EvalError: naming the checkpoint.

@@ -148,7 +148,7 @@ class ClipPredictor:
         return other
 
     def with_test_prompts(self) -> ClipPredictor:
-        """The same predictor with the averaged features of the recipe's test prompts instead of its one prompt's."""
+        """Return the predictor with the averaged features of the recipe's test prompts."""
         other = copy.copy(self)
         other._prompts, other._text = (
             [self.recipe.class_prompts(template) for template in self.recipe.test_prompts] or self._prompts,

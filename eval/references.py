@@ -61,7 +61,7 @@ def unmeetable(metric: str, references: Sequence[Sequence[str]], **inputs: Seque
 
 
 def check_references(data: TaskData, metric: str | None = None) -> str | None:
-    """Say which examples of a split cannot score, and which classes are one to its score, before anything is predicted.
+    """Report the examples of a split that cannot score, and classes that its score merges.
 
     Args:
         data: the task and split.

@@ -62,7 +62,10 @@ class Score:
         return values
 
     def __str__(self) -> str:
-        line = f"{self.task} v{self.version} ({self.split}): {self.metric} v{self.metric_version} {self.score:.2f} %"
+        line = (
+            f"{self.task} v{self.version} ({self.split}): {self.metric} v{self.metric_version} "
+            f"{self.score:.2f} %"
+        )
         for name in ("lenient", "compliance"):
             if (share := getattr(self, name)) is not None:
                 line += f", {name} {share:.2f} %"

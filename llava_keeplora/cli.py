@@ -261,7 +261,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         dest="form",
         choices=("adapter", "merged", "state"),
         required=True,
-        help="adapter: a PEFT LoRA of the base; merged: base and updates in one checkpoint; state: what `import` needs to go on",
+        help="adapter: a PEFT LoRA of the base; merged: base and updates in one checkpoint; state: what "
+        "`import` needs to go on",
     )
     parser.add_argument(
         "--into", metavar="DIR", help="a new folder, or an earlier export's (default: RUN/export/FORM)"

@@ -1,4 +1,6 @@
-"""DeepSpeed's operators, compiled when they are first needed under a lock that torch waits for without a word.
+"""DeepSpeed's operators, compiled when first needed.
+
+Compilation holds a lock that torch waits for silently.
 
 A process that is killed while it compiles leaves the lock, and every later start would wait for ever.
 """
@@ -27,7 +29,10 @@ def check_builds() -> None:
     """
     for lock in unheld_locks():
         age = time.time() - lock.stat().st_mtime
-        what = f"{lock}, the lock of one of DeepSpeed's operators, is {age / 60:.0f} minutes old and no process here is compiling it"
+        what = (
+            f"{lock}, the lock of one of DeepSpeed's operators, is {age / 60:.0f} minutes old and no process "
+            "here is compiling it"
+        )
         if age > LONGEST:
             raise RunError(f"{what}, so a start would wait for it for ever", f"remove it: rm {lock}")
         logger.warning("%s; if none on another machine is either, stop this start and remove the lock", what)

@@ -65,7 +65,10 @@ def trained_values(parameter: nn.Parameter) -> Tensor:
 
 
 def forget_engine(parameters: Iterable[nn.Parameter]) -> None:
-    """Take parameters out of the hands of an engine that has ended, whose fp32 copies are no longer theirs and would be kept alive."""
+    """Release parameters from an engine that has ended.
+
+    Its fp32 copies are no longer theirs and would be kept alive.
+    """
     for parameter in parameters:
         for link in LINKS:
             vars(parameter).pop(link, None)

@@ -169,7 +169,7 @@ class Journal:
 
     @property
     def has_work(self) -> bool:
-        """Whether a finished stage left more than a plan, a copied row, or the word that nothing is protected yet."""
+        """Return whether a finished stage left more than a plan, a copied row, or an empty record."""
         return any(
             Path(name).name not in (SCORES, CONSOLIDATED) for entry in self.entries for name in entry.files
         )

@@ -1,4 +1,4 @@
-"""The methods and model families by name, built-in ones and plug-ins, and what a configuration says of plug-ins.
+"""Methods and model families by name, built-in ones and plug-ins.
 
 Built-in ones are an explicit list, each imported when it is asked for.
 """

@@ -219,14 +219,16 @@ class Bench:
 
     def run(self) -> None:
         """Every stage of a task, then what it is compared with."""
-        kept = lambda _: (
-            f"{len(self.modules)} layers, {sum(b.nbytes for b in self.method.bases.values()) / GIB:.3f} GiB "
-            "on the host"
-        )
+
+        def kept(_):
+            size = sum(basis.nbytes for basis in self.method.bases.values()) / GIB
+            return f"{len(self.modules)} layers, {size:.3f} GiB on the host"
+
         self.stage("basis", lambda: self.method.after_task(self.context(0)), kept)
         self.model.train()
         self.task.activation_checkpointing_enable()
-        images = f"{self.args.images} images, {self.size.image_tokens + self.args.text} tokens each, batches of {self.args.batch}"
+        tokens = self.size.image_tokens + self.args.text
+        images = f"{self.args.images} images, {tokens} tokens each, batches of {self.args.batch}"
         first = self.stage("first gradient pass, sketch", self.one_pass, lambda _: images)
         told = lambda pair: f"rank {self.rank}; layers fed per pass: {', '.join(map(str, pair[1]))}"  # noqa: E731
         if self.args.one_pass:

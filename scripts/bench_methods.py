@@ -1,7 +1,7 @@
-"""One task of every method, from its first stage to its last but the evaluation, against sequential LoRA's in the same run.
+"""One task of every method, from its first to its last stage but evaluation, against sequential LoRA.
 
-Numbers come from the run's own journal: preparing (the first-step gradient), training for one epoch, consolidating (features and
-bases), and what a method does with the base before any task.
+Numbers come from the run's own journal: preparing (the first-step gradient), training for one epoch,
+consolidating (features and bases), and what a method does with the base before any task.
 """
 
 from __future__ import annotations
@@ -68,5 +68,8 @@ def compare_methods(
                 if label == IN_PART[0]
                 else ""
             )
-            note = f"one task, one epoch{shares}; peak {peaks[label] / 1e6:.0f} MB of the process, {PLAIN} {peaks[PLAIN] / 1e6:.0f}"
+            note = (
+                f"one task, one epoch{shares}; peak {peaks[label] / 1e6:.0f} MB of the process, "
+                f"{PLAIN} {peaks[PLAIN] / 1e6:.0f}"
+            )
             yield f"{label} / {PLAIN}", medians[PLAIN], medians[label], note

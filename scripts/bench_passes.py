@@ -128,12 +128,14 @@ def second_moment_pass() -> Pair:
                 setting.task(**batch)
 
     def ours() -> None:
-        moments = lambda groups: {
-            n: m
-            for names in groups
-            for m in [SecondMoment(setting.layers[names[0]].in_features)]
-            for n in names
-        }
+        def moments(groups):
+            return {
+                n: m
+                for names in groups
+                for m in [SecondMoment(setting.layers[names[0]].in_features)]
+                for n in names
+            }
+
         feature_pass(
             setting.task, setting.layers, setting.parts, [(batch, True) for batch in setting.batches], moments
         )

@@ -1,6 +1,9 @@
-"""The streamed passes against the plain way, on a random LLaVA with wide layers, where sketches are what a run uses.
+"""The streamed passes against the plain way, on a random LLaVA with wide layers.
 
-The plain gradient pass is the same forward and backward with frozen weights, the gradient flowing through every adapted
+Sketches are what a run uses on such layers.
+
+The plain gradient pass is the same forward and backward with frozen weights, the gradient flowing through
+every adapted
 layer. Memory is counted tensor by tensor: the most bytes alive at once, whatever made them.
 
 Pairs as in bench_passes.py, each built small on demand.
@@ -44,9 +47,17 @@ from llava_keeplora.subspace import (
 from llava_keeplora_recipes import load_recipe, load_split
 
 WIDE = Size(
-    hidden=1024, intermediate=2752, layers=8, heads=8, vocabulary=8192,
-    vision_hidden=256, vision_intermediate=1024, vision_layers=4, vision_heads=4, image=112,
-)  # fmt: skip
+    hidden=1024,
+    intermediate=2752,
+    layers=8,
+    heads=8,
+    vocabulary=8192,
+    vision_hidden=256,
+    vision_intermediate=1024,
+    vision_layers=4,
+    vision_heads=4,
+    image=112,
+)
 # An example is 64 image tokens, 160 of a question and 32 of an answer.
 EXAMPLES, TEXT, ANSWER = 4, 192, 32
 ENERGY = 0.6
@@ -75,7 +86,9 @@ class Setting:
     def shape(self) -> str:
         """The model in words."""
         size = self.size
-        return f"{size.layers} layers x {size.hidden} ({size.intermediate}), {EXAMPLES} x {size.image_tokens + TEXT} tokens, rank {RANK}"
+        tokens = size.image_tokens + TEXT
+        layers = f"{size.layers} layers x {size.hidden} ({size.intermediate})"
+        return f"{layers}, {EXAMPLES} x {tokens} tokens, rank {RANK}"
 
     @cached_property
     def bases(self) -> dict[str, Tensor]:
@@ -125,7 +138,7 @@ class Setting:
         self.model.eval()
 
     def lora_peak(self) -> int:
-        """The most bytes alive in a step of ordinary LoRA without its optimiser, beyond model, batch and adapters."""
+        """Return the most bytes alive in a LoRA step without optimiser, model, batch and adapters."""
         wrapper = attach(self.model, {name: AdapterInit(RANK, RANK, train_A=True) for name in self.layers})
         try:
             return self.peak(lambda: self.task(**self.batch)["loss"].backward())
@@ -133,7 +146,7 @@ class Setting:
             detach(wrapper)
 
     def beyond(self, work: Callable[[], object]) -> str:
-        """Peak memory beyond a LoRA step and beyond the step with frozen weights, as shares of the adapted weights' size."""
+        """Return peak memory beyond a LoRA step and a frozen step, as shares of the adapted weights' size."""
 
         def shares() -> str:
             ours = self.peak(work)
@@ -142,7 +155,10 @@ class Setting:
 
         kept = shares()
         with self.checkpointed():
-            return f"peak beyond a LoRA step and frozen weights {kept} of the adapted weights; activations checkpointed {shares()}"
+            return (
+                f"peak beyond a LoRA step and frozen weights {kept} of the adapted weights; activations "
+                f"checkpointed {shares()}"
+            )
 
 
 def gradient(sketched: bool, quick: bool) -> Pair:
@@ -206,7 +222,8 @@ def bounded_features(quick: bool) -> Pair:
 
     ours()
     sizes = sorted({one.test.shape[1] for one in made.values()})
-    note = f"{setting.shape}; sketches of {sizes[0]} to {sizes[-1]} directions in {100 * FEATURE_SHARE:.0f} % of the adapted weights' size"
+    share = f"{100 * FEATURE_SHARE:.0f} % of the adapted weights' size"
+    note = f"{setting.shape}; sketches of {sizes[0]} to {sizes[-1]} directions in {share}"
     return "feature pass, bounded / forward", lambda: [plain() for _ in range(BATCHES)], ours, note
 
 
@@ -244,9 +261,10 @@ class Embedded:
 
         Sketches even where the gradient itself would be smaller.
         """
-        gradients = lambda fraction, given: gradient_pass(
-            self.task, self.modules, self.batches, self.total, given
-        )
+
+        def gradients(fraction, given):
+            return gradient_pass(self.task, self.modules, self.batches, self.total, given)
+
         ctx = TaskContext(1, "task", self.layers, gradients, lambda *_: {}, seed=0, statistics_bytes=0)
         with mock.patch.object(gradient_sketch, "WORTH", math.inf):
             return first_step_directions(
@@ -254,7 +272,7 @@ class Embedded:
             )[0]
 
     def shares(self, found: Mapping[str, ResidualDirections]) -> list[float]:
-        """What share of the best r directions' energy each A holds, from the whole gradient and its float64 singular values."""
+        """Return the share of the best r directions' energy that each A holds, in float64."""
         dense = {
             name: DenseGradient(module.out_features, module.in_features)
             for name, module in self.modules.items()

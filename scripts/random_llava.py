@@ -52,19 +52,25 @@ class Size:
         return (self.image // self.patch) ** 2
 
     def scaled(self, share: float) -> "Size":
-        """A copy whose widths, depths and image are that share of this one's, head width and patch kept, everything at least one."""
+        """Return a copy scaled to a share of widths, depths and image; head width and patch are kept."""
 
         def times(number: int, unit: int = 1) -> int:
             return unit * max(1, round(number * share / unit))
 
         head, vision_head = self.hidden // self.heads, self.vision_hidden // self.vision_heads
         return Size(
-            hidden=times(self.hidden, head), intermediate=times(self.intermediate, 32), layers=times(self.layers),
-            heads=times(self.hidden, head) // head, vocabulary=times(self.vocabulary, 64),
-            vision_hidden=times(self.vision_hidden, vision_head), vision_intermediate=times(self.vision_intermediate, 32),
-            vision_layers=max(2, times(self.vision_layers)), vision_heads=times(self.vision_hidden, vision_head) // vision_head,
-            image=max(2 * self.patch, times(self.image, self.patch)), patch=self.patch,
-        )  # fmt: skip
+            hidden=times(self.hidden, head),
+            intermediate=times(self.intermediate, 32),
+            layers=times(self.layers),
+            heads=times(self.hidden, head) // head,
+            vocabulary=times(self.vocabulary, 64),
+            vision_hidden=times(self.vision_hidden, vision_head),
+            vision_intermediate=times(self.vision_intermediate, 32),
+            vision_layers=max(2, times(self.vision_layers)),
+            vision_heads=times(self.vision_hidden, vision_head) // vision_head,
+            image=max(2 * self.patch, times(self.image, self.patch)),
+            patch=self.patch,
+        )
 
 
 def random_llava(
@@ -73,22 +79,35 @@ def random_llava(
     device: torch.device | str = "cpu",
     convert: Callable[[nn.Module], None] = lambda module: None,
 ) -> LlavaForConditionalGeneration:
-    """A frozen LLaVA with Gaussian weights, made piece by piece, so that nothing but the result ever is in memory.
+    """Make a frozen LLaVA with Gaussian weights, piece by piece.
+
+    Nothing but the result is ever in memory.
 
     Args:
         size: its widths and depths.
         dtype: of the weights.
         device: that they are on.
-        convert: called with each decoder layer of the language model, as soon as it has its weights, such as to quantise them.
+        convert: called with each decoder layer of the language model, as soon as it has its weights, such as
+            to quantise them.
     """
     text = LlamaConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=size.heads, max_position_embeddings=4096, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    )
     vision = CLIPVisionConfig(
-        hidden_size=size.vision_hidden, intermediate_size=size.vision_intermediate, num_hidden_layers=size.vision_layers,
-        num_attention_heads=size.vision_heads, image_size=size.image, patch_size=size.patch,
-    )  # fmt: skip
+        hidden_size=size.vision_hidden,
+        intermediate_size=size.vision_intermediate,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_heads,
+        image_size=size.image,
+        patch_size=size.patch,
+    )
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=size.image_tokens
     )
@@ -137,7 +156,10 @@ def _buffer(module: nn.Module, name: str, config: LlavaConfig, device: torch.dev
 def random_batch(
     size: Size, images: int, text: int, answer: int, seed: int = 0, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """A batch of one image per example, up to `text` tokens after it, the last `answer` of which are to be learned; padded on the right."""
+    """Return a batch of one image per example, padded on the right.
+
+    Up to `text` tokens follow the image, of which the last `answer` are learned.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(
         IMAGE + 1, size.vocabulary, (images, size.image_tokens + text), generator=generator

@@ -44,9 +44,15 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def methods() -> str:
     """Return what each method trains, keeps and asks for, from its record."""
     header = (
-        "method", "trained per task", "kept for later tasks, besides the tasks' updates", "reference data", "task id at test",
-        "extra parameters at test", "extra cost at test", "merges into the base",
-    )  # fmt: skip
+        "method",
+        "trained per task",
+        "kept for later tasks, besides the tasks' updates",
+        "reference data",
+        "task id at test",
+        "extra parameters at test",
+        "extra cost at test",
+        "merges into the base",
+    )
     records = [(name, method.info) for name, method in METHODS.items()]
     return table(
         header,

@@ -42,7 +42,10 @@ class CaptionMetric(CorpusMetric):
     def reason(self) -> str:
         """Why an example of ``unmeetable`` gets 0."""
         if self.by_rarity:
-            return "CIDEr weighs words by how few examples have them, so a single example or what all have scores 0"
+            return (
+                "CIDEr weighs words by how few examples have them, so a single example or what all "
+                "have scores 0"
+            )
         return "captions are compared word by word, and there is no word"
 
     def refuses(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> bool:

@@ -40,7 +40,7 @@ def coin_imagenet(text: str, answers: Answers) -> float:
 
 
 def coin_gqa(text: str, answers: Answers) -> float:
-    """The answer to the letter, after the prediction lost its last periods and its case, which the answers don't have."""
+    """Compare to the letter, after the prediction lost its last periods and its case."""
     return text.rstrip(".").lower() == answers[0]
 
 

@@ -75,7 +75,7 @@ def dcl_sci_lenient(text: str, answers: Answers, *, question: str, image: str) -
 
 @_skips_unanswerable
 def dcl_fin(text: str, answers: Answers) -> float:
-    """The answer, case aside, after spaces and periods are removed from the prediction (not from the answer)."""
+    """Compare case aside, after spaces and periods are removed from the prediction (not from the answer)."""
     return text.lower().replace(" ", "").replace(".", "") == answers[0].lower()
 
 

@@ -109,7 +109,8 @@ class MetricRecord:
             verb = "takes no" if wrong <= set(inputs) else "needs the"
             raise EvalError(
                 f"the metric '{self.name}' {verb} {', '.join(sorted(wrong))} of the examples",
-                f"give exactly {', '.join(['predictions', 'references', *(f'{name}s' for name in self.inputs)])}",
+                "give exactly "
+                + ", ".join(["predictions", "references", *(f"{name}s" for name in self.inputs)]),
             )
         return self._compute(predictions, references, **inputs)
 
@@ -127,7 +128,7 @@ class MetricRecord:
         return []
 
     def alike(self, classes: Sequence[str]) -> list[tuple[str, str]]:
-        """Find the pairs of classes of which the name of one is a right answer for the other, strictly or leniently.
+        """Find pairs of classes of which one's name is a right answer for the other, strictly or leniently.
 
         Returns:
             The pairs; none where the metric cannot tell.
@@ -229,7 +230,7 @@ class AnswerMetric(MetricRecord):
     def _compute(
         self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
     ) -> dict:
-        """Return the mean score, ``lenient``, ``compliance`` and, unless the metric is soft, how many are ``correct``."""
+        """Return the mean score, ``lenient``, ``compliance`` and, unless the metric is soft, ``correct``."""
         known = {plain(answer) for answers in references for answer in answers} - {""}
         strict, lenient, complying = [], [], 0
         for i, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):

@@ -69,7 +69,8 @@ METRICS = (
         2,
         vqa_accuracy,
         "official VQA accuracy over ten answers; one answer: right or wrong",
-        citation="Antol et al. 2015, VQA: Visual Question Answering (arXiv:1505.00468); visualqa.org/evaluation",
+        citation="Antol et al. 2015, VQA: Visual Question Answering (arXiv:1505.00468); "
+        "visualqa.org/evaluation",
         lenient=finds_soft,
         soft=True,
         compares="votes",

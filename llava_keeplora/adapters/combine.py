@@ -30,14 +30,17 @@ def concatenate(tasks: Sequence[Deltas]) -> dict[str, Delta]:
 
 
 def compress(delta: Delta, rank: int) -> tuple[Delta, Tensor]:
-    """The nearest delta of a smaller rank, in the Frobenius norm (Eckart and Young, 1936), without the dense product.
+    """Return the nearest delta of a smaller rank in the Frobenius norm, without the dense product.
+
+    Source: Eckart and Young, 1936.
 
     Args:
         delta: of rank R.
         rank: k; more than the delta has changes nothing.
 
     Returns:
-        the delta, its singular values shared evenly by A and B; and all singular values of the given one, falling.
+        the delta, its singular values shared evenly by A and B; and all singular values of the given one,
+        falling.
     """
     # B A = Q_b (R_b R_aᵀ) Q_aᵀ, and the middle is R × R at most.
     Q_b, R_b = torch.linalg.qr(delta.scale * delta.B.double())

@@ -35,12 +35,12 @@ class Choice:
 
 
 def choose_energy(layers: Mapping[str, nn.Linear], room: int, score: Callable[[], float]) -> Choice:
-    """The smallest energy at which, and at every larger one, the principal parts alone keep `KEPT` of the score.
+    """Choose the smallest energy from which on the principal parts alone keep `KEPT` of the score.
 
     Args:
         layers: of one part, with their whole weights; the other parts stay as they are.
-        room: directions that every layer must have left beside its principal part; larger energies are no choice. Without any that
-            leaves so many, the smallest is chosen.
+        room: directions that every layer must have left beside its principal part; larger energies are no
+            choice. Without any that leaves so many, the smallest is chosen.
         score: of the model as it is when called, in percent.
     """
     whole = score()

@@ -115,7 +115,9 @@ def analyze_model(
     evaluation: EvaluationConfig = EvaluationConfig(),
     data_root: str | None = None,
 ) -> Knowledge:
-    """Score a model whose weights are cut down to their principal and to their residual part, and write tables and pictures.
+    """Score a model cut down to the principal and to the residual part of its weights.
+
+    Tables and plots are written.
 
     Args:
         model: which one.

@@ -20,7 +20,7 @@ PLACES = {"principal": "principal subspace", "features": "earlier tasks' feature
 
 
 def draw_knowledge(found: Knowledge, palette: Palette) -> Figure:
-    """Mean score over the share of energy, a panel per part, a colour per group of tasks, a line style per side of the weights."""
+    """Draw the mean score over the share of energy: a panel per part, a colour per group of tasks."""
     figure = new_figure((PANEL[0] * len(found.parts), PANEL[1] + 0.5), palette)
     panels = figure.subplots(1, len(found.parts), sharey=True, squeeze=False)[0]
     for axes, part in zip(panels, found.parts):

@@ -42,6 +42,16 @@ def made(into: str | Path) -> Iterator[Path]:
         yield room
 
 
+SHARE_COLUMNS = [
+    "task",
+    "part",
+    "principal (%)",
+    "earlier features (%)",
+    "outside (%)",
+    "principal at random (%)",
+]
+
+
 def write_knowledge(found: Knowledge, into: Path) -> None:
     """`knowledge.json`, `.csv`, `.md`, `.png` and `.svg`."""
     write_json(into / "knowledge.json", found.to_dict())
@@ -124,9 +134,7 @@ def updates_table(found: Mapping[str, MethodUpdates]) -> str:
     parts = []
     for label, one in found.items():
         rows = [[task, part, *_percent(one.shares(part, task))] for task in one.tasks for part in one.parts]
-        parts.append(
-            f"## {label}\n\n{markdown_table(['task', 'part', 'principal (%)', 'earlier features (%)', 'outside (%)', 'principal at random (%)'], rows)}"
-        )
+        parts.append(f"## {label}\n\n{markdown_table(SHARE_COLUMNS, rows)}")
         if one.overlap:
             parts.append(
                 markdown_table(

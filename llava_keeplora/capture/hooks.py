@@ -41,7 +41,7 @@ class _OutputTap(torch.autograd.Function):
 def gradient_hooks(
     layers: Mapping[str, nn.Linear], callback: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Hand the input x (..., in) of each layer and dY (..., out) to `callback(name, x, dy)` in every backward pass while the block runs."""
+    """Hand each layer's input x (..., in) and dY (..., out) to `callback(name, x, dy)` in backward passes."""
 
     def hook(name: str, anchor: Tensor):
         def receive(x: Tensor, dy: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Tables: methods × seeds × orders of tasks, every one a run of its own that shares with the others what it can."""
+"""Tables: methods × seeds × orders of tasks, each cell a run of its own."""
 
 from llava_keeplora.compare.ablation import Ablation, draw_ablation, load_ablation
 from llava_keeplora.compare.run_table import TableResult, compare

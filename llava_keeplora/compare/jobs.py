@@ -77,7 +77,7 @@ class Job:
         )
 
     def verify(self) -> None:
-        """Check every file that the run wrote, and that its base model is the one that the table's other runs would start from.
+        """Check every file that the run wrote, and that its base is the one of the table's other runs.
 
         Raises:
             RunError: if one was damaged, or the base changed, since.

@@ -89,7 +89,10 @@ def _order_section(table: Table, order: str, results: Results) -> Section:
         [*row, *needs.get(row[0], [MISSING] * (len(NEEDS_COLUMNS) - 1))]
         for row in summary_rows(matrices(results))
     ]
-    text = f"Tasks: {', '.join(trials[0].matrix.tasks)}. Scores in percent, mean ± sample standard deviation; seeds {seeds}.{_unfinished(table, order, results)}"
+    text = (
+        f"Tasks: {', '.join(trials[0].matrix.tasks)}. Scores in percent, mean ± sample standard deviation; "
+        f"seeds {seeds}.{_unfinished(table, order, results)}"
+    )
     return Section(f"Order {order}", text, header, rows)
 
 
@@ -171,7 +174,8 @@ def _page(
         for order in outcome.results
     }
     body = "".join(
-        f"<section>\n<h2>{escape(one.title)}</h2>\n<p>{escape(one.text)}</p>\n{html_table(one.header, html_rows(one.rows))}{links.get(one.title, '')}</section>\n"
+        f"<section>\n<h2>{escape(one.title)}</h2>\n<p>{escape(one.text)}</p>\n"
+        f"{html_table(one.header, html_rows(one.rows))}{links.get(one.title, '')}</section>\n"
         for one in sections
     )
     figures = "".join(html_figure(name, picture) for name, picture in pictures.items())

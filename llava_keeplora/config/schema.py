@@ -415,7 +415,7 @@ class RunConfig:
         return values
 
     def first_alike(self, label: str) -> str:
-        """The first row, the untouched model's at the head, that is read with the same prompts as a method."""
+        """Return the first row, untouched model included, that reads with a method's prompts."""
         read = {ZERO_SHOT: self.evaluation.test_prompts} | {
             own: method.test_prompts for own, method in self.methods.items()
         }

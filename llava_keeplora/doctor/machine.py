@@ -37,7 +37,8 @@ def examine_machine() -> Iterator[str | UserError]:
             f"remove it: `rm {lock}`",
         )
     offline = [name for name in OFFLINE if os.environ.get(name)]
-    yield f"Hugging Face libraries: {'offline, by ' + ', '.join(offline) if offline else 'may use the network'}"
+    network = "offline, by " + ", ".join(offline) if offline else "may use the network"
+    yield f"Hugging Face libraries: {network}"
 
 
 def _libraries() -> Iterator[str | UserError]:
@@ -72,7 +73,8 @@ def _devices() -> Iterator[str]:
         yield f"GPU {index}: {device.name}, {device.total_memory / GB:.1f} GB"
     if not torch.cuda.is_available():
         yield "GPU: none, runs use the CPU"
-    yield f"CPU: {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores, {host_memory() / GB:.1f} GB of memory"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield f"CPU: {cores} cores, {host_memory() / GB:.1f} GB of memory"
 
 
 def _programs() -> Iterator[str]:

@@ -51,7 +51,8 @@ def examine_run(run: str | Path) -> Iterator[str | UserError]:
     yield from _identity(run, config)
     yield from _base(run, config)
     changes = version_changes(run)
-    yield f"libraries: {'other versions than at its start (' + ', '.join(changes) + '), so last digits may differ' if changes else 'as at its start'}"
+    others = f"other versions than at its start ({', '.join(changes)}), so last digits may differ"
+    yield f"libraries: {others if changes else 'as at its start'}"
     journals = []
     for label in (ZERO_SHOT, *config.methods):
         learns = label in config.methods

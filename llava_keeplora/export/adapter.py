@@ -156,10 +156,13 @@ def check_weights(path: Path) -> None:
 
 
 def exclusion(others: Iterable[str], targeted: Iterable[str], parts: Mapping[str, str]) -> str | None:
-    """A regular expression of the layers that have a target's leaf name and no adapter, or None where there is none.
+    """Return a regular expression of the layers that have a target's leaf name and no adapter.
+
+    None where there are no such layers.
 
     Names of a part's containers differ between versions of transformers (`language_model.layers`,
-    `language_model.model.layers`); what comes before and between the part's name and the layer's is left open.
+    `language_model.model.layers`); what comes before and between the part's name and the layer's is left
+    open.
 
     Args:
         others: full names of these layers.

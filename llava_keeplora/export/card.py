@@ -98,7 +98,8 @@ class Usage:
             lines += [
                 f"prompt = {self.prompt!r}",
                 f'inputs = processor(images={images}, text=prompt, return_tensors="pt").to(model.dtype)',
-                'answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]',
+                "tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)",
+                'answer = tokens[0, inputs["input_ids"].shape[1] :]',
                 "print(processor.decode(answer, skip_special_tokens=True))",
             ]
         return "\n".join(lines)
@@ -200,14 +201,21 @@ def _loading(name: str, base: Base, done: "Exported", usage: Usage) -> Iterable[
     if done.form == "adapter" and usage.kind == "llava":
         limit = vllm_rank(done.adapter.rank)
         beyond = "" if done.language_only else " --enable-tower-connector-lora"
-        command = f"vllm serve {base.id} --enable-lora --max-lora-rank {limit}{beyond} --lora-modules learned={name}"
+        command = (
+            f"vllm serve {base.id} --enable-lora --max-lora-rank {limit}{beyond} "
+            f"--lora-modules learned={name}"
+        )
         if limit:
             yield f"With vLLM, by its documented rules:\n\n```\n{command}\n```"
         else:
-            yield f"Rank {done.adapter.rank} is more than vLLM loads (512); export with `--rank 512`, or `--as merged`."
+            yield (
+                f"Rank {done.adapter.rank} is more than vLLM loads (512); export with `--rank 512`, or "
+                "`--as merged`."
+            )
     if done.form == "state" or done.with_state:
         where = "" if done.form == "state" else f" (what that needs lies in `{FOLDER}`)"
-        yield f"To teach it further tasks{where}:\n\n```\nllava-keeplora import {name} --into runs/continued\n```"
+        command = f"llava-keeplora import {name} --into runs/continued"
+        yield f"To teach it further tasks{where}:\n\n```\n{command}\n```"
 
 
 def _stages(learned: LearnedRun) -> list[dict[str, Any]]:

@@ -205,7 +205,7 @@ def _check_plugins(tmp_dir: Path, allow: bool) -> None:
 
 
 def _localize_config(tmp_dir: Path, home: Path, base: str | None, data_root: str | None) -> None:
-    """Let a copied state's configuration speak of the machine that it is on now, and say it as a user would, too.
+    """Adapt a copied state's configuration to this machine, and write it as a user would, too.
 
     Args:
         tmp_dir: the copy.

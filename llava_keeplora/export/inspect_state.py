@@ -43,7 +43,7 @@ TOLERANCE, PROBES = 1e-3, 16
 
 
 def inspect_state(folder: Path, config: RunConfig, names: list[str]) -> None:
-    """Refuse a state whose files, whole as they are, are not what its configuration and the base make of them.
+    """Refuse a state whose files contradict its configuration or the base.
 
     Args:
         folder: laid out as a run folder.

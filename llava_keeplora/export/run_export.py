@@ -107,7 +107,7 @@ def export_run(
     examples: int = EXPORT_EXAMPLES,
     data_root: str | None = None,
 ) -> Exported:
-    """Write what a run learned in a form that others load, compare its logits, and describe it in a model card.
+    """Export what a run learned, compare its logits, and write a model card.
 
     Args:
         run: the run folder.
@@ -125,8 +125,10 @@ def export_run(
         data_root: the folder with the data sets; the run's own when None.
 
     Raises:
-        RunError: for a folder that is no run, a task that is not finished, damaged files, or an export that does not load as it was meant.
-        ConfigError: for a form that cannot hold what was learned, a target that is in use, or options that don't go together.
+        RunError: for a folder that is no run, a task that is not finished, damaged files, or an export that
+            does not load as it was meant.
+        ConfigError: for a form that cannot hold what was learned, a target that is in use, or options that
+            don't go together.
     """
     into = Path(into) if into is not None else Path(run) / "export" / form
     learned = load_learned_run(run, label, at_task)

@@ -1,4 +1,4 @@
-"""What was written, loaded by a process that knows nothing else (see `verify_worker.py`), against what was meant, on real examples."""
+"""Compare what was written, loaded in a fresh process (`verify_worker.py`), with what was meant."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Deviation:
 
 @torch.no_grad()
 def probe(family: Family, data: TaskData) -> tuple[dict[str, Tensor], Tensor]:
-    """Examples as the model takes them, and its logits (answer tokens, vocabulary) or (images, classes) in fp32.
+    """Return examples as the model takes them, and its logits in fp32.
+
+    Logits are (answer tokens, vocabulary) or (images, classes).
 
     Args:
         family: the model, by the way in which a run trains it.

@@ -197,7 +197,10 @@ class Method:
         return 0
 
     def reference_data_spec(self) -> tuple[str, str | None] | None:
-        """A recipe of pictures, and a file of texts or None for the recipe's own, to be read into `reference` before anything is computed."""
+        """Return a recipe of pictures, and a file of texts or None for the recipe's own.
+
+        They are read into `reference` before anything is computed.
+        """
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Before a task: how each layer's adapter starts.

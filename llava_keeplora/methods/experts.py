@@ -133,7 +133,10 @@ class Mixture(nn.Module):
         gates, taken = gates.topk(self.top_k, dim=-1)  # (b, k)
 
         def own(tensors: list[Tensor]) -> Tensor:
-            """(b, k, ...); unlike that of `index_select`, the gradient of indexing is summed in one order on a GPU too."""
+            """Index rows: (b, k, ...).
+
+            Unlike that of `index_select`, the gradient of indexing is summed in one order on a GPU too.
+            """
             return torch.stack(tensors)[taken]
 
         down, up = [e.down for e in self.experts], [e.up for e in self.experts]

@@ -1,20 +1,26 @@
-"""IAP: prompts for every task, opened layer by layer for each picture and weighed by how well it fits the task (arXiv 2503.20612).
+"""IAP: prompts for every task, opened layer by layer for each picture (arXiv 2503.20612).
 
-Attention becomes softmax(Q Kᵀ) V + w g softmax(Q P_kᵀ) P_v before its output projection, 8 prompts P each, in all layers of the
-image encoder and the first 8 of the text encoder. g is 0 or 1, a layer's and a picture's own, from the frozen CLIP's features f
-by a hard Gumbel softmax of temperature 3; the text encoder has none. With a Gaussian of f for every task and class, a picture is
-answered by the task of the highest log N(f; μ, Σ / 2), with w = σ(that / p − 1), 0 below 0.2 and 1 above 0.8; in between w comes
-from the five likeliest of the task's classes, σ(their mean log N(f; μ, Σ / 10) / p − 1). Training has w = 1. Published: one
-epoch of SGD without momentum or weight decay, learning rate 5 falling to 0.005 by a cosine, batch 128.
+The prompts are weighed by how well a picture fits the task.
+
+Attention becomes softmax(Q Kᵀ) V + w g softmax(Q P_kᵀ) P_v before its output projection, 8 prompts P each, in
+all layers of the image encoder and the first 8 of the text encoder. g is 0 or 1, a layer's and a picture's
+own, from the frozen CLIP's features f by a hard Gumbel softmax of temperature 3; the text encoder has none.
+With a Gaussian of f for every task and class, a picture is answered by the task of the highest log N(f; μ, Σ
+/ 2), with w = σ(that / p − 1), 0 below 0.2 and 1 above 0.8; in between w comes from the five likeliest of the
+task's classes, σ(their mean log N(f; μ, Σ / 10) / p − 1). Training has w = 1. Published: one epoch of SGD
+without momentum or weight decay, learning rate 5 falling to 0.005 by a cosine, batch 128.
 
 Where this differs from the official code (FerdinandZJU/IAP):
 
 - the gates are drawn in training only; there they are also drawn at test, so that no two evaluations agree.
-- each gate acts on its own picture's tokens; there the gates, in the order of the pictures, meet rows in the order of the tokens.
-- a picture has its own task and its own w in both encoders; `routing: batch` takes the batch's commonest task and, for the
-  prompts, its mean w, as there. w goes by hundredths, so that a task has at most a hundred sets of class features.
-- Gaussians are kept with the run (there they are lost with the process), as Cholesky factors. Of a class with one picture the
-  covariance is the ridge (there 0 / 0), and with fewer than five classes all of them count (there it stops).
+- each gate acts on its own picture's tokens; there the gates, in the order of the pictures, meet rows in the
+  order of the tokens.
+- a picture has its own task and its own w in both encoders; `routing: batch` takes the batch's commonest task
+  and, for the prompts, its mean w, as there. w goes by hundredths, so that a task has at most a hundred sets
+  of class features.
+- Gaussians are kept with the run (there they are lost with the process), as Cholesky factors. Of a class with
+  one picture the covariance is the ridge (there 0 / 0), and with fewer than five classes all of them count
+  (there it stops).
 - the Trainer clips gradients unless `max_grad_norm` is 0; that code doesn't, and plain SGD feels it.
 - p is the width of CLIP's projection; there it is 512 whatever the model.
 
@@ -81,7 +87,8 @@ class Iap(RoutedMethod):
         "iap",
         "IAP: Improving Continual Learning of Vision-Language Models via Instance-Aware Prompting",
         "https://arxiv.org/abs/2503.20612",
-        inference_cost="a second pass of the image encoder, prompts in its attentions, class prompts once per weight",
+        inference_cost="a second pass of the image encoder, prompts in its attentions, "
+        "class prompts once per weight",
         extra_parameters="per task prompts and gates, and a Gaussian for it and each of its classes",
         mergeable=False,
         kept="prompts, gates and Gaussians per task and class",

@@ -1,20 +1,27 @@
-"""InfLoRA: adapters that read the task's own inputs, outside of what earlier tasks read (CVPR 2024, arXiv 2404.00228).
+"""InfLoRA: adapters that read the task's own inputs, outside of what earlier tasks read.
 
-Before a task, with Φ = XᵀX of a layer's inputs over the task's data and M the protected subspace, A = U_rᵀ / √3, U_r the
-first r left singular vectors of (I − M Mᵀ) Φ; A stays frozen, B trains from zero. After it, M takes in the fewest further
-directions with which it holds the share ε_t of the energy of Φ. Layers that read the same tensor share Φ, A and M. Published
+Source: CVPR 2024, arXiv 2404.00228.
+
+Before a task, with Φ = XᵀX of a layer's inputs over the task's data and M the protected subspace, A = U_rᵀ /
+√3, U_r the first r left singular vectors of (I − M Mᵀ) Φ; A stays frozen, B trains from zero. After it, M
+takes in the fewest further directions with which it holds the share ε_t of the energy of Φ. Layers that read
+the same tensor share Φ, A and M. Published
 for ViT-B/16: k and v, r 10, s 1, ε from 0.95 or 0.98 up to 1, Adam, learning rate 5e-4, batch 128.
 
 Where this differs:
 
-- ε_t = ε_f + (t − 1) `energy_step`, at most 1, since how many tasks there will be is not known to a sequence that can be extended;
+- ε_t = ε_f + (t − 1) `energy_step`, at most 1, since how many tasks there will be is not known to a sequence
+  that can be extended;
   the published rise is `energy_step: (1 − ε_f) / T`.
-- M ends where ε_t is reached; the official code (liangyanshuo/InfLoRA) ends one direction short of it after the first task, but with one
-  at the least, and where it is reached after every later one.
-- DualGPM keeps M, or what M leaves free, whichever is smaller. Each task's columns are written once and never again, which takes
-  no more than in² numbers per input for all tasks; so M itself is kept, and the two forms protect the same.
-- Energies are those of Φ, that is σ⁴ of X, as in the official code; by σ², as KeepLoRA's ε_f, the same share keeps more.
-- Class prompts and answers take the place of a head of its own per task; the loss is over the task's own classes, as there.
+- M ends where ε_t is reached; the official code (liangyanshuo/InfLoRA) ends one direction short of it after
+  the first task, but with one at the least, and where it is reached after every later one.
+- DualGPM keeps M, or what M leaves free, whichever is smaller. Each task's columns are written once and never
+  again, which takes no more than in² numbers per input for all tasks; so M itself is kept, and the two forms
+  protect the same.
+- Energies are those of Φ, that is σ⁴ of X, as in the official code; by σ², as KeepLoRA's ε_f, the same share
+  keeps more.
+- Class prompts and answers take the place of a head of its own per task; the loss is over the task's own
+  classes, as there.
 
 Legend: in features of a layer, r rank, k protected directions.
 """

@@ -142,7 +142,7 @@ class KeepLora(Method):
         self._added: dict[str, Tensor] = {}
 
     def check(self, layers: Mapping[str, Layer]) -> None:
-        """Refuse `auto` or a layer's shape that a preset of released code has no rule for, and a rank that no layer of this width has room for."""
+        """Refuse what a preset has no rule for, and a rank that no layer of this width has room for."""
         for layer in layers.values():
             width = layer.module.in_features
             # A principal subspace has a direction at least; how many more is known when the weights are

@@ -1,18 +1,21 @@
-"""O-LoRA: a fresh adapter for every task, whose A is pushed away from those of earlier tasks (Findings of EMNLP 2023).
+"""O-LoRA: a fresh adapter for every task, its A pushed away from those of earlier tasks.
 
-The loss is the task's own, plus λ₁ Σ_layers Σ_{i<t} ‖A_i A_tᵀ‖₁ and λ₂ Σ_layers (‖A_t‖_F + ‖B_t‖_F). Earlier adapters
-are active, frozen and merged; their A are read back from the tasks' deltas. Published for LLaMA and T5: q and v, r 8,
-alpha 32, dropout 0.1, λ₁ 0.5, λ₂ 0, constant learning rate 1e-3, after the first task of LLaMA 1e-4 (here it is one for all tasks).
+Source: Findings of EMNLP 2023.
+
+The loss is the task's own, plus λ₁ Σ_layers Σ_{i<t} ‖A_i A_tᵀ‖₁ and λ₂ Σ_layers (‖A_t‖_F + ‖B_t‖_F). Earlier
+adapters are active, frozen and merged; their A are read back from the tasks' deltas. Published for LLaMA and
+T5: q and v, r 8, alpha 32, dropout 0.1, λ₁ 0.5, λ₂ 0, constant learning rate 1e-3, after the first task of
+LLaMA 1e-4 (here it is one for all tasks).
 
 Where this differs:
 
-- from the paper: overlaps are summed as absolute values, as in the official code, not as squares; and what is pushed apart is
-  the matrix that reads the layer's input, which the official code does too.
-- from the official code (cmnfriend/O-LoRA): dropout acts on the new adapter alone, since the earlier ones are part of the
-  weights, where there it falls on all; the penalty counts once per optimiser step however many batches are accumulated,
-  where there, without DeepSpeed, it counts once per batch.
-- from the port to LLaVA in MCITlib: training runs through the earlier adapters as the evaluation does, and the penalty does
-  not move them.
+- from the paper: overlaps are summed as absolute values, as in the official code, not as squares; and what is
+  pushed apart is the matrix that reads the layer's input, which the official code does too.
+- from the official code (cmnfriend/O-LoRA): dropout acts on the new adapter alone, since the earlier ones are
+  part of the weights, where there it falls on all; the penalty counts once per optimiser step however many
+  batches are accumulated, where there, without DeepSpeed, it counts once per batch.
+- from the port to LLaVA in MCITlib: training runs through the earlier adapters as the evaluation does, and
+  the penalty does not move them.
 
 Legend: in / out features of a layer, r rank, R the ranks of all earlier tasks together.
 """

@@ -1,4 +1,6 @@
-"""Prompts that an attention reads beside its own keys and values, and gates that open or close them picture by picture.
+"""Prompts that an attention reads besides its own keys and values, and gates for them.
+
+Gates open or close prompts picture by picture.
 
 Legend: b examples, s tokens, d width, m prompts, p width of CLIP's projection.
 """

@@ -1,7 +1,10 @@
-"""What the methods have in common that answer each picture with modules of a task, found by what the frozen CLIP sees in it.
+"""What methods share that route each picture to modules of a task.
 
-The base's weights stay as they are; "the frozen CLIP" is the model with the modules switched off. Published codes choose one
-task per batch, so that a picture's answer depends on its neighbours and the batch size; `routing: sample` chooses one per picture.
+The task is found by what the frozen CLIP sees in the picture.
+
+The base's weights stay as they are; "the frozen CLIP" is the model with the modules switched off. Published
+codes choose one task per batch, so that a picture's answer depends on its neighbours and the batch size;
+`routing: sample` chooses one per picture.
 
 Legend: n pictures, p width of CLIP's projection.
 """
@@ -138,7 +141,9 @@ class RoutedMethod(Method):
 
 
 class RoutedPredictor:
-    """Classification with the modules that each picture is routed to, which are on the model for the length of a call.
+    """Classification with the modules that each picture is routed to.
+
+    They are on the model for the length of a call.
 
     Args:
         clip: the frozen model's own predictor.
@@ -179,7 +184,10 @@ class RoutedPredictor:
 
 @torch.no_grad()
 def _seen(ctx: TaskContext) -> tuple[Tensor, Tensor]:
-    """The frozen CLIP's features (n, p) in fp32 of all of the task's training pictures, and their labels (n,), on the host."""
+    """Return the frozen CLIP's features (n, p) of the task's training pictures, and labels (n,).
+
+    Features are in fp32, both on the host.
+    """
     images, labels = [], []
     for batch in ctx.batches():
         images.append(image_features(ctx.model, batch["pixel_values"].to(ctx.model.dtype)).float().cpu())
@@ -188,7 +196,7 @@ def _seen(ctx: TaskContext) -> tuple[Tensor, Tensor]:
 
 
 def _of_all(own: list[Tensor]) -> Tensor:
-    """This process's rows and everybody else's, in the order of the data, of which each takes every world-th."""
+    """Gather rows of all processes in the order of the data, of which each takes every world-th."""
     everyone = all_gather_object(own)
     shares = [torch.cat(share) for share in everyone if share]
     rows = torch.cat(shares)

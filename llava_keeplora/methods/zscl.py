@@ -1,25 +1,32 @@
-"""ZSCL: fine-tunes the whole CLIP, held to what the pre-trained one says of reference data, and averages its weights (ICCV 2023).
+"""ZSCL: fine-tunes the whole CLIP, distilled from the pre-trained one, and averages its weights.
 
-Trained is every parameter but the temperature. With F the unit-length features of a batch of reference pictures, G those of
-all reference texts, e^ls the temperature, Z = e^ls F Gᵀ, and D(P, Q) the mean over the rows of τ² CE(softmax(P / τ), Q / τ),
+Source: ICCV 2023.
+
+Trained is every parameter but the temperature. With F the unit-length features of a batch of reference
+pictures, G those of all reference texts, e^ls the temperature, Z = e^ls F Gᵀ, and D(P, Q) the mean over the
+rows of τ² CE(softmax(P / τ), Q / τ),
 
     loss = CE with label smoothing + D(Z_0, Z) + D(Z_0ᵀ, Zᵀ) + Σ ‖θ − θ_{t−1}‖²
 
-where Z_0 has F of the pre-trained model, and both have its G. Every 100 steps, from the first on, the mean of the weights since
-the task's start, the start included, takes in the present ones: θ̄ ← (n θ̄ + θ) / (n + 1). θ̄ is what the task leaves; training
-itself goes on from θ. Published for ViT-B/16: AdamW, learning rate 1e-5 (5e-5 for Aircraft and MNIST), no weight decay, batches
-of 64, 1000 steps with 100 of warm-up and a cosine; 64 pictures of ImageNet a step and all validation captions of Conceptual Captions.
+where Z_0 has F of the pre-trained model, and both have its G. Every 100 steps, from the first on, the mean of
+the weights since the task's start, the start included, takes in the present ones: θ̄ ← (n θ̄ + θ) / (n + 1).
+θ̄ is what the task leaves; training
+itself goes on from θ. Published for ViT-B/16: AdamW, learning rate 1e-5 (5e-5 for Aircraft and MNIST), no
+weight decay, batches of 64, 1000 steps with 100 of warm-up and a cosine; 64 pictures of ImageNet a step and
+all validation captions of Conceptual Captions.
 
 Where this differs:
 
-- from its name: the text encoder's distillation, D of the transposed Z, moves the image encoder alone, since G is the pre-trained
-  model's on both sides; so it is in the official code, which is what is followed here.
-- from the official code (Thunderbeee/ZSCL): that encodes all texts in every step; the pre-trained model's never change, and here
-  are encoded once a task. Reference pictures are drawn for each step on its own, a pure function of seed, task and step, not epoch
-  by epoch, so that they disturb nothing else and a training that was killed goes on with the same ones. Steps that are put together from
-  several batches or processes have one batch of them. The Trainer clips gradients unless `max_grad_norm` is 0; that doesn't.
-- reference data by default: rendered scenes with captions of two coloured shapes, which need no files and belong to no task that
-  CLIP learns. For a CLIP that has seen the world, name pictures and texts of the world.
+- from its name: the text encoder's distillation, D of the transposed Z, moves the image encoder alone, since
+  G is the pre-trained model's on both sides; so it is in the official code, which is what is followed here.
+- from the official code (Thunderbeee/ZSCL): that encodes all texts in every step; the pre-trained model's
+  never change, and here are encoded once a task. Reference pictures are drawn for each step on its own, a
+  pure function of seed, task and step, not epoch by epoch, so that they disturb nothing else and a training
+  that was killed goes on with the same ones. Steps that are put together from several batches or processes
+  have one batch of them. The Trainer clips gradients unless `max_grad_norm` is 0; that doesn't.
+- reference data by default: rendered scenes with captions of two coloured shapes, which need no files and
+  belong to no task that CLIP learns. For a CLIP that has seen the world, name pictures and texts of the
+  world.
 
 Legend: T texts, d projection.
 """
@@ -120,7 +127,7 @@ class Zscl(Method):
 
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
-        """Hold the pre-trained model, what it makes of the texts, the task's start and the mean since then."""
+        """Hold the pre-trained model, its texts, the task's start and the mean of weights since then."""
         self._steps.zero_()
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._start = {name: trained_values(p) for name, p in self._trained.items()}

@@ -202,7 +202,9 @@ class ClipTask(TaskModel):
         self._once = False
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Mean loss over the batch, the logits (batch, classes), and the unit-length image features (batch, projection).
+        """Return loss, logits and image features of a batch.
+
+        Mean loss over the batch, logits (batch, classes), unit-length features (batch, projection).
 
         Args:
             pixel_values: (batch, 3, height, width).
@@ -241,7 +243,9 @@ class ClipTask(TaskModel):
             yield self._features, self._constant.grad
 
     def at_every_position(self) -> "ClipTask":
-        """The model with its prompts filled up with id 0 to the text encoder's last position, as OpenAI's `clip.tokenize` does.
+        """Return the model with prompts filled up with id 0 to the text encoder's last position.
+
+        OpenAI's `clip.tokenize` does so.
 
         Attention is causal, so the prompts' own positions stay as they are.
         """

@@ -13,10 +13,10 @@ from llava_keeplora.errors import ConfigError, nearest
 def find_linear_layers(
     model: nn.Module, prefixes: Mapping[str, str], part: str, targets: Sequence[str]
 ) -> dict[str, nn.Linear]:
-    """Full name → linear layer, for the leaf names `targets` under the part's prefix, or for all of them with `all-linear`.
+    """Return full name → linear layer, for the leaf names `targets` or `all-linear` of a part.
 
-    PEFT's `all-linear` means every linear layer of the model but its output layer (`lm_head`). Here it is every one of the part; output
-    layers, embeddings and what lies outside of the parts are in none.
+    PEFT's `all-linear` means every linear layer of the model but its output layer (`lm_head`). Here it is
+    every one of the part; output layers, embeddings and what lies outside of the parts are in none.
 
     Args:
         model: the plain model.

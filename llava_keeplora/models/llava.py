@@ -141,7 +141,7 @@ class LlavaFamily:
         self.model = model.eval().requires_grad_(False)
 
     def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
-        """Full name → linear layer for the leaf names `targets` of a part, without the `layers_without_gradient` ones."""
+        """Return full name → linear layer for the leaf names `targets` of a part that the loss reaches."""
         found = find_linear_layers(self.model, self.parts, part, targets)
         return {name: layer for name, layer in found.items() if self._reached(part, name)}
 
@@ -278,7 +278,7 @@ class LlavaTask(TaskModel):
         self.counts_examples = counts_examples
 
     def counting_examples(self) -> "LlavaTask":
-        """The model with the mean of the examples' mean losses as its loss, whatever their answers' lengths."""
+        """Return the model with the mean of the examples' mean losses, whatever their answers' lengths."""
         return LlavaTask(self.model, counts_examples=True)
 
     def forward(self, labels: Tensor, image_counts: Tensor, **inputs: Tensor) -> dict[str, Tensor]:

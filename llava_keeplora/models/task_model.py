@@ -25,7 +25,10 @@ class TaskModel(nn.Module):
         self.model = model
 
     def constants(self) -> AbstractContextManager[Iterable[tuple[Tensor, Tensor]]]:
-        """Hold what is the same in every batch, such as the prompts' features, as tensors that gradients are summed into."""
+        """Hold what is the same in every batch as tensors that gradients are summed into.
+
+        For instance the features of prompts.
+        """
         raise NotImplementedError
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:

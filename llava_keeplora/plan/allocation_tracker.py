@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of every storage made while the block runs, as long as it is alive, and remembers the peak.
+    """Count the bytes of every storage made in the block while it is alive, and remember the peak.
 
     Attributes:
         live: bytes alive now.

@@ -63,14 +63,19 @@ def sketched_feature_directions(in_dim: int, size: int) -> int:
 
 
 def gradient_directions(out_dim: int, in_dim: int, width: int | None) -> int:
-    """`subspace/gradients.py` where the gradient is held whole, `subspace/gradient_sketch.py` where it is sketched.
+    """Bytes of a layer's gradient, held whole or sketched.
 
-    Whole: the gradient and its residual in fp64 and one more while that is formed, or the Gram matrix with its eigenvectors
-    and the work. Sketched: rows and their residual, Psi, the range and its QR, factor, misses and singular vectors in fp64.
+    See `subspace/gradients.py` and `subspace/gradient_sketch.py`.
+
+    Whole: the gradient and its residual in fp64 and one more while that is formed, or the Gram matrix with
+    its eigenvectors
+    and the work. Sketched: rows and their residual, Psi, the range and its QR, factor, misses and singular
+    vectors in fp64.
 
     Args:
         out_dim, in_dim: out, in.
-        width: w; None for a method that asks for the whole gradient. A sketch that is no smaller is not made either.
+        width: w; None for a method that asks for the whole gradient. A sketch that is no smaller is not made
+            either.
     """
     n = min(out_dim, in_dim)
     if width is None or not GradientSketch.is_worth_it(out_dim, in_dim, width):

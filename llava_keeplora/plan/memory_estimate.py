@@ -195,7 +195,7 @@ class MemoryEstimate:
 
     @cached_property
     def _load(self) -> Peak:
-        """Loading, and rebuilding the model after the last task from its deltas, one layer after the other in fp32."""
+        """Loading, and rebuilding the model from the last task's deltas, layer by layer in fp32."""
         plain = [
             m.in_features * m.out_features
             for name, m in self.changed.modules.items()
@@ -353,7 +353,7 @@ class MemoryEstimate:
 
     @cached_property
     def _train(self) -> Peak:
-        """One optimiser step with Adam's states in place, and the gradients too where steps are accumulated."""
+        """One optimiser step with Adam's states in place, and gradients where steps are accumulated."""
         split, accumulated = (
             self.sharding.stage is not None,
             int(self.training.get("gradient_accumulation_steps", 1)) > 1,

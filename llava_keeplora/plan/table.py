@@ -66,7 +66,11 @@ def refusal(plan: Plan) -> tuple[str, str] | None:
     if not short:
         return None
     need, label, stage = max(short)
-    what = f"{len(short)} stage{'s do' if len(short) > 1 else ' does'} not fit {plan.machine}, most of all '{stage}' of {label} with {need / GB:.1f} GB"
+    verb = "stages do" if len(short) > 1 else "stage does"
+    what = (
+        f"{len(short)} {verb} not fit {plan.machine}, most of all '{stage}' of {label} with "
+        f"{need / GB:.1f} GB"
+    )
     if plan.changes is None:
         return what, "none of the settings tried makes it fit: take a smaller model or more memory"
     return what, f"set {changes_text(plan.changes)}"

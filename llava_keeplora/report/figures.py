@@ -33,7 +33,7 @@ HATCHES = ("", "////", "....")
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of a picture's paper, its ink and what stands back, and the part of viridis seen on the paper."""
+    """Colours of a plot: paper, ink, what stands back, and the part of viridis that shows on the paper."""
 
     paper: str
     ink: str

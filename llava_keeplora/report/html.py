@@ -26,10 +26,12 @@ from llava_keeplora.report.tables import (
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2024; --dim: #5c646d; --line: #dfe3e7;
   --band: #f5f7f9; --learned: #e3eefc; }
-@media (prefers-color-scheme: dark) { :root { --paper: #16191d; --ink: #e6e8eb; --dim: #9aa3ad; --line: #30363d;
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #16191d; --ink: #e6e8eb; --dim: #9aa3ad; --line: #30363d;
   --band: #1d2126; --learned: #1d3a5f; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem;
+  background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
@@ -38,14 +40,16 @@ figcaption { font-size: .9rem; }
 .wide { overflow-x: auto; }
 .wide + .wide { margin-top: 1.25rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 thead th { color: var(--dim); font-weight: 600; }
 tr.own td, tr.own th { background: var(--band); }
 td.learned { background: var(--learned); font-weight: 600; }
 figure { margin: 1rem 0; }
 img { height: auto; display: block; }
-/* White becomes the page's dark paper, and lines and bars keep their hue; a map's colours are numbers and stay. */
+/* White becomes the page's dark paper, and lines and bars keep their hue. A map's colours are numbers and
+  stay. */
 @media (prefers-color-scheme: dark) { img { filter: invert(.91) hue-rotate(180deg); }
   img[alt^="heatmap"], img[alt^="overlap"] { filter: none; border-radius: .4rem; } }
 summary { cursor: pointer; margin: .75rem 0; }
@@ -122,7 +126,8 @@ def _run_section(label: str, trials: Sequence[Trial], pictures: Mapping[str, Pic
     figures = {name: picture for name, picture in pictures.items() if name.partition("/")[2] == label}
     heatmap = figures.pop(f"heatmap/{label}")
     others = "".join(html_figure(label, picture) for name, picture in figures.items())
-    return f"<section>\n<h2>{escape(label + of_seeds(trials))}</h2>\n{html_figure(label, heatmap)}{_numbers(trials)}{others}</section>\n"
+    head = f"<h2>{escape(label + of_seeds(trials))}</h2>\n"
+    return f"<section>\n{head}{html_figure(label, heatmap)}{_numbers(trials)}{others}</section>\n"
 
 
 def _numbers(trials: Sequence[Trial]) -> str:
@@ -170,7 +175,8 @@ def _data_uri(png: bytes) -> str:
 def html_table(header: Sequence[str], body: str) -> str:
     """A table; `body` is its rows as HTML."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide" tabindex="0">{table}</div>\n'
 
 
 def html_rows(rows: Sequence[Sequence[str]]) -> str:

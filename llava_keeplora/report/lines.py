@@ -1,4 +1,4 @@
-"""A line per layer and a panel per part of the model, and the grid of panels that pictures of many tasks share."""
+"""A line per layer, a panel per part of the model, and the grid of panels for many tasks."""
 
 from __future__ import annotations
 

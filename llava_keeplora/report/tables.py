@@ -21,7 +21,7 @@ COLUMNS = {
 
 
 def is_baseline(name: str, trials: Sequence[Matrix]) -> bool:
-    """Whether this is the untouched model itself, of one run or of one of several, which has a zero-shot row and no stage."""
+    """Return whether trials are the untouched model, which has a zero-shot row and no stage."""
     own = name == ZERO_SHOT or name.startswith(f"{ZERO_SHOT} (")
     return own and all(matrix.zero_shot is not None and not matrix.started for matrix in trials)
 
@@ -146,7 +146,7 @@ def summary_table(results: Mapping[str, Sequence[Matrix]], precision: int = 1) -
 
 
 def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
-    """The summary, what the methods asked for, then every matrix with its metrics, scores and costs, as one Markdown page."""
+    """Return the summary, the methods' resources and every matrix as one Markdown page."""
     parts = [f"# {title}\n\n{summary_table(matrices(results), precision)}"]
     needs = needs_rows(results)
     parts += [markdown_table(NEEDS_COLUMNS, needs)] if needs else []

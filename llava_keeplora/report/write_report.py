@@ -146,17 +146,20 @@ OF_ONE = (
 def write_report(
     out_dir: str | Path, title: str, results: Results, settings: Mapping | None = None
 ) -> dict[str, Path]:
-    """Write ``report.html`` (self-contained), the tables as Markdown, LaTeX and CSV, and every picture as PNG and SVG.
+    """Write ``report.html`` (self-contained), tables as Markdown, LaTeX and CSV, and plots as PNG and SVG.
 
     Args:
         out_dir: the folder, made when missing; files of an earlier report are replaced.
         title: the page's title.
-        results: label (a method, a run) -> its trials, one per seed, complete or not; one labelled ``zero-shot`` without any
-            stage is the baseline: it stands in the summary and, unless it is alone, gets no section of its own.
+        results: label (a method, a run) -> its trials, one per seed, complete or not; one labelled
+            ``zero-shot`` without any
+            stage is the baseline: it stands in the summary and, unless it is alone, gets no section of its
+                own.
         settings: what was run, shown as it is.
 
     Returns:
-        Every written path: ``html``, ``table``, ``latex``, ``summary``, ``scores``, and the PNGs as ``KIND`` or ``KIND/LABEL``.
+        Every written path: ``html``, ``table``, ``latex``, ``summary``, ``scores``, and the PNGs as ``KIND``
+            or ``KIND/LABEL``.
 
     Raises:
         ReportError: no results, different tasks, or a capacity that is not one.

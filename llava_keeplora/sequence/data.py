@@ -105,7 +105,7 @@ class SplitImages:
 
 @dataclass(frozen=True)
 class Batches:
-    """A split's batches in order, every example or an evenly spaced share of them, for a pass without shuffling.
+    """A split's batches in order, whole or an evenly spaced share, for a pass without shuffling.
 
     Args:
         inputs: the split as the model trains on it.

@@ -16,7 +16,9 @@ TOKENS = 4
 
 
 def seconds_per_example(predictor: Predictor, examples: Sequence[Example]) -> float:
-    """Median over several answers to one batch, after a first that makes what is kept (prompt features, pictures).
+    """Return the median time of several answers to one batch, per example.
+
+    A first answer, which fills caches (prompt features, pictures), is not counted.
 
     Args:
         predictor: what answers.

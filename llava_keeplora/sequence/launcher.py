@@ -37,7 +37,7 @@ INTERVAL, PATIENCE = 1.0, 60.0
 
 @contextmanager
 def stopped_with_launcher() -> Iterator[None]:
-    """While the block runs, send this process SIGTERM when one of the launchers above it ends, and end it where that does not help."""
+    """Send this process SIGTERM when a launcher above it ends, and end it where that does not help."""
     above, left = launchers_above(), threading.Event()
     if above:
         threading.Thread(target=_watch, args=(above, left), daemon=True, name="launcher").start()
@@ -48,7 +48,7 @@ def stopped_with_launcher() -> Iterator[None]:
 
 
 def launchers_above() -> dict[int, str]:
-    """Process → its time of start, of the launchers that started this process, directly or one through the other."""
+    """Return process → time of start, of the launchers that started this process."""
     above, process = {}, os.getppid()
     while (record := _read(process)) and _is_launcher(process):
         above[process] = record[1]

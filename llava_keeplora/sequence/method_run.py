@@ -117,7 +117,7 @@ class MethodRun(MethodState):
         return self.context.family.eval_cost * sum(len(task.test) for task in open_tasks)
 
     def _trained_images(self, index: int, count: int) -> float:
-        """Return how many images a task's training takes its steps on, each counted as often as it is seen."""
+        """Return how many images a task's steps are taken on, each counted as often as it is seen."""
         training = self.trainings[index - 1]
         steps = int(training.get("max_steps", -1))
         if steps <= 0:

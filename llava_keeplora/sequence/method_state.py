@@ -69,7 +69,7 @@ class MethodState:
     # --- layers ------------------------------------------------------------------------------------
 
     def _find_layers(self) -> tuple[dict[str, Layer], dict[str, nn.Module], list[str]]:
-        """Return the layers to adapt, the modules to train in full, and the layers that the loss cannot reach."""
+        """Return the layers to adapt, the modules to train in full, and layers that the loss cannot reach."""
         changed = (
             find_changed(type(self.method), self.config.parts, self.context.family)
             if self.count

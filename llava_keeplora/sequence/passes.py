@@ -97,7 +97,7 @@ def run_feature_pass(
 
 
 def counted_batches(state: MethodState, index: int) -> Iterator[dict[str, Tensor]]:
-    """Yield this process's batches of a task's training data, in order, without those that only fill up a round."""
+    """Yield this process's batches of a task's training data, in order, without padding batches."""
     return (batch for batch, counts in _batches(state, index, 1.0, FEATURE_COST)[0] if counts)
 
 

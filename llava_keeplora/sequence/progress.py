@@ -147,7 +147,7 @@ def matrix_view(matrix: Matrix) -> Table:
 
 @contextmanager
 def _logging_above(stderr: TextIO) -> Iterator[None]:
-    """Let log lines go above the live view, which has put itself in the place of stderr, instead of through it."""
+    """Print log lines above the live view, which has replaced stderr, instead of through it."""
     handlers = [
         h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler) and h.stream is stderr
     ]

@@ -256,7 +256,7 @@ def _from_start(delta: Delta, init: AdapterInit) -> Delta:
 
 @torch.no_grad()
 def _taken_back(module: nn.Module, before: Mapping[str, Tensor]) -> FullDelta:
-    """Return what training changed in a module without an adapter, and set the module back to its values from before."""
+    """Return what training changed in a module without an adapter, and restore the module."""
     parameters = dict(module.named_parameters(recurse=False))
     change = FullDelta(
         {name: (trained_values(p) - before[name].float()).cpu() for name, p in parameters.items()}
@@ -428,7 +428,7 @@ def close(state: MethodState, index: int) -> Outcome:
 
 
 def _latency(state: MethodState, index: int) -> dict[str, float]:
-    """Return seconds per example of the untouched model and of the trained one, measured in turn on the same batch."""
+    """Return seconds per example of the untouched and the trained model, on the same batch."""
     task, context = state.tasks[index - 1], state.context
     # No larger than a batch that was answered before, which fits.
     size = min(EXAMPLES, context.config.evaluation.batch_size, len(task.test))

@@ -160,10 +160,12 @@ class Workspace:
         return found
 
     def begun_anew(self) -> list[str]:
-        """Labels whose folder is begun anew, because the configuration is another one and no stage of a method has finished.
+        """Return the labels whose folder is begun anew.
 
-        A start may be refused by what only a stage can know; the mended configuration is then let in. The zero-shot row stays
-        where none of what it depends on has changed.
+        These are of a run whose configuration is another one and of which no stage of a method has finished.
+
+        A start may be refused by what only a stage can know; the mended configuration is then let in. The
+        zero-shot row stays where none of what it depends on has changed.
         """
         if not (self.root / CONFIG).exists() or not (changes := self._changes()):
             return []

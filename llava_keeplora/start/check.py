@@ -1,4 +1,4 @@
-"""The check of a run before its first stage, the same for `train`, which then claims the folder, and for `plan`."""
+"""The check of a run before its first stage, the same for `train` and `plan`."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def check_auto(layers: Iterable[Layer]) -> None:
 
 
 def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> None:
-    """Refuse test prompts that a model has no text features to average for, or that are too long for it, and crops that it doesn't train on.
+    """Refuse test prompts and crops that the model cannot use.
+
+    It has no text features to average, the prompts are too long, or it doesn't train on crops.
 
     Raises:
         ConfigError: for a model that writes its answers.
@@ -135,9 +137,10 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
 
 
 def check_pictures(tasks: Sequence[Task]) -> None:
-    """Refuse a split in which some examples have pictures and others none, for processes that gather weights together.
+    """Refuse a split in which only some examples have pictures, where processes gather weights together.
 
-    A batch of text alone doesn't go through the vision encoder, so that one process would gather other weights than the next one.
+    A batch of text alone doesn't go through the vision encoder, so that one process would gather other
+    weights than the next one.
 
     Raises:
         ConfigError: naming the split and how many of its examples have none.

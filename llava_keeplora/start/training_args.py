@@ -141,7 +141,7 @@ def check_arguments(
 
 
 def _check_optimiser(arguments: TrainingArguments, label: str, steps: int) -> None:
-    """Make the optimiser and its schedule for one number, so that settings which they refuse are told before any stage.
+    """Make the optimiser and its schedule once, so that settings which they refuse are reported early.
 
     Raises:
         ConfigError: naming the optimiser and what it says.

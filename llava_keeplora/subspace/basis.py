@@ -138,7 +138,9 @@ def orthonormalized(basis: Float[Tensor, "in k"]) -> Float[Tensor, "in k"]:
 
 
 def has_drifted(basis: Float[Tensor, "in k"]) -> bool:
-    """Whether the columns are further from orthonormal than float32 rounding leaves them, asked of random mixtures.
+    """Return whether the columns are further from orthonormal than float32 rounding leaves them.
+
+    Tested on random mixtures of the columns.
 
     Args:
         basis: U, (in, k).

@@ -37,18 +37,20 @@ def energy_rank(
     captured: float = 0.0,
     strict: bool = False,
 ) -> int:
-    """Smallest k whose first k squared singular values, plus what is captured already, reach `energy * total`.
+    """Return the smallest k whose first k squared singular values reach `energy * total`.
 
-    Source: KeepLoRA (arXiv 2601.19659), the rule for epsilon_w and epsilon_f; with `captured` it is the rule of
-    Gradient Projection Memory (Saha et al., ICLR 2021, equation 9).
+    What is captured already counts.
+
+    Source: KeepLoRA (arXiv 2601.19659), the rule for epsilon_w and epsilon_f; with `captured` it is the rule
+    of Gradient Projection Memory (Saha et al., ICLR 2021, equation 9).
 
     Args:
         squared_singular_values: (n,), in descending order; rounding may leave tiny negative ones, read as 0.
         energy: the share to reach, in (0, 1].
         total: the whole energy; the sum of the given values plus `captured` when absent.
         captured: energy that earlier directions hold already, in the units of `total`.
-        strict: the rule of the released code, which counts the prefixes that stay *below* the threshold and so
-            keeps one vector fewer, but never fewer than 1.
+        strict: the rule of the released code, which counts the prefixes that stay *below* the threshold and
+            so keeps one vector fewer, but never fewer than 1.
 
     Returns:
         k, between 0 and n; 0 if `captured` suffices, n if even all n values fall short of the threshold.

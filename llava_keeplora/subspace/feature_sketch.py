@@ -91,12 +91,15 @@ class _RowSample:
 
 
 class SketchedMoment:
-    """Streaming sketch of the residual second moment, of 12 in s bytes, for where a `SecondMoment` doesn't fit.
+    """Streaming sketch of the residual second moment, of 12 in s bytes.
+
+    For where a `SecondMoment` doesn't fit.
 
     Args:
         dim: the layer's input width.
         size: s; at most in - k are kept, which is exact.
-        basis: U, (in, k), the protected subspace whose complement is sketched; nothing is protected when absent.
+        basis: U, (in, k), the protected subspace whose complement is sketched; nothing is protected when
+            absent.
         seed: of the test vectors; the same in every process.
         device: of the buffers.
         test: test vectors of one's own, (in, s), instead of random ones.
@@ -223,10 +226,12 @@ class SketchedMoment:
             buffer.add_(addend.to(buffer.device))
 
     def refined(self) -> "SketchedMoment":
-        """An empty sketch for a second pass over the same data, with the span of the first one's image as test vectors.
+        """Return an empty sketch for a second pass over the same data.
 
-        One step of subspace iteration: what the first pass missed shrinks by the ratio of the missed eigenvalues to
-        the wanted ones, squared. This sketch must be complete and summed.
+        Its test vectors span the first one's image.
+
+        One step of subspace iteration: what the first pass missed shrinks by the ratio of the missed
+        eigenvalues to the wanted ones, squared. This sketch must be complete and summed.
         """
         return SketchedMoment(
             self.dim, self.test.shape[1], self.basis, device=self.image.device, test=self.image
@@ -235,10 +240,10 @@ class SketchedMoment:
     def directions(
         self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None
     ) -> SketchedFeatureDirections:
-        """Fewest sketched directions that are sure to hold the energy of the features together with the basis.
+        """Return the fewest sketched directions that surely hold the energy together with the basis.
 
-        Source: KeepLoRA (arXiv 2601.19659), the feature step at epsilon_f; Gradient Projection Memory (Saha et al.,
-        ICLR 2021, equation 9), with lower bounds of the energies.
+        Source: KeepLoRA (arXiv 2601.19659), the feature step at epsilon_f; Gradient Projection Memory (Saha
+        et al., ICLR 2021, equation 9), with lower bounds of the energies.
 
         Args:
             basis: U, (in, k), the one that the sketch was made for, on any device.

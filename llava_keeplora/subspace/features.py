@@ -85,7 +85,9 @@ def feature_directions(
 def leading_directions(
     columns: Float[Tensor, "in n"], basis: Float[Tensor, "in k"], rank: int
 ) -> Float[Tensor, "in r"]:
-    """First `rank` left singular vectors of (I - U U^T) Y, for a matrix Y whose columns are features or sums of them.
+    """Return the first `rank` left singular vectors of (I - U U^T) Y.
+
+    The columns of Y are features or sums of them.
 
     Source: InfLoRA (arXiv 2404.00228), the design of the dimensionality reduction matrix, with Y = X^T X.
 

@@ -118,7 +118,7 @@ class SketchedDirections(ResidualDirections):
     passes: int
 
     def suffices(self, target: float = TARGET) -> bool:
-        """Whether A holds the target share of the best subspace's energy, by the estimate's pessimistic side C / I; if not, go on."""
+        """Return whether A surely holds the target share of the best subspace's energy, by C / I."""
         return self.of_optimum / (2.0 - self.of_optimum) >= target
 
 
@@ -178,7 +178,7 @@ class GradientSketch:
 
     @classmethod
     def is_worth_it(cls, out_dim: int, in_dim: int, width: int) -> bool:
-        """Whether a layer's sketch is so much smaller than its gradient that the memory is worth further passes."""
+        """Return whether a sketch is so much smaller than the gradient that further passes are worth it."""
         return cls.numbers(out_dim, in_dim, width) <= WORTH * out_dim * in_dim
 
     @property
@@ -241,17 +241,22 @@ class GradientSketch:
         return SecondPass(_range_basis(self.range).float(), self.shape[1])
 
     def forget_range(self) -> None:
-        """Free what only `add`, `merge` and `second_pass` need, so that a second pass takes no more memory than the first.
+        """Free what only `add`, `merge` and `second_pass` need.
+
+        A second pass then takes no more memory than the first.
 
         Directions that come with a second pass can still be asked for, and `refined`.
         """
         self.range = self._omega = None
 
     def refined(self, second: "SecondPass") -> "GradientSketch":
-        """A sketch whose test vectors are the right singular vectors of Q^T G_hat, for two more passes over the same data.
+        """Return a sketch for two more passes over the same data.
 
-        One step of subspace iteration: the angles to the wanted directions shrink by up to (sigma_{w+1} / sigma_r)^2.
-        Only its range is fed; the rows, which no Q depends on, are this one's, as is the estimate from them.
+        Its test vectors are the right singular vectors of Q^T G_hat.
+
+        One step of subspace iteration: the angles to the wanted directions shrink by up to (sigma_{w+1} /
+        sigma_r)^2. Only its range is fed; the rows, which no Q depends on, are this one's, as is the estimate
+        from them.
 
         Source: Halko, Martinsson and Tropp (2011), algorithm 4.4 and corollary 10.10.
 

@@ -42,7 +42,9 @@ class ResidualDirections:
 
 
 class DenseGradient:
-    """G = sum of dY^T X over batches in float32, the reference for `GradientSketch` and smaller than one where a layer is small.
+    """G = sum of dY^T X over batches in float32, the reference for `GradientSketch`.
+
+    It is smaller than a sketch where a layer is small.
 
     Args:
         out_dim: out.
@@ -143,7 +145,10 @@ def residual_gradient_directions(
 
 
 def _leading_triplets(outside: Float[Tensor, "out in"], rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Input-side vectors, singular values and output-side vectors of the r strongest directions, in float64."""
+    """Return input-side vectors, singular values and output-side vectors of the r strongest directions.
+
+    All in float64.
+    """
     out_dim, in_dim = outside.shape
     small = outside if out_dim <= in_dim else outside.T
     near = _iterated(small, rank)
@@ -186,7 +191,10 @@ def _iterated(matrix: Float[Tensor, "n wide"], rank: int) -> Tensor | None:
 
 
 def outside_exactly(left: Float[Tensor, "in r"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "in r"]:
-    """Take the last rounding towards the basis out of A and make it orthonormal again, columns in the same sense."""
+    """Remove the last rounding towards the basis from A and make it orthonormal again.
+
+    Columns keep their sense.
+    """
     q, r = torch.linalg.qr(residual(residual(left.T, basis), basis).T)
     return q * r.diagonal().sign()
 
@@ -213,7 +221,7 @@ def room_for(rank: int, out_dim: int, in_dim: int, protected: int, allow_fewer: 
 def above_rounding(
     singular: Float[Tensor, " r"], norm: float, rank: int, room: int, allow_fewer: bool
 ) -> int:
-    """How many of the leading singular values are directions of a gradient of that norm rather than its rounding.
+    """Return how many leading singular values are above the gradient's rounding.
 
     Raises:
         RankError: if there are none, or fewer than the rank unless fewer are allowed.

@@ -98,7 +98,9 @@ def gram_matrix(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
 def leading_eigenpairs(
     gram: Float[Tensor, "n n"], energy: float, total: float, seed: int
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "n k"]] | None:
-    """The fewest leading eigenpairs that hold `energy * total`, or None if that is better asked of a full solver.
+    """Return the fewest leading eigenpairs that hold `energy * total`, or None.
+
+    None means that a full solver is the better way.
 
     Args:
         gram: G, (n, n), float32.
@@ -107,8 +109,8 @@ def leading_eigenpairs(
         seed: of the random start.
 
     Returns:
-        Eigenvalues (k,), float64, descending, and orthonormal eigenvectors (n, k); None where the prefix is too long
-        for truncation to pay, or where its length stays in doubt.
+        Eigenvalues (k,), float64, descending, and orthonormal eigenvectors (n, k); None where the prefix is
+        too long for truncation to pay, or where its length stays in doubt.
     """
     n = gram.shape[0]
     if n < SMALLEST:
@@ -170,10 +172,12 @@ def _rayleigh_ritz(gram: Tensor, block: Tensor) -> Ritz:
 
 
 def _certain_vectors(ritz: Ritz, energy: float, total: float) -> Tensor | None:
-    """As many Ritz vectors as the energy rule asks for, if the bounds on the sums of eigenvalues leave one answer.
+    """Return as many Ritz vectors as the energy rule needs.
 
-    Ritz values bound the eigenvalues from below, and lambda_i <= theta_i + |r_i|^2 / (theta_i - mu), where mu bounds
-    the spectrum outside the block; the Ritz value nine tenths down the block stands in for mu.
+    They are returned if the bounds on the sums of eigenvalues leave one answer.
+
+    Ritz values bound the eigenvalues from below, and lambda_i <= theta_i + |r_i|^2 / (theta_i - mu), where mu
+    bounds the spectrum outside the block; the Ritz value nine tenths down the block stands in for mu.
     """
     inside = int(0.9 * len(ritz.values))
     lower = torch.cumsum(ritz.values, 0)

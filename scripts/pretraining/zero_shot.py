@@ -45,7 +45,7 @@ def answers(
 def zero_shot(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str, root: Path, limit: int
 ) -> dict:
-    """Exact match on the test split (ROUGE-L for captions), and what a guess that sees no picture would get."""
+    """Exact match on the test split (ROUGE-L for captions), and that of a guess without the picture."""
     test, past = (load_split(load_recipe(name), split, root) for split in ("test", "train"))
     if limit < len(test):
         test = test.take(sorted(np.random.default_rng(0).permutation(len(test))[:limit].tolist()))
