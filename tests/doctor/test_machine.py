@@ -1,5 +1,6 @@
 """What a machine has is told, and what a run could not start with is an error that names its cure."""
 
+import re
 from importlib import metadata
 
 import pytest
@@ -43,8 +44,10 @@ def test_a_library_that_is_too_old_or_missing_is_told_with_the_command(monkeypat
     monkeypatch.setattr(metadata, "version", version)
     assert cli.main(["doctor"]) == 2
     out, err = capfd.readouterr()
-    assert "peft is 0.0.1, and llava-keeplora needs >=0.19; install it: pip install 'peft>=0.19'." in out
-    assert "evaluate is not installed; install it: pip install 'evaluate>=0.4.6'." in out
+    assert re.search(
+        r"peft is 0\.0\.1, and llava-keeplora needs (\S*>=0\.19\S*); install it: pip install 'peft\1'\.", out
+    )
+    assert re.search(r"evaluate is not installed; install it: pip install 'evaluate\S*>=0\.4\.6\S*'\.", out)
     assert "this machine has 2 things to repair" in err
 
 
