@@ -5,9 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
+from doors import Begun
 from llava_keeplora.config import parse_config
 from llava_keeplora.sequence import runner, trainer
+from llava_keeplora.sequence.workspace import Workspace
+from llava_keeplora_eval import predictions
 from llava_keeplora_eval.files import file_hash
 
 VOLATILE = {".lock", ".report", "config.json"}
@@ -134,3 +139,46 @@ def outcome(left_behind):
     return lambda run: {
         name: value for name, value in left_behind(run).items() if not name.endswith("journal.jsonl")
     }
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Function (train records, test records) → a recipe of questions; a record is (id, question, answer)."""
+
+    def write(train, test):
+        Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+        for split, rows in (("train", train), ("test", test)):
+            records = [
+                {
+                    "id": i,
+                    "image": "0.png",
+                    "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}],
+                }
+                for i, q, a in rows
+            ]
+            (tmp_path / f"{split}.json").write_text(json.dumps(records))
+        facts = dict(
+            name="asked",
+            version=1,
+            kind="vqa",
+            metric="exact_match",
+            licence="MIT",
+            source={"format": "llava_json", "path": "."},
+        )
+        (tmp_path / "asked.yaml").write_text(
+            yaml.safe_dump(facts | {"splits": {"train": "train.json", "test": "test.json"}})
+        )
+        return tmp_path / "asked.yaml"
+
+    return write
+
+
+@pytest.fixture
+def ends_where_it_begins(monkeypatch):
+    """Starts end where they would claim the folder, and predictions where they would answer."""
+
+    def begin(*args, **kwargs):
+        raise Begun
+
+    monkeypatch.setattr(Workspace, "claim", begin)
+    monkeypatch.setattr(predictions, "predict_to_file", begin)
