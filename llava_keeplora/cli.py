@@ -575,7 +575,7 @@ def _analyze(args: argparse.Namespace) -> None:
 
     import transformers
 
-    from llava_keeplora.analysis import analyze_model, analyze_run, knowledge_table, updates_table
+    from llava_keeplora import analysis
     from llava_keeplora.config import EvaluationConfig, ModelConfig
     from llava_keeplora.errors import ConfigError
 
@@ -588,11 +588,11 @@ def _analyze(args: argparse.Namespace) -> None:
             ModelConfig(args.model, **own("revision", "dtype")),
             EvaluationConfig(**own("batch_size")),
         )
-        table = knowledge_table(
-            analyze_model(
-                model, groups, args.into, evaluation=evaluation, **own("energies", "examples", "data_root")
-            )
-        )
+        with analysis.output_folder(args.into) as folder:
+            options = own("energies", "examples", "data_root")
+            knowledge = analysis.analyze_model(model, groups, evaluation=evaluation, **options)
+            analysis.write_knowledge(knowledge, folder)
+        table = analysis.knowledge_table(knowledge)
     elif given:
         told = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(
@@ -601,7 +601,10 @@ def _analyze(args: argparse.Namespace) -> None:
             "leave them out, or name the run's model",
         )
     else:
-        table = updates_table(analyze_run(args.model, args.into))
+        with analysis.output_folder(args.into) as folder:
+            updates = analysis.analyze_run(args.model)
+            analysis.write_updates(Path(args.model), updates, folder)
+        table = analysis.updates_table(updates)
     sys.stdout.write(f"{table}\nfolder: {args.into}\n")
 
 

@@ -8,16 +8,15 @@ weights, what is specific to a domain in the residual one.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from llava_keeplora.analysis.svd_split import KEPT, SIDES, SvdSplit, every_layer
-from llava_keeplora.analysis.writers import made, write_knowledge
+from llava_keeplora.analysis.results import ALL, Knowledge, Point
+from llava_keeplora.analysis.svd_split import SIDES, SvdSplit, every_layer
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import DTYPES, Family, Prepared, open_model
@@ -27,158 +26,70 @@ from llava_keeplora_recipes import TaskData, load_recipe, load_split
 
 GROUPS = ("general", "specific")
 ENERGIES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
-#: All parts of a model together.
-ALL = "all parts"
-
-
-@dataclass(frozen=True)
-class Point:
-    """The model with one side of the weights of one part.
-
-    Args:
-        part: of the model, or `ALL`; the others keep their whole weights.
-        energy: share of each weight's energy in its principal part.
-        side: `principal` or `residual`, what is left of the weights.
-        directions: share of the input directions that the principal parts take.
-        scores: task → score in percent.
-    """
-
-    part: str
-    energy: float
-    side: str
-    directions: float
-    scores: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Knowledge:
-    """What the analysis of a model found.
-
-    Args:
-        model: its name and form, as a configuration has them.
-        tasks: group → task → number of examples, metric and fingerprint of the data.
-        whole: task → score in percent of the untouched model.
-        points: all cuts.
-    """
-
-    model: Mapping[str, object]
-    tasks: Mapping[str, Mapping[str, Mapping[str, object]]]
-    whole: Mapping[str, float]
-    points: Sequence[Point]
-
-    @property
-    def parts(self) -> list[str]:
-        """The parts that were cut, in order."""
-        return list(dict.fromkeys(point.part for point in self.points))
-
-    def mean(self, group: str, scores: Mapping[str, float]) -> float:
-        """The mean score of a group's tasks."""
-        return statistics.fmean(scores[task] for task in self.tasks[group])
-
-    def line(self, part: str, side: str, group: str) -> list[tuple[float, float]]:
-        """(energy, mean score of a group) along the energies."""
-        return sorted(
-            (p.energy, self.mean(group, p.scores)) for p in self.points if (p.part, p.side) == (part, side)
-        )
-
-    @property
-    def proposals(self) -> dict[str, float | None]:
-        """Part → its `proposal`."""
-        return {part: self.proposal(part) for part in self.parts if part != ALL}
-
-    def proposal(self, part: str) -> float | None:
-        """ε_w from the data.
-
-        The smallest energy from which on the principal parts alone keep the general score up to `KEPT`; None
-        if none does.
-        """
-        enough = KEPT * self.mean("general", self.whole)
-        found = None
-        for energy, value in reversed(self.line(part, "principal", "general")):
-            if value < enough:
-                break
-            found = energy
-        return found
-
-    def to_dict(self) -> dict[str, object]:
-        """As JSON values."""
-        return asdict(self) | {"energy_weight": self.proposals, "kept": KEPT}
 
 
 def analyze_model(
     model: ModelConfig,
     groups: Mapping[str, Sequence[str]],
-    into: str | Path,
     *,
     energies: Sequence[float] = ENERGIES,
     examples: int = 500,
     evaluation: EvaluationConfig = EvaluationConfig(),
     data_root: str | None = None,
 ) -> Knowledge:
-    """Score a model cut down to the principal and to the residual part of its weights.
-
-    Tables and plots are written.
+    """Score a model whose weights are cut down to their principal and to their residual part.
 
     Args:
-        model: which one.
+        model: the model to load.
         groups: `general` and `specific` → names or files of recipes.
-        into: the folder to write to, made when missing.
         energies: shares of the weights' energy to cut at.
-        examples: the most of each task's test split, evenly spaced.
-        evaluation: how predictions are made.
+        examples: the largest number of examples of each task's test split, evenly spaced.
+        evaluation: settings of prediction.
         data_root: the folder with the data sets.
 
     Raises:
         ConfigError: for energies outside (0, 1), tasks named twice, or tasks that the model can't answer.
         RecipeError: for whatever is wrong with a recipe or its data.
     """
-    energies = _checked(energies, groups, examples)
+    energies = _check_arguments(energies, groups, examples)
     family = open_model(model, evaluation)
     data = {group: _load(family, tasks, examples, data_root) for group, tasks in groups.items()}
-    every = [one for tasks in data.values() for one in tasks]
-    _check_names([one.recipe.name for one in every])
-    with made(into) as room:
-        family.load(DTYPES[model.dtype])
-        if not family.quantization:  # What is quantised was loaded to where it is.
-            family.model.to(default_device())
-        layers = every_layer(family)
-        parts = layers | (
-            {ALL: {name: layer for own in layers.values() for name, layer in own.items()}}
-            if len(layers) > 1
-            else {}
-        )
-        points = []
-        with tqdm(
-            total=1 + len(parts) * len(energies) * len(SIDES), desc="analyze", delay=2, disable=None
-        ) as bar:
-            whole = _scores(family, every, evaluation.batch_size)
-            bar.update()
-            for part, own in parts.items():
-                for energy in energies:
-                    cuts = SvdSplit(own, energy)
-                    for side in SIDES:
-                        with cuts.only(side):
-                            points.append(
-                                Point(
-                                    part,
-                                    energy,
-                                    side,
-                                    cuts.directions,
-                                    _scores(family, every, evaluation.batch_size),
-                                )
-                            )
-                        bar.update()
-        found = Knowledge(
-            asdict(model),
-            {group: {one.recipe.name: _record(one) for one in tasks} for group, tasks in data.items()},
-            whole,
-            points,
-        )
-        write_knowledge(found, room)
-    return found
+    all_data = [split for splits in data.values() for split in splits]
+    _check_names([split.recipe.name for split in all_data])
+    family.load(DTYPES[model.dtype])
+    if not family.quantization:  # A quantised model was loaded to its device.
+        family.model.to(default_device())
+    whole, points = _score_splits(family, all_data, energies, evaluation.batch_size)
+    tasks = {group: {split.recipe.name: _record(split) for split in splits} for group, splits in data.items()}
+    return Knowledge(asdict(model), tasks, whole, points)
 
 
-def _checked(energies: Sequence[float], groups: Mapping[str, Sequence[str]], examples: int) -> list[float]:
+def _score_splits(
+    family: Family, tasks: Sequence[TaskData], energies: Sequence[float], batch_size: int
+) -> tuple[dict[str, float], list[Point]]:
+    """Return the scores of the whole model, and those of every part cut at every energy, side by side."""
+    parts = every_layer(family)
+    if len(parts) > 1:
+        parts = parts | {ALL: {name: layer for layers in parts.values() for name, layer in layers.items()}}
+    points = []
+    total = 1 + len(parts) * len(energies) * len(SIDES)
+    with tqdm(total=total, desc="analyze", delay=2, disable=None) as bar:
+        whole = _scores(family, tasks, batch_size)
+        bar.update()
+        for part, layers in parts.items():
+            for energy in energies:
+                split = SvdSplit(layers, energy)
+                for side in SIDES:
+                    with split.only(side):
+                        scores = _scores(family, tasks, batch_size)
+                    points.append(Point(part, energy, side, split.directions, scores))
+                    bar.update()
+    return whole, points
+
+
+def _check_arguments(
+    energies: Sequence[float], groups: Mapping[str, Sequence[str]], examples: int
+) -> list[float]:
     for energy in energies:
         if not 0.0 < energy < 1.0:
             raise ConfigError(
@@ -194,7 +105,7 @@ def _checked(energies: Sequence[float], groups: Mapping[str, Sequence[str]], exa
 
 
 def _load(family: Family, tasks: Sequence[str], examples: int, data_root: str | None) -> list[TaskData]:
-    found = []
+    splits = []
     for task in tasks:
         data = load_split(load_recipe(task), "test", data_root)
         recipe = data.recipe
@@ -204,9 +115,9 @@ def _load(family: Family, tasks: Sequence[str], examples: int, data_root: str | 
                 "leave the task out",
             )
         count = min(examples, len(data))
-        found.append(data.take(i * len(data) // count for i in range(count)))
-        family.check(found[-1])
-    return found
+        splits.append(data.take(i * len(data) // count for i in range(count)))
+        family.check(splits[-1])
+    return splits
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -219,11 +130,11 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _scores(family: Family, tasks: Sequence[TaskData], batch_size: int) -> dict[str, float]:
-    """Task → score in percent of the model as it is now."""
-    found = {}
+    """Return task → score in percent of the model as it is now."""
+    scores: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for data in tasks:
-            path = Path(folder) / f"{len(found)}.jsonl"
+            path = Path(folder) / f"{len(scores)}.jsonl"
             predict_to_file(
                 family.predictor(data.recipe, Prepared(family, data)),
                 data,
@@ -231,8 +142,8 @@ def _scores(family: Family, tasks: Sequence[TaskData], batch_size: int) -> dict[
                 batch_size,
                 advance=lambda count: None,
             )
-            found[data.recipe.name] = score(data, path).score
-    return found
+            scores[data.recipe.name] = score(data, path).score
+    return scores
 
 
 def _record(data: TaskData) -> dict[str, object]:

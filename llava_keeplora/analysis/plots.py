@@ -5,28 +5,30 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from llava_keeplora.analysis.results import PLACES, Knowledge, MethodUpdates
 from llava_keeplora.report.figures import Palette, bare, fill, legend_above, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from llava_keeplora.analysis.knowledge import Knowledge
-    from llava_keeplora.analysis.updates import MethodUpdates
-
 PANEL = (4.2, 3.2)  # inches
 #: Side of a cut → how its lines are drawn, and the energy at which that side is the whole weight.
 LINES = {"principal": ("-", 1.0), "residual": ("--", 0.0)}
-PLACES = {"principal": "principal subspace", "features": "earlier tasks' features", "outside": "outside both"}
 
 
-def draw_knowledge(found: Knowledge, palette: Palette) -> Figure:
-    """Draw the mean score over the share of energy: a panel per part, a colour per group of tasks."""
-    figure = new_figure((PANEL[0] * len(found.parts), PANEL[1] + 0.5), palette)
-    panels = figure.subplots(1, len(found.parts), sharey=True, squeeze=False)[0]
-    for axes, part in zip(panels, found.parts):
-        for position, group in enumerate(found.tasks):
+def draw_knowledge(knowledge: Knowledge, palette: Palette) -> Figure:
+    """Draw the mean score over the share of energy.
+
+    A panel per part, a colour per group of tasks, a line style per side of the weights.
+    """
+    figure = new_figure((PANEL[0] * len(knowledge.parts), PANEL[1] + 0.5), palette)
+    panels = figure.subplots(1, len(knowledge.parts), sharey=True, squeeze=False)[0]
+    for axes, part in zip(panels, knowledge.parts):
+        for position, group in enumerate(knowledge.tasks):
             for side, (line, end) in LINES.items():
-                points = sorted([*found.line(part, side, group), (end, found.mean(group, found.whole))])
+                points = sorted(
+                    [*knowledge.line(part, side, group), (end, knowledge.mean(group, knowledge.whole))]
+                )
                 look = style(position) | {"linestyle": line}
                 axes.plot(
                     [100 * p for p, _ in points],
@@ -45,16 +47,16 @@ def draw_knowledge(found: Knowledge, palette: Palette) -> Figure:
     return figure
 
 
-def draw_places(one: MethodUpdates, title: str, palette: Palette) -> Figure:
-    """Where each task's update lies, a panel per part and a bar per task.
+def draw_places(updates: MethodUpdates, title: str, palette: Palette) -> Figure:
+    """Draw where each task's update lies, a panel per part and a bar per task.
 
-    A mark where a random update's principal share would end.
+    A mark shows where a random update's principal share would end.
     """
-    width = max(PANEL[0], 1.2 + 0.5 * len(one.tasks))
-    figure = new_figure((width * len(one.parts), PANEL[1] + 0.9), palette)
-    panels = figure.subplots(1, len(one.parts), sharey=True, squeeze=False)[0]
-    for axes, part in zip(panels, one.parts):
-        shares = [one.shares(part, task) for task in one.tasks]
+    width = max(PANEL[0], 1.2 + 0.5 * len(updates.tasks))
+    figure = new_figure((width * len(updates.parts), PANEL[1] + 0.9), palette)
+    panels = figure.subplots(1, len(updates.parts), sharey=True, squeeze=False)[0]
+    for axes, part in zip(panels, updates.parts):
+        shares = [updates.shares(part, task) for task in updates.tasks]
         bottom = [0.0] * len(shares)
         for position, (place, name) in enumerate(PLACES.items()):
             heights = [share[place] or 0.0 for share in shares]
@@ -69,7 +71,7 @@ def draw_places(one: MethodUpdates, title: str, palette: Palette) -> Figure:
             label="principal, of a random update",
             zorder=3,
         )
-        axes.set_xticks(range(len(shares)), one.tasks, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_xticks(range(len(shares)), updates.tasks, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_title(f"{title}: {part}", color=palette.ink, loc="left", fontweight="bold")
         axes.set_ylim(0, 1.02)
         bare(axes, palette)

@@ -10,9 +10,7 @@ for U an orthonormal basis.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +19,7 @@ from tqdm import tqdm
 
 from llava_keeplora.adapters import Delta, FullDelta, dense_weight
 from llava_keeplora.adapters.deltas import Deltas
-from llava_keeplora.analysis.plots import PLACES
-from llava_keeplora.analysis.writers import made, write_updates
+from llava_keeplora.analysis.results import MethodUpdates, Update
 from llava_keeplora.config import AUTO, PartConfig
 from llava_keeplora.errors import RunError
 from llava_keeplora.export.loaded_run import LearnedRun, checked, load_learned_run
@@ -41,82 +38,11 @@ logger = logging.getLogger(__name__)
 DEPENDENT = 1e-5
 
 
-@dataclass(frozen=True)
-class Update:
-    """What one task did to one layer.
-
-    Args:
-        task, part, layer: their names.
-        width: in.
-        principal_directions, feature_directions: k, and those of earlier tasks beside them.
-        energy: ‖ΔW‖².
-        principal, features, outside: shares of it, which sum to 1; None for an update of zero.
-    """
-
-    task: str
-    part: str
-    layer: str
-    width: int
-    principal_directions: int
-    feature_directions: int
-    energy: float
-    principal: float | None
-    features: float | None
-    outside: float | None
-
-
-@dataclass(frozen=True)
-class MethodUpdates:
-    """All updates of one method of a run.
-
-    Args:
-        tasks: those that it has learned.
-        updates: layer by layer, task by task.
-        overlap: T x T mean squared cosines between the tasks' input subspaces; None with fewer than two.
-    """
-
-    tasks: Sequence[str]
-    updates: Sequence[Update]
-    overlap: Sequence[Sequence[float | None]] | None
-
-    @property
-    def parts(self) -> list[str]:
-        """The parts of the model that were changed."""
-        return list(dict.fromkeys(update.part for update in self.updates))
-
-    def shares(self, part: str, task: str) -> dict[str, float | None]:
-        """Shares of a task's update of a part by place, and `random`: what a random update would have in W_p.
-
-        None for an update of zero.
-        """
-        own = [
-            update
-            for update in self.updates
-            if (update.part, update.task) == (part, task) and update.energy > 0
-        ]
-        total = math.fsum(update.energy for update in own)
-        if not own:
-            return dict.fromkeys((*PLACES, "random"))
-        shares = {
-            place: math.fsum(update.energy * getattr(update, place) for update in own) / total
-            for place in PLACES
-        }
-        return shares | {
-            "random": math.fsum(update.energy * update.principal_directions / update.width for update in own)
-            / total
-        }
-
-    def to_dict(self) -> dict[str, object]:
-        """As JSON values."""
-        return asdict(self)
-
-
-def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
-    """Measure where the updates of every method of a run lie, and write tables and pictures.
+def analyze_run(run: str | Path) -> dict[str, MethodUpdates]:
+    """Measure where the updates of every method of a run lie.
 
     Args:
         run: the run folder; nothing in it is changed.
-        into: the folder to write to, made when missing.
 
     Returns:
         label → its updates.
@@ -127,15 +53,12 @@ def analyze_run(run: str | Path, into: str | Path) -> dict[str, MethodUpdates]:
     """
     run = Path(run)
     learned = {label: load_learned_run(run, label) for label in _finished(run)}
-    features, chosen = {label: _added(one) for label, one in learned.items()}, _chosen(learned.values())
+    features = {label: _added(method_run) for label, method_run in learned.items()}
     check_base(run, next(iter(learned.values())).model)
-    with made(into) as room:
-        found = _measured(run, learned, features, chosen)
-        write_updates(run, found, room)
-    return found
+    return _measure_all(run, learned, features, _chosen(learned.values()))
 
 
-def _measured(
+def _measure_all(
     run: Path,
     learned: Mapping[str, LearnedRun],
     features: Mapping[str, list[dict[str, Tensor]]],

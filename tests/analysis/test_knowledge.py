@@ -10,7 +10,8 @@ from transformers import CLIPModel
 
 from llava_keeplora import cli
 from llava_keeplora.adapters import dense_weight
-from llava_keeplora.analysis.knowledge import ALL, Knowledge, Point, analyze_model
+from llava_keeplora.analysis import analyze_model, write_knowledge
+from llava_keeplora.analysis.results import ALL, Knowledge, Point
 from llava_keeplora.analysis.svd_split import SvdSplit, every_layer
 from llava_keeplora.config import ModelConfig
 from llava_keeplora_eval import predict_to_file, score
@@ -78,7 +79,9 @@ def analysed(tiny_clip, tiny_tasks, tmp_path_factory):
     """A folder and what was found: two energies, one general and two specific tasks."""
     folder = tmp_path_factory.mktemp("analysis") / "out"
     groups = {"general": [str(tiny_tasks[0])], "specific": [str(path) for path in tiny_tasks[1:]]}
-    return folder, analyze_model(ModelConfig(str(tiny_clip)), groups, folder, energies=[0.9, ENERGY])
+    knowledge = analyze_model(ModelConfig(str(tiny_clip)), groups, energies=[0.9, ENERGY])
+    write_knowledge(knowledge, folder)
+    return folder, knowledge
 
 
 @pytest.mark.parametrize("side", ["principal", "residual"])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from llava_keeplora import cli
 from llava_keeplora.adapters import Delta, FullDelta, load_deltas
-from llava_keeplora.analysis import analyze_run
+from llava_keeplora.analysis import analyze_run, write_updates
 from llava_keeplora.analysis.updates import measure
 from llava_keeplora.report.overlap import overlap
 
@@ -34,7 +34,9 @@ def run(run_config, tmp_path_factory):
 def found(run, tmp_path_factory):
     """(folder, label → updates)."""
     into = tmp_path_factory.mktemp("updates")
-    return into, analyze_run(run, into)
+    found = analyze_run(run)
+    write_updates(run, found, into)
+    return into, found
 
 
 def share(change, *bases):
@@ -164,7 +166,7 @@ def test_a_method_that_changes_no_weights_is_left_out_and_named(
     def made(name, **methods):
         return driven(run_config(tmp_path / name, methods=methods, tasks=[str(tiny_tasks[0])]))
 
-    assert set(analyze_run(made("both", iap={}, **{"seq-lora": {}}), tmp_path / "into")) == {"seq-lora"}
+    assert set(analyze_run(made("both", iap={}, **{"seq-lora": {}}))) == {"seq-lora"}
     assert "left out, for they change no linear layer's weights: iap" in caplog.text
     assert "changes the weights of a linear layer, so there are no updates to measure" in refused(
         capfd, made("alone", iap={}), "--into", tmp_path / "out"

@@ -292,7 +292,7 @@ def beside(tmp_path_factory, run_config, driven, tiny_tasks, reference):
 def test_the_analysis_measures_the_linear_layers_of_the_encoders_and_the_report_draws_the_rest(
     beside, tmp_path
 ):
-    found = analyze_run(beside, tmp_path / "analysis")
+    found = analyze_run(beside)
     layers = {update.layer.rsplit(".", 1)[-1] for update in found["zscl"].updates}
     assert (
         layers == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"} and found["zscl"].overlap is None

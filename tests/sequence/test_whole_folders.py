@@ -240,7 +240,7 @@ def test_a_killed_table_and_analysis_are_whole_or_not_there(deadly, tmp_path, mo
         tables.write_table(SimpleNamespace(output_dir=into), SimpleNamespace(results={}, tried=[]))
 
     def analysis(into):
-        with analysis_folder.made(into) as room:
+        with analysis_folder.output_folder(into) as room:
             for name in ("updates.json", "updates.csv"):
                 files.write_json(room / name, {})
 
