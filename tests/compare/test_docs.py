@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from llava_keeplora import cli
+from llava_keeplora.cli.tables import run_ablate
 from llava_keeplora.compare import load_ablation, load_table
 from llava_keeplora.compare.jobs import table_jobs, tuning_jobs
 from llava_keeplora.config import parse_config, read_config
@@ -69,7 +70,7 @@ def test_the_commands_of_the_results_are_tables_whose_runs_are_valid():
     counts = []
     for command in commands:
         args = cli.parse_arguments(cli.build_parser(), shlex.split(command))
-        if args.run is cli._ablate:
+        if args.run is run_ablate:
             thresholds = {"energy_weight": args.energy_weights, "energy_feature": args.energy_features}
             table = load_ablation(
                 args.config, thresholds, args.seeds, args.overrides, args.data_root, args.output_dir

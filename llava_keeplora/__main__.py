@@ -1,0 +1,8 @@
+"""`python -m llava_keeplora`, the same as `llava-keeplora`."""
+
+import sys
+
+from llava_keeplora.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Arguments that several commands share, and the values that they take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that selects some of a configuration's methods."""
+    parser.add_argument(
+        "--methods",
+        type=labels,
+        metavar="LABEL,...",
+        help="of the configuration's methods, only these (default: all)",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a configuration and change it."""
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of a shipped configuration")
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that change a configuration."""
+    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="dotted overrides, for instance training.learning_rate=5e-4",
+    )
+
+
+def add_command(
+    commands: argparse._SubParsersAction, name: str, summary: str, run: Callable, resumes: bool = False
+) -> argparse.ArgumentParser:
+    """Add a command and return its parser.
+
+    Args:
+        commands: the program's commands.
+        name: the word on the command line.
+        summary: one line for `--help`.
+        run: what the command does with its parsed arguments; an exit code that it returns is kept.
+        resumes: whether the same command goes on where a stopped one ended.
+    """
+    parser = commands.add_parser(name, help=summary)
+    parser.set_defaults(run=run, resumes=resumes)
+    return parser
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a list with commas."""
+    return [word for word in text.split(",") if word]
+
+
+def labels(text: str) -> list[str]:
+    """Return the labels of a list with commas, one at least."""
+    if not words(text):
+        raise argparse.ArgumentTypeError(f"'{text}' names no method; give labels, such as seq-lora,keeplora")
+    return words(text)
+
+
+def numbers(text: str) -> list[float]:
+    """Return the numbers of a list with commas."""
+    return _convert(float, text, "numbers; give some like 0.5,0.8")
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Return the whole numbers of a list with commas."""
+    return _convert(int, text, "whole numbers; give some like 0,1,2")
+
+
+def _convert(to_number: Callable[[str], T], text: str, what: str) -> list[T]:
+    try:
+        return [to_number(word) for word in words(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of {what}") from None
+
+
+def process_count(text: str) -> int:
+    """Return a number of processes, 1 at least."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of processes; give 1 or more")
+    return int(text)

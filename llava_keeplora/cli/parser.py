@@ -1,0 +1,83 @@
+"""The parser of `llava-keeplora`, and the way from a command line to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from llava_keeplora.cli import analyze, inspection, share, tables, train
+from llava_keeplora_eval.guard import check_words, guarded, standard_streams
+
+#: Each adds one command and returns its parser; in the order of `--help`.
+COMMANDS = (
+    train.add_train,
+    tables.add_reproduce,
+    tables.add_compare,
+    tables.add_ablate,
+    inspection.add_plan,
+    train.add_extend,
+    train.add_fork,
+    inspection.add_report,
+    share.add_export,
+    share.add_import,
+    analyze.add_analyze,
+    inspection.add_doctor,
+    inspection.add_list,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code.
+
+    Args:
+        argv: the words after the program's name; those of this process when None.
+
+    Returns:
+        0; 1 where runs of a table failed; 2 for an error that a user can repair; 130 after Ctrl-C, 143 after
+        SIGTERM.
+    """
+    with standard_streams():
+        return run_command(build_parser(), argv)
+    return 0  # The reader of stdout has closed it.
+
+
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Parse a command line, run the command that it names and return its exit code."""
+    args = parse_arguments(parser, argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    going_on = (
+        "every finished stage is kept, run the same command to go on"
+        if args.resumes
+        else "run the same command again"
+    )
+    return guarded(lambda: args.run(args), debug=args.debug, going_on=going_on)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `llava-keeplora`."""
+    parser = argparse.ArgumentParser(
+        prog="llava-keeplora",
+        description="train a sequence, plan for it, report on a run, list what there is.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for add_command in COMMANDS:
+        add_debug(add_command(commands), ", and more of what is done")
+    return parser
+
+
+def add_debug(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Add the argument `--debug`, which every command has."""
+    parser.add_argument("--debug", action="store_true", help=f"show the traceback of an error{more}")
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line whose overrides may stand before, between and after the options."""
+    args, rest = parser.parse_known_args(check_words(parser, argv))
+    unknown = rest if not hasattr(args, "overrides") else [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args

@@ -1,0 +1,67 @@
+"""A configuration from the command line, and its run."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_keeplora.config import RunConfig
+    from llava_keeplora_eval import Matrix
+
+
+def load_run_config(args: argparse.Namespace, **direct: Any) -> RunConfig:
+    """Return the configuration that a command line names.
+
+    Args:
+        args: the parsed command line.
+        direct: keys that options set, see `load_config`.
+    """
+    # Heavy imports wait until a command needs them, so that --help is quick.
+    with without_collection():
+        from llava_keeplora.config import load_config
+
+        return load_config(
+            args.config, args.overrides, data_root=args.data_root, methods=args.methods, **direct
+        )
+
+
+def run_sequence(config: RunConfig) -> dict[str, Matrix]:
+    """Run a sequence, or resume one, print its summary and return label → matrix."""
+    with without_collection():
+        import datasets
+        import transformers
+
+        from llava_keeplora.report.run_report import summary
+        from llava_keeplora.sequence import run
+        from llava_keeplora.sequence.launch import processes
+        from llava_keeplora.sequence.launcher import stopped_with_launcher
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    with stopped_with_launcher(), processes(config) as main_process:
+        results = run(config)
+        if main_process:
+            sys.stdout.write(
+                summary(config.output_dir, {label: [matrix] for label, matrix in results.items()})
+            )
+    return results
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Import libraries without garbage collection.
+
+    None of their objects is garbage, and visiting all of them at each collection takes time. Later
+    collections, such as the Trainer's after every task, skip them too.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

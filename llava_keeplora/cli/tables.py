@@ -1,0 +1,156 @@
+"""Commands that make tables of runs: `reproduce`, `compare`, `ablate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from llava_keeplora.cli.arguments import (
+    add_command,
+    add_methods,
+    add_run_arguments,
+    add_settings,
+    numbers,
+    process_count,
+    whole_numbers,
+)
+from llava_keeplora.cli.run_sequence import load_run_config, run_sequence
+
+if TYPE_CHECKING:
+    from llava_keeplora.compare import Table, TableResult
+
+
+def add_reproduce(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add `reproduce` and return its parser."""
+    parser = add_command(
+        commands,
+        "reproduce",
+        "run a configuration and compare with what was published for it",
+        run_reproduce,
+        resumes=True,
+    )
+    parser.add_argument(
+        "config",
+        metavar="NAME|FILE.yaml",
+        help="a shipped configuration, for instance mtil-order1, or a YAML file with `expected`",
+    )
+    add_settings(parser)
+    add_methods(parser)
+    parser.add_argument("--output-dir", help="the run folder (output_dir)")
+    return parser
+
+
+def add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add `compare` and return its parser."""
+    parser = add_command(
+        commands,
+        "compare",
+        "run methods × seeds × orders of tasks, or go on with them, and make the table",
+        run_compare,
+        resumes=True,
+    )
+    add_run_arguments(parser)
+    add_methods(parser)
+    add_table_arguments(parser)
+    return parser
+
+
+def add_ablate(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add `ablate` and return its parser."""
+    parser = add_command(
+        commands,
+        "ablate",
+        "take KeepLoRA's parts away one at a time, sweep its thresholds, and make the table",
+        run_ablate,
+        resumes=True,
+    )
+    add_run_arguments(parser)
+    add_table_arguments(parser)
+    parser.add_argument(
+        "--energy-weights",
+        type=numbers,
+        metavar="E,...",
+        help="ε_w of every part, in turn (default: 0.5,0.6,0.7,0.8,0.9; '' for none)",
+    )
+    parser.add_argument(
+        "--energy-features",
+        type=numbers,
+        metavar="E,...",
+        help="ε_f of every part, in turn (default: 0.9,0.95,0.99; '' for none)",
+    )
+    parser.add_argument("--seeds", type=whole_numbers, metavar="S,...", help="(default: the configuration's)")
+    return parser
+
+
+def add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a table of many runs."""
+    parser.add_argument("--output-dir", help="the table's folder (output_dir)")
+    parser.add_argument(
+        "--workers",
+        type=process_count,
+        default=1,
+        metavar="N",
+        help="runs at a time; the cores are shared out, and each has one of several GPUs (default: 1)",
+    )
+
+
+def run_reproduce(args: argparse.Namespace) -> None:
+    """Run a configuration and compare its scores with the published ones."""
+    from llava_keeplora.errors import RunError
+    from llava_keeplora.reproduce import check_expected, compare, comparison
+
+    config = load_run_config(args, output_dir=args.output_dir)
+    check_expected(config)
+    figures = compare(run_sequence(config), config.expected)
+    sys.stdout.write(f"\npublished and measured, in %\n{comparison(figures, config.expected)}")
+    sys.stdout.flush()
+    missed = [figure for figure in figures if not figure.met]
+    if missed:
+        raise RunError(
+            f"{config.output_dir} misses {len(missed)} of {len(figures)} published figures by more than the "
+            f"tolerance ({missed[0]})",
+            f"check the data with `llava-keeplora-eval data check {config.sequence or config.tasks[0]}`, and "
+            "what differs from the published settings",
+        )
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Run a table, or resume it, and write it; return the exit code."""
+    from llava_keeplora.compare import compare, load_table, write_table
+
+    table = load_table(args.config, args.overrides, args.data_root, args.output_dir)
+    outcome = compare(table, args.workers, args.methods)
+    return _print_table(
+        table, outcome, write_table(table, outcome) if outcome.results or outcome.tried else ""
+    )
+
+
+def run_ablate(args: argparse.Namespace) -> int:
+    """Run a table of ablations, or resume it, and write it; return the exit code."""
+    from llava_keeplora.compare import compare, draw_ablation, load_ablation, write_table
+
+    given = {"energy_weight": args.energy_weights, "energy_feature": args.energy_features}
+    thresholds = {name: values for name, values in given.items() if values is not None}
+    ablation = load_ablation(
+        args.config, thresholds, args.seeds, args.overrides, args.data_root, args.output_dir
+    )
+    outcome = compare(ablation.table, args.workers)
+    return _print_table(
+        ablation.table,
+        outcome,
+        write_table(ablation.table, outcome, draw_ablation(ablation, outcome)) if outcome.results else "",
+    )
+
+
+def _print_table(table: Table, outcome: TableResult, text: str) -> int:
+    """Print a table, its paths and the runs that failed; return the exit code."""
+    if text:
+        sys.stdout.write(
+            f"{text}\nfolder: {table.output_dir}\ntable: {table.output_dir / 'table.md'}\npage: "
+            f"{table.output_dir / 'report.html'}\n"
+        )
+        sys.stdout.flush()
+    for failure in outcome.failures:
+        sys.stderr.write(f"error: {failure}; mend it, and run the same command again\n")
+    return 1 if outcome.failures else 0

@@ -1,0 +1,88 @@
+"""Commands that train: `train`, `extend`, `fork`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from llava_keeplora.cli.arguments import add_command, add_methods, add_run_arguments
+from llava_keeplora.cli.run_sequence import load_run_config, run_sequence
+
+
+def add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add `train` and return its parser."""
+    parser = add_command(commands, "train", "run a task sequence, or go on with one", run_train)
+    add_train_arguments(parser)
+    return parser
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `train`, which scripts/train_seq.py takes too."""
+    add_run_arguments(parser)
+    add_methods(parser)
+    parser.add_argument("--output-dir", help="the run folder (output_dir)")
+    # The DeepSpeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.set_defaults(run=run_train, resumes=True)
+
+
+def add_extend(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add `extend` and return its parser."""
+    parser = add_command(commands, "extend", "let a run learn one more task", run_extend)
+    parser.add_argument("run_folder", metavar="RUN")
+    parser.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the new task")
+    parser.add_argument(
+        "--epochs", dest="num_train_epochs", type=float, help="of the new task (default: as for every other)"
+    )
+    parser.add_argument("--learning-rate", type=float, help="of the new task (default: as for every other)")
+    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="dotted overrides of what another machine needs, for instance evaluation.batch_size=8",
+    )
+    return parser
+
+
+def add_fork(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add `fork` and return its parser."""
+    parser = add_command(
+        commands,
+        "fork",
+        "copy the first tasks of a run into a new one, to try another continuation",
+        run_fork,
+    )
+    parser.add_argument("run_folder", metavar="RUN")
+    parser.add_argument(
+        "--at-task", type=int, required=True, metavar="N", help="the last task of the new run, counted from 1"
+    )
+    parser.add_argument("--into", required=True, metavar="DIR", help="a new folder")
+    return parser
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Run, or resume, the sequence of a configuration."""
+    run_sequence(load_run_config(args, output_dir=args.output_dir))
+
+
+def run_extend(args: argparse.Namespace) -> None:
+    """Train one more task in a run folder."""
+    from llava_keeplora.config import PER_TASK
+    from llava_keeplora.saved_run import extended
+
+    task_settings = {
+        argument: value for argument in PER_TASK if (value := getattr(args, argument)) is not None
+    }
+    run_sequence(extended(args.run_folder, args.task, task_settings, args.overrides, args.data_root))
+
+
+def run_fork(args: argparse.Namespace) -> None:
+    """Copy the first tasks of a run into a new folder."""
+    from llava_keeplora.sequence.fork import fork
+
+    config = fork(args.run_folder, args.at_task, args.into)
+    sys.stdout.write(
+        f"{args.into}: the first {len(config.tasks)} tasks of {args.run_folder}\ngo on with: llava-keeplora "
+        f"extend {args.into} --task NAME|FILE.yaml\n"
+    )
