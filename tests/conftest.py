@@ -27,7 +27,8 @@ import pytest  # noqa: E402
 import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
-SIDE = 16
+from tiny_models import SIDE, write_clip, write_llava  # noqa: E402
+
 TASKS = {
     "colours": ["red", "green", "blue", "grey"],
     "stripes": ["horizontal", "vertical", "diagonal", "plain"],
@@ -48,157 +49,9 @@ def pytest_unconfigure(config) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory) -> Path:
-    """A random CLIP (vision and text 2 layers × 32, 16-pixel images in 8-pixel patches) as a checkpoint folder."""
-    import torch
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessorPil,
-        CLIPModel,
-        CLIPProcessor,
-        PreTrainedTokenizerFast,
-    )
-
-    # CLIP pools at the end token unless its id is 2, which older checkpoints have by mistake.
-    words = [
-        "<pad>",
-        "<start>",
-        "<unk>",
-        "<end>",
-        "a",
-        "photo",
-        "of",
-        "the",
-        ".",
-        *(c for names in TASKS.values() for c in names),
-    ]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<start>",
-        eos_token="<end>",
-        unk_token="<unk>",
-        model_max_length=12,
-    )
-    width = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=16
-    )
-    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=3)
-    config = CLIPConfig(
-        text_config=dict(**width, **special, vocab_size=len(words), max_position_embeddings=12),
-        vision_config=dict(**width, image_size=SIDE, patch_size=8),
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny-clip")
-    CLIPModel(config).save_pretrained(folder)
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    CLIPProcessor(image_processor=images, tokenizer=fast).save_pretrained(folder)
-    return folder
-
-
-def write_llava(folder: Path, kind: str = "llava", layer: int = -2) -> Path:
-    """A random LLaVA of the family (vision 2 layers × 32, language 2 layers × 32) as a checkpoint folder."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    vocab = {word: i for i, word in enumerate([*special.values(), "<image>"])}
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[letter] = len(vocab)
-    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **special,
-        extra_special_tokens={"image_token": "<image>"},
-        model_max_length=512,
-    )
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=8,
-    )
-    text = dict(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    common = dict(image_token_id=vocab["<image>"], vision_feature_layer=layer, tie_word_embeddings=False)
-    image = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    pieces = dict(tokenizer=tokenizer, patch_size=8)
-    pins = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
-    if kind == "llava":
-        config = transformers.LlavaConfig(
-            vision_config=transformers.CLIPVisionConfig(**vision),
-            text_config=transformers.LlamaConfig(**text),
-            **common,
-        )
-        processor = transformers.LlavaProcessor(
-            transformers.CLIPImageProcessorPil(**image),
-            num_additional_image_tokens=1,
-            vision_feature_select_strategy="default",
-            **pieces,
-        )
-    elif kind == "llava_next":
-        config = transformers.LlavaNextConfig(
-            vision_config=transformers.CLIPVisionConfig(**vision),
-            text_config=transformers.LlamaConfig(**text),
-            image_grid_pinpoints=pins,
-            **common,
-        )
-        processor = transformers.LlavaNextProcessor(
-            transformers.LlavaNextImageProcessorPil(**image, image_grid_pinpoints=pins),
-            num_additional_image_tokens=1,
-            vision_feature_select_strategy="default",
-            **pieces,
-        )
-    else:
-        vision["hidden_act"] = "gelu"
-        config = transformers.LlavaOnevisionConfig(
-            vision_config=transformers.SiglipVisionConfig(**vision, vision_use_head=False),
-            text_config=transformers.Qwen2Config(**text),
-            image_grid_pinpoints=pins,
-            **common | {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
-        )
-        size = {"size": {"height": SIDE, "width": SIDE}}
-        tokenizer.save_pretrained(folder)
-        transformers.LlavaOnevisionImageProcessorPil(**size, image_grid_pinpoints=pins).save_pretrained(
-            folder
-        )
-        facts = {
-            "processor_class": "LlavaOnevisionProcessor",
-            "num_image_tokens": 4,
-            "vision_feature_select_strategy": "full",
-        }
-        (folder / "processor_config.json").write_text(json.dumps(facts))
-        processor = None
-    torch.manual_seed(0)
-    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    if processor:
-        processor.save_pretrained(folder)
-    return folder
+    """A random CLIP as a checkpoint folder; see `write_clip`."""
+    classes = [name for names in TASKS.values() for name in names]
+    return write_clip(tmp_path_factory.mktemp("tiny-clip"), classes)
 
 
 @pytest.fixture(scope="session")
