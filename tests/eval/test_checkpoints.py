@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from llava_keeplora_eval import EvalError
 from llava_keeplora_eval.checkpoints import (
-    check_device,
-    check_place,
     check_values,
     content_changes,
     content_hash,
@@ -292,36 +290,6 @@ def test_a_kept_hash_is_used_until_the_file_changes(tmp_path, monkeypatch):
     kept.write_text("garbage")
     os.utime(path, (old, old))
     assert len(content_hash(path)) == 64
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("clp", None),
-        ("./nothing", "no folder './nothing'"),
-        ("models/tiny-clp", "did you mean 'models/tiny-clip'"),
-        ("tiny-clipp", "did you mean 'tiny-clip'"),
-        ("models/tiny-clip/config.json", "is a file.*give models/tiny-clip"),
-        ("C:\\models\\clip", "no folder"),
-        ("user/name/more", "no folder"),
-        ("user/name", None),
-    ],
-)
-def test_a_mistyped_folder_is_no_hub_id(tmp_path, monkeypatch, name, said):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models/tiny-clip").mkdir(parents=True)
-    (tmp_path / "models/tiny-clip/config.json").write_text("{}")
-    if said is None:
-        return check_place(name, ("tiny-clip",))
-    with pytest.raises(EvalError, match=said):
-        check_place(name, ("tiny-clip",))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("device", ["cuda", "cuda:3", "gpu", "meta"])
-def test_a_device_that_is_not_there_is_refused(device):
-    with pytest.raises(EvalError, match=f"device '{device}' cannot be used on this machine, which has cpu"):
-        check_device(device)
 
 
 def whole_numbers(tensors):

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from llava_keeplora_eval import EvalError
+from llava_keeplora_eval.checkpoints import check_device, check_place
 from llava_keeplora_eval.models import load_clip, resolve_model
 
 
@@ -55,3 +57,33 @@ def test_a_model_of_another_family_is_refused(tmp_path, tiny_clip):
     assert f"'{tmp_path}' is a 'clip_vision_model' model" in str(error.value) and "clip, llava" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("clp", None),
+        ("./nothing", "no folder './nothing'"),
+        ("models/tiny-clp", "did you mean 'models/tiny-clip'"),
+        ("tiny-clipp", "did you mean 'tiny-clip'"),
+        ("models/tiny-clip/config.json", "is a file.*give models/tiny-clip"),
+        ("C:\\models\\clip", "no folder"),
+        ("user/name/more", "no folder"),
+        ("user/name", None),
+    ],
+)
+def test_a_mistyped_folder_is_no_hub_id(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/tiny-clip").mkdir(parents=True)
+    (tmp_path / "models/tiny-clip/config.json").write_text("{}")
+    if said is None:
+        return check_place(name, ("tiny-clip",))
+    with pytest.raises(EvalError, match=said):
+        check_place(name, ("tiny-clip",))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "gpu", "meta"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(EvalError, match=f"device '{device}' cannot be used on this machine, which has cpu"):
+        check_device(device)
