@@ -51,7 +51,7 @@ def test_the_whole_comes_back_after_an_error_too(tiny_clip, load):
     assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
 
 
-def test_a_quantised_weight_is_cut_beside_what_is_stored(tiny_llava, load):
+def test_a_quantised_weight_is_cut_next_to_what_is_stored(tiny_llava, load):
     layers = every_layer(load(tiny_llava, quantization="nf4"))["language"]
     name, layer = next(iter(layers.items()))
     stored, x = layer.weight.data.clone(), torch.randn(3, layer.in_features)

@@ -140,7 +140,7 @@ def test_the_folder_holds_numbers_tables_and_pictures_of_every_method(run, found
     assert "| colours | vision | 0.0 | 0.0 | 100.0 |" in table
 
 
-def test_a_run_in_progress_is_analysed_as_far_as_it_goes(run, tmp_path, capfd):
+def test_a_run_in_progress_is_analysed_up_to_its_last_stage(run, tmp_path, capfd):
     copy = shutil.copytree(run, tmp_path / "run")
     journal = copy / "keeplora/journal.jsonl"
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[: 4 + 6 + 3]))

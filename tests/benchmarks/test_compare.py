@@ -178,7 +178,7 @@ def test_a_figure_that_cannot_be_is_named_with_its_place(row, words):
     assert words in str(caught.value)
 
 
-def test_a_figure_of_a_task_that_the_run_does_not_have_is_told():
+def test_a_figure_of_a_task_that_the_run_does_not_have_is_reported():
     with pytest.raises(EvalError, match="the matrix has no task 'digit'; did you mean 'digits'"):
         compare(results(), expected(seq_lora={"last": {"digit": 1.0}}))
 

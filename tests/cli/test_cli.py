@@ -101,7 +101,7 @@ def test_a_stop_finishes_the_file_being_written_and_says_how_to_go_on(
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_list_names_what_there_is(capfd):
+def test_list_names_everything(capfd):
     assert cli.main(["list"]) == 0
     out = capfd.readouterr().out
     assert all(name in out for name in ("keeplora", "seq-lora", "demo", "digits"))

@@ -47,7 +47,7 @@ def test_a_build_at_work_is_waited_for(lock, caplog):
     assert not caplog.records
 
 
-def test_a_young_lock_without_a_process_is_told_and_waited_for(lock, caplog):
+def test_a_young_lock_without_a_process_is_reported_and_waited_for(lock, caplog):
     path = left_behind(lock, 60)
     check_builds()
     (record,) = caplog.records

@@ -167,7 +167,7 @@ def test_a_first_process_that_fails_at_the_start_takes_the_others_with_it(
     )
 
 
-def test_processes_are_told_how_many_share_their_machine(launch, tmp_path):
+def test_processes_know_how_many_share_their_machine(launch, tmp_path):
     script = tmp_path / "count.py"
     script.write_text(
         "import torch.distributed as dist\nfrom llava_keeplora.distributed import processes_here\n"

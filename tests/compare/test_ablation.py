@@ -93,7 +93,7 @@ def test_the_plot_shows_each_metric_over_the_threshold(ablated):
         )
 
 
-def test_the_pictures_lie_beside_the_table_and_a_threshold_that_is_not_swept_has_none(ablated):
+def test_the_pictures_lie_next_to_the_table_and_a_threshold_that_is_not_swept_has_none(ablated):
     ablation, outcome = ablated
     assert list(draw_ablation(ablation, outcome)) == ["energy-weight-I"]
     assert {"energy-weight-I.png", "energy-weight-I.svg"} == {
@@ -142,7 +142,7 @@ def test_a_part_that_is_trained_in_full_has_no_threshold(llava_tree, tmp_path):
     }
 
 
-def test_parts_that_the_method_alone_names_are_swept_and_wrong_ones_are_told(run_tree, tmp_path):
+def test_parts_that_the_method_alone_names_are_swept_and_wrong_ones_are_reported(run_tree, tmp_path):
     tree = run_tree(tmp_path / "run")
     own = {"method": "keeplora", "parts": tree.pop("parts")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**tree, "methods": {"ours": own}}))

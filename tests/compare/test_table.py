@@ -206,7 +206,7 @@ def test_an_order_has_its_own_epochs_and_without_seeds_only_settings_are_tried_o
         ),
     ],
 )
-def test_what_is_wrong_is_told_in_a_sentence(changes, sentence):
+def test_what_is_wrong_is_reported_in_a_sentence(changes, sentence):
     assert refused(**changes) == sentence
 
 
@@ -221,7 +221,7 @@ def test_a_method_with_nothing_to_tune_is_taken_as_it_is():
     assert {label: len(jobs) for label, jobs in tuning_jobs(table).items()} == {"seq-lora": 4, "keeplora": 0}
 
 
-def test_a_mistake_of_any_run_is_told_before_the_first_one_starts(started, tmp_path, make_table):
+def test_a_mistake_of_any_run_is_reported_before_the_first_one_starts(started, tmp_path, make_table):
     settings = {"seq-lora": [{}, {"training": {"learnin_rate": 1}}], "keeplora": [{}, {}]}
     with pytest.raises(
         ConfigError,
@@ -258,7 +258,7 @@ def test_a_runs_folder_is_no_tables(tmp_path, make_table):
     )
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path, make_table):
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path, make_table):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError) as error:
         compare(make_table(tmp_path / "file/table"))

@@ -182,7 +182,7 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_valid_one(change
     assert key in str(caught.value) and hint in str(caught.value)
 
 
-def test_a_misspelt_sequence_is_told_as_such():
+def test_a_misspelt_sequence_is_reported_as_such():
     with pytest.raises(ConfigError, match="unknown key 'sequnce'; did you mean 'sequence'"):
         parse_config({"sequnce": "demo"})
 

@@ -47,7 +47,7 @@ def test_a_page_that_is_out_of_date_is_named_and_what_is_written_by_hand_stays(w
     assert not write_docs.stale_pages(tmp_path)
 
 
-def test_the_lists_name_what_there_is(write_docs):
+def test_the_lists_name_everything(write_docs):
     assert re.findall(r"^\| \[(.*?)\]", write_docs.methods(), flags=re.M) == list(METHODS)
     assert re.findall(r"^\| `(\w+)`", write_docs.metrics(), flags=re.M) == list(METRICS)
     commands = write_docs.commands() + write_docs.eval_commands()

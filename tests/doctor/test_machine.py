@@ -33,7 +33,7 @@ def test_this_machine_can_run(capfd):
     assert "pytest" not in out, "a test's libraries are no requirement"
 
 
-def test_a_library_that_is_too_old_or_missing_is_told_with_the_command(monkeypatch, capfd):
+def test_a_library_that_is_too_old_or_missing_is_reported_with_the_command(monkeypatch, capfd):
     real = metadata.version
 
     def version(name):
@@ -51,7 +51,7 @@ def test_a_library_that_is_too_old_or_missing_is_told_with_the_command(monkeypat
     assert "this machine has 2 things to repair" in err
 
 
-def test_the_lock_of_a_killed_build_is_told_with_the_command_that_removes_it(tmp_path, capfd):
+def test_the_lock_of_a_killed_build_is_reported_with_the_command_that_removes_it(tmp_path, capfd):
     lock = tmp_path / "cpu_adam/lock"
     lock.parent.mkdir()
     with lock.open("w"):

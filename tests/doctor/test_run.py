@@ -105,7 +105,7 @@ def test_each_damage_is_one_sentence(run, damage):
     assert len(found) == 1 and re.search(words, found[0])
 
 
-def test_all_damages_are_told_at_once_with_code_2(run, capfd):
+def test_all_damages_are_reported_at_once_with_code_2(run, capfd):
     for name in ("a flipped bit", "a lost file", "a file too many", "another identity"):
         DAMAGES[name][0](run)
     assert cli.main(["doctor", str(run)]) == 2
@@ -127,7 +127,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capfd):
     )
 
 
-def test_other_library_versions_are_told_and_no_damage(run):
+def test_other_library_versions_are_reported_and_no_damage(run):
     rewrite(run / "versions.json", lambda versions: versions.update(torch="1.0", gone="2"))
     told = next(found for found in examine_run(run) if str(found).startswith("libraries"))
     assert "torch 1.0 → " in told and "gone 2 → none" in told and wrong(run) == []

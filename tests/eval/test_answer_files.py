@@ -188,7 +188,7 @@ def test_missing_and_unknown_and_repeated_ids_are_counted_and_named(answered):
 
 
 @pytest.mark.parametrize("content", ["", "\n", "\ufeff", "\u200b\n", "[]", "{}"])
-def test_an_empty_file_is_told_with_the_cure_of_its_origin(answered, tmp_path, content):
+def test_an_empty_file_is_reported_with_the_cure_of_its_origin(answered, tmp_path, content):
     with pytest.raises(
         EvalError, match="(is empty|lacks 3 ids).*; write one record with 'id' and 'text' for every example"
     ):
@@ -199,7 +199,7 @@ def test_an_empty_file_is_told_with_the_cure_of_its_origin(answered, tmp_path, c
 
 
 @pytest.mark.parametrize("content", ["id,text\n", "id,text\na,cat\n", "id\ttext\n", "a cat\na dog\n"])
-def test_a_table_is_told_that_json_is_read(answered, content):
+def test_a_table_is_refused_as_json_is_read(answered, content):
     with pytest.raises(EvalError, match="not readable JSON.*; write JSON or lines of JSON") as caught:
         answered(content)
     assert "predict" not in str(caught.value)

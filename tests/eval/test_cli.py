@@ -95,7 +95,7 @@ def test_the_list_names_every_recipe_with_its_metric(run):
         ),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence_with_exit_code_2(run, tmp_path, monkeypatch, arguments, parts):
+def test_a_mistake_is_reported_in_one_sentence_with_exit_code_2(run, tmp_path, monkeypatch, arguments, parts):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*arguments)
     assert code == 2 and out == ""

@@ -246,7 +246,7 @@ def test_a_shipped_sequence_is_found_by_name():
         (("shapes", "--model", "no/such/model"), "there is no folder 'no/such/model'"),
     ],
 )
-def test_a_mistake_in_the_command_is_told_in_one_sentence(run, arguments, sentence):
+def test_a_mistake_in_the_command_is_reported_in_one_sentence(run, arguments, sentence):
     code, _, err = run(*arguments)
     assert code == 2 and err.startswith(f"error: {sentence}") and err.count("\n") == 1
 
@@ -258,7 +258,7 @@ def test_the_list_names_sequences_and_what_they_leave_out(capsys):
     assert "without Math: MathVista's protocol" in out
 
 
-def test_examples_refused_for_their_text_are_not_told_as_unreadable_images(tmp_path, capsys):
+def test_examples_refused_for_their_text_are_not_reported_as_unreadable_images(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "x.json").write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": turns}]))

@@ -69,7 +69,7 @@ def scored(capsys, *words):
     return code, out, err
 
 
-def test_a_function_in_a_file_beside_the_recipe_scores_and_its_hash_is_recorded(folder, capsys):
+def test_a_function_in_a_file_next_to_the_recipe_scores_and_its_hash_is_recorded(folder, capsys):
     code, out, err = scored(capsys, "--json")
     assert code == 0, err
     result = json.loads(out)

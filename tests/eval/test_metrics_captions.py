@@ -239,7 +239,7 @@ def test_an_example_without_a_reference_is_refused(no_java):
 
 @installed
 @pytest.mark.parametrize(("name", "score"), [("caption_rouge_l", "rouge_l"), ("caption_cider", "cider")])
-def test_a_caption_metric_has_its_headline_and_all_the_rest_beside_it(no_java, capsys, name, score):
+def test_a_caption_metric_has_its_headline_and_all_the_rest(no_java, capsys, name, score):
     result = load_metric(name).compute(predictions=CAPTIONS, references=REFERENCES)
     assert result[name] == result["details"][score] == pytest.approx(PUBLISHED[score], abs=5e-6)
     assert set(result["details"]) == {*UCIT, "tokenizer"} - {"meteor"}

@@ -169,7 +169,7 @@ def kind_of(classes, labels=(0, 1), metric="accuracy", kind="classification", an
         (["the cat", "cat"], "coin_textvqa", 1),
     ],
 )
-def test_classes_that_a_score_takes_for_each_other_are_told(classes, metric, pairs):
+def test_classes_that_a_score_takes_for_each_other_are_reported(classes, metric, pairs):
     data = kind_of(classes, metric=metric)
     said = check_references(data)
     assert f"takes {pairs} pairs of classes of pets for one and the same" in said and repr(classes[0]) in said
@@ -181,12 +181,12 @@ def test_classes_that_a_score_takes_for_each_other_are_told(classes, metric, pai
     "classes", [["cat", "dog"], ["dog", "hot dog"], ["+", "*", "\N{CAT FACE}", "\N{DOG FACE}"], ["1", "10"]]
 )
 @pytest.mark.parametrize("metric", ["accuracy", "exact_match", "caption_rouge_l"])
-def test_classes_that_every_score_tells_apart_are_not_told(classes, metric):
+def test_classes_that_every_score_distinguishes_are_not_reported(classes, metric):
     assert metric_record(metric).alike(classes) == []
 
 
 @pytest.mark.parametrize("empty", ["", "\u00a0", "\u200b", " \ufeff"])
-def test_an_empty_accepted_text_is_told_as_empty_and_not_as_one_of_a_wrong_form(empty):
+def test_an_empty_accepted_text_is_reported_as_empty_and_not_as_one_of_a_wrong_form(empty):
     data = kind_of(None, metric="option_letter", kind="vqa", answers=[[empty], ["A"], ["2"]])
     said = check_references(data)
     assert (

@@ -114,7 +114,7 @@ def test_vllms_loader_would_take_it(family, exported):
     assert config["r"] <= vllm_rank(config["r"]) <= 512
 
 
-def test_the_rank_that_vllm_is_told_is_one_that_it_takes():
+def test_the_rank_given_to_vllm_is_one_that_it_takes():
     assert [vllm_rank(rank) for rank in (1, 2, 16, 17, 257, 512)] == [1, 8, 16, 32, 320, 512] and vllm_rank(
         513
     ) is None

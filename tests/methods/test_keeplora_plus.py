@@ -303,7 +303,7 @@ def test_a_negative_scale_is_refused(scale):
         KeepLoraPlus.Options(scale=scale)
 
 
-def test_a_configuration_sets_the_scale_beside_keeploras_settings(run_tree, tmp_path):
+def test_a_configuration_sets_the_scale_and_keeploras_settings(run_tree, tmp_path):
     config = parse_config(
         run_tree(tmp_path / "run", methods={"keeplora+": {"scale": 10, "gradient_fraction": 0.5}})
     )

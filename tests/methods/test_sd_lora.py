@@ -63,7 +63,7 @@ def test_a_later_task_moves_along_earlier_directions_only_by_one_number_for_all_
             assert float(rest.abs().max()) < 1e-6
 
 
-def test_the_change_of_a_magnitude_is_small_beside_the_direction_but_there(finished):
+def test_the_change_of_a_magnitude_is_small_against_the_direction_but_there(finished):
     first, *_, last = shifts(finished)
     assert all(1e-4 < abs(shift) < 0.5 for shift in (*first, *last))
 

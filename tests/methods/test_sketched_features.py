@@ -65,7 +65,7 @@ def test_a_second_pass_holds_no_more_than_the_first(consolidated, flat):
     assert 0.9 * budget < passes[0] <= budget and passes[1] <= passes[0], (budget, passes)
 
 
-def test_layers_whose_sketch_misses_the_energy_are_told_with_the_cure_and_those_that_reach_it_are_not(
+def test_layers_whose_sketch_misses_the_energy_are_reported_with_the_cure_and_those_that_reach_it_are_not(
     consolidated, flat, caplog
 ):
     with caplog.at_level(logging.WARNING):
@@ -124,7 +124,7 @@ def test_what_fits_is_exact_and_layers_of_one_input_share_it():
     assert PaperRules.statistics([found[:2], found[2:]], {}, 2 * whole, 0)["l2"].dtype == torch.float64
 
 
-def test_the_estimate_of_every_sketched_layer_is_told_in_a_debug_log_and_the_lowest_in_any(caplog):
+def test_the_estimate_of_every_sketched_layer_is_reported_in_a_debug_log_and_the_lowest_in_any(caplog):
     from llava_keeplora.methods.keeplora import _tell_estimates
 
     numbers = {

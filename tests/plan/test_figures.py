@@ -100,7 +100,7 @@ def test_what_zero_takes_to_the_host_is_not_on_the_device(wide_tree, peaks):
 @pytest.mark.parametrize(
     ("out_dim", "in_dim", "energy"), [(256, 256, 0.5), (128, 512, 0.85), (512, 128, 0.6), (256, 256, 0.99)]
 )
-def test_the_directions_of_a_random_weight_are_foretold(out_dim, in_dim, energy):
+def test_the_directions_of_a_random_weight_are_predicted(out_dim, in_dim, energy):
     from llava_keeplora.subspace import principal_basis
 
     weight = torch.randn(out_dim, in_dim, generator=torch.Generator().manual_seed(0))

@@ -277,7 +277,7 @@ def test_a_start_that_cannot_fit_names_the_setting_that_does(wide_tree, peaks, s
         start(tree, round(share * peaks(tree)["load"]))
 
 
-def test_a_whole_gradient_that_cannot_fit_is_told_to_be_sketched_at_the_start_and_by_the_plan(
+def test_a_whole_gradient_that_cannot_fit_is_proposed_to_be_sketched_at_the_start_and_by_the_plan(
     wide_tree, peaks
 ):
     dense, sketched = (

@@ -97,7 +97,7 @@ def numbers(tmp_path, make):
     return read
 
 
-def test_a_number_that_could_be_a_position_or_a_name_is_told(numbers, caplog):
+def test_a_number_that_could_be_a_position_or_a_name_is_reported(numbers, caplog):
     assert numbers([1, 2]).labels == [1, 2]
     assert (
         "the label 1 is read as the position of the class '10'" in caplog.text
@@ -105,7 +105,7 @@ def test_a_number_that_could_be_a_position_or_a_name_is_told(numbers, caplog):
     )
 
 
-def test_no_doubt_is_told_where_there_is_none(numbers, caplog):
+def test_no_doubt_is_reported_where_there_is_none(numbers, caplog):
     assert numbers(["1", "2"]).labels == [0, 2]
     assert numbers([0, 1, 2], classes=("0", "1", "2")).labels == [0, 1, 2]
     assert numbers([1], class_names={"1": "1"}).labels == [0]

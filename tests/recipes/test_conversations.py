@@ -292,7 +292,7 @@ def test_captions_of_another_file_are_paired_by_position(captions, caplog):
     assert data.answers == [["a", "A"], ["b"], ["c"]] and not caplog.text
 
 
-def test_captions_that_seem_to_be_of_other_images_are_told(captions, caplog):
+def test_captions_that_seem_to_be_of_other_images_are_reported(captions, caplog):
     load_split(captions([question(1), question(2)], {1: ["a"], 2: ["b"]}, {1: "0.png", 2: "9.png"}), "test")
     assert (
         "coco.json names another image than the question for 1 of 2 records (first: number 2)" in caplog.text

@@ -30,7 +30,7 @@ def test_a_sound_split_has_no_problems_and_is_the_loaded_one(questions):
     assert problems == [] and data.fingerprint == load_split(recipe, "train").fingerprint
 
 
-def test_every_record_and_every_image_that_is_wrong_is_told(questions, tmp_path):
+def test_every_record_and_every_image_that_is_wrong_is_reported(questions, tmp_path):
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "broken.png").write_bytes(b"no image")
     recipe = questions(
@@ -64,7 +64,7 @@ def test_every_record_and_every_image_that_is_wrong_is_told(questions, tmp_path)
     assert len(told) == 7
 
 
-def test_labels_and_folders_are_told_one_by_one(pets, tmp_path, make):
+def test_labels_and_folders_are_reported_one_by_one(pets, tmp_path, make):
     (tmp_path / "pets" / "train" / "x.png").write_bytes(make.encoded(0))
     data, problems = inspect_split(pets(classes=["cat", "ant"]), "train")
     told = [str(p) for p in problems]

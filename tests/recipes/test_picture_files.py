@@ -199,7 +199,7 @@ def test_an_unquoted_colour_is_a_comment_in_yaml_and_refused(tmp_path):
         ("empty.png", "the file is empty"),
     ],
 )
-def test_a_picture_that_cannot_be_read_is_told_with_its_path_and_the_likely_cause(
+def test_a_picture_that_cannot_be_read_is_reported_with_its_path_and_the_likely_cause(
     ask, tmp_path, make, monkeypatch, image, cause
 ):
     folder = tmp_path / "data/q"
@@ -328,7 +328,7 @@ def test_a_folder_of_files_that_are_not_read_says_so(pets, tmp_path):
     )
 
 
-def test_what_is_no_picture_is_counted_and_told_by_data_check(pets, tmp_path, make, capsys):
+def test_what_is_no_picture_is_counted_and_reported_by_data_check(pets, tmp_path, make, capsys):
     folder = tmp_path / "pets/train/cat"
     (folder / "0.png").write_bytes(b"<html>not found</html>")
     (folder / "1.png").write_bytes(b"")
@@ -356,7 +356,7 @@ def test_files_that_a_pattern_passes_over_are_counted(pets):
 # ------------------------------------------------------------------------- more than once
 
 
-def test_pictures_under_two_labels_and_in_both_splits_are_told(pets, tmp_path, make, capsys):
+def test_pictures_under_two_labels_and_in_both_splits_are_reported(pets, tmp_path, make, capsys):
     folder = tmp_path / "pets"
     same = make.encoded(99)
     for name in ("train/cat/same.png", "train/ant/same.png", "train/ant/again.png", "test/cat/same.png"):
@@ -372,7 +372,7 @@ def test_pictures_under_two_labels_and_in_both_splits_are_told(pets, tmp_path, m
     assert "warning: 1 different images are in 'test' too (train/ant/again.png = test/cat/same.png)" in out
 
 
-def test_the_same_record_under_two_ids_is_told(ask, tmp_path, capsys):
+def test_the_same_record_under_two_ids_is_reported(ask, tmp_path, capsys):
     ask("images/a.png", "images/a.png", None, None)
     main(["data", "check", str(tmp_path / "q.yaml"), "--data-root", str(tmp_path / "data")])
     assert (

@@ -84,7 +84,7 @@ def write(tmp_path):
     return write
 
 
-def test_a_reader_beside_the_recipe_reads_with_the_keys_that_its_fields_are(write):
+def test_a_reader_next_to_the_recipe_reads_with_the_keys_that_its_fields_are(write):
     data = load_split(load_recipe(write()), "test")
     assert (data.ids, data.questions, [list(a) for a in data.answers]) == (
         ["a", "b"],

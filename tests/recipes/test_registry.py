@@ -69,7 +69,9 @@ def test_a_file_is_found_from_the_configuration_and_from_the_working_folder(
     )
 
 
-def test_a_module_beside_the_configuration_is_its_file_and_an_installed_one_stays(registry, plugin, tmp_path):
+def test_a_module_next_to_the_configuration_is_its_file_and_an_installed_one_stays(
+    registry, plugin, tmp_path
+):
     assert registry.localize("thing_module:Mine", tmp_path) == "thing_module:Mine"
     path = plugin("thing_module.py")
     assert registry.localize("thing_module:Mine", tmp_path) == f"{path}:Mine"

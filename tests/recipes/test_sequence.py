@@ -40,7 +40,7 @@ def test_mtil_order_two_is_the_published_permutation_with_its_epochs():
     assert second.epochs == [5, 2, 5, 5, 5, 5, 10, 10, 10, 10, 10]
 
 
-def test_recipes_of_a_users_sequence_are_found_beside_it(tmp_path, make):
+def test_recipes_of_a_users_sequence_are_found_next_to_it(tmp_path, make):
     sequence = load_sequence(make.yaml(tmp_path / "mine.yaml", name="mine", tasks=["digits", "my/pets.yaml"]))
     assert sequence.tasks == ["digits", str(tmp_path / "my" / "pets.yaml")]
     assert sequence.epochs is None

@@ -85,7 +85,7 @@ def test_every_mode_becomes_rgb(pets, tmp_path, make, mode):
     assert data[data.ids.index("train/cat/9.png")].image.mode == "RGB"
 
 
-def test_without_a_data_root_paths_start_beside_the_users_recipe(pets):
+def test_without_a_data_root_paths_start_next_to_the_users_recipe(pets):
     assert len(load_split(pets(), "test")) == 12
 
 

@@ -119,7 +119,7 @@ def test_other_words_are_no_markers():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_markers_beside_one_picture_are_words_and_counted(read, form, caplog):
+def test_markers_next_to_one_picture_are_words_and_counted(read, form, caplog):
     data = read(form, "What is in <image_0>?")
     assert data.questions == ["What is in <image_0>?"]
     assert (
@@ -160,7 +160,7 @@ def test_recipes_mark_pictures_as_said(tmp_path, make, facts, words):
         load_recipe(make.yaml(tmp_path / "q.yaml", **{k: v for k, v in base.items() if v is not None}))
 
 
-def test_numbers_in_json_are_names_and_a_doubt_is_told(tmp_path, make, caplog):
+def test_numbers_in_json_are_names_and_a_doubt_is_reported(tmp_path, make, caplog):
     def read(*labels):
         (tmp_path / "q").mkdir(exist_ok=True)
         (tmp_path / "q" / "0.png").write_bytes(make.encoded(0))

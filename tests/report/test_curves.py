@@ -78,7 +78,7 @@ def test_costs_are_bars_in_seconds_and_gib_and_memory_not_measured_has_no_panel(
     ]
 
 
-def test_more_methods_than_colours_are_told_apart_by_their_lines_and_bars():
+def test_more_methods_than_colours_are_distinguished_by_their_lines_and_bars():
     many = {f"m{i}": [Trial(ONE)] for i in range(8)}
     over, by = draw_forgetting(many, LIGHT).axes
     lines = [line for line in over.lines if line.get_label().startswith("m")]

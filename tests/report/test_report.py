@@ -114,7 +114,7 @@ def test_layers_are_ordered_by_their_numbers_not_by_their_letters():
     assert [text.get_text() for text in legend.get_texts()] == ["1.fc1", "2.attn", "2.fc1", "10.fc1"]
 
 
-def test_many_layers_are_told_apart_by_colour_instead_of_names():
+def test_many_layers_are_distinguished_by_colour_instead_of_names():
     from llava_keeplora.report.capacity import draw_protected_fraction
 
     many = {f"layer.{i}": {"in": 10, "k": 1, "part": "vision"} for i in range(9)}
@@ -208,7 +208,7 @@ def test_a_zero_shot_baseline_among_the_results_is_the_summarys_first_row_and_no
     assert "heatmap/zero-shot" in alone
 
 
-def test_a_run_in_progress_and_a_single_task_are_reported_as_far_as_they_go(tmp_path):
+def test_a_run_in_progress_and_a_single_task_are_reported_up_to_their_last_stage(tmp_path):
     half = Trial(Matrix(["a", "b"], None, [[90.0, 30.0]]), capacity=[layers(1), layers(2)])
     assert (
         "| half | 30.0 | n/a | n/a | n/a | n/a |"

@@ -99,7 +99,7 @@ def test_one_run_gets_every_picture_as_png_and_svg_and_every_table(one):
     }
 
 
-def test_without_another_folder_the_report_of_a_run_lies_beside_its_files(other_rank, tmp_path, capfd):
+def test_without_another_folder_the_report_of_a_run_lies_next_to_its_files(other_rank, tmp_path, capfd):
     copy = shutil.copytree(other_rank, tmp_path / "run")
     assert cli.main(["report", str(copy)]) == 0
     assert (copy / "report.html").is_file() and f"run folder: {copy}" in capfd.readouterr().out
@@ -299,7 +299,7 @@ def test_a_damaged_file_is_named_before_anything_is_made_of_it(name, other_rank,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_in_progress_is_reported_as_far_as_it_goes(other_rank, tmp_path):
+def test_a_run_in_progress_is_reported_up_to_its_last_stage(other_rank, tmp_path):
     """The files as they are when the second task is being trained."""
     run = shutil.copytree(other_rank, tmp_path / "run")
     folder = run / "keeplora"

@@ -122,7 +122,7 @@ def test_stacked_deltas_give_the_logits_of_the_expanded_weights_with_the_deltas_
     assert float((ours - theirs).norm() / theirs.norm()) < tolerance
 
 
-def test_an_nf4_base_is_told_not_to_repack_itself_on_a_cpu_that_could(quantised_llava, monkeypatch):
+def test_an_nf4_base_does_not_repack_itself_on_a_cpu_that_could(quantised_llava, monkeypatch):
     """The trap of CPUs with AVX512-BF16: the first evaluation packs a weight in place, and nothing can be trained through it then."""
     from bitsandbytes.nn import modules
 

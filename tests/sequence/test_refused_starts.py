@@ -131,7 +131,7 @@ def test_what_no_data_are_needed_for_is_refused_alike_by_plan_and_train_before_t
         {"lr_scheduler_kwargs": {"nope": 1}},
     ],
 )
-def test_settings_that_the_optimiser_or_its_schedule_refuse_are_told_before_any_stage(training):
+def test_settings_that_the_optimiser_or_its_schedule_refuse_are_reported_before_any_stage(training):
     from llava_keeplora.start.training_args import check_arguments, training_arguments
 
     training = {"num_train_epochs": 1, "use_cpu": True} | training

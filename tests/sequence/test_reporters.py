@@ -35,7 +35,7 @@ def scalars(folder):
     }
 
 
-def test_tensorboard_gets_a_run_per_task_beside_what_the_task_learned(watched, drive, tmp_path):
+def test_tensorboard_gets_a_run_per_task_and_what_the_task_learned(watched, drive, tmp_path):
     import json
 
     drive(watched(tmp_path / "run", report_to="tensorboard"))
@@ -86,7 +86,7 @@ def recorder(monkeypatch):
     return Recorder
 
 
-def test_any_tracker_is_told_run_method_and_task(watched, drive, tmp_path, recorder):
+def test_any_tracker_receives_run_method_and_task(watched, drive, tmp_path, recorder):
     drive(watched(tmp_path / "run", report_to=["recorder"]))
     assert list(recorder.seen) == [f"run/seq-lora/{task}" for task in TASKS]
     assert [sum("loss" in logs for logs in told) for told in recorder.seen.values()] == [3, 3]

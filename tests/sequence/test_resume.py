@@ -46,7 +46,7 @@ def test_a_run_stopped_within_training_ends_with_the_same_files(
     assert left_behind(tmp_path / "run") == left_behind(three_tasks_run)
 
 
-def test_a_method_beside_others_learns_what_it_learns_alone(
+def test_a_method_next_to_others_learns_what_it_learns_alone(
     run_config, drive, tmp_path, three_tasks_run, left_behind
 ):
     drive(run_config(tmp_path / "run", methods={"keeplora": {}}))
