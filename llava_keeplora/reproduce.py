@@ -1,4 +1,4 @@
-"""A run beside what was published.
+"""Comparison of a run with published figures.
 
 Every figure that its configuration expects, and whether the run meets it.
 """
@@ -17,7 +17,7 @@ from llava_keeplora_recipes import load_recipes
 
 @dataclass(frozen=True)
 class Figure:
-    """One published number and the one that was measured.
+    """A published number and the measured one.
 
     Args:
         row: the method's label.
@@ -35,7 +35,7 @@ class Figure:
 
     @property
     def met(self) -> bool:
-        """Whether the measured number lies within the tolerance."""
+        """Return whether the measured number lies within the tolerance."""
         return self.measured is not None and abs(self.measured - self.published) <= self.tolerance
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Figure:
 
 
 def check_expected(config: RunConfig) -> None:
-    """Find a figure that the run will not have before it begins.
+    """Check before a run that it will have every expected figure.
 
     Raises:
         ConfigError: for the last score of a task that is not in the sequence.
@@ -58,7 +58,7 @@ def check_expected(config: RunConfig) -> None:
 
 
 def compare(results: Mapping[str, Matrix], expected: Mapping[str, ExpectedConfig]) -> list[Figure]:
-    """Every published figure beside its measured one.
+    """Return every published figure with the measured one.
 
     Args:
         results: label → matrix, as a run returns them.
@@ -84,7 +84,7 @@ def compare(results: Mapping[str, Matrix], expected: Mapping[str, ExpectedConfig
 
 
 def comparison(figures: list[Figure], expected: Mapping[str, ExpectedConfig]) -> str:
-    """The comparison as Markdown, with the sources of the published figures."""
+    """Return the comparison as Markdown, with the sources of the published figures."""
     if not figures:
         return "nothing is known to be published for these methods, so there is nothing to compare with\n"
     rows = [

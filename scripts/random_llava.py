@@ -142,7 +142,7 @@ def random_llava(
 
 
 def _buffer(module: nn.Module, name: str, config: LlavaConfig, device: torch.device | str) -> Tensor:
-    """A buffer that a module made on the meta device should have.
+    """Return a buffer that a module made on the meta device should have.
 
     Positions, or the frequencies of rotary embeddings.
     """

@@ -45,12 +45,12 @@ class Job:
 
     @property
     def config_file(self) -> Path:
-        """The run's configuration beside the folder."""
+        """The run's configuration, next to its folder."""
         return self.folder.with_name(f"{self.folder.name}.yaml")
 
     @property
     def log(self) -> Path:
-        """What the run says."""
+        """The log of the run, next to its folder."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @cached_property
@@ -63,7 +63,7 @@ class Job:
         return run_identity(parse_config(self.tree))
 
     def finished(self) -> bool:
-        """Whether the folder holds this very run, done, with the numbers that it ended with."""
+        """Return whether the folder holds this run, finished and with unchanged results."""
         results, matrix = self.folder / RESULTS, self.folder / self.label / MATRIX
         if (
             not results.is_file()
@@ -89,11 +89,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that did not end well.
+    """A run that failed.
 
     Args:
         job: which one.
-        reason: what it said last.
+        reason: the last line of its log.
     """
 
     job: Job
@@ -112,7 +112,7 @@ def make_job(
     settings: Mapping[str, Any],
     **sections: Any,
 ) -> Job:
-    """A run of a table.
+    """Return a run of a table.
 
     Args:
         table: the table.
@@ -121,29 +121,31 @@ def make_job(
         seed: of the run.
         label: the method's.
         settings: the method's.
-        sections: what this run has beside what all have.
+        sections: sections of the configuration that only this run has.
     """
     place = table.output_dir / folder
-    own = {"output_dir": str(place), "seed": seed, "methods": {label: dict(settings)}, **sections}
+    changes = {"output_dir": str(place), "seed": seed, "methods": {label: dict(settings)}, **sections}
     return Job(
-        label, place, merged({"base_cache": str(table.output_dir / CACHE), **order.changed(table.run)}, own)
+        label,
+        place,
+        merged({"base_cache": str(table.output_dir / CACHE), **order.changed(table.run)}, changes),
     )
 
 
 def table_jobs(table: Table, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Job]]:
-    """Order → its runs, methods by seeds, of the methods that have settings."""
+    """Return order → its runs, one per seed and method that has settings."""
     return {
         order.name: [
-            make_job(table, f"{order.name}/seed-{seed}/{label}", order, seed, label, own)
+            make_job(table, f"{order.name}/seed-{seed}/{label}", order, seed, label, options)
             for seed in order.seeds
-            for label, own in settings.items()
+            for label, options in settings.items()
         ]
         for order in table.orders
     }
 
 
 def tuning_jobs(table: Table) -> dict[str, list[Job]]:
-    """Label → a run for each setting that is tried, scored on the held-out part."""
+    """Return label → a run for each setting that is tried, scored on the held-out part."""
     tuning = table.tuning
     return (
         {
@@ -177,7 +179,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
         labels: of the methods that are run; of the others only what is finished is checked.
 
     Returns:
-        what did not end well.
+        the runs that failed.
 
     Raises:
         RunError: if a file of a run that was finished before is damaged.
@@ -222,7 +224,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
 
 
 def start(job: Job, slot: int, workers: int) -> subprocess.Popen:
-    """The run in a process of its own."""
+    """Start the run in a process of its own."""
     write_bytes(job.config_file, dump_yaml(job.tree).encode())
     command = [sys.executable, "-m", "llava_keeplora.cli", "train", "--config", str(job.config_file)]
     with open(job.log, "a") as log:
@@ -236,7 +238,7 @@ def start(job: Job, slot: int, workers: int) -> subprocess.Popen:
 
 
 def _share(slot: int, workers: int) -> dict[str, str]:
-    """A worker's part of the machine: threads, unless the user has set them, and one of several GPUs."""
+    """Return a worker's share of the machine: threads, unless the user has set them, and one GPU."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -247,10 +249,7 @@ def _share(slot: int, workers: int) -> dict[str, str]:
 
 
 def _last_words(log: Path, code: int) -> str:
-    """The last line of a log, which is the error's sentence where the run could say it.
-
-    A signal leaves none.
-    """
+    """Return why a run failed: the signal, or the last line of its log, which is the error's sentence."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return (
         f"killed by signal {-code}"

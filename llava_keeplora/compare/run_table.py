@@ -37,14 +37,14 @@ class Tried:
 
 @dataclass(frozen=True)
 class TableResult:
-    """What there is of a table after its runs.
+    """Results of a table after its runs.
 
     Args:
         results: order → label → trials, one per seed that is finished, zero-shot first; an order without any
             is left out.
         tried: every setting of every method whose tuning is finished.
         settings: label → the settings with which it runs.
-        failures: runs that did not end well.
+        failures: runs that failed.
     """
 
     results: dict[str, Results]
@@ -69,7 +69,7 @@ def compare(table: Table, workers: int = 1, labels: Sequence[str] | None = None)
     _check(table, wanted)
     tuning = tuning_jobs(table)
     failures = run_jobs([job for jobs in tuning.values() for job in jobs], workers, wanted)
-    tried = [one for label, jobs in tuning.items() for one in _judged(table, label, jobs)]
+    tried = [trial for label, jobs in tuning.items() for trial in _score_settings(table, label, jobs)]
     settings = table.methods if table.tuning is None else _chosen(table, tried)
     orders = table_jobs(table, settings)
     failures += run_jobs([job for jobs in orders.values() for job in jobs], workers, wanted)
@@ -114,10 +114,7 @@ def _check(table: Table, wanted: Collection[str]) -> None:
 
 
 def _tried_identity(job: Job, number: int) -> dict[str, Any]:
-    """A tried setting's identity.
-
-    What is wrong with it is told with its place, as the method's own settings are right.
-    """
+    """Return the identity of a tried setting; an error in it names its place in the table."""
     try:
         return job.identity
     except ConfigError as error:
@@ -126,25 +123,27 @@ def _tried_identity(job: Job, number: int) -> dict[str, Any]:
         ) from error
 
 
-def _judged(table: Table, label: str, jobs: Sequence[Job]) -> list[Tried]:
-    """A method's settings with their scores, the best one chosen.
+def _score_settings(table: Table, label: str, jobs: Sequence[Job]) -> list[Tried]:
+    """Return a method's settings with their scores, the best one chosen.
 
-    Nothing while one of them is open, so that no method is chosen from fewer.
+    Empty while a run is unfinished, so that every choice is among all settings.
     """
     if not all(job.finished() for job in jobs):
         return []
     metrics = [Matrix.from_json(job.folder / label / MATRIX).metrics() for job in jobs]
-    sums = [sum(found[name] for name in table.tuning.metrics) for found in metrics]
+    sums = [sum(scores[name] for name in table.tuning.metrics) for scores in metrics]
     best = sums.index(max(sums)) if sums else None
     return [
-        Tried(label, tried, found, i == best)
-        for i, (tried, found) in enumerate(zip(table.tuning.settings[label], metrics))
+        Tried(label, settings, scores, i == best)
+        for i, (settings, scores) in enumerate(zip(table.tuning.settings[label], metrics))
     ]
 
 
 def _chosen(table: Table, tried: Sequence[Tried]) -> dict[str, dict[str, Any]]:
-    """Label → settings, of the methods that are tuned or have nothing to tune."""
-    best = {one.label: one.settings for one in tried if one.chosen} | {
+    """Return label → settings, of the methods that are tuned or have nothing to tune."""
+    best = {trial.label: trial.settings for trial in tried if trial.chosen} | {
         label: {} for label, settings in table.tuning.settings.items() if not settings
     }
-    return {label: merged(own, best[label]) for label, own in table.methods.items() if label in best}
+    return {
+        label: merged(settings, best[label]) for label, settings in table.methods.items() if label in best
+    }

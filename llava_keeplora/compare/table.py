@@ -1,6 +1,6 @@
-"""A table as data.
+"""Configuration of a table of runs.
 
-The settings of one run, and the methods, seeds, orders of tasks and tuning that make many of it.
+The settings of one run, and the methods, seeds, orders of tasks and tuning that multiply it.
 
 A table's file is a run's file with four keys more (`base`, `seeds`, `orders`, `tuning`), none of which it
 must have: any run's configuration is a table of one order and one seed.
@@ -32,9 +32,9 @@ from llava_keeplora_eval.matrix import ZERO_SHOT
 
 #: What a setting may be chosen by; one of them, or a sum such as `transfer+last`.
 CHOSEN_BY = ("transfer", "average", "last")
-#: Folders of a table beside those of its orders.
+#: Folders of a table, as well as those of its orders.
 TUNING, CACHE = "tuning", "base-cache"
-#: What lies in a table's folder beside its orders.
+#: Names in a table's folder that no order may take.
 TABLE_FILES = (TUNING, CACHE, "table.csv", *RUN_FILES)
 
 
@@ -55,7 +55,7 @@ class Order:
     epochs: tuple[float, ...] = ()
 
     def changed(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """A run's configuration with this order's tasks and epochs."""
+        """Return a run's configuration with this order's tasks and epochs."""
         training = {"training": {"num_train_epochs": list(self.epochs)}} if self.epochs else {}
         return merged(run, {**self.tasks, **training})
 
@@ -95,7 +95,7 @@ class Tuning:
 
     @property
     def metrics(self) -> list[str]:
-        """The aggregates whose sum decides."""
+        """Aggregates whose sum decides."""
         return self.metric.split("+")
 
 
@@ -118,7 +118,7 @@ class Table:
     tuning: Tuning | None = None
 
     def order(self, name: str) -> Order:
-        """One of the orders by its name."""
+        """Return one of the orders by its name."""
         return next(order for order in self.orders if order.name == name)
 
     @property
@@ -225,11 +225,13 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
                 "use letters, digits, '-', '_', '.' and '+'",
             )
         settings = dict(value) if isinstance(value, Mapping) else {"tasks": value}
-        own, epochs = (
+        order_seeds, epochs = (
             _parse_seeds(settings.pop("seeds", list(seeds)), f"{where}.seeds", least=0),
             settings.pop("epochs", []),
         )
-        if not isinstance(epochs, list) or not all(type(one) in (int, float) and one > 0 for one in epochs):
+        if not isinstance(epochs, list) or not all(
+            type(count) in (int, float) and count > 0 for count in epochs
+        ):
             raise ConfigError(
                 f"{where}.epochs is {epochs!r}, but it takes a positive number for each task",
                 "write, for instance, [1, 3, 0.5]",
@@ -240,19 +242,19 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
                 f"unknown key '{where}.{min(map(str, unknown))}'",
                 nearest(min(map(str, unknown)), ("tasks", "sequence", "seeds", "epochs")),
             )
-        given = [one for one in settings.values() if one]
+        given = [tasks for tasks in settings.values() if tasks]
         if len(given) != 1 or not isinstance(given[0], (str, list)):
             raise ConfigError(
                 f"{where} is {value!r}, which is no order of tasks", "name a sequence, or list the tasks"
             )
         # A run has either key; a table may name a sequence or list the tasks under one.
         tasks = {"sequence" if isinstance(given[0], str) else "tasks": given[0]}
-        orders.append(Order(name, tasks, own, tuple(epochs)))
+        orders.append(Order(name, tasks, order_seeds, tuple(epochs)))
     return tuple(orders)
 
 
 def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
-    """The tuning, as many settings for every method."""
+    """Parse the tuning: as many settings for every method."""
     tuning = build(Tuning, tree, "tuning")
     names = [order.name for order in table.orders]
     if tuning.order and tuning.order not in names:
@@ -272,10 +274,10 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
             "leave it out; tuning.holdout is enough",
         )
     for label in table.methods:
-        found = tuning.settings.get(label)
-        if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+        settings = tuning.settings.get(label)
+        if not isinstance(settings, list) or not all(isinstance(tried, Mapping) for tried in settings):
             raise ConfigError(
-                f"tuning.settings.{label} is {found!r}, but it takes a list of settings",
+                f"tuning.settings.{label} is {settings!r}, but it takes a list of settings",
                 f"list them, or write `{label}: []` to take it as it is",
             )
     counts = {label: len(tuning.settings[label]) for label in table.methods if tuning.settings[label]}
@@ -290,8 +292,10 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
 
 
 def _check_lists(table: Table) -> None:
-    """A list of values, one per task, belongs to one order of them."""
-    tried = [one for settings in (table.tuning.settings.values() if table.tuning else ()) for one in settings]
+    """Raise ConfigError where a list of one value per task is used in several orders."""
+    tried = [
+        tree for settings in (table.tuning.settings.values() if table.tuning else ()) for tree in settings
+    ]
     for order in table.orders:
         if order.epochs and any(
             "num_train_epochs" in as_mapping(tree.get("training"), "training")
@@ -319,7 +323,7 @@ def _check_lists(table: Table) -> None:
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with changes; sections are merged, other values replaced."""
+    """Return a configuration with changes; sections are merged, other values replaced."""
     out = dict(tree)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
@@ -328,7 +332,7 @@ def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def dotted(tree: Mapping[str, Any], where: str = "") -> Iterable[str]:
-    """Settings as the command line takes them: `training.learning_rate=0.001`."""
+    """Yield settings as the command line takes them: `training.learning_rate=0.001`."""
     for key, value in tree.items():
         name = f"{where}{key}"
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""What a table leaves.
+"""Write a table of runs.
 
 A few tables as Markdown, LaTeX and a page, the numbers as CSV, and a report with pictures for each order.
 """
@@ -25,7 +25,7 @@ from llava_keeplora_eval.matrix import MISSING, shown
 
 @dataclass(frozen=True)
 class Section:
-    """A table with what is said of it, as text cells."""
+    """A titled table of text cells with an explanation."""
 
     title: str
     text: str
@@ -59,11 +59,9 @@ def _write_files(table: Table, outcome: TableResult, pictures: Mapping[str, Pict
         )
     texts = {
         "table.md": f"# {title}\n\n"
-        + "\n".join(
-            f"## {one.title}\n\n{one.text}\n\n{markdown_table(one.header, one.rows)}" for one in sections
-        ),
+        + "\n".join(f"## {s.title}\n\n{s.text}\n\n{markdown_table(s.header, s.rows)}" for s in sections),
         "table.tex": "% Needs \\usepackage{booktabs}.\n"
-        + "\n".join(f"% {one.title}: {one.text}\n{latex_table(one.header, one.rows)}\n" for one in sections),
+        + "\n".join(f"% {s.title}: {s.text}\n{latex_table(s.header, s.rows)}\n" for s in sections),
         "table.csv": _csv(outcome),
         "report.html": _page(title, sections, outcome, pictures),
     }
@@ -73,7 +71,7 @@ def _write_files(table: Table, outcome: TableResult, pictures: Mapping[str, Pict
 
 
 def sections_of(table: Table, outcome: TableResult) -> list[Section]:
-    """A table for each order, and the methods' settings."""
+    """Return a section for each order, and one of the methods' settings."""
     return [
         *(_order_section(table, order, results) for order, results in outcome.results.items()),
         _settings_section(table, outcome),
@@ -81,7 +79,7 @@ def sections_of(table: Table, outcome: TableResult) -> list[Section]:
 
 
 def _order_section(table: Table, order: str, results: Results) -> Section:
-    trials = [trial for own in results.values() for trial in own]
+    trials = [trial for label_trials in results.values() for trial in label_trials]
     seeds = ", ".join(map(str, sorted({trial.seed for trial in trials})))
     needs = {row[0]: row[1:] for row in needs_rows(results)}
     header = [*summary_header(matrices(results)), *NEEDS_COLUMNS[1:]]
@@ -97,7 +95,7 @@ def _order_section(table: Table, order: str, results: Results) -> Section:
 
 
 def _unfinished(table: Table, order: str, results: Results) -> str:
-    """What the table asks for and does not have yet, as a sentence."""
+    """Return a sentence that names the runs not finished yet; empty where there are none."""
     left = []
     for label in table.methods:
         done = {trial.seed for trial in results.get(label, ())}
@@ -107,36 +105,36 @@ def _unfinished(table: Table, order: str, results: Results) -> str:
 
 
 def _settings_section(table: Table, outcome: TableResult) -> Section:
-    """The settings of every method.
+    """Return the settings of every method.
 
-    Of those that were tuned every setting that was tried, with its scores on the held-out part.
+    For tuned methods, every setting that was tried with its scores on the held-out part.
     """
     if table.tuning is None:
         return Section(
             "Settings",
             "The methods ran with these settings.",
             ["method", "settings"],
-            [[label, _format_settings(own)] for label, own in table.methods.items()],
+            [[label, _format_settings(settings)] for label, settings in table.methods.items()],
         )
     tuning, budget = (
         table.tuning,
         max((len(settings) for settings in table.tuning.settings.values()), default=0),
     )
     text = (
-        f"Settings tried for each method: {budget}, on order {_order_told(table.tuning_order)} with seed "
+        f"Settings tried for each method: {budget}, on order {_describe_order(table.tuning_order)} with seed "
         f"{tuning.seed}, scored on {100 * tuning.holdout:g} % of the "
         "training data, which the method did not train on, never on test. Chosen: the largest "
         f"{' + '.join(tuning.metrics)}."
     )
     rows = [
         [
-            f"{one.label}: {_format_settings(one.settings)}",
-            *(shown(one.metrics[name]) for name in CHOSEN_BY),
-            "yes" if one.chosen else "",
+            f"{trial.label}: {_format_settings(trial.settings)}",
+            *(shown(trial.metrics[name]) for name in CHOSEN_BY),
+            "yes" if trial.chosen else "",
         ]
-        for one in outcome.tried
+        for trial in outcome.tried
     ]
-    tuned = {one.label for one in outcome.tried}
+    tuned = {trial.label for trial in outcome.tried}
     for label in table.methods:
         if label not in tuned:
             what = "taken as it is, none tried" if label in outcome.settings else "not chosen yet"
@@ -144,8 +142,8 @@ def _settings_section(table: Table, outcome: TableResult) -> Section:
     return Section("Settings", text, ["method: setting", *CHOSEN_BY, "chosen"], rows)
 
 
-def _order_told(order: Order) -> str:
-    """Its name; where it has no part of the table, also its tasks and their epochs."""
+def _describe_order(order: Order) -> str:
+    """Return an order's name; where the table has no results of it, also its tasks and epochs."""
     if order.seeds:
         return order.name
     tasks = order.tasks.get("tasks") or [order.tasks["sequence"]]
@@ -158,11 +156,11 @@ def _format_settings(settings: Mapping) -> str:
 
 
 def _csv(outcome: TableResult) -> str:
-    """One row per order and run, unrounded."""
+    """Return one row per order and run as CSV, unrounded."""
     header, rows = [], []
     for order, results in outcome.results.items():
-        header, found = summary_numbers(results)
-        rows += [[order, *row] for row in found]
+        header, order_rows = summary_numbers(results)
+        rows += [[order, *row] for row in order_rows]
     return csv_table(["order", *header], rows)
 
 

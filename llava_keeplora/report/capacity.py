@@ -47,7 +47,7 @@ def protected_fraction_plot(
 def draw_protected_fraction(
     capacity: Capacity, stages: Sequence[str] | None = None, palette: Palette = LIGHT
 ) -> Figure:
-    """The plot as a figure, in the given palette."""
+    """Return the plot of the protected fraction as a figure."""
     parts = fractions(capacity)
     stages = (
         list(stages) if stages is not None else ["weights", *(f"task {t}" for t in range(1, len(capacity)))]
@@ -60,7 +60,7 @@ def draw_protected_fraction(
 
 
 def fractions(capacity: Capacity) -> LayerLines:
-    """Part -> layer -> k/in per stage, layers in the order of the numbers in their names.
+    """Return part -> layer -> k/in per stage, layers in the order of the numbers in their names.
 
     Raises:
         ReportError: see `protected_fraction_plot`.
@@ -89,9 +89,9 @@ def fractions(capacity: Capacity) -> LayerLines:
 
 
 def layer_lines(values: Sequence[dict[tuple[str, str], float]]) -> LayerLines:
-    """Part -> layer -> its numbers, from one mapping (part, layer) -> number per stage.
+    """Return part -> layer -> its numbers, from one mapping (part, layer) -> number per stage.
 
-    Nan where a stage has none.
+    A stage without a number for a layer gives NaN.
     """
     # Files keep names in alphabetical order, where layer 10 comes before layer 2; parts stay in theirs.
     names = dict.fromkeys(key for stage in values for key in stage)

@@ -1,4 +1,4 @@
-"""What every kind of stage took: time, and memory where it was measured."""
+"""Costs of every kind of stage: time, and memory where it was measured."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ COST_COLUMNS = ("stage", "seconds, all tasks", "peak memory (MiB)", "of")
 
 
 def draw_costs(results: Results, palette: Palette) -> Figure | None:
-    """Seconds and peak memory of each kind of stage, a bar per method; None without a finished stage."""
+    """Plot seconds and peak memory of each kind of stage, a bar per method; None without a finished stage."""
     costs = {
         name: [[trial.costs[stage] for trial in trials if stage in trial.costs] for stage in STAGES]
         for name, trials in results.items()
     }
     bars = {
         "time, all tasks together (s)": {
-            name: [mean(cost.seconds for cost in found) for found in stages] for name, stages in costs.items()
+            name: [mean(cost.seconds for cost in trials) for trials in stages]
+            for name, stages in costs.items()
         },
         "highest peak of memory (GiB)": {
-            name: [mean(map(_gib, found)) for found in stages] for name, stages in costs.items()
+            name: [mean(map(_gib, trials)) for trials in stages] for name, stages in costs.items()
         },
     }
     bars = {
@@ -77,18 +78,18 @@ def _draw_bars(axes, values: dict[str, list[float | None]], palette: Palette) ->
 
 
 def cost_rows(trials: Sequence[Trial]) -> list[list[str]]:
-    """The same as a table: one row per kind of stage, means over the trials."""
+    """Return the costs as a table: one row per kind of stage, means over the trials."""
     rows = []
     for stage, name in STAGES.items():
-        found = [trial.costs[stage] for trial in trials if stage in trial.costs]
-        if found:
-            peaks = [None if cost.peak_bytes is None else cost.peak_bytes / MIB for cost in found]
+        costs = [trial.costs[stage] for trial in trials if stage in trial.costs]
+        if costs:
+            peaks = [None if cost.peak_bytes is None else cost.peak_bytes / MIB for cost in costs]
             rows.append(
                 [
                     name,
-                    spread([cost.seconds for cost in found]),
+                    spread([cost.seconds for cost in costs]),
                     spread(peaks, 0),
-                    " / ".join(sorted({cost.peak_of for cost in found})),
+                    " / ".join(sorted({cost.peak_of for cost in costs})),
                 ]
             )
     return rows

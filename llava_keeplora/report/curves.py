@@ -26,16 +26,16 @@ Points = Sequence[tuple[float, Sequence[float]]]
 
 
 def draw_curves(results: Results, palette: Palette) -> Figure:
-    """Every task's score over the stages, one panel per task; the dashed line stands where it was learned."""
+    """Plot every task's score over the stages, one panel per task; dashed, the stage that learned it."""
     tasks = _tasks(results)
 
     def points(trials: Sequence[Trial], i: int) -> Points:
         # A model that never changes is a level line.
-        shown = [
+        matrices = [
             trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix
             for trial in trials
         ]
-        rows = [[matrix.zero_shot or [None] * len(tasks), *matrix.rows] for matrix in shown]
+        rows = [[matrix.zero_shot or [None] * len(tasks), *matrix.rows] for matrix in matrices]
         return _measured((stage, [stages[stage][i] for stages in rows]) for stage in range(len(tasks) + 1))
 
     figure, panels = _per_task(results, points, "tasks learned", "score (%)", palette)
@@ -49,7 +49,7 @@ def draw_curves(results: Results, palette: Palette) -> Figure:
 
 
 def draw_losses(results: Results, palette: Palette) -> Figure | None:
-    """The training loss of every task over its optimiser steps; None where no step was logged."""
+    """Plot the training loss of every task over its optimiser steps; None where no step was logged."""
     tasks = _tasks(results)
 
     def points(trials: Sequence[Trial], i: int) -> Points:
@@ -73,17 +73,16 @@ def draw_losses(results: Results, palette: Palette) -> Figure | None:
 
 
 def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
-    """What was lost since each task was learned.
+    """Plot the drop of each task's score since it was learned.
 
-    The mean after every task, and every task's own loss by the last of them.
-
-    None before the second task is scored.
+    Left the mean after every task, right each task's drop by the last stage. None before the second task is
+    scored.
     """
     tasks, order = _tasks(results), list(results)
     drops = {name: [_drops(trial.matrix) for trial in trials] for name, trials in results.items()}
     means = {
-        name: _measured((t + 1, [mean(rows[t][:t]) for rows in own]) for t in range(1, len(tasks)))
-        for name, own in drops.items()
+        name: _measured((t + 1, [mean(rows[t][:t]) for rows in trials]) for t in range(1, len(tasks)))
+        for name, trials in drops.items()
     }
     means = {name: points for name, points in means.items() if points}
     if not means:
@@ -125,7 +124,7 @@ def _tasks(results: Results) -> list[str]:
 
 
 def _drops(matrix: Matrix) -> list[list[float | None]]:
-    """Row t, column i: how far task i has fallen from its score right after it was learned.
+    """Return in row t, column i how far task i has fallen from its score right after it was learned.
 
     None where not measured.
     """
@@ -146,7 +145,7 @@ def _per_task(
     ylabel: str,
     palette: Palette,
 ) -> tuple[Figure, list[Axes]]:
-    """A panel per task with a line per method, in the same colours in all of them."""
+    """Draw a panel per task with a line per method, in the same colours in all of them."""
     tasks = _tasks(results)
     columns = min(PANELS, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -170,7 +169,7 @@ def _per_task(
 
 
 def draw_line(axes, points: Points, name: str, position: int) -> None:
-    """A line of means, with a band of one standard deviation where there are several trials."""
+    """Draw a line of means, with a band of one standard deviation where there are several trials."""
     xs = [x for x, _ in points]
     means = np.array([mean(values) for _, values in points])
     axes.plot(
@@ -190,5 +189,5 @@ def draw_line(axes, points: Points, name: str, position: int) -> None:
 
 
 def _fitted(name: str, length: int = 30) -> str:
-    """A title that doesn't reach into the next panel."""
+    """Shorten a title that would reach into the next panel."""
     return name if len(name) <= length else f"{name[: length - 1]}…"

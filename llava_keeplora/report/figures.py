@@ -1,4 +1,4 @@
-"""What all pictures share.
+"""Shared parts of all plots.
 
 A palette, lines that can be told apart, and files made without matplotlib's global state.
 """
@@ -59,7 +59,7 @@ def new_figure(size: tuple[float, float], palette: Palette) -> Figure:
 
 
 def style(position: int) -> dict[str, str]:
-    """Colour and line style of the method at a position; the same in every picture of a page."""
+    """Return colour and line style of the method at a position; the same in every plot of a page."""
     return {
         "color": COLOURS[position % len(COLOURS)],
         "linestyle": STYLES[position // len(COLOURS) % len(STYLES)],
@@ -67,7 +67,7 @@ def style(position: int) -> dict[str, str]:
 
 
 def fill(position: int, palette: Palette) -> dict[str, str | float]:
-    """The same as `style` for a bar."""
+    """Return colour and hatch of a bar, as `style` does for a line."""
     hatch = HATCHES[position // len(COLOURS) % len(HATCHES)]
     return {
         "facecolor": COLOURS[position % len(COLOURS)],
@@ -78,7 +78,7 @@ def fill(position: int, palette: Palette) -> dict[str, str | float]:
 
 
 def bare(axes, palette: Palette) -> None:
-    """Axes of the palette with a faint grid and without a frame."""
+    """Give axes the palette's colours, a faint grid and no frame."""
     axes.set_facecolor(palette.paper)
     axes.grid(color=palette.faint, linewidth=0.5, alpha=0.6)
     axes.set_axisbelow(True)
@@ -90,7 +90,7 @@ def bare(axes, palette: Palette) -> None:
 
 
 def legend_above(figure: Figure, panels: Sequence[Axes], palette: Palette) -> None:
-    """One legend for all panels, above them."""
+    """Add one legend for all panels, above them."""
     entries = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     if entries:
         widest = LEGEND_MARK + LEGEND_LETTER * max(map(len, entries))
@@ -107,7 +107,7 @@ def legend_above(figure: Figure, panels: Sequence[Axes], palette: Palette) -> No
 
 
 def encode(figure: Figure, kind: str) -> bytes:
-    """The picture as bytes.
+    """Return the plot as bytes.
 
     Args:
         figure: what to draw; made with ``new_figure``, so that pyplot and its backend are never touched.
@@ -134,7 +134,7 @@ def _with_few_colours(png: io.BytesIO) -> bytes:
 
 
 def save(figure: Figure, path: str | Path, png: bytes | None = None) -> list[Path]:
-    """Write the picture as PNG and as SVG beside each other.
+    """Write the plot as PNG and as SVG in the same folder.
 
     Args:
         figure: what to draw.

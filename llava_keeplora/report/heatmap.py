@@ -1,4 +1,4 @@
-"""The matrix as a picture: what every task scores after every stage."""
+"""Heat maps of the matrix: the score of every task after every stage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def heatmap(matrix: Matrix, path: str | Path, title: str = "") -> list[Path]:
 def draw_heatmap(
     matrix: Matrix, title: str = "", palette: Palette = LIGHT, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """The heat map as a figure.
+    """Return the heat map as a figure.
 
     Args:
         matrix: what to draw.
@@ -84,7 +84,7 @@ def draw_cells(
     palette: Palette,
     precision: int = 1,
 ) -> tuple[Figure, Axes]:
-    """Coloured cells with their numbers in them, and the scale of the colours.
+    """Draw coloured cells with their numbers in them, and the scale of the colours.
 
     Args:
         columns: their names.
@@ -125,7 +125,7 @@ def draw_cells(
 
 
 def colour_limits(matrices: Iterable[Matrix]) -> tuple[float, float]:
-    """Tens around the values that are there, so that scores between 60 and 95 still show their shape."""
+    """Return the multiples of ten around the values, so that scores between 60 and 95 show their contrast."""
     rows = [row for matrix in matrices for _, row in matrix.labelled_rows()]
     values = [value for row in rows for value in row if value is not None] or [0.0, 100.0]
     low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
@@ -159,7 +159,7 @@ def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette, precision
 
 
 def _readable_on(colour) -> str:
-    """Black or white, by the relative luminance of what is behind (WCAG 2.1)."""
+    """Return black or white, by the relative luminance of the background (WCAG 2.1)."""
     channels = np.asarray(colour[:3])
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return "#000000" if linear @ [0.2126, 0.7152, 0.0722] > 0.18 else "#ffffff"

@@ -78,7 +78,7 @@ class Picture:
 
 
 def render_page(title: str, results: Results, pictures: Mapping[str, Picture], settings: Mapping) -> str:
-    """The whole page as text.
+    """Return the whole page as HTML.
 
     Args:
         title: the page's title.
@@ -98,7 +98,7 @@ def render_page(title: str, results: Results, pictures: Mapping[str, Picture], s
 
 
 def html_page(title: str, body: str) -> str:
-    """A page with its style inside.
+    """Return a page with its style inside.
 
     Args:
         title: as text.
@@ -113,13 +113,13 @@ def html_page(title: str, body: str) -> str:
 
 
 def _summary(results: Results) -> str:
-    found = matrices(results)
-    constant = zero_shot_constants(found)
-    body = "".join(_row(row, own=row[0] in constant) for row in summary_rows(found))
+    by_name = matrices(results)
+    constant = zero_shot_constants(by_name)
+    body = "".join(_row(row, highlight=row[0] in constant) for row in summary_rows(by_name))
     spread = SPREAD if any(len(trials) > 1 for trials in results.values()) else ""
     needs = needs_rows(results)
     asked = html_table(NEEDS_COLUMNS, html_rows(needs)) if needs else ""
-    return f"<p>{LEGEND}{spread}</p>\n{html_table(summary_header(found), body)}{asked}"
+    return f"<p>{LEGEND}{spread}</p>\n{html_table(summary_header(by_name), body)}{asked}"
 
 
 def _run_section(label: str, trials: Sequence[Trial], pictures: Mapping[str, Picture]) -> str:
@@ -131,16 +131,16 @@ def _run_section(label: str, trials: Sequence[Trial], pictures: Mapping[str, Pic
 
 
 def _numbers(trials: Sequence[Trial]) -> str:
-    """A method's tables, folded away."""
-    own = [trial.matrix for trial in trials]
-    matrix = mean_matrix(own)
+    """Return a method's tables in a collapsed element."""
+    per_seed = [trial.matrix for trial in trials]
+    matrix = mean_matrix(per_seed)
     stages, count = len(matrix.labelled_rows()), len(matrix.tasks)
     body = ""
     for position, cells in enumerate(matrix_rows(matrix)):
         task = position - (stages - count)
-        body += _row(cells, own=task < 0 or task >= count, learned=task if 0 <= task < count else None)
+        body += _row(cells, highlight=task < 0 or task >= count, learned=task if 0 <= task < count else None)
     tables = html_table(["after", *matrix.tasks], body) + html_table(
-        ["metric", "percent"], html_rows(metric_rows(own, 2))
+        ["metric", "percent"], html_rows(metric_rows(per_seed, 2))
     )
     scores, costs = mean_scores(trials), cost_rows(trials)
     tables += (
@@ -151,7 +151,7 @@ def _numbers(trials: Sequence[Trial]) -> str:
 
 
 def html_figure(name: str, picture: Picture) -> str:
-    """A picture with its caption; the name tells a screen reader which of several alike it is."""
+    """Return a picture with its caption; the name distinguishes similar pictures for a screen reader."""
     caption = escape(picture.caption)
     # As large as it was drawn, smaller where the page is narrower, and scrolled before it can't be read.
     width = round(_pixel_width(picture.png) / DPI * CSS_PIXELS_PER_INCH)
@@ -164,7 +164,7 @@ def html_figure(name: str, picture: Picture) -> str:
 
 
 def _pixel_width(png: bytes) -> int:
-    """The width in a PNG's first chunk (PNG specification, 11.2.2)."""
+    """Return the width in a PNG's first chunk (PNG specification, 11.2.2)."""
     return int.from_bytes(png[16:20])
 
 
@@ -173,35 +173,35 @@ def _data_uri(png: bytes) -> str:
 
 
 def html_table(header: Sequence[str], body: str) -> str:
-    """A table; `body` is its rows as HTML."""
+    """Return a table; `body` is its rows as HTML."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="wide" tabindex="0">{table}</div>\n'
 
 
 def html_rows(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text cells as HTML."""
+    """Return rows of text cells as HTML."""
     return "".join(map(_row, rows))
 
 
-def _row(cells: Sequence[str], own: bool = False, learned: int | None = None) -> str:
-    """A table row; ``own`` sets it apart, ``learned`` marks the cell of the task that was just trained."""
+def _row(cells: Sequence[str], highlight: bool = False, learned: int | None = None) -> str:
+    """Return a table row; ``highlight`` shades it, ``learned`` marks the cell of the task just trained."""
     first, *rest = cells
     marked = "".join(
         f'<td class="learned">{escape(cell)}</td>' if column == learned else f"<td>{escape(cell)}</td>"
         for column, cell in enumerate(rest)
     )
-    return f'<tr{" class=own" if own else ""}><th scope="row">{escape(first)}</th>{marked}</tr>'
+    return f'<tr{" class=own" if highlight else ""}><th scope="row">{escape(first)}</th>{marked}</tr>'
 
 
 def _settings(settings: Mapping) -> str:
     if not settings:
         return ""
     items = "".join(
-        f"<dt>{escape(str(key))}</dt><dd>{escape(_plain(value))}</dd>" for key, value in settings.items()
+        f"<dt>{escape(str(key))}</dt><dd>{escape(_as_text(value))}</dd>" for key, value in settings.items()
     )
     return f"<section>\n<h2>Settings</h2>\n<dl>{items}</dl>\n</section>\n"
 
 
-def _plain(value) -> str:
+def _as_text(value) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

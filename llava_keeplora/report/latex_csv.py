@@ -35,7 +35,7 @@ LATEX = {
 
 
 def latex_tables(title: str, results: Results, precision: int = 1) -> str:
-    """The summary and every matrix as `tabular` environments with the rules of the booktabs package."""
+    """Return the summary and every matrix as `tabular` environments with the booktabs package's rules."""
     parts = [
         f"% {' '.join(title.split())}: scores in percent, mean and sample standard deviation. Needs "
         f"\\usepackage{{booktabs}}."
@@ -53,7 +53,7 @@ def latex_tables(title: str, results: Results, precision: int = 1) -> str:
 
 
 def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """One `tabular`; the first column is text, the others are numbers."""
+    """Return one `tabular`; the first column is text, the others are numbers."""
     lines = [" & ".join(map(_latex, cells)) + r" \\" for cells in (header, *rows)]
     columns = "l" + "r" * (len(header) - 1)
     return "\n".join(
@@ -79,19 +79,19 @@ def _latex(text: str) -> str:
 
 
 def summary_csv(results: Results) -> str:
-    """`summary_numbers` as CSV."""
+    """Return `summary_numbers` as CSV."""
     return csv_table(*summary_numbers(results))
 
 
 def summary_numbers(results: Results) -> tuple[list[str], list[list]]:
-    """A header, and one row per run, unrounded.
+    """Return a header, and one row per run, unrounded.
 
-    N, then mean and sample standard deviation of every aggregate; None where there is none.
+    The columns are n, then mean and sample standard deviation of every aggregate; None where undefined.
     """
-    found = matrices(results)
-    runs = {name: trials for name, trials in found.items() if not is_baseline(name, trials)}
+    by_name = matrices(results)
+    runs = {name: trials for name, trials in by_name.items() if not is_baseline(name, trials)}
     rows = []
-    for name, trials in {**zero_shot_constants(found), **runs}.items():
+    for name, trials in {**zero_shot_constants(by_name), **runs}.items():
         metrics = [matrix.metrics() for matrix in trials]
         cells = [
             number(values[key] for values in metrics) for key in AGGREGATES for number in (mean, deviation)
@@ -101,7 +101,7 @@ def summary_numbers(results: Results) -> tuple[list[str], list[list]]:
 
 
 def scores_csv(results: Results) -> str:
-    """Every cell of every matrix, unrounded: one row per run, seed, stage and task.
+    """Return every cell of every matrix as CSV, unrounded: one row per run, seed, stage and task.
 
     Cells not measured are left out.
     """
@@ -117,7 +117,7 @@ def scores_csv(results: Results) -> str:
 
 
 def csv_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """Rows as CSV, numbers unrounded."""
+    """Return rows as CSV, numbers unrounded."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])  # None becomes an empty field
     return text.getvalue()

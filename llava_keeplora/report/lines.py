@@ -20,7 +20,7 @@ NAMED_LAYERS = 8  # more lines than this can't be told apart by name
 
 
 def draw_layer_lines(parts: LayerLines, stages: Sequence[str], ylabel: str, palette: Palette) -> Figure:
-    """Shares in 0..1 of every layer over stages or tasks, one panel per part.
+    """Plot shares in 0..1 of every layer over stages or tasks, one panel per part.
 
     Args:
         parts: what to draw.
@@ -72,7 +72,7 @@ def _colours(palette: Palette) -> ListedColormap:
 
 
 def _short(names: list[str]) -> list[str]:
-    """Names without the dotted prefix that all of them share."""
+    """Return names without the dotted prefix that all of them share."""
     if len(names) < 2:
         return names
     shared = os.path.commonprefix([name.split(".") for name in names])  # noqa: RUF071  of lists of parts

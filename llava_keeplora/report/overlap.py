@@ -24,7 +24,9 @@ KEY = ".A"
 
 
 def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
-    """Mean over the layers of ‖Q_iᵀ Q_j‖²_F / min(r_i, r_j), Q an orthonormal basis of the rows of A.
+    """Return the mean over the layers of ‖Q_iᵀ Q_j‖²_F / min(r_i, r_j).
+
+    Q is an orthonormal basis of the rows of A.
 
     That is the mean squared cosine of the principal angles between two tasks' input subspaces: 1 where one
     holds the other, 0 where they are orthogonal. Only layers that both tasks have an adapter on count.
@@ -60,19 +62,19 @@ def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
 
 
 def _bases(rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """An orthonormal basis (in, r) of the rows of each A (r, in); of those of one shape together."""
+    """Return an orthonormal basis (in, r) of the rows of each A (r, in), computed per shape in one batch."""
     shapes = {tuple(A.shape) for A in rows.values()}
     alike = [[task for task, A in rows.items() if tuple(A.shape) == shape] for shape in sorted(shapes)]
-    found = {}
+    bases: dict[int, Tensor] = {}
     for tasks in alike:
-        found |= zip(tasks, torch.linalg.qr(torch.stack([rows[task].float().T for task in tasks])).Q)
-    return {task: found[task] for task in rows}
+        bases |= zip(tasks, torch.linalg.qr(torch.stack([rows[task].float().T for task in tasks])).Q)
+    return {task: bases[task] for task in rows}
 
 
 def draw_overlap(
     tasks: Sequence[str], cells: Sequence[Sequence[float | None]], title: str, palette: Palette
 ) -> Figure:
-    """The overlaps as a heat map from 0 to 1."""
+    """Draw the overlaps as a heat map from 0 to 1."""
     figure, axes = draw_cells(
         tasks, list(enumerate(cells)), title, "mean squared cosine", (0.0, 1.0), palette, precision=2
     )

@@ -1,4 +1,4 @@
-"""What one run of one method shows, and the means over several with different seeds."""
+"""Results of one run of one method, and the means over several with different seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LayerLines = Mapping[str, Mapping[str, Sequence[float]]]
 
 @dataclass(frozen=True)
 class Cost:
-    """What one kind of stage took, of all tasks together.
+    """Time and memory of one kind of stage, over all tasks.
 
     Args:
         seconds: the sum over the tasks.
@@ -33,12 +33,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asked for, means over the finished tasks; None where nothing is finished.
+    """Requirements of a method, means over the finished tasks; None where no task is finished.
 
     Args:
-        trained: numbers that a task trains.
+        trained: parameters that a task trains.
         kept_bytes: of a task's files that later tasks and the final model are made of.
-        test_seconds: to answer an example, beside what the untouched model takes.
+        test_seconds: extra time to answer an example, compared with the untouched model.
     """
 
     trained: float | None
@@ -48,7 +48,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of one method: its matrix and, as far as there is any, what else its folder holds.
+    """One run of one method: its matrix and, where its folder has them, the other results.
 
     Args:
         matrix: its scores.
@@ -82,30 +82,30 @@ Results = Mapping[str, Sequence[Trial]]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean; None where a value is missing, so that no mean is over fewer trials than it says."""
+    """Return the mean; None where a value is missing, so that a mean always covers all trials."""
     values = list(values)
     return None if not values or None in values else math.fsum(values) / len(values)
 
 
 def deviation(values: Iterable[float | None]) -> float | None:
-    """The sample standard deviation, with n - 1; None of fewer than two values, or where one is missing."""
+    """Return the sample standard deviation (n - 1); None for fewer than two values or a missing one."""
     values = list(values)
     return None if len(values) < 2 or None in values else statistics.stdev(values)
 
 
 def spread(values: Sequence[float | None], precision: int = 1) -> str:
-    """`mean ± sd` as tables show it; the mean alone where there is no spread or nothing varies."""
+    """Format `mean ± sd` for a table; the mean alone where the deviation is None or 0."""
     around = deviation(values)
     return shown(mean(values), precision) + (f" ± {around:.{precision}f}" if around else "")
 
 
 def mean_cells(tables: Sequence[Sequence[Sequence[float | None]]]) -> list[list[float | None]]:
-    """Cell-wise means of tables of one shape."""
+    """Return cell-wise means of tables of one shape."""
     return [[mean(cells) for cells in zip(*rows)] for rows in zip(*tables)]
 
 
 def mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
-    """Cell-wise means; a cell that one of the matrices lacks is missing."""
+    """Return cell-wise means; a cell that one of the matrices lacks is missing."""
     if len(matrices) == 1:
         return matrices[0]
     known = all(matrix.zero_shot is not None for matrix in matrices)
@@ -114,7 +114,7 @@ def mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
 
 
 def mean_lines(lines: Sequence[LayerLines]) -> LayerLines:
-    """The means over trials, of the layers and stages that all of them have."""
+    """Return the means over trials, of the layers and stages that all of them have."""
     first, *others = lines
     return {
         part: {
@@ -130,7 +130,7 @@ def mean_lines(lines: Sequence[LayerLines]) -> LayerLines:
 
 
 def mean_scores(trials: Sequence[Trial]) -> list[dict[str, dict]]:
-    """The trials' scores per stage and task with their numbers in percent as means."""
+    """Return the scores per stage and task, their percentages averaged over the trials."""
     return [
         {
             task: {
@@ -147,5 +147,5 @@ def mean_scores(trials: Sequence[Trial]) -> list[dict[str, dict]]:
 
 
 def matrices(results: Results) -> dict[str, list[Matrix]]:
-    """Name -> the trials' matrices."""
+    """Return name -> the trials' matrices."""
     return {name: [trial.matrix for trial in trials] for name, trials in results.items()}

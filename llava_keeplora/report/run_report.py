@@ -1,4 +1,4 @@
-"""Run folders as results: what their files hold, and several runs side by side."""
+"""Read run folders as results, of one run or of several side by side, and write their report."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
 
 ZERO_SHOT = "zero-shot"
-#: What a run's own report was made of.
+#: Versions and hashes of the files from which a run's own report was made.
 STAMP = ".report"
-#: What is read of a method's stages.
+#: Files of a method's stages that the report reads.
 READ = (SCORES, PREPARED, TRAIN, CONSOLIDATED, DELTA)
 #: What the page shows of a configuration; of the rest, `config.json` knows more than a reader wants.
 SHOWN = ("seed", "sequence", "model", "parts", "training", "data")
@@ -89,7 +89,7 @@ def _made_of(run: Path) -> bytes:
 
 
 def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:
-    """What several runs' folders hold, by name; see `side_by_side`.
+    """Read the results of several run folders by name; see `side_by_side`.
 
     Raises:
         RunError: if a folder holds no matrix, or runs can't be compared.
@@ -102,9 +102,10 @@ def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:
 
 
 def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Trial]]:
-    """Name → trials.
+    """Return name → trials.
 
-    A method's label, and the first run's name behind it where runs have other settings for that label.
+    A name is a method's label, followed by the first run's name where runs have different settings for that
+    label.
     """
     groups: dict[tuple[str, str], dict[int, Path]] = {}
     bases = {folder: recorded_base(folder) for folder in found}
@@ -138,16 +139,13 @@ def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[T
 
 
 def settings_key(identity: Mapping[str, Any], label: str) -> str:
-    """What a method's result depends on, but for the seed.
-
-    The untouched model learns nothing, so its model and data are all.
-    """
+    """Return what a method's result depends on, except for the seed, as a string that can be compared."""
     keys = ("tasks", "model", "data", "evaluation")
     return json.dumps([*(identity.get(key) for key in keys), identity["methods"].get(label)], sort_keys=True)
 
 
 def names_of(folders: Iterable[Path]) -> dict[Path, str]:
-    """A name for each run: its folder's, with the folders above as far as that takes to tell them apart."""
+    """Return a name for each run: its folder's, with as many parent folders as make the names unique."""
     parts = {folder: folder.resolve().parts for folder in folders}
     depth = 1
     while len({each[-depth:] for each in parts.values()}) < len(parts) and depth < max(
@@ -158,7 +156,7 @@ def names_of(folders: Iterable[Path]) -> dict[Path, str]:
 
 
 def _check_comparable(found: Mapping[Path, Mapping[str, Matrix]]) -> None:
-    """Runs stand side by side only if they score the same tasks, in the same order, on the same examples."""
+    """Raise RunError unless all runs score the same tasks, in the same order, on the same examples."""
     first, *others = found
     tasks, examples = next(iter(found[first].values())).tasks, examples_of(first)
     for other in others:
@@ -178,7 +176,7 @@ def _check_comparable(found: Mapping[Path, Mapping[str, Matrix]]) -> None:
 
 
 def examples_of(run: Path) -> dict[str, tuple]:
-    """Task → what it was scored on and by, from the zero-shot row."""
+    """Return task → fingerprint of its examples and its metric, from the zero-shot row."""
     path = run / ZERO_SHOT / "task-00-base" / SCORES
     scores = read_record(path) if path.exists() else {}
     return {
@@ -188,17 +186,17 @@ def examples_of(run: Path) -> dict[str, tuple]:
 
 
 def rows_of(results: Mapping[str, Sequence[Trial]]) -> dict[str, str]:
-    """Which runs a row stands for, where they are several."""
+    """Return which runs each row stands for, where the report has several."""
     runs = {trial.run for trials in results.values() for trial in trials}
-    told = {
+    rows = {
         name: ", ".join(f"{trial.run} (seed {trial.seed})" for trial in trials)
         for name, trials in results.items()
     }
-    return {f"row {name}": text for name, text in told.items()} if len(runs) > 1 else {}
+    return {f"row {name}": text for name, text in rows.items()} if len(runs) > 1 else {}
 
 
 def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
-    """What the page says about how the runs were made; where they differ, run by run."""
+    """Return the settings that the page shows; those that differ between runs, run by run."""
     configs = {name: read_dumped(folder) for folder, name in names_of(folders).items()}
     for config in configs.values():
         config["methods"] = {
@@ -221,7 +219,7 @@ def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def read_results(run: Path) -> dict[str, Matrix]:
-    """Label → matrix of every method of a run, zero-shot first, then in the configuration's order.
+    """Return label → matrix of every method of a run, zero-shot first, then in the configuration's order.
 
     Raises:
         RunError: if there is none yet, or a file that the report reads was damaged.
@@ -240,7 +238,7 @@ def read_results(run: Path) -> dict[str, Matrix]:
 
 
 def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
-    """Everything that a method's folder shows."""
+    """Read all results from a method's folder."""
     tasks = {
         index: folder / f"task-{index:02d}-{name.replace('/', '-')}"
         for index, name in enumerate(["base", *matrix.tasks])
@@ -265,9 +263,9 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
 
 
 def read_capacity(folder: Path) -> Capacity:
-    """One dict per stage, layer → {in, k, part}: the base first, then after each task.
+    """Read one dict per stage, layer → {in, k, part}: the base first, then after each task.
 
-    Empty for methods without one.
+    Empty for methods without a protected subspace.
     """
     stages = []
     for path in sorted(folder.glob("task-*/consolidated.json")):
@@ -278,10 +276,7 @@ def read_capacity(folder: Path) -> Capacity:
 
 
 def room_line(name: str, folder: Path) -> str | None:
-    """Return for how many more tasks a method has room, by its last task's forecast.
-
-    None without a forecast.
-    """
+    """Return for how many more tasks a method has capacity, by its last task's forecast; None without one."""
     paths = sorted(folder.glob("task-*/consolidated.json"))
     last = read_record(paths[-1]) if paths else {}
     if "forecast" not in last:
@@ -303,7 +298,7 @@ def room_line(name: str, folder: Path) -> str | None:
 
 
 def read_captured(folder: Path, capacity: Capacity) -> LayerLines:
-    """The share of each layer's residual gradient energy that its adapter holds, task by task."""
+    """Read the share of each layer's residual gradient energy that its adapter holds, task by task."""
     parts = {name: size["part"] for stage in capacity for name, size in stage.items()}
     tasks = []
     for path in sorted(folder.glob("task-*/prepared.json")):
@@ -319,13 +314,13 @@ def read_captured(folder: Path, capacity: Capacity) -> LayerLines:
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:
-    """(optimiser step, training loss) as the Trainer logged them; empty before training."""
+    """Read (optimiser step, training loss) as the Trainer logged them; empty before training."""
     history = read_record(path)["history"] if path.exists() else []
     return [(record["step"], record["loss"]) for record in history if "loss" in record]
 
 
 def read_costs(folder: Path) -> dict[str, Cost]:
-    """Stage → what it took over all tasks, from the journal."""
+    """Read stage → its cost over all tasks, from the journal."""
     stages: dict[str, list] = {}
     for entry in Journal(folder / JOURNAL).entries:
         if entry.stage not in (Stage.PLANNED, Stage.CLOSED):
@@ -342,9 +337,9 @@ def read_costs(folder: Path) -> dict[str, Cost]:
 
 
 def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
-    """What a run prints at its end, and a report.
+    """Return what a run prints at its end, and the command `report`.
 
-    Single runs' matrices, the headline metrics and where everything lies.
+    The matrices of single runs, the headline metrics, and the paths of the folder, the table and the page.
     """
     where = Path(where)
     alone = {name: matrices[0] for name, matrices in results.items() if len(matrices) == 1}

@@ -25,13 +25,13 @@ def draw_sweep(
     xlabel: str,
     palette: Palette,
 ) -> Figure | None:
-    """Transfer, Average and Last over a setting; None where no value of it is there.
+    """Plot Transfer, Average and Last over a setting; None where no value of it has results.
 
     Args:
         results: name → trials.
         method: whose setting it is.
         sweep: value of the setting → the name of its trials; those that are not there are left out.
-        levels: names that are drawn as level lines for comparison, as far as they are there.
+        levels: names that are drawn as horizontal lines for comparison, where they have results.
         xlabel: the setting.
         palette: the colours.
     """
@@ -57,9 +57,9 @@ def draw_sweep(
 
 
 def _numbers(trials: Sequence[Trial], title: str) -> list[float | None]:
-    """One aggregate of every trial; of a model that never changes, as a table has it."""
-    found = [
+    """Return one aggregate of every trial; for a model that never changes, that of its constant matrix."""
+    matrices = [
         trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix
         for trial in trials
     ]
-    return [matrix.metrics()[COLUMNS[title]] for matrix in found]
+    return [matrix.metrics()[COLUMNS[title]] for matrix in matrices]

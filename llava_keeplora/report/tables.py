@@ -22,17 +22,17 @@ COLUMNS = {
 
 def is_baseline(name: str, trials: Sequence[Matrix]) -> bool:
     """Return whether trials are the untouched model, which has a zero-shot row and no stage."""
-    own = name == ZERO_SHOT or name.startswith(f"{ZERO_SHOT} (")
-    return own and all(matrix.zero_shot is not None and not matrix.started for matrix in trials)
+    is_zero_shot = name == ZERO_SHOT or name.startswith(f"{ZERO_SHOT} (")
+    return is_zero_shot and all(matrix.zero_shot is not None and not matrix.started for matrix in trials)
 
 
 def summary_header(results: Mapping[str, Sequence[Matrix]]) -> list[str]:
-    """The columns of `summary_rows`; how many seeds a row has is said where any has several."""
+    """Return the columns of `summary_rows`; with the number of seeds, `n`, where any row has several."""
     return ["run", *(["n"] if _repeated(results) else []), *COLUMNS]
 
 
 def summary_rows(results: Mapping[str, Sequence[Matrix]], precision: int = 1) -> list[list[str]]:
-    """The summary as text cells.
+    """Return the summary as text cells.
 
     A zero-shot row first, then one row per run, mean ± sample standard deviation over its seeds.
 
@@ -50,7 +50,7 @@ def summary_rows(results: Mapping[str, Sequence[Matrix]], precision: int = 1) ->
 
 
 def zero_shot_constants(results: Mapping[str, Sequence[Matrix]]) -> dict[str, list[Matrix]]:
-    """The rows of models that never change, by the name that the summary gives them."""
+    """Return the zero-shot rows, of models that never change, by their names in the summary."""
     constants: list[tuple[str, Matrix]] = []
     for label, trials in results.items():
         for constant in (matrix.constant_zero_shot() for matrix in trials):
@@ -76,13 +76,13 @@ def _summary_row(label: str, trials: Sequence[Matrix], precision: int, count: bo
 
 
 def metric_rows(trials: Sequence[Matrix], precision: int = 1) -> list[list[str]]:
-    """Every aggregate of a run, mean ± sample standard deviation over its seeds."""
+    """Return every aggregate of a run, mean ± sample standard deviation over its seeds."""
     metrics = [matrix.metrics() for matrix in trials]
     return [[name, spread([values[name] for values in metrics], precision)] for name in metrics[0]]
 
 
 def matrix_rows(matrix: Matrix, precision: int = 1) -> list[list[str]]:
-    """The matrix as text cells, its rows by name, then Transfer, Average and Last of every task."""
+    """Return the matrix as text cells: its rows by name, then Transfer, Average and Last of every task."""
     rows = [
         [name, *(shown(value, precision, MISSING) for value in row)] for name, row in matrix.labelled_rows()
     ]
@@ -92,7 +92,7 @@ def matrix_rows(matrix: Matrix, precision: int = 1) -> list[list[str]]:
     ]
 
 
-#: What the table of scores shows of each task, beside its name.
+#: Columns of the table of scores, after the task's name.
 SCORE_COLUMNS = (
     "metric",
     "after learning it",
@@ -109,10 +109,10 @@ SCORE_COLUMNS = (
 def score_rows(
     tasks: Sequence[str], stages: Sequence[Mapping[str, Mapping]], precision: int = 1
 ) -> list[list[str]]:
-    """Each task's score just after it was learned and at the end, with what style has to do with it.
+    """Return each task's scores just after it was learned and at the end, strict and lenient.
 
-    Where the score falls and the lenient one does not, the answers are still known and another form of them
-    was learned.
+    Where the score falls and the lenient one does not, the model still knows the answers but gives them in
+    another form.
 
     Args:
         tasks: in the order in which they are learned.
@@ -135,13 +135,13 @@ def score_rows(
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
+    """Return a Markdown table; the first column is text, the others are numbers."""
     first, *lines = ["| " + " | ".join(map(markdown_text, row)) + " |" for row in (header, *rows)]
     return "\n".join([first, "| --- |" + " ---: |" * (len(header) - 1), *lines]) + "\n"
 
 
 def summary_table(results: Mapping[str, Sequence[Matrix]], precision: int = 1) -> str:
-    """`summary_rows` as Markdown."""
+    """Return `summary_rows` as Markdown."""
     return markdown_table(summary_header(results), summary_rows(results, precision))
 
 
@@ -166,5 +166,5 @@ def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
 
 
 def of_seeds(trials: Sequence[Trial]) -> str:
-    """What to say behind a name whose numbers are means."""
+    """Return what follows a name whose numbers are means over seeds."""
     return f", mean of {len(trials)} seeds" if len(trials) > 1 else ""

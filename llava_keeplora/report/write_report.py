@@ -1,4 +1,4 @@
-"""A folder with everything that a run, or several side by side, has to show."""
+"""Write the report of results: tables, plots and the HTML page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llava_keeplora_eval.files import write_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: What a report consists of beside its pictures.
+#: Files of a report, as well as its plots.
 DOCUMENTS = {
     "table": "table.md",
     "latex": "table.tex",
@@ -192,7 +192,7 @@ def write_report(
 
 
 def _pictures(results: Results):
-    """(key, kind, what it shows) of every picture that there may be."""
+    """Yield (key, kind, results that it shows) of every plot."""
     yield from ((kind.name, kind, results) for kind in OF_ALL)
     yield from (
         (f"{kind.name}/{label}", kind, {label: trials})
@@ -226,7 +226,7 @@ def _listed(trial: Trial) -> str:
 
 
 def _file_names(names: Sequence[str]) -> dict[str, str]:
-    """A file name for every picture, unique even where two labels differ in signs only."""
+    """Return a file name for every plot, unique even where two labels differ in signs only."""
     files: dict[str, str] = {}
     for name in names:
         base = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.")

@@ -58,7 +58,7 @@ def load_set(root: Path, name: str, split: str) -> ImageSet:
 
 
 def vocabulary_texts(root: Path, sets: list[ImageSet]) -> Iterator[str]:
-    """What the tokenizer learns from: all captions, and the words of the question sets."""
+    """Return what the tokenizer learns from: all captions, and the words of the question sets."""
     for item in sets:
         for texts in item.captions:
             yield from texts * 20
@@ -72,7 +72,7 @@ def vocabulary_texts(root: Path, sets: list[ImageSet]) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str], size: int) -> CLIPTokenizer:
-    """A byte-level BPE in CLIP's own format; every byte has a token, so no text is unknown."""
+    """Train a byte-level BPE in CLIP's own format; every byte has a token, so no text is unknown."""
     special = {
         "pad_token": "<|pad|>",
         "bos_token": "<|startoftext|>",
@@ -141,7 +141,7 @@ def text_embeddings(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]
 
 
 def contrastive_loss(logits: torch.Tensor, targets: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss where many pictures share one caption.
+    """Return CLIP's loss where many pictures share one caption.
 
     Args:
         logits: scaled similarities, pictures x captions (one caption per class of every set).

@@ -53,13 +53,13 @@ class Lessons:
         )
 
     def _tokens(self, question: str, answer: str) -> tuple[list[int], int]:
-        """The tokens of a turn after the picture, and how many of them are the question."""
+        """Return the tokens of a turn after the picture, and how many of them are the question."""
         asked = self.tokenizer(f"\n{question} ASSISTANT:").input_ids
         said = [*self.tokenizer(f" {answer}").input_ids, self.tokenizer.eos_token_id]
         return asked + said[:LONGEST_ANSWER], len(asked)
 
     def __call__(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The parts of a step's batch, each of pictures with about the same number of tokens."""
+        """Return the parts of a step's batch, each of pictures with about the same number of tokens."""
         torch.manual_seed(self.seed * 1_000_003 + step)
         rng = np.random.default_rng([self.seed, step])
         chosen = torch.from_numpy(
@@ -73,7 +73,7 @@ class Lessons:
             yield {"pixel_values": seen, **self.pack([plans[i] for i in part])}
 
     def _plan(self, rng: np.random.Generator, turns: list) -> list:
-        """The task's own turn (one time in ten any), and others in a random order as long as they fit."""
+        """Choose the task's own turn (one time in ten any), and others in random order while they fit."""
         first = rng.integers(len(turns)) if len(turns) > 1 and rng.random() < 0.1 else 0
         plan, used = [turns[first]], len(turns[first][0])
         for i in rng.permutation(len(turns)):

@@ -42,7 +42,7 @@ CHAT = (
 
 
 def train_tokenizer(sets: list[TaughtSet], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: no text is unknown, and decoding gives back every letter."""
+    """Train a byte-level BPE: no text is unknown, and decoding gives back every letter."""
     backend = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -82,7 +82,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, clip: Path) -> LlavaForConditionalGeneration:
-    """A small LLaVA whose image encoder is that of a CLIP."""
+    """Build a small LLaVA whose image encoder is that of a CLIP."""
     teacher = CLIPModel.from_pretrained(clip)
     text = dict(
         model_type="llama",
@@ -154,7 +154,7 @@ class Training:
         )
 
     def learn(self, parts: list[dict[str, torch.Tensor]]) -> np.ndarray:
-        """One step; returns the loss per token and the share of tokens predicted right."""
+        """Train one step and return the loss per token and the share of tokens predicted right."""
         count = sum(int((part["labels"] != -100).sum()) for part in parts)
         total = np.zeros(2)
         self.optimiser.zero_grad()

@@ -18,7 +18,7 @@ MIRRORED = {"caltech101", "fashion", "bloodcells", "trashnet", "signdigits", "te
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """Stretches pictures to 48 x 48, so that nothing of a small picture is cropped away."""
+    """Return a processor that resizes pictures to 48 x 48, so that nothing is cropped away."""
     return CLIPImageProcessorPil(
         size={"height": SIDE, "width": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
@@ -61,6 +61,6 @@ def augment(pixels: torch.Tensor, mirrored: torch.Tensor, moved: torch.Tensor | 
 
 
 def versions() -> dict[str, str]:
-    """The versions of all that decides the result."""
+    """Return the versions of all libraries that decide the result."""
     packages = ("torch", "transformers", "tokenizers", "numpy", "pillow", "matplotlib", "scikit-learn")
     return {p: version(p) for p in packages} | {"python": platform.python_version()}

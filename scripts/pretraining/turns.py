@@ -1,4 +1,4 @@
-"""What the tiny LLaVA is taught: pictures, and for each of them the questions with their answers."""
+"""Training data of the tiny LLaVA: pictures, and for each of them questions with their answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TaughtSet:
 
 
 def taught_sets(root: Path) -> list[TaughtSet]:
-    """Every `pretrain` split.
+    """Return every `pretrain` split.
 
     Rendered scenes, rendered classes, real classes, real questions and captions.
     """
@@ -54,7 +54,7 @@ def taught_sets(root: Path) -> list[TaughtSet]:
 
 
 def taught_set(name: str, root: Path) -> TaughtSet:
-    """One set with its turns."""
+    """Return one set with its turns."""
     data = load_split(load_recipe(name), "pretrain", root)
     if name in QUESTIONS:
         return _asked(data)
@@ -63,7 +63,7 @@ def taught_set(name: str, root: Path) -> TaughtSet:
 
 
 def _asked(data: TaskData) -> TaughtSet:
-    """A set with questions or captions of its own; those about one picture stand together."""
+    """Return a set with questions or captions of its own; those about one picture stand together."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i, digest in enumerate(data.digests):
         groups[digest].append(i)
@@ -78,7 +78,7 @@ def _asked(data: TaskData) -> TaughtSet:
 
 
 def _class_turns(data: TaskData, index: int) -> list[Turn]:
-    """What a classification task asks, a caption, and whether it is this class or another one."""
+    """Return what a classification task asks, a caption, and whether it is this class or another one."""
     recipe, label = data.recipe, data.labels[index]
     words = [c.replace("_", " ") for c in recipe.classes]
     rng = generator("class turns", recipe.name, index)
@@ -105,7 +105,7 @@ def _class_turns(data: TaskData, index: int) -> list[Turn]:
 
 
 def _scene_turns(data: TaskData, index: int) -> list[Turn]:
-    """A scene's own question, and others that its things answer."""
+    """Return a scene's own question, and others that its things answer."""
     name = data.recipe.name
     scene = compose(name, "pretrain", index)
     rng = generator("scene turns", name, index)
@@ -130,7 +130,7 @@ def _kinds(scene: Scene) -> dict[str, int]:
 
 
 def _alone(scene: Scene) -> list[Thing]:
-    """The things whose shape no other one has."""
+    """Return the things whose shape no other one has."""
     return [t for t in scene.things if _kinds(scene)[t.shape] == 1]
 
 
@@ -147,7 +147,7 @@ def _places(scene: Scene) -> list[Turn]:
 
 
 def _cells(scene: Scene, rng: Generator) -> list[Turn]:
-    """What stands in every cell that holds something, and in one that doesn't."""
+    """Return the contents of every cell that holds something, and of one that doesn't."""
     at = {t.cell: t.name for t in scene.things}
     free = [cell for cell in CELLS if cell not in at]
     asked = [*at, free[rng.integers(len(free))]]
@@ -165,7 +165,7 @@ def _relations(scene: Scene) -> list[Turn]:
 
 
 def _exists(rng: Generator, there: set[str]) -> Turn:
-    """Whether a thing is there.
+    """Ask whether a thing is there.
 
     One of those that are, or one that shares a colour or a shape with one of them.
     """

@@ -61,7 +61,7 @@ def zero_shot(
 
 
 def _texts(data: TaskData) -> tuple[list[str], list[list[str]]]:
-    """What is asked of each example, and what is right."""
+    """Return the question of each example and its right answer."""
     if data.recipe.kind != "classification":
         return data.questions, data.answers
     return [data.recipe.vlm_prompt] * len(data), [
@@ -70,7 +70,7 @@ def _texts(data: TaskData) -> tuple[list[str], list[list[str]]]:
 
 
 def _guesses(kind: str, past: list[str], right: list[list[str]], asked: list[str]) -> list[str]:
-    """The most frequent training answer to each question.
+    """Return the most frequent training answer to each question.
 
     For captions the one that is most like the others.
     """
