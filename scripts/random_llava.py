@@ -73,23 +73,7 @@ class Size:
         )
 
 
-def random_llava(
-    size: Size,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    convert: Callable[[nn.Module], None] = lambda module: None,
-) -> LlavaForConditionalGeneration:
-    """Make a frozen LLaVA with Gaussian weights, piece by piece.
-
-    Nothing but the result is ever in memory.
-
-    Args:
-        size: its widths and depths.
-        dtype: of the weights.
-        device: that they are on.
-        convert: called with each decoder layer of the language model, as soon as it has its weights, such as
-            to quantise them.
-    """
+def _llava_config(size: Size) -> LlavaConfig:
     text = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
@@ -108,9 +92,29 @@ def random_llava(
         image_size=size.image,
         patch_size=size.patch,
     )
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=size.image_tokens
     )
+
+
+def random_llava(
+    size: Size,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    convert: Callable[[nn.Module], None] = lambda module: None,
+) -> LlavaForConditionalGeneration:
+    """Make a frozen LLaVA with Gaussian weights, piece by piece.
+
+    Nothing but the result is ever in memory.
+
+    Args:
+        size: its widths and depths.
+        dtype: of the weights.
+        device: that they are on.
+        convert: called with each decoder layer of the language model, as soon as it has its weights, such as
+            to quantise them.
+    """
+    config = _llava_config(size)
     with torch.device("meta"):
         model = (
             LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")

@@ -1,12 +1,12 @@
-"""KeepLoRA with one part taken away at a time, and with its thresholds swept.
+"""Ablations of KeepLoRA: one part taken away at a time, and its thresholds swept.
 
-A table of one method's variants.
+A table of one method's variants. A plug-in with KeepLoRA's options can take its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from llava_keeplora.compare.jobs import make_job
@@ -14,23 +14,23 @@ from llava_keeplora.compare.run_table import TableResult
 from llava_keeplora.compare.table import Table, load_table, merged
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
+from llava_keeplora.registries import METHODS
 from llava_keeplora.report.figures import LIGHT, encode, save
 from llava_keeplora.report.html import Picture
 from llava_keeplora.report.sweep import draw_sweep
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
 METHOD = "keeplora"
-#: label → what is taken away.
+#: End of the label → the options that take a part away.
 WITHOUT: dict[str, dict[str, Any]] = {
-    "keeplora-without-weights": {"protect_weights": False},
-    "keeplora-without-features": {"protect_features": False},
-    "keeplora-random-A": {"init": "random"},
+    "without-weights": {"protect_weights": False},
+    "without-features": {"protect_features": False},
+    "random-A": {"init": "random"},
 }
-#: The values that are tried of a threshold, its name on a plot, and the label of the run that does without
-#: it.
+#: Threshold → the values to try, its symbol on a plot, and the end of the label of the run without it.
 SWEPT = {
-    "energy_weight": ((0.5, 0.6, 0.7, 0.8, 0.9), "ε_w", "keeplora-without-weights"),
-    "energy_feature": ((0.9, 0.95, 0.99), "ε_f", "keeplora-without-features"),
+    "energy_weight": ((0.5, 0.6, 0.7, 0.8, 0.9), "ε_w", "without-weights"),
+    "energy_feature": ((0.9, 0.95, 0.99), "ε_f", "without-features"),
 }
 
 
@@ -40,10 +40,12 @@ class Ablation:
 
     Args:
         table: the table.
+        method: label of the method with all its parts.
         sweeps: threshold → its value → the label.
     """
 
     table: Table
+    method: str
     sweeps: dict[str, dict[float, str]]
 
 
@@ -58,7 +60,8 @@ def load_ablation(
     """Make a table of ablations from a run's configuration.
 
     Args:
-        name_or_path: a configuration with KeepLoRA among its methods; what it sets for it, every variant has.
+        name_or_path: a configuration with KeepLoRA, or a plug-in with its options, among its methods; every
+            variant has the settings that it has there.
         thresholds: `energy_weight` or `energy_feature` → the values that every adapted part takes in turn;
             those of `SWEPT` when left out.
         seeds: of every variant; the configuration's when None.
@@ -68,37 +71,55 @@ def load_ablation(
     Raises:
         ConfigError: see `load_config`; or KeepLoRA is not among the methods, or settings are to be tried.
     """
-    own_seeds = [] if seeds is None else [f"seeds={list(seeds)}"]
-    table = load_table(name_or_path, [*overrides, *own_seeds], data_root, output_dir)
+    seed_override = [] if seeds is None else [f"seeds={list(seeds)}"]
+    table = load_table(name_or_path, [*overrides, *seed_override], data_root, output_dir)
     if table.tuning:
         raise ConfigError(
             f"'{name_or_path}' has `tuning`, and an ablation tries no settings",
             "add tuning=null to take KeepLoRA as it is there, or write the chosen ones into it",
         )
-    own = next(
-        (settings for label, settings in table.methods.items() if settings.get("method", label) == METHOD),
-        None,
-    )
-    if own is None:
-        raise ConfigError(
-            f"'{name_or_path}' has no method {METHOD}, so there is nothing to take away from it",
-            f"add `{METHOD}: {{}}` to its methods",
-        )
-    own = {"method": METHOD, **own}
-    resolved = parse_config(make_job(table, METHOD, table.orders[0], 0, METHOD, own).tree).methods[METHOD]
-    adapted = [part for part, settings in resolved.parts.items() if settings.train == "adapter"]
-    methods, sweeps = {METHOD: own, **{label: merged(own, change) for label, change in WITHOUT.items()}}, {}
+    method, settings = _ablated_method(table, name_or_path)
+    job = make_job(table, method, table.orders[0], 0, method, settings)
+    parts = parse_config(job.tree).methods[method].parts
+    adapted = [name for name, part in parts.items() if part.train == "adapter"]
+    methods = {method: settings} | {
+        f"{method}-{end}": merged(settings, options) for end, options in WITHOUT.items()
+    }
+    sweeps = {}
     for threshold, (usual, _, _) in SWEPT.items():
         values = (thresholds or {}).get(threshold, usual)
-        sweeps[threshold] = {value: f"{METHOD}-{threshold.replace('_', '-')}-{value}" for value in values}
+        sweeps[threshold] = {value: f"{method}-{threshold.replace('_', '-')}-{value}" for value in values}
         methods |= {
-            label: merged(own, {"parts": {part: {threshold: value} for part in adapted}})
+            label: merged(settings, {"parts": {part: {threshold: value} for part in adapted}})
             for value, label in sweeps[threshold].items()
         }
-    place = (
-        table.output_dir if output_dir else table.output_dir.with_name(f"{table.output_dir.name}-ablation")
+    folder = table.output_dir
+    folder = folder if output_dir else folder.with_name(f"{folder.name}-ablation")
+    return Ablation(Table(folder, table.run, methods, table.orders), method, sweeps)
+
+
+def _ablated_method(table: Table, name_or_path: str) -> tuple[str, dict[str, Any]]:
+    """Return label and settings of the method to ablate: KeepLoRA, else the first plug-in with its options.
+
+    Raises:
+        ConfigError: the table has neither.
+    """
+    names = {label: settings.get("method", label) for label, settings in table.methods.items()}
+    for label, name in names.items():
+        if name == METHOD:
+            return METHOD, {"method": METHOD, **table.methods[label]}
+    needed = {option for options in WITHOUT.values() for option in options}
+    plugins = {
+        label: name for label, name in names.items() if isinstance(name, str) and METHODS.is_plugin(name)
+    }
+    for label, name in plugins.items():
+        if needed <= {field.name for field in fields(METHODS[name].Options)}:
+            return label, {"method": name, **table.methods[label]}
+    raise ConfigError(
+        f"'{name_or_path}' has no method {METHOD} and no plug-in with its options, so there is nothing to "
+        "take away",
+        f"add `{METHOD}: {{}}` to its methods",
     )
-    return Ablation(Table(place, table.run, methods, table.orders), sweeps)
 
 
 def draw_ablation(ablation: Ablation, outcome: TableResult) -> dict[str, Picture]:
@@ -110,14 +131,15 @@ def draw_ablation(ablation: Ablation, outcome: TableResult) -> dict[str, Picture
     pictures = {}
     for order, results in outcome.results.items():
         for threshold, (_, sign, without) in SWEPT.items():
-            drawn = draw_sweep(results, METHOD, ablation.sweeps[threshold], (ZERO_SHOT, without), sign, LIGHT)
-            if drawn is not None:
+            levels = (ZERO_SHOT, f"{ablation.method}-{without}")
+            figure = draw_sweep(results, ablation.method, ablation.sweeps[threshold], levels, sign, LIGHT)
+            if figure is not None:
                 name = f"{threshold.replace('_', '-')}-{order}"
-                png = encode(drawn, "png")
+                png = encode(figure, "png")
                 pictures[name] = Picture(
                     png,
                     f"Order {order}: scores over {sign}, the same in every adapted part; dashed, what has "
                     "none.",
                 )
-                save(drawn, ablation.table.output_dir / f"{name}.png", png)
+                save(figure, ablation.table.output_dir / f"{name}.png", png)
     return pictures

@@ -175,9 +175,27 @@ def test_thresholds_that_are_nearly_the_same_are_two_and_a_tuning_is_not_dropped
 
 def test_without_keeplora_there_is_nothing_to_take_away(run_tree, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_tree(tmp_path / "run", methods={"seq-lora": {}})))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match="has no method keeplora.*nothing to take away; add `keeplora: {}`"):
         load_ablation(str(tmp_path / "run.yaml"))
-    assert (
-        str(error.value)
-        == f"'{tmp_path / 'run.yaml'}' has no method keeplora, so there is nothing to take away from it; add `keeplora: {{}}` to its methods."
+
+
+def test_a_plugin_with_the_options_of_keeplora_is_ablated_under_its_own_label(run_tree, tiny_tasks, tmp_path):
+    (tmp_path / "ours.py").write_text(
+        "from llava_keeplora.methods.keeplora import KeepLora\n\n\nclass Ours(KeepLora):\n    pass\n"
     )
+    tree = run_tree(
+        tmp_path / "run",
+        tasks=[str(tiny_tasks[0])],
+        methods={"seq-lora": {}, "mine": {"method": f"{tmp_path / 'ours.py'}:Ours"}},
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    ablation = load_ablation(str(tmp_path / "run.yaml"), {"energy_weight": [0.6], "energy_feature": []})
+    assert ablation.method == "mine"
+    assert list(ablation.table.methods) == [
+        "mine",
+        "mine-without-weights",
+        "mine-without-features",
+        "mine-random-A",
+        "mine-energy-weight-0.6",
+    ]
+    assert all(m["method"].endswith("ours.py:Ours") for m in ablation.table.methods.values())

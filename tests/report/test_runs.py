@@ -354,7 +354,7 @@ def test_every_command_of_the_reports_page_is_one():
     text = (Path(__file__).parents[2] / "docs/reports.md").read_text()
     commands = re.findall(r"^    llava-keeplora (.*)$", text, re.M)
     parsed = [cli.parse_arguments(cli.build_parser(), command.split()) for command in commands]
-    assert [args.run.__name__ for args in parsed] == ["_report", "_train"]
+    assert [args.run.__name__ for args in parsed] == ["run_report", "run_train"]
     assert parsed[1].overrides == ["training.report_to=tensorboard"]
 
 
