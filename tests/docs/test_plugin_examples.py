@@ -1,4 +1,4 @@
-"""The examples of docs/metrics_and_readers.md: they pass the checks, and a run reads and scores with them."""
+"""The examples of docs/extending.md: they pass the checks, and a run reads and scores with them."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def task(tmp_path, mixed_tasks):
 def test_the_examples_keep_the_promises_and_are_what_the_page_shows(task):
     check_metric(f"{task.parent / 'word_overlap.py'}:word_overlap")
     check_reader(task)
-    page = (DOCS / "metrics_and_readers.md").read_text()
+    page = (DOCS / "extending.md").read_text()
     metric = (DOCS / "examples/word_overlap.py").read_text()
     assert metric[metric.index("def overlap") :].strip() in page
 
