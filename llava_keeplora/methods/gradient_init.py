@@ -40,7 +40,7 @@ NONE_OUTSIDE = "no gradient outside the protected subspace"
 def gradient_statistic(
     layer: Layer, basis: Tensor, width: int | None, seed: int
 ) -> DenseGradient | GradientSketch:
-    """What a layer's gradient is summed into.
+    """Return what a layer's gradient is summed into.
 
     A sketch of some width, or the gradient itself where that is small too.
 
@@ -65,7 +65,7 @@ def first_step_directions(
     directions: Callable[..., ResidualDirections],
     naming: Callable[[Layer], AbstractContextManager],
 ) -> tuple[dict[str, ResidualDirections], dict[str, str]]:
-    """Directions of each layer's residual gradient.
+    """Return directions of each layer's residual gradient.
 
     Args:
         ctx: the task.
@@ -79,46 +79,69 @@ def first_step_directions(
     Returns:
         layer name → its directions, and layer name → why it has none.
     """
-    found: dict[str, ResidualDirections] = {}
-    left_out: dict[str, str] = {}
-
-    def read(statistics: Mapping[str, Any], second: Mapping[str, Any] = {}) -> None:
-        for name in second or statistics:
-            statistic = statistics[name]
-            if not second and not any(bool(tensor.any()) for tensor in statistic.tensors):
-                left_out[name] = NONE
-                continue
-            with naming(ctx.layers[name]):
-                try:
-                    more = (second[name],) if name in second else ()
-                    found[name] = directions(statistic, bases[name], ranks[name], *more)
-                except RankError:
-                    left_out[name] = NONE_OUTSIDE
-
-    def short() -> list[str]:
-        return [
-            name for name, one in found.items() if isinstance(one, SketchedDirections) and not one.suffices()
-        ]
-
-    statistics = {
+    reader = _DirectionsReader(ctx, ranks, bases, directions, naming)
+    statistics: dict[str, Any] = {
         name: gradient_statistic(
             ctx.layers[name], bases[name], sketch_width(rank) if sketched else None, ctx.seed
         )
         for name, rank in ranks.items()
     }
     ctx.gradients(fraction, statistics)
-    read(statistics)
-    again: dict[str, SecondPass] = {}
+    reader.read(statistics)
+    second: dict[str, SecondPass] = {}
     for round_ in range(ROUNDS):
-        statistics = {name: statistics[name] for name in short()}
+        statistics = {name: statistics[name] for name in reader.insufficient()}
         if not statistics:
             break
         if round_:
-            statistics = {name: statistic.refined(again.pop(name)) for name, statistic in statistics.items()}
+            statistics = {name: statistic.refined(second.pop(name)) for name, statistic in statistics.items()}
             ctx.gradients(fraction, statistics)
-        again = {name: statistic.second_pass() for name, statistic in statistics.items()}
+        second = {name: statistic.second_pass() for name, statistic in statistics.items()}
         for statistic in statistics.values():
             statistic.forget_range()
-        ctx.gradients(fraction, again)
-        read(statistics, again)
-    return found, left_out
+        ctx.gradients(fraction, second)
+        reader.read(statistics, second)
+    return reader.directions, reader.left_out
+
+
+class _DirectionsReader:
+    """The directions of the layers that were read so far, each the latest, and why others have none.
+
+    Args:
+        ctx, ranks, bases, compute, naming: see `first_step_directions`.
+    """
+
+    def __init__(
+        self,
+        ctx: TaskContext,
+        ranks: Mapping[str, int],
+        bases: Mapping[str, Tensor],
+        compute: Callable[..., ResidualDirections],
+        naming: Callable[[Layer], AbstractContextManager],
+    ):
+        self.ctx, self.ranks, self.bases = ctx, ranks, bases
+        self.compute, self.naming = compute, naming
+        self.directions: dict[str, ResidualDirections] = {}
+        self.left_out: dict[str, str] = {}
+
+    def read(self, statistics: Mapping[str, Any], second: Mapping[str, SecondPass] | None = None) -> None:
+        """Read the layers' directions from their statistics, or from finished second passes over them."""
+        for name in second or statistics:
+            statistic = statistics[name]
+            if not second and not any(bool(tensor.any()) for tensor in statistic.tensors):
+                self.left_out[name] = NONE
+                continue
+            more = (second[name],) if second else ()
+            with self.naming(self.ctx.layers[name]):
+                try:
+                    self.directions[name] = self.compute(statistic, self.bases[name], self.ranks[name], *more)
+                except RankError:
+                    self.left_out[name] = NONE_OUTSIDE
+
+    def insufficient(self) -> list[str]:
+        """Return the layers whose directions come from a sketch and may be short of the target."""
+        return [
+            name
+            for name, directions in self.directions.items()
+            if isinstance(directions, SketchedDirections) and not directions.suffices()
+        ]

@@ -24,7 +24,6 @@ that had no part in the answer.
 import copy
 import weakref
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -39,12 +38,13 @@ from llava_keeplora.subspace.gradients import (
     paired,
     room_for,
 )
-from llava_keeplora.subspace.sketch_bounds import (
-    PartlyKnown,
-    chi_square_factors,
-    fit_error,
-    least_share,
-    share_bounds,
+from llava_keeplora.subspace.sketch_bounds import PartlyKnown, least_share, share_bounds
+from llava_keeplora.subspace.sketch_fit import (
+    fit_one_pass,
+    fit_two_passes,
+    orthonormal_range,
+    ratio_of_means,
+    root_mean_square,
 )
 
 # Width of a sketch in units of the rank. Passes over the data buy more than width does: at width 1024 and
@@ -56,8 +56,6 @@ OVERSAMPLING = 8
 # A sketch of more than this share of the gradient's numbers isn't worth passes over the data: the gradient
 # itself is exact in one.
 WORTH = 0.25
-# Groups of rows that take turns at judging directions found without them.
-FOLDS = 4
 # Share of the best rank-r subspace's energy that A must hold.
 TARGET = 0.99
 
@@ -238,7 +236,7 @@ class GradientSketch:
 
         This sketch must be complete and summed.
         """
-        return SecondPass(_range_basis(self.range).float(), self.shape[1])
+        return SecondPass(orthonormal_range(self.range).float(), self.shape[1])
 
     def forget_range(self) -> None:
         """Free what only `add`, `merge` and `second_pass` need.
@@ -301,18 +299,18 @@ class GradientSketch:
         whole = self.rows.double()
         basis = like(self.basis, whole)
         rows = residual(whole, basis)
-        range_basis = _range_basis(self.range) if second is None else second.range_basis.double()
+        range_basis = orthonormal_range(self.range) if second is None else second.range_basis.double()
         seen = self._psi.double() @ range_basis
         if second is None:
-            fit = _one_pass(rows, seen, min(rank, width))
+            fit = fit_one_pass(rows, seen, min(rank, width))
         else:
-            fit = _two_pass(rows, seen, residual(second.rows.double(), basis), min(rank, width))
+            fit = fit_two_passes(rows, seen, residual(second.rows.double(), basis), min(rank, width))
         inside = PartlyKnown.of(
             whole - rows, seen, None if second is None else project(second.rows.double(), basis)
         )
         near, singular, right = torch.linalg.svd(fit.factor, full_matrices=False)
-        found = above_rounding(singular[:rank], _root_mean_square(whole), rank, room, allow_fewer)
-        captured, captured_error = _ratio(fit.captured, fit.energy)
+        found = above_rounding(singular[:rank], root_mean_square(whole), rank, room, allow_fewer)
+        captured, captured_error = ratio_of_means(fit.captured, fit.energy)
         held = float(fit.captured.mean())
         outside = PartlyKnown.of(rows, seen, None if second is None else fit.factor)
         return SketchedDirections(
@@ -394,113 +392,3 @@ def sufficient_width(sketch: GradientSketch, rank: int, target: float = TARGET) 
     while width >= rank and sketch.narrowed(width).directions(rank, allow_fewer=True).suffices(target):
         enough, width = width, width // 2
     return enough
-
-
-class _Fit(NamedTuple):
-    """G_hat ~ Q factor, and per row of Psi unbiased estimates of two energies: that of A, and the whole.
-
-    optimum is the energy of the best r directions for the fit, which is biased upwards. error bounds ||factor
-    - Q^T G_hat||_F, and most the energy of the best r directions of G_hat.
-    """
-
-    factor: Tensor
-    captured: Tensor
-    energy: Tensor
-    optimum: float
-    error: float
-    most: float
-
-
-def _one_pass(rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], rank: int) -> _Fit:
-    """The least squares solution of Psi Q B = Psi G_hat, for as many columns of Q as serve A best.
-
-    Each further column lets B follow the tail of G_hat more closely, and lets more of the tail's noise in;
-    rows that had no part in the solution tell where to stop.
-    """
-    gram = rows @ rows.T
-    width = seen.shape[1]
-    depths = [depth for depth in (rank * 2**step for step in range(32)) if depth < width] + [width]
-    # Many problems of a few dozen numbers a side: solved on the host before a GPU has started the first.
-    small, columns = gram.cpu(), seen.cpu()
-    judged = {depth: _cross_fitted(small, columns[:, :depth], rank) for depth in depths}
-    depth = max(depths, key=lambda depth: float(judged[depth].plain.sum()))
-    factor = torch.linalg.lstsq(seen[:, :depth], rows).solution
-    missed = rows - seen[:, :depth] @ factor
-    optimum = _leading_energy(torch.cat([factor, missed / (len(rows) - depth) ** 0.5]), rank)
-    error, outside = fit_error(seen[:, :depth], missed)
-    # The root of the r leading energies is a norm, so it is off by no more than the factor is.
-    most = (float(torch.linalg.svdvals(factor)[:rank].norm()) + error) ** 2 + outside
-    return _Fit(factor, judged[depth].captured, judged[depth].energy, optimum, error, most)
-
-
-class _Judged(NamedTuple):
-    """Per row of Psi, for A and B found without the row.
-
-    |psi G_hat A|^2, and less noisy estimates of two energies.
-    """
-
-    plain: Tensor
-    captured: Tensor
-    energy: Tensor
-
-
-def _cross_fitted(gram: Float[Tensor, "l l"], seen: Float[Tensor, "l d"], rank: int) -> _Judged:
-    """What rows say of directions that were found without them, in terms of W W^T, whatever the input width.
-
-    The energy of Q B A is known exactly, and a row only corrects it:
-    ||G_hat A||^2 = ||Q B A||^2 + E (|psi G_hat A|^2 - |psi Q B A|^2); likewise without A.
-    """
-    fold = torch.arange(len(gram), device=gram.device) % FOLDS
-    plain, captured, energy = gram.new_empty(3, len(gram))
-    for turn in range(FOLDS):
-        kept, judge = (fold != turn).nonzero().squeeze(1), (fold == turn).nonzero().squeeze(1)
-        q, r = torch.linalg.qr(seen[kept])
-        solve = torch.linalg.solve_triangular(r, q.T, upper=True)
-        squared, vectors = torch.linalg.eigh(solve @ gram[kept][:, kept] @ solve.T)
-        squared = squared.clamp_min(0.0)
-        foretold = (seen[judge] @ vectors).square() * squared
-        # A direction without energy holds none of the row's either.
-        inverse = torch.where(squared > 1e-14 * squared[-1], squared.rsqrt(), 0.0)[-rank:]
-        plain[judge] = (gram[judge][:, kept] @ (solve.T @ vectors[:, -rank:]) * inverse).square().sum(1)
-        captured[judge] = squared[-rank:].sum() + plain[judge] - foretold[:, -rank:].sum(1)
-        energy[judge] = squared.sum() + gram.diagonal()[judge] - foretold.sum(1)
-    return _Judged(plain, captured, energy)
-
-
-def _two_pass(
-    rows: Float[Tensor, "l in"], seen: Float[Tensor, "l w"], factor: Float[Tensor, "w in"], rank: int
-) -> _Fit:
-    """B = Q^T G_hat exactly; the rows, independent of Q, tell what lies outside Q."""
-    missed = rows - seen @ factor
-    directions = torch.linalg.svd(factor, full_matrices=False)
-    captured = directions.S[:rank].square().sum() + (missed @ directions.Vh[:rank].T).square().sum(1)
-    energy = factor.square().sum() + missed.square().sum(1)
-    optimum = _leading_energy(torch.cat([factor, missed / len(rows) ** 0.5]), rank)
-    # The best r directions V hold ||factor V||^2 + ||M V||^2, and the rows tell the latter for this one V,
-    # which no row decides.
-    least = chi_square_factors(len(rows))[0]
-    most = _leading_energy(torch.cat([factor, missed / (least * len(rows)) ** 0.5]), rank)
-    return _Fit(factor, captured, energy, optimum, 0.0, most)
-
-
-def _leading_energy(tall: Float[Tensor, "m in"], rank: int) -> float:
-    """Sum of the r largest squared singular values."""
-    return float(torch.linalg.eigvalsh((tall @ tall.T).cpu())[-rank:].clamp_min(0.0).sum())
-
-
-def _ratio(part: Float[Tensor, " l"], whole: Float[Tensor, " l"]) -> tuple[float, float]:
-    """Ratio of two means over the same rows, and its standard error to first order."""
-    mean = whole.mean().clamp_min(torch.finfo(whole.dtype).tiny)
-    ratio = part.mean() / mean
-    return float(ratio), float((part - ratio * whole).std() / (mean * len(part) ** 0.5))
-
-
-def _root_mean_square(rows: Float[Tensor, "l in"]) -> float:
-    """||G||_F as the rows of Psi G tell it."""
-    return float(rows.norm() / len(rows) ** 0.5)
-
-
-def _range_basis(sketch: Float[Tensor, "out w"]) -> Float[Tensor, "out w"]:
-    """Q: orthonormal columns that span Y, strongest first, in float64."""
-    q, r = torch.linalg.qr(sketch.double())
-    return q @ torch.linalg.svd(r).U
