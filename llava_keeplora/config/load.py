@@ -107,8 +107,8 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
 
     Args:
         tree: the configuration.
-        run_plugins: whether plug-ins are imported; where not, their options are taken as they are, to look at
-            a run whose plug-ins need not be installed.
+        run_plugins: whether plug-ins are imported; where not, their options and the training arguments are
+            taken as a run recorded them, to look at a run quickly and without its plug-ins.
     """
     tree = localize_plugins(tree)
     for key in TABLE_KEYS:
@@ -146,7 +146,7 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     # The run's own sections first, so that a mistake in them isn't told of the method that inherits it.
     own_parts, own_training = (
         {n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()},
-        check_training(training),
+        check_training(training, recorded=not run_plugins),
     )
     evaluation = build(EvaluationConfig, as_mapping(tree.get("evaluation"), "evaluation"), "evaluation")
     parsed = {
@@ -226,7 +226,8 @@ def _parse_method(
         method=name,
         options=options,
         parts={n: build(PartConfig, v, f"{where}.parts.{n}") for n, v in merged.items()},
-        training=check_training(training) | check_training(own_training, f"{where}.training"),
+        training=check_training(training, recorded=not run_plugins)
+        | check_training(own_training, f"{where}.training", recorded=not run_plugins),
         test_prompts=test_prompts,
         random_resized_crop=crop,
     )

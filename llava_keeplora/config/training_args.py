@@ -32,6 +32,12 @@ MACHINE_ARGUMENTS = (
 #: and what gives a new task its own.
 PER_TASK = {"num_train_epochs": (1.0, "--epochs"), "learning_rate": (5e-5, "--learning-rate")}
 
+#: Arguments of `TrainingArguments` that this package computes with → their types.
+ARGUMENTS_READ = {
+    **dict.fromkeys((*PER_TASK, "weight_decay"), float),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), int),
+}
+
 #: Arguments of `TrainingArguments` that the driver sets itself, and what to set instead.
 DRIVER_ARGUMENTS = {
     "output_dir": "set the top-level output_dir",
@@ -60,23 +66,33 @@ WITHOUT = {
 }
 
 
+def _argument_types() -> dict[str, Any]:
+    """Return name → type of the arguments of `transformers.TrainingArguments`."""
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+
+
 def _per_task(training: Mapping[str, Any], key: str, tasks: int) -> list[float]:
     """An argument of `PER_TASK` as it is listed, or the one number for so many tasks."""
     value = training.get(key, PER_TASK[key][0])
     return [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * tasks
 
 
-def check_training(tree: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
+def check_training(
+    tree: Mapping[str, Any], where: str = "training", recorded: bool = False
+) -> dict[str, Any]:
     """Check names and types of `training` against `transformers.TrainingArguments`.
 
     Args:
         tree: its keys and values.
         where: the dotted place, for error texts.
+        recorded: whether a run wrote them after such a check; then `transformers`, which takes seconds to
+            import, is not asked again, and only the arguments that this package computes with are checked.
     """
-    from transformers import TrainingArguments
-
-    fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
-    hints = typing.get_type_hints(TrainingArguments)
+    hints = ARGUMENTS_READ if recorded else _argument_types()
+    fields = {**hints, **dict.fromkeys(tree)} if recorded else hints
     out = {}
     for key, value in tree.items():
         if key in DRIVER_ARGUMENTS:
@@ -89,7 +105,7 @@ def check_training(tree: Mapping[str, Any], where: str = "training") -> dict[str
         if isinstance(value, (list, tuple)) and key in PER_TASK:
             out[key] = [_coerce(v, float, f"{where}.{key}") for v in value]
         else:
-            out[key] = _coerce(value, hints[key], f"{where}.{key}")
+            out[key] = _coerce(value, hints[key], f"{where}.{key}") if key in hints else value
         if key in WITHOUT and out[key] not in WITHOUT[key][0]:
             raise ConfigError(
                 f"{where}.{key} is {value!r}, which the driver's training does without", WITHOUT[key][1]

@@ -1,7 +1,8 @@
 """A run's result as other programs take it, and taken up again from there."""
 
+from llava_keeplora.export.exported import FORMS, Exported
 from llava_keeplora.export.import_state import import_state
-from llava_keeplora.export.run_export import FORMS, Exported, export_run
+from llava_keeplora.export.run_export import export_run
 from llava_keeplora.export.verify import Deviation
 
 __all__ = ["FORMS", "Deviation", "Exported", "export_run", "import_state"]

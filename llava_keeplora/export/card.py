@@ -4,109 +4,56 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
 from llava_keeplora.export.adapter import vllm_rank
+from llava_keeplora.export.exported import Exported
 from llava_keeplora.export.loaded_run import Base, LearnedRun
 from llava_keeplora.export.state import FOLDER, placeless, public
 from llava_keeplora.methods import METHODS
-from llava_keeplora.models import Family
+from llava_keeplora.models import Usage
 from llava_keeplora.report import heatmap
 from llava_keeplora.report.tables import SCORE_COLUMNS, markdown_table, score_rows, summary_table
 from llava_keeplora.run_folder import SCORES, Stage, read_record
-from llava_keeplora_eval.chat import question_text, render
 from llava_keeplora_eval.markup import markdown_text
-from llava_keeplora_recipes import Recipe, TaskData
-
-if TYPE_CHECKING:
-    from llava_keeplora.export.run_export import Exported
+from llava_keeplora_recipes import Recipe
 
 PICTURE = "matrix.png"
 LIBRARIES = ("llava-keeplora", "torch", "transformers", "peft")
 
 
-@dataclass(frozen=True)
-class Usage:
-    """How an export is put to use, with an example that the model knows.
+def snippet(usage: Usage, name: str, base: Base | None) -> str:
+    """Return Python that loads an export and answers a question about an image.
 
     Args:
-        kind: `clip` or `llava`.
-        prompt: a question as a LLaVA model is asked it.
-        choices: captions that a CLIP model chooses between.
+        usage: of the model.
+        name: of the export.
+        base: to load an adapter onto; None for a checkpoint of its own.
     """
-
-    kind: str
-    prompt: str = ""
-    choices: Sequence[str] = ()
-
-    @classmethod
-    def of(cls, family: Family, data: TaskData) -> "Usage":
-        """Of a model on a task that it has learned."""
-        if family.kinds == ("classification",):
-            return cls("clip", choices=data.recipe.prompts[:4])
-        return cls(
-            "llava",
-            prompt=render(
-                family.processor, question_text(data.recipe, data.questions[0]), max(1, data.image_counts[0])
-            ),
-        )
-
-    @property
-    def pipeline_tag(self) -> str:
-        """The Hub's name of what the model does."""
-        return "image-text-to-text" if self.kind == "llava" else "zero-shot-image-classification"
-
-    def snippet(self, name: str, base: Base | None) -> str:
-        """Python that loads an export and answers about a picture.
-
-        Args:
-            name: of the export.
-            base: to load an adapter onto; None for a checkpoint of its own.
-        """
-        auto = "AutoModelForImageTextToText" if self.kind == "llava" else "AutoModel"
-        own, pinned = (
-            base.id if base else name,
-            f", revision={json.dumps(base.revision)}" if base and base.revision else "",
-        )
-        lines = [
-            "from PIL import Image",
-            *(["from peft import PeftModel"] if base else []),
-            f"from transformers import {auto}, AutoProcessor",
-            "",
-        ]
-        lines += [f"model = {auto}.from_pretrained({json.dumps(own)}{pinned})"]
-        if base:
-            lines += [f"model = PeftModel.from_pretrained(model, {json.dumps(name)})"]
-        lines += [
-            f"processor = AutoProcessor.from_pretrained({json.dumps(own)}{pinned})",
-            'image = Image.open("picture.png").convert("RGB")',
-        ]
-        if self.kind == "clip":
-            lines += [
-                f"captions = {list(self.choices)!r}",
-                'inputs = processor(images=image, text=captions, padding=True, return_tensors="pt")',
-                "print(captions[model(**inputs).logits_per_image.argmax().item()])",
-            ]
-        else:
-            images = "image" if (count := self.prompt.count("<image>")) < 2 else f"[image] * {count}"
-            lines += [
-                f"prompt = {self.prompt!r}",
-                f'inputs = processor(images={images}, text=prompt, return_tensors="pt").to(model.dtype)',
-                "tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)",
-                'answer = tokens[0, inputs["input_ids"].shape[1] :]',
-                "print(processor.decode(answer, skip_special_tokens=True))",
-            ]
-        return "\n".join(lines)
+    auto = usage.auto_class
+    path = json.dumps(base.id if base else name)
+    revision = f", revision={json.dumps(base.revision)}" if base and base.revision else ""
+    lines = [
+        "from PIL import Image",
+        *(["from peft import PeftModel"] if base else []),
+        f"from transformers import {auto}, AutoProcessor",
+        "",
+        f"model = {auto}.from_pretrained({path}{revision})",
+        *([f"model = PeftModel.from_pretrained(model, {json.dumps(name)})"] if base else []),
+        f"processor = AutoProcessor.from_pretrained({path}{revision})",
+        'image = Image.open("picture.png").convert("RGB")',
+        *usage.example,
+    ]
+    return "\n".join(lines)
 
 
 def write_card(
-    folder: Path, name: str, learned: LearnedRun, base: Base, done: "Exported", usage: Usage
+    folder: Path, name: str, learned: LearnedRun, base: Base, done: Exported, usage: Usage
 ) -> None:
     """Write README.md and the picture of the accuracy matrix.
 
@@ -156,13 +103,13 @@ def write_card(
     (folder / "README.md").write_text("\n\n".join(block.strip() for block in blocks) + "\n", encoding="utf-8")
 
 
-def _metadata(learned: LearnedRun, base: Base, done: "Exported", usage: Usage) -> ModelCardData:
+def _metadata(learned: LearnedRun, base: Base, done: Exported, usage: Usage) -> ModelCardData:
     recipes = learned.recipes[: len(learned.deltas)]
     tags = [
         learned.config["methods"][learned.label]["method"],
         "continual-learning",
         "llava-keeplora",
-        usage.kind,
+        usage.family,
     ]
     return ModelCardData(
         base_model=base.id,
@@ -182,7 +129,7 @@ def _metadata(learned: LearnedRun, base: Base, done: "Exported", usage: Usage) -
     )
 
 
-def _what(done: "Exported") -> str:
+def _what(done: Exported) -> str:
     if done.form == "merged":
         return "This is the whole model, base and updates in one checkpoint."
     if done.form == "state":
@@ -195,10 +142,10 @@ def _what(done: "Exported") -> str:
     )
 
 
-def _loading(name: str, base: Base, done: "Exported", usage: Usage) -> Iterable[str]:
+def _loading(name: str, base: Base, done: Exported, usage: Usage) -> Iterable[str]:
     if done.form != "state":
-        yield f"```python\n{usage.snippet(name, base if done.form == 'adapter' else None)}\n```"
-    if done.form == "adapter" and usage.kind == "llava":
+        yield f"```python\n{snippet(usage, name, base if done.form == 'adapter' else None)}\n```"
+    if done.form == "adapter" and usage.served_by_vllm:
         limit = vllm_rank(done.adapter.rank)
         beyond = "" if done.language_only else " --enable-tower-connector-lora"
         command = (
@@ -264,7 +211,7 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {json.dumps(value)}" for key, value in values.items()) or "none"
 
 
-def _exactness(done: "Exported") -> str:
+def _exactness(done: Exported) -> str:
     lines = [
         f"Loaded again in a fresh process and compared on {_counted(done.examples, 'real example')}: logits "
         "in fp32 are "

@@ -185,19 +185,22 @@ class Base:
         id: on the Hub.
         revision: there; None for the newest.
         local: the folder of this machine that the run took it from, or None where that was the Hub.
+        auto_class: name of the class of transformers that loads it.
     """
 
     id: str
     revision: str | None
     local: Path | None
+    auto_class: str = "AutoModel"
 
 
-def published_base(model: ModelConfig, base_id: str | None) -> Base:
+def published_base(model: ModelConfig, base_id: str | None, auto_class: str = "AutoModel") -> Base:
     """The Hub's name of a run's base.
 
     Args:
         model: of the run.
         base_id: `user/name` or `user/name@revision`, for a base that the run took from a folder.
+        auto_class: name of the class of transformers that loads it.
 
     Raises:
         ConfigError: if the base has a name on this machine alone, or the id is none.
@@ -210,7 +213,7 @@ def published_base(model: ModelConfig, base_id: str | None) -> Base:
                 f"--base-id is '{base_id}', which is no id on the Hub",
                 "write user/name, or user/name@revision",
             )
-        return Base(name, revision or None, folder)
+        return Base(name, revision or None, folder, auto_class)
     if folder is not None:
         raise ConfigError(
             f"the base of this run is '{model.name_or_path}', a folder of this machine, which nobody else "
@@ -218,7 +221,8 @@ def published_base(model: ModelConfig, base_id: str | None) -> Base:
             "give its id on the Hub with --base-id user/name",
         )
     with loading(model.name_or_path):
-        return Base(model.name_or_path, hub_commit(model.name_or_path, model.revision), None)
+        commit = hub_commit(model.name_or_path, model.revision)
+    return Base(model.name_or_path, commit, None, auto_class)
 
 
 def find_local(name_or_path: str) -> Path | None:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import llava_keeplora
 from llava_keeplora.config import EXPORT_EXAMPLES
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.export.adapter import Combined, combine, write_adapter
-from llava_keeplora.export.card import Usage, write_card
-from llava_keeplora.export.loaded_run import filter_parts, load_learned_run, published_base
-from llava_keeplora.export.merged import Rounding, merge, write_merged
+from llava_keeplora.export.adapter import combine, write_adapter
+from llava_keeplora.export.card import write_card
+from llava_keeplora.export.exported import FORMS, Exported
+from llava_keeplora.export.loaded_run import LearnedRun, filter_parts, load_learned_run, published_base
+from llava_keeplora.export.merged import merge, write_merged
 from llava_keeplora.export.state import FOLDER, RECORD, SUFFIXES, write_state
 from llava_keeplora.export.verify import Deviation, probe, verify_export
 from llava_keeplora.files import whole_folder, write_json
@@ -25,70 +27,7 @@ from llava_keeplora.models import DTYPES, open_model
 from llava_keeplora.run_folder import BASE
 from llava_keeplora.saved_run import recorded_base
 from llava_keeplora_eval.files import file_hash
-from llava_keeplora_recipes import load_split
-
-FORMS = ("adapter", "merged", "state")
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written, and how it compares.
-
-    Args:
-        folder: where it is.
-        form: one of `FORMS`.
-        tasks: how many it has learned.
-        adapter: as it was written, of that form.
-        compressed: whether that is an approximation.
-        with_state: whether what `import` needs was written beside it.
-        left_out: parts that the method changed and the export doesn't hold.
-        language_only: whether the language model is all that it changes.
-        examples: that logits were compared on.
-        reloaded: what a fresh process loaded against what was meant, both in fp32.
-        own: the export in fp32 against the run's own model.
-        bfloat16: the export in bfloat16 against the run's own model.
-        rounding: what a merged checkpoint's dtype loses of the updates; None for another form.
-    """
-
-    folder: Path
-    form: str
-    tasks: int
-    adapter: Combined | None
-    compressed: bool
-    with_state: bool
-    left_out: Sequence[str]
-    language_only: bool
-    examples: int
-    reloaded: Deviation
-    own: Deviation
-    bfloat16: Deviation
-    rounding: Rounding | None = None
-
-    def describe(self) -> str:
-        """What a person reads at the end."""
-        what = {"merged": "base and updates merged", "state": "what the run needs to go on"}
-        if self.adapter:
-            what["adapter"] = f"a LoRA of rank {self.adapter.rank} on {len(self.adapter.layers)} layers"
-        lines = [f"{self.folder}: {what[self.form]}, after {self.tasks} task{'' if self.tasks == 1 else 's'}"]
-        if self.compressed:
-            lines.append(
-                f"compressed: {self.adapter.error:.2%} of the updates' norm is lost, "
-                f"{self.adapter.worst:.2%} in the worst layer"
-            )
-        if self.rounding:
-            lines.append(self.rounding.describe())
-        if self.left_out:
-            lines.append(f"left out, though the run trained it: {', '.join(self.left_out)}")
-        lines.append(
-            f"loaded again in a fresh process: logits of {self.examples} examples in fp32 are "
-            f"{self.reloaded.largest:.2g} off at most"
-        )
-        for form, deviation in (("fp32", self.own), ("bfloat16", self.bfloat16)):
-            lines.append(
-                f"against the run's own model, in {form}: largest deviation {deviation.largest:.2g}, "
-                f"{deviation.relative:.2%} of the logits' norm, the same best choice in {deviation.same:.1%}"
-            )
-        return "\n".join(lines) + "\n"
+from llava_keeplora_recipes import TaskData, load_split
 
 
 def export_run(
@@ -133,21 +72,14 @@ def export_run(
     into = Path(into) if into is not None else Path(run) / "export" / form
     learned = load_learned_run(run, label, at_task)
     _check_options(form, into, parts, rank, dtype, examples)
-    if form != "state" and not METHODS[learned.config["methods"][learned.label]["method"]].info.mergeable:
-        raise ConfigError(
-            f"what '{learned.label}' learned does not merge into the base's weights", "export --as state"
-        )
-    base = published_base(learned.model, base_id)
-    chosen = filter_parts(learned, parts, open_model(learned.model).parts)
-    combined, rounding = combine(chosen, rank) if form == "adapter" else None, None
-
-    # What can go wrong for want of data, before any weight is loaded.
-    recipe = learned.recipes[len(learned.deltas) - 1]
-    data = load_split(
-        recipe, "test", data_root or learned.config["data"]["root"], learned.config["data"]["on_bad_image"]
-    )
-    data = data.take(range(min(examples, len(data))))
-    _, own = probe(learned.load(), data)
+    _check_mergeable(learned, form)
+    model = open_model(learned.model)
+    base = published_base(learned.model, base_id, model.auto_class)
+    deltas = filter_parts(learned, parts, model.parts)
+    combined = combine(deltas, rank) if form == "adapter" else None
+    # Missing data are noticed before any weight is loaded.
+    data = _load_examples(learned, examples, data_root)
+    _, run_logits = probe(learned.load(), data)
     gc.collect()
 
     with whole_folder(into) as tmp_dir:
@@ -156,55 +88,79 @@ def export_run(
             write_merged(tmp_dir, family)
             family.model.float()
         else:
-            family = learned.load("float32", [combined.layers] if combined and rank else chosen)
+            family, rounding = (
+                learned.load("float32", [combined.layers] if combined and rank else deltas),
+                None,
+            )
         if combined:
             write_adapter(tmp_dir, combined, family.model, family.parts, base)
         if form == "state":
             write_state(learned, base, tmp_dir)
-        batch, meant = probe(family, data)
-        usage = Usage.of(family, data)
+        batch, expected = probe(family, data)
+        usage = family.usage(data)
         del family
         gc.collect()
-        exact, rounded = verify_export(
-            tmp_dir, form, base, batch, meant, len(combined.layers) if combined else None
-        )
+        layers = len(combined.layers) if combined else None
+        float32, bfloat16 = verify_export(tmp_dir, form, base, batch, expected, layers)
         if combined and with_state:
             write_state(learned, base, tmp_dir / FOLDER)
-        changed = list(learned.config["methods"][learned.label]["parts"])
-        kept = list(parts or changed)
-        done = Exported(
+        trained_parts = list(learned.config["methods"][learned.label]["parts"])
+        exported_parts = list(parts or trained_parts)
+        exported = Exported(
             folder=into,
             form=form,
             tasks=len(learned.deltas),
             adapter=combined,
             compressed=rank is not None,
             with_state=combined is not None and with_state,
-            left_out=[part for part in changed if part not in kept],
-            language_only=kept == ["language"],
+            left_out=[part for part in trained_parts if part not in exported_parts],
+            language_only=exported_parts == ["language"],
             examples=len(data),
-            reloaded=Deviation.between(exact, meant),
-            own=Deviation.between(exact, own),
-            bfloat16=Deviation.between(rounded, own),
+            reloaded=Deviation.between(float32, expected),
+            own=Deviation.between(float32, run_logits),
+            bfloat16=Deviation.between(bfloat16, run_logits),
             rounding=rounding,
         )
-        # A state has a list of its own.
-        written = {
-            path.name: file_hash(path)
-            for path in sorted(tmp_dir.glob("*"))
-            if path.suffix in SUFFIXES and form != "state"
-        }
-        record = {
-            "form": form,
-            "label": learned.label,
-            "tasks": done.tasks,
-            "version": llava_keeplora.__version__,
-            "files": written,
-        }
-        # By content, so that `predict` with the adapter can refuse another base.
-        record |= {BASE: known} if (known := recorded_base(learned.run)) else {}
-        write_json(tmp_dir / RECORD, record | ({"rounding": asdict(rounding)} if rounding else {}))
-        write_card(tmp_dir, name or into.name, learned, base, done, usage)
-    return done
+        write_json(tmp_dir / RECORD, _record(learned, exported, tmp_dir))
+        write_card(tmp_dir, name or into.name, learned, base, exported, usage)
+    return exported
+
+
+def _check_mergeable(learned: LearnedRun, form: str) -> None:
+    method = METHODS[learned.config["methods"][learned.label]["method"]]
+    if form != "state" and not method.info.mergeable:
+        raise ConfigError(
+            f"what '{learned.label}' learned does not merge into the base's weights", "export --as state"
+        )
+
+
+def _load_examples(learned: LearnedRun, examples: int, data_root: str | None) -> TaskData:
+    """Load the first examples of the last task's test split."""
+    recipe, settings = learned.recipes[len(learned.deltas) - 1], learned.config["data"]
+    data = load_split(recipe, "test", data_root or settings["root"], settings["on_bad_image"])
+    return data.take(range(min(examples, len(data))))
+
+
+def _record(learned: LearnedRun, exported: Exported, folder: Path) -> dict[str, Any]:
+    """Return what `export.json` says of the files in a folder."""
+    files = {
+        path.name: file_hash(path)
+        for path in sorted(folder.glob("*"))
+        if path.suffix in SUFFIXES and exported.form != "state"  # A state has a list of its own.
+    }
+    record: dict[str, Any] = {
+        "form": exported.form,
+        "label": learned.label,
+        "tasks": exported.tasks,
+        "version": llava_keeplora.__version__,
+        "files": files,
+    }
+    # By content, so that `predict` with the adapter can refuse another base.
+    if content := recorded_base(learned.run):
+        record[BASE] = content
+    if exported.rounding:
+        record["rounding"] = asdict(exported.rounding)
+    return record
 
 
 def _check_options(

@@ -93,6 +93,7 @@ def verify_export(
     with _where_base_is_named(base) as tmp_dir:
         write_tensors(tmp_dir / "batch.safetensors", batch)
         job = {"folder": str(folder.resolve()), "form": form, "base": base.id, "revision": base.revision}
+        job["auto_class"] = base.auto_class
         write_json(tmp_dir / "job.json", job)
         reason = verify_in_fresh_process(tmp_dir)
         if reason:

@@ -1,4 +1,4 @@
-"""The fresh process that loads an export again; `check.py` starts it.
+"""The fresh process that loads an export again; `verify.py` starts it.
 
 It goes by the ordinary loaders of transformers and PEFT and the models' own forward passes; only a state is
 read by this package, because nothing else reads it.
@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
+from llava_keeplora.config import ModelConfig
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.files import write_json, write_tensors
-from llava_keeplora_eval.models import load_clip_processor, load_llava_processor, model_family
+from llava_keeplora.models import open_model
 
 
 def main() -> None:
@@ -43,15 +44,13 @@ def main() -> None:
 
 def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     """Way of loading → model in fp32; `float32` is the one by which it is measured."""
-    folder = job["folder"]
+    folder, auto = job["folder"], getattr(transformers, job["auto_class"])
     if job["form"] == "state":
         yield "float32", load_learned_run(folder).load("float32").model
     elif job["form"] == "merged":
-        load_processor = load_clip_processor if model_family(folder) == "clip" else load_llava_processor
-        load_processor(folder)
-        yield "float32", _auto(folder).from_pretrained(folder, dtype=torch.float32).eval()
+        _ = open_model(ModelConfig(folder)).processor  # Read when asked for.
+        yield "float32", auto.from_pretrained(folder, dtype=torch.float32).eval()
     else:
-        auto = _auto(job["base"], job["revision"])
         # Without a name for the base, it goes before the next model comes.
         yield (
             "float32",
@@ -60,14 +59,6 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
             ).eval(),
         )
         yield "by the folder alone", auto.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def _auto(path: str, revision: str | None = None) -> type[AutoModel | AutoModelForImageTextToText]:
-    return (
-        AutoModel
-        if AutoConfig.from_pretrained(path, revision=revision).model_type == "clip"
-        else AutoModelForImageTextToText
-    )
 
 
 def _adapted_layers(model: nn.Module) -> int:

@@ -146,6 +146,31 @@ class Holding:
     integer: bool = False
 
 
+@dataclass(frozen=True)
+class SubspacePlan:
+    """What a method that protects a subspace of every layer computes from weights, gradients and features.
+
+    From it, and without data, `llava-keeplora plan` estimates the memory of these stages.
+
+    Args:
+        protects_weights: whether the subspaces hold principal directions of the weights.
+        protects_features: whether they hold directions that finished tasks used.
+        sketched: whether the first gradient pass sums sketches instead of whole gradients.
+        may_sketch: whether it sums whole gradients though the option `gradient: sketch` is there for it.
+        features_from_gradient: whether a task's directions are taken from a gradient pass.
+        every_position: whether the feature pass takes the prompts at every position of the text encoder.
+        statistics: (groups of layers, bases, bytes, seed) → layer name → statistic of its features.
+    """
+
+    protects_weights: bool
+    protects_features: bool
+    sketched: bool
+    may_sketch: bool
+    features_from_gradient: bool
+    every_position: bool
+    statistics: Callable[[list[list[Layer]], Mapping[str, Tensor], int, int], Mapping[str, Any]]
+
+
 class Method:
     """A continual-learning method: what happens before, during and after a task.
 
@@ -195,6 +220,10 @@ class Method:
         0 where there are none.
         """
         return 0
+
+    def subspace_plan(self) -> SubspacePlan | None:
+        """Return what the method computes for protected subspaces that `llava-keeplora plan` can estimate."""
+        return None
 
     def reference_data_spec(self) -> tuple[str, str | None] | None:
         """Return a recipe of pictures, and a file of texts or None for the recipe's own.

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from llava_keeplora.adapters import AdapterInit, Delta, dense_weight
 from llava_keeplora.errors import MethodError, nearest
-from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, TaskContext
+from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
 from llava_keeplora.methods.presets import RULES, least_statistics
 from llava_keeplora.run_folder import Stage
@@ -171,6 +171,18 @@ class KeepLora(Method):
         """Of the paper's rules, which can sketch features: bytes that are sure to hold them in some form."""
         sketches = self.options.protect_features and self.options.preset == "paper"
         return least_statistics(list(layers.values())) if sketches else 0
+
+    def subspace_plan(self) -> SubspacePlan:
+        """Return what the plan of a run's memory needs to know; see `SubspacePlan`."""
+        return SubspacePlan(
+            protects_weights=self.options.protect_weights,
+            protects_features=self.options.protect_features,
+            sketched=self.sketched,
+            may_sketch=self.options.gradient == "dense" and self.rules.gradient == "sketch",
+            features_from_gradient=self.rules.evidence == "gradient",
+            every_position=self.every_position,
+            statistics=self.rules.statistics,
+        )
 
     def after_task(self, ctx: TaskContext) -> None:
         """Grow M': by W_p on the base (`ctx.index` 0), by the task's feature directions after a task."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_keeplora.config import EvaluationConfig, ModelConfig
+from llava_keeplora.models.usage import Usage
 from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
@@ -68,6 +69,7 @@ class Family(Protocol):
         model: the model, after `load`; after `skeleton` one without weights.
         quantization: the form of the frozen base's linear layers, or None.
         skip_quantization: dotted prefixes of what stays unquantised all the same.
+        auto_class: name of the class of transformers that loads the model.
         eval_cost: of answering one example, in forward passes over it, for the estimate of time.
     """
 
@@ -80,6 +82,7 @@ class Family(Protocol):
     model: nn.Module
     quantization: str | None
     skip_quantization: tuple[str, ...]
+    auto_class: str
     eval_cost: float
 
     @classmethod
@@ -112,3 +115,6 @@ class Family(Protocol):
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> Predictor:
         """Return what answers a task's examples."""
+
+    def usage(self, data: TaskData) -> Usage:
+        """Return how plain transformers load and ask the model, with an example from a split."""

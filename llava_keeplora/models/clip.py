@@ -21,6 +21,7 @@ from llava_keeplora.models.linear_layers import find_linear_layers
 from llava_keeplora.models.meta_model import build_meta_model
 from llava_keeplora.models.quantization import keep_form, leave_checkpoint, quantization_kwargs
 from llava_keeplora.models.task_model import TaskModel
+from llava_keeplora.models.usage import Usage, classification_usage
 from llava_keeplora_eval.checkpoints import load_checked
 from llava_keeplora_eval.models import load_clip_processor
 from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, text_features
@@ -40,6 +41,7 @@ class ClipFamily:
     kinds = ("classification",)
     parts = {"vision": "vision_model.encoder.layers", "text": "text_model.encoder.layers"}
     targets = dict.fromkeys(parts, ("q_proj", "k_proj", "v_proj", "out_proj"))
+    auto_class = "AutoModel"
     eval_cost = 1.0
 
     skip_quantization = ("visual_projection", "text_projection")
@@ -158,6 +160,10 @@ class ClipFamily:
         return ClipPredictor(
             self.model, self.processor, recipe, pixels=lambda examples: _stacked(images.of(examples))
         )
+
+    def usage(self, data: TaskData) -> Usage:
+        """Return how plain transformers load and ask the model, with a few of a task's captions."""
+        return classification_usage(self.name, self.auto_class, data.recipe.prompts[:4])
 
 
 class ClipInputs:

@@ -23,6 +23,8 @@ from llava_keeplora.models.linear_layers import find_linear_layers
 from llava_keeplora.models.meta_model import build_meta_model
 from llava_keeplora.models.quantization import keep_form, leave_checkpoint, quantization_kwargs
 from llava_keeplora.models.task_model import TaskModel
+from llava_keeplora.models.usage import Usage, generation_usage
+from llava_keeplora_eval.chat import question_text, render
 from llava_keeplora_eval.checkpoints import load_checked
 from llava_keeplora_eval.llava import LlavaPredictor, image_inputs, joined
 from llava_keeplora_eval.models import load_llava_processor
@@ -59,6 +61,7 @@ class LlavaFamily:
         "projector": ("linear_1", "linear_2"),
         "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     }
+    auto_class = "AutoModelForImageTextToText"
     eval_cost = 3.0
 
     # LLaVA's own recipes leave the projector unquantised too.
@@ -203,6 +206,12 @@ class LlavaFamily:
             limit=self.max_length,
             generation=self.generation,
         )
+
+    def usage(self, data: TaskData) -> Usage:
+        """Return how plain transformers load and ask the model, with a task's first question."""
+        question = question_text(data.recipe, data.questions[0])
+        prompt = render(self.processor, question, max(1, data.image_counts[0]))
+        return generation_usage(self.name, self.auto_class, prompt)
 
 
 def _feature_layers(config) -> list[int]:

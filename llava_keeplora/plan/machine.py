@@ -16,7 +16,6 @@ from llava_keeplora.config import MethodConfig, RunConfig, deepspeed_config
 from llava_keeplora.deepspeed_zero import loaded_whole
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Changed, Method, check_method
-from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.subspace import GradientSketch, sketch_width
 
@@ -137,6 +136,22 @@ def check_start(
     least = _least(config, family, changed, gpu)
     if sum(least.values()) <= memory:
         return changed
+    raise ConfigError(
+        f"the run needs at least {sum(least.values()) / GB:.1f} GB "
+        f"({', '.join(f'{what} {size / GB:.1f}' for what, size in least.items())}), but {where}",
+        f"{_cure(config, gpu, memory, sharing)}; `llava-keeplora plan` says stage by stage what fits",
+    )
+
+
+def _cure(config: RunConfig, gpu: bool, memory: int, sharing: int) -> str:
+    """Return the first of a few settings with which the run fits into a device's memory (bytes), as advice.
+
+    Args:
+        config: the run.
+        gpu: whether it runs on a GPU.
+        memory: bytes for one process.
+        sharing: number of processes that share the device.
+    """
     models = {
         "model.dtype=bfloat16": {"dtype": "bfloat16"},
         "model.quantization=nf4": {"quantization": "nf4"},
@@ -151,14 +166,9 @@ def check_start(
         for name, values in models.items()
     }
     fewer = "fewer processes, " if sharing > 1 else ""
-    fits = next(
+    return next(
         (f"set {name}" for name, other in smaller.items() if _fits(other, gpu, memory)),
         f"take {fewer}a smaller model or more memory",
-    )
-    raise ConfigError(
-        f"the run needs at least {sum(least.values()) / GB:.1f} GB "
-        f"({', '.join(f'{what} {size / GB:.1f}' for what, size in least.items())}), but {where}",
-        f"{fits}; `llava-keeplora plan` says stage by stage what fits",
     )
 
 
@@ -222,16 +232,10 @@ def kept_bytes(changed: Iterable[Changed]) -> int:
     )
 
 
-def _keeplora(config: RunConfig, label: str) -> KeepLora | None:
-    """A method, if it is a form of KeepLoRA."""
-    method = make_method(config.methods[label])
-    return method if isinstance(method, KeepLora) else None
-
-
 def takes_whole_gradient(config: RunConfig, label: str) -> bool:
     """Whether a method holds whole gradients where it needn't."""
-    method = _keeplora(config, label)
-    return method is not None and method.options.gradient == "dense" and method.rules.gradient == "sketch"
+    subspaces = make_method(config.methods[label]).subspace_plan()
+    return subspaces is not None and subspaces.may_sketch
 
 
 def sketching(config: RunConfig, label: str) -> RunConfig:
@@ -246,12 +250,12 @@ def gradient_bytes(config: RunConfig, label: str, changed: Changed) -> int:
 
     Of the sketch where it is worth it, else of the gradient.
     """
-    method, total = _keeplora(config, label), 0
-    if method is None:
+    subspaces, total = make_method(config.methods[label]).subspace_plan(), 0
+    if subspaces is None:
         return 0
     for layer in changed.adapted.values():
         out_dim, in_dim = layer.module.out_features, layer.module.in_features
         width = sketch_width(layer.rank)
-        sketched = method.sketched and GradientSketch.is_worth_it(out_dim, in_dim, width)
+        sketched = subspaces.sketched and GradientSketch.is_worth_it(out_dim, in_dim, width)
         total += F32 * (GradientSketch.numbers(out_dim, in_dim, width) if sketched else out_dim * in_dim)
     return total

@@ -23,14 +23,13 @@ from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
 from llava_keeplora.capture import autocast, autocast_dtype, feature_pass, gradient_pass
 from llava_keeplora.config import EXPORT_EXAMPLES, MethodConfig, RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Layer, TaskContext, find_layers
+from llava_keeplora.methods import Layer, TaskContext, find_layers
 from llava_keeplora.methods.gradient_init import gradient_statistic
-from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.methods.presets import least_statistics
 from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask, recomputes
 from llava_keeplora.plan import linear_algebra
 from llava_keeplora.plan.allocation_tracker import faked, metered
-from llava_keeplora.plan.machine import model_bytes
+from llava_keeplora.plan.machine import make_method, model_bytes
 from llava_keeplora.plan.sharding import Sharding
 from llava_keeplora.plan.workload import Work, repeated
 from llava_keeplora.start.check import enough_gb
@@ -88,11 +87,10 @@ class MemoryEstimate:
             cpu,
             kept,
         )
-        cls = METHODS[method.method]
-        self.method, self.training = cls(cls.Options(**method.options)), method.training
+        self.method, self.training = make_method(method), method.training
         self.changed = find_layers(method.parts, family)
         self.layers = self.changed.adapted
-        self.protects = isinstance(self.method, KeepLora)
+        self.subspaces = self.method.subspace_plan()
         self.dtype = DTYPES[config.model.dtype]
         self.largest = max(
             self.work, key=lambda w: w.tokens * (len(w.prompts["input_ids"]) if w.prompts else 1)
@@ -103,7 +101,7 @@ class MemoryEstimate:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that the method goes through."""
-        return tuple(s for s in STAGES if self.protects or s not in ("basis", "gradient", "features"))
+        return tuple(s for s in STAGES if self.subspaces or s not in ("basis", "gradient", "features"))
 
     def peak(self, stage: str) -> Peak:
         """The peak of a stage, worked out when it is first asked for."""
@@ -117,13 +115,16 @@ class MemoryEstimate:
         out_dim, in_dim = layer.module.out_features, layer.module.in_features
         weight = (
             linear_algebra.random_rank(out_dim, in_dim, layer.energy_weight)
-            if self.method.options.protect_weights
+            if self.subspaces.protects_weights
             else 0
         )
-        features = (
-            round(linear_algebra.GROWTH * in_dim) * tasks if self.method.options.protect_features else 0
-        )
+        features = round(linear_algebra.GROWTH * in_dim) * tasks if self.subspaces.protects_features else 0
         return min(weight + features, in_dim - 1)
+
+    @property
+    def protects_weights(self) -> bool:
+        """Whether the method protects principal directions of the weights."""
+        return self.subspaces is not None and self.subspaces.protects_weights
 
     @cached_property
     def model_bytes(self) -> int:
@@ -146,7 +147,7 @@ class MemoryEstimate:
         """Bytes of the protected subspaces after so many tasks, kept on the host."""
         return (
             sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.layers.values())
-            if self.protects
+            if self.subspaces
             else 0
         )
 
@@ -243,7 +244,7 @@ class MemoryEstimate:
 
     @cached_property
     def _gradient(self) -> Peak:
-        return self._gradient_peak(self.method.sketched)
+        return self._gradient_peak(self.subspaces.sketched)
 
     def _gradient_peak(self, sketched: bool) -> Peak:
         layers, tasks = self.layers, max(0, len(self.work) - 1)
@@ -284,9 +285,9 @@ class MemoryEstimate:
 
     @cached_property
     def _features(self) -> Peak:
-        if not self.method.options.protect_features:
+        if not self.subspaces.protects_features:
             return self._sum(0, tasks=0)
-        if self.method.rules.evidence == "gradient":
+        if self.subspaces.features_from_gradient:
             return self._gradient_peak(sketched=False)
         layers, tasks = self.layers, len(self.work) - 1
         with self._fake_model() as meter:
@@ -302,7 +303,7 @@ class MemoryEstimate:
                 budget = int(self.config.memory.statistics_gb * 1e9)
                 try:
                     made.update(
-                        self.method.rules.statistics(
+                        self.subspaces.statistics(
                             [[layers[n] for n in names] for names in groups], bases, budget, 0
                         )
                     )
@@ -318,7 +319,7 @@ class MemoryEstimate:
 
             meter.peak = meter.live
             with autocast(self.training, "cpu"):
-                task = self._task().at_every_position() if self.method.every_position else self._task()
+                task = self._task().at_every_position() if self.subspaces.every_position else self._task()
                 feature_pass(
                     task,
                     self._modules(),
@@ -413,7 +414,7 @@ class MemoryEstimate:
     @cached_property
     def _evaluate(self) -> Peak:
         work, size = self.largest, min(self.config.evaluation.batch_size, max(w.test for w in self.work))
-        tasks = len(self.work) if self.protects else 0
+        tasks = len(self.work) if self.subspaces else 0
         with self._fake_model() as meter, torch.no_grad():
             (_answer_clip if work.prompts else _answer_llava)(self.family, work, size)
             beside = meter.peak - self.model_bytes
@@ -461,7 +462,7 @@ class MemoryEstimate:
     def _adapters(self) -> Iterator[None]:
         """The skeleton with adapters, as training has them."""
         model, layers = self.family.model, self.layers
-        if self.protects:
+        if self.subspaces:
             inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
         else:
             inits = self.method.init_adapters(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llava_keeplora.config import RunConfig, deepspeed_config
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Method
-from llava_keeplora.methods.keeplora import KeepLora
+from llava_keeplora.methods import Layer, Method
 from llava_keeplora.models import open_model
 from llava_keeplora.plan.machine import (
     Machine,
     changed_layers,
     find_machine,
     kept_bytes,
+    make_method,
     sketching,
     takes_whole_gradient,
 )
@@ -75,6 +75,8 @@ class MethodPlan:
         disk_task: bytes that a task leaves in the run folder.
         disk_base: bytes before the first task.
         steps: optimiser steps of every task.
+        unsure: a sentence on a rank of which the base stage alone can say whether it fits; empty where it is
+            sure to fit.
     """
 
     label: str
@@ -84,6 +86,7 @@ class MethodPlan:
     disk_task: int
     disk_base: int
     steps: tuple[int, ...]
+    unsure: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
         RecipeError: for a recipe or data that are wrong.
     """
     left_out = {
-        label: why for label, method in config.methods.items() if (why := _unplanned(METHODS[method.method]))
+        label: why for label, method in config.methods.items() if (why := _unplanned(make_method(method)))
     }
     if not config.methods:
         raise ConfigError(
@@ -160,11 +163,11 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
     )
 
 
-def _unplanned(method: type[Method]) -> str | None:
-    """Why a plan knows nothing of a method."""
+def _unplanned(method: Method) -> str | None:
+    """Return why a plan cannot estimate a method; None where it can."""
     if not method.uses_lora:
         return "does not train LoRA adapters, and a plan knows nothing else"
-    if Stage.PREPARED in method.stage_cost and not issubclass(method, KeepLora):
+    if Stage.PREPARED in method.stage_cost and method.subspace_plan() is None:
         return "prepares its adapters from data, which a plan has none of"
     return None
 
@@ -175,7 +178,7 @@ def _method_plan(
     config, work = rehearsal.config, rehearsal.work
     adapters = (
         sum(F32 * layer.rank * layer.module.in_features for layer in rehearsal.layers.values())
-        if rehearsal.protects
+        if rehearsal.subspaces
         else 0
     )
     grown = (rehearsal.bases(len(work)) - rehearsal.bases(0)) // len(work)
@@ -191,7 +194,27 @@ def _method_plan(
             optimiser_steps(training, w.train, world)
             for w, training in zip(work, config.trainings(label), strict=True)
         ),
+        _unsure_rank(rehearsal.layers.values()) if rehearsal.protects_weights else "",
     )
+
+
+def _unsure_rank(layers: Iterable[Layer]) -> str:
+    """Return a sentence on the first layer whose rank may exceed the directions that its weight leaves free.
+
+    The k largest of n singular values have at least the share k/n of a weight's energy, so at most ⌈ε_w n⌉
+    directions are protected, and a rank up to in − ⌈ε_w n⌉ fits whatever the weight. Where ε_w is `auto`, it
+    is chosen so that the rank fits.
+    """
+    for layer in layers:
+        out_dim, in_dim = layer.module.out_features, layer.module.in_features
+        sure = in_dim - math.ceil(layer.energy_weight * min(out_dim, in_dim))
+        if layer.rank > sure and "energy_weight" not in layer.auto:
+            return (
+                f"whether rank {layer.rank} fits layer {layer.name} is known only after the base stage, "
+                f"which finds how many of its {in_dim} input directions energy_weight {layer.energy_weight:g} "
+                f"protects; a rank up to {max(0, sure)} is sure to fit"
+            )
+    return ""
 
 
 class _Scenarios:
@@ -225,9 +248,7 @@ class _Scenarios:
         sharding = read_sharding(deepspeed_config(config), max(1, gpus), text.hidden_size)
         kept = 0 if sharding.partitions else kept_bytes(changed.values())
         planned = {
-            label: method
-            for label, method in config.methods.items()
-            if not _unplanned(METHODS[method.method])
+            label: method for label, method in config.methods.items() if not _unplanned(make_method(method))
         }
         return {
             label: MemoryEstimate(config, method, family, self.work, sharding, gpus == 0, kept)

@@ -39,7 +39,10 @@ def describe(plan: Plan) -> str:
                     verdict,
                 ]
             )
-    lines += [*_aligned(rows), *(f"not planned: '{label}' {why}" for label, why in plan.left_out.items()), ""]
+    lines += _aligned(rows)
+    lines += [f"not planned: '{label}' {why}" for label, why in plan.left_out.items()]
+    lines += [f"note: '{method.label}': {method.unsure}" for method in plan.methods if method.unsure]
+    lines.append("")
     rows = [
         ["method", "trained", "stored per task", "MB on disk per task", "MB before the first task", "steps"]
     ]

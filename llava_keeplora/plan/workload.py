@@ -14,8 +14,9 @@ from torch import Tensor
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Changed
+from llava_keeplora.methods import Changed
 from llava_keeplora.models import ClipFamily, Family, LlavaFamily, Prepared
+from llava_keeplora.plan.machine import make_method
 from llava_keeplora.start import Task, check_run, load_task
 from llava_keeplora.start.reference_data import read_reference
 from llava_keeplora_eval.metrics import check_metric
@@ -108,9 +109,7 @@ def read_work(config: RunConfig, family: Family, changed: Mapping[str, Changed],
         check_metric(recipe.metric)
     work = [_read(recipe, tasks.get(recipe.name), config, family) for recipe in recipes]
     for label, method in config.methods.items():
-        wanted = METHODS[method.method](
-            METHODS[method.method].Options(**method.options)
-        ).reference_data_spec()
+        wanted = make_method(method).reference_data_spec()
         if wanted and not _is_absent(wanted[0], root):
             read_reference(label, *wanted, config.data, family, lambda data: Prepared(family, data))
     check_run(config, family, changed, list(tasks.values()), recipes, [one.train for one in work], world)

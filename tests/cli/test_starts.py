@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +40,8 @@ for program, *words in commands:
         code = stop.code
     print(json.dumps([code, [name for name in heavy if name in sys.modules]]), file=sys.stderr)
 """
+#: A small run of the release before, with its base model and tasks.
+ARCHIVE = Path(__file__).parents[1] / "golden/release-0.1.0.tar.gz"
 TRAIN, EVAL = "llava_keeplora.cli", "llava_keeplora_eval.cli"
 
 
@@ -50,6 +54,8 @@ def imported(tmp_path_factory):
     (folder / "answers.jsonl").write_text(
         "".join(json.dumps({"question_id": name, "text": "circle"}) + "\n" for name in data.ids)
     )
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder / "old", filter="data")
     commands = {
         "--help": [TRAIN, "--help"],
         "train --help": [TRAIN, "train", "--help"],
@@ -58,10 +64,14 @@ def imported(tmp_path_factory):
         "data check": [EVAL, "data", "check", "shapes", "--split", "test"],
         "score": [EVAL, "score", "--task", "shapes", "--predictions", str(folder / "answers.jsonl")],
         "list": [TRAIN, "list"],
+        "doctor": [TRAIN, "doctor", "run-clip"],
         "train": ["llava_keeplora.sequence"],
+        "plan": [TRAIN, "plan", "--config", "demo", "sequence=null", "tasks=[shapes]"],
     }
     words = [json.dumps(HEAVY), json.dumps(list(commands.values()))]
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, cwd=folder / "old"
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
     assert [code for code, _ in rows] == [0] * len(commands), done.stderr
@@ -77,6 +87,14 @@ def test_help_a_matrix_and_rendered_data_need_no_heavy_library(imported, command
 
 def test_the_list_of_methods_needs_torch_and_nothing_more(imported):
     assert imported["list"] == {"torch"}
+
+
+def test_a_recorded_run_is_examined_without_the_library_that_trains(imported):
+    assert imported["doctor"] == {"torch"}
+
+
+def test_a_plan_neither_draws_nor_scores(imported):
+    assert not imported["plan"] & {"matplotlib", "evaluate", "deepspeed"}
 
 
 def test_a_run_draws_and_scores_without_waiting_at_its_start(imported):

@@ -8,6 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from llava_keeplora.export import card
+from llava_keeplora.models.usage import classification_usage
 from llava_keeplora.report.html import html_rows
 from llava_keeplora.report.latex_csv import latex_table
 from llava_keeplora.report.tables import markdown_table
@@ -70,8 +71,7 @@ def test_a_cards_row_of_a_hostile_recipe_is_text_and_its_code_has_quoted_names()
     recipe = dataclasses.replace(load_recipe("digits"), licence=HOSTILE[0], homepage=HOSTILE[1])
     table = markdown_table(["task", "version", "kind", "metric", "licence", "source"], [card._task(recipe)])
     assert "<script" not in MarkdownIt("commonmark", {"html": True}).enable("table").render(table)
-    code = card.Usage("clip", choices=['a"b', "```"]).snippet(
-        'x"); import os #', SimpleNamespace(id='b"c', revision=None)
-    )
+    usage = classification_usage("clip", "AutoModel", ['a"b', "```"])
+    code = card.snippet(usage, 'x"); import os #', SimpleNamespace(id='b"c', revision=None))
     compile(code, "card", "exec")
     assert "```" not in [line.strip() for line in code.splitlines()] and '"x\\"); import os #"' in code

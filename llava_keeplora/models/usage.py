@@ -1,0 +1,48 @@
+"""How a model is loaded and asked by plain transformers, for the model card of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Usage of a model outside of this package, with an example from a task.
+
+    Args:
+        family: the family's name, a tag of the card.
+        auto_class: the class of transformers that loads the model.
+        pipeline_tag: the Hub's name of what the model does.
+        served_by_vllm: whether vLLM serves LoRA adapters of the model.
+        example: lines of Python that make an answer of `model`, `processor` and `image` and print it.
+    """
+
+    family: str
+    auto_class: str
+    pipeline_tag: str
+    served_by_vllm: bool
+    example: Sequence[str]
+
+
+def classification_usage(family: str, auto_class: str, captions: Sequence[str]) -> Usage:
+    """Return the usage of a model that chooses between captions."""
+    example = (
+        f"captions = {list(captions)!r}",
+        'inputs = processor(images=image, text=captions, padding=True, return_tensors="pt")',
+        "print(captions[model(**inputs).logits_per_image.argmax().item()])",
+    )
+    return Usage(family, auto_class, "zero-shot-image-classification", False, example)
+
+
+def generation_usage(family: str, auto_class: str, prompt: str) -> Usage:
+    """Return the usage of a model that writes an answer to a prompt with `<image>` placeholders."""
+    images = "image" if (count := prompt.count("<image>")) < 2 else f"[image] * {count}"
+    example = (
+        f"prompt = {prompt!r}",
+        f'inputs = processor(images={images}, text=prompt, return_tensors="pt").to(model.dtype)',
+        "tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)",
+        'answer = tokens[0, inputs["input_ids"].shape[1] :]',
+        "print(processor.decode(answer, skip_special_tokens=True))",
+    )
+    return Usage(family, auto_class, "image-text-to-text", True, example)
