@@ -211,8 +211,8 @@ def _unsure_rank(layers: Iterable[Layer]) -> str:
         if layer.rank > sure and "energy_weight" not in layer.auto:
             return (
                 f"whether rank {layer.rank} fits layer {layer.name} is known only after the base stage, "
-                f"which finds how many of its {in_dim} input directions energy_weight {layer.energy_weight:g} "
-                f"protects; a rank up to {max(0, sure)} is sure to fit"
+                f"which finds how many of its {in_dim} input directions energy_weight "
+                f"{layer.energy_weight:g} protects; a rank up to {max(0, sure)} is sure to fit"
             )
     return ""
 

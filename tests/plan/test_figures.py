@@ -11,7 +11,7 @@ from torch import nn
 from llava_keeplora.config import parse_config
 from llava_keeplora.methods import find_layers
 from llava_keeplora.models import open_model
-from llava_keeplora.plan import make_plan
+from llava_keeplora.plan import describe, make_plan
 from llava_keeplora.plan.linear_algebra import random_rank
 from llava_keeplora.sequence import runner
 
@@ -170,3 +170,20 @@ def test_a_run_in_fp16_is_planned_like_one_in_bf16(run_tree, wide_tree, peaks):
         assert half.keys() == brain.keys() and all(
             abs(half[stage] - size) <= 0.02 * size for stage, size in brain.items()
         ), (half, brain)
+
+
+def test_a_rank_that_the_weights_decide_on_is_named_and_one_that_fits_any_weight_is_not(wide_tree):
+    def notes(rank):
+        part = {"rank": rank, "alpha": 1, "energy_weight": 0.5}
+        plan = make_plan(parse_config(wide_tree(parts={"language": part, "vision": None, "projector": None})))
+        return [method.unsure for method in plan.methods], describe(plan)
+
+    sentences, text = notes(1)
+    assert sentences == [""] and "base stage" not in text
+    config = parse_config(wide_tree())
+    family = open_model(config.model)
+    width = family.config.text_config.hidden_size
+    # Half the energy of a weight is held by at most half of its directions, whatever the spectrum.
+    assert notes(width // 2)[0] == [""]
+    ((sentence,), text) = notes(width // 2 + 1)
+    assert sentence in text and f"rank {width // 2 + 1} fits layer model.language_model.layers.0." in sentence
