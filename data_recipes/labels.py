@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .errors import RecipeError, nearest
 from .placeholders import MARKER, foreign_marker
 from .records import Records
@@ -103,7 +105,7 @@ def label_reader(recipe: Recipe, records: Records, where: str) -> Callable[[str,
 
 def _warn_of_doubt(recipe: Recipe, index: dict[str, int], labels: Sequence[Any], where: str) -> None:
     """Tell of whole numbers that are read as positions and could be names of other classes."""
-    numbers = sorted({label for label in labels if _is_whole(label)})
+    numbers = sorted({label for label in map(as_whole, labels) if _is_whole(label)})
     doubtful = [n for n in numbers if str(n) not in recipe.class_names and index.get(str(n), n) != n]
     if doubtful and 0 <= doubtful[0] < len(recipe.classes):
         log.warning(
@@ -140,6 +142,7 @@ def warn_of_names(recipe: Recipe, numbers: set[int], where: str) -> None:
 
 
 def _label(recipe: Recipe, index: dict[str, int], raw: Any, records: Records, name: str, where: str) -> int:
+    raw = as_whole(raw)
     label = raw
     if _is_whole(raw):
         names = records.label_names
@@ -159,6 +162,13 @@ def _label(recipe: Recipe, index: dict[str, int], raw: Any, records: Records, na
         "correct the label, add training data of its class, or map it under 'class_names' "
         f"({nearest(str(label), recipe.classes)})",
     )
+
+
+def as_whole(label: Any) -> Any:
+    """Return a number without a fraction as an integer, anything else as it is: tables store 1 as 1.0."""
+    if isinstance(label, float | np.floating) and float(label).is_integer():
+        return int(label)
+    return label
 
 
 def _is_whole(label: Any) -> bool:

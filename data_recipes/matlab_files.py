@@ -10,6 +10,7 @@ import numpy as np
 
 from .errors import RecipeError, collect_errors
 from .file_bytes import read_file
+from .labels import as_whole
 from .paths import data_root_of, describe_error, inside, pictures_folder, set_folder, split_file
 from .records import Records, classified, picture_files
 
@@ -33,6 +34,7 @@ def read_flowers(
     numbers = _variable(folder / "setid.mat", str(recipe.splits[split])).tolist()
 
     def numbered(number: Any) -> tuple[Path, int]:
+        number = as_whole(number)
         if not isinstance(number, int) or not 1 <= number <= len(labels):
             raise RecipeError(
                 f"setid.mat names the image {number!r}, and imagelabels.mat has labels of {len(labels)}",
@@ -108,6 +110,7 @@ def _variable(path: Path, name: str) -> np.ndarray:
 
 def _from_one(label: Any, where: str) -> int:
     """MATLAB counts from one."""
+    label = as_whole(label)
     if not isinstance(label, (int, np.integer)) or label < 1:
         raise RecipeError(
             f"{where} has the class {label!r}, and classes count from 1", "replace it by the official file"

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import pyarrow.compute
+import pyarrow.parquet
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .conversation_turn import Turn, from_messages
+from .csv_text import load_hub_dataset
 from .errors import RecipeError, collect_errors, nearest
 from .media import UNREAD, is_empty, refuse_unread_media
 from .paths import data_root_of, describe_error, inside, own_path, set_folder, within
@@ -53,7 +55,16 @@ def read_parquet(
                 raise RecipeError(
                     f"{what} names '{file}', which is no file", "correct 'splits' in the recipe"
                 )
+        repeated = set(found) & set(files)
+        if repeated:
+            raise RecipeError(
+                f"{what} names '{min(repeated)}' more than once, by the pattern '{pattern}' and by another",
+                "correct 'splits' in the recipe",
+            )
         files += found
+    files = _without_empty(files)
+    if not files:
+        raise RecipeError(f"{what} has no rows in its parquet files", "add examples")
     try:
         with _quiet():
             # a pattern again for datasets, so a folder named 'a[1]' has to be escaped
@@ -67,6 +78,18 @@ def read_parquet(
             f"replace {', '.join(f.name for f in files[:3])}",
         ) from error
     return _from_table(recipe, split, table, folder, (root,), problems)
+
+
+def _without_empty(files: list[Path]) -> list[Path]:
+    """Leave out parquet files without rows, which datasets cannot read; broken ones are reported later."""
+
+    def is_empty_table(file: Path) -> bool:
+        try:
+            return pyarrow.parquet.read_metadata(file).num_rows == 0
+        except (OSError, ValueError, pyarrow.ArrowException):
+            return False
+
+    return [file for file in files if not is_empty_table(file)]
 
 
 def read_hub(
@@ -84,13 +107,17 @@ def read_hub(
     target = str(local) if local.is_dir() else recipe.source["path"]
     try:
         with _quiet():
-            table = datasets.load_dataset(
+            table = load_hub_dataset(
                 target,
                 recipe.source.get("config"),
-                split=recipe.splits[split],
-                revision=recipe.source.get("revision"),
+                recipe.splits[split],
+                recipe.source.get("revision"),
+                recipe.source.get("columns", {}).get("label", "label"),
             )
     except Exception as error:  # the Hub client and datasets raise a dozen kinds; the first is reported
+        cause = error if isinstance(error, RecipeError) else error.__cause__  # datasets wraps a reader's own
+        if isinstance(cause, RecipeError):
+            raise cause from None
         raise RecipeError(
             f"Hub dataset '{target}' of recipe '{recipe.name}' cannot be loaded with the split "
             f"'{recipe.splits[split]}' ({describe_error(error)})",
