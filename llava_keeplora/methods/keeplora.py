@@ -28,7 +28,6 @@ Legend: in / out features of a layer, r rank, k protected dimensions. A here is 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +39,7 @@ from llava_keeplora.adapters import AdapterInit, Delta, dense_weight
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
+from llava_keeplora.methods.keeplora_log import log_gradient_estimates, warn_unreached_energy
 from llava_keeplora.methods.presets import RULES, least_statistics
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.subspace import (
@@ -53,8 +53,6 @@ from llava_keeplora.subspace import (
     empty_basis,
     residual,
 )
-
-logger = logging.getLogger(__name__)
 
 CHOICES = {
     "preset": tuple(RULES),
@@ -316,7 +314,7 @@ class KeepLora(Method):
         again = {name: evidence.pop(name).refined() for name in short}
         if again:
             read(ctx.features(lambda groups: again, self.options.feature_fraction))
-            _tell_missed(
+            warn_unreached_energy(
                 ctx,
                 {
                     name: found[name].energy_after
@@ -385,7 +383,7 @@ class KeepLora(Method):
                 "lower energy_weight or energy_feature, or adapt more layers",
             )
         ctx.report.update(left_out=left_out, gradient=numbers)
-        _tell_estimates(ctx.name, numbers)
+        log_gradient_estimates(ctx.name, numbers)
         return inits
 
     def weight_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
@@ -417,47 +415,6 @@ class KeepLora(Method):
     def capacity(self) -> dict[str, int]:
         """Layer name → k."""
         return {name: basis.shape[1] for name, basis in self.bases.items()}
-
-
-def _tell_estimates(task: str, numbers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Say how near the sketched layers' A are to the best rank-r subspaces."""
-    sketched = {name: one for name, one in numbers.items() if "passes" in one}
-    for name, one in sketched.items():
-        logger.debug(
-            "%s, layer %s: A holds %.3f of the optimum, at least %.3f, after %d passes",
-            task,
-            name,
-            one["of_optimum"],
-            one["at_least"],
-            one["passes"],
-        )
-    if sketched:
-        worst = min(sketched, key=lambda name: sketched[name]["of_optimum"])
-        logger.info(
-            "%s: A of %d layers from sketched gradients, in up to %d passes over the data; "
-            "an estimated %.3f of the best rank-r energy in %s, the worst, of which %.3f is proven",
-            task,
-            len(sketched),
-            max(one["passes"] for one in sketched.values()),
-            sketched[worst]["of_optimum"],
-            worst,
-            sketched[worst]["at_least"],
-        )
-
-
-def _tell_missed(ctx: TaskContext, held: Mapping[str, float]) -> None:
-    """Warn of layers whose sketch, in two passes, was sure of less energy than ε_f asks for."""
-    if held:
-        worst = min(held, key=held.get)
-        logger.warning(
-            "%s: the sketched features of %d layers don't reach energy_feature; %s protects %.3f of %s for "
-            "sure. Raise memory.statistics_gb, or lower energy_feature",
-            ctx.name,
-            len(held),
-            worst,
-            held[worst],
-            ctx.layers[worst].energy_feature,
-        )
 
 
 def _random_directions(rank: int, basis: Tensor, generator: torch.Generator) -> Tensor:

@@ -125,13 +125,13 @@ def test_what_fits_is_exact_and_layers_of_one_input_share_it():
 
 
 def test_the_estimate_of_every_sketched_layer_is_reported_in_a_debug_log_and_the_lowest_in_any(caplog):
-    from llava_keeplora.methods.keeplora import _tell_estimates
+    from llava_keeplora.methods.keeplora_log import log_gradient_estimates
 
     numbers = {
         f"l{i}": {"of_optimum": 1.0 - i / 100, "at_least": 0.99 - i / 100, "passes": 1 + i} for i in range(3)
     } | {"dense": {"captured": 0.5}}
     with caplog.at_level(logging.DEBUG, "llava_keeplora"):
-        _tell_estimates("birds", numbers)
+        log_gradient_estimates("birds", numbers)
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert [line for level, line in lines if level == "DEBUG"] == [
         f"birds, layer l{i}: A holds {1.0 - i / 100:.3f} of the optimum, at least {0.99 - i / 100:.3f}, after {1 + i} passes"
