@@ -1,41 +1,38 @@
 """The peak memory of every stage of one method, rehearsed without weights.
 
-Passes, training steps and answers run the run's own code on fake tensors (see `meter.py`). What looks at
-values can't be rehearsed and is worked out in `linear_algebra.py`. Not counted: the interpreter and the
-libraries themselves, the CUDA context, the allocator's gaps, and the examples' texts.
+Passes, training steps and answers run the run's own code on fake tensors (see `allocation_tracker.py` and
+`rehearsal.py`). What depends on values cannot run that way and is computed in `linear_algebra.py`. Not
+counted: the interpreter and the libraries themselves, the CUDA context, the allocator's gaps, and the
+examples' texts.
 
 Legend: in / out features of a layer, k columns of its basis, T tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 import transformers  # its models, which take seconds to import, are looked up where they are used
-from torch import Tensor, nn
+from torch import nn
 
-from llava_keeplora.adapters import AdapterInit, attach, detach, is_quantised
+from llava_keeplora.adapters import is_quantised
 from llava_keeplora.capture import autocast, autocast_dtype, feature_pass, gradient_pass
-from llava_keeplora.config import EXPORT_EXAMPLES, MethodConfig, RunConfig
+from llava_keeplora.config import EXPORT_EXAMPLES
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import Layer, TaskContext, find_layers
+from llava_keeplora.methods import Layer
 from llava_keeplora.methods.gradient_init import gradient_statistic
 from llava_keeplora.methods.presets import least_statistics
-from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask, recomputes
 from llava_keeplora.plan import linear_algebra
-from llava_keeplora.plan.allocation_tracker import faked, metered
-from llava_keeplora.plan.machine import make_method, model_bytes
-from llava_keeplora.plan.sharding import Sharding
-from llava_keeplora.plan.workload import Work, repeated
+from llava_keeplora.plan.answers import answer
+from llava_keeplora.plan.machine import model_bytes
+from llava_keeplora.plan.rehearsal import Rehearsal
+from llava_keeplora.plan.workload import repeated
 from llava_keeplora.start.check import enough_gb
 from llava_keeplora.subspace import SecondMoment, ShapeError, SketchedMoment, sketch_width
-from llava_keeplora_eval.llava import without_defaults
-from llava_keeplora_eval.predictors import class_logits, image_features, prompt_features
 
 STAGES = ("load", "basis", "gradient", "train", "features", "evaluate", "export")
 F32, F16 = 4, 2
@@ -56,45 +53,8 @@ class Peak:
     host: int = 0
 
 
-class MemoryEstimate:
-    """One method of a run on a kind of machine.
-
-    Args:
-        config: the run.
-        method: the method.
-        family: the model; its `model` is a skeleton.
-        work: the tasks.
-        sharding: how training is spread.
-        cpu: whether there is no GPU.
-        kept: bytes of the base's copies that a run keeps of all layers that any method changes.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        method: MethodConfig,
-        family: Family,
-        work: Sequence[Work],
-        sharding: Sharding,
-        cpu: bool,
-        kept: int,
-    ):
-        self.config, self.family, self.work, self.sharding, self.cpu, self.kept = (
-            config,
-            family,
-            work,
-            sharding,
-            cpu,
-            kept,
-        )
-        self.method, self.training = make_method(method), method.training
-        self.changed = find_layers(method.parts, family)
-        self.layers = self.changed.adapted
-        self.subspaces = self.method.subspace_plan()
-        self.dtype = DTYPES[config.model.dtype]
-        self.largest = max(
-            self.work, key=lambda w: w.tokens * (len(w.prompts["input_ids"]) if w.prompts else 1)
-        )
+class MemoryEstimate(Rehearsal):
+    """Peak memory of every stage of one method; see `Rehearsal` for its arguments."""
 
     # --- what is there ---------------------------------------------------------------------------
 
@@ -401,10 +361,6 @@ class MemoryEstimate:
         """Tensors of a parameter's size that the optimiser keeps; AdamW's two unless it is another one."""
         return {"sgd": 0, "adafactor": 0}.get(str(self.training.get("optim", "adamw")), 2)
 
-    def _trained_parameters(self) -> list[nn.Parameter]:
-        """Inside `_adapters`: what is trained."""
-        return [p for p in self.family.model.parameters() if p.requires_grad]
-
     @cached_property
     def trainable(self) -> int:
         """Numbers that are trained in one task."""
@@ -416,7 +372,7 @@ class MemoryEstimate:
         work, size = self.largest, min(self.config.evaluation.batch_size, max(w.test for w in self.work))
         tasks = len(self.work) if self.subspaces else 0
         with self._fake_model() as meter, torch.no_grad():
-            (_answer_clip if work.prompts else _answer_llava)(self.family, work, size)
+            answer(self.family, work, size)
             beside = meter.peak - self.model_bytes
         return self._sum(beside, tasks=tasks)
 
@@ -436,96 +392,3 @@ class MemoryEstimate:
             self._reading, numbers * (F32 + F16), numbers * F32 + computing
         ) + F32 * self.delta_numbers * len(self.work)
         return Peak(host) if self.cpu else Peak(0, host)
-
-    # --- the rehearsal -----------------------------------------------------------------------------
-
-    @contextmanager
-    def _fake_model(self) -> Iterator[Any]:
-        with metered() as meter, faked(self.family.model):
-            meter.peak = meter.live
-            yield meter
-
-    def _modules(self) -> dict[str, nn.Linear]:
-        return {name: layer.module for name, layer in self.layers.items()}
-
-    def _batch(self) -> dict[str, Tensor]:
-        size = min(int(self.training.get("per_device_train_batch_size", 8)), self.largest.train)
-        return repeated(self.largest.example, size)
-
-    def _task(self) -> nn.Module:
-        model, prompts = self.family.model, self.largest.prompts
-        return (
-            ClipTask(model, prompts["input_ids"], prompts["attention_mask"]) if prompts else LlavaTask(model)
-        )
-
-    @contextmanager
-    def _adapters(self) -> Iterator[None]:
-        """The skeleton with adapters, as training has them."""
-        model, layers = self.family.model, self.layers
-        if self.subspaces:
-            inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
-        else:
-            inits = self.method.init_adapters(
-                TaskContext(1, self.largest.name, layers, _refused, _refused, 0, 0)
-            )
-        with torch.device("meta"):
-            wrapper = attach(model, inits, self.method.dropout)
-        try:
-            for module in self.changed.full.values():
-                module.requires_grad_(True)
-            if self.sharding.stage is not None:
-                # DeepSpeed turns the whole model into one precision.
-                for p in self._trained_parameters():
-                    p.data = p.data.to(self.dtype)
-            if recomputes(self.training):
-                self._task().activation_checkpointing_enable()
-            yield
-        finally:
-            if getattr(model, "is_activation_checkpointing", False):
-                model.activation_checkpointing_disable()
-            detach(wrapper)
-            model.eval().requires_grad_(False)
-
-
-def _rank(layer: Layer) -> int:
-    return min(layer.rank, layer.module.in_features, layer.module.out_features)
-
-
-def _refused(*args: Any) -> None:
-    raise ConfigError(
-        "this method prepares its adapters from data, which a plan has none of", "run it without a plan"
-    )
-
-
-def _answer_clip(family: Family, work: Work, size: int) -> None:
-    """`ClipPredictor` on one batch: the prompts' features in pieces, then the images'."""
-    model, prompts = family.model, work.prompts
-    text = prompt_features(model, prompts)
-    pixels = repeated(work.question, size)["pixel_values"].to(model.dtype)
-    class_logits(model, image_features(model, pixels), text)
-
-
-def _answer_llava(family: Family, work: Work, size: int) -> None:
-    """`LlavaPredictor` on one batch.
-
-    The first token of every answer, then the last one, with the cache as long as it gets.
-    """
-    model, config = family.model, family.config.text_config
-    size *= (family.generation or {}).get("num_beams", 1)
-    batch = repeated(work.question, size)
-    if "pixel_values" in batch:
-        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    settings = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=1, pad_token_id=0, eos_token_id=config.vocab_size - 1
-    )
-    with without_defaults(model):
-        model.generate(**batch, generation_config=settings)
-    del batch
-    length = min(work.question["input_ids"].shape[1] + family.max_new_tokens, family.max_length) - 1
-    heads = config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = transformers.DynamicCache()
-    for layer in range(config.num_hidden_layers):
-        cache.update(*(torch.zeros(size, heads, length, width, dtype=model.dtype) for _ in range(2)), layer)
-    ids, mask = torch.zeros(size, 1, dtype=torch.long), torch.ones(size, length + 1, dtype=torch.long)
-    model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -1,0 +1,122 @@
+"""One method of a run on a model without weights: its adapters, its task and a batch, on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_keeplora.adapters import AdapterInit, attach, detach
+from llava_keeplora.config import MethodConfig, RunConfig
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.methods import Layer, TaskContext, find_layers
+from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask, recomputes
+from llava_keeplora.plan.allocation_tracker import faked, metered
+from llava_keeplora.plan.machine import make_method
+from llava_keeplora.plan.sharding import Sharding
+from llava_keeplora.plan.workload import Work, repeated
+
+
+class Rehearsal:
+    """One method of a run on a kind of machine.
+
+    Args:
+        config: the run.
+        method: the method.
+        family: the model; its `model` is a skeleton.
+        work: the tasks.
+        sharding: how training is spread.
+        cpu: whether there is no GPU.
+        kept: bytes of the base's copies that a run keeps of all layers that any method changes.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: MethodConfig,
+        family: Family,
+        work: Sequence[Work],
+        sharding: Sharding,
+        cpu: bool,
+        kept: int,
+    ):
+        self.config, self.family, self.work, self.sharding, self.cpu, self.kept = (
+            config,
+            family,
+            work,
+            sharding,
+            cpu,
+            kept,
+        )
+        self.method, self.training = make_method(method), method.training
+        self.changed = find_layers(method.parts, family)
+        self.layers = self.changed.adapted
+        self.subspaces = self.method.subspace_plan()
+        self.dtype = DTYPES[config.model.dtype]
+        self.largest = max(
+            self.work, key=lambda w: w.tokens * (len(w.prompts["input_ids"]) if w.prompts else 1)
+        )
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        """Inside `_adapters`: what is trained."""
+        return [p for p in self.family.model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def _fake_model(self) -> Iterator[Any]:
+        with metered() as meter, faked(self.family.model):
+            meter.peak = meter.live
+            yield meter
+
+    def _modules(self) -> dict[str, nn.Linear]:
+        return {name: layer.module for name, layer in self.layers.items()}
+
+    def _batch(self) -> dict[str, Tensor]:
+        size = min(int(self.training.get("per_device_train_batch_size", 8)), self.largest.train)
+        return repeated(self.largest.example, size)
+
+    def _task(self) -> nn.Module:
+        model, prompts = self.family.model, self.largest.prompts
+        return (
+            ClipTask(model, prompts["input_ids"], prompts["attention_mask"]) if prompts else LlavaTask(model)
+        )
+
+    @contextmanager
+    def _adapters(self) -> Iterator[None]:
+        """The skeleton with adapters, as training has them."""
+        model, layers = self.family.model, self.layers
+        if self.subspaces:
+            inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
+        else:
+            inits = self.method.init_adapters(
+                TaskContext(1, self.largest.name, layers, _refused, _refused, 0, 0)
+            )
+        with torch.device("meta"):
+            wrapper = attach(model, inits, self.method.dropout)
+        try:
+            for module in self.changed.full.values():
+                module.requires_grad_(True)
+            if self.sharding.stage is not None:
+                # DeepSpeed turns the whole model into one precision.
+                for p in self._trained_parameters():
+                    p.data = p.data.to(self.dtype)
+            if recomputes(self.training):
+                self._task().activation_checkpointing_enable()
+            yield
+        finally:
+            if getattr(model, "is_activation_checkpointing", False):
+                model.activation_checkpointing_disable()
+            detach(wrapper)
+            model.eval().requires_grad_(False)
+
+
+def _rank(layer: Layer) -> int:
+    return min(layer.rank, layer.module.in_features, layer.module.out_features)
+
+
+def _refused(*args: Any) -> None:
+    raise ConfigError(
+        "this method prepares its adapters from data, which a plan has none of", "run it without a plan"
+    )
