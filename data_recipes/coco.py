@@ -10,7 +10,7 @@ from .json_files import read_json
 from .media import refuse_unread_media
 from .paths import data_root_of, inside, pictures_folder, split_file
 from .records import Records, picture_files
-from .texts import as_text, identifier
+from .texts import as_text, described, identifier, is_blank
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -36,8 +36,12 @@ def read_coco(
     captions = captions_by_image(content, path, problems)
 
     def record(image: dict[str, Any]) -> tuple[Any, list[Path]]:
-        if not isinstance(image.get("file_name"), str):
-            raise _without("file_name", path)
+        name = image.get("file_name")
+        if not isinstance(name, str) or is_blank(name):
+            raise RecipeError(
+                f"image {image['id']} of {path.name} has {described(name)} as 'file_name', which is no path",
+                "write the name of its file",
+            )
         refuse_unread_media(image, f"image {image['id']} of {path.name}")
         return image["id"], [inside(folder, image["file_name"], f"image {image['id']} of {path.name}", root)]
 

@@ -26,7 +26,8 @@ def load_hub_dataset(
 ) -> datasets.Dataset:
     """Load a split as `datasets.load_dataset` does, but with every CSV cell of a local folder as text.
 
-    CSV files on the Hub are read by datasets, whose cache serves them without a network too. pandas, which datasets reads CSV with, makes `7` of `007`, true of `True` and null of `NA`, `None` and
+    CSV files on the Hub are read by datasets, whose cache serves them without a network too.
+    pandas, which datasets reads CSV with, makes `7` of `007`, true of `True` and null of `NA`, `None` and
     `nan` (github.com/huggingface/datasets/issues/4467). Labels that are all whole numbers in their shortest
     form are whole numbers, as the positions of classes are written.
 

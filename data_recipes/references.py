@@ -116,11 +116,13 @@ def _by_question(
     notes: list[Any], path: Path, rows: list[Any], problems: list[RecipeError] | None
 ) -> dict[int, Any]:
     answers: dict[str, Any] = {}
+    incomplete: list[int] = []
 
     def note(item: tuple[int, Any]) -> None:
         index, entry = item
         if not isinstance(entry, dict) or entry.get("question_id") is None or entry.get("answers") is None:
-            return  # told where a question has no other entry
+            incomplete.append(index)  # its question is refused unless another entry answers it
+            return
         name = identifier(entry["question_id"], f"entry {index} of {path.name}")
         if answers.setdefault(name, entry["answers"]) != entry["answers"]:
             raise RecipeError(
@@ -129,4 +131,15 @@ def _by_question(
             )
 
     collect_errors(note, enumerate(notes), problems)
-    return {index: answers.get(_question(row), []) for index, row in enumerate(rows) if isinstance(row, dict)}
+    questions = {index: _question(row) for index, row in enumerate(rows) if isinstance(row, dict)}
+    unused = answers.keys() - questions.values()
+    if incomplete or unused:
+        log.warning(
+            "%s: of %d entries, %d have no 'question_id' or no 'answers', and %d are for questions that the "
+            "split does not have",
+            path.name,
+            len(notes),
+            len(incomplete),
+            len(unused),
+        )
+    return {index: answers.get(name, []) for index, name in questions.items()}
