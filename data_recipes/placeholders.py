@@ -110,4 +110,4 @@ def refuse_foreign(text: str, what: str) -> None:
 def foreign_marker(text: str) -> str | None:
     """The first marker of another tool in a text; None where there is none."""
     found = _FOREIGN.search(text) if "<" in text or "[" in text else None
-    return found and found[0][:60]
+    return found[0][:60] if found else None

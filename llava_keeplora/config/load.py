@@ -237,7 +237,7 @@ def _parse_method(
         raise ConfigError(f"{where}.{error.problem}", error.cure) from None
 
 
-def _find_method(name: str, where: str) -> type:
+def _find_method(name: str, where: str) -> Any:
     """Return the class of a method, a plug-in's imported.
 
     Raises:

@@ -73,7 +73,9 @@ def own_dtype(family: Family, otherwise: str) -> str:
 
     `otherwise` where its configuration names none, or one that nothing here computes in.
     """
-    named = str(family.config.dtype).removeprefix("torch.")
+    # Both families have the `transformers` configuration; a plug-in's may have none.
+    config = getattr(family, "config", None)
+    named = str(getattr(config, "dtype", None)).removeprefix("torch.")
     return named if named in DTYPES else otherwise
 
 

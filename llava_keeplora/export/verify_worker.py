@@ -48,7 +48,7 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     if job["form"] == "state":
         yield "float32", load_learned_run(folder).load("float32").model
     elif job["form"] == "merged":
-        _ = open_model(ModelConfig(folder)).processor  # Read when asked for.
+        _ = open_model(ModelConfig(folder)).processor  # type: ignore[attr-defined]  # Read when asked for.
         yield "float32", auto.from_pretrained(folder, dtype=torch.float32).eval()
     else:
         # Without a name for the base, it goes before the next model comes.

@@ -6,6 +6,7 @@ import torch
 import transformers  # its models, which take seconds to import, are looked up where they are used
 
 from llava_keeplora.models import Family
+from llava_keeplora.models.llava import LlavaFamily
 from llava_keeplora.plan.workload import Work, repeated
 from llava_keeplora_eval.llava import without_defaults
 from llava_keeplora_eval.predictors import class_logits, image_features, prompt_features
@@ -24,7 +25,7 @@ def _answer_clip(family: Family, work: Work, size: int) -> None:
     class_logits(model, image_features(model, pixels), text)
 
 
-def _answer_llava(family: Family, work: Work, size: int) -> None:
+def _answer_llava(family: LlavaFamily, work: Work, size: int) -> None:
     """`LlavaPredictor` on one batch.
 
     The first token of every answer, then the last one, with the cache as long as it gets.

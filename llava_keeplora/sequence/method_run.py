@@ -81,7 +81,7 @@ class MethodRun(MethodState):
             self.journal.entries.append(entry)
         logger.debug("%s: %s of %s done in %.1f s", self.config.label, stage, self._where(index), seconds)
 
-    def _next(self) -> tuple[int, Stage] | None:
+    def _next(self) -> tuple[int, str] | None:
         return next_stage(self.journal.entries, len(self.tasks), self.trainable)
 
     # --- estimates and lines for people --------------------------------------------------------------

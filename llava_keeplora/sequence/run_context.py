@@ -59,10 +59,13 @@ class RunContext:
         for label, method in config.methods.items():
             cls = METHODS[method.method]
             # Large data may stand there, which a finished row doesn't need.
-            if (wanted := cls(cls.Options(**method.options)).reference_data_spec()) and not self._finished(
+            if (spec := cls(cls.Options(**method.options)).reference_data_spec()) and not self._finished(
                 label
             ):
-                self.references[label] = read_reference(label, *wanted, config.data, family, self.cache.split)
+                recipe, file = spec
+                self.references[label] = read_reference(
+                    label, recipe, file, config.data, family, self.cache.split
+                )
         self.zero = Zero(deepspeed_config(config))
         self.distributed = has_group()
         self.rank, self.world = get_rank(), get_world_size()

@@ -172,7 +172,8 @@ def _train(
     context, index = state.context, ctx.index
     arguments = _training_arguments(state, index)
     model, scale = context.family.task(task.recipe), state.config.random_resized_crop
-    crops = context.family.crops(task.train, scale, arguments.seed) if scale else None
+    # `check_rows` lets random crops through for CLIP alone.
+    crops = context.family.crops(task.train, scale, arguments.seed) if scale else None  # type: ignore[attr-defined]
     cost = GRADIENT_COST * arguments.train_batch_size * arguments.gradient_accumulation_steps * context.world
     trainer = TaskTrainer(
         method=state.method,
@@ -413,7 +414,8 @@ def _predictor(state: MethodState, index: int, task: Task, tokens: int | None = 
     """Return what answers a task's test examples after so many tasks; the model alone before the first."""
     context = state.context
     predictor = context.family.predictor(task.recipe, context.cache.split(task.test), tokens)
-    predictor = predictor.with_test_prompts() if state.averaged else predictor
+    if state.averaged:
+        predictor = predictor.with_test_prompts()  # type: ignore[attr-defined]  # CLIP's, see `check_rows`
     return state.method.predictor(predictor, task.name) if index else predictor
 
 

@@ -133,7 +133,7 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
         for template in (
             recipe.test_prompts if recipe.classes else ()
         ):  # A plan may not have the data that classes are read from.
-            family.tokens(recipe.class_prompts(template))
+            family.tokens(recipe.class_prompts(template))  # type: ignore[attr-defined]  # CLIP's alone, see above
 
 
 def check_pictures(tasks: Sequence[Task]) -> None:
