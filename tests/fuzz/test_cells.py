@@ -328,12 +328,16 @@ def check_ids(place, table, column):
 
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda c: str(c.type).replace(" ", ""))
 def test_labels(place, column):
-    """A label is a class by name, or by position where it is a whole number; anything else is refused."""
+    """A label is a class by name, or by position where it is whole (1 or 1.0); all else is refused."""
     table = {"id": ["r0", "r1", "r2"], "image": ["0.png"] * 3, "label": column}
     classes = ["red", "blue", "a", "b"]
     facts = {"kind": "classification", "prompt": "a {c}.", "classes": classes, "metric": "accuracy"}
     examples, _ = inspected(place, pa.table(table), 3, "parquet", facts)
     cells = cells_of(column)
     by_name = {f"r{i}": c for i, c in enumerate(cells) if isinstance(c, str) and c in classes}
-    by_place = {f"r{i}": classes[c] for i, c in enumerate(cells) if type(c) is int and 0 <= c < len(classes)}
+    by_place = {
+        f"r{i}": classes[int(c)]
+        for i, c in enumerate(cells)
+        if type(c) in (int, float) and c in range(len(classes))
+    }
     assert {name: example.answers[0] for name, example in examples.items()} == by_name | by_place
