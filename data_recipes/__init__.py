@@ -13,10 +13,10 @@ _MODULES = {
     "TaskData": "task_data",
     "UserError": "errors",
     "inspect_split": "loading",
-    "list_recipes": "recipe",
+    "list_recipes": "recipe_files",
     "list_sequences": "sequence",
-    "load_recipe": "recipe",
-    "load_recipes": "recipe",
+    "load_recipe": "recipe_files",
+    "load_recipes": "recipe_files",
     "load_sequence": "sequence",
     "load_split": "loading",
 }

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import RecipeError, collect_errors, report_error
 from .json_files import read_json
 from .media import refuse_unread_media
 from .paths import data_root_of, inside, pictures_folder, split_file
+from .recipe import Recipe
 from .records import Records, picture_files
 from .texts import as_text, described, identifier, is_blank
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 
 def read_coco(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .conversation_turn import Turn, from_conversations, from_fields, from_messages
 from .errors import RecipeError, collect_errors
@@ -13,12 +13,10 @@ from .labels import warn_of_names
 from .media import image_names, refuse_beside
 from .paths import data_root_of, inside, pictures_folder, split_file
 from .placeholders import place_images
+from .recipe import Recipe
 from .records import Records, picture_files
 from .references import read_references
 from .texts import identifier, only_answer
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 #: (a record, whether it has to hold its answer, what it is called) → its question and answers
 TurnOf = Callable[[dict[str, Any], bool, str], Turn]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .decoding import WHITE
 from .errors import RecipeError, collect_errors, report_error
@@ -14,12 +14,10 @@ from .labels import label_reader, resolve_classes
 from .placeholders import MARKER, refuse_marked_answer
 from .prompts import format_question
 from .readers import make_reader, read_records
+from .recipe import Recipe
 from .records import Records
 from .task_data import Row, TaskData
 from .texts import is_blank
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 log = logging.getLogger(__name__)
 

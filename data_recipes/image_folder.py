@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .decoding import endings
 from .errors import RecipeError, collect_errors
 from .paths import data_root_of, set_folder, split_file, within
+from .recipe import Recipe
 from .records import Records, classified, picture_files
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 
 def read_image_folder(

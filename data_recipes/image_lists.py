@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .errors import RecipeError, collect_errors, nearest
 from .image_folder import files_under, refuse_no_text
 from .json_files import read_text
 from .paths import data_root_of, inside, pictures_folder, set_folder, split_file, within
+from .recipe import Recipe
 from .records import Records, classified, picture_files
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 #: The share of the first part of a random split, and the seed of the order that is cut.
 SHARE, SEED = 0.8, 42

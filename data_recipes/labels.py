@@ -6,17 +6,15 @@ import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .errors import RecipeError, nearest
 from .placeholders import MARKER, foreign_marker
+from .recipe import Recipe
 from .records import Records
 from .texts import INVISIBLE
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 log = logging.getLogger(__name__)
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .errors import RecipeError, nearest
 from .images import RenderedImages
 from .prompts import format_question
+from .recipe import Recipe
 from .rendered import label_of
 from .rendered_scenes import SCENES, compose
 from .task_data import Row, TaskData
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 log = logging.getLogger(__name__)
 ON_BAD_IMAGE = ("refuse", "drop")

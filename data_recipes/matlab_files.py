@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +12,8 @@ from .errors import RecipeError, collect_errors
 from .file_bytes import read_file
 from .labels import as_whole
 from .paths import data_root_of, describe_error, inside, pictures_folder, set_folder, split_file
+from .recipe import Recipe
 from .records import Records, classified, picture_files
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 
 def read_flowers(

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from .errors import RecipeError
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from .recipe import Recipe
 
 
 def set_folder(recipe: Recipe, data_root: str | Path | None) -> Path:

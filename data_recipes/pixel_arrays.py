@@ -8,17 +8,15 @@ import pickle
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .errors import RecipeError
 from .file_bytes import read_file
 from .paths import data_root_of, describe_error, inside, set_folder, split_file, split_files
+from .recipe import Recipe
 from .records import Records, classified, picture_bytes
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 
 def read_cifar(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from .placeholders import place_images
+from .recipe import Recipe
 from .texts import is_blank
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 #: In a `test_prompt` that depends on the answer: the prompt for every other answer.
 OTHER = "other"

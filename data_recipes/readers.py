@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from .errors import RecipeError, nearest
+from .recipe import Recipe
+from .records import Records
 from .registry import SEPARATOR, PluginError, Registry
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
-    from .records import Records
 
 KINDS = ("classification", "vqa", "captioning")
 #: What a table's columns can be.
@@ -386,8 +384,6 @@ def read_records(
 
 def _disqualified(records: Any) -> str | None:
     """Return why something is no whole `Records`, None where it is."""
-    from .records import Records
-
     if not isinstance(records, Records):
         return f"a {type(records).__name__}"
     columns = {name: getattr(records, name) for name in ("labels", "questions", "answers", "meta")}

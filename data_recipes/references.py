@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .coco import captions_by_image
 from .errors import RecipeError, collect_errors, report_error
 from .json_files import read_json
 from .paths import data_root_of, inside, set_folder
+from .recipe import Recipe
 from .texts import answer_texts, identifier
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 log = logging.getLogger(__name__)
 

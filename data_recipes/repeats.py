@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .task_data import TaskData
+from .task_data import TaskData
 
 #: How many are named in a sentence.
 NAMED = 3

@@ -6,7 +6,7 @@ import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,11 +20,9 @@ from .errors import RecipeError, collect_errors, nearest
 from .media import UNREAD, is_empty, refuse_unread_media
 from .paths import data_root_of, describe_error, inside, own_path, set_folder, within
 from .placeholders import place_images
+from .recipe import Recipe
 from .records import Pictures, Records, picture_files
 from .texts import answer_texts, described, identifier, only_answer
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
 
 TEXT, LARGE_TEXT = datasets.Value("string"), datasets.Value("large_string")
 

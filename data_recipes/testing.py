@@ -14,7 +14,8 @@ from .errors import RecipeError
 from .loading import load_split
 from .paths import set_folder
 from .readers import KINDS, READERS, Reader, check_source, read_records
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe
+from .recipe_files import load_recipe
 from .records import Records
 
 

@@ -5,12 +5,9 @@ Where they lie, what they hold by content, and loading with every tensor account
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.files import file_hash, write_atomic
 from llava_keeplora_eval.guard import is_exhaustion
 from llava_keeplora_recipes.errors import UserError, nearest
 
@@ -29,38 +25,25 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-#: What turns pictures and text into tensors, the chat template included.
-PROCESSOR = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-#: Keys of a configuration that say who wrote it, not what the model is.
-WRITTEN_BY = ("_name_or_path", "transformers_version")
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
 #: What PEFT writes beside an adapter's weights.
 ADAPTER = "adapter_config.json"
+
 AGAIN = "download the checkpoint again, or give another one"
+
 DIVERGED = "download the checkpoint again, or take one whose training did not diverge"
+
 OTHER_CONFIG = "download the checkpoint again, or give the one that its config.json belongs to"
+
 UNQUANTISED = "give the checkpoint that it was quantised from; a run quantises it with model.quantization"
+
 #: Older checkpoints hold tensors that newer code computes; those of a vision encoder's own head have no use
 #: in a LLaVA.
 COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked")
+
 UNUSED = ("vision_model.head.", "vision_tower.head.")
-#: Seconds within which a file may change again without another time stamp.
-RECENT = 2.0
 
 
 def check_place(name: str, embedded: tuple[str, ...] = ()) -> None:
@@ -139,111 +122,6 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def model_content(place: str, revision: str | None = None) -> dict[str, Any]:
-    """Say what a checkpoint is by content: two with the same record give the same answers.
-
-    Args:
-        place: a folder or a Hub id.
-        revision: on the Hub.
-
-    Returns:
-        of a folder, SHA-256 hashes of `weights`, `config` and `processor`, and the `stops` of its generation
-        settings; of the Hub's, its `commit`.
-
-    Raises:
-        EvalError: a file that cannot be read.
-    """
-    folder = Path(place)
-    if not folder.is_dir():
-        with loading(place):
-            return {"commit": hub_commit(place, revision)}
-    try:
-        weights = {path.name: content_hash(path) for path in weight_files(folder)}
-        processor = {name: content_hash(folder / name) for name in PROCESSOR if (folder / name).is_file()}
-        templates = {
-            f"additional_chat_templates/{p.name}": content_hash(p)
-            for p in sorted(folder.glob("additional_chat_templates/*"))
-            if p.is_file()
-        }
-        config, generation = (_json(folder / name) for name in ("config.json", "generation_config.json"))
-    except OSError as error:
-        raise EvalError(
-            f"{error.filename} cannot be read ({error.strerror})",
-            "make it readable, or download the checkpoint again",
-        ) from error
-    config = {key: value for key, value in config.items() if key not in WRITTEN_BY}
-    return {
-        "weights": _digest(weights),
-        "config": _digest(config),
-        "processor": _digest(processor | templates),
-        "stops": generation.get("eos_token_id"),
-    }
-
-
-def hub_commit(name: str, revision: str | None = None) -> str:
-    """Return the commit of a model on the Hub.
-
-    The network is not used where the model's configuration is in the Hub's cache.
-
-    The cache keeps the files of a commit in `snapshots/<commit>`, which `huggingface_hub` documents; recent
-    versions of transformers keep no commit in a configuration.
-
-    Args:
-        name: of the model, `user/name`.
-        revision: a branch, tag or commit; the main branch when None.
-
-    Raises:
-        OSError: the Hub has no such model, or it is neither cached nor within reach.
-    """
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
-
-
-def content_changes(known: dict[str, Any], now: dict[str, Any]) -> list[str] | None:
-    """Compare two records of `model_content`.
-
-    Returns:
-        names of what differs; None where they have nothing in common to compare, as a folder's and the Hub's.
-    """
-    common = [key for key in known if key in now and known[key] is not None and now[key] is not None]
-    changed = [
-        key
-        for key in known.keys() & now.keys()
-        if known[key] != now[key] and (key in common or key == "stops")
-    ]
-    return sorted(changed) if common else None
-
-
-def content_hash(path: Path) -> str:
-    """Return a file's SHA-256, kept by its place, size and time stamps so that large weights are read once.
-
-    It is kept in `$LLAVA_KEEPLORA_CACHE`, by default in the user's cache folder; a folder that cannot be
-    written keeps nothing.
-    """
-    stat = path.stat()
-    key = _digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
-    root = (
-        os.environ.get("LLAVA_KEEPLORA_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-keeplora"
-    )
-    kept = Path(root) / "hashes" / key[:32]
-    try:
-        known = kept.read_text()
-        if re.fullmatch(r"[0-9a-f]{64}", known):
-            return known
-    except (OSError, ValueError):
-        pass
-    found = file_hash(path)
-    if time.time() - stat.st_mtime > RECENT:
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(kept, found)
-        except OSError:
-            pass  # It is only hashed again.
-    return found
-
-
 def load_checked(auto_class, place: str, **options):
     """Load a model's weights and refuse a checkpoint that does not hold exactly the model's tensors.
 
@@ -276,15 +154,9 @@ def load_checked(auto_class, place: str, **options):
         )
     what = _where(place)
     missing = sorted(name for name in info["missing_keys"] if not name.endswith(COMPUTED))
-    unknown = sorted(
-        name
-        for name in info["unexpected_keys"]
-        if not name.endswith(COMPUTED) and not any(part in name for part in UNUSED)
-    )
+    unknown = sorted(filter(_has_place, info["unexpected_keys"]))
     # With ZeRO-3 transformers does not say which tensors of the files have no place, so they are counted.
-    surplus = sum(
-        not name.endswith(COMPUTED) and not any(part in name for part in UNUSED) for name in held
-    ) - len(model.state_dict())
+    surplus = sum(map(_has_place, held)) - len(model.state_dict())
     if not unknown and surplus > 0:
         raise EvalError(
             f"{what} holds {surplus} tensors more than the model of its config.json has", OTHER_CONFIG
@@ -307,6 +179,11 @@ def load_checked(auto_class, place: str, **options):
             raise EvalError(f"{what} {problem.format(len(names), first)}", OTHER_CONFIG)
     check_finite(model, place)
     return model.eval()
+
+
+def _has_place(name: str) -> bool:
+    """Return whether a checkpoint's tensor has a place in the model."""
+    return not name.endswith(COMPUTED) and not any(part in name for part in UNUSED)
 
 
 def check_weight_files(folder: Path) -> dict[str, Path]:
@@ -534,10 +411,6 @@ def _json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
         return content
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _reason(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_keeplora_eval.answer_files import FORMS as ANSWER_FORMS
 from llava_keeplora_eval.errors import EvalError
@@ -47,7 +48,34 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llava-keeplora-eval", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    predict = commands.add_parser("predict", parents=[common, data], help="answer every example of a task")
+    _add_predict(commands, [common, data])
+    score = commands.add_parser("score", parents=[common, data], help="score a file of predictions")
+    score.add_argument(
+        "--predictions", required=True, type=Path, help="by `predict`, or answers made elsewhere"
+    )
+    score.add_argument(
+        "--from", dest="form", choices=ANSWER_FORMS, help="how the file is laid out; a look tells"
+    )
+    score.add_argument("--metric", help="another metric than the task's own, caption_meteor for instance")
+    score.add_argument("--json", action="store_true", help="print the score as JSON instead of a line")
+    score.set_defaults(run=_score)
+
+    matrix = commands.add_parser("matrix", parents=[common], help="show a matrix and its metrics")
+    matrix.add_argument("path", type=Path, help="a matrix.json, or a run's folder")
+    matrix.add_argument("--format", choices=tuple(FORMATS), default="markdown")
+    matrix.add_argument("--precision", type=int, default=1, help="decimals in Markdown (default 1)")
+    matrix.set_defaults(run=_matrix)
+
+    _add_data_check(commands, common)
+    listing = commands.add_parser(
+        "list", parents=[common], help="list the tasks and sequences that come with the package"
+    )
+    listing.set_defaults(run=_list)
+    return parser
+
+
+def _add_predict(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    predict = commands.add_parser("predict", parents=parents, help="answer every example of a task")
     predict.add_argument(
         "--model",
         required=True,
@@ -76,23 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", help="cpu, cuda, ...; a GPU when there is one")
     predict.set_defaults(run=_predict)
 
-    score = commands.add_parser("score", parents=[common, data], help="score a file of predictions")
-    score.add_argument(
-        "--predictions", required=True, type=Path, help="by `predict`, or answers made elsewhere"
-    )
-    score.add_argument(
-        "--from", dest="form", choices=ANSWER_FORMS, help="how the file is laid out; a look tells"
-    )
-    score.add_argument("--metric", help="another metric than the task's own, caption_meteor for instance")
-    score.add_argument("--json", action="store_true", help="print the score as JSON instead of a line")
-    score.set_defaults(run=_score)
 
-    matrix = commands.add_parser("matrix", parents=[common], help="show a matrix and its metrics")
-    matrix.add_argument("path", type=Path, help="a matrix.json, or a run's folder")
-    matrix.add_argument("--format", choices=tuple(FORMATS), default="markdown")
-    matrix.add_argument("--precision", type=int, default=1, help="decimals in Markdown (default 1)")
-    matrix.set_defaults(run=_matrix)
-
+def _add_data_check(commands: Any, common: argparse.ArgumentParser) -> None:
     data_commands = commands.add_parser("data", help="look into the data of a task").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -115,12 +128,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="of an adapter, where its base model lies here (default: what the adapter names)",
     )
     check.set_defaults(run=_data_check)
-
-    listing = commands.add_parser(
-        "list", parents=[common], help="list the tasks and sequences that come with the package"
-    )
-    listing.set_defaults(run=_list)
-    return parser
 
 
 def _positive(text: str) -> int:

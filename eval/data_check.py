@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from llava_keeplora_eval.chat import question_text, training_answers
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import metric_record
-from llava_keeplora_eval.preparation import Preparation, answer_problems, check_answers, load_preparation
+from llava_keeplora_eval.models import load_preparation
+from llava_keeplora_eval.preparation import Preparation, answer_problems, check_answers
 from llava_keeplora_eval.references import check_references
 from llava_keeplora_recipes import inspect_split, list_sequences, load_recipe, load_sequence
 from llava_keeplora_recipes.errors import UserError

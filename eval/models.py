@@ -16,13 +16,13 @@ from llava_keeplora_eval.checkpoints import (
     check_device,
     check_finite,
     check_place,
-    content_changes,
-    content_hash,
     load_checked,
     loading,
-    model_content,
 )
+from llava_keeplora_eval.content import content_changes, content_hash, model_content
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.generation import MAX_NEW_TOKENS
+from llava_keeplora_eval.preparation import ChatPreparation, PromptPreparation, check_kind
 
 #: Models that come with the training half; found by name, never imported.
 EMBEDDED = ("tiny-clip", "tiny-llava")
@@ -133,7 +133,6 @@ def load_predictor(
     # Seconds to import, which the other commands don't need.
     from llava_keeplora_eval.llava import LlavaPredictor
     from llava_keeplora_eval.predictors import ClipPredictor
-    from llava_keeplora_eval.preparation import check_kind
 
     check_device(device)
     adapted = adapter_base(name, base)
@@ -421,3 +420,27 @@ def load_clip(name: str, device: str | None = None, revision: str | None = None)
         )
     model = load_checked(CLIPModel, path, revision=revision)
     return (model.to(device) if device else model), load_clip_processor(path, revision)
+
+
+def load_preparation(name: str, base: str | None = None) -> PromptPreparation | ChatPreparation:
+    """Load what a checkpoint's processor and configuration make of a task, without its weights.
+
+    Args:
+        name: an embedded model's name, a folder, or a Hub id; of an adapter, its base is prepared for.
+        base: of an adapter, where its base lies here; as the adapter says when None.
+
+    Raises:
+        EvalError: its processor cannot be loaded, or it is a model of no supported family.
+    """
+    # Seconds to import, which a check without a model doesn't need.
+    from transformers import AutoConfig
+
+    name, revision = adapter_base(name, base) or (name, None)
+    path, family = resolve_model(name), model_family(name, revision)
+    with loading(name):
+        limit = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=False
+        ).text_config.max_position_embeddings
+    if family == "llava":
+        return ChatPreparation(load_llava_processor(path, revision), limit, MAX_NEW_TOKENS)
+    return PromptPreparation(load_clip_processor(path, revision), limit)

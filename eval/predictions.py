@@ -6,12 +6,11 @@ import glob
 import hashlib
 import json
 import logging
-import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
@@ -84,84 +83,103 @@ def predict_to_file(
 ) -> int:
     """Predict every example that the file doesn't hold yet, appending each batch as it is done.
 
-    Of several processes each predicts its share into a file of its own beside `path`, without waiting for the
-    others; when all are done, `join_shards` makes one file of them.
+    Of several processes each predicts its share into a file of its own, without waiting for the others; when
+    all are done, `join_shards` makes one file of them.
 
     Args:
         predictor: what answers.
         data: the task and split.
         path: the JSONL file, created with its folder when missing, continued when there.
         batch_size: examples per call of the predictor.
-        sync_every: lines after which the file is forced to disk (it is flushed after each batch and forced
-            at the end anyway).
-        advance: called with the number of examples of each batch done, for a caller's own progress bar;
-            without it a bar is shown when the work takes over two seconds.
+        sync_every: lines after which the file is forced to disk, as it is at the end.
+        advance: called with the number of examples of each batch, for a caller's own progress bar; a bar is
+            shown without it when the work takes over two seconds.
         shard: this process and how many there are.
         rounds: number of batches of this process → of the process that has most, where the predictor needs
-            all processes at once (weights in shards); one that has fewer goes along with an example whose
-            answers are dropped.
-        made_by: all that the answers depend on beside the data, as plain data: the model by content, the
-            settings of its answers. It is kept beside the file, and each line has its hash. None where the
-            caller holds that elsewhere, as a run does.
+            all processes at once (weights in shards).
+        made_by: what the answers depend on besides the data, as plain data, kept next to the file; each line
+            has its hash. None where the caller holds that elsewhere, as a run does.
 
     Returns:
         How many examples were predicted now.
 
     Raises:
-        EvalError: what is in the file is not for this data (see ``read_predictions``) or made by something
-            else, or the predictor gives another number of texts than it got examples, or something that is
-            not text.
+        EvalError: the file holds answers for other data (see ``read_predictions``) or made by something
+            else, or the predictor gives another number of texts than examples, or something else than text.
     """
-    path = Path(path)
+    path, missing, source = _begin_share(Path(path), data, shard, made_by)
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    turns = rounds(len(batches)) if rounds else len(batches)
+    title = f"predict {data.recipe.name}"
+    with (
+        open(path, "a", encoding="utf-8", newline="\n") as file,
+        tqdm(total=len(missing), desc=title, delay=2, disable=True if advance else None) as bar,
+    ):
+        _append(
+            file,
+            predictor,
+            data,
+            [*batches, *[[]] * (turns - len(batches))],
+            source,
+            sync_every,
+            advance or bar.update,
+        )
+    sync_folder(path.parent)
+    return len(missing)
+
+
+def _begin_share(
+    path: Path, data: TaskData, shard: tuple[int, int], made_by: Mapping[str, Any] | None
+) -> tuple[Path, list[int], dict[str, Any]]:
+    """Return a process's file, the rows that it still has to predict, and what each of its lines records."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rank, world = shard
-    # By position in the data, not among the missing: processes may look at the shards at different times.
-    own = range(rank, len(data), world)
     done = _read_shards(path, data)
-    maker = _claim(path, made_by)
-    ids = data.ids
-    missing = [index for index in own if ids[index] not in done]
-    if world > 1:
-        path = _shard(path, rank)
-    _drop_torn_line(path)
     source = {
         "recipe": data.recipe.name,
         "version": data.recipe.version,
         "fingerprint": data.fingerprint,
-        **maker,
+        **_claim(path, made_by),
     }
+    # By position in the data, not among the missing: processes may look at the shards at different times.
+    missing = [row for row in range(rank, len(data), world) if data.ids[row] not in done]
+    if world > 1:
+        path = _shard(path, rank)
+    _drop_torn_line(path)
+    return path, missing, source
+
+
+def _append(
+    file: TextIO,
+    predictor: Predictor,
+    data: TaskData,
+    batches: Sequence[Sequence[int]],
+    source: Mapping[str, Any],
+    sync_every: int,
+    advance: Callable[[int], object],
+) -> None:
+    """Predict batches of rows and append their lines; without rows, take part and drop the answer."""
     unsynced = 0
-    with (
-        open(path, "a", encoding="utf-8", newline="\n") as file,
-        tqdm(
-            total=len(missing), desc=f"predict {data.recipe.name}", delay=2, disable=True if advance else None
-        ) as bar,
-    ):
-        advance = advance or bar.update
-        batches = math.ceil(len(missing) / batch_size)
-        for turn in range(rounds(batches) if rounds else batches):
-            if turn >= batches:
-                predictor.predict([data[0]])
-                continue
-            start = turn * batch_size
-            examples = [data[index] for index in missing[start : start + batch_size]]
-            texts = _checked(predictor.predict(examples), examples)
-            lines = (
-                json.dumps({"id": example.id, "text": text, **source}, ensure_ascii=False) + "\n"
-                for example, text in zip(examples, texts)
-            )
-            with finishing():
-                file.write("".join(lines))
-                file.flush()
-            unsynced += len(examples)
-            if unsynced >= sync_every:
-                os.fsync(file.fileno())
-                unsynced = 0
-            advance(len(examples))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
-    return len(missing)
+    for rows in batches:
+        if not rows:
+            predictor.predict([data[0]])
+            continue
+        examples = [data[index] for index in rows]
+        texts = _checked(predictor.predict(examples), examples)
+        lines = (
+            json.dumps({"id": example.id, "text": text, **source}, ensure_ascii=False) + "\n"
+            for example, text in zip(examples, texts)
+        )
+        with finishing():
+            file.write("".join(lines))
+            file.flush()
+        unsynced += len(examples)
+        if unsynced >= sync_every:
+            os.fsync(file.fileno())
+            unsynced = 0
+        advance(len(examples))
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def join_shards(path: str | Path, data: TaskData) -> None:

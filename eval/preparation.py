@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llava_keeplora_eval.chat import Chat, question_text, training_answers
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.generation import MAX_NEW_TOKENS
 from llava_keeplora_recipes.texts import is_blank
 
 if TYPE_CHECKING:
@@ -328,39 +327,6 @@ def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None
             "shorten the recipe's prompt or the class name",
         )
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-
-
-def load_preparation(name: str, base: str | None = None) -> Preparation:
-    """What a checkpoint's processor and configuration make of a task, without its weights.
-
-    Args:
-        name: an embedded model's name, a folder, or a Hub id; of an adapter, its base is prepared for.
-        base: of an adapter, where its base lies here; as the adapter says when None.
-
-    Raises:
-        EvalError: its processor cannot be loaded, or it is a model of no supported family.
-    """
-    # Seconds to import, which a check without a model doesn't need.
-    from transformers import AutoConfig
-
-    from llava_keeplora_eval.checkpoints import loading
-    from llava_keeplora_eval.models import (
-        adapter_base,
-        load_clip_processor,
-        load_llava_processor,
-        model_family,
-        resolve_model,
-    )
-
-    name, revision = adapter_base(name, base) or (name, None)
-    path, family = resolve_model(name), model_family(name, revision)
-    with loading(name):
-        limit = AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=False
-        ).text_config.max_position_embeddings
-    if family == "llava":
-        return ChatPreparation(load_llava_processor(path, revision), limit, MAX_NEW_TOKENS)
-    return PromptPreparation(load_clip_processor(path, revision), limit)
 
 
 def _quoted(text: str) -> str:

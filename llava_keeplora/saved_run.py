@@ -34,7 +34,7 @@ from llava_keeplora.run_folder import (
     read_dumped,
     read_record,
 )
-from llava_keeplora_eval.checkpoints import content_changes, model_content
+from llava_keeplora_eval.content import content_changes, model_content
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.models import resolve_model
 from llava_keeplora_recipes import load_recipe, load_recipes

@@ -13,7 +13,7 @@ import re
 import datasets
 import evaluate
 
-from llava_keeplora_eval.metrics import metric_record
+from llava_keeplora_eval.metrics.lookup import metric_record
 
 _INPUTS = """
 Args:

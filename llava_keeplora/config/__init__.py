@@ -11,10 +11,8 @@ from llava_keeplora.config.load import (
     read_config,
     with_settings,
 )
+from llava_keeplora.config.parts import ALL_LINEAR, AUTO, AUTO_LIMITS, PartConfig
 from llava_keeplora.config.schema import (
-    ALL_LINEAR,
-    AUTO,
-    AUTO_LIMITS,
     AVERAGED,
     EXPORT_EXAMPLES,
     HOLDOUT_SEED,
@@ -30,7 +28,6 @@ from llava_keeplora.config.schema import (
     MemoryConfig,
     MethodConfig,
     ModelConfig,
-    PartConfig,
     RunConfig,
 )
 from llava_keeplora.config.shipped import SHIPPED, find_config, list_configs, list_tables

@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_keeplora.config.checks import check_full_finetuning, deepspeed_config
 from llava_keeplora.config.coerce import _check_keys, _coerce, as_mapping, build
+from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.schema import (
     LABEL,
     ROW_KEYS,
@@ -17,7 +18,6 @@ from llava_keeplora.config.schema import (
     EvaluationConfig,
     ExpectedConfig,
     MethodConfig,
-    PartConfig,
     RunConfig,
 )
 from llava_keeplora.config.shipped import find_config
@@ -124,23 +124,7 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     training = as_mapping(tree.pop("training", {}), "training")
     methods = as_mapping(tree.pop("methods", DEFAULT_METHODS), "methods")
     expected = as_mapping(tree.pop("expected", {}), "expected")
-    sequence, tasks = tree.get("sequence"), tree.get("tasks")
-    if bool(sequence) == bool(tasks):
-        raise ConfigError(
-            "a run needs either `sequence` or `tasks`" + (", not both" if sequence else ""),
-            "name one of them",
-        )
-    if sequence:
-        loaded = load_sequence(sequence)
-        tree["tasks"] = list(loaded.tasks)
-        if getattr(loaded, "epochs", None):
-            training.setdefault("num_train_epochs", list(loaded.epochs))
-    if not isinstance(tree["tasks"], (list, tuple)) or not all(
-        isinstance(task, str) for task in tree["tasks"]
-    ):
-        raise ConfigError(
-            f"tasks is {tree['tasks']!r}, which is no list of names", "list task names or YAML files"
-        )
+    _read_tasks(tree, training)
     if methods.get(ZERO_SHOT) in (None, {}):
         methods.pop(ZERO_SHOT, None)  # It always comes first, asked for or not.
     # The run's own sections first, so that a mistake in them isn't told of the method that inherits it.
@@ -168,16 +152,29 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     return config
 
 
-def _parse_method(
-    label: str,
-    tree: dict[str, Any],
-    parts: dict[str, dict],
-    training: dict[str, Any],
-    evaluation: EvaluationConfig,
-    run_plugins: bool = True,
-) -> MethodConfig:
-    """A method inherits the run's parts and training and overrides what it names."""
-    where = f"methods.{label}"
+def _read_tasks(tree: dict[str, Any], training: dict[str, Any]) -> None:
+    """Set `tasks` from the sequence that a configuration names, and the epochs that the sequence suggests."""
+    sequence, tasks = tree.get("sequence"), tree.get("tasks")
+    if bool(sequence) == bool(tasks):
+        raise ConfigError(
+            "a run needs either `sequence` or `tasks`" + (", not both" if sequence else ""),
+            "name one of them",
+        )
+    if sequence:
+        loaded = load_sequence(sequence)
+        tree["tasks"] = list(loaded.tasks)
+        if getattr(loaded, "epochs", None):
+            training.setdefault("num_train_epochs", list(loaded.epochs))
+    if not isinstance(tree["tasks"], (list, tuple)) or not all(
+        isinstance(task, str) for task in tree["tasks"]
+    ):
+        raise ConfigError(
+            f"tasks is {tree['tasks']!r}, which is no list of names", "list task names or YAML files"
+        )
+
+
+def _check_label(label: Any) -> None:
+    """Refuse a method's label that cannot be a folder next to the run's own files."""
     if not isinstance(label, str) or not LABEL.fullmatch(label) or label in RUN_FILES:
         raise ConfigError(
             f"methods has the label '{label}', which cannot be a folder of the run",
@@ -188,6 +185,19 @@ def _parse_method(
             f"methods has a label of {len(label)} characters, and a folder is named after it",
             f"use {MAX_NAME} at most",
         )
+
+
+def _parse_method(
+    label: str,
+    tree: dict[str, Any],
+    parts: dict[str, dict],
+    training: dict[str, Any],
+    evaluation: EvaluationConfig,
+    run_plugins: bool = True,
+) -> MethodConfig:
+    """Build a method's record: it inherits the run's parts and training and overrides what it names."""
+    where = f"methods.{label}"
+    _check_label(label)
     name = tree.pop("method", label)
     name = name if isinstance(name, str) else str(name)
     cls = _find_method(name, where) if run_plugins or not METHODS.is_plugin(name) else None

@@ -17,7 +17,8 @@ from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
 from llava_keeplora.run_folder import DELTA, JOURNAL, MATRIX, Stage, read_dumped
 from llava_keeplora.saved_run import check_base
 from llava_keeplora_eval import Matrix
-from llava_keeplora_eval.checkpoints import hub_commit, loading
+from llava_keeplora_eval.checkpoints import loading
+from llava_keeplora_eval.content import hub_commit
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes import Recipe, load_recipe
 

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import llava_keeplora
+from llava_keeplora.adapters import Deltas
 from llava_keeplora.config import EXPORT_EXAMPLES
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.export.adapter import combine, write_adapter
+from llava_keeplora.export.adapter import Combined, combine, write_adapter
 from llava_keeplora.export.card import write_card
 from llava_keeplora.export.exported import FORMS, Exported
-from llava_keeplora.export.loaded_run import LearnedRun, filter_parts, load_learned_run, published_base
+from llava_keeplora.export.loaded_run import Base, LearnedRun, filter_parts, load_learned_run, published_base
 from llava_keeplora.export.merged import merge, write_merged
 from llava_keeplora.export.state import FOLDER, RECORD, SUFFIXES, write_state
 from llava_keeplora.export.verify import Deviation, probe, verify_export
 from llava_keeplora.files import whole_folder, write_json
 from llava_keeplora.methods import METHODS
-from llava_keeplora.models import DTYPES, open_model
+from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.run_folder import BASE
 from llava_keeplora.saved_run import recorded_base
 from llava_keeplora_eval.files import file_hash
@@ -64,10 +67,8 @@ def export_run(
         data_root: the folder with the data sets; the run's own when None.
 
     Raises:
-        RunError: for a folder that is no run, a task that is not finished, damaged files, or an export that
-            does not load as it was meant.
-        ConfigError: for a form that cannot hold what was learned, a target that is in use, or options that
-            don't go together.
+        RunError: a folder is no run, a task not finished, a file damaged, or the export loads otherwise.
+        ConfigError: the form cannot hold what was learned, the target is in use, or options don't match.
     """
     into = Path(into) if into is not None else Path(run) / "export" / form
     learned = load_learned_run(run, label, at_task)
@@ -82,48 +83,83 @@ def export_run(
     _, run_logits = probe(learned.load(), data)
     gc.collect()
 
+    job = _Job(
+        learned, base, form, into, deltas, combined, rank, with_state, name or into.name, dtype, parts, data
+    )
     with whole_folder(into) as tmp_dir:
-        if form == "merged":
-            family, rounding = merge(learned, dtype)
-            write_merged(tmp_dir, family)
-            family.model.float()
-        else:
-            family, rounding = (
-                learned.load("float32", [combined.layers] if combined and rank else deltas),
-                None,
-            )
-        if combined:
-            write_adapter(tmp_dir, combined, family.model, family.parts, base)
-        if form == "state":
-            write_state(learned, base, tmp_dir)
-        batch, expected = probe(family, data)
-        usage = family.usage(data)
-        del family
-        gc.collect()
-        layers = len(combined.layers) if combined else None
-        float32, bfloat16 = verify_export(tmp_dir, form, base, batch, expected, layers)
-        if combined and with_state:
-            write_state(learned, base, tmp_dir / FOLDER)
-        trained_parts = list(learned.config["methods"][learned.label]["parts"])
-        exported_parts = list(parts or trained_parts)
-        exported = Exported(
-            folder=into,
-            form=form,
-            tasks=len(learned.deltas),
-            adapter=combined,
-            compressed=rank is not None,
-            with_state=combined is not None and with_state,
-            left_out=[part for part in trained_parts if part not in exported_parts],
-            language_only=exported_parts == ["language"],
-            examples=len(data),
-            reloaded=Deviation.between(float32, expected),
-            own=Deviation.between(float32, run_logits),
-            bfloat16=Deviation.between(bfloat16, run_logits),
-            rounding=rounding,
-        )
-        write_json(tmp_dir / RECORD, _record(learned, exported, tmp_dir))
-        write_card(tmp_dir, name or into.name, learned, base, exported, usage)
+        return _write_export(job, run_logits, tmp_dir)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `export_run` was asked for, checked."""
+
+    learned: LearnedRun
+    base: Base
+    form: str
+    into: Path
+    deltas: Sequence[Deltas]
+    combined: Combined | None
+    rank: int | None
+    with_state: bool
+    name: str
+    dtype: str | None
+    parts: Sequence[str] | None
+    data: TaskData
+
+
+def _write_export(job: _Job, run_logits: Tensor, tmp_dir: Path) -> Exported:
+    """Write an export's files, compare its logits with the run's, and describe it."""
+    learned, combined = job.learned, job.combined
+    if job.form == "merged":
+        family, rounding = merge(learned, job.dtype)
+        write_merged(tmp_dir, family)
+        family.model.float()
+    else:
+        rounding, family = None, _write_updates(job, tmp_dir)
+    batch, expected = probe(family, job.data)
+    usage = family.usage(job.data)
+    del family
+    gc.collect()
+    layers = len(combined.layers) if combined else None
+    float32, bfloat16 = verify_export(tmp_dir, job.form, job.base, batch, expected, layers)
+    if combined and job.with_state:
+        write_state(learned, job.base, tmp_dir / FOLDER)
+    exported = Exported(
+        folder=job.into,
+        form=job.form,
+        tasks=len(learned.deltas),
+        adapter=combined,
+        compressed=job.rank is not None,
+        with_state=combined is not None and job.with_state,
+        examples=len(job.data),
+        reloaded=Deviation.between(float32, expected),
+        own=Deviation.between(float32, run_logits),
+        bfloat16=Deviation.between(bfloat16, run_logits),
+        rounding=rounding,
+        **_parts(learned, job.parts),
+    )
+    write_json(tmp_dir / RECORD, _record(learned, exported, tmp_dir))
+    write_card(tmp_dir, job.name, learned, job.base, exported, usage)
     return exported
+
+
+def _write_updates(job: _Job, folder: Path) -> Family:
+    """Write an adapter, or a state where there is none; return the model that it should give."""
+    family = job.learned.load("float32", [job.combined.layers] if job.combined and job.rank else job.deltas)
+    if job.combined:
+        write_adapter(folder, job.combined, family.model, family.parts, job.base)
+    else:
+        write_state(job.learned, job.base, folder)
+    return family
+
+
+def _parts(learned: LearnedRun, parts: Sequence[str] | None) -> dict[str, Any]:
+    """Return which trained parts an export leaves out, and whether it holds the language model alone."""
+    trained = list(learned.config["methods"][learned.label]["parts"])
+    exported = list(parts or trained)
+    left_out = [part for part in trained if part not in exported]
+    return {"left_out": left_out, "language_only": exported == ["language"]}
 
 
 def _check_mergeable(learned: LearnedRun, form: str) -> None:

@@ -6,64 +6,35 @@ Each reads what earlier stages wrote and returns (the files that it wrote, what 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import gc
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import TrainingArguments, set_seed
-
-from llava_keeplora.adapters import (
-    AdapterInit,
-    Delta,
-    FullDelta,
-    attach,
-    detach,
-    read_adapters,
-    save_deltas,
-)
-from llava_keeplora.deepspeed_zero import forget_engine, gathered, number_count, trained_values
-from llava_keeplora.errors import TrainingError
 from llava_keeplora.files import write_json
-from llava_keeplora.methods import METHODS, TaskContext
+from llava_keeplora.methods import METHODS
 from llava_keeplora.run_folder import (
     ADAPTERS,
     CONSOLIDATED,
-    DELTA,
-    KEPT,
     PREDICTIONS,
     PREPARED,
     SCORES,
     STATE,
-    TRAIN,
     Stage,
     file_name,
     read_record,
 )
-from llava_keeplora.sequence.checkpoint import StepCheckpoint
-from llava_keeplora.sequence.data import stage_seed
 from llava_keeplora.sequence.forecast import forecast, shortage
 from llava_keeplora.sequence.inference_latency import EXAMPLES, TOKENS, seconds_per_example
 from llava_keeplora.sequence.method_state import MethodState, write_if_any
-from llava_keeplora.sequence.passes import GRADIENT_COST, task_context
-from llava_keeplora.sequence.reporters import end_own_place, give_own_place
-from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_timings
+from llava_keeplora.sequence.passes import task_context
+from llava_keeplora.sequence.train_stage import Outcome, train
 from llava_keeplora.start import Task
-from llava_keeplora.start.training_args import training_arguments
 from llava_keeplora_eval import predict_to_file, score
 from llava_keeplora_eval.predictions import join_shards
 from llava_keeplora_eval.predictors import Predictor
 
 logger = logging.getLogger(__name__)
-
-Outcome = tuple[list[Path], dict[str, Any]]
-
-
-# --- PLANNED -----------------------------------------------------------------------------------------
 
 
 def plan(state: MethodState, index: int) -> Outcome:
@@ -81,9 +52,6 @@ def plan_record(state: MethodState, index: int) -> dict[str, Any]:
         "tasks": [task.record() | read for task, read in zip(tasks, prompts, strict=True)],
         **reference,
     }
-
-
-# --- PREPARED ----------------------------------------------------------------------------------------
 
 
 def prepare(state: MethodState, index: int) -> Outcome:
@@ -114,161 +82,6 @@ def prepare(state: MethodState, index: int) -> Outcome:
         "unreachable": len(state.unreachable),
     }
     return [path] + [tensors] * bool(starts), counts
-
-
-# --- TRAINED -----------------------------------------------------------------------------------------
-
-
-def train(state: MethodState, index: int) -> Outcome:
-    """Train the task's adapters and keep their update.
-
-    Raises:
-        TrainingError: a trained value is not finite.
-    """
-    context, task, inits = state.context, state.tasks[index - 1], state.inits(index)
-    ctx = task_context(state, index, Stage.TRAINED)
-    state.rebuild(index - 1, offset=state.method.weight_offset(inits))
-    set_seed(ctx.seed)
-    wrapper = attach(context.family.model, inits, state.method.dropout, master_copies=context.zero.used)
-    before = {name: _copied(module) for name, module in state.full.items()}
-    for module in state.full.values():
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(True)
-
-    def read_deltas() -> dict[str, Delta | FullDelta]:
-        changes = {name: _taken_back(state.full[name], start) for name, start in before.items()}
-        adapters = {
-            name: _from_start(delta, inits[name])
-            for name, delta in read_adapters(context.family.model, inits).items()
-        }
-        return {**changes, **state.method.finalize_deltas(ctx, adapters)}
-
-    try:
-        with state.method.training_context(ctx, context.family.model):
-            trained = sum(number_count(p) for p in context.family.model.parameters() if p.requires_grad)
-            history, deltas, kept = _train(state, ctx, task, read_deltas)
-    finally:
-        detach(wrapper)
-    _check_finite(task, history["steps"], deltas, kept)
-    delta_path, log_path, kept_path = (state.path(index, name) for name in (DELTA, TRAIN, KEPT))
-    if context.rank == 0:
-        save_deltas(delta_path, deltas)
-        write_if_any(kept_path, kept)
-        write_json(log_path, history | {"report": ctx.report})
-        StepCheckpoint(state.path(index)).remove()
-    context.barrier()
-    files = [delta_path, log_path] + [kept_path] * bool(kept)
-    return files, {"steps": history["steps"], "trained_parameters": trained}
-
-
-def _train(
-    state: MethodState, ctx: TaskContext, task: Task, read_deltas: Callable[[], dict[str, Delta | FullDelta]]
-) -> tuple[dict[str, Any], dict[str, Delta | FullDelta], dict[str, Tensor]]:
-    """Run the Trainer; `read_deltas` is called while a DeepSpeed engine still holds its fp32 copies.
-
-    Returns:
-        (the Trainer's log, the deltas, what the method keeps besides).
-    """
-    context, index = state.context, ctx.index
-    arguments = _training_arguments(state, index)
-    model, scale = context.family.task(task.recipe), state.config.random_resized_crop
-    # `check_rows` lets random crops through for CLIP alone.
-    crops = context.family.crops(task.train, scale, arguments.seed) if scale else None  # type: ignore[attr-defined]
-    cost = GRADIENT_COST * arguments.train_batch_size * arguments.gradient_accumulation_steps * context.world
-    trainer = TaskTrainer(
-        method=state.method,
-        ctx=ctx,
-        on_step=functools.partial(context.progress.advance, cost),
-        model=model,
-        args=arguments,
-        rates=_part_learning_rates(state),
-        checkpoint=StepCheckpoint(state.path(index)),
-        train_dataset=Indices(len(context.inputs[index - 1])),
-        crops=crops,
-        data_collator=(crops or context.inputs[index - 1]).collate,
-    )
-    give_own_place(trainer, context.workspace.root, state.tag(index))
-    context.progress.advance(cost * trainer.steps_before)
-    result = trainer.go()
-    end_own_place(trainer)
-    history = {
-        "steps": trainer.state.global_step,
-        "loss": result.training_loss,
-        "history": without_timings(trainer.state.log_history),
-    }
-    deltas, kept = read_deltas(), state.method.extra_state()
-    trainer.accelerator.free_memory()
-    forget_engine(context.family.model.parameters())
-    context.family.model.eval().requires_grad_(False)
-    del trainer
-    gc.collect()
-    return history, deltas, kept
-
-
-def _check_finite(
-    task: Task, steps: int, deltas: Mapping[str, Delta | FullDelta], kept: Mapping[str, Tensor]
-) -> None:
-    values = [(name, value) for name, delta in deltas.items() for value in delta.tensors.values()]
-    for name, value in [*values, *kept.items()]:
-        if not torch.isfinite(value).all():
-            raise TrainingError(
-                f"the weights of task '{task.name}' are not finite after its {steps} steps, first in layer "
-                f"{name}",
-                CURE,
-            )
-
-
-def _part_learning_rates(state: MethodState) -> dict[int, float]:
-    """Return id of a parameter → learning rate, for the parts that set one of their own."""
-    rates: dict[int, float] = {}
-    family = state.context.family
-    for part, settings in state.config.parts.items():
-        if settings.learning_rate is None:
-            continue
-        prefix = family.parts[part] + "."
-        rates |= {
-            id(parameter): settings.learning_rate
-            for name, parameter in family.model.named_parameters()
-            if name.startswith(prefix) and parameter.requires_grad
-        }
-    return rates
-
-
-def _training_arguments(state: MethodState, index: int) -> TrainingArguments:
-    root = state.context.workspace.root.resolve().name
-    return training_arguments(
-        state.trainings[index - 1],
-        output_dir=str(state.path(index, "trainer")),
-        run_name=f"{state.config.training.get('run_name') or root}/{state.tag(index)}",
-        seed=stage_seed(state.context.config.seed, index, Stage.TRAINED),
-    )
-
-
-def _copied(module: nn.Module) -> dict[str, Tensor]:
-    parameters = dict(module.named_parameters(recurse=False))
-    with gathered(parameters.values()):
-        return {name: p.detach().clone() for name, p in parameters.items()}
-
-
-def _from_start(delta: Delta, init: AdapterInit) -> Delta:
-    """Return an adapter's update less the one that it began with, on the host."""
-    return Delta(delta.A.cpu(), delta.B.cpu() - (init.B if init.B is not None else 0), delta.scale)
-
-
-@torch.no_grad()
-def _taken_back(module: nn.Module, before: Mapping[str, Tensor]) -> FullDelta:
-    """Return what training changed in a module without an adapter, and restore the module."""
-    parameters = dict(module.named_parameters(recurse=False))
-    change = FullDelta(
-        {name: (trained_values(p) - before[name].float()).cpu() for name, p in parameters.items()}
-    )
-    with gathered(parameters.values(), write=True):
-        for name, p in parameters.items():
-            p.copy_(before[name])
-    return change
-
-
-# --- CONSOLIDATED ------------------------------------------------------------------------------------
 
 
 def consolidate(state: MethodState, index: int) -> Outcome:
@@ -323,9 +136,6 @@ def _forecast(
     if warning:
         logger.warning("%s: %s", state.config.label, warning)
     return {name: room.to_dict() for name, room in rooms.items()}
-
-
-# --- EVALUATED ---------------------------------------------------------------------------------------
 
 
 def evaluate(state: MethodState, index: int) -> Outcome:
@@ -417,9 +227,6 @@ def _predictor(state: MethodState, index: int, task: Task, tokens: int | None = 
     if state.averaged:
         predictor = predictor.with_test_prompts()  # type: ignore[attr-defined]  # CLIP's, see `check_rows`
     return state.method.predictor(predictor, task.name) if index else predictor
-
-
-# --- CLOSED ------------------------------------------------------------------------------------------
 
 
 def close(state: MethodState, index: int) -> Outcome:

@@ -40,7 +40,7 @@ from llava_keeplora.saved_run import (
 from llava_keeplora.versions import version_changes, worker_changes, write_versions
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import sweep
-from llava_keeplora_recipes.recipe import flat_recipe
+from llava_keeplora_recipes.recipe_files import flat_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
 logger = logging.getLogger(__name__)

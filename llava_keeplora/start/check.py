@@ -45,13 +45,7 @@ def check_run(
     for label, method in config.methods.items():
         cls = METHODS[method.method]
         made = cls(cls.Options(**method.options))
-        needed = made.least_statistics(changed[label].adapted)
-        if needed > config.memory.statistics_gb * 1e9:
-            raise ConfigError(
-                f"memory.statistics_gb is {config.memory.statistics_gb}, which holds no statistics of the "
-                f"features of '{label}'",
-                f"set memory.statistics_gb={enough_gb(needed)}, or more",
-            )
+        _check_statistics(label, made.least_statistics(changed[label].adapted), config)
         if made.one_process and world > 1:
             raise ConfigError(
                 f"'{label}' averages batches in their order, which {world} processes don't have",
@@ -79,6 +73,15 @@ def check_run(
                     count,
                     world,
                 )
+
+
+def _check_statistics(label: str, needed: int, config: RunConfig) -> None:
+    if needed > config.memory.statistics_gb * 1e9:
+        raise ConfigError(
+            f"memory.statistics_gb is {config.memory.statistics_gb}, which holds no statistics of the "
+            f"features of '{label}'",
+            f"set memory.statistics_gb={enough_gb(needed)}, or more",
+        )
 
 
 def enough_gb(needed: int) -> str:

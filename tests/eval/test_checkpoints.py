@@ -10,13 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_keeplora_eval import EvalError
-from llava_keeplora_eval.checkpoints import (
-    check_values,
-    content_changes,
-    content_hash,
-    load_checked,
-    model_content,
-)
+from llava_keeplora_eval.checkpoints import check_values, load_checked
+from llava_keeplora_eval.content import content_changes, content_hash, model_content
 
 
 @pytest.fixture
@@ -391,8 +386,7 @@ def test_a_checkpoint_that_says_it_is_quantised_is_refused_by_both_programs(copi
 def test_a_tokenizer_without_words_is_refused_by_every_door(copied, names):
     from llava_keeplora.config import ModelConfig
     from llava_keeplora.models import open_model
-    from llava_keeplora_eval.models import load_clip
-    from llava_keeplora_eval.preparation import load_preparation
+    from llava_keeplora_eval.models import load_clip, load_preparation
 
     for name in names:
         (copied / name).unlink()

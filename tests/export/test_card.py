@@ -15,7 +15,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.export import export_run
 from llava_keeplora.export.loaded_run import published_base
 from llava_keeplora_eval import EvalError, Matrix
-from llava_keeplora_eval.checkpoints import model_content
+from llava_keeplora_eval.content import model_content
 from llava_keeplora_eval.metrics import METRICS
 
 

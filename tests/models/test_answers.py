@@ -12,7 +12,7 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.saved_run import run_identity
 from llava_keeplora_eval import EvalError, predict_to_file, read_predictions
-from llava_keeplora_eval.checkpoints import model_content
+from llava_keeplora_eval.content import model_content
 from llava_keeplora_eval.generation import SETTINGS, check_generation
 from llava_keeplora_eval.models import load_predictor, made_by
 from llava_keeplora_eval.predictions import maker_path

@@ -133,7 +133,7 @@ def test_a_file_that_holds_no_mapping_is_named(tmp_path, content):
 
 
 def test_a_recipe_may_have_classes_that_look_like_booleans_and_dates_and_survives_being_kept(tmp_path):
-    from llava_keeplora_recipes.recipe import flat_recipe
+    from llava_keeplora_recipes.recipe_files import flat_recipe
 
     text = "name: n\nversion: 1\nkind: classification\nmetric: accuracy\nlicence: x\nprompt: a {c}\nclasses: [no, on, 007, 2020-01-01, '1e3']\n"
     (tmp_path / "n.yaml").write_text(

@@ -11,7 +11,7 @@ from llava_keeplora import cli
 from llava_keeplora.config import load_config, parse_config
 from llava_keeplora.errors import RunError
 from llava_keeplora.saved_run import extended, load_run, recorded_base
-from llava_keeplora_eval.checkpoints import model_content
+from llava_keeplora_eval.content import model_content
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,8 @@ def test_a_fork_of_a_run_without_a_record_does_not_take_the_files_of_today_for_i
 
 
 def test_an_adapter_is_checked_with_its_base_model(tiny_clip, tmp_path):
-    from llava_keeplora_eval.preparation import PromptPreparation, load_preparation
+    from llava_keeplora_eval.models import load_preparation
+    from llava_keeplora_eval.preparation import PromptPreparation
 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_clip)}))
     assert isinstance(load_preparation(str(tmp_path)), PromptPreparation)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_keeplora.saved_run import run_identity
-from llava_keeplora.sequence import stages, trainer
+from llava_keeplora.sequence import train_stage, trainer
 from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
 
 SETTINGS = {
@@ -132,7 +132,7 @@ def test_training_stopped_after_its_last_step_ends_with_the_same_files(
         )
 
     drive(build("undisturbed"))
-    save, calls = stages.save_deltas, []
+    save, calls = train_stage.save_deltas, []
 
     def stop_once(*args):
         calls.append(args)
@@ -140,7 +140,7 @@ def test_training_stopped_after_its_last_step_ends_with_the_same_files(
             raise stopped
         return save(*args)
 
-    monkeypatch.setattr(stages, "save_deltas", stop_once)
+    monkeypatch.setattr(train_stage, "save_deltas", stop_once)
     assert run_to_the_end(build("killed")) == 2
     assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
 

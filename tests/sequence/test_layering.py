@@ -165,3 +165,58 @@ def test_importing_eval_and_recipes_loads_nothing_of_the_training_half():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def graph() -> dict[str, set[str]]:
+    """Module → the modules of the three packages that it imports, in functions and under TYPE_CHECKING too."""
+    names = {
+        "llava_keeplora": "llava_keeplora",
+        "eval": "llava_keeplora_eval",
+        "data_recipes": "llava_keeplora_recipes",
+    }
+    modules = {}
+    for folder, package in names.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    edges = {}
+    for module, path in modules.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        named = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                source = ".".join([*above, *([node.module] if node.module else [])])
+                inside = {f"{source}.{alias.name}" for alias in node.names}
+                named |= {name if name in modules else source for name in inside}
+        edges[module] = {name for name in named if name in modules} - {module}
+    return edges
+
+
+def test_no_module_imports_itself_through_others():
+    edges = graph()
+    assert len(edges) > 200 and edges["llava_keeplora_eval.scoring"], "the graph has edges"
+    # What imports nothing that is left is on no circle.
+    while free := {module for module, targets in edges.items() if not targets}:
+        edges = {module: targets - free for module, targets in edges.items() if module not in free}
+    # Nor is what nothing imports that is left.
+    while free := set(edges) - set().union(*edges.values()):
+        edges = {module: targets for module, targets in edges.items() if module not in free}
+    assert not edges, f"a circle of imports among {sorted(edges)}"
+
+
+def test_files_and_functions_fit_a_screen_or_few():
+    """No file over 450 lines, no function over 60."""
+    long = []
+    for folder in ("llava_keeplora", "eval", "data_recipes", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            long += [str(path)] * (len(text.splitlines()) > 450)
+            long += [
+                f"{path}:{node.name}"
+                for node in ast.walk(ast.parse(text))
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+            ]
+    assert not long

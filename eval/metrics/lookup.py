@@ -1,0 +1,64 @@
+"""Metrics by name: those of this package, and plug-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.metrics import answers, captions, coin, mllm_acl, mllm_dcl, ucit, vqa
+from llava_keeplora_eval.metrics.records import AnswerMetric, MetricRecord
+from llava_keeplora_recipes.registry import PluginError, Registry
+
+
+def _is_metric(value: Any) -> str | None:
+    if isinstance(value, MetricRecord) or (callable(value) and not isinstance(value, type)):
+        return None
+    return "it is neither an AnswerMetric or a CorpusMetric, nor a function of (text, answers)"
+
+
+#: Name → record. A plug-in's object may be a function too; see ``metric_record``.
+METRICS = Registry("metric", "llava_keeplora.metrics", {}, _is_metric)
+for _group in (answers, vqa, captions, ucit, mllm_dcl, mllm_acl, coin):
+    METRICS.update({record.name: record for record in _group.METRICS})
+
+
+def metric_record(name: str) -> MetricRecord:
+    """Return the record of a metric by name; see ``as_record`` for a function.
+
+    Args:
+        name: of a metric of this package, ``module:object``, ``path/to/file.py:object``, or of an entry point
+            of the group ``llava_keeplora.metrics``.
+
+    Raises:
+        EvalError: there is no such metric, or it cannot be imported.
+    """
+    try:
+        metric = METRICS[METRICS.localize(name)]
+    except PluginError as error:
+        raise EvalError(error.problem, error.cure) from error
+    return as_record(metric)
+
+
+def as_record(metric: MetricRecord | Callable[..., float]) -> MetricRecord:
+    """Return a metric's record.
+
+    A function of ``(text, answers)`` gets one with its name and its docstring's first line.
+    """
+    if isinstance(metric, MetricRecord):
+        return metric
+    identifier = getattr(metric, "__name__", "metric")
+    summary = (metric.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    return AnswerMetric(identifier, 1, metric, summary or f"{identifier} accepts the prediction", soft=True)
+
+
+def metric_source(name: str) -> str | None:
+    """Return the SHA-256 of the sources of a metric that is a plug-in; None for one of this package.
+
+    Raises:
+        EvalError: there is no such metric here.
+    """
+    try:
+        return METRICS.source_hash(METRICS.localize(name))
+    except PluginError as error:
+        raise EvalError(error.problem, error.cure) from error
