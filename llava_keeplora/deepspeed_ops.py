@@ -28,7 +28,10 @@ def check_builds() -> None:
         RunError: naming the lock, if it was left behind.
     """
     for lock in unheld_locks():
-        age = time.time() - lock.stat().st_mtime
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:  # Its build has ended since it was listed.
+            continue
         what = (
             f"{lock}, the lock of one of DeepSpeed's operators, is {age / 60:.0f} minutes old and no process "
             "here is compiling it"

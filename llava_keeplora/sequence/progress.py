@@ -46,13 +46,14 @@ class Progress:
         self._title, self._matrix = "", None
         self._start = self._last = time.monotonic()
         self._open = ExitStack()
+        self._live: Live | None = None
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def __enter__(self) -> Progress:
         if self.show and self._terminal:
             # It goes at the end: the tables that a run prints then say more.
             stderr = sys.stderr
-            live = Live(
+            live = self._live = Live(
                 console=Console(file=stderr),
                 get_renderable=self._view,
                 refresh_per_second=REFRESH,
@@ -81,6 +82,8 @@ class Progress:
             cost: in images through the model once.
         """
         self._until, self._text = self.done + cost, text
+        if self._live:
+            self._live.refresh()  # A short stage may end before the view is drawn again.
         yield
         self.advance(cost)
 

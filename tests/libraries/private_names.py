@@ -141,7 +141,7 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         "transformers.configuration_utils._name_or_path",
-        ("llava_keeplora_eval.checkpoints",),
+        ("llava_keeplora_eval.content",),
         "says where a model was loaded from, not what it is",
     ),
     PrivateName(
@@ -177,6 +177,22 @@ PRIVATE_NAMES = (
         ("llava_keeplora.models.quantization",),
         "keeps a 4-bit weight from being repacked in place by its first evaluation",
     ),
+    # datasets
+    PrivateName(
+        "datasets.packaged_modules.csv.csv.Csv._generate_tables",
+        ("llava_keeplora_recipes.csv_text",),
+        "replaced, so that cells of a CSV file are the text that is written",
+    ),
+    PrivateName(
+        "datasets.packaged_modules.csv.csv.Csv._cast_table",
+        ("llava_keeplora_recipes.csv_text",),
+        "gives such a table the columns' types",
+    ),
+    PrivateName(
+        "datasets.packaged_modules.folder_based_builder.folder_based_builder.FolderBasedBuilder._read_metadata",
+        ("llava_keeplora_recipes.csv_text",),
+        "replaced, so that cells of metadata.csv are the text that is written",
+    ),
     # evaluate: the way in which its guide has a metric written
     PrivateName(
         "evaluate.Metric._info",
@@ -204,6 +220,16 @@ PRIVATE_NAMES = (
         "torch.nn.Module._parameters",
         (_METER,),
         "fake weights for the length of a measurement, shared ones shared",
+    ),
+    PrivateName(
+        "torch.nn.Module._forward_hooks",
+        ("llava_keeplora.testing.methods",),
+        "checks that a method leaves no hook on the model",
+    ),
+    PrivateName(
+        "torch.nn.Module._forward_pre_hooks",
+        ("llava_keeplora.testing.methods",),
+        "the same",
     ),
     PrivateName("torch.nn.Module._buffers", (_METER,), "the same"),
     PrivateName("torch._subclasses.fake_tensor.FakeTensor", (_METER,), "shapes without memory"),

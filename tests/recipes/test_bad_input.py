@@ -323,7 +323,7 @@ def test_a_malformed_question_record_is_named(questions, change, sentence):
         (
             [{"id": 1}],
             [{"image_id": 1, "caption": "x"}],
-            "train.json has an entry without the field 'file_name'; ",
+            "image 1 of train.json has nothing (null) as 'file_name', which is no path; ",
         ),
         ([{"file_name": "a.png"}], [], "train.json has an entry without the field 'id'; "),
         ([{"id": 1}], [{"image_id": 1}], "train.json has an entry without the field 'caption'; "),
