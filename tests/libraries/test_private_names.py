@@ -93,13 +93,16 @@ def mentioned(tree: ast.Module) -> set[str]:
 
 @cache
 def assigned(owner: type | ModuleType) -> set[str]:
-    """Return the attributes that a module's or class's source assigns to anything."""
+    """Return the attributes that a module's or class's source assigns to anything, `__setattr__` included."""
     try:
         source = inspect.getsource(owner)
     except (OSError, TypeError):  # Compiled, or made at run time.
         return set()
-    nodes = ast.walk(ast.parse(f"if True:\n{source}" if source[0].isspace() else source))
-    return {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    nodes = list(ast.walk(ast.parse(f"if True:\n{source}" if source[0].isspace() else source)))
+    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func).endswith("__setattr__")]
+    return {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)} | {
+        n.args[0].value for n in calls if n.args and isinstance(n.args[0], ast.Constant)
+    }
 
 
 def owner_of(name: str) -> object:
