@@ -142,7 +142,8 @@ def _begin_share(
         **_claim(path, made_by),
     }
     # By position in the data, not among the missing: processes may look at the shards at different times.
-    missing = [row for row in range(rank, len(data), world) if data.ids[row] not in done]
+    ids = data.ids
+    missing = [row for row in range(rank, len(data), world) if ids[row] not in done]
     if world > 1:
         path = _shard(path, rank)
     _drop_torn_line(path)
