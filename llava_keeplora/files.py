@@ -104,9 +104,9 @@ def open_tensors(path: Path) -> safe_open:
 
 @contextmanager
 def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
-    """A tmp_dir to fill, which becomes a folder at the end: the folder appears whole or not at all.
+    """Yield a folder to fill, which takes a name at the end: the named folder appears whole or not at all.
 
-    The tmp_dir is named `.NAME.PROCESS.part`. An error removes it; what a killed process left is removed by
+    Until then it is named `.NAME.PROCESS.part`. An error removes it; what a killed process left is removed by
     the next command that makes the same folder. It is locked while it is filled, so that what a living
     process is writing can be told from that.
 

@@ -22,7 +22,7 @@ from llava_keeplora.config import (
     parse_config,
     with_settings,
 )
-from llava_keeplora.config.training_args import MACHINE_ARGUMENTS, _per_task
+from llava_keeplora.config.training_args import MACHINE_ARGUMENTS, per_task
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.records import read_object
 from llava_keeplora.registries import plugin_identity
@@ -54,8 +54,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     the journal, and so are reference data.
 
     Raises:
-        RecipeError: if a task's recipe is not there or cannot be read.
-        ConfigError: if a task is named twice.
+        RecipeError: if a task's recipe is not there or cannot be read, or a task is named twice.
         PluginError: if the source of a plug-in is not there.
     """
     tree = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -85,7 +84,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     plugin_identity(tree)
     tree["tasks"] = [recipe.name for recipe in load_recipes(config.tasks)]
     for section in (tree, *tree["methods"].values()):
-        own = {key: _per_task(section["training"], key, len(config.tasks)) for key in PER_TASK}
+        own = {key: per_task(section["training"], key, len(config.tasks)) for key in PER_TASK}
         section["training"] = _machine_independent(section["training"]) | {
             k: values if len(set(values)) > 1 else values[0] for k, values in own.items()
         }

@@ -24,7 +24,7 @@ def build(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...]
         where: the dotted place, for error texts.
         also: valid names beside the fields, for the hint.
     """
-    _check_keys(kind, tree, where, also)
+    check_keys(kind, tree, where, also)
     hints = typing.get_type_hints(kind)
     prefix = f"{where}." if where else ""
     values = {}
@@ -33,14 +33,15 @@ def build(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...]
         if dataclasses.is_dataclass(hint):
             values[key] = build(hint, as_mapping(value, f"{prefix}{key}"), f"{prefix}{key}")
         else:
-            values[key] = _coerce(value, hint, f"{prefix}{key}")
+            values[key] = coerce_value(value, hint, f"{prefix}{key}")
     try:
         return kind(**values)
     except UserError as error:
         raise ConfigError(f"{prefix}{error.problem}", error.cure) from None
 
 
-def _check_keys(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> None:
+def check_keys(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> None:
+    """Refuse keys that are no fields of a dataclass; see `build`."""
     fields = {f.name for f in dataclasses.fields(kind)}
     for key in tree:
         if key not in fields:
@@ -49,7 +50,7 @@ def _check_keys(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str
             )
 
 
-def _coerce(value: Any, hint: Any, where: str) -> Any:
+def coerce_value(value: Any, hint: Any, where: str) -> Any:
     """Cast YAML scalars to a field's type; refuse what does not fit, and numbers that are not finite."""
     options = [h for h in typing.get_args(hint) if h is not type(None)] if _is_union(hint) else [hint]
     if value is None and (_is_union(hint) and type(None) in typing.get_args(hint)):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_keeplora.config.checks import check_full_finetuning, deepspeed_config
-from llava_keeplora.config.coerce import _check_keys, _coerce, as_mapping, build
+from llava_keeplora.config.coerce import as_mapping, build, check_keys, coerce_value
 from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.schema import (
     LABEL,
@@ -116,7 +116,7 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
             raise ConfigError(
                 f"the key '{key}' makes this a table of several runs", "run it with `llava-keeplora compare`"
             )
-    _check_keys(RunConfig, tree, "")
+    check_keys(RunConfig, tree, "")
     parts = {
         name: as_mapping(value, f"parts.{name}")
         for name, value in as_mapping(tree.pop("parts", {}), "parts").items()
@@ -226,7 +226,7 @@ def _parse_method(
     own_training = as_mapping(tree.pop("training", {}), f"{where}.training")
     read = {"test_prompts": tree.pop("test_prompts")} if "test_prompts" in tree else {}
     test_prompts = build(EvaluationConfig, read, where).test_prompts if read else evaluation.test_prompts
-    crop = _coerce(
+    crop = coerce_value(
         tree.pop("random_resized_crop", None), tuple[float, float] | None, f"{where}.random_resized_crop"
     )
     keys = ("method", "parts", "training", *ROW_KEYS)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_keeplora.config.parts import PartConfig
-from llava_keeplora.config.training_args import PER_TASK, _per_task
+from llava_keeplora.config.training_args import PER_TASK, per_task
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_eval.aggregates import AGGREGATES
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS, check_generation
@@ -279,7 +279,7 @@ class RunConfig:
     def _listed(self, label: str, key: str) -> list[float]:
         """An argument of `PER_TASK` for every task: one number or one per task."""
         training = self.methods[label].training
-        values = _per_task(training, key, len(self.tasks))
+        values = per_task(training, key, len(self.tasks))
         if key == "num_train_epochs" and not all(0 < value < float("inf") for value in values):
             raise ConfigError(
                 f"training.{key} is {training[key]}, but a task is trained for more than nothing",
@@ -311,7 +311,7 @@ class RunConfig:
             count: how many.
         """
         return self._with_tasks(
-            self.tasks[:count], lambda training, key: _per_task(training, key, len(self.tasks))[:count]
+            self.tasks[:count], lambda training, key: per_task(training, key, len(self.tasks))[:count]
         )
 
     def followed_by(self, task: str, own: Mapping[str, float] | None = None) -> RunConfig:
@@ -332,7 +332,7 @@ class RunConfig:
                     f"training.{key} lists a number for each task and none for the new one",
                     f"give it with {PER_TASK[key][1]}",
                 )
-            return [*_per_task(training, key, len(self.tasks)), own[key]]
+            return [*per_task(training, key, len(self.tasks)), own[key]]
 
         return self._with_tasks((*self.tasks, task), longer, own)
 

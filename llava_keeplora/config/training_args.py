@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.config.coerce import _coerce, as_mapping
+from llava_keeplora.config.coerce import as_mapping, coerce_value
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_recipes.strict_json import decode_text, parse_json
 
@@ -74,7 +74,7 @@ def _argument_types() -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
 
 
-def _per_task(training: Mapping[str, Any], key: str, tasks: int) -> list[float]:
+def per_task(training: Mapping[str, Any], key: str, tasks: int) -> list[float]:
     """An argument of `PER_TASK` as it is listed, or the one number for so many tasks."""
     value = training.get(key, PER_TASK[key][0])
     return [float(v) for v in value] if isinstance(value, (list, tuple)) else [float(value)] * tasks
@@ -103,9 +103,9 @@ def check_training(
                 hint = "https://huggingface.co/docs/transformers/main_classes/trainer lists them"
             raise ConfigError(f"{where}.{key} is not an argument of transformers.TrainingArguments", hint)
         if isinstance(value, (list, tuple)) and key in PER_TASK:
-            out[key] = [_coerce(v, float, f"{where}.{key}") for v in value]
+            out[key] = [coerce_value(v, float, f"{where}.{key}") for v in value]
         else:
-            out[key] = _coerce(value, hints[key], f"{where}.{key}") if key in hints else value
+            out[key] = coerce_value(value, hints[key], f"{where}.{key}") if key in hints else value
         if key in WITHOUT and out[key] not in WITHOUT[key][0]:
             raise ConfigError(
                 f"{where}.{key} is {value!r}, which the driver's training does without", WITHOUT[key][1]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas
 from llava_keeplora.methods.reference import Reference
+from llava_keeplora.run_folder import Capacity
 from llava_keeplora_eval.predictors import Predictor
 
 
@@ -80,6 +81,10 @@ class Layer:
     energy_weight: float
     energy_feature: float
     auto: tuple[str, ...] = ()
+
+    def capacity(self, protected: int) -> Capacity:
+        """Return the layer's capacity with so many protected directions."""
+        return Capacity(self.module.in_features, protected, self.part)
 
 
 @dataclass

@@ -135,8 +135,7 @@ class InfLora(Method):
                 names, {"before": found.energy_before, "after": found.energy_after, "new": found.rank}
             )
         ctx.report["capacity"] = {
-            name: {"in": layer.module.in_features, "k": self._basis(layer).shape[1], "part": layer.part}
-            for name, layer in ctx.layers.items()
+            name: layer.capacity(self._basis(layer).shape[1]).to_dict() for name, layer in ctx.layers.items()
         }
 
     def _basis(self, layer: Layer) -> Tensor:

@@ -68,7 +68,7 @@ class MemoryEstimate(Rehearsal):
         return getattr(self, f"_{stage}")
 
     def columns(self, layer: Layer, tasks: int) -> int:
-        """K of a layer after so many tasks.
+        """Return how many directions of a layer are protected after so many tasks.
 
         Of a weight with a random one's spectrum, and a share of the input per task.
         """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.figures import LIGHT, Palette, save
 from llava_keeplora.report.lines import draw_layer_lines
-from llava_keeplora.report.results import Capacity, LayerLines
+from llava_keeplora.report.results import CapacityStages, LayerLines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ YLABEL = "protected fraction of the input space (k / in)"
 
 
 def protected_fraction_plot(
-    capacity: Capacity, path: str | Path, stages: Sequence[str] | None = None
+    capacity: CapacityStages, path: str | Path, stages: Sequence[str] | None = None
 ) -> list[Path]:
     """Plot the protected fraction k/in of every layer over the stages, one panel per part of the model.
 
@@ -45,7 +45,7 @@ def protected_fraction_plot(
 
 
 def draw_protected_fraction(
-    capacity: Capacity, stages: Sequence[str] | None = None, palette: Palette = LIGHT
+    capacity: CapacityStages, stages: Sequence[str] | None = None, palette: Palette = LIGHT
 ) -> Figure:
     """Return the plot of the protected fraction as a figure."""
     parts = fractions(capacity)
@@ -59,7 +59,7 @@ def draw_protected_fraction(
     return draw_layer_lines(parts, stages, YLABEL, palette)
 
 
-def fractions(capacity: Capacity) -> LayerLines:
+def fractions(capacity: CapacityStages) -> LayerLines:
     """Return part -> layer -> k/in per stage, layers in the order of the numbers in their names.
 
     Raises:

@@ -11,7 +11,7 @@ from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.matrix import shown
 
 #: One mapping per stage (0 = weight basis only, then after each task): layer name -> in, k, part.
-Capacity = Sequence[Mapping[str, Mapping]]
+CapacityStages = Sequence[Mapping[str, Mapping]]
 #: part of the model -> layer name -> one number per stage or task, nan where there is none.
 LayerLines = Mapping[str, Mapping[str, Sequence[float]]]
 
@@ -68,7 +68,7 @@ class Trial:
     matrix: Matrix
     seed: int | None = None
     run: str = ""
-    capacity: Capacity = ()
+    capacity: CapacityStages = ()
     captured: LayerLines = field(default_factory=dict)
     overlap: Sequence[Sequence[float | None]] | None = None
     losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)

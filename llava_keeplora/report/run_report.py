@@ -15,7 +15,7 @@ from llava_keeplora.registries import METHODS
 from llava_keeplora.report.capacity import layer_lines
 from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.resources import read_needs
-from llava_keeplora.report.results import Capacity, Cost, LayerLines, Trial
+from llava_keeplora.report.results import CapacityStages, Cost, LayerLines, Trial
 from llava_keeplora.report.tables import summary_table
 from llava_keeplora.report.write_report import DOCUMENTS, write_report
 from llava_keeplora.run_folder import (
@@ -27,6 +27,7 @@ from llava_keeplora.run_folder import (
     PREPARED,
     SCORES,
     TRAIN,
+    Capacity,
     Stage,
     read_dumped,
     read_record,
@@ -262,7 +263,7 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
     )
 
 
-def read_capacity(folder: Path) -> Capacity:
+def read_capacity(folder: Path) -> CapacityStages:
     """Read one dict per stage, layer → {in, k, part}: the base first, then after each task.
 
     Empty for methods without a protected subspace.
@@ -289,7 +290,7 @@ def room_line(name: str, folder: Path) -> str | None:
     if not finite:
         return f"room of {name}: no layer's protected subspace grows"
     tasks, left, layer = min(finite)
-    growth, width = last["forecast"][layer]["growth"], last["capacity"][layer]["in"]
+    growth, width = last["forecast"][layer]["growth"], Capacity.from_dict(last["capacity"][layer]).width
     return (
         f"room of {name}: {tasks} more task{'' if tasks == 1 else 's'} at full rank, if each adds as many "
         "directions as those so far; "
@@ -297,9 +298,9 @@ def room_line(name: str, folder: Path) -> str | None:
     )
 
 
-def read_captured(folder: Path, capacity: Capacity) -> LayerLines:
+def read_captured(folder: Path, capacity: CapacityStages) -> LayerLines:
     """Read the share of each layer's residual gradient energy that its adapter holds, task by task."""
-    parts = {name: size["part"] for stage in capacity for name, size in stage.items()}
+    parts = {name: Capacity.from_dict(size).part for stage in capacity for name, size in stage.items()}
     tasks = []
     for path in sorted(folder.glob("task-*/prepared.json")):
         gradient = read_record(path)["report"].get("gradient", {})

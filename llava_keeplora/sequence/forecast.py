@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_keeplora.methods import Layer
+from llava_keeplora.run_folder import Capacity
 from llava_keeplora.subspace import Room, room_left
 
 
@@ -15,12 +16,13 @@ def forecast(
     """Layer → its room; it depends on the tasks so far alone, so that a run may be extended.
 
     Args:
-        stages: the base's capacity, then that after each task: layer → in, k.
+        stages: the base's capacity, then that after each task: layer → what a record holds of it.
         layers: the adapted layers.
     """
+    sizes = {name: [Capacity.from_dict(stage[name]) for stage in stages] for name in stages[-1]}
     return {
-        name: room_left(size["in"], [stage[name]["k"] for stage in stages], layers[name].rank)
-        for name, size in stages[-1].items()
+        name: room_left(of[-1].width, [size.protected for size in of], layers[name].rank)
+        for name, of in sizes.items()
     }
 
 
