@@ -1,6 +1,6 @@
-"""The schema of a run's folder: names of its files, stages, and what each record holds.
+"""The schema of a run's folder, and of the base cache: names of files, stages, and the content of records.
 
-Nothing else spells them out.
+This is the only module that spells them out.
 """
 
 from __future__ import annotations
@@ -19,17 +19,28 @@ from llava_keeplora.errors import RunError
 from llava_keeplora.records import ANY_NUMBER, COUNT, NUMBER, RESTORE, Each, Number, mismatches, read_object
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
-#: Of the run: its configuration, what its results depend on, the versions that began it, and its results.
-CONFIG, IDENTITY, VERSIONS, RESULTS, RECIPES = (
+#: Of the run: its configuration, what its results depend on, the versions that began it, its results, the
+#: folder of its users' recipes, and the lock that a running process holds.
+CONFIG, IDENTITY, VERSIONS, RESULTS, RECIPES, LOCK = (
     "config.json",
     "identity.json",
     "versions.json",
     "results.json",
     "recipes",
+    ".lock",
+)
+#: Of the run, for people: the report, the tables as Markdown, LaTeX and CSV, and the folder of exports.
+REPORT, TABLE, LATEX_TABLE, SUMMARY_TABLE, SCORES_TABLE, EXPORTS = (
+    "report.html",
+    "table.md",
+    "table.tex",
+    "summary.csv",
+    "scores.csv",
+    "export",
 )
 #: Of a method: its finished stages, and the accuracy matrix.
 JOURNAL, MATRIX = "journal.jsonl", "matrix.json"
-#: Of a task, records: how adapters start, the log of training, what is protected afterwards, the scores, a
+#: Of a task, records: initial adapters, log of training, protected subspace after the task, scores, and the
 #: checkpoint within training.
 PREPARED, TRAIN, CONSOLIDATED, SCORES, TRAINING = (
     "prepared.json",
@@ -38,35 +49,41 @@ PREPARED, TRAIN, CONSOLIDATED, SCORES, TRAINING = (
     "scores.json",
     "training.json",
 )
-#: Of a task, tensors: where its adapters start, its update, what training keeps for later, what it adds to
-#: the protected subspace.
+#: Of a task, tensors: initial adapters, update of the weights, the method's `extra_state` and `state_dict`.
 ADAPTERS, DELTA, KEPT, STATE = (
     "adapters.safetensors",
     "delta.safetensors",
     "kept.safetensors",
     "state.safetensors",
 )
-#: Of a task, a folder of answers.
-PREDICTIONS = "predictions"
-#: In IDENTITY: what the base model is by content.
+#: Of a task, folders: its answers, and the working folder of `transformers.Trainer`.
+PREDICTIONS, TRAINER = "predictions", "trainer"
+#: Of a task, all tensors of checkpoints within training; see `training_tensors`.
+TRAINING_TENSORS = "training-*.safetensors"
+#: Of an entry of the base cache: its record, and the answers of the untouched model; see also `cached_rows`.
+CACHE_ENTRY, CACHED_PREDICTIONS = "entry.json", "predictions.jsonl"
+#: Key in IDENTITY of the base model's content.
 BASE = "base"
+#: Key in CONSOLIDATED of every layer's `Capacity`.
+CAPACITY = "capacity"
+#: All files and folders of a run except those of its methods.
 RUN_FILES = (
-    "config.json",
-    "identity.json",
-    "versions.json",
-    "recipes",
-    "results.json",
-    "report.html",
-    "table.md",
-    "table.tex",
-    "summary.csv",
-    "scores.csv",
-    "export",
+    CONFIG,
+    IDENTITY,
+    VERSIONS,
+    RECIPES,
+    RESULTS,
+    REPORT,
+    TABLE,
+    LATEX_TABLE,
+    SUMMARY_TABLE,
+    SCORES_TABLE,
+    EXPORTS,
 )
 
 
 class Stage(StrEnum):
-    """What a task goes through, in order."""
+    """The stages of a task, in order."""
 
     PLANNED = "PLANNED"
     PREPARED = "PREPARED"
@@ -77,12 +94,12 @@ class Stage(StrEnum):
 
 
 STAGES = tuple(Stage)
-#: Task 0 is the base before any task: nothing is trained, its weights are analysed and its zero-shot row
-#: taken.
+#: Task 0 is the base before any task: nothing is trained, its weights are analysed and its zero-shot scores
+#: measured.
 BASE_STAGES = (Stage.PLANNED, Stage.CONSOLIDATED, Stage.EVALUATED, Stage.CLOSED)
-#: The plan of the whole run; it stands in the journal once more for every time that the run was extended.
+#: The plan of the whole run; the journal has one more entry of it for every time that the run was extended.
 PLAN = (0, Stage.PLANNED)
-#: What readers take out of a stage's `info`; see `llava_keeplora.records`.
+#: Schema of a journal entry's `info`, as far as it is read; see `llava_keeplora.records.mismatches`.
 INFO = {
     "tasks?": [{"task?": str}],
     "reference?": dict,
@@ -95,9 +112,9 @@ INFO = {
     "test_seconds?": {"untouched": NUMBER, "learned": NUMBER},
 }
 _METHOD = {"method": str, "options": dict, "parts": (Each(dict), None), "training": dict}
-#: File name → schema. A key with `?` may be missing, and others may stand beside those named.
+#: File name → schema. A key with `?` is optional, and keys that are not listed are allowed.
 SCHEMAS: dict[str, Any] = {
-    "config.json": {
+    CONFIG: {
         "seed": COUNT,
         "model": {"name_or_path": str},
         "tasks": [str],
@@ -107,26 +124,26 @@ SCHEMAS: dict[str, Any] = {
         "data": {"root": (str, None)},
         "evaluation": {"max_new_tokens": COUNT},
     },
-    "identity.json": {
+    IDENTITY: {
         "seed": COUNT,
         "model": {"name_or_path": str},
         "tasks": [str],
         "methods": Each(_METHOD),
         "training": dict,
     },
-    "versions.json": Each(str),
-    "scores.json": Each({"score": NUMBER}),
-    "prepared.json": {
+    VERSIONS: Each(str),
+    SCORES: Each({"score": NUMBER}),
+    PREPARED: {
         "layers": Each({"rank": COUNT, "alpha": NUMBER, "train_A": bool}),
         "report": {"gradient?": Each({"captured?": ANY_NUMBER}), "left_out?": Each(str)},
     },
-    "train.json": {"history": [{"step?": NUMBER, "loss?": ANY_NUMBER}]},
-    "consolidated.json": {
-        "capacity?": Each({"in": Number(1, whole=True), "k": COUNT, "part": str}),
+    TRAIN: {"history": [{"step?": NUMBER, "loss?": ANY_NUMBER}]},
+    CONSOLIDATED: {
+        f"{CAPACITY}?": Each({"in": Number(1, whole=True), "k": COUNT, "part": str}),
         "forecast?": Each({"tasks": (NUMBER, None), "left": NUMBER, "growth": NUMBER}),
         "energy_weight?": Each({"energy": NUMBER}),
     },
-    "training.json": {"tensors": str, "sha256": Each(str), "values": dict, "record_sha256": str},
+    TRAINING: {"tensors": str, "sha256": Each(str), "values": dict, "record_sha256": str},
 }
 
 
@@ -135,9 +152,9 @@ class Capacity:
     """How much of one layer's input space is protected.
 
     Args:
-        width: of the layer's input, `in`.
-        protected: directions of it that are protected, `k`.
-        part: of the model.
+        width: dimension of the layer's input; `in` in the record.
+        protected: number of protected directions; `k` in the record.
+        part: the part of the model that the layer belongs to.
     """
 
     width: int
@@ -146,7 +163,7 @@ class Capacity:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Capacity:
-        """Read a layer's entry under `capacity` in a task's record."""
+        """Read a layer's entry under CAPACITY in a task's record."""
         return cls(record["in"], record["k"], record["part"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,62 +172,63 @@ class Capacity:
 
 
 def read_record(path: Path, cure: str = RESTORE) -> dict[str, Any]:
-    """A JSON file of a run, by the schema of its name.
+    """Read a JSON file of a run and check it against the schema of its name.
 
     Args:
         path: the file; its name is a key of `SCHEMAS`.
-        cure: what an error advises.
+        cure: the advice of an error.
 
     Raises:
-        RunError: if it cannot be read, or holds something else; with the place in it.
+        RunError: if it cannot be read or does not follow the schema; names the place in the file.
     """
     content = read_object(path, cure)
-    for where, what in itertools.chain(mismatches(content, SCHEMAS[path.name]), _halves(path.name, content)):
+    mistakes = itertools.chain(mismatches(content, SCHEMAS[path.name]), _missing_pairs(path.name, content))
+    for where, what in mistakes:
         raise RunError(f"{path} is not what a run writes: {where or 'it'} is {what}", cure)
     return content
 
 
-def _halves(name: str, content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a record holds without what goes with it: (dotted place, what is missing).
+def _missing_pairs(name: str, content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield values whose companion is missing, as (dotted place of the companion, what is wrong).
 
-    Its schema is followed.
+    The record already follows its schema.
     """
-    if name == "consolidated.json":
-        for layer in content.get("forecast", {}).keys() - content.get("capacity", {}).keys():
-            yield f"capacity.{layer[:80]}", "missing, and forecast has it"
-    if name == "train.json":
+    if name == CONSOLIDATED:
+        for layer in content.get("forecast", {}).keys() - content.get(CAPACITY, {}).keys():
+            yield f"{CAPACITY}.{layer[:80]}", "missing, and forecast has it"
+    if name == TRAIN:
         for index, record in enumerate(content["history"]):
             if "loss" in record and "step" not in record:
                 yield f"history[{index}].step", "missing, and loss has it"
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """SHA-256 of what a record says but for its own `record_sha256`, whatever the order of its keys."""
+    """Return the SHA-256 of a record without its `record_sha256`, independent of the order of its keys."""
     content = json.loads(json.dumps({key: value for key, value in record.items() if key != "record_sha256"}))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """A task's `training.json`, the record of its last checkpoint.
+    """Read a task's `training.json`, the record of its last checkpoint.
 
-    The tensors that it names are checked by their reader.
+    The tensor files that it names are not checked here.
 
     Raises:
-        RunError: if its values are not those that were written.
+        RunError: if it cannot be read, does not follow its schema, or has been changed since it was written.
     """
     cure = "run the same command again: the task's training begins again"
     record = read_record(path, cure)
     if record_digest(record) != record["record_sha256"]:
-        raise RunError(f"{path} is not what was written: its values have another hash", cure)
+        raise RunError(f"{path} has been changed since it was written: its values have another hash", cure)
     return record
 
 
 def dump_config(config: Any) -> str:
-    """The resolved configuration as JSON text, as the run folder keeps it.
+    """Return the resolved configuration as JSON text, the content of CONFIG.
 
-    What was published, or is found elsewhere, is no part of a run.
+    `expected` and `base_cache`, on which no result depends, are left out.
     """
-    # Recipes are found from any working directory.
+    # Absolute, so that recipes are found from any working directory.
     tasks = [str(Path(task).expanduser().absolute()) if is_file_name(task) else task for task in config.tasks]
     tree = dataclasses.asdict(config) | {"tasks": tasks}
     del tree["expected"], tree["base_cache"]
@@ -219,29 +237,44 @@ def dump_config(config: Any) -> str:
 
 
 def read_dumped(run: Path) -> dict[str, Any]:
-    """The resolved configuration that a run folder keeps; see `dump_config`.
+    """Read the resolved configuration of a run folder; see `dump_config`.
 
     Raises:
-        RunError: if the folder is no run's, or its configuration was damaged.
+        RunError: if it is not a run folder, or its configuration is damaged.
     """
-    path = run / "config.json"
+    path = run / CONFIG
     if not path.is_file():
-        raise RunError(f"{run} is not a run folder (it has no config.json)", "name the output_dir of a run")
+        raise RunError(f"{run} is not a run folder (it has no {CONFIG})", "name the output_dir of a run")
     return read_record(path)
 
 
 def kept_recipe(run: Path, name: str) -> Path:
-    """Where a run keeps the recipe of a user's task."""
-    return run / "recipes" / f"{file_name(name)}.yaml"
+    """Return the path of a run's copy of a user's recipe."""
+    return run / RECIPES / f"{file_name(name)}.yaml"
 
 
 def file_name(task: str) -> str:
-    """A task's name as one of a file or folder."""
+    """Return a task's name in a form that can name a file or folder."""
     return task.replace("/", "-")
 
 
+def training_tensors(step: int, rank: int | None = None) -> str:
+    """Return the file name of a checkpoint's tensors: the common ones, or those of one process alone."""
+    return f"training-{step}.safetensors" if rank is None else f"training-{step}-{rank}.safetensors"
+
+
+def training_step(name: str) -> int:
+    """Return the step in the name of a checkpoint's common tensors; the inverse of `training_tensors`."""
+    return int(name.removeprefix("training-").removesuffix(".safetensors"))
+
+
+def cached_rows(number: int) -> str:
+    """Return the name of the file in a base cache's entry that holds one chunk of its rows."""
+    return f"rows-{number:05d}.safetensors"
+
+
 def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The leaves in which two trees of plain data differ: (dotted key, old, new)."""
+    """Yield the leaves in which two trees of plain data differ: (dotted key, old, new)."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from llava_keeplora.journal import Entry, Journal, open_stages
 from llava_keeplora.methods import METHODS, Changed, Holding, Method, TaskContext, find_changed
 from llava_keeplora.models import DTYPES, open_model
 from llava_keeplora.run_folder import (
+    CAPACITY,
     CONSOLIDATED,
     DELTA,
     JOURNAL,
@@ -29,6 +29,7 @@ from llava_keeplora.run_folder import (
     SCHEMAS,
     SCORES,
     STATE,
+    Capacity,
     Stage,
     read_record,
 )
@@ -113,13 +114,15 @@ class _MethodState:
             tasks.setdefault(entry.task, {}).update(
                 {Path(name).name: self.folder / name for name in entry.files}
             )
-        sizes: list[Mapping[str, Any]] = []
+        sizes: list[dict[str, Capacity]] = []
         for index, files in tasks.items():
             if PREPARED in files:
-                self._check_layers(files[PREPARED], read_record(files[PREPARED], CURE)["layers"])
+                for name in read_record(files[PREPARED], CURE)["layers"]:
+                    self._adapted_layer(files[PREPARED], name)
             if CONSOLIDATED in files:
-                sizes.append(read_record(files[CONSOLIDATED], CURE).get("capacity", {}))
-                self._check_layers(files[CONSOLIDATED], sizes[-1])
+                capacity = read_record(files[CONSOLIDATED], CURE).get(CAPACITY, {})
+                sizes.append({name: Capacity.from_dict(entry) for name, entry in capacity.items()})
+                self._check_capacity(files[CONSOLIDATED], sizes[-1])
                 if unlike := sorted(sizes[-1].keys() ^ sizes[0].keys()):
                     raise RunError(
                         f"{files[CONSOLIDATED]} has the capacity of other layers than the base's (first "
@@ -132,20 +135,19 @@ class _MethodState:
                 index, {name: files[name] for name in (KEPT, STATE) if name in files}, CONSOLIDATED in files
             )
 
-    def _check_layers(self, path: Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
-        for name, values in layers.items():
-            layer = self.changed.adapted.get(name)
-            if layer is None:
+    def _adapted_layer(self, path: Path, name: str) -> torch.nn.Linear:
+        if name not in self.changed.adapted:
+            raise RunError(
+                f"{path} names the layer '{name[:200]}', which the method does not adapt on this base", CURE
+            )
+        return self.changed.adapted[name].module
+
+    def _check_capacity(self, path: Path, layers: Mapping[str, Capacity]) -> None:
+        for name, size in layers.items():
+            width = self._adapted_layer(path, name).in_features
+            if size.width != width or size.protected > width:
                 raise RunError(
-                    f"{path} names the layer '{name[:200]}', which the method does not adapt on this base",
-                    CURE,
-                )
-            if (
-                values.get("in", layer.module.in_features) != layer.module.in_features
-                or values.get("k", 0) > layer.module.in_features
-            ):
-                raise RunError(
-                    f"{path} has another width of layer '{name}' than the base's {layer.module.in_features}",
+                    f"{path} has another width of layer '{name}' than the base's {width}",
                     CURE,
                 )
 

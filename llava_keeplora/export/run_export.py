@@ -27,7 +27,7 @@ from llava_keeplora.export.verify import Deviation, probe, verify_export
 from llava_keeplora.files import whole_folder, write_json
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import DTYPES, Family, open_model
-from llava_keeplora.run_folder import BASE
+from llava_keeplora.run_folder import BASE, EXPORTS
 from llava_keeplora.saved_run import recorded_base
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes import TaskData, load_split
@@ -70,7 +70,7 @@ def export_run(
         RunError: a folder is no run, a task not finished, a file damaged, or the export loads otherwise.
         ConfigError: the form cannot hold what was learned, the target is in use, or options don't match.
     """
-    into = Path(into) if into is not None else Path(run) / "export" / form
+    into = Path(into) if into is not None else Path(run) / EXPORTS / form
     learned = load_learned_run(run, label, at_task)
     _check_options(form, into, parts, rank, dtype, examples)
     _check_mergeable(learned, form)

@@ -22,7 +22,16 @@ from llava_keeplora.files import write_bytes, write_json
 from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import embedded_models
 from llava_keeplora.registries import without_places
-from llava_keeplora.run_folder import ADAPTERS, CONFIG, IDENTITY, JOURNAL, MATRIX, kept_recipe, read_record
+from llava_keeplora.run_folder import (
+    ADAPTERS,
+    CONFIG,
+    IDENTITY,
+    JOURNAL,
+    MATRIX,
+    PREDICTIONS,
+    kept_recipe,
+    read_record,
+)
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.models import EXPORT
 from llava_keeplora_recipes import Recipe
@@ -38,7 +47,7 @@ RECORD = EXPORT
 SUFFIXES = (".safetensors", ".json", ".jsonl", ".yaml")
 #: Neither is read again once a task is closed; answers are personal data at times, and starts are as large as
 #: deltas.
-LEFT_OUT = ("predictions", ADAPTERS)
+LEFT_OUT = (PREDICTIONS, ADAPTERS)
 #: How arguments of `TrainingArguments` begin that are of one person or one machine: tokens, accounts, places.
 PRIVATE = (
     "accelerator_config",

@@ -38,7 +38,7 @@ from torch import Tensor
 from llava_keeplora.adapters import AdapterInit
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, TaskContext
-from llava_keeplora.run_folder import Stage
+from llava_keeplora.run_folder import CAPACITY, Stage
 from llava_keeplora.subspace import (
     SecondMoment,
     append_directions,
@@ -134,7 +134,7 @@ class InfLora(Method):
             energies |= dict.fromkeys(
                 names, {"before": found.energy_before, "after": found.energy_after, "new": found.rank}
             )
-        ctx.report["capacity"] = {
+        ctx.report[CAPACITY] = {
             name: layer.capacity(self._basis(layer).shape[1]).to_dict() for name, layer in ctx.layers.items()
         }
 

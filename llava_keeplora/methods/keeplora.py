@@ -41,7 +41,7 @@ from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, Subs
 from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
 from llava_keeplora.methods.keeplora_log import log_gradient_estimates, warn_unreached_energy
 from llava_keeplora.methods.presets import RULES, least_statistics
-from llava_keeplora.run_folder import Capacity, Stage
+from llava_keeplora.run_folder import CAPACITY, Capacity, Stage
 from llava_keeplora.subspace import (
     FeatureDirections,
     RankError,
@@ -199,7 +199,7 @@ class KeepLora(Method):
             name: self.bases[name][:, -new.shape[1] or self.bases[name].shape[1] :]
             for name, new in self._added.items()
         }
-        ctx.report["capacity"] = {
+        ctx.report[CAPACITY] = {
             name: layer.capacity(self.bases[name].shape[1]).to_dict() for name, layer in ctx.layers.items()
         }
         if ctx.index == 0:
@@ -271,7 +271,7 @@ class KeepLora(Method):
         if name not in ctx.base.get("feature_budget", {}):
             return None
         allowed = (
-            Capacity.from_dict(ctx.base["capacity"][name]).protected
+            Capacity.from_dict(ctx.base[CAPACITY][name]).protected
             + ctx.index * ctx.base["feature_budget"][name]
         )
         return max(0, allowed - self.bases[name].shape[1])

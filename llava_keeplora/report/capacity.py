@@ -12,6 +12,7 @@ from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.figures import LIGHT, Palette, save
 from llava_keeplora.report.lines import draw_layer_lines
 from llava_keeplora.report.results import CapacityStages, LayerLines
+from llava_keeplora.run_folder import Capacity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,18 +69,20 @@ def fractions(capacity: CapacityStages) -> LayerLines:
     values: list[dict[tuple[str, str], float]] = []
     for stage, layers in enumerate(capacity):
         values.append({})
-        for name, size in layers.items():
-            if not {"in", "k", "part"} <= size.keys():
+        for name, record in layers.items():
+            try:
+                size = Capacity.from_dict(record)
+            except KeyError as error:
                 raise ReportError(
-                    f"layer '{name}' of stage {stage} has the keys {sorted(size)}",
+                    f"layer '{name}' of stage {stage} has the keys {sorted(record)}",
                     "give it 'in', 'k' and 'part'",
-                )
-            if not 0 <= size["k"] <= size["in"] or size["in"] == 0:
+                ) from error
+            if not 0 <= size.protected <= size.width or size.width == 0:
                 raise ReportError(
-                    f"layer '{name}' of stage {stage} protects {size['k']} of {size['in']} directions",
+                    f"layer '{name}' of stage {stage} protects {size.protected} of {size.width} directions",
                     "give 0 <= k <= in, and in above 0",
                 )
-            values[-1][size["part"], name] = size["k"] / size["in"]
+            values[-1][size.part, name] = size.protected / size.width
     lines = layer_lines(values)
     if not lines:
         raise ReportError(

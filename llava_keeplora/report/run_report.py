@@ -19,6 +19,7 @@ from llava_keeplora.report.results import CapacityStages, Cost, LayerLines, Tria
 from llava_keeplora.report.tables import summary_table
 from llava_keeplora.report.write_report import DOCUMENTS, write_report
 from llava_keeplora.run_folder import (
+    CAPACITY,
     CONFIG,
     CONSOLIDATED,
     DELTA,
@@ -270,7 +271,7 @@ def read_capacity(folder: Path) -> CapacityStages:
     """
     stages = []
     for path in sorted(folder.glob("task-*/consolidated.json")):
-        capacity = read_record(path).get("capacity")
+        capacity = read_record(path).get(CAPACITY)
         if capacity:
             stages.append(capacity)
     return stages
@@ -290,7 +291,7 @@ def room_line(name: str, folder: Path) -> str | None:
     if not finite:
         return f"room of {name}: no layer's protected subspace grows"
     tasks, left, layer = min(finite)
-    growth, width = last["forecast"][layer]["growth"], Capacity.from_dict(last["capacity"][layer]).width
+    growth, width = last["forecast"][layer]["growth"], Capacity.from_dict(last[CAPACITY][layer]).width
     return (
         f"room of {name}: {tasks} more task{'' if tasks == 1 else 's'} at full rank, if each adds as many "
         "directions as those so far; "
@@ -354,8 +355,8 @@ def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
     blocks += ["\n".join(rooms)] * bool(rooms)
     places = {
         "run folder" if (where / CONFIG).exists() else "folder": where,
-        "table": where / "table.md",
-        "page with the pictures": where / "report.html",
+        "table": where / DOCUMENTS["table"],
+        "page with the pictures": where / DOCUMENTS["html"],
     }
     blocks.append("\n".join(f"{what}: {path}" for what, path in places.items()))
     return "\n" + "\n\n".join(blocks) + "\n"

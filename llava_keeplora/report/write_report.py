@@ -20,6 +20,7 @@ from llava_keeplora.report.lines import draw_layer_lines
 from llava_keeplora.report.overlap import draw_overlap
 from llava_keeplora.report.results import Results, Trial, mean_cells, mean_lines, mean_matrix
 from llava_keeplora.report.tables import is_baseline, markdown_tables, of_seeds
+from llava_keeplora.run_folder import LATEX_TABLE, REPORT, SCORES_TABLE, SUMMARY_TABLE, TABLE
 from llava_keeplora_eval.files import write_atomic
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
 #: Files of a report, as well as its plots.
 DOCUMENTS = {
-    "table": "table.md",
-    "latex": "table.tex",
-    "summary": "summary.csv",
-    "scores": "scores.csv",
-    "html": "report.html",
+    "table": TABLE,
+    "latex": LATEX_TABLE,
+    "summary": SUMMARY_TABLE,
+    "scores": SCORES_TABLE,
+    "html": REPORT,
 }
 
 

@@ -1,4 +1,4 @@
-"""ε_w of a part where it is `auto`, from the zero-shot score on what the run is trained on."""
+"""Choice of a part's ε_w where it is `auto`, from the zero-shot score on the run's training data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llava_keeplora_eval import predict_to_file, score
 
 logger = logging.getLogger(__name__)
 
-#: Examples of each task's training split, evenly spaced, that are scored: never one of a test split.
+#: How many examples of each task's training split are scored, evenly spaced; test splits are never used.
 EXAMPLES = 200
 
 
 def cost(context: RunContext, layers: Mapping[str, Layer]) -> float:
-    """What the choices take at most, in images through the model once."""
+    """Return an upper bound of what the choices cost, in forward passes of one image."""
     parts = {layer.part for layer in layers.values() if "energy_weight" in layer.auto}
     return (
         len(parts)
@@ -32,21 +32,24 @@ def cost(context: RunContext, layers: Mapping[str, Layer]) -> float:
 
 
 def choose_energy_weight(context: RunContext, layers: Mapping[str, Layer], part: str) -> dict[str, Any]:
-    """The choice of a part's ε_w on the base.
+    """Choose ε_w of a part on the base model.
 
     Args:
-        context: of the run; the model has the base's weights.
-        layers: the adapted layers, of all parts.
-        part: which of them.
+        context: the run's context; the model has the base's weights.
+        layers: the adapted layers of all parts, by name.
+        part: the part of the model to choose for.
+
+    Returns:
+        the record of the choice; see `llava_keeplora.analysis.choose_energy`.
     """
-    own = {name: layer for name, layer in layers.items() if layer.part == part}
-    rank = next(iter(own.values())).rank
-    # Every announced task must find room to add a direction, and the last one to learn.
-    room = rank + len(context.tasks) - 1
-    # Kernels of several processes may round differently, and all of them must choose the same.
+    part_layers = {name: layer for name, layer in layers.items() if layer.part == part}
+    rank = next(iter(part_layers.values())).rank
+    # Every task but the last adds at least one direction, and the last one still needs its full rank.
+    min_free = rank + len(context.tasks) - 1
+    # Kernels of several processes may round differently, but all of them must choose the same value.
     choice = choose_energy(
-        {name: layer.module for name, layer in own.items()},
-        room,
+        {name: layer.module for name, layer in part_layers.items()},
+        min_free,
         lambda: context.first_of(_zero_shot(context)),
     )
     logger.info(
@@ -62,7 +65,7 @@ def choose_energy_weight(context: RunContext, layers: Mapping[str, Layer], part:
 
 
 def _zero_shot(context: RunContext) -> float:
-    """Mean score over the run's tasks, on their training splits, of the model as it is."""
+    """Return the mean score in percent of the model as it is, over the training splits of all tasks."""
     scores = []
     with tempfile.TemporaryDirectory() as folder:
         for task in context.tasks:

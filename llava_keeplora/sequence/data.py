@@ -1,4 +1,4 @@
-"""The tasks' data as the driver sees it: decoded once, batched by index."""
+"""The tasks' data as the driver sees it: images preprocessed once, batches collated by index."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llava_keeplora_recipes import Example, TaskData
 
 
 class ImageCache:
-    """Preprocessed images of all splits: kept in memory while they fit, made again where they don't.
+    """Preprocessed images of all splits: kept in memory while they fit, computed anew otherwise.
 
     Args:
-        prepare: examples → what the model takes for the images of each.
-        budget_gb: memory for all splits together.
-        shared: where runs find what others prepared; what fits in memory is kept there.
+        prepare: examples → the model's image inputs for each.
+        budget_gb: memory limit for all splits together, in gigabytes.
+        shared: cache through which runs share preprocessed images; only those that fit in memory are stored.
     """
 
     def __init__(
@@ -35,16 +35,16 @@ class ImageCache:
         self._splits: dict[str, SplitImages] = {}
 
     def split(self, data: TaskData) -> "SplitImages":
-        """The images of a split."""
+        """Return the images of a split; the same object for the same data."""
         images = SplitImages(self, data)
         return self._splits.setdefault(images.order, images)
 
     def make(self, data: TaskData, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Decode and preprocess."""
+        """Decode and preprocess the images of some examples."""
         return self._prepare([data[i] for i in indices])
 
     def claim(self, size: int) -> bool:
-        """Whether there is room for so many bytes more; takes it if so."""
+        """Reserve a number of bytes of the memory limit; return False if fewer are left."""
         if size > self._left:
             return False
         self._left -= size
@@ -55,20 +55,20 @@ class SplitImages:
     """One split's images in a cache; see `llava_keeplora.models.Images`.
 
     Args:
-        cache: where they are kept.
+        cache: the cache with the memory limit that all splits share.
         data: the split.
     """
 
     def __init__(self, cache: ImageCache, data: TaskData):
         self._cache, self._data = cache, data
         self._rows = {example_id: i for i, example_id in enumerate(data.ids)}
-        #: Of the data in this order: a fingerprint is the same in any, and pictures are found by their place.
+        #: Hash of the data in this order: a fingerprint ignores the order, but rows are looked up by index.
         self.order = hashlib.sha256("\n".join([data.fingerprint, *data.ids]).encode()).hexdigest()
         self._kept: list[dict[str, Tensor]] | None = None
         self._tried = False
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        """What the model takes for the images of some examples."""
+        """Return the model's image inputs for some examples, by index."""
         if not self._tried:
             self._fill()
         return (
@@ -78,7 +78,7 @@ class SplitImages:
         )
 
     def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
-        """The same by example."""
+        """Return the model's image inputs for some examples of the split."""
         return self.take([self._rows[example.id] for example in examples])
 
     def _fill(self, chunk: int = 256) -> None:
@@ -105,14 +105,14 @@ class SplitImages:
 
 @dataclass(frozen=True)
 class Batches:
-    """A split's batches in order, whole or an evenly spaced share, for a pass without shuffling.
+    """The batches of a split, or of an evenly spaced fraction of it, in order and without shuffling.
 
     Args:
         inputs: the split as the model trains on it.
         batch_size: examples per batch and process.
-        fraction: share of the examples, evenly spaced (20 % is the released LLaVA setting).
-        rank, world: this process and how many there are; each takes every world-th example.
-        device: where batches go.
+        fraction: fraction of the examples, evenly spaced (0.2 is the released LLaVA setting).
+        rank, world: this process's rank and the number of processes; each takes every world-th example.
+        device: where batches are moved to.
     """
 
     inputs: Inputs
@@ -124,29 +124,30 @@ class Batches:
 
     @property
     def chosen(self) -> list[int]:
-        """The examples over all processes."""
+        """Indices of the chosen examples, over all processes."""
         count = max(1, round(len(self.inputs) * self.fraction))
         return [i * len(self.inputs) // count for i in range(count)]
 
     @property
     def weight(self) -> int:
-        """What they count together in the mean loss."""
+        """The weight of all chosen examples together in the mean loss."""
         return sum(self.inputs.weights[i] for i in self.chosen)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
-        """Batches, and whether they count.
+        """Yield (batch, whether it counts).
 
-        A process whose examples have run out goes along with the first one, uncounted.
+        All processes yield equally many batches: one whose examples have run out yields the first example
+        again, marked as not counting.
         """
         chosen = self.chosen
-        own = chosen[self.rank :: self.world]
+        of_rank = chosen[self.rank :: self.world]
         longest = len(range(0, len(chosen), self.world))
         for start in range(0, longest, self.batch_size):
-            indices = own[start : start + self.batch_size]
+            indices = of_rank[start : start + self.batch_size]
             batch = self.inputs.collate(indices or chosen[:1])
             yield {key: value.to(self.device) for key, value in batch.items()}, bool(indices)
 
 
 def stage_seed(seed: int, task: int, stage: str) -> int:
-    """A seed for one stage of one task, so that history and the number of processes don't leak in."""
+    """Return the seed of one stage of one task, which depends on neither history nor number of processes."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{task}/{stage}".encode()).digest()[:4], "big") % (2**31)

@@ -1,7 +1,4 @@
-"""What one process of a DeepSpeed engine holds of a training beside everyone's.
-
-Its share of the fp32 weights and their optimiser.
-"""
+"""The shard of a training that one process of a DeepSpeed engine holds: fp32 weights and optimiser state."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch import Tensor
 from llava_keeplora.deepspeed_zero import is_partitioned
 from llava_keeplora.sequence.checkpoint import TrainingState, load_optimizer, optimizer_state
 
-#: Where the optimisers of ZeRO-1 and 2, ZeRO-3, bf16 and fp16 have the fp32 weights that they update.
+#: Attributes under which the optimisers of ZeRO-1 and 2, ZeRO-3, bf16 and fp16 hold their fp32 weights.
 MASTERS = (
     "single_partition_of_fp32_groups",
     "fp32_partitioned_groups_flat",
@@ -24,18 +21,19 @@ MASTERS = (
 
 
 class DeepSpeedShard:
-    """One process's part of an engine's training, taken out and put back between two steps.
+    """One process's shard of an engine's training, read and restored between two steps.
 
-    DeepSpeed's own checkpoints are pickles, which run code when they are read; these are tensors and numbers.
+    DeepSpeed's own checkpoints are pickles, which can run code when they are read; here everything is tensors
+    and numbers.
 
     Args:
-        engine: of `deepspeed.initialize`.
+        engine: as returned by `deepspeed.initialize`.
     """
 
     def __init__(self, engine: Any):
         self.outer = engine.optimizer
         self.inner = getattr(self.outer, "optimizer", self.outer)
-        # Without ZeRO and in fp32 there are none: the optimiser then updates the weights themselves.
+        # Empty without ZeRO and in fp32, where the optimiser updates the weights themselves.
         self.masters: list[Tensor] = next(
             (getattr(self.outer, name) for name in MASTERS if hasattr(self.outer, name)), []
         )
@@ -47,11 +45,11 @@ class DeepSpeedShard:
 
     @property
     def is_swapped(self) -> bool:
-        """Whether the optimiser lies in files of DeepSpeed's, where it can't be read."""
+        """Whether DeepSpeed swaps the optimiser's state to files of its own, where it cannot be read."""
         return getattr(self.outer, "optimizer_swapper", None) is not None
 
     def state(self) -> TrainingState:
-        """What this process holds: tensors of its own, and values that are the same in all of them."""
+        """Return this process's tensors, and the values that are the same in all processes."""
         with self._whole_groups():
             optimizer = optimizer_state(self.inner)
         tensors = {f"optimizer.{name}": value for name, value in optimizer.tensors.items()}
@@ -60,23 +58,23 @@ class DeepSpeedShard:
         return TrainingState(tensors, {"optimizer": optimizer.values, "scale": self._scale()})
 
     def restore(self, state: TrainingState) -> None:
-        """Take back what `state` gave; every process has to come along."""
-        whole = getattr(self.outer, "persistent_parameters", [])
-        if whole:
-            # Small ones stay whole between steps; they are made again from the shards.
-            whole[0].partition(whole)
-        for kind, own in (("masters", dict(enumerate(self.masters))), ("shards", self.shards)):
-            for name, value in own.items():
+        """Restore a state that `state` returned; every process must call this."""
+        persistent = getattr(self.outer, "persistent_parameters", [])
+        if persistent:
+            # ZeRO-3 keeps small parameters whole between steps; they are gathered again from the shards.
+            persistent[0].partition(persistent)
+        for kind, targets in (("masters", dict(enumerate(self.masters))), ("shards", self.shards)):
+            for name, value in targets.items():
                 value.data.copy_(state.tensors[f"{kind}.{name}"])
-        if whole:
-            whole[0].all_gather(whole)
+        if persistent:
+            persistent[0].all_gather(persistent)
         with self._whole_groups():
             load_optimizer(self.inner, state.under("optimizer"), state.values["optimizer"])
         self._scaler.update(state.values["scale"])
 
     @property
     def _scaler(self) -> dict[str, Any]:
-        """What fp16's loss scale consists of."""
+        """The attributes of fp16's loss scaler; empty without one."""
         scaler = getattr(self.outer, "loss_scaler", None)
         return vars(scaler) if hasattr(scaler, "__dict__") else {}
 
@@ -85,9 +83,9 @@ class DeepSpeedShard:
 
     @contextmanager
     def _whole_groups(self) -> Iterator[None]:
-        """The optimiser with its weights in its groups.
+        """Put the fp32 weights into the optimiser's parameter groups while the block runs.
 
-        ZeRO-3 puts them there for the length of a step alone.
+        ZeRO-3 itself does so only during a step.
         """
         group_of = getattr(self.outer, "sub_group_to_group_id", None)
         if group_of is None:

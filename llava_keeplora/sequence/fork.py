@@ -1,4 +1,4 @@
-"""A new run folder that holds the beginning of another, for a continuation of its own."""
+"""A new run folder that holds the first tasks of another run, to be continued with other tasks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from llava_keeplora.run_folder import (
     JOURNAL,
     MATRIX,
     PLAN,
+    PREDICTIONS,
     SCORES,
     VERSIONS,
     Stage,
@@ -29,28 +30,29 @@ from llava_keeplora_eval import Matrix
 
 
 def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
-    """Copy a run's first tasks into a folder of its own, as if it had never had more.
+    """Copy a run's first tasks into a new run folder, as if the run had never had more.
 
     Args:
-        run: the run folder; finished as far as that task.
+        run: the run folder; its first `at_task` tasks must be finished.
         at_task: how many tasks the new run has.
         into: a new or empty folder.
 
     Returns:
-        The configuration of the new run.
+        the configuration of the new run.
 
     Raises:
-        RunError: if the run has not so many finished tasks, a file of them is damaged, or the new folder
-            holds something.
+        RunError: if the run has fewer finished tasks, one of their files is damaged, or `into` is not empty.
     """
     source, into = load_run(run), Path(into)
     if not 1 <= at_task <= len(source.tasks):
         raise RunError(
-            f"{run} has no task {at_task}", f"choose one from 1 to {len(source.tasks)} with --at-task"
+            f"--at-task must be from 1 to {len(source.tasks)}, the tasks of {run} (got {at_task})",
+            f"choose one from 1 to {len(source.tasks)} with --at-task",
         )
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
-        raise RunError(f"{into} is there already and not an empty folder", "choose another one with --into")
-    check_base_if_here(run, source.model)  # One that is not here is checked when the new run goes on.
+        raise RunError(f"{into} exists already and is not an empty folder", "choose another one with --into")
+    # A base that is not on this machine is checked when the new run goes on.
+    check_base_if_here(run, source.model)
     config = dataclasses.replace(source.first(at_task), output_dir=str(into))
     old, names = Workspace(source), run_identity(config)["tasks"]
     labels = (ZERO_SHOT, *source.methods)
@@ -64,13 +66,17 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
         for path in (old.root / VERSIONS, *(kept_recipe(old.root, name) for name in names)):
             if path.exists():
                 write_bytes(tmp_dir / path.relative_to(old.root), path.read_bytes())
-        # What the copied stages were made on, which is not for the files of today to say.
+        # The base that the copied stages were computed on; the base's files may have changed since then.
         new.claim({BASE: recorded_base(old.root)})
     return config
 
 
 def _finished(folder: Path, at_task: int, tasks: int, learns: bool) -> list[Entry]:
-    """The last entry of every stage of a method's first tasks, in order."""
+    """Return the last journal entry of every stage of a method's first tasks, in order.
+
+    Raises:
+        RunError: if one of these stages has not finished.
+    """
     journal = Journal(folder / JOURNAL)
     missing = [
         (task, stage) for task, stage in open_stages(journal.entries, tasks, learns) if task <= at_task
@@ -85,9 +91,9 @@ def _finished(folder: Path, at_task: int, tasks: int, learns: bool) -> list[Entr
 
 
 def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[str]) -> None:
-    """Copy what some stages wrote, without what they say of other tasks.
+    """Copy the files of some stages, leaving out what they hold of other tasks.
 
-    The journal that tells of it comes last.
+    The journal, which makes the copies count, is written last.
     """
     matrix, copied = Matrix(list(names), [None] * len(names), []), []
     for entry in entries:
@@ -114,7 +120,7 @@ def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[
 
 def _kept(name: str, names: Sequence[str]) -> bool:
     path = Path(name)
-    return path.parent.name != "predictions" or path.stem in map(file_name, names)
+    return path.parent.name != PREDICTIONS or path.stem in map(file_name, names)
 
 
 def _copy_file(source: Path, target: Path, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""How long a predictor takes to answer."""
+"""Measurement of how long a predictor takes to answer."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_recipes import Example
 
-#: Few enough that a model that writes sentences is done in a moment.
+#: Size of the batch and number of measurements, small enough for a model that generates text.
 EXAMPLES, REPEATS = 16, 5
-#: Of every answer of a model that writes: one that learned shorter answers is not quicker for it.
+#: Length of every generated answer, so that a model that learned shorter answers does not seem faster.
 TOKENS = 4
 
 
 def seconds_per_example(predictor: Predictor, examples: Sequence[Example]) -> float:
-    """Return the median time of several answers to one batch, per example.
+    """Return the median time per example of answering one batch, in seconds.
 
-    A first answer, which fills caches (prompt features, pictures), is not counted.
+    A first, uncounted answer fills the caches (prompt features, images).
 
     Args:
-        predictor: what answers.
+        predictor: the predictor to measure.
         examples: the batch.
     """
     predictor.predict(examples)
@@ -30,5 +30,5 @@ def seconds_per_example(predictor: Predictor, examples: Sequence[Example]) -> fl
 
 def _seconds(predictor: Predictor, examples: Sequence[Example]) -> float:
     start = time.perf_counter()
-    predictor.predict(examples)  # Its texts are on the host, so that a GPU has nothing left to do.
+    predictor.predict(examples)  # The answers are on the host, so the GPU has finished.
     return time.perf_counter() - start

@@ -15,21 +15,22 @@ from llava_keeplora.config import RunConfig
 from llava_keeplora.deepspeed_ops import check_builds
 from llava_keeplora.distributed import has_group, is_main_process
 
-#: The first process alone scores and writes; the others may have to wait long.
+#: Time-out of collective operations: the others wait while the main process scores and writes.
 PATIENCE = timedelta(days=1)
 
 
 @contextmanager
 def processes(config: RunConfig) -> Iterator[bool]:
-    """Join the launcher's processes, if there are several.
+    """Join the launcher's processes, if there are several, and leave them at the end.
 
-    Yields whether this is the one that writes and reports.
-
-    A single process, launched or not, needs no group: the launcher's variables would only make
-    accelerate wrap the model for nothing. A ZeRO configuration brings its own group of one.
+    A single process, launched or not, needs no group: the launcher's variables would only make accelerate
+    wrap the model without need. With a DeepSpeed configuration, a single process forms a group of one.
 
     Args:
-        config: the run; with `training.deepspeed` the group is DeepSpeed's.
+        config: the run; with `training.deepspeed`, DeepSpeed sets up the group.
+
+    Yields:
+        whether this is the main process, the one that writes and reports.
 
     Raises:
         RunError: if a killed process left the lock of a build of DeepSpeed's operators.
@@ -42,7 +43,7 @@ def processes(config: RunConfig) -> Iterator[bool]:
         import deepspeed
 
         check_builds()
-        # A plain `python` start: DeepSpeed would look for MPI to learn what a group of one is.
+        # Started by plain `python`: without these, DeepSpeed would look for MPI to set up the group of one.
         for key, value in {
             "RANK": "0",
             "LOCAL_RANK": "0",
@@ -58,8 +59,8 @@ def processes(config: RunConfig) -> Iterator[bool]:
         for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(key, None)
     yield is_main_process()
-    # Without this, gloo's threads may abort the interpreter on its way out. After an error the launcher
-    # stops the others; waiting for them here would wait for ever.
+    # Without this, gloo's threads may abort the interpreter at exit. Not in a `finally`: after an error the
+    # launcher stops the other processes, and a barrier would wait for them for ever.
     if has_group():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""Noticing that a launcher has ended: a rank that nobody supervises any more stops as on SIGTERM.
+"""Stop of a rank whose launcher has ended, as on SIGTERM.
 
-`kill PID` of `deepspeed` ends that process alone; the one below it and its ranks would train on. Processes
-above this one are read from /proc; where there is none, nothing is watched.
+`kill PID` of `deepspeed` ends that process alone; its child and the ranks below it would train on. The parent
+processes are read from /proc; on systems without it, nothing is watched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-#: Words of a launcher's command line, by the last part of a path.
+#: Programs and modules that launch ranks, compared with the last part of the paths on a command line.
 LAUNCHERS = {
     "deepspeed",
     "deepspeed.pt",
@@ -30,25 +30,25 @@ LAUNCHERS = {
     "torch.distributed.launch",
     "accelerate.commands.launch",
 }
-#: Seconds between two looks, and those that a rank has to stop by itself: it may be waiting for another that
-#: has gone.
+#: Seconds between two checks, and seconds after SIGTERM until a rank that has not stopped by itself is ended,
+#: as it may be waiting for another rank that no longer exists.
 INTERVAL, PATIENCE = 1.0, 60.0
 
 
 @contextmanager
 def stopped_with_launcher() -> Iterator[None]:
-    """Send this process SIGTERM when a launcher above it ends, and end it where that does not help."""
-    above, left = launchers_above(), threading.Event()
+    """Send this process SIGTERM when a launcher above it ends, and exit if it has not stopped in time."""
+    above, finished = launchers_above(), threading.Event()
     if above:
-        threading.Thread(target=_watch, args=(above, left), daemon=True, name="launcher").start()
+        threading.Thread(target=_watch, args=(above, finished), daemon=True, name="launcher").start()
     try:
         yield
     finally:
-        left.set()
+        finished.set()
 
 
 def launchers_above() -> dict[int, str]:
-    """Return process → time of start, of the launchers that started this process."""
+    """Return process id → start time of the launchers that started this process."""
     above, process = {}, os.getppid()
     while (record := _read(process)) and _is_launcher(process):
         above[process] = record[1]
@@ -56,20 +56,20 @@ def launchers_above() -> dict[int, str]:
     return above
 
 
-def _watch(above: dict[int, str], left: threading.Event) -> None:
+def _watch(above: dict[int, str], finished: threading.Event) -> None:
     while all((record := _read(process)) and record[1] == start for process, start in above.items()):
-        if left.wait(INTERVAL):
+        if finished.wait(INTERVAL):
             return
     logger.warning("the launcher of this process has ended; stopping")
     os.kill(os.getpid(), signal.SIGTERM)
-    if not left.wait(PATIENCE):
+    if not finished.wait(PATIENCE):
         os._exit(128 + signal.SIGTERM)
 
 
 def _read(process: int) -> tuple[int, str] | None:
-    """(parent, time of start) of a living process; see proc_pid_stat(5)."""
+    """Return (parent, start time) of a living process, None for others; see proc_pid_stat(5)."""
     try:
-        # A name in brackets comes first, which may hold anything.
+        # The program's name comes first, in brackets; it may contain brackets and spaces itself.
         fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
@@ -82,5 +82,5 @@ def _is_launcher(process: int) -> bool:
     except OSError:
         return False
     program, *arguments = (word.rsplit("/", 1)[-1] for word in words[:6])
-    # A shell that names one is none: it may end while what it started goes on, as with nohup.
+    # A shell whose command line names a launcher is not one: with nohup it ends before what it started.
     return program in LAUNCHERS or (program.startswith("python") and not LAUNCHERS.isdisjoint(arguments))

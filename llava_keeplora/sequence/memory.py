@@ -1,4 +1,4 @@
-"""The most memory that a piece of work took."""
+"""Measurement of the peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from typing import Any
 import torch
 
 PROCESS = Path("/proc/self")
-#: Written to `clear_refs`: the kernel starts the process's high-water mark anew (proc_pid_clear_refs(5)).
+#: Written to `clear_refs`, resets the process's high-water mark; see proc_pid_clear_refs(5).
 RESTART = "5"
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Measure a block.
+    """Measure the peak memory of a block.
 
-    At its end, the yielded record holds ``peak_bytes`` and ``peak_of``, what they are the peak of.
-
-    On a GPU that is the tensors that PyTorch held on it during the block (`gpu`); on the CPU the process's
-    resident memory during the block (`process`) or, where the system doesn't let the mark be set back, since
-    the process began (`process since its start`).
+    At the end of the block, the yielded record holds ``peak_bytes`` and ``peak_of``, which names what was
+    measured: on a GPU the tensors that PyTorch held on it during the block (`gpu`); on the CPU the process's
+    resident memory during the block (`process`) or, if the system does not let the mark be reset, since the
+    process began (`process since its start`).
 
     Args:
         device: where the model is.
@@ -41,7 +40,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def _restart() -> bool:
-    """Set the high-water mark back to what is resident now; False where that is refused, or not known."""
+    """Reset the high-water mark to what is resident now; return False if the system does not allow it."""
     try:
         (PROCESS / "clear_refs").write_text(RESTART)
     except OSError:
@@ -50,7 +49,7 @@ def _restart() -> bool:
 
 
 def _high_water() -> int:
-    """The process's highest resident memory in bytes; where there is no /proc, as `getrusage` tells it."""
+    """Return the process's peak resident memory in bytes, from /proc or else from `getrusage`."""
     try:
         line = next(
             line for line in (PROCESS / "status").read_text().splitlines() if line.startswith("VmHWM:")

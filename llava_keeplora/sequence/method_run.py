@@ -1,4 +1,4 @@
-"""One labelled method over the sequence: the order of its stages, its journal, and how it resumes."""
+"""The run of one method over the sequence: order of its stages, journal, and resumption."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llava_keeplora_eval.files import file_hash
 
 logger = logging.getLogger(__name__)
 
-#: What a person reads while a stage runs.
+#: The text of the progress view while a stage runs.
 ACTIVITY = {
     Stage.PLANNED: "planning",
     Stage.PREPARED: "preparing the adapters",
@@ -39,14 +39,15 @@ ACTIVITY = {
 
 
 class MethodRun(MethodState):
-    """One labelled method over the sequence.
+    """The run of one method over the sequence.
 
     Args:
         context: what the methods of the run share.
-        config: the method.
+        config: the method's settings.
 
     Raises:
-        RunError: the folder's history is not whole, or data are not what they were when a task was planned.
+        RunError: if the folder's journal or files are damaged, or the data have changed since a task was
+            planned.
     """
 
     def __init__(self, context: RunContext, config: MethodConfig):
@@ -87,9 +88,9 @@ class MethodRun(MethodState):
     # --- estimates and lines for people --------------------------------------------------------------
 
     def cost_left(self) -> float:
-        """Return the images through the model that the open stages still need.
+        """Return the cost of the open stages, in forward passes of one image.
 
-        A training step counts three passes.
+        A training step on one image counts as three.
         """
         stages = open_stages(self.journal.entries, len(self.tasks), self.trainable)
         return sum(self._cost(task, stage) for task, stage in stages)
@@ -117,7 +118,7 @@ class MethodRun(MethodState):
         return self.context.family.eval_cost * sum(len(task.test) for task in open_tasks)
 
     def _trained_images(self, index: int, count: int) -> float:
-        """Return how many images a task's steps are taken on, each counted as often as it is seen."""
+        """Return how many images a task's training sees, each counted as often as it is seen."""
         training = self.trainings[index - 1]
         steps = int(training.get("max_steps", -1))
         if steps <= 0:
@@ -141,10 +142,7 @@ class MethodRun(MethodState):
     # --- history -------------------------------------------------------------------------------------
 
     def _check_history(self) -> None:
-        """Check that the folder is whole and the data are what they were when a task was planned.
-
-        Fill the matrix.
-        """
+        """Check that files and data are unchanged since they were written or planned, and fill the matrix."""
         try:
             self._next()
         except RunError as error:
@@ -158,7 +156,7 @@ class MethodRun(MethodState):
 
     def _check_plan(self, entry: Entry) -> None:
         now = json.loads(json.dumps(plan_record(self, entry.task)))
-        # A plan from before the run was extended lists fewer tasks.
+        # A plan that was made before the run was extended lists fewer tasks.
         pairs = [
             (f"task '{new['task']}'", old, new)
             for old, new in zip(entry.info.get("tasks", ()), now["tasks"], strict=False)
@@ -168,7 +166,7 @@ class MethodRun(MethodState):
         for what, old, new in pairs:
             for key, before, after in differences(old, new):
                 raise RunError(
-                    f"{what} is not what it was when {self.folder} was planned "
+                    f"{what} has changed since {self.folder} was planned "
                     f"({key}: {before!r} → {after!r}{self._decoding_note(key, new)})",
                     "restore its data and recipe to go on, or choose another output_dir",
                 )

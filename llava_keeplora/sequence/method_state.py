@@ -1,6 +1,6 @@
-"""One row of a run between its stages.
+"""The state of one method of a run between its stages.
 
-Its method, the layers that it changes, and the model rebuilt from the files.
+It holds the method, the layers that it changes, and its scores, and rebuilds the model from the run's files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MethodState:
 
     Args:
         context: what the methods of the run share.
-        config: the method.
+        config: the method's settings.
     """
 
     def __init__(self, context: RunContext, config: MethodConfig):
@@ -43,10 +43,10 @@ class MethodState:
         self.trainable = cls.trainable
         self.count = len(self.tasks) if cls.trainable else 0
         self.averaged = config.test_prompts == AVERAGED
-        # The first row that reads the model with the same prompts measures what the untouched model scores.
+        # The zero-shot score depends on the prompts alone, so the first method with these prompts takes it.
         self.first_alike = context.config.first_alike(config.label)
         self.trainings = context.config.trainings(config.label) if cls.trainable else []
-        #: How many deltas and states the method has loaded; None where it has to load them again.
+        #: How many deltas and states the method has loaded; None if it must load them again.
         self.loaded: tuple[int, int] | None = None
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
@@ -59,7 +59,7 @@ class MethodState:
         return self.tasks[index - 1].name if index else "base"
 
     def tag(self, index: int) -> str:
-        """Return LABEL/task-NN-NAME, by which trackers tell the run's tasks apart."""
+        """Return LABEL/task-NN-NAME, under which trackers show the training of a task."""
         return str(self.path(index).relative_to(self.context.workspace.root))
 
     def path(self, index: int, name: str = "") -> Path:
@@ -77,7 +77,7 @@ class MethodState:
         )
         if changed.unreachable:
             logger.warning(
-                "%s: %d layers cannot receive a gradient from this model's loss and are left out (%s, ...)",
+                "%s: %d layers get no gradient from this model's loss and are left out (%s, ...)",
                 self.config.label,
                 len(changed.unreachable),
                 changed.unreachable[0],
@@ -104,31 +104,30 @@ class MethodState:
         """Return every module that this method changes, by full name."""
         return self.adapted | self.full
 
-    # --- the model and the method after so many tasks ------------------------------------------------
+    # --- the model and the method after a number of tasks --------------------------------------------
 
     def rebuild(
         self, deltas: int, states: int | None = None, offset: Mapping[str, Delta] | None = None
     ) -> None:
-        """Put the model and the method into the state after so many tasks, from the files alone.
+        """Put the model and the method into the state after a number of tasks, from the files alone.
 
         Args:
-            deltas: number of tasks whose delta the weights carry.
-            states: number of stages, the base's included, after which the method's state is loaded; deltas +
-                1 by default.
-            offset: layer name → what is added to the weights besides the tasks' deltas.
+            deltas: number of tasks whose deltas are added to the base weights.
+            states: number of method states to load, the base's included; deltas + 1 by default.
+            offset: layer name → what is added to the weights in addition to the tasks' deltas.
         """
         states = deltas + 1 if states is None else states
         self.context.base.apply([*self.deltas(deltas), offset or {}])
         if (deltas, states) != self.loaded:
             self.method.load_state_dicts(
                 [
-                    self._kept(task) | (self._state(task) if task < states else {})
+                    self._extra_state(task) | (self._state(task) if task < states else {})
                     for task in range(deltas + 1)
                 ]
             )
             self.loaded = (deltas, states)
 
-    def _kept(self, task: int) -> dict[str, Tensor]:
+    def _extra_state(self, task: int) -> dict[str, Tensor]:
         return read_if_there(self.path(task, KEPT))
 
     def _state(self, task: int) -> dict[str, Tensor]:
@@ -139,7 +138,7 @@ class MethodState:
         return [load_deltas(self.path(task, DELTA)) for task in range(1, count + 1)]
 
     def inits(self, index: int) -> dict[str, AdapterInit]:
-        """Return where a task's adapters start, as its PREPARED stage wrote it."""
+        """Return the initial adapters of a task, as its PREPARED stage wrote them."""
         layers = read_record(self.path(index, PREPARED))["layers"]
         tensors = read_if_there(self.path(index, ADAPTERS))
         return {
@@ -150,18 +149,18 @@ class MethodState:
     # --- scores ------------------------------------------------------------------------------------
 
     def fill_matrix(self, index: int, scores: Mapping[str, Any]) -> None:
-        """Enter scores (task → result) that were taken after a task into the matrix."""
+        """Enter the scores (task → result) that were measured after a task into the matrix."""
         for name, result in scores.items():
             self.matrix.set_cell(index - 1 if index else None, name, result["score"])
 
     def write_matrix(self) -> None:
-        """Write the matrix with the cells that are filled so far."""
+        """Write the matrix with the cells filled so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.matrix.to_json(self.folder / MATRIX)
 
 
 def read_if_there(path: Path) -> dict[str, Tensor]:
-    """Return a file's tensors; none where there is no file."""
+    """Return a file's tensors; an empty dict if there is no file."""
     return read_tensors(path) if path.exists() else {}
 
 

@@ -1,4 +1,4 @@
-"""The passes over a task's data that a method may ask for: gradients, features, plain batches."""
+"""The passes over a task's data that a method can request: gradients, features, or the batches themselves."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from llava_keeplora.sequence import auto_energy
 from llava_keeplora.sequence.data import Batches, stage_seed
 from llava_keeplora.sequence.method_state import MethodState
 
-#: Passes of one image through the model: forward and backward, and forward alone.
+#: Cost of one image, in forward passes: forward and backward, and forward alone.
 GRADIENT_COST, FEATURE_COST = 3, 1
 
 
 def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
-    """Return what a method may use in a stage of a task.
+    """Return the context that a method gets in a stage of a task.
 
     Args:
-        state: the method's row.
+        state: the method's state.
         index: the task, 0 for the base.
-        stage: seeds what the method draws.
+        stage: the stage, which determines the seed.
     """
     context = state.context
     return TaskContext(
@@ -51,9 +51,9 @@ def run_gradient_pass(state: MethodState, index: int, fraction: float, statistic
     """Feed the first-step gradient of every layer into its statistic; see `capture.gradient_pass`.
 
     Args:
-        state: the method's row.
+        state: the method's state.
         index: the task.
-        fraction: share of its training data.
+        fraction: fraction of its training data.
         statistics: layer name → statistic.
     """
     context = state.context
@@ -79,10 +79,11 @@ def run_feature_pass(
     """Feed every layer's input features into statistics; see `capture.feature_pass`.
 
     Args:
-        state: the method's row.
+        state: the method's state.
         index: the task.
-        statistics: makes them, given the names of the layers grouped by the tensor that they read.
-        fraction: share of the task's training data.
+        statistics: called with the layers' names, grouped by the tensor that they read; returns layer name →
+            statistic.
+        fraction: fraction of the task's training data.
 
     Returns:
         layer name → statistic.
@@ -104,7 +105,7 @@ def counted_batches(state: MethodState, index: int) -> Iterator[dict[str, Tensor
 def _batches(
     state: MethodState, index: int, fraction: float, cost: float
 ) -> tuple[Iterator[tuple[dict[str, Tensor], bool]], Batches]:
-    """Return an iterator that reports progress, and the batches themselves."""
+    """Return (an iterator over the batches that reports progress, the batches themselves)."""
     context = state.context
     size = int(state.config.training.get("per_device_train_batch_size", 8))
     batches = Batches(context.inputs[index - 1], size, fraction, context.rank, context.world, context.device)

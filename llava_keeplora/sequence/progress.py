@@ -1,7 +1,4 @@
-"""What a person sees while a run works: a live view on a terminal.
-
-Where nobody watches one, a line now and then.
-"""
+"""Progress of a run: a live view on a terminal, else a log line from time to time."""
 
 from __future__ import annotations
 
@@ -24,18 +21,18 @@ from llava_keeplora_eval.matrix import ZERO_SHOT, shown
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two lines where there is no terminal.
+#: Seconds between two log lines if there is no terminal.
 INTERVAL = 30.0
-#: How often the live view is drawn, per second: its drawing takes time from the run.
+#: How often the live view is drawn per second; drawing takes time from the run.
 REFRESH = 2
 BAR_WIDTH = 30
 
 
 class Progress:
-    """Counts work done in images through the model once, and shows it.
+    """Progress of a run, counted in forward passes of one image.
 
     Args:
-        total: the work that is left when the run starts or goes on.
+        total: the work that is left when the run starts or resumes.
         show: whether this process reports.
     """
 
@@ -51,7 +48,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.show and self._terminal:
-            # It goes at the end: the tables that a run prints then say more.
+            # Transient: at the end, the tables that a run prints take its place.
             stderr = sys.stderr
             live = self._live = Live(
                 console=Console(file=stderr),
@@ -68,22 +65,22 @@ class Progress:
         self._open.close()
 
     def watch(self, title: str, matrix: Matrix) -> None:
-        """From now on, show this matrix as it fills."""
+        """Show this matrix from now on, as it fills."""
         self._title, self._matrix = title, matrix
 
     @contextmanager
     def stage(self, text: str, cost: float) -> Iterator[None]:
-        """Work of a known cost.
+        """Count a block as work of a known cost.
 
-        What `advance` doesn't report of it is added at its end, what is too much is not.
+        What `advance` has not reported by the end is added then; what it reports beyond the cost is ignored.
 
         Args:
-            text: what is done.
-            cost: in images through the model once.
+            text: what is done, for the view.
+            cost: in forward passes of one image.
         """
         self._until, self._text = self.done + cost, text
         if self._live:
-            self._live.refresh()  # A short stage may end before the view is drawn again.
+            self._live.refresh()  # A short stage may end before the view is drawn the next time.
         yield
         self.advance(cost)
 
@@ -94,22 +91,22 @@ class Progress:
             self.note(self._text)
 
     def left(self) -> str:
-        """For a person: how much is done and how long the rest may take."""
-        # By the average rate over the run: a recent one jumps whenever a stage of another kind begins.
+        """Return as text how much is done and an estimate of the time left."""
+        # From the average rate over the run: a recent rate jumps whenever a stage of another kind begins.
         seconds = (time.monotonic() - self._start) * (self.total - self.done) / max(self.done, 1e-9)
         if self.done < 0.01 * self.total:
             return f"{self.done / self.total:.0%} done"
         return f"{self.done / self.total:.0%} done, about {duration(seconds)} left"
 
     def note(self, text: str) -> None:
-        """A line that stays, with the estimate where there is no live view to show it."""
+        """Log a line, followed by the estimate if there is no live view to show it."""
         self._last = time.monotonic()
         finished = self.done > 0.999 * self.total
         if self.show:
             logger.info("%s", text if self._terminal or finished else f"{text} ({self.left()})")
 
     def _view(self) -> Group:
-        """The live view: stage, progress and estimate, and the last matrix."""
+        """Return the live view: stage, progress and estimate, and the last matrix."""
         line = Table.grid(padding=(0, 2))
         line.add_row(
             ProgressBar(self.total, self.done, width=BAR_WIDTH, complete_style="green"),
@@ -125,9 +122,9 @@ class Progress:
 
 
 def matrix_view(matrix: Matrix) -> Table:
-    """The matrix as far as it is filled, the task just learned in bold.
+    """Return the filled rows of a matrix as a table, with the score on the task just learned in bold.
 
-    Columns are numbered so that many find room.
+    Columns have the tasks' numbers instead of their names, so that many fit.
     """
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("", no_wrap=True)
@@ -164,7 +161,7 @@ def _logging_above(stderr: TextIO) -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """`40 s`, `12 min` or `3.5 h`."""
+    """Return a duration as text: `40 s`, `12 min` or `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

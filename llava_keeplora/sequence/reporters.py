@@ -1,4 +1,4 @@
-"""Where a training is watched (`training.report_to`): every task under a name of its own."""
+"""Experiment trackers (`training.report_to`): every task is shown as a run of its own."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ EVENTS = "events.out.tfevents.*"
 
 
 def give_own_place(trainer: TaskTrainer, root: Path, tag: str) -> None:
-    """Let TensorBoard keep a task's curves in a folder of their own.
+    """Let TensorBoard write a task's curves into a folder of their own.
 
-    What a killed attempt left there goes, unless it is gone on with.
-
-    Other trackers take the task from `run_name`.
+    Event files of a killed attempt are deleted, unless training resumes from its checkpoint. Other trackers
+    tell tasks apart by `run_name`.
 
     Args:
-        trainer: of the task.
-        root: the run folder; `TENSORBOARD_LOGGING_DIR` wins over it.
-        tag: of the task, `LABEL/task-NN-NAME`.
+        trainer: the task's trainer.
+        root: the run folder; `TENSORBOARD_LOGGING_DIR` takes precedence.
+        tag: the task's tag, `LABEL/task-NN-NAME`.
     """
     folder = Path(os.path.expanduser(os.environ.get("TENSORBOARD_LOGGING_DIR") or root)) / tag
     for callback in trainer.callback_handler.callbacks:
@@ -34,7 +33,7 @@ def give_own_place(trainer: TaskTrainer, root: Path, tag: str) -> None:
 
 
 def end_own_place(trainer: TaskTrainer) -> None:
-    """End the task's run where a tracker would go on with it: Weights & Biases keeps one run per process."""
+    """End the task's run in Weights & Biases, which otherwise keeps one run per process."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, WandbCallback) and trainer.is_world_process_zero():
             import wandb

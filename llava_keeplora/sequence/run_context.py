@@ -1,4 +1,4 @@
-"""What all methods of a run have in common."""
+"""What all methods of a run share: data, model, processes, caches and progress."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from llava_keeplora.versions import installed_versions
 
 
 class RunContext:
-    """Data, model, processes, progress.
+    """Data, model, processes, caches and progress of a run.
 
     Args:
-        config: the run.
-        workspace: its folder.
+        config: the run's configuration.
+        workspace: the run's folder.
         tasks: the sequence.
-        family: the model, its weights not loaded yet: `load` does that once every example has been checked.
+        family: the model, its weights not loaded yet; `load` does that after every example has been checked.
     """
 
     def __init__(self, config: RunConfig, workspace: Workspace, tasks: list[Task], family: Family):
         self.config, self.workspace, self.tasks, self.family = config, workspace, tasks, family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = dataclasses.asdict(config.model)
-        # As before a family could be named, so that entries of earlier versions are found.
+        # Without `family` if it is not set, so that cache entries of earlier versions still match.
         model |= {"family": MODEL_FAMILIES.source_hash(model["family"])} if model["family"] else {}
         model = {key: value for key, value in model.items() if key != "family" or value}
         common = {"model": model, "versions": installed_versions(), "device": self.device.type}
@@ -58,7 +58,7 @@ class RunContext:
         self.references: dict[str, Reference] = {}
         for label, method in config.methods.items():
             cls = METHODS[method.method]
-            # Large data may stand there, which a finished row doesn't need.
+            # Reference data may be large, and a finished method doesn't need them.
             if (spec := cls(cls.Options(**method.options)).reference_data_spec()) and not self._finished(
                 label
             ):
@@ -69,55 +69,50 @@ class RunContext:
         self.zero = Zero(deepspeed_config(config))
         self.distributed = has_group()
         self.rank, self.world = get_rank(), get_world_size()
-        # Set by the runner once every method has named its layers and its open stages.
+        # Set by the runner when the layers and the open stages of every method are known.
         self.base: BaseWeights
         self.progress: Progress
 
     def _finished(self, label: str) -> bool:
-        """Whether a method of the run has learned every task."""
+        """Return whether a method of the run has learned every task."""
         entries = Journal(self.workspace.label(label) / JOURNAL).entries
         return any((entry.task, entry.stage) == (len(self.tasks), Stage.CLOSED) for entry in entries)
 
     def load(self) -> None:
-        """Load the model's weights; with ZeRO-3, every process its share of them."""
+        """Load the model's weights; with ZeRO-3, shard them over the processes."""
         self.family.load(DTYPES[self.config.model.dtype])
         self.zero.adopt(self.family.model)
-        if not self.family.quantization:  # What is quantised was loaded to where it is.
+        if not self.family.quantization:  # Quantised weights were loaded onto their device.
             self.family.model.to(self.device)
 
     def pretrained(self) -> nn.Module:
-        """The model as it was before the first task, once more and frozen.
-
-        Loaded anew, so that nothing of a method's is on it.
-        """
+        """Load the model a second time, frozen and without any change that a method made."""
         return load_model(self.config.model).model.to(self.device)
 
     def once(self, what: Mapping[str, Any], files: Mapping[str, Path], make: Callable[[], object]) -> float:
-        """Have files of the untouched model.
-
-        Another run's where the base cache has them, else made now, for all processes.
+        """Copy files that depend on the untouched model from the base cache, or make and store them.
 
         Args:
-            what: everything that they depend on beside the model.
-            files: name → where they belong; `make` need not make all of them.
-            make: makes them.
+            what: everything that the files depend on, except the model.
+            files: name in the cache → path of the file; `make` need not write all of them.
+            make: writes the files; called in every process.
 
         Returns:
-            the seconds that they took another run; 0 where they were made now.
+            how long another run took to make the files, in seconds; 0 if they were made now.
         """
-        found = self.base_cache.take(what, files) if self.rank == 0 else None
-        taken = self.first_of(found or 0.0)
-        if taken:
-            return taken
+        cached = self.base_cache.take(what, files) if self.rank == 0 else None
+        seconds = self.first_of(cached or 0.0)
+        if seconds:
+            return seconds
         begun, start = any(path.exists() for path in files.values()), time.perf_counter()
         make()
-        # What a killed attempt had begun took longer than this one.
+        # Files that a killed attempt had begun took longer than this attempt: their time is not known.
         if self.rank == 0 and not begun:
             self.base_cache.put(what, files, time.perf_counter() - start)
         return 0.0
 
     def most(self, count: int) -> int:
-        """The largest of the processes' counts."""
+        """Return the largest of the processes' counts."""
         if not self.distributed:
             return count
         largest = torch.tensor(count, device=self.device)
@@ -125,7 +120,7 @@ class RunContext:
         return int(largest)
 
     def first_of(self, value: float) -> float:
-        """The first process's value."""
+        """Return the main process's value."""
         if not self.distributed:
             return value
         shared = torch.tensor(value, dtype=torch.float64, device=self.device)

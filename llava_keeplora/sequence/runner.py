@@ -1,7 +1,7 @@
-"""The driver: every stage of every task of every method, from the journal onwards.
+"""The driver: runs every open stage of every task and method, as the journals list them.
 
 Running and resuming are the same code: a stage reads what earlier stages wrote, so a run that was killed
-and started again goes through the very same numbers.
+and started again computes the very same numbers.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> dict[str, Matrix]:
-    """Run, or go on with, everything that a configuration asks for.
+    """Run, or resume, all methods of a configuration over its sequence of tasks.
 
     Args:
-        config: the run.
+        config: the run's configuration.
 
     Returns:
-        label → accuracy matrix in percent, zero-shot first; tables and pictures are in the run folder.
+        label → accuracy matrix in percent, zero-shot first; tables and plots are in the run folder.
 
     Raises:
-        UserError: one sentence for whatever a user can repair; finished stages stay.
+        UserError: for anything that a user can repair; finished stages are kept.
     """
     workspace = Workspace(config)
     with translate_errors(workspace.root), _opened(workspace) as context:
@@ -48,13 +48,13 @@ def run(config: RunConfig) -> dict[str, Matrix]:
             )
         } | config.methods
         runs = [MethodRun(context, method) for method in methods.values()]
-        # Nothing is written before every process has read what is there, and let it pass: a start that is
-        # refused leaves the folder as it was.
+        # Nothing is written before every process has read and accepted the folder: a start that is refused
+        # leaves it as it was.
         context.barrier()
         with main_process_first():
             if is_main_process():
                 workspace.claim()
-        # Taken once, before the first method touches a weight: every method starts from the same base.
+        # Copied once, before any method changes a weight: every method starts from the same base.
         context.base = BaseWeights({name: module for r in runs for name, module in r.modules().items()})
         with Progress(sum(r.cost_left() for r in runs), show=is_main_process()) as context.progress:
             for method_run in runs:
@@ -67,15 +67,15 @@ def run(config: RunConfig) -> dict[str, Matrix]:
 
 @contextmanager
 def _opened(workspace: Workspace) -> Iterator[RunContext]:
-    """The locked run folder with data and model.
+    """Lock the run folder, check configuration and data, and load the model.
 
-    What is wrong with them is said by the first process alone.
+    The main process checks first, so that it alone reports an error.
     """
     config, processes = workspace.config, processes_here()
-    with ExitStack() as held:
+    with ExitStack() as lock:
         with main_process_first():
             if is_main_process():
-                held.enter_context(workspace.locked())
+                lock.enter_context(workspace.locked())
                 workspace.check()
             tasks, family = load_tasks(config), open_model(config.model, config.evaluation)
             changed = check_start(config, family, processes=processes)
@@ -89,13 +89,13 @@ def _opened(workspace: Workspace) -> Iterator[RunContext]:
                 list(map(len, context.inputs)),
                 context.world,
             )
-        # Together: with ZeRO-3 the processes need each other for it.
+        # All processes at once: with ZeRO-3 they shard the weights together.
         context.load()
         yield context
 
 
 def _write_results(workspace: Workspace, runs: list[MethodRun], tasks: list[Task]) -> None:
-    """The run's numbers in one file, and its tables and pictures."""
+    """Write the run's numbers into one file, and its tables and plots."""
     methods = {r.config.label: {"matrix": r.matrix.to_dict(), "metrics": r.matrix.metrics()} for r in runs}
     write_json(workspace.root / RESULTS, {"methods": methods, "tasks": [_with_notes(task) for task in tasks]})
     for method_run in runs:
@@ -112,7 +112,7 @@ def _with_notes(task: Task) -> dict:
 
 
 def dropped_notes(tasks: list[Task]) -> list[str]:
-    """One sentence per split that lost unreadable images."""
+    """Return one sentence for every split from which unreadable images were left out."""
     splits = [
         (f"{task.name}/{name}", data)
         for task in tasks

@@ -1,6 +1,6 @@
 """The six stages of a task.
 
-Each reads what earlier stages wrote and returns (the files that it wrote, what the journal notes).
+Each reads what earlier stages wrote and returns (the files that it wrote, the `info` of its journal entry).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from llava_keeplora.files import write_json
 from llava_keeplora.methods import METHODS
 from llava_keeplora.run_folder import (
     ADAPTERS,
+    CACHED_PREDICTIONS,
+    CAPACITY,
     CONSOLIDATED,
     PREDICTIONS,
     PREPARED,
@@ -43,19 +45,19 @@ def plan(state: MethodState, index: int) -> Outcome:
 
 
 def plan_record(state: MethodState, index: int) -> dict[str, Any]:
-    """Return what the journal notes of a task's data, by which a later start knows them again."""
+    """Return the journal's record of a task's data, with which a later start compares them."""
     tasks = state.tasks if index == 0 else state.tasks[index - 1 : index]
     reference = {"reference": state.method.reference.record} if state.method.reference else {}
     prompts = [{"test_prompts": list(task.recipe.test_prompts)} if state.averaged else {} for task in tasks]
     return {
         "seed": state.context.config.seed,
-        "tasks": [task.record() | read for task, read in zip(tasks, prompts, strict=True)],
+        "tasks": [task.record() | prompt for task, prompt in zip(tasks, prompts, strict=True)],
         **reference,
     }
 
 
 def prepare(state: MethodState, index: int) -> Outcome:
-    """Let the method choose where the task's adapters start."""
+    """Let the method initialise the task's adapters, and write them."""
     state.rebuild(index - 1)
     ctx = task_context(state, index, Stage.PREPARED)
     inits = state.method.init_adapters(ctx)
@@ -85,16 +87,16 @@ def prepare(state: MethodState, index: int) -> Outcome:
 
 
 def consolidate(state: MethodState, index: int) -> Outcome:
-    """Let the method add to what it protects, on the merged model; for index 0, on the base."""
+    """Let the method update its state on the merged model; for index 0, on the base."""
     if index or not state.method.base_is_cacheable:
         return _consolidate(state, index), {}
     files = {name: state.path(0, name) for name in (CONSOLIDATED, STATE)}
-    seconds = state.context.once(_base_facts(state), files, lambda: _consolidate(state, 0))
+    seconds = state.context.once(_base_cache_key(state), files, lambda: _consolidate(state, 0))
     return [path for path in files.values() if path.exists()], _reused(seconds)
 
 
-def _base_facts(state: MethodState) -> dict[str, Any]:
-    """Return what a cacheable base depends on besides the model."""
+def _base_cache_key(state: MethodState) -> dict[str, Any]:
+    """Return everything that a method's state on the base depends on, except the model."""
     name = state.config.method
     return {
         "stage": Stage.CONSOLIDATED,
@@ -108,20 +110,19 @@ def _base_facts(state: MethodState) -> dict[str, Any]:
 
 
 def _consolidate(state: MethodState, index: int) -> list[Path]:
-    # A killed attempt may have left this stage's own state behind; it must not count twice.
+    # A killed attempt may have left this stage's own state behind, which must not be loaded.
     state.rebuild(index, states=index)
     ctx = task_context(state, index, Stage.CONSOLIDATED)
     state.method.after_task(ctx)
-    if index and "capacity" in ctx.report:
-        ctx.report["forecast"] = _forecast(state, index, ctx.report["capacity"])
+    if index and CAPACITY in ctx.report:
+        ctx.report["forecast"] = _forecast(state, index, ctx.report[CAPACITY])
     added = state.method.state_dict()
     tensors, record = state.path(index, STATE), state.path(index, CONSOLIDATED)
     if state.context.rank == 0:
         write_if_any(tensors, added)
         write_json(record, ctx.report)
     state.context.barrier()
-    # Several processes go on with the first one's directions, because other machines may round the same sums
-    # otherwise.
+    # Several processes must load the main process's directions: each may have rounded the sums differently.
     state.loaded = (index, index + 1) if state.context.world == 1 else None
     return [record] + [tensors] * bool(added)
 
@@ -129,8 +130,8 @@ def _consolidate(state: MethodState, index: int) -> list[Path]:
 def _forecast(
     state: MethodState, index: int, capacity: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return layer → for how many more tasks it has room, and warn where that is too few."""
-    before = [read_record(state.path(task, CONSOLIDATED))["capacity"] for task in range(index)]
+    """Return layer → its remaining room, and warn if that is too little for the tasks to come."""
+    before = [read_record(state.path(task, CONSOLIDATED))[CAPACITY] for task in range(index)]
     rooms = forecast([*before, capacity], state.layers)
     warning = shortage(rooms, state.layers, len(state.tasks) - index)
     if warning:
@@ -162,12 +163,12 @@ def evaluate(state: MethodState, index: int) -> Outcome:
 
 
 def predictions_path(state: MethodState, index: int, task: Task) -> Path:
-    """Return the file of a task's answers after so many tasks."""
+    """Return the file of the answers to a task's test split, as given after `index` tasks."""
     return state.path(index, PREDICTIONS) / f"{file_name(task.name)}.jsonl"
 
 
 def score_task(state: MethodState, index: int, task: Task) -> dict[str, Any]:
-    """Score a task's answers, and enter the score into the matrix and its file."""
+    """Score a task's answers, enter the score into the matrix, and write the matrix."""
     result = score(task.test, predictions_path(state, index, task)).to_dict()
     state.fill_matrix(index, {task.name: result})
     state.write_matrix()
@@ -175,11 +176,11 @@ def score_task(state: MethodState, index: int, task: Task) -> dict[str, Any]:
 
 
 def _answer(state: MethodState, index: int, task: Task) -> float:
-    """Make sure that every answer to a task is in its file.
+    """Write every missing answer to a task's test split into its file.
 
     Returns:
-        how long another run took for answers of the untouched model that were reused, in seconds; 0 if made
-        now.
+        how long another run took for answers of the untouched model that were reused, in seconds; 0 if
+        nothing was reused.
     """
     path = predictions_path(state, index, task)
 
@@ -191,21 +192,21 @@ def _answer(state: MethodState, index: int, task: Task) -> float:
 
     if index == 0:
         evaluation = state.context.config.evaluation
-        facts = {
+        key = {
             "stage": Stage.EVALUATED,
             "task": task.name,
             "data": task.record()["test"],
             "max_new_tokens": evaluation.max_new_tokens,
             "generation": evaluation.generation,
         }
-        facts |= {"test_prompts": list(task.recipe.test_prompts)} if state.averaged else {}
-        return state.context.once(facts, {"predictions.jsonl": path}, make)
+        key |= {"test_prompts": list(task.recipe.test_prompts)} if state.averaged else {}
+        return state.context.once(key, {CACHED_PREDICTIONS: path}, make)
     make()
     return 0.0
 
 
 def _predict(state: MethodState, index: int, task: Task) -> None:
-    """Answer this process's share; processes wait for each other only afterwards."""
+    """Answer this process's share of the examples; processes wait for each other only afterwards."""
     context = state.context
     cost = context.family.eval_cost * context.world
     predict_to_file(
@@ -215,13 +216,13 @@ def _predict(state: MethodState, index: int, task: Task) -> None:
         batch_size=context.config.evaluation.batch_size,
         advance=lambda count: context.progress.advance(cost * count),
         shard=(context.rank, context.world),
-        # All processes gather shards of weights together, so all must make equally many predictions.
+        # With ZeRO-3 every prediction gathers the weights from all processes, so all make equally many.
         rounds=context.most if context.zero.partitions else None,
     )
 
 
 def _predictor(state: MethodState, index: int, task: Task, tokens: int | None = None) -> Predictor:
-    """Return what answers a task's test examples after so many tasks; the model alone before the first."""
+    """Return the predictor of a task's test examples after `index` tasks; the model's own for index 0."""
     context = state.context
     predictor = context.family.predictor(task.recipe, context.cache.split(task.test), tokens)
     if state.averaged:
@@ -230,7 +231,7 @@ def _predictor(state: MethodState, index: int, task: Task, tokens: int | None = 
 
 
 def close(state: MethodState, index: int) -> Outcome:
-    """Sum up a task's time; after the last one, also measure the latency of answers."""
+    """Sum up the time of a task's stages; after the last task, also measure the latency of answers."""
     seconds = sum(entry.seconds for entry in state.journal.entries if entry.task == index)
     latency = {"test_seconds": _latency(state, index)} if index and index == state.count else {}
     return [], {"seconds": round(seconds, 1), **latency}
@@ -239,7 +240,7 @@ def close(state: MethodState, index: int) -> Outcome:
 def _latency(state: MethodState, index: int) -> dict[str, float]:
     """Return seconds per example of the untouched and the trained model, on the same batch."""
     task, context = state.tasks[index - 1], state.context
-    # No larger than a batch that was answered before, which fits.
+    # Not larger than the batches of the evaluation, which fit in memory.
     size = min(EXAMPLES, context.config.evaluation.batch_size, len(task.test))
     examples = [task.test[i] for i in range(size)]
     context.base.apply([])
@@ -252,11 +253,11 @@ def _latency(state: MethodState, index: int) -> dict[str, float]:
 
 
 def _reused(seconds: float) -> dict[str, float]:
-    """Return what the journal notes of files that another run made: how long it took for them."""
+    """Return the journal's note on reused files: how long the original run took to make them."""
     return {"taken_seconds": round(seconds, 3)} if seconds else {}
 
 
-#: What runs in each stage.
+#: Stage → its function.
 STAGES: dict[Stage, Callable[[MethodState, int], Outcome]] = {
     Stage.PLANNED: plan,
     Stage.PREPARED: prepare,

@@ -1,4 +1,4 @@
-"""The stage TRAINED: one task's training, and the update that it leaves."""
+"""The stage TRAINED: train on one task and write the update of the weights."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from llava_keeplora.run_folder import (
     DELTA,
     KEPT,
     TRAIN,
+    TRAINER,
     Stage,
 )
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
@@ -44,10 +45,10 @@ Outcome = tuple[list[Path], dict[str, Any]]
 
 
 def train(state: MethodState, index: int) -> Outcome:
-    """Train the task's adapters and keep their update.
+    """Train the task's adapters, and write their update and the log.
 
     Raises:
-        TrainingError: a trained value is not finite.
+        TrainingError: if a trained value is not finite.
     """
     context, task, inits = state.context, state.tasks[index - 1], state.inits(index)
     ctx = task_context(state, index, Stage.TRAINED)
@@ -60,29 +61,31 @@ def train(state: MethodState, index: int) -> Outcome:
             parameter.requires_grad_(True)
 
     def read_deltas() -> dict[str, Delta | FullDelta]:
-        changes = {name: _taken_back(state.full[name], start) for name, start in before.items()}
+        changes = {name: _change_and_restore(state.full[name], start) for name, start in before.items()}
         adapters = {
-            name: _from_start(delta, inits[name])
+            name: _since_start(delta, inits[name])
             for name, delta in read_adapters(context.family.model, inits).items()
         }
         return {**changes, **state.method.finalize_deltas(ctx, adapters)}
 
     try:
         with state.method.training_context(ctx, context.family.model):
-            trained = sum(number_count(p) for p in context.family.model.parameters() if p.requires_grad)
-            history, deltas, kept = _train(state, ctx, task, read_deltas)
+            trained_parameters = sum(
+                number_count(p) for p in context.family.model.parameters() if p.requires_grad
+            )
+            history, deltas, extra_state = _train(state, ctx, task, read_deltas)
     finally:
         detach(wrapper)
-    _check_finite(task, history["steps"], deltas, kept)
-    delta_path, log_path, kept_path = (state.path(index, name) for name in (DELTA, TRAIN, KEPT))
+    _check_finite(task, history["steps"], deltas, extra_state)
+    delta_path, log_path, extra_path = (state.path(index, name) for name in (DELTA, TRAIN, KEPT))
     if context.rank == 0:
         save_deltas(delta_path, deltas)
-        write_if_any(kept_path, kept)
+        write_if_any(extra_path, extra_state)
         write_json(log_path, history | {"report": ctx.report})
         StepCheckpoint(state.path(index)).remove()
     context.barrier()
-    files = [delta_path, log_path] + [kept_path] * bool(kept)
-    return files, {"steps": history["steps"], "trained_parameters": trained}
+    files = [delta_path, log_path] + [extra_path] * bool(extra_state)
+    return files, {"steps": history["steps"], "trained_parameters": trained_parameters}
 
 
 def _train(
@@ -91,12 +94,12 @@ def _train(
     """Run the Trainer; `read_deltas` is called while a DeepSpeed engine still holds its fp32 copies.
 
     Returns:
-        (the Trainer's log, the deltas, what the method keeps besides).
+        (the Trainer's log, the deltas, the method's `extra_state`).
     """
     context, index = state.context, ctx.index
     arguments = _training_arguments(state, index)
     model, scale = context.family.task(task.recipe), state.config.random_resized_crop
-    # `check_rows` lets random crops through for CLIP alone.
+    # `check_rows` accepts random crops for CLIP alone.
     crops = context.family.crops(task.train, scale, arguments.seed) if scale else None  # type: ignore[attr-defined]
     cost = GRADIENT_COST * arguments.train_batch_size * arguments.gradient_accumulation_steps * context.world
     trainer = TaskTrainer(
@@ -120,20 +123,20 @@ def _train(
         "loss": result.training_loss,
         "history": without_timings(trainer.state.log_history),
     }
-    deltas, kept = read_deltas(), state.method.extra_state()
+    deltas, extra_state = read_deltas(), state.method.extra_state()
     trainer.accelerator.free_memory()
     forget_engine(context.family.model.parameters())
     context.family.model.eval().requires_grad_(False)
     del trainer
     gc.collect()
-    return history, deltas, kept
+    return history, deltas, extra_state
 
 
 def _check_finite(
-    task: Task, steps: int, deltas: Mapping[str, Delta | FullDelta], kept: Mapping[str, Tensor]
+    task: Task, steps: int, deltas: Mapping[str, Delta | FullDelta], extra_state: Mapping[str, Tensor]
 ) -> None:
     values = [(name, value) for name, delta in deltas.items() for value in delta.tensors.values()]
-    for name, value in [*values, *kept.items()]:
+    for name, value in [*values, *extra_state.items()]:
         if not torch.isfinite(value).all():
             raise TrainingError(
                 f"the weights of task '{task.name}' are not finite after its {steps} steps, first in layer "
@@ -143,7 +146,7 @@ def _check_finite(
 
 
 def _part_learning_rates(state: MethodState) -> dict[int, float]:
-    """Return id of a parameter → learning rate, for the parts that set one of their own."""
+    """Return id of a parameter → learning rate, for the parts that set their own rate."""
     rates: dict[int, float] = {}
     family = state.context.family
     for part, settings in state.config.parts.items():
@@ -162,7 +165,7 @@ def _training_arguments(state: MethodState, index: int) -> TrainingArguments:
     root = state.context.workspace.root.resolve().name
     return training_arguments(
         state.trainings[index - 1],
-        output_dir=str(state.path(index, "trainer")),
+        output_dir=str(state.path(index, TRAINER)),
         run_name=f"{state.config.training.get('run_name') or root}/{state.tag(index)}",
         seed=stage_seed(state.context.config.seed, index, Stage.TRAINED),
     )
@@ -174,14 +177,14 @@ def _copied(module: nn.Module) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-def _from_start(delta: Delta, init: AdapterInit) -> Delta:
-    """Return an adapter's update less the one that it began with, on the host."""
+def _since_start(delta: Delta, init: AdapterInit) -> Delta:
+    """Return an adapter's update minus its initial value, on the host."""
     return Delta(delta.A.cpu(), delta.B.cpu() - (init.B if init.B is not None else 0), delta.scale)
 
 
 @torch.no_grad()
-def _taken_back(module: nn.Module, before: Mapping[str, Tensor]) -> FullDelta:
-    """Return what training changed in a module without an adapter, and restore the module."""
+def _change_and_restore(module: nn.Module, before: Mapping[str, Tensor]) -> FullDelta:
+    """Return the change of a module that was trained in full, and restore the module."""
     parameters = dict(module.named_parameters(recurse=False))
     change = FullDelta(
         {name: (trained_values(p) - before[name].float()).cpu() for name, p in parameters.items()}

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` on one task: the method's loss, and checks that what should train does."""
+"""`transformers.Trainer` for one task: the method's loss, checkpoints, and a check of the gradients."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ CURE = (
     "start in a new output_dir with a lower training.learning_rate; every task before it is kept, "
     "and the same command goes on from there"
 )
-#: What the Trainer keeps beside its record for the mean loss: the sum of all logged losses, the step of the
-#: last one, and of the first.
+#: Attributes of the Trainer for the mean loss that its state lacks: the sum of all logged losses, the step of
+#: the last one, and the first step.
 LOSSES = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
 TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
 def without_timings(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The Trainer's log without clock readings, so that the same training leaves the same file."""
+    """Return the Trainer's log without time measurements, so that equal trainings write equal files."""
     return [{key: value for key, value in record.items() if key not in TIMINGS} for record in history]
 
 
 class Indices(torch.utils.data.Dataset):
-    """0 … n−1: the Trainer shuffles indices, the collator fetches what they stand for."""
+    """The indices 0 … n−1, which the Trainer shuffles and the collator turns into examples."""
 
     def __init__(self, n: int):
         self.n = n
@@ -56,19 +56,19 @@ class Indices(torch.utils.data.Dataset):
 
 
 class TaskTrainer(Trainer):
-    """Trains one task with a method's loss.
+    """`Trainer` of one task with a method's loss.
 
     Args:
-        method: gives the loss and the hook after each step.
-        ctx: of the task.
+        method: provides the loss and the hook after each step.
+        ctx: the task's context.
         on_step: called after every optimiser step.
-        rates: id of a parameter → its own learning rate; the others train at `args.learning_rate`.
-        checkpoint: where the state between two steps is kept.
-        crops: makes the pictures of a batch for a step; None where the collator has them.
-        kwargs: as for `Trainer`.
+        rates: id of a parameter → its own learning rate; the others use `args.learning_rate`.
+        checkpoint: where the state between two steps is written.
+        crops: crops the images of a batch for a step; None if the collator provides the images.
+        kwargs: passed to `Trainer`.
 
     Raises:
-        TrainingError: on a loss that is not finite, naming the step.
+        TrainingError: if a loss is not finite; names the step.
         MethodError: if a trainable tensor gets no gradient in the first step.
     """
 
@@ -86,25 +86,25 @@ class TaskTrainer(Trainer):
         super().__init__(**kwargs)
         self.crops = crops
         self.method, self.ctx, self.rates, self.checkpoint = method, ctx, rates, checkpoint
-        self._found = checkpoint.read()
+        self._resumed = checkpoint.read()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(_AfterStep(method, ctx, on_step))
-        self._waiting: set[str] | None = None
+        self._without_gradient: set[str] | None = None
         self._shares: deque[float] = deque()
 
     @property
     def steps_before(self) -> int:
-        """Steps that a killed run has made already."""
-        return self._found.values["trainer"]["global_step"] if self._found else 0
+        """Number of steps that a killed run has taken already."""
+        return self._resumed.values["trainer"]["global_step"] if self._resumed else 0
 
     def go(self) -> TrainOutput:
-        """Train, from the last checkpoint on where a killed run left one."""
-        if self._found is None:
+        """Train, from the last checkpoint on if a killed run left one."""
+        if self._resumed is None:
             return self.train()
-        # The Trainer reads its record from a folder; everything else it is given below.
+        # The Trainer reads its state from a folder; everything else is restored below.
         with TemporaryDirectory() as folder:
-            Path(folder, TRAINER_STATE_NAME).write_text(json.dumps(self._found.values["trainer"]))
+            Path(folder, TRAINER_STATE_NAME).write_text(json.dumps(self._resumed.values["trainer"]))
             return self.train(resume_from_checkpoint=folder)
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -112,21 +112,21 @@ class TaskTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
-            # The Trainer wants to save its last step too; what the task learned is about to be written.
+            # No checkpoint of the last step: the task's update is about to be written.
             return
         share = self._share()
         if share and share.is_swapped:
             logger.warning(
-                "the optimiser lies in DeepSpeed's own files; a task that is killed within training begins "
-                "again"
+                "DeepSpeed swaps the optimiser's state to its own files, so no checkpoint is written; a task "
+                "that is killed within training begins again"
             )
             return
-        own = {"cpu": torch.get_rng_state(), "loss": self._tr_loss}
-        own |= {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+        local = {"cpu": torch.get_rng_state(), "loss": self._tr_loss}
+        local |= {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
         tensors = {
             f"process.{rank}.{name}": value
-            for rank, theirs in enumerate(all_gather_object(own))
-            for name, value in theirs.items()
+            for rank, gathered in enumerate(all_gather_object(local))
+            for name, value in gathered.items()
         }
         tensors |= {
             f"weights.{name}": p.detach() for name, p in self._trained().items() if not is_partitioned(p)
@@ -150,13 +150,13 @@ class TaskTrainer(Trainer):
         return DeepSpeedShard(self.deepspeed) if self.is_deepspeed_enabled else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing yet: an engine, where there is one, must be there first."""
+        """Do nothing: the state is restored in `_prepare_for_training`, after the engine exists."""
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ):
-        """Model, optimiser and schedule, and in them what a killed run left."""
-        # The Trainer would read DeepSpeed's own checkpoint here, which is a pickle.
+        """Set up model, optimiser and schedule, and restore what a killed run saved of them."""
+        # None: the Trainer would read DeepSpeed's own checkpoint here, which is a pickle.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             self._restore()
@@ -164,44 +164,43 @@ class TaskTrainer(Trainer):
 
     @torch.no_grad()
     def _restore(self) -> None:
-        found, values, share = self._found, self._found.values, self._share()
-        for name, value in found.under("weights").items():
+        state, values, share = self._resumed, self._resumed.values, self._share()
+        for name, value in state.under("weights").items():
             self.model.get_parameter(name).copy_(value)
-        kept = found.under("method")
+        progress = state.under("method")
         for name, value in self.method.progress().items():
-            value.copy_(kept[name])
+            value.copy_(progress[name])
         if share:
-            share.restore(TrainingState(found.tensors, values["optimizer"]))
+            share.restore(TrainingState(state.tensors, values["optimizer"]))
         else:
-            load_optimizer(self.optimizer, found.under("optimizer"), values["optimizer"])
+            load_optimizer(self.optimizer, state.under("optimizer"), values["optimizer"])
         self.lr_scheduler.load_state_dict(values["schedule"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(values["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The generators, and what was summed of the loss.
+        """Restore the random generators and the sums of the loss; the Trainer calls it before the first step.
 
-        The Trainer asks when the first step is about to be made.
+        A process that the checkpoint does not know, because it was written by fewer, continues from its seed.
         """
-        # With another number of processes there is nothing for some of them: these draw on from their seed.
-        own = self._found.under(f"process.{self.args.process_index}")
-        if own:
-            torch.set_rng_state(own["cpu"])
-            self._tr_loss = own["loss"].to(self.args.device)
-        if "cuda" in own and torch.cuda.is_available():
-            torch.cuda.set_rng_state(own["cuda"])
-        for key, value in self._found.values["losses"].items():
+        local = self._resumed.under(f"process.{self.args.process_index}")
+        if local:
+            torch.set_rng_state(local["cpu"])
+            self._tr_loss = local["loss"].to(self.args.device)
+        if "cuda" in local and torch.cuda.is_available():
+            torch.cuda.set_rng_state(local["cuda"])
+        for key, value in self._resumed.values["losses"].items():
             setattr(self, key, value)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """The batches of an optimiser step, and what they count together; each example of an epoch once.
+        """Return the batches of an optimiser step and their total weight, each example of an epoch once.
 
-        Where the last step of an epoch has fewer examples than fit, accelerate fills the processes' batches
-        up with examples from the epoch's beginning. These are taken out again, so that any number of
-        processes makes the steps of one. A process that is left with none goes along with an example that
-        doesn't count.
+        If the last step of an epoch has fewer examples than it could hold, accelerate fills the processes'
+        batches up with examples from the epoch's beginning. These are removed again, so that any number of
+        processes takes the same steps as one process. A process that is left without examples keeps one that
+        does not count.
         """
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._shares = deque([1.0] * len(batches))
@@ -215,14 +214,14 @@ class TaskTrainer(Trainer):
             or not self.accelerator.gradient_state.end_of_dataloader
         ):
             return batches, counted
-        whole, task = batches[-1], self.accelerator.unwrap_model(self.model)
-        own = min(max(0, last - self.args.process_index * size), size)
-        batches[-1] = task.first(whole, max(own, 1))
-        # Processes' gradients are averaged.
-        self._shares[-1] = own * world / last
+        padded, task = batches[-1], self.accelerator.unwrap_model(self.model)
+        examples = min(max(0, last - self.args.process_index * size), size)
+        batches[-1] = task.first(padded, max(examples, 1))
+        # Times `world`, because the processes' gradients are averaged.
+        self._shares[-1] = examples * world / last
         if counted is not None:
-            kept = task.weight(batches[-1]) if own else 0
-            surplus = torch.tensor(task.weight(whole) - kept, device=device)
+            weight = task.weight(batches[-1]) if examples else 0
+            surplus = torch.tensor(task.weight(padded) - weight, device=device)
             if self.args.average_tokens_across_devices:
                 sum_over_processes([surplus])
             counted = counted - surplus
@@ -235,14 +234,14 @@ class TaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ):
-        """The method's loss on a batch, times its share of the mean over the processes.
+        """Return the method's loss on a batch, times the batch's share of the mean over the processes.
 
-        Where a batch counts by its tokens, over the whole optimiser step.
+        If batches count by their tokens, the mean is over the whole optimiser step.
 
         Args:
             num_items_in_batch: supervised tokens of all accumulated batches of all processes, for a model
-                that `accepts_loss_kwargs`; the Trainer then divides by nothing, and averages the processes'
-                gradients.
+                that `accepts_loss_kwargs`; the Trainer then does not divide the loss itself, and averages the
+                processes' gradients.
         """
         if self.crops:
             inputs = self.crops.filled(inputs, self.state.global_step)
@@ -255,21 +254,24 @@ class TaskTrainer(Trainer):
             )
         share: float | Tensor = self._shares.popleft()
         if num_items_in_batch is not None:
-            own = self.accelerator.unwrap_model(model).weight(inputs) if share else 0
-            counted = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            share = own / num_items_in_batch * counted
+            tokens = self.accelerator.unwrap_model(model).weight(inputs) if share else 0
+            averaged = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            share = tokens / num_items_in_batch * averaged
         loss = loss * share
         return (loss, out) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None):
-        """The Trainer's optimiser, its groups split by learning rate.
+        """Create the Trainer's optimiser, and split its parameter groups by learning rate.
 
-        The schedule scales each group's own rate.
+        The schedule scales the rate of each group.
+
+        Raises:
+            ConfigError: if a part has its own learning rate but the DeepSpeed JSON configures the optimiser.
         """
         optimizer = super().create_optimizer(model)
         if self.rates and not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(
-                "the DeepSpeed JSON brings its own optimizer, which knows one learning rate, but a part of "
+                "the DeepSpeed JSON configures an optimizer, which has a single learning rate, but a part of "
                 "the model has its own",
                 "remove `optimizer` and `scheduler` from the DeepSpeed JSON, or `learning_rate` from `parts`",
             )
@@ -280,37 +282,43 @@ class TaskTrainer(Trainer):
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
-        """One forward and backward pass; the first one checks that every trainable tensor gets a gradient."""
-        if self._waiting is not None:
+        """Run one forward and backward pass.
+
+        Raises:
+            MethodError: if a trainable tensor gets no gradient in the first pass.
+        """
+        if self._without_gradient is not None:
             return super().training_step(model, inputs, *args, **kwargs)
-        self._waiting = {name for name, p in model.named_parameters() if p.requires_grad}
+        self._without_gradient = {name for name, p in model.named_parameters() if p.requires_grad}
         handles = [
-            p.register_hook(lambda grad, n=n: self._waiting.discard(n))
+            p.register_hook(lambda grad, n=n: self._without_gradient.discard(n))
             for n, p in model.named_parameters()
             if p.requires_grad
         ]
         loss = super().training_step(model, inputs, *args, **kwargs)
         for handle in handles:
             handle.remove()
-        if self._waiting:
+        if self._without_gradient:
             raise MethodError(
-                f"{len(self._waiting)} trainable tensors get no gradient on task '{self.ctx.name}', among "
-                f"them {sorted(self._waiting)[0]}",
+                f"{len(self._without_gradient)} trainable tensors get no gradient on task "
+                f"'{self.ctx.name}', among them {sorted(self._without_gradient)[0]}",
                 "leave their layers out of the part's targets",
             )
         return loss
 
 
 def _by_rate(group: dict[str, Any], rates: Mapping[int, float]) -> list[dict[str, Any]]:
-    """One parameter group as one per learning rate."""
-    chosen = [rates.get(id(p), group["lr"]) for p in group["params"]]
+    """Split a parameter group into one per learning rate."""
+    rates_of_group = [rates.get(id(p), group["lr"]) for p in group["params"]]
     return [
         {
             **group,
             "lr": rate,
-            "params": [p for p, own in zip(group["params"], chosen, strict=True) if own == rate],
+            "params": [
+                p for p, chosen in zip(group["params"], rates_of_group, strict=True) if chosen == rate
+            ],
         }
-        for rate in sorted(set(chosen))
+        for rate in sorted(set(rates_of_group))
     ]
 
 

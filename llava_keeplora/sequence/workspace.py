@@ -1,4 +1,4 @@
-"""One run's folder: its lock, its configuration, and where things lie."""
+"""The folder of one run: its lock, its configuration, and the paths in it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from llava_keeplora.run_folder import (
     CONFIG,
     IDENTITY,
     JOURNAL,
+    LOCK,
     RUN_FILES,
     VERSIONS,
     differences,
@@ -45,9 +46,9 @@ from llava_keeplora_recipes.strict_yaml import is_file_name
 
 logger = logging.getLogger(__name__)
 
-#: Sections of a configuration that the zero-shot row does not depend on.
+#: Sections of a configuration on which the zero-shot row does not depend.
 OF_METHODS = ("methods", "parts", "training")
-#: Where a base model lies, which is another place's name for the same model where its content is the same.
+#: Keys that say where the base model is; a model with the same content may be read from anywhere.
 MODEL_PLACE = ("model.name_or_path", "model.revision")
 
 
@@ -55,8 +56,8 @@ class Workspace:
     """A run folder.
 
     Args:
-        config: the run; `output_dir` is the folder.
-        root: where it is being written, if it is to be `output_dir` when it is whole.
+        config: the run's configuration; `output_dir` is the folder.
+        root: a temporary folder that becomes `output_dir` when it is complete; `output_dir` itself when None.
     """
 
     def __init__(self, config: RunConfig, root: Path | None = None):
@@ -65,29 +66,29 @@ class Workspace:
 
     @cached_property
     def base(self) -> dict[str, Any]:
-        """The base model by content, which a start looks at once; see `base_content`."""
+        """The base model's content, computed once per start; see `base_content`."""
         return base_content(self.config.model)
 
     def label(self, label: str) -> Path:
-        """The folder of one method of the run."""
+        """Return the folder of one method of the run."""
         return self.root / label
 
     def task(self, label: str, index: int, name: str) -> Path:
-        """The folder of one task of one method."""
+        """Return the folder of one task of one method."""
         return self.label(label) / f"task-{index:02d}-{file_name(name)}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; a lock that a killed process held is free again.
+        """Lock the folder for this process; the system releases the lock of a killed process.
 
         Raises:
-            RunError: if another process holds it, or the folder cannot be written.
+            RunError: if another process has locked it, or the folder cannot be written.
         """
         if self.root.is_dir():
             self._refuse_foreign()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            file = open(self.root / ".lock", "a+")  # noqa: SIM115  held until the run ends
+            file = open(self.root / LOCK, "a+")  # noqa: SIM115  held until the run ends
         except OSError as error:
             raise RunError(
                 f"the run folder {self.root} cannot be written ({error.strerror})",
@@ -109,12 +110,11 @@ class Workspace:
             yield
 
     def check(self) -> None:
-        """Refuse a folder that is not this configuration's; tasks may have been appended to what it knows.
+        """Refuse a folder that belongs to another configuration; tasks may have been appended to it.
 
         Raises:
-            RunError: with the difference, if the folder belongs to another configuration or base model, or
-                holds other files; or the
-            base model is not where it was.
+            RunError: if the folder belongs to another configuration or base model (names the difference),
+                holds files of something else, or the base model is no longer where it was.
         """
         if not (self.root / CONFIG).exists():
             return self._refuse_foreign()
@@ -141,52 +141,48 @@ class Workspace:
         return any(Journal(self.label(label) / JOURNAL).has_work for label in labels)
 
     def _changes(self) -> list[tuple[str, Any, Any]]:
-        """(dotted key, old, new) of what the folder's configuration has another value for.
-
-        Tasks may have been appended.
-        """
-        known = read_identity(self.root)
+        """Return (dotted key, old, new) where configuration and folder differ, but for appended tasks."""
+        recorded = read_identity(self.root)
         config = (
-            self.config.first(len(known["tasks"]))
-            if len(self.config.tasks) > len(known["tasks"])
+            self.config.first(len(recorded["tasks"]))
+            if len(self.config.tasks) > len(recorded["tasks"])
             else self.config
         )
-        found = list(differences(known, run_identity(config)))
+        changes = list(differences(recorded, run_identity(config)))
         if (
-            any(key in MODEL_PLACE for key, _, _ in found)
+            any(key in MODEL_PLACE for key, _, _ in changes)
             and base_changes(self.root, self.config.model, self.base) == []
         ):
-            found = [change for change in found if change[0] not in MODEL_PLACE]
-        return found
+            changes = [change for change in changes if change[0] not in MODEL_PLACE]
+        return changes
 
     def begun_anew(self) -> list[str]:
-        """Return the labels whose folder is begun anew.
+        """Return the labels of methods whose folders start over, because the configuration has changed.
 
-        These are of a run whose configuration is another one and of which no stage of a method has finished.
-
-        A start may be refused by what only a stage can know; the mended configuration is then let in. The
-        zero-shot row stays where none of what it depends on has changed.
+        Empty once a stage of a method has finished. Until then the folder accepts another configuration: some
+        errors of a configuration appear only in a stage, and the corrected one must be able to start. The
+        zero-shot row is kept if nothing that it depends on has changed.
         """
         if not (self.root / CONFIG).exists() or not (changes := self._changes()):
             return []
         labels = [ZERO_SHOT, *read_dumped(self.root).get("methods", {})]
-        kept = [label for label in labels if Journal(self.label(label) / JOURNAL).has_work]
-        shared = any(key.partition(".")[0] not in OF_METHODS for key, _, _ in changes)
-        if kept and (shared or kept != [ZERO_SHOT]):
+        with_work = [label for label in labels if Journal(self.label(label) / JOURNAL).has_work]
+        affects_all = any(key.partition(".")[0] not in OF_METHODS for key, _, _ in changes)
+        if with_work and (affects_all or with_work != [ZERO_SHOT]):
             return []
-        return [label for label in labels if label not in kept]
+        return [label for label in labels if label not in with_work]
 
     def claim(self, base: dict[str, Any] | None = None) -> None:
-        """Write the configuration into a folder that `check` let pass, unless it is there already.
+        """Write the configuration into a folder that `check` has accepted, unless it is there already.
 
         Args:
-            base: the record of its base model as `{"base": record}`, where the folder takes it over from
-                another run; made from the model's files when None.
+            base: `{"base": record}` with the base model's record, if it is taken over from another run;
+                computed from the model's files when None.
         """
         claimed, anew = (self.root / CONFIG).exists(), self.begun_anew()
         if anew:
             logger.warning(
-                "%s is begun anew: its configuration was another one, and no stage of a method had finished",
+                "%s starts over: it had another configuration, and no stage of a method had finished",
                 self.root,
             )
             for label in anew:
@@ -194,35 +190,35 @@ class Workspace:
         changes = version_changes(self.root)
         if changes:
             logger.warning(
-                "%s was begun with other versions (%s); its numbers may differ in their last digits from "
-                "here on",
+                "%s was begun with other versions of libraries (%s); from here on its numbers may differ in "
+                "their last digits",
                 self.root,
                 ", ".join(changes),
             )
         if workers := worker_changes(self.root):
             logger.warning(
-                "%s was begun with other numbers of workers (%s); sums in another order differ in their last "
-                "digits from here on",
+                "%s was begun with other numbers of workers (%s); from here on sums are taken in another "
+                "order and may differ in their last digits",
                 self.root,
                 ", ".join(workers),
             )
-        known = recorded_base(self.root) if claimed and not anew and self._has_work() else None
-        if known and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
+        recorded = recorded_base(self.root) if claimed and not anew and self._has_work() else None
+        if recorded and len(read_dumped(self.root).get("tasks", ())) == len(self.config.tasks):
             return
         identity = run_identity(self.config)
         if not claimed and not (self.root / VERSIONS).exists():
             write_versions(self.root)
         for task, name in zip(self.config.tasks, identity["tasks"], strict=True):
-            kept = kept_recipe(self.root, name)
-            if is_file_name(task) and (anew or not kept.exists()):
-                write_bytes(kept, flat_recipe(task).encode())
-        # The configuration's own file comes last: where it is, the folder is claimed.
-        write_json(self.root / IDENTITY, identity | (base or {BASE: known or self.base}))
+            recipe = kept_recipe(self.root, name)
+            if is_file_name(task) and (anew or not recipe.exists()):
+                write_bytes(recipe, flat_recipe(task).encode())
+        # config.json comes last: its presence means that the folder is claimed.
+        write_json(self.root / IDENTITY, identity | (base or {BASE: recorded or self.base}))
         write_bytes(self.root / CONFIG, dump_config(self.config).encode())
 
     def _refuse_foreign(self) -> None:
         names = sorted(p.name for p in self.root.iterdir())
-        # A kill may have left what is written before config.json.
+        # A killed start may have left files that are written before config.json.
         others = [name for name in names if not name.startswith(".") and name not in RUN_FILES]
         if others and CONFIG not in names:
             raise RunError(
@@ -232,7 +228,7 @@ class Workspace:
 
 
 def _describe_change(key: str, old: Any, new: Any) -> str:
-    """Return a change of configuration in words; of a plug-in's source, the file alone says it."""
+    """Describe a change of configuration; for a plug-in's source, name the file and leave its hashes out."""
     plugin, is_source, file = key.partition(".source.")
     if is_source:
         how = "was added" if old is None else "is missing" if new is None else "has changed"
@@ -241,7 +237,7 @@ def _describe_change(key: str, old: Any, new: Any) -> str:
 
 
 def _without_inherited(changes: Iterable[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
-    """Every method inherits the run's parts and training; what changed for all is told at the top alone."""
+    """Remove changes that every method inherits from the run's parts and training; the general one stays."""
     changes = list(changes)
     general = {(key, str(old), str(new)) for key, old, new in changes}
     return [

@@ -401,7 +401,7 @@ def test_a_run_whose_reference_data_are_others_than_planned_is_refused(
         driven(two)
     (tmp_path / "captions.txt").write_text("a red circle .\na blue photo .")
     with pytest.raises(
-        RunError, match="the reference data is not what it was when .*zscl was planned .texts_sha256: "
+        RunError, match="the reference data has changed since .*zscl was planned .texts_sha256: "
     ):
         driven(two)
 

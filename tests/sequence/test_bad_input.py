@@ -124,9 +124,7 @@ def test_data_changed_after_planning_is_refused_by_task(run_config, own_tasks, d
     (folder / "red/0.png").write_bytes((folder / "red/1.png").read_bytes())
     with pytest.raises(RunError) as caught:
         drive(config)
-    assert "task 'colours' is not what it was when" in str(caught.value) and "train.fingerprint: '" in str(
-        caught.value
-    )
+    assert "task 'colours' has changed" in str(caught.value) and "train.fingerprint: '" in str(caught.value)
     assert "restore its data and recipe to go on, or choose another output_dir" in str(caught.value)
 
 
@@ -135,7 +133,7 @@ def test_a_recipe_changed_after_planning_is_refused_by_task(run_config, own_task
     drive(config)
     facts = yaml.safe_load(own_tasks[1].read_text())
     own_tasks[1].write_text(yaml.safe_dump(facts | {"prompt": "the {c} ."}))
-    with pytest.raises(RunError, match="task 'stripes' is not what it was .*recipe_fingerprint"):
+    with pytest.raises(RunError, match="task 'stripes' has changed .*recipe_fingerprint"):
         drive(config)
 
 

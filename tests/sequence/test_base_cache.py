@@ -252,7 +252,7 @@ def test_a_disk_that_takes_no_pictures_leaves_the_run_with_its_own(tmp_path, cap
         [{"pixels": torch.ones(3)}, {"pixels": torch.zeros(3)}],
     )
     assert cache.put_rows({"data": "d"}, iter([rows[:1], rows[1:]])) == rows
-    assert "cannot keep prepared pictures (Not a directory); this run holds its own" in caplog.text
+    assert "cannot store preprocessed images (Not a directory)" in caplog.text
 
 
 def test_the_same_pictures_in_another_order_are_other_rows(tmp_path):

@@ -235,7 +235,7 @@ def test_every_single_flipped_bit_of_a_checkpoints_record_is_noticed(checkpoint,
             state = checkpoint.read()
             if state is None:
                 assert (
-                    "training.json and its tensors are not what was written" in caplog.text
+                    "training.json and its tensors are damaged" in caplog.text
                     and "training begins again" in caplog.text
                 )
             else:

@@ -44,10 +44,14 @@ def test_tasks_to_come_without_room_are_warned_of_in_a_sentence_with_its_cure():
     layers = {f"v.{i}": Layer(f"v.{i}", "vision", nn.Linear(64, 64), 16, 16.0, 0.5, 0.9) for i in range(3)}
     rooms = {"v.0": Room(30, 8.0, 2), "v.1": Room(20, 9.5, 1), "v.2": Room(64, 0.0, None)}
     assert shortage(rooms, layers, 1) is None
-    assert shortage(rooms, layers, 3) == (
-        "3 more tasks to come, and 2 of 3 layers have no room for as many at full rank; the first to fill is v.1, 20 of 64 directions left, "
-        "9.5 fewer a task, room for 1 at rank 16; with a lower parts.vision.energy_feature or parts.vision.rank another run has more"
-    )
+    warning = shortage(rooms, layers, 3)
+    for fact in (
+        "3 more tasks to come, and 2 of 3 layers have no room",
+        "the first to fill up is v.1: 20 of 64 directions are left, 9.5 fewer after each task",
+        "room for 1 at rank 16",
+        "a lower parts.vision.energy_feature or parts.vision.rank",
+    ):
+        assert fact in warning
 
 
 def test_a_run_warns_while_tasks_are_to_come_and_says_nothing_after_the_last(

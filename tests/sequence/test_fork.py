@@ -61,14 +61,16 @@ def test_a_fork_shares_no_file_with_the_run(forked, three_tasks_run):
 
 @pytest.mark.parametrize("at_task", [0, 4])
 def test_a_fork_at_a_task_that_is_not_there_is_refused(three_tasks_run, tmp_path, at_task):
-    with pytest.raises(RunError, match=f"has no task {at_task}; choose one from 1 to 3 with --at-task"):
+    with pytest.raises(
+        RunError, match=f"--at-task must be from 1 to 3.*got {at_task}.*choose one from 1 to 3"
+    ):
         fork(three_tasks_run, at_task, tmp_path / "fork")
 
 
 def test_a_fork_into_a_folder_that_holds_something_is_refused(three_tasks_run, two_tasks_run, outcome):
     before = outcome(two_tasks_run)
     with pytest.raises(
-        RunError, match="is there already and not an empty folder; choose another one with --into"
+        RunError, match="exists already and is not an empty folder; choose another one with --into"
     ):
         fork(three_tasks_run, 2, two_tasks_run)
     assert outcome(two_tasks_run) == before

@@ -180,7 +180,7 @@ class TestBegunAnew:
         assert run(mended)["keeplora"].complete and answers in before
         assert {path: path.read_bytes() for path in before} == before
         assert load_run(tmp_path / "run").methods["keeplora"].parts["vision"].rank == 1
-        assert "is begun anew" in caplog.text
+        assert "starts over" in caplog.text
         with pytest.raises(RunError, match="holds a run with another configuration"):
             run(parse_config(refused))
 

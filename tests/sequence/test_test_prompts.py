@@ -71,7 +71,7 @@ def test_each_row_is_read_with_its_own_prompts_from_the_untouched_model_on(tree,
         drive(load_run(run, ["methods.averaged.test_prompts=one"]))
     facts = yaml.safe_load(open(tree["tasks"][0])) | {"test_prompts": TEMPLATES[:1]}
     open(tree["tasks"][0], "w").write(yaml.safe_dump(facts))
-    with pytest.raises(RunError, match="'colours' is not what it was when .*averaged was planned"):
+    with pytest.raises(RunError, match="'colours' has changed since .*averaged was planned"):
         drive(load_run(run))
 
 
