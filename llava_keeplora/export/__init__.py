@@ -1,4 +1,4 @@
-"""A run's result as other programs take it, and taken up again from there."""
+"""Exports of a run's result for other programs, and the import that continues from one."""
 
 from llava_keeplora.export.exported import FORMS, Exported
 from llava_keeplora.export.import_state import import_state

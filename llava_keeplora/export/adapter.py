@@ -1,7 +1,8 @@
-"""The learned deltas as one ordinary PEFT LoRA of the original base.
+"""Export of the learned deltas as one ordinary PEFT LoRA adapter of the original base.
 
-One rank, one alpha equal to it, and leaf names as targets, because vLLM reads neither patterns of ranks nor
-regular expressions; what a layer lacks in rank is zeros, and the deltas' own scales are in B.
+All layers have one rank, alpha equals it, and targets are leaf names, because vLLM reads neither patterns of
+ranks nor regular expressions. Layers of a smaller rank are padded with zeros, and the deltas' scales are
+multiplied into B.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from llava_keeplora.export.loaded_run import Base
 from llava_keeplora.files import write_json, write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
-#: vLLM's `--max-lora-rank` takes these and no others.
+#: The values that vLLM's `--max-lora-rank` accepts.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
 class Combined:
-    """One delta per layer, all of one rank.
+    """Sum of several tasks' deltas: one delta per layer, all of one rank.
 
     Args:
-        layers: name → delta of scale 1.
-        rank: of each, zeros included.
-        error: ‖ΔW − ΔW_k‖ / ‖ΔW‖ over all layers, 0 where nothing was compressed.
-        worst: the same of the layer where it is largest.
+        layers: layer's name → delta of scale 1.
+        rank: rank of each delta, padding included.
+        error: relative error ‖ΔW − ΔW_k‖ / ‖ΔW‖ over all layers; 0 if nothing was compressed.
+        worst: the same for the layer where it is largest.
     """
 
     layers: dict[str, Delta]
@@ -44,18 +45,18 @@ class Combined:
 
 
 def combine(tasks: Sequence[Mapping[str, Delta | FullDelta]], rank: int | None = None) -> Combined:
-    """The sum of the tasks' deltas as one adapter, exact unless a rank is given.
+    """Sum the tasks' deltas into one adapter, exactly unless a rank is given.
 
     Args:
-        tasks: their deltas.
-        rank: to compress to.
+        tasks: each task's deltas, by the layers' names.
+        rank: the rank to compress to (truncated SVD of every layer's sum); exact when None.
 
     Raises:
-        ConfigError: for layers that were trained in full, a rank below one, or nothing to combine.
+        ConfigError: a layer was trained in full, the rank is below 1, or there is nothing to combine.
     """
     full = sorted({name for task in tasks for name, delta in task.items() if isinstance(delta, FullDelta)})
     if full:
-        # PEFT's `modules_to_save` could hold them whole, but vLLM refuses an adapter that has any.
+        # PEFT's `modules_to_save` could hold these layers, but vLLM refuses an adapter that has any.
         adapted = any(isinstance(delta, Delta) for task in tasks for delta in task.values())
         raise ConfigError(
             f"{len(full)} layers were trained in full, which no LoRA adapter holds exactly (first {full[0]})",
@@ -84,17 +85,17 @@ def combine(tasks: Sequence[Mapping[str, Delta | FullDelta]], rank: int | None =
 def write_adapter(
     folder: Path, combined: Combined, model: nn.Module, parts: Mapping[str, str], base: Base
 ) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, and read the tensors again.
+    """Write `adapter_config.json` and `adapter_model.safetensors`, and check the tensors as written.
 
     Args:
-        folder: where to.
+        folder: the folder to write to.
         combined: the adapter.
         model: the base, for the names of its other layers.
         parts: part → dotted prefix of its layers.
-        base: as others load it.
+        base: the base's id and revision, which the configuration names.
 
     Raises:
-        RunError: if a layer learned nothing, or holds no numbers.
+        RunError: a layer's B is zero, or a tensor is empty.
     """
     targets = sorted({_leaf(name) for name in combined.layers})
     others = [
@@ -103,7 +104,7 @@ def write_adapter(
     write_json(
         folder / "adapter_config.json",
         {
-            # The few that matter: whatever else a PEFT version knows is at its default.
+            # Only settings that matter: the others are at the defaults of whichever PEFT version loads them.
             "peft_type": "LORA",
             "peft_version": peft.__version__,
             "auto_mapping": {
@@ -136,9 +137,12 @@ def write_adapter(
 
 
 def check_weights(path: Path) -> None:
-    """Refuse tensors without numbers and a B of zeros alone.
+    """Refuse empty tensors and a B of zeros alone.
 
-    What a save of shards, or a layer that never trained, leaves.
+    Saving under ZeRO-3 leaves the former, a layer that never trained the latter.
+
+    Raises:
+        RunError: naming the first such tensor.
     """
     with safe_open(path, framework="pt") as file:
         for key in file.keys():
@@ -158,27 +162,28 @@ def check_weights(path: Path) -> None:
 def exclusion(others: Iterable[str], targeted: Iterable[str], parts: Mapping[str, str]) -> str | None:
     """Return a regular expression of the layers that have a target's leaf name and no adapter.
 
-    None where there are no such layers.
-
     Names of a part's containers differ between versions of transformers (`language_model.layers`,
-    `language_model.model.layers`); what comes before and between the part's name and the layer's is left
-    open.
+    `language_model.model.layers`), so the expression leaves open what comes before the part's name and
+    between it and the layer's.
 
     Args:
         others: full names of these layers.
         targeted: full names of all layers with a target's leaf name.
         parts: part → dotted prefix of its layers.
+
+    Returns:
+        the value for PEFT's `exclude_modules`; None if there are no such layers.
     """
     others, targeted, pieces = list(others), list(targeted), []
     for prefix in parts.values():
-        own = [name for name in others if name.startswith(f"{prefix}.")]
+        excluded = [name for name in others if name.startswith(f"{prefix}.")]
         marker = re.escape(prefix.removeprefix("model.").split(".")[0])
-        whole = len(own) == sum(name.startswith(f"{prefix}.") for name in targeted)
-        if own:
+        whole_part = len(excluded) == sum(name.startswith(f"{prefix}.") for name in targeted)
+        if excluded:
             pieces += (
                 [rf"{marker}\..*"]
-                if whole
-                else [rf"{marker}(?:\..*)?{re.escape(name.removeprefix(prefix))}" for name in own]
+                if whole_part
+                else [rf"{marker}(?:\..*)?{re.escape(name.removeprefix(prefix))}" for name in excluded]
             )
     pieces += [
         re.escape(name.removeprefix("model."))
@@ -189,7 +194,7 @@ def exclusion(others: Iterable[str], targeted: Iterable[str], parts: Mapping[str
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The smallest `--max-lora-rank` that vLLM loads an adapter with; None where there is none."""
+    """Return the smallest `--max-lora-rank` with which vLLM loads an adapter; None above the largest."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 

@@ -1,4 +1,4 @@
-"""The model card: everything that the run knows of what it made, so that nobody has to fill in a template."""
+"""The model card of an export, written from what the run recorded, with nothing left to fill in."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ LIBRARIES = ("llava-keeplora", "torch", "transformers", "peft")
 
 
 def snippet(usage: Usage, name: str, base: Base | None) -> str:
-    """Return Python that loads an export and answers a question about an image.
+    """Return Python code that loads an export and runs it on an image.
 
     Args:
-        usage: of the model.
-        name: of the export.
-        base: to load an adapter onto; None for a checkpoint of its own.
+        usage: how a model of this family is loaded and called.
+        name: the export's folder or Hub id.
+        base: the base of an adapter; None for a merged checkpoint.
     """
     auto = usage.auto_class
     path = json.dumps(base.id if base else name)
@@ -55,15 +55,15 @@ def snippet(usage: Usage, name: str, base: Base | None) -> str:
 def write_card(
     folder: Path, name: str, learned: LearnedRun, base: Base, done: Exported, usage: Usage
 ) -> None:
-    """Write README.md and the picture of the accuracy matrix.
+    """Write README.md and a heat map of the accuracy matrix.
 
     Args:
-        folder: the export.
-        name: under which it is loaded.
-        learned: the tasks.
-        base: as others load it.
-        done: what was written.
-        usage: how it is used.
+        folder: the export's folder.
+        name: the name under which the export is loaded.
+        learned: the run up to the exported task.
+        base: the base's id and revision.
+        done: a description of the export.
+        usage: how a model of this family is loaded and called.
     """
     for drawing in heatmap(learned.matrix, folder / PICTURE, f"{learned.label}: score in % after each task")[
         1:
@@ -166,10 +166,10 @@ def _loading(name: str, base: Base, done: Exported, usage: Usage) -> Iterable[st
 
 
 def _stages(learned: LearnedRun) -> list[dict[str, Any]]:
-    """The scores of the base and after each task; a stage that was scored again counts as it was last."""
+    """Return the scores of the base and after each task; of a stage that was scored twice, the last ones."""
     scored = [entry for entry in learned.entries if entry.stage == Stage.EVALUATED]
-    found = {entry.task: entry.file(SCORES) for entry in scored}
-    return [read_record(learned.run / learned.label / found[task]) for task in sorted(found)]
+    latest = {entry.task: entry.file(SCORES) for entry in scored}
+    return [read_record(learned.run / learned.label / latest[task]) for task in sorted(latest)]
 
 
 def _task(recipe: Recipe) -> list[str]:
@@ -193,8 +193,8 @@ def _settings(learned: LearnedRun) -> str:
         ["options", _listed(placeless(method["options"]))],
     ]
     rows += [
-        [f"part `{part}`", _listed({k: v for k, v in own.items() if v is not None})]
-        for part, own in method["parts"].items()
+        [f"part `{part}`", _listed({k: v for k, v in settings.items() if v is not None})]
+        for part, settings in method["parts"].items()
     ]
     held_out = config["data"]["holdout"]
     rows += [

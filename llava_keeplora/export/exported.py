@@ -1,4 +1,4 @@
-"""What an export wrote, and how its logits compare with the run's own model."""
+"""The description of an export: what was written, and how its logits compare with the run's own model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ FORMS = ("adapter", "merged", "state")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it compares.
+    """Description of an export.
 
     Args:
         folder: where it is.
         form: one of `FORMS`.
-        tasks: how many it has learned.
-        adapter: as it was written, of that form.
-        compressed: whether that is an approximation.
-        with_state: whether what `import` needs was written beside it.
+        tasks: number of tasks that it has learned.
+        adapter: the combined deltas; None for another form than `adapter`.
+        compressed: whether the adapter was compressed to a lower rank.
+        with_state: whether an adapter's folder also has the state that `import` needs.
         left_out: parts that the method changed and the export doesn't hold.
-        language_only: whether the language model is all that it changes.
-        examples: that logits were compared on.
-        reloaded: what a fresh process loaded against what was meant, both in fp32.
+        language_only: whether it changes the language model alone.
+        examples: number of examples that logits were compared on.
+        reloaded: the export as a fresh process loads it against the model that was to be written, in fp32.
         own: the export in fp32 against the run's own model.
         bfloat16: the export in bfloat16 against the run's own model.
         rounding: what a merged checkpoint's dtype loses of the updates; None for another form.
@@ -48,7 +48,7 @@ class Exported:
     rounding: Rounding | None = None
 
     def describe(self) -> str:
-        """What a person reads at the end."""
+        """Return the description as lines of text, for the terminal."""
         what = {"merged": "base and updates merged", "state": "what the run needs to go on"}
         if self.adapter:
             what["adapter"] = f"a LoRA of rank {self.adapter.rank} on {len(self.adapter.layers)} layers"

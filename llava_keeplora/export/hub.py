@@ -1,4 +1,4 @@
-"""The Hub: what would be pushed, pushing it, and fetching what others pushed; all through huggingface_hub."""
+"""Upload to and download from the Hugging Face Hub, through `huggingface_hub` alone."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from huggingface_hub.utils import validate_repo_id
 
 from llava_keeplora.errors import ConfigError, RunError
 
-#: Whatever else a repository holds is not fetched: no code, no pickles.
+#: Files that are fetched of a repository: no code and no pickles.
 FETCHED = ["*.safetensors", "*.json", "*.jsonl", "*.yaml", "*.md", "*.png"]
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what cannot be a repository's name on the Hub, before work is done for it.
+    """Validate a repository's name (`user/name`).
 
     Raises:
-        ConfigError: naming the mistake.
+        ConfigError: the Hub allows no such name, or it has no user.
     """
     try:
         validate_repo_id(repo_id)
@@ -40,7 +40,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, int]:
-    """What a push of a folder uploads: relative path → bytes."""
+    """Return the files that a push of a folder uploads: relative path → bytes."""
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -49,17 +49,17 @@ def contents(folder: Path) -> dict[str, int]:
 
 
 def push(folder: Path, repo_id: str) -> str:
-    """Upload a folder as a model's repository, made if it isn't there.
+    """Upload a folder to a model repository, which is created if it doesn't exist.
 
     Args:
-        folder: what to upload, all of it.
+        folder: the folder to upload, with all its files.
         repo_id: `user/name`.
 
     Returns:
-        the repository's address.
+        the repository's URL.
 
     Raises:
-        RunError: if the Hub cannot be reached or refuses; the folder stays as it is.
+        RunError: the Hub cannot be reached or refuses; the folder stays as it is.
     """
     with _translate_hub_errors(
         f"pushing to '{repo_id}'",
@@ -72,16 +72,16 @@ def push(folder: Path, repo_id: str) -> str:
 
 
 def download(repo_id: str, revision: str | None, folder: Path) -> Path:
-    """Fetch a repository's tensors, JSON, recipes and card as plain files.
+    """Download a repository's tensors, JSON files, recipes and card (see `FETCHED`).
 
     Args:
         repo_id: `user/name`.
         revision: a branch, tag or commit; the newest when None.
-        folder: where to.
+        folder: the folder to download to.
 
     Raises:
-        ConfigError: if the name is no repository's and no folder's.
-        RunError: if the Hub cannot be reached.
+        ConfigError: the name is neither a folder nor a valid repository name.
+        RunError: the Hub cannot be reached or refuses.
     """
     try:
         check_repo_id(repo_id)
@@ -101,7 +101,7 @@ def download(repo_id: str, revision: str | None, folder: Path) -> Path:
 
 @contextmanager
 def _translate_hub_errors(what: str, cure: str) -> Iterator[None]:
-    """Say in a sentence what kept the Hub from answering."""
+    """Turn errors of the Hub and the network into a one-sentence RunError."""
     try:
         yield
     except OfflineModeIsEnabled as error:

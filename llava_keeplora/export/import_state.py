@@ -1,6 +1,6 @@
-"""A run folder made of a published adapter or an exported state.
+"""Import of a published adapter or an exported state into a new run folder.
 
-Nothing in it is believed before it is checked.
+The source is not trusted: every file is checked before it is used.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from llava_keeplora.saved_run import check_base, load_run, read_identity
 from llava_keeplora_eval.plugins import named_plugins
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
+#: The cure of a damaged state.
 AGAIN = "export the state again"
 
 
@@ -40,37 +41,38 @@ def import_state(
     data_root: str | None = None,
     allow_plugin: bool = False,
 ) -> Path:
-    """Make a run folder of a published adapter or an exported state, for `train` and `extend` to go on with.
+    """Create a run folder from a published adapter or an exported state, which `train` and `extend` continue.
 
     Args:
         source: a folder, or a Hub id.
-        into: the run folder to make; new or empty.
-        revision: on the Hub.
-        base: a folder with the base, or another id of it; as the state says when None.
+        into: the run folder to create; new or empty.
+        revision: a branch, tag or commit on the Hub; the newest when None.
+        base: a folder with the base model, or another id of it; the state's own when None.
         data_root: the folder with the data sets.
-        allow_plugin: whether a method or model family that the state names and that is not built in may be
-            imported, as it is installed here; a state brings no code.
+        allow_plugin: whether plug-ins that the state names may be imported; they must be installed here, as a
+            state contains no code.
 
     Returns:
         the run's configuration as a YAML file, in the folder.
 
     Raises:
-        ConfigError: for a target that is in use, or a source that is neither a folder nor on the Hub.
-        RunError: for a source without a state, or with one that is damaged or leads out of its folder.
+        ConfigError: the target is in use, or the source is neither a folder nor on the Hub.
+        RunError: the source has no state, or one that is damaged or reads files outside its folder.
+        PluginError: a plug-in that the state names is not installed here.
     """
     into = Path(into)
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise ConfigError(
             f"{into} is there already and not an empty folder", "choose another one with --into"
         )
-    with ExitStack() as held:
+    with ExitStack() as temporary:
         if Path(source).is_dir():
-            found = Path(source)
+            export = Path(source)
         else:
-            found = download(source, revision, Path(held.enter_context(tempfile.TemporaryDirectory())))
-        state = found / FOLDER if (found / FOLDER).is_dir() else found
-        _check_export(found)
-        files = _read_manifest(state, found, source)
+            export = download(source, revision, Path(temporary.enter_context(tempfile.TemporaryDirectory())))
+        state = export / FOLDER if (export / FOLDER).is_dir() else export
+        _check_export(export)
+        files = _read_manifest(state, export, source)
         _check_tasks(state, files, allow_plugin)
         with whole_folder(into) as tmp_dir:
             for name in files:
@@ -86,9 +88,12 @@ def import_state(
 
 
 def _check_export(folder: Path) -> None:
-    """Check every file that the export says it wrote, also those that a run does not need.
+    """Check the hash of every file that `export.json` lists, including those that a run does not need.
 
-    Earlier versions did not say.
+    Exports of earlier versions have no such list and are not checked here.
+
+    Raises:
+        RunError: a file is missing or changed, or the list names files outside the folder.
     """
     if (folder / RECORD).is_file():
         files = read_object(folder / RECORD, AGAIN).get("files", {})
@@ -99,9 +104,13 @@ def _check_export(folder: Path) -> None:
 
 
 def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
-    """The files of a state, each checked.
+    """Return the names of a state's files, after checking each of them.
 
-    Inside the root, of a kind that holds no code, and what was exported.
+    Every file must be inside the root, be of a format that holds no code, and have the hash that was
+    recorded; journals must name files of the state alone.
+
+    Raises:
+        RunError: naming the first file that breaks a rule.
     """
     path = state / MANIFEST
     if not path.is_file():
@@ -132,26 +141,24 @@ def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
         checked(state / name, expected, "the export")
     for name in files:
         if name.endswith(JOURNAL):
-            strangers = {
-                str(PurePosixPath(name).parent / own)
+            unlisted = {
+                str(PurePosixPath(name).parent / file)
                 for entry in Journal(state / name).entries
-                for own in entry.files
+                for file in entry.files
             } - files.keys()
-            if strangers:
+            if unlisted:
                 raise RunError(
-                    f"{state / name} names '{min(strangers)}', which is not in the state",
+                    f"{state / name} names '{min(unlisted)}', which is not in the state",
                     "do not use this state",
                 )
     return list(files)
 
 
 def _check_tasks(state: Path, files: list[str], allow: bool) -> None:
-    """Refuse metrics and readers that are plug-ins in the state's recipes, unless they are allowed.
-
-    None is imported.
+    """Refuse plug-in metrics and readers in the state's recipes, unless they are allowed; none is imported.
 
     Raises:
-        RunError: one is named and not allowed, or by a path.
+        RunError: a plug-in is not allowed, or is named by a path.
         RecipeError: a recipe cannot be read.
     """
     for name in files:
@@ -172,7 +179,7 @@ def _check_tasks(state: Path, files: list[str], allow: bool) -> None:
 
 @contextmanager
 def _named_after(state: Path, tmp_dir: Path) -> Iterator[None]:
-    """Let errors speak of the state rather than of its copy."""
+    """Replace the path of the temporary copy by the state's in errors of a block."""
     try:
         yield
     except UserError as error:
@@ -181,11 +188,11 @@ def _named_after(state: Path, tmp_dir: Path) -> Iterator[None]:
 
 
 def _check_plugins(tmp_dir: Path, allow: bool) -> None:
-    """Refuse plug-ins that the owner of the new run has not allowed, before any of them is imported.
+    """Refuse plug-in methods and families unless they are allowed, before any of them is imported.
 
     Raises:
-        RunError: one is named and not allowed, by a path, or is here with another source than it had.
-        PluginError: one is not installed here.
+        RunError: a plug-in is not allowed, is named by a path, or its source differs from the recorded one.
+        PluginError: a plug-in is not installed here.
     """
     trees = [read_record(tmp_dir / name, AGAIN) for name in (CONFIG, IDENTITY)]
     for registry, name, source in [plugin for tree in trees for plugin in list_plugins(tree)]:
@@ -205,12 +212,15 @@ def _check_plugins(tmp_dir: Path, allow: bool) -> None:
 
 
 def _localize_config(tmp_dir: Path, home: Path, base: str | None, data_root: str | None) -> None:
-    """Adapt a copied state's configuration to this machine, and write it as a user would, too.
+    """Adapt a copied state's configuration to this machine, and write it as `run.yaml` as well.
 
     Args:
         tmp_dir: the copy.
-        home: where it will be.
+        home: the run folder that it will become.
         base, data_root: see `import_state`.
+
+    Raises:
+        RunError: the configuration is malformed, or sets or reads what a state must not.
     """
     trees = {name: read_record(tmp_dir / name, AGAIN) for name in (CONFIG, IDENTITY)}
     try:
@@ -250,7 +260,7 @@ def _localize_config(tmp_dir: Path, home: Path, base: str | None, data_root: str
 
 
 def _check_recipes(tmp_dir: Path, home: Path, tasks: list[str]) -> None:
-    """Refuse tasks that read a recipe from elsewhere, and recipes that read data from elsewhere."""
+    """Refuse tasks whose recipe is outside the state, and recipes whose data are outside the data folder."""
     recipes = {
         str(home / path.relative_to(tmp_dir)): read_object(path, AGAIN)
         for path in tmp_dir.glob("recipes/*.yaml")
@@ -273,7 +283,7 @@ def _check_recipes(tmp_dir: Path, home: Path, tasks: list[str]) -> None:
 
 
 def _without_inherited_values(method: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved method as a user writes it."""
+    """Return a resolved method in the form of a user's YAML, without values inherited from the run's."""
     row = {key: method[key] for key in ROW_KEYS if key in method}
     return {
         "method": method["method"],

@@ -1,6 +1,6 @@
-"""What a state from elsewhere holds, against its own configuration and the base.
+"""Checks of an imported state's contents against its own configuration and the base.
 
-The hashes say only that nothing was lost on the way.
+Its hashes prove only that no file was damaged on the way, not that the contents are plausible.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from llava_keeplora.run_folder import (
 from llava_keeplora_eval import Matrix
 
 CURE = "do not use this state"
-#: No weight, update or statistic of a trained model comes near it, and products of two larger ones overflow
-#: in half precision.
+#: Largest allowed absolute value. No weight, update or statistic of a trained model comes near it.
 LARGEST = 1e6
-#: How far M' may be from orthonormal; what a run writes is within 1e-5.
+#: How far a basis may be from orthonormal (what a run writes is within 1e-5), and the number of random
+#: vectors that test it.
 TOLERANCE, PROBES = 1e-3, 16
 
 
@@ -47,13 +47,13 @@ def inspect_state(folder: Path, config: RunConfig, names: list[str]) -> None:
     """Refuse a state whose files contradict its configuration or the base.
 
     Args:
-        folder: laid out as a run folder.
+        folder: the state, laid out as a run folder.
         config: its configuration.
-        names: of its tasks.
+        names: names of its tasks.
 
     Raises:
         RunError: naming the file, the record or tensor, and the rule.
-        ConfigError: if the base is not there.
+        ConfigError: the base model is not found.
     """
     family = open_model(config.model, config.evaluation)
     family.skeleton(DTYPES[config.model.dtype])
@@ -62,23 +62,22 @@ def inspect_state(folder: Path, config: RunConfig, names: list[str]) -> None:
         journal = Journal(folder / label / JOURNAL)
         open_stages(journal.entries, len(names), cls.trainable)
         if not any(entry.stage == Stage.CLOSED and entry.task >= cls.trainable for entry in journal.entries):
-            raise RunError(f"{journal.path} tells of no finished {'task' if cls.trainable else 'base'}", CURE)
+            raise RunError(f"{journal.path} has no finished {'task' if cls.trainable else 'base'}", CURE)
         for name in journal.files():
             if Path(name).name in SCHEMAS:
                 _check_record(folder / label / name, names)
         _check_matrix(folder / label / MATRIX, names)
         if cls.trainable:
-            own = config.methods[label]
-            changed = find_changed(cls, own.parts, family)
-            _MethodState(folder / label, cls(cls.Options(**own.options)), changed, family.model, names).check(
-                journal.entries
-            )
+            settings = config.methods[label]
+            changed = find_changed(cls, settings.parts, family)
+            method = cls(cls.Options(**settings.options))
+            _MethodState(folder / label, method, changed, family.model, names).check(journal.entries)
 
 
 def _check_record(path: Path, names: list[str]) -> None:
     record = read_record(path, CURE)
-    if path.name == SCORES and (strangers := record.keys() - set(names)):
-        raise RunError(f"{path} has a score of task '{min(strangers)}', which the state does not have", CURE)
+    if path.name == SCORES and (unknown := record.keys() - set(names)):
+        raise RunError(f"{path} has a score of task '{min(unknown)}', which the state does not have", CURE)
 
 
 def _check_matrix(path: Path, names: list[str]) -> None:
@@ -87,14 +86,14 @@ def _check_matrix(path: Path, names: list[str]) -> None:
 
 
 class _MethodState:
-    """The tensors of one method's tasks.
+    """Tensors of one method's tasks, to be checked.
 
     Args:
-        folder: the method's.
+        folder: the method's folder.
         method: the method.
-        changed: what it changes of the base.
+        changed: the layers of the base that it changes.
         model: the base, without weights.
-        names: of the tasks.
+        names: names of the tasks.
     """
 
     def __init__(
@@ -123,15 +122,15 @@ class _MethodState:
                 capacity = read_record(files[CONSOLIDATED], CURE).get(CAPACITY, {})
                 sizes.append({name: Capacity.from_dict(entry) for name, entry in capacity.items()})
                 self._check_capacity(files[CONSOLIDATED], sizes[-1])
-                if unlike := sorted(sizes[-1].keys() ^ sizes[0].keys()):
+                if different := sorted(sizes[-1].keys() ^ sizes[0].keys()):
                     raise RunError(
                         f"{files[CONSOLIDATED]} has the capacity of other layers than the base's (first "
-                        f"'{unlike[0][:200]}')",
+                        f"'{different[0][:200]}')",
                         CURE,
                     )
             if DELTA in files:
                 self._check_deltas(files[DELTA], files.get(PREPARED))
-            self._check_held(
+            self._check_method_tensors(
                 index, {name: files[name] for name in (KEPT, STATE) if name in files}, CONSOLIDATED in files
             )
 
@@ -154,10 +153,10 @@ class _MethodState:
     def _check_deltas(self, path: Path, prepared: Path | None) -> None:
         deltas = load_deltas(path)
         adapted = {name for name, delta in deltas.items() if isinstance(delta, Delta)}
-        if prepared is not None and adapted != (begun := read_record(prepared, CURE)["layers"].keys()):
+        if prepared is not None and adapted != (initial := read_record(prepared, CURE)["layers"].keys()):
             raise RunError(
                 f"{path} has deltas of other layers than {prepared.name} begins with (the first is "
-                f"'{min(adapted ^ begun)[:200]}')",
+                f"'{min(adapted ^ initial)[:200]}')",
                 CURE,
             )
         modules = self.changed.modules
@@ -188,7 +187,8 @@ class _MethodState:
                 f"{path} lacks the change of '{min(missing)}', which the method trains in full", CURE
             )
 
-    def _check_held(self, index: int, files: Mapping[str, Path], finished: bool) -> None:
+    def _check_method_tensors(self, index: int, files: Mapping[str, Path], finished: bool) -> None:
+        """Check what the method itself keeps of a task: declared names and shapes, none missing."""
         tensors = {
             name: (path, value) for path in files.values() for name, value in read_tensors(path).items()
         }
@@ -211,7 +211,7 @@ class _MethodState:
                     CURE,
                 )
             _check_tensor(path, name, value, declared[name], lengths)
-        missing = [name for name, held in declared.items() if held.required and name not in tensors]
+        missing = [name for name, holding in declared.items() if holding.required and name not in tensors]
         if missing and finished:
             raise RunError(
                 f"{self.folder} lacks the tensor '{missing[0]}' of task {index}, which "
@@ -224,21 +224,32 @@ class _MethodState:
                 _check_orthonormal(path, layer, torch.cat(self.bases[layer], dim=1))
 
 
-def _check_tensor(path: Path, name: str, value: Tensor, held: Holding, lengths: dict[str, int]) -> None:
-    """Type, shape and numbers of a tensor; `lengths` collects those that must be the same."""
-    if value.is_floating_point() == held.integer or value.is_complex() or value.dtype == torch.bool:
+def _check_tensor(path: Path, name: str, value: Tensor, declared: Holding, lengths: dict[str, int]) -> None:
+    """Check type, shape and numbers of a tensor.
+
+    Args:
+        path: the file, for errors.
+        name: the tensor's name in it.
+        value: the tensor.
+        declared: what the method declares of it.
+        lengths: named length → its value, collected from all tensors, which must agree.
+
+    Raises:
+        RunError: naming the rule that is broken.
+    """
+    if value.is_floating_point() == declared.integer or value.is_complex() or value.dtype == torch.bool:
         raise RunError(
             f"{path} has '{name}' as {str(value.dtype).removeprefix('torch.')}, and it is "
-            f"{'whole numbers' if held.integer else 'floating point'}",
+            f"{'whole numbers' if declared.integer else 'floating point'}",
             CURE,
         )
     expected = [
-        lengths.setdefault(length, own) if isinstance(length, str) else own if length is None else length
-        for length, own in zip(held.shape, value.shape)
+        lengths.setdefault(length, given) if isinstance(length, str) else given if length is None else length
+        for length, given in zip(declared.shape, value.shape)
     ]
-    if len(held.shape) != value.dim() or expected != list(value.shape):
+    if len(declared.shape) != value.dim() or expected != list(value.shape):
         wanted = ", ".join(
-            "any" if length is None else str(lengths.get(length, length)) for length in held.shape
+            "any" if length is None else str(lengths.get(length, length)) for length in declared.shape
         )
         raise RunError(
             f"{path} has '{name}' of shape {tuple(value.shape)}, and on this base it is ({wanted})", CURE
@@ -250,7 +261,16 @@ def _check_tensor(path: Path, name: str, value: Tensor, held: Holding, lengths: 
 
 
 def _check_orthonormal(path: Path, layer: str, basis: Tensor) -> None:
-    """MᵀM = I, looked at through random vectors: (MᵀM − I) X is 0 for random X only if MᵀM is I."""
+    """Check MᵀM = I by random vectors X: (MᵀM − I) X is 0 only if MᵀM = I (with probability 1).
+
+    Args:
+        path: the file, for errors.
+        layer: the layer's name, for errors.
+        basis: M (in, k).
+
+    Raises:
+        RunError: M has more columns than rows, or they are not orthonormal.
+    """
     basis = basis.double()
     if basis.shape[1] > basis.shape[0]:
         raise RunError(

@@ -1,4 +1,4 @@
-"""What a run learned, read back for every form of export, and the base that others load it on."""
+"""A run read back for export: the deltas of one method's tasks, and the base's published name."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class LearnedRun:
-    """What one method of a run knows after some of its tasks.
+    """One method of a run after some of its tasks.
 
     Args:
         run: the run folder.
-        config: the resolved configuration that it keeps.
-        label: the method.
+        config: the run's resolved configuration.
+        label: the method's label.
         entries: the method's journal up to the last of these tasks.
-        deltas: of each task, in order.
+        deltas: each task's deltas, in order.
     """
 
     run: Path
@@ -45,7 +45,7 @@ class LearnedRun:
 
     @property
     def model(self) -> ModelConfig:
-        """The base in the form that the run trained on."""
+        """Configuration of the base, in the dtype and quantization that the run trained on."""
         return ModelConfig(**self.config["model"])
 
     @cached_property
@@ -55,21 +55,21 @@ class LearnedRun:
 
     @cached_property
     def matrix(self) -> Matrix:
-        """The scores up to the last of these tasks."""
-        whole = Matrix.from_json(self.run / self.label / MATRIX)
-        return Matrix(whole.tasks, whole.zero_shot, whole.rows[: len(self.deltas)])
+        """Accuracy matrix up to the last of these tasks."""
+        matrix = Matrix.from_json(self.run / self.label / MATRIX)
+        return Matrix(matrix.tasks, matrix.zero_shot, matrix.rows[: len(self.deltas)])
 
     def load(
         self, dtype: str | None = None, deltas: Sequence[Mapping[str, Delta | FullDelta]] | None = None
     ) -> Family:
-        """The model after these tasks.
+        """Load the model after these tasks.
+
+        Args:
+            dtype: a key of `DTYPES`, for an unquantised base; the run's dtype and quantization when None.
+            deltas: what to add to the layers; the tasks' deltas when None.
 
         Raises:
             RunError: the base model is not what it was when the run began.
-
-        Args:
-            dtype: a key of `DTYPES`, for an unquantised base; the run's own form when None.
-            deltas: what its layers carry; the tasks' own when None.
         """
         check_base(self.run, self.model)
         source = self.model if dtype is None else replace(self.model, dtype=dtype, quantization=None)
@@ -84,16 +84,16 @@ class LearnedRun:
 
 
 def load_learned_run(run: str | Path, label: str | None = None, at_task: int | None = None) -> LearnedRun:
-    """Read what a run learned; every delta is checked by its hash.
+    """Load what a method of a run learned; every file of deltas is checked by its hash.
 
     Args:
         run: the run folder.
-        label: the method; the only one of the run where it is left out.
+        label: the method's label; None if the run has one method.
         at_task: the last task, counted from 1; the last finished one when None.
 
     Raises:
-        RunError: for a folder that is no run, a method that it doesn't have or that has not finished so many
-            tasks, or damaged deltas.
+        RunError: the folder is no run, it doesn't have the method, the task is not finished, or a file is
+            damaged.
     """
     run = Path(run)
     config = read_dumped(run)
@@ -134,15 +134,15 @@ def _deltas(folder: Path, entry: Entry) -> dict[str, Delta | FullDelta]:
 
 
 def checked(path: Path, expected: str, writer: str) -> Path:
-    """A file, if it is still what it was.
+    """Return a file's path, after checking its hash.
 
     Args:
         path: the file.
-        expected: its SHA-256.
-        writer: what wrote it, for the error's sentence.
+        expected: its SHA-256 when it was written.
+        writer: what wrote it, for the error.
 
     Raises:
-        RunError: if it is missing or changed.
+        RunError: the file is missing or changed.
     """
     if not path.is_file() or file_hash(path) != expected:
         raise RunError(f"{path} is not what {writer} wrote", "restore it")
@@ -152,25 +152,24 @@ def checked(path: Path, expected: str, writer: str) -> Path:
 def filter_parts(
     learned: LearnedRun, parts: Sequence[str] | None, prefixes: Mapping[str, str]
 ) -> list[dict[str, Delta | FullDelta]]:
-    """The tasks' deltas on some parts of the model.
+    """Return each task's deltas on some parts of the model.
 
     Args:
-        learned: the tasks.
+        learned: the run up to the exported task.
         parts: names of parts; all that the method changes when None.
         prefixes: part → dotted prefix of its layers.
 
     Raises:
-        ConfigError: for a part that the method did not change.
+        ConfigError: the method did not change one of the parts.
     """
     if not parts:
         return list(learned.deltas)
-    own = list(
-        learned.config["methods"][learned.label]["parts"] or prefixes
-    )  # None are named where the whole model is trained.
+    # A method that trains the whole model has no `parts`.
+    changed = list(learned.config["methods"][learned.label]["parts"] or prefixes)
     for part in parts:
-        if part not in own:
+        if part not in changed:
             raise ConfigError(
-                f"--parts names '{part}', which '{learned.label}' did not change", nearest(part, own)
+                f"--parts names '{part}', which '{learned.label}' did not change", nearest(part, changed)
             )
     chosen = tuple(f"{prefixes[part]}." for part in parts)
     return [
@@ -180,13 +179,13 @@ def filter_parts(
 
 @dataclass(frozen=True)
 class Base:
-    """The base as others load it.
+    """The published base model, as users of an export load it.
 
     Args:
-        id: on the Hub.
-        revision: there; None for the newest.
-        local: the folder of this machine that the run took it from, or None where that was the Hub.
-        auto_class: name of the class of transformers that loads it.
+        id: its id on the Hub.
+        revision: a commit on the Hub; None for the newest.
+        local: the folder that the run loaded it from; None if that was the Hub.
+        auto_class: name of the transformers class that loads it.
     """
 
     id: str
@@ -196,15 +195,15 @@ class Base:
 
 
 def published_base(model: ModelConfig, base_id: str | None, auto_class: str = "AutoModel") -> Base:
-    """The Hub's name of a run's base.
+    """Return the published base of a run.
 
     Args:
-        model: of the run.
-        base_id: `user/name` or `user/name@revision`, for a base that the run took from a folder.
-        auto_class: name of the class of transformers that loads it.
+        model: configuration of the run's base.
+        base_id: `user/name` or `user/name@revision`, for a base that the run loaded from a folder.
+        auto_class: name of the transformers class that loads it.
 
     Raises:
-        ConfigError: if the base has a name on this machine alone, or the id is none.
+        ConfigError: the base is a folder and no id is given, or the id is not valid.
     """
     folder = find_local(model.name_or_path)
     if base_id is not None:
@@ -227,6 +226,6 @@ def published_base(model: ModelConfig, base_id: str | None, auto_class: str = "A
 
 
 def find_local(name_or_path: str) -> Path | None:
-    """The folder of a base that is not on the Hub, embedded ones included."""
+    """Return the folder of a base that is not on the Hub, embedded ones included; None for one that is."""
     path = ASSETS / name_or_path if name_or_path in embedded_models() else Path(name_or_path)
     return path.resolve() if path.exists() or not HUB_ID.fullmatch(name_or_path) else None

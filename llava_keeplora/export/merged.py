@@ -1,12 +1,12 @@
-"""One checkpoint out of base and deltas.
+"""Export of base and deltas as one merged checkpoint.
 
-What a quantised base cannot take up is merged once, into an unquantised copy.
+The deltas of a quantised base are merged into an unquantised copy.
 
-Rounding to a dtype with p bits of significand moves a weight by up to 2⁻ᵖ of itself, and of an update that is
-small beside its weight a large share is lost. With cast(·) the rounding, W₀ the base and Δ the sum of the
-updates, the exported model differs from the base in that dtype by cast(W₀ + Δ) − cast(W₀); what is lost is
-‖cast(W₀ + Δ) − cast(W₀) − Δ‖ / ‖Δ‖ (Frobenius norms over all changed layers). Above 1 the rounding is larger
-than the update.
+Rounding to a dtype with p bits of significand moves a weight by up to 2⁻ᵖ of itself, so a large share of an
+update that is small relative to its weight is lost. With cast(·) the rounding, W₀ the base and Δ the sum of
+the updates, the exported model differs from the base in that dtype by cast(W₀ + Δ) − cast(W₀), and the share
+‖cast(W₀ + Δ) − cast(W₀) − Δ‖ / ‖Δ‖ is lost (Frobenius norms over all changed layers). Above 1 the rounding is
+larger than the update.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from llava_keeplora.adapters import BaseWeights, Delta, FullDelta
 from llava_keeplora.export.loaded_run import LearnedRun
 from llava_keeplora.models import DTYPES, Family
 
-#: Of one file; the Hub, and machines with little memory, like several better than one huge one.
+#: Largest size of one file: several smaller files are easier on the Hub and on machines with little memory.
 SHARD = "5GB"
-#: Training changes nothing of a processor, so its files go along as they are, in whatever format the base has
-#: them.
+#: Files of a processor, which are copied from the base because training does not change them.
 PROCESSOR = (
     "*processor_config.json",
     "tokenizer*",
@@ -43,13 +42,13 @@ PROCESSOR = (
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding to the checkpoint's dtype loses of the updates, relative to their norm (see the module).
+    """Share of the updates' norm that rounding to the checkpoint's dtype loses (see the module's docstring).
 
     Args:
-        dtype: of the checkpoint, a key of `DTYPES`.
-        base: of the base's own checkpoint.
-        lost: over all changed layers.
-        parts: the same of each part.
+        dtype: the checkpoint's dtype, a key of `DTYPES`.
+        base: the dtype of the base's own checkpoint.
+        lost: the share over all changed layers.
+        parts: part → the share over its layers.
     """
 
     dtype: str
@@ -58,10 +57,10 @@ class Rounding:
     parts: Mapping[str, float]
 
     def describe(self) -> str:
-        """What a person reads."""
+        """Return the shares as a sentence."""
         cast = "which the base has too" if self.dtype == self.base else f"where the base has {self.base}"
-        own = ", ".join(f"{part} {_percent(share)}" for part, share in self.parts.items())
-        return f"in {self.dtype}, {cast}: rounding loses {_percent(self.lost)} of the updates' norm ({own})"
+        parts = ", ".join(f"{part} {_percent(share)}" for part, share in self.parts.items())
+        return f"in {self.dtype}, {cast}: rounding loses {_percent(self.lost)} of the updates' norm ({parts})"
 
 
 def _percent(share: float) -> str:
@@ -69,9 +68,11 @@ def _percent(share: float) -> str:
 
 
 def own_dtype(family: Family, otherwise: str) -> str:
-    """The dtype of a base's own checkpoint.
+    """Return the dtype of a base's own checkpoint, a key of `DTYPES`.
 
-    `otherwise` where its configuration names none, or one that nothing here computes in.
+    Args:
+        family: the base.
+        otherwise: the result if its configuration names no dtype, or none of `DTYPES`.
     """
     # Both families have the `transformers` configuration; a plug-in's may have none.
     config = getattr(family, "config", None)
@@ -80,11 +81,11 @@ def own_dtype(family: Family, otherwise: str) -> str:
 
 
 def merge(learned: LearnedRun, dtype: str | None) -> tuple[Family, Rounding]:
-    """The base with what the tasks learned, W₀ + Σ ΔW summed in fp32 and rounded once.
+    """Merge the tasks' deltas into the base: W₀ + Σ ΔW, summed in fp32 and rounded once.
 
     Args:
-        learned: the tasks.
-        dtype: of the checkpoint; the base's own when None.
+        learned: the run up to the exported task.
+        dtype: the checkpoint's dtype, a key of `DTYPES`; the base's own when None.
 
     Returns:
         the model, its parameters in that dtype, and what the rounding loses.
@@ -105,7 +106,7 @@ def merge(learned: LearnedRun, dtype: str | None) -> tuple[Family, Rounding]:
             )
         ):
             sums.setdefault(part, [0.0, 0.0])[index] += square
-    # Buffers stay: a model that is loaded in that dtype computes its rotary angles in fp32 all the same.
+    # Buffers keep their dtype: a model that is loaded in half precision has rotary frequencies in fp32, too.
     for parameter in family.model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
     parts = {part: math.sqrt(error / norm) for part, (error, norm) in sums.items() if norm}
@@ -116,15 +117,15 @@ def merge(learned: LearnedRun, dtype: str | None) -> tuple[Family, Rounding]:
 def _merge_layer(
     module: nn.Module, deltas: Sequence[Delta | FullDelta], dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Add deltas to a module in fp32; ‖lost‖² and ‖Δ‖² of its parameters."""
+    """Add deltas to a module in fp32, and return ‖lost‖² and ‖Δ‖² of its parameters (Frobenius norms)."""
     before = {name: p.detach().clone() for name, p in module.named_parameters(recurse=False)}
     BaseWeights({"": module}).apply([{"": delta} for delta in deltas])
     error = norm = 0.0
     changes = [delta.changes() for delta in deltas]
     for name in {name for change in changes for name in change}:
         update = sum(change[name].double() for change in changes if name in change)
-        kept = module.get_parameter(name).to(dtype).double() - before[name].to(dtype).double()
-        error += float((kept - update).square().sum())
+        rounded = module.get_parameter(name).to(dtype).double() - before[name].to(dtype).double()
+        error += float((rounded - update).square().sum())
         norm += float(update.square().sum())
     return error, norm
 
@@ -133,8 +134,8 @@ def write_merged(folder: Path, family: Family) -> None:
     """Write an ordinary checkpoint with its processor.
 
     Args:
-        folder: where to.
-        family: what `merge` gives.
+        folder: the folder to write to.
+        family: the merged model, see `merge`.
     """
     family.model.save_pretrained(folder, max_shard_size=SHARD)
     path = Path(family.path)

@@ -1,6 +1,7 @@
-"""One export from beginning to end.
+"""An export from beginning to end.
 
-Read the run, write the form, load it again, describe it, put it in its place.
+The run is read, the export is written to a temporary folder, loaded again in a fresh process and compared,
+described in a model card, and moved to its place.
 """
 
 from __future__ import annotations
@@ -55,19 +56,20 @@ def export_run(
         run: the run folder.
         form: `adapter`, `merged` or `state`.
         into: a new or empty folder, or an earlier export's; RUN/export/FORM when None.
-        label: the method; the only one of the run where it is left out.
+        label: the method's label; None if the run has one method.
         at_task: the last task, counted from 1; the last finished one when None.
-        parts: of an adapter; all when None.
-        rank: that an adapter is compressed to; exact when None.
-        with_state: whether an adapter brings along what `import` needs.
-        base_id: `user/name` or `user/name@revision`, for a base that the run took from a folder.
-        name: under which the export will be published, for the card; the folder's when None.
-        dtype: of a merged checkpoint, a key of `DTYPES`; the base's own when None.
-        examples: of the last task's test split, to compare on.
+        parts: parts of the model that an adapter changes; all when None.
+        rank: the rank that an adapter is compressed to; exact when None.
+        with_state: whether an adapter's folder also gets the state that `import` needs.
+        base_id: `user/name` or `user/name@revision`, for a base that the run loaded from a folder.
+        name: the name under which the export will be published, for the card; the folder's when None.
+        dtype: the dtype of a merged checkpoint, a key of `DTYPES`; the base's own when None.
+        examples: number of examples of the last task's test split to compare logits on.
         data_root: the folder with the data sets; the run's own when None.
 
     Raises:
-        RunError: a folder is no run, a task not finished, a file damaged, or the export loads otherwise.
+        RunError: a folder is no run, a task is not finished, a file is damaged, or the export gives other
+            logits after loading.
         ConfigError: the form cannot hold what was learned, the target is in use, or options don't match.
     """
     into = Path(into) if into is not None else Path(run) / EXPORTS / form
@@ -92,7 +94,7 @@ def export_run(
 
 @dataclass(frozen=True)
 class _Job:
-    """What `export_run` was asked for, checked."""
+    """Arguments of `export_run`, checked and resolved."""
 
     learned: LearnedRun
     base: Base
@@ -145,7 +147,7 @@ def _write_export(job: _Job, run_logits: Tensor, tmp_dir: Path) -> Exported:
 
 
 def _write_updates(job: _Job, folder: Path) -> Family:
-    """Write an adapter, or a state where there is none; return the model that it should give."""
+    """Write an adapter or a state, and return the model that loading it must give."""
     family = job.learned.load("float32", [job.combined.layers] if job.combined and job.rank else job.deltas)
     if job.combined:
         write_adapter(folder, job.combined, family.model, family.parts, job.base)

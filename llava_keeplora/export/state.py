@@ -1,8 +1,7 @@
-"""What a run needs to go on elsewhere: a run folder of one method without answers, starts and pictures.
+"""Export of the state that a run needs to continue elsewhere.
 
-Safetensors and JSON only.
-
-`state.json` lists every file with its SHA-256, and nothing that it doesn't list is read.
+A state is a run folder of one method without predictions, initial adapters and pictures, in safetensors and
+JSON alone. `state.json` lists every file with its SHA-256; files that it doesn't list are not read.
 """
 
 from __future__ import annotations
@@ -39,16 +38,17 @@ from llava_keeplora_recipes.strict_yaml import is_file_name
 
 FORMAT = 1
 MANIFEST = "state.json"
-#: Where an exported adapter keeps it.
+#: Folder of the state in an exported adapter's.
 FOLDER = "keeplora_state"
-#: What an export says of itself, by which a later one knows that it may take its place, and with the hashes
-#: of its files.
+#: The file that describes an export, with the hashes of its files; a folder that has one may be replaced by a
+#: later export.
 RECORD = EXPORT
+#: Suffixes of the files that a state may hold.
 SUFFIXES = (".safetensors", ".json", ".jsonl", ".yaml")
-#: Neither is read again once a task is closed; answers are personal data at times, and starts are as large as
-#: deltas.
+#: Files that are left out, as none is read again once a task is closed: answers may be personal data, and
+#: initial adapters are as large as deltas.
 LEFT_OUT = (PREDICTIONS, ADAPTERS)
-#: How arguments of `TrainingArguments` begin that are of one person or one machine: tokens, accounts, places.
+#: Prefixes of training arguments that belong to one person or one machine: tokens, accounts, paths.
 PRIVATE = (
     "accelerator_config",
     "deepspeed",
@@ -67,12 +67,12 @@ def write_state(learned: LearnedRun, base: Base, folder: Path) -> None:
     """Write the state of one method after some of its tasks, laid out as a run folder.
 
     Args:
-        learned: the tasks.
-        base: as others load it.
-        folder: where to.
+        learned: the run up to the exported task.
+        base: the base's id and revision.
+        folder: the folder to write to.
 
     Raises:
-        RunError: if a file of the run is missing or changed.
+        RunError: a file of the run is missing or changed.
     """
     for label in (ZERO_SHOT, learned.label):
         entries = (
@@ -97,9 +97,9 @@ def write_state(learned: LearnedRun, base: Base, folder: Path) -> None:
 
 
 def _copy_history(source: Path, entries: Sequence[Entry], folder: Path) -> None:
-    """A journal's entries with the files that are needed to go on."""
+    """Copy a journal, and those of its files that are needed to continue."""
     written = ((name, entry) for entry in entries for name in entry.files)
-    # A stage that ran again, for a run that was extended, wrote its files again.
+    # A stage that ran again, because the run was extended, wrote its files again: the last entry counts.
     latest = {name: entry for name, entry in written if not set(PurePosixPath(name).parts) & set(LEFT_OUT)}
     for name, entry in latest.items():
         path = checked(source / name, entry.files[name], f"task {entry.task}")
@@ -113,7 +113,7 @@ def _copy_history(source: Path, entries: Sequence[Entry], folder: Path) -> None:
 
 
 def _portable(tree: dict[str, Any], learned: LearnedRun, base: Base) -> dict[str, Any]:
-    """A resolved configuration, or its identity, without what is of one machine, and with one method."""
+    """Return a resolved configuration, or an identity, with one method and nothing of this machine."""
     tree = json.loads(json.dumps(tree))
     if learned.label not in tree.get("methods", ()):
         raise RunError(f"{learned.run / IDENTITY} knows no method '{learned.label}'", "restore it")
@@ -140,19 +140,19 @@ def _portable(tree: dict[str, Any], learned: LearnedRun, base: Base) -> dict[str
 
 
 def public(training: dict[str, Any]) -> dict[str, Any]:
-    """Training arguments without what is of one person or one machine."""
+    """Return training arguments without those that belong to one person or one machine (`PRIVATE`)."""
     return {key: value for key, value in training.items() if not key.startswith(PRIVATE)}
 
 
 def placeless(options: dict[str, Any]) -> dict[str, Any]:
-    """A method's options without the folders of one machine."""
+    """Return a method's options with absolute paths cut to their last part."""
     return options | {
         key: Path(options[key]).name for key in REFERENCE_PLACES if Path(options.get(key) or "").is_absolute()
     }
 
 
 def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """What a YAML must say to be this recipe, `extends` resolved.
+    """Return the keys of a YAML file that describes this recipe, with `extends` resolved.
 
     Absolute paths are cut to their last part.
     """
@@ -166,7 +166,7 @@ def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
             facts[field.name] = value
     facts |= {"metric": recipe.metric_name, "source": facts["source"] | {"format": recipe.format_name}}
     if facts["source"]["format"] == "rendered":
-        facts.pop("classes", None)  # The code that draws them has its own.
+        facts.pop("classes", None)  # The code that renders the images defines them.
     elif "classes" in facts and facts["classes"] is None:
         facts["classes"] = "from-source"
     path = facts["source"].get("path")
@@ -176,7 +176,7 @@ def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
 
 
 def stays_inside(path: Any) -> bool:
-    """Whether this is a path that stays in the folder where it starts."""
+    """Return whether a value is a relative path that does not leave its folder."""
     if not isinstance(path, str) or not path or "\\" in path or "\0" in path or path.startswith("~"):
         return False
     return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts

@@ -1,4 +1,4 @@
-"""Compare what was written, loaded in a fresh process (`verify_worker.py`), with what was meant."""
+"""Verification of an export: its logits, loaded in a fresh process (`verify_worker.py`), are compared."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from llava_keeplora.files import write_json, write_tensors
 from llava_keeplora.models import Family, Prepared
 from llava_keeplora_recipes import TaskData
 
-#: What fp32 logits may differ by; of the largest logit where that is above 1 (CLIP's are cosines times up to
-#: 100).
+#: Allowed difference of fp32 logits; relative to the largest logit where that is above 1 (CLIP's are cosines
+#: times up to 100).
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far some logits are from others.
+    """Difference between two models' logits.
 
     Args:
-        largest: |difference| of a logit.
-        relative: ‖difference‖ / ‖logits‖.
+        largest: the largest |difference| of a logit.
+        relative: ‖difference‖ / ‖expected logits‖.
         same: share of the positions with the same best token or class.
     """
 
@@ -41,10 +41,10 @@ class Deviation:
     same: float
 
     @classmethod
-    def between(cls, found: Tensor, expected: Tensor) -> "Deviation":
-        """Of two tensors (positions, choices)."""
-        difference = found.float() - expected.float()
-        same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+    def between(cls, logits: Tensor, expected: Tensor) -> "Deviation":
+        """Return the deviation of logits (positions, choices) from expected ones of the same shape."""
+        difference = logits.float() - expected.float()
+        same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
         return cls(
             float(difference.abs().max()), float(difference.norm() / expected.float().norm()), float(same)
         )
@@ -52,12 +52,12 @@ class Deviation:
 
 @torch.no_grad()
 def probe(family: Family, data: TaskData) -> tuple[dict[str, Tensor], Tensor]:
-    """Return examples as the model takes them, and its logits in fp32.
+    """Return the model's inputs for some examples, and its logits in fp32.
 
-    Logits are (answer tokens, vocabulary) or (images, classes).
+    Logits are (answer tokens, vocabulary) or (images, classes), computed as in training.
 
     Args:
-        family: the model, by the way in which a run trains it.
+        family: the model.
         data: the examples.
     """
     batch = family.inputs(data, Prepared(family, data)).collate(range(len(data)))
@@ -78,17 +78,17 @@ def verify_export(
     """Load an export in a fresh process and compare its logits.
 
     Args:
-        folder: what was written.
+        folder: the export.
         form: `adapter`, `merged` or `state`.
-        base: that an adapter or a state belongs to.
-        batch, expected: see `probe`; of the model that was meant, computed in fp32.
-        layers: how many an adapter must have.
+        base: the base of an adapter or a state.
+        batch, expected: inputs and fp32 logits of the model that was to be written, see `probe`.
+        layers: how many layers an adapter must have.
 
     Returns:
         the export's logits in fp32, and in bfloat16.
 
     Raises:
-        RunError: if it cannot be loaded, has another number of adapted layers, or gives other logits.
+        RunError: it cannot be loaded, has another number of adapted layers, or gives other logits.
     """
     with _where_base_is_named(base) as tmp_dir:
         write_tensors(tmp_dir / "batch.safetensors", batch)
@@ -98,7 +98,7 @@ def verify_export(
         reason = verify_in_fresh_process(tmp_dir)
         if reason:
             raise RunError(f"the {form} cannot be loaded again ({reason})", "mend that and export again")
-        found = load_file(tmp_dir / "logits.safetensors")
+        loaded = load_file(tmp_dir / "logits.safetensors")
         counts = json.loads((tmp_dir / "layers.json").read_text())
     for count in counts.values():
         if layers is not None and count != layers:
@@ -106,7 +106,7 @@ def verify_export(
                 f"{count} layers are adapted after loading, where {layers} were written",
                 "check the names of the base's layers; nothing was exported",
             )
-    for way, logits in found.items():
+    for way, logits in loaded.items():
         limit, largest = (
             TOLERANCE * max(1.0, float(expected.abs().max())),
             Deviation.between(logits, expected).largest,
@@ -117,11 +117,11 @@ def verify_export(
                 "is rounding)",
                 "check that the base is the one that the run was trained on; nothing was exported",
             )
-    return found["float32"], found["bfloat16"]
+    return loaded["float32"], loaded["bfloat16"]
 
 
 def verify_in_fresh_process(tmp_dir: Path) -> str | None:
-    """Run `verify_worker.py` in a folder; what it says where it fails."""
+    """Run `verify_worker.py` in a folder, and return the last line of its error; None if it succeeds."""
     done = subprocess.run(
         [sys.executable, "-m", "llava_keeplora.export.verify_worker"],
         cwd=tmp_dir,
@@ -133,7 +133,7 @@ def verify_in_fresh_process(tmp_dir: Path) -> str | None:
 
 @contextmanager
 def _where_base_is_named(base: Base) -> Iterator[Path]:
-    """A folder to work in, in which a base of this machine is found by its name on the Hub."""
+    """Yield a temporary working folder, in which a base from a local folder is found by its id on the Hub."""
     with tempfile.TemporaryDirectory() as name:
         tmp_dir = Path(name)
         if base.local is not None:

@@ -1,7 +1,7 @@
 """The fresh process that loads an export again; `verify.py` starts it.
 
-It goes by the ordinary loaders of transformers and PEFT and the models' own forward passes; only a state is
-read by this package, because nothing else reads it.
+It uses the ordinary loaders of transformers and PEFT and the models' own forward passes; only a state is
+loaded by this package, because no other program reads it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from llava_keeplora.models import open_model
 
 
 def main() -> None:
-    """Load what `job.json` of the working folder names in every way that it promises.
+    """Load the export that `job.json` names, in every way that is supported, and write what comes of it.
 
-    Write logits and numbers of adapted layers.
+    The working folder has `job.json` and `batch.safetensors`, and gets `logits.safetensors` and `layers.json`
+    (the number of adapted layers).
     """
     job = json.loads(Path("job.json").read_text())
     batch = load_file("batch.safetensors")
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
-    """Way of loading → model in fp32; `float32` is the one by which it is measured."""
+    """Yield (way of loading, model in fp32); the logits of `float32` are those that the card reports."""
     folder, auto = job["folder"], getattr(transformers, job["auto_class"])
     if job["form"] == "state":
         yield "float32", load_learned_run(folder).load("float32").model
@@ -51,7 +52,7 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
         _ = open_model(ModelConfig(folder)).processor  # type: ignore[attr-defined]  # Read when asked for.
         yield "float32", auto.from_pretrained(folder, dtype=torch.float32).eval()
     else:
-        # Without a name for the base, it goes before the next model comes.
+        # The base is not bound to a name, so that it is freed before the next model is loaded.
         yield (
             "float32",
             PeftModel.from_pretrained(
@@ -67,10 +68,10 @@ def _adapted_layers(model: nn.Module) -> int:
 
 @torch.no_grad()
 def plain_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """A probe's logits by the model's own forward pass, in fp32.
+    """Return a probe's logits by the model's own forward pass, in fp32.
 
     Args:
-        model: from transformers or PEFT.
+        model: a model of transformers or PEFT.
         batch: see `probe`.
     """
     inputs = {

@@ -1,9 +1,9 @@
-"""What a run will need, before it starts: memory, disk and steps."""
+"""Estimates of a run's memory, disk space and steps, before it starts."""
 
 import importlib
 
-#: Public name → its module, imported when the name is first used: a start checks the machine and rehearses
-#: nothing.
+#: Public name → its module, imported when the name is first used: a start needs `check_start` alone, not the
+#: rehearsal on fake tensors.
 _MODULES = {
     "Machine": "machine",
     "MethodPlan": "plan",

@@ -1,14 +1,12 @@
-"""The peak memory of code that never computes.
+"""Peak memory of PyTorch code, measured without computing it.
 
-Fake tensors for what is floating point, real ones for small whole numbers.
+A model's control flow depends on integers (which tokens are images, which are answers), its memory on
+floating-point tensors. So small integer and Boolean tensors stay real, and every data-dependent step goes the
+way it would; floating-point tensors are fake: they have a shape, a dtype and a storage, but no memory.
+Integers that would be computed from them (an argmax, a comparison) are zero.
 
-A model's control flow hangs on whole numbers (which tokens are images, which are answers), its memory on
-floating point. So small integer and Boolean tensors stay real and every data-dependent step goes the way it
-would; floating-point tensors have a shape, a dtype and a storage, but no memory. Whole numbers that would be
-computed from them (an argmax, a comparison) are zero.
-
-Attention takes the road of PyTorch's fused CPU kernel, which like the fused CUDA ones keeps no matrix of
-scores. What a kernel allocates inside itself is not seen.
+Attention runs as PyTorch's fused CPU kernel, which like the fused CUDA ones keeps no matrix of scores. What a
+kernel allocates internally is not counted.
 """
 
 from __future__ import annotations
@@ -24,14 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-#: Larger integer tensors (attention masks) decide nothing; they are shapes like the rest.
+#: Most elements of an integer tensor that stays real. Larger ones (attention masks) decide no control flow.
 LARGEST_REAL = 2**20
 
 aten = torch.ops.aten
 
 
 class Meter(TorchDispatchMode):
-    """Count the bytes of every storage made in the block while it is alive, and remember the peak.
+    """Counter of the bytes of all storages that are alive in a block, and of their peak.
 
     Attributes:
         live: bytes alive now.
@@ -44,7 +42,7 @@ class Meter(TorchDispatchMode):
         self._seen: dict[weakref.ref, int] = {}
 
     def hold(self, tensors: Any) -> None:
-        """Count what was made before: the storages of all tensors of a tree, each once."""
+        """Count the storages of all tensors of a tree (nested lists and tuples), each once."""
         for tensor in _tensors(tensors):
             storage = tensor.untyped_storage()
             key = weakref.ref(storage, self._freed)
@@ -66,13 +64,13 @@ class Meter(TorchDispatchMode):
 
 
 class _FakeMeter(Meter):
-    """A meter over a `FakeTensorMode`, with small whole numbers real; see the module's docstring."""
+    """Meter over a `FakeTensorMode` that keeps small integer tensors real; see the module's docstring."""
 
     def _run(self, func, args, kwargs):
         inputs = list(_tensors((*args, *kwargs.values())))
-        given = not any(isinstance(t, FakeTensor) or not _is_small_whole(t) for t in inputs)
-        if given and inputs and _depends_on_values(func):
-            return _really(func, args, kwargs)
+        all_real = not any(isinstance(t, FakeTensor) or not _is_small_integer(t) for t in inputs)
+        if all_real and inputs and _depends_on_values(func):
+            return _run_real(func, args, kwargs)
         if func is aten._local_scalar_dense.default:
             return 0
         if func in (aten.index.Tensor, aten.masked_select.default):
@@ -81,42 +79,42 @@ class _FakeMeter(Meter):
                 (args[0], self._positions([args[1]] if isinstance(args[1], Tensor) else args[1])),
             )
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and not _is_small_whole(out):
+        if isinstance(out, Tensor) and not _is_small_integer(out):
             return out
-        if given and all(map(_is_small_whole, _tensors(out))):
-            return _really(func, args, kwargs)
-        own = {id(t) for t in inputs}
+        if all_real and all(map(_is_small_integer, _tensors(out))):
+            return _run_real(func, args, kwargs)
+        input_ids = {id(t) for t in inputs}
         return tree_map_only(
-            Tensor, lambda t: _zeros(t) if id(t) not in own and _is_small_whole(t) else t, out
+            Tensor, lambda t: _zeros(t) if id(t) not in input_ids and _is_small_integer(t) else t, out
         )
 
     def _positions(self, index):
-        """Masks as positions, which is what the kernel makes of them and what takes the memory."""
-        found = []
-        for one in index:
-            if one is None or one.dtype != torch.bool:
-                found.append(one)
+        """Turn Boolean masks of an index into positions, as the kernel does, and count their memory."""
+        positions = []
+        for part in index:
+            if part is None or part.dtype != torch.bool:
+                positions.append(part)
                 continue
             with unset_fake_temporarily():
-                count = one.numel() if isinstance(one, FakeTensor) else int(one.sum())
-            found += [torch.empty(count, dtype=torch.int64) for _ in range(one.dim())]
-        self.hold(found)
-        return found
+                count = part.numel() if isinstance(part, FakeTensor) else int(part.sum())
+            positions += [torch.empty(count, dtype=torch.int64) for _ in range(part.dim())]
+        self.hold(positions)
+        return positions
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """All tensors of nested lists and tuples.
+    """Yield all tensors of nested lists and tuples.
 
-    Twenty times as quick as a tree of any kind, and there are ten thousands.
+    This is called ten thousands of times, and is twenty times as quick as PyTorch's pytree.
     """
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
-        for one in tree:
-            yield from _tensors(one)
+        for branch in tree:
+            yield from _tensors(branch)
 
 
-def _is_small_whole(tensor: Tensor) -> bool:
+def _is_small_integer(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() <= LARGEST_REAL
 
 
@@ -124,7 +122,7 @@ def _depends_on_values(func) -> bool:
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
-def _really(func, args, kwargs):
+def _run_real(func, args, kwargs):
     with unset_fake_temporarily():
         return func(*args, **kwargs)
 
@@ -136,9 +134,9 @@ def _zeros(like: Tensor) -> Tensor:
 
 @contextmanager
 def metered() -> Iterator[Meter]:
-    """Measure what the block would take; tensors made inside are fake, as the module's docstring says.
+    """Measure the memory that a block would take; floating-point tensors made in it are fake.
 
-    Everything floating point must be made inside the block.
+    Everything floating point must be made inside the block (see the module's docstring).
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _FakeMeter() as meter:
         yield meter
@@ -146,29 +144,26 @@ def metered() -> Iterator[Meter]:
 
 @contextmanager
 def faked(model: nn.Module) -> Iterator[None]:
-    """Inside `metered`.
-
-    Give a model on the meta device fake weights on the CPU for the length of the block.
-    """
-    made: dict[int, Tensor] = {}
+    """Give a model on the meta device fake CPU weights for the length of a block inside `metered`."""
+    fakes: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:  # Weights that are shared stay so.
+        if id(tensor) not in fakes:  # Weights that are shared stay so.
             zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
-            made[id(tensor)] = (
+            fakes[id(tensor)] = (
                 nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
             )
-        return made[id(tensor)]
+        return fakes[id(tensor)]
 
-    places = [
+    originals = [
         (holder, dict(holder))
         for module in model.modules()
         for holder in (module._parameters, module._buffers)
     ]
-    for holder, kept in places:
-        holder.update({name: fake(tensor) for name, tensor in kept.items() if tensor is not None})
+    for holder, tensors in originals:
+        holder.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
     try:
         yield
     finally:
-        for holder, kept in places:
-            holder.update(kept)
+        for holder, tensors in originals:
+            holder.update(tensors)

@@ -1,4 +1,4 @@
-"""Prediction of one batch by a model without weights, for the peak memory of the stage `evaluate`."""
+"""Prediction of one batch by a model without weights, to measure the peak memory of the stage `evaluate`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llava_keeplora_eval.predictors import class_logits, image_features, prompt_
 
 
 def answer(family: Family, work: Work, size: int) -> None:
-    """Answer a batch of so many times a task's longest question as its predictor does."""
+    """Answer a batch of `size` copies of a task's longest question, as its predictor does."""
     (_answer_clip if work.prompts else _answer_llava)(family, work, size)
 
 
 def _answer_clip(family: Family, work: Work, size: int) -> None:
-    """`ClipPredictor` on one batch: the prompts' features in pieces, then the images'."""
+    """Run the steps of `ClipPredictor` on one batch: the prompts' features in pieces, then the images'."""
     model, prompts = family.model, work.prompts
     text = prompt_features(model, prompts)
     pixels = repeated(work.question, size)["pixel_values"].to(model.dtype)
@@ -26,9 +26,9 @@ def _answer_clip(family: Family, work: Work, size: int) -> None:
 
 
 def _answer_llava(family: LlavaFamily, work: Work, size: int) -> None:
-    """`LlavaPredictor` on one batch.
+    """Run the two most expensive steps of `LlavaPredictor` on one batch.
 
-    The first token of every answer, then the last one, with the cache as long as it gets.
+    These are the first token of every answer, and the last one, when the key-value cache is longest.
     """
     model, config = family.model, family.config.text_config
     size *= (family.generation or {}).get("num_beams", 1)

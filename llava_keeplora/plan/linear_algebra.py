@@ -1,8 +1,8 @@
-"""Bytes that the subspaces' computations take for one layer beside what they are given, tensor by tensor.
+"""Working memory of the subspaces' computations for one layer, in bytes, without their inputs.
 
-They look at values (how many directions reach an energy), so they can't be rehearsed on fake tensors; each
-function lists what is alive at the most expensive moment of the code that it names, on its most expensive
-way.
+Their control flow depends on values (how many directions reach an energy), so they can't be rehearsed on fake
+tensors. Each function adds up the tensors that are alive at the most expensive moment of the code that it
+names, on its most expensive path.
 
 Legend: in / out features of a layer, n = min(in, out), k columns of a basis, r rank, w sketch width.
 """
@@ -15,19 +15,26 @@ from functools import cache
 from llava_keeplora.subspace import GradientSketch
 
 F32, F64 = 4, 8
-#: LAPACK's and cuSOLVER's divide-and-conquer eigensolvers work in twice the matrix beside the eigenvectors.
+#: Workspace of LAPACK's and cuSOLVER's divide-and-conquer eigensolvers, in sizes of the matrix; the
+#: eigenvectors come on top.
 EIGENSOLVER = 2
-#: Share of a layer's input width that a task adds to its basis; what tasks really add depends on them.
+#: Assumed share of a layer's input width that a task adds to its basis; the true one depends on the tasks.
 GROWTH = 0.02
+#: Points of the numerical integration in `random_rank`.
 STEPS = 2000
 
 
 def weight_basis(out_dim: int, in_dim: int, columns: int, size: int) -> int:
-    """`subspace/principal.py`, from a weight of `size` bytes per number.
+    """Return the bytes that `subspace/principal.py` takes.
 
-    The weight in fp32 (twice while it is scaled), its Gram matrix, the eigenvectors and the eigensolver's
-    work, or Ritz blocks of up to a third of that size six times; for a wide weight the vectors mapped to the
-    input side and their QR.
+    These are the weight in fp32 (twice while it is scaled), its Gram matrix, the eigenvectors and the
+    eigensolver's workspace, or six Ritz blocks of up to a third of that size; for a wide weight also the
+    vectors mapped to the input side and their QR.
+
+    Args:
+        out_dim, in_dim: out, in.
+        columns: k.
+        size: bytes of one number of the weight.
     """
     n, weight = min(out_dim, in_dim), out_dim * in_dim
     scaling = F32 * weight * (1 if size == F32 else 2)
@@ -37,10 +44,10 @@ def weight_basis(out_dim: int, in_dim: int, columns: int, size: int) -> int:
 
 
 def feature_directions(in_dim: int, columns: int, exact: bool) -> int:
-    """Return the bytes that `subspace/features.py` takes, from an exact second moment.
+    """Return the bytes that `subspace/features.py` takes for an exact second moment.
 
-    These are the residual moment and one more of its size while it is formed; then the complement of the
-    basis, its image, the small problem, its eigenvectors and the work, in fp64.
+    These are the residual moment and one more matrix of its size while it is formed; then the complement of
+    the basis, its image, the small problem, its eigenvectors and the workspace, in fp64.
 
     Args:
         in_dim: in.
@@ -55,27 +62,25 @@ def feature_directions(in_dim: int, columns: int, exact: bool) -> int:
 
 
 def sketched_feature_directions(in_dim: int, size: int) -> int:
-    """`subspace/feature_sketch.py`.
+    """Return the bytes that `subspace/feature_sketch.py` takes.
 
-    Test vectors, residual image, factor, its singular vectors, and their copy in the result.
+    These are six matrices of (in, size) in fp64: the test vectors, their residual image, the factor, its
+    singular vectors (two), and their copy in the result.
     """
     return F64 * 6 * in_dim * size
 
 
 def gradient_directions(out_dim: int, in_dim: int, width: int | None) -> int:
-    """Bytes of a layer's gradient, held whole or sketched.
+    """Return the bytes that `subspace/gradients.py` or `subspace/gradient_sketch.py` takes, in fp64.
 
-    See `subspace/gradients.py` and `subspace/gradient_sketch.py`.
-
-    Whole: the gradient and its residual in fp64 and one more while that is formed, or the Gram matrix with
-    its eigenvectors
-    and the work. Sketched: rows and their residual, Psi, the range and its QR, factor, misses and singular
-    vectors in fp64.
+    For the whole gradient these are the gradient, its residual and one more matrix while that is formed, or
+    the Gram matrix with its eigenvectors and the workspace. For a sketch they are the rows and their
+    residual, Psi, the range and its QR, the factor, the misses and the singular vectors.
 
     Args:
         out_dim, in_dim: out, in.
-        width: w; None for a method that asks for the whole gradient. A sketch that is no smaller is not made
-            either.
+        width: w; None for a method that needs the whole gradient. Where a sketch would be no smaller, the
+            whole gradient is used as well.
     """
     n = min(out_dim, in_dim)
     if width is None or not GradientSketch.is_worth_it(out_dim, in_dim, width):
@@ -86,9 +91,9 @@ def gradient_directions(out_dim: int, in_dim: int, width: int | None) -> int:
 
 @cache
 def random_rank(out_dim: int, in_dim: int, energy: float) -> int:
-    """How many singular vectors of a random matrix hold a share of its energy.
+    """Return how many singular vectors of a random matrix hold a share `energy` of its energy.
 
-    A trained weight's spectrum is no flatter.
+    This bounds a trained weight, whose spectrum is no flatter.
 
     Source: the Marchenko-Pastur law (1967). With x = 1 + q − 2√q cos θ, q = n / max(in, out), the eigenvalues
     of W Wᵀ have the energy (θ − sin θ cos θ) / π below θ.

@@ -1,4 +1,4 @@
-"""The memory of the machine that a run is planned for, and the one check of it that every start makes."""
+"""Memory of the machine that a run is planned for, and the check of it that every start makes."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from llava_keeplora.subspace import GradientSketch, sketch_width
 
 GB = 1e9
 F32 = 4
-#: What a process holds before it has a model: Python and its libraries; on a GPU, the CUDA context with its
-#: libraries' work space.
+#: Bytes that a process holds before it has a model: Python and its libraries; on a GPU, the CUDA context with
+#: its libraries' workspace.
 LIBRARIES, CONTEXT = 0.8e9, 0.6e9
-#: Of a group of processes (cgroup version 2, then 1): a container may have less than the machine.
+#: Files with the memory limit of a group of processes (cgroup version 2, then 1): a container may have less
+#: than the machine.
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for.
+    """Hardware that a run is planned for.
 
     Args:
-        gpus: how many GPUs; 0 for a run on the CPU.
-        memory: bytes of each GPU, or of the CPU's machine.
+        gpus: number of GPUs; 0 for a run on the CPU.
+        memory: bytes of each GPU, or of main memory for a run on the CPU.
     """
 
     gpus: int
     memory: int
 
     @property
-    def room(self) -> int:
+    def available(self) -> int:
         """Bytes that are left for a run's tensors."""
         return round(self.memory - (CONTEXT if self.gpus else LIBRARIES))
 
@@ -55,14 +56,14 @@ class Machine:
 
 
 def find_machine(gpus: int | None = None, gpu_memory_gb: float | None = None) -> Machine:
-    """What to plan for.
+    """Return the machine to plan for.
 
     Args:
-        gpus: number of GPUs; None for the CPU of this machine, unless there is a memory of GPUs.
-        gpu_memory_gb: memory of each, in 10⁹ bytes; that of this machine's first GPU when None.
+        gpus: number of GPUs; None for one GPU if `gpu_memory_gb` is given, else for the CPU of this machine.
+        gpu_memory_gb: memory of each GPU, in 10⁹ bytes; that of this machine's first GPU when None.
 
     Raises:
-        ConfigError: for numbers that are none of a machine, or if this machine has no GPU to ask.
+        ConfigError: a number is not positive, or the memory of a GPU isn't given and this machine has none.
     """
     if gpus is None and gpu_memory_gb is None:
         return Machine(0, host_memory())
@@ -87,33 +88,33 @@ def find_machine(gpus: int | None = None, gpu_memory_gb: float | None = None) ->
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory, or of this container's where that is less."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    """Return the bytes of this machine's memory, or of this container's where that is less."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in map(Path, LIMITS):
         text = path.read_text().strip() if path.is_file() else "max"
-        found += [int(text)] if text.isdigit() else []
-    return min(found)
+        sizes += [int(text)] if text.isdigit() else []
+    return min(sizes)
 
 
 def check_start(
     config: RunConfig, family: Family, memory: int | None = None, processes: int = 1
 ) -> dict[str, Changed]:
-    """Refuse a run that cannot fit, whatever its data are; everything else is `llava-keeplora plan`'s.
+    """Refuse a run that cannot fit, whatever its data are; `llava-keeplora plan` estimates the rest.
 
-    Weights and the statistics of one pass are there at the same time in every run, and beside them, where
-    there is no GPU, the copies of the weights that change. A model that ZeRO-3 splits is let through.
+    In every run the weights and the statistics of one pass are in memory at the same time; without a GPU, the
+    copies of the weights that change are as well. A model that ZeRO-3 splits is not checked.
 
     Args:
         config: the run.
         family: its model, not loaded yet; it is given a skeleton.
         memory: bytes of the device; those of this machine when None.
-        processes: of the run on this machine, which share its memory where there is no GPU for each.
+        processes: number of the run's processes on this machine, which share its memory without a GPU.
 
     Returns:
-        see `changed_layers`.
+        label → what its method changes, see `changed_layers`.
 
     Raises:
-        ConfigError: if that is more than the device has, or `memory.statistics_gb` is.
+        ConfigError: the sum, or `memory.statistics_gb`, exceeds the device's memory.
     """
     gpu = torch.cuda.is_available()
     memory = memory or (
@@ -173,9 +174,10 @@ def _cure(config: RunConfig, gpu: bool, memory: int, sharing: int) -> str:
 
 
 def changed_layers(config: RunConfig, family: Family) -> dict[str, Changed]:
-    """Label → what its method changes of the family's model, which is given a skeleton.
+    """Return label → what its method changes of the family's model, which is given a skeleton.
 
-    See `check_method`.
+    Raises:
+        ConfigError: see `check_method`.
     """
     with loaded_whole():
         family.skeleton(DTYPES[config.model.dtype])
@@ -186,7 +188,7 @@ def changed_layers(config: RunConfig, family: Family) -> dict[str, Changed]:
 
 
 def make_method(method: MethodConfig) -> Method:
-    """A method with its options."""
+    """Return an instance of a method with its options."""
     cls = METHODS[method.method]
     return cls(cls.Options(**method.options))
 
@@ -197,14 +199,14 @@ def _fits(config: RunConfig, gpu: bool, memory: int) -> bool:
 
 
 def _least(config: RunConfig, family: Family, changed: Mapping[str, Changed], gpu: bool) -> dict[str, int]:
-    """What is there at the same time on the device, in words → its bytes."""
+    """Return what is in the device's memory at the same time in every run: description → bytes."""
     statistics = max(
         (
             max(
-                gradient_bytes(config, label, one),
-                make_method(config.methods[label]).least_statistics(one.adapted),
+                gradient_bytes(config, label, layers),
+                make_method(config.methods[label]).least_statistics(layers.adapted),
             )
-            for label, one in changed.items()
+            for label, layers in changed.items()
         ),
         default=0,
     )
@@ -213,17 +215,17 @@ def _least(config: RunConfig, family: Family, changed: Mapping[str, Changed], gp
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Of parameters and buffers, each once."""
+    """Return the bytes of a model's parameters and buffers, each counted once."""
     return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
 
 
 def kept_bytes(changed: Iterable[Changed]) -> int:
-    """Bytes of the base's weights that a run keeps a copy of: those of plain layers that any method changes.
+    """Return the bytes of the base's weights that a run copies: those of unquantised layers that change.
 
     Args:
-        changed: of each method.
+        changed: what each method changes.
     """
-    modules = {name: module for one in changed for name, module in one.modules.items()}
+    modules = {name: module for layers in changed for name, module in layers.modules.items()}
     return sum(
         p.nbytes
         for module in modules.values()
@@ -233,22 +235,22 @@ def kept_bytes(changed: Iterable[Changed]) -> int:
 
 
 def takes_whole_gradient(config: RunConfig, label: str) -> bool:
-    """Whether a method holds whole gradients where it needn't."""
+    """Return whether a method holds whole gradients though sketches would do."""
     subspaces = make_method(config.methods[label]).subspace_plan()
     return subspaces is not None and subspaces.may_sketch
 
 
 def sketching(config: RunConfig, label: str) -> RunConfig:
-    """The run with a method's gradients held as sketches."""
+    """Return the run's configuration with a method's gradients held as sketches."""
     method = config.methods[label]
     sketched = dataclasses.replace(method, options={**method.options, "gradient": "sketch"})
     return dataclasses.replace(config, methods={**config.methods, label: sketched})
 
 
 def gradient_bytes(config: RunConfig, label: str, changed: Changed) -> int:
-    """Bytes of the sums of a method's first gradient pass.
+    """Return the bytes of what a method's first gradient pass sums up.
 
-    Of the sketch where it is worth it, else of the gradient.
+    For every layer this is a sketch where that is smaller, else the whole gradient.
     """
     subspaces, total = make_method(config.methods[label]).subspace_plan(), 0
     if subspaces is None:

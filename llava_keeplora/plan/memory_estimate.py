@@ -1,9 +1,9 @@
-"""The peak memory of every stage of one method, rehearsed without weights.
+"""Peak memory of every stage of one method, rehearsed without weights.
 
-Passes, training steps and answers run the run's own code on fake tensors (see `allocation_tracker.py` and
+Passes, training steps and answers execute the run's own code on fake tensors (see `allocation_tracker.py` and
 `rehearsal.py`). What depends on values cannot run that way and is computed in `linear_algebra.py`. Not
-counted: the interpreter and the libraries themselves, the CUDA context, the allocator's gaps, and the
-examples' texts.
+counted are the interpreter and the libraries themselves, the CUDA context, the allocator's fragmentation, and
+the examples' texts.
 
 Legend: in / out features of a layer, k columns of its basis, T tasks.
 """
@@ -36,17 +36,17 @@ from llava_keeplora.subspace import SecondMoment, ShapeError, SketchedMoment, sk
 
 STAGES = ("load", "basis", "gradient", "train", "features", "evaluate", "export")
 F32, F16 = 4, 2
-#: safetensors makes the bytes of every tensor, and of all of them one string.
+#: Copies of all tensors while safetensors writes them: the bytes of each, then one string of all.
 SERIALISED = 2
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory that a stage needs at once, in bytes.
+    """Most memory that a stage needs at once, in bytes.
 
     Args:
-        device: of each GPU; on a CPU machine, of the process.
-        host: of the process beside its GPU; 0 on a CPU machine, where all is one.
+        device: on each GPU; on a machine without GPUs, of the process.
+        host: in the host memory of a process that has a GPU; 0 on a machine without GPUs.
     """
 
     device: int
@@ -56,21 +56,22 @@ class Peak:
 class MemoryEstimate(Rehearsal):
     """Peak memory of every stage of one method; see `Rehearsal` for its arguments."""
 
-    # --- what is there ---------------------------------------------------------------------------
+    # --- sizes -----------------------------------------------------------------------------------
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that the method goes through."""
+        """Names of the stages that the method goes through, in their order."""
         return tuple(s for s in STAGES if self.subspaces or s not in ("basis", "gradient", "features"))
 
     def peak(self, stage: str) -> Peak:
-        """The peak of a stage, worked out when it is first asked for."""
+        """Return the peak of a stage; it is computed at the first call."""
         return getattr(self, f"_{stage}")
 
     def columns(self, layer: Layer, tasks: int) -> int:
-        """Return how many directions of a layer are protected after so many tasks.
+        """Return an estimate of the number of a layer's protected directions after `tasks` tasks.
 
-        Of a weight with a random one's spectrum, and a share of the input per task.
+        The weight counts as a random one (see `linear_algebra.random_rank`), and every task adds the share
+        `linear_algebra.GROWTH` of the input width.
         """
         out_dim, in_dim = layer.module.out_features, layer.module.in_features
         weight = (
@@ -88,7 +89,7 @@ class MemoryEstimate(Rehearsal):
 
     @cached_property
     def model_bytes(self) -> int:
-        """Of parameters and buffers."""
+        """Bytes of the model's parameters and buffers."""
         return model_bytes(self.family.model)
 
     @property
@@ -97,14 +98,14 @@ class MemoryEstimate(Rehearsal):
 
     @cached_property
     def _dense_numbers(self) -> int:
-        """Of the model, a quantised weight expanded."""
+        """Numbers of the model's parameters, with quantised weights expanded."""
         packed = sum(
             m.in_features * m.out_features - m.weight.numel() for m in self._linear if is_quantised(m)
         )
         return packed + sum(p.numel() for p in self.family.model.parameters())
 
     def bases(self, tasks: int) -> int:
-        """Bytes of the protected subspaces after so many tasks, kept on the host."""
+        """Return the bytes of the protected subspaces after `tasks` tasks; they are kept on the host."""
         return (
             sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.layers.values())
             if self.subspaces
@@ -124,7 +125,7 @@ class MemoryEstimate(Rehearsal):
 
     @cached_property
     def stacked(self) -> set[str]:
-        """Layers whose deltas stay beside the base's weights instead of being summed into them."""
+        """Names of the layers whose deltas are stored separately instead of being summed into the weights."""
         return {
             name
             for name, module in self.changed.modules.items()
@@ -134,40 +135,43 @@ class MemoryEstimate(Rehearsal):
     @cached_property
     def _images(self) -> int:
         """Bytes of the image cache once every split has been seen."""
-        left = kept = int(self.config.data.cache_gb * 1e9)
+        left = capacity = int(self.config.data.cache_gb * 1e9)
         for work in self.work:
             size = work.images * work.image_bytes
             left -= size if size <= left else 0
-        return kept - left
+        return capacity - left
 
     def _sum(self, device: int, *, tasks: int, host: int = 0) -> Peak:
-        """A peak from what a stage takes beside what is there all along.
+        """Return a stage's peak: what it takes itself, plus the model and what a run keeps to rebuild it.
 
-        The model, and what a run keeps to rebuild it.
+        Args:
+            device: bytes that the stage takes on the device.
+            tasks: number of tasks whose subspaces are kept.
+            host: bytes that the stage takes on the host.
         """
         whole, shards = self.sharding.parameters(self.model_bytes, self.dtype.itemsize)
         # Stacked deltas are kept in fp32 and used in the model's precision.
         size = F32 + (self.dtype.itemsize if self.dtype != torch.float32 else 0)
         device += whole + size * len(self.work) * sum(map(self._numbers, self.stacked))
-        host += shards + self.kept + self.bases(tasks) + self._images
+        host += shards + self.base_copies + self.bases(tasks) + self._images
         return Peak(device + host) if self.cpu else Peak(device, host)
 
     # --- stages ----------------------------------------------------------------------------------
 
     @cached_property
     def _load(self) -> Peak:
-        """Loading, and rebuilding the model from the last task's deltas, layer by layer in fp32."""
-        plain = [
+        """Peak of loading, and of rebuilding the model from the deltas, layer by layer in fp32."""
+        summed = [
             m.in_features * m.out_features
             for name, m in self.changed.modules.items()
             if name not in self.stacked
         ]
-        largest, count = max(plain, default=0), len(self.work)
-        # The sum in fp32 and one task's ΔW, and on a GPU the base's weight that was fetched from the host.
+        largest, count = max(summed, default=0), len(self.work)
+        # The sum in fp32 and one task's ΔW, and on a GPU the base's weight fetched from the host.
         device = largest * (2 * F32 + (0 if self.cpu else self.dtype.itemsize))
         peak = self._sum(device, tasks=count, host=count * F32 * self.delta_numbers)
-        # The checkpoint's files are mapped, and their pages count as the process's. Weights that stay as they
-        # are lie in them; others are made beside.
+        # The checkpoint's files are memory-mapped, and their pages count as the process's. Weights that keep
+        # their dtype are these pages; others are new tensors.
         return (
             Peak(max(peak.device, self._reading))
             if self.cpu
@@ -187,7 +191,7 @@ class MemoryEstimate(Rehearsal):
     @cached_property
     def _basis(self) -> Peak:
         layers = self.layers.values()
-        solving = max(self._one_basis(layer) for layer in layers)
+        solving = max(self._basis_bytes(layer) for layer in layers)
         writing = SERIALISED * self.bases(0)
         return (
             self._sum(max(solving, writing), tasks=0)
@@ -195,7 +199,8 @@ class MemoryEstimate(Rehearsal):
             else self._sum(solving, tasks=0, host=writing)
         )
 
-    def _one_basis(self, layer: Layer) -> int:
+    def _basis_bytes(self, layer: Layer) -> int:
+        """Return the bytes that computing a layer's basis from its weight takes."""
         out_dim, in_dim = layer.module.out_features, layer.module.in_features
         expanded = out_dim * in_dim * self.dtype.itemsize if layer.name in self.stacked else 0
         return expanded + linear_algebra.weight_basis(
@@ -213,21 +218,21 @@ class MemoryEstimate(Rehearsal):
                 name: torch.zeros(layer.module.in_features, self.columns(layer, tasks))
                 for name, layer in layers.items()
             }
-            given = meter.live
+            before = meter.live
             statistics = {
                 name: gradient_statistic(
                     layer, bases[name], sketch_width(layer.rank) if sketched else None, 0
                 )
                 for name, layer in layers.items()
             }
-            # Where one pass falls short, further ones take no more than the first:
+            # Where one pass falls short, further ones take no more than the first, see
             # `GradientSketch.forget_range`.
-            held = meter.live - given
+            statistics_bytes = meter.live - before
             meter.peak = meter.live
             task, batch = self._task(), self._batch()
             with autocast(self.training, "cpu"), task.recomputing(self.training):
                 gradient_pass(task, self._modules(), [(batch, True)], 1, statistics)
-            beside = meter.peak - given
+            passing = meter.peak - before
         shapes = [
             (
                 layer.module.out_features,
@@ -237,11 +242,11 @@ class MemoryEstimate(Rehearsal):
             for layer in layers.values()
         ]
         solving = max(linear_algebra.gradient_directions(*shape) for shape in shapes)
-        found = sum(
+        adapters = sum(
             F32 * layer.rank * (layer.module.in_features + layer.module.out_features)
             for layer in layers.values()
         )
-        return self._sum(max(beside, held + solving + found), tasks=tasks)
+        return self._sum(max(passing, statistics_bytes + solving + adapters), tasks=tasks)
 
     @cached_property
     def _features(self) -> Peak:
@@ -255,14 +260,14 @@ class MemoryEstimate(Rehearsal):
                 name: torch.zeros(layer.module.in_features, self.columns(layer, tasks))
                 for name, layer in layers.items()
             }
-            given, held, made = meter.live, 0, {}
+            before, statistics_bytes, collected = meter.live, 0, {}
 
             def statistics(groups: list[list[str]]) -> Mapping[str, Any]:
-                nonlocal held
-                before = meter.live
+                nonlocal statistics_bytes
+                without = meter.live
                 budget = int(self.config.memory.statistics_gb * 1e9)
                 try:
-                    made.update(
+                    collected.update(
                         self.subspaces.statistics(
                             [[layers[n] for n in names] for names in groups], bases, budget, 0
                         )
@@ -274,8 +279,8 @@ class MemoryEstimate(Rehearsal):
                         f"{str(error).rstrip('.')}",
                         f"set it to {enough}, or more",
                     ) from error
-                held = meter.live - before
-                return made
+                statistics_bytes = meter.live - without
+                return collected
 
             meter.peak = meter.live
             with autocast(self.training, "cpu"):
@@ -287,20 +292,23 @@ class MemoryEstimate(Rehearsal):
                     [(self._batch(), True)],
                     statistics,
                 )
-            beside = meter.peak - given
+            passing = meter.peak - before
             solving = max(
-                self._one_extension(layers[name], statistic, tasks) for name, statistic in made.items()
+                self._extension_bytes(layers[name], statistic, tasks) for name, statistic in collected.items()
             )
-            # Sampled rows lie on the host; the rehearsal saw those of one batch.
-            sketches = [statistic for statistic in made.values() if isinstance(statistic, SketchedMoment)]
-            beside -= sum(sketch.sampled_bytes for sketch in sketches)
+            # Sampled rows are kept on the host; the rehearsal saw those of one batch.
+            sketches = [
+                statistic for statistic in collected.values() if isinstance(statistic, SketchedMoment)
+            ]
+            passing -= sum(sketch.sampled_bytes for sketch in sketches)
             precision = autocast_dtype(self.training) or self.dtype
             rows = sum(sketch.most_sampled_bytes(precision.itemsize) for sketch in sketches)
         if self.cpu:
-            return self._sum(max(beside + rows, held + rows + solving), tasks=tasks)
-        return self._sum(max(beside, held + solving), tasks=tasks, host=rows)
+            return self._sum(max(passing + rows, statistics_bytes + rows + solving), tasks=tasks)
+        return self._sum(max(passing, statistics_bytes + solving), tasks=tasks, host=rows)
 
-    def _one_extension(self, layer: Layer, statistic: Any, tasks: int) -> int:
+    def _extension_bytes(self, layer: Layer, statistic: Any, tasks: int) -> int:
+        """Return the bytes that computing a layer's new directions from its feature statistic takes."""
         in_dim = layer.module.in_features
         if isinstance(statistic, SecondMoment):
             return linear_algebra.feature_directions(
@@ -314,7 +322,7 @@ class MemoryEstimate(Rehearsal):
 
     @cached_property
     def _train(self) -> Peak:
-        """One optimiser step with Adam's states in place, and gradients where steps are accumulated."""
+        """Peak of one optimiser step with Adam's states, and with gradients where these are accumulated."""
         split, accumulated = (
             self.sharding.stage is not None,
             int(self.training.get("gradient_accumulation_steps", 1)) > 1,
@@ -343,27 +351,27 @@ class MemoryEstimate(Rehearsal):
             with autocast(self.training, "cpu"):
                 loss = task.train()(**batch)["loss"]
             loss.backward()
-            beside = meter.peak - self.model_bytes
+            training = meter.peak - self.model_bytes
             numbers, size = sum(p.numel() for p in parameters), max(p.itemsize for p in parameters)
             task.eval()
             del held, loss
         host = 0
         if split:
             states, host = self.sharding.states(numbers)
-            # The rehearsal kept the gradients whole.
-            beside += states + self.sharding.gradients(numbers, size) - numbers * size
+            # The rehearsal kept the gradients unsplit.
+            training += states + self.sharding.gradients(numbers, size) - numbers * size
         elif self.sharding.world > 1:
-            # The processes' gradients are averaged in buckets beside them.
-            beside += numbers * size
-        return self._sum(beside, tasks=len(self.work) - 1, host=host)
+            # The processes' gradients are averaged in buckets, which are copies of them.
+            training += numbers * size
+        return self._sum(training, tasks=len(self.work) - 1, host=host)
 
     def _adam_moments(self) -> int:
-        """Tensors of a parameter's size that the optimiser keeps; AdamW's two unless it is another one."""
+        """Return how many tensors of a parameter's size the optimiser keeps; AdamW keeps two."""
         return {"sgd": 0, "adafactor": 0}.get(str(self.training.get("optim", "adamw")), 2)
 
     @cached_property
     def trainable(self) -> int:
-        """Numbers that are trained in one task."""
+        """How many numbers are trained in one task."""
         with self._adapters():
             return sum(p.numel() for p in self._trained_parameters())
 
@@ -373,16 +381,16 @@ class MemoryEstimate(Rehearsal):
         tasks = len(self.work) if self.subspaces else 0
         with self._fake_model() as meter, torch.no_grad():
             answer(self.family, work, size)
-            beside = meter.peak - self.model_bytes
-        return self._sum(beside, tasks=tasks)
+            answering = meter.peak - self.model_bytes
+        return self._sum(answering, tasks=tasks)
 
     @cached_property
     def _export(self) -> Peak:
-        """Host memory of the costliest form, which is compared in fp32 on a few examples.
+        """Peak of the most expensive form of export, whose logits are compared in fp32 on a few examples.
 
-        Whether the base is stored in 16 bits or in 32, the model is there in both at once at some time: as it
-        is read, as a merged one is written or turned into fp32, or as the process that loads it again turns
-        it into bf16.
+        Whether the base is stored in 16 bits or in 32, both forms of the model are in host memory at some
+        time: when it is read, when a merged one is written or converted to fp32, or when the process that
+        loads it again converts it to bf16.
         """
         with self._fake_model() as meter, torch.no_grad():
             self._task()(**repeated(self.largest.example, min(EXPORT_EXAMPLES, self.largest.test)))

@@ -1,4 +1,4 @@
-"""A run's memory, disk and steps as plain data, and the smallest change that makes it fit."""
+"""A run's memory, disk space and steps as dataclasses, and the smallest change that makes it fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llava_keeplora.plan.workload import Work, read_work
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.steps import optimiser_steps
 
-#: Dotted key → value; `gpus` stands for the machine's.
+#: Dotted key of a setting → value; the key `gpus` is the machine's number of GPUs.
 Changes = Mapping[str, Any]
 BATCH, ACCUMULATION, DEEPSPEED = (
     "training.per_device_train_batch_size",
@@ -39,21 +39,22 @@ CHECKPOINTING, EVALUATION, STATISTICS = (
     "evaluation.batch_size",
     "memory.statistics_gb",
 )
+#: Most GPUs that a plan proposes.
 MOST_GPUS = 8
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage needs.
+    """Estimate for one stage.
 
     Args:
         stage: its name.
-        device: peak bytes on each GPU; of the process on a CPU machine.
-        host: peak bytes of a process beside its GPU; 0 on a CPU machine.
-        fits: whether the device has them. Host memory beside GPUs is told and not judged: the machine may be
-            another one.
-        changes: settings with which this stage and all above it fit; None where none was found, or nothing is
-            needed.
+        device: peak bytes on each GPU; of the process on a machine without GPUs.
+        host: peak bytes in host memory of a process that has a GPU; 0 on a machine without GPUs.
+        fits: whether the device has enough memory. Host memory next to GPUs is reported but not judged, as
+            the run may take place on another machine.
+        changes: settings with which this stage and all before it fit; None where no such settings are known,
+            or none are needed.
     """
 
     stage: str
@@ -65,18 +66,18 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """What one labelled method needs.
+    """Estimate for one method of a run.
 
     Args:
         label: the method's label.
-        stages: in their order.
-        trainable: numbers that are trained in a task.
-        stored: numbers of a task's delta.
-        disk_task: bytes that a task leaves in the run folder.
-        disk_base: bytes before the first task.
+        stages: its stages, in their order.
+        trainable: how many numbers are trained in a task.
+        stored: how many numbers a task's delta has.
+        disk_task: bytes that a task adds to the run folder.
+        disk_base: bytes in the run folder before the first task.
         steps: optimiser steps of every task.
-        unsure: a sentence on a rank of which the base stage alone can say whether it fits; empty where it is
-            sure to fit.
+        unsure: a sentence on a rank that the base stage may have to refuse; empty where every rank is sure to
+            fit.
     """
 
     label: str
@@ -91,16 +92,17 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs.
+    """Estimate for a run.
 
     Args:
-        machine: what it was planned for.
+        machine: the machine that it is planned for.
         model: bytes of the model.
-        tasks: names.
-        examples: to learn, of every task.
-        methods: what each needs.
+        tasks: names of the tasks.
+        examples: training examples of every task.
+        methods: an estimate for each method.
         left_out: label → why a method is not planned.
-        changes: settings with which everything fits; empty where it does as it is, None where none was found.
+        changes: settings with which everything fits; empty where none are needed, None where none of those
+            tried is enough.
     """
 
     machine: Machine
@@ -113,23 +115,23 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage does."""
+        """Whether every stage of every method fits."""
         return all(stage.fits for method in self.methods for stage in method.stages)
 
 
 def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float | None = None) -> Plan:
-    """Peak memory of every stage, disk, parameters and steps of a run, without loading its weights.
+    """Estimate peak memory of every stage, disk space, parameters and steps, without loading weights.
 
-    Methods that can't be rehearsed without data are left out and named.
+    Methods that can't be rehearsed without data are left out, and listed in `Plan.left_out`.
 
     Args:
         config: the run.
-        gpus: plan for so many GPUs; for the CPU of this machine when None.
-        gpu_memory_gb: memory of each, in 10⁹ bytes; that of this machine's when None.
+        gpus: number of GPUs to plan for; the CPU of this machine when None.
+        gpu_memory_gb: memory of each GPU, in 10⁹ bytes; that of this machine's when None.
 
     Raises:
-        ConfigError: for a configuration, a model or a machine that is none, or if no method is left.
-        RecipeError: for a recipe or data that are wrong.
+        ConfigError: the configuration, the model or the machine is not valid, or no method can be planned.
+        RecipeError: a recipe or its data are not valid.
     """
     left_out = {
         label: why for label, method in config.methods.items() if (why := _unplanned(make_method(method)))
@@ -142,59 +144,59 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
         label, why = next(iter(left_out.items()))
         raise ConfigError(f"'{label}' {why}", "run it without a plan")
     scenarios = _Scenarios(config, find_machine(gpus, gpu_memory_gb))
-    asked, found, methods = scenarios.at({}), {}, []
-    for label, rehearsal in asked.items():
+    estimates, changes, methods = scenarios.at({}), {}, []
+    for label, estimate in estimates.items():
         stages = []
-        for stage in rehearsal.stages:
-            fits, peak = scenarios.fits({}, label, stage), rehearsal.peak(stage)
-            if not fits and found is not None:
-                found = next(scenarios.fitting(found, label, stage), None)
-            stages.append(StagePlan(stage, peak.device, peak.host, fits, None if fits else found))
-        methods.append(_method_plan(label, rehearsal, tuple(stages), max(1, scenarios.machine.gpus)))
+        for stage in estimate.stages:
+            fits, peak = scenarios.fits({}, label, stage), estimate.peak(stage)
+            if not fits and changes is not None:
+                changes = next(scenarios.fitting(changes, label, stage), None)
+            stages.append(StagePlan(stage, peak.device, peak.host, fits, None if fits else changes))
+        methods.append(_method_plan(label, estimate, tuple(stages), max(1, scenarios.machine.gpus)))
     work = scenarios.work
     return Plan(
         scenarios.machine,
-        rehearsal.model_bytes,
+        estimate.model_bytes,
         tuple(w.name for w in work),
         tuple(w.train for w in work),
         tuple(methods),
         left_out,
-        found,
+        changes,
     )
 
 
 def _unplanned(method: Method) -> str | None:
-    """Return why a plan cannot estimate a method; None where it can."""
+    """Return why a plan cannot estimate a method (the predicate of a sentence); None where it can."""
     if not method.uses_lora:
-        return "does not train LoRA adapters, and a plan knows nothing else"
+        return "does not train LoRA adapters, and a plan estimates nothing else"
     if Stage.PREPARED in method.stage_cost and method.subspace_plan() is None:
-        return "prepares its adapters from data, which a plan has none of"
+        return "initializes its adapters from data, which a plan does not read"
     return None
 
 
 def _method_plan(
-    label: str, rehearsal: MemoryEstimate, stages: tuple[StagePlan, ...], world: int
+    label: str, estimate: MemoryEstimate, stages: tuple[StagePlan, ...], world: int
 ) -> MethodPlan:
-    config, work = rehearsal.config, rehearsal.work
+    config, work = estimate.config, estimate.work
     adapters = (
-        sum(F32 * layer.rank * layer.module.in_features for layer in rehearsal.layers.values())
-        if rehearsal.subspaces
+        sum(F32 * layer.rank * layer.module.in_features for layer in estimate.layers.values())
+        if estimate.subspaces
         else 0
     )
-    grown = (rehearsal.bases(len(work)) - rehearsal.bases(0)) // len(work)
+    growth = (estimate.bases(len(work)) - estimate.bases(0)) // len(work)
     answers = sum(w.predictions for w in work)
     return MethodPlan(
         label,
         stages,
-        rehearsal.trainable,
-        rehearsal.delta_numbers,
-        F32 * rehearsal.delta_numbers + adapters + grown + answers,
-        rehearsal.bases(0) + answers,
+        estimate.trainable,
+        estimate.delta_numbers,
+        F32 * estimate.delta_numbers + adapters + growth + answers,
+        estimate.bases(0) + answers,
         tuple(
             optimiser_steps(training, w.train, world)
             for w, training in zip(work, config.trainings(label), strict=True)
         ),
-        _unsure_rank(rehearsal.layers.values()) if rehearsal.protects_weights else "",
+        _unsure_rank(estimate.layers.values()) if estimate.protects_weights else "",
     )
 
 
@@ -218,47 +220,47 @@ def _unsure_rank(layers: Iterable[Layer]) -> str:
 
 
 class _Scenarios:
-    """The run under changed settings, rehearsed when asked for.
+    """Estimates of a run under changed settings, each computed when it is first needed.
 
     Args:
         config: the run as it is.
-        machine: where.
+        machine: the machine that it is planned for.
     """
 
     def __init__(self, config: RunConfig, machine: Machine):
         self.config, self.machine = config, machine
-        self._made: dict[str, dict[str, MemoryEstimate]] = {}
+        self._estimates: dict[str, dict[str, MemoryEstimate]] = {}
         self.work: list[Work] = []
         self.at({})
 
     def at(self, changes: Changes) -> dict[str, MemoryEstimate]:
-        """Label → rehearsal."""
+        """Return label → estimate under some changes."""
         key = repr(sorted(changes.items()))
-        if key not in self._made:
-            self._made[key] = self._make(
+        if key not in self._estimates:
+            self._estimates[key] = self._estimate(
                 _changed(self.config, changes), changes.get("gpus", self.machine.gpus)
             )
-        return self._made[key]
+        return self._estimates[key]
 
-    def _make(self, config: RunConfig, gpus: int) -> dict[str, MemoryEstimate]:
+    def _estimate(self, config: RunConfig, gpus: int) -> dict[str, MemoryEstimate]:
         family = open_model(config.model, config.evaluation)
         changed = changed_layers(config, family)
         self.work = self.work or read_work(config, family, changed, max(1, gpus))
         text = getattr(family.model.config, "text_config", family.model.config)
         sharding = read_sharding(deepspeed_config(config), max(1, gpus), text.hidden_size)
-        kept = 0 if sharding.partitions else kept_bytes(changed.values())
+        base_copies = 0 if sharding.partitions else kept_bytes(changed.values())
         planned = {
             label: method for label, method in config.methods.items() if not _unplanned(make_method(method))
         }
         return {
-            label: MemoryEstimate(config, method, family, self.work, sharding, gpus == 0, kept)
+            label: MemoryEstimate(config, method, family, self.work, sharding, gpus == 0, base_copies)
             for label, method in planned.items()
         }
 
     def fits(self, changes: Changes, label: str, stage: str) -> bool:
-        """Whether a stage does under these changes."""
+        """Return whether a stage fits under some changes."""
         try:
-            return self.at(changes)[label].peak(stage).device <= self.machine.room
+            return self.at(changes)[label].peak(stage).device <= self.machine.available
         except ConfigError:
             # Statistics that are too small for a sketch, or settings that exclude each other.
             if not changes:
@@ -266,19 +268,19 @@ class _Scenarios:
             return False
 
     def fitting(self, start: Changes, label: str, stage: str) -> Iterator[Changes]:
-        """Changes on top of others with which a stage fits, the smallest first."""
+        """Yield changes on top of those of `start` with which a stage fits, the smallest first."""
         for heavy in self._heavy(start):
             base = {**start, **heavy}
             lights = [{}, *self._light(_changed(self.config, base), label, stage)]
-            # The last one takes the least memory, and where even that is too much, the others needn't be
-            # tried; but a budget of statistics may be too small for any sketch.
+            # The last one takes the least memory; where even that is too much, the others needn't be tried.
+            # Not so for features, where a small budget may be too small for any sketch.
             if stage == "features" or self.fits({**base, **lights[-1]}, label, stage):
                 yield from (
                     {**base, **light} for light in lights if self.fits({**base, **light}, label, stage)
                 )
 
     def _light(self, config: RunConfig, label: str, stage: str) -> list[Changes]:
-        """Changes to how a step is computed, from the smallest to the one that saves most."""
+        """Return changes to how a step is computed, from the smallest to the one that saves most."""
         batches = list(_smaller_batches(config.methods[label].training))
         if stage in ("gradient", "train"):
             more = {CHECKPOINTING: True}
@@ -303,7 +305,7 @@ class _Scenarios:
         )
 
     def _heavy(self, start: Changes) -> Iterator[Changes]:
-        """Nothing; half precision; a quantised base; weights and states in shards; more GPUs."""
+        """Yield no change, half precision, a quantised base, ZeRO-2 and ZeRO-3, and then more GPUs."""
         config = _changed(self.config, start)
         half = {} if config.model.dtype == "bfloat16" else {"model.dtype": "bfloat16"}
         yield {}
@@ -340,7 +342,7 @@ def _zero(stage: int) -> dict[str, Any]:
 
 
 def _smaller_batches(training: Mapping[str, Any]) -> Iterator[Changes]:
-    """Halves of a batch that keep the examples of a step."""
+    """Return smaller and smaller batches, with as many accumulation steps as keep the examples of a step."""
     size, steps = (
         int(training.get("per_device_train_batch_size", 8)),
         int(training.get("gradient_accumulation_steps", 1)),
@@ -350,7 +352,10 @@ def _smaller_batches(training: Mapping[str, Any]) -> Iterator[Changes]:
 
 
 def _same_examples(config: RunConfig, factor: int) -> Changes:
-    """So many times the processes, and as many examples a step, where these can be divided."""
+    """Return the batch settings with which `factor` times the processes keep the examples of a step.
+
+    Empty where the examples of a step cannot be divided by the factor.
+    """
     training = next(iter(config.methods.values())).training
     size, steps = (
         int(training.get("per_device_train_batch_size", 8)),
@@ -358,12 +363,12 @@ def _same_examples(config: RunConfig, factor: int) -> Changes:
     )
     if factor == 1 or size * steps % factor:
         return {}
-    own = math.gcd(size, size * steps // factor)
-    return {BATCH: own, ACCUMULATION: size * steps // factor // own}
+    batch = math.gcd(size, size * steps // factor)
+    return {BATCH: batch, ACCUMULATION: size * steps // factor // batch}
 
 
 def _changed(config: RunConfig, changes: Changes) -> RunConfig:
-    """A run with some settings replaced, in every method."""
+    """Return a run's configuration with some settings replaced, in every method."""
     for key, value in changes.items():
         section, _, name = key.partition(".")
         if section == "training":

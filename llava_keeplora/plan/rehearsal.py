@@ -1,4 +1,4 @@
-"""One method of a run on a model without weights: its adapters, its task and a batch, on fake tensors."""
+"""A model without weights, prepared for one method of a run: its adapters, its task and a batch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from llava_keeplora.plan.workload import Work, repeated
 
 
 class Rehearsal:
-    """One method of a run on a kind of machine.
+    """One method of a run on a kind of machine, to be executed on fake tensors.
 
     Args:
         config: the run.
         method: the method.
         family: the model; its `model` is a skeleton.
         work: the tasks.
-        sharding: how training is spread.
-        cpu: whether there is no GPU.
-        kept: bytes of the base's copies that a run keeps of all layers that any method changes.
+        sharding: how training is distributed.
+        cpu: whether the run has no GPU.
+        base_copies: bytes of the base's weights that a run copies, of all layers that any method changes.
     """
 
     def __init__(
@@ -41,16 +41,10 @@ class Rehearsal:
         work: Sequence[Work],
         sharding: Sharding,
         cpu: bool,
-        kept: int,
+        base_copies: int,
     ):
-        self.config, self.family, self.work, self.sharding, self.cpu, self.kept = (
-            config,
-            family,
-            work,
-            sharding,
-            cpu,
-            kept,
-        )
+        self.config, self.family, self.work = config, family, work
+        self.sharding, self.cpu, self.base_copies = sharding, cpu, base_copies
         self.method, self.training = make_method(method), method.training
         self.changed = find_layers(method.parts, family)
         self.layers = self.changed.adapted
@@ -61,7 +55,7 @@ class Rehearsal:
         )
 
     def _trained_parameters(self) -> list[nn.Parameter]:
-        """Inside `_adapters`: what is trained."""
+        """Return the parameters that are trained; call it inside `_adapters`."""
         return [p for p in self.family.model.parameters() if p.requires_grad]
 
     @contextmanager
@@ -85,13 +79,13 @@ class Rehearsal:
 
     @contextmanager
     def _adapters(self) -> Iterator[None]:
-        """The skeleton with adapters, as training has them."""
+        """Attach the adapters that training uses to the skeleton, for the length of a block."""
         model, layers = self.family.model, self.layers
         if self.subspaces:
             inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
         else:
             inits = self.method.init_adapters(
-                TaskContext(1, self.largest.name, layers, _refused, _refused, 0, 0)
+                TaskContext(1, self.largest.name, layers, _refuse_pass, _refuse_pass, 0, 0)
             )
         with torch.device("meta"):
             wrapper = attach(model, inits, self.method.dropout)
@@ -116,7 +110,12 @@ def _rank(layer: Layer) -> int:
     return min(layer.rank, layer.module.in_features, layer.module.out_features)
 
 
-def _refused(*args: Any) -> None:
+def _refuse_pass(*args: Any) -> None:
+    """Refuse a method that calls for a pass over data.
+
+    Raises:
+        ConfigError: always.
+    """
     raise ConfigError(
-        "this method prepares its adapters from data, which a plan has none of", "run it without a plan"
+        "this method initializes its adapters from data, which a plan does not read", "run it without a plan"
     )

@@ -1,9 +1,9 @@
-"""What a DeepSpeed JSON and the number of processes do to the memory of training.
+"""Memory of training under a DeepSpeed configuration, by its ZeRO stage and the number of processes.
 
-With P trained and M all parameters of i bytes each, N processes, Adam's states and the fp32 master copy
-(Rajbhandari et al., ZeRO, 2020, section 3): ZeRO-1 splits 12 P bytes of them N ways, ZeRO-2 the gradients as
-well, ZeRO-3 the parameters as well, of which those in use are gathered. Buckets are allocated whole, whatever
-there is to send.
+With P trained parameters and N processes, Adam's states and the fp32 master copy take 12 P bytes
+(Rajbhandari et al., ZeRO, 2020, section 3). ZeRO-1 splits these N ways, ZeRO-2 the gradients as well, ZeRO-3
+the parameters as well, of which those in use are gathered. Buckets are allocated at their full size, however
+little is sent.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 from llava_keeplora.config import as_mapping
 from llava_keeplora.errors import ConfigError
 
-# DeepSpeed's own defaults.
+#: DeepSpeed's defaults of `reduce_bucket_size` and `stage3_max_live_parameters`, in numbers.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How training is spread.
+    """Distribution of training over processes.
 
     Args:
         world: N, the number of processes.
-        stage: of ZeRO; None without DeepSpeed.
+        stage: ZeRO's stage; None without DeepSpeed.
         bucket: numbers of a reduce bucket.
-        buckets: how many of these.
-        live: numbers that ZeRO-3 keeps gathered at most.
-        optimizer_on_host: whether Adam's states and the master copy live in host memory.
-        parameters_on_host: whether ZeRO-3's shards do.
+        buckets: how many of these there are.
+        live: most numbers that ZeRO-3 keeps gathered.
+        optimizer_on_host: whether Adam's states and the master copy are in host memory.
+        parameters_on_host: whether ZeRO-3's shards are.
     """
 
     world: int = 1
@@ -47,25 +47,22 @@ class Sharding:
         return self.stage == 3
 
     def states(self, trained: int) -> tuple[int, int]:
-        """Bytes of Adam's states and the master copy of so many trained numbers.
-
-        On the device, on the host.
-        """
+        """Return the bytes of Adam's states and the master copy of `trained` numbers: on device, on host."""
         share = 12 * trained // (self.world if self.stage else 1)
         return (0, share) if self.optimizer_on_host else (share, 0)
 
     def gradients(self, trained: int, size: int) -> int:
-        """Bytes of gradients and buckets on the device.
+        """Return the bytes of gradients and buckets on the device.
 
         Args:
-            trained: numbers.
+            trained: how many numbers are trained.
             size: bytes of one.
         """
-        kept = trained * size // (self.world if self.stage >= 2 else 1)
-        return kept + self.bucket * size * self.buckets
+        share = trained * size // (self.world if self.stage >= 2 else 1)
+        return share + self.bucket * size * self.buckets
 
     def parameters(self, whole: int, size: int) -> tuple[int, int]:
-        """Bytes of the model's parameters while something computes with them: on the device, on the host.
+        """Return the bytes of the model's parameters while they are used: on device, on host.
 
         Args:
             whole: bytes of the unsplit model.
@@ -78,12 +75,15 @@ class Sharding:
 
 
 def read_sharding(deepspeed: Mapping[str, Any] | None, world: int, hidden: int) -> Sharding:
-    """Read a DeepSpeed configuration.
+    """Read how a DeepSpeed configuration distributes training.
 
     Args:
-        deepspeed: its content, or None.
+        deepspeed: its content, or None without DeepSpeed.
         world: number of processes.
-        hidden: width of the model, for `auto` sizes as `transformers` works them out.
+        hidden: width of the model, from which `transformers` derives `auto` sizes.
+
+    Raises:
+        ConfigError: a size is not a number.
     """
     if deepspeed is None:
         return Sharding(world)
@@ -114,14 +114,14 @@ def _on_host(zero: Mapping[str, Any], key: str) -> bool:
     )
 
 
-def _size(zero: Mapping[str, Any], key: str, usual: int) -> int:
-    """A number as DeepSpeed's JSON has it, such as 5e8.
+def _size(zero: Mapping[str, Any], key: str, default: int) -> int:
+    """Read a size of a DeepSpeed configuration, which may be written as 5e8.
 
     Raises:
-        ConfigError: for what is none.
+        ConfigError: the value is not a number.
     """
     try:
-        return int(float(zero.get(key, usual)))
+        return int(float(zero.get(key, default)))
     except (TypeError, ValueError):
         raise ConfigError(
             f"the DeepSpeed configuration has zero_optimization.{key} {zero[key]!r}",

@@ -1,4 +1,4 @@
-"""A plan as text for a person."""
+"""A plan as plain text, for the terminal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from llava_keeplora.plan.plan import Changes, Plan
 
 
 def describe(plan: Plan) -> str:
-    """A plan as plain-text tables.
+    """Format a plan as plain-text tables.
 
-    Memory with a verdict for every stage, then parameters and disk, then steps.
+    The first has the memory of every stage with a verdict, the second parameters and disk space, the third
+    the steps.
     """
     lines = [
-        f"planned for {plan.machine}, {plan.machine.room / GB:.1f} GB of it for the run; the model takes "
-        f"{plan.model / GB:.2f} GB",
+        f"planned for {plan.machine}, {plan.machine.available / GB:.1f} GB of it for the run; "
+        f"the model takes {plan.model / GB:.2f} GB",
         "",
     ]
-    beside = plan.machine.gpus > 0
-    rows = [["method", "stage", "GB per GPU" if beside else "GB", *["host GB"] * beside, "verdict"]]
+    on_gpu = plan.machine.gpus > 0
+    rows = [["method", "stage", "GB per GPU" if on_gpu else "GB", *["host GB"] * on_gpu, "verdict"]]
     for method in plan.methods:
         for stage in method.stages:
             verdict = (
@@ -35,7 +36,7 @@ def describe(plan: Plan) -> str:
                     method.label,
                     stage.stage,
                     f"{stage.device / GB:.2f}",
-                    *[f"{stage.host / GB:.2f}"] * beside,
+                    *[f"{stage.host / GB:.2f}"] * on_gpu,
                     verdict,
                 ]
             )
@@ -59,7 +60,7 @@ def describe(plan: Plan) -> str:
 
 
 def refusal(plan: Plan) -> tuple[str, str] | None:
-    """What does not fit, and what to do; None where everything does."""
+    """Return what does not fit and the cure, as two halves of an error; None where everything fits."""
     short = [
         (stage.device, method.label, stage.stage)
         for method in plan.methods
@@ -80,7 +81,7 @@ def refusal(plan: Plan) -> tuple[str, str] | None:
 
 
 def changes_text(changes: Changes) -> str:
-    """Changes as they are typed."""
+    """Format changes as arguments of the command line."""
     return " ".join(
         f"--gpus {value}" if key == "gpus" else shlex.quote(f"{key}={_yaml(value)}")
         for key, value in changes.items()

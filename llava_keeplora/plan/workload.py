@@ -80,7 +80,7 @@ class Work:
 
 
 def repeated(batch: Batch, times: int) -> dict[str, Tensor]:
-    """A batch of so many times the same example; its floating-point tensors are made anew, as zeros."""
+    """Repeat a batch of one example `times` times; its floating-point tensors become zeros on the device."""
     return {
         key: torch.zeros(times * len(value), *value.shape[1:])
         if value.is_floating_point()
@@ -213,7 +213,7 @@ def _on_meta(batch: Batch) -> dict[str, Tensor]:
 
 
 def _assumed(family: LlavaFamily) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """An example of one image, a question of `QUESTION` tokens and an answer of `ANSWER`."""
+    """Return an example of one image, a question of `QUESTION` tokens and an answer of `ANSWER`."""
     config = family.config
     if config.model_type != "llava":
         raise ConfigError(

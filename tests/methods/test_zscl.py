@@ -363,7 +363,7 @@ def test_parts_of_a_method_without_adapters_are_refused_in_a_sentence(refused):
 def test_a_plan_refuses_it_in_a_sentence(run_config, tmp_path):
     with pytest.raises(
         ConfigError,
-        match="'zscl' does not train LoRA adapters, and a plan knows nothing else; run it without a plan",
+        match="'zscl' does not train LoRA adapters.*run it without a plan",
     ):
         make_plan(run_config(tmp_path / "run", methods={"zscl": {}}))
 

@@ -306,15 +306,15 @@ def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tre
 def test_a_plan_leaves_out_and_names_what_it_cannot_rehearse_and_refuses_where_nothing_is_left(
     run_tree, tmp_path
 ):
-    why = "prepares its adapters from data, which a plan has none of"
-    with pytest.raises(ConfigError, match=f"'inflora' {why}; run it without a plan"):
+    why = "initializes its adapters from data"
+    with pytest.raises(ConfigError, match=f"'inflora' {why}.*run it without a plan"):
         make_plan(parse_config(run_tree(tmp_path / "run", methods={"inflora": {}})))
     plan = make_plan(parse_config(run_tree(tmp_path / "run", methods={name: {} for name in LEARNING})))
     assert [method.label for method in plan.methods] == [
         name for name in LEARNING if name not in plan.left_out
     ]
     assert list(plan.left_out) == ["inflora", "zscl", "moe-adapters", "iap"]
-    assert f"\nnot planned: 'inflora' {why}\n" in describe(
+    assert f"\nnot planned: 'inflora' {why}" in describe(
         plan
     ) and "not planned: 'iap' does not train LoRA adapters" in describe(plan)
 
@@ -328,6 +328,6 @@ def test_a_method_without_adapters_takes_no_parts_and_no_plan_in_a_sentence(run_
         parse_config(run_tree(tmp_path / "run", methods={method: {"parts": {"vision": {"rank": 4}}}}))
     with pytest.raises(
         ConfigError,
-        match=f"'{method}' does not train LoRA adapters, and a plan knows nothing else; run it without a plan",
+        match=f"'{method}' does not train LoRA adapters.*run it without a plan",
     ):
         make_plan(parse_config(run_tree(tmp_path / "run", methods={method: {}})))
