@@ -1,4 +1,4 @@
-"""Pictures and a page from matrices and protected subspaces, of data in memory or of a run folder."""
+"""Reports of results: tables, plots and an HTML page, from data in memory or from run folders."""
 
 from llava_keeplora.report.capacity import protected_fraction_plot
 from llava_keeplora.report.errors import ReportError

@@ -1,4 +1,4 @@
-"""How much of each layer's input space is protected, stage after stage."""
+"""Plot of the protected fraction of each layer's input space, stage after stage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def protected_fraction_plot(
     Args:
         capacity: one mapping per stage, layer name -> ``{"in": int, "k": int, "part": str}``; stage 0 is the
             weight basis alone, then one stage after each task. A layer absent from a stage leaves a gap.
-        path: the file, with or without ``.png``; an SVG is written beside it.
+        path: the file, with or without ``.png``; an SVG is written next to it.
         stages: a name for every stage; "weights", "task 1", ... when None.
 
     Returns:
@@ -40,7 +40,7 @@ def protected_fraction_plot(
     Raises:
         ReportError: no stage, no layer, a layer without ``in``, ``k`` and ``part``, k not in 0..in, or
             another number of names than stages.
-        OSError: the folder is missing, or the disk refuses.
+        OSError: the folder is missing or cannot be written to.
     """
     return save(draw_protected_fraction(capacity, stages), path)
 
@@ -96,7 +96,7 @@ def layer_lines(values: Sequence[dict[tuple[str, str], float]]) -> LayerLines:
 
     A stage without a number for a layer gives NaN.
     """
-    # Files keep names in alphabetical order, where layer 10 comes before layer 2; parts stay in theirs.
+    # Files list layers alphabetically, layer 10 before layer 2; parts keep the order of the files.
     names = dict.fromkeys(key for stage in values for key in stage)
     parts: dict[str, dict[str, list[float]]] = {part: {} for part, _ in names}
     for part, name in sorted(names, key=lambda key: _natural(key[1])):

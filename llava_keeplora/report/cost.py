@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
-#: What a stage is called for a reader; the others take no time worth a bar.
+#: Stage → its name in plots and tables; the other stages take too little time to show.
 STAGES = {
     Stage.PREPARED: "prepare the adapters",
     Stage.TRAINED: "train",
@@ -65,13 +65,13 @@ def _gib(cost: Cost) -> float | None:
 
 
 def _draw_bars(axes, values: dict[str, list[float | None]], palette: Palette) -> None:
-    thick = 0.8 / len(values)
+    height = 0.8 / len(values)
     for position, (name, line) in enumerate(values.items()):
-        place = [row + (position - (len(values) - 1) / 2) * thick for row in range(len(line))]
+        centres = [row + (position - (len(values) - 1) / 2) * height for row in range(len(line))]
         axes.barh(
-            place,
+            centres,
             [math.nan if value is None else value for value in line],
-            thick,
+            height,
             label=name,
             **fill(position, palette),
         )

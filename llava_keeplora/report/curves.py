@@ -1,7 +1,4 @@
-"""Methods against each other, a line each.
-
-Every task's score, what is forgotten of it, and the training loss.
-"""
+"""Plots that compare methods, a line each: every task's score, its forgetting, and the training loss."""
 
 from __future__ import annotations
 
@@ -26,7 +23,10 @@ Points = Sequence[tuple[float, Sequence[float]]]
 
 
 def draw_curves(results: Results, palette: Palette) -> Figure:
-    """Plot every task's score over the stages, one panel per task; dashed, the stage that learned it."""
+    """Plot every task's score over the stages, one panel per task.
+
+    A dashed line marks the stage that learned the task.
+    """
     tasks = _tasks(results)
 
     def points(trials: Sequence[Trial], i: int) -> Points:
@@ -75,8 +75,8 @@ def draw_losses(results: Results, palette: Palette) -> Figure | None:
 def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
     """Plot the drop of each task's score since it was learned.
 
-    Left the mean after every task, right each task's drop by the last stage. None before the second task is
-    scored.
+    The left panel has the mean over the earlier tasks after every task, the right one each task's drop by the
+    last stage. Returns None before the second task is scored.
     """
     tasks, order = _tasks(results), list(results)
     drops = {name: [_drops(trial.matrix) for trial in trials] for name, trials in results.items()}
@@ -89,17 +89,17 @@ def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
         return None
     figure = new_figure((10.4, 1.6 + max(2.0, 0.3 * len(tasks))), palette)
     over, by = figure.subplots(1, 2)
-    thick = 0.8 / len(means)
+    height = 0.8 / len(means)
     for row, (name, points) in enumerate(means.items()):
         draw_line(over, points, name, order.index(name))
         last = points[-1][0] - 1
         ends = [[rows[last][i] for rows in drops[name]] for i in range(last)]
         spreads = [deviation(values) for values in ends] if len(drops[name]) > 1 else None
-        place = [i + (row - (len(means) - 1) / 2) * thick for i in range(last)]
+        centres = [i + (row - (len(means) - 1) / 2) * height for i in range(last)]
         by.barh(
-            place,
+            centres,
             [mean(values) for values in ends],
-            thick,
+            height,
             xerr=spreads,
             ecolor=palette.ink,
             **fill(order.index(name), palette),
@@ -124,9 +124,9 @@ def _tasks(results: Results) -> list[str]:
 
 
 def _drops(matrix: Matrix) -> list[list[float | None]]:
-    """Return in row t, column i how far task i has fallen from its score right after it was learned.
+    """Return a matrix: row t, column i is the drop of task i since right after it was learned, after task t.
 
-    None where not measured.
+    Cells that are not measured are None.
     """
     start = [matrix.rows[i][i] for i in range(len(matrix.tasks))]
     return [
@@ -157,7 +157,7 @@ def _per_task(
             if drawn := points(trials, i):
                 draw_line(axes, drawn, name, position)
         axes.set_title(
-            _fitted(f"{i + 1} {task}"), color=palette.ink, loc="left", fontsize=9, fontweight="bold"
+            _shorten(f"{i + 1} {task}"), color=palette.ink, loc="left", fontsize=9, fontweight="bold"
         )
         bare(axes, palette)
         axes.tick_params(labelsize=8)
@@ -181,13 +181,13 @@ def draw_line(axes, points: Points, name: str, position: int) -> None:
         linewidth=1.6,
         **style(position),
     )
-    around = np.array([deviation(values) or 0.0 for _, values in points])
-    if around.any():
+    deviations = np.array([deviation(values) or 0.0 for _, values in points])
+    if deviations.any():
         axes.fill_between(
-            xs, means - around, means + around, color=style(position)["color"], alpha=0.2, linewidth=0
+            xs, means - deviations, means + deviations, color=style(position)["color"], alpha=0.2, linewidth=0
         )
 
 
-def _fitted(name: str, length: int = 30) -> str:
+def _shorten(name: str, length: int = 30) -> str:
     """Shorten a title that would reach into the next panel."""
     return name if len(name) <= length else f"{name[: length - 1]}…"

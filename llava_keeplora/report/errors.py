@@ -1,4 +1,4 @@
-"""What a user can get wrong in a report."""
+"""The error of a report that cannot be made."""
 
 from __future__ import annotations
 

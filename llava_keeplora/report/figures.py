@@ -1,7 +1,4 @@
-"""Shared parts of all plots.
-
-A palette, lines that can be told apart, and files made without matplotlib's global state.
-"""
+"""Shared parts of all plots: palette, line styles, and files written without matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -20,20 +17,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-#: Okabe and Ito's colours (2008), told apart by colour-blind readers, in the order that keeps neighbours
-#: apart.
+#: Okabe and Ito's colours (2008), which colour-blind readers can distinguish, ordered so that neighbours
+#: differ most.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-#: Inches that an entry of a legend takes beside its letters, and each letter.
+#: Width in inches of an entry of a legend without its text, and of each of its letters.
 LEGEND_MARK, LEGEND_LETTER = 0.6, 0.085
-#: With as many line styles, three times as many lines can be told apart.
+#: Line styles, used once the colours have run out: with three, 18 lines can be distinguished.
 STYLES = ("-", "--", ":")
-#: And as many bars.
+#: The same for bars.
 HATCHES = ("", "////", "....")
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of a plot: paper, ink, what stands back, and the part of viridis that shows on the paper."""
+    """Colours of a plot.
+
+    Args:
+        paper: the background.
+        ink: text and lines.
+        faint: grid and frames.
+        visible: the range of the colour map viridis that contrasts with the background.
+    """
 
     paper: str
     ink: str
@@ -42,16 +46,16 @@ class Palette:
 
 
 LIGHT = Palette(paper="#ffffff", ink="#1c2024", faint="#c4c9cf", visible=(0.0, 0.88))
-#: Colours of a PNG: enough for soft edges of six lines or for a map's scale, and a fifth of the bytes of all
-#: colours.
+#: Number of colours of a PNG: enough for anti-aliased lines of six colours or for a map's scale, at a fifth
+#: of the size.
 PNG_COLOURS = 64
 
 
 def new_figure(size: tuple[float, float], palette: Palette) -> Figure:
-    """Return an empty figure of a size in inches, on the palette's paper.
+    """Return an empty figure of a size in inches, with the palette's background.
 
-    matplotlib is imported here and where else a picture is drawn, because a run draws at its end and would
-    wait for it at its start.
+    matplotlib is imported by the functions that draw, not by the modules: a run draws at its end only, and
+    must not wait for the import at its start.
     """
     from matplotlib.figure import Figure
 
@@ -59,7 +63,7 @@ def new_figure(size: tuple[float, float], palette: Palette) -> Figure:
 
 
 def style(position: int) -> dict[str, str]:
-    """Return colour and line style of the method at a position; the same in every plot of a page."""
+    """Return colour and line style of the method at a position, the same in every plot of a page."""
     return {
         "color": COLOURS[position % len(COLOURS)],
         "linestyle": STYLES[position // len(COLOURS) % len(STYLES)],
@@ -116,20 +120,20 @@ def encode(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {}  # no clock in the file
     figure.savefig(buffer, format=kind, dpi=DPI, facecolor=figure.get_facecolor(), metadata=metadata)
-    # Where every artist lies is found out once; the other kind of file is drawn at the same places.
+    # The layout is computed once; the second file is drawn with the same one.
     figure.set_layout_engine("none")
     return buffer.getvalue() if kind == "svg" else _with_few_colours(buffer)
 
 
 def _with_few_colours(png: io.BytesIO) -> bytes:
     picture = Image.open(png).convert("RGB")
-    few = picture.quantize(PNG_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    # The paper's own colour and not a mean around it: it has to be that of the page.
-    palette, corner = few.getpalette(), 3 * few.getpixel((0, 0))
+    quantized = picture.quantize(PNG_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    # Quantization may shift the background's colour a little, but it must be exactly the page's.
+    palette, corner = quantized.getpalette(), 3 * quantized.getpixel((0, 0))
     palette[corner : corner + 3] = list(picture.getpixel((0, 0)))
-    few.putpalette(palette)
+    quantized.putpalette(palette)
     smaller = io.BytesIO()
-    few.save(smaller, "PNG", optimize=True)
+    quantized.save(smaller, "PNG", optimize=True)
     return smaller.getvalue()
 
 
@@ -138,14 +142,14 @@ def save(figure: Figure, path: str | Path, png: bytes | None = None) -> list[Pat
 
     Args:
         figure: what to draw.
-        path: the file without, or with either, ending; its folder must exist.
+        path: the file, without a suffix or with ``.png`` or ``.svg``; its folder must exist.
         png: ``encode(figure, "png")`` where the caller has it already.
 
     Returns:
         The PNG's path and the SVG's.
 
     Raises:
-        OSError: the folder is missing, or the disk refuses.
+        OSError: the folder is missing or cannot be written to.
     """
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path

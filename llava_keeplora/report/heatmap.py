@@ -1,4 +1,4 @@
-"""Heat maps of the matrix: the score of every task after every stage."""
+"""Heat maps of the accuracy matrix: the score of every task after every stage."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = "viridis"
-#: Columns up to which the cells hold their numbers; the tables have all of them.
+#: Most columns with which the cells show their numbers; the tables always do.
 MOST_NUMBERS = 20
-GAP = 0.25  # rows of air between the zero-shot row and the trained ones
+GAP = 0.25  # rows between the zero-shot row and the trained ones
 
 
 def heatmap(matrix: Matrix, path: str | Path, title: str = "") -> list[Path]:
     """Draw an annotated heat map of a matrix, the zero-shot row on top and the diagonal outlined.
 
-    Left of the outline a task is remembered; right of it, it has not been learned yet.
+    Tasks left of the outline were learned before; those right of it have not been learned yet.
 
     Args:
         matrix: what to draw; cells not measured are left blank.
-        path: the file, with or without ``.png``; an SVG is written beside it.
-        title: a line above the picture.
+        path: the file, with or without ``.png``; an SVG is written next to it.
+        title: a line above the plot.
 
     Returns:
         The PNG's path and the SVG's.
 
     Raises:
-        OSError: the folder is missing, or the disk refuses.
+        OSError: the folder is missing or cannot be written to.
     """
     return save(draw_heatmap(matrix, title), path)
 
@@ -51,8 +51,8 @@ def draw_heatmap(
         matrix: what to draw.
         title: a line above.
         palette: its colours.
-        limits: the ends of the colour scale in percent, so that several matrices look alike where they are
-            alike; those of this matrix when None.
+        limits: the ends of the colour scale in percent, to give several matrices one scale; those of this
+            matrix when None.
     """
     top = 0 if matrix.zero_shot is None else 1 + GAP
     rows = [(top + t, row) for t, row in enumerate(matrix.rows)]
@@ -87,13 +87,13 @@ def draw_cells(
     """Draw coloured cells with their numbers in them, and the scale of the colours.
 
     Args:
-        columns: their names.
-        rows: (top, values) of each row, in rows from above.
+        columns: names of the columns.
+        rows: (top edge in units of a row's height, values) of each row.
         title: a line above.
-        unit: of the numbers.
+        unit: unit of the numbers, next to the scale.
         limits: the ends of the colour scale.
         palette: the colours.
-        precision: decimals shown.
+        precision: number of decimals.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -134,7 +134,7 @@ def colour_limits(matrices: Iterable[Matrix]) -> tuple[float, float]:
 
 def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette, precision: int) -> None:
     values = np.ma.masked_invalid([[np.nan if value is None else float(value) for value in row]])
-    # One mesh a row: a patch a cell takes most of the time of a large picture.
+    # One mesh per row: a patch per cell would take most of the time of a large plot.
     mesh = axes.pcolormesh(
         np.arange(len(row) + 1),
         [y, y + 1],
@@ -152,7 +152,7 @@ def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette, precision
     for x, value in enumerate(row):
         ink = palette.faint if value is None else _readable_on(colormaps[COLOURS](float(scale(value))))
         text = shown(value, precision, MISSING)
-        # Left out of the layout, which would otherwise measure every cell twice: seconds on eleven tasks.
+        # Left out of the layout, which would measure every cell twice: seconds with eleven tasks.
         axes.text(
             x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=9, zorder=4, in_layout=False
         )

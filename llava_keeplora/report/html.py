@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: no script, no network, its pictures inside."""
+"""A self-contained HTML page: no script, no network, plots embedded as data URIs."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ LEGEND = (
 )
 SPREAD = " Mean ± sample standard deviation (n − 1) over n seeds; pictures and matrices show means."
 CSS_PIXELS_PER_INCH = 96
-READABLE = 0.6  # of the drawn size: below, the numbers in the cells blur
+READABLE = 0.6  # smallest scale of a plot at which the numbers in its cells can be read
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as PNG bytes, with what it shows in words; on a dark page, light and dark are swapped."""
+    """A plot as PNG bytes with its caption; on a dark page, light and dark are swapped."""
 
     png: bytes
     caption: str
@@ -83,26 +83,26 @@ def render_page(title: str, results: Results, pictures: Mapping[str, Picture], s
     Args:
         title: the page's title.
         results: label -> trials, in display order.
-        pictures: in display order: ``KIND`` for those of all methods together, ``KIND/LABEL`` for a method's
-            own.
-        settings: what was run; values that are not plain are shown as JSON.
+        pictures: the plots in display order: ``KIND`` for those of all methods together, ``KIND/LABEL`` for
+            those of one method.
+        settings: the run's settings; values other than strings are shown as JSON.
     """
-    together = "".join(html_figure(name, picture) for name, picture in pictures.items() if "/" not in name)
-    together = f"<section>\n<h2>Side by side</h2>\n{together}</section>\n" if together else ""
+    joint = "".join(html_figure(name, picture) for name, picture in pictures.items() if "/" not in name)
+    joint = f"<section>\n<h2>Side by side</h2>\n{joint}</section>\n" if joint else ""
     sections = "".join(
         _run_section(label, trials, pictures)
         for label, trials in results.items()
         if f"heatmap/{label}" in pictures
     )
-    return html_page(title, f"{_summary(results)}{together}{sections}{_settings(settings)}")
+    return html_page(title, f"{_summary(results)}{joint}{sections}{_settings(settings)}")
 
 
 def html_page(title: str, body: str) -> str:
-    """Return a page with its style inside.
+    """Return a page with its style sheet embedded.
 
     Args:
-        title: as text.
-        body: as HTML.
+        title: the title as plain text.
+        body: the body as HTML.
     """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -118,8 +118,8 @@ def _summary(results: Results) -> str:
     body = "".join(_row(row, highlight=row[0] in constant) for row in summary_rows(by_name))
     spread = SPREAD if any(len(trials) > 1 for trials in results.values()) else ""
     needs = needs_rows(results)
-    asked = html_table(NEEDS_COLUMNS, html_rows(needs)) if needs else ""
-    return f"<p>{LEGEND}{spread}</p>\n{html_table(summary_header(by_name), body)}{asked}"
+    resources = html_table(NEEDS_COLUMNS, html_rows(needs)) if needs else ""
+    return f"<p>{LEGEND}{spread}</p>\n{html_table(summary_header(by_name), body)}{resources}"
 
 
 def _run_section(label: str, trials: Sequence[Trial], pictures: Mapping[str, Picture]) -> str:
@@ -151,9 +151,9 @@ def _numbers(trials: Sequence[Trial]) -> str:
 
 
 def html_figure(name: str, picture: Picture) -> str:
-    """Return a picture with its caption; the name distinguishes similar pictures for a screen reader."""
+    """Return a plot with its caption; the name distinguishes similar plots for a screen reader."""
     caption = escape(picture.caption)
-    # As large as it was drawn, smaller where the page is narrower, and scrolled before it can't be read.
+    # As large as it was drawn, smaller on a narrow page, and scrolled where it would be too small to read.
     width = round(_pixel_width(picture.png) / DPI * CSS_PIXELS_PER_INCH)
     size = f"width: min(100%, {width}px); min-width: {round(READABLE * width)}px"
     return (

@@ -1,4 +1,4 @@
-"""The same tables for a paper: LaTeX to include, CSV to compute with."""
+"""The report's tables as LaTeX, to include in a paper, and as CSV, to compute with."""
 
 from __future__ import annotations
 

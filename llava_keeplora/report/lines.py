@@ -1,4 +1,4 @@
-"""A line per layer, a panel per part of the model, and the grid of panels for many tasks."""
+"""Plots with a line per layer, in a panel per part of the model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def draw_layer_lines(parts: LayerLines, stages: Sequence[str], ylabel: str, pale
     """Plot shares in 0..1 of every layer over stages or tasks, one panel per part.
 
     Args:
-        parts: what to draw.
-        stages: a name for every position.
-        ylabel: what the numbers are.
+        parts: part -> layer -> its numbers.
+        stages: a name for every position on the x axis.
+        ylabel: label of the y axis.
         palette: the colours.
     """
     columns = min(COLUMNS, len(parts))

@@ -1,7 +1,7 @@
-"""How much of one task's input subspace lies in another's.
+"""Overlap of the tasks' input subspaces.
 
-Legend: in features of a layer, r rank, A (r, in) of a delta scale · B A: what the task's update reads of its
-input.
+Legend: in features of a layer, r rank, A (r, in) of a delta scale · B A; the rows of A span the task's input
+subspace, the directions of its input that the update reads.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ KEY = ".A"
 
 
 def overlap(paths: Sequence[Path]) -> list[list[float | None]] | None:
-    """Return the mean over the layers of ‖Q_iᵀ Q_j‖²_F / min(r_i, r_j).
+    """Return the mean over the layers of ‖Q_iᵀ Q_j‖²_F / min(r_i, r_j) for all pairs of tasks i, j.
 
-    Q is an orthonormal basis of the rows of A.
-
-    That is the mean squared cosine of the principal angles between two tasks' input subspaces: 1 where one
-    holds the other, 0 where they are orthogonal. Only layers that both tasks have an adapter on count.
+    Q (in, r) is an orthonormal basis of the rows of a task's A. The number is the mean squared cosine of the
+    principal angles between two tasks' input subspaces: 1 where one contains the other, 0 where they are
+    orthogonal. Only layers on which both tasks have an adapter count.
 
     Args:
-        paths: each task's `delta.safetensors`, in order; files that aren't there are tasks without adapters.
+        paths: each task's `delta.safetensors`, in order; missing files are tasks without adapters.
 
     Returns:
-        T x T, None in cells without a common layer; None with fewer than two tasks, or where no task has an
-        adapter.
+        a matrix (T, T), None in cells without a common layer; None with fewer than two tasks, or where no
+        task has an adapter.
     """
     files = {task: open_tensors(path) for task, path in enumerate(paths) if path.exists()}
     if len(files) < 2:

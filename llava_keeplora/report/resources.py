@@ -1,4 +1,4 @@
-"""Measured requirements of a method: parameters trained, bytes kept per task, and time at test."""
+"""Measured resources of a method: parameters trained, bytes kept per task, and time at test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEPT_FILES = (DELTA, KEPT, STATE)
 
 
 def read_needs(folder: Path) -> Needs:
-    """Read the requirements of a method from its folder."""
+    """Read the resources that a method took from its folder."""
     entries = Journal(folder / JOURNAL).entries
     trained = [entry for entry in entries if entry.stage == Stage.TRAINED]
     tasks = [(folder / entry.file(DELTA)).parent for entry in trained]

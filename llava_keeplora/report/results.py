@@ -12,7 +12,7 @@ from llava_keeplora_eval.matrix import shown
 
 #: One mapping per stage (0 = weight basis only, then after each task): layer name -> in, k, part.
 CapacityStages = Sequence[Mapping[str, Mapping]]
-#: part of the model -> layer name -> one number per stage or task, nan where there is none.
+#: part of the model -> layer name -> one number per stage or task, NaN where it is missing.
 LayerLines = Mapping[str, Mapping[str, Sequence[float]]]
 
 
@@ -22,8 +22,8 @@ class Cost:
 
     Args:
         seconds: the sum over the tasks.
-        peak_bytes: the highest peak of memory among them; None where it wasn't measured.
-        peak_of: what it is the peak of, as the journal says.
+        peak_bytes: the highest peak of memory among the tasks; None where it wasn't measured.
+        peak_of: which memory was measured (a GPU's, or the process's), as recorded in the journal.
     """
 
     seconds: float
@@ -33,12 +33,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Needs:
-    """Requirements of a method, means over the finished tasks; None where no task is finished.
+    """Resources of a method, means over the finished tasks; None where no task is finished.
 
     Args:
-        trained: parameters that a task trains.
-        kept_bytes: of a task's files that later tasks and the final model are made of.
-        test_seconds: extra time to answer an example, compared with the untouched model.
+        trained: number of parameters that a task trains.
+        kept_bytes: bytes of a task's files that later tasks or the final model need.
+        test_seconds: extra time to answer an example, compared with the base model.
     """
 
     trained: float | None
@@ -52,15 +52,15 @@ class Trial:
 
     Args:
         matrix: its scores.
-        seed: of the run.
-        run: its name.
+        seed: the run's seed.
+        run: the run's name.
         capacity: protected directions per stage.
         captured: per task, the share of each layer's residual gradient energy that its adapter's directions
-            hold.
-        overlap: T x T mean squared cosines between the tasks' input subspaces; None where there aren't two.
+            contain.
+        overlap: mean squared cosines (T, T) between the tasks' input subspaces; None with fewer than two.
         losses: task -> (optimiser step, training loss).
-        costs: stage -> what it took, in the order of the stages.
-        needs: what the method asked for; None where it learns nothing.
+        costs: stage -> its cost, in the order of the stages.
+        needs: the resources that the method took; None where it learns nothing.
         scores: one mapping per stage, the base's first: task -> score as
             `llava_keeplora_eval.scoring.Score.to_dict` gives it.
     """
@@ -95,8 +95,8 @@ def deviation(values: Iterable[float | None]) -> float | None:
 
 def spread(values: Sequence[float | None], precision: int = 1) -> str:
     """Format `mean ± sd` for a table; the mean alone where the deviation is None or 0."""
-    around = deviation(values)
-    return shown(mean(values), precision) + (f" ± {around:.{precision}f}" if around else "")
+    sd = deviation(values)
+    return shown(mean(values), precision) + (f" ± {sd:.{precision}f}" if sd else "")
 
 
 def mean_cells(tables: Sequence[Sequence[Sequence[float | None]]]) -> list[list[float | None]]:
@@ -108,8 +108,8 @@ def mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
     """Return cell-wise means; a cell that one of the matrices lacks is missing."""
     if len(matrices) == 1:
         return matrices[0]
-    known = all(matrix.zero_shot is not None for matrix in matrices)
-    zero_shot = mean_cells([[matrix.zero_shot] for matrix in matrices])[0] if known else None
+    has_zero_shot = all(matrix.zero_shot is not None for matrix in matrices)
+    zero_shot = mean_cells([[matrix.zero_shot] for matrix in matrices])[0] if has_zero_shot else None
     return Matrix(matrices[0].tasks, zero_shot, mean_cells([matrix.rows for matrix in matrices]))
 
 

@@ -1,4 +1,4 @@
-"""Read run folders as results, of one run or of several side by side, and write their report."""
+"""Reports of run folders: read the results of one or several runs, and write their report."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
 
 ZERO_SHOT = "zero-shot"
-#: Versions and hashes of the files from which a run's own report was made.
+#: File with the version and the hashes of the files from which a run's report was made.
 STAMP = ".report"
 #: Files of a method's stages that the report reads.
 READ = (SCORES, PREPARED, TRAIN, CONSOLIDATED, DELTA)
-#: What the page shows of a configuration; of the rest, `config.json` knows more than a reader wants.
-SHOWN = ("seed", "sequence", "model", "parts", "training", "data")
+#: Sections of a configuration that the page shows, as well as the methods; `config.json` has the rest.
+SECTIONS = ("seed", "sequence", "model", "parts", "training", "data")
 
 
 def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[str, list[Matrix]]:
-    """Write the tables, pictures and page of a run, or of several side by side.
+    """Write the tables, plots and HTML page of a run, or of several side by side.
 
-    The same method with the same settings and other seeds is one row, mean ± sd; other settings get a row of
-    their own, named after the run.
+    Runs of a method that differ in their seeds alone are one row, mean ± sd; runs with other settings get a
+    row each, named after the run.
 
     Args:
         runs: the run folders.
@@ -60,8 +60,7 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
         name → matrices, one per seed, zero-shot first.
 
     Raises:
-        RunError: if a folder holds no matrix, runs can't be compared, or there are several and no folder to
-            write to.
+        RunError: a folder has no matrix, runs can't be compared, or there are several and `into` is None.
     """
     folders = [Path(run) for run in runs]
     if into is None and len(folders) > 1:
@@ -73,17 +72,18 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
     with whole_folder(folders[0] if into is None else into, replace=False) as tmp_dir:
         write_report(tmp_dir, title, results, rows_of(results) | settings_of(folders))
     if into is None:
-        write_bytes(folders[0] / STAMP, _made_of(folders[0]))
+        write_bytes(folders[0] / STAMP, _stamp(folders[0]))
     return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
 
 
 def report_is_current(run: Path) -> bool:
-    """Return whether the report in a run's folder is whole and was made of the stages that are there now."""
-    whole = all((run / name).is_file() for name in (STAMP, *DOCUMENTS.values()))
-    return whole and (run / STAMP).read_bytes() == _made_of(run)
+    """Return whether the report in a run's folder is complete and was made from its present stages."""
+    complete = all((run / name).is_file() for name in (STAMP, *DOCUMENTS.values()))
+    return complete and (run / STAMP).read_bytes() == _stamp(run)
 
 
-def _made_of(run: Path) -> bytes:
+def _stamp(run: Path) -> bytes:
+    """Return the content of `STAMP` for the present stages of a run."""
     files = [run / CONFIG, *sorted(run.glob("*/journal.jsonl"))]
     return "\n".join(
         [version("llava-keeplora"), *(f"{path.relative_to(run)} {file_hash(path)}" for path in files)]
@@ -94,34 +94,40 @@ def read_side_by_side(folders: Sequence[Path]) -> dict[str, list[Trial]]:
     """Read the results of several run folders by name; see `side_by_side`.
 
     Raises:
-        RunError: if a folder holds no matrix, or runs can't be compared.
+        RunError: a folder has no matrix, or runs can't be compared.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise RunError("a run is named twice", "name every run once")
-    found = {folder: read_results(folder) for folder in folders}
-    _check_comparable(found)
-    return side_by_side(found)
+    matrices = {folder: read_results(folder) for folder in folders}
+    _check_comparable(matrices)
+    return side_by_side(matrices)
 
 
-def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Trial]]:
-    """Return name → trials.
+def side_by_side(runs: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Trial]]:
+    """Return name → trials, one per seed.
 
     A name is a method's label, followed by the first run's name where runs have different settings for that
     label.
+
+    Args:
+        runs: run folder → label → matrix.
+
+    Raises:
+        RunError: two runs have the same settings and the same seed.
     """
     groups: dict[tuple[str, str], dict[int, Path]] = {}
-    bases = {folder: recorded_base(folder) for folder in found}
-    for folder, matrices in found.items():
+    bases = {folder: recorded_base(folder) for folder in runs}
+    for folder, matrices in runs.items():
         identity = read_identity(folder)
         if all(bases.values()):
-            # One model may lie in several places, and the files of one place may have changed between two
-            # runs.
+            # Copies of one model may be in several folders, and the files of one folder may have changed
+            # between two runs, so models are compared by content.
             identity |= {"model": identity["model"] | {"name_or_path": bases[folder], "revision": None}}
         seed = identity["seed"]
         for label in matrices:
             seeds = groups.setdefault((label, settings_key(identity, label)), {})
             if label == ZERO_SHOT and seeds:
-                continue  # It draws nothing: another seed has the same scores.
+                continue  # It is not random: another seed has the same scores.
             if seed in seeds:
                 raise RunError(
                     f"{seeds[seed]} and {folder} hold '{label}' with the same settings and the same seed "
@@ -129,19 +135,19 @@ def side_by_side(found: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[T
                     "name one of them",
                 )
             seeds[seed] = folder
-    labels, names = [label for label, _ in groups], names_of(found)
+    labels, names = [label for label, _ in groups], names_of(runs)
     results = {}
     for (label, _), seeds in sorted(groups.items(), key=lambda item: labels.index(item[0][0])):
         name = label if labels.count(label) == 1 else f"{label} ({names[next(iter(seeds.values()))]})"
         results[name] = [
-            read_trial(folder / label, found[folder][label], seed, names[folder])
+            read_trial(folder / label, runs[folder][label], seed, names[folder])
             for seed, folder in sorted(seeds.items())
         ]
     return results
 
 
 def settings_key(identity: Mapping[str, Any], label: str) -> str:
-    """Return what a method's result depends on, except for the seed, as a string that can be compared."""
+    """Return the settings that a method's result depends on, without the seed, as a comparable string."""
     keys = ("tasks", "model", "data", "evaluation")
     return json.dumps([*(identity.get(key) for key in keys), identity["methods"].get(label)], sort_keys=True)
 
@@ -150,22 +156,22 @@ def names_of(folders: Iterable[Path]) -> dict[Path, str]:
     """Return a name for each run: its folder's, with as many parent folders as make the names unique."""
     parts = {folder: folder.resolve().parts for folder in folders}
     depth = 1
-    while len({each[-depth:] for each in parts.values()}) < len(parts) and depth < max(
-        map(len, parts.values())
-    ):
+    deepest = max(map(len, parts.values()), default=0)
+    while len({names[-depth:] for names in parts.values()}) < len(parts) and depth < deepest:
         depth += 1
-    return {folder: "/".join(each[-depth:]) for folder, each in parts.items()}
+    return {folder: "/".join(names[-depth:]) for folder, names in parts.items()}
 
 
-def _check_comparable(found: Mapping[Path, Mapping[str, Matrix]]) -> None:
+def _check_comparable(runs: Mapping[Path, Mapping[str, Matrix]]) -> None:
     """Raise RunError unless all runs score the same tasks, in the same order, on the same examples."""
-    first, *others = found
-    tasks, examples = next(iter(found[first].values())).tasks, examples_of(first)
+    first, *others = runs
+    tasks, examples = next(iter(runs[first].values())).tasks, examples_of(first)
     for other in others:
-        theirs = next(iter(found[other].values())).tasks
-        if theirs != tasks:
+        other_tasks = next(iter(runs[other].values())).tasks
+        if other_tasks != tasks:
             raise RunError(
-                f"{first} and {other} have different tasks ({', '.join(tasks)} against {', '.join(theirs)}), "
+                f"{first} and {other} have different tasks ({', '.join(tasks)} against "
+                f"{', '.join(other_tasks)}), "
                 "so their numbers can't stand side by side",
                 "report them apart",
             )
@@ -188,7 +194,7 @@ def examples_of(run: Path) -> dict[str, tuple]:
 
 
 def rows_of(results: Mapping[str, Sequence[Trial]]) -> dict[str, str]:
-    """Return which runs each row stands for, where the report has several."""
+    """Return the runs that each row of the report is made from; empty for a report of one run."""
     runs = {trial.run for trials in results.values() for trial in trials}
     rows = {
         name: ", ".join(f"{trial.run} (seed {trial.seed})" for trial in trials)
@@ -198,7 +204,7 @@ def rows_of(results: Mapping[str, Sequence[Trial]]) -> dict[str, str]:
 
 
 def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the settings that the page shows; those that differ between runs, run by run."""
+    """Return the settings that the page shows, one entry per run where they differ between runs."""
     configs = {name: read_dumped(folder) for folder, name in names_of(folders).items()}
     for config in configs.values():
         config["methods"] = {
@@ -206,12 +212,12 @@ def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
             for label, m in config["methods"].items()
         }
     settings = {}
-    for key in (*SHOWN, "methods"):
+    for key in (*SECTIONS, "methods"):
         values = {name: config.get(key) for name, config in configs.items()}
-        alike = all(value == next(iter(values.values())) for value in values.values())
+        equal = all(value == next(iter(values.values())) for value in values.values())
         settings |= (
             {key: next(iter(values.values()))}
-            if alike
+            if equal
             else {f"{key} ({name})": value for name, value in values.items()}
         )
     return settings
@@ -224,19 +230,19 @@ def read_results(run: Path) -> dict[str, Matrix]:
     """Return label → matrix of every method of a run, zero-shot first, then in the configuration's order.
 
     Raises:
-        RunError: if there is none yet, or a file that the report reads was damaged.
+        RunError: the run has no matrix yet, or a file that the report reads was damaged.
     """
     labels = [ZERO_SHOT, *read_dumped(run)["methods"]]
-    found = {
+    matrices = {
         label: Matrix.from_json(run / label / MATRIX)
         for label in dict.fromkeys(labels)
         if (run / label / MATRIX).exists()
     }
-    if not found:
+    if not matrices:
         raise RunError(f"{run} holds no matrix yet", "run its training first")
-    for label in found:
+    for label in matrices:
         Journal(run / label / JOURNAL).verify(READ)
-    return found
+    return matrices
 
 
 def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
@@ -278,7 +284,7 @@ def read_capacity(folder: Path) -> CapacityStages:
 
 
 def room_line(name: str, folder: Path) -> str | None:
-    """Return for how many more tasks a method has capacity, by its last task's forecast; None without one."""
+    """Return a sentence on how many more tasks a method has capacity for; None without a forecast."""
     paths = sorted(folder.glob("task-*/consolidated.json"))
     last = read_record(paths[-1]) if paths else {}
     if "forecast" not in last:
@@ -316,7 +322,7 @@ def read_captured(folder: Path, capacity: CapacityStages) -> LayerLines:
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:
-    """Read (optimiser step, training loss) as the Trainer logged them; empty before training."""
+    """Read (optimiser step, training loss) pairs as the Trainer logged them; empty before training."""
     history = read_record(path)["history"] if path.exists() else []
     return [(record["step"], record["loss"]) for record in history if "loss" in record]
 
@@ -339,24 +345,29 @@ def read_costs(folder: Path) -> dict[str, Cost]:
 
 
 def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
-    """Return what a run prints at its end, and the command `report`.
+    """Return the text that a run and the command `report` print at their end.
 
-    The matrices of single runs, the headline metrics, and the paths of the folder, the table and the page.
+    It has the matrices of single runs, the headline metrics, the tasks that each method still has capacity
+    for, and the paths of the folder, the table and the HTML page.
+
+    Args:
+        where: the folder of the report.
+        results: name → matrices, one per seed.
     """
     where = Path(where)
-    alone = {name: matrices[0] for name, matrices in results.items() if len(matrices) == 1}
+    single = {name: matrices[0] for name, matrices in results.items() if len(matrices) == 1}
     blocks = [
         f"{name}: score in % after each task\n{matrix.markdown()}"
-        for name, matrix in alone.items()
+        for name, matrix in single.items()
         if matrix.started
     ]
     blocks.append(summary_table(results))
-    rooms = [line for name in results if (line := room_line(name, where / name))]
-    blocks += ["\n".join(rooms)] * bool(rooms)
-    places = {
+    forecasts = [line for name in results if (line := room_line(name, where / name))]
+    blocks += ["\n".join(forecasts)] * bool(forecasts)
+    paths = {
         "run folder" if (where / CONFIG).exists() else "folder": where,
         "table": where / DOCUMENTS["table"],
         "page with the pictures": where / DOCUMENTS["html"],
     }
-    blocks.append("\n".join(f"{what}: {path}" for what, path in places.items()))
+    blocks.append("\n".join(f"{what}: {path}" for what, path in paths.items()))
     return "\n" + "\n\n".join(blocks) + "\n"

@@ -1,4 +1,4 @@
-"""Metrics over a setting that is swept, one panel per metric."""
+"""Plot of metrics over the values of a setting, one panel per metric."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from llava_keeplora.report.tables import COLUMNS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Of a swept setting; the others are differences of scores.
-SHOWN = ("Transfer", "Average", "Last")
+#: The metrics that are plotted; the others are differences of scores.
+METRICS = ("Transfer", "Average", "Last")
 
 
 def draw_sweep(
@@ -29,20 +29,20 @@ def draw_sweep(
 
     Args:
         results: name → trials.
-        method: whose setting it is.
-        sweep: value of the setting → the name of its trials; those that are not there are left out.
-        levels: names that are drawn as horizontal lines for comparison, where they have results.
-        xlabel: the setting.
+        method: label of the method, for the legend.
+        sweep: value of the setting → the name of its trials; names without results are left out.
+        levels: names that are drawn as horizontal lines for comparison; those without results are left out.
+        xlabel: label of the x axis.
         palette: the colours.
     """
     swept = {value: results[name] for value, name in sorted(sweep.items()) if name in results}
     if not swept:
         return None
     figure = new_figure((10.4, 3.4), palette)
-    panels = figure.subplots(1, len(SHOWN))
-    for axes, title in zip(panels, SHOWN):
+    panels = figure.subplots(1, len(METRICS))
+    for axes, title in zip(panels, METRICS):
         points = [(value, _numbers(trials, title)) for value, trials in swept.items()]
-        # Transfer of one task is no number.
+        # Transfer is undefined with one task.
         draw_line(axes, [(value, numbers) for value, numbers in points if None not in numbers], method, 0)
         for position, name in enumerate(levels, start=1):
             level = mean(_numbers(results[name], title)) if name in results else None

@@ -1,4 +1,4 @@
-"""The tables of a report as text cells and as Markdown: one row per run, and each run's matrix."""
+"""Tables of a report, as text cells and as Markdown: one row per run, and each run's matrix."""
 
 from __future__ import annotations
 
@@ -21,28 +21,26 @@ COLUMNS = {
 
 
 def is_baseline(name: str, trials: Sequence[Matrix]) -> bool:
-    """Return whether trials are the untouched model, which has a zero-shot row and no stage."""
+    """Return whether trials are the base model, which has a zero-shot row and no stage."""
     is_zero_shot = name == ZERO_SHOT or name.startswith(f"{ZERO_SHOT} (")
     return is_zero_shot and all(matrix.zero_shot is not None and not matrix.started for matrix in trials)
 
 
 def summary_header(results: Mapping[str, Sequence[Matrix]]) -> list[str]:
-    """Return the columns of `summary_rows`; with the number of seeds, `n`, where any row has several."""
+    """Return the columns of `summary_rows`, with the number of seeds `n` where any row has several."""
     return ["run", *(["n"] if _repeated(results) else []), *COLUMNS]
 
 
 def summary_rows(results: Mapping[str, Sequence[Matrix]], precision: int = 1) -> list[list[str]]:
-    """Return the summary as text cells.
+    """Return the summary as text cells: a zero-shot row, then one row per run, mean ± sample sd over seeds.
 
-    A zero-shot row first, then one row per run, mean ± sample standard deviation over its seeds.
-
-    The zero-shot row is the constant matrix of a model that never changes; a baseline among the results is
-    this row and no other. Runs whose zero-shot scores or
-    tasks differ get one such row each, named after the first run that has it.
+    The zero-shot row has the metrics of a model that never changes; a baseline among the results gets no
+    other row. Where runs differ in their zero-shot scores, each of these gets a row, named after the first
+    run that has it.
 
     Args:
         results: label -> matrices, one per seed.
-        precision: decimals shown.
+        precision: number of decimals.
     """
     runs = {label: trials for label, trials in results.items() if not is_baseline(label, trials)}
     rows = {**zero_shot_constants(results), **runs}
@@ -56,10 +54,13 @@ def zero_shot_constants(results: Mapping[str, Sequence[Matrix]]) -> dict[str, li
         for constant in (matrix.constant_zero_shot() for matrix in trials):
             if constant is not None and all(constant != other for _, other in constants):
                 constants.append((label, constant))
-    alone = len(constants) == 1
-    # The baseline's own name says already what it is.
+    # A label that begins with `zero-shot` needs no prefix.
     names = [
-        ZERO_SHOT if alone else label if label.startswith(ZERO_SHOT) else f"{ZERO_SHOT} ({label})"
+        ZERO_SHOT
+        if len(constants) == 1
+        else label
+        if label.startswith(ZERO_SHOT)
+        else f"{ZERO_SHOT} ({label})"
         for label, _ in constants
     ]
     return {name: [constant] for name, (_, constant) in zip(names, constants)}
@@ -111,14 +112,14 @@ def score_rows(
 ) -> list[list[str]]:
     """Return each task's scores just after it was learned and at the end, strict and lenient.
 
-    Where the score falls and the lenient one does not, the model still knows the answers but gives them in
-    another form.
+    Where the strict score falls and the lenient one does not, the model still knows the answers but gives
+    them in another form.
 
     Args:
-        tasks: in the order in which they are learned.
+        tasks: names of the tasks, in the order in which they are learned.
         stages: one mapping per stage, the base's first: task → score as
             `llava_keeplora_eval.scoring.Score.to_dict` gives it.
-        precision: decimals shown.
+        precision: number of decimals.
     """
     rows = []
     for position, task in enumerate(tasks, start=1):
@@ -151,12 +152,12 @@ def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
     needs = needs_rows(results)
     parts += [markdown_table(NEEDS_COLUMNS, needs)] if needs else []
     for name, trials in results.items():
-        own = [trial.matrix for trial in trials]
-        parts.append(f"## {name}{of_seeds(trials)}\n\n{mean_matrix(own).markdown(precision)}")
-        parts.append(markdown_table(["metric", "percent"], metric_rows(own, precision)))
+        per_seed = [trial.matrix for trial in trials]
+        parts.append(f"## {name}{of_seeds(trials)}\n\n{mean_matrix(per_seed).markdown(precision)}")
+        parts.append(markdown_table(["metric", "percent"], metric_rows(per_seed, precision)))
         scores = mean_scores(trials)
         parts += (
-            [markdown_table(["task", *SCORE_COLUMNS], score_rows(own[0].tasks, scores, precision))]
+            [markdown_table(["task", *SCORE_COLUMNS], score_rows(per_seed[0].tasks, scores, precision))]
             if scores
             else []
         )
@@ -166,5 +167,5 @@ def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
 
 
 def of_seeds(trials: Sequence[Trial]) -> str:
-    """Return what follows a name whose numbers are means over seeds."""
+    """Return the suffix of a name whose numbers are means over seeds; empty for a single trial."""
     return f", mean of {len(trials)} seeds" if len(trials) > 1 else ""

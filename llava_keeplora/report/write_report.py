@@ -26,7 +26,7 @@ from llava_keeplora_eval.files import write_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Files of a report, as well as its plots.
+#: Key → file name of a report's documents; its plots come on top.
 DOCUMENTS = {
     "table": TABLE,
     "latex": LATEX_TABLE,
@@ -38,13 +38,12 @@ DOCUMENTS = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A kind of picture.
+    """A kind of plot.
 
     Args:
-        name: of its files.
-        caption: what it shows.
-        draw: (results of one or all methods, all results, palette) → the figure, or None where there is
-            nothing to draw.
+        name: name of its files.
+        caption: its caption on the page.
+        draw: (results to draw, all results, palette) → the figure, or None where the results lack its data.
     """
 
     name: str
@@ -52,19 +51,19 @@ class Plot:
     draw: Callable[[Results, Results, Palette], Figure | None]
 
 
-def _heatmap(own: Results, results: Results, palette: Palette) -> Figure | None:
-    ((name, trials),) = own.items()
+def _heatmap(selected: Results, results: Results, palette: Palette) -> Figure | None:
+    ((name, trials),) = selected.items()
     if is_baseline(name, [trial.matrix for trial in trials]) and len(results) > 1:
         return None
-    # One scale for all, so that matrices look alike where they are alike.
+    # One scale for all methods, so that the plots can be compared.
     limits = colour_limits(trial.matrix for others in results.values() for trial in others)
     return draw_heatmap(
         mean_matrix([trial.matrix for trial in trials]), name + of_seeds(trials), palette, limits
     )
 
 
-def _capacity(own: Results, results: Results, palette: Palette) -> Figure | None:
-    (trials,) = own.values()
+def _capacity(selected: Results, results: Results, palette: Palette) -> Figure | None:
+    (trials,) = selected.values()
     if not all(len(trial.capacity) for trial in trials):
         return None
     stages = ["weights", *trials[0].matrix.tasks][: min(len(trial.capacity) for trial in trials)]
@@ -73,8 +72,8 @@ def _capacity(own: Results, results: Results, palette: Palette) -> Figure | None
     )
 
 
-def _captured(own: Results, results: Results, palette: Palette) -> Figure | None:
-    (trials,) = own.values()
+def _captured(selected: Results, results: Results, palette: Palette) -> Figure | None:
+    (trials,) = selected.values()
     if not all(trial.captured for trial in trials):
         return None
     lines = mean_lines([trial.captured for trial in trials])
@@ -84,8 +83,8 @@ def _captured(own: Results, results: Results, palette: Palette) -> Figure | None
     )
 
 
-def _overlap(own: Results, results: Results, palette: Palette) -> Figure | None:
-    ((name, trials),) = own.items()
+def _overlap(selected: Results, results: Results, palette: Palette) -> Figure | None:
+    ((name, trials),) = selected.items()
     if not all(trial.overlap for trial in trials):
         return None
     return draw_overlap(
@@ -96,34 +95,34 @@ def _overlap(own: Results, results: Results, palette: Palette) -> Figure | None:
     )
 
 
-#: What shows all methods together, in the order of the page.
+#: Plots of all methods together, in the order of the page.
 OF_ALL = (
     Plot(
         "curves",
         "Score of every task after every stage; at the dashed line it was learned, left of it not yet.",
-        lambda own, results, palette: draw_curves(own, palette),
+        lambda selected, results, palette: draw_curves(selected, palette),
     ),
     Plot(
         "forgetting",
         "What was lost since each task was learned, in points of percent: left the mean over the tasks "
         "before, after every task; "
         "right each task by the last stage. Below zero: it got better.",
-        lambda own, results, palette: draw_forgetting(own, palette),
+        lambda selected, results, palette: draw_forgetting(selected, palette),
     ),
     Plot(
         "loss",
         "Training loss of every task, as the Trainer logged it. Every panel has a scale of its own.",
-        lambda own, results, palette: draw_losses(own, palette),
+        lambda selected, results, palette: draw_losses(selected, palette),
     ),
     Plot(
         "cost",
         "Time of each kind of stage, summed over the tasks, and its highest peak of memory: on a GPU the "
         "tensors of one process, "
         "on a CPU everything that the process holds, libraries included.",
-        lambda own, results, palette: draw_costs(own, palette),
+        lambda selected, results, palette: draw_costs(selected, palette),
     ),
 )
-#: What shows one method.
+#: Plots of one method each.
 OF_ONE = (
     Plot("heatmap", "Score of every task after every stage; outlined, the task just learned.", _heatmap),
     Plot("capacity", "Share of each layer's input space that is protected, stage after stage.", _capacity),
@@ -150,35 +149,34 @@ def write_report(
     """Write ``report.html`` (self-contained), tables as Markdown, LaTeX and CSV, and plots as PNG and SVG.
 
     Args:
-        out_dir: the folder, made when missing; files of an earlier report are replaced.
+        out_dir: the folder, created when missing; files of an earlier report are replaced.
         title: the page's title.
-        results: label (a method, a run) -> its trials, one per seed, complete or not; one labelled
-            ``zero-shot`` without any
-            stage is the baseline: it stands in the summary and, unless it is alone, gets no section of its
-                own.
-        settings: what was run, shown as it is.
+        results: label (a method, a run) -> its trials, one per seed, complete or not. Trials labelled
+            ``zero-shot`` without any stage are the baseline, which is listed in the summary and, unless it is
+            the only result, gets no section.
+        settings: the run's settings, which the page lists.
 
     Returns:
         Every written path: ``html``, ``table``, ``latex``, ``summary``, ``scores``, and the PNGs as ``KIND``
-            or ``KIND/LABEL``.
+        or ``KIND/LABEL``.
 
     Raises:
-        ReportError: no results, different tasks, or a capacity that is not one.
-        OSError: the folder cannot be written.
+        ReportError: no results, different tasks, or a capacity that is not valid.
+        OSError: the folder cannot be written to.
     """
     _check(results)
     out_dir = Path(out_dir)
-    # Drawn before anything is written, so that a capacity that is not one leaves no half report.
+    # Drawn before anything is written, so that an invalid capacity leaves no incomplete report.
     figures, pictures = {}, {}
-    for key, kind, own in _pictures(results):
-        light = kind.draw(own, results, LIGHT)
-        if light is not None:
-            figures[key] = light
-            pictures[key] = Picture(encode(light, "png"), kind.caption)
+    for key, plot, selected in _plots(results):
+        figure = plot.draw(selected, results, LIGHT)
+        if figure is not None:
+            figures[key] = figure
+            pictures[key] = Picture(encode(figure, "png"), plot.caption)
     out_dir.mkdir(parents=True, exist_ok=True)
     paths, file_names = {}, _file_names(figures)
-    for key, light in figures.items():
-        paths[key] = save(light, out_dir / f"{file_names[key]}.png", pictures[key].png)[0]
+    for key, figure in figures.items():
+        paths[key] = save(figure, out_dir / f"{file_names[key]}.png", pictures[key].png)[0]
     texts = {
         "table": markdown_tables(title, results),
         "latex": latex_tables(title, results),
@@ -192,13 +190,13 @@ def write_report(
     return paths
 
 
-def _pictures(results: Results):
-    """Yield (key, kind, results that it shows) of every plot."""
-    yield from ((kind.name, kind, results) for kind in OF_ALL)
+def _plots(results: Results):
+    """Yield (key, plot, results that it shows) for every plot of a report."""
+    yield from ((plot.name, plot, results) for plot in OF_ALL)
     yield from (
-        (f"{kind.name}/{label}", kind, {label: trials})
+        (f"{plot.name}/{label}", plot, {label: trials})
         for label, trials in results.items()
-        for kind in OF_ONE
+        for plot in OF_ONE
     )
 
 
@@ -213,7 +211,7 @@ def _check(results: Results) -> None:
                 f"{_listed(trial)})",
                 "report them apart, because their scores mean different things",
             )
-        # A run in progress has fewer stages than tasks; one that isn't of this matrix has more.
+        # A run in progress has fewer stages than tasks; a capacity with more is not of this matrix.
         if len(trial.capacity) > len(trial.matrix.tasks) + 1:
             raise ReportError(
                 f"a capacity of {len(trial.capacity)} stages belongs to a matrix of "
@@ -227,7 +225,7 @@ def _listed(trial: Trial) -> str:
 
 
 def _file_names(names: Sequence[str]) -> dict[str, str]:
-    """Return a file name for every plot, unique even where two labels differ in signs only."""
+    """Return a file name for every plot, unique even if two labels differ in special characters only."""
     files: dict[str, str] = {}
     for name in names:
         base = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.")
