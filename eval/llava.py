@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers  # its models, which take seconds to import, are looked up where they are used
 from torch import Tensor
-from torch.nn.functional import pad
 
-from llava_keeplora_eval.chat import cuts_into_tiles, question_text
+from llava_keeplora_eval.chat import Encoding, image_inputs, question_text
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import check_generation
+from llava_keeplora_eval.image_inputs import joined
 from llava_keeplora_eval.predictors import no_numbers
 from llava_keeplora_eval.preparation import ChatPreparation
 
@@ -55,7 +55,7 @@ class LlavaPredictor:
         self.model, self.recipe = model, recipe
         # `data check`, plan, train and predict take ids and lengths from one place.
         self.preparation = ChatPreparation(
-            processor, limit or model.config.text_config.max_position_embeddings, max_new_tokens
+            processor, limit or model.config.get_text_config().max_position_embeddings, max_new_tokens
         )
         self.chat = self.preparation.chat
         self.images = images or (
@@ -83,11 +83,11 @@ class LlavaPredictor:
         return {"generation": chosen, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def _stops(self) -> list[int]:
-        """The model's own end tokens, and the tokenizer's, with which training ends an answer."""
+        """Return the model's own end tokens, and those with which training ends an answer."""
         stops = getattr(self.model.generation_config, "eos_token_id", None)
         tokens = {
             token
-            for token in [*(stops if isinstance(stops, list) else [stops]), self.chat.tokenizer.eos_token_id]
+            for token in [*(stops if isinstance(stops, list) else [stops]), *self.chat.end_ids]
             if token is not None
         }
         if not all(type(token) is int for token in tokens):
@@ -114,20 +114,14 @@ class LlavaPredictor:
             for example in examples
         ]
         rooms = [self._room(example, len(prompt)) for example, prompt in zip(examples, prompts)]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.chat.pad_id] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        pictures = {k: v.to(self.device) for k, v in joined(self.images(examples)).items()}
-        if "pixel_values" in pictures:
-            pictures["pixel_values"] = pictures["pixel_values"].to(self.model.dtype)
+        inputs = batched_tokens(prompts, self.chat.pad_id, left=True) | joined(self.images(examples))
+        width = inputs["input_ids"].shape[1]
         was_training = self.model.training
         self.model.eval()
         try:
             with without_defaults(self.model):
                 out = self.model.generate(
-                    input_ids=ids.to(self.device),
-                    attention_mask=mask.to(self.device),
-                    **pictures,
+                    **{key: as_input(value, self.model.dtype, self.device) for key, value in inputs.items()},
                     generation_config=self.generation,
                     logits_processor=[_refuse_nan(examples, self.model.dtype)],
                 )
@@ -178,31 +172,31 @@ def without_defaults(model) -> Iterator[None]:
         model.generation_config = kept
 
 
-def image_inputs(processor, images: Sequence) -> dict[str, Tensor]:
-    """What the model takes for one example's images; nothing where it has none.
+def batched_tokens(encodings: Sequence[Encoding], pad_id: int, left: bool = False) -> dict[str, Tensor]:
+    """Return conversations as one batch: `input_ids`, `attention_mask` and the inputs of tokens by key.
+
+    Args:
+        encodings: the conversations.
+        pad_id: the id that fills `input_ids` up; the other inputs are filled up with zeros.
+        left: whether to fill up on the left, as generation needs it.
 
     Returns:
-        `pixel_values` (images, 3, height, width), or (images, tiles, 3, height, width) with `image_sizes`
-        (images, 2) and, for LLaVA-OneVision, `batch_num_images` (1,).
+        (conversations, tokens) each.
     """
-    if not images:
-        return {}
-    # Nested where the number of images makes a difference.
-    given = list(images) if cuts_into_tiles(processor, len(images)) else [list(images)]
-    return dict(processor.image_processor(images=given, return_tensors="pt"))
+    width = max(map(len, encodings))
+
+    def padded(rows: list[list[int]], value: int) -> Tensor:
+        filled = [[value] * (width - len(row)) for row in rows]
+        return torch.tensor([fill + row if left else row + fill for fill, row in zip(filled, rows)])
+
+    ids = [encoding.prompt + encoding.reply for encoding in encodings]
+    return {
+        "input_ids": padded(ids, pad_id),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+        **{key: padded([e.extra[key] for e in encodings], 0) for key in encodings[0].extra},
+    }
 
 
-def joined(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The image inputs of several examples as one batch.
-
-    Where images have unequal numbers of tiles, zeros fill up.
-    """
-    present = [item for item in inputs if item]
-    if not present:
-        return {}
-    batch = {key: torch.cat([item[key] for item in present]) for key in present[0] if key != "pixel_values"}
-    pixels = [item["pixel_values"] for item in present]
-    if pixels[0].dim() == 5:
-        tiles = max(p.shape[1] for p in pixels)
-        pixels = [pad(p, (0, 0, 0, 0, 0, 0, 0, tiles - p.shape[1])) for p in pixels]
-    return {"pixel_values": torch.cat(pixels), **batch}
+def as_input(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an input on a device; floating-point ones, such as pixels, in the model's type."""
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)

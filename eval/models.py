@@ -11,7 +11,6 @@ from typing import Any
 
 from llava_keeplora_eval.checkpoints import (
     ADAPTER,
-    AGAIN,
     UNQUANTISED,
     check_device,
     check_finite,
@@ -23,13 +22,30 @@ from llava_keeplora_eval.content import content_changes, content_hash, model_con
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS
 from llava_keeplora_eval.preparation import ChatPreparation, PromptPreparation, check_kind
+from llava_keeplora_eval.processors import check_vocabulary, load_chat_processor
 
 #: Models that come with the training half; found by name, never imported.
 EMBEDDED = ("tiny-clip", "tiny-llava")
 #: What an export of a run says of itself.
 EXPORT = "keeplora_export.json"
 #: Model types of transformers → the family that answers with them; training and evaluation take the same.
-FAMILIES = {"clip": "clip", "llava": "llava", "llava_next": "llava", "llava_onevision": "llava"}
+FAMILIES = {"clip": "clip"} | dict.fromkeys(
+    (
+        "gemma3",
+        "idefics3",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "paligemma",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_vl",
+        "smolvlm",
+        "vipllava",
+    ),
+    "llava",
+)
 
 
 @dataclass(frozen=True)
@@ -273,105 +289,7 @@ def load_llava(name: str, device: str | None = None, revision: str | None = None
 
     path = resolve_model(name)
     model = load_checked(AutoModelForImageTextToText, path, revision=revision)
-    return (model.to(device) if device else model), load_llava_processor(path, revision)
-
-
-def load_llava_processor(path: str, revision: str | None = None):
-    """The processor of a LLaVA checkpoint, for images and text.
-
-    LLaVA-OneVision's wants a video processor, which only exists where torchvision is; here it is put together
-    without.
-
-    Args:
-        path: a folder or a Hub id.
-        revision: the Hub revision.
-
-    Raises:
-        EvalError: it cannot be loaded, or belongs to another model.
-    """
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoProcessor,
-        AutoTokenizer,
-        LlavaOnevisionProcessor,
-    )
-
-    class WithoutVideos(LlavaOnevisionProcessor):
-        def check_argument_for_proper_class(self, argument_name, argument):
-            if argument_name != "video_processor" or argument is not None:
-                return super().check_argument_for_proper_class(argument_name, argument)
-            return None
-
-    source = {"revision": revision, "trust_remote_code": False}
-    with loading(path):
-        config = AutoConfig.from_pretrained(path, **source)
-        if config.model_type != "llava_onevision":
-            processor = AutoProcessor.from_pretrained(path, **source)
-        else:
-            settings, _ = LlavaOnevisionProcessor.get_processor_dict(path, revision=revision)
-            own = {
-                key: settings[key]
-                for key in ("num_image_tokens", "vision_feature_select_strategy", "chat_template")
-                if key in settings
-            }
-            tokenizer = AutoTokenizer.from_pretrained(path, **source)
-            own.setdefault("chat_template", getattr(tokenizer, "chat_template", None))
-            processor = WithoutVideos(
-                image_processor=AutoImageProcessor.from_pretrained(path, **source), tokenizer=tokenizer, **own
-            )
-    _check_vocabulary(processor.tokenizer, path)
-    _check_image_tokens(processor, config, path)
-    return processor
-
-
-def _check_vocabulary(tokenizer, path: str) -> None:
-    """Refuse a tokenizer without words.
-
-    transformers makes one where a checkpoint's tokenizer files are missing.
-
-    Raises:
-        EvalError: naming the checkpoint.
-    """
-    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) == 0:
-        raise EvalError(
-            f"the tokenizer of '{path}' has no words: its files (tokenizer.json, or vocab.json and "
-            "merges.txt) are not there",
-            AGAIN,
-        )
-
-
-def _check_image_tokens(processor, config, path: str) -> None:
-    """Refuse a LLaVA processor that makes other image tokens than its model takes.
-
-    Raises:
-        EvalError: naming what differs.
-    """
-    for name, made, taken in (
-        (
-            "image token",
-            processor.tokenizer.convert_tokens_to_ids(processor.image_token),
-            config.image_token_id,
-        ),
-        ("patch_size", getattr(processor, "patch_size", None), config.vision_config.patch_size),
-        (
-            "vision_feature_select_strategy",
-            processor.vision_feature_select_strategy,
-            config.vision_feature_select_strategy,
-        ),
-    ):
-        if made is not None and made != taken:
-            raise EvalError(
-                f"the processor of '{path}' has the {name} {made}, and its config.json {taken}", AGAIN
-            )
-    layers, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
-    for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
-        if not -depth - 1 <= layer <= depth:
-            raise EvalError(
-                f"the config.json of '{path}' has the vision_feature_layer {layer}, and its vision encoder "
-                f"{depth} layers",
-                AGAIN,
-            )
+    return (model.to(device) if device else model), load_chat_processor(path, revision)
 
 
 def load_clip_processor(path: str, revision: str | None = None) -> ClipProcessor:
@@ -392,7 +310,7 @@ def load_clip_processor(path: str, revision: str | None = None) -> ClipProcessor
         processor = ClipProcessor(
             AutoImageProcessor.from_pretrained(path, **source), AutoTokenizer.from_pretrained(path, **source)
         )
-    _check_vocabulary(processor.tokenizer, path)
+    check_vocabulary(processor.tokenizer, path)
     return processor
 
 
@@ -438,9 +356,11 @@ def load_preparation(name: str, base: str | None = None) -> PromptPreparation | 
     name, revision = adapter_base(name, base) or (name, None)
     path, family = resolve_model(name), model_family(name, revision)
     with loading(name):
-        limit = AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=False
-        ).text_config.max_position_embeddings
+        limit = (
+            AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+            .get_text_config()
+            .max_position_embeddings
+        )
     if family == "llava":
-        return ChatPreparation(load_llava_processor(path, revision), limit, MAX_NEW_TOKENS)
+        return ChatPreparation(load_chat_processor(path, revision), limit, MAX_NEW_TOKENS)
     return PromptPreparation(load_clip_processor(path, revision), limit)

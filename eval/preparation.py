@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llava_keeplora_eval.chat import Chat, question_text, training_answers
+from llava_keeplora_eval.chat import Chat, Encoding, question_text, training_answers
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_recipes.texts import is_blank
 
@@ -28,22 +28,15 @@ log = logging.getLogger(__name__)
 SHOWN = 80
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A question and an answer to it, as a generative model gets them.
+@dataclass(frozen=True, kw_only=True)
+class Turn(Encoding):
+    """An example's conversation as a generative model gets it; see `Encoding`.
 
     Args:
         row: the example's place in its split.
-        prompt: token ids of the question, image tokens included.
-        reply: token ids that are learned; empty where the question is only asked.
     """
 
     row: int
-    prompt: list[int]
-    reply: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.reply)
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,7 @@ class ChatPreparation:
         if not turns:
             return Report(f"tokens: no example that the model takes, {self.limit} at the most", errors)
         longest = max(turns, key=len)
-        images = longest.prompt.count(self.chat.image_id)
+        images = sum(i in self.chat.image_ids for i in longest.prompt)
         answers = f", longest answer {max(len(turn.reply) for turn in turns)}" if learns else ""
         note = "" if learns else self.short_answers(turns)
         return Report(
@@ -184,10 +177,11 @@ class ChatPreparation:
         """
         # Of several captions, each of which is trained on, one.
         answer = training_answers(data.recipe, data.answers[row])[0]
-        prompt, reply = self.chat.turn(
+        encoding = self.chat.turn(
             question_text(data.recipe, data.questions[row]), data.image_sizes[row], answer
         )
-        once = [i for i, run in groupby(prompt) for i in ([i] if i == self.chat.image_id else run)]
+        prompt, reply = encoding.prompt, encoding.reply
+        once = [i for i, run in groupby(prompt) for i in ([i] if i in self.chat.image_ids else run)]
         before, whole = self._decode(once), self._decode(once + reply)
         after = whole[len(before) :] if whole.startswith(before) else self._decode(reply)
         return [*f"{before}⟦{after}⟧".split("\n"), f"ids: {_runs(prompt)} ⟦{_runs(reply)}⟧"]
@@ -205,10 +199,10 @@ class ChatPreparation:
                     check_answers(data, row, answers)
                     texts = training_answers(data.recipe, answers)
                     with _named(data, row):
-                        turns = [Turn(row, *self.chat.turn(text, sizes, answer)) for answer in texts]
+                        turns = [_turn(row, self.chat.turn(text, sizes, answer)) for answer in texts]
                 else:
                     with _named(data, row):
-                        turns = [Turn(row, self.chat.prompt(text, sizes), [])]
+                        turns = [_turn(row, self.chat.prompt(text, sizes))]
                 self._check_length(data, max(turns, key=len), learns)
             except EvalError as error:
                 yield error
@@ -338,6 +332,10 @@ def _runs(ids: Iterable[int]) -> str:
     """Ids in their order, equal neighbours as id × count."""
     runs = [(i, sum(1 for _ in run)) for i, run in groupby(ids)]
     return " ".join(f"{i} × {count}" if count > 1 else str(i) for i, count in runs)
+
+
+def _turn(row: int, encoding: Encoding) -> Turn:
+    return Turn(row=row, **vars(encoding))
 
 
 def _accepted(items: Iterable[Turn | EvalError], data: TaskData) -> list[Turn]:

@@ -19,6 +19,8 @@ from llava_keeplora.errors import RunError
 from llava_keeplora.records import ANY_NUMBER, COUNT, NUMBER, RESTORE, Each, Number, mismatches, read_object
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
+#: Names of parts in configurations and runs of release 0.1.0 → their present names.
+RENAMED_PARTS = {"projector": "connector"}
 #: Of the run: its configuration, what its results depend on, the versions that began it, its results, the
 #: folder of its users' recipes, and the lock that a running process holds.
 CONFIG, IDENTITY, VERSIONS, RESULTS, RECIPES, LOCK = (
@@ -245,7 +247,25 @@ def read_dumped(run: Path) -> dict[str, Any]:
     path = run / CONFIG
     if not path.is_file():
         raise RunError(f"{run} is not a run folder (it has no {CONFIG})", "name the output_dir of a run")
-    return read_record(path)
+    return rename_parts(read_record(path))
+
+
+def rename_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration whose parts have their present names; see `RENAMED_PARTS`."""
+    tree = dict(tree)
+    if isinstance(tree.get("parts"), Mapping):
+        parts: dict[str, Any] = {}
+        for name, value in tree["parts"].items():
+            name = RENAMED_PARTS.get(name, name)
+            both = isinstance(parts.get(name), Mapping) and isinstance(value, Mapping)
+            parts[name] = {**parts[name], **value} if both else value
+        tree["parts"] = parts
+    if isinstance(tree.get("methods"), Mapping):
+        tree["methods"] = {
+            label: rename_parts(method) if isinstance(method, Mapping) else method
+            for label, method in tree["methods"].items()
+        }
+    return tree
 
 
 def kept_recipe(run: Path, name: str) -> Path:

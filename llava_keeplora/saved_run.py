@@ -33,6 +33,7 @@ from llava_keeplora.run_folder import (
     kept_recipe,
     read_dumped,
     read_record,
+    rename_parts,
 )
 from llava_keeplora_eval.content import content_changes, model_content
 from llava_keeplora_eval.errors import EvalError
@@ -79,8 +80,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         section.pop("test_prompts") if section["test_prompts"] == ONE else None
     for method in tree["methods"].values():
         method.pop("random_resized_crop") if method["random_resized_crop"] is None else None
-    if tree["model"]["family"] is None:
-        tree["model"].pop("family")
+    for key in ("family", "parts"):
+        tree["model"].pop(key) if tree["model"][key] is None else None
     plugin_identity(tree)
     tree["tasks"] = [recipe.name for recipe in load_recipes(config.tasks)]
     for section in (tree, *tree["methods"].values()):
@@ -210,7 +211,7 @@ def read_identity(run: Path) -> dict[str, Any]:
     Raises:
         RunError: if that was damaged.
     """
-    identity = read_record(run / IDENTITY)
+    identity = rename_parts(read_record(run / IDENTITY))
     identity.pop(BASE, None)
     # An earlier version named an argument only where a configuration did.
     methods = identity.get("methods")

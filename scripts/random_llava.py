@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from llava_keeplora.models.layouts import ATTENTION, GATED_MLP, LAYOUTS
 from llava_keeplora.models.linear_layers import find_linear_layers
-from llava_keeplora.models.llava import LlavaFamily
 
 IMAGE, IGNORE = 4, -100
 # Standard deviation of the weights: Llama's `initializer_range`.
@@ -179,7 +179,7 @@ def random_batch(
         "input_ids": tokens,
         "attention_mask": mask,
         "labels": labels,
-        "image_counts": torch.ones(images, dtype=torch.long),
+        "image_rows": torch.ones(images, 1, dtype=torch.long),
         "pixel_values": torch.randn(images, 3, size.image, size.image, generator=generator),
     }
     return {key: value.to(device) for key, value in batch.items()}
@@ -187,4 +187,5 @@ def random_batch(
 
 def language_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Full name → linear layer of the language model, 7 per decoder layer."""
-    return find_linear_layers(model, LlavaFamily.parts, "language", LlavaFamily.targets["language"])
+    prefixes = {"language": LAYOUTS["llava"].language}
+    return find_linear_layers(model, prefixes, "language", ATTENTION + GATED_MLP)

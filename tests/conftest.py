@@ -313,7 +313,7 @@ def llava_tree(tiny_llava, mixed_tasks):
             "model": {"name_or_path": str(tiny_llava)},
             "parts": {
                 "vision": part,
-                "projector": {"train": "full", "learning_rate": 1e-3},
+                "connector": {"train": "full", "learning_rate": 1e-3},
                 "language": copy.deepcopy(part),
             },
             "methods": {"keeplora": {}},

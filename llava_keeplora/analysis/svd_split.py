@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llava_keeplora.adapters import BaseWeights, FullDelta, dense_weight
 from llava_keeplora.models import Family
+from llava_keeplora.models.layouts import part_of
 from llava_keeplora.subspace import principal_basis, project
 
 SIDES = ("principal", "residual")
@@ -24,11 +25,11 @@ KEPT = 0.95
 def every_layer(family: Family) -> dict[str, dict[str, nn.Linear]]:
     """Part → name → linear layer: every one whose output the model uses."""
     found = {}
-    for part, prefix in family.parts.items():
+    for part in family.parts:
         linear = [
             name
             for name, module in family.model.named_modules()
-            if name.startswith(f"{prefix}.") and isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear) and part_of(name, family.parts) == part
         ]
         leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
         unused = family.layers_without_gradient(part, leaves)

@@ -25,7 +25,8 @@ from llava_keeplora.errors import RunError
 from llava_keeplora.export.loaded_run import LearnedRun, checked, load_learned_run
 from llava_keeplora.files import read_tensors
 from llava_keeplora.journal import Journal
-from llava_keeplora.models import Family, load_model
+from llava_keeplora.models import load_model
+from llava_keeplora.models.layouts import part_of
 from llava_keeplora.report.overlap import overlap
 from llava_keeplora.run_folder import CONSOLIDATED, DELTA, JOURNAL, STATE, Stage, read_dumped, read_record
 from llava_keeplora.saved_run import check_base, read_identity
@@ -73,12 +74,12 @@ def _measure_all(
     layers = [
         name
         for name in changed
-        if isinstance(family.model.get_submodule(name), nn.Linear) and _part(family, name)
+        if isinstance(family.model.get_submodule(name), nn.Linear) and part_of(name, family.parts)
     ]
     updates: dict[str, list[Update]] = {label: [] for label in learned}
     for layer in tqdm(layers, desc="analyze", delay=2, disable=None):
         part, weight = (
-            _part(family, layer),
+            part_of(layer, family.parts),
             dense_weight(family.model.get_submodule(layer)).detach().to(default_device()),
         )
         energies = {
@@ -175,11 +176,6 @@ def _chosen(learned: Iterable[LearnedRun]) -> dict[str, float]:
 def _overlap(learned: LearnedRun) -> list[list[float | None]] | None:
     trained = [entry for entry in learned.entries if entry.stage == Stage.TRAINED]
     return overlap([learned.run / learned.label / entry.file(DELTA) for entry in trained])
-
-
-def _part(family: Family, layer: str) -> str | None:
-    """The part that a layer belongs to; None for what no part holds, such as embeddings."""
-    return next((part for part, prefix in family.parts.items() if layer.startswith(f"{prefix}.")), None)
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from llava_keeplora.config.shipped import find_config
 from llava_keeplora.config.training_args import check_training
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora.registries import METHODS, localize_plugins, safe_label
-from llava_keeplora.run_folder import RUN_FILES
+from llava_keeplora.run_folder import RENAMED_PARTS, RUN_FILES, rename_parts
 from llava_keeplora_recipes import load_sequence
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.recipe_rules import MAX_NAME
@@ -68,6 +69,7 @@ def with_settings(
     tree: dict[str, Any], overrides: typing.Sequence[str] = (), **direct: Any
 ) -> dict[str, Any]:
     """Plain data with what the command line sets in it; see `load_config`."""
+    tree = rename_parts(tree)
     for override in overrides:
         _apply_override(tree, override)
     if direct.get("data_root"):
@@ -110,7 +112,7 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
         run_plugins: whether plug-ins are imported; where not, their options and the training arguments are
             taken as a run recorded them, to look at a run quickly and without its plug-ins.
     """
-    tree = localize_plugins(tree)
+    tree = rename_parts(localize_plugins(tree))
     for key in TABLE_KEYS:
         if key in tree:
             raise ConfigError(
@@ -278,7 +280,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             f"the override '{override}' is not of the form key.subkey=value",
             "write, for instance, training.learning_rate=5e-4",
         )
-    *parents, leaf = key.split(".")
+    *parents, leaf = [
+        RENAMED_PARTS.get(name, name) if before == "parts" else name
+        for before, name in itertools.pairwise(["", *key.split(".")])
+    ]
     if len(parents) >= MAX_DEPTH:
         raise ConfigError(
             f"the override '{override}' names a key {len(parents) + 1} levels deep",

@@ -60,6 +60,8 @@ class ModelConfig:
             `int8`, or None.
         family: what loads it and puts it on tasks, a plug-in's name (see docs/extending.md); by the
             checkpoint's own type when None.
+        parts: part → dotted prefix of its layers, for a checkpoint of a type that is not known; those of the
+            type when None.
     """
 
     name_or_path: str = "tiny-clip"
@@ -68,6 +70,7 @@ class ModelConfig:
     max_length: int | None = None
     quantization: str | None = None
     family: str | None = None
+    parts: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.quantization not in (None, "nf4", "int8"):

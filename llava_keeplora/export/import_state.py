@@ -23,7 +23,7 @@ from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.records import read_object
 from llava_keeplora.registries import list_plugins
-from llava_keeplora.run_folder import CONFIG, IDENTITY, JOURNAL, read_record
+from llava_keeplora.run_folder import CONFIG, IDENTITY, JOURNAL, read_record, rename_parts
 from llava_keeplora.saved_run import check_base, load_run, read_identity
 from llava_keeplora_eval.plugins import named_plugins
 from llava_keeplora_recipes.strict_yaml import is_file_name
@@ -222,7 +222,7 @@ def _localize_config(tmp_dir: Path, home: Path, base: str | None, data_root: str
     Raises:
         RunError: the configuration is malformed, or sets or reads what a state must not.
     """
-    trees = {name: read_record(tmp_dir / name, AGAIN) for name in (CONFIG, IDENTITY)}
+    trees = {name: rename_parts(read_record(tmp_dir / name, AGAIN)) for name in (CONFIG, IDENTITY)}
     try:
         for tree in trees.values():
             tree["tasks"] = [str(home / task) if is_file_name(task) else task for task in tree["tasks"]]

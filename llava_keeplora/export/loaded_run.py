@@ -14,6 +14,7 @@ from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError, RunError, nearest
 from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
+from llava_keeplora.models.layouts import part_of
 from llava_keeplora.run_folder import DELTA, JOURNAL, MATRIX, Stage, read_dumped
 from llava_keeplora.saved_run import check_base
 from llava_keeplora_eval import Matrix
@@ -171,9 +172,9 @@ def filter_parts(
             raise ConfigError(
                 f"--parts names '{part}', which '{learned.label}' did not change", nearest(part, changed)
             )
-    chosen = tuple(f"{prefixes[part]}." for part in parts)
     return [
-        {name: delta for name, delta in task.items() if name.startswith(chosen)} for task in learned.deltas
+        {name: delta for name, delta in task.items() if part_of(name, prefixes) in parts}
+        for task in learned.deltas
     ]
 
 

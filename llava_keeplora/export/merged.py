@@ -24,6 +24,7 @@ from torch import nn
 from llava_keeplora.adapters import BaseWeights, Delta, FullDelta
 from llava_keeplora.export.loaded_run import LearnedRun
 from llava_keeplora.models import DTYPES, Family
+from llava_keeplora.models.layouts import part_of
 
 #: Largest size of one file: several smaller files are easier on the Hub and on machines with little memory.
 SHARD = "5GB"
@@ -95,9 +96,7 @@ def merge(learned: LearnedRun, dtype: str | None) -> tuple[Family, Rounding]:
     dtype = dtype or base
     sums: dict[str, list[float]] = {part: [0.0, 0.0] for part in family.parts}
     for name in dict.fromkeys(name for task in learned.deltas for name in task):
-        part = next(
-            (part for part, prefix in family.parts.items() if name.startswith(prefix + ".")), "the rest"
-        )
+        part = part_of(name, family.parts) or "the rest"
         for index, square in enumerate(
             _merge_layer(
                 family.model.get_submodule(name),

@@ -28,7 +28,7 @@ from llava_keeplora.export.verify import Deviation, probe, verify_export
 from llava_keeplora.files import whole_folder, write_json
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import DTYPES, Family, open_model
-from llava_keeplora.run_folder import BASE, EXPORTS
+from llava_keeplora.run_folder import BASE, EXPORTS, RENAMED_PARTS
 from llava_keeplora.saved_run import recorded_base
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes import TaskData, load_split
@@ -78,6 +78,7 @@ def export_run(
     _check_mergeable(learned, form)
     model = open_model(learned.model)
     base = published_base(learned.model, base_id, model.auto_class)
+    parts = parts and [RENAMED_PARTS.get(part, part) for part in parts]
     deltas = filter_parts(learned, parts, model.parts)
     combined = combine(deltas, rank) if form == "adapter" else None
     # Missing data are noticed before any weight is loaded.

@@ -77,9 +77,9 @@ def plain_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     inputs = {
         key: value.to(model.dtype) if value.is_floating_point() else value for key, value in batch.items()
     }
-    labels, counts = inputs.pop("labels"), inputs.pop("image_counts", None)
+    labels, rows = inputs.pop("labels"), inputs.pop("image_rows", None)
     out = model(**inputs)
-    if counts is None:
+    if rows is None:
         return out.logits_per_image.float()
     return out.logits[:, :-1][labels[:, 1:] >= 0].float()
 

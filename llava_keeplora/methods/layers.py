@@ -132,10 +132,11 @@ def _check_full_parts(parts: Mapping[str, Any], family: Any) -> None:
         ConfigError: naming the part.
     """
     for name, part in parts.items():
-        if (
-            part.train == "full"
-            and family.quantization
-            and family.parts.get(name) not in family.skip_quantization
+        if part.train != "full" or not family.quantization:
+            continue
+        layers = family.linear_layers(name, part.targets or family.targets.get(name, ()))
+        if not all(
+            layer.startswith(tuple(f"{prefix}." for prefix in family.skip_quantization)) for layer in layers
         ):
             raise ConfigError(
                 f"parts.{name}.train is 'full' and model.quantization is {family.quantization}, but "

@@ -8,6 +8,7 @@ from torch import nn
 
 from llava_keeplora.config import ALL_LINEAR
 from llava_keeplora.errors import ConfigError, nearest
+from llava_keeplora.models.layouts import part_of
 
 
 def find_linear_layers(
@@ -30,9 +31,7 @@ def find_linear_layers(
     if part not in prefixes:
         raise ConfigError(f"parts names '{part}', which this model does not have", nearest(part, prefixes))
     linear = {
-        n: m
-        for n, m in model.named_modules()
-        if n.startswith(prefixes[part] + ".") and isinstance(m, nn.Linear)
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and part_of(n, prefixes) == part
     }
     leaves = {name.rsplit(".", 1)[-1] for name in linear}
     if tuple(targets) == (ALL_LINEAR,):

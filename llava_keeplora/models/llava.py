@@ -5,6 +5,7 @@ LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, on questions, captions and classes as
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,26 +14,29 @@ from typing import Any, Self
 
 import torch
 import transformers  # its models, which take seconds to import, are looked up where they are used
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
+from llava_keeplora.models.layouts import find_parts
 from llava_keeplora.models.linear_layers import find_linear_layers
 from llava_keeplora.models.meta_model import build_meta_model
 from llava_keeplora.models.quantization import keep_form, leave_checkpoint, quantization_kwargs
 from llava_keeplora.models.task_model import TaskModel
 from llava_keeplora.models.usage import Usage, generation_usage
-from llava_keeplora_eval.chat import question_text, render
+from llava_keeplora_eval.chat import image_inputs, question_text, render
 from llava_keeplora_eval.checkpoints import load_checked
-from llava_keeplora_eval.llava import LlavaPredictor, image_inputs, joined
-from llava_keeplora_eval.models import load_llava_processor
+from llava_keeplora_eval.image_inputs import TOKEN_KEYS, joined
+from llava_keeplora_eval.llava import LlavaPredictor, as_input, batched_tokens
 from llava_keeplora_eval.preparation import ChatPreparation, check_questions
+from llava_keeplora_eval.processors import load_chat_processor
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
 IGNORE = -100  # the label of a token that is not learned, as everywhere in transformers
-LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+LAYER_NUMBER = re.compile(r"\.(?:layers?|blocks)\.(\d+)\.")
 
 
 class LlavaFamily:
@@ -46,26 +50,13 @@ class LlavaFamily:
         max_new_tokens: of an answer.
         quantization: see `ModelConfig`.
         generation: of an answer; see `EvaluationConfig`.
+        parts: part → dotted prefix, for a type of model that is not known; see `find_parts`.
     """
 
     name = "llava"
     kinds = ("classification", "vqa", "captioning")
-    # Module names of transformers 5: no `vision_model` level inside the vision tower.
-    parts = {
-        "vision": "model.vision_tower.encoder.layers",
-        "projector": "model.multi_modal_projector",
-        "language": "model.language_model.layers",
-    }
-    targets = {
-        "vision": ("q_proj", "k_proj", "v_proj", "out_proj"),
-        "projector": ("linear_1", "linear_2"),
-        "language": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    }
     auto_class = "AutoModelForImageTextToText"
     eval_cost = 3.0
-
-    # LLaVA's own recipes leave the projector unquantised too.
-    skip_quantization = ("lm_head", "model.multi_modal_projector")
 
     def __init__(
         self,
@@ -75,6 +66,7 @@ class LlavaFamily:
         max_new_tokens: int = 128,
         quantization: str | None = None,
         generation: Mapping[str, Any] | None = None,
+        parts: Mapping[str, str] | None = None,
     ):
         self.path, self.revision, self.max_new_tokens, self.quantization = (
             path,
@@ -86,7 +78,10 @@ class LlavaFamily:
         self.config = transformers.AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=False
         )
-        positions = self.config.text_config.max_position_embeddings
+        layout = find_parts(self.config, path, parts)
+        self.parts, self.targets = layout.prefixes, layout.targets
+        self.skip_quantization = ("lm_head", *layout.unquantized)
+        positions = self.config.get_text_config().max_position_embeddings
         if max_length is not None and max_length > positions:
             raise ConfigError(
                 f"model.max_length is {max_length}, and '{path}' has positions for {positions} tokens",
@@ -104,13 +99,14 @@ class LlavaFamily:
             evaluation.max_new_tokens,
             model.quantization,
             evaluation.generation,
+            model.parts,
         )
 
     # Read when first asked for: a plan can do with the configuration alone.
     @cached_property
     def processor(self):
         """The model's processor."""
-        return load_llava_processor(self.path, self.revision)
+        return load_chat_processor(self.path, self.revision)
 
     @cached_property
     def preparation(self) -> ChatPreparation:
@@ -145,8 +141,8 @@ class LlavaFamily:
 
     def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
         """Return full name → linear layer for the leaf names `targets` of a part that the loss reaches."""
-        found = find_linear_layers(self.model, self.parts, part, targets)
-        return {name: layer for name, layer in found.items() if self._reached(part, name)}
+        layers = find_linear_layers(self.model, self.parts, part, targets)
+        return {name: layer for name, layer in layers.items() if self._reached(part, name)}
 
     def layers_without_gradient(self, part: str, targets: Sequence[str]) -> list[str]:
         """Layers of the vision encoder past the last one whose output is used; the loss cannot reach them."""
@@ -157,15 +153,15 @@ class LlavaFamily:
         ]
 
     def _reached(self, part: str, name: str) -> bool:
-        """Whether a layer feeds the features.
+        """Return whether a layer feeds the features.
 
-        `vision_feature_layer` indexes hidden states, the embedding's being 0.
+        `vision_feature_layer` indexes hidden states, of which the embedding's is 0; without it, all are used.
         """
-        if part != "vision":
+        used = _feature_layers(self.config) if part == "vision" else []
+        if not used:
             return True
         depth = self.config.vision_config.num_hidden_layers
-        used = max(i if i >= 0 else depth + 1 + i for i in _feature_layers(self.config))
-        return int(LAYER_NUMBER.search(name).group(1)) < used
+        return int(LAYER_NUMBER.search(name).group(1)) < max(i if i >= 0 else depth + 1 + i for i in used)
 
     def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
         """What the model takes for each example's images; see `image_inputs`."""
@@ -188,8 +184,13 @@ class LlavaFamily:
         check_questions(self.preparation, data)
 
     def task(self, recipe: Recipe) -> "LlavaTask":
-        """The model on one task."""
-        return LlavaTask(self.model)
+        """Return the model on one task."""
+        return LlavaTask(self.model, blank=self.blank)
+
+    @cached_property
+    def blank(self) -> dict[str, Tensor]:
+        """What the model takes for a picture without content."""
+        return image_inputs(self.processor, [Image.new("RGB", (64, 64))])
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> LlavaPredictor:
         """What answers the task's examples with the present weights.
@@ -215,12 +216,9 @@ class LlavaFamily:
 
 
 def _feature_layers(config) -> list[int]:
-    """Indices of the vision encoder's hidden states that the projector reads, as a configuration has them.
-
-    One or several.
-    """
-    chosen = config.vision_feature_layer
-    return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
+    """Return the indices of the vision encoder's hidden states that the connector reads, where set."""
+    chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
+    return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen] if chosen is not None else []
 
 
 class LlavaInputs:
@@ -240,34 +238,29 @@ class LlavaInputs:
 
     def __init__(self, data: TaskData, images: Images, preparation: ChatPreparation):
         self.images, self.pad_id = images, preparation.chat.pad_id
-        turns = preparation.learn(data)
-        self.rows = [turn.row for turn in turns]
-        self.turns = [(turn.prompt, turn.reply) for turn in turns]
+        self.turns = preparation.learn(data)
         # The first token is never predicted, and it never belongs to an answer.
-        self.weights = [len(reply) for _, reply in self.turns]
+        self.weights = [turn.learned for turn in self.turns]
 
     def __len__(self) -> int:
         return len(self.turns)
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` (batch, tokens), padded on the right, and the images.
+        """Return a batch, padded on the right.
 
-        `labels` are the ids of the answer's tokens and `IGNORE` elsewhere. `image_counts` (batch,) says how
-        many images belong to each example.
+        `input_ids`, `attention_mask`, `labels` and the other inputs of tokens (batch, tokens), and those of
+        the images. `labels` are the ids of the answers' tokens and `IGNORE` elsewhere. `image_rows` (batch,
+        keys of the images in alphabetical order) says how many rows of each key belong to each example.
         """
-        turns, pictures = [self.turns[i] for i in indices], self.images.take([self.rows[i] for i in indices])
-        width = max(len(prompt) + len(reply) for prompt, reply in turns)
-
-        def padded(rows: list[list[int]], value: int) -> Tensor:
-            return torch.tensor([row + [value] * (width - len(row)) for row in rows])
-
-        return {
-            "input_ids": padded([prompt + reply for prompt, reply in turns], self.pad_id),
-            "attention_mask": padded([[1] * (len(prompt) + len(reply)) for prompt, reply in turns], 0),
-            "labels": padded([[IGNORE] * len(prompt) + reply for prompt, reply in turns], IGNORE),
-            "image_counts": torch.tensor([len(p["pixel_values"]) if p else 0 for p in pictures]),
-            **joined(pictures),
-        }
+        turns = [self.turns[i] for i in indices]
+        pictures = self.images.take([turn.row for turn in turns])
+        tokens, images = batched_tokens(turns, self.pad_id), joined(pictures)
+        labels = torch.full_like(tokens["input_ids"], IGNORE)
+        for row, turn in enumerate(turns):
+            for start, end in (*turn.earlier, (len(turn.prompt), len(turn))):
+                labels[row, start:end] = tokens["input_ids"][row, start:end]
+        rows = [[len(p[key]) if key in p else 0 for key in sorted(images)] for p in pictures]
+        return {**tokens, "labels": labels, "image_rows": torch.tensor(rows, dtype=torch.long), **images}
 
 
 class LlavaTask(TaskModel):
@@ -276,67 +269,70 @@ class LlavaTask(TaskModel):
     Args:
         model: plain or with adapters.
         counts_examples: whether the loss is the mean of the examples' own means instead.
+        blank: what the model takes for a picture without content, for batches without pictures; a picture of
+            zeros of the vision encoder's size when None.
     """
 
     #: `transformers.Trainer` counts the answer tokens of every optimiser step, because batches hold different
     #: numbers of them.
     accepts_loss_kwargs = True
 
-    def __init__(self, model: nn.Module, counts_examples: bool = False):
+    def __init__(
+        self, model: nn.Module, counts_examples: bool = False, blank: Mapping[str, Tensor] | None = None
+    ):
         super().__init__(model)
-        self.counts_examples = counts_examples
+        self.counts_examples, self.blank = counts_examples, blank
 
     def counting_examples(self) -> "LlavaTask":
         """Return the model with the mean of the examples' mean losses, whatever their answers' lengths."""
-        return LlavaTask(self.model, counts_examples=True)
+        return LlavaTask(self.model, counts_examples=True, blank=self.blank)
 
-    def forward(self, labels: Tensor, image_counts: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
-        """The mean loss, and the logits of the answers' tokens (answer tokens, vocabulary).
+    def forward(self, labels: Tensor, image_rows: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+        """Return the mean loss, and the logits of the answers' tokens (answer tokens, vocabulary).
 
         Args:
             labels: (batch, tokens), `IGNORE` wherever nothing is learned.
-            image_counts: (batch,).
-            inputs: `input_ids`, `attention_mask` and the images.
+            image_rows: (batch, keys); see `LlavaInputs.collate`.
+            inputs: `input_ids`, `attention_mask`, and what else the model takes for tokens and images.
         """
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        inputs = {key: as_input(value, self.model.dtype, value.device) for key, value in inputs.items()}
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
         target = labels[:, 1:]
         answered = target != IGNORE
         # The vocabulary is wide and answers are short: logits where something is learned, and nowhere else.
         logits = self.model.lm_head(hidden[:, :-1][answered]).float()
+        if (cap := getattr(self.config.get_text_config(), "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap  # Gemma 2's language model, in PaliGemma 2
         if self.counts_examples:
             shares = answered / (len(answered) * answered.sum(1, keepdim=True))
             loss = (cross_entropy(logits, target[answered], reduction="none") * shares[answered]).sum()
         else:
             loss = cross_entropy(logits, target[answered])
-        return {"loss": loss if "pixel_values" in inputs else loss + self._without_images(), "logits": logits}
+        return {"loss": loss if image_rows.any() else loss + self._without_images(), "logits": logits}
 
     def _without_images(self) -> Tensor:
-        """Zero, as a function of the vision encoder and the projector.
+        """Return zero, as a function of the vision encoder and the connector.
 
         Processes that share gradients wait for every trainable tensor's, and a batch of text alone would give
         none.
         """
-        model = self.model.model
-        trained = [
-            p
-            for part in (model.vision_tower, model.multi_modal_projector)
-            for p in part.parameters()
-            if p.requires_grad
-        ]
+        language = {id(p) for p in self.model.model.get_decoder().parameters()}
+        trained = any(p.requires_grad and id(p) not in language for p in self.model.model.parameters())
         if not trained or not torch.is_grad_enabled():
             return torch.zeros((), device=self.model.device)
-        return 0.0 * self._blank().float().sum()
+        return 0.0 * self._blank_features()
 
-    def _blank(self) -> Tensor:
-        """What the projector makes of a picture without content."""
-        model, config = self.model.model, self.config
-        side = config.vision_config.image_size
-        blank = torch.zeros(1, 3, side, side, dtype=self.model.dtype, device=self.model.device)
-        states = model.vision_tower(blank, output_hidden_states=True).hidden_states
-        used = torch.cat([states[i] for i in _feature_layers(config)], dim=-1)
-        return model.multi_modal_projector(used)
+    def _blank_features(self) -> Tensor:
+        """Return the sum of what the connector makes of a picture without content."""
+        side = getattr(self.config.vision_config, "image_size", None)
+        blank = self.blank or {"pixel_values": torch.zeros(1, 3, side, side)}
+        model = self.model.model
+        taken = inspect.signature(model.get_image_features).parameters
+        return _summed(
+            model.get_image_features(
+                **{k: as_input(v, model.dtype, model.device) for k, v in blank.items() if k in taken}
+            )
+        )
 
     def probe(self, batch: Mapping[str, Tensor]) -> None:
         """Run every layer once.
@@ -345,8 +341,8 @@ class LlavaTask(TaskModel):
         """
         first = self.first(batch)
         self(**first)
-        if "pixel_values" not in first:
-            self._blank()
+        if not first["image_rows"].any():
+            self._blank_features()
 
     @contextmanager
     def constants(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
@@ -358,15 +354,11 @@ class LlavaTask(TaskModel):
         return len(batch["labels"]) if self.counts_examples else int((batch["labels"][:, 1:] != IGNORE).sum())
 
     def first(self, batch: Mapping[str, Tensor], count: int = 1) -> dict[str, Tensor]:
-        """A batch of its first examples alone."""
-        images = int(batch["image_counts"][:count].sum())
-        per_image = ("pixel_values", "image_sizes")
-        first = {key: value[: images if key in per_image else count] for key, value in batch.items()}
-        return (
-            first
-            if images
-            else {key: value for key, value in first.items() if key not in (*per_image, "batch_num_images")}
-        )
+        """Return a batch of its first examples alone."""
+        rows = batch["image_rows"][:count].sum(dim=0).tolist()
+        images = [key for key in sorted(batch) if key not in (*TOKEN_KEYS, "labels", "image_rows")]
+        kept = {key: batch[key][:number] for key, number in zip(images, rows, strict=True) if number}
+        return {key: value[:count] for key, value in batch.items() if key not in images} | kept
 
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Which tokens of a part's layers carry content.
@@ -374,3 +366,11 @@ class LlavaTask(TaskModel):
         Padding of the text doesn't, every image token does.
         """
         return batch["attention_mask"].bool() if part == "language" else None
+
+
+def _summed(output: Any) -> Tensor:
+    """Return the sum of every floating-point tensor of a model's output, however it is nested."""
+    if isinstance(output, Tensor):
+        return output.float().sum()
+    items = output.values() if isinstance(output, Mapping) else output
+    return sum((_summed(item) for item in items if item is not None), start=torch.zeros(()))

@@ -188,7 +188,7 @@ def _llava(recipe: Recipe, family: LlavaFamily, train: TaskData | None, test: Ta
         example, question = _assumed(family)
         return Work(recipe.name, 0, 0, 0, example, question, {}, 4.0 * ANSWER)
     inputs = family.inputs(train, Prepared(family, train))
-    longest = max(range(len(inputs)), key=lambda i: sum(map(len, inputs.turns[i])))
+    longest = max(range(len(inputs)), key=lambda i: len(inputs.turns[i]))
     asked = max(check_questions(family.preparation, test), key=len)
     question = {
         "input_ids": torch.tensor([asked.prompt]),
@@ -237,7 +237,7 @@ def _assumed(family: LlavaFamily) -> tuple[dict[str, Tensor], dict[str, Tensor]]
         "input_ids": ids,
         "attention_mask": mask,
         "labels": labels,
-        "image_counts": torch.ones(1, dtype=torch.long),
+        "image_rows": torch.ones(1, 1, dtype=torch.long),
         "pixel_values": pixels,
     }
     return example, {

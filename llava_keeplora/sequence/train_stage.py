@@ -25,6 +25,7 @@ from llava_keeplora.deepspeed_zero import forget_engine, gathered, number_count,
 from llava_keeplora.errors import TrainingError
 from llava_keeplora.files import write_json
 from llava_keeplora.methods import TaskContext
+from llava_keeplora.models.layouts import part_of
 from llava_keeplora.run_folder import (
     DELTA,
     KEPT,
@@ -152,11 +153,10 @@ def _part_learning_rates(state: MethodState) -> dict[int, float]:
     for part, settings in state.config.parts.items():
         if settings.learning_rate is None:
             continue
-        prefix = family.parts[part] + "."
         rates |= {
             id(parameter): settings.learning_rate
             for name, parameter in family.model.named_parameters()
-            if name.startswith(prefix) and parameter.requires_grad
+            if part_of(name, family.parts) == part and parameter.requires_grad
         }
     return rates
 

@@ -69,7 +69,7 @@ def test_every_linear_layer_that_feeds_the_output_is_cut(tiny_clip, tiny_llava, 
     # LLaVA takes its features before the last of two vision blocks.
     assert {part: len(layers) for part, layers in llava.items()} == {
         "vision": 6,
-        "projector": 2,
+        "connector": 2,
         "language": 2 * 7,
     }
 

@@ -9,8 +9,9 @@ from PIL import Image
 
 from llava_keeplora_eval import EvalError
 from llava_keeplora_eval.llava import LlavaPredictor
-from llava_keeplora_eval.models import load_clip, load_llava, load_llava_processor
+from llava_keeplora_eval.models import load_clip, load_llava
 from llava_keeplora_eval.predictors import ClipPredictor
+from llava_keeplora_eval.processors import load_chat_processor
 from llava_keeplora_recipes import load_recipe, load_split
 
 
@@ -45,10 +46,10 @@ def edit(path, **changes):
 def test_a_processor_that_makes_other_image_tokens_than_the_model_takes_is_refused(
     copied, name, changes, said
 ):
-    load_llava_processor(str(copied))
+    load_chat_processor(str(copied))
     edit(copied / name, **changes)
     with pytest.raises(EvalError, match=said):
-        load_llava_processor(str(copied))
+        load_chat_processor(str(copied))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_a_chat_template_that_fails_is_one_sentence(copied, mixed_tasks, templat
     from llava_keeplora_eval.chat import Chat
 
     (copied / "chat_template.jinja").write_text(template)
-    chat = Chat(load_llava_processor(str(copied)))
+    chat = Chat(load_chat_processor(str(copied)))
     with pytest.raises(EvalError, match="the model's chat template fails") as caught:
         chat.prompt("what is it?", [(20, 20)])
     assert "\n" not in str(caught.value)

@@ -9,10 +9,10 @@ from llava_keeplora.export import export_run, verify, verify_worker
 from llava_keeplora.sequence import runner
 
 BASE_ID = "you/tiny-base@abc123"
-WHOLE_PROJECTOR = {"parts": {"projector": {"train": "full", "learning_rate": 1e-3}}}
+WHOLE_PROJECTOR = {"parts": {"connector": {"train": "full", "learning_rate": 1e-3}}}
 FORMS = {
     "clip": {},
-    "llava": {"parts": {"projector": None}},
+    "llava": {"parts": {"connector": None}},
     "plain": WHOLE_PROJECTOR,
     "nf4": {**WHOLE_PROJECTOR, "model": {"quantization": "nf4"}},
 }

@@ -18,9 +18,16 @@ from llava_keeplora.adapters import Delta, load_deltas
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export import export_run, run_export, verify
 from llava_keeplora.export.adapter import check_weights, combine, exclusion, vllm_rank
-from llava_keeplora.models import ClipFamily, LlavaFamily
+from llava_keeplora.models import ClipFamily
 
-PARTS = {"clip": ClipFamily.parts, "llava": LlavaFamily.parts}
+PARTS = {
+    "clip": ClipFamily.parts,
+    "llava": {
+        "vision": "model.vision_tower.encoder.layers",
+        "connector": "model.multi_modal_projector",
+        "language": "model.language_model.layers",
+    },
+}
 LEAVES = {
     "q_proj",
     "k_proj",
@@ -175,12 +182,12 @@ def names(era):
 @pytest.mark.parametrize("left_out", [(0, 1, 2), (2,), (1, 5), (0, 1, 2, 6), (6,)])
 def test_layers_with_a_targets_name_and_no_adapter_are_excluded_in_both_naming_eras(era, left_out):
     new = names("5")
-    regex = exclusion([new[i] for i in left_out], new, LlavaFamily.parts)
+    regex = exclusion([new[i] for i in left_out], new, PARTS["llava"])
     config = LoraConfig(target_modules=["q_proj", "linear_1", "linear_2"], exclude_modules=regex)
     assert [i for i, name in enumerate(names(era)) if not check_target_module_exists(config, name)] == list(
         left_out
     )
-    assert exclusion([], new, LlavaFamily.parts) is None
+    assert exclusion([], new, PARTS["llava"]) is None
 
 
 def test_parts_task_and_rank_choose_what_is_exported_and_the_card_says_what_is_missing(
@@ -203,7 +210,7 @@ def test_parts_task_and_rank_choose_what_is_exported_and_the_card_says_what_is_m
         and done.compressed
         and 0 < done.adapter.error <= done.adapter.worst < 1
     )
-    assert done.left_out == ["vision", "projector"] and all(
+    assert done.left_out == ["vision", "connector"] and all(
         "language_model" in name for name in done.adapter.layers
     )
     tasks = deltas_of(run, 2)
@@ -212,7 +219,7 @@ def test_parts_task_and_rank_choose_what_is_exported_and_the_card_says_what_is_m
         torch.testing.assert_close(torch.linalg.svdvals(one.dense())[:2], S[:2], rtol=1e-3, atol=1e-6)
     card = (tmp_path / "small" / "README.md").read_text()
     assert (
-        "Left out, though the run trained them: vision, projector" in card
+        "Left out, though the run trained them: vision, connector" in card
         and "compressed with a relative error of" in card
     )
     assert "--max-lora-rank 8 --lora-modules" in card and "llava-keeplora import" not in card
@@ -246,7 +253,7 @@ def test_parts_are_listed_with_commas_on_the_command_line(finished, capsys):
     arguments = ["export", str(finished("plain")), "--as", "adapter", "--base-id", "you/base", "--parts"]
     assert cli.main([*arguments, "language,text"]) == 2
     assert "error: --parts names 'text', which 'keeplora' did not change; " in capsys.readouterr().err
-    assert cli.main([*arguments, "language,projector"]) == 2
+    assert cli.main([*arguments, "language,connector"]) == 2
     assert "error: 2 layers were trained in full" in capsys.readouterr().err
 
 
@@ -347,7 +354,7 @@ def test_every_family_of_llava_is_exported(
     base = make_llava(tmp_path / "base", kind)
     runner.run(
         parse_config(
-            llava_tree(tmp_path / "run", model={"name_or_path": str(base)}, parts={"projector": None})
+            llava_tree(tmp_path / "run", model={"name_or_path": str(base)}, parts={"connector": None})
         )
     )
     done = export_run(tmp_path / "run", form, base_id="you/base")

@@ -114,7 +114,7 @@ def test_the_default_is_the_bases_own_dtype_and_a_cast_says_what_rounding_loses_
     assert cast.rounding.lost == pytest.approx(lost(""), rel=1e-3) and cast.rounding.lost > 1e-3
     for part, prefix in (
         ("vision", "model.vision_tower"),
-        ("projector", "model.multi_modal_projector"),
+        ("connector", "model.multi_modal_projector"),
         ("language", "model.language_model"),
     ):
         assert cast.rounding.parts[part] == pytest.approx(lost(prefix), rel=1e-3)

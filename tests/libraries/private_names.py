@@ -144,11 +144,6 @@ PRIVATE_NAMES = (
         ("llava_keeplora_eval.content",),
         "says where a model was loaded from, not what it is",
     ),
-    PrivateName(
-        "transformers.LlavaProcessor._get_num_multimodal_tokens",
-        ("llava_keeplora_eval.chat",),
-        "how many tokens an image of a size takes, without its pixels; serving engines rely on it too",
-    ),
     # PEFT, accelerate
     PrivateName(
         "peft.tuners.lora.LoraLayer.frozen_peft_weight_names",

@@ -16,7 +16,7 @@ from llava_keeplora.models import load_model
 from llava_keeplora.sequence.data import Batches, ImageCache
 from llava_keeplora_eval.chat import Chat, render
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.models import load_llava_processor
+from llava_keeplora_eval.processors import load_chat_processor
 from llava_keeplora_recipes import load_recipe, load_split
 
 KINDS = ("llava", "llava_next", "llava_onevision")
@@ -71,7 +71,7 @@ def inputs(family, data):
 
 
 def test_the_token_ids_of_a_question_are_those_of_the_processor_itself(folder, data):
-    processor = load_llava_processor(str(folder))
+    processor = load_chat_processor(str(folder))
     chat = Chat(processor)
     for example in data:
         text = render(processor, example.question, len(example.images))
@@ -79,13 +79,13 @@ def test_the_token_ids_of_a_question_are_those_of_the_processor_itself(folder, d
             text=[text], images=[example.images] if example.images else None, return_tensors="pt"
         )
         assert (
-            chat.prompt(example.question, [(i.height, i.width) for i in example.images])
+            chat.prompt(example.question, [(i.height, i.width) for i in example.images]).prompt
             == whole["input_ids"][0].tolist()
         )
 
 
 def test_a_checkpoint_without_a_chat_template_gets_that_of_llava_one_and_a_half(tiny_llava):
-    text = render(load_llava_processor(str(tiny_llava)), "What is it?", 1)
+    text = render(load_chat_processor(str(tiny_llava)), "What is it?", 1)
     assert text == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
         "answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT:"
@@ -93,7 +93,7 @@ def test_a_checkpoint_without_a_chat_template_gets_that_of_llava_one_and_a_half(
 
 
 def test_a_checkpoints_own_chat_template_is_used(tiny_llava):
-    processor = load_llava_processor(str(tiny_llava))
+    processor = load_chat_processor(str(tiny_llava))
     processor.chat_template = (
         "{% for m in messages %}[{{ m['content'] | length }}]{% endfor %}{{ 'GO:' if add_generation_prompt }}"
     )
@@ -118,7 +118,7 @@ def test_only_the_answer_and_the_end_of_text_are_supervised(family, inputs, data
 def test_the_loss_is_the_models_own_on_the_same_labels(family, inputs, data):
     batch = inputs.collate([0, 1, 3])
     ours = family.task(data.recipe)(**batch)["loss"]
-    own = {key: value for key, value in batch.items() if key != "image_counts"}
+    own = {key: value for key, value in batch.items() if key != "image_rows"}
     torch.testing.assert_close(ours, family.model(**own).loss)
 
 
@@ -149,7 +149,7 @@ def test_the_gradient_pass_is_the_gradient_of_the_mean_over_all_answer_tokens(
 
     weights = [layer.weight.requires_grad_(True) for layer in layers.values()]
     out = task(**inputs.collate(range(4)))
-    target = torch.cat([torch.tensor(reply) for _, reply in inputs.turns])
+    target = torch.cat([torch.tensor(turn.reply) for turn in inputs.turns])
     expected = torch.autograd.grad(cross_entropy(out["logits"], target), weights)
     for weight in weights:
         weight.requires_grad_(False)
@@ -335,7 +335,7 @@ def test_a_batch_of_text_alone_gives_the_vision_adapters_a_gradient_of_zero_and_
     family, inputs, data
 ):
     """Processes that share gradients would otherwise wait for each other forever."""
-    layers = family.linear_layers("vision", ("v_proj",)) | family.linear_layers("projector", ("linear_1",))
+    layers = family.linear_layers("vision", ("v_proj",)) | family.linear_layers("connector", ("linear_1",))
     task, batch = family.task(data.recipe), inputs.collate([2])
     assert "pixel_values" not in batch
     frozen = task(**batch)["loss"]

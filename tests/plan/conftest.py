@@ -180,7 +180,7 @@ def seven_b_tree(tmp_path_factory, seven_b):
             "model": {"name_or_path": str(seven_b), "dtype": "bfloat16", "quantization": quantization},
             "parts": {
                 "language": {"rank": 32, "alpha": 8, "energy_weight": 0.6},
-                "projector": {"train": "full", "learning_rate": 2e-5},
+                "connector": {"train": "full", "learning_rate": 2e-5},
             },
             "methods": {"keeplora": {"gradient_fraction": 0.2}},
             "training": {

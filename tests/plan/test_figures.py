@@ -175,7 +175,7 @@ def test_a_run_in_fp16_is_planned_like_one_in_bf16(run_tree, wide_tree, peaks):
 def test_a_rank_that_the_weights_decide_on_is_named_and_one_that_fits_any_weight_is_not(wide_tree):
     def notes(rank):
         part = {"rank": rank, "alpha": 1, "energy_weight": 0.5}
-        plan = make_plan(parse_config(wide_tree(parts={"language": part, "vision": None, "projector": None})))
+        plan = make_plan(parse_config(wide_tree(parts={"language": part, "vision": None, "connector": None})))
         return [method.unsure for method in plan.methods], describe(plan)
 
     sentences, text = notes(1)

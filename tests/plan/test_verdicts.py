@@ -28,7 +28,7 @@ def on_train(wide_tree, peaks):
     """A run of sequential LoRA on the language model, and what its training and its loading take."""
     tree = wide_tree(
         methods={"seq-lora": {}},
-        parts={"language": {"rank": 4, "alpha": 4}, "vision": None, "projector": None},
+        parts={"language": {"rank": 4, "alpha": 4}, "vision": None, "connector": None},
     )
     return tree, peaks(tree)
 

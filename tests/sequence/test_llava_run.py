@@ -134,7 +134,7 @@ def test_each_part_trains_at_its_own_rate(llava_config, drive, monkeypatch, tmp_
 
 def test_a_part_that_is_not_named_stays_as_it_is(llava_config, drive, tmp_path, mixed_tasks):
     drive(
-        llava_config(tmp_path / "run", tasks=[str(mixed_tasks[0])], parts={"vision": None, "projector": None})
+        llava_config(tmp_path / "run", tasks=[str(mixed_tasks[0])], parts={"vision": None, "connector": None})
     )
     deltas = load_deltas(tmp_path / "run/keeplora/task-01-questions/delta.safetensors")
     assert deltas and all(name.startswith("model.language_model.") for name in deltas)
@@ -171,7 +171,7 @@ def test_a_clip_run_refuses_a_captioning_task(run_config, drive, tmp_path, mixed
 def test_the_configuration_of_a_llava_run_survives_a_round_trip(llava_tree, tmp_path):
     tree = llava_tree(tmp_path / "run")
     config = parse_config(copy.deepcopy(tree))
-    assert config.parts["projector"].train == "full" and config.parts["projector"].learning_rate == 1e-3
+    assert config.parts["connector"].train == "full" and config.parts["connector"].learning_rate == 1e-3
     assert config.parts["vision"].targets is None
 
 

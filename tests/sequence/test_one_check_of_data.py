@@ -69,13 +69,14 @@ def test_clip_shows_the_class_prompt_with_its_special_tokens(capsys):
 
 def test_a_template_that_begins_with_the_begin_token_begins_once(tiny_llava):
     from llava_keeplora_eval.chat import VICUNA_V1, Chat
-    from llava_keeplora_eval.models import load_llava_processor
+    from llava_keeplora_eval.processors import load_chat_processor
 
-    processor = load_llava_processor(str(tiny_llava))
+    processor = load_chat_processor(str(tiny_llava))
     plain = Chat(processor).prompt("What?", [])
     processor.chat_template = "{{ bos_token }}" + VICUNA_V1
     begun = Chat(processor).prompt("What?", [])
-    assert begun.count(processor.tokenizer.bos_token_id) == 1 and begun[-len(plain) + 1 :] == plain[1:]
+    assert begun.prompt.count(processor.tokenizer.bos_token_id) == 1
+    assert begun.prompt[-len(plain) + 1 :] == plain.prompt[1:]
 
 
 def test_an_answer_ends_where_the_models_tokens_do_and_the_check_counts_such_questions(

@@ -46,7 +46,7 @@ def trees(run_tree, llava_tree):
     return {
         "clip": lambda **changes: run_tree("unset", methods={"keeplora": {}}, training=STEADY, **changes),
         "llava": lambda **changes: llava_tree(
-            "unset", training=STEADY, parts={"projector": {"learning_rate": None}}, **changes
+            "unset", training=STEADY, parts={"connector": {"learning_rate": None}}, **changes
         ),
     }
 

@@ -1,0 +1,224 @@
+"""The processor of any image-text-to-text checkpoint, put together without torchvision.
+
+Image processors are the ones by Pillow, whatever is installed, so that a model sees the same pixels
+everywhere. Processors that read videos want a video processor, which exists with torchvision only; here they
+do without one, as frames of a video are shown as images.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from llava_keeplora_eval.chat import VICUNA_V1
+from llava_keeplora_eval.checkpoints import AGAIN, loading
+from llava_keeplora_eval.errors import EvalError
+
+#: Files that may name a processor's class, in the order in which transformers asks them.
+NAMING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+#: For checkpoints without a chat template, of types that had none at first: model type → template, in which
+#: `<image>` stands for an image.
+TEMPLATES = {
+    "llava": VICUNA_V1,
+    "llava_next": VICUNA_V1,
+    "llava_onevision": VICUNA_V1,
+    # Of llava-hf/vip-llava-7b-hf.
+    "vipllava": (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the human's questions."
+        "{% for message in messages %}###{{ 'Human' if message['role'] == 'user' else 'Assistant' }}: "
+        "{% for item in message['content'] %}"
+        "{% if item['type'] == 'image' %}<image>\n{% else %}{{ item['text'] }}{% endif %}"
+        "{% endfor %}{% endfor %}{% if add_generation_prompt %}###Assistant:{% endif %}"
+    ),
+    # The processor adds the begin token after the images and a line break after the question.
+    "paligemma": (
+        "{% if messages | length > 1 and add_generation_prompt %}"
+        "{{ raise_exception('PaliGemma answers single questions') }}{% endif %}"
+        "{% for item in messages[0]['content'] if item['type'] == 'image' %}<image>{% endfor %}"
+        "{% for item in messages[0]['content'] if item['type'] == 'text' %}{{ item['text'] }}{% endfor %}"
+    ),
+}
+
+
+def load_chat_processor(path: str, revision: str | None = None):
+    """Load the processor of an image-text-to-text checkpoint.
+
+    Settings that its files lack are taken from the model's configuration.
+
+    Args:
+        path: a folder or a Hub id.
+        revision: the Hub revision.
+
+    Raises:
+        EvalError: it cannot be loaded, or belongs to another model.
+    """
+    # Seconds to import, which the other commands don't need.
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    source = {"revision": revision, "trust_remote_code": False}
+    with loading(path):
+        config = AutoConfig.from_pretrained(path, **source)
+        cls = _processor_class(path, revision, config.model_type)
+        settings, _ = cls.get_processor_dict(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        known = inspect.signature(cls.__init__).parameters
+        chosen = _missing_settings(config, known) | {
+            key: value for key, value in settings.items() if key in known and value is not None
+        }
+        chosen = {key: value for key, value in chosen.items() if key not in PARTS}
+        chosen["chat_template"] = (
+            chosen.get("chat_template")
+            or getattr(tokenizer, "chat_template", None)
+            or TEMPLATES.get(config.model_type)
+        )
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **source)
+        if config.model_type == "paligemma" and not hasattr(image_processor, "image_seq_length"):
+            image_processor.image_seq_length = config.vision_config.num_image_tokens
+        processor = _without_videos(cls)(image_processor=image_processor, tokenizer=tokenizer, **chosen)
+    if processor.chat_template is None:
+        raise EvalError(
+            f"'{path}' has no chat template, so how a '{config.model_type}' model is asked is unknown",
+            "add its chat_template.jinja, or the chat_template of its tokenizer_config.json",
+        )
+    check_vocabulary(tokenizer, path)
+    _check_image_tokens(processor, config, path)
+    return processor
+
+
+#: What a processor is put together of.
+PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor", "audio_processor")
+
+
+def _processor_class(path: str, revision: str | None, model_type: str) -> Any:
+    """Return the class of a checkpoint's processor: the one that its files name, or its type's own."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.utils import cached_file
+
+    name = None
+    for file in NAMING:
+        place = cached_file(path, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if place is not None and name is None:
+            with open(place, encoding="utf-8") as handle:
+                name = json.load(handle).get("processor_class")
+    name = name or PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name == "PixtralProcessor":
+        return _pixtral_processor()
+    cls = getattr(transformers, name, None) if name else None
+    if not inspect.isclass(cls) or not issubclass(cls, transformers.ProcessorMixin):
+        raise EvalError(f"the processor class '{name}' of '{path}' is not known to transformers", AGAIN)
+    return cls
+
+
+def _pixtral_processor() -> Any:
+    """Return Pixtral's processor, whose file imports a helper from the image processor by torchvision."""
+    package = "transformers.models.pixtral"
+    if importlib.util.find_spec("torchvision") is None:
+        # The same helper is in the image processor by Pillow.
+        sys.modules.setdefault(
+            f"{package}.image_processing_pixtral",
+            importlib.import_module(f"{package}.image_processing_pil_pixtral"),
+        )
+    return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
+
+
+def _without_videos(cls: type) -> Any:
+    """Return a processor's class that does without a video processor."""
+    if "video_processor" not in inspect.signature(cls.__init__).parameters:
+        return cls
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if argument_name != "video_processor" or argument is not None:
+            return cls.check_argument_for_proper_class(self, argument_name, argument)
+        return None
+
+    members = {
+        "check_argument_for_proper_class": check_argument_for_proper_class,
+        "__module__": cls.__module__,
+    }
+    return partial(type(cls.__name__, (cls,), members), video_processor=None)
+
+
+def _missing_settings(config, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model's configuration says of the settings of its processor.
+
+    Args:
+        config: the model's.
+        known: the settings that the processor's class knows.
+    """
+    vision = config.vision_config
+    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    rules: dict[str, Callable[[], Any]] = {
+        "patch_size": lambda: patch,
+        "vision_feature_select_strategy": lambda: config.vision_feature_select_strategy,
+        "num_additional_image_tokens": lambda: int(vision.model_type == "clip_vision_model"),
+        "num_image_tokens": lambda: (side // patch) ** 2,
+        "vision_aspect_ratio": lambda: config.vision_aspect_ratio,
+        "image_seq_length": lambda: config.image_seq_length,
+        "image_seq_len": lambda: (side // patch) ** 2 // config.scale_factor**2,
+        "spatial_merge_size": lambda: config.spatial_merge_size,
+    }
+    settings = {}
+    for key in rules.keys() & known.keys():
+        try:
+            settings[key] = rules[key]()
+        except (AttributeError, TypeError):  # The class has a default of its own.
+            continue
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def check_vocabulary(tokenizer, path: str) -> None:
+    """Refuse a tokenizer without words.
+
+    transformers makes one where a checkpoint's tokenizer files are missing.
+
+    Raises:
+        EvalError: naming the checkpoint.
+    """
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) == 0:
+        raise EvalError(
+            f"the tokenizer of '{path}' has no words: its files (tokenizer.json, or vocab.json and "
+            "merges.txt) are not there",
+            AGAIN,
+        )
+
+
+def _check_image_tokens(processor, config, path: str) -> None:
+    """Refuse a processor that makes other image tokens than its model takes.
+
+    Raises:
+        EvalError: naming what differs.
+    """
+    vision = config.vision_config
+    written = getattr(processor.tokenizer, "image_token_id", None) or processor.image_token_id
+    for name, made, taken in (
+        ("image token", written, getattr(config, "image_token_id", None)),
+        ("patch_size", getattr(processor, "patch_size", None), getattr(vision, "patch_size", None)),
+        (
+            "vision_feature_select_strategy",
+            getattr(processor, "vision_feature_select_strategy", None),
+            getattr(config, "vision_feature_select_strategy", None),
+        ),
+    ):
+        if made is not None and taken is not None and made != taken:
+            raise EvalError(
+                f"the processor of '{path}' has the {name} {made}, and its config.json {taken}", AGAIN
+            )
+    layers = getattr(config, "vision_feature_layer", None)
+    depth = getattr(vision, "num_hidden_layers", None)
+    for layer in (
+        layers if isinstance(layers, (list, tuple)) else [layers] if depth and layers is not None else []
+    ):
+        if not -depth - 1 <= layer <= depth:
+            raise EvalError(
+                f"the config.json of '{path}' has the vision_feature_layer {layer}, and its vision encoder "
+                f"{depth} layers",
+                AGAIN,
+            )
