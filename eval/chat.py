@@ -7,6 +7,7 @@ whatever the model.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,11 @@ def _content(processor, turn: Message, ahead: int) -> list[dict[str, str]]:
     images = [{"type": "image"}] * ahead * (turn.role == "user")
     if MARKER not in turn.text:
         return [*images, {"type": "text", "text": turn.text}]
+    if takes_suffix(processor):
+        raise EvalError(
+            "the model takes images before the text only, and a question marks them between words",
+            "mark no images (they go before the question then), or take another model",
+        )
     if _writes_bare_token(processor):
         # Such templates may put parts of the type image before the text, wherever they stand among the parts.
         return [*images, {"type": "text", "text": turn.text.replace(MARKER, processor.image_token)}]
@@ -124,6 +130,11 @@ def _content(processor, turn: Message, ahead: int) -> list[dict[str, str]]:
     ]
     _check_places(processor, probes)
     return parts
+
+
+def takes_suffix(processor) -> bool:
+    """Return whether a processor itself joins a question with its answer, as PaliGemma's does."""
+    return "suffix" in inspect.signature(type(processor).__call__).parameters
 
 
 def _check_places(processor, parts: Sequence[Mapping[str, str]]) -> None:
@@ -231,13 +242,6 @@ class Chat:
         return frozenset(i for i in ids if i is not None)
 
     @cached_property
-    def _takes_suffix(self) -> bool:
-        """Whether the processor itself joins a question with its answer, as PaliGemma's does."""
-        import inspect
-
-        return "suffix" in inspect.signature(type(self.processor).__call__).parameters
-
-    @cached_property
     def answer_frame(self) -> tuple[str, str]:
         """What the chat template writes between its generation prompt and an answer, and what ends the turn.
 
@@ -299,7 +303,7 @@ class Chat:
         self._refuse_special(question, history, answer)
         text = render(self.processor, question, len(sizes), history)
         prompt = self._encode(text, sizes)["input_ids"]
-        if self._takes_suffix:
+        if takes_suffix(self.processor):
             tokens = self._encode(text, sizes, suffix=[answer])
         else:
             lead, end = self.answer_frame

@@ -94,7 +94,7 @@ def model_family(name: str, revision: str | None = None) -> str:
         revision: on the Hub.
 
     Returns:
-        `clip` or `llava`.
+        `clip` for two encoders, `llava` for models that write text.
 
     Raises:
         EvalError: it cannot be read, or is of no supported family.
@@ -118,7 +118,8 @@ def model_family(name: str, revision: str | None = None) -> str:
     if kind not in FAMILIES:
         raise EvalError(
             f"'{name}' is a '{kind}' model, and supported are the types {', '.join(FAMILIES)}",
-            "take a checkpoint of one of these, or predict with your own code and score the file of answers",
+            "take a checkpoint of one of these, add its type as a family (docs/extending.md), or predict with "
+            "your own code and score the file of answers",
         )
     return FAMILIES[kind]
 

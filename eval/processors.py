@@ -12,6 +12,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -129,13 +130,22 @@ def _pixtral_processor() -> Any:
     return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
 
 
+@dataclass(frozen=True)
+class NoVideoProcessor:
+    """A stand-in for a video processor, with what processors ask of one even where there is no video."""
+
+    num_frames: None = None
+    fps: None = None
+    model_input_names: tuple[str, ...] = ()
+
+
 def _without_videos(cls: type) -> Any:
     """Return a processor's class that does without a video processor."""
     if "video_processor" not in inspect.signature(cls.__init__).parameters:
         return cls
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        if argument_name != "video_processor" or argument is not None:
+        if not isinstance(argument, NoVideoProcessor):
             return cls.check_argument_for_proper_class(self, argument_name, argument)
         return None
 
@@ -143,7 +153,7 @@ def _without_videos(cls: type) -> Any:
         "check_argument_for_proper_class": check_argument_for_proper_class,
         "__module__": cls.__module__,
     }
-    return partial(type(cls.__name__, (cls,), members), video_processor=None)
+    return partial(type(cls.__name__, (cls,), members), video_processor=NoVideoProcessor())
 
 
 def _missing_settings(config, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import json
@@ -299,6 +300,20 @@ def run_tree(tiny_clip, tiny_tasks):
         return merge(tree, changes)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small_vlm(tmp_path_factory):
+    """Function (name of `SMALL_VLMS`) → the folder of that checkpoint, written once; shared, so don't change it."""
+    from small_vlms import write_small_vlm
+
+    root = tmp_path_factory.mktemp("small-vlms")
+
+    @functools.cache
+    def write(name: str) -> Path:
+        return write_small_vlm(name, root / name)
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,237 @@
+"""Every type of image-text-to-text model, on a small checkpoint of its real architecture and layout, beside plain
+transformers: what it is given, what it learns, what it answers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava_keeplora.config import EvaluationConfig, ModelConfig
+from llava_keeplora.models import Prepared, load_model
+from llava_keeplora.testing.families import (
+    check_inputs,
+    check_layer_gradients,
+    check_predictions,
+    check_skeleton,
+)
+from llava_keeplora_eval.chat import Chat, render
+from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_recipes import load_recipe, load_split
+from small_vlms import SMALL_VLMS
+
+TURNS = [
+    (["0.png"], "What is it?", "a red cat"),
+    (["1.png", "2.png"], "Who is in the picture?", "no dog"),
+    ([], "yes or no", "no"),
+    (["3.png"], "What is red?", "the answer"),
+]
+#: Types whose processor takes no question without an image.
+WITH_IMAGES_ONLY = ("paligemma",)
+#: Inputs of tokens that a type cannot do without.
+NEEDED = {
+    "qwen2_vl": "mm_token_type_ids",
+    "qwen2_5_vl": "mm_token_type_ids",
+    "qwen3_vl": "mm_token_type_ids",
+    "gemma3": "token_type_ids",
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with pictures of four shapes."""
+    root = tmp_path_factory.mktemp("shapes")
+    for i, size in enumerate(((30, 30), (60, 24), (20, 44), (33, 16))):
+        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+    return root
+
+
+def load_turns(root, name, turns):
+    rows = []
+    for i, (images, question, answer) in enumerate(turns):
+        said = [
+            {"from": "human", "value": "<image>\n" * len(images) + question},
+            {"from": "gpt", "value": answer},
+        ]
+        rows.append({"id": f"q{i}", "conversations": said} | ({"image": images} if images else {}))
+    (root / f"{name}.json").write_text(json.dumps(rows))
+    (root / f"{name}.yaml").write_text(
+        f"{{name: {name}, version: 1, kind: vqa, metric: exact_match, licence: CC0-1.0,"
+        f" source: {{format: llava_json, path: .}}, splits: {{train: {name}.json, test: {name}.json}}}}"
+    )
+    return load_split(load_recipe(root / f"{name}.yaml"), "test")
+
+
+@pytest.fixture(scope="module", params=list(SMALL_VLMS))
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(kind, small_vlm):
+    return small_vlm(kind)
+
+
+@pytest.fixture(scope="module")
+def data(kind, pictures):
+    turns = [turn for turn in TURNS if turn[0] or kind not in WITH_IMAGES_ONLY]
+    return load_turns(pictures, "with-images-only" if kind in WITH_IMAGES_ONLY else "mixed", turns)
+
+
+@pytest.fixture
+def family(folder):
+    return load_model(ModelConfig(str(folder)), EvaluationConfig(max_new_tokens=6))
+
+
+def processed(processor, example, **options):
+    """What the processor itself makes of a question."""
+    text = render(processor, example.question, len(example.images))
+    begun = bool(processor.tokenizer.bos_token) and text.startswith(processor.tokenizer.bos_token)
+    return processor(
+        text=[text],
+        images=[list(example.images)] if example.images else None,
+        add_special_tokens=not begun,
+        return_tensors="pt",
+        **options,
+    )
+
+
+def test_inputs_are_the_processors_own(family, data):
+    chat = Chat(family.processor)
+    for example in data:
+        encoding = chat.prompt(example.question, [(i.height, i.width) for i in example.images])
+        own = dict(processed(family.processor, example))
+        own.pop("labels", None)
+        given = {"input_ids": torch.tensor([encoding.prompt])}
+        given |= {key: torch.tensor([row]) for key, row in encoding.extra.items()}
+        given |= family.prepare([example])[0]
+        assert given.keys() | {"attention_mask"} == own.keys() | {"attention_mask"}
+        for key, value in given.items():
+            assert torch.equal(value, own[key]), key
+        assert own["input_ids"][0].tolist().count(family.processor.tokenizer.bos_token_id) <= 1
+
+
+def test_the_loss_is_the_models_own_on_the_same_labels(family, data):
+    inputs = family.inputs(data, Prepared(family, data))
+    batch = inputs.collate(range(len(data)))
+    plain = {key: value for key, value in batch.items() if key != "image_rows"}
+    with torch.no_grad():
+        ours, own = family.task(data.recipe)(**batch)["loss"], family.model(**plain).loss
+    torch.testing.assert_close(ours, own, atol=1e-5, rtol=1e-5)
+    for turn, (_, _, answer) in zip(inputs.turns, TURNS, strict=False):
+        learned = family.processor.tokenizer.decode(turn.reply, skip_special_tokens=False)
+        end = Chat(family.processor).answer_frame[1]
+        assert learned.endswith(end.strip()) and (answer in learned or data.recipe.name != "mixed")
+
+
+def test_the_contract_of_a_family_holds(family, data):
+    check_inputs(family, data)
+    check_layer_gradients(family, data)
+    check_predictions(family, data)
+    check_skeleton(family, data)
+
+
+def test_the_first_of_a_batch_is_a_batch_of_the_first(family, data):
+    inputs, task = family.inputs(data, Prepared(family, data)), family.task(data.recipe)
+    for count in range(1, len(data) + 1):
+        first = task.first(inputs.collate(range(len(data))), count)
+        own = inputs.collate(range(count))
+        assert first.keys() - {"image_rows"} == own.keys() - {"image_rows"}
+        with torch.no_grad():
+            torch.testing.assert_close(task(**first)["loss"], task(**own)["loss"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_alone_gives_every_part_a_gradient(kind, family, pictures):
+    if kind in WITH_IMAGES_ONLY:
+        data = load_turns(pictures, "text", [([], "yes or no", "no")])
+        with pytest.raises(EvalError, match="refuses a question with 0 images"):
+            family.inputs(data, Prepared(family, data))
+        return
+    data = load_turns(pictures, "text", [([], "yes or no", "no")])
+    layers = [
+        layer
+        for part in family.targets
+        for layer in family.linear_layers(part, family.targets[part]).values()
+    ]
+    for layer in layers:
+        layer.weight.requires_grad_(True)
+    task = family.task(data.recipe)
+    task(**family.inputs(data, Prepared(family, data)).collate([0]))["loss"].backward()
+    assert all(layer.weight.grad is not None for layer in layers)
+
+
+def test_a_batch_is_answered_as_one_by_one_and_as_plain_generate(family, data):
+    predictor = family.predictor(data.recipe, Prepared(family, data))
+    examples = [data[i] for i in range(len(data))]
+    answers = predictor.predict(examples)
+    assert answers == [predictor.predict([example])[0] for example in examples]
+    stops = [*Chat(family.processor).end_ids]
+    own = family.model.generation_config.eos_token_id
+    stops += own if isinstance(own, list) else [own]
+    for example, answer in zip(examples, answers, strict=True):
+        inputs = processed(family.processor, example)
+        inputs.pop("labels", None)
+        out = family.model.generate(
+            **inputs,
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=predictor.chat.pad_id,
+        )
+        said = family.processor.tokenizer.decode(
+            out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        assert answer == said.strip()
+
+
+def test_an_input_that_is_left_out_changes_what_is_computed(kind, family, data):
+    if kind not in NEEDED:
+        pytest.skip("no such input")
+    batch = family.inputs(data, Prepared(family, data)).collate(range(len(data)))
+    batch.pop("image_rows")
+    without = {key: value for key, value in batch.items() if key != NEEDED[kind]}
+    with torch.no_grad():
+        whole = family.model(**batch).logits
+        try:
+            assert not torch.allclose(whole, family.model(**without).logits, atol=1e-5)
+        except ValueError as error:
+            assert NEEDED[kind] in str(error)
+
+
+def test_pictures_between_words_stay_there_or_are_refused(kind, family):
+    chat, sizes = Chat(family.processor), [(30, 30), (24, 60)]
+    if kind in WITH_IMAGES_ONLY:
+        with pytest.raises(EvalError, match="between words"):
+            chat.prompt("Is <image> like <image>?", sizes)
+        return
+    ids = chat.prompt("Is <image> like <image>?", sizes).prompt
+    shown = ["▣" if i in chat.image_ids else chat.tokenizer.decode([i]) for i in ids]
+    text = "".join(shown)
+    assert "Is" in text and text.index("Is") < text.index("▣") < text.index("like") < text.rindex(
+        "▣"
+    ) < text.index("?")
+
+
+def test_every_earlier_answer_is_learned_where_the_template_puts_it(kind, family):
+    from llava_keeplora_eval.chat import Message
+
+    history = (Message("user", "What is it?"), Message("assistant", "a cat"))
+    chat = Chat(family.processor)
+    if kind in WITH_IMAGES_ONLY:
+        with pytest.raises(EvalError, match="single questions"):
+            chat.turn("red?", [(30, 30)], "no", history)
+        return
+    turn = chat.turn("red?", [(30, 30)], "no", history)
+    ((start, end),) = turn.earlier
+    assert chat.tokenizer.decode(turn.prompt[start:end], skip_special_tokens=True).strip() == "a cat"
+    alone = chat.turn("What is it?", [(30, 30)], "a cat")
+    assert turn.prompt[:start] == alone.prompt and turn.prompt[start:end] in (alone.reply, alone.reply[:-1])
+    assert turn.learned == len(turn.reply) + end - start
+
+
+def test_the_files_of_a_type_are_a_megabyte_at_most(folder):
+    assert (folder / "model.safetensors").stat().st_size < 1 << 20
