@@ -118,7 +118,7 @@ def model_family(name: str, revision: str | None = None) -> str:
     if kind not in FAMILIES:
         raise EvalError(
             f"'{name}' is a '{kind}' model, and supported are the types {', '.join(FAMILIES)}",
-            "take a checkpoint of one of these, add its type as a family (docs/extending.md), or predict with "
+            "take a checkpoint of one of these, add a family (docs/extending.md), or predict with "
             "your own code and score the file of answers",
         )
     return FAMILIES[kind]
