@@ -18,10 +18,12 @@ from llava_keeplora_eval.checkpoints import (
     load_checked,
     loading,
 )
+from llava_keeplora_eval.class_prompts import PromptPreparation, check_kind
 from llava_keeplora_eval.content import content_changes, content_hash, model_content
+from llava_keeplora_eval.encoders import ENCODERS
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS
-from llava_keeplora_eval.preparation import ChatPreparation, PromptPreparation, check_kind
+from llava_keeplora_eval.preparation import ChatPreparation
 from llava_keeplora_eval.processors import check_vocabulary, load_chat_processor
 
 #: Models that come with the training half; found by name, never imported.
@@ -29,7 +31,7 @@ EMBEDDED = ("tiny-clip", "tiny-llava")
 #: What an export of a run says of itself.
 EXPORT = "keeplora_export.json"
 #: Model types of transformers → the family that answers with them; training and evaluation take the same.
-FAMILIES = {"clip": "clip"} | dict.fromkeys(
+FAMILIES = dict.fromkeys(ENCODERS, "clip") | dict.fromkeys(
     (
         "gemma3",
         "idefics3",
@@ -118,8 +120,8 @@ def model_family(name: str, revision: str | None = None) -> str:
     if kind not in FAMILIES:
         raise EvalError(
             f"'{name}' is a '{kind}' model, and supported are the types {', '.join(FAMILIES)}",
-            "take a checkpoint of one of these, add a family (docs/extending.md), or predict with "
-            "your own code and score the file of answers",
+            "take a checkpoint of one of these, name what loads it by model.family (docs/extending.md), or "
+            "predict with your own code and score the file of answers",
         )
     return FAMILIES[kind]
 
@@ -134,7 +136,8 @@ def load_predictor(
 ):
     """Load what answers a task.
 
-    Any CLIP checkpoint for classification, any LLaVA checkpoint for every kind, or an adapter of one.
+    Any checkpoint of two encoders for classification, any LLaVA checkpoint for every kind, or an adapter of
+    one.
 
     Args:
         name: an embedded model's name, a folder with a checkpoint or a PEFT adapter, or a Hub id.
@@ -294,7 +297,7 @@ def load_llava(name: str, device: str | None = None, revision: str | None = None
 
 
 def load_clip_processor(path: str, revision: str | None = None) -> ClipProcessor:
-    """The image processor and tokenizer of a CLIP checkpoint.
+    """The image processor and tokenizer of a checkpoint with two encoders.
 
     Args:
         path: a folder or a Hub id.
@@ -316,7 +319,7 @@ def load_clip_processor(path: str, revision: str | None = None) -> ClipProcessor
 
 
 def load_clip(name: str, device: str | None = None, revision: str | None = None):
-    """Load a CLIP checkpoint, in eval mode, with its image processor and tokenizer.
+    """Load a checkpoint with two encoders, in eval mode, with its image processor and tokenizer.
 
     Args:
         name: an embedded model's name, a folder, or a Hub id.
@@ -327,9 +330,9 @@ def load_clip(name: str, device: str | None = None, revision: str | None = None)
         (model, processor).
 
     Raises:
-        EvalError: it cannot be loaded (see `load_checked`), or it is not of the CLIP family.
+        EvalError: it cannot be loaded (see `load_checked`), or it is not of the family `clip`.
     """
-    from transformers import CLIPModel  # Seconds to import, which the other commands don't need.
+    from transformers import AutoModel  # Seconds to import, which the other commands don't need.
 
     path = resolve_model(name)
     if model_family(name, revision) != "clip":
@@ -337,7 +340,7 @@ def load_clip(name: str, device: str | None = None, revision: str | None = None)
             f"model '{name}' is no CLIP model, and zero-shot classification needs one",
             "give a CLIP checkpoint",
         )
-    model = load_checked(CLIPModel, path, revision=revision)
+    model = load_checked(AutoModel, path, revision=revision)
     return (model.to(device) if device else model), load_clip_processor(path, revision)
 
 
@@ -357,11 +360,8 @@ def load_preparation(name: str, base: str | None = None) -> PromptPreparation | 
     name, revision = adapter_base(name, base) or (name, None)
     path, family = resolve_model(name), model_family(name, revision)
     with loading(name):
-        limit = (
-            AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-            .get_text_config()
-            .max_position_embeddings
-        )
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        limit = config.get_text_config().max_position_embeddings
     if family == "llava":
         return ChatPreparation(load_chat_processor(path, revision), limit, MAX_NEW_TOKENS)
-    return PromptPreparation(load_clip_processor(path, revision), limit)
+    return PromptPreparation.of(load_clip_processor(path, revision), config)

@@ -1,4 +1,4 @@
-"""What answers: the one-method interface, and zero-shot classification with any CLIP model.
+"""What answers: the one-method interface, and zero-shot classification with any model of two encoders.
 
 The feature and logit functions are public because training uses the very same ones, so that what is
 trained and what is scored cannot drift apart.
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from llava_keeplora_eval.class_prompts import PromptPreparation
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.preparation import PromptPreparation
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example, Recipe
@@ -30,78 +30,101 @@ class Predictor(Protocol):
         ...
 
 
-def image_features(model, pixel_values: Tensor) -> Tensor:
-    """Unit-length image features of a CLIP model, differentiable.
+def image_features(model, pixel_values: Tensor, **inputs: Tensor) -> Tensor:
+    """Unit-length image features, differentiable.
 
     Args:
-        model: a CLIP-family model with ``get_image_features``.
-        pixel_values: (batch, 3, height, width), prepared by the model's image processor.
+        model: one of two encoders, with ``get_image_features``.
+        pixel_values: (batch, 3, height, width), or as the model's image processor gives them.
+        inputs: what else the image processor gives, each (batch, ...).
 
     Returns:
         (batch, projection).
 
     Source: Radford et al. 2021, figure 3.
     """
-    return _unit(model.get_image_features(pixel_values=pixel_values))
+    return _unit(model.get_image_features(pixel_values=pixel_values, **inputs))
 
 
-def text_features(model, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Unit-length text features of a CLIP model, differentiable.
+def text_features(model, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
+    """Unit-length text features, differentiable.
 
     Args:
-        model: a CLIP-family model with ``get_text_features``.
+        model: one of two encoders, with ``get_text_features``.
         input_ids: (prompts, tokens).
-        attention_mask: (prompts, tokens), 1 for tokens and 0 for padding.
+        attention_mask: (prompts, tokens), 1 for tokens and 0 for padding; None where the text encoder attends
+            to padding, as SigLIP's does.
+        inputs: what else the text encoder takes, each (prompts, tokens).
 
     Returns:
         (prompts, projection).
 
     Source: Radford et al. 2021, figure 3.
     """
-    return _unit(model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
+    return _unit(model.get_text_features(input_ids=input_ids, attention_mask=attention_mask, **inputs))
 
 
 def prompt_features(model, tokens: Mapping[str, Tensor]) -> Tensor:
     """Unit-length text features of many prompts, so many at a time that memory stays small.
 
     Args:
-        model: a CLIP-family model with ``get_text_features``.
-        tokens: ``input_ids`` and ``attention_mask``, each (prompts, tokens), on the model's device.
+        model: one of two encoders, with ``get_text_features``.
+        tokens: what the text encoder takes, each (prompts, tokens), on the model's device.
 
     Returns:
         (prompts, projection).
     """
-    pieces = zip(*(tokens[key].split(PROMPTS_PER_BATCH) for key in ("input_ids", "attention_mask")))
-    return torch.cat([text_features(model, ids, mask) for ids, mask in pieces])
+    pieces = zip(*(value.split(PROMPTS_PER_BATCH) for value in tokens.values()))
+    return torch.cat([text_features(model, **dict(zip(tokens, piece))) for piece in pieces])
 
 
 def class_logits(model, image: Tensor, text: Tensor) -> Tensor:
     """Scaled cosine similarities, the logits of the contrastive loss and of zero-shot classification.
 
+    A model with a ``logit_bias`` (SigLIP) adds it. It is the same for every class, so that neither a softmax
+    over classes nor the best class depends on it.
+
     Args:
-        model: the CLIP model, for its ``logit_scale`` (stored as a logarithm).
+        model: one of two encoders, for its ``logit_scale`` (stored as a logarithm).
         image: (batch, projection), unit length.
         text: (classes, projection), unit length.
 
     Returns:
         (batch, classes).
 
-    Source: Radford et al. 2021, figure 3.
+    Source: Radford et al. 2021, figure 3; Zhai et al. 2023 (arXiv 2303.15343), algorithm 1, for the bias.
     """
-    return model.logit_scale.exp().to(image.dtype) * image @ text.T
+    logits = model.logit_scale.exp().to(image.dtype) * image @ text.T
+    bias = getattr(model, "logit_bias", None)
+    return logits if bias is None else logits + bias.to(image.dtype)
+
+
+def to_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Cast what of a model's inputs is floating point, and leave masks and sizes as they are."""
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+
+def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack what an image processor gives of each image, key by key, to (images, ...)."""
+    return {key: torch.stack([image[key] for image in images]) for key in images[0]}
+
+
+def split_images(made: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Split what an image processor gives of several images into what each has; undoes `stack_images`."""
+    return [dict(zip(made, values)) for values in zip(*made.values())]
 
 
 class ClipPredictor:
-    """Zero-shot classification with a CLIP model: the class whose prompt is nearest to the image.
+    """Zero-shot classification with a model of two encoders: the class whose prompt is nearest to the image.
 
     The prompts' features are computed at the first prediction and kept; after the model's weights change,
     make a new predictor.
 
     Args:
-        model: any CLIP checkpoint's model.
+        model: that of any checkpoint with two encoders.
         processor: its processor (image processor and tokenizer).
         recipe: gives ``classes`` and ``prompts``, one prompt per class.
-        pixels: examples -> pixel values (batch, 3, height, width), instead of the processor: a cache.
+        images: examples -> what the model takes for the image of each, instead of the processor: a cache.
         device: where to compute; the model's own device when None (the model itself is not moved).
     """
 
@@ -110,7 +133,7 @@ class ClipPredictor:
         model,
         processor,
         recipe: Recipe,
-        pixels: Callable[[Sequence[Example]], Tensor] | None = None,
+        images: Callable[[Sequence[Example]], Sequence[Mapping[str, Tensor]]] | None = None,
         device: str | torch.device | None = None,
     ):
         if len(recipe.classes) != len(recipe.prompts):
@@ -121,13 +144,11 @@ class ClipPredictor:
         self.model = model
         self.processor = processor
         self.recipe = recipe
-        self.pixels = pixels or self._processed
+        self.images = images or self._processed
         parameter = next(model.parameters())
         self.device = torch.device(device) if device is not None else parameter.device
         self.dtype = parameter.dtype
-        self.preparation = PromptPreparation(
-            processor, getattr(model.config.text_config, "max_position_embeddings", None)
-        )
+        self.preparation = PromptPreparation.of(processor, model.config)
         self._prompts = [recipe.prompts]
         self._text: Tensor | None = None
         self._head: Callable[[Tensor], Tensor] | None = None
@@ -167,8 +188,7 @@ class ClipPredictor:
         try:
             if self._text is None:
                 self._text = self.prompt_features()
-            pixel_values = self.pixels(examples).to(self.device, self.dtype)
-            image = image_features(self.model, pixel_values)
+            image = image_features(self.model, **self.inputs(examples))
             logits = class_logits(self.model, image, self._text)
             return logits if self._head is None else logits + self._head(image)
         finally:
@@ -185,10 +205,15 @@ class ClipPredictor:
             raise no_numbers(bad[0], self.dtype)
         return [self.recipe.classes[index] for index in logits.argmax(dim=1).tolist()]
 
-    def _processed(self, examples: Sequence[Example]) -> Tensor:
+    def inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """What the image encoder takes, each (examples, ...), on the predictor's device and in its dtype."""
+        stacked = stack_images(self.images(examples))
+        return to_dtype({key: value.to(self.device) for key, value in stacked.items()}, self.dtype)
+
+    def _processed(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
         images = [example.image for example in examples]
         image_processor = getattr(self.processor, "image_processor", self.processor)
-        return image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return split_images(image_processor(images=images, return_tensors="pt"))
 
     def prompt_features(self) -> Tensor:
         """Unit-length features of the class prompts (classes, projection), by the model as it is now.

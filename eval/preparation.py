@@ -18,14 +18,9 @@ from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_recipes.texts import is_blank
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from llava_keeplora_recipes import Recipe, TaskData
+    from llava_keeplora_recipes import TaskData
 
 log = logging.getLogger(__name__)
-
-#: Characters of a text that an error shows.
-SHOWN = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +179,7 @@ class ChatPreparation:
         once = [i for i, run in groupby(prompt) for i in ([i] if i in self.chat.image_ids else run)]
         before, whole = self._decode(once), self._decode(once + reply)
         after = whole[len(before) :] if whole.startswith(before) else self._decode(reply)
-        return [*f"{before}⟦{after}⟧".split("\n"), f"ids: {_runs(prompt)} ⟦{_runs(reply)}⟧"]
+        return [*f"{before}⟦{after}⟧".split("\n"), f"ids: {runs_of(prompt)} ⟦{runs_of(reply)}⟧"]
 
     def _decode(self, ids: list[int]) -> str:
         return self.chat.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -220,115 +215,7 @@ class ChatPreparation:
             )
 
 
-class PromptPreparation:
-    """Class prompts of a CLIP model.
-
-    Args:
-        processor: a CLIP processor, or its tokenizer.
-        limit: the most tokens of a prompt, where the tokenizer doesn't know it.
-    """
-
-    def __init__(self, processor, limit: int | None = None):
-        self.tokenizer, self.limit = getattr(processor, "tokenizer", processor), limit
-
-    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, each (texts, tokens); see `tokenize_prompts`."""
-        return tokenize_prompts(self.tokenizer, texts, self.limit)
-
-    def ask(self, data: TaskData) -> dict[str, Tensor]:
-        """The task's class prompts.
-
-        Raises:
-            EvalError: the task is no classification, or a prompt is too long.
-        """
-        check_kind(data.recipe)
-        return self.tokens(data.recipe.prompts)
-
-    #: What is learned are the same prompts.
-    learn = ask
-
-    def short_answers(self, questions: Any) -> str:
-        """Nothing: a class is named whole or not at all."""
-        return ""
-
-    def report(self, data: TaskData, learns: bool) -> Report:
-        """What `ask` refuses, and how many prompts there are and how long."""
-        try:
-            lengths = self.ask(data)["attention_mask"].sum(dim=1)
-        except EvalError as error:
-            return Report("class prompts: none that the model takes", [error])
-        limit = min(self.tokenizer.model_max_length, self.limit or self.tokenizer.model_max_length)
-        return Report(f"class prompts: {len(lengths)}, longest {int(lengths.max())} of {limit} tokens", [])
-
-    def show(self, data: TaskData, row: int) -> list[str]:
-        """The prompt of an example's class as the model gets it, and its ids."""
-        ids = self.tokenizer(data.recipe.prompts[data.labels[row]])["input_ids"]
-        return [f"⟦{self.tokenizer.decode(ids, skip_special_tokens=False)}⟧", f"ids: ⟦{_runs(ids)}⟧"]
-
-
-def check_kind(recipe: Recipe) -> None:
-    """Refuse a task that CLIP cannot answer.
-
-    Raises:
-        EvalError: it is no classification.
-    """
-    if recipe.kind != "classification":
-        raise EvalError(
-            f"task '{recipe.name}' is {recipe.kind}, and CLIP does classification only",
-            "leave the task out, or take a LLaVA model",
-        )
-
-
-def tokenize_prompts(processor, prompts: Sequence[str], limit: int | None = None) -> dict[str, Tensor]:
-    """Tokenise prompts, padded to the longest, and refuse those that a model would see cut short.
-
-    Args:
-        processor: a CLIP processor, or its tokenizer.
-        prompts: the texts.
-        limit: the most tokens that the text model takes, when the tokenizer doesn't know it.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, each (prompts, tokens).
-
-    Raises:
-        EvalError: no prompts, or one that is too long or holds the token of a text's beginning or end.
-    """
-    if not prompts:
-        raise EvalError(
-            "there are no prompts to tokenise", "give the recipe at least one class with a prompt"
-        )
-    tokenizer = getattr(processor, "tokenizer", processor)
-    for prompt in prompts:
-        # CLIP's feature is that of the first end token
-        if special := next(
-            (token for token in (tokenizer.bos_token, tokenizer.eos_token) if token and token in prompt), None
-        ):
-            raise EvalError(
-                f"the prompt {_quoted(prompt)} holds {special}, which is a special token of the model",
-                "take it out of the prompt or the class name",
-            )
-    limits = [tokenizer.model_max_length] + ([limit] if limit is not None else [])
-    longest = min(limits)
-    # Truncation would be silent, and two class names that differ at the end would become one.
-    tokens = tokenizer(list(prompts), padding="longest", truncation=False, return_tensors="pt", verbose=False)
-    lengths = tokens["attention_mask"].sum(dim=1)
-    worst, count = int(lengths.argmax()), int((lengths > longest).sum())
-    if count:
-        more = f" (and {count - 1} more of {len(prompts)} prompts are too long)" if count > 1 else ""
-        raise EvalError(
-            f"the prompt {_quoted(prompts[worst])} has {int(lengths[worst])} tokens and the model takes "
-            f"{longest}{more}",
-            "shorten the recipe's prompt or the class name",
-        )
-    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-
-
-def _quoted(text: str) -> str:
-    """A text in quotes, its beginning and its length where it is long."""
-    return f"'{text}'" if len(text) <= SHOWN else f"'{text[:SHOWN]}...' ({len(text)} characters)"
-
-
-def _runs(ids: Iterable[int]) -> str:
+def runs_of(ids: Iterable[int]) -> str:
     """Ids in their order, equal neighbours as id × count."""
     runs = [(i, sum(1 for _ in run)) for i, run in groupby(ids)]
     return " ".join(f"{i} × {count}" if count > 1 else str(i) for i, count in runs)

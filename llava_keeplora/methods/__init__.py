@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, TaskContext
-from llava_keeplora.methods.layers import Changed, check_method, find_changed, find_layers
+from llava_keeplora.methods.layers import Changed, check_method, find_changed, find_layers, model_type
 from llava_keeplora.methods.reference import Reference
 from llava_keeplora.registries import METHODS
 
@@ -19,4 +19,5 @@ __all__ = [
     "check_method",
     "find_changed",
     "find_layers",
+    "model_type",
 ]

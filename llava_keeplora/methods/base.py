@@ -31,6 +31,7 @@ class MethodInfo:
         kept: what is kept for later tasks beside what the finished ones changed.
         trained: what a task trains.
         families: of models that it runs on.
+        model_types: those types of them, by transformers' names, that it runs on; all of them when empty.
     """
 
     name: str
@@ -44,6 +45,7 @@ class MethodInfo:
     kept: str = "nothing"
     trained: str = "A and B"
     families: tuple[str, ...] = ("clip", "llava")
+    model_types: tuple[str, ...] = ()
 
     @property
     def needs(self) -> str:

@@ -44,6 +44,7 @@ from llava_keeplora.methods.base import Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.gaussians import Gaussians
 from llava_keeplora.methods.prompts import Gate, Prompts, prompted
 from llava_keeplora.methods.routed import ORIGINAL, Route, RoutedMethod, check_routing, encoder_layers
+from llava_keeplora_eval.encoders import feature_width
 from llava_keeplora_eval.predictors import image_features
 
 #: What the model calls the modules while a task trains.
@@ -73,7 +74,8 @@ class TaskPrompts(nn.Module):
             self.add_module(
                 part, nn.ModuleList(Prompts(one.embed_dim, options.prompts, one.num_heads) for one in found)
             )
-        self.gates = nn.ModuleList(Gate(model.projection_dim, options.temperature) for _ in self.vision)
+        width = feature_width(model.config)
+        self.gates = nn.ModuleList(Gate(width, options.temperature) for _ in self.vision)
 
     def open(self, image: Tensor) -> list[Tensor]:
         """Layer by layer, which pictures its prompts are open for (n,), given their features (n, p)."""
@@ -94,6 +96,7 @@ class Iap(RoutedMethod):
         kept="prompts, gates and Gaussians per task and class",
         trained="prompts and gates",
         families=("clip",),
+        model_types=("clip", "siglip"),
     )
 
     @dataclass(frozen=True)
@@ -162,7 +165,8 @@ class Iap(RoutedMethod):
             looking = True
             try:
                 with torch.no_grad():
-                    image = image_features(model, kwargs["pixel_values"])
+                    inputs = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+                    image = image_features(model, **inputs)
             finally:
                 looking = False
             gates.extend(self._trained.open(image))
@@ -187,7 +191,7 @@ class Iap(RoutedMethod):
             return {}
         with torch.device("meta"):
             prompts = TaskPrompts(ctx.model, self.options)
-        width = ctx.model.config.projection_dim
+        width = feature_width(ctx.model.config)
         gaussians = {
             f"{of}.{what}": Holding(shape)
             for of, count in (("task", 1), ("classes", "classes"))

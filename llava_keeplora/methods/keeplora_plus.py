@@ -41,6 +41,7 @@ from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.keeplora import KeepLora
 from llava_keeplora.run_folder import Stage
+from llava_keeplora_eval.encoders import feature_width
 from llava_keeplora_eval.predictors import ClipPredictor
 
 #: What the model calls the parameter, and how the names of kept rows begin, the task's name following.
@@ -116,7 +117,7 @@ class KeepLoraPlus(KeepLora):
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """KeepLoRA's, and a task's rows."""
         rows = (
-            {f"{ROWS}.{ctx.name}": Holding(("classes", ctx.model.config.projection_dim))} if ctx.index else {}
+            {f"{ROWS}.{ctx.name}": Holding(("classes", feature_width(ctx.model.config)))} if ctx.index else {}
         )
         return super().holds(ctx, names) | rows
 

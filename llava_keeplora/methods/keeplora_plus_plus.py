@@ -2,10 +2,10 @@
 
 Shallow blocks hold more of what transfers, so their updates are held smaller: the delta of block l is
 multiplied by λ_l = γ + (1 − γ) l / (L − 1), in training and in what is left behind alike, ΔW_l = λ_l s B_l
-A_l. Of CLIP that is the vision encoder, of LLaVA the language model; λ is 1 in the text encoder, the vision
-tower and the projector. l counts from the part's first adapted block to its last, L of them; where there is
-one block alone, λ is 1. Everything else is KeepLoRA's, and A doesn't
-depend on γ. Published: γ 0.2, the rest as KeepLoRA.
+A_l. Of a model of two encoders that is the vision encoder, of LLaVA the language model; λ is 1 in the text
+encoder, the vision tower and the projector. l counts from the part's first adapted block to its last, L of
+them; where there is one block alone, λ is 1. Everything else is KeepLoRA's, and A doesn't depend on γ.
+Published: γ 0.2, the rest as KeepLoRA.
 
 λ is part of the adapter's alpha, so that it reaches the forward pass, the delta and every export by the way
 that s goes. Under Adam, which doesn't see a gradient's scale, an update is about λ_l times KeepLoRA's; under
@@ -64,7 +64,7 @@ class KeepLoraPlusPlus(KeepLora):
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """KeepLoRA's adapters, each with its block's λ in alpha; at γ = 0 the first block has none."""
-        part = "vision" if ctx.model.config.model_type == "clip" else "language"
+        part = "vision" if hasattr(ctx.model, "get_text_features") else "language"
         scaled = block_factors(
             (name for name, layer in ctx.layers.items() if layer.part == part), self.options.gamma
         )

@@ -47,6 +47,11 @@ def check_method(label: str, method: Method, parts: Mapping[str, Any], family: A
     """
     _check_family(label, type(method), family)
     _check_full_parts(parts, family)
+    if method.every_position and (why := family.unsupported.get("every_position")):
+        raise ConfigError(
+            f"'{label}' {why}, and the text encoder of {family.path}, a {model_type(family)}, attends to it",
+            f"give methods.{label} another preset",
+        )
     changed = find_changed(type(method), parts, family)
     method.check(changed.adapted)
     return changed
@@ -112,6 +117,11 @@ def find_layers(parts: Mapping[str, Any], family: Any) -> Changed:
     return found
 
 
+def model_type(family: Any) -> str:
+    """Return the model type that a family's configuration names, else the family's own name."""
+    return getattr(getattr(family, "config", None), "model_type", family.name)
+
+
 def _check_family(label: str, method: type[Method], family: Any) -> None:
     """Refuse a model that a method does not run on.
 
@@ -121,6 +131,13 @@ def _check_family(label: str, method: type[Method], family: Any) -> None:
     if family.name not in method.info.families:
         raise ConfigError(
             f"'{label}' runs on {' and '.join(method.info.families)}, and {family.path} is a {family.name}",
+            f"leave '{label}' out of this run",
+        )
+    types = method.info.model_types
+    if types and model_type(family) not in types:
+        raise ConfigError(
+            f"'{label}' changes layers as they are in models of the type {' and '.join(types)}, and "
+            f"{family.path} is a {model_type(family)}",
             f"leave '{label}' out of this run",
         )
 

@@ -17,7 +17,7 @@ class Reference:
     Args:
         images: indices → what the model takes for these pictures.
         count: how many pictures there are.
-        texts: `input_ids` and `attention_mask`, each (texts, tokens).
+        texts: what the text encoder takes of them, each (texts, tokens).
         record: what tells them from others, for the journal.
     """
 

@@ -25,7 +25,7 @@ from llava_keeplora.distributed import all_gather_object
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Method, TaskContext
 from llava_keeplora.run_folder import Stage
-from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features
+from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, to_dtype
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example
@@ -159,8 +159,8 @@ class RoutedPredictor:
     def logits(self, examples: Sequence[Example]) -> Tensor:
         """Class logits (examples, classes)."""
         clip, model = self.clip, self.clip.model
-        pixels = clip.pixels(examples).to(clip.device, clip.dtype)
-        image = image_features(model, pixels)
+        inputs = clip.inputs(examples)
+        image = image_features(model, **inputs)
         routes = self.method.routes(image.float())
         logits = image.new_empty(len(examples), len(clip.recipe.classes))
         for task, text in dict.fromkeys((route.task, route.text) for route in routes):
@@ -170,9 +170,8 @@ class RoutedPredictor:
                 continue
             weights = torch.tensor([routes[row].image for row in rows], device=image.device)
             with self.method.engaged(model, task, image[rows].float(), weights, text):
-                logits[rows] = class_logits(
-                    model, image_features(model, pixels[rows]), self._text(task, text)
-                )
+                own = image_features(model, **{key: value[rows] for key, value in inputs.items()})
+                logits[rows] = class_logits(model, own, self._text(task, text))
         return logits
 
     def predict(self, examples: Sequence[Example]) -> list[str]:
@@ -190,7 +189,8 @@ def _seen(ctx: TaskContext) -> tuple[Tensor, Tensor]:
     """
     images, labels = [], []
     for batch in ctx.batches():
-        images.append(image_features(ctx.model, batch["pixel_values"].to(ctx.model.dtype)).float().cpu())
+        inputs = to_dtype({key: value for key, value in batch.items() if key != "labels"}, ctx.model.dtype)
+        images.append(image_features(ctx.model, **inputs).float().cpu())
         labels.append(batch["labels"].cpu())
     return _of_all(images), _of_all(labels)
 

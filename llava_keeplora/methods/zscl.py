@@ -45,7 +45,13 @@ from llava_keeplora.adapters import AdapterInit, Deltas, full_deltas
 from llava_keeplora.deepspeed_zero import trained_values
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Method, MethodInfo, TaskContext
-from llava_keeplora_eval.predictors import class_logits, image_features, prompt_features
+from llava_keeplora_eval.predictors import (
+    class_logits,
+    image_features,
+    prompt_features,
+    stack_images,
+    to_dtype,
+)
 
 
 class Zscl(Method):
@@ -165,12 +171,12 @@ class Zscl(Method):
     def _distilled(self, ctx: TaskContext) -> Tensor:
         """D(Z_0, Z) + D(Z_0ᵀ, Zᵀ) on the next step's reference pictures."""
         chosen = self.reference.draw(self.options.reference_batch, ctx.seed, int(self._steps))
-        pixels = torch.stack([image["pixel_values"] for image in self.reference.images(chosen)]).to(
-            self._texts
-        )
+        stacked = stack_images(self.reference.images(chosen))
+        images = {key: value.to(self._texts.device) for key, value in stacked.items()}
+        images = to_dtype(images, self._texts.dtype)
         with torch.no_grad():
-            meant = class_logits(self._teacher, image_features(self._teacher, pixels), self._texts)
-        found = class_logits(ctx.model, image_features(ctx.model, pixels), self._texts)
+            meant = class_logits(self._teacher, image_features(self._teacher, **images), self._texts)
+        found = class_logits(ctx.model, image_features(ctx.model, **images), self._texts)
         temperature = self.options.temperature
         return distillation(meant, found, temperature) + distillation(meant.T, found.T, temperature)
 

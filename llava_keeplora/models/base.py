@@ -71,6 +71,8 @@ class Family(Protocol):
         skip_quantization: dotted prefixes of what stays unquantised all the same.
         auto_class: name of the class of transformers that loads the model.
         eval_cost: of answering one example, in forward passes over it, for the estimate of time.
+        unsupported: setting that the model can't follow → what it does. Of `random_resized_crop` and
+            `test_prompts`, see `MethodConfig`, and `every_position`, see `Method`.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Family(Protocol):
     skip_quantization: tuple[str, ...]
     auto_class: str
     eval_cost: float
+    unsupported: Mapping[str, str]
 
     @classmethod
     def from_config(cls, path: str, model: ModelConfig, evaluation: EvaluationConfig) -> Family:

@@ -1,4 +1,7 @@
-"""CLIP: both encoders' linear layers by part, and one classification task as a module with a loss."""
+"""Models of two encoders (CLIP, SigLIP, ...).
+
+Both encoders' linear layers by part, and one classification task as a module with a loss.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,26 @@ from llava_keeplora.models.quantization import keep_form, leave_checkpoint, quan
 from llava_keeplora.models.task_model import TaskModel
 from llava_keeplora.models.usage import Usage, classification_usage
 from llava_keeplora_eval.checkpoints import load_checked
+from llava_keeplora_eval.class_prompts import PromptPreparation
+from llava_keeplora_eval.encoders import CLIP, Encoders, find_encoders
 from llava_keeplora_eval.models import load_clip_processor
-from llava_keeplora_eval.predictors import ClipPredictor, class_logits, image_features, text_features
-from llava_keeplora_eval.preparation import PromptPreparation, check_questions
+from llava_keeplora_eval.predictors import (
+    ClipPredictor,
+    class_logits,
+    image_features,
+    split_images,
+    stack_images,
+    text_features,
+    to_dtype,
+)
+from llava_keeplora_eval.preparation import check_questions
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
 
 class ClipFamily:
-    """A CLIP model with its processor; see `models/base.py`.
+    """A model of two encoders with its processor; see `models/base.py`.
+
+    What its type is like is a record of `llava_keeplora_eval.encoders`.
 
     Args:
         path: a local folder or a Hub id.
@@ -39,12 +54,8 @@ class ClipFamily:
 
     name = "clip"
     kinds = ("classification",)
-    parts = {"vision": "vision_model.encoder.layers", "text": "text_model.encoder.layers"}
-    targets = dict.fromkeys(parts, ("q_proj", "k_proj", "v_proj", "out_proj"))
     auto_class = "AutoModel"
     eval_cost = 1.0
-
-    skip_quantization = ("visual_projection", "text_projection")
 
     def __init__(self, path: str, revision: str | None = None, quantization: str | None = None):
         self.path, self.revision, self.quantization = path, revision, quantization
@@ -59,7 +70,8 @@ class ClipFamily:
         unread = {"model.max_length": model.max_length, "evaluation.generation": evaluation.generation}
         for key in (key for key, value in unread.items() if value):
             raise ConfigError(
-                f"{key} is {unread[key]}, which is of models that write answers, and {path} is a clip",
+                f"{key} is {unread[key]}, which is of models that write answers, and "
+                f"{path} is a model of two encoders",
                 f"remove {key}",
             )
         return cls(path, model.revision, model.quantization)
@@ -73,17 +85,49 @@ class ClipFamily:
     @cached_property
     def preparation(self) -> PromptPreparation:
         """Makes token ids."""
-        return PromptPreparation(self.processor, self.config.text_config.max_position_embeddings)
+        return PromptPreparation.of(self.processor, self.config)
 
     @cached_property
-    def config(self) -> transformers.CLIPConfig:
+    def config(self) -> transformers.PretrainedConfig:
         """The model's configuration."""
-        return transformers.CLIPConfig.from_pretrained(self.path, revision=self.revision)
+        return transformers.AutoConfig.from_pretrained(
+            self.path, revision=self.revision, trust_remote_code=False
+        )
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """What the model's type is like."""
+        return find_encoders(self.config)
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """Part → dotted prefix of its layers."""
+        return self.encoders.parts
+
+    @property
+    def targets(self) -> Mapping[str, tuple[str, ...]]:
+        """Part → leaf names of the layers that are adapted unless a configuration says otherwise."""
+        return self.encoders.targets
+
+    @property
+    def skip_quantization(self) -> tuple[str, ...]:
+        """Dotted prefixes of what stays unquantised."""
+        return self.encoders.skip_quantization
+
+    @property
+    def unsupported(self) -> Mapping[str, str]:
+        """Settings that the model can't follow; see `Family`."""
+        found = {}
+        if self.encoders.keeps_shape:
+            found["random_resized_crop"] = "crops pictures to squares"
+        if not self.encoders.causal and self.encoders.padding != "max_length":
+            found["every_position"] = "reads prompts with padding that nothing masks"
+        return found
 
     def skeleton(self, dtype: torch.dtype) -> None:
         """Set `model` to one without weights, on the meta device; see `build_meta_model`."""
         self.model = build_meta_model(
-            lambda: transformers.CLIPModel._from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
+            lambda: transformers.AutoModel.from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
             self.quantization,
             self.skip_quantization,
         )
@@ -95,7 +139,7 @@ class ClipFamily:
         with loaded_whole():
             form = quantization_kwargs(self.quantization, dtype, self.skip_quantization)
             model = load_checked(
-                transformers.CLIPModel,
+                transformers.AutoModel,
                 self.path,
                 revision=self.revision,
                 dtype=dtype,
@@ -116,11 +160,9 @@ class ClipFamily:
         return []
 
     def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
-        """`pixel_values` (3, height, width) of each example's image."""
-        pixels = self.processor.image_processor(
-            images=[example.image for example in examples], return_tensors="pt"
-        )["pixel_values"]
-        return [{"pixel_values": image} for image in pixels]
+        """What the image processor gives of each example's image: `pixel_values`, (3, height, width), ..."""
+        images = [example.image for example in examples]
+        return split_images(self.processor.image_processor(images=images, return_tensors="pt"))
 
     def inputs(self, data: TaskData, images: Images) -> "ClipInputs":
         """A split as CLIP trains on it.
@@ -148,22 +190,21 @@ class ClipFamily:
 
     def task(self, recipe: Recipe) -> "ClipTask":
         """The model on one task."""
-        prompts = self.tokens(recipe.prompts)
-        return ClipTask(self.model, prompts["input_ids"], prompts["attention_mask"])
+        return ClipTask(self.model, self.tokens(recipe.prompts), self.encoders)
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, each (texts, tokens); see `tokenize_prompts`."""
+        """What the text encoder takes of texts, each (texts, tokens); see `tokenize_prompts`."""
         return self.preparation.tokens(texts)
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> ClipPredictor:
         """What answers the task's examples with the present weights; it writes no `tokens`."""
-        return ClipPredictor(
-            self.model, self.processor, recipe, pixels=lambda examples: _stacked(images.of(examples))
-        )
+        return ClipPredictor(self.model, self.processor, recipe, images=images.of)
 
     def usage(self, data: TaskData) -> Usage:
         """Return how plain transformers load and ask the model, with a few of a task's captions."""
-        return classification_usage(self.name, self.auto_class, data.recipe.prompts[:4])
+        return classification_usage(
+            self.config.model_type, self.auto_class, data.recipe.prompts[:4], self.preparation.padding
+        )
 
 
 class ClipInputs:
@@ -176,56 +217,58 @@ class ClipInputs:
         return len(self.data)
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """`pixel_values` (batch, 3, height, width) and `labels` (batch,)."""
+        """What the image processor gives, each (batch, ...), and `labels` (batch,)."""
         labels = torch.tensor([self.data.labels[i] for i in indices])
-        return {"pixel_values": _stacked(self.images.take(indices)), "labels": labels}
-
-
-def _stacked(images: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    return torch.stack([image["pixel_values"] for image in images])
+        return {**stack_images(self.images.take(indices)), "labels": labels}
 
 
 class ClipTask(TaskModel):
-    """CLIP on one classification task: cross-entropy of the scaled cosines to the class prompts.
+    """A model of two encoders on one classification task: cross-entropy of the logits of the class prompts.
 
     Class prompts go through the text encoder with gradients whenever something in it can train.
 
     Args:
-        clip: the model, plain or with adapters.
-        input_ids: (classes, tokens), one prompt per class.
-        attention_mask: (classes, tokens).
+        model: plain or with adapters.
+        prompts: what the text encoder takes of one prompt per class, each (classes, tokens).
+        encoders: the record of the model's type.
     """
 
     #: Every image counts the same, so a mean of the batches' means will do.
     accepts_loss_kwargs = False
 
-    def __init__(self, clip: transformers.CLIPModel, input_ids: Tensor, attention_mask: Tensor):
-        super().__init__(clip)
-        device = next(clip.parameters()).device
-        self.register_buffer("input_ids", input_ids.to(device), persistent=False)
-        self.register_buffer("attention_mask", attention_mask.to(device), persistent=False)
+    def __init__(self, model: nn.Module, prompts: Mapping[str, Tensor], encoders: Encoders = CLIP):
+        super().__init__(model)
+        device = next(model.parameters()).device
+        for key, value in prompts.items():
+            self.register_buffer(key, value.to(device), persistent=False)
+        self.encoders = encoders
         self._constant: Tensor | None = None
         self._once = False
 
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    @property
+    def prompts(self) -> dict[str, Tensor]:
+        """What the text encoder takes of the class prompts, each (classes, tokens)."""
+        return dict(self.named_buffers(recurse=False))
+
+    def forward(self, labels: Tensor, **images: Tensor) -> dict[str, Tensor]:
         """Return loss, logits and image features of a batch.
 
         Mean loss over the batch, logits (batch, classes), unit-length features (batch, projection).
 
         Args:
-            pixel_values: (batch, 3, height, width).
             labels: (batch,), class indices.
+            images: what the image encoder takes, such as `pixel_values` (batch, 3, height, width).
         """
-        image = image_features(self.model, pixel_values.to(self.model.dtype))
+        image = image_features(self.model, **to_dtype(images, self.model.dtype))
         logits = class_logits(self.model, image, self.text())
         return {"loss": cross_entropy(logits.float(), labels), "logits": logits, "image": image}
 
     def text(self) -> Tensor:
         """Unit-length text features (classes, projection), once per `constants` scope or per call."""
         if not self._once:
-            return text_features(self.model, self.input_ids, self.attention_mask)
+            return text_features(self.model, **self.prompts)
         if self._constant is None:
-            self._features = text_features(self.model, self.input_ids, self.attention_mask)
+            self._features = text_features(self.model, **self.prompts)
             # In fp32, as its gradient then is, which is summed over the batches.
             self._constant = self._features.detach().float().requires_grad_(self._features.requires_grad)
         return self._constant.to(self._features.dtype)
@@ -251,19 +294,28 @@ class ClipTask(TaskModel):
     def at_every_position(self) -> "ClipTask":
         """Return the model with prompts filled up with id 0 to the text encoder's last position.
 
-        OpenAI's `clip.tokenize` does so.
-
-        Attention is causal, so the prompts' own positions stay as they are.
+        OpenAI's `clip.tokenize` does so. Where attention is causal, the prompts' own positions stay as they
+        are. Itself where prompts are at every position anyhow.
         """
-        width = self.model.config.text_config.max_position_embeddings
+        if self.encoders.padding == "max_length":
+            return self
+        width = self.encoders.max_tokens(self.model.config)
         own = self.attention_mask.bool()
         ids = self.input_ids.new_zeros(len(own), width)
         ids[:, : own.shape[1]] = torch.where(own, self.input_ids, 0)
-        return ClipTask(self.model, ids, torch.ones_like(ids))
+        return ClipTask(self.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, self.encoders)
 
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Which tokens of a part's layers carry content: padding of the prompts doesn't, every patch does."""
-        return self.attention_mask.bool() if part == "text" else None
+        """Which tokens of a part's layers carry content.
+
+        Padding of the prompts doesn't, unless the text encoder was trained to read it; every patch does,
+        unless the image processor says that it is padding.
+        """
+        if part != "text":
+            mask = batch.get("pixel_attention_mask")
+        else:
+            mask = None if self.encoders.padding == "max_length" else self.prompts.get("attention_mask")
+        return None if mask is None else mask.bool()
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
         """What a batch counts in the mean loss: its number of images."""

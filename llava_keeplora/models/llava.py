@@ -54,6 +54,10 @@ class LlavaFamily:
     """
 
     name = "llava"
+    unsupported = {
+        "random_resized_crop": "crops what CLIP trains on",
+        "test_prompts": "averages the text features of CLIP",
+    }
     kinds = ("classification", "vqa", "captioning")
     auto_class = "AutoModelForImageTextToText"
     eval_cost = 3.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,14 @@ class Usage:
     example: Sequence[str]
 
 
-def classification_usage(family: str, auto_class: str, captions: Sequence[str]) -> Usage:
-    """Return the usage of a model that chooses between captions."""
+def classification_usage(
+    family: str, auto_class: str, captions: Sequence[str], padding: Mapping[str, Any]
+) -> Usage:
+    """Return the usage of a model that chooses between captions, padded by these arguments."""
+    padded = ", ".join(f"{name}={value!r}" for name, value in padding.items())
     example = (
         f"captions = {list(captions)!r}",
-        'inputs = processor(images=image, text=captions, padding=True, return_tensors="pt")',
+        f'inputs = processor(images=image, text=captions, {padded}, return_tensors="pt")',
         "print(captions[model(**inputs).logits_per_image.argmax().item()])",
     )
     return Usage(family, auto_class, "zero-shot-image-classification", False, example)

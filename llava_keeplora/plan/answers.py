@@ -21,8 +21,9 @@ def _answer_clip(family: Family, work: Work, size: int) -> None:
     """Run the steps of `ClipPredictor` on one batch: the prompts' features in pieces, then the images'."""
     model, prompts = family.model, work.prompts
     text = prompt_features(model, prompts)
-    pixels = repeated(work.question, size)["pixel_values"].to(model.dtype)
-    class_logits(model, image_features(model, pixels), text)
+    images = repeated(work.question, size)
+    images["pixel_values"] = images["pixel_values"].to(model.dtype)
+    class_logits(model, image_features(model, **images), text)
 
 
 def _answer_llava(family: LlavaFamily, work: Work, size: int) -> None:

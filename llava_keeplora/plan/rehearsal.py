@@ -73,9 +73,9 @@ class Rehearsal:
 
     def _task(self) -> nn.Module:
         model, prompts = self.family.model, self.largest.prompts
-        return (
-            ClipTask(model, prompts["input_ids"], prompts["attention_mask"]) if prompts else LlavaTask(model)
-        )
+        if not prompts:
+            return LlavaTask(model)
+        return ClipTask(model, prompts, self.family.encoders)  # type: ignore[attr-defined]
 
     @contextmanager
     def _adapters(self) -> Iterator[None]:

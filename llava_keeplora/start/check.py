@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from llava_keeplora.config import AVERAGED, RunConfig, deepspeed_config
 from llava_keeplora.deepspeed_zero import loaded_whole
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.methods import METHODS, Changed, Layer
+from llava_keeplora.methods import METHODS, Changed, Layer, model_type
 from llava_keeplora.models import Family
 from llava_keeplora.start.tasks import Task
 from llava_keeplora.start.training_args import check_arguments, planned_arguments
@@ -114,10 +114,10 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
         EvalError: naming the prompt.
     """
     for label, method in config.methods.items():
-        if method.random_resized_crop and family.name != "clip":
+        if method.random_resized_crop and (why := family.unsupported.get("random_resized_crop")):
             raise ConfigError(
-                f"methods.{label}.random_resized_crop is set, which crops what CLIP trains on, and "
-                f"{family.path} is a {family.name}",
+                f"methods.{label}.random_resized_crop is set, which {why}, and {family.path} is a "
+                f"{model_type(family)}",
                 f"remove methods.{label}.random_resized_crop",
             )
     rows = {"evaluation": config.evaluation.test_prompts} | {
@@ -126,10 +126,10 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
     asking = next((where for where, prompts in rows.items() if prompts == AVERAGED), None)
     if asking is None:
         return
-    if family.name != "clip":
+    if why := family.unsupported.get("test_prompts"):
         raise ConfigError(
-            f"{asking}.test_prompts is '{AVERAGED}', which averages the text features of CLIP, and "
-            f"{family.path} is a {family.name}",
+            f"{asking}.test_prompts is '{AVERAGED}', which {why}, and {family.path} is a "
+            f"{model_type(family)}",
             f"remove {asking}.test_prompts",
         )
     for recipe in recipes:

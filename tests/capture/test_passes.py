@@ -27,10 +27,9 @@ def family(tiny_clip):
 @pytest.fixture
 def task(family):
     from llava_keeplora.models import ClipTask
-    from llava_keeplora_eval.preparation import tokenize_prompts
+    from llava_keeplora_eval.class_prompts import tokenize_prompts
 
-    tokens = tokenize_prompts(family.processor, PROMPTS)
-    return ClipTask(family.model, tokens["input_ids"], tokens["attention_mask"])
+    return ClipTask(family.model, tokenize_prompts(family.processor, PROMPTS))
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from transformers import AutoModelForImageTextToText
 
 import llava_keeplora
 from llava_keeplora_eval.chat import Chat, render
+from llava_keeplora_eval.class_prompts import tokenize_prompts
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.llava import LlavaPredictor
-from llava_keeplora_eval.preparation import ChatPreparation, tokenize_prompts
+from llava_keeplora_eval.preparation import ChatPreparation
 from llava_keeplora_eval.processors import load_chat_processor
 from llava_keeplora_recipes import Example
 

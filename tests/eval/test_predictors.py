@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from llava_keeplora_eval import EvalError
+from llava_keeplora_eval.class_prompts import tokenize_prompts
 from llava_keeplora_eval.predictors import (
     ClipPredictor,
     class_logits,
     image_features,
     text_features,
 )
-from llava_keeplora_eval.preparation import tokenize_prompts
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,9 @@ def test_prompts_are_encoded_once_and_the_pixel_cache_replaces_the_processor(cli
     stored = torch.rand(len(data), 3, 16, 16)
 
     def cache(examples):
-        return stored[[data.ids.index(example.id) for example in examples]]
+        return [{"pixel_values": stored[data.ids.index(example.id)]} for example in examples]
 
-    predictor = ClipPredictor(model, processor.tokenizer, data.recipe, pixels=cache)
+    predictor = ClipPredictor(model, processor.tokenizer, data.recipe, images=cache)
     assert calls == []
     first = predictor.predict([data[0], data[1]])
     second = predictor.predict([data[1], data[0]])

@@ -18,10 +18,10 @@ from llava_keeplora.adapters import Delta, load_deltas
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export import export_run, run_export, verify
 from llava_keeplora.export.adapter import check_weights, combine, exclusion, vllm_rank
-from llava_keeplora.models import ClipFamily
+from llava_keeplora_eval.encoders import CLIP
 
 PARTS = {
-    "clip": ClipFamily.parts,
+    "clip": CLIP.parts,
     "llava": {
         "vision": "model.vision_tower.encoder.layers",
         "connector": "model.multi_modal_projector",

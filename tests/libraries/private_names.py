@@ -136,7 +136,7 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         "transformers.PreTrainedModel._from_config",
-        ("llava_keeplora.models.clip", "scripts.random_llava"),
+        ("scripts.random_llava",),
         "a model class from a configuration in a given dtype; the public `from_config` is the auto classes' only",
     ),
     PrivateName(

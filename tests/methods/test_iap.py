@@ -131,7 +131,7 @@ def test_fresh_prompts_answer_as_clip_does_exactly(family, taught):
 
 def test_without_weight_or_with_closed_gates_the_images_are_clips_bit_for_bit(taught):
     model, plain = taught.family.model, taught.predictor(0, base=True)
-    pixels = plain.pixels([taught.data[0][i] for i in range(6)])
+    pixels = plain.inputs([taught.data[0][i] for i in range(6)])["pixel_values"]
     with torch.no_grad():
         base = image_features(model, pixels)
         with taught.method.engaged(model, 0, base, torch.zeros(6), 1.0):

@@ -51,7 +51,7 @@ def test_both_encoders_of_a_route_are_the_tasks(taught, routes):
     """By hand: the features of pictures and prompts under the task's modules."""
     routes([Route(1)] * 24)
     found, plain, model = taught.logits(0), taught.predictor(0, base=True), taught.family.model
-    pixels = plain.pixels([taught.data[0][i] for i in range(24)])
+    pixels = plain.inputs([taught.data[0][i] for i in range(24)])["pixel_values"]
     with torch.no_grad(), taught.method.engaged(model, 1, image_features(model, pixels), torch.ones(24), 1.0):
         expected = class_logits(model, image_features(model, pixels), plain.prompt_features())
     assert torch.equal(found, expected) and not torch.allclose(found, taught.logits(0, base=True), atol=1e-3)

@@ -81,9 +81,8 @@ def test_prompts_at_every_position_are_filled_with_zeros_whatever_the_tokenizer_
     data = load_split(load_recipe(str(tiny_tasks[0])), "test")
     task = family.task(data.recipe)
     width, lengths = family.config.text_config.max_position_embeddings, task.attention_mask.sum(1).tolist()
-    padded = ClipTask(
-        task.model, torch.where(task.attention_mask.bool(), task.input_ids, 7), task.attention_mask
-    )
+    other = torch.where(task.attention_mask.bool(), task.input_ids, 7)
+    padded = ClipTask(task.model, task.prompts | {"input_ids": other})
     for every in (task.at_every_position(), padded.at_every_position()):
         assert every.input_ids.shape == (len(data.recipe.classes), width)
         for row, length in zip(range(len(lengths)), lengths):

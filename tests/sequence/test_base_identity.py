@@ -221,8 +221,8 @@ def test_a_fork_of_a_run_without_a_record_does_not_take_the_files_of_today_for_i
 
 
 def test_an_adapter_is_checked_with_its_base_model(tiny_clip, tmp_path):
+    from llava_keeplora_eval.class_prompts import PromptPreparation
     from llava_keeplora_eval.models import load_preparation
-    from llava_keeplora_eval.preparation import PromptPreparation
 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_clip)}))
     assert isinstance(load_preparation(str(tmp_path)), PromptPreparation)

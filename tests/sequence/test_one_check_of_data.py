@@ -12,8 +12,8 @@ from llava_keeplora.config import EvaluationConfig, parse_config
 from llava_keeplora.errors import UserError
 from llava_keeplora.plan import make_plan
 from llava_keeplora.sequence import run
+from llava_keeplora_eval.class_prompts import tokenize_prompts
 from llava_keeplora_eval.cli import main
-from llava_keeplora_eval.preparation import tokenize_prompts
 from llava_keeplora_recipes import load_split
 
 

@@ -1,0 +1,136 @@
+"""KeepLoRA on two tasks with each type of two-encoder model: what it promises holds, and exports are plain models."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from conftest import TASKS
+from llava_keeplora.adapters import load_deltas
+from llava_keeplora.config import ModelConfig
+from llava_keeplora.export import export_run, verify, verify_worker
+from llava_keeplora.models import open_model
+from llava_keeplora.plan import make_plan
+from llava_keeplora_eval.files import file_hash
+from llava_keeplora_eval.predictions import read_predictions
+from llava_keeplora_recipes import load_recipe, load_split
+from tiny_encoders import IMAGES, KINDS, PADDING, write_encoders
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(kind, tmp_path_factory):
+    """A small checkpoint; shared, so don't change it."""
+    classes = [name for names in TASKS.values() for name in names]
+    return write_encoders(tmp_path_factory.mktemp(kind) / "base", kind, classes)
+
+
+@pytest.fixture(scope="module")
+def config(base, run_config, tiny_tasks):
+    """Function (folder, **changes) → a run of KeepLoRA on two tasks with every part's usual targets."""
+    parts = {part: {"targets": None} for part in ("vision", "text")}
+    tasks = [str(path) for path in tiny_tasks[:2]]
+    model = {"name_or_path": str(base)}
+    return lambda folder, **changes: run_config(
+        folder, tasks=tasks, model=model, parts=parts, **{"methods": {"keeplora": {}}, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def hashes(base):
+    return {path.name: file_hash(path) for path in base.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def run(config, hashes, driven, tmp_path_factory):
+    """The run, done; shared, so don't change it."""
+    return driven(config(tmp_path_factory.mktemp("run") / "run"))
+
+
+@pytest.fixture(scope="module")
+def last(run, tiny_tasks):
+    """The last task's test split, and the run's answers to it after the last task."""
+    data = load_split(load_recipe(str(tiny_tasks[1])), "test")
+    (file,) = run.glob(f"keeplora/task-02*/predictions/{data.recipe.name}.jsonl")
+    answers = read_predictions(file, data)
+    return data, [answers[key] for key in data.ids]
+
+
+def plain_answers(kind, model, place, data):
+    """What a plain model of transformers answers, with the processor of a folder."""
+    processor = transformers.AutoProcessor.from_pretrained(place)
+    images = [data[i].image for i in range(len(data))]
+    inputs = processor(
+        images=images, text=data.recipe.prompts, return_tensors="pt", **PADDING[kind], **IMAGES.get(kind, {})
+    )
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits_per_image
+    return [data.recipe.classes[i] for i in logits.argmax(dim=1)]
+
+
+def test_the_zero_shot_row_is_that_of_plain_transformers(kind, run, base, tiny_tasks):
+    model, row = transformers.AutoModel.from_pretrained(base), []
+    for path in tiny_tasks[:2]:
+        data = load_split(load_recipe(str(path)), "test")
+        correct = [data.recipe.classes[label] for label in data.labels]
+        answers = plain_answers(kind, model, base, data)
+        row.append(100 * sum(a == b for a, b in zip(answers, correct)) / len(data))
+    matrix = json.loads((run / "keeplora/matrix.json").read_text())
+    assert matrix["zero_shot"] == pytest.approx(row)
+
+
+def test_updates_are_orthonormal_and_leave_the_protected_subspace_alone_and_the_base_is_as_it_was(
+    run, base, hashes
+):
+    family = open_model(ModelConfig(str(base)))
+    family.skeleton(torch.float32)
+    expected = {n for part, targets in family.targets.items() for n in family.linear_layers(part, targets)}
+    bases = {}
+    for folder in sorted((run / "keeplora").glob("task-*")):
+        if (file := folder / "delta.safetensors").exists():
+            deltas = load_deltas(file)
+            assert deltas.keys() == expected
+            for name, delta in deltas.items():
+                torch.testing.assert_close(delta.A @ delta.A.T, torch.eye(len(delta.A)), atol=1e-5, rtol=0)
+                change = delta.dense()
+                assert float((change @ bases[name]).norm()) <= 1e-5 * max(1.0, float(change.norm())), name
+                assert change.any()
+        for name, new in load_file(folder / "state.safetensors").items():
+            bases[name] = torch.cat([bases[name], new], dim=1) if name in bases else new
+    assert {path.name: file_hash(path) for path in base.iterdir()} == hashes
+
+
+def test_an_exported_adapter_on_plain_transformers_and_a_merged_checkpoint_answer_as_the_run(
+    kind, run, base, last, tmp_path, monkeypatch
+):
+    def reload_here(folder):
+        with contextlib.chdir(folder):
+            verify_worker.main()
+
+    monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
+    data, answers = last
+    export_run(run, "adapter", tmp_path / "adapter", base_id="you/tiny-base", name="you/adapter")
+    model = PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base), tmp_path / "adapter")
+    layers = sum(isinstance(module, LoraLayer) for module in model.modules())
+    (delta,) = run.glob("keeplora/task-02*/delta.safetensors")
+    assert layers == len(load_deltas(delta))
+    assert plain_answers(kind, model, base, data) == answers
+    card = (tmp_path / "adapter/README.md").read_text()
+    assert all(f"{name}={value!r}" in card for name, value in PADDING[kind].items())
+    export_run(run, "merged", tmp_path / "merged", base_id="you/tiny-base", name="you/merged")
+    merged = transformers.AutoModel.from_pretrained(tmp_path / "merged")
+    assert plain_answers(kind, merged, tmp_path / "merged", data) == answers
+
+
+def test_a_plan_is_made(config, tmp_path):
+    plan = make_plan(config(tmp_path / "run"))
+    assert [method.label for method in plan.methods] == ["keeplora"]
