@@ -5,6 +5,7 @@ import importlib
 #: Public name → its module, imported when the name is first used: `--help` waits for none of them.
 _MODULES = {
     "Example": "task_data",
+    "Message": "records",
     "Reader": "readers",
     "Recipe": "recipe",
     "Records": "records",
@@ -23,6 +24,7 @@ _MODULES = {
 
 __all__ = [
     "Example",
+    "Message",
     "Reader",
     "Recipe",
     "RecipeError",

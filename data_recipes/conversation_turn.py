@@ -1,29 +1,34 @@
-"""One question and its answer, out of the layouts in which people write conversations."""
+"""A question, its answers and what was said before, from the layouts in which people write conversations."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import RecipeError
 from .media import refuse_inner_media
-from .placeholders import MARKER
-from .texts import answer_texts, described
+from .placeholders import MARKER, place_in_turns, refuse_marked
+from .records import History, Message, replace_questions
+from .texts import answer_texts, described, is_blank
 
-SPLIT_UP = "split longer conversations into one record per question"
+#: What a turn says about whether it is learned (`loss` in ms-swift, `weight` in OpenAI's chats).
+LEARNED = ("loss", "weight")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answers.
+    """The last question of a conversation, and its answers.
 
     Attributes:
         question: with a marker wherever a picture goes, as the file has it; see `placeholders`.
         answers: the accepted texts; empty where they stand in another file.
+        history: what was said before the question.
     """
 
     question: str
     answers: list[str]
+    history: History = ()
 
 
 @dataclass(frozen=True)
@@ -33,39 +38,60 @@ class Layout:
     Attributes:
         name: the key of its list.
         speaker: the key of who speaks in a turn.
-        asks, answers: the two speakers.
+        content: the key of what a turn says.
+        roles: who speaks, in the layout's word, to the role of a `Message`; the first word of a role is named
+            in errors.
+        parts: whether `content` may be a list of typed parts.
     """
 
     name: str
     speaker: str
-    asks: str
-    answers: str
+    content: str
+    roles: Mapping[str, str]
+    parts: bool = False
+
+    def word(self, role: str) -> str:
+        """Return the layout's first word for a role."""
+        return next(word for word, meaning in self.roles.items() if meaning == role)
 
 
-LLAVA = Layout("conversations", "from", "human", "gpt")
-CHAT = Layout("messages", "role", "user", "assistant")
+#: ShareGPT's exports name the model in many ways.
+LLAVA = Layout(
+    "conversations",
+    "from",
+    "value",
+    {"human": "user", "user": "user"}
+    | dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bing", "bard"), "assistant")
+    | {"system": "system"},
+)
+CHAT = Layout(
+    "messages",
+    "role",
+    "content",
+    {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
+    | {"system": "system"},
+    parts=True,
+)
 
 
 def from_conversations(turns: Any, what: str) -> Turn:
-    """A LLaVA conversation: one `human` and one `gpt` turn with `value`.
+    """Read a LLaVA or ShareGPT conversation: turns with `from` and `value`; see `read_turns`.
 
     Source of the layout: github.com/haotian-liu/LLaVA, docs/Finetune_Custom_Data.md.
-
-    Args:
-        turns: the value of `conversations`.
-        what: the record, for the error's sentence.
-
-    Raises:
-        RecipeError: it is anything else than one question and one answer, both text; the sentence says what.
     """
-    question, answer = _pair(turns, LLAVA, what)
-    for turn, role in ((question, "question"), (answer, "answer")):
-        if not isinstance(turn.get("value"), str):
-            raise RecipeError(
-                f"{what} has {described(turn.get('value'))} as its {role}, and a conversation is text",
-                "put quotes around it, or remove the record",
-            )
-    return Turn(question["value"].strip(), [answer["value"]])
+    return read_turns(turns, LLAVA, what)
+
+
+def from_messages(messages: Any, what: str) -> Turn:
+    """Read a chat as TRL and transformers write it: turns with `role` and `content`; see `read_turns`.
+
+    `content` is text or a list of typed parts. Parts of the type `text` are joined by line breaks; parts of
+    the type `image` only mark where a picture goes, and the pictures themselves stand in the record.
+
+    Source of the layout: huggingface.co/docs/trl/dataset_formats and
+    huggingface.co/docs/transformers/chat_templating_multimodal.
+    """
+    return read_turns(messages, CHAT, what)
 
 
 def from_fields(row: dict[str, Any], answer_field: str, answered: bool, what: str) -> Turn:
@@ -99,29 +125,17 @@ def from_fields(row: dict[str, Any], answer_field: str, answered: bool, what: st
     return Turn(row["text"].strip(), answer_texts(row[answer_field], what) if answered else [])
 
 
-def from_messages(messages: Any, what: str) -> Turn:
-    """A chat as TRL and transformers write it: `role` and `content`, which is text or a list of typed parts.
-
-    Parts of the type `text` are joined by line breaks; parts of the type `image` only mark where a
-    picture goes, and the pictures themselves stand in the record. A system message is refused, because
-    the chat template of a model brings its own.
-
-    Source of the layout: huggingface.co/docs/trl/dataset_formats and
-    huggingface.co/docs/transformers/chat_templating_multimodal.
+def read_turns(turns: Any, layout: Layout, what: str) -> Turn:
+    """Read a conversation: at most one system message, then questions and answers by turns.
 
     Args:
-        messages: the value of `messages`.
+        turns: the value of the layout's key.
+        layout: how it is written.
         what: the record, for the error's sentence.
 
     Raises:
-        RecipeError: it is anything else than one question and one answer; the sentence says what.
+        RecipeError: it is anything else, or does not end with an answer; the sentence says what.
     """
-    question, answer = (_content(message.get("content"), what) for message in _pair(messages, CHAT, what))
-    return Turn(question.strip(), [answer])
-
-
-def _pair(turns: Any, layout: Layout, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The question's turn and the answer's."""
     if not isinstance(turns, list):
         raise RecipeError(
             f"{what} has {described(turns)} as its '{layout.name}', and not a list of turns",
@@ -129,63 +143,131 @@ def _pair(turns: Any, layout: Layout, what: str) -> tuple[dict[str, Any], dict[s
         )
     if not turns:
         raise RecipeError(f"{what} has an empty list as its '{layout.name}'", "complete or remove the record")
-    speakers = [_speaker(turn, number, layout, what) for number, turn in enumerate(turns, start=1)]
-    if speakers[0] == layout.answers:
+    roles = [_role(turn, number, layout, what) for number, turn in enumerate(turns, start=1)]
+    _check_order(roles, layout, what)
+    *history, question, answer = [
+        Message(role, _text(turn.get(layout.content), role, number, layout, what))
+        for number, (turn, role) in enumerate(zip(turns, roles, strict=True), start=1)
+    ]
+    if history and history[0].role == "system" and is_blank(history[0].text):
+        del history[0]
+    for number, message in enumerate(history, start=1):
+        if is_blank(message.text):
+            raise RecipeError(
+                f"{what} has an earlier {_kind(message.role)} that is empty (number {number} of the turns)",
+                "complete or remove it",
+            )
+    return Turn(question.text, [answer.text], tuple(history))
+
+
+def with_system(turn: Turn, system: str | None, what: str) -> Turn:
+    """Return a conversation with the system message that its record has beside it.
+
+    Raises:
+        RecipeError: the conversation begins with another one.
+    """
+    if system is None:
+        return turn
+    message = Message("system", system.strip())
+    if turn.history[:1] == (message,):
+        return turn
+    if turn.history and turn.history[0].role == "system":
         raise RecipeError(
-            f"{what} begins with an answer ('{layout.answers}')",
+            f"{what} has another system message in its conversation than as 'system'",
+            "keep the one that is meant",
+        )
+    return replace(turn, history=(message, *turn.history))
+
+
+def place_turn(turn: Turn, images: int, what: str) -> Turn:
+    """Return a conversation with the places of its pictures; see `place_in_turns`.
+
+    Raises:
+        RecipeError: its questions mark another number, or another turn marks one.
+    """
+    for message in turn.history:
+        if message.role != "user":
+            refuse_marked(message.text, _kind(message.role), what)
+    asked = [message.text for message in turn.history if message.role == "user"]
+    *earlier, question = place_in_turns([*asked, turn.question], images, what)
+    return replace(turn, question=question, history=replace_questions(turn.history, earlier))
+
+
+def _check_order(roles: list[str], layout: Layout, what: str) -> None:
+    """Refuse turns out of order; `roles` are those of `Message`."""
+    start = int(roles[0] == "system")
+    if "system" in roles[start:]:
+        raise RecipeError(
+            f"{what} has a system message as turn {roles.index('system', start) + 1}, and one may stand "
+            "before the first question",
+            "join it with the first turn, or remove it",
+        )
+    if len(roles) == start:
+        raise RecipeError(f"{what} has a system message and no question", "complete or remove the record")
+    if roles[start] == "assistant":
+        raise RecipeError(
+            f"{what} begins with an answer ('{layout.word('assistant')}')",
             "begin with the question, or remove the record",
         )
-    if len(speakers) == 1:
-        raise RecipeError(
-            f"{what} has a question ('{layout.asks}') and no answer", "complete or remove the record"
-        )
-    for number, (one, other) in enumerate(zip(speakers, speakers[1:], strict=False), start=1):
-        if one == other:
-            kind = "questions" if one == layout.asks else "answers"
+    for number, (role, following) in enumerate(zip(roles, roles[1:], strict=False), start=1):
+        if role == following:
             raise RecipeError(
-                f"{what} has two {kind} in a row (turns {number} and {number + 1}, '{one}')",
+                f"{what} has two {_kind(role)}s in a row (turns {number} and {number + 1}, "
+                f"'{layout.word(role)}')",
                 "join or remove one of them",
             )
-    if len(speakers) > 2:
+    if roles[-1] == "user":
         raise RecipeError(
-            f"{what} has {len(speakers)} turns, and one question with one answer is learned from a record",
-            SPLIT_UP,
+            f"{what} ends with a question ('{layout.word('user')}') and has no answer to it",
+            "add the answer, or remove the question",
         )
-    return turns[0], turns[1]
 
 
-def _speaker(turn: Any, number: int, layout: Layout, what: str) -> str:
-    """Who speaks in a turn: the one who asks or the one who answers."""
+def _kind(role: str) -> str:
+    return {"user": "question", "assistant": "answer", "system": "system message"}[role]
+
+
+def _role(turn: Any, number: int, layout: Layout, what: str) -> str:
+    """Return the role of who speaks in a turn."""
     if not isinstance(turn, dict):
         raise RecipeError(
             f"{what} has {described(turn)} as turn {number}, and not an object", "correct the record"
         )
     speaker = turn.get(layout.speaker)
-    if speaker == "system":
-        raise RecipeError(
-            f"{what} has a system message, and the model's chat template has its own",
-            "remove it, or write it at the head of the question",
-        )
-    if speaker not in (layout.asks, layout.answers):
+    if not isinstance(speaker, str) or speaker not in layout.roles:
+        asks, answers = layout.word("user"), layout.word("assistant")
         given = f"no '{layout.speaker}'" if speaker is None else f"{described(speaker)} as '{layout.speaker}'"
         raise RecipeError(
-            f"{what} has {given} in turn {number}, which is neither '{layout.asks}' nor '{layout.answers}'",
-            f"name the one who asks '{layout.asks}' and the one who answers '{layout.answers}'",
+            f"{what} has {given} in turn {number}, which is neither '{asks}' nor '{answers}'",
+            f"name the one who asks '{asks}' and the one who answers '{answers}'",
         )
     refuse_inner_media(turn, f"turn {number} of {what}")
-    return speaker
+    for key in LEARNED:
+        if turn.get(key) is not None and not turn[key]:
+            raise RecipeError(
+                f"turn {number} of {what} has {described(turn[key])} as '{key}', and every answer is learned",
+                "split the record so that its last answer alone is learned, or remove the key",
+            )
+    return layout.roles[speaker]
 
 
-def _content(content: Any, what: str) -> str:
-    """The text of a message, with a marker for every part that is an image."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content or not all(isinstance(p, dict) for p in content):
+def _text(content: Any, role: str, number: int, layout: Layout, what: str) -> str:
+    """Return what a turn says, with a marker for every part that is an image."""
+    if layout.parts and not isinstance(content, str):
+        if not isinstance(content, list) or not content or not all(isinstance(p, dict) for p in content):
+            raise RecipeError(
+                f"{what} has a message with {described(content)} as its content, which is neither text nor "
+                "parts",
+                "correct its 'content', or remove the record",
+            )
+        content = "\n".join(_part(part, what) for part in content)
+    if not isinstance(content, str):
         raise RecipeError(
-            f"{what} has a message with {described(content)} as its content, which is neither text nor parts",
-            "correct its 'content', or remove the record",
+            f"{what} has {described(content)} as its {_kind(role)}, and a conversation is text "
+            f"(turn {number})",
+            "put quotes around it, or remove the record",
         )
-    return "\n".join(_part(part, what) for part in content)
+    return content if role == "assistant" else content.strip()
 
 
 def _part(part: dict[str, Any], what: str) -> str:

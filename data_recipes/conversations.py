@@ -6,13 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .conversation_turn import Turn, from_conversations, from_fields, from_messages
+from .conversation_turn import (
+    Turn,
+    from_conversations,
+    from_fields,
+    from_messages,
+    place_turn,
+    with_system,
+)
 from .errors import RecipeError, collect_errors
 from .json_files import read_rows
 from .labels import warn_of_names
-from .media import image_names, refuse_beside
+from .media import image_names, system_text
 from .paths import data_root_of, inside, pictures_folder, split_file
-from .placeholders import place_images
 from .recipe import Recipe
 from .records import Records, picture_files
 from .references import read_references
@@ -50,7 +56,8 @@ def read_messages(
 ) -> Records:
     """Chats: `messages`, and `images` or `image` with a path, a list of paths, or nothing.
 
-    A record may have an `id`; without one it is numbered. For the layout see `turns.from_messages`.
+    A record may have an `id`; without one it is numbered. For the layout see
+    `conversation_turn.from_messages`.
 
     Raises:
         RecipeError: the file is missing or not JSON, or records lack something; they are named.
@@ -95,11 +102,11 @@ def _read(
             )
         name = None if given is None else identifier(given, f"record {index} of {path.name}")
         what = f"record {index if name is None else repr(name)} of {path.name}"
-        refuse_beside(row, what)
-        turn, images = turn_of(row, references is None, what), image_names(row, what)
+        turn = with_system(turn_of(row, references is None, what), system_text(row, what), what)
+        images = image_names(row, what)
         answers = turn.answers if references is None else references(index, what)
         answers = [only_answer(answers, what)] if classify else answers
-        turn = Turn(place_images(turn.question, len(images), what), answers)
+        turn = place_turn(Turn(turn.question, answers, turn.history), len(images), what)
         own = f"{split}-{index}" if numbered or name is None else name
         return (
             own,
@@ -121,4 +128,5 @@ def _read(
         questions=[None if classify else t.question for t in turns],
         answers=[[] if classify else t.answers for t in turns],
         meta=[meta for _, _, _, meta in found],
+        histories=[t.history for t in turns],
     )

@@ -11,12 +11,12 @@ from .decoding import WHITE
 from .errors import RecipeError, collect_errors, report_error
 from .images import EncodedImages
 from .labels import label_reader, resolve_classes
-from .placeholders import MARKER, refuse_marked_answer
-from .prompts import format_question
+from .placeholders import MARKER, refuse_marked
+from .prompts import format_turns
 from .readers import make_reader, read_records
-from .recipe import Recipe
-from .records import Records
-from .task_data import Row, TaskData
+from .recipe import EACH, Recipe
+from .records import History, Records
+from .task_data import Row, TaskData, turns_of
 from .texts import is_blank
 
 log = logging.getLogger(__name__)
@@ -64,30 +64,53 @@ def _rows(
 ) -> list[Row]:
     label_of = label_reader(recipe, records, where)
 
-    def row(record: tuple[str, str | None, list[str], Any, tuple[int, ...], dict]) -> Row:
-        name, question, answers, raw, pictures, meta = record
+    def rows_of(record: tuple[str, History, str | None, list[str], Any, tuple[int, ...], dict]) -> list[Row]:
+        name, history, question, answers, raw, pictures, meta = record
         if recipe.kind != "classification":
             what = f"'{name}' in {where}"
             for answer in answers:
-                refuse_marked_answer(answer, what)
-            text = format_question(recipe, split, question, answers, len(pictures), what)
-            if not text or is_blank(text.replace(MARKER, "")):
-                raise RecipeError(
-                    f"'{name}' in {where} has nothing to ask",
-                    "write a question in every record, or for captioning an instruction as 'prompt' in the "
-                    "recipe",
-                )
-            return Row(name, text, tuple(answers), None, pictures, meta)
+                refuse_marked(answer, "answer", what)
+            history, text = format_turns(recipe, split, history, question, answers, len(pictures), what)
+            row = Row(name, text, tuple(answers), None, pictures, meta, history)
+            rows = turns_of(row) if split == "test" and recipe.evaluate == EACH else [row]
+            for row in rows:
+                _refuse_blank_question(row, where)
+            return rows
+        if history:
+            raise RecipeError(
+                f"'{name}' in {where} has a conversation before its question, and a classification task asks "
+                "its own",
+                "leave the question and the class alone in it, or use the kind vqa",
+            )
         if len(pictures) != 1:
             raise RecipeError(
                 f"'{name}' in {where} has {len(pictures)} images, and classification needs one",
                 "give every record one image, or use the kind vqa",
             )
         label = label_of(name, raw)
-        return Row(name, None, (recipe.classes[label],), label, pictures, meta)
+        return [Row(name, None, (recipe.classes[label],), label, pictures, meta)]
 
-    columns = (records.questions, records.answers, records.labels, records.pictures.shown, records.meta)
-    return collect_errors(row, zip(records.ids, *columns, strict=True), problems)
+    columns = (
+        records.histories,
+        records.questions,
+        records.answers,
+        records.labels,
+        records.pictures.shown,
+        records.meta,
+    )
+    found = collect_errors(rows_of, zip(records.ids, *columns, strict=True), problems)
+    rows = [row for several in found for row in several]
+    if len(rows) > len(found):
+        _refuse_duplicates(recipe, [row.id for row in rows], where, problems)
+    return rows
+
+
+def _refuse_blank_question(row: Row, where: str) -> None:
+    if is_blank((row.question or "").replace(MARKER, "")):
+        raise RecipeError(
+            f"'{row.id}' in {where} has nothing to ask",
+            "write a question in every record, or for captioning an instruction as 'prompt' in the recipe",
+        )
 
 
 def _readable(
@@ -130,6 +153,8 @@ def _refuse_duplicates(
     if not twice:
         return
     cure = "give every example its own id"
+    if recipe.evaluate == EACH:
+        cure += ", which 'evaluate: each' makes by adding #2, #3, ... to that of a conversation"
     if "positional_ids" in make_reader(recipe.source).keys():
         cure += f", or number them with 'source.positional_ids: [{where.rsplit('/', 1)[1]}]' in the recipe"
     names = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")

@@ -35,8 +35,6 @@ _INNER = (
     "tool_calls",
     "reasoning_content",
 )
-#: What other tools put before a conversation, and no model here is given.
-_BEFORE = ("system", "tools")
 
 
 def image_names(row: dict[str, Any], what: str) -> list[str]:
@@ -77,17 +75,26 @@ def refuse_unread_media(row: dict[str, Any], what: str) -> None:
         )
 
 
-def refuse_beside(row: dict[str, Any], what: str) -> None:
-    """Refuse a record with a system message or tools beside its turns, which the model would not be given.
+def system_text(row: dict[str, Any], what: str) -> str | None:
+    """Return the system message beside a record's turns; None where there is none.
 
     Raises:
-        RecipeError: it has some.
+        RecipeError: it is no text, or the record has tools, which no model here is given.
     """
-    if field := _first_held(row, _BEFORE):
+    if not is_empty(row.get("tools")):
         raise RecipeError(
-            f"{what} has {described(row[field])} as '{field}', and the model's chat template has its own",
-            f"remove '{field}', or write it at the head of the question",
+            f"{what} has {described(row['tools'])} as 'tools', which no model here is given",
+            "remove 'tools', or the record",
         )
+    system = row.get("system")
+    if is_empty(system):
+        return None
+    if not isinstance(system, str):
+        raise RecipeError(
+            f"{what} has {described(system)} as 'system', and a system message is text",
+            "correct it, or remove 'system'",
+        )
+    return system
 
 
 def refuse_inner_media(place: dict[str, Any], what: str) -> None:

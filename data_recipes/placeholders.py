@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from .errors import RecipeError
 
@@ -29,55 +30,76 @@ _FOREIGN = re.compile(
 
 
 def place_images(text: str, images: int, what: str) -> str:
-    """A question with the places of its pictures.
+    """Return a question with the places of its pictures; see `place_in_turns`."""
+    return place_in_turns([text], images, what)[0]
 
-    A text without markers has its pictures before it. One with markers has to mark as many places as there
-    are pictures; where they all stand before the text, they are taken out, which means the same. A lone
-    picture after the whole text goes before it too, as LLaVA's own preprocessing puts it, because half of
-    its data are written so (`preprocess_multimodal` in github.com/haotian-liu/LLaVA, llava/train/train.py).
-    Every other place is kept: the text that is returned holds one marker for each picture.
+
+def place_in_turns(questions: Sequence[str], images: int, what: str) -> list[str]:
+    """Return the questions of a conversation with the places of their pictures.
+
+    Questions without markers have the pictures before the first of them. Markers count over all questions,
+    which mark as many places as there are pictures, in the pictures' order; where all stand before the first
+    question's text, they are taken out, which means the same. The only picture of a question, after its whole
+    text, goes before that text, as LLaVA's own preprocessing puts it, because half of its data are written so
+    (`preprocess_multimodal` in github.com/haotian-liu/LLaVA, llava/train/train.py). Every other place is
+    kept: the questions that are returned hold one marker for each picture, or none.
 
     Markers of other tools are words. They are refused where a picture is missing or its place would be lost:
     beside none, or several pictures. Beside a single one, as MATH-Vision and MMMU have them, they are only
     reported (`TaskData.marker_note`).
 
     Args:
-        text: what is asked.
-        images: how many pictures go with it.
+        questions: what is asked, by turns; at least one.
+        images: how many pictures go with them all.
         what: the record or recipe, for the error's sentence.
 
     Raises:
         RecipeError: the two numbers differ, a video or audio is marked, or a picture in another tool's way.
     """
-    refuse_unread(text, what)
-    if images != 1 and (marker := foreign_marker(text)):
-        raise RecipeError(
-            f"{what} has {marker} in its text, which marks an image for other tools only, and names {images}",
-            f"write {MARKER} where each image goes, or remove the record",
-        )
-    marked = text.count(MARKER)
+    for text in questions:
+        refuse_unread(text, what)
+        if images != 1 and (marker := foreign_marker(text)):
+            raise RecipeError(
+                f"{what} has {marker} in its text, which marks an image for other tools only, and names "
+                f"{images}",
+                f"write {MARKER} where each image goes, or remove the record",
+            )
+    marked = sum(text.count(MARKER) for text in questions)
     if not marked:
-        return text
+        return list(questions)
     if marked != images:
         raise RecipeError(
-            f"{what} marks {marked} image{'s' * (marked > 1)} in its question and names {images}",
+            f"{what} marks {marked} image{'s' * (marked > 1)} in its "
+            f"question{'s' * (len(questions) > 1)} and names {images}",
             "mark and name the same number, or remove the markers",
         )
-    rest = _AT_HEAD.sub("", text).strip()
-    if images == 1 and rest.endswith(MARKER):
-        return rest.removesuffix(MARKER).rstrip()
-    return text.strip() if MARKER in rest else rest
+    first, *later = [_lone_picture_first(text) if MARKER in text else text for text in questions]
+    rest = _AT_HEAD.sub("", first).strip()
+    return [first if any(MARKER in text for text in (rest, *later)) else rest, *later]
 
 
-def refuse_marked_answer(answer: str, what: str) -> None:
-    """Refuse an answer that marks a picture, a video or audio.
+def _lone_picture_first(text: str) -> str:
+    """Return a question with its only picture before its text if that stood after it."""
+    text = text.strip()
+    if text.count(MARKER) == 1 and text.endswith(MARKER) and text != MARKER:
+        return f"{MARKER}\n{text.removesuffix(MARKER).rstrip()}"
+    return text
+
+
+def refuse_marked(text: str, role: str, what: str) -> None:
+    """Refuse an answer, or a system message, that marks a picture, a video or audio.
+
+    Args:
+        text: what it says.
+        role: what it is.
+        what: the record, for the error's sentence.
 
     Raises:
-        RecipeError: it does.
+        RecipeError: it marks one.
     """
-    refuse_unread(answer, what)
-    if MARKER in answer:
-        raise RecipeError(f"{what} marks an image in its answer", f"remove {MARKER} there")
+    refuse_unread(text, what)
+    if MARKER in text:
+        raise RecipeError(f"{what} marks an image in its {role}", f"remove {MARKER} there")
 
 
 def refuse_unread(text: str, what: str) -> None:

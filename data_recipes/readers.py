@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from .errors import RecipeError, nearest
 from .recipe import Recipe
-from .records import Records
+from .records import Records, is_history
 from .registry import SEPARATOR, PluginError, Registry
 
 KINDS = ("classification", "vqa", "captioning")
@@ -386,12 +386,15 @@ def _disqualified(records: Any) -> str | None:
     """Return why something is no whole `Records`, None where it is."""
     if not isinstance(records, Records):
         return f"a {type(records).__name__}"
-    columns = {name: getattr(records, name) for name in ("labels", "questions", "answers", "meta")}
+    names = ("labels", "questions", "answers", "meta", "histories")
+    columns = {name: getattr(records, name) for name in names}
     for name, column in (columns | {"pictures": records.pictures.shown}).items():
         if len(column) != len(records.ids):
             return f"{len(records.ids)} ids and {len(column)} {name}"
     if not all(isinstance(name, str) for name in records.ids):
         return "an id that is no text"
+    if not all(map(is_history, records.histories)):
+        return "a history that is not a tuple of messages, questions and answers by turns"
     return None
 
 

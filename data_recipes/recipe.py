@@ -20,6 +20,9 @@ READER_NAMES = Registry("reader", "llava_keeplora.readers", {})
 # sentence is LLaVA-1.5's for short answers (Liu et al., 2024, arXiv:2310.03744).
 ASKS = "What is shown in the image?\nAnswer the question using a single word or phrase."
 
+#: Which answers of a conversation a test asks for.
+EVALUATE = LAST, EACH = "last", "each"
+
 # A corrected citation must not change a task's identity, nor must the place of its files, nor test prompts:
 # a task is read with them only where a run says so, and the run then records them.
 NOT_IDENTITY = (
@@ -54,6 +57,8 @@ class Recipe:
             asks for that, as CLIP's own tests do (Radford et al., 2021, section 3.1.4); `prompt` alone where
             there are none.
         instruction: for classification, what a generative model is asked; see `asks`.
+        evaluate: which answers of a conversation the split `test` asks for: the `last` one, or `each` as an
+            example of its own with the true turns before it.
         classes: class names in label order, as answers are scored; empty where the kind has none,
             None while they are still unread from the source (`classes: from-source`).
         num_classes: number of classes that the source must have.
@@ -85,6 +90,7 @@ class Recipe:
     seen_by: list[str] = field(default_factory=list)
     expected_sizes: dict[str, int] = field(default_factory=dict)
     background: str | None = None
+    evaluate: str = LAST
     folder: Path | None = field(default=None, compare=False)
 
     @property
@@ -152,6 +158,8 @@ class Recipe:
         for key in ("instruction", "test_prompt", "background"):
             if facts[key] is None:
                 del facts[key]  # as before there were any, so that older files keep their recipe
+        if self.evaluate == LAST:
+            del facts["evaluate"]
         facts["metric"] = self.metric_name
         facts["source"] = {k: v for k, v in self.source.items() if k != "path"} | {"format": self.format_name}
         text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

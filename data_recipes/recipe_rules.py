@@ -12,6 +12,7 @@ from .labels import check_distinct
 from .placeholders import MARKER, place_images, refuse_foreign
 from .prompts import OTHER
 from .readers import KINDS, check_source
+from .recipe import EVALUATE, LAST
 from .texts import is_blank
 
 FROM_SOURCE = "from-source"
@@ -38,6 +39,7 @@ KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "source": (dict, "a mapping"),
     "splits": (dict, "a mapping"),
     "expected_sizes": (dict, "a mapping"),
+    "evaluate": (str, "text"),
     "background": (str, "a colour such as '#ffffff', in quotes"),
 }
 REQUIRED = ("name", "version", "kind", "metric", "licence", "source", "splits")
@@ -77,7 +79,17 @@ def check_recipe(facts: dict[str, Any], path: Path) -> None:
             f"{where} has 'test_prompt', which a {facts['kind']} recipe does not use",
             f"remove it from {path}",
         )
+    if facts.get("evaluate", LAST) not in EVALUATE:
+        raise RecipeError(
+            f"{where} has 'evaluate: {facts['evaluate']}'",
+            f"{nearest(facts['evaluate'], EVALUATE)}: the last answer of a conversation, or each",
+        )
     if facts["kind"] == "classification":
+        if "evaluate" in facts:
+            raise RecipeError(
+                f"{where} has 'evaluate', which a classification recipe does not use",
+                f"remove it from {path}",
+            )
         _check_classes(facts, path)
         return
     for key in ("test_prompts", "instruction", "classes", "num_classes", "class_names"):

@@ -11,6 +11,38 @@ if TYPE_CHECKING:
     import datasets
 
 
+@dataclass(frozen=True)
+class Message:
+    """A turn before an example's question.
+
+    Attributes:
+        role: `system`, `user` or `assistant`.
+        text: what was said; in a question with a marker for each picture that has a place in it.
+    """
+
+    role: str
+    text: str
+
+
+#: What stands before an example's question: at most one system message, then questions and their answers.
+History = tuple[Message, ...]
+
+
+def replace_questions(history: History, questions: Iterable[str]) -> History:
+    """Return a history with other texts of its questions, in order."""
+    texts = iter(questions)
+    return tuple(Message("user", next(texts)) if m.role == "user" else m for m in history)
+
+
+def is_history(value: Any) -> bool:
+    """Return whether a value is a `History`: messages in its order."""
+    if not isinstance(value, tuple) or not all(isinstance(message, Message) for message in value):
+        return False
+    roles = [message.role for message in value]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    return turns == ["user", "assistant"] * (len(turns) // 2)
+
+
 @dataclass
 class Pictures:
     """The pictures of a source and the records that show them.
@@ -36,10 +68,12 @@ class Records:
         pictures: the pictures, unread.
         labels: the source's labels (name or index), None outside classification.
         label_names: names of integer labels, where the source has them.
-        questions: one per record, or None.
-        answers: the reference answers of each record; empty for classification.
+        questions: one per record, or None; of a conversation the last one.
+        answers: the reference answers of each record, of a conversation those to its last question; empty
+            for classification.
         meta: what else a metric needs to know of each record; empty where the source says no more.
         left_out: files beside the pictures that are not read, by kind.
+        histories: of each record what was said before its question; empty where nothing was.
     """
 
     ids: list[str]
@@ -50,9 +84,11 @@ class Records:
     answers: list[list[str]]
     meta: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    histories: list[History] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.meta = self.meta or [{} for _ in self.ids]
+        self.histories = self.histories or [() for _ in self.ids]
 
 
 def picture_files(paths: list[list[Path]]) -> Pictures:

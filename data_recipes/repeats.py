@@ -21,7 +21,7 @@ def repeats(data: TaskData) -> list[str]:
     if data.recipe.source["format"] == "rendered":
         return []  # drawn anew for every example, and comparing would draw them all
     pictures = data.picture_digests
-    facts = zip(data.questions, map(tuple, data.answers), data.labels, pictures, strict=True)
+    facts = zip(data.histories, data.questions, map(tuple, data.answers), data.labels, pictures, strict=True)
     sentences = []
     if again := _groups(data.ids, facts):
         count = sum(len(names) - 1 for names in again)

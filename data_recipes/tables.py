@@ -14,12 +14,11 @@ import pyarrow.compute
 import pyarrow.parquet
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .conversation_turn import Turn, from_messages
+from .conversation_turn import Turn, from_messages, place_turn, with_system
 from .csv_text import load_hub_dataset
 from .errors import RecipeError, collect_errors, nearest
-from .media import UNREAD, is_empty, refuse_unread_media
+from .media import UNREAD, is_empty, refuse_unread_media, system_text
 from .paths import data_root_of, describe_error, inside, own_path, set_folder, within
-from .placeholders import place_images
 from .recipe import Recipe
 from .records import Pictures, Records, picture_files
 from .texts import answer_texts, described, identifier, only_answer
@@ -147,6 +146,7 @@ def _from_table(
     roles = ["id", *(["messages"] if chats else ["label"] if classify else ["question", "answers"])]
     cells = {role: _values(table, columns[role]) if role in columns else [None] * count for role in roles}
     unread = {c: _held(table, c) for c in UNREAD if c in table.column_names and c not in columns.values()}
+    beside = {c: _values(table, c) for c in ("system", "tools") if chats and c in table.column_names}
     pictures = _pictures(recipe, split, table, columns, folder, roots)
 
     def record(row: int) -> tuple[str, Turn, Any, tuple[int, ...]]:
@@ -161,10 +161,11 @@ def _from_table(
         if classify and not chats:
             return name, Turn("", []), cells["label"][row], shown
         if chats:
-            turn = from_messages(cells["messages"][row], what)
+            system = system_text({column: values[row] for column, values in beside.items()}, what)
+            turn = with_system(from_messages(cells["messages"][row], what), system, what)
         else:
             turn = _turn(cells["question"][row], cells["answers"][row], what)
-        turn = Turn(place_images(turn.question, len(shown), what), turn.answers)
+        turn = place_turn(turn, len(shown), what)
         return name, turn, only_answer(turn.answers, what) if classify else None, shown
 
     found = collect_errors(record, range(count), problems)
@@ -176,6 +177,7 @@ def _from_table(
         label_names=list(feature.names) if isinstance(feature, datasets.ClassLabel) else None,
         questions=[None if classify else turn.question for _, turn, _, _ in found],
         answers=[[] if classify else turn.answers for _, turn, _, _ in found],
+        histories=[turn.history for _, turn, _, _ in found],
     )
 
 

@@ -7,7 +7,7 @@ import json
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +15,9 @@ from PIL import Image
 
 from .errors import RecipeError
 from .images import Images
-from .placeholders import MARKER, foreign_marker
+from .placeholders import MARKER, foreign_marker, place_in_turns
 from .recipe import Recipe
+from .records import History, replace_questions
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,14 @@ class Example:
     Attributes:
         id: unique within the split, the same wherever the data lies.
         images: the pictures, RGB, in the order in which they are shown; classification has exactly one.
-        question: what is asked, for captioning the instruction; None for classification.
+        question: what is asked, for captioning the instruction; None for classification. Of a conversation
+            the last question.
         answers: the reference answers, the most frequent one is trained on; for classification the class
             name, as in `recipe.classes`; for captioning all captions, each trained on.
         label: index into `recipe.classes`; None outside classification.
         meta: what else the metric needs to know, for example the kind of question.
+        history: what was said before the question: at most one system message, then questions and answers by
+            turns. Markers in its questions are places of images as those in `question` are.
     """
 
     id: str
@@ -39,6 +43,7 @@ class Example:
     answers: list[str]
     label: int | None
     meta: dict[str, Any] = field(default_factory=dict)
+    history: History = ()
 
     @property
     def image(self) -> Image.Image:
@@ -65,6 +70,40 @@ class Row:
     label: int | None
     pictures: tuple[int, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+    history: History = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Return all that is said in it, in order."""
+        return *(m.text for m in self.history), self.question or "", *self.answers
+
+
+def turns_of(row: Row) -> list[Row]:
+    """Return an example for each answer of a conversation, with the true turns before it.
+
+    The first keeps the id, the others add their number to it: `a`, `a#2`, `a#3`. Each shows the pictures that
+    are marked up to its question, or all of them where none is marked.
+    """
+    ends = [i for i, message in enumerate(row.history) if message.role == "user"]
+    answers = [(row.history[i + 1].text,) for i in ends] + [row.answers]
+    questions = [row.history[i].text for i in ends] + [row.question or ""]
+    marked = any(MARKER in text for text in questions)
+    rows = []
+    for number, (answer, end) in enumerate(zip(answers, [*ends, len(row.history)], strict=True), start=1):
+        asked = questions[:number]
+        shown = sum(text.count(MARKER) for text in asked) if marked else len(row.pictures)
+        *earlier, question = place_in_turns(asked, shown, f"'{row.id}'")
+        rows.append(
+            replace(
+                row,
+                id=row.id if number == 1 else f"{row.id}#{number}",
+                question=question,
+                answers=answer,
+                pictures=row.pictures[:shown],
+                history=replace_questions(row.history[:end], earlier),
+            )
+        )
+    return rows
 
 
 class TaskData:
@@ -101,7 +140,9 @@ class TaskData:
     def __getitem__(self, index: int) -> Example:
         row = self._rows[operator.index(index)]
         images = [self._images.image(p) for p in row.pictures]
-        return Example(row.id, images, row.question, list(row.answers), row.label, dict(row.meta))
+        return Example(
+            row.id, images, row.question, list(row.answers), row.label, dict(row.meta), row.history
+        )
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -123,6 +164,11 @@ class TaskData:
     def questions(self) -> list[str | None]:
         """What is asked of each example, in order, without reading a picture."""
         return [r.question for r in self._rows]
+
+    @property
+    def histories(self) -> list[History]:
+        """Return what was said before each example's question, in order; () where nothing was."""
+        return [r.history for r in self._rows]
 
     @property
     def answers(self) -> list[list[str]]:
@@ -179,12 +225,7 @@ class TaskData:
     @cached_property
     def marker_note(self) -> str | None:
         """The examples with markers of other tools in their texts, counted; None where there are none."""
-        found = {
-            r.id: marker
-            for r in self._rows
-            for text in (r.question or "", *r.answers)
-            if (marker := foreign_marker(text))
-        }
+        found = {r.id: marker for r in self._rows for text in r.texts if (marker := foreign_marker(text))}
         if not found:
             return None
         name, marker = next(iter(found.items()))
@@ -204,7 +245,8 @@ class TaskData:
         total = hashlib.sha256(self.recipe.fingerprint.encode())
         for r in sorted(self._rows, key=lambda r: r.id):
             hashes = [self._images.digest(p) for p in r.pictures]
-            # one picture stands without a list, and meta only where there is any, as before there were others
+            # one picture stands without a list, meta and history only where there are any, as before there
+            # were others
             fact: list[Any] = [
                 r.id,
                 r.label,
@@ -213,6 +255,7 @@ class TaskData:
                 hashes[0] if len(hashes) == 1 else hashes,
             ]
             fact += [r.meta] if r.meta else []
+            fact += [[[m.role, m.text] for m in r.history]] if r.history else []
             total.update(
                 json.dumps(fact, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
             )

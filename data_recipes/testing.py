@@ -16,7 +16,7 @@ from .paths import set_folder
 from .readers import KINDS, READERS, Reader, check_source, read_records
 from .recipe import Recipe
 from .recipe_files import load_recipe
-from .records import Records
+from .records import Records, is_history
 
 
 def check_reader(recipe: Recipe | str | Path, data_root: str | Path | None = None) -> None:
@@ -81,11 +81,13 @@ def _check_records(records: Records, recipe: Recipe, what: str) -> None:
     assert isinstance(records, Records), f"{what} gives a {type(records).__name__}, no Records"
     count = len(records.ids)
     assert count, f"{what} finds no records"
-    columns = {name: getattr(records, name) for name in ("labels", "questions", "answers", "meta")}
+    names = ("labels", "questions", "answers", "meta", "histories")
+    columns = {name: getattr(records, name) for name in names}
     for name, column in (columns | {"pictures.shown": records.pictures.shown}).items():
         assert len(column) == count, f"{what} gives {count} ids and {len(column)} {name}"
     assert all(isinstance(name, str) and name for name in records.ids), f"{what} gives an id that is no text"
     assert len(set(records.ids)) == count, f"{what} gives an id twice"
+    assert all(map(is_history, records.histories)), f"{what} gives a history out of order"
     cells = range(len(records.pictures.cells))
     assert all(index in cells for shown in records.pictures.shown for index in shown), (
         f"{what} shows a picture that is not there"
@@ -125,6 +127,7 @@ def _labels(records: Records) -> tuple[Any, ...]:
         records.questions,
         records.answers,
         records.meta,
+        records.histories,
         records.pictures.shown,
     )
 

@@ -1,12 +1,21 @@
-"""One question and its answer in every layout that people write, and one refusal per kind of mistake."""
+"""Questions, answers and what was said before, in every layout that people write, and one refusal per kind of mistake."""
 
 import pytest
 
-from llava_keeplora_recipes.conversation_turn import Turn, from_conversations, from_fields, from_messages
+from llava_keeplora_recipes.conversation_turn import (
+    Turn,
+    from_conversations,
+    from_fields,
+    from_messages,
+    place_turn,
+    with_system,
+)
 from llava_keeplora_recipes.errors import RecipeError
+from llava_keeplora_recipes.records import Message
 
 ASK = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "gpt", "value": "a cat"}
+SYSTEM = {"from": "system", "value": "Be brief. "}
 USER = {"role": "user", "content": "What is it?"}
 ASSISTANT = {"role": "assistant", "content": "a cat"}
 IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "What is it?"}
@@ -47,6 +56,58 @@ def test_a_test_record_holds_one_answer_or_several_or_none_where_they_stand_else
     assert from_fields({"text": "What?", "answer": "a"}, "answer", False, "r").answers == []
 
 
+def test_what_stands_before_the_last_question_is_its_history_in_order():
+    turns = [SYSTEM, ASK, ANSWER, ASK | {"value": " And <image>? "}, ANSWER | {"value": " a dog "}]
+    expected = (
+        Message("system", "Be brief."),
+        Message("user", "<image>\nWhat is it?"),
+        Message("assistant", "a cat"),
+    )
+    assert from_conversations(turns, "r") == Turn("And <image>?", [" a dog "], expected)
+    names = {"human": "user", "gpt": "assistant", "system": "system"}
+    chat = [{"role": names[t["from"]], "content": t["value"]} for t in turns]
+    chat[1]["content"] = [IMAGE, TEXT]
+    assert from_messages(chat, "r") == from_conversations(turns, "r")
+    assert from_conversations([SYSTEM | {"value": " "}, ASK, ANSWER], "r").history == ()
+
+
+@pytest.mark.parametrize("name", ["gpt", "assistant", "chatgpt", "model", "bing", "bard"])
+def test_sharegpt_names_the_speakers_in_many_ways(name):
+    turns = [{"from": "user", "value": "q"}, ANSWER | {"from": name}]
+    assert from_conversations(turns, "r") == Turn("q", ["a cat"])
+
+
+def test_a_system_message_beside_the_turns_goes_first_and_may_not_differ():
+    turn, message = Turn("q", ["a"]), Message("system", "Be brief.")
+    both = Turn("q", ["a"], (message,))
+    assert with_system(turn, None, "r") == turn
+    assert with_system(turn, " Be brief.", "r") == with_system(both, "Be brief.", "r") == both
+    with pytest.raises(RecipeError, match="another system message in its conversation"):
+        with_system(both, "Be long.", "r")
+
+
+def test_pictures_are_counted_over_all_questions_and_marked_in_no_other_turn():
+    def turn(*texts):
+        roles = ["user", "assistant"] * len(texts)
+        *history, last = [Message(*pair) for pair in zip(roles, texts, strict=False)]
+        return Turn(last.text, ["x"], tuple(history))
+
+    assert place_turn(turn("<image> a", "b", "c"), 1, "r") == turn("a", "b", "c")
+    assert place_turn(turn("a <image>", "b", "c"), 1, "r") == turn("a", "b", "c")
+    assert place_turn(turn("a", "b", "c <image>"), 1, "r") == turn("a", "b", "<image>\nc")
+    for kept in (turn("a", "b", "<image> c"), turn("x <image> a", "b", "c")):
+        assert place_turn(kept, 1, "r") == kept
+    both = turn("<image> a", "b", "<image>\nc")
+    assert place_turn(both, 2, "r") == both == place_turn(place_turn(both, 2, "r"), 2, "r")
+    assert place_turn(turn("a", "b", "c"), 5, "r") == turn("a", "b", "c")
+    with pytest.raises(RecipeError, match="marks 2 images in its questions and names 1"):
+        place_turn(both, 1, "r")
+    with pytest.raises(RecipeError, match="marks an image in its answer"):
+        place_turn(turn("a", "<image> b", "c"), 1, "r")
+    with pytest.raises(RecipeError, match="marks an image in its system message"):
+        place_turn(Turn("q", ["a"], (Message("system", "<image>"),)), 1, "r")
+
+
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
@@ -59,12 +120,20 @@ def test_a_test_record_holds_one_answer_or_several_or_none_where_they_stand_else
         ([ANSWER, ASK], "begins with an answer"),
         ([ASK, ASK], r"two questions in a row \(turns 1 and 2, 'human'\)"),
         ([ASK, ANSWER, ANSWER], r"two answers in a row \(turns 2 and 3, 'gpt'\)"),
-        ([ASK, ANSWER, ASK, ANSWER], "4 turns.*one record per question"),
-        ([{"from": "system", "value": "Be brief."}, ASK, ANSWER], "system message"),
+        ([ASK, ANSWER, ASK], r"ends with a question \('human'\) and has no answer to it"),
+        ([ASK, ANSWER, SYSTEM, ASK, ANSWER], "system message as turn 3.*before the first question"),
+        ([SYSTEM, SYSTEM, ASK, ANSWER], "system message as turn 2"),
+        ([SYSTEM], "system message and no question"),
+        ([SYSTEM, ANSWER], "begins with an answer"),
+        ([SYSTEM | {"value": 3}, ASK, ANSWER], r"the number 3 as its system message.*text \(turn 1\)"),
+        ([ASK, ANSWER | {"value": " "}, ASK, ANSWER], r"earlier answer that is empty \(number 2"),
+        ([ASK, ANSWER, ASK, ANSWER | {"value": None}], r"nothing \(null\) as its answer.*turn 4"),
         (
-            [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}],
-            "'user' as 'from' in turn 1.*'human'.*'gpt'",
+            [ASK, ANSWER | {"loss": False}],
+            "turn 2 of r has the boolean False as 'loss'.*every answer is learned",
         ),
+        ([ASK, ANSWER | {"weight": 0}, ASK, ANSWER], "turn 2 of r has the number 0 as 'weight'"),
+        ([ASK | {"from": ["human"]}, ANSWER], r"the list \['human'\] as 'from' in turn 1.*'human'.*'gpt'"),
         ([ASK, {"from": "tool", "value": "a"}], "'tool' as 'from' in turn 2"),
         ([USER, ASSISTANT], "no 'from' in turn 1"),
         ([ASK, ANSWER | {"value": 3}], "the number 3 as its answer.*quotes"),
@@ -83,8 +152,11 @@ def test_each_fault_of_a_conversation_has_its_own_sentence(turns, reason):
     ("messages", "reason"),
     [
         ({}, r"the object \{\} as its 'messages'"),
-        ([USER, ASSISTANT] * 2, "4 turns.*one record per question"),
-        ([{"role": "system", "content": "Be brief."}, USER, ASSISTANT], "system message"),
+        ([USER, ASSISTANT, USER], r"ends with a question \('user'\) and has no answer"),
+        (
+            [{"role": "system", "content": [IMAGE | {"image": "a.png"}]}, USER, ASSISTANT],
+            "holds 'image' itself",
+        ),
         ([ASK, ANSWER], "no 'role' in turn 1"),
         ([USER, {"role": "tool", "content": "a"}], "'tool' as 'role' in turn 2"),
         ([USER, ASSISTANT | {"content": None}], r"message with nothing \(null\) as its content"),

@@ -11,6 +11,7 @@ import pytest
 
 from llava_keeplora_recipes import RecipeError, inspect_split, load_recipe, load_split
 from llava_keeplora_recipes.media import image_names
+from llava_keeplora_recipes.records import Message
 from llava_keeplora_recipes.texts import answer_texts, as_text, identifier
 
 
@@ -384,14 +385,21 @@ def test_a_name_that_no_file_can_have_is_refused_in_a_sentence(task, name):
         assert read.endswith(".") and ("leads out" in read or "cannot be read" in read)
 
 
-@pytest.mark.parametrize("field", ["system", "tools"])
-def test_what_stands_before_a_conversation_is_not_dropped(task, field):
+def test_what_stands_before_a_conversation_is_not_dropped(task):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    assert f"record 'r' of q.json has the text 'x' as '{field}'" in loaded(
-        task([{"id": "r", "messages": chat, field: "x"}], "messages")
+    said, system = {"id": "r", "messages": chat}, (Message("system", "x"),)
+    assert loaded(task([said | {"system": " x "}], "messages")).histories == [system]
+    assert loaded(task([{"id": "r", "text": "q", "answer": "a", "system": "x"}])).histories == [system]
+    table = pa.table({"messages": [chat] * 2, "system": ["x", None]})
+    columns = {"messages": "messages"}
+    assert loaded(task(table, "parquet", columns=columns)).histories == [system, ()]
+    for field in ("system", "tools"):
+        assert loaded(task([said | {field: ""}], "messages")).histories == [()]
+        read = loaded(task([said | {field: ["x"]}], "messages"))
+        assert f"record 'r' of q.json has the list ['x'] as '{field}'" in read
+    assert "as 'tools'" in loaded(
+        task(pa.table({"messages": [chat], "tools": ["x"]}), "parquet", columns=columns)
     )
-    assert loaded(task([{"id": "r", "messages": chat, field: ""}], "messages")).answers == [["a"]]
-    assert f"as '{field}'" in loaded(task([{"id": "r", "text": "q", "answer": "a", field: "x"}]))
     reasons = [chat[0], chat[1] | {"reasoning_content": "because"}]
     assert "holds 'reasoning_content' itself" in loaded(task([{"id": "r", "messages": reasons}], "messages"))
 
