@@ -26,10 +26,7 @@ def read_coco(
         RecipeError: the file is missing or not JSON, or entries lack something; they are named.
     """
     path = split_file(recipe, split, data_root)
-    folder, root = (
-        pictures_folder(recipe, split, data_root, default="images"),
-        data_root_of(recipe, data_root),
-    )
+    folder, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
     content = read_json(path, dict)
     captions = captions_by_image(content, path, problems)
 

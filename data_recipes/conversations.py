@@ -39,7 +39,7 @@ def read_llava(
     Raises:
         RecipeError: the file is missing or not JSON, or records lack something; they are named.
     """
-    answer_field = recipe.source.get("answer", "answer")
+    answer_field = recipe.source["answer"]
 
     def turn(row: dict[str, Any], answered: bool, what: str) -> Turn:
         if "messages" in row:
@@ -85,8 +85,8 @@ def _read(
     folder, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
     rows = read_rows(path, problems)
     references = read_references(recipe, split, data_root, rows, problems)
-    numbered = split in recipe.source.get("positional_ids", [])
-    fields = recipe.source.get("meta", [])
+    numbered = split in recipe.source["positional_ids"]
+    fields = recipe.source["meta"]
     classify = recipe.kind == "classification"
 
     def record(item: tuple[int, Any]) -> tuple[str, list[Path], Turn, dict[str, Any]]:

@@ -32,7 +32,7 @@ def read_image_list(
     """
     path, root = split_file(recipe, split, data_root), data_root_of(recipe, data_root)
     folder = pictures_folder(recipe, split, data_root)
-    pattern, suffix = re.compile(recipe.source["pattern"]), recipe.source.get("suffix") or ""
+    pattern, suffix = re.compile(recipe.source["pattern"]), recipe.source["suffix"] or ""
 
     def listed(item: tuple[int, str]) -> tuple[str, Path, str]:
         number, line = item

@@ -27,7 +27,7 @@ def read_flowers(
         RecipeError: a file is missing or holds something else, or an image has no label.
     """
     folder = set_folder(recipe, data_root)
-    images, root = pictures_folder(recipe, split, data_root, default="jpg"), data_root_of(recipe, data_root)
+    images, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
     labels = _variable(folder / "imagelabels.mat", "labels").tolist()
     numbers = _variable(folder / "setid.mat", str(recipe.splits[split])).tolist()
 

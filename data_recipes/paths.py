@@ -6,6 +6,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from .errors import RecipeError
+from .readers import READERS
 from .recipe import Recipe
 
 
@@ -102,17 +103,18 @@ def within(path: Path, what: str, *roots: Path) -> Path:
     return path
 
 
-def pictures_folder(recipe: Recipe, split: str, data_root: str | Path | None, default: str = "") -> Path:
+def pictures_folder(recipe: Recipe, split: str, data_root: str | Path | None) -> Path:
     """Where the image paths of a split start.
 
-    `source.images` in the task's folder, one for all splits or one each.
+    `source.images` in the task's folder, one for all splits or one each; the format's default for a split that a
+    mapping leaves out.
 
     Raises:
         RecipeError: the task's folder is missing, or the path leads out of it.
     """
-    name = recipe.source.get("images", default)
+    name = recipe.source["images"]
     if isinstance(name, dict):
-        name = name.get(split, default)
+        name = name.get(split, READERS[recipe.source["format"]].keys()["images"].default)
     what = f"'source.images' of recipe '{recipe.name}'"
     return inside(set_folder(recipe, data_root), name, what, data_root_of(recipe, data_root))
 

@@ -1,9 +1,7 @@
-"""The formats that a recipe's source can have: a dataclass each, whose fields are the keys under `source`."""
+"""What a reader is, the readers by name, and the checks of what a recipe says under `source`."""
 
 from __future__ import annotations
 
-import importlib
-import re
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -17,8 +15,6 @@ from .records import Records, is_history
 from .registry import SEPARATOR, PluginError, Registry
 
 KINDS = ("classification", "vqa", "captioning")
-#: What a table's columns can be.
-COLUMNS = ("id", "image", "label", "question", "answers", "messages")
 #: Type of a key's value → the sentence's word for it, where the field has no other.
 WORDS = {
     str: "text",
@@ -36,11 +32,12 @@ class Reader:
 
     A subclass is a dataclass. Its fields are the keys that a recipe may write under `source` beside `format`,
     with their types (text, numbers, bools, lists and mappings of these) and their defaults; a field without a
-    default must be written. `check` may refuse values, and `read` reads a split.
+    default must be written. The docstring's `Args` say what each key means. `check` may refuse values, and
+    `read` reads a split.
 
     Args:
-        path: the folder of the files, under the data root or beside the recipe; None if the user has to say
-            it.
+        path: folder of the files, under the data root or beside the recipe; null where whoever extends the
+            recipe has to name it.
     """
 
     path: str | None = field(kw_only=True)
@@ -89,227 +86,34 @@ class Reader:
         raise NotImplementedError
 
 
-class _BuiltIn(Reader):
-    """A format of this package; `function` reads it, as `module:name`, and is imported when it is used."""
-
-    function: ClassVar[str]
-
-    def read(
-        self,
-        recipe: Recipe,
-        split: str,
-        data_root: str | Path | None,
-        problems: list[RecipeError] | None = None,
-    ) -> Records:
-        """See `Reader.read`."""
-        module, _, name = self.function.partition(SEPARATOR)
-        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(
-            recipe, split, data_root, problems
-        )
-
-
-def _mapping(word: str = "a mapping") -> Any:
-    return field(default_factory=dict, metadata={"word": word})
-
-
-def _list(word: str) -> Any:
-    return field(default_factory=list, metadata={"word": word})
-
-
-def _folders(default: str) -> Any:
-    return field(default=default, metadata={"word": "a folder, or a mapping from splits to folders"})
-
-
-@dataclass
-class Rendered(Reader):
-    """Pictures that are drawn; see `rendered`. `loading` draws them, so there is nothing to read."""
-
-    path: ClassVar[None] = None
-    has_files = False
-
-    task: str | None = None
-
-
-@dataclass
-class _Table(_BuiltIn):
-    columns: dict[str, str] = _mapping()
-
-    def check(self, kind: str, path: Path) -> None:
-        """See `Reader.check`."""
-        for key in self.columns:
-            if key not in COLUMNS:
-                raise RecipeError(
-                    f"{path.name} has the unknown key 'source.columns.{key}'", nearest(key, COLUMNS)
-                )
-
-
-@dataclass
-class Parquet(_Table):
-    """See `tables.read_parquet`."""
-
-    function = "tables:read_parquet"
-
-
-@dataclass
-class Hub(_Table):
-    """See `tables.read_hub`."""
-
-    function = "tables:read_hub"
-    has_files = False
-
-    config: str | None = None
-    revision: str | None = None
-
-
-@dataclass
-class ImageFolder(_BuiltIn):
-    """See `image_folder.read_image_folder`."""
-
-    function = "image_folder:read_image_folder"
-    kinds = ("classification",)
-
-
-@dataclass
-class Messages(_BuiltIn):
-    """See `conversations.read_messages`."""
-
-    function = "conversations:read_messages"
-
-    images: str | dict[str, str] = _folders("")
-    positional_ids: list[str] = _list("a list of splits")
-    meta: list[str] = _list("a list of fields")
-
-
-@dataclass
-class LlavaJson(Messages):
-    """See `conversations.read_llava`."""
-
-    function = "conversations:read_llava"
-
-    references: dict[str, str] = _mapping("a mapping from splits to files")
-    answer: str | None = "answer"
-
-    def check(self, kind: str, path: Path) -> None:
-        """See `Reader.check`."""
-        if self.references and kind == "classification":
-            raise RecipeError(
-                f"{path.name} has 'source.references', which a classification recipe does not use",
-                f"remove it from {path}",
-            )
-
-
-@dataclass
-class CocoCaptions(_BuiltIn):
-    """See `coco.read_coco`."""
-
-    function = "coco:read_coco"
-    kinds = ("captioning",)
-
-    images: str | dict[str, str] = _folders("images")
-
-
-@dataclass
-class RandomSplit(_BuiltIn):
-    """See `image_lists.read_random_split`.
-
-    Args:
-        pattern: a regular expression with the groups that `groups` names.
-    """
-
-    function = "image_lists:read_random_split"
-    kinds = ("classification",)
-    groups: ClassVar[tuple[str, ...]] = ("label",)
-
-    pattern: str | None = None
-
-    def check(self, kind: str, path: Path) -> None:
-        """See `Reader.check`."""
-        pattern = self.pattern or ""
-        try:
-            groups = re.compile(pattern).groupindex
-        except (re.error, OverflowError, RecursionError) as error:
-            raise RecipeError(
-                f"{path.name} has {pattern!r} under 'source.pattern', which is no regular expression "
-                f"({error})",
-                f"correct it in {path}",
-            ) from error
-        for group in self.groups:
-            if group not in groups:
-                raise RecipeError(
-                    f"{path.name} has no group '{group}' in 'source.pattern'",
-                    f"write (?P<{group}>...) where the {group} stands, in {path}",
-                )
-
-
-@dataclass
-class ImageList(RandomSplit):
-    """See `image_lists.read_image_list`."""
-
-    function = "image_lists:read_image_list"
-    groups = ("image", "label")
-
-    images: str | dict[str, str] = _folders("")
-    suffix: str | None = ""
-
-
-@dataclass
-class CifarPython(_BuiltIn):
-    """See `pixel_arrays.read_cifar`."""
-
-    function = "pixel_arrays:read_cifar"
-    kinds = ("classification",)
-
-
-@dataclass
-class Idx(_BuiltIn):
-    """See `pixel_arrays.read_idx`."""
-
-    function = "pixel_arrays:read_idx"
-    kinds = ("classification",)
-
-
-@dataclass
-class FlowersMat(_BuiltIn):
-    """See `matlab_files.read_flowers`."""
-
-    function = "matlab_files:read_flowers"
-    kinds = ("classification",)
-
-    images: str | dict[str, str] = _folders("jpg")
-
-
-@dataclass
-class CarsMat(_BuiltIn):
-    """See `matlab_files.read_cars`."""
-
-    function = "matlab_files:read_cars"
-    kinds = ("classification",)
-
-    images: str | dict[str, str] = _folders("")
-
-
 def _is_reader(value: Any) -> str | None:
     is_class = isinstance(value, type) and issubclass(value, Reader)
     return None if is_class else "it is no subclass of llava_keeplora_recipes.Reader"
 
 
-READERS = Registry("reader", "llava_keeplora.readers", {}, _is_reader)
-READERS.update(
+#: The built-in formats are imported with `formats`, when the first of them is asked for.
+READERS = Registry(
+    "reader",
+    "llava_keeplora.readers",
     {
-        "rendered": Rendered,
-        "parquet": Parquet,
-        "hub": Hub,
-        "imagefolder": ImageFolder,
-        "llava_json": LlavaJson,
-        "messages": Messages,
-        "coco_captions": CocoCaptions,
-        "image_list": ImageList,
-        "random_split": RandomSplit,
-        "cifar_python": CifarPython,
-        "idx": Idx,
-        "flowers_mat": FlowersMat,
-        "cars_mat": CarsMat,
-    }
+        name: f"llava_keeplora_recipes.formats:{reader}"
+        for name, reader in {
+            "imagefolder": "ImageFolder",
+            "parquet": "Parquet",
+            "hub": "Hub",
+            "llava_json": "LlavaJson",
+            "messages": "Messages",
+            "coco_captions": "CocoCaptions",
+            "image_list": "ImageList",
+            "random_split": "RandomSplit",
+            "cifar_python": "CifarPython",
+            "idx": "Idx",
+            "flowers_mat": "FlowersMat",
+            "cars_mat": "CarsMat",
+            "rendered": "Rendered",
+        }.items()
+    },
+    _is_reader,
 )
 
 
@@ -337,7 +141,7 @@ def check_source(source: Mapping[str, Any], kind: str, path: Path) -> None:
             )
         _check_value(reader, key, value, path)
     for key, declared in keys.items():
-        if key not in source and declared.default is MISSING and declared.default_factory is MISSING:
+        if key not in source and is_required(declared):
             raise RecipeError(
                 f"{path.name} lacks the key 'source.{key}'", f"add '{key}:' under 'source' in {path}"
             )
@@ -411,7 +215,7 @@ def _class_of(name: Any, path: Path) -> type[Reader]:
 
 def _check_value(reader: type[Reader], key: str, value: Any, path: Path) -> None:
     hint = typing.get_type_hints(reader)[key]
-    word = reader.keys()[key].metadata.get("word") or _word(hint)
+    word = value_word(reader, key)
     if not _is_of(value, hint):
         raise RecipeError(
             f"{path.name} has {value!r} under 'source.{key}', which is not {word}",
@@ -425,6 +229,17 @@ def _check_value(reader: type[Reader], key: str, value: Any, path: Path) -> None
                 f"{path.name} has {part!r} under 'source.{key}', which YAML does not read as text",
                 "put quotes around it",
             )
+
+
+def value_word(reader: type[Reader], key: str) -> str:
+    """Return what the value of a key under `source` is, in the words of an error: `text`, `a list of fields`."""
+    hint = typing.get_type_hints(reader)[key]
+    return reader.keys()[key].metadata.get("word") or _word(hint)
+
+
+def is_required(key: Field) -> bool:
+    """Return whether a recipe must write a key under `source`."""
+    return key.default is MISSING and key.default_factory is MISSING
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -106,10 +106,10 @@ def read_hub(
         with _quiet():
             table = load_hub_dataset(
                 target,
-                recipe.source.get("config"),
+                recipe.source["config"],
                 recipe.splits[split],
-                recipe.source.get("revision"),
-                recipe.source.get("columns", {}).get("label", "label"),
+                recipe.source["revision"],
+                recipe.source["columns"].get("label", "label"),
             )
     except Exception as error:  # the Hub client and datasets raise a dozen kinds; the first is reported
         cause = error if isinstance(error, RecipeError) else error.__cause__  # datasets wraps a reader's own
@@ -238,7 +238,7 @@ def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, s
     Raises:
         RecipeError: a role that the kind needs, or that the recipe names, has no column.
     """
-    named = recipe.source.get("columns", {})
+    named = recipe.source["columns"]
     if "messages" in named:
         needed = ["messages"]
     elif recipe.kind == "classification":

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from llava_keeplora_recipes import RecipeError, load_recipe
-from llava_keeplora_recipes.readers import READERS, LlavaJson
+from llava_keeplora_recipes.formats import LlavaJson
+from llava_keeplora_recipes.readers import READERS
 from llava_keeplora_recipes.testing import check_reader
 
 ROWS = [{"id": name, "image": f"{name}.png", "conversations": [
