@@ -41,7 +41,7 @@ class _BuiltIn(Reader):
         data_root: str | Path | None,
         problems: list[RecipeError] | None = None,
     ) -> Records:
-        """See `Reader.read`; the function finds every key in `recipe.source`, with its default where unset."""
+        """See `Reader.read`; the function finds every key in `recipe.source`, unset ones with defaults."""
         recipe = replace(recipe, source=recipe.source | asdict(self))
         module, _, name = self.function.partition(SEPARATOR)
         return getattr(importlib.import_module(f"{__package__}.{module}"), name)(
@@ -203,11 +203,11 @@ class RandomSplit(_BuiltIn):
 
 @dataclass
 class ImageList(RandomSplit):
-    """A text file with a line per picture; see `image_lists.read_image_list`.
+    r"""A text file with a line per picture; see `image_lists.read_image_list`.
 
     Args:
         pattern: regular expression (Python's) for a whole line, with the groups `image` for the picture's
-            path and `label` for the class: `(?P<image>\\S+) (?P<label>.+)`.
+            path and `label` for the class: `(?P<image>\S+) (?P<label>.+)`.
         images: folder in which the paths of pictures start, within `path`; by default `path` itself.
         suffix: what is appended to the group `image`, such as `.jpg`.
     """

@@ -106,8 +106,8 @@ def within(path: Path, what: str, *roots: Path) -> Path:
 def pictures_folder(recipe: Recipe, split: str, data_root: str | Path | None) -> Path:
     """Where the image paths of a split start.
 
-    `source.images` in the task's folder, one for all splits or one each; the format's default for a split that a
-    mapping leaves out.
+    `source.images` in the task's folder, one for all splits or one each; of a split that a mapping leaves
+    out the format's default.
 
     Raises:
         RecipeError: the task's folder is missing, or the path leads out of it.

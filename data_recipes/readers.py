@@ -232,7 +232,7 @@ def _check_value(reader: type[Reader], key: str, value: Any, path: Path) -> None
 
 
 def value_word(reader: type[Reader], key: str) -> str:
-    """Return what the value of a key under `source` is, in the words of an error: `text`, `a list of fields`."""
+    """Return what a key under `source` takes, in the words of an error: `text`, `a list of fields`."""
     hint = typing.get_type_hints(reader)[key]
     return reader.keys()[key].metadata.get("word") or _word(hint)
 

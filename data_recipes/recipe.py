@@ -42,31 +42,36 @@ class Recipe:
     """What a task is: its prompt, classes, metric, and where its examples come from.
 
     Attributes:
-        name: the task's name, for example `digits` or `mtil/aircraft`.
-        version: raised whenever the examples, the classes or the prompt change.
-        kind: `classification`, `vqa` or `captioning`.
+        name: the task's name, for example `digits` or `mtil/aircraft`; folders of a run are named after it.
+        version: a whole number to raise whenever the examples, the classes or the prompt change.
+        kind: `classification`, `vqa` (questions with answers) or `captioning`.
         metric: how answers are scored, for example `accuracy`, or `my_metrics.py:my_metric` beside the YAML.
-        licence: the licence of the data.
-        source: `format` and what that format needs (`path`, `columns`, ...); see `readers`.
-        splits: our split name to the source's file, folder or split name.
-        prompt: for classification a caption with `{c}` for the class; for vqa an optional text
-            around the question, `{q}`; for captioning the instruction, unless the source has one.
+        licence: licence of the data, for the model card.
+        source: `format`, and the keys of that format (`path`, `columns`, ...).
+        splits: name of a split, such as `train` and `test` → the source's file, folder, pattern or split.
+        prompt: for classification a caption with `{c}` for the class (required); for vqa a text around the
+            question, `{q}`, which stands alone without it; for captioning the instruction, which a record's
+            own replaces.
         test_prompt: for vqa, takes the place of `prompt` in the split `test`; a mapping from the first
             reference answer to a prompt (`other` for the rest) where an official runner does that.
         test_prompts: for classification, captions with `{c}` whose text features are averaged where a test
             asks for that, as CLIP's own tests do (Radford et al., 2021, section 3.1.4); `prompt` alone where
             there are none.
-        instruction: for classification, what a generative model is asked; see `asks`.
-        evaluate: which answers of a conversation the split `test` asks for: the `last` one, or `each` as an
-            example of its own with the true turns before it.
-        classes: class names in label order, as answers are scored; empty where the kind has none,
-            None while they are still unread from the source (`classes: from-source`).
-        num_classes: number of classes that the source must have.
-        class_names: the source's label to our class, where the two differ.
-        homepage, citation, description: where the data comes from.
-        seen_by: models whose pre-training saw the `pretrain` split.
-        expected_sizes: number of examples per split in the published protocol.
-        background: `#rrggbb`, what is seen through transparent pixels; white where it is None.
+        instruction: for classification, what a generative model is asked; by default what is shown in the
+            image, in a single word or phrase.
+        evaluate: for questions and captions, which answers of a conversation the split `test` asks for: the
+            `last` one (the default), or `each` as an example of its own with the true turns before it.
+        classes: for classification (required), class names in label order, as answers are scored;
+            `from-source` takes them from the data (None in Python until a split is loaded).
+        num_classes: for classification, the number of classes that there must be.
+        class_names: for classification, the source's label → the class, where the two differ.
+        homepage: where the data comes from, for the model card.
+        citation: what to cite.
+        description: what the task is, in a sentence.
+        seen_by: models whose pre-training saw the split `pretrain`.
+        expected_sizes: name of a split → its number of examples in the published protocol; another number is
+            warned of.
+        background: `#rrggbb`, what is seen through transparent pixels; white by default.
         folder: folder of a user's YAML, where relative paths start without a data root.
     """
 

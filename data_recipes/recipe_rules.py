@@ -33,13 +33,13 @@ KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "citation": (str, "text"),
     "description": (str, "text"),
     "seen_by": (list, "a list"),
-    "classes": (object, "a list"),
+    "classes": (object, "a list, or from-source"),
     "num_classes": (int, "a whole number"),
     "class_names": (dict, "a mapping"),
     "source": (dict, "a mapping"),
     "splits": (dict, "a mapping"),
     "expected_sizes": (dict, "a mapping"),
-    "evaluate": (str, "text"),
+    "evaluate": (str, "last or each"),
     "background": (str, "a colour such as '#ffffff', in quotes"),
 }
 REQUIRED = ("name", "version", "kind", "metric", "licence", "source", "splits")

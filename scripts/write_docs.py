@@ -1,6 +1,6 @@
 """Write the lists in docs/ that the code knows best.
 
-Methods, metrics, tasks, sequences, configurations, commands.
+Methods, metrics, tasks, sequences, configurations, commands, the keys of recipes and of their sources.
 
     python scripts/write_docs.py            writes them
     python scripts/write_docs.py --check    names the pages that are out of date, and ends with exit code 1 if
@@ -12,9 +12,12 @@ A list stands between `<!-- generated: NAME -->` and `<!-- end -->`; the text ar
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,11 +26,21 @@ from llava_keeplora.config import list_configs, list_tables
 from llava_keeplora.methods import METHODS
 from llava_keeplora_eval.cli import build_parser as build_eval_parser
 from llava_keeplora_eval.metrics import METRICS
-from llava_keeplora_recipes import list_recipes, list_sequences, load_recipe, load_sequence
+from llava_keeplora_recipes import Recipe, list_recipes, list_sequences, load_recipe, load_sequence
+from llava_keeplora_recipes.formats import COLUMNS
+from llava_keeplora_recipes.readers import READERS, is_required, value_word
+from llava_keeplora_recipes.recipe_rules import KEYS, REQUIRED
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", flags=re.S)
 YES = {True: "yes", False: "no"}
+#: What the key `extends` means, which no loaded recipe has.
+EXTENDS = (
+    "name of a recipe that ships, or another YAML, whose keys hold where this one has none; a key is "
+    "replaced as a whole, `source` too"
+)
+#: A name and its meaning under `Args:` or `Attributes:` of a docstring; lines that go on are deeper.
+ENTRY = re.compile(r"^    (?P<names>\w+(?:, \w+)*): (?P<meaning>.*(?:\n {6,}.*)*)", flags=re.M)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -125,6 +138,60 @@ def configurations() -> str:
     return table(("configuration", "of", "what it is"), rows)
 
 
+def recipe_keys() -> str:
+    """Return the keys of a recipe with what each means, from the docstring of `Recipe`.
+
+    Raises:
+        KeyError: the docstring says nothing of one.
+    """
+    meanings = documented(Recipe) | {"extends": EXTENDS}
+    rows = (
+        (f"`{key}`", word, YES[True] if key in REQUIRED else "", meanings[key])
+        for key, (_, word) in KEYS.items()
+    )
+    return table(("key", "value", "required", "meaning"), rows)
+
+
+def source_keys(name: str) -> str:
+    """Return the kinds that a format can hold, and its keys, with what its reader's docstring says of each.
+
+    Raises:
+        KeyError: the docstring says nothing of one.
+    """
+    reader = READERS[name]
+    meanings = documented(reader)
+    rows = (
+        (f"`{key}`", value_word(reader, key), _default(field), meanings[key])
+        for key, field in reader.keys().items()
+    )
+    kinds = ", ".join(f"`{kind}`" for kind in reader.kinds)
+    return f"Kinds: {kinds}.\n\n{table(('key under `source`', 'value', 'default', 'meaning'), rows)}"
+
+
+def column_roles() -> str:
+    """Return what the columns of a table can be."""
+    return table(("role", "the column holds"), ((f"`{role}`", meaning) for role, meaning in COLUMNS.items()))
+
+
+def documented(kind: type) -> dict[str, str]:
+    """Return what the docstrings of a class and its bases say of each argument or attribute."""
+    meanings: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        doc = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        for section in re.findall(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", doc, flags=re.M):
+            for entry in ENTRY.finditer(section):
+                meaning = " ".join(entry["meaning"].split()).rstrip(".")
+                meanings |= dict.fromkeys(entry["names"].split(", "), meaning)
+    return meanings
+
+
+def _default(field: Field) -> str:
+    if is_required(field):
+        return "required"
+    default = field.default if field.default_factory is MISSING else None
+    return f"`{default}`" if default else ""
+
+
 def commands() -> str:
     """Return every command of `llava-keeplora` with its arguments."""
     return "".join(_commands(build_parser(), "llava-keeplora"))
@@ -193,6 +260,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "configurations": configurations,
     "commands": commands,
     "eval-commands": eval_commands,
+    "recipe-keys": recipe_keys,
+    "column-roles": column_roles,
+    **{f"source-{name}": partial(source_keys, name) for name in READERS},
 }
 
 

@@ -2,12 +2,15 @@
 
 import importlib.util
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from llava_keeplora.methods import METHODS
 from llava_keeplora_eval.metrics import METRICS
+from llava_keeplora_recipes import Reader
+from llava_keeplora_recipes.readers import READERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +58,20 @@ def test_the_lists_name_everything(write_docs):
     assert "`--gpu-memory GB`" in commands and "--local_rank" not in commands
     for row in re.findall(r"^\| (.*) \|$", commands, flags=re.M):
         assert len(re.split(r"(?<!\\)\|", row)) == 3
+
+
+def test_a_key_of_a_reader_without_a_meaning_stops_the_page(write_docs, monkeypatch):
+    @dataclass
+    class Undocumented(Reader):
+        """A reader that says nothing of its key."""
+
+        depth: int = 1
+
+    monkeypatch.setitem(READERS, "undocumented", Undocumented)
+    with pytest.raises(KeyError, match="depth"):
+        write_docs.source_keys("undocumented")
+    Undocumented.__doc__ += "\n\n    Args:\n        depth: how deep\n            it looks.\n    "
+    assert "| `depth` | a whole number | `1` | how deep it looks |" in write_docs.source_keys("undocumented")
 
 
 def test_the_index_names_every_page():
