@@ -1,4 +1,4 @@
-"""Where a model keeps what it knows, and where a run's updates lie."""
+"""Analyses of where a model's abilities and a run's updates lie, relative to the principal subspaces."""
 
 from llava_keeplora.analysis.knowledge import ENERGIES, analyze_model
 from llava_keeplora.analysis.updates import analyze_run

@@ -1,4 +1,4 @@
-"""Choosing ε_w: the smallest principal subspace with which a model still does what it could."""
+"""Choice of ε_w: the smallest principal subspace that keeps a model's score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from llava_keeplora.analysis.svd_split import KEPT, SvdSplit
 
-#: From the largest down; below the first at which too much is lost nothing is tried.
+#: Values of ε_w to try, from the largest down to the first at which too much of the score is lost.
 CANDIDATES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -19,9 +19,9 @@ class Choice:
 
     Args:
         energy: ε_w.
-        directions: share of the input directions that it takes.
-        score: in percent, with the principal parts of these layers alone.
-        whole: of the untouched model.
+        directions: share of the input directions in the principal subspaces.
+        score: score in percent with the principal parts of these layers alone.
+        whole: score in percent of the unchanged model.
     """
 
     energy: float
@@ -30,30 +30,30 @@ class Choice:
     whole: float
 
     def to_dict(self) -> dict[str, float]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
-def choose_energy(layers: Mapping[str, nn.Linear], room: int, score: Callable[[], float]) -> Choice:
-    """Choose the smallest energy from which on the principal parts alone keep `KEPT` of the score.
+def choose_energy(layers: Mapping[str, nn.Linear], min_free: int, score: Callable[[], float]) -> Choice:
+    """Choose the smallest energy from which on the principal parts alone keep the share `KEPT` of the score.
 
     Args:
-        layers: of one part, with their whole weights; the other parts stay as they are.
-        room: directions that every layer must have left beside its principal part; larger energies are no
-            choice. Without any that leaves so many, the smallest is chosen.
-        score: of the model as it is when called, in percent.
+        layers: the layers of one part, with their complete weights; the other parts stay as they are.
+        min_free: least number of directions that every layer must have outside its principal subspace, for an
+            adapter; energies that leave fewer are skipped, unless all do: then the smallest is chosen.
+        score: function that scores the model in its present state, in percent.
     """
     whole = score()
     chosen = None
     for energy in CANDIDATES:
-        cuts = SvdSplit(layers, energy)
-        if cuts.room < room and energy != CANDIDATES[-1]:
+        split = SvdSplit(layers, energy)
+        if split.free_directions < min_free and energy != CANDIDATES[-1]:
             continue
-        with cuts.only("principal"):
-            kept = score()
-        if chosen is None or kept >= KEPT * whole:
-            # The largest energy with room is the best there is, enough or not.
-            chosen = Choice(energy, cuts.directions, kept, whole)
-        if kept < KEPT * whole:
+        with split.only("principal"):
+            principal_score = score()
+        if chosen is None or principal_score >= KEPT * whole:
+            # The first candidate is chosen even if it loses too much: larger ones leave too few directions.
+            chosen = Choice(energy, split.directions, principal_score, whole)
+        if principal_score < KEPT * whole:
             break
     return chosen

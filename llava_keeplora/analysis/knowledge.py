@@ -1,9 +1,7 @@
-"""Which part of its weights a model's general and specific abilities need.
-
-Principal directions or the residual ones.
+"""Scores of a model with the principal or the residual part of its weights alone.
 
 Source: KeepLoRA (arXiv 2601.19659), figure 1: general knowledge lies in the principal subspace of the
-weights, what is specific to a domain in the residual one.
+weights, domain-specific knowledge in the residual one.
 """
 
 from __future__ import annotations
@@ -37,19 +35,19 @@ def analyze_model(
     evaluation: EvaluationConfig = EvaluationConfig(),
     data_root: str | None = None,
 ) -> Knowledge:
-    """Score a model whose weights are cut down to their principal and to their residual part.
+    """Score a model with the principal part of its weights alone, and with the residual part alone.
 
     Args:
         model: the model to load.
         groups: `general` and `specific` → names or files of recipes.
-        energies: shares of the weights' energy to cut at.
+        energies: shares of the weights' energy in the principal part.
         examples: the largest number of examples of each task's test split, evenly spaced.
         evaluation: settings of prediction.
         data_root: the folder with the data sets.
 
     Raises:
-        ConfigError: for energies outside (0, 1), tasks named twice, or tasks that the model can't answer.
-        RecipeError: for whatever is wrong with a recipe or its data.
+        ConfigError: an energy is outside (0, 1), or a task is named twice or can't be done by the model.
+        RecipeError: a recipe or its data are not valid.
     """
     energies = _check_arguments(energies, groups, examples)
     family = open_model(model, evaluation)
@@ -57,7 +55,7 @@ def analyze_model(
     all_data = [split for splits in data.values() for split in splits]
     _check_names([split.recipe.name for split in all_data])
     family.load(DTYPES[model.dtype])
-    if not family.quantization:  # A quantised model was loaded to its device.
+    if not family.quantization:  # A quantised model is on its device already.
         family.model.to(default_device())
     whole, points = _score_splits(family, all_data, energies, evaluation.batch_size)
     tasks = {group: {split.recipe.name: _record(split) for split in splits} for group, splits in data.items()}
@@ -67,7 +65,7 @@ def analyze_model(
 def _score_splits(
     family: Family, tasks: Sequence[TaskData], energies: Sequence[float], batch_size: int
 ) -> tuple[dict[str, float], list[Point]]:
-    """Return the scores of the whole model, and those of every part cut at every energy, side by side."""
+    """Return the unchanged model's scores, and a point for every part, energy and side of the weights."""
     parts = every_layer(family)
     if len(parts) > 1:
         parts = parts | {ALL: {name: layer for layers in parts.values() for name, layer in layers.items()}}

@@ -1,4 +1,4 @@
-"""The pictures of an analysis: scores over the energy that is left, and where updates lie."""
+"""Plots of the analyses: scores over the energy of the principal part, and where updates lie."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = (4.2, 3.2)  # inches
-#: Side of a cut → how its lines are drawn, and the energy at which that side is the whole weight.
+#: Side of the weights → its line style, and the energy at which that side is the complete weight.
 LINES = {"principal": ("-", 1.0), "residual": ("--", 0.0)}
 
 
 def draw_knowledge(knowledge: Knowledge, palette: Palette) -> Figure:
     """Draw the mean score over the share of energy.
 
-    A panel per part, a colour per group of tasks, a line style per side of the weights.
+    There is a panel per part, a colour per group of tasks, and a line style per side of the weights.
     """
     figure = new_figure((PANEL[0] * len(knowledge.parts), PANEL[1] + 0.5), palette)
     panels = figure.subplots(1, len(knowledge.parts), sharey=True, squeeze=False)[0]
@@ -29,7 +29,7 @@ def draw_knowledge(knowledge: Knowledge, palette: Palette) -> Figure:
                 points = sorted(
                     [*knowledge.line(part, side, group), (end, knowledge.mean(group, knowledge.whole))]
                 )
-                look = style(position) | {"linestyle": line}
+                line_style = style(position) | {"linestyle": line}
                 axes.plot(
                     [100 * p for p, _ in points],
                     [value for _, value in points],
@@ -37,7 +37,7 @@ def draw_knowledge(knowledge: Knowledge, palette: Palette) -> Figure:
                     marker="o",
                     markersize=3,
                     linewidth=1.6,
-                    **look,
+                    **line_style,
                 )
         axes.set_title(part, color=palette.ink, loc="left", fontweight="bold")
         axes.set_xlabel("energy of the weights in the principal part (%)")
@@ -50,7 +50,7 @@ def draw_knowledge(knowledge: Knowledge, palette: Palette) -> Figure:
 def draw_places(updates: MethodUpdates, title: str, palette: Palette) -> Figure:
     """Draw where each task's update lies, a panel per part and a bar per task.
 
-    A mark shows where a random update's principal share would end.
+    A mark shows the principal share that a random update would have.
     """
     width = max(PANEL[0], 1.2 + 0.5 * len(updates.tasks))
     figure = new_figure((width * len(updates.parts), PANEL[1] + 0.9), palette)

@@ -1,4 +1,4 @@
-"""Results of the two analyses, as plain data: what plots and tables are made of."""
+"""Results of the two analyses, as dataclasses from which plots and tables are made."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from llava_keeplora.analysis.svd_split import KEPT
 
 #: Name of all parts of a model together, as a part.
 ALL = "all parts"
-#: Where an update can lie → the words for it.
+#: Where an update can lie → its name in plots and tables.
 PLACES = {"principal": "principal subspace", "features": "earlier tasks' features", "outside": "outside both"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """The model with one side of the weights of one part.
+    """Scores of the model with one side of one part's weights alone.
 
     Args:
-        part: of the model, or `ALL`; the others keep their whole weights.
+        part: part of the model, or `ALL`; the other parts keep their complete weights.
         energy: share of each weight's energy in its principal part.
-        side: `principal` or `residual`, what is left of the weights.
-        directions: share of the input directions that the principal parts take.
+        side: `principal` or `residual`, the side of the weights that is left.
+        directions: share of the input directions in the principal subspaces.
         scores: task → score in percent.
     """
 
@@ -36,13 +36,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What the analysis of a model found.
+    """Result of the analysis of a model.
 
     Args:
-        model: its name and form, as a configuration has them.
+        model: the section `model` of a configuration.
         tasks: group → task → number of examples, metric and fingerprint of the data.
-        whole: task → score in percent of the untouched model.
-        points: all cuts.
+        whole: task → score in percent of the unchanged model.
+        points: scores with one side of the weights alone.
     """
 
     model: Mapping[str, object]
@@ -52,53 +52,54 @@ class Knowledge:
 
     @property
     def parts(self) -> list[str]:
-        """The parts that were cut, in order."""
+        """Parts of the model that were analysed, in order."""
         return list(dict.fromkeys(point.part for point in self.points))
 
     def mean(self, group: str, scores: Mapping[str, float]) -> float:
-        """The mean score of a group's tasks."""
+        """Return the mean score of a group's tasks."""
         return statistics.fmean(scores[task] for task in self.tasks[group])
 
     def line(self, part: str, side: str, group: str) -> list[tuple[float, float]]:
-        """(energy, mean score of a group) along the energies."""
+        """Return pairs (energy, mean score of a group), in order of energy."""
         return sorted(
             (p.energy, self.mean(group, p.scores)) for p in self.points if (p.part, p.side) == (part, side)
         )
 
     @property
     def proposals(self) -> dict[str, float | None]:
-        """Part → its `proposal`."""
+        """Proposed ε_w of every part, see `proposal`."""
         return {part: self.proposal(part) for part in self.parts if part != ALL}
 
     def proposal(self, part: str) -> float | None:
-        """ε_w from the data.
+        """Return the ε_w of a part that the scores propose.
 
-        The smallest energy from which on the principal parts alone keep the general score up to `KEPT`; None
-        if none does.
+        This is the smallest energy from which on the principal parts alone keep the share `KEPT` of the
+        general score; None if no energy does.
         """
         enough = KEPT * self.mean("general", self.whole)
-        found = None
+        smallest = None
         for energy, value in reversed(self.line(part, "principal", "general")):
             if value < enough:
                 break
-            found = energy
-        return found
+            smallest = energy
+        return smallest
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON values."""
+        """Return the fields as JSON values, with the proposals."""
         return asdict(self) | {"energy_weight": self.proposals, "kept": KEPT}
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one task did to one layer.
+    """One task's update of one layer.
 
     Args:
         task, part, layer: their names.
-        width: in.
-        principal_directions, feature_directions: k, and those of earlier tasks beside them.
+        width: in, the layer's input width.
+        principal_directions: k, the number of principal directions.
+        feature_directions: the number of earlier tasks' feature directions outside the principal subspace.
         energy: ‖ΔW‖².
-        principal, features, outside: shares of it, which sum to 1; None for an update of zero.
+        principal, features, outside: shares of the energy, which sum to 1; None for an update of zero.
     """
 
     task: str
@@ -118,9 +119,9 @@ class MethodUpdates:
     """All updates of one method of a run.
 
     Args:
-        tasks: those that it has learned.
-        updates: layer by layer, task by task.
-        overlap: T x T mean squared cosines between the tasks' input subspaces; None with fewer than two.
+        tasks: names of the tasks that it has learned.
+        updates: the updates, layer by layer, then task by task.
+        overlap: mean squared cosines (T, T) between the tasks' input subspaces; None with fewer than two.
     """
 
     tasks: Sequence[str]
@@ -129,31 +130,32 @@ class MethodUpdates:
 
     @property
     def parts(self) -> list[str]:
-        """The parts of the model that were changed."""
+        """Parts of the model that were changed."""
         return list(dict.fromkeys(update.part for update in self.updates))
 
     def shares(self, part: str, task: str) -> dict[str, float | None]:
-        """Shares of a task's update of a part by place, and `random`: what a random update would have in W_p.
+        """Return the shares of a task's update of a part: each of `PLACES`, and `random`.
 
-        None for an update of zero.
+        `random` is the share that a random update would have in the principal subspace, k / in. All values
+        are None for an update of zero.
         """
-        own = [
+        changed = [
             update
             for update in self.updates
             if (update.part, update.task) == (part, task) and update.energy > 0
         ]
-        total = math.fsum(update.energy for update in own)
-        if not own:
+        total = math.fsum(update.energy for update in changed)
+        if not changed:
             return dict.fromkeys((*PLACES, "random"))
         shares = {
-            place: math.fsum(update.energy * getattr(update, place) for update in own) / total
+            place: math.fsum(update.energy * getattr(update, place) for update in changed) / total
             for place in PLACES
         }
-        return shares | {
-            "random": math.fsum(update.energy * update.principal_directions / update.width for update in own)
-            / total
-        }
+        at_random = math.fsum(
+            update.energy * update.principal_directions / update.width for update in changed
+        )
+        return shares | {"random": at_random / total}
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""A model whose weights are cut down to their principal part, or to what is left beside it.
+"""Split of a model's weights into their principal and residual parts.
 
 Legend: W (out, in) a linear layer's weight, U (in, k) the fewest input-side principal directions with a share
 of its energy; W U Uᵀ is its principal part, W - W U Uᵀ the residual one.
@@ -18,13 +18,13 @@ from llava_keeplora.models.layouts import part_of
 from llava_keeplora.subspace import principal_basis, project
 
 SIDES = ("principal", "residual")
-#: Share of the whole model's score that its principal parts must keep for their energy to be enough.
+#: Share of the unchanged model's score that the principal parts alone must keep.
 KEPT = 0.95
 
 
 def every_layer(family: Family) -> dict[str, dict[str, nn.Linear]]:
-    """Part → name → linear layer: every one whose output the model uses."""
-    found = {}
+    """Return part → name → linear layer, for all linear layers whose output the model uses."""
+    layers = {}
     for part in family.parts:
         linear = [
             name
@@ -33,17 +33,17 @@ def every_layer(family: Family) -> dict[str, dict[str, nn.Linear]]:
         ]
         leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
         unused = family.layers_without_gradient(part, leaves)
-        found[part] = {
+        layers[part] = {
             name: layer for name, layer in family.linear_layers(part, leaves).items() if name not in unused
         }
-    return found
+    return layers
 
 
 class SvdSplit:
-    """SvdSplit some layers at one share of their energy; the bases are found once and serve both sides.
+    """Split of some layers at one share of their energy; both sides use the same bases.
 
     Args:
-        layers: name → layer, with its whole weight.
+        layers: name → layer, with its complete weight.
         energy: share of each weight's energy in its principal part, in (0, 1].
     """
 
@@ -55,35 +55,36 @@ class SvdSplit:
 
     @property
     def directions(self) -> float:
-        """The share of the input directions that hold the principal parts: Σ k / Σ in."""
+        """Share of the input directions in the principal subspaces, Σ k / Σ in."""
         return sum(basis.shape[1] for basis in self._bases.values()) / sum(
             basis.shape[0] for basis in self._bases.values()
         )
 
     @property
-    def room(self) -> int:
-        """The fewest directions that a layer has beside its principal part."""
+    def free_directions(self) -> int:
+        """Fewest directions that a layer has outside its principal subspace, min (in − k)."""
         return min(basis.shape[0] - basis.shape[1] for basis in self._bases.values())
 
     @contextmanager
     def only(self, side: str) -> Iterator[None]:
-        """While inside, every layer has one side of its weight alone.
+        """Reduce every layer to one side of its weight for the length of a block.
 
         Args:
             side: one of `SIDES`.
         """
-        # A copy of the base's weight is kept of each layer on the host, from which it comes back bit for bit.
-        whole = {name: BaseWeights({name: layer}) for name, layer in self._layers.items()}
+        # `BaseWeights` keeps a copy of each weight on the host, and restores it bit for bit.
+        originals = {name: BaseWeights({name: layer}) for name, layer in self._layers.items()}
         try:
             for name, layer in self._layers.items():
-                removed = self._removed(side, dense_weight(layer).detach().float(), self._bases[name])
-                whole[name].apply([{name: FullDelta({"weight": removed})}])
+                change = self._change(side, dense_weight(layer).detach().float(), self._bases[name])
+                originals[name].apply([{name: FullDelta({"weight": change})}])
             yield
         finally:
-            for weights in whole.values():
+            for weights in originals.values():
                 weights.apply([])
 
     @staticmethod
-    def _removed(side: str, weight: Tensor, basis: Tensor) -> Tensor:
+    def _change(side: str, weight: Tensor, basis: Tensor) -> Tensor:
+        """Return what to add to a weight (out, in) so that one side of it is left."""
         principal = project(weight, basis.to(weight))
         return principal - weight if side == "principal" else torch.neg(principal)

@@ -1,6 +1,4 @@
-"""Where a run's updates lie.
-
-In the principal subspace of the weights, in what earlier tasks used, or outside both.
+"""Where a run's updates lie: in the weights' principal subspace, in earlier tasks' features, or outside both.
 
 Legend: ΔW (out, in) a task's update of a layer, W_p (in, k) the principal input directions of the base's
 weight at the run's ε_w, M (in, m) the feature directions that earlier tasks added. A share is ‖ΔW U‖² / ‖ΔW‖²
@@ -35,7 +33,7 @@ from llava_keeplora_eval.predictors import default_device
 
 logger = logging.getLogger(__name__)
 
-#: Directions that keep less of their length than this beside a basis lie inside it.
+#: Directions whose residual outside a basis is shorter than this count as inside it.
 DEPENDENT = 1e-5
 
 
@@ -49,14 +47,14 @@ def analyze_run(run: str | Path) -> dict[str, MethodUpdates]:
         label → its updates.
 
     Raises:
-        RunError: if the folder is no run's, no task of it is finished, or a file was damaged.
-        ConfigError: if the base model is not there.
+        RunError: the folder is no run, no task of it is finished, or a file was damaged.
+        ConfigError: the base model is not found.
     """
     run = Path(run)
     learned = {label: load_learned_run(run, label) for label in _finished(run)}
-    features = {label: _added(method_run) for label, method_run in learned.items()}
+    features = {label: _added_directions(method_run) for label, method_run in learned.items()}
     check_base(run, next(iter(learned.values())).model)
-    return _measure_all(run, learned, features, _chosen(learned.values()))
+    return _measure_all(run, learned, features, _chosen_energies(learned.values()))
 
 
 def _measure_all(
@@ -65,12 +63,12 @@ def _measure_all(
     features: Mapping[str, list[dict[str, Tensor]]],
     chosen: Mapping[str, float],
 ) -> dict[str, MethodUpdates]:
-    """The updates of every method, layer by layer.
+    """Measure the updates of every method, layer by layer.
 
-    Those that change no linear layer are left out with a warning.
+    Methods that change no linear layer are left out with a warning.
     """
     names, family = read_identity(run)["tasks"], load_model(next(iter(learned.values())).model)
-    changed = dict.fromkeys(name for one in learned.values() for task in one.deltas for name in task)
+    changed = dict.fromkeys(name for method in learned.values() for task in method.deltas for name in task)
     layers = [
         name
         for name in changed
@@ -84,14 +82,14 @@ def _measure_all(
         )
         energies = {
             label: _energy(
-                PartConfig(**one.config["methods"][label]["parts"].get(part, {})), chosen.get(part)
+                PartConfig(**method.config["methods"][label]["parts"].get(part, {})), chosen.get(part)
             )
-            for label, one in learned.items()
+            for label, method in learned.items()
         }
         bases = {energy: principal_basis(weight, energy).basis.cpu() for energy in set(energies.values())}
-        for label, one in learned.items():
-            updates[label] += _of_layer(
-                layer, part, names, one.deltas, bases[energies[label]], features[label]
+        for label, method in learned.items():
+            updates[label] += _measure_layer(
+                layer, part, names, method.deltas, bases[energies[label]], features[label]
             )
     unchanged = [label for label in learned if not updates[label]]
     if len(unchanged) == len(learned):
@@ -102,13 +100,13 @@ def _measure_all(
     if unchanged:
         logger.warning("left out, for they change no linear layer's weights: %s", ", ".join(unchanged))
     return {
-        label: MethodUpdates(names[: len(one.deltas)], updates[label], _overlap(one))
-        for label, one in learned.items()
+        label: MethodUpdates(names[: len(method.deltas)], updates[label], _overlap(method))
+        for label, method in learned.items()
         if updates[label]
     }
 
 
-def _of_layer(
+def _measure_layer(
     layer: str,
     part: str,
     tasks: Sequence[str],
@@ -116,23 +114,23 @@ def _of_layer(
     principal: Tensor,
     features: Sequence[Mapping[str, Tensor]],
 ) -> list[Update]:
-    """The updates of a layer, task by task; each sees the features of the tasks before it."""
-    found, before = [], principal.new_zeros(len(principal), 0)
+    """Measure the updates of a layer, task by task, against the features of the tasks before each."""
+    updates, earlier = [], principal.new_zeros(len(principal), 0)
     for task, changes, added in zip(tasks, deltas, features):
         if layer in changes:
-            found.append(measure(task, part, layer, changes[layer], principal, before))
+            updates.append(measure(task, part, layer, changes[layer], principal, earlier))
         if layer in added:
-            before = torch.cat([before, added[layer]], dim=1)
-    return found
+            earlier = torch.cat([earlier, added[layer]], dim=1)
+    return updates
 
 
 def _energy(settings: PartConfig, chosen: float | None) -> float:
-    """ε_w of a part, the chosen one where it is `auto` and a method has chosen it."""
+    """Return ε_w of a part; where it is `auto` and a method has chosen it, the chosen one."""
     return chosen if settings.energy_weight == AUTO and chosen else settings.energy("energy_weight")
 
 
 def _finished(run: Path) -> list[str]:
-    """The run's methods that have finished a task."""
+    """Return the labels of the run's methods that have finished a task."""
     labels = [
         label
         for label in read_dumped(run)["methods"]
@@ -143,34 +141,34 @@ def _finished(run: Path) -> list[str]:
     return labels
 
 
-def _added(learned: LearnedRun) -> list[dict[str, Tensor]]:
-    """Task by task, the directions (in, m) that it added to each layer's protected subspace.
+def _added_directions(learned: LearnedRun) -> list[dict[str, Tensor]]:
+    """Return for every task: layer → the directions (in, m) that the task added to its protected subspace.
 
-    None for methods without one.
+    The mappings are empty for methods without protected subspaces.
     """
-    folder, found = learned.run / learned.label, []
+    folder, directions = learned.run / learned.label, []
     for entry in learned.entries:
         if entry.task and entry.stage == Stage.CONSOLIDATED:
             states = [name for name in entry.files if name.endswith(STATE)]
-            found.append(
+            directions.append(
                 read_tensors(checked(folder / states[0], entry.files[states[0]], f"task {entry.task}"))
                 if states
                 else {}
             )
-    return found
+    return directions
 
 
-def _chosen(learned: Iterable[LearnedRun]) -> dict[str, float]:
-    """Part → ε_w that a method of the run has chosen from the data, where it is `auto`."""
-    found = {}
-    for one in learned:
-        base = next(entry for entry in one.entries if entry.stage == Stage.CONSOLIDATED)
+def _chosen_energies(learned: Iterable[LearnedRun]) -> dict[str, float]:
+    """Return part → the ε_w that a method of the run has chosen from the data, where it is `auto`."""
+    energies = {}
+    for method in learned:
+        base = next(entry for entry in method.entries if entry.stage == Stage.CONSOLIDATED)
         name = base.file(CONSOLIDATED)
-        path = checked(one.run / one.label / name, base.files[name], "the base")
-        found |= {
+        path = checked(method.run / method.label / name, base.files[name], "the base")
+        energies |= {
             part: choice["energy"] for part, choice in read_record(path).get("energy_weight", {}).items()
         }
-    return found
+    return energies
 
 
 def _overlap(learned: LearnedRun) -> list[list[float | None]] | None:
@@ -181,34 +179,37 @@ def _overlap(learned: LearnedRun) -> list[list[float | None]] | None:
 def measure(
     task: str, part: str, layer: str, delta: Delta | FullDelta, principal: Tensor, features: Tensor
 ) -> Update:
-    """Where one update lies.
+    """Measure where one update lies.
 
     Args:
         task, part, layer: their names.
         delta: ΔW.
-        principal: W_p, (in, k), orthonormal columns.
-        features: M, (in, m); what it has inside W_p counts as principal.
+        principal: W_p (in, k), orthonormal columns.
+        features: M (in, m); its share inside W_p counts as principal.
     """
-    rows, beside = _rows(delta), _beside(features, principal)
+    rows, outside_principal = _rows(delta), _complement(features, principal)
     energy = float(rows.square().sum())
     shares: list[float | None] = [None] * 3
     if energy:
-        inside = [float((rows @ basis.double()).square().sum()) / energy for basis in (principal, beside)]
+        inside = [
+            float((rows @ basis.double()).square().sum()) / energy for basis in (principal, outside_principal)
+        ]
         shares = [*inside, max(0.0, 1.0 - sum(inside))]
-    return Update(task, part, layer, len(principal), principal.shape[1], beside.shape[1], energy, *shares)
+    width, k = principal.shape
+    return Update(task, part, layer, width, k, outside_principal.shape[1], energy, *shares)
 
 
 def _rows(delta: Delta | FullDelta) -> Tensor:
-    """A matrix (r, in) or (out, in) with ΔW's energy in every input direction.
+    """Return a matrix (r, in) or (out, in) that has ΔW's energy in every input direction.
 
-    B = Q R, and Q changes no length.
+    For ΔW = scale · B A it is R A with the QR decomposition scale · B = Q R, as Q preserves lengths.
     """
     if isinstance(delta, FullDelta):
         return delta.dense().double()
     return torch.linalg.qr(delta.scale * delta.B.double()).R @ delta.A.double()
 
 
-def _beside(columns: Tensor, basis: Tensor) -> Tensor:
-    """An orthonormal basis of what columns (in, m) span outside a basis (in, k)."""
+def _complement(columns: Tensor, basis: Tensor) -> Tensor:
+    """Return an orthonormal basis of what columns (in, m) span outside a basis (in, k)."""
     left, singular, _ = torch.linalg.svd(residual(columns.double().T, basis).T, full_matrices=False)
     return left[:, singular > DEPENDENT]

@@ -1,4 +1,4 @@
-"""An analysis as files: JSON and CSV to compute with, a table in Markdown, pictures as PNG and SVG."""
+"""Writers of the analyses: JSON and CSV to compute with, a table in Markdown, plots as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llava_keeplora.report.tables import markdown_table
 from llava_keeplora_eval.files import write_atomic
 from llava_keeplora_eval.matrix import shown
 
-#: Of the table of updates.
+#: Columns of the table of updates.
 COLUMNS = (
     "task",
     "part",
@@ -33,12 +33,12 @@ COLUMNS = (
 
 @contextmanager
 def output_folder(into: str | Path) -> Iterator[Path]:
-    """Open a temporary folder that becomes `into` once the block has ended; see `whole_folder`.
+    """Open a temporary folder that becomes `into` when the block ends; see `whole_folder`.
 
-    It is made before the work that fills it, so that a target that cannot be written costs no time.
+    It is created before the work that fills it, so that a target that cannot be written is noticed at once.
 
     Raises:
-        ConfigError: if the folder cannot be made.
+        ConfigError: the folder cannot be created.
     """
     with ExitStack() as stack:
         try:
@@ -68,7 +68,7 @@ def write_knowledge(knowledge: Knowledge, into: Path) -> None:
 
 
 def knowledge_table(knowledge: Knowledge) -> str:
-    """Return the mean scores in Markdown, and the thresholds that they propose."""
+    """Return the mean scores as a Markdown table, and the thresholds that they propose."""
     columns = [(side, group) for side in ("principal", "residual") for group in knowledge.tasks]
     rows = [
         [
@@ -142,7 +142,7 @@ def _lines(method: MethodUpdates):
 
 
 def updates_table(updates: Mapping[str, MethodUpdates]) -> str:
-    """Return where each task's update of each part lies, and the tasks' overlaps, in Markdown."""
+    """Return Markdown tables of where each task's update of each part lies, and of the tasks' overlaps."""
     parts = []
     for label, method in updates.items():
         rows = [

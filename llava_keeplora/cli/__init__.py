@@ -1,6 +1,6 @@
 """The command line `llava-keeplora`: a file for each group of commands.
 
-A command imports heavy libraries when it runs, so that `--help` is quick.
+Commands import heavy libraries only when they run, so that `--help` is quick.
 """
 
 from llava_keeplora.cli.parser import build_parser, main, parse_arguments

@@ -1,4 +1,4 @@
-"""`python -m llava_keeplora.cli`."""
+"""Entry point of `python -m llava_keeplora.cli`."""
 
 import sys
 

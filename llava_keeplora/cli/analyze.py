@@ -1,4 +1,4 @@
-"""`analyze`: where a model keeps its knowledge, and where a run's updates lie."""
+"""The command `analyze`: where a model keeps its knowledge, or where a run's updates lie."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from llava_keeplora.cli.arguments import add_command, numbers, words
 from llava_keeplora.run_folder import IDENTITY
 
-#: Arguments that `analyze` takes for a model, not for a run.
+#: Arguments that are for the analysis of a model alone, not of a run.
 ANALYZE_MODEL = (
     "general",
     "specific",
@@ -61,7 +61,7 @@ def run_analyze(args: argparse.Namespace) -> None:
     """Write the analysis of a model or a run and print its table.
 
     Raises:
-        ConfigError: a run is given options of a model.
+        ConfigError: options of a model are given for a run.
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and the values that they take."""
+"""Arguments that several commands share, and parsers of their values."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def add_command(
 
     Args:
         commands: the program's commands.
-        name: the word on the command line.
+        name: the command's name.
         summary: one line for `--help`.
-        run: what the command does with its parsed arguments; an exit code that it returns is kept.
-        resumes: whether the same command goes on where a stopped one ended.
+        run: function of the parsed arguments that executes the command; it may return an exit code.
+        resumes: whether repeating the command resumes one that was stopped.
     """
     parser = commands.add_parser(name, help=summary)
     parser.set_defaults(run=run, resumes=resumes)
@@ -54,24 +54,28 @@ def add_command(
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a list with commas."""
+    """Split a comma-separated list into its words."""
     return [word for word in text.split(",") if word]
 
 
 def labels(text: str) -> list[str]:
-    """Return the labels of a list with commas, one at least."""
+    """Split a comma-separated list of labels.
+
+    Raises:
+        ArgumentTypeError: the list is empty.
+    """
     if not words(text):
         raise argparse.ArgumentTypeError(f"'{text}' names no method; give labels, such as seq-lora,keeplora")
     return words(text)
 
 
 def numbers(text: str) -> list[float]:
-    """Return the numbers of a list with commas."""
+    """Parse a comma-separated list of numbers."""
     return _convert(float, text, "numbers; give some like 0.5,0.8")
 
 
 def whole_numbers(text: str) -> list[int]:
-    """Return the whole numbers of a list with commas."""
+    """Parse a comma-separated list of integers."""
     return _convert(int, text, "whole numbers; give some like 0,1,2")
 
 
@@ -83,7 +87,7 @@ def _convert(to_number: Callable[[str], T], text: str, what: str) -> list[T]:
 
 
 def process_count(text: str) -> int:
-    """Return a number of processes, 1 at least."""
+    """Parse a number of processes, at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no number of processes; give 1 or more")
     return int(text)

@@ -1,4 +1,4 @@
-"""Commands that examine: `plan`, `report`, `doctor`, `list`."""
+"""Commands that inspect runs and the installation: `plan`, `report`, `doctor`, `list`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,11 @@ def add_list(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    """Print what a run needs; raise ConfigError where it does not fit."""
+    """Print the plan of a run.
+
+    Raises:
+        ConfigError: the run does not fit.
+    """
     import dataclasses
     import json
 
@@ -89,7 +93,11 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def run_doctor(args: argparse.Namespace) -> None:
-    """Print a line for each check of a run or of the machine; raise RunError where one fails."""
+    """Print a line for each check of a run or of the machine.
+
+    Raises:
+        RunError: a check has failed.
+    """
     from llava_keeplora.doctor import examine_machine, examine_run
     from llava_keeplora.errors import RunError, UserError
 
@@ -105,7 +113,7 @@ def run_doctor(args: argparse.Namespace) -> None:
 
 
 def run_list(args: argparse.Namespace) -> None:
-    """Print the names that configurations may use."""
+    """Print the names of methods, tasks, sequences, configurations and models."""
     from llava_keeplora.config import list_configs, list_tables
     from llava_keeplora.methods import METHODS
     from llava_keeplora_eval.models import EMBEDDED

@@ -1,4 +1,4 @@
-"""The parser of `llava-keeplora`, and the way from a command line to an exit code."""
+"""The parser of `llava-keeplora`, and the functions that turn a command line into an exit code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from llava_keeplora.cli import analyze, inspection, share, tables, train
 from llava_keeplora_eval.guard import check_words, guarded, standard_streams
 
-#: Each adds one command and returns its parser; in the order of `--help`.
+#: Functions that each add one command and return its parser, in the order of `--help`.
 COMMANDS = (
     train.add_train,
     tables.add_reproduce,
@@ -33,16 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; those of this process when None.
 
     Returns:
-        0; 1 where runs of a table failed; 2 for an error that a user can repair; 130 after Ctrl-C, 143 after
+        0; 1 if runs of a table failed; 2 for an error that the user can repair; 130 after Ctrl-C, 143 after
         SIGTERM.
     """
     with standard_streams():
         return run_command(build_parser(), argv)
-    return 0  # The reader of stdout has closed it.
+    return 0  # `standard_streams` suppresses the error of a closed stdout.
 
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
-    """Parse a command line, run the command that it names and return its exit code."""
+    """Parse a command line, run the command that it names, and return the exit code."""
     args = parse_arguments(parser, argv)
     if not hasattr(args, "run"):
         parser.print_help()
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `llava-keeplora`."""
     parser = argparse.ArgumentParser(
         prog="llava-keeplora",
-        description="train a sequence, plan for it, report on a run, list what there is.",
+        description="train a sequence of tasks, plan and compare runs, report on them, export their results.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for add_command in COMMANDS:
@@ -73,7 +73,7 @@ def add_debug(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line whose overrides may stand before, between and after the options."""
+    """Parse a command line; overrides may come before, between and after the options."""
     args, rest = parser.parse_known_args(check_words(parser, argv))
     unknown = rest if not hasattr(args, "overrides") else [word for word in rest if word.startswith("-")]
     if unknown:

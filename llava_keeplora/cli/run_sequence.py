@@ -1,4 +1,4 @@
-"""A configuration from the command line, and its run."""
+"""Functions that load the configuration that a command line names, and run it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ if TYPE_CHECKING:
 
 
 def load_run_config(args: argparse.Namespace, **direct: Any) -> RunConfig:
-    """Return the configuration that a command line names.
+    """Load the configuration that a command line names.
 
     Args:
         args: the parsed command line.
-        direct: keys that options set, see `load_config`.
+        direct: keys that options of the command set, see `load_config`.
     """
-    # Heavy imports wait until a command needs them, so that --help is quick.
     with without_collection():
         from llava_keeplora.config import load_config
 
@@ -54,10 +53,10 @@ def run_sequence(config: RunConfig) -> dict[str, Matrix]:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Import libraries without garbage collection.
+    """Disable garbage collection while libraries are imported.
 
-    None of their objects is garbage, and visiting all of them at each collection takes time. Later
-    collections, such as the Trainer's after every task, skip them too.
+    Few of their objects are garbage, and visiting all of them at each collection takes time. They are frozen
+    afterwards, so that later collections, such as the Trainer's after every task, skip them as well.
     """
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Commands that share: `export`, `import`."""
+"""Commands that exchange results with others: `export`, `import`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def add_import(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Write an export, check it, and push it where that is asked for."""
+    """Write an export, verify it, and push it if `--push` and `--yes` are given."""
     import transformers
 
     from llava_keeplora.export import export_run
@@ -119,7 +119,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_import(args: argparse.Namespace) -> None:
-    """Make a run folder of a published adapter or state."""
+    """Create a run folder from a published adapter or state."""
     from llava_keeplora.export import import_state
 
     config = import_state(

@@ -1,4 +1,4 @@
-"""Commands that make tables of runs: `reproduce`, `compare`, `ablate`."""
+"""Commands that compare results: `reproduce`, `compare`, `ablate`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,11 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_reproduce(args: argparse.Namespace) -> None:
-    """Run a configuration and compare its scores with the published ones."""
+    """Run a configuration and compare its scores with the published ones.
+
+    Raises:
+        RunError: a score differs from the published one by more than the tolerance.
+    """
     from llava_keeplora.errors import RunError
     from llava_keeplora.reproduce import check_expected, compare, comparison
 

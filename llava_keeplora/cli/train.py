@@ -62,7 +62,7 @@ def add_fork(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    """Run, or resume, the sequence of a configuration."""
+    """Run or resume the sequence of a configuration."""
     run_sequence(load_run_config(args, output_dir=args.output_dir))
 
 

@@ -1,4 +1,4 @@
-"""Tables: methods × seeds × orders of tasks, each cell a run of its own."""
+"""Tables of runs: methods × seeds × orders of tasks, one run for each combination."""
 
 from llava_keeplora.compare.ablation import Ablation, draw_ablation, load_ablation
 from llava_keeplora.compare.run_table import TableResult, compare

@@ -1,6 +1,6 @@
-"""Ablations of KeepLoRA: one part taken away at a time, and its thresholds swept.
+"""Ablations of KeepLoRA: tables with one part removed at a time, and with its thresholds swept.
 
-A table of one method's variants. A plug-in with KeepLoRA's options can take its place.
+A plug-in method that has KeepLoRA's options can be ablated as well.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from llava_keeplora.report.sweep import draw_sweep
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
 METHOD = "keeplora"
-#: End of the label → the options that take a part away.
+#: Suffix of a variant's label → the options that remove a part.
 WITHOUT: dict[str, dict[str, Any]] = {
     "without-weights": {"protect_weights": False},
     "without-features": {"protect_features": False},
     "random-A": {"init": "random"},
 }
-#: Threshold → the values to try, its symbol on a plot, and the end of the label of the run without it.
+#: Threshold → the values to try, its symbol on a plot, and the suffix of the label of the run without it.
 SWEPT = {
     "energy_weight": ((0.5, 0.6, 0.7, 0.8, 0.9), "ε_w", "without-weights"),
     "energy_feature": ((0.9, 0.95, 0.99), "ε_f", "without-features"),
@@ -36,12 +36,12 @@ SWEPT = {
 
 @dataclass(frozen=True)
 class Ablation:
-    """A table of variants.
+    """A table of one method's variants.
 
     Args:
         table: the table.
-        method: label of the method with all its parts.
-        sweeps: threshold → its value → the label.
+        method: label of the complete method.
+        sweeps: threshold → its value → the label of that variant.
     """
 
     table: Table
@@ -57,19 +57,19 @@ def load_ablation(
     data_root: str | None = None,
     output_dir: str | None = None,
 ) -> Ablation:
-    """Make a table of ablations from a run's configuration.
+    """Load a run's configuration as a table of ablations.
 
     Args:
-        name_or_path: a configuration with KeepLoRA, or a plug-in with its options, among its methods; every
-            variant has the settings that it has there.
-        thresholds: `energy_weight` or `energy_feature` → the values that every adapted part takes in turn;
+        name_or_path: a configuration with KeepLoRA, or a plug-in with its options, among its methods; its
+            settings there are those of every variant.
+        thresholds: `energy_weight` or `energy_feature` → the values to try, the same for all adapted parts;
             those of `SWEPT` when left out.
-        seeds: of every variant; the configuration's when None.
+        seeds: the seeds of every variant; the configuration's when None.
         overrides, data_root: see `load_config`.
-        output_dir: the table's folder; the configuration's with `-ablation` behind it when None.
+        output_dir: the table's folder; the configuration's with the suffix `-ablation` when None.
 
     Raises:
-        ConfigError: see `load_config`; or KeepLoRA is not among the methods, or settings are to be tried.
+        ConfigError: see `load_config`; or KeepLoRA is not among the methods, or the table has `tuning`.
     """
     seed_override = [] if seeds is None else [f"seeds={list(seeds)}"]
     table = load_table(name_or_path, [*overrides, *seed_override], data_root, output_dir)
@@ -86,8 +86,8 @@ def load_ablation(
         f"{method}-{end}": merged(settings, options) for end, options in WITHOUT.items()
     }
     sweeps = {}
-    for threshold, (usual, _, _) in SWEPT.items():
-        values = (thresholds or {}).get(threshold, usual)
+    for threshold, (default, _, _) in SWEPT.items():
+        values = (thresholds or {}).get(threshold, default)
         sweeps[threshold] = {value: f"{method}-{threshold.replace('_', '-')}-{value}" for value in values}
         methods |= {
             label: merged(settings, {"parts": {part: {threshold: value} for part in adapted}})
@@ -123,10 +123,10 @@ def _ablated_method(table: Table, name_or_path: str) -> tuple[str, dict[str, Any
 
 
 def draw_ablation(ablation: Ablation, outcome: TableResult) -> dict[str, Picture]:
-    """Write Transfer, Average and Last over each threshold as PNG and SVG into the table's folder.
+    """Plot Transfer, Average and Last over each threshold, as PNG and SVG in the table's folder.
 
     Returns:
-        name of the files → the picture, for the page.
+        name of the files → the plot, for the page.
     """
     pictures = {}
     for order, results in outcome.results.items():

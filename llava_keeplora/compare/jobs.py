@@ -1,4 +1,4 @@
-"""The runs of a table: each a folder of its own, started by the same command line as any other run."""
+"""The runs of a table: each has its own folder, and is a child process with `llava-keeplora train`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llava_keeplora_recipes.strict_yaml import dump_yaml
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at what is running.
+#: Seconds between two checks of the running processes.
 PAUSE = 0.1
 
 
@@ -34,9 +34,9 @@ class Job:
     """One method with one seed on one order of tasks.
 
     Args:
-        label: the method's.
-        folder: the run's.
-        tree: its configuration, as plain data.
+        label: the method's label.
+        folder: the run folder.
+        tree: the run's configuration, as plain data.
     """
 
     label: str
@@ -45,20 +45,20 @@ class Job:
 
     @property
     def config_file(self) -> Path:
-        """The run's configuration, next to its folder."""
+        """Path of the run's configuration, next to its folder."""
         return self.folder.with_name(f"{self.folder.name}.yaml")
 
     @property
     def log(self) -> Path:
-        """The log of the run, next to its folder."""
+        """Path of the run's log, next to its folder."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the run's results depend on.
+        """The settings that the run's results depend on.
 
         Raises:
-            UserError: for whatever is wrong with the configuration or a recipe.
+            UserError: the configuration or a recipe is not valid.
         """
         return run_identity(parse_config(self.tree))
 
@@ -71,16 +71,16 @@ class Job:
             or list(differences(read_identity(self.folder), self.identity))
         ):
             return False
-        # One that was changed is made again, from the scores.
+        # A matrix that was changed is rebuilt from the scores by running the job again.
         return read_object(results).get("methods", {}).get(self.label, {}).get("matrix") == read_object(
             matrix
         )
 
     def verify(self) -> None:
-        """Check every file that the run wrote, and that its base is the one of the table's other runs.
+        """Check every file that the run wrote, and that its base model is still the same.
 
         Raises:
-            RunError: if one was damaged, or the base changed, since.
+            RunError: a file was damaged, or the base changed.
         """
         check_base_if_here(self.folder, parse_config(self.tree).model)
         for label in (ZERO_SHOT, self.label):
@@ -92,7 +92,7 @@ class Failure:
     """A run that failed.
 
     Args:
-        job: which one.
+        job: the run.
         reason: the last line of its log.
     """
 
@@ -116,18 +116,18 @@ def make_job(
 
     Args:
         table: the table.
-        folder: of the run, below the table's.
-        order: the tasks.
-        seed: of the run.
-        label: the method's.
-        settings: the method's.
+        folder: the run folder, relative to the table's.
+        order: the order of tasks.
+        seed: the run's seed.
+        label: the method's label.
+        settings: the method's settings.
         sections: sections of the configuration that only this run has.
     """
-    place = table.output_dir / folder
-    changes = {"output_dir": str(place), "seed": seed, "methods": {label: dict(settings)}, **sections}
+    run_folder = table.output_dir / folder
+    changes = {"output_dir": str(run_folder), "seed": seed, "methods": {label: dict(settings)}, **sections}
     return Job(
         label,
-        place,
+        run_folder,
         merged({"base_cache": str(table.output_dir / CACHE), **order.changed(table.run)}, changes),
     )
 
@@ -145,7 +145,7 @@ def table_jobs(table: Table, settings: Mapping[str, Mapping[str, Any]]) -> dict[
 
 
 def tuning_jobs(table: Table) -> dict[str, list[Job]]:
-    """Return label → a run for each setting that is tried, scored on the held-out part."""
+    """Return label → one run for each setting to try, scored on the held-out part of the training data."""
     tuning = table.tuning
     return (
         {
@@ -156,10 +156,10 @@ def tuning_jobs(table: Table) -> dict[str, list[Job]]:
                     table.tuning_order,
                     tuning.seed,
                     label,
-                    merged(table.methods[label], tried),
+                    merged(table.methods[label], settings),
                     data={"holdout": tuning.holdout},
                 )
-                for number, tried in enumerate(tuning.settings[label], start=1)
+                for number, settings in enumerate(tuning.settings[label], start=1)
             ]
             for label in table.methods
         }
@@ -169,20 +169,18 @@ def tuning_jobs(table: Table) -> dict[str, list[Job]]:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list[Failure]:
-    """Run, or go on with, what is not finished, so many processes at once.
-
-    One that fails doesn't stop the others.
+    """Run, or resume, all jobs that are not finished; one that fails doesn't stop the others.
 
     Args:
         jobs: the runs.
-        workers: how many at once; they share out the cores, and where there are several GPUs each has one.
-        labels: of the methods that are run; of the others only what is finished is checked.
+        workers: number of processes at a time; they divide the cores, and each gets one of several GPUs.
+        labels: labels of the methods to run; runs of others are checked where they are finished.
 
     Returns:
         the runs that failed.
 
     Raises:
-        RunError: if a file of a run that was finished before is damaged.
+        RunError: a file of a run that was finished before is damaged.
     """
     waiting = deque()
     for job in jobs:
@@ -190,11 +188,11 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
             job.verify()
         elif job.label in labels:
             waiting.append(job)
-    free, running, failures, done, count = deque(range(workers)), {}, [], 0, len(waiting)
+    free_slots, running, failures, done, count = deque(range(workers)), {}, [], 0, len(waiting)
     try:
         while waiting or running:
-            while waiting and free:
-                job, slot = waiting.popleft(), free.popleft()
+            while waiting and free_slots:
+                job, slot = waiting.popleft(), free_slots.popleft()
                 logger.info("%s: started, log in %s", job.folder, job.log)
                 running[slot] = (job, start(job, slot, workers), time.monotonic())
             for slot, (job, process, since) in list(running.items()):
@@ -202,9 +200,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
                 if code is None:
                     continue
                 del running[slot]
-                free.append(slot)
+                free_slots.append(slot)
                 done += 1
-                failures += [Failure(job, _last_words(job.log, code))] if code else []
+                failures += [Failure(job, _failure_reason(job.log, code))] if code else []
                 logger.info(
                     "%s: %s after %.0f s, %d of %d",
                     job.folder,
@@ -215,7 +213,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
                 )
             time.sleep(PAUSE)
     finally:
-        # Asked to stop, or something is wrong here: the runs finish what they are writing.
+        # After an interruption or an error here, let the runs finish what they are writing.
         for _, process, _ in running.values():
             process.terminate()
         for _, process, _ in running.values():
@@ -224,7 +222,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
 
 
 def start(job: Job, slot: int, workers: int) -> subprocess.Popen:
-    """Start the run in a process of its own."""
+    """Start a run in a child process, as worker number `slot` of `workers`."""
     write_bytes(job.config_file, dump_yaml(job.tree).encode())
     command = [sys.executable, "-m", "llava_keeplora.cli", "train", "--config", str(job.config_file)]
     with open(job.log, "a") as log:
@@ -238,7 +236,10 @@ def start(job: Job, slot: int, workers: int) -> subprocess.Popen:
 
 
 def _share(slot: int, workers: int) -> dict[str, str]:
-    """Return a worker's share of the machine: threads, unless the user has set them, and one GPU."""
+    """Return environment variables with a worker's share of the machine: threads, and one of several GPUs.
+
+    `OMP_NUM_THREADS` of the user is kept.
+    """
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -248,8 +249,8 @@ def _share(slot: int, workers: int) -> dict[str, str]:
     return share | ({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if len(devices) > 1 else {})
 
 
-def _last_words(log: Path, code: int) -> str:
-    """Return why a run failed: the signal, or the last line of its log, which is the error's sentence."""
+def _failure_reason(log: Path, code: int) -> str:
+    """Return why a run failed: the signal, or the last line of its log, which is the error message."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return (
         f"killed by signal {-code}"

@@ -1,4 +1,4 @@
-"""A table from its configuration to its files: tune, run, put side by side."""
+"""Execution of a table: tuning, then all runs, then their results side by side."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from llava_keeplora_eval import Matrix
 
 @dataclass(frozen=True)
 class Tried:
-    """One setting of one method on the held-out part.
+    """Result of one setting of one method on the held-out part of the training data.
 
     Args:
-        label: the method's.
-        settings: what was tried.
+        label: the method's label.
+        settings: the settings that were tried.
         metrics: the aggregates, in percent.
-        chosen: whether it is the best of its method.
+        chosen: whether these settings are the best of their method.
     """
 
     label: str
@@ -40,10 +40,10 @@ class TableResult:
     """Results of a table after its runs.
 
     Args:
-        results: order → label → trials, one per seed that is finished, zero-shot first; an order without any
-            is left out.
+        results: order → label → trials, one per finished seed, zero-shot first; an order without finished
+            runs is left out.
         tried: every setting of every method whose tuning is finished.
-        settings: label → the settings with which it runs.
+        settings: label → the settings with which the method runs.
         failures: runs that failed.
     """
 
@@ -54,33 +54,37 @@ class TableResult:
 
 
 def compare(table: Table, workers: int = 1, labels: Sequence[str] | None = None) -> TableResult:
-    """Run, or go on with, everything that a table asks for.
+    """Run, or resume, all runs of a table.
 
     Args:
         table: the table.
-        workers: how many runs at once.
-        labels: of the methods that are run; of the others only what is finished already is taken. All of them
-            when None.
+        workers: number of runs at a time.
+        labels: labels of the methods to run; for others, results of finished runs are used. All methods when
+            None.
 
     Raises:
-        UserError: for whatever is wrong with the table, before anything runs.
+        UserError: the table is not valid; this is checked before anything runs.
     """
-    wanted = only_methods(table.methods, table.methods if labels is None else labels)
-    _check(table, wanted)
+    selected = only_methods(table.methods, table.methods if labels is None else labels)
+    _check(table, selected)
     tuning = tuning_jobs(table)
-    failures = run_jobs([job for jobs in tuning.values() for job in jobs], workers, wanted)
+    failures = run_jobs([job for jobs in tuning.values() for job in jobs], workers, selected)
     tried = [trial for label, jobs in tuning.items() for trial in _score_settings(table, label, jobs)]
     settings = table.methods if table.tuning is None else _chosen(table, tried)
     orders = table_jobs(table, settings)
-    failures += run_jobs([job for jobs in orders.values() for job in jobs], workers, wanted)
+    failures += run_jobs([job for jobs in orders.values() for job in jobs], workers, selected)
     finished = {order: [job.folder for job in jobs if job.finished()] for order, jobs in orders.items()}
     results = {order: read_side_by_side(folders) for order, folders in finished.items() if folders}
     return TableResult(results, tried, settings, failures)
 
 
-def _check(table: Table, wanted: Collection[str]) -> None:
-    """Find what is wrong with the configuration of any run that is wanted before the first of them starts."""
-    if not wanted:
+def _check(table: Table, selected: Collection[str]) -> None:
+    """Check the configuration of every run of the selected methods, before the first of them starts.
+
+    Raises:
+        UserError: naming the first error.
+    """
+    if not selected:
         raise ConfigError(
             "no method of the table learns anything, so there is nothing to run", "name one under methods"
         )
@@ -90,13 +94,13 @@ def _check(table: Table, wanted: Collection[str]) -> None:
             "choose another one with --output-dir",
         )
     for job in itertools.chain(
-        *table_jobs(table, {label: table.methods[label] for label in wanted}).values()
+        *table_jobs(table, {label: table.methods[label] for label in selected}).values()
     ):
-        job.identity  # noqa: B018
+        job.identity  # noqa: B018  Reading it checks the configuration.
     lengths = [
         len(_tried_identity(job, number)["tasks"])
         for label, jobs in tuning_jobs(table).items()
-        if label in wanted
+        if label in selected
         for number, job in enumerate(jobs, start=1)
     ]
     if min(lengths, default=2) < 2 and "transfer" in table.tuning.metrics:
@@ -114,7 +118,7 @@ def _check(table: Table, wanted: Collection[str]) -> None:
 
 
 def _tried_identity(job: Job, number: int) -> dict[str, Any]:
-    """Return the identity of a tried setting; an error in it names its place in the table."""
+    """Return the identity of the run that tries a setting; errors name the setting's place in the table."""
     try:
         return job.identity
     except ConfigError as error:
@@ -124,9 +128,9 @@ def _tried_identity(job: Job, number: int) -> dict[str, Any]:
 
 
 def _score_settings(table: Table, label: str, jobs: Sequence[Job]) -> list[Tried]:
-    """Return a method's settings with their scores, the best one chosen.
+    """Return a method's settings with their scores, the best one marked as chosen.
 
-    Empty while a run is unfinished, so that every choice is among all settings.
+    The list is empty while a run is unfinished, so that a choice is always among all settings.
     """
     if not all(job.finished() for job in jobs):
         return []
@@ -140,7 +144,7 @@ def _score_settings(table: Table, label: str, jobs: Sequence[Job]) -> list[Tried
 
 
 def _chosen(table: Table, tried: Sequence[Tried]) -> dict[str, dict[str, Any]]:
-    """Return label → settings, of the methods that are tuned or have nothing to tune."""
+    """Return label → settings, for the methods whose tuning is finished or that have nothing to tune."""
     best = {trial.label: trial.settings for trial in tried if trial.chosen} | {
         label: {} for label, settings in table.tuning.settings.items() if not settings
     }

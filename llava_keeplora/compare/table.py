@@ -1,9 +1,7 @@
-"""Configuration of a table of runs.
+"""Configuration of a table of runs: the settings of one run, and the seeds, orders and tuning on top.
 
-The settings of one run, and the methods, seeds, orders of tasks and tuning that multiply it.
-
-A table's file is a run's file with four keys more (`base`, `seeds`, `orders`, `tuning`), none of which it
-must have: any run's configuration is a table of one order and one seed.
+A table's file is a run's file with four optional keys more (`base`, `seeds`, `orders`, `tuning`), so any
+run's configuration is a table of one order and one seed.
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ from llava_keeplora.registries import localize_plugins
 from llava_keeplora.run_folder import RUN_FILES
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
-#: What a setting may be chosen by; one of them, or a sum such as `transfer+last`.
+#: Metrics by which settings may be chosen: one of them, or a sum such as `transfer+last`.
 CHOSEN_BY = ("transfer", "average", "last")
-#: Folders of a table, as well as those of its orders.
+#: Folders in a table's folder, next to those of its orders.
 TUNING, CACHE = "tuning", "base-cache"
 #: Names in a table's folder that no order may take.
 TABLE_FILES = (TUNING, CACHE, "table.csv", *RUN_FILES)
@@ -40,13 +38,13 @@ TABLE_FILES = (TUNING, CACHE, "table.csv", *RUN_FILES)
 
 @dataclass(frozen=True)
 class Order:
-    """The tasks in one order.
+    """An order of the tasks.
 
     Args:
-        name: of its folder and of its part of the table.
-        tasks: `sequence` or `tasks` of its runs.
-        seeds: of its runs; none where settings are tried alone.
-        epochs: per task; as the methods have them when empty.
+        name: name of its folder and of its section in the table.
+        tasks: the key `sequence` or `tasks` of its runs, with its value.
+        seeds: seeds of its runs; none where the order serves the tuning alone.
+        epochs: epochs of each task; the methods' settings when empty.
     """
 
     name: str
@@ -62,15 +60,15 @@ class Order:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How each method's settings are chosen: on a held-out part of the training data, never on test.
+    """Choice of each method's settings on a held-out part of the training data, never on test.
 
     Args:
-        settings: label → the settings that are tried, each as it would stand below the method; as many for
-            every method. An empty list takes the method as it is.
+        settings: label → the settings to try, each with the keys of a method; as many for every method. An
+            empty list leaves the method as it is.
         order: the order of tasks on which they are tried; the first one when empty.
-        seed: of these runs.
+        seed: the seed of these runs.
         holdout: share of each task's training split that is held out and scored.
-        metric: what is largest for the chosen one: `transfer`, `average`, `last`, or a sum of these such as
+        metric: the metric to maximize: `transfer`, `average`, `last`, or a sum of these such as
             `transfer+last`.
     """
 
@@ -95,20 +93,20 @@ class Tuning:
 
     @property
     def metrics(self) -> list[str]:
-        """Aggregates whose sum decides."""
+        """Names of the aggregates whose sum is maximized."""
         return self.metric.split("+")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Runs that make one table.
+    """A table of runs.
 
     Args:
-        output_dir: the folder of all of them.
-        run: what every run has in common, as plain data.
-        methods: label → its settings, as below `methods` of a run.
-        orders: in the order of the table.
-        tuning: how settings are chosen; None takes the methods as they are.
+        output_dir: the table's folder.
+        run: the configuration that all runs share, as plain data.
+        methods: label → its settings, as under the key `methods` of a run.
+        orders: the orders of tasks, in the order of the table.
+        tuning: how settings are chosen; None leaves the methods as they are.
     """
 
     output_dir: Path
@@ -133,7 +131,7 @@ def load_table(
     data_root: str | None = None,
     output_dir: str | None = None,
 ) -> Table:
-    """Read a table's YAML, or a run's; see `load_config`.
+    """Load a table's YAML file, or a run's; see `load_config`.
 
     Args:
         name_or_path: a YAML file, or the name of a shipped configuration.
@@ -142,19 +140,19 @@ def load_table(
         output_dir: the table's folder.
 
     Raises:
-        ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
+        ConfigError: a file is missing, a key is unknown, or a value has the wrong type or range.
     """
     tree = with_settings(read_config(name_or_path), overrides, data_root=data_root, output_dir=output_dir)
     return parse_table(localize_plugins(tree))
 
 
 def parse_table(tree: Mapping[str, Any]) -> Table:
-    """Build a `Table` from plain data; what its runs have is checked when they are made. See `load_table`."""
+    """Build a `Table` from plain data; see `load_table`. The runs' settings are checked by `make_job`."""
     tree = dict(tree)
-    known = {*TABLE_KEYS, *(f.name for f in dataclasses.fields(RunConfig))}
+    keys = {*TABLE_KEYS, *(f.name for f in dataclasses.fields(RunConfig))}
     for key in tree:
-        if key not in known:
-            raise ConfigError(f"unknown key '{key}'", nearest(str(key), known))
+        if key not in keys:
+            raise ConfigError(f"unknown key '{key}'", nearest(str(key), keys))
     base = tree.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise ConfigError(
@@ -171,19 +169,19 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
         if label != ZERO_SHOT or settings
     }
     tuning, seeds = tree.pop("tuning", None), tree.pop("seeds", None)
-    own_seed, own_tasks = (
-        tree.pop("seed", 0),
-        {key: tree.pop(key) for key in ("sequence", "tasks") if key in tree},
-    )
-    tree.pop("expected", None)  # One configuration's, not a table's.
-    place, orders = tree.pop("output_dir", RunConfig.output_dir), tree.pop("orders", None)
-    if not isinstance(place, str) or not place:
-        raise ConfigError(f"output_dir is {place!r}, which is no folder", "write, for instance, runs/table")
+    single_seed = tree.pop("seed", 0)
+    single_order = {key: tree.pop(key) for key in ("sequence", "tasks") if key in tree}
+    tree.pop("expected", None)  # It belongs to one run's settings, not to a table.
+    output_dir, orders = tree.pop("output_dir", RunConfig.output_dir), tree.pop("orders", None)
+    if not isinstance(output_dir, str) or not output_dir:
+        raise ConfigError(
+            f"output_dir is {output_dir!r}, which is no folder", "write, for instance, runs/table"
+        )
     orders = _parse_orders(
-        {"I": own_tasks} if orders is None else orders,
-        _parse_seeds([own_seed] if seeds is None else seeds, "seeds"),
+        {"I": single_order} if orders is None else orders,
+        _parse_seeds([single_seed] if seeds is None else seeds, "seeds"),
     )
-    table = Table(Path(place), tree, labels, orders)
+    table = Table(Path(output_dir), tree, labels, orders)
     table = (
         dataclasses.replace(table, tuning=_parse_tuning(as_mapping(tuning, "tuning"), table))
         if tuning
@@ -200,8 +198,8 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
 
 
 def _parse_seeds(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
-    whole = isinstance(value, (list, tuple)) and all(type(seed) is int for seed in value)
-    if not whole or len(value) < least or len(set(value)) < len(value):
+    integers = isinstance(value, (list, tuple)) and all(type(seed) is int for seed in value)
+    if not integers or len(value) < least or len(set(value)) < len(value):
         raise ConfigError(
             f"{where} is {value!r}, but it takes a list of different whole numbers",
             "write, for instance, [0, 1, 2]",
@@ -210,14 +208,14 @@ def _parse_seeds(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
 
 
 def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
-    orders, named = [], as_mapping(tree, "orders")
-    if not named or len({str(name) for name in named}) < len(named):
+    orders, entries = [], as_mapping(tree, "orders")
+    if not entries or len({str(name) for name in entries}) < len(entries):
         raise ConfigError(
-            f"orders has the names {list(named)!r}, but a table has one order or more, each with a name of "
+            f"orders has the names {list(entries)!r}, but a table has one order or more, each with a name of "
             "its own",
             "leave `orders` out for a single one",
         )
-    for name, value in named.items():
+    for name, value in entries.items():
         name, where = str(name), f"orders.{name}"
         if not LABEL.fullmatch(name) or name in TABLE_FILES:
             raise ConfigError(
@@ -247,14 +245,18 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
             raise ConfigError(
                 f"{where} is {value!r}, which is no order of tasks", "name a sequence, or list the tasks"
             )
-        # A run has either key; a table may name a sequence or list the tasks under one.
+        # A run has two keys, `sequence` and `tasks`; an order takes either value under any of them.
         tasks = {"sequence" if isinstance(given[0], str) else "tasks": given[0]}
         orders.append(Order(name, tasks, order_seeds, tuple(epochs)))
     return tuple(orders)
 
 
 def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
-    """Parse the tuning: as many settings for every method."""
+    """Parse the section `tuning`, and check that every method has as many settings to try.
+
+    Raises:
+        ConfigError: naming the rule that is broken.
+    """
     tuning = build(Tuning, tree, "tuning")
     names = [order.name for order in table.orders]
     if tuning.order and tuning.order not in names:
@@ -292,7 +294,7 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
 
 
 def _check_lists(table: Table) -> None:
-    """Raise ConfigError where a list of one value per task is used in several orders."""
+    """Raise ConfigError where one list of values per task is used in several orders."""
     tried = [
         tree for settings in (table.tuning.settings.values() if table.tuning else ()) for tree in settings
     ]
@@ -324,15 +326,15 @@ def _check_lists(table: Table) -> None:
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with changes; sections are merged, other values replaced."""
-    out = dict(tree)
+    result = dict(tree)
     for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = merged(out[key], value) if both else value
-    return out
+        sections = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if sections else value
+    return result
 
 
 def dotted(tree: Mapping[str, Any], where: str = "") -> Iterable[str]:
-    """Yield settings as the command line takes them: `training.learning_rate=0.001`."""
+    """Yield settings in the form of the command line, such as `training.learning_rate=0.001`."""
     for key, value in tree.items():
         name = f"{where}{key}"
         if isinstance(value, Mapping) and value:

@@ -1,7 +1,4 @@
-"""Write a table of runs.
-
-A few tables as Markdown, LaTeX and a page, the numbers as CSV, and a report with pictures for each order.
-"""
+"""Writers of a table of runs: Markdown, LaTeX, CSV and an HTML page, and a report with plots per order."""
 
 from __future__ import annotations
 
@@ -38,8 +35,8 @@ def write_table(table: Table, outcome: TableResult, pictures: Mapping[str, Pictu
 
     Args:
         table: the table.
-        outcome: what its runs gave; an order or a tried setting at least.
-        pictures: name → picture, for the page.
+        outcome: results of its runs, of at least one order or one tried setting.
+        pictures: name → plot, for the page.
 
     Returns:
         the text of `table.md`.
@@ -95,19 +92,19 @@ def _order_section(table: Table, order: str, results: Results) -> Section:
 
 
 def _unfinished(table: Table, order: str, results: Results) -> str:
-    """Return a sentence that names the runs not finished yet; empty where there are none."""
-    left = []
+    """Return a sentence that names the runs not finished yet; empty if all are."""
+    unfinished = []
     for label in table.methods:
         done = {trial.seed for trial in results.get(label, ())}
         seeds = [str(seed) for seed in table.order(order).seeds if seed not in done]
-        left += [f"{label} with seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"] if seeds else []
-    return f" Not finished: {'; '.join(left)}." if left else ""
+        unfinished += [f"{label} with seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"] if seeds else []
+    return f" Not finished: {'; '.join(unfinished)}." if unfinished else ""
 
 
 def _settings_section(table: Table, outcome: TableResult) -> Section:
     """Return the settings of every method.
 
-    For tuned methods, every setting that was tried with its scores on the held-out part.
+    For tuned methods these are all settings that were tried, with their scores on the held-out part.
     """
     if table.tuning is None:
         return Section(
@@ -143,7 +140,7 @@ def _settings_section(table: Table, outcome: TableResult) -> Section:
 
 
 def _describe_order(order: Order) -> str:
-    """Return an order's name; where the table has no results of it, also its tasks and epochs."""
+    """Return an order's name, with its tasks and epochs if it serves the tuning alone."""
     if order.seeds:
         return order.name
     tasks = order.tasks.get("tasks") or [order.tasks["sequence"]]
@@ -172,9 +169,9 @@ def _page(
         for order in outcome.results
     }
     body = "".join(
-        f"<section>\n<h2>{escape(one.title)}</h2>\n<p>{escape(one.text)}</p>\n"
-        f"{html_table(one.header, html_rows(one.rows))}{links.get(one.title, '')}</section>\n"
-        for one in sections
+        f"<section>\n<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n"
+        f"{html_table(section.header, html_rows(section.rows))}{links.get(section.title, '')}</section>\n"
+        for section in sections
     )
     figures = "".join(html_figure(name, picture) for name, picture in pictures.items())
     return html_page(title, f"<p>{LEGEND}{SPREAD}</p>\n{figures}{body}")

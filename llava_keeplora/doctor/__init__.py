@@ -1,4 +1,4 @@
-"""What `llava-keeplora doctor` looks at: the machine, and the files of a run."""
+"""Checks of the command `llava-keeplora doctor`: of the machine, and of the files of a run."""
 
 from llava_keeplora.doctor.machine import examine_machine
 from llava_keeplora.doctor.run import examine_run

@@ -1,4 +1,4 @@
-"""The machine: libraries, devices, memory, disk, and what the libraries need besides."""
+"""Checks of the machine: libraries, devices, memory, disk space, and programs that libraries need."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_
 
 
 def examine_machine() -> Iterator[str | UserError]:
-    """What there is, line by line; an error for what has to be repaired before a run."""
-    from llava_keeplora.plan.machine import (
-        GB,  # imports the models, which a run's files can be examined without
-    )
+    """Yield a line for each check of the machine; an error for what must be repaired before a run."""
+    # It imports the models, which the check of a run's files does not need.
+    from llava_keeplora.plan.machine import GB
 
     yield from _libraries()
     yield from _devices()
@@ -43,26 +42,26 @@ def examine_machine() -> Iterator[str | UserError]:
 
 def _libraries() -> Iterator[str | UserError]:
     needed = SpecifierSet(metadata.metadata("llava-keeplora")["Requires-Python"])
-    yield _judged(
+    yield _check_version(
         "python", platform.python_version(), needed, "make the environment anew with a newer Python"
     )
     for text in metadata.requires("llava-keeplora") or ():
         requirement = Requirement(text)
         cure = f"install it: pip install '{requirement.name}{requirement.specifier}'"
-        if requirement.marker is not None:  # Of an optional extra.
+        if requirement.marker is not None:  # It belongs to an optional extra.
             continue
         try:
-            found = metadata.version(requirement.name)
+            version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             yield RunError(f"{requirement.name} is not installed", cure)
             continue
-        yield _judged(requirement.name, found, requirement.specifier, cure)
+        yield _check_version(requirement.name, version, requirement.specifier, cure)
 
 
-def _judged(name: str, found: str, needed: SpecifierSet, cure: str) -> str | UserError:
-    if needed.contains(found, prereleases=True):
-        return f"{name} {found}"
-    return RunError(f"{name} is {found}, and llava-keeplora needs {needed}", cure)
+def _check_version(name: str, version: str, needed: SpecifierSet, cure: str) -> str | UserError:
+    if needed.contains(version, prereleases=True):
+        return f"{name} {version}"
+    return RunError(f"{name} is {version}, and llava-keeplora needs {needed}", cure)
 
 
 def _devices() -> Iterator[str]:
@@ -78,12 +77,12 @@ def _devices() -> Iterator[str]:
 
 
 def _programs() -> Iterator[str]:
-    """Programs that only some runs need, so that none of them is an error."""
+    """Yield a line for each program that only some runs need, so that a missing one is no error."""
     yield (
         "Java: found, METEOR is scored"
         if find_jar(METEOR)
         else "Java: none, so captions are scored without METEOR"
     )
     for program, names in (("C++ compiler", (os.environ.get("CXX", "c++"), "g++")), ("ninja", ("ninja",))):
-        found = next((path for name in names if (path := shutil.which(name))), None)
-        yield f"{program}: {found or 'none on the PATH, so runs with training.deepspeed cannot start'}"
+        executable = next((path for name in names if (path := shutil.which(name))), None)
+        yield f"{program}: {executable or 'none on the PATH, so runs with training.deepspeed cannot start'}"

@@ -1,4 +1,4 @@
-"""A run folder: every hash, every journal, and whether its parts tell of the same run."""
+"""Checks of a run folder: every hash, every journal, and whether its files belong to the same run."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ AGAIN = "run the same command again: it is written anew"
 
 
 def examine_run(run: str | Path) -> Iterator[str | UserError]:
-    """What a run holds, line by line; an error for everything that is damaged.
+    """Yield a line for each check of a run; an error for everything that is damaged.
 
     Args:
         run: the run folder; nothing in it is changed.
 
     Raises:
-        RunError: if the folder is no run's, or its configuration was damaged.
+        RunError: the folder is no run, or its configuration was damaged.
     """
     run = Path(run)
     config = load_run(run, run_plugins=False)
@@ -64,24 +64,21 @@ def examine_run(run: str | Path) -> Iterator[str | UserError]:
             continue
         journals.append(journal)
         yield from _label(journal)
-    for left in left_behind(run):
+    for path in left_behind(run):
         yield RunError(
-            f"{left} is what a killed command left", "run that command again, which removes it, or remove it"
+            f"{path} is what a killed command left", "run that command again, which removes it, or remove it"
         )
     for journal in journals[:1]:  # All methods have the same tasks.
         yield from _recipes(run, config, journal)
 
 
 def _plugins(run: Path, config: RunConfig) -> Iterator[str | UserError]:
-    """Say whether the plug-ins are there with the sources that the run was begun with.
-
-    Nothing of them is executed.
-    """
+    """Check that plug-ins are installed with the sources that the run was begun with; none is executed."""
     try:
         recorded = list_plugins(read_identity(run))
-    except UserError:  # `_identity` says so.
+    except UserError:  # `_identity` reports it.
         return
-    for (_, known, source), (registry, name, _) in zip(
+    for (_, recorded_name, source), (registry, name, _) in zip(
         recorded, list_plugins(dataclasses.asdict(config)), strict=False
     ):
         try:
@@ -92,33 +89,34 @@ def _plugins(run: Path, config: RunConfig) -> Iterator[str | UserError]:
         changed = sorted(file for file in {*source, *files} if source.get(file) != files.get(file))
         if changed:
             yield RunError(
-                f"{', '.join(changed)} of the plug-in '{known}' is not what {run} was begun with",
+                f"{', '.join(changed)} of the plug-in '{recorded_name}' is not what {run} was begun with",
                 "restore it to go on, or start over in a new output_dir",
             )
         else:
-            yield f"plug-in: '{known}', the same by source as in the run's record"
+            yield f"plug-in: '{recorded_name}', the same by source as in the run's record"
 
 
 def _identity(run: Path, config: RunConfig) -> Iterator[UserError]:
     try:
-        found = list(differences(read_identity(run), run_identity(config)))
-    except PluginError:  # `_plugins` has said so.
+        changes = list(differences(read_identity(run), run_identity(config)))
+    except PluginError:  # `_plugins` has reported it.
         return
     except UserError as error:
         yield error
         return
-    found = [change for change in found if ".source." not in change[0]]
-    # How many processes there were is not written down.
-    changed = [key for key, _, _ in found if not key.endswith("examples_per_step")]
+    # `_plugins` reports sources; the number of processes is not recorded in the configuration.
+    changed = [
+        key for key, _, _ in changes if ".source." not in key and not key.endswith("examples_per_step")
+    ]
     if changed:
         yield RunError(
-            f"{run / CONFIG} and identity.json tell of different runs ({', '.join(changed[:5])})",
+            f"{run / CONFIG} and identity.json are of different runs ({', '.join(changed[:5])})",
             "restore both",
         )
 
 
 def _base(run: Path, config: RunConfig) -> Iterator[str | UserError]:
-    """Whether the base model is the one that the run was begun with."""
+    """Check that the base model is the one that the run was begun with."""
     try:
         changed = base_changes(run, config.model)
     except UserError as error:
@@ -137,8 +135,8 @@ def _base(run: Path, config: RunConfig) -> Iterator[str | UserError]:
 
 
 def _progress(label: str, journal: Journal, config: RunConfig, learns: bool) -> str:
-    still = open_stages(journal.entries, len(config.tasks), learns)
-    where = f"next is {still[0][1]} of task {still[0][0]}" if still else "finished"
+    remaining = open_stages(journal.entries, len(config.tasks), learns)
+    where = f"next is {remaining[0][1]} of task {remaining[0][0]}" if remaining else "finished"
     return f"{label}: {len(journal.entries)} stages in its journal, {where}"
 
 
@@ -160,16 +158,16 @@ def _label(journal: Journal) -> Iterator[UserError]:
 
 
 def _unknown_files(journal: Journal) -> Iterator[UserError]:
-    """Files beside those of finished tasks; what a stage in progress has written so far is its own."""
-    folder, known = journal.path.parent, journal.files()
+    """Report files in the folders of finished tasks that no journal lists."""
+    folder, listed = journal.path.parent, journal.files()
     for closed in (entry for entry in journal.entries if entry.stage == Stage.CLOSED):
         for path in sorted(folder.glob(f"task-{closed.task:02d}-*/**/*")):
-            if path.is_file() and str(path.relative_to(folder)) not in known:
+            if path.is_file() and str(path.relative_to(folder)) not in listed:
                 yield RunError(f"{path} is in no journal", "remove it")
 
 
 def _records(journal: Journal) -> Iterator[UserError]:
-    """Files with the hash of their stage that don't hold what its readers need."""
+    """Report records that have the journal's hash but not the content that their readers need."""
     for name in journal.files():
         path = journal.path.parent / name
         if path.name in SCHEMAS:
@@ -180,7 +178,7 @@ def _records(journal: Journal) -> Iterator[UserError]:
 
 
 def _checkpoints(journal: Journal) -> Iterator[UserError]:
-    """The state between two steps of a task whose training is in progress."""
+    """Check the saved state of a task whose training is in progress."""
     for path in sorted(journal.path.parent.glob("task-*/training.json")):
         try:
             for name, expected in read_training(path)["sha256"].items():
@@ -195,7 +193,7 @@ def _checkpoints(journal: Journal) -> Iterator[UserError]:
 
 
 def _matrix(journal: Journal) -> Iterator[UserError]:
-    """The matrix has no hash: it follows from the scores."""
+    """Check the matrix against the scores that it is made from; it has no hash."""
     folder = journal.path.parent
     scores = [
         (entry.task, folder / name)
@@ -218,18 +216,18 @@ def _matrix(journal: Journal) -> Iterator[UserError]:
 
 
 def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserError]:
-    """Whether the tasks are still those that the run was planned for.
+    """Check that the recipes are those that the run was planned with.
 
-    Those whose classes stand in their data are checked with them.
+    Recipes that take their classes from the data are not compared, as this would read the data.
     """
     plans = [entry for entry in journal.entries if (entry.task, entry.stage) == PLAN]
     for task, record in zip(config.tasks, plans[-1].info.get("tasks", ()) if plans else ()):
-        kept = kept_recipe(run, str(record.get("task")))
-        if is_file_name(task) and not kept.is_file():
+        copy = kept_recipe(run, str(record.get("task")))
+        if is_file_name(task) and not copy.is_file():
             yield RunError(
-                f"{kept}, the run's own copy of the recipe {task}, is missing", "copy the recipe there"
+                f"{copy}, the run's own copy of the recipe {task}, is missing", "copy the recipe there"
             )
-        for source in dict.fromkeys((task, str(kept)) if kept.exists() else (task,)):
+        for source in dict.fromkeys((task, str(copy)) if copy.exists() else (task,)):
             try:
                 recipe = load_recipe(source)
                 plugins = task_plugins(recipe)

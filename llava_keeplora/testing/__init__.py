@@ -1,7 +1,7 @@
-"""Checks of the contract that methods, families, metrics and readers keep, for third parties.
+"""Checks that third parties can run on their methods, model families, metrics and readers.
 
-They are used as scikit-learn's `check_estimator` is: each raises an AssertionError that says in a sentence
-what is wrong. Nothing is downloaded.
+They are used like scikit-learn's `check_estimator`: each raises an AssertionError with a sentence that names
+the rule that is broken. Nothing is downloaded.
 """
 
 from llava_keeplora.testing.families import FAMILY_CHECKS, check_family

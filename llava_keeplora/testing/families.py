@@ -1,4 +1,4 @@
-"""The contract of a model family, as checks on a small checkpoint and a small task."""
+"""Checks of the contract of model families, on a small checkpoint and a small task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llava_keeplora_recipes import TaskData, load_recipe, load_split
 
 
 def check_skeleton(family: Family, data: TaskData) -> None:
-    """Check that the model without weights has the layers of the loaded one, each below its part's prefix."""
+    """Check that the skeleton has the layers of the loaded model, each under its part's prefix."""
     layers: list[dict[str, tuple[int, ...]]] = []
     for prepare in (family.skeleton, family.load):
         prepare(torch.float32)
@@ -34,7 +34,7 @@ def check_skeleton(family: Family, data: TaskData) -> None:
 
 
 def check_inputs(family: Family, data: TaskData) -> None:
-    """Check that every example has a weight, and that a batch's loss is finite and its examples' mean."""
+    """Check that every example has a weight, and a batch's loss is the weighted mean of its examples'."""
     inputs = family.inputs(data, Prepared(family, data))
     assert len(inputs) == len(inputs.weights) == len(data), (
         f"'{family.name}' takes {len(inputs)} examples with {len(inputs.weights)} weights from {len(data)}"
@@ -76,7 +76,7 @@ def check_layer_gradients(family: Family, data: TaskData) -> None:
 
 
 def check_predictions(family: Family, data: TaskData) -> None:
-    """Check that every example gets one answer, the same each time."""
+    """Check that every example gets one answer, and the same one each time."""
     predictor = family.predictor(data.recipe, Prepared(family, data))
     answers = [predictor.predict([data[i] for i in range(len(data))]) for _ in range(2)]
     assert len(answers[0]) == len(data), (
@@ -102,13 +102,13 @@ def check_family(
     """Check that a model family keeps the contract; see `FAMILY_CHECKS`.
 
     Args:
-        family: its class, or its name as in a configuration.
-        model: a small checkpoint; a small CLIP where None.
-        recipe: of a small task with a `test` split; two small tasks' first where None.
-        evaluation: settings as in a configuration.
+        family: the class, or its name as in a configuration.
+        model: a small checkpoint; a small random CLIP when None.
+        recipe: the recipe of a small task with a `test` split; that of a generated task when None.
+        evaluation: settings of the section `evaluation` of a configuration.
 
     Raises:
-        AssertionError: it does not, and the message says what.
+        AssertionError: the family breaks a rule, which the message names.
     """
     name = registered_name(family, MODEL_FAMILIES)
     missing = [

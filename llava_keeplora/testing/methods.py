@@ -1,7 +1,7 @@
-"""The contract of a method, as checks of one small run.
+"""Checks of the contract of methods, on small runs.
 
-A method is run on two small tasks: once as a whole, once stopped after every stage, once stopped within
-training, and once extended by its second task.
+A method is run on two small tasks four times: without interruption, stopped after every stage, stopped within
+training, and as a run of one task that is extended by the second.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from llava_keeplora.sequence import method_run, run_context, runner, trainer
 from llava_keeplora.testing.small import registered_name, small_run
 from llava_keeplora_recipes import load_split
 
-#: Of the method in the runs of its checks.
+#: Label of the method in these runs.
 LABEL = "checked"
 
 
 class _Stopped(BaseException):
-    """A kill at a chosen place; no `except Exception` catches it."""
+    """Interruption of a run at a chosen point; as a BaseException, `except Exception` does not catch it."""
 
 
 @dataclasses.dataclass
 class _WatchedRun:
-    """A run of one method and what was seen of the model while it lasted.
+    """A run of one method, and what was recorded of the model during it.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         base: every tensor of the model as it was loaded.
-        learned: the same after the last task, with all its deltas.
-        restored: the same after the deltas were taken off again.
-        hooks: modules whose forward hooks are left on the model.
+        learned: the same after the last task, with all deltas.
+        restored: the same after the deltas were removed again.
+        hooks: Python modules whose forward hooks are left on the model.
         gradients: task → trained tensors without a gradient and frozen ones with a gradient.
-        logits: of the last task's test split, after the last task.
+        logits: logits on the last task's test split, after the last task.
     """
 
     folder: Path
@@ -62,13 +62,13 @@ class _WatchedRun:
 
 
 class _Trial:
-    """A method with the runs that its checks look at, each made when it is first asked for.
+    """A method with the runs that its checks need, each executed at its first use.
 
     Args:
-        name: of the method, as in a configuration.
+        name: the method's name, as in a configuration.
         tree: a run of at least two tasks as plain data; its methods are replaced.
-        options: of the method.
-        folder: for the runs.
+        options: the method's options.
+        folder: the folder for the runs.
     """
 
     def __init__(self, name: str, tree: Mapping[str, Any], options: Mapping[str, Any], folder: Path):
@@ -77,7 +77,7 @@ class _Trial:
         self._whole: _WatchedRun | None = None
 
     def config(self, folder: str, **training: Any) -> RunConfig:
-        """Return the run of the method in a folder, with changed training arguments."""
+        """Return the configuration of a run of the method in a folder, with changed training arguments."""
         changes = {
             "output_dir": str(self.folder / folder),
             "tasks": list(self.tree["tasks"])[:2],
@@ -88,13 +88,13 @@ class _Trial:
 
     @property
     def whole(self) -> _WatchedRun:
-        """The run that nothing stopped."""
+        """Run without an interruption."""
         if self._whole is None:
             self._whole = _watch(self.config("whole"))
         return self._whole
 
     def until_done(self, config: RunConfig) -> None:
-        """Start a run again as often as it is stopped."""
+        """Start a run, and start it again after every interruption until it is finished."""
         for _ in range(100):
             try:
                 return _drive(config)
@@ -130,8 +130,8 @@ def _watch(config: RunConfig) -> _WatchedRun:
 
     def watched_step(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = step(self, model, *args, **kwargs)
-        unlike = {name for name, p in model.named_parameters() if p.requires_grad == (p.grad is None)}
-        watched.gradients.setdefault(self.ctx.name, unlike)
+        wrong = {name for name, p in model.named_parameters() if p.requires_grad == (p.grad is None)}
+        watched.gradients.setdefault(self.ctx.name, wrong)
         return loss
 
     with ExitStack() as stack:
@@ -150,7 +150,7 @@ def _watch(config: RunConfig) -> _WatchedRun:
 
 
 def _results(folder: Path) -> dict[str, bytes]:
-    """Return what a method's run left: its tensors and predictions by relative path."""
+    """Return the files of tensors and predictions that a run of the method wrote, by relative path."""
     root = folder / LABEL
     files = [*root.rglob("task-*/*.safetensors"), *root.rglob("predictions/*.jsonl")]
     return {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(files)}
@@ -169,7 +169,7 @@ def _check_same_results(trial: _Trial, folder: str, when: str) -> None:
 
 
 def check_declaration(trial: _Trial) -> None:
-    """Check that the class declares its info and its options."""
+    """Check that the class declares its `info` and its `Options`."""
     cls, info = trial.cls, trial.cls.info
     assert issubclass(cls, Method) and isinstance(info, MethodInfo), (
         f"'{trial.name}' must be a subclass of Method with an `info` of the class MethodInfo"
@@ -182,7 +182,7 @@ def check_declaration(trial: _Trial) -> None:
 
 
 def check_base_restored(trial: _Trial) -> None:
-    """Check that without the deltas the base is bit for bit what it was, and that no hook is left on it."""
+    """Check that removing the deltas restores the base bit for bit, and that no hook is left on it."""
     run = trial.whole
     assert run.restored.keys() == run.base.keys(), (
         f"'{trial.name}' leaves tensors on the model, or takes some away: "
@@ -219,7 +219,7 @@ def check_gradients(trial: _Trial) -> None:
 
 
 def check_declared_state(trial: _Trial) -> None:
-    """Check that `holds` declares every tensor that a task keeps, by name, shape and type."""
+    """Check that `holds` declares every tensor that a task stores, by name, shape and type."""
     config = load_run(trial.whole.folder)
     try:
         inspect_state(trial.whole.folder, config, run_identity(config)["tasks"])
@@ -230,7 +230,7 @@ def check_declared_state(trial: _Trial) -> None:
 
 
 def check_reading_back(trial: _Trial) -> None:
-    """Check that the model that is read back from the files gives the logits that the run ended with."""
+    """Check that the model that is loaded from the files gives the logits that the run ended with."""
     learned = load_learned_run(trial.whole.folder, LABEL)
     logits = probe(learned.load(), load_split(learned.recipes[-1], "test"))[1]
     assert trial.whole.logits is not None and torch.equal(logits, trial.whole.logits), (
@@ -239,7 +239,7 @@ def check_reading_back(trial: _Trial) -> None:
 
 
 def check_resuming_stages(trial: _Trial) -> None:
-    """Check that a run that is stopped after the work of every stage ends with the same files."""
+    """Check that a run that is stopped just before every stage is recorded ends with the same files."""
     append, done = journal.Journal.append, set()
 
     def stop(self: Any, entry: Any) -> None:
@@ -259,7 +259,7 @@ def check_resuming_training(trial: _Trial) -> None:
     step, stopped = trainer.TaskTrainer.training_step, set()
 
     def stop(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        # The checkpoint of the first step is written before the second begins.
+        # By the second step, the checkpoint of the first one has been written.
         if self.state.global_step == 1 and self.ctx.name not in stopped:
             stopped.add(self.ctx.name)
             raise _Stopped
@@ -305,14 +305,14 @@ def check_method(
     """Check that a method keeps the contract; see `METHOD_CHECKS`.
 
     Args:
-        method: its class, or its name as in a configuration.
-        options: its settings as in a configuration.
-        run: a run of at least two small tasks as plain data, whose methods are replaced; a small CLIP on two
-            small tasks where None.
-        checks: those of `METHOD_CHECKS` to make.
+        method: the class, or its name as in a configuration.
+        options: the method's settings as in a configuration.
+        run: configuration of a run of at least two small tasks as plain data, whose methods are replaced; a
+            small random CLIP on two small tasks when None.
+        checks: the checks to make, of `METHOD_CHECKS`.
 
     Raises:
-        AssertionError: it does not, and the message says what.
+        AssertionError: the method breaks a rule, which the message names.
         UserError: the run cannot be started.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A small random CLIP, two small tasks, and a run of them, for checks without a network."""
+"""A small random CLIP, two small tasks, and a configuration of a run, for checks without a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIDE = 16
 def write_small_clip(folder: Path) -> Path:
     """Write a random CLIP as a checkpoint and return its folder.
 
-    Each encoder has two layers of width 32; images are of 16 pixels in patches of 8.
+    Each encoder has two layers of width 32; images have 16 x 16 pixels, in patches of 8.
     """
     import tokenizers
     import transformers
@@ -62,9 +62,9 @@ def write_small_clip(folder: Path) -> Path:
 
 
 def write_small_tasks(folder: Path) -> list[Path]:
-    """Write two tasks of coloured pictures as image folders and return their recipes.
+    """Write two tasks of coloured images as image folders and return their recipes.
 
-    Each has 12 examples to train on and 6 to test.
+    Each has 12 training examples and 6 test examples.
     """
     from PIL import Image
 
@@ -95,7 +95,7 @@ def write_small_tasks(folder: Path) -> list[Path]:
 
 
 def small_run(folder: Path) -> dict[str, Any]:
-    """Write the small CLIP and the two small tasks; return a run of them as plain data, without methods."""
+    """Write the small CLIP and the two tasks; return a run's configuration as plain data, without methods."""
     part = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
     return {
         "output_dir": str(folder / "run"),
@@ -112,7 +112,7 @@ def small_run(folder: Path) -> dict[str, Any]:
 
 
 def registered_name(value: str | type, registry: Registry) -> str:
-    """Return the name by which a configuration names an object: a built-in one's, or that of its file."""
+    """Return the name of an object in configurations: its registered name, or `FILE.py:NAME`."""
     if isinstance(value, str):
         return value
     for name in registry:

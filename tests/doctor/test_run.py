@@ -80,7 +80,7 @@ DAMAGES = {
     ),
     "another identity": (
         lambda run: rewrite(run / "identity.json", lambda i: i.update(seed=7)),
-        "config.json and identity.json tell of different runs \\(seed\\); restore both",
+        "config.json and identity.json are of different runs \\(seed\\); restore both",
     ),
     "another recipe": (
         lambda run: change_recipe(run / "recipes/stripes.yaml"),
