@@ -1,11 +1,12 @@
-"""Predictions, scoring and the matrix; usable without the training half (imported as llava_keeplora_eval).
+"""Predictions, scoring and the accuracy matrix; imported as ``llava_keeplora_eval``.
 
-``llava_keeplora_eval.predictors`` is imported on its own, because it needs torch and the rest doesn't.
+The package does not need ``llava_keeplora``. Its public names don't need torch either;
+``llava_keeplora_eval.predictors`` does, and is imported separately.
 """
 
 import importlib
 
-#: Public name → its module, imported when the name is first used: `--help` waits for none of them.
+#: Public name → its module, imported when the name is first used, so that `--help` is quick.
 _MODULES = {
     "EvalError": "errors",
     "Matrix": "matrix",

@@ -1,13 +1,12 @@
-"""The numbers that the field makes of an accuracy matrix, one small function each.
+"""Metrics of continual learning, computed from an accuracy matrix.
 
 Legend: ``A[t][i]`` is the score in percent on task i after training task t, both 0-based and in the
-run's order, T tasks. Every function takes the T x T cells (``None`` = not measured yet), needs no other
-state, and
+run's order, T tasks. Every function takes the T x T cells (``None`` = not measured yet) and
 
 * raises ``EvalError`` when a cell that its formula reads has not been measured;
 * returns ``None`` where the definition itself has no value (Transfer or BWT of a single task).
 
-Sums use ``math.fsum`` and nothing is rounded, so that rounding happens once, when a number is shown.
+Sums use ``math.fsum`` and nothing is rounded, so that rounding happens once, when a number is printed.
 
 Sources: MTIL (Zheng et al. 2023, "Preventing Zero-Shot Transfer Degradation in Continual Learning of
 Vision-Language Models", section 5.1) for Transfer, Average and Last; Lopez-Paz & Ranzato 2017 for BWT;
@@ -41,25 +40,25 @@ def _read(cells: Cells, after: int, task: int) -> float:
 
 
 def transfer_of(cells: Cells, task: int) -> float | None:
-    """Transfer_i = mean over j < i of A[j][i]: how well a task is done before it is learned.
+    """Return Transfer_i = mean over j < i of A[j][i], the score on a task before it is learned (MTIL).
 
-    ``None`` for the first task, which has no row before it (MTIL).
+    ``None`` for the first task, which has no row before it.
     """
     return _mean(_read(cells, j, task) for j in range(task)) if task > 0 else None
 
 
 def average_of(cells: Cells, task: int) -> float:
-    """Average_i = mean over all t of A[t][i]: before, at and after learning i; no zero-shot row (MTIL)."""
+    """Return Average_i = mean over all t of A[t][i]; the zero-shot row doesn't count (MTIL)."""
     return _mean(_read(cells, t, task) for t in range(len(cells)))
 
 
 def last_of(cells: Cells, task: int) -> float:
-    """Last_i = A[T-1][i]: the score on task i at the end of the run (MTIL)."""
+    """Return Last_i = A[T-1][i], the score on task i at the end of the run (MTIL)."""
     return _read(cells, len(cells) - 1, task)
 
 
 def transfer(cells: Cells) -> float | None:
-    """Transfer = mean over i >= 1 of Transfer_i: a mean of per-task means, not of all upper cells (MTIL).
+    """Return Transfer = mean over i >= 1 of Transfer_i, a mean of per-task means, not of all cells (MTIL).
 
     ``None`` for a single task.
     """
@@ -69,23 +68,23 @@ def transfer(cells: Cells) -> float | None:
 
 
 def average(cells: Cells) -> float:
-    """Average = mean over i of Average_i, which equals the mean of all T x T cells (MTIL)."""
+    """Return Average = mean over i of Average_i, which equals the mean of all T x T cells (MTIL)."""
     return _mean(average_of(cells, i) for i in range(len(cells)))
 
 
 def last(cells: Cells) -> float:
-    """Last = mean over i of A[T-1][i] (MTIL); the same number as MFN."""
+    """Return Last = mean over i of A[T-1][i] (MTIL); it equals MFN."""
     return _mean(last_of(cells, i) for i in range(len(cells)))
 
 
 def _changes(cells: Cells) -> list[float]:
-    """A[T-1][i] - A[i][i] for every task but the last."""
+    """Return A[T-1][i] - A[i][i] for every task but the last."""
     end = len(cells) - 1
     return [_read(cells, end, i) - _read(cells, i, i) for i in range(end)]
 
 
 def bwt(cells: Cells) -> float | None:
-    """BWT = 1/(T-1) * sum over i < T-1 of (A[T-1][i] - A[i][i]) (MCITlib's divisor; Lopez-Paz & Ranzato).
+    """Return BWT = 1/(T-1) * sum over i < T-1 of (A[T-1][i] - A[i][i]) (Lopez-Paz & Ranzato; MCITlib).
 
     Negative means forgetting. ``None`` for a single task.
     """
@@ -93,15 +92,15 @@ def bwt(cells: Cells) -> float | None:
 
 
 def bwt_coin(cells: Cells) -> float:
-    """BWT with CoIN's divisor: 1/T * sum over i of (A[T-1][i] - A[i][i]); the last term is 0.
+    """Return BWT with CoIN's divisor: 1/T * sum over i of (A[T-1][i] - A[i][i]); the last term is 0.
 
-    Smaller in size than ``bwt`` by (T-1)/T; 0 for a single task.
+    It is (T-1)/T times ``bwt``; 0 for a single task.
     """
     return math.fsum(_changes(cells)) / len(cells)
 
 
 def forgetting(cells: Cells) -> float | None:
-    """Final drop from the diagonal: mean over i < T-1 of (A[i][i] - A[T-1][i]); exactly ``-bwt``.
+    """Return the final drop from the diagonal, mean over i < T-1 of (A[i][i] - A[T-1][i]); this is ``-bwt``.
 
     ``None`` for a single task.
     """
@@ -109,10 +108,10 @@ def forgetting(cells: Cells) -> float | None:
 
 
 def forgetting_max(cells: Cells) -> float | None:
-    """Drop from the best earlier score: mean over i < T-1 of (max over l < T-1 of A[l][i] - A[T-1][i]).
+    """Return the drop from the best earlier score: mean over i < T-1 of (max_{l < T-1} A[l][i] - A[T-1][i]).
 
-    Chaudhry et al. 2018, equations 2 and 3: the maximum runs over every earlier row, those before task i
-    was learned too, so it reads the upper triangle; it is never smaller than ``forgetting``. ``None`` for
+    Chaudhry et al. 2018, equations 2 and 3: the maximum is over all earlier rows, including those before
+    task i was learned, so it reads the upper triangle; it is never smaller than ``forgetting``. ``None`` for
     a single task.
     """
     end = len(cells) - 1
@@ -122,17 +121,17 @@ def forgetting_max(cells: Cells) -> float | None:
 
 
 def mft(cells: Cells) -> float:
-    """MFT = mean over i of A[i][i]: each task right after it was learned (MCITlib)."""
+    """Return MFT = mean over i of A[i][i], each task right after it was learned (MCITlib)."""
     return _mean(_read(cells, i, i) for i in range(len(cells)))
 
 
 def mfn(cells: Cells) -> float:
-    """MFN = mean over i of A[T-1][i]: every task at the end (MCITlib)."""
+    """Return MFN = mean over i of A[T-1][i], every task at the end (MCITlib)."""
     return last(cells)
 
 
 def maa(cells: Cells) -> float:
-    """MAA = mean over t of (mean over i <= t of A[t][i]): the tasks seen so far, at each stage (MCITlib)."""
+    """Return MAA = mean over t of (mean over i <= t of A[t][i]), the tasks seen so far (MCITlib)."""
     return _mean(_mean(_read(cells, t, i) for i in range(t + 1)) for t in range(len(cells)))
 
 

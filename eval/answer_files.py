@@ -1,29 +1,27 @@
-"""Files of answers from anywhere: LLaVA's, lines of JSON, a JSON list of records, or a JSON object by id."""
+"""Reader of answer files: LLaVA's, lines of JSON, a JSON list of records, or a JSON object by id."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.predictions import SOURCE, check_source, first_ids, maker_path
+from llava_keeplora_recipes import TaskData
 from llava_keeplora_recipes.strict_json import decode_text, parse_json
 from llava_keeplora_recipes.texts import is_blank
 
-if TYPE_CHECKING:
-    from llava_keeplora_recipes import TaskData
-
-#: What `--from` may name, else a look at the file tells: LLaVA's answers (lines with `question_id` and
-#: `text`), any lines of JSON, one JSON value.
+#: Values of `--from`, which is detected by default: LLaVA's answers (lines with `question_id` and `text`),
+#: any lines of JSON, one JSON value.
 FORMS = ("llava", "jsonl", "json")
-#: Names of the id; the second group are ids of other things where one of the first is there too.
+#: Keys of an example's id. Those of the second group count only in records without one of the first.
 ID_KEYS = (("id", "question_id", "questionId"), ("image_id", "index"))
-#: Names of the answer. Where one of the first group is there too, `answer` is the reference; `text` may
-#: always be the question.
+#: Keys of the answer. In a record with one of the first group, `answer` is the reference; `text` may always
+#: be the question.
 TEXT_KEYS = (("prediction", "response"), ("text", "answer", "caption"))
-#: Characters; a longer answer is a damaged file.
+#: Most characters of an answer; a longer one means a damaged file.
 LONGEST = 1_000_000
 #: The cures of a file that lacks answers: one that `predict` began, and one from elsewhere.
 AGAIN = "run the same `predict` command again to fill them in"
@@ -33,13 +31,13 @@ WHOLE = "write one record with 'id' and 'text' for every example"
 def read_answers(path: str | Path, data: TaskData, form: str | None = None) -> dict[str, str]:
     """Read the answers to every example of a split.
 
-    Ids may be text or whole numbers, and so may answers; UTF-8, UTF-16, a byte order mark, any line end and
-    blank lines are read. Lines that `predict` wrote are checked against the data as well.
+    Ids and answers may be text or whole numbers; UTF-8, UTF-16, a byte order mark, any line end and blank
+    lines are accepted. Lines that `predict` wrote are also checked against the data.
 
     Args:
         path: the file.
         data: the task and split that it answers.
-        form: one of ``FORMS``; None looks at the file.
+        form: one of ``FORMS``; detected when None.
 
     Returns:
         id → text, in the order of the data.
@@ -55,10 +53,10 @@ def read_answers(path: str | Path, data: TaskData, form: str | None = None) -> d
         text = decode_text(path.read_bytes())
     except ValueError as error:
         raise EvalError(f"{path} {error}", "save it as UTF-8") from None
-    begun = maker_path(path).is_file()  # so that `predict` goes on with it
+    by_predict = maker_path(path).is_file()  # `predict` began the file, and can complete it
     if is_blank(text):
-        raise EvalError(f"{path} is empty", AGAIN if begun else WHOLE)
-    answers, predicted = [], begun
+        raise EvalError(f"{path} is empty", AGAIN if by_predict else WHOLE)
+    answers, predicted = [], by_predict
     for number, (where, value) in enumerate(_values(path, text, form), start=1):
         if isinstance(value, dict) and value.keys() >= SOURCE:
             check_source(path, number, value, data)
@@ -70,7 +68,7 @@ def read_answers(path: str | Path, data: TaskData, form: str | None = None) -> d
 
 
 def _values(path: Path, text: str, form: str | None) -> Iterator[tuple[str, Any]]:
-    """Yield each record with its place in the file; of an object from id to text a pair of both."""
+    """Yield (place in the file, record) for each record; those of an object by id are (id, text) pairs."""
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if form in ("llava", "jsonl") or (form is None and _is_lines(lines)):
         for number, line in lines:
@@ -88,7 +86,7 @@ def _values(path: Path, text: str, form: str | None) -> Iterator[tuple[str, Any]
 
 
 def _is_lines(lines: list[tuple[int, str]]) -> bool:
-    """Return whether each line is a record of its own, and not a part of one list or object."""
+    """Return whether every line is a record, rather than a part of one list or object."""
     starts = [line.lstrip()[0] for _, line in lines[:2]]
     if starts[:1] == ["["] or len(lines) == 1:
         return False
@@ -118,7 +116,11 @@ def _parse(where: str, text: str) -> Any:
 
 
 def _answer(where: str, value: Any, form: str | None) -> tuple[str, str]:
-    """Return the id and the text of a record, or of a pair of both."""
+    """Return the id and the text of a record or an (id, text) pair.
+
+    Raises:
+        EvalError: the record lacks one of them, or it has the wrong type.
+    """
     if isinstance(value, tuple):
         key, text = value
     elif isinstance(value, dict):
@@ -214,9 +216,9 @@ def _check_ids(path: Path, ids: list[str], data: TaskData, predicted: bool) -> N
         raise EvalError(
             f"{path} has more than one prediction for {first_ids(repeated)}", "remove all but one of each"
         )
-    there, wanted = set(ids), set(data.ids)
-    missing = [key for key in data.ids if key not in there]
-    unknown = [key for key in ids if key not in wanted]
+    given, expected = set(ids), set(data.ids)
+    missing = [key for key in data.ids if key not in given]
+    unknown = [key for key in ids if key not in expected]
     if missing:
         more = f", and has {first_ids(unknown)} that it doesn't have" if unknown else ""
         if unknown:

@@ -1,9 +1,8 @@
-"""What a lenient reader finds in an answer, and whether the answer has the requested form.
+"""Lenient reading of answers, and checks of their form.
 
-A lenient reader looks for a letter, a number, yes or no, or a phrase.
-
-The lenient score and the compliance stand beside every strict score, so that a model that only changed its
-style ("B." or "The answer is B." for "B") is not booked as one that forgot.
+A lenient reader looks for a letter, a number, yes or no, or a phrase anywhere in an answer. Every strict
+score comes with a lenient one and the compliance (the share of answers in the requested form), so that a
+model that only changed its style ("B." or "The answer is B." for "B") does not count as one that forgot.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ _NAMED_LETTER = (
 SHORT = 5  # words; an answer is short with this many, or with as many as the longest accepted one
 
 
-def plain(text: str) -> str:
-    """Words only: case, punctuation, underscores and white space make no difference."""
+def words_only(text: str) -> str:
+    """Return the words of a text in lower case, without punctuation, underscores and extra white space."""
     return " ".join(re.findall(r"[^\W_]+", normalize("NFC", text.replace("'", "").casefold())))
 
 
 def folded(text: str) -> str:
-    """A text without differences of case, of the amount of white space and of Unicode form."""
+    """Return a text in one case and Unicode form (NFC), with single spaces for all white space."""
     return " ".join(normalize("NFC", normalize("NFC", text).casefold()).split())
 
 
 def _phrase(text: str) -> str:
-    words = [NUMBERS.get(word, word) for word in plain(text).split()]
+    words = [NUMBERS.get(word, word) for word in words_only(text).split()]
     return " ".join([word for word in words if word not in ARTICLES] or words)
 
 
@@ -57,20 +56,21 @@ def is_yes_no(text: str) -> bool:
 
 
 def to_number(text: str) -> Decimal:
-    """The value of a text that ``is_number``, to its last digit; commas separate thousands."""
+    """Return the exact value of a text for which ``is_number`` holds; commas separate thousands."""
     return Decimal(text.replace(",", ""))
 
 
-# What an accepted text says beyond doubt, in whatever form data sets write it; None where there is a doubt.
+# Readers of accepted texts, in the forms that data sets write them. They return None unless the value is
+# certain.
 
 
 def _compatible(accepted: str) -> str:
-    """Full-width letters and digits as the usual ones, without white space around them."""
+    """Return a text in compatibility form (full-width letters become ASCII), stripped of white space."""
     return normalize("NFKC", accepted).strip()
 
 
 def read_letter(accepted: str) -> str | None:
-    """The option of "B", "(b)", "B.", "B) a dog" or "(B) a dog"; a number or a word names none."""
+    """Return the option of "B", "(b)", "B.", "B) a dog" or "(B) a dog"; None for a number or a word."""
     for pattern in _NAMED_LETTER[:2]:
         if match := pattern.fullmatch(_compatible(accepted)):
             return match[1].upper()
@@ -78,44 +78,44 @@ def read_letter(accepted: str) -> str | None:
 
 
 def read_number(accepted: str) -> Decimal | None:
-    """The value of digits or of a word from zero to ten, without a last period or percent sign."""
+    """Return the value of digits or of a word from zero to ten; a final period or percent sign is ignored."""
     text = re.sub(r"\s*[.%]$", "", _compatible(accepted).replace("\N{MINUS SIGN}", "-")).casefold()
     digits = NUMBERS.get(text, "") if text != "none" else ""
     return to_number(digits or text) if is_number(digits or text) else None
 
 
 def read_yes_no(accepted: str) -> str | None:
-    """The yes or no of "Yes", "no.", "TRUE" or "False"."""
+    """Return the yes or no of texts such as "Yes", "no.", "TRUE" or "False"."""
     word = re.sub(r"[.!]$", "", _compatible(accepted)).casefold()
     return {"yes": "yes", "true": "yes", "no": "no", "false": "no"}.get(word)
 
 
 def find_letter(text: str) -> str | None:
-    """The option that an answer names, in upper case; None where it names none, or none for certain."""
+    """Find the option that an answer names, in upper case; None if it names none, or several."""
     for pattern in _NAMED_LETTER:
         if match := pattern.fullmatch(text.strip()):
             return match[1].upper()
-    # A capital by itself, but "A" and "I" are also words.
-    found = set(re.findall(r"\b[B-HJ-Z]\b|(?<=\()[A-Z](?=\))", text))
-    return found.pop() if len(found) == 1 else None
+    # Single capital letters, except "A" and "I", which are also words.
+    letters = set(re.findall(r"\b[B-HJ-Z]\b|(?<=\()[A-Z](?=\))", text))
+    return letters.pop() if len(letters) == 1 else None
 
 
 def find_number(text: str) -> Decimal | None:
-    """The one number in an answer, in digits or as a word up to ten; None where there are none or several."""
-    found = {to_number(digits) for digits in _NUMBER_IN_TEXT.findall(text)}
-    found |= {Decimal(NUMBERS[word]) for word in plain(text).split() if word in NUMBERS}
+    """Find the only number in an answer, in digits or as a word up to ten; None if there isn't just one."""
+    numbers = {to_number(digits) for digits in _NUMBER_IN_TEXT.findall(text)}
+    numbers |= {Decimal(NUMBERS[word]) for word in words_only(text).split() if word in NUMBERS}
     if is_number(text):  # ".5" has no digit before its point
-        found = {to_number(text)}
-    return found.pop() if len(found) == 1 else None
+        numbers = {to_number(text)}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def find_yes_no(text: str) -> str | None:
-    """The yes or no with which an answer begins, or the only one in it."""
-    words = plain(text).split()
-    found = {word for word in words if word in ("yes", "no")}
-    if words and words[0] in found:
+    """Find the yes or no with which an answer begins, or else the only one in it."""
+    words = words_only(text).split()
+    decisions = {word for word in words if word in ("yes", "no")}
+    if words and words[0] in decisions:
         return words[0]
-    return found.pop() if len(found) == 1 else None
+    return decisions.pop() if len(decisions) == 1 else None
 
 
 _FORMS = ((is_letter, find_letter), (is_number, find_number), (is_yes_no, find_yes_no))
@@ -124,63 +124,60 @@ _FORMS = ((is_letter, find_letter), (is_number, find_number), (is_yes_no, find_y
 def finds(text: str, accepted: str) -> bool:
     """Return whether a lenient reader finds an accepted answer in a text.
 
-    The text is read in the accepted answer's own form, and otherwise as a run of whole words, without case,
-    punctuation and articles.
+    If the accepted answer is a letter, a number, or yes or no, one is looked for in the text; otherwise the
+    answer's words, without case, punctuation and articles.
     """
     accepted = accepted.strip()
     for has_form, find in _FORMS:
         if has_form(accepted):
             return find(text) is not None and find(text) == find(accepted)
-    wanted = _phrase(accepted)
-    return bool(wanted) and f" {wanted} " in f" {_phrase(text)} "
+    phrase = _phrase(accepted)
+    return bool(phrase) and f" {phrase} " in f" {_phrase(text)} "
 
 
 def is_short(text: str, answers: Sequence[str]) -> bool:
-    """Whether a text is a phrase without a sentence around it.
-
-    One line, few words, no mark that ends a sentence.
-    """
+    """Return whether a text is a phrase rather than a sentence: one line, few words, no final mark."""
     limit = max([SHORT, *(len(answer.split()) for answer in answers)])
     ends = re.search(r"[.!?;:](?:\s|$)", text) and not any(text == answer.strip() for answer in answers)
     return "\n" not in text and len(text.split()) <= limit and not ends
 
 
-# Whether a text has the asked form: (text, its accepted answers, all accepted answers of the task, plain) ->
-# bool.
+# Checks of the requested form. They take a text, its accepted answers, and all accepted answers of the task
+# after `words_only`.
 
 
 def letter_form(text: str, answers: Sequence[str], known: Collection[str]) -> bool:
-    """An option letter and nothing else."""
+    """Return whether a text is an option letter and nothing else."""
     return is_letter(text)
 
 
 def number_form(text: str, answers: Sequence[str], known: Collection[str]) -> bool:
-    """A number in digits and nothing else."""
+    """Return whether a text is a number in digits and nothing else."""
     return is_number(text)
 
 
 def yes_no_form(text: str, answers: Sequence[str], known: Collection[str]) -> bool:
-    """Yes or no and nothing else."""
+    """Return whether a text is yes or no and nothing else."""
     return is_yes_no(text)
 
 
 def choice_form(text: str, answers: Sequence[str], known: Collection[str]) -> bool:
-    """What the accepted answers are: an option letter, or yes or no."""
+    """Return whether a text is of the accepted answers' form: an option letter, or yes or no."""
     return is_yes_no(text) if any(is_yes_no(answer.strip()) for answer in answers) else is_letter(text)
 
 
 def short_form(text: str, answers: Sequence[str], known: Collection[str]) -> bool:
-    """An option letter where letters are accepted, otherwise a phrase without a sentence around it."""
+    """Return whether a text is an option letter where letters are accepted, otherwise whether it is short."""
     if answers and all(is_letter(answer.strip()) for answer in answers):
         return is_letter(text)
     return is_short(text, answers)
 
 
 def known_form(text: str, answers: Sequence[str], known: Collection[str]) -> bool:
-    """One of the texts that is right for some example; a class that no example has is not known here."""
-    return plain(text) in known
+    """Return whether a text is an accepted answer of any example; classes without examples don't count."""
+    return words_only(text) in known
 
 
 def box_form(text: str, answers: Sequence[str], known: Collection[str]) -> bool:
-    """Four numbers in brackets, separated by commas."""
+    """Return whether a text is four numbers in brackets, separated by commas."""
     return re.fullmatch(r"\[\s*(?:\d*\.?\d+\s*,\s*){3}\d*\.?\d+\s*\]", text) is not None

@@ -1,11 +1,9 @@
-"""BLEU, ROUGE-L, CIDEr and METEOR of a set of captions, by pycocoevalcap.
+"""BLEU, ROUGE-L, CIDEr and METEOR of a set of captions, by pycocoevalcap, the code behind published numbers.
 
-pycocoevalcap is the code behind the published numbers.
-
-BLEU and METEOR are of the set as a whole, ROUGE-L and CIDEr means over its captions. CIDEr weighs words by
-how many of the evaluated examples have them in their references, so it is a number of this set and of no
-other. What every example has weighs nothing, so of a single example, or where all have the same references,
-CIDEr is 0.
+BLEU and METEOR are computed on the set as a whole; ROUGE-L and CIDEr are means over its captions. CIDEr
+weights n-grams by how few of the evaluated examples have them in their references, so it depends on the
+evaluated set. An n-gram of every example has weight 0, so CIDEr is 0 for a single example and if all examples
+have the same references.
 """
 
 from __future__ import annotations
@@ -18,15 +16,16 @@ from collections.abc import Sequence
 from llava_keeplora_eval import java, ptb
 from llava_keeplora_eval.errors import EvalError
 
-#: Orders of the n-grams that CIDEr weighs.
+#: Orders of the n-grams that CIDEr uses.
 ORDERS = range(1, 5)
+#: The scores of which UCIT takes the mean.
 UCIT = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 
 
 def tokenize(texts: Sequence[str]) -> tuple[list[str], str]:
-    """Tokenise texts as pycocoevalcap does, with one call for all of them.
+    """Tokenise texts as pycocoevalcap does: PTB tokens in lower case, without punctuation.
 
-    PTB tokens without punctuation, in lower case.
+    One Java process tokenises all texts.
 
     Args:
         texts: any texts; line breaks in them count as spaces.
@@ -36,67 +35,65 @@ def tokenize(texts: Sequence[str]) -> tuple[list[str], str]:
         Java, else ``python`` (see ``ptb``).
     """
     lines = [" ".join(text.split()) for text in texts]
-    filled = [i for i, line in enumerate(lines) if line]
+    nonempty = [i for i, line in enumerate(lines) if line]
     jar = java.find_jar(java.TOKENIZER)
     if jar is None:
         return [ptb.without_punctuation(ptb.tokenize(line)) for line in lines], "python"
-    # Nothing is sent for an empty text, which would shift every later line.
-    tokens = java.tokenize(jar, [lines[i] for i in filled]) if filled else []
+    # Empty texts are left out, because the tokenizer skips empty lines.
+    tokens = java.tokenize(jar, [lines[i] for i in nonempty]) if nonempty else []
     result = [""] * len(lines)
-    for i, found in zip(filled, tokens, strict=True):
-        result[i] = ptb.without_punctuation(found.split(" "))
+    for i, line_tokens in zip(nonempty, tokens, strict=True):
+        result[i] = ptb.without_punctuation(line_tokens.split(" "))
     return result, "stanford"
 
 
 def caption_scores(
     captions: Sequence[str], references: Sequence[Sequence[str]], with_meteor: bool = False
 ) -> dict:
-    """All scores of a set of captions; an empty caption scores 0 and stays in every mean.
+    """Compute all scores of a set of captions; an empty caption scores 0 and stays in every mean.
 
     Args:
         captions: one text per example.
-        references: for each example its captions.
-        with_meteor: compute METEOR too; its Java program takes some ten seconds to start, which a score after
-            every task of a run cannot afford.
+        references: the reference captions of each example.
+        with_meteor: whether to compute METEOR; its Java program takes some ten seconds to start, which is too
+            long for a score after every task of a run.
 
     Returns:
-        ``bleu_1`` to ``bleu_4``, ``rouge_l`` and, if asked for, ``meteor`` from 0 to 1, ``cider`` from 0 to
-        10, and ``tokenizer``; ``cider_note`` where CIDEr is 0 for any caption.
+        ``bleu_1`` to ``bleu_4``, ``rouge_l`` and, with ``with_meteor``, ``meteor`` from 0 to 1, ``cider``
+        from 0 to 10, and ``tokenizer``; also ``cider_note`` if CIDEr is 0 whatever the captions are.
 
     Raises:
-        EvalError: pycocoevalcap is missing, METEOR is asked for and Java is missing, or an example has no
-            reference.
+        EvalError: pycocoevalcap is missing, Java is missing for METEOR, or an example has no reference.
     """
     require(with_meteor)
     flat = [*captions, *(text for texts in references for text in texts)]
     tokens, tokenizer = tokenize(flat)
-    rest = iter(tokens[len(captions) :])
-    found = [[words for words in (next(rest) for _ in texts) if words] for texts in references]
-    if [] in found:
+    remaining = iter(tokens[len(captions) :])
+    gold = [[words for words in (next(remaining) for _ in texts) if words] for texts in references]
+    if [] in gold:
         raise EvalError(
-            f"example {found.index([]) + 1} of {len(found)} has no reference caption with a word in it, and "
-            "captions are "
-            "scored against references",
+            f"example {gold.index([]) + 1} of {len(gold)} has no reference caption with a word in it, and "
+            "captions are scored against references",
             "check the recipe's answer column",
         )
-    scores = _by_pycocoevalcap(tokens[: len(captions)], found)
+    scores = _by_pycocoevalcap(tokens[: len(captions)], gold)
     if with_meteor:
-        scores["meteor"] = java.meteor(java.find_jar(java.METEOR), tokens[: len(captions)], found)
-    if len(weightless(found)) == len(found):
+        scores["meteor"] = java.meteor(java.find_jar(java.METEOR), tokens[: len(captions)], gold)
+    if len(weightless(gold)) == len(gold):
         scores["cider_note"] = (
-            f"0 for any caption, because all references of the {len(found)} scored say the same"
+            f"0 for any caption, because all references of the {len(gold)} scored say the same"
         )
     return scores | {"tokenizer": tokenizer}
 
 
 def weightless(references: Sequence[Sequence[str]]) -> list[int]:
-    """Find the examples of which CIDEr weighs every n-gram 0, because all examples have it.
+    """Find the examples whose n-grams all have weight 0 in CIDEr, because every example has them.
 
     Args:
         references: for each example its tokenised captions, tokens separated by spaces.
 
     Returns:
-        The positions of the examples, ascending; of a single example 0.
+        The positions of the examples, ascending; a single example is always among them.
     """
 
     def grams_of(words: list[str]) -> set[tuple[str, ...]]:
@@ -124,10 +121,10 @@ def _by_pycocoevalcap(captions: list[str], references: list[list[str]]) -> dict:
 
 
 def ucit_mean(scores: dict) -> float:
-    """UCIT's score of a captioning task: the plain mean of seven scores, of which CIDEr can be above 1.
+    """Return UCIT's score of a captioning task, the mean of seven scores, of which CIDEr can be above 1.
 
-    KeepLoRA's scripts cut every prediction to 300 characters first, MCITlib's and HiDe's don't; it is not
-    done here.
+    KeepLoRA's scripts cut every prediction to 300 characters first, MCITlib's and HiDe's don't; neither does
+    this function.
 
     Source: eval_caption.py of https://github.com/Ghy0501/MCITlib.
     """
@@ -135,7 +132,7 @@ def ucit_mean(scores: dict) -> float:
 
 
 def require(with_meteor: bool = False) -> None:
-    """Refuse to score captions where what it takes is missing.
+    """Check that the programs that score captions are installed.
 
     Args:
         with_meteor: whether METEOR is to be computed.

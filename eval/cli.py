@@ -1,4 +1,4 @@
-"""``llava-keeplora-eval``: predict, score and show the matrix, without the training half."""
+"""``llava-keeplora-eval``: predict, score, and show the accuracy matrix, without training."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process when None.
 
     Returns:
-        0, or 2 after an error that the user can repair, which is told in one sentence on stderr
+        0, or 2 after an error that the user can repair, which is reported in one sentence on stderr
         (``--debug`` raises it instead, with its traceback).
     """
     with standard_streams():
         parser = build_parser()
         arguments = parser.parse_args(check_words(parser, argv))
         return guarded(lambda: arguments.run(arguments), arguments.debug, "run the same command again")
-    return 0  # Nobody reads what is left to say.
+    return 0  # `standard_streams` suppresses the error of a closed stdout.
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--predictions", required=True, type=Path, help="by `predict`, or answers made elsewhere"
     )
     score.add_argument(
-        "--from", dest="form", choices=ANSWER_FORMS, help="how the file is laid out; a look tells"
+        "--from", dest="form", choices=ANSWER_FORMS, help="how the file is laid out (default: detected)"
     )
     score.add_argument("--metric", help="another metric than the task's own, caption_meteor for instance")
     score.add_argument("--json", action="store_true", help="print the score as JSON instead of a line")
@@ -84,39 +84,39 @@ def _add_predict(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     predict.add_argument(
         "--base",
         metavar="DIR",
-        help="of an adapter, where its base model lies here (default: what the adapter names)",
+        help="folder of an adapter's base model (default: the one that the adapter names)",
     )
-    predict.add_argument("--output", required=True, type=Path, help="JSONL file; continued when it is there")
+    predict.add_argument("--output", required=True, type=Path, help="JSONL file; continued if it exists")
     predict.add_argument("--batch-size", type=_positive, default=64)
     predict.add_argument(
         "--max-new-tokens",
         type=_positive,
         default=MAX_NEW_TOKENS,
-        help="where an answer is cut off at the latest",
+        help="most tokens of an answer",
     )
     predict.add_argument(
         "--generation",
         metavar="JSON",
         type=_object,
         default={},
-        help="""settings of a LLaVA model's answers, for instance '{"num_beams": 4}' (default: greedy)""",
+        help="""settings of a LLaVA model's generation, for instance '{"num_beams": 4}' (default: greedy)""",
     )
     predict.add_argument("--device", help="cpu, cuda, ...; a GPU when there is one")
     predict.set_defaults(run=_predict)
 
 
 def _add_data_check(commands: Any, common: argparse.ArgumentParser) -> None:
-    data_commands = commands.add_parser("data", help="look into the data of a task").add_subparsers(
+    data_commands = commands.add_parser("data", help="examine the data of a task").add_subparsers(
         required=True, metavar="COMMAND"
     )
     check = data_commands.add_parser(
-        "check", parents=[common], help="tell everything that is wrong with a task's data"
+        "check", parents=[common], help="report everything that is wrong with a task's data"
     )
     check.add_argument(
         "recipe", metavar="RECIPE", help="a recipe's or a sequence's name, or the path of its YAML"
     )
     check.add_argument("--data-root", help="folder that holds the data of recipes that need files")
-    check.add_argument("--split", help="this split alone")
+    check.add_argument("--split", help="the split to check (default: all)")
     check.add_argument(
         "--model",
         help="prepare the examples for tiny-clip, tiny-llava, a folder with a CLIP or LLaVA checkpoint or an "
@@ -125,7 +125,7 @@ def _add_data_check(commands: Any, common: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--base",
         metavar="DIR",
-        help="of an adapter, where its base model lies here (default: what the adapter names)",
+        help="folder of an adapter's base model (default: the one that the adapter names)",
     )
     check.set_defaults(run=_data_check)
 
@@ -163,7 +163,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     data = _load(arguments)
     metric_record(data.recipe.metric)
-    # After the data, because importing torch takes seconds and a misspelt task should be told at once.
+    # After the data, because importing torch takes seconds, and a misspelt task should be reported at once.
     from llava_keeplora_eval.models import load_predictor, made_by
     from llava_keeplora_eval.predictors import default_device
     from llava_keeplora_eval.preparation import check_questions
@@ -203,17 +203,18 @@ def _matrix(arguments: argparse.Namespace) -> None:
 
 
 def _matrix_files(path: Path) -> dict[str, Path]:
-    """The matrix files that a path stands for, by label.
+    """Return label → matrix file: the path itself, or the files in a folder and one level below it.
 
-    Itself, or those right in or one level below a folder.
+    Raises:
+        EvalError: the folder has none.
     """
     if not path.is_dir():
         return {path.stem: path}
-    found = {path.resolve().name: path / "matrix.json"} if (path / "matrix.json").exists() else {}
-    found |= {file.parent.name: file for file in sorted(path.glob("*/matrix.json"))}
-    if not found:
+    files = {path.resolve().name: path / "matrix.json"} if (path / "matrix.json").exists() else {}
+    files |= {file.parent.name: file for file in sorted(path.glob("*/matrix.json"))}
+    if not files:
         raise EvalError(f"{path} holds no matrix.json, nor does a folder in it", "give the folder of a run")
-    return found
+    return files
 
 
 def _as_markdown(matrices: dict[str, Matrix], precision: int) -> str:

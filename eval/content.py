@@ -1,4 +1,4 @@
-"""What a model is by content: its weights, configuration, processor and template, wherever they lie."""
+"""Identity of a model by content: its weights, configuration, processor and template, in whatever folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_keeplora_eval.checkpoints import _json, loading, weight_files
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import file_hash, write_atomic
 
-#: What turns pictures and text into tensors, the chat template included.
+#: Files that define how images and text become tensors, the chat template included.
 PROCESSOR = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -32,26 +32,26 @@ PROCESSOR = (
     "chat_template.jinja",
 )
 
-#: Keys of a configuration that say who wrote it, not what the model is.
+#: Keys of a configuration that depend on how it was written, not on the model.
 WRITTEN_BY = ("_name_or_path", "transformers_version")
 
-#: Seconds within which a file may change again without another time stamp.
+#: Seconds within which a file may change again and keep its time stamp.
 RECENT = 2.0
 
 
 def model_content(place: str, revision: str | None = None) -> dict[str, Any]:
-    """Say what a checkpoint is by content: two with the same record give the same answers.
+    """Return a record of a checkpoint's content: two checkpoints with equal records give the same answers.
 
     Args:
         place: a folder or a Hub id.
-        revision: on the Hub.
+        revision: a branch, tag or commit on the Hub.
 
     Returns:
-        of a folder, SHA-256 hashes of `weights`, `config` and `processor`, and the `stops` of its generation
-        settings; of the Hub's, its `commit`.
+        for a folder, SHA-256 hashes of `weights`, `config` and `processor`, and the end tokens `stops` of its
+        generation settings; for a model on the Hub, its `commit`.
 
     Raises:
-        EvalError: a file that cannot be read.
+        EvalError: a file cannot be read.
     """
     folder = Path(place)
     if not folder.is_dir():
@@ -81,19 +81,17 @@ def model_content(place: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def hub_commit(name: str, revision: str | None = None) -> str:
-    """Return the commit of a model on the Hub.
+    """Return the commit of a model on the Hub, without the network if its configuration is in the cache.
 
-    The network is not used where the model's configuration is in the Hub's cache.
-
-    The cache keeps the files of a commit in `snapshots/<commit>`, which `huggingface_hub` documents; recent
-    versions of transformers keep no commit in a configuration.
+    The commit is the name of the folder `snapshots/<commit>` in the cache, which `huggingface_hub` documents;
+    recent versions of transformers don't store it in a configuration.
 
     Args:
-        name: of the model, `user/name`.
+        name: the model's id, `user/name`.
         revision: a branch, tag or commit; the main branch when None.
 
     Raises:
-        OSError: the Hub has no such model, or it is neither cached nor within reach.
+        OSError: the Hub has no such model, or it is not cached and the Hub cannot be reached.
     """
     from huggingface_hub import hf_hub_download
 
@@ -104,7 +102,8 @@ def content_changes(known: dict[str, Any], now: dict[str, Any]) -> list[str] | N
     """Compare two records of `model_content`.
 
     Returns:
-        names of what differs; None where they have nothing in common to compare, as a folder's and the Hub's.
+        names of the fields that differ; None if the records have no common field, as a folder's and the
+        Hub's.
     """
     common = [key for key in known if key in now and known[key] is not None and now[key] is not None]
     changed = [
@@ -116,10 +115,10 @@ def content_changes(known: dict[str, Any], now: dict[str, Any]) -> list[str] | N
 
 
 def content_hash(path: Path) -> str:
-    """Return a file's SHA-256, kept by its place, size and time stamps so that large weights are read once.
+    """Return a file's SHA-256, cached by its path, size and time stamps so that large weights are read once.
 
-    It is kept in `$LLAVA_KEEPLORA_CACHE`, by default in the user's cache folder; a folder that cannot be
-    written keeps nothing.
+    The cache is in `$LLAVA_KEEPLORA_CACHE`, by default in the user's cache folder; if it cannot be written,
+    the file is read each time.
     """
     stat = path.stat()
     key = _digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
@@ -127,21 +126,21 @@ def content_hash(path: Path) -> str:
         os.environ.get("LLAVA_KEEPLORA_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-keeplora"
     )
-    kept = Path(root) / "hashes" / key[:32]
+    cache_file = Path(root) / "hashes" / key[:32]
     try:
-        known = kept.read_text()
-        if re.fullmatch(r"[0-9a-f]{64}", known):
-            return known
+        cached = cache_file.read_text()
+        if re.fullmatch(r"[0-9a-f]{64}", cached):
+            return cached
     except (OSError, ValueError):
         pass
-    found = file_hash(path)
+    computed = file_hash(path)
     if time.time() - stat.st_mtime > RECENT:
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(kept, found)
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cache_file, computed)
         except OSError:
-            pass  # It is only hashed again.
-    return found
+            pass  # The file is hashed again the next time.
+    return computed
 
 
 def _digest(value: Any) -> str:

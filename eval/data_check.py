@@ -1,7 +1,4 @@
-"""``llava-keeplora-eval data check``.
-
-What a task's files hold, everything wrong with them, and what a model is shown.
-"""
+"""``llava-keeplora-eval data check``: report a task's data, everything wrong with them, and some examples."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
 
 from llava_keeplora_eval.chat import question_text, training_answers
 from llava_keeplora_eval.errors import EvalError
@@ -18,37 +14,41 @@ from llava_keeplora_eval.metrics import metric_record
 from llava_keeplora_eval.models import load_preparation
 from llava_keeplora_eval.preparation import Preparation, answer_problems, check_answers
 from llava_keeplora_eval.references import check_references
-from llava_keeplora_recipes import inspect_split, list_sequences, load_recipe, load_sequence
+from llava_keeplora_recipes import (
+    Recipe,
+    TaskData,
+    inspect_split,
+    list_sequences,
+    load_recipe,
+    load_sequence,
+)
 from llava_keeplora_recipes.errors import UserError
 from llava_keeplora_recipes.placeholders import MARKER
 from llava_keeplora_recipes.repeats import repeats, shared_pictures
 from llava_keeplora_recipes.strict_yaml import read_mapping
 from llava_keeplora_recipes.texts import is_blank
 
-if TYPE_CHECKING:
-    from llava_keeplora_recipes import Recipe, TaskData
-
 #: The split that is learned and not scored: its answers may have another form, such as reasons before a
-#: letter, and lack what a metric needs.
+#: letter, and lack inputs of the metric.
 TRAIN = "train"
-#: How many examples of a split are shown as a model sees them.
-SHOWN = 3
+#: How many examples of a split are printed as a model sees them.
+EXAMPLES = 3
 
 #: (split, row) → an example as lines of text, with the part that a model learns between ⟦ and ⟧.
-Show = Callable[["TaskData", int], list[str]]
+Show = Callable[[TaskData, int], list[str]]
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What was found in one split.
+    """Report of one split.
 
     Args:
         split: the split's name.
-        expected: how many examples the recipe promises; None where it promises nothing.
-        data: the examples that can be used; None where nothing can be read.
+        expected: the recipe's number of examples; None if it doesn't give one.
+        data: the examples that can be used; None if nothing can be read.
         errors: everything that keeps the split, or a part of it, from being used.
-        warnings: what can be used and is still worth a look.
-        sizes: how long the examples are for a model; None without one.
+        warnings: notes on data that can be used but may be wrong.
+        sizes: a sentence on how long the examples are for a model; None without one.
     """
 
     split: str
@@ -59,9 +59,9 @@ class SplitReport:
     sizes: str | None = None
 
     def lines(self) -> list[str]:
-        """The report as text."""
-        promised = "" if self.expected is None else f" of {self.expected} expected"
-        lines = [f"{self.split}: {0 if self.data is None else len(self.data)} examples{promised}"]
+        """Return the report as lines of text."""
+        expected = "" if self.expected is None else f" of {self.expected} expected"
+        lines = [f"{self.split}: {0 if self.data is None else len(self.data)} examples{expected}"]
         if self.data is not None and len(self.data):
             lines += [
                 f"  {line}" for line in (_images(self.data), _questions(self.data), _answers(self.data))
@@ -82,10 +82,10 @@ def check(
     Args:
         name: a recipe's or a sequence's name, or the path of its YAML.
         data_root: folder that holds the data of recipes that need files.
-        split: this split alone.
-        model: a CLIP or LLaVA checkpoint that the examples are prepared for as for training; shown in a plain
-            form without one.
-        base: of an adapter, where its base lies here; as the adapter says when None.
+        split: the split to check; all when None.
+        model: a CLIP or LLaVA checkpoint for which the examples are prepared as for training; without one,
+            they are printed in LLaVA-1.5's format.
+        base: the folder of an adapter's base; the one that the adapter names when None.
 
     Yields:
         The report, line by line, as it is made.
@@ -94,8 +94,8 @@ def check(
         EvalError: at the end, if anything is wrong; or there is no such task, sequence or model.
     """
     preparation = None if model is None else load_preparation(model, base)
-    show = plain if preparation is None else preparation.show
-    wrong = 0
+    show = default_format if preparation is None else preparation.show
+    problems = 0
     for recipe in recipes_of(name):
         yield f"{recipe.name} v{recipe.version} ({recipe.kind}, {recipe.metric})"
         error = metric_error(recipe)
@@ -108,15 +108,16 @@ def check(
             yield from (f"  {line}" for line in report.lines())
             for example in examples(report.data, show):
                 yield from (f"    {line}" for line in example)
-        wrong += (error is not None) + sum(len(report.errors) for report in reports)
-    if wrong:
+        problems += (error is not None) + sum(len(report.errors) for report in reports)
+    if problems:
         raise EvalError(
-            f"{name} has {wrong} problem{'s' * (wrong > 1)}, listed above", "correct them and check again"
+            f"{name} has {problems} problem{'s' * (problems > 1)}, listed above",
+            "correct them and check again",
         )
 
 
 def recipes_of(name: str) -> list[Recipe]:
-    """The recipe, or the recipes of the sequence, that a name or path stands for."""
+    """Load the recipe, or the recipes of the sequence, that a name or path stands for."""
     path = Path(name).expanduser()
     in_file = path.suffix in (".yaml", ".yml") and path.is_file() and "tasks" in read_mapping(path)
     if in_file or name in list_sequences():
@@ -125,7 +126,7 @@ def recipes_of(name: str) -> list[Recipe]:
 
 
 def metric_error(recipe: Recipe) -> UserError | None:
-    """What is wrong with the metric that a recipe names, if anything."""
+    """Return the error of a recipe's metric that cannot be loaded; None if it can."""
     try:
         metric_record(recipe.metric)
     except EvalError as error:
@@ -139,12 +140,12 @@ def split_reports(
     data_root: str | Path | None = None,
     preparation: Preparation | None = None,
 ) -> Iterator[SplitReport]:
-    """Read splits of a task one after another and tell everything that is wrong with them."""
+    """Read the splits of a task one after another, and yield a report of each."""
     seen: list[TaskData] = []
-    told: set[str] = set()  # Of class prompts, which are the same for every split.
+    reported: set[str] = set()  # Errors of class prompts, which are the same for every split.
     for split in splits:
-        data, found = inspect_split(recipe, split, data_root)
-        errors: list[UserError] = list(found)
+        data, data_errors = inspect_split(recipe, split, data_root)
+        errors: list[UserError] = list(data_errors)
         sizes = None
         expected = recipe.expected_sizes.get(split)
         warnings = [] if data is None else list(_warnings(data, expected, seen))
@@ -156,9 +157,9 @@ def split_reports(
                 report = preparation.report(data, learns=split == TRAIN)
                 sizes, errors = (
                     report.sizes,
-                    errors + [error for error in report.errors if str(error) not in told],
+                    errors + [error for error in report.errors if str(error) not in reported],
                 )
-                told |= set(map(str, report.errors))
+                reported |= set(map(str, report.errors))
                 warnings += [report.note] if report.note else []
             elif split == TRAIN:
                 errors += answer_problems(data)
@@ -224,14 +225,15 @@ def _empty(data: TaskData) -> int:
 
 
 def _asked(data: TaskData) -> list[str]:
-    """What a generative model is asked on every example."""
+    """Return the question that a generative model is asked on every example."""
     return [question_text(data.recipe, question) for question in data.questions]
 
 
 def examples(data: TaskData | None, show: Show) -> Iterator[list[str]]:
-    """The first, the middle and the last example of a split as a model gets them, as lines of text."""
+    """Yield the first, the middle and the last example of a split as a model gets them, as lines of text."""
     count = 0 if data is None else len(data)
-    for index in sorted({round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)}) if count else []:
+    rows = {round(i * (count - 1) / (EXAMPLES - 1)) for i in range(EXAMPLES)} if count else ()
+    for index in sorted(rows):
         try:
             lines = show(data, index)
         except EvalError as error:
@@ -239,10 +241,10 @@ def examples(data: TaskData | None, show: Show) -> Iterator[list[str]]:
         yield [f"[{data.ids[index]}]", *lines]
 
 
-def plain(data: TaskData, row: int) -> list[str]:
-    """An example in the words of LLaVA-1.5, without its system sentence.
+def default_format(data: TaskData, row: int) -> list[str]:
+    """Return an example in LLaVA-1.5's format without its system prompt, as lines of text.
 
-    Of several captions, each of which is learned, one.
+    Of several captions, each of which is learned, the first is used.
     """
     check_answers(data, row, data.answers[row])
     answer = training_answers(data.recipe, data.answers[row])[0]

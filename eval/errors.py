@@ -1,4 +1,4 @@
-"""What a user can get wrong in evaluation."""
+"""The error of evaluation that a user can repair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a file so that a reader sees the old content or the new one, never a half."""
+"""Atomic writing of files: a reader sees the old content or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava_keeplora_eval.interruption import finishing
 
-#: A file that isn't whole yet.
+#: Suffix of a file that isn't complete yet.
 PART = ".part"
 
 
@@ -17,10 +17,10 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
     Args:
         path: the file to write; its folder must exist.
-        content: all of it; text is written as UTF-8, its line ends as they are.
+        content: the complete content; text is written as UTF-8, with its line ends as they are.
 
     Raises:
-        OSError: the folder is missing, or the disk refuses.
+        OSError: the folder is missing or cannot be written to.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
@@ -43,12 +43,9 @@ def file_hash(path: Path) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Remove files that killed processes left half written in a folder and below.
+    """Remove incomplete files of killed processes in a folder and below; no other process may write there.
 
-    Nobody else may be writing there.
-
-    An unfinished folder below is left with all that is in it: its next maker knows whether someone is still
-    filling it.
+    Incomplete folders below are left with their content, because another process may still be filling one.
     """
     for path in folder.rglob(f".*{PART}"):
         inside = any(parent.name.endswith(PART) for parent in path.relative_to(folder).parents)

@@ -1,4 +1,4 @@
-"""How a LLaVA model answers: greedily, unless a configuration says otherwise by the names of transformers."""
+"""Settings of generation: greedy by default, others by the names of transformers' `GenerationConfig`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_recipes.errors import nearest
 
-#: Settings of transformers' `GenerationConfig` that a user may choose for answers, and the type of each.
-#: Sampling is not among them: a run that is killed and goes on, or has another number of processes, could not
-#: repeat it.
+#: Settings of transformers' `GenerationConfig` that a user may choose, and the type of each. Sampling is not
+#: among them: a run that is resumed, or has another number of processes, could not reproduce it.
 SETTINGS: dict[str, type | tuple[type, ...]] = {
     "num_beams": int,
     "length_penalty": (int, float),
@@ -23,24 +22,25 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     "begin_suppress_tokens": list,
 }
 
-#: Where an answer is cut off at the latest, unless told otherwise.
+#: Most tokens of an answer, by default.
 MAX_NEW_TOKENS = 128
 
+#: Setting → its smallest value.
 LOWEST = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "repetition_penalty": 1e-3}
 
 
 def check_generation(settings: Mapping[str, Any], where: str = "generation") -> dict[str, Any]:
-    """Check settings of answers other than greedy ones.
+    """Check settings of generation.
 
     Args:
-        settings: names and values of `SETTINGS`.
-        where: their place, for error texts.
+        settings: names of `SETTINGS` and their values.
+        where: the settings' key in a configuration, for errors.
 
     Returns:
         the settings.
 
     Raises:
-        EvalError: for a name or a value that is none.
+        EvalError: a name is unknown, or a value has the wrong type or range.
     """
     for key, value in settings.items():
         if key not in SETTINGS:
@@ -52,11 +52,11 @@ def check_generation(settings: Mapping[str, Any], where: str = "generation") -> 
             raise EvalError(f"{where}.{key} {why}", nearest(key, SETTINGS))
         kind = SETTINGS[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            names = " or ".join(t.__name__ for t in (kind if isinstance(kind, tuple) else (kind,)))
             raise EvalError(f"{where}.{key} is {value!r}, but it takes {names}", "mend the value")
     if not settings:
         return {}
-    from transformers import GenerationConfig  # Seconds to import, which few need.
+    from transformers import GenerationConfig  # Takes seconds to import, so only where settings are given.
 
     for key in ("suppress_tokens", "begin_suppress_tokens"):
         if any(type(token) is not int or token < 0 for token in settings.get(key, ())):

@@ -1,7 +1,4 @@
-"""Between the shell and a command, for every program.
-
-Streams, signals, quiet libraries, and one sentence for what a user can repair.
-"""
+"""Environment of every command: streams, signals, quiet libraries, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -22,42 +19,39 @@ from llava_keeplora_eval.interruption import Interrupted, interruptible
 from llava_keeplora_recipes.errors import UserError
 
 USER_ERROR = 2
-#: Seconds after which a process takes itself to be the only one that failed.
+#: Seconds that a process other than the first waits before it reports its error.
 ALONE = 6.0
-#: A disk, a quota, and the largest file that a user may write.
+#: Error numbers of a full disk, an exceeded quota, and a file larger than allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-#: How the libraries say that memory, address space or threads have run out, where they raise no MemoryError.
+#: Messages of libraries that have run out of memory, address space or threads, other than MemoryError.
 EXHAUSTED = re.compile(
     r"can't start new thread|can(?:'t|not) allocate memory|failed to map segment|out of memory"
     r"|std::bad_alloc",
     re.I,
 )
-#: What a terminal acts on instead of showing it: control characters but for tab and line feed, and marks that
-#: turn the direction of text.
+#: Characters that a terminal interprets: control characters except tab and line feed, marks that change the
+#: direction of text, and surrogates.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""Return text for a terminal or a log.
-
-    What it would act on, such as the escape codes of a name, is shown as `\x1b`.
-    """
+    r"""Return text that is safe for a terminal or a log: characters that it would interpret become `\x1b`."""
     return UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
 
 
 class _Printable:
-    """A stream for text that only shows it.
+    """A text stream that escapes what a terminal would interpret.
 
     Args:
-        stream: where the text goes.
+        stream: the stream to write to.
     """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write text without what a terminal would act on."""
+        """Write text after `printable`."""
         return self._stream.write(printable(text))
 
     def __getattr__(self, name: str) -> Any:
@@ -71,35 +65,35 @@ class _PrintableFormatter(logging.Formatter):
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Let a program write to stdout whatever it is.
+    """Make stdout and stderr writable in a block, also if they are closed or have another encoding.
 
-    Closed, a pipe that nobody reads any more, or in another encoding.
+    A BrokenPipeError in the block is suppressed: the reader of the pipe has closed it.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # Otherwise the next file that is opened would be taken for it.
+        except OSError:  # Otherwise the next file that is opened would get this descriptor.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # A test's stream.
+        with suppress(AttributeError):  # The streams of pytest cannot be reconfigured.
             stream.reconfigure(errors="backslashreplace")
     printable_stdout = _Printable(sys.stdout)
     try:
         with redirect_stdout(printable_stdout):
             yield
     except BrokenPipeError:
-        pass  # The reader (`| head`) has what it wants.
+        pass  # The reader (for instance `| head`) has read enough.
     finally:
         try:
             printable_stdout.flush()
         except OSError:
-            # Nothing is left to write to at exit either.
+            # Python flushes stdout once more at exit, which must not fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), printable_stdout.fileno())
 
 
 def check_words(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Sequence[str]:
-    """Return the words of the command line, which are refused by the parser where they are no text."""
+    """Return the words of the command line; the parser exits with an error if one is not valid UTF-8."""
     words = sys.argv[1:] if argv is None else argv
     for word in words:
         if any("\ud800" <= sign <= "\udfff" for sign in word):
@@ -111,9 +105,12 @@ def guarded(action: Callable[[], int | None], debug: bool, going_on: str) -> int
     """Run an action; an error that a user can repair becomes one sentence on stderr and exit code 2.
 
     Args:
-        action: what to run; an exit code that it returns is kept.
-        debug: raise errors instead, with their tracebacks.
-        going_on: what is said after Ctrl-C and SIGTERM, whose exit codes are 130 and 143.
+        action: the function to run; it may return an exit code.
+        debug: whether to raise errors with their tracebacks instead.
+        going_on: how to go on after Ctrl-C or SIGTERM (exit codes 130 and 143), for the message.
+
+    Returns:
+        the exit code.
     """
     _configure_logging(debug)
     bound_caches()
@@ -136,15 +133,15 @@ def guarded(action: Callable[[], int | None], debug: bool, going_on: str) -> int
         if debug or sentence is None:
             raise
         if not is_first_rank():
-            # What is wrong in every process is said by the first one, whose end makes the launcher end this
-            # one meanwhile.
+            # An error of all processes is reported by the first one, after whose end the launcher ends this
+            # process while it waits.
             time.sleep(ALONE)
         _say(f"error: {sentence}")
         return USER_ERROR
 
 
 def describe(error: Exception) -> str | None:
-    """Describe in one sentence an error that a user can repair; None for any other."""
+    """Return one sentence for an error that a user can repair; None for any other."""
     if isinstance(error, UserError):
         return str(error)
     if is_exhaustion(error):
@@ -167,8 +164,8 @@ def describe(error: Exception) -> str | None:
 
 
 def is_exhaustion(error: Exception) -> bool:
-    """Return whether memory, address space or threads have run out, however a library says so."""
-    # An import that runs into a limit of the address space fails in ways of its own.
+    """Return whether an error means that memory, address space or threads have run out."""
+    # Under a limit of the address space, imports fail with errors other than MemoryError.
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if isinstance(error, MemoryError) or (limited and isinstance(error, (ImportError, SystemError))):
         return True
@@ -178,11 +175,11 @@ def is_exhaustion(error: Exception) -> bool:
 def describe_os_error(
     error: OSError, where: object = "a file", going_on: str = "run the same command again"
 ) -> tuple[str, str]:
-    """Return the problem and the cure of what the file system refuses.
+    """Return the problem and the cure of an error of the file system.
 
     Args:
-        error: what it raised.
-        where: what an error is about that names no file.
+        error: the error.
+        where: the file that it concerns, if the error names none.
         going_on: what to do once the cause is gone.
     """
     name = where if error.filename is None else error.filename
@@ -194,22 +191,22 @@ def describe_os_error(
 
 
 def is_first_rank() -> bool:
-    """Return whether this is the one of a launcher's processes that speaks."""
+    """Return whether this is the first of a launcher's processes, the one that prints messages."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def bound_caches() -> None:
-    """Keep a bounded number of products that PyTorch and oneDNN compile for bf16 on a CPU, one per shape.
+    """Bound the caches of kernels that PyTorch and oneDNN compile for bf16 on a CPU, one per shape.
 
-    Batches differ in length, and with the libraries' own limit of 1024 a run's memory grows by megabytes with
-    every new one. The libraries read this when they first compute.
+    Batches differ in length, and with the libraries' default of 1024 a run's memory grows by megabytes with
+    every new one. The libraries read these variables when they first compute.
     """
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, "128")
 
 
 def quiet_libraries() -> None:
-    """Keep what concerns the libraries' authors rather than this program's user off the terminal."""
+    """Suppress messages of libraries that are meant for developers rather than for users."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for noisy in (
         "transformers",
@@ -223,17 +220,17 @@ def quiet_libraries() -> None:
         "absl",
     ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # Libraries tell one another what they will remove.
+    # Deprecations concern the calls between libraries.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\b"
     )
-    # DeepSpeed sets its logger's level when it is imported; a filter stays.
+    # DeepSpeed resets its logger's level when it is imported, but keeps a filter.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _configure_logging(debug: bool) -> None:
-    # Every process sees the same; the first one tells it. A log that cannot be written is no reason for a
-    # traceback.
+    # All processes log the same, so only the first one prints it. A log that cannot be written must not
+    # raise.
     level, logging.raiseExceptions = logging.INFO if is_first_rank() else logging.ERROR, debug
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_PrintableFormatter("%(message)s"))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a file that is being written is finished first."""
+"""Handling of Ctrl-C and SIGTERM: a file that is being written is finished first."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody asked this process to stop.
+    """The process was asked to stop by a signal.
 
     Args:
-        number: of the signal; a shell expects the exit code 128 + number.
+        number: the signal's number; shells expect the exit code 128 + number.
     """
 
     def __init__(self, number: int):
@@ -21,32 +21,32 @@ class Interrupted(KeyboardInterrupt):
 
 
 _writing = 0
-_asked: int | None = None
+_pending: int | None = None
 
 
 def interrupt(number: int, frame: object) -> None:
-    """Handle a signal: raise `Interrupted`, now or once what is being written is on disk.
+    """Handle a signal: raise `Interrupted` at once, or at the end of a block of `finishing`.
 
     Raises:
         Interrupted: outside of `finishing`.
     """
-    global _asked
+    global _pending
     if _writing:
-        _asked = number
+        _pending = number
     else:
         raise Interrupted(number)
 
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """Let a stop wait for the end of the block.
+    """Delay an interruption until the end of a block.
 
     Raises:
-        Interrupted: at its end, if one was asked for meanwhile.
+        Interrupted: at the end of the outermost block, if a signal came meanwhile.
     """
-    global _writing, _asked
+    global _writing, _pending
     if threading.current_thread() is not threading.main_thread():
-        # Signals are the main thread's.
+        # Python handles signals in the main thread alone.
         yield
         return
     _writing += 1
@@ -54,14 +54,14 @@ def finishing() -> Iterator[None]:
         yield
     finally:
         _writing -= 1
-    if not _writing and _asked is not None:
-        number, _asked = _asked, None
+    if not _writing and _pending is not None:
+        number, _pending = _pending, None
         raise Interrupted(number)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM by `interrupt` while the block runs; the main thread's alone."""
+    """Handle Ctrl-C and SIGTERM by `interrupt` while a block runs; call it in the main thread."""
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

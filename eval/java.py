@@ -1,9 +1,7 @@
-"""The two Java programs of caption scoring, from the jars that pycocoevalcap brings.
+"""The two Java programs of caption scoring: the PTB tokenizer and METEOR, from pycocoevalcap's jars.
 
-The PTB tokenizer and METEOR.
-
-pycocoevalcap's own wrappers write into its installed folder, wait without an end, and leave a process behind
-when they fail.
+They are not called through pycocoevalcap's wrappers, because these write into its installed folder, have no
+time-out, and leave a process running when they fail.
 """
 
 from __future__ import annotations
@@ -23,12 +21,12 @@ from llava_keeplora_eval.errors import EvalError
 TIMEOUT = 600  # seconds, many times what thousands of captions take
 TOKENIZER = "tokenizer/stanford-corenlp-*.jar"
 METEOR = "meteor/meteor-*.jar"
-# Numbers are printed with a comma in some locales, and texts lose their accents in others.
+# In some locales numbers are printed with a decimal comma, and in others texts lose their accents.
 _SWITCHES = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
 
 
 def find_jar(pattern: str) -> Path | None:
-    """A jar of pycocoevalcap, if that and a Java are installed.
+    """Find a jar of pycocoevalcap; None if that or Java is not installed.
 
     Args:
         pattern: ``TOKENIZER`` or ``METEOR``.
@@ -51,7 +49,7 @@ def _environment() -> dict[str, str]:
 
 
 def tokenize(jar: Path, lines: Sequence[str], timeout: float = TIMEOUT) -> list[str]:
-    """Tokenise lines with the Stanford PTB tokenizer, called once, as pycocoevalcap calls it.
+    """Tokenise lines with the Stanford PTB tokenizer in one process, with pycocoevalcap's options.
 
     Args:
         jar: the tokenizer's jar.
@@ -59,15 +57,15 @@ def tokenize(jar: Path, lines: Sequence[str], timeout: float = TIMEOUT) -> list[
         timeout: seconds.
 
     Returns:
-        For each line its tokens, lower case, separated by spaces.
+        For each line its tokens, in lower case, separated by spaces.
 
     Raises:
         EvalError: Java failed, took too long, or gave another number of lines.
     """
     what = "the PTB tokenizer"
     with tempfile.TemporaryDirectory() as folder:
-        # A file, because lines that come on standard input are cut off from the line breaks that end their
-        # abbreviations.
+        # The lines are in a file, because on standard input the tokenizer does not see the line break that
+        # decides whether a final period belongs to an abbreviation.
         (Path(folder) / "captions.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         command = ["java", *_SWITCHES, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", "captions.txt"]
@@ -90,15 +88,16 @@ def tokenize(jar: Path, lines: Sequence[str], timeout: float = TIMEOUT) -> list[
 def meteor(
     jar: Path, captions: Sequence[str], references: Sequence[Sequence[str]], timeout: float = TIMEOUT
 ) -> float:
-    """METEOR 1.5 of a set of captions, as pycocoevalcap asks for it.
-
-    English, normalised, aggregated over the set.
+    """Compute METEOR 1.5 of a set of captions with pycocoevalcap's options: English, normalised.
 
     Args:
         jar: METEOR's jar.
         captions: tokenised captions; an empty one matches nothing.
         references: for each caption the tokenised references.
-        timeout: seconds for all of it.
+        timeout: seconds for the whole set.
+
+    Returns:
+        the score aggregated over the set, from 0 to 1.
 
     Raises:
         EvalError: Java failed or took too long.
@@ -107,7 +106,7 @@ def meteor(
         stats = [_ask(process, _score_line(*pair)) for pair in zip(captions, references, strict=True)]
         _send(process, " ||| ".join(["EVAL", *stats]))
         for _ in captions:
-            process.stdout.readline()  # their own scores; what counts comes last
+            process.stdout.readline()  # the captions' scores come first, then that of the set
         return float(process.stdout.readline())
 
 
@@ -128,40 +127,46 @@ def _ask(process: subprocess.Popen, line: str) -> str:
 
 @contextlib.contextmanager
 def _meteor_process(jar: Path, timeout: float) -> Iterator[subprocess.Popen]:
-    """METEOR waiting for lines; gone, and waited for, whatever happens inside."""
+    """Start METEOR, which then waits for lines, and end it at the end of the block.
+
+    Raises:
+        EvalError: the process failed, or took longer than `timeout` seconds.
+    """
     command = ["java", *_SWITCHES, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     pipe = subprocess.PIPE
-    # Its complaints go to a file: a pipe that nobody reads would stop it once full.
-    with tempfile.TemporaryFile() as complaints:
+    # Errors go to a file: a pipe that is not read would block the process once it is full.
+    with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command,
             stdin=pipe,
             stdout=pipe,
-            stderr=complaints,
+            stderr=errors,
             env=_environment(),
             cwd=jar.parent,
             encoding="utf-8",
         )
-        late = threading.Event()
+        timed_out = threading.Event()
 
         def stop() -> None:
-            late.set()
+            timed_out.set()
             process.kill()
 
         watchdog = threading.Timer(timeout, stop)
         watchdog.start()
         try:
             yield process
-        except (BrokenPipeError, ValueError) as error:  # it is gone, or what it said is no number
+        except (BrokenPipeError, ValueError) as error:  # it has ended, or its output is no number
             process.kill()
             process.wait()
-            complaints.seek(0)
-            said = complaints.read().decode(errors="replace").strip()[-300:] or str(error)
-            raise _failure("METEOR", f"no end after {timeout:g} seconds" if late.is_set() else said) from None
+            errors.seek(0)
+            reason = errors.read().decode(errors="replace").strip()[-300:] or str(error)
+            if timed_out.is_set():
+                reason = f"no end after {timeout:g} seconds"
+            raise _failure("METEOR", reason) from None
         finally:
             watchdog.cancel()
             process.kill()
             process.wait()
             process.stdout.close()
-            with contextlib.suppress(BrokenPipeError):  # what it was not there to read
+            with contextlib.suppress(BrokenPipeError):  # it may have ended before it read everything
                 process.stdin.close()

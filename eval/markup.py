@@ -1,4 +1,4 @@
-"""Text from anyone inside of Markdown: a name, a licence or a value is shown and never read as markup."""
+"""Escaping of untrusted text for Markdown, so that a name or a value is never interpreted as markup."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import re
 
 from llava_keeplora_eval.guard import printable
 
-#: What begins code, emphasis, a link, a picture, a cell or another escape; `_` does at the edge of a word
-#: alone.
+#: Characters that begin code, emphasis, a link, an image, a cell or an escape; `_` does at a word's edge.
 _SIGNS = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def markdown_text(text: str) -> str:
-    """Text as Markdown and HTML show it as it is, on one line (CommonMark 0.31, 2.4; HTML there is raw)."""
+    """Escape a text so that Markdown and HTML show it literally, on one line (CommonMark 0.31, 2.4)."""
     text = (
         printable(" ".join(text.splitlines())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     )

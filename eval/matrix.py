@@ -19,6 +19,7 @@ FORMAT = 1
 ZERO_SHOT = "zero-shot"
 NOT_AVAILABLE = "n/a"
 MISSING = "-"
+#: Largest score in percent; sums of a few larger ones would not be finite.
 LARGEST = 1e9
 
 
@@ -26,16 +27,16 @@ LARGEST = 1e9
 class Matrix:
     """Scores in percent of every task (column) before the run and after each training stage (row).
 
-    Missing rows and cells are filled with ``None``, so that ``rows`` is always T x T and a run in
-    progress can be written, shown and continued.
+    Missing rows and cells are filled with ``None``, so that ``rows`` is always T x T, also for a run in
+    progress.
 
     Args:
         tasks: T unique names, in training order.
-        zero_shot: the T scores of the untouched model, or None when it was never measured.
+        zero_shot: the T scores of the base model, or None if they were not measured.
         rows: up to T rows of up to T scores; row t is after training task t, column i is task i.
 
     Raises:
-        EvalError: no task or a repeated one, a row too many or too long, a score that is not a finite number.
+        EvalError: there is no task or a repeated one, too many rows or cells, or a score that is not finite.
     """
 
     tasks: list[str]
@@ -75,7 +76,7 @@ class Matrix:
         return cells + [None] * (len(self.tasks) - len(cells))
 
     def index(self, task: int | str) -> int:
-        """The 0-based column of a task given by name or by column.
+        """Return the 0-based column of a task given by name or by column.
 
         Raises:
             EvalError: there is no such task.
@@ -95,12 +96,12 @@ class Matrix:
         """Set one score.
 
         Args:
-            after: the stage: the last trained task by name or column, or None for the zero-shot row.
+            after: the last trained task by name or column, or None for the zero-shot row.
             task: the scored task by name or column.
             value: the score in percent.
 
         Raises:
-            EvalError: no such task, or a value that is not a finite number.
+            EvalError: there is no such task, or the value is not a finite number.
         """
         column = self.index(task)
         value = _score(value, f"task '{self.tasks[column]}'")
@@ -113,21 +114,20 @@ class Matrix:
 
     @property
     def complete(self) -> bool:
-        """Whether every cell of the T x T rows is there (the zero-shot row doesn't count)."""
+        """Whether every cell of the T x T rows has a score (the zero-shot row doesn't count)."""
         return all(value is not None for row in self.rows for value in row)
 
     @property
     def started(self) -> bool:
-        """Whether any cell of the T x T rows is there (the zero-shot row doesn't count)."""
+        """Whether any cell of the T x T rows has a score (the zero-shot row doesn't count)."""
         return any(value is not None for row in self.rows for value in row)
 
     def metrics(self) -> dict[str, float | None]:
-        """Every aggregate, unrounded, in percent; see ``aggregates`` for formulas and sources.
+        """Return every aggregate, unrounded, in percent; see ``aggregates`` for formulas and sources.
 
-        A value is None where the number is undefined (Transfer of one task) or needs a cell that is not
-        there yet; ask the function in ``aggregates`` itself to learn which cell. ``zero_shot_transfer`` and
-        ``zero_shot_average`` are those of a constant matrix of the zero-shot row: what a model that never
-        changes would get; the zero-shot row enters no other number.
+        A value is None if it is undefined (Transfer of one task) or needs a cell without a score; the error
+        of the function in ``aggregates`` names the cell. ``zero_shot_transfer`` and ``zero_shot_average`` are
+        those of a model that never changes; no other value depends on the zero-shot row.
         """
         values = {name: _or_none(function, self.rows) for name, function in aggregates.AGGREGATES.items()}
         constant = None if self.zero_shot is None else [self.zero_shot] * len(self.tasks)
@@ -137,10 +137,7 @@ class Matrix:
         return values
 
     def per_task(self) -> dict[str, list[float | None]]:
-        """Transfer_i, Average_i and Last_i of every task, unrounded.
-
-        None where undefined or not there yet.
-        """
+        """Return Transfer_i, Average_i and Last_i of every task, unrounded; None as in ``metrics``."""
         functions = {
             "transfer": aggregates.transfer_of,
             "average": aggregates.average_of,
@@ -152,57 +149,59 @@ class Matrix:
         }
 
     def constant_zero_shot(self) -> Matrix | None:
-        """The matrix of a model that never changes: the zero-shot row T times; None without such a row."""
+        """Return the matrix of a model that never changes: the zero-shot row T times, or None without it."""
         if self.zero_shot is None:
             return None
         return Matrix(self.tasks, self.zero_shot, [self.zero_shot] * len(self.tasks))
 
     def labelled_rows(self) -> list[tuple[str, list[float | None]]]:
-        """(name, cells) of every row, the zero-shot row first when there is one."""
+        """Return (name, cells) of every row, the zero-shot row first if there is one."""
         first = [] if self.zero_shot is None else [(ZERO_SHOT, self.zero_shot)]
         return first + list(zip(self.tasks, self.rows))
 
     def markdown(self, precision: int = 1) -> str:
-        """A Markdown table: zero-shot row, one row per stage, then Transfer, Average and Last per task.
+        """Return a Markdown table: zero-shot row, a row per stage, then Transfer, Average and Last per task.
+
+        A cell without a score is ``-``; an undefined number, or one that needs such a cell, is ``n/a``.
 
         Args:
-            precision: decimals shown; means are taken before rounding. A cell not measured is ``-``; a
-                number that is undefined or not there yet is ``n/a``.
+            precision: number of decimals; means are taken before rounding.
         """
         lines = [
             _line(["after", *map(markdown_text, self.tasks), "mean"]),
             _line(["---"] + ["---:"] * (len(self.tasks) + 1)),
         ]
         for name, row in self.labelled_rows():
-            known = None not in row
-            mean = math.fsum(row) / len(row) if known else None
+            mean = None if None in row else math.fsum(row) / len(row)
             lines.append(
                 _line(
                     [
                         markdown_text(name),
-                        *(shown(v, precision, MISSING) for v in row),
-                        shown(mean, precision),
+                        *(format_number(v, precision, MISSING) for v in row),
+                        format_number(mean, precision),
                     ]
                 )
             )
         metrics = self.metrics()
         for name, values in self.per_task().items():
             lines.append(
-                _line([f"**{name.capitalize()}**", *(shown(v, precision) for v in (*values, metrics[name]))])
+                _line(
+                    [
+                        f"**{name.capitalize()}**",
+                        *(format_number(v, precision) for v in (*values, metrics[name])),
+                    ]
+                )
             )
         return "\n".join(lines) + "\n"
 
     def metrics_markdown(self, precision: int = 1) -> str:
-        """A two-column Markdown table of ``metrics()``, ``n/a`` where there is no value."""
+        """Return a two-column Markdown table of ``metrics()``, with ``n/a`` for None."""
         lines = [_line(["metric", "percent"]), _line(["---", "---:"])]
-        lines += [_line([name, shown(value, precision)]) for name, value in self.metrics().items()]
+        lines += [_line([name, format_number(value, precision)]) for name, value in self.metrics().items()]
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
-        """Comma-separated unrounded cells, header ``after,<tasks>``.
-
-        An empty field is a cell not measured.
-        """
+        """Return the unrounded cells as CSV with the header ``after,<tasks>``; empty fields have no score."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["after", *self.tasks])
@@ -211,7 +210,7 @@ class Matrix:
         return text.getvalue()
 
     def to_dict(self) -> dict:
-        """The matrix as plain JSON values, with its metrics for readers that don't compute them."""
+        """Return the matrix as plain JSON values, with its metrics for readers that don't compute them."""
         return {
             "format": FORMAT,
             "unit": "percent",
@@ -222,22 +221,22 @@ class Matrix:
         }
 
     def to_json(self, path: str | Path) -> None:
-        """Write the matrix, unrounded, so that a reader never sees half a file.
+        """Write the matrix, unrounded, in one atomic step.
 
         Args:
             path: the file; its folder must exist.
 
         Raises:
-            OSError: the folder is missing, or the disk refuses.
+            OSError: the folder is missing or cannot be written to.
         """
         write_atomic(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Matrix:
-        """Read what ``to_json`` wrote.
+        """Load a matrix that ``to_json`` wrote.
 
         Raises:
-            EvalError: the file is missing, is not a matrix, or is of another format.
+            EvalError: the file is missing, is not a matrix, or has another format version.
         """
         path = Path(path)
         try:
@@ -275,8 +274,8 @@ class Matrix:
         return cls(record["tasks"], record["zero_shot"], record["rows"])
 
 
-def shown(value: float | None, precision: int = 1, absent: str = NOT_AVAILABLE) -> str:
-    """A number as tables show it: rounded once, or ``absent`` for None."""
+def format_number(value: float | None, precision: int = 1, absent: str = NOT_AVAILABLE) -> str:
+    """Format a number for a table; ``absent`` for None."""
     if value is None:
         return absent
     text = f"{value:.{precision}f}"
@@ -296,7 +295,7 @@ def _score(value, where: str) -> float:
         raise EvalError(
             f"{where} has the score {value!r}, which is not a finite number", "give percents, or None"
         )
-    if abs(number) > LARGEST:  # Sums of a few larger ones are no numbers any more.
+    if abs(number) > LARGEST:
         raise EvalError(
             f"{where} has the score {value!r}, and no metric gives more than {LARGEST:g}",
             "give percents, or None",
@@ -307,5 +306,5 @@ def _score(value, where: str) -> float:
 def _or_none(function, *arguments) -> float | None:
     try:
         return function(*arguments)
-    except EvalError:  # a cell is not there yet; `metrics` documents this None
+    except EvalError:  # A cell has no score yet; `metrics` documents this None.
         return None

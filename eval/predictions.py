@@ -1,4 +1,4 @@
-"""Predictions on disk: one JSON line per example id, appended, so that a killed run loses a line at most."""
+"""Predictions on disk: one appended JSON line per example, so that a killed run loses at most one line."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from tqdm import tqdm
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import sync_folder, write_atomic
 from llava_keeplora_eval.interruption import finishing
+from llava_keeplora_recipes import TaskData
 from llava_keeplora_recipes.strict_json import decode_text, parse_json
 
 if TYPE_CHECKING:
-    from llava_keeplora_eval.predictors import Predictor
-    from llava_keeplora_recipes import TaskData
+    from llava_keeplora_eval.predictors import Predictor  # needs torch, which reading predictions doesn't
 
 log = logging.getLogger(__name__)
 
-#: What a line says of the data that it was predicted for.
+#: Keys of a line that identify the data that it was predicted for.
 SOURCE = {"recipe", "version", "fingerprint"}
 KEYS = {"id", "text"} | SOURCE
-#: A hash of what the answer depends on beside the data; what that is stands in a file beside, see
-#: `maker_path`.
+#: Key of a line with a hash of everything else that the answer depends on, such as the model; a file next to
+#: the answers has it in full, see `maker_path`.
 MADE_BY = "made_by"
 
 
 def read_predictions(path: str | Path, data: TaskData) -> dict[str, str]:
     """Read the predictions made so far for one task and split.
 
-    A last line without its line end is what a killed writer leaves: it is reported in the log and left
-    out, so that its example is predicted again.
+    A killed process may leave a last line without its line end: it is logged and ignored, so that its
+    example is predicted again.
 
     Args:
-        path: the JSONL file; a missing file holds no predictions.
+        path: the JSONL file; a missing file has no predictions.
         data: the task and split that the predictions are for.
 
     Returns:
-        The text of each predicted id, in file order.
+        id → predicted text, in the order of the file.
 
     Raises:
-        EvalError: a line that is no prediction, a prediction for another recipe, version or data, a
-            duplicate id, an id that is not in the data.
+        EvalError: a line is no prediction, or is one for another recipe, version or data; an id is repeated
+            or not in the data; or lines were made by different models.
     """
     path = Path(path)
     if not path.exists():
@@ -81,31 +81,31 @@ def predict_to_file(
     rounds: Callable[[int], int] | None = None,
     made_by: Mapping[str, Any] | None = None,
 ) -> int:
-    """Predict every example that the file doesn't hold yet, appending each batch as it is done.
+    """Predict every example that is missing in a file, and append each batch when it is done.
 
-    Of several processes each predicts its share into a file of its own, without waiting for the others; when
-    all are done, `join_shards` makes one file of them.
+    Each of several processes writes its share to a file of its own, without waiting for the others;
+    `join_shards` merges these files when all are done.
 
     Args:
-        predictor: what answers.
+        predictor: the model that answers.
         data: the task and split.
-        path: the JSONL file, created with its folder when missing, continued when there.
+        path: the JSONL file; created with its folder if it is missing, else continued.
         batch_size: examples per call of the predictor.
-        sync_every: lines after which the file is forced to disk, as it is at the end.
-        advance: called with the number of examples of each batch, for a caller's own progress bar; a bar is
-            shown without it when the work takes over two seconds.
-        shard: this process and how many there are.
-        rounds: number of batches of this process → of the process that has most, where the predictor needs
-            all processes at once (weights in shards).
-        made_by: what the answers depend on besides the data, as plain data, kept next to the file; each line
-            has its hash. None where the caller holds that elsewhere, as a run does.
+        sync_every: number of lines after which the file is forced to disk; it is at the end as well.
+        advance: called with the number of examples of each batch, for a progress bar; without it, a bar is
+            shown when the work takes over two seconds.
+        shard: (rank of this process, number of processes).
+        rounds: function from this process's number of batches to the largest one of all processes, for a
+            predictor that needs all processes at once (weights in shards).
+        made_by: what the answers depend on besides the data, as plain data: it is written next to the file,
+            and its hash to each line. None if the caller records it, as a run does.
 
     Returns:
         How many examples were predicted now.
 
     Raises:
-        EvalError: the file holds answers for other data (see ``read_predictions``) or made by something
-            else, or the predictor gives another number of texts than examples, or something else than text.
+        EvalError: the file has answers for other data (see ``read_predictions``) or of another model, or the
+            predictor does not return one text per example.
     """
     path, missing, source = _begin_share(Path(path), data, shard, made_by)
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
@@ -131,7 +131,7 @@ def predict_to_file(
 def _begin_share(
     path: Path, data: TaskData, shard: tuple[int, int], made_by: Mapping[str, Any] | None
 ) -> tuple[Path, list[int], dict[str, Any]]:
-    """Return a process's file, the rows that it still has to predict, and what each of its lines records."""
+    """Return a process's file, the rows that it still has to predict, and the source keys of its lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rank, world = shard
     done = _read_shards(path, data)
@@ -139,9 +139,10 @@ def _begin_share(
         "recipe": data.recipe.name,
         "version": data.recipe.version,
         "fingerprint": data.fingerprint,
-        **_claim(path, made_by),
+        **_record_maker(path, made_by),
     }
-    # By position in the data, not among the missing: processes may look at the shards at different times.
+    # Shares are by position in the data, not among the missing examples: processes may read the shards at
+    # different times.
     ids = data.ids
     missing = [row for row in range(rank, len(data), world) if ids[row] not in done]
     if world > 1:
@@ -159,7 +160,10 @@ def _append(
     sync_every: int,
     advance: Callable[[int], object],
 ) -> None:
-    """Predict batches of rows and append their lines; without rows, take part and drop the answer."""
+    """Predict batches of rows and append their lines; an empty batch is a call without an effect on the file.
+
+    Such calls keep processes in step whose predictor needs all of them at once.
+    """
     unsynced = 0
     for rows in batches:
         if not rows:
@@ -184,7 +188,7 @@ def _append(
 
 
 def join_shards(path: str | Path, data: TaskData) -> None:
-    """Make one file, in the order of the data, of what several processes predicted; the shards are removed.
+    """Merge the files of several processes into one, in the order of the data, and remove them.
 
     Args:
         path: the file as it was given to `predict_to_file`.
@@ -195,7 +199,7 @@ def join_shards(path: str | Path, data: TaskData) -> None:
     if not shards:
         return
     texts = _read_shards(path, data)
-    maker = {MADE_BY: held} if (held := _held_maker(path)) else {}
+    maker = {MADE_BY: recorded} if (recorded := _recorded_maker(path)) else {}
     source = {
         "recipe": data.recipe.name,
         "version": data.recipe.version,
@@ -213,59 +217,62 @@ def join_shards(path: str | Path, data: TaskData) -> None:
 
 
 def maker_path(path: str | Path) -> Path:
-    """Return where it stands what a file of answers depends on beside the data.
+    """Return the path of the file that records what a file of answers depends on besides the data.
 
-    `answers.made_by.json` beside `answers.jsonl`.
+    It is `answers.made_by.json` for `answers.jsonl`.
     """
     return Path(path).with_suffix(f".{MADE_BY}.json")
 
 
-def _claim(path: Path, made_by: Mapping[str, Any] | None) -> dict[str, str]:
-    """Refuse to go on with a file that something else made, and write down what makes it.
+def _record_maker(path: Path, made_by: Mapping[str, Any] | None) -> dict[str, str]:
+    """Check that a file's answers were made by the same model and settings, and record these.
 
     Returns:
-        what each line says of it.
+        the key `MADE_BY` of each line; empty without `made_by`.
+
+    Raises:
+        EvalError: the file has answers that something else made.
     """
-    wanted = (
+    maker = (
         {}
         if not made_by
         else {MADE_BY: hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]}
     )
-    if _held_maker(path, wanted.get(MADE_BY)) != wanted.get(MADE_BY):
+    if _recorded_maker(path, maker.get(MADE_BY)) != maker.get(MADE_BY):
         raise EvalError(
             f"{path} holds answers {_difference(path, made_by)}",
             "predict into a new file, or remove this one",
         )
-    if wanted:
+    if maker:
         write_atomic(maker_path(path), json.dumps(made_by, indent=1, sort_keys=True) + "\n")
-    return wanted
+    return maker
 
 
-def _held_maker(path: Path, otherwise: str | None = None) -> str | None:
-    """What the first line of a file and of its shards says of their maker.
+def _recorded_maker(path: Path, otherwise: str | None = None) -> str | None:
+    """Return `MADE_BY` of the first line of a file and its shards.
 
     Args:
         path: the file.
-        otherwise: what is returned where none of them holds a line.
+        otherwise: the result if none of them has a line.
 
     Raises:
-        EvalError: two of them are of different makers.
+        EvalError: two of these files have different values.
     """
-    held = {}
+    makers = {}
     for file in (*_shards(path), path):
         lines = _complete_lines(file)[0] if file.exists() else []
         if lines:
-            held[file] = _record(file, 1, lines[0]).get(MADE_BY)
-    if len(set(held.values())) > 1:
+            makers[file] = _record(file, 1, lines[0]).get(MADE_BY)
+    if len(set(makers.values())) > 1:
         raise EvalError(
             f"{path} and its shards hold answers of two models or settings",
-            f"remove {', '.join(file.name for file in held)}, and predict again",
+            f"remove {', '.join(file.name for file in makers)}, and predict again",
         )
-    return next(iter(held.values()), otherwise)
+    return next(iter(makers.values()), otherwise)
 
 
 def _difference(path: Path, made_by: Mapping[str, Any] | None) -> str:
-    """Say how the maker of a file differs from another one."""
+    """Return how the recorded maker of a file differs from another one, as the end of a sentence."""
     try:
         before = json.loads(maker_path(path).read_text(encoding="utf-8"))
         changed = [
@@ -283,12 +290,12 @@ def _shard(path: Path, rank: int) -> Path:
 
 
 def _shards(path: Path) -> list[Path]:
-    """The files of all processes that work, or worked, on a file of answers."""
+    """Return the files of all processes that work, or worked, on a file of answers."""
     return sorted(path.parent.glob(f"{glob.escape(path.stem)}.shard-*.jsonl"))
 
 
 def _read_shards(path: Path, data: TaskData) -> dict[str, str]:
-    """What is predicted so far, in the file itself and by any number of processes beside it."""
+    """Read the predictions made so far, in the file itself and in the files of single processes."""
     texts: dict[str, str] = {}
     for file in (*_shards(path), path):
         texts |= read_predictions(file, data)
@@ -296,14 +303,14 @@ def _read_shards(path: Path, data: TaskData) -> dict[str, str]:
 
 
 def first_ids(ids: list[str], limit: int = 3) -> str:
-    """``3 ids (a, b, c)`` or ``7 ids (a, b, c, ...)``: a count and the first few, for messages."""
+    """Return a count and the first few ids, for messages: ``7 ids (a, b, c, ...)``."""
     names = ", ".join(key if len(key) <= 60 else f"{key[:60]}..." for key in ids[:limit])
     names += ", ..." if len(ids) > limit else ""
     return f"{len(ids)} id{'s' if len(ids) != 1 else ''} ({names})"
 
 
 def _complete_lines(path: Path) -> tuple[list[bytes], int]:
-    """The lines that have their line end, and the number of bytes after the last line end."""
+    """Return the lines that have their line end, and the number of bytes after the last line end."""
     *lines, rest = path.read_bytes().split(b"\n")
     return lines, len(rest)
 
@@ -334,10 +341,10 @@ def check_source(path: Path, number: int, record: dict, data: TaskData) -> None:
     """Refuse a line that was predicted for another recipe, version or data.
 
     Raises:
-        EvalError: names the line and what differs.
+        EvalError: naming the line and the key that differs.
     """
-    wanted = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint}
-    for key, value in wanted.items():
+    expected = {"recipe": data.recipe.name, "version": data.recipe.version, "fingerprint": data.fingerprint}
+    for key, value in expected.items():
         if record[key] != value:
             raise EvalError(
                 f"line {number} of {path} was predicted for {key} {record[key]}, and the data has {key} "

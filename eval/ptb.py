@@ -1,9 +1,9 @@
-"""Penn Treebank tokens in Python, for machines without Java.
+"""Penn Treebank tokenizer in Python, for machines without Java.
 
-The conventions are those by which the tokenizer of Stanford CoreNLP 3.4.1 splits captions as pycocoevalcap
-calls it, written anew from the conventions and from what that tokenizer answers.
+It follows the conventions of the tokenizer of Stanford CoreNLP 3.4.1 with pycocoevalcap's options, and was
+written from these conventions and that tokenizer's output.
 
-Where there is Java, a test compares both. Known differences: telephone numbers in groups ("123 456 7890"),
+If Java is installed, a test compares both. Known differences: telephone numbers in groups ("123 456 7890"),
 which are one token there; SGML entities other than the five of XML; fewer abbreviations that keep their
 period; file names and addresses of unusual form; signs of currencies younger than the tokenizer, which it
 drops; and a single letter with a period at the end of a caption ("vitamin C."), which keeps the period there
@@ -22,7 +22,7 @@ import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 
-# Brackets are in the official list in capitals, while tokens are lower case, so "-lrb-" is never dropped.
+# The official list has brackets in capitals, while tokens are lower case, so "-lrb-" is never dropped.
 DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -132,7 +132,7 @@ _SHORTENED = [
 ]
 _CAPITAL = ["Ark", "Del", "Ill", "La", "Mass", "Miss", "Ore", "Pa", "Tex", "Wash"]
 _NUMBERED = ["no", "nos", "fig", "figs", "pp", "art"]
-# Words of which an apostrophe is a part, beside those that _KINDS describes.
+# Words of which an apostrophe is a part, in addition to those that _KINDS describes.
 _WITH_APOSTROPHE = [
     "ma'am",
     "c'mon",
@@ -168,7 +168,7 @@ def _any(words: Iterable[str]) -> str:
     return "|".join(word.replace("'", _A) for word in words)
 
 
-# What a token can be, of which the longest at its place wins, the first of equally long ones.
+# Kinds of tokens. At each place the longest match wins, and of equally long ones the first.
 _KINDS = [
     re.compile(pattern)
     for pattern in (
@@ -204,27 +204,23 @@ _KINDS = [
         r"-+|[?!]+|\*+|_+|@+|#+|''|``",
     )
 ]
-# Most of any caption: a word of plain letters with a space behind it, which only one of the kinds can match.
-_PLAIN = re.compile(rf"(?!(?:{'|'.join(_TWO)})\s)[A-Za-z]+(?=\s)", re.IGNORECASE)
-# What splits off behind a word: "'s", "n't". The word before "n't" doesn't end in an n.
+# Most words of a caption: ASCII letters followed by a space, for which the kinds need not be tried.
+_SIMPLE_WORD = re.compile(rf"(?!(?:{'|'.join(_TWO)})\s)[A-Za-z]+(?=\s)", re.IGNORECASE)
+# Clitics, which split off a word: "'s", "n't". The word before "n't" doesn't end in an n.
 _CLITIC = re.compile(_A + _SPLIT)
 _NEGATION = re.compile(rf"(?i:([a-z]*[a-mo-z])(n{_A}t)){_END}")
 _ENTITY = re.compile(r"&(?:amp|quot|apos|nbsp);", re.IGNORECASE)
 
 
 def tokenize(text: str) -> list[str]:
-    """The tokens of a text, in lower case.
-
-    Args:
-        text: one line.
-    """
+    """Return the tokens of a line of text, in lower case."""
     text = _ENTITY.sub(lambda match: html.unescape(match[0].lower()), text)
     text = text.replace("&lt;", " < ").replace("&gt;", " > ").replace("\u00ad", "")
     return [token.lower() for token in _tokens(text + "\n")]
 
 
 def without_punctuation(tokens: Iterable[str]) -> str:
-    """The tokens that count for caption scores, separated by spaces."""
+    """Join the tokens that count for caption scores with spaces; punctuation is dropped."""
     return " ".join(token for token in tokens if token and token not in DROPPED)
 
 
@@ -234,7 +230,7 @@ def _tokens(text: str) -> Iterable[str]:
         if text[at].isspace():
             at += 1
             continue
-        if match := _PLAIN.match(text, at):
+        if match := _SIMPLE_WORD.match(text, at):
             pieces, at = [match[0]], match.end()
         elif match := _NEGATION.match(text, at):
             pieces, at = [match[1], "n't"], match.end()
@@ -242,8 +238,8 @@ def _tokens(text: str) -> Iterable[str]:
             pieces, at = ["'" + match[0][1:]], match.end()
         else:
             match = max((kind.match(text, at) for kind in _KINDS), key=_length)
-            found = match[0] if match else text[at]
-            pieces, at = _written(found), at + len(found)
+            piece = match[0] if match else text[at]
+            pieces, at = _treebank_form(piece), at + len(piece)
         yield from pieces
 
 
@@ -252,22 +248,22 @@ def _length(match: re.Match | None) -> int:
 
 
 @lru_cache(maxsize=65536)
-def _written(found: str) -> list[str]:
-    """The token, or two, as the treebank writes what was found; nothing for what it has no token for."""
-    if (cut := _TWO.get(found.lower())) is not None:
-        return [found[:cut], found[cut:]]
-    if found[0].isalnum() and len(found) > 1:
-        return [found.replace(" ", "\u00a0")]  # a token holds no space
-    if found in _REWRITTEN:
-        return [_REWRITTEN[found]]
-    if re.fullmatch(r"\.{3,5}|(?:\. ){2,4}\.|…", found):
+def _treebank_form(piece: str) -> list[str]:
+    """Return the tokens, at most two, that the treebank writes for a piece of text."""
+    if (cut := _TWO.get(piece.lower())) is not None:
+        return [piece[:cut], piece[cut:]]
+    if piece[0].isalnum() and len(piece) > 1:
+        return [piece.replace(" ", "\u00a0")]  # a token has no space
+    if piece in _REWRITTEN:
+        return [_REWRITTEN[piece]]
+    if re.fullmatch(r"\.{3,5}|(?:\. ){2,4}\.|…", piece):
         return ["..."]
-    if re.fullmatch("-{3,4}|[–—―\u0096\u0097]", found):
+    if re.fullmatch("-{3,4}|[–—―\u0096\u0097]", piece):
         return ["--"]
-    if re.fullmatch(f"[{_QUOTES}]+", found):
+    if re.fullmatch(f"[{_QUOTES}]+", piece):
         return ["''"]
-    if found[0] in ":;=>" and found[-1] in "()":  # a face
-        return [found[:-1] + _BRACKETS[found[-1]]]
+    if piece[0] in ":;=>" and piece[-1] in "()":  # a face
+        return [piece[:-1] + _BRACKETS[piece[-1]]]
     # Letters, digits, and the marks and symbols of the Basic Multilingual Plane; no emoji.
-    known = found[0].isalnum() or unicodedata.category(found[0])[0] in "PS"
-    return [found] if known and ord(found[0]) < 0x10000 else []
+    printed = piece[0].isalnum() or unicodedata.category(piece[0])[0] in "PS"
+    return [piece] if printed and ord(piece[0]) < 0x10000 else []

@@ -1,33 +1,30 @@
-"""What a metric compares answers with, and whether it gives an answer to the letter any point."""
+"""The accepted texts and inputs of a metric, and the check that accepted texts themselves get points."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import MetricRecord, metric_record
 from llava_keeplora_eval.predictions import first_ids
+from llava_keeplora_recipes import TaskData
 from llava_keeplora_recipes.texts import is_blank
-
-if TYPE_CHECKING:
-    from llava_keeplora_recipes import TaskData
 
 
 def accepted_texts(data: TaskData) -> list[list[str]]:
     """Return the accepted texts of every example, without decoding an image."""
     if data.recipe.kind == "classification":
-        # A generative model is taught class names with spaces, see `Recipe.vlm_prompt`.
+        # A generative model learns class names with spaces, see `Recipe.vlm_prompt`.
         names = (data.recipe.classes[label] for label in data.labels)
         return [[name, name.replace("_", " ")] for name in names]
     return data.answers
 
 
 def metric_inputs(data: TaskData, record: MetricRecord) -> dict[str, list[str]]:
-    """Return what a metric needs besides texts, by the plural of its name; see ``MetricRecord.inputs``.
+    """Return the inputs of a metric besides texts, by the plural of their names; see ``MetricRecord.inputs``.
 
     Raises:
-        EvalError: an example lacks it.
+        EvalError: an example lacks one of them.
     """
     result = {}
     for name in record.inputs:
@@ -44,12 +41,12 @@ def metric_inputs(data: TaskData, record: MetricRecord) -> dict[str, list[str]]:
 
 
 def unmeetable(metric: str, references: Sequence[Sequence[str]], **inputs: Sequence[str]) -> list[int]:
-    """Find the examples to which a metric gives 0 even if an accepted text is answered to the letter.
+    """Find the examples for which a metric gives 0 even to their accepted texts.
 
     Args:
         metric: a metric's name.
         references: the accepted texts of each example.
-        inputs: what else the metric takes, as for its ``compute``.
+        inputs: the metric's other inputs, as for its ``compute``.
 
     Returns:
         The positions of these examples, ascending.
@@ -61,18 +58,18 @@ def unmeetable(metric: str, references: Sequence[Sequence[str]], **inputs: Seque
 
 
 def check_references(data: TaskData, metric: str | None = None) -> str | None:
-    """Report the examples of a split that cannot score, and classes that its score merges.
+    """Return a warning of examples that cannot get points, and of classes that the metric confuses.
 
     Args:
         data: the task and split.
         metric: another metric than the recipe's.
 
     Returns:
-        A sentence with their number, share and first ones; None if there are none.
+        A sentence with their number, share and the first of them; None if there are none.
 
     Raises:
-        EvalError: it is all of them, so that a score would say nothing; or scoring would refuse one of them;
-            or the data lack what the metric needs.
+        EvalError: no example can get points, scoring would refuse one of them, or the data lack an input of
+            the metric.
     """
     record = metric_record(metric or data.recipe.metric)
     notes = filter(None, (_check_met(data, record), _check_classes(data, record)))
@@ -80,7 +77,7 @@ def check_references(data: TaskData, metric: str | None = None) -> str | None:
 
 
 def _check_met(data: TaskData, record: MetricRecord) -> str | None:
-    """Say which examples get 0 whatever is answered; see ``check_references``."""
+    """Return a warning of the examples that get 0 whatever is answered; see ``check_references``."""
     references, inputs = accepted_texts(data), metric_inputs(data, record)
     positions = record.unmeetable(references, **inputs)
     if not positions:
@@ -89,7 +86,7 @@ def _check_met(data: TaskData, record: MetricRecord) -> str | None:
     refused = record.refuses([references[i] for i in positions], **given)
     empty = [i for i in positions if all(map(is_blank, references[i]))]
     other = [i for i in positions if i not in set(empty)]
-    told = [
+    causes = [
         (empty, "because their accepted text is empty", "complete or remove these records"),
         (
             other,
@@ -97,16 +94,16 @@ def _check_met(data: TaskData, record: MetricRecord) -> str | None:
             f"{record.reason}: write the answers so, or choose another metric",
         ),
     ]
-    told = [(_zeros(data, record, rows, references, why), cure) for rows, why, cure in told if rows]
+    notes = [(_zeros(data, record, rows, references, why), cure) for rows, why, cure in causes if rows]
     if len(positions) == len(data) or refused:
-        raise EvalError(", and ".join(problem for problem, _ in told), "; ".join(cure for _, cure in told))
-    return "; ".join(f"{problem}; {cure}" for problem, cure in told)
+        raise EvalError(", and ".join(problem for problem, _ in notes), "; ".join(cure for _, cure in notes))
+    return "; ".join(f"{problem}; {cure}" for problem, cure in notes)
 
 
 def _zeros(
     data: TaskData, record: MetricRecord, rows: list[int], references: list[list[str]], why: str
 ) -> str:
-    """Say how many examples get 0 for one reason, with the first of them."""
+    """Return a clause on how many examples get 0 for one reason, with the first of them."""
     first = ", ".join(f"{data.ids[i]}: {_shortened(references[i])}" for i in rows[:3])
     return (
         f"{len(rows)} of {len(data)} examples of {data.recipe.name} ({data.split}), "
@@ -116,11 +113,11 @@ def _zeros(
 
 
 def _check_classes(data: TaskData, record: MetricRecord) -> str | None:
-    """Say which classes the metric, or its lenient score, takes for each other; see ``check_references``."""
+    """Return a warning of classes that the metric, or its lenient score, takes for each other."""
     pairs = record.alike(data.recipe.classes) if data.recipe.kind == "classification" else []
     if not pairs:
         return None
-    first = ", ".join(f"{one!r} = {other!r}" for one, other in pairs[:3])
+    first = ", ".join(f"{name!r} = {other!r}" for name, other in pairs[:3])
     return (
         f"the metric '{record.name}' or its lenient score takes {len(pairs)} pairs of classes of "
         f"{data.recipe.name} for one and the "
@@ -130,5 +127,5 @@ def _check_classes(data: TaskData, record: MetricRecord) -> str | None:
 
 
 def _shortened(texts: Sequence[str]) -> str:
-    shown = [repr(text if len(text) <= 40 else text[:40] + "...") for text in dict.fromkeys(texts)]
-    return " or ".join(shown[:2]) + (" or ..." if len(shown) > 2 else "") if shown else "none"
+    quoted = [repr(text if len(text) <= 40 else text[:40] + "...") for text in dict.fromkeys(texts)]
+    return " or ".join(quoted[:2]) + (" or ..." if len(quoted) > 2 else "") if quoted else "none"

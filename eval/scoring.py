@@ -1,41 +1,39 @@
-"""Scoring: from a task and a file of predictions to one number, without a model."""
+"""Scoring of a file of predictions, without a model."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_keeplora_eval.answer_files import read_answers
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import METRICS, MetricRecord, metric_record, metric_source
 from llava_keeplora_eval.references import accepted_texts, check_references, metric_inputs
-
-if TYPE_CHECKING:
-    from llava_keeplora_recipes import TaskData
+from llava_keeplora_recipes import TaskData
 
 
 @dataclass(frozen=True)
 class Score:
-    """The score of one file of predictions, with what is needed to know what it means.
+    """The score of one file of predictions, with the data and the metric that it depends on.
 
     Args:
         task: the recipe's name.
         version: the recipe's version.
         fingerprint: the fingerprint of the data that was scored.
         split: the split that was scored.
-        metric: the metric's name, of one in a file ``module:object``.
+        metric: the metric's name; for one from a file, ``module:object``.
         metric_version: the version of the metric's rule.
         score: the score in percent, unrounded.
-        n: examples scored; every one of them is in the denominator.
-        dropped: unreadable examples that were left out of the data, on the user's word.
-        correct: right predictions, for metrics that count them.
+        n: number of examples scored; every one of them is in the denominator.
+        dropped: number of unreadable examples that were left out of the data, as the user allowed.
+        correct: number of right predictions, for metrics that count them.
         lenient: the score in percent of a reader who looks for the answer in the text, for metrics of
-            answers; what is above the score was lost to style.
-        compliance: the share of answers in the asked form, in percent, for metrics of answers.
-        details: further numbers, in percent, and how they were made, for metrics that have them.
-        unmeetable: how many examples get 0 even if their accepted text is answered to the letter.
-        metric_source: SHA-256 of the sources of a metric that is a plug-in.
+            answers; its excess over the score was lost to style.
+        compliance: the share of answers in the requested form, in percent, for metrics of answers.
+        details: further numbers, in percent, and notes, for metrics that have them.
+        unmeetable: how many examples get 0 even for their accepted texts.
+        metric_source: SHA-256 of the sources of a plug-in metric.
     """
 
     task: str
@@ -69,36 +67,33 @@ class Score:
         for name in ("lenient", "compliance"):
             if (share := getattr(self, name)) is not None:
                 line += f", {name} {share:.2f} %"
-        inside = [f"{self.correct}/{self.n}" if self.correct is not None else f"n={self.n}"]
-        inside += [f"{name} {_shown(value)}" for name, value in (self.details or {}).items()]
-        inside += [f"{self.dropped} dropped"] * bool(self.dropped)
-        inside += [f"{self.unmeetable} that no answer can meet"] * bool(self.unmeetable)
-        return f"{line} ({', '.join(inside)})"
+        notes = [f"{self.correct}/{self.n}" if self.correct is not None else f"n={self.n}"]
+        notes += [f"{name} {_format(value)}" for name, value in (self.details or {}).items()]
+        notes += [f"{self.dropped} dropped"] * bool(self.dropped)
+        notes += [f"{self.unmeetable} that no answer can meet"] * bool(self.unmeetable)
+        return f"{line} ({', '.join(notes)})"
 
 
-def _shown(value: float | str | None) -> str:
+def _format(value: float | str | None) -> str:
     return f"{value:.2f}" if isinstance(value, float) else "n/a" if value is None else value
 
 
 def score(data: TaskData, path: str | Path, metric: str | None = None, form: str | None = None) -> Score:
-    """Score a file of answers against its task; the same inputs always give the same score.
-
-    An empty text is wrong and stays in the denominator.
+    """Score a file of answers; an empty text is wrong and stays in the denominator.
 
     Args:
         data: the task and split that was predicted.
         path: the file, with an answer for every id of the data, in any form that ``read_answers`` reads.
         metric: another metric than the recipe's.
-        form: one of ``answer_files.FORMS``; None looks at the file.
+        form: one of ``answer_files.FORMS``; detected when None.
 
     Returns:
         The score, in percent.
 
     Raises:
-        EvalError: no file, no examples, a record that is no answer, a missing, duplicate or unknown id,
-            predictions for another recipe, version or data, a metric that the package doesn't have, or one
-            that needs what the data or this machine doesn't have, or accepted texts of which none can be met
-            (see ``check_references``).
+        EvalError: the file is missing or not valid (see ``read_answers``), the split has no examples, the
+            metric is unknown or cannot be computed with these data or on this machine, or no example can get
+            points (see ``check_references``).
     """
     path = Path(path)
     name = metric or data.recipe.metric
@@ -138,7 +133,7 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
 
 
 def _percent(value: Any, record: MetricRecord) -> Any:
-    """A number on the 0-100 scale; a name, or None where there is no number, as it is."""
+    """Return a number on the 0-100 scale; other values are returned as they are."""
     return float(value) * record.to_percent if isinstance(value, int | float) else value
 
 

@@ -1,4 +1,4 @@
-"""What every metric promises, as a function that runs on anybody's: `check_metric`."""
+"""Check of the contract of metrics, which third parties can run on theirs: `check_metric`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import AnswerMetric, MetricRecord, as_record, load_metric, metric_record
 
-#: References that most metrics compare, and predictions of all sorts: right, wrong, longer, empty.
+#: References that most metrics accept, and various predictions: right, wrong, longer, empty.
 REFERENCES = (["a dog"], ["two cats", "cats"], ["B"], ["3"], ["yes"], ["a red bird on a tree"])
 PREDICTIONS = ("a dog", "Two cats.", "", "It is 3", " ", "a bird")
 
@@ -22,21 +22,21 @@ def check_metric(
     predictions: Sequence[str] = PREDICTIONS,
     inputs: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
-    """Check that a metric keeps what the package relies on.
+    """Check that a metric keeps the contract.
 
-    It says what it is; the same inputs give the same score, in any order, and are not changed; a score is a
-    finite number in its range that JSON holds; an empty prediction is wrong and stays in the denominator; an
-    accepted text that is answered to the letter gets points, unless the metric says that it cannot; and what
-    does not fit together is refused with an `EvalError`.
+    The rules: its record is complete; the same inputs give the same score, in any order, and are not changed;
+    a score is a finite number in its range, and the result is plain JSON; an empty prediction is wrong and
+    stays in the denominator; an accepted text gets points, unless `unmeetable` names its example; and inputs
+    that do not fit together are refused with an `EvalError`.
 
     Args:
-        metric: its name as in a recipe, its record, or a function of `(text, answers)`.
-        references: accepted texts that the metric compares, at least two examples.
+        metric: the metric's name as in a recipe, its record, or a function of `(text, answers)`.
+        references: accepted texts of at least two examples.
         predictions: one text per example.
-        inputs: what else it takes, by the plural of its name, one value per example.
+        inputs: the metric's other inputs, by the plural of their names, one value per example.
 
     Raises:
-        AssertionError: it does not, and the message says what.
+        AssertionError: the metric breaks a rule, which the message names.
     """
     record = metric_record(metric) if isinstance(metric, str) else as_record(metric)
     inputs = dict(inputs or {})
@@ -98,7 +98,7 @@ def _check_result(record: MetricRecord, references: Any, predictions: Any, input
             for i, (text, answers) in enumerate(zip(predictions, references, strict=True))
         ]
         assert math.isclose(sum(singles) / len(singles), results[0][record.name], abs_tol=1e-9), (
-            f"'{record.name}' scores an answer otherwise beside others than alone"
+            f"'{record.name}' scores an answer otherwise among others than alone"
         )
         assert record.soft or set(singles) <= {0.0, 1.0}, (
             f"'{record.name}' gives parts of a point: it needs soft=True"
@@ -140,7 +140,7 @@ def _check_refusals(record: MetricRecord, references: Any, predictions: Any, inp
         f"'{record.name}' with fewer references",
         lambda: record.compute(predictions, references[1:], **inputs),
     )
-    unknown = {"things_of_nobody": list(predictions)}
+    unknown = {"unknown_inputs": list(predictions)}
     _check_refused(
         f"'{record.name}' with an unknown input",
         lambda: record.compute(predictions, references, **inputs, **unknown),

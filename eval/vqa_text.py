@@ -1,8 +1,8 @@
-"""The normalisation of answers that the official VQA and TextVQA evaluations apply before they compare.
+"""Normalisation of answers as in the official VQA and TextVQA evaluations.
 
 Source: vqaEvaluation/vqaEval.py of https://github.com/GT-Vision-Lab/VQA, and the EvalAI answer processor that
-TextVQA and CoIN use (m4c_evaluator.py of MMF). Both are kept with their quirks, because published numbers
-have them.
+TextVQA and CoIN use (m4c_evaluator.py of MMF). Both are reproduced with their quirks, because published
+numbers depend on them.
 """
 
 from __future__ import annotations
@@ -124,41 +124,44 @@ CONTRACTIONS = {
 
 
 def one_line(text: str) -> str:
-    """Line breaks and tabs become spaces, and white space around the text goes."""
+    """Replace line breaks and tabs by spaces, and strip white space around the text."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def drop_punctuation(text: str) -> str:
-    """Each mark goes where a space stands beside one of its kind, or a comma between digits.
+    """Remove punctuation marks, or replace them by spaces.
 
-    Else it becomes a space.
-
-    A period goes unless a digit follows it. The hyphen is a mark, the apostrophe and the colon are not.
+    A mark of `PUNCTUATION` is removed if the text has a space next to one of its kind, or a comma between
+    digits; otherwise it becomes a space. A period is removed unless a digit follows it. The hyphen is a mark,
+    the apostrophe and the colon are not.
     """
     result = text
     thousands = re.search(r"\d,\d", text) is not None
     for mark in PUNCTUATION:
-        goes = thousands or mark + " " in text or " " + mark in text
-        result = result.replace(mark, "" if goes else " ")
+        remove = thousands or mark + " " in text or " " + mark in text
+        result = result.replace(mark, "" if remove else " ")
     return re.sub(r"\.(?!\d)", "", result, count=PERIODS)
 
 
 def digits_and_articles(text: str) -> str:
-    """Lower case, number words up to ten as digits, no articles, apostrophes of contractions put back."""
+    """Return lower-case text with number words up to ten as digits, without articles, with contractions.
+
+    Contractions that lack their apostrophe ("dont") get it back.
+    """
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-@lru_cache(maxsize=2**16)  # people's answers repeat
+@lru_cache(maxsize=2**16)  # annotators' answers repeat
 def vqa_normal(text: str) -> str:
-    """What the official VQA evaluation compares, where it normalises at all."""
+    """Normalise a text as the official VQA evaluation does."""
     return digits_and_articles(drop_punctuation(one_line(text)))
 
 
 def evalai_normal(text: str) -> str:
-    """What the TextVQA evaluation compares.
+    """Normalise a text as the TextVQA evaluation does.
 
-    Commas and question marks go first, and "'s" is cut off as a word.
+    Before VQA's normalisation, commas and question marks are removed, and "'s" becomes a word.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return vqa_normal(text)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llava_keeplora.config import ExpectedConfig, RunConfig
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_eval import Matrix
-from llava_keeplora_eval.matrix import shown
+from llava_keeplora_eval.matrix import format_number
 from llava_keeplora_recipes import load_recipes
 
 
@@ -39,7 +39,8 @@ class Figure:
         return self.measured is not None and abs(self.measured - self.published) <= self.tolerance
 
     def __str__(self) -> str:
-        return f"{self.row}, {self.name}: {shown(self.measured)} and not {self.published} ± {self.tolerance}"
+        measured = format_number(self.measured)
+        return f"{self.row}, {self.name}: {measured} and not {self.published} ± {self.tolerance}"
 
 
 def check_expected(config: RunConfig) -> None:
@@ -97,10 +98,10 @@ def comparison(figures: list[Figure], expected: Mapping[str, ExpectedConfig]) ->
             [
                 f.row,
                 f.name,
-                shown(f.published),
-                shown(f.measured),
-                shown(difference),
-                shown(f.tolerance),
+                format_number(f.published),
+                format_number(f.measured),
+                format_number(difference),
+                format_number(f.tolerance),
                 "yes" if f.met else "no",
             ]
         )

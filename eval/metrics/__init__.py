@@ -1,7 +1,4 @@
-"""The metrics that score predictions.
-
-Functions in files by group, each with its record, and one list of them all.
-"""
+"""The metrics that score predictions, and their registry; each metric is a function with a record."""
 
 from __future__ import annotations
 
@@ -28,16 +25,16 @@ __all__ = [
 
 
 def check_metric(name: str) -> None:
-    """Refuse a metric that could not be computed here, so that a long run can ask before it starts.
+    """Check before a long run that a metric can be computed on this machine.
 
     Raises:
-        EvalError: there is no such metric, or what it needs is not installed.
+        EvalError: there is no such metric, or a program that it needs is not installed.
     """
     metric_record(name).check_installed()
 
 
 def load_metric(name: str) -> evaluate.Metric:
-    """Return a metric as an ``evaluate.Metric``: no network, no download count, nothing shared on disk.
+    """Load a metric as an ``evaluate.Metric``, without network, download count or shared cache files.
 
     Args:
         name: as under ``metric`` in a recipe.
@@ -50,9 +47,9 @@ def load_metric(name: str) -> evaluate.Metric:
         EvalError: there is no such metric.
     """
     metric_record(name)
-    # Over a second to import evaluate, which `--help` and the matrix don't need.
+    # Importing evaluate takes over a second, and `--help` and the matrix don't need it.
     from llava_keeplora_eval.metrics.evaluate_metric import EvaluateMetric
 
-    # Memory instead of cache files, and an id of its own, because two processes that score at once would
-    # otherwise meet in one file named after `default_experiment`.
+    # In memory and with a unique id, because two processes that score at the same time would otherwise use
+    # the same cache file, that of `default_experiment`.
     return EvaluateMetric(config_name=name, experiment_id=uuid.uuid4().hex, keep_in_memory=True)

@@ -1,4 +1,4 @@
-"""Answers that are compared as texts, and as option letters, numbers or yes and no."""
+"""Metrics that compare answers as texts, option letters, numbers, or yes and no."""
 
 from __future__ import annotations
 
@@ -17,45 +17,48 @@ from llava_keeplora_eval.answer_forms import (
     known_form,
     letter_form,
     number_form,
-    plain,
     read_letter,
     read_number,
     read_yes_no,
+    words_only,
     yes_no_form,
 )
 from llava_keeplora_eval.metrics.records import AnswerMetric, Answers, finds_any
 
 
 def accuracy(text: str, answers: Answers) -> float:
-    """Letter by letter one of the accepted texts, white space around both aside.
+    """Return whether the prediction is one of the accepted texts, letter by letter.
 
-    The same letters in another Unicode form, as some file systems write a class's folder, are the same.
+    White space around both and differences of Unicode form don't count; some file systems write a class's
+    folder in another form.
     """
     return normalize("NFC", text) in {normalize("NFC", answer.strip()) for answer in answers}
 
 
 def same_words(text: str, answers: Answers) -> float:
-    """An accepted text, without case, punctuation and underscores."""
-    return bool(plain(text)) and plain(text) in {plain(answer) for answer in answers}
+    """Return whether the prediction has an accepted text's words; case, punctuation and underscores aside."""
+    return bool(words_only(text)) and words_only(text) in {words_only(answer) for answer in answers}
 
 
 def exact_match(text: str, answers: Answers) -> float:
-    """One of the accepted texts, without differences of case, amount of white space or Unicode form."""
+    """Return whether the prediction is an accepted text; case, white space and Unicode form aside."""
     return folded(text) in {folded(answer) for answer in answers}
 
 
 def _matches(
     text: str, answers: Answers, has_form: Callable[[str], bool], read: Callable[[str], Any]
 ) -> bool:
-    """Return whether a text of the asked form has an accepted text's value, or is one that has a value."""
+    """Return whether a text in the requested form has the value of an accepted text, or is such a text."""
     values = {answer.strip().casefold(): read(answer) for answer in answers if read(answer) is not None}
     return text.casefold() in values or (has_form(text) and read(text) in values.values())
 
 
 def reads_any(find: Callable[[str], Any], read: Callable[[str], Any]) -> Callable[..., float]:
-    """Return the lenient rule for accepted texts that are read.
+    """Return a lenient rule: the value that `find` finds in the prediction is that of an accepted text.
 
-    The value found in a text is one of theirs.
+    Args:
+        find: reads a value from a prediction; None if it has none.
+        read: reads the value of an accepted text; None if it has none.
     """
 
     def lenient(text: str, answers: Answers) -> float:
@@ -65,21 +68,26 @@ def reads_any(find: Callable[[str], Any], read: Callable[[str], Any]) -> Callabl
 
 
 def option_letter(text: str, answers: Answers) -> float:
-    """The letter of the option and nothing else, in either case; an accepted "(B)" or "B. a dog" means B."""
+    """Return whether the prediction is the option's letter and nothing else, in either case.
+
+    An accepted text "(B)" or "B. a dog" means B.
+    """
     return _matches(text, answers, is_letter, read_letter)
 
 
 def numeric(text: str, answers: Answers) -> float:
-    """A number in digits and nothing else, equal in value to an accepted one: 3, 3.0, 1,000, but not "three".
+    """Return whether the prediction is a number in digits with an accepted value: 3, 3.0, but not "three".
 
-    An accepted text may be a number word up to ten, or end in a period or percent sign, which is dropped:
-    "50%" is 50.
+    An accepted text may be a number word up to ten, and may end in a period or percent sign: "50%" is 50.
     """
     return _matches(text, answers, is_number, read_number)
 
 
 def yes_no(text: str, answers: Answers) -> float:
-    """Yes or no and nothing else, in either case; an accepted "True" or "Yes." means yes, "False" no."""
+    """Return whether the prediction is the accepted one of yes and no and nothing else, in either case.
+
+    An accepted text "True" or "Yes." means yes, "False" no.
+    """
     return _matches(text, answers, is_yes_no, read_yes_no)
 
 

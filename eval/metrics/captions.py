@@ -1,4 +1,4 @@
-"""Captions: ROUGE-L, CIDEr, METEOR and UCIT's mean of seven, each with all the others as details."""
+"""Metrics of captions: ROUGE-L, CIDEr, METEOR and UCIT's mean, each with the other scores as details."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from llava_keeplora_eval.metrics.records import Answers, CorpusMetric
 
 @dataclass(frozen=True)
 class CaptionMetric(CorpusMetric):
-    """A score of captions, which are compared word by word.
+    """A metric of captions, which are compared word by word.
 
     Args:
-        by_rarity: whether a word that all examples have in their references weighs nothing.
+        by_rarity: whether n-grams that all examples have in their references get weight 0, as in CIDEr.
     """
 
     by_rarity: bool = False
 
     @property
     def description(self) -> str:
-        """The rule in a line; the scores are described in ``caption_scores``."""
+        """The rule in one line; ``caption_scores`` describes the scores."""
         return self.summary
 
     def check_installed(self) -> None:
-        """Refuse captions where pycocoevalcap, or Java for METEOR, is missing.
+        """Check that pycocoevalcap, and Java for METEOR, are installed.
 
         Raises:
-            EvalError: it is.
+            EvalError: one of them is missing.
         """
         caption_scores.require("java" in self.needs)
 
     def unmeetable(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> list[int]:
-        """Find the captions without a word, or by rarity without an n-gram that not every example has."""
+        """Find the examples without a word in their references, or with `by_rarity` those of weight 0."""
         tokens = _tokens(references)
         return caption_scores.weightless(tokens) if self.by_rarity else _without_words(tokens)
 
@@ -95,7 +95,7 @@ METRICS = (
         "caption_rouge_l",
         1,
         caption_rouge_l,
-        "ROUGE-L of captions, with BLEU and CIDEr beside it",
+        "ROUGE-L of captions, with BLEU and CIDEr as details",
         needs=_COCO,
         citation=_SOURCE,
     ),
@@ -103,7 +103,7 @@ METRICS = (
         "caption_cider",
         1,
         caption_cider,
-        "CIDEr of captions, with BLEU and ROUGE-L beside it",
+        "CIDEr of captions, with BLEU and ROUGE-L as details",
         needs=_COCO,
         citation=_SOURCE,
         by_rarity=True,
@@ -112,7 +112,7 @@ METRICS = (
         "caption_meteor",
         1,
         caption_meteor,
-        "METEOR of captions, with all the others beside it",
+        "METEOR of captions, with all other scores as details",
         needs=(*_COCO, "java"),
         citation=_SOURCE,
     ),

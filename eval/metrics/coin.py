@@ -1,6 +1,6 @@
-"""CoIN: ScienceQA, ImageNet, GQA, VizWiz, VQAv2 and grounding.
+"""Metrics of CoIN: ScienceQA, ImageNet, GQA, VizWiz, VQAv2 and grounding.
 
-TextVQA is in ``vqa``, OCR-VQA in ``mllm_dcl``.
+CoIN's TextVQA is in ``vqa``, its OCR-VQA in ``mllm_dcl``.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from llava_keeplora_eval.metrics.ucit import ucit_exact_match
 
 
 def coin_scienceqa(text: str, answers: Answers) -> float:
-    """The letter that the prediction is, that it begins with as in "B.
+    """Return whether the prediction names the accepted letter.
 
-    A dog", or that its one "The answer is B." names.
+    It may be the letter, begin with it as in ``B. A dog``, or have exactly one ``The answer is B.``
     """
     if text in tuple("ABCDE"):
-        named = [text]
+        letters = [text]
     elif re.match(r"[A-E]\. ", text):
-        named = [text[0]]
+        letters = [text[0]]
     else:
-        named = re.findall(r"The answer is ([A-Z]).", text)
-    return named == [answers[0].strip().upper()]
+        letters = re.findall(r"The answer is ([A-Z]).", text)
+    return letters == [answers[0].strip().upper()]
 
 
 def coin_imagenet(text: str, answers: Answers) -> float:
-    """The class name is a part of the prediction or the prediction a part of it, with case.
+    """Return whether the class name is a part of the prediction or vice versa, with case.
 
-    Officially an empty prediction is right too, and answers are paired with questions by position; here it is
-    wrong, and they are paired by id.
+    In the official script an empty prediction is right as well, and answers are paired with questions by
+    position; here it is wrong, and they are paired by id.
     """
     return answers[0] in text or text in answers[0]
 
 
 def coin_gqa(text: str, answers: Answers) -> float:
-    """Compare to the letter, after the prediction lost its last periods and its case."""
+    """Return whether the prediction, in lower case and without final periods, is the answer."""
     return text.rstrip(".").lower() == answers[0]
 
 
 def _overlaps(box: Sequence[float], other: Sequence[float], size: Any) -> bool:
     """Return whether the intersection over union of two boxes (x1, y1, x2, y2) is above a half.
 
-    It is taken in pixels of the picture's longer side, as in the script, because rounding decides where it
-    is a half.
+    Coordinates are scaled to pixels of the image's longer side, as in the script, because rounding decides
+    where the ratio is exactly a half.
 
     Raises:
         EvalError: the size isn't a width and a height.
@@ -84,10 +84,10 @@ def _accepted_box(answers: Answers) -> list[float]:
 
 
 def coin_grounding(text: str, answers: Answers, *, size: Any) -> float:
-    """The predicted box overlaps the accepted one by more than half (intersection over union).
+    """Return whether the predicted box overlaps the accepted one by more than half (intersection over union).
 
-    After the brackets the script drops a first and a last character more, so that 0.93 is read as 0.9; a
-    prediction that isn't four numbers then is wrong.
+    After the brackets the script drops one more character at both ends, so that a final 0.93 is read as 0.9;
+    a prediction that isn't four numbers then is wrong.
     """
     box = _four_numbers(re.sub(r"[\[\]]", "", text)[1:-1])
     accepted = _accepted_box(answers)
@@ -95,7 +95,7 @@ def coin_grounding(text: str, answers: Answers, *, size: Any) -> float:
 
 
 def coin_grounding_lenient(text: str, answers: Answers, *, size: Any) -> float:
-    """As ``coin_grounding`` with the only four numbers in the text, read to their last digit."""
+    """Apply ``coin_grounding`` to the only four numbers in the text, read to their last digit."""
     box = [float(number) for number in re.findall(r"\d*\.?\d+", text)]
     return len(box) == 4 and _overlaps(box, _accepted_box(answers), size)
 
@@ -103,7 +103,7 @@ def coin_grounding_lenient(text: str, answers: Answers, *, size: Any) -> float:
 _First = partial(AnswerMetric, compares="first", citation="eval_*.py of https://github.com/zackschen/CoIN")
 
 METRICS = (
-    # LLaVA's script, which KeepLoRA and MCITlib have too; the present one of CoIN takes the first single
+    # LLaVA's script, which KeepLoRA and MCITlib use as well; CoIN's present script takes the first single
     # letter.
     _First(
         "coin_scienceqa",

@@ -2,8 +2,8 @@
 
 >>> evaluate.load(f"{llava_keeplora_eval.metrics.__path__[0]}/evaluate_metric.py", "accuracy")
 
-The second argument is the name that a recipe would have under ``metric``. ``evaluate`` takes the first metric
-class of this module for the module's own, so there is one.
+The second argument is the metric's name, as under ``metric`` in a recipe. ``evaluate`` uses the first metric
+class of a module, so this one has a single class.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Returns:
 
 
 class EvaluateMetric(evaluate.Metric):
-    """The metric that ``config_name`` names; its result has the metric's name as a key."""
+    """The metric whose name is ``config_name``; its result has that name as a key."""
 
     config_name: str
 
     def _info(self) -> evaluate.MetricInfo:
         self.record = metric_record(self.config_name)
-        # evaluate makes a folder of this name, and the name of a metric from a file is a path.
+        # evaluate creates a folder of this name, and the name of a metric from a file is a path.
         self.config_name = re.sub(r"[^\w.-]+", "_", self.config_name)
         inputs = " ".join(f"{key}s: one per example." for key in self.record.inputs)
         return evaluate.MetricInfo(

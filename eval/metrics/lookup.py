@@ -1,4 +1,4 @@
-"""Metrics by name: those of this package, and plug-ins."""
+"""Lookup of metrics by name: those of this package, and plug-ins."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def _is_metric(value: Any) -> str | None:
     return "it is neither an AnswerMetric or a CorpusMetric, nor a function of (text, answers)"
 
 
-#: Name → record. A plug-in's object may be a function too; see ``metric_record``.
+#: Name → record; a plug-in may be a function instead of a record, see ``metric_record``.
 METRICS = Registry("metric", "llava_keeplora.metrics", {}, _is_metric)
 for _group in (answers, vqa, captions, ucit, mllm_dcl, mllm_acl, coin):
     METRICS.update({record.name: record for record in _group.METRICS})
 
 
 def metric_record(name: str) -> MetricRecord:
-    """Return the record of a metric by name; see ``as_record`` for a function.
+    """Return the record of a metric by name; a function is wrapped by ``as_record``.
 
     Args:
-        name: of a metric of this package, ``module:object``, ``path/to/file.py:object``, or of an entry point
-            of the group ``llava_keeplora.metrics``.
+        name: the name of a metric of this package or of an entry point of the group
+            ``llava_keeplora.metrics``, ``module:object``, or ``path/to/file.py:object``.
 
     Raises:
         EvalError: there is no such metric, or it cannot be imported.
@@ -41,10 +41,7 @@ def metric_record(name: str) -> MetricRecord:
 
 
 def as_record(metric: MetricRecord | Callable[..., float]) -> MetricRecord:
-    """Return a metric's record.
-
-    A function of ``(text, answers)`` gets one with its name and its docstring's first line.
-    """
+    """Return a metric's record; for a function of ``(text, answers)``, one made of its name and docstring."""
     if isinstance(metric, MetricRecord):
         return metric
     identifier = getattr(metric, "__name__", "metric")
@@ -53,10 +50,10 @@ def as_record(metric: MetricRecord | Callable[..., float]) -> MetricRecord:
 
 
 def metric_source(name: str) -> str | None:
-    """Return the SHA-256 of the sources of a metric that is a plug-in; None for one of this package.
+    """Return the SHA-256 of the sources of a plug-in metric; None for a metric of this package.
 
     Raises:
-        EvalError: there is no such metric here.
+        EvalError: there is no such metric, or it is not installed.
     """
     try:
         return METRICS.source_hash(METRICS.localize(name))

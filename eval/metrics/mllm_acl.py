@@ -1,4 +1,4 @@
-"""MLLM-ACL: OCRBench and CV-Bench."""
+"""Metrics of MLLM-ACL: OCRBench and CV-Bench."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ SOURCE = "eval_*.py of https://github.com/MaolinLuo/KeepLoRA"
 
 
 def acl_ocr(text: str, answers: Answers, *, answer_type: str) -> float:
-    """OCRBench: any accepted text is a part of the prediction, without line breaks and case.
+    """Return whether any accepted text is a part of the prediction, case and line breaks aside (OCRBench).
 
-    Handwritten formulas are compared without spaces and line breaks, and with case. The official sum of hits
-    over 10 is this share in percent of its 1,000 questions.
+    Handwritten formulas are compared with case, but without spaces and line breaks. The official score, the
+    number of hits divided by 10, is this share in percent, as OCRBench has 1,000 questions.
     """
 
-    def bare(part: str) -> str:
+    def normal(part: str) -> str:
         if answer_type == "Handwritten Mathematical Expression Recognition":
             return part.strip().replace(" ", "").replace("\n", "")
         return part.lower().strip().replace("\n", "")
 
-    return any(bare(answer) in bare(text) for answer in answers)
+    return any(normal(answer) in normal(text) for answer in answers)
 
 
 def acl_vp(text: str, answers: Answers) -> float:
-    """CV-Bench: the answer is a part of the prediction, case, spaces, line breaks and periods aside."""
+    """Return whether the answer is a part of the prediction (CV-Bench).
 
-    def bare(part: str) -> str:
+    Case, spaces, line breaks and periods don't count.
+    """
+
+    def normal(part: str) -> str:
         return re.sub(r"[ \n.]", "", part.lower().strip())
 
-    return bare(answers[0]) in bare(text)
+    return normal(answers[0]) in normal(text)
 
 
 METRICS = (

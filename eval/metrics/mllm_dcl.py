@@ -1,7 +1,4 @@
-"""MLLM-DCL: answers of remote sensing, driving, medicine, science and finance.
-
-And CoIN's OCR-VQA, of the same script.
-"""
+"""Metrics of MLLM-DCL: remote sensing, driving, medicine, science and finance; and CoIN's OCR-VQA."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from llava_keeplora_eval.metrics.records import AnswerMetric, Answers
 
 
 def _skips_unanswerable(rule: Callable[..., float]) -> Callable[..., float]:
-    """The scripts pass over a prediction with "Unanswerable" in it, spelt so, and keep it in the denominator.
+    """Make predictions that contain "Unanswerable", in this spelling, wrong.
 
-    It is wrong.
+    The official scripts skip them and keep them in the denominator.
     """
 
     @wraps(rule)
@@ -27,11 +24,11 @@ def _skips_unanswerable(rule: Callable[..., float]) -> Callable[..., float]:
 
 @_skips_unanswerable
 def dcl_words(text: str, answers: Answers) -> float:
-    """RS and AD: an answer of several words is a part of the prediction.
+    """Return whether the answer's words are in the prediction, case aside (RS and AD).
 
-    One of a single word, without its periods, has a
-    space before it or a space, period or comma after it, unless the prediction is a single word; then it is a
-    part of it.
+    An answer of several words must be a part of the prediction. An answer of one word, without its periods,
+    must have a space before it, or a space, period or comma after it, in a prediction of several words; in a
+    prediction of one word it must be a part of it.
     """
     text, gold = text.lower(), answers[0].lower()
     if " " in gold:
@@ -44,29 +41,30 @@ def dcl_words(text: str, answers: Answers) -> float:
 
 @_skips_unanswerable
 def dcl_med(text: str, answers: Answers) -> float:
-    """The answer is a part of the prediction, case aside, so "no" is found in "unknown"."""
+    """Return whether the answer is a part of the prediction, case aside; so "no" is found in "unknown"."""
     return answers[0].lower() in text.lower()
 
 
 @_skips_unanswerable
 def dcl_sci(text: str, answers: Answers, *, question: str, image: str) -> float:
-    """By the image's file name: AI2D, TQA, VQA and SciVerse ask for the answer itself, case aside.
+    """Return the score of a science question; the rule depends on the data set in the image's file name.
 
-    The rest is MapQA: a question with "Which states" gets the share of the states that stand between the
-    prediction's commas (a space after a comma belongs to the state, further states cost nothing), any other
-    looks for the answer as a part of the prediction.
+    For AI2D, TQA, VQA and SciVerse the prediction must be the answer, case aside. The others are MapQA: a
+    question with "Which states" gets the share of the answer's states that are between commas of the
+    prediction (a space after a comma belongs to the state; additional states cost nothing); for any other
+    question the answer must be a part of the prediction.
     """
     text, gold = text.lower(), answers[0].lower()
     if image.split("/")[-1].split("_")[0] in ("AI2D", "TQA", "VQA", "SciVerse"):
         return text == gold
     if "Which states" in question:
-        named = text.split(",")
-        return sum(state in named for state in gold.split(",")) / len(gold.split(","))
+        predicted = text.split(",")
+        return sum(state in predicted for state in gold.split(",")) / len(gold.split(","))
     return gold in text
 
 
 def dcl_sci_lenient(text: str, answers: Answers, *, question: str, image: str) -> float:
-    """As ``dcl_sci`` with every state looked for as whole words anywhere in the prediction."""
+    """Return the score of a science question, with states and answers found anywhere in the prediction."""
     if "Which states" in question:
         states = answers[0].split(",")
         return sum(finds(text, state) for state in states) / len(states)
@@ -75,13 +73,13 @@ def dcl_sci_lenient(text: str, answers: Answers, *, question: str, image: str) -
 
 @_skips_unanswerable
 def dcl_fin(text: str, answers: Answers) -> float:
-    """Compare case aside, after spaces and periods are removed from the prediction (not from the answer)."""
+    """Return whether the prediction without spaces and periods is the answer (as it is), case aside."""
     return text.lower().replace(" ", "").replace(".", "") == answers[0].lower()
 
 
 @_skips_unanswerable
 def coin_ocrvqa(text: str, answers: Answers) -> float:
-    """The answer, case aside."""
+    """Return whether the prediction is the answer, case aside."""
     return text.lower() == answers[0].lower()
 
 

@@ -1,12 +1,12 @@
-"""What the package knows of a metric: a function and its record.
+"""Records of metrics: a function with its name, version, inputs and source.
 
-Two records are enough. An ``AnswerMetric`` has a function of one answer, ``(text, answers) -> score``; the
-task's score is the mean. A ``CorpusMetric`` has a function of all of them, ``(predictions, references) ->
-(score, details)``, for scores that are no mean over examples, as CIDEr is none.
+There are two kinds. An ``AnswerMetric`` has a function of one answer, ``(text, answers) -> score``; a task's
+score is the mean. A ``CorpusMetric`` has a function of all answers, ``(predictions, references) -> (score,
+details)``, for scores that are no means over examples, such as CIDEr.
 
-The rules that hold for every metric of answers: an empty answer is wrong, and an accepted text that is empty
-matches nothing. Empty is what holds nothing but white space and zero-width characters; a text of which
-nothing is left once an official script has normalised it ("A", "the", ".") is scored as the script scores it.
+For every metric of answers, an empty answer is wrong, and an empty accepted text matches nothing. A text is
+empty if it has nothing but white space and zero-width characters; a text that an official script normalises
+to nothing ("A", "the", ".") is scored as the script does.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from importlib.util import find_spec
 from itertools import combinations
 from typing import Any, Literal
 
-from llava_keeplora_eval.answer_forms import finds, plain, short_form
+from llava_keeplora_eval.answer_forms import finds, short_form, words_only
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_recipes.texts import is_blank
 
 Answers = Sequence[str]
 
-#: With more classes only those of the same words are compared with each other.
+#: Most classes of which all pairs are compared; of more, only those with the same words are.
 ALL_PAIRS = 300
 
 
@@ -35,19 +35,18 @@ def finds_any(text: str, answers: Answers, **inputs: Any) -> float:
 
 @dataclass(frozen=True)
 class MetricRecord:
-    """A metric: what all records have; see ``AnswerMetric`` and ``CorpusMetric``.
+    """Record of a metric, the base of ``AnswerMetric`` and ``CorpusMetric``.
 
     Args:
         name: the name that recipes use, and the key of the result.
-        version: raised whenever the rule changes, and kept with every score.
+        version: a number that is raised whenever the rule changes, and recorded with every score.
         function: the rule.
-        summary: the rule in a line, as in "it scores whether the prediction is the option's letter".
-        inputs: what the function takes of an example besides its accepted texts, by name: ``question``, or a
-            key of the example's ``meta``. ``compute`` takes them in the plural (``questions``), one value per
-            example.
-        needs: packages that must be installed besides this one.
+        summary: the rule in one line, as the end of "it scores whether ...".
+        inputs: names of the function's inputs besides the accepted texts: ``question``, or a key of the
+            example's ``meta``. ``compute`` takes them in the plural (``questions``), one value per example.
+        needs: packages that must be installed.
         citation: the paper or script that the rule comes from.
-        to_percent: what scores are multiplied by to be on the 0-100 scale.
+        to_percent: factor that brings scores to the 0-100 scale.
     """
 
     name: str
@@ -61,11 +60,11 @@ class MetricRecord:
 
     @property
     def description(self) -> str:
-        """The rule in full."""
+        """The rule in full, the function's docstring."""
         return self.function.__doc__ or self.summary
 
     def check_installed(self) -> None:
-        """Refuse a metric that cannot be computed here, so that a long run can ask before it starts.
+        """Check before a long run that the metric can be computed on this machine.
 
         Raises:
             EvalError: a package that it needs is not installed.
@@ -88,11 +87,11 @@ class MetricRecord:
             inputs: see ``MetricRecord.inputs``.
 
         Returns:
-            The score under the metric's name, and what else the metric tells.
+            The score under the metric's name, and the metric's other results.
 
         Raises:
-            EvalError: there are no predictions, or other numbers of predictions, references and inputs; or a
-                reference is not what the metric compares.
+            EvalError: there are no predictions, or different numbers of predictions, references and inputs;
+                or a reference has not the form that the metric compares.
         """
         if not len(predictions):
             raise EvalError(
@@ -120,10 +119,10 @@ class MetricRecord:
         raise NotImplementedError
 
     def unmeetable(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> list[int]:
-        """Find the examples that get 0 even if their accepted text is answered to the letter.
+        """Find the examples that get 0 even for their accepted texts.
 
         Returns:
-            Their positions, ascending; none where the metric cannot tell.
+            Their positions, ascending; empty if the metric does not determine them.
         """
         return []
 
@@ -131,30 +130,30 @@ class MetricRecord:
         """Find pairs of classes of which one's name is a right answer for the other, strictly or leniently.
 
         Returns:
-            The pairs; none where the metric cannot tell.
+            The pairs; empty if the metric does not determine them.
         """
         return []
 
     @property
     def reason(self) -> str:
-        """Why an example of ``unmeetable`` gets 0, as a clause."""
+        """The reason why an example of ``unmeetable`` gets 0, as a clause."""
         return f"it scores whether {self.summary}"
 
     def refuses(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> bool:
         """Return whether ``compute`` refuses one of these references whatever is predicted.
 
         Raises:
-            EvalError: it does, and says why.
+            EvalError: it does, with its reason.
         """
         return False
 
     def _call(self, function: Callable[..., Any], what: str, *values: Any, **inputs: Any) -> Any:
-        """Call a function of the metric; what it raises is told in a sentence."""
+        """Call a function of the metric, and turn its exceptions into a one-sentence EvalError."""
         try:
             return function(*values, **inputs)
         except EvalError:
             raise
-        except Exception as error:  # a metric of somebody else's may raise anything
+        except Exception as error:  # A plug-in may raise anything.
             raise EvalError(
                 f"the metric '{self.name}' failed on {what} ({type(error).__name__}: {error})",
                 "correct the metric (`--debug` shows where it failed), or choose another",
@@ -179,16 +178,17 @@ class AnswerMetric(MetricRecord):
     """A metric whose function scores one answer; a task's score is the mean over its examples.
 
     The function takes the predicted text (without white space around it, never empty), the accepted texts
-    that it compares (at least one of them not empty) and by name what ``inputs`` lists; it returns a score
-    from 0 to 1, or a bool.
+    that it compares (at least one of them not empty) and, by name, the ``inputs``; it returns a score from 0
+    to 1, or a bool.
 
     Args:
-        lenient: the score of a lenient reader; the higher of both counts, so that lenient is never below
-            strict.
-        complies: ``(text, answers, known)`` → whether a text has the asked form; see ``answer_forms``.
-        soft: whether a score can lie between 0 and 1, so that nothing can be counted as correct.
-        compares: which accepted texts are compared: any of them, the first, where an official file has one
-            answer, or all of them as votes.
+        lenient: the function of a lenient reader; the lenient score is the larger of both, so that it is
+            never below the strict one.
+        complies: function ``(text, answers, known)`` that returns whether a text has the requested form; see
+            ``answer_forms``.
+        soft: whether scores can be between 0 and 1, so that there is no number of correct answers.
+        compares: the accepted texts that are compared: any of them, the first (for official files with one
+            answer), or all of them as votes.
     """
 
     lenient: Callable[..., float] = finds_any
@@ -197,17 +197,17 @@ class AnswerMetric(MetricRecord):
     compares: Literal["any", "first", "votes"] = "any"
 
     def accepted(self, answers: Answers) -> Answers:
-        """Return the accepted texts that are compared, none if nothing can match because they are empty."""
+        """Return the accepted texts that are compared; empty if all of them are blank."""
         answers = answers[:1] if self.compares == "first" else answers
-        written = [answer for answer in answers if not is_blank(answer)]
-        return answers if written and self.compares == "votes" else written
+        nonblank = [answer for answer in answers if not is_blank(answer)]
+        return answers if nonblank and self.compares == "votes" else nonblank
 
     def score(self, text: str, answers: Answers, **inputs: Any) -> float:
         """Return the score of one answer, 0 to 1.
 
         Args:
             text: the prediction.
-            answers: all its accepted texts.
+            answers: all accepted texts of its example.
             inputs: see ``MetricRecord.inputs``.
         """
         return self._score(
@@ -231,7 +231,7 @@ class AnswerMetric(MetricRecord):
         self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
     ) -> dict:
         """Return the mean score, ``lenient``, ``compliance`` and, unless the metric is soft, ``correct``."""
-        known = {plain(answer) for answers in references for answer in answers} - {""}
+        known = {words_only(answer) for answers in references for answer in answers} - {""}
         strict, lenient, complying = [], [], 0
         for i, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
             text, accepted, given = prediction.strip(), self.accepted(answers), _of_example(inputs, i)
@@ -254,7 +254,7 @@ class AnswerMetric(MetricRecord):
             given = _of_example(inputs, i)
             try:
                 return any(self.score(text, references[i], **given) for text in self.accepted(references[i]))
-            except EvalError:  # not what the metric compares, as words where it compares boxes
+            except EvalError:  # not in the form that the metric compares, as words where it compares boxes
                 return False
 
         return [i for i in range(len(references)) if not is_met(i)]
@@ -262,8 +262,7 @@ class AnswerMetric(MetricRecord):
     def alike(self, classes: Sequence[str]) -> list[tuple[str, str]]:
         """See ``MetricRecord.alike``.
 
-        A lenient score that finds one name in the other, as "dog" in "hot dog", has to do so in both
-        directions.
+        A lenient score counts only if it accepts each name for the other, so "dog" and "hot dog" are no pair.
         """
         if self.inputs:
             return []
@@ -272,18 +271,18 @@ class AnswerMetric(MetricRecord):
             accepted = self.accepted([name, name.replace("_", " ")])
             try:
                 return self._score(rule, text, accepted, accepted, {}) > 0
-            except EvalError:  # not what the metric compares
+            except EvalError:  # not in the form that the metric compares
                 return False
 
-        def merges(one: str, other: str) -> bool:
-            strict = meets(self.function, one, other) or meets(self.function, other, one)
-            return strict or (meets(self.lenient, one, other) and meets(self.lenient, other, one))
+        def merges(name: str, other: str) -> bool:
+            strict = meets(self.function, name, other) or meets(self.function, other, name)
+            return strict or (meets(self.lenient, name, other) and meets(self.lenient, other, name))
 
         groups = {"": list(classes)}
         if len(classes) > ALL_PAIRS:
             groups = {}
             for name in classes:
-                groups.setdefault(plain(name), []).append(name)
+                groups.setdefault(words_only(name), []).append(name)
         return [pair for names in groups.values() for pair in combinations(names, 2) if merges(*pair)]
 
     def refuses(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> bool:
@@ -296,8 +295,8 @@ class AnswerMetric(MetricRecord):
 class CorpusMetric(MetricRecord):
     """A metric whose function scores all predictions together.
 
-    The function takes the predictions, the references and by name (in the plural) what ``inputs`` lists; it
-    returns the score, at least 0, and a dict of further numbers and notes, which may be empty.
+    The function takes the predictions, the references and, by name in the plural, the ``inputs``; it returns
+    the score, at least 0, and a dict of further numbers and notes, which may be empty.
     """
 
     def _compute(

@@ -1,4 +1,4 @@
-"""UCIT's answers; see ``captions`` for its captions."""
+"""The metric of UCIT's answers; ``captions`` has the one of its captions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llava_keeplora_eval.metrics.records import AnswerMetric, Answers
 
 
 def ucit_exact_match(text: str, answers: Answers) -> float:
-    """The answer, case aside; a period or an article makes it wrong."""
+    """Return whether the prediction is the answer, case aside; a period or an article makes it wrong."""
     return text.upper() == answers[0].upper()
 
 

@@ -1,4 +1,4 @@
-"""VQA accuracy: the answers of ten people are votes."""
+"""VQA accuracy, for which the answers of ten annotators are votes."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from llava_keeplora_eval.answer_forms import finds
 from llava_keeplora_eval.metrics.records import AnswerMetric, Answers
 from llava_keeplora_eval.vqa_text import drop_punctuation, evalai_normal, one_line, vqa_normal
 
-#: No official script scores fewer accepted texts than this by votes.
+#: Fewest answers that are scored by votes; no official script scores fewer so.
 VOTES = 4
 
 
 def _soft(text: str, answers: Answers) -> float:
-    """Each person's answer is left out in turn; three of the others make the text right, fewer a part of it.
+    """Return the mean over the annotators of min(1, n / 3), for n other annotators who gave this text.
 
-    With fewer than four answers that could not reach 1, so one of them is enough.
+    With fewer than four answers this could not reach 1, so one matching answer is enough.
     """
     if len(answers) < VOTES:
         return text in answers
-    others = [answers.count(text) - (own == text) for own in answers]
+    others = [answers.count(text) - (answer == text) for answer in answers]
     return sum(min(1, count / 3) for count in others) / len(answers)
 
 
 def _normalised(text: str, answers: Answers, normal: Callable[[str], str]) -> tuple[str, list[str]]:
     """Normalise a text and its accepted texts.
 
-    Ten answers are scored as the official script does, to which "A" and "the" are both nothing. Of fewer
-    than four, which have no official script, what would be nothing keeps its articles: the option "A" isn't
-    "the".
+    Ten answers are normalised as by the official script, which turns both "A" and "the" into nothing. With
+    fewer than four answers, for which there is no official script, a text that would become nothing keeps its
+    articles, so that the option "A" isn't "the".
     """
 
     def form(part: str) -> str:
@@ -39,11 +39,11 @@ def _normalised(text: str, answers: Answers, normal: Callable[[str], str]) -> tu
 
 
 def vqa_accuracy(text: str, answers: Answers) -> float:
-    """The official VQA accuracy over the answers of ten people.
+    """Return the official VQA accuracy over the answers of ten annotators.
 
-    Punctuation, articles, number words and contractions are normalised only where the people disagree: where
-    all ten gave the same text, the prediction must be that text to the letter. One accepted answer is
-    nobody's agreement, so there both are normalised, and the score is 1 or 0.
+    Punctuation, articles, number words and contractions are normalised only if the annotators disagree: if
+    all ten gave the same text, the prediction must be that text to the letter. With one accepted answer, both
+    sides are always normalised, and the score is 1 or 0.
     """
     text, answers = one_line(text), [one_line(answer) for answer in answers]
     if len(answers) == 1 or len(set(answers)) > 1:
@@ -52,14 +52,14 @@ def vqa_accuracy(text: str, answers: Answers) -> float:
 
 
 def finds_soft(text: str, answers: Answers) -> float:
-    """The best VQA accuracy of those normalised answers that a lenient reader finds in the prediction."""
+    """Return the best VQA accuracy of the accepted answers that a lenient reader finds in the prediction."""
     normal = [evalai_normal(answer) for answer in answers]
-    found = {form for answer, form in zip(answers, normal) if form and finds(text, answer)}
-    return max((_soft(form, normal) for form in found), default=0)
+    in_text = {form for answer, form in zip(answers, normal) if form and finds(text, answer)}
+    return max((_soft(form, normal) for form in in_text), default=0)
 
 
 def coin_textvqa(text: str, answers: Answers) -> float:
-    """The VQA accuracy over ten answers, both sides always normalised as EvalAI does."""
+    """Return the VQA accuracy over ten answers, with both sides always normalised as EvalAI does."""
     return _soft(*_normalised(text, answers, evalai_normal))
 
 

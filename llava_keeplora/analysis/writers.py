@@ -18,7 +18,7 @@ from llava_keeplora.report.lines import draw_layer_lines
 from llava_keeplora.report.overlap import draw_overlap
 from llava_keeplora.report.tables import markdown_table
 from llava_keeplora_eval.files import write_atomic
-from llava_keeplora_eval.matrix import shown
+from llava_keeplora_eval.matrix import format_number
 
 #: Columns of the table of updates.
 COLUMNS = (
@@ -75,14 +75,19 @@ def knowledge_table(knowledge: Knowledge) -> str:
             "the whole model",
             "",
             "",
-            *(shown(knowledge.mean(group, knowledge.whole), 1) for _, group in columns),
+            *(format_number(knowledge.mean(group, knowledge.whole), 1) for _, group in columns),
         ]
     ]
     for part in knowledge.parts:
         lines = [dict(knowledge.line(part, side, group)) for side, group in columns]
         directions = {point.energy: point.directions for point in knowledge.points if point.part == part}
         rows += [
-            [part, f"{100 * p:g}", f"{100 * directions[p]:.0f}", *(shown(line[p], 1) for line in lines)]
+            [
+                part,
+                f"{100 * p:g}",
+                f"{100 * directions[p]:.0f}",
+                *(format_number(line[p], 1) for line in lines),
+            ]
             for p in sorted(directions)
         ]
     table = markdown_table(
@@ -156,7 +161,7 @@ def updates_table(updates: Mapping[str, MethodUpdates]) -> str:
                 markdown_table(
                     ["overlap", *method.tasks],
                     [
-                        [task, *(shown(value, 2) for value in row)]
+                        [task, *(format_number(value, 2) for value in row)]
                         for task, row in zip(method.tasks, method.overlap)
                     ],
                 )
@@ -165,4 +170,4 @@ def updates_table(updates: Mapping[str, MethodUpdates]) -> str:
 
 
 def _percent(shares: Mapping[str, float | None]) -> list[str]:
-    return [shown(None if shares[key] is None else 100 * shares[key]) for key in (*PLACES, "random")]
+    return [format_number(None if shares[key] is None else 100 * shares[key]) for key in (*PLACES, "random")]

@@ -28,7 +28,7 @@ def add_analyze(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
     parser = add_command(
         commands,
         "analyze",
-        "say where a model keeps what it knows, or where a run's updates lie",
+        "analyze where a model keeps its knowledge, or where a run's updates lie",
         run_analyze,
     )
     parser.add_argument(
@@ -45,14 +45,16 @@ def add_analyze(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
         "--energies",
         type=numbers,
         metavar="P,...",
-        help="shares of the weights' energy to cut at (default: 0.2,0.4,0.6,0.8,0.9,0.95)",
+        help="shares of the weights' energy in the principal part (default: 0.2,0.4,0.6,0.8,0.9,0.95)",
     )
     parser.add_argument(
-        "--examples", type=int, help="the most of each task's test split, evenly spaced (default: 500)"
+        "--examples",
+        type=int,
+        help="most examples of each task's test split, evenly spaced (default: 500)",
     )
     parser.add_argument("--batch-size", type=int, help="examples per forward pass (default: 128)")
-    parser.add_argument("--dtype", help="of the model (default: float32)")
-    parser.add_argument("--revision", help="of the Hub's model")
+    parser.add_argument("--dtype", help="the model's dtype (default: float32)")
+    parser.add_argument("--revision", help="the model's revision on the Hub")
     parser.add_argument("--data-root", help="the folder with the data sets")
     return parser
 

@@ -15,7 +15,7 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=labels,
         metavar="LABEL,...",
-        help="of the configuration's methods, only these (default: all)",
+        help="run only these of the configuration's methods (default: all)",
     )
 
 

@@ -12,7 +12,7 @@ from llava_keeplora.cli.run_sequence import load_run_config, without_collection
 def add_plan(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add `plan` and return its parser."""
     parser = add_command(
-        commands, "plan", "say what a run needs, memory, disk and steps, and whether that fits", run_plan
+        commands, "plan", "estimate a run's memory, disk space and steps, and whether it fits", run_plan
     )
     add_run_arguments(parser)
     add_methods(parser)
@@ -20,7 +20,7 @@ def add_plan(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--gpus",
         type=int,
         metavar="N",
-        help="plan for so many GPUs, a process each (default: the CPU of this machine)",
+        help="number of GPUs to plan for, a process each (default: the CPU of this machine)",
     )
     parser.add_argument(
         "--gpu-memory", type=float, metavar="GB", help="memory of each GPU (default: that of this machine's)"
@@ -34,7 +34,7 @@ def add_report(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = add_command(
         commands,
         "report",
-        "write the tables, pictures and page of a run, or of several side by side",
+        "write the tables, plots and HTML page of a run, or of several side by side",
         run_report,
     )
     parser.add_argument("run_folders", metavar="RUN", nargs="+")

@@ -13,7 +13,7 @@ def add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = add_command(
         commands,
         "export",
-        "write what a run learned as an adapter, a checkpoint or a state, and push it",
+        "write a run's result as an adapter, a checkpoint or a state, and push it",
         run_export,
     )
     parser.add_argument("run_folder", metavar="RUN")
@@ -35,21 +35,23 @@ def add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts",
         metavar="PART,...",
-        help="of an adapter, for instance language (default: all that were trained)",
+        help="parts of the model in an adapter, for instance language (default: all trained ones)",
     )
     parser.add_argument(
         "--rank",
         type=int,
         metavar="R",
-        help="compress an adapter to rank R (default: exact, the tasks' ranks together)",
+        help="compress an adapter to rank R (default: exact, the sum of the tasks' ranks)",
     )
-    parser.add_argument("--no-state", action="store_true", help="leave out of an adapter what `import` needs")
+    parser.add_argument(
+        "--no-state", action="store_true", help="write an adapter without the state that `import` needs"
+    )
     parser.add_argument(
         "--base-id",
         metavar="USER/NAME[@REVISION]",
-        help="the base's name on the Hub, where the run took it from a folder",
+        help="the base's name on the Hub, if the run loaded it from a folder",
     )
-    parser.add_argument("--dtype", help="of a merged checkpoint (default: the base's own)")
+    parser.add_argument("--dtype", help="dtype of a merged checkpoint (default: the base's own)")
     parser.add_argument(
         "--examples", type=int, default=8, help="test examples on which logits are compared (default: 8)"
     )
@@ -64,19 +66,22 @@ def add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def add_import(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add `import` and return its parser."""
     parser = add_command(
-        commands, "import", "make a run folder of a published adapter or state, to go on with", run_import
+        commands,
+        "import",
+        "create a run folder from a published adapter or state, to continue it",
+        run_import,
     )
     parser.add_argument("source", metavar="ADAPTER", help="a folder, or an id on the Hub")
-    parser.add_argument("--into", required=True, metavar="RUN", help="the run folder to make")
-    parser.add_argument("--revision", help="of the Hub's repository")
+    parser.add_argument("--into", required=True, metavar="RUN", help="the run folder to create")
+    parser.add_argument("--revision", help="revision of the Hub's repository")
     parser.add_argument(
-        "--base", metavar="DIR", help="where the base model lies here (default: its id on the Hub)"
+        "--base", metavar="DIR", help="folder of the base model (default: the base's id on the Hub)"
     )
     parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
     parser.add_argument(
         "--allow-plugin",
         action="store_true",
-        help="import a method or family that the state names from what is installed here",
+        help="allow plug-ins that the state names, as they are installed here, to be executed",
     )
     return parser
 

@@ -26,7 +26,7 @@ def add_reproduce(commands: argparse._SubParsersAction) -> argparse.ArgumentPars
     parser = add_command(
         commands,
         "reproduce",
-        "run a configuration and compare with what was published for it",
+        "run a configuration and compare its scores with published ones",
         run_reproduce,
         resumes=True,
     )
@@ -46,7 +46,7 @@ def add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
     parser = add_command(
         commands,
         "compare",
-        "run methods × seeds × orders of tasks, or go on with them, and make the table",
+        "run or resume methods × seeds × orders of tasks, and write the table",
         run_compare,
         resumes=True,
     )
@@ -61,7 +61,7 @@ def add_ablate(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = add_command(
         commands,
         "ablate",
-        "take KeepLoRA's parts away one at a time, sweep its thresholds, and make the table",
+        "remove KeepLoRA's parts one at a time, sweep its thresholds, and write the table",
         run_ablate,
         resumes=True,
     )
@@ -71,13 +71,13 @@ def add_ablate(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--energy-weights",
         type=numbers,
         metavar="E,...",
-        help="ε_w of every part, in turn (default: 0.5,0.6,0.7,0.8,0.9; '' for none)",
+        help="values of ε_w to try, the same in every part (default: 0.5,0.6,0.7,0.8,0.9; '' for none)",
     )
     parser.add_argument(
         "--energy-features",
         type=numbers,
         metavar="E,...",
-        help="ε_f of every part, in turn (default: 0.9,0.95,0.99; '' for none)",
+        help="values of ε_f to try, the same in every part (default: 0.9,0.95,0.99; '' for none)",
     )
     parser.add_argument("--seeds", type=whole_numbers, metavar="S,...", help="(default: the configuration's)")
     return parser
@@ -91,7 +91,7 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         type=process_count,
         default=1,
         metavar="N",
-        help="runs at a time; the cores are shared out, and each has one of several GPUs (default: 1)",
+        help="runs at a time; they divide the cores, and each gets one of several GPUs (default: 1)",
     )
 
 

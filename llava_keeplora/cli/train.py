@@ -11,7 +11,7 @@ from llava_keeplora.cli.run_sequence import load_run_config, run_sequence
 
 def add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add `train` and return its parser."""
-    parser = add_command(commands, "train", "run a task sequence, or go on with one", run_train)
+    parser = add_command(commands, "train", "run a task sequence, or resume one", run_train)
     add_train_arguments(parser)
     return parser
 
@@ -28,19 +28,24 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_extend(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add `extend` and return its parser."""
-    parser = add_command(commands, "extend", "let a run learn one more task", run_extend)
+    parser = add_command(commands, "extend", "train one more task in a run", run_extend)
     parser.add_argument("run_folder", metavar="RUN")
     parser.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the new task")
     parser.add_argument(
-        "--epochs", dest="num_train_epochs", type=float, help="of the new task (default: as for every other)"
+        "--epochs",
+        dest="num_train_epochs",
+        type=float,
+        help="epochs of the new task (default: as for every other)",
     )
-    parser.add_argument("--learning-rate", type=float, help="of the new task (default: as for every other)")
+    parser.add_argument(
+        "--learning-rate", type=float, help="learning rate of the new task (default: as for every other)"
+    )
     parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="dotted overrides of what another machine needs, for instance evaluation.batch_size=8",
+        help="dotted overrides of settings that depend on the machine, for instance evaluation.batch_size=8",
     )
     return parser
 

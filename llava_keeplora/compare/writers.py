@@ -17,7 +17,7 @@ from llava_keeplora.report.results import Results, matrices
 from llava_keeplora.report.tables import markdown_table, summary_header, summary_rows
 from llava_keeplora.report.write_report import write_report
 from llava_keeplora_eval.files import write_atomic
-from llava_keeplora_eval.matrix import MISSING, shown
+from llava_keeplora_eval.matrix import MISSING, format_number
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _settings_section(table: Table, outcome: TableResult) -> Section:
     rows = [
         [
             f"{trial.label}: {_format_settings(trial.settings)}",
-            *(shown(trial.metrics[name]) for name in CHOSEN_BY),
+            *(format_number(trial.metrics[name]) for name in CHOSEN_BY),
             "yes" if trial.chosen else "",
         ]
         for trial in outcome.tried

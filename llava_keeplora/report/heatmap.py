@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llava_keeplora.report.figures import LIGHT, Palette, new_figure, save
-from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, shown
+from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +151,7 @@ def _draw_row(axes, row, y: float, scale: Normalize, palette: Palette, precision
 
     for x, value in enumerate(row):
         ink = palette.faint if value is None else _readable_on(colormaps[COLOURS](float(scale(value))))
-        text = shown(value, precision, MISSING)
+        text = format_number(value, precision, MISSING)
         # Left out of the layout, which would measure every cell twice: seconds with eleven tasks.
         axes.text(
             x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=9, zorder=4, in_layout=False

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llava_keeplora_eval import Matrix
-from llava_keeplora_eval.matrix import shown
+from llava_keeplora_eval.matrix import format_number
 
 #: One mapping per stage (0 = weight basis only, then after each task): layer name -> in, k, part.
 CapacityStages = Sequence[Mapping[str, Mapping]]
@@ -96,7 +96,7 @@ def deviation(values: Iterable[float | None]) -> float | None:
 def spread(values: Sequence[float | None], precision: int = 1) -> str:
     """Format `mean ± sd` for a table; the mean alone where the deviation is None or 0."""
     sd = deviation(values)
-    return shown(mean(values), precision) + (f" ± {sd:.{precision}f}" if sd else "")
+    return format_number(mean(values), precision) + (f" ± {sd:.{precision}f}" if sd else "")
 
 
 def mean_cells(tables: Sequence[Sequence[Sequence[float | None]]]) -> list[list[float | None]]:

@@ -8,7 +8,7 @@ from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
 from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
 from llava_keeplora.report.results import Results, Trial, matrices, mean_matrix, mean_scores, spread
 from llava_keeplora_eval.markup import markdown_text
-from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, shown
+from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, format_number
 
 #: Column title and the name of the number in ``Matrix.metrics``.
 COLUMNS = {
@@ -85,10 +85,11 @@ def metric_rows(trials: Sequence[Matrix], precision: int = 1) -> list[list[str]]
 def matrix_rows(matrix: Matrix, precision: int = 1) -> list[list[str]]:
     """Return the matrix as text cells: its rows by name, then Transfer, Average and Last of every task."""
     rows = [
-        [name, *(shown(value, precision, MISSING) for value in row)] for name, row in matrix.labelled_rows()
+        [name, *(format_number(value, precision, MISSING) for value in row)]
+        for name, row in matrix.labelled_rows()
     ]
     return rows + [
-        [name.capitalize(), *(shown(value, precision) for value in values)]
+        [name.capitalize(), *(format_number(value, precision) for value in values)]
         for name, values in matrix.per_task().items()
     ]
 
@@ -125,7 +126,7 @@ def score_rows(
     for position, task in enumerate(tasks, start=1):
         then, now = stages[min(position, len(stages) - 1)][task], stages[-1][task]
         shares = [
-            shown(score.get(key), precision)
+            format_number(score.get(key), precision)
             for key in ("score", "lenient", "compliance")
             for score in (then, now)
         ]

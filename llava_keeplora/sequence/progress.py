@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_keeplora_eval import Matrix
-from llava_keeplora_eval.matrix import ZERO_SHOT, shown
+from llava_keeplora_eval.matrix import ZERO_SHOT, format_number
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def matrix_view(matrix: Matrix) -> Table:
         table.add_row(
             Text(name),
             *(
-                Text(shown(value, 1, "·"), "bold" if number == learned else "")
+                Text(format_number(value, 1, "·"), "bold" if number == learned else "")
                 for number, value in enumerate(row, start=1)
             ),
         )

@@ -68,7 +68,7 @@ def export(run, into, task):
 def analyze(run, into, task):
     for label in updates._finished(run):
         learned = load_learned_run(run, label)
-        updates._added(learned), updates._chosen([learned]), updates._overlap(learned)
+        updates._added_directions(learned), updates._chosen_energies([learned]), updates._overlap(learned)
 
 
 def copy_first(run, into, task):
