@@ -1,12 +1,12 @@
-"""Timings of what this project does against the plain way of doing it, in one run on one machine.
+"""Benchmarks of speed: this project's code against the ordinary way to do the same work.
 
-    python scripts/bench.py                 # every bench
+    python scripts/bench.py                 # every benchmark, but for the long ones
     python scripts/bench.py basis           # one of them
     python scripts/bench.py basis --quick   # small sizes, to see that it works
-    python scripts/bench.py basis-wide      # a 7B model's down_proj and up_proj: minutes, so only when named
-    python scripts/bench.py methods         # one task of every method; so is this
+    python scripts/bench.py basis-wide      # a 7B model's down_proj and up_proj; takes minutes
+    python scripts/bench.py methods         # one task of every method; takes minutes
 
-A bench is a function `(repeats, quick) -> Iterable[Row]`, listed in BENCHES.
+A benchmark is a function `(repeats, quick) -> Iterable[Row]`, listed in BENCHES.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from llava_keeplora.subspace import energy_rank, principal_basis
 
 
 class Row(NamedTuple):
-    """One line of the table: median seconds of the plain way and of ours, and what else is worth knowing."""
+    """One line of the table: median seconds of the ordinary way and of ours, with a note."""
 
     name: str
     plain: float
@@ -36,21 +36,21 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times our time goes into the plain one: above 1 is faster."""
+        """The ordinary way's time as a multiple of ours: above 1 is faster."""
         return self.plain / self.ours
 
     @property
     def cost(self) -> float:
-        """Our time as a multiple of the plain one."""
+        """Our time as a multiple of the ordinary way's."""
         return self.ours / self.plain
 
 
 def medians(
     functions: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True
 ) -> dict[str, float]:
-    """Median seconds of each function, after one warm-up.
+    """Return the median seconds of each function, after one warm-up.
 
-    The rounds interleave, so that a busy moment hits all.
+    The functions take turns, so that other work on the machine slows all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + warm_up):
@@ -63,7 +63,7 @@ def medians(
 
 
 def weight_with_spectrum(out_dim: int, in_dim: int, exponent: float) -> torch.Tensor:
-    """A weight (out, in) whose singular values fall as i^-exponent, between random orthogonal factors."""
+    """Return a weight (out, in) with singular values i^-exponent and random orthogonal factors."""
     generator = torch.Generator().manual_seed(0)
     count = min(out_dim, in_dim)
     left = torch.linalg.qr(torch.randn(out_dim, count, generator=generator)).Q
@@ -72,14 +72,14 @@ def weight_with_spectrum(out_dim: int, in_dim: int, exponent: float) -> torch.Te
 
 
 def bench_basis(repeats: int, quick: bool) -> Iterator[Row]:
-    """`principal_basis` against a full SVD with the energy rule, on spectra as trained weights have them."""
+    """Time `principal_basis` against a full SVD with the energy rule, on spectra like trained weights'."""
     for shape in [(256, 256)] if quick else [(1024, 1024), (2048, 2048), (2752, 1024), (4096, 1024)]:
         for exponent in (0.5, 1.0):
             yield from _basis_rows(*shape, exponent, repeats)
 
 
 def bench_basis_wide(repeats: int, quick: bool) -> Iterator[Row]:
-    """The same at the shapes of a 7B model's MLP, once each."""
+    """Time the same at the shapes of a 7B model's MLP, once each."""
     for shape in [(256, 688), (688, 256)] if quick else [(4096, 11008), (11008, 4096)]:
         for exponent in (0.5, 1.0):
             yield from _basis_rows(*shape, exponent, 1, warm_up=False)
@@ -90,21 +90,21 @@ def _basis_rows(out_dim: int, in_dim: int, exponent: float, repeats: int, warm_u
     energies = (0.6, 0.85, 0.99)
     ours = {str(energy): lambda energy=energy: principal_basis(weight, energy) for energy in energies}
     seconds = medians({"svd": lambda: torch.linalg.svd(weight, full_matrices=False)} | ours, repeats, warm_up)
-    # The weight was made with this spectrum; computing it would take as long as the bench does.
+    # The weight was made with this spectrum; computing it would take as long as the benchmark.
     squared = torch.arange(1, min(out_dim, in_dim) + 1, dtype=torch.float64) ** (-2 * exponent)
     rows = []
     for energy in energies:
-        found, rank = principal_basis(weight, energy), energy_rank(squared, energy)
+        result, rank = principal_basis(weight, energy), energy_rank(squared, energy)
         exact = float(squared[:rank].sum() / squared.sum())
-        verdict = "same k" if found.rank == rank else f"k DIFFERS from {rank}"
-        note = f"k={found.rank} ({verdict}), energy off by {abs(found.energy - exact):.0e}, {found.method}"
+        verdict = "same k" if result.rank == rank else f"k DIFFERS from {rank}"
+        note = f"k={result.rank} ({verdict}), energy off by {abs(result.energy - exact):.0e}, {result.method}"
         name = f"basis {out_dim}x{in_dim} sigma~i^-{exponent} energy {energy}"
         rows.append(Row(name, seconds["svd"], seconds[str(energy)], note))
     return rows
 
 
 def bench_pair(build: Callable[[bool], Pair]) -> Callable[[int, bool], list[Row]]:
-    """A part of a task against the plain way, on an embedded model or a random one."""
+    """Return the benchmark of a pair: a part of a task against the ordinary way."""
 
     def bench(repeats: int, quick: bool) -> list[Row]:
         name, plain, ours, note = build(quick)
@@ -115,11 +115,11 @@ def bench_pair(build: Callable[[bool], Pair]) -> Callable[[int, bool], list[Row]
 
 
 def bench_methods_of(data_root: str | None, repeats: int, quick: bool) -> Iterator[Row]:
-    """One task of every method against sequential LoRA's."""
-    return (Row(*found) for found in bench_methods.compare_methods(repeats, quick, data_root))
+    """Time one task of every method against sequential LoRA's."""
+    return (Row(*values) for values in bench_methods.compare_methods(repeats, quick, data_root))
 
 
-#: On the embedded models, which are small as they are; and on what is made larger or smaller.
+#: Pairs on the embedded models, which have one size, and on random models, which `quick` makes smaller.
 PAIRS = {
     name: lambda quick, build=build: build()
     for name, build in (bench_passes.PAIRS | bench_llava.PAIRS).items()
@@ -130,12 +130,12 @@ BENCHES: dict[str, Callable[[int, bool], Iterable[Row]]] = {
     "methods": partial(bench_methods_of, None),
     **{name: bench_pair(build) for name, build in PAIRS.items()},
 }
-# Those that run only when named.
+#: Benchmarks that run only when they are named.
 LONG = ("basis-wide", "methods")
 
 
 def main() -> None:
-    """Run the named benches, all by default, and print one table row per measurement."""
+    """Run the named benchmarks, by default all but the long ones, and print a table row per measurement."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

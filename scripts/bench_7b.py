@@ -1,16 +1,19 @@
 """One task on LLaVA-1.5-7B's architecture with random weights: seconds and peak memory of every stage.
 
-    python scripts/bench_7b.py                                        # bf16, full size; needs a GPU of 40 GiB
-    python scripts/bench_7b.py --quantization nf4                     # the language model in four bits; 24
-    GiB python scripts/bench_7b.py --against                              # beside them torch.linalg.svd and
-    the dense gradient python scripts/bench_7b.py --one-pass                             # A from one pass:
-    flat spectra take six, trained weights rarely two python scripts/bench_7b.py --scale 0.25 --images 16
-    --steps 5     # a scaled-down copy, such as for a CPU
+    # bf16, full size; needs a GPU of 40 GiB
+    python scripts/bench_7b.py
+    # the language model in four bits; needs 24 GiB
+    python scripts/bench_7b.py --quantization nf4
+    # torch.linalg.svd and the dense gradient as well
+    python scripts/bench_7b.py --against
+    # A from one pass; flat spectra take six, trained weights rarely two
+    python scripts/bench_7b.py --one-pass
+    # a scaled-down copy, for instance for a CPU
+    python scripts/bench_7b.py --scale 0.25 --images 16 --steps 5
 
 The stages are the library's own passes over all linear layers of the language model, as in the published UCIT
 setting: rank 32 (times the scale), energy 0.6, activations recomputed in the backward pass. Gaussian weights
-have the flattest spectra there are, so their bases are larger, and take longer, than those of trained
-weights.
+have flatter spectra than trained ones, so their bases are larger and take longer.
 
 Peak memory is what PyTorch had allocated on a GPU, weights included; on a CPU the resident memory of the
 process above what it had before the model was made.
@@ -53,7 +56,7 @@ class Memory:
         self.before = 0 if self.cuda else self.peak()
 
     def reset(self) -> None:
-        """Start again from what is held now."""
+        """Start a new measurement from the present memory."""
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -62,7 +65,7 @@ class Memory:
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """Bytes."""
+        """Return the peak since the last reset, in bytes."""
         if self.cuda:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated()
@@ -76,7 +79,7 @@ class Bench:
     """One task, stage by stage.
 
     Args:
-        args: the command line's.
+        args: the parsed command line.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -106,7 +109,17 @@ class Bench:
         note: Callable[[object], str] = lambda result: "",
         counts: bool = True,
     ):
-        """Run, and print a line of the table; what doesn't count is no part of a task."""
+        """Run a stage and print a line of the table.
+
+        Args:
+            name: the stage's name.
+            run: the stage.
+            note: formats its result for the last column.
+            counts: whether it is a part of a task, whose peak counts for the whole task.
+
+        Returns:
+            the stage's result.
+        """
         self.memory.reset()
         start = time.perf_counter()
         result = run()
@@ -118,7 +131,7 @@ class Bench:
         return result
 
     def batches(self, images: int) -> Iterator[tuple[dict[str, Tensor], bool]]:
-        """Batches of so many images in all."""
+        """Yield batches with `images` images in all."""
         for start in range(0, images, self.args.batch):
             yield (
                 random_batch(
@@ -133,23 +146,28 @@ class Bench:
             )
 
     def context(self, index: int, **passes: Callable[..., object]) -> TaskContext:
-        """What the method sees of the base (0) or of the task (1)."""
-        made = {
+        """Return the method's context of the base (0) or of the task (1)."""
+        pass_functions = {
             "gradients": lambda fraction, statistics: self.gradients(statistics),
             "features": lambda make, fraction: self.features(make),
         } | passes
         return TaskContext(
-            index, "task", self.layers, seed=0, statistics_bytes=int(self.args.statistics_gb * 1e9), **made
+            index,
+            "task",
+            self.layers,
+            seed=0,
+            statistics_bytes=int(self.args.statistics_gb * 1e9),
+            **pass_functions,
         )
 
     def gradients(self, statistics: Mapping[str, object]) -> Mapping[str, object]:
-        """One pass over the images."""
+        """Fill statistics by one gradient pass over the images."""
         total = sum(self.task.weight(batch) for batch, _ in self.batches(self.args.images))
         gradient_pass(self.task, self.modules, self.batches(self.args.images), total, statistics)
         return statistics
 
     def features(self, make: Callable[[list[list[str]]], Mapping[str, object]]) -> Mapping[str, object]:
-        """One forward pass over the images."""
+        """Fill statistics by one forward pass over the images."""
         return feature_pass(
             self.task,
             self.modules,
@@ -159,7 +177,7 @@ class Bench:
         )
 
     def one_pass(self, sketched: bool = True) -> Mapping[str, object]:
-        """The first pass of gradients, sketched or dense."""
+        """Run the first pass of gradients, sketched or dense."""
         width = sketch_width(self.rank) if sketched else None
         return self.gradients(
             {
@@ -169,7 +187,7 @@ class Bench:
         )
 
     def init_adapters(self) -> tuple[Mapping[str, AdapterInit], list[int]]:
-        """The adapters, by as many gradient passes as A takes, and how many layers each pass fed."""
+        """Return the adapters, by as many gradient passes as A takes, and how many layers each pass fed."""
         fed: list[int] = []
 
         def gradients(fraction: float, statistics: Mapping[str, object]) -> None:
@@ -179,15 +197,18 @@ class Bench:
         return self.method.init_adapters(self.context(1, gradients=gradients)), fed
 
     def prepare_from(self, statistics: dict[str, object]) -> dict[str, AdapterInit]:
-        """The adapters as the first pass has them, whose sums are let go."""
-        found = {
+        """Return the adapters by the first pass alone; its statistics are freed on the way."""
+        directions = {
             name: PaperRules.directions(statistics.pop(name), self.method.bases[name], self.rank)
             for name in list(statistics)
         }
-        return {name: AdapterInit(one.A.shape[1], one.A.shape[1] / 4, one.A.T) for name, one in found.items()}
+        return {
+            name: AdapterInit(result.A.shape[1], result.A.shape[1] / 4, result.A.T)
+            for name, result in directions.items()
+        }
 
     def train(self, inits: Mapping[str, AdapterInit]) -> None:
-        """Steps of AdamW on B, A frozen."""
+        """Train B by steps of AdamW, with A frozen."""
         wrapper = attach(self.model, inits)
         optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=2e-4)
         for batch, _ in self.batches(self.args.steps * self.args.batch):
@@ -197,59 +218,59 @@ class Bench:
         detach(wrapper)
 
     def after_task(self) -> str:
-        """The features in the memory that they are given, with the second pass that sketches ask for.
+        """Extend the bases by the features, with the second pass that sketches need.
 
-        Says what each pass fed.
+        Returns:
+            a description of the statistics of each pass.
         """
-        told: list[str] = []
+        passes: list[str] = []
 
         def features(
             make: Callable[[list[list[str]]], Mapping[str, object]], fraction: float
         ) -> Mapping[str, object]:
-            if told and self.args.one_pass:
+            if passes and self.args.one_pass:
                 return {}
-            made = self.features(make)
-            told.append(
-                f"{', '.join(sorted({type(one).__name__ for one in made.values()}))} of {len(made)} layers"
-            )
-            return made
+            statistics = self.features(make)
+            kinds = ", ".join(sorted({type(statistic).__name__ for statistic in statistics.values()}))
+            passes.append(f"{kinds} of {len(statistics)} layers")
+            return statistics
 
         self.method.after_task(self.context(1, features=features))
-        return ", then ".join(told)
+        return ", then ".join(passes)
 
     def run(self) -> None:
-        """Every stage of a task, then what it is compared with."""
+        """Run every stage of a task, then the ordinary ways if `--against` is given."""
 
-        def kept(_):
+        def sizes(_):
             size = sum(basis.nbytes for basis in self.method.bases.values()) / GIB
             return f"{len(self.modules)} layers, {size:.3f} GiB on the host"
 
-        self.stage("basis", lambda: self.method.after_task(self.context(0)), kept)
+        self.stage("basis", lambda: self.method.after_task(self.context(0)), sizes)
         self.model.train()
         self.task.activation_checkpointing_enable()
         tokens = self.size.image_tokens + self.args.text
         images = f"{self.args.images} images, {tokens} tokens each, batches of {self.args.batch}"
         first = self.stage("first gradient pass, sketch", self.one_pass, lambda _: images)
-        told = lambda pair: f"rank {self.rank}; layers fed per pass: {', '.join(map(str, pair[1]))}"  # noqa: E731
+        fed = lambda pair: f"rank {self.rank}; layers fed per pass: {', '.join(map(str, pair[1]))}"  # noqa: E731
         if self.args.one_pass:
             inits = self.stage(
                 "A from that pass", lambda: self.prepare_from(first), lambda _: f"rank {self.rank}"
             )
         else:
             first.clear()
-            inits, _ = self.stage("A, all the passes it asks for", self.prepare, told)
+            inits, _ = self.stage("A, all the passes it asks for", self.init_adapters, fed)
         self.stage(
             "training", lambda: self.train(inits), lambda _: f"{self.args.steps} steps of {self.args.batch}"
         )
         self.task.activation_checkpointing_disable()
         self.model.eval()
-        self.stage("features", self.consolidate, lambda told: f"{images}; {told}")
+        self.stage("features", self.after_task, lambda passes: f"{images}; {passes}")
         print(f"| whole task | | {self.highest / GIB:.3f} | the most of its stages |", flush=True)
         if self.args.against:
             self.against()
 
     def against(self) -> None:
-        """The plain ways: a full SVD of one weight of each shape beside its basis, and the dense gradient."""
+        """Run the ordinary ways: a full SVD of one weight of each shape, and the dense gradient."""
         shapes = {(module.out_features, module.in_features): name for name, module in self.modules.items()}
         for shape, name in shapes.items():
             weight = dense_weight(self.modules[name]).detach()
@@ -258,7 +279,7 @@ class Bench:
             self.stage(f"torch.linalg.svd {text}", svd, counts=False)
             ours = lambda: principal_basis(weight, ENERGY)  # noqa: E731
             self.stage(
-                f"principal_basis {text}", ours, lambda one: f"k={one.rank}, {one.method}", counts=False
+                f"principal_basis {text}", ours, lambda basis: f"k={basis.rank}, {basis.method}", counts=False
             )
         self.model.train()
         self.task.activation_checkpointing_enable()
@@ -269,7 +290,7 @@ class Bench:
 
 
 def quantise(module: nn.Module) -> None:
-    """Put a module's linear layers into NF4 with quantised scales, one after the other."""
+    """Quantise a module's linear layers to NF4 with quantised scales, one after the other."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for parent in list(module.modules()):
@@ -277,7 +298,7 @@ def quantise(module: nn.Module) -> None:
             if type(layer) is not nn.Linear:
                 continue
             form = {"compress_statistics": True, "quant_type": "nf4"}
-            made = Linear4bit(
+            quantised = Linear4bit(
                 layer.in_features,
                 layer.out_features,
                 bias=False,
@@ -285,8 +306,8 @@ def quantise(module: nn.Module) -> None:
                 device="meta",
                 **form,
             )
-            made.weight = Params4bit(layer.weight.data, requires_grad=False, module=made, **form)
-            setattr(parent, name, made.to(layer.weight.device))
+            quantised.weight = Params4bit(layer.weight.data, requires_grad=False, module=quantised, **form)
+            setattr(parent, name, quantised.to(layer.weight.device))
     keep_form(module)
 
 

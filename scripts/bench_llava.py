@@ -1,6 +1,6 @@
-"""The parts of a LLaVA task and the plain way to the same work: generation, training step, data loading.
+"""Parts of a LLaVA task and the ordinary way to the same work: generation, training step, data loading.
 
-Pairs as in bench_passes.py.
+Pairs are as in bench_passes.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Setting:
 
 
 def generation() -> Pair:
-    """Answers in batches against one at a time."""
+    """Compare answers in batches with one answer at a time."""
     setting = Setting()
     predictor = setting.family.predictor(setting.data.recipe, setting.images)
     examples = list(setting.data)
@@ -51,7 +51,7 @@ def generation() -> Pair:
 
 
 def training_step() -> Pair:
-    """A KeepLoRA step (A frozen) against a PEFT LoRA step of equal rank."""
+    """Compare a KeepLoRA step (A frozen) with a PEFT LoRA step of equal rank."""
     setting = Setting()
     plain, ours = (
         adapter_steps(
@@ -68,7 +68,7 @@ def training_step() -> Pair:
 
 
 def loading() -> Pair:
-    """Steps on batches as the Trainer's loader makes them against the same steps on batches already made."""
+    """Compare steps on batches from the Trainer's loader with the same steps on batches in memory."""
     setting = Setting()
     indices = Indices(BATCH * BATCHES)
     loader = DataLoader(indices, BATCH, collate_fn=setting.inputs.collate)

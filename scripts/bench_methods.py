@@ -1,7 +1,7 @@
-"""One task of every method, from its first to its last stage but evaluation, against sequential LoRA.
+"""Time of one task with every method, without evaluation, against sequential LoRA's.
 
-Numbers come from the run's own journal: preparing (the first-step gradient), training for one epoch,
-consolidating (features and bases), and what a method does with the base before any task.
+Numbers come from the run's journal: preparing (the first-step gradient), training for one epoch,
+consolidating (features and bases), and what a method does with the base before the first task.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from llava_keeplora.methods import METHODS
 from llava_keeplora.sequence import run
 
 PLAIN = "seq-lora"
-#: Whichever method comes first opens the pictures for all of them.
+#: A row that comes first and decodes the images for all others.
 FIRST = ("opens-the-pictures", "{method: seq-lora}")
-#: KeepLoRA with its two passes over a part of the data, as its label.
+#: Label and settings of KeepLoRA with its two passes over a part of the data.
 IN_PART = ("keeplora-in-part", "{method: keeplora, gradient_fraction: 0.1, feature_fraction: 0.25}")
 STAGES = ("PREPARED", "TRAINED", "CONSOLIDATED")
 
@@ -28,12 +28,12 @@ STAGES = ("PREPARED", "TRAINED", "CONSOLIDATED")
 def compare_methods(
     repeats: int, quick: bool, data_root: str | None
 ) -> Iterator[tuple[str, float, float, str]]:
-    """Name, median seconds of sequential LoRA and of the method, and a note, for every method that learns.
+    """Yield (name, median seconds of sequential LoRA, of the method, note) for every method that learns.
 
     Args:
-        repeats: runs of all methods, after one that doesn't count.
-        quick: whether an epoch is two steps, and nothing warms up.
-        data_root: the folder with the real sets; the digits that come with a library when None.
+        repeats: number of runs of all methods, after one as a warm-up.
+        quick: whether an epoch is two steps, without a warm-up.
+        data_root: the folder with the real sets; scikit-learn's digits are used when None.
     """
     labels = [name for name, method in METHODS.items() if method.trainable and "clip" in method.info.families]
     changes = [
@@ -42,7 +42,7 @@ def compare_methods(
         "training.num_train_epochs=1",
     ] + quick * ["training.max_steps=2"]
     methods = dict([FIRST, *((label, "{}") for label in labels), IN_PART])
-    changes += [f"methods={{{', '.join(f'{name}: {own}' for name, own in methods.items())}}}"] + [
+    changes += [f"methods={{{', '.join(f'{name}: {options}' for name, options in methods.items())}}}"] + [
         f"data.root={data_root}"
     ] * bool(data_root)
     seconds, bytes_ = defaultdict(list), defaultdict(list)
@@ -59,7 +59,8 @@ def compare_methods(
                     seconds[label].append(sum(entry.seconds for entry in work))
                     bytes_[label].append(max(entry.info["peak_bytes"] for entry in work))
     medians, peaks = (
-        {label: statistics.median(values) for label, values in found.items()} for found in (seconds, bytes_)
+        {label: statistics.median(values) for label, values in samples.items()}
+        for samples in (seconds, bytes_)
     )
     for label in methods:
         if label not in (PLAIN, FIRST[0]):

@@ -1,7 +1,7 @@
-"""The parts of a task and the plain way to the same work: training step, gradient pass, feature pass.
+"""Parts of a task and the ordinary way to the same work: training step, gradient pass, feature pass.
 
-Each function returns (name, plain, ours, note), where `plain` and `ours` do the work once; bench.py times
-them.
+Each function returns (name, plain, ours, note), where `plain` and `ours` do the work once, in the ordinary
+way and in this project's; bench.py times them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Setting:
 
 
 def training_step() -> Pair:
-    """A KeepLoRA step (A frozen) against a PEFT LoRA step of equal rank."""
+    """Compare a KeepLoRA step (A frozen) with a PEFT LoRA step of equal rank."""
     setting = Setting()
     plain, ours = (
         adapter_steps(load_model(ModelConfig()), setting.data, setting.layers, setting.batches, train_A)
@@ -66,7 +66,7 @@ def adapter_steps(
     batches: Iterable[Mapping[str, torch.Tensor]],
     train_A: bool,
 ) -> Callable[[], None]:
-    """One optimiser step per batch with adapters on the named layers."""
+    """Return a function that makes one optimiser step per batch, with adapters on the named layers."""
     task = family.task(data.recipe)
     attach(family.model, {name: AdapterInit(RANK, RANK, train_A=train_A) for name in layers})
     optimiser = torch.optim.AdamW([p for p in family.model.parameters() if p.requires_grad], lr=1e-3)
@@ -81,12 +81,12 @@ def adapter_steps(
 
 
 def dense_gradient_pass() -> Pair:
-    """The dense gradient pass against the same forward and backward with frozen weights."""
+    """Compare the dense gradient pass with the same forward and backward pass of frozen weights."""
     setting = Setting()
 
     def plain() -> None:
-        # The gradient has to flow through every layer for the comparison, so both encoders' first inputs ask
-        # for one.
+        # For a fair comparison the gradient must flow through every layer, so both encoders' first inputs
+        # require one.
         def ask(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             return output.requires_grad_(True)
 
@@ -119,7 +119,7 @@ def dense_gradient_pass() -> Pair:
 
 
 def second_moment_pass() -> Pair:
-    """The feature pass (exact second moments) against a plain forward pass."""
+    """Compare the feature pass (exact second moments) with a forward pass."""
     setting = Setting()
 
     def plain() -> None:

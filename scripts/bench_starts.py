@@ -1,6 +1,4 @@
-"""Print the processor time (user and system) of each command of the command lines.
-
-What a start costs, however busy the machine is.
+"""Processor time (user and system) that each command needs to start, however busy the machine is.
 
 The inputs are made in a temporary folder, and nothing is downloaded. `train` is stopped when its first stage
 has begun, at the first line of a journal; `plan` runs to its end.
@@ -25,7 +23,7 @@ from llava_keeplora_recipes import load_recipe, load_split
 
 TRAIN, EVAL = "llava-keeplora", "llava-keeplora-eval"
 MODULES = {TRAIN: "llava_keeplora.cli", EVAL: "llava_keeplora_eval.cli"}
-#: One task, because a start draws or reads the pictures of all of them.
+#: `train` on one task, because a start renders or reads the images of all tasks.
 BEGINNING = f"{TRAIN} train --config demo --output-dir run sequence=null tasks=[shapes]"
 COMMANDS = (
     f"{TRAIN} --help",
@@ -70,9 +68,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def processor_seconds(command: str, folder: Path) -> float:
-    """Run a command in a folder, `train` no further than its first stage.
-
-    Returns the seconds that it computed.
+    """Run a command in a folder, `train` only until its first stage, and return its processor seconds.
 
     Raises:
         SystemExit: the command failed.
@@ -87,7 +83,7 @@ def processor_seconds(command: str, folder: Path) -> float:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    # Waited for by hand, because only this call tells the child's own share.
+    # `os.wait4` is the only call that returns the processor time of one child.
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
         if command == BEGINNING and any(inside.glob("run/*/journal.jsonl")):
             process.kill()

@@ -1,12 +1,10 @@
-"""The streamed passes against the plain way, on a random LLaVA with wide layers.
+"""Streamed passes (sketches) against the ordinary way, on a random LLaVA with wide layers.
 
-Sketches are what a run uses on such layers.
+The ordinary gradient pass is the same forward and backward pass of frozen weights, with the gradient flowing
+through every adapted layer. Memory is counted tensor by tensor: the most bytes alive at once, whatever made
+them.
 
-The plain gradient pass is the same forward and backward with frozen weights, the gradient flowing through
-every adapted
-layer. Memory is counted tensor by tensor: the most bytes alive at once, whatever made them.
-
-Pairs as in bench_passes.py, each built small on demand.
+Pairs are as in bench_passes.py; each can be built with a smaller model.
 """
 
 from __future__ import annotations
@@ -61,9 +59,9 @@ WIDE = Size(
 # An example is 64 image tokens, 160 of a question and 32 of an answer.
 EXAMPLES, TEXT, ANSWER = 4, 192, 32
 ENERGY = 0.6
-# Of the adapted weights' size, what the bounded feature pass may take.
+# Memory of the bounded feature pass, as a share of the adapted weights' size.
 FEATURE_SHARE = 0.15
-# A feature pass looks once which layers share an input; over so many batches that is little, as in a task.
+# A feature pass finds once which layers share an input; with several batches this takes little of its time.
 BATCHES = 4
 
 
@@ -84,7 +82,7 @@ class Setting:
 
     @property
     def shape(self) -> str:
-        """The model in words."""
+        """Description of the model and the batch."""
         size = self.size
         tokens = size.image_tokens + TEXT
         layers = f"{size.layers} layers x {size.hidden} ({size.intermediate})"
@@ -92,14 +90,11 @@ class Setting:
 
     @cached_property
     def bases(self) -> dict[str, Tensor]:
-        """Layer → principal basis of its weight."""
+        """Principal bases of the weights, by layer."""
         return {name: principal_basis(layer.weight, ENERGY).basis for name, layer in self.layers.items()}
 
     def plain_step(self) -> None:
-        """Forward and backward.
-
-        Every adapted layer is reached because the embedding's output asks for a gradient.
-        """
+        """Run a forward and backward pass that reaches every layer, as the embedding's output needs a gradient."""
         handle = self.model.get_input_embeddings().register_forward_hook(
             lambda module, args, output: output.requires_grad_(True)
         )
@@ -107,7 +102,7 @@ class Setting:
         handle.remove()
 
     def statistics(self, sketched: bool) -> dict[str, DenseGradient | GradientSketch]:
-        """What each layer's gradient is summed into, as the library chooses it."""
+        """Return the statistics that the library chooses for the layers' gradients."""
         width = sketch_width(RANK) if sketched else None
         return {
             name: gradient_statistic(layer, self.bases[name], width, 0)
@@ -115,22 +110,22 @@ class Setting:
         }
 
     def gradient_step(self, statistics: Mapping[str, object]) -> None:
-        """A gradient pass over the batch."""
+        """Run a gradient pass over the batch."""
         gradient_pass(self.task, self.layers, [(self.batch, True)], self.task.weight(self.batch), statistics)
 
     def peak(self, run: Callable[[], object]) -> int:
-        """The most bytes alive while a function runs, beyond the model, the batch and the bases."""
+        """Return the most bytes alive while a function runs, beyond the model, the batch and the bases."""
         with Meter() as meter:
             meter.hold(
                 [*self.model.parameters(), *self.model.buffers(), *self.batch.values(), *self.bases.values()]
             )
-            given = meter.peak = meter.live
+            before = meter.peak = meter.live
             run()
-        return meter.peak - given
+        return meter.peak - before
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
-        """Activations recomputed in the backward pass, as large models are trained."""
+        """Recompute activations in the backward pass for the length of a block."""
         self.model.train()
         self.task.activation_checkpointing_enable()
         yield
@@ -153,61 +148,62 @@ class Setting:
             floors = (self.lora_peak(), self.peak(self.plain_step))
             return " and ".join(f"{100 * (ours - floor) / self.weight_bytes:.1f} %" for floor in floors)
 
-        kept = shares()
+        without_checkpoints = shares()
         with self.checkpointed():
             return (
-                f"peak beyond a LoRA step and frozen weights {kept} of the adapted weights; activations "
-                f"checkpointed {shares()}"
+                f"peak beyond a LoRA step and frozen weights {without_checkpoints} of the adapted weights; "
+                f"activations checkpointed {shares()}"
             )
 
 
 def gradient(sketched: bool, quick: bool) -> Pair:
-    """The gradient pass against the same forward and backward with frozen weights."""
+    """Compare the gradient pass with the same forward and backward pass of frozen weights."""
     setting = Setting(quick)
-    held = setting.statistics(sketched)
-    size = sum(t.nbytes for one in held.values() for t in _kept(one)) / setting.weight_bytes
+    statistics = setting.statistics(sketched)
+    tensors = [tensor for statistic in statistics.values() for tensor in _tensors(statistic)]
+    size = sum(tensor.nbytes for tensor in tensors) / setting.weight_bytes
     beyond = setting.beyond(lambda: setting.gradient_step(setting.statistics(sketched)))
     note = f"{setting.shape}; {beyond}; statistics alone {100 * size:.1f} %"
-    # The buffers are made once a task, not once a batch.
+    # The buffers are allocated once a task, not once a batch.
     form = "sketch" if sketched else "dense"
     return (
         f"gradient pass, {form} / forward and backward of frozen weights",
         setting.plain_step,
-        lambda: setting.gradient_step(held),
+        lambda: setting.gradient_step(statistics),
         note,
     )
 
 
-def _kept(statistic: DenseGradient | GradientSketch) -> list[Tensor]:
+def _tensors(statistic: DenseGradient | GradientSketch) -> list[Tensor]:
     return (
         [*statistic.tensors, statistic._omega] if isinstance(statistic, GradientSketch) else statistic.tensors
     )
 
 
 def second_pass(quick: bool) -> Pair:
-    """The pass for the exact Q^T G, for layers that one pass doesn't settle; here all of them."""
+    """Time the pass for the exact Q^T G, which layers need that one pass doesn't settle; here all of them."""
     setting = Setting(quick)
     first = setting.statistics(sketched=True)
     setting.gradient_step(first)
-    held = {name: one.second_pass() for name, one in first.items()}
+    second = {name: statistic.second_pass() for name, statistic in first.items()}
     name = "second gradient pass / forward and backward of frozen weights"
-    return name, setting.plain_step, lambda: setting.gradient_step(held), setting.shape
+    return name, setting.plain_step, lambda: setting.gradient_step(second), setting.shape
 
 
 def bounded_features(quick: bool) -> Pair:
-    """The feature pass in its bounded form against a forward pass."""
+    """Compare the feature pass with bounded memory with a forward pass."""
     setting = Setting(quick)
     parts = dict.fromkeys(setting.layers, "language")
     budget = int(FEATURE_SHARE * setting.weight_bytes)
-    made: dict[str, object] = {}
+    sketches: dict[str, object] = {}
 
     def plain() -> None:
         with torch.no_grad():
             setting.task(**setting.batch)
 
     def statistics(groups: list[list[str]]) -> dict[str, object]:
-        if not made:
-            made.update(
+        if not sketches:
+            sketches.update(
                 PaperRules.statistics(
                     [[setting.described[name] for name in names] for names in groups],
                     setting.bases,
@@ -215,20 +211,20 @@ def bounded_features(quick: bool) -> Pair:
                     0,
                 )
             )
-        return made
+        return sketches
 
     def ours() -> None:
         feature_pass(setting.task, setting.layers, parts, [(setting.batch, True)] * BATCHES, statistics)
 
     ours()
-    sizes = sorted({one.test.shape[1] for one in made.values()})
+    sizes = sorted({sketch.test.shape[1] for sketch in sketches.values()})
     share = f"{100 * FEATURE_SHARE:.0f} % of the adapted weights' size"
     note = f"{setting.shape}; sketches of {sizes[0]} to {sizes[-1]} directions in {share}"
     return "feature pass, bounded / forward", lambda: [plain() for _ in range(BATCHES)], ours, note
 
 
 class Embedded:
-    """An embedded model on a rendered task, its adapted layers and principal bases as its demo has them."""
+    """An embedded model on a rendered task, with its demo's adapted layers and principal bases."""
 
     def __init__(
         self, model: str, recipe: str, rank: int, examples: int, batch: int = 32, energy: float = 0.85
@@ -241,7 +237,7 @@ class Embedded:
             (inputs.collate(range(start, min(start + batch, examples))), True)
             for start in range(0, examples, batch)
         ]
-        self.total = sum(self.task.weight(each) for each, _ in self.batches)
+        self.total = sum(self.task.weight(inputs) for inputs, _ in self.batches)
         self.layers = {
             name: Layer(name, part, module, rank, float(rank), energy, 0.95)
             for part in family.parts
@@ -257,9 +253,9 @@ class Embedded:
         }
 
     def directions(self, sketched: bool) -> dict[str, ResidualDirections]:
-        """A of every layer, by as many passes as it takes.
+        """Return A of every layer, by as many passes as it takes.
 
-        Sketches even where the gradient itself would be smaller.
+        Sketches are used even if the gradient itself would be smaller.
         """
 
         def gradients(fraction, given):
@@ -271,32 +267,33 @@ class Embedded:
                 ctx, self.ranks, self.bases, 1.0, sketched, PaperRules.directions, lambda layer: nullcontext()
             )[0]
 
-    def shares(self, found: Mapping[str, ResidualDirections]) -> list[float]:
-        """Return the share of the best r directions' energy that each A holds, in float64."""
+    def shares(self, directions: Mapping[str, ResidualDirections]) -> list[float]:
+        """Return the share of the best r directions' energy that each A has, in float64."""
         dense = {
             name: DenseGradient(module.out_features, module.in_features)
             for name, module in self.modules.items()
         }
         gradient_pass(self.task, self.modules, self.batches, self.total, dense)
         shares = []
-        for name, one in found.items():
+        for name, result in directions.items():
             outside = residual(dense[name].matrix.double(), self.bases[name].double())
-            best = torch.linalg.svdvals(outside).square()[: one.A.shape[1]].sum()
-            shares.append(float((outside @ one.A.double()).square().sum() / best))
+            best = torch.linalg.svdvals(outside).square()[: result.A.shape[1]].sum()
+            shares.append(float((outside @ result.A.double()).square().sum() / best))
         return shares
 
 
 def captured(model: str, recipe: str, rank: int, quick: bool) -> Pair:
-    """A by sketches, with the passes that they ask for, against A by the dense gradient.
+    """Compare A from sketches, with as many passes as they need, with A from the dense gradient.
 
-    The note says what A holds.
+    The note has the share of the best directions' energy in A.
     """
     setting = Embedded(model, recipe, rank, examples=32 if quick else 256)
-    found = setting.directions(sketched=True)
-    shares, passes = setting.shares(found), Counter(one.passes for one in found.values())
-    taken = ", ".join(f"{count} in {number}" for number, count in sorted(passes.items()))
-    held = f"share of the optimum {min(shares):.4f} at least, {numbers.median(shares):.4f} in the median"
-    note = f"rank {rank}; {held}; of {len(found)} layers {taken} passes"
+    directions = setting.directions(sketched=True)
+    shares = setting.shares(directions)
+    passes = Counter(result.passes for result in directions.values())
+    counts = ", ".join(f"{count} in {number}" for number, count in sorted(passes.items()))
+    quality = f"share of the optimum {min(shares):.4f} at least, {numbers.median(shares):.4f} in the median"
+    note = f"rank {rank}; {quality}; of {len(directions)} layers {counts} passes"
     name = f"A from sketches / from dense gradients, {setting.name}"
     return name, lambda: setting.directions(False), lambda: setting.directions(True), note
 

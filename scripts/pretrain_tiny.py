@@ -1,12 +1,14 @@
-"""Pre-train a bundled tiny model: seeded recipes for a CPU, each under three quarters of an hour.
+"""Pre-train an embedded model: seeded recipes for a CPU, each under three quarters of an hour.
 
-    python scripts/pretrain_tiny.py --model tiny-clip --data-root DATA                     # train, save,
-    evaluate python scripts/pretrain_tiny.py --model tiny-llava --data-root DATA --work SCRATCH     # the
-    same; can be resumed python scripts/pretrain_tiny.py --model tiny-llava --data-root DATA --evaluate-only
-     # print the zero-shot table
+    # train, save and evaluate
+    python scripts/pretrain_tiny.py --model tiny-clip --data-root DATA
+    # the same; a killed run resumes from SCRATCH
+    python scripts/pretrain_tiny.py --model tiny-llava --data-root DATA --work SCRATCH
+    # print the zero-shot table
+    python scripts/pretrain_tiny.py --model tiny-llava --data-root DATA --evaluate-only
 
-The models see only `pretrain` splits: those of the rendered tasks and those of the small real sets
-under `--data-root`. Everything that decides the result is written to `pretrain.json` beside it.
+The models see only `pretrain` splits: those of the rendered tasks and those of the small real sets under
+`--data-root`. Everything that decides the result is written to `pretrain.json` next to the model.
 """
 
 from __future__ import annotations

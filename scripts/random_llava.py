@@ -1,10 +1,8 @@
-"""LLaVA models of any size with random weights, and batches for them.
-
-What the benchmarks of speed and memory run on.
+"""LLaVA models of any size with random weights, and batches for them, for benchmarks of speed and memory.
 
 The architecture is LLaVA-1.5's (Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 2024):
-a CLIP vision tower, a projector of two layers, a Llama. Random weights take as long and as much memory as
-trained ones; what they answer means nothing.
+a CLIP vision tower, a projector of two layers, and a Llama. Random weights take as much time and memory as
+trained ones.
 """
 
 from __future__ import annotations
@@ -29,9 +27,9 @@ class Size:
     """Widths and depths of a LLaVA; the defaults are LLaVA-1.5-7B's (CLIP ViT-L/14 at 336 pixels, Vicuna-7B).
 
     Args:
-        hidden, intermediate, layers, heads, vocabulary: of the language model.
-        vision_hidden, vision_intermediate, vision_layers, vision_heads, image, patch: of the vision tower;
-        pixels.
+        hidden, intermediate, layers, heads, vocabulary: sizes of the language model.
+        vision_hidden, vision_intermediate, vision_layers, vision_heads: sizes of the vision tower.
+        image, patch: side of an image and of a patch, in pixels.
     """
 
     hidden: int = 4096
@@ -103,16 +101,14 @@ def random_llava(
     device: torch.device | str = "cpu",
     convert: Callable[[nn.Module], None] = lambda module: None,
 ) -> LlavaForConditionalGeneration:
-    """Make a frozen LLaVA with Gaussian weights, piece by piece.
-
-    Nothing but the result is ever in memory.
+    """Create a frozen LLaVA with Gaussian weights, tensor by tensor, so that only the result is in memory.
 
     Args:
         size: its widths and depths.
-        dtype: of the weights.
-        device: that they are on.
-        convert: called with each decoder layer of the language model, as soon as it has its weights, such as
-            to quantise them.
+        dtype: dtype of the weights.
+        device: device of the weights.
+        convert: called with each decoder layer of the language model as soon as it has its weights, for
+            instance to quantise it.
     """
     config = _llava_config(size)
     with torch.device("meta"):
@@ -128,13 +124,13 @@ def random_llava(
         for child in module.children():
             fill(child)
         for name, p in module.named_parameters(recurse=False):
-            made = torch.empty(p.shape, dtype=dtype, device=device)
+            value = torch.empty(p.shape, dtype=dtype, device=device)
             if p.dim() > 1:
-                made.normal_(0.0, SPREAD, generator=generator)
+                value.normal_(0.0, SPREAD, generator=generator)
             else:
                 # Norms are the identity.
-                made.fill_(float("norm" in type(module).__name__.lower() and name == "weight"))
-            module.register_parameter(name, nn.Parameter(made, requires_grad=False))
+                value.fill_(float("norm" in type(module).__name__.lower() and name == "weight"))
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 module.register_buffer(name, _buffer(module, name, config, device), persistent=False)
@@ -146,10 +142,7 @@ def random_llava(
 
 
 def _buffer(module: nn.Module, name: str, config: LlavaConfig, device: torch.device | str) -> Tensor:
-    """Return a buffer that a module made on the meta device should have.
-
-    Positions, or the frequencies of rotary embeddings.
-    """
+    """Return the values of a module's buffer: positions, or the frequencies of rotary embeddings."""
     if name == "position_ids":
         return torch.arange(module.num_positions, device=device).expand(1, -1)
     head = config.text_config.hidden_size // config.text_config.num_attention_heads

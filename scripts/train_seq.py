@@ -14,13 +14,13 @@ from llava_keeplora_eval.guard import standard_streams
 
 
 def main() -> int:
-    """Run, or resume, a sequence and return the exit code."""
+    """Run or resume a sequence, and return the exit code."""
     with standard_streams():
         parser = argparse.ArgumentParser(description=__doc__)
         add_train_arguments(parser)
         add_debug(parser)
         return run_command(parser)
-    return 0  # The reader of stdout has closed it.
+    return 0  # `standard_streams` suppresses the error of a closed stdout.
 
 
 if __name__ == "__main__":
