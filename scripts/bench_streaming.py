@@ -94,7 +94,7 @@ class Setting:
         return {name: principal_basis(layer.weight, ENERGY).basis for name, layer in self.layers.items()}
 
     def plain_step(self) -> None:
-        """Run a forward and backward pass that reaches every layer, as the embedding's output needs a gradient."""
+        """Run a forward and backward pass that reaches all layers, as the embedding requires a gradient."""
         handle = self.model.get_input_embeddings().register_forward_hook(
             lambda module, args, output: output.requires_grad_(True)
         )
