@@ -16,6 +16,7 @@ from llava_keeplora.models.crops import RandomCrops
 from llava_keeplora.models.llava import LlavaFamily, LlavaTask
 from llava_keeplora.models.task_model import TaskModel, recomputes
 from llava_keeplora.models.usage import Usage
+from llava_keeplora.models.workload import Work, repeated
 from llava_keeplora.registries import MODEL_FAMILIES
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.models import FAMILIES, model_family, resolve_model
@@ -40,10 +41,12 @@ __all__ = [
     "RandomCrops",
     "TaskModel",
     "Usage",
+    "Work",
     "embedded_models",
     "load_model",
     "open_model",
     "recomputes",
+    "repeated",
 ]
 
 

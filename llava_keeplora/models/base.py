@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.models.usage import Usage
+from llava_keeplora.models.workload import Work
 from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
@@ -121,3 +122,19 @@ class Family(Protocol):
 
     def usage(self, data: TaskData) -> Usage:
         """Return how plain transformers load and ask the model, with an example from a split."""
+
+    def workload(self, recipe: Recipe, train: TaskData | None, test: TaskData | None) -> Work:
+        """Return what a task asks of the machine, with the model without weights.
+
+        A plan asks for it; a family without it, `workload_task` and `answer` is run without a plan.
+
+        Args:
+            recipe: the task's.
+            train, test: its splits; None where the data are not there.
+        """
+
+    def workload_task(self, work: Work) -> nn.Module:
+        """Return the model on a task of which only what it asks of the machine is known."""
+
+    def answer(self, work: Work, size: int) -> None:
+        """Answer `size` copies of a task's longest question as its predictor does, to measure memory."""

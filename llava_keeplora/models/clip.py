@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 import transformers  # its models, which take seconds to import, are looked up where they are used
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -25,6 +26,7 @@ from llava_keeplora.models.meta_model import build_meta_model
 from llava_keeplora.models.quantization import keep_form, leave_checkpoint, quantization_kwargs
 from llava_keeplora.models.task_model import TaskModel
 from llava_keeplora.models.usage import Usage, classification_usage
+from llava_keeplora.models.workload import ANSWER, Work, on_meta, repeated
 from llava_keeplora_eval.checkpoints import load_checked
 from llava_keeplora_eval.class_prompts import PromptPreparation
 from llava_keeplora_eval.encoders import CLIP, Encoders, find_encoders
@@ -33,6 +35,7 @@ from llava_keeplora_eval.predictors import (
     ClipPredictor,
     class_logits,
     image_features,
+    prompt_features,
     split_images,
     stack_images,
     text_features,
@@ -40,6 +43,9 @@ from llava_keeplora_eval.predictors import (
 )
 from llava_keeplora_eval.preparation import check_questions
 from llava_keeplora_recipes import Example, Recipe, TaskData
+
+#: Tokens of a class prompt, where there is no tokenizer to ask.
+PROMPT = 16
 
 
 class ClipFamily:
@@ -199,6 +205,60 @@ class ClipFamily:
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> ClipPredictor:
         """What answers the task's examples with the present weights; it writes no `tokens`."""
         return ClipPredictor(self.model, self.processor, recipe, images=images.of)
+
+    def workload(self, recipe: Recipe, train: TaskData | None, test: TaskData | None) -> Work:
+        """Return what a task asks of the machine: every image is alike, so the class prompts decide.
+
+        Raises:
+            ConfigError: for classes that are read from data which are not there.
+        """
+        if train is not None and test is not None:
+            self.check(test)
+        if train is None and not recipe.classes:
+            prompts = self._assumed_prompts(recipe)
+        else:
+            prompts = self.tokens(recipe.prompts)
+        images, classes = self._blank_image(), recipe.classes or [" " * ANSWER]
+        learned, asked = (len(data or ()) for data in (train, test))
+        return Work(
+            recipe.name,
+            learned,
+            asked,
+            learned + asked,
+            {**images, "labels": torch.zeros(1, dtype=torch.long)},
+            images,
+            prompts,
+            sum(map(len, classes)) / len(classes),
+        )
+
+    def _assumed_prompts(self, recipe: Recipe) -> dict[str, Tensor]:
+        if not recipe.num_classes:
+            raise ConfigError(
+                f"the classes of '{recipe.name}' are read from its data, which are not there",
+                "give the folder that holds them with --data-root",
+            )
+        limit = self.encoders.max_tokens(self.config)
+        full = self.encoders.padding == "max_length"
+        ids = torch.zeros(recipe.num_classes, limit if full else min(PROMPT, limit), dtype=torch.long)
+        return {"input_ids": ids} | ({} if full else {"attention_mask": torch.ones_like(ids)})
+
+    def _blank_image(self) -> dict[str, Tensor]:
+        """What the model takes for an image without content, as a batch of one on the meta device."""
+        side = getattr(self.config.vision_config, "image_size", None)
+        if isinstance(side, int):
+            return {"pixel_values": torch.empty(1, 3, side, side, device="meta")}
+        blank = Image.new("RGB", (256, 256))
+        return on_meta(self.processor.image_processor(images=[blank], return_tensors="pt"))
+
+    def workload_task(self, work: Work) -> "ClipTask":
+        """Return the model on a task by its class prompts."""
+        return ClipTask(self.model, work.prompts, self.encoders)
+
+    def answer(self, work: Work, size: int) -> None:
+        """Run the steps of `ClipPredictor` on one batch: the prompts' features, then the images'."""
+        text = prompt_features(self.model, work.prompts)
+        images = to_dtype(repeated(work.question, size), self.model.dtype)
+        class_logits(self.model, image_features(self.model, **images), text)
 
     def usage(self, data: TaskData) -> Usage:
         """Return how plain transformers load and ask the model, with a few of a task's captions."""

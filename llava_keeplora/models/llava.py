@@ -23,10 +23,12 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.layouts import find_parts
 from llava_keeplora.models.linear_layers import find_linear_layers
+from llava_keeplora.models.llava_workload import LlavaWorkload
 from llava_keeplora.models.meta_model import build_meta_model
 from llava_keeplora.models.quantization import keep_form, leave_checkpoint, quantization_kwargs
 from llava_keeplora.models.task_model import TaskModel
 from llava_keeplora.models.usage import Usage, generation_usage
+from llava_keeplora.models.workload import Work
 from llava_keeplora_eval.chat import image_inputs, question_text, render
 from llava_keeplora_eval.checkpoints import load_checked
 from llava_keeplora_eval.image_inputs import TOKEN_KEYS, joined
@@ -39,7 +41,7 @@ IGNORE = -100  # the label of a token that is not learned, as everywhere in tran
 LAYER_NUMBER = re.compile(r"\.(?:layers?|blocks)\.(\d+)\.")
 
 
-class LlavaFamily:
+class LlavaFamily(LlavaWorkload):
     """A LLaVA model with its processor; see `models/base.py`.
 
     Args:
@@ -190,6 +192,10 @@ class LlavaFamily:
     def task(self, recipe: Recipe) -> "LlavaTask":
         """Return the model on one task."""
         return LlavaTask(self.model, blank=self.blank)
+
+    def workload_task(self, work: Work) -> "LlavaTask":
+        """Return the model on any task."""
+        return LlavaTask(self.model)
 
     @cached_property
     def blank(self) -> dict[str, Tensor]:

@@ -26,11 +26,10 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer
 from llava_keeplora.methods.gradient_init import gradient_statistic
 from llava_keeplora.methods.presets import least_statistics
+from llava_keeplora.models import repeated
 from llava_keeplora.plan import linear_algebra
-from llava_keeplora.plan.answers import answer
 from llava_keeplora.plan.machine import model_bytes
 from llava_keeplora.plan.rehearsal import Rehearsal
-from llava_keeplora.plan.workload import repeated
 from llava_keeplora.start.check import enough_gb
 from llava_keeplora.subspace import SecondMoment, ShapeError, SketchedMoment, sketch_width
 
@@ -380,7 +379,7 @@ class MemoryEstimate(Rehearsal):
         work, size = self.largest, min(self.config.evaluation.batch_size, max(w.test for w in self.work))
         tasks = len(self.work) if self.subspaces else 0
         with self._fake_model() as meter, torch.no_grad():
-            answer(self.family, work, size)
+            self.family.answer(work, size)
             answering = meter.peak - self.model_bytes
         return self._sum(answering, tasks=tasks)
 

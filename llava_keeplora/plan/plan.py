@@ -11,7 +11,7 @@ from typing import Any
 from llava_keeplora.config import RunConfig, deepspeed_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer, Method
-from llava_keeplora.models import open_model
+from llava_keeplora.models import Work, open_model
 from llava_keeplora.plan.machine import (
     Machine,
     changed_layers,
@@ -23,7 +23,7 @@ from llava_keeplora.plan.machine import (
 )
 from llava_keeplora.plan.memory_estimate import F32, MemoryEstimate
 from llava_keeplora.plan.sharding import read_sharding
-from llava_keeplora.plan.workload import Work, read_work
+from llava_keeplora.plan.workload import read_work
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.steps import optimiser_steps
 

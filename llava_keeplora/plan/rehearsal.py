@@ -13,11 +13,10 @@ from llava_keeplora.adapters import AdapterInit, attach, detach
 from llava_keeplora.config import MethodConfig, RunConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer, TaskContext, find_layers
-from llava_keeplora.models import DTYPES, ClipTask, Family, LlavaTask, recomputes
+from llava_keeplora.models import DTYPES, Family, Work, recomputes, repeated
 from llava_keeplora.plan.allocation_tracker import faked, metered
 from llava_keeplora.plan.machine import make_method
 from llava_keeplora.plan.sharding import Sharding
-from llava_keeplora.plan.workload import Work, repeated
 
 
 class Rehearsal:
@@ -72,10 +71,7 @@ class Rehearsal:
         return repeated(self.largest.example, size)
 
     def _task(self) -> nn.Module:
-        model, prompts = self.family.model, self.largest.prompts
-        if not prompts:
-            return LlavaTask(model)
-        return ClipTask(model, prompts, self.family.encoders)  # type: ignore[attr-defined]
+        return self.family.workload_task(self.largest)
 
     @contextmanager
     def _adapters(self) -> Iterator[None]:
