@@ -15,8 +15,8 @@ import pyarrow.parquet
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .conversation_turn import Turn, from_messages, place_turn, with_system
-from .csv_text import load_hub_dataset
 from .errors import RecipeError, collect_errors, nearest
+from .hub_layout import HubTable, load_hub_dataset
 from .media import UNREAD, is_empty, refuse_unread_media, system_text
 from .paths import data_root_of, describe_error, inside, own_path, set_folder, within
 from .recipe import Recipe
@@ -74,7 +74,7 @@ def read_parquet(
             f"the {split} split of '{recipe.name}' cannot be read as parquet ({describe_error(cause)})",
             f"replace {', '.join(f.name for f in files[:3])}",
         ) from error
-    return _from_table(recipe, split, table, folder, (root,), problems)
+    return _from_table(recipe, split, HubTable(table), folder, (root,), problems)
 
 
 def _without_empty(files: list[Path]) -> list[Path]:
@@ -102,9 +102,15 @@ def read_hub(
     if not path.is_absolute() and (base := data_root if data_root is not None else recipe.folder) is not None:
         local = Path(base).expanduser() / path
     target = str(local) if local.is_dir() else recipe.source["path"]
+    if not isinstance(recipe.splits[split], str):
+        raise RecipeError(
+            f"recipe '{recipe.name}' has {recipe.splits[split]!r} as its {split} split, and a dataset in the "
+            "Hub's layout has splits by name",
+            "write one name, or names with a plus: train+validation",
+        )
     try:
         with _quiet():
-            table = load_hub_dataset(
+            loaded = load_hub_dataset(
                 target,
                 recipe.source["config"],
                 recipe.splits[split],
@@ -112,24 +118,25 @@ def read_hub(
                 recipe.source["columns"].get("label", "label"),
             )
     except Exception as error:  # the Hub client and datasets raise a dozen kinds; the first is reported
-        cause = error if isinstance(error, RecipeError) else error.__cause__  # datasets wraps a reader's own
+        # datasets wraps what a reader raises
+        cause = error if isinstance(error, RecipeError) else error.__cause__ or error
         if isinstance(cause, RecipeError):
             raise cause from None
         raise RecipeError(
             f"Hub dataset '{target}' of recipe '{recipe.name}' cannot be loaded with the split "
-            f"'{recipe.splits[split]}' ({describe_error(error)})",
+            f"'{recipe.splits[split]}' ({describe_error(cause)})",
             "check the id, the split's name and the network, or use parquet files with 'format: parquet'",
         ) from error
     if local.is_dir():
-        return _from_table(recipe, split, table, local, (local.resolve(),), problems)
+        return _from_table(recipe, split, loaded, local, (local.resolve(),), problems)
     caches = tuple(Path(place).resolve() for place in (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE))
-    return _from_table(recipe, split, table, None, caches, problems)
+    return _from_table(recipe, split, loaded, None, caches, problems)
 
 
 def _from_table(
     recipe: Recipe,
     split: str,
-    table: datasets.Dataset,
+    loaded: HubTable,
     folder: Path | None,
     roots: tuple[Path, ...],
     problems: list[RecipeError] | None,
@@ -140,6 +147,7 @@ def _from_table(
         folder: where paths in the table start; None for a table from the Hub.
         roots: folders that a path of a picture may lead into.
     """
+    table = loaded.table
     columns = _columns(recipe, split, table)
     count, classify = len(table), recipe.kind == "classification"
     chats = "messages" in columns
@@ -157,6 +165,8 @@ def _from_table(
             raise RecipeError(
                 f"{what} has other images in 'image' than in 'images'", "keep those that are meant"
             )
+        if loaded.names_files and not shown:
+            raise RecipeError(f"{what} has no 'file_name'", "name its picture's file, or remove the record")
         refuse_unread_media({column: values[row] for column, values in unread.items()}, what)
         if classify and not chats:
             return name, Turn("", []), cells["label"][row], shown
@@ -178,6 +188,7 @@ def _from_table(
         questions=[None if classify else turn.question for _, turn, _, _ in found],
         answers=[[] if classify else turn.answers for _, turn, _, _ in found],
         histories=[turn.history for _, turn, _, _ in found],
+        left_out=loaded.left_out,
     )
 
 

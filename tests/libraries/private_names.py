@@ -175,18 +175,28 @@ PRIVATE_NAMES = (
     # datasets
     PrivateName(
         "datasets.packaged_modules.csv.csv.Csv._generate_tables",
-        ("llava_keeplora_recipes.csv_text",),
+        ("llava_keeplora_recipes.hub_layout",),
         "replaced, so that cells of a CSV file are the text that is written",
     ),
     PrivateName(
         "datasets.packaged_modules.csv.csv.Csv._cast_table",
-        ("llava_keeplora_recipes.csv_text",),
+        ("llava_keeplora_recipes.hub_layout",),
         "gives such a table the columns' types",
     ),
     PrivateName(
         "datasets.packaged_modules.folder_based_builder.folder_based_builder.FolderBasedBuilder._read_metadata",
-        ("llava_keeplora_recipes.csv_text",),
-        "replaced, so that cells of metadata.csv are the text that is written",
+        ("llava_keeplora_recipes.hub_layout",),
+        "replaced, so that cells of metadata.csv and metadata.jsonl are what is written",
+    ),
+    PrivateName(
+        "datasets.packaged_modules.json.json.Json._generate_tables",
+        ("llava_keeplora_recipes.hub_layout",),
+        "replaced, so that values of a JSON file are what is written",
+    ),
+    PrivateName(
+        "datasets.packaged_modules.json.json.Json._cast_table",
+        ("llava_keeplora_recipes.hub_layout",),
+        "gives such a table the columns' types",
     ),
     # evaluate: the way in which its guide has a metric written
     PrivateName(

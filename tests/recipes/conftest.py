@@ -87,6 +87,21 @@ def write_json(path: Path, content) -> Path:
     return path
 
 
+def prepared(table: datasets.Dataset, asked: dict | None = None) -> SimpleNamespace:
+    """A builder of a table that is on the Hub; `asked` gets the split that is asked for."""
+
+    def as_dataset(split):
+        (asked if asked is not None else {}).update(split=split)
+        return table
+
+    return SimpleNamespace(
+        config=SimpleNamespace(data_files={"train": ["hf://train.parquet"]}),
+        info=SimpleNamespace(builder_name="parquet"),
+        download_and_prepare=lambda: None,
+        as_dataset=as_dataset,
+    )
+
+
 @pytest.fixture
 def make() -> SimpleNamespace:
     """What the tests build their trees with."""
@@ -97,6 +112,7 @@ def make() -> SimpleNamespace:
         folder=write_folder,
         parquet=write_parquet,
         json=write_json,
+        builder=prepared,
     )
 
 

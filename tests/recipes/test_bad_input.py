@@ -89,7 +89,7 @@ def test_a_hub_dataset_that_cannot_be_reached(pets, monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no  network\nhere")
 
-    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset_builder", fail)
     assert refusal(pets(source={"format": "hub", "path": "someone/else"})) == (
         "Hub dataset 'someone/else' of recipe 'pets' cannot be loaded with the split 'train' (ConnectionError: no network here); "
         "check the id, the split's name and the network, or use parquet files with 'format: parquet'."

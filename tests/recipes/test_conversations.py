@@ -197,7 +197,8 @@ def test_lists_of_images_travel_to_a_worker_process_as_a_path(recipe, tmp_path, 
 
 
 def test_chats_are_read_from_the_hub(recipe, make, monkeypatch, pixels):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: messages_table(make, SHOWN))
+    builder = make.builder(messages_table(make, SHOWN))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: builder)
     data = load_split(recipe({"train": "train"}, format="hub", columns={"messages": "messages"}), "train")
     assert [[i.tobytes() for i in e.images] for e in data] == [[pixels[i] for i in own] for own in SHOWN]
 

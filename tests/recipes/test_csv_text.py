@@ -66,7 +66,6 @@ def test_labels_of_metadata_csv_that_are_whole_numbers_are_positions(metadata):
     [
         ("file_name,question,answers,answers\n0.png,what?,a,b\n", "'answers' more than once"),
         ("file_name,question,answers\n", "has no rows"),
-        ("file_name,question,answers\n,what?,a\n", "row 1 of .* has an empty 'file_name'"),
         ("file_name,question,answers\n0.png,what?\n", "row 1 of .* has 2 cells and the header has 3"),
         ('file_name,question,answers\n0.png,"what?,a\n', "cannot be read as CSV"),
     ],

@@ -148,13 +148,13 @@ def test_a_hub_recipe_reads_a_local_folder_of_parquet_files(table, make):
 def test_a_hub_recipe_asks_for_its_id_config_revision_and_split(tmp_path, make, monkeypatch):
     asked = {}
 
-    def fake(path, name=None, *, split, revision):
-        asked.update(path=path, name=name, split=split, revision=revision)
+    def fake(path, name=None, *, revision, cache_dir):
+        asked.update(path=path, name=name, revision=revision)
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
         rows = {"image": [{"bytes": make.encoded(i), "path": None} for i in range(3)], "label": [0, 1, 2]}
-        return datasets.Dataset.from_dict(rows, features=features)
+        return make.builder(datasets.Dataset.from_dict(rows, features=features), asked)
 
-    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fake)
     source = {"format": "hub", "path": "someone/pets", "config": "small", "revision": "abc"}
     recipe = load_recipe(
         make.yaml(tmp_path / "pets.yaml", **make.facts(source=source, splits={"train": "train[:50%]"}))
