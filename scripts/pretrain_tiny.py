@@ -4,6 +4,7 @@
     python scripts/pretrain_tiny.py --model tiny-clip --data-root DATA
     # the same; a killed run resumes from SCRATCH
     python scripts/pretrain_tiny.py --model tiny-llava --data-root DATA --work SCRATCH
+    python scripts/pretrain_tiny.py --model tiny-qwen --data-root DATA --work SCRATCH
     # print the zero-shot table
     python scripts/pretrain_tiny.py --model tiny-llava --data-root DATA --evaluate-only
 
@@ -17,13 +18,19 @@ import argparse
 from pathlib import Path
 
 import torch
-from pretraining import clip, llava
+from pretraining import clip, llava, qwen, zero_shot
 
 ASSETS = Path(__file__).parents[1] / "llava_keeplora" / "assets"
-MODELS = {"tiny-clip": clip, "tiny-llava": llava}
+#: Name → how it is pre-trained, and how it is evaluated.
+MODELS = {
+    "tiny-clip": (clip.pretrain, clip.evaluate),
+    "tiny-llava": (llava.pretrain, zero_shot.evaluate),
+    "tiny-qwen": (qwen.pretrain, zero_shot.evaluate),
+}
 SETTINGS = {
     "tiny-clip": dict(steps=1200, batch=160, lr=1e-3, vocabulary=1400, bf16=False),
     "tiny-llava": dict(steps=2000, batch=32, lr=1.2e-3, vocabulary=1400, bf16=True),
+    "tiny-qwen": dict(steps=2000, batch=32, lr=1.2e-3, vocabulary=1400, bf16=True),
 }
 
 
@@ -34,7 +41,9 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="tiny-clip")
     parser.add_argument("--data-root", type=Path, required=True, help="folder with the small real sets")
     parser.add_argument("--out", type=Path, help="by default the model's folder in the package")
-    parser.add_argument("--work", type=Path, help="where tiny-llava keeps what a killed run resumes from")
+    parser.add_argument(
+        "--work", type=Path, help="where a model that answers keeps what a killed run resumes from"
+    )
     parser.add_argument(
         "--clip",
         type=Path,
@@ -55,10 +64,11 @@ def main() -> None:
     args.out = args.out or ASSETS / args.model
     if args.threads:
         torch.set_num_threads(args.threads)
+    pretrain, evaluate = MODELS[args.model]
     if args.evaluate_only:
-        MODELS[args.model].evaluate(args.out, args.data_root)
+        evaluate(args.out, args.data_root)
     else:
-        MODELS[args.model].pretrain(args)
+        pretrain(args)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def load_set(root: Path, name: str, split: str) -> ImageSet:
             [p, f"{c}.", f"a small picture: {c}.", f"this shows {c}."]
             for p, c in zip(data.recipe.prompts, words)
         ]
-    return ImageSet(name, small_pictures(data), torch.tensor(data.labels), texts)
+    return ImageSet(name, small_pictures(data)[0], torch.tensor(data.labels), texts)
 
 
 def vocabulary_texts(root: Path, sets: list[ImageSet]) -> Iterator[str]:

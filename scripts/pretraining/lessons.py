@@ -1,4 +1,4 @@
-"""Batches for the tiny LLaVA: every picture with as many questions about it as fit.
+"""Batches for models that answer questions: every picture with as many questions about it as fit.
 
 The questions share one sequence, so that the picture's tokens are paid for once. Each of them sees
 the picture and itself only, at the positions that it has when it is asked alone: the loss is that of
@@ -32,16 +32,18 @@ SHARES = (
 
 
 class Lessons:
-    """Batches of pictures, each with as many of its turns as fit; a batch follows from (seed, step)."""
+    """Batches of pictures, each with as many of its turns as fit; a batch follows from (seed, step).
+
+    Written for a LLaVA; what another model does otherwise, a subclass overrides.
+    """
 
     def __init__(
         self, sets: list[TaughtSet], tokenizer: PreTrainedTokenizerFast, batch: int, seed: int
     ) -> None:
         self.tokenizer, self.batch, self.seed = tokenizer, batch, seed
         self.pixels = torch.cat([s.pixels for s in sets])
-        image = tokenizer.convert_tokens_to_ids(IMAGE)
-        self.prefix = tokenizer("USER: ").input_ids + [image] * (SIDE // PATCH) ** 2
-        tokens = cache(self._tokens)
+        self.shapes = [shape for s in sets for shape in s.shapes]
+        tokens = cache(self.turn)
         self.turns = [[tokens(*turn) for turn in turns] for s in sets for turns in s.turns]
         share = torch.cat(
             [torch.full((len(s.turns),), SHARES[s.name] / len(s.turns), dtype=torch.float64) for s in sets]
@@ -52,7 +54,17 @@ class Lessons:
             [torch.full((len(s.turns),), s.name in REAL + ["digits", "emoji-names"]) for s in sets]
         )
 
-    def _tokens(self, question: str, answer: str) -> tuple[list[int], int]:
+    def prefix(self, picture: int) -> tuple[list[int], torch.Tensor, int]:
+        """Return the tokens up to a picture's end, their positions (axes x tokens), and the next position."""
+        image = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        ids = self.tokenizer("USER: ").input_ids + [image] * (SIDE // PATCH) ** 2
+        return ids, torch.arange(len(ids))[None], len(ids)
+
+    def images(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return pictures, changed at random where that keeps what is true of them, as the model's inputs."""
+        return {"pixel_values": augment(self.pixels[rows], self.mirrored[rows], self.moved[rows])}
+
+    def turn(self, question: str, answer: str) -> tuple[list[int], int]:
         """Return the tokens of a turn after the picture, and how many of them are the question."""
         asked = self.tokenizer(f"\n{question} ASSISTANT:").input_ids
         said = [*self.tokenizer(f" {answer}").input_ids, self.tokenizer.eos_token_id]
@@ -69,8 +81,7 @@ class Lessons:
         order = np.argsort([sum(len(tokens) for tokens, _ in plan) for plan in plans], kind="stable")
         for part in np.array_split(order, max(1, self.batch // 32)):
             rows = chosen[torch.from_numpy(part)]
-            seen = augment(self.pixels[rows], self.mirrored[rows], self.moved[rows])
-            yield {"pixel_values": seen, **self.pack([plans[i] for i in part])}
+            yield self.images(rows) | self.pack(rows.tolist(), [plans[i] for i in part])
 
     def _plan(self, rng: np.random.Generator, turns: list) -> list:
         """Choose the task's own turn (one time in ten any), and others in random order while they fit."""
@@ -82,21 +93,24 @@ class Lessons:
                 used += len(turns[i][0])
         return plan
 
-    def pack(self, plans: list) -> dict[str, torch.Tensor]:
+    def pack(self, pictures: list[int], plans: list) -> dict[str, torch.Tensor]:
         """Token ids, positions, who sees whom, and labels (-100 where nothing is learned)."""
-        start = len(self.prefix)
-        width = start + max(sum(len(tokens) for tokens, _ in plan) for plan in plans)
+        prefixes = [self.prefix(picture) for picture in pictures]
+        width = max(
+            len(ids) + sum(len(tokens) for tokens, _ in plan)
+            for (ids, _, _), plan in zip(prefixes, plans, strict=True)
+        )
         ids = torch.full((len(plans), width), self.tokenizer.pad_token_id)
-        labels, positions = torch.full_like(ids, -100), torch.zeros_like(ids)
-        turn = torch.full_like(ids, -1)
-        for row, plan in enumerate(plans):
-            ids[row, :start] = torch.tensor(self.prefix)
-            positions[row, :start], turn[row, :start] = torch.arange(start), 0
-            at = start
+        labels, turn = torch.full_like(ids, -100), torch.full_like(ids, -1)
+        positions = torch.zeros(len(prefixes[0][1]), *ids.shape, dtype=torch.long)
+        for row, ((begin, places, after), plan) in enumerate(zip(prefixes, plans, strict=True)):
+            at = len(begin)
+            ids[row, :at], turn[row, :at] = torch.tensor(begin), 0
+            positions[:, row, :at] = places
             for number, (tokens, asked) in enumerate(plan, 1):
                 place = slice(at, at + len(tokens))
                 ids[row, place] = torch.tensor(tokens)
-                positions[row, place] = start + torch.arange(len(tokens))
+                positions[:, row, place] = after + torch.arange(len(tokens))
                 turn[row, place] = number
                 labels[row, at + asked : at + len(tokens)] = torch.tensor(tokens[asked:])
                 at += len(tokens)
@@ -105,7 +119,7 @@ class Lessons:
         causal = torch.ones(width, width, dtype=torch.bool).tril()
         return {
             "input_ids": ids,
-            "position_ids": positions,
+            "position_ids": positions.squeeze(0),  # one axis has no dimension of its own
             "labels": labels,
             "attention_mask": torch.where(mine & causal, 0.0, -1e9)[:, None],
         }

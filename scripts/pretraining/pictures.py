@@ -1,4 +1,4 @@
-"""What both tiny models learn from: the `pretrain` splits as small pictures in memory."""
+"""What the tiny models learn from: the `pretrain` splits as small pictures in memory."""
 
 from __future__ import annotations
 
@@ -28,21 +28,34 @@ def image_processor() -> CLIPImageProcessorPil:
     )
 
 
-def small_pictures(data: TaskData) -> torch.Tensor:
-    """All pictures of a split as the models see them, before normalisation: uint8, N x 3 x 48 x 48."""
+def small_pictures(data: TaskData) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """All pictures of a split before normalisation.
+
+    Returns:
+        uint8, N x 3 x 48 x 48, and the height and width of each file.
+    """
     processor = image_processor()
     processor.do_rescale = processor.do_normalize = False
-    pixels = np.stack([processor(e.image, return_tensors="np")["pixel_values"][0] for e in data])
-    return torch.from_numpy(pixels.astype(np.uint8))
+    pixels, shapes = [], []
+    for image in (example.image for example in data):
+        pixels.append(processor(image, return_tensors="np")["pixel_values"][0])
+        shapes.append((image.height, image.width))
+    return torch.from_numpy(np.stack(pixels).astype(np.uint8)), shapes
 
 
-def augment(pixels: torch.Tensor, mirrored: torch.Tensor, moved: torch.Tensor | None = None) -> torch.Tensor:
+def augment(
+    pixels: torch.Tensor,
+    mirrored: torch.Tensor,
+    moved: torch.Tensor | None = None,
+    size: tuple[int, int] = (SIDE, SIDE),
+) -> torch.Tensor:
     """Shift, zoom, brighten, and mirror where that keeps the label. Returns floats in -1..1.
 
     Args:
         pixels: uint8, N x 3 x 48 x 48.
         mirrored: which pictures may be mirrored.
         moved: which may be shifted and zoomed; all of them where None.
+        size: height and width of what is returned.
     """
     n = len(pixels)
     frame = torch.zeros(n, 2, 3)
@@ -54,7 +67,7 @@ def augment(pixels: torch.Tensor, mirrored: torch.Tensor, moved: torch.Tensor | 
         shift = torch.where(moved[:, None], shift, 0.0)
     frame[:, 0, 0], frame[:, 1, 1] = flip * zoom[:, 0], zoom[:, 1]
     frame[:, :, 2] = shift
-    grid = F.affine_grid(frame, [n, 3, SIDE, SIDE], align_corners=False)
+    grid = F.affine_grid(frame, [n, 3, *size], align_corners=False)
     seen = F.grid_sample(pixels.float() / 127.5 - 1, grid, padding_mode="reflection", align_corners=False)
     contrast, light = 0.8 + 0.4 * torch.rand(n, 1, 1, 1), 0.3 * torch.rand(n, 1, 1, 1) - 0.15
     return (seen * contrast + light).clamp(-1, 1)

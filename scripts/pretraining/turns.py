@@ -1,4 +1,4 @@
-"""Training data of the tiny LLaVA: pictures, and for each of them questions with their answers."""
+"""Training data of the models that answer: pictures, and for each of them questions with their answers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ class TaughtSet:
         name: the recipe's name.
         pixels: uint8, N x 3 x 48 x 48.
         turns: about each picture; the first one is what the task itself asks.
+        shapes: height and width of each picture's file; not part of the fingerprint.
     """
 
     name: str
     pixels: torch.Tensor
     turns: list[list[Turn]]
+    shapes: list[tuple[int, int]]
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.pixels.numpy().tobytes())
@@ -59,7 +61,8 @@ def taught_set(name: str, root: Path) -> TaughtSet:
     if name in QUESTIONS:
         return _asked(data)
     turns_of = _scene_turns if name in SCENES else _class_turns
-    return TaughtSet(name, small_pictures(data), [turns_of(data, i) for i in range(len(data))])
+    pixels, shapes = small_pictures(data)
+    return TaughtSet(name, pixels, [turns_of(data, i) for i in range(len(data))], shapes)
 
 
 def _asked(data: TaskData) -> TaughtSet:
@@ -69,9 +72,8 @@ def _asked(data: TaskData) -> TaughtSet:
         groups[digest].append(i)
     questions, answers = data.questions, data.answers
     turns = [[(questions[i], answer) for i in group for answer in answers[i]] for group in groups.values()]
-    return TaughtSet(
-        data.recipe.name, small_pictures(data.take(group[0] for group in groups.values())), turns
-    )
+    pixels, shapes = small_pictures(data.take(group[0] for group in groups.values()))
+    return TaughtSet(data.recipe.name, pixels, turns, shapes)
 
 
 # ----------------------------------------------------------------------------------------- classes

@@ -1,4 +1,4 @@
-"""What a LLaVA answers on the test splits without any training on them, and what a guess would get."""
+"""What a model answers on the test splits without any training on them, and what a guess would get."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from pretraining.pictures import REAL
 from pretraining.turns import QUESTIONS
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
+from llava_keeplora_eval.processors import load_chat_processor
 from llava_keeplora_recipes import TaskData, load_recipe, load_split
 from llava_keeplora_recipes.rendered import RENDERED
 from llava_keeplora_recipes.rendered_scenes import SCENES
@@ -20,8 +21,8 @@ from llava_keeplora_recipes.rendered_scenes import SCENES
 
 @torch.no_grad()
 def answers(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     images: list[Image.Image],
     asks: list[str],
     longest: int,
@@ -42,9 +43,7 @@ def answers(
     return [text.strip() for text in texts]
 
 
-def zero_shot(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str, root: Path, limit: int
-) -> dict:
+def zero_shot(model: PreTrainedModel, processor: ProcessorMixin, name: str, root: Path, limit: int) -> dict:
     """Exact match on the test split (ROUGE-L for captions), and that of a guess without the picture."""
     test, past = (load_split(load_recipe(name), split, root) for split in ("test", "train"))
     if limit < len(test):
@@ -97,8 +96,8 @@ def rouge_l(text: str, references: list[str]) -> float:
 def evaluate(out: Path, root: Path, limit: int = 300) -> dict[str, dict]:
     """Print and return the zero-shot table of the saved model."""
     model, processor = (
-        LlavaForConditionalGeneration.from_pretrained(out).eval(),
-        AutoProcessor.from_pretrained(out),
+        AutoModelForImageTextToText.from_pretrained(out).eval(),
+        load_chat_processor(str(out)),
     )
     table = {}
     print("| task | kind | test examples | guess | zero-shot |\n|---|---|---|---|---|")

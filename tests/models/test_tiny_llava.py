@@ -36,7 +36,7 @@ def scripts():
     """The pre-training's own modules, found as its script finds them."""
     sys.path.insert(0, str(SCRIPTS))
     yield SimpleNamespace(
-        **{name: importlib.import_module(f"pretraining.{name}") for name in ("lessons", "llava", "turns")}
+        **{name: importlib.import_module(f"pretraining.{name}") for name in ("lessons", "training", "turns")}
     )
     sys.path.remove(str(SCRIPTS))
 
@@ -123,15 +123,17 @@ def test_turns_that_share_a_picture_are_learned_as_if_each_were_asked_alone(mode
     ]
     pixels = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8)
     lessons = scripts.lessons.Lessons(
-        [scripts.turns.TaughtSet("scene-exists", pixels, [turns])], processor.tokenizer, 1, 0
+        [scripts.turns.TaughtSet("scene-exists", pixels, [turns], [(48, 48)])], processor.tokenizer, 1, 0
     )
     seen = pixels.float() / 127.5 - 1
     model.set_attn_implementation("eager")  # the packed mask is one that is added
-    together, alone = lessons.pack([lessons.turns[0]]), [lessons.pack([[turn]]) for turn in lessons.turns[0]]
+    together = lessons.pack([0], [lessons.turns[0]])
+    alone = [lessons.pack([0], [[turn]]) for turn in lessons.turns[0]]
     with torch.no_grad():
-        packed, _ = scripts.llava.answer_losses(model, together | {"pixel_values": seen}, bf16=False)
+        packed, _ = scripts.training.answer_losses(model, together | {"pixel_values": seen}, bf16=False)
         parts = [
-            scripts.llava.answer_losses(model, one | {"pixel_values": seen}, bf16=False)[0] for one in alone
+            scripts.training.answer_losses(model, one | {"pixel_values": seen}, bf16=False)[0]
+            for one in alone
         ]
         plain = [_losses(model, processor, seen, *turn) for turn in turns]
     torch.testing.assert_close(packed, torch.cat(parts), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,108 @@
+"""How the embedded Qwen-VL is pre-trained: its batches are what processor and model make of single questions."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava_keeplora_eval.processors import load_chat_processor
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SHAPES = [(48, 48), (72, 96), (96, 48), (28, 28)]
+TURNS = [
+    ("Is there a red square?", "yes"),
+    ("What color is the star?", "blue"),
+    ("List the things.", "red square, blue star"),
+]
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The pre-training's own modules, found as its script finds them."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield SimpleNamespace(
+        **{name: importlib.import_module(f"pretraining.{name}") for name in ("qwen", "training", "turns")}
+    )
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def untrained(scripts, tmp_path_factory):
+    """Return the recipe's model before its first step, its processor as loaded here, and its lessons."""
+    pixels = torch.zeros(len(SHAPES), 3, 48, 48, dtype=torch.uint8)
+    sets = [scripts.turns.TaughtSet("scene-exists", pixels, [TURNS] * len(SHAPES), SHAPES)]
+    tokenizer = scripts.qwen.train_tokenizer(sets, 320)
+    torch.manual_seed(0)
+    model = scripts.qwen.build_model(tokenizer).eval()
+    with torch.no_grad():  # new weights answer everything nearly alike
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.dim() == 2 else 1.0)
+    folder = tmp_path_factory.mktemp("tiny-qwen")
+    model.config.save_pretrained(folder)
+    scripts.qwen.save_processor(tokenizer, folder)
+    return model, load_chat_processor(str(folder)), scripts.qwen.QwenLessons(sets, tokenizer, 2, 0)
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in SHAPES]
+
+
+def written(processor, question: str, answer: str | None, image: Image.Image):
+    """Return the processor's inputs for one question, with its answer or up to it."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    text = processor.apply_chat_template(messages, add_generation_prompt=answer is None)
+    return processor(text=[text], images=[image], return_tensors="pt")
+
+
+def test_turns_that_share_a_picture_are_learned_as_if_each_were_asked_alone(scripts, untrained):
+    model, processor, lessons = untrained
+    images = pictures()
+    seen = processor.image_processor(images=images, return_tensors="pt")
+    packed = lessons.pack(list(range(len(SHAPES))), lessons.turns)
+    with torch.no_grad():
+        together, _ = scripts.training.answer_losses(model, packed | dict(seen), bf16=False)
+        alone = [one_by_one(model, processor, image, *turn) for image in images for turn in TURNS]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert together.std() > 0.1
+
+
+def one_by_one(model, processor, image, question: str, answer: str) -> torch.Tensor:
+    """Return the loss of every token of an answer by the model's own positions, up to the end of the turn."""
+    whole, asked = (written(processor, question, text, image) for text in (answer, None))
+    start = asked["input_ids"].shape[1]
+    assert torch.equal(whole["input_ids"][:, :start], asked["input_ids"])
+    end = whole["input_ids"][0].tolist().index(processor.tokenizer.eos_token_id, start) + 1
+    logits = model(**whole).logits[0, start - 1 : end - 1]
+    return torch.nn.functional.cross_entropy(logits, whole["input_ids"][0, start:end], reduction="none")
+
+
+def test_pictures_are_cut_in_the_order_and_size_of_the_image_processor(scripts, untrained):
+    _, processor, lessons = untrained
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    batch = processor.image_processor(images=[image], return_tensors="pt")
+    pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    torch.testing.assert_close(scripts.qwen.patches(pixels), batch["pixel_values"], rtol=1e-5, atol=1e-5)
+    grids = processor.image_processor(images=pictures(), return_tensors="pt")["image_grid_thw"]
+    made = lessons.images(torch.arange(len(SHAPES)))
+    assert torch.equal(made["image_grid_thw"], grids)
+    assert made["pixel_values"].shape == (int(grids.prod(1).sum()), 3 * 2 * 8 * 8)
+
+
+def test_the_recipes_batches_reach_every_weight(scripts, untrained):
+    model, _, lessons = untrained
+    for part in lessons(0):
+        losses, _ = scripts.training.answer_losses(model, part, bf16=False)
+        losses.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    model.zero_grad()
