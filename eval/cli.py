@@ -41,9 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument("--task", required=True, help="a recipe's name, or the path of a recipe's YAML")
-    data.add_argument("--split", default="test")
+    data.add_argument("--split", default="test", help="the split of the task")
     data.add_argument("--data-root", help="folder that holds the data of recipes that need files")
-    data.add_argument("--on-bad-image", choices=("refuse", "drop"), default="refuse")
+    data.add_argument(
+        "--on-bad-image",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="what is done where an image cannot be read: nothing is, or its examples are left out",
+    )
 
     parser = argparse.ArgumentParser(prog="llava-keeplora-eval", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -62,8 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     matrix = commands.add_parser("matrix", parents=[common], help="show a matrix and its metrics")
     matrix.add_argument("path", type=Path, help="a matrix.json, or a run's folder")
-    matrix.add_argument("--format", choices=tuple(FORMATS), default="markdown")
-    matrix.add_argument("--precision", type=int, default=1, help="decimals in Markdown (default 1)")
+    matrix.add_argument(
+        "--format", choices=tuple(FORMATS), default="markdown", help="how the matrix is printed"
+    )
+    matrix.add_argument("--precision", type=int, default=1, help="decimals in Markdown")
     matrix.set_defaults(run=_matrix)
 
     _add_data_check(commands, common)
@@ -87,7 +94,7 @@ def _add_predict(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         help="folder of an adapter's base model (default: the one that the adapter names)",
     )
     predict.add_argument("--output", required=True, type=Path, help="JSONL file; continued if it exists")
-    predict.add_argument("--batch-size", type=_positive, default=64)
+    predict.add_argument("--batch-size", type=_positive, default=64, help="examples per forward pass")
     predict.add_argument(
         "--max-new-tokens",
         type=_positive,

@@ -15,14 +15,24 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, Field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 from llava_keeplora.cli import build_parser
-from llava_keeplora.config import list_configs, list_tables
+from llava_keeplora.compare.table import Order, Tuning
+from llava_keeplora.config import RunConfig, list_configs, list_tables
+from llava_keeplora.config.parts import PartConfig
+from llava_keeplora.config.schema import (
+    DataConfig,
+    EvaluationConfig,
+    ExpectedConfig,
+    MemoryConfig,
+    MethodConfig,
+    ModelConfig,
+)
 from llava_keeplora.methods import METHODS
 from llava_keeplora_eval.cli import build_parser as build_eval_parser
 from llava_keeplora_eval.metrics import METRICS
@@ -34,6 +44,21 @@ from llava_keeplora_recipes.recipe_rules import KEYS, REQUIRED
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", flags=re.S)
 YES = {True: "yes", False: "no"}
+#: What the description of a rendered task says, and the column of its reader says too.
+DRAWN = "Drawn on the fly, no files."
+#: Sections of docs/configuration.md and docs/compare.md by list: the record, and its fields that are no keys.
+SECTIONS: dict[str, tuple[type, Collection[str]]] = {
+    "run": (RunConfig, ()),
+    "model": (ModelConfig, ()),
+    "part": (PartConfig, ()),
+    "method": (MethodConfig, ("label", "options")),
+    "data": (DataConfig, ()),
+    "evaluation": (EvaluationConfig, ()),
+    "memory": (MemoryConfig, ()),
+    "expected": (ExpectedConfig, ()),
+    "order": (Order, ("name", "tasks")),
+    "tuning": (Tuning, ()),
+}
 #: What the key `extends` means, which no loaded recipe has.
 EXTENDS = (
     "name of a recipe that ships, or another YAML, whose keys hold where this one has none; a key is "
@@ -85,6 +110,33 @@ def methods() -> str:
     )
 
 
+def method_options() -> str:
+    """Return the settings of every method that has some, with what each means.
+
+    Raises:
+        KeyError: the docstring of a method's options says nothing of one.
+    """
+    rows = []
+    for name, method in METHODS.items():
+        base = method.Options.__mro__[1]
+        inherited = {field.name for field in fields(base)} if is_dataclass(base) else set()
+        rows += [(f"`{name}`", *row) for row in field_rows(method.Options, inherited)]
+    return table(("method", "setting", "default", "meaning"), rows)
+
+
+def configuration_keys(kind: type, left_out: Collection[str] = ()) -> str:
+    """Return the keys of a section of a run's or a table's configuration, with what each means.
+
+    Args:
+        kind: the dataclass of the section.
+        left_out: fields that are no keys.
+
+    Raises:
+        KeyError: the docstring says nothing of one.
+    """
+    return table(("key", "default", "meaning"), field_rows(kind, left_out))
+
+
 def metrics() -> str:
     """Return the name, version, rule and source of every metric."""
     rows = (
@@ -95,7 +147,7 @@ def metrics() -> str:
 
 
 def tasks() -> str:
-    """Return kind, classes, metric, form of source and licence of every task."""
+    """Return what every task shows, its kind, classes, metric, form of source and licence."""
     rows = []
     for name in list_recipes():
         recipe = load_recipe(name)
@@ -103,6 +155,7 @@ def tasks() -> str:
         rows.append(
             (
                 f"`{name}`",
+                recipe.description.replace(DRAWN, "").rstrip(". "),
                 recipe.kind,
                 classes,
                 f"`{recipe.metric}`",
@@ -110,7 +163,7 @@ def tasks() -> str:
                 recipe.licence,
             )
         )
-    return table(("task", "kind", "classes", "metric", "reader", "licence"), rows)
+    return table(("task", "what it shows", "kind", "classes", "metric", "reader", "licence"), rows)
 
 
 def sequences() -> str:
@@ -118,7 +171,7 @@ def sequences() -> str:
     rows = []
     for name in list_sequences():
         sequence = load_sequence(name)
-        left_out = " ".join(f"Without {task}: {reason}" for task, reason in sequence.not_scored.items())
+        left_out = " ".join(f"Without {task}: {reason}." for task, reason in sequence.not_scored.items())
         rows.append((f"`{name}`", ", ".join(sequence.tasks), f"{sequence.description} {left_out}".strip()))
     return table(("sequence", "tasks", "what it is"), rows)
 
@@ -135,7 +188,7 @@ def configurations() -> str:
                 for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
             )
             rows.append((f"`{name}`", f"`{command}`", re.split(r"(?<=\.) (?=[A-Z`])", comment)[0]))
-    return table(("configuration", "of", "what it is"), rows)
+    return table(("configuration", "run by", "what it is"), rows)
 
 
 def recipe_keys() -> str:
@@ -161,7 +214,12 @@ def source_keys(name: str) -> str:
     reader = READERS[name]
     meanings = documented(reader)
     rows = (
-        (f"`{key}`", value_word(reader, key), _default(field), meanings[key])
+        (
+            f"`{key}`",
+            value_word(reader, key),
+            "required" if is_required(field) else _default(field),
+            meanings[key],
+        )
         for key, field in reader.keys().items()
     )
     kinds = ", ".join(f"`{kind}`" for kind in reader.kinds)
@@ -173,6 +231,18 @@ def column_roles() -> str:
     return table(("role", "the column holds"), ((f"`{role}`", meaning) for role, meaning in COLUMNS.items()))
 
 
+def field_rows(kind: type, left_out: Collection[str] = ()) -> Iterator[tuple[str, str, str]]:
+    """Yield name, default and meaning of a dataclass's fields.
+
+    Raises:
+        KeyError: the docstring says nothing of one.
+    """
+    meanings = documented(kind)
+    for field in fields(kind):
+        if field.name not in left_out:
+            yield f"`{field.name}`", _default(field), meanings[field.name]
+
+
 def documented(kind: type) -> dict[str, str]:
     """Return what the docstrings of a class and its bases say of each argument or attribute."""
     meanings: dict[str, str] = {}
@@ -180,16 +250,17 @@ def documented(kind: type) -> dict[str, str]:
         doc = inspect.cleandoc(base.__dict__.get("__doc__") or "")
         for section in re.findall(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", doc, flags=re.M):
             for entry in ENTRY.finditer(section):
-                meaning = " ".join(entry["meaning"].split()).rstrip(".")
+                # what Python calls None is null in YAML
+                meaning = " ".join(entry["meaning"].split()).rstrip(".").replace("None", "null")
                 meanings |= dict.fromkeys(entry["names"].split(", "), meaning)
     return meanings
 
 
 def _default(field: Field) -> str:
-    if is_required(field):
-        return "required"
-    default = field.default if field.default_factory is MISSING else None
-    return f"`{default}`" if default else ""
+    """Return a field's default as YAML has it; nothing for an empty one."""
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
+    return "" if field.default in (MISSING, None, "", ()) else f"`{field.default}`"
 
 
 def commands() -> str:
@@ -254,6 +325,7 @@ def _sentence(text: str) -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "methods": methods,
+    "method-options": method_options,
     "metrics": metrics,
     "tasks": tasks,
     "sequences": sequences,
@@ -262,6 +334,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "eval-commands": eval_commands,
     "recipe-keys": recipe_keys,
     "column-roles": column_roles,
+    **{f"keys-{name}": partial(configuration_keys, *section) for name, section in SECTIONS.items()},
     **{f"source-{name}": partial(source_keys, name) for name in READERS},
 }
 

@@ -37,7 +37,7 @@ def add_report(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "write the tables, plots and HTML page of a run, or of several side by side",
         run_report,
     )
-    parser.add_argument("run_folders", metavar="RUN", nargs="+")
+    parser.add_argument("run_folders", metavar="RUN", nargs="+", help="one run folder, or several")
     parser.add_argument(
         "--into", metavar="DIR", help="the folder to write to (default: the run's own; several runs need one)"
     )

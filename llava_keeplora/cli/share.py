@@ -16,7 +16,7 @@ def add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "write a run's result as an adapter, a checkpoint or a state, and push it",
         run_export,
     )
-    parser.add_argument("run_folder", metavar="RUN")
+    parser.add_argument("run_folder", metavar="RUN", help="the run folder")
     parser.add_argument(
         "--as",
         dest="form",

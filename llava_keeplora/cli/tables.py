@@ -79,7 +79,12 @@ def add_ablate(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="E,...",
         help="values of ε_f to try, the same in every part (default: 0.9,0.95,0.99; '' for none)",
     )
-    parser.add_argument("--seeds", type=whole_numbers, metavar="S,...", help="(default: the configuration's)")
+    parser.add_argument(
+        "--seeds",
+        type=whole_numbers,
+        metavar="S,...",
+        help="of the runs of each variant (default: the configuration's)",
+    )
     return parser
 
 

@@ -29,7 +29,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def add_extend(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add `extend` and return its parser."""
     parser = add_command(commands, "extend", "train one more task in a run", run_extend)
-    parser.add_argument("run_folder", metavar="RUN")
+    parser.add_argument("run_folder", metavar="RUN", help="the run folder, whose tasks are all learned")
     parser.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the new task")
     parser.add_argument(
         "--epochs",
@@ -58,7 +58,7 @@ def add_fork(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "copy the first tasks of a run into a new one, to try another continuation",
         run_fork,
     )
-    parser.add_argument("run_folder", metavar="RUN")
+    parser.add_argument("run_folder", metavar="RUN", help="the run folder, which stays as it is")
     parser.add_argument(
         "--at-task", type=int, required=True, metavar="N", help="the last task of the new run, counted from 1"
     )

@@ -43,7 +43,7 @@ class Order:
     Args:
         name: name of its folder and of its section in the table.
         tasks: the key `sequence` or `tasks` of its runs, with its value.
-        seeds: seeds of its runs; none where the order serves the tuning alone.
+        seeds: seeds of its runs, by default the table's; none where the order serves the tuning alone.
         epochs: epochs of each task; the methods' settings when empty.
     """
 

@@ -21,7 +21,7 @@ AUTO_LIMITS = {"energy_weight": 0.95, "energy_feature": 0.99}
 class PartConfig:
     """How one part of the model is adapted: `vision` and `text` of CLIP.
 
-    `vision`, `projector` and `language` of LLaVA.
+    `vision`, `connector` and `language` of LLaVA.
 
     A part that is not named is frozen.
 
@@ -29,7 +29,7 @@ class PartConfig:
         targets: leaf names of the linear layers, for instance `q_proj`, or `all-linear` for every linear
             layer of the part, as in PEFT; the model family's usual ones when None.
         train: `adapter`, or `full` to train weight and bias themselves, unprotected, as LLaVA's recipes train
-            the projector.
+            the connector.
         rank: r, the rank of each task's delta.
         alpha: the scale of a delta is alpha / rank.
         energy_weight: ε_w in (0, 1], the share of each weight's energy that is protected; `auto` chooses it,

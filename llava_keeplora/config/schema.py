@@ -52,8 +52,8 @@ class ModelConfig:
 
     Args:
         name_or_path: a Hub id, a local folder, or the name of an embedded model (`tiny-clip`).
-        revision: the Hub revision.
-        dtype: of the base weights, `float32` or `bfloat16`.
+        revision: commit, tag or branch on the Hub.
+        dtype: data type of the base weights, `float32` or `bfloat16`.
         max_length: the most tokens of an example of a LLaVA model, image tokens included; the model's own
             limit when None.
         quantization: form of the frozen base's linear layers by bitsandbytes: `nf4` (double-quantised),
@@ -158,8 +158,8 @@ class MemoryConfig:
     """How much memory the method's own sums may take on the device.
 
     Args:
-        statistics_gb: for the statistics of one pass over a task's data, in 10⁹ bytes. Features are held
-            exactly where they fit, and as sketches with a stated error where they don't.
+        statistics_gb: memory for the statistics of one pass over a task's data, in 10⁹ bytes. Features are
+            held exactly where they fit, and as sketches with a stated error where they don't.
     """
 
     statistics_gb: float = 4.0
@@ -177,11 +177,11 @@ class MethodConfig:
 
     Args:
         label: the name of its folder and of its row in the table.
-        method: the method's name in the registry.
+        method: the method's name, or a plug-in's (see docs/extending.md); the label when left out.
         options: the method's own options.
-        parts: parts as this method adapts them; none for one without adapters.
-        training: arguments for `TrainingArguments` as this method trains.
-        test_prompts: see `EvaluationConfig`.
+        parts: parts as this method adapts them: what it leaves out is the run's.
+        training: arguments of `TrainingArguments` as this method trains: what it leaves out is the run's.
+        test_prompts: as under `evaluation`, for this method alone.
         random_resized_crop: least and most share of a picture's area that CLIP trains on, cropped at random
             and scaled to a square; None for the picture as it is tested.
     """
@@ -253,8 +253,21 @@ class RunConfig:
     """One run; see the module's docstring.
 
     Args:
+        output_dir: the run folder; relative to the working folder.
         base_cache: a folder in which runs find what another one computed of the same untouched model; each
             computes its own when None.
+        seed: of adapters, order of examples and all that is drawn.
+        sequence: a shipped sequence of tasks, in the place of `tasks`.
+        tasks: the tasks in order, each a shipped recipe or a YAML file.
+        model: which model is taught.
+        parts: part → how it is adapted; a part that is not named is frozen.
+        methods: label → a method's settings, side by side in one table.
+        training: arguments of `transformers.TrainingArguments` by name; `num_train_epochs` and
+            `learning_rate` may list a value for each task.
+        data: where the images are and what to do with bad ones.
+        evaluation: how predictions are made.
+        memory: how much memory a method's own sums may take.
+        expected: label → what was published for it, with which `llava-keeplora reproduce` compares.
     """
 
     output_dir: str = "runs/run"

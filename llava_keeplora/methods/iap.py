@@ -104,12 +104,13 @@ class Iap(RoutedMethod):
         """Settings of IAP.
 
         Args:
-            prompts: per attention.
+            prompts: how many in an attention.
             text_layers: how many of the text encoder's layers have prompts, from the first; all where there
                 are fewer.
-            temperature: of the gates' Gumbel softmax.
-            low, high: a weight below the one counts as 0, above the other as 1.
-            routing: `sample` or `batch`.
+            temperature: that of the gates' Gumbel softmax.
+            low: below this weight the frozen CLIP answers.
+            high: above this weight the prompts count in full.
+            routing: whether a task is chosen for each `sample`, or for each `batch` as published.
         """
 
         prompts: int = 8

@@ -59,7 +59,7 @@ class InfLora(Method):
         "inflora",
         "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning",
         "https://arxiv.org/abs/2404.00228",
-        kept="a basis for every distinct input, of at most in columns",
+        kept="a basis for every distinct input, at most as wide as its input",
         trained="B",
     )
     stage_cost = {Stage.PREPARED: 1.0, Stage.CONSOLIDATED: 1.0}

@@ -69,7 +69,7 @@ class KeepLora(Method):
         "keeplora",
         "KeepLoRA: Continual Learning with Residual Gradient Adaptation",
         "https://arxiv.org/abs/2601.19659",
-        kept="a basis for every layer, of at most in columns",
+        kept="a basis for every layer, at most as wide as its input",
         trained="B",
     )
 
@@ -82,7 +82,7 @@ class KeepLora(Method):
 
         Args:
             preset: `paper`, or `released-clip` and `released-llava` for what the authors' released code does.
-            form: `delta` or `literal`, see the module's docstring; None takes the preset's.
+            form: `delta` or `literal`, see docs/method.md; None takes the preset's.
             init: `gradient`, or `random` directions outside M' (an ablation).
             protect_weights: whether M' holds W_p (switched off: an ablation).
             protect_features: whether M' holds M_t (switched off: an ablation).

@@ -59,7 +59,7 @@ class KeepLoraPlus(KeepLora):
         inference_cost="one product with the image features",
         extra_parameters="a row per learned class",
         mergeable=False,
-        kept="a basis for every layer, of at most in columns, and a row per class",
+        kept="a basis for every layer, at most as wide as its input, and a row per class",
         trained="B, a row per class",
         families=("clip",),
     )
@@ -71,7 +71,7 @@ class KeepLoraPlus(KeepLora):
         """Settings of KeepLoRA+ beside KeepLoRA's.
 
         Args:
-            scale: of the cosines, beside CLIP's own scale of the text's, which is 100 in the released CLIPs;
+            scale: factor of the cosines, beside CLIP's own of the text's, which is 100 in the released CLIPs;
                 of a CLIP with another, take three tenths. 0 trains and answers as KeepLoRA.
         """
 

@@ -40,7 +40,7 @@ class KeepLoraPlusPlus(KeepLora):
         "keeplora++",
         "KeepLoRA++: Continual Learning with Layer-Scaled Residual Gradient Adaptation",
         "https://arxiv.org/abs/2606.16256",
-        kept="a basis for every layer, of at most in columns",
+        kept="a basis for every layer, at most as wide as its input",
         trained="B",
     )
 

@@ -74,16 +74,16 @@ class MoeAdapters(RoutedMethod):
         """Settings of MoE-Adapters.
 
         Args:
-            experts: per layer.
+            experts: how many in a layer.
             top_k: how many of them an example takes, and how many are frozen after each task.
             bottleneck: width of an expert.
-            scale: of what the experts add.
-            dropout: within the experts while training.
-            label_smoothing: of the training loss.
+            scale: factor of what the experts add.
+            dropout: share of dropped numbers within the experts while training.
+            label_smoothing: share of the target that is spread over all classes.
             code: width of the auto-encoders' bottleneck.
             threshold: the error, relative to the mean on the task's own pictures, above which the frozen CLIP
                 answers.
-            routing: `sample` or `batch`.
+            routing: whether a task is chosen for each `sample`, or for each `batch` as published.
         """
 
         experts: int = 22

@@ -53,7 +53,7 @@ class OLora(SequentialLora):
         Args:
             lambda1: weight of the overlaps.
             lambda2: weight of the new adapter's norms.
-            dropout: on the new adapter's input while training.
+            dropout: share of the new adapter's input that is dropped while training.
         """
 
         lambda1: float = 0.5

@@ -72,7 +72,7 @@ class Zscl(Method):
         """Settings of ZSCL.
 
         Args:
-            label_smoothing: of the task's own loss.
+            label_smoothing: share of the target that is spread over all classes, in the task's own loss.
             temperature: τ of the distillation.
             distillation: weight of the distillation, over texts and over pictures alike; the official
                 `weight_adjust` is 0.5.

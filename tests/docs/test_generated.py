@@ -1,5 +1,6 @@
 """The lists in docs/ are what the code says; see scripts/write_docs.py."""
 
+import dataclasses
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_keeplora.config import schema
 from llava_keeplora.methods import METHODS
 from llava_keeplora_eval.metrics import METRICS
 from llava_keeplora_recipes import Reader
@@ -57,7 +59,24 @@ def test_the_lists_name_everything(write_docs):
     assert "### `llava-keeplora train`" in commands and "### `llava-keeplora-eval data check`" in commands
     assert "`--gpu-memory GB`" in commands and "--local_rank" not in commands
     for row in re.findall(r"^\| (.*) \|$", commands, flags=re.M):
-        assert len(re.split(r"(?<!\\)\|", row)) == 3
+        *_, meaning = cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)]
+        assert len(cells) == 3 and meaning and not meaning.startswith("(default"), row
+
+
+def test_every_setting_of_a_method_is_listed_once(write_docs):
+    rows = re.findall(r"^\| `([\w+-]+)` \| `(\w+)` \|", write_docs.method_options(), flags=re.M)
+    assert len(rows) == len(set(rows))
+    for name, method in METHODS.items():
+        for option in dataclasses.fields(method.Options) if dataclasses.is_dataclass(method.Options) else ():
+            assert (name, option.name) in rows or ("keeplora", option.name) in rows
+
+
+def test_every_section_of_a_configuration_is_on_a_page(write_docs):
+    sections = {kind for kind, _ in write_docs.SECTIONS.values()}
+    records = {
+        kind for kind in vars(schema).values() if dataclasses.is_dataclass(kind) and isinstance(kind, type)
+    }
+    assert records <= sections
 
 
 def test_a_key_of_a_reader_without_a_meaning_stops_the_page(write_docs, monkeypatch):
