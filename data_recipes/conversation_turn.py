@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import RecipeError
-from .media import refuse_inner_media
+from .media import is_empty, refuse_inner_media
 from .placeholders import MARKER, place_in_turns, refuse_marked
 from .records import History, Message, replace_questions
 from .texts import answer_texts, described, is_blank
@@ -94,6 +94,12 @@ def from_messages(messages: Any, what: str) -> Turn:
     return read_turns(messages, CHAT, what)
 
 
+def from_turns(turns: Any, what: str) -> Turn:
+    """Read a conversation of a column or key that may hold either layout: `from` marks a ShareGPT one."""
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return read_turns(turns, LLAVA if isinstance(first, dict) and "from" in first else CHAT, what)
+
+
 def from_fields(row: dict[str, Any], answer_field: str, answered: bool, what: str) -> Turn:
     """A LLaVA test record: `text` and an answer; see `answer_texts`.
 
@@ -158,6 +164,56 @@ def read_turns(turns: Any, layout: Layout, what: str) -> Turn:
                 "complete or remove it",
             )
     return Turn(question.text, [answer.text], tuple(history))
+
+
+def from_pairs(question: Any, answer: Any, history: Any, what: str) -> Turn:
+    """Read a question, its answer and a list of earlier pairs, as Alpaca's and ms-swift's older records.
+
+    Sources of the layout: `history` in github.com/hiyouga/LLaMA-Factory, data/README.md, and `query`,
+    `response`, `history` in github.com/modelscope/ms-swift, docs/source_en/Customization/Custom-dataset.md.
+
+    Args:
+        question: what is asked.
+        answer: what is learned.
+        history: pairs of an earlier question and its answer, or nothing.
+        what: the record, for the error's sentence.
+
+    Raises:
+        RecipeError: one of them is no text, or the history is no list of pairs.
+    """
+    pairs = [] if is_empty(history) else history
+    if not isinstance(pairs, list):
+        raise RecipeError(
+            f"{what} has {described(pairs)} as its history, and not a list of pairs", "correct the record"
+        )
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RecipeError(
+                f"{what} has {described(pair)} as number {number} of its history, which is no pair of a "
+                "question and its answer",
+                "correct the record",
+            )
+    texts = [text for pair in [*pairs, [question, answer]] for text in pair]
+    words = [("user", "assistant")[i % 2] for i in range(len(texts))]
+    turns = [{"role": word, "content": text} for word, text in zip(words, texts, strict=True)]
+    return read_turns(turns, replace(CHAT, parts=False), what)
+
+
+def refuse_objects(turn: Turn, row: dict[str, Any], what: str) -> None:
+    """Refuse texts that ms-swift completes from a record's `objects`.
+
+    Source: github.com/modelscope/ms-swift, docs/source_en/Customization/Custom-dataset.md, "Grounding".
+
+    Raises:
+        RecipeError: one has a place for an object or its box.
+    """
+    texts = " ".join([message.text for message in turn.history] + [turn.question, *turn.answers])
+    marker = next((m for m in ("<ref-object>", "<bbox>") if m in texts), None)
+    if marker and not is_empty(row.get("objects")):
+        raise RecipeError(
+            f"{what} has {marker} in its text, which only ms-swift fills from 'objects'",
+            "write the object or its box in the text",
+        )
 
 
 def with_system(turn: Turn, system: str | None, what: str) -> Turn:

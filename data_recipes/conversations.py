@@ -10,8 +10,10 @@ from .conversation_turn import (
     Turn,
     from_conversations,
     from_fields,
-    from_messages,
+    from_pairs,
+    from_turns,
     place_turn,
+    refuse_objects,
     with_system,
 )
 from .errors import RecipeError, collect_errors
@@ -57,18 +59,24 @@ def read_messages(
     """Chats: `messages`, and `images` or `image` with a path, a list of paths, or nothing.
 
     A record may have an `id`; without one it is numbered. For the layout see
-    `conversation_turn.from_messages`.
+    `conversation_turn.from_turns`; in the place of `messages`, ms-swift's older records have `query`,
+    `response` and perhaps `history` (`conversation_turn.from_pairs`).
 
     Raises:
         RecipeError: the file is missing or not JSON, or records lack something; they are named.
     """
 
     def turn(row: dict[str, Any], answered: bool, what: str) -> Turn:
-        if "messages" not in row:
+        if "messages" in row:
+            read = from_turns(row["messages"], what)
+        elif "response" in row:
+            read = from_pairs(row.get("query"), row["response"], row.get("history"), what)
+        else:
             raise RecipeError(
                 f"{what} has no 'messages'", "add them, or write 'format: llava_json' in the recipe"
             )
-        return from_messages(row["messages"], what)
+        refuse_objects(read, row, what)
+        return read
 
     return _read(recipe, split, data_root, problems, turn, needs_id=False)
 
@@ -82,8 +90,34 @@ def _read(
     needs_id: bool,
 ) -> Records:
     path = split_file(recipe, split, data_root)
+    return read_turn_records(
+        recipe, split, data_root, problems, path, read_rows(path, problems), turn_of, needs_id
+    )
+
+
+def read_turn_records(
+    recipe: Recipe,
+    split: str,
+    data_root: str | Path | None,
+    problems: list[RecipeError] | None,
+    path: Path,
+    rows: list[Any],
+    turn_of: TurnOf,
+    needs_id: bool = False,
+) -> Records:
+    """Return the records of a file's rows.
+
+    Args:
+        recipe, split, data_root, problems: see `Reader.read`.
+        path: the file, for the errors' sentences.
+        rows: what it holds.
+        turn_of: reads a row's question, answers and earlier turns.
+        needs_id: whether a row without an `id` is refused, and not numbered.
+
+    Raises:
+        RecipeError: rows lack something; they are named.
+    """
     folder, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
-    rows = read_rows(path, problems)
     references = read_references(recipe, split, data_root, rows, problems)
     numbered = split in recipe.source["positional_ids"]
     fields = recipe.source["meta"]

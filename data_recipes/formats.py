@@ -155,6 +155,18 @@ class LlavaJson(Messages):
 
 
 @dataclass
+class LlamaFactory(Messages):
+    """Datasets of LLaMA-Factory's `dataset_info.json`; see `llama_factory.read_llama_factory`.
+
+    Args:
+        images: folder in which the paths of pictures start, within `path`, as LLaMA-Factory's `media_dir`; by
+            default `path` itself.
+    """
+
+    function = "llama_factory:read_llama_factory"
+
+
+@dataclass
 class CocoCaptions(_BuiltIn):
     """COCO's caption files; see `coco.read_coco`.
 

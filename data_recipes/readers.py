@@ -103,6 +103,7 @@ READERS = Registry(
             "hub": "Hub",
             "llava_json": "LlavaJson",
             "messages": "Messages",
+            "llama_factory": "LlamaFactory",
             "coco_captions": "CocoCaptions",
             "image_list": "ImageList",
             "random_split": "RandomSplit",

@@ -14,7 +14,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .conversation_turn import Turn, from_messages, place_turn, with_system
+from .conversation_turn import Turn, from_turns, place_turn, with_system
 from .errors import RecipeError, collect_errors, nearest
 from .hub_layout import HubTable, load_hub_dataset
 from .media import UNREAD, is_empty, refuse_unread_media, system_text
@@ -172,7 +172,7 @@ def _from_table(
             return name, Turn("", []), cells["label"][row], shown
         if chats:
             system = system_text({column: values[row] for column, values in beside.items()}, what)
-            turn = with_system(from_messages(cells["messages"][row], what), system, what)
+            turn = with_system(from_turns(cells["messages"][row], what), system, what)
         else:
             turn = _turn(cells["question"][row], cells["answers"][row], what)
         turn = place_turn(turn, len(shown), what)

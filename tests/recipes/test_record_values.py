@@ -393,6 +393,9 @@ def test_what_stands_before_a_conversation_is_not_dropped(task):
     table = pa.table({"messages": [chat] * 2, "system": ["x", None]})
     columns = {"messages": "messages"}
     assert loaded(task(table, "parquet", columns=columns)).histories == [system, ()]
+    exported = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    shared = {"columns": {"messages": "conversations"}}
+    assert loaded(task(pa.table({"conversations": [exported]}), "parquet", **shared)).answers == [["a"]]
     for field in ("system", "tools"):
         assert loaded(task([said | {field: ""}], "messages")).histories == [()]
         read = loaded(task([said | {field: ["x"]}], "messages"))
