@@ -42,15 +42,22 @@ def read_llava(
         RecipeError: the file is missing or not JSON, or records lack something; they are named.
     """
     answer_field = recipe.source["answer"]
+    numbered = split in recipe.source["positional_ids"]
 
     def turn(row: dict[str, Any], answered: bool, what: str) -> Turn:
+        if not numbered and _given_id(row) is None:
+            raise RecipeError(
+                f"{what} has no 'id'",
+                f"give every record its own id, or number them with 'source.positional_ids: [{split}]' in "
+                "the recipe",
+            )
         if "messages" in row:
             raise RecipeError(f"{what} holds 'messages'", "write 'format: messages' in the recipe")
         if "conversations" in row:
             return from_conversations(row["conversations"], what)
         return from_fields(row, answer_field, answered, what)
 
-    return _read(recipe, split, data_root, problems, turn, needs_id=True)
+    return _read(recipe, split, data_root, problems, turn)
 
 
 def read_messages(
@@ -78,7 +85,7 @@ def read_messages(
         refuse_objects(read, row, what)
         return read
 
-    return _read(recipe, split, data_root, problems, turn, needs_id=False)
+    return _read(recipe, split, data_root, problems, turn)
 
 
 def _read(
@@ -87,12 +94,9 @@ def _read(
     data_root: str | Path | None,
     problems: list[RecipeError] | None,
     turn_of: TurnOf,
-    needs_id: bool,
 ) -> Records:
     path = split_file(recipe, split, data_root)
-    return read_turn_records(
-        recipe, split, data_root, problems, path, read_rows(path, problems), turn_of, needs_id
-    )
+    return read_turn_records(recipe, split, data_root, problems, path, read_rows(path, problems), turn_of)
 
 
 def read_turn_records(
@@ -103,7 +107,6 @@ def read_turn_records(
     path: Path,
     rows: list[Any],
     turn_of: TurnOf,
-    needs_id: bool = False,
 ) -> Records:
     """Return the records of a file's rows.
 
@@ -112,7 +115,6 @@ def read_turn_records(
         path: the file, for the errors' sentences.
         rows: what it holds.
         turn_of: reads a row's question, answers and earlier turns.
-        needs_id: whether a row without an `id` is refused, and not numbered.
 
     Raises:
         RecipeError: rows lack something; they are named.
@@ -127,13 +129,7 @@ def read_turn_records(
         index, row = item
         if not isinstance(row, dict):
             raise RecipeError(f"record {index} of {path.name} is not a JSON object", "correct the file")
-        given = next((row[key] for key in ("id", "question_id") if row.get(key) is not None), None)
-        if given is None and needs_id and not numbered:
-            raise RecipeError(
-                f"record {index} of {path.name} has no 'id'",
-                f"give every record its own id, or number them with 'source.positional_ids: [{split}]' in "
-                "the recipe",
-            )
+        given = _given_id(row)
         name = None if given is None else identifier(given, f"record {index} of {path.name}")
         what = f"record {index if name is None else repr(name)} of {path.name}"
         turn = with_system(turn_of(row, references is None, what), system_text(row, what), what)
@@ -153,6 +149,14 @@ def read_turn_records(
     if classify:
         given = (row.get(recipe.source.get("answer", "answer")) for row in rows if isinstance(row, dict))
         warn_of_names(recipe, {value for value in given if type(value) is int}, f"{recipe.name}/{split}")
+    return _as_records(found, classify)
+
+
+def _given_id(row: dict[str, Any]) -> Any:
+    return next((row[key] for key in ("id", "question_id") if row.get(key) is not None), None)
+
+
+def _as_records(found: list[tuple[str, list[Path], Turn, dict[str, Any]]], classify: bool) -> Records:
     turns = [turn for _, _, turn, _ in found]
     return Records(
         ids=[name for name, _, _, _ in found],
