@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.image_inputs import TOKEN_KEYS, ImageShapes, blank_image
 from llava_keeplora_recipes.placeholders import MARKER
+from llava_keeplora_recipes.records import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,14 +40,6 @@ VICUNA_V1 = (
 
 # A word that no template writes, to see what a template writes around it.
 _PROBE = "Xqzj"
-
-
-@dataclass(frozen=True)
-class Message:
-    """A turn before the question: its `role` (`system`, `user` or `assistant`) and its text."""
-
-    role: str
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +64,14 @@ class Encoding:
         return len(self.prompt) + len(self.reply)
 
     @property
+    def learned_spans(self) -> tuple[tuple[int, int], ...]:
+        """Where each answer that is learned begins and ends among the ids of both."""
+        return *self.earlier, (len(self.prompt), len(self))
+
+    @property
     def learned(self) -> int:
         """The number of tokens that are learned."""
-        return len(self.reply) + sum(end - start for start, end in self.earlier)
+        return sum(end - start for start, end in self.learned_spans)
 
 
 def render(

@@ -110,6 +110,7 @@ class LlavaPredictor:
             self.chat.prompt(
                 question_text(self.recipe, example.question),
                 [(image.height, image.width) for image in example.images],
+                example.history,
             )
             for example in examples
         ]

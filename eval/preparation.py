@@ -173,31 +173,47 @@ class ChatPreparation:
         # Of several captions, each of which is trained on, one.
         answer = training_answers(data.recipe, data.answers[row])[0]
         encoding = self.chat.turn(
-            question_text(data.recipe, data.questions[row]), data.image_sizes[row], answer
+            question_text(data.recipe, data.questions[row]),
+            data.image_sizes[row],
+            answer,
+            data.histories[row],
         )
-        prompt, reply = encoding.prompt, encoding.reply
-        once = [i for i, run in groupby(prompt) for i in ([i] if i in self.chat.image_ids else run)]
-        before, whole = self._decode(once), self._decode(once + reply)
-        after = whole[len(before) :] if whole.startswith(before) else self._decode(reply)
-        return [*f"{before}⟦{after}⟧".split("\n"), f"ids: {runs_of(prompt)} ⟦{runs_of(reply)}⟧"]
+        ids = encoding.prompt + encoding.reply
+        bounds = [place for span in encoding.learned_spans for place in span]
+        # Decoded from the beginning each time: what a token reads as may depend on those before it.
+        texts = [self._decode(self._images_once(ids[:end])) for end in bounds]
+        pieces = [
+            text[len(before) :] if text.startswith(before) else self._decode(ids[start:end])
+            for before, text, start, end in zip(["", *texts], texts, [0, *bounds], bounds)
+        ]
+        shown = "".join(piece + "⟧⟦"[i % 2 == 0] for i, piece in enumerate(pieces))
+        runs = " ".join(
+            runs_of(ids[start:end]) if i % 2 == 0 else f"⟦{runs_of(ids[start:end])}⟧"
+            for i, (start, end) in enumerate(zip([0, *bounds], bounds))
+        )
+        return [*shown.split("\n"), f"ids: {runs}"]
+
+    def _images_once(self, ids: list[int]) -> list[int]:
+        """Return ids with each run of image tokens as one."""
+        return [i for i, run in groupby(ids) for i in ([i] if i in self.chat.image_ids else run)]
 
     def _decode(self, ids: list[int]) -> str:
         return self.chat.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _turns(self, data: TaskData, learns: bool) -> Iterator[Turn | EvalError]:
         """Of each example its turns, or why the model cannot take it."""
-        columns = zip(data.questions, data.image_sizes, data.answers, strict=True)
-        for row, (question, sizes, answers) in enumerate(columns):
+        columns = zip(data.questions, data.image_sizes, data.answers, data.histories, strict=True)
+        for row, (question, sizes, answers, history) in enumerate(columns):
             text = question_text(data.recipe, question)
             try:
                 if learns:
                     check_answers(data, row, answers)
                     texts = training_answers(data.recipe, answers)
                     with _named(data, row):
-                        turns = [_turn(row, self.chat.turn(text, sizes, answer)) for answer in texts]
+                        turns = [_turn(row, self.chat.turn(text, sizes, answer, history)) for answer in texts]
                 else:
                     with _named(data, row):
-                        turns = [_turn(row, self.chat.prompt(text, sizes))]
+                        turns = [_turn(row, self.chat.prompt(text, sizes, history))]
                 self._check_length(data, max(turns, key=len), learns)
             except EvalError as error:
                 yield error

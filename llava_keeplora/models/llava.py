@@ -221,7 +221,7 @@ class LlavaFamily(LlavaWorkload):
     def usage(self, data: TaskData) -> Usage:
         """Return how plain transformers load and ask the model, with a task's first question."""
         question = question_text(data.recipe, data.questions[0])
-        prompt = render(self.processor, question, max(1, data.image_counts[0]))
+        prompt = render(self.processor, question, max(1, data.image_counts[0]), data.histories[0])
         return generation_usage(self.name, self.auto_class, prompt)
 
 
@@ -267,7 +267,7 @@ class LlavaInputs:
         tokens, images = batched_tokens(turns, self.pad_id), joined(pictures)
         labels = torch.full_like(tokens["input_ids"], IGNORE)
         for row, turn in enumerate(turns):
-            for start, end in (*turn.earlier, (len(turn.prompt), len(turn))):
+            for start, end in turn.learned_spans:
                 labels[row, start:end] = tokens["input_ids"][row, start:end]
         rows = [[len(p[key]) if key in p else 0 for key in sorted(images)] for p in pictures]
         return {**tokens, "labels": labels, "image_rows": torch.tensor(rows, dtype=torch.long), **images}

@@ -21,6 +21,7 @@ from llava_keeplora.testing.families import (
 from llava_keeplora_eval.chat import Chat, render
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_recipes import load_recipe, load_split
+from llava_keeplora_recipes.records import Message
 from small_vlms import SMALL_VLMS
 
 TURNS = [
@@ -58,6 +59,10 @@ def load_turns(root, name, turns):
             {"from": "gpt", "value": answer},
         ]
         rows.append({"id": f"q{i}", "conversations": said} | ({"image": images} if images else {}))
+    return load_rows(root, name, rows)
+
+
+def load_rows(root, name, rows):
     (root / f"{name}.json").write_text(json.dumps(rows))
     (root / f"{name}.yaml").write_text(
         f"{{name: {name}, version: 1, kind: vqa, metric: exact_match, licence: CC0-1.0,"
@@ -89,7 +94,7 @@ def family(folder):
 
 def processed(processor, example, **options):
     """What the processor itself makes of a question."""
-    text = render(processor, example.question, len(example.images))
+    text = render(processor, example.question, len(example.images), example.history)
     begun = bool(processor.tokenizer.bos_token) and text.startswith(processor.tokenizer.bos_token)
     return processor(
         text=[text],
@@ -217,8 +222,6 @@ def test_pictures_between_words_stay_there_or_are_refused(kind, family):
 
 
 def test_every_earlier_answer_is_learned_where_the_template_puts_it(kind, family):
-    from llava_keeplora_eval.chat import Message
-
     history = (Message("user", "What is it?"), Message("assistant", "a cat"))
     chat = Chat(family.processor)
     if kind in WITH_IMAGES_ONLY:
@@ -231,6 +234,35 @@ def test_every_earlier_answer_is_learned_where_the_template_puts_it(kind, family
     alone = chat.turn("What is it?", [(30, 30)], "a cat")
     assert turn.prompt[:start] == alone.prompt and turn.prompt[start:end] in (alone.reply, alone.reply[:-1])
     assert turn.learned == len(turn.reply) + end - start
+
+
+def test_a_conversation_is_trained_on_every_answer_and_asked_for_its_last(kind, family, pictures):
+    if kind in WITH_IMAGES_ONLY:
+        return
+    said = ["<image>\nWhat is it?", "a cat", "red or blue?", "red", "Who is it?", "no dog"]
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+    data = load_rows(pictures, "talk", [{"id": "t", "image": "1.png", "conversations": turns}])
+    batch = family.inputs(data, Prepared(family, data)).collate([0])
+    learned = family.processor.tokenizer.decode(
+        batch["labels"][batch["labels"] >= 0], skip_special_tokens=True
+    ).split()
+    assert " ".join(learned) == "a cat red no dog" or "".join(learned) == "acatrednodog"
+    with torch.no_grad():
+        own = family.model(**{key: value for key, value in batch.items() if key != "image_rows"}).loss
+        torch.testing.assert_close(family.task(data.recipe)(**batch)["loss"], own, atol=1e-5, rtol=1e-5)
+    example = data[0]
+    inputs = processed(family.processor, example)
+    predictor = family.predictor(data.recipe, Prepared(family, data))
+    stops = sorted({*Chat(family.processor).end_ids})
+    out = family.model.generate(
+        **inputs, max_new_tokens=6, do_sample=False, eos_token_id=stops, pad_token_id=0
+    )
+    plain = family.processor.tokenizer.decode(
+        out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert predictor.predict([example]) == [plain.strip()]
+    shown = family.preparation.show(data, 0)
+    assert "\n".join(shown).count("⟦") == 2 * 3 and shown[-1].startswith("ids: ")
 
 
 def test_the_files_of_a_type_are_a_megabyte_at_most(folder):
