@@ -1,4 +1,4 @@
-"""PEFT LoRA on named linear layers, and the list of rank-r deltas that a run keeps."""
+"""PEFT LoRA on named linear layers, and the deltas, low-rank or full, that a task's training results in."""
 
 from llava_keeplora.adapters.base import BaseWeights
 from llava_keeplora.adapters.combine import compress, concatenate, pad

@@ -1,6 +1,4 @@
-"""The base's layers, from which the model of any stage is rebuilt: base + the tasks' deltas.
-
-The base itself is never changed.
+"""The base weights, from which the model after any task is rebuilt: base + the tasks' deltas.
 
 Legend: in / out features of a layer, R the ranks of all deltas together.
 """
@@ -20,17 +18,16 @@ from llava_keeplora.deepspeed_zero import is_partitioned
 
 
 class BaseWeights:
-    """The base's layers with a stage's deltas on them.
+    """The layers of the base, to which the deltas of any number of tasks can be applied.
 
-    A plain module's parameters become W_0 + Σ ΔW_i, summed in fp32 and rounded to the model's dtype once, so
-    a run that goes on rebuilds bit for bit what an undisturbed one holds, and no rounding piles up in bf16. A
-    weight that is quantised or split
-    over processes is never written: there the deltas are stacked, y = W_0 x + Σ s_i B_i (A_i x) (see
-    `is_stacked`).
+    An ordinary module's parameters are set to W_0 + Σ ΔW_i, summed in fp32 and rounded to the model's dtype
+    once. So a resumed run rebuilds the same weights, bit for bit, as an uninterrupted one, and rounding
+    errors in bf16 do not accumulate. A weight that is quantised or sharded is never written; there the deltas
+    are added to the layer's output, y = W_0 x + Σ s_i B_i (A_i x); see `is_stacked`.
 
     Args:
-        layers: name → module, holding the base's weights at construction; other than linear ones take full
-            changes alone.
+        layers: name → module, with the base's weights at construction; modules that are not linear layers
+            accept full deltas only.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]):
@@ -40,24 +37,24 @@ class BaseWeights:
 
     @torch.no_grad()
     def apply(self, deltas: Iterable[Deltas]) -> None:
-        """Make every layer the base's plus its deltas, in the order given."""
+        """Set every layer to the base plus its deltas, summed in the order given."""
         deltas = list(deltas)
         for name, layer in self._layers.items():
             layer.carry([task[name] for task in deltas if name in task])
 
 
 def is_stacked(layer: nn.Module) -> bool:
-    """Whether deltas stay beside a layer's weight.
+    """Return whether a layer's deltas are added to its output instead of its weight.
 
-    A quantised one would round them away, a shard isn't there to add to.
+    This is so for quantised weights, which would round the deltas away, and for shards of ZeRO-3.
     """
     return is_quantised(layer) or any(map(is_partitioned, layer.parameters(recurse=False)))
 
 
 class _Summed:
-    """A module whose parameters take its deltas up.
+    """A module whose deltas are added to its parameters.
 
-    A copy of the base's is kept on the host, where memory is cheaper.
+    A copy of the base's parameters is kept in host memory, to save device memory.
     """
 
     def __init__(self, module: nn.Module):
@@ -101,7 +98,7 @@ class _Stacked:
             torch.cat([change.scale * change.B for change in low], dim=1).to(device) if low else None
         )  # (out, R)
 
-        # Nothing here may name the deltas themselves: the hook would hold them a second time.
+        # The closure must not refer to the deltas themselves: it would keep a second copy in memory.
         def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             x = args[0]
             if A is not None:

@@ -1,4 +1,4 @@
-"""What a task leaves behind: one delta per changed module, as numbers and as a file.
+"""Deltas: the change of every module that a task trained, in memory and as a file.
 
 Legend: in / out features of a layer, r rank. ΔW = scale · B A with A (r, in) and B (out, r), PEFT's naming.
 """
@@ -20,7 +20,7 @@ from llava_keeplora.records import NUMBER
 
 @dataclass(frozen=True)
 class Delta:
-    """ΔW = scale · B A of one layer after one task.
+    """The low-rank change of one layer after one task, ΔW = scale · B A.
 
     Args:
         A: (r, in).
@@ -34,41 +34,39 @@ class Delta:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored of it, by name."""
+        """The tensors that are stored, by name."""
         return {"A": self.A, "B": self.B}
 
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
-        """ΔW (out, in) in fp32, worked out on a device."""
+        """Return ΔW (out, in) in fp32, computed on a device."""
         return (self.B.to(device).float() @ self.A.to(device).float()).mul_(self.scale)
 
     def changes(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Name of a parameter → its change in fp32, worked out on a device."""
+        """Return name of a parameter → its change in fp32, computed on a device."""
         return {"weight": self.dense(device)}
 
 
 @dataclass(frozen=True)
 class FullDelta:
-    """The change of one module that was trained as it is, without an adapter.
-
-    A linear layer, a norm, an embedding, ...
+    """The change of one module (linear layer, norm, embedding, ...) that was trained without an adapter.
 
     Args:
-        parameters: name of each of the module's own parameters → its change, of that one's shape.
+        parameters: name of each of the module's own parameters → its change, of the same shape.
     """
 
     parameters: Mapping[str, Tensor]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored of it, by name."""
+        """The tensors that are stored, by name."""
         return dict(self.parameters)
 
     def dense(self, device: torch.device | str = "cpu") -> Tensor:
-        """The change of the module's weight in fp32, on a device; of a linear layer ΔW (out, in)."""
+        """Return the change of the module's weight in fp32 on a device; for a linear layer ΔW (out, in)."""
         return self.parameters["weight"].to(device).float()
 
     def changes(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Name of a parameter → its change in fp32, on a device."""
+        """Return name of a parameter → its change in fp32 on a device."""
         return {name: change.to(device).float() for name, change in self.parameters.items()}
 
 
@@ -86,10 +84,10 @@ def save_deltas(path: Path, deltas: Deltas) -> str:
 
 
 def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
-    """Read what `save_deltas` wrote.
+    """Read the deltas that `save_deltas` wrote.
 
     Raises:
-        RunError: if the file holds no deltas, or a layer's A or B is missing.
+        RunError: if the file holds no deltas, a layer's A or B is missing, or a scale is not finite.
     """
     file = open_tensors(path)
     tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -97,7 +95,7 @@ def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
         scales = json.loads((file.metadata() or {})["scales"])
         if not all(scale in NUMBER for scale in scales.values()):
             raise ValueError("a scale is no finite number")
-        found: dict[str, Delta | FullDelta] = {
+        low_rank: dict[str, Delta | FullDelta] = {
             name: Delta(tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B"), scale)
             for name, scale in scales.items()
         }
@@ -106,13 +104,20 @@ def load_deltas(path: Path) -> dict[str, Delta | FullDelta]:
             f"{path} holds no task's deltas ({'without ' if isinstance(error, KeyError) else ''}{error})",
             "restore it",
         ) from error
-    return found | full_deltas(tensors)
+    return low_rank | full_deltas(tensors)
 
 
 def full_deltas(changes: Mapping[str, Tensor]) -> dict[str, FullDelta]:
-    """Full name of a parameter → its change, as name of a module → the changes of its own."""
-    own: dict[str, dict[str, Tensor]] = {}
+    """Group changes of parameters by module.
+
+    Args:
+        changes: full name of a parameter → its change.
+
+    Returns:
+        name of a module → the changes of its own parameters.
+    """
+    by_module: dict[str, dict[str, Tensor]] = {}
     for key, change in changes.items():
         module, _, name = key.rpartition(".")
-        own.setdefault(module, {})[name] = change
-    return {module: FullDelta(parameters) for module, parameters in own.items()}
+        by_module.setdefault(module, {})[name] = change
+    return {module: FullDelta(parameters) for module, parameters in by_module.items()}

@@ -1,4 +1,4 @@
-"""A linear layer's weight as numbers, whatever form it is kept in."""
+"""The weight of a linear layer in floating point, whether it is stored plain, quantised or sharded."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from llava_keeplora.deepspeed_zero import gathered, is_partitioned
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether a layer's weight is stored in bitsandbytes' 4-bit or 8-bit form.
-
-    A module without one has none.
-    """
+    """Return whether a module has a weight that is stored in bitsandbytes' 4-bit or 8-bit form."""
     weight = getattr(layer, "weight", None)
     return weight is not None and not weight.is_floating_point()
 
 
 @torch.no_grad()
 def dense_weight(layer: nn.Linear) -> Tensor:
-    """The weight (out, in) in floating point, on the device that it is on.
+    """Return a layer's weight (out, in) in floating point, on its device.
 
-    A plain layer's own weight comes back as it is; of a quantised one, what it stands for, as a new tensor. A
-    shard of ZeRO-3 is gathered into a new tensor, for which every process has to come along.
+    A plain layer's weight is returned itself, without a copy; a quantised one is dequantised into a new
+    tensor. A weight sharded by ZeRO-3 is gathered into a new tensor, for which every process must call this.
 
     Args:
         layer: an `nn.Linear` or bitsandbytes' `Linear4bit` or `Linear8bitLt`.

@@ -1,4 +1,4 @@
-"""Gradients and features of named linear layers; the only place that touches hooks and autograd."""
+"""Capture of gradients and features of named linear layers; the only package that uses hooks and autograd."""
 
 from llava_keeplora.capture.hooks import feature_hooks, gradient_hooks, shared_inputs
 from llava_keeplora.capture.passes import autocast, autocast_dtype, feature_pass, gradient_pass

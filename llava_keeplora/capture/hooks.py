@@ -1,6 +1,4 @@
-"""Taps on linear layers: what goes in (features) and what the loss sends back (gradients).
-
-The only file that touches hooks and autograd.
+"""Hooks on linear layers that capture their inputs (features) and output gradients.
 
 Legend: n tokens, in / out features of a layer.
 """
@@ -14,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 
-class _OutputTap(torch.autograd.Function):
-    """The identity on a layer's output that hands (x, dY) to a callback in the backward pass.
+class _OutputHook(torch.autograd.Function):
+    """The identity on a layer's output, which passes (x, dY) to a callback in the backward pass.
 
-    The saved input goes through autograd, so activation checkpointing still frees it. `anchor` is a
-    scalar that requires a gradient: without it the first adapted layer of a frozen model, whose input
-    needs no gradient, would never be called back.
+    The input is saved through autograd, so that activation checkpointing can still free it. `anchor` is a
+    scalar that requires a gradient: without it, the backward pass would never reach the first adapted layer
+    of a frozen model, whose input requires none.
     """
 
     @staticmethod
@@ -41,7 +39,7 @@ class _OutputTap(torch.autograd.Function):
 def gradient_hooks(
     layers: Mapping[str, nn.Linear], callback: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Hand each layer's input x (..., in) and dY (..., out) to `callback(name, x, dy)` in backward passes."""
+    """Pass each layer's input x (..., in) and dY (..., out) to `callback(name, x, dy)` in backward passes."""
 
     def hook(name: str, anchor: Tensor):
         def receive(x: Tensor, dy: Tensor) -> None:
@@ -50,7 +48,7 @@ def gradient_hooks(
                 callback(name, x, dy)
 
         def forward_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            return _OutputTap.apply(output, args[0], anchor, receive) if torch.is_grad_enabled() else output
+            return _OutputHook.apply(output, args[0], anchor, receive) if torch.is_grad_enabled() else output
 
         return forward_hook
 
@@ -69,15 +67,15 @@ def gradient_hooks(
 
 
 def shared_inputs(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[str, str]:
-    """Which layers read the very same tensor, found by one probing forward pass.
+    """Find which layers read the very same tensor, by one forward pass.
 
     Args:
         layers: name → linear layer.
         run: runs the model once on any input.
 
     Returns:
-        layer name → the name of the first layer that read the same input (itself, where unshared). Layers
-        that were not reached are missing.
+        layer name → the name of the first layer that reads the same input (itself if no other does). Layers
+        that the forward pass does not reach are missing.
     """
     inputs: dict[str, Tensor] = {}
     handles = [
@@ -95,7 +93,7 @@ def shared_inputs(layers: Mapping[str, nn.Linear], run: Callable[[], object]) ->
 
 @contextmanager
 def feature_hooks(layers: Mapping[str, nn.Linear], callback: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Hand the input (..., in) of each layer to `callback(name, x)` while the block runs."""
+    """Pass the input (..., in) of each layer to `callback(name, x)` while the block runs."""
 
     def hook(name: str, x: Tensor) -> None:
         # Under autocast the statistics would be summed in half precision.

@@ -1,4 +1,4 @@
-"""One pass over a task's data: the first-step gradient, or the features, of every adapted layer."""
+"""Passes over a task's data that capture the first-step gradient, or the features, of every adapted layer."""
 
 from __future__ import annotations
 
@@ -14,37 +14,30 @@ from torch import Tensor, nn
 from llava_keeplora.capture.hooks import feature_hooks, gradient_hooks, shared_inputs
 from llava_keeplora.distributed import all_gather_object, sum_over_processes
 
-#: By how much a loss is raised before it is sent back in fp16, whose smallest number is 6e-8 and largest
-#: 65504.
+#: Loss scale of the backward pass in fp16, whose smallest number is 6e-8 and largest 65504.
 HEADROOM = 2.0**10
 
-#: A batch, and whether it counts: where one process has fewer batches than another, it goes along with one
-#: that doesn't.
+#: A batch, and whether it counts: a process that has fewer batches than the others passes through the model
+#: with one that does not.
 Batch = tuple[Mapping[str, Tensor], bool]
 
 
 class GradientStatistic(Protocol):
-    """What a layer's gradient is summed into, see `llava_keeplora.subspace`.
-
-    `tensors` add up over processes.
-    """
+    """Statistic of a layer's gradient, see `llava_keeplora.subspace`; `tensors` are summed over processes."""
 
     tensors: list[Tensor]
 
     def add(self, x: Tensor, dy: Tensor) -> None:
-        """Add the gradient that a layer's input and its output's gradient make."""
+        """Add the gradient dYᵀX of a layer's input x (..., in) and output gradient dy (..., out)."""
 
 
 class FeatureStatistic(Protocol):
-    """What a layer's inputs are summed into, see `llava_keeplora.subspace`.
-
-    `tensors` add up over processes.
-    """
+    """Statistic of a layer's inputs, see `llava_keeplora.subspace`; `tensors` are summed over processes."""
 
     tensors: list[Tensor]
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """Add a layer's inputs, at the positions of the mask."""
+        """Add a layer's inputs (..., in), only those at the positions of the mask unless it is None."""
 
 
 def gradient_pass(
@@ -56,47 +49,46 @@ def gradient_pass(
 ) -> None:
     """Feed G = ∇_W of the mean loss over the data to a statistic per layer (KeepLoRA, step 2 of one task).
 
-    The weights stay frozen: G arrives as a sum of dYᵀX from taps, and whether it is ever formed is up to the
-    statistic. What does not depend on the batch (class prompts) runs once; its cotangent is summed over the
-    batches and sent back once, which is the same sum.
+    The weights stay frozen: G arrives as a sum of dYᵀX from hooks, and whether it is ever formed is up to the
+    statistic. What does not depend on the batch (class prompts) is computed once; its cotangent is summed
+    over the batches and propagated back once, which gives the same sum.
 
-    Under fp16 autocast a batch's loss is sent back some `HEADROOM` times as large as its own mean, by a power
-    of two, whatever `total` is,
-    and dY is set right in fp32 where it is summed: as a share of all data it would be lost (loss scaling,
-    Micikevicius et al., ICLR 2018, section 3.2).
+    Under fp16 autocast, the loss of a batch is scaled up by a power of two to about `HEADROOM` times its own
+    mean, whatever `total` is, and dY is scaled back in fp32 before it is summed; a batch's share of the mean
+    over all data would underflow (loss scaling, Micikevicius et al., ICLR 2018, section 3.2).
 
     Args:
         task: a `llava_keeplora.models.TaskModel`; its loss is the mean over a batch's weight (images, or
             answer tokens).
         layers: name → linear layer.
-        batches: batches; in several processes, each process's share, equally many everywhere.
+        batches: the batches; with several processes, this process's share, equally many in each.
         total: weight of all batches of all processes.
-        statistics: layer name → what its gradient is added to; summed over processes in the end.
+        statistics: layer name → the statistic of its gradient; summed over processes at the end.
     """
     batches = iter(batches)
     first = next(batches)
     in_fp16 = _is_fp16(next(iter(first[0].values())).device.type)
-    raised: float | Tensor = (
+    scale: float | Tensor = (
         math.ldexp(HEADROOM, 1 - math.frexp(task.weight(first[0]) / total)[1]) if in_fp16 else 1.0
     )
 
     def callback(name: str, x: Tensor, dy: Tensor) -> None:
-        statistics[name].add(x, dy.float() / raised if in_fp16 else dy)
+        statistics[name].add(x, dy.float() / scale if in_fp16 else dy)
 
     with gradient_hooks({name: layers[name] for name in statistics}, callback), task.constants() as constants:
         for batch, counts in itertools.chain([first], batches):
             loss = task(**batch)["loss"]
-            (loss * (raised * task.weight(batch) / total if counts else 0.0)).backward()
-            # With it goes the graph, in which 8-bit layers keep their inputs beyond the backward pass.
+            (loss * (scale * task.weight(batch) / total if counts else 0.0)).backward()
+            # Frees the graph, in which 8-bit layers keep their inputs beyond the backward pass.
             del loss
         for output, cotangent in constants:
-            # Over all batches, these have become as large as the data are many.
+            # Summed over all batches, the cotangent grows with the data, so it gets a scale of its own.
             if in_fp16:
-                cotangent = cotangent / raised
-                raised = torch.ldexp(
+                cotangent = cotangent / scale
+                scale = torch.ldexp(
                     cotangent.new_tensor(HEADROOM), 1 - torch.frexp(cotangent.abs().max()).exponent
                 )
-                cotangent = cotangent * raised
+                cotangent = cotangent * scale
             output.backward(cotangent.to(output.dtype))
     _reduce(statistics.values())
 
@@ -120,13 +112,13 @@ def feature_pass(
         task: a `llava_keeplora.models.TaskModel`.
         layers: name → linear layer.
         parts: name → the part it belongs to.
-        batches: batches; in several processes, each process's share, equally many everywhere.
-        statistics: given the names of the layers that can be reached, grouped by the tensor that they read
-            (q, k and v read the same), makes a statistic per layer; layers of a group may share one, and
-            layers without one are left alone.
+        batches: the batches; with several processes, this process's share, equally many in each.
+        statistics: called with the names of the layers that the model reaches, grouped by the tensor that
+            they read (q, k and v read the same one); returns layer name → statistic. Layers of a group may
+            share one, and layers without one are skipped.
 
-    Returns:
-        layer name → its statistic, summed over processes; without those that no token of any process came to.
+    Returns: layer name → its statistic, summed over processes, without layers that no token of any process
+        reached.
     """
     batches = iter(batches)
     first = next(batches)
@@ -135,9 +127,9 @@ def feature_pass(
         groups: dict[str, list[str]] = {}
         for name, leader in leaders.items():
             groups.setdefault(leader, []).append(name)
-        made = statistics(list(groups.values()))
-        fed = {
-            leader: _distinct(made[name] for name in names if name in made)
+        of_layer = statistics(list(groups.values()))
+        of_leader = {
+            leader: _distinct(of_layer[name] for name in names if name in of_layer)
             for leader, names in groups.items()
         }
         current: dict[str, Tensor] = {}
@@ -148,37 +140,37 @@ def feature_pass(
                 return
             reached.add(leader)
             mask = task.token_mask(parts[leader], current)
-            if mask is not None and len(fed[leader]) > 1 and not bool(mask.all()):
-                x, mask = x[mask], None  # picked once for all of them
-            for statistic in fed[leader]:
+            if mask is not None and len(of_leader[leader]) > 1 and not bool(mask.all()):
+                x, mask = x[mask], None  # Masked once instead of in every statistic.
+            for statistic in of_leader[leader]:
                 statistic.add(x, mask)
 
         with (
-            feature_hooks({leader: layers[leader] for leader in fed if fed[leader]}, callback),
+            feature_hooks({leader: layers[leader] for leader in of_leader if of_leader[leader]}, callback),
             task.constants(),
         ):
             for batch, counted in itertools.chain([first], batches):  # noqa: B007  `callback` reads it
                 current.clear()
                 current.update(batch)
                 task(**batch)
-    _reduce(_distinct(made.values()))
+    _reduce(_distinct(of_layer.values()))
     everywhere = set().union(*all_gather_object(reached))
-    return {name: statistic for name, statistic in made.items() if leaders[name] in everywhere}
+    return {name: statistic for name, statistic in of_layer.items() if leaders[name] in everywhere}
 
 
 def autocast(training: Mapping[str, object], device_type: str) -> AbstractContextManager[object]:
-    """The precision that training uses, for the passes too.
+    """Return the autocast context of training's precision, for the passes.
 
     Args:
         training: arguments for `transformers.TrainingArguments`.
         device_type: `cpu` or `cuda`.
     """
-    chosen = autocast_dtype(training)
-    return torch.autocast(device_type, chosen) if chosen else nullcontext()
+    dtype = autocast_dtype(training)
+    return torch.autocast(device_type, dtype) if dtype else nullcontext()
 
 
 def autocast_dtype(training: Mapping[str, object]) -> torch.dtype | None:
-    """What training computes products in, if not in the model's own precision.
+    """Return the dtype in which training computes products; None for the model's own.
 
     Args:
         training: arguments for `transformers.TrainingArguments`.

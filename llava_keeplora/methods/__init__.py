@@ -1,4 +1,4 @@
-"""The methods, one file each; `llava_keeplora.registries` lists them by name."""
+"""The continual-learning methods, one file each; `llava_keeplora.registries` lists them by name."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""An auto-encoder that knows one task's pictures by how well it gives their features back.
+"""An auto-encoder of one task's image features, whose reconstruction error tells how familiar an image is.
 
-Legend: n pictures, p width of CLIP's projection.
+Legend: n images, p width of CLIP's projection.
 """
 
 from __future__ import annotations
@@ -11,48 +11,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-#: Its training, and one of how many pictures is held out of it.
+#: Its training: steps, batch size, learning rate and weight decay; every HELD_OUT-th image is held out.
 STEPS, BATCH, RATE, DECAY, HELD_OUT = 300, 64, 0.01, 1e-4, 5
 
 
 class AutoEncoder(nn.Module):
-    """p → code → p, for unit vectors; they are scaled to entries of about 1.
+    """Auto-encoder p → code → p of unit vectors, which are scaled to entries of about 1.
 
     Args:
         width: p.
-        code: of the bottleneck.
+        code: width of the bottleneck.
     """
 
     def __init__(self, width: int, code: int):
         super().__init__()
         self.encoder, self.decoder = nn.Linear(width, code), nn.Linear(code, width)
-        #: The mean error on pictures of its task that it was not trained on.
+        #: The mean error on the task's held-out images.
         self.register_buffer("usual", torch.ones(()))
 
     def forward(self, image: Tensor) -> Tensor:
-        """(n, p) → (n, p)."""
+        """Reconstruct scaled features (n, p)."""
         return self.decoder(self.encoder(image).relu())
 
     def error(self, image: Tensor) -> Tensor:
-        """(n,) mean squared error of each picture's features (n, p)."""
+        """Return the mean squared error (n,) of each image's features (n, p)."""
         scaled = image * image.shape[1] ** 0.5
         return (self(scaled) - scaled).square().mean(dim=1)
 
     @classmethod
     def read(cls, state: Mapping[str, Tensor]) -> AutoEncoder:
-        """One from its tensors."""
+        """Return the auto-encoder with the tensors of a `state_dict`, frozen."""
         coder = cls(*reversed(state["encoder.weight"].shape))
         coder.load_state_dict(state)
         return coder.requires_grad_(False)
 
     @classmethod
     def trained(cls, image: Tensor, code: int, seed: int) -> AutoEncoder:
-        """One trained on features (n, p), the same in every process that has the same.
+        """Train an auto-encoder; equal arguments give the same one in every process.
 
         Args:
-            image: the features.
-            code: of the bottleneck.
-            seed: of its start and its batches.
+            image: unit-length features (n, p).
+            code: width of the bottleneck.
+            seed: seed of its initialisation and its batches.
         """
         held_out = torch.arange(len(image)) % HELD_OUT == HELD_OUT - 1
         scaled = image[~held_out] * image.shape[1] ** 0.5
@@ -68,7 +68,8 @@ class AutoEncoder(nn.Module):
                 optimizer.step()
                 schedule.step()
         coder.requires_grad_(False)
-        # With too few pictures to hold one out, by those that there are; and never by nothing.
+        # With fewer than HELD_OUT images, the error on the training images; above 0, because others are
+        # divided by it.
         usual = coder.error(image[held_out] if held_out.any() else image).mean()
         coder.usual.copy_(usual.clamp_min(torch.finfo(image.dtype).tiny))
         return coder

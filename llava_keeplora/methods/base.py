@@ -1,4 +1,4 @@
-"""The interface that every method implements, with defaults for all of it."""
+"""The interface that every method implements, with defaults for most of it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from llava_keeplora_eval.predictors import Predictor
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What a user can list about a method.
+    """Description of a method for lists and tables.
 
     Args:
-        name: as in a configuration.
-        title: of the paper or idea.
-        url: of the source.
-        reference_data: whether it needs data beside the task's.
-        task_id_at_test: whether it must be told the task at test time.
-        inference_cost: extra cost at inference.
-        extra_parameters: what the model has at inference beside the base's own parameters.
+        name: its name in a configuration.
+        title: title of the paper or idea.
+        url: address of the paper.
+        reference_data: whether it needs data other than the tasks'.
+        task_id_at_test: whether it needs to know the task at test time.
+        inference_cost: extra computation at inference.
+        extra_parameters: what the model has at inference in addition to the base's parameters.
         mergeable: whether its result merges into the base's weights.
-        kept: what is kept for later tasks beside what the finished ones changed.
+        kept: what is stored for later tasks in addition to the finished tasks' deltas.
         trained: what a task trains.
-        families: of models that it runs on.
-        model_types: those types of them, by transformers' names, that it runs on; all of them when empty.
+        families: the model families that it runs on.
+        model_types: the types of models among them, by transformers' names, that it runs on; all when empty.
     """
 
     name: str
@@ -49,13 +49,13 @@ class MethodInfo:
 
     @property
     def needs(self) -> str:
-        """In words, what it runs on and asks for."""
-        asked = ["reference data"] * self.reference_data + ["the task at test time"] * self.task_id_at_test
+        """A sentence on the families that it runs on, what it needs, and its cost at inference."""
+        inputs = ["reference data"] * self.reference_data + ["the task at test time"] * self.task_id_at_test
         cost = [] if self.inference_cost == "none" else [f"extra at test: {self.inference_cost}"]
         return "; ".join(
             [
                 " and ".join(self.families),
-                *(f"needs {one}" for one in asked),
+                *(f"needs {extra}" for extra in inputs),
                 *cost,
                 "merges" if self.mergeable else "does not merge",
             ]
@@ -64,15 +64,15 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted linear layer and its part's settings.
+    """An adapted linear layer and its part's settings.
 
     Args:
         name: full module name.
-        part: `vision`, `text`, ...
-        module: the linear layer, holding the present weights.
-        rank, alpha, energy_weight, energy_feature: see `PartConfig`; of a threshold that is `auto`, how far
-            it may go.
-        auto: which of the two are.
+        part: the part of the model: `vision`, `text`, ...
+        module: the linear layer with its current weights.
+        rank, alpha, energy_weight, energy_feature: see `PartConfig`; for a threshold that is `auto`, its
+            upper bound.
+        auto: names of the thresholds that are `auto`.
     """
 
     name: str
@@ -85,35 +85,35 @@ class Layer:
     auto: tuple[str, ...] = ()
 
     def capacity(self, protected: int) -> Capacity:
-        """Return the layer's capacity with so many protected directions."""
+        """Return the layer's capacity with a number of protected directions."""
         return Capacity(self.module.in_features, protected, self.part)
 
 
 @dataclass
 class TaskContext:
-    """What a method may look at for one task.
+    """Everything that a method can use in one stage of a task.
 
     Args:
-        index: 1 for the first task; 0 stands for the base before any task.
+        index: 1 for the first task; 0 for the base before any task.
         name: the task's name.
         layers: name → adapted layer.
-        gradients: runs the gradient pass over a share of the data into a statistic per layer:
-            `gradients(fraction, statistics)`.
-        batches: one pass over this process's share of the task's training data, in order, as the model on the
-            task takes it.
-        features: runs the feature pass: `features(make, fraction)` → layer name → statistic, where `make` is
-            given the names of the layers, grouped by the tensor that they read; over all the data without a
-            fraction.
-        seed: of this task and stage, the same in every process.
-        statistics_bytes: device memory for the statistics of one pass.
-        model: the model, as it is in this stage.
-        task: makes that model on the task, a `llava_keeplora.models.TaskModel`.
-        pretrained: makes a frozen copy of the model as it was before the first task.
-        deltas: reads what each earlier task left behind, in order.
-        report: numbers that a method wants to see in the run folder.
-        base: the report of the base, for a task.
-        tasks: how many are announced.
-        choose: part → the choice of its ε_w from the data, with `energy` in it.
+        gradients: `gradients(fraction, statistics)` runs the gradient pass over a fraction of the data and
+            feeds a statistic per layer.
+        features: `features(make, fraction=1.0)` runs the feature pass over a fraction of the data and returns
+            layer name → statistic; `make` is called with the layers' names, grouped by the tensor that they
+            read, and returns the statistics.
+        seed: seed of this task and stage, the same in every process.
+        statistics_bytes: memory limit for the statistics of one pass, in bytes of device memory.
+        batches: returns an iterator over this process's share of the task's training data, in order, as the
+            model takes it.
+        model: the model in its state at this stage.
+        task: returns the model with the task's loss, a `llava_keeplora.models.TaskModel`.
+        pretrained: returns a frozen copy of the model from before the first task.
+        deltas: returns the deltas of the earlier tasks, in order.
+        report: the method's own numbers, which are written into the run folder.
+        base: the report of the base; empty for the base itself.
+        tasks: number of tasks of the run.
+        choose: part → the choice of its ε_w from the data, with the key `energy`.
     """
 
     index: int
@@ -136,13 +136,13 @@ class TaskContext:
 
 @dataclass(frozen=True)
 class Holding:
-    """What a tensor is that a task keeps or adds.
+    """Description of a tensor in a task's state, against which a state from elsewhere is checked.
 
     Args:
-        shape: its lengths: a number, None for any, or a text for any that is the same wherever that text
-            stands.
-        basis: layers whose protected subspace its columns (in, m) extend; all tasks' together are
-            orthonormal.
+        shape: its dimensions: a number, None for any, or a text for any number that is the same wherever the
+            text occurs.
+        basis: layers whose protected subspace its columns (in, m) extend; the columns of all tasks together
+            are orthonormal.
         required: whether every finished task has it.
         integer: whether it holds whole numbers.
     """
@@ -155,15 +155,15 @@ class Holding:
 
 @dataclass(frozen=True)
 class SubspacePlan:
-    """What a method that protects a subspace of every layer computes from weights, gradients and features.
+    """Description of what a method that protects subspaces computes, for the memory estimate.
 
-    From it, and without data, `llava-keeplora plan` estimates the memory of these stages.
+    `llava-keeplora plan` estimates the memory of the stages from it, without data.
 
     Args:
         protects_weights: whether the subspaces hold principal directions of the weights.
         protects_features: whether they hold directions that finished tasks used.
         sketched: whether the first gradient pass sums sketches instead of whole gradients.
-        may_sketch: whether it sums whole gradients though the option `gradient: sketch` is there for it.
+        may_sketch: whether it sums whole gradients but could use `gradient: sketch`.
         features_from_gradient: whether a task's directions are taken from a gradient pass.
         every_position: whether the feature pass takes the prompts at every position of the text encoder.
         statistics: (groups of layers, bases, bytes, seed) → layer name → statistic of its features.
@@ -179,36 +179,37 @@ class SubspacePlan:
 
 
 class Method:
-    """A continual-learning method: what happens before, during and after a task.
+    """Base class of continual-learning methods: hooks that run before, during and after a task.
 
-    `extra_state` returns what training left beside the deltas and `state_dict` what the last `after_task`
-    added; `load_state_dicts` takes the list of all of these, so the run folder holds each thing once.
+    The run folder stores for every task the deltas, the `extra_state` of its training and the `state_dict` of
+    its `after_task`, each once; `load_state_dicts` gets those of all tasks back, merged per task.
     """
 
     info: MethodInfo
-    #: Whether there is anything to learn; where not, the zero-shot row is all there is.
+    #: Whether the method trains at all; one that does not has only the zero-shot row.
     trainable = True
-    #: What a stage costs beside training itself, in passes of the task's data through the model, for the
-    #: estimate of time.
+    #: Stage → its cost in addition to training, in forward passes of the task's data, for the time estimate.
     stage_cost: dict[str, float] = {}
     #: Dropout on the adapters' input while training.
     dropout: float = 0.0
-    #: Whether what it consolidates before any task depends on the model, its settings and the announced tasks
-    #: alone, whatever their order and the seed: then runs that share a base cache compute it once.
+    #: Whether `after_task` on the base depends only on the model, the method's settings and the set of tasks,
+    #: not on their order or the seed: runs that share a base cache then compute it once.
     base_is_cacheable = False
-    #: Whether what it trains may lie in the shards of ZeRO-3: not where it is read outside of its layers.
+    #: Whether trained parameters may be sharded by ZeRO-3; False if the method reads them outside of their
+    #: layers' forward pass.
     supports_zero3 = True
-    #: Whether it runs in one process alone.
+    #: Whether it runs in one process only.
     one_process = False
-    #: Whether the gradient pass counts every example alike, and not as the loss does.
+    #: Whether the gradient pass weighs all examples equally, instead of as the loss does.
     counts_examples = False
-    #: Whether the feature pass takes the prompts at every position of the text encoder, padding too.
+    #: Whether the feature pass takes the prompts at every position of the text encoder, padding included.
     every_position = False
-    #: Whether it puts LoRA adapters on the layers that a run names.
+    #: Whether it puts LoRA adapters on the layers that a run's parts name.
     uses_lora = True
-    #: Whether it trains the whole model instead, every parameter but the root's own; see `find_changed`.
+    #: Whether it trains the whole model instead, every parameter but those of the root module; see
+    #: `find_changed`.
     full_finetuning = False
-    #: Data beside the tasks', for a method that wants some.
+    #: The reference data of `reference_data_spec`; None for methods that need none.
     reference: Reference | None = None
 
     @dataclass(frozen=True)
@@ -219,112 +220,106 @@ class Method:
         self.options = options
 
     def check(self, layers: Mapping[str, Layer]) -> None:
-        """Refuse settings of the layers that the method can't follow, before anything is computed."""
+        """Check the layers' settings before anything is computed; do nothing by default.
+
+        Raises:
+            MethodError: for settings that the method cannot follow.
+        """
 
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
-        """Bytes below which `memory.statistics_gb` holds no statistics of one pass over the layers' features.
-
-        0 where there are none.
-        """
+        """Return the bytes that `memory.statistics_gb` must allow for a feature pass to run; 0 for any."""
         return 0
 
     def subspace_plan(self) -> SubspacePlan | None:
-        """Return what the method computes for protected subspaces that `llava-keeplora plan` can estimate."""
+        """Return what the memory estimate needs to know; None for methods without protected subspaces."""
         return None
 
     def reference_data_spec(self) -> tuple[str, str | None] | None:
-        """Return a recipe of pictures, and a file of texts or None for the recipe's own.
+        """Return a recipe of images, and a file of texts or None for the recipe's own texts.
 
-        They are read into `reference` before anything is computed.
+        They are read into `reference` before anything is computed. None, the default, for no reference data.
         """
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
-        """Before a task: how each layer's adapter starts.
+        """Return layer name → initial adapter, before a task.
 
-        A layer that is left out is named in `ctx.report`.
+        A layer that gets none is named, with the reason, in `ctx.report["left_out"]`.
         """
         raise NotImplementedError
 
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
-        """Around a task's training, `model` carrying the adapters.
+        """Enter a context for a task's training; `model` carries the adapters.
 
-        What a method adds for that long is rebuilt here on every start.
-
-        Parameters that it puts on the model are trained and kept with a killed run's training as the adapters
-        are.
+        Whatever a method adds to the model during training is built here, also when a killed run resumes.
+        Parameters that it adds are trained, and are part of the checkpoints, as the adapters are.
         """
         yield
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
-        """The training loss of one batch; the task's own by default."""
+        """Return the training loss of one batch; the task's own by default."""
         return out["loss"]
 
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
-        """After an optimiser step."""
+        """Do something after an optimiser step; nothing by default."""
 
     def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
-        """What a task leaves behind, from what its adapters learned.
+        """Return a task's deltas, given those of its adapters; called in `training_context` after training.
 
-        Inside `training_context`, after the last step.
-
-        A module that is trained itself is left with what it learned, unless it is named here.
+        A module that is trained in full gets the change of its weights as delta, unless one is returned here.
         """
         return deltas
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What a task's training leaves beside the deltas; inside `training_context`, after the last step."""
+        """Return what training learned in addition to the deltas; called in `training_context`."""
         return {}
 
     def progress(self) -> dict[str, Tensor]:
-        """What a killed training needs beside what is trained, to be filled in place when it goes on.
+        """Return tensors that a checkpoint needs in addition to the trained parameters.
 
-        Inside `training_context`.
+        Called in `training_context`; when a killed run resumes, the tensors are overwritten in place.
         """
         return {}
 
     def weight_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
-        """Layer name → what is added to the working weights while a task trains."""
+        """Return layer name → what is added to the weights while a task trains; nothing by default."""
         return {}
 
     def after_task(self, ctx: TaskContext) -> None:
-        """After a task, on the merged model; with `ctx.index` 0, on the base before the first task."""
+        """Update the method's state on the merged model; with `ctx.index` 0, on the base before any task."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the last `after_task` added."""
+        """Return what the last `after_task` added to the method's state."""
         return {}
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
-        """Take back what all tasks so far kept and added, the base's first.
-
-        Nothing of before counts any more.
+        """Replace the method's state by that after all tasks so far.
 
         Args:
-            states: of each, what its training kept and its `after_task` added, together; the last one may not
-                be consolidated yet.
+            states: for the base and each task, its `extra_state` and `state_dict` merged; the last task may
+                not have been consolidated yet and then lacks the latter.
         """
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """What a task's `extra_state` and `state_dict` may hold, by which a state from elsewhere is checked.
+        """Return the tensors that a task's `extra_state` and `state_dict` may hold; none by default.
 
-        Nothing by default.
+        A state from elsewhere is checked against them.
 
         Args:
-            ctx: of the task, with its index, name and layers, and the model without weights; nothing else of
-                it is there.
-            names: of the tensors that were found, for names that only data decide.
+            ctx: the task's context; only its index, name, layers, and the model without weights are set.
+            names: names of the tensors in the state, for methods whose names depend on the data.
         """
         return {}
 
     def predictor(self, predictor: Predictor, task: str) -> Predictor:
-        """What answers the examples of a task, with its classes; the model's own by default.
+        """Return the predictor for the examples of a task; the model's own by default.
 
         Args:
-            predictor: the model's own.
+            predictor: the model's own predictor for the task.
             task: the task's name.
         """
         return predictor
 
     def capacity(self) -> dict[str, int]:
-        """Layer name → dimension of its protected subspace, for methods that have one."""
+        """Return layer name → dimension of its protected subspace; empty for methods without one."""
         return {}

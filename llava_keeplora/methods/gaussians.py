@@ -1,4 +1,4 @@
-"""Gaussians of groups of vectors, and their log-densities.
+"""Gaussians fitted to groups of vectors, and their log-densities.
 
 Legend: n vectors, p their width, k Gaussians.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gaussians:
-    """k Gaussians by mean and Cholesky factor, Σ = L Lᵀ.
+    """k Gaussians, given by mean and Cholesky factor, Σ = L Lᵀ.
 
     Args:
         means: (k, p).
@@ -27,9 +27,9 @@ class Gaussians:
 
     @classmethod
     def fit(cls, groups: Sequence[Tensor], ridge: float) -> Gaussians:
-        """One Gaussian per group: mean, and covariance by n − 1 plus the ridge.
+        """Fit one Gaussian per group: its mean, and its covariance (divided by n − 1) plus the ridge.
 
-        Of a single vector, the ridge alone.
+        The covariance of a single vector is the ridge alone.
 
         Args:
             groups: (n, p) each, n at least 1.
@@ -46,18 +46,18 @@ class Gaussians:
         return cls(torch.stack(means).float(), torch.stack(factors))
 
     def log_density(self, x: Tensor, scale: float) -> Tensor:
-        """Log N(x; μ, scale · Σ) in fp64 (n, k), one Gaussian at a time in memory.
+        """Return log N(x; μ, scale · Σ) in fp64, (n, k), computed one Gaussian at a time to save memory.
 
         Args:
             x: (n, p).
-            scale: of the covariances.
+            scale: factor on the covariances.
         """
-        x, found = x.double(), []
+        x, densities = x.double(), []
         for mean, factor in zip(self.means.to(x.device), self.factors):
             factor = factor.to(x)
             squared = (
                 torch.linalg.solve_triangular(factor, (x - mean).T, upper=False).square().sum(dim=0) / scale
             )
             spread = 2 * factor.diagonal().log().sum() + x.shape[1] * math.log(2 * math.pi * scale)
-            found.append(-0.5 * (squared + spread))
-        return torch.stack(found, dim=1)
+            densities.append(-0.5 * (squared + spread))
+        return torch.stack(densities, dim=1)

@@ -1,12 +1,10 @@
-"""From a task's first-step gradient to directions for A.
+"""Initial directions of A from a task's first-step gradient, in as few passes over the data as needed.
 
-In as few passes over the data as the answer's quality needs.
-
-Dense, G is summed whole and its residual's singular vectors are exact. Sketched, G is never formed: one pass
-gives directions and an estimate of how near they are to the best. Layers where that is short of the target
-get a second pass (exact QᵀG), and where even that is short, up to two more pairs of passes (subspace
-iteration). No pass takes more memory
-than the first: width would buy less than passes do, see `WIDTH_PER_RANK`.
+Dense, G is summed in full and its residual's singular vectors are exact. Sketched, G is never formed: one
+pass gives directions and an estimate of how near they are to the best ones. Layers that fall short of the
+target get a second pass (exact QᵀG), and if that still falls short, up to two more pairs of passes (subspace
+iteration). No pass takes more memory than the first: a wider sketch would gain less than more passes do, see
+`WIDTH_PER_RANK`.
 
 Legend: in / out features of a layer, r rank, w sketch width.
 """
@@ -30,7 +28,7 @@ from llava_keeplora.subspace import (
     sketch_width,
 )
 
-# Pairs of passes over the data at most; the answer of the last one is taken, and reported, as it is.
+# The most pairs of passes over the data; the result of the last one is used, and its quality reported.
 ROUNDS = 3
 
 NONE = "no gradient"
@@ -40,15 +38,13 @@ NONE_OUTSIDE = "no gradient outside the protected subspace"
 def gradient_statistic(
     layer: Layer, basis: Tensor, width: int | None, seed: int
 ) -> DenseGradient | GradientSketch:
-    """Return what a layer's gradient is summed into.
-
-    A sketch of some width, or the gradient itself where that is small too.
+    """Return the statistic that sums a layer's gradient: a sketch, or the whole gradient of a small layer.
 
     Args:
         layer: the layer.
-        basis: (in, k), protected.
+        basis: (in, k), the protected subspace.
         width: w; None for the dense form.
-        seed: of the sketch.
+        seed: seed of the sketch.
     """
     out_dim, in_dim, device = layer.module.out_features, layer.module.in_features, layer.module.weight.device
     if width is None or not GradientSketch.is_worth_it(out_dim, in_dim, width):
@@ -65,16 +61,16 @@ def first_step_directions(
     directions: Callable[..., ResidualDirections],
     naming: Callable[[Layer], AbstractContextManager],
 ) -> tuple[dict[str, ResidualDirections], dict[str, str]]:
-    """Return directions of each layer's residual gradient.
+    """Return the leading directions of each layer's residual gradient.
 
     Args:
-        ctx: the task.
+        ctx: the task's context.
         ranks: layer name → r.
-        bases: layer name → (in, k), protected.
-        fraction: share of the task's data.
+        bases: layer name → (in, k), the protected subspace.
+        fraction: fraction of the task's data.
         sketched: whether gradients are sketched where that saves memory.
-        directions: statistic, basis, rank and, where there was one, second pass → the layer's directions.
-        naming: names a layer in an error of the mathematics.
+        directions: (statistic, basis, rank and, if there was one, second pass) → the layer's directions.
+        naming: returns a context that adds the layer's name to errors raised inside it.
 
     Returns:
         layer name → its directions, and layer name → why it has none.
@@ -105,7 +101,7 @@ def first_step_directions(
 
 
 class _DirectionsReader:
-    """The directions of the layers that were read so far, each the latest, and why others have none.
+    """The latest directions of every layer read so far, and why other layers have none.
 
     Args:
         ctx, ranks, bases, compute, naming: see `first_step_directions`.
@@ -125,7 +121,7 @@ class _DirectionsReader:
         self.left_out: dict[str, str] = {}
 
     def read(self, statistics: Mapping[str, Any], second: Mapping[str, SecondPass] | None = None) -> None:
-        """Read the layers' directions from their statistics, or from finished second passes over them."""
+        """Compute the layers' directions from their statistics, or from finished second passes."""
         for name in second or statistics:
             statistic = statistics[name]
             if not second and not any(bool(tensor.any()) for tensor in statistic.tensors):
@@ -139,7 +135,7 @@ class _DirectionsReader:
                     self.left_out[name] = NONE_OUTSIDE
 
     def insufficient(self) -> list[str]:
-        """Return the layers whose directions come from a sketch and may be short of the target."""
+        """Return the layers whose directions come from a sketch and may fall short of the target."""
         return [
             name
             for name, directions in self.directions.items()

@@ -1,32 +1,33 @@
-"""IAP: prompts for every task, opened layer by layer for each picture (arXiv 2503.20612).
+"""IAP: prompts for every task, gated per layer and weighted per image (arXiv 2503.20612).
 
-The prompts are weighed by how well a picture fits the task.
+Attention becomes softmax(Q Kᵀ) V + w g softmax(Q P_kᵀ) P_v before its output projection, with 8 prompts P
+each, in all layers of the image encoder and the first 8 of the text encoder. The gate g, 0 or 1 for each
+layer and image, comes from the frozen CLIP's features f by a hard Gumbel softmax of temperature 3; the text
+encoder has no gates. With a Gaussian of f for every task and class, an image is answered by the task with the
+highest log N(f; μ, Σ / 2), with weight w = σ(that / p − 1), set to 0 below 0.2 and to 1 above 0.8; in
+between, w is σ(m / p − 1) with m the mean log N(f; μ, Σ / 10) of the task's five likeliest classes. Training
+uses w = 1. Published: one epoch of SGD without momentum or weight decay, learning rate 5 falling to 0.005 by
+a cosine, batch 128.
 
-Attention becomes softmax(Q Kᵀ) V + w g softmax(Q P_kᵀ) P_v before its output projection, 8 prompts P each, in
-all layers of the image encoder and the first 8 of the text encoder. g is 0 or 1, a layer's and a picture's
-own, from the frozen CLIP's features f by a hard Gumbel softmax of temperature 3; the text encoder has none.
-With a Gaussian of f for every task and class, a picture is answered by the task of the highest log N(f; μ, Σ
-/ 2), with w = σ(that / p − 1), 0 below 0.2 and 1 above 0.8; in between w comes from the five likeliest of the
-task's classes, σ(their mean log N(f; μ, Σ / 10) / p − 1). Training has w = 1. Published: one epoch of SGD
-without momentum or weight decay, learning rate 5 falling to 0.005 by a cosine, batch 128.
+Differences from the official code (FerdinandZJU/IAP):
 
-Where this differs from the official code (FerdinandZJU/IAP):
+- The gates are sampled in training only; there they are sampled at test too, so that no two evaluations
+  agree.
+- Each gate acts on its own image's tokens; there the gates, ordered by image, are applied to rows ordered by
+  token.
+- Every image has its own task and its own w in both encoders; `routing: batch` takes the batch's most
+  frequent task and, for the class prompts, its mean w, as there. w is rounded to hundredths, so that a task
+  has at most a hundred sets of class features.
+- Gaussians are stored with the run, as Cholesky factors (there they are lost with the process). The
+  covariance of a class with one image is the ridge (there 0 / 0), and with fewer than five classes all of
+  them count (there it stops with an error).
+- The Trainer clips gradients unless `max_grad_norm` is 0; the official code does not, which matters for plain
+  SGD.
+- p is the width of CLIP's projection; there it is 512 for every model.
 
-- the gates are drawn in training only; there they are also drawn at test, so that no two evaluations agree.
-- each gate acts on its own picture's tokens; there the gates, in the order of the pictures, meet rows in the
-  order of the tokens.
-- a picture has its own task and its own w in both encoders; `routing: batch` takes the batch's commonest task
-  and, for the prompts, its mean w, as there. w goes by hundredths, so that a task has at most a hundred sets
-  of class features.
-- Gaussians are kept with the run (there they are lost with the process), as Cholesky factors. Of a class with
-  one picture the covariance is the ridge (there 0 / 0), and with fewer than five classes all of them count
-  (there it stops).
-- the Trainer clips gradients unless `max_grad_norm` is 0; that code doesn't, and plain SGD feels it.
-- p is the width of CLIP's projection; there it is 512 whatever the model.
+Only CLIP: LLaVA has neither class prompts nor one feature per image.
 
-Only CLIP: LLaVA has neither class prompts nor one feature per picture.
-
-Legend: n pictures, p width of CLIP's projection.
+Legend: n images, p width of CLIP's projection.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ from llava_keeplora.methods.routed import ORIGINAL, Route, RoutedMethod, check_r
 from llava_keeplora_eval.encoders import feature_width
 from llava_keeplora_eval.predictors import image_features
 
-#: What the model calls the modules while a task trains.
+#: Name of the modules on the model while a task trains.
 NAME = "iap"
-#: Where covariances come from few pictures they are not definite without.
+#: Added to the diagonals of covariances, which are singular for few images.
 TASK_RIDGE, CLASS_RIDGE = 1e-7, 1e-3
 TASK_SCALE, CLASS_SCALE = 0.5, 0.1
 LIKELIEST = 5
@@ -57,10 +58,10 @@ HUNDREDTHS = 100
 
 
 class TaskPrompts(nn.Module):
-    """A task's prompts in both encoders, and the gates of the image encoder's.
+    """A task's prompts in both encoders, and the gates of the image encoder.
 
     Args:
-        model: the CLIP.
+        model: the CLIP model.
         options: `Iap.Options`.
     """
 
@@ -70,15 +71,16 @@ class TaskPrompts(nn.Module):
             part: [layer.self_attn for layer in layers] for part, layers in encoder_layers(model).items()
         }
         attentions["text"] = attentions["text"][: options.text_layers]
-        for part, found in attentions.items():
+        for part, modules in attentions.items():
             self.add_module(
-                part, nn.ModuleList(Prompts(one.embed_dim, options.prompts, one.num_heads) for one in found)
+                part,
+                nn.ModuleList(Prompts(attn.embed_dim, options.prompts, attn.num_heads) for attn in modules),
             )
         width = feature_width(model.config)
         self.gates = nn.ModuleList(Gate(width, options.temperature) for _ in self.vision)
 
     def open(self, image: Tensor) -> list[Tensor]:
-        """Layer by layer, which pictures its prompts are open for (n,), given their features (n, p)."""
+        """Return the gates (n,) of every layer, given the images' features (n, p)."""
         return [gate(image) for gate in self.gates]
 
 
@@ -104,13 +106,12 @@ class Iap(RoutedMethod):
         """Settings of IAP.
 
         Args:
-            prompts: how many in an attention.
-            text_layers: how many of the text encoder's layers have prompts, from the first; all where there
-                are fewer.
-            temperature: that of the gates' Gumbel softmax.
-            low: below this weight the frozen CLIP answers.
-            high: above this weight the prompts count in full.
-            routing: whether a task is chosen for each `sample`, or for each `batch` as published.
+            prompts: number of prompts per attention.
+            text_layers: number of the text encoder's first layers that have prompts.
+            temperature: temperature of the gates' Gumbel softmax.
+            low: a weight below this is set to 0, so that the frozen CLIP answers.
+            high: a weight above this is set to 1, so that the prompts count in full.
+            routing: whether a task is chosen per `sample`, or per `batch` as published.
         """
 
         prompts: int = 8
@@ -124,23 +125,26 @@ class Iap(RoutedMethod):
             check_routing(self.routing)
             if self.prompts < 1:
                 raise MethodError(
-                    f"prompts is {self.prompts}, but there is nothing else to train", "set it to 1 or more"
+                    f"prompts must be at least 1, as nothing else is trained (got {self.prompts})",
+                    "set it to 1 or more",
                 )
             if self.text_layers < 0:
                 raise MethodError(
-                    f"text_layers is {self.text_layers}, but layers are counted from 0",
+                    f"text_layers must not be negative (got {self.text_layers})",
                     "set it to 0 for prompts in the image encoder alone",
                 )
             if not self.temperature > 0:
-                raise MethodError(f"temperature is {self.temperature}, but it divides", "set it to, say, 3")
+                raise MethodError(
+                    f"temperature must be above 0 (got {self.temperature})", "set it to, say, 3"
+                )
             if not 0.0 <= self.low <= self.high <= 1.0:
                 raise MethodError(
-                    f"low is {self.low} and high {self.high}, but weights lie in [0, 1]",
+                    f"low and high must satisfy 0 <= low <= high <= 1 (got {self.low} and {self.high})",
                     "set them to, say, 0.2 and 0.8",
                 )
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
-        """Take the tasks' tensors."""
+        """Load the tasks' tensors; prompts and Gaussians are built from them when they are needed."""
         super().load_state_dicts(states)
         self._prompts: list[TaskPrompts] = []
         self._tasks: Gaussians | None = None
@@ -151,43 +155,45 @@ class Iap(RoutedMethod):
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
         """Put the task's prompts and gates on the model.
 
-        Before each batch the frozen CLIP looks at it for the gates.
+        Before each batch, the frozen CLIP computes the features from which the gates are set.
         """
         self._trained = TaskPrompts(model, self.options).to(next(model.parameters()).device)
-        # While the frozen CLIP looks, no prompts are read.
+        # While the frozen CLIP computes features, the prompts are switched off.
         gates: list[Tensor] = []
-        looking = False
+        in_frozen_pass = False
 
-        def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            nonlocal looking
-            if looking:
+        def set_gates(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            nonlocal in_frozen_pass
+            if in_frozen_pass:
                 return
             gates.clear()
-            looking = True
+            in_frozen_pass = True
             try:
                 with torch.no_grad():
                     inputs = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
                     image = image_features(model, **inputs)
             finally:
-                looking = False
+                in_frozen_pass = False
             gates.extend(self._trained.open(image))
 
-        with ExitStack() as held:
+        with ExitStack() as stack:
             model.add_module(NAME, self._trained)
-            held.callback(delattr, model, NAME)
-            held.callback(delattr, self, "_trained")
-            held.callback(model.vision_model.register_forward_pre_hook(look, with_kwargs=True).remove)
-            held.enter_context(
-                _on(model, self._trained, lambda number: None if looking else gates[number], 1.0)
+            stack.callback(delattr, model, NAME)
+            stack.callback(delattr, self, "_trained")
+            stack.callback(model.vision_model.register_forward_pre_hook(set_gates, with_kwargs=True).remove)
+            stack.enter_context(
+                _prompts_on(
+                    model, self._trained, lambda number: None if in_frozen_pass else gates[number], 1.0
+                )
             )
             yield
 
     def extra_state(self) -> dict[str, Tensor]:
-        """The task's prompts and gates."""
+        """Return the task's prompts and gates."""
         return {name: trained_values(p).cpu() for name, p in self._trained.named_parameters()}
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """A task's prompts and gates, and the Gaussians of it and of its classes that have pictures."""
+        """Return a task's prompts and gates, and the Gaussians of the task and of its classes with images."""
         if not ctx.index:
             return {}
         with torch.device("meta"):
@@ -203,9 +209,9 @@ class Iap(RoutedMethod):
     # --- routing -----------------------------------------------------------------------------------
 
     def learn_route(self, ctx: TaskContext, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The Gaussians of the task and of its classes that have pictures."""
+        """Return the Gaussians of the task and of its classes that have images."""
         classes = [image[labels == label] for label in labels.unique()]
-        task, own = Gaussians.fit([image], TASK_RIDGE), Gaussians.fit(classes, CLASS_RIDGE)
+        task, per_class = Gaussians.fit([image], TASK_RIDGE), Gaussians.fit(classes, CLASS_RIDGE)
         ctx.report["classes"] = {
             "with pictures": len(classes),
             "with one": sum(len(rows) == 1 for rows in classes),
@@ -213,12 +219,12 @@ class Iap(RoutedMethod):
         return {
             "task.means": task.means,
             "task.factors": task.factors,
-            "classes.means": own.means,
-            "classes.factors": own.factors,
+            "classes.means": per_class.means,
+            "classes.factors": per_class.factors,
         }
 
     def routes(self, image: Tensor) -> list[Route]:
-        """The task in which a picture is likeliest, and how much its prompts count."""
+        """Return for each image its likeliest task, and the weight of that task's prompts."""
         if self._tasks is None:
             self._tasks = Gaussians(
                 *(
@@ -238,44 +244,48 @@ class Iap(RoutedMethod):
         weights = (weights * HUNDREDTHS).round() / HUNDREDTHS
         text = (weights.mean() * HUNDREDTHS).round().div(HUNDREDTHS).expand_as(weights) if batch else weights
         return [
-            Route(*own) if own[1] or own[2] else ORIGINAL
-            for own in zip(tasks.tolist(), weights.tolist(), text.tolist())
+            Route(task, image_weight, text_weight) if image_weight or text_weight else ORIGINAL
+            for task, image_weight, text_weight in zip(tasks.tolist(), weights.tolist(), text.tolist())
         ]
 
     def _class_weight(self, image: Tensor, task: int) -> Tensor:
-        """W (n,) by the likeliest classes of a task."""
+        """Return the weights w (n,) of images (n, p) from the likeliest classes of a task."""
         state = self.learned_states[task]
-        found = Gaussians(state["classes.means"], state["classes.factors"]).log_density(image, CLASS_SCALE)
-        return (
-            found.topk(min(LIKELIEST, found.shape[1]), dim=1).values.mean(dim=1) / image.shape[1] - 1
-        ).sigmoid()
+        classes = Gaussians(state["classes.means"], state["classes.factors"])
+        densities = classes.log_density(image, CLASS_SCALE)
+        likeliest = densities.topk(min(LIKELIEST, densities.shape[1]), dim=1).values
+        return (likeliest.mean(dim=1) / image.shape[1] - 1).sigmoid()
 
     @contextmanager
     def engaged(
         self, model: nn.Module, task: int, image: Tensor, weights: Tensor, text: float
     ) -> Iterator[None]:
-        """Switch a task's prompts on, each where its gate is open and as its picture's weight says."""
+        """Switch a task's prompts on, multiplied by each image's gates and weight."""
         if not self._prompts:
-            self._prompts = [self._read(model, state) for state in self.learned_states]
-        own = self._prompts[task]
-        factors = [gate * weights for gate in own.open(image)]
-        with _on(model, own, lambda number: factors[number], text):
+            self._prompts = [self._load_prompts(model, state) for state in self.learned_states]
+        prompts = self._prompts[task]
+        factors = [gate * weights for gate in prompts.open(image)]
+        with _prompts_on(model, prompts, lambda number: factors[number], text):
             yield
 
-    def _read(self, model: nn.Module, state: dict[str, Tensor]) -> TaskPrompts:
-        """A task's prompts as they were kept."""
-        found = TaskPrompts(model, self.options)
-        found.load_state_dict({name: state[name] for name in found.state_dict()})
-        return found.to(next(model.parameters()).device).eval().requires_grad_(False)
+    def _load_prompts(self, model: nn.Module, state: dict[str, Tensor]) -> TaskPrompts:
+        """Return a task's prompts from its state, frozen."""
+        prompts = TaskPrompts(model, self.options)
+        prompts.load_state_dict({name: state[name] for name in prompts.state_dict()})
+        return prompts.to(next(model.parameters()).device).eval().requires_grad_(False)
 
 
 @contextmanager
-def _on(model: nn.Module, prompts: TaskPrompts, vision, text: float) -> Iterator[None]:
-    """Have both encoders read a task's prompts.
+def _prompts_on(model: nn.Module, prompts: TaskPrompts, vision, text: float) -> Iterator[None]:
+    """Add a task's prompts to both encoders while the block runs.
 
-    The images as `vision` says of each layer, the class prompts all alike.
+    Args:
+        model: the CLIP model.
+        prompts: the task's prompts.
+        vision: number of an image encoder's layer → factors of its prompts (n,), or None for none.
+        text: factor of the text encoder's prompts.
     """
-    layers = {part: [layer.self_attn for layer in found] for part, found in encoder_layers(model).items()}
+    layers = {part: [layer.self_attn for layer in encoder] for part, encoder in encoder_layers(model).items()}
     with (
         prompted(layers["vision"], prompts.vision, vision),
         prompted(layers["text"], prompts.text, lambda number: text),

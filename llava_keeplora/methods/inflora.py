@@ -1,27 +1,26 @@
-"""InfLoRA: adapters that read the task's own inputs, outside of what earlier tasks read.
+"""InfLoRA: adapters confined to the task's inputs outside of the subspace of earlier tasks' inputs.
 
-Source: CVPR 2024, arXiv 2404.00228.
+Source: Liang and Li, CVPR 2024, arXiv 2404.00228.
 
 Before a task, with Φ = XᵀX of a layer's inputs over the task's data and M the protected subspace, A = U_rᵀ /
-√3, U_r the first r left singular vectors of (I − M Mᵀ) Φ; A stays frozen, B trains from zero. After it, M
-takes in the fewest further directions with which it holds the share ε_t of the energy of Φ. Layers that read
-the same tensor share Φ, A and M. Published
-for ViT-B/16: k and v, r 10, s 1, ε from 0.95 or 0.98 up to 1, Adam, learning rate 5e-4, batch 128.
+√3, U_r the first r left singular vectors of (I − M Mᵀ) Φ; A stays frozen, B trains from zero. After the task,
+M is extended by the fewest directions with which it holds the fraction ε_t of the energy of Φ. Layers that
+read the same tensor share Φ, A and M. Published for ViT-B/16: k and v, r 10, s 1, ε from 0.95 or 0.98 up to
+1, Adam, learning rate 5e-4, batch 128.
 
-Where this differs:
+Differences from the paper and the official code (liangyanshuo/InfLoRA):
 
-- ε_t = ε_f + (t − 1) `energy_step`, at most 1, since how many tasks there will be is not known to a sequence
-  that can be extended;
-  the published rise is `energy_step: (1 − ε_f) / T`.
-- M ends where ε_t is reached; the official code (liangyanshuo/InfLoRA) ends one direction short of it after
-  the first task, but with one at the least, and where it is reached after every later one.
-- DualGPM keeps M, or what M leaves free, whichever is smaller. Each task's columns are written once and never
-  again, which takes no more than in² numbers per input for all tasks; so M itself is kept, and the two forms
-  protect the same.
-- Energies are those of Φ, that is σ⁴ of X, as in the official code; by σ², as KeepLoRA's ε_f, the same share
-  keeps more.
-- Class prompts and answers take the place of a head of its own per task; the loss is over the task's own
-  classes, as there.
+- ε_t = ε_f + (t − 1) `energy_step`, at most 1, since the number of tasks T of a sequence that can be extended
+  is not known; the published rise is `energy_step: (1 − ε_f) / T`.
+- M stops where ε_t is reached; the official code stops one direction earlier after the first task (but takes
+  at least one), and where ε_t is reached after every later task.
+- DualGPM stores M or its orthogonal complement, whichever is smaller. Here each task's columns are written
+  once and never again, which takes at most in² numbers per input for all tasks; so M itself is stored. Both
+  forms protect the same subspace.
+- Energies are those of Φ, that is σ⁴ of X, as in the official code; with σ², as for KeepLoRA's ε_f, the same
+  fraction keeps more directions.
+- Class prompts and answers replace a classification head per task; the loss is over the task's own classes,
+  as there.
 
 Legend: in features of a layer, r rank, k protected directions.
 """
@@ -47,7 +46,7 @@ from llava_keeplora.subspace import (
     leading_directions,
 )
 
-#: Between the names of layers that read the same tensor, in a state's keys.
+#: Separator of the names of layers that read the same tensor, in a state's keys.
 AND = "|"
 F32, F64 = 4, 8
 
@@ -69,7 +68,7 @@ class InfLora(Method):
         """Settings of InfLoRA; rank, alpha and ε_f are the parts'.
 
         Args:
-            energy_step: how much ε rises with every task.
+            energy_step: increase of ε with every task.
         """
 
         energy_step: float = 0.0
@@ -77,8 +76,8 @@ class InfLora(Method):
         def __post_init__(self) -> None:
             if not 0.0 <= self.energy_step < 1.0:
                 raise MethodError(
-                    f"energy_step is {self.energy_step}, but a rise of a share lies in [0, 1)",
-                    "set it to 0 for one share for all tasks",
+                    f"energy_step must be in [0, 1) (got {self.energy_step})",
+                    "set it to 0 for the same energy_feature in all tasks",
                 )
 
     def __init__(self, options: "InfLora.Options"):
@@ -87,15 +86,19 @@ class InfLora(Method):
         self._added: dict[str, Tensor] = {}
 
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
-        """Of Φ in fp32, once for layers of one width side by side in a module.
+        """Return the bytes of Φ in fp32, counted once for layers of the same module and width.
 
-        Some of these may read different tensors, and take more.
+        This is a lower bound: layers of the same module may still read different tensors.
         """
         distinct = {(name.rpartition(".")[0], layer.module.in_features) for name, layer in layers.items()}
         return F32 * sum(width**2 for _, width in distinct)
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
-        """A from the task's inputs outside M; layers without any are left out and named."""
+        """Return adapters with A from the task's inputs outside M; layers without such inputs are left out.
+
+        Raises:
+            MethodError: if no layer has a direction left.
+        """
         inits, left_out = {}, dict.fromkeys(ctx.layers, "reads nothing")
         for names, moment in self._moments(ctx):
             rank = max(ctx.layers[name].rank for name in names)
@@ -103,11 +106,12 @@ class InfLora(Method):
                 moment, self._basis(ctx.layers[names[0]]).to(moment.device), rank
             ).T.cpu() / math.sqrt(3)
             for name in names:
-                layer, own = ctx.layers[name], min(len(A), ctx.layers[name].rank)
+                layer, layer_rank = ctx.layers[name], min(len(A), ctx.layers[name].rank)
                 left_out[name] = "no input outside the protected subspace"
-                if own:
-                    # The scale s stays where there are fewer directions than r.
-                    inits[name] = AdapterInit(own, layer.alpha / layer.rank * own, A[:own].clone())
+                if layer_rank:
+                    # alpha shrinks with the rank, so that the scale s = alpha / rank stays the same.
+                    alpha = layer.alpha / layer.rank * layer_rank
+                    inits[name] = AdapterInit(layer_rank, alpha, A[:layer_rank].clone())
                     del left_out[name]
         if not inits:
             raise MethodError(
@@ -118,7 +122,7 @@ class InfLora(Method):
         return inits
 
     def after_task(self, ctx: TaskContext) -> None:
-        """Grow M by what the task reads; the base alone protects nothing."""
+        """Extend M by the task's inputs; on the base, M is empty."""
         self._added, energies = {}, ctx.report.setdefault("feature_energy", {})
         for names, moment in self._moments(ctx) if ctx.index else ():
             layer = ctx.layers[names[0]]
@@ -127,61 +131,70 @@ class InfLora(Method):
                 min(1.0, layer.energy_feature + (ctx.index - 1) * self.options.energy_step),
             )
             # The eigenvalues of Φ² are the energies of Φ.
-            found = feature_directions(moment @ moment, basis.to(moment.device), energy)
-            grown = append_directions(basis, found.new.cpu())
+            directions = feature_directions(moment @ moment, basis.to(moment.device), energy)
+            grown = append_directions(basis, directions.new.cpu())
             self._added[AND.join(names)] = grown[:, basis.shape[1] :].clone()
             self.bases |= dict.fromkeys(names, grown)
             energies |= dict.fromkeys(
-                names, {"before": found.energy_before, "after": found.energy_after, "new": found.rank}
+                names,
+                {
+                    "before": directions.energy_before,
+                    "after": directions.energy_after,
+                    "new": directions.rank,
+                },
             )
         ctx.report[CAPACITY] = {
             name: layer.capacity(self._basis(layer).shape[1]).to_dict() for name, layer in ctx.layers.items()
         }
 
     def _basis(self, layer: Layer) -> Tensor:
-        """M (in, k)."""
+        """Return M (in, k)."""
         return self.bases.get(layer.name, empty_basis(layer.module.in_features))
 
     def _moments(self, ctx: TaskContext) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-        """Layers that read the same tensor, and its Φ (in, in), scaled to trace 1."""
-        made: dict[tuple[str, ...], SecondMoment] = {}
+        """Yield (names of layers that read the same tensor, its Φ (in, in) scaled to trace 1).
+
+        Raises:
+            MethodError: if Φ of all layers exceeds `memory.statistics_gb`.
+        """
+        moments: dict[tuple[str, ...], SecondMoment] = {}
 
         def make(groups: list[list[str]]) -> dict[str, SecondMoment]:
             numbers = sum(ctx.layers[names[0]].module.in_features ** 2 for names in groups)
             if F32 * numbers > ctx.statistics_bytes:
                 raise MethodError(
                     f"the inputs' second moments for task '{ctx.name}' take {F32 * numbers / 1e9:.2g} GB, "
-                    f"and memory.statistics_gb is {ctx.statistics_bytes / 1e9:.2g}",
+                    f"but memory.statistics_gb is {ctx.statistics_bytes / 1e9:.2g}",
                     "raise memory.statistics_gb, or adapt k_proj and v_proj alone as the paper does",
                 )
             dtype = torch.float64 if F64 * numbers <= ctx.statistics_bytes else torch.float32
             for names in groups:
                 module = ctx.layers[names[0]].module
-                made[tuple(names)] = SecondMoment(module.in_features, dtype, module.weight.device)
-            return {name: moment for names, moment in made.items() for name in names}
+                moments[tuple(names)] = SecondMoment(module.in_features, dtype, module.weight.device)
+            return {name: moment for names, moment in moments.items() for name in names}
 
         reached = set(ctx.features(make))
-        made = {names: moment for names, moment in made.items() if names[0] in reached}
-        for names in list(made):
-            moment = made.pop(names).matrix.double()
+        moments = {names: moment for names, moment in moments.items() if names[0] in reached}
+        for names in list(moments):
+            moment = moments.pop(names).matrix.double()
             yield names, moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The columns that the last task added, once for layers that read the same tensor."""
+        """Return the columns that the last task added to M, once for layers that read the same tensor."""
         return dict(self._added)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """Columns of M, of a task's layers that read the same tensor."""
+        """Return the columns of M in a task's state, one tensor for layers that read the same tensor."""
         groups = {
             key: key.split(AND) for key in names if ctx.index and ctx.layers.keys() >= set(key.split(AND))
         }
         return {
-            key: Holding((ctx.layers[own[0]].module.in_features, None), tuple(own))
-            for key, own in groups.items()
+            key: Holding((ctx.layers[layers[0]].module.in_features, None), tuple(layers))
+            for key, layers in groups.items()
         }
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
-        """Rebuild every M from its columns, task by task."""
+        """Rebuild every layer's M from the columns of all tasks."""
         self.bases = {}
         for state in states:
             for key, new in state.items():
@@ -191,5 +204,5 @@ class InfLora(Method):
                     )
 
     def capacity(self) -> dict[str, int]:
-        """Layer name → k."""
+        """Return layer name → k."""
         return {name: basis.shape[1] for name, basis in self.bases.items()}

@@ -1,27 +1,31 @@
 """KeepLoRA: adapters that move only outside the protected subspace (ICLR 2026, arXiv 2601.19659).
 
-For each adapted layer the protected subspace M' joins the principal input directions of the pre-trained
+For each adapted layer, the protected subspace M' joins the principal input directions of the pre-trained
 weight (W_p) and the feature directions of earlier tasks (M_t). The first-step gradient of the new task,
-projected off M', gives A by its top-r directions; A stays frozen and B alone trains.
+projected onto the complement of M', gives A as its top-r directions; A stays frozen and only B trains.
 
-A being frozen, training D = B − B₀ on the untouched weight is the same training as training B from B₀
-on W' = W − s(A B₀)ᵀ, but for weight decay: decaying D pulls towards the model at the task's start,
-decaying B towards W'. `form: delta` is the first and the default, `form: literal` the paper's second.
+Because A is frozen, training D = B − B₀ on the untouched weight equals training B from B₀ on
+W' = W − s(A B₀)ᵀ, except under weight decay: decay of D pulls towards the model at the task's start, decay of
+B towards W'. `form: delta` is the former and the default, `form: literal` the latter and the paper's.
 
-Where this differs:
+Differences from the paper:
 
-- from the paper: the default `form`, under weight decay. Gradients and features that don't fit are held as
-  sketches; how near A is to the best directions is estimated for every layer, and further passes over the
-  data are made where it is short.
-- from the official code (MaolinLuo/KeepLoRA), whose departures from the paper are the presets `released-clip`
-  and `released-llava`: for CLIP, W_p from the weight's output side but projected on the input side, M_t from
-      a running mean over batch slots, of the prompts over
-  all 77 positions, one vector fewer by a strict energy rule; for LLaVA, that rule, M_t from the gradient on
-  the merged model, gradients that count every example alike, and dropout. There the subspace isn't saved, and
-  the schedule for CLIP is one-cycle, which the Trainer doesn't have. For LLaVA the gradient pass runs in fp16
-  there, each gradient is stored in it and added to a running mean in it, example by example, so that entries
-  below 6e-8 are lost and every addition rounds to eleven bits; here sums are in float32 (A alone is rounded
-  to fp16, as there). Bases are kept in fp16 or bfloat16 there, in float32 here.
+- The default `form` differs under weight decay.
+- Gradients and features that don't fit into memory are sketched. How near A is to the best directions is
+  estimated for every layer, and layers that fall short get further passes over the data.
+
+Differences from the official code (MaolinLuo/KeepLoRA), whose own departures from the paper are available as
+the presets `released-clip` and `released-llava`:
+
+- For CLIP it takes W_p from the weight's output side but projects on the input side, and M_t from a running
+  mean over batch slots, for the prompts over all 77 positions, with one vector fewer by a strict energy rule.
+  For LLaVA it uses the same energy rule, takes M_t from the gradient on the merged model, weighs all examples
+  equally in gradients, and uses dropout.
+- It does not save the subspace, and its schedule for CLIP is one-cycle, which the Trainer does not have.
+- For LLaVA its gradient pass runs in fp16: each gradient is stored in fp16 and added to a running mean in
+  fp16, example by example, so that entries below 6e-8 are lost and every addition rounds to eleven bits. Here
+  sums are in float32 (only A is rounded to fp16, as there).
+- It stores bases in fp16 or bfloat16; here they are in float32.
 
 Legend: in / out features of a layer, r rank, k protected dimensions. A here is PEFT's (r, in).
 """
@@ -82,15 +86,14 @@ class KeepLora(Method):
 
         Args:
             preset: `paper`, or `released-clip` and `released-llava` for what the authors' released code does.
-            form: `delta` or `literal`, see docs/method.md; None takes the preset's.
+            form: `delta` or `literal`, see docs/method.md; the preset's when None.
             init: `gradient`, or `random` directions outside M' (an ablation).
-            protect_weights: whether M' holds W_p (switched off: an ablation).
-            protect_features: whether M' holds M_t (switched off: an ablation).
-            gradient: how the first-step gradient is held: `sketch`, in a small multiple of r numbers per
-                input and output, or `dense`, whole (the reference; small layers are dense anyhow); None takes
-                the preset's.
-            gradient_fraction: share of the task's data for the first-step gradient, evenly spaced.
-            feature_fraction: share of it for the features that M_t is taken from, evenly spaced.
+            protect_weights: whether M' holds W_p (False is an ablation).
+            protect_features: whether M' holds M_t (False is an ablation).
+            gradient: how the first-step gradient is summed: `sketch`, in a small multiple of r numbers per
+                input and output, or `dense`, in full (small layers always are); the preset's when None.
+            gradient_fraction: fraction of the task's data for the first-step gradient, evenly spaced.
+            feature_fraction: fraction of the task's data for the features of M_t, evenly spaced.
         """
 
         preset: str = "paper"
@@ -106,22 +109,26 @@ class KeepLora(Method):
             for name, valid in CHOICES.items():
                 value = getattr(self, name)
                 if value not in valid and not (name in ("form", "gradient") and value is None):
-                    raise MethodError(f"{name} is '{value}'", nearest(str(value), valid))
+                    raise MethodError(
+                        f"{name} must be one of {', '.join(valid)} (got '{value}')",
+                        nearest(str(value), valid),
+                    )
             for name in ("gradient_fraction", "feature_fraction"):
                 if not 0.0 < getattr(self, name) <= 1.0:
                     raise MethodError(
-                        f"{name} is {getattr(self, name)}, but a share of the data lies in (0, 1]",
-                        "set it to 1.0",
+                        f"{name} must be in (0, 1] (got {getattr(self, name)})",
+                        "set it to 1.0 for all of the data",
                     )
             if self.feature_fraction < 1.0 and RULES[self.preset].evidence == "gradient":
                 raise MethodError(
-                    f"feature_fraction is {self.feature_fraction}, and the preset '{self.preset}' reads "
+                    f"feature_fraction is {self.feature_fraction}, but the preset '{self.preset}' reads "
                     "gradients instead of features",
                     "set gradient_fraction",
                 )
             if self.gradient == "sketch" and RULES[self.preset].gradient == "dense":
                 raise MethodError(
-                    f"the preset '{self.preset}' takes the gradient whole, as the released code does",
+                    f"gradient is 'sketch', but the preset '{self.preset}' sums gradients in full, as the "
+                    "released code does",
                     "remove `gradient: sketch`",
                 )
 
@@ -140,38 +147,41 @@ class KeepLora(Method):
         self._added: dict[str, Tensor] = {}
 
     def check(self, layers: Mapping[str, Layer]) -> None:
-        """Refuse what a preset has no rule for, and a rank that no layer of this width has room for."""
+        """Check that the preset has a rule for every layer, and that every layer has room for its rank.
+
+        Raises:
+            MethodError: naming the setting and the layer.
+        """
         for layer in layers.values():
             width = layer.module.in_features
-            # A principal subspace has a direction at least; how many more is known when the weights are
-            # analysed.
+            # A principal subspace has at least one direction; the analysis of the weights tells how many.
             if self.options.protect_weights and layer.rank >= width:
                 raise MethodError(
-                    f"parts.{layer.part}.rank is {layer.rank}, and layer {layer.name} has {width} input "
-                    "directions, of which one at least is protected",
+                    f"parts.{layer.part}.rank is {layer.rank}, but layer {layer.name} has {width} input "
+                    "directions, of which at least one is protected",
                     f"set parts.{layer.part}.rank to {width - 1} or less, for instance 16",
                 )
             if self.options.protect_weights and self.rules.square and layer.module.out_features != width:
                 raise MethodError(
-                    f"the preset '{self.options.preset}' takes a weight's directions for its input, which "
-                    f"square layers alone allow, and {layer.name} "
+                    f"the preset '{self.options.preset}' uses output directions of a weight as input "
+                    f"directions, which requires square layers, but {layer.name} "
                     f"is {layer.module.out_features} × {width}",
                     f"name square layers under parts.{layer.part}.targets, or use the preset 'paper'",
                 )
             if layer.auto and self.options.preset != "paper":
                 raise MethodError(
-                    f"parts.{layer.part}.{layer.auto[0]} is 'auto', and the preset '{self.options.preset}' "
-                    "follows released code, which has numbers",
+                    f"parts.{layer.part}.{layer.auto[0]} is 'auto', but the preset '{self.options.preset}' "
+                    "follows released code, which has fixed numbers",
                     "set a number, or use the preset 'paper'",
                 )
 
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
-        """Of the paper's rules, which can sketch features: bytes that are sure to hold them in some form."""
+        """Return the bytes that suffice for the features in some form; 0 for presets that cannot sketch."""
         sketches = self.options.protect_features and self.options.preset == "paper"
         return least_statistics(list(layers.values())) if sketches else 0
 
     def subspace_plan(self) -> SubspacePlan:
-        """Return what the plan of a run's memory needs to know; see `SubspacePlan`."""
+        """Return what the memory estimate needs to know; see `SubspacePlan`."""
         return SubspacePlan(
             protects_weights=self.options.protect_weights,
             protects_features=self.options.protect_features,
@@ -183,7 +193,7 @@ class KeepLora(Method):
         )
 
     def after_task(self, ctx: TaskContext) -> None:
-        """Grow M': by W_p on the base (`ctx.index` 0), by the task's feature directions after a task."""
+        """Extend M': by W_p on the base (`ctx.index` 0), by the task's feature directions after a task."""
         self._added = {}
         if ctx.index == 0:
             energies = self._energies(ctx)
@@ -194,7 +204,7 @@ class KeepLora(Method):
             ctx.report["layers_without_features"] = sorted(set(ctx.layers) - set(self._added))
         for name, new in self._added.items():
             self._grow(name, new)
-        # What is kept is what the basis holds, after the appended columns were made orthogonal once more.
+        # The columns as they are in the basis, where appending has orthogonalised them once more.
         self._added = {
             name: self.bases[name][:, -new.shape[1] or self.bases[name].shape[1] :]
             for name, new in self._added.items()
@@ -206,9 +216,10 @@ class KeepLora(Method):
             self._give_budgets(ctx)
 
     def _evidence(self, ctx: TaskContext) -> Mapping[str, Any]:
-        """Layer name → what shows which directions the task uses.
+        """Return layer name → the statistic that M_t is taken from: of its features, or its gradient.
 
-        Its features' statistic, or its gradient.
+        Raises:
+            MethodError: if the statistics exceed `memory.statistics_gb`.
         """
         if self.rules.evidence == "gradient":
             gradients = {
@@ -235,7 +246,7 @@ class KeepLora(Method):
         return ctx.features(statistics, self.options.feature_fraction)
 
     def _energies(self, ctx: TaskContext) -> dict[str, float]:
-        """Part → ε_w, chosen where it is `auto`."""
+        """Return part → ε_w, chosen from the data if it is `auto`."""
         energies = {layer.part: layer.energy_weight for layer in ctx.layers.values()}
         auto = (
             {layer.part for layer in ctx.layers.values() if "energy_weight" in layer.auto}
@@ -249,24 +260,24 @@ class KeepLora(Method):
         }
 
     def _give_budgets(self, ctx: TaskContext) -> None:
-        """Where ε_f is `auto`, share the room of a layer out.
+        """Report for layers whose ε_f is `auto` how many directions a task may add.
 
-        After all tasks but the last, r directions must be left for that one.
+        Every task but the last gets an equal budget, so that r directions are left for the last one.
         """
-        rooms = {
+        free = {
             name: layer.module.in_features - self.bases[name].shape[1] - layer.rank
             for name, layer in ctx.layers.items()
             if "energy_feature" in layer.auto
         }
-        if rooms and self.options.protect_features:
+        if free and self.options.protect_features:
             ctx.report["feature_budget"] = {
-                name: room // max(1, ctx.tasks - 1) for name, room in rooms.items()
+                name: count // max(1, ctx.tasks - 1) for name, count in free.items()
             }
 
     def _limit(self, name: str, ctx: TaskContext) -> int | None:
-        """The most directions that a task may add to a layer.
+        """Return how many directions a task may add to a layer at most; None for no limit.
 
-        Its budget, and what earlier tasks left of theirs.
+        That is the task's budget and what earlier tasks left of theirs.
         """
         if name not in ctx.base.get("feature_budget", {}):
             return None
@@ -282,36 +293,34 @@ class KeepLora(Method):
             return empty_basis(width)
         with _in_layer(layer):
             basis = self.rules.weight_basis(dense_weight(layer.module).detach(), energy).basis
-        # W' + ΔW needs room for r directions; better said now than after the first task.
+        # The adapters need r free directions; refuse now rather than after the first task's training.
         if layer.rank > width - basis.shape[1]:
             raise MethodError(
-                f"layer {layer.name} has {width - basis.shape[1]} of {width} input directions left beside "
-                "its principal subspace "
-                f"(energy_weight {energy}), fewer than the rank {layer.rank}",
+                f"layer {layer.name} has {width - basis.shape[1]} of {width} input directions outside its "
+                f"principal subspace (energy_weight {energy}), fewer than the rank {layer.rank}",
                 f"lower parts.{layer.part}.rank or parts.{layer.part}.energy_weight",
             )
         return basis.cpu()
 
     def _feature_directions(self, ctx: TaskContext) -> dict[str, Tensor]:
-        """Layer name → the columns that its features add.
+        """Return layer name → the columns that its features add to the basis.
 
-        A sketch that has too few of them gets a second pass over the data.
+        Layers whose sketch does not reach ε_f get a second pass over the data.
         """
-        found: dict[str, FeatureDirections] = {}
+        directions: dict[str, FeatureDirections] = {}
 
         def read(evidence: Mapping[str, Any]) -> None:
             for name, statistic in evidence.items():
                 layer = ctx.layers[name]
                 with _in_layer(layer):
-                    found[name] = self.rules.extend(
+                    directions[name] = self.rules.extend(
                         self.bases[name], statistic, layer.energy_feature, self._limit(name, ctx)
                     )
 
         evidence = dict(self._evidence(ctx))
         read(evidence)
-        short = [name for name, one in found.items() if not getattr(one, "reached", True)]
-        # What the first pass summed goes, one by one, as the second one's sketches come: these take the whole
-        # budget again.
+        short = [name for name, of_layer in directions.items() if not getattr(of_layer, "reached", True)]
+        # The second pass's sketches take the whole budget again, so the first's are released one by one.
         evidence = {name: evidence[name] for name in short}
         again = {name: evidence.pop(name).refined() for name in short}
         if again:
@@ -319,35 +328,43 @@ class KeepLora(Method):
             warn_unreached_energy(
                 ctx,
                 {
-                    name: found[name].energy_after
+                    name: directions[name].energy_after
                     for name in again
-                    if not getattr(found[name], "reached", True)
+                    if not getattr(directions[name], "reached", True)
                 },
             )
         report = ctx.report.setdefault("feature_energy", {})
-        for name, one in found.items():
-            report[name] = {"before": one.energy_before, "after": one.energy_after, "new": one.rank}
-            if isinstance(one, SketchedFeatureDirections):
+        for name, of_layer in directions.items():
+            report[name] = {
+                "before": of_layer.energy_before,
+                "after": of_layer.energy_after,
+                "new": of_layer.rank,
+            }
+            if isinstance(of_layer, SketchedFeatureDirections):
                 report[name] |= {
-                    "error": one.energy_error,
-                    "missed": one.missed,
-                    "fewest": one.fewest,
-                    "reached": one.reached,
+                    "error": of_layer.energy_error,
+                    "missed": of_layer.missed,
+                    "fewest": of_layer.fewest,
+                    "reached": of_layer.reached,
                     "passes": 1 + (name in again),
                 }
-        return {name: one.new.cpu() for name, one in found.items()}
+        return {name: of_layer.new.cpu() for name, of_layer in directions.items()}
 
     def _grow(self, name: str, new: Tensor) -> None:
         old = self.bases.get(name)
         self.bases[name] = new if old is None else append_directions(old, new)
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
-        """A from the residual gradient; layers without a gradient or without room are left out and named."""
-        rooms = {
+        """Return adapters with A from the residual gradient; layers without gradient or room are left out.
+
+        Raises:
+            MethodError: if no layer has a direction left.
+        """
+        free = {
             name: layer.module.in_features - self.bases[name].shape[1] for name, layer in ctx.layers.items()
         }
-        ranks = {name: min(ctx.layers[name].rank, room) for name, room in rooms.items() if room}
-        found, left_out = first_step_directions(
+        ranks = {name: min(ctx.layers[name].rank, count) for name, count in free.items() if count}
+        directions, left_out = first_step_directions(
             ctx,
             ranks,
             self.bases,
@@ -357,26 +374,31 @@ class KeepLora(Method):
             _in_layer,
         )
         left_out |= {
-            name: "no room outside the protected subspace" for name, room in rooms.items() if not room
+            name: "no room outside the protected subspace" for name, count in free.items() if not count
         }
         inits, numbers = {}, {}
         generator = torch.Generator().manual_seed(ctx.seed)
         for name, layer in ctx.layers.items():
-            if name not in found:
+            if name not in directions:
                 continue
-            one = found[name]
-            A, B = one.A.T.cpu(), (one.right * one.singular_values).cpu()
+            leading = directions[name]
+            A, B = leading.A.T.cpu(), (leading.right * leading.singular_values).cpu()
             if self.options.init == "random":
                 A, B = _random_directions(A.shape[0], self.bases[name], generator), torch.zeros_like(B)
-            # A task of few classes, or a nearly full layer, has fewer than r directions; the scale s stays.
+            # A task of few classes, or a nearly full layer, has fewer than r directions; alpha shrinks with
+            # the rank, so that the scale s = alpha / rank stays the same.
             rank = A.shape[0]
             inits[name] = AdapterInit(
                 rank, layer.alpha / layer.rank * rank, A, B if self.form == "literal" else None
             )
-            numbers[name] = {"rank": rank, "residual_energy": one.residual_energy, "captured": one.captured}
-            if isinstance(one, SketchedDirections):
+            numbers[name] = {
+                "rank": rank,
+                "residual_energy": leading.residual_energy,
+                "captured": leading.captured,
+            }
+            if isinstance(leading, SketchedDirections):
                 numbers[name] |= {
-                    key: getattr(one, key)
+                    key: getattr(leading, key)
                     for key in ("captured_error", "of_optimum", "at_least", "residual_bounds", "passes")
                 }
         if not inits:
@@ -389,7 +411,7 @@ class KeepLora(Method):
         return inits
 
     def weight_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:
-        """The literal form trains on W' = W − s(A B₀)ᵀ."""
+        """Return −s(A B₀)ᵀ for the literal form, which trains on W' = W − s(A B₀)ᵀ."""
         return (
             {name: Delta(init.A, -init.B, init.scale) for name, init in inits.items()}
             if self.form == "literal"
@@ -397,37 +419,37 @@ class KeepLora(Method):
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The columns that the last `after_task` added to each layer's basis."""
+        """Return the columns that the last `after_task` added to each layer's basis."""
         return dict(self._added)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """Columns of M', of every layer on the base."""
+        """Return the columns of M' in a task's state; on the base, every layer has some."""
         return {
             name: Holding((layer.module.in_features, None), (name,), required=ctx.index == 0)
             for name, layer in ctx.layers.items()
         }
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
-        """Rebuild every basis from its columns, task by task."""
+        """Rebuild every layer's basis from the columns of all tasks."""
         self.bases = {}
         for state in states:
             for name, new in state.items():
                 self.bases[name] = torch.cat([self.bases[name], new], dim=1) if name in self.bases else new
 
     def capacity(self) -> dict[str, int]:
-        """Layer name → k."""
+        """Return layer name → k."""
         return {name: basis.shape[1] for name, basis in self.bases.items()}
 
 
 def _random_directions(rank: int, basis: Tensor, generator: torch.Generator) -> Tensor:
-    """`rank` random orthonormal directions (rank, in) outside the basis."""
+    """Return random orthonormal directions (rank, in) outside the basis (in, k)."""
     width = basis.shape[0]
     draw = residual(torch.randn(rank, width, generator=generator, dtype=torch.float64), basis.double())
     return torch.linalg.qr(residual(draw, basis.double()).T).Q.T.float()
 
 
 class _in_layer:
-    """Name the layer in which the mathematics refused its input."""
+    """Context that turns an error of `llava_keeplora.subspace` into a MethodError that names the layer."""
 
     def __init__(self, layer: Layer):
         self.layer = layer

@@ -1,25 +1,24 @@
 """KeepLoRA+: KeepLoRA with a cosine classifier for every learned task (ICLR 2026, arXiv 2601.19659), on CLIP.
 
-The logits of a learned task are the text's plus 30 cos(f, w_c), f an image's features and w_c a row per
-class. The rows begin as the normalised means of their classes' normalised features over all of the task's
-training data, on the model as the task finds it (adapters begin without effect), and are trained together
-with the adapters, by the same loss. The first-step gradient is the text logits' alone, so A is KeepLoRA's. A
-task that isn't learned has no rows: there the answer is the text's. Published: scale 30, AdamW, learning rate
-1e-3, weight decay 0.01, 5 epochs per task (order II of MTIL: 1 for its second and third).
+The logits of a learned task are the text logits plus 30 cos(f, w_c), with f an image's features and w_c a row
+per class. The rows start as the normalised means of their classes' normalised features over all of the task's
+training data, on the model before the task (adapters start without effect), and are trained together with the
+adapters, by the same loss. The first-step gradient is that of the text logits alone, so A is KeepLoRA's. A
+task that has not been learned has no rows and is answered by the text logits. Published: scale 30, AdamW,
+learning rate 1e-3, weight decay 0.01, 5 epochs per task (order II of MTIL: 1 for its second and third).
 
-Where this differs from the official code (MaolinLuo/KeepLoRA, folder MTIL):
+Differences from the official code (MaolinLuo/KeepLoRA, folder MTIL):
 
-- the means take in every image once; there, the last incomplete batch of a shuffled pass is left out.
-- a class without an image begins with the direction of its prompt's features; there it ends the run.
-- a task's rows are found by its name; there by its class names joined, so that two tasks with the same
+- The means include every image once; there the last incomplete batch of a shuffled pass is left out.
+- A class without images starts with the direction of its prompt's features; there it ends the run.
+- A task's rows are identified by its name; there by its class names joined, so that two tasks with the same
   classes share them.
-- the rows are kept with the run; there the checkpoints lack them.
-- a row's length doesn't matter to the cosine, so weight decay, though it is applied, moves no answer by
-  itself.
+- The rows are stored with the run; there the checkpoints lack them.
 
-Later tasks leave earlier rows as they are, bit for bit, while the image features under them drift as far as
-KeepLoRA lets them. The rows read image features, not a layer's input, so they don't merge into the base, and
-no checkpoint of CLIP holds them: `export` gives the run's state alone.
+The cosine ignores a row's length, so weight decay, although it is applied to rows, does not change an answer
+by itself. Later tasks leave earlier rows unchanged, bit for bit, while the image features drift as much as
+KeepLoRA allows. The rows read image features, not a layer's input, so they don't merge into the base, and no
+checkpoint of CLIP can hold them: of this method, `export` offers the run's state alone.
 
 Legend: C classes of the task, d width of the shared space.
 """
@@ -44,7 +43,7 @@ from llava_keeplora.run_folder import Stage
 from llava_keeplora_eval.encoders import feature_width
 from llava_keeplora_eval.predictors import ClipPredictor
 
-#: What the model calls the parameter, and how the names of kept rows begin, the task's name following.
+#: Name of the parameter on the model, and prefix of the rows' names in a state; the task's name follows.
 ROWS = "cosine_classifier"
 
 
@@ -68,11 +67,11 @@ class KeepLoraPlus(KeepLora):
 
     @dataclass(frozen=True)
     class Options(KeepLora.Options):
-        """Settings of KeepLoRA+ beside KeepLoRA's.
+        """Settings of KeepLoRA+ in addition to KeepLoRA's.
 
         Args:
-            scale: factor of the cosines, beside CLIP's own of the text's, which is 100 in the released CLIPs;
-                of a CLIP with another, take three tenths. 0 trains and answers as KeepLoRA.
+            scale: factor on the cosines. The default is for CLIP models whose logit scale is 100, as in the
+                released ones; for others, take three tenths of the logit scale. 0 gives KeepLoRA.
         """
 
         scale: float = 30.0
@@ -81,8 +80,8 @@ class KeepLoraPlus(KeepLora):
             super().__post_init__()
             if not self.scale >= 0.0:
                 raise MethodError(
-                    f"scale is {self.scale}, but logits grow with the cosine",
-                    "set it to 30, as published, or to 0 to do without",
+                    f"scale must not be negative (got {self.scale})",
+                    "set it to 30, as published, or to 0 for no classifier",
                 )
 
     def __init__(self, options: "KeepLoraPlus.Options"):
@@ -92,7 +91,7 @@ class KeepLoraPlus(KeepLora):
 
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
-        """Put the task's rows on the model."""
+        """Put the task's rows on the model as a parameter."""
         dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
         rows = nn.Parameter(class_directions(ctx.task(), ctx.batches()).to(dtype))
         model.register_parameter(ROWS, rows)
@@ -104,25 +103,25 @@ class KeepLoraPlus(KeepLora):
             self._trained = {}
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
-        """The cross-entropy of the text logits and the classifier's together."""
+        """Return the cross-entropy of the sum of the text logits and the classifier's."""
         return cross_entropy(
             out["logits"].float() + cosine_logits(out["image"], self._trained[ctx.name], self.options.scale),
             batch["labels"],
         )
 
     def extra_state(self) -> dict[str, Tensor]:
-        """The task's rows in fp32."""
+        """Return the task's rows in fp32."""
         return {f"{ROWS}.{task}": trained_values(rows).cpu() for task, rows in self._trained.items()}
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """KeepLoRA's, and a task's rows."""
+        """Return KeepLoRA's tensors and the task's rows."""
         rows = (
             {f"{ROWS}.{ctx.name}": Holding(("classes", feature_width(ctx.model.config)))} if ctx.index else {}
         )
         return super().holds(ctx, names) | rows
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
-        """Take back every task's rows, and the bases."""
+        """Load every task's rows, and KeepLoRA's bases."""
         self.rows = {
             key.removeprefix(f"{ROWS}."): rows
             for state in states
@@ -134,19 +133,19 @@ class KeepLoraPlus(KeepLora):
         )
 
     def predictor(self, predictor: ClipPredictor, task: str) -> ClipPredictor:
-        """The text's answer for a task that isn't learned, that of both for one that is."""
+        """Return the predictor with the task's classifier added, if the task has been learned."""
         if task not in self.rows:
             return predictor
         return predictor.with_head(partial(cosine_logits, rows=self.rows[task], scale=self.options.scale))
 
 
 def cosine_logits(image: Tensor, rows: Tensor, scale: float) -> Tensor:
-    """Scale · cos(f, w_c), (batch, C) in fp32, outside autocast.
+    """Return scale · cos(f, w_c), (batch, C), computed in fp32 outside autocast.
 
     Args:
         image: f (batch, d), unit length.
         rows: w (C, d), of any length.
-        scale: of the cosines.
+        scale: factor on the cosines.
     """
     with torch.autocast(image.device.type, enabled=False):
         return scale * linear(image.float(), normalize(rows.to(image.device).float()))
@@ -154,9 +153,10 @@ def cosine_logits(image: Tensor, rows: Tensor, scale: float) -> Tensor:
 
 @torch.no_grad()
 def class_directions(task: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """Unit-length rows (C, d).
+    """Return the initial rows (C, d), of unit length.
 
-    The direction of the mean of each class's image features, of its prompt's where it has no image.
+    A class's row is the direction of the mean of its image features, or of its prompt's features if it has no
+    images.
 
     Args:
         task: a `llava_keeplora.models.ClipTask`.

@@ -1,25 +1,25 @@
-"""KeepLoRA++: KeepLoRA whose updates grow from the first block to the last (arXiv 2606.16256).
+"""KeepLoRA++: KeepLoRA with updates that are scaled up from the first block to the last (arXiv 2606.16256).
 
-Shallow blocks hold more of what transfers, so their updates are held smaller: the delta of block l is
-multiplied by λ_l = γ + (1 − γ) l / (L − 1), in training and in what is left behind alike, ΔW_l = λ_l s B_l
-A_l. Of a model of two encoders that is the vision encoder, of LLaVA the language model; λ is 1 in the text
-encoder, the vision tower and the projector. l counts from the part's first adapted block to its last, L of
-them; where there is one block alone, λ is 1. Everything else is KeepLoRA's, and A doesn't depend on γ.
+Shallow blocks hold more of what transfers between tasks, so their updates are kept smaller: the delta of
+block l is multiplied by λ_l = γ + (1 − γ) l / (L − 1), in training and in the result alike, ΔW_l = λ_l s B_l
+A_l. In a model of two encoders this applies to the vision encoder, in LLaVA to the language model; λ is 1 in
+the text encoder, the vision tower and the projector. l counts the part's blocks from the first adapted one to
+the last, L of them; if there is only one, λ is 1. Everything else is KeepLoRA's, and A does not depend on γ.
 Published: γ 0.2, the rest as KeepLoRA.
 
-λ is part of the adapter's alpha, so that it reaches the forward pass, the delta and every export by the way
-that s goes. Under Adam, which doesn't see a gradient's scale, an update is about λ_l times KeepLoRA's; under
-SGD λ_l² times.
+λ is part of the adapter's alpha, so that it reaches the forward pass, the delta and every export in the same
+way as s. Under Adam, which ignores a gradient's scale, an update is about λ_l times KeepLoRA's; under SGD it
+is λ_l² times.
 
-Where this differs:
+Differences:
 
-- from the paper: its abstract alone was at hand, so the formula and γ are those of the authors' code; the
-  text encoder's λ is that code's default, 1.
-- from the official code (MaolinLuo/KeepLoRA, the revision of KeepLoRA++): that begins with B = 0 in the same
-  revision, where for CLIP the one before had copied B from the gradient. Here these are two settings, `gamma`
-  and `form`, whose default `delta` is B = 0. What else is the paper's and what the code's is for `preset`, as
+- From the paper: only its abstract was available, so the formula and γ are those of the authors' code; λ of
+  the text encoder is that code's default, 1.
+- From the official code (MaolinLuo/KeepLoRA, the revision of KeepLoRA++): for CLIP, this revision also starts
+  with B = 0, while the previous one copied B from the gradient. Here these are two settings, `gamma` and
+  `form`, whose default `delta` is B = 0. Other differences between paper and code are chosen by `preset`, as
   in KeepLoRA.
-- a layer whose factor is 0, at γ = 0, is left out rather than trained without effect.
+- A layer whose factor is 0, for γ = 0, is left out instead of trained without effect.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class KeepLoraPlusPlus(KeepLora):
 
     @dataclass(frozen=True)
     class Options(KeepLora.Options):
-        """Settings of KeepLoRA++ beside KeepLoRA's.
+        """Settings of KeepLoRA++ in addition to KeepLoRA's.
 
         Args:
             gamma: γ, the factor of the first block; 1 is KeepLoRA.
@@ -58,12 +58,12 @@ class KeepLoraPlusPlus(KeepLora):
             super().__post_init__()
             if not 0.0 <= self.gamma <= 1.0:
                 raise MethodError(
-                    f"gamma is {self.gamma}, but the first block's share of an update lies in [0, 1]",
+                    f"gamma must be in [0, 1] (got {self.gamma})",
                     "set it to 0.2, as published",
                 )
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
-        """KeepLoRA's adapters, each with its block's λ in alpha; at γ = 0 the first block has none."""
+        """Return KeepLoRA's adapters with each block's λ in alpha; layers with λ = 0 are left out."""
         part = "vision" if hasattr(ctx.model, "get_text_features") else "language"
         scaled = block_factors(
             (name for name, layer in ctx.layers.items() if layer.part == part), self.options.gamma
@@ -80,7 +80,7 @@ class KeepLoraPlusPlus(KeepLora):
 
 
 def block_factors(names: Iterable[str], gamma: float) -> dict[str, float]:
-    """λ of each layer by its block: γ in the first one, 1 in the last, evenly rising between.
+    """Return layer name → λ of its block: γ in the first block, 1 in the last, rising linearly in between.
 
     Args:
         names: full names of a part's layers, `....layers.BLOCK....`.

@@ -1,4 +1,4 @@
-"""Which layers a method changes."""
+"""The layers that a method changes, and checks of its settings against the model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llava_keeplora.methods.base import Layer, Method
 
 @dataclass(frozen=True)
 class Changed:
-    """What a method changes of a model.
+    """The modules of a model that a method changes.
 
     Args:
         adapted: name → layer with an adapter.
-        full: name → module whose own parameters are trained themselves.
-        unreachable: names of layers that were asked for and that the loss cannot reach.
+        full: name → module whose own parameters are trained in full.
+        unreachable: names of targeted layers that get no gradient from the loss and are left out.
     """
 
     adapted: dict[str, Layer] = field(default_factory=dict)
@@ -28,19 +28,20 @@ class Changed:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """All of them that are changed, by full name."""
+        """All changed modules, by full name."""
         return {name: layer.module for name, layer in self.adapted.items()} | self.full
 
 
 def check_method(label: str, method: Method, parts: Mapping[str, Any], family: Any) -> Changed:
-    """Refuse a method that cannot run on a model with these settings, whatever the data are.
-
-    What it changes if it can.
+    """Check that a method can run on a model with these settings, whatever the data are.
 
     Args:
-        label: of the method.
+        label: the method's label in the configuration.
         method: the method.
         parts, family: see `find_layers`.
+
+    Returns:
+        the modules that it changes.
 
     Raises:
         ConfigError, MethodError: naming the label or the setting.
@@ -58,17 +59,16 @@ def check_method(label: str, method: Method, parts: Mapping[str, Any], family: A
 
 
 def find_changed(method: type[Method], parts: Mapping[str, Any], family: Any) -> Changed:
-    """What a method changes of a model.
+    """Return the modules of a model that a method changes.
 
-    Layers of its parts, the whole of it, or nothing but modules of the method's own.
+    These are layers of the parts, the whole model, or none for a method that only adds modules of its own.
 
     Args:
-        method: the method.
+        method: the method's class.
         parts, family: see `find_layers`.
     """
     if method.full_finetuning:
-        # The root's own parameters stay as they are: of CLIP that is the temperature, which its fine-tuning
-        # leaves alone.
+        # Not the root module's own parameters: in CLIP that is the temperature, which stays fixed.
         named = [(name, module) for name, module in family.model.named_modules() if name]
         return Changed(
             full={
@@ -81,40 +81,40 @@ def find_changed(method: type[Method], parts: Mapping[str, Any], family: Any) ->
 
 
 def find_layers(parts: Mapping[str, Any], family: Any) -> Changed:
-    """The layers of a model that a method changes.
+    """Return the layers of a model that the parts of a configuration target.
 
     Args:
         parts: part → `llava_keeplora.config.PartConfig`.
         family: `llava_keeplora.models.Family`, with a model.
 
     Raises:
-        ConfigError: for parts or targets that the model doesn't have, or if nothing is adapted.
+        ConfigError: if the model lacks a part or target, or nothing is adapted.
     """
-    found = Changed()
-    for part, own in parts.items():
-        targets = own.targets or family.targets.get(part, ())
+    changed = Changed()
+    for part, settings in parts.items():
+        targets = settings.targets or family.targets.get(part, ())
         modules = family.linear_layers(part, targets)
-        found.unreachable.extend(family.layers_without_gradient(part, targets))
-        if own.train == "full":
-            found.full.update(modules)
+        changed.unreachable.extend(family.layers_without_gradient(part, targets))
+        if settings.train == "full":
+            changed.full.update(modules)
             continue
         for name, module in modules.items():
-            found.adapted[name] = Layer(
+            changed.adapted[name] = Layer(
                 name,
                 part,
                 module,
-                own.rank,
-                own.alpha,
-                own.energy("energy_weight"),
-                own.energy("energy_feature"),
-                own.auto,
+                settings.rank,
+                settings.alpha,
+                settings.energy("energy_weight"),
+                settings.energy("energy_feature"),
+                settings.auto,
             )
-    if not found.adapted:
+    if not changed.adapted:
         raise ConfigError(
             "the run adapts no part of the model",
             f"name at least one of {', '.join(family.targets)} under `parts`",
         )
-    return found
+    return changed
 
 
 def model_type(family: Any) -> str:
@@ -123,14 +123,14 @@ def model_type(family: Any) -> str:
 
 
 def _check_family(label: str, method: type[Method], family: Any) -> None:
-    """Refuse a model that a method does not run on.
+    """Check that the method runs on this family of models.
 
     Raises:
         ConfigError: naming both.
     """
     if family.name not in method.info.families:
         raise ConfigError(
-            f"'{label}' runs on {' and '.join(method.info.families)}, and {family.path} is a {family.name}",
+            f"'{label}' runs on {' and '.join(method.info.families)}, but {family.path} is a {family.name}",
             f"leave '{label}' out of this run",
         )
     types = method.info.model_types
@@ -143,7 +143,7 @@ def _check_family(label: str, method: type[Method], family: Any) -> None:
 
 
 def _check_full_parts(parts: Mapping[str, Any], family: Any) -> None:
-    """Refuse to train a part in full whose weights are kept in a quantised form.
+    """Check that no part that is trained in full has quantised weights.
 
     Raises:
         ConfigError: naming the part.

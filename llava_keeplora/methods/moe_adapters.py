@@ -1,33 +1,32 @@
-"""MoE-Adapters.
+"""MoE-Adapters: experts that all tasks share, a router per task, and auto-encoders that recognise the task.
 
-Experts that all tasks share, a router for each, and auto-encoders that know whose pictures these are (CVPR
-2024).
+Source: Yu et al., CVPR 2024, arXiv 2403.11549.
 
-In every layer of both encoders, x ← x + MLP(norm x) + 0.1 Σ_e g_e E_e(x): of 22 adapters E_e the two that the
-task's router scores best take part, with noise on the scores in training. A task trains its routers and the
-experts that are not frozen; after it, the two that took part most are frozen in each layer. At test, an
-auto-encoder per task says how familiar a picture
-is: the task with the smallest error answers it, and above a threshold the frozen CLIP does. Published: 1000
-steps of AdamW at 1e-3 (for some sets 5e-3 or 1e-4) without weight decay, cosine, batch 64, label smoothing
-0.2.
+In every layer of both encoders, x ← x + MLP(norm x) + 0.1 Σ_e g_e E_e(x): of 22 adapters E_e, the two with
+the best scores from the task's router are used, with noise on the scores in training. A task trains its
+routers and the experts that are not frozen; after it, the two experts that were used most are frozen in each
+layer. At test, the error of an auto-encoder per task tells how familiar an image is: the task with the
+smallest error answers it, and above a threshold the frozen CLIP does. Published: 1000 steps of AdamW at 1e-3
+(for some data sets 5e-3 or 1e-4) without weight decay, cosine schedule, batch 64, label smoothing 0.2.
 
-Where this differs from the official code (JiazuoYu/MoE-Adapters4CL):
+Differences from the official code (JiazuoYu/MoE-Adapters4CL):
 
-- the auto-encoders read the frozen CLIP's image features, not an AlexNet's, so that no second model is
-  needed; these being unit vectors and no activations between 0 and 1, the decoder is linear. Each learns
-  after its task, all of it in one schedule, a cosine, where there the rate falls to a tenth every ten epochs.
-- an error counts relative to the auto-encoder's mean error on every fifth of its task's pictures, which it
-  isn't trained on, since an absolute threshold (0.0655 there) holds for one extractor alone; and no
-  auto-encoder of TinyImageNet stands for everything else.
-- one route per picture; `routing: batch` takes one per batch by its mean error, as there.
-- as there, the text router reads the start token: its gates are the same for every prompt. The load-balancing
-  loss, which is computed there but never added, is left out. One template, in training and test.
-- the Trainer clips gradients unless `max_grad_norm` is 0; that code doesn't.
-- an expert that no example took has a gradient of 0, where there it has none.
+- The auto-encoders read the frozen CLIP's image features instead of an AlexNet's, so that no second model is
+  needed; as these are unit vectors instead of activations between 0 and 1, the decoder is linear. Each is
+  trained after its task, with a cosine schedule; there the rate falls to a tenth every ten epochs.
+- An error counts relative to the auto-encoder's mean error on every fifth of its task's images, which are
+  held out of its training, because an absolute threshold (0.0655 there) fits one feature extractor only; and
+  there is no auto-encoder of TinyImageNet for all other images.
+- Every image has its own route; `routing: batch` takes one route per batch by its mean error, as there.
+- As there, the text router reads the start token, so its gates are the same for every prompt. The
+  load-balancing loss, which is computed there but never added, is left out. One template is used in training
+  and test.
+- The Trainer clips gradients unless `max_grad_norm` is 0; the official code does not.
+- An expert that no example used gets a gradient of 0; there it gets none.
 
-Only CLIP: the routers read a class token, and the auto-encoders a picture's one feature.
+Only CLIP: the routers read a class token, and the auto-encoders need one feature per image.
 
-Legend: n pictures, p width of CLIP's projection, L layers of both encoders, E experts.
+Legend: n images, p width of CLIP's projection, L layers of both encoders, E experts.
 """
 
 from __future__ import annotations
@@ -48,8 +47,9 @@ from llava_keeplora.methods.base import Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.experts import Mixture, mixed
 from llava_keeplora.methods.routed import ORIGINAL, Route, RoutedMethod, check_routing, encoder_layers
 
-#: What the model calls the modules while a task trains.
+#: Name of the modules on the model while a task trains.
 NAME = "moe_adapters"
+#: In a state: the key of the experts' counts, and the prefix of the auto-encoder's tensors.
 COUNTS, CODER = "counts", "auto_encoder."
 
 
@@ -74,16 +74,16 @@ class MoeAdapters(RoutedMethod):
         """Settings of MoE-Adapters.
 
         Args:
-            experts: how many in a layer.
-            top_k: how many of them an example takes, and how many are frozen after each task.
-            bottleneck: width of an expert.
-            scale: factor of what the experts add.
-            dropout: share of dropped numbers within the experts while training.
-            label_smoothing: share of the target that is spread over all classes.
+            experts: number of experts per layer.
+            top_k: number of experts that an example uses, and that are frozen after each task.
+            bottleneck: width of an expert's bottleneck.
+            scale: factor on the experts' sum.
+            dropout: dropout within the experts while training.
+            label_smoothing: fraction of the target that is spread over all classes.
             code: width of the auto-encoders' bottleneck.
-            threshold: the error, relative to the mean on the task's own pictures, above which the frozen CLIP
+            threshold: the error, relative to the mean on the task's own images, above which the frozen CLIP
                 answers.
-            routing: whether a task is chosen for each `sample`, or for each `batch` as published.
+            routing: whether a task is chosen per `sample`, or per `batch` as published.
         """
 
         experts: int = 22
@@ -101,52 +101,51 @@ class MoeAdapters(RoutedMethod):
             for name in ("bottleneck", "code"):
                 if getattr(self, name) < 1:
                     raise MethodError(
-                        f"{name} is {getattr(self, name)}, but a bottleneck lets something through",
+                        f"{name} must be at least 1 (got {getattr(self, name)})",
                         "set it to 1 or more",
                     )
             if not 1 <= self.top_k <= self.experts:
                 raise MethodError(
-                    f"top_k is {self.top_k} with experts {self.experts}, but an example takes one expert to "
-                    "all of them",
+                    f"top_k must be from 1 to the number of experts, {self.experts} (got {self.top_k})",
                     "set top_k to, say, 2",
                 )
             for name in ("dropout", "label_smoothing"):
                 if not 0.0 <= getattr(self, name) < 1.0:
                     raise MethodError(
-                        f"{name} is {getattr(self, name)}, but a share lies in [0, 1)",
-                        "set it to 0 to do without",
+                        f"{name} must be in [0, 1) (got {getattr(self, name)})",
+                        "set it to 0 to switch it off",
                     )
             if not self.threshold > 0:
                 raise MethodError(
-                    f"threshold is {self.threshold}, but an error relative to another is above 0",
+                    f"threshold must be above 0 (got {self.threshold})",
                     "set it to, say, 2",
                 )
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
-        """Take the tasks' tensors."""
+        """Load the tasks' tensors; experts and auto-encoders are built from them when they are needed."""
         super().load_state_dicts(states)
         self._mixtures: nn.ModuleDict | None = None
         self._coders: list[AutoEncoder] = []
 
     def mixtures(self, model: nn.Module, tasks: int) -> nn.ModuleDict:
-        """Part → a mixture per layer, holding what the tasks so far have learned.
+        """Return part → a mixture per layer, with the experts and routers learned so far.
 
-        Frozen for good what they froze.
+        Earlier tasks' routers, and the experts that they froze, are frozen.
 
         Args:
-            model: the CLIP.
-            tasks: number of routers; those of tasks to come start at zero.
+            model: the CLIP model.
+            tasks: number of routers; those of tasks not yet learned start at zero.
         """
-        own = self.options
+        options = self.options
         settings = dict(
-            experts=own.experts,
-            bottleneck=own.bottleneck,
+            experts=options.experts,
+            bottleneck=options.bottleneck,
             tasks=tasks,
-            top_k=own.top_k,
-            scale=own.scale,
-            dropout=own.dropout,
+            top_k=options.top_k,
+            scale=options.scale,
+            dropout=options.dropout,
         )
-        found = nn.ModuleDict(
+        mixtures = nn.ModuleDict(
             {
                 part: nn.ModuleList(
                     Mixture(layer.layer_norm2.weight.shape[0], **settings) for layer in layers
@@ -155,61 +154,62 @@ class MoeAdapters(RoutedMethod):
             }
         )
         for task, state in enumerate(self.learned_states):
-            # A task's tensors are a part of all, and its auto-encoder is none of them.
-            found.load_state_dict(state, strict=False)
-            for mixture, counts in zip(_all(found), state[COUNTS], strict=True):
+            # Not strict: a state has only the tensors that its task trained, and those of its auto-encoder.
+            mixtures.load_state_dict(state, strict=False)
+            for mixture, counts in zip(_flatten(mixtures), state[COUNTS], strict=True):
                 mixture.routers[task].requires_grad_(False)
-                for index in counts.argsort(descending=True, stable=True)[: own.top_k]:  # of equals the first
+                # Stable: of experts with equal counts, the first ones.
+                for index in counts.argsort(descending=True, stable=True)[: options.top_k]:
                     mixture.experts[index].requires_grad_(False)
-        return found.to(next(model.parameters()).device)
+        return mixtures.to(next(model.parameters()).device)
 
     # --- training ----------------------------------------------------------------------------------
 
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
-        """Put the experts on the model, with routers of the task's own."""
+        """Put the experts on the model, with new routers for the task."""
         task = len(self.learned_states)
         self._trained = self.mixtures(model, task + 1)
-        # What this process has counted since the last step, and everybody's counts before that.
-        shape = (len(list(_all(self._trained))), self.options.experts)
-        self._fresh, self._counts = (
+        # This process's counts since the last step, and the counts of all processes before it.
+        shape = (len(list(_flatten(self._trained))), self.options.experts)
+        self._step_counts, self._counts = (
             torch.zeros(shape, dtype=torch.long, device=next(model.parameters()).device) for _ in range(2)
         )
-        for mixture, row in zip(_all(self._trained), self._fresh, strict=True):
+        for mixture, row in zip(_flatten(self._trained), self._step_counts, strict=True):
             mixture.chosen = row
-        with ExitStack() as held:
+        with ExitStack() as stack:
             model.add_module(NAME, self._trained)
-            held.callback(delattr, model, NAME)
-            held.callback(delattr, self, "_trained")
+            stack.callback(delattr, model, NAME)
+            stack.callback(delattr, self, "_trained")
             for part, layers in encoder_layers(model).items():
-                held.enter_context(mixed(layers, self._trained[part], task))
+                stack.enter_context(mixed(layers, self._trained[part], task))
             yield
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
-        """Cross-entropy with smoothed labels."""
+        """Return the cross-entropy with smoothed labels."""
         return cross_entropy(
             out["logits"].float(), batch["labels"], label_smoothing=self.options.label_smoothing
         )
 
     def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
-        """Add up which experts took part, in all processes."""
-        sum_over_processes([self._fresh])
-        self._counts += self._fresh
-        self._fresh.zero_()
+        """Add the counts of the step's chosen experts, of all processes."""
+        sum_over_processes([self._step_counts])
+        self._counts += self._step_counts
+        self._step_counts.zero_()
 
     def progress(self) -> dict[str, Tensor]:
-        """(L, E) which experts took part so far."""
+        """Return the counts (L, E) of how often each expert was chosen so far."""
         return {COUNTS: self._counts}
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What was trained, and which experts took part."""
+        """Return the trained parameters, and how often each expert was chosen."""
         trained = {
             name: trained_values(p).cpu() for name, p in self._trained.named_parameters() if p.requires_grad
         }
         return {**trained, COUNTS: self._counts.cpu()}
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
-        """A task's routers, the experts that it trained, how often each took part, and its auto-encoder."""
+        """Return a task's routers, its trained experts, how often each was chosen, and its auto-encoder."""
         if not ctx.index:
             return {}
         self.load_state_dicts([])
@@ -218,13 +218,13 @@ class MoeAdapters(RoutedMethod):
                 self.mixtures(ctx.model, ctx.index),
                 AutoEncoder(ctx.model.config.projection_dim, self.options.code),
             )
-        own = f".routers.{ctx.index - 1}."
+        router = f".routers.{ctx.index - 1}."
         trained = {
-            name: Holding(tuple(p.shape), required=own in name)
+            name: Holding(tuple(p.shape), required=router in name)
             for name, p in mixtures.named_parameters()
-            if own in name or ".experts." in name
+            if router in name or ".experts." in name
         }
-        counts = Holding((len(list(_all(mixtures))), self.options.experts), integer=True)
+        counts = Holding((len(list(_flatten(mixtures))), self.options.experts), integer=True)
         return {
             **trained,
             COUNTS: counts,
@@ -234,13 +234,13 @@ class MoeAdapters(RoutedMethod):
     # --- routing -----------------------------------------------------------------------------------
 
     def learn_route(self, ctx: TaskContext, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """An auto-encoder of the task's pictures."""
+        """Return the tensors of an auto-encoder that is trained on the task's image features."""
         coder = AutoEncoder.trained(image, self.options.code, ctx.seed)
         ctx.report["auto_encoder_error"] = float(coder.usual)
         return {f"{CODER}{name}": value for name, value in coder.state_dict().items()}
 
     def routes(self, image: Tensor) -> list[Route]:
-        """The task whose auto-encoder knows a picture best; the frozen CLIP for those that none knows."""
+        """Return for each image the task with the smallest error; the frozen CLIP above the threshold."""
         if not self._coders:
             states = [
                 {name.removeprefix(CODER): v for name, v in state.items() if name.startswith(CODER)}
@@ -260,15 +260,15 @@ class MoeAdapters(RoutedMethod):
     def engaged(
         self, model: nn.Module, task: int, image: Tensor, weights: Tensor, text: float
     ) -> Iterator[None]:
-        """Switch the experts on, with a task's routers."""
+        """Switch the experts on, with a task's routers; an image's weight plays no role."""
         if self._mixtures is None:
             self._mixtures = self.mixtures(model, len(self.learned_states)).eval().requires_grad_(False)
-        with ExitStack() as held:
+        with ExitStack() as stack:
             for part, layers in encoder_layers(model).items():
-                held.enter_context(mixed(layers, self._mixtures[part], task))
+                stack.enter_context(mixed(layers, self._mixtures[part], task))
             yield
 
 
-def _all(mixtures: nn.ModuleDict) -> Iterator[Mixture]:
-    """Every layer's mixture, in order."""
+def _flatten(mixtures: nn.ModuleDict) -> Iterator[Mixture]:
+    """Return an iterator over the mixtures of all layers, in order."""
     return (mixture for layers in mixtures.values() for mixture in layers.children())

@@ -1,21 +1,21 @@
-"""O-LoRA: a fresh adapter for every task, its A pushed away from those of earlier tasks.
+"""O-LoRA: a new adapter for every task, with a penalty that pushes its A away from those of earlier tasks.
 
-Source: Findings of EMNLP 2023.
+Source: Wang et al., Findings of EMNLP 2023, arXiv 2310.14152.
 
 The loss is the task's own, plus λ₁ Σ_layers Σ_{i<t} ‖A_i A_tᵀ‖₁ and λ₂ Σ_layers (‖A_t‖_F + ‖B_t‖_F). Earlier
-adapters are active, frozen and merged; their A are read back from the tasks' deltas. Published for LLaMA and
-T5: q and v, r 8, alpha 32, dropout 0.1, λ₁ 0.5, λ₂ 0, constant learning rate 1e-3, after the first task of
-LLaMA 1e-4 (here it is one for all tasks).
+adapters are active, frozen and merged; their A are read from the tasks' deltas. Published for LLaMA and T5: q
+and v, r 8, alpha 32, dropout 0.1, λ₁ 0.5, λ₂ 0, constant learning rate 1e-3, for LLaMA 1e-4 after the first
+task (here one rate for all tasks).
 
-Where this differs:
+Differences:
 
-- from the paper: overlaps are summed as absolute values, as in the official code, not as squares; and what is
-  pushed apart is the matrix that reads the layer's input, which the official code does too.
-- from the official code (cmnfriend/O-LoRA): dropout acts on the new adapter alone, since the earlier ones are
-  part of the weights, where there it falls on all; the penalty counts once per optimiser step however many
-  batches are accumulated, where there, without DeepSpeed, it counts once per batch.
-- from the port to LLaVA in MCITlib: training runs through the earlier adapters as the evaluation does, and
-  the penalty does not move them.
+- From the paper: overlaps are summed as absolute values instead of squares, and the penalty is on the matrix
+  that reads the layer's input; both as in the official code.
+- From the official code (cmnfriend/O-LoRA): dropout acts on the new adapter alone, since the earlier ones are
+  part of the weights; there it acts on all. The penalty counts once per optimiser step however many batches
+  are accumulated; there, without DeepSpeed, it counts once per batch.
+- From the port to LLaVA in MCITlib: training passes through the earlier adapters as the evaluation does, and
+  the penalty does not change them.
 
 Legend: in / out features of a layer, r rank, R the ranks of all earlier tasks together.
 """
@@ -64,13 +64,13 @@ class OLora(SequentialLora):
             for name in ("lambda1", "lambda2"):
                 if not getattr(self, name) >= 0.0:
                     raise MethodError(
-                        f"{name} is {getattr(self, name)}, but a penalty's weight is not negative",
-                        "set it to 0 to do without",
+                        f"{name} must not be negative (got {getattr(self, name)})",
+                        "set it to 0 for no penalty",
                     )
             if not 0.0 <= self.dropout < 1.0:
                 raise MethodError(
-                    f"dropout is {self.dropout}, but a share of the input lies in [0, 1)",
-                    "set it to 0 to do without",
+                    f"dropout must be in [0, 1) (got {self.dropout})",
+                    "set it to 0 for no dropout",
                 )
 
     def __init__(self, options: "OLora.Options"):
@@ -81,7 +81,7 @@ class OLora(SequentialLora):
 
     @contextmanager
     def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
-        """Have the new adapters, and A of the earlier ones, at hand for the loss."""
+        """Hold the new adapters, and A of the earlier ones, for the loss."""
         self._new = {
             name: (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
             for name, layer in lora_layers(model).items()
@@ -98,7 +98,7 @@ class OLora(SequentialLora):
             self._new, self._earlier = {}, {}
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
-        """The task's own loss and the penalties, these in fp32 outside autocast."""
+        """Return the task's own loss plus the penalties, which are computed in fp32 outside autocast."""
         loss = out["loss"]
         with torch.autocast(loss.device.type, enabled=False):
             for name, (A, B) in self._new.items():
@@ -109,9 +109,9 @@ class OLora(SequentialLora):
         return loss
 
     def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Mapping[str, Delta]:
-        """The adapters as they are.
+        """Return the adapters' deltas unchanged, and report each layer's overlap.
 
-        Each layer's overlap, which grows with the rank and the number of tasks, is reported.
+        The overlap grows with the rank and the number of tasks.
         """
         ctx.report["overlap"] = {
             name: float(overlap(earlier.cpu(), deltas[name].A)) for name, earlier in self._earlier.items()
@@ -120,10 +120,10 @@ class OLora(SequentialLora):
 
 
 def overlap(earlier: Tensor, A: Tensor) -> Tensor:
-    """Σ_i ‖A_i Aᵀ‖₁, the sum of the absolute entries.
+    """Return Σ_i ‖A_i Aᵀ‖₁, the sum of the entries' absolute values.
 
     Args:
-        earlier: the A_i, stacked (R, in).
+        earlier: the A_i stacked, (R, in).
         A: (r, in).
     """
     return (earlier.float() @ A.float().T).abs().sum()

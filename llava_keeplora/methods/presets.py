@@ -1,4 +1,4 @@
-"""The places where the paper and the authors' released code differ, side by side.
+"""The rules in which the paper and the authors' released code differ, one class per preset.
 
 Legend: in / out features of a layer, k protected dimensions, r rank.
 """
@@ -33,48 +33,49 @@ from llava_keeplora.subspace import (
 )
 from llava_keeplora.subspace.feature_sketch import BYTES, SMALLEST
 
-#: Bytes per number of an exact second moment in its smaller form.
+#: Bytes per number of an exact second moment in fp32.
 EXACT = 4
 
 
 class PaperRules:
-    """What the paper says: arXiv 2601.19659, section 3."""
+    """The paper's rules: arXiv 2601.19659, section 3."""
 
     form = "delta"
-    #: How the first-step gradient is held unless the user says otherwise.
+    #: How the first-step gradient is summed by default: `sketch` or `dense`.
     gradient = "sketch"
-    #: What M_t is taken from after a task: the layers' inputs, or the gradient.
+    #: What M_t is taken from after a task: `features`, the layers' inputs, or `gradient`.
     evidence = "features"
-    #: On the adapters' input while training.
+    #: Dropout on the adapters' input while training.
     dropout = 0.0
-    #: Whether a gradient counts every example alike, and not every token.
+    #: Whether a gradient weighs all examples equally, instead of all tokens.
     counts_examples = False
-    #: Whether the features of the prompts are those of all positions.
+    #: Whether the prompts' features are taken at all positions.
     every_position = False
-    #: Whether batches count in their order, which several processes don't have.
+    #: Whether results depend on the order of batches, so that only one process can compute them.
     one_process = False
-    #: Whether its weight basis is one of square layers alone.
+    #: Whether its weight basis requires square layers.
     square = False
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
-        """W_p: the input-side principal directions of W (out, in)."""
+        """Return W_p, the input-side principal directions of W (out, in)."""
         return principal_basis(weight, energy)
 
     @staticmethod
     def statistics(
         groups: list[list[Layer]], bases: Mapping[str, Tensor], budget: int, seed: int
     ) -> dict[str, SecondMoment | SketchedMoment]:
-        """Layer name → statistic of its features.
+        """Return layer name → statistic of its features.
 
-        Exact and one per distinct input where all of them fit the budget (bytes), else sketched.
+        If all fit into the budget (bytes), they are exact, one per distinct input; else they are sketched,
+        one per layer.
 
         Raises:
             ShapeError: if not even the smallest sketches fit.
         """
-        whole = sum(layers[0].module.in_features ** 2 for layers in groups)
-        if budget >= EXACT * whole:
-            dtype = torch.float64 if budget >= 2 * EXACT * whole else torch.float32
+        numbers = sum(layers[0].module.in_features ** 2 for layers in groups)
+        if budget >= EXACT * numbers:
+            dtype = torch.float64 if budget >= 2 * EXACT * numbers else torch.float32
             exact: dict[str, SecondMoment | SketchedMoment] = {}
             for layers in groups:
                 module = layers[0].module
@@ -83,50 +84,50 @@ class PaperRules:
                     SecondMoment(module.in_features, dtype, module.weight.device),
                 )
             return exact
-        # A sketch answers for one basis, so layers that read the same input have one each.
+        # A sketch belongs to one basis, so layers that read the same input have one each.
         layers = [layer for group in groups for layer in group]
         least, squares = smallest_sketches(layers), sum(layer.module.in_features**2 for layer in layers)
         if budget < least:
             raise ShapeError(
-                f"{budget} bytes hold no sketch of {SMALLEST} directions for each of {len(layers)} layers, "
-                f"which take {least} bytes"
+                f"sketches of {SMALLEST} directions for each of {len(layers)} layers take at least {least} "
+                f"bytes, but the limit is {budget} bytes"
             )
-        found: dict[str, SecondMoment | SketchedMoment] = {}
+        sketches: dict[str, SecondMoment | SketchedMoment] = {}
         for layer in layers:
             width, device = layer.module.in_features, layer.module.weight.device
             share = smallest_sketches([layer]) + (budget - least) * width**2 // squares
-            found[layer.name] = SketchedMoment(
+            sketches[layer.name] = SketchedMoment(
                 width, share // (BYTES * width), bases[layer.name], seed=seed, device=device
             )
-        return found
+        return sketches
 
     @staticmethod
     def extend(
         basis: Tensor, statistic: SecondMoment | SketchedMoment, energy: float, limit: int | None = None
     ) -> FeatureDirections:
-        """The GPM rule on the residual features, up to a limit of directions."""
+        """Return new directions by the GPM rule on the residual features, at most `limit`."""
         return statistic.directions(basis, energy, limit)
 
     @staticmethod
     def directions(
         statistic: DenseGradient | GradientSketch, basis: Tensor, rank: int, *second: SecondPass
     ) -> ResidualDirections:
-        """The top directions of the residual gradient, fewer where it has fewer."""
+        """Return the top directions of the residual gradient, fewer if its rank is lower."""
         return statistic.directions(rank, *second, allow_fewer=True)
 
 
 def smallest_sketches(layers: Iterable[Layer]) -> int:
-    """Bytes of the smallest sketches of these layers' features."""
+    """Return the bytes of the smallest sketches of these layers' features."""
     return sum(SMALLEST * BYTES * layer.module.in_features for layer in layers)
 
 
 def least_statistics(layers: Sequence[Layer]) -> int:
-    """Bytes that are sure to hold the statistics of these layers' features in some form."""
+    """Return the bytes that suffice for the statistics of these layers' features in some form."""
     return min(smallest_sketches(layers), EXACT * sum(layer.module.in_features**2 for layer in layers))
 
 
 class ReleasedClipRules(PaperRules):
-    """What the authors' released CLIP code does (MTIL folder), for comparison runs."""
+    """The rules of the authors' released CLIP code (folder MTIL), for comparison runs."""
 
     form = "literal"
     gradient = "dense"
@@ -136,26 +137,26 @@ class ReleasedClipRules(PaperRules):
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
-        """Output-side directions, used on the input side: only square layers allow it."""
+        """Return output-side directions, which are used on the input side; only square layers allow it."""
         return released_clip_weight_basis(weight, energy)
 
     @staticmethod
     def statistics(
         groups: list[list[Layer]], bases: Mapping[str, Tensor], budget: int, seed: int
     ) -> dict[str, "_RunningMean"]:
-        """A running mean of the batch matrices, slot by slot."""
+        """Return layer name → a running mean of the batch matrices, slot by slot."""
         return {layer.name: mean for layers in groups for mean in [_RunningMean()] for layer in layers}
 
     @staticmethod
     def extend(
         basis: Tensor, statistic: "_RunningMean", energy: float, limit: None = None
     ) -> FeatureDirections:
-        """The GPM rule on that mean; the released code knows no limit."""
+        """Return new directions by the GPM rule on that mean; the released code has no limit."""
         return released_clip_extend(basis, statistic.mean.matrix.cpu(), energy)
 
     @staticmethod
     def directions(statistic: DenseGradient, basis: Tensor, rank: int) -> ResidualDirections:
-        """`svd_lowrank(q=4r, niter=4)`; B₀ = S Vᵀ as in the paper."""
+        """Return the top directions by `svd_lowrank(q=4r, niter=4)`; B₀ = S Vᵀ as in the paper."""
         gradient = statistic.matrix.cpu()
         outside = residual(gradient.float(), basis)
         u, s, v = torch.svd_lowrank(outside.T, q=min(4 * rank, *outside.shape), niter=4)
@@ -170,7 +171,7 @@ class ReleasedClipRules(PaperRules):
 
 
 class _RunningMean:
-    """`RunningMeanFeatures` behind the accumulator interface; the released code feeds whole equal batches."""
+    """`RunningMeanFeatures` with the interface of a statistic, for complete batches of equal shape."""
 
     def __init__(self) -> None:
         self.mean = RunningMeanFeatures()
@@ -178,9 +179,9 @@ class _RunningMean:
         self._shape: torch.Size | None = None
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """Add a batch (images, tokens, in).
+        """Add a batch (images, tokens, in), padding included.
 
-        Padding is kept, as there, and a shorter last batch is left out.
+        A shorter last batch is left out, as in the released code, which drops it.
         """
         self._shape = self._shape or x.shape
         if x.shape == self._shape:
@@ -191,15 +192,15 @@ class _RunningMean:
     @property
     def tensors(self) -> list[Tensor]:
         raise MethodError(
-            "the released-clip preset averages batches in their order, which several processes don't have",
+            "the preset 'released-clip' averages batches in their order, which several processes do not keep",
             "run it in one process",
         )
 
 
 class ReleasedLlavaRules(PaperRules):
-    """What the authors' released LLaVA code does (DCL_UCIT folder), for comparison runs.
+    """The rules of the authors' released LLaVA code (folder DCL_UCIT), for comparison runs.
 
-    B from zero, no W'.
+    B starts from zero, on the unchanged weight W instead of W'.
     """
 
     gradient = "dense"
@@ -213,12 +214,12 @@ class ReleasedLlavaRules(PaperRules):
     def extend(
         basis: Tensor, statistic: DenseGradient, energy: float, limit: None = None
     ) -> FeatureDirections:
-        """The GPM rule on the gradient (out, in) of the merged model; the released code knows no limit."""
+        """Return new directions by the GPM rule on the merged model's gradient (out, in), without limit."""
         return released_llava_extend(basis, statistic.matrix.cpu(), energy)
 
     @staticmethod
     def directions(statistic: DenseGradient, basis: Tensor, rank: int) -> ResidualDirections:
-        """`svd_lowrank(q=r)` without oversampling, A rounded to fp16."""
+        """Return the top directions by `svd_lowrank(q=r)` without oversampling, A rounded to fp16."""
         return released_llava_directions(statistic.matrix.cpu(), basis, rank)
 
 

@@ -1,6 +1,4 @@
-"""Prompts that an attention reads besides its own keys and values, and gates for them.
-
-Gates open or close prompts picture by picture.
+"""Prompts that an attention reads in addition to its own keys and values, and gates per image for them.
 
 Legend: b examples, s tokens, d width, m prompts, p width of CLIP's projection.
 """
@@ -16,12 +14,14 @@ from torch.nn.functional import gumbel_softmax, scaled_dot_product_attention
 
 
 class Prompts(nn.Module):
-    """P_k, uniform in (−1, 1) at the start, and P_v, zero: softmax(Q P_kᵀ / √head width) P_v, head by head.
+    """Prompts of one attention: softmax(Q P_kᵀ / √head width) P_v, head by head.
+
+    P_k starts uniform in (−1, 1) and P_v at zero.
 
     Args:
         width: d.
         length: m.
-        heads: of the attention.
+        heads: number of heads of the attention.
     """
 
     def __init__(self, width: int, length: int, heads: int):
@@ -31,7 +31,7 @@ class Prompts(nn.Module):
         self.values = nn.Parameter(torch.zeros(length, width))
 
     def forward(self, queries: Tensor) -> Tensor:
-        """What the prompts add to the attention's output (b, s, d), given its queries (b, s, d)."""
+        """Return what the prompts add to the attention's output (b, s, d), given its queries (b, s, d)."""
         by_head = queries.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         keys, values = (
             p.to(queries.dtype)
@@ -44,11 +44,11 @@ class Prompts(nn.Module):
 
 
 class Gate(nn.Linear):
-    """Whether a layer's prompts are open for a picture: closed or open by two logits of its features.
+    """Gate of a layer's prompts: two logits of an image's features decide between closed (0) and open (1).
 
     Args:
         width: p.
-        temperature: of the Gumbel softmax through which it learns.
+        temperature: temperature of the Gumbel softmax that samples it in training.
     """
 
     def __init__(self, width: int, temperature: float):
@@ -58,12 +58,12 @@ class Gate(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        """1 or 0 for each picture (b,): drawn in training, with the gradient of the soft choice.
+        """Return 1 or 0 for each image (b,).
 
-        The likelier one else.
+        In training it is sampled, with the gradient of the soft choice; else it is the likelier of the two.
 
         Args:
-            image: (b, p).
+            image: features (b, p).
         """
         with torch.autocast(image.device.type, enabled=False):
             logits = nn.functional.linear(image.float(), self.weight.float(), self.bias.float())
@@ -78,35 +78,38 @@ def prompted(
     prompts: Sequence[Prompts],
     factors: Callable[[int], Tensor | float | None],
 ) -> Iterator[None]:
-    """Have attentions add their prompts' part before the output projection while the block runs.
+    """Add the prompts' outputs to attentions, before the output projection, while the block runs.
 
     Args:
-        attentions: of an encoder.
-        prompts: one for each of the first of them.
-        factors: the number of an attention → what its part is multiplied by, one for all examples or one for
-            each (b,); None for no part at all.
+        attentions: the attentions of an encoder.
+        prompts: prompts of the first of them, in order.
+        factors: number of an attention → the factor on its prompts' output, one for all examples or one each
+            (b,); None to leave the prompts out.
     """
-    with ExitStack() as held:
-        for number, own in enumerate(prompts):
-            for hook in _reading(attentions[number], own, number, factors):
-                held.callback(hook.remove)
+    with ExitStack() as hooks:
+        for number, of_layer in enumerate(prompts):
+            for hook in _add_to_attention(attentions[number], of_layer, number, factors):
+                hooks.callback(hook.remove)
         yield
 
 
-def _reading(
-    attention: nn.Module, own: Prompts, number: int, factors: Callable[[int], Tensor | float | None]
+def _add_to_attention(
+    attention: nn.Module, prompts: Prompts, number: int, factors: Callable[[int], Tensor | float | None]
 ) -> tuple:
-    read: list[Tensor] = []
+    kept_queries: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-        read[:] = [output]
+    def keep_queries(module: nn.Module, args: tuple, output: Tensor) -> None:
+        kept_queries[:] = [output]
 
     def add(module: nn.Module, args: tuple) -> tuple | None:
-        factor, queries = factors(number), read.pop()
+        factor, queries = factors(number), kept_queries.pop()
         if factor is None:
             return None
         if isinstance(factor, Tensor):
             factor = factor.to(args[0].dtype)[:, None, None]
-        return (args[0] + factor * own(queries), *args[1:])
+        return (args[0] + factor * prompts(queries), *args[1:])
 
-    return attention.q_proj.register_forward_hook(keep), attention.out_proj.register_forward_pre_hook(add)
+    return (
+        attention.q_proj.register_forward_hook(keep_queries),
+        attention.out_proj.register_forward_pre_hook(add),
+    )

@@ -1,4 +1,4 @@
-"""Data beside the tasks': pictures and texts that a method looks at while it trains, without labels."""
+"""Reference data: unlabelled images and texts, other than the tasks', that a method uses in training."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reference:
-    """Pictures, and texts that need not belong to them.
+    """Reference images, and texts that need not belong to them.
 
     Args:
-        images: indices → what the model takes for these pictures.
-        count: how many pictures there are.
-        texts: what the text encoder takes of them, each (texts, tokens).
-        record: what tells them from others, for the journal.
+        images: indices → the model's inputs for these images.
+        count: number of images.
+        texts: inputs of the text encoder, each (texts, tokens).
+        record: what identifies the data, for the journal.
     """
 
     images: Callable[[Sequence[int]], list[dict[str, Tensor]]]
@@ -27,8 +27,8 @@ class Reference:
     record: Mapping[str, Any]
 
     def draw(self, size: int, *seed: int) -> list[int]:
-        """Indices of some pictures, none twice.
+        """Return the indices of at most `size` images, drawn without replacement.
 
-        A pure function of the arguments, which no other generator feels.
+        A pure function of the arguments that leaves all global random generators untouched.
         """
         return random.Random("/".join(map(str, seed))).sample(range(self.count), min(size, self.count))

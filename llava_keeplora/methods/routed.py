@@ -1,12 +1,10 @@
-"""What methods share that route each picture to modules of a task.
+"""Base class and predictor of methods that route each image to the modules of a task.
 
-The task is found by what the frozen CLIP sees in the picture.
+The task is chosen from the frozen CLIP's image features. The base's weights never change; "the frozen CLIP"
+is the model with the modules switched off. Published implementations choose one task per batch, so that the
+answer to an image depends on its neighbours and the batch size; `routing: sample` chooses one per image.
 
-The base's weights stay as they are; "the frozen CLIP" is the model with the modules switched off. Published
-codes choose one task per batch, so that a picture's answer depends on its neighbours and the batch size;
-`routing: sample` chooses one per picture.
-
-Legend: n pictures, p width of CLIP's projection.
+Legend: n images, p width of CLIP's projection.
 """
 
 from __future__ import annotations
@@ -31,17 +29,17 @@ if TYPE_CHECKING:
     from llava_keeplora_recipes import Example
 
 ROUTINGS = ("sample", "batch")
-#: Sets of class features that are kept at a time.
+#: Number of sets of class features that a predictor caches.
 TEXTS = 128
 
 
 @dataclass(frozen=True)
 class Route:
-    """How one picture is answered.
+    """The modules that answer one image.
 
     Args:
-        task: whose modules, 0 for the first task's.
-        image, text: how much they count in the two encoders.
+        task: the task whose modules are used, 0 for the first; -1 for the frozen CLIP.
+        image, text: weight of the modules in the two encoders.
     """
 
     task: int
@@ -49,25 +47,30 @@ class Route:
     text: float = 1.0
 
 
-#: By the frozen CLIP.
+#: The route of images that the frozen CLIP answers.
 ORIGINAL = Route(-1, 0.0, 0.0)
 
 
 def check_routing(routing: str) -> None:
-    """Refuse an option that is neither of the two."""
+    """Check the option `routing`.
+
+    Raises:
+        MethodError: if it is not one of `ROUTINGS`.
+    """
     if routing not in ROUTINGS:
         raise MethodError(
-            f"routing is '{routing}'", "set it to 'sample', or to 'batch' for one task per batch as published"
+            f"routing must be one of {', '.join(ROUTINGS)} (got '{routing}')",
+            "set it to 'sample', or to 'batch' for one task per batch as published",
         )
 
 
 def encoder_layers(model: Any) -> dict[str, nn.ModuleList]:
-    """Part → the layers of its encoder."""
+    """Return part → the layers of its encoder, for CLIP."""
     return {"vision": model.vision_model.encoder.layers, "text": model.text_model.encoder.layers}
 
 
 class RoutedMethod(Method):
-    """A method without LoRA adapters whose modules are chosen picture by picture.
+    """Base class of methods without LoRA adapters whose modules are chosen per image.
 
     See the module's docstring.
     """
@@ -82,17 +85,17 @@ class RoutedMethod(Method):
         self.load_state_dicts([])
 
     def learn_route(self, ctx: TaskContext, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What tells the task's pictures from others.
+        """Return tensors by which the task's images are told from others.
 
         Args:
-            ctx: of the task.
-            image: (n, p) features of its training pictures, unit length.
-            labels: (n,) classes.
+            ctx: the task's context.
+            image: (n, p) features of its training images, unit length.
+            labels: (n,) their classes.
         """
         raise NotImplementedError
 
     def routes(self, image: Tensor) -> list[Route]:
-        """How each picture of a batch is answered.
+        """Return the route of each image of a batch.
 
         Args:
             image: (n, p) features, unit length, in fp32.
@@ -102,62 +105,62 @@ class RoutedMethod(Method):
     def engaged(
         self, model: nn.Module, task: int, image: Tensor, weights: Tensor, text: float
     ) -> AbstractContextManager[None]:
-        """Switch a task's modules on for some pictures and the class prompts.
+        """Switch a task's modules on for some images and the class prompts, while the block runs.
 
         Args:
-            model: the CLIP.
-            task: 0 for the first.
-            image: (n, p) features of the pictures.
-            weights: (n,) how much the modules count for each of them.
-            text: how much for the prompts.
+            model: the CLIP model.
+            task: the task, 0 for the first.
+            image: (n, p) features of the images.
+            weights: (n,) weight of the modules for each image.
+            text: weight of the modules for the class prompts.
         """
         raise NotImplementedError
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
-        """No layer has an adapter."""
+        """Return no adapters."""
         return {}
 
     def after_task(self, ctx: TaskContext) -> None:
-        """Look at the task's pictures once more; the base alone has nothing to choose from."""
-        self._added = self.learn_route(ctx, *_seen(ctx)) if ctx.index else {}
+        """Learn the task's route from its training images; do nothing on the base."""
+        self._added = self.learn_route(ctx, *_task_features(ctx)) if ctx.index else {}
         self.load_state_dicts([*self.states[:-1], {**self.states[-1], **self._added}])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the last task's route is found by."""
+        """Return the tensors of the last task's `learn_route`."""
         return dict(self._added)
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
-        """Take the tasks' tensors; modules are made of them when they are needed."""
+        """Load the tasks' tensors; modules are built from them when they are needed."""
         self.states = states
 
     @property
     def learned_states(self) -> list[dict[str, Tensor]]:
-        """Each task's tensors, the base's left out."""
+        """The tensors of each task, without the base's."""
         return self.states[1:]
 
     def predictor(self, predictor: ClipPredictor, task: str) -> RoutedPredictor:
-        """Answers by routes."""
+        """Return a predictor that routes every image."""
         return RoutedPredictor(predictor, self)
 
 
 class RoutedPredictor:
-    """Classification with the modules that each picture is routed to.
+    """Classification with the modules that each image is routed to.
 
-    They are on the model for the length of a call.
+    The modules are on the model only during a call.
 
     Args:
         clip: the frozen model's own predictor.
-        method: finds the routes and switches the modules on.
+        method: chooses the routes and switches the modules on.
     """
 
     def __init__(self, clip: ClipPredictor, method: RoutedMethod):
         self.clip, self.method = clip, method
-        # The features of one task's modules at one weight; made while these are on.
+        # Class features by task and weight; called while that task's modules are on.
         self._text = lru_cache(TEXTS)(lambda task, weight: clip.prompt_features())
 
     @torch.no_grad()
     def logits(self, examples: Sequence[Example]) -> Tensor:
-        """Class logits (examples, classes)."""
+        """Return the class logits (examples, classes)."""
         clip, model = self.clip, self.clip.model
         inputs = clip.inputs(examples)
         image = image_features(model, **inputs)
@@ -175,31 +178,31 @@ class RoutedPredictor:
         return logits
 
     def predict(self, examples: Sequence[Example]) -> list[str]:
-        """The likeliest class of each example, verbatim as in the recipe."""
+        """Return the likeliest class of each example, verbatim as in the recipe."""
         if not examples:
             return []
         return [self.clip.recipe.classes[index] for index in self.logits(examples).argmax(dim=1).tolist()]
 
 
 @torch.no_grad()
-def _seen(ctx: TaskContext) -> tuple[Tensor, Tensor]:
-    """Return the frozen CLIP's features (n, p) of the task's training pictures, and labels (n,).
+def _task_features(ctx: TaskContext) -> tuple[Tensor, Tensor]:
+    """Return the frozen CLIP's features (n, p) of the task's training images in fp32, and labels (n,).
 
-    Features are in fp32, both on the host.
+    Both are of all processes and on the host.
     """
     images, labels = [], []
     for batch in ctx.batches():
         inputs = to_dtype({key: value for key, value in batch.items() if key != "labels"}, ctx.model.dtype)
         images.append(image_features(ctx.model, **inputs).float().cpu())
         labels.append(batch["labels"].cpu())
-    return _of_all(images), _of_all(labels)
+    return _gather_rows(images), _gather_rows(labels)
 
 
-def _of_all(own: list[Tensor]) -> Tensor:
-    """Gather rows of all processes in the order of the data, of which each takes every world-th."""
-    everyone = all_gather_object(own)
-    shares = [torch.cat(share) for share in everyone if share]
+def _gather_rows(batches: list[Tensor]) -> Tensor:
+    """Gather the rows of all processes in the order of the data, of which each process has every world-th."""
+    gathered = all_gather_object(batches)
+    shares = [torch.cat(share) for share in gathered if share]
     rows = torch.cat(shares)
     for rank, share in enumerate(shares):
-        rows[rank :: len(everyone)] = share
+        rows[rank :: len(gathered)] = share
     return rows

@@ -1,14 +1,12 @@
-"""Sequential LoRA: a fresh adapter for every task, trained by the task's loss and merged.
+"""Sequential LoRA: a new adapter for every task, trained by the task's loss and merged; nothing is protected.
 
-Nothing is protected (arXiv 2106.09685).
+Source: Hu et al. 2021, arXiv 2106.09685, for a single task.
 
-A starts Kaiming-uniform and B at zero, both train, and s B A is added to the weights (Hu et al. 2021); LoRA's
-paper has one task. Published for sequences (MCITlib, LLaVA): all linear layers of the language model, r 16 or
-32, alpha 2 r, dropout 0.05.
+A starts Kaiming-uniform and B at zero, both are trained, and s B A is added to the weights. Published for
+sequences (MCITlib, LLaVA): all linear layers of the language model, r 16 or 32, alpha 2 r, dropout 0.05.
 
-Where this differs from MCITlib's LoRA-FT: that goes on training one adapter (*continue*), here every task has
-a fresh one on the merged weights (*merge and fresh*), as every other method of the table does; and there is
-no dropout.
+Differences from MCITlib's LoRA-FT: it continues training one adapter (*continue*); here every task has a new
+one on the merged weights (*merge and fresh*), as with every other method. There is no dropout.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ class SequentialLora(Method):
         """No settings of its own; rank and alpha are the parts'."""
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
-        """A fresh adapter on every layer."""
+        """Return a new adapter for every layer."""
         return {
             name: AdapterInit(layer.rank, layer.alpha, train_A=True) for name, layer in ctx.layers.items()
         }

@@ -1,6 +1,7 @@
-"""The pre-trained model as it is: the first row of every table (CLIP: Radford et al. 2021, arXiv 2103.00020).
+"""The untouched pre-trained model, the first row of every table.
 
-One prompt per class, where CLIP's paper has ensembles of them; so does MTIL.
+Source of CLIP: Radford et al. 2021, arXiv 2103.00020. One prompt per class is used, as in MTIL; CLIP's paper
+uses ensembles of prompts.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from llava_keeplora.methods.base import Method, MethodInfo
 
 
 class ZeroShot(Method):
-    """Nothing is trained, nothing is stored."""
+    """The untouched model: nothing is trained, and nothing is stored."""
 
     trainable = False
     info = MethodInfo(

@@ -1,6 +1,6 @@
-"""What is known of a run before its first stage.
+"""Preparation of a run before its first stage: tasks, training arguments, and the check of all settings.
 
-Its tasks, its training arguments, and one check that a start and a plan share.
+`train` and `plan` share the check.
 """
 
 from llava_keeplora.start.check import check_run

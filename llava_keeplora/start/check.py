@@ -1,4 +1,4 @@
-"""The check of a run before its first stage, the same for `train` and `plan`."""
+"""The check of a run's settings before its first stage, the same for `train` and `plan`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def check_run(
     counts: Sequence[int],
     world: int,
 ) -> None:
-    """Refuse what would be refused, or would go wrong, after the first stage.
+    """Check a run's settings together with its model and data, so that no later stage refuses them.
 
     Args:
-        config: the run.
-        family: its model; its weights are not needed.
-        changed: label → what its method changes of the model.
-        tasks: those whose data are there: all of them at a start, and for a plan maybe fewer.
-        recipes: of every task, as they were loaded with the data where these are there.
-        counts: examples that each task trains on.
-        world: processes.
+        config: the run's configuration.
+        family: the model; its weights are not needed.
+        changed: label → the modules that its method changes.
+        tasks: the tasks whose data are available: all of them for a start, possibly fewer for a plan.
+        recipes: the recipes of all tasks; loaded with the data where these are available.
+        counts: number of training examples of each task.
+        world: number of processes.
 
     Raises:
         ConfigError, MethodError, EvalError: naming the setting, the split or the prompt.
@@ -44,25 +44,24 @@ def check_run(
         check_pictures(tasks)
     for label, method in config.methods.items():
         cls = METHODS[method.method]
-        made = cls(cls.Options(**method.options))
-        _check_statistics(label, made.least_statistics(changed[label].adapted), config)
-        if made.one_process and world > 1:
+        instance = cls(cls.Options(**method.options))
+        _check_statistics(label, instance.least_statistics(changed[label].adapted), config)
+        if instance.one_process and world > 1:
             raise ConfigError(
-                f"'{label}' averages batches in their order, which {world} processes don't have",
+                f"'{label}' averages batches in their order, which {world} processes do not keep",
                 "run it in one process",
             )
         if sharded:
             check_auto(changed[label].adapted.values())
-        rated = [part for part, own in method.parts.items() if own.learning_rate is not None]
-        if "optimizer" in deepspeed and rated:
+        with_rate = [part for part, settings in method.parts.items() if settings.learning_rate is not None]
+        if "optimizer" in deepspeed and with_rate:
             raise ConfigError(
-                "the DeepSpeed configuration brings its own optimizer, which knows one learning rate, and "
-                f"methods.{label}.parts.{rated[0]} has its own",
+                "the DeepSpeed configuration has an optimizer, which uses a single learning rate, but "
+                f"methods.{label}.parts.{with_rate[0]} has its own",
                 "remove `optimizer` and `scheduler` from the DeepSpeed configuration, or `learning_rate` "
                 "from `parts`",
             )
-        # transformers remembers the last DeepSpeed configuration that arguments were made with, and loads
-        # weights by it.
+        # transformers remembers the last DeepSpeed configuration of any arguments, and loads weights by it.
         with loaded_whole():
             for recipe, training, count in zip(recipes, config.trainings(label), counts, strict=True):
                 check_arguments(
@@ -78,19 +77,19 @@ def check_run(
 def _check_statistics(label: str, needed: int, config: RunConfig) -> None:
     if needed > config.memory.statistics_gb * 1e9:
         raise ConfigError(
-            f"memory.statistics_gb is {config.memory.statistics_gb}, which holds no statistics of the "
-            f"features of '{label}'",
+            f"memory.statistics_gb is {config.memory.statistics_gb}, which is too little for the feature "
+            f"statistics of '{label}'",
             f"set memory.statistics_gb={enough_gb(needed)}, or more",
         )
 
 
 def enough_gb(needed: int) -> str:
-    """So many bytes and a little more, as `memory.statistics_gb` is written."""
+    """Return a number of bytes plus a margin of 10 %, in the form of `memory.statistics_gb`."""
     return f"{1.1 * needed / 1e9:.2g}"
 
 
 def check_auto(layers: Iterable[Layer]) -> None:
-    """Refuse to choose ε_w of weights that are in shards.
+    """Check that no ε_w is `auto` for a run with ZeRO-3, since sharded weights cannot be cut and scored.
 
     Raises:
         ConfigError: naming the part.
@@ -98,63 +97,59 @@ def check_auto(layers: Iterable[Layer]) -> None:
     for layer in layers:
         if "energy_weight" in layer.auto:
             raise ConfigError(
-                f"parts.{layer.part}.energy_weight is 'auto', and ZeRO-3 holds the weights in shards, which "
+                f"parts.{layer.part}.energy_weight is 'auto', but ZeRO-3 holds the weights in shards, which "
                 "can't be cut and scored",
                 "set a number, for instance the one that `llava-keeplora analyze` proposes, or use ZeRO-2",
             )
 
 
 def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> None:
-    """Refuse test prompts and crops that the model cannot use.
-
-    It has no text features to average, the prompts are too long, or it doesn't train on crops.
+    """Check that the model supports the methods' random crops and test prompts.
 
     Raises:
-        ConfigError: for a model that writes its answers.
-        EvalError: naming the prompt.
+        ConfigError: if the model supports no training on crops or no averaged prompts.
+        EvalError: if a test prompt is too long; names the prompt.
     """
     for label, method in config.methods.items():
         if method.random_resized_crop and (why := family.unsupported.get("random_resized_crop")):
             raise ConfigError(
-                f"methods.{label}.random_resized_crop is set, which {why}, and {family.path} is a "
+                f"methods.{label}.random_resized_crop is set, which {why}, but {family.path} is a "
                 f"{model_type(family)}",
                 f"remove methods.{label}.random_resized_crop",
             )
     rows = {"evaluation": config.evaluation.test_prompts} | {
         f"methods.{label}": method.test_prompts for label, method in config.methods.items()
     }
-    asking = next((where for where, prompts in rows.items() if prompts == AVERAGED), None)
-    if asking is None:
+    section = next((where for where, prompts in rows.items() if prompts == AVERAGED), None)
+    if section is None:
         return
     if why := family.unsupported.get("test_prompts"):
         raise ConfigError(
-            f"{asking}.test_prompts is '{AVERAGED}', which {why}, and {family.path} is a "
+            f"{section}.test_prompts is '{AVERAGED}', which {why}, but {family.path} is a "
             f"{model_type(family)}",
-            f"remove {asking}.test_prompts",
+            f"remove {section}.test_prompts",
         )
     for recipe in recipes:
-        for template in (
-            recipe.test_prompts if recipe.classes else ()
-        ):  # A plan may not have the data that classes are read from.
+        # Without classes if they are read from data that a plan does not have.
+        for template in recipe.test_prompts if recipe.classes else ():
             family.tokens(recipe.class_prompts(template))  # type: ignore[attr-defined]  # CLIP's alone, see above
 
 
 def check_pictures(tasks: Sequence[Task]) -> None:
-    """Refuse a split in which only some examples have pictures, where processes gather weights together.
+    """Check that all examples of a split, or none, have images; for ZeRO-3 in several processes.
 
-    A batch of text alone doesn't go through the vision encoder, so that one process would gather other
-    weights than the next one.
+    A batch without images skips the vision encoder, so that processes would gather different weights and wait
+    for each other for ever.
 
     Raises:
-        ConfigError: naming the split and how many of its examples have none.
+        ConfigError: naming the split and how many of its examples have no image.
     """
     for task in tasks:
         for split, data in (("train", task.train), ("test", task.test)):
             without = data.image_counts.count(0)
             if 0 < without < len(data):
                 raise ConfigError(
-                    f"{without} of the {len(data)} examples of {task.name}/{split} have no picture, and with "
-                    "ZeRO-3 several processes need "
-                    "every batch to go through the same layers",
+                    f"{without} of the {len(data)} examples of {task.name}/{split} have no image, but with "
+                    "ZeRO-3 in several processes every batch must go through the same layers",
                     "use ZeRO-2 or one process, or make two tasks of it",
                 )

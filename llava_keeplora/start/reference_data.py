@@ -1,7 +1,4 @@
-"""Pictures and texts beside the tasks', for a method that needs some.
-
-See `llava_keeplora.methods.Reference`.
-"""
+"""Reading of a method's reference data, images and texts; see `llava_keeplora.methods.Reference`."""
 
 from __future__ import annotations
 
@@ -30,24 +27,24 @@ def read_reference(
     family: ClipFamily,
     images: Callable[[TaskData], Images],
 ) -> Reference:
-    """Read a recipe's training pictures, and the texts of a file or of the recipe itself.
+    """Read a recipe's training images, and the texts of a file or of the recipe itself.
 
     Args:
-        label: of the method, for error texts.
-        recipe: of pictures; its labels are not looked at.
-        file: one text per line; None for what the recipe says of its pictures.
+        label: the method's label, for error messages.
+        recipe: name or file of the recipe of the images; its labels are ignored.
+        file: a file with one text per line; None for the recipe's class prompts or answers.
         config: its root is where relative paths start.
         family: the model; its weights are not needed.
-        images: a split → its prepared pictures.
+        images: a split → its preprocessed images.
 
     Raises:
-        ConfigError: for data that are not there, or cannot be used; the sentence names the option.
+        ConfigError: if the data are missing or cannot be used; names the option.
     """
     option = "reference"
     try:
         data = load_split(load_recipe(recipe), SPLIT, config.root, config.on_bad_image)
         option = "reference" if file is None else "reference_texts"
-        texts = _said_of(data) if file is None else _lines(Path(config.root or "", file))
+        texts = _recipe_texts(data) if file is None else _lines(Path(config.root or "", file))
         tokens = _tokens(family, texts)
     except UserError as error:
         raise ConfigError(f"methods.{label}.{option}: {error.problem}", error.cure) from None
@@ -61,8 +58,8 @@ def read_reference(
     return Reference(images(data).take, len(data), tokens, record)
 
 
-def _said_of(data: TaskData) -> list[str]:
-    """The class prompts of a classification set, else the answers that its examples have, each once."""
+def _recipe_texts(data: TaskData) -> list[str]:
+    """Return the class prompts of a classification set, else the distinct answers of its examples."""
     if data.recipe.kind == "classification":
         return data.recipe.prompts
     return list(dict.fromkeys(answer for answers in data.answers for answer in answers))
@@ -74,7 +71,7 @@ def _lines(path: Path) -> list[str]:
     except UserError as error:
         raise ConfigError(error.problem, CURE) from error
     if not any(lines):
-        raise ConfigError(f"{path} holds no text", CURE)
+        raise ConfigError(f"{path} has no line with text", CURE)
     return [line for line in lines if line]
 
 

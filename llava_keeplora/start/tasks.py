@@ -1,4 +1,4 @@
-"""The tasks of a run: their recipes and their data, checked before anything is computed."""
+"""The tasks of a run: their recipes and data, loaded and checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Task:
     """One task of the sequence.
 
     Args:
-        recipe: what it is.
-        train: what it learns from.
-        test: what it is scored on.
+        recipe: its recipe.
+        train: the split that it is trained on.
+        test: the split that it is scored on.
     """
 
     recipe: Recipe
@@ -35,7 +35,7 @@ class Task:
         return self.recipe.name
 
     def record(self) -> dict:
-        """What every journal entry of the task carries; `plugins` only where there are some."""
+        """Return the record of the task in journal and results; `plugins` only if it uses some."""
         plugins = task_plugins(self.recipe)
         return {
             "task": self.name,
@@ -55,7 +55,7 @@ class Task:
         }
 
     def repeats(self) -> list[str]:
-        """What is in its data more than once, as sentences; see `llava_keeplora_recipes.repeats`."""
+        """Return sentences on repeated examples in its data; see `llava_keeplora_recipes.repeats`."""
         sentences = [
             f"{self.name}/{data.split}: {note}" for data in (self.train, self.test) for note in repeats(data)
         ]
@@ -64,7 +64,7 @@ class Task:
         return sentences
 
     def notes(self) -> list[str]:
-        """What is worth a look in its data: the same, and the files that are not read."""
+        """Return sentences on what a user should check in its data: ignored files, markers, and repeats."""
         notes = [
             (data.split, note)
             for data in (self.train, self.test)
@@ -73,10 +73,10 @@ class Task:
         return [f"{self.name}/{split}: {note}" for split, note in notes if note] + self.repeats()
 
     def decoding_note(self) -> str:
-        """A clause on pictures that earlier releases decoded otherwise; empty where there are none."""
+        """Return a clause on images that earlier releases decoded differently; empty if there are none."""
         count = len(self.train.decoding_notes) + len(self.test.decoding_notes)
         return (
-            f"; {count} of its pictures have transparency or an EXIF orientation, which earlier releases "
+            f"; {count} of its images have transparency or an EXIF orientation, which earlier releases "
             "ignored"
             if count
             else ""
@@ -87,7 +87,7 @@ def load_tasks(config: RunConfig) -> list[Task]:
     """Load and check every task's data, before any weight is loaded; see `load_task`.
 
     Raises:
-        RecipeError, EvalError: for whatever is wrong with a recipe, its data or its metric.
+        RecipeError, EvalError: for mistakes in a recipe, its data or its metric.
         ConfigError: if a task is named twice.
     """
     return [load_task(recipe, config.data) for recipe in load_recipes(config.tasks)]
@@ -97,14 +97,14 @@ def load_task(recipe: Recipe, data: DataConfig) -> Task:
     """Load and check one task's data.
 
     Raises:
-        RecipeError: for whatever is wrong with its data.
-        EvalError: for a metric that cannot be computed here, or that no answer to the test split can meet.
+        RecipeError: for mistakes in the data.
+        EvalError: if the metric cannot be computed here, or no answer to the test split can satisfy it.
     """
     check_metric(recipe.metric)
     train, test = load_splits(data, recipe)
     if warning := check_references(test):
         log.warning(warning)
-    # The loaded recipe: some class lists come from the source itself.
+    # The recipe of the loaded data: some class lists are read from the data.
     task = Task(train.recipe, train, test)
     for note in task.repeats():
         log.warning(note)
@@ -112,10 +112,10 @@ def load_task(recipe: Recipe, data: DataConfig) -> Task:
 
 
 def load_splits(config: DataConfig, recipe: Recipe) -> tuple[TaskData, TaskData]:
-    """What a task is trained and scored on.
+    """Load a task's training and test data; with `holdout`, both are taken from the training split.
 
     Raises:
-        RecipeError: for whatever is wrong with the recipe's data.
+        RecipeError: for mistakes in the recipe's data.
     """
     train = load_split(recipe, "train", config.root, config.on_bad_image)
     return (

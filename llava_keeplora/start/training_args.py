@@ -1,7 +1,4 @@
-"""The arguments of one task's training.
-
-Made for `transformers.Trainer`, and checked before anything is learned.
-"""
+"""The `transformers.TrainingArguments` of one task, and their check before any training."""
 
 from __future__ import annotations
 
@@ -20,27 +17,27 @@ from llava_keeplora.distributed import has_group
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora.steps import optimiser_steps
 
-#: Trackers that are used without a package that transformers could look for.
+#: Trackers for which transformers does not look for an installed package.
 ALWAYS = {"azure_ml", "flyte"}
 
 
 def training_arguments(
     training: Mapping[str, Any], *, output_dir: str, run_name: str, seed: int
 ) -> TrainingArguments:
-    """`TrainingArguments` of one task: the user's, and what the driver sets.
+    """Return the `TrainingArguments` of one task: the user's, and those that the driver sets.
 
     Args:
-        training: the `training` section of a configuration as this task has it.
-        output_dir: for what the Trainer itself wants to write.
-        run_name: what trackers call this task's training.
-        seed: of this task's training.
+        training: the task's `training` section.
+        output_dir: folder for files that the Trainer itself writes.
+        run_name: name of this task's training in trackers.
+        seed: seed of this task's training.
     """
     values = {
         "logging_steps": 10,
         "save_steps": 100,
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
-        # Batches come from memory by index; pinning would only copy them once more.
+        # Batches are collated from memory; pinning would only copy them once more.
         "dataloader_pin_memory": False,
         # Every trainable tensor gets a gradient; the first step checks that.
         "ddp_find_unused_parameters": False,
@@ -59,20 +56,18 @@ def training_arguments(
 
 
 def planned_arguments(training: Mapping[str, Any], world: int) -> TrainingArguments:
-    """`TrainingArguments` to be checked.
-
-    Where a plan has none of DeepSpeed's processes, its configuration is compared as if there were.
+    """Return `TrainingArguments` for a check, also outside of DeepSpeed's processes, as in a plan.
 
     Args:
         training: as for `training_arguments`.
-        world: processes.
+        world: number of processes.
     """
     places = {"output_dir": "unset", "run_name": "unset", "seed": 0}
     deepspeed = training.get("deepspeed")
     if not deepspeed or has_group():
         return training_arguments(training, **places)
     arguments = training_arguments({**training, "deepspeed": None}, **places)
-    # In a copy, because what is `auto` is filled in.
+    # A copy, because transformers fills in its `auto` values.
     arguments.hf_deepspeed_config = HfTrainerDeepSpeedConfig(copy.deepcopy(deepspeed))
     arguments.hf_deepspeed_config.trainer_config_process(SimpleNamespace(**vars(arguments), world_size=world))
     arguments.deepspeed = deepspeed
@@ -87,34 +82,34 @@ def check_arguments(
     examples: int,
     world: int,
 ) -> None:
-    """Refuse what transformers refuses, and what would train something else than was asked for.
+    """Check the arguments by transformers' own rules, and refuse those that would have no or a wrong effect.
 
     Args:
-        make: makes the arguments.
-        label: of the method.
-        training: the `training` section that they are made of.
+        make: returns the arguments.
+        label: the method's label.
+        training: the `training` section that they are made from.
         task: the task's name.
-        examples: that it trains on.
-        world: processes.
+        examples: number of its training examples.
+        world: number of processes.
 
     Raises:
-        ConfigError: naming what is wrong.
+        ConfigError: naming the argument.
     """
     try:
         arguments = make()
     except (ValueError, TypeError, ImportError, AssertionError, OSError, NotImplementedError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"transformers refuses the training arguments of '{label}' ({why})", "mend `training`"
+            f"transformers refuses the training arguments of '{label}' ({why})", "correct `training`"
         ) from error
     steps = optimiser_steps(training, examples, world)
-    if not arguments.deepspeed:  # DeepSpeed makes its own.
+    if not arguments.deepspeed:  # DeepSpeed creates the optimiser itself.
         _check_optimiser(arguments, label, steps)
     _check_loader(arguments, label, task, examples, world)
     check_reporters(arguments)
     if arguments.tf32:
         raise ConfigError(
-            "training.tf32 is true, which would round the sums that the subspaces are made of to ten bits",
+            "training.tf32 is true, which would round the sums that determine the subspaces to ten bits",
             "leave it out, and use bf16",
         )
     if (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -124,27 +119,26 @@ def check_arguments(
             if training.get(key)
         )
         raise ConfigError(
-            f"training.{key}.use_reentrant is true, and that form sends no gradient through a block whose "
-            "input needs none, such as a frozen "
-            "model's first",
+            f"training.{key}.use_reentrant is true, but re-entrant checkpointing gives no gradients to a "
+            "block whose input requires none, such as the first of a frozen model",
             "leave it out",
         )
     mismatches = _deepspeed_mismatches(arguments, task, steps) if arguments.deepspeed else []
     if mismatches:
-        told = "; ".join(
+        pairs = "; ".join(
             line.removeprefix("- ds ").replace(" vs hf ", " against training.") for line in mismatches
         )
         raise ConfigError(
-            f"the DeepSpeed configuration contradicts the run's ({told})",
+            f"the DeepSpeed configuration contradicts the run's ({pairs})",
             'make them agree, or write "auto" in the DeepSpeed configuration',
         )
 
 
 def _check_optimiser(arguments: TrainingArguments, label: str, steps: int) -> None:
-    """Make the optimiser and its schedule once, so that settings which they refuse are reported early.
+    """Create the optimiser and its schedule once, so that settings which they refuse are reported early.
 
     Raises:
-        ConfigError: naming the optimiser and what it says.
+        ConfigError: naming the optimiser, with its message.
     """
     try:
         cls, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
@@ -156,7 +150,7 @@ def _check_optimiser(arguments: TrainingArguments, label: str, steps: int) -> No
         if unread:
             raise ValueError(f"it does not read training.optim_args.{unread[0]}")
         if {"params", "model", "optimizer_dict"} & set(values):
-            return  # Made for the model's own layers.
+            return  # It can be created only for the model's own layers.
         optimiser = cls([torch.nn.Parameter(torch.zeros(1))], **values)
         get_scheduler(
             arguments.lr_scheduler_type,
@@ -165,21 +159,19 @@ def _check_optimiser(arguments: TrainingArguments, label: str, steps: int) -> No
             num_training_steps=steps,
             scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
         )
-    except Exception as error:  # Whatever an optimiser of any library says of its settings.
+    except Exception as error:  # Optimisers of other libraries may raise any kind of error.
         why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
             f"the optimiser '{getattr(arguments.optim, 'value', arguments.optim)}' of '{label}' or its "
             "schedule "
             f"'{getattr(arguments.lr_scheduler_type, 'value', arguments.lr_scheduler_type)}' refuses its "
             f"settings ({why})",
-            "mend `training`",
+            "correct `training`",
         ) from error
 
 
 def check_reporters(arguments: TrainingArguments) -> None:
-    """Refuse a tracker that isn't there before anything is trained.
-
-    Transformers itself would only after the zero-shot row.
+    """Check that all trackers are installed; transformers would refuse only after the zero-shot row.
 
     Raises:
         ConfigError: naming the first one that transformers doesn't know or whose package is missing.
@@ -198,9 +190,9 @@ def check_reporters(arguments: TrainingArguments) -> None:
 
 
 def _reads(arguments: TrainingArguments, pair: str) -> bool:
-    """Whether transformers reads a `key=value` of `optim_args` for the optimiser.
+    """Return whether transformers uses a `key=value` of `optim_args` for this optimiser.
 
-    Another value then makes it another one, or fails.
+    It does if another value of the key changes the optimiser's arguments or fails.
     """
 
     def outcome(optim_args: str | None) -> Any:
@@ -208,17 +200,17 @@ def _reads(arguments: TrainingArguments, pair: str) -> bool:
         changed.optim_args = optim_args
         try:
             return Trainer.get_optimizer_cls_and_kwargs(changed)
-        except Exception:  # Of any library.
+        except Exception:  # Optimisers of other libraries may raise any kind of error.
             return None
 
     return outcome(f"{pair.partition('=')[0]}=0.123") != outcome(None)
 
 
 def _check_loader(arguments: TrainingArguments, label: str, task: str, examples: int, world: int) -> None:
-    """Refuse workers that torch refuses, and batches that are all left out.
+    """Check the data loader's workers by torch's own rules, and that `drop_last` leaves at least one batch.
 
     Raises:
-        ConfigError: naming what is wrong.
+        ConfigError: naming the argument.
     """
     workers = {
         "num_workers": arguments.dataloader_num_workers,
@@ -229,23 +221,23 @@ def _check_loader(arguments: TrainingArguments, label: str, task: str, examples:
         torch.utils.data.DataLoader(range(examples), **workers)
     except ValueError as error:
         raise ConfigError(
-            f"torch refuses the data loader of '{label}' ({str(error).rstrip('.')})", "mend `training`"
+            f"torch refuses the data loader of '{label}' ({str(error).rstrip('.')})", "correct `training`"
         ) from error
     size = arguments.per_device_train_batch_size * world
     if arguments.dataloader_drop_last and examples < size:
         raise ConfigError(
-            f"training.dataloader_drop_last is true, and '{task}' has {examples} examples for batches of "
-            f"{size}",
-            "take smaller batches, or leave it out",
+            f"training.dataloader_drop_last is true, but '{task}' has only {examples} examples for batches "
+            f"of {size}",
+            "use smaller batches, or leave it out",
         )
 
 
 def _deepspeed_mismatches(arguments: TrainingArguments, task: str, steps: int) -> list[str]:
-    """In transformers' words.
+    """Return where the DeepSpeed configuration contradicts the arguments, in transformers' words.
 
-    What it compares only once it has counted the steps, as training begins, is compared here.
+    This includes the numbers of steps, which transformers compares only when training begins.
     """
-    # In a copy, so that nothing is filled in.
+    # A copy, so that no `auto` value is filled in.
     compared = copy.deepcopy(arguments.hf_deepspeed_config)
     compared.fill_match("scheduler.params.total_num_steps", steps, f"steps of '{task}'")
     compared.fill_match(

@@ -228,7 +228,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(make_table, tmp_path, st
     ]
     told = str(outcome.failures[0])
     assert re.fullmatch(
-        rf"{table.output_dir}/I/seed-0/keeplora failed \(layer .* input directions left .*\), see {table.output_dir}/I/seed-0/keeplora.log",
+        rf"{table.output_dir}/I/seed-0/keeplora failed \(layer .* input directions outside .*\), see {table.output_dir}/I/seed-0/keeplora.log",
         told,
     )
     assert {name: len(trials) for name, trials in outcome.results["I"].items()} == {

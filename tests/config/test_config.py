@@ -275,13 +275,19 @@ def test_a_value_that_cannot_be_is_named_with_its_place(changes, words):
             "methods.keplora names the method 'keplora', which does not exist; did you mean 'keeplora'",
         ),
         ({"mine": {"method": "keplora"}}, "methods.mine names the method 'keplora', which does not exist"),
-        ({"keeplora": {"preset": "papr"}}, "methods.keeplora.preset is 'papr'; did you mean 'paper'"),
-        ({"keeplora": {"form": "x"}}, "methods.keeplora.form is 'x'"),
-        ({"keeplora": {"gradient_fraction": 0}}, "methods.keeplora.gradient_fraction is 0.0"),
-        ({"keeplora": {"feature_fraction": 1.5}}, "methods.keeplora.feature_fraction is 1.5"),
+        ({"keeplora": {"preset": "papr"}}, "(got 'papr'); did you mean 'paper'"),
+        ({"keeplora": {"form": "x"}}, "methods.keeplora.form must be one of delta, literal (got 'x')"),
+        (
+            {"keeplora": {"gradient_fraction": 0}},
+            "methods.keeplora.gradient_fraction must be in (0, 1] (got 0.0)",
+        ),
+        (
+            {"keeplora": {"feature_fraction": 1.5}},
+            "methods.keeplora.feature_fraction must be in (0, 1] (got 1.5)",
+        ),
         (
             {"keeplora": {"feature_fraction": 0.5, "preset": "released-llava"}},
-            "methods.keeplora.feature_fraction is 0.5, and the preset 'released-llava' reads gradients",
+            "methods.keeplora.feature_fraction is 0.5, but the preset 'released-llava' reads gradients",
         ),
         ({"keeplora": {"protect_weights": 1}}, "methods.keeplora.protect_weights is 1, but it takes bool"),
         (

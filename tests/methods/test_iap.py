@@ -316,15 +316,15 @@ def test_it_runs_by_the_published_settings_without_parts_and_keeps_prompts_and_g
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"prompts": 0}, "prompts is 0, but there is nothing else to train; set it to 1 or more"),
+        ({"prompts": 0}, "prompts must be at least 1.*got 0"),
         (
             {"text_layers": -1},
-            "text_layers is -1, but layers are counted from 0; set it to 0 for prompts in the image encoder alone",
+            "text_layers must not be negative .got -1.*set it to 0",
         ),
-        ({"temperature": 0.0}, "temperature is 0.0, but it divides; set it to, say, 3"),
+        ({"temperature": 0.0}, "temperature must be above 0 .got 0.0"),
         (
             {"low": 0.9},
-            r"low is 0.9 and high 0.8, but weights lie in \[0, 1\]; set them to, say, 0.2 and 0.8",
+            r"0 <= low <= high <= 1 .got 0.9 and 0.8",
         ),
     ],
 )

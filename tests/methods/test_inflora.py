@@ -207,13 +207,11 @@ def test_the_base_alone_protects_nothing():
 def test_second_moments_that_do_not_fit_are_refused_with_the_cure():
     with pytest.raises(
         MethodError,
-        match=r"second moments for task 't' take 5.8e-07 GB, and memory.statistics_gb is 1e-07; raise memory.statistics_gb, or adapt k_proj",
+        match=r"second moments for task 't' take 5.8e-07 GB, but memory.statistics_gb is 1e-07; raise memory.statistics_gb, or adapt k_proj",
     ):
         InfLora(InfLora.Options()).init_adapters(context(draw(50, 0), budget=100))
 
 
 def test_a_rise_that_is_none_is_refused():
-    with pytest.raises(
-        MethodError, match=r"energy_step is 1.0, but a rise of a share lies in \[0, 1\); set it to 0"
-    ):
+    with pytest.raises(MethodError, match=r"energy_step must be in \[0, 1\) .got 1.0.; set it to 0"):
         InfLora.Options(energy_step=1.0)

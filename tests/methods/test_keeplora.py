@@ -249,7 +249,7 @@ def test_a_gradient_of_lower_rank_gives_fewer_directions_at_the_same_scale():
 def test_a_rank_larger_than_the_residual_space_is_refused_with_the_layer_and_the_cure():
     with pytest.raises(
         MethodError,
-        match=r"layer layer has \d+ of 10 input directions left .* fewer than the rank 9; lower parts.vision.rank",
+        match=r"layer layer has \d+ of 10 input directions outside .* fewer than the rank 9; lower parts.vision.rank",
     ):
         started(rank=9, energy_weight=0.9)
 

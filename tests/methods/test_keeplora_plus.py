@@ -298,7 +298,7 @@ def features_of(family, data):
 def test_a_negative_scale_is_refused(scale):
     with pytest.raises(
         MethodError,
-        match=f"scale is {scale}, but logits grow with the cosine; set it to 30, as published, or to 0 to do without",
+        match=f"scale must not be negative .got {scale}.; set it to 30",
     ):
         KeepLoraPlus.Options(scale=scale)
 

@@ -115,7 +115,7 @@ def test_computing_all_experts_and_an_examples_own_is_the_same_with_the_same_gra
     found, x = mixture(), x[:, :tokens].requires_grad_()
     gates = found.routers[1](x[:, 0], 2).double()
     both = []
-    for form in (found._of_all, found._of_own):
+    for form in (found._dense_sum, found._sparse_sum):
         for p in found.parameters():
             p.grad = None
         out = form(x, gates)
@@ -351,16 +351,16 @@ def test_few_pictures_are_enough_for_one(pictures, count):
     [
         (
             {"top_k": 5},
-            "top_k is 5 with experts 4, but an example takes one expert to all of them; set top_k to, say, 2",
+            "top_k must be from 1 to the number of experts, 4 .got 5",
         ),
-        ({"top_k": 0}, "top_k is 0 with experts 4"),
-        ({"bottleneck": 0}, "bottleneck is 0, but a bottleneck lets something through; set it to 1 or more"),
-        ({"code": 0}, "code is 0"),
-        ({"dropout": 1.0}, r"dropout is 1.0, but a share lies in \[0, 1\); set it to 0 to do without"),
-        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        ({"top_k": 0}, "top_k must be from 1 .*got 0"),
+        ({"bottleneck": 0}, "bottleneck must be at least 1 .got 0"),
+        ({"code": 0}, "code must be at least 1 .got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\) .got 1.0"),
+        ({"label_smoothing": -0.1}, "label_smoothing must be in .*got -0.1"),
         (
             {"threshold": 0.0},
-            "threshold is 0.0, but an error relative to another is above 0; set it to, say, 2",
+            "threshold must be above 0 .got 0.0",
         ),
     ],
 )

@@ -147,9 +147,9 @@ def test_the_second_penalty_is_the_sum_of_the_norms(penalised):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lambda1": -1.0}, "lambda1 is -1.0, but a penalty's weight is not negative; set it to 0"),
-        ({"lambda2": float("nan")}, "lambda2 is nan"),
-        ({"dropout": 1.0}, r"dropout is 1.0, but a share of the input lies in \[0, 1\)"),
+        ({"lambda1": -1.0}, "lambda1 must not be negative .got -1.0.; set it to 0"),
+        ({"lambda2": float("nan")}, "lambda2 must not be negative .got nan"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\) .got 1.0"),
     ],
 )
 def test_settings_that_are_none_are_refused(options, words):

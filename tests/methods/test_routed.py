@@ -84,7 +84,7 @@ def test_no_examples_have_no_answers(taught):
 def test_an_unknown_routing_is_refused(name):
     with pytest.raises(
         MethodError,
-        match="routing is 'task'; set it to 'sample', or to 'batch' for one task per batch as published",
+        match="routing must be one of sample, batch .got 'task'",
     ):
         make(name, routing="task")
 
@@ -121,4 +121,4 @@ def test_the_rows_of_all_processes_come_in_the_order_of_the_data(monkeypatch):
         shares = [list(rows[rank::world].split(2)) if len(rows[rank::world]) else [] for rank in range(world)]
 
         monkeypatch.setattr(routed, "all_gather_object", lambda own: shares)
-        assert torch.equal(routed._of_all(shares[-1]), rows)
+        assert torch.equal(routed._gather_rows(shares[-1]), rows)

@@ -254,7 +254,7 @@ def test_where_the_weights_are_the_pretrained_ones_neither_distillation_nor_cons
 def test_no_distillation_reaches_the_text_encoder_and_all_of_it_the_vision_encoder(held):
     method, ctx, model, _ = held
     moved(model)
-    method._distilled(ctx).backward()
+    method._distillation(ctx).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert reached == {
         name
@@ -330,7 +330,7 @@ def test_reference_data_that_are_not_there_are_refused_in_a_sentence(refused, tm
     root = {"data": {"root": str(tmp_path)}, "tasks": ["digits"]}
     refused(
         {"reference_texts": "captions.txt"},
-        f"reference_texts: {tmp_path}/captions.txt holds no text; give a text file",
+        f"reference_texts: {tmp_path}/captions.txt has no line with text; give a text file",
         **root,
     )
     (tmp_path / "captions.txt").write_text("a red circle .\n" + 20 * "a photo of ")
@@ -371,11 +371,11 @@ def test_a_plan_refuses_it_in_a_sentence(run_config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, but a share of the target lies in"),
-        ({"distillation": -1.0}, "distillation is -1.0, but it is not negative; set it to 0 to do without"),
-        ({"ensemble_every": -1}, "ensemble_every is -1, but it is not negative"),
-        ({"temperature": 0.0}, "temperature is 0.0, but logits are divided by it"),
-        ({"reference_batch": 0}, "reference_batch is 0, but a batch holds something"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be in .*got 1.0"),
+        ({"distillation": -1.0}, "distillation must not be negative .got -1.0.; set it to 0"),
+        ({"ensemble_every": -1}, "ensemble_every must not be negative .got -1"),
+        ({"temperature": 0.0}, "temperature must be above 0 .got 0.0"),
+        ({"reference_batch": 0}, "reference_batch must be at least 1 .got 0"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_in_a_sentence(options, sentence):

@@ -300,7 +300,7 @@ def test_a_whole_gradient_that_cannot_fit_is_proposed_to_be_sketched_at_the_star
 def test_a_plan_names_the_statistics_that_the_smallest_sketches_take_as_a_start_does(wide_tree):
     with pytest.raises(
         ConfigError,
-        match="memory.statistics_gb is 1e-05, which holds no statistics of the features of 'keeplora'; set memory.statistics_gb=",
+        match="memory.statistics_gb is 1e-05, which is too little for the feature statistics of 'keeplora'; set memory.statistics_gb=",
     ) as caught:
         make_plan(parse_config(wide_tree(memory={"statistics_gb": 1e-5})))
     enough = float(str(caught.value).split("statistics_gb=")[1].split(",")[0])

@@ -127,7 +127,7 @@ def test_a_preset_of_released_code_takes_no_auto(run_config, drive, tmp_path):
     with pytest.raises(MethodError) as error:
         drive(config)
     assert str(error.value) == (
-        "parts.text.energy_feature is 'auto', and the preset 'released-llava' follows released code, which has numbers; "
+        "parts.text.energy_feature is 'auto', but the preset 'released-llava' follows released code, which has fixed numbers; "
         "set a number, or use the preset 'paper'."
     )
 
@@ -135,6 +135,6 @@ def test_a_preset_of_released_code_takes_no_auto(run_config, drive, tmp_path):
 def test_weights_in_shards_cannot_be_cut():
     layers = {"l": Layer("l", "vision", None, 2, 2.0, 0.95, 0.99, ("energy_weight",))}
     with pytest.raises(
-        ConfigError, match="parts.vision.energy_weight is 'auto', and ZeRO-3 holds the weights in shards"
+        ConfigError, match="parts.vision.energy_weight is 'auto', but ZeRO-3 holds the weights in shards"
     ):
         check_auto(layers.values())

@@ -226,7 +226,7 @@ def test_a_run_of_pictures_that_were_decoded_otherwise_is_refused_with_the_reaso
     run._decoding_note = lambda key, record: MethodRun._decoding_note(run, key, record)
     entry = SimpleNamespace(task=0, info={"tasks": [old]})
     with pytest.raises(
-        RunError, match="train.fingerprint: .*; 1 of its pictures have transparency or an EXIF orient"
+        RunError, match="train.fingerprint: .*; 1 of its images have transparency or an EXIF orient"
     ):
         MethodRun._check_plan(run, entry)
 
@@ -253,7 +253,7 @@ def test_a_run_of_pictures_that_were_decoded_otherwise_is_refused_with_the_reaso
         ({"model": {"name_or_path": "nowhere/at-all"}}, "the model 'nowhere/at-all' cannot be loaded"),
         (
             {"training": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}},
-            "training.gradient_checkpointing_kwargs.use_reentrant is true, and that form sends no",
+            "training.gradient_checkpointing_kwargs.use_reentrant is true, but",
         ),
         (
             {"training": {"lr_scheduler_type": "zigzag"}},
@@ -354,6 +354,6 @@ def test_a_split_of_examples_with_and_without_pictures_is_refused_where_processe
     check_pictures([task(1, 2, 1), task(0, 0)])
     with pytest.raises(
         ConfigError,
-        match="^2 of the 3 examples of science/train have no picture, and with ZeRO-3 .*; use ZeRO-2 or one process",
+        match="^2 of the 3 examples of science/train have no image, but with ZeRO-3 .*; use ZeRO-2 or one process",
     ):
         check_pictures([task(1, 1), task(0, 1, 0)])

@@ -66,21 +66,21 @@ def deepspeed(stage=2, **content):
         ),
         (
             deepspeed(optimizer={"type": "AdamW", "params": {"lr": "auto"}}) | RATED,
-            "brings its own optimizer.*parts.vision has its own",
+            "has an optimizer.*parts.vision has its own",
         ),
         (
             deepspeed(3) | {"parts": {"vision": {"energy_weight": "auto"}}},
-            "'auto', and ZeRO-3 holds the weights in shards",
+            "'auto', but ZeRO-3 holds the weights in shards",
         ),
-        ({"parts": {"vision": {"rank": 32}}}, "rank is 32, and layer .* has 32 input directions"),
+        ({"parts": {"vision": {"rank": 32}}}, "rank is 32, but layer .* has 32 input directions"),
         (
             {"methods": {"keeplora": {"preset": "released-clip"}}, "parts": {"vision": {"targets": ["fc1"]}}},
-            "square layers alone allow.*64 × 32",
+            "requires square layers.*64 × 32",
         ),
-        ({"memory": {"statistics_gb": 1e-9}}, "holds no statistics of the features of 'keeplora'"),
+        ({"memory": {"statistics_gb": 1e-9}}, "too little for the feature statistics of 'keeplora'"),
         (
             {"methods": {"keeplora": {}, "inflora": {}}, "memory": {"statistics_gb": 1e-9}},
-            "holds no statistics of the features of",
+            "too little for the feature statistics of",
         ),
         (
             {"methods": {"keeplora": {}, "zscl": {"reference": "nowhere"}}},
@@ -118,11 +118,11 @@ def test_plan_and_train_say_the_same_of_a_wrong_configuration_and_let_the_mended
     [
         (
             {"parts": {"language": {"rank": 64}}},
-            "parts.language.rank is 64, and layer .* has 32 input directions",
+            "parts.language.rank is 64, but layer .* has 32 input directions",
         ),
         (
             {"methods": {"keeplora": {"random_resized_crop": [0.9, 1.0]}}},
-            "random_resized_crop is set, which crops what CLIP trains on",
+            "random_resized_crop is set, which crops the images of CLIP",
         ),
         (
             {"evaluation": {"test_prompts": "averaged"}},
@@ -196,6 +196,6 @@ def test_several_processes_are_refused_by_a_plan_as_by_a_start_where_batches_cou
     assert make_plan(parse_config(tree), 1, 24.0).fits
     with pytest.raises(
         UserError,
-        match="'keeplora' averages batches in their order, which 2 processes don't have; run it in one process",
+        match="'keeplora' averages batches in their order, which 2 processes do not keep; run it in one process",
     ):
         make_plan(parse_config(tree), 2, 24.0)

@@ -93,7 +93,7 @@ def test_references_that_no_answer_can_meet_are_said_before_a_run_and_refused_if
     [
         (
             {"parts": {"vision": {"rank": 500}}},
-            r"parts.vision.rank is 500, and layer .* has \d+ input directions",
+            r"parts.vision.rank is 500, but layer .* has \d+ input directions",
         ),
         (
             {
@@ -165,7 +165,7 @@ class TestBegunAnew:
             parts={"vision": {"rank": 31}},
         )
         with pytest.raises(
-            MethodError, match="input directions left beside its principal subspace .*fewer than the rank 31"
+            MethodError, match="input directions outside its principal subspace .*fewer than the rank 31"
         ):
             run(parse_config(tree))
         assert (tmp_path / "run/config.json").exists()
