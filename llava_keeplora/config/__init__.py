@@ -1,4 +1,4 @@
-"""One run as data: YAML in, frozen records out, every unknown key refused."""
+"""The configuration of a run: YAML is read into frozen records, and every unknown key is an error."""
 
 from llava_keeplora.config.checks import check_full_finetuning, deepspeed_config
 from llava_keeplora.config.coerce import SWITCHES, as_mapping, build

@@ -1,4 +1,4 @@
-"""Checks that need several sections of a configuration at once."""
+"""Checks of a configuration that involve several sections at once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from llava_keeplora.registries import METHODS
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
-    """The ZeRO configuration of the run, its precision as it will be; None without one.
+    """Return the run's DeepSpeed configuration with `auto` precisions resolved; None without one.
 
     Raises:
-        ConfigError: if methods have different ones, or one contradicts `model.dtype` or `model.quantization`,
-            or has no stage that there is.
+        ConfigError: if methods have different ones, its stage does not exist, it contradicts `model.dtype` or
+            `model.quantization`, or a method does not support ZeRO-3.
     """
-    named = {label: method.training.get("deepspeed") for label, method in config.methods.items()}
-    if len({json.dumps(value, sort_keys=True) for value in named.values()}) > 1:
-        told = " and ".join(f"{value!r} for '{label}'" for label, value in named.items())
+    by_label = {label: method.training.get("deepspeed") for label, method in config.methods.items()}
+    if len({json.dumps(value, sort_keys=True) for value in by_label.values()}) > 1:
+        values = " and ".join(f"{value!r} for '{label}'" for label, value in by_label.items())
         raise ConfigError(
-            f"training.deepspeed is {told}, but the methods of a run share one model",
-            "give all methods the same, or run them apart",
+            f"training.deepspeed must be the same for all methods, which share one model (got {values})",
+            "give all methods the same, or run them separately",
         )
-    value = next(iter(named.values()), None)
+    value = next(iter(by_label.values()), None)
     if not value:
         return None
     content = (
@@ -44,7 +44,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
     stage = content.get("zero_optimization", {}).get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= 3:
         raise ConfigError(
-            f"the DeepSpeed configuration has zero_optimization.stage {stage!r}", "set it to 0, 1, 2 or 3"
+            f"zero_optimization.stage of the DeepSpeed configuration must be 0, 1, 2 or 3 (got {stage!r})",
+            "set it to 0, 1, 2 or 3",
         )
     for precision, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         section = content.get(precision, {})
@@ -52,17 +53,17 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
             section["enabled"] = all(
                 method.training.get(precision) is True for method in config.methods.values()
             )
-        # DeepSpeed turns the whole model into the precision of its own configuration, for good.
+        # DeepSpeed converts the whole model permanently to the precision of its own configuration.
         if bool(section.get("enabled", False)) != (config.model.dtype == dtype):
             raise ConfigError(
                 f"the DeepSpeed configuration has {precision}.enabled "
-                f"{json.dumps(section.get('enabled', False))} and model.dtype is {config.model.dtype}",
+                f"{json.dumps(section.get('enabled', False))}, but model.dtype is {config.model.dtype}",
                 "make them agree: model.dtype bfloat16 with bf16 enabled, float32 with neither bf16 nor fp16",
             )
     if stage == 3 and config.model.quantization:
         raise ConfigError(
-            "the DeepSpeed configuration has zero_optimization.stage 3 and model.quantization is "
-            f"{config.model.quantization}, which it cannot split",
+            "the DeepSpeed configuration has zero_optimization.stage 3, which cannot shard the quantised "
+            f"weights of model.quantization {config.model.quantization}",
             "use stage 2, or leave the base unquantised",
         )
     if stage == 3:
@@ -71,17 +72,17 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
 
 
 def check_full_finetuning(config: RunConfig) -> None:
-    """Refuse to train a whole model whose weights are too coarse for it.
+    """Check that methods that train the whole model have weights that are precise enough.
 
     Raises:
-        ConfigError: for a method that would, on quantised weights or on half-precision ones without an
-            optimiser's finer copies.
+        ConfigError: for quantised weights, and for half-precision weights without fp32 copies in the
+            optimiser, as DeepSpeed's has.
     """
     for label, method in config.methods.items():
         if METHODS[method.method].full_finetuning and config.model.quantization:
             raise ConfigError(
-                f"'{label}' trains the whole model and model.quantization is {config.model.quantization}, "
-                "but quantised weights can't be trained",
+                f"'{label}' trains the whole model, but model.quantization is {config.model.quantization}, "
+                "and quantised weights can't be trained",
                 f"leave the base unquantised, or '{label}' out of this run",
             )
         if (
@@ -90,8 +91,8 @@ def check_full_finetuning(config: RunConfig) -> None:
             and not method.training.get("deepspeed")
         ):
             raise ConfigError(
-                f"'{label}' trains the whole model and model.dtype is {config.model.dtype}, in which small "
-                "steps are rounded away",
+                f"'{label}' trains the whole model, but model.dtype is {config.model.dtype}, in which small "
+                "updates are rounded away",
                 "set model.dtype to float32; training.bf16 computes in bfloat16 all the same",
             )
 
@@ -100,7 +101,7 @@ def _check_zero3(config: RunConfig) -> None:
     for label, method in config.methods.items():
         if not METHODS[method.method].supports_zero3:
             raise ConfigError(
-                f"the DeepSpeed configuration has zero_optimization.stage 3, and '{label}' ({method.method}) "
-                "needs what it trains whole outside of its layers",
+                f"the DeepSpeed configuration has zero_optimization.stage 3, but '{label}' ({method.method}) "
+                "reads trained parameters outside of their layers, where they are sharded",
                 "use stage 2",
             )

@@ -1,4 +1,4 @@
-"""Plain data into frozen records: every unknown key and every value of another type is refused."""
+"""Conversion of plain data into frozen records; unknown keys and values of a wrong type are errors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from typing import Any
 
 from llava_keeplora.errors import ConfigError, UserError, nearest
 
-#: YAML 1.1's words for true and false, as they are read where nothing else can be meant.
+#: YAML 1.1's words for true and false, which are read as such for fields that accept no text.
 SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 
 
 def build(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> Any:
-    """Build a dataclass from a mapping; unknown keys and wrong types are errors.
+    """Build a dataclass from a mapping.
 
     Args:
         kind: the dataclass.
-        tree: its values; absent ones take the default.
-        where: the dotted place, for error texts.
-        also: valid names beside the fields, for the hint.
+        tree: its values; missing ones take the default.
+        where: the dotted key of the mapping, for error messages.
+        also: names to suggest in addition to the fields, if a key is unknown.
+
+    Raises:
+        ConfigError: for an unknown key, or a value of a wrong type or range.
     """
     check_keys(kind, tree, where, also)
     hints = typing.get_type_hints(kind)
@@ -41,7 +44,11 @@ def build(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...]
 
 
 def check_keys(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> None:
-    """Refuse keys that are no fields of a dataclass; see `build`."""
+    """Check that all keys are fields of a dataclass; see `build`.
+
+    Raises:
+        ConfigError: naming the first key that is not, with the nearest field.
+    """
     fields = {f.name for f in dataclasses.fields(kind)}
     for key in tree:
         if key not in fields:
@@ -51,7 +58,11 @@ def check_keys(kind: type, tree: Mapping[str, Any], where: str, also: tuple[str,
 
 
 def coerce_value(value: Any, hint: Any, where: str) -> Any:
-    """Cast YAML scalars to a field's type; refuse what does not fit, and numbers that are not finite."""
+    """Convert a YAML scalar to a field's type.
+
+    Raises:
+        ConfigError: if the value does not fit the type, or is a number that is not finite.
+    """
     options = [h for h in typing.get_args(hint) if h is not type(None)] if _is_union(hint) else [hint]
     if value is None and (_is_union(hint) and type(None) in typing.get_args(hint)):
         return None
@@ -61,7 +72,7 @@ def coerce_value(value: Any, hint: Any, where: str) -> Any:
         try:
             if origin is bool and isinstance(value, bool):
                 return value
-            # Where text fits as well, `no` is the text: `save_strategy: no`.
+            # For a field that accepts text as well, `no` is text: `save_strategy: no`.
             if origin is bool and str not in options and isinstance(value, str) and value.lower() in SWITCHES:
                 return SWITCHES[value.lower()]
             if (
@@ -86,7 +97,7 @@ def coerce_value(value: Any, hint: Any, where: str) -> Any:
         except (ValueError, OverflowError):
             continue
     if all((typing.get_origin(o) or o) in (bool, int, float, str, tuple, list, dict) for o in options):
-        raise ConfigError(f"{where} is {value!r}, but it takes {names}", "mend the value")
+        raise ConfigError(f"{where} is {value!r}, but it takes {names}", "correct the value")
     return value
 
 
@@ -95,9 +106,13 @@ def _is_union(hint: Any) -> bool:
 
 
 def as_mapping(value: Any, where: str) -> dict[str, Any]:
-    """A section of a configuration; nothing is an empty one."""
+    """Return a section of a configuration as a dict; an empty one for None.
+
+    Raises:
+        ConfigError: if it is not a mapping.
+    """
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} is {value!r}, but it takes `key: value` pairs", "mend the value")
+        raise ConfigError(f"{where} is {value!r}, but it takes `key: value` pairs", "correct the value")
     return dict(value)

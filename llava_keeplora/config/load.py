@@ -1,4 +1,4 @@
-"""One run as data: YAML in, frozen records out, every unknown key refused."""
+"""Loading of a run's configuration: YAML, overrides of the command line, and checks of every key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from llava_keeplora_recipes.recipe_rules import MAX_NAME
 from llava_keeplora_recipes.registry import PluginError, UnknownNameError
 from llava_keeplora_recipes.strict_yaml import MAX_DEPTH, parse_yaml, read_mapping
 
-#: What a run has that names no methods.
+#: The methods of a run whose configuration names none.
 DEFAULT_METHODS: Mapping[str, Any] = {"keeplora": {}}
 
 
@@ -42,8 +42,8 @@ def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direc
     Args:
         name_or_path: a YAML file, or the name of a shipped configuration (`llava-keeplora list`).
         overrides: `a.b.c=value` strings; the value is read as YAML.
-        direct: top-level values that win over both: `output_dir`, `data_root` (sets `data.root`), and
-            `methods`, the labels of those to keep.
+        direct: values that take precedence over both: `output_dir`, `data_root` (sets `data.root`), and
+            `methods`, the labels of the methods to keep.
 
     Raises:
         ConfigError: for a missing file, an unknown key, or a value of the wrong type or range.
@@ -52,7 +52,7 @@ def load_config(name_or_path: str, overrides: typing.Sequence[str] = (), **direc
 
 
 def read_config(name_or_path: str) -> dict[str, Any]:
-    """A configuration as plain data, unchecked; see `load_config`."""
+    """Read a configuration as plain data without checking its keys; see `load_config`."""
     path = find_config(name_or_path)
     try:
         return localize_plugins(read_mapping(path), path.parent)
@@ -61,14 +61,14 @@ def read_config(name_or_path: str) -> dict[str, Any]:
 
 
 def finish_config(tree: dict[str, Any], overrides: typing.Sequence[str] = (), **direct: Any) -> RunConfig:
-    """Build a `RunConfig` from plain data and what the command line sets; see `load_config`."""
+    """Build a `RunConfig` from plain data and the settings of the command line; see `load_config`."""
     return parse_config(with_settings(tree, overrides, **direct))
 
 
 def with_settings(
     tree: dict[str, Any], overrides: typing.Sequence[str] = (), **direct: Any
 ) -> dict[str, Any]:
-    """Plain data with what the command line sets in it; see `load_config`."""
+    """Set the settings of the command line in plain data and return it; see `load_config`."""
     tree = rename_parts(tree)
     for override in overrides:
         _apply_override(tree, override)
@@ -82,10 +82,10 @@ def with_settings(
 
 
 def only_methods(methods: Mapping[str, Any], labels: typing.Sequence[str]) -> dict[str, Any]:
-    """Of methods by label these alone, in their own order; the row of the untouched model may be named too.
+    """Select methods by label, in the configuration's order; `zero-shot` may be named too.
 
     Raises:
-        ConfigError: for a label that is none of theirs.
+        ConfigError: for a label that the configuration does not have.
     """
     labels = [safe_label(label) for label in labels]
     for label in labels:
@@ -95,7 +95,7 @@ def only_methods(methods: Mapping[str, Any], labels: typing.Sequence[str]) -> di
 
 
 def _keep_methods(tree: dict[str, Any], labels: typing.Sequence[str]) -> None:
-    """Keep only these methods of a run's configuration, and what is published for them."""
+    """Keep only these methods of a run's configuration, and their published figures."""
     labels = [safe_label(label) for label in labels]
     tree["methods"] = only_methods(as_mapping(tree.get("methods", DEFAULT_METHODS), "methods"), labels)
     if isinstance(tree.get("expected"), Mapping):
@@ -109,8 +109,8 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
 
     Args:
         tree: the configuration.
-        run_plugins: whether plug-ins are imported; where not, their options and the training arguments are
-            taken as a run recorded them, to look at a run quickly and without its plug-ins.
+        run_plugins: whether plug-ins are imported. If not, their options and the training arguments are
+            accepted as recorded, which is for reading an existing run quickly and without its plug-ins.
     """
     tree = rename_parts(localize_plugins(tree))
     for key in TABLE_KEYS:
@@ -128,9 +128,9 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     expected = as_mapping(tree.pop("expected", {}), "expected")
     _read_tasks(tree, training)
     if methods.get(ZERO_SHOT) in (None, {}):
-        methods.pop(ZERO_SHOT, None)  # It always comes first, asked for or not.
-    # The run's own sections first, so that a mistake in them isn't told of the method that inherits it.
-    own_parts, own_training = (
+        methods.pop(ZERO_SHOT, None)  # It always comes first, named or not.
+    # The run's own sections first, so that a mistake is reported there and not for the inheriting method.
+    run_parts, run_training = (
         {n: build(PartConfig, v, f"parts.{n}") for n, v in parts.items()},
         check_training(training, recorded=not run_plugins),
     )
@@ -144,7 +144,7 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     config = build(RunConfig, tree, "")
     published = {label: _parse_expected(label, value, parsed) for label, value in expected.items()}
     config = dataclasses.replace(
-        config, parts=own_parts, methods=parsed, training=own_training, expected=published
+        config, parts=run_parts, methods=parsed, training=run_training, expected=published
     )
     for label in parsed:
         config.trainings(label)
@@ -155,7 +155,11 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
 
 
 def _read_tasks(tree: dict[str, Any], training: dict[str, Any]) -> None:
-    """Set `tasks` from the sequence that a configuration names, and the epochs that the sequence suggests."""
+    """Set `tasks`, and the default for epochs, from the sequence that a configuration names.
+
+    Raises:
+        ConfigError: unless exactly one of `sequence` and `tasks` is given, and tasks are a list of names.
+    """
     sequence, tasks = tree.get("sequence"), tree.get("tasks")
     if bool(sequence) == bool(tasks):
         raise ConfigError(
@@ -171,12 +175,16 @@ def _read_tasks(tree: dict[str, Any], training: dict[str, Any]) -> None:
         isinstance(task, str) for task in tree["tasks"]
     ):
         raise ConfigError(
-            f"tasks is {tree['tasks']!r}, which is no list of names", "list task names or YAML files"
+            f"tasks must be a list of names (got {tree['tasks']!r})", "list task names or YAML files"
         )
 
 
 def _check_label(label: Any) -> None:
-    """Refuse a method's label that cannot be a folder next to the run's own files."""
+    """Check that a method's label can name a folder next to the run's own files.
+
+    Raises:
+        ConfigError: naming the label.
+    """
     if not isinstance(label, str) or not LABEL.fullmatch(label) or label in RUN_FILES:
         raise ConfigError(
             f"methods has the label '{label}', which cannot be a folder of the run",
@@ -184,8 +192,8 @@ def _check_label(label: Any) -> None:
         )
     if len(label) > MAX_NAME:
         raise ConfigError(
-            f"methods has a label of {len(label)} characters, and a folder is named after it",
-            f"use {MAX_NAME} at most",
+            f"a method's label names a folder and has at most {MAX_NAME} characters (got {len(label)})",
+            "shorten it",
         )
 
 
@@ -197,7 +205,7 @@ def _parse_method(
     evaluation: EvaluationConfig,
     run_plugins: bool = True,
 ) -> MethodConfig:
-    """Build a method's record: it inherits the run's parts and training and overrides what it names."""
+    """Build a method's record; it inherits the run's parts and training, except for what it sets itself."""
     where = f"methods.{label}"
     _check_label(label)
     name = tree.pop("method", label)
@@ -208,52 +216,54 @@ def _parse_method(
             f"{where} sets something for '{ZERO_SHOT}', which has no settings and always comes first",
             f"remove {where}",
         )
-    own_parts = as_mapping(tree.pop("parts", {}), f"{where}.parts")
-    for part in own_parts:
+    part_overrides = as_mapping(tree.pop("parts", {}), f"{where}.parts")
+    for part in part_overrides:
         if parts and part not in parts:
             raise ConfigError(
                 f"{where}.parts names '{part}', which the run does not adapt", nearest(str(part), parts)
             )
-    adapts = bool(own_parts) if cls is None else cls.uses_lora
-    if own_parts and not adapts:
+    adapts = bool(part_overrides) if cls is None else cls.uses_lora
+    if part_overrides and not adapts:
         raise ConfigError(
             f"{where}.parts is set, but '{name}' has no adapters on the model's parts",
             f"remove {where}.parts",
         )
     inherited = parts if adapts else {}
     merged = {
-        n: {**inherited.get(n, {}), **as_mapping(own_parts.get(n, {}), f"{where}.parts.{n}")}
-        for n in {**inherited, **own_parts}
+        n: {**inherited.get(n, {}), **as_mapping(part_overrides.get(n, {}), f"{where}.parts.{n}")}
+        for n in {**inherited, **part_overrides}
     }
-    own_training = as_mapping(tree.pop("training", {}), f"{where}.training")
-    read = {"test_prompts": tree.pop("test_prompts")} if "test_prompts" in tree else {}
-    test_prompts = build(EvaluationConfig, read, where).test_prompts if read else evaluation.test_prompts
+    training_overrides = as_mapping(tree.pop("training", {}), f"{where}.training")
+    prompts = {"test_prompts": tree.pop("test_prompts")} if "test_prompts" in tree else {}
+    test_prompts = (
+        build(EvaluationConfig, prompts, where).test_prompts if prompts else evaluation.test_prompts
+    )
     crop = coerce_value(
         tree.pop("random_resized_crop", None), tuple[float, float] | None, f"{where}.random_resized_crop"
     )
     keys = ("method", "parts", "training", *ROW_KEYS)
     options = tree if cls is None else dataclasses.asdict(build(cls.Options, tree, where, also=keys))
-    facts = dict(
+    settings = dict(
         label=label,
         method=name,
         options=options,
         parts={n: build(PartConfig, v, f"{where}.parts.{n}") for n, v in merged.items()},
         training=check_training(training, recorded=not run_plugins)
-        | check_training(own_training, f"{where}.training", recorded=not run_plugins),
+        | check_training(training_overrides, f"{where}.training", recorded=not run_plugins),
         test_prompts=test_prompts,
         random_resized_crop=crop,
     )
     try:
-        return MethodConfig(**facts)
+        return MethodConfig(**settings)
     except ConfigError as error:
         raise ConfigError(f"{where}.{error.problem}", error.cure) from None
 
 
 def _find_method(name: str, where: str) -> Any:
-    """Return the class of a method, a plug-in's imported.
+    """Return the class of a method, imported if it is a plug-in.
 
     Raises:
-        ConfigError: there is none of that name, or it cannot be imported.
+        ConfigError: if there is none of that name, or it cannot be imported.
     """
     try:
         return METHODS[name]
@@ -264,7 +274,11 @@ def _find_method(name: str, where: str) -> Any:
 
 
 def _parse_expected(label: str, tree: Any, methods: Mapping[str, MethodConfig]) -> ExpectedConfig:
-    """What was published for a row that the run has."""
+    """Build the record of the published figures of one row.
+
+    Raises:
+        ConfigError: if the run does not have the row, or a key or value is invalid.
+    """
     rows = (ZERO_SHOT, *methods)
     if label not in rows:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""How one part of the model is adapted."""
+"""Configuration of how one part of the model is adapted."""
 
 from __future__ import annotations
 
@@ -8,35 +8,34 @@ from typing import Any
 
 from llava_keeplora.errors import ConfigError
 
-#: PEFT's word for every linear layer; here of a part.
+#: As in PEFT: every linear layer, here of a part.
 ALL_LINEAR = "all-linear"
 
-#: What a threshold is that a run chooses from the data, and how far it may go.
+#: Value of a threshold that a run chooses from the data.
 AUTO = "auto"
 
+#: Thresholds that can be `auto` → the upper bound of the choice.
 AUTO_LIMITS = {"energy_weight": 0.95, "energy_feature": 0.99}
 
 
 @dataclass(frozen=True)
 class PartConfig:
-    """How one part of the model is adapted: `vision` and `text` of CLIP.
+    """Configuration of how one part of the model is adapted; a part that is not named is frozen.
 
-    `vision`, `connector` and `language` of LLaVA.
-
-    A part that is not named is frozen.
+    The parts of CLIP are `vision` and `text`, those of LLaVA `vision`, `connector` and `language`.
 
     Args:
-        targets: leaf names of the linear layers, for instance `q_proj`, or `all-linear` for every linear
-            layer of the part, as in PEFT; the model family's usual ones when None.
-        train: `adapter`, or `full` to train weight and bias themselves, unprotected, as LLaVA's recipes train
-            the connector.
+        targets: last parts of the linear layers' names, for instance `q_proj`, or `all-linear` for every
+            linear layer of the part, as in PEFT; the model family's default when None.
+        train: `adapter`, or `full` to train weight and bias themselves, without protection, as LLaVA's
+            recipes train the connector.
         rank: r, the rank of each task's delta.
         alpha: the scale of a delta is alpha / rank.
-        energy_weight: ε_w in (0, 1], the share of each weight's energy that is protected; `auto` chooses it,
-            see docs/analysis.md.
-        energy_feature: ε_f in (0, 1], the share of each task's feature energy that is protected; `auto` gives
-            each task a budget of directions.
-        learning_rate: of this part; `training.learning_rate` when None.
+        energy_weight: ε_w in (0, 1], the fraction of each weight's energy that is protected; `auto` chooses
+            it, see docs/analysis.md.
+        energy_feature: ε_f in (0, 1], the fraction of each task's feature energy that is protected; `auto`
+            gives each task a budget of directions.
+        learning_rate: learning rate of this part; `training.learning_rate` when None.
     """
 
     targets: tuple[str, ...] | str | None = None
@@ -50,44 +49,43 @@ class PartConfig:
     def __post_init__(self) -> None:
         if self.train not in ("adapter", "full"):
             raise ConfigError(
-                f"train is '{self.train}'",
-                "set it to 'adapter' or 'full', or leave the part out to freeze it",
+                f"train must be 'adapter' or 'full' (got '{self.train}')",
+                "set it to one of these, or leave the part out to freeze it",
             )
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ConfigError(
-                f"learning_rate is {self.learning_rate}, but a part that is named is trained",
+                f"learning_rate must be above 0 (got {self.learning_rate})",
                 "leave the part out to freeze it",
             )
         for name in ("energy_weight", "energy_feature"):
             value = getattr(self, name)
             if isinstance(value, str) and value != AUTO:
                 raise ConfigError(
-                    f"{name} is '{value}'", "set it to a share of energy such as 0.85, or to 'auto'"
+                    f"{name} must be a number in (0, 1] or 'auto' (got '{value}')",
+                    "set it to a fraction of energy such as 0.85, or to 'auto'",
                 )
             if value != AUTO and not 0.0 < value <= 1.0:
                 raise ConfigError(
-                    f"{name} is {value}, but a share of energy lies in (0, 1]",
+                    f"{name} must be in (0, 1] (got {value})",
                     f"set it to a value such as 0.85; to protect nothing, use the method's "
                     f"{'protect_weights' if name == 'energy_weight' else 'protect_features'}: false",
                 )
         if self.rank < 1:
-            raise ConfigError(
-                f"rank is {self.rank}, but an adapter needs at least one direction", "set rank to 1 or more"
-            )
+            raise ConfigError(f"rank must be at least 1 (got {self.rank})", "set it to 1 or more")
         if not self.alpha > 0:
             raise ConfigError(
-                f"alpha is {self.alpha}, but the scale alpha / rank must be above zero",
+                f"alpha must be above 0, as must the scale alpha / rank (got {self.alpha})",
                 "set alpha to the rank for a scale of 1",
             )
         object.__setattr__(self, "targets", _read_targets(self.targets))
 
     @property
     def auto(self) -> tuple[str, ...]:
-        """Which of the two thresholds are `auto`."""
+        """Names of the thresholds that are `auto`."""
         return tuple(name for name in AUTO_LIMITS if getattr(self, name) == AUTO)
 
     def energy(self, name: str) -> float:
-        """A threshold as a number: of one that is `auto`, how far it may go.
+        """Return a threshold as a number; for one that is `auto`, its upper bound.
 
         Args:
             name: `energy_weight` or `energy_feature`.
@@ -96,13 +94,13 @@ class PartConfig:
 
 
 def _read_targets(targets: Any) -> tuple[str, ...] | None:
-    """Leaf names as a list, whether a configuration lists them, names one, or writes PEFT's `all-linear`.
+    """Return targets as a tuple of names; a configuration may list them, or give one name or `all-linear`.
 
-    PEFT reads any other text as a pattern for whole module names, which would be one for all parts; parts are
-    named here.
+    PEFT would read any other text as a pattern for whole module names. Such patterns are refused here, since
+    they would apply to all parts.
 
     Raises:
-        ConfigError: for a pattern, a name with a path, or nothing.
+        ConfigError: for a pattern, a name with a path, or an empty list.
     """
     if targets is None:
         return None
@@ -120,8 +118,8 @@ def _read_targets(targets: Any) -> tuple[str, ...] | None:
             )
     if ALL_LINEAR in names and len(names) > 1:
         raise ConfigError(
-            f"targets lists {ALL_LINEAR} beside {', '.join(n for n in names if n != ALL_LINEAR)}, which it "
-            "holds already",
+            f"targets lists {ALL_LINEAR} as well as {', '.join(n for n in names if n != ALL_LINEAR)}, which "
+            "it includes already",
             f"write {ALL_LINEAR} alone",
         )
     return names

@@ -1,7 +1,7 @@
 """The records of a run's configuration.
 
-A run is: a model, the parts of it that are adapted, a sequence of tasks, and one or more labelled methods.
-`training` is handed to `transformers.TrainingArguments` as it is.
+A run has a model, the parts of it that are adapted, a sequence of tasks, and one or more labelled methods.
+`training` holds arguments of `transformers.TrainingArguments`.
 """
 
 from __future__ import annotations
@@ -22,33 +22,32 @@ from llava_keeplora_eval.generation import MAX_NEW_TOKENS, check_generation
 
 ZERO_SHOT = "zero-shot"
 
-#: Test examples on which an export's logits are compared, unless told otherwise.
+#: Default number of test examples on which an export's logits are compared.
 EXPORT_EXAMPLES = 8
 
-#: What a row is read with: one prompt per class, or the averaged features of a recipe's test prompts.
+#: Test prompts of a row: one prompt per class, or the averaged features of a recipe's test prompts.
 ONE, AVERAGED = "one", "averaged"
 
-#: What a row says of itself beside its method's options, parts and training; runs of release 0.1.0 have none
-#: of these.
+#: Keys of a method in addition to its options, parts and training; runs of release 0.1.0 have none of these.
 ROW_KEYS = ("test_prompts", "random_resized_crop")
 
-#: The held-out part is the same for every seed and method, so that all are tuned on the same examples.
+#: The held-out examples are the same for every seed and method, so that all are tuned on the same examples.
 HOLDOUT_SEED = 0
 
-#: A label is the name of a folder beside the run's own files.
+#: Form of a label, which is the name of a folder next to the run's own files.
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
-#: What makes a configuration one of several runs; see `llava_keeplora.compare`.
+#: Keys that make a configuration one of several runs; see `llava_keeplora.compare`.
 TABLE_KEYS = ("base", "seeds", "orders", "tuning")
 
-#: Options of methods that say where data beside the tasks' lie; which data these are is held by the
+#: Options of methods that say where reference data are; the data themselves are identified by their
 #: fingerprints in the journal.
 REFERENCE_PLACES = ("reference", "reference_texts")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model is taught.
+    """Configuration of the base model.
 
     Args:
         name_or_path: a Hub id, a local folder, or the name of an embedded model (`tiny-clip`).
@@ -56,12 +55,12 @@ class ModelConfig:
         dtype: data type of the base weights, `float32` or `bfloat16`.
         max_length: the most tokens of an example of a LLaVA model, image tokens included; the model's own
             limit when None.
-        quantization: form of the frozen base's linear layers by bitsandbytes: `nf4` (double-quantised),
+        quantization: bitsandbytes quantisation of the frozen base's linear layers: `nf4` (double-quantised),
             `int8`, or None.
-        family: what loads it and puts it on tasks, a plug-in's name (see docs/extending.md); by the
-            checkpoint's own type when None.
-        parts: part → dotted prefix of its layers, for a checkpoint of a type that is not known; those of the
-            type when None.
+        family: the model family, possibly a plug-in (see docs/extending.md); chosen by the checkpoint's
+            `model_type` when None.
+        parts: part → dotted prefix of its layers, for a checkpoint of an unknown type; those of the type when
+            None.
     """
 
     name_or_path: str = "tiny-clip"
@@ -75,33 +74,34 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.quantization not in (None, "nf4", "int8"):
             raise ConfigError(
-                f"quantization is '{self.quantization}'", "set it to 'nf4' or 'int8', or leave it out"
+                f"quantization must be 'nf4' or 'int8' (got '{self.quantization}')",
+                "set it to 'nf4' or 'int8', or leave it out",
             )
         if self.family is not None and not isinstance(self.family, str):
             raise ConfigError(
-                f"family is {self.family!r}, which is no name", "write module:Object, or leave it out"
+                f"family must be a name (got {self.family!r})", "write module:Object, or leave it out"
             )
         if self.max_length is not None and not isinstance(self.max_length, int):
             raise ConfigError(
-                f"max_length is {self.max_length!r}, but it is a number of tokens",
+                f"max_length must be a whole number of tokens (got {self.max_length!r})",
                 "leave it out for the model's own limit",
             )
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(
-                f"max_length is {self.max_length}, but an example has tokens",
+                f"max_length must be at least 1 (got {self.max_length})",
                 "leave it out for the model's own limit",
             )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images are and what to do with bad ones.
+    """Configuration of the data and of their images.
 
     Args:
         root: the folder that relative recipe paths start from (`--data-root`).
-        on_bad_image: `refuse` the run, or `drop` such images and record it.
-        holdout: share of each task's training split to hold out and score instead of the test split.
-        cache_gb: memory for decoded images; larger sets are decoded as they are needed.
+        on_bad_image: for unreadable images, `refuse` the run, or `drop` and record them.
+        holdout: fraction of each task's training split that is held out and scored instead of the test split.
+        cache_gb: memory for preprocessed images, in gigabytes; sets that do not fit are decoded when needed.
     """
 
     root: str | None = None
@@ -111,22 +111,23 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.on_bad_image not in ("refuse", "drop"):
-            raise ConfigError(f"on_bad_image is '{self.on_bad_image}'", "set it to 'refuse' or 'drop'")
-        if not 0.0 <= self.holdout < 1.0:
             raise ConfigError(
-                f"holdout is {self.holdout}, but a share lies in [0, 1)", "set it to 0 or, say, 0.1"
+                f"on_bad_image must be 'refuse' or 'drop' (got '{self.on_bad_image}')",
+                "set it to 'refuse' or 'drop'",
             )
+        if not 0.0 <= self.holdout < 1.0:
+            raise ConfigError(f"holdout must be in [0, 1) (got {self.holdout})", "set it to 0 or, say, 0.1")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How predictions are made.
+    """Configuration of how predictions are made.
 
     Args:
         batch_size: examples per forward pass.
-        max_new_tokens: where an answer of a LLaVA model is cut off at the latest.
-        test_prompts: what CLIP is read with: `one` prompt, or the `averaged` features of each recipe's
-            `test_prompts`; a method may have its own.
+        max_new_tokens: the most tokens of an answer of a LLaVA model.
+        test_prompts: class prompts of CLIP at test: `one` per class, or the `averaged` features of each
+            recipe's `test_prompts`; a method can override it.
         generation: settings of a LLaVA model's answers other than greedy ones, by the names of transformers'
             `GenerationConfig` (`num_beams`, `repetition_penalty`, ...; see
             `llava_keeplora_eval.generation.SETTINGS`).
@@ -139,15 +140,18 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if self.test_prompts not in (ONE, AVERAGED):
-            raise ConfigError(f"test_prompts is '{self.test_prompts}'", f"set it to '{ONE}' or '{AVERAGED}'")
+            raise ConfigError(
+                f"test_prompts must be '{ONE}' or '{AVERAGED}' (got '{self.test_prompts}')",
+                f"set it to '{ONE}' or '{AVERAGED}'",
+            )
         if self.batch_size < 1:
             raise ConfigError(
-                f"batch_size is {self.batch_size}, but a batch holds at least one example",
+                f"batch_size must be at least 1 (got {self.batch_size})",
                 "set it to 1 or more",
             )
         if self.max_new_tokens < 1:
             raise ConfigError(
-                f"max_new_tokens is {self.max_new_tokens}, but an answer has at least one",
+                f"max_new_tokens must be at least 1 (got {self.max_new_tokens})",
                 "set it to 1 or more",
             )
         check_generation(self.generation)
@@ -155,11 +159,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """How much memory the method's own sums may take on the device.
+    """Configuration of the device memory that a method's statistics may take.
 
     Args:
-        statistics_gb: memory for the statistics of one pass over a task's data, in 10⁹ bytes. Features are
-            held exactly where they fit, and as sketches with a stated error where they don't.
+        statistics_gb: limit for the statistics of one pass over a task's data, in 10⁹ bytes. Statistics of
+            features are exact if they fit, and otherwise sketches with a stated error.
     """
 
     statistics_gb: float = 4.0
@@ -167,23 +171,23 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if not 0 < self.statistics_gb < math.inf:
             raise ConfigError(
-                f"statistics_gb is {self.statistics_gb}, but a statistic takes memory", "leave it out for 4.0"
+                f"statistics_gb must be above 0 and finite (got {self.statistics_gb})", "leave it out for 4.0"
             )
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """One labelled method of a run.
+    """Configuration of one labelled method of a run.
 
     Args:
         label: the name of its folder and of its row in the table.
         method: the method's name, or a plug-in's (see docs/extending.md); the label when left out.
         options: the method's own options.
-        parts: parts as this method adapts them: what it leaves out is the run's.
-        training: arguments of `TrainingArguments` as this method trains: what it leaves out is the run's.
+        parts: the parts as this method adapts them; what it leaves out is the run's.
+        training: this method's arguments of `TrainingArguments`; what it leaves out is the run's.
         test_prompts: as under `evaluation`, for this method alone.
-        random_resized_crop: least and most share of a picture's area that CLIP trains on, cropped at random
-            and scaled to a square; None for the picture as it is tested.
+        random_resized_crop: least and largest fraction of an image's area that is cropped at random for
+            CLIP's training, and scaled to a square; None for images as in the test.
     """
 
     label: str
@@ -202,21 +206,21 @@ class MethodConfig:
             and 0 < scale[0] <= scale[1] <= 1
         ):
             raise ConfigError(
-                f"random_resized_crop is {list(scale)}, but it is the least and most share of a picture's "
-                "area",
+                "random_resized_crop must be two fractions of an image's area, 0 < least <= largest <= 1 "
+                f"(got {list(scale)})",
                 "set it to, say, [0.9, 1.0]",
             )
 
 
 @dataclass(frozen=True)
 class ExpectedConfig:
-    """What was published for one row of the table, in percent.
+    """Configuration of the published figures of one row of the table, in percent.
 
-    `llava-keeplora reproduce` compares a run with it, training ignores it.
+    `llava-keeplora reproduce` compares a run with them; training ignores them.
 
     Args:
-        source: where it was published, and what is known to differ.
-        tolerance: how far from it a reproduction may lie, in percentage points.
+        source: where they were published, and known differences.
+        tolerance: the largest accepted difference of a reproduction, in percentage points.
         figures: aggregate → figure, for instance `transfer`; see `llava_keeplora_eval.aggregates`.
         last: task → its score after the last task.
     """
@@ -229,45 +233,46 @@ class ExpectedConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise ConfigError(
-                "source is missing, but a figure was published somewhere", "name the paper and the table"
+                "source is missing, but expected figures must have one", "name the paper and the table"
             )
         if not self.tolerance > 0:
             raise ConfigError(
-                f"tolerance is {self.tolerance}, but no run meets a rounded figure exactly",
+                f"tolerance must be above 0, as published figures are rounded (got {self.tolerance})",
                 "set it to, say, 1.0",
             )
         for name in self.figures:
             if name not in AGGREGATES:
                 raise ConfigError(
-                    f"figures names '{name}', which no table has", nearest(str(name), AGGREGATES)
+                    f"figures names '{name}', which is not an aggregate", nearest(str(name), AGGREGATES)
                 )
         for name, value in {**self.figures, **self.last}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ConfigError(
-                    f"figures or last has {value!r} for '{name}', which is no number", "write percents"
+                    f"figures and last must hold finite numbers (got {value!r} for '{name}')",
+                    "write percents",
                 )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run; see the module's docstring.
+    """Configuration of a run.
 
     Args:
-        output_dir: the run folder; relative to the working folder.
-        base_cache: a folder in which runs find what another one computed of the same untouched model; each
-            computes its own when None.
-        seed: of adapters, order of examples and all that is drawn.
-        sequence: a shipped sequence of tasks, in the place of `tasks`.
+        output_dir: the run folder, relative to the working folder.
+        base_cache: a folder in which runs share what they compute of the same untouched model; not shared
+            when None.
+        seed: seed of adapters, order of examples and everything else that is drawn at random.
+        sequence: a shipped sequence of tasks, instead of `tasks`.
         tasks: the tasks in order, each a shipped recipe or a YAML file.
-        model: which model is taught.
+        model: the base model.
         parts: part → how it is adapted; a part that is not named is frozen.
-        methods: label → a method's settings, side by side in one table.
+        methods: label → a method's settings; all methods are rows of one table.
         training: arguments of `transformers.TrainingArguments` by name; `num_train_epochs` and
-            `learning_rate` may list a value for each task.
-        data: where the images are and what to do with bad ones.
+            `learning_rate` accept a list with one value per task.
+        data: where the images are, and what to do with unreadable ones.
         evaluation: how predictions are made.
-        memory: how much memory a method's own sums may take.
-        expected: label → what was published for it, with which `llava-keeplora reproduce` compares.
+        memory: limit of the memory of a method's statistics.
+        expected: label → published figures, with which `llava-keeplora reproduce` compares.
     """
 
     output_dir: str = "runs/run"
@@ -285,25 +290,29 @@ class RunConfig:
     expected: dict[str, ExpectedConfig] = field(default_factory=dict)
 
     def trainings(self, label: str) -> list[dict[str, Any]]:
-        """`training` of a method as each task has it: what lists a value for each task is that task's."""
-        training = self.methods[label].training
-        own = {
-            key: self._listed(label, key) for key in PER_TASK if key in training or key == "num_train_epochs"
-        }
-        return [training | {key: values[i] for key, values in own.items()} for i in range(len(self.tasks))]
+        """Return a method's `training` for each task, with one value for arguments that list one per task.
 
-    def _listed(self, label: str, key: str) -> list[float]:
-        """An argument of `PER_TASK` for every task: one number or one per task."""
+        Raises:
+            ConfigError: if such a list has another length, or a value is out of range.
+        """
+        training = self.methods[label].training
+        lists = {
+            key: self._values(label, key) for key in PER_TASK if key in training or key == "num_train_epochs"
+        }
+        return [training | {key: values[i] for key, values in lists.items()} for i in range(len(self.tasks))]
+
+    def _values(self, label: str, key: str) -> list[float]:
+        """Return the values of an argument of `PER_TASK`, one per task."""
         training = self.methods[label].training
         values = per_task(training, key, len(self.tasks))
         if key == "num_train_epochs" and not all(0 < value < float("inf") for value in values):
             raise ConfigError(
-                f"training.{key} is {training[key]}, but a task is trained for more than nothing",
+                f"training.{key} must be above 0 and finite (got {training[key]})",
                 "give positive numbers",
             )
         if key == "learning_rate" and not all(0 <= value < math.inf for value in values):
             raise ConfigError(
-                f"training.{key} is {training[key]}, but a rate is a number from 0 on",
+                f"training.{key} must not be negative, and must be finite (got {training[key]})",
                 "give, for instance, 5e-4",
             )
         if len(values) != len(self.tasks):
@@ -314,38 +323,34 @@ class RunConfig:
         return values
 
     def first_alike(self, label: str) -> str:
-        """Return the first row, untouched model included, that reads with a method's prompts."""
-        read = {ZERO_SHOT: self.evaluation.test_prompts} | {
-            own: method.test_prompts for own, method in self.methods.items()
+        """Return the first row, `zero-shot` included, that is tested with the same prompts as a method."""
+        prompts = {ZERO_SHOT: self.evaluation.test_prompts} | {
+            row: method.test_prompts for row, method in self.methods.items()
         }
-        return next(row for row, prompts in read.items() if prompts == read[label])
+        return next(row for row, of_row in prompts.items() if of_row == prompts[label])
 
     def first(self, count: int) -> RunConfig:
-        """The run of the first tasks alone.
-
-        Args:
-            count: how many.
-        """
+        """Return the configuration of a run of the first `count` tasks."""
         return self._with_tasks(
             self.tasks[:count], lambda training, key: per_task(training, key, len(self.tasks))[:count]
         )
 
     def followed_by(self, task: str, own: Mapping[str, float] | None = None) -> RunConfig:
-        """The run with one more task.
+        """Return the configuration of the run with one more task.
 
         Args:
             task: its recipe, by name or file.
-            own: arguments of `PER_TASK` that it has for itself; the others are those of every task.
+            own: arguments of `PER_TASK` of the new task alone; others are the same for every task.
 
         Raises:
-            ConfigError: if an argument lists a value for each task and none is given for the new one.
+            ConfigError: if an argument lists a value for each task and `own` has none for the new one.
         """
         own = dict(own or {})
 
         def longer(training: Mapping[str, Any], key: str) -> list[float]:
             if key not in own:
                 raise ConfigError(
-                    f"training.{key} lists a number for each task and none for the new one",
+                    f"training.{key} lists a number for each task, but has none for the new one",
                     f"give it with {PER_TASK[key][1]}",
                 )
             return [*per_task(training, key, len(self.tasks)), own[key]]
@@ -358,9 +363,15 @@ class RunConfig:
         values: typing.Callable[[Mapping[str, Any], str], list[float]],
         always: typing.Collection[str] = (),
     ) -> RunConfig:
-        """This run on other tasks; one number for all stays one, unless `always` has the argument."""
+        """Return this configuration with other tasks.
 
-        def trained(training: dict[str, Any]) -> dict[str, Any]:
+        Args:
+            tasks: the new tasks.
+            values: (training, argument of `PER_TASK`) → its values for the new tasks.
+            always: arguments that become a list even if they are one number for all tasks.
+        """
+
+        def adapted(training: dict[str, Any]) -> dict[str, Any]:
             return training | {
                 key: values(training, key)
                 for key in PER_TASK
@@ -368,9 +379,9 @@ class RunConfig:
             }
 
         methods = {
-            label: dataclasses.replace(method, training=trained(method.training))
+            label: dataclasses.replace(method, training=adapted(method.training))
             for label, method in self.methods.items()
         }
         return dataclasses.replace(
-            self, sequence=None, tasks=tasks, methods=methods, training=trained(self.training)
+            self, sequence=None, tasks=tasks, methods=methods, training=adapted(self.training)
         )

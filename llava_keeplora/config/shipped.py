@@ -10,7 +10,11 @@ SHIPPED = Path(__file__).parent.parent / "configs"
 
 
 def find_config(name_or_path: str) -> Path:
-    """The path of a configuration given by file or by shipped name."""
+    """Return the path of a configuration, given as a file or by the name of a shipped one.
+
+    Raises:
+        ConfigError: if there is neither.
+    """
     for path in (Path(name_or_path), SHIPPED / f"{name_or_path}.yaml"):
         if path.is_file():
             return path
@@ -21,10 +25,10 @@ def find_config(name_or_path: str) -> Path:
 
 
 def list_configs() -> list[str]:
-    """Names of the shipped configurations of one run."""
+    """Return the names of the shipped configurations of single runs."""
     return sorted({path.stem for path in SHIPPED.glob("*.yaml")} - set(list_tables()))
 
 
 def list_tables() -> list[str]:
-    """Names of the shipped tables of many runs."""
+    """Return the names of the shipped tables of several runs."""
     return sorted(path.stem for path in SHIPPED.glob("table-*.yaml"))

@@ -151,19 +151,19 @@ def test_what_was_published_is_no_part_of_a_run():
         ),
         (
             {"seq-lora": {}},
-            "expected.seq-lora.source is missing, but a figure was published somewhere; name the paper and the table",
+            "expected.seq-lora.source is missing, but expected figures must have one; name the paper and the table",
         ),
         (
             {"seq-lora": SOURCE | {"figures": {"avg": 1}}},
-            "expected.seq-lora.figures names 'avg', which no table has; ",
+            "expected.seq-lora.figures names 'avg', which is not an aggregate; ",
         ),
         (
             {"seq-lora": SOURCE | {"figures": {"last": "high"}}},
-            "expected.seq-lora.figures or last has 'high' for 'last', which is no number; write percents",
+            "expected.seq-lora.figures and last must hold finite numbers (got 'high' for 'last'); write percents",
         ),
         (
             {"seq-lora": SOURCE | {"tolerance": 0}},
-            "expected.seq-lora.tolerance is 0.0, but no run meets a rounded figure exactly",
+            "expected.seq-lora.tolerance must be above 0, as published figures are rounded (got 0.0)",
         ),
         (
             {"seq-lora": SOURCE | {"figure": {}}},

@@ -204,27 +204,33 @@ def test_a_key_given_twice_is_refused(write):
         ({"parts": {"vision": {"rank": [2]}}}, "parts.vision.rank is [2], but it takes int"),
         (
             {"parts": {"vision": {"rank": 0}}},
-            "parts.vision.rank is 0, but an adapter needs at least one direction",
+            "parts.vision.rank must be at least 1 (got 0)",
         ),
-        ({"parts": {"vision": {"alpha": 0}}}, "parts.vision.alpha is 0.0"),
+        (
+            {"parts": {"vision": {"alpha": 0}}},
+            "parts.vision.alpha must be above 0, as must the scale alpha / rank (got 0.0)",
+        ),
         (
             {"parts": {"vision": {"energy_weight": 0}}},
-            "parts.vision.energy_weight is 0.0, but a share of energy lies in (0, 1]",
+            "parts.vision.energy_weight must be in (0, 1] (got 0.0)",
         ),
         (
             {"parts": {"vision": {"energy_feature": 1.01}}},
-            "parts.vision.energy_feature is 1.01, but a share of energy lies in (0, 1]",
+            "parts.vision.energy_feature must be in (0, 1] (got 1.01)",
         ),
-        ({"parts": {"vision": {"energy_feature": float("nan")}}}, "energy_feature is nan"),
+        (
+            {"parts": {"vision": {"energy_feature": float("nan")}}},
+            "energy_feature must be in (0, 1] (got nan)",
+        ),
         ({"parts": {"vision": {"targets": []}}}, "parts.vision.targets is empty"),
         (
             {"parts": {"vision": {"targets": ".*q_proj"}}},
             "parts.vision.targets names '.*q_proj', but a target is the last part of a layer's name",
         ),
         ({"parts": "vision"}, "parts is 'vision', but it takes `key: value` pairs"),
-        ({"data": {"on_bad_image": "ignore"}}, "data.on_bad_image is 'ignore'; set it to 'refuse' or 'drop'"),
-        ({"data": {"holdout": 1}}, "data.holdout is 1.0, but a share lies in [0, 1)"),
-        ({"evaluation": {"batch_size": 0}}, "evaluation.batch_size is 0"),
+        ({"data": {"on_bad_image": "ignore"}}, "data.on_bad_image must be 'refuse' or 'drop' (got 'ignore')"),
+        ({"data": {"holdout": 1}}, "data.holdout must be in [0, 1) (got 1.0)"),
+        ({"evaluation": {"batch_size": 0}}, "evaluation.batch_size must be at least 1 (got 0)"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate is 'fast', but it takes float"),
         ({"training": {"bf16": "maybe"}}, "training.bf16 is 'maybe', but it takes bool"),
         (
@@ -241,7 +247,7 @@ def test_a_key_given_twice_is_refused(write):
         ),
         (
             {"training": {"num_train_epochs": 0}},
-            "training.num_train_epochs is 0.0, but a task is trained for more than nothing",
+            "training.num_train_epochs must be above 0 and finite (got 0.0)",
         ),
         (
             {"training": {"num_train_epochs": ["x", 1]}},
@@ -251,13 +257,13 @@ def test_a_key_given_twice_is_refused(write):
             {"training": {"deepspeed": "gone.json"}},
             "training.deepspeed names 'gone.json', which cannot be read (No such file or directory)",
         ),
-        ({"training": {"seed": 1}}, "training.seed belongs to the driver; set the top-level seed"),
+        ({"training": {"seed": 1}}, "training.seed is set by the driver; set the top-level seed"),
         (
             {"training": {"output_dir": "x"}},
-            "training.output_dir belongs to the driver; set the top-level output_dir",
+            "training.output_dir is set by the driver; set the top-level output_dir",
         ),
-        ({"tasks": "digits"}, "tasks is 'digits', which is no list of names"),
-        ({"tasks": [1]}, "tasks is [1], which is no list of names"),
+        ({"tasks": "digits"}, "tasks must be a list of names (got 'digits')"),
+        ({"tasks": [1]}, "tasks must be a list of names (got [1])"),
         ({"sequence": "demo"}, "a run needs either `sequence` or `tasks`, not both"),
         ({"tasks": []}, "a run needs either `sequence` or `tasks`; name one of them"),
         ({"tasks": None, "sequence": "dmo"}, "there is no sequence 'dmo'; did you mean 'demo'"),
@@ -294,7 +300,7 @@ def test_a_value_that_cannot_be_is_named_with_its_place(changes, words):
             {"keeplora": {"parts": {"txt": {}}}},
             "methods.keeplora.parts names 'txt', which the run does not adapt; valid names are vision",
         ),
-        ({"keeplora": {"training": {"seed": 1}}}, "methods.keeplora.training.seed belongs to the driver"),
+        ({"keeplora": {"training": {"seed": 1}}}, "methods.keeplora.training.seed is set by the driver"),
         (
             {"keeplora": {"training": {"lr": 1}}},
             "methods.keeplora.training.lr is not an argument of transformers.TrainingArguments",

@@ -72,7 +72,7 @@ def test_methods_with_different_zero_configurations_are_refused_with_both(run_tr
     methods = {"seq-lora": {}, "keeplora": {"training": {"deepspeed": {"zero_optimization": {"stage": 2}}}}}
     with pytest.raises(
         ConfigError,
-        match="None for 'seq-lora' and .*'stage': 2.* for 'keeplora'.*the methods of a run share one model",
+        match="must be the same for all methods.*None for 'seq-lora' and .*'stage': 2.* for 'keeplora'",
     ):
         parse_config(run_tree(tmp_path / "run", methods=methods))
 

@@ -343,12 +343,12 @@ def test_reference_data_that_are_not_there_are_refused_in_a_sentence(refused, tm
 def test_weights_that_are_too_coarse_to_be_trained_are_refused_in_a_sentence(refused):
     refused(
         {},
-        "'zscl' trains the whole model and model.quantization is nf4, but quantised weights can't be trained; leave the base unquantised",
+        "'zscl' trains the whole model, but model.quantization is nf4, and quantised weights can't be trained; leave the base unquantised",
         model={"quantization": "nf4"},
     )
     refused(
         {},
-        "'zscl' trains the whole model and model.dtype is bfloat16, in which small steps are rounded away; set model.dtype to float32",
+        "'zscl' trains the whole model, but model.dtype is bfloat16, in which small updates are rounded away; set model.dtype to float32",
         model={"dtype": "bfloat16"},
     )
 

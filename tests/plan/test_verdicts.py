@@ -193,7 +193,7 @@ def test_the_command_writes_json_and_takes_overrides(tiny_file, capfd):
         ),
         (
             ["--data-root", "/nowhere", "model.quantization=nf3"],
-            "model.quantization is 'nf3'; set it to 'nf4' or 'int8', or leave it out.",
+            "model.quantization must be 'nf4' or 'int8' (got 'nf3'); set it to 'nf4' or 'int8', or leave it out.",
         ),
     ],
 )

@@ -195,7 +195,7 @@ def test_words_for_true_and_false_are_read_where_nothing_else_is_meant(run_tree,
         ("seed=!!int '3'", "tag"),
         ("seed=010x", "seed"),
         ("methods={" + "m" * 300 + ": {method: keeplora}}", "300 characters.*100"),
-        ("tasks=no", "no list of names"),
+        ("tasks=no", "must be a list of names"),
     ],
 )
 def test_an_override_of_such_values_is_refused(run_tree, tmp_path, override, reason):

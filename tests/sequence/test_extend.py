@@ -218,7 +218,7 @@ def test_a_run_with_epochs_per_task_asks_for_those_of_the_new_one(run_config, dr
     )
     with pytest.raises(
         ConfigError,
-        match="training.num_train_epochs lists a number for each task and none for the new one; give it with --epochs",
+        match="training.num_train_epochs lists a number for each task, but has none for the new one; give it with --epochs",
     ):
         extended(tmp_path / "run", tasks[1])
     drive(extended(tmp_path / "run", tasks[1], {"num_train_epochs": 2}))
@@ -246,7 +246,7 @@ def test_every_task_learns_at_its_own_rate_and_a_new_one_asks_for_its_own(
     )
     with pytest.raises(
         ConfigError,
-        match="training.learning_rate lists a number for each task and none for the new one; give it with --learning-rate",
+        match="training.learning_rate lists a number for each task, but has none for the new one; give it with --learning-rate",
     ):
         extended(tmp_path / "run", tasks[2])
     drive(extended(tmp_path / "run", tasks[2], {"learning_rate": rates[2]}))

@@ -242,6 +242,7 @@ def test_a_part_that_is_quantised_cannot_be_trained_in_full(quantised_run, drive
 
 def test_an_unknown_form_is_refused(llava_tree, tmp_path):
     with pytest.raises(
-        ConfigError, match="model.quantization is 'fp4'; set it to 'nf4' or 'int8', or leave it out"
+        ConfigError,
+        match="model.quantization must be 'nf4' or 'int8' .got 'fp4'.; set it to 'nf4' or 'int8', or leave it out",
     ):
         parse_config(llava_tree(tmp_path, model={"quantization": "fp4"}))

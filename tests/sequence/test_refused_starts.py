@@ -27,8 +27,8 @@ def test_a_wrong_training_argument_can_be_mended_in_the_same_folder(run_tree, ti
 @pytest.mark.parametrize(
     ("own", "told"),
     [
-        ({"num_train_epochs": 0.0}, "a task is trained for more than nothing"),
-        ({"learning_rate": -1.0}, "learning_rate is .*-1.0., but a rate is a number from 0 on"),
+        ({"num_train_epochs": 0.0}, "num_train_epochs must be above 0 and finite .got"),
+        ({"learning_rate": -1.0}, "learning_rate must not be negative.*got .*-1.0"),
     ],
 )
 def test_a_wrong_extension_leaves_the_run_as_it_was(own, told, finished, tiny_tasks):

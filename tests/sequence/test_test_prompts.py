@@ -122,7 +122,7 @@ def test_a_run_without_a_choice_has_the_identity_that_it_always_had(tree):
 
 @pytest.mark.parametrize("where", ["evaluation", "methods.one"])
 def test_another_word_is_refused(tree, where):
-    with pytest.raises(ConfigError, match=f"{where}.test_prompts is 'all'; set it to 'one' or 'averaged'"):
+    with pytest.raises(ConfigError, match=f"{where}.test_prompts must be 'one' or 'averaged' .got 'all'"):
         (tree["methods"]["one"] if where != "evaluation" else tree.setdefault("evaluation", {}))[
             "test_prompts"
         ] = "all"
