@@ -43,15 +43,18 @@ from llava_keeplora.adapters import AdapterInit, Delta, dense_weight
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
-from llava_keeplora.methods.keeplora_log import log_gradient_estimates, warn_unreached_energy
+from llava_keeplora.methods.keeplora_log import (
+    feature_record,
+    gradient_record,
+    log_gradient_estimates,
+    warn_unreached_energy,
+)
 from llava_keeplora.methods.presets import RULES, least_statistics
 from llava_keeplora.run_folder import CAPACITY, Capacity, Stage
 from llava_keeplora.subspace import (
     FeatureDirections,
     RankError,
     ShapeError,
-    SketchedDirections,
-    SketchedFeatureDirections,
     SubspaceError,
     append_directions,
     empty_basis,
@@ -335,19 +338,7 @@ class KeepLora(Method):
             )
         report = ctx.report.setdefault("feature_energy", {})
         for name, of_layer in directions.items():
-            report[name] = {
-                "before": of_layer.energy_before,
-                "after": of_layer.energy_after,
-                "new": of_layer.rank,
-            }
-            if isinstance(of_layer, SketchedFeatureDirections):
-                report[name] |= {
-                    "error": of_layer.energy_error,
-                    "missed": of_layer.missed,
-                    "fewest": of_layer.fewest,
-                    "reached": of_layer.reached,
-                    "passes": 1 + (name in again),
-                }
+            report[name] = feature_record(of_layer, passes=1 + (name in again))
         return {name: of_layer.new.cpu() for name, of_layer in directions.items()}
 
     def _grow(self, name: str, new: Tensor) -> None:
@@ -376,7 +367,7 @@ class KeepLora(Method):
         left_out |= {
             name: "no room outside the protected subspace" for name, count in free.items() if not count
         }
-        inits, numbers = {}, {}
+        inits, records = {}, {}
         generator = torch.Generator().manual_seed(ctx.seed)
         for name, layer in ctx.layers.items():
             if name not in directions:
@@ -391,23 +382,14 @@ class KeepLora(Method):
             inits[name] = AdapterInit(
                 rank, layer.alpha / layer.rank * rank, A, B if self.form == "literal" else None
             )
-            numbers[name] = {
-                "rank": rank,
-                "residual_energy": leading.residual_energy,
-                "captured": leading.captured,
-            }
-            if isinstance(leading, SketchedDirections):
-                numbers[name] |= {
-                    key: getattr(leading, key)
-                    for key in ("captured_error", "of_optimum", "at_least", "residual_bounds", "passes")
-                }
+            records[name] = gradient_record(leading)
         if not inits:
             raise MethodError(
                 f"no adapted layer has a direction left for task '{ctx.name}'",
                 "lower energy_weight or energy_feature, or adapt more layers",
             )
-        ctx.report.update(left_out=left_out, gradient=numbers)
-        log_gradient_estimates(ctx.name, numbers)
+        ctx.report.update(left_out=left_out, gradient=records)
+        log_gradient_estimates(ctx.name, records)
         return inits
 
     def weight_offset(self, inits: Mapping[str, AdapterInit]) -> dict[str, Delta]:

@@ -1,4 +1,4 @@
-"""Log messages of KeepLoRA on its sketches: how near they are to the optimum, and where they fall short."""
+"""Records and log messages of KeepLoRA's directions: their energies, and the quality of sketches."""
 
 from __future__ import annotations
 
@@ -7,8 +7,45 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_keeplora.methods.base import TaskContext
+from llava_keeplora.subspace import (
+    FeatureDirections,
+    ResidualDirections,
+    SketchedDirections,
+    SketchedFeatureDirections,
+)
 
 logger = logging.getLogger(__name__)
+
+
+def gradient_record(directions: ResidualDirections) -> dict[str, Any]:
+    """Return the numbers of a layer's initial directions for the report."""
+    record = {
+        "rank": directions.A.shape[1],
+        "residual_energy": directions.residual_energy,
+        "captured": directions.captured,
+    }
+    if isinstance(directions, SketchedDirections):
+        keys = ("captured_error", "of_optimum", "at_least", "residual_bounds", "passes")
+        record |= {key: getattr(directions, key) for key in keys}
+    return record
+
+
+def feature_record(directions: FeatureDirections, passes: int) -> dict[str, Any]:
+    """Return the numbers of a layer's feature directions, from so many passes, for the report."""
+    record = {
+        "before": directions.energy_before,
+        "after": directions.energy_after,
+        "new": directions.rank,
+    }
+    if isinstance(directions, SketchedFeatureDirections):
+        record |= {
+            "error": directions.energy_error,
+            "missed": directions.missed,
+            "fewest": directions.fewest,
+            "reached": directions.reached,
+            "passes": passes,
+        }
+    return record
 
 
 def log_gradient_estimates(task: str, numbers: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""A basis is a tall matrix with orthonormal columns; here is what one does with it.
+"""Operations on bases: tall matrices with orthonormal columns.
 
 Shapes: in = the layer's input width, k = protected directions (may be 0), m = new directions, `...` = any
 leading dimensions. U is (in, k) with U^T U = I.
@@ -10,33 +10,38 @@ from torch import Tensor
 
 from llava_keeplora.subspace.errors import NonFiniteError, RankError, ShapeError
 
-# A new direction that keeps less than this share of its length outside the span of the others is dependent on
+# A new direction that has less than this fraction of its length outside the span of the others depends on
 # them.
 DEPENDENT = 1e-5
-# Columns of U^T U - I longer than this, which float32 rounding doesn't explain: a basis has drifted.
+# Norm of a column of U^T U - I beyond which a basis has drifted: more than rounding in float32 explains.
 DRIFT = 1e-5
-# Largest entry of |U^T U - I| with which columns still count as a basis that has drifted.
+# Largest entry of |U^T U - I| with which columns can still be orthonormalised as a drifted basis.
 BROKEN = 1e-2
 
 
 def empty_basis(
     dim: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> Float[Tensor, "in 0"]:
-    """The basis that protects nothing, shape (dim, 0).
+    """Return the basis that protects nothing, of shape (dim, 0).
 
     Args:
         dim: the layer's input width.
-        dtype: of the result.
-        device: of the result.
+        dtype: dtype of the result.
+        device: device of the result.
     """
     return torch.zeros(dim, 0, dtype=dtype, device=device)
 
 
 def check_basis(basis: Tensor, dim: int, what: str) -> None:
-    """Refuse a basis that doesn't live in R^dim.
+    """Check that a basis consists of at most dim columns in R^dim.
+
+    Args:
+        basis: (in, k).
+        dim: the layer's input width.
+        what: what the basis is used with, for the message.
 
     Raises:
-        ShapeError: naming `what` the basis was to be used with.
+        ShapeError: if it does not.
     """
     if basis.ndim != 2 or basis.shape[0] != dim or basis.shape[1] > dim:
         raise ShapeError(
@@ -46,29 +51,33 @@ def check_basis(basis: Tensor, dim: int, what: str) -> None:
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    """Refuse NaN and infinity.
+    """Check that a tensor holds neither NaN nor infinity.
+
+    Args:
+        tensor: the tensor.
+        what: what it is, for the message.
 
     Raises:
-        NonFiniteError: naming `what` was checked.
+        NonFiniteError: if it holds either.
     """
-    # The extremes tell as much as every entry does (NaN passes through them), in one read of the tensor.
+    # Minimum and maximum, which are NaN if any entry is, take a single read of the tensor.
     if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         raise NonFiniteError(f"the {what} holds NaN or infinity, so it has no meaningful singular vectors")
 
 
 def like(basis: Float[Tensor, "in k"], other: Tensor) -> Float[Tensor, "in k"]:
-    """A basis where another tensor is, and in its dtype.
+    """Return a basis on another tensor's device and in its dtype.
 
     Args:
         basis: U, (in, k), often on the host, in float32.
-        other: what it is to be used with.
+        other: the tensor that it is used with.
     """
-    # One step for both would convert on the host and move twice the bytes.
+    # In two steps: one step for both would convert on the host and move twice the bytes.
     return basis.to(other.device).to(other.dtype)
 
 
 def project(v: Float[Tensor, "... in"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "... in"]:
-    """The part of v inside the span: U U^T v, over the last dimension.
+    """Return the part of v inside the span: U U^T v, over the last dimension.
 
     Source: KeepLoRA (arXiv 2601.19659), the projection onto the principal subspace M'.
 
@@ -85,7 +94,7 @@ def project(v: Float[Tensor, "... in"], basis: Float[Tensor, "in k"]) -> Float[T
 
 
 def residual(v: Float[Tensor, "... in"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "... in"]:
-    """The part of v outside the span: v - U U^T v, over the last dimension.
+    """Return the part of v outside the span: v - U U^T v, over the last dimension.
 
     Source: KeepLoRA (arXiv 2601.19659), the residual gradient G (I - M' M'^T).
 
@@ -100,7 +109,7 @@ def residual(v: Float[Tensor, "... in"], basis: Float[Tensor, "in k"]) -> Float[
 
 
 def orthonormality_error(basis: Float[Tensor, "in k"]) -> float:
-    """Largest entry of |U^T U - I|, computed in float64; 0 for an empty basis.
+    """Return the largest entry of |U^T U - I|, computed in float64; 0 for an empty basis.
 
     Args:
         basis: U, (in, k).
@@ -114,9 +123,9 @@ def orthonormality_error(basis: Float[Tensor, "in k"]) -> float:
 
 
 def orthonormalized(basis: Float[Tensor, "in k"]) -> Float[Tensor, "in k"]:
-    """The nearest orthonormal columns to columns that have drifted, in the basis's dtype.
+    """Return the nearest orthonormal columns to columns that have drifted, in the basis's dtype.
 
-    The polar factor U (U^T U)^(-1/2): the span stays, and no column moves more than it must.
+    This is the polar factor U (U^T U)^(-1/2), which has the same span.
 
     Source: Higham, "Functions of Matrices" (2008), theorem 8.4.
 
@@ -130,24 +139,24 @@ def orthonormalized(basis: Float[Tensor, "in k"]) -> Float[Tensor, "in k"]:
     if not error <= BROKEN:
         raise ShapeError(
             f"a basis of shape {tuple(basis.shape)} isn't orthonormal: |U^T U - I| reaches {error:.1e}; was "
-            "it stored in "
-            "low precision or scaled?"
+            "it stored in low precision or scaled?"
         )
     left, _, right = torch.linalg.svd(basis.detach().double(), full_matrices=False)
     return (left @ right).to(basis.dtype)
 
 
 def has_drifted(basis: Float[Tensor, "in k"]) -> bool:
-    """Return whether the columns are further from orthonormal than float32 rounding leaves them.
+    """Return whether the columns are further from orthonormal than rounding in float32 explains.
 
-    Tested on random mixtures of the columns.
+    This is estimated from random linear combinations of the columns.
 
     Args:
         basis: U, (in, k).
     """
     tall = basis.detach().double()
     probe = torch.randn(tall.shape[1], 8, generator=torch.Generator().manual_seed(0)).to(tall)
-    # A Gaussian g has E |M g|^2 = |M|_F^2; U^T U itself would cost as much as all the rest of growing does.
+    # A Gaussian g has E |M g|^2 = |M|_F^2; U^T U itself would cost as much as the rest of
+    # `append_directions`.
     error = (tall.T @ (tall @ probe) - probe).norm() / max(1, probe.numel()) ** 0.5
     return not float(error) <= DRIFT
 
@@ -155,21 +164,17 @@ def has_drifted(basis: Float[Tensor, "in k"]) -> bool:
 def append_directions(
     basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]
 ) -> Float[Tensor, "in k_plus_m"]:
-    """Append new directions.
+    """Append new directions; the old columns stay bitwise the same unless they have drifted.
 
-    Nothing is dropped, and the old columns stay bitwise the same unless they have drifted.
-
-    Columns that are stored as they are can't drift by growing, but they can by what happens to them
-    elsewhere, such as
-    a cast to half precision: a basis beyond `DRIFT` is made orthonormal again first. The new columns are
-    projected off the old ones twice (once leaves rounding behind) and made orthonormal among themselves in
-    float64, each keeping its sense.
+    Appending cannot make stored columns drift, but a cast to half precision elsewhere can: a basis beyond
+    `DRIFT` is orthonormalised first. The new columns are projected onto the complement of the old ones twice
+    (once leaves rounding behind) and orthonormalised among themselves in float64, keeping their signs.
 
     Source: KeepLoRA (arXiv 2601.19659), the update M' <- [M', new].
 
     Args:
         basis: (in, k), orthonormal columns.
-        new: (in, m), any independent columns, none of them inside the span of the basis.
+        new: (in, m), linearly independent columns, none of them inside the span of the basis.
 
     Returns:
         (in, k + m), in the basis's dtype.
@@ -184,7 +189,7 @@ def append_directions(
     count = new.shape[1]
     if old + count > dim:
         raise RankError(
-            f"{count} new directions don't fit beside {old} in a space of dimension {dim}",
+            f"{count} new directions don't fit into a space of dimension {dim} next to {old} protected ones",
             requested=count,
             available=dim - old,
         )
@@ -193,15 +198,15 @@ def append_directions(
     check_finite(new, "block of new directions")
     if has_drifted(basis):
         basis = orthonormalized(basis)
-    return torch.cat([basis, orthonormal_beside(basis, new).to(basis.dtype)], dim=1)
+    return torch.cat([basis, orthonormalize_against(basis, new).to(basis.dtype)], dim=1)
 
 
-def orthonormal_beside(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) -> Float[Tensor, "in m"]:
-    """Orthonormal columns (float64) that span what `new` adds to the basis, refusing dependent columns.
+def orthonormalize_against(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) -> Float[Tensor, "in m"]:
+    """Return orthonormal columns (in, m), float64, that span together with the basis what `new` adds to it.
 
     Args:
         basis: (in, k), orthonormal columns.
-        new: (in, m), independent of each other and of the basis.
+        new: (in, m), linearly independent of each other and of the basis.
 
     Raises:
         RankError: if a column of `new` lies in the span of the basis and the columns before it.
@@ -211,34 +216,36 @@ def orthonormal_beside(basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"])
     for _ in range(2):
         columns = columns - tall @ (tall.T @ columns)
     q, r = torch.linalg.qr(columns)
-    kept = r.diagonal().abs()
-    available = int((kept > DEPENDENT * lengths).sum())
+    lengths_left = r.diagonal().abs()
+    available = int((lengths_left > DEPENDENT * lengths).sum())
     if available < new.shape[1]:
         raise RankError(
             f"only {available} of {new.shape[1]} new directions are independent of the {basis.shape[1]} "
-            "columns of "
-            "the basis and of each other",
+            "columns of the basis and of each other",
             requested=new.shape[1],
             available=available,
         )
-    # Householder QR is free to flip signs; a direction should keep the sense it came with.
+    # Householder QR may flip signs; the directions keep theirs.
     q = q * r.diagonal().sign()
-    # A column that was nearly inside the span has had its rounding magnified; one more pass removes it.
+    # Normalising a column that was nearly inside the span magnifies its rounding; one more projection removes
+    # it.
     return q - tall @ (tall.T @ q)
 
 
 def overlap(first: Float[Tensor, "in k1"], second: Float[Tensor, "in k2"]) -> float:
-    """RunContext share of two subspaces, ||U^T V||_F^2 / min(k1, k2): 0 orthogonal, 1 one inside the other.
+    """Return the overlap of two subspaces, ||U^T V||_F^2 / min(k1, k2).
+
+    It is 0 for orthogonal subspaces, and 1 if one lies inside the other.
 
     Source: KeepLoRA (arXiv 2601.19659), the assumption that tasks use orthogonal feature directions; the
-    measure is the one of LoRA (Hu et al., 2021, section 7.2).
+    measure is that of LoRA (Hu et al., 2021, section 7.2).
 
     Args:
         first: U, (in, k1).
         second: V, (in, k2).
 
     Returns:
-        A number in [0, 1]; 0 if either basis is empty.
+        a number in [0, 1]; 0 if either basis is empty.
 
     Raises:
         ShapeError: if the heights differ.

@@ -1,4 +1,4 @@
-"""How long a layer's protected subspace leaves room for more tasks.
+"""Forecast of how many more tasks a layer's input space has room for.
 
 Shapes: in = the layer's input width, k = protected directions, r = rank of a task's update.
 """
@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Room:
-    """What is left of one layer's input space.
+    """The unprotected part of one layer's input space.
 
     Args:
-        left: in - k directions outside the protected subspace.
+        left: in - k, the directions outside the protected subspace.
         growth: directions that a task has added on average.
-        tasks: how many more tasks find r directions, if each adds as many; None where nothing grows.
+        tasks: how many more tasks find r free directions, if each adds `growth`; None if that is 0.
     """
 
     left: int
@@ -23,20 +23,20 @@ class Room:
     tasks: int | None
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """As JSON values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def room_left(width: int, sizes: Sequence[int], rank: int) -> Room:
-    """The room of a layer, and for how many more tasks it lasts.
+    """Return a layer's free directions, and for how many more tasks they last.
 
-    A task needs r directions when it begins: the n-th from now finds in - k - (n - 1) g of them, g the mean
-    growth so far. The energy rule counts what is protected already, so later tasks tend to add less, and g
-    errs on the side of caution.
+    A task needs r free directions when it starts: the n-th from now finds in - k - (n - 1) g of them, with g
+    the mean growth so far. As the energy rule counts what is protected already, later tasks tend to add less,
+    so g rather overestimates.
 
     Args:
         width: in.
-        sizes: k before the first task, then after each one, at least two numbers.
+        sizes: k before the first task and after each task, at least two numbers.
         rank: r.
     """
     left, growth = width - sizes[-1], (sizes[-1] - sizes[0]) / (len(sizes) - 1)

@@ -1,4 +1,4 @@
-"""The one energy rule: how many singular directions reach a stated share of the energy.
+"""The energy rule: how many singular directions reach a given fraction of the energy.
 
 Shapes: n = number of singular values.
 """
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from llava_keeplora.subspace.errors import EnergyError, NonFiniteError
 
-# Sums that differ by less than this share of the total are a tie. It sits far below the error of float32
-# singular values (1e-7) and far above the rounding of a float64 sum, so `energy=1` doesn't chase directions
-# made of rounding.
+# Sums that differ by less than this fraction of the total count as equal. It is far below the error of
+# float32 singular values (1e-7) and far above the rounding of a float64 sum, so that `energy=1` does not
+# include directions that are rounding errors.
 TIE = 1e-10
 
 
 def check_energy(energy: float) -> None:
-    """Refuse an energy threshold outside (0, 1].
+    """Check that an energy threshold lies in (0, 1].
 
     Raises:
-        EnergyError: with the offending value.
+        EnergyError: if it does not; names the value.
     """
     if not 0.0 < energy <= 1.0:
         raise EnergyError(
-            f"energy must lie in (0, 1], as the share of squared singular values to keep, but it is {energy}"
+            f"energy must lie in (0, 1], the fraction of squared singular values to keep, but it is {energy}"
         )
 
 
@@ -37,17 +37,15 @@ def energy_rank(
     captured: float = 0.0,
     strict: bool = False,
 ) -> int:
-    """Return the smallest k whose first k squared singular values reach `energy * total`.
-
-    What is captured already counts.
+    """Return the smallest k for which `captured` plus the first k values reach `energy * total`.
 
     Source: KeepLoRA (arXiv 2601.19659), the rule for epsilon_w and epsilon_f; with `captured` it is the rule
     of Gradient Projection Memory (Saha et al., ICLR 2021, equation 9).
 
     Args:
-        squared_singular_values: (n,), in descending order; rounding may leave tiny negative ones, read as 0.
-        energy: the share to reach, in (0, 1].
-        total: the whole energy; the sum of the given values plus `captured` when absent.
+        squared_singular_values: (n,), in descending order; negative ones, from rounding, count as 0.
+        energy: the fraction to reach, in (0, 1].
+        total: the total energy; the sum of the given values plus `captured` when None.
         captured: energy that earlier directions hold already, in the units of `total`.
         strict: the rule of the released code, which counts the prefixes that stay *below* the threshold and
             so keeps one vector fewer, but never fewer than 1.
@@ -57,6 +55,7 @@ def energy_rank(
 
     Raises:
         EnergyError: if `energy` is outside (0, 1], or `total` or `captured` is negative or not finite.
+        NonFiniteError: if a value is NaN or infinite.
     """
     check_energy(energy)
     values = squared_singular_values.detach().double().clamp_min(0.0)
@@ -71,6 +70,6 @@ def energy_rank(
     threshold = energy * total - TIE * total
     if captured >= threshold:
         return 0
-    # Every prefix below the threshold needs one more vector; rounding must not ask for more than exist.
+    # One more vector than the longest prefix below the threshold, but not more than there are.
     below = int((reached < threshold).sum())
     return min(max(below, 1) if strict else below + 1, len(values))

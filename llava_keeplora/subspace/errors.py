@@ -1,33 +1,33 @@
-"""What can go wrong in the subspace mathematics, each as one clear sentence.
+"""Errors of the subspace mathematics, each with a message of one sentence.
 
-These are `ValueError`s without any dependency, so that `subspace/` stays usable with torch alone; the driver
-wraps them with the layer's name and the cure.
+They are `ValueError`s without dependencies, so that `subspace/` is usable with torch alone; the driver adds
+the layer's name and the cure.
 """
 
 
 class SubspaceError(ValueError):
-    """Base of the errors below; catch it to name the layer in which it happened."""
+    """Base class of the errors below; callers catch it to add the layer's name."""
 
 
 class EnergyError(SubspaceError):
-    """An energy outside (0, 1], or a total that is not a finite non-negative number."""
+    """Error for an energy outside (0, 1], or a total that is not a finite non-negative number."""
 
 
 class ShapeError(SubspaceError):
-    """Two tensors that don't belong to the same layer, or a tensor of the wrong rank."""
+    """Error for tensors that don't belong to the same layer, or a tensor of a wrong shape."""
 
 
 class NonFiniteError(SubspaceError):
-    """An input holds NaN or infinity, so that no singular value is meaningful."""
+    """Error for an input with NaN or infinity, which has no meaningful singular values."""
 
 
 class RankError(SubspaceError):
-    """More directions were asked for than there are.
+    """Error for a request of more directions than exist.
 
     Args:
         message: the sentence for the user.
-        requested: how many directions were asked for.
-        available: how many there are; a caller may retry with this rank.
+        requested: number of requested directions.
+        available: number of existing directions; a caller may retry with this rank.
     """
 
     def __init__(self, message: str, *, requested: int, available: int):

@@ -1,4 +1,4 @@
-"""Which feature directions a finished task adds to the protected subspace.
+"""The feature directions that a finished task adds to the protected subspace.
 
 Shapes: C = X^T X (in, in), basis U (in, k), new directions (in, m), in = the layer's input width.
 """
@@ -9,25 +9,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_keeplora.subspace.basis import check_basis, check_finite, orthonormal_beside
+from llava_keeplora.subspace.basis import check_basis, check_finite, orthonormalize_against
 from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
 from llava_keeplora.subspace.truncated import GRAM_ENERGY, leading_eigenpairs
 
-# Singular values of sums of float32 products below this share of the whole are their rounding; seen up to a
-# fifth of it.
+# Singular values of sums of float32 products below this fraction of the norm are rounding errors; observed
+# ones reach a fifth of it.
 NOISE = 4 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class FeatureDirections:
-    """What a task's features add to a layer's basis.
+    """The directions that a task's features add to a layer's basis.
 
     Args:
         new: (in, m) float32, orthonormal, orthogonal to the basis; m may be 0.
-        energy_before: share of the features' energy inside the basis, in [0, 1]; 1 if there is no energy at
-            all.
-        energy_after: share inside the basis and the new directions together, exact to 1e-4.
+        energy_before: fraction of the features' energy inside the basis, in [0, 1]; 1 if there is no energy.
+        energy_after: fraction inside the basis and the new directions together, exact to 1e-4.
         rank: m.
     """
 
@@ -43,11 +42,11 @@ def feature_directions(
     energy: float,
     limit: int | None = None,
 ) -> FeatureDirections:
-    """Fewest residual feature directions with which the basis holds the energy of the features.
+    """Return the fewest residual feature directions with which the basis reaches the energy of the features.
 
     The right singular vectors of X (I - U U^T) are the eigenvectors of (I - U U^T) C (I - U U^T), so the
-    features themselves aren't needed. A leading block of them answers where features decay fast; else the
-    problem is solved in full inside the complement of U, which is (in - k)-dimensional.
+    features themselves aren't needed. If their spectrum decays fast, a leading block of eigenvectors is
+    computed; otherwise all of them, inside the (in - k)-dimensional complement of U.
 
     Source: KeepLoRA (arXiv 2601.19659), the feature step at epsilon_f; Gradient Projection Memory (Saha et
     al., ICLR 2021, equation 9).
@@ -56,7 +55,7 @@ def feature_directions(
         second_moment: C = X^T X, (in, in), symmetric.
         basis: U, (in, k), orthonormal columns; k may be 0.
         energy: epsilon_f, in (0, 1].
-        limit: the most directions, the strongest ones; as many as the energy takes when None.
+        limit: the most directions, of which the strongest are taken; no limit when None.
 
     Raises:
         EnergyError: if the energy is outside (0, 1].
@@ -73,11 +72,11 @@ def feature_directions(
     total = float(moment.trace())
     captured = float((tall * (moment @ tall)).sum())
     if total <= 0.0 or energy_rank(moment.diagonal()[:1], energy, total=total, captured=captured) == 0:
-        share = captured / total if total > 0.0 else 1.0
-        return FeatureDirections(basis.new_zeros(dim, 0, dtype=torch.float32), share, share, 0)
+        fraction = captured / total if total > 0.0 else 1.0
+        return FeatureDirections(basis.new_zeros(dim, 0, dtype=torch.float32), fraction, fraction, 0)
     squared, directions = _leading_outside(moment, tall, energy * total - captured)
     rank = limited(energy_rank(squared, energy, total=total, captured=captured), limit)
-    new = orthonormal_beside(basis, directions[:, :rank]).float()
+    new = orthonormalize_against(basis, directions[:, :rank]).float()
     after = min(1.0, (captured + float(squared[:rank].sum())) / total)
     return FeatureDirections(new.contiguous(), captured / total, after, rank)
 
@@ -94,10 +93,10 @@ def leading_directions(
     Args:
         columns: Y, (in, n).
         basis: U, (in, k), orthonormal columns; k may be 0.
-        rank: r, how many; there are fewer where the residual has fewer beyond the rounding of float32 sums.
+        rank: r; fewer are returned if the residual has fewer above the rounding of float32 sums.
 
     Returns:
-        (in, r) float32, orthonormal, orthogonal to the basis, in order of falling singular value.
+        (in, r) float32, orthonormal, orthogonal to the basis, in order of descending singular value.
 
     Raises:
         ShapeError: if the basis doesn't fit.
@@ -114,14 +113,14 @@ def leading_directions(
 
 
 def limited(rank: int, limit: int | None) -> int:
-    """A rank, or a limit below it."""
+    """Return the smaller of a rank and a limit, if there is one."""
     return rank if limit is None else min(rank, limit)
 
 
 def _leading_outside(
     moment: Float[Tensor, "in in"], basis: Float[Tensor, "in k"], wanted: float
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "in n"]]:
-    """Energies (descending) and directions of the residual moment: enough of them for `wanted`, or all."""
+    """Return energies (descending) and directions of the residual moment: enough to hold `wanted`, or all."""
     image = moment @ basis
     # (I - U U^T) C (I - U U^T), symmetric by construction.
     half_update = image - basis @ (basis.T @ image / 2)
@@ -129,18 +128,17 @@ def _leading_outside(
     scale = float(outside.diagonal().max())
     left = float(outside.trace())
     if scale > 0.0 and wanted <= GRAM_ENERGY * left:
-        found = leading_eigenpairs((outside / scale).float(), wanted / left, left / scale, seed=0)
-        if found is not None:
-            return found[0] * scale, found[1].double()
-    # The complement has a basis of its own, in which the protected directions can't come back through
-    # rounding.
+        leading = leading_eigenpairs((outside / scale).float(), wanted / left, left / scale, seed=0)
+        if leading is not None:
+            return leading[0] * scale, leading[1].double()
+    # In a basis of the complement, so that rounding cannot reintroduce protected directions.
     complement = _complement(basis)
     values, vectors = torch.linalg.eigh(complement.T @ (outside @ complement))
     return values.flip(0).clamp_min(0.0), complement @ vectors.flip(1)
 
 
 def _complement(basis: Float[Tensor, "in k"]) -> Float[Tensor, "in in_minus_k"]:
-    """Orthonormal columns that span everything outside the basis."""
+    """Return orthonormal columns that span the orthogonal complement of the basis."""
     dim, rank = basis.shape
     if rank == 0:
         return torch.eye(dim, dtype=basis.dtype, device=basis.device)

@@ -1,4 +1,4 @@
-"""Where a task's adapter may move: the strongest directions of the gradient outside the protected subspace.
+"""The directions of a task's adapter: the strongest ones of the gradient outside the protected subspace.
 
 Shapes: gradient G (out, in), basis U (in, k), A (in, r) with PEFT's lora_A.weight = A^T, right V (out, r).
 """
@@ -13,10 +13,10 @@ from llava_keeplora.subspace.basis import check_basis, check_finite, residual
 from llava_keeplora.subspace.errors import RankError, ShapeError
 from llava_keeplora.subspace.truncated import gram_matrix
 
-# Singular values below this share of the gradient's norm are rounding of float32 gradients and bases, not
-# directions.
+# Singular values below this fraction of the gradient's norm are rounding of float32 gradients and bases.
 NOISE = 32 * torch.finfo(torch.float32).eps
-# Subspace iteration pays where the matrix is much wider than the block, and stops at this sine of the angle.
+# Subspace iteration is used if the matrix is this many times wider than the block, and stops at this sine of
+# the angle to the exact space.
 WORTH_TRUNCATING = 8
 ANGLE = 1e-6
 ROUNDS = 12
@@ -24,14 +24,14 @@ ROUNDS = 12
 
 @dataclass(frozen=True)
 class ResidualDirections:
-    """The residual gradient's leading factors, G_hat^T ~ A S V^T.
+    """The leading singular factors of the residual gradient, G_hat^T ~ A S V^T.
 
     Args:
         A: (in, r) float32, orthonormal, orthogonal to the basis.
         singular_values: (r,) float32, descending, none of them zero.
         right: V, (out, r) float32, orthonormal; the paper's B_0 is S V^T, (r, out).
-        captured: share of the residual gradient's energy that the r directions hold.
-        residual_energy: share of the gradient's energy outside the basis.
+        captured: fraction of the residual gradient's energy that the r directions hold.
+        residual_energy: fraction of the gradient's energy outside the basis.
     """
 
     A: Tensor
@@ -42,15 +42,15 @@ class ResidualDirections:
 
 
 class DenseGradient:
-    """G = sum of dY^T X over batches in float32, the reference for `GradientSketch`.
+    """G = sum of dY^T X over batches in float32.
 
-    It is smaller than a sketch where a layer is small.
+    The reference for `GradientSketch`, and smaller than it for small layers.
 
     Args:
         out_dim: out.
         in_dim: in.
-        basis: U, (in, k), the protected subspace; nothing is protected when absent.
-        device: of the buffer.
+        basis: U, (in, k), the protected subspace; empty when None.
+        device: device of the buffer.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class DenseGradient:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The buffer: sum it over processes, in place, before asking for directions."""
+        """The buffer, to be summed over processes in place before `directions` is called."""
         return [self.matrix]
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class DenseGradient:
         self.matrix.addmm_(dy2.T, x2)
 
     def directions(self, rank: int, *, allow_fewer: bool = False) -> ResidualDirections:
-        """Top r directions of the residual gradient; see `residual_gradient_directions`."""
+        """Return the top r directions of the residual gradient; see `residual_gradient_directions`."""
         return residual_gradient_directions(
             self.matrix, self.basis.to(self.matrix.device), rank, allow_fewer=allow_fewer
         )
@@ -88,7 +88,7 @@ class DenseGradient:
 def paired(
     x: Float[Tensor, "... in"], dy: Float[Tensor, "... out"], in_dim: int, out_dim: int
 ) -> tuple[Float[Tensor, "n in"], Float[Tensor, "n out"]]:
-    """A batch's inputs and output gradients as rows, in float32.
+    """Return a batch's inputs and output gradients as rows, in float32.
 
     Raises:
         ShapeError: if they don't fit the layer or each other.
@@ -96,8 +96,7 @@ def paired(
     if x.shape[-1] != in_dim or dy.shape[-1] != out_dim or x.shape[:-1] != dy.shape[:-1]:
         raise ShapeError(
             f"a gradient of a layer ({out_dim}, {in_dim}) needs inputs (..., {in_dim}) and output gradients "
-            f"(..., {out_dim}) "
-            f"of the same rows, but got {tuple(x.shape)} and {tuple(dy.shape)}"
+            f"(..., {out_dim}) of the same rows, but got {tuple(x.shape)} and {tuple(dy.shape)}"
         )
     return x.reshape(-1, in_dim).float(), dy.reshape(-1, out_dim).float()
 
@@ -105,7 +104,7 @@ def paired(
 def residual_gradient_directions(
     gradient: Float[Tensor, "out in"], basis: Float[Tensor, "in k"], rank: int, *, allow_fewer: bool = False
 ) -> ResidualDirections:
-    """Top r singular directions of the gradient outside the basis.
+    """Return the top r singular directions of the gradient outside the basis.
 
     Source: KeepLoRA (arXiv 2601.19659), the residual gradient and the initialisation of A and B_0.
 
@@ -113,28 +112,28 @@ def residual_gradient_directions(
         gradient: G, (out, in), the mean gradient of the loss with respect to the weight.
         basis: U, (in, k), orthonormal columns; k may be 0.
         rank: r, at least 1.
-        allow_fewer: return the directions that exist when there are fewer than r (but at least one). A
-            gradient's rank is bounded by the rows that feed it, such as the classes of a small task in the
+        allow_fewer: whether fewer than r directions (but at least one) are returned if there are no more. A
+            gradient's rank is bounded by the number of its rows, such as the classes of a small task in the
             last text block.
 
     Raises:
         ShapeError: if the gradient isn't a matrix or the basis doesn't fit it.
         NonFiniteError: if the gradient holds NaN or infinity.
         RankError: if r is below 1 or above min(out, in - k), or if the residual gradient has fewer than r
-            singular values above rounding; directions are never made up. `available` says how many there are.
+            singular values above rounding; `available` is their number.
     """
     if gradient.ndim != 2:
         raise ShapeError(f"a gradient must be a matrix (out, in), but it has shape {tuple(gradient.shape)}")
     out_dim, in_dim = gradient.shape
     check_basis(basis, in_dim, "a gradient")
     check_finite(gradient, "gradient")
-    room = room_for(rank, out_dim, in_dim, basis.shape[1], allow_fewer)
-    whole = gradient.detach().double()
-    outside = residual(whole, basis)
-    norm, energy = float(whole.norm()), float(outside.square().sum())
-    left, singular, right = _leading_triplets(outside, min(rank, room))
-    found = above_rounding(singular, norm, rank, room, allow_fewer)
-    left, singular, right = left[:, :found], singular[:found], right[:, :found]
+    most = room_for(rank, out_dim, in_dim, basis.shape[1], allow_fewer)
+    exact = gradient.detach().double()
+    outside = residual(exact, basis)
+    norm, energy = float(exact.norm()), float(outside.square().sum())
+    left, singular, right = _leading_triplets(outside, min(rank, most))
+    count = above_rounding(singular, norm, rank, most, allow_fewer)
+    left, singular, right = left[:, :count], singular[:count], right[:, :count]
     return ResidualDirections(
         A=outside_exactly(left, basis).float().contiguous(),
         singular_values=singular.float(),
@@ -145,9 +144,9 @@ def residual_gradient_directions(
 
 
 def _leading_triplets(outside: Float[Tensor, "out in"], rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return input-side vectors, singular values and output-side vectors of the r strongest directions.
+    """Return (input-side vectors, singular values, output-side vectors) of the r strongest directions.
 
-    All in float64.
+    All are in float64.
     """
     out_dim, in_dim = outside.shape
     small = outside if out_dim <= in_dim else outside.T
@@ -156,15 +155,14 @@ def _leading_triplets(outside: Float[Tensor, "out in"], rank: int) -> tuple[Tens
         _, vectors = torch.linalg.eigh(gram_matrix(small.T))
         near = vectors[:, -rank:].flip(1)
     far = small.T @ near
-    # The lengths of the mapped vectors are the singular values, free of the squaring that the Gram matrix
-    # did.
+    # The norms of the mapped vectors are the singular values, without the error of squaring in a Gram matrix.
     singular = far.norm(dim=0)
     far = far / singular.clamp_min(torch.finfo(far.dtype).tiny)
     return (far, singular, near) if out_dim <= in_dim else (near, singular, far)
 
 
 def _iterated(matrix: Float[Tensor, "n wide"], rank: int) -> Tensor | None:
-    """Left singular vectors (n, r) by subspace iteration, or None where it doesn't pay or doesn't converge.
+    """Return the left singular vectors (n, r) by subspace iteration; None if it is slow or does not converge.
 
     Source: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), algorithm
     4.4; the angle to the exact space is bounded by residual over gap (Davis and Kahan, 1970).
@@ -172,7 +170,7 @@ def _iterated(matrix: Float[Tensor, "n wide"], rank: int) -> Tensor | None:
     n, width = matrix.shape[0], 2 * rank + 16
     if n < WORTH_TRUNCATING * width:
         return None
-    # A fixed seed makes the answer the same in every process.
+    # A fixed seed makes the result the same in every process.
     generator = torch.Generator(device=matrix.device).manual_seed(0)
     block = torch.randn(n, width, generator=generator, dtype=matrix.dtype, device=matrix.device)
     for _ in range(ROUNDS):
@@ -191,48 +189,43 @@ def _iterated(matrix: Float[Tensor, "n wide"], rank: int) -> Tensor | None:
 
 
 def outside_exactly(left: Float[Tensor, "in r"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "in r"]:
-    """Remove the last rounding towards the basis from A and make it orthonormal again.
-
-    Columns keep their sense.
-    """
+    """Remove from A the rounding inside the basis, and orthonormalise it again; columns keep their signs."""
     q, r = torch.linalg.qr(residual(residual(left.T, basis), basis).T)
     return q * r.diagonal().sign()
 
 
 def room_for(rank: int, out_dim: int, in_dim: int, protected: int, allow_fewer: bool) -> int:
-    """How many directions a residual gradient can have at most.
+    """Return the most directions that a residual gradient can have.
 
     Raises:
         RankError: if the rank is below 1, or above that number unless fewer are allowed.
     """
-    room = min(out_dim, in_dim - protected)
-    if rank < 1 or (rank > room and not allow_fewer):
+    most = min(out_dim, in_dim - protected)
+    if rank < 1 or (rank > most and not allow_fewer):
         raise RankError(
             f"rank {rank} must lie between 1 and the residual dimension: the layer's input width is "
-            f"{in_dim}, "
-            f"{protected} directions are protected, {in_dim - protected} are left, and its output width is "
-            f"{out_dim}",
+            f"{in_dim}, {protected} directions are protected, {in_dim - protected} are left, and its output "
+            f"width is {out_dim}",
             requested=rank,
-            available=room,
+            available=most,
         )
-    return room
+    return most
 
 
 def above_rounding(
-    singular: Float[Tensor, " r"], norm: float, rank: int, room: int, allow_fewer: bool
+    singular: Float[Tensor, " r"], norm: float, rank: int, most: int, allow_fewer: bool
 ) -> int:
     """Return how many leading singular values are above the gradient's rounding.
 
     Raises:
         RankError: if there are none, or fewer than the rank unless fewer are allowed.
     """
-    found = int((singular > NOISE * norm).sum())
-    if found < rank and not (allow_fewer and found):
+    count = int((singular > NOISE * norm).sum())
+    if count < rank and not (allow_fewer and count):
         raise RankError(
-            f"the gradient outside the protected subspace has only {found} direction(s) above rounding, "
-            "fewer than the "
-            f"rank {rank} (residual dimension {room})",
+            f"the gradient outside the protected subspace has only {count} direction(s) above rounding, "
+            f"fewer than the rank {rank} (residual dimension {most})",
             requested=rank,
-            available=found,
+            available=count,
         )
-    return found
+    return count

@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs, streamed: X^T X without keeping X.
+"""Streaming second moments of a layer's inputs: X^T X without storing X.
 
 Shapes: x (..., in), C = X^T X (in, in), in = the layer's input width.
 """
@@ -12,17 +12,17 @@ from llava_keeplora.subspace.features import FeatureDirections, feature_directio
 
 
 class SecondMoment:
-    """C = sum of x x^T over every row seen so far; right singular vectors of X are the eigenvectors of C.
+    """C = sum of x x^T over all rows so far; the eigenvectors of C are the right singular vectors of X.
 
-    Each call is one float32 matrix product, added into a buffer of `dtype`. Float64 keeps thousands of
-    batches from rounding each other away; it costs 8 * dim^2 bytes.
+    Each call adds one float32 matrix product to a buffer of `dtype`. Float64 keeps the sums of thousands of
+    batches accurate; it takes 8 * dim^2 bytes.
 
-    Source: KeepLoRA (arXiv 2601.19659), the feature step; equal to the SVD of the stacked features.
+    Source: KeepLoRA (arXiv 2601.19659), the feature step; equivalent to the SVD of the stacked features.
 
     Args:
         dim: the layer's input width.
-        dtype: of the buffer, float64 or float32.
-        device: of the buffer; that of the first rows when absent.
+        dtype: dtype of the buffer, float64 or float32.
+        device: device of the buffer; that of the first rows when None.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class SecondMoment:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The buffer: sum it over processes, in place; it is there even before the first row."""
+        """The buffer, to be summed over processes in place; it exists even before the first row."""
         if self._sum is None:
             self._sum = torch.zeros(self.dim, self.dim, dtype=self.dtype)
         return [self._sum]
@@ -59,11 +59,11 @@ class SecondMoment:
     def directions(
         self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None
     ) -> FeatureDirections:
-        """What the features add to a basis, on any device; see `feature_directions`."""
+        """Return what the features add to a basis, which may be on any device; see `feature_directions`."""
         return feature_directions(self.matrix, basis.to(self.matrix.device), energy, limit)
 
     def merge(self, other: "SecondMoment") -> None:
-        """Add another stream's sum and count, as from another process.
+        """Add the sum and count of another stream, for instance of another process.
 
         Raises:
             ShapeError: if the widths differ.
@@ -87,7 +87,7 @@ class SecondMoment:
 def counted_rows(
     x: Float[Tensor, "... in"], mask: Bool[Tensor, "..."] | None, dim: int
 ) -> Float[Tensor, "n in"]:
-    """The rows of a batch that count, in float32.
+    """Return the rows of a batch that count, in float32.
 
     Args:
         x: (..., in), any floating dtype.
@@ -104,6 +104,6 @@ def counted_rows(
             raise ShapeError(
                 f"a mask of shape {tuple(mask.shape)} doesn't fit features of shape {tuple(x.shape)}"
             )
-        # Picking rows copies them, which most batches can do without.
+        # Indexing copies the rows, which is unnecessary for most batches.
         x = x if bool(mask.all()) else x[mask]
     return x.reshape(-1, dim).float()

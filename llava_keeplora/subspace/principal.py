@@ -1,4 +1,4 @@
-"""The principal subspace of a pre-trained weight, by the cheapest route that answers.
+"""The principal subspace of a pre-trained weight, by the cheapest method that suffices.
 
 Shapes: weight W (out, in), basis (in, k): the first k right singular vectors of W.
 """
@@ -23,10 +23,10 @@ class PrincipalBasis:
     """The principal subspace of one weight.
 
     Args:
-        basis: (in, k) float32, orthonormal columns in order of falling singular value.
-        energy: the share of ||W||_F^2 inside the span, in [0, 1]; 1 for a zero weight.
+        basis: (in, k) float32, orthonormal columns in order of descending singular value.
+        energy: the fraction of ||W||_F^2 inside the span, in [0, 1]; 1 for a zero weight.
         rank: k.
-        method: the route that was taken: `svd`, `gram` or `randomized`.
+        method: the method that was used: `svd`, `gram` or `randomized`.
     """
 
     basis: Tensor
@@ -43,21 +43,21 @@ def principal_basis(
     strict: bool = False,
     seed: int = 0,
 ) -> PrincipalBasis:
-    """First p right singular vectors of a weight, p the smallest number that reaches the energy.
+    """Return the first p right singular vectors of a weight, with the smallest p that reaches the energy.
 
     Source: KeepLoRA (arXiv 2601.19659), W_p: the left singular vectors of the paper's W^T at epsilon_w.
 
     Args:
-        weight: W, (out, in), any floating dtype; the work is done in float32 or better.
+        weight: W, (out, in), any floating dtype; computed in float32 or higher precision.
         energy: epsilon_w, in (0, 1].
         method: `svd` (the reference); `gram`, all eigenvectors of the smaller Gram matrix; `randomized`, only
-            its leading ones, going on to `gram` where they leave the rank in doubt or are too many to save
-            time; `auto`, `randomized` up to energy 0.999 and `svd` beyond.
-        strict: the released code's `<` rule, one vector fewer.
-        seed: of the randomised route's start; it moves the answer by rounding only.
+            its leading ones, with a fallback to `gram` if they leave the rank in doubt or are too many to
+            save time; `auto`, `randomized` up to energy 0.999 and `svd` beyond. strict: the released code's
+            `<` rule, one vector fewer. seed: seed of the randomised method, which changes the result by
+            rounding only.
 
     Returns:
-        The basis; a zero weight has nothing to protect and gives k = 0.
+        the basis; k = 0 for a zero weight.
 
     Raises:
         EnergyError: if the energy is outside (0, 1].
@@ -74,7 +74,7 @@ def principal_basis(
     largest = torch.linalg.vector_norm(weight, float("inf")) if weight.numel() else weight.new_zeros(())
     if not largest:
         return PrincipalBasis(empty_basis(weight.shape[1], device=weight.device), 1.0, 0, "svd")
-    # Squares of very small or large weights would leave float32's range.
+    # Scaled, because squares of very small or large weights would leave float32's range.
     weight = (weight / largest).float()
     if method == "svd" or (method == "auto" and energy > GRAM_ENERGY):
         return _by_svd(weight, energy, strict)
@@ -91,21 +91,22 @@ def _by_svd(weight: Tensor, energy: float, strict: bool) -> PrincipalBasis:
 
 
 def _by_gram(weight: Tensor, energy: float, strict: bool, truncate: bool, seed: int) -> PrincipalBasis:
-    """Eigenvectors of the smaller Gram matrix: a leading block of them if truncation answers, else all."""
+    """Use eigenvectors of the smaller Gram matrix: a leading block of them if that suffices, else all."""
     tall = weight.shape[0] >= weight.shape[1]
     factor = weight if energy <= GRAM_ENERGY else weight.double()
     gram = gram_matrix(factor if tall else factor.T)
     total = float(gram.diagonal().double().sum())
-    found = leading_eigenpairs(gram, energy, total, seed) if truncate and energy <= GRAM_ENERGY else None
-    if found is None:
+    leading = leading_eigenpairs(gram, energy, total, seed) if truncate and energy <= GRAM_ENERGY else None
+    if leading is None:
         values, vectors = torch.linalg.eigh(gram)
         squared, vectors = values.flip(0).double().clamp_min(0.0), vectors.flip(1)
-        # With the whole spectrum at hand its own sum is the total, free of the trace's rounding.
+        # The sum of the whole spectrum is consistent with its prefixes, unlike the trace with its rounding.
         total = float(squared.sum())
     else:
-        squared, vectors = found
+        squared, vectors = leading
     rank = energy_rank(squared, energy, total=total, strict=strict)
     vectors = vectors[:, :rank]
     basis = vectors if tall else torch.linalg.qr(factor.T @ vectors).Q
-    share = float(squared[:rank].sum()) / total
-    return PrincipalBasis(basis.float().contiguous(), share, rank, "gram" if found is None else "randomized")
+    held = float(squared[:rank].sum()) / total
+    method = "gram" if leading is None else "randomized"
+    return PrincipalBasis(basis.float().contiguous(), held, rank, method)

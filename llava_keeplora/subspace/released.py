@@ -1,8 +1,8 @@
-"""The authors' released code, where it departs from the paper, kept exact for comparison runs.
+"""The rules of the authors' released code where they differ from the paper, reproduced for comparison runs.
 
 `released-clip` takes the weight basis from the OUTPUT side and projects on the input side; `released-llava`
 extends the basis from gradients instead of features, and rounds A to half precision. Both keep one weight
-direction fewer than the energy rule asks for, but at least one.
+direction fewer than the energy rule requires, but at least one.
 
 Shapes: weight (out, in), basis (in, k), features (images, tokens, in), mean (in, images * tokens), A (in, r).
 """
@@ -19,12 +19,12 @@ from llava_keeplora.subspace.principal import PrincipalBasis, principal_basis
 
 
 def released_clip_weight_basis(weight: Float[Tensor, "out in"], energy: float) -> PrincipalBasis:
-    """Weight basis of the `released-clip` preset: LEFT singular vectors of W under the strict rule.
+    """Return the weight basis of the `released-clip` preset: LEFT singular vectors of W by the strict rule.
 
-    Source: github.com/MaolinLuo/KeepLoRA, folder MTIL; the paper asks for the right singular vectors.
+    Source: github.com/MaolinLuo/KeepLoRA, folder MTIL; the paper uses the right singular vectors.
 
     Args:
-        weight: W, (out, in), square: the code uses the output-side vectors on the input side.
+        weight: W, (out, in), square, because output-side vectors are used on the input side.
         energy: epsilon_w, in (0, 1].
 
     Raises:
@@ -33,8 +33,7 @@ def released_clip_weight_basis(weight: Float[Tensor, "out in"], energy: float) -
     if weight.shape[0] != weight.shape[1]:
         raise ShapeError(
             "the released-clip preset takes the basis from a weight's output side and applies it to the "
-            "input side, "
-            f"which only a square weight allows, but this one is {tuple(weight.shape)}"
+            f"input side, which requires a square weight, but this one is {tuple(weight.shape)}"
         )
     return principal_basis(weight.T, energy, strict=True)
 
@@ -42,9 +41,8 @@ def released_clip_weight_basis(weight: Float[Tensor, "out in"], energy: float) -
 class RunningMeanFeatures:
     """Features of the `released-clip` preset: the transposed batch matrices, averaged slot by slot.
 
-    Column j of every batch, whatever image it shows, is summed into column j, and the sum is divided by the
-    number of columns seen (not of batches). So features of unrelated images mix, which second moments don't
-    do.
+    Column j of every batch, whatever its image, is summed into column j, and the sum is divided by the number
+    of columns added (not of batches). So features of unrelated images are mixed, unlike in second moments.
 
     Source: github.com/MaolinLuo/KeepLoRA, folder MTIL.
     """
@@ -58,17 +56,16 @@ class RunningMeanFeatures:
         """Add one batch.
 
         Args:
-            batch: (images, tokens, in), the same number of images and tokens every time.
+            batch: (images, tokens, in), with the same number of images and tokens every time.
 
         Raises:
-            ShapeError: if the batch's shape isn't that of the first one.
+            ShapeError: if the batch's shape differs from the first one's.
         """
         slots = batch.detach().double().flatten(0, 1).T
         if self._sum is not None and self._sum.shape != slots.shape:
             raise ShapeError(
                 f"the released-clip running mean needs equal batches, {tuple(self._sum.shape)} (in, images * "
-                "tokens), "
-                f"but got {tuple(slots.shape)}; drop the last batch"
+                f"tokens), but got {tuple(slots.shape)}; drop the last batch"
             )
         self._sum = slots.clone() if self._sum is None else self._sum.add_(slots)
         self.columns += slots.shape[1]
@@ -88,7 +85,7 @@ class RunningMeanFeatures:
 def released_clip_extend(
     basis: Float[Tensor, "in k"], mean: Float[Tensor, "in slots"], energy: float
 ) -> FeatureDirections:
-    """New directions of the `released-clip` preset: the feature rule on the running mean's columns.
+    """Return new directions of the `released-clip` preset: the feature rule on the running mean's columns.
 
     Source: github.com/MaolinLuo/KeepLoRA, folder MTIL.
 
@@ -102,7 +99,7 @@ def released_clip_extend(
 
 
 def released_llava_weight_basis(weight: Float[Tensor, "out in"], energy: float) -> PrincipalBasis:
-    """Weight basis of the `released-llava` preset: right singular vectors under the strict rule.
+    """Return the weight basis of the `released-llava` preset: right singular vectors by the strict rule.
 
     Source: github.com/MaolinLuo/KeepLoRA, folder DCL_UCIT.
 
@@ -116,9 +113,9 @@ def released_llava_weight_basis(weight: Float[Tensor, "out in"], energy: float) 
 def released_llava_extend(
     basis: Float[Tensor, "in k"], gradient: Float[Tensor, "out in"], energy: float
 ) -> FeatureDirections:
-    """New directions of the `released-llava` preset: the feature rule on the merged model's GRADIENT.
+    """Return new directions of the `released-llava` preset: the feature rule on the merged model's GRADIENT.
 
-    Source: github.com/MaolinLuo/KeepLoRA, folder DCL_UCIT; the paper takes the layer's inputs instead.
+    Source: github.com/MaolinLuo/KeepLoRA, folder DCL_UCIT; the paper uses the layer's inputs instead.
 
     Args:
         basis: (in, k), orthonormal columns.
@@ -132,21 +129,19 @@ def released_llava_extend(
 def released_llava_directions(
     gradient: Float[Tensor, "out in"], basis: Float[Tensor, "in k"], rank: int, *, seed: int = 0
 ) -> ResidualDirections:
-    """Adapter directions of the `released-llava` preset.
+    """Return the adapter directions of the `released-llava` preset.
 
-    A randomised SVD without oversampling, A rounded to float16.
-
-    Both shortcuts cost something that the paper's rule doesn't: the last of the r directions are blurred, and
-    A is orthonormal and outside the basis to 1e-3 only. The preset starts B at 0 and leaves W as it is, so
-    the singular values and V are handed back for reports alone.
+    They come from a randomised SVD without oversampling, and A is rounded to float16. Both reduce accuracy:
+    the last of the r directions are inexact, and A is orthonormal and outside the basis only to 1e-3. The
+    preset starts with B = 0 and an unchanged W, so the singular values and V are returned for reports alone.
 
     Source: github.com/MaolinLuo/KeepLoRA, folder DCL_UCIT, `svd_lowrank(q=r)`.
 
     Args:
         gradient: G, (out, in), on the model before the task.
         basis: (in, k), orthonormal columns.
-        rank: r; fewer directions come back where the residual gradient has fewer.
-        seed: of the randomised SVD; the global random state is left alone.
+        rank: r; fewer directions are returned if the residual gradient has fewer.
+        seed: seed of the randomised SVD; the global random state is not changed.
 
     Raises:
         ShapeError: if the basis doesn't fit the gradient.
@@ -156,18 +151,18 @@ def released_llava_directions(
     check_basis(basis, gradient.shape[1], "a gradient")
     check_finite(gradient, "gradient")
     out_dim, in_dim = gradient.shape
-    room = room_for(rank, out_dim, in_dim, basis.shape[1], allow_fewer=True)
+    most = room_for(rank, out_dim, in_dim, basis.shape[1], allow_fewer=True)
     gradient = gradient.detach().float()
     outside = residual(gradient, basis)
     with torch.random.fork_rng(devices=[gradient.device] if gradient.is_cuda else []):
         torch.manual_seed(seed)
-        left, singular, right = torch.svd_lowrank(outside.T, q=min(rank, room))
+        left, singular, right = torch.svd_lowrank(outside.T, q=min(rank, most))
     norm, left_over = float(gradient.norm()), float(outside.square().sum())
-    found = above_rounding(singular, norm, rank, room, allow_fewer=True)
+    count = above_rounding(singular, norm, rank, most, allow_fewer=True)
     return ResidualDirections(
-        A=left[:, :found].half().float().contiguous(),
-        singular_values=singular[:found],
-        right=right[:, :found].contiguous(),
-        captured=min(1.0, float(singular[:found].square().sum()) / left_over),
+        A=left[:, :count].half().float().contiguous(),
+        singular_values=singular[:count],
+        right=right[:, :count].contiguous(),
+        captured=min(1.0, float(singular[:count].square().sum()) / left_over),
         residual_energy=left_over / norm**2,
     )

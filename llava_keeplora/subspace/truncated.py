@@ -1,11 +1,10 @@
 """Leading eigenvectors of a Gram matrix up to an energy, without the full decomposition.
 
 Block Rayleigh-Ritz with a Chebyshev filter. The total energy is known exactly (the trace), so a prefix of the
-spectrum is enough to apply the energy rule; the answer is handed out only if the error bound leaves no doubt
-about the rank, otherwise the caller decomposes in full.
+spectrum is enough to apply the energy rule. A result is returned only if the error bound leaves no doubt
+about the rank; otherwise the caller computes the full decomposition.
 
-Shapes: G (n, n) symmetric positive semi-definite, n = its size, p = block width, k = leading pairs handed
-back.
+Shapes: G (n, n) symmetric positive semi-definite, n = its size, p = block width, k = number of leading pairs.
 
 Sources: Halko, Martinsson and Tropp, "Finding structure with randomness" (SIAM Review 2011), the randomised
 start; Zhou and Saad, "A Chebyshev-Davidson algorithm" (SIAM J. Matrix Anal. 2007), the filter; Parlett, "The
@@ -20,40 +19,40 @@ from torch import Tensor
 
 from llava_keeplora.subspace.energy import energy_rank
 
-# A float32 Gram matrix knows eigenvalues down to 1e-7 of the largest; an energy this near 1 depends on
-# smaller ones.
+# Largest energy for a float32 Gram matrix, which resolves eigenvalues down to 1e-7 of the largest; an energy
+# nearer to 1 depends on smaller ones.
 GRAM_ENERGY = 0.999
-# Wider blocks, as a share of n, cost more than the full decomposition does; small matrices leave less to
-# save.
+# Widest block, as a fraction of n; wider ones cost more than the full decomposition. Small matrices have the
+# smaller limit.
 WIDEST = 0.33
 WIDEST_SMALL = 0.2
 SMALL = 1536
 # Below this size the full decomposition takes milliseconds.
 SMALLEST = 256
-# The block is this much wider than the wanted prefix: the filter needs a gap between what it keeps and what
-# it damps.
+# Width of the block relative to the wanted prefix: the filter needs a gap between what it keeps and what it
+# damps.
 MARGIN = 1.5
-# Degree of the filter: each degree is one product with G; beyond 4, float32 drowns the small wanted
-# components.
+# Degree of the filter: each degree is one product with G; beyond 4, the small wanted components are lost in
+# float32.
 DEGREE = 4
-# Rounding of a float32 Gram matrix, as a share of its largest eigenvalue.
+# Rounding of a float32 Gram matrix, as a fraction of its largest eigenvalue.
 CUT_FLOOR = 1e-6
 # The residual bound is first order in each vector; doubling it covers the coupling between them.
 SAFETY = 2.0
-# Energy that the returned prefix may miss, as a share of the total, against the exact leading eigenvectors.
+# Energy that the returned prefix may miss compared with the exact leading eigenvectors, as a fraction of the
+# total.
 MISSED = 5e-5
-# Truncation isn't even begun where the width guessed without a sketch exceeds the widest block by this
-# factor.
+# Truncation is not tried if the width estimated without a sketch exceeds the widest block by this factor.
 HOPELESS = 1.25
-# Column blocks of a Gram matrix: only those on and below the diagonal are multiplied, 5/8 of the work for
-# four.
+# Number of column blocks of a Gram matrix, of which only those on and below the diagonal are multiplied: 5/8
+# of the work for four.
 BLOCKS = 4
 
 
 class Ritz(NamedTuple):
     """Ritz pairs of a block: values (p,) float64 descending, and the factors of their vectors.
 
-    The vectors are block @ rotation, (n, p), and G @ vectors is image @ rotation; both are formed only where
+    The vectors are block @ rotation, (n, p), and G @ vectors is image @ rotation; both are formed only when
     needed.
     """
 
@@ -63,11 +62,11 @@ class Ritz(NamedTuple):
     image: Tensor
 
     def vectors(self, count: int) -> Tensor:
-        """The first `count` Ritz vectors, (n, count)."""
+        """Return the first `count` Ritz vectors, (n, count)."""
         return self.block @ self.rotation[:, :count]
 
     def residuals(self, vectors: Tensor) -> Tensor:
-        """Squared residual norms |G v - theta v|^2 of the first vectors, (count,) float64."""
+        """Return the squared residual norms |G v - theta v|^2 of the first vectors, (count,) float64."""
         count = vectors.shape[1]
         images = self.image @ self.rotation[:, :count]
         return (
@@ -79,7 +78,7 @@ class Ritz(NamedTuple):
 
 
 def gram_matrix(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
-    """X^T X, exactly symmetric, multiplying only the blocks that symmetry doesn't give.
+    """Return X^T X, exactly symmetric, multiplying only the blocks that do not follow from symmetry.
 
     Args:
         tall: X, (m, n).
@@ -98,19 +97,17 @@ def gram_matrix(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
 def leading_eigenpairs(
     gram: Float[Tensor, "n n"], energy: float, total: float, seed: int
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "n k"]] | None:
-    """Return the fewest leading eigenpairs that hold `energy * total`, or None.
-
-    None means that a full solver is the better way.
+    """Return the fewest leading eigenpairs that hold `energy * total`; None if a full solver is better.
 
     Args:
         gram: G, (n, n), float32.
-        energy: share to reach, in (0, 1].
+        energy: fraction to reach, in (0, 1].
         total: trace of G.
-        seed: of the random start.
+        seed: seed of the random start.
 
     Returns:
-        Eigenvalues (k,), float64, descending, and orthonormal eigenvectors (n, k); None where the prefix is
-        too long for truncation to pay, or where its length stays in doubt.
+        eigenvalues (k,), float64, descending, and orthonormal eigenvectors (n, k); None if the prefix is too
+        long for truncation to save time, or its length remains in doubt.
     """
     n = gram.shape[0]
     if n < SMALLEST:
@@ -134,9 +131,9 @@ def leading_eigenpairs(
 
 
 def _power_law(gram: Tensor, total: float) -> Tensor:
-    """The whole spectrum, guessed without a sketch.
+    """Guess the whole spectrum without a sketch, as a power law.
 
-    The power law that has G's ratio of sum of squares to squared sum.
+    It is the power law that has G's ratio of the sum of squared eigenvalues to their squared sum.
     """
     ratio = (float(gram.norm()) / total) ** 2
     index = torch.arange(1, gram.shape[0] + 1, dtype=torch.float64)
@@ -146,10 +143,7 @@ def _power_law(gram: Tensor, total: float) -> Tensor:
 
 
 def _sketch(gram: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """G times a random sign matrix with one entry per row.
-
-    A random block of range(G) for the price of reading G.
-    """
+    """Return G times a random sign matrix with one entry per row, at the cost of reading G once."""
     n = gram.shape[0]
     bucket = torch.randint(width, (n,), generator=generator, device=gram.device)
     bucket[torch.randperm(n, generator=generator, device=gram.device)[:width]] = torch.arange(
@@ -164,7 +158,7 @@ def _orthonormal(block: Tensor) -> Tensor:
 
 
 def _rayleigh_ritz(gram: Tensor, block: Tensor) -> Ritz:
-    """Best approximate eigenpairs inside the span of an orthonormal block."""
+    """Return the best approximate eigenpairs inside the span of an orthonormal block."""
     image = gram @ block
     small = block.T @ image
     values, rotation = torch.linalg.eigh((small + small.T) / 2)
@@ -172,12 +166,10 @@ def _rayleigh_ritz(gram: Tensor, block: Tensor) -> Ritz:
 
 
 def _certain_vectors(ritz: Ritz, energy: float, total: float) -> Tensor | None:
-    """Return as many Ritz vectors as the energy rule needs.
-
-    They are returned if the bounds on the sums of eigenvalues leave one answer.
+    """Return as many Ritz vectors as the energy rule needs; None if the bounds leave their number in doubt.
 
     Ritz values bound the eigenvalues from below, and lambda_i <= theta_i + |r_i|^2 / (theta_i - mu), where mu
-    bounds the spectrum outside the block; the Ritz value nine tenths down the block stands in for mu.
+    bounds the spectrum outside the block; the Ritz value at nine tenths of the block is used for mu.
     """
     inside = int(0.9 * len(ritz.values))
     lower = torch.cumsum(ritz.values, 0)
@@ -194,10 +186,7 @@ def _certain_vectors(ritz: Ritz, energy: float, total: float) -> Tensor | None:
 
 
 def _extrapolate(values: Tensor, total: float, n: int) -> Tensor:
-    """The whole spectrum, guessed.
-
-    The upper third of the Ritz values, then the power law that has the right trace.
-    """
+    """Guess the whole spectrum: the upper third of the Ritz values, then a power law with the right trace."""
     known = max(1, len(values) // 3)
     left = total - float(values[:known].sum())
     index = torch.arange(known + 1, n + 1, dtype=torch.float64, device=values.device) / known
@@ -209,28 +198,28 @@ def _extrapolate(values: Tensor, total: float, n: int) -> Tensor:
 
 
 def _filtered(gram: Tensor, ritz: Ritz, width: int, cut: float, generator: torch.Generator) -> Tensor:
-    """A better orthonormal block, (n, width): Chebyshev polynomial of G, small on [0, cut] and steep above.
+    """Return a better orthonormal block, (n, width), by a Chebyshev polynomial of G.
 
-    The strongest directions are held out (and put back): the filter would magnify them so far above the weak
-    wanted ones that float32 loses the latter.
+    The polynomial is small on [0, cut] and steep above. The strongest directions are left out of the filter
+    and added back, because it would magnify them so much that the weak wanted ones are lost in float32.
     """
     vectors = ritz.vectors(len(ritz.values))
     count = int((ritz.values[: len(ritz.values) // 2] > 8.0 * cut).sum())
-    held, rest = vectors[:, :count], vectors[:, count:]
+    strong, rest = vectors[:, :count], vectors[:, count:]
     image = ritz.image @ ritz.rotation[:, :count]
     # (I - H H^T) G (I - H H^T), symmetric by construction.
-    half_update = image - held @ (held.T @ image / 2)
+    half_update = image - strong @ (strong.T @ image / 2)
     deflated = torch.addmm(
-        torch.addmm(gram, held, half_update.T, alpha=-1.0), half_update, held.T, alpha=-1.0
+        torch.addmm(gram, strong, half_update.T, alpha=-1.0), half_update, strong.T, alpha=-1.0
     )
     fresh = width - vectors.shape[1]
     start = rest if fresh == 0 else torch.cat([rest, _sketch(deflated, fresh, generator)], dim=1)
-    # A low-rank G leaves no spectrum to damp; the floor keeps the polynomial finite.
+    # A low-rank G has no spectrum to damp; the floor keeps the polynomial finite.
     half = max(cut, CUT_FLOOR * float(ritz.values[0])) / 2
     start = start / start.norm(dim=0).clamp_min(torch.finfo(start.dtype).tiny)
     before, now = start, torch.addmm(start, deflated, start, beta=-1.0, alpha=1.0 / half)
     for _ in range(DEGREE - 1):
         before, now = now, torch.addmm(now, deflated, now, beta=-2.0, alpha=2.0 / half).sub_(before)
     now = now / now.norm(dim=0).clamp_min(torch.finfo(now.dtype).tiny)
-    # The image instead of the held vectors themselves: one step of power iteration that is paid for already.
+    # The image instead of the strong vectors themselves: a step of power iteration at no further cost.
     return _orthonormal(torch.cat([image, now], dim=1))

@@ -53,7 +53,7 @@ def deepspeed(stage=2, **content):
         ),
         (
             {"training": {"dataloader_drop_last": True, "per_device_train_batch_size": 64}},
-            "'colours' has 24 examples for batches of 64",
+            "'colours' has only 24 examples for batches of 64",
         ),
         ({"training": {"num_train_epochs": [1, 2]}}, "lists 2 values for 1 tasks"),
         (

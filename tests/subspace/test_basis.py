@@ -95,7 +95,7 @@ def test_append_can_fill_the_space_and_not_more(sub, random_basis):
     full = sub.append_directions(random_basis(10, 6), torch.randn(10, 4))
     assert full.shape == (10, 10) and sub.orthonormality_error(full) < 1e-6
     with pytest.raises(
-        sub.RankError, match="1 new directions don't fit beside 10 in a space of dimension 10"
+        sub.RankError, match="1 new directions don't fit into a space of dimension 10 next to 10"
     ) as info:
         sub.append_directions(full, torch.randn(10, 1))
     assert (info.value.requested, info.value.available) == (1, 0)

@@ -189,7 +189,9 @@ def test_misfits_are_named(plain, random_basis):
         sketch.add(torch.randn(2, 3, 8), torch.ones(2, 1, dtype=torch.bool))
     with pytest.raises(plain.ShapeError, match="other test vectors"):
         sketch.merge(plain.SketchedMoment(8, 4, random_basis(8, 2), seed=1))
-    with pytest.raises(plain.ShapeError, match="only answers for the basis that it was made for"):
+    with pytest.raises(
+        plain.ShapeError, match="basis must be the one that the feature sketch was created with"
+    ):
         sketch.directions(random_basis(8, 2, seed=9), 0.9)
     with pytest.raises(plain.EnergyError):
         sketch.directions(sketch.basis, 0.0)
