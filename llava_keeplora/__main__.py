@@ -1,4 +1,4 @@
-"""`python -m llava_keeplora`, the same as `llava-keeplora`."""
+"""Run `python -m llava_keeplora` like the command `llava-keeplora`."""
 
 import sys
 

@@ -1,8 +1,7 @@
-"""DeepSpeed's operators, compiled when first needed.
+"""Check for left-over locks of DeepSpeed's operators, which are compiled when they are first needed.
 
-Compilation holds a lock that torch waits for silently.
-
-A process that is killed while it compiles leaves the lock, and every later start would wait for ever.
+Compilation holds a lock that torch waits for silently. A process that is killed while it compiles leaves the
+lock behind, and every later start would wait for ever.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from llava_keeplora.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-#: No operator takes so many seconds to compile; a process on another machine with the same home may hold a
-#: younger lock.
+#: Age in seconds from which a lock counts as left behind; no operator takes as long to compile. A younger one
+#: may belong to a process on another machine with the same home folder.
 LONGEST = 600
 
 
 def check_builds() -> None:
-    """Refuse to wait for a build that nobody works on any more; say so where somebody on another machine may.
+    """Check that no lock of a build was left behind; warn of young ones that no process here holds.
 
     Raises:
         RunError: naming the lock, if it was left behind.
@@ -32,17 +31,19 @@ def check_builds() -> None:
             age = time.time() - lock.stat().st_mtime
         except FileNotFoundError:  # Its build has ended since it was listed.
             continue
-        what = (
-            f"{lock}, the lock of one of DeepSpeed's operators, is {age / 60:.0f} minutes old and no process "
-            "here is compiling it"
+        finding = (
+            f"{lock}, the lock of one of DeepSpeed's operators, is {age / 60:.0f} minutes old, but no "
+            "process here is compiling it"
         )
         if age > LONGEST:
-            raise RunError(f"{what}, so a start would wait for it for ever", f"remove it: rm {lock}")
-        logger.warning("%s; if none on another machine is either, stop this start and remove the lock", what)
+            raise RunError(f"{finding}, so a start would wait for it for ever", f"remove it: rm {lock}")
+        logger.warning(
+            "%s; if none on another machine is either, stop this start and remove the lock", finding
+        )
 
 
 def unheld_locks() -> list[Path]:
-    """Locks of builds that no process of this machine holds open."""
+    """Return locks of builds that no process of this machine holds open."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -52,11 +53,11 @@ def unheld_locks() -> list[Path]:
 
 
 def _open_files() -> set[str]:
-    """Paths that processes of this user hold open, where the system lists them."""
-    found = set()
+    """Return paths that processes of this user hold open; empty on systems without /proc."""
+    open_files = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            found.add(os.readlink(link))
-        except OSError:  # The process or its file has gone, or is another user's.
+            open_files.add(os.readlink(link))
+        except OSError:  # The process or its file no longer exists, or belongs to another user.
             continue
-    return found
+    return open_files

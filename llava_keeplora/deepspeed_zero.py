@@ -1,9 +1,8 @@
-"""DeepSpeed's ZeRO-3.
+"""DeepSpeed's ZeRO-3, which shards the weights over the processes, outside of training.
 
-Weights that live in shards over the processes and are whole only while something computes with them.
-
-Training brings an engine that gathers them, by `transformers.Trainer`. The passes and the evaluation need one
-as well, without an optimiser and for as long as they last; single weights are gathered one layer at a time.
+In training, `transformers.Trainer` creates the engine that gathers the shards. The passes and the evaluation
+need an engine as well, without an optimiser and only while they run; single weights are gathered one layer at
+a time.
 """
 
 from __future__ import annotations
@@ -15,31 +14,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: What a pass or an evaluation needs to know of a ZeRO JSON; the rest is about optimisers and batches.
+#: Sections of a DeepSpeed JSON that passes and evaluation need, as well as zero_optimization.
 KEPT = ("bf16", "communication_data_type", "comms_logger")
+#: Keys of zero_optimization that only training needs.
 ONLY_TRAINING = ("offload_optimizer",)
-#: What the optimisers of ZeRO-3, and of ZeRO-1, 2 and bf16, hang on a parameter to find their fp32 copy of
-#: it.
+#: Attributes by which the optimisers of ZeRO-3, and of ZeRO-1, 2 and bf16, link a parameter to their fp32
+#: copy.
 LINKS = ("_z3_optimizer", "_hp_mapping")
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a shard; its own shape is then empty."""
+    """Return whether a parameter is sharded by ZeRO-3; its own shape is then empty."""
     return hasattr(parameter, "ds_id")
 
 
 def number_count(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter has; a shard's own shape is empty."""
+    """Return how many numbers a parameter has, whether it is sharded or not."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @contextmanager
 def gathered(parameters: Iterable[Tensor | None], write: bool = False) -> Iterator[None]:
-    """Make parameters whole in every process while the block runs; every process has to come along.
+    """Gather sharded parameters in every process while the block runs; every process must call this.
 
     Args:
-        parameters: plain ones and None are left as they are.
-        write: whether what the first process wrote into them stays.
+        parameters: the parameters; those that are not sharded, and None, are skipped.
+        write: whether to keep the changes that the main process makes to them.
     """
     shards = [p for p in parameters if p is not None and is_partitioned(p)]
     if not shards:
@@ -52,9 +52,9 @@ def gathered(parameters: Iterable[Tensor | None], write: bool = False) -> Iterat
 
 
 def trained_values(parameter: nn.Parameter) -> Tensor:
-    """A parameter in fp32, whole and copied: the optimiser's own copy where DeepSpeed keeps one.
+    """Return a copy of a parameter in fp32, gathered; from the optimiser's fp32 copy if DeepSpeed keeps one.
 
-    Every process has to come along.
+    Every process must call this.
     """
     if any(hasattr(parameter, link) for link in LINKS):
         from deepspeed.utils import safe_get_full_fp32_param
@@ -65,10 +65,7 @@ def trained_values(parameter: nn.Parameter) -> Tensor:
 
 
 def forget_engine(parameters: Iterable[nn.Parameter]) -> None:
-    """Release parameters from an engine that has ended.
-
-    Its fp32 copies are no longer theirs and would be kept alive.
-    """
+    """Remove parameters' links to an engine that has ended, which would keep its fp32 copies in memory."""
     for parameter in parameters:
         for link in LINKS:
             vars(parameter).pop(link, None)
@@ -76,22 +73,22 @@ def forget_engine(parameters: Iterable[nn.Parameter]) -> None:
 
 @contextmanager
 def loaded_whole() -> Iterator[None]:
-    """Load a model unpartitioned, whatever the run's ZeRO stage; `Zero.adopt` does it afterwards."""
+    """Let transformers load models unsharded while the block runs; `Zero.adopt` shards them afterwards."""
     from transformers.integrations import deepspeed as integration
 
-    held = integration._hf_deepspeed_config_weak_ref
+    config = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        integration._hf_deepspeed_config_weak_ref = held
+        integration._hf_deepspeed_config_weak_ref = config
 
 
 def keep_scalars_whole(model: nn.Module) -> None:
-    """Turn frozen parameters without dimensions (CLIP's temperature) into buffers.
+    """Turn frozen scalar parameters (CLIP's temperature) into buffers.
 
-    DeepSpeed moves parameters as bytes, which a scalar can't be, and in shards one process alone would hold
-    it.
+    DeepSpeed moves parameters as views of bytes, which a scalar does not have, and would shard a scalar to
+    one process alone.
     """
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
@@ -101,12 +98,11 @@ def keep_scalars_whole(model: nn.Module) -> None:
 
 
 class Zero:
-    """What a run's ZeRO JSON means outside of training.
-
-    Without a JSON, everything here does nothing; below stage 3, little.
+    """A run's DeepSpeed configuration outside of training; a no-op without one.
 
     Args:
-        config: the JSON's content without `auto` precisions, or None; see `RunConfig.deepspeed`.
+        config: the configuration without `auto` precisions, or None; see
+            `llava_keeplora.config.deepspeed_config`.
     """
 
     def __init__(self, config: Mapping[str, Any] | None):
@@ -122,19 +118,16 @@ class Zero:
         }
         self.config = {key: config[key] for key in KEPT if key in config}
         self.config |= {"zero_optimization": concrete, "train_micro_batch_size_per_gpu": 1}
-        # transformers asks this object, for as long as it lives, whether to load in shards and to generate in
-        # step.
-        self._asked = HfDeepSpeedConfig(self._copy())
+        # While this object exists, transformers loads in shards and keeps processes synchronous in
+        # `generate`.
+        self._hf_config = HfDeepSpeedConfig(self._copy())
 
     def _copy(self) -> dict[str, Any]:
-        # DeepSpeed writes into what it is given.
+        # DeepSpeed changes the dict that it gets.
         return json.loads(json.dumps(self.config))
 
     def adopt(self, model: nn.Module) -> None:
-        """Make a frozen model one that DeepSpeed can work with.
-
-        With ZeRO-3, split what was loaded whole over the processes.
-        """
+        """Prepare a frozen model for DeepSpeed; with ZeRO-3, shard it over the processes."""
         if self.used:
             keep_scalars_whole(model)
         if not self.partitions or all(map(is_partitioned, model.parameters())):
@@ -143,16 +136,15 @@ class Zero:
 
         deepspeed.zero.Init(module=model, config_dict_or_path=self._copy())
         for module in model.modules():
-            # CLIP's embeddings ask their table of positions how long it is before they use it; a shard would
-            # say 0.
+            # CLIP's embeddings read the length of their position table before they use it; a shard's is 0.
             if isinstance(table := getattr(module, "position_embedding", None), nn.Embedding):
                 deepspeed.zero.register_external_parameter(module, table.weight)
 
     @contextmanager
     def engaged(self, module: nn.Module) -> Iterator[None]:
-        """Let a module compute.
+        """Create an engine while the block runs, so that the module's passes gather the weights they need.
 
-        Its forward and backward passes gather what they need, in all processes alike.
+        All processes must run the same passes.
         """
         if not self.partitions:
             yield
@@ -160,8 +152,8 @@ class Zero:
         import deepspeed
         from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
-        # A Trainer since then has put its own in this place.
-        set_hf_deepspeed_config(self._asked)
+        # A Trainer may have set its own configuration meanwhile.
+        set_hf_deepspeed_config(self._hf_config)
         engine, *_ = deepspeed.initialize(model=module, config=self._copy())
         try:
             yield

@@ -1,4 +1,4 @@
-"""The group of processes that a run takes part in, if there are several."""
+"""The group of processes of a run, if there are several."""
 
 from __future__ import annotations
 
@@ -12,38 +12,36 @@ from torch import Tensor
 
 
 def get_rank() -> int:
-    """This process's number in its group; 0 where there is none."""
+    """Return this process's rank in the group; 0 without a group."""
     return dist.get_rank() if has_group() else 0
 
 
 def get_world_size() -> int:
-    """How many processes the group has; 1 where there is none."""
+    """Return the number of processes in the group; 1 without a group."""
     return dist.get_world_size() if has_group() else 1
 
 
 def processes_here() -> int:
-    """How many processes of the group run on this machine; all must come along."""
+    """Return how many processes of the group run on this machine; every process must call this."""
     return all_gather_object(socket.gethostname()).count(socket.gethostname())
 
 
 def has_group() -> bool:
-    """Whether this process is in a group, be it of one."""
+    """Return whether this process is in a group, possibly alone."""
     return dist.is_available() and dist.is_initialized()
 
 
 def is_main_process() -> bool:
-    """Whether this process writes and reports."""
+    """Return whether this is the process that writes and reports, rank 0."""
     return get_rank() == 0
 
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Let the first process go through a block before the others do.
-
-    If it fails there, they leave without a word.
+    """Run the block in the main process first, and in the others only if it succeeded there.
 
     Raises:
-        SystemExit: in the other processes, with code 2, if the first one failed.
+        SystemExit: in the other processes, with code 2 and without a message, if the main process failed.
     """
     if get_world_size() == 1:
         yield
@@ -64,17 +62,14 @@ def main_process_first() -> Iterator[None]:
 
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, which must come along.
-
-    Nothing where there is one.
-    """
+    """Replace each tensor by its sum over all processes; every process must call this."""
     if get_world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every process's value by rank, in every process; all must come along."""
+    """Return the values of all processes, by rank; every process must call this."""
     if get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()

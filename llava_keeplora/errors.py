@@ -1,4 +1,4 @@
-"""Errors that a user can repair; the command line prints each as one sentence."""
+"""Errors that a user can correct; the command line prints each as one sentence."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = ["ConfigError", "MethodError", "RunError", "TrainingError", "UserError
 
 
 class ConfigError(UserError):
-    """The configuration cannot be used as it is."""
+    """Error of a configuration."""
 
 
 class RunError(UserError):
-    """The run folder cannot be used as it is."""
+    """Error of a run folder."""
 
 
 class MethodError(UserError):
-    """A method cannot be applied to this model with these settings."""
+    """Error of a method that cannot be applied to a model with its settings."""
 
 
 class TrainingError(UserError):
-    """Training stopped; everything finished before it is kept."""
+    """Error that stops a training; everything finished before it is kept."""

@@ -1,4 +1,4 @@
-"""Whole files and folders or none: everything is written under a temporary name and renamed."""
+"""Atomic writing of files and folders: everything is written under a temporary name and then renamed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ GO_ON = "run the same command again: it goes on, every finished stage is kept"
 
 @contextmanager
 def translate_errors(where: Path | str = "a file") -> Iterator[None]:
-    """Tell in one sentence what the file system refuses.
+    """Turn file-system errors (disk full, permission denied, read-only) into a one-sentence RunError.
 
     Args:
-        where: what an error is about that names no file.
+        where: the path to name if an error has none.
 
     Raises:
-        RunError: for a full disk, or a file that may not be written; everything finished is kept.
+        RunError: for a full disk, or a file that must not be written; everything finished is kept.
     """
     try:
         yield
@@ -45,12 +45,12 @@ def translate_errors(where: Path | str = "a file") -> Iterator[None]:
 
 
 def writable_folder(path: Path | str) -> Path:
-    """A folder, made where it is not there, in which a file can be written.
+    """Create a folder if it is missing, and check that a file can be written in it.
 
-    Found out before the work that fills it.
+    Called before the work whose results it is for.
 
     Raises:
-        OSError: if it can't be.
+        OSError: if it cannot be created, or not be written to.
     """
     Path(path).mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=path):
@@ -58,7 +58,7 @@ def writable_folder(path: Path | str) -> Path:
 
 
 def write_bytes(path: Path, data: bytes) -> str:
-    """Write a file so that it is there whole or not at all.
+    """Write a file atomically, and its folder if it is missing.
 
     Returns:
         the SHA-256 of its content.
@@ -70,14 +70,14 @@ def write_bytes(path: Path, data: bytes) -> str:
 
 
 def write_json(path: Path, value: Any) -> str:
-    """Write JSON, readable by a person; returns its SHA-256."""
+    """Write a value as indented JSON and return the file's SHA-256."""
     return write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write safetensors; returns its SHA-256."""
+    """Write tensors as safetensors and return the file's SHA-256."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return write_bytes(path, save(contiguous, dict(metadata or {})))
 
@@ -89,10 +89,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """Open safetensors, to read one by one.
+    """Open a safetensors file, whose tensors can be read one by one.
 
     Raises:
-        RunError: if the file is missing or holds none.
+        RunError: if the file is missing or is not safetensors.
     """
     try:
         return safe_open(path, framework="pt")
@@ -104,16 +104,16 @@ def open_tensors(path: Path) -> safe_open:
 
 @contextmanager
 def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
-    """Yield a folder to fill, which takes a name at the end: the named folder appears whole or not at all.
+    """Yield a temporary folder to fill and rename it to `folder` at the end, which so appears complete or not.
 
-    Until then it is named `.NAME.PROCESS.part`. An error removes it; what a killed process left is removed by
-    the next command that makes the same folder. It is locked while it is filled, so that what a living
-    process is writing can be told from that.
+    Until then its name is `.NAME.PROCESS.part`. It is removed after an error; what a killed process has left
+    is removed by the next command that writes the same folder. It is locked while it is filled, by which it
+    is told from a left-over one.
 
     Args:
-        folder: the place.
-        replace: whether all that is there goes. Otherwise files of the same names are replaced when all are
-            written, each at once, and others stay.
+        folder: the final path.
+        replace: whether an existing folder is replaced. Otherwise its files of the same names are replaced
+            one by one after all have been written, and its other files stay.
 
     Raises:
         OSError: if it cannot be written.
@@ -122,13 +122,13 @@ def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
     merged = not replace and folder.is_dir()
-    # A folder that stays may be a mount point, and what is beside it another disk.
-    beside = folder if merged else folder.parent
-    beside.mkdir(parents=True, exist_ok=True)
-    for left in beside.glob(f".{glob.escape(folder.name)}.*{PART}"):
-        if left.is_dir() and not _is_locked(left):
-            shutil.rmtree(left, ignore_errors=True)
-    tmp_dir, old = (beside / f".{folder.name}.{os.getpid()}{kind}{PART}" for kind in ("", ".old"))
+    # An existing folder may be a mount point, and its parent on another disk.
+    parent = folder if merged else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    for left_over in parent.glob(f".{glob.escape(folder.name)}.*{PART}"):
+        if left_over.is_dir() and not _is_locked(left_over):
+            shutil.rmtree(left_over, ignore_errors=True)
+    tmp_dir, old = (parent / f".{folder.name}.{os.getpid()}{kind}{PART}" for kind in ("", ".old"))
     tmp_dir.mkdir()
     lock = os.open(tmp_dir, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -139,17 +139,19 @@ def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
             _move_files(tmp_dir, folder)
         else:
             if folder.is_dir() and any(folder.iterdir()):
-                os.replace(folder, old)  # Removing takes time, in which a kill would leave a part.
+                os.replace(
+                    folder, old
+                )  # Renamed, because a kill while it is removed would leave a part of it.
             os.replace(tmp_dir, folder)
             sync_folder(folder.parent)
     finally:
         os.close(lock)
-        for left in (tmp_dir, old):
-            shutil.rmtree(left, ignore_errors=True)
+        for path in (tmp_dir, old):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush(tmp_dir: Path) -> None:
-    """Have all that a folder holds on the disk before its name is."""
+    """Flush a folder's content to the disk, so that it is there before the folder's final name is."""
     for path in tmp_dir.rglob("*"):
         if path.is_dir() or (path.is_file() and not path.is_symlink()):
             sync_folder(path)
@@ -166,13 +168,13 @@ def _move_files(tmp_dir: Path, folder: Path) -> None:
 
 
 def left_behind(folder: Path) -> list[Path]:
-    """Rooms in a folder, below and beside it that killed processes left; see `whole_folder`."""
-    found = [*folder.rglob(f".*{PART}"), *folder.parent.glob(f".{glob.escape(folder.name)}.*{PART}")]
-    return sorted(path for path in found if path.is_dir() and not _is_locked(path))
+    """Return the temporary folders that killed processes left in or next to a folder; see `whole_folder`."""
+    partial = [*folder.rglob(f".*{PART}"), *folder.parent.glob(f".{glob.escape(folder.name)}.*{PART}")]
+    return sorted(path for path in partial if path.is_dir() and not _is_locked(path))
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a living process is filling a folder."""
+    """Return whether a living process is filling a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The append-only journal of one method's run, and the pure function that says what comes next."""
+"""The append-only journal of one method's run, and the function that derives the open stages from it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """One finished stage.
+    """Journal entry of one finished stage.
 
     Args:
         task: 0 for the base, then 1, 2, ...
         stage: one of `STAGES`.
-        seconds: what the stage took.
+        seconds: how long the stage took.
         files: path relative to the journal's folder → SHA-256.
-        info: recipe version and data fingerprint, as the stage has them, and its peak of memory
-            (`peak_bytes`, `peak_of`).
+        info: the stage's notes, such as data fingerprints or steps, and its peak memory (`peak_bytes`,
+            `peak_of`).
     """
 
     task: int
@@ -39,10 +39,10 @@ class Entry:
     info: dict[str, Any] = field(default_factory=dict)
 
     def file(self, kind: str) -> str:
-        """The relative path of a file that the stage wrote, by its own name, such as scores.json.
+        """Return the relative path of a file that the stage wrote, given its name, such as scores.json.
 
         Raises:
-            RunError: if there is none.
+            RunError: if the stage wrote no file of that name.
         """
         for name in self.files:
             if PurePosixPath(name).name == kind:
@@ -54,10 +54,10 @@ class Entry:
 
 
 def _entry(values: Any) -> Entry:
-    """A line's values as an entry.
+    """Build an entry from the values of a line.
 
     Raises:
-        ValueError, TypeError: if they are no entry's.
+        ValueError, TypeError: if they are not those of an entry.
     """
     entry = Entry(**values)
     types = {"task": int, "stage": str, "seconds": int | float, "files": dict, "info": dict}
@@ -67,7 +67,7 @@ def _entry(values: Any) -> Entry:
         raise ValueError("a value is of another type")
     for name, expected in entry.files.items():
         path = PurePosixPath(name)
-        # A folder from elsewhere may name anything; what is read and copied is the method's own.
+        # A journal from elsewhere could name any path; only files in the method's folder are read and copied.
         if not isinstance(expected, str) or "\0" in name or path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{name!r} is no file of the run")
     for where, what in mismatches(entry.info, INFO):
@@ -80,23 +80,23 @@ def _reason(error: Exception) -> str:
 
 
 def stages_of(task: int) -> tuple[str, ...]:
-    """The stages that a task goes through."""
+    """Return the stages of a task, in order."""
     return STAGES if task else BASE_STAGES
 
 
 def open_stages(entries: Sequence[Entry], tasks: int, learns: bool = True) -> list[tuple[int, str]]:
-    """The stages that are still to run, in order, from the journal alone.
+    """Return the stages that are still to run, in order, from the journal alone.
 
-    A run with more tasks than it was planned for has been extended: it is planned again, and every stage is
-    scored again, for the new columns. What was learned stays.
+    A run with more tasks than it was planned for has been extended: it is planned again, and every task is
+    scored again for the new columns of the matrix. Trained tasks stay.
 
     Args:
-        entries: the journal, oldest first.
-        tasks: how many tasks the run has, not counting the base.
-        learns: whether the method learns them; otherwise it is scored once, before the first.
+        entries: the journal's entries, oldest first.
+        tasks: number of tasks of the run, not counting the base.
+        learns: whether the method is trained; otherwise it is only scored, as the base.
 
     Raises:
-        RunError: if the entries are not the beginning of a run's order.
+        RunError: if the entries are not in the order of a run's stages.
     """
     order = [(task, stage) for task in range(tasks * learns + 1) for stage in stages_of(task)]
     done: dict[tuple[int, str], Entry] = {}
@@ -104,7 +104,7 @@ def open_stages(entries: Sequence[Entry], tasks: int, learns: bool = True) -> li
         key = (entry.task, entry.stage)
         if key == PLAN and key in done and planned(entry) > planned(done[key]):
             done = _without_scores(done)
-        elif key != next((open_one for open_one in order if open_one not in done), None):
+        elif key != next((step for step in order if step not in done), None):
             raise RunError("the journal's stages are out of order", "start over in a new output_dir")
         done[key] = entry
     if done and planned(done[PLAN]) < tasks:
@@ -118,25 +118,30 @@ def _without_scores(done: Mapping[tuple[int, str], Entry]) -> dict[tuple[int, st
 
 
 def planned(plan: Entry) -> int:
-    """How many tasks a run had when it was planned."""
+    """Return how many tasks a run had when it was planned."""
     return len(plan.info.get("tasks", ()))
 
 
 def next_stage(entries: Sequence[Entry], tasks: int, learns: bool = True) -> tuple[int, str] | None:
-    """The stage to run next, (task, stage), or None when every task is closed; see `open_stages`."""
+    """Return the stage to run next as (task, stage); None when every task is closed; see `open_stages`."""
     return next(iter(open_stages(entries, tasks, learns)), None)
 
 
 class Journal:
-    """A JSONL file of finished stages; a torn last line is what a kill leaves; the next append cuts it off.
+    """A JSONL file of finished stages.
+
+    A killed process may leave an incomplete last line, which is ignored and overwritten by the next append.
 
     Args:
-        path: the file; made on the first append.
+        path: the file; created by the first append.
+
+    Raises:
+        RunError: if a line before the last is not an entry.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self._whole = 0
+        self._complete_bytes = 0
         self.torn = False
         self.entries: list[Entry] = self._read()
 
@@ -160,37 +165,37 @@ class Journal:
                 self.torn = True
                 break
             entries.append(entry)
-            self._whole += len(line)
+            self._complete_bytes += len(line)
         return entries
 
     def forget(self) -> None:
-        """Begin anew: the next append overwrites what is there."""
-        self._whole, self.torn, self.entries = 0, False, []
+        """Start over: the next append overwrites the file."""
+        self._complete_bytes, self.torn, self.entries = 0, False, []
 
     @property
     def has_work(self) -> bool:
-        """Return whether a finished stage left more than a plan, a copied row, or an empty record."""
+        """Whether a finished stage left more than a plan, copied scores, or an empty record."""
         return any(
             Path(name).name not in (SCORES, CONSOLIDATED) for entry in self.entries for name in entry.files
         )
 
     def append(self, entry: Entry) -> None:
-        """Add a finished stage; on disk before this returns."""
+        """Append a finished stage; it is on disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(asdict(entry), sort_keys=True).encode() + b"\n"
         with finishing(), open(self.path, "ab") as file:
-            file.truncate(self._whole)
+            file.truncate(self._complete_bytes)
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._whole += len(line)
+        self._complete_bytes += len(line)
         self.entries.append(entry)
 
     def verify(self, kinds: Container[str] | None = None) -> None:
         """Check the hash of every file that a finished stage wrote.
 
         Args:
-            kinds: file names, such as scores.json, of those that are checked; all when None.
+            kinds: names of the files to check, such as scores.json; all when None.
 
         Raises:
             RunError: naming the first file that is missing or changed.
@@ -199,7 +204,7 @@ class Journal:
             raise problem
 
     def problems(self, kinds: Container[str] | None = None) -> Iterator[RunError]:
-        """What `verify` refuses, file by file; a file that was written again is what its last stage wrote."""
+        """Yield the errors of `verify`, file by file; a file written again must match its last stage."""
         for name, (entry, expected) in self.files().items():
             path = self.path.parent / name
             if kinds is not None and path.name not in kinds:
@@ -216,9 +221,9 @@ class Journal:
                 )
 
     def files(self) -> dict[str, tuple[Entry, str | None]]:
-        """Relative path → the stage that wrote it and its hash.
+        """Return relative path → (the stage that wrote the file last, its hash).
 
-        None for scores that an extension may have been making again when it was killed.
+        The hash is None for scores that an interrupted extension may have been writing again.
         """
         files: dict[str, tuple[Entry, str | None]] = {}
         for entry in self.entries:

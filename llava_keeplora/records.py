@@ -1,7 +1,4 @@
-"""The JSON files of a run folder.
-
-One reader, with limits of size and depth, and what each file must hold for its readers.
-"""
+"""Reading of JSON files with limits of size and depth, and their comparison with a schema."""
 
 from __future__ import annotations
 
@@ -15,25 +12,26 @@ from typing import Any
 from llava_keeplora.errors import RunError
 
 RESTORE = "restore it or start over in a new output_dir"
-#: Far above what a run writes: 100,000 logged steps take 15 MB, and nothing nests deeper than a dozen.
+#: Limits in bytes and levels, far above what a run writes: 100,000 logged steps take 15 MB, and the deepest
+#: record has a dozen levels.
 MOST_BYTES, MOST_DEEP = 256 << 20, 64
 
 
 @dataclass(frozen=True)
 class Each:
-    """An object whose every value follows one schema."""
+    """Schema of an object all of whose values follow the same schema."""
 
     of: Any
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number, no truth value; finite unless said otherwise.
+    """Schema of a number; booleans are not numbers.
 
     Args:
-        least: the smallest allowed.
-        finite: whether NaN and infinity are refused.
-        whole: whether it is an integer.
+        least: the smallest allowed value.
+        finite: whether NaN and infinity are refused, and `least` is checked.
+        whole: whether it must be an integer.
     """
 
     least: float = -math.inf
@@ -56,15 +54,14 @@ COUNT, NUMBER, ANY_NUMBER = Number(0, whole=True), Number(), Number(finite=False
 
 
 def read_object(path: Path, cure: str = RESTORE) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Args:
         path: the file.
-        cure: what an error advises; by default for a run folder's.
+        cure: the advice of an error; by default that for a file of a run folder.
 
     Raises:
-        RunError: if it cannot be read, is larger or nested deeper than anything that a run writes, or holds
-            something else.
+        RunError: if it cannot be read, exceeds the limits of size or depth, or does not hold an object.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -94,18 +91,18 @@ def _is_deeper(content: Any, most: int) -> bool:
 
 
 def mismatches(value: Any, schema: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Where a value differs from a schema: (dotted place, what it is and should be).
+    """Yield where a value differs from a schema: (dotted place, what it is and what it should be).
 
     Args:
-        value: from JSON.
-        schema: a type, `Number`, None, a tuple of alternatives, a list of one schema for each item, `Each`,
-            or a dict of keys.
+        value: a value read from JSON.
+        schema: a type, `Number`, None, a tuple of alternatives, a list with one schema for all items, `Each`,
+            or a dict of keys, of which those that end in `?` are optional.
         where: the place of the value.
     """
     inside = f"{where}." if where else ""
     if isinstance(schema, Each | dict) and isinstance(value, dict):
-        own = dict.fromkeys(value, schema.of) if isinstance(schema, Each) else schema
-        for key, rule in own.items():
+        rules = dict.fromkeys(value, schema.of) if isinstance(schema, Each) else schema
+        for key, rule in rules.items():
             name = key.removesuffix("?") if isinstance(schema, dict) else key
             if name in value:
                 yield from mismatches(value[name], rule, f"{inside}{name[:80]}")
@@ -115,7 +112,7 @@ def mismatches(value: Any, schema: Any, where: str = "") -> Iterator[tuple[str, 
         for index, item in enumerate(value):
             yield from mismatches(item, schema[0], f"{where}[{index}]")
     elif not any(_fits(value, rule) for rule in (schema if isinstance(schema, tuple) else (schema,))):
-        yield where, f"{_shown(value)} instead of {_named(schema)}"
+        yield where, f"{_abbreviate(value)} instead of {_describe(schema)}"
     elif isinstance(schema, tuple) and isinstance(value, dict):
         yield from mismatches(value, next(rule for rule in schema if _fits(value, rule)), where)
 
@@ -128,9 +125,9 @@ def _fits(value: Any, rule: Any) -> bool:
     return isinstance(value, rule if isinstance(rule, type) else list if isinstance(rule, list) else Mapping)
 
 
-def _named(schema: Any) -> str:
+def _describe(schema: Any) -> str:
     if isinstance(schema, tuple):
-        return " or ".join(map(_named, schema))
+        return " or ".join(map(_describe, schema))
     if schema is None or isinstance(schema, Number):
         return "null" if schema is None else str(schema)
     if isinstance(schema, type):
@@ -138,6 +135,6 @@ def _named(schema: Any) -> str:
     return "a list" if isinstance(schema, list) else "an object"
 
 
-def _shown(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:40]}..."

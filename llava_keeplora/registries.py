@@ -1,7 +1,4 @@
-"""Methods and model families by name, built-in ones and plug-ins.
-
-Built-in ones are an explicit list, each imported when it is asked for.
-"""
+"""Registries of methods and model families: the built-in ones, imported when needed, and plug-ins."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 from llava_keeplora.errors import ConfigError
 from llava_keeplora_recipes.registry import SEPARATOR, Registry
 
-#: What the driver asks of a family.
+#: Attributes of a family that the driver calls.
 FAMILY_MEMBERS = (
     "from_config",
     "load",
@@ -26,11 +23,12 @@ FAMILY_MEMBERS = (
 )
 
 
-def _is_method(value: Any) -> str | None:
+def _method_mistake(value: Any) -> str | None:
+    """Return why an object cannot be registered as a method; None if it can."""
     from llava_keeplora.methods.base import Method, MethodInfo
 
     if not (isinstance(value, type) and issubclass(value, Method)):
-        return "it is no subclass of llava_keeplora.methods.Method"
+        return "it is not a subclass of llava_keeplora.methods.Method"
     return (
         None
         if isinstance(getattr(value, "info", None), MethodInfo)
@@ -38,7 +36,8 @@ def _is_method(value: Any) -> str | None:
     )
 
 
-def _is_family(value: Any) -> str | None:
+def _family_mistake(value: Any) -> str | None:
+    """Return why an object cannot be registered as a model family; None if it can."""
     missing = [name for name in FAMILY_MEMBERS if not callable(getattr(value, name, None))]
     return f"it lacks {', '.join(missing)} of llava_keeplora.models.Family" if missing else None
 
@@ -59,32 +58,33 @@ METHODS = Registry(
         "moe-adapters": "llava_keeplora.methods.moe_adapters:MoeAdapters",
         "iap": "llava_keeplora.methods.iap:Iap",
     },
-    _is_method,
+    _method_mistake,
 )
 MODEL_FAMILIES = Registry(
     "model family",
     "llava_keeplora.families",
     {"clip": "llava_keeplora.models.clip:ClipFamily", "llava": "llava_keeplora.models.llava:LlavaFamily"},
-    _is_family,
+    _family_mistake,
 )
 
 
 def localize_plugins(tree: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """Return a configuration whose plug-ins are named by absolute files, and whose labels can name folders.
+    """Return a configuration whose plug-ins are named by absolute paths, and whose labels can name folders.
 
-    Sections of a wrong form are left as they are, for the checks that come later.
+    Sections of a wrong form are left unchanged, for later checks.
 
     Args:
-        tree: a run's or a table's configuration as plain data.
-        folder: that it lies in; the working folder alone when None.
+        tree: the configuration of a run or a table as plain data.
+        folder: the configuration's folder, where plug-ins are searched first; only the working folder when
+            None.
 
     Raises:
-        ConfigError: two methods would have the same label.
+        ConfigError: if two methods would have the same label.
     """
     tree = dict(tree)
     if isinstance(methods := tree.get("methods"), Mapping):
         tree["methods"] = _with_safe_labels(
-            {label: _localize_method(label, own, folder) for label, own in methods.items()}
+            {label: _localize_method(label, settings, folder) for label, settings in methods.items()}
         )
     if isinstance(expected := tree.get("expected"), Mapping):
         tree["expected"] = _with_safe_labels(expected)
@@ -96,10 +96,7 @@ def localize_plugins(tree: Mapping[str, Any], folder: Path | None = None) -> dic
 
 
 def safe_label(label: Any) -> Any:
-    """Return a label that can name a folder: `plugins/ewc.py:Ewc` becomes `ewc-Ewc`.
-
-    Any other stays as it is.
-    """
+    """Return a label that can name a folder: `plugins/ewc.py:Ewc` becomes `ewc-Ewc`, others are unchanged."""
     if not isinstance(label, str) or SEPARATOR not in label:
         return label
     place, _, attribute = label.rpartition(SEPARATOR)
@@ -112,13 +109,13 @@ def _with_safe_labels(section: Mapping[Any, Any]) -> dict[Any, Any]:
     if len(safe) < len(section):
         raise ConfigError(
             f"{' and '.join(map(repr, section))} would share a folder of the run",
-            "give each a label of its own, and name the plug-in below it with `method`",
+            "give each its own label, and name the plug-in below it with `method`",
         )
     return safe
 
 
 def _localize_method(label: Any, settings: Any, folder: Path | None) -> Any:
-    """Return a method's settings with its plug-in named by `method`, with an absolute file."""
+    """Return a method's settings with `method` set to its plug-in's absolute path, if it is a plug-in."""
     if settings is not None and not isinstance(settings, Mapping):
         return settings
     name = (settings or {}).get("method", label)
@@ -128,15 +125,13 @@ def _localize_method(label: Any, settings: Any, folder: Path | None) -> Any:
 
 
 def plugin_identity(tree: dict[str, Any]) -> None:
-    """Put into a run's identity what its plug-ins are.
-
-    Their names without places, and the hashes of their sources.
+    """Replace the plug-ins in a run's identity by their names without paths and the hashes of their sources.
 
     Args:
-        tree: the identity, changed in place; one without plug-ins stays as it is.
+        tree: the identity, changed in place.
 
     Raises:
-        PluginError: the sources of one are not there.
+        PluginError: if the source of a plug-in is missing.
     """
     for registry, section, key in _named_plugins(tree):
         section["source"] = registry.source_files(section[key])
@@ -144,19 +139,17 @@ def plugin_identity(tree: dict[str, Any]) -> None:
 
 
 def without_places(tree: dict[str, Any]) -> None:
-    """Let a resolved configuration name its plug-ins as another machine finds them, as `module:Object`.
+    """Name the plug-ins of a resolved configuration as `module:Object`, without paths of this machine.
 
-    In place.
+    Args:
+        tree: the configuration, changed in place.
     """
     for registry, section, key in _named_plugins(tree):
         section[key] = registry.portable_name(section[key])
 
 
 def list_plugins(tree: Mapping[str, Any]) -> list[tuple[Registry, str, dict[str, str]]]:
-    """Return the plug-ins that a resolved configuration, or an identity, names.
-
-    (registry, name, recorded source).
-    """
+    """Return (registry, name, recorded source) of the plug-ins in a resolved configuration or an identity."""
     return [
         (registry, section[key], section.get("source") or {})
         for registry, section, key in _named_plugins(tree)
@@ -164,7 +157,7 @@ def list_plugins(tree: Mapping[str, Any]) -> list[tuple[Registry, str, dict[str,
 
 
 def _named_plugins(tree: Mapping[str, Any]) -> Iterator[tuple[Registry, dict[str, Any], str]]:
-    """Yield every place of a resolved configuration that names a plug-in: (registry, section, key)."""
+    """Yield (registry, section, key) of every key of a resolved configuration that names a plug-in."""
     places = [(METHODS, method, "method") for method in tree["methods"].values()]
     for registry, section, key in (*places, (MODEL_FAMILIES, tree["model"], "family")):
         if isinstance(section.get(key), str) and registry.is_plugin(section[key]):

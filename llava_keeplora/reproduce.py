@@ -1,7 +1,4 @@
-"""Comparison of a run with published figures.
-
-Every figure that its configuration expects, and whether the run meets it.
-"""
+"""Comparison of a run with the published figures that its configuration expects."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ from llava_keeplora_recipes import load_recipes
 
 @dataclass(frozen=True)
 class Figure:
-    """A published number and the measured one.
+    """A published figure and the measured one.
 
     Args:
         row: the method's label.
         name: the aggregate, or the task whose last score it is.
-        published: in percent.
-        measured: in percent; None where the run has no such number.
-        tolerance: in percentage points.
+        published: the published figure in percent.
+        measured: the measured figure in percent; None if the run does not have it.
+        tolerance: the largest accepted difference in percentage points.
     """
 
     row: str
@@ -35,19 +32,19 @@ class Figure:
 
     @property
     def met(self) -> bool:
-        """Return whether the measured number lies within the tolerance."""
+        """Whether the measured figure is within the tolerance."""
         return self.measured is not None and abs(self.measured - self.published) <= self.tolerance
 
     def __str__(self) -> str:
         measured = format_number(self.measured)
-        return f"{self.row}, {self.name}: {measured} and not {self.published} ± {self.tolerance}"
+        return f"{self.row}, {self.name}: {measured} instead of {self.published} ± {self.tolerance}"
 
 
 def check_expected(config: RunConfig) -> None:
     """Check before a run that it will have every expected figure.
 
     Raises:
-        ConfigError: for the last score of a task that is not in the sequence.
+        ConfigError: if the last score of a task is expected that is not in the sequence.
     """
     names = [recipe.name for recipe in load_recipes(config.tasks)]
     for label, published in config.expected.items():
@@ -62,15 +59,15 @@ def compare(results: Mapping[str, Matrix], expected: Mapping[str, ExpectedConfig
     """Return every published figure with the measured one.
 
     Args:
-        results: label → matrix, as a run returns them.
-        expected: label → what was published; see `ExpectedConfig`.
+        results: label → matrix, as returned by a run.
+        expected: label → published figures; see `ExpectedConfig`.
 
     Raises:
-        EvalError: the last score of a task is expected that the run does not have.
+        EvalError: if the last score of a task is expected that the run does not have.
     """
     figures = []
     for label, published in expected.items():
-        # The untouched model's matrix is its first row alone.
+        # The untouched model's matrix has only a zero-shot row.
         matrix = results[label] if results[label].started else results[label].constant_zero_shot()
         metrics, last = matrix.metrics(), matrix.per_task()["last"]
         figures += [
@@ -85,9 +82,9 @@ def compare(results: Mapping[str, Matrix], expected: Mapping[str, ExpectedConfig
 
 
 def comparison(figures: list[Figure], expected: Mapping[str, ExpectedConfig]) -> str:
-    """Return the comparison as Markdown, with the sources of the published figures."""
+    """Return the comparison as a Markdown table, with the sources of the published figures."""
     if not figures:
-        return "nothing is known to be published for these methods, so there is nothing to compare with\n"
+        return "no figures are published for these methods, so there is nothing to compare with\n"
     rows = [
         ["row", "figure", "published", "measured", "difference", "tolerance", "met"],
         ["---", "---", "---:", "---:", "---:", "---:", "---"],

@@ -1,4 +1,4 @@
-"""A run folder read back: its configuration, what its results depend on, and its base model."""
+"""Reading of a run folder: its configuration, its identity, and the record of its base model."""
 
 from __future__ import annotations
 
@@ -45,18 +45,17 @@ logger = logging.getLogger(__name__)
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
-    """Return what a result depends on.
+    """Return a run's identity: the part of its configuration on which results depend.
 
-    That is everything but where run, recipes and data lie, how they are cached, what was published, on what
-    machines a step is computed, and how much memory statistics may take (each task's file says whether
-    features are exact or sketched).
+    It excludes paths of the run, recipes and data, caches, published figures, the machines that compute a
+    step, and the memory limit of statistics (each task's record says whether features are exact or sketched).
 
-    Tasks go by their names here; that a name means the same data and recipe is held by the fingerprints in
-    the journal, and so are reference data.
+    Tasks are identified by name; the fingerprints in the journal identify their data and recipes, and the
+    reference data.
 
     Raises:
-        RecipeError: if a task's recipe is not there or cannot be read, or a task is named twice.
-        PluginError: if the source of a plug-in is not there.
+        RecipeError: if a task's recipe is missing or cannot be read, or a task is named twice.
+        PluginError: if the source of a plug-in is missing.
     """
     tree = json.loads(json.dumps(dataclasses.asdict(config)))
     places = (
@@ -70,12 +69,13 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     for section, key in (*places, (tree["evaluation"], "batch_size"), (tree["data"], "cache_gb")):
         section.pop(key)
     if not tree["evaluation"]["generation"]:
-        tree["evaluation"].pop("generation")  # Runs that were begun before it could be set have none.
+        tree["evaluation"].pop("generation")  # Older runs, from before it could be set, do not have it.
     for method in tree["methods"].values():
         method["options"] = {
             key: value for key, value in method["options"].items() if key not in REFERENCE_PLACES
         }
-    # As before there was a choice, so that older runs keep their identity.
+    # Defaults of settings that older versions did not have are left out, so that older runs keep their
+    # identity.
     for section in (tree["evaluation"], *tree["methods"].values()):
         section.pop("test_prompts") if section["test_prompts"] == ONE else None
     for method in tree["methods"].values():
@@ -85,43 +85,39 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     plugin_identity(tree)
     tree["tasks"] = [recipe.name for recipe in load_recipes(config.tasks)]
     for section in (tree, *tree["methods"].values()):
-        own = {key: per_task(section["training"], key, len(config.tasks)) for key in PER_TASK}
+        lists = {key: per_task(section["training"], key, len(config.tasks)) for key in PER_TASK}
         section["training"] = _machine_independent(section["training"]) | {
-            k: values if len(set(values)) > 1 else values[0] for k, values in own.items()
+            k: values if len(set(values)) > 1 else values[0] for k, values in lists.items()
         }
     return tree
 
 
 def _machine_independent(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Training arguments by what a step is.
-
-    Batches per device and process by the examples that they are together.
-    """
-    kept = {key: value for key, value in training.items() if key not in MACHINE_ARGUMENTS}
+    """Return training arguments without those of the machine, with the batch sizes as examples per step."""
+    arguments = {key: value for key, value in training.items() if key not in MACHINE_ARGUMENTS}
     parts = (
         training.get("per_device_train_batch_size", 8),
         training.get("gradient_accumulation_steps", 1),
         os.environ.get("WORLD_SIZE", 1),
     )
-    return kept | {"examples_per_step": math.prod(map(int, parts))}
+    return arguments | {"examples_per_step": math.prod(map(int, parts))}
 
 
 def load_run(
     run: str | Path, overrides: Sequence[str] = (), data_root: str | None = None, run_plugins: bool = True
 ) -> RunConfig:
-    """The configuration of a run folder, wherever it lies now.
+    """Load the configuration of a run folder, which may have been moved.
 
-    A recipe file that is not where it was is read from the run folder, which keeps a copy.
+    A recipe file that is no longer where it was is read from the copy in the run folder.
 
     Args:
         run: the folder.
-        overrides: `a.b.c=value` strings, as for `load_config`; what the run's results depend on is refused
-            later.
-        data_root: the folder with the data sets; the run's own when None.
-        run_plugins: see `parse_config`.
+        overrides: `a.b.c=value` strings, as for `load_config`; changes of the run's identity are refused
+        later. data_root: the folder with the data sets; as in the run's configuration when None. run_plugins:
+        see `parse_config`.
 
     Raises:
-        RunError: if the folder is no run's, or its configuration was damaged.
+        RunError: if it is not a run folder, or its configuration is damaged.
     """
     run = Path(run)
     tree, names = read_dumped(run), read_identity(run)["tasks"]
@@ -132,7 +128,7 @@ def load_run(
             label: _without_inherited_values(method, tree) for label, method in tree["methods"].items()
         }
         tree["tasks"] = [
-            _found(run, task, name)
+            _locate_recipe(run, task, name)
             for task, name in zip(tree["tasks"], [*names, *tree["tasks"][len(names) :]])
         ]
         return parse_config(
@@ -154,29 +150,30 @@ def extended(
     overrides: Sequence[str] = (),
     data_root: str | None = None,
 ) -> RunConfig:
-    """The configuration of a run with one more task.
+    """Return the configuration of a run with one more task.
 
-    The run's own if that task is its last one already, so that a killed extension goes on.
+    If that task is the run's last one already, its configuration is returned unchanged, so that an
+    interrupted extension resumes.
 
     Args:
         run: the folder.
         task: the recipe, by name or file.
-        own: what its training has for itself, by argument of `PER_TASK`; the rest is as for every other task.
+        own: arguments of `PER_TASK` of the new task alone; others are the same for every task.
         overrides, data_root: see `load_run`.
 
     Raises:
-        RunError: see `load_run`; or that task is there, with other arguments.
+        RunError: see `load_run`; or if the run has that task already, with other arguments.
         RecipeError: if there is no such task.
-        ConfigError: if every task has its own value of such an argument and the new one has none.
+        ConfigError: if an argument lists a value for each task and `own` has none for the new one.
     """
     config, name = load_run(run, overrides, data_root), load_recipe(task).name
     if load_recipe(config.tasks[-1]).name != name:
         return config.followed_by(task, own)
     for label, (key, value) in itertools.product(config.methods, (own or {}).items()):
-        begun = config.trainings(label)[-1].get(key, PER_TASK[key][0])
-        if begun != value:
+        recorded = config.trainings(label)[-1].get(key, PER_TASK[key][0])
+        if recorded != value:
             raise RunError(
-                f"{run} has '{name}' as its last task already, with training.{key} {begun} instead of "
+                f"{run} has '{name}' as its last task already, with training.{key} {recorded} instead of "
                 f"{value}",
                 f"leave {PER_TASK[key][1]} out to go on, or fork the run before that task",
             )
@@ -184,36 +181,37 @@ def extended(
 
 
 def _without_inherited_values(method: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved method as a user writes it, without what it inherits."""
-    parts = {name: _own(part, tree["parts"].get(name, {})) for name, part in method["parts"].items()}
+    """Return a resolved method in the form of a configuration, without inherited values."""
+    parts = {name: _overridden(part, tree["parts"].get(name, {})) for name, part in method["parts"].items()}
     row = {key: method[key] for key in ROW_KEYS if key in method}
     return {
         "method": method["method"],
         **method["options"],
         "parts": parts,
-        "training": _own(method["training"], tree["training"]),
+        "training": _overridden(method["training"], tree["training"]),
         **row,
     }
 
 
-def _own(values: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
+def _overridden(values: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in inherited or inherited[key] != value}
 
 
-def _found(run: Path, task: str, name: str) -> str:
-    kept = kept_recipe(run, name)
-    return str(kept) if is_file_name(task) and not Path(task).is_file() and kept.is_file() else task
+def _locate_recipe(run: Path, task: str, name: str) -> str:
+    """Return a task's recipe, or the run's copy of it if its file is missing."""
+    copy = kept_recipe(run, name)
+    return str(copy) if is_file_name(task) and not Path(task).is_file() and copy.is_file() else task
 
 
 def read_identity(run: Path) -> dict[str, Any]:
-    """What a run's results depend on, as `run_identity` gave it when the folder was claimed.
+    """Read a run's identity, as `run_identity` returned it when the folder was claimed.
 
     Raises:
-        RunError: if that was damaged.
+        RunError: if it is missing or damaged.
     """
     identity = rename_parts(read_record(run / IDENTITY))
     identity.pop(BASE, None)
-    # An earlier version named an argument only where a configuration did.
+    # Earlier versions recorded these arguments only if the configuration set them.
     methods = identity.get("methods")
     for section in (identity, *(methods.values() if isinstance(methods, dict) else ())):
         if isinstance(section, dict) and isinstance(section.get("training"), dict):
@@ -223,65 +221,65 @@ def read_identity(run: Path) -> dict[str, Any]:
 
 
 def base_content(model: ModelConfig) -> dict[str, Any]:
-    """Say what a run's base model is by content; see `model_content`.
+    """Return the record of a base model's content; see `model_content`.
 
     Raises:
-        UserError: a folder that is not there, or a file of it that cannot be read.
+        UserError: if its folder is missing, or a file in it cannot be read.
     """
     return model_content(resolve_model(model.name_or_path), model.revision)
 
 
 def recorded_base(run: Path) -> dict[str, Any] | None:
-    """What a run's base model was by content when it began; None where a version before 0.2 began it."""
+    """Return the content of the base model with which a run began; None if a version before 0.2 began it."""
     base = read_object(run / IDENTITY).get(BASE)
     return base if isinstance(base, dict) else None
 
 
 def base_changes(run: Path, model: ModelConfig, content: Mapping[str, Any] | None = None) -> list[str] | None:
-    """Return what of a model, wherever it lies, differs by content from the one that a run began with.
+    """Compare a model's content with that of the base model with which a run began.
 
     Args:
         run: the run folder.
         model: the model.
-        content: its `base_content`, where that is known already.
+        content: its `base_content`, if it is known already.
 
     Returns:
-        names of what differs; None where there is no record to compare with; see `content_changes`.
+        names of what differs; None if the record cannot be compared or is missing; see `content_changes`.
 
     Raises:
-        UserError: if the model is not there.
+        UserError: if the model is missing.
     """
-    known = recorded_base(run)
-    return None if known is None else content_changes(known, content or base_content(model))
+    recorded = recorded_base(run)
+    return None if recorded is None else content_changes(recorded, content or base_content(model))
 
 
 def check_base(run: str | Path, model: ModelConfig, content: Mapping[str, Any] | None = None) -> None:
-    """Refuse another base model, processor or template than the one that a run began with.
+    """Check that base model, processor and template are those with which a run began.
 
     Args:
         run: the run folder.
-        model: what is to be loaded now.
-        content: its `base_content`, where that is known already.
+        model: the model that is to be loaded now.
+        content: its `base_content`, if it is known already.
 
     Raises:
-        RunError: naming what differs.
-        UserError: if the model is not there.
+        RunError: if they differ; names what does.
+        UserError: if the model is missing.
     """
-    known = recorded_base(Path(run))
-    if known is None:
+    recorded = recorded_base(Path(run))
+    if recorded is None:
         logger.warning(
-            "%s was begun by a version that kept no record of its base model; that '%s' is still the same "
-            "cannot be checked",
+            "%s was begun by a version that kept no record of its base model; whether '%s' is still the "
+            "same cannot be checked",
             run,
             model.name_or_path,
         )
         return
-    changed = content_changes(known, content or base_content(model))
+    changed = content_changes(recorded, content or base_content(model))
     if changed is None:
         logger.warning(
-            "%s was begun with a base model from %s; that '%s' is the same cannot be checked",
+            "%s was begun with a base model from %s; whether '%s' is the same cannot be checked",
             run,
-            "the Hub" if "commit" in known else "a folder",
+            "the Hub" if "commit" in recorded else "a folder",
             model.name_or_path,
         )
     elif changed:
@@ -293,10 +291,10 @@ def check_base(run: str | Path, model: ModelConfig, content: Mapping[str, Any] |
 
 
 def check_base_if_here(run: str | Path, model: ModelConfig) -> None:
-    """Refuse another base model as `check_base` does; one that cannot be read here is warned of.
+    """Check the base model like `check_base`, but only warn if it cannot be read on this machine.
 
     Raises:
-        RunError: naming what differs.
+        RunError: if it differs; names what does.
     """
     try:
         check_base(run, model)

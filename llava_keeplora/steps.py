@@ -1,4 +1,4 @@
-"""How many optimiser steps a task takes, worked out as `transformers.Trainer` counts them."""
+"""The number of optimiser steps of a task, computed as `transformers.Trainer` does."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def optimiser_steps(training: Mapping[str, Any], examples: int, world: int) -> int:
-    """Optimiser steps of one task.
+    """Return the number of optimiser steps of one task.
 
     Args:
         training: its `training` section, `num_train_epochs` included.
-        examples: that it trains on.
-        world: processes, each with a batch of its own.
+        examples: number of training examples.
+        world: number of processes.
     """
     if int(training.get("max_steps", -1)) > 0:
         return int(training["max_steps"])

@@ -1,4 +1,4 @@
-"""The versions of the libraries that a run's numbers depend on."""
+"""The versions of the libraries, and the numbers of workers, on which a run's numbers depend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava_keeplora.distributed import get_world_size
 from llava_keeplora.files import write_json
 from llava_keeplora.run_folder import VERSIONS, read_record
 
-#: Their kernels, loaders and adapters decide the last bits of a result.
+#: Libraries whose kernels, loaders and adapters determine the last bits of a result.
 LIBRARIES = (
     "llava-keeplora",
     "torch",
@@ -24,52 +24,46 @@ LIBRARIES = (
     "numpy",
 )
 
-#: They decide the pixels.
+#: Libraries that determine the pixels of an image.
 DECODERS = ("pillow", "torchvision")
 
-
-#: What else decides the last bits, in the same record.
+#: Keys of the same record for the numbers of workers, which determine the order of sums.
 WORKERS = ("threads", "processes")
 
 
 def installed_versions() -> dict[str, str]:
-    """Library → its version; Python's own among them."""
+    """Return library → version, including Python's."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
 
 
 def decoder_versions() -> dict[str, str]:
-    """Library → its version, of those that turn files into pixels; one that isn't installed is left out."""
-    found = {}
+    """Return library → version of the installed libraries that decode images."""
+    versions = {}
     for name in DECODERS:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def write_versions(run: Path) -> None:
-    """Record in a new run folder what it was begun with."""
+    """Record versions and numbers of workers in a new run folder."""
     write_json(
         run / VERSIONS, installed_versions() | {name: str(count) for name, count in worker_counts().items()}
     )
 
 
 def worker_counts() -> dict[str, int]:
-    """Return how many threads and processes share the sums of this process's run.
-
-    Their order decides the last bits.
-    """
+    """Return the numbers of threads and processes, which determine the order of sums and so the last bits."""
     import torch
 
     return {"threads": torch.get_num_threads(), "processes": get_world_size()}
 
 
 def worker_changes(run: Path) -> list[str]:
-    """Return `threads 1 → 2` for each count that is not what the run was begun with.
-
-    Nothing for a run without a record of it.
+    """Return `threads 1 → 2` for each number of workers that differs from the run's record, if it has one.
 
     Raises:
-        RunError: if the record was damaged.
+        RunError: if the record is damaged.
     """
     path = run / VERSIONS
     begun = read_record(path) if path.exists() else {}
@@ -81,12 +75,10 @@ def worker_changes(run: Path) -> list[str]:
 
 
 def version_changes(run: Path) -> list[str]:
-    """`torch 2.9.0 → 2.10.0` for every library that is not what the run was begun with.
-
-    Nothing for a run without a record.
+    """Return `torch 2.9.0 → 2.10.0` for every library that differs from the run's record, if it has one.
 
     Raises:
-        RunError: if the record was damaged.
+        RunError: if the record is damaged.
     """
     path = run / VERSIONS
     if not path.exists():

@@ -158,7 +158,7 @@ def test_a_benchmark_of_llava_runs_in_its_order(reproduce, conversations, tiny_l
     monkeypatch.setattr(java, "meteor", lambda jar, captions, references: 0.25)
     done = reproduce(name, "--data-root", conversations, f"model.name_or_path={tiny_llava}", *LLAVA)
     assert done.code == 0, done.err
-    assert "nothing is known to be published for these methods" in done.out
+    assert "no figures are published for these methods" in done.out
     for label in ("zero-shot", *load_config(name).methods):
         matrix = Matrix.from_json(done.folder / label / "matrix.json")
         assert matrix.tasks == load_sequence(name).tasks and (matrix.complete or label == "zero-shot")

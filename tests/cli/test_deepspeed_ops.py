@@ -53,7 +53,7 @@ def test_a_young_lock_without_a_process_is_reported_and_waited_for(lock, caplog)
     (record,) = caplog.records
     assert (
         str(path) in record.getMessage()
-        and "1 minutes old and no process here is compiling it" in record.getMessage()
+        and "1 minutes old, but no process here is compiling it" in record.getMessage()
     )
 
 
