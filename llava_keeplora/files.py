@@ -104,7 +104,7 @@ def open_tensors(path: Path) -> safe_open:
 
 @contextmanager
 def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
-    """Yield a temporary folder to fill and rename it to `folder` at the end, which so appears complete or not.
+    """Yield a temporary folder to fill, and rename it to `folder` at the end, so that no partial one appears.
 
     Until then its name is `.NAME.PROCESS.part`. It is removed after an error; what a killed process has left
     is removed by the next command that writes the same folder. It is locked while it is filled, by which it

@@ -43,9 +43,13 @@ def with_json(run_tree, tmp_path):
         (
             {"zero_optimization": {"stage": "x"}},
             {},
-            ("zero_optimization.stage 'x'", "set it to 0, 1, 2 or 3"),
+            ("zero_optimization.stage", "got 'x'", "set it to 0, 1, 2 or 3"),
         ),
-        ({"zero_optimization": {"stage": 4}}, {}, ("zero_optimization.stage 4", "set it to 0, 1, 2 or 3")),
+        (
+            {"zero_optimization": {"stage": 4}},
+            {},
+            ("zero_optimization.stage", "got 4", "set it to 0, 1, 2 or 3"),
+        ),
     ],
 )
 def test_a_precision_or_form_that_contradicts_the_model_is_refused_with_both_values(
