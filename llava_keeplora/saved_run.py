@@ -146,7 +146,7 @@ def load_run(
 def extended(
     run: str | Path,
     task: str,
-    own: Mapping[str, float] | None = None,
+    arguments: Mapping[str, float] | None = None,
     overrides: Sequence[str] = (),
     data_root: str | None = None,
 ) -> RunConfig:
@@ -158,18 +158,18 @@ def extended(
     Args:
         run: the folder.
         task: the recipe, by name or file.
-        own: arguments of `PER_TASK` of the new task alone; others are the same for every task.
+        arguments: arguments of `PER_TASK` of the new task alone; others are the same for every task.
         overrides, data_root: see `load_run`.
 
     Raises:
         RunError: see `load_run`; or if the run has that task already, with other arguments.
         RecipeError: if there is no such task.
-        ConfigError: if an argument lists a value for each task and `own` has none for the new one.
+        ConfigError: if an argument lists a value for each task and `arguments` has none for the new one.
     """
     config, name = load_run(run, overrides, data_root), load_recipe(task).name
     if load_recipe(config.tasks[-1]).name != name:
-        return config.followed_by(task, own)
-    for label, (key, value) in itertools.product(config.methods, (own or {}).items()):
+        return config.followed_by(task, arguments)
+    for label, (key, value) in itertools.product(config.methods, (arguments or {}).items()):
         recorded = config.trainings(label)[-1].get(key, PER_TASK[key][0])
         if recorded != value:
             raise RunError(

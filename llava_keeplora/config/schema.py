@@ -335,27 +335,27 @@ class RunConfig:
             self.tasks[:count], lambda training, key: per_task(training, key, len(self.tasks))[:count]
         )
 
-    def followed_by(self, task: str, own: Mapping[str, float] | None = None) -> RunConfig:
+    def followed_by(self, task: str, arguments: Mapping[str, float] | None = None) -> RunConfig:
         """Return the configuration of the run with one more task.
 
         Args:
             task: its recipe, by name or file.
-            own: arguments of `PER_TASK` of the new task alone; others are the same for every task.
+            arguments: arguments of `PER_TASK` of the new task alone; others are the same for every task.
 
         Raises:
-            ConfigError: if an argument lists a value for each task and `own` has none for the new one.
+            ConfigError: if an argument lists a value for each task and `arguments` has none for the new one.
         """
-        own = dict(own or {})
+        arguments = dict(arguments or {})
 
         def longer(training: Mapping[str, Any], key: str) -> list[float]:
-            if key not in own:
+            if key not in arguments:
                 raise ConfigError(
                     f"training.{key} lists a number for each task, but has none for the new one",
                     f"give it with {PER_TASK[key][1]}",
                 )
-            return [*per_task(training, key, len(self.tasks)), own[key]]
+            return [*per_task(training, key, len(self.tasks)), arguments[key]]
 
-        return self._with_tasks((*self.tasks, task), longer, own)
+        return self._with_tasks((*self.tasks, task), longer, arguments)
 
     def _with_tasks(
         self,

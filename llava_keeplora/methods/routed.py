@@ -173,8 +173,8 @@ class RoutedPredictor:
                 continue
             weights = torch.tensor([routes[row].image for row in rows], device=image.device)
             with self.method.engaged(model, task, image[rows].float(), weights, text):
-                own = image_features(model, **{key: value[rows] for key, value in inputs.items()})
-                logits[rows] = class_logits(model, own, self._text(task, text))
+                features = image_features(model, **{key: value[rows] for key, value in inputs.items()})
+                logits[rows] = class_logits(model, features, self._text(task, text))
         return logits
 
     def predict(self, examples: Sequence[Example]) -> list[str]:

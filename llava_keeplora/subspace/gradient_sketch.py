@@ -35,7 +35,7 @@ from llava_keeplora.subspace.gradients import (
     above_rounding,
     outside_exactly,
     paired,
-    room_for,
+    max_directions,
 )
 from llava_keeplora.subspace.sketch_bounds import PartlyKnown, least_share, share_bounds
 from llava_keeplora.subspace.sketch_fit import (
@@ -290,7 +290,7 @@ class GradientSketch:
                 gradient has fewer than r singular values above rounding.
         """
         (out_dim, in_dim), width = self.shape, self.width
-        most = room_for(rank, out_dim, in_dim, self.basis.shape[1], allow_fewer)
+        most = max_directions(rank, out_dim, in_dim, self.basis.shape[1], allow_fewer)
         if rank > width and width < most:
             raise RankError(
                 f"a sketch of width {width} can't give {rank} directions", requested=rank, available=width

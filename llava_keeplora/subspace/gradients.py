@@ -127,7 +127,7 @@ def residual_gradient_directions(
     out_dim, in_dim = gradient.shape
     check_basis(basis, in_dim, "a gradient")
     check_finite(gradient, "gradient")
-    most = room_for(rank, out_dim, in_dim, basis.shape[1], allow_fewer)
+    most = max_directions(rank, out_dim, in_dim, basis.shape[1], allow_fewer)
     exact = gradient.detach().double()
     outside = residual(exact, basis)
     norm, energy = float(exact.norm()), float(outside.square().sum())
@@ -194,7 +194,7 @@ def outside_exactly(left: Float[Tensor, "in r"], basis: Float[Tensor, "in k"]) -
     return q * r.diagonal().sign()
 
 
-def room_for(rank: int, out_dim: int, in_dim: int, protected: int, allow_fewer: bool) -> int:
+def max_directions(rank: int, out_dim: int, in_dim: int, protected: int, allow_fewer: bool) -> int:
     """Return the most directions that a residual gradient can have.
 
     Raises:

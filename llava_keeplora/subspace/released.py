@@ -14,7 +14,7 @@ from torch import Tensor
 from llava_keeplora.subspace.basis import check_basis, check_finite, residual
 from llava_keeplora.subspace.errors import ShapeError
 from llava_keeplora.subspace.features import FeatureDirections, feature_directions
-from llava_keeplora.subspace.gradients import ResidualDirections, above_rounding, room_for
+from llava_keeplora.subspace.gradients import ResidualDirections, above_rounding, max_directions
 from llava_keeplora.subspace.principal import PrincipalBasis, principal_basis
 
 
@@ -151,7 +151,7 @@ def released_llava_directions(
     check_basis(basis, gradient.shape[1], "a gradient")
     check_finite(gradient, "gradient")
     out_dim, in_dim = gradient.shape
-    most = room_for(rank, out_dim, in_dim, basis.shape[1], allow_fewer=True)
+    most = max_directions(rank, out_dim, in_dim, basis.shape[1], allow_fewer=True)
     gradient = gradient.detach().float()
     outside = residual(gradient, basis)
     with torch.random.fork_rng(devices=[gradient.device] if gradient.is_cuda else []):

@@ -117,11 +117,11 @@ def _leading_energy(tall: Float[Tensor, "m in"], rank: int) -> float:
     return float(torch.linalg.eigvalsh((tall @ tall.T).cpu())[-rank:].clamp_min(0.0).sum())
 
 
-def ratio_of_means(part: Float[Tensor, " l"], whole: Float[Tensor, " l"]) -> tuple[float, float]:
+def ratio_of_means(part: Float[Tensor, " l"], total: Float[Tensor, " l"]) -> tuple[float, float]:
     """Return the ratio of two means over the same rows, and its standard error to first order."""
-    mean = whole.mean().clamp_min(torch.finfo(whole.dtype).tiny)
+    mean = total.mean().clamp_min(torch.finfo(total.dtype).tiny)
     ratio = part.mean() / mean
-    return float(ratio), float((part - ratio * whole).std() / (mean * len(part) ** 0.5))
+    return float(ratio), float((part - ratio * total).std() / (mean * len(part) ** 0.5))
 
 
 def root_mean_square(rows: Float[Tensor, "l in"]) -> float:
