@@ -19,7 +19,7 @@ from llava_keeplora.errors import RunError
 from llava_keeplora.records import ANY_NUMBER, COUNT, NUMBER, RESTORE, Each, Number, mismatches, read_object
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
-#: Names of parts in configurations and runs of release 0.1.0 → their present names.
+#: Names of parts in configurations and runs of release 0.1.0 → their current names.
 RENAMED_PARTS = {"projector": "connector"}
 #: Of the run: its configuration, what its results depend on, the versions that began it, its results, the
 #: folder of its users' recipes, and the lock that a running process holds.
@@ -251,7 +251,7 @@ def read_dumped(run: Path) -> dict[str, Any]:
 
 
 def rename_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration whose parts have their present names; see `RENAMED_PARTS`."""
+    """Return a configuration with the current names of its parts; see `RENAMED_PARTS`."""
     tree = dict(tree)
     if isinstance(tree.get("parts"), Mapping):
         parts: dict[str, Any] = {}

@@ -136,7 +136,7 @@ def _check_family(label: str, method: type[Method], family: Any) -> None:
     types = method.info.model_types
     if types and model_type(family) not in types:
         raise ConfigError(
-            f"'{label}' changes layers as they are in models of the type {' and '.join(types)}, and "
+            f"'{label}' changes layers as they are in models of the type {' and '.join(types)}, but "
             f"{family.path} is a {model_type(family)}",
             f"leave '{label}' out of this run",
         )

@@ -33,9 +33,9 @@ from llava_keeplora.subspace.errors import RankError, ShapeError
 from llava_keeplora.subspace.gradients import (
     ResidualDirections,
     above_rounding,
+    max_directions,
     outside_exactly,
     paired,
-    max_directions,
 )
 from llava_keeplora.subspace.sketch_bounds import PartlyKnown, least_share, share_bounds
 from llava_keeplora.subspace.sketch_fit import (
