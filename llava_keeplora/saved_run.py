@@ -113,8 +113,9 @@ def load_run(
     Args:
         run: the folder.
         overrides: `a.b.c=value` strings, as for `load_config`; changes of the run's identity are refused
-        later. data_root: the folder with the data sets; as in the run's configuration when None. run_plugins:
-        see `parse_config`.
+            later.
+        data_root: the folder with the data sets; as in the run's configuration when None.
+        run_plugins: see `parse_config`.
 
     Raises:
         RunError: if it is not a run folder, or its configuration is damaged.

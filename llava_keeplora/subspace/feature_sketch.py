@@ -50,9 +50,10 @@ class SketchedFeatureDirections(FeatureDirections):
     Args:
         missed: fraction of the features' energy that the sketch can't place, trace(C_hat - N) / ||X||^2.
         energy_error: standard error of `energy_before`, and thus of `energy_after`; 0 if no rows were left
-        out. fewest: the exact second moment would have given between `fewest` and `rank` directions. reached:
-        whether the requested energy, or the limit, is reached; if not, `rank` is all that the sketch has, and
-        a second pass with `refined` or a larger sketch is needed.
+            out.
+        fewest: the exact second moment would have given between `fewest` and `rank` directions.
+        reached: whether the requested energy, or the limit, is reached; if not, `rank` is all that the sketch
+            has, and a second pass with `refined` or a larger sketch is needed.
     """
 
     missed: float

@@ -102,10 +102,11 @@ class SketchedDirections(ResidualDirections):
     Args:
         captured_error: standard error of `captured`; A holds at least `captured` minus twice that with 97.5 %
             confidence (after one pass the estimate is also biased low, since directions from three quarters
-            of the rows are evaluated on the others). of_optimum: estimated fraction of the best rank-r
-            subspace's energy that A holds, 2C / (C + I). at_least: lower bound of that fraction.
-            residual_bounds: lower and upper bound of `residual_energy`. passes: number of passes over the
-            data, 1 or an even number.
+            of the rows are evaluated on the others).
+        of_optimum: estimated fraction of the best rank-r subspace's energy that A holds, 2C / (C + I).
+        at_least: lower bound of that fraction.
+        residual_bounds: lower and upper bound of `residual_energy`.
+        passes: number of passes over the data, 1 or an even number.
     """
 
     captured_error: float

@@ -52,9 +52,9 @@ def principal_basis(
         energy: epsilon_w, in (0, 1].
         method: `svd` (the reference); `gram`, all eigenvectors of the smaller Gram matrix; `randomized`, only
             its leading ones, with a fallback to `gram` if they leave the rank in doubt or are too many to
-            save time; `auto`, `randomized` up to energy 0.999 and `svd` beyond. strict: the released code's
-            `<` rule, one vector fewer. seed: seed of the randomised method, which changes the result by
-            rounding only.
+            save time; `auto`, `randomized` up to energy 0.999 and `svd` beyond.
+        strict: the released code's `<` rule, one vector fewer.
+        seed: seed of the randomised method, which changes the result by rounding only.
 
     Returns:
         the basis; k = 0 for a zero weight.
