@@ -278,6 +278,16 @@ def file_name(task: str) -> str:
     return task.replace("/", "-")
 
 
+def task_folder(index: int, task: str) -> str:
+    """Return the name of a task's folder in its method's folder; index 0 is that of the base."""
+    return f"task-{index:02d}-{file_name(task)}"
+
+
+def task_files(method: Path, name: str) -> list[Path]:
+    """Return the files of one name, such as SCORES, of all tasks in a method's folder, the base's first."""
+    return sorted(method.glob(f"task-*/{name}"))
+
+
 def training_tensors(step: int, rank: int | None = None) -> str:
     """Return the file name of a checkpoint's tensors: the common ones, or those of one process alone."""
     return f"training-{step}.safetensors" if rank is None else f"training-{step}-{rank}.safetensors"

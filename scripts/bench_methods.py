@@ -15,6 +15,7 @@ from pathlib import Path
 from llava_keeplora.config import load_config
 from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS
+from llava_keeplora.run_folder import JOURNAL
 from llava_keeplora.sequence import run
 
 PLAIN = "seq-lora"
@@ -52,7 +53,7 @@ def compare_methods(
             for label in methods:
                 work = [
                     entry
-                    for entry in Journal(Path(folder, "run", label, "journal.jsonl")).entries
+                    for entry in Journal(Path(folder, "run", label, JOURNAL)).entries
                     if entry.stage in STAGES
                 ]
                 if turn or quick:

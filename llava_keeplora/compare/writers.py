@@ -16,6 +16,7 @@ from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
 from llava_keeplora.report.results import Results, matrices
 from llava_keeplora.report.tables import markdown_table, summary_header, summary_rows
 from llava_keeplora.report.write_report import write_report
+from llava_keeplora.run_folder import LATEX_TABLE, REPORT, TABLE
 from llava_keeplora_eval.files import write_atomic
 from llava_keeplora_eval.matrix import MISSING, format_number
 
@@ -55,16 +56,16 @@ def _write_files(table: Table, outcome: TableResult, pictures: Mapping[str, Pict
             {**table.order(order).changed(table.run), "methods": outcome.settings},
         )
     texts = {
-        "table.md": f"# {title}\n\n"
+        TABLE: f"# {title}\n\n"
         + "\n".join(f"## {s.title}\n\n{s.text}\n\n{markdown_table(s.header, s.rows)}" for s in sections),
-        "table.tex": "% Needs \\usepackage{booktabs}.\n"
+        LATEX_TABLE: "% Needs \\usepackage{booktabs}.\n"
         + "\n".join(f"% {s.title}: {s.text}\n{latex_table(s.header, s.rows)}\n" for s in sections),
         "table.csv": _csv(outcome),
-        "report.html": _page(title, sections, outcome, pictures),
+        REPORT: _page(title, sections, outcome, pictures),
     }
     for name, text in texts.items():
         write_atomic(tmp_dir / name, text)
-    return texts["table.md"]
+    return texts[TABLE]
 
 
 def sections_of(table: Table, outcome: TableResult) -> list[Section]:

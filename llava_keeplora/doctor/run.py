@@ -18,11 +18,14 @@ from llava_keeplora.run_folder import (
     PLAN,
     SCHEMAS,
     SCORES,
+    TRAINING,
     Stage,
     differences,
     kept_recipe,
     read_record,
     read_training,
+    task_files,
+    task_folder,
 )
 from llava_keeplora.saved_run import base_changes, load_run, read_identity, run_identity
 from llava_keeplora.versions import version_changes
@@ -161,7 +164,7 @@ def _unknown_files(journal: Journal) -> Iterator[UserError]:
     """Report files in the folders of finished tasks that no journal lists."""
     folder, listed = journal.path.parent, journal.files()
     for closed in (entry for entry in journal.entries if entry.stage == Stage.CLOSED):
-        for path in sorted(folder.glob(f"task-{closed.task:02d}-*/**/*")):
+        for path in sorted(folder.glob(f"{task_folder(closed.task, '*')}/**/*")):
             if path.is_file() and str(path.relative_to(folder)) not in listed:
                 yield RunError(f"{path} is in no journal", "remove it")
 
@@ -179,7 +182,7 @@ def _records(journal: Journal) -> Iterator[UserError]:
 
 def _checkpoints(journal: Journal) -> Iterator[UserError]:
     """Check the saved state of a task whose training is in progress."""
-    for path in sorted(journal.path.parent.glob("task-*/training.json")):
+    for path in task_files(journal.path.parent, TRAINING):
         try:
             for name, expected in read_training(path)["sha256"].items():
                 tensors = path.with_name(Path(name).name)

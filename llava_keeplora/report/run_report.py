@@ -32,6 +32,8 @@ from llava_keeplora.run_folder import (
     Stage,
     read_dumped,
     read_record,
+    task_files,
+    task_folder,
 )
 from llava_keeplora.saved_run import read_identity, recorded_base
 from llava_keeplora_eval import Matrix
@@ -185,7 +187,7 @@ def _check_comparable(runs: Mapping[Path, Mapping[str, Matrix]]) -> None:
 
 def examples_of(run: Path) -> dict[str, tuple]:
     """Return task → fingerprint of its examples and its metric, from the zero-shot row."""
-    path = run / ZERO_SHOT / "task-00-base" / SCORES
+    path = run / ZERO_SHOT / task_folder(0, "base") / SCORES
     scores = read_record(path) if path.exists() else {}
     return {
         task: tuple(score.get(key) for key in ("fingerprint", "metric", "metric_version", "metric_source"))
@@ -247,10 +249,7 @@ def read_results(run: Path) -> dict[str, Matrix]:
 
 def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
     """Read all results from a method's folder."""
-    tasks = {
-        index: folder / f"task-{index:02d}-{name.replace('/', '-')}"
-        for index, name in enumerate(["base", *matrix.tasks])
-    }
+    tasks = {index: folder / task_folder(index, name) for index, name in enumerate(["base", *matrix.tasks])}
     capacity = read_capacity(folder)
     return Trial(
         matrix=matrix,
@@ -266,7 +265,7 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         },
         costs=read_costs(folder),
         needs=read_needs(folder),
-        scores=[read_record(path) for path in sorted(folder.glob("task-*/scores.json"))],
+        scores=[read_record(path) for path in task_files(folder, SCORES)],
     )
 
 
@@ -276,7 +275,7 @@ def read_capacity(folder: Path) -> CapacityStages:
     Empty for methods without a protected subspace.
     """
     stages = []
-    for path in sorted(folder.glob("task-*/consolidated.json")):
+    for path in task_files(folder, CONSOLIDATED):
         capacity = read_record(path).get(CAPACITY)
         if capacity:
             stages.append(capacity)
@@ -285,7 +284,7 @@ def read_capacity(folder: Path) -> CapacityStages:
 
 def room_line(name: str, folder: Path) -> str | None:
     """Return a sentence on how many more tasks a method has capacity for; None without a forecast."""
-    paths = sorted(folder.glob("task-*/consolidated.json"))
+    paths = task_files(folder, CONSOLIDATED)
     last = read_record(paths[-1]) if paths else {}
     if "forecast" not in last:
         return None
@@ -309,7 +308,7 @@ def read_captured(folder: Path, capacity: CapacityStages) -> LayerLines:
     """Read the share of each layer's residual gradient energy that its adapter holds, task by task."""
     parts = {name: Capacity.from_dict(size).part for stage in capacity for name, size in stage.items()}
     tasks = []
-    for path in sorted(folder.glob("task-*/prepared.json")):
+    for path in task_files(folder, PREPARED):
         gradient = read_record(path)["report"].get("gradient", {})
         tasks.append(
             {

@@ -26,9 +26,9 @@ from llava_keeplora.run_folder import (
     VERSIONS,
     differences,
     dump_config,
-    file_name,
     kept_recipe,
     read_dumped,
+    task_folder,
 )
 from llava_keeplora.saved_run import (
     base_changes,
@@ -75,7 +75,7 @@ class Workspace:
 
     def task(self, label: str, index: int, name: str) -> Path:
         """Return the folder of one task of one method."""
-        return self.label(label) / f"task-{index:02d}-{file_name(name)}"
+        return self.label(label) / task_folder(index, name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
