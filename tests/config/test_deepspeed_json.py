@@ -38,7 +38,7 @@ def with_json(run_tree, tmp_path):
         (
             {"zero_optimization": {"stage": 3}},
             {"model": {"quantization": "nf4"}},
-            ("zero_optimization.stage 3", "model.quantization is nf4"),
+            ("zero_optimization.stage 3", "model.quantization nf4"),
         ),
         (
             {"zero_optimization": {"stage": "x"}},
