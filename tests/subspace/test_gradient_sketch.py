@@ -273,7 +273,7 @@ def test_directions_are_never_made_up(sub, random_basis):
     assert info.value.available == 3
     fewer = thin.directions(8, allow_fewer=True)
     assert fewer.A.shape == (30, 3) and fewer.captured == pytest.approx(1.0, abs=1e-4)
-    with pytest.raises(sub.RankError, match="a sketch of width 12 can't tell 14 directions"):
+    with pytest.raises(sub.RankError, match="a sketch of width 12 can't give 14 directions"):
         thin.directions(14)
     with pytest.raises(sub.RankError, match="rank 21 must lie between 1"):
         thin.directions(21)
