@@ -4,7 +4,7 @@ from llava_keeplora_eval.metrics import AnswerMetric
 
 
 def overlap(text, answers):
-    """The largest share, over the accepted texts, of words that are in the prediction."""
+    """Return the largest share, over the accepted texts, of words that are in the prediction."""
     said = set(text.lower().split())
     words = [set(answer.lower().split()) for answer in answers]
     return max(len(said & expected) / len(expected) for expected in words)
