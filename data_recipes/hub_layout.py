@@ -19,12 +19,14 @@ from datasets.builder import Key
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from .csv_text import read_csv
 from .errors import RecipeError
 from .file_bytes import read_file
 from .image_folder import files_under
 from .json_tables import read_json_table
+from .parquet_files import BATCH_SIZE, WITHOUT_ROWS, count_rows
 from .strict_json import decode_text
 from .texts import is_blank
 
@@ -73,8 +75,15 @@ def load_hub_dataset(
             made of a CSV file alone.
     """
     builder, form = _builder(target, config, revision)
+    if isinstance(builder, Parquet):
+        builder.config.batch_size = builder.config.batch_size or BATCH_SIZE
     builder.download_and_prepare()
-    table = builder.as_dataset(split=split)
+    try:
+        table = builder.as_dataset(split=split)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise RecipeError(f"the split '{split}' of '{target}' has no rows", "add examples") from error
     names_files = builder.info.builder_name == "imagefolder"
     left_out = _left_out(builder, split, target)
     return HubTable(_with_whole_labels(table, label) if form == "csv" else table, left_out, names_files)
@@ -226,7 +235,7 @@ def _text(file: str, encoding: str | None = None) -> str:
 
 def _left_out(builder: datasets.DatasetBuilder, split: str, target: str) -> dict[str, list[str]]:
     """Find the files beside the pictures of a split that none of its rows shows; by kind."""
-    if not isinstance(builder, FolderBasedBuilder):
+    if not isinstance(builder, FolderBasedBuilder | Parquet):
         return {}
     left_out: dict[str, list[str]] = defaultdict(list)
     listed = {
@@ -235,6 +244,10 @@ def _left_out(builder: datasets.DatasetBuilder, split: str, target: str) -> dict
     }
     for name, files in listed.items():
         if not re.search(rf"(^|\+)\s*{re.escape(name)}\s*(\[|\+|$)", split):
+            continue
+        if isinstance(builder, Parquet):
+            empty = [file for file in files if count_rows(Path(target, file)) == 0]
+            left_out |= {WITHOUT_ROWS: empty} if empty else {}
             continue
         shown = {_in_repository(path, target) for path in _shown_files(builder.as_dataset(split=name))}
         for file in files:

@@ -82,6 +82,7 @@ class EncodedImages(Images):
     def __init__(self, pictures: Pictures, background: str = WHITE) -> None:
         super().__init__()
         self._dataset, self._cells, self._background = pictures.dataset, pictures.cells, background
+        self._folder = pictures.folder
         self._listings: Listings = {}
 
     def __len__(self) -> int:
@@ -134,11 +135,11 @@ class EncodedImages(Images):
         cell = self._dataset[place]["image"]
         if position is not None:
             cell = cell[position]
-        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
             raise FileNotFoundError("no image in the record")
         if cell["bytes"] is not None:
             return cell["bytes"]
-        return read_file(cell["path"], self._listings)
+        return read_file(os.path.join(self._folder, cell["path"]), self._listings)
 
     def _decode(self, row: int) -> Image.Image:
         return decode(self._bytes(row), self._background).image

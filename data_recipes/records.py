@@ -52,11 +52,13 @@ class Pictures:
             or a list of them.
         cells: where each picture lies: its row, and its position in the row's list (None without lists).
         shown: per record the pictures that it shows, as indices into `cells`; none, one or several.
+        folder: where relative paths in the dataset start.
     """
 
     dataset: datasets.Dataset
     cells: list[tuple[int, int | None]]
     shown: list[tuple[int, ...]]
+    folder: str = ""
 
 
 @dataclass

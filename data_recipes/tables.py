@@ -5,25 +5,27 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.compute
-import pyarrow.parquet
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .conversation_turn import Turn, from_turns, place_turn, with_system
 from .errors import RecipeError, collect_errors, nearest
 from .hub_layout import HubTable, load_hub_dataset
-from .media import UNREAD, is_empty, refuse_unread_media, system_text
+from .media import UNREAD, refuse_unread_media, system_text
+from .parquet_files import BATCH_SIZE, WITHOUT_ROWS, begins_without_rows, count_rows
 from .paths import data_root_of, describe_error, inside, own_path, set_folder, within
 from .recipe import Recipe
-from .records import Pictures, Records, picture_files
+from .records import Records
+from .strict_json import parse_json
+from .table_pictures import arrow_column, read_pictures
 from .texts import answer_texts, described, identifier, only_answer
-
-TEXT, LARGE_TEXT = datasets.Value("string"), datasets.Value("large_string")
 
 
 def read_parquet(
@@ -59,14 +61,19 @@ def read_parquet(
                 "correct 'splits' in the recipe",
             )
         files += found
-    files = _without_empty(files)
+    rows = {file: count_rows(file) for file in files}
+    files = [file for file in files if rows[file] != 0]
     if not files:
         raise RecipeError(f"{what} has no rows in its parquet files", "add examples")
+    left_out = {WITHOUT_ROWS: [file.relative_to(folder).as_posix() for file in rows if file not in files]}
     try:
         with _quiet():
             # a pattern again for datasets, so a folder named 'a[1]' has to be escaped
             table = datasets.load_dataset(
-                "parquet", data_files=[glob.escape(str(f.absolute())) for f in files], split="train"
+                "parquet",
+                data_files=[glob.escape(str(f.absolute())) for f in files],
+                split="train",
+                **({"batch_size": BATCH_SIZE} if any(map(begins_without_rows, files)) else {}),
             )
     except Exception as error:  # datasets wraps whatever pyarrow raises
         cause = error.__cause__ or error
@@ -74,19 +81,8 @@ def read_parquet(
             f"the {split} split of '{recipe.name}' cannot be read as parquet ({describe_error(cause)})",
             f"replace {', '.join(f.name for f in files[:3])}",
         ) from error
-    return _from_table(recipe, split, HubTable(table), folder, (root,), problems)
-
-
-def _without_empty(files: list[Path]) -> list[Path]:
-    """Leave out parquet files without rows, which datasets cannot read; broken ones are reported later."""
-
-    def is_empty_table(file: Path) -> bool:
-        try:
-            return pyarrow.parquet.read_metadata(file).num_rows == 0
-        except (OSError, ValueError, pyarrow.ArrowException):
-            return False
-
-    return [file for file in files if not is_empty_table(file)]
+    loaded = HubTable(table, left_out if left_out[WITHOUT_ROWS] else {})
+    return _from_table(recipe, split, loaded, folder, (root,), problems)
 
 
 def read_hub(
@@ -155,16 +151,14 @@ def _from_table(
     cells = {role: _values(table, columns[role]) if role in columns else [None] * count for role in roles}
     unread = {c: _held(table, c) for c in UNREAD if c in table.column_names and c not in columns.values()}
     beside = {c: _values(table, c) for c in ("system", "tools") if chats and c in table.column_names}
-    pictures = _pictures(recipe, split, table, columns, folder, roots)
+    pictures, faults = read_pictures(recipe, split, table, columns, folder, roots)
 
     def record(row: int) -> tuple[str, Turn, Any, tuple[int, ...]]:
         what = f"row {row} of {recipe.name}/{split}"
         name = identifier(cells["id"][row], what) if "id" in columns else f"{split}-{row}"
         what, shown = f"record '{name}' in {recipe.name}/{split}", pictures.shown[row]
-        if shown is None:
-            raise RecipeError(
-                f"{what} has other images in 'image' than in 'images'", "keep those that are meant"
-            )
+        if row in faults:
+            raise RecipeError(f"{what} {faults[row].problem}", faults[row].cure)
         if loaded.names_files and not shown:
             raise RecipeError(f"{what} has no 'file_name'", "name its picture's file, or remove the record")
         refuse_unread_media({column: values[row] for column, values in unread.items()}, what)
@@ -182,7 +176,7 @@ def _from_table(
     feature = table.features[columns["label"]] if classify and not chats else None
     return Records(
         ids=[name for name, _, _, _ in found],
-        pictures=Pictures(pictures.dataset, pictures.cells, [shown for _, _, _, shown in found]),
+        pictures=replace(pictures, shown=[shown for _, _, _, shown in found]),
         labels=[label for _, _, label, _ in found],
         label_names=list(feature.names) if isinstance(feature, datasets.ClassLabel) else None,
         questions=[None if classify else turn.question for _, turn, _, _ in found],
@@ -204,12 +198,12 @@ def _turn(question: Any, answers: Any, what: str) -> Turn:
 def _values(table: datasets.Dataset, column: str) -> list[Any]:
     """A column's values; numbers of 32 bits keep their own digits, 0.1 and not 0.10000000149011612."""
     try:
-        arrow = _arrow(table, column)
+        arrow = arrow_column(table, column)
         short = {pyarrow.float32(), pyarrow.float16()}
         values = arrow.to_pylist()
         if _leaf(arrow.type) in short:
             values = _short_digits(values)
-        return values
+        return [_unquoted(value, table.features[column]) for value in values]
     except (ValueError, pyarrow.ArrowException) as error:
         raise RecipeError(
             f"the column '{column}' cannot be read ({describe_error(error)})", "write the table anew"
@@ -218,7 +212,7 @@ def _values(table: datasets.Dataset, column: str) -> list[Any]:
 
 def _held(table: datasets.Dataset, column: str) -> list[Any]:
     """What the cells of a column of media hold, without their bytes."""
-    arrow = _arrow(table, column)
+    arrow = arrow_column(table, column)
     leaf = _leaf(arrow.type)
     if not pyarrow.types.is_struct(leaf):
         return _values(table, column)
@@ -226,15 +220,22 @@ def _held(table: datasets.Dataset, column: str) -> list[Any]:
     return [f"{int(n)} of them" if n else None for n in count.to_pylist()]
 
 
-def _arrow(table: datasets.Dataset, column: str) -> pyarrow.ChunkedArray:
-    return table.select_columns([column]).with_format("arrow")[:][column]
-
-
 def _leaf(kind: pyarrow.DataType) -> pyarrow.DataType:
     types = pyarrow.types
     while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         kind = kind.value_type
     return kind
+
+
+def _unquoted(value: Any, feature: Any) -> Any:
+    """Return a value with what datasets keeps as JSON, because its kind changes from row to row, parsed."""
+    if isinstance(feature, getattr(datasets, "Json", ())):
+        return value if value is None else parse_json(value)
+    if isinstance(feature, datasets.List | datasets.LargeList) and isinstance(value, list):
+        return [_unquoted(item, feature.feature) for item in value]
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: _unquoted(item, feature.get(key)) for key, item in value.items()}
+    return value
 
 
 def _short_digits(value: Any) -> Any:
@@ -271,122 +272,6 @@ def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, s
     if "image" not in named and {"image", "images"} <= set(table.column_names):
         columns["images"] = "images"
     return {role: column for role, column in columns.items() if column in table.column_names}
-
-
-def _pictures(
-    recipe: Recipe,
-    split: str,
-    table: datasets.Dataset,
-    columns: dict[str, str],
-    folder: Path | None,
-    roots: tuple[Path, ...],
-) -> Pictures:
-    """The pictures that a table's records show: of `image` and `images`, those of the one that holds some."""
-    keep_empty = recipe.kind == "classification" and "images" not in columns
-    named = [columns[role] for role in ("image", "images") if role in columns]
-    if not named:
-        return picture_files([[] for _ in range(len(table))])
-    where = f"in the {split} split of '{recipe.name}'"
-    held = [_column_of_pictures(f"column '{c}' {where}", table, c, folder, roots, keep_empty) for c in named]
-    return held[0] if len(held) == 1 else _whichever(*held)
-
-
-def _whichever(first: Pictures, second: Pictures) -> Pictures:
-    """Each record's pictures from the one of two columns that shows some; None where both show others."""
-    offset, lists = len(first.cells), [_as_lists(first), _as_lists(second)]
-    rows = len(lists[0])
-    cells = [(row, position or 0) for row, position in first.cells]
-    cells += [(rows + row, position or 0) for row, position in second.cells]
-
-    def choose(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
-        if one and other and [_cell(first, i) for i in one] != [_cell(second, i) for i in other]:
-            return None
-        return one or tuple(offset + i for i in other)
-
-    shown = [choose(one, other) for one, other in zip(first.shown, second.shown, strict=True)]
-    return Pictures(datasets.concatenate_datasets(lists), cells, shown)
-
-
-def _cell(pictures: Pictures, index: int) -> Any:
-    row, position = pictures.cells[index]
-    cell = pictures.dataset[row]["image"]
-    return cell if position is None else cell[position]
-
-
-def _as_lists(pictures: Pictures) -> datasets.Dataset:
-    """Pictures as lists of pictures, without a copy of them."""
-    features = datasets.Features({"image": datasets.List(datasets.Image(decode=False))})
-    dataset = pictures.dataset
-    if isinstance(dataset.features["image"], datasets.List | datasets.LargeList):
-        return dataset.cast(features)
-    chunks = dataset.with_format("arrow")[:]["image"].chunks
-    ends = [pyarrow.array(range(len(chunk) + 1), pyarrow.int32()) for chunk in chunks]
-    lists = [pyarrow.ListArray.from_arrays(*parts) for parts in zip(ends, chunks, strict=True)]
-    table = pyarrow.table({"image": pyarrow.chunked_array(lists, features.arrow_schema.field("image").type)})
-    return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
-
-
-def _column_of_pictures(
-    what: str,
-    table: datasets.Dataset,
-    column: str,
-    folder: Path | None,
-    roots: tuple[Path, ...],
-    keep_empty: bool,
-) -> Pictures:
-    """The pictures of a column of images, of lists of images, or of paths in the task's folder; unread.
-
-    An empty cell is a record without a picture, but in classification, which cannot do without, a broken one.
-    """
-    feature = table.features[column]
-    lists = isinstance(feature, datasets.List | datasets.LargeList)
-    if folder is not None and (feature.feature if lists else feature) in (TEXT, LARGE_TEXT):
-        cells = [c if lists else [c] for c in table[column]]
-        names = [[c for c in own or [] if not is_empty(c)] for own in cells]
-        return picture_files([[inside(folder, name, what, roots[0]) for name in own] for own in names])
-    undecoded = datasets.Image(decode=False)
-    try:
-        images = table.select_columns([column]).cast_column(
-            column, datasets.List(undecoded) if lists else undecoded
-        )
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise RecipeError(
-            f"the {what} holds no images ({describe_error(error)})",
-            "name the right one with 'source.columns.image' in the recipe",
-        ) from error
-    if column != "image":
-        images = images.rename_column(column, "image")
-    _refuse_paths(images, lists, what, roots)
-    return _located(images, lists, keep_empty)
-
-
-def _refuse_paths(images: datasets.Dataset, lists: bool, what: str, roots: tuple[Path, ...]) -> None:
-    """A cell without bytes names a file, which may not lie just anywhere."""
-    cells = images.with_format("arrow")[:]["image"]
-    cells = pyarrow.compute.list_flatten(cells) if lists else cells
-    bare = pyarrow.compute.is_null(pyarrow.compute.struct_field(cells, "bytes"))
-    for path in (
-        pyarrow.compute.filter(pyarrow.compute.struct_field(cells, "path"), bare).drop_null().to_pylist()
-    ):
-        within(Path(path), what, *roots)
-
-
-def _located(images: datasets.Dataset, lists: bool, keep_empty: bool) -> Pictures:
-    # arrow counts and finds the empty cells without reading a picture
-    arrow = images.with_format("arrow")[:]["image"]
-    cells: list[tuple[int, int | None]] = []
-    shown = []
-    if lists:
-        counts = [n or 0 for n in pyarrow.compute.list_value_length(arrow).to_pylist()]
-        for row, count in enumerate(counts):
-            shown.append(tuple(range(len(cells), len(cells) + count)))
-            cells += [(row, position) for position in range(count)]
-        return Pictures(images, cells, shown)
-    for row, empty in enumerate(arrow.is_null().to_pylist()):
-        present = keep_empty or not empty
-        shown.append((len(cells),) * present)
-        cells += [(row, None)] * present
-    return Pictures(images, cells, shown)
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def test_a_parquet_cell_that_names_a_file_elsewhere_instead_of_holding_one_is_re
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(root / "pets/train.parquet"))
     sentence = refusal(load, source={"format": "parquet", "path": "pets"}, splits={"train": "train.parquet"})
-    assert f"column 'image' in the train split of 'pets' has the path '{outside}'" in sentence
+    assert f"record 'train-0' in pets/train (column 'image') has the path '{outside}'" in sentence
 
 
 def test_references_that_are_a_link_out_are_refused(load, root, make, tmp_path):
