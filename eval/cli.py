@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def _add_predict(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         metavar="DIR",
         help="folder of an adapter's base model (default: the one that the adapter names)",
     )
+    _add_family(predict)
     predict.add_argument("--output", required=True, type=Path, help="JSONL file; continued if it exists")
     predict.add_argument("--batch-size", type=_positive, default=64, help="examples per forward pass")
     predict.add_argument(
@@ -134,7 +136,16 @@ def _add_data_check(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of an adapter's base model (default: the one that the adapter names)",
     )
+    _add_family(check)
     check.set_defaults(run=_data_check)
+
+
+def _add_family(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--family",
+        metavar="NAME",
+        help="what loads the model, such as my_module:MyFamily (default: by the checkpoint's type)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -171,11 +182,13 @@ def _predict(arguments: argparse.Namespace) -> None:
     data = _load(arguments)
     metric_record(data.recipe.metric)
     # After the data, because importing torch takes seconds, and a misspelt task should be reported at once.
+    from llava_keeplora_eval.families import load_family_predictor
     from llava_keeplora_eval.models import load_predictor, made_by
     from llava_keeplora_eval.predictors import default_device
     from llava_keeplora_eval.preparation import check_questions
 
-    predictor = load_predictor(
+    load = partial(load_family_predictor, arguments.family) if arguments.family else load_predictor
+    predictor = load(
         arguments.model,
         data.recipe,
         arguments.device or default_device(),
@@ -254,7 +267,12 @@ def _data_check(arguments: argparse.Namespace) -> None:
     from llava_keeplora_eval.data_check import check
 
     for line in check(
-        arguments.recipe, arguments.data_root, arguments.split, arguments.model, arguments.base
+        arguments.recipe,
+        arguments.data_root,
+        arguments.split,
+        arguments.model,
+        arguments.base,
+        arguments.family,
     ):
         print(" ".join(line.splitlines()), flush=True)  # a name may hold a line break
 

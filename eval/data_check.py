@@ -10,6 +10,7 @@ from textwrap import shorten
 
 from llava_keeplora_eval.chat import question_text, training_answers
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.families import load_family_preparation
 from llava_keeplora_eval.metrics import metric_record
 from llava_keeplora_eval.models import load_preparation
 from llava_keeplora_eval.preparation import Preparation, answer_problems, check_answers
@@ -76,6 +77,7 @@ def check(
     split: str | None = None,
     model: str | None = None,
     base: str | None = None,
+    family: str | None = None,
 ) -> Iterator[str]:
     """Check every split of a task, or of every task of a sequence.
 
@@ -86,6 +88,7 @@ def check(
         model: a CLIP or LLaVA checkpoint for which the examples are prepared as for training; without one,
             they are printed in LLaVA-1.5's format.
         base: the folder of an adapter's base; the one that the adapter names when None.
+        family: the family that opens the model, a plug-in's name; by the checkpoint's type when None.
 
     Yields:
         The report, line by line, as it is made.
@@ -93,7 +96,7 @@ def check(
     Raises:
         EvalError: at the end, if anything is wrong; or there is no such task, sequence or model.
     """
-    preparation = None if model is None else load_preparation(model, base)
+    preparation = _preparation(model, base, family)
     show = default_format if preparation is None else preparation.show
     problems = 0
     for recipe in recipes_of(name):
@@ -114,6 +117,16 @@ def check(
             f"{name} has {problems} problem{'s' * (problems > 1)}, listed above",
             "correct them and check again",
         )
+
+
+def _preparation(model: str | None, base: str | None, family: str | None) -> Preparation | None:
+    if model is None:
+        if family is not None:
+            raise EvalError(
+                f"--family is '{family}', and no model is given", "name one with --model, or leave it out"
+            )
+        return None
+    return load_preparation(model, base) if family is None else load_family_preparation(family, model, base)
 
 
 def recipes_of(name: str) -> list[Recipe]:

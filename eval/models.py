@@ -167,8 +167,8 @@ def load_predictor(
             )
     model, processor = (load_clip if family == "clip" else load_llava)(source, device, revision)
     if adapted is not None:
-        _check_exported_base(Path(name), source, revision)
-        model = _with_adapter(model, name)
+        check_exported_base(Path(name), source, revision)
+        model = with_adapter(model, name)
     if family == "clip":
         return ClipPredictor(model, processor, recipe)
     return LlavaPredictor(model, processor, recipe, max_new_tokens, generation=generation)
@@ -209,7 +209,7 @@ def adapter_base(name: str, base: str | None = None) -> tuple[str, str | None] |
     return named, revision
 
 
-def _check_exported_base(folder: Path, base: str, revision: str | None) -> None:
+def check_exported_base(folder: Path, base: str, revision: str | None) -> None:
     """Refuse another base than the one that an exported adapter was trained on.
 
     Exports record it by content; older ones don't, and are not checked.
@@ -251,7 +251,7 @@ def made_by(name: str, predictor, base: str | None = None) -> dict[str, Any]:
     return {"model": model_content(resolve_model(source), revision), **adapter, **predictor.settings}
 
 
-def _with_adapter(model, folder: str):
+def with_adapter(model, folder: str):
     """Put a PEFT adapter on its base, unmerged.
 
     In a base of half precision a merge would round small updates away.

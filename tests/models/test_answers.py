@@ -245,7 +245,7 @@ def test_the_revision_of_an_adapters_base_is_loaded_and_recorded(tmp_path, monke
         "load_llava",
         lambda place, device=None, revision=None: asked.append((place, revision)) or (None, None),
     )
-    monkeypatch.setattr(models, "_with_adapter", lambda model, folder: 1 / 0)
+    monkeypatch.setattr(models, "with_adapter", lambda model, folder: 1 / 0)
     made_by(str(tmp_path), SimpleNamespace(settings={}))
     with pytest.raises(ZeroDivisionError):
         load_predictor(str(tmp_path), SimpleNamespace(kind="vqa"), "cpu")
