@@ -35,14 +35,15 @@ class PromptPreparation:
         self.encoders = encoders
 
     @classmethod
-    def of(cls, processor, config) -> Self:
+    def of(cls, processor, config, encoders: Encoders | None = None) -> Self:
         """Return the preparation of a model by its configuration.
 
         Args:
             processor: the model's processor, or its tokenizer.
             config: of transformers.
+            encoders: the record of the model's type; the one that its configuration names when None.
         """
-        encoders = find_encoders(config)
+        encoders = encoders or find_encoders(config)
         return cls(processor, encoders.max_tokens(config), encoders)
 
     @property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_keeplora_eval.class_prompts import PromptPreparation
+from llava_keeplora_eval.encoders import Encoders
 from llava_keeplora_eval.errors import EvalError
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class ClipPredictor:
         recipe: gives ``classes`` and ``prompts``, one prompt per class.
         images: examples -> what the model takes for the image of each, instead of the processor: a cache.
         device: where to compute; the model's own device when None (the model itself is not moved).
+        encoders: the record of the model's type; the one that its configuration names when None.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class ClipPredictor:
         recipe: Recipe,
         images: Callable[[Sequence[Example]], Sequence[Mapping[str, Tensor]]] | None = None,
         device: str | torch.device | None = None,
+        encoders: Encoders | None = None,
     ):
         if len(recipe.classes) != len(recipe.prompts):
             raise EvalError(
@@ -148,7 +151,7 @@ class ClipPredictor:
         parameter = next(model.parameters())
         self.device = torch.device(device) if device is not None else parameter.device
         self.dtype = parameter.dtype
-        self.preparation = PromptPreparation.of(processor, model.config)
+        self.preparation = PromptPreparation.of(processor, model.config, encoders)
         self._prompts = [recipe.prompts]
         self._text: Tensor | None = None
         self._head: Callable[[Tensor], Tensor] | None = None

@@ -85,14 +85,15 @@ def loaded_whole() -> Iterator[None]:
 
 
 def keep_scalars_whole(model: nn.Module) -> None:
-    """Turn frozen scalar parameters (CLIP's temperature) into buffers.
+    """Turn frozen parameters of one number (the temperature; SigLIP's bias too) into buffers.
 
-    DeepSpeed moves parameters as views of bytes, which a scalar does not have, and would shard a scalar to
-    one process alone.
+    DeepSpeed moves parameters as views of bytes, which a scalar does not have, and would shard a single number
+    to one process alone. A vector of one number is turned where it is the model's own, which is read outside
+    of the model's forward pass.
     """
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            if p.dim() == 0 and not p.requires_grad:
+            if (p.dim() == 0 or (module is model and p.numel() == 1)) and not p.requires_grad:
                 delattr(module, name)
                 module.register_buffer(name, p.detach())
 
@@ -139,6 +140,10 @@ class Zero:
             # CLIP's embeddings read the length of their position table before they use it; a shard's is 0.
             if isinstance(table := getattr(module, "position_embedding", None), nn.Embedding):
                 deepspeed.zero.register_external_parameter(module, table.weight)
+            # It reads its output projection's weight without calling it (SigLIP's pooling head has one).
+            if isinstance(module, nn.MultiheadAttention):
+                for p in module.out_proj.parameters():
+                    deepspeed.zero.register_external_parameter(module, p)
 
     @contextmanager
     def engaged(self, module: nn.Module) -> Iterator[None]:

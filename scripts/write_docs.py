@@ -35,6 +35,7 @@ from llava_keeplora.config.schema import (
 )
 from llava_keeplora.methods import METHODS
 from llava_keeplora_eval.cli import build_parser as build_eval_parser
+from llava_keeplora_eval.encoders import ENCODERS
 from llava_keeplora_eval.metrics import METRICS
 from llava_keeplora_recipes import Recipe, list_recipes, list_sequences, load_recipe, load_sequence
 from llava_keeplora_recipes.formats import COLUMNS
@@ -273,6 +274,31 @@ def eval_commands() -> str:
     return "".join(_commands(build_eval_parser(), "llava-keeplora-eval"))
 
 
+def two_encoders() -> str:
+    """Return the model types of two encoders, from their records."""
+    padded = {"longest": "the longest one", "max_length": "what the text encoder takes at most"}
+    rows = []
+    for name, record in ENCODERS.items():
+        parts = [
+            f"`{part}`: {', '.join(record.targets[part])} below `{prefix}`"
+            for part, prefix in record.parts.items()
+        ]
+        pictures = "keep their shape" if record.keeps_shape else "have one size"
+        refused = ", ".join(_refused(name)) or "-"
+        rows.append((f"`{name}`", "; ".join(parts), padded[record.padding], pictures, refused))
+    header = ("type", "layers that are adapted by default", "prompts are padded to", "pictures", "refused")
+    return table(header, rows)
+
+
+def _refused(model_type: str) -> Iterator[str]:
+    """Yield the methods and settings that a type of model with two encoders cannot follow."""
+    record = ENCODERS[model_type]
+    types = {name: METHODS[name].info.model_types for name in METHODS}
+    yield from (f"`{name}`" for name, allowed in types.items() if allowed and model_type not in allowed)
+    yield from ["`preset: released-clip`"] * (not record.causal and record.padding == "longest")
+    yield from ["`random_resized_crop`"] * record.keeps_shape
+
+
 def _commands(parser: argparse.ArgumentParser, program: str) -> Iterator[str]:
     for action in parser._actions:
         if not isinstance(action.choices, Mapping):
@@ -334,6 +360,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "eval-commands": eval_commands,
     "recipe-keys": recipe_keys,
     "column-roles": column_roles,
+    "two-encoders": two_encoders,
     **{f"keys-{name}": partial(configuration_keys, *section) for name, section in SECTIONS.items()},
     **{f"source-{name}": partial(source_keys, name) for name in READERS},
 }

@@ -54,7 +54,7 @@ class MethodInfo:
         cost = [] if self.inference_cost == "none" else [f"extra at test: {self.inference_cost}"]
         return "; ".join(
             [
-                " and ".join(self.families),
+                " and ".join(self.model_types or self.families),
                 *(f"needs {extra}" for extra in inputs),
                 *cost,
                 "merges" if self.mergeable else "does not merge",

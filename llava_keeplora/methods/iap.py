@@ -25,7 +25,8 @@ Differences from the official code (FerdinandZJU/IAP):
   SGD.
 - p is the width of CLIP's projection; there it is 512 for every model.
 
-Only CLIP: LLaVA has neither class prompts nor one feature per image.
+Only models of two encoders with CLIP's attention in both: LLaVA has neither class prompts nor one feature per
+image.
 
 Legend: n images, p width of CLIP's projection.
 """
@@ -98,7 +99,7 @@ class Iap(RoutedMethod):
         kept="prompts, gates and Gaussians per task and class",
         trained="prompts and gates",
         families=("clip",),
-        model_types=("clip", "siglip"),
+        model_types=("clip", "siglip", "siglip2"),
     )
 
     @dataclass(frozen=True)

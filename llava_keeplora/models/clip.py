@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Self
 
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from llava_keeplora.config import EvaluationConfig, ModelConfig
+from llava_keeplora.config import ALL_LINEAR, EvaluationConfig, ModelConfig
 from llava_keeplora.deepspeed_zero import loaded_whole
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
@@ -56,6 +57,9 @@ class ClipFamily:
     Args:
         path: a local folder or a Hub id.
         revision: the Hub revision.
+        quantization: see `ModelConfig`.
+        parts: part → dotted prefix of its layers, for a type of model without a record; all linear layers of
+            a part are adapted unless a configuration names targets.
     """
 
     name = "clip"
@@ -63,15 +67,22 @@ class ClipFamily:
     auto_class = "AutoModel"
     eval_cost = 1.0
 
-    def __init__(self, path: str, revision: str | None = None, quantization: str | None = None):
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        quantization: str | None = None,
+        parts: Mapping[str, str] | None = None,
+    ):
         self.path, self.revision, self.quantization = path, revision, quantization
+        self._own_parts = parts
 
     @classmethod
     def from_config(cls, path: str, model: ModelConfig, evaluation: EvaluationConfig) -> Self:
         """Open the model that a configuration names; see `llava_keeplora.models.Family`.
 
         Raises:
-            ConfigError: for a setting of models that write answers.
+            ConfigError: for a setting of models that write answers, or a type of model that is not known.
         """
         unread = {"model.max_length": model.max_length, "evaluation.generation": evaluation.generation}
         for key in (key for key, value in unread.items() if value):
@@ -80,7 +91,15 @@ class ClipFamily:
                 f"{path} is a model of two encoders",
                 f"remove {key}",
             )
-        return cls(path, model.revision, model.quantization)
+        if model.parts and model.quantization:
+            raise ConfigError(
+                f"model.parts is set and model.quantization is {model.quantization}, and which layers of "
+                "such a model can be quantised is not known",
+                "remove model.quantization, or give a family of your own (docs/extending.md)",
+            )
+        family = cls(path, model.revision, model.quantization, model.parts)
+        _ = family.encoders  # Refuses a type without a record before any data are read.
+        return family
 
     # Read when first asked for: a plan can do with the configuration alone.
     @cached_property
@@ -91,7 +110,7 @@ class ClipFamily:
     @cached_property
     def preparation(self) -> PromptPreparation:
         """Makes token ids."""
-        return PromptPreparation.of(self.processor, self.config)
+        return PromptPreparation.of(self.processor, self.config, self.encoders)
 
     @cached_property
     def config(self) -> transformers.PretrainedConfig:
@@ -102,8 +121,22 @@ class ClipFamily:
 
     @cached_property
     def encoders(self) -> Encoders:
-        """What the model's type is like."""
-        return find_encoders(self.config)
+        """What the model's type is like.
+
+        Raises:
+            ConfigError: for a type without a record, where no parts are given.
+        """
+        known = find_encoders(self.config)
+        if self._own_parts:
+            targets = dict.fromkeys(self._own_parts, (ALL_LINEAR,))
+            return replace(known, parts=dict(self._own_parts), targets=targets)
+        if not known.parts:
+            raise ConfigError(
+                f"where the layers of {self.path}, a {self.config.model_type}, lie is not known",
+                "name them under model.parts, such as `{vision: vision_model.encoder.layers, text: "
+                "text_model.encoder.layers}`",
+            )
+        return known
 
     @property
     def parts(self) -> Mapping[str, str]:
@@ -130,10 +163,27 @@ class ClipFamily:
             found["every_position"] = "reads prompts with padding that nothing masks"
         return found
 
+    def _accepted(self, model: nn.Module) -> nn.Module:
+        """Return a model if it has two encoders.
+
+        Raises:
+            ConfigError: for one that lacks what a model of two encoders is asked for.
+        """
+        asked = ("get_image_features", "get_text_features", "logit_scale")
+        if missing := [name for name in asked if not hasattr(model, name)]:
+            raise ConfigError(
+                f"{self.path} is a {self.config.model_type}, which has no {', '.join(missing)} as models of "
+                "two encoders have",
+                "leave model.family out, or give a family of your own (docs/extending.md)",
+            )
+        return model
+
     def skeleton(self, dtype: torch.dtype) -> None:
         """Set `model` to one without weights, on the meta device; see `build_meta_model`."""
         self.model = build_meta_model(
-            lambda: transformers.AutoModel.from_config(self.config, dtype=dtype, attn_implementation="sdpa"),
+            lambda: self._accepted(
+                transformers.AutoModel.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
+            ),
             self.quantization,
             self.skip_quantization,
         )
@@ -155,7 +205,7 @@ class ClipFamily:
         if self.quantization:
             keep_form(model)
             leave_checkpoint(model)
-        self.model = model.eval().requires_grad_(False)
+        self.model = self._accepted(model).eval().requires_grad_(False)
 
     def linear_layers(self, part: str, targets: Sequence[str]) -> dict[str, nn.Linear]:
         """Full name → linear layer for the leaf names `targets` of a part; see `find_linear_layers`."""
@@ -204,7 +254,7 @@ class ClipFamily:
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> ClipPredictor:
         """What answers the task's examples with the present weights; it writes no `tokens`."""
-        return ClipPredictor(self.model, self.processor, recipe, images=images.of)
+        return ClipPredictor(self.model, self.processor, recipe, images=images.of, encoders=self.encoders)
 
     def workload(self, recipe: Recipe, train: TaskData | None, test: TaskData | None) -> Work:
         """Return what a task asks of the machine: every image is alike, so the class prompts decide.

@@ -26,13 +26,18 @@ def find_linear_layers(
         targets: leaf names such as `q_proj`.
 
     Raises:
-        ConfigError: for an unknown part, or a target that matches no linear layer of it.
+        ConfigError: for an unknown part, one without linear layers, or a target that matches none of them.
     """
     if part not in prefixes:
         raise ConfigError(f"parts names '{part}', which this model does not have", nearest(part, prefixes))
     linear = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and part_of(n, prefixes) == part
     }
+    if not linear:
+        raise ConfigError(
+            f"the part '{part}' is '{prefixes[part]}', and the model has no linear layer below that",
+            "give the dotted name of a list of layers, as model.named_modules() has it, in model.parts",
+        )
     leaves = {name.rsplit(".", 1)[-1] for name in linear}
     if tuple(targets) == (ALL_LINEAR,):
         return linear

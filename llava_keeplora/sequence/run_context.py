@@ -45,7 +45,7 @@ class RunContext:
         model = dataclasses.asdict(config.model)
         # Without `family` if it is not set, so that cache entries of earlier versions still match.
         model |= {"family": MODEL_FAMILIES.source_hash(model["family"])} if model["family"] else {}
-        model = {key: value for key, value in model.items() if key != "family" or value}
+        model = {key: value for key, value in model.items() if key not in ("family", "parts") or value}
         common = {"model": model, "versions": installed_versions(), "device": self.device.type}
         common |= {"base": workspace.base} if config.base_cache else {}
         self.base_cache = BaseCache(config.base_cache, common)

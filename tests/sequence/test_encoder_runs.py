@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from conftest import TASKS
 from llava_keeplora.adapters import load_deltas
 from llava_keeplora.config import ModelConfig
+from llava_keeplora.errors import ConfigError
 from llava_keeplora.export import export_run, verify, verify_worker
+from llava_keeplora.methods import METHODS
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import make_plan
 from llava_keeplora_eval.files import file_hash
@@ -129,6 +131,54 @@ def test_an_exported_adapter_on_plain_transformers_and_a_merged_checkpoint_answe
     export_run(run, "merged", tmp_path / "merged", base_id="you/tiny-base", name="you/merged")
     merged = transformers.AutoModel.from_pretrained(tmp_path / "merged")
     assert plain_answers(kind, merged, tmp_path / "merged", data) == answers
+
+
+@pytest.mark.parametrize("kind", ["chinese_clip"], indirect=True)
+def test_a_run_stopped_within_training_ends_with_the_same_files(
+    config, run, run_to_the_end, stop_within_training, left_behind, tmp_path, kind
+):
+    """Its text encoder trains with dropout, so the same numbers are drawn again."""
+    stopped = stop_within_training(2)
+    assert run_to_the_end(config(tmp_path / "run")) == 3 and len(stopped) == 2
+    assert left_behind(tmp_path / "run") == left_behind(run)
+
+
+@pytest.mark.parametrize("kind", ["siglip2"], indirect=True)
+def test_every_method_runs_or_is_refused_in_a_sentence(config, driven, tiny_tasks, tmp_path, kind):
+    refused = {"moe-adapters"}
+    options = {"zscl": {"reference": str(tiny_tasks[2])}}
+    methods = {name: options.get(name, {}) for name, method in METHODS.items() if method.trainable}
+    for name in refused:
+        with pytest.raises(
+            ConfigError, match=f"'{name}' changes layers as .*of the type clip, .* is a siglip2"
+        ):
+            driven(config(tmp_path / "refused", methods={name: methods.pop(name)}))
+    folder = driven(config(tmp_path / "run", methods=methods))
+    for label in methods:
+        matrix = json.loads((folder / label / "matrix.json").read_text())
+        assert len(matrix["rows"]) == 2, label
+    scales = {
+        name: delta.scale
+        for name, delta in load_deltas(next(folder.glob("keeplora++/task-02*/delta.safetensors"))).items()
+    }
+    plain = load_deltas(next(folder.glob("keeplora/task-02*/delta.safetensors")))
+    for name, scale in scales.items():
+        factor = 0.2 if name.startswith("vision_model.encoder.layers.0.") else 1.0
+        assert scale == pytest.approx(factor * plain[name].scale), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "methods", "problem"),
+    [
+        ("siglip2", {"seq-lora": {"random_resized_crop": [0.9, 1.0]}}, "crops pictures to squares"),
+        ("chinese_clip", {"keeplora": {"preset": "released-clip"}}, "reads prompts with padding"),
+        ("altclip", {"iap": {}}, "changes layers as they are in models of the type clip and siglip"),
+    ],
+    indirect=["kind"],
+)
+def test_what_a_type_cannot_follow_is_refused_with_its_name(config, tmp_path, driven, kind, methods, problem):
+    with pytest.raises(ConfigError, match=f"{problem}.* {kind}"):
+        driven(config(tmp_path / "run", methods=methods))
 
 
 def test_a_plan_is_made(config, tmp_path):
