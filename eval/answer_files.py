@@ -209,29 +209,39 @@ def _kind(value: Any) -> str:
 
 
 def _check_ids(path: Path, ids: list[str], data: TaskData, predicted: bool) -> None:
-    """Refuse repeated, missing and unknown ids, with their numbers and the first of each."""
+    """Refuse repeated, missing and unknown ids in one sentence, with the number and the first of each."""
     name = f"{data.recipe.name} ({data.split})"
-    repeated = [key for key, count in Counter(ids).items() if count > 1]
-    if repeated:
+    counts, expected = Counter(ids), set(data.ids)
+    repeated = [key for key, count in counts.items() if count > 1]
+    missing = [key for key in data.ids if key not in counts]
+    unknown = [key for key in counts if key not in expected]
+    problems = [f"has more than one prediction for {first_ids(repeated)}"] if repeated else []
+    problems += [f"lacks {first_ids(missing)} of the {len(data)} of {name}"] if missing else []
+    problems += [f"has predictions for {first_ids(unknown)} that {name} doesn't have"] if unknown else []
+    if problems:
+        *others, last = problems
         raise EvalError(
-            f"{path} has more than one prediction for {first_ids(repeated)}", "remove all but one of each"
+            f"{path} {''.join(f'{problem}, ' for problem in others)}{'and ' if others else ''}{last}",
+            _cure(repeated, missing, unknown, predicted, not ids),
         )
-    given, expected = set(ids), set(data.ids)
-    missing = [key for key in data.ids if key not in given]
-    unknown = [key for key in ids if key not in expected]
-    if missing:
-        more = f", and has {first_ids(unknown)} that it doesn't have" if unknown else ""
-        if unknown:
-            cure = "check the task, the split and the ids"
-        elif predicted:
-            cure = AGAIN
-        elif not ids:
-            cure = WHOLE
-        else:
-            cure = "add them, with an empty text where there is no answer"
-        raise EvalError(f"{path} lacks {first_ids(missing)} of the {len(data)} of {name}{more}", cure)
+
+
+def _cure(
+    repeated: list[str], missing: list[str], unknown: list[str], predicted: bool, is_empty: bool
+) -> str:
+    """Return the cure of wrong ids; `predicted` is whether `predict` wrote them."""
+    if missing and unknown:
+        number = {key.lstrip("0"): key for key in missing if key.isdecimal()}
+        other = next((key for key in unknown if key.isdecimal() and key.lstrip("0") in number), None)
+        if other is not None:
+            return (
+                f"write the ids as text with their leading zeros, '{number[other.lstrip('0')]}' for {other}"
+            )
+        return "check the task, the split and the ids"
     if unknown:
-        raise EvalError(
-            f"{path} has predictions for {first_ids(unknown)} that {name} doesn't have",
-            "check the task, the split and the data root, or remove them",
-        )
+        return "check the task, the split and the data root, or remove them"
+    if repeated:
+        return "remove all but one of each" + (", and add those that are missing" if missing else "")
+    if predicted:
+        return AGAIN
+    return WHOLE if is_empty else "add them, with an empty text where there is no answer"

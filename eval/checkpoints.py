@@ -96,9 +96,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for name in WEIGHTS:
         path = folder / name
-        if path.is_symlink() and not path.exists():
-            raise EvalError(f"{path} is a link to nothing", AGAIN)
-        if not path.is_file():
+        if not _is_file(path):
             continue
         if path.suffix != ".json":
             return [path]
@@ -111,7 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise EvalError(
                 f"{path} is no index of a checkpoint's weights ({_reason(error)})", AGAIN
             ) from error
-        missing = [file.name for file in files if not file.is_file()]
+        missing = [file.name for file in files if not _is_file(file)]
         if missing:
             raise EvalError(
                 f"{path} names {len(missing)} files that are not there ({', '.join(missing[:3])}), so their "
@@ -120,6 +118,20 @@ def weight_files(folder: Path) -> list[Path]:
             )
         return files
     return []
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether a file of weights is there.
+
+    Raises:
+        EvalError: it is something else than a file.
+    """
+    if path.is_symlink() and not path.exists():
+        raise EvalError(f"{path} is a link to nothing", AGAIN)
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise EvalError(f"{path} is {what}, and weights are a file", AGAIN)
+    return path.is_file()
 
 
 def load_checked(auto_class, place: str, **options):
@@ -387,14 +399,22 @@ def _open_pickled(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the table that transformers prints of what `load_checked` refuses off the terminal."""
+    """Keep off the terminal what transformers says while it loads.
+
+    That is the progress bar, and the table of what `load_checked` refuses.
+    """
+    from transformers.utils import logging as progress
+
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
+    level, bar = logger.level, progress.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    progress.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if bar:
+            progress.enable_progress_bar()
 
 
 def _where(place: str) -> str:

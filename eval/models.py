@@ -23,6 +23,7 @@ from llava_keeplora_eval.content import content_changes, content_hash, model_con
 from llava_keeplora_eval.encoders import ENCODERS
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS
+from llava_keeplora_eval.layer_count import check_layer_count
 from llava_keeplora_eval.preparation import ChatPreparation
 from llava_keeplora_eval.processors import check_vocabulary, load_chat_processor
 
@@ -111,6 +112,7 @@ def model_family(name: str, revision: str | None = None) -> str:
     with loading(name):
         config = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=False)
         kind = config.model_type
+    check_layer_count(config.to_dict(), name)
     if getattr(config, "quantization_config", None) is not None:
         raise EvalError(
             f"'{name}' is quantised already (its config.json has a quantization_config), and what is learned "

@@ -18,6 +18,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import METHODS, Changed, Method, check_method
 from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.subspace import GradientSketch, sketch_width
+from llava_keeplora_eval.checkpoints import loading
 
 GB = 1e9
 F32 = 4
@@ -178,8 +179,9 @@ def changed_layers(config: RunConfig, family: Family) -> dict[str, Changed]:
 
     Raises:
         ConfigError: see `check_method`.
+        EvalError: no model can be built of its configuration.
     """
-    with loaded_whole():
+    with loaded_whole(), loading(family.path):
         family.skeleton(DTYPES[config.model.dtype])
     return {
         label: check_method(label, make_method(method), method.parts, family)

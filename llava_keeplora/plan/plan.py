@@ -133,17 +133,18 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
         ConfigError: the configuration, the model or the machine is not valid, or no method can be planned.
         RecipeError: a recipe or its data are not valid.
     """
-    left_out = {
-        label: why for label, method in config.methods.items() if (why := _unplanned(make_method(method)))
-    }
     if not config.methods:
         raise ConfigError(
             "no method of the run learns anything, so there is nothing to plan", "name one under methods"
         )
+    # Whatever a start would refuse is refused first, also where nothing can be estimated.
+    scenarios = _Scenarios(config, find_machine(gpus, gpu_memory_gb))
+    left_out = {
+        label: why for label, method in config.methods.items() if (why := _unplanned(make_method(method)))
+    }
     if len(left_out) == len(config.methods):
         label, why = next(iter(left_out.items()))
         raise ConfigError(f"'{label}' {why}", "run it without a plan")
-    scenarios = _Scenarios(config, find_machine(gpus, gpu_memory_gb))
     estimates, changes, methods = scenarios.at({}), {}, []
     for label, estimate in estimates.items():
         stages = []

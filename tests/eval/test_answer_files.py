@@ -178,8 +178,15 @@ def test_missing_and_unknown_and_repeated_ids_are_counted_and_named(answered):
         ([], "is empty; write one record"),
         ([*records(), {"id": 8, "text": ""}], r"has predictions for 1 id \(8\) that asks \(test\) doesn't have"),
         ([{"id": f"x{i}", "text": ""} for i in range(9)],
-         r"lacks 3 ids \(a, 7, é\) of the 3 of asks \(test\), and has 9 ids \(x0, x1, x2, ...\) that it doesn't have"),
+         r"lacks 3 ids \(a, 7, é\) of the 3 of asks \(test\), and has predictions for 9 ids \(x0, x1, x2, ...\) that asks \(test\) doesn't have"),
         ([*records(), {"id": "7", "text": "x"}], r"more than one prediction for 1 id \(7\)"),
+        # 7 as a number and as text is one id; all three faults are in one sentence.
+        (
+            [{"id": key, "text": "x"} for key in (7, "7", "é", "b", "b")],
+            r"more than one prediction for 2 ids \(7, b\), lacks 1 id \(a\) of the 3 of asks \(test\), "
+            r"and has predictions for 1 id \(b\) that asks",
+        ),
+        ([{"id": key, "text": "x"} for key in ("a", "007", "é")], r"lacks 1 id \(7\).*1 id \(007\).*'7' for 007"),
         ([*records(), {"id": "x" * 5000, "text": ""}], r"1 id \(x{60}\.\.\.\)"),
     ]  # fmt: skip
     for rows, sentence in cases:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 
@@ -9,9 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava_keeplora.config import ModelConfig
+from llava_keeplora.errors import UserError
+from llava_keeplora.models import open_model
 from llava_keeplora_eval import EvalError
 from llava_keeplora_eval.checkpoints import check_values, load_checked
 from llava_keeplora_eval.content import content_changes, content_hash, model_content
+from llava_keeplora_eval.guard import guarded
+from llava_keeplora_eval.models import load_clip, load_preparation
 
 
 @pytest.fixture
@@ -162,6 +168,54 @@ def test_a_pointer_and_a_dangling_link_are_named(copied, damage):
     damage(copied / "model.safetensors")
     with pytest.raises(EvalError, match="model.safetensors.*(git lfs pull|link to nothing)"):
         load(copied)
+
+
+@pytest.mark.parametrize("kind, made", [("a folder", os.mkdir), ("a pipe or a device", os.mkfifo)])
+def test_weights_that_are_no_file_are_called_what_they_are(copied, kind, made):
+    second = copied / split_in_two(copied)[1]
+    for path in (second, copied / "model.safetensors"):
+        path.unlink(missing_ok=True)
+        made(path)
+        with pytest.raises(EvalError, match=f"{path.name} is {kind}, and weights are a file"):
+            load(copied)
+
+
+@pytest.mark.parametrize(
+    "part, key, count",
+    [("text_config", "num_hidden_layers", 10**7), ("vision_config", "num_hidden_layers", 1001)],
+)
+def test_more_layers_than_any_model_has_are_refused_before_they_are_built(copied, part, key, count):
+    config = json.loads((copied / "config.json").read_text())
+    config[part][key] = count
+    (copied / "config.json").write_text(json.dumps(config))
+    for door in (load_clip, load_preparation, lambda place: open_model(ModelConfig(place))):
+        with pytest.raises(UserError, match=f"{part}.{key} {count}, and at most 1000"):
+            door(str(copied))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 7 bytes")],
+)
+def test_memory_that_runs_out_while_weights_are_read_is_one_sentence_with_the_cure(
+    tiny_clip, monkeypatch, capsys, error
+):
+    from transformers import AutoModel
+
+    def exhausted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", exhausted)
+    assert guarded(lambda: load_clip(str(tiny_clip)), debug=False, going_on="") == 2
+    sentence = capsys.readouterr().err
+    assert re.fullmatch(
+        "error: this needs more memory or threads than there are .*; free some, .*\n", sentence
+    )
+
+
+def test_loading_shows_no_bar_of_the_library(tiny_clip, capfd):
+    load(tiny_clip)
+    assert "Loading weights" not in capfd.readouterr().err
 
 
 def test_a_shard_that_holds_nan_is_named(copied):

@@ -199,3 +199,10 @@ def test_several_processes_are_refused_by_a_plan_as_by_a_start_where_batches_cou
         match="'keeplora' averages batches in their order, which 2 processes do not keep; run it in one process",
     ):
         make_plan(parse_config(tree), 2, 24.0)
+
+
+def test_a_plan_of_methods_that_it_cannot_estimate_refuses_what_a_start_refuses(run_tree, tiny_tasks):
+    tree = run_tree("unset", tasks=[str(tiny_tasks[0])], methods={"inflora": {}})
+    tree["training"] = {**tree["training"], "lr_scheduler_type": "sideways"}
+    with pytest.raises(UserError, match="training arguments of .inflora. .sideways"):
+        make_plan(parse_config(tree))
