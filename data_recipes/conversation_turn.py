@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import RecipeError
 from .media import is_empty, refuse_inner_media
-from .placeholders import MARKER, place_in_turns, refuse_marked
-from .records import History, Message, replace_questions
+from .placeholders import MARKER, VIDEO_MARKER, Item, place_in_turns, place_videos, refuse_marked
+from .records import History, Message, Spans, replace_questions
 from .texts import answer_texts, described, is_blank
 
 #: What a turn says about whether it is learned (`loss` in ms-swift, `weight` in OpenAI's chats).
@@ -86,7 +86,8 @@ def from_messages(messages: Any, what: str) -> Turn:
     """Read a chat as TRL and transformers write it: turns with `role` and `content`; see `read_turns`.
 
     `content` is text or a list of typed parts. Parts of the type `text` are joined by line breaks; parts of
-    the type `image` only mark where a picture goes, and the pictures themselves stand in the record.
+    the types `image` and `video` only mark where a picture or video goes; these themselves stand in the
+    record.
 
     Source of the layout: huggingface.co/docs/trl/dataset_formats and
     huggingface.co/docs/transformers/chat_templating_multimodal.
@@ -235,6 +236,22 @@ def with_system(turn: Turn, system: str | None, what: str) -> Turn:
     return replace(turn, history=(message, *turn.history))
 
 
+def show_turn(
+    turn: Turn, images: Sequence[Item], videos: Sequence[Sequence[Item]], what: str
+) -> tuple[Turn, list[Item], Spans]:
+    """Return a conversation with the places of what it shows, that in order, and where videos are in it.
+
+    See `place_videos` and `place_in_turns`.
+
+    Raises:
+        RecipeError: its questions mark another number, or another turn marks one.
+    """
+    asked = [message.text for message in turn.history if message.role == "user"]
+    (*earlier, question), shown, spans = place_videos([*asked, turn.question], images, videos, what)
+    placed = replace(turn, question=question, history=replace_questions(turn.history, earlier))
+    return place_turn(placed, len(shown), what), shown, spans
+
+
 def place_turn(turn: Turn, images: int, what: str) -> Turn:
     """Return a conversation with the places of its pictures; see `place_in_turns`.
 
@@ -328,11 +345,12 @@ def _text(content: Any, role: str, number: int, layout: Layout, what: str) -> st
 
 def _part(part: dict[str, Any], what: str) -> str:
     kind = part.get("type")
-    if kind not in ("text", "image"):
+    if kind not in ("text", "image", "video"):
         raise RecipeError(
-            f"{what} has a part of the type {kind!r}, which is not read", "use the types text and image"
+            f"{what} has a part of the type {kind!r}, which is not read",
+            "use the types text, image and video",
         )
     if kind == "text" and not isinstance(part.get("text"), str):
         raise RecipeError(f"{what} has a part of the type 'text' without text", "add it, or remove the part")
     refuse_inner_media(part, f"a message of {what}")
-    return part["text"].strip() if kind == "text" else MARKER
+    return {"text": (part.get("text") or "").strip(), "image": MARKER, "video": VIDEO_MARKER}[kind]

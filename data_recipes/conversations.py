@@ -12,22 +12,25 @@ from .conversation_turn import (
     from_fields,
     from_pairs,
     from_turns,
-    place_turn,
     refuse_objects,
+    show_turn,
     with_system,
 )
 from .errors import RecipeError, collect_errors
 from .json_files import read_rows
 from .labels import warn_of_names
-from .media import image_names, system_text
+from .media import UNREAD, image_names, refuse_unread_media, system_text, video_names
 from .paths import data_root_of, inside, pictures_folder, split_file
 from .recipe import Recipe
-from .records import Records, picture_files
+from .records import Frame, Records, Spans, picture_files
 from .references import read_references
 from .texts import identifier, only_answer
+from .videos import refuse_without_decoder, sample
 
 #: (a record, whether it has to hold its answer, what it is called) → its question and answers
 TurnOf = Callable[[dict[str, Any], bool, str], Turn]
+#: A record's id, the files and frames that it shows, its texts, its meta, and where the frames of videos are.
+Found = tuple[str, list[Path | Frame], Turn, dict[str, Any], Spans]
 
 
 def read_llava(
@@ -125,7 +128,7 @@ def read_turn_records(
     fields = recipe.source["meta"]
     classify = recipe.kind == "classification"
 
-    def record(item: tuple[int, Any]) -> tuple[str, list[Path], Turn, dict[str, Any]]:
+    def record(item: tuple[int, Any]) -> Found:
         index, row = item
         if not isinstance(row, dict):
             raise RecipeError(f"record {index} of {path.name} is not a JSON object", "correct the file")
@@ -133,17 +136,15 @@ def read_turn_records(
         name = None if given is None else identifier(given, f"record {index} of {path.name}")
         what = f"record {index if name is None else repr(name)} of {path.name}"
         turn = with_system(turn_of(row, references is None, what), system_text(row, what), what)
-        images = image_names(row, what)
+        refuse_unread_media(row, what, UNREAD)
+        images, videos = image_names(row, what), video_names(row, what)
         answers = turn.answers if references is None else references(index, what)
         answers = [only_answer(answers, what)] if classify else answers
-        turn = place_turn(Turn(turn.question, answers, turn.history), len(images), what)
+        files: list[Path | Frame] = [inside(folder, i, what, root) for i in images]
+        frames = [_frames(video, recipe.source["frames"], folder, what, root) for video in videos]
+        turn, shown, spans = show_turn(Turn(turn.question, answers, turn.history), files, frames, what)
         own = f"{split}-{index}" if numbered or name is None else name
-        return (
-            own,
-            [inside(folder, i, what, root) for i in images],
-            turn,
-            {f: row[f] for f in fields if f in row},
-        )
+        return own, shown, turn, {f: row[f] for f in fields if f in row}, spans
 
     found = collect_errors(record, enumerate(rows), problems)
     if classify:
@@ -156,15 +157,25 @@ def _given_id(row: dict[str, Any]) -> Any:
     return next((row[key] for key in ("id", "question_id") if row.get(key) is not None), None)
 
 
-def _as_records(found: list[tuple[str, list[Path], Turn, dict[str, Any]]], classify: bool) -> Records:
-    turns = [turn for _, _, turn, _ in found]
+def _frames(video: str | list[str], count: int, folder: Path, what: str, root: Path) -> list[Path | Frame]:
+    """Return the frames that are shown of a video file, or the files of those of a list of frames."""
+    if isinstance(video, str):
+        refuse_without_decoder(video, what)
+        path = str(inside(folder, video, what, root).absolute())
+        return [Frame(path, index, count) for index in range(count)]
+    return [inside(folder, video[position], what, root) for position in sample(len(video), count)]
+
+
+def _as_records(found: list[Found], classify: bool) -> Records:
+    turns = [turn for _, _, turn, _, _ in found]
     return Records(
-        ids=[name for name, _, _, _ in found],
-        pictures=picture_files([paths for _, paths, _, _ in found]),
+        ids=[name for name, *_ in found],
+        pictures=picture_files([shown for _, shown, _, _, _ in found]),
         labels=[t.answers[0] if classify else None for t in turns],
         label_names=None,
         questions=[None if classify else t.question for t in turns],
         answers=[[] if classify else t.answers for t in turns],
-        meta=[meta for _, _, _, meta in found],
+        meta=[meta for _, _, _, meta, _ in found],
         histories=[t.history for t in turns],
+        videos=[spans for *_, spans in found],
     )

@@ -15,7 +15,7 @@ from .placeholders import MARKER, refuse_marked
 from .prompts import format_turns
 from .readers import make_reader, read_records
 from .recipe import EACH, Recipe
-from .records import History, Records
+from .records import History, Records, Spans
 from .task_data import Row, TaskData, turns_of
 from .texts import is_blank
 
@@ -64,14 +64,16 @@ def _rows(
 ) -> list[Row]:
     label_of = label_reader(recipe, records, where)
 
-    def rows_of(record: tuple[str, History, str | None, list[str], Any, tuple[int, ...], dict]) -> list[Row]:
-        name, history, question, answers, raw, pictures, meta = record
+    def rows_of(
+        record: tuple[str, History, str | None, list[str], Any, tuple[int, ...], dict, Spans],
+    ) -> list[Row]:
+        name, history, question, answers, raw, pictures, meta, videos = record
         if recipe.kind != "classification":
             what = f"'{name}' in {where}"
             for answer in answers:
                 refuse_marked(answer, "answer", what)
             history, text = format_turns(recipe, split, history, question, answers, len(pictures), what)
-            row = Row(name, text, tuple(answers), None, pictures, meta, history)
+            row = Row(name, text, tuple(answers), None, pictures, meta, history, videos)
             rows = turns_of(row) if split == "test" and recipe.evaluate == EACH else [row]
             for row in rows:
                 _refuse_blank_question(row, where)
@@ -97,6 +99,7 @@ def _rows(
         records.labels,
         records.pictures.shown,
         records.meta,
+        records.videos,
     )
     found = collect_errors(rows_of, zip(records.ids, *columns, strict=True), problems)
     rows = [row for several in found for row in several]

@@ -121,6 +121,7 @@ class Messages(_BuiltIn):
         positional_ids: the splits whose records are numbered, `train-0`, `train-1`, ..., whatever ids they
             have.
         meta: fields of a record that are handed to the metric, such as the kind of question.
+        frames: how many frames are shown of each video.
     """
 
     function = "conversations:read_messages"
@@ -128,6 +129,15 @@ class Messages(_BuiltIn):
     images: str | dict[str, str] = _folders("")
     positional_ids: list[str] = _list("a list of splits")
     meta: list[str] = _list("a list of fields")
+    frames: int = 8
+
+    def check(self, kind: str, path: Path) -> None:
+        """See `Reader.check`."""
+        if self.frames < 1:
+            raise RecipeError(
+                f"{path.name} has {self.frames} under 'source.frames', and a video has at least one frame",
+                f"correct it in {path}",
+            )
 
 
 @dataclass
@@ -147,6 +157,7 @@ class LlavaJson(Messages):
 
     def check(self, kind: str, path: Path) -> None:
         """See `Reader.check`."""
+        super().check(kind, path)
         if self.references and kind == "classification":
             raise RecipeError(
                 f"{path.name} has 'source.references', which a classification recipe does not use",

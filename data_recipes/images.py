@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from .decoding import WHITE, Decoded, decode
 from .file_bytes import Listings, read_file
-from .records import Pictures
+from .records import Frame, Pictures
 from .rendered import RENDERED, render
 from .rendered_scenes import SCENES, draw
+from .videos import read_frame
 
 # Checking a set decodes every picture; those that fit in here are kept, so that a small set is
 # decoded once for the whole run while a large one doesn't fill the memory.
@@ -121,6 +122,9 @@ class EncodedImages(Images):
 
     def _examine(self, row: int) -> tuple[str, Decoded] | str:
         try:
+            if frame := self._frame(row):
+                digest, image = read_frame(frame, self._listings)
+                return digest, Decoded(image, "")
             data = self._bytes(row)
             decoded = decode(data, self._background)
             # Whatever names pixels by this (a run's fingerprints, prepared pictures) was right before where
@@ -129,6 +133,13 @@ class EncodedImages(Images):
         # Pillow's readers raise nearly every kind of error on broken bytes; each is reported
         except Exception as error:
             return " ".join(str(error).split()) or type(error).__name__
+
+    def _frame(self, row: int) -> Frame | None:
+        """Return which frame of a video a picture is; None where it is none."""
+        place, _ = self._cells[row]
+        cells = self._dataset[place]
+        frame = cells.get("frame")
+        return Frame(cells["image"]["path"], **frame) if frame else None
 
     def _bytes(self, row: int) -> bytes:
         place, position = self._cells[row]
@@ -142,6 +153,8 @@ class EncodedImages(Images):
         return read_file(os.path.join(self._folder, cell["path"]), self._listings)
 
     def _decode(self, row: int) -> Image.Image:
+        if frame := self._frame(row):
+            return read_frame(frame, self._listings)[1].copy()
         return decode(self._bytes(row), self._background).image
 
 

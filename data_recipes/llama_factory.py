@@ -12,7 +12,7 @@ from .conversation_turn import Layout, Turn, from_pairs, read_turns, with_system
 from .conversations import read_turn_records
 from .errors import RecipeError, nearest
 from .json_files import read_json, read_rows
-from .media import ELSEWHERE, IMAGES, UNREAD, is_empty, system_text
+from .media import ELSEWHERE, IMAGES, UNREAD, VIDEOS, is_empty, system_text
 from .paths import data_root_of, inside, set_folder
 from .recipe import Recipe
 from .records import Records
@@ -112,7 +112,7 @@ def _layout(columns: dict[str, Any], tags: dict[str, str]) -> Layout:
 def _refuse_undeclared(row: dict[str, Any], columns: dict[str, Any], what: str) -> None:
     """Refuse what LLaMA-Factory would pass over because no column names it."""
     declared = set(columns.values())
-    for key in (*IMAGES, *ELSEWHERE, *UNREAD, "system", "tools", "history"):
+    for key in (*IMAGES, *VIDEOS, *ELSEWHERE, *UNREAD, "system", "tools", "history"):
         if key not in declared and not is_empty(row.get(key)):
             raise RecipeError(
                 f"{what} has {described(row[key])} as '{key}', which {INFO} does not name under 'columns'",

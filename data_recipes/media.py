@@ -8,8 +8,14 @@ from .errors import RecipeError
 from .texts import described, is_blank
 
 IMAGES = ("image", "images")
+VIDEOS = ("video", "videos")
+#: Endings of video files; in a list of files they say that each is a video, and not a frame.
+VIDEO_ENDINGS = (
+    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp"),
+    *(".mts", ".m2ts"),
+)
 #: Media that no model here is shown: a record that has some would be learned from its text alone.
-UNREAD = ("video", "videos", "audio", "audios", "video_path", "video_url", "audio_path", "audio_url")
+UNREAD = ("audio", "audios", "video_path", "video_url", "audio_path", "audio_url")
 #: Where other tools' records name a picture; one that only stands there would be passed over.
 ELSEWHERE = (
     "image_path",
@@ -25,6 +31,7 @@ ELSEWHERE = (
 #: Where a message or one of its parts may hold a picture itself.
 _INNER = (
     *IMAGES,
+    *VIDEOS,
     *UNREAD,
     "path",
     "url",
@@ -44,16 +51,15 @@ def image_names(row: dict[str, Any], what: str) -> list[str]:
     field in every record.
 
     Raises:
-        RecipeError: a value is no path, the two fields hold different ones, or there is a video or audio.
+        RecipeError: a value is no path, or the two fields hold different ones.
     """
-    refuse_unread_media(row, what)
     named = [listed for field in IMAGES if (listed := _listed(row.get(field), what))]
     if len(named) == 2 and named[0] != named[1]:
         raise RecipeError(
             f"{what} has {described(row['image'])} as 'image' and {described(row['images'])} as 'images'",
             "keep the one that is meant",
         )
-    if not named and (field := _first_held(row, ELSEWHERE)):
+    if not named and not _first_held(row, VIDEOS) and (field := _first_held(row, ELSEWHERE)):
         raise RecipeError(
             f"{what} has {described(row[field])} as '{field}', and pictures are read from 'image' or "
             "'images'",
@@ -62,13 +68,58 @@ def image_names(row: dict[str, Any], what: str) -> list[str]:
     return named[0] if named else []
 
 
-def refuse_unread_media(row: dict[str, Any], what: str) -> None:
-    """Refuse a record with a video or audio.
+def video_names(row: dict[str, Any], what: str) -> list[str | list[str]]:
+    """Return a record's videos: of each its file, or the list of its frames' files.
+
+    A text in `video` or `videos` is a video file. A list holds videos: files with the endings of videos, and
+    lists of the files of one video's frames, in order. A list of frames may stand in `video` itself.
 
     Raises:
-        RecipeError: it has one.
+        RecipeError: a value is anything else, or the two fields hold different ones.
     """
-    if field := _first_held(row, UNREAD):
+    named = [entries for field in VIDEOS if (entries := _videos(row.get(field), field, what))]
+    if len(named) == 2 and named[0] != named[1]:
+        raise RecipeError(
+            f"{what} has {described(row['video'])} as 'video' and {described(row['videos'])} as 'videos'",
+            "keep the one that is meant",
+        )
+    return named[0] if named else []
+
+
+def _videos(value: Any, field: str, what: str) -> list[str | list[str]]:
+    if is_empty(value):
+        return []
+    if isinstance(value, str):
+        return [value]
+    entries = value if isinstance(value, list) else [[]]
+    if field == "video" and all(
+        isinstance(e, str) and not e.lower().endswith(VIDEO_ENDINGS) for e in entries
+    ):
+        entries = [entries]
+    lists = [entry if isinstance(entry, list) else [entry] for entry in entries]
+    texts = [name for names in lists for name in names]
+    if not all(lists) or not all(isinstance(name, str) and not is_blank(name) for name in texts):
+        raise RecipeError(
+            f"{what} has {described(value)} as its {field}",
+            f"write a video file, a list of files of frames, or leave '{field}' out",
+        )
+    for entry, names in zip(entries, lists, strict=True):
+        frames = isinstance(entry, list)
+        if wrong := next((n for n in names if n.lower().endswith(VIDEO_ENDINGS) == frames), None):
+            raise RecipeError(
+                f"{what} has '{wrong}' among the {'frames of a video' if frames else field}",
+                "list the frames of each video in a list of their own, and video files outside of these",
+            )
+    return entries
+
+
+def refuse_unread_media(row: dict[str, Any], what: str, fields: tuple[str, ...] = (*VIDEOS, *UNREAD)) -> None:
+    """Refuse a record with media in some fields, which the model would not be shown.
+
+    Raises:
+        RecipeError: it has some.
+    """
+    if field := _first_held(row, fields):
         raise RecipeError(
             f"{what} has {described(row[field])} as '{field}', and {field[:5]} is not read",
             f"remove the record, use images of it, or remove '{field}' where it is not needed",

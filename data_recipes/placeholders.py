@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import TypeVar
 
 from .errors import RecipeError
+from .records import Spans
+
+Item = TypeVar("Item")
 
 #: Marks the place of a picture.
 MARKER = "<image>"
+#: Marks the place of a video in a record, where its frames then have their places.
+VIDEO_MARKER = "<video>"
 _AT_HEAD = re.compile(rf"^(?:\s*{MARKER})+")
 #: Mark what no model here is shown, in the spellings of many tools: `<video>`, `<|video_pad|>`, `<audio_0>`,
 #: `[AUDIO]`.
@@ -78,11 +85,66 @@ def place_in_turns(questions: Sequence[str], images: int, what: str) -> list[str
     return [first if any(MARKER in text for text in (rest, *later)) else rest, *later]
 
 
+def place_videos(
+    questions: Sequence[str], images: Sequence[Item], videos: Sequence[Sequence[Item]], what: str
+) -> tuple[list[str], list[Item], Spans]:
+    """Return questions with places of frames for those of videos, all that is shown, and each video's span.
+
+    `<video>` in a question is the place of a video, and there are as many as videos, or none. Where one kind
+    is marked and the other is not, the other goes before the first question, images before videos. Without
+    images, as many `<image>` as videos are places of videos, as LLaVA's video data have it, and as many as
+    there are frames are those of the frames (Video-LLaVA).
+
+    Args:
+        questions: what is asked, by turns.
+        images: what is shown beside the videos.
+        videos: the frames of each.
+        what: the record, for the error's sentence.
+
+    Raises:
+        RecipeError: the questions mark another number of images or videos.
+    """
+    marked = sum(text.count(MARKER) for text in questions)
+    clips = sum(text.count(VIDEO_MARKER) for text in questions)
+    if not videos and not clips:
+        return list(questions), list(images), ()
+    lengths = [len(video) for video in videos]
+    if not images and not clips and marked == sum(lengths):
+        ends = list(accumulate(lengths))
+        frames = [frame for video in videos for frame in video]
+        return list(questions), frames, tuple(zip([0, *ends], ends, strict=False))
+    if not images and not clips and marked == len(videos):
+        questions, marked, clips = [t.replace(MARKER, VIDEO_MARKER) for t in questions], 0, marked
+    for kind, count, given in (("image", marked, images), ("video", clips, videos)):
+        if count not in (0, len(given)):
+            raise RecipeError(
+                f"{what} marks {count} {kind}{'s' * (count > 1)} in its "
+                f"question{'s' * (len(questions) > 1)} and names {len(given)}",
+                "mark and name the same number, or remove the markers",
+            )
+    ahead = MARKER * len(images) * (not marked) + VIDEO_MARKER * len(videos) * (not clips)
+    first, *later = [_lone_first(text.strip(), VIDEO_MARKER) for text in questions]
+    rest, following, shown, spans = iter(images), iter(videos), [], []
+
+    def take(match: re.Match[str]) -> str:
+        taken = [next(rest)] if match[0] == MARKER else next(following)
+        spans.extend([(len(shown), len(shown) + len(taken))] * (match[0] == VIDEO_MARKER))
+        shown.extend(taken)
+        return MARKER * len(taken)
+
+    either = re.compile(f"{MARKER}|{VIDEO_MARKER}")
+    placed = [either.sub(take, text) for text in (f"{ahead}\n{first}" if ahead else first, *later)]
+    return placed, shown, tuple(spans)
+
+
 def _lone_picture_first(text: str) -> str:
     """Return a question with its only picture before its text if that stood after it."""
-    text = text.strip()
-    if text.count(MARKER) == 1 and text.endswith(MARKER) and text != MARKER:
-        return f"{MARKER}\n{text.removesuffix(MARKER).rstrip()}"
+    return _lone_first(text.strip(), MARKER)
+
+
+def _lone_first(text: str, marker: str) -> str:
+    if text.count(marker) == 1 and text.endswith(marker) and text != marker:
+        return f"{marker}\n{text.removesuffix(marker).rstrip()}"
     return text
 
 
@@ -111,8 +173,10 @@ def refuse_unread(text: str, what: str) -> None:
     if unread := _UNREAD.search(text):
         medium = next(filter(None, unread.groups())).lower()
         raise RecipeError(
-            f"{what} has {unread[0]} in its text, and {medium} is not read",
-            "remove the record, or use images of it",
+            f"{what} has {unread[0]} in its text, and {medium} is not read there",
+            "remove the record, or use images of it"
+            if medium == "audio"
+            else f"write {VIDEO_MARKER} in a question of a record that names the video, or remove the record",
         )
 
 

@@ -191,7 +191,7 @@ def _disqualified(records: Any) -> str | None:
     """Return why something is no whole `Records`, None where it is."""
     if not isinstance(records, Records):
         return f"a {type(records).__name__}"
-    names = ("labels", "questions", "answers", "meta", "histories")
+    names = ("labels", "questions", "answers", "meta", "histories", "videos")
     columns = {name: getattr(records, name) for name in names}
     for name, column in (columns | {"pictures": records.pictures.shown}).items():
         if len(column) != len(records.ids):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ class Message:
 
 #: What stands before an example's question: at most one system message, then questions and their answers.
 History = tuple[Message, ...]
+#: Which of an example's pictures are the frames of one video each: where these begin and end.
+Spans = tuple[tuple[int, int], ...]
 
 
 def replace_questions(history: History, questions: Iterable[str]) -> History:
@@ -43,13 +45,29 @@ def is_history(value: Any) -> bool:
     return turns == ["user", "assistant"] * (len(turns) // 2)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A frame that is shown of a video file.
+
+    Attributes:
+        path: the file.
+        index: which one, counted from 0.
+        count: how many frames are shown of the file, by the rule of `videos.sample`.
+    """
+
+    path: str
+    index: int
+    count: int
+
+
 @dataclass
 class Pictures:
     """The pictures of a source and the records that show them.
 
     Attributes:
         dataset: a dataset whose column `image` holds bytes or paths, undecoded: one picture per row,
-            or a list of them.
+            or a list of them. In a row with something in the column `frame`, where there is one, the path is
+            that of a video, of which it says the `index` and `count` of a `Frame`.
         cells: where each picture lies: its row, and its position in the row's list (None without lists).
         shown: per record the pictures that it shows, as indices into `cells`; none, one or several.
         folder: where relative paths in the dataset start.
@@ -76,6 +94,8 @@ class Records:
         meta: what else a metric needs to know of each record; empty where the source says no more.
         left_out: files beside the pictures that are not read, by kind.
         histories: of each record what was said before its question; empty where nothing was.
+        videos: of each record which of its pictures are one video's frames, as spans (start, end) of their
+            positions; empty where none are.
     """
 
     ids: list[str]
@@ -87,21 +107,25 @@ class Records:
     meta: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     histories: list[History] = field(default_factory=list)
+    videos: list[Spans] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.meta = self.meta or [{} for _ in self.ids]
         self.histories = self.histories or [() for _ in self.ids]
+        self.videos = self.videos or [() for _ in self.ids]
 
 
-def picture_files(paths: list[list[Path]]) -> Pictures:
-    """Image files that are read when asked for; one that several records show is one picture.
+def picture_files(paths: list[list[Path | Frame]]) -> Pictures:
+    """Image files and frames that are read when asked for; one that several records show is one picture.
 
     Args:
-        paths: the files of each record, in the order in which they are shown.
+        paths: the files, or frames of video files, of each record, in the order in which they are shown.
     """
-    rows: dict[Path, int] = {}
+    rows: dict[Path | Frame, int] = {}
     shown = [tuple(rows.setdefault(p, len(rows)) for p in own) for own in paths]
-    return _pictures([{"path": str(p.absolute()), "bytes": None} for p in rows], shown)
+    files = [Path(p.path) if isinstance(p, Frame) else p for p in rows]
+    frames = [{"index": p.index, "count": p.count} if isinstance(p, Frame) else None for p in rows]
+    return _pictures([{"path": str(p.absolute()), "bytes": None} for p in files], shown, frames)
 
 
 def picture_bytes(encoded: Iterable[bytes]) -> Pictures:
@@ -123,9 +147,17 @@ def classified(
     )
 
 
-def _pictures(cells: list[dict[str, Any]], shown: list[tuple[int, ...]]) -> Pictures:
+def _pictures(
+    cells: list[dict[str, Any]],
+    shown: list[tuple[int, ...]],
+    frames: Sequence[dict[str, int] | None] = (),
+) -> Pictures:
     import datasets  # over a second, which rendered tasks don't need
 
-    features = datasets.Features({"image": datasets.Image(decode=False)})
-    dataset = datasets.Dataset.from_dict({"image": cells}, features=features)
+    columns: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    content: dict[str, Any] = {"image": cells}
+    if any(frames):
+        columns["frame"] = {"index": datasets.Value("int32"), "count": datasets.Value("int32")}
+        content["frame"] = frames
+    dataset = datasets.Dataset.from_dict(content, features=datasets.Features(columns))
     return Pictures(dataset, [(row, None) for row in range(len(cells))], shown)

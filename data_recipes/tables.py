@@ -18,7 +18,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from .conversation_turn import Turn, from_turns, place_turn, with_system
 from .errors import RecipeError, collect_errors, nearest
 from .hub_layout import HubTable, load_hub_dataset
-from .media import UNREAD, refuse_unread_media, system_text
+from .media import UNREAD, VIDEOS, refuse_unread_media, system_text
 from .parquet_files import BATCH_SIZE, WITHOUT_ROWS, begins_without_rows, count_rows
 from .paths import data_root_of, describe_error, inside, own_path, set_folder, within
 from .recipe import Recipe
@@ -149,7 +149,8 @@ def _from_table(
     chats = "messages" in columns
     roles = ["id", *(["messages"] if chats else ["label"] if classify else ["question", "answers"])]
     cells = {role: _values(table, columns[role]) if role in columns else [None] * count for role in roles}
-    unread = {c: _held(table, c) for c in UNREAD if c in table.column_names and c not in columns.values()}
+    media = [c for c in (*VIDEOS, *UNREAD) if c in table.column_names and c not in columns.values()]
+    unread = {c: _held(table, c) for c in media}
     beside = {c: _values(table, c) for c in ("system", "tools") if chats and c in table.column_names}
     pictures, faults = read_pictures(recipe, split, table, columns, folder, roots)
 

@@ -17,7 +17,7 @@ from .errors import RecipeError
 from .images import Images
 from .placeholders import MARKER, foreign_marker, place_in_turns
 from .recipe import Recipe
-from .records import History, replace_questions
+from .records import History, Spans, replace_questions
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Example:
         meta: what else the metric needs to know, for example the kind of question.
         history: what was said before the question: at most one system message, then questions and answers by
             turns. Markers in its questions are places of images as those in `question` are.
+        videos: which images are the frames of one video each, as spans (start, end) of their positions.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Example:
     label: int | None
     meta: dict[str, Any] = field(default_factory=dict)
     history: History = ()
+    videos: Spans = ()
 
     @property
     def image(self) -> Image.Image:
@@ -71,6 +73,7 @@ class Row:
     pictures: tuple[int, ...]
     meta: dict[str, Any] = field(default_factory=dict)
     history: History = ()
+    videos: Spans = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -101,6 +104,7 @@ def turns_of(row: Row) -> list[Row]:
                 answers=answer,
                 pictures=row.pictures[:shown],
                 history=replace_questions(row.history[:end], earlier),
+                videos=tuple(span for span in row.videos if span[1] <= shown),
             )
         )
     return rows
@@ -140,9 +144,8 @@ class TaskData:
     def __getitem__(self, index: int) -> Example:
         row = self._rows[operator.index(index)]
         images = [self._images.image(p) for p in row.pictures]
-        return Example(
-            row.id, images, row.question, list(row.answers), row.label, dict(row.meta), row.history
-        )
+        answers, meta = list(row.answers), dict(row.meta)
+        return Example(row.id, images, row.question, answers, row.label, meta, row.history, row.videos)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -169,6 +172,11 @@ class TaskData:
     def histories(self) -> list[History]:
         """Return what was said before each example's question, in order; () where nothing was."""
         return [r.history for r in self._rows]
+
+    @property
+    def videos(self) -> list[Spans]:
+        """Return which images of each example are one video's frames, in order; see `Example.videos`."""
+        return [r.videos for r in self._rows]
 
     @property
     def answers(self) -> list[list[str]]:
@@ -245,8 +253,8 @@ class TaskData:
         total = hashlib.sha256(self.recipe.fingerprint.encode())
         for r in sorted(self._rows, key=lambda r: r.id):
             hashes = [self._images.digest(p) for p in r.pictures]
-            # one picture stands without a list, meta and history only where there are any, as before there
-            # were others
+            # one picture stands without a list, meta, history and videos only where there are any, as before
+            # there were others
             fact: list[Any] = [
                 r.id,
                 r.label,
@@ -256,6 +264,7 @@ class TaskData:
             ]
             fact += [r.meta] if r.meta else []
             fact += [[[m.role, m.text] for m in r.history]] if r.history else []
+            fact += [[list(span) for span in r.videos]] if r.videos else []
             total.update(
                 json.dumps(fact, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
             )

@@ -81,7 +81,7 @@ def _check_records(records: Records, recipe: Recipe, what: str) -> None:
     assert isinstance(records, Records), f"{what} gives a {type(records).__name__}, no Records"
     count = len(records.ids)
     assert count, f"{what} finds no records"
-    names = ("labels", "questions", "answers", "meta", "histories")
+    names = ("labels", "questions", "answers", "meta", "histories", "videos")
     columns = {name: getattr(records, name) for name in names}
     for name, column in (columns | {"pictures.shown": records.pictures.shown}).items():
         assert len(column) == count, f"{what} gives {count} ids and {len(column)} {name}"
@@ -128,6 +128,7 @@ def _labels(records: Records) -> tuple[Any, ...]:
         records.answers,
         records.meta,
         records.histories,
+        records.videos,
         records.pictures.shown,
     )
 

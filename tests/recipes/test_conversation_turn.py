@@ -35,6 +35,7 @@ def test_parts_of_a_message_that_are_images_are_markers_where_they_stand():
         return from_messages([USER | {"content": list(parts)}, ASSISTANT], "r").question
 
     assert asked(IMAGE, TEXT) == "<image>\nWhat is it?"
+    assert asked({"type": "video"}, TEXT) == "<video>\nWhat is it?"
     assert (
         asked(TEXT, IMAGE, TEXT | {"text": "And this?"}, IMAGE) == "What is it?\n<image>\nAnd this?\n<image>"
     )
@@ -163,10 +164,10 @@ def test_each_fault_of_a_conversation_has_its_own_sentence(turns, reason):
         ([USER, ASSISTANT | {"content": 3}], "message with the number 3 as its content"),
         ([USER, ASSISTANT | {"content": {"answer": "a"}}], "message with the object"),
         (
-            [USER | {"content": [{"type": "video"}]}, ASSISTANT],
-            "type 'video', which is not read; use the types text and image",
+            [USER | {"content": [{"type": "audio"}, TEXT]}, ASSISTANT],
+            "type 'audio', which is not read; use the types text, image and video",
         ),
-        ([USER | {"content": [{"type": "audio"}, TEXT]}, ASSISTANT], "type 'audio'"),
+        ([USER | {"content": [{"type": "video", "video": "a.mp4"}]}, ASSISTANT], "holds 'video' itself"),
         (
             [USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ASSISTANT],
             "type 'image_url'",

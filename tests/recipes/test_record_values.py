@@ -254,9 +254,9 @@ def test_a_picture_that_another_tools_field_names_is_not_passed_over(task, field
 
 
 @pytest.mark.parametrize("field", ["video", "videos", "audio", "audios", "video_path", "audio_path"])
-def test_a_record_with_a_video_or_audio_is_refused(task, field):
+def test_a_record_with_a_video_or_audio_that_is_not_read_is_refused(task, field):
     row = {"id": "a", "text": "<video>\nq", "answer": "x"}
-    for value in ("a.mp4", ["a.mp4"], {"path": "a"}):
+    for value in ("a.mp3", ["a.mp3"], {"path": "a"}) if field not in ("video", "videos") else ():
         assert f"'{field}', and {field[:5]} is not read" in loaded(task([row | {"text": "q", field: value}]))
     assert loaded(task([row | {"text": "q", field: None}])).questions == ["q"]
     table = {"image": ["0.png"] * 2, "question": ["q"] * 2, "answers": ["x"] * 2}
@@ -280,10 +280,11 @@ def test_a_column_of_media_is_seen_without_its_bytes(task):
 
 @pytest.mark.parametrize("text", ["<video>\nWhat?", "What is heard? <audio>"])
 def test_a_marked_video_or_audio_is_refused_in_every_place(task, text):
-    assert "is not read" in loaded(task([{"id": "a", "text": text, "answer": "x"}]))
+    reason = "is not read" if "audio" in text else "marks 1 video in its question and names 0"
+    assert reason in loaded(task([{"id": "a", "text": text, "answer": "x"}]))
     assert "is not read" in loaded(task([{"id": "a", "text": "q", "answer": text}]))
     chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]
-    assert "is not read" in loaded(task([{"messages": chat}], "messages"))
+    assert reason in loaded(task([{"messages": chat}], "messages"))
     assert "is not read" in loaded(
         task(pa.table({"image": ["0.png"], "question": [text], "answers": ["x"]}), "parquet")
     )

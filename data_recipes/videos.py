@@ -1,0 +1,125 @@
+"""Videos as frames: which frames of a video are shown, and their pixels from its file, by PyAV."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import os
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+
+from PIL import Image
+
+from .errors import RecipeError
+from .file_bytes import Listings, read_file
+from .records import Frame
+
+#: A file is decoded once for all its frames, by one thread at a time; PyAV's own threads share the work.
+_DECODING = threading.Lock()
+
+
+def sample(count: int, frames: int) -> list[int]:
+    """Return the positions of `frames` of `count` frames, evenly spaced from the first to the last.
+
+    The i-th is the whole part of i (count - 1) / (frames - 1), as numpy's `linspace` with `dtype=int` has it;
+    of a single one the first. A video of fewer frames shows some of them more than once.
+    """
+    return [i * (count - 1) // max(frames - 1, 1) for i in range(frames)]
+
+
+def refuse_without_decoder(name: str, what: str) -> None:
+    """Refuse a video file where nothing can read it.
+
+    Raises:
+        RecipeError: PyAV is not installed.
+    """
+    if importlib.util.find_spec("av") is None:
+        raise RecipeError(
+            f"{what} has the video file '{name}', and reading it needs PyAV, which is not installed",
+            "install it (pip install av), or list files of frames as 'video'",
+        )
+
+
+def read_frame(frame: Frame, listings: Listings) -> tuple[str, Image.Image]:
+    """Return the SHA-256 of a frame's video file and position, and its RGB picture, which nobody may change.
+
+    Raises:
+        OSError: the file is not there, or cannot be read.
+        ValueError: it holds no video, or PyAV cannot decode it.
+    """
+    with _DECODING:
+        try:
+            status = os.stat(frame.path)
+            digest, images = _decoded(frame.path, frame.count, status.st_size, status.st_mtime_ns)
+        except OSError:
+            read_file(frame.path, listings)  # raises with the likely cause
+            raise
+    name = f"{digest} frame {frame.index} of {frame.count}"
+    return hashlib.sha256(name.encode()).hexdigest(), images[frame.index]
+
+
+@lru_cache(maxsize=2)
+def _decoded(path: str, count: int, _size: int, _changed: int) -> tuple[str, list[Image.Image]]:
+    """Return the SHA-256 of a file, and the frames that are shown of it.
+
+    Size and time of the last change tell the file from an older one of the name. PyAV's errors are OSErrors
+    or ValueErrors in part; all of them come as ValueErrors.
+    """
+    data = read_file(path)
+    try:
+        return hashlib.sha256(data).hexdigest(), decode_frames(data, count)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"'{path}': {reason}") from error
+
+
+def decode_frames(data: bytes, count: int) -> list[Image.Image]:
+    """Return `count` frames of a video, as `sample` chooses them.
+
+    The packets of a file tell how many frames it has; where decoding gives another number, it is decoded
+    once more by that number.
+
+    Args:
+        data: the file's bytes.
+        count: how many are shown.
+
+    Raises:
+        Exception: whatever PyAV raises, or ValueError if there is no video in it.
+    """
+    total = sum(1 for _ in _packets(data))
+    for _ in range(2):
+        wanted, images, seen = set(sample(total, count)), {}, 0
+        for seen, frame in enumerate(_frames(data), start=1):
+            if seen - 1 in wanted:
+                images[seen - 1] = _upright(frame)
+        if seen == total:
+            return [images[position] for position in sample(total, count)]
+        total = seen
+    raise ValueError("decoding gives another number of frames each time")
+
+
+def _packets(data: bytes) -> Iterator[object]:
+    import av
+
+    with av.open(io.BytesIO(data)) as container:
+        if not container.streams.video:
+            raise ValueError("there is no video in the file")
+        yield from (packet for packet in container.demux(video=0) if packet.size)
+
+
+def _frames(data: bytes) -> Iterator[object]:
+    import av
+
+    with av.open(io.BytesIO(data)) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        yield from container.decode(video=0)
+
+
+def _upright(frame) -> Image.Image:
+    """Return a frame as RGB, turned as players turn it (`rotation` counts counterclockwise)."""
+    image = frame.to_image()
+    angle = round(frame.rotation) % 360
+    turn = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+    return image.transpose(turn[angle]) if angle in turn else image
