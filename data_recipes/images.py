@@ -136,10 +136,10 @@ class EncodedImages(Images):
 
     def _frame(self, row: int) -> Frame | None:
         """Return which frame of a video a picture is; None where it is none."""
-        place, _ = self._cells[row]
-        cells = self._dataset[place]
-        frame = cells.get("frame")
-        return Frame(cells["image"]["path"], **frame) if frame else None
+        if "frame" not in self._dataset.column_names:
+            return None
+        cells = self._dataset[self._cells[row][0]]
+        return Frame(cells["image"]["path"], **cells["frame"]) if cells["frame"] else None
 
     def _bytes(self, row: int) -> bytes:
         place, position = self._cells[row]

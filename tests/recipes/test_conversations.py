@@ -254,8 +254,9 @@ def test_paths_in_a_table_lie_in_the_tasks_folder(recipe, tmp_path, pixels):
     data = load_split(recipe({"train": "train.parquet"}, format="parquet"), "train")
     assert [e.image.tobytes() for e in data] == pixels[1:]
     table.map(lambda row: {"image": "../" + row["image"]}).to_parquet(str(tmp_path / "q" / "train.parquet"))
-    assert "column 'image' in the train split of 'pets' has the path '../1.png', which leads out" in refusal(
-        recipe({"train": "train.parquet"}, format="parquet")
+    assert (
+        "record 'train-0' in pets/train (column 'image') has the path '../1.png', which leads out"
+        in refusal(recipe({"train": "train.parquet"}, format="parquet"))
     )
 
 
