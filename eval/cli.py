@@ -15,7 +15,6 @@ from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS
 from llava_keeplora_eval.guard import check_words, guarded, standard_streams
 from llava_keeplora_eval.matrix import Matrix
-from llava_keeplora_eval.metrics import metric_record
 from llava_keeplora_recipes import load_split
 
 
@@ -180,7 +179,8 @@ def _predict(arguments: argparse.Namespace) -> None:
     from llava_keeplora_eval.predictions import predict_to_file
 
     data = _load(arguments)
-    metric_record(data.recipe.metric)
+    if warning := _reference_warning(data):
+        print(f"warning: {warning}.", file=sys.stderr)
     # After the data, because importing torch takes seconds, and a misspelt task should be reported at once.
     from llava_keeplora_eval.families import load_family_predictor
     from llava_keeplora_eval.models import load_predictor, made_by
@@ -200,6 +200,21 @@ def _predict(arguments: argparse.Namespace) -> None:
     maker = made_by(arguments.model, predictor, arguments.base)
     count = predict_to_file(predictor, data, arguments.output, arguments.batch_size, made_by=maker)
     print(f"{arguments.output}: {count} predicted now, {len(data)} in all{_dropped(data)}")
+
+
+def _reference_warning(data) -> str | None:
+    """Return what keeps answers from being scored; they can still be predicted, and scored by another metric.
+
+    Raises:
+        EvalError: there is no such metric, or it does not score tasks of this kind.
+    """
+    from llava_keeplora_eval.references import check_references, metric_of
+
+    metric_of(data.recipe)
+    try:
+        return check_references(data)
+    except EvalError as error:
+        return str(error).removesuffix(".")
 
 
 def _dropped(data) -> str:

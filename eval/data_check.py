@@ -14,7 +14,7 @@ from llava_keeplora_eval.families import load_family_preparation
 from llava_keeplora_eval.metrics import metric_record
 from llava_keeplora_eval.models import load_preparation
 from llava_keeplora_eval.preparation import Preparation, answer_problems, check_answers
-from llava_keeplora_eval.references import check_references
+from llava_keeplora_eval.references import check_references, metric_of
 from llava_keeplora_recipes import (
     Recipe,
     TaskData,
@@ -141,7 +141,7 @@ def recipes_of(name: str) -> list[Recipe]:
 def metric_error(recipe: Recipe) -> UserError | None:
     """Return the error of a recipe's metric that cannot be loaded; None if it can."""
     try:
-        metric_record(recipe.metric)
+        metric_of(recipe)
     except EvalError as error:
         return error
     return None

@@ -7,8 +7,23 @@ from collections.abc import Sequence
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import MetricRecord, metric_record
 from llava_keeplora_eval.predictions import first_ids
-from llava_keeplora_recipes import TaskData
+from llava_keeplora_recipes import Recipe, TaskData
 from llava_keeplora_recipes.texts import is_blank
+
+
+def metric_of(recipe: Recipe, metric: str | None = None) -> MetricRecord:
+    """Return the record of the metric that scores a task.
+
+    Args:
+        recipe: the task.
+        metric: another metric than the recipe's.
+
+    Raises:
+        EvalError: there is no such metric, or it does not score tasks of this kind.
+    """
+    record = metric_record(metric or recipe.metric)
+    record.check_kind(recipe.kind, recipe.name)
+    return record
 
 
 def accepted_texts(data: TaskData) -> list[list[str]]:
@@ -71,7 +86,7 @@ def check_references(data: TaskData, metric: str | None = None) -> str | None:
         EvalError: no example can get points, scoring would refuse one of them, or the data lack an input of
             the metric.
     """
-    record = metric_record(metric or data.recipe.metric)
+    record = metric_of(data.recipe, metric)
     notes = filter(None, (_check_met(data, record), _check_classes(data, record)))
     return "; ".join(notes) or None
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from llava_keeplora_eval.answer_files import read_answers
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.metrics import METRICS, MetricRecord, metric_record, metric_source
-from llava_keeplora_eval.references import accepted_texts, check_references, metric_inputs
+from llava_keeplora_eval.metrics import METRICS, MetricRecord, metric_source
+from llava_keeplora_eval.references import accepted_texts, check_references, metric_inputs, metric_of
 from llava_keeplora_recipes import TaskData
 
 
@@ -97,7 +97,7 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
     """
     path = Path(path)
     name = metric or data.recipe.metric
-    record = metric_record(name)
+    record = metric_of(data.recipe, metric)
     if not path.exists():
         raise EvalError(f"there is no predictions file {path}", "run `llava-keeplora-eval predict` first")
     if len(data) == 0:

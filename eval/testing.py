@@ -10,6 +10,7 @@ from typing import Any
 
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.metrics import AnswerMetric, MetricRecord, as_record, load_metric, metric_record
+from llava_keeplora_recipes.readers import KINDS
 
 #: References that most metrics accept, and various predictions: right, wrong, longer, empty.
 REFERENCES = (["a dog"], ["two cats", "cats"], ["B"], ["3"], ["yes"], ["a red bird on a tree"])
@@ -65,6 +66,7 @@ def _check_record(record: MetricRecord) -> None:
     assert all(name.isidentifier() for name in record.inputs), (
         f"the inputs of {what} must be a tuple of names"
     )
+    assert record.kinds and set(record.kinds) <= set(KINDS), f"the kinds of {what} must be some of {KINDS}"
     assert len(set(record.inputs)) == len(record.inputs), f"{what} lists an input twice"
     assert record.description.strip() and callable(record.function), (
         f"{what} needs a function with a docstring"

@@ -139,12 +139,19 @@ def configuration_keys(kind: type, left_out: Collection[str] = ()) -> str:
 
 
 def metrics() -> str:
-    """Return the name, version, rule and source of every metric."""
+    """Return the name, version, rule, kinds of tasks and source of every metric."""
     rows = (
-        (f"`{m.name}`", m.version, m.summary, ", ".join(m.needs) or "-", m.citation or "-")
+        (
+            f"`{m.name}`",
+            m.version,
+            m.summary,
+            ", ".join(m.kinds),
+            ", ".join(m.needs) or "-",
+            m.citation or "-",
+        )
         for m in METRICS.values()
     )
-    return table(("metric", "version", "rule", "needs", "source"), rows)
+    return table(("metric", "version", "rule", "kinds of tasks", "needs", "source"), rows)
 
 
 def tasks() -> str:

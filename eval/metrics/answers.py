@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unicodedata import normalize
 
@@ -91,8 +92,10 @@ def yes_no(text: str, answers: Answers) -> float:
     return _matches(text, answers, is_yes_no, read_yes_no)
 
 
+_Short = partial(AnswerMetric, kinds=("classification", "vqa"))
+
 METRICS = (
-    AnswerMetric(
+    _Short(
         "accuracy",
         1,
         accuracy,
@@ -100,8 +103,8 @@ METRICS = (
         lenient=same_words,
         complies=known_form,
     ),
-    AnswerMetric("exact_match", 2, exact_match, "the prediction is one of the accepted texts, case aside"),
-    AnswerMetric(
+    _Short("exact_match", 2, exact_match, "the prediction is one of the accepted texts, case aside"),
+    _Short(
         "option_letter",
         2,
         option_letter,
@@ -109,7 +112,7 @@ METRICS = (
         lenient=reads_any(find_letter, read_letter),
         complies=letter_form,
     ),
-    AnswerMetric(
+    _Short(
         "numeric",
         2,
         numeric,
@@ -117,7 +120,7 @@ METRICS = (
         lenient=reads_any(find_number, read_number),
         complies=number_form,
     ),
-    AnswerMetric(
+    _Short(
         "yes_no",
         2,
         yes_no,

@@ -19,6 +19,7 @@ class CaptionMetric(CorpusMetric):
     """
 
     by_rarity: bool = False
+    kinds: tuple[str, ...] = ("captioning",)
 
     @property
     def description(self) -> str:

@@ -100,7 +100,9 @@ def coin_grounding_lenient(text: str, answers: Answers, *, size: Any) -> float:
     return len(box) == 4 and _overlaps(box, _accepted_box(answers), size)
 
 
-_First = partial(AnswerMetric, compares="first", citation="eval_*.py of https://github.com/zackschen/CoIN")
+_First = partial(
+    AnswerMetric, compares="first", kinds=("vqa",), citation="eval_*.py of https://github.com/zackschen/CoIN"
+)
 
 METRICS = (
     # LLaVA's script, which KeepLoRA and MCITlib use as well; CoIN's present script takes the first single

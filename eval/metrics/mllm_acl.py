@@ -44,6 +44,7 @@ METRICS = (
         "MLLM-ACL OCRBench: an answer is a part of the prediction",
         inputs=("answer_type",),
         citation=SOURCE,
+        kinds=("vqa",),
     ),
     AnswerMetric(
         "acl_vp",
@@ -51,6 +52,7 @@ METRICS = (
         acl_vp,
         "MLLM-ACL CV-Bench: the answer is a part of the prediction, spaces aside",
         citation=SOURCE,
+        kinds=("vqa",),
         compares="first",
     ),
 )

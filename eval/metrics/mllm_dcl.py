@@ -84,7 +84,10 @@ def coin_ocrvqa(text: str, answers: Answers) -> float:
 
 
 _First = partial(
-    AnswerMetric, compares="first", citation="eval_*.py of https://github.com/MaolinLuo/KeepLoRA"
+    AnswerMetric,
+    compares="first",
+    kinds=("vqa",),
+    citation="eval_*.py of https://github.com/MaolinLuo/KeepLoRA",
 )
 
 METRICS = (

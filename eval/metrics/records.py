@@ -20,9 +20,13 @@ from typing import Any, Literal
 
 from llava_keeplora_eval.answer_forms import finds, short_form, words_only
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_recipes.readers import KINDS
 from llava_keeplora_recipes.texts import is_blank
 
 Answers = Sequence[str]
+
+#: Kind of tasks → a metric for it.
+FOR_EXAMPLE = {"classification": "accuracy", "vqa": "exact_match", "captioning": "caption_cider"}
 
 #: Most classes of which all pairs are compared; of more, only those with the same words are.
 ALL_PAIRS = 300
@@ -57,6 +61,7 @@ class MetricRecord:
     needs: tuple[str, ...] = ()
     citation: str = ""
     to_percent: float = 100.0
+    kinds: tuple[str, ...] = KINDS
 
     @property
     def description(self) -> str:
@@ -75,6 +80,23 @@ class MetricRecord:
                     f"the metric '{self.name}' needs the package {package}, which is not installed",
                     f"pip install {package}",
                 )
+
+    def check_kind(self, kind: str, task: str) -> None:
+        """Refuse a task whose references the metric does not score.
+
+        Args:
+            kind: the kind of the task.
+            task: its name, for the error's sentence.
+
+        Raises:
+            EvalError: it is none of ``kinds``.
+        """
+        if kind not in self.kinds:
+            raise EvalError(
+                f"the metric '{self.name}' scores tasks of the kind {' or '.join(self.kinds)}, and '{task}' "
+                f"is of the kind {kind}",
+                f"choose a metric for {kind}, for instance {FOR_EXAMPLE.get(kind, 'one of your own')}",
+            )
 
     def compute(
         self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]

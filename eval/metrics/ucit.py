@@ -18,5 +18,6 @@ METRICS = (
         "UCIT: the prediction is the answer, case aside",
         citation="eval_*.py of https://github.com/MaolinLuo/KeepLoRA",
         compares="first",
+        kinds=("vqa",),
     ),
 )

@@ -74,6 +74,7 @@ METRICS = (
         lenient=finds_soft,
         soft=True,
         compares="votes",
+        kinds=("vqa",),
     ),
     AnswerMetric(
         "coin_textvqa",
@@ -84,5 +85,6 @@ METRICS = (
         lenient=finds_soft,
         soft=True,
         compares="votes",
+        kinds=("vqa",),
     ),
 )

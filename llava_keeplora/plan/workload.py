@@ -15,7 +15,7 @@ from llava_keeplora.models import Family, Prepared, Work
 from llava_keeplora.plan.machine import make_method
 from llava_keeplora.start import Task, check_run, load_task
 from llava_keeplora.start.reference_data import read_reference
-from llava_keeplora_eval.metrics import check_metric
+from llava_keeplora_eval.references import metric_of
 from llava_keeplora_recipes import Recipe, load_recipe, load_recipes
 from llava_keeplora_recipes.errors import RecipeError
 from llava_keeplora_recipes.paths import set_folder
@@ -39,7 +39,7 @@ def read_work(config: RunConfig, family: Family, changed: Mapping[str, Changed],
     tasks = {recipe.name: load_task(recipe, config.data) for recipe in recipes if _is_there(recipe, root)}
     recipes = [tasks[recipe.name].recipe if recipe.name in tasks else recipe for recipe in recipes]
     for recipe in recipes:
-        check_metric(recipe.metric)
+        metric_of(recipe).check_installed()
     work = [_read(recipe, tasks.get(recipe.name), config, family) for recipe in recipes]
     for label, method in config.methods.items():
         wanted = make_method(method).reference_data_spec()

@@ -6,9 +6,8 @@ import logging
 from dataclasses import dataclass
 
 from llava_keeplora.config import HOLDOUT_SEED, DataConfig, RunConfig
-from llava_keeplora_eval.metrics import check_metric
 from llava_keeplora_eval.plugins import task_plugins
-from llava_keeplora_eval.references import check_references
+from llava_keeplora_eval.references import check_references, metric_of
 from llava_keeplora_recipes import Recipe, TaskData, load_recipes, load_split
 from llava_keeplora_recipes.repeats import repeats, shared_pictures
 
@@ -98,9 +97,10 @@ def load_task(recipe: Recipe, data: DataConfig) -> Task:
 
     Raises:
         RecipeError: for mistakes in the data.
-        EvalError: if the metric cannot be computed here, or no answer to the test split can satisfy it.
+        EvalError: if the metric cannot be computed here or scores other kinds of tasks, or no answer to the
+            test split can satisfy it.
     """
-    check_metric(recipe.metric)
+    metric_of(recipe).check_installed()
     train, test = load_splits(data, recipe)
     if warning := check_references(test):
         log.warning(warning)

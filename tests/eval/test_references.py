@@ -1,11 +1,14 @@
 """A metric says of each reference whether an answer can meet it, before anything is predicted."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 
+from llava_keeplora.start.tasks import load_task
 from llava_keeplora_eval import EvalError, check_references, predict_to_file, score, unmeetable
 from llava_keeplora_eval.cli import main
+from llava_keeplora_eval.data_check import metric_error
 from llava_keeplora_eval.metrics import METRICS, AnswerMetric, metric_record
 
 #: metric → accepted texts that an answer to the letter meets, and those that it doesn't.
@@ -78,7 +81,8 @@ def test_cider_needs_words_that_not_every_example_has(references, unmet):
 
 def asks(metric, answers):
     ids = [f"q{i}" for i in range(len(answers))]
-    recipe = SimpleNamespace(name="asks", version=1, kind="vqa", metric=metric)
+    kind = "captioning" if metric.startswith("caption") else "vqa"
+    recipe = SimpleNamespace(name="asks", version=1, kind=kind, metric=metric)
 
     class Data(SimpleNamespace):
         def __len__(self):
@@ -165,8 +169,8 @@ def kind_of(classes, labels=(0, 1), metric="accuracy", kind="classification", an
         (["C", "C++", "C#"], "accuracy", 3),
         (["don't", "dont"], "accuracy", 1),
         (["1", "1.0", "01", "2"], "numeric", 3),
-        (["one", "1", "two"], "vqa_accuracy", 1),
-        (["the cat", "cat"], "coin_textvqa", 1),
+        (["one", "1", "two"], "numeric", 1),
+        (["Cat", "cat"], "exact_match", 1),
     ],
 )
 def test_classes_that_a_score_takes_for_each_other_are_reported(classes, metric, pairs):
@@ -203,3 +207,62 @@ def test_an_empty_accepted_text_is_reported_as_empty_and_not_as_one_of_a_wrong_f
         check_references(kind_of(None, metric="exact_match", kind="vqa", answers=[[empty]]))
     assert "to the letter" not in str(caught.value)
     assert metric_record("exact_match").compute([empty], [[empty]])["exact_match"] == 0
+
+
+def test_a_metric_says_which_kinds_of_tasks_it_scores():
+    kinds = {name: record.kinds for name, record in METRICS.items()}
+    short = {"accuracy", "exact_match", "option_letter", "numeric", "yes_no"}
+    captions = {"caption_rouge_l", "caption_cider", "caption_meteor", "ucit_caption_mean"}
+    assert {name for name, scored in kinds.items() if scored == ("classification", "vqa")} == short
+    assert {name for name, scored in kinds.items() if scored == ("captioning",)} == captions
+    assert all(kinds[name] == ("vqa",) for name in kinds.keys() - short - captions)
+    assert AnswerMetric("mine", 1, lambda text, answers: True, "x").kinds == (
+        "classification",
+        "vqa",
+        "captioning",
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"),
+    [
+        ("vqa", "caption_cider"),
+        ("classification", "vqa_accuracy"),
+        ("classification", "coin_imagenet"),
+        ("captioning", "exact_match"),
+    ],
+)
+def test_a_metric_of_another_kind_of_task_is_refused_by_every_door(
+    kind, metric, tmp_path, monkeypatch, capsys
+):
+    data = kind_of(["cat", "dog"], metric=metric, kind=kind, answers=[["cat"], ["dog"]])
+    sentence = f"the metric '{metric}' scores tasks of the kind .*, and 'pets' is of the kind {kind}; choose"
+    (tmp_path / "p.jsonl").write_text(
+        '{"id": "r0", "prediction": "cat"}\n{"id": "r1", "prediction": "dog"}\n'
+    )
+    for door in (lambda: check_references(data), lambda: score(data, tmp_path / "p.jsonl")):
+        with pytest.raises(EvalError, match=sentence):
+            door()
+    assert re.search(sentence, str(metric_error(data.recipe)))
+    with pytest.raises(EvalError, match=sentence):
+        load_task(data.recipe, None)
+    monkeypatch.setattr("llava_keeplora_eval.cli._load", lambda arguments: data)
+    assert main(["predict", "--task", "pets", "--model", "none", "--output", str(tmp_path / "o.jsonl")]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_predict_says_which_references_no_answer_can_meet_and_goes_on(tmp_path, monkeypatch, capsys):
+    for answers, share in (([["3"], ["a dozen"]], "1 of 2"), ([["few"], ["a dozen"]], "2 of 2")):
+        monkeypatch.setattr("llava_keeplora_eval.cli._load", lambda arguments: asks("numeric", answers))
+        arguments = [
+            "predict",
+            "--task",
+            "asks",
+            "--model",
+            str(tmp_path),
+            "--output",
+            str(tmp_path / "o.jsonl"),
+        ]
+        assert main(arguments) == 2  # there is no model
+        warning, error = capsys.readouterr().err.strip().split("\n", 1)
+        assert warning.startswith(f"warning: {share} examples of asks (test)") and str(tmp_path) in error
