@@ -33,9 +33,9 @@ from llava_keeplora.subspace.errors import RankError, ShapeError
 from llava_keeplora.subspace.gradients import (
     ResidualDirections,
     above_rounding,
+    flatten_rows,
     max_directions,
-    outside_exactly,
-    paired,
+    reorthogonalize,
 )
 from llava_keeplora.subspace.sketch_bounds import PartlyKnown, least_share, share_bounds
 from llava_keeplora.subspace.sketch_fit import (
@@ -195,7 +195,7 @@ class GradientSketch:
         Raises:
             ShapeError: if they don't fit the layer or each other.
         """
-        x2, dy2 = paired(x, dy, self.shape[1], self.shape[0])
+        x2, dy2 = flatten_rows(x, dy, self.shape[1], self.shape[0])
         self.range.addmm_(dy2.T, x2 @ self._omega)
         # The rows are the same in every pass, so they are summed in the first alone.
         if not self.passes:
@@ -315,7 +315,7 @@ class GradientSketch:
         held = float(fit.captured.mean())
         outside = PartlyKnown.of(rows, seen, None if second is None else fit.factor)
         return SketchedDirections(
-            A=outside_exactly(right[:count].T, basis).float().contiguous(),
+            A=reorthogonalize(right[:count].T, basis).float().contiguous(),
             singular_values=singular[:count].float(),
             right=(range_basis[:, : near.shape[0]] @ near[:, :count]).float().contiguous(),
             captured=min(1.0, captured),
@@ -361,7 +361,7 @@ class SecondPass:
         Raises:
             ShapeError: if they don't fit the layer or each other.
         """
-        x2, dy2 = paired(x, dy, self.rows.shape[1], self.range_basis.shape[0])
+        x2, dy2 = flatten_rows(x, dy, self.rows.shape[1], self.range_basis.shape[0])
         self.rows.addmm_((dy2 @ self.range_basis).T, x2)
 
     def merge(self, other: "SecondPass") -> None:

@@ -75,7 +75,7 @@ class DenseGradient:
         Raises:
             ShapeError: if they don't fit the layer or each other.
         """
-        x2, dy2 = paired(x, dy, self.matrix.shape[1], self.matrix.shape[0])
+        x2, dy2 = flatten_rows(x, dy, self.matrix.shape[1], self.matrix.shape[0])
         self.matrix.addmm_(dy2.T, x2)
 
     def directions(self, rank: int, *, allow_fewer: bool = False) -> ResidualDirections:
@@ -85,7 +85,7 @@ class DenseGradient:
         )
 
 
-def paired(
+def flatten_rows(
     x: Float[Tensor, "... in"], dy: Float[Tensor, "... out"], in_dim: int, out_dim: int
 ) -> tuple[Float[Tensor, "n in"], Float[Tensor, "n out"]]:
     """Return a batch's inputs and output gradients as rows, in float32.
@@ -135,7 +135,7 @@ def residual_gradient_directions(
     count = above_rounding(singular, norm, rank, most, allow_fewer)
     left, singular, right = left[:, :count], singular[:count], right[:, :count]
     return ResidualDirections(
-        A=outside_exactly(left, basis).float().contiguous(),
+        A=reorthogonalize(left, basis).float().contiguous(),
         singular_values=singular.float(),
         right=right.float().contiguous(),
         captured=min(1.0, float(singular.square().sum()) / energy),
@@ -188,7 +188,7 @@ def _iterated(matrix: Float[Tensor, "n wide"], rank: int) -> Tensor | None:
     return None
 
 
-def outside_exactly(left: Float[Tensor, "in r"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "in r"]:
+def reorthogonalize(left: Float[Tensor, "in r"], basis: Float[Tensor, "in k"]) -> Float[Tensor, "in r"]:
     """Remove from A the rounding inside the basis, and orthonormalise it again; columns keep their signs."""
     q, r = torch.linalg.qr(residual(residual(left.T, basis), basis).T)
     return q * r.diagonal().sign()
