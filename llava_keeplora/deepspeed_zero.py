@@ -85,11 +85,11 @@ def loaded_whole() -> Iterator[None]:
 
 
 def keep_scalars_whole(model: nn.Module) -> None:
-    """Turn frozen parameters of one number (the temperature; SigLIP's bias too) into buffers.
+    """Turn frozen parameters of one number (CLIP's temperature, SigLIP's bias) into buffers.
 
-    DeepSpeed moves parameters as views of bytes, which a scalar does not have, and would shard a single number
-    to one process alone. A vector of one number is turned where it is the model's own, which is read outside
-    of the model's forward pass.
+    DeepSpeed moves parameters as views of bytes, which a scalar does not have, and would shard a single
+    number to one process alone. A vector of one number becomes a buffer only if it belongs to the model
+    itself, where it is read outside of the forward pass.
     """
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
