@@ -110,6 +110,9 @@ class LlavaWorkload:
         with without_defaults(model):
             model.generate(**batch, generation_config=settings)
         del batch
+        for module in model.modules():
+            if hasattr(module, "rope_deltas"):  # Positions that multimodal RoPE remembers, of that batch.
+                module.rope_deltas = None
         length = min(work.question["input_ids"].shape[1] + self.max_new_tokens, self.max_length) - 1
         heads = config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

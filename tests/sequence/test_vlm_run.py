@@ -1,0 +1,72 @@
+"""Runs of models other than LLaVA: stopped and gone on with, extended, and of a type that the configuration describes."""
+
+import json
+
+import pytest
+
+from llava_keeplora.config import ModelConfig, parse_config
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.models import open_model
+from llava_keeplora.models.layouts import LAYOUTS
+from llava_keeplora.saved_run import extended
+
+PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
+#: Packed patches with M-RoPE; crops in a second dimension with two kinds of attention.
+KINDS = ("qwen2_5_vl", pytest.param("idefics3", marks=pytest.mark.slow))
+
+
+@pytest.fixture
+def vlm_config(small_vlm, mixed_tasks):
+    def build(kind, folder, tasks=2, **model):
+        model = {"name_or_path": str(small_vlm(kind))} | model
+        config = ModelConfig(**model)
+        return parse_config(
+            {
+                "output_dir": str(folder),
+                "tasks": [str(path) for path in (mixed_tasks[0], mixed_tasks[2])][:tasks],
+                "model": model,
+                "parts": {part: dict(PART) for part in model.get("parts", open_model(config).targets)},
+                "methods": {"keeplora": {}},
+                "training": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "use_cpu": True},
+                "evaluation": {"batch_size": 8, "max_new_tokens": 4},
+            }
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_and_an_extended_one_end_as_an_undisturbed_one(
+    kind, vlm_config, drive, run_to_the_end, stop_within_training, outcome, mixed_tasks, tmp_path
+):
+    drive(vlm_config(kind, tmp_path / "whole"))
+    drive(vlm_config(kind, tmp_path / "extended", tasks=1))
+    drive(extended(tmp_path / "extended", str(mixed_tasks[2])))
+    stop_within_training(2)
+    assert run_to_the_end(vlm_config(kind, tmp_path / "stopped")) == 3
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    tensors = {
+        name: sha for name, sha in outcome(tmp_path / "whole").items() if name.endswith(".safetensors")
+    }
+    assert tensors and tensors.items() <= outcome(tmp_path / "extended").items()
+
+
+def test_parts_of_a_type_that_is_not_known_are_named_in_the_configuration(
+    small_vlm, vlm_config, drive, tmp_path, monkeypatch
+):
+    monkeypatch.delitem(LAYOUTS, "gemma3")
+    folder = str(small_vlm("gemma3"))
+    with pytest.raises(ConfigError, match="a 'gemma3' model .* name them under model.parts"):
+        open_model(ModelConfig(folder))
+    parts = {"language": "model.language_model.layers"}
+    drive(vlm_config("gemma3", tmp_path / "run", tasks=1, parts=parts))
+    learned = json.loads((tmp_path / "run/keeplora/task-01-questions/consolidated.json").read_text())
+    assert learned["capacity"] and all(name.startswith(parts["language"]) for name in learned["capacity"])
+
+
+def test_the_old_name_of_the_connector_is_read(llava_tree):
+    tree = llava_tree("unset")
+    tree["parts"]["projector"] = tree["parts"].pop("connector") | {"learning_rate": 0.5}
+    config = parse_config(tree)
+    assert config.parts["connector"].learning_rate == 0.5 and "projector" not in config.parts
+    assert config.methods["keeplora"].parts["connector"].learning_rate == 0.5
