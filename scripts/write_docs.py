@@ -34,6 +34,7 @@ from llava_keeplora.config.schema import (
     ModelConfig,
 )
 from llava_keeplora.methods import METHODS
+from llava_keeplora.models.layouts import LAYOUTS, TOWERS
 from llava_keeplora_eval.cli import build_parser as build_eval_parser
 from llava_keeplora_eval.encoders import ENCODERS
 from llava_keeplora_eval.metrics import METRICS
@@ -306,6 +307,22 @@ def _refused(model_type: str) -> Iterator[str]:
     yield from ["`random_resized_crop`"] * record.keeps_shape
 
 
+def chat_models() -> str:
+    """Return the model types that write text, from their records."""
+    rows = []
+    for name, layout in LAYOUTS.items():
+        connector = f"{', '.join(layout.targets)} below `{layout.connector}`" if layout.targets else "-"
+        rows.append((f"`{name}`", f"`{layout.vision}`", connector, f"`{layout.language}`"))
+    header = ("type", "`vision` lies in", "`connector`", "`language`")
+    return table(header, rows)
+
+
+def vision_encoders() -> str:
+    """Return the vision encoders of models that write text, from their records."""
+    rows = [(f"`{name}`", f"`{t.blocks}`", ", ".join(t.targets)) for name, t in TOWERS.items()]
+    return table(("encoder", "blocks", "layers that are adapted by default"), rows)
+
+
 def _commands(parser: argparse.ArgumentParser, program: str) -> Iterator[str]:
     for action in parser._actions:
         if not isinstance(action.choices, Mapping):
@@ -368,6 +385,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "recipe-keys": recipe_keys,
     "column-roles": column_roles,
     "two-encoders": two_encoders,
+    "chat-models": chat_models,
+    "vision-encoders": vision_encoders,
     **{f"keys-{name}": partial(configuration_keys, *section) for name, section in SECTIONS.items()},
     **{f"source-{name}": partial(source_keys, name) for name in READERS},
 }
