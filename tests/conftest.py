@@ -28,13 +28,8 @@ import pytest  # noqa: E402
 import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from tiny_models import SIDE, write_clip, write_llava  # noqa: E402
+from tiny_models import SIDE, TASKS, write_clip, write_llava  # noqa: E402
 
-TASKS = {
-    "colours": ["red", "green", "blue", "grey"],
-    "stripes": ["horizontal", "vertical", "diagonal", "plain"],
-    "corners": ["north", "east", "south", "west"],
-}
 COUNTS = {"train": 6, "test": 2}
 
 

@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 SIDE = 16
+#: Task → its classes, in the pictures that conftest.py draws.
+TASKS = {
+    "colours": ["red", "green", "blue", "grey"],
+    "stripes": ["horizontal", "vertical", "diagonal", "plain"],
+    "corners": ["north", "east", "south", "west"],
+}
 #: The sizes of every part.
 WIDTH = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 #: Sizes of pictures that LLaVA-NeXT and LLaVA-OneVision cut into tiles.

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from conftest import TASKS
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.deepspeed_zero import keep_scalars_whole
 from llava_keeplora.errors import ConfigError
@@ -20,7 +19,7 @@ from llava_keeplora_eval.models import load_clip, load_preparation
 from llava_keeplora_eval.predictors import ClipPredictor
 from llava_keeplora_recipes import Example, load_recipe, load_split
 from tiny_encoders import IMAGES, KINDS, PADDING, write_encoders
-from tiny_models import write_clip
+from tiny_models import TASKS, write_clip
 
 
 @pytest.fixture(scope="module", params=KINDS)

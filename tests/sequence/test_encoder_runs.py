@@ -10,7 +10,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from conftest import TASKS
 from llava_keeplora.adapters import load_deltas
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError
@@ -22,6 +21,7 @@ from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_recipes import load_recipe, load_split
 from tiny_encoders import IMAGES, KINDS, PADDING, write_encoders
+from tiny_models import TASKS
 
 
 @pytest.fixture(scope="module", params=KINDS)

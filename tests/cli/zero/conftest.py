@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from llava_keeplora.config import parse_config
+from tiny_encoders import write_encoders
+from tiny_models import TASKS
 from zero_runs import BATCH, STEADY, ZERO, distances, halved
 
 UNDRAWN = """
@@ -41,9 +43,18 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trees(run_tree, llava_tree):
-    """Family → a run of three tasks."""
+def trees(run_tree, llava_tree, tmp_path_factory):
+    """Family, or type of model → a run of three tasks."""
+    siglip2 = tmp_path_factory.mktemp("siglip2") / "base"
+
+    def of_siglip2(**changes):
+        if not siglip2.exists():
+            write_encoders(siglip2, "siglip2", [name for names in TASKS.values() for name in names])
+        model = {"name_or_path": str(siglip2)}
+        return run_tree("unset", methods={"keeplora": {}}, training=STEADY, model=model, **changes)
+
     return {
+        "siglip2": of_siglip2,
         "clip": lambda **changes: run_tree("unset", methods={"keeplora": {}}, training=STEADY, **changes),
         "llava": lambda **changes: llava_tree(
             "unset", training=STEADY, parts={"connector": {"learning_rate": None}}, **changes

@@ -15,6 +15,8 @@ from llava_keeplora_eval import Matrix
 from zero_runs import STEADY, ZERO, answers, distances, halved, rounding
 
 EVERY = [(family, stage) for family in ("clip", "llava") for stage in (None, *ZERO)]
+# Its scale and bias are vectors of one number, and its pooling head reads a weight without calling the layer.
+EVERY += [("siglip2", "zero-3")]
 QUICK = [("clip", "zero-2"), ("llava", "zero-3")]
 
 
