@@ -23,6 +23,7 @@ PROCESSOR = (
     "tokenizer_config.json",
     "tokenizer.model",
     "spiece.model",
+    "sentencepiece.bpe.model",
     "vocab.json",
     "vocab.txt",
     "merges.txt",

@@ -18,6 +18,7 @@ from llava_keeplora.methods import METHODS
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import make_plan
 from llava_keeplora_eval.files import file_hash
+from llava_keeplora_eval.models import load_predictor
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_recipes import load_recipe, load_split
 from tiny_encoders import IMAGES, KINDS, PADDING, write_encoders
@@ -126,6 +127,8 @@ def test_an_exported_adapter_on_plain_transformers_and_a_merged_checkpoint_answe
     (delta,) = run.glob("keeplora/task-02*/delta.safetensors")
     assert layers == len(load_deltas(delta))
     assert plain_answers(kind, model, base, data) == answers
+    predictor = load_predictor(str(tmp_path / "adapter"), data.recipe, "cpu", base=str(base))
+    assert predictor.predict([data[i] for i in range(len(data))]) == answers
     card = (tmp_path / "adapter/README.md").read_text()
     assert all(f"{name}={value!r}" in card for name, value in PADDING[kind].items())
     export_run(run, "merged", tmp_path / "merged", base_id="you/tiny-base", name="you/merged")
