@@ -14,6 +14,8 @@ VIDEO_ENDINGS = (
     *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp"),
     *(".mts", ".m2ts"),
 )
+#: Endings of files that are pictures; a single one is no video.
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 #: Media that no model here is shown: a record that has some would be learned from its text alone.
 UNREAD = ("audio", "audios", "video_path", "video_url", "audio_path", "audio_url")
 #: Where other tools' records name a picture; one that only stands there would be passed over.
@@ -89,7 +91,7 @@ def video_names(row: dict[str, Any], what: str) -> list[str | list[str]]:
 def _videos(value: Any, field: str, what: str) -> list[str | list[str]]:
     if is_empty(value):
         return []
-    if isinstance(value, str):
+    if isinstance(value, str) and not value.lower().endswith(PICTURE_ENDINGS):
         return [value]
     entries = value if isinstance(value, list) else [[]]
     if field == "video" and all(

@@ -152,6 +152,10 @@ FIELDS = {
     "type": lambda cell: {"messages": chat([{"type": cell, "text": "q"}])},
     "text of a part": lambda cell: {"messages": chat([{"type": "text", "text": cell}])},
     "image of a part": lambda cell: {"messages": chat([{"type": "text", "text": "q", "image": cell}])},
+    "system": lambda cell: {"messages": chat(), "system": cell},
+    "history": lambda cell: {"query": "q", "response": "x", "history": cell},
+    "pair": lambda cell: {"query": "q", "response": "x", "history": [["q", cell]]},
+    "earlier": lambda cell: {"messages": [*chat(answer=cell), *chat()]},
     "images of a message": lambda cell: {"messages": chat(images=cell)},
 }
 
@@ -164,8 +168,15 @@ def is_as_said(field, cell, example):
         return len(example.images) == len(named(cell)) and example.answers == ["x"]
     if field in ("reply", "content of the answer"):
         return example.answers == [cell]
+    if field in ("system", "pair", "earlier") and example.history:
+        return example.history[-1].text.strip() == cell.strip() and (example.question, example.answers) == (
+            "q",
+            ["x"],
+        )
     if field in ("text", "question", "content", "text of a part"):
         return example.question == cell.strip() and "<image>" not in cell and example.answers == ["x"]
+    if field == "video" and cell in (["0.png"], ["0.png", "1.png"]):
+        return example.videos == ((0, 8),) and len(example.images) == 8
     # of every other field nothing is read but that it is there
     empty = cell in (None, "", " ", [], {}) or (
         isinstance(cell, list) and all(c in (None, "", [], {}) for c in cell)
@@ -177,7 +188,7 @@ def is_as_said(field, cell, example):
 @pytest.mark.parametrize("field", FIELDS)
 def test_json(place, field, lines):
     rows = [{"id": f"r{i}"} | FIELDS[field](cell) for i, cell in enumerate(CELLS)]
-    form = "messages" if "messages" in rows[0] else "llava_json"
+    form = "messages" if {"messages", "query"} & rows[0].keys() else "llava_json"
     examples, problems = inspected(
         place, "".join(json.dumps(r) + "\n" for r in rows) if lines else rows, len(rows), form
     )

@@ -196,6 +196,7 @@ def test_a_video_is_a_file_or_a_list_of_frames(row, expected):
     ("row", "reason"),
     [
         ({"video": 3}, "the number 3 as its video"),
+        ({"video": "1.jpg"}, "the text '1.jpg' as its video"),
         ({"video": {"path": "a.mp4"}}, "the object .* as its video"),
         ({"video": ["1.jpg", None]}, "the list .* as its video"),
         ({"videos": [["1.jpg", ""]]}, "the list .* as its videos"),
