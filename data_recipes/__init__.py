@@ -1,8 +1,8 @@
-"""What a task is: recipes, sequences of them, and the examples that they yield."""
+"""Tasks as data: recipes, sequences of tasks, and their examples; imported as ``llava_keeplora_recipes``."""
 
 import importlib
 
-#: Public name → its module, imported when the name is first used: `--help` waits for none of them.
+#: Public name → its module, imported when the name is first used, so that `--help` is quick.
 _MODULES = {
     "Example": "task_data",
     "Message": "records",

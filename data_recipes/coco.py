@@ -1,4 +1,4 @@
-"""COCO's caption files: images and annotations, joined by image id."""
+"""Reader of COCO's caption files: images and annotations, joined by image id."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .texts import as_text, described, identifier, is_blank
 def read_coco(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """COCO's captions: `images` and `annotations`, joined by image id; one record per image.
+    """Read COCO's captions: `images` and `annotations`, joined by image id; one record per image.
 
     Image paths are relative to `source.images` (by default `images`) in the task's folder. Source
     of the layout: cocodataset.org, "Data format", "Image Captioning".
 
     Raises:
-        RecipeError: the file is missing or not JSON, or entries lack something; they are named.
+        RecipeError: the file is missing or not JSON, or entries lack a field; they are named.
     """
     path = split_file(recipe, split, data_root)
     folder, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
@@ -41,29 +41,29 @@ def read_coco(
         return image["id"], [inside(folder, image["file_name"], f"image {image['id']} of {path.name}", root)]
 
     listed = {i["id"]: i for i in content["images"] if _has_id(i) and i["id"] in captions}
-    found = collect_errors(record, listed.values(), problems)
+    records = collect_errors(record, listed.values(), problems)
     return Records(
-        ids=[identifier(i, path.name) for i, _ in found],
-        pictures=picture_files([paths for _, paths in found]),
-        labels=[None] * len(found),
+        ids=[identifier(i, path.name) for i, _ in records],
+        pictures=picture_files([paths for _, paths in records]),
+        labels=[None] * len(records),
         label_names=None,
-        questions=[None] * len(found),
-        answers=[captions[i] for i, _ in found],
+        questions=[None] * len(records),
+        answers=[captions[i] for i, _ in records],
     )
 
 
 def captions_by_image(
     content: dict[str, Any], path: Path, problems: list[RecipeError] | None = None
 ) -> dict[Any, list[str]]:
-    """The captions of every image id, in the order of the file's `images`.
+    """Return the captions of every image id, in the order of the file's `images`.
 
     Args:
         content: the parsed file.
-        path: the file, for the error's sentence.
-        problems: collects what is wrong; None raises.
+        path: the file, for errors.
+        problems: list that collects errors; they are raised when None.
 
     Raises:
-        RecipeError: a list is missing, an entry lacks a field, is listed twice or has no partner.
+        RecipeError: a list is missing, or an entry lacks a field, is listed twice or has no partner.
     """
     for key in ("images", "annotations"):
         if not isinstance(content.get(key), list):
@@ -96,11 +96,11 @@ def captions_by_image(
 
     collect_errors(image, content["images"], problems)
     collect_errors(note, content["annotations"], problems)
-    bare = [i for i, texts in captions.items() if not texts]
-    if bare:
+    without_caption = [i for i, texts in captions.items() if not texts]
+    if without_caption:
         report_error(
             RecipeError(
-                f"{len(bare)} images of {path.name} have no caption (first: {bare[0]})",
+                f"{len(without_caption)} images of {path.name} have no caption (first: {without_caption[0]})",
                 "add captions or remove the images",
             ),
             problems,

@@ -1,4 +1,4 @@
-"""CSV files as tables whose cells are the text that is written."""
+"""CSV files as tables whose cells are text, as it is written."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def read_csv(
 
     Args:
         text: the content of the file.
-        where: the file, for the error's sentence.
+        where: the file, for errors.
         separator: the character between cells.
-        names: of the columns; those of the first row when None.
+        names: names of the columns; those of the first row when None.
         has_header: whether the first row names the columns.
 
     Raises:

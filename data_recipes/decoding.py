@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to the RGB pixels that a viewer shows, for every reader."""
+"""Decoding of image files to the RGB pixels that an image viewer shows, for all readers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-#: What lies under transparent pixels where a recipe doesn't say: the page of a browser.
+#: The background of transparent pixels, unless a recipe sets one: that of a web page.
 WHITE = "#ffffff"
 
-#: Pillow opens these, and shows no pixels of the file itself: PostScript is a program that another program
-#: would have to run, WMF is drawn by Windows, and of the others only the header is read.
+#: Formats that Pillow opens without decoding their pixels: PostScript is a program that another program would
+#: have to run, WMF is rendered by Windows, and of the others only the header is read.
 NOT_DECODED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
 
-#: Pillow's own limit is a setting that any library may change; this is its default, for 512 MiB of pixels.
+#: Most pixels of an image: Pillow's default, for 512 MiB of pixels. Pillow's own limit is a setting that any
+#: library may change.
 MAX_PIXELS = 178_956_970
-#: Models scale the shorter side to a few hundred pixels, and the longer with it.
+#: Largest ratio of an image's sides: models scale the shorter side to a few hundred pixels, and the longer
+#: with it.
 MAX_RATIO = 1000
 
 ORIENTATION = 0x0112
-#: EXIF orientation → what turns the stored picture upright (CIPA DC-008, 4.6.4, tag 274).
+#: EXIF orientation → the operation that turns the stored image upright (CIPA DC-008, 4.6.4, tag 274).
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,7 +36,7 @@ TURNS = {
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
-#: What bytes that are no picture turn out to be: a pattern at their start, and words for it.
+#: Kinds of files that are no image that can be read: a pattern at their start, and words for them.
 CONTENTS = [
     (rb"(\xef\xbb\xbf)?\s*(<\?xml.{0,1000})?(<!--.*?-->\s*)*(<!DOCTYPE svg.{0,1000})?<svg", "an SVG drawing"),
     (rb"(\xef\xbb\xbf)?\s*(<!DOCTYPE html|<html|<head|<body)", "a web page, as a failed download leaves it"),
@@ -52,12 +54,12 @@ CONTENTS = [
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture as a viewer shows it.
+    """An image as a viewer shows it.
 
     Attributes:
-        image: RGB.
-        note: what was done beyond Pillow's own conversion to RGB, such as `orientation 6, over #ffffff`;
-            empty for most pictures, which are upright and without transparency.
+        image: the image, RGB.
+        note: operations other than Pillow's conversion to RGB, such as `orientation 6, over #ffffff`; empty
+            for most images, which are upright and without transparency.
     """
 
     image: Image.Image
@@ -65,23 +67,24 @@ class Decoded:
 
 
 def decode(data: bytes, background: str = WHITE) -> Decoded:
-    """Decode a whole picture; of several in one file the first.
+    """Decode an image; of several in one file, the first.
 
-    Transparency is laid over the background, EXIF orientation applied, and grey of 16 bits scaled to 8.
+    Transparent pixels are blended with the background, EXIF orientation is applied, and grey of 16 bits is
+    scaled to 8.
 
     Args:
-        data: the file.
+        data: the content of the file.
         background: `#rrggbb`.
 
     Raises:
-        ValueError: the bytes are no picture, or one whose look is open, as numbers of 32 bits have no agreed
-            white.
-        Exception: whatever Pillow raises for bytes that are broken or cut off.
+        ValueError: the bytes are no image, or one without a defined appearance: pixels of 32 bits have no
+            agreed white.
+        Exception: any error of Pillow for bytes that are damaged or cut off.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a setting of the process: another library may have turned it on
     with _opened(data) as image:
         _check_size(*image.size)
-        image.load()  # opening reads the header only; a cut-off file shows here
+        image.load()  # opening reads the header only; this fails for a file that is cut off
         orientation = _orientation(image)
         rgb, alpha = _pixels(image, data)
     notes = []
@@ -90,17 +93,17 @@ def decode(data: bytes, background: str = WHITE) -> Decoded:
         rgb, alpha = rgb.transpose(TURNS[orientation]), alpha and alpha.transpose(TURNS[orientation])
     if alpha is not None and alpha.getextrema()[0] < 255:
         notes.append(f"over {background.lower()}")
-        page = Image.new("RGB", rgb.size, background)
-        page.paste(rgb, mask=alpha)
-        rgb = page
-    rgb.info = {}  # nobody after this is to turn the picture once more
+        blended = Image.new("RGB", rgb.size, background)
+        blended.paste(rgb, mask=alpha)
+        rgb = blended
+    rgb.info = {}  # so that no later code applies the orientation once more
     return Decoded(rgb, ", ".join(notes))
 
 
 def endings() -> frozenset[str]:
-    """The endings of files that are read, in lower case with their dot."""
-    known = Image.registered_extensions()  # has every plugin loaded
-    return frozenset(ending for ending, form in known.items() if form in {*Image.OPEN, "MPO"} - NOT_DECODED)
+    """Return the suffixes of files that can be read, in lower case with their dot."""
+    formats = Image.registered_extensions()  # it loads every plugin
+    return frozenset(ending for ending, form in formats.items() if form in {*Image.OPEN, "MPO"} - NOT_DECODED)
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -110,13 +113,13 @@ def _opened(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=[form for form in Image.ID if form not in NOT_DECODED])
     except UnidentifiedImageError:
-        # Pillow's own sentence has the address of an object in it
+        # Pillow's own message has the address of an object in it.
         flags, start = re.DOTALL | re.IGNORECASE, data[:4096]
-        found = next(
+        content = next(
             (words for pattern, words in CONTENTS if re.match(pattern, start, flags)),
             "in no format that is read",
         )
-        raise ValueError(f"cannot identify image file: it is {found}") from None
+        raise ValueError(f"cannot identify image file: it is {content}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"it has more than {MAX_PIXELS} pixels") from None
 
@@ -134,13 +137,13 @@ def _check_size(width: int, height: int) -> None:
 def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(ORIENTATION)
-    # damaged EXIF raises nearly every kind of error, and viewers show such pictures as they lie
+    # Damaged EXIF raises nearly every kind of error, and viewers ignore it.
     except Exception:
         return None
 
 
 def _pixels(image: Image.Image, data: bytes) -> tuple[Image.Image, Image.Image | None]:
-    """RGB as it is stored, and how opaque it is (mode L); None where everything is."""
+    """Return an image's pixels as stored, in RGB, and its opacity (mode L); None if all pixels are opaque."""
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if deep:
         return _from_16_bits(image)
@@ -154,8 +157,8 @@ def _pixels(image: Image.Image, data: bytes) -> tuple[Image.Image, Image.Image |
         return image.convert("RGB"), None
     if image.mode == "La":
         image = image.convert("LA")
-    whole = image.convert("RGBA")
-    return whole.convert("RGB"), whole.getchannel("A")
+    rgba = image.convert("RGBA")
+    return rgba.convert("RGB"), rgba.getchannel("A")
 
 
 def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -172,13 +175,13 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _keyed(image: Image.Image, key: int | tuple[int, int, int], data: bytes) -> Image.Image:
-    """Opaque everywhere but in pixels of one colour, which a PNG (tRNS) or GIF calls transparent."""
+    """Return the opacity of an image in which one colour is transparent (PNG's tRNS, GIF)."""
     depth = data[24] if image.format == "PNG" else 8
     if depth == 16:
         raise ValueError("one of its colours of 16 bits is transparent, and colours are read with 8")
     if image.mode == "RGB":
-        there = (np.asarray(image) == np.array(key)).all(axis=-1)
-        return Image.fromarray(np.where(there, 0, 255).astype(np.uint8))
-    # Pillow spreads grey of 2 and 4 bits over 0 … 255, and leaves the colour's number as it is
+        transparent = (np.asarray(image) == np.array(key)).all(axis=-1)
+        return Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))
+    # Pillow scales grey of 2 and 4 bits to 0 … 255, but not the transparent colour's number.
     level = key * 255 // (2**depth - 1) if image.mode == "L" and depth < 8 else key
     return image.convert("L").point([0 if value == level else 255 for value in range(256)])

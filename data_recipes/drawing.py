@@ -1,7 +1,7 @@
-"""The drawing kit of the rendered world: seeded generators, colours, backgrounds, shapes and words.
+"""Drawing functions of the rendered tasks: seeded generators, colours, backgrounds, shapes and words.
 
-Every function that draws takes a generator and "plain style?": plain is a clean background, exact
-colours and little jitter; the other style has gradients, clutter and noise.
+Every function that draws takes a generator, and whether the style is plain: a clean background, exact colours
+and little jitter. The other style has gradients, clutter and noise.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 48
-#: Share of plain pictures by split. What comes after pre-training is half of another style, so that there is
-#: something to learn, and half of the known one, so that there is something to know before.
+#: Share of plain images by split. After pre-training, half of the images have the other style, so that there
+#: is something to learn, and half the plain one, so that the zero-shot score is above chance.
 PLAIN_SHARE = {"pretrain": 0.8, "train": 0.5, "test": 0.5}
-CANVAS = 2 * SIDE  # drawn at twice the size, then averaged down: smooth edges
+CANVAS = 2 * SIDE  # images are drawn at twice their size and averaged down, for smooth edges
 
 Colour = tuple[int, int, int]
 
 
 def generator(*key: object) -> Generator:
-    """A random generator seeded with a SHA-256 of the key, the same on every machine."""
+    """Return a random generator that is seeded with a SHA-256 of the key, the same on every machine."""
     digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
@@ -39,13 +39,13 @@ PALETTE: dict[str, Colour] = {
 
 
 def jitter(rng: Generator, colour: Colour, amount: int) -> Colour:
-    """Return a colour of which each channel differs by at most `amount`."""
+    """Return a colour each of whose channels differs by at most `amount`."""
     r, g, b = np.clip(np.array(colour) + rng.integers(-amount, amount + 1, 3), 0, 255)
     return int(r), int(g), int(b)
 
 
 def ink_and_paper(rng: Generator, plain: bool) -> tuple[Colour, Colour]:
-    """Two colours with a clear difference in brightness; near black on near white if plain."""
+    """Return two colours of clearly different brightness; near black and near white if plain."""
     if plain:
         return jitter(rng, (25, 25, 25), 20), jitter(rng, (235, 235, 235), 15)
     dark, light = jitter(rng, (65, 65, 65), 60), jitter(rng, (190, 190, 190), 60)
@@ -53,7 +53,7 @@ def ink_and_paper(rng: Generator, plain: bool) -> tuple[Colour, Colour]:
 
 
 def canvas(rng: Generator, plain: bool, paper: Colour | None = None) -> Image.Image:
-    """The background: one light colour if plain, else a gradient between two colours."""
+    """Return a background: one light colour if plain, else a gradient between two colours."""
     first = paper or jitter(rng, (232, 232, 232) if plain else (150, 150, 150), 12 if plain else 60)
     if plain:
         return Image.new("RGB", (CANVAS, CANVAS), first)
@@ -73,7 +73,7 @@ def finish(rng: Generator, image: Image.Image, plain: bool) -> Image.Image:
 
 
 def outline(kind: str, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
-    """The corner points of a shape around (x, y), turned clockwise by `turn` radians."""
+    """Return the corners of a shape around (x, y), turned clockwise by `turn` radians."""
     corners, inner = {"circle": (32, 1.0), "square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.42)}[kind]
     start = turn - math.pi / 2 + (math.pi / 4 if kind == "square" else 0)
     points = []
@@ -85,7 +85,7 @@ def outline(kind: str, x: float, y: float, radius: float, turn: float) -> list[t
 
 
 def clutter(rng: Generator, pen: ImageDraw.ImageDraw, pieces: int) -> None:
-    """Grey lines and specks that mean nothing."""
+    """Draw grey lines and specks as distractors."""
     for _ in range(pieces):
         x, y, dx, dy = rng.uniform(0, CANVAS), rng.uniform(0, CANVAS), *rng.normal(0, 22, 2)
         level = int(rng.integers(60, 200))

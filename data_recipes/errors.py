@@ -1,4 +1,4 @@
-"""The one base class for errors that a user can repair."""
+"""The base class of all errors that a user can repair, and helpers to collect them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-#: Characters of a problem or a cure.
+#: Most characters of a problem or a cure.
 LONGEST = 2000
-#: Of `<... object at 0x7f...>`, which says nothing and differs from run to run.
+#: The address in `<... object at 0x7f...>`, which differs from run to run.
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{6,}(?=>)")
 
 Item = TypeVar("Item")
@@ -25,15 +25,15 @@ class UserError(Exception):
     """
 
     def __init__(self, problem: str, cure: str):
-        # Names and values are quoted as they are; a line break in one of them must not make it two lines, nor
-        # its length a page.
+        # Names and values are quoted as they are, but the message must stay on one line and have a bounded
+        # length.
         sentence = " ".join(f"{_shortened(problem)}; {_shortened(cure)}.".splitlines())
         super().__init__(ADDRESS.sub("", sentence))
         self.problem, self.cure = problem, cure
 
 
 def _shortened(text: str) -> str:
-    """Text without its middle where it is longer than `LONGEST`."""
+    """Cut out the middle of a text that is longer than `LONGEST`."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
@@ -42,10 +42,10 @@ class RecipeError(UserError):
 
 
 class RecipeErrors(RecipeError):
-    """Several mistakes of one source: the sentence tells the first one and counts the others.
+    """Several errors of one source; the message has the first one and the number of the others.
 
     Args:
-        errors: the mistakes, at least two.
+        errors: the errors, at least two.
     """
 
     def __init__(self, errors: list[RecipeError]):
@@ -59,15 +59,18 @@ class RecipeErrors(RecipeError):
 def collect_errors(
     work: Callable[[Item], Result], items: Iterable[Item], problems: list[RecipeError] | None = None
 ) -> list[Result]:
-    """What `work` makes of every item; those that it refuses are named together, not only the first.
+    """Apply a function to every item, and report the errors of all items together.
 
     Args:
-        work: raises RecipeError for an item that cannot be used.
-        items: what to work on.
-        problems: collects the refusals, and the refused items are left out; None raises instead.
+        work: the function; it raises RecipeError for an item that cannot be used.
+        items: the items.
+        problems: list that collects the errors, whose items are left out; they are raised when None.
+
+    Returns:
+        the results, in order.
 
     Raises:
-        RecipeError: there are refusals, and nobody collects them.
+        RecipeError: there are errors, and `problems` is None.
     """
     results, errors = [], []
     for item in items:
@@ -83,14 +86,14 @@ def collect_errors(
 
 
 def report_error(error: RecipeError, problems: list[RecipeError] | None) -> None:
-    """Raise an error, or leave it to a caller who collects them; see `collect_errors`."""
+    """Raise an error, or append it to the list that collects errors; see `collect_errors`."""
     if problems is None:
         raise error
     problems.append(error)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """A hint for a misspelt name: ``did you mean 'x'`` or the list of valid names."""
-    word, valid = str(word), sorted(map(str, valid))  # YAML's keys may be numbers, or nothing.
+    """Return a hint for a misspelt name: ``did you mean 'x'`` or the list of valid names."""
+    word, valid = str(word), sorted(map(str, valid))  # YAML's keys may be numbers or null.
     close = difflib.get_close_matches(word, valid, n=1)
     return f"did you mean '{close[0]}'" if close else f"valid names are {', '.join(valid)}"

@@ -1,4 +1,4 @@
-"""Reading a file whole: only what is a file, and with the likely cause where it isn't there."""
+"""Reading of regular files, with the likely cause in the error if a file is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 from urllib.parse import unquote
 
-#: What else than a file a path may lead to.
+#: Things other than regular files that a path may lead to: a test of the mode, and words.
 KINDS = [
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -18,19 +18,19 @@ KINDS = [
     (stat.S_ISBLK, "a device"),
 ]
 
-#: Folder → its entries by how they read apart from letter case and Unicode form.
+#: Folder → its entries' names, by their form without letter case and in one Unicode form.
 Listings = dict[str, dict[str, str]]
 
 
 def read_file(path: str | Path, listings: Listings | None = None) -> bytes:
-    """The content of a regular file; nothing else is opened, as a pipe would wait for a writer for ever.
+    """Return the content of a regular file; nothing else is opened, as a pipe could block for ever.
 
     Args:
         path: the file; links are followed.
-        listings: what was already listed for `likely_cause`, when many files are read.
+        listings: cache of folder listings for `likely_cause`, for when many files are read.
 
     Raises:
-        OSError: there is none, or it cannot be read; the message is a clause with the path.
+        OSError: the file is missing or cannot be read; the message is a clause with the path.
     """
     try:
         mode = os.stat(path).st_mode
@@ -49,14 +49,14 @@ def read_file(path: str | Path, listings: Listings | None = None) -> bytes:
 
 
 def likely_cause(path: str, listings: Listings) -> str:
-    """Why a file may not be where it is looked for, as a clause; empty where nothing is likely."""
+    """Return the likely cause of a missing file, as a clause; empty if none is likely."""
     if os.path.islink(path):
         return f"it is a link to '{os.readlink(path)}'"
     if scheme := re.search(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/", path):
         return f"its name is a URL ({scheme[1]}:), and pictures are read from files"
     if "\\" in path:
-        found = _spelt(path.replace("\\", "/"), listings)
-        example = f", as in '{found}'" if found else ""
+        similar = _similar_path(path.replace("\\", "/"), listings)
+        example = f", as in '{similar}'" if similar else ""
         return f"its name has backslashes, and folders are parted by '/'{example}"
     parts = path.split("/")
     for size in range(1, len(parts) // 2 + 1):
@@ -65,9 +65,9 @@ def likely_cause(path: str, listings: Listings) -> str:
                 single = "/".join(parts[: start + size] + parts[start + 2 * size :])
                 if os.path.lexists(single):
                     return f"a folder is doubled, '{single}' is there"
-    if found := _spelt(path, listings):
-        same = unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", path)
-        return f"'{found}' is there, in another {'Unicode form' if same else 'letter case'}"
+    if similar := _similar_path(path, listings):
+        same_case = unicodedata.normalize("NFC", similar) == unicodedata.normalize("NFC", path)
+        return f"'{similar}' is there, in another {'Unicode form' if same_case else 'letter case'}"
     if "%" in path and os.path.lexists(unquote(path)):
         return f"'{unquote(path)}' is there, and the name is percent-encoded"
     folder, stem = os.path.dirname(path) or ".", _folded(Path(path).stem)
@@ -75,22 +75,19 @@ def likely_cause(path: str, listings: Listings) -> str:
     return f"'{os.path.join(folder, other[0])}' is there, with another ending" if other else ""
 
 
-def _spelt(path: str, listings: Listings) -> str:
-    """The path of the file that reads the same but for letter case and Unicode form.
-
-    Empty where there is none.
-    """
-    found = "/" if path.startswith("/") else ""
+def _similar_path(path: str, listings: Listings) -> str:
+    """Return the path of a file that differs in letter case or Unicode form alone; empty if there is none."""
+    similar = "/" if path.startswith("/") else ""
     for part in filter(None, path.split("/")):
-        if os.path.lexists(os.path.join(found, part)):
-            found = os.path.join(found, part)
+        if os.path.lexists(os.path.join(similar, part)):
+            similar = os.path.join(similar, part)
             continue
-        folder = found or "."
+        folder = similar or "."
         names = _listing(folder, listings)
         if _folded(part) not in names:
             return ""
-        found = os.path.join(found, names[_folded(part)])
-    return found
+        similar = os.path.join(similar, names[_folded(part)])
+    return similar
 
 
 def _listing(folder: str, listings: Listings) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""From a recipe's files to a checked split."""
+"""Loading of a split from files or the Hub: records are read, checked and turned into examples."""
 
 from __future__ import annotations
 
@@ -29,25 +29,27 @@ def load_files(
     on_bad_image: str,
     problems: list[RecipeError] | None = None,
 ) -> TaskData:
-    """Read and check one split that lies in files or on the Hub.
+    """Load and check one split that is in files or on the Hub.
 
     Args:
+        recipe, split, data_root: see `loading.load_split`.
         on_bad_image: `refuse` or `drop`.
-        problems: collects what is wrong with single records and images, which are left out; None raises.
+        problems: list that collects the errors of single records and images, which are left out; they are
+            raised when None.
 
     Raises:
-        RecipeError: something about the data is not as the recipe says; the sentence names it.
+        RecipeError: the data differ from the recipe's description; the message says where.
     """
     where = f"{recipe.name}/{split}"
     records = read_records(recipe, split, data_root, problems)
     if not records.ids:
         others = sum(map(len, records.left_out.values()))
-        beside = f" ({others} files are not read: {', '.join(sorted(records.left_out))})" if others else ""
+        unread = f" ({others} files are not read: {', '.join(sorted(records.left_out))})" if others else ""
         raise RecipeError(
-            f"{where} holds no examples{beside}", "add files, or correct 'splits' in the recipe"
+            f"{where} holds no examples{unread}", "add files, or correct 'splits' in the recipe"
         )
     _refuse_duplicates(recipe, records.ids, where, problems)
-    # what is wrong with the records of another split is told where that one is loaded
+    # Errors in the records of another split are reported when that one is loaded.
     recipe = resolve_classes(
         recipe, split, records, lambda recipe, other: read_records(recipe, other, data_root, [])
     )
@@ -123,13 +125,13 @@ def _readable(
     on_bad_image: str,
     problems: list[RecipeError] | None,
 ) -> tuple[list[Row], list[str]]:
-    """The rows whose pictures can all be read, and the ids of the others."""
+    """Return the rows whose images can all be read, and the ids of the others."""
     bad = images.check(where)
     if not bad:
         return rows, []
     good = [r for r in rows if not any(p in bad for p in r.pictures)]
     dropped = [r.id for r in rows if any(p in bad for p in r.pictures)]
-    # a picture that several examples show is told with the first of them
+    # An image of several examples is reported with the first of them.
     owners = {p: r.id for r in reversed(rows) for p in r.pictures}
     counted = f"{len(bad)} of {len(images)} images of {where} cannot be read"
     if problems is not None:
@@ -166,7 +168,7 @@ def _refuse_duplicates(
 
 def _refuse_empty(data: TaskData, where: str, problems: list[RecipeError] | None) -> None:
     if not len(data):
-        # Examples that are refused for another reason have told it, and their images may be well.
+        # Examples that are refused for another reason have been reported, and their images may be valid.
         if data.dropped:
             report_error(RecipeError(f"{where} has no readable image left", "replace the images"), problems)
         return

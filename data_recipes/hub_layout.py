@@ -1,4 +1,4 @@
-"""Datasets on the Hub, and local folders in its layout: their text files hold what is written in them."""
+"""Loading of datasets on the Hub and local folders in its layout, with cells of text files as written."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .parquet_files import BATCH_SIZE, WITHOUT_ROWS, count_rows
 from .strict_json import decode_text
 from .texts import is_blank
 
-#: Form of text files → folder of datasets' cache for what is read here; others there hold what pandas made.
+#: Form of text files → folder of datasets' cache for tables that are read here, apart from pandas' ones.
 CACHES = {"csv": "csv-as-written", "json": "json-as-written"}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-#: Columns of metadata that name files.
+#: Names of columns of metadata that name files.
 FILE_NAME = re.compile(r"(.*_)?file_name")
-#: What a dataset's card may set for CSV files; other settings would change what a cell is.
+#: Settings for CSV files that a dataset's card may have; others would change the content of cells.
 CSV_SETTINGS = ("sep", "delimiter", "names", "column_names", "header", "encoding", "features", "chunksize")
 
 Generate = Callable[..., Iterator[tuple[Key, pyarrow.Table]]]
@@ -47,7 +47,7 @@ class HubTable:
 
     Attributes:
         table: its rows.
-        left_out: files of the split that no row shows, by kind; see `Records.left_out`.
+        left_out: files of the split that no row uses, by kind; see `Records.left_out`.
         names_files: whether every row names a picture's file, as in metadata.csv.
     """
 
@@ -92,7 +92,7 @@ def load_hub_dataset(
 def _builder(
     target: str, config: str | None, revision: str | None
 ) -> tuple[datasets.DatasetBuilder, str | None]:
-    """Return what prepares a dataset, and the form of its text files (None where datasets reads them)."""
+    """Return the builder of a dataset, and the form of its text files (None if datasets reads them)."""
 
     def load(form: str | None) -> datasets.DatasetBuilder:
         cache = Path(datasets.config.HF_DATASETS_CACHE, *[CACHES[form]] if form else [])
@@ -116,7 +116,7 @@ def _builder(
 def _first_cached(
     target: str, load: Callable[[str], datasets.DatasetBuilder]
 ) -> tuple[datasets.DatasetBuilder, str] | None:
-    """Return what was prepared here before and can be used without a network; None where there is none."""
+    """Return a builder and form that are in the cache and need no network; None if there are none."""
     for form in CACHES if not Path(target).is_dir() else ():
         with suppress(Exception):  # whatever the Hub's client raises where it has neither network nor cache
             return load(form), form
@@ -146,7 +146,7 @@ def _refuse_pandas(builder: datasets.DatasetBuilder, target: str) -> None:
 
 
 def _reading_text(builder: datasets.DatasetBuilder) -> datasets.DatasetBuilder:
-    """Let a builder read CSV and JSON files by `read_csv` and `read_json_table`."""
+    """Make a builder read CSV and JSON files by `read_csv` and `read_json_table`, and return it."""
     if isinstance(builder, Csv):
         builder._generate_tables = _tables(builder, _csv_reader(builder))
     elif isinstance(builder, Json):
@@ -234,7 +234,7 @@ def _text(file: str, encoding: str | None = None) -> str:
 
 
 def _left_out(builder: datasets.DatasetBuilder, split: str, target: str) -> dict[str, list[str]]:
-    """Find the files beside the pictures of a split that none of its rows shows; by kind."""
+    """Find the files next to a split's images that none of its rows uses, by kind."""
     if not isinstance(builder, FolderBasedBuilder | Parquet):
         return {}
     left_out: dict[str, list[str]] = defaultdict(list)
@@ -259,15 +259,15 @@ def _left_out(builder: datasets.DatasetBuilder, split: str, target: str) -> dict
 
 
 def _unread(target: str, files: list[str], read: set[str]) -> dict[str, list[str]]:
-    """Find the files in a split's folders that datasets passes over; by kind."""
+    """Find the files in a split's folders that datasets ignores, by kind."""
     left_out: dict[str, list[str]] = defaultdict(list)
     for top in sorted({file.partition("/")[0] for file in files if "/" in file}):
         folder = Path(target, top)
         if folder.is_dir():
-            found, hidden = files_under(folder, Path(target))
+            paths, hidden = files_under(folder, Path(target))
             for kind, names in hidden.items():
                 left_out[kind] += names
-            for path in found:
+            for path in paths:
                 if (name := path.relative_to(target).as_posix()) not in read:
                     left_out[path.suffix.lower() or "without an ending"].append(name)
     return left_out

@@ -1,4 +1,4 @@
-"""Folders of images, one per class."""
+"""Reader of folders of images, one per class."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from .records import Records, classified, picture_files
 def read_image_folder(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """`<split folder>/<class>/.../picture`; the class is the folder's name.
+    """Read `<split folder>/<class>/.../picture`; the class is the folder's name.
 
-    The walk is ours: datasets' own "imagefolder" builder numbers classes alphabetically, drops
-    split folders whose names it doesn't know, and passes over other files without a word. Here these are
-    counted.
+    datasets' "imagefolder" builder is not used, because it numbers classes alphabetically, drops split
+    folders with unknown names, and ignores other files silently. Here these are counted.
 
     Raises:
-        RecipeError: the folder is missing, or an image lies in no class folder.
+        RecipeError: the folder is missing, or an image is in no class folder.
     """
     folder = set_folder(recipe, data_root)
     top, root = split_file(recipe, split, data_root), data_root_of(recipe, data_root)
     paths, left_out = files_under(top, folder)
-    read = endings()
+    suffixes = endings()
     for path in paths:
-        if path.suffix.lower() not in read:
+        if path.suffix.lower() not in suffixes:
             left_out[path.suffix.lower() or "without an ending"].append(path.relative_to(folder).as_posix())
 
     def labelled(path: Path) -> tuple[str, str]:
@@ -44,26 +43,31 @@ def read_image_folder(
             )
         return path.relative_to(folder).as_posix(), parts[0]
 
-    found = dict(collect_errors(labelled, [p for p in paths if p.suffix.lower() in read], problems))
-    ids = sorted(found)
-    # A recipe that reads its classes from here has them in the order of their names.
-    names = sorted(set(found.values())) if recipe.classes is None else None
+    labels = dict(collect_errors(labelled, [p for p in paths if p.suffix.lower() in suffixes], problems))
+    ids = sorted(labels)
+    # A recipe that takes its classes from the source gets them in alphabetical order.
+    names = sorted(set(labels.values())) if recipe.classes is None else None
     return classified(
-        ids, picture_files([[folder / i] for i in ids]), [found[i] for i in ids], names, left_out
+        ids, picture_files([[folder / i] for i in ids]), [labels[i] for i in ids], names, left_out
     )
 
 
 def files_under(top: Path, folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """Every file under a folder, links followed.
+    """List every file under a folder; links are followed.
 
-    And what is left out, by kind, with its path from another folder.
+    Hidden files and folders are left out, as are links to a folder that contains them.
 
-    Left out are hidden files and folders, and links to a folder that they lie in, which hold nothing new.
+    Args:
+        top: the folder.
+        folder: the folder to which the paths of what is left out are relative.
+
+    Returns:
+        the files, and what is left out by kind.
 
     Raises:
         RecipeError: a folder cannot be listed.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     left_out: dict[str, list[str]] = defaultdict(list)
 
     def refuse(error: OSError) -> None:
@@ -86,15 +90,15 @@ def files_under(top: Path, folder: Path) -> tuple[list[Path], dict[str, list[str
             if name.startswith("."):
                 left_out["hidden"].append(os.path.relpath(os.path.join(place, name), folder))
             else:
-                found.append(Path(place, name))
-    return found, left_out
+                paths.append(Path(place, name))
+    return paths, left_out
 
 
 def refuse_no_text(path: Path) -> None:
-    """Refuse a file name that is no text in the file system's encoding: an id could not be written down.
+    """Refuse a file name that is no valid UTF-8, and so cannot be an id.
 
     Raises:
-        RecipeError: the name has bytes that are no UTF-8.
+        RecipeError: the name has bytes that are not UTF-8.
     """
     try:
         str(path).encode()

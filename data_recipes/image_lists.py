@@ -1,4 +1,4 @@
-"""Images with their labels in the lines of a list, or in their own paths."""
+"""Readers of images with labels in the lines of a list, or in the images' paths."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PARTS = ("first", "rest")
 def read_image_list(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """A text file with a line per image, as DTD, Food-101, FGVC-Aircraft and Oxford-IIIT Pet have one.
+    """Read a text file with a line per image, as DTD, Food-101, FGVC-Aircraft and Oxford-IIIT Pet have.
 
-    `source.pattern` is a regular expression for a whole line: its group `label` is the class, its group
-    `image` followed by `source.suffix` the image's path, which starts at `source.images` in the task's
+    `source.pattern` is a regular expression that matches a complete line: its group `label` is the class, its
+    group `image` followed by `source.suffix` the image's path, relative to `source.images` in the task's
     folder.
 
     Raises:
-        RecipeError: the file is missing, a line does not fit, or an image lies elsewhere.
+        RecipeError: the file is missing, a line does not match, or an image is outside the folder.
     """
     path, root = split_file(recipe, split, data_root), data_root_of(recipe, data_root)
     folder = pictures_folder(recipe, split, data_root)
@@ -36,38 +36,39 @@ def read_image_list(
 
     def listed(item: tuple[int, str]) -> tuple[str, Path, str]:
         number, line = item
-        found = pattern.fullmatch(line)
-        if found is None:
+        match = pattern.fullmatch(line)
+        if match is None:
             raise RecipeError(
                 f"line {number} of {path.name} is {line!r}, which 'source.pattern' of recipe '{recipe.name}' "
                 "does not fit",
                 "correct the line, or the pattern in the recipe",
             )
-        name = (found["image"] or "") + suffix
-        place = inside(folder, name, f"line {number} of {path.name}", root)
-        # an id is the same wherever the data lies
-        return os.path.relpath(name, folder) if os.path.isabs(name) else name, place, found["label"] or ""
+        name = (match["image"] or "") + suffix
+        image = inside(folder, name, f"line {number} of {path.name}", root)
+        # An id must not depend on the folder of the data.
+        return os.path.relpath(name, folder) if os.path.isabs(name) else name, image, match["label"] or ""
 
     lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), start=1)]
-    found = collect_errors(listed, [item for item in lines if item[1]], problems)
-    return _records(found, label_names=sorted({label for _, _, label in found}))
+    images = collect_errors(listed, [item for item in lines if item[1]], problems)
+    return _records(images, label_names=sorted({label for _, _, label in images}))
 
 
 def read_random_split(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """All images under a folder, cut in two: a split is `first`, 80 % of them at random, or the `rest`.
+    """Read all images under a folder, split at random: a split is `first`, 80 % of them, or the `rest`.
 
-    It is the cut that MTIL's code makes of Caltech101, EuroSAT and SUN397, which have no official one
+    This is the split of MTIL's code for Caltech101, EuroSAT and SUN397, which have no official one
     (github.com/Thunderbeee/ZSCL): `torch.utils.data.random_split` into int(0.8 n) and the rest, seed 42.
-    torchvision lists the first two by folder and then by name, as is done here. It takes SUN397 in the order
-    of the file system, which is another one on every machine, so of that set everyone has an own split.
+    torchvision lists the first two sets by folder and then by name, as this function does. It lists SUN397 in
+    the order of the file system, which differs between machines, so the original split of that set cannot be
+    reproduced.
 
-    `source.pattern` is a regular expression for an image's whole path in the folder, its group `label` the
-    class. Files that it does not fit are no part of the set.
+    `source.pattern` is a regular expression that matches an image's complete path in the folder; its group
+    `label` is the class. Files that do not match are not part of the set.
 
     Raises:
-        RecipeError: the folder is missing, the recipe names another part, or an image lies elsewhere.
+        RecipeError: the folder is missing, the recipe names another part, or an image is outside the folder.
     """
     part = recipe.splits[split]
     if part not in PARTS:
@@ -78,27 +79,27 @@ def read_random_split(
     pattern = re.compile(recipe.source["pattern"])
     paths, left_out = files_under(folder, folder)
     names = [path.relative_to(folder) for path in paths]
-    found = [
-        (name.as_posix(), fit["label"] or "")
+    images = [
+        (name.as_posix(), match["label"] or "")
         for name in sorted(names)
-        if (fit := pattern.fullmatch(name.as_posix()))
+        if (match := pattern.fullmatch(name.as_posix()))
     ]
-    fitting = {name for name, _ in found}
-    if others := [name.as_posix() for name in names if name.as_posix() not in fitting]:
+    matching = {name for name, _ in images}
+    if others := [name.as_posix() for name in names if name.as_posix() not in matching]:
         left_out["not in the pattern"] += others
 
-    def placed(index: int) -> tuple[str, Path, str]:
-        name, label = found[index]
+    def located(index: int) -> tuple[str, Path, str]:
+        name, label = images[index]
         refuse_no_text(folder / name)
         return name, within(folder / name, f"the {split} split of '{recipe.name}'", root), label
 
-    chosen = collect_errors(placed, random_split(len(found))[PARTS.index(part)], problems)
-    return _records(chosen, sorted({label for _, label in found}), left_out)
+    chosen = collect_errors(located, random_split(len(images))[PARTS.index(part)], problems)
+    return _records(chosen, sorted({label for _, label in images}), left_out)
 
 
 def random_split(count: int) -> tuple[list[int], list[int]]:
-    """0 … count−1 cut in two as `read_random_split` says, each part in ascending order."""
-    import torch  # Nothing else about data needs it.
+    """Split the numbers 0 … count−1 as described in `read_random_split`, each part in ascending order."""
+    import torch  # Only this function of the package needs it.
 
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist()
     size = int(SHARE * count)
@@ -106,9 +107,9 @@ def random_split(count: int) -> tuple[list[int], list[int]]:
 
 
 def _records(
-    found: list[tuple[str, Path, str]], label_names: list[str], left_out: dict[str, list[str]] | None = None
+    images: list[tuple[str, Path, str]], label_names: list[str], left_out: dict[str, list[str]] | None = None
 ) -> Records:
-    ids = [name for name, _, _ in found]
-    paths = [path for _, path, _ in found]
-    labels = [label for _, _, label in found]
+    ids = [name for name, _, _ in images]
+    paths = [path for _, path, _ in images]
+    labels = [label for _, _, label in images]
     return classified(ids, picture_files([[path] for path in paths]), labels, label_names, left_out)

@@ -1,4 +1,4 @@
-"""Where a task's pictures come from: encoded files, or the code that draws them."""
+"""Stores of a task's images: encoded files, or images that are rendered when needed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from .rendered import RENDERED, render
 from .rendered_scenes import SCENES, draw
 from .videos import read_frame
 
-# Checking a set decodes every picture; those that fit in here are kept, so that a small set is
-# decoded once for the whole run while a large one doesn't fill the memory.
+#: Bytes of decoded images that are kept: checking a data set decodes every image, and a small set then needs
+#: no second decoding, while a large one doesn't fill the memory.
 KEEP_BYTES = 128 * 2**20
 BATCH = 256
 
 
 class Images:
-    """Pictures by number, each with a SHA-256, decoded pictures kept up to `KEEP_BYTES`.
+    """Images by number, each with a SHA-256; decoded images are kept up to `KEEP_BYTES`.
 
     Attributes:
-        notes: by row, what its decoding did beyond a conversion to RGB, for those where it did; see
-            `Decoded`.
+        notes: row → the note of its decoding, where there is one; see `Decoded`.
     """
 
     def __init__(self) -> None:
@@ -38,7 +37,7 @@ class Images:
         self._kept_bytes = 0
 
     def image(self, row: int) -> Image.Image:
-        """The RGB picture in a row; the caller may change it."""
+        """Return the RGB image of a row; the caller may change it."""
         if row in self._kept:
             return self._kept[row].copy()
         return self._decode(row)
@@ -46,8 +45,7 @@ class Images:
     def digest(self, row: int) -> str:
         """Return the SHA-256 of a row's image.
 
-        It is that of the encoded bytes, and of what decoding did beyond a conversion to RGB; where nothing is
-        encoded, that of the pixels.
+        It is the hash of the encoded bytes and the note of decoding, or of the pixels if nothing is encoded.
         """
         return self._digests[row]
 
@@ -55,7 +53,7 @@ class Images:
         raise NotImplementedError
 
     def size(self, row: int) -> tuple[int, int]:
-        """(height, width) of a row's picture."""
+        """Return (height, width) of a row's image."""
         if row not in self._sizes:
             self.image(row)
         return self._sizes[row]
@@ -68,16 +66,16 @@ class Images:
             self._kept_bytes += size
 
     def __getstate__(self) -> dict:
-        # a data loader's worker process decodes for itself rather than receive a copy of it all
+        # A data loader's worker decodes images itself instead of receiving a copy of all of them.
         return self.__dict__ | {"_kept": {}, "_kept_bytes": 0}
 
 
 class EncodedImages(Images):
-    """Pictures of a source, read from their files or cells when they are asked for.
+    """Images of a source, read from their files or cells when they are needed.
 
     Args:
-        pictures: where they lie.
-        background: `#rrggbb`, what is seen through transparent pixels.
+        pictures: the images' files or cells.
+        background: `#rrggbb`, the background of transparent pixels.
     """
 
     def __init__(self, pictures: Pictures, background: str = WHITE) -> None:
@@ -90,26 +88,26 @@ class EncodedImages(Images):
         return len(self._cells)
 
     def check(self, label: str) -> dict[int, str]:
-        """Hash and decode every picture once.
+        """Hash and decode every image once.
 
         Args:
-            label: what the progress bar says.
+            label: label of the progress bar.
 
         Returns:
-            Why a picture cannot be read, for those that cannot.
+            row → why its image cannot be read, for those that cannot.
         """
         bad: dict[int, str] = {}
         count = len(self)
-        # Pillow and hashlib release the interpreter lock, so threads share the work; batches bound
-        # the number of decoded pictures that wait
+        # Pillow and hashlib release the interpreter lock, so threads share the work; batches bound the number
+        # of decoded images in memory.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, _bar(f"checking {label}", count) as bar:
             for start in range(0, count, BATCH):
                 batch = range(start, min(start + BATCH, count))
-                for row, found in zip(batch, pool.map(self._examine, batch), strict=True):
-                    if isinstance(found, str):
-                        bad[row] = found
+                for row, result in zip(batch, pool.map(self._examine, batch), strict=True):
+                    if isinstance(result, str):
+                        bad[row] = result
                     else:
-                        self._take(row, *found)
+                        self._take(row, *result)
                     bar.update()
         self._listings = {}
         return bad
@@ -127,10 +125,10 @@ class EncodedImages(Images):
                 return digest, Decoded(image, "")
             data = self._bytes(row)
             decoded = decode(data, self._background)
-            # Whatever names pixels by this (a run's fingerprints, prepared pictures) was right before where
-            # there is no note, and elsewhere belongs to other pixels.
+            # Without a note this is the hash of earlier versions, whose fingerprints and caches stay valid;
+            # with one, earlier versions decoded to other pixels.
             return hashlib.sha256(data + decoded.note.encode()).hexdigest(), decoded
-        # Pillow's readers raise nearly every kind of error on broken bytes; each is reported
+        # Pillow's readers raise nearly every kind of error on damaged bytes; each is reported.
         except Exception as error:
             return " ".join(str(error).split()) or type(error).__name__
 
@@ -159,17 +157,17 @@ class EncodedImages(Images):
 
 
 class RenderedImages(Images):
-    """Pictures of a rendered task that are drawn when they are asked for.
+    """Images of a rendered task, which are drawn when they are needed.
 
     Attributes:
-        ids: of each picture, known without drawing it.
+        ids: the id of each image, known without drawing it.
     """
 
     def __init__(self, task: str, split: str) -> None:
         super().__init__()
         self._task, self._split = task, split
         spec = SCENES[task] if task in SCENES else RENDERED[task]
-        # what `render` promises; drawing hundreds of pictures to learn it would take seconds
+        # The ids that `render` returns; drawing hundreds of images to learn them would take seconds.
         self.ids = [f"{task}-v{spec.version}-{split}-{row:05d}" for row in range(spec.sizes[split])]
 
     def digest(self, row: int) -> str:
@@ -193,5 +191,5 @@ class RenderedImages(Images):
 
 
 def _bar(text: str, count: int) -> tqdm:
-    """A progress bar that shows after two seconds, on the first process only."""
+    """Return a progress bar that appears after two seconds, on the first process only."""
     return tqdm(total=count, desc=text, unit="image", delay=2, disable=os.environ.get("RANK", "0") != "0")

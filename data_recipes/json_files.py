@@ -1,4 +1,4 @@
-"""Reading JSON and JSONL, with errors that name the file and the line."""
+"""Reading of JSON and JSONL files, with errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .strict_json import constant_in, decode_text, may_hold_constants, parse_jso
 
 
 def read_rows(path: Path, problems: list[RecipeError] | None = None) -> list[Any]:
-    """The records of a JSON file that holds a list, or of a JSONL file with one record per line.
+    """Read the records of a JSON file with a list, or of a JSONL file with one record per line.
 
     Args:
-        path: the file; its ending says which of the two it is.
-        problems: collects lines that are no JSON; None raises.
+        path: the file; its suffix decides which of the two it is.
+        problems: list that collects the errors of lines; they are raised when None.
 
     Raises:
-        RecipeError: the file cannot be read, is no JSON, or holds something else than a list.
+        RecipeError: the file cannot be read, is no JSON, or has no list.
     """
     if path.suffix.lower() == ".jsonl":
         lines = enumerate(read_text(path).split("\n"), start=1)
@@ -33,13 +33,13 @@ def read_rows(path: Path, problems: list[RecipeError] | None = None) -> list[Any
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """A JSON file whose outermost value is of a type.
+    """Read a JSON file whose outermost value has a type.
 
     Raises:
-        RecipeError: the file cannot be read, is no JSON, or holds something else.
+        RecipeError: the file cannot be read, is no JSON, or has another type.
     """
-    # the standard library's reader, not datasets': it keeps ids that are numbers in one record and
-    # text in the next, and lets an error name the record
+    # The standard library's reader, unlike datasets', keeps ids that are numbers in one record and text in
+    # the next, and lets errors name the record.
     text = read_text(path)
     content = _parsed(path, text, kind)
     if may_hold_constants(text) and (constant := constant_in(content)) is not None:

@@ -1,4 +1,4 @@
-"""JSON and JSONL files as tables whose values are what is written."""
+"""JSON and JSONL files as tables, with values as they are written."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .texts import as_text
 def read_json_table(text: str, where: str, by_lines: bool, field: str | None = None) -> pyarrow.Table:
     """Read JSON with a list of objects or an object of columns, or JSONL with an object per line.
 
-    A column of which some values are text and others numbers or booleans is text, see `as_text`.
+    A column with text in some rows and numbers or booleans in others becomes text, see `as_text`.
 
     Args:
         text: the content of the file.
-        where: the file, for the error's sentence.
-        by_lines: whether the file is JSONL; a file that is no JSON as a whole is read so as well.
-        field: key of the list in an object that holds more; None if there is none.
+        where: the file, for errors.
+        by_lines: whether the file is JSONL; a file that is no JSON as a whole is read as JSONL, too.
+        field: key of the list in an object; None if the list is not in one.
 
     Raises:
         RecipeError: the file is no such JSON, has no rows, or values of a column have different kinds.

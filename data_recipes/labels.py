@@ -1,4 +1,4 @@
-"""From the labels of a source to indices into a recipe's classes."""
+"""Conversion of a source's labels to indices into a recipe's classes."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from .texts import INVISIBLE
 
 log = logging.getLogger(__name__)
 
-#: (recipe, split, data root) → the records of the split
+#: Function (recipe, split) → the records of the split.
 Read = Callable[["Recipe", str], Records]
 #: The split whose classes are the task's, where the recipe has it.
 TRAIN = "train"
 
 
 def resolve_classes(recipe: Recipe, split: str, records: Records, read: Read) -> Recipe:
-    """The recipe with the source's class names where it says `classes: from-source`.
+    """Return the recipe with the source's class names if it has `classes: from-source`.
 
-    A task has one list of classes, whatever split is looked at: that of its training data, and of its first
-    split where the recipe has no `train`. By another list a model would choose among other classes in one
-    split than in the next.
+    All splits of a task have the same list of classes, that of its training data (of its first split if the
+    recipe has no `train`); otherwise a model would choose among different classes in different splits.
 
     Args:
-        recipe: as its YAML says.
+        recipe: the recipe as loaded from YAML.
         split: the split that is loaded.
-        records: of that split.
-        read: reads another split.
+        records: the records of that split.
+        read: function that reads another split.
 
     Raises:
-        RecipeError: the source has no class names, another number of them, or two that are one to a model.
+        RecipeError: the source has no class names, another number of them, or two that a model cannot
+            distinguish.
     """
     if recipe.classes is not None:
         return recipe
@@ -61,17 +61,17 @@ def resolve_classes(recipe: Recipe, split: str, records: Records, read: Read) ->
 
 
 def check_distinct(classes: Sequence[str], where: str) -> None:
-    """Refuse classes that a model or a metric cannot tell apart: of two with one prompt, one is never right.
+    """Refuse classes that a model or a metric cannot distinguish: of two with one prompt, one is never right.
 
-    Underscores are spaces in prompts and answers; CLIP's tokenizer and most metrics don't look at case or
-    white space.
+    Underscores are spaces in prompts and answers; CLIP's tokenizer and most metrics ignore case and white
+    space.
 
     Args:
         classes: the names.
-        where: whose they are, for the error's sentence.
+        where: the file or split, for errors.
 
     Raises:
-        RecipeError: two are the same but for these, or one is empty or marks a picture.
+        RecipeError: two names differ in these alone, or a name is empty or has an image marker.
     """
     first: dict[str, str] = {}
     for name in classes:
@@ -89,9 +89,8 @@ def check_distinct(classes: Sequence[str], where: str) -> None:
 def label_reader(recipe: Recipe, records: Records, where: str) -> Callable[[str, Any], int]:
     """Return a function from a record's id and label to an index into the recipe's classes.
 
-    Labels are matched by name where there are names.
-
-    The returned function raises RecipeError for a label that is none of the classes; it names the record.
+    Labels are matched by name if the source has names. The returned function raises RecipeError, naming the
+    record, for a label that is none of the classes.
     """
     classes = recipe.classes or []
     index = {folded(c): i for i, c in enumerate(classes)} | {c: i for i, c in enumerate(classes)}
@@ -102,7 +101,7 @@ def label_reader(recipe: Recipe, records: Records, where: str) -> Callable[[str,
 
 
 def _warn_of_doubt(recipe: Recipe, index: dict[str, int], labels: Sequence[Any], where: str) -> None:
-    """Tell of whole numbers that are read as positions and could be names of other classes."""
+    """Warn of whole numbers that are read as positions and could be names of other classes."""
     numbers = sorted({label for label in map(as_whole, labels) if _is_whole(label)})
     doubtful = [n for n in numbers if str(n) not in recipe.class_names and index.get(str(n), n) != n]
     if doubtful and 0 <= doubtful[0] < len(recipe.classes):
@@ -120,7 +119,7 @@ def _warn_of_doubt(recipe: Recipe, index: dict[str, int], labels: Sequence[Any],
 
 
 def warn_of_names(recipe: Recipe, numbers: set[int], where: str) -> None:
-    """Tell of numbers in JSON that are read as names, as text is, and could be positions of other classes."""
+    """Warn of numbers in JSON that are read as names and could be positions of other classes."""
     classes = recipe.classes or []
     doubtful = [
         n for n in sorted(numbers) if str(n) in classes and 0 <= n < len(classes) and classes[n] != str(n)
@@ -151,9 +150,9 @@ def _label(recipe: Recipe, index: dict[str, int], raw: Any, records: Records, na
         if names is not None and 0 <= raw < len(names):
             label = names[raw]
     if isinstance(label, str):
-        found = index.get(label, index.get(folded(label)))
-        if found is not None:
-            return found
+        position = index.get(label, index.get(folded(label)))
+        if position is not None:
+            return position
     raise RecipeError(
         f"'{name}' in {where} has the label {label!r}, which is none of the {len(recipe.classes)} classes of "
         f"recipe '{recipe.name}'",
@@ -174,7 +173,7 @@ def _is_whole(label: Any) -> bool:
 
 
 def folded(name: str) -> str:
-    """Return a class name reduced to what prompts, tokenizers, metrics and readers of it can tell apart."""
+    """Return a class name without the differences that prompts, tokenizers and metrics ignore."""
     return " ".join(
         unicodedata.normalize("NFC", INVISIBLE.sub("", name).replace("_", " ").casefold()).split()
     )

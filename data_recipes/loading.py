@@ -1,4 +1,4 @@
-"""From a recipe to a checked split."""
+"""Loading and inspection of a recipe's splits."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ ON_BAD_IMAGE = ("refuse", "drop")
 def load_split(
     recipe: Recipe, split: str, data_root: str | Path | None = None, on_bad_image: str = "refuse"
 ) -> TaskData:
-    """Read one split, checking every record and decoding every image once.
+    """Load one split; every record is checked, and every image decoded once.
 
     Args:
         recipe: the task.
         split: one of its `splits`, for example `train`.
-        data_root: folder under which the source's `path` lies; not needed for rendered tasks.
+        data_root: the folder to which the source's `path` is relative; not needed for rendered tasks.
         on_bad_image: `refuse`, or `drop` to leave unreadable images out and list them in `TaskData.dropped`.
 
     Raises:
-        RecipeError: something about the data is not as the recipe says; the sentence names it.
+        RecipeError: the data differ from the recipe's description; the message says where.
     """
     if on_bad_image not in ON_BAD_IMAGE:
         raise RecipeError(f"on_bad_image is '{on_bad_image}'", nearest(on_bad_image, ON_BAD_IMAGE))
@@ -37,9 +37,8 @@ def load_split(
     if recipe.source["format"] == "rendered":
         data = _load_rendered(recipe, split)
     else:
-        from .file_loading import (
-            load_files,  # over a second to import, for datasets, which rendered tasks don't need
-        )
+        # It imports datasets, which takes over a second, and which rendered tasks don't need.
+        from .file_loading import load_files
 
         data = load_files(recipe, split, data_root, on_bad_image)
     for note in filter(None, (data.left_out_note, data.marker_note)):
@@ -60,20 +59,20 @@ def load_split(
 def inspect_split(
     recipe: Recipe, split: str, data_root: str | Path | None = None
 ) -> tuple[TaskData | None, list[RecipeError]]:
-    """Read one split as `load_split` does, and collect everything that is wrong with it.
+    """Load one split as `load_split` does, and collect all errors.
 
     Args:
         recipe, split, data_root: see `load_split`.
 
     Returns:
-        The examples that can be used, None if there is nothing to read; and every mistake.
+        the examples that can be used (None if nothing can be read), and all errors.
     """
     problems: list[RecipeError] = []
     try:
         _refuse_split(recipe, split)
         if recipe.source["format"] == "rendered":
             return _load_rendered(recipe, split), []
-        from .file_loading import load_files  # see load_task
+        from .file_loading import load_files  # see load_split
 
         return load_files(recipe, split, data_root, "drop", problems), problems
     except RecipeError as error:

@@ -1,4 +1,4 @@
-"""Images whose labels lie in MATLAB files: Oxford Flowers and Stanford Cars."""
+"""Readers of images with labels in MATLAB files: Oxford Flowers and Stanford Cars."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .records import Records, classified, picture_files
 def read_flowers(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """Oxford Flowers 102: a split is a variable of `setid.mat`, the numbers of its images.
+    """Read Oxford Flowers 102: a split is a variable of `setid.mat`, the numbers of its images.
 
-    `imagelabels.mat` has every image's class.
+    `imagelabels.mat` has the class of every image.
 
     Raises:
-        RecipeError: a file is missing or holds something else, or an image has no label.
+        RecipeError: a file is missing or has other content, or an image has no label.
     """
     folder = set_folder(recipe, data_root)
     images, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
@@ -42,19 +42,18 @@ def read_flowers(
             labels[number - 1], "imagelabels.mat"
         )
 
-    found = collect_errors(numbered, numbers, problems)
-    return _records(found, label_names=None)
+    return _records(collect_errors(numbered, numbers, problems), label_names=None)
 
 
 def read_cars(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """Stanford Cars: a split is a file of `annotations` with `fname` and `class`.
+    """Read Stanford Cars: a split is a file of `annotations` with `fname` and `class`.
 
-    `devkit/cars_meta.mat` has the classes' names.
+    `devkit/cars_meta.mat` has the names of the classes.
 
     Raises:
-        RecipeError: a file is missing or holds something else, or an image lies elsewhere.
+        RecipeError: a file is missing or has other content, or an image is outside the folder.
     """
     path, root = split_file(recipe, split, data_root), data_root_of(recipe, data_root)
     images = pictures_folder(recipe, split, data_root)
@@ -68,17 +67,17 @@ def read_cars(
             )
         return inside(images, note["fname"], path.name, root), _from_one(note["class"], path.name)
 
-    found = collect_errors(annotated, _variable(path, "annotations").tolist(), problems)
-    return _records(found, label_names=[str(name) for name in names])
+    annotations = collect_errors(annotated, _variable(path, "annotations").tolist(), problems)
+    return _records(annotations, label_names=[str(name) for name in names])
 
 
 def _variable(path: Path, name: str) -> np.ndarray:
-    """A variable of a MATLAB file as an array of one dimension; a struct is a dict.
+    """Read a variable of a MATLAB file as a one-dimensional array; structs are dicts.
 
     Raises:
-        RecipeError: the file is missing, is none of MATLAB's, or has no such variable.
+        RecipeError: the file is missing, is no MATLAB file, or has no such variable.
     """
-    from scipy.io import loadmat  # Slow to import, and only these two sets need it.
+    from scipy.io import loadmat  # It is slow to import, and only these two sets need it.
 
     try:
         content = loadmat(
@@ -86,7 +85,7 @@ def _variable(path: Path, name: str) -> np.ndarray:
         )
     except FileNotFoundError as error:
         raise RecipeError(f"there is no '{path}'", "put the file there") from error
-    # scipy raises many kinds of error on broken bytes.
+    # scipy raises many kinds of errors on damaged bytes.
     except Exception as error:
         raise RecipeError(
             f"{path} cannot be read as a MATLAB file ({describe_error(error)})",
@@ -98,7 +97,7 @@ def _variable(path: Path, name: str) -> np.ndarray:
             "replace it by the official file, or correct 'splits' in the recipe",
         )
     value = content[name]
-    # numpy would make columns of a list of dicts' keys
+    # Without the dtype, numpy would convert a list of dicts differently.
     return np.array(
         [value] if isinstance(value, dict) else value,
         dtype=object if isinstance(value, (dict, list)) else None,
@@ -107,7 +106,11 @@ def _variable(path: Path, name: str) -> np.ndarray:
 
 
 def _from_one(label: Any, where: str) -> int:
-    """MATLAB counts from one."""
+    """Convert a label that counts from one, as MATLAB does, to an index.
+
+    Raises:
+        RecipeError: the label is not a whole number of at least 1.
+    """
     label = as_whole(label)
     if not isinstance(label, (int, np.integer)) or label < 1:
         raise RecipeError(
@@ -116,10 +119,10 @@ def _from_one(label: Any, where: str) -> int:
     return int(label) - 1
 
 
-def _records(found: list[tuple[Path, int]], label_names: list[str] | None) -> Records:
+def _records(images: list[tuple[Path, int]], label_names: list[str] | None) -> Records:
     return classified(
-        [path.name for path, _ in found],
-        picture_files([[path] for path, _ in found]),
-        [label for _, label in found],
+        [path.name for path, _ in images],
+        picture_files([[path] for path, _ in images]),
+        [label for _, label in images],
         label_names,
     )

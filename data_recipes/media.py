@@ -1,4 +1,4 @@
-"""Which pictures a record names, and the refusal of what is not read."""
+"""Images that a record names, and the refusal of media that are not supported."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ VIDEO_ENDINGS = (
     *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp"),
     *(".mts", ".m2ts"),
 )
-#: Endings of files that are pictures; a single one is no video.
+#: Endings of image files; a single one is no video.
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-#: Media that no model here is shown: a record that has some would be learned from its text alone.
-UNREAD = ("audio", "audios", "video_path", "video_url", "audio_path", "audio_url")
-#: Where other tools' records name a picture; one that only stands there would be passed over.
+#: Fields of media that are not supported: such a record would be learned from its text alone.UNREAD = ("audio", "audios", "video_path", "video_url", "audio_path", "audio_url")
+#: Fields in which other tools' records name an image; without this list it would be ignored.
 ELSEWHERE = (
     "image_path",
     "image_paths",
@@ -30,7 +29,7 @@ ELSEWHERE = (
     "picture",
     "pictures",
 )
-#: Where a message or one of its parts may hold a picture itself.
+#: Fields in which a message or one of its parts may hold an image itself.
 _INNER = (
     *IMAGES,
     *VIDEOS,
@@ -129,7 +128,7 @@ def refuse_unread_media(row: dict[str, Any], what: str, fields: tuple[str, ...] 
 
 
 def system_text(row: dict[str, Any], what: str) -> str | None:
-    """Return the system message beside a record's turns; None where there is none.
+    """Return the system message of a record that has it outside its turns; None if there is none.
 
     Raises:
         RecipeError: it is no text, or the record has tools, which no model here is given.
@@ -151,14 +150,14 @@ def system_text(row: dict[str, Any], what: str) -> str | None:
 
 
 def refuse_inner_media(place: dict[str, Any], what: str) -> None:
-    """Refuse a turn or a part that holds a picture, or something else that is shown, itself.
+    """Refuse a turn, or a part of one, that holds an image or other media itself.
 
     Args:
         place: the turn, or a part of it.
-        what: what it is, for the error's sentence.
+        what: its name, for errors.
 
     Raises:
-        RecipeError: it holds one.
+        RecipeError: it holds such media.
     """
     if key := _first_held(place, _INNER):
         raise RecipeError(
@@ -168,12 +167,12 @@ def refuse_inner_media(place: dict[str, Any], what: str) -> None:
 
 
 def _first_held(place: dict[str, Any], fields: tuple[str, ...]) -> str | None:
-    """Return the first of these fields that holds something; None where none does."""
+    """Return the first of these fields that is not empty; None if all are."""
     return next((field for field in fields if not is_empty(place.get(field))), None)
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing."""
+    """Return whether a field's value is empty."""
     if isinstance(value, list):
         return all(map(is_empty, value))
     return value is None or value == {} or (isinstance(value, str) and is_blank(value))

@@ -1,4 +1,4 @@
-"""Where a task's files lie, and the refusals when they don't."""
+"""Paths of a task's files, checked to exist and to stay inside the data folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .recipe import Recipe
 
 
 def set_folder(recipe: Recipe, data_root: str | Path | None) -> Path:
-    """The folder of a task's files: under the data root, else beside the user's YAML.
+    """Return the folder of a task's files: under the data root, else next to the user's YAML.
 
     Raises:
         RecipeError: no data root is given, or the folder does not exist.
@@ -34,10 +34,10 @@ def set_folder(recipe: Recipe, data_root: str | Path | None) -> Path:
 
 
 def own_path(recipe: Recipe) -> Path:
-    """The path, or Hub id, that a recipe names.
+    """Return the path, or Hub id, that a recipe names.
 
     Raises:
-        RecipeError: it names none, because the user has to.
+        RecipeError: it names none, and leaves it to the user.
     """
     path = recipe.source["path"]
     if not isinstance(path, str) or not path:
@@ -50,9 +50,9 @@ def own_path(recipe: Recipe) -> Path:
 
 
 def data_root_of(recipe: Recipe, data_root: str | Path | None) -> Path:
-    """What no path of a task may lead out of, by a link neither.
+    """Return the folder that no path or link of a task may leave.
 
-    The data root, or the task's own folder if that lies elsewhere.
+    It is the data root, or the task's own folder if that is outside the data root.
 
     Raises:
         RecipeError: see `set_folder`.
@@ -63,14 +63,16 @@ def data_root_of(recipe: Recipe, data_root: str | Path | None) -> Path:
 
 
 def inside(folder: Path, name: str, what: str, root: Path) -> Path:
-    """`folder / name`, which may be absolute or begin with `..` if it stays in the root.
+    """Return `folder / name`, which may be absolute or have `..` if it stays in the root.
 
     Args:
-        what: what has this path, for the error's sentence.
+        folder: the folder.
+        name: the path relative to it.
+        what: the owner of this path, for errors.
         root: see `data_root_of`; links inside it are followed.
 
     Raises:
-        RecipeError: the name leads out of the root, or a link on its way does.
+        RecipeError: the path, or a link on it, leaves the root.
     """
     strays = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
     if "\0" in name or (strays and not Path(os.path.realpath(folder / name)).is_relative_to(root)):
@@ -82,15 +84,15 @@ def inside(folder: Path, name: str, what: str, root: Path) -> Path:
 
 
 def within(path: Path, what: str, *roots: Path) -> Path:
-    """The path, if what it leads to lies under one of some folders.
+    """Return a path after checking that it leads to a place inside one of some folders.
 
     Args:
         path: the file or folder; it need not exist.
-        what: what has this path, for the error's sentence.
+        what: the owner of this path, for errors.
         roots: the folders, without links.
 
     Raises:
-        RecipeError: it lies elsewhere.
+        RecipeError: it leads elsewhere.
     """
     if "\0" in str(path):
         raise RecipeError(f"{what} has the path {str(path)!r}, which no file can have", "correct the path")
@@ -104,10 +106,10 @@ def within(path: Path, what: str, *roots: Path) -> Path:
 
 
 def pictures_folder(recipe: Recipe, split: str, data_root: str | Path | None) -> Path:
-    """Where the image paths of a split start.
+    """Return the folder to which the image paths of a split are relative.
 
-    `source.images` in the task's folder, one for all splits or one each; of a split that a mapping leaves
-    out the format's default.
+    It is `source.images` in the task's folder: one for all splits, or a mapping with one for each; a split
+    that the mapping lacks has the format's default.
 
     Raises:
         RecipeError: the task's folder is missing, or the path leads out of it.
@@ -120,10 +122,10 @@ def pictures_folder(recipe: Recipe, split: str, data_root: str | Path | None) ->
 
 
 def split_file(recipe: Recipe, split: str, data_root: str | Path | None) -> Path:
-    """The one file or folder of a split.
+    """Return the only file or folder of a split.
 
     Raises:
-        RecipeError: it is not there, leads out of the task's folder, or the recipe names several.
+        RecipeError: it is missing, leads out of the task's folder, or the recipe names several.
     """
     files = split_files(recipe, split, data_root)
     if not isinstance(recipe.splits[split], str):
@@ -135,10 +137,10 @@ def split_file(recipe: Recipe, split: str, data_root: str | Path | None) -> Path
 
 
 def split_files(recipe: Recipe, split: str, data_root: str | Path | None) -> list[Path]:
-    """The files or folders of a split, in the order in which the recipe names them.
+    """Return the files or folders of a split, in the order of the recipe.
 
     Raises:
-        RecipeError: one of them is not there, or leads out of the task's folder.
+        RecipeError: one of them is missing, or leads out of the task's folder.
     """
     folder, root = set_folder(recipe, data_root), data_root_of(recipe, data_root)
     named = recipe.splits[split]
@@ -161,6 +163,6 @@ def split_files(recipe: Recipe, split: str, data_root: str | Path | None) -> lis
 
 
 def describe_error(error: BaseException) -> str:
-    """An error of another library, short enough for one sentence."""
+    """Format an error of another library, short enough for one sentence."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"

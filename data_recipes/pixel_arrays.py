@@ -1,4 +1,4 @@
-"""Pictures that a file holds as plain numbers: CIFAR's pickles and MNIST's IDX files."""
+"""Readers of images that are stored as arrays of numbers: CIFAR's pickles and MNIST's IDX files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .records import Records, classified, picture_bytes
 def read_cifar(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """CIFAR-100's python version: a pickle per split, and `meta` with the names of the classes.
+    """Read CIFAR-100's python version: a pickle per split, and `meta` with the names of the classes.
 
     Source of the layout: cs.toronto.edu/~kriz/cifar.html.
 
     Raises:
-        RecipeError: a file is missing, holds something else, or would have code run.
+        RecipeError: a file is missing, has other content, or would run code.
     """
     path = split_file(recipe, split, data_root)
     meta = inside(
@@ -37,7 +37,8 @@ def read_cifar(
     pixels, labels = batch.get("data"), batch.get("fine_labels")
     if not isinstance(pixels, _Array) or not isinstance(labels, list) or not isinstance(names, list):
         raise RecipeError(
-            f"{path} or {meta.name} beside it is none of CIFAR-100's files", "put the extracted archive there"
+            f"{path} or {meta.name} next to it is none of CIFAR-100's files",
+            "put the extracted archive there",
         )
     values = pixels.values(path)
     if values.shape != (len(labels), 3 * 32 * 32):
@@ -53,12 +54,12 @@ def read_cifar(
 def read_idx(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """MNIST's IDX files: a split is two of them, the pictures' and the labels'.
+    """Read MNIST's IDX files: a split has two of them, the images' and the labels'.
 
     Source of the layout: yann.lecun.com/exdb/mnist.
 
     Raises:
-        RecipeError: the split names other than two files, one is missing, or holds something else.
+        RecipeError: the split does not name two files, or one is missing or has other content.
     """
     files = split_files(recipe, split, data_root)
     if len(files) != 2:
@@ -76,14 +77,14 @@ def read_idx(
 
 
 def unpickle(path: Path) -> dict[str, Any]:
-    """A pickled dict of texts, numbers, lists and arrays of bytes, read without running anything.
+    """Read a pickled dict of texts, numbers, lists and arrays of bytes, without running code.
 
-    A pickle is a program: it may call any function of any module by its name, so that reading a stranger's
-    file is the same as running it. This reader knows three names, those that numpy writes for an array, and
-    gives back for each a stand-in of its own that only keeps what it is handed; every other name is refused.
+    A pickle is a program: it may call any function of any module by its name. This reader knows the names
+    that numpy writes for an array, and replaces each by a class that only stores its arguments; every other
+    name is refused.
 
     Raises:
-        RecipeError: the file is missing, is no such pickle, or names anything else.
+        RecipeError: the file is missing, is no such pickle, or has another name.
     """
     try:
         content = _Reader(io.BytesIO(read_file(path)), encoding="latin1").load()
@@ -94,7 +95,7 @@ def unpickle(path: Path) -> dict[str, Any]:
             f"{path} is a pickle that would call {error}, and nothing in a data set has to be run",
             "replace it by the official file",
         ) from error
-    # On broken bytes pickle raises nearly every kind of error.
+    # On damaged bytes pickle raises nearly every kind of error.
     except Exception as error:
         raise RecipeError(
             f"{path} cannot be read as a pickle ({describe_error(error)})", "replace it by the official file"
@@ -107,14 +108,11 @@ def unpickle(path: Path) -> dict[str, Any]:
 
 
 class _Refused(Exception):
-    """A pickle names something that is none of an array's three names."""
+    """A pickle names a function or class that is not in `KNOWN`."""
 
 
 class _Array:
-    """What stands for numpy's array, dtype and `_reconstruct`.
-
-    It keeps the state of an array and does nothing.
-    """
+    """Replacement of numpy's array, dtype and `_reconstruct` that only stores an array's state."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -124,10 +122,13 @@ class _Array:
         self.state = state
 
     def values(self, path: Path) -> np.ndarray:
-        """The array, one byte per number.
+        """Return the array, one byte per number.
+
+        Args:
+            path: the file, for errors.
 
         Raises:
-            RecipeError: it is of another kind.
+            RecipeError: the array has another type or layout.
         """
         try:
             _, shape, kind, by_column, data = self.state
@@ -143,11 +144,11 @@ class _Array:
 
 
 def _encoded(text: str, encoding: str) -> bytes:
-    """How a newer Python writes bytes in the older protocol of these files."""
+    """Return bytes from the text that Python 3 writes for them in the older protocol of these files."""
     return text.encode("latin1")
 
 
-#: numpy renamed its inner module in version 2.
+#: (module, name) in a pickle → its replacement. numpy renamed its inner module in version 2.
 KNOWN = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Array,
@@ -165,7 +166,7 @@ class _Reader(pickle.Unpickler):
 
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:
-    """The bytes of an IDX file of so many dimensions."""
+    """Read an IDX file of bytes with `dimensions` dimensions."""
     data = read_file(path)
     head = 4 + 4 * dimensions
     shape = struct.unpack(f">{dimensions}I", data[4:head]) if len(data) >= head else ()
@@ -181,8 +182,8 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
 def _records(
     split: str, pictures: Iterable[np.ndarray], labels: list[int], label_names: list[str] | None
 ) -> Records:
-    """Records of pictures (height, width) or (height, width, 3), numbered."""
-    # A netpbm file is its pixels behind a line of text, so that nothing is lost and no time either.
+    """Return numbered records of images (height, width) or (height, width, 3)."""
+    # A netpbm file is a line of text followed by the pixels, so encoding is lossless and fast.
     encoded = (
         b"P%d %d %d 255\n" % (5 if p.ndim == 2 else 6, p.shape[1], p.shape[0]) + p.tobytes() for p in pictures
     )

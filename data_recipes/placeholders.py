@@ -1,4 +1,4 @@
-"""Where in a text pictures go: the one rule for placeholders, in every format and in a recipe's prompts."""
+"""Places of images in texts: the rules for placeholders, in all formats and in a recipe's prompts."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .records import Spans
 
 Item = TypeVar("Item")
 
-#: Marks the place of a picture.
+#: Marker of an image's place.
 MARKER = "<image>"
 #: Marks the place of a video in a record, where its frames then have their places.
 VIDEO_MARKER = "<video>"
 _AT_HEAD = re.compile(rf"^(?:\s*{MARKER})+")
-#: Mark what no model here is shown, in the spellings of many tools: `<video>`, `<|video_pad|>`, `<audio_0>`,
-#: `[AUDIO]`.
+#: Markers of media that are not supported, in the spellings of many tools: `<video>`, `<|video_pad|>`,
+#: `<audio_0>`, `[AUDIO]`.
 _UNREAD = re.compile(
     r"<\|(?P<token>video|audio)[^|<>\n]{0,20}\|>|<(?P<tag>video|audio)[ _-]?\d*>"
     r"|\[(?P<word>(?-i:VIDEO|AUDIO))\]",
     re.IGNORECASE,
 )
-#: Mark a picture for another tool, and are words here: `<IMAGE>`, `<image_0>` and `<image 1>` (MMMU),
+#: Image markers of other tools, which are words here: `<IMAGE>`, `<image_0>` and `<image 1>` (MMMU),
 #: `<|image_pad|>` and `<img>...</img>` (Qwen), `<|image_1|>` (Phi), `<start_of_image>` (Gemma), `[IMG]`
 #: (Pixtral), `<ImageHere>` (MiniGPT-4).
 _FOREIGN = re.compile(
@@ -44,24 +44,25 @@ def place_images(text: str, images: int, what: str) -> str:
 def place_in_turns(questions: Sequence[str], images: int, what: str) -> list[str]:
     """Return the questions of a conversation with the places of their pictures.
 
-    Questions without markers have the pictures before the first of them. Markers count over all questions,
-    which mark as many places as there are pictures, in the pictures' order; where all stand before the first
-    question's text, they are taken out, which means the same. The only picture of a question, after its whole
-    text, goes before that text, as LLaVA's own preprocessing puts it, because half of its data are written so
-    (`preprocess_multimodal` in github.com/haotian-liu/LLaVA, llava/train/train.py). Every other place is
-    kept: the questions that are returned hold one marker for each picture, or none.
+    Without markers, the images come before the first question. With markers, the questions together must have
+    as many as there are images, in the images' order; if all are before the first question's text, they are
+    removed, which means the same. A question's only image, if it comes after the text, is moved before it, as
+    in LLaVA's preprocessing, because half of its data are written so (`preprocess_multimodal` in
+    github.com/haotian-liu/LLaVA, llava/train/train.py). Every other place is kept: the returned questions have
+    one marker for each image, or none.
 
-    Markers of other tools are words. They are refused where a picture is missing or its place would be lost:
-    beside none, or several pictures. Beside a single one, as MATH-Vision and MMMU have them, they are only
-    reported (`TaskData.marker_note`).
+    Markers of other tools are words. They are refused with no image or several, where an image would be missing
+    or its place lost. With a single image, as in MATH-Vision and MMMU, they are only reported
+    (`TaskData.marker_note`).
 
     Args:
-        questions: what is asked, by turns; at least one.
-        images: how many pictures go with them all.
-        what: the record or recipe, for the error's sentence.
+        questions: the questions of a conversation, at least one.
+        images: how many images they have together.
+        what: the record or recipe, for errors.
 
     Raises:
-        RecipeError: the two numbers differ, a video or audio is marked, or a picture in another tool's way.
+        RecipeError: the numbers of markers and images differ, a video or audio is marked, or an image with
+            another tool's marker.
     """
     for text in questions:
         refuse_unread(text, what)
@@ -138,7 +139,7 @@ def place_videos(
 
 
 def _lone_picture_first(text: str) -> str:
-    """Return a question with its only picture before its text if that stood after it."""
+    """Return a question with its only image before its text, if it was after it."""
     return _lone_first(text.strip(), MARKER)
 
 
@@ -149,15 +150,15 @@ def _lone_first(text: str, marker: str) -> str:
 
 
 def refuse_marked(text: str, role: str, what: str) -> None:
-    """Refuse an answer, or a system message, that marks a picture, a video or audio.
+    """Refuse an answer, or a system message, with a marker of an image, a video or audio.
 
     Args:
-        text: what it says.
-        role: what it is.
-        what: the record, for the error's sentence.
+        text: the text.
+        role: its role, for errors.
+        what: the record, for errors.
 
     Raises:
-        RecipeError: it marks one.
+        RecipeError: it has one.
     """
     refuse_unread(text, what)
     if MARKER in text:
@@ -165,10 +166,10 @@ def refuse_marked(text: str, role: str, what: str) -> None:
 
 
 def refuse_unread(text: str, what: str) -> None:
-    """Refuse a text that marks a video or audio, which would be learned from its text alone.
+    """Refuse a text with a marker of a video or audio, as its record would be learned from text alone.
 
     Raises:
-        RecipeError: it does.
+        RecipeError: it has one.
     """
     if unread := _UNREAD.search(text):
         medium = next(filter(None, unread.groups())).lower()
@@ -181,10 +182,10 @@ def refuse_unread(text: str, what: str) -> None:
 
 
 def refuse_foreign(text: str, what: str) -> None:
-    """Refuse a text of a recipe that marks a video, an audio, or a picture in another tool's way.
+    """Refuse a text of a recipe with a marker of a video or audio, or with another tool's image marker.
 
     Raises:
-        RecipeError: it does.
+        RecipeError: it has one.
     """
     refuse_unread(text, what)
     if marker := foreign_marker(text):
@@ -194,6 +195,6 @@ def refuse_foreign(text: str, what: str) -> None:
 
 
 def foreign_marker(text: str) -> str | None:
-    """The first marker of another tool in a text; None where there is none."""
-    found = _FOREIGN.search(text) if "<" in text or "[" in text else None
-    return found[0][:60] if found else None
+    """Return the first image marker of another tool in a text; None if there is none."""
+    match = _FOREIGN.search(text) if "<" in text or "[" in text else None
+    return match[0][:60] if match else None

@@ -1,4 +1,4 @@
-"""What a model is asked: the source's question in the recipe's words."""
+"""Questions to a model: the source's question in the recipe's prompt."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ def format_turns(
     images: int,
     what: str,
 ) -> tuple[History, str | None]:
-    """Return the turns before an example's question, and the question, in the recipe's words.
+    """Return the turns before an example's question, and the question, in the recipe's prompts.
 
-    None is asked in classification, where the recipe itself asks. Captioning takes the source's instruction,
-    or the recipe's prompt for lack of one. A question of vqa goes into the recipe's prompt, in the split
-    `test` into its `test_prompt` where it has one; so does every earlier question of a conversation. A
-    `test_prompt` may depend on the first reference answer, because official runners do: MLLM-DCL's finance
-    task asks for yes or no exactly where the answer is `Yes` or `No`, and for a letter otherwise
-    (github.com/bjzhb666/MLLM-CL, ETrain/Eval/LLaVA/CoIN/model_fin.py). Such a prompt tells the model what
-    kind of answer is right, so its scores compare only with those of models that were told as well.
+    For classification the question is None, as the recipe has one for all examples. For captioning it is the
+    source's instruction, else the recipe's prompt. For vqa the question is put into the recipe's prompt, in
+    the split `test` into its `test_prompt` if it has one; so is every earlier question of a conversation. A
+    `test_prompt` may depend on the first reference answer, as in official runners: MLLM-DCL's finance task
+    asks for yes or no exactly if the answer is `Yes` or `No`, and for a letter otherwise
+    (github.com/bjzhb666/MLLM-CL, ETrain/Eval/LLaVA/CoIN/model_fin.py). Such a prompt gives away the form of
+    the right answer, so its scores compare only with those of models that had the same prompt.
 
     Args:
-        recipe, split: of the example.
-        history: what stands before the question, as the source has it.
-        question: the source's, with or without markers for its pictures.
-        answers: the accepted ones.
-        images: how many pictures the example has.
-        what: the example, for the error's sentence.
+        recipe, split: recipe and split of the example.
+        history: the source's turns before the question.
+        question: the source's question, with or without markers for its images.
+        answers: the accepted answers.
+        images: how many images the example has.
+        what: the example, for errors.
 
     Raises:
-        RecipeError: the texts mark another number of pictures; see `place_in_turns`.
+        RecipeError: the numbers of markers and images differ; see `place_in_turns`.
     """
     if recipe.kind == "classification":
         return (), None
     asked = [m.text for m in history if m.role == "user"] + [question or ""]
     replies = [[m.text] for m in history if m.role == "assistant"] + [list(answers)]
-    # before the prompt is put around them, so that pictures at the head stay at the head
+    # Before they are put into the prompt, so that images at the beginning stay at the beginning.
     asked = place_in_turns(asked, images, what)
     asked = [
         _in_prompt(recipe, split, None if is_blank(text) else text, reply) or ""
@@ -72,5 +72,5 @@ def _in_prompt(recipe: Recipe, split: str, question: str | None, answers: Sequen
         prompt = recipe.test_prompt
     if isinstance(prompt, dict):
         prompt = prompt.get(answers[0], prompt[OTHER])
-    # replace, not format: a question or a prompt may hold other braces
+    # `replace` rather than `format`, because a question or a prompt may have other braces.
     return prompt.replace("{q}", question) if prompt and question else question

@@ -1,4 +1,4 @@
-"""A task as data: what it asks, with which words, and how it is scored."""
+"""The recipe of a task: its questions and prompts, its metric, and the source of its examples."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from .errors import RecipeError
 from .placeholders import place_images
 from .registry import Registry
 
-#: How metrics and readers from elsewhere are named; what they are, `llava_keeplora_eval` and `readers` know.
+#: Registries for names of plug-in metrics and readers; the objects are in `llava_keeplora_eval` and
+#: `readers`.
 METRIC_NAMES = Registry("metric", "llava_keeplora.metrics", {})
 READER_NAMES = Registry("reader", "llava_keeplora.readers", {})
 
-# The question to a generative model where a classification recipe has no instruction of its own; the second
-# sentence is LLaVA-1.5's for short answers (Liu et al., 2024, arXiv:2310.03744).
+# The question to a generative model if a classification recipe has no instruction; the second sentence is
+# LLaVA-1.5's for short answers (Liu et al., 2024, arXiv:2310.03744).
 ASKS = "What is shown in the image?\nAnswer the question using a single word or phrase."
 
 #: Which answers of a conversation a test asks for.
 EVALUATE = LAST, EACH = "last", "each"
 
-# A corrected citation must not change a task's identity, nor must the place of its files, nor test prompts:
-# a task is read with them only where a run says so, and the run then records them.
+# Fields that are not part of a task's identity: a corrected citation must not change it, nor the folder of
+# its files, nor test prompts, which are used only if a run's configuration says so, and recorded by the run.
 NOT_IDENTITY = (
     "licence",
     "homepage",
@@ -100,20 +101,17 @@ class Recipe:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of every class in label order, with underscores as spaces.
-
-        For errors see `class_prompts`.
-        """
+        """Prompts of the classes in label order, with underscores as spaces; see `class_prompts`."""
         return self.class_prompts(self.prompt)
 
     def class_prompts(self, template: str) -> list[str]:
-        """A caption of every class in label order, with underscores as spaces.
+        """Return a caption of every class in label order, with underscores as spaces.
 
         Args:
             template: the caption, with `{c}` for the class; for instance one of `test_prompts`.
 
         Raises:
-            RecipeError: the task has no classes, or they are not read from its source yet.
+            RecipeError: the task has no classes, or they have not been read from its source yet.
         """
         if self.kind != "classification":
             raise RecipeError(
@@ -125,7 +123,7 @@ class Recipe:
                 "load a split and use the recipe that comes with it: load_split(recipe, 'train', "
                 "data_root).recipe",
             )
-        # replace, not format: a class or a prompt may hold other braces
+        # `replace` rather than `format`, because a class or a prompt may have other braces.
         return [template.replace("{c}", c.replace("_", " ")) for c in self.classes]
 
     @property
@@ -148,17 +146,17 @@ class Recipe:
 
     @property
     def metric_name(self) -> str:
-        """The metric's name without a path of this machine: of one in a file `module:object`."""
+        """Name of the metric without a path of this machine; of one in a file, `module:object`."""
         return METRIC_NAMES.portable_name(self.metric)
 
     @property
     def format_name(self) -> str:
-        """The source's format without a path of this machine: of a reader in a file `module:Object`."""
+        """Name of the source's format without a path of this machine; of one in a file, `module:Object`."""
         return READER_NAMES.portable_name(self.source["format"])
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the canonical JSON of all that decides what a model sees and how it is scored."""
+        """SHA-256 of the canonical JSON of all fields that a model's inputs and its score depend on."""
         facts = {k: v for k, v in asdict(self).items() if k not in NOT_IDENTITY}
         for key in ("instruction", "test_prompt", "background"):
             if facts[key] is None:

@@ -1,4 +1,4 @@
-"""Recipes read from YAML: shipped ones, a user's own, and what they extend."""
+"""Loading of recipes from YAML: those of the package, users' own, and the recipes that they extend."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def list_recipes() -> list[str]:
-    """Names of the recipes that come with the package, sorted."""
+    """Return the names of the recipes that come with the package, sorted."""
     return list_shipped(RECIPES)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Read a recipe that comes with the package, or a user's own YAML.
+    """Load a recipe that comes with the package, or a user's own YAML.
 
-    A user's YAML may start with `extends: NAME` and give only what differs from that recipe.
+    A user's YAML may have `extends: NAME` and only the keys that differ from that recipe.
 
     Args:
         name_or_path: a name from `list_recipes()`, or the path of a `.yaml` file.
 
     Raises:
-        RecipeError: there is no such recipe, or the file says something that is not understood.
+        RecipeError: there is no such recipe, or the file is not valid.
     """
     path, shipped = resolve(name_or_path, RECIPES, "recipe")
     facts = _read(path, seen=())
@@ -49,7 +49,7 @@ def load_recipes(names_or_paths: Sequence[str | Path]) -> list[Recipe]:
     """Load the recipes of a sequence's tasks.
 
     Raises:
-        RecipeError: one is not there or cannot be read, or two have the same name.
+        RecipeError: a recipe is missing or not valid, or two have the same name.
     """
     recipes = [load_recipe(task) for task in names_or_paths]
     names = [recipe.name for recipe in recipes]
@@ -62,19 +62,19 @@ def load_recipes(names_or_paths: Sequence[str | Path]) -> list[Recipe]:
 
 
 def flat_recipe(path: str | Path) -> str:
-    """A user's recipe as YAML that needs no other file: the keys of the recipes that it extends are in it.
+    """Return a user's recipe as YAML that needs no other file, with the keys of the recipes that it extends.
 
     Args:
         path: the `.yaml` file.
 
     Raises:
-        RecipeError: there is no such file, or it says something that is not understood.
+        RecipeError: there is no such file, or it is not valid.
     """
     return dump_yaml(_read(resolve(path, RECIPES, "recipe")[0], seen=()))
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The YAML's keys over those of the recipe that it extends."""
+    """Read a YAML file's keys on top of those of the recipe that it extends."""
     facts = read_mapping(path)
     check_keys(facts, KEYS, path)
     if "metric" in facts:
@@ -93,7 +93,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _with_rendered(facts: dict[str, Any], path: Path) -> dict[str, Any]:
-    """For a rendered task, take version, prompt, classes and splits from the code that draws it."""
+    """Add version, prompt, classes and splits of a rendered task, which the code that draws it defines."""
     source = facts.get("source", {})
     if source.get("format") != "rendered":
         return facts

@@ -1,4 +1,4 @@
-"""What a recipe's YAML may say."""
+"""Rules for the keys and values of a recipe's YAML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .texts import is_blank
 
 FROM_SOURCE = "from-source"
 
-# What a YAML may say: the type of each key, and the sentence's word for that type.
+# Keys of a YAML file: the type of each value, and the word for that type in errors.
 KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "extends": (str, "text"),
     "name": (str, "text"),
@@ -43,17 +43,21 @@ KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "background": (str, "a colour such as '#ffffff', in quotes"),
 }
 REQUIRED = ("name", "version", "kind", "metric", "licence", "source", "splits")
-#: File systems hold names of 255 bytes, and what is written for a task adds to its own.
+#: Most characters of a name: file systems allow 255 bytes, and files of a task add to its name.
 MAX_NAME = 100
 COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
 def check_recipe(facts: dict[str, Any], path: Path) -> None:
-    """Refuse what would only fail, or silently mislead, later.
+    """Check the keys and values of a recipe, so that errors do not appear later, or never.
+
+    Args:
+        facts: the YAML's content, with the recipes that it extends.
+        path: the file, for errors.
 
     Raises:
-        RecipeError: names the file, what is wrong in it, and the cure.
+        RecipeError: naming the file, the key, the rule and the cure.
     """
     where = path.name
     if not NAME.fullmatch(facts["name"]):
@@ -212,10 +216,10 @@ def _check_classes(facts: dict[str, Any], path: Path) -> None:
     if twice:
         raise RecipeError(f"{where} lists the class '{twice[0]}' twice", "remove one of them")
     check_distinct(classes, where)
-    wanted = facts.get("num_classes")
-    if wanted is not None and wanted != len(classes):
+    count = facts.get("num_classes")
+    if count is not None and count != len(classes):
         raise RecipeError(
-            f"{where} lists {len(classes)} classes but says num_classes: {wanted}", "correct one of them"
+            f"{where} lists {len(classes)} classes but says num_classes: {count}", "correct one of them"
         )
     for label, c in facts.get("class_names", {}).items():
         if c not in classes:

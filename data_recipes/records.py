@@ -1,4 +1,4 @@
-"""What every reader hands over."""
+"""The records that every reader returns."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ class Message:
 
     Attributes:
         role: `system`, `user` or `assistant`.
-        text: what was said; in a question with a marker for each picture that has a place in it.
+        text: the text; a question has a marker for each image that has a place in it.
     """
 
     role: str
     text: str
 
 
-#: What stands before an example's question: at most one system message, then questions and their answers.
+#: Turns before an example's question: at most one system message, then questions and their answers.
 History = tuple[Message, ...]
 #: Which of an example's pictures are the frames of one video each: where these begin and end.
 Spans = tuple[tuple[int, int], ...]
 
 
 def replace_questions(history: History, questions: Iterable[str]) -> History:
-    """Return a history with other texts of its questions, in order."""
+    """Return a history with its questions replaced by others, in order."""
     texts = iter(questions)
     return tuple(Message("user", next(texts)) if m.role == "user" else m for m in history)
 
 
 def is_history(value: Any) -> bool:
-    """Return whether a value is a `History`: messages in its order."""
+    """Return whether a value is a valid `History`: messages in the right order."""
     if not isinstance(value, tuple) or not all(isinstance(message, Message) for message in value):
         return False
     roles = [message.role for message in value]
@@ -129,7 +129,7 @@ def picture_files(paths: list[list[Path | Frame]]) -> Pictures:
 
 
 def picture_bytes(encoded: Iterable[bytes]) -> Pictures:
-    """Pictures that are at hand as the bytes of image files; one per record."""
+    """Return images that are given as the bytes of image files, one per record, as `Pictures`."""
     cells = [{"path": None, "bytes": b} for b in encoded]
     return _pictures(cells, [(row,) for row in range(len(cells))])
 
@@ -141,7 +141,7 @@ def classified(
     label_names: list[str] | None,
     left_out: dict[str, list[str]] | None = None,
 ) -> Records:
-    """The records of a classification task; see `Records`."""
+    """Return the records of a classification task; see `Records`."""
     return Records(
         ids, pictures, labels, label_names, [None] * len(ids), [[]] * len(ids), left_out=left_out or {}
     )
@@ -152,7 +152,7 @@ def _pictures(
     shown: list[tuple[int, ...]],
     frames: Sequence[dict[str, int] | None] = (),
 ) -> Pictures:
-    import datasets  # over a second, which rendered tasks don't need
+    import datasets  # takes over a second to import, and rendered tasks don't need it
 
     columns: dict[str, Any] = {"image": datasets.Image(decode=False)}
     content: dict[str, Any] = {"image": cells}

@@ -1,4 +1,4 @@
-"""Answers that stand in another file than the questions."""
+"""Answers that are in another file than the questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .texts import answer_texts, identifier
 
 log = logging.getLogger(__name__)
 
-#: (position of a record in its file, what it is called) → its answers
+#: Function (position of a record in its file, its name for errors) → its answers.
 References = Callable[[int, str], list[str]]
 
 
@@ -27,16 +27,17 @@ def read_references(
     rows: list[Any],
     problems: list[RecipeError] | None = None,
 ) -> References | None:
-    """The answers in the file that `source.references` names for a split; None where it names none.
+    """Read the answers in the file that `source.references` names for a split; None if it names none.
 
-    Two layouts are known:
+    Two layouts are supported:
 
     - COCO's captions, where the image ids 1, 2, ... count the records of the question file, as UCIT's
       `val_coco_type_3000.json` does (github.com/Ghy0501/HiDe-LLaVA, llava/eval/eval_caption.py);
     - TextVQA's annotations, `data` with `question_id` and `answers` (textvqa.org/dataset).
 
     Raises:
-        RecipeError: the file is missing or of another layout, or (when called) has no answer for a record.
+        RecipeError: the file is missing or has another layout; the returned function raises it for a record
+            without an answer.
     """
     name = recipe.source.get("references", {}).get(split)
     if name is None:
@@ -79,7 +80,7 @@ def _by_position(
 
 
 def _warn_of_other_images(images: list[Any], path: Path, rows: list[Any]) -> None:
-    """The ids alone pair captions and questions; the files' names tell whether that can be right."""
+    """Warn if images and questions that are paired by id have different file names."""
     named = {str(i["id"]): i.get("file_name") for i in images if isinstance(i, dict) and "id" in i}
     shown = {str(n): row.get("image") for n, row in enumerate(rows, start=1) if isinstance(row, dict)}
     other = [
@@ -102,7 +103,7 @@ def _base(name: str) -> str:
 
 
 def _question(row: dict[str, Any]) -> str:
-    """The id of a record's question; empty where it has none, which is told with the record."""
+    """Return the id of a record's question; empty if it has none, which is reported with the record."""
     given = next((row[key] for key in ("question_id", "id") if row.get(key) is not None), None)
     try:
         return identifier(given, "a question")

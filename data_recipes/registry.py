@@ -1,6 +1,6 @@
-"""Find methods, model families, metrics and readers by name.
+"""Registry of methods, model families, metrics and readers: built-in ones and plug-ins, by name.
 
-Built-in ones, a user's own file or module, installed packages.
+A plug-in is an object in a user's file or module, or an entry point of an installed package.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from llava_keeplora_recipes.errors import UserError, nearest
 
 #: Between the module, or the path of a file, and the object in it.
 SEPARATOR = ":"
-#: Characters of a hash in the name under which a single file is imported.
+#: Number of characters of the hash in the name under which a single file is imported.
 SHORT = 12
 
 
 class PluginError(UserError, KeyError):
-    """A name that no built-in object, file, module or installed package has, or that cannot be used.
+    """A name leads to no object, or to one that cannot be used.
 
     It is a `KeyError` as well, so that `name in registry` and `registry.get(name)` behave as for any mapping.
 
@@ -38,13 +38,11 @@ class PluginError(UserError, KeyError):
 
 
 class UnknownNameError(PluginError):
-    """A name that is neither built in nor written as a plug-in's, and that no installed package declares."""
+    """A name is neither built in nor a plug-in's, and no installed package declares it."""
 
 
 class Registry(MutableMapping[str, Any]):
-    """Objects of one kind by name.
-
-    Whatever is not built in is imported only when it is asked for by its name.
+    """Mapping from names to objects of one kind; plug-ins are imported only when they are looked up.
 
     A name is one of
 
@@ -53,13 +51,13 @@ class Registry(MutableMapping[str, Any]):
     - `path/to/file.py:Object`;
     - the name of an entry point that an installed package declares in `group`.
 
-    Iterating gives the built-in names alone. An object that is assigned counts as built in.
+    Iteration yields the built-in names alone. An object that is assigned counts as built in.
 
     Args:
-        kind: what the objects are, in error messages, for instance `method`.
+        kind: name of the kind of objects in errors, for instance `method`.
         group: the entry points' group, for instance `llava_keeplora.methods`.
-        builtin: name → `module:Object`, imported when it is first asked for.
-        check: returns what disqualifies a plug-in's object as one of this kind, None where nothing does.
+        builtin: name → `module:Object`, imported when it is first looked up.
+        check: function that returns why a plug-in's object is not of this kind; None if it is.
     """
 
     def __init__(
@@ -77,8 +75,8 @@ class Registry(MutableMapping[str, Any]):
         """Return the object of a name.
 
         Raises:
-            PluginError: for an unknown name, or a plug-in that is missing, cannot be imported or is of
-                another kind.
+            PluginError: the name is unknown, or the plug-in is missing, cannot be imported or is of another
+                kind.
         """
         if name in self._lazy:
             module, _, attribute = self._builtin[name].partition(SEPARATOR)
@@ -101,20 +99,18 @@ class Registry(MutableMapping[str, Any]):
         return len(self._builtin)
 
     def is_plugin(self, name: str) -> bool:
-        """Return whether a name is not built in, so that asking for it runs code from elsewhere."""
+        """Return whether a name is not built in, so that looking it up executes other code."""
         return name not in self._builtin
 
     def localize(self, name: str, folder: Path | None = None) -> str:
-        """Return a plug-in's name with the absolute path of its file, where that is found.
+        """Return a plug-in's name with the absolute path of its file; any other name as it is.
 
-        Any other name as it is.
-
-        A relative path, and a module that lies there, is looked for in `folder` and then in the working
-        folder. A file that is not where it was is looked for as the module of its name.
+        A relative path, or the path of a module, is searched for in `folder` and then in the working folder.
+        For a file that is missing, the module of its name is searched for.
 
         Args:
             name: any name.
-            folder: of the configuration that has the name.
+            folder: the folder of the configuration that has the name.
         """
         if not self.is_plugin(name) or SEPARATOR not in name:
             return name
@@ -137,23 +133,18 @@ class Registry(MutableMapping[str, Any]):
         )
 
     def portable_name(self, name: str) -> str:
-        """Return a name without a path of this machine: of a file its module's, `module:Object`.
-
-        Any other as it is.
-        """
+        """Return a name without a path of this machine: `module:Object` for a file, any other as it is."""
         place, _, attribute = name.rpartition(SEPARATOR)
         is_file = self.is_plugin(name) and place.endswith(".py")
         return f"{module_name(Path(place))}{SEPARATOR}{attribute}" if is_file else name
 
     def source_files(self, name: str) -> dict[str, str]:
-        """Return the SHA-256 of a plug-in's sources by relative path.
+        """Return the SHA-256 of a plug-in's file, or of every .py file of its package, by relative path.
 
-        Of its file, or of every .py file of its package.
-
-        Nothing of the plug-in is executed. Built-in objects have none.
+        The plug-in is not executed. For a built-in object the mapping is empty.
 
         Raises:
-            PluginError: for a name that leads to no source file.
+            PluginError: the name leads to no source file.
         """
         if not self.is_plugin(name):
             return {}
@@ -172,17 +163,17 @@ class Registry(MutableMapping[str, Any]):
         """Return one SHA-256 of all of a plug-in's sources, see `source_files`; None for a built-in object.
 
         Raises:
-            PluginError: for a name that leads to no source file.
+            PluginError: the name leads to no source file.
         """
         files = self.source_files(name)
         listed = "".join(f"{digest} {file}\n" for file, digest in files.items())
         return hashlib.sha256(listed.encode()).hexdigest() if files else None
 
     def _place(self, name: str) -> tuple[str, str]:
-        """Return a plug-in's module or file, and the object in it.
+        """Return a plug-in's module or file, and the name of the object in it.
 
         Raises:
-            PluginError: for a name that is neither built in nor declared by an installed package.
+            PluginError: the name is neither a plug-in's nor declared by an installed package.
         """
         if isinstance(name, str) and SEPARATOR in name:
             place, _, attribute = name.rpartition(SEPARATOR)
@@ -205,7 +196,7 @@ class Registry(MutableMapping[str, Any]):
             for part in attribute.split("."):
                 value = getattr(value, part)
         except AttributeError:
-            names = [own for own in vars(value) if not own.startswith("_")]
+            names = [member for member in vars(value) if not member.startswith("_")]
             raise PluginError(
                 f"the {self.kind} '{name}' is not in {place}", nearest(attribute, names)
             ) from None
@@ -246,14 +237,14 @@ class Registry(MutableMapping[str, Any]):
 
 
 def module_name(path: Path) -> str:
-    """Return the dotted name of a Python file, its packages' included."""
+    """Return the dotted name of a Python file, with those of its packages."""
     relative = path.relative_to(_import_root(path)).with_suffix("")
     parts = relative.parts[:-1] if relative.name == "__init__" and len(relative.parts) > 1 else relative.parts
     return ".".join(parts)
 
 
 def _import_root(path: Path) -> Path:
-    """Return the folder from which a file is imported, above its outermost package."""
+    """Return the folder from which a file is imported, the parent of its outermost package."""
     root = path.parent
     while (root / "__init__.py").is_file():
         root = root.parent
@@ -261,7 +252,7 @@ def _import_root(path: Path) -> Path:
 
 
 def _module_file(module: str) -> Path | None:
-    """Return the file of a module or package that Python finds; nothing is executed. None without one."""
+    """Return the file of a module or package that Python finds, without executing it; None without one."""
     first, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(first)
@@ -280,9 +271,10 @@ def _module_file(module: str) -> Path | None:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file.
+    """Import a Python file.
 
-    A single file is imported under a name with its content's hash, so that a changed one is another module.
+    A file outside of packages is imported under a name with its content's hash, so that a changed file is
+    another module.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -301,7 +293,7 @@ def _import_file(path: Path) -> ModuleType:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             with _on_path(root):
-                # Not `spec.loader.exec_module`, which may take stale bytecode for a file changed within the
+                # `spec.loader.exec_module` might use stale bytecode of a file that was changed within the
                 # same second.
                 exec(compile(content, str(path), "exec"), module.__dict__)
         except BaseException:
@@ -312,7 +304,7 @@ def _import_file(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
-    """Put a folder first on `sys.path` for as long as something is imported from it."""
+    """Put a folder first on `sys.path` for the length of a block."""
     sys.path.insert(0, str(folder))
     try:
         yield

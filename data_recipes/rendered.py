@@ -1,13 +1,13 @@
-"""The rendered world: small image classification tasks that need no files and no network.
+"""Rendered tasks: small image classification tasks that need no files and no network.
 
-`render(task, split, index)` draws one picture, a pure function of its arguments and of the task's
-version: the random generator is seeded with a SHA-256 of them, so any process on any machine draws
-the same bytes with the same library versions. `digits` shows scikit-learn's real handwriting;
-everything else is drawn with Pillow and the fonts that come with matplotlib.
+`render(task, split, index)` draws one image as a pure function of its arguments and of the task's version:
+the random generator is seeded with a SHA-256 of them, so any process on any machine draws the same bytes with
+the same library versions. `digits` has scikit-learn's scans of handwriting; everything else is drawn with
+Pillow and the fonts that come with matplotlib.
 
-Every task has three streams. `pretrain` is mostly drawn in a plain style (clean background, few
-colours and fonts, little jitter); half of `train` and `test` has a richer one, so a model pre-trained
-on the first knows the classes somewhat and still has something to learn.
+Every task has three splits. `pretrain` is mostly drawn in a plain style (clean background, few colours and
+fonts, little jitter); half of `train` and `test` has a richer one, so that a model pre-trained on the first
+has some zero-shot accuracy and still something to learn.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ Draw = Callable[[Generator, int, bool], Image.Image]
 
 @dataclass(frozen=True)
 class RenderedTask:
-    """One task of the rendered world.
+    """A rendered classification task.
 
     Attributes:
         classes: class names; a label is an index into them.
         prompt: the classification prompt, with `{c}` for the class name.
-        draw: draws one picture from a generator, a label and "plain style?"; None shows a scan.
+        draw: function of a generator, a label and whether the style is plain that draws one image; None for
+            scans.
         templates: further captions for pre-training, with `{c}`.
-        version: raise it when the pictures change.
-        sizes: number of pictures per split.
+        version: a number to raise when the images change.
+        sizes: number of images per split.
     """
 
     classes: list[str]
@@ -62,9 +63,9 @@ class RenderedTask:
 
 
 def render(task: str, split: str, index: int) -> tuple[Image.Image, int, str]:
-    """Draw picture `index` of a split: a 48 x 48 RGB image, its label and its id.
+    """Draw image `index` of a split, and return it (48 x 48, RGB) with its label and its id.
 
-    Labels take turns (`index % number of classes`), so they are balanced.
+    Labels are `index % number of classes`, so they are balanced.
 
     Raises:
         RecipeError: the task, the split or the index does not exist.
@@ -89,12 +90,12 @@ def render(task: str, split: str, index: int) -> tuple[Image.Image, int, str]:
 
 
 def label_of(task: str, index: int) -> int:
-    """The label of picture `index` of any split, known without drawing it."""
+    """Return the label of image `index` of any split, without drawing it."""
     return index % len(_task(task).classes)
 
 
 def captions(task: str, label: int) -> list[str]:
-    """Captions of a class for pre-training; the first one is the classification prompt."""
+    """Return captions of a class for pre-training; the first one is the classification prompt."""
     spec = _task(task)
     return [t.format(c=spec.classes[label]) for t in (spec.prompt, *spec.templates)]
 
@@ -112,7 +113,7 @@ DIGITS_PER_CLASS = {"pretrain": 54, "train": 90, "test": 30}
 
 @cache
 def _digit_scans() -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
-    """The 8 x 8 scans, and per split and digit which of them belong there."""
+    """Return the scans (n, 8, 8), and split → for each digit the rows that belong to it."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -127,7 +128,7 @@ def _digit_scans() -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
 
 
 def digit_rows(split: str) -> list[int]:
-    """Which rows of scikit-learn's `load_digits` a split of `digits` shows; splits share none."""
+    """Return the rows of scikit-learn's `load_digits` in a split of `digits`; splits share none."""
     return sorted(int(i) for rows in _digit_scans()[1][split] for i in rows)
 
 
@@ -136,9 +137,9 @@ def _digit(rng: Generator, scan: np.ndarray, plain: bool) -> Image.Image:
     ink, paper = ink_and_paper(rng, plain)
     side = CANVAS - 12 if plain else int(rng.integers(54, 86))
     mask = Image.new("L", (CANVAS, CANVAS), 0)
-    room = CANVAS - side
-    spot = (room // 2, room // 2) if plain else tuple(int(v) for v in rng.integers(0, room + 1, 2))
-    mask.paste(Image.fromarray(strokes).resize((side, side), Image.Resampling.BICUBIC), spot)
+    margin = CANVAS - side
+    corner = (margin // 2, margin // 2) if plain else tuple(int(v) for v in rng.integers(0, margin + 1, 2))
+    mask.paste(Image.fromarray(strokes).resize((side, side), Image.Resampling.BICUBIC), corner)
     if not plain:
         mask = mask.rotate(float(rng.uniform(-18, 18)), Image.Resampling.BILINEAR)
     image = canvas(rng, plain, paper)
@@ -249,7 +250,7 @@ def _count(rng: Generator, label: int, plain: bool) -> Image.Image:
     image = canvas(rng, plain, paper)
     pen = ImageDraw.Draw(image)
     kind = "circle" if plain else str(rng.choice(SHAPES))
-    while True:  # throw all centres at once until none are too close
+    while True:  # draw all centres at once until no two are too close
         places = rng.uniform(13, CANVAS - 13, (label + 1, 2))
         apart = np.hypot(*(places[:, None] - places[None]).transpose(2, 0, 1))
         if np.all(apart + CANVAS * np.eye(label + 1) > 25):

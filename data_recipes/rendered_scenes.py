@@ -1,13 +1,12 @@
-"""Rendered scenes: questions and captions about a few coloured shapes; no files and no network.
+"""Rendered scenes: questions and captions about a few coloured shapes, without files and network.
 
-`compose(task, split, index)` says what stands where, what is asked and what is right; `draw(task,
-split, index)` paints it. Both are pure functions of their arguments and of the task's version, like
-`rendered.render`, and with the same two styles. What stands in a scene never depends on the style.
+`compose(task, split, index)` returns the things in a scene, the question and the answers; `draw(task, split,
+index)` draws it. Both are pure functions of their arguments and of the task's version, like
+`rendered.render`, with the same two styles. The content of a scene does not depend on the style.
 
-No task can be solved without looking. `scene-colour`, `scene-count` and `scene-exists` take their
-answers in turns, and what they ask about is drawn independently of the answer: a guess from the
-question alone is right in 1/4, 1/4 and 1/2 of them. `scene-relation` asks for one of twelve equally
-likely things.
+No task can be solved without the image. The answers of `scene-colour`, `scene-count` and `scene-exists` take
+turns, and their questions are drawn independently of the answer: a guess from the question alone is right in
+1/4, 1/4 and 1/2 of them. `scene-relation` asks for one of twelve equally likely things.
 """
 
 from __future__ import annotations
@@ -46,10 +45,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What stands in a picture and what is asked about it.
-
-    `question` is None where the recipe's instruction asks.
-    """
+    """The things in an image, and a question about them; None if the recipe's instruction is the question."""
 
     things: tuple[Thing, ...]
     question: str | None
@@ -58,13 +54,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneTask:
-    """One task over scenes.
+    """A task on rendered scenes.
 
     Attributes:
         kind: `vqa` or `captioning`.
-        compose: a scene from a generator and its place in the stream.
-        instruction: what a captioning task asks.
-        version: raise it when the pictures, questions or answers change.
+        compose: function of a generator and a scene's index in the split that returns the scene.
+        instruction: the question of a captioning task.
+        version: a number to raise when the images, questions or answers change.
         sizes: number of scenes per split.
     """
 
@@ -76,7 +72,7 @@ class SceneTask:
 
 
 def compose(task: str, split: str, index: int) -> Scene:
-    """What scene `index` of a split holds and asks.
+    """Return the things, the question and the answers of scene `index` of a split.
 
     Raises:
         RecipeError: the task, the split or the index does not exist.
@@ -94,7 +90,7 @@ def compose(task: str, split: str, index: int) -> Scene:
 
 
 def draw(task: str, split: str, index: int) -> Image.Image:
-    """Paint scene `index` of a split: a 48 x 48 RGB image.
+    """Draw scene `index` of a split, a 48 x 48 RGB image.
 
     Raises:
         RecipeError: the task, the split or the index does not exist.
@@ -120,18 +116,18 @@ def draw(task: str, split: str, index: int) -> Image.Image:
 
 
 def _pick(rng: Generator, options: list, count: int) -> list:
-    """Some of the options, none twice, in a random order."""
+    """Return `count` different options in a random order."""
     return [options[i] for i in rng.permutation(len(options))[:count]]
 
 
 def _scatter(rng: Generator, looks: list[tuple[str, str]]) -> tuple[Thing, ...]:
-    """Things with these colours and shapes in cells of their own."""
+    """Return things with these colours and shapes in different cells."""
     cells = _pick(rng, CELLS, len(looks))
     return tuple(Thing(colour, shape, cell) for (colour, shape), cell in zip(looks, cells, strict=True))
 
 
 def _colour(rng: Generator, index: int) -> Scene:
-    """Two or three shapes of different kinds; the colour of one of them."""
+    """Compose a scene of two or three different shapes, and ask for the colour of one of them."""
     shapes = _pick(rng, SHAPES, int(rng.integers(2, 4)))
     answer = COLOURS[index % 4]
     looks = [(answer, shapes[0])] + [(str(rng.choice(COLOURS)), shape) for shape in shapes[1:]]
@@ -139,7 +135,7 @@ def _colour(rng: Generator, index: int) -> Scene:
 
 
 def _count(rng: Generator, index: int) -> Scene:
-    """One to four of a kind among up to three of other kinds; how many there are."""
+    """Compose a scene of one to four of a kind and up to three others, and ask how many there are."""
     number = index % 4 + 1
     kind, *others = _pick(rng, SHAPES, 4)
     shapes = [kind] * number + [str(rng.choice(others)) for _ in range(rng.integers(0, 4))]
@@ -148,40 +144,40 @@ def _count(rng: Generator, index: int) -> Scene:
 
 
 def _exists(rng: Generator, index: int) -> Scene:
-    """Two or three things; whether one is there.
+    """Compose a scene of two or three things, and ask whether a thing is in it.
 
-    Of those that are not, something has the colour or the shape.
+    If it is not, another thing has its colour or its shape.
     """
-    there = index % 2 == 0
+    present = index % 2 == 0
     everything = list(product(COLOURS, SHAPES))
     asked, *rest = _pick(rng, everything, len(everything))
     near = [look for look in rest if (look[0] == asked[0]) != (look[1] == asked[1])]
-    looks = ([asked] if there else near[:1]) + _pick(rng, rest, int(rng.integers(1, 3)))
+    looks = ([asked] if present else near[:1]) + _pick(rng, rest, int(rng.integers(1, 3)))
     colour, shape = asked
-    return Scene(_scatter(rng, looks), f"Is there a {colour} {shape}?", ("yes" if there else "no",))
+    return Scene(_scatter(rng, looks), f"Is there a {colour} {shape}?", ("yes" if present else "no",))
 
 
 def _neighbours(cell: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """The cells beside a cell by the relation in which they stand to it."""
-    beside = {name: (cell[0] + dx, cell[1] + dy) for name, (dx, dy) in STEPS.items()}
-    return {name: place for name, place in beside.items() if place in CELLS}
+    """Return the neighbours of a cell, by their relation to it."""
+    neighbours = {name: (cell[0] + dx, cell[1] + dy) for name, (dx, dy) in STEPS.items()}
+    return {name: place for name, place in neighbours.items() if place in CELLS}
 
 
 def _relation(rng: Generator, index: int) -> Scene:
-    """A shape with two others beside it; which one stands where the question says."""
+    """Compose a scene of a shape with two neighbours, and ask for the neighbour in some relation to it."""
     relation = list(STEPS)[index % 4]
     anchor = _pick(rng, [cell for cell in CELLS if relation in _neighbours(cell)], 1)[0]
-    beside = _neighbours(anchor)
-    decoy = _pick(rng, [name for name in beside if name != relation], 1)[0]
+    neighbours = _neighbours(anchor)
+    decoy = _pick(rng, [name for name in neighbours if name != relation], 1)[0]
     kinds = _pick(rng, SHAPES, 3)
     colours = [str(rng.choice(COLOURS)) for _ in kinds]
-    cells = [anchor, beside[relation], beside[decoy]]
+    cells = [anchor, neighbours[relation], neighbours[decoy]]
     things = tuple(Thing(*facts) for facts in zip(colours, kinds, cells, strict=True))
     return Scene(things, f"What is {relation} the {kinds[0]}?", (things[1].name,))
 
 
 def _caption(rng: Generator, index: int) -> Scene:
-    """Two things beside each other, and what one may say of them."""
+    """Compose a scene of two neighbouring things, with several captions."""
     relation = list(STEPS)[index % 4]
     second = _pick(rng, [cell for cell in CELLS if relation in _neighbours(cell)], 1)[0]
     (colour, shape), (other_colour, other_shape) = _pick(rng, list(product(COLOURS, SHAPES)), 2)

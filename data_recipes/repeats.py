@@ -1,8 +1,6 @@
-"""What a split holds more than once, as sentences.
+"""Warnings of repeated data: the same record twice, an image under two labels, or in two splits.
 
-A picture under two labels, in two splits, the same record twice.
-
-Pictures are the same where their files are, byte for byte.
+Two images are the same if their files are, byte for byte.
 """
 
 from __future__ import annotations
@@ -12,14 +10,14 @@ from collections.abc import Hashable, Iterable
 
 from .task_data import TaskData
 
-#: How many are named in a sentence.
+#: How many examples are named in a sentence.
 NAMED = 3
 
 
 def repeats(data: TaskData) -> list[str]:
-    """What a split says more than once, or in two ways, each kind counted with its first few names."""
+    """Return a sentence for each kind of repetition in a split, with its number and its first few names."""
     if data.recipe.source["format"] == "rendered":
-        return []  # drawn anew for every example, and comparing would draw them all
+        return []  # comparing would draw all images
     pictures = data.picture_digests
     facts = zip(data.histories, data.questions, map(tuple, data.answers), data.labels, pictures, strict=True)
     sentences = []
@@ -32,10 +30,7 @@ def repeats(data: TaskData) -> list[str]:
 
 
 def shared_pictures(data: TaskData, other: TaskData) -> str | None:
-    """Which pictures of a split are in another one too, counted, with the first few names.
-
-    None if none is.
-    """
+    """Return a sentence on the images of a split that are also in another one; None if there are none."""
     if data.recipe.source["format"] == "rendered":
         return None
     here, there = _first(data), _first(other)
@@ -44,22 +39,22 @@ def shared_pictures(data: TaskData, other: TaskData) -> str | None:
 
 
 def _first(data: TaskData) -> dict[str, str]:
-    """Of each picture's hash, the first example that shows it."""
-    found: dict[str, str] = {}
+    """Return each image's hash → the first example that has it."""
+    first: dict[str, str] = {}
     for name, digests in zip(data.ids, data.picture_digests, strict=True):
         for digest in digests:
-            found.setdefault(digest, name)
-    return found
+            first.setdefault(digest, name)
+    return first
 
 
 def _groups(
     ids: list[str], keys: Iterable[Hashable], values: Iterable[Hashable] | None = None
 ) -> list[list[str]]:
-    """The ids that share a key; with values, one id for each value that a key has, where it has several."""
-    found: dict[Hashable, dict[Hashable, str]] = defaultdict(dict)
+    """Return groups of ids that share a key; with values, one id for each value of a key that has several."""
+    groups: dict[Hashable, dict[Hashable, str]] = defaultdict(dict)
     for name, key, value in zip(ids, keys, ids if values is None else values):
-        found[key].setdefault(value, name)
-    return [list(names.values()) for names in found.values() if len(names) > 1]
+        groups[key].setdefault(value, name)
+    return [list(names.values()) for names in groups.values() if len(names) > 1]
 
 
 def _named(groups: list[list[str]]) -> str:

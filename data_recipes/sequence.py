@@ -1,4 +1,4 @@
-"""The sequence: which tasks a model learns, in which order."""
+"""Sequences: the tasks that a model learns, in order."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Sequence:
     Attributes:
         name: the sequence's name.
         tasks: recipe names, or absolute paths of users' recipes.
-        epochs: epochs per task, or None where the run's configuration decides.
-        description: one sentence on what the sequence is for.
-        not_scored: tasks of the published order that are left out, and why nothing here can score them.
+        epochs: epochs per task; None leaves them to the run's configuration.
+        description: one sentence on the purpose of the sequence.
+        not_scored: task of the published order that is left out → why it cannot be scored.
     """
 
     name: str
@@ -38,19 +38,19 @@ class Sequence:
 
 
 def list_sequences() -> list[str]:
-    """Names of the sequences that come with the package, sorted."""
+    """Return the names of the sequences that come with the package, sorted."""
     return list_shipped(SEQUENCES)
 
 
 def load_sequence(name_or_path: str | Path) -> Sequence:
-    """Read a sequence that comes with the package, or a user's own YAML.
+    """Load a sequence that comes with the package, or a user's own YAML.
 
     Args:
         name_or_path: a name from `list_sequences()`, or the path of a `.yaml` file, in which
             recipe paths are relative to that file.
 
     Raises:
-        RecipeError: there is no such sequence, or the file says something that is not understood.
+        RecipeError: there is no such sequence, or the file is not valid.
     """
     path, shipped = resolve(name_or_path, SEQUENCES, "sequence")
     facts = read_mapping(path)

@@ -1,4 +1,4 @@
-"""Decoding text files and parsing JSON; what cannot be read as it stands is refused with the reason."""
+"""Decoding of text files and strict parsing of JSON; anything ambiguous is refused with the reason."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def decode_text(data: bytes) -> str:
     """Decode UTF-8, UTF-16 or UTF-32, with or without a byte order mark; every line end becomes a line feed.
 
     Raises:
-        ValueError: the bytes are no such text.
+        ValueError: the bytes are not text in one of these encodings.
     """
     try:
         text = data.decode(json.detect_encoding(data))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not text in UTF-8 or UTF-16: {error.reason} at byte {error.start}") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # files that were joined have one at the head of each part
+    # Files that were concatenated have a byte order mark at the beginning of each part.
     return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON as `json.loads` does, and refuse what that would take silently or end in another error for.
+    """Parse JSON, and refuse what `json.loads` accepts silently or fails on with another error.
 
     Raises:
         ValueError: with the reason: no JSON, a repeated key, half a character (a lone surrogate, which no
-            file can hold), a number of thousands of digits, or brackets nested too deep.
+            file can contain), a number of thousands of digits, or brackets nested too deep.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object_of_unique_keys)
@@ -46,19 +46,19 @@ def parse_json(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"is not readable JSON ({error})") from None
     except ValueError as error:
-        # of a whole number with more digits than Python converts
+        # Python limits the digits of a whole number.
         reason = "holds a number with too many digits" if "digits" in str(error) else str(error)
         raise ValueError(reason) from None
     return value
 
 
 def may_hold_constants(text: str) -> bool:
-    """Whether it is worth looking for NaN and infinity in what was parsed from a text."""
+    """Return whether JSON text may have NaN or infinity; a quick test before `constant_in`."""
     return _CONSTANT.search(text) is not None
 
 
 def constant_in(value: Any) -> str | None:
-    """The first number in parsed JSON that is none: Python reads `NaN` and `Infinity`, JSON has neither."""
+    """Return the name of the first NaN or infinity in parsed JSON; Python reads them, but JSON has none."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

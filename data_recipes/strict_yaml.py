@@ -1,7 +1,7 @@
-"""Reading YAML that anyone may have written: plain data alone, in YAML 1.2's sense of it, within limits.
+"""Safe reading of untrusted YAML: plain data alone, by YAML 1.2's core schema, within limits.
 
 Recipes, sequences, configurations, tables and the values of overrides are all read here. YAML 1.1, which
-PyYAML reads, takes `no` for False, `010` for 8, `12:30:45` for 45045 and `1e-3` for text; the core schema of
+PyYAML implements, reads `no` as False, `010` as 8, `12:30:45` as 45045 and `1e-3` as text; the core schema of
 YAML 1.2 (section 10.3) does not.
 """
 
@@ -17,13 +17,13 @@ import yaml
 from .errors import RecipeError, nearest
 from .strict_json import decode_text
 
-#: Characters of a file, levels of nesting, and values once every alias is written out: far beyond what a
+#: Most characters of a file, levels of nesting, and values with every alias expanded: far beyond what a
 #: person writes.
 MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES = 2**21, 32, 200_000
-#: A whole number that JSON, torch and NumPy all hold.
+#: Largest whole number that JSON, torch and NumPy all support.
 MAX_INTEGER = 2**63 - 1
-#: Plain scalars that are no text, with their first characters; the dots that JSON knows no word for stay
-#: text.
+#: Patterns of plain scalars that are not text, with their first characters; `.nan` and `.inf`, which JSON
+#: does not have, stay text.
 SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
@@ -46,7 +46,7 @@ class _StrictLoader(yaml.SafeLoader):
         self._depth, self._values = 0, {}
 
     def compose_node(self, parent, index):
-        """Compose a node, counting the levels above it and, with each alias written out, the values in it."""
+        """Compose a node, counting its level and, with every alias expanded, the values in it."""
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             raise _refusal(
@@ -71,7 +71,7 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
     def _check_keys(self, node: yaml.MappingNode) -> None:
-        # Before `<<` is filled in: what is merged are defaults, which the mapping's own keys replace.
+        # Before `<<` is resolved: merged keys are defaults, which the mapping's own keys may replace.
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -82,16 +82,16 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
 
     def construct_text(self, node) -> str:
-        """Build text that a file can hold and a path can be made of."""
+        """Construct text, without characters that files and paths cannot contain."""
         text = self.construct_scalar(node)
         if "\0" in text or any("\ud800" <= sign <= "\udfff" for sign in text):
             raise _refusal("holds the character NUL or half a character, which no file can", node)
         return text
 
     def construct_number(self, node) -> int | float:
-        """Build a number that is finite and fits 64 bits."""
+        """Construct a number that is finite and fits 64 bits."""
         text = self.construct_scalar(node)
-        # More digits than Python converts are more than fit.
+        # Python limits the digits of `int`; numbers with more than 20 characters are too large anyway.
         value = float(text) if node.tag.endswith(":float") or len(text) > 20 else int(text)
         if not math.isfinite(value) or (node.tag.endswith(":int") and abs(value) > MAX_INTEGER):
             raise _refusal(
@@ -143,12 +143,12 @@ def parse_yaml(text: str) -> Any:
             f"is not valid YAML (has the character {error.character:#04x} at position {error.position})"
         ) from None
     except (yaml.YAMLError, ValueError) as error:
-        # PyYAML converts the escape \U00110000, which is no character, without a look.
+        # PyYAML converts the escape \U00110000, which is no character, without a check.
         raise ValueError(f"is not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def dump_yaml(value: Any) -> str:
-    """Plain data as YAML that `parse_yaml` reads as the same."""
+    """Return plain data as YAML that `parse_yaml` reads back unchanged."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -159,7 +159,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         RecipeError: the file is missing, is not YAML, or holds something else.
     """
     try:
-        # A character has four bytes at most.
+        # A character has at most four bytes.
         with open(path, "rb") as file:
             value = parse_yaml(decode_text(file.read(4 * MAX_CHARACTERS + 4)))
     except OSError as error:
@@ -174,10 +174,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def check_keys(facts: dict[str, Any], keys: dict[str, tuple[type, str]], path: Path) -> None:
-    """Refuse a key that is not in `keys`, or a value of another type than the one given there.
+    """Check that all keys are in `keys`, and that values have the types given there.
+
+    Args:
+        facts: the content of the file.
+        keys: key → (its type, the word for that type in errors).
+        path: the file, for errors.
 
     Raises:
-        RecipeError: names the file, the key and the nearest valid one.
+        RecipeError: naming the file, the key and the nearest valid one.
     """
     for key, value in facts.items():
         if key not in keys:
@@ -192,25 +197,25 @@ def check_keys(facts: dict[str, Any], keys: dict[str, tuple[type, str]], path: P
 
 
 def list_shipped(folder: Path) -> list[str]:
-    """Names (path without ending, '/' between parts) of the YAML files under a folder, sorted."""
+    """Return the names (relative path without suffix, with '/') of the YAML files under a folder, sorted."""
     return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
 
 
 def is_file_name(name_or_path: str | Path) -> bool:
-    """Whether this is a user's file rather than a name that comes with the package."""
+    """Return whether this is a user's file rather than a name that comes with the package."""
     return isinstance(name_or_path, Path) or str(name_or_path).endswith((".yaml", ".yml"))
 
 
 def resolve(
     name_or_path: str | Path, folder: Path, word: str, start: Path | None = None
 ) -> tuple[Path, bool]:
-    """Where a shipped name or a user's path points to, and whether it is a shipped one.
+    """Return the file of a shipped name or a user's path, and whether it is a shipped one.
 
     Args:
         name_or_path: a name from `list_shipped(folder)`, or a path that ends in .yaml or .yml.
         folder: the package's folder.
-        word: what is looked for, for the error's sentence.
-        start: folder where relative paths start; the working directory if None.
+        word: the kind of file, for errors.
+        start: the folder to which paths are relative; the working directory when None.
 
     Raises:
         RecipeError: there is no such name or file.

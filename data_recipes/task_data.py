@@ -1,4 +1,4 @@
-"""One split of a task: sized, indexable, decoded lazily, fingerprinted."""
+"""The examples of one split of a task, with lazily decoded images and a fingerprint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Example:
 
     @property
     def image(self) -> Image.Image:
-        """The only picture.
+        """The example's only image.
 
         Raises:
             RecipeError: there is none, or there are several.
@@ -64,7 +64,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Row:
-    """An example without its pictures, and the pictures' rows in the store."""
+    """An example with the rows of its images in the store instead of the images."""
 
     id: str
     question: str | None
@@ -77,15 +77,15 @@ class Row:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Return all that is said in it, in order."""
+        """All texts of the example, in order."""
         return *(m.text for m in self.history), self.question or "", *self.answers
 
 
 def turns_of(row: Row) -> list[Row]:
     """Return an example for each answer of a conversation, with the true turns before it.
 
-    The first keeps the id, the others add their number to it: `a`, `a#2`, `a#3`. Each shows the pictures that
-    are marked up to its question, or all of them where none is marked.
+    The first keeps the id, the others add their number to it: `a`, `a#2`, `a#3`. Each has the images that are
+    marked up to its question, or all of them if none is marked.
     """
     ends = [i for i, message in enumerate(row.history) if message.role == "user"]
     answers = [(row.history[i + 1].text,) for i in ends] + [row.answers]
@@ -111,15 +111,15 @@ def turns_of(row: Row) -> list[Row]:
 
 
 class TaskData:
-    """One split of a task, or a part of it; made by `load_split`.
+    """One split of a task, or a part of it; loaded by `load_split`.
 
     Attributes:
-        recipe: the recipe, with its classes read from the source where it leaves them to it.
+        recipe: the recipe, with its classes read from the source if it has `classes: from-source`.
         split: the split's name.
         ids: the examples' ids, in order.
         labels: the examples' labels, in order; None outside classification.
-        dropped: ids of the examples left out because one of their images cannot be read.
-        left_out: files beside the pictures that are not read, by kind: an ending, `hidden`, and so on.
+        dropped: ids of the examples that are left out because one of their images cannot be read.
+        left_out: files next to the images that are not read, by kind: a suffix, `hidden`, and so on.
     """
 
     def __init__(
@@ -155,22 +155,22 @@ class TaskData:
 
     @property
     def ids(self) -> list[str]:
-        """Return the examples' ids, in order."""
+        """Ids of the examples, in order."""
         return [r.id for r in self._rows]
 
     @property
     def labels(self) -> list[int | None]:
-        """Return the positions of the examples' classes; None where a task has none."""
+        """Indices of the examples' classes, in order; None outside classification."""
         return [r.label for r in self._rows]
 
     @property
     def questions(self) -> list[str | None]:
-        """What is asked of each example, in order, without reading a picture."""
+        """Questions of the examples, in order, without reading an image."""
         return [r.question for r in self._rows]
 
     @property
     def histories(self) -> list[History]:
-        """Return what was said before each example's question, in order; () where nothing was."""
+        """Turns before each example's question, in order; empty if there are none."""
         return [r.history for r in self._rows]
 
     @property
@@ -180,22 +180,22 @@ class TaskData:
 
     @property
     def answers(self) -> list[list[str]]:
-        """Each example's reference answers, in order, without reading a picture."""
+        """Reference answers of each example, in order, without reading an image."""
         return [list(r.answers) for r in self._rows]
 
     @property
     def meta(self) -> list[dict[str, Any]]:
-        """What else a metric needs to know of each example, in order."""
+        """Other inputs of a metric for each example, in order."""
         return [dict(r.meta) for r in self._rows]
 
     @property
     def image_counts(self) -> list[int]:
-        """How many images each example has, in order."""
+        """Number of images of each example, in order."""
         return [len(r.pictures) for r in self._rows]
 
     @property
     def image_sizes(self) -> list[list[tuple[int, int]]]:
-        """(height, width) of each example's images, in order, without decoding a picture once more."""
+        """(height, width) of each example's images, in order, without decoding an image again."""
         return [[self._images.size(p) for p in r.pictures] for r in self._rows]
 
     @property
@@ -210,19 +210,13 @@ class TaskData:
 
     @property
     def decoding_notes(self) -> list[str]:
-        """What decoding did beyond a conversion to RGB, picture by picture where it did.
-
-        See `decoding.Decoded`.
-        """
+        """Notes of decoding, for images that have one; see `decoding.Decoded`."""
         shown = {p for r in self._rows for p in r.pictures}
         return [note for p, note in sorted(self._images.notes.items()) if p in shown]
 
     @property
     def left_out_note(self) -> str | None:
-        """The files that are not read, counted by kind with the first few names.
-
-        None where there are none.
-        """
+        """Sentence on the files that are not read, by kind with the first few names; None if there are none."""
         if not self.left_out:
             return None
         names = sorted(name for files in self.left_out.values() for name in files)
@@ -232,7 +226,7 @@ class TaskData:
 
     @cached_property
     def marker_note(self) -> str | None:
-        """The examples with markers of other tools in their texts, counted; None where there are none."""
+        """Sentence on the examples with markers of other tools in their texts; None if there are none."""
         found = {r.id: marker for r in self._rows for text in r.texts if (marker := foreign_marker(text))}
         if not found:
             return None
@@ -245,10 +239,9 @@ class TaskData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the recipe's fingerprint and each example's id, texts, label and image hashes.
+        """SHA-256 of the recipe's fingerprint and each example's id, texts, label and image hashes.
 
-        The same wherever the data lies and in whatever order; another one as soon as a byte of an
-        image changes.
+        It does not depend on the folder or the order of the data, and changes with every byte of an image.
         """
         total = hashlib.sha256(self.recipe.fingerprint.encode())
         for r in sorted(self._rows, key=lambda r: r.id):
@@ -271,7 +264,7 @@ class TaskData:
         return total.hexdigest()
 
     def take(self, indices: Iterable[int]) -> TaskData:
-        """The examples at these positions, in this order; pictures and their hashes are shared.
+        """Return the examples at these positions, in this order; images and their hashes are shared.
 
         Raises:
             IndexError: a position is out of range.
@@ -280,14 +273,14 @@ class TaskData:
         return TaskData(self.recipe, self.split, rows, self._images, self.dropped, self.left_out)
 
     def split_holdout(self, fraction: float, seed: int) -> tuple[TaskData, TaskData]:
-        """Cut off a validation part, the same share of every class.
+        """Split off a validation part, with the same share of every class.
 
-        Which examples it gets follows from a hash of (seed, id), so it depends on neither the order
-        nor the number of processes. A class keeps at least one example on the first side.
+        Examples are chosen by a hash of (seed, id), so the choice depends on neither their order nor the number
+        of processes. Every class keeps at least one example in the first part.
 
         Args:
             fraction: share of the second part, between 0 and 1.
-            seed: another seed gives another choice.
+            seed: seed of the choice.
 
         Returns:
             The rest and the holdout, both in the order of the data.
@@ -305,7 +298,7 @@ class TaskData:
         held: set[int] = set()
         for group in groups.values():
             group.sort(key=lambda i: hashlib.sha256(f"{seed}:{self._rows[i].id}".encode()).digest())
-            # at least one per class, so that no class goes unvalidated, but never the last one
+            # At least one per class, so that every class is validated, but never the last one.
             count = min(max(1, round(fraction * len(group))), len(group) - 1)
             held.update(group[:count])
         if not held:

@@ -1,4 +1,4 @@
-"""What every reader promises, as a function that runs on anybody's: `check_reader`."""
+"""Check of the contract of readers, which third parties can run on theirs: `check_reader`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .records import Records, is_history
 
 
 def check_reader(recipe: Recipe | str | Path, data_root: str | Path | None = None) -> None:
-    """Check that the reader of a recipe's format keeps what the package relies on.
+    """Check that the reader of a recipe's format keeps the contract.
 
-    Its fields declare its keys, and other keys and values of other types are refused; two readings of a split
-    are the same, wherever the files lie; ids are different texts; a record has what its kind needs; and
-    missing files are refused with a `RecipeError`.
+    The rules: its fields declare its keys, and other keys and values of other types are refused; reading a
+    split twice gives the same records, whatever the folder of the files; ids are different texts; a record
+    has what its kind needs; and missing files are refused with a `RecipeError`.
 
     Args:
-        recipe: a recipe whose `source.format` names the reader, or its YAML; its data must be there, without
-            mistakes,
-            and small: they are copied.
-        data_root: the folder under which its data lie; None where they lie beside the YAML.
+        recipe: a recipe whose `source.format` names the reader, or its YAML; its data must be valid, and
+        small,
+            as they are copied.
+        data_root: the folder to which the data's path is relative; None for data next to the YAML.
 
     Raises:
-        AssertionError: it does not, and the message says what.
+        AssertionError: the reader breaks a rule, which the message names.
         RecipeError: the recipe, or its data, cannot be used.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -67,7 +67,7 @@ def _check_keys(recipe: Recipe, what: str) -> None:
     yaml = Path("recipe.yaml")
     check_source(recipe.source, recipe.kind, yaml)
     keys = READERS[recipe.source["format"]].keys()
-    unknown = recipe.source | {"a_key_of_nobody": "x"}
+    unknown = recipe.source | {"an_unknown_key": "x"}
     _check_refused(f"an unknown key of {what}", lambda: check_source(unknown, recipe.kind, yaml))
     for key in keys:
         other = recipe.source | {key: {1, 2}}  # a set is a value of no key

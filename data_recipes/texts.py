@@ -1,4 +1,4 @@
-"""The one rule by which a value of a record becomes text."""
+"""Conversion of a record's values to text, by one rule for all formats."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from typing import Any
 
 from .errors import RecipeError
 
-#: Whole numbers above it are not told apart by a float, so that its digits would be invented.
+#: Largest whole number up to which a float is exact; the digits of larger ones would be invented.
 EXACT = 2**53
-#: Characters without a width or a look of their own: soft hyphens, zero-width spaces and joiners, byte order
-#: marks inside of a text, marks of direction (Unicode's Default_Ignorable_Code_Point, without those that
-#: choose an emoji's look).
+#: Invisible characters: soft hyphens, zero-width spaces and joiners, byte order marks inside a text, marks of
+#: direction (Unicode's Default_Ignorable_Code_Point, without variation selectors of emoji).
 INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 CURE = "write text, a number, yes or no, or a list of them, or remove the record"
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text holds nothing but white space and characters that nobody sees."""
+    """Return whether a text has only white space and invisible characters."""
     return not INVISIBLE.sub("", text).strip()
 
 
 def as_text(value: Any, what: str, field: str) -> str:
-    """The text that a value stands for.
+    """Convert a value to text.
 
-    Text stays as it is. A number is written in its shortest form, without a fraction that is zero: 3 and 3.0
-    are `3`, 0.50 is `0.5`. A boolean is `yes` or `no`.
+    Text stays as it is. A number is written in its shortest form, without a fraction of zero: 3 and 3.0 are
+    `3`, 0.50 is `0.5`. A boolean is `yes` or `no`.
 
     Args:
-        value: as the file's reader gives it.
-        what: the record, for the error's sentence.
-        field: what the value is there, for the error's sentence.
+        value: the value as read from the file.
+        what: the record, for errors.
+        field: the value's role, for errors.
 
     Raises:
         RecipeError: it is anything else: null, NaN, infinity, a list, an object, bytes or a date.
@@ -51,13 +50,13 @@ def as_text(value: Any, what: str, field: str) -> str:
 
 
 def answer_texts(value: Any, what: str) -> list[str]:
-    """The accepted texts of a record: one value, or a list of them; objects are read by `answer`.
+    """Return the accepted texts of a record: one value or a list of them; of objects, their `answer`.
 
     Source of VQAv2's objects: visualqa.org/vqa_v1_download, "Annotation format".
 
     Args:
-        value: as the file's reader gives it.
-        what: the record, for the error's sentence.
+        value: the value as read from the file.
+        what: the record, for errors.
 
     Raises:
         RecipeError: there is no answer, or one is no text, number or boolean; see `as_text`.
@@ -65,7 +64,7 @@ def answer_texts(value: Any, what: str) -> list[str]:
     if isinstance(value, list):
         values = [_inner(v, what) for v in value]
     else:
-        # datasets makes an object of lists of a list of objects
+        # datasets converts a list of objects to an object of lists.
         inner = _inner(value, what)
         values = inner if isinstance(inner, list) else [inner]
     if not values:
@@ -74,7 +73,7 @@ def answer_texts(value: Any, what: str) -> list[str]:
 
 
 def only_answer(answers: list[str], what: str) -> str:
-    """The class of a record.
+    """Return the only answer of a record, its class.
 
     Raises:
         RecipeError: it has several answers.
@@ -88,7 +87,7 @@ def only_answer(answers: list[str], what: str) -> str:
 
 
 def identifier(value: Any, what: str) -> str:
-    """The id of a record: text, or a number in the form of `as_text`.
+    """Return the id of a record: text, or a number converted by `as_text`.
 
     Raises:
         RecipeError: it is empty or anything else.
@@ -102,7 +101,7 @@ def identifier(value: Any, what: str) -> str:
 
 
 def described(value: Any) -> str:
-    """A value in a sentence: its kind in the words of JSON, and the beginning of what it is."""
+    """Describe a value in an error: its type in the words of JSON, and its beginning."""
     if value is None:
         return "nothing (null)"
     kinds = {str: "the text", bool: "the boolean", list: "the list", dict: "the object", bytes: "the bytes"}

@@ -58,7 +58,7 @@ OFFICIAL = "replace it by the official file."
         ("cifar100", "cifar-100-python/meta", None, f"there is no 'ROOT/cifar-100-python/meta'; {PICKLED}"),
         ("cifar100", "cifar-100-python/train", b"x", f"ROOT/cifar-100-python/train cannot be read as a pickle (UnpicklingError: invalid load key, 'x'.); {OFFICIAL}"),
         ("cifar100", "cifar-100-python/train", pickle.dumps([1]), f"ROOT/cifar-100-python/train holds a list, not a dict; {OFFICIAL}"),
-        ("cifar100", "cifar-100-python/train", pickle.dumps({"data": [1], "labels": [1]}), f"ROOT/cifar-100-python/train or meta beside it is none of CIFAR-100's files; {PICKLED}"),
+        ("cifar100", "cifar-100-python/train", pickle.dumps({"data": [1], "labels": [1]}), f"ROOT/cifar-100-python/train or meta next to it is none of CIFAR-100's files; {PICKLED}"),
         ("cifar100", "cifar-100-python/train", pickle.dumps({"data": np.zeros((1, 9), np.uint8), "fine_labels": [0]}, 2), f"ROOT/cifar-100-python/train holds 1 labels and pixels of the shape (1, 9); {PICKLED}"),
         ("cifar100", "cifar-100-python/train", pickle.dumps({"data": np.zeros((1, 3072)), "fine_labels": [0]}, 2), f"ROOT/cifar-100-python/train holds an array that is none of CIFAR's (ValueError: no bytes, row by row); {OFFICIAL}"),
         ("mnist", "MNIST/raw/train-images-idx3-ubyte", lambda b: b[:-1], "ROOT/MNIST/raw/train-images-idx3-ubyte is no IDX file of bytes in 3 dimensions, or is cut off; replace it by the official file, unpacked."),
