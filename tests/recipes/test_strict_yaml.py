@@ -148,7 +148,7 @@ def test_a_recipe_may_have_classes_that_look_like_booleans_and_dates_and_survive
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"name": "n" * 300}, "300 characters.*100"),
+        ({"name": "n" * 300}, "100 characters.*300"),
         ({"version": "2026-13-45"}, "'version'.*whole number"),
         ({"prompt": "x" * 10**5}, "no place for the question"),
     ],
@@ -194,7 +194,7 @@ def test_words_for_true_and_false_are_read_where_nothing_else_is_meant(run_tree,
         ("a." * 2000 + "b=1", "2001 levels"),
         ("seed=!!int '3'", "tag"),
         ("seed=010x", "seed"),
-        ("methods={" + "m" * 300 + ": {method: keeplora}}", "300 characters.*100"),
+        ("methods={" + "m" * 300 + ": {method: keeplora}}", "100 characters.*300"),
         ("tasks=no", "must be a list of names"),
     ],
 )
