@@ -148,7 +148,7 @@ def test_a_recipe_may_have_classes_that_look_like_booleans_and_dates_and_survive
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"name": "n" * 300}, "100 characters.*300"),
+        ({"name": "n" * 300}, "300 characters.*100"),
         ({"version": "2026-13-45"}, "'version'.*whole number"),
         ({"prompt": "x" * 10**5}, "no place for the question"),
     ],
