@@ -161,6 +161,10 @@ def test_a_file_as_python_2_wrote_it_is_read_as_numpy_reads_it(tmp_path):
     [
         (
             {"format": "image_list", "path": "x"},
+            "mine.yaml lacks the key 'source.pattern'; add 'pattern:' under 'source' in ",
+        ),
+        (
+            {"format": "image_list", "path": "x", "pattern": "(?P<label>.*)"},
             "mine.yaml has no group 'image' in 'source.pattern'; write (?P<image>...) where the image stands, in ",
         ),
         (
