@@ -9,7 +9,7 @@ from .texts import described, is_blank
 
 IMAGES = ("image", "images")
 VIDEOS = ("video", "videos")
-#: Endings of video files; in a list of files they say that each is a video, and not a frame.
+#: Endings of video files; in a list of files they distinguish videos from frames.
 VIDEO_ENDINGS = (
     *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp"),
     *(".mts", ".m2ts"),
@@ -46,13 +46,13 @@ _INNER = (
 
 
 def image_names(row: dict[str, Any], what: str) -> list[str]:
-    """The paths in `image` or `images`, whichever holds something: one path, or a list of them.
+    """Return the paths in `image` or `images`, whichever is not empty: one path, or a list of them.
 
-    Null, an empty text, an empty list, and a list of these hold nothing: sets that were merged have such a
-    field in every record.
+    Null, an empty text, an empty list, and a list of these are empty: merged data sets have such a field in
+    every record.
 
     Raises:
-        RecipeError: a value is no path, or the two fields hold different ones.
+        RecipeError: a value is no path, or the two fields have different ones.
     """
     named = [listed for field in IMAGES if (listed := _listed(row.get(field), what))]
     if len(named) == 2 and named[0] != named[1]:
@@ -70,13 +70,13 @@ def image_names(row: dict[str, Any], what: str) -> list[str]:
 
 
 def video_names(row: dict[str, Any], what: str) -> list[str | list[str]]:
-    """Return a record's videos: of each its file, or the list of its frames' files.
+    """Return a record's videos, each as its file or as the list of its frames' files.
 
-    A text in `video` or `videos` is a video file. A list holds videos: files with the endings of videos, and
-    lists of the files of one video's frames, in order. A list of frames may stand in `video` itself.
+    A text in `video` or `videos` is a video file. A list has one entry per video: a file with the ending of a
+    video, or the list of its frames' files, in order. `video` itself may be the list of one video's frames.
 
     Raises:
-        RecipeError: a value is anything else, or the two fields hold different ones.
+        RecipeError: a value is anything else, or the two fields have different ones.
     """
     named = [entries for field in VIDEOS if (entries := _videos(row.get(field), field, what))]
     if len(named) == 2 and named[0] != named[1]:
@@ -115,10 +115,10 @@ def _videos(value: Any, field: str, what: str) -> list[str | list[str]]:
 
 
 def refuse_unread_media(row: dict[str, Any], what: str, fields: tuple[str, ...] = (*VIDEOS, *UNREAD)) -> None:
-    """Refuse a record with media in some fields, which the model would not be shown.
+    """Refuse a record with media in fields that are not read: the model would learn from the rest alone.
 
     Raises:
-        RecipeError: it has some.
+        RecipeError: one of these fields is not empty.
     """
     if field := _first_held(row, fields):
         raise RecipeError(
@@ -131,7 +131,7 @@ def system_text(row: dict[str, Any], what: str) -> str | None:
     """Return the system message of a record that has it outside its turns; None if there is none.
 
     Raises:
-        RecipeError: it is no text, or the record has tools, which no model here is given.
+        RecipeError: it is not text, or the record has tools, which are not supported.
     """
     if not is_empty(row.get("tools")):
         raise RecipeError(

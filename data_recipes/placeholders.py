@@ -48,11 +48,11 @@ def place_in_turns(questions: Sequence[str], images: int, what: str) -> list[str
     as many as there are images, in the images' order; if all are before the first question's text, they are
     removed, which means the same. A question's only image, if it comes after the text, is moved before it, as
     in LLaVA's preprocessing, because half of its data are written so (`preprocess_multimodal` in
-    github.com/haotian-liu/LLaVA, llava/train/train.py). Every other place is kept: the returned questions have
-    one marker for each image, or none.
+    github.com/haotian-liu/LLaVA, llava/train/train.py). Every other place is kept: the returned questions
+    have one marker for each image, or none.
 
-    Markers of other tools are words. They are refused with no image or several, where an image would be missing
-    or its place lost. With a single image, as in MATH-Vision and MMMU, they are only reported
+    Markers of other tools are words. They are refused with no image or several, where an image would be
+    missing or its place lost. With a single image, as in MATH-Vision and MMMU, they are only reported
     (`TaskData.marker_note`).
 
     Args:

@@ -26,7 +26,7 @@ class Message:
 
 #: Turns before an example's question: at most one system message, then questions and their answers.
 History = tuple[Message, ...]
-#: Which of an example's pictures are the frames of one video each: where these begin and end.
+#: For each video of an example, the positions (start, end) of its frames among the example's images.
 Spans = tuple[tuple[int, int], ...]
 
 
@@ -47,12 +47,12 @@ def is_history(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame that is shown of a video file.
+    """A frame of a video file.
 
     Attributes:
         path: the file.
-        index: which one, counted from 0.
-        count: how many frames are shown of the file, by the rule of `videos.sample`.
+        index: number of the frame among those that are used, counted from 0.
+        count: number of frames that are used of the file, chosen by the rule of `videos.sample`.
     """
 
     path: str
@@ -62,15 +62,15 @@ class Frame:
 
 @dataclass
 class Pictures:
-    """The pictures of a source and the records that show them.
+    """The images of a source, and which of them each record has.
 
     Attributes:
-        dataset: a dataset whose column `image` holds bytes or paths, undecoded: one picture per row,
-            or a list of them. In a row with something in the column `frame`, where there is one, the path is
-            that of a video, of which it says the `index` and `count` of a `Frame`.
-        cells: where each picture lies: its row, and its position in the row's list (None without lists).
-        shown: per record the pictures that it shows, as indices into `cells`; none, one or several.
-        folder: where relative paths in the dataset start.
+        dataset: a dataset whose column `image` has bytes or paths, undecoded: one image per row, or a list of
+            them. In a row with a value in the optional column `frame`, the path is that of a video, and the
+            value has the `index` and `count` of a `Frame`.
+        cells: position of each image: its row, and its position in the row's list (None without lists).
+        shown: images of each record, as indices into `cells`; none, one or several.
+        folder: folder to which relative paths in the dataset refer.
     """
 
     dataset: datasets.Dataset
@@ -81,21 +81,21 @@ class Pictures:
 
 @dataclass
 class Records:
-    """What a reader found, in the source's order.
+    """The records of a source, in its order.
 
     Attributes:
-        ids: one per record, the same wherever the files lie.
-        pictures: the pictures, unread.
-        labels: the source's labels (name or index), None outside classification.
-        label_names: names of integer labels, where the source has them.
-        questions: one per record, or None; of a conversation the last one.
-        answers: the reference answers of each record, of a conversation those to its last question; empty
-            for classification.
-        meta: what else a metric needs to know of each record; empty where the source says no more.
-        left_out: files beside the pictures that are not read, by kind.
-        histories: of each record what was said before its question; empty where nothing was.
-        videos: of each record which of its pictures are one video's frames, as spans (start, end) of their
-            positions; empty where none are.
+        ids: one per record, independent of the folder of the files.
+        pictures: the images, not read yet.
+        labels: the source's label (name or index) of each record; None outside classification.
+        label_names: names of integer labels; None if the source has none.
+        questions: one per record, or None; of a conversation, the last question.
+        answers: reference answers of each record; of a conversation, those to its last question; empty for
+            classification.
+        meta: other inputs of a metric for each record; empty if there are none.
+        left_out: files next to the images that are not read, by kind.
+        histories: turns before each record's question; empty if there are none.
+        videos: spans (start, end) of the positions of each video's frames among the record's images; empty if
+            there are none.
     """
 
     ids: list[str]
@@ -116,13 +116,15 @@ class Records:
 
 
 def picture_files(paths: list[list[Path | Frame]]) -> Pictures:
-    """Image files and frames that are read when asked for; one that several records show is one picture.
+    """Return image files and frames as `Pictures`, which are read on access.
+
+    An image that several records have is one image of the result.
 
     Args:
-        paths: the files, or frames of video files, of each record, in the order in which they are shown.
+        paths: each record's image files, or frames of video files, in order.
     """
     rows: dict[Path | Frame, int] = {}
-    shown = [tuple(rows.setdefault(p, len(rows)) for p in own) for own in paths]
+    shown = [tuple(rows.setdefault(p, len(rows)) for p in record_paths) for record_paths in paths]
     files = [Path(p.path) if isinstance(p, Frame) else p for p in rows]
     frames = [{"index": p.index, "count": p.count} if isinstance(p, Frame) else None for p in rows]
     return _pictures([{"path": str(p.absolute()), "bytes": None} for p in files], shown, frames)

@@ -25,17 +25,17 @@ class Example:
     """One example of a task.
 
     Attributes:
-        id: unique within the split, the same wherever the data lies.
-        images: the pictures, RGB, in the order in which they are shown; classification has exactly one.
-        question: what is asked, for captioning the instruction; None for classification. Of a conversation
+        id: unique within the split, independent of the folder of the data.
+        images: the images in order, RGB; classification has exactly one.
+        question: the question, for captioning the instruction; None for classification. Of a conversation,
             the last question.
-        answers: the reference answers, the most frequent one is trained on; for classification the class
-            name, as in `recipe.classes`; for captioning all captions, each trained on.
+        answers: the reference answers, of which training uses the most frequent; for classification the class
+            name, as in `recipe.classes`; for captioning all captions, each of them used in training.
         label: index into `recipe.classes`; None outside classification.
-        meta: what else the metric needs to know, for example the kind of question.
-        history: what was said before the question: at most one system message, then questions and answers by
-            turns. Markers in its questions are places of images as those in `question` are.
-        videos: which images are the frames of one video each, as spans (start, end) of their positions.
+        meta: other inputs of the metric, for example the kind of question.
+        history: turns before the question: at most one system message, then questions and answers in turn.
+            Markers in its questions are places of images, as in `question`.
+        videos: spans (start, end) of the positions of each video's frames among the images.
     """
 
     id: str
@@ -175,7 +175,7 @@ class TaskData:
 
     @property
     def videos(self) -> list[Spans]:
-        """Return which images of each example are one video's frames, in order; see `Example.videos`."""
+        """Spans of the frames of each example's videos, in order; see `Example.videos`."""
         return [r.videos for r in self._rows]
 
     @property
@@ -216,7 +216,7 @@ class TaskData:
 
     @property
     def left_out_note(self) -> str | None:
-        """Sentence on the files that are not read, by kind with the first few names; None if there are none."""
+        """Sentence on the files that are not read, by kind with the first few names; None without any."""
         if not self.left_out:
             return None
         names = sorted(name for files in self.left_out.values() for name in files)
@@ -246,8 +246,8 @@ class TaskData:
         total = hashlib.sha256(self.recipe.fingerprint.encode())
         for r in sorted(self._rows, key=lambda r: r.id):
             hashes = [self._images.digest(p) for p in r.pictures]
-            # one picture stands without a list, meta, history and videos only where there are any, as before
-            # there were others
+            # A single image is no list, and meta, history and videos are left out if empty, so that
+            # fingerprints of earlier versions stay the same.
             fact: list[Any] = [
                 r.id,
                 r.label,
@@ -275,8 +275,8 @@ class TaskData:
     def split_holdout(self, fraction: float, seed: int) -> tuple[TaskData, TaskData]:
         """Split off a validation part, with the same share of every class.
 
-        Examples are chosen by a hash of (seed, id), so the choice depends on neither their order nor the number
-        of processes. Every class keeps at least one example in the first part.
+        Examples are chosen by a hash of (seed, id), so the choice depends on neither their order nor the
+        number of processes. Every class keeps at least one example in the first part.
 
         Args:
             fraction: share of the second part, between 0 and 1.
