@@ -16,7 +16,8 @@ VIDEO_ENDINGS = (
 )
 #: Endings of image files; a single one is no video.
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-#: Fields of media that are not supported: such a record would be learned from its text alone.UNREAD = ("audio", "audios", "video_path", "video_url", "audio_path", "audio_url")
+#: Fields of media that are not supported: such a record would be learned from its text alone.
+UNREAD = ("audio", "audios", "video_path", "video_url", "audio_path", "audio_url")
 #: Fields in which other tools' records name an image; without this list it would be ignored.
 ELSEWHERE = (
     "image_path",
