@@ -99,7 +99,7 @@ class Iap(RoutedMethod):
         kept="prompts, gates and Gaussians per task and class",
         trained="prompts and gates",
         families=("clip",),
-        model_types=("clip", "siglip", "siglip2"),
+        model_types=("clip", "metaclip_2", "siglip", "siglip2"),
     )
 
     @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class MoeAdapters(RoutedMethod):
         kept="experts as they are, routers and an auto-encoder per task",
         trained="experts that are not frozen, a router in every layer",
         families=("clip",),
-        model_types=("clip",),
+        model_types=("clip", "metaclip_2"),
     )
 
     @dataclass(frozen=True)

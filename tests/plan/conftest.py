@@ -20,7 +20,9 @@ def enlarge():
 
     def make(source: Path, folder: Path, vision: dict, text: dict, weights: bool = False) -> Path:
         import torch
-        from transformers import AutoConfig, AutoModelForImageTextToText, CLIPModel
+        from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+        from llava_keeplora_eval.encoders import ENCODERS
 
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
         config = AutoConfig.from_pretrained(source)
@@ -30,12 +32,8 @@ def enlarge():
         config.save_pretrained(folder)
         if weights:
             torch.manual_seed(0)
-            model = (
-                CLIPModel(config)
-                if config.model_type == "clip"
-                else AutoModelForImageTextToText.from_config(config)
-            )
-            model.save_pretrained(folder)
+            auto = AutoModel if config.model_type in ENCODERS else AutoModelForImageTextToText
+            auto.from_config(config).save_pretrained(folder)
         return folder
 
     return make

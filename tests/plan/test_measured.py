@@ -12,6 +12,8 @@ import torch
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.plan import make_plan
+from tiny_encoders import write_encoders
+from tiny_models import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,23 @@ def test_a_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks
         methods={"keeplora": {}},
     )
     within(compare(measured, tree, tiny_clip, large))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["siglip", "siglip2", "chinese_clip", "altclip"])
+def test_another_model_of_two_encoders_takes_what_was_planned(
+    measured, run_tree, tiny_tasks, tmp_path, enlarge, kind
+):
+    small = write_encoders(tmp_path / "small", kind, [name for names in TASKS.values() for name in names])
+    large = enlarge(small, tmp_path / "large", vision(768, 4), vision(512, 4), weights=True)
+    part = PART | {"targets": None}
+    tree = run_tree(
+        "unset",
+        parts={"vision": part, "text": copy.deepcopy(part)},
+        tasks=[str(tiny_tasks[0])],
+        methods={"keeplora": {}},
+    )
+    within(compare(measured, tree, small, large, more=()), more=())
 
 
 @pytest.mark.slow

@@ -146,15 +146,18 @@ def test_a_run_stopped_within_training_ends_with_the_same_files(
     assert left_behind(tmp_path / "run") == left_behind(run)
 
 
-@pytest.mark.parametrize("kind", ["siglip2"], indirect=True)
-def test_every_method_runs_or_is_refused_in_a_sentence(config, driven, tiny_tasks, tmp_path, kind):
-    refused = {"moe-adapters"}
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind == "siglip2" else pytest.mark.slow) for kind in KINDS],
+    indirect=True,
+)
+def test_every_method_runs_or_is_refused_in_a_sentence(config, driven, tiny_tasks, tmp_path, base, kind):
+    model_type = transformers.AutoConfig.from_pretrained(base).model_type
     options = {"zscl": {"reference": str(tiny_tasks[2])}}
     methods = {name: options.get(name, {}) for name, method in METHODS.items() if method.trainable}
-    for name in refused:
-        with pytest.raises(
-            ConfigError, match=f"'{name}' changes layers as .*of the type clip, .* is a siglip2"
-        ):
+    allowed = {name: METHODS[name].info.model_types or [model_type] for name in methods}
+    for name in [name for name in methods if model_type not in allowed[name]]:
+        with pytest.raises(ConfigError, match=f"'{name}' changes layers as .* is a {model_type};"):
             driven(config(tmp_path / "refused", methods={name: methods.pop(name)}))
     folder = driven(config(tmp_path / "run", methods=methods))
     for label in methods:
@@ -175,7 +178,7 @@ def test_every_method_runs_or_is_refused_in_a_sentence(config, driven, tiny_task
     [
         ("siglip2", {"seq-lora": {"random_resized_crop": [0.9, 1.0]}}, "crops pictures to squares"),
         ("chinese_clip", {"keeplora": {"preset": "released-clip"}}, "reads prompts with padding"),
-        ("altclip", {"iap": {}}, "changes layers as they are in models of the type clip and siglip"),
+        ("altclip", {"iap": {}}, "changes layers as they are in models of the type clip and metaclip_2"),
     ],
     indirect=["kind"],
 )
