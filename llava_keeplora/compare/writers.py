@@ -10,6 +10,7 @@ from pathlib import Path
 from llava_keeplora.compare.run_table import TableResult
 from llava_keeplora.compare.table import CHOSEN_BY, Order, Table, dotted
 from llava_keeplora.files import whole_folder
+from llava_keeplora.registries import METHODS
 from llava_keeplora.report.html import LEGEND, SPREAD, Picture, html_figure, html_page, html_rows, html_table
 from llava_keeplora.report.latex_csv import csv_table, latex_table, summary_numbers
 from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
@@ -150,6 +151,9 @@ def _describe_order(order: Order) -> str:
 
 
 def _format_settings(settings: Mapping) -> str:
+    """Return a method's settings in one line, a plug-in's name without its place on this machine."""
+    if isinstance(name := settings.get("method"), str):
+        settings = {**settings, "method": METHODS.portable_name(name)}
     return " ".join(dotted(settings)) or MISSING
 
 

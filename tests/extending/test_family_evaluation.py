@@ -17,10 +17,13 @@ import transformers
 
 from llava_keeplora.models import ClipFamily
 from llava_keeplora_eval.checkpoints import load_checked
+from llava_keeplora_eval.encoders import CLIP
 
 
 class Renamed(ClipFamily):
     """CLIP under another name."""
+
+    encoders = CLIP
 
     @property
     def config(self):
