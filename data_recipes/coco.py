@@ -13,6 +13,8 @@ from .recipe import Recipe
 from .records import Records, picture_files
 from .texts import as_text, described, identifier, is_blank
 
+CURE = "use the layout of COCO's caption files"
+
 
 def read_coco(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
@@ -30,32 +32,35 @@ def read_coco(
     content = read_json(path, dict)
     captions = captions_by_image(content, path, problems)
 
-    def record(image: dict[str, Any]) -> tuple[Any, list[Path]]:
-        name = image.get("file_name")
-        if not isinstance(name, str) or is_blank(name):
+    def record(item: tuple[str, dict[str, Any]]) -> tuple[str, list[Path]]:
+        name, image = item
+        what, file = f"image {name} of {path.name}", image.get("file_name")
+        if not isinstance(file, str) or is_blank(file):
             raise RecipeError(
-                f"image {image['id']} of {path.name} has {described(name)} as 'file_name', which is no path",
-                "write the name of its file",
+                f"{what} has {described(file)} as 'file_name', which is no path", "write the name of its file"
             )
-        refuse_unread_media(image, f"image {image['id']} of {path.name}")
-        return image["id"], [inside(folder, image["file_name"], f"image {image['id']} of {path.name}", root)]
+        refuse_unread_media(image, what)
+        return name, [inside(folder, file, what, root)]
 
-    listed = {i["id"]: i for i in content["images"] if _has_id(i) and i["id"] in captions}
-    records = collect_errors(record, listed.values(), problems)
+    listed: dict[str, dict[str, Any]] = {}
+    for image in content["images"]:
+        if (name := _id_of(image)) in captions:
+            listed.setdefault(name, image)
+    images = collect_errors(record, listed.items(), problems)
     return Records(
-        ids=[identifier(i, path.name) for i, _ in records],
-        pictures=picture_files([paths for _, paths in records]),
-        labels=[None] * len(records),
+        ids=[name for name, _ in images],
+        pictures=picture_files([paths for _, paths in images]),
+        labels=[None] * len(images),
         label_names=None,
-        questions=[None] * len(records),
-        answers=[captions[i] for i, _ in records],
+        questions=[None] * len(images),
+        answers=[captions[name] for name, _ in images],
     )
 
 
 def captions_by_image(
     content: dict[str, Any], path: Path, problems: list[RecipeError] | None = None
-) -> dict[Any, list[str]]:
-    """Return the captions of every image id, in the order of the file's `images`.
+) -> dict[str, list[str]]:
+    """Return the captions of every image id as text, in the order of the file's `images`.
 
     Args:
         content: the parsed file.
@@ -63,40 +68,37 @@ def captions_by_image(
         problems: list that collects errors; they are raised when None.
 
     Raises:
-        RecipeError: a list is missing, or an entry lacks a field, is listed twice or has no partner.
+        RecipeError: a list is missing, an entry lacks a field or has a value of another type there, is listed
+            twice or has no partner.
     """
     for key in ("images", "annotations"):
         if not isinstance(content.get(key), list):
-            raise RecipeError(f"{path.name} has no list '{key}'", "use the layout of COCO's caption files")
-    captions: dict[Any, list[str]] = {}
+            raise RecipeError(f"{path.name} has no list '{key}'", CURE)
+    captions: dict[str, list[str]] = {name: [] for name in _image_ids(content["images"], path, problems)}
+    # images of refused annotations, of which it is open how many captions they have
+    refused: set[str] = set()
+    seen: set[tuple[str, str]] = set()
 
-    def image(entry: Any) -> None:
-        if not _has_id(entry):
-            raise _without("id", path)
-        if entry["id"] in captions:
+    def note(item: tuple[int, Any]) -> None:
+        what, entry = _entry("annotations", item[0], path), item[1]
+        name = identifier(_field(entry, "image_id", what), f"'image_id' of {what}")
+        if name not in captions:
             raise RecipeError(
-                f"image {entry['id']} of {path.name} is listed twice", "keep one entry per image"
-            )
-        captions[entry["id"]] = []
-
-    def note(entry: Any) -> None:
-        for key in ("image_id", "caption"):
-            if not isinstance(entry, dict) or entry.get(key) is None:
-                raise _without(key, path)
-        if not _is_id(entry["image_id"]):
-            raise _without("image_id", path)
-        if entry["image_id"] not in captions:
-            raise RecipeError(
-                f"annotation {entry.get('id')} of {path.name} is for the image {entry['image_id']}, which is "
-                "not listed",
+                f"{what} is for the image {name}, which is not listed",
                 "add the image or remove the annotation",
             )
-        what = f"an annotation of the image {entry['image_id']} of {path.name}"
-        captions[entry["image_id"]].append(as_text(entry["caption"], what, "caption"))
+        refused.add(name)
+        text = as_text(_field(entry, "caption", what), what, "caption")
+        if (key := (_id_of(entry), name)) in seen and key[0]:
+            raise RecipeError(
+                f"{what} is a second annotation {key[0]} of the image {name}", "keep one of the two"
+            )
+        seen.add(key)
+        captions[name].append(text)
+        refused.discard(name)
 
-    collect_errors(image, content["images"], problems)
-    collect_errors(note, content["annotations"], problems)
-    without_caption = [i for i, texts in captions.items() if not texts]
+    collect_errors(note, enumerate(content["annotations"]), problems)
+    without_caption = [name for name, texts in captions.items() if not texts and name not in refused]
     if without_caption:
         report_error(
             RecipeError(
@@ -105,18 +107,38 @@ def captions_by_image(
             ),
             problems,
         )
-    return {i: texts for i, texts in captions.items() if texts}
+    return {name: texts for name, texts in captions.items() if texts}
 
 
-def _has_id(entry: Any) -> bool:
-    return isinstance(entry, dict) and _is_id(entry.get("id"))
+def _image_ids(images: list[Any], path: Path, problems: list[RecipeError] | None) -> list[str]:
+    seen: set[str] = set()
+
+    def image(item: tuple[int, Any]) -> str:
+        what = _entry("images", item[0], path)
+        name = identifier(_field(item[1], "id", what), what)
+        if name in seen:
+            raise RecipeError(f"image {name} of {path.name} is listed twice", "keep one entry per image")
+        seen.add(name)
+        return name
+
+    return collect_errors(image, enumerate(images), problems)
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
+def _entry(key: str, index: int, path: Path) -> str:
+    return f"entry {index} of '{key}' in {path.name}"
 
 
-def _without(field: str, path: Path) -> RecipeError:
-    return RecipeError(
-        f"{path.name} has an entry without the field '{field}'", "use the layout of COCO's caption files"
-    )
+def _id_of(entry: Any) -> str:
+    """Return the id of an entry as text; empty where it has none, which is reported where it needs one."""
+    try:
+        return identifier(entry.get("id"), "") if isinstance(entry, dict) else ""
+    except RecipeError:
+        return ""
+
+
+def _field(entry: Any, field: str, what: str) -> Any:
+    if not isinstance(entry, dict):
+        raise RecipeError(f"{what} is {described(entry)}, and an entry is an object", CURE)
+    if entry.get(field) is None:
+        raise RecipeError(f"{what} has no '{field}'", CURE)
+    return entry[field]

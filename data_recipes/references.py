@@ -66,7 +66,7 @@ def read_references(
 def _by_position(
     content: dict[str, Any], path: Path, rows: list[Any], problems: list[RecipeError] | None
 ) -> dict[int, list[str]]:
-    captions = {str(i): texts for i, texts in captions_by_image(content, path, problems).items()}
+    captions = captions_by_image(content, path, problems)
     if len(captions) > len(rows):
         report_error(
             RecipeError(

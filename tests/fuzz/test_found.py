@@ -64,11 +64,11 @@ def test_a_recipe(tmp_path, facts, words):
     [
         (
             {"images": [{"id": [1], "file_name": "0.png"}], "annotations": []},
-            "train.json has an entry without the field 'id'",
+            "entry 0 of 'images' in train.json has the list",
         ),
         (
             {"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": {}, "caption": "a"}]},
-            "train.json has an entry without the field 'image_id'",
+            "'image_id' of entry 0 of 'annotations' in train.json has the object {}",
         ),
     ],
 )

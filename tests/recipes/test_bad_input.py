@@ -317,7 +317,7 @@ def test_a_malformed_question_record_is_named(questions, change, sentence):
         (
             [],
             [{"id": 5, "image_id": 2, "caption": "x"}],
-            "annotation 5 of train.json is for the image 2, which is not listed; ",
+            "entry 0 of 'annotations' in train.json is for the image 2, which is not listed; ",
         ),
         ([{"id": 1, "file_name": "a.png"}] * 2, [], "image 1 of train.json is listed twice; "),
         (
@@ -325,8 +325,8 @@ def test_a_malformed_question_record_is_named(questions, change, sentence):
             [{"image_id": 1, "caption": "x"}],
             "image 1 of train.json has nothing (null) as 'file_name', which is no path; ",
         ),
-        ([{"file_name": "a.png"}], [], "train.json has an entry without the field 'id'; "),
-        ([{"id": 1}], [{"image_id": 1}], "train.json has an entry without the field 'caption'; "),
+        ([{"file_name": "a.png"}], [], "entry 0 of 'images' in train.json has no 'id'; "),
+        ([{"id": 1}], [{"image_id": 1}], "entry 0 of 'annotations' in train.json has no 'caption'; "),
     ],
 )
 def test_a_malformed_caption_file_is_named(captions, images, notes, sentence):
