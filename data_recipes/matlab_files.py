@@ -14,6 +14,7 @@ from .labels import as_whole
 from .paths import data_root_of, describe_error, inside, pictures_folder, set_folder, split_file
 from .recipe import Recipe
 from .records import Records, classified, picture_files
+from .texts import described
 
 
 def read_flowers(
@@ -58,17 +59,27 @@ def read_cars(
     path, root = split_file(recipe, split, data_root), data_root_of(recipe, data_root)
     images = pictures_folder(recipe, split, data_root)
     names = _variable(set_folder(recipe, data_root) / "devkit" / "cars_meta.mat", "class_names").tolist()
+    for number, name in enumerate(names, start=1):
+        if not isinstance(name, str):
+            raise RecipeError(
+                f"cars_meta.mat has {described(name)} as the name of class {number}",
+                "replace it by the official file",
+            )
 
-    def annotated(note: Any) -> tuple[Path, int]:
+    def annotated(item: tuple[int, Any]) -> tuple[Path, int]:
+        number, note = item
         if not isinstance(note, dict) or not isinstance(note.get("fname"), str) or "class" not in note:
             raise RecipeError(
-                f"{path.name} has an annotation without 'fname' and 'class'",
+                f"annotation {number} of {path.name} has no 'fname' or no 'class'",
                 "use the file that has the labels",
             )
-        return inside(images, note["fname"], path.name, root), _from_one(note["class"], path.name)
+        return inside(images, note["fname"], path.name, root), _from_one(
+            note["class"], f"annotation {number} of {path.name}"
+        )
 
-    annotations = collect_errors(annotated, _variable(path, "annotations").tolist(), problems)
-    return _records(annotations, label_names=[str(name) for name in names])
+    notes = enumerate(_variable(path, "annotations").tolist(), start=1)
+    annotations = collect_errors(annotated, notes, problems)
+    return _records(annotations, label_names=names)
 
 
 def _variable(path: Path, name: str) -> np.ndarray:

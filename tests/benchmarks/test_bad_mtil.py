@@ -54,7 +54,7 @@ OFFICIAL = "replace it by the official file."
         ("flowers", "flowers-102/setid.mat", {"x": [1]}, "ROOT/flowers-102/setid.mat has no variable 'trnid'; replace it by the official file, or correct 'splits' in the recipe."),
         ("flowers", "flowers-102/setid.mat", {"trnid": np.array([[1, 77]])}, "setid.mat names the image 77, and imagelabels.mat has labels of 9; use the files of one release."),
         ("flowers", "flowers-102/imagelabels.mat", {"labels": np.zeros((1, 9), np.uint8)}, "imagelabels.mat has the class 0, and classes count from 1 (and 5 more, which `llava-keeplora-eval data check` lists); replace it by the official file."),
-        ("stanfordcars", "stanford_cars/devkit/cars_train_annos.mat", {"annotations": np.array([[(1, "a.jpg")]], [("bbox_x1", object), ("fname", object)])}, "cars_train_annos.mat has an annotation without 'fname' and 'class'; use the file that has the labels."),
+        ("stanfordcars", "stanford_cars/devkit/cars_train_annos.mat", {"annotations": np.array([[(1, "a.jpg")]], [("bbox_x1", object), ("fname", object)])}, "annotation 1 of cars_train_annos.mat has no 'fname' or no 'class'; use the file that has the labels."),
         ("cifar100", "cifar-100-python/meta", None, f"there is no 'ROOT/cifar-100-python/meta'; {PICKLED}"),
         ("cifar100", "cifar-100-python/train", b"x", f"ROOT/cifar-100-python/train cannot be read as a pickle (UnpicklingError: invalid load key, 'x'.); {OFFICIAL}"),
         ("cifar100", "cifar-100-python/train", pickle.dumps([1]), f"ROOT/cifar-100-python/train holds a list, not a dict; {OFFICIAL}"),
