@@ -21,9 +21,9 @@ class Turn:
     """The last question of a conversation, and its answers.
 
     Attributes:
-        question: with a marker wherever a picture goes, as the file has it; see `placeholders`.
-        answers: the accepted texts; empty where they stand in another file.
-        history: what was said before the question.
+        question: the question, with the file's markers for images; see `placeholders`.
+        answers: the accepted texts; empty if they are in another file.
+        history: turns before the question.
     """
 
     question: str
@@ -37,10 +37,9 @@ class Layout:
 
     Attributes:
         name: the key of its list.
-        speaker: the key of who speaks in a turn.
-        content: the key of what a turn says.
-        roles: who speaks, in the layout's word, to the role of a `Message`; the first word of a role is named
-            in errors.
+        speaker: key of a turn's speaker.
+        content: key of a turn's text.
+        roles: the layout's name of a speaker → the role of a `Message`; errors mention a role's first name.
         parts: whether `content` may be a list of typed parts.
     """
 
@@ -102,7 +101,7 @@ def from_turns(turns: Any, what: str) -> Turn:
 
 
 def from_fields(row: dict[str, Any], answer_field: str, answered: bool, what: str) -> Turn:
-    """A LLaVA test record: `text` and an answer; see `answer_texts`.
+    """Read a LLaVA test record: `text` and an answer; see `answer_texts`.
 
     Source of the layout: github.com/haotian-liu/LLaVA, docs/Evaluation.md.
 
@@ -218,7 +217,7 @@ def refuse_objects(turn: Turn, row: dict[str, Any], what: str) -> None:
 
 
 def with_system(turn: Turn, system: str | None, what: str) -> Turn:
-    """Return a conversation with the system message that its record has beside it.
+    """Return a conversation with the system message that its record has outside its turns.
 
     Raises:
         RecipeError: the conversation begins with another one.
@@ -239,12 +238,13 @@ def with_system(turn: Turn, system: str | None, what: str) -> Turn:
 def show_turn(
     turn: Turn, images: Sequence[Item], videos: Sequence[Sequence[Item]], what: str
 ) -> tuple[Turn, list[Item], Spans]:
-    """Return a conversation with the places of what it shows, that in order, and where videos are in it.
+    """Place the images and videos of a record in its conversation; see `place_videos`, `place_in_turns`.
 
-    See `place_videos` and `place_in_turns`.
+    Returns:
+        The conversation with its markers, its images and frames in order, and the spans of videos' frames.
 
     Raises:
-        RecipeError: its questions mark another number, or another turn marks one.
+        RecipeError: the questions have another number of markers, or another turn has one.
     """
     asked = [message.text for message in turn.history if message.role == "user"]
     (*earlier, question), shown, spans = place_videos([*asked, turn.question], images, videos, what)
@@ -253,10 +253,10 @@ def show_turn(
 
 
 def place_turn(turn: Turn, images: int, what: str) -> Turn:
-    """Return a conversation with the places of its pictures; see `place_in_turns`.
+    """Place the images of a record in its conversation; see `place_in_turns`.
 
     Raises:
-        RecipeError: its questions mark another number, or another turn marks one.
+        RecipeError: the questions have another number of markers, or another turn has one.
     """
     for message in turn.history:
         if message.role != "user":
@@ -301,7 +301,11 @@ def _kind(role: str) -> str:
 
 
 def _role(turn: Any, number: int, layout: Layout, what: str) -> str:
-    """Return the role of who speaks in a turn."""
+    """Return the role of a turn's speaker.
+
+    Raises:
+        RecipeError: the turn is no object, has another speaker or media, or is excluded from training.
+    """
     if not isinstance(turn, dict):
         raise RecipeError(
             f"{what} has {described(turn)} as turn {number}, and not an object", "correct the record"
@@ -325,7 +329,11 @@ def _role(turn: Any, number: int, layout: Layout, what: str) -> str:
 
 
 def _text(content: Any, role: str, number: int, layout: Layout, what: str) -> str:
-    """Return what a turn says, with a marker for every part that is an image."""
+    """Return a turn's text, with a marker for every part that is an image or a video.
+
+    Raises:
+        RecipeError: the content is neither text nor, in a layout that has them, a list of valid parts.
+    """
     if layout.parts and not isinstance(content, str):
         if not isinstance(content, list) or not content or not all(isinstance(p, dict) for p in content):
             raise RecipeError(

@@ -21,16 +21,16 @@ from .texts import described, is_blank
 INFO = "dataset_info.json"
 #: Keys of a description; `file_sha1` is of older releases, which compared it.
 KEYS = ("file_name", "formatting", "columns", "tags", "ranking", "split", "file_sha1")
-#: Keys that name data elsewhere than in the folder; `file_name` counts for nothing beside them.
+#: Keys that name data outside the folder; they take precedence over `file_name`.
 REMOTE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-#: What is read of a record in both formats: the README's word to the column, where it has a default.
-_BESIDE = dict.fromkeys(("system", "tools", "images", "videos", "audios"))
-#: Format → the README's word to the default column.
+#: Columns of both formats, by the README's names; they have no default.
+_SHARED = dict.fromkeys(("system", "tools", "images", "videos", "audios"))
+#: Format → the README's name of a column → the default column.
 COLUMNS: dict[str, dict[str, str | None]] = {
-    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": None} | _BESIDE,
-    "sharegpt": {"messages": "conversations"} | _BESIDE,
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": None} | _SHARED,
+    "sharegpt": {"messages": "conversations"} | _SHARED,
 }
-#: Columns of data for other trainings than the one here.
+#: Columns of preference data, which is not supported.
 PREFERENCES = ("chosen", "rejected", "kto_tag")
 TAGS = {
     "role_tag": "from",
@@ -49,11 +49,11 @@ def read_llama_factory(
     """Read a dataset of `dataset_info.json` in the task's folder, in the format `alpaca` or `sharegpt`.
 
     A split is the dataset's name there. A record may have an `id`; without one it is numbered. Paths of
-    pictures start in `source.images`, by default the folder itself, as LLaMA-Factory's `media_dir`.
+    images are relative to `source.images`, by default the folder itself, as LLaMA-Factory's `media_dir`.
 
     Raises:
-        RecipeError: the folder has no such dataset, it is described in a way that is not read, or records
-            lack something; they are named.
+        RecipeError: the folder has no such dataset, its description is not supported, or records are
+            incomplete, which the message lists.
     """
     folder = set_folder(recipe, data_root)
     info = _description(folder / INFO, recipe.splits[split])
@@ -90,7 +90,7 @@ def read_llama_factory(
 
 
 def _alpaca(row: dict[str, Any], columns: dict[str, Any], what: str) -> Turn:
-    """Read a record of instruction, input and output; the question is the first two on a line each."""
+    """Read a record of instruction, input and output; the question is the first two, on a line each."""
     parts = [row.get(columns[key]) for key in ("prompt", "query")]
     if not is_empty(parts[1]) and all(isinstance(part, str) for part in parts):
         parts = ["\n".join(part for part in parts if not is_blank(part))]
@@ -110,7 +110,7 @@ def _layout(columns: dict[str, Any], tags: dict[str, str]) -> Layout:
 
 
 def _refuse_undeclared(row: dict[str, Any], columns: dict[str, Any], what: str) -> None:
-    """Refuse what LLaMA-Factory would pass over because no column names it."""
+    """Refuse fields that LLaMA-Factory would ignore because no column names them."""
     declared = set(columns.values())
     for key in (*IMAGES, *VIDEOS, *ELSEWHERE, *UNREAD, "system", "tools", "history"):
         if key not in declared and not is_empty(row.get(key)):
@@ -121,10 +121,14 @@ def _refuse_undeclared(row: dict[str, Any], columns: dict[str, Any], what: str) 
 
 
 def _description(path: Path, name: Any) -> dict[str, Any]:
-    """Return what the file says of a dataset.
+    """Return a dataset's description.
+
+    Args:
+        path: the file `dataset_info.json`.
+        name: the dataset's name in it.
 
     Raises:
-        RecipeError: there is no such file or dataset, or something in the description is not read.
+        RecipeError: there is no such file or dataset, or the description has something that is not supported.
     """
     if not path.is_file():
         raise RecipeError(f"the folder '{path.parent}' has no {INFO}", "correct 'source.path' in the recipe")
@@ -165,7 +169,7 @@ def _description(path: Path, name: Any) -> dict[str, Any]:
 
 
 def _texts(info: dict[str, Any], key: str, what: str) -> dict[str, str]:
-    """Return the texts that a description says under a key; null is the default."""
+    """Return the mapping of texts under a key of a description; entries with null are left out."""
     value = info.get(key) or {}
     if not isinstance(value, dict) or not all(v is None or isinstance(v, str) for v in value.values()):
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""What a reader is, the readers by name, and the checks of what a recipe says under `source`."""
+"""The base class of readers, the registry of readers, and the checks of a recipe's `source`."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ WORDS = {
 class Reader:
     """A source of examples; one subclass per format.
 
-    A subclass is a dataclass. Its fields are the keys that a recipe may write under `source` beside `format`,
-    with their types (text, numbers, bools, lists and mappings of these) and their defaults; a field without a
-    default must be written. The docstring's `Args` say what each key means. `check` may refuse values, and
-    `read` reads a split.
+    A subclass is a dataclass. Its fields are the keys that a recipe may have under `source` in addition to
+    `format`, with their types (text, numbers, bools, lists and mappings of these) and their defaults; a field
+    without a default is required. The docstring's `Args` say what each key means. `check` may refuse values,
+    and `read` reads a split.
 
     Args:
-        path: folder of the files, under the data root or beside the recipe; null where whoever extends the
+        path: folder of the files, under the data root or next to the recipe; null where whoever extends the
             recipe has to name it.
     """
 
     path: str | None = field(kw_only=True)
 
-    #: The kinds of recipes that the format can hold.
+    #: The kinds of recipes that the format supports.
     kinds: ClassVar[tuple[str, ...]] = KINDS
     #: Whether `path` is a folder that must lie on this machine.
     has_files: ClassVar[bool] = True
@@ -53,14 +53,14 @@ class Reader:
         return {key.name: key for key in fields(cls)}
 
     def check(self, kind: str, path: Path) -> None:
-        """Refuse values that cannot be used; the keys and the types of their values are right already.
+        """Refuse values that cannot be used; keys and types of values are checked before.
 
         Args:
-            kind: the recipe's.
-            path: the recipe's YAML, for the error's sentence.
+            kind: the recipe's kind.
+            path: the recipe's YAML, for errors.
 
         Raises:
-            RecipeError: for a value that cannot be used.
+            RecipeError: a value cannot be used.
         """
 
     def read(
@@ -73,12 +73,11 @@ class Reader:
         """Read one split.
 
         Args:
-            recipe: whose source this is; `recipe.splits[split]` names the file, folder or split of the
-                source.
+            recipe: the recipe; `recipe.splits[split]` names the file, folder or split of the source.
             split: one of `recipe.splits`.
             data_root: the folder under which `path` lies; see `places.set_folder`.
-            problems: collects what is wrong with single records, which are left out (see
-                `errors.collect_errors`); None raises.
+            problems: receives the errors of single records, which are then left out (see
+                `errors.collect_errors`); if None, the first one is raised.
 
         Raises:
             RecipeError: a file is missing or malformed, or (without `problems`) a record is.
@@ -91,7 +90,7 @@ def _is_reader(value: Any) -> str | None:
     return None if is_class else "it is no subclass of llava_keeplora_recipes.Reader"
 
 
-#: The built-in formats are imported with `formats`, when the first of them is asked for.
+#: The built-in formats are imported with `formats`, when the first of them is used.
 READERS = Registry(
     "reader",
     "llava_keeplora.readers",
@@ -119,15 +118,15 @@ READERS = Registry(
 
 
 def check_source(source: Mapping[str, Any], kind: str, path: Path) -> None:
-    """Refuse what a source of its format cannot say.
+    """Check a recipe's `source` against its format.
 
     Args:
-        source: what a recipe says under `source`.
-        kind: the recipe's.
-        path: the recipe's YAML, for the error's sentence.
+        source: the mapping under `source`.
+        kind: the recipe's kind.
+        path: the recipe's YAML, for errors.
 
     Raises:
-        RecipeError: names the key, what is wrong with it, and the cure.
+        RecipeError: a key is unknown or missing, a value is invalid, or the format does not support the kind.
     """
     name = source.get("format")
     reader = _class_of(name, path)
@@ -155,18 +154,18 @@ def check_source(source: Mapping[str, Any], kind: str, path: Path) -> None:
 
 
 def make_reader(source: Mapping[str, Any]) -> Reader:
-    """Return the reader of a source that `check_source` let pass."""
+    """Return the reader of a source that `check_source` accepts."""
     return READERS[source["format"]](**{key: value for key, value in source.items() if key != "format"})
 
 
 def read_records(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """Read one split of a recipe whose examples lie in files or on the Hub; see `Reader.read`.
+    """Read one split of a recipe whose examples are in files or on the Hub; see `Reader.read`.
 
     Raises:
         RecipeError: the data root, a file, a column or a field is missing or malformed; or a reader that is a
-            plug-in failed, or gave something else than records.
+            plug-in failed, or returned something other than records.
     """
     name = recipe.source["format"]
     reader = make_reader(recipe.source)
@@ -177,7 +176,7 @@ def read_records(
         records = reader.read(recipe, split, data_root, problems)
     except RecipeError:
         raise
-    except Exception as error:  # a reader of somebody else's may raise anything
+    except Exception as error:  # a plug-in may raise anything
         raise RecipeError(
             f"the reader '{name}' failed on {what} ({type(error).__name__}: {error})",
             "correct the reader (`--debug` shows where it failed), or the data",
@@ -188,7 +187,7 @@ def read_records(
 
 
 def _disqualified(records: Any) -> str | None:
-    """Return why something is no whole `Records`, None where it is."""
+    """Return why a plug-in's result is no valid `Records`; None if it is."""
     if not isinstance(records, Records):
         return f"a {type(records).__name__}"
     names = ("labels", "questions", "answers", "meta", "histories", "videos")
@@ -233,7 +232,7 @@ def _check_value(reader: type[Reader], key: str, value: Any, path: Path) -> None
 
 
 def value_word(reader: type[Reader], key: str) -> str:
-    """Return what a key under `source` takes, in the words of an error: `text`, `a list of fields`."""
+    """Return the type of a key under `source` in words, for errors: `text`, `a list of fields`."""
     hint = typing.get_type_hints(reader)[key]
     return reader.keys()[key].metadata.get("word") or _word(hint)
 
@@ -248,7 +247,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Return whether a value of YAML is of a type; what lists and mappings hold is not looked at."""
+    """Return whether a value of YAML is of a type; the items of lists and mappings are not checked."""
     for option in _options(hint):
         kind = typing.get_origin(option) or option
         if kind is Any or (kind is float and isinstance(value, int) and not isinstance(value, bool)):

@@ -31,7 +31,7 @@ from .texts import answer_texts, described, identifier, only_answer
 def read_parquet(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """Parquet files; a split is one pattern or several, its files read in the order of their names.
+    """Read parquet files; a split is one glob pattern or several, each read in the order of its files' names.
 
     Raises:
         RecipeError: a file or a column is missing, or a file is not parquet.
@@ -68,7 +68,7 @@ def read_parquet(
     left_out = {WITHOUT_ROWS: [file.relative_to(folder).as_posix() for file in rows if file not in files]}
     try:
         with _quiet():
-            # a pattern again for datasets, so a folder named 'a[1]' has to be escaped
+            # datasets takes patterns, so a folder named 'a[1]' has to be escaped
             table = datasets.load_dataset(
                 "parquet",
                 data_files=[glob.escape(str(f.absolute())) for f in files],
@@ -88,7 +88,7 @@ def read_parquet(
 def read_hub(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """A dataset on the Hub, or a local folder in the Hub's layout if `source.path` is one.
+    """Read a dataset on the Hub, or a local folder in the Hub's layout if `source.path` is one.
 
     Raises:
         RecipeError: no dataset is named, it cannot be loaded, or a column is missing.
@@ -113,8 +113,8 @@ def read_hub(
                 recipe.source["revision"],
                 recipe.source["columns"].get("label", "label"),
             )
-    except Exception as error:  # the Hub client and datasets raise a dozen kinds; the first is reported
-        # datasets wraps what a reader raises
+    except Exception as error:  # the Hub client and datasets raise a dozen types; the first is reported
+        # datasets wraps errors of a reader
         cause = error if isinstance(error, RecipeError) else error.__cause__ or error
         if isinstance(cause, RecipeError):
             raise cause from None
@@ -137,11 +137,11 @@ def _from_table(
     roots: tuple[Path, ...],
     problems: list[RecipeError] | None,
 ) -> Records:
-    """Records from a table's columns, by the names in `source.columns`.
+    """Return the records of a table's columns, by the names in `source.columns`.
 
     Args:
-        folder: where paths in the table start; None for a table from the Hub.
-        roots: folders that a path of a picture may lead into.
+        folder: folder to which paths in the table are relative; None for a table from the Hub.
+        roots: folders outside of which a path of an image is refused.
     """
     table = loaded.table
     columns = _columns(recipe, split, table)
@@ -151,7 +151,7 @@ def _from_table(
     cells = {role: _values(table, columns[role]) if role in columns else [None] * count for role in roles}
     media = [c for c in (*VIDEOS, *UNREAD) if c in table.column_names and c not in columns.values()]
     unread = {c: _held(table, c) for c in media}
-    beside = {c: _values(table, c) for c in ("system", "tools") if chats and c in table.column_names}
+    chat_columns = {c: _values(table, c) for c in ("system", "tools") if chats and c in table.column_names}
     pictures, faults = read_pictures(recipe, split, table, columns, folder, roots)
 
     def record(row: int) -> tuple[str, Turn, Any, tuple[int, ...]]:
@@ -166,7 +166,7 @@ def _from_table(
         if classify and not chats:
             return name, Turn("", []), cells["label"][row], shown
         if chats:
-            system = system_text({column: values[row] for column, values in beside.items()}, what)
+            system = system_text({column: values[row] for column, values in chat_columns.items()}, what)
             turn = with_system(from_turns(cells["messages"][row], what), system, what)
         else:
             turn = _turn(cells["question"][row], cells["answers"][row], what)
@@ -197,7 +197,11 @@ def _turn(question: Any, answers: Any, what: str) -> Turn:
 
 
 def _values(table: datasets.Dataset, column: str) -> list[Any]:
-    """A column's values; numbers of 32 bits keep their own digits, 0.1 and not 0.10000000149011612."""
+    """Return a column's values; 32-bit numbers with their shortest digits, 0.1 and not 0.10000000149011612.
+
+    Raises:
+        RecipeError: the column cannot be read.
+    """
     try:
         arrow = arrow_column(table, column)
         short = {pyarrow.float32(), pyarrow.float16()}
@@ -212,7 +216,7 @@ def _values(table: datasets.Dataset, column: str) -> list[Any]:
 
 
 def _held(table: datasets.Dataset, column: str) -> list[Any]:
-    """What the cells of a column of media hold, without their bytes."""
+    """Return the cells of a column of media without their bytes: a path, a number of media, or None."""
     arrow = arrow_column(table, column)
     leaf = _leaf(arrow.type)
     if not pyarrow.types.is_struct(leaf):
@@ -229,7 +233,7 @@ def _leaf(kind: pyarrow.DataType) -> pyarrow.DataType:
 
 
 def _unquoted(value: Any, feature: Any) -> Any:
-    """Return a value with what datasets keeps as JSON, because its kind changes from row to row, parsed."""
+    """Parse the parts of a value that datasets stores as JSON because their type changes between rows."""
     if isinstance(feature, getattr(datasets, "Json", ())):
         return value if value is None else parse_json(value)
     if isinstance(feature, datasets.List | datasets.LargeList) and isinstance(value, list):
@@ -246,10 +250,10 @@ def _short_digits(value: Any) -> Any:
 
 
 def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, str]:
-    """The table's column for every role that it has.
+    """Return role → column of the table, for the roles that it has.
 
     Raises:
-        RecipeError: a role that the kind needs, or that the recipe names, has no column.
+        RecipeError: a role that the task's kind requires, or that the recipe names, has no column.
     """
     named = recipe.source["columns"]
     if "messages" in named:
@@ -277,11 +281,11 @@ def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, s
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without datasets' own progress bars, which show for work of milliseconds too."""
-    shown = datasets.is_progress_bar_enabled()
+    """Disable datasets' progress bars, which appear for work of milliseconds too."""
+    enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             datasets.enable_progress_bars()

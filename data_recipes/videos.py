@@ -1,4 +1,4 @@
-"""Videos as frames: which frames of a video are shown, and their pixels from its file, by PyAV."""
+"""Videos as frames: the choice of a video's frames, and decoding of them from its file by PyAV."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ _DECODING = threading.Lock()
 def sample(count: int, frames: int) -> list[int]:
     """Return the positions of `frames` of `count` frames, evenly spaced from the first to the last.
 
-    The i-th is the whole part of i (count - 1) / (frames - 1), as numpy's `linspace` with `dtype=int` has it;
-    of a single one the first. A video of fewer frames shows some of them more than once.
+    The i-th is the integer part of i (count - 1) / (frames - 1), as in numpy's `linspace` with `dtype=int`;
+    a single one is the first. If a video has fewer frames, some are repeated.
     """
     return [i * (count - 1) // max(frames - 1, 1) for i in range(frames)]
 
 
 def refuse_without_decoder(name: str, what: str) -> None:
-    """Refuse a video file where nothing can read it.
+    """Check that video files can be decoded.
+
+    Args:
+        name: the video's file, for the error.
+        what: its record, for the error.
 
     Raises:
         RecipeError: PyAV is not installed.
@@ -43,11 +47,13 @@ def refuse_without_decoder(name: str, what: str) -> None:
 
 
 def read_frame(frame: Frame, listings: Listings) -> tuple[str, Image.Image]:
-    """Return the SHA-256 of a frame's video file and position, and its RGB picture, which nobody may change.
+    """Return the SHA-256 of a frame's video file and position, and its RGB image.
+
+    The image is cached: don't change it.
 
     Raises:
-        OSError: the file is not there, or cannot be read.
-        ValueError: it holds no video, or PyAV cannot decode it.
+        OSError: the file is missing, or cannot be read.
+        ValueError: it has no video, or PyAV cannot decode it.
     """
     with _DECODING:
         try:
@@ -62,10 +68,12 @@ def read_frame(frame: Frame, listings: Listings) -> tuple[str, Image.Image]:
 
 @lru_cache(maxsize=2)
 def _decoded(path: str, count: int, _size: int, _changed: int) -> tuple[str, list[Image.Image]]:
-    """Return the SHA-256 of a file, and the frames that are shown of it.
+    """Return the SHA-256 of a file, and `count` of its frames.
 
-    Size and time of the last change tell the file from an older one of the name. PyAV's errors are OSErrors
-    or ValueErrors in part; all of them come as ValueErrors.
+    Size and time of the last change are part of the cache's key, so that a changed file is decoded again.
+
+    Raises:
+        ValueError: PyAV cannot decode the file; its errors are of several types.
     """
     data = read_file(path)
     try:
@@ -78,12 +86,12 @@ def _decoded(path: str, count: int, _size: int, _changed: int) -> tuple[str, lis
 def decode_frames(data: bytes, count: int) -> list[Image.Image]:
     """Return `count` frames of a video, as `sample` chooses them.
 
-    The packets of a file tell how many frames it has; where decoding gives another number, it is decoded
-    once more by that number.
+    The number of frames is first taken as the number of packets; if decoding gives another number, the file
+    is decoded once more with that.
 
     Args:
         data: the file's bytes.
-        count: how many are shown.
+        count: number of frames.
 
     Raises:
         Exception: whatever PyAV raises, or ValueError if there is no video in it.
@@ -118,7 +126,7 @@ def _frames(data: bytes) -> Iterator[object]:
 
 
 def _upright(frame) -> Image.Image:
-    """Return a frame as RGB, turned as players turn it (`rotation` counts counterclockwise)."""
+    """Return a frame as RGB, rotated as players do (`rotation` is in degrees, counterclockwise)."""
     image = frame.to_image()
     angle = round(frame.rotation) % 360
     turn = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.image_inputs import TOKEN_KEYS, ImageShapes, blank_image
+from llava_keeplora_recipes import Recipe
 from llava_keeplora_recipes.placeholders import MARKER
 from llava_keeplora_recipes.records import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from llava_keeplora_recipes import Recipe
 
 #: For checkpoints without a chat template: LLaVA-1.5's own (conversation `v1` of
 #: github.com/haotian-liu/LLaVA).
@@ -174,15 +173,12 @@ def _apply(processor, messages: Sequence[Mapping[str, Any]], generation_prompt: 
 
 
 def question_text(recipe: Recipe, question: str | None) -> str:
-    """What a generative model is asked: the example's question, or the recipe's own where there is none."""
+    """Return the question to a generative model: the example's, or the recipe's `prompt` if it has none."""
     return recipe.vlm_prompt if question is None else question
 
 
 def training_answers(recipe: Recipe, answers: Sequence[str]) -> list[str]:
-    """The answers of an example that are trained on.
-
-    Every caption, otherwise the one that is given most often.
-    """
+    """Return the answers of an example that training uses: all captions, or the most frequent answer."""
     if recipe.kind == "captioning":
         return list(answers)
     if recipe.kind == "classification":
@@ -383,7 +379,7 @@ class Chat:
 
 
 def _special_tokens(processor) -> re.Pattern[str]:
-    """What the tokenizer reads as one of its special tokens wherever it stands in a text."""
+    """Return the pattern of all texts that the tokenizer reads as special tokens anywhere in a text."""
     tokenizer = processor.tokenizer
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     words = {*added, *tokenizer.all_special_tokens, processor.image_token} - {""}

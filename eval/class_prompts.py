@@ -1,4 +1,4 @@
-"""Class prompts as a model of two encoders gets them: token ids, their lengths, and what is refused."""
+"""Class prompts as inputs of a model of two encoders: token ids, their lengths, and refusals."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any, Self
 from llava_keeplora_eval.encoders import CLIP, Encoders, find_encoders
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.preparation import Report, runs_of
+from llava_keeplora_recipes import Recipe, TaskData
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llava_keeplora_recipes import Recipe, TaskData
+#: Most characters of a prompt that an error quotes.
+MAX_QUOTED = 80
 
-#: Characters of a text that an error shows.
-SHOWN = 80
-
-#: Tokens that stand where a text begins or ends, by the tokenizers' names.
+#: Names of the tokenizers' tokens for the beginning and end of a text.
 FRAME = ("bos_token", "eos_token", "cls_token", "sep_token")
 
 
@@ -25,8 +24,8 @@ class PromptPreparation:
     """Class prompts of a model of two encoders; see `preparation.Preparation`.
 
     Args:
-        processor: its processor, or its tokenizer.
-        limit: the most tokens of a prompt, where the tokenizer doesn't know it.
+        processor: the model's processor, or its tokenizer.
+        limit: the most tokens of a prompt, if the tokenizer doesn't know it.
         encoders: the record of the model's type.
     """
 
@@ -40,23 +39,23 @@ class PromptPreparation:
 
         Args:
             processor: the model's processor, or its tokenizer.
-            config: of transformers.
-            encoders: the record of the model's type; the one that its configuration names when None.
+            config: the model's configuration, of transformers.
+            encoders: the record of the model's type; if None, that of the configuration's type.
         """
         encoders = encoders or find_encoders(config)
         return cls(processor, encoders.max_tokens(config), encoders)
 
     @property
     def padding(self) -> dict[str, Any]:
-        """The arguments by which the tokenizer pads as the model wants it."""
+        """Arguments of the tokenizer for the model's padding."""
         return _padding(self.tokenizer, self.limit, self.encoders)
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What the text encoder takes of texts, each (texts, tokens); see `tokenize_prompts`."""
+        """Return the text encoder's inputs for texts, each (texts, tokens); see `tokenize_prompts`."""
         return tokenize_prompts(self.tokenizer, texts, self.limit, self.encoders)
 
     def ask(self, data: TaskData) -> dict[str, Tensor]:
-        """The task's class prompts.
+        """Return the inputs for the task's class prompts; see `tokens`.
 
         Raises:
             EvalError: the task is no classification, or a prompt is too long.
@@ -64,15 +63,15 @@ class PromptPreparation:
         check_kind(data.recipe)
         return self.tokens(data.recipe.prompts)
 
-    #: What is learned are the same prompts.
+    #: Training uses the same prompts.
     learn = ask
 
     def short_answers(self, questions: Any) -> str:
-        """Nothing: a class is named whole or not at all."""
+        """Return an empty note: the length of answers is not limited, as a class's name is not generated."""
         return ""
 
     def report(self, data: TaskData, learns: bool) -> Report:
-        """What `ask` refuses, and how many prompts there are and how long."""
+        """Report the refusal by `ask`, or the number of prompts and their greatest length."""
         try:
             self.ask(data)
         except EvalError as error:
@@ -84,17 +83,17 @@ class PromptPreparation:
         return Report(sizes, [])
 
     def show(self, data: TaskData, row: int) -> list[str]:
-        """The prompt of an example's class as the model gets it, its padding left out, and its ids."""
+        """Return the prompt of an example's class as the model gets it, without padding, and its ids."""
         prompt = data.recipe.prompts[data.labels[row]]
         text = self.tokenizer.decode(_unpadded(self.tokenizer, [prompt])[0], skip_special_tokens=False)
         return [f"⟦{text}⟧", f"ids: ⟦{runs_of(self.tokens([prompt])['input_ids'][0].tolist())}⟧"]
 
 
 def check_kind(recipe: Recipe) -> None:
-    """Refuse a task that a model of two encoders cannot answer.
+    """Check that a model of two encoders can answer a task.
 
     Raises:
-        EvalError: it is no classification.
+        EvalError: the task is no classification.
     """
     if recipe.kind != "classification":
         raise EvalError(
@@ -106,20 +105,20 @@ def check_kind(recipe: Recipe) -> None:
 def tokenize_prompts(
     processor, prompts: Sequence[str], limit: int | None = None, encoders: Encoders = CLIP
 ) -> dict[str, Tensor]:
-    """Tokenise prompts, padded as the model wants it, and refuse those that it would see cut short.
+    """Tokenise prompts with the model's padding, and refuse those that would be truncated.
 
     Args:
-        processor: of a model of two encoders, or its tokenizer.
+        processor: the processor of a model of two encoders, or its tokenizer.
         prompts: the texts.
-        limit: the most tokens that the text model takes, when the tokenizer doesn't know it.
+        limit: the most tokens of a prompt, if the tokenizer doesn't know it.
         encoders: the record of the model's type.
 
     Returns:
-        ``input_ids``, and what else of the record's `text_inputs` the tokenizer gives, each (prompts,
-        tokens). SigLIP's tokenizers give no attention mask: its text encoder attends to padding.
+        ``input_ids``, and those of the record's other `text_inputs` that the tokenizer returns, each
+        (prompts, tokens). SigLIP's tokenizers return no attention mask: its text encoder attends to padding.
 
     Raises:
-        EvalError: no prompts, or one that is too long or holds the token of a text's beginning or end.
+        EvalError: no prompts, or one that is too long or contains the token of a text's beginning or end.
     """
     if not prompts:
         raise EvalError(
@@ -158,10 +157,10 @@ def _unpadded(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def _refuse_frame_tokens(tokenizer, prompts: Sequence[str]) -> None:
-    """Refuse a prompt that holds a token of a text's beginning or end; CLIP's feature is the first end's.
+    """Refuse prompts with a token of a text's beginning or end: CLIP takes its feature at the first end.
 
     Raises:
-        EvalError: naming the prompt and the token.
+        EvalError: a prompt has such a token.
     """
     frame = [token for name in FRAME if (token := getattr(tokenizer, name, None))]
     for prompt in prompts:
@@ -173,5 +172,5 @@ def _refuse_frame_tokens(tokenizer, prompts: Sequence[str]) -> None:
 
 
 def _quoted(text: str) -> str:
-    """A text in quotes, its beginning and its length where it is long."""
-    return f"'{text}'" if len(text) <= SHOWN else f"'{text[:SHOWN]}...' ({len(text)} characters)"
+    """Return a text in quotes; of one with more than `MAX_QUOTED` characters, its beginning and length."""
+    return f"'{text}'" if len(text) <= MAX_QUOTED else f"'{text[:MAX_QUOTED]}...' ({len(text)} characters)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers  # its models, which take seconds to import, are looked up where they are used
@@ -16,9 +16,7 @@ from llava_keeplora_eval.generation import check_generation
 from llava_keeplora_eval.image_inputs import joined
 from llava_keeplora_eval.predictors import no_numbers
 from llava_keeplora_eval.preparation import ChatPreparation
-
-if TYPE_CHECKING:
-    from llava_keeplora_recipes import Example, Recipe
+from llava_keeplora_recipes import Example, Recipe
 
 
 class LlavaPredictor:
@@ -149,7 +147,7 @@ class LlavaPredictor:
 
 
 def _refuse_nan(examples: Sequence[Example], dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """A logits processor that ends generation where scores (examples × beams, vocabulary) are no numbers."""
+    """Return a logits processor that raises if scores (examples × beams, vocabulary) are NaN or +inf."""
 
     def check(ids: Tensor, scores: Tensor) -> Tensor:
         bad = (scores.isnan() | scores.isposinf()).any(dim=1)

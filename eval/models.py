@@ -63,7 +63,7 @@ class ClipProcessor:
 
 
 def resolve_model(name: str) -> str:
-    """The path of an embedded model, or the name as it is (a folder, or a Hub id).
+    """Return the path of an embedded model, or the name as it is (a folder, or a Hub id).
 
     Args:
         name: an embedded model's name, a folder, or a Hub id.
@@ -299,7 +299,7 @@ def load_llava(name: str, device: str | None = None, revision: str | None = None
 
 
 def load_clip_processor(path: str, revision: str | None = None) -> ClipProcessor:
-    """The image processor and tokenizer of a checkpoint with two encoders.
+    """Load the image processor and tokenizer of a checkpoint with two encoders.
 
     Args:
         path: a folder or a Hub id.

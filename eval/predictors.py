@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from torch import Tensor
 from llava_keeplora_eval.class_prompts import PromptPreparation
 from llava_keeplora_eval.encoders import Encoders
 from llava_keeplora_eval.errors import EvalError
-
-if TYPE_CHECKING:
-    from llava_keeplora_recipes import Example, Recipe
+from llava_keeplora_recipes import Example, Recipe
 
 PROMPTS_PER_BATCH = 256
 
@@ -162,7 +160,7 @@ class ClipPredictor:
         return {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def with_head(self, head: Callable[[Tensor], Tensor]) -> ClipPredictor:
-        """The same predictor with more logits, added to the prompts'.
+        """Return the predictor with other logits added to those of the prompts.
 
         Args:
             head: unit-length image features (examples, projection) -> logits (examples, classes).
@@ -198,7 +196,11 @@ class ClipPredictor:
             self.model.train(was_training)
 
     def predict(self, examples: Sequence[Example]) -> list[str]:
-        """The nearest class of each example, verbatim as in ``recipe.classes``."""
+        """Return the nearest class of each example, spelled as in ``recipe.classes``.
+
+        Raises:
+            EvalError: logits are NaN or infinite.
+        """
         if not examples:
             return []
         logits = self.logits(examples)
@@ -209,7 +211,7 @@ class ClipPredictor:
         return [self.recipe.classes[index] for index in logits.argmax(dim=1).tolist()]
 
     def inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """What the image encoder takes, each (examples, ...), on the predictor's device and in its dtype."""
+        """Return the image encoder's inputs (examples, ...), on the predictor's device and in its dtype."""
         stacked = stack_images(self.images(examples))
         return to_dtype({key: value.to(self.device) for key, value in stacked.items()}, self.dtype)
 
@@ -237,13 +239,13 @@ class ClipPredictor:
 
 
 def no_numbers(example: str, dtype: torch.dtype) -> EvalError:
-    """The error for a model whose outputs are NaN or infinite.
+    """Return the error for a model whose outputs are NaN or infinite.
 
-    The answer read off them would be the first class or token.
+    Without it, the answer would be the first class or token.
 
     Args:
         example: the id of the first such example.
-        dtype: of the model.
+        dtype: the model's.
     """
     name = str(dtype).removeprefix("torch.")
     return EvalError(

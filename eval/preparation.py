@@ -11,14 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from llava_keeplora_eval.chat import Chat, Encoding, question_text, training_answers
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_recipes import TaskData
 from llava_keeplora_recipes.texts import is_blank
-
-if TYPE_CHECKING:
-    from llava_keeplora_recipes import TaskData
 
 log = logging.getLogger(__name__)
 
@@ -164,13 +162,12 @@ class ChatPreparation:
         )
 
     def show(self, data: TaskData, row: int) -> list[str]:
-        """An example as the model gets it.
+        """Return an example as the model gets it: its text, decoded from its ids, and the ids.
 
-        Its text by its ids, the learned part between ⟦ and ⟧, and the ids.
-
-        A run of image tokens is one in the text, and id × count among the ids.
+        The learned part is between ⟦ and ⟧. A run of image tokens is one in the text, and id × count among
+        the ids.
         """
-        # Of several captions, each of which is trained on, one.
+        # The first of several captions, although training uses all.
         answer = training_answers(data.recipe, data.answers[row])[0]
         encoding = self.chat.turn(
             question_text(data.recipe, data.questions[row]),
@@ -242,7 +239,11 @@ def _turn(row: int, encoding: Encoding) -> Turn:
 
 
 def _accepted(items: Iterable[Turn | EvalError], data: TaskData) -> list[Turn]:
-    """The turns, if nothing was refused."""
+    """Return the turns if none was refused.
+
+    Raises:
+        EvalError: the first refusal, with the number of others.
+    """
     items = list(items)
     refused = [item for item in items if isinstance(item, EvalError)]
     if refused:
