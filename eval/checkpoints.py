@@ -307,8 +307,6 @@ def check_finite(model, place: str) -> None:
 
 def _spoilt(place: str, revision: str | None = None) -> tuple[Path, str] | None:
     """Find the file of a checkpoint, and the tensor in it, that holds values that are not numbers."""
-    import safetensors
-    import torch
     from transformers.utils import cached_file
 
     folder = Path(place)
@@ -316,18 +314,23 @@ def _spoilt(place: str, revision: str | None = None) -> tuple[Path, str] | None:
         with loading(place):
             folder = Path(cached_file(place, "config.json", revision=revision)).parent
     for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors = ((name, file.get_tensor(name)) for name in file.keys())
-                bad = next((name for name, value in tensors if not _is_finite(value)), None)
-        else:
-            tensors = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
-            )
-            bad = next((name for name, value in tensors.items() if not _is_finite(value)), None)
+        bad = next((name for name, value in read_tensors(path) if not _is_finite(value)), None)
         if bad:
             return path, bad
     return None
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield name and tensor of everything that a weight file holds, except what is computed on loading."""
+    import safetensors
+    import torch
+
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys() if not name.endswith(COMPUTED))
+        return
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    yield from ((name, value) for name, value in tensors.items() if not name.endswith(COMPUTED))
 
 
 def _is_finite(value) -> bool:

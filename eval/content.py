@@ -7,10 +7,11 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora_eval.checkpoints import _json, loading, weight_files
+from llava_keeplora_eval.checkpoints import _json, loading, read_tensors, weight_files
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import file_hash, write_atomic
 
@@ -35,6 +36,9 @@ PROCESSOR = (
 
 #: Keys of a configuration that depend on how it was written, not on the model.
 WRITTEN_BY = ("_name_or_path", "transformers_version")
+
+#: Key of a record that holds a checkpoint's `tensors_hash`.
+TENSORS = "tensors"
 
 #: Seconds within which a file may change again and keep its time stamp.
 RECENT = 2.0
@@ -99,7 +103,7 @@ def hub_commit(name: str, revision: str | None = None) -> str:
     return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
 
 
-def content_changes(known: dict[str, Any], now: dict[str, Any]) -> list[str] | None:
+def content_changes(known: Mapping[str, Any], now: Mapping[str, Any]) -> list[str] | None:
     """Compare two records of `model_content`.
 
     Returns:
@@ -115,6 +119,59 @@ def content_changes(known: dict[str, Any], now: dict[str, Any]) -> list[str] | N
     return sorted(changed) if common else None
 
 
+def changes_at(
+    known: Mapping[str, Any], place: str, revision: str | None = None, now: Mapping[str, Any] | None = None
+) -> list[str] | None:
+    """Compare a record with a checkpoint; the same tensors in other files or another format are no change.
+
+    Args:
+        known: a record of `model_content`, with the checkpoint's `tensors_hash` under `TENSORS` if known.
+        place, revision: see `model_content`.
+        now: the checkpoint's `model_content`, if it is known already.
+
+    Returns:
+        see `content_changes`.
+    """
+    changed = content_changes(known, now or model_content(place, revision))
+    if changed and "weights" in changed and TENSORS in known and known[TENSORS] == tensors_hash(Path(place)):
+        changed.remove("weights")
+    return changed
+
+
+def tensors_hash(folder: Path) -> str:
+    """Return a hash of a local checkpoint's tensors, whatever files and format hold them.
+
+    It covers each tensor's name, dtype, shape and bytes, except tensors that are computed on loading, and is
+    cached like those of files, see `content_hash`.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Raises:
+        EvalError: a file of weights cannot be read.
+    """
+    files = weight_files(folder)
+    key = _digest([TENSORS, *map(content_hash, files)])
+    kept = _kept(key)
+    if kept is None:
+        with loading(str(folder)):
+            tensors = [
+                (name, str(value.dtype), list(value.shape), _bytes_hash(value))
+                for path in files
+                for name, value in read_tensors(path)
+            ]
+        kept = _digest(sorted(tensors))
+        _keep(key, kept)
+    return kept
+
+
+def _bytes_hash(tensor: Any) -> str:
+    import torch
+
+    numbers = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(numbers.data).hexdigest()
+
+
 def content_hash(path: Path) -> str:
     """Return a file's SHA-256, cached by its path, size and time stamps so that large weights are read once.
 
@@ -123,25 +180,38 @@ def content_hash(path: Path) -> str:
     """
     stat = path.stat()
     key = _digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
+    kept = _kept(key)
+    if kept is None:
+        kept = file_hash(path)
+        if time.time() - stat.st_mtime > RECENT:
+            _keep(key, kept)
+    return kept
+
+
+def _kept(key: str) -> str | None:
+    """Return the hash that is cached under a key; None if there is none."""
+    try:
+        known = _kept_path(key).read_text()
+    except (OSError, ValueError):
+        return None
+    return known if re.fullmatch(r"[0-9a-f]{64}", known) else None
+
+
+def _keep(key: str, value: str) -> None:
+    path = _kept_path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, value)
+    except OSError:
+        pass  # It is only hashed again.
+
+
+def _kept_path(key: str) -> Path:
     root = (
         os.environ.get("LLAVA_KEEPLORA_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-keeplora"
     )
-    cache_file = Path(root) / "hashes" / key[:32]
-    try:
-        cached = cache_file.read_text()
-        if re.fullmatch(r"[0-9a-f]{64}", cached):
-            return cached
-    except (OSError, ValueError):
-        pass
-    computed = file_hash(path)
-    if time.time() - stat.st_mtime > RECENT:
-        try:
-            cache_file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cache_file, computed)
-        except OSError:
-            pass  # The file is hashed again the next time.
-    return computed
+    return Path(root) / "hashes" / key[:32]
 
 
 def _digest(value: Any) -> str:

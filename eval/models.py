@@ -19,7 +19,7 @@ from llava_keeplora_eval.checkpoints import (
     loading,
 )
 from llava_keeplora_eval.class_prompts import PromptPreparation, check_kind
-from llava_keeplora_eval.content import content_changes, content_hash, model_content
+from llava_keeplora_eval.content import changes_at, content_hash, model_content
 from llava_keeplora_eval.encoders import ENCODERS
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS
@@ -224,9 +224,7 @@ def check_exported_base(folder: Path, base: str, revision: str | None) -> None:
         return
     with loading(str(folder)):
         known = json.loads(path.read_text(encoding="utf-8")).get("base")
-    if isinstance(known, dict) and (
-        changed := content_changes(known, model_content(resolve_model(base), revision))
-    ):
+    if isinstance(known, dict) and (changed := changes_at(known, resolve_model(base), revision)):
         raise EvalError(
             f"the base model '{base}' is not the one that the adapter {folder} was trained on "
             f"({', '.join(changed)} differ)",

@@ -35,7 +35,7 @@ from llava_keeplora.run_folder import (
     read_record,
     rename_parts,
 )
-from llava_keeplora_eval.content import content_changes, model_content
+from llava_keeplora_eval.content import TENSORS, changes_at, model_content, tensors_hash
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.models import resolve_model
 from llava_keeplora_recipes import load_recipe, load_recipes
@@ -227,7 +227,17 @@ def base_content(model: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: if its folder is missing, or a file in it cannot be read.
     """
-    return model_content(resolve_model(model.name_or_path), model.revision)
+    return model_content(*_place(model))
+
+
+def base_record(model: ModelConfig, content: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run records of its base model: its content, and of a folder the hash of its tensors."""
+    place = Path(_place(model)[0])
+    return content | ({TENSORS: tensors_hash(place)} if place.is_dir() else {})
+
+
+def _place(model: ModelConfig) -> tuple[str, str | None]:
+    return resolve_model(model.name_or_path), model.revision
 
 
 def recorded_base(run: Path) -> dict[str, Any] | None:
@@ -251,7 +261,7 @@ def base_changes(run: Path, model: ModelConfig, content: Mapping[str, Any] | Non
         UserError: if the model is missing.
     """
     recorded = recorded_base(run)
-    return None if recorded is None else content_changes(recorded, content or base_content(model))
+    return None if recorded is None else changes_at(recorded, *_place(model), content)
 
 
 def check_base(run: str | Path, model: ModelConfig, content: Mapping[str, Any] | None = None) -> None:
@@ -275,7 +285,7 @@ def check_base(run: str | Path, model: ModelConfig, content: Mapping[str, Any] |
             model.name_or_path,
         )
         return
-    changed = content_changes(recorded, content or base_content(model))
+    changed = changes_at(recorded, *_place(model), content)
     if changed is None:
         logger.warning(
             "%s was begun with a base model from %s; whether '%s' is the same cannot be checked",

@@ -37,6 +37,7 @@ from llava_keeplora.run_folder import (
 )
 from llava_keeplora.saved_run import read_identity, recorded_base
 from llava_keeplora_eval import Matrix
+from llava_keeplora_eval.content import TENSORS
 from llava_keeplora_eval.files import file_hash
 
 ZERO_SHOT = "zero-shot"
@@ -119,6 +120,9 @@ def side_by_side(runs: Mapping[Path, Mapping[str, Matrix]]) -> dict[str, list[Tr
     """
     groups: dict[tuple[str, str], dict[int, Path]] = {}
     bases = {folder: recorded_base(folder) for folder in runs}
+    # Weights are compared by their tensors where every run has recorded these, else by their files.
+    other = "weights" if all(TENSORS in (base or {}) for base in bases.values()) else TENSORS
+    bases = {folder: base and {k: v for k, v in base.items() if k != other} for folder, base in bases.items()}
     for folder, matrices in runs.items():
         identity = read_identity(folder)
         if all(bases.values()):

@@ -33,6 +33,7 @@ from llava_keeplora.run_folder import (
 from llava_keeplora.saved_run import (
     base_changes,
     base_content,
+    base_record,
     check_base,
     read_identity,
     recorded_base,
@@ -212,8 +213,9 @@ class Workspace:
             recipe = kept_recipe(self.root, name)
             if is_file_name(task) and (anew or not recipe.exists()):
                 write_bytes(recipe, flat_recipe(task).encode())
+        base = base or {BASE: recorded or base_record(self.config.model, self.base)}
         # config.json comes last: its presence means that the folder is claimed.
-        write_json(self.root / IDENTITY, identity | (base or {BASE: recorded or self.base}))
+        write_json(self.root / IDENTITY, identity | base)
         write_bytes(self.root / CONFIG, dump_config(self.config).encode())
 
     def _refuse_foreign(self) -> None:

@@ -10,8 +10,8 @@ import yaml
 from llava_keeplora import cli
 from llava_keeplora.config import load_config, parse_config
 from llava_keeplora.errors import RunError
-from llava_keeplora.saved_run import extended, load_run, recorded_base
-from llava_keeplora_eval.content import model_content
+from llava_keeplora.saved_run import base_changes, check_base, extended, load_run, recorded_base
+from llava_keeplora_eval.content import content_changes, model_content, tensors_hash
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_runs_of_two_bases_with_one_name_have_rows_of_their_own_and_a_copy_of_a_
     identity = json.loads((other / "identity.json").read_text())
     for content, rows in (
         (identity["base"], ["zero-shot", "keeplora"]),
-        (identity["base"] | {"weights": "0"}, ["zero-shot (run)", "zero-shot (other)"]),
+        (identity["base"] | {"weights": "0", "tensors": "0"}, ["zero-shot (run)", "zero-shot (other)"]),
     ):
         changed = {
             "seed": identity["seed"] + 1,
@@ -152,7 +152,7 @@ def test_doctor_says_whether_the_base_is_the_same(place, capfd):
 
 
 def test_a_base_that_lies_elsewhere_with_the_same_content_is_the_same(place, capfd):
-    assert recorded_base(place / "run") == model_content(str(place / "base"))
+    assert recorded_base(place / "run").items() >= model_content(str(place / "base")).items()
     (place / "base/README.md").write_text("mine")
     (place / "base").rename(place / "moved")
     words = ["train", "--config", str(place / "run.yaml"), f"model.name_or_path={place / 'moved'}"]
@@ -194,12 +194,11 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning_and_keeps_a_record_f
     path.write_text(json.dumps(identity))
     drive(load_run(place / "run"))
     assert "kept no record of its base model" in caplog.text
-    assert recorded_base(place / "run") == model_content(str(place / "base"))
+    record = model_content(str(place / "base")) | {"tensors": tensors_hash(place / "base")}
+    assert recorded_base(place / "run") == record
     caplog.clear()
     drive(extended(place / "run", str(tiny_tasks[1])))
-    assert "no record" not in caplog.text and recorded_base(place / "run") == model_content(
-        str(place / "base")
-    )
+    assert "no record" not in caplog.text and recorded_base(place / "run") == record
 
 
 def test_a_fork_needs_no_base_and_keeps_its_record(place, capfd):
@@ -234,3 +233,54 @@ def test_a_moved_base_is_given_to_extend_by_its_new_place(place, tiny_tasks, cap
     assert cli.main(extend) == 2
     assert "model.name_or_path=DIR" in capfd.readouterr().err
     assert cli.main([*extend, f"model.name_or_path={place / 'moved'}"]) == 0
+
+
+def in_shards(base):
+    from safetensors.torch import load_file, save_file
+
+    tensors = list(load_file(base / "model.safetensors").items())
+    weight_map = {}
+    for i in range(3):
+        shard = dict(tensors[i::3])
+        weight_map |= dict.fromkeys(shard, f"model-{i}.safetensors")
+        save_file(shard, base / f"model-{i}.safetensors", {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def pickled(base):
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("layout", [in_shards, pickled])
+def test_the_same_tensors_in_files_of_another_layout_are_the_same_base(place, capfd, layout):
+    layout(place / "base")
+    (place / "base/model.safetensors").unlink()
+    model = load_run(place / "run").model
+    check_base(place / "run", model)
+    assert base_changes(place / "run", model) == []
+    identity = json.loads((place / "run/identity.json").read_text())
+    known, now = identity["base"], model_content(str(place / "base"))
+    assert known.keys() - now.keys() == {"tensors"} and content_changes(known, now) == ["weights"]
+    # A run that recorded only its files is refused, as before.
+    del identity["base"]["tensors"]
+    (place / "run/identity.json").write_text(json.dumps(identity))
+    with pytest.raises(RunError, match="weights differ"):
+        check_base(place / "run", model)
+
+
+def test_the_hash_of_tensors_covers_name_type_shape_and_numbers(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    hashes = set()
+    one = torch.arange(6, dtype=torch.int32)
+    for i, tensors in enumerate(
+        [{"a": one}, {"b": one}, {"a": one.view(torch.float32)}, {"a": one.view(2, 3)}, {"a": one + 1}]
+    ):
+        (tmp_path / str(i)).mkdir()
+        save_file(tensors, tmp_path / str(i) / "model.safetensors")
+        hashes.add(tensors_hash(tmp_path / str(i)))
+    assert len(hashes) == 5
