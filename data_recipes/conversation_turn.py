@@ -101,9 +101,10 @@ def from_turns(turns: Any, what: str) -> Turn:
 
 
 def from_fields(row: dict[str, Any], answer_field: str, answered: bool, what: str) -> Turn:
-    """Read a LLaVA test record: `text` and an answer; see `answer_texts`.
+    """Read a LLaVA test record, `text` and an answer, or Video-ChatGPT's with `question`; see `answer_texts`.
 
-    Source of the layout: github.com/haotian-liu/LLaVA, docs/Evaluation.md.
+    Sources of the layouts: github.com/haotian-liu/LLaVA, docs/Evaluation.md, and
+    github.com/mbzuai-oryx/Video-ChatGPT, quantitative_evaluation.
 
     Args:
         row: the record.
@@ -114,7 +115,8 @@ def from_fields(row: dict[str, Any], answer_field: str, answered: bool, what: st
     Raises:
         RecipeError: a field is missing or empty, or holds something else.
     """
-    if "text" not in row:
+    key = "text" if "text" in row else "question"
+    if key not in row:
         raise RecipeError(
             f"{what} has neither 'conversations' nor 'text' and '{answer_field}'", "add one of them"
         )
@@ -123,12 +125,12 @@ def from_fields(row: dict[str, Any], answer_field: str, answered: bool, what: st
             f"{what} has no '{answer_field}'",
             "add it, or name the field of the answer with 'source.answer' in the recipe",
         )
-    if not isinstance(row["text"], str):
+    if not isinstance(row[key], str):
         raise RecipeError(
-            f"{what} has {described(row['text'])} as its question, and a question is text",
+            f"{what} has {described(row[key])} as its question, and a question is text",
             "correct or remove the record",
         )
-    return Turn(row["text"].strip(), answer_texts(row[answer_field], what) if answered else [])
+    return Turn(row[key].strip(), answer_texts(row[answer_field], what) if answered else [])
 
 
 def read_turns(turns: Any, layout: Layout, what: str) -> Turn:

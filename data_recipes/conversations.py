@@ -19,8 +19,8 @@ from .conversation_turn import (
 from .errors import RecipeError, collect_errors
 from .json_files import read_rows
 from .labels import warn_of_names
-from .media import UNREAD, image_names, refuse_unread_media, system_text, video_names
-from .paths import data_root_of, inside, pictures_folder, split_file
+from .media import UNREAD, VIDEO_ENDINGS, image_names, refuse_unread_media, system_text, video_names
+from .paths import data_root_of, inside, pictures_folder, split_file, within
 from .recipe import Recipe
 from .records import Frame, Records, Spans, picture_files
 from .references import read_references
@@ -158,11 +158,17 @@ def _given_id(row: dict[str, Any]) -> Any:
 
 
 def _frames(video: str | list[str], count: int, folder: Path, what: str, root: Path) -> list[Path | Frame]:
-    """Return the frames that are shown of a video file, or the files of those of a list of frames."""
+    """Return the frames that are shown of a video file, or the files of those of a list of frames.
+
+    A file may be named without its ending.
+    """
     if isinstance(video, str):
         refuse_without_decoder(video, what)
-        path = str(inside(folder, video, what, root).absolute())
-        return [Frame(path, index, count) for index in range(count)]
+        path = inside(folder, video, what, root).absolute()
+        if not path.exists():
+            named = (path.with_name(path.name + ending) for ending in VIDEO_ENDINGS)
+            path = within(next(filter(Path.is_file, named), path), what, root)
+        return [Frame(str(path), index, count) for index in range(count)]
     return [inside(folder, video[position], what, root) for position in sample(len(video), count)]
 
 

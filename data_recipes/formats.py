@@ -146,7 +146,8 @@ class LlavaJson(Messages):
 
     Args:
         references: the file within `path` that has a split's answers, where they stand apart from the
-            questions: captions in COCO's layout, or TextVQA's annotations.
+            questions: captions in COCO's layout, TextVQA's annotations,
+            or Video-ChatGPT's answers.
         answer: the field that holds the answer of a record without `conversations`.
     """
 

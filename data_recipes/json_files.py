@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from .errors import RecipeError, collect_errors
@@ -32,7 +33,7 @@ def read_rows(path: Path, problems: list[RecipeError] | None = None) -> list[Any
     return collect_errors(lambda item: _finite(*item, path), enumerate(rows), problems)
 
 
-def read_json(path: Path, kind: type) -> Any:
+def read_json(path: Path, kind: type | UnionType) -> Any:
     """Read a JSON file whose outermost value has a type.
 
     Raises:
@@ -49,14 +50,15 @@ def read_json(path: Path, kind: type) -> Any:
     return content
 
 
-def _parsed(path: Path, text: str, kind: type) -> Any:
+def _parsed(path: Path, text: str, kind: type | UnionType) -> Any:
     try:
         content = parse_json(text)
     except ValueError as error:
         raise RecipeError(f"{path} {error}", "correct the file") from error
     if not isinstance(content, kind):
         raise RecipeError(
-            f"{path.name} holds a {type(content).__name__}, not a {kind.__name__}", "correct the file"
+            f"{path.name} holds a {type(content).__name__}, not a {getattr(kind, '__name__', kind)}",
+            "correct the file",
         )
     return content
 

@@ -61,7 +61,7 @@ def image_names(row: dict[str, Any], what: str) -> list[str]:
             f"{what} has {described(row['image'])} as 'image' and {described(row['images'])} as 'images'",
             "keep the one that is meant",
         )
-    if not named and not _first_held(row, VIDEOS) and (field := _first_held(row, ELSEWHERE)):
+    if not named and not _first_held(row, (*VIDEOS, "video_name")) and (field := _first_held(row, ELSEWHERE)):
         raise RecipeError(
             f"{what} has {described(row[field])} as '{field}', and pictures are read from 'image' or "
             "'images'",
@@ -73,8 +73,9 @@ def image_names(row: dict[str, Any], what: str) -> list[str]:
 def video_names(row: dict[str, Any], what: str) -> list[str | list[str]]:
     """Return a record's videos, each as its file or as the list of its frames' files.
 
-    A text in `video` or `videos` is a video file. A list has one entry per video: a file with the ending of a
-    video, or the list of its frames' files, in order. `video` itself may be the list of one video's frames.
+    A text in `video` or `videos` is a video file; so is one in `video_name`, where there are neither, as in
+    Video-ChatGPT's questions. A list has one entry per video: a file with the ending of a video, or the list
+    of its frames' files, in order. `video` itself may be the list of one video's frames.
 
     Raises:
         RecipeError: a value is anything else, or the two fields have different ones.
@@ -85,7 +86,7 @@ def video_names(row: dict[str, Any], what: str) -> list[str | list[str]]:
             f"{what} has {described(row['video'])} as 'video' and {described(row['videos'])} as 'videos'",
             "keep the one that is meant",
         )
-    return named[0] if named else []
+    return named[0] if named else _videos(row.get("video_name"), "video_name", what)
 
 
 def _videos(value: Any, field: str, what: str) -> list[str | list[str]]:

@@ -29,11 +29,13 @@ def read_references(
 ) -> References | None:
     """Read the answers in the file that `source.references` names for a split; None if it names none.
 
-    Two layouts are supported:
+    Three layouts are supported:
 
     - COCO's captions, where the image ids 1, 2, ... count the records of the question file, as UCIT's
       `val_coco_type_3000.json` does (github.com/Ghy0501/HiDe-LLaVA, llava/eval/eval_caption.py);
-    - TextVQA's annotations, `data` with `question_id` and `answers` (textvqa.org/dataset).
+    - TextVQA's annotations, `data` with `question_id` and `answers` (textvqa.org/dataset);
+    - Video-ChatGPT's answers, a list of `question_id` and `answer`, as ActivityNet-QA and CL-VISTA have them
+      (github.com/mbzuai-oryx/Video-ChatGPT, quantitative_evaluation).
 
     Raises:
         RecipeError: the file is missing or has another layout; the returned function raises it for a record
@@ -44,14 +46,16 @@ def read_references(
         return None
     what = f"'source.references' of recipe '{recipe.name}'"
     path = inside(set_folder(recipe, data_root), name, what, data_root_of(recipe, data_root))
-    content = read_json(path, dict)
-    if "annotations" in content:
+    content = read_json(path, dict | list)
+    if isinstance(content, list):
+        answers = _by_question(content, "answer", path, rows, problems)
+    elif "annotations" in content:
         answers = _by_position(content, path, rows, problems)
     elif isinstance(content.get("data"), list):
-        answers = _by_question(content["data"], path, rows, problems)
+        answers = _by_question(content["data"], "answers", path, rows, problems)
     else:
         raise RecipeError(
-            f"{path.name} holds neither COCO's captions nor TextVQA's answers",
+            f"{path.name} holds neither COCO's captions nor TextVQA's or Video-ChatGPT's answers",
             "correct 'source.references' in the recipe",
         )
 
@@ -112,18 +116,19 @@ def _question(row: dict[str, Any]) -> str:
 
 
 def _by_question(
-    notes: list[Any], path: Path, rows: list[Any], problems: list[RecipeError] | None
+    notes: list[Any], field: str, path: Path, rows: list[Any], problems: list[RecipeError] | None
 ) -> dict[int, Any]:
+    """Return the answers in a field of the entries by the questions' positions, paired by `question_id`."""
     answers: dict[str, Any] = {}
     incomplete: list[int] = []
 
     def note(item: tuple[int, Any]) -> None:
         index, entry = item
-        if not isinstance(entry, dict) or entry.get("question_id") is None or entry.get("answers") is None:
+        if not isinstance(entry, dict) or entry.get("question_id") is None or entry.get(field) is None:
             incomplete.append(index)  # its question is refused unless another entry answers it
             return
         name = identifier(entry["question_id"], f"entry {index} of {path.name}")
-        if answers.setdefault(name, entry["answers"]) != entry["answers"]:
+        if answers.setdefault(name, entry[field]) != entry[field]:
             raise RecipeError(
                 f"{path.name} has other answers for the question {name!r} in entry {index}",
                 "keep one of them",
@@ -134,11 +139,12 @@ def _by_question(
     unused = answers.keys() - questions.values()
     if incomplete or unused:
         log.warning(
-            "%s: of %d entries, %d have no 'question_id' or no 'answers', and %d are for questions that the "
+            "%s: of %d entries, %d have no 'question_id' or no '%s', and %d are for questions that the "
             "split does not have",
             path.name,
             len(notes),
             len(incomplete),
+            field,
             len(unused),
         )
     return {index: answers.get(name, []) for index, name in questions.items()}

@@ -113,7 +113,8 @@ def tree(tmp_path, make):
 
 
 def test_every_task_of_the_benchmarks_has_a_recipe():
-    assert set(LAYOUT) == {n for n in list_recipes() if "/" in n and not n.startswith("mtil/")}
+    others = ("mtil/", "cl_vista/")
+    assert set(LAYOUT) == {n for n in list_recipes() if "/" in n and not n.startswith(others)}
 
 
 @pytest.mark.parametrize("task", LAYOUT)
@@ -178,6 +179,7 @@ def test_another_layout_needs_only_a_recipe_that_extends(tree, make):
         ("mllm-dcl", "rs med ad sci fin", [1, 3, 1, 2, 1]),
         ("mllm-acl", "ocr vp", [3, 1]),
         ("coin", "scienceqa textvqa imagenet gqa vizwiz grounding vqav2 ocrvqa", [1] * 8),
+        ("cl-vista", "counting traffic movie gui science sports star", [1] * 7),
     ],
 )
 def test_the_orders_and_epochs_are_the_published_ones(name, tasks, epochs):
@@ -190,4 +192,5 @@ def test_the_orders_and_epochs_are_the_published_ones(name, tasks, epochs):
 
 def test_the_abilities_that_nothing_here_can_score_are_named_with_the_reason():
     assert list(load_sequence("mllm-acl").not_scored) == ["Math", "APP"]
+    assert list(load_sequence("cl-vista").not_scored) == ["Space"]
     assert not load_sequence("ucit").not_scored

@@ -319,5 +319,6 @@ def test_answers_of_textvqa_are_paired_by_question(recipe, tmp_path, make):
     assert load_split(both, "test").answers == [["a1"] * 10, ["a2"] * 10]
     make.json(tmp_path / "q" / "notes.json", {"questions": []})
     assert refusal(both, "test") == (
-        "notes.json holds neither COCO's captions nor TextVQA's answers; correct 'source.references' in the recipe."
+        "notes.json holds neither COCO's captions nor TextVQA's or Video-ChatGPT's answers; "
+        "correct 'source.references' in the recipe."
     )

@@ -14,7 +14,7 @@ def test_every_shipped_sequence_names_shipped_recipes_once(name):
 
 def test_the_demo_needs_no_files_and_has_at_least_six_tasks():
     own = {"demo", "llava-demo", "llava-real", "real-order1", "real-order2"}
-    published = {"mtil-order1", "mtil-order2", "ucit", "mllm-dcl", "mllm-acl", "coin"}
+    published = {"mtil-order1", "mtil-order2", "ucit", "mllm-dcl", "mllm-acl", "coin", "cl-vista"}
     assert own | published == set(list_sequences())
     assert len(load_sequence("demo").tasks) >= 6
 

@@ -186,6 +186,8 @@ def test_other_numbers_of_places_than_of_videos_are_refused(text, images, videos
         ({"video": [["1.jpg"], ["2.jpg"]], "videos": None}, [["1.jpg"], ["2.jpg"]]),
         ({"video": "a.mp4", "videos": ["a.mp4"]}, ["a.mp4"]),
         ({"video": ["", None], "videos": {}}, []),
+        ({"video_name": "v_1"}, ["v_1"]),
+        ({"video_name": "v_1", "video": "a.mp4"}, ["a.mp4"]),
     ],
 )
 def test_a_video_is_a_file_or_a_list_of_frames(row, expected):
@@ -232,6 +234,89 @@ def test_a_video_that_is_not_there_or_broken_is_named_by_record(task, decoder, t
     assert "no such file" in second and "a.mp4' is there, in another letter case" in second
     with pytest.raises(RecipeError, match="leads out of its data folder"):
         load_split(task([chat("q", "x", video="../a.mp4")]), "train")
+
+
+VISTA = {
+    "counting": (
+        "Counting",
+        "json_row/train_data_20k",
+        "json_row/test_questions_2k",
+        "json_row/test_answers_2k",
+    ),
+    "traffic": (
+        "Traffic",
+        "json_row/train_data_30k",
+        "json_row/test_questions_2k",
+        "json_row/test_answers_2k",
+    ),
+    "movie": (
+        "Movie",
+        "train_json_row/movie_train_subtitle_30k",
+        "test_json_row/test_question_2k",
+        "test_json_row/test_answer_2k",
+    ),
+    "gui": ("GUI", "json_row/train_data_30k", "json_row/test_questions_2k", "json_row/test_answers_2k"),
+    "science": (
+        "Science",
+        "json_row/train_data_30k",
+        "json_row/test_questions_2k",
+        "json_row/test_answers_2k",
+    ),
+    "sports": ("Sports", "json_row/train_data_30k", "json_row/test_questions_2k", "json_row/test_answers_2k"),
+    "star": ("STAR", "json_row/train_data_25k", "json_row/test_questions_2k", "json_row/test_answers_2k"),
+}
+
+
+@pytest.mark.parametrize("name", VISTA)
+def test_cl_vista_loads_from_its_official_layout(name, decoder, tmp_path, make):
+    """Training records name a file, test records a file without its ending; answers are a list of their own."""
+    folder, train, questions, answers = VISTA[name]
+    root = tmp_path / "CL-VISTA"
+    turns = [{"from": "human", "value": "<video>\nHow many?"}, {"from": "gpt", "value": "two"}]
+    make.json(
+        root / folder / f"{train}.json", [{"id": 0, "video": f"{folder}/v/a.mp4", "conversations": turns}] * 2
+    )
+    asked = [
+        {"question_id": f"q{i}", "question": "How many?", "video_name": f"{folder}/v/{n}"}
+        for i, n in enumerate("ab")
+    ]
+    make.json(root / folder / f"{questions}.json", asked)
+    make.json(
+        root / folder / f"{answers}.json", [{"question_id": f"q{i}", "answer": i, "type": 3} for i in (1, 0)]
+    )
+    (root / folder / "v").mkdir()
+    (root / folder / "v" / "a.mp4").write_bytes(b"12 frames")
+    (root / folder / "v" / "b.mkv").write_bytes(b"20 frames")
+    recipe = load_recipe(f"cl_vista/{name}")
+    learned, tested = (load_split(recipe, split, tmp_path) for split in ("train", "test"))
+    assert learned.ids == ["train-0", "train-1"] and learned.answers == [["two"]] * 2
+    assert learned.questions == tested.questions == ["How many?"] * 2 and tested.ids == ["q0", "q1"]
+    assert tested.answers == [["0"], ["1"]] and tested.videos == [((0, 8),)] * 2
+    assert [image.getpixel((0, 0))[0] for image in tested[1].images] == sample(20, 8)
+
+
+def test_a_list_of_answers_is_paired_by_question_and_named_where_it_is_not(task, tmp_path, make):
+    rows = [{"question_id": 1, "question": "q"}, {"question_id": "2", "question": "r"}]
+    recipe = task(rows, "llava_json", references={"train": "a.json"})
+    make.json(
+        tmp_path / "q" / "a.json",
+        [{"question_id": "2", "answer": ["x", "y"]}, {"question_id": 1, "answer": 3}],
+    )
+    assert load_split(recipe, "train").answers == [["3"], ["x", "y"]]
+    for entries, reason in (
+        ([{"question_id": 1, "answer": "x"}, 3], "record '2' of q.json has no answer in a.json"),
+        (
+            [{"question_id": 1, "answer": "x"}, {"question_id": 1, "answer": "y"}],
+            "other answers for the question '1'",
+        ),
+        ("x", "a.json holds a str, not a"),
+        ({"answers": []}, "neither COCO's captions nor TextVQA's or Video-ChatGPT's answers"),
+    ):
+        make.json(tmp_path / "q" / "a.json", entries)
+        with pytest.raises(RecipeError, match=reason):
+            load_split(recipe, "train")
+    with pytest.raises(RecipeError, match="the number 3 as its question"):
+        load_split(task([{"question_id": 1, "question": 3, "answer": "x"}], "llava_json"), "train")
 
 
 def test_a_recipe_shows_at_least_one_frame(task):
