@@ -77,7 +77,8 @@ def captions_by_image(
     captions: dict[str, list[str]] = {name: [] for name in _image_ids(content["images"], path, problems)}
     # images of refused annotations, of which it is open how many captions they have
     refused: set[str] = set()
-    seen: set[tuple[str, str]] = set()
+    # Files of other tools number all their annotations alike, so an id alone makes no second one.
+    seen: set[tuple[str, str, str]] = set()
 
     def note(item: tuple[int, Any]) -> None:
         what, entry = _entry("annotations", item[0], path), item[1]
@@ -89,7 +90,7 @@ def captions_by_image(
             )
         refused.add(name)
         text = as_text(_field(entry, "caption", what), what, "caption")
-        if (key := (_id_of(entry), name)) in seen and key[0]:
+        if (key := (_id_of(entry), name, text)) in seen and key[0]:
             raise RecipeError(
                 f"{what} is a second annotation {key[0]} of the image {name}", "keep one of the two"
             )

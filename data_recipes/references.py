@@ -48,11 +48,11 @@ def read_references(
     path = inside(set_folder(recipe, data_root), name, what, data_root_of(recipe, data_root))
     content = read_json(path, dict | list)
     if isinstance(content, list):
-        answers = _by_question(content, "answer", path, rows, problems)
+        answers = _by_question(content, path, rows, problems, "answer")
     elif "annotations" in content:
         answers = _by_position(content, path, rows, problems)
     elif isinstance(content.get("data"), list):
-        answers = _by_question(content["data"], "answers", path, rows, problems)
+        answers = _by_question(content["data"], path, rows, problems)
     else:
         raise RecipeError(
             f"{path.name} holds neither COCO's captions nor TextVQA's or Video-ChatGPT's answers",
@@ -116,7 +116,11 @@ def _question(row: dict[str, Any]) -> str:
 
 
 def _by_question(
-    notes: list[Any], field: str, path: Path, rows: list[Any], problems: list[RecipeError] | None
+    notes: list[Any],
+    path: Path,
+    rows: list[Any],
+    problems: list[RecipeError] | None,
+    field: str = "answers",
 ) -> dict[int, Any]:
     """Return the answers in a field of the entries by the questions' positions, paired by `question_id`."""
     answers: dict[str, Any] = {}

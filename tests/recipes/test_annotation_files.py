@@ -73,7 +73,10 @@ def test_a_malformed_image_of_coco_is_named_by_file_and_entry(captions, entry, m
         ({"image_id": 1}, "entry 2 .* has no 'caption'"),
         ({"image_id": 1, "caption": ["a"]}, "entry 2 .* has the list .* as its caption"),
         ({"image_id": 1, "caption": {"text": "a"}}, "entry 2 .* has the object .* as its caption"),
-        ({"id": 10, "image_id": 1, "caption": "a"}, "entry 2 .* a second annotation 10 of the image 1"),
+        (
+            {"id": 10, "image_id": 1, "caption": "caption 1"},
+            "entry 2 .* a second annotation 10 of the image 1",
+        ),
         ("a caption", "entry 2 of 'annotations' in train.json is the text 'a caption'"),
     ],
 )
