@@ -43,7 +43,7 @@ def test_a_figure_is_met_within_its_tolerance_and_missed_beyond():
         ("average", 45.0, False),
         ("last", 50.0, True),
     ]
-    assert str(figures[1]) == "seq-lora, average: 45.0 and not 46.1 ± 1.0"
+    assert str(figures[1]) == "seq-lora, average: 45.0 instead of 46.1 ± 1.0"
 
 
 def test_the_untouched_model_is_compared_as_one_that_never_changes():
@@ -64,7 +64,7 @@ def test_a_number_that_the_run_does_not_have_is_not_met():
         expected(seq_lora={"figures": {"last": 50.0}}),
     )[0]
     assert (
-        figure.measured is None and not figure.met and str(figure) == "seq-lora, last: n/a and not 50.0 ± 1.0"
+        figure.measured is None and not figure.met and str(figure) == "seq-lora, last: n/a instead of 50.0 ± 1.0"
     )
 
 

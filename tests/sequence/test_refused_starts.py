@@ -60,7 +60,7 @@ def test_an_extension_that_is_there_is_not_changed_without_a_word(finished, tiny
 )
 def test_training_on_nothing_or_at_no_rate_is_refused(key, value, run_tree):
     tree = run_tree("unset", methods={"seq-lora": {}})
-    with pytest.raises(ConfigError, match=f"training.{key} is "):
+    with pytest.raises(ConfigError, match=f"training.{key} (is|must)"):
         parse_config({**tree, "training": {**tree["training"], key: value}}).trainings("seq-lora")
 
 
