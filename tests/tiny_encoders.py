@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tiny_models import SIDE, WIDTH
+from tiny_models import SIDE, WIDTH, write_clip
 
 #: Of a text, as all SigLIPs have it.
 POSITIONS = 64
@@ -34,6 +34,20 @@ def write_encoders(folder: Path, kind: str, classes: Sequence[str]) -> Path:
         model.logit_bias.data.fill_(-2.0)
     model.save_pretrained(folder)
     processor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_clipseg(folder: Path, classes: Sequence[str]) -> Path:
+    """Write a CLIPSeg, a type that has no record, with CLIP's tokenizer and image processor."""
+    import transformers
+
+    known = transformers.CLIPConfig.from_pretrained(write_clip(folder, classes))
+    config = transformers.CLIPSegConfig(
+        text_config=known.text_config.to_dict(),
+        vision_config=known.vision_config.to_dict(),
+        projection_dim=16,
+    )
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
     return folder
 
 

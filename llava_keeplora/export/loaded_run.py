@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -187,12 +187,14 @@ class Base:
         revision: a commit on the Hub; None for the newest.
         local: the folder that the run loaded it from; None if that was the Hub.
         auto_class: name of the transformers class that loads it.
+        opened_by: the keys of `ModelConfig` by which a model is opened whose type is not known.
     """
 
     id: str
     revision: str | None
     local: Path | None
     auto_class: str = "AutoModel"
+    opened_by: Mapping[str, Any] = field(default_factory=dict)
 
 
 def published_base(model: ModelConfig, base_id: str | None, auto_class: str = "AutoModel") -> Base:
@@ -207,6 +209,7 @@ def published_base(model: ModelConfig, base_id: str | None, auto_class: str = "A
         ConfigError: the base is a folder and no id is given, or the id is not valid.
     """
     folder = find_local(model.name_or_path)
+    opened_by = {"family": model.family, "parts": dict(model.parts)} if model.parts else {}
     if base_id is not None:
         name, _, revision = base_id.partition("@")
         if not HUB_ID.fullmatch(name):
@@ -214,7 +217,7 @@ def published_base(model: ModelConfig, base_id: str | None, auto_class: str = "A
                 f"--base-id is '{base_id}', which is no id on the Hub",
                 "write user/name, or user/name@revision",
             )
-        return Base(name, revision or None, folder, auto_class)
+        return Base(name, revision or None, folder, auto_class, opened_by)
     if folder is not None:
         raise ConfigError(
             f"the base of this run is '{model.name_or_path}', a folder of this machine, which nobody else "
@@ -223,7 +226,7 @@ def published_base(model: ModelConfig, base_id: str | None, auto_class: str = "A
         )
     with loading(model.name_or_path):
         commit = hub_commit(model.name_or_path, model.revision)
-    return Base(model.name_or_path, commit, None, auto_class)
+    return Base(model.name_or_path, commit, None, auto_class, opened_by)
 
 
 def find_local(name_or_path: str) -> Path | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -92,8 +93,13 @@ def verify_export(
     """
     with _where_base_is_named(base) as tmp_dir:
         write_tensors(tmp_dir / "batch.safetensors", batch)
-        job = {"folder": str(folder.resolve()), "form": form, "base": base.id, "revision": base.revision}
-        job["auto_class"] = base.auto_class
+        job: dict[str, Any] = {
+            "folder": str(folder.resolve()),
+            "form": form,
+            "base": base.id,
+            "revision": base.revision,
+        }
+        job |= {"auto_class": base.auto_class, "opened_by": base.opened_by}
         write_json(tmp_dir / "job.json", job)
         reason = verify_in_fresh_process(tmp_dir)
         if reason:

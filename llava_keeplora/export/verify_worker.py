@@ -49,7 +49,7 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     if job["form"] == "state":
         yield "float32", load_learned_run(folder).load("float32").model
     elif job["form"] == "merged":
-        _ = open_model(ModelConfig(folder)).processor  # type: ignore[attr-defined]  # Read when asked for.
+        _ = open_model(ModelConfig(folder, **job["opened_by"])).processor  # type: ignore[attr-defined]  # Read when asked for.
         yield "float32", auto.from_pretrained(folder, dtype=torch.float32).eval()
     else:
         # The base is not bound to a name, so that it is freed before the next model is loaded.

@@ -18,8 +18,8 @@ from llava_keeplora.testing import check_family
 from llava_keeplora_eval.models import load_clip, load_preparation
 from llava_keeplora_eval.predictors import ClipPredictor
 from llava_keeplora_recipes import Example, load_recipe, load_split
-from tiny_encoders import IMAGES, KINDS, PADDING, write_encoders
-from tiny_models import TASKS, write_clip
+from tiny_encoders import IMAGES, KINDS, PADDING, write_clipseg, write_encoders
+from tiny_models import TASKS
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -143,16 +143,8 @@ def test_scale_and_bias_are_whole_in_every_process(checkpoint, kind):
 @pytest.fixture(scope="module")
 def clipseg(tmp_path_factory):
     """A model of a type that has no record, with CLIP's tokenizer and pictures."""
-    folder = tmp_path_factory.mktemp("clipseg") / "model"
-    write_clip(folder, [name for names in TASKS.values() for name in names])
-    known = transformers.CLIPConfig.from_pretrained(folder)
-    config = transformers.CLIPSegConfig(
-        text_config=known.text_config.to_dict(),
-        vision_config=known.vision_config.to_dict(),
-        projection_dim=16,
-    )
-    transformers.AutoModel.from_config(config).save_pretrained(folder)
-    return folder
+    classes = [name for names in TASKS.values() for name in names]
+    return write_clipseg(tmp_path_factory.mktemp("clipseg") / "model", classes)
 
 
 def test_a_type_without_a_record_runs_by_its_parts_or_is_refused_with_the_way_to_name_them(clipseg, data):

@@ -21,7 +21,7 @@ from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.models import load_predictor
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_recipes import load_recipe, load_split
-from tiny_encoders import IMAGES, KINDS, PADDING, write_encoders
+from tiny_encoders import IMAGES, KINDS, PADDING, write_clipseg, write_encoders
 from tiny_models import TASKS
 
 
@@ -66,6 +66,12 @@ def last(run, tiny_tasks):
     (file,) = run.glob(f"keeplora/task-02*/predictions/{data.recipe.name}.jsonl")
     answers = read_predictions(file, data)
     return data, [answers[key] for key in data.ids]
+
+
+def reload_here(folder):
+    """Load an export again in this process."""
+    with contextlib.chdir(folder):
+        verify_worker.main()
 
 
 def plain_answers(kind, model, place, data):
@@ -115,10 +121,6 @@ def test_updates_are_orthonormal_and_leave_the_protected_subspace_alone_and_the_
 def test_an_exported_adapter_on_plain_transformers_and_a_merged_checkpoint_answer_as_the_run(
     kind, run, base, last, tmp_path, monkeypatch
 ):
-    def reload_here(folder):
-        with contextlib.chdir(folder):
-            verify_worker.main()
-
     monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
     data, answers = last
     export_run(run, "adapter", tmp_path / "adapter", base_id="you/tiny-base", name="you/adapter")
@@ -185,6 +187,28 @@ def test_every_method_runs_or_is_refused_in_a_sentence(config, driven, tiny_task
 def test_what_a_type_cannot_follow_is_refused_with_its_name(config, tmp_path, driven, kind, methods, problem):
     with pytest.raises(ConfigError, match=f"{problem}.* {kind}"):
         driven(config(tmp_path / "run", methods=methods))
+
+
+def test_a_type_without_a_record_is_taught_exported_and_opened_again_by_its_parts(
+    run_config, driven, tiny_tasks, tmp_path, monkeypatch
+):
+    base = write_clipseg(tmp_path / "base", [name for names in TASKS.values() for name in names])
+    parts = {"vision": "vision_model.encoder.layers", "text": "text_model.encoder.layers"}
+    config = run_config(
+        tmp_path / "run",
+        tasks=[str(tiny_tasks[0])],
+        model={"name_or_path": str(base), "family": "clip", "parts": parts},
+        parts={part: {"targets": None} for part in parts},
+        methods={"keeplora": {}},
+    )
+    run = driven(config)
+    monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
+    done = export_run(run, "merged", tmp_path / "merged", base_id="you/tiny-base", name="you/merged")
+    assert done.reloaded.largest < 1e-4
+    (delta,) = run.glob("keeplora/task-01*/delta.safetensors")
+    assert {name.rsplit(".", 1)[-1] for name in load_deltas(delta)} == {
+        "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"
+    }  # fmt: skip
 
 
 def test_a_plan_is_made(config, tmp_path):
