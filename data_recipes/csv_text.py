@@ -26,10 +26,13 @@ def read_csv(
         RecipeError: the file is no CSV, has no rows, a repeated column, or a row of another length than the
             header.
     """
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     try:
         lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
     except (TypeError, csv.Error) as error:
         raise RecipeError(f"{where} cannot be read as CSV ({error})", "correct the file") from error
+    finally:
+        csv.field_size_limit(limit)  # a setting of the process
     rows = [line for line in lines if line]
     header = rows.pop(0) if has_header and rows else []
     header = header if names is None else names

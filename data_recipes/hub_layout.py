@@ -25,14 +25,13 @@ from .csv_text import read_csv
 from .errors import RecipeError
 from .file_bytes import read_file
 from .image_folder import files_under
-from .json_tables import read_json_table
-from .parquet_files import BATCH_SIZE, WITHOUT_ROWS, count_rows
+from .json_tables import as_written, read_json_table
+from .metadata_files import METADATA, read_metadata
+from .parquet_files import BATCH_SIZE, WITHOUT_ROWS, count_rows, refuse_mixed_booleans
 from .strict_json import decode_text
-from .texts import is_blank
 
 #: Form of text files → folder of datasets' cache for tables that are read here, apart from pandas' ones.
 CACHES = {"csv": "csv-as-written", "json": "json-as-written"}
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 #: Names of columns of metadata that name files.
 FILE_NAME = re.compile(r"(.*_)?file_name")
 #: Settings for CSV files that a dataset's card may have; others would change the content of cells.
@@ -77,6 +76,8 @@ def load_hub_dataset(
     builder, form = _builder(target, config, revision)
     if isinstance(builder, Parquet):
         builder.config.batch_size = builder.config.batch_size or BATCH_SIZE
+        for files in builder.config.data_files.values():
+            refuse_mixed_booleans([Path(file) for file in files if os.path.isabs(str(file))])
     builder.download_and_prepare()
     try:
         table = builder.as_dataset(split=split)
@@ -131,7 +132,7 @@ def _form(builder: datasets.DatasetBuilder) -> str | None:
         return "json"
     if isinstance(builder, FolderBasedBuilder):
         names = {os.path.basename(file) for files in builder.config.data_files.values() for file in files}
-        return "csv" if METADATA[0] in names else "json" if METADATA[1] in names else None
+        return "csv" if METADATA[0] in names else "json" if names & {*METADATA} else None
     return None
 
 
@@ -154,11 +155,13 @@ def _reading_text(builder: datasets.DatasetBuilder) -> datasets.DatasetBuilder:
 
         def read(file: str) -> pyarrow.Table:
             text, by_lines = _text(file, settings.encoding), ".jsonl" in os.path.basename(file.split("::")[0])
-            return read_json_table(text, file, by_lines, settings.field)
+            table = read_json_table(text, file, by_lines, settings.field)
+            return as_written(table, builder.info.features, file)
 
         builder._generate_tables = _tables(builder, read)
     elif isinstance(builder, FolderBasedBuilder):
         builder._read_metadata = _metadata_reader(builder._read_metadata)
+        builder._generate_examples = _in_order(builder._generate_examples)
     return builder
 
 
@@ -196,23 +199,30 @@ def _csv_reader(builder: Csv) -> Callable[[str], pyarrow.Table]:
 
 
 def _metadata_reader(read_otherwise: Callable[..., Iterator[pyarrow.Table]]) -> Callable[..., Any]:
-    """Read metadata.csv and metadata.jsonl; a blank file name is none, which is refused with its record."""
+    first: dict[str, tuple[str, list[str]]] = {}
 
     def read(metadata_file: str, metadata_ext: str = "") -> Iterator[pyarrow.Table]:
-        if metadata_ext == ".csv":
-            table = read_csv(_text(metadata_file), metadata_file)
-        elif metadata_ext == ".jsonl":
-            table = read_json_table(_text(metadata_file), metadata_file, by_lines=True)
-        else:
-            yield from read_otherwise(metadata_file, metadata_ext)
-            return
-        for index, name in enumerate(table.column_names):
-            if FILE_NAME.fullmatch(name) and pyarrow.types.is_string(table.schema.types[index]):
-                cells = [None if cell is None or is_blank(cell) else cell for cell in table[name].to_pylist()]
-                table = table.set_column(index, name, pyarrow.array(cells, pyarrow.string()))
-        yield table
+        if metadata_ext not in (".csv", ".jsonl"):
+            return read_otherwise(metadata_file, metadata_ext)
+        table = read_metadata(_text(metadata_file), metadata_file)
+        columns = sorted(table.column_names)
+        other, expected = first.setdefault("first", (metadata_file, columns))
+        if columns != expected:
+            raise RecipeError(
+                f"{metadata_file} has other columns than {other}", "write the same ones in both"
+            )
+        return iter([table])
 
     return read
+
+
+def _in_order(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Read metadata files in the order of their names, which in datasets differs from run to run."""
+
+    def sorted_files(files: Any, metadata_files: Iterable[Any], **settings: Any) -> Any:
+        return generate(files, sorted(metadata_files, key=str), **settings)
+
+    return sorted_files
 
 
 def _text(file: str, encoding: str | None = None) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import datasets
 import pyarrow
 
 from .errors import RecipeError
 from .strict_json import constant_in, may_hold_constants, parse_json
 from .texts import as_text
+
+TEXT = pyarrow.string()
 
 
 def read_json_table(text: str, where: str, by_lines: bool, field: str | None = None) -> pyarrow.Table:
@@ -33,6 +37,22 @@ def read_json_table(text: str, where: str, by_lines: bool, field: str | None = N
             raise RecipeError(f"row {number} of {where} is no object", "correct the row")
     names = dict.fromkeys(name for row in rows for name in row)
     return pyarrow.table({name: _column([row.get(name) for row in rows], name, where) for name in names})
+
+
+def as_written(table: pyarrow.Table, features: Mapping[str, Any] | None, where: str) -> pyarrow.Table:
+    """Return a table of which columns that are text in an earlier file are text too, see `as_text`.
+
+    Args:
+        table: of a later file.
+        features: of the earlier file; None for the first.
+        where: the file, for the error's sentence.
+    """
+    for index, name in enumerate(table.column_names):
+        if (features or {}).get(name) == datasets.Value("string") and table.schema.types[index] != TEXT:
+            values = table[name].to_pylist()
+            texts = [None if value is None else as_text(value, where, f"'{name}'") for value in values]
+            table = table.set_column(index, name, pyarrow.array(texts, TEXT))
+    return table
 
 
 def _rows(text: str, where: str, field: str | None) -> list[Any]:
@@ -79,7 +99,7 @@ def _column(values: list[Any], name: str, where: str) -> pyarrow.Array:
         # text in one record and a number in the next, or a number of more than 64 bits
         if all(value is None or isinstance(value, str | int | float) for value in values):
             texts = [None if value is None else as_text(value, where, f"'{name}'") for value in values]
-            return pyarrow.array(texts, pyarrow.string())
+            return pyarrow.array(texts, TEXT)
         raise RecipeError(
             f"the values of '{name}' in {where} have several kinds ({type(error).__name__}: {error})",
             "write values of one kind, for instance lists alone",

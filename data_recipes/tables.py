@@ -19,7 +19,7 @@ from .conversation_turn import Turn, from_turns, place_turn, with_system
 from .errors import RecipeError, collect_errors, nearest
 from .hub_layout import HubTable, load_hub_dataset
 from .media import UNREAD, VIDEOS, refuse_unread_media, system_text
-from .parquet_files import BATCH_SIZE, WITHOUT_ROWS, begins_without_rows, count_rows
+from .parquet_files import BATCH_SIZE, WITHOUT_ROWS, begins_without_rows, count_rows, refuse_mixed_booleans
 from .paths import data_root_of, describe_error, inside, own_path, set_folder, within
 from .recipe import Recipe
 from .records import Records
@@ -65,6 +65,7 @@ def read_parquet(
     files = [file for file in files if rows[file] != 0]
     if not files:
         raise RecipeError(f"{what} has no rows in its parquet files", "add examples")
+    refuse_mixed_booleans(files)
     left_out = {WITHOUT_ROWS: [file.relative_to(folder).as_posix() for file in rows if file not in files]}
     try:
         with _quiet():

@@ -189,6 +189,11 @@ PRIVATE_NAMES = (
         "replaced, so that cells of metadata.csv and metadata.jsonl are what is written",
     ),
     PrivateName(
+        "datasets.packaged_modules.folder_based_builder.folder_based_builder.FolderBasedBuilder._generate_examples",
+        ("llava_keeplora_recipes.hub_layout",),
+        "given the metadata files in the order of their names",
+    ),
+    PrivateName(
         "datasets.packaged_modules.json.json.Json._generate_tables",
         ("llava_keeplora_recipes.hub_layout",),
         "replaced, so that values of a JSON file are what is written",

@@ -145,7 +145,11 @@ def test_a_row_without_a_file_name_is_refused_by_record(folder, recipe, tmp_path
         ('{"file_name": "0.png", "a": 1, "a": 2}', "line 1 .* key 'a' more than once"),
         ('{"file_name": "0.png", "a": NaN}', "line 1 .* holds NaN"),
         (lines("a", ["b"]), "'answers' in .* have several kinds"),
-        (lines("a", "b", file_name="../1.png"), "file_name '../1.png'"),
+        (lines("a", "b", file_name="../1.png"), "row 2 of .* has '../1.png' as its 'file_name'"),
+        (lines("a", "b", file_name="http://x/1.png"), "row 2 of .* has 'http"),
+        (lines("a", file_name=3), "row 1 of .* has 3 as its 'file_name'"),
+        (lines("a", image="1.png"), "the columns 'file_name' and 'image'"),
+        ('{"image": "0.png"}', "no column 'file_name' .it has 'image'."),
     ],
 )
 def test_a_malformed_metadata_jsonl_is_refused(folder, recipe, tmp_path, text, match):
@@ -170,3 +174,43 @@ def test_a_list_of_splits_is_refused(folder, recipe, tmp_path):
     folder({"metadata.csv": CSV})
     with pytest.raises(RecipeError, match="splits by name"):
         load_split(recipe(splits={"train": ["train", "train"]}), "train", tmp_path)
+
+
+def test_an_empty_file_name_in_a_list_of_them_is_refused_by_record(folder, recipe, tmp_path):
+    rows = [
+        {"file_names": names, "question": "what?", "answers": "a"}
+        for names in (["0.png", "1.png"], ["", "2.png"])
+    ]
+    folder({"metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    data, problems = inspect_split(recipe(), "train", tmp_path)
+    assert data.image_counts == [2] and "'train-1' in pets/train has an empty place" in str(*problems)
+
+
+def test_a_cell_of_a_csv_file_may_be_long(folder, recipe, tmp_path):
+    folder({"metadata.csv": f"file_name,question,answers\n0.png,what?,{'a' * 200_000}\n"})
+    assert load_split(recipe(), "train", tmp_path).answers == [["a" * 200_000]]
+
+
+def test_several_metadata_files_are_read_in_the_order_of_their_names_with_the_same_columns(
+    folder, recipe, tmp_path, make
+):
+    place = folder({})
+    for name in "hgfedcba":
+        (place / "train" / name).mkdir()
+        (place / "train" / name / "0.png").write_bytes(make.encoded(ord(name)))
+        (place / "train" / name / "metadata.csv").write_text(
+            f"file_name,question,answers\n0.png,what?,{name}\n"
+        )
+    assert load_split(recipe(), "train", tmp_path).answers == [[name] for name in "abcdefgh"]
+    (place / "train/b/metadata.csv").write_text("file_name,answers\n0.png,b\n")
+    with pytest.raises(RecipeError, match="metadata.csv has other columns than .*metadata.csv"):
+        load_split(recipe(), "train", tmp_path)
+
+
+def test_a_value_that_is_text_in_another_json_file_becomes_text_by_the_rule(tmp_path, make, recipe):
+    (tmp_path / "set/data").mkdir(parents=True)
+    (tmp_path / "set/0.png").write_bytes(make.encoded(0))
+    for shard, answer in enumerate(["red", False, 3.0]):
+        row = {"image": "0.png", "question": "what?", "answers": answer}
+        (tmp_path / f"set/data/train-{shard}.jsonl").write_text(json.dumps(row))
+    assert load_split(recipe(), "train", tmp_path).answers == [["red"], ["no"], ["3"]]

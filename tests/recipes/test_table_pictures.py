@@ -133,3 +133,10 @@ def test_what_datasets_keeps_as_json_is_the_value_without_quotes(task, tmp_path)
     ]
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set/a.parquet"))
     assert load_split(recipe, "train", tmp_path).answers == [["red"], ["3"], ["a", "b"]]
+
+
+@pytest.mark.parametrize("changes", [{}, HUB])
+def test_a_column_that_is_boolean_in_one_file_and_text_in_another_is_refused(task, tmp_path, changes):
+    files = {"train-0.parquet": FULL, "train-1.parquet": FULL | {"answers": [True]}}
+    with pytest.raises(RecipeError, match="'answers' is boolean in one of .*train-0.*train-1"):
+        load_split(task(files, **changes), "train", tmp_path)
