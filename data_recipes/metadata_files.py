@@ -41,7 +41,7 @@ def read_metadata(text: str, where: str) -> pyarrow.Table:
         pictures = (found[1] or "image") + found[2]
         if pictures in table.column_names:
             raise RecipeError(
-                f"{where} has the columns '{name}' and '{pictures}', the first called '{pictures}'",
+                f"{where} has '{name}', whose pictures are called '{pictures}', and a column '{pictures}'",
                 "keep one of them",
             )
         cells = table[name].to_pylist()

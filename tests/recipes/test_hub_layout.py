@@ -148,7 +148,7 @@ def test_a_row_without_a_file_name_is_refused_by_record(folder, recipe, tmp_path
         (lines("a", "b", file_name="../1.png"), "row 2 of .* has '../1.png' as its 'file_name'"),
         (lines("a", "b", file_name="http://x/1.png"), "row 2 of .* has 'http"),
         (lines("a", file_name=3), "row 1 of .* has 3 as its 'file_name'"),
-        (lines("a", image="1.png"), "the columns 'file_name' and 'image'"),
+        (lines("a", image="1.png"), "'file_name', whose pictures are called 'image', and a column 'image'"),
         ('{"image": "0.png"}', "no column 'file_name' .it has 'image'."),
     ],
 )
