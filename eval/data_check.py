@@ -25,6 +25,7 @@ from llava_keeplora_recipes import (
 )
 from llava_keeplora_recipes.errors import UserError
 from llava_keeplora_recipes.placeholders import MARKER
+from llava_keeplora_recipes.records import Message
 from llava_keeplora_recipes.repeats import repeats, shared_pictures
 from llava_keeplora_recipes.strict_yaml import read_mapping
 from llava_keeplora_recipes.texts import is_blank
@@ -210,6 +211,11 @@ def _images(data: TaskData) -> str:
         parts.append(f"{none} examples without one")
     if several := sum(n > 1 for n in counts):
         parts.append(f"{several} examples with several")
+    if videos := sum(map(len, data.videos)):
+        parts.append(
+            f"{sum(end - start for spans in data.videos for start, end in spans)} of them frames of "
+            f"{videos} videos"
+        )
     if redrawn := len(data.decoding_notes):
         parts.append(f"{redrawn} turned upright or laid over the background")
     if data.dropped:
@@ -219,7 +225,12 @@ def _images(data: TaskData) -> str:
 
 def _questions(data: TaskData) -> str:
     questions = _asked(data)
-    return f"questions: {len(set(questions))} different, longest {max(map(len, questions))} characters"
+    asked = f"questions: {len(set(questions))} different, longest {max(map(len, questions))} characters"
+    turns = [len(history) // 2 for history in data.histories]
+    systems = sum(len(history) % 2 for history in data.histories)
+    if any(turns):
+        asked += f", {sum(map(bool, turns))} examples with earlier turns, {max(turns)} at the most"
+    return asked + f", {systems} examples with a system message" * bool(systems)
 
 
 def _answers(data: TaskData) -> str:
@@ -257,11 +268,19 @@ def examples(data: TaskData | None, show: Show) -> Iterator[list[str]]:
 def default_format(data: TaskData, row: int) -> list[str]:
     """Return an example in LLaVA-1.5's format without its system prompt, as lines of text.
 
-    Of several captions, each of which is learned, the first is used.
+    Of several captions, each of which is learned, the first is used. Every answer of a conversation is marked
+    as learned, as it is in training.
     """
     check_answers(data, row, data.answers[row])
     answer = training_answers(data.recipe, data.answers[row])[0]
-    question = _asked(data)[row]
-    before = "" if MARKER in question else f"{MARKER}\n" * data.image_counts[row]
-    text = f"USER: {before}{question} ASSISTANT: ⟦{answer}⟧"
-    return text.split("\n")
+    history = [*data.histories[row], Message("user", _asked(data)[row]), Message("assistant", answer)]
+    marked = any(MARKER in message.text for message in history)
+    before = "" if marked else f"{MARKER}\n" * data.image_counts[row]
+    parts = []
+    for message in history:
+        if message.role == "user":
+            parts.append(f"USER: {before}{message.text}")
+            before = ""
+        else:
+            parts.append(f"ASSISTANT: ⟦{message.text}⟧" if message.role == "assistant" else message.text)
+    return " ".join(parts).split("\n")

@@ -84,6 +84,25 @@ def test_three_examples_are_shown_with_the_learned_part_marked(task, run):
     ]  # fmt: skip
 
 
+def test_conversations_and_videos_are_counted_and_shown_with_every_turn(task, run):
+    turns = record("a", "<image>What?", image=["0.png"])["conversations"]
+    rows = [
+        {"id": "a", "image": "0.png", "system": "Be brief.", "conversations": [*turns, *record("", "Sure?", answer="yes")["conversations"]]},
+        record("b", "How many?", None, "two", video=["1.png", "2.png", "1.png"]),
+    ]  # fmt: skip
+    source = {"format": "llava_json", "path": "q", "frames": 2}
+    code, out, err = run(task(rows, source=source), "--split", "train")
+    assert (code, err) == (0, "")
+    assert out[2].startswith("    images: 3 shown, 2 different,") and out[2].endswith(
+        "2 of them frames of 1 videos"
+    )
+    assert out[3].endswith(", 1 examples with earlier turns, 1 at the most, 1 examples with a system message")
+    assert out[6:] == [
+        "    Be brief. USER: <image>", "    What? ASSISTANT: ⟦a cat⟧ USER: Sure? ASSISTANT: ⟦yes⟧",
+        "    [b]", "    USER: <image>", "    <image>", "    How many? ASSISTANT: ⟦two⟧",
+    ]  # fmt: skip
+
+
 def test_a_model_shows_them_in_its_chat_template_with_its_end_token(task, run, tiny_llava):
     _, out, _ = run(task([record("a")]), "--split", "train", "--model", tiny_llava)
     assert out[5].startswith("    tokens: longest ") and out[6:-1] == [
