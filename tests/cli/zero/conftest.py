@@ -43,7 +43,7 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trees(run_tree, llava_tree, tmp_path_factory):
+def trees(run_tree, llava_tree, small_vlm, tmp_path_factory):
     """Family, or type of model → a run of three tasks."""
     siglip2 = tmp_path_factory.mktemp("siglip2") / "base"
 
@@ -53,8 +53,15 @@ def trees(run_tree, llava_tree, tmp_path_factory):
         model = {"name_or_path": str(siglip2)}
         return run_tree("unset", methods={"keeplora": {}}, training=STEADY, model=model, **changes)
 
+    def of_qwen(**changes):
+        model = {"name_or_path": str(small_vlm("qwen2_5_vl"))}
+        part = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
+        tree = llava_tree("unset", training=STEADY, model=model, **changes)
+        return tree | {"parts": {name: dict(part) for name in ("vision", "connector", "language")}}
+
     return {
         "siglip2": of_siglip2,
+        "qwen2_5_vl": of_qwen,
         "clip": lambda **changes: run_tree("unset", methods={"keeplora": {}}, training=STEADY, **changes),
         "llava": lambda **changes: llava_tree(
             "unset", training=STEADY, parts={"connector": {"learning_rate": None}}, **changes
