@@ -130,7 +130,8 @@ def _check_family(label: str, method: type[Method], family: Any) -> None:
     """
     if family.name not in method.info.families:
         raise ConfigError(
-            f"'{label}' runs on {' and '.join(method.info.families)}, but {family.path} is a {family.name}",
+            f"'{label}' runs on the family {' and '.join(method.info.families)}, but {family.path} is a "
+            f"{model_type(family)}, of the family {family.name}",
             f"leave '{label}' out of this run",
         )
     types = method.info.model_types

@@ -221,8 +221,11 @@ class LlavaFamily(LlavaWorkload):
     def usage(self, data: TaskData) -> Usage:
         """Return how plain transformers load and ask the model, with a task's first question."""
         question = question_text(data.recipe, data.questions[0])
-        prompt = render(self.processor, question, max(1, data.image_counts[0]), data.histories[0])
-        return generation_usage(self.name, self.auto_class, prompt)
+        images = max(1, data.image_counts[0])
+        prompt = render(self.processor, question, images, data.histories[0])
+        begin = self.processor.tokenizer.bos_token
+        begun = bool(begin) and prompt.startswith(begin)
+        return generation_usage(self.config.model_type, self.auto_class, prompt, images, begun)
 
 
 def _feature_layers(config) -> list[int]:

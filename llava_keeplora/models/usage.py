@@ -39,12 +39,20 @@ def classification_usage(
     return Usage(family, auto_class, "zero-shot-image-classification", False, example)
 
 
-def generation_usage(family: str, auto_class: str, prompt: str) -> Usage:
-    """Return the usage of a model that writes an answer to a prompt with `<image>` placeholders."""
-    images = "image" if (count := prompt.count("<image>")) < 2 else f"[image] * {count}"
+def generation_usage(family: str, auto_class: str, prompt: str, images: int, begun: bool) -> Usage:
+    """Return the usage of a model that writes an answer to a prompt.
+
+    Args:
+        family, auto_class: see `Usage`.
+        prompt: the chat text of a question.
+        images: how many images it has places for.
+        begun: whether it begins with the begin-of-text token, which the processor must not add again.
+    """
+    shown = "image" if images < 2 else f"[image] * {images}"
+    begin = "add_special_tokens=False, " if begun else ""
     example = (
         f"prompt = {prompt!r}",
-        f'inputs = processor(images={images}, text=prompt, return_tensors="pt").to(model.dtype)',
+        f'inputs = processor(images={shown}, text=prompt, {begin}return_tensors="pt").to(model.dtype)',
         "tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)",
         'answer = tokens[0, inputs["input_ids"].shape[1] :]',
         "print(processor.decode(answer, skip_special_tokens=True))",

@@ -116,7 +116,9 @@ def test_seven_billion_parameters_fit_24_gb(seven_b_tree, quantization):
 
 
 @pytest.mark.slow
-def test_seven_billion_parameters_that_keep_their_activations_fit_with_half_the_examples_at_once(seven_b_tree):
+def test_seven_billion_parameters_that_keep_their_activations_fit_with_half_the_examples_at_once(
+    seven_b_tree,
+):
     plan = make_plan(parse_config(seven_b_tree(4, None)), 1, 24.0)
     assert {stage.stage for stage in plan.methods[0].stages if not stage.fits} == {"gradient", "train"}
     # 15 GB without activations and 3.9 GB for each example: smaller batches come before recomputing.
