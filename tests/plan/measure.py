@@ -4,20 +4,21 @@
 
 The first run is a tiny one: it brings every library and thread in, so that the second one's memory is its own. Where there is a GPU,
 memory is that of PyTorch's tensors on it; elsewhere it is the process's resident memory, with the kernel's peaks (VmHWM, set back at the
-start of a stage), so that none is missed. That of `export` is the costliest form's, of this process or the one that loads it again.
+start of a stage), so that none is missed. That of `export` is the costliest form's, of this process or the one that loads it again, which
+counts its own peak: what the kernel tells of a child (`ru_maxrss`) starts with the parent's size at the fork.
 """
 
 import ctypes
 import gc
 import json
-import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 from llava_keeplora.config import parse_config
-from llava_keeplora.export import FORMS, export_run
+from llava_keeplora.export import FORMS, export_run, verify
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.sequence import runner
 from llava_keeplora.sequence.method_run import MethodRun
@@ -77,17 +78,19 @@ def staged(owner, method, stage) -> None:
     owner.update({method: outer}) if isinstance(owner, dict) else setattr(owner, method, outer)
 
 
-def run(tree: dict, forms: tuple[str, ...]) -> dict[str, int]:
+def run(tree: dict, forms: tuple[str, ...], workers: dict[str, int]) -> dict[str, int]:
     before = held()
     peaks.clear()
     runner.run(parse_config(tree))
     found = {stage: peak - before for stage, peak in peaks.items()}
-    return found | ({"export": max(exported(tree, form) for form in forms)} if forms else {})
+    return found | ({"export": max(exported(tree, form, workers) for form in forms)} if forms else {})
 
 
-def exported(tree: dict, form: str) -> int:
-    """The peak of one export, of this process or the one that it starts."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+def exported(tree: dict, form: str, workers: dict[str, int]) -> int:
+    """The peak of one export, of this process or the one that it starts.
+
+    `workers` holds the peak of that process in the warm-up's export, which a process without a model would have too, and gets this one's.
+    """
     before = held()
     restart()
     parts = (
@@ -95,11 +98,19 @@ def exported(tree: dict, form: str) -> int:
         if form == "adapter"
         else None
     )
+    verify.verify_in_fresh_process = lambda tmp_dir: workers.update({form: checked(tmp_dir)})
+    without_model = workers.get(form, 0)
     export_run(tree["output_dir"], form, label=next(iter(tree["methods"])), parts=parts, base_id="user/base")
-    # The warm-up's children were as large as a process that loads a model of no size.
-    return max(
-        status("VmHWM") - before, 1024 * (resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - children)
+    return max(status("VmHWM") - before, workers[form] - without_model)
+
+
+def checked(folder: Path) -> int:
+    """Load an export again in a fresh process, as `verify_in_fresh_process` does, and return that one's peak."""
+    code = "from llava_keeplora.export.verify_worker import main; main(); print(open('/proc/self/status').read())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True
     )
+    return 1024 * int(next(line for line in done.stdout.splitlines() if line.startswith("VmHWM:")).split()[1])
 
 
 if __name__ == "__main__":
@@ -114,5 +125,6 @@ if __name__ == "__main__":
     staged(STAGES, Stage.EVALUATED, lambda args: "evaluate")
     warm_up, measured = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
     forms = FORMS if "export" in sys.argv[3:] else ()
-    run(warm_up, forms)
-    sys.stdout.write(json.dumps(run(measured, forms)) + "\n")
+    workers: dict[str, int] = {}
+    run(warm_up, forms, workers)
+    sys.stdout.write(json.dumps(run(measured, forms, workers)) + "\n")
