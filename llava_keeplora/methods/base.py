@@ -226,6 +226,15 @@ class Method:
             MethodError: for settings that the method cannot follow.
         """
 
+    def check_weights(self, layers: Mapping[str, Layer]) -> None:
+        """Check the loaded weights of the base before any stage; do nothing by default.
+
+        Called in every process.
+
+        Raises:
+            MethodError: for weights that the method cannot work on with the layers' settings.
+        """
+
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
         """Return the bytes that `memory.statistics_gb` must allow for a feature pass to run; 0 for any."""
         return 0

@@ -49,6 +49,7 @@ from llava_keeplora.methods.keeplora_log import (
     log_gradient_estimates,
     warn_unreached_energy,
 )
+from llava_keeplora.methods.layers import unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
 from llava_keeplora.run_folder import CAPACITY, Capacity, Stage
 from llava_keeplora.subspace import (
@@ -178,6 +179,11 @@ class KeepLora(Method):
                     "set a number, or use the preset 'paper'",
                 )
 
+    def check_weights(self, layers: Mapping[str, Layer]) -> None:
+        """Compute the principal subspaces that may leave fewer directions than the rank."""
+        for layer in unsure_layers(layers.values()) if self.options.protect_weights else ():
+            self._weight_basis(layer, layer.energy_weight)
+
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
         """Return the bytes that suffice for the features in some form; 0 for presets that cannot sketch."""
         sketches = self.options.protect_features and self.options.preset == "paper"
@@ -273,9 +279,8 @@ class KeepLora(Method):
             if "energy_feature" in layer.auto
         }
         if free and self.options.protect_features:
-            ctx.report["feature_budget"] = {
-                name: count // max(1, ctx.tasks - 1) for name, count in free.items()
-            }
+            tasks = max(1, ctx.tasks - 1)
+            ctx.report["feature_budget"] = {name: count // tasks for name, count in free.items()}
 
     def _limit(self, name: str, ctx: TaskContext) -> int | None:
         """Return how many directions a task may add to a layer at most; None for no limit.
@@ -284,10 +289,8 @@ class KeepLora(Method):
         """
         if name not in ctx.base.get("feature_budget", {}):
             return None
-        allowed = (
-            Capacity.from_dict(ctx.base[CAPACITY][name]).protected
-            + ctx.index * ctx.base["feature_budget"][name]
-        )
+        protected = Capacity.from_dict(ctx.base[CAPACITY][name]).protected
+        allowed = protected + ctx.index * ctx.base["feature_budget"][name]
         return max(0, allowed - self.bases[name].shape[1])
 
     def _weight_basis(self, layer: Layer, energy: float) -> Tensor:

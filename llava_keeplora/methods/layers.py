@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods.base import Layer, Method
+from llava_keeplora.subspace import guaranteed_room
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,20 @@ def find_layers(parts: Mapping[str, Any], family: Any) -> Changed:
             f"name at least one of {', '.join(family.targets)} under `parts`",
         )
     return changed
+
+
+def unsure_layers(layers: Iterable[Layer]) -> list[Layer]:
+    """Return the layers whose rank may exceed the directions that a principal subspace leaves free.
+
+    Where ε_w is `auto`, it is chosen so that the rank fits.
+    """
+    return [
+        layer
+        for layer in layers
+        if "energy_weight" not in layer.auto
+        and layer.rank
+        > guaranteed_room(layer.module.out_features, layer.module.in_features, layer.energy_weight)
+    ]
 
 
 def model_type(family: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from llava_keeplora.config import RunConfig, deepspeed_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer, Method
+from llava_keeplora.methods.layers import unsure_layers
 from llava_keeplora.models import Work, open_model
 from llava_keeplora.plan.machine import (
     Machine,
@@ -26,6 +27,7 @@ from llava_keeplora.plan.sharding import read_sharding
 from llava_keeplora.plan.workload import read_work
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.steps import optimiser_steps
+from llava_keeplora.subspace import guaranteed_room
 
 #: Dotted key of a setting → value; the key `gpus` is the machine's number of GPUs.
 Changes = Mapping[str, Any]
@@ -76,7 +78,7 @@ class MethodPlan:
         disk_task: bytes that a task adds to the run folder.
         disk_base: bytes in the run folder before the first task.
         steps: optimiser steps of every task.
-        unsure: a sentence on a rank that the base stage may have to refuse; empty where every rank is sure to
+        unsure: a sentence on a rank that a start may refuse once the weights are loaded; empty where every rank is sure to
             fit.
     """
 
@@ -202,22 +204,17 @@ def _method_plan(
 
 
 def _unsure_rank(layers: Iterable[Layer]) -> str:
-    """Return a sentence on the first layer whose rank may exceed the directions that its weight leaves free.
-
-    The k largest of n singular values have at least the share k/n of a weight's energy, so at most ⌈ε_w n⌉
-    directions are protected, and a rank up to in − ⌈ε_w n⌉ fits whatever the weight. Where ε_w is `auto`, it
-    is chosen so that the rank fits.
-    """
-    for layer in layers:
-        out_dim, in_dim = layer.module.out_features, layer.module.in_features
-        sure = in_dim - math.ceil(layer.energy_weight * min(out_dim, in_dim))
-        if layer.rank > sure and "energy_weight" not in layer.auto:
-            return (
-                f"whether rank {layer.rank} fits layer {layer.name} is known only after the base stage, "
-                f"which finds how many of its {in_dim} input directions energy_weight "
-                f"{layer.energy_weight:g} protects; a rank up to {max(0, sure)} is sure to fit"
-            )
-    return ""
+    """Return a sentence on the first of the `unsure_layers`; empty if there is none."""
+    layer = next(iter(unsure_layers(layers)), None)
+    if layer is None:
+        return ""
+    out_dim, in_dim = layer.module.out_features, layer.module.in_features
+    sure = guaranteed_room(out_dim, in_dim, layer.energy_weight)
+    return (
+        f"whether rank {layer.rank} fits layer {layer.name} depends on its weights, which `train` looks at "
+        f"before its first stage: energy_weight {layer.energy_weight:g} protects some of its {in_dim} input "
+        f"directions; a rank up to {sure} is sure to fit"
+    )
 
 
 class _Scenarios:

@@ -66,6 +66,11 @@ class MethodRun(MethodState):
             if stage == Stage.CLOSED and (index or self.config.label == ZERO_SHOT):
                 self.context.progress.note(self._closing_line(index))
 
+    def check_weights(self) -> None:
+        """Let a method that has not begun check the base's weights, so that a start is refused at once."""
+        if not self.journal.has_work:
+            self.method.check_weights(self.layers)
+
     def _run_stage(self, index: int, stage: Stage) -> None:
         set_seed(stage_seed(self.context.config.seed, index, stage))
         start = time.perf_counter()

@@ -48,6 +48,8 @@ def run(config: RunConfig) -> dict[str, Matrix]:
             )
         } | config.methods
         runs = [MethodRun(context, method) for method in methods.values()]
+        for method_run in runs:
+            method_run.check_weights()
         # Nothing is written before every process has read and accepted the folder: a start that is refused
         # leaves it as it was.
         context.barrier()

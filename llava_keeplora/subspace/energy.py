@@ -73,3 +73,12 @@ def energy_rank(
     # One more vector than the longest prefix below the threshold, but not more than there are.
     below = int((reached < threshold).sum())
     return min(max(below, 1) if strict else below + 1, len(values))
+
+
+def guaranteed_room(out_dim: int, in_dim: int, energy: float) -> int:
+    """Return how many input directions an energy leaves free, whatever the weight (out_dim, in_dim) is.
+
+    The k largest of n singular values hold at least the share k/n of the energy, so at most ⌈energy · n⌉
+    directions are protected.
+    """
+    return max(0, in_dim - math.ceil(energy * min(out_dim, in_dim)))

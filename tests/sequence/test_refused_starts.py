@@ -149,13 +149,34 @@ def test_settings_that_the_optimiser_or_its_schedule_refuse_are_reported_before_
         )
 
 
+def test_a_rank_that_the_weights_leave_no_room_for_is_refused_before_the_folder_is_claimed(
+    run_tree, tiny_tasks, tmp_path
+):
+    from llava_keeplora.errors import MethodError
+    from llava_keeplora.plan import make_plan
+
+    tree = run_tree(
+        tmp_path / "run",
+        methods={"keeplora": {}},
+        tasks=[str(tiny_tasks[0])],
+        parts={"vision": {"rank": 31}},
+    )
+    assert "rank 31" in make_plan(parse_config(tree)).methods[0].unsure
+    with pytest.raises(MethodError, match="fewer than the rank 31"):
+        run(parse_config(tree))
+    assert not (tmp_path / "run/config.json").exists() and not list((tmp_path / "run").rglob("*.jsonl"))
+
+
 class TestBegunAnew:
     """A folder in which no stage of a method has finished takes another configuration."""
 
     @pytest.fixture
-    def refused(self, run_tree, tiny_tasks, tmp_path):
-        """A run whose rank is just below a layer's width, as its weights say in the first method's first stage: only the zero-shot row is there."""
+    def refused(self, run_tree, tiny_tasks, tmp_path, monkeypatch):
+        """A run that its method refuses in its first stage, as a method that doesn't check weights before may: only the zero-shot row is there."""
         from llava_keeplora.errors import MethodError
+        from llava_keeplora.methods import METHODS
+
+        monkeypatch.setattr(METHODS["keeplora"], "check_weights", lambda self, layers: None)
 
         tree = run_tree(
             tmp_path / "run",

@@ -69,3 +69,11 @@ def test_a_bad_total_is_named(sub):
         sub.energy_rank(torch.ones(3), 0.5, total=float("inf"))
     with pytest.raises(sub.NonFiniteError):
         sub.energy_rank(torch.tensor([float("nan")]), 0.5)
+
+
+def test_the_guaranteed_room_is_left_by_every_weight_and_by_the_flattest_exactly(sub):
+    for out_dim, in_dim, energy in ((6, 10, 0.55), (10, 6, 0.5), (8, 8, 1.0), (7, 7, 0.99)):
+        room = sub.guaranteed_room(out_dim, in_dim, energy)
+        assert in_dim - sub.energy_rank(torch.ones(min(out_dim, in_dim)), energy) == room
+        weight = torch.randn(out_dim, in_dim, dtype=torch.float64)
+        assert in_dim - sub.energy_rank(torch.linalg.svdvals(weight).square(), energy) >= room
