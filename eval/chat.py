@@ -239,10 +239,14 @@ class Chat:
     def answer_frame(self) -> tuple[str, str]:
         """What the chat template writes between its generation prompt and an answer, and what ends the turn.
 
-        The end is the special token that follows an answer; the tokenizer's end of text where none does.
+        The end is the special token that follows an answer. Where none does, or the template writes no
+        answers, it is the tokenizer's end of text.
         """
         prompt = render(self.processor, "q", 0)
-        whole = render(self.processor, "q", 0, answer=_PROBE)
+        try:
+            whole = render(self.processor, "q", 0, answer=_PROBE)
+        except EvalError:  # A template for questions alone.
+            whole = ""
         lead, found, tail = (
             whole[len(prompt) :].partition(_PROBE) if whole.startswith(prompt) else ("", "", "")
         )

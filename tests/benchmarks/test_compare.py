@@ -64,7 +64,9 @@ def test_a_number_that_the_run_does_not_have_is_not_met():
         expected(seq_lora={"figures": {"last": 50.0}}),
     )[0]
     assert (
-        figure.measured is None and not figure.met and str(figure) == "seq-lora, last: n/a instead of 50.0 ± 1.0"
+        figure.measured is None
+        and not figure.met
+        and str(figure) == "seq-lora, last: n/a instead of 50.0 ± 1.0"
     )
 
 

@@ -46,6 +46,16 @@ def test_pictures_stay_where_the_question_marks_them(processor, question):
     assert chat.prompt(question, [SIZE] * n).prompt == whole[0].tolist()
 
 
+def test_an_answer_ends_with_the_end_of_text_where_the_template_writes_no_answers(tiny_llava):
+    processor = load_chat_processor(str(tiny_llava))
+    processor.chat_template = (
+        "{% for m in messages if m['role'] == 'assistant' %}{{ raise_exception('no') }}{% endfor %}"
+        "{{ messages[-1]['content'][-1]['text'] }}:"
+    )
+    turn = Chat(processor).turn("What?", [], "a cat")
+    assert processor.tokenizer.decode(turn.reply) == f" a cat{processor.tokenizer.eos_token}"
+
+
 def test_pictures_without_places_go_before_the_question(processor):
     text = render(processor, "What?", 2)
     assert text.index("What?") > text.rindex(processor.image_token) and text.count(processor.image_token) == 2
