@@ -63,7 +63,7 @@ class Recipe:
         evaluate: for questions and captions, which answers of a conversation the split `test` asks for: the
             `last` one (the default), or `each` as an example of its own with the true turns before it.
         classes: for classification (required), class names in label order, as answers are scored;
-            `from-source` takes them from the data (None in Python until a split is loaded).
+            `from-source` takes them from the data, when a split is loaded.
         num_classes: for classification, the number of classes that there must be.
         class_names: for classification, the source's label → the class, where the two differ.
         homepage: where the data comes from, for the model card.

@@ -22,7 +22,7 @@ from llava_keeplora.export.state import FOLDER, FORMAT, MANIFEST, RECORD, SUFFIX
 from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.records import read_object
-from llava_keeplora.registries import list_plugins
+from llava_keeplora.registries import list_plugins, localize_plugins
 from llava_keeplora.run_folder import CONFIG, IDENTITY, JOURNAL, read_record, rename_parts
 from llava_keeplora.saved_run import check_base, load_run, read_identity
 from llava_keeplora_eval.plugins import named_plugins
@@ -228,7 +228,8 @@ def _localize_config(tmp_dir: Path, home: Path, base: str | None, data_root: str
             tree["tasks"] = [str(home / task) if is_file_name(task) else task for task in tree["tasks"]]
             if base is not None:
                 tree["model"]["name_or_path"], tree["model"]["revision"] = base, None
-        config = trees[CONFIG]
+        # A plug-in that was found in the working folder is found from any other, as after `train`.
+        config = trees[CONFIG] = localize_plugins(trees[CONFIG])
         config["output_dir"], config["data"]["root"] = str(home), data_root
         _check_recipes(tmp_dir, home, config["tasks"])
         for section in (config, *config["methods"].values()):

@@ -187,7 +187,7 @@ class Base:
         revision: a commit on the Hub; None for the newest.
         local: the folder that the run loaded it from; None if that was the Hub.
         auto_class: name of the transformers class that loads it.
-        opened_by: the keys of `ModelConfig` by which a model is opened whose type is not known.
+        opened_by: the keys `family` and `parts` of `ModelConfig`, where the run sets them.
     """
 
     id: str
@@ -209,7 +209,8 @@ def published_base(model: ModelConfig, base_id: str | None, auto_class: str = "A
         ConfigError: the base is a folder and no id is given, or the id is not valid.
     """
     folder = find_local(model.name_or_path)
-    opened_by = {"family": model.family, "parts": dict(model.parts)} if model.parts else {}
+    given = {"family": model.family, "parts": model.parts and dict(model.parts)}
+    opened_by = {key: value for key, value in given.items() if value}
     if base_id is not None:
         name, _, revision = base_id.partition("@")
         if not HUB_ID.fullmatch(name):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     """Yield (way of loading, model in fp32); the logits of `float32` are those that the card reports."""
     folder, auto = job["folder"], getattr(transformers, job["auto_class"])
     if job["form"] == "state":
-        yield "float32", load_learned_run(folder).load("float32").model
+        learned = load_learned_run(folder)
+        # A state names a plug-in without its place, which is known here.
+        base = {**learned.config["model"], **job["opened_by"]}
+        yield "float32", replace(learned, config={**learned.config, "model": base}).load("float32").model
     elif job["form"] == "merged":
         _ = open_model(ModelConfig(folder, **job["opened_by"])).processor  # type: ignore[attr-defined]  # Read when asked for.
         yield "float32", auto.from_pretrained(folder, dtype=torch.float32).eval()

@@ -18,7 +18,7 @@ from llava_keeplora.config import load_config
 from llava_keeplora.export import verify, verify_worker
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.journal import Journal
-from llava_keeplora.saved_run import read_identity
+from llava_keeplora.saved_run import extended, read_identity
 from llava_keeplora_eval.cli import main as evaluate
 
 EXAMPLES = Path(__file__).parents[2] / "docs/examples"
@@ -126,6 +126,21 @@ def test_its_adapter_names_these_layers_alone_and_answers_outside_of_the_run(
         for name in ("plain", "own")
     ]
     assert texts[0] == texts[1] != []
+
+
+def test_its_state_is_written_from_any_folder_and_learns_on_where_both_are_installed(
+    home, finished, tiny_clip, tiny_tasks, tmp_path, quick_reload, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    export_run(finished, "state", tmp_path / "state", base_id="user/base", examples=2)
+    assert str(home) not in (tmp_path / "state/config.json").read_text()
+    arguments = ["import", str(tmp_path / "state"), "--base", str(tiny_clip), "--into", str(tmp_path / "run")]
+    assert main(arguments) == 2 and "--allow-plugin" in capsys.readouterr().err
+    monkeypatch.chdir(home)
+    assert main([*arguments, "--allow-plugin"]) == 0
+    monkeypatch.chdir(tmp_path)
+    run = extended(tmp_path / "run", str(tiny_tasks[2]))
+    assert run.model.family == f"{home / 'half_clip.py'}:HalfClip" and len(run.tasks) == 3
 
 
 def test_it_is_planned(home, finished, capsys, monkeypatch, tmp_path):
