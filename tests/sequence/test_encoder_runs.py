@@ -189,6 +189,39 @@ def test_what_a_type_cannot_follow_is_refused_with_its_name(config, tmp_path, dr
         driven(config(tmp_path / "run", methods=methods))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["siglip2"], indirect=True)
+@pytest.mark.parametrize(
+    ("training", "model"),
+    [
+        ({"gradient_checkpointing": True}, {}),
+        ({"bf16": True}, {"dtype": "bfloat16"}),
+        ({}, {"quantization": "nf4"}),
+    ],
+)
+def test_it_trains_with_less_memory(
+    run_config, driven, base, run, tiny_tasks, tmp_path, training, model, kind
+):
+    """Recomputing activations changes nothing; half precision and four bits train the same layers."""
+    folder = driven(
+        run_config(
+            tmp_path / "run",
+            tasks=[str(tiny_tasks[0])],
+            model={"name_or_path": str(base), **model},
+            training=training,
+            methods={"keeplora": {}},
+        )
+    )
+    deltas, plain = (
+        load_deltas(next(place.glob("keeplora/task-01*/delta.safetensors"))) for place in (folder, run)
+    )
+    assert deltas.keys() == plain.keys()
+    assert all(delta.dense().isfinite().all() and delta.dense().any() for delta in deltas.values())
+    if "gradient_checkpointing" in training:
+        for name, delta in deltas.items():
+            torch.testing.assert_close(delta.dense(), plain[name].dense(), atol=1e-6, rtol=1e-4)
+
+
 def test_a_type_without_a_record_is_taught_exported_and_opened_again_by_its_parts(
     run_config, driven, tiny_tasks, tmp_path, monkeypatch
 ):
