@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,9 @@ def _frames(video: str | list[str], count: int, folder: Path, what: str, root: P
     if isinstance(video, str):
         refuse_without_decoder(video, what)
         path = inside(folder, video, what, root).absolute()
-        if not path.exists():
-            named = (path.with_name(path.name + ending) for ending in VIDEO_ENDINGS)
-            path = within(next(filter(Path.is_file, named), path), what, root)
+        if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
+            named = (Path(f"{path}{ending}") for ending in VIDEO_ENDINGS)
+            path = within(next(filter(os.path.isfile, named), path), what, root)
         return [Frame(str(path), index, count) for index in range(count)]
     return [inside(folder, video[position], what, root) for position in sample(len(video), count)]
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import io
 import pickle
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -328,14 +329,14 @@ def test_a_recipe_shows_at_least_one_frame(task):
         task([], "parquet", frames=4)
 
 
-def encoded_video(count, codec="mpeg4", form="mp4"):
+def encoded_video(count, codec="mpeg4", form="mp4", picture=None):
     av = pytest.importorskip("av")
     file = io.BytesIO()
     with av.open(file, "w", format=form) as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
         for i in range(count):
-            frame = np.full((16, 32, 3), 20 * i, np.uint8)
+            frame = np.full((16, 32, 3), 20 * i, np.uint8) if picture is None else picture
             for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
@@ -352,6 +353,19 @@ def test_pyav_gives_the_frames_of_a_file(codec, form):
     assert [frame.size for frame in frames] == [(32, 16)] * 4
     for frame, position in zip(frames, sample(11, 4), strict=True):
         assert abs(np.asarray(frame, float).mean() - 20 * position) < 6
+
+
+def test_a_turned_video_is_shown_as_players_show_it():
+    """The matrix of a portrait recording turns its frames clockwise: what is left becomes the top."""
+    half = np.zeros((16, 32, 3), np.uint8)
+    half[:, :16] = 255
+    upright, one = encoded_video(3, picture=half), 1 << 16
+    identity = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    clockwise = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)
+    track = upright.index(identity, upright.index(b"tkhd"))
+    turned = upright[:track] + clockwise + upright[track + len(clockwise) :]
+    frame = np.asarray(decode_frames(turned, 1)[0], float)
+    assert frame.shape == (32, 16, 3) and frame[:16].mean() > 250 and frame[16:].mean() < 5
 
 
 def test_a_file_without_a_video_is_refused_by_pyav():
