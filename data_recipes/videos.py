@@ -102,10 +102,12 @@ def decode_frames(data: bytes, count: int) -> list[Image.Image]:
         for seen, frame in enumerate(_frames(data), start=1):
             if seen - 1 in wanted:
                 images[seen - 1] = _upright(frame)
-        if seen == total:
+        if seen and seen == total:
             return [images[position] for position in sample(total, count)]
         total = seen
-    raise ValueError("decoding gives another number of frames each time")
+    raise ValueError(
+        "decoding gives another number of frames each time" if total else "no frame of it can be decoded"
+    )
 
 
 def _packets(data: bytes) -> Iterator[object]:

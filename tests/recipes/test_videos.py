@@ -355,6 +355,21 @@ def test_pyav_gives_the_frames_of_a_file(codec, form):
         assert abs(np.asarray(frame, float).mean() - 20 * position) < 6
 
 
+@pytest.mark.parametrize("counted", [0, 7, 20])
+def test_frames_are_chosen_by_the_number_that_decoding_gives(counted, monkeypatch):
+    data = encoded_video(11)
+    monkeypatch.setattr(videos, "_packets", lambda data: iter(range(counted)))
+    means = [np.asarray(frame, float).mean() for frame in decode_frames(data, 4)]
+    assert np.abs(np.subtract(means, [20 * position for position in sample(11, 4)])).max() < 6
+
+
+def test_a_file_without_a_frame_is_refused(monkeypatch):
+    monkeypatch.setattr(videos, "_packets", lambda data: iter(()))
+    monkeypatch.setattr(videos, "_frames", lambda data: iter(()))
+    with pytest.raises(ValueError, match="no frame"):
+        decode_frames(b"", 4)
+
+
 def test_a_turned_video_is_shown_as_players_show_it():
     """The matrix of a portrait recording turns its frames clockwise: what is left becomes the top."""
     half = np.zeros((16, 32, 3), np.uint8)
