@@ -143,15 +143,17 @@ def read_turn_records(
         answers = [only_answer(answers, what)] if classify else answers
         files: list[Path | Frame] = [inside(folder, i, what, root) for i in images]
         frames = [_frames(video, recipe.source["frames"], folder, what, root) for video in videos]
-        turn, shown, spans = show_turn(Turn(turn.question, answers, turn.history), files, frames, what)
-        own = f"{split}-{index}" if numbered or name is None else name
-        return own, shown, turn, {f: row[f] for f in fields if f in row}, spans
+        turn, files_in_order, spans = show_turn(
+            Turn(turn.question, answers, turn.history), files, frames, what
+        )
+        record_id = f"{split}-{index}" if numbered or name is None else name
+        return record_id, files_in_order, turn, {f: row[f] for f in fields if f in row}, spans
 
-    found = collect_errors(record, enumerate(rows), problems)
+    records = collect_errors(record, enumerate(rows), problems)
     if classify:
         given = (row.get(recipe.source.get("answer", "answer")) for row in rows if isinstance(row, dict))
         warn_of_names(recipe, {value for value in given if type(value) is int}, f"{recipe.name}/{split}")
-    return _as_records(found, classify)
+    return _as_records(records, classify)
 
 
 def _given_id(row: dict[str, Any]) -> Any:

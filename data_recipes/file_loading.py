@@ -103,9 +103,9 @@ def _rows(
         records.meta,
         records.videos,
     )
-    found = collect_errors(rows_of, zip(records.ids, *columns, strict=True), problems)
-    rows = [row for several in found for row in several]
-    if len(rows) > len(found):
+    rows_of_records = collect_errors(rows_of, zip(records.ids, *columns, strict=True), problems)
+    rows = [row for several in rows_of_records for row in several]
+    if len(rows) > len(rows_of_records):
         _refuse_duplicates(recipe, [row.id for row in rows], where, problems)
     return rows
 

@@ -99,7 +99,7 @@ class Hub(_Table):
 
     Args:
         path: id of the dataset on the Hub, `owner/name`, or a folder of this machine, under the data root or
-            beside the recipe.
+            next to the recipe.
         columns: which column has which role, where its name is another; see the roles above.
         config: the dataset's configuration (also called subset), where it has several.
         revision: commit, tag or branch of the dataset on the Hub; by default the newest.

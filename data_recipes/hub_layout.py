@@ -259,9 +259,9 @@ def _left_out(builder: datasets.DatasetBuilder, split: str, target: str) -> dict
             empty = [file for file in files if count_rows(Path(target, file)) == 0]
             left_out |= {WITHOUT_ROWS: empty} if empty else {}
             continue
-        shown = {_in_repository(path, target) for path in _shown_files(builder.as_dataset(split=name))}
+        used = {_in_repository(path, target) for path in _shown_files(builder.as_dataset(split=name))}
         for file in files:
-            if file not in shown and os.path.basename(file) not in METADATA and not file.endswith(".zip"):
+            if file not in used and os.path.basename(file) not in METADATA and not file.endswith(".zip"):
                 left_out["not in the metadata"].append(file)
         for kind, others in _unread(target, files, set().union(*listed.values())).items():
             left_out[kind] += others

@@ -1,4 +1,4 @@
-"""`metadata.csv` and `metadata.jsonl` beside the pictures that they describe."""
+"""`metadata.csv` and `metadata.jsonl` next to the images that they describe."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def place_videos(
 
     Args:
         questions: what is asked, by turns.
-        images: what is shown beside the videos.
+        images: the images, without the videos' frames.
         videos: the frames of each.
         what: the record, for the error's sentence.
 

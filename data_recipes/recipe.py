@@ -46,7 +46,7 @@ class Recipe:
         name: the task's name, for example `digits` or `mtil/aircraft`; folders of a run are named after it.
         version: a whole number to raise whenever the examples, the classes or the prompt change.
         kind: `classification`, `vqa` (questions with answers) or `captioning`.
-        metric: how answers are scored, for example `accuracy`, or `my_metrics.py:my_metric` beside the YAML.
+        metric: how answers are scored, for example `accuracy`, or `my_metrics.py:my_metric` next to it.
         licence: licence of the data, for the model card.
         source: `format`, and the keys of that format (`path`, `columns`, ...).
         splits: name of a split, such as `train` and `test` → the source's file, folder, pattern or split.

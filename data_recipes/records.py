@@ -124,10 +124,10 @@ def picture_files(paths: list[list[Path | Frame]]) -> Pictures:
         paths: each record's image files, or frames of video files, in order.
     """
     rows: dict[Path | Frame, int] = {}
-    shown = [tuple(rows.setdefault(p, len(rows)) for p in record_paths) for record_paths in paths]
+    indices = [tuple(rows.setdefault(p, len(rows)) for p in record_paths) for record_paths in paths]
     files = [Path(p.path) if isinstance(p, Frame) else p for p in rows]
     frames = [{"index": p.index, "count": p.count} if isinstance(p, Frame) else None for p in rows]
-    return _pictures([{"path": str(p.absolute()), "bytes": None} for p in files], shown, frames)
+    return _pictures([{"path": str(p.absolute()), "bytes": None} for p in files], indices, frames)
 
 
 def picture_bytes(encoded: Iterable[bytes]) -> Pictures:

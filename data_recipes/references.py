@@ -86,10 +86,12 @@ def _by_position(
 def _warn_of_other_images(images: list[Any], path: Path, rows: list[Any]) -> None:
     """Warn if images and questions that are paired by id have different file names."""
     named = {str(i["id"]): i.get("file_name") for i in images if isinstance(i, dict) and "id" in i}
-    shown = {str(n): row.get("image") for n, row in enumerate(rows, start=1) if isinstance(row, dict)}
+    images_of_questions = {
+        str(n): row.get("image") for n, row in enumerate(rows, start=1) if isinstance(row, dict)
+    }
     other = [
         n
-        for n, image in shown.items()
+        for n, image in images_of_questions.items()
         if isinstance(image, str) and isinstance(named.get(n), str) and _base(image) != _base(named[n])
     ]
     if other:

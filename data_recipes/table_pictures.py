@@ -60,14 +60,14 @@ def _whichever(first: tuple[Pictures, Faults], second: tuple[Pictures, Faults]) 
     offset, lists, faults = len(one.cells), [_as_lists(one), _as_lists(other)], one_faults | other_faults
     cells = [(row, position or 0) for row, position in one.cells]
     cells += [(len(lists[0]) + row, position or 0) for row, position in other.cells]
-    shown = []
+    images = []
     for row, (mine, others) in enumerate(zip(one.shown, other.shown, strict=True)):
         if mine and others and [_cell(one, i) for i in mine] != [_cell(other, i) for i in others]:
             faults[row] = RecipeError(
                 "has other images in 'image' than in 'images'", "keep those that are meant"
             )
-        shown.append(() if row in faults else mine or tuple(offset + i for i in others))
-    return Pictures(datasets.concatenate_datasets(lists), cells, shown, one.folder or other.folder), faults
+        images.append(() if row in faults else mine or tuple(offset + i for i in others))
+    return Pictures(datasets.concatenate_datasets(lists), cells, images, one.folder or other.folder), faults
 
 
 def _cell(pictures: Pictures, index: int) -> object:
@@ -186,12 +186,12 @@ def _located(
     folder: Path | None,
 ) -> Pictures:
     cells: list[tuple[int, int | None]] = []
-    shown = []
+    images_of_rows = []
     for row, listed in enumerate(places):
-        kept = [i for i, place in enumerate(listed) if place is not None or (keep_empty and not lists)]
-        shown.append(tuple(range(len(cells), len(cells) + len(kept))))
-        cells += [(row, i if lists else None) for i in kept]
-    return Pictures(images, cells, shown, str(folder.absolute()) if folder is not None else "")
+        positions = [i for i, place in enumerate(listed) if place is not None or (keep_empty and not lists)]
+        images_of_rows.append(tuple(range(len(cells), len(cells) + len(positions))))
+        cells += [(row, i if lists else None) for i in positions]
+    return Pictures(images, cells, images_of_rows, str(folder.absolute()) if folder is not None else "")
 
 
 def arrow_column(table: datasets.Dataset, column: str) -> pyarrow.ChunkedArray:

@@ -43,24 +43,24 @@ def read_parquet(
     files: list[Path] = []
     for pattern in patterns:
         inside(folder, pattern, what, root)
-        found = [within(file, what, root) for file in sorted(folder.glob(pattern))]
-        if not found:
+        matches = [within(file, what, root) for file in sorted(folder.glob(pattern))]
+        if not matches:
             raise RecipeError(
                 f"the {split} split of '{recipe.name}' is not there: no '{folder / pattern}'",
                 "add the file, or correct 'splits' in the recipe",
             )
-        for file in found:
+        for file in matches:
             if not file.is_file():
                 raise RecipeError(
                     f"{what} names '{file}', which is no file", "correct 'splits' in the recipe"
                 )
-        repeated = set(found) & set(files)
+        repeated = set(matches) & set(files)
         if repeated:
             raise RecipeError(
                 f"{what} names '{min(repeated)}' more than once, by the pattern '{pattern}' and by another",
                 "correct 'splits' in the recipe",
             )
-        files += found
+        files += matches
     rows = {file: count_rows(file) for file in files}
     files = [file for file in files if rows[file] != 0]
     if not files:
@@ -158,32 +158,32 @@ def _from_table(
     def record(row: int) -> tuple[str, Turn, Any, tuple[int, ...]]:
         what = f"row {row} of {recipe.name}/{split}"
         name = identifier(cells["id"][row], what) if "id" in columns else f"{split}-{row}"
-        what, shown = f"record '{name}' in {recipe.name}/{split}", pictures.shown[row]
+        what, images = f"record '{name}' in {recipe.name}/{split}", pictures.shown[row]
         if row in faults:
             raise RecipeError(f"{what} {faults[row].problem}", faults[row].cure)
-        if loaded.names_files and not shown:
+        if loaded.names_files and not images:
             raise RecipeError(f"{what} has no 'file_name'", "name its picture's file, or remove the record")
         refuse_unread_media({column: values[row] for column, values in unread.items()}, what)
         if classify and not chats:
-            return name, Turn("", []), cells["label"][row], shown
+            return name, Turn("", []), cells["label"][row], images
         if chats:
             system = system_text({column: values[row] for column, values in chat_columns.items()}, what)
             turn = with_system(from_turns(cells["messages"][row], what), system, what)
         else:
             turn = _turn(cells["question"][row], cells["answers"][row], what)
-        turn = place_turn(turn, len(shown), what)
-        return name, turn, only_answer(turn.answers, what) if classify else None, shown
+        turn = place_turn(turn, len(images), what)
+        return name, turn, only_answer(turn.answers, what) if classify else None, images
 
-    found = collect_errors(record, range(count), problems)
+    records = collect_errors(record, range(count), problems)
     feature = table.features[columns["label"]] if classify and not chats else None
     return Records(
-        ids=[name for name, _, _, _ in found],
-        pictures=replace(pictures, shown=[shown for _, _, _, shown in found]),
-        labels=[label for _, _, label, _ in found],
+        ids=[name for name, _, _, _ in records],
+        pictures=replace(pictures, shown=[images for _, _, _, images in records]),
+        labels=[label for _, _, label, _ in records],
         label_names=list(feature.names) if isinstance(feature, datasets.ClassLabel) else None,
-        questions=[None if classify else turn.question for _, turn, _, _ in found],
-        answers=[[] if classify else turn.answers for _, turn, _, _ in found],
-        histories=[turn.history for _, turn, _, _ in found],
+        questions=[None if classify else turn.question for _, turn, _, _ in records],
+        answers=[[] if classify else turn.answers for _, turn, _, _ in records],
+        histories=[turn.history for _, turn, _, _ in records],
         left_out=loaded.left_out,
     )
 

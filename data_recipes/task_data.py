@@ -94,17 +94,17 @@ def turns_of(row: Row) -> list[Row]:
     rows = []
     for number, (answer, end) in enumerate(zip(answers, [*ends, len(row.history)], strict=True), start=1):
         asked = questions[:number]
-        shown = sum(text.count(MARKER) for text in asked) if marked else len(row.pictures)
-        *earlier, question = place_in_turns(asked, shown, f"'{row.id}'")
+        image_count = sum(text.count(MARKER) for text in asked) if marked else len(row.pictures)
+        *earlier, question = place_in_turns(asked, image_count, f"'{row.id}'")
         rows.append(
             replace(
                 row,
                 id=row.id if number == 1 else f"{row.id}#{number}",
                 question=question,
                 answers=answer,
-                pictures=row.pictures[:shown],
+                pictures=row.pictures[:image_count],
                 history=replace_questions(row.history[:end], earlier),
-                videos=tuple(span for span in row.videos if span[1] <= shown),
+                videos=tuple(span for span in row.videos if span[1] <= image_count),
             )
         )
     return rows
@@ -211,8 +211,8 @@ class TaskData:
     @property
     def decoding_notes(self) -> list[str]:
         """Notes of decoding, for images that have one; see `decoding.Decoded`."""
-        shown = {p for r in self._rows for p in r.pictures}
-        return [note for p, note in sorted(self._images.notes.items()) if p in shown]
+        used = {p for r in self._rows for p in r.pictures}
+        return [note for p, note in sorted(self._images.notes.items()) if p in used]
 
     @property
     def left_out_note(self) -> str | None:
@@ -227,14 +227,13 @@ class TaskData:
     @cached_property
     def marker_note(self) -> str | None:
         """Sentence on the examples with markers of other tools in their texts; None if there are none."""
-        found = {r.id: marker for r in self._rows for text in r.texts if (marker := foreign_marker(text))}
-        if not found:
+        markers = {r.id: marker for r in self._rows for text in r.texts if (marker := foreign_marker(text))}
+        if not markers:
             return None
-        name, marker = next(iter(found.items()))
+        name, marker = next(iter(markers.items()))
         return (
-            f"{len(found)} examples have markers of other tools in their texts, which are words to the model "
-            f"({name}: {marker}); "
-            f"{MARKER} is the place of a picture"
+            f"{len(markers)} examples have markers of other tools in their texts, which are words to the "
+            f"model ({name}: {marker}); {MARKER} is the place of a picture"
         )
 
     @cached_property

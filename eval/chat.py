@@ -331,11 +331,11 @@ class Chat:
             if turn.role != "assistant":
                 continue
             before, question = history[: i - 1], history[i - 1].text
-            shown = sum(t.text.count(MARKER) for t in history[:i]) if marks else len(sizes)
-            start = render(self.processor, question, shown, before)
+            image_count = sum(t.text.count(MARKER) for t in history[:i]) if marks else len(sizes)
+            start = render(self.processor, question, image_count, before)
             stop = start + lead + turn.text
             stop += end if text.startswith(stop + end) else ""
-            bounds = [self._encode(part, sizes[:shown])["input_ids"] for part in (start, stop)]
+            bounds = [self._encode(part, sizes[:image_count])["input_ids"] for part in (start, stop)]
             if not text.startswith(stop) or any(ids[: len(part)] != part for part in bounds):
                 raise EvalError(
                     f"the model's chat template writes the earlier answer '{shorten(turn.text, 80)}' "

@@ -28,7 +28,7 @@ WEIGHTS = (
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
-#: What PEFT writes beside an adapter's weights.
+#: File that PEFT writes next to an adapter's weights.
 ADAPTER = "adapter_config.json"
 
 AGAIN = "download the checkpoint again, or give another one"

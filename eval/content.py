@@ -152,17 +152,17 @@ def tensors_hash(folder: Path) -> str:
     """
     files = weight_files(folder)
     key = _digest([TENSORS, *map(content_hash, files)])
-    kept = _kept(key)
-    if kept is None:
+    cached_hash = _kept(key)
+    if cached_hash is None:
         with loading(str(folder)):
             tensors = [
                 (name, str(value.dtype), list(value.shape), _bytes_hash(value))
                 for path in files
                 for name, value in read_tensors(path)
             ]
-        kept = _digest(sorted(tensors))
-        _keep(key, kept)
-    return kept
+        cached_hash = _digest(sorted(tensors))
+        _keep(key, cached_hash)
+    return cached_hash
 
 
 def _bytes_hash(tensor: Any) -> str:
@@ -180,12 +180,12 @@ def content_hash(path: Path) -> str:
     """
     stat = path.stat()
     key = _digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
-    kept = _kept(key)
-    if kept is None:
-        kept = file_hash(path)
+    cached_hash = _kept(key)
+    if cached_hash is None:
+        cached_hash = file_hash(path)
         if time.time() - stat.st_mtime > RECENT:
-            _keep(key, kept)
-    return kept
+            _keep(key, cached_hash)
+    return cached_hash
 
 
 def _kept(key: str) -> str | None:

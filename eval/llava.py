@@ -72,7 +72,7 @@ class LlavaPredictor:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the answers depend on beside the weights, as plain data."""
+        """Settings on which answers depend in addition to the weights, as JSON data."""
         chosen = {
             key: value
             for key, value in self.generation.to_diff_dict().items()

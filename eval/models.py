@@ -233,7 +233,7 @@ def check_exported_base(folder: Path, base: str, revision: str | None) -> None:
 
 
 def made_by(name: str, predictor, base: str | None = None) -> dict[str, Any]:
-    """Say what a model's answers depend on beside the data: the model by content, and how it answers.
+    """Return what a model's answers depend on besides the data: the model's content, and its settings.
 
     Args:
         name, base: as for `load_predictor`.

@@ -156,7 +156,7 @@ class ClipPredictor:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What the answers depend on beside the weights, as plain data."""
+        """Settings on which answers depend in addition to the weights, as JSON data."""
         return {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def with_head(self, head: Callable[[Tensor], Tensor]) -> ClipPredictor:

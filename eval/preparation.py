@@ -183,12 +183,12 @@ class ChatPreparation:
             text[len(before) :] if text.startswith(before) else self._decode(ids[start:end])
             for before, text, start, end in zip(["", *texts], texts, [0, *bounds], bounds)
         ]
-        shown = "".join(piece + "⟧⟦"[i % 2 == 0] for i, piece in enumerate(pieces))
+        marked = "".join(piece + "⟧⟦"[i % 2 == 0] for i, piece in enumerate(pieces))
         runs = " ".join(
             runs_of(ids[start:end]) if i % 2 == 0 else f"⟦{runs_of(ids[start:end])}⟧"
             for i, (start, end) in enumerate(zip([0, *bounds], bounds))
         )
-        return [*shown.split("\n"), f"ids: {runs}"]
+        return [*marked.split("\n"), f"ids: {runs}"]
 
     def _images_once(self, ids: list[int]) -> list[int]:
         """Return ids with each run of image tokens as one."""

@@ -337,12 +337,12 @@ def _commands(parser: argparse.ArgumentParser, program: str) -> Iterator[str]:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> str:
-    shown = [
+    actions = [
         action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"
     ]
     return table(
         ("argument", "", "meaning"),
-        ((_name(action), "required" if _is_required(action) else "", _meaning(action)) for action in shown),
+        ((_name(action), "required" if _is_required(action) else "", _meaning(action)) for action in actions),
     )
 
 

@@ -78,8 +78,8 @@ class MethodPlan:
         disk_task: bytes that a task adds to the run folder.
         disk_base: bytes in the run folder before the first task.
         steps: optimiser steps of every task.
-        unsure: a sentence on a rank that a start may refuse once the weights are loaded; empty where every rank is sure to
-            fit.
+        unsure: a sentence on a rank that a start may refuse after loading the weights; empty if every rank is
+            certain to fit.
     """
 
     label: str

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 2  # panels side by side
-NAMED_LAYERS = 8  # more lines than this can't be told apart by name
+NAMED_LAYERS = 8  # more lines than this can't be distinguished by name
 
 
 def draw_layer_lines(parts: LayerLines, stages: Sequence[str], ylabel: str, palette: Palette) -> Figure:

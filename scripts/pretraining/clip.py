@@ -164,9 +164,9 @@ def contrastive_loss(logits: torch.Tensor, targets: torch.Tensor, owner: torch.T
 def train(sets: list[ImageSet], tokenizer: CLIPTokenizer, args: argparse.Namespace) -> CLIPModel:
     model = build_model(tokenizer)
     decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    without_decay = [p for p in model.parameters() if p.ndim <= 1]
     optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        [{"params": decay, "weight_decay": 0.05}, {"params": without_decay, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(

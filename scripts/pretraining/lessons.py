@@ -22,7 +22,7 @@ from llava_keeplora_recipes.rendered_scenes import SCENES
 PATCH, TEXT_BUDGET, LONGEST_ANSWER = 8, 72, 96
 IMAGE = "<image>"
 
-#: How often a set is looked at, beside the others.
+#: Relative frequency of each set in training.
 SHARES = (
     dict.fromkeys(SCENES, 10.0)
     | dict.fromkeys(RENDERED, 1.7)

@@ -39,9 +39,9 @@ class Training:
         self.model, self.bf16 = model, args.bf16
         self.step, self.seconds = 0, 0.0
         decay = [p for p in model.parameters() if p.ndim > 1]
-        plain = [p for p in model.parameters() if p.ndim <= 1]
+        without_decay = [p for p in model.parameters() if p.ndim <= 1]
         self.optimiser = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+            [{"params": decay, "weight_decay": 0.05}, {"params": without_decay, "weight_decay": 0.0}],
             betas=(0.9, 0.98),
             fused=True,
         )

@@ -111,7 +111,7 @@ def _scene_turns(data: TaskData, index: int) -> list[Turn]:
     name = data.recipe.name
     scene = compose(name, "pretrain", index)
     rng = generator("scene turns", name, index)
-    own = (scene.question or data.recipe.prompt, scene.answers[0])
+    scene_turn = (scene.question or data.recipe.prompt, scene.answers[0])
     others = [
         ("List the things.", ", ".join(t.name for t in sorted(scene.things, key=lambda t: t.cell[::-1]))),
         *_colours(scene),
@@ -123,7 +123,7 @@ def _scene_turns(data: TaskData, index: int) -> list[Turn]:
     ]
     if name == "scene-count":
         others += [(f"How many {kind}s are there?", str(number)) for kind, number in _kinds(scene).items()]
-    return [own, *dict.fromkeys(turn for turn in others if turn != own)]
+    return [scene_turn, *dict.fromkeys(turn for turn in others if turn != scene_turn)]
 
 
 def _kinds(scene: Scene) -> dict[str, int]:
