@@ -20,8 +20,9 @@ from .conversation_turn import (
 from .errors import RecipeError, collect_errors
 from .json_files import read_rows
 from .labels import warn_of_names
-from .media import UNREAD, VIDEO_ENDINGS, image_names, refuse_unread_media, system_text, video_names
+from .media import UNREAD, VIDEO_ENDINGS, image_names, is_empty, refuse_unread_media, system_text, video_names
 from .paths import data_root_of, inside, pictures_folder, split_file, within
+from .placeholders import MARKER
 from .recipe import Recipe
 from .records import Frame, Records, Spans, picture_files
 from .references import read_references
@@ -55,13 +56,27 @@ def read_llava(
                 f"give every record its own id, or number them with 'source.positional_ids: [{split}]' in "
                 "the recipe",
             )
-        if "messages" in row:
+        if not is_empty(row.get("messages")):
             raise RecipeError(f"{what} holds 'messages'", "write 'format: messages' in the recipe")
-        if "conversations" in row:
-            return from_conversations(row["conversations"], what)
-        return from_fields(row, answer_field, answered, what)
+        in_fields = not is_empty(row.get("text")) and not is_empty(row.get(answer_field))
+        if "conversations" not in row or (is_empty(row["conversations"]) and in_fields):
+            return from_fields(row, answer_field, answered, what)
+        read = from_conversations(row["conversations"], what)
+        if in_fields and not _is_same(read, from_fields(row, answer_field, answered, what), answered):
+            raise RecipeError(
+                f"{what} holds one question or answer in 'conversations' and another in 'text' and "
+                f"'{answer_field}'",
+                "keep those that are meant",
+            )
+        return read
 
     return _read(recipe, split, data_root, problems, turn)
+
+
+def _is_same(one: Turn, other: Turn, answered: bool) -> bool:
+    """Return whether two readings of a record have the same question, but for markers, and answer."""
+    first, second = (turn.question.replace(MARKER, "").strip() for turn in (one, other))
+    return first == second and (not answered or one.answers == other.answers)
 
 
 def read_messages(

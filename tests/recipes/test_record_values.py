@@ -422,3 +422,21 @@ def test_a_video_in_a_caption_file_is_refused(task):
 def test_a_question_finds_its_answers_by_the_same_id_in_another_form(task, tmp_path, make, row):
     make.json(tmp_path / "q" / "notes.json", {"data": [{"question_id": 7, "answers": ["x"]}]})
     assert loaded(task([row | {"text": "q"}], references={"train": "notes.json"})).answers == [["x"]]
+
+
+def test_merged_sets_keep_their_texts(task):
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a"}]
+    rows = [
+        {"id": 0, "image": "0.png", "conversations": turns, "messages": None, "text": None, "answer": ""},
+        {"id": 1, "image": "1.png", "conversations": None, "messages": [], "text": "where?", "answer": "b"},
+        {"id": 2, "image": "2.png", "conversations": turns, "text": "what?", "answer": "a"},
+    ]
+    data = loaded(task(rows))
+    assert data.questions == ["what?", "where?", "what?"] and data.answers == [["a"], ["b"], ["a"]]
+
+
+@pytest.mark.parametrize("other", [{"text": "which?", "answer": "a"}, {"text": "what?", "answer": "b"}])
+def test_a_record_with_two_questions_or_answers_is_refused(task, other):
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a"}]
+    sentence = loaded(task([{"id": 0, "image": "0.png", "conversations": turns} | other]))
+    assert "record '0' of q.json holds one question or answer in 'conversations' and another in" in sentence
