@@ -293,7 +293,7 @@ def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tre
     training = {"deepspeed": {"zero_optimization": {"stage": 3}}}
     with pytest.raises(
         ConfigError,
-        match=rf"stage 3, and '{re.escape(method)}' \({re.escape(method)}\) reads trained parameters outside of their layers.*; use stage 2",
+        match=rf"stage 3, but '{re.escape(method)}' \({re.escape(method)}\) reads trained parameters outside of their layers.*; use stage 2",
     ):
         parse_config(run_tree(tmp_path / "run", methods={method: {}}, training=training))
     parse_config(
