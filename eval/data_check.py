@@ -122,10 +122,11 @@ def check(
 
 def _preparation(model: str | None, base: str | None, family: str | None) -> Preparation | None:
     if model is None:
-        if family is not None:
-            raise EvalError(
-                f"--family is '{family}', and no model is given", "name one with --model, or leave it out"
-            )
+        for option, value in (("--family", family), ("--base", base)):
+            if value is not None:
+                raise EvalError(
+                    f"{option} is '{value}', and no model is given", "name one with --model, or leave it out"
+                )
         return None
     return load_preparation(model, base) if family is None else load_family_preparation(family, model, base)
 

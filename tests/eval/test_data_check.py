@@ -263,6 +263,7 @@ def test_a_shipped_sequence_is_found_by_name():
         (("no-such",), "there is no recipe 'no-such'"),
         (("shapes", "--split", "tset"), "shapes has 1 problem, listed above"),
         (("shapes", "--model", "no/such/model"), "there is no folder 'no/such/model'"),
+        (("shapes", "--base", "no/such/model"), "--base is 'no/such/model', and no model is given"),
     ],
 )
 def test_a_mistake_in_the_command_is_reported_in_one_sentence(run, arguments, sentence):
