@@ -219,7 +219,7 @@ def test_a_killed_export_is_whole_or_not_there_and_the_same_command_goes_on(
 def test_a_killed_report_is_whole_or_not_there_and_the_same_command_goes_on(
     deadly, two_tasks_run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(import_module("llava_keeplora.report.write_report"), "_pictures", lambda *args: ())
+    monkeypatch.setattr(import_module("llava_keeplora.report.write_report"), "_plots", lambda *args: ())
     assert (
         kill_everywhere(
             deadly, lambda into: run_report.write_run_report(two_tasks_run, into=into), tmp_path / "report"
