@@ -166,6 +166,11 @@ def _check_places(places: list[Place], column: str, folder: Path | None, roots: 
     for place in places:
         if not isinstance(place, str):
             continue
+        if "://" in place and "::" in place:
+            raise RecipeError(
+                f"has its picture in an archive ('{place}'), and pictures are read from files and tables",
+                "unpack the archive, or use parquet files",
+            )
         if folder is not None:
             inside(folder, place, f"(column '{column}')", roots[0])
         elif not Path(place).is_absolute():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -214,3 +215,12 @@ def test_a_value_that_is_text_in_another_json_file_becomes_text_by_the_rule(tmp_
         row = {"image": "0.png", "question": "what?", "answers": answer}
         (tmp_path / f"set/data/train-{shard}.jsonl").write_text(json.dumps(row))
     assert load_split(recipe(), "train", tmp_path).answers == [["red"], ["no"], ["3"]]
+
+
+def test_pictures_in_an_archive_are_refused_with_the_cure(tmp_path, make, recipe):
+    (tmp_path / "set").mkdir()
+    with zipfile.ZipFile(tmp_path / "set/train.zip", "w") as archive:
+        archive.writestr("0.png", make.encoded(0))
+        archive.writestr("metadata.csv", "file_name,question,answers\n0.png,what?,007\n")
+    with pytest.raises(RecipeError, match="'train-0' .* in an archive .*; unpack the archive"):
+        load_split(recipe(), "train", tmp_path)
