@@ -322,7 +322,7 @@ def _role(turn: Any, number: int, layout: Layout, what: str) -> str:
         )
     refuse_inner_media(turn, f"turn {number} of {what}")
     for key in LEARNED:
-        if turn.get(key) is not None and not turn[key]:
+        if layout.roles[speaker] == "assistant" and turn.get(key) is not None and not turn[key]:
             raise RecipeError(
                 f"turn {number} of {what} has {described(turn[key])} as '{key}', and every answer is learned",
                 "split the record so that its last answer alone is learned, or remove the key",

@@ -70,6 +70,8 @@ def test_what_stands_before_the_last_question_is_its_history_in_order():
     chat[1]["content"] = [IMAGE, TEXT]
     assert from_messages(chat, "r") == from_conversations(turns, "r")
     assert from_conversations([SYSTEM | {"value": " "}, ASK, ANSWER], "r").history == ()
+    weighed = [ASK | {"loss": False}, ANSWER | {"loss": True, "weight": 1}]
+    assert from_conversations(weighed, "r") == from_conversations([ASK, ANSWER], "r")
 
 
 @pytest.mark.parametrize("name", ["gpt", "assistant", "chatgpt", "model", "bing", "bard"])
