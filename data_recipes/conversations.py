@@ -1,4 +1,4 @@
-"""Conversations in JSON and JSONL files: LLaVA's records, and chats of messages."""
+"""Conversations in JSON and JSONL files: LLaVA's records, and chats with messages."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from .references import read_references
 from .texts import identifier, only_answer
 from .videos import refuse_without_decoder, sample
 
-#: (a record, whether it has to hold its answer, what it is called) → its question and answers
+#: (record, whether it must have its answer, the record's name in errors) → its question and answers
 TurnOf = Callable[[dict[str, Any], bool, str], Turn]
-#: A record's id, the files and frames that it shows, its texts, its meta, and where the frames of videos are.
+#: A record's id, its image files and frames, its texts, its meta, and the spans of its videos' frames.
 Found = tuple[str, list[Path | Frame], Turn, dict[str, Any], Spans]
 
 
 def read_llava(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """LLaVA's records: `id`, `image`, `conversations`, or `question_id`, `image`, `text`, `answer`.
+    """Read LLaVA's records: `id`, `image`, `conversations`, or `question_id`, `image`, `text`, `answer`.
 
-    `image` is a path, a list of paths, or absent (a question without a picture). Paths are relative to
+    `image` is a path, a list of paths, or absent (a question without an image). Paths are relative to
     `source.images` in the task's folder, by default that folder itself.
 
     Raises:
-        RecipeError: the file is missing or not JSON, or records lack something; they are named.
+        RecipeError: the file is missing or not JSON, or records are incomplete, which the message lists.
     """
     answer_field = recipe.source["answer"]
     numbered = split in recipe.source["positional_ids"]
@@ -82,14 +82,14 @@ def _is_same(one: Turn, other: Turn, answered: bool) -> bool:
 def read_messages(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """Chats: `messages`, and `images` or `image` with a path, a list of paths, or nothing.
+    """Read chats: `messages`, and optionally `images` or `image` with a path or a list of paths.
 
     A record may have an `id`; without one it is numbered. For the layout see
-    `conversation_turn.from_turns`; in the place of `messages`, ms-swift's older records have `query`,
-    `response` and perhaps `history` (`conversation_turn.from_pairs`).
+    `conversation_turn.from_turns`; instead of `messages`, ms-swift's older records have `query`,
+    `response` and optionally `history` (`conversation_turn.from_pairs`).
 
     Raises:
-        RecipeError: the file is missing or not JSON, or records lack something; they are named.
+        RecipeError: the file is missing or not JSON, or records are incomplete, which the message lists.
     """
 
     def turn(row: dict[str, Any], answered: bool, what: str) -> Turn:
@@ -131,12 +131,12 @@ def read_turn_records(
 
     Args:
         recipe, split, data_root, problems: see `Reader.read`.
-        path: the file, for the errors' sentences.
-        rows: what it holds.
-        turn_of: reads a row's question, answers and earlier turns.
+        path: the file, for errors.
+        rows: the file's records.
+        turn_of: reads a record's question, answers and earlier turns.
 
     Raises:
-        RecipeError: rows lack something; they are named.
+        RecipeError: records are incomplete, which the message lists.
     """
     folder, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
     references = read_references(recipe, split, data_root, rows, problems)
@@ -176,7 +176,7 @@ def _given_id(row: dict[str, Any]) -> Any:
 
 
 def _frames(video: str | list[str], count: int, folder: Path, what: str, root: Path) -> list[Path | Frame]:
-    """Return the frames that are shown of a video file, or the files of those of a list of frames.
+    """Return `count` frames of a video file, or `count` files of a list of frames.
 
     A file may be named without its ending.
     """
@@ -190,16 +190,16 @@ def _frames(video: str | list[str], count: int, folder: Path, what: str, root: P
     return [inside(folder, video[position], what, root) for position in sample(len(video), count)]
 
 
-def _as_records(found: list[Found], classify: bool) -> Records:
-    turns = [turn for _, _, turn, _, _ in found]
+def _as_records(records: list[Found], classify: bool) -> Records:
+    turns = [turn for _, _, turn, _, _ in records]
     return Records(
-        ids=[name for name, *_ in found],
-        pictures=picture_files([shown for _, shown, _, _, _ in found]),
+        ids=[name for name, *_ in records],
+        pictures=picture_files([shown for _, shown, _, _, _ in records]),
         labels=[t.answers[0] if classify else None for t in turns],
         label_names=None,
         questions=[None if classify else t.question for t in turns],
         answers=[[] if classify else t.answers for t in turns],
-        meta=[meta for _, _, _, meta, _ in found],
+        meta=[meta for _, _, _, meta, _ in records],
         histories=[t.history for t in turns],
-        videos=[spans for *_, spans in found],
+        videos=[spans for *_, spans in records],
     )

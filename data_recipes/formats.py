@@ -1,6 +1,6 @@
-"""The built-in formats of a recipe's source: a dataclass each, whose fields are the keys under `source`.
+"""The built-in formats of a recipe's source, each a dataclass whose fields are the keys under `source`.
 
-docs/data.md has their tables, made of these fields and of what the docstrings say of each.
+The tables in docs/data.md are generated from these fields and their docstrings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .recipe import Recipe
 from .records import Records
 from .registry import SEPARATOR
 
-#: What a table's columns can be → what such a column holds.
+#: Role of a table's column → the column's content, for docs/data.md.
 COLUMNS = {
     "id": "the record's id; without such a column records are numbered, `train-0`, `train-1`, ...",
     "image": "the picture, a list of pictures, or paths of picture files; `images` where there is no `image`",
@@ -30,7 +30,7 @@ COLUMNS = {
 
 @dataclass
 class _BuiltIn(Reader):
-    """A format of this package; `function` reads it, as `module:name`, and is imported when it is used."""
+    """A format of this package, read by `function` (`module:name`), which is imported on first use."""
 
     function: ClassVar[str]
 
@@ -41,7 +41,7 @@ class _BuiltIn(Reader):
         data_root: str | Path | None,
         problems: list[RecipeError] | None = None,
     ) -> Records:
-        """See `Reader.read`; the function finds every key in `recipe.source`, unset ones with defaults."""
+        """See `Reader.read`; the function receives every key in `recipe.source`, with defaults if not set."""
         recipe = replace(recipe, source=recipe.source | asdict(self))
         module, _, name = self.function.partition(SEPARATOR)
         return getattr(importlib.import_module(f"{__package__}.{module}"), name)(
@@ -63,7 +63,7 @@ def _folders(default: str) -> Any:
 
 @dataclass
 class ImageFolder(_BuiltIn):
-    """A folder of pictures per class; see `image_folder.read_image_folder`."""
+    """A folder of images per class; see `image_folder.read_image_folder`."""
 
     function = "image_folder:read_image_folder"
     kinds = ("classification",)
@@ -84,10 +84,10 @@ class _Table(_BuiltIn):
 
 @dataclass
 class Parquet(_Table):
-    """Parquet files with pictures in a column; see `tables.read_parquet`.
+    """Parquet files with images in a column; see `tables.read_parquet`.
 
     Args:
-        columns: which column has which role, where its name is another; see the roles below.
+        columns: role → column, if the column has another name than the role; see the roles below.
     """
 
     function = "tables:read_parquet"
@@ -100,8 +100,8 @@ class Hub(_Table):
     Args:
         path: id of the dataset on the Hub, `owner/name`, or a folder of this machine, under the data root or
             next to the recipe.
-        columns: which column has which role, where its name is another; see the roles above.
-        config: the dataset's configuration (also called subset), where it has several.
+        columns: role → column, if the column has another name than the role; see the roles above.
+        config: the dataset's configuration (also called subset), if it has several.
         revision: commit, tag or branch of the dataset on the Hub; by default the newest.
     """
 
@@ -194,7 +194,7 @@ class CocoCaptions(_BuiltIn):
 
 @dataclass
 class RandomSplit(_BuiltIn):
-    """Pictures of one folder, cut in two at random; see `image_lists.read_random_split`.
+    """Images of one folder, split at random in two; see `image_lists.read_random_split`.
 
     Args:
         pattern: regular expression (Python's) for a picture's whole path within `path`, with the group
@@ -289,7 +289,7 @@ class CarsMat(_BuiltIn):
 
 @dataclass
 class Rendered(Reader):
-    """Pictures that are drawn; see `rendered`. `loading` draws them, so there is nothing to read.
+    """Images that are drawn; see `rendered`. They are drawn by `loading`, so `read` is not used.
 
     Args:
         task: the task that is drawn, one of those under "Tasks" in docs/tasks.md whose reader is `rendered`.

@@ -1,23 +1,21 @@
-"""Models that a family plug-in loads and asks (`--family`), whatever type their checkpoint names."""
+"""Models that a plug-in family loads and runs (`--family`), of any type of checkpoint."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_keeplora_eval.checkpoints import check_device
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS
 from llava_keeplora_eval.models import adapter_base, check_exported_base, with_adapter
 from llava_keeplora_eval.preparation import Preparation, Report
+from llava_keeplora_recipes import Example, Recipe, TaskData
 from llava_keeplora_recipes.errors import UserError
 
-if TYPE_CHECKING:
-    from llava_keeplora_recipes import Example, Recipe, TaskData
-
-#: What opens a model of a plug-in: families belong to the training half, whose classes a plug-in imports.
+#: Function that opens a model of a plug-in: families belong to the training package, which eval doesn't import.
 OPENER = ("llava_keeplora.models.evaluation", "open_family")
 
 
