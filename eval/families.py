@@ -15,12 +15,12 @@ from llava_keeplora_eval.preparation import Preparation, Report
 from llava_keeplora_recipes import Example, Recipe, TaskData
 from llava_keeplora_recipes.errors import UserError
 
-#: Function that opens a model of a plug-in: families belong to the training package, which eval doesn't import.
+#: Function that opens a model of a plug-in, in the training package, which is imported only for that.
 OPENER = ("llava_keeplora.models.evaluation", "open_family")
 
 
 class FamilyPreparation:
-    """What a family says of a split that has no `preparation` of its own: whether it can be answered.
+    """Preparation of a family without a `preparation` attribute, by its check of a split.
 
     Args:
         family: see `llava_keeplora.models.Family`.
@@ -36,11 +36,11 @@ class FamilyPreparation:
     ask = learn
 
     def short_answers(self, questions: Any) -> str:
-        """Return nothing: the family does not say how much room its answers have."""
+        """Return an empty note: the family does not limit the length of answers."""
         return ""
 
     def report(self, data: TaskData, learns: bool) -> Report:
-        """Return the first thing that is wrong with a split."""
+        """Report the family's refusal of a split, if any."""
         try:
             self.family.check(data)
         except UserError as error:
@@ -54,12 +54,12 @@ class FamilyPreparation:
 
 
 class FamilyPredictor:
-    """What answers a task with a model of a family.
+    """Predictor of a task by a model of a family.
 
     Args:
-        family: with its weights.
+        family: the family, with its weights loaded.
         recipe: the task.
-        identity: what the family is, as plain data.
+        identity: the family's identity, as JSON data.
     """
 
     def __init__(self, family: Any, recipe: Recipe, identity: Mapping[str, Any]):
@@ -68,19 +68,19 @@ class FamilyPredictor:
         self.settings = {**identity, **getattr(self._predictor, "settings", {})}
 
     def predict(self, examples: Sequence[Example]) -> list[str]:
-        """One text per example, in order."""
+        """Return one answer per example, in order."""
         return self._predictor.predict(examples)
 
 
 class _Images:
-    """What the model takes for images, made as they are asked for; see `llava_keeplora.models.Images`."""
+    """Model inputs of images, made on access; see `llava_keeplora.models.Images`."""
 
     def __init__(self, family: Any):
         self.of = family.prepare
 
 
 def preparation_of(family: Any) -> Preparation:
-    """Return what a family makes of a split: its own `preparation`, where it has one."""
+    """Return the family's `preparation`, or a `FamilyPreparation` if it has none."""
     return getattr(family, "preparation", None) or FamilyPreparation(family)
 
 
@@ -93,7 +93,7 @@ def load_family_predictor(
     base: str | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> FamilyPredictor:
-    """Load what answers a task with a checkpoint, or an adapter of one, that a family plug-in opens.
+    """Load the predictor of a task for a checkpoint, or an adapter of one, that a plug-in family opens.
 
     Args:
         plugin: the family's name, `module:Object` or `path/to/file.py:Object`.
@@ -123,7 +123,7 @@ def load_family_predictor(
 
 
 def load_family_preparation(plugin: str, name: str, base: str | None = None) -> Preparation:
-    """Load what a family plug-in makes of a task, without the model's weights; see `load_preparation`."""
+    """Load the preparation of a plug-in family, without the model's weights; see `load_preparation`."""
     name, revision = adapter_base(name, base) or (name, None)
     return preparation_of(_open(plugin, name, revision, MAX_NEW_TOKENS, {})[0])
 
