@@ -48,7 +48,7 @@ def main() -> None:
         "--clip",
         type=Path,
         default=ASSETS / "tiny-clip",
-        help="the CLIP whose image encoder tiny-llava starts from",
+        help="the CLIP whose image encoder tiny-llava starts from and tiny-qwen's learns from",
     )
     parser.add_argument("--evaluate-only", action="store_true")
     for name in ("steps", "batch", "vocabulary"):

@@ -6,14 +6,17 @@ import argparse
 import json
 import time
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
+from pretraining.distil import distil
 from pretraining.lessons import LONGEST_ANSWER, Lessons
 from pretraining.pictures import augment
 from pretraining.training import make_record, train
 from pretraining.turns import TaughtSet, taught_sets
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
@@ -110,6 +113,10 @@ def save_processor(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 # ----------------------------------------------------------------------------------------- model
 
 
+def _multiply(embed: nn.Module, cut: torch.Tensor) -> torch.Tensor:
+    return F.linear(cut, embed.proj.weight.flatten(1))
+
+
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     """Build a small Qwen2.5-VL with new weights."""
     text = dict(
@@ -153,8 +160,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
         )
     )
     # A convolution whose patches don't overlap is a product, which is ten times as fast on a CPU.
-    embed = model.model.visual.patch_embed
-    embed.forward = lambda cut: F.linear(cut, embed.proj.weight.flatten(1))
+    model.model.visual.patch_embed.forward = MethodType(_multiply, model.model.visual.patch_embed)
     # eager: with bfloat16 on a CPU the backward pass of SDPA is several times slower
     model.set_attn_implementation("eager")
     model.generation_config.bos_token_id = tokenizer.pad_token_id
@@ -225,8 +231,10 @@ def pretrain(args: argparse.Namespace) -> None:
     print(f"{sum(len(s.turns) for s in sets)} pictures read in {time.time() - started:.0f}s", flush=True)
     tokenizer = train_tokenizer(sets, args.vocabulary)
     model = build_model(tokenizer)
-    seconds = train(model, QwenLessons(sets, tokenizer, args.batch, args.seed), args)
+    lessons = QwenLessons(sets, tokenizer, args.batch, args.seed)
+    encoder = distil(model, lessons, patches, args)
+    seconds = train(model, lessons, args)
     model.save_pretrained(args.out)
     save_processor(tokenizer, args.out)
-    record = make_record(args, sets, model, seconds)
+    record = make_record(args, sets, model, seconds) | {"image_encoder": encoder}
     (args.out / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_keeplora.models import ASSETS
 from llava_keeplora_eval.processors import load_chat_processor
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -28,7 +30,10 @@ def scripts():
     """The pre-training's own modules, found as its script finds them."""
     sys.path.insert(0, str(SCRIPTS))
     yield SimpleNamespace(
-        **{name: importlib.import_module(f"pretraining.{name}") for name in ("qwen", "training", "turns")}
+        **{
+            name: importlib.import_module(f"pretraining.{name}")
+            for name in ("distil", "qwen", "training", "turns")
+        }
     )
     sys.path.remove(str(SCRIPTS))
 
@@ -106,3 +111,16 @@ def test_the_recipes_batches_reach_every_weight(scripts, untrained):
         losses.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     model.zero_grad()
+
+
+def test_the_encoder_learns_each_patch_from_the_same_patch_of_clip(scripts, untrained):
+    numbers = torch.arange(36.0).reshape(1, 1, 6, 6).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    cut = scripts.qwen.patches(numbers.expand(1, 3, 48, 48))
+    assert torch.equal(cut[:, 0], scripts.distil.merged_order(6, 2).float())
+    model, _, lessons = untrained
+    student = copy.deepcopy(model)
+    teaching = scripts.distil.Distillation(student, ASSETS / "tiny-clip", steps=12)
+    seen = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    errors = [teaching.learn(seen, scripts.qwen.patches(seen), bf16=False) for _ in range(12)]
+    assert errors[-1] < 0.9 * errors[0]
+    assert torch.equal(student.lm_head.weight, model.lm_head.weight)
