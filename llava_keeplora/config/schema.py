@@ -117,6 +117,10 @@ class DataConfig:
             )
         if not 0.0 <= self.holdout < 1.0:
             raise ConfigError(f"holdout must be in [0, 1) (got {self.holdout})", "set it to 0 or, say, 0.1")
+        if not 0.0 <= self.cache_gb < math.inf:
+            raise ConfigError(
+                f"cache_gb must be finite and not negative (got {self.cache_gb})", "leave it out for 4.0"
+            )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from llava_keeplora.config import PER_TASK, load_config, parse_config
+from llava_keeplora.config import PER_TASK, DataConfig, load_config, parse_config
 from llava_keeplora.errors import ConfigError, UserError
 from llava_keeplora.saved_run import run_identity
 from llava_keeplora.sequence.workspace import differences
@@ -362,3 +362,9 @@ def test_an_override_that_cannot_be_is_quoted(write, override, words):
     with pytest.raises(ConfigError) as caught:
         load_config(write(tree(seed=3)), [override])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [-1.0, float("nan"), float("inf")])
+def test_a_cache_of_no_size_is_refused(size):
+    with pytest.raises(ConfigError, match="cache_gb must be finite and not negative"):
+        DataConfig(cache_gb=size)
