@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -100,11 +101,13 @@ def test_a_set_is_read_from_the_hub_where_a_user_names_an_id(tmp_path, monkeypat
         rows,
         features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}),
     )
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda path, config, split, revision: {("you/set", "train"): table}[path, split],
+    builder = SimpleNamespace(
+        config=SimpleNamespace(data_files={"train": ["hf://train.parquet"]}),
+        info=SimpleNamespace(builder_name="parquet"),
+        download_and_prepare=lambda: None,
+        as_dataset=lambda split: {"train": table}[split],
     )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, *a, **k: {"you/set": builder}[path])
     facts = {
         "extends": task,
         "source": {"format": "hub", "path": "you/set"},
