@@ -354,7 +354,7 @@ def check_device(device: str) -> str:
     have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     try:
         torch.zeros(1, device=torch.device(device)).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise EvalError(
             f"the device '{device}' cannot be used on this machine, which has {', '.join(have)}",
             "choose one of these with --device",

@@ -239,6 +239,8 @@ class Matrix:
             EvalError: the file is missing, is not a matrix, or has another format version.
         """
         path = Path(path)
+        if path.is_fifo():
+            raise EvalError(f"{path} is a pipe, and a matrix is a file", "give the matrix.json of a run")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:

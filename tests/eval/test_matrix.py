@@ -1,6 +1,7 @@
 """The matrix: its cells, its file, its tables, and every aggregate against formulas and publications."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -223,3 +224,9 @@ def test_a_file_that_is_no_matrix_is_refused_in_a_sentence(tmp_path, content, pa
     with pytest.raises(EvalError) as error:
         Matrix.from_json(path)
     assert part in str(error.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "matrix.json")
+    with pytest.raises(EvalError, match="is a pipe"):
+        Matrix.from_json(tmp_path / "matrix.json")

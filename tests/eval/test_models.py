@@ -83,7 +83,7 @@ def test_a_mistyped_folder_is_no_hub_id(tmp_path, monkeypatch, name, said):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("device", ["cuda", "cuda:3", "gpu", "meta"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "gpu", "meta", "privateuseone", "hpu"])
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(EvalError, match=f"device '{device}' cannot be used on this machine, which has cpu"):
         check_device(device)
