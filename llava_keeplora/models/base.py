@@ -34,11 +34,11 @@ class Prepared:
     data: TaskData
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        """What the model takes for the images of some examples."""
+        """Return what the model takes for the images of some examples."""
         return self.of([self.data[i] for i in indices])
 
     def of(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
-        """The same by example."""
+        """Return the same by example."""
         return self.family.prepare(examples)
 
 

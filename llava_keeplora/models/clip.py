@@ -216,12 +216,12 @@ class ClipFamily:
         return []
 
     def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
-        """What the image processor gives of each example's image: `pixel_values`, (3, height, width), ..."""
+        """Return the image processor's outputs for each image: `pixel_values`, (3, height, width), ..."""
         images = [example.image for example in examples]
         return split_images(self.processor.image_processor(images=images, return_tensors="pt"))
 
     def inputs(self, data: TaskData, images: Images) -> "ClipInputs":
-        """A split as CLIP trains on it.
+        """Return a split as CLIP trains on it.
 
         Raises:
             EvalError: see `check`.
@@ -230,13 +230,13 @@ class ClipFamily:
         return ClipInputs(data, images)
 
     def crops(self, data: TaskData, scale: tuple[float, float], seed: int) -> RandomCrops:
-        """A split's pictures as random crops; see `RandomCrops`."""
+        """Return a split's pictures as random crops; see `RandomCrops`."""
         return RandomCrops(
             self.processor.image_processor, self.config.vision_config.image_size, data, scale, seed
         )
 
     def check(self, data: TaskData) -> None:
-        """Whether every example can be answered.
+        """Check that every example can be answered.
 
         Raises:
             EvalError: for a task that is no classification, or a class prompt that the model would see cut
@@ -245,15 +245,15 @@ class ClipFamily:
         check_questions(self.preparation, data)
 
     def task(self, recipe: Recipe) -> "ClipTask":
-        """The model on one task."""
+        """Return the model on one task."""
         return ClipTask(self.model, self.tokens(recipe.prompts), self.encoders)
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What the text encoder takes of texts, each (texts, tokens); see `tokenize_prompts`."""
+        """Return the text encoder's inputs for texts, each (texts, tokens); see `tokenize_prompts`."""
         return self.preparation.tokens(texts)
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> ClipPredictor:
-        """What answers the task's examples with the present weights; it writes no `tokens`."""
+        """Return the predictor of a task with the present weights; it writes no `tokens`."""
         return ClipPredictor(self.model, self.processor, recipe, images=images.of, encoders=self.encoders)
 
     def workload(self, recipe: Recipe, train: TaskData | None, test: TaskData | None) -> Work:
@@ -293,7 +293,7 @@ class ClipFamily:
         return {"input_ids": ids} | ({} if full else {"attention_mask": torch.ones_like(ids)})
 
     def _blank_image(self) -> dict[str, Tensor]:
-        """What the model takes for an image without content, as a batch of one on the meta device."""
+        """Return the inputs for an image without content, as a batch of one on the meta device."""
         side = getattr(self.config.vision_config, "image_size", None)
         if isinstance(side, int):
             return {"pixel_values": torch.empty(1, 3, side, side, device="meta")}
@@ -327,7 +327,7 @@ class ClipInputs:
         return len(self.data)
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """What the image processor gives, each (batch, ...), and `labels` (batch,)."""
+        """Return the image processor's outputs, each (batch, ...), and `labels` (batch,)."""
         labels = torch.tensor([self.data.labels[i] for i in indices])
         return {**stack_images(self.images.take(indices)), "labels": labels}
 
@@ -416,7 +416,7 @@ class ClipTask(TaskModel):
         return ClipTask(self.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, self.encoders)
 
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Which tokens of a part's layers carry content.
+        """Return which tokens of a part's layers carry content.
 
         Padding of the prompts doesn't, unless the text encoder was trained to read it; every patch does,
         unless the image processor says that it is padding.
@@ -428,11 +428,11 @@ class ClipTask(TaskModel):
         return None if mask is None else mask.bool()
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
-        """What a batch counts in the mean loss: its number of images."""
+        """Return how much a batch counts in the mean loss: its number of images."""
         return len(batch["labels"])
 
     def first(self, batch: Mapping[str, Tensor], count: int = 1) -> dict[str, Tensor]:
-        """A batch of its first examples alone."""
+        """Return a batch of its first examples alone."""
         return {key: value[:count] for key, value in batch.items()}
 
     def probe(self, batch: Mapping[str, Tensor]) -> None:

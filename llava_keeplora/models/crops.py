@@ -46,7 +46,7 @@ class RandomCrops:
         return {"rows": torch.tensor(list(indices)), "labels": torch.tensor(labels)}
 
     def crop(self, row: int, step: int) -> Image.Image:
-        """The crop of an example that a step sees, (side, side), RGB."""
+        """Return the crop of an example that a step sees, (side, side), RGB."""
         image = self.data[row].image.convert("RGB")
         digest = hashlib.sha256(f"{self.seed}/{step}/{row}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -54,7 +54,7 @@ class RandomCrops:
         return image.crop(box).resize((self.side, self.side), Image.Resampling.BICUBIC)
 
     def filled(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """A batch of `collate` with `pixel_values` (batch, 3, side, side) in the place of `rows`.
+        """Return a batch of `collate` with `pixel_values` (batch, 3, side, side) in the place of `rows`.
 
         Args:
             batch: on any device.
@@ -69,7 +69,7 @@ class RandomCrops:
 def random_box(
     width: int, height: int, scale: tuple[float, float], generator: torch.Generator
 ) -> tuple[int, int, int, int]:
-    """A box (left, top, right, bottom) of random area and ratio, anywhere inside a picture.
+    """Draw a box (left, top, right, bottom) of random area and ratio, anywhere inside a picture.
 
     Args:
         width, height: of the picture.

@@ -1,6 +1,6 @@
-"""The LLaVA family.
+"""Models that write text, as a family.
 
-LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, on questions, captions and classes as answers.
+Types and their parts are in `layouts.py`; tasks are questions, captions and classes as answers.
 """
 
 from __future__ import annotations
@@ -170,11 +170,11 @@ class LlavaFamily(LlavaWorkload):
         return int(LAYER_NUMBER.search(name).group(1)) < max(i if i >= 0 else depth + 1 + i for i in used)
 
     def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
-        """What the model takes for each example's images; see `image_inputs`."""
+        """Return what the model takes for each example's images; see `image_inputs`."""
         return [image_inputs(self.processor, example.images) for example in examples]
 
     def inputs(self, data: TaskData, images: Images) -> "LlavaInputs":
-        """A split as LLaVA trains on it.
+        """Return a split as the model trains on it.
 
         Raises:
             EvalError: if an example has no answer to learn, or more tokens than the model takes.
@@ -182,7 +182,7 @@ class LlavaFamily(LlavaWorkload):
         return LlavaInputs(data, images, self.preparation)
 
     def check(self, data: TaskData) -> None:
-        """Whether every example can be answered.
+        """Check that every example can be answered.
 
         Raises:
             EvalError: if a question leaves no room for an answer.
@@ -203,7 +203,7 @@ class LlavaFamily(LlavaWorkload):
         return image_inputs(self.processor, [Image.new("RGB", (64, 64))])
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> LlavaPredictor:
-        """What answers the task's examples with the present weights.
+        """Return the predictor of a task with the present weights.
 
         With exactly so many `tokens` each, where they are given.
         """
@@ -359,11 +359,11 @@ class LlavaTask(TaskModel):
 
     @contextmanager
     def constants(self) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-        """Nothing is the same for every batch."""
+        """Yield nothing: nothing is the same for every batch."""
         yield iter(())
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
-        """What a batch counts in the mean loss: its number of answer tokens, or of examples."""
+        """Return how much a batch counts in the mean loss: its answer tokens, or its examples."""
         return len(batch["labels"]) if self.counts_examples else int((batch["labels"][:, 1:] != IGNORE).sum())
 
     def first(self, batch: Mapping[str, Tensor], count: int = 1) -> dict[str, Tensor]:
@@ -374,7 +374,7 @@ class LlavaTask(TaskModel):
         return {key: value[:count] for key, value in batch.items() if key not in images} | kept
 
     def token_mask(self, part: str, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Which tokens of a part's layers carry content.
+        """Return which tokens of a part's layers carry content.
 
         Padding of the text doesn't, every image token does.
         """

@@ -23,7 +23,7 @@ BLOCK, SCALES = 64, 256
 def build_meta_model(
     make: Callable[[], nn.Module], quantization: str | None, skip_quantization: Collection[str]
 ) -> nn.Module:
-    """A frozen model on the meta device.
+    """Build a frozen model on the meta device.
 
     Args:
         make: makes the model from its configuration.

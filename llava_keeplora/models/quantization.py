@@ -16,7 +16,7 @@ from torch import nn
 def quantization_kwargs(
     kind: str | None, dtype: torch.dtype, skip_quantization: Sequence[str]
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told to load linear layers in a quantised form.
+    """Return the arguments of `from_pretrained` that load linear layers in a quantised form.
 
     Nothing where the kind is None.
 

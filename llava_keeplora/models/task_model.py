@@ -48,14 +48,14 @@ class TaskModel(nn.Module):
         raise NotImplementedError
 
     def counting_examples(self) -> "TaskModel":
-        """The model on the same task with a loss in which every example counts alike.
+        """Return the model on the same task with a loss in which every example counts alike.
 
         Itself where every one does anyhow.
         """
         return self
 
     def at_every_position(self) -> "TaskModel":
-        """The model on the same task with its prompts filled up to the last position, none of them masked.
+        """Return the model with its prompts filled up to the last position, none of them masked.
 
         Itself without prompts.
         """
