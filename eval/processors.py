@@ -8,8 +8,8 @@ do without one, as frames of a video are shown as images.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,9 +19,6 @@ from typing import Any
 from llava_keeplora_eval.chat import VICUNA_V1
 from llava_keeplora_eval.checkpoints import AGAIN, loading
 from llava_keeplora_eval.errors import EvalError
-
-#: Files that may name a processor's class, in the order in which transformers asks them.
-NAMING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 #: For checkpoints without a chat template, of types that had none at first: model type → template, in which
 #: `<image>` stands for an image.
@@ -100,15 +97,16 @@ PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor",
 def _processor_class(path: str, revision: str | None, model_type: str) -> Any:
     """Return the class of a checkpoint's processor: the one that its files name, or its type's own."""
     import transformers
+    from transformers.models.auto.image_processing_auto import get_image_processor_config
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-    from transformers.utils import cached_file
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    name = None
-    for file in NAMING:
-        place = cached_file(path, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if place is not None and name is None:
-            with open(place, encoding="utf-8") as handle:
-                name = json.load(handle).get("processor_class")
+    # In the order in which transformers asks these files.
+    name = (
+        transformers.ProcessorMixin.get_processor_dict(path, revision=revision)[0].get("processor_class")
+        or get_image_processor_config(path, revision=revision).get("processor_class")
+        or get_tokenizer_config(path, revision=revision).get("processor_class")
+    )
     name = name or PROCESSOR_MAPPING_NAMES.get(model_type)
     if name == "PixtralProcessor":
         return _pixtral_processor()
@@ -120,12 +118,11 @@ def _processor_class(path: str, revision: str | None, model_type: str) -> Any:
 
 def _pixtral_processor() -> Any:
     """Return Pixtral's processor, whose file imports a helper from the image processor by torchvision."""
-    package = "transformers.models.pixtral"
+    package, helper = "transformers.models.pixtral", "image_processing_pil_pixtral"
     if importlib.util.find_spec("torchvision") is None:
         # The same helper is in the image processor by Pillow.
         sys.modules.setdefault(
-            f"{package}.image_processing_pixtral",
-            importlib.import_module(f"{package}.image_processing_pil_pixtral"),
+            f"{package}.image_processing_pixtral", importlib.import_module(f"{package}.{helper}")
         )
     return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
 

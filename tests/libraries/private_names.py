@@ -144,6 +144,21 @@ PRIVATE_NAMES = (
         ("llava_keeplora_eval.content",),
         "says where a model was loaded from, not what it is",
     ),
+    PrivateName(
+        "transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES",
+        ("llava_keeplora_eval.processors",),
+        "the processor of a model type, where a checkpoint's files name none",
+    ),
+    PrivateName(
+        "transformers.processing_utils.ProcessorMixin.check_argument_for_proper_class",
+        ("llava_keeplora_eval.processors",),
+        "lets a processor do without a video processor, which exists with torchvision only",
+    ),
+    PrivateName(
+        "transformers.models.pixtral.image_processing_pil_pixtral",
+        ("llava_keeplora_eval.processors",),
+        "has what Pixtral's processor imports from the image processor by torchvision",
+    ),
     # PEFT, accelerate
     PrivateName(
         "peft.tuners.lora.LoraLayer.frozen_peft_weight_names",
