@@ -117,7 +117,7 @@ def _train(
     )
     give_own_place(trainer, context.workspace.root, state.tag(index))
     context.progress.advance(cost * trainer.steps_before)
-    result = trainer.go()
+    result = trainer.train()
     end_own_place(trainer)
     history = {
         "steps": trainer.state.global_step,

@@ -98,14 +98,14 @@ class TaskTrainer(Trainer):
         """Number of steps that a killed run has taken already."""
         return self._resumed.values["trainer"]["global_step"] if self._resumed else 0
 
-    def go(self) -> TrainOutput:
+    def train(self) -> TrainOutput:  # type: ignore[override]
         """Train, from the last checkpoint on if a killed run left one."""
         if self._resumed is None:
-            return self.train()
+            return super().train()
         # The Trainer reads its state from a folder; everything else is restored below.
         with TemporaryDirectory() as folder:
             Path(folder, TRAINER_STATE_NAME).write_text(json.dumps(self._resumed.values["trainer"]))
-            return self.train(resume_from_checkpoint=folder)
+            return super().train(resume_from_checkpoint=folder)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
