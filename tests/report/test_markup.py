@@ -71,7 +71,7 @@ def test_a_cards_row_of_a_hostile_recipe_is_text_and_its_code_has_quoted_names()
     recipe = dataclasses.replace(load_recipe("digits"), licence=HOSTILE[0], homepage=HOSTILE[1])
     table = markdown_table(["task", "version", "kind", "metric", "licence", "source"], [card._task(recipe)])
     assert "<script" not in MarkdownIt("commonmark", {"html": True}).enable("table").render(table)
-    usage = classification_usage("clip", "AutoModel", ['a"b', "```"])
+    usage = classification_usage("clip", "AutoModel", ['a"b', "```"], {"padding": True})
     code = card.snippet(usage, 'x"); import os #', SimpleNamespace(id='b"c', revision=None))
     compile(code, "card", "exec")
     assert "```" not in [line.strip() for line in code.splitlines()] and '"x\\"); import os #"' in code

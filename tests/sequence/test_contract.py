@@ -283,7 +283,8 @@ def test_a_family_passes_the_checks_of_third_parties(trees, family):
 def test_a_method_is_refused_on_a_model_that_it_does_not_run_on(llava_tree, driven, tmp_path, method):
     name = re.escape(method)
     with pytest.raises(
-        ConfigError, match=f"'{name}' runs on clip, but .* is a llava; leave '{name}' out of this run"
+        ConfigError,
+        match=f"'{name}' runs on the family clip, but .* is a llava, of the family llava; leave '{name}' out",
     ):
         driven(parse_config(llava_tree(tmp_path / "run", methods={method: {}})))
 
