@@ -21,7 +21,7 @@ from llava_keeplora_recipes import load_recipe, load_split
 from small_vlms import SMALL_VLMS
 
 #: Run in every suite; the others behind the slow marker.
-QUICK = ("gemma3", "qwen3_vl")
+QUICK = ("qwen3_vl",)
 PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
 
 

@@ -166,6 +166,7 @@ class Child(forked.Forked):
         return self.returncode
 
 
+@pytest.mark.slow
 def test_the_children_of_a_table_find_both_from_another_folder(home, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=Child, DEVNULL=None))
     monkeypatch.chdir(tmp_path)

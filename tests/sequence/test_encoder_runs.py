@@ -24,8 +24,13 @@ from llava_keeplora_recipes import load_recipe, load_split
 from tiny_encoders import IMAGES, KINDS, PADDING, write_clipseg, write_encoders
 from tiny_models import TASKS
 
+#: Run whole in every suite; the others behind the slow marker.
+QUICK = ("siglip", "siglip2", "chinese_clip")
 
-@pytest.fixture(scope="module", params=KINDS)
+
+@pytest.fixture(
+    scope="module", params=[k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def kind(request):
     return request.param
 
