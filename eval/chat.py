@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,12 @@ def _content(processor, turn: Message, ahead: int) -> list[dict[str, str]]:
 
 def takes_suffix(processor) -> bool:
     """Return whether a processor itself joins a question with its answer, as PaliGemma's does."""
-    return "suffix" in inspect.signature(type(processor).__call__).parameters
+    return "suffix" in _call_parameters(type(processor))
+
+
+@cache  # Asked for every example.
+def _call_parameters(processor_class: type) -> frozenset[str]:
+    return frozenset(inspect.signature(processor_class.__call__).parameters)
 
 
 def _check_places(processor, parts: Sequence[Mapping[str, str]]) -> None:

@@ -14,7 +14,7 @@ from llava_keeplora_eval.chat import Encoding, image_inputs, question_text
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.generation import check_generation
 from llava_keeplora_eval.image_inputs import joined
-from llava_keeplora_eval.predictors import no_numbers
+from llava_keeplora_eval.predictors import no_numbers, to_dtype
 from llava_keeplora_eval.preparation import ChatPreparation
 from llava_keeplora_recipes import Example, Recipe
 
@@ -120,7 +120,7 @@ class LlavaPredictor:
         try:
             with without_defaults(self.model):
                 out = self.model.generate(
-                    **{key: as_input(value, self.model.dtype, self.device) for key, value in inputs.items()},
+                    **to_dtype({k: v.to(self.device) for k, v in inputs.items()}, self.model.dtype),
                     generation_config=self.generation,
                     logits_processor=[_refuse_nan(examples, self.model.dtype)],
                 )
@@ -194,8 +194,3 @@ def batched_tokens(encodings: Sequence[Encoding], pad_id: int, left: bool = Fals
         "attention_mask": padded([[1] * len(row) for row in ids], 0),
         **{key: padded([e.extra[key] for e in encodings], 0) for key in encodings[0].extra},
     }
-
-
-def as_input(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an input on a device; floating-point ones, such as pixels, in the model's type."""
-    return value.to(device, dtype) if value.is_floating_point() else value.to(device)

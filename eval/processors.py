@@ -218,14 +218,17 @@ def _check_image_tokens(processor, config, path: str) -> None:
             raise EvalError(
                 f"the processor of '{path}' has the {name} {made}, and its config.json {taken}", AGAIN
             )
-    layers = getattr(config, "vision_feature_layer", None)
     depth = getattr(vision, "num_hidden_layers", None)
-    for layer in (
-        layers if isinstance(layers, (list, tuple)) else [layers] if depth and layers is not None else []
-    ):
+    for layer in feature_layers(config) if depth else ():
         if not -depth - 1 <= layer <= depth:
             raise EvalError(
                 f"the config.json of '{path}' has the vision_feature_layer {layer}, and its vision encoder "
                 f"{depth} layers",
                 AGAIN,
             )
+
+
+def feature_layers(config) -> list[int]:
+    """Return the indices of the vision encoder's hidden states that the connector reads, where set."""
+    chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
+    return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen] if chosen is not None else []

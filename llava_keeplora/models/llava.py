@@ -32,9 +32,10 @@ from llava_keeplora.models.workload import Work
 from llava_keeplora_eval.chat import image_inputs, question_text, render
 from llava_keeplora_eval.checkpoints import load_checked
 from llava_keeplora_eval.image_inputs import TOKEN_KEYS, joined
-from llava_keeplora_eval.llava import LlavaPredictor, as_input, batched_tokens
+from llava_keeplora_eval.llava import LlavaPredictor, batched_tokens
+from llava_keeplora_eval.predictors import to_dtype
 from llava_keeplora_eval.preparation import ChatPreparation, check_questions
-from llava_keeplora_eval.processors import load_chat_processor
+from llava_keeplora_eval.processors import feature_layers, load_chat_processor
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
 IGNORE = -100  # the label of a token that is not learned, as everywhere in transformers
@@ -163,7 +164,7 @@ class LlavaFamily(LlavaWorkload):
 
         `vision_feature_layer` indexes hidden states, of which the embedding's is 0; without it, all are used.
         """
-        used = _feature_layers(self.config) if part == "vision" else []
+        used = feature_layers(self.config) if part == "vision" else []
         if not used:
             return True
         depth = self.config.vision_config.num_hidden_layers
@@ -226,12 +227,6 @@ class LlavaFamily(LlavaWorkload):
         begin = self.processor.tokenizer.bos_token
         begun = bool(begin) and prompt.startswith(begin)
         return generation_usage(self.config.model_type, self.auto_class, prompt, images, begun)
-
-
-def _feature_layers(config) -> list[int]:
-    """Return the indices of the vision encoder's hidden states that the connector reads, where set."""
-    chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
-    return list(chosen) if isinstance(chosen, (list, tuple)) else [chosen] if chosen is not None else []
 
 
 class LlavaInputs:
@@ -308,7 +303,7 @@ class LlavaTask(TaskModel):
             image_rows: (batch, keys); see `LlavaInputs.collate`.
             inputs: `input_ids`, `attention_mask`, and what else the model takes for tokens and images.
         """
-        inputs = {key: as_input(value, self.model.dtype, value.device) for key, value in inputs.items()}
+        inputs = to_dtype(inputs, self.model.dtype)
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
         target = labels[:, 1:]
         answered = target != IGNORE
@@ -341,11 +336,8 @@ class LlavaTask(TaskModel):
         blank = self.blank or {"pixel_values": torch.zeros(1, 3, side, side)}
         model = self.model.model
         taken = inspect.signature(model.get_image_features).parameters
-        return _summed(
-            model.get_image_features(
-                **{k: as_input(v, model.dtype, model.device) for k, v in blank.items() if k in taken}
-            )
-        )
+        inputs = {key: value.to(model.device) for key, value in blank.items() if key in taken}
+        return _summed(model.get_image_features(**to_dtype(inputs, model.dtype)))
 
     def probe(self, batch: Mapping[str, Tensor]) -> None:
         """Run every layer once.
