@@ -8,9 +8,9 @@ from typing import Any
 from .errors import RecipeError, collect_errors, report_error
 from .json_files import read_json
 from .media import refuse_unread_media
-from .paths import data_root_of, inside, pictures_folder, split_file
+from .paths import data_root_of, images_folder, inside, split_file
 from .recipe import Recipe
-from .records import Records, picture_files
+from .records import Records, image_files
 from .texts import as_text, described, identifier, is_blank
 
 CURE = "use the layout of COCO's caption files"
@@ -28,7 +28,7 @@ def read_coco(
         RecipeError: the file is missing or not JSON, or entries lack a field; they are named.
     """
     path = split_file(recipe, split, data_root)
-    folder, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
+    folder, root = images_folder(recipe, split, data_root), data_root_of(recipe, data_root)
     content = read_json(path, dict)
     captions = captions_by_image(content, path, problems)
 
@@ -49,7 +49,7 @@ def read_coco(
     images = collect_errors(record, listed.items(), problems)
     return Records(
         ids=[name for name, _ in images],
-        pictures=picture_files([paths for _, paths in images]),
+        images=image_files([paths for _, paths in images]),
         labels=[None] * len(images),
         label_names=None,
         questions=[None] * len(images),

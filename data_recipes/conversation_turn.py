@@ -85,7 +85,7 @@ def from_messages(messages: Any, what: str) -> Turn:
     """Read a chat as TRL and transformers write it: turns with `role` and `content`; see `read_turns`.
 
     `content` is text or a list of typed parts. Parts of the type `text` are joined by line breaks; parts of
-    the types `image` and `video` only mark where a picture or video goes; these themselves stand in the
+    the types `image` and `video` only mark where an image or video goes; these themselves stand in the
     record.
 
     Source of the layout: huggingface.co/docs/trl/dataset_formats and

@@ -21,10 +21,10 @@ from .errors import RecipeError, collect_errors
 from .json_files import read_rows
 from .labels import warn_of_names
 from .media import UNREAD, VIDEO_ENDINGS, image_names, is_empty, refuse_unread_media, system_text, video_names
-from .paths import data_root_of, inside, pictures_folder, split_file, within
+from .paths import data_root_of, images_folder, inside, split_file, within
 from .placeholders import MARKER
 from .recipe import Recipe
-from .records import Frame, Records, Spans, picture_files
+from .records import Frame, Records, Spans, image_files
 from .references import read_references
 from .texts import identifier, only_answer
 from .videos import refuse_without_decoder, sample
@@ -138,7 +138,7 @@ def read_turn_records(
     Raises:
         RecipeError: records are incomplete, which the message lists.
     """
-    folder, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
+    folder, root = images_folder(recipe, split, data_root), data_root_of(recipe, data_root)
     references = read_references(recipe, split, data_root, rows, problems)
     numbered = split in recipe.source["positional_ids"]
     fields = recipe.source["meta"]
@@ -194,7 +194,7 @@ def _as_records(records: list[Found], classify: bool) -> Records:
     turns = [turn for _, _, turn, _, _ in records]
     return Records(
         ids=[name for name, *_ in records],
-        pictures=picture_files([shown for _, shown, _, _, _ in records]),
+        images=image_files([shown for _, shown, _, _, _ in records]),
         labels=[t.answers[0] if classify else None for t in turns],
         label_names=None,
         questions=[None if classify else t.question for t in turns],

@@ -41,14 +41,14 @@ CONTENTS = [
     (rb"(\xef\xbb\xbf)?\s*(<\?xml.{0,1000})?(<!--.*?-->\s*)*(<!DOCTYPE svg.{0,1000})?<svg", "an SVG drawing"),
     (rb"(\xef\xbb\xbf)?\s*(<!DOCTYPE html|<html|<head|<body)", "a web page, as a failed download leaves it"),
     (rb"version https://git-lfs", "a pointer of Git LFS, which `git lfs pull` replaces by the file"),
-    (rb".{4}ftyp(hei|hev|mif1|msf1)", "a HEIC picture"),
-    (rb".{4}ftypavi", "an AVIF picture that is damaged, or that this Pillow doesn't read"),
+    (rb".{4}ftyp(hei|hev|mif1|msf1)", "a HEIC image"),
+    (rb".{4}ftypavi", "an AVIF image that is damaged, or that this Pillow doesn't read"),
     (rb".{4}ftyp|RIFF.{4}AVI |\x1aE\xdf\xa3", "a video"),
-    (rb"\x00\x00\x00\x0cJXL |\xff\x0a", "a JPEG XL picture"),
+    (rb"\x00\x00\x00\x0cJXL |\xff\x0a", "a JPEG XL image"),
     (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript, which is a program"),
     (rb"%PDF", "a PDF"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "a packed archive"),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\x00|MM\x00\*|RIFF.{4}WEBP", "a picture whose header is damaged"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\x00|MM\x00\*|RIFF.{4}WEBP", "an image whose header is damaged"),
 ]
 
 

@@ -53,7 +53,7 @@ def likely_cause(path: str, listings: Listings) -> str:
     if os.path.islink(path):
         return f"it is a link to '{os.readlink(path)}'"
     if scheme := re.search(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/", path):
-        return f"its name is a URL ({scheme[1]}:), and pictures are read from files"
+        return f"its name is a URL ({scheme[1]}:), and images are read from files"
     if "\\" in path:
         similar = _similar_path(path.replace("\\", "/"), listings)
         example = f", as in '{similar}'" if similar else ""

@@ -54,7 +54,7 @@ def load_files(
         recipe, split, records, lambda recipe, other: read_records(recipe, other, data_root, [])
     )
     rows = _rows(recipe, split, records, where, problems)
-    images = EncodedImages(records.pictures, recipe.background or WHITE)
+    images = EncodedImages(records.images, recipe.background or WHITE)
     good, dropped = _readable(rows, images, where, on_bad_image, problems)
     data = TaskData(recipe, split, good, images, dropped, records.left_out)
     _refuse_empty(data, where, problems)
@@ -69,13 +69,13 @@ def _rows(
     def rows_of(
         record: tuple[str, History, str | None, list[str], Any, tuple[int, ...], dict, Spans],
     ) -> list[Row]:
-        name, history, question, answers, raw, pictures, meta, videos = record
+        name, history, question, answers, raw, images, meta, videos = record
         if recipe.kind != "classification":
             what = f"'{name}' in {where}"
             for answer in answers:
                 refuse_marked(answer, "answer", what)
-            history, text = format_turns(recipe, split, history, question, answers, len(pictures), what)
-            row = Row(name, text, tuple(answers), None, pictures, meta, history, videos)
+            history, text = format_turns(recipe, split, history, question, answers, len(images), what)
+            row = Row(name, text, tuple(answers), None, images, meta, history, videos)
             rows = turns_of(row) if split == "test" and recipe.evaluate == EACH else [row]
             for row in rows:
                 _refuse_blank_question(row, where)
@@ -86,20 +86,20 @@ def _rows(
                 "its own",
                 "leave the question and the class alone in it, or use the kind vqa",
             )
-        if len(pictures) != 1:
+        if len(images) != 1:
             raise RecipeError(
-                f"'{name}' in {where} has {len(pictures)} images, and classification needs one",
+                f"'{name}' in {where} has {len(images)} images, and classification needs one",
                 "give every record one image, or use the kind vqa",
             )
         label = label_of(name, raw)
-        return [Row(name, None, (recipe.classes[label],), label, pictures, meta)]
+        return [Row(name, None, (recipe.classes[label],), label, images, meta)]
 
     columns = (
         records.histories,
         records.questions,
         records.answers,
         records.labels,
-        records.pictures.shown,
+        records.images.shown,
         records.meta,
         records.videos,
     )
@@ -129,10 +129,10 @@ def _readable(
     bad = images.check(where)
     if not bad:
         return rows, []
-    good = [r for r in rows if not any(p in bad for p in r.pictures)]
-    dropped = [r.id for r in rows if any(p in bad for p in r.pictures)]
+    good = [r for r in rows if not any(p in bad for p in r.images)]
+    dropped = [r.id for r in rows if any(p in bad for p in r.images)]
     # An image of several examples is reported with the first of them.
-    owners = {p: r.id for r in reversed(rows) for p in r.pictures}
+    owners = {p: r.id for r in reversed(rows) for p in r.images}
     counted = f"{len(bad)} of {len(images)} images of {where} cannot be read"
     if problems is not None:
         problems += [

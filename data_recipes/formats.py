@@ -20,7 +20,7 @@ from .registry import SEPARATOR
 #: Role of a table's column → the column's content, for docs/data.md.
 COLUMNS = {
     "id": "the record's id; without such a column records are numbered, `train-0`, `train-1`, ...",
-    "image": "the picture, a list of pictures, or paths of picture files; `images` where there is no `image`",
+    "image": "the image, a list of images, or paths of image files; `images` where there is no `image`",
     "label": "the class, by its name or its position counted from 0",
     "question": "what is asked; captioning can do without, by the recipe's `prompt`",
     "answers": "the accepted answer, or a list of them; captions",
@@ -117,7 +117,7 @@ class Messages(_BuiltIn):
     """Chats in JSON or JSONL; see `conversations.read_messages`.
 
     Args:
-        images: folder in which the paths of pictures start, within `path`; by default `path` itself.
+        images: folder in which the paths of images start, within `path`; by default `path` itself.
         positional_ids: the splits whose records are numbered, `train-0`, `train-1`, ..., whatever ids they
             have.
         meta: fields of a record that are handed to the metric, such as the kind of question.
@@ -171,7 +171,7 @@ class LlamaFactory(Messages):
     """Datasets of LLaMA-Factory's `dataset_info.json`; see `llama_factory.read_llama_factory`.
 
     Args:
-        images: folder in which the paths of pictures start, within `path`, as LLaMA-Factory's `media_dir`; by
+        images: folder in which the paths of images start, within `path`, as LLaMA-Factory's `media_dir`; by
             default `path` itself.
     """
 
@@ -197,7 +197,7 @@ class RandomSplit(_BuiltIn):
     """Images of one folder, split at random in two; see `image_lists.read_random_split`.
 
     Args:
-        pattern: regular expression (Python's) for a picture's whole path within `path`, with the group
+        pattern: regular expression (Python's) for an image's whole path within `path`, with the group
             `label` for the class: `(?P<label>[^/]+)/.+`.
     """
 
@@ -227,12 +227,12 @@ class RandomSplit(_BuiltIn):
 
 @dataclass
 class ImageList(RandomSplit):
-    r"""A text file with a line per picture; see `image_lists.read_image_list`.
+    r"""A text file with a line per image; see `image_lists.read_image_list`.
 
     Args:
-        pattern: regular expression (Python's) for a whole line, with the groups `image` for the picture's
+        pattern: regular expression (Python's) for a whole line, with the groups `image` for the image's
             path and `label` for the class: `(?P<image>\S+) (?P<label>.+)`.
-        images: folder in which the paths of pictures start, within `path`; by default `path` itself.
+        images: folder in which the paths of images start, within `path`; by default `path` itself.
         suffix: what is appended to the group `image`, such as `.jpg`.
     """
 

@@ -47,7 +47,7 @@ class HubTable:
     Attributes:
         table: its rows.
         left_out: files of the split that no row uses, by kind; see `Records.left_out`.
-        names_files: whether every row names a picture's file, as in metadata.csv.
+        names_files: whether every row names an image's file, as in metadata.csv.
     """
 
     table: datasets.Dataset
@@ -284,7 +284,7 @@ def _unread(target: str, files: list[str], read: set[str]) -> dict[str, list[str
 
 
 def _shown_files(table: datasets.Dataset) -> Iterator[str]:
-    """Yield the paths of a table's pictures, without reading one."""
+    """Yield the paths of a table's images, without reading one."""
     for name, feature in table.features.items():
         lists = isinstance(feature, datasets.List | datasets.LargeList)
         if isinstance(feature.feature if lists else feature, datasets.Image):

@@ -10,13 +10,13 @@ from .decoding import endings
 from .errors import RecipeError, collect_errors
 from .paths import data_root_of, set_folder, split_file, within
 from .recipe import Recipe
-from .records import Records, classified, picture_files
+from .records import Records, classified, image_files
 
 
 def read_image_folder(
     recipe: Recipe, split: str, data_root: str | Path | None, problems: list[RecipeError] | None = None
 ) -> Records:
-    """Read `<split folder>/<class>/.../picture`; the class is the folder's name.
+    """Read `<split folder>/<class>/.../image`; the class is the folder's name.
 
     datasets' "imagefolder" builder is not used, because it numbers classes alphabetically, drops split
     folders with unknown names, and ignores other files silently. Here these are counted.
@@ -48,7 +48,7 @@ def read_image_folder(
     # A recipe that takes its classes from the source gets them in alphabetical order.
     names = sorted(set(labels.values())) if recipe.classes is None else None
     return classified(
-        ids, picture_files([[folder / i] for i in ids]), [labels[i] for i in ids], names, left_out
+        ids, image_files([[folder / i] for i in ids]), [labels[i] for i in ids], names, left_out
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from .errors import RecipeError, collect_errors, nearest
 from .image_folder import files_under, refuse_no_text
 from .json_files import read_text
-from .paths import data_root_of, inside, pictures_folder, set_folder, split_file, within
+from .paths import data_root_of, images_folder, inside, set_folder, split_file, within
 from .recipe import Recipe
-from .records import Records, classified, picture_files
+from .records import Records, classified, image_files
 
 #: The share of the first part of a random split, and the seed of the order that is cut.
 SHARE, SEED = 0.8, 42
@@ -31,7 +31,7 @@ def read_image_list(
         RecipeError: the file is missing, a line does not match, or an image is outside the folder.
     """
     path, root = split_file(recipe, split, data_root), data_root_of(recipe, data_root)
-    folder = pictures_folder(recipe, split, data_root)
+    folder = images_folder(recipe, split, data_root)
     pattern, suffix = re.compile(recipe.source["pattern"]), recipe.source["suffix"] or ""
 
     def listed(item: tuple[int, str]) -> tuple[str, Path, str]:
@@ -112,4 +112,4 @@ def _records(
     ids = [name for name, _, _ in images]
     paths = [path for _, path, _ in images]
     labels = [label for _, _, label in images]
-    return classified(ids, picture_files([[path] for path in paths]), labels, label_names, left_out)
+    return classified(ids, image_files([[path] for path in paths]), labels, label_names, left_out)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .decoding import WHITE, Decoded, decode
 from .file_bytes import Listings, read_file
-from .records import Frame, Pictures
+from .records import Frame, SourceImages
 from .rendered import RENDERED, render
 from .rendered_scenes import SCENES, draw
 from .videos import read_frame
@@ -74,14 +74,14 @@ class EncodedImages(Images):
     """Images of a source, read from their files or cells when they are needed.
 
     Args:
-        pictures: the images' files or cells.
+        images: the images' files or cells.
         background: `#rrggbb`, the background of transparent pixels.
     """
 
-    def __init__(self, pictures: Pictures, background: str = WHITE) -> None:
+    def __init__(self, images: SourceImages, background: str = WHITE) -> None:
         super().__init__()
-        self._dataset, self._cells, self._background = pictures.dataset, pictures.cells, background
-        self._folder = pictures.folder
+        self._dataset, self._cells, self._background = images.dataset, images.cells, background
+        self._folder = images.folder
         self._listings: Listings = {}
 
     def __len__(self) -> int:
@@ -133,7 +133,7 @@ class EncodedImages(Images):
             return " ".join(str(error).split()) or type(error).__name__
 
     def _frame(self, row: int) -> Frame | None:
-        """Return which frame of a video a picture is; None where it is none."""
+        """Return which frame of a video an image is; None where it is none."""
         if "frame" not in self._dataset.column_names:
             return None
         cells = self._dataset[self._cells[row][0]]

@@ -11,9 +11,9 @@ import numpy as np
 from .errors import RecipeError, collect_errors
 from .file_bytes import read_file
 from .labels import as_whole
-from .paths import data_root_of, describe_error, inside, pictures_folder, set_folder, split_file
+from .paths import data_root_of, describe_error, images_folder, inside, set_folder, split_file
 from .recipe import Recipe
-from .records import Records, classified, picture_files
+from .records import Records, classified, image_files
 from .texts import described
 
 
@@ -28,7 +28,7 @@ def read_flowers(
         RecipeError: a file is missing or has other content, or an image has no label.
     """
     folder = set_folder(recipe, data_root)
-    images, root = pictures_folder(recipe, split, data_root), data_root_of(recipe, data_root)
+    images, root = images_folder(recipe, split, data_root), data_root_of(recipe, data_root)
     labels = _variable(folder / "imagelabels.mat", "labels").tolist()
     numbers = _variable(folder / "setid.mat", str(recipe.splits[split])).tolist()
 
@@ -57,7 +57,7 @@ def read_cars(
         RecipeError: a file is missing or has other content, or an image is outside the folder.
     """
     path, root = split_file(recipe, split, data_root), data_root_of(recipe, data_root)
-    images = pictures_folder(recipe, split, data_root)
+    images = images_folder(recipe, split, data_root)
     names = _variable(set_folder(recipe, data_root) / "devkit" / "cars_meta.mat", "class_names").tolist()
     for number, name in enumerate(names, start=1):
         if not isinstance(name, str):
@@ -133,7 +133,7 @@ def _from_one(label: Any, where: str) -> int:
 def _records(images: list[tuple[Path, int]], label_names: list[str] | None) -> Records:
     return classified(
         [path.name for path, _ in images],
-        picture_files([[path] for path, _ in images]),
+        image_files([[path] for path, _ in images]),
         [label for _, label in images],
         label_names,
     )

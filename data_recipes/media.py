@@ -15,7 +15,7 @@ VIDEO_ENDINGS = (
     *(".mts", ".m2ts"),
 )
 #: Endings of image files; a single one is no video.
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 #: Fields of media that are not supported: such a record would be learned from its text alone.
 UNREAD = ("audio", "audios", "video_path", "video_url", "audio_path", "audio_url")
 #: Fields in which other tools' records name an image; without this list it would be ignored.
@@ -63,9 +63,8 @@ def image_names(row: dict[str, Any], what: str) -> list[str]:
         )
     if not named and not _first_held(row, (*VIDEOS, "video_name")) and (field := _first_held(row, ELSEWHERE)):
         raise RecipeError(
-            f"{what} has {described(row[field])} as '{field}', and pictures are read from 'image' or "
-            "'images'",
-            "rename the field, or remove it where no picture is meant",
+            f"{what} has {described(row[field])} as '{field}', and images are read from 'image' or 'images'",
+            "rename the field, or remove it where no image is meant",
         )
     return named[0] if named else []
 
@@ -92,7 +91,7 @@ def video_names(row: dict[str, Any], what: str) -> list[str | list[str]]:
 def _videos(value: Any, field: str, what: str) -> list[str | list[str]]:
     if is_empty(value):
         return []
-    if isinstance(value, str) and not value.lower().endswith(PICTURE_ENDINGS):
+    if isinstance(value, str) and not value.lower().endswith(IMAGE_ENDINGS):
         return [value]
     entries = value if isinstance(value, list) else [[]]
     if field == "video" and all(

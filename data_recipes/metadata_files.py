@@ -14,7 +14,7 @@ from .json_tables import read_json_table
 from .texts import is_blank
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-#: Columns that name files, and what datasets calls the column of their pictures: that before `_file_name`, or
+#: Columns that name files, and what datasets calls the column of their images: that before `_file_name`, or
 #: `image` (https://huggingface.co/docs/datasets/image_dataset).
 FILE_NAME = re.compile(r"(?:(.+)_)?file_name(s?)")
 
@@ -28,7 +28,7 @@ def read_metadata(text: str, where: str) -> pyarrow.Table:
 
     Raises:
         RecipeError: see `read_csv` and `read_json_table`; or no column names files, a name is no text or
-            leads out of the folder, or there is another column of the pictures' name.
+            leads out of the folder, or there is another column of the images' name.
     """
     table = read_csv(text, where) if where.endswith(".csv") else read_json_table(text, where, by_lines=True)
     naming = {name: found for name in table.column_names if (found := FILE_NAME.fullmatch(name))}
@@ -38,10 +38,10 @@ def read_metadata(text: str, where: str) -> pyarrow.Table:
             "name the column of the files so, and separate columns by commas",
         )
     for name, found in naming.items():
-        pictures = (found[1] or "image") + found[2]
-        if pictures in table.column_names:
+        images = (found[1] or "image") + found[2]
+        if images in table.column_names:
             raise RecipeError(
-                f"{where} has '{name}', whose pictures are called '{pictures}', and a column '{pictures}'",
+                f"{where} has '{name}', whose images are called '{images}', and a column '{images}'",
                 "keep one of them",
             )
         cells = table[name].to_pylist()

@@ -105,7 +105,7 @@ def within(path: Path, what: str, *roots: Path) -> Path:
     return path
 
 
-def pictures_folder(recipe: Recipe, split: str, data_root: str | Path | None) -> Path:
+def images_folder(recipe: Recipe, split: str, data_root: str | Path | None) -> Path:
     """Return the folder to which the image paths of a split are relative.
 
     It is `source.images` in the task's folder: one for all splits, or a mapping with one for each; a split

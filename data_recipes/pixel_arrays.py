@@ -16,7 +16,7 @@ from .errors import RecipeError
 from .file_bytes import read_file
 from .paths import data_root_of, describe_error, inside, set_folder, split_file, split_files
 from .recipe import Recipe
-from .records import Records, classified, picture_bytes
+from .records import Records, classified, image_bytes
 
 
 def read_cifar(
@@ -47,8 +47,8 @@ def read_cifar(
             "put the extracted archive there",
         )
     # Stored channel by channel.
-    pictures = values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return _records(split, pictures, labels, names)
+    images = values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return _records(split, images, labels, names)
 
 
 def read_idx(
@@ -67,13 +67,13 @@ def read_idx(
             f"recipe '{recipe.name}' names {len(files)} files as its {split} split",
             "list two, the images' and the labels'",
         )
-    pictures, labels = _idx(files[0], dimensions=3), _idx(files[1], dimensions=1)
-    if len(pictures) != len(labels):
+    images, labels = _idx(files[0], dimensions=3), _idx(files[1], dimensions=1)
+    if len(images) != len(labels):
         raise RecipeError(
-            f"{files[0].name} holds {len(pictures)} pictures and {files[1].name} {len(labels)} labels",
+            f"{files[0].name} holds {len(images)} images and {files[1].name} {len(labels)} labels",
             "use the two files of one release",
         )
-    return _records(split, pictures, labels.tolist(), label_names=None)
+    return _records(split, images, labels.tolist(), label_names=None)
 
 
 def unpickle(path: Path) -> dict[str, Any]:
@@ -180,13 +180,11 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _records(
-    split: str, pictures: Iterable[np.ndarray], labels: list[int], label_names: list[str] | None
+    split: str, images: Iterable[np.ndarray], labels: list[int], label_names: list[str] | None
 ) -> Records:
     """Return numbered records of images (height, width) or (height, width, 3)."""
     # A netpbm file is a line of text followed by the pixels, so encoding is lossless and fast.
     encoded = (
-        b"P%d %d %d 255\n" % (5 if p.ndim == 2 else 6, p.shape[1], p.shape[0]) + p.tobytes() for p in pictures
+        b"P%d %d %d 255\n" % (5 if p.ndim == 2 else 6, p.shape[1], p.shape[0]) + p.tobytes() for p in images
     )
-    return classified(
-        [f"{split}-{i}" for i in range(len(labels))], picture_bytes(encoded), labels, label_names
-    )
+    return classified([f"{split}-{i}" for i in range(len(labels))], image_bytes(encoded), labels, label_names)

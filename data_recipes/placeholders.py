@@ -37,12 +37,12 @@ _FOREIGN = re.compile(
 
 
 def place_images(text: str, images: int, what: str) -> str:
-    """Return a question with the places of its pictures; see `place_in_turns`."""
+    """Return a question with the places of its images; see `place_in_turns`."""
     return place_in_turns([text], images, what)[0]
 
 
 def place_in_turns(questions: Sequence[str], images: int, what: str) -> list[str]:
-    """Return the questions of a conversation with the places of their pictures.
+    """Return the questions of a conversation with the places of their images.
 
     Without markers, the images come before the first question. With markers, the questions together must have
     as many as there are images, in the images' order; if all are before the first question's text, they are
@@ -81,7 +81,7 @@ def place_in_turns(questions: Sequence[str], images: int, what: str) -> list[str
             f"question{'s' * (len(questions) > 1)} and names {images}",
             "mark and name the same number, or remove the markers",
         )
-    first, *later = [_lone_picture_first(text) if MARKER in text else text for text in questions]
+    first, *later = [_lone_image_first(text) if MARKER in text else text for text in questions]
     rest = _AT_HEAD.sub("", first).strip()
     return [first if any(MARKER in text for text in (rest, *later)) else rest, *later]
 
@@ -138,7 +138,7 @@ def place_videos(
     return placed, shown, tuple(spans)
 
 
-def _lone_picture_first(text: str) -> str:
+def _lone_image_first(text: str) -> str:
     """Return a question with its only image before its text, if it was after it."""
     return _lone_first(text.strip(), MARKER)
 

@@ -192,7 +192,7 @@ def _disqualified(records: Any) -> str | None:
         return f"a {type(records).__name__}"
     names = ("labels", "questions", "answers", "meta", "histories", "videos")
     columns = {name: getattr(records, name) for name in names}
-    for name, column in (columns | {"pictures": records.pictures.shown}).items():
+    for name, column in (columns | {"images": records.images.shown}).items():
         if len(column) != len(records.ids):
             return f"{len(records.ids)} ids and {len(column)} {name}"
     if not all(isinstance(name, str) for name in records.ids):

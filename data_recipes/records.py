@@ -61,7 +61,7 @@ class Frame:
 
 
 @dataclass
-class Pictures:
+class SourceImages:
     """The images of a source, and which of them each record has.
 
     Attributes:
@@ -85,7 +85,7 @@ class Records:
 
     Attributes:
         ids: one per record, independent of the folder of the files.
-        pictures: the images, not read yet.
+        images: the images, not read yet.
         labels: the source's label (name or index) of each record; None outside classification.
         label_names: names of integer labels; None if the source has none.
         questions: one per record, or None; of a conversation, the last question.
@@ -99,7 +99,7 @@ class Records:
     """
 
     ids: list[str]
-    pictures: Pictures
+    images: SourceImages
     labels: list[Any]
     label_names: list[str] | None
     questions: list[str | None]
@@ -115,8 +115,8 @@ class Records:
         self.videos = self.videos or [() for _ in self.ids]
 
 
-def picture_files(paths: list[list[Path | Frame]]) -> Pictures:
-    """Return image files and frames as `Pictures`, which are read on access.
+def image_files(paths: list[list[Path | Frame]]) -> SourceImages:
+    """Return image files and frames as `SourceImages`, which are read on access.
 
     An image that several records have is one image of the result.
 
@@ -127,33 +127,33 @@ def picture_files(paths: list[list[Path | Frame]]) -> Pictures:
     indices = [tuple(rows.setdefault(p, len(rows)) for p in record_paths) for record_paths in paths]
     files = [Path(p.path) if isinstance(p, Frame) else p for p in rows]
     frames = [{"index": p.index, "count": p.count} if isinstance(p, Frame) else None for p in rows]
-    return _pictures([{"path": str(p.absolute()), "bytes": None} for p in files], indices, frames)
+    return _source_images([{"path": str(p.absolute()), "bytes": None} for p in files], indices, frames)
 
 
-def picture_bytes(encoded: Iterable[bytes]) -> Pictures:
-    """Return images that are given as the bytes of image files, one per record, as `Pictures`."""
+def image_bytes(encoded: Iterable[bytes]) -> SourceImages:
+    """Return images that are given as the bytes of image files, one per record, as `SourceImages`."""
     cells = [{"path": None, "bytes": b} for b in encoded]
-    return _pictures(cells, [(row,) for row in range(len(cells))])
+    return _source_images(cells, [(row,) for row in range(len(cells))])
 
 
 def classified(
     ids: list[str],
-    pictures: Pictures,
+    images: SourceImages,
     labels: list[Any],
     label_names: list[str] | None,
     left_out: dict[str, list[str]] | None = None,
 ) -> Records:
     """Return the records of a classification task; see `Records`."""
     return Records(
-        ids, pictures, labels, label_names, [None] * len(ids), [[]] * len(ids), left_out=left_out or {}
+        ids, images, labels, label_names, [None] * len(ids), [[]] * len(ids), left_out=left_out or {}
     )
 
 
-def _pictures(
+def _source_images(
     cells: list[dict[str, Any]],
     shown: list[tuple[int, ...]],
     frames: Sequence[dict[str, int] | None] = (),
-) -> Pictures:
+) -> SourceImages:
     import datasets  # takes over a second to import, and rendered tasks don't need it
 
     columns: dict[str, Any] = {"image": datasets.Image(decode=False)}
@@ -162,4 +162,4 @@ def _pictures(
         columns["frame"] = {"index": datasets.Value("int32"), "count": datasets.Value("int32")}
         content["frame"] = frames
     dataset = datasets.Dataset.from_dict(content, features=datasets.Features(columns))
-    return Pictures(dataset, [(row, None) for row in range(len(cells))], shown)
+    return SourceImages(dataset, [(row, None) for row in range(len(cells))], shown)

@@ -75,7 +75,7 @@ def render(task: str, split: str, index: int) -> tuple[Image.Image, int, str]:
         raise RecipeError(f"rendered task '{task}' has no split '{split}'", nearest(split, spec.sizes))
     if not 0 <= index < spec.sizes[split]:
         raise RecipeError(
-            f"rendered task '{task}' has no {split} picture {index}",
+            f"rendered task '{task}' has no {split} image {index}",
             f"ask for 0 to {spec.sizes[split] - 1}",
         )
     label = label_of(task, index)
@@ -147,7 +147,7 @@ def _digit(rng: Generator, scan: np.ndarray, plain: bool) -> Image.Image:
     return finish(rng, image, plain)
 
 
-# -------------------------------------------------------------------------------- drawn pictures
+# -------------------------------------------------------------------------------- drawn images
 
 SHAPES = ["circle", "square", "triangle", "star"]
 COLOURED_SHAPES = [f"{colour} {shape}" for colour in PALETTE for shape in SHAPES]

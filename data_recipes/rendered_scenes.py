@@ -84,7 +84,7 @@ def compose(task: str, split: str, index: int) -> Scene:
         raise RecipeError(f"rendered task '{task}' has no split '{split}'", nearest(split, spec.sizes))
     if not 0 <= index < spec.sizes[split]:
         raise RecipeError(
-            f"rendered task '{task}' has no {split} picture {index}", f"ask for 0 to {spec.sizes[split] - 1}"
+            f"rendered task '{task}' has no {split} image {index}", f"ask for 0 to {spec.sizes[split] - 1}"
         )
     return spec.compose(generator("scene", task, spec.version, split, index), index)
 

@@ -18,18 +18,18 @@ def repeats(data: TaskData) -> list[str]:
     """Return a sentence for each kind of repetition in a split, with its number and its first few names."""
     if data.recipe.source["format"] == "rendered":
         return []  # comparing would draw all images
-    pictures = data.picture_digests
-    facts = zip(data.histories, data.questions, map(tuple, data.answers), data.labels, pictures, strict=True)
+    images = data.image_digests
+    facts = zip(data.histories, data.questions, map(tuple, data.answers), data.labels, images, strict=True)
     sentences = []
     if again := _groups(data.ids, facts):
         count = sum(len(names) - 1 for names in again)
         sentences.append(f"{count} examples say what another says, and count twice ({_named(again)})")
-    if data.recipe.kind == "classification" and (two := _groups(data.ids, pictures, data.labels)):
-        sentences.append(f"{len(two)} pictures are under several labels ({_named(two)})")
+    if data.recipe.kind == "classification" and (two := _groups(data.ids, images, data.labels)):
+        sentences.append(f"{len(two)} images are under several labels ({_named(two)})")
     return sentences
 
 
-def shared_pictures(data: TaskData, other: TaskData) -> str | None:
+def shared_images(data: TaskData, other: TaskData) -> str | None:
     """Return a sentence on the images of a split that are also in another one; None if there are none."""
     if data.recipe.source["format"] == "rendered":
         return None
@@ -41,7 +41,7 @@ def shared_pictures(data: TaskData, other: TaskData) -> str | None:
 def _first(data: TaskData) -> dict[str, str]:
     """Return each image's hash → the first example that has it."""
     first: dict[str, str] = {}
-    for name, digests in zip(data.ids, data.picture_digests, strict=True):
+    for name, digests in zip(data.ids, data.image_digests, strict=True):
         for digest in digests:
             first.setdefault(digest, name)
     return first

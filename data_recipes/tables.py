@@ -24,7 +24,7 @@ from .paths import data_root_of, describe_error, inside, own_path, set_folder, w
 from .recipe import Recipe
 from .records import Records
 from .strict_json import parse_json
-from .table_pictures import arrow_column, read_pictures
+from .table_images import arrow_column, read_images
 from .texts import answer_texts, described, identifier, only_answer
 
 
@@ -153,16 +153,16 @@ def _from_table(
     media = [c for c in (*VIDEOS, *UNREAD) if c in table.column_names and c not in columns.values()]
     unread = {c: _held(table, c) for c in media}
     chat_columns = {c: _values(table, c) for c in ("system", "tools") if chats and c in table.column_names}
-    pictures, faults = read_pictures(recipe, split, table, columns, folder, roots)
+    source_images, faults = read_images(recipe, split, table, columns, folder, roots)
 
     def record(row: int) -> tuple[str, Turn, Any, tuple[int, ...]]:
         what = f"row {row} of {recipe.name}/{split}"
         name = identifier(cells["id"][row], what) if "id" in columns else f"{split}-{row}"
-        what, images = f"record '{name}' in {recipe.name}/{split}", pictures.shown[row]
+        what, images = f"record '{name}' in {recipe.name}/{split}", source_images.shown[row]
         if row in faults:
             raise RecipeError(f"{what} {faults[row].problem}", faults[row].cure)
         if loaded.names_files and not images:
-            raise RecipeError(f"{what} has no 'file_name'", "name its picture's file, or remove the record")
+            raise RecipeError(f"{what} has no 'file_name'", "name its image's file, or remove the record")
         refuse_unread_media({column: values[row] for column, values in unread.items()}, what)
         if classify and not chats:
             return name, Turn("", []), cells["label"][row], images
@@ -178,7 +178,7 @@ def _from_table(
     feature = table.features[columns["label"]] if classify and not chats else None
     return Records(
         ids=[name for name, _, _, _ in records],
-        pictures=replace(pictures, shown=[images for _, _, _, images in records]),
+        images=replace(source_images, shown=[images for _, _, _, images in records]),
         labels=[label for _, _, label, _ in records],
         label_names=list(feature.names) if isinstance(feature, datasets.ClassLabel) else None,
         questions=[None if classify else turn.question for _, turn, _, _ in records],

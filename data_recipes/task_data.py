@@ -70,7 +70,7 @@ class Row:
     question: str | None
     answers: tuple[str, ...]
     label: int | None
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
     meta: dict[str, Any] = field(default_factory=dict)
     history: History = ()
     videos: Spans = ()
@@ -94,7 +94,7 @@ def turns_of(row: Row) -> list[Row]:
     rows = []
     for number, (answer, end) in enumerate(zip(answers, [*ends, len(row.history)], strict=True), start=1):
         asked = questions[:number]
-        image_count = sum(text.count(MARKER) for text in asked) if marked else len(row.pictures)
+        image_count = sum(text.count(MARKER) for text in asked) if marked else len(row.images)
         *earlier, question = place_in_turns(asked, image_count, f"'{row.id}'")
         rows.append(
             replace(
@@ -102,7 +102,7 @@ def turns_of(row: Row) -> list[Row]:
                 id=row.id if number == 1 else f"{row.id}#{number}",
                 question=question,
                 answers=answer,
-                pictures=row.pictures[:image_count],
+                images=row.images[:image_count],
                 history=replace_questions(row.history[:end], earlier),
                 videos=tuple(span for span in row.videos if span[1] <= image_count),
             )
@@ -143,7 +143,7 @@ class TaskData:
 
     def __getitem__(self, index: int) -> Example:
         row = self._rows[operator.index(index)]
-        images = [self._images.image(p) for p in row.pictures]
+        images = [self._images.image(p) for p in row.images]
         answers, meta = list(row.answers), dict(row.meta)
         return Example(row.id, images, row.question, answers, row.label, meta, row.history, row.videos)
 
@@ -191,27 +191,27 @@ class TaskData:
     @property
     def image_counts(self) -> list[int]:
         """Number of images of each example, in order."""
-        return [len(r.pictures) for r in self._rows]
+        return [len(r.images) for r in self._rows]
 
     @property
     def image_sizes(self) -> list[list[tuple[int, int]]]:
         """(height, width) of each example's images, in order, without decoding an image again."""
-        return [[self._images.size(p) for p in r.pictures] for r in self._rows]
+        return [[self._images.size(p) for p in r.images] for r in self._rows]
 
     @property
     def digests(self) -> list[str]:
         """SHA-256 of each image, example by example; see `Images.digest`."""
-        return [digest for digests in self.picture_digests for digest in digests]
+        return [digest for digests in self.image_digests for digest in digests]
 
     @property
-    def picture_digests(self) -> list[tuple[str, ...]]:
+    def image_digests(self) -> list[tuple[str, ...]]:
         """SHA-256 of the images of each example, in order."""
-        return [tuple(self._images.digest(p) for p in r.pictures) for r in self._rows]
+        return [tuple(self._images.digest(p) for p in r.images) for r in self._rows]
 
     @property
     def decoding_notes(self) -> list[str]:
         """Notes of decoding, for images that have one; see `decoding.Decoded`."""
-        used = {p for r in self._rows for p in r.pictures}
+        used = {p for r in self._rows for p in r.images}
         return [note for p, note in sorted(self._images.notes.items()) if p in used]
 
     @property
@@ -233,7 +233,7 @@ class TaskData:
         name, marker = next(iter(markers.items()))
         return (
             f"{len(markers)} examples have markers of other tools in their texts, which are words to the "
-            f"model ({name}: {marker}); {MARKER} is the place of a picture"
+            f"model ({name}: {marker}); {MARKER} is the place of an image"
         )
 
     @cached_property
@@ -244,7 +244,7 @@ class TaskData:
         """
         total = hashlib.sha256(self.recipe.fingerprint.encode())
         for r in sorted(self._rows, key=lambda r: r.id):
-            hashes = [self._images.digest(p) for p in r.pictures]
+            hashes = [self._images.digest(p) for p in r.images]
             # A single image is no list, and meta, history and videos are left out if empty, so that
             # fingerprints of earlier versions stay the same.
             fact: list[Any] = [

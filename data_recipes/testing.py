@@ -83,14 +83,14 @@ def _check_records(records: Records, recipe: Recipe, what: str) -> None:
     assert count, f"{what} finds no records"
     names = ("labels", "questions", "answers", "meta", "histories", "videos")
     columns = {name: getattr(records, name) for name in names}
-    for name, column in (columns | {"pictures.shown": records.pictures.shown}).items():
+    for name, column in (columns | {"images.shown": records.images.shown}).items():
         assert len(column) == count, f"{what} gives {count} ids and {len(column)} {name}"
     assert all(isinstance(name, str) and name for name in records.ids), f"{what} gives an id that is no text"
     assert len(set(records.ids)) == count, f"{what} gives an id twice"
     assert all(map(is_history, records.histories)), f"{what} gives a history out of order"
-    cells = range(len(records.pictures.cells))
-    assert all(index in cells for shown in records.pictures.shown for index in shown), (
-        f"{what} shows a picture that is not there"
+    cells = range(len(records.images.cells))
+    assert all(index in cells for shown in records.images.shown for index in shown), (
+        f"{what} shows an image that is not there"
     )
     for label, question, answers in zip(records.labels, records.questions, records.answers, strict=True):
         if recipe.kind == "classification":
@@ -129,12 +129,12 @@ def _labels(records: Records) -> tuple[Any, ...]:
         records.meta,
         records.histories,
         records.videos,
-        records.pictures.shown,
+        records.images.shown,
     )
 
 
 def _content(records: Records) -> tuple[Any, ...]:
-    return *_labels(records), records.label_names, records.pictures.cells, records.pictures.dataset.to_dict()
+    return *_labels(records), records.label_names, records.images.cells, records.images.dataset.to_dict()
 
 
 def _check_refused(what: str, call: Callable[[], Any]) -> None:

@@ -26,7 +26,7 @@ from llava_keeplora_recipes import (
 from llava_keeplora_recipes.errors import UserError
 from llava_keeplora_recipes.placeholders import MARKER
 from llava_keeplora_recipes.records import Message
-from llava_keeplora_recipes.repeats import repeats, shared_pictures
+from llava_keeplora_recipes.repeats import repeats, shared_images
 from llava_keeplora_recipes.strict_yaml import read_mapping
 from llava_keeplora_recipes.texts import is_blank
 
@@ -201,7 +201,7 @@ def _warnings(data: TaskData, expected: int | None, seen: list[TaskData]) -> Ite
         yield f"{empty} examples have an empty answer"
     yield from repeats(data)
     yield from filter(
-        None, [data.left_out_note, data.marker_note, *(shared_pictures(data, other) for other in seen)]
+        None, [data.left_out_note, data.marker_note, *(shared_images(data, other) for other in seen)]
     )
 
 

@@ -31,7 +31,7 @@ class Encoders:
         text_inputs: what the text encoder takes of a tokenizer's output, where the tokenizer gives it.
         causal: whether a token of a text attends to earlier ones alone.
         reserved_positions: how many of the text encoder's positions no token has.
-        keeps_shape: whether pictures keep their shape, and are not scaled or cut to one size.
+        keeps_shape: whether images keep their shape, and are not scaled or cut to one size.
     """
 
     parts: Mapping[str, str]

@@ -35,9 +35,9 @@ def joined(inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class ImageShapes:
-    """An image processor that makes what a picture's size alone decides, once for each size.
+    """An image processor that makes what an image's size alone decides, once for each size.
 
-    Token ids depend on the sizes of pictures only, so that lengths are known without reading a pixel.
+    Token ids depend on the sizes of images only, so that lengths are known without reading a pixel.
 
     Args:
         image_processor: of a processor of transformers.
@@ -79,7 +79,7 @@ def _shape_only(value: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def blank_image(height: int, width: int):
-    """Return a black picture, whose size alone matters."""
+    """Return a black image, whose size alone matters."""
     from PIL import Image
 
     return Image.new("RGB", (width, height))

@@ -291,10 +291,10 @@ def two_encoders() -> str:
             f"`{part}`: {', '.join(record.targets[part])} below `{prefix}`"
             for part, prefix in record.parts.items()
         ]
-        pictures = "keep their shape" if record.keeps_shape else "have one size"
+        images = "keep their shape" if record.keeps_shape else "have one size"
         refused = ", ".join(_refused(name)) or "-"
-        rows.append((f"`{name}`", "; ".join(parts), padded[record.padding], pictures, refused))
-    header = ("type", "layers that are adapted by default", "prompts are padded to", "pictures", "refused")
+        rows.append((f"`{name}`", "; ".join(parts), padded[record.padding], images, refused))
+    header = ("type", "layers that are adapted by default", "prompts are padded to", "images", "refused")
     return table(header, rows)
 
 

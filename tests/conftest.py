@@ -104,7 +104,7 @@ def second_moments():
 
 
 def draw(task: str, label: int, seed: int) -> Image.Image:
-    """A noisy 16 × 16 picture whose class is plain to see."""
+    """A noisy 16 × 16 image whose class is plain to see."""
     generator = np.random.default_rng([sorted(TASKS).index(task), label, seed])
     pixels = generator.normal(110, 25, (SIDE, SIDE, 3))
     if task == "colours":
@@ -192,7 +192,7 @@ def tiny_tasks(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def mixed_tasks(tmp_path_factory, tiny_tasks) -> list[Path]:
-    """A question task (LLaVA JSON), a captioning task (COCO) and a classification task on the same kind of pictures."""
+    """A question task (LLaVA JSON), a captioning task (COCO) and a classification task on the same kind of images."""
     root = tmp_path_factory.mktemp("mixed-tasks")
     (root / "images").mkdir()
     names, questions, captions = TASKS["colours"], {}, {}

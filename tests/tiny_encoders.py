@@ -15,7 +15,7 @@ from tiny_models import SIDE, WIDTH, write_clip
 #: Of a text, as all SigLIPs have it.
 POSITIONS = 64
 PATCH = 8
-#: The most of a picture, where it keeps its shape.
+#: The most of an image, where it keeps its shape.
 PATCHES = 16
 
 
@@ -105,7 +105,7 @@ def _siglip2_fixed(words: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _siglip2(words: Sequence[str]) -> tuple[Any, ...]:
-    """SigLIP 2 of variable resolution: pictures keep their shape, in at most 16 patches.
+    """SigLIP 2 of variable resolution: images keep their shape, in at most 16 patches.
 
     Its processor's own call sets patches of 16 pixels, at most 256 of them, whatever the image processor says.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SIDE = 16
-#: Task → its classes, in the pictures that conftest.py draws.
+#: Task → its classes, in the images that conftest.py draws.
 TASKS = {
     "colours": ["red", "green", "blue", "grey"],
     "stripes": ["horizontal", "vertical", "diagonal", "plain"],
@@ -16,7 +16,7 @@ TASKS = {
 }
 #: The sizes of every part.
 WIDTH = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-#: Sizes of pictures that LLaVA-NeXT and LLaVA-OneVision cut into tiles.
+#: Sizes of images that LLaVA-NeXT and LLaVA-OneVision cut into tiles.
 PINS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 
 

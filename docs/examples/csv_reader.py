@@ -1,6 +1,6 @@
 """A reader of one's own.
 
-Questions on pictures in a CSV file with the columns id, image, question and answer.
+Questions on images in a CSV file with the columns id, image, question and answer.
 """
 
 import csv
@@ -10,7 +10,7 @@ from typing import ClassVar
 from llava_keeplora_recipes import Reader, RecipeError, Records
 from llava_keeplora_recipes.errors import collect_errors
 from llava_keeplora_recipes.paths import data_root_of, inside, set_folder, split_file
-from llava_keeplora_recipes.records import picture_files
+from llava_keeplora_recipes.records import image_files
 
 
 @dataclass
@@ -31,7 +31,7 @@ class CsvReader(Reader):
             records = collect_errors(record, csv.DictReader(file, delimiter=self.delimiter), problems)
         return Records(
             ids=[row["id"] for row, _ in records],
-            pictures=picture_files([[image] for _, image in records]),
+            images=image_files([[image] for _, image in records]),
             labels=[None] * len(records),
             label_names=None,
             questions=[row["question"] for row, _ in records],

@@ -55,8 +55,7 @@ def _overlaps(box: Sequence[float], other: Sequence[float], size: Any) -> bool:
     """
     if not (isinstance(size, list) and [isinstance(side, int | float) for side in size] == [True, True]):
         raise EvalError(
-            f"the size {str(size)[:40]!r} is no list of a picture's width and height, which this metric "
-            "needs",
+            f"the size {str(size)[:40]!r} is no list of an image's width and height, which this metric needs",
             "correct 'size' in the data, or choose another metric",
         )
     a, b = ([value * max(size) for value in part] for part in (box, other))

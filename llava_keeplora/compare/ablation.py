@@ -16,7 +16,7 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.registries import METHODS
 from llava_keeplora.report.figures import LIGHT, encode, save
-from llava_keeplora.report.html import Picture
+from llava_keeplora.report.html import PlotImage
 from llava_keeplora.report.sweep import draw_sweep
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
@@ -122,13 +122,13 @@ def _ablated_method(table: Table, name_or_path: str) -> tuple[str, dict[str, Any
     )
 
 
-def draw_ablation(ablation: Ablation, outcome: TableResult) -> dict[str, Picture]:
+def draw_ablation(ablation: Ablation, outcome: TableResult) -> dict[str, PlotImage]:
     """Plot Transfer, Average and Last over each threshold, as PNG and SVG in the table's folder.
 
     Returns:
         name of the files → the plot, for the page.
     """
-    pictures = {}
+    images = {}
     for order, results in outcome.results.items():
         for threshold, (_, sign, without) in SWEPT.items():
             levels = (ZERO_SHOT, f"{ablation.method}-{without}")
@@ -136,10 +136,10 @@ def draw_ablation(ablation: Ablation, outcome: TableResult) -> dict[str, Picture
             if figure is not None:
                 name = f"{threshold.replace('_', '-')}-{order}"
                 png = encode(figure, "png")
-                pictures[name] = Picture(
+                images[name] = PlotImage(
                     png,
                     f"Order {order}: scores over {sign}, the same in every adapted part; dashed, what has "
                     "none.",
                 )
                 save(figure, ablation.table.output_dir / f"{name}.png", png)
-    return pictures
+    return images

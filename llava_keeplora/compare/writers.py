@@ -11,7 +11,15 @@ from llava_keeplora.compare.run_table import TableResult
 from llava_keeplora.compare.table import CHOSEN_BY, Order, Table, dotted
 from llava_keeplora.files import whole_folder
 from llava_keeplora.registries import METHODS
-from llava_keeplora.report.html import LEGEND, SPREAD, Picture, html_figure, html_page, html_rows, html_table
+from llava_keeplora.report.html import (
+    LEGEND,
+    SPREAD,
+    PlotImage,
+    html_figure,
+    html_page,
+    html_rows,
+    html_table,
+)
 from llava_keeplora.report.latex_csv import csv_table, latex_table, summary_numbers
 from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
 from llava_keeplora.report.results import Results, matrices
@@ -32,22 +40,22 @@ class Section:
     rows: Sequence[Sequence[str]]
 
 
-def write_table(table: Table, outcome: TableResult, pictures: Mapping[str, Picture] | None = None) -> str:
+def write_table(table: Table, outcome: TableResult, images: Mapping[str, PlotImage] | None = None) -> str:
     """Write `table.md`, `table.tex`, `table.csv`, `report.html`, and each order's own report into its folder.
 
     Args:
         table: the table.
         outcome: results of its runs, of at least one order or one tried setting.
-        pictures: name → plot, for the page.
+        images: name → plot, for the page.
 
     Returns:
         the text of `table.md`.
     """
     with whole_folder(table.output_dir, replace=False) as tmp_dir:
-        return _write_files(table, outcome, pictures or {}, tmp_dir)
+        return _write_files(table, outcome, images or {}, tmp_dir)
 
 
-def _write_files(table: Table, outcome: TableResult, pictures: Mapping[str, Picture], tmp_dir: Path) -> str:
+def _write_files(table: Table, outcome: TableResult, images: Mapping[str, PlotImage], tmp_dir: Path) -> str:
     title, sections = f"Table {table.output_dir.resolve().name}", sections_of(table, outcome)
     for order, results in outcome.results.items():
         write_report(
@@ -62,7 +70,7 @@ def _write_files(table: Table, outcome: TableResult, pictures: Mapping[str, Pict
         LATEX_TABLE: "% Needs \\usepackage{booktabs}.\n"
         + "\n".join(f"% {s.title}: {s.text}\n{latex_table(s.header, s.rows)}\n" for s in sections),
         "table.csv": _csv(outcome),
-        REPORT: _page(title, sections, outcome, pictures),
+        REPORT: _page(title, sections, outcome, images),
     }
     for name, text in texts.items():
         write_atomic(tmp_dir / name, text)
@@ -167,7 +175,7 @@ def _csv(outcome: TableResult) -> str:
 
 
 def _page(
-    title: str, sections: Sequence[Section], outcome: TableResult, pictures: Mapping[str, Picture]
+    title: str, sections: Sequence[Section], outcome: TableResult, images: Mapping[str, PlotImage]
 ) -> str:
     links = {
         f"Order {order}": f'<p><a href="{escape(order)}/report.html">Matrices, curves, costs</a></p>\n'
@@ -178,5 +186,5 @@ def _page(
         f"{html_table(section.header, html_rows(section.rows))}{links.get(section.title, '')}</section>\n"
         for section in sections
     )
-    figures = "".join(html_figure(name, picture) for name, picture in pictures.items())
+    figures = "".join(html_figure(name, image) for name, image in images.items())
     return html_page(title, f"<p>{LEGEND}{SPREAD}</p>\n{figures}{body}")

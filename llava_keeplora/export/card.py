@@ -23,7 +23,7 @@ from llava_keeplora.run_folder import SCORES, Stage, read_record
 from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_recipes import Recipe
 
-PICTURE = "matrix.png"
+PLOT = "matrix.png"
 LIBRARIES = ("llava-keeplora", "torch", "transformers", "peft")
 
 
@@ -46,7 +46,7 @@ def snippet(usage: Usage, name: str, base: Base | None) -> str:
         f"model = {auto}.from_pretrained({path}{revision})",
         *([f"model = PeftModel.from_pretrained(model, {json.dumps(name)})"] if base else []),
         f"processor = AutoProcessor.from_pretrained({path}{revision})",
-        'image = Image.open("picture.png").convert("RGB")',
+        'image = Image.open("image.png").convert("RGB")',
         *usage.example,
     ]
     return "\n".join(lines)
@@ -65,9 +65,7 @@ def write_card(
         done: a description of the export.
         usage: how a model of this family is loaded and called.
     """
-    for drawing in heatmap(learned.matrix, folder / PICTURE, f"{learned.label}: score in % after each task")[
-        1:
-    ]:
+    for drawing in heatmap(learned.matrix, folder / PLOT, f"{learned.label}: score in % after each task")[1:]:
         drawing.unlink()  # The Hub's cards show PNG alone.
     count, record = len(learned.deltas), METHODS[learned.config["methods"][learned.label]["method"]].info
     names = ", ".join(recipe.name for recipe in learned.recipes[:count])
@@ -85,7 +83,7 @@ def write_card(
         "Each row is the model after one more task, each column a task's test score in percent; Transfer is "
         "the mean before a task is learned, "
         "Last the score after the final one.",
-        f"![score of every task after every stage]({PICTURE})",
+        f"![score of every task after every stage]({PLOT})",
         learned.matrix.markdown(),
         summary_table({learned.label: [learned.matrix]}),
         markdown_table(["task", *SCORE_COLUMNS], score_rows(learned.matrix.tasks, _stages(learned))),

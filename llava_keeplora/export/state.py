@@ -1,6 +1,6 @@
 """Export of the state that a run needs to continue elsewhere.
 
-A state is a run folder of one method without predictions, initial adapters and pictures, in safetensors and
+A state is a run folder of one method without predictions, initial adapters and plots, in safetensors and
 JSON alone. `state.json` lists every file with its SHA-256; files that it doesn't list are not read.
 """
 

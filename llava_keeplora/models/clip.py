@@ -158,7 +158,7 @@ class ClipFamily:
         """Settings that the model can't follow; see `Family`."""
         found = {}
         if self.encoders.keeps_shape:
-            found["random_resized_crop"] = "crops pictures to squares"
+            found["random_resized_crop"] = "crops images to squares"
         if not self.encoders.causal and self.encoders.padding != "max_length":
             found["every_position"] = "reads prompts with padding that nothing masks"
         return found
@@ -230,7 +230,7 @@ class ClipFamily:
         return ClipInputs(data, images)
 
     def crops(self, data: TaskData, scale: tuple[float, float], seed: int) -> RandomCrops:
-        """Return a split's pictures as random crops; see `RandomCrops`."""
+        """Return a split's images as random crops; see `RandomCrops`."""
         return RandomCrops(
             self.processor.image_processor, self.config.vision_config.image_size, data, scale, seed
         )

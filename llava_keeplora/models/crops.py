@@ -1,4 +1,4 @@
-"""Random crops of a task's training pictures, a function of seed, step and example alone.
+"""Random crops of a task's training images, a function of seed, step and example alone.
 
 So a killed training goes on with the crops that it would have made, and any number of processes makes the
 same ones.
@@ -25,14 +25,14 @@ TRIES = 10
 
 
 class RandomCrops:
-    """A split's pictures as random crops, and the collator that names them.
+    """A split's images as random crops, and the collator that names them.
 
     Args:
         image_processor: a CLIP image processor; it makes pixel values of what is cropped, and neither scales
         nor cuts any more.
         side: of the square that a crop is scaled to, bicubically.
         data: the split.
-        scale: least and most share of a picture's area.
+        scale: least and most share of an image's area.
         seed: of the task's training.
     """
 
@@ -69,10 +69,10 @@ class RandomCrops:
 def random_box(
     width: int, height: int, scale: tuple[float, float], generator: torch.Generator
 ) -> tuple[int, int, int, int]:
-    """Draw a box (left, top, right, bottom) of random area and ratio, anywhere inside a picture.
+    """Draw a box (left, top, right, bottom) of random area and ratio, anywhere inside an image.
 
     Args:
-        width, height: of the picture.
+        width, height: of the image.
         scale: least and most share of its area.
         generator: what is drawn from.
     """

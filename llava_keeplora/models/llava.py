@@ -200,7 +200,7 @@ class LlavaFamily(LlavaWorkload):
 
     @cached_property
     def blank(self) -> dict[str, Tensor]:
-        """What the model takes for a picture without content."""
+        """What the model takes for an image without content."""
         return image_inputs(self.processor, [Image.new("RGB", (64, 64))])
 
     def predictor(self, recipe: Recipe, images: Images, tokens: int | None = None) -> LlavaPredictor:
@@ -261,13 +261,13 @@ class LlavaInputs:
         keys of the images in alphabetical order) says how many rows of each key belong to each example.
         """
         turns = [self.turns[i] for i in indices]
-        pictures = self.images.take([turn.row for turn in turns])
-        tokens, images = batched_tokens(turns, self.pad_id), joined(pictures)
+        inputs = self.images.take([turn.row for turn in turns])
+        tokens, images = batched_tokens(turns, self.pad_id), joined(inputs)
         labels = torch.full_like(tokens["input_ids"], IGNORE)
         for row, turn in enumerate(turns):
             for start, end in turn.learned_spans:
                 labels[row, start:end] = tokens["input_ids"][row, start:end]
-        rows = [[len(p[key]) if key in p else 0 for key in sorted(images)] for p in pictures]
+        rows = [[len(p[key]) if key in p else 0 for key in sorted(images)] for p in inputs]
         return {**tokens, "labels": labels, "image_rows": torch.tensor(rows, dtype=torch.long), **images}
 
 
@@ -277,7 +277,7 @@ class LlavaTask(TaskModel):
     Args:
         model: plain or with adapters.
         counts_examples: whether the loss is the mean of the examples' own means instead.
-        blank: what the model takes for a picture without content, for batches without pictures; a picture of
+        blank: what the model takes for an image without content, for batches without images; an image of
             zeros of the vision encoder's size when None.
     """
 
@@ -331,7 +331,7 @@ class LlavaTask(TaskModel):
         return 0.0 * self._blank_features()
 
     def _blank_features(self) -> Tensor:
-        """Return the sum of what the connector makes of a picture without content."""
+        """Return the sum of what the connector makes of an image without content."""
         side = getattr(self.config.vision_config, "image_size", None)
         blank = self.blank or {"pixel_values": torch.zeros(1, 3, side, side)}
         model = self.model.model
@@ -342,7 +342,7 @@ class LlavaTask(TaskModel):
     def probe(self, batch: Mapping[str, Tensor]) -> None:
         """Run every layer once.
 
-        On the batch's first example, and without its pictures, where it has none, on one without content.
+        On the batch's first example, and without its images, where it has none, on one without content.
         """
         first = self.first(batch)
         self(**first)

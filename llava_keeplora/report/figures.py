@@ -126,11 +126,11 @@ def encode(figure: Figure, kind: str) -> bytes:
 
 
 def _with_few_colours(png: io.BytesIO) -> bytes:
-    picture = Image.open(png).convert("RGB")
-    quantized = picture.quantize(PNG_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    image = Image.open(png).convert("RGB")
+    quantized = image.quantize(PNG_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     # Quantization may shift the background's colour a little, but it must be exactly the page's.
     palette, corner = quantized.getpalette(), 3 * quantized.getpixel((0, 0))
-    palette[corner : corner + 3] = list(picture.getpixel((0, 0)))
+    palette[corner : corner + 3] = list(image.getpixel((0, 0)))
     quantized.putpalette(palette)
     smaller = io.BytesIO()
     quantized.save(smaller, "PNG", optimize=True)

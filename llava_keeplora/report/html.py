@@ -64,35 +64,35 @@ LEGEND = (
     "Forgetting: mean drop from the score right after learning; BWT: the same with the other sign. "
     "The zero-shot row is a model that never changes."
 )
-SPREAD = " Mean ± sample standard deviation (n − 1) over n seeds; pictures and matrices show means."
+SPREAD = " Mean ± sample standard deviation (n − 1) over n seeds; plots and matrices show means."
 CSS_PIXELS_PER_INCH = 96
 READABLE = 0.6  # smallest scale of a plot at which the numbers in its cells can be read
 
 
 @dataclass(frozen=True)
-class Picture:
+class PlotImage:
     """A plot as PNG bytes with its caption; on a dark page, light and dark are swapped."""
 
     png: bytes
     caption: str
 
 
-def render_page(title: str, results: Results, pictures: Mapping[str, Picture], settings: Mapping) -> str:
+def render_page(title: str, results: Results, images: Mapping[str, PlotImage], settings: Mapping) -> str:
     """Return the whole page as HTML.
 
     Args:
         title: the page's title.
         results: label -> trials, in display order.
-        pictures: the plots in display order: ``KIND`` for those of all methods together, ``KIND/LABEL`` for
+        images: the plots in display order: ``KIND`` for those of all methods together, ``KIND/LABEL`` for
             those of one method.
         settings: the run's settings; values other than strings are shown as JSON.
     """
-    joint = "".join(html_figure(name, picture) for name, picture in pictures.items() if "/" not in name)
+    joint = "".join(html_figure(name, image) for name, image in images.items() if "/" not in name)
     joint = f"<section>\n<h2>Side by side</h2>\n{joint}</section>\n" if joint else ""
     sections = "".join(
-        _run_section(label, trials, pictures)
+        _run_section(label, trials, images)
         for label, trials in results.items()
-        if f"heatmap/{label}" in pictures
+        if f"heatmap/{label}" in images
     )
     return html_page(title, f"{_summary(results)}{joint}{sections}{_settings(settings)}")
 
@@ -122,10 +122,10 @@ def _summary(results: Results) -> str:
     return f"<p>{LEGEND}{spread}</p>\n{html_table(summary_header(by_name), body)}{resources}"
 
 
-def _run_section(label: str, trials: Sequence[Trial], pictures: Mapping[str, Picture]) -> str:
-    figures = {name: picture for name, picture in pictures.items() if name.partition("/")[2] == label}
+def _run_section(label: str, trials: Sequence[Trial], images: Mapping[str, PlotImage]) -> str:
+    figures = {name: image for name, image in images.items() if name.partition("/")[2] == label}
     heatmap = figures.pop(f"heatmap/{label}")
-    others = "".join(html_figure(label, picture) for name, picture in figures.items())
+    others = "".join(html_figure(label, image) for name, image in figures.items())
     head = f"<h2>{escape(label + of_seeds(trials))}</h2>\n"
     return f"<section>\n{head}{html_figure(label, heatmap)}{_numbers(trials)}{others}</section>\n"
 
@@ -150,15 +150,15 @@ def _numbers(trials: Sequence[Trial]) -> str:
     return f"<details><summary>The numbers</summary>\n{tables}</details>\n"
 
 
-def html_figure(name: str, picture: Picture) -> str:
+def html_figure(name: str, image: PlotImage) -> str:
     """Return a plot with its caption; the name distinguishes similar plots for a screen reader."""
-    caption = escape(picture.caption)
+    caption = escape(image.caption)
     # As large as it was drawn, smaller on a narrow page, and scrolled where it would be too small to read.
-    width = round(_pixel_width(picture.png) / DPI * CSS_PIXELS_PER_INCH)
+    width = round(_pixel_width(image.png) / DPI * CSS_PIXELS_PER_INCH)
     size = f"width: min(100%, {width}px); min-width: {round(READABLE * width)}px"
     return (
         f'<figure><div class="wide" tabindex="0">'
-        f'<img src="{_data_uri(picture.png)}" alt="{escape(name)}: {caption}" style="{size}"></div>'
+        f'<img src="{_data_uri(image.png)}" alt="{escape(name)}: {caption}" style="{size}"></div>'
         f"<figcaption>{caption}</figcaption></figure>\n"
     )
 

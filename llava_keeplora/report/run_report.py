@@ -370,7 +370,7 @@ def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
     paths = {
         "run folder" if (where / CONFIG).exists() else "folder": where,
         "table": where / DOCUMENTS["table"],
-        "page with the pictures": where / DOCUMENTS["html"],
+        "HTML report": where / DOCUMENTS["html"],
     }
     blocks.append("\n".join(f"{what}: {path}" for what, path in paths.items()))
     return "\n" + "\n\n".join(blocks) + "\n"

@@ -14,7 +14,7 @@ from llava_keeplora.report.curves import draw_curves, draw_forgetting, draw_loss
 from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.figures import LIGHT, Palette, encode, save
 from llava_keeplora.report.heatmap import colour_limits, draw_heatmap
-from llava_keeplora.report.html import Picture, render_page
+from llava_keeplora.report.html import PlotImage, render_page
 from llava_keeplora.report.latex_csv import latex_tables, scores_csv, summary_csv
 from llava_keeplora.report.lines import draw_layer_lines
 from llava_keeplora.report.overlap import draw_overlap
@@ -167,22 +167,22 @@ def write_report(
     _check(results)
     out_dir = Path(out_dir)
     # Drawn before anything is written, so that an invalid capacity leaves no incomplete report.
-    figures, pictures = {}, {}
+    figures, images = {}, {}
     for key, plot, selected in _plots(results):
         figure = plot.draw(selected, results, LIGHT)
         if figure is not None:
             figures[key] = figure
-            pictures[key] = Picture(encode(figure, "png"), plot.caption)
+            images[key] = PlotImage(encode(figure, "png"), plot.caption)
     out_dir.mkdir(parents=True, exist_ok=True)
     paths, file_names = {}, _file_names(figures)
     for key, figure in figures.items():
-        paths[key] = save(figure, out_dir / f"{file_names[key]}.png", pictures[key].png)[0]
+        paths[key] = save(figure, out_dir / f"{file_names[key]}.png", images[key].png)[0]
     texts = {
         "table": markdown_tables(title, results),
         "latex": latex_tables(title, results),
         "summary": summary_csv(results),
         "scores": scores_csv(results),
-        "html": render_page(title, results, pictures, settings or {}),
+        "html": render_page(title, results, images, settings or {}),
     }
     for key, name in DOCUMENTS.items():
         paths[key] = out_dir / name

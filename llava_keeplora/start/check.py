@@ -41,7 +41,7 @@ def check_run(
     deepspeed = deepspeed_config(config) or {}
     sharded = deepspeed.get("zero_optimization", {}).get("stage") == 3
     if sharded and world > 1:
-        check_pictures(tasks)
+        check_images(tasks)
     for label, method in config.methods.items():
         cls = METHODS[method.method]
         instance = cls(cls.Options(**method.options))
@@ -135,7 +135,7 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
             family.tokens(recipe.class_prompts(template))  # type: ignore[attr-defined]  # CLIP's alone, see above
 
 
-def check_pictures(tasks: Sequence[Task]) -> None:
+def check_images(tasks: Sequence[Task]) -> None:
     """Check that all examples of a split, or none, have images; for ZeRO-3 in several processes.
 
     A batch without images skips the vision encoder, so that processes would gather different weights and wait

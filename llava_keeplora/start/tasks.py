@@ -9,7 +9,7 @@ from llava_keeplora.config import HOLDOUT_SEED, DataConfig, RunConfig
 from llava_keeplora_eval.plugins import task_plugins
 from llava_keeplora_eval.references import check_references, metric_of
 from llava_keeplora_recipes import Recipe, TaskData, load_recipes, load_split
-from llava_keeplora_recipes.repeats import repeats, shared_pictures
+from llava_keeplora_recipes.repeats import repeats, shared_images
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Task:
         sentences = [
             f"{self.name}/{data.split}: {note}" for data in (self.train, self.test) for note in repeats(data)
         ]
-        if shared := shared_pictures(self.test, self.train):
+        if shared := shared_images(self.test, self.train):
             sentences.append(f"{self.name}/{self.test.split}: {shared}")
         return sentences
 

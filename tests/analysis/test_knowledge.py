@@ -109,7 +109,7 @@ def test_a_score_is_that_of_a_checkpoint_with_the_cut_weights(
         assert found.scores[data.recipe.name] == score(data, tmp_path / f"{data.recipe.name}.jsonl").score
 
 
-def test_the_folder_holds_numbers_table_and_picture_that_say_the_same(analysed):
+def test_the_folder_holds_numbers_table_and_image_that_say_the_same(analysed):
     folder, found = analysed
     assert {path.name for path in folder.iterdir()} == {
         f"knowledge.{kind}" for kind in ("json", "csv", "md", "png", "svg")

@@ -117,7 +117,7 @@ def test_a_part_counts_its_layers_by_the_energy_of_their_updates(found):
     assert sum(shares[place] for place in ("principal", "features", "outside")) == pytest.approx(1)
 
 
-def test_the_folder_holds_numbers_tables_and_pictures_of_every_method(run, found):
+def test_the_folder_holds_numbers_tables_and_images_of_every_method(run, found):
     into, methods = found
     pictures = {
         f"{kind}-{label}.{end}"

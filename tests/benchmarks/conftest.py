@@ -253,7 +253,7 @@ def mtil_recipes(mtil) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def imagenet(mtil) -> Path:
-    """The shipped recipe of ZSCL's reference pictures for two classes alone; pictures and captions lie beside MTIL's sets."""
+    """The shipped recipe of ZSCL's reference images for two classes alone; images and captions lie beside MTIL's sets."""
     for split, name, grey in itertools.product(("train", "val"), ("n01440764", "n01443537"), (40, 200)):
         mtil._jpeg(f"imagenet/{split}/{name}/{name}_{grey}.JPEG", grey)
     mtil._text("conceptual-captions/validation.txt", ["a boat on the water", "two people in a street"])
@@ -309,7 +309,7 @@ def whole_mtil(tmp_path_factory) -> MtilTree:
 
 
 def write_random_clip(folder: Path, length: int, **width: int) -> Path:
-    """A random CLIP with the embedded one's tokenizer and pictures.
+    """A random CLIP with the embedded one's tokenizer and images.
 
     Args:
         folder: where.

@@ -53,7 +53,7 @@ def test_the_images_of_caltechs_background_are_no_class(mtil, mtil_recipes):
     assert len(ids) == len(mtil.said["mtil/caltech101", "all"]) and not any("BACKGROUND" in i for i in ids)
 
 
-def test_the_reference_pictures_are_read_from_folders_that_name_their_classes(mtil, imagenet):
+def test_the_reference_images_are_read_from_folders_that_name_their_classes(mtil, imagenet):
     data = load_split(load_recipe(imagenet), "train", mtil.root)
     assert data.recipe.classes == ["n01440764", "n01443537"] and data.labels == [0, 0, 1, 1]
     assert [example.id for example in data] == [

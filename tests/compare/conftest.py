@@ -17,7 +17,7 @@ from llava_keeplora.sequence import runner
 
 @contextmanager
 def in_this_process() -> Iterator[list]:
-    """Runs start one after another here, without pictures; gives the jobs that were started."""
+    """Runs start one after another here, without plots; gives the jobs that were started."""
     started: list[jobs.Job] = []
 
     def start(job: jobs.Job, slot: int, workers: int) -> SimpleNamespace:

@@ -93,7 +93,7 @@ def test_the_plot_shows_each_metric_over_the_threshold(ablated):
         )
 
 
-def test_the_pictures_lie_next_to_the_table_and_a_threshold_that_is_not_swept_has_none(ablated):
+def test_the_images_lie_next_to_the_table_and_a_threshold_that_is_not_swept_has_none(ablated):
     ablation, outcome = ablated
     assert list(draw_ablation(ablation, outcome)) == ["energy-weight-I"]
     assert {"energy-weight-I.png", "energy-weight-I.svg"} == {

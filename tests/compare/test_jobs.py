@@ -131,7 +131,7 @@ def command(run_tree, tiny_tasks, tmp_path, capfd):
 
 
 def test_the_command_starts_its_runs_as_a_user_would_and_prints_the_table(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(writers, "write_report", lambda *args: None)  # the pictures are other tests'
+    monkeypatch.setattr(writers, "write_report", lambda *args: None)  # the images are other tests'
     code, said, errors = command({"seq-lora": {}})
     out = tmp_path / "out"
     assert code == 0 and errors == []

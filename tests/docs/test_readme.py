@@ -23,7 +23,7 @@ BY_MAKE = {"make demo", "make test", "pip install -c constraints.txt -e ."}
 SMALLER = {
     "deepspeed": ["tasks=[birds.yaml]", "training.max_steps=2", "training.per_device_train_batch_size=8"],
 }
-#: A shipped task of a thousand pictures, in the place of which a test's folder has a small one.
+#: A shipped task of a thousand images, in the place of which a test's folder has a small one.
 SMALL = {"glyphs": "glyphs.yaml"}
 
 
@@ -40,7 +40,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A user's folder: the README's two files, some pictures of birds, and the clone's scripts."""
+    """A user's folder: the README's two files, some images of birds, and the clone's scripts."""
     path = tmp_path_factory.mktemp("readme")
     (path / "scripts").symlink_to(ROOT / "scripts")
     for text in blocks("yaml"):

@@ -36,7 +36,7 @@ class FakeRecipe:
 
 @dataclass
 class FakeData:
-    """Ten little pictures; the label of example i is i % 3."""
+    """Ten little images; the label of example i is i % 3."""
 
     recipe: FakeRecipe = field(default_factory=FakeRecipe)
     split: str = "test"

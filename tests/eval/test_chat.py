@@ -1,4 +1,4 @@
-"""What a model is asked, token by token: places of pictures are kept, and a user's text stays text."""
+"""What a model is asked, token by token: places of images are kept, and a user's text stays text."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ def processor(request, embedded, tiny_llava):
 @pytest.mark.parametrize(
     "question", ["Is <image> red?", "Is <image> left of <image>?", "Which? <image><image>"]
 )
-def test_pictures_stay_where_the_question_marks_them(processor, question):
+def test_images_stay_where_the_question_marks_them(processor, question):
     chat, n = Chat(processor), question.count("<image>")
     text = render(processor, question, n)
     assert (
@@ -56,13 +56,13 @@ def test_an_answer_ends_with_the_end_of_text_where_the_template_writes_no_answer
     assert processor.tokenizer.decode(turn.reply) == f" a cat{processor.tokenizer.eos_token}"
 
 
-def test_pictures_without_places_go_before_the_question(processor):
+def test_images_without_places_go_before_the_question(processor):
     text = render(processor, "What?", 2)
     assert text.index("What?") > text.rindex(processor.image_token) and text.count(processor.image_token) == 2
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
-def test_another_number_of_places_than_pictures_is_refused(embedded, images):
+def test_another_number_of_places_than_images_is_refused(embedded, images):
     with pytest.raises(EvalError, match=f"marks 2 images and has {images}"):
         Chat(embedded).prompt("<image> or <image>?", [SIZE] * images)
 

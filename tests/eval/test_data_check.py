@@ -26,7 +26,7 @@ def record(name, question="What?", image="0.png", answer="a cat", **more) -> dic
 
 @pytest.fixture
 def task(tmp_path):
-    """Write a question task of pictures 0.png to 3.png with these train and test records; its YAML."""
+    """Write a question task of images 0.png to 3.png with these train and test records; its YAML."""
 
     def write(train, test=None, **changes):
         folder = tmp_path / "q"

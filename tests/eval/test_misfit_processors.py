@@ -97,7 +97,7 @@ def test_outputs_of_a_llava_that_are_no_numbers_are_refused(tiny_llava, mixed_ta
         whole.predict(examples)
 
 
-def test_pictures_of_another_size_than_the_model_takes_are_one_sentence(tiny_llava, mixed_tasks):
+def test_images_of_another_size_than_the_model_takes_are_one_sentence(tiny_llava, mixed_tasks):
     data, examples = first(str(mixed_tasks[1]))
     model, processor = load_llava(str(tiny_llava))
 

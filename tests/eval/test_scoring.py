@@ -127,7 +127,7 @@ def test_what_does_not_belong_together_is_refused(name, given, sentence):
 
 
 class Questions:
-    """Three questions with answers, a column of meta, and no picture that anybody may read."""
+    """Three questions with answers, a column of meta, and no image that anybody may read."""
 
     def __init__(self, metric, answers, kind="vqa", meta=None):
         self.recipe = SimpleNamespace(name="asks", version=1, kind=kind, metric=metric)

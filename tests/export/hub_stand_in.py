@@ -36,7 +36,7 @@ class StandIn(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Routes by regular expression; LFS for tensors and pictures, commits for the rest."""
+    """Routes by regular expression; LFS for tensors and images, commits for the rest."""
 
     protocol_version = "HTTP/1.1"
 

@@ -21,13 +21,13 @@ from llava_keeplora_eval.metrics import METRICS
 
 @pytest.fixture
 def shelf(tmp_path, tiny_clip, tiny_llava):
-    """Function (kind, export's folder) → a folder in which base and export lie under their names, with a picture."""
+    """Function (kind, export's folder) → a folder in which base and export lie under their names, with an image."""
 
     def arrange(kind, folder):
         (tmp_path / "you").mkdir()
         (tmp_path / "you/tiny-base").symlink_to(tiny_clip if kind == "clip" else tiny_llava)
         (tmp_path / "you" / folder.name).symlink_to(folder)
-        Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "picture.png")
+        Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "image.png")
         return tmp_path
 
     return arrange

@@ -40,7 +40,7 @@ def test_a_run_that_goes_on_from_a_state_learns_bit_for_bit_what_the_run_itself_
 ):
     config = import_state(str(states(2)), tmp_path / "run", base=str(tiny_clip), data_root=None)
     written = json.loads((tmp_path / "run/config.json").read_text())
-    # The pictures lie where they lay; a recipe's relative paths start at the data root that is given.
+    # The images lie where they lay; a recipe's relative paths start at the data root that is given.
     roots = {
         Path(task).parent for task in json.loads((finished("clip") / "config.json").read_text())["tasks"]
     }

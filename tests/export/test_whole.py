@@ -71,7 +71,7 @@ def test_a_state_goes_on_elsewhere_and_learns_what_the_run_learned(
         str(tmp_path / "state"), tmp_path / "more", base=str(tiny_clip), data_root=str(tiny_tasks[0].parent)
     )
     assert [path.parent.name for path in delta_files(tmp_path / "more")] == ["task-01-colours"]
-    # Which pictures and texts are looked at is known from the state, where they lie here is for the user to say.
+    # Which images and texts are looked at is known from the state, where they lie here is for the user to say.
     with pytest.raises(ConfigError, match="methods.zscl.reference: .*corners.yaml"):
         driven(load_config(str(config)))
     with pytest.raises(RunError, match="the reference data has changed since .* was planned .fingerprint: "):

@@ -58,7 +58,7 @@ def words(value):
 
 
 def named(value):
-    """The picture files that a cell names, or None where it is no such thing."""
+    """The image files that a cell names, or None where it is no such thing."""
     listed = value if isinstance(value, list) else [value]
     if all(v in (None, "", " ", [], {}) for v in listed):
         return []
@@ -67,7 +67,7 @@ def named(value):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with two pictures."""
+    """A folder with two images."""
     root = tmp_path_factory.mktemp("cells")
     for i in range(2):
         Image.fromarray(np.full((4, 4, 3), 60 * i, np.uint8)).save(root / f"{i}.png")
@@ -102,7 +102,7 @@ def inspected(place, content, count, form="llava_json", recipe=None, **source):
     assert all(isinstance(p, RecipeError) and str(p).endswith(".") and "\n" not in str(p) for p in problems)
     examples = {} if data is None else {example.id: example for example in data}
     told = {i for p in problems for i in numbers_in(str(p))}
-    # a missing picture of several records is told with the first of them, and all are counted as dropped
+    # a missing image of several records is told with the first of them, and all are counted as dropped
     told |= {int(name[1:]) for name in (data.dropped if data else ())}
     if data is None and not told:
         assert len(problems) == 1, "a file or column that cannot be read is refused once"

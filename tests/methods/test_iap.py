@@ -206,7 +206,7 @@ def image(pictures):
 
 @pytest.fixture(scope="module")
 def router(pictures, contexts):
-    """Function (**options) → a method that has seen two kinds of pictures."""
+    """Function (**options) → a method that has seen two kinds of images."""
 
     def build(**options):
         own = method(**options)
@@ -218,7 +218,7 @@ def router(pictures, contexts):
 
 @pytest.fixture(scope="module")
 def by_hand(pictures, image):
-    """Function (task) → (task, w) of each picture by the formulas; by the classes of the task given, or else of its own."""
+    """Function (task) → (task, w) of each image by the formulas; by the classes of the task given, or else of its own."""
     known = [pictures(kind, 120) for kind in (1, 2)]
 
     def log_density(rows, ridge, scale):
@@ -273,7 +273,7 @@ def test_neighbours_matter_if_a_batch_has_one_task_and_else_they_do_not(router, 
     assert router().routes(image)[:40] == router().routes(image[:40])
 
 
-def test_fewer_than_five_classes_and_classes_of_one_picture_have_a_weight_too(pictures, contexts):
+def test_fewer_than_five_classes_and_classes_of_one_image_have_a_weight_too(pictures, contexts):
     own, (rows, _) = method(low=0.0, high=1.0), pictures(1, 20)
     labels = torch.tensor([0] * 19 + [7])
     ctx = contexts(1)

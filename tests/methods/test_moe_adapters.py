@@ -242,7 +242,7 @@ def kept(finished):
 
 def test_every_example_and_prompt_of_every_step_is_counted(finished):
     for state in kept(finished):
-        # 24 pictures in 3 steps, 4 prompts in each, two experts for either.
+        # 24 images in 3 steps, 4 prompts in each, two experts for either.
         assert state["counts"].sum(1).tolist() == [48, 48, 24, 24]
 
 
@@ -278,7 +278,7 @@ def test_an_auto_encoder_of_every_task_is_kept_with_its_usual_error(finished):
 
 @pytest.fixture(scope="module")
 def pictures():
-    """Function (kind, count) → unit features of pictures that lie in a subspace of the kind's own."""
+    """Function (kind, count) → unit features of images that lie in a subspace of the kind's own."""
 
     def draw(kind, count, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -293,7 +293,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def router(pictures):
-    """Function (**options) → a method that has seen two kinds of pictures."""
+    """Function (**options) → a method that has seen two kinds of images."""
     coders = [AutoEncoder.trained(pictures(kind, 200), 16, seed=kind) for kind in (1, 2)]
 
     def build(**options):
@@ -306,7 +306,7 @@ def router(pictures):
     return build
 
 
-def test_a_picture_goes_to_the_task_that_knows_it_and_to_clip_where_none_does(router, pictures):
+def test_an_image_goes_to_the_task_that_knows_it_and_to_clip_where_none_does(router, pictures):
     routes = router().routes(torch.cat([pictures(kind, 50, seed=9) for kind in (1, 2, 3)]))
     for kind, expected in enumerate((Route(0), Route(1), ORIGINAL)):
         assert sum(route == expected for route in routes[50 * kind : 50 * (kind + 1)]) >= 40
@@ -331,7 +331,7 @@ def test_an_auto_encoder_is_the_same_again_and_leaves_the_generator_alone(pictur
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
-def test_its_usual_error_is_that_on_every_fifth_picture_which_it_never_sees(pictures):
+def test_its_usual_error_is_that_on_every_fifth_image_which_it_never_sees(pictures):
     rows = pictures(1, 30)
     coder = AutoEncoder.trained(rows, 4, seed=5)
     assert float(coder.usual) == pytest.approx(float(coder.error(rows[4::5]).mean()))
@@ -341,7 +341,7 @@ def test_its_usual_error_is_that_on_every_fifth_picture_which_it_never_sees(pict
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_few_pictures_are_enough_for_one(pictures, count):
+def test_few_images_are_enough_for_one(pictures, count):
     coder = AutoEncoder.trained(pictures(1, count), 4, seed=5)
     assert 0 < float(coder.usual) < float("inf")
 

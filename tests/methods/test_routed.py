@@ -1,4 +1,4 @@
-"""What the routed methods share: each picture is answered by its own route, and the model is the plain CLIP outside of a call."""
+"""What the routed methods share: each image is answered by its own route, and the model is the plain CLIP outside of a call."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_routes_to_no_task_are_the_frozen_clip_bit_for_bit(taught, routes):
     assert torch.equal(taught.logits(0), taught.logits(0, base=True))
 
 
-def test_every_picture_is_answered_by_its_own_route(taught, routes):
+def test_every_image_is_answered_by_its_own_route(taught, routes):
     chosen = [ORIGINAL, Route(0), Route(1), Route(1, 0.5, 0.25)]
     routes([chosen[i % 4] for i in range(24)])
     mixed = taught.logits(1)
@@ -48,7 +48,7 @@ def test_every_picture_is_answered_by_its_own_route(taught, routes):
 
 
 def test_both_encoders_of_a_route_are_the_tasks(taught, routes):
-    """By hand: the features of pictures and prompts under the task's modules."""
+    """By hand: the features of images and prompts under the task's modules."""
     routes([Route(1)] * 24)
     found, plain, model = taught.logits(0), taught.predictor(0, base=True), taught.family.model
     pixels = plain.inputs([taught.data[0][i] for i in range(24)])["pixel_values"]
@@ -57,7 +57,7 @@ def test_both_encoders_of_a_route_are_the_tasks(taught, routes):
     assert torch.equal(found, expected) and not torch.allclose(found, taught.logits(0, base=True), atol=1e-3)
 
 
-def test_a_picture_is_answered_alike_in_any_batch(taught):
+def test_an_image_is_answered_alike_in_any_batch(taught):
     whole = taught.logits(0)
     for size in (1, 5):
         parts = [taught.logits(0, range(start, min(start + size, 24))) for start in range(0, 24, size)]

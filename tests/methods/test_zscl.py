@@ -159,7 +159,7 @@ def test_training_goes_on_from_the_weights_and_not_from_their_mean(finished):
 
 
 def test_a_step_of_two_half_batches_is_the_step_of_the_whole_one(finished):
-    """Distillation and constraint count once per optimiser step, on the same reference pictures."""
+    """Distillation and constraint count once per optimiser step, on the same reference images."""
     for whole, halves in zip(delta_files(finished, "whole"), delta_files(finished, "halves"), strict=True):
         ours, theirs = changes(whole), changes(halves)
         scale = max(float(change.abs().max()) for change in ours.values())
@@ -263,7 +263,7 @@ def test_no_distillation_reaches_the_text_encoder_and_all_of_it_the_vision_encod
     }
 
 
-def test_reference_pictures_are_a_function_of_seed_and_step_that_no_generator_feels():
+def test_reference_images_are_a_function_of_seed_and_step_that_no_generator_feels():
     reference = Reference(None, 100, {}, {})
     before = random.getstate(), torch.get_rng_state()
     drawn = {(seed, step): reference.draw(16, seed, step) for seed in (1, 2) for step in range(20)}

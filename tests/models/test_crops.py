@@ -1,4 +1,4 @@
-"""Random crops of training pictures: their sizes and places, their pixels, and that they depend on seed, step and example alone."""
+"""Random crops of training images: their sizes and places, their pixels, and that they depend on seed, step and example alone."""
 
 import numpy as np
 import pytest

@@ -89,7 +89,7 @@ def test_the_loss_is_cross_entropy_of_these_logits(checkpoint, data, plain):
 
 
 @pytest.mark.parametrize("kind", ["siglip2"], indirect=True)
-def test_pictures_that_keep_their_shape_are_answered_alike_alone_and_together(checkpoint, data, kind):
+def test_images_that_keep_their_shape_are_answered_alike_alone_and_together(checkpoint, data, kind):
     """Of shapes whose patches are fewer than there is room for, which nothing but the mask tells from content."""
     generator = np.random.default_rng(0)
     shapes = [(40, 16), (16, 24), (16, 16)]
@@ -142,7 +142,7 @@ def test_scale_and_bias_are_whole_in_every_process(checkpoint, kind):
 
 @pytest.fixture(scope="module")
 def clipseg(tmp_path_factory):
-    """A model of a type that has no record, with CLIP's tokenizer and pictures."""
+    """A model of a type that has no record, with CLIP's tokenizer and images."""
     classes = [name for names in TASKS.values() for name in names]
     return write_clipseg(tmp_path_factory.mktemp("clipseg") / "model", classes)
 

@@ -43,7 +43,7 @@ NEEDED = {
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder with pictures of four shapes."""
+    """A folder with images of four shapes."""
     root = tmp_path_factory.mktemp("shapes")
     for i, size in enumerate(((30, 30), (60, 24), (20, 44), (33, 16))):
         pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -206,7 +206,7 @@ def test_an_input_that_is_left_out_changes_what_is_computed(kind, family, data):
             assert NEEDED[kind] in str(error)
 
 
-def test_pictures_between_words_stay_there_or_are_refused(kind, family):
+def test_images_between_words_stay_there_or_are_refused(kind, family):
     chat, sizes = Chat(family.processor), [(30, 30), (24, 60)]
     if kind in WITH_IMAGES_ONLY:
         with pytest.raises(EvalError, match="between words"):

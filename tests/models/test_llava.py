@@ -40,7 +40,7 @@ def family(folder):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """Questions about one picture, two and none, in LLaVA's JSON; the pictures have different shapes."""
+    """Questions about one image, two and none, in LLaVA's JSON; the images have different shapes."""
     root = tmp_path_factory.mktemp("questions")
     for i, size in enumerate(((16, 16), (40, 24), (20, 32), (33, 16))):
         pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -204,7 +204,7 @@ def test_features_leave_padding_out_and_keep_every_image_token(family, inputs, d
     assert all(whole[n] is whole[n.replace("k_proj", "q_proj")] for n in language if "k_proj" in n)
 
 
-def test_features_are_the_same_in_any_order_and_those_of_vision_are_left_out_only_where_no_example_has_a_picture(
+def test_features_are_the_same_in_any_order_and_those_of_vision_are_left_out_only_where_no_example_has_an_image(
     family, inputs, data, second_moments
 ):
     layers = {

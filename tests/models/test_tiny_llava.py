@@ -52,13 +52,13 @@ def test_it_is_small_and_needs_no_torchvision(model, processor):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_the_chat_text_has_the_pictures_first_and_works_without_any(processor):
+def test_the_chat_text_has_the_images_first_and_works_without_any(processor):
     assert chat(processor, "What?") == "USER: <image>\nWhat? ASSISTANT:"
     assert chat(processor, "What?", images=2) == "USER: <image>\n<image>\nWhat? ASSISTANT:"
     assert chat(processor, "What?", images=0) == "USER: What? ASSISTANT:"
 
 
-def test_a_picture_becomes_36_tokens(model, processor):
+def test_an_image_becomes_36_tokens(model, processor):
     batch = processor(
         text=[chat(processor, "What?")], images=[Image.new("RGB", (30, 70), "red")], return_tensors="pt"
     )
@@ -115,7 +115,7 @@ def test_the_digits_that_it_has_seen_are_drawn_and_asked_again_alike(scripts, tm
     assert (len(again.turns), again.fingerprint()) == (record["images"], record["sha256"])
 
 
-def test_turns_that_share_a_picture_are_learned_as_if_each_were_asked_alone(model, processor, scripts):
+def test_turns_that_share_an_image_are_learned_as_if_each_were_asked_alone(model, processor, scripts):
     turns = [
         ("Is there a red square?", "yes"),
         ("What color is the star?", "blue"),

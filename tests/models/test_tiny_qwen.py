@@ -70,7 +70,7 @@ def written(processor, question: str, answer: str | None, image: Image.Image):
     return processor(text=[text], images=[image], return_tensors="pt")
 
 
-def test_turns_that_share_a_picture_are_learned_as_if_each_were_asked_alone(scripts, untrained):
+def test_turns_that_share_an_image_are_learned_as_if_each_were_asked_alone(scripts, untrained):
     model, processor, lessons = untrained
     images = pictures()
     seen = processor.image_processor(images=images, return_tensors="pt")
@@ -92,7 +92,7 @@ def one_by_one(model, processor, image, question: str, answer: str) -> torch.Ten
     return torch.nn.functional.cross_entropy(logits, whole["input_ids"][0, start:end], reduction="none")
 
 
-def test_pictures_are_cut_in_the_order_and_size_of_the_image_processor(scripts, untrained):
+def test_images_are_cut_in_the_order_and_size_of_the_image_processor(scripts, untrained):
     _, processor, lessons = untrained
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8))
     batch = processor.image_processor(images=[image], return_tensors="pt")

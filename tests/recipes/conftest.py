@@ -16,7 +16,7 @@ from llava_keeplora_recipes import load_recipe
 
 
 def encoded(seed: int, form: str = "PNG", mode: str = "RGB", side: int = 12) -> bytes:
-    """A small encoded picture of noise."""
+    """A small encoded image of noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(file, form)

@@ -171,7 +171,7 @@ def test_a_missing_image_of_a_record(questions):
 
 @pytest.fixture
 def album(questions, tmp_path, make):
-    """Five records over the readable pictures 0.png and 1.png, the broken 2.png and the missing 3.png."""
+    """Five records over the readable images 0.png and 1.png, the broken 2.png and the missing 3.png."""
     for i in range(3):
         make.json(tmp_path / "q" / f"{i}.png", 0)
         (tmp_path / "q" / f"{i}.png").write_bytes(make.encoded(i) if i < 2 else b"broken")
@@ -186,13 +186,13 @@ def album(questions, tmp_path, make):
     return questions(*records)
 
 
-def test_a_picture_of_several_records_is_counted_once_and_named_by_its_first(album):
+def test_an_image_of_several_records_is_counted_once_and_named_by_its_first(album):
     sentence = refusal(album)
     assert sentence.startswith("2 of 4 images of pets/train cannot be read (half: cannot identify image file")
     assert "/3.png'); replace them" in sentence
 
 
-def test_an_example_is_dropped_with_any_of_its_pictures(album, caplog):
+def test_an_example_is_dropped_with_any_of_its_images(album, caplog):
     data = load_split(album, "train", on_bad_image="drop")
     assert data.ids == ["none", "one", "two"] and data.dropped == ["half", "gone"]
     assert "2 of 4 images of pets/train cannot be read: 2 of 5 examples are left out" in caplog.text

@@ -77,7 +77,7 @@ ANSWERS = {
 
 @pytest.fixture
 def tree(tmp_path, make):
-    """Write a task's files: three records per split, the ids of train all the same, the first without a picture."""
+    """Write a task's files: three records per split, the ids of train all the same, the first without an image."""
 
     def write(task: str) -> Path:
         train, test, *folders = LAYOUT[task]

@@ -19,7 +19,7 @@ CAPTIONS = {"images": [{"id": i, "file_name": f"{name}.png"} for i, name in enum
 
 @pytest.fixture
 def recipe_of(make, tmp_path):
-    """Function (source, splits, changes) → a recipe of questions on two pictures."""
+    """Function (source, splits, changes) → a recipe of questions on two images."""
     for i, name in enumerate("ab"):
         (tmp_path / f"{name}.png").write_bytes(make.encoded(i))
 

@@ -7,7 +7,7 @@ from llava_keeplora_recipes import RecipeError, inspect_split, load_recipe, load
 
 @pytest.fixture
 def folders(tmp_path, make):
-    """A recipe `classes: from-source` over folders of pictures with these names."""
+    """A recipe `classes: from-source` over folders of images with these names."""
 
     def build(**splits):
         for split, names in splits.items():

@@ -22,7 +22,7 @@ IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "What is it?"}
 
 
 @pytest.mark.parametrize("value", ["What is it?", "<image>\nWhat is it?", "Is <image> left of <image>?"])
-def test_a_question_is_handed_on_with_the_markers_of_its_pictures(value):
+def test_a_question_is_handed_on_with_the_markers_of_its_images(value):
     assert from_conversations([{"from": "human", "value": f" {value}\n"}, ANSWER], "r") == Turn(
         value, ["a cat"]
     )
@@ -89,7 +89,7 @@ def test_a_system_message_beside_the_turns_goes_first_and_may_not_differ():
         with_system(both, "Be long.", "r")
 
 
-def test_pictures_are_counted_over_all_questions_and_marked_in_no_other_turn():
+def test_images_are_counted_over_all_questions_and_marked_in_no_other_turn():
     def turn(*texts):
         roles = ["user", "assistant"] * len(texts)
         *history, last = [Message(*pair) for pair in zip(roles, texts, strict=False)]

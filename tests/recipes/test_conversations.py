@@ -1,4 +1,4 @@
-"""Questions and chats from JSON, JSONL, parquet and the Hub, with no picture, one or several."""
+"""Questions and chats from JSON, JSONL, parquet and the Hub, with no image, one or several."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from llava_keeplora_recipes import RecipeError, load_recipe, load_split
 
 @pytest.fixture
 def pixels(make):
-    """The decoded bytes of the pictures 0.png to 2.png."""
+    """The decoded bytes of the images 0.png to 2.png."""
     return [Image.open(io.BytesIO(make.encoded(i))).tobytes() for i in range(3)]
 
 
@@ -52,7 +52,7 @@ def chat(question, images=None, answer="a cat", **more) -> dict:
 # ----------------------------------------------------------------------------------------- JSON
 
 
-def test_llava_records_show_no_picture_one_or_several(recipe, tmp_path, make, pixels):
+def test_llava_records_show_no_image_one_or_several(recipe, tmp_path, make, pixels):
     rows = [
         llava("none", "Two and two?"),
         llava("one", "<image>\nWhat?", "0.png"),

@@ -11,7 +11,7 @@ WRITTEN = ["007", "True", "NA", "None", "null", "nan", "1.50"]
 
 @pytest.fixture
 def metadata(tmp_path, make):
-    """Write `metadata.csv` beside pictures `0.png`, `1.png`, ... and load it as visual questions."""
+    """Write `metadata.csv` beside images `0.png`, `1.png`, ... and load it as visual questions."""
 
     def load(text, encoding="utf-8", **changes):
         folder = tmp_path / "set" / "train"

@@ -10,7 +10,7 @@ from llava_keeplora_recipes import Message, RecipeError, load_recipe, load_split
 
 @pytest.fixture
 def task(tmp_path, make):
-    """A recipe of chats over `tmp_path/q`, where three pictures lie, read as its split `test`."""
+    """A recipe of chats over `tmp_path/q`, where three images lie, read as its split `test`."""
 
     def build(rows, kind="vqa", splits=None, classes=None, prompt=None, **facts):
         for i in range(3):

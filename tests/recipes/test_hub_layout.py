@@ -16,7 +16,7 @@ CSV = "file_name,question,answers\n" + "".join(f"{i}.png,what?,{a}\n" for i, a i
 
 @pytest.fixture
 def folder(tmp_path, make):
-    """Write files beside the pictures `0.png` to `4.png` of a split `train`; return the dataset's folder."""
+    """Write files beside the images `0.png` to `4.png` of a split `train`; return the dataset's folder."""
 
     def write(files, place="set"):
         train = tmp_path / place / "train"
@@ -123,7 +123,7 @@ def test_files_that_the_metadata_does_not_list_are_counted(folder, recipe, tmp_p
     }
 
 
-def test_pictures_of_the_hub_that_the_metadata_does_not_list_are_counted(on_the_hub, recipe, tmp_path):
+def test_images_of_the_hub_that_the_metadata_does_not_list_are_counted(on_the_hub, recipe, tmp_path):
     for _ in on_the_hub({"metadata.csv": CSV.rsplit("3.png")[0]}):
         data = load_split(recipe("someone/pets"), "train", tmp_path)
     assert data.left_out == {"not in the metadata": ["train/3.png", "train/4.png"]}
@@ -149,7 +149,7 @@ def test_a_row_without_a_file_name_is_refused_by_record(folder, recipe, tmp_path
         (lines("a", "b", file_name="../1.png"), "row 2 of .* has '../1.png' as its 'file_name'"),
         (lines("a", "b", file_name="http://x/1.png"), "row 2 of .* has 'http"),
         (lines("a", file_name=3), "row 1 of .* has 3 as its 'file_name'"),
-        (lines("a", image="1.png"), "'file_name', whose pictures are called 'image', and a column 'image'"),
+        (lines("a", image="1.png"), "'file_name', whose images are called 'image', and a column 'image'"),
         ('{"image": "0.png"}', "no column 'file_name' .it has 'image'."),
     ],
 )
@@ -217,7 +217,7 @@ def test_a_value_that_is_text_in_another_json_file_becomes_text_by_the_rule(tmp_
     assert load_split(recipe(), "train", tmp_path).answers == [["red"], ["no"], ["3"]]
 
 
-def test_pictures_in_an_archive_are_refused_with_the_cure(tmp_path, make, recipe):
+def test_images_in_an_archive_are_refused_with_the_cure(tmp_path, make, recipe):
     (tmp_path / "set").mkdir()
     with zipfile.ZipFile(tmp_path / "set/train.zip", "w") as archive:
         archive.writestr("0.png", make.encoded(0))

@@ -1,4 +1,4 @@
-"""Labels of MATLAB files: which class each picture gets, counted from one there and from zero here."""
+"""Labels of MATLAB files: which class each image gets, counted from one there and from zero here."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ NAMES = ["AM General Hummer", "Acura RL", "Acura TL"]
 
 @pytest.fixture
 def flowers(tmp_path, make):
-    """Five flowers, of which a split has some, with their labels by number of the picture."""
+    """Five flowers, of which a split has some, with their labels by number of the image."""
 
     def load(labels=(3, 1, 2, 2, 1), numbers=(4, 1, 2, 3), kind=np.uint8, check=load_split):
         folder = tmp_path / "flowers"

@@ -9,7 +9,7 @@ from llava_keeplora_recipes.errors import RecipeError
 
 @pytest.fixture
 def outside(tmp_path, make):
-    """A picture, and a folder of one, beside the data root."""
+    """An image, and a folder of one, beside the data root."""
     (tmp_path / "private/cat").mkdir(parents=True)
     (tmp_path / "private/cat/0.png").write_bytes(make.encoded(1))
     return tmp_path / "private/cat/0.png"
@@ -66,7 +66,7 @@ def refusal(load, **changes) -> str:
 @pytest.mark.parametrize(
     ("write", "what"), [(asked, "record 'first' of train.json"), (captioned, "image 7 of train.json")]
 )
-def test_a_record_whose_picture_is_a_link_out_of_the_data_root_is_refused_by_name(
+def test_a_record_whose_image_is_a_link_out_of_the_data_root_is_refused_by_name(
     load, root, make, outside, write, what
 ):
     (root / "pets/link.png").symlink_to(outside)

@@ -27,14 +27,14 @@ def test_places_inside_of_a_text_are_kept(text, images, expected):
 
 
 @pytest.mark.parametrize(("text", "images"), [("<image> q", 0), ("<image> q", 2), ("<image><image> q", 1)])
-def test_another_number_of_markers_than_pictures_is_refused(text, images):
+def test_another_number_of_markers_than_images_is_refused(text, images):
     with pytest.raises(
         RecipeError, match=f"r marks {text.count('<image>')} images? in its question and names {images}"
     ):
         place_images(text, images, "r")
 
 
-def test_classification_marks_its_picture_in_the_instruction_and_nowhere_else(make, tmp_path):
+def test_classification_marks_its_image_in_the_instruction_and_nowhere_else(make, tmp_path):
     def recipe(**changes):
         return load_recipe(make.yaml(tmp_path / "q.yaml", **make.facts(**changes)))
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 from llava_keeplora_recipes import Reader, RecipeError, Records, load_split, inspect_split
 from llava_keeplora_recipes.errors import collect_errors
 from llava_keeplora_recipes.paths import split_file
-from llava_keeplora_recipes.records import picture_files
+from llava_keeplora_recipes.records import image_files
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Csv(Reader):
         rows = collect_errors(check, rows, problems)
         return Records(
             ids=[row["id"] for row in rows],
-            pictures=picture_files([[] for _ in rows]),
+            images=image_files([[] for _ in rows]),
             labels=[None for _ in rows],
             label_names=None,
             questions=[row["question"] for row in rows],

@@ -17,7 +17,7 @@ from llava_keeplora_recipes.texts import answer_texts, as_text, identifier
 
 @pytest.fixture
 def task(tmp_path, make):
-    """A recipe over `tmp_path/q`, where three pictures and a file of records lie."""
+    """A recipe over `tmp_path/q`, where three images and a file of records lie."""
     for i in range(3):
         (tmp_path / "q").mkdir(exist_ok=True)
         (tmp_path / "q" / f"{i}.png").write_bytes(make.encoded(i))
@@ -185,7 +185,7 @@ def test_answers_of_another_file_are_read_by_the_rule_too(task, tmp_path, make):
     )
 
 
-# ----------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("nothing", [None, "", [], [None], [""], {}])
@@ -207,7 +207,7 @@ def test_what_is_no_path_is_refused(value):
         image_names({"image": value}, "r")
 
 
-def test_merged_sets_of_chats_keep_their_pictures(task):
+def test_merged_sets_of_chats_keep_their_images(task):
     chat = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "a"}]
     rows = [
         {"messages": chat, "image": "0.png", "images": None},
@@ -220,7 +220,7 @@ def png(make, *numbers):
     return [{"bytes": make.encoded(i), "path": None} for i in numbers]
 
 
-def test_merged_tables_keep_their_pictures(task, make, tmp_path):
+def test_merged_tables_keep_their_images(task, make, tmp_path):
     text = {"question": ["q"] * 3, "answers": ["a"] * 3}
     kinds = {"question": datasets.Value("string"), "answers": datasets.Value("string")}
     features = datasets.Features(
@@ -245,10 +245,10 @@ def test_merged_tables_keep_their_pictures(task, make, tmp_path):
 
 
 @pytest.mark.parametrize("field", ["image_path", "image_url", "img", "pictures"])
-def test_a_picture_that_another_tools_field_names_is_not_passed_over(task, field):
+def test_an_image_that_another_tools_field_names_is_not_passed_over(task, field):
     row = {"id": "a", "text": "q", "answer": "x"}
     said = loaded(task([row | {field: "0.png"}]))
-    assert f"as '{field}', and pictures are read from 'image' or 'images'; rename the field" in said
+    assert f"as '{field}', and images are read from 'image' or 'images'; rename the field" in said
     assert loaded(task([row | {field: None}])).image_counts == [0]
     assert loaded(task([row | {field: "0.png", "image": "0.png"}])).image_counts == [1]
 

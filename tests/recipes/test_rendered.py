@@ -1,4 +1,4 @@
-"""The rendered world: the same call draws the same bytes, and no picture is in two splits."""
+"""The rendered world: the same call draws the same bytes, and no image is in two splits."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ def sample(task: str, split: str, count: int = 24) -> list[int]:
 
 
 @tasks
-def test_drawing_a_picture_again_gives_the_same_bytes(task):
+def test_drawing_an_image_again_gives_the_same_bytes(task):
     for split in SPLITS:
         again = [digest(task, split, i) for i in (5, 0, 11)]
         assert again == [digest(task, split, i) for i in (5, 0, 11)]
@@ -48,7 +48,7 @@ def test_another_process_with_another_hash_seed_draws_the_same_bytes():
 
 
 @tasks
-def test_no_picture_is_in_two_splits_or_twice_in_one(task):
+def test_no_image_is_in_two_splits_or_twice_in_one(task):
     seen = [digest(task, split, i) for split in SPLITS for i in sample(task, split)]
     assert len(seen) == len(set(seen))
 
@@ -66,7 +66,7 @@ def test_labels_are_balanced_and_every_class_appears(task):
 
 
 @tasks
-def test_pictures_are_small_rgb_images_with_something_in_them(task):
+def test_images_are_small_rgb_images_with_something_in_them(task):
     for split in SPLITS:
         image, label, identity = render(task, split, 3)
         assert (image.mode, image.size) == ("RGB", (48, 48))
@@ -83,7 +83,7 @@ def test_digits_shows_every_scan_in_one_split_at_most():
     assert min(together) >= 0 and max(together) < 1797
 
 
-def test_digits_pictures_carry_the_label_of_their_scan():
+def test_digits_images_carry_the_label_of_their_scan():
     from sklearn.datasets import load_digits
 
     truth = load_digits().target
@@ -110,6 +110,6 @@ def test_the_first_caption_is_the_classification_prompt(task):
         (("shapes", "test", -1), "0 to 299"),
     ],
 )
-def test_a_picture_that_does_not_exist_is_refused_with_a_hint(call, words):
+def test_an_image_that_does_not_exist_is_refused_with_a_hint(call, words):
     with pytest.raises(RecipeError, match=words):
         render(*call)

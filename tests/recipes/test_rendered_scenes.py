@@ -1,4 +1,4 @@
-"""Rendered scenes: pictures and questions are pure functions, and nothing can be answered without looking."""
+"""Rendered scenes: images and questions are pure functions, and nothing can be answered without looking."""
 
 import hashlib
 import os
@@ -46,13 +46,13 @@ def test_another_process_with_another_hash_seed_draws_and_asks_the_same():
 
 
 @tasks
-def test_no_picture_is_in_two_splits_or_twice_in_one(task):
+def test_no_image_is_in_two_splits_or_twice_in_one(task):
     seen = [draw(task, split, i).tobytes() for split in SPLITS for i in range(24)]
     assert len(seen) == len(set(seen))
 
 
 @tasks
-def test_pictures_are_small_rgb_images_and_half_of_the_test_pictures_have_a_plain_background(task):
+def test_images_are_small_rgb_images_and_half_of_the_test_images_have_a_plain_background(task):
     images = [draw(task, "test", i) for i in range(80)]
     assert {(image.mode, image.size) for image in images} == {("RGB", (SIDE, SIDE))}
     # the plain style's sensor noise has a deviation of 3 on one colour; the other's is at least 4, on a gradient
@@ -68,7 +68,7 @@ def nearest_colour(pixels: np.ndarray) -> str:
 
 
 @tasks
-def test_what_a_scene_says_stands_in_its_picture(task):
+def test_what_a_scene_says_stands_in_its_image(task):
     right, total = 0, 0
     for i in range(0, 60):
         pixels = np.asarray(draw(task, "pretrain", i), float)
@@ -81,7 +81,7 @@ def test_what_a_scene_says_stands_in_its_picture(task):
 
 
 @tasks
-def test_no_two_things_share_a_cell_and_all_cells_lie_in_the_picture(task):
+def test_no_two_things_share_a_cell_and_all_cells_lie_in_the_image(task):
     for scene in scenes(task, "test"):
         cells = [thing.cell for thing in scene.things]
         assert len(set(cells)) == len(cells)

@@ -1,4 +1,4 @@
-"""Each format on a tiny tree: ids, labels by name, questions, answers, and RGB pictures."""
+"""Each format on a tiny tree: ids, labels by name, questions, answers, and RGB images."""
 
 import datasets
 import numpy as np
@@ -39,7 +39,7 @@ def test_a_rendered_recipe_takes_everything_from_the_code_that_draws(task):
         assert example.image.tobytes() == image.tobytes()
 
 
-def test_a_picture_can_be_changed_by_its_reader_without_harm():
+def test_an_image_can_be_changed_by_its_reader_without_harm():
     data = load_split(load_recipe("shapes"), "test").take([0])
     before = data[0].image.tobytes()
     data[0].image.paste((0, 0, 0), (0, 0, 48, 48))

@@ -60,7 +60,7 @@ def test_the_fingerprint_of_json_data_does_not_depend_on_the_order_of_records(tm
 
 @pytest.fixture
 def album(tmp_path, make):
-    """A question recipe over three pictures, and the function to load it with these `image` entries."""
+    """A question recipe over three images, and the function to load it with these `image` entries."""
     facts = make.facts(
         kind="vqa",
         prompt=None,
@@ -82,7 +82,7 @@ def album(tmp_path, make):
     return load
 
 
-def test_an_example_has_no_picture_or_one_or_several_in_their_order(album, make):
+def test_an_example_has_no_image_or_one_or_several_in_their_order(album, make):
     data = album(None, "2.png", ["1.png", "0.png"], [])
     pixels = [Image.open(io.BytesIO(make.encoded(i))).tobytes() for i in range(3)]
     assert [[i.tobytes() for i in e.images] for e in data] == [[], [pixels[2]], [pixels[1], pixels[0]], []]
@@ -94,16 +94,16 @@ def test_an_example_has_no_picture_or_one_or_several_in_their_order(album, make)
             data[index].image
 
 
-def test_one_picture_in_a_list_is_one_picture(album):
+def test_one_image_in_a_list_is_one_image(album):
     assert album("1.png").fingerprint == album(["1.png"]).fingerprint
 
 
-def test_the_fingerprint_knows_number_and_order_of_pictures(album):
+def test_the_fingerprint_knows_number_and_order_of_images(album):
     shown = ["0.png", None, ["0.png", "1.png"], ["1.png", "0.png"], ["0.png", "0.png"]]
     assert len({album(s).fingerprint for s in shown}) == len(shown)
 
 
-def test_a_picture_that_many_examples_show_is_decoded_once(album, monkeypatch):
+def test_an_image_that_many_examples_show_is_decoded_once(album, monkeypatch):
     decoded = []
     real = images.decode
     monkeypatch.setattr(images, "decode", lambda *given: decoded.append(1) or real(*given))
@@ -114,7 +114,7 @@ def test_a_picture_that_many_examples_show_is_decoded_once(album, monkeypatch):
 def test_one_changed_byte_changes_the_fingerprint(pets, tmp_path):
     first = load_split(pets(), "train").fingerprint
     path = tmp_path / "pets" / "train" / "ant" / "0.png"
-    path.write_bytes(path.read_bytes() + b"\0")  # after the end of the picture: the pixels stay
+    path.write_bytes(path.read_bytes() + b"\0")  # after the end of the image: the pixels stay
     assert load_split(pets(), "train").fingerprint != first
 
 
@@ -131,7 +131,7 @@ def test_the_fingerprint_of_a_table_changes_with_a_byte_and_with_a_label(tmp_pat
     assert len(prints) == 3
 
 
-def test_a_part_has_its_own_fingerprint_and_draws_only_its_own_pictures(shapes, monkeypatch):
+def test_a_part_has_its_own_fingerprint_and_draws_only_its_own_images(shapes, monkeypatch):
     drawn = []
     real = images.render
     monkeypatch.setattr(images, "render", lambda *key: drawn.append(key[2]) or real(*key))

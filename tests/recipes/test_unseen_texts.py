@@ -32,7 +32,7 @@ PLAIN = [
 
 @pytest.fixture
 def read(tmp_path, make):
-    """What a reader makes of one question and answer about some of three pictures, by format."""
+    """What a reader makes of one question and answer about some of three images, by format."""
     for i in range(3):
         (tmp_path / "q").mkdir(exist_ok=True)
         (tmp_path / "q" / f"{i}.png").write_bytes(make.encoded(i))
@@ -119,7 +119,7 @@ def test_other_words_are_no_markers():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_markers_next_to_one_picture_are_words_and_counted(read, form, caplog):
+def test_markers_next_to_one_image_are_words_and_counted(read, form, caplog):
     data = read(form, "What is in <image_0>?")
     assert data.questions == ["What is in <image_0>?"]
     assert (
@@ -154,7 +154,7 @@ def test_markers_in_answers_are_counted_too(read, form):
         ({"classes": ["cat", "c\u00adat"]}, "one and the same"),
     ],
 )
-def test_recipes_mark_pictures_as_said(tmp_path, make, facts, words):
+def test_recipes_mark_images_as_said(tmp_path, make, facts, words):
     base = make.facts(source={"format": "llava_json", "path": "q"}, splits={"train": "q.json"}) | facts
     with pytest.raises(RecipeError, match=words):
         load_recipe(make.yaml(tmp_path / "q.yaml", **{k: v for k, v in base.items() if v is not None}))

@@ -21,7 +21,7 @@ NAMES = [f"{i}.png" for i in range(5)]
 
 @pytest.fixture
 def task(tmp_path, make):
-    """A recipe over `tmp_path/q`, where five pictures lie and a file that stands for a video."""
+    """A recipe over `tmp_path/q`, where five images lie and a file that stands for a video."""
     (tmp_path / "q").mkdir()
     for i, name in enumerate(NAMES):
         (tmp_path / "q" / name).write_bytes(make.encoded(i))
@@ -103,7 +103,7 @@ def test_a_video_file_is_decoded_once_for_its_frames_and_hashed_by_its_bytes(tas
     ) == 1
     assert data.questions == ["What?", "Where?"] and data.videos == [((0, 4),)] * 2
     file = hashlib.sha256(b"12 frames").hexdigest()
-    assert data.picture_digests[0][1] == hashlib.sha256(f"{file} frame 1 of 4".encode()).hexdigest()
+    assert data.image_digests[0][1] == hashlib.sha256(f"{file} frame 1 of 4".encode()).hexdigest()
     data[0].images[0].putpixel((0, 0), (9, 9, 9))
     assert pickle.loads(pickle.dumps(data))[0].images[0].getpixel((0, 0)) == (0, 0, 0)
 
@@ -114,7 +114,7 @@ def test_the_number_of_frames_is_part_of_what_a_task_is_only_where_there_are_vid
     eight = load_split(task(shown, frames=8), "train")
     assert eight.fingerprint != load_split(task(shown, frames=4), "train").fingerprint
     listed = load_split(task([chat("q", "x", images=[NAMES[i] for i in sample(5, 8)])], frames=8), "train")
-    assert listed.picture_digests == eight.picture_digests and listed.fingerprint != eight.fingerprint
+    assert listed.image_digests == eight.image_digests and listed.fingerprint != eight.fingerprint
 
 
 def test_each_turn_of_a_conversation_shows_the_videos_up_to_it(task):

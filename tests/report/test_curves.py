@@ -1,4 +1,4 @@
-"""The pictures of several methods draw the numbers of the matrices, the Trainer's log and the journal."""
+"""The plots of several methods draw the numbers of the matrices, the Trainer's log and the journal."""
 
 import pytest
 

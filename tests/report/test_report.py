@@ -1,4 +1,4 @@
-"""Reports: pictures that are there, a page that needs nothing else, tables that tell the truth."""
+"""Reports: plots that are there, a page that needs nothing else, tables that tell the truth."""
 
 import re
 import subprocess
@@ -198,7 +198,7 @@ def test_runs_with_other_zero_shot_scores_get_a_row_each(tmp_path, matrix):
     ]
 
 
-def test_a_zero_shot_baseline_among_the_results_is_the_summarys_first_row_and_no_picture(tmp_path, matrix):
+def test_a_zero_shot_baseline_among_the_results_is_the_summarys_first_row_and_no_image(tmp_path, matrix):
     baseline = Matrix(matrix.tasks, matrix.zero_shot)
     paths = write_report(tmp_path, "t", {"zero-shot": [Trial(baseline)], "run": [Trial(matrix)]})
     assert set(paths) == DOCUMENTS | {"curves", "forgetting", "heatmap/run"}
@@ -228,7 +228,7 @@ def test_labels_that_differ_in_signs_or_case_get_files_of_their_own(tmp_path):
     assert len(files) == 4 and all(file.endswith(".png") for file in files)
 
 
-def test_pictures_are_named_as_their_methods_are(tmp_path):
+def test_images_are_named_as_their_methods_are(tmp_path):
     small = [Trial(Matrix(["a"], None, [[1.0]]))]
     paths = write_report(tmp_path, "t", dict.fromkeys(("keeplora", "keeplora+", "keeplora++"), small))
     assert {path.stem for name, path in paths.items() if name.startswith("heatmap")} == {

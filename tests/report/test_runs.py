@@ -80,7 +80,7 @@ def trial(run: Path, label: str = "keeplora"):
     return read_trial(run / label, read_results(run)[label], seed=0, run=run.name)
 
 
-def test_one_run_gets_every_picture_as_png_and_svg_and_every_table(one):
+def test_one_run_gets_every_image_as_png_and_svg_and_every_table(one):
     names = {path.name for path in one.iterdir()}
     pictures = {
         "curves",
@@ -327,7 +327,7 @@ def test_several_runs_on_the_command_line_go_into_a_folder_or_are_refused(
 ):
     from llava_keeplora.report import run_report
 
-    monkeypatch.setattr(run_report, "write_report", lambda *args: None)  # the pictures are other tests'
+    monkeypatch.setattr(run_report, "write_report", lambda *args: None)  # the plots are other tests'
     assert cli.main(["report", *map(str, seeds), "--into", str(tmp_path)]) == 0
     out = capfd.readouterr().out
     assert re.search(r"^\| keeplora \| 2 \| .* ± ", out, re.M) and f"\nfolder: {tmp_path}\n" in out
@@ -396,7 +396,7 @@ def test_a_browser_shows_the_page_in_light_and_dark(browser, one, tmp_path, sche
     )
 
 
-def test_a_telephone_scrolls_the_pictures_but_never_the_page(browser, one, tmp_path):
+def test_a_telephone_scrolls_the_images_but_never_the_page(browser, one, tmp_path):
     page = (one / "report.html").read_text().replace("&", "&amp;").replace('"', "&quot;")
     script = "f.onload = () => { const d = f.contentDocument; document.title = [d.documentElement.scrollWidth, [...d.images].every(i => i.naturalWidth > 300)] }"
     frame = f'<iframe id="f" width="390" height="800" frameborder="0" srcdoc="{page}"></iframe>'

@@ -1,4 +1,4 @@
-"""Runs without pictures, and what a run leaves behind as something to compare."""
+"""Runs without plots, and what a run leaves behind as something to compare."""
 
 import gc
 import json

@@ -195,12 +195,12 @@ def test_what_is_worth_a_look_in_a_task_is_logged_and_kept(run_config, own_tasks
     )
     files, labels, both = task.notes()
     assert files.startswith("colours/train: 1 files are not read and left out (.heic: 1; ")
-    assert labels.startswith("colours/train: 1 pictures are under several labels (")
+    assert labels.startswith("colours/train: 1 images are under several labels (")
     assert both.startswith("colours/test: 1 different images are in 'train' too (")
     assert all(note in caplog.text for note in (files, labels, both)) and task.decoding_note() == ""
 
 
-def test_a_run_of_pictures_that_were_decoded_otherwise_is_refused_with_the_reason(run_config, own_tasks):
+def test_a_run_of_images_that_were_decoded_otherwise_is_refused_with_the_reason(run_config, own_tasks):
     from types import SimpleNamespace
 
     from PIL import Image
@@ -340,10 +340,10 @@ def test_the_model_is_as_it_was_after_a_failed_training(short, drive, tmp_path, 
 # --- several processes ---------------------------------------------------------------------------
 
 
-def test_a_split_of_examples_with_and_without_pictures_is_refused_where_processes_gather_weights_together():
+def test_a_split_of_examples_with_and_without_images_is_refused_where_processes_gather_weights_together():
     from types import SimpleNamespace
 
-    from llava_keeplora.start.check import check_pictures
+    from llava_keeplora.start.check import check_images
 
     def task(*counts):
         class Data(list):
@@ -351,9 +351,9 @@ def test_a_split_of_examples_with_and_without_pictures_is_refused_where_processe
 
         return SimpleNamespace(name="science", train=Data(counts), test=Data((1,)))
 
-    check_pictures([task(1, 2, 1), task(0, 0)])
+    check_images([task(1, 2, 1), task(0, 0)])
     with pytest.raises(
         ConfigError,
         match="^2 of the 3 examples of science/train have no image, but with ZeRO-3 .*; use ZeRO-2 or one process",
     ):
-        check_pictures([task(1, 1), task(0, 1, 0)])
+        check_images([task(1, 1), task(0, 1, 0)])

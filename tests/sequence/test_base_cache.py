@@ -176,12 +176,12 @@ def test_a_damaged_entry_is_made_again(filled, other, drive, computed, caplog, t
     assert (answers / "predictions.jsonl").read_text() == whole and (base / "state.safetensors").is_file()
 
 
-# --- pictures --------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """How many pictures are decoded and prepared for the cache, in order of the calls."""
+    """How many images are decoded and prepared for the cache, in order of the calls."""
     counts, make = [], ImageCache.make
     monkeypatch.setattr(
         ImageCache,
@@ -191,7 +191,7 @@ def prepared(monkeypatch):
     return counts
 
 
-def test_pictures_that_another_run_prepared_are_not_prepared_again_unless_damaged(
+def test_images_that_another_run_prepared_are_not_prepared_again_unless_damaged(
     filled, other, drive, prepared, caplog, tmp_path
 ):
     cache = shutil.copytree(filled, tmp_path / "cache")
@@ -245,7 +245,7 @@ def test_a_file_that_others_have_mapped_is_not_replaced_by_the_same(tmp_path):
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_disk_that_takes_no_pictures_leaves_the_run_with_its_own(tmp_path, caplog):
+def test_a_disk_that_takes_no_images_leaves_the_run_with_its_own(tmp_path, caplog):
     (tmp_path / "file").touch()
     cache, rows = (
         BaseCache(str(tmp_path / "file"), {}),
@@ -255,7 +255,7 @@ def test_a_disk_that_takes_no_pictures_leaves_the_run_with_its_own(tmp_path, cap
     assert "cannot store preprocessed images (Not a directory)" in caplog.text
 
 
-def test_the_same_pictures_in_another_order_are_other_rows(tmp_path):
+def test_the_same_images_in_another_order_are_other_rows(tmp_path):
     data = load_split(load_recipe("digits"), "test").take(range(6))
     other = data.take(range(5, -1, -1))
     assert data.fingerprint == other.fingerprint and data.ids == other.ids[::-1]
@@ -275,7 +275,7 @@ def test_the_same_pictures_in_another_order_are_other_rows(tmp_path):
         )
 
 
-def test_pictures_beyond_the_budget_are_neither_kept_nor_taken(filled, other, drive, prepared, tmp_path):
+def test_images_beyond_the_budget_are_neither_kept_nor_taken(filled, other, drive, prepared, tmp_path):
     cache = shutil.copytree(filled, tmp_path / "cache")
     drive(other("taking", cache, methods={"seq-lora": {}}, data={"cache_gb": 0.0}))
     assert len(prepared) > 4

@@ -183,7 +183,7 @@ def test_every_method_runs_or_is_refused_in_a_sentence(config, driven, tiny_task
 @pytest.mark.parametrize(
     ("kind", "methods", "problem"),
     [
-        ("siglip2", {"seq-lora": {"random_resized_crop": [0.9, 1.0]}}, "crops pictures to squares"),
+        ("siglip2", {"seq-lora": {"random_resized_crop": [0.9, 1.0]}}, "crops images to squares"),
         ("chinese_clip", {"keeplora": {"preset": "released-clip"}}, "reads prompts with padding"),
         ("altclip", {"iap": {}}, "changes layers as they are in models of the type clip and metaclip_2"),
     ],

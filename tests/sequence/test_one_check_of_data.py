@@ -111,7 +111,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused(tiny_llava):
 
 
 def picture_folder(root, train, test, **facts):
-    """A recipe of classes, one picture of each."""
+    """A recipe of classes, one image of each."""
     for split, names in (("train", train), ("test", test)):
         for i, name in enumerate(names):
             (root / "pets" / split / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Files of pictures as they come: what is seen, what is counted as not read, and what is said of those that are not there."""
+"""Files of images as they come: what is seen, what is counted as not read, and what is said of those that are not there."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def turned(make) -> tuple[bytes, bytes]:
 
 
 def drawing(alpha: int = 0) -> bytes:
-    """A black picture, transparent in its left half."""
+    """A black image, transparent in its left half."""
     pixels = np.zeros((4, 8, 4), np.uint8)
     pixels[:, :4, 3], pixels[:, 4:, 3] = alpha, 255
     file = io.BytesIO()
@@ -124,7 +124,7 @@ def folder_task(root, make, data):
 
 
 @pytest.mark.parametrize("write", [json_task, coco_task, parquet_task, hub_task, folder_task])
-def test_every_reader_turns_pictures_upright_and_lays_them_over_the_page(tmp_path, make, write):
+def test_every_reader_turns_images_upright_and_lays_them_over_the_page(tmp_path, make, write):
     data, upright = turned(make)
     for name, content, expected, size in (
         ("one", data, upright, (12, 16)),
@@ -148,7 +148,7 @@ def test_a_fingerprint_changes_only_where_pixels_do(ask, tmp_path, make):
         hashlib.sha256((tmp_path / "data/q" / name).read_bytes()).hexdigest()
         for name in ("images/a.png", "o.png", "t.png")
     ]
-    assert data.digests[:2] == plain[:2], "runs begun before pictures were shown as seen go on"
+    assert data.digests[:2] == plain[:2], "runs begun before images were shown as seen go on"
     assert data.digests[2] != plain[2] and data.decoding_notes == ["over #ffffff"]
     assert (data[2].image.getpixel((0, 0)), data[2].image.getpixel((7, 0))) == ((255, 255, 255), (0, 0, 0))
     other = load_split(
@@ -179,7 +179,7 @@ def test_an_unquoted_colour_is_a_comment_in_yaml_and_refused(tmp_path):
     ("image", "cause"),
     [
         ("none.png", "no such file '{root}/q/none.png'"),
-        ("https://example.org/a.png", "its name is a URL (https:), and pictures are read from files"),
+        ("https://example.org/a.png", "its name is a URL (https:), and images are read from files"),
         (
             "images\\a.png",
             "its name has backslashes, and folders are parted by '/', as in '{root}/q/images/a.png'",
@@ -199,7 +199,7 @@ def test_an_unquoted_colour_is_a_comment_in_yaml_and_refused(tmp_path):
         ("empty.png", "the file is empty"),
     ],
 )
-def test_a_picture_that_cannot_be_read_is_reported_with_its_path_and_the_likely_cause(
+def test_an_image_that_cannot_be_read_is_reported_with_its_path_and_the_likely_cause(
     ask, tmp_path, make, monkeypatch, image, cause
 ):
     folder = tmp_path / "data/q"
@@ -225,7 +225,7 @@ def test_a_doubled_folder_of_the_recipe_and_the_records(ask, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_picture_without_permission(ask, tmp_path):
+def test_an_image_without_permission(ask, tmp_path):
     (tmp_path / "data/q/images/a.png").chmod(0)
     assert "cannot be opened: Permission denied" in refusal(ask("images/a.png"), tmp_path / "data")
 
@@ -328,7 +328,7 @@ def test_a_folder_of_files_that_are_not_read_says_so(pets, tmp_path):
     )
 
 
-def test_what_is_no_picture_is_counted_and_reported_by_data_check(pets, tmp_path, make, capsys):
+def test_what_is_no_image_is_counted_and_reported_by_data_check(pets, tmp_path, make, capsys):
     folder = tmp_path / "pets/train/cat"
     (folder / "0.png").write_bytes(b"<html>not found</html>")
     (folder / "1.png").write_bytes(b"")
@@ -356,7 +356,7 @@ def test_files_that_a_pattern_passes_over_are_counted(pets):
 # ------------------------------------------------------------------------- more than once
 
 
-def test_pictures_under_two_labels_and_in_both_splits_are_reported(pets, tmp_path, make, capsys):
+def test_images_under_two_labels_and_in_both_splits_are_reported(pets, tmp_path, make, capsys):
     folder = tmp_path / "pets"
     same = make.encoded(99)
     for name in ("train/cat/same.png", "train/ant/same.png", "train/ant/again.png", "test/cat/same.png"):
@@ -364,7 +364,7 @@ def test_pictures_under_two_labels_and_in_both_splits_are_reported(pets, tmp_pat
     pets()
     assert main(["data", "check", str(tmp_path / "pets.yaml")]) == 0
     out = capsys.readouterr().out
-    assert "warning: 1 pictures are under several labels (train/ant/again.png = train/cat/same.png)" in out
+    assert "warning: 1 images are under several labels (train/ant/again.png = train/cat/same.png)" in out
     assert (
         "warning: 1 examples say what another says, and count twice (train/ant/again.png = train/ant/same.png)"
         in out

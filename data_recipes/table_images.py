@@ -1,4 +1,4 @@
-"""The pictures in the columns of a table: bytes, paths, structs of both, and lists of these."""
+"""The images in the columns of a table: bytes, paths, structs of both, and lists of these."""
 
 from __future__ import annotations
 
@@ -13,49 +13,51 @@ from .errors import RecipeError
 from .media import is_empty
 from .paths import describe_error, inside, within
 from .recipe import Recipe
-from .records import Pictures, picture_files
+from .records import SourceImages, image_files
 
 TEXT, LARGE_TEXT = datasets.Value("string"), datasets.Value("large_string")
 #: What a cell, or an item of a list in it, holds: bytes, or a path to them, or nothing.
 Place = bool | str | None
 BYTES = True
 
-#: Row → what is wrong with its pictures, as a clause after the record's name.
+#: Row → what is wrong with its images, as a clause after the record's name.
 Faults = dict[int, RecipeError]
 
 
-def read_pictures(
+def read_images(
     recipe: Recipe,
     split: str,
     table: datasets.Dataset,
     columns: dict[str, str],
     folder: Path | None,
     roots: tuple[Path, ...],
-) -> tuple[Pictures, Faults]:
-    """Find the pictures that a table's records show, those of `image` or `images`, whichever holds some.
+) -> tuple[SourceImages, Faults]:
+    """Find the images that a table's records show, those of `image` or `images`, whichever holds some.
 
     Args:
         columns: the table's column for every role.
         folder: where paths in the table start; None for a table from the Hub.
-        roots: folders that a path of a picture may lead into.
+        roots: folders that a path of an image may lead into.
 
     Returns:
-        The pictures, unread; and what is wrong with a record's, which then shows none.
+        The images, unread; and what is wrong with a record's, which then shows none.
 
     Raises:
-        RecipeError: a column holds no pictures.
+        RecipeError: a column holds no images.
     """
     keep_empty = recipe.kind == "classification" and "images" not in columns
     named = [columns[role] for role in ("image", "images") if role in columns]
     if not named:
-        return picture_files([[] for _ in range(len(table))]), {}
+        return image_files([[] for _ in range(len(table))]), {}
     where = f"in the {split} split of '{recipe.name}'"
-    held = [_column_of_pictures(where, table, column, folder, roots, keep_empty) for column in named]
+    held = [_column_of_images(where, table, column, folder, roots, keep_empty) for column in named]
     return held[0] if len(held) == 1 else _whichever(*held)
 
 
-def _whichever(first: tuple[Pictures, Faults], second: tuple[Pictures, Faults]) -> tuple[Pictures, Faults]:
-    """Return each record's pictures from the one of two columns that shows some."""
+def _whichever(
+    first: tuple[SourceImages, Faults], second: tuple[SourceImages, Faults]
+) -> tuple[SourceImages, Faults]:
+    """Return each record's images from the one of two columns that shows some."""
     (one, one_faults), (other, other_faults) = first, second
     offset, lists, faults = len(one.cells), [_as_lists(one), _as_lists(other)], one_faults | other_faults
     cells = [(row, position or 0) for row, position in one.cells]
@@ -67,20 +69,22 @@ def _whichever(first: tuple[Pictures, Faults], second: tuple[Pictures, Faults]) 
                 "has other images in 'image' than in 'images'", "keep those that are meant"
             )
         images.append(() if row in faults else mine or tuple(offset + i for i in others))
-    return Pictures(datasets.concatenate_datasets(lists), cells, images, one.folder or other.folder), faults
+    return SourceImages(
+        datasets.concatenate_datasets(lists), cells, images, one.folder or other.folder
+    ), faults
 
 
-def _cell(pictures: Pictures, index: int) -> object:
-    row, position = pictures.cells[index]
-    cell = pictures.dataset[row]["image"]
+def _cell(images: SourceImages, index: int) -> object:
+    row, position = images.cells[index]
+    cell = images.dataset[row]["image"]
     cell = cell if position is None else cell[position]
-    return Path(pictures.folder, cell["path"]) if cell["bytes"] is None else cell["bytes"]
+    return Path(images.folder, cell["path"]) if cell["bytes"] is None else cell["bytes"]
 
 
-def _as_lists(pictures: Pictures) -> datasets.Dataset:
-    """Return pictures as lists of pictures, without a copy of them."""
+def _as_lists(images: SourceImages) -> datasets.Dataset:
+    """Return images as lists of images, without a copy of them."""
     features = datasets.Features({"image": datasets.List(datasets.Image(decode=False))})
-    dataset = pictures.dataset
+    dataset = images.dataset
     if isinstance(dataset.features["image"], datasets.List | datasets.LargeList):
         return dataset.cast(features)
     chunks = arrow_column(dataset, "image").chunks
@@ -90,17 +94,17 @@ def _as_lists(pictures: Pictures) -> datasets.Dataset:
     return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
 
 
-def _column_of_pictures(
+def _column_of_images(
     where: str,
     table: datasets.Dataset,
     column: str,
     folder: Path | None,
     roots: tuple[Path, ...],
     keep_empty: bool,
-) -> tuple[Pictures, Faults]:
-    """Find the pictures of a column of images, of lists of images, or of paths in the task's folder.
+) -> tuple[SourceImages, Faults]:
+    """Find the images of a column of images, of lists of images, or of paths in the task's folder.
 
-    An empty cell is a record without a picture, but in classification, which cannot do without, a broken one.
+    An empty cell is a record without an image, but in classification, which cannot do without, a broken one.
     """
     feature = table.features[column]
     lists = isinstance(feature, datasets.List | datasets.LargeList)
@@ -118,7 +122,7 @@ def _column_of_pictures(
             faults[row] = error
             places[row] = []
     if images is None:
-        return picture_files([[folder / name for name in listed if name] for listed in places]), faults
+        return image_files([[folder / name for name in listed if name] for listed in places]), faults
     return _located(images, lists, places, keep_empty, faults, folder), faults
 
 
@@ -137,7 +141,7 @@ def _as_images(what: str, table: datasets.Dataset, column: str, lists: bool) -> 
 
 
 def _places_of(images: datasets.Dataset, lists: bool) -> list[list[Place]]:
-    """Return what the cells hold, by row, without reading a picture."""
+    """Return what the cells hold, by row, without reading an image."""
     arrow = arrow_column(images, "image")
     cells = pyarrow.compute.list_flatten(arrow) if lists else arrow
     has_bytes = pyarrow.compute.struct_field(cells, "bytes").is_valid().to_pylist()
@@ -161,22 +165,22 @@ def _check_places(places: list[Place], column: str, folder: Path | None, roots: 
     if any(place is None for place in places) and any(places):
         raise RecipeError(
             f"has an empty place among the {len(places)} in '{column}'",
-            "name its picture, or remove the place",
+            "name its image, or remove the place",
         )
     for place in places:
         if not isinstance(place, str):
             continue
         if "://" in place and "::" in place:
             raise RecipeError(
-                f"has its picture in an archive ('{place}'), and pictures are read from files and tables",
+                f"has its image in an archive ('{place}'), and images are read from files and tables",
                 "unpack the archive, or use parquet files",
             )
         if folder is not None:
             inside(folder, place, f"(column '{column}')", roots[0])
         elif not Path(place).is_absolute():
             raise RecipeError(
-                f"has the path {place!r} in '{column}' without the picture, which does not come with it",
-                "use a dataset that holds its pictures, or download it and give its folder as 'source.path'",
+                f"has the path {place!r} in '{column}' without the image, which does not come with it",
+                "use a dataset that holds its images, or download it and give its folder as 'source.path'",
             )
         else:
             within(Path(place), f"(column '{column}')", *roots)
@@ -189,14 +193,14 @@ def _located(
     keep_empty: bool,
     faults: Faults,
     folder: Path | None,
-) -> Pictures:
+) -> SourceImages:
     cells: list[tuple[int, int | None]] = []
     images_of_rows = []
     for row, listed in enumerate(places):
         positions = [i for i, place in enumerate(listed) if place is not None or (keep_empty and not lists)]
         images_of_rows.append(tuple(range(len(cells), len(cells) + len(positions))))
         cells += [(row, i if lists else None) for i in positions]
-    return Pictures(images, cells, images_of_rows, str(folder.absolute()) if folder is not None else "")
+    return SourceImages(images, cells, images_of_rows, str(folder.absolute()) if folder is not None else "")
 
 
 def arrow_column(table: datasets.Dataset, column: str) -> pyarrow.ChunkedArray:

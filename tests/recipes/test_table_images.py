@@ -1,4 +1,4 @@
-"""Pictures in tables: where their paths start, what holds nothing, and parquet files without rows."""
+"""Images in tables: where their paths start, what holds nothing, and parquet files without rows."""
 
 import datasets
 import pyarrow as pa
@@ -12,7 +12,7 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 @pytest.fixture
 def task(tmp_path, make, monkeypatch):
-    """Write tables beside two pictures, and return the recipe of questions on them."""
+    """Write tables beside two images, and return the recipe of questions on them."""
 
     def write(files, **changes):
         folder = tmp_path / "set"
@@ -35,7 +35,7 @@ def task(tmp_path, make, monkeypatch):
 
 
 def held(make, *cells):
-    """Structs: an index is a picture's bytes, text a path."""
+    """Structs: an index is an image's bytes, text a path."""
     return [
         cell if cell is None else {"bytes": make.encoded(cell) if isinstance(cell, int) else None,
                                    "path": cell if isinstance(cell, str) else None}
@@ -61,7 +61,7 @@ def test_a_path_that_leads_out_is_refused_by_record(task, make, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["structs", "paths"])
-def test_nothing_among_pictures_is_refused_and_nothing_alone_is_no_picture(task, make, tmp_path, form):
+def test_nothing_among_images_is_refused_and_nothing_alone_is_no_image(task, make, tmp_path, form):
     rows = [
         ["pictures/0.png"],
         ["pictures/0.png", None],
@@ -82,7 +82,7 @@ def test_nothing_among_pictures_is_refused_and_nothing_alone_is_no_picture(task,
     ]
 
 
-def test_one_picture_in_two_columns_is_one_in_bytes_and_by_its_path(task, make, tmp_path):
+def test_one_image_in_two_columns_is_one_in_bytes_and_by_its_path(task, make, tmp_path):
     columns = {
         "image": pa.array(held(make, 0, "pictures/1.png", None), STRUCT),
         "images": pa.array([held(make, 0), None, held(make, "pictures/1.png")], pa.list_(STRUCT)),
