@@ -113,6 +113,19 @@ class Hub(_Table):
 
 
 @dataclass
+class DatasetObject(_Table):
+    """A `datasets.Dataset` that a Python program holds; see `dataset_objects.read_dataset`.
+
+    Args:
+        columns: role → column, if the column has another name than the role; see the roles above.
+    """
+
+    function = "dataset_objects:read_dataset"
+    path: ClassVar[None] = None
+    has_files = False
+
+
+@dataclass
 class Messages(_BuiltIn):
     """Chats in JSON or JSONL; see `conversations.read_messages`.
 

@@ -100,6 +100,7 @@ READERS = Registry(
             "imagefolder": "ImageFolder",
             "parquet": "Parquet",
             "hub": "Hub",
+            "dataset": "DatasetObject",
             "llava_json": "LlavaJson",
             "messages": "Messages",
             "llama_factory": "LlamaFactory",

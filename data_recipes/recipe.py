@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ NOT_IDENTITY = (
     "folder",
     "expected_sizes",
     "test_prompts",
+    "tables",
 )
 
 
@@ -74,6 +76,7 @@ class Recipe:
             warned of.
         background: `#rrggbb`, what is seen through transparent pixels; white by default.
         folder: folder of a user's YAML, where relative paths start without a data root.
+        tables: name of a split → the `datasets.Dataset` with its rows, for the format `dataset` alone.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Recipe:
     background: str | None = None
     evaluate: str = LAST
     folder: Path | None = field(default=None, compare=False)
+    tables: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def prompts(self) -> list[str]:
@@ -157,7 +161,7 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of all fields that a model's inputs and its score depend on."""
-        facts = {k: v for k, v in asdict(self).items() if k not in NOT_IDENTITY}
+        facts = {key.name: getattr(self, key.name) for key in fields(self) if key.name not in NOT_IDENTITY}
         for key in ("instruction", "test_prompt", "background"):
             if facts[key] is None:
                 del facts[key]  # as before there were any, so that older files keep their recipe

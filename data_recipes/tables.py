@@ -83,7 +83,7 @@ def read_parquet(
             f"replace {', '.join(f.name for f in files[:3])}",
         ) from error
     loaded = HubTable(table, left_out if left_out[WITHOUT_ROWS] else {})
-    return _from_table(recipe, split, loaded, folder, (root,), problems)
+    return from_table(recipe, split, loaded, folder, (root,), problems)
 
 
 def read_hub(
@@ -125,12 +125,12 @@ def read_hub(
             "check the id, the split's name and the network, or use parquet files with 'format: parquet'",
         ) from error
     if local.is_dir():
-        return _from_table(recipe, split, loaded, local, (local.resolve(),), problems)
+        return from_table(recipe, split, loaded, local, (local.resolve(),), problems)
     caches = tuple(Path(place).resolve() for place in (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE))
-    return _from_table(recipe, split, loaded, None, caches, problems)
+    return from_table(recipe, split, loaded, None, caches, problems)
 
 
-def _from_table(
+def from_table(
     recipe: Recipe,
     split: str,
     loaded: HubTable,

@@ -111,6 +111,7 @@ INFO = {
     "peak_of?": str,
     "steps?": COUNT,
     "trained_parameters?": COUNT,
+    "callbacks?": [str],
     "test_seconds?": {"untouched": NUMBER, "learned": NUMBER},
 }
 _METHOD = {"method": str, "options": dict, "parts": (Each(dict), None), "training": dict}

@@ -129,7 +129,7 @@ def load_run(
             label: _without_inherited_values(method, tree) for label, method in tree["methods"].items()
         }
         tree["tasks"] = [
-            _locate_recipe(run, task, name)
+            locate_recipe(run, task, name)
             for task, name in zip(tree["tasks"], [*names, *tree["tasks"][len(names) :]])
         ]
         return parse_config(
@@ -167,15 +167,20 @@ def extended(
         RecipeError: if there is no such task.
         ConfigError: if an argument lists a value for each task and `arguments` has none for the new one.
     """
-    config, name = load_run(run, overrides, data_root), load_recipe(task).name
+    return followed_by(load_run(run, overrides, data_root), task, arguments)
+
+
+def followed_by(config: RunConfig, task: str, arguments: Mapping[str, float] | None = None) -> RunConfig:
+    """Return a run's configuration with one more task; see `extended`."""
+    name = load_recipe(task).name
     if load_recipe(config.tasks[-1]).name != name:
         return config.followed_by(task, arguments)
     for label, (key, value) in itertools.product(config.methods, (arguments or {}).items()):
         recorded = config.trainings(label)[-1].get(key, PER_TASK[key][0])
         if recorded != value:
             raise RunError(
-                f"{run} has '{name}' as its last task already, with training.{key} {recorded} instead of "
-                f"{value}",
+                f"{config.output_dir} has '{name}' as its last task already, with training.{key} "
+                f"{recorded} instead of {value}",
                 f"leave {PER_TASK[key][1]} out to go on, or fork the run before that task",
             )
     return config
@@ -198,7 +203,7 @@ def _overridden(values: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict
     return {key: value for key, value in values.items() if key not in inherited or inherited[key] != value}
 
 
-def _locate_recipe(run: Path, task: str, name: str) -> str:
+def locate_recipe(run: Path, task: str, name: str) -> str:
     """Return a task's recipe, or the run's copy of it if its file is missing."""
     copy = kept_recipe(run, name)
     return str(copy) if is_file_name(task) and not Path(task).is_file() and copy.is_file() else task

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_keeplora.config import RunConfig
-    from llava_keeplora_eval import Matrix
+    from llava_keeplora.report.run_matrix import RunMatrix
+    from llava_keeplora.run import Run
 
 
 def load_run_config(args: argparse.Namespace, **direct: Any) -> RunConfig:
@@ -29,26 +30,32 @@ def load_run_config(args: argparse.Namespace, **direct: Any) -> RunConfig:
         )
 
 
-def run_sequence(config: RunConfig) -> dict[str, Matrix]:
-    """Run a sequence, or resume one, print its summary and return label → matrix."""
+@contextmanager
+def prepared_process() -> Iterator[type[Run]]:
+    """Import what a run needs, without its libraries' progress bars, and end with a launcher that ends.
+
+    Yields:
+        the class `Run`.
+    """
     with without_collection():
         import datasets
         import transformers
 
-        from llava_keeplora.report.run_report import summary
-        from llava_keeplora.sequence import run
-        from llava_keeplora.sequence.launch import processes
+        from llava_keeplora.run import Run
         from llava_keeplora.sequence.launcher import stopped_with_launcher
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    with stopped_with_launcher(), processes(config) as main_process:
-        results = run(config)
-        if main_process:
-            sys.stdout.write(
-                summary(config.output_dir, {label: [matrix] for label, matrix in results.items()})
-            )
-    return results
+    with stopped_with_launcher():
+        yield Run
+
+
+def print_summary(run: Run, scores: RunMatrix) -> None:
+    """Print a run's summary, once where it has several processes."""
+    from llava_keeplora.report.run_report import summary
+
+    if run.is_main_process:
+        sys.stdout.write(summary(run.folder, {label: [matrix] for label, matrix in scores.items()}))
 
 
 @contextmanager

@@ -90,14 +90,13 @@ def run_export(args: argparse.Namespace) -> None:
     """Write an export, verify it, and push it if `--push` and `--yes` are given."""
     import transformers
 
-    from llava_keeplora.export import export_run
     from llava_keeplora.export.hub import check_repo_id, contents, push
+    from llava_keeplora.run import Run
 
     transformers.utils.logging.disable_progress_bar()
     if args.push:
         check_repo_id(args.push)
-    export = export_run(
-        args.run_folder,
+    export = Run.open(args.run_folder).export(
         args.form,
         args.into,
         label=args.method,

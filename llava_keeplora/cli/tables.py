@@ -15,7 +15,7 @@ from llava_keeplora.cli.arguments import (
     process_count,
     whole_numbers,
 )
-from llava_keeplora.cli.run_sequence import load_run_config, run_sequence
+from llava_keeplora.cli.run_sequence import load_run_config, prepared_process, print_summary
 
 if TYPE_CHECKING:
     from llava_keeplora.compare import Table, TableResult
@@ -111,7 +111,11 @@ def run_reproduce(args: argparse.Namespace) -> None:
 
     config = load_run_config(args, output_dir=args.output_dir)
     check_expected(config)
-    figures = compare(run_sequence(config), config.expected)
+    with prepared_process() as Run:
+        run = Run(config)
+        scores = run.train()
+        print_summary(run, scores)
+    figures = compare(scores, config.expected)
     sys.stdout.write(f"\npublished and measured, in %\n{comparison(figures, config.expected)}")
     sys.stdout.flush()
     missed = [figure for figure in figures if not figure.met]

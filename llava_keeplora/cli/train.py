@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from llava_keeplora.cli.arguments import add_command, add_methods, add_run_arguments
-from llava_keeplora.cli.run_sequence import load_run_config, run_sequence
+from llava_keeplora.cli.run_sequence import load_run_config, prepared_process, print_summary
 
 
 def add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -68,18 +68,20 @@ def add_fork(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run_train(args: argparse.Namespace) -> None:
     """Run or resume the sequence of a configuration."""
-    run_sequence(load_run_config(args, output_dir=args.output_dir))
+    config = load_run_config(args, output_dir=args.output_dir)
+    with prepared_process() as Run:
+        run = Run(config)
+        print_summary(run, run.train())
 
 
 def run_extend(args: argparse.Namespace) -> None:
     """Train one more task in a run folder."""
-    from llava_keeplora.config import PER_TASK
-    from llava_keeplora.saved_run import extended
-
-    task_settings = {
-        argument: value for argument in PER_TASK if (value := getattr(args, argument)) is not None
-    }
-    run_sequence(extended(args.run_folder, args.task, task_settings, args.overrides, args.data_root))
+    with prepared_process() as Run:
+        run = Run.open(args.run_folder, overrides=args.overrides, data_root=args.data_root)
+        scores = run.extend(
+            args.task, num_train_epochs=args.num_train_epochs, learning_rate=args.learning_rate
+        )
+        print_summary(run, scores)
 
 
 def run_fork(args: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
 from llava_keeplora.export.exported import FORMS, Exported
 from llava_keeplora.export.import_state import import_state
+from llava_keeplora.export.predict import load_run_predictor
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.export.verify import Deviation
 
-__all__ = ["FORMS", "Deviation", "Exported", "export_run", "import_state"]
+__all__ = ["FORMS", "Deviation", "Exported", "export_run", "import_state", "load_run_predictor"]

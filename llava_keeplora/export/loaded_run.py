@@ -15,8 +15,9 @@ from llava_keeplora.errors import ConfigError, RunError, nearest
 from llava_keeplora.journal import Entry, Journal
 from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
 from llava_keeplora.models.layouts import part_of
+from llava_keeplora.objects import Objects
 from llava_keeplora.run_folder import DELTA, JOURNAL, MATRIX, Stage, read_dumped
-from llava_keeplora.saved_run import check_base
+from llava_keeplora.saved_run import check_base, locate_recipe, read_identity
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.checkpoints import loading
 from llava_keeplora_eval.content import hub_commit
@@ -36,6 +37,7 @@ class LearnedRun:
         label: the method's label.
         entries: the method's journal up to the last of these tasks.
         deltas: each task's deltas, in order.
+        objects: what the calling program gives instead of files.
     """
 
     run: Path
@@ -43,6 +45,7 @@ class LearnedRun:
     label: str
     entries: Sequence[Entry]
     deltas: Sequence[Mapping[str, Delta | FullDelta]]
+    objects: Objects = Objects()
 
     @property
     def model(self) -> ModelConfig:
@@ -52,7 +55,9 @@ class LearnedRun:
     @cached_property
     def recipes(self) -> list[Recipe]:
         """All tasks of the run, the learned ones first."""
-        return [load_recipe(name) for name in self.config["tasks"]]
+        names = read_identity(self.run)["tasks"]
+        tasks = [locate_recipe(self.run, *pair) for pair in zip(self.config["tasks"], names, strict=False)]
+        return [self.objects.with_tables(load_recipe(task)) for task in tasks]
 
     @cached_property
     def matrix(self) -> Matrix:
@@ -84,13 +89,16 @@ class LearnedRun:
         return family
 
 
-def load_learned_run(run: str | Path, label: str | None = None, at_task: int | None = None) -> LearnedRun:
+def load_learned_run(
+    run: str | Path, label: str | None = None, at_task: int | None = None, objects: Objects = Objects()
+) -> LearnedRun:
     """Load what a method of a run learned; every file of deltas is checked by its hash.
 
     Args:
         run: the run folder.
         label: the method's label; None if the run has one method.
         at_task: the last task, counted from 1; the last finished one when None.
+        objects: what the calling program gives instead of files.
 
     Raises:
         RunError: the folder is no run, it doesn't have the method, the task is not finished, or a file is
@@ -116,6 +124,7 @@ def load_learned_run(run: str | Path, label: str | None = None, at_task: int | N
         label,
         entries,
         [_deltas(run / label, entry) for entry in entries if entry.stage == Stage.TRAINED],
+        objects,
     )
 
 

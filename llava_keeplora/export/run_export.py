@@ -28,6 +28,7 @@ from llava_keeplora.export.verify import Deviation, probe, verify_export
 from llava_keeplora.files import whole_folder, write_json
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import DTYPES, Family, open_model
+from llava_keeplora.objects import Objects
 from llava_keeplora.run_folder import BASE, EXPORTS, RENAMED_PARTS
 from llava_keeplora.saved_run import recorded_base
 from llava_keeplora_eval.files import file_hash
@@ -49,6 +50,7 @@ def export_run(
     dtype: str | None = None,
     examples: int = EXPORT_EXAMPLES,
     data_root: str | None = None,
+    objects: Objects = Objects(),
 ) -> Exported:
     """Export what a run learned, compare its logits, and write a model card.
 
@@ -66,6 +68,7 @@ def export_run(
         dtype: the dtype of a merged checkpoint, a key of `DTYPES`; the base's own when None.
         examples: number of examples of the last task's test split to compare logits on.
         data_root: the folder with the data sets; the run's own when None.
+        objects: what the calling program gives instead of files.
 
     Raises:
         RunError: a folder is no run, a task is not finished, a file is damaged, or the export gives other
@@ -73,7 +76,7 @@ def export_run(
         ConfigError: the form cannot hold what was learned, the target is in use, or options don't match.
     """
     into = Path(into) if into is not None else Path(run) / EXPORTS / form
-    learned = load_learned_run(run, label, at_task)
+    learned = load_learned_run(run, label, at_task, objects)
     _check_options(form, into, parts, rank, dtype, examples)
     _check_mergeable(learned, form)
     model = open_model(learned.model)

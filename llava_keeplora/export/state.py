@@ -162,7 +162,7 @@ def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
         default = (
             field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         )
-        if field.name != "folder" and value != default:
+        if field.compare and value != default:
             facts[field.name] = value
     facts |= {"metric": recipe.metric_name, "source": facts["source"] | {"format": recipe.format_name}}
     if facts["source"]["format"] == "rendered":

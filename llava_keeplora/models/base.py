@@ -28,10 +28,15 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A split's images made as they are asked for, kept nowhere; see `Images`."""
+    """A split's images made as they are asked for, kept nowhere; see `Images`.
+
+    Args:
+        family: makes them.
+        data: the split; None where images are asked for by example alone.
+    """
 
     family: Family
-    data: TaskData
+    data: TaskData | None = None
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         """Return what the model takes for the images of some examples."""

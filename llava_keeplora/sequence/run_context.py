@@ -19,6 +19,7 @@ from llava_keeplora.distributed import get_rank, get_world_size, has_group
 from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS, Reference
 from llava_keeplora.models import DTYPES, MODEL_FAMILIES, Family, Inputs, load_model
+from llava_keeplora.objects import Objects
 from llava_keeplora.run_folder import JOURNAL, Stage
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.sequence.data import ImageCache
@@ -37,10 +38,19 @@ class RunContext:
         workspace: the run's folder.
         tasks: the sequence.
         family: the model, its weights not loaded yet; `load` does that after every example has been checked.
+        objects: what the calling program gives instead of files.
     """
 
-    def __init__(self, config: RunConfig, workspace: Workspace, tasks: list[Task], family: Family):
+    def __init__(
+        self,
+        config: RunConfig,
+        workspace: Workspace,
+        tasks: list[Task],
+        family: Family,
+        objects: Objects = Objects(),
+    ):
         self.config, self.workspace, self.tasks, self.family = config, workspace, tasks, family
+        self.objects = objects
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = dataclasses.asdict(config.model)
         # Without `family` if it is not set, so that cache entries of earlier versions still match.

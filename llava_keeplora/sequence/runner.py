@@ -15,6 +15,7 @@ from llava_keeplora.config import ZERO_SHOT, MethodConfig, RunConfig
 from llava_keeplora.distributed import is_main_process, main_process_first, processes_here
 from llava_keeplora.files import translate_errors, write_json
 from llava_keeplora.models import open_model
+from llava_keeplora.objects import Objects
 from llava_keeplora.plan import check_start
 from llava_keeplora.report.run_report import report_is_current, write_run_report
 from llava_keeplora.run_folder import RESULTS
@@ -28,11 +29,12 @@ from llava_keeplora_eval import Matrix
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig) -> dict[str, Matrix]:
+def run(config: RunConfig, objects: Objects = Objects()) -> dict[str, Matrix]:
     """Run, or resume, all methods of a configuration over its sequence of tasks.
 
     Args:
         config: the run's configuration.
+        objects: what the calling program gives instead of files.
 
     Returns:
         label → accuracy matrix in percent, zero-shot first; tables and plots are in the run folder.
@@ -41,7 +43,7 @@ def run(config: RunConfig) -> dict[str, Matrix]:
         UserError: for anything that a user can repair; finished stages are kept.
     """
     workspace = Workspace(config)
-    with translate_errors(workspace.root), _opened(workspace) as context:
+    with translate_errors(workspace.root), _opened(workspace, objects) as context:
         methods = {
             ZERO_SHOT: MethodConfig(
                 ZERO_SHOT, ZERO_SHOT, {}, config.parts, config.training, config.evaluation.test_prompts
@@ -68,7 +70,7 @@ def run(config: RunConfig) -> dict[str, Matrix]:
 
 
 @contextmanager
-def _opened(workspace: Workspace) -> Iterator[RunContext]:
+def _opened(workspace: Workspace, objects: Objects) -> Iterator[RunContext]:
     """Lock the run folder, check configuration and data, and load the model.
 
     The main process checks first, so that it alone reports an error.
@@ -79,9 +81,9 @@ def _opened(workspace: Workspace) -> Iterator[RunContext]:
             if is_main_process():
                 lock.enter_context(workspace.locked())
                 workspace.check()
-            tasks, family = load_tasks(config), open_model(config.model, config.evaluation)
+            tasks, family = load_tasks(config, objects), open_model(config.model, config.evaluation)
             changed = check_start(config, family, processes=processes)
-            context = RunContext(config, workspace, tasks, family)
+            context = RunContext(config, workspace, tasks, family, objects)
             check_run(
                 config,
                 family,

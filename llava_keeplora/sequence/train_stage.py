@@ -86,7 +86,8 @@ def train(state: MethodState, index: int) -> Outcome:
         StepCheckpoint(state.path(index)).remove()
     context.barrier()
     files = [delta_path, log_path] + [extra_path] * bool(extra_state)
-    return files, {"steps": history["steps"], "trained_parameters": trained_parameters}
+    info = {"steps": history["steps"], "trained_parameters": trained_parameters}
+    return files, info | context.objects.callback_names()
 
 
 def _train(
@@ -113,6 +114,7 @@ def _train(
         checkpoint=StepCheckpoint(state.path(index)),
         train_dataset=Indices(len(context.inputs[index - 1])),
         crops=crops,
+        callbacks=context.objects.callbacks,
         data_collator=(crops or context.inputs[index - 1]).collate,
     )
     give_own_place(trainer, context.workspace.root, state.tag(index))

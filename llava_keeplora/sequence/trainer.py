@@ -6,15 +6,15 @@ import dataclasses
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from llava_keeplora.deepspeed_zero import is_partitioned
@@ -65,6 +65,7 @@ class TaskTrainer(Trainer):
         rates: id of a parameter → its own learning rate; the others use `args.learning_rate`.
         checkpoint: where the state between two steps is written.
         crops: crops the images of a batch for a step; None if the collator provides the images.
+        callbacks: the user's, called after the method's own.
         kwargs: passed to `Trainer`.
 
     Raises:
@@ -81,15 +82,17 @@ class TaskTrainer(Trainer):
         rates: Mapping[int, float],
         checkpoint: StepCheckpoint,
         crops: RandomCrops | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.crops = crops
         self.method, self.ctx, self.rates, self.checkpoint = method, ctx, rates, checkpoint
         self._resumed = checkpoint.read()
-        self.remove_callback(ProgressCallback)
+        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # In a notebook it is another one.
         self.remove_callback(PrinterCallback)
-        self.add_callback(_AfterStep(method, ctx, on_step))
+        for callback in (_AfterStep(method, ctx, on_step), *callbacks):
+            self.add_callback(callback)
         self._without_gradient: set[str] | None = None
         self._shares: deque[float] = deque()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import logging
 import os
@@ -42,6 +43,7 @@ from llava_keeplora.saved_run import (
 from llava_keeplora.versions import version_changes, worker_changes, write_versions
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.files import sweep
+from llava_keeplora_recipes import load_recipe
 from llava_keeplora_recipes.recipe_files import flat_recipe
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
@@ -209,14 +211,19 @@ class Workspace:
         identity = run_identity(self.config)
         if not claimed and not (self.root / VERSIONS).exists():
             write_versions(self.root)
+        tasks = []
         for task, name in zip(self.config.tasks, identity["tasks"], strict=True):
             recipe = kept_recipe(self.root, name)
             if is_file_name(task) and (anew or not recipe.exists()):
                 write_bytes(recipe, flat_recipe(task).encode())
+            # The recipe of a given dataset has no other place that lasts.
+            lasting = load_recipe(task).source["format"] != "dataset"
+            tasks.append(task if lasting else str(kept_recipe(Path(self.config.output_dir), name)))
         base = base or {BASE: recorded or base_record(self.config.model, self.base)}
         # config.json comes last: its presence means that the folder is claimed.
         write_json(self.root / IDENTITY, identity | base)
-        write_bytes(self.root / CONFIG, dump_config(self.config).encode())
+        recorded_config = dataclasses.replace(self.config, tasks=tuple(tasks))
+        write_bytes(self.root / CONFIG, dump_config(recorded_config).encode())
 
     def _refuse_foreign(self) -> None:
         names = sorted(p.name for p in self.root.iterdir())

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from llava_keeplora.config import HOLDOUT_SEED, DataConfig, RunConfig
+from llava_keeplora.objects import Objects
 from llava_keeplora_eval.plugins import task_plugins
 from llava_keeplora_eval.references import check_references, metric_of
 from llava_keeplora_recipes import Recipe, TaskData, load_recipes, load_split
@@ -82,14 +83,18 @@ class Task:
         )
 
 
-def load_tasks(config: RunConfig) -> list[Task]:
+def load_tasks(config: RunConfig, objects: Objects = Objects()) -> list[Task]:
     """Load and check every task's data, before any weight is loaded; see `load_task`.
+
+    Args:
+        config: the run's configuration.
+        objects: holds the tables of tasks that the calling program gives.
 
     Raises:
         RecipeError, EvalError: for mistakes in a recipe, its data or its metric.
         ConfigError: if a task is named twice.
     """
-    return [load_task(recipe, config.data) for recipe in load_recipes(config.tasks)]
+    return [load_task(objects.with_tables(recipe), config.data) for recipe in load_recipes(config.tasks)]
 
 
 def load_task(recipe: Recipe, data: DataConfig) -> Task:

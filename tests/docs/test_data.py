@@ -38,7 +38,7 @@ HELPER = blocks("python", PAGE.split("\n## The formats\n")[1])[0]
 EXAMPLES = {
     name: list(zip(*(blocks(language, text) for language in ("yaml", "python", "json")), strict=True))
     for name, text in SECTIONS.items()
-    if name != "rendered"
+    if name not in ("rendered", "dataset")  # Pictures that are drawn, and objects (test_library.py).
 }
 
 

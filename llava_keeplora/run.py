@@ -1,0 +1,237 @@
+"""A run as an object: what the command line does, from Python, with models and data that a program holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from llava_keeplora.config import RunConfig, load_config, parse_config
+from llava_keeplora.objects import (
+    DatasetRecipes,
+    Objects,
+    Tables,
+    check_names,
+    check_recorded,
+    checked_callbacks,
+)
+from llava_keeplora.report.run_matrix import RunMatrix
+from llava_keeplora.saved_run import followed_by, load_run
+from llava_keeplora.sequence import run
+from llava_keeplora.sequence.launch import processes
+from llava_keeplora.start.tasks import load_splits
+from llava_keeplora_eval.predictors import Predictor
+from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_recipes, load_split
+from llava_keeplora_recipes.strict_yaml import is_file_name
+
+if TYPE_CHECKING:
+    from llava_keeplora.export import Exported
+
+
+class Run:
+    """A sequence of tasks that a model learns one after the other, in a run folder.
+
+    Making one computes nothing and writes nothing into the folder.
+
+    Args:
+        config: the configuration: a `RunConfig`, the same as nested dicts, a YAML file, or the name of a
+            shipped one.
+        datasets: task → its data: a `datasets.Dataset` (the split `train`), a `DatasetDict`, or a mapping of
+            splits that may also have keys of a recipe, such as `prompt`. Without `tasks` or `sequence` in the
+            configuration, these are the tasks, in this order.
+        callbacks: callbacks of transformers' Trainer, instances or classes, for the training of every task.
+            They may watch, log and stop the program, and must change neither weights nor settings: results
+            would no longer follow from the configuration. The journal lists their classes.
+
+    Raises:
+        UserError: a mistake in the configuration or in a given object, in one sentence.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig | Mapping[str, Any] | str | Path,
+        *,
+        datasets: Mapping[str, Any] | None = None,
+        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
+    ):
+        datasets = datasets or {}
+        config = _parsed(config, list(datasets))
+        self._recipes = DatasetRecipes(["train"] if config.data.holdout else ["train", "test"])
+        tasks, tables = self._dataset_tasks(config.tasks, datasets)
+        self.config = dataclasses.replace(config, tasks=tasks)
+        self.objects = Objects(tables, checked_callbacks(callbacks))
+        #: Whether this process is the one that writes and reports, where a launcher started several.
+        self.is_main_process = True
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        datasets: Mapping[str, Any] | None = None,
+        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
+        overrides: Sequence[str] = (),
+        data_root: str | None = None,
+    ) -> Run:
+        """Open a run folder, of a run that is finished or was stopped.
+
+        Args:
+            folder: the run folder; it may have been moved.
+            datasets, callbacks: see `Run`; needed to go on, not to look at results.
+            overrides: `a.b.c=value` strings, for settings that depend on the machine.
+            data_root: the folder with the data sets; as in the run's configuration when None.
+
+        Raises:
+            UserError: it is no run folder, its configuration is damaged, or an object is not the run's.
+        """
+        opened = cls(load_run(folder, overrides, data_root), callbacks=callbacks)
+        recipes = {recipe.name: recipe for recipe in load_recipes(opened.config.tasks)}
+        check_names(datasets or (), recipes)
+        tables = {
+            name: check_recorded(recipes[name], given, opened._recipes)
+            for name, given in (datasets or {}).items()
+        }
+        opened.objects = dataclasses.replace(opened.objects, tables=tables)
+        return opened
+
+    # --- what a run does -------------------------------------------------------------------------------
+
+    def train(self) -> RunMatrix:
+        """Train every task, or go on where the run was stopped, and return the scores.
+
+        A program without a launcher trains in one process, with `training.deepspeed` too.
+
+        Raises:
+            UserError: for anything that a user can repair; finished stages are kept.
+        """
+        with processes(self.config) as self.is_main_process:
+            return RunMatrix(run(self.config, self.objects))
+
+    def extend(
+        self,
+        task: str,
+        dataset: Any = None,
+        *,
+        num_train_epochs: float | None = None,
+        learning_rate: float | None = None,
+    ) -> RunMatrix:
+        """Train one more task, or go on with it, and return the scores.
+
+        Args:
+            task: the name of a shipped task, a YAML file, or with `dataset` a name for it.
+            dataset: its data; see `datasets` of `Run`.
+            num_train_epochs, learning_rate: of this task alone; as for every other when None.
+
+        Raises:
+            UserError: the run has that task already with other settings, or see `train`.
+        """
+        tables = dict(self.objects.tables)
+        if dataset is not None:
+            name = task
+            task, tables[name] = self._recipes.add(name, dataset)
+        given = {"num_train_epochs": num_train_epochs, "learning_rate": learning_rate}
+        arguments = {key: value for key, value in given.items() if value is not None}
+        self.config = followed_by(self.config, task, arguments)
+        self.objects = dataclasses.replace(self.objects, tables=tables)
+        return self.train()
+
+    def export(self, form: str, into: str | Path | None = None, **options: Any) -> Exported:
+        """Write what the run learned as an `adapter`, a `merged` checkpoint or a `state`, verified.
+
+        Args:
+            form: one of these.
+            into: a new folder; FOLDER/export/FORM when None.
+            options: `label`, `at_task`, `parts`, `rank`, `base_id`, ...; see
+                `llava_keeplora.export.export_run`.
+
+        Raises:
+            UserError: there is nothing to export, or options do not fit; nothing is written.
+        """
+        from llava_keeplora.export import export_run  # a start needs none of it
+
+        return export_run(self.folder, form, into, objects=self.objects, **options)
+
+    def predictor(self, task: str, *, label: str | None = None, at_task: int | None = None) -> Predictor:
+        """Return the model after some of its tasks, ready to answer a task's examples.
+
+        Args:
+            task: a task of the run, or the name or YAML file of any other.
+            label: the method's label; None if the run has one method.
+            at_task: the last learned task, counted from 1; the last finished one when None.
+
+        Raises:
+            UserError: no task is finished, or what the method learned does not merge into the weights.
+        """
+        from llava_keeplora.export import load_run_predictor
+
+        recipe = self._recipe(task)
+        if recipe.kind == "classification" and recipe.classes is None:
+            recipe = self.data(task).recipe  # Its classes are read from its data.
+        return load_run_predictor(self.folder, recipe, label, at_task)
+
+    # --- what a run has --------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.output_dir)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks, in order."""
+        return [recipe.name for recipe in load_recipes(self.config.tasks)]
+
+    @property
+    def matrix(self) -> RunMatrix:
+        """The scores so far, also of a run that was stopped.
+
+        Raises:
+            RunError: there is none yet, or a file was damaged.
+        """
+        return RunMatrix.read(self.folder)
+
+    def data(self, task: str, split: str = "test") -> TaskData:
+        """Return the examples of a task, as the run reads them.
+
+        Args:
+            task: a task of the run, or the name or YAML file of any other.
+            split: `train` or `test`; with `data.holdout`, both are parts of the training data.
+
+        Raises:
+            RecipeError: for mistakes in the data.
+        """
+        recipe, data = self._recipe(task), self.config.data
+        if data.holdout and split in ("train", "test"):
+            return load_splits(data, recipe)[split == "test"]
+        return load_split(recipe, split, data.root, data.on_bad_image)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, tasks={self.tasks}, methods={list(self.config.methods)})"
+
+    def _recipe(self, task: str) -> Recipe:
+        recipes = {recipe.name: recipe for recipe in load_recipes(self.config.tasks)}
+        return self.objects.with_tables(recipes[task] if task in recipes else load_recipe(task))
+
+    def _dataset_tasks(
+        self, tasks: Sequence[str], datasets: Mapping[str, Any]
+    ) -> tuple[tuple[str, ...], Tables]:
+        """Return the tasks with the recipes of given datasets in their places, and these datasets' tables."""
+        files = {load_recipe(task).name: task for task in tasks if datasets and is_file_name(task)}
+        names = [next((name for name, file in files.items() if file == task), task) for task in tasks]
+        check_names(datasets, names)
+        added = {name: self._recipes.add(name, given, files.get(name)) for name, given in datasets.items()}
+        paths = tuple(added[name][0] if name in added else task for name, task in zip(names, tasks))
+        return paths, {name: tables for name, (_, tables) in added.items()}
+
+
+def _parsed(config: RunConfig | Mapping[str, Any] | str | Path, datasets: Sequence[str]) -> RunConfig:
+    """Return a configuration as a `RunConfig`; given datasets are its tasks where it names none."""
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, Mapping):
+        named = any(config.get(key) for key in ("tasks", "sequence"))
+        return parse_config(config if named or not datasets else {**config, "tasks": list(datasets)})
+    return load_config(str(config))
