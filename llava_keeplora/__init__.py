@@ -6,12 +6,16 @@ __version__ = "0.1.0"
 
 #: Public name → its module, imported when the name is first used, so that `import llava_keeplora` is quick.
 _MODULES = {
+    "KeepLora": "memory",
     "Run": "run",
+    "freeze_A": "memory",
     "load_config": "config",
 }
 
 __all__ = [
+    "KeepLora",
     "Run",
+    "freeze_A",
     "load_config",
 ]
 

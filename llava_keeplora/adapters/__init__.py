@@ -3,7 +3,16 @@
 from llava_keeplora.adapters.base import BaseWeights
 from llava_keeplora.adapters.combine import compress, concatenate, pad
 from llava_keeplora.adapters.deltas import Delta, Deltas, FullDelta, full_deltas, load_deltas, save_deltas
-from llava_keeplora.adapters.lora import ADAPTER, AdapterInit, attach, detach, lora_layers, read_adapters
+from llava_keeplora.adapters.lora import (
+    ADAPTER,
+    AdapterInit,
+    attach,
+    detach,
+    freeze_A,
+    lora_layers,
+    read_adapters,
+    since_start,
+)
 from llava_keeplora.adapters.weights import dense_weight, is_quantised
 
 __all__ = [
@@ -18,6 +27,7 @@ __all__ = [
     "concatenate",
     "dense_weight",
     "detach",
+    "freeze_A",
     "full_deltas",
     "is_quantised",
     "load_deltas",
@@ -25,4 +35,5 @@ __all__ = [
     "pad",
     "read_adapters",
     "save_deltas",
+    "since_start",
 ]

@@ -5,7 +5,7 @@ Legend: in / out features of a layer, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,16 +93,32 @@ def attach(
                 layer.lora_A[ADAPTER].weight.copy_(init.A)
             if init.B is not None:
                 layer.lora_B[ADAPTER].weight.copy_(init.B)
-        if not init.train_A:
-            _freeze_A(layer)
+    freeze_A(model, [name for name, init in inits.items() if not init.train_A])
     return wrapper
 
 
-def _freeze_A(layer: LoraLayer) -> None:
-    """Freeze A in a way that PEFT's `set_adapter` respects, which undoes a mere `requires_grad_`."""
-    if hasattr(layer, "frozen_peft_weight_names"):
-        layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, ADAPTER: ("lora_A",)}
-    layer.lora_A[ADAPTER].weight.requires_grad_(False)
+def freeze_A(model: nn.Module, names: Collection[str] | None = None, adapter: str = ADAPTER) -> int:
+    """Freeze A of LoRA layers in a way that PEFT's `set_adapter` respects, which undoes `requires_grad_`.
+
+    PEFT saves nothing of it: an adapter that is loaded again with `is_trainable=True` has to be frozen again.
+
+    Args:
+        model: a model with LoRA layers, a `PeftModel` or the model inside.
+        names: full names of the layers within `model`; all when None.
+        adapter: name of the adapter.
+
+    Returns:
+        the number of layers with a frozen A.
+    """
+    count = 0
+    for name, layer in lora_layers(model).items():
+        if adapter not in layer.lora_A or (names is not None and name not in names):
+            continue
+        if hasattr(layer, "frozen_peft_weight_names"):
+            layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: ("lora_A",)}
+        layer.lora_A[adapter].weight.requires_grad_(False)
+        count += 1
+    return count
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -128,6 +144,11 @@ def read_adapters(model: nn.Module, inits: Mapping[str, AdapterInit] = {}) -> di
         A = frozen[name].float().clone() if name in frozen else trained_values(layer.lora_A[ADAPTER].weight)
         deltas[name] = Delta(A, trained_values(layer.lora_B[ADAPTER].weight), float(layer.scaling[ADAPTER]))
     return deltas
+
+
+def since_start(delta: Delta, init: AdapterInit) -> Delta:
+    """Return an adapter's update minus its initial value, on the host."""
+    return Delta(delta.A.cpu(), delta.B.cpu() - (init.B if init.B is not None else 0), delta.scale)
 
 
 def detach(wrapper: PeftModel | None) -> None:

@@ -67,7 +67,7 @@ def gradient_pass(
     """
     batches = iter(batches)
     first = next(batches)
-    in_fp16 = _is_fp16(next(iter(first[0].values())).device.type)
+    in_fp16 = _is_fp16(next(iter(layers.values())).weight.device.type)
     scale: float | Tensor = (
         math.ldexp(HEADROOM, 1 - math.frexp(task.weight(first[0]) / total)[1]) if in_fp16 else 1.0
     )

@@ -101,20 +101,33 @@ class TaskModel(nn.Module):
         self.activation_checkpointing_enable(
             training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs")
         )
-        blocks = [
-            module
-            for module in self.modules()
-            if isinstance(module, transformers.GradientCheckpointingLayer) and not module.training
-        ]
-        for block in blocks:
-            # Blocks recompute in training mode alone. What is inside them stays as it is, without dropout.
-            block.training = True
         try:
-            yield
+            with blocks_recomputing(self):
+                yield
         finally:
-            for block in blocks:
-                block.training = False
             self.activation_checkpointing_disable()
+
+
+@contextmanager
+def blocks_recomputing(model: nn.Module) -> Iterator[None]:
+    """Let blocks whose activations are checkpointed recompute them in evaluation mode as well.
+
+    Blocks recompute in training mode alone. What is inside them stays as it is, without dropout.
+    """
+    blocks = [
+        module
+        for module in model.modules()
+        if isinstance(module, transformers.GradientCheckpointingLayer)
+        and module.gradient_checkpointing
+        and not module.training
+    ]
+    for block in blocks:
+        block.training = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.training = False
 
 
 def recomputes(training: Mapping[str, Any]) -> bool:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from llava_keeplora.adapters import (
-    AdapterInit,
     Delta,
     FullDelta,
     attach,
     detach,
     read_adapters,
     save_deltas,
+    since_start,
 )
 from llava_keeplora.deepspeed_zero import forget_engine, gathered, number_count, trained_values
 from llava_keeplora.errors import TrainingError
@@ -64,7 +64,7 @@ def train(state: MethodState, index: int) -> Outcome:
     def read_deltas() -> dict[str, Delta | FullDelta]:
         changes = {name: _change_and_restore(state.full[name], start) for name, start in before.items()}
         adapters = {
-            name: _since_start(delta, inits[name])
+            name: since_start(delta, inits[name])
             for name, delta in read_adapters(context.family.model, inits).items()
         }
         return {**changes, **state.method.finalize_deltas(ctx, adapters)}
@@ -177,11 +177,6 @@ def _copied(module: nn.Module) -> dict[str, Tensor]:
     parameters = dict(module.named_parameters(recurse=False))
     with gathered(parameters.values()):
         return {name: p.detach().clone() for name, p in parameters.items()}
-
-
-def _since_start(delta: Delta, init: AdapterInit) -> Delta:
-    """Return an adapter's update minus its initial value, on the host."""
-    return Delta(delta.A.cpu(), delta.B.cpu() - (init.B if init.B is not None else 0), delta.scale)
 
 
 @torch.no_grad()
