@@ -11,14 +11,13 @@ Legend: in / out features of a layer, r rank, k protected dimensions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import (
@@ -28,39 +27,22 @@ from llava_keeplora.adapters import (
     attach,
     detach,
     lora_layers,
-    read_adapters,
-    since_start,
 )
-from llava_keeplora.capture import feature_pass, gradient_pass
-from llava_keeplora.deepspeed_zero import forget_engine, trained_values
+from llava_keeplora.deepspeed_zero import forget_engine
 from llava_keeplora.errors import ConfigError, MethodError, nearest
-from llava_keeplora.memory import store
-from llava_keeplora.memory.batch_task import BatchTask, Loss, MaskedStatistic
-from llava_keeplora.memory.fingerprint import find_changed, fingerprint, frozen_fingerprints
+from llava_keeplora.memory import passes, store
+from llava_keeplora.memory.batch_task import BatchTask, Loss
+from llava_keeplora.memory.fingerprint import fingerprint, frozen_fingerprints
+from llava_keeplora.memory.store import Task
 from llava_keeplora.memory.targets import SETTINGS, Targets, find_target_layers, part_settings
+from llava_keeplora.memory.update import read_update
 from llava_keeplora.methods import METHODS, TaskContext
-from llava_keeplora.models.task_model import blocks_recomputing
 from llava_keeplora.run_folder import Capacity
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A finished task of a memory.
-
-    Args:
-        name: its name.
-        deltas: layer name → its update.
-        report: the numbers of its A and of its features, as the driver writes them; see docs/run-folder.md.
-    """
-
-    name: str
-    deltas: Mapping[str, Delta]
-    report: Mapping[str, Any]
 
 
 @dataclass
@@ -182,11 +164,7 @@ class KeepLora:
         Raises:
             MethodError: if a task has begun already, or the data give no gradient.
         """
-        if self._open is not None:
-            raise MethodError(
-                f"task '{self._open.name}' has begun and has not ended",
-                "call end_task, or cancel_task to drop its training",
-            )
+        self._require_closed()
         index = len(self.tasks) + 1
         name = f"task-{index}" if name is None else str(name)
         if name in {task.name for task in self.tasks}:
@@ -194,9 +172,9 @@ class KeepLora:
         report: dict[str, Any] = {}
         task = BatchTask(self.model, batches, loss)
         scale = task.scale()
-        with self._passing():
+        with passes.evaluation_mode(self.model):
             ctx = self._context(index, name, report)
-            ctx.gradients = lambda fraction, statistics: self._gradients(task, scale, fraction, statistics)
+            ctx.gradients = functools.partial(passes.run_gradient_pass, task, self.layers, scale)
             inits = self.method.init_adapters(ctx)
         self._apply(offset=self.method.weight_offset(inits))
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -225,16 +203,17 @@ class KeepLora:
         """
         task = self._require_open("end")
         if task.deltas is None:
-            task.deltas = self._read(task)
+            task.deltas = read_update(self.model, task.name, task.inits, task.frozen)
             self._remove_adapters(task)
             self._apply(task.deltas)
-        features = (
-            _update_features(task.deltas)
-            if batches is None
-            else self._feature_pass(BatchTask(self.model, batches, task.loss))
-        )
+        features: Callable[..., Any]
+        if batches is None:
+            features = functools.partial(passes.update_features, task.deltas)
+        else:
+            data = BatchTask(self.model, batches, task.loss)
+            features = functools.partial(passes.run_feature_pass, data, self.layers)
         index = len(self.tasks) + 1
-        with self._passing():
+        with passes.evaluation_mode(self.model):
             self._after_task(index, task.name, task.report, features)
         task.report["features_of"] = "update" if batches is None else "data"
         self.states.append(self.method.state_dict())
@@ -260,24 +239,6 @@ class KeepLora:
         protected = self.method.capacity()
         return {name: layer.capacity(protected[name]) for name, layer in self.layers.items()}
 
-    @property
-    def base_name(self) -> str | None:
-        """The folder or Hub id that transformers loaded the base from; None for other models."""
-        return getattr(getattr(self.model, "config", None), "name_or_path", None) or None
-
-    def settings(self) -> dict[str, Any]:
-        """Return what the memory was made with, and of which base, as JSON values."""
-        return {
-            "arguments": self._arguments,
-            "options": self.options,
-            "base": {
-                "model": type(self.model).__name__,
-                "name_or_path": self.base_name,
-                "weights": self._base_weights,
-            },
-            "base_report": self._base_report,
-        }
-
     # --- files -------------------------------------------------------------------------------------------
 
     def save(self, folder: Path | str) -> Path:
@@ -286,12 +247,8 @@ class KeepLora:
         Raises:
             MethodError: if a task has begun and has not ended.
         """
-        if self._open is not None:
-            raise MethodError(
-                f"task '{self._open.name}' has begun and has not ended, so the memory isn't whole",
-                "call end_task or cancel_task first; the adapter itself is saved by model.save_pretrained",
-            )
-        return store.save(self, Path(folder))
+        self._require_closed()
+        return store.save(self._contents(), self.model, Path(folder))
 
     @classmethod
     def load(cls, model: nn.Module, folder: Path | str) -> KeepLora:
@@ -305,13 +262,13 @@ class KeepLora:
             MethodError: if the model is not the memory's base.
             RunError: if the folder is damaged or is no memory.
         """
-        record, states, tasks = store.load(folder)
+        contents = store.load(folder)
         memory = cls.__new__(cls)
-        memory._prepare(model, **record["arguments"], options=record["options"])
-        store.check_base(memory, record)
-        memory._base_report, memory.states = record["base_report"], states
-        memory.tasks = [Task(**task) for task in tasks]
-        memory.method.load_state_dicts(states)
+        memory._prepare(model, **contents.record["arguments"], options=contents.record["options"])
+        store.check_base(contents, {name: layer.module for name, layer in memory.layers.items()})
+        memory._base_report = contents.record["base_report"]
+        memory.states, memory.tasks = contents.states, contents.tasks
+        memory.method.load_state_dicts(memory.states)
         memory._apply()
         return memory
 
@@ -321,7 +278,22 @@ class KeepLora:
         Returns:
             the repository's URL.
         """
-        return store.push(self, repo_id)
+        self._require_closed()
+        return store.push(self._contents(), self.model, repo_id)
+
+    def _contents(self) -> store.Contents:
+        base = {
+            "model": type(self.model).__name__,
+            "name_or_path": getattr(getattr(self.model, "config", None), "name_or_path", None) or None,
+            "weights": self._base_weights,
+        }
+        record = {
+            "arguments": self._arguments,
+            "options": self.options,
+            "base": base,
+            "base_report": self._base_report,
+        }
+        return store.Contents(record, self.states, self.tasks)
 
     # --- inside ------------------------------------------------------------------------------------------
 
@@ -329,6 +301,13 @@ class KeepLora:
         if self._open is None:
             raise MethodError(f"no task has begun, so there is none to {verb}", "call begin_task first")
         return self._open
+
+    def _require_closed(self) -> None:
+        if self._open is not None:
+            raise MethodError(
+                f"task '{self._open.name}' has begun and has not ended",
+                "call end_task, or cancel_task to drop its training",
+            )
 
     def _context(self, index: int, name: str, report: dict[str, Any]) -> TaskContext:
         return TaskContext(
@@ -353,45 +332,6 @@ class KeepLora:
         ctx.features = features
         self.method.after_task(ctx)
 
-    def _gradients(
-        self, task: BatchTask, scale: float, fraction: float, statistics: Mapping[str, Any]
-    ) -> None:
-        layers = {name: layer.module for name, layer in self.layers.items()}
-        gradient_pass(task, layers, _part_of(task.batches, fraction), scale, statistics)
-
-    def _feature_pass(self, task: BatchTask) -> Callable[..., Mapping[str, Any]]:
-        layers = {name: layer.module for name, layer in self.layers.items()}
-        parts = {name: layer.part for name, layer in self.layers.items()}
-
-        def features(make: Callable[[list[list[str]]], Mapping[str, Any]], fraction: float = 1.0):
-            def masked(groups: list[list[str]]) -> dict[str, MaskedStatistic]:
-                statistics = make(groups)
-                of = {id(s): MaskedStatistic(s, task) for s in statistics.values()}
-                return {name: of[id(s)] for name, s in statistics.items()}
-
-            task.scale()  # Refuses data without a batch.
-            seen: Mapping[str, Any] = feature_pass(
-                task, layers, parts, _part_of(task.batches, fraction), masked
-            )
-            return {name: of_layer.statistic for name, of_layer in seen.items()}
-
-        return features
-
-    @contextmanager
-    def _passing(self) -> Iterator[None]:
-        """Freeze the model in evaluation mode while a pass runs, and give it back as it was."""
-        modes = {module: module.training for module in self.model.modules()}
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.model.eval().requires_grad_(False)
-        try:
-            with blocks_recomputing(self.model):
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for p in trained:
-                p.requires_grad_(True)
-
     def _apply(self, *deltas: Mapping[str, Delta], offset: Mapping[str, Delta] | None = None) -> None:
         self._base.apply([*(task.deltas for task in self.tasks), *deltas, offset or {}])
 
@@ -401,75 +341,9 @@ class KeepLora:
         for p in task.trainable:
             p.requires_grad_(True)
 
-    def _read(self, task: _Open) -> dict[str, Delta]:
-        """Return the update, after a check that training changed B, all of it, and nothing but B."""
-        layers = lora_layers(self.model)
-        if missing := sorted(set(task.inits) - set(layers)):
-            raise MethodError(
-                f"{len(missing)} of {len(task.inits)} layers of task '{task.name}' have lost their adapters, "
-                f"first {missing[0]}",
-                "end the task before the adapters are merged or unloaded; begin it again with cancel_task",
-            )
-        for name, init in task.inits.items():
-            weight = layers[name].lora_A["default"].weight
-            assert init.A is not None
-            if not torch.equal(trained_values(weight).cpu().to(weight.dtype), init.A.to(weight.dtype)):
-                raise MethodError(
-                    f"training moved A of {name}, which keeps task '{task.name}' outside of the "
-                    "protected subspace",
-                    "freeze it again with llava_keeplora.freeze_A(model) after adapters are loaded, and train "
-                    "from begin_task's model",
-                )
-        if moved := find_changed(self.model, task.frozen):
-            raise MethodError(
-                f"training changed {len(moved)} frozen tensors of the model, first {moved[0]}, which belong "
-                "to no update",
-                "train B alone: load the model in the dtype that it is trained in, and keep other "
-                "parameters, and statistics of normalisation layers, fixed",
-            )
-        deltas = {
-            name: since_start(delta, task.inits[name])
-            for name, delta in read_adapters(self.model, task.inits).items()
-            if name in task.inits
-        }
-        for name, delta in deltas.items():
-            if not torch.isfinite(delta.B).all():
-                raise MethodError(
-                    f"B of {name} is not finite after the training of task '{task.name}'",
-                    "cancel_task and train again with a lower learning rate",
-                )
-        if not any(bool(delta.B.any()) for delta in deltas.values()):
-            raise MethodError(
-                f"no adapter of task '{task.name}' has changed since begin_task",
-                "train the model that begin_task returned, or call cancel_task",
-            )
-        return deltas
-
 
 def _no_data(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("this stage of a task has no data")
-
-
-def _part_of(batches: Callable[[], Iterator[Any]], fraction: float) -> Iterator[Any]:
-    """Yield a fraction of the batches, evenly spaced from the first on."""
-    for index, batch in enumerate(batches()):
-        if index == 0 or int(index * fraction) > int((index - 1) * fraction):
-            yield batch
-
-
-def _update_features(deltas: Mapping[str, Delta]) -> Callable[..., Mapping[str, Any]]:
-    """Return a feature pass over the rows of the updates, which are the directions that they read."""
-
-    def features(make: Callable[[list[list[str]]], Mapping[str, Any]], fraction: float = 1.0):
-        statistics = make([[name] for name in deltas])
-        for name, statistic in statistics.items():
-            change = deltas[name]
-            # B = QR: the rows of R A have the second moment of those of B A.
-            r = torch.linalg.qr(change.B.double()).R
-            statistic.add((change.scale * r @ change.A.double()).float(), None)
-        return statistics
-
-    return features
 
 
 def _log_left_out(name: str, left_out: Mapping[str, str]) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_keeplora import __version__
 from llava_keeplora.adapters import Delta, FullDelta, load_deltas, save_deltas
@@ -24,9 +25,6 @@ from llava_keeplora.memory.fingerprint import fingerprint
 from llava_keeplora.records import COUNT, Each, mismatches, read_object
 from llava_keeplora.run_folder import DELTA, STATE
 from llava_keeplora_eval.files import file_hash
-
-if TYPE_CHECKING:
-    from llava_keeplora.memory.keeplora import KeepLora
 
 #: The file that makes a folder a memory.
 RECORD = "keeplora.json"
@@ -46,10 +44,44 @@ SCHEMA = {
 }
 AGAIN = "save the memory again, or take another copy"
 
-Loaded = tuple[dict[str, Any], list[dict[str, Tensor]], list[dict[str, Any]]]
+
+@dataclass(frozen=True)
+class Task:
+    """A finished task of a memory.
+
+    Args:
+        name: its name.
+        deltas: layer name → its update.
+        report: the numbers of its A and of its features, as the driver records them.
+    """
+
+    name: str
+    deltas: Mapping[str, Delta]
+    report: Mapping[str, Any]
 
 
-def save(memory: KeepLora, folder: Path) -> Path:
+@dataclass(frozen=True)
+class Contents:
+    """All that a memory consists of beside the model.
+
+    Args:
+        record: `arguments` and `options` that it was made with, `base` with the model's class, its name and
+            the fingerprints of its weights, and `base_report`.
+        states: what the base and each task added to the protected subspaces.
+        tasks: the finished tasks.
+    """
+
+    record: Mapping[str, Any]
+    states: list[dict[str, Tensor]]
+    tasks: list[Task]
+
+    @property
+    def base_name(self) -> str | None:
+        """The folder or Hub id that transformers loaded the base from; None for other models."""
+        return self.record["base"]["name_or_path"]
+
+
+def save(contents: Contents, model: nn.Module, folder: Path) -> Path:
     """Write a memory; an existing folder is replaced, but only one that holds a memory or nothing.
 
     Raises:
@@ -58,31 +90,27 @@ def save(memory: KeepLora, folder: Path) -> Path:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise RunError(f"{folder} holds files that are no memory", "give a new or empty folder")
     with whole_folder(folder) as tmp_dir:
-        for index, state in enumerate(memory.states):
+        for index, state in enumerate(contents.states):
             if state:
                 write_tensors(_place(tmp_dir, index, STATE), state)
-        for index, task in enumerate(memory.tasks, 1):
-            _place(tmp_dir, index, DELTA).parent.mkdir(exist_ok=True)
+        for index, task in enumerate(contents.tasks, 1):
             save_deltas(_place(tmp_dir, index, DELTA), task.deltas)
-        _write_adapter(memory, tmp_dir)
-        write_bytes(tmp_dir / "README.md", _card(memory).encode())
+        _write_adapter(contents, model, tmp_dir)
+        write_bytes(tmp_dir / "README.md", _card(contents).encode())
         files = sorted(path for path in tmp_dir.rglob("*.safetensors"))
-        record = memory.settings() | {
+        record = {
+            **contents.record,
             "format": FORMAT,
             "version": __version__,
-            "tasks": [{"name": task.name, "report": task.report} for task in memory.tasks],
+            "tasks": [{"name": task.name, "report": task.report} for task in contents.tasks],
             "files": {path.relative_to(tmp_dir).as_posix(): file_hash(path) for path in files},
         }
         write_json(tmp_dir / RECORD, record)
     return folder
 
 
-def load(folder: Path | str) -> Loaded:
+def load(folder: Path | str) -> Contents:
     """Read what `save` wrote, from a folder or the Hub.
-
-    Returns:
-        (the record, the method's state after the base and after each task, each task's name, deltas and
-        report).
 
     Raises:
         ConfigError: if there is no such folder and the name is none on the Hub.
@@ -91,9 +119,7 @@ def load(folder: Path | str) -> Loaded:
     with tempfile.TemporaryDirectory() as tmp_dir:
         place = Path(folder) if Path(folder).is_dir() else download(str(folder), None, Path(tmp_dir))
         if not (place / RECORD).is_file():
-            raise RunError(
-                f"{folder} holds no memory (no {RECORD})", "give a folder that KeepLora.save wrote"
-            )
+            raise RunError(f"{folder} holds no {RECORD}", "give a folder that KeepLora.save wrote")
         record = read_object(place / RECORD, AGAIN)
         if record.get("format") != FORMAT:
             raise RunError(
@@ -104,46 +130,55 @@ def load(folder: Path | str) -> Loaded:
             raise RunError(f"{place / RECORD} is damaged ({where}: {why})", AGAIN)
         for name, expected in record["files"].items():
             checked(place / name, expected, "KeepLora.save")
-        states, tasks = [], []
-        for index in range(len(record["tasks"]) + 1):
-            path = _place(place, index, STATE)
-            states.append(read_tensors(path) if _listed(path, place, record) else {})
-        for index, task in enumerate(record["tasks"], 1):
-            path = _place(place, index, DELTA)
-            if not _listed(path, place, record):
-                raise RunError(f"{place / RECORD} lists no update of task '{task['name']}'", AGAIN)
-            tasks.append({**task, "deltas": load_deltas(path)})
-    return record, states, tasks
+        states = [_tensors(place, index, record) for index in range(len(record["tasks"]) + 1)]
+        tasks = [_task(place, index, record, facts) for index, facts in enumerate(record["tasks"], 1)]
+    return Contents(record, states, tasks)
 
 
-def check_base(memory: KeepLora, record: Mapping[str, Any]) -> None:
-    """Check that a memory's model has the weights that the record was made from.
+def _tensors(folder: Path, index: int, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = _place(folder, index, STATE)
+    return read_tensors(path) if _listed(path, folder, record) else {}
+
+
+def _task(folder: Path, index: int, record: Mapping[str, Any], facts: Mapping[str, Any]) -> Task:
+    path = _place(folder, index, DELTA)
+    if not _listed(path, folder, record):
+        raise RunError(f"{folder / RECORD} lists no update of task '{facts['name']}'", AGAIN)
+    deltas = {name: delta for name, delta in load_deltas(path).items() if isinstance(delta, Delta)}
+    return Task(facts["name"], deltas, facts["report"])
+
+
+def check_base(contents: Contents, layers: Mapping[str, nn.Module]) -> None:
+    """Check that a model has the weights that a memory was made from.
+
+    Args:
+        contents: the memory's.
+        layers: full name → the model's layer, of those that the memory's targets name.
 
     Raises:
         MethodError: naming a layer that differs.
     """
-    expected = record["base"]["weights"]
-    if set(expected) != set(memory.layers):
-        missing = sorted(set(expected) ^ set(memory.layers))
+    expected, base = contents.record["base"]["weights"], contents.record["base"]
+    if different := sorted(set(expected) ^ set(layers)):
         raise MethodError(
-            f"the model has other layers than the base of this memory, {record['base']['name_or_path']}: "
-            f"{len(missing)} differ, first {missing[0]}",
+            f"the model's layers differ from the memory's base ({contents.base_name or base['model']}): "
+            f"{len(different)} differ, first {different[0]}",
             "load the model that the memory was made from",
         )
-    for name, layer in memory.layers.items():
-        if fingerprint(layer.module.weight) != expected[name]:
+    for name, layer in layers.items():
+        if fingerprint(layer.weight) != expected[name]:
             raise MethodError(
                 f"the weights of {name} are not those of the base that this memory was made from "
-                f"({record['base']['name_or_path'] or record['base']['model']})",
+                f"({contents.base_name or base['model']})",
                 "load the base itself, in the same dtype, and not a model that the tasks are merged into",
             )
 
 
-def push(memory: KeepLora, repo_id: str) -> str:
-    """Upload a memory to the Hub and return the repository's URL; see `KeepLora.push_to_hub`."""
+def push(contents: Contents, model: nn.Module, repo_id: str) -> str:
+    """Upload a memory to the Hub and return the repository's URL."""
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as tmp_dir:
-        return upload(memory.save(Path(tmp_dir) / "memory"), repo_id)
+        return upload(save(contents, model, Path(tmp_dir) / "memory"), repo_id)
 
 
 def _place(folder: Path, index: int, name: str) -> Path:
@@ -154,21 +189,22 @@ def _listed(path: Path, folder: Path, record: Mapping[str, Any]) -> bool:
     return path.relative_to(folder).as_posix() in record["files"]
 
 
-def _write_adapter(memory: KeepLora, folder: Path) -> None:
+def _write_adapter(contents: Contents, model: nn.Module, folder: Path) -> None:
     """Write the sum of the updates as a PEFT adapter, if a task has changed a layer."""
     changes: list[dict[str, Delta | FullDelta]] = [
-        {name: delta for name, delta in task.deltas.items() if bool(delta.B.any())} for task in memory.tasks
+        {name: delta for name, delta in task.deltas.items() if bool(delta.B.any())} for task in contents.tasks
     ]
     if any(changes):
-        base = Base(memory.base_name or "", None, None)
-        write_adapter(folder, combine(changes), memory.model, {}, base)
+        base = Base(contents.base_name or "", None, None)
+        write_adapter(folder, combine(changes), model, {}, base)
 
 
-def _card(memory: KeepLora) -> str:
+def _card(contents: Contents) -> str:
     """Return a model card: what the memory holds and the lines that load it."""
-    base = memory.base_name or type(memory.model).__name__
-    tasks = "\n".join(f"{index}. {task.name}" for index, task in enumerate(memory.tasks, 1)) or "none yet"
-    header = f"base_model: {base}\n" if memory.base_name else ""
+    kind = contents.record["base"]["model"]
+    base = contents.base_name or kind
+    tasks = "\n".join(f"{index}. {task.name}" for index, task in enumerate(contents.tasks, 1)) or "none yet"
+    header = f"base_model: {base}\n" if contents.base_name else ""
     return f"""---
 library_name: peft
 {header}tags:
@@ -176,7 +212,7 @@ library_name: peft
 - continual-learning
 ---
 
-# What a {type(memory.model).__name__} has learned, and the subspaces that protect it
+# What a {kind} has learned, and the subspaces that protect it
 
 The folder is a PEFT adapter of `{base}` (`PeftModel.from_pretrained(base, folder)`), and a memory of
 [KeepLoRA](https://arxiv.org/abs/2601.19659), with which the next task is learned:

@@ -109,7 +109,8 @@ ABOVE = {
         "cli",
         "saved_run",
     ],
-    "sequence": ["compare", "cli"],
+    "sequence": ["compare", "cli", "memory"],
+    "memory": ["analysis", "doctor", "plan", "start", "sequence", "report", "compare", "cli"],
 }
 
 
