@@ -1,4 +1,4 @@
-"""Check for left-over locks of DeepSpeed's operators, which are compiled when they are first needed.
+"""DeepSpeed's operators, compiled when they are first needed: left-over locks, and one to do without.
 
 Compilation holds a lock that torch waits for silently. A process that is killed while it compiles leaves the
 lock behind, and every later start would wait for ever.
@@ -40,6 +40,16 @@ def check_builds() -> None:
         logger.warning(
             "%s; if none on another machine is either, stop this start and remove the lock", finding
         )
+
+
+def skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its all-reduce in shared memory when a group of CPU processes is set up.
+
+    Only its inference engine calls that operator, and compiling takes the better part of a minute.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def unheld_locks() -> list[Path]:

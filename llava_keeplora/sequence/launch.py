@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llava_keeplora.config import RunConfig
-from llava_keeplora.deepspeed_ops import check_builds
+from llava_keeplora.deepspeed_ops import check_builds, skip_shared_memory_op
 from llava_keeplora.distributed import has_group, is_main_process
 
 #: Time-out of collective operations: the others wait while the main process scores and writes.
@@ -43,6 +43,7 @@ def processes(config: RunConfig) -> Iterator[bool]:
         import deepspeed
 
         check_builds()
+        skip_shared_memory_op()
         # Started by plain `python`: without these, DeepSpeed would look for MPI to set up the group of one.
         for key, value in {
             "RANK": "0",

@@ -1,14 +1,15 @@
-"""A lock that a killed build of DeepSpeed's operators left behind."""
+"""DeepSpeed's operators: a lock that a killed build left behind, and the one that training does without."""
 
+import importlib
 import os
-import subprocess
 import sys
 import time
 
 import pytest
 
+import forked
 from llava_keeplora import cli
-from llava_keeplora.deepspeed_ops import LONGEST, check_builds, unheld_locks
+from llava_keeplora.deepspeed_ops import LONGEST, check_builds, skip_shared_memory_op, unheld_locks
 from llava_keeplora.errors import RunError
 
 BUILD = """
@@ -24,10 +25,12 @@ time.sleep(60)
 def lock(tmp_path, monkeypatch):
     """A lock that torch itself took, and its process."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    (tmp_path / "deepspeed_shm_comm").mkdir()
-    path = tmp_path / "deepspeed_shm_comm" / "lock"
-    builder = subprocess.Popen([sys.executable, "-c", BUILD, str(path)], stdout=subprocess.PIPE, text=True)
-    assert builder.stdout.readline() == "held\n"
+    (tmp_path / "cpu_adam").mkdir()
+    path = tmp_path / "cpu_adam" / "lock"
+    builder = forked.Forked([sys.executable, "-c", BUILD, path])
+    while not builder.output(0):
+        assert builder.returncode is None, builder.output(1)
+        time.sleep(0.01)
     yield path, builder
     builder.kill()
     builder.wait()
@@ -77,3 +80,18 @@ def test_a_start_with_deepspeed_says_it_at_once_instead_of_waiting(lock, run_tre
     assert cli.main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
     assert f"rm {path}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_group_of_cpu_processes_is_set_up_without_a_compiler(monkeypatch):
+    deepspeed = pytest.importorskip("deepspeed")
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    # By its name, as the attribute `torch` of that package is torch itself.
+    backend = importlib.import_module("deepspeed.comm.torch")
+    built = []
+    monkeypatch.setattr(ShareMemCommBuilder, "load", lambda self: built.append(self.NAME) or self)
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, ShareMemCommBuilder.NAME, True)
+    assert backend.build_shm_op() and built, "DeepSpeed itself compiles it"
+    built.clear()
+    skip_shared_memory_op()
+    assert backend.build_shm_op() is None and not built

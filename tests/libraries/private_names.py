@@ -80,6 +80,11 @@ PRIVATE_NAMES = (
         (_ENGINE,),
         "an optimiser on disk cannot be read, so nothing is kept between its steps",
     ),
+    PrivateName(
+        "deepspeed.ops.__compatible_ops__",
+        ("llava_keeplora.deepspeed_ops",),
+        "keeps an operator of its inference engine from being compiled; no setting does",
+    ),
     PrivateName("deepspeed.runtime.zero.stage3.loss_scaler", (_ENGINE,), "fp16's loss scale at the step"),
     # transformers: the Trainer
     PrivateName(
