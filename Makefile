@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo lint types test test-slow clean
+.PHONY: setup demo demo-qwen lint types test test-slow clean
 
 setup: $(READY)
 
@@ -17,6 +17,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed scripts/train_seq.py --config demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed scripts/train_seq.py --config demo-llava
+
+demo-qwen: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed scripts/train_seq.py --config demo-qwen
 
 lint: $(READY) types
 	$(BIN)/python -m ruff check .

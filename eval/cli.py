@@ -86,7 +86,8 @@ def _add_predict(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     predict.add_argument(
         "--model",
         required=True,
-        help="tiny-clip, tiny-llava, a folder with a checkpoint (docs/models.md) or an adapter, or a Hub id",
+        help="tiny-clip, tiny-llava, tiny-qwen, a folder with a checkpoint (docs/models.md) or an adapter, "
+        "or a Hub id",
     )
     predict.add_argument(
         "--base",
@@ -127,8 +128,8 @@ def _add_data_check(commands: Any, common: argparse.ArgumentParser) -> None:
     check.add_argument("--split", help="the split to check (default: all)")
     check.add_argument(
         "--model",
-        help="prepare the examples for tiny-clip, tiny-llava, a folder with a checkpoint (docs/models.md) or "
-        "an adapter, or a Hub id",
+        help="prepare the examples for tiny-clip, tiny-llava, tiny-qwen, a folder with a checkpoint "
+        "(docs/models.md) or an adapter, or a Hub id",
     )
     check.add_argument(
         "--base",

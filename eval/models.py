@@ -28,7 +28,7 @@ from llava_keeplora_eval.preparation import ChatPreparation
 from llava_keeplora_eval.processors import check_vocabulary, load_chat_processor
 
 #: Models that come with the training half; found by name, never imported.
-EMBEDDED = ("tiny-clip", "tiny-llava")
+EMBEDDED = ("tiny-clip", "tiny-llava", "tiny-qwen")
 #: What an export of a run says of itself.
 EXPORT = "keeplora_export.json"
 #: Model types of transformers → the family that answers with them; training and evaluation take the same.

@@ -117,7 +117,7 @@ def test_every_bench_runs():
 def test_make_does_what_the_readme_says():
     made = (ROOT / "Makefile").read_text()
     assert "-c constraints.txt -e '.[test]'" in made
-    for config in ("demo", "demo-llava"):
+    for config in ("demo", "demo-llava", "demo-qwen"):
         assert (
             f"deepspeed scripts/train_seq.py --config {config}\n" in made
             and f"`deepspeed scripts/train_seq.py --config {config}`" in README

@@ -1,9 +1,10 @@
-"""How the embedded Qwen-VL is pre-trained: its batches are what processor and model make of single questions."""
+"""The embedded Qwen-VL: what it learns from is what processor and model make of single questions; it answers."""
 
 from __future__ import annotations
 
 import copy
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from llava_keeplora.models import ASSETS
+from llava_keeplora_eval.models import resolve_model
 from llava_keeplora_eval.processors import load_chat_processor
+from llava_keeplora_recipes import load_recipe, load_split
 
+FOLDER = ASSETS / "tiny-qwen"
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHAPES = [(48, 48), (72, 96), (96, 48), (28, 28)]
 TURNS = [
@@ -124,3 +129,65 @@ def test_the_encoder_learns_each_patch_from_the_same_patch_of_clip(scripts, untr
     errors = [teaching.learn(seen, scripts.qwen.patches(seen), bf16=False) for _ in range(12)]
     assert errors[-1] < 0.9 * errors[0]
     assert torch.equal(student.lm_head.weight, model.lm_head.weight)
+
+
+# ------------------------------------------------------------------------------------- the asset
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(FOLDER).eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_chat_processor(resolve_model("tiny-qwen"))
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads((FOLDER / "pretrain.json").read_text())
+
+
+def test_it_has_at_most_twelve_megabytes_of_float32(model):
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 12e6
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_question_is_written_in_qwens_chat_format(processor):
+    ids = written(processor, "What?", None, Image.new("RGB", (48, 48)))["input_ids"][0]
+    images = "<|image_pad|>" * 9
+    assert processor.tokenizer.decode(ids) == (
+        f"<|im_start|>user\n<|vision_start|>{images}<|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [((48, 48), 9), ((72, 96), 12), ((96, 72), 12), ((28, 28), 9)])
+def test_a_picture_keeps_its_aspect_ratio(model, processor, shape, tokens):
+    batch = written(processor, "What?", None, Image.new("RGB", shape))
+    assert (batch["input_ids"] == model.config.image_token_id).sum() == tokens
+
+
+def test_it_answers_as_well_as_its_record_says_and_better_than_a_guess(model, processor, record):
+    row = record["zero_shot_test"]["scene-colour"]
+    data = load_split(load_recipe("scene-colour"), "test").take(range(120))
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
+        )
+        for question in data.questions
+    ]
+    batch = processor(text=texts, images=[e.image for e in data], padding=True, return_tensors="pt")
+    out = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    said = processor.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    score = np.mean([text.strip() in right for text, right in zip(said, data.answers, strict=True)])
+    assert score > row["guess"] + 0.1
+    assert abs(score - row["score"]) < 0.15
+
+
+def test_its_record_names_what_it_has_seen(model, record):
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    llava = json.loads((ASSETS / "tiny-llava" / "pretrain.json").read_text())
+    assert (record["pretrain_sets"], record["shares"]) == (llava["pretrain_sets"], llava["shares"])
+    assert all("tiny-qwen" in load_recipe(name).seen_by for name in record["pretrain_sets"])
