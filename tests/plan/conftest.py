@@ -16,9 +16,11 @@ MEASURE = Path(__file__).with_name("measure.py")
 
 @pytest.fixture(scope="session")
 def enlarge():
-    """Function (from, to, vision, text, weights) → a checkpoint folder with other sizes, random weights or only a configuration."""
+    """Function (from, to, vision, text, weights, more) → a checkpoint folder with other sizes, random weights or only a configuration."""
 
-    def make(source: Path, folder: Path, vision: dict, text: dict, weights: bool = False) -> Path:
+    def make(
+        source: Path, folder: Path, vision: dict, text: dict, weights: bool = False, more: dict | None = None
+    ) -> Path:
         import torch
         from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
@@ -26,7 +28,11 @@ def enlarge():
 
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
         config = AutoConfig.from_pretrained(source)
-        for part, values in ((config.vision_config, vision), (config.text_config, text)):
+        for part, values in (
+            (config.vision_config, vision),
+            (config.text_config, text),
+            (config, more or {}),
+        ):
             for key, value in values.items():
                 setattr(part, key, value)
         config.save_pretrained(folder)

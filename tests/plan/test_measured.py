@@ -143,6 +143,35 @@ def test_a_llava_takes_what_was_planned(
     within(compare(measured, tree, tiny_llava, large))
 
 
+def large_chat_model(kind):
+    """Sizes of a type that writes text: its vision encoder's, its language model's, and others."""
+    see, write, more = vision(512, 4), text(768, 6), {}
+    width = write["hidden_size"]
+    if kind.startswith("qwen"):
+        see = {"depth": 4, "num_heads": 8, "out_hidden_size": width} | {
+            key: see[key] for key in ("hidden_size", "intermediate_size")
+        }
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [width // 48] * 3}
+        write |= {"rope_parameters": rope}
+    if kind == "paligemma":
+        see, more = see | {"projection_dim": width}, {"projection_dim": width}
+    if kind in ("gemma3", "internvl"):
+        write |= {"layer_types": ["full_attention"] * write["num_hidden_layers"]}
+    return see, write, more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "paligemma"])
+def test_another_model_that_writes_text_takes_what_was_planned(
+    measured, llava_tree, small_vlm, mixed_tasks, tmp_path, enlarge, kind
+):
+    see, write, more = large_chat_model(kind)
+    large = enlarge(small_vlm(kind), tmp_path / "large", see, write, weights=True, more=more)
+    tree = llava(llava_tree, mixed_tasks[:1])
+    tree["parts"]["vision"] = PART | {"targets": None}
+    within(compare(measured, tree, small_vlm(kind), large, more=()), more=())
+
+
 @pytest.mark.slow
 def test_sequential_lora_on_a_llava_takes_what_was_planned(
     measured, llava_tree, tiny_llava, mixed_tasks, tmp_path, enlarge

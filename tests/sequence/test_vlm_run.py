@@ -12,7 +12,13 @@ from llava_keeplora.saved_run import extended
 
 PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
 #: Packed patches with M-RoPE; crops in a second dimension with two kinds of attention.
-KINDS = ("qwen2_5_vl", pytest.param("idefics3", marks=pytest.mark.slow))
+KINDS = (
+    "qwen2_5_vl",
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("idefics3", "qwen3_vl", "gemma3", "internvl", "paligemma")
+    ),
+)
 
 
 @pytest.fixture
