@@ -7,38 +7,24 @@ whatever the model.
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from llava_keeplora_eval.chat_text import PROBE, given_videos, render, takes_suffix, takes_videos
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.image_inputs import TOKEN_KEYS, ImageShapes, blank_image
+from llava_keeplora_eval.video_inputs import VideoShapes, blank_video
 from llava_keeplora_recipes import Recipe
 from llava_keeplora_recipes.placeholders import MARKER
-from llava_keeplora_recipes.records import Message
+from llava_keeplora_recipes.records import Message, Spans
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-#: For checkpoints without a chat template: LLaVA-1.5's own (conversation `v1` of
-#: github.com/haotian-liu/LLaVA).
-VICUNA_V1 = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    "{% for message in messages %} {{ message['role'].upper() }}: "
-    "{% for item in message['content'] %}"
-    "{% if item['type'] == 'image' %}<image>\n{% else %}{{ item['text'] }}{% endif %}"
-    "{% endfor %}{{ eos_token if message['role'] == 'assistant' }}{% endfor %}"
-    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
-)
-
-# A word that no template writes, to see what a template writes around it.
-_PROBE = "Xqzj"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,110 +59,6 @@ class Encoding:
         return sum(end - start for start, end in self.learned_spans)
 
 
-def render(
-    processor, question: str, n_images: int, history: Sequence[Message] = (), answer: str | None = None
-) -> str:
-    """Write the chat text of a conversation, up to where the answer to its last question begins.
-
-    Args:
-        processor: of a vision-language model; its chat template is used, or `VICUNA_V1` where it has none.
-        question: what is asked; with a marker for each image where they have places in it.
-        n_images: how many images there are; they go before the first question where no text marks places.
-        history: the turns before the question; their texts may mark places of images too.
-        answer: the answer, which then ends the text as the template ends a turn.
-
-    Raises:
-        EvalError: the texts mark another number of images, the template fails, or it moves images from their
-            places.
-    """
-    turns = [*history, Message("user", question)]
-    marked = sum(turn.text.count(MARKER) for turn in turns)
-    if marked not in (0, n_images):
-        raise EvalError(
-            f"the question '{shorten(question, 80)}' marks {marked} images and has {n_images}",
-            "mark each image once, or none",
-        )
-    ahead = 0 if marked else n_images
-    messages = []
-    for turn in turns:
-        messages.append({"role": turn.role, "content": _content(processor, turn, ahead)})
-        ahead = 0 if turn.role == "user" else ahead
-    if answer is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return _apply(processor, messages, answer is None)
-
-
-def _content(processor, turn: Message, ahead: int) -> list[dict[str, str]]:
-    """Return a turn's parts: `ahead` images, then its text with the images in their places."""
-    images = [{"type": "image"}] * ahead * (turn.role == "user")
-    if MARKER not in turn.text:
-        return [*images, {"type": "text", "text": turn.text}]
-    if takes_suffix(processor):
-        raise EvalError(
-            "the model takes images before the text only, and a question marks them between words",
-            "mark no images (they go before the question then), or take another model",
-        )
-    if _writes_bare_token(processor):
-        # Such templates may put parts of the type image before the text, wherever they stand among the parts.
-        return [*images, {"type": "text", "text": turn.text.replace(MARKER, processor.image_token)}]
-    parts: list[dict[str, str]] = []
-    for i, text in enumerate(turn.text.split(MARKER)):
-        parts += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
-    probes = [
-        {"type": "text", "text": f"{_PROBE}{i}"} if "text" in part else part for i, part in enumerate(parts)
-    ]
-    _check_places(processor, probes)
-    return parts
-
-
-def takes_suffix(processor) -> bool:
-    """Return whether a processor itself joins a question with its answer, as PaliGemma's does."""
-    return "suffix" in _call_parameters(type(processor))
-
-
-@cache  # Asked for every example.
-def _call_parameters(processor_class: type) -> frozenset[str]:
-    return frozenset(inspect.signature(processor_class.__call__).parameters)
-
-
-def _check_places(processor, parts: Sequence[Mapping[str, str]]) -> None:
-    """Refuse a template that writes images elsewhere than where they stand among a turn's parts."""
-    text = _apply(processor, [{"role": "user", "content": list(parts)}], True)
-    words = [part.get("text", processor.image_token) for part in parts]
-    place = 0
-    for word in words:
-        place = text.find(word, place) + len(word)
-        if place < len(word):
-            raise EvalError(
-                "the model's chat template does not keep images between words, where a question marks them",
-                "mark no images (they go before the question then), or take another model",
-            )
-
-
-def _writes_bare_token(processor) -> bool:
-    """Return whether a chat template writes only the image token, and white space, for an image."""
-    text = {"type": "text", "text": _PROBE}
-    without = _apply(processor, [{"role": "user", "content": [text]}], True)
-    with_image = _apply(processor, [{"role": "user", "content": [{"type": "image"}, text]}], True)
-    common = next((i for i, (a, b) in enumerate(zip(without, with_image)) if a != b), len(without))
-    written = with_image[common : common + len(with_image) - len(without)]
-    return written.strip() in (processor.image_token, "")
-
-
-def _apply(processor, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
-    template = processor.chat_template or VICUNA_V1.replace("<image>", processor.image_token)
-    try:
-        return processor.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=generation_prompt, tokenize=False
-        )
-    except Exception as error:  # A template is a program: it may fail in any way.
-        raise EvalError(
-            "the model's chat template fails "
-            f"({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
-            "restore the checkpoint's chat_template.jinja, or the chat_template of its tokenizer_config.json",
-        ) from error
-
-
 def question_text(recipe: Recipe, question: str | None) -> str:
     """Return the question to a generative model: the example's, or the recipe's `prompt` if it has none."""
     return recipe.vlm_prompt if question is None else question
@@ -191,28 +73,41 @@ def training_answers(recipe: Recipe, answers: Sequence[str]) -> list[str]:
     return [Counter(answers).most_common(1)[0][0]]
 
 
-def image_inputs(processor, images: Sequence) -> dict[str, Tensor]:
+def image_inputs(processor, images: Sequence, videos: Spans = ()) -> dict[str, Tensor]:
     """Return what the model takes for one example's images, by key; nothing where it has none.
 
     Everything that the processor returns but the inputs of tokens: `pixel_values`, and what the model needs
-    to know of them (`image_grid_thw`, `image_sizes`, `pixel_attention_mask`, ...).
+    to know of them (`image_grid_thw`, `image_sizes`, `pixel_attention_mask`, `pixel_values_videos`, ...).
+
+    Args:
+        processor: of a vision-language model.
+        images: the images, frames of videos included.
+        videos: spans of the frames of each video among them; see `given_videos`.
 
     Raises:
         EvalError: the processor refuses the images.
     """
     if not images:
         return {}
+    videos = given_videos(processor, len(images), videos)
+    text = render(processor, "", len(images), videos=videos)
     try:
-        # Nested where the number of images makes a difference.
-        made = processor(
-            text=[render(processor, "", len(images))], images=[list(images)], return_tensors="pt"
-        )
+        made = processor(text=[text], **_separate(images, videos), return_tensors="pt")
     except (ValueError, TypeError, IndexError) as error:
         raise EvalError(
             f"the model's processor refuses the images of an example ({str(error).splitlines()[0][:200]})",
             "check the image, or the processor's files",
         ) from error
     return {key: value for key, value in made.items() if key not in (*TOKEN_KEYS, "labels")}
+
+
+def _separate(images: Sequence, videos: Spans) -> dict[str, Any]:
+    """Return the arguments of a processor for an example's images and videos."""
+    frames = {i for start, end in videos for i in range(start, end)}
+    alone = [image for i, image in enumerate(images) if i not in frames]
+    # Nested where the number of images makes a difference.
+    given = {"videos": [list(images[start:end]) for start, end in videos]} if videos else {}
+    return {"images": [alone] if alone else None, **given}
 
 
 class Chat:
@@ -227,6 +122,8 @@ class Chat:
         self.tokenizer = processor.tokenizer
         self._by_size = copy.copy(processor)
         self._by_size.image_processor = ImageShapes(processor.image_processor)
+        if takes_videos(processor):
+            self._by_size.video_processor = VideoShapes.of(processor.video_processor)
         self._special = _special_tokens(processor)
         self.pad_id = (
             self.tokenizer.pad_token_id
@@ -236,8 +133,10 @@ class Chat:
 
     @cached_property
     def image_ids(self) -> frozenset[int]:
-        """Ids of the tokens that stand for images, begin, break and end tokens included."""
+        """Ids of the tokens that stand for images and videos, begin, break and end tokens included."""
         ids = getattr(self.processor, "image_token_ids", None) or [self.processor.image_token_id]
+        if takes_videos(self.processor):
+            ids = [*ids, *self.processor.video_token_ids]
         return frozenset(i for i in ids if i is not None)
 
     @cached_property
@@ -249,11 +148,11 @@ class Chat:
         """
         prompt = render(self.processor, "q", 0)
         try:
-            whole = render(self.processor, "q", 0, answer=_PROBE)
+            whole = render(self.processor, "q", 0, answer=PROBE)
         except EvalError:  # A template for questions alone.
             whole = ""
         lead, found, tail = (
-            whole[len(prompt) :].partition(_PROBE) if whole.startswith(prompt) else ("", "", "")
+            whole[len(prompt) :].partition(PROBE) if whole.startswith(prompt) else ("", "", "")
         )
         if not found or lead.strip():
             lead = "" if prompt[-1:].isspace() else " "
@@ -269,21 +168,28 @@ class Chat:
         return {i for i in (end, self.tokenizer.eos_token_id) if i is not None}
 
     def prompt(
-        self, question: str, sizes: Sequence[tuple[int, int]], history: Sequence[Message] = ()
+        self,
+        question: str,
+        sizes: Sequence[tuple[int, int]],
+        history: Sequence[Message] = (),
+        videos: Spans = (),
     ) -> Encoding:
         """Encode a question, with as many placeholders per image as the model has features for it.
 
         Args:
             question: what is asked.
-            sizes: (height, width) of each image.
+            sizes: (height, width) of each image, frames of videos included.
             history: the turns before it.
+            videos: spans of the frames of each video among the images; see `given_videos`.
 
         Raises:
             EvalError: a text holds a special token of the tokenizer or marks another number of images, or the
                 processor refuses them.
         """
         self._refuse_special(question, history)
-        tokens = self._encode(render(self.processor, question, len(sizes), history), sizes)
+        videos = given_videos(self.processor, len(sizes), videos)
+        text = render(self.processor, question, len(sizes), history, videos=videos)
+        tokens = self._encode(text, sizes, videos)
         return Encoding(prompt=tokens.pop("input_ids"), extra=tokens)
 
     def turn(
@@ -292,11 +198,12 @@ class Chat:
         sizes: Sequence[tuple[int, int]],
         answer: str,
         history: Sequence[Message] = (),
+        videos: Spans = (),
     ) -> Encoding:
         """Encode a question and its answer with the end of the turn, and find the earlier answers.
 
         Args:
-            question, sizes, history: see `prompt`.
+            question, sizes, history, videos: see `prompt`.
             answer: the text to learn.
 
         Raises:
@@ -304,24 +211,30 @@ class Chat:
                 that training would show the model another prompt than generation does.
         """
         self._refuse_special(question, history, answer)
-        text = render(self.processor, question, len(sizes), history)
-        prompt = self._encode(text, sizes)["input_ids"]
+        videos = given_videos(self.processor, len(sizes), videos)
+        text = render(self.processor, question, len(sizes), history, videos=videos)
+        prompt = self._encode(text, sizes, videos)["input_ids"]
         if takes_suffix(self.processor):
-            tokens = self._encode(text, sizes, suffix=[answer])
+            tokens = self._encode(text, sizes, videos, suffix=[answer])
         else:
             lead, end = self.answer_frame
-            tokens = self._encode(text + lead + answer + end, sizes)
+            tokens = self._encode(text + lead + answer + end, sizes, videos)
         whole = tokens.pop("input_ids")
         if whole[: len(prompt)] != prompt:
             raise EvalError(
                 f"the tokenizer joins the end of the chat template with the answer '{answer}'",
                 "end the chat template's generation prompt with a colon or a line break",
             )
-        earlier = self._earlier(text, prompt, sizes, history) if history else ()
+        earlier = self._earlier(text, prompt, sizes, history, videos) if history else ()
         return Encoding(prompt=prompt, reply=whole[len(prompt) :], earlier=earlier, extra=tokens)
 
     def _earlier(
-        self, text: str, ids: list[int], sizes: Sequence[tuple[int, int]], history: Sequence[Message]
+        self,
+        text: str,
+        ids: list[int],
+        sizes: Sequence[tuple[int, int]],
+        history: Sequence[Message],
+        videos: Spans,
     ) -> tuple[tuple[int, int], ...]:
         """Find the earlier answers of a chat text among its ids, by the lengths of its beginnings.
 
@@ -337,10 +250,11 @@ class Chat:
                 continue
             before, question = history[: i - 1], history[i - 1].text
             image_count = sum(t.text.count(MARKER) for t in history[:i]) if marks else len(sizes)
-            start = render(self.processor, question, image_count, before)
+            shown = tuple(span for span in videos if span[1] <= image_count)
+            start = render(self.processor, question, image_count, before, videos=shown)
             stop = start + lead + turn.text
             stop += end if text.startswith(stop + end) else ""
-            bounds = [self._encode(part, sizes[:image_count])["input_ids"] for part in (start, stop)]
+            bounds = [self._encode(part, sizes[:image_count], shown)["input_ids"] for part in (start, stop)]
             if not text.startswith(stop) or any(ids[: len(part)] != part for part in bounds):
                 raise EvalError(
                     f"the model's chat template writes the earlier answer '{shorten(turn.text, 80)}' "
@@ -361,21 +275,28 @@ class Chat:
                     "take it out of the text, or write it with spaces in it",
                 )
 
-    def _encode(self, text: str, sizes: Sequence[tuple[int, int]], **options: Any) -> dict[str, list[int]]:
+    def _encode(
+        self, text: str, sizes: Sequence[tuple[int, int]], videos: Spans, **options: Any
+    ) -> dict[str, list[int]]:
         """Return the processor's inputs for each token of a chat text, but for the attention mask."""
         # Some chat templates write the begin-of-text token that the tokenizer puts before every text too; it
         # goes there once.
         begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        marked = text.count(self.processor.image_token)
-        if marked != len(sizes):
+        media = _separate(sizes, videos)
+        alone, given = (media["images"] or [[]])[0], media.get("videos", [])
+        self._check_marks(text, "image", len(alone))
+        if given:
+            self._check_marks(text, "video", len(given))
+        if any(len(set(frames)) > 1 for frames in given):
             raise EvalError(
-                f"a question has {len(sizes)} images and its chat text marks {marked} with "
-                f"{self.processor.image_token}",
-                "remove the mark from the text of the question, the prompt or the chat template",
+                "the frames of a video have different sizes, and the model takes videos whole",
+                "make the frames of each video of one size",
             )
-        images = [[blank_image(*size) for size in sizes]] if sizes else None
+        media["images"] = [[blank_image(*size) for size in alone]] if alone else None
+        if given:
+            media["videos"] = [blank_video(len(frames), *frames[0]) for frames in given]
         try:
-            made = self._by_size(text=[text], images=images, add_special_tokens=not begun, **options)
+            made = self._by_size(text=[text], **media, add_special_tokens=not begun, **options)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise EvalError(
                 f"the model's processor refuses a question with {len(sizes)} images "
@@ -386,10 +307,20 @@ class Chat:
             key: list(map(int, made[key][0])) for key in TOKEN_KEYS if key in made and key != "attention_mask"
         }
 
+    def _check_marks(self, text: str, kind: str, count: int) -> None:
+        """Refuse a chat text that holds another number of tokens of images or videos than there are."""
+        token = getattr(self.processor, f"{kind}_token")
+        if (marked := text.count(token)) != count:
+            raise EvalError(
+                f"a question has {count} {kind}s and its chat text marks {marked} with {token}",
+                "remove the mark from the text of the question, the prompt or the chat template",
+            )
+
 
 def _special_tokens(processor) -> re.Pattern[str]:
     """Return the pattern of all texts that the tokenizer reads as special tokens anywhere in a text."""
     tokenizer = processor.tokenizer
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     words = {*added, *tokenizer.all_special_tokens, processor.image_token} - {""}
+    words |= {processor.video_token} if takes_videos(processor) else set()
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))

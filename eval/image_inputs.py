@@ -58,7 +58,7 @@ class ImageShapes:
 
         key = repr((_sizes(images), sorted(kwargs.items(), key=str)))
         if key not in self._made:
-            self._made[key] = {k: _shape_only(v) for k, v in self._image_processor(images, **kwargs).items()}
+            self._made[key] = {k: shape_only(v) for k, v in self._image_processor(images, **kwargs).items()}
         return BatchFeature(dict(self._made[key]))
 
 
@@ -66,7 +66,8 @@ def _sizes(images) -> Any:
     return [_sizes(image) for image in images] if isinstance(images, (list, tuple)) else images.size
 
 
-def _shape_only(value: Any) -> Any:
+def shape_only(value: Any) -> Any:
+    """Return what a processor makes with floating-point values left out, but for their shapes."""
     import numpy
     import torch
 
@@ -74,7 +75,7 @@ def _shape_only(value: Any) -> Any:
         return value.new_zeros(()).expand(value.shape)
     if isinstance(value, numpy.ndarray) and value.dtype.kind == "f":
         return numpy.broadcast_to(numpy.zeros((), value.dtype), value.shape)
-    return [_shape_only(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return [shape_only(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @lru_cache(maxsize=64)

@@ -57,7 +57,7 @@ class LlavaPredictor:
         )
         self.chat = self.preparation.chat
         self.images = images or (
-            lambda examples: [image_inputs(processor, example.images) for example in examples]
+            lambda examples: [image_inputs(processor, e.images, e.videos) for e in examples]
         )
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         chosen = {"do_sample": False, "max_new_tokens": max_new_tokens, **check_generation(generation or {})}
@@ -109,6 +109,7 @@ class LlavaPredictor:
                 question_text(self.recipe, example.question),
                 [(image.height, image.width) for image in example.images],
                 example.history,
+                example.videos,
             )
             for example in examples
         ]

@@ -99,8 +99,14 @@ def class_logits(model, image: Tensor, text: Tensor) -> Tensor:
 
 
 def to_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Cast what of a model's inputs is floating point, and leave masks and sizes as they are."""
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    """Cast what of a model's inputs is floating point, and leave masks, sizes and times as they are.
+
+    Times are one number for each video, from which positions are computed.
+    """
+    return {
+        key: value.to(dtype) if value.is_floating_point() and value.dim() > 1 else value
+        for key, value in inputs.items()
+    }
 
 
 def stack_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -174,6 +174,7 @@ class ChatPreparation:
             data.image_sizes[row],
             answer,
             data.histories[row],
+            data.videos[row],
         )
         ids = encoding.prompt + encoding.reply
         bounds = [place for span in encoding.learned_spans for place in span]
@@ -199,18 +200,23 @@ class ChatPreparation:
 
     def _turns(self, data: TaskData, learns: bool) -> Iterator[Turn | EvalError]:
         """Of each example its turns, or why the model cannot take it."""
-        columns = zip(data.questions, data.image_sizes, data.answers, data.histories, strict=True)
-        for row, (question, sizes, answers, history) in enumerate(columns):
+        columns = zip(
+            data.questions, data.image_sizes, data.answers, data.histories, data.videos, strict=True
+        )
+        for row, (question, sizes, answers, history, videos) in enumerate(columns):
             text = question_text(data.recipe, question)
             try:
                 if learns:
                     check_answers(data, row, answers)
                     texts = training_answers(data.recipe, answers)
                     with _named(data, row):
-                        turns = [_turn(row, self.chat.turn(text, sizes, answer, history)) for answer in texts]
+                        turns = [
+                            _turn(row, self.chat.turn(text, sizes, answer, history, videos))
+                            for answer in texts
+                        ]
                 else:
                     with _named(data, row):
-                        turns = [_turn(row, self.chat.prompt(text, sizes, history))]
+                        turns = [_turn(row, self.chat.prompt(text, sizes, history, videos))]
                 self._check_length(data, max(turns, key=len), learns)
             except EvalError as error:
                 yield error

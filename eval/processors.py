@@ -1,8 +1,8 @@
 """The processor of any image-text-to-text checkpoint, put together without torchvision.
 
 Image processors are the ones by Pillow, whatever is installed, so that a model sees the same pixels
-everywhere. Processors that read videos want a video processor, which exists with torchvision only; here they
-do without one, as frames of a video are shown as images.
+everywhere. So are video processors (`video_inputs.py`), which transformers has with torchvision only; a
+processor of another type that wants one does without, and frames of a video are shown as images.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from llava_keeplora_eval.chat import VICUNA_V1
+from llava_keeplora_eval.chat_text import VICUNA_V1
 from llava_keeplora_eval.checkpoints import AGAIN, loading
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.video_inputs import PillowVideos, pillow_videos
 
 #: For checkpoints without a chat template, of types that had none at first: model type → template, in which
 #: `<image>` stands for an image.
@@ -79,7 +80,8 @@ def load_chat_processor(path: str, revision: str | None = None):
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **source)
         if config.model_type == "paligemma" and not hasattr(image_processor, "image_seq_length"):
             image_processor.image_seq_length = config.vision_config.num_image_tokens
-        processor = _without_videos(cls)(image_processor=image_processor, tokenizer=tokenizer, **chosen)
+        videos = pillow_videos(config.model_type, _video_settings(path, revision))
+        processor = _with_videos(cls, videos)(image_processor=image_processor, tokenizer=tokenizer, **chosen)
     if processor.chat_template is None:
         raise EvalError(
             f"'{path}' has no chat template, so how a '{config.model_type}' model is asked is unknown",
@@ -136,13 +138,23 @@ class NoVideoProcessor:
     model_input_names: tuple[str, ...] = ()
 
 
-def _without_videos(cls: type) -> Any:
-    """Return a processor's class that does without a video processor."""
+def _video_settings(path: str, revision: str | None) -> dict[str, Any]:
+    """Return what a checkpoint's files say of its video processor, or else of its image processor."""
+    from transformers.models.auto.image_processing_auto import get_image_processor_config
+    from transformers.models.auto.video_processing_auto import get_video_processor_config
+
+    # In the order in which transformers asks these files.
+    named = get_video_processor_config(path, revision=revision)
+    return named or get_image_processor_config(path, revision=revision)
+
+
+def _with_videos(cls: type, videos: PillowVideos | None) -> Any:
+    """Return a processor's class with a video processor, or with a stand-in for one where there is none."""
     if "video_processor" not in inspect.signature(cls.__init__).parameters:
         return cls
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        if not isinstance(argument, NoVideoProcessor):
+        if not isinstance(argument, (NoVideoProcessor, PillowVideos)):
             return cls.check_argument_for_proper_class(self, argument_name, argument)
         return None
 
@@ -150,7 +162,7 @@ def _without_videos(cls: type) -> Any:
         "check_argument_for_proper_class": check_argument_for_proper_class,
         "__module__": cls.__module__,
     }
-    return partial(type(cls.__name__, (cls,), members), video_processor=NoVideoProcessor())
+    return partial(type(cls.__name__, (cls,), members), video_processor=videos or NoVideoProcessor())
 
 
 def _missing_settings(config, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from llava_keeplora.models.quantization import keep_form, leave_checkpoint, quan
 from llava_keeplora.models.task_model import TaskModel
 from llava_keeplora.models.usage import Usage, generation_usage
 from llava_keeplora.models.workload import Work
-from llava_keeplora_eval.chat import image_inputs, question_text, render
+from llava_keeplora_eval.chat import image_inputs, question_text
+from llava_keeplora_eval.chat_text import given_videos, render
 from llava_keeplora_eval.checkpoints import load_checked
 from llava_keeplora_eval.image_inputs import TOKEN_KEYS, joined
 from llava_keeplora_eval.llava import LlavaPredictor, batched_tokens
@@ -172,7 +173,7 @@ class LlavaFamily(LlavaWorkload):
 
     def prepare(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
         """Return what the model takes for each example's images; see `image_inputs`."""
-        return [image_inputs(self.processor, example.images) for example in examples]
+        return [image_inputs(self.processor, example.images, example.videos) for example in examples]
 
     def inputs(self, data: TaskData, images: Images) -> "LlavaInputs":
         """Return a split as the model trains on it.
@@ -223,10 +224,13 @@ class LlavaFamily(LlavaWorkload):
         """Return how plain transformers load and ask the model, with a task's first question."""
         question = question_text(data.recipe, data.questions[0])
         images = max(1, data.image_counts[0])
-        prompt = render(self.processor, question, images, data.histories[0])
+        videos = given_videos(self.processor, images, data.videos[0])
+        prompt = render(self.processor, question, images, data.histories[0], videos=videos)
         begin = self.processor.tokenizer.bos_token
         begun = bool(begin) and prompt.startswith(begin)
-        return generation_usage(self.config.model_type, self.auto_class, prompt, images, begun)
+        frames = [end - start for start, end in videos]
+        images -= sum(frames)
+        return generation_usage(self.config.model_type, self.auto_class, prompt, images, begun, frames)
 
 
 class LlavaInputs:

@@ -39,20 +39,27 @@ def classification_usage(
     return Usage(family, auto_class, "zero-shot-image-classification", False, example)
 
 
-def generation_usage(family: str, auto_class: str, prompt: str, images: int, begun: bool) -> Usage:
+def generation_usage(
+    family: str, auto_class: str, prompt: str, images: int, begun: bool, videos: Sequence[int] = ()
+) -> Usage:
     """Return the usage of a model that writes an answer to a prompt.
 
     Args:
         family, auto_class: see `Usage`.
         prompt: the chat text of a question.
         images: how many images it has places for.
+        videos: how many frames each of its videos has.
         begun: whether it begins with the begin-of-text token, which the processor must not add again.
     """
-    shown = "image" if images < 2 else f"[image] * {images}"
+    media = [f"images={'image' if images < 2 else f'[image] * {images}'}"] if images else []
+    if videos:
+        frames = ", ".join(f"[image] * {count}" for count in videos)
+        media += [f"videos=[{frames}], do_sample_frames=False"]
+    shown = ", ".join(media)
     begin = "add_special_tokens=False, " if begun else ""
     example = (
         f"prompt = {prompt!r}",
-        f'inputs = processor(images={shown}, text=prompt, {begin}return_tensors="pt").to(model.dtype)',
+        f'inputs = processor({shown}, text=prompt, {begin}return_tensors="pt").to(model.dtype)',
         "tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)",
         'answer = tokens[0, inputs["input_ids"].shape[1] :]',
         "print(processor.decode(answer, skip_special_tokens=True))",

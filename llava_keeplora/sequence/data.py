@@ -85,6 +85,8 @@ class SplitImages:
         self._tried = True
         shared, count = self._cache.shared, len(self._data)
         what = {"stage": "PICTURES", "data": self.order, "decoders": decoder_versions()}
+        # Earlier versions kept a video's frames as images.
+        what |= {"videos": "whole"} if any(self._data.videos) else {}
         first, size = None, shared.size(what)
         if size is None:
             first = self._cache.make(self._data, range(min(chunk, count)))

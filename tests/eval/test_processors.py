@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from llava_keeplora_eval.chat import Chat, render
+from llava_keeplora_eval.chat import Chat
+from llava_keeplora_eval.chat_text import render
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.processors import load_chat_processor
 

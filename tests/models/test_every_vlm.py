@@ -18,7 +18,8 @@ from llava_keeplora.testing.families import (
     check_predictions,
     check_skeleton,
 )
-from llava_keeplora_eval.chat import Chat, render
+from llava_keeplora_eval.chat import Chat
+from llava_keeplora_eval.chat_text import render
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_recipes import load_recipe, load_split
 from llava_keeplora_recipes.records import Message

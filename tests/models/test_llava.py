@@ -14,7 +14,8 @@ from llava_keeplora.adapters import AdapterInit, attach, detach
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.models import load_model
 from llava_keeplora.sequence.data import Batches, ImageCache
-from llava_keeplora_eval.chat import Chat, render
+from llava_keeplora_eval.chat import Chat
+from llava_keeplora_eval.chat_text import render
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.processors import load_chat_processor
 from llava_keeplora_recipes import load_recipe, load_split

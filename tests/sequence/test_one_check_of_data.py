@@ -68,7 +68,8 @@ def test_clip_shows_the_class_prompt_with_its_special_tokens(capsys):
 
 
 def test_a_template_that_begins_with_the_begin_token_begins_once(tiny_llava):
-    from llava_keeplora_eval.chat import VICUNA_V1, Chat
+    from llava_keeplora_eval.chat import Chat
+    from llava_keeplora_eval.chat_text import VICUNA_V1
     from llava_keeplora_eval.processors import load_chat_processor
 
     processor = load_chat_processor(str(tiny_llava))

@@ -53,6 +53,7 @@ def save(
     processor: Mapping[str, Any],
     stops: Sequence[str] = (),
     nested: bool = False,
+    videos: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint's files in the layout of the Hub's.
 
@@ -65,6 +66,7 @@ def save(
         processor: what processor_config.json says besides, `processor_class` included.
         stops: end tokens of generation_config.json.
         nested: whether the image processor's settings stand in processor_config.json, as transformers 5 writes.
+        videos: what video_preprocessor_config.json says.
     """
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -89,6 +91,8 @@ def save(
     if not nested:
         own = dict(image_processor) | {"processor_class": processor["processor_class"]}
         (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    if videos is not None:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
     return folder
 
 
@@ -258,7 +262,8 @@ def llava_onevision(folder: Path) -> Path:
         "image_processor_type": "LlavaOnevisionImageProcessor",
         "image_grid_pinpoints": pinpoints,
     }
-    return save(folder, config, tokenizer, images, templates.QWEN_IMAGES_FIRST, more)
+    videos = _siglip_images(28) | {"video_processor_type": "LlavaOnevisionVideoProcessor"}
+    return save(folder, config, tokenizer, images, templates.ONEVISION, more, videos=videos)
 
 
 def vipllava(folder: Path) -> Path:
@@ -374,10 +379,18 @@ def qwen3_vl(folder: Path) -> Path:
         ),
         **_qwen_ids(tokenizer),
     )
-    images = _qwen_images(16) | {"image_processor_type": "Qwen2VLImageProcessorFast"}
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    images = _qwen_images(16) | half | {"image_processor_type": "Qwen2VLImageProcessorFast"}
     more = {"processor_class": "Qwen3VLProcessor"}
     stops = ("<|im_end|>", "<|endoftext|>")
-    return save(folder, config, tokenizer, images, templates.QWEN3_VL, more, stops)
+    videos = {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "size": {"shortest_edge": 2 * 4 * 16 * 16, "longest_edge": 2 * 16 * 16 * 16},  # of two frames
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    return save(folder, config, tokenizer, images, templates.QWEN3_VL, more, stops, videos=videos)
 
 
 def internvl(folder: Path) -> Path:
@@ -414,7 +427,11 @@ def internvl(folder: Path) -> Path:
         "max_patches": 3,
     }
     more = {"processor_class": "InternVLProcessor", "image_seq_length": 1}
-    return save(folder, config, tokenizer, images, templates.INTERNVL, more)
+    videos = {
+        "video_processor_type": "InternVLVideoProcessor",
+        "size": {"height": 28, "width": 28},
+    }
+    return save(folder, config, tokenizer, images, templates.INTERNVL, more, videos=videos)
 
 
 def paligemma(folder: Path) -> Path:
@@ -517,7 +534,22 @@ def _idefics(folder: Path, config_class, start: str, stop: str, processor: str, 
     }
     more = {"processor_class": processor, "image_seq_len": 4}
     template = templates.IDEFICS3.replace("START", repr(start))
-    return save(folder, config, tokenizer, images, template, more, (stop, "<end_of_utterance>"))
+    videos = {
+        "video_processor_type": "SmolVLMVideoProcessor",
+        "size": {"longest_edge": 56},
+        "max_image_size": {"longest_edge": 28},
+    }
+    stops = (stop, "<end_of_utterance>")
+    return save(
+        folder,
+        config,
+        tokenizer,
+        images,
+        template,
+        more,
+        stops,
+        videos=videos if kind == "smolvlm" else None,
+    )
 
 
 def idefics3(folder: Path) -> Path:
