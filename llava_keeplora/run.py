@@ -128,13 +128,39 @@ class Run:
         Raises:
             UserError: the run has that task already with other settings, or see `train`.
         """
+        given = {"num_train_epochs": num_train_epochs, "learning_rate": learning_rate}
+        arguments = {key: value for key, value in given.items() if value is not None}
+        return self._follow(task, dataset, arguments)
+
+    def adopt(self, source: str | Path, task: str, dataset: Any = None) -> RunMatrix:
+        """Make an update that was trained elsewhere one more task, or go on with it, and return the scores.
+
+        What it does inside of the protected subspace is taken away; the run's record has how much that is.
+
+        Args:
+            source: the folder of a PEFT LoRA adapter or of a merged checkpoint of the run's base, or
+                `user/name` on the Hub.
+            task, dataset: the task that it learned; see `extend`.
+
+        Raises:
+            UserError: it is of another base or damaged, cannot be taken over, or see `train`; the run stays
+                as it was.
+        """
+        return self._follow(task, dataset, source=str(source))
+
+    def _follow(
+        self,
+        task: str,
+        dataset: Any,
+        arguments: Mapping[str, float] | None = None,
+        source: str | None = None,
+    ) -> RunMatrix:
+        """Add a task to the configuration, with its data if they are given, and run it."""
         tables = dict(self.objects.tables)
         if dataset is not None:
             name = task
             task, tables[name] = self._recipes.add(name, dataset)
-        given = {"num_train_epochs": num_train_epochs, "learning_rate": learning_rate}
-        arguments = {key: value for key, value in given.items() if value is not None}
-        self.config = followed_by(self.config, task, arguments)
+        self.config = followed_by(self.config, task, arguments, source)
         self.objects = dataclasses.replace(self.objects, tables=tables)
         return self.train()
 

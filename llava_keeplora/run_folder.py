@@ -52,8 +52,10 @@ PREPARED, TRAIN, CONSOLIDATED, SCORES, TRAINING = (
     "training.json",
 )
 #: Of a task, tensors: initial adapters, update of the weights, the method's `extra_state` and `state_dict`.
-ADAPTERS, DELTA, KEPT, STATE = (
+#: An adopted task also has its update as it came.
+ADAPTERS, ADOPTED, DELTA, KEPT, STATE = (
     "adapters.safetensors",
+    "adopted.safetensors",
     "delta.safetensors",
     "kept.safetensors",
     "state.safetensors",
@@ -140,7 +142,17 @@ SCHEMAS: dict[str, Any] = {
         "layers": Each({"rank": COUNT, "alpha": NUMBER, "train_A": bool}),
         "report": {"gradient?": Each({"captured?": ANY_NUMBER}), "left_out?": Each(str)},
     },
-    TRAIN: {"history": [{"step?": NUMBER, "loss?": ANY_NUMBER}]},
+    TRAIN: {
+        "history": [{"step?": NUMBER, "loss?": ANY_NUMBER}],
+        "adopted?": {
+            "source": str,
+            "form": str,
+            "removed": NUMBER,
+            "parts": Each(NUMBER),
+            "layers": Each(NUMBER),
+            "before?": Each({"score": NUMBER}),
+        },
+    },
     CONSOLIDATED: {
         f"{CAPACITY}?": Each({"in": Number(1, whole=True), "k": COUNT, "part": str}),
         "forecast?": Each({"tasks": (NUMBER, None), "left": NUMBER, "growth": NUMBER}),
@@ -234,6 +246,10 @@ def dump_config(config: Any) -> str:
     # Absolute, so that recipes are found from any working directory.
     tasks = [str(Path(task).expanduser().absolute()) if is_file_name(task) else task for task in config.tasks]
     tree = dataclasses.asdict(config) | {"tasks": tasks}
+    tree["adopted"] = [
+        str(Path(source).expanduser().absolute()) if source and Path(source).expanduser().exists() else source
+        for source in config.adopted
+    ]
     del tree["expected"], tree["base_cache"]
     # In the order given: methods appear in tables as the user listed them.
     return json.dumps(tree, indent=2) + "\n"

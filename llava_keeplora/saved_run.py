@@ -84,6 +84,9 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         tree["model"].pop(key) if tree["model"][key] is None else None
     plugin_identity(tree)
     tree["tasks"] = [recipe.name for recipe in load_recipes(config.tasks)]
+    # Sources are places, and an update that was taken over is in the run; older runs have no such key.
+    if any(adopted := [source is not None for source in tree.pop("adopted")]):
+        tree["adopted"] = adopted
     for section in (tree, *tree["methods"].values()):
         lists = {key: per_task(section["training"], key, len(config.tasks)) for key in PER_TASK}
         section["training"] = _machine_independent(section["training"]) | {
@@ -150,6 +153,7 @@ def extended(
     arguments: Mapping[str, float] | None = None,
     overrides: Sequence[str] = (),
     data_root: str | None = None,
+    source: str | None = None,
 ) -> RunConfig:
     """Return the configuration of a run with one more task.
 
@@ -161,20 +165,32 @@ def extended(
         task: the recipe, by name or file.
         arguments: arguments of `PER_TASK` of the new task alone; others are the same for every task.
         overrides, data_root: see `load_run`.
+        source: the adapter or checkpoint that the task's update is adopted from; None if it is trained.
 
     Raises:
-        RunError: see `load_run`; or if the run has that task already, with other arguments.
+        RunError: see `load_run`; or if the run has that task already, with other arguments or another source.
         RecipeError: if there is no such task.
         ConfigError: if an argument lists a value for each task and `arguments` has none for the new one.
     """
-    return followed_by(load_run(run, overrides, data_root), task, arguments)
+    return followed_by(load_run(run, overrides, data_root), task, arguments, source)
 
 
-def followed_by(config: RunConfig, task: str, arguments: Mapping[str, float] | None = None) -> RunConfig:
+def followed_by(
+    config: RunConfig, task: str, arguments: Mapping[str, float] | None = None, source: str | None = None
+) -> RunConfig:
     """Return a run's configuration with one more task; see `extended`."""
+    folder = Path(source or "").expanduser()
+    source = str(folder.absolute()) if source and folder.exists() else source
     name = load_recipe(task).name
     if load_recipe(config.tasks[-1]).name != name:
-        return config.followed_by(task, arguments)
+        return config.followed_by(task, arguments, source)
+    recorded_source = config.source(len(config.tasks))
+    if source not in (None, recorded_source):
+        raise RunError(
+            f"{config.output_dir} has '{name}' as its last task already, "
+            + (f"adopted from {recorded_source}" if recorded_source else "trained here"),
+            "give the task another name, or fork the run before that task",
+        )
     for label, (key, value) in itertools.product(config.methods, (arguments or {}).items()):
         recorded = config.trainings(label)[-1].get(key, PER_TASK[key][0])
         if recorded != value:

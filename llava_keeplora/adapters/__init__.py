@@ -13,6 +13,7 @@ from llava_keeplora.adapters.lora import (
     read_adapters,
     since_start,
 )
+from llava_keeplora.adapters.project import project_deltas, project_off, squared_distance, squared_norm
 from llava_keeplora.adapters.weights import dense_weight, is_quantised
 
 __all__ = [
@@ -33,7 +34,11 @@ __all__ = [
     "load_deltas",
     "lora_layers",
     "pad",
+    "project_deltas",
+    "project_off",
     "read_adapters",
     "save_deltas",
     "since_start",
+    "squared_distance",
+    "squared_norm",
 ]

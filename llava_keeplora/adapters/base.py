@@ -87,11 +87,8 @@ class _Stacked:
         device = self.layer.weight.device
         full = [change for change in changes if isinstance(change, FullDelta)]
         weight = sum(change.parameters["weight"].to(device) for change in full) if full else None
-        bias = (
-            sum(change.parameters["bias"].to(device) for change in full)
-            if full and self.layer.bias is not None
-            else None
-        )
+        biases = [change.parameters["bias"].to(device) for change in full if "bias" in change.parameters]
+        bias = sum(biases) if biases else None
         low = [change for change in changes if isinstance(change, Delta)]
         A = torch.cat([change.A for change in low]).to(device) if low else None  # (R, in)
         B = (

@@ -16,6 +16,7 @@ COMMANDS = (
     tables.add_ablate,
     inspection.add_plan,
     train.add_extend,
+    train.add_adopt,
     train.add_fork,
     inspection.add_report,
     share.add_export,

@@ -1,4 +1,4 @@
-"""Commands that train: `train`, `extend`, `fork`."""
+"""Commands that add tasks to a run: `train`, `extend`, `adopt`, `fork`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,32 @@ def add_extend(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return parser
 
 
+def add_adopt(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add `adopt` and return its parser."""
+    parser = add_command(
+        commands,
+        "adopt",
+        "make an adapter or a merged checkpoint that was trained elsewhere a task of a run",
+        run_adopt,
+        resumes=True,
+    )
+    parser.add_argument(
+        "source",
+        metavar="ADAPTER|CHECKPOINT",
+        help="a PEFT LoRA adapter or a merged checkpoint of the run's base: folder or USER/NAME[@REVISION]",
+    )
+    parser.add_argument("--into", required=True, metavar="RUN", help="the run folder")
+    parser.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the task that it learned")
+    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="dotted overrides of settings that depend on the machine, for instance evaluation.batch_size=8",
+    )
+    return parser
+
+
 def add_fork(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add `fork` and return its parser."""
     parser = add_command(
@@ -82,6 +108,13 @@ def run_extend(args: argparse.Namespace) -> None:
             args.task, num_train_epochs=args.num_train_epochs, learning_rate=args.learning_rate
         )
         print_summary(run, scores)
+
+
+def run_adopt(args: argparse.Namespace) -> None:
+    """Make an update that was trained elsewhere a task of a run."""
+    with prepared_process() as Run:
+        run = Run.open(args.into, overrides=args.overrides, data_root=args.data_root)
+        print_summary(run, run.adopt(args.source, args.task))
 
 
 def run_fork(args: argparse.Namespace) -> None:

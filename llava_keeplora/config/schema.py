@@ -268,6 +268,9 @@ class RunConfig:
         seed: seed of adapters, order of examples and everything else that is drawn at random.
         sequence: a shipped sequence of tasks, instead of `tasks`.
         tasks: the tasks in order, each a shipped recipe or a YAML file.
+        adopted: for each task, the PEFT adapter or merged checkpoint that its update is taken from instead of
+            a training (a folder, or `user/name` on the Hub), null for a task that is trained; see
+            docs/adopt.md. None is adopted when empty.
         model: the base model.
         parts: part → how it is adapted; a part that is not named is frozen.
         methods: label → a method's settings; all methods are rows of one table.
@@ -284,6 +287,7 @@ class RunConfig:
     seed: int = 0
     sequence: str | None = None
     tasks: tuple[str, ...] = ()
+    adopted: tuple[str | None, ...] = ()
     model: ModelConfig = field(default_factory=ModelConfig)
     parts: dict[str, PartConfig] = field(default_factory=dict)
     methods: dict[str, MethodConfig] = field(default_factory=dict)
@@ -292,6 +296,17 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     expected: dict[str, ExpectedConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.adopted and len(self.adopted) != len(self.tasks):
+            raise ConfigError(
+                f"adopted lists {len(self.adopted)} sources for {len(self.tasks)} tasks",
+                "list one per task, null for a task that is trained, or leave it out",
+            )
+
+    def source(self, index: int) -> str | None:
+        """Return what a task's update is adopted from, counted from 1; None for a task that is trained."""
+        return self.adopted[index - 1] if index and self.adopted else None
 
     def trainings(self, label: str) -> list[dict[str, Any]]:
         """Return a method's `training` for each task, with one value for arguments that list one per task.
@@ -336,14 +351,19 @@ class RunConfig:
     def first(self, count: int) -> RunConfig:
         """Return the configuration of a run of the first `count` tasks."""
         return self._with_tasks(
-            self.tasks[:count], lambda training, key: per_task(training, key, len(self.tasks))[:count]
+            self.tasks[:count],
+            lambda training, key: per_task(training, key, len(self.tasks))[:count],
+            adopted=self.adopted[:count],
         )
 
-    def followed_by(self, task: str, arguments: Mapping[str, float] | None = None) -> RunConfig:
+    def followed_by(
+        self, task: str, arguments: Mapping[str, float] | None = None, source: str | None = None
+    ) -> RunConfig:
         """Return the configuration of the run with one more task.
 
         Args:
             task: its recipe, by name or file.
+            source: what its update is adopted from; None if it is trained.
             arguments: arguments of `PER_TASK` of the new task alone; others are the same for every task.
 
         Raises:
@@ -352,6 +372,8 @@ class RunConfig:
         arguments = dict(arguments or {})
 
         def longer(training: Mapping[str, Any], key: str) -> list[float]:
+            if key not in arguments and source:
+                return [*per_task(training, key, len(self.tasks)), PER_TASK[key][0]]
             if key not in arguments:
                 raise ConfigError(
                     f"training.{key} lists a number for each task, but has none for the new one",
@@ -359,13 +381,15 @@ class RunConfig:
                 )
             return [*per_task(training, key, len(self.tasks)), arguments[key]]
 
-        return self._with_tasks((*self.tasks, task), longer, arguments)
+        adopted = (*(self.adopted or (None,) * len(self.tasks)), source) if source or self.adopted else ()
+        return self._with_tasks((*self.tasks, task), longer, arguments, adopted)
 
     def _with_tasks(
         self,
         tasks: tuple[str, ...],
         values: typing.Callable[[Mapping[str, Any], str], list[float]],
         always: typing.Collection[str] = (),
+        adopted: tuple[str | None, ...] = (),
     ) -> RunConfig:
         """Return this configuration with other tasks.
 
@@ -373,6 +397,7 @@ class RunConfig:
             tasks: the new tasks.
             values: (training, argument of `PER_TASK`) → its values for the new tasks.
             always: arguments that become a list even if they are one number for all tasks.
+            adopted: what the new tasks' updates are adopted from.
         """
 
         def adapted(training: dict[str, Any]) -> dict[str, Any]:
@@ -387,5 +412,10 @@ class RunConfig:
             for label, method in self.methods.items()
         }
         return dataclasses.replace(
-            self, sequence=None, tasks=tasks, methods=methods, training=adapted(self.training)
+            self,
+            sequence=None,
+            tasks=tasks,
+            adopted=adopted if any(adopted) else (),
+            methods=methods,
+            training=adapted(self.training),
         )

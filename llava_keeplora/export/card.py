@@ -18,6 +18,7 @@ from llava_keeplora.export.state import FOLDER, placeless, public
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import Usage
 from llava_keeplora.report import heatmap
+from llava_keeplora.report.adopted import adopted_lines
 from llava_keeplora.report.tables import SCORE_COLUMNS, markdown_table, score_rows, summary_table
 from llava_keeplora.run_folder import SCORES, Stage, read_record
 from llava_keeplora_eval.markup import markdown_text
@@ -194,6 +195,7 @@ def _settings(learned: LearnedRun) -> str:
         [f"part `{part}`", _listed({k: v for k, v in settings.items() if v is not None})]
         for part, settings in method["parts"].items()
     ]
+    rows += [["adopted", line] for line in adopted_lines(learned.label, learned.run / learned.label)]
     held_out = config["data"]["holdout"]
     rows += [
         ["training", _listed(public(method["training"]))],

@@ -71,13 +71,13 @@ def push(folder: Path, repo_id: str) -> str:
     return str(url)
 
 
-def download(repo_id: str, revision: str | None, folder: Path) -> Path:
+def download(repo_id: str, revision: str | None, folder: Path | None) -> Path:
     """Download a repository's tensors, JSON files, recipes and card (see `FETCHED`).
 
     Args:
         repo_id: `user/name`.
         revision: a branch, tag or commit; the newest when None.
-        folder: the folder to download to.
+        folder: the folder to download to; the Hub's cache when None.
 
     Raises:
         ConfigError: the name is neither a folder nor a valid repository name.

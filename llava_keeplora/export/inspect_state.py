@@ -153,7 +153,12 @@ class _MethodState:
     def _check_deltas(self, path: Path, prepared: Path | None) -> None:
         deltas = load_deltas(path)
         adapted = {name for name, delta in deltas.items() if isinstance(delta, Delta)}
-        if prepared is not None and adapted != (initial := read_record(prepared, CURE)["layers"].keys()):
+        adopted = prepared is not None and "adopted" in read_record(prepared, CURE)["report"]
+        if (
+            prepared is not None
+            and not adopted
+            and adapted != (initial := read_record(prepared, CURE)["layers"].keys())
+        ):
             raise RunError(
                 f"{path} has deltas of other layers than {prepared.name} begins with (the first is "
                 f"'{min(adapted ^ initial)[:200]}')",
@@ -161,7 +166,10 @@ class _MethodState:
             )
         modules = self.changed.modules
         for name, delta in deltas.items():
-            if name not in modules or (name in self.changed.adapted) != isinstance(delta, Delta):
+            low_rank = isinstance(delta, Delta)
+            # What is adopted may change all of an adapted layer's weight.
+            as_trained = (name in self.changed.adapted) == low_rank or (adopted and not low_rank)
+            if name not in modules or not as_trained:
                 raise RunError(
                     f"{path} changes '{name[:200]}', which the method does not train on this base", CURE
                 )
@@ -173,7 +181,11 @@ class _MethodState:
                         f"{path} has a delta of rank {rank} and scale {delta.scale:g} in layer '{name}'", CURE
                     )
             else:
-                shapes = {key: tuple(p.shape) for key, p in modules[name].named_parameters(recurse=False)}
+                shapes = {
+                    key: tuple(p.shape)
+                    for key, p in modules[name].named_parameters(recurse=False)
+                    if key == "weight" or name in self.changed.full
+                }
                 if delta.tensors.keys() != shapes.keys():
                     raise RunError(
                         f"{path} lacks changes of, or adds parameters to, '{name}', which has "

@@ -23,6 +23,7 @@ from llava_keeplora.models import embedded_models
 from llava_keeplora.registries import without_places
 from llava_keeplora.run_folder import (
     ADAPTERS,
+    ADOPTED,
     CONFIG,
     IDENTITY,
     JOURNAL,
@@ -46,8 +47,8 @@ RECORD = EXPORT
 #: Suffixes of the files that a state may hold.
 SUFFIXES = (".safetensors", ".json", ".jsonl", ".yaml")
 #: Files that are left out, as none is read again once a task is closed: answers may be personal data, and
-#: initial adapters are as large as deltas.
-LEFT_OUT = (PREDICTIONS, ADAPTERS)
+#: initial adapters, and adopted updates as they came, are as large as deltas.
+LEFT_OUT = (PREDICTIONS, ADAPTERS, ADOPTED)
 #: Prefixes of training arguments that belong to one person or one machine: tokens, accounts, paths.
 PRIVATE = (
     "accelerator_config",
@@ -136,6 +137,7 @@ def _portable(tree: dict[str, Any], learned: LearnedRun, base: Base) -> dict[str
     tree["methods"][learned.label]["options"] = placeless(tree["methods"][learned.label]["options"])
     if "output_dir" in tree:
         tree["output_dir"], tree["data"]["root"] = "", None
+        tree["adopted"] = [source and Path(source).name for source in tree.get("adopted", ())]
     return tree
 
 

@@ -209,6 +209,9 @@ class Method:
     #: Whether it trains the whole model instead, every parameter but those of the root module; see
     #: `find_changed`.
     full_finetuning = False
+    #: Whether a task's update may have been trained elsewhere (`llava-keeplora adopt`); False if later tasks
+    #: or answers need more of a task than its deltas and what `after_task` computes.
+    adopts = False
     #: The reference data of `reference_data_spec`; None for methods that need none.
     reference: Reference | None = None
 
@@ -276,6 +279,13 @@ class Method:
         """Return a task's deltas, given those of its adapters; called in `training_context` after training.
 
         A module that is trained in full gets the change of its weights as delta, unless one is returned here.
+        """
+        return deltas
+
+    def project(self, ctx: TaskContext, deltas: Deltas) -> Deltas:
+        """Return an update that was trained elsewhere as the method takes it over; unchanged by default.
+
+        Called instead of any training, on the model before the task, if the method `adopts`.
         """
         return deltas
 

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_keeplora.adapters import AdapterInit, Delta, dense_weight
+from llava_keeplora.adapters import AdapterInit, Delta, Deltas, dense_weight, project_deltas
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
@@ -49,14 +49,12 @@ from llava_keeplora.methods.keeplora_log import (
     log_gradient_estimates,
     warn_unreached_energy,
 )
-from llava_keeplora.methods.layers import unsure_layers
+from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
 from llava_keeplora.run_folder import CAPACITY, Capacity, Stage
 from llava_keeplora.subspace import (
     FeatureDirections,
-    RankError,
     ShapeError,
-    SubspaceError,
     append_directions,
     empty_basis,
     residual,
@@ -83,6 +81,7 @@ class KeepLora(Method):
 
     stage_cost = {Stage.PREPARED: 3.0, Stage.CONSOLIDATED: 1.0}
     base_is_cacheable = True
+    adopts = True
 
     @dataclass(frozen=True)
     class Options:
@@ -297,7 +296,7 @@ class KeepLora(Method):
         width = layer.module.in_features
         if not self.options.protect_weights:
             return empty_basis(width)
-        with _in_layer(layer):
+        with in_layer(layer):
             basis = self.rules.weight_basis(dense_weight(layer.module).detach(), energy).basis
         # The adapters need r free directions; refuse now rather than after the first task's training.
         if layer.rank > width - basis.shape[1]:
@@ -318,7 +317,7 @@ class KeepLora(Method):
         def read(evidence: Mapping[str, Any]) -> None:
             for name, statistic in evidence.items():
                 layer = ctx.layers[name]
-                with _in_layer(layer):
+                with in_layer(layer):
                     directions[name] = self.rules.extend(
                         self.bases[name], statistic, layer.energy_feature, self._limit(name, ctx)
                     )
@@ -365,7 +364,7 @@ class KeepLora(Method):
             self.options.gradient_fraction,
             self.sketched,
             self.rules.directions,
-            _in_layer,
+            in_layer,
         )
         left_out |= {
             name: "no room outside the protected subspace" for name, count in free.items() if not count
@@ -403,6 +402,10 @@ class KeepLora(Method):
             else {}
         )
 
+    def project(self, ctx: TaskContext, deltas: Deltas) -> Deltas:
+        """Return ΔW (I − M' M'ᵀ) of every adapted layer; layers of which nothing is left are missing."""
+        return project_deltas(deltas, self.bases)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the columns that the last `after_task` added to each layer's basis."""
         return dict(self._added)
@@ -431,20 +434,3 @@ def _random_directions(rank: int, basis: Tensor, generator: torch.Generator) -> 
     width = basis.shape[0]
     draw = residual(torch.randn(rank, width, generator=generator, dtype=torch.float64), basis.double())
     return torch.linalg.qr(residual(draw, basis.double()).T).Q.T.float()
-
-
-class _in_layer:
-    """Context that turns an error of `llava_keeplora.subspace` into a MethodError that names the layer."""
-
-    def __init__(self, layer: Layer):
-        self.layer = layer
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, SubspaceError) and not isinstance(error, RankError):
-            raise MethodError(
-                f"in layer {self.layer.name}: {str(error).rstrip('.')}",
-                "check the model's weights, the data and the thresholds",
-            ) from error

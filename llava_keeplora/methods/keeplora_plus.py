@@ -64,6 +64,7 @@ class KeepLoraPlus(KeepLora):
     )
     stage_cost = KeepLora.stage_cost | {Stage.TRAINED: 1.0}
     supports_zero3 = False
+    adopts = False
 
     @dataclass(frozen=True)
     class Options(KeepLora.Options):

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from llava_keeplora.errors import ConfigError
+from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.methods.base import Layer, Method
-from llava_keeplora.subspace import guaranteed_room
+from llava_keeplora.subspace import RankError, SubspaceError, guaranteed_room
 
 
 @dataclass(frozen=True)
@@ -176,3 +176,20 @@ def _check_full_parts(parts: Mapping[str, Any], family: Any) -> None:
                 "quantised weights can't be trained",
                 f"set parts.{name}.train to 'adapter', or leave the base unquantised",
             )
+
+
+class in_layer:
+    """Context that turns an error of `llava_keeplora.subspace` into a MethodError that names the layer."""
+
+    def __init__(self, layer: Layer):
+        self.layer = layer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, SubspaceError) and not isinstance(error, RankError):
+            raise MethodError(
+                f"in layer {self.layer.name}: {str(error).rstrip('.')}",
+                "check the model's weights, the data and the thresholds",
+            ) from error

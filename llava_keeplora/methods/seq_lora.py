@@ -24,6 +24,8 @@ class SequentialLora(Method):
         "seq-lora", "LoRA: Low-Rank Adaptation of Large Language Models", "https://arxiv.org/abs/2106.09685"
     )
 
+    adopts = True
+
     @dataclass(frozen=True)
     class Options:
         """No settings of its own; rank and alpha are the parts'."""

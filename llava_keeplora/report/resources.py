@@ -21,7 +21,8 @@ def read_needs(folder: Path) -> Needs:
     tasks = [(folder / entry.file(DELTA)).parent for entry in trained]
     timed = [entry.info["test_seconds"] for entry in entries if "test_seconds" in entry.info]
     return Needs(
-        mean(entry.info.get("trained_parameters") for entry in trained),
+        # Of an adopted task nothing was trained here.
+        mean(entry.info.get("trained_parameters") for entry in trained if entry.info.get("steps") != 0),
         mean(
             sum((task / name).stat().st_size for name in KEPT_FILES if (task / name).exists())
             for task in tasks

@@ -12,6 +12,7 @@ from llava_keeplora.errors import RunError
 from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.registries import METHODS
+from llava_keeplora.report.adopted import adopted_lines
 from llava_keeplora.report.capacity import layer_lines
 from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.resources import read_needs
@@ -72,8 +73,9 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
         )
     results = read_side_by_side(folders)
     title = f"Run {folders[0].resolve().name}" if len(folders) == 1 else f"{len(folders)} runs side by side"
+    adopted = adopted_by(folders)
     with whole_folder(folders[0] if into is None else into, replace=False) as tmp_dir:
-        write_report(tmp_dir, title, results, rows_of(results) | settings_of(folders))
+        write_report(tmp_dir, title, results, rows_of(results) | settings_of(folders) | adopted)
     if into is None:
         write_bytes(folders[0] / STAMP, _stamp(folders[0]))
     return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
@@ -207,6 +209,17 @@ def rows_of(results: Mapping[str, Sequence[Trial]]) -> dict[str, str]:
         for name, trials in results.items()
     }
     return {f"row {name}": text for name, text in rows.items()} if len(runs) > 1 else {}
+
+
+def adopted_by(folders: Sequence[Path]) -> dict[str, str]:
+    """Return what the page says of tasks that were adopted: method and task → a sentence."""
+    lines = [
+        line
+        for folder in folders
+        for label in read_dumped(folder)["methods"]
+        for line in adopted_lines(label, folder / label)
+    ]
+    return {f"adopted ({number})": line for number, line in enumerate(lines, start=1)}
 
 
 def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
@@ -365,6 +378,8 @@ def summary(where: str | Path, results: Mapping[str, Sequence[Matrix]]) -> str:
         if matrix.started
     ]
     blocks.append(summary_table(results))
+    adopted = [line for name in results for line in adopted_lines(name, where / name)]
+    blocks += ["\n".join(adopted)] * bool(adopted)
     forecasts = [line for name in results if (line := room_line(name, where / name))]
     blocks += ["\n".join(forecasts)] * bool(forecasts)
     paths = {

@@ -15,13 +15,15 @@ from llava_keeplora.errors import RunError
 from llava_keeplora.journal import Entry, next_stage, open_stages
 from llava_keeplora.run_folder import SCORES, Stage, differences, read_record
 from llava_keeplora.sequence import auto_energy
+from llava_keeplora.sequence.adoption import check_sources
+from llava_keeplora.sequence.answers import predictions_path
 from llava_keeplora.sequence.data import stage_seed
 from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.method_state import MethodState
 from llava_keeplora.sequence.passes import GRADIENT_COST
 from llava_keeplora.sequence.progress import duration
 from llava_keeplora.sequence.run_context import RunContext
-from llava_keeplora.sequence.stages import STAGES, plan_record, predictions_path
+from llava_keeplora.sequence.stages import STAGES, plan_record
 from llava_keeplora.versions import worker_counts
 from llava_keeplora_eval.files import file_hash
 
@@ -67,9 +69,13 @@ class MethodRun(MethodState):
                 self.context.progress.note(self._closing_line(index))
 
     def check_weights(self) -> None:
-        """Let a method that has not begun check the base's weights, so that a start is refused at once."""
+        """Check the base's weights, if nothing was computed yet, and updates that are still to be adopted.
+
+        A start with wrong ones is refused at once.
+        """
         if not self.journal.has_work:
             self.method.check_weights(self.layers)
+        check_sources(self)
 
     def _run_stage(self, index: int, stage: Stage) -> None:
         set_seed(stage_seed(self.context.config.seed, index, stage))
@@ -107,6 +113,9 @@ class MethodRun(MethodState):
             return auto_energy.cost(self.context, self.layers)
         if index == 0 or stage in (Stage.PLANNED, Stage.CLOSED):
             return 0
+        if self.source(index) and stage != Stage.CONSOLIDATED:
+            scored = sum(len(task.test) for task in self.tasks) if stage == Stage.TRAINED else 0
+            return self.context.family.eval_cost * scored
         count = len(self.context.inputs[index - 1])
         training = GRADIENT_COST * self._trained_images(index, count) if stage == Stage.TRAINED else 0
         return training + count * self.method.stage_cost.get(stage, 0.0)

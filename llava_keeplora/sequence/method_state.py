@@ -62,6 +62,10 @@ class MethodState:
         """Return LABEL/task-NN-NAME, under which trackers show the training of a task."""
         return str(self.path(index).relative_to(self.context.workspace.root))
 
+    def source(self, index: int) -> str | None:
+        """Return what a task's update is adopted from; None for a task that is trained, and the base."""
+        return self.context.config.source(index)
+
     def path(self, index: int, name: str = "") -> Path:
         """Return the path of a file in a task's folder."""
         return self.context.workspace.task(self.config.label, index, self.name(index)) / name
@@ -116,8 +120,11 @@ class MethodState:
             states: number of method states to load, the base's included; deltas + 1 by default.
             offset: layer name → what is added to the weights in addition to the tasks' deltas.
         """
-        states = deltas + 1 if states is None else states
         self.context.base.apply([*self.deltas(deltas), offset or {}])
+        self.load_method(deltas, deltas + 1 if states is None else states)
+
+    def load_method(self, deltas: int, states: int) -> None:
+        """Put the method alone into the state after a number of tasks; see `rebuild`."""
         if (deltas, states) != self.loaded:
             self.method.load_state_dicts(
                 [

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llava_keeplora.adapters import BaseWeights
+from llava_keeplora.adopt import Source, Update, find_source, read_update
 from llava_keeplora.config import RunConfig, deepspeed_config
 from llava_keeplora.deepspeed_zero import Zero
 from llava_keeplora.distributed import get_rank, get_world_size, has_group
@@ -79,6 +80,7 @@ class RunContext:
         self.zero = Zero(deepspeed_config(config))
         self.distributed = has_group()
         self.rank, self.world = get_rank(), get_world_size()
+        self._updates: dict[int, Update] = {}
         # Set by the runner when the layers and the open stages of every method are known.
         self.base: BaseWeights
         self.progress: Progress
@@ -98,6 +100,21 @@ class RunContext:
     def pretrained(self) -> nn.Module:
         """Load the model a second time, frozen and without any change that a method made."""
         return load_model(self.config.model).model.to(self.device)
+
+    def find_source(self, index: int) -> Source:
+        """Find what a task's update is adopted from."""
+        return find_source(str(self.config.source(index)))
+
+    def update(self, index: int) -> Update:
+        """Return the update that a task adopts; it is read once for all methods."""
+        if index not in self._updates:
+            self._updates[index] = read_update(
+                self.find_source(index),
+                self.config.model,
+                self.workspace.base,
+                {n: m for n, m in self.family.model.named_modules() if isinstance(m, nn.Linear)},
+            )
+        return self._updates[index]
 
     def once(self, what: Mapping[str, Any], files: Mapping[str, Path], make: Callable[[], object]) -> float:
         """Copy files that depend on the untouched model from the base cache, or make and store them.

@@ -18,23 +18,22 @@ from llava_keeplora.run_folder import (
     CACHED_PREDICTIONS,
     CAPACITY,
     CONSOLIDATED,
-    PREDICTIONS,
     PREPARED,
     SCORES,
     STATE,
     Stage,
-    file_name,
     read_record,
 )
+from llava_keeplora.sequence import adoption
+from llava_keeplora.sequence.answers import predict, predictions_path, task_predictor
 from llava_keeplora.sequence.forecast import forecast, shortage
 from llava_keeplora.sequence.inference_latency import EXAMPLES, TOKENS, seconds_per_example
 from llava_keeplora.sequence.method_state import MethodState, write_if_any
 from llava_keeplora.sequence.passes import task_context
 from llava_keeplora.sequence.train_stage import Outcome, train
 from llava_keeplora.start import Task
-from llava_keeplora_eval import predict_to_file, score
+from llava_keeplora_eval import score
 from llava_keeplora_eval.predictions import join_shards
-from llava_keeplora_eval.predictors import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,9 @@ def plan_record(state: MethodState, index: int) -> dict[str, Any]:
 
 
 def prepare(state: MethodState, index: int) -> Outcome:
-    """Let the method initialise the task's adapters, and write them."""
+    """Let the method initialise the task's adapters, and write them; of an adopted task, write its update."""
+    if state.source(index):
+        return adoption.prepare(state, index)
     state.rebuild(index - 1)
     ctx = task_context(state, index, Stage.PREPARED)
     inits = state.method.init_adapters(ctx)
@@ -84,6 +85,11 @@ def prepare(state: MethodState, index: int) -> Outcome:
         "unreachable": len(state.unreachable),
     }
     return [path] + [tensors] * bool(starts), counts
+
+
+def learn(state: MethodState, index: int) -> Outcome:
+    """Train the task, or take its update over, and write the update of the weights."""
+    return (adoption.take_over if state.source(index) else train)(state, index)
 
 
 def consolidate(state: MethodState, index: int) -> Outcome:
@@ -162,11 +168,6 @@ def evaluate(state: MethodState, index: int) -> Outcome:
     return [path, *predictions], _reused(seconds)
 
 
-def predictions_path(state: MethodState, index: int, task: Task) -> Path:
-    """Return the file of the answers to a task's test split, as given after `index` tasks."""
-    return state.path(index, PREDICTIONS) / f"{file_name(task.name)}.jsonl"
-
-
 def score_task(state: MethodState, index: int, task: Task) -> dict[str, Any]:
     """Score a task's answers, enter the score into the matrix, and write the matrix."""
     result = score(task.test, predictions_path(state, index, task)).to_dict()
@@ -185,7 +186,7 @@ def _answer(state: MethodState, index: int, task: Task) -> float:
     path = predictions_path(state, index, task)
 
     def make() -> None:
-        _predict(state, index, task)
+        predict(state, index, task, path)
         state.context.barrier()
         if state.context.rank == 0:
             join_shards(path, task.test)
@@ -205,31 +206,6 @@ def _answer(state: MethodState, index: int, task: Task) -> float:
     return 0.0
 
 
-def _predict(state: MethodState, index: int, task: Task) -> None:
-    """Answer this process's share of the examples; processes wait for each other only afterwards."""
-    context = state.context
-    cost = context.family.eval_cost * context.world
-    predict_to_file(
-        _predictor(state, index, task),
-        task.test,
-        predictions_path(state, index, task),
-        batch_size=context.config.evaluation.batch_size,
-        advance=lambda count: context.progress.advance(cost * count),
-        shard=(context.rank, context.world),
-        # With ZeRO-3 every prediction gathers the weights from all processes, so all make equally many.
-        rounds=context.most if context.zero.partitions else None,
-    )
-
-
-def _predictor(state: MethodState, index: int, task: Task, tokens: int | None = None) -> Predictor:
-    """Return the predictor of a task's test examples after `index` tasks; the model's own for index 0."""
-    context = state.context
-    predictor = context.family.predictor(task.recipe, context.cache.split(task.test), tokens)
-    if state.averaged:
-        predictor = predictor.with_test_prompts()  # type: ignore[attr-defined]  # CLIP's, see `check_rows`
-    return state.method.predictor(predictor, task.name) if index else predictor
-
-
 def close(state: MethodState, index: int) -> Outcome:
     """Sum up the time of a task's stages; after the last task, also measure the latency of answers."""
     seconds = sum(entry.seconds for entry in state.journal.entries if entry.task == index)
@@ -245,10 +221,10 @@ def _latency(state: MethodState, index: int) -> dict[str, float]:
     examples = [task.test[i] for i in range(size)]
     context.base.apply([])
     with context.zero.engaged(context.family.model):
-        untouched = seconds_per_example(_predictor(state, 0, task, TOKENS), examples)
+        untouched = seconds_per_example(task_predictor(state, 0, task, TOKENS), examples)
     state.rebuild(index)
     with context.zero.engaged(context.family.model):
-        learned = seconds_per_example(_predictor(state, index, task, TOKENS), examples)
+        learned = seconds_per_example(task_predictor(state, index, task, TOKENS), examples)
     return {"untouched": untouched, "learned": learned}
 
 
@@ -261,7 +237,7 @@ def _reused(seconds: float) -> dict[str, float]:
 STAGES: dict[Stage, Callable[[MethodState, int], Outcome]] = {
     Stage.PLANNED: plan,
     Stage.PREPARED: prepare,
-    Stage.TRAINED: train,
+    Stage.TRAINED: learn,
     Stage.CONSOLIDATED: consolidate,
     Stage.EVALUATED: evaluate,
     Stage.CLOSED: close,

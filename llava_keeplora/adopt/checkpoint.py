@@ -1,0 +1,120 @@
+"""Reading of a merged checkpoint as the difference of its weights from a run's base.
+
+Legend: in / out features of a layer, r rank, W₀ and W₁ (out, in) a weight in base and checkpoint, u = 2⁻²⁴
+the unit roundoff of fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from llava_keeplora.adapters import Delta, FullDelta, full_deltas
+from llava_keeplora.config import ModelConfig
+from llava_keeplora.errors import RunError
+from llava_keeplora.models import DTYPES, load_model
+from llava_keeplora_eval.checkpoints import load_checked
+
+UNIT_ROUNDOFF = 2.0**-24
+#: The smaller side of a weight up to which its whole SVD is taken, and the directions of a truncated one.
+WHOLE, TRUNCATED = 1024, 288
+
+
+def read_checkpoint(folder: Path, base: ModelConfig) -> dict[str, Delta | FullDelta]:
+    """Return what a checkpoint changes of its base, module by module.
+
+    The difference is stored exactly (in fp32). It is stored as B A instead where that differs by less than
+    fp32 rounds, as it does for a LoRA that was merged in fp32. A tensor that is the base's in the
+    checkpoint's dtype is no change.
+
+    Args:
+        folder: the checkpoint's folder.
+        base: the configuration of the run's base.
+
+    Raises:
+        RunError: it is of another architecture, or equals the base.
+        EvalError: one of the two cannot be loaded.
+    """
+    before = load_model(replace(base, dtype="float32", quantization=None))
+    # The weights alone: what was trained elsewhere may have been saved without its processor.
+    after = load_checked(getattr(transformers, before.auto_class), str(folder), dtype=torch.float32)
+    old, new = dict(before.model.named_parameters()), dict(after.named_parameters())
+    for name in [*old, *new]:
+        shapes = [tuple(p[name].shape) if name in p else None for p in (old, new)]
+        if shapes[0] != shapes[1]:
+            raise RunError(
+                f"{folder} is of another architecture than the run's base: '{name}' has shape {shapes[1]} "
+                f"there and {shapes[0]} here",
+                "adopt it into a run of the base that it was made from",
+            )
+    dtype = DTYPES.get(str(getattr(after.config, "dtype", "")).removeprefix("torch."), torch.float32)
+    with torch.no_grad():
+        changes = {
+            name: (new[name].double() - old[name].double()).float()
+            for name in old
+            if not torch.equal(new[name], old[name])
+            and not torch.equal(new[name], old[name].to(dtype).float())
+        }
+        if not changes:
+            raise RunError(f"{folder} has the weights of the run's base", "adopt what was trained")
+        return {
+            name: _smallest(delta, after.get_submodule(name)) for name, delta in full_deltas(changes).items()
+        }
+
+
+def _smallest(delta: FullDelta, module: nn.Module) -> Delta | FullDelta:
+    """Return a change of a linear layer's weight alone as B A, if that is exact but for rounding in fp32."""
+    if not isinstance(module, nn.Linear) or set(delta.parameters) != {"weight"}:
+        return delta
+    return low_rank(delta.parameters["weight"], module.weight) or delta
+
+
+def low_rank(change: Tensor, weight: Tensor) -> Delta | None:
+    """Return W₁ − W₀ as B A of the lowest rank r with ‖W₁ − W₀ − B A‖ ≤ u ‖W₁‖ (Frobenius).
+
+    Args:
+        change: W₁ − W₀.
+        weight: W₁.
+
+    Returns:
+        the low-rank form; None if it would not be smaller than the change itself.
+    """
+    change, bound = change.double(), UNIT_ROUNDOFF * float(weight.double().norm())
+    most = change.numel() // sum(change.shape)
+    if min(change.shape) <= WHOLE:
+        U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(change, q=min(TRUNCATED, most), niter=2)
+        Vh = V.T
+    rest = float((change - (U * S) @ Vh).norm()) if len(S) < min(change.shape) else 0.0
+    # tails[r] = ‖W₁ − W₀ − its best rank-r form‖²
+    tails = torch.cat([S.square().flip(0).cumsum(0).flip(0), S.new_zeros(1)]) + rest**2
+    fits = (tails <= bound**2).nonzero()
+    if not len(fits) or not 0 < (rank := int(fits[0])) < most:
+        return None
+    root = S[:rank].sqrt()
+    return Delta((root[:, None] * Vh[:rank]).float(), (U[:, :rank] * root).float(), 1.0)
+
+
+def fill_modules(
+    deltas: Mapping[str, Delta | FullDelta], modules: Mapping[str, nn.Module]
+) -> dict[str, Delta | FullDelta]:
+    """Return deltas in which modules that a run trains in full have a change of every parameter, zero or not.
+
+    Args:
+        deltas: module name → its change.
+        modules: name → module that the run trains in full.
+    """
+    filled = dict(deltas)
+    for name, module in modules.items():
+        given = deltas.get(name, FullDelta({}))
+        changes = given.changes()
+        filled[name] = FullDelta(
+            {key: changes.get(key, torch.zeros(p.shape)) for key, p in module.named_parameters(recurse=False)}
+        )
+    return filled

@@ -1,0 +1,165 @@
+"""The stages PREPARED and TRAINED of a task whose update was trained elsewhere.
+
+PREPARED reads the update and writes it as it came, TRAINED writes what the method takes over of it: KeepLoRA
+projects it off the protected subspace. Every other stage is that of a trained task.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from llava_keeplora.adapters import (
+    Deltas,
+    load_deltas,
+    save_deltas,
+    squared_distance,
+    squared_norm,
+)
+from llava_keeplora.adopt import Update, check_layers
+from llava_keeplora.errors import ConfigError, RunError, UserError
+from llava_keeplora.files import write_json
+from llava_keeplora.methods import METHODS, Changed
+from llava_keeplora.models.layouts import part_of
+from llava_keeplora.run_folder import ADOPTED, DELTA, PREPARED, TRAIN, Stage, file_name, read_record
+from llava_keeplora.sequence.answers import predict
+from llava_keeplora.sequence.method_state import MethodState
+from llava_keeplora.sequence.passes import task_context
+from llava_keeplora.sequence.train_stage import Outcome
+from llava_keeplora_eval import score
+from llava_keeplora_eval.predictions import join_shards
+
+#: Share of an update's energy below which its projection is rounding alone, and is not scored.
+NOTHING = 1e-9
+#: Folder of a task's answers with the update as it came, while the stage runs.
+ANSWERS = "as-it-came"
+
+
+def check_sources(state: MethodState) -> None:
+    """Read the updates that are still to be taken over, so that a start is refused at once.
+
+    Raises:
+        ConfigError: if the method takes no update over.
+        RunError: if an update is damaged, of another base, or changes what the method does not train; or if
+            it is no longer what a killed start has read.
+    """
+    for index in range(1, state.count + 1):
+        if not state.source(index):
+            continue
+        if not state.method.adopts:
+            takers = ", ".join(name for name, cls in METHODS.items() if cls.adopts)
+            raise ConfigError(
+                f"'{state.config.label}' cannot take over task '{state.name(index)}', which was trained "
+                "elsewhere",
+                f"adopt it into a run of {takers} alone",
+            )
+        done = {entry.stage for entry in state.journal.entries if entry.task == index}
+        if Stage.PREPARED not in done:
+            _, given = _read(state, index)
+            if (index - 1, Stage.CLOSED) in {(entry.task, entry.stage) for entry in state.journal.entries}:
+                state.load_method(index - 1, index)
+                _project(state, index, given)
+        elif Stage.TRAINED not in done:
+            _check_unchanged(state, index)
+
+
+def _read(state: MethodState, index: int) -> tuple[Update, Deltas]:
+    """Return a task's update, and its deltas as the method takes them."""
+    update = state.context.update(index)
+    return update, check_layers(update, state.config.label, Changed(state.layers, state.full))
+
+
+def _check_unchanged(state: MethodState, index: int) -> None:
+    """Refuse a source that has changed since a killed start has read it; one that is gone is not needed."""
+    recorded = read_record(state.path(index, PREPARED))["report"]["adopted"]
+    try:
+        now = state.context.find_source(index)
+    except UserError:
+        return
+    if now.sha256 != recorded["sha256"]:
+        raise RunError(
+            f"{now.folder} has changed since {state.folder} took it over as task '{state.name(index)}'",
+            "restore it to go on, or fork the run before that task",
+        )
+
+
+def prepare(state: MethodState, index: int) -> Outcome:
+    """Write a task's update as it came."""
+    update, deltas = _read(state, index)
+    record, tensors = state.path(index, PREPARED), state.path(index, ADOPTED)
+    if state.context.rank == 0:
+        save_deltas(tensors, deltas)
+        report = {"adopted": update.source.record()}
+        write_json(record, {"layers": {}, "unreachable": state.unreachable, "report": report})
+    state.context.barrier()
+    return [record, tensors], {"layers": len(deltas)}
+
+
+def _project(state: MethodState, index: int, given: Deltas) -> Deltas:
+    """Return what the method takes over of an update.
+
+    Raises:
+        RunError: if that is nothing.
+    """
+    taken = state.method.project(task_context(state, index, Stage.TRAINED), given)
+    if not taken:
+        raise RunError(
+            f"nothing of {state.source(index)} is outside of what '{state.config.label}' protects",
+            "adopt it into a new run with a lower energy_weight or energy_feature",
+        )
+    return taken
+
+
+def take_over(state: MethodState, index: int) -> Outcome:
+    """Write what the method takes over of a task's update, and what became of the rest."""
+    state.rebuild(index - 1)
+    source = read_record(state.path(index, PREPARED))["report"]["adopted"]
+    given = load_deltas(state.path(index, ADOPTED))
+    taken = _project(state, index, given)
+    record = source | _removed(state, given, taken)
+    if record["removed"] > NOTHING:
+        record["before"] = _scores_before(state, index, given)
+    delta_path, log_path = state.path(index, DELTA), state.path(index, TRAIN)
+    if state.context.rank == 0:
+        save_deltas(delta_path, taken)
+        write_json(log_path, {"steps": 0, "history": [], "report": {}, "adopted": record})
+        shutil.rmtree(state.path(index, ANSWERS), ignore_errors=True)
+    state.context.barrier()
+    return [delta_path, log_path], {"steps": 0}
+
+
+def _removed(state: MethodState, given: Deltas, taken: Deltas) -> dict[str, Any]:
+    """Return the share of the update's energy, ‖ΔW − ΔW'‖² / ‖ΔW‖², that is not taken over.
+
+    It is given over all layers, for each part, and for each layer.
+    """
+    lost = {name: squared_distance(delta, taken.get(name)) for name, delta in given.items()}
+    energy = {name: squared_norm(delta) for name, delta in given.items()}
+    parts: dict[str, list[str]] = {}
+    for name in given:
+        parts.setdefault(part_of(name, state.context.family.parts) or "the rest", []).append(name)
+
+    def share(names: list[str]) -> float:
+        total = sum(energy[name] for name in names)
+        return sum(lost[name] for name in names) / total if total else 0.0
+
+    return {
+        "removed": share(list(given)),
+        "parts": {part: share(names) for part, names in parts.items()},
+        "layers": {name: share([name]) for name in given},
+    }
+
+
+def _scores_before(state: MethodState, index: int, given: Deltas) -> dict[str, Any]:
+    """Return task → its score on the model with the update as it came."""
+    context, scores = state.context, {}
+    context.base.apply([*state.deltas(index - 1), given])
+    with context.zero.engaged(context.family.model):
+        for task in state.tasks:
+            path = state.path(index, ANSWERS) / f"{file_name(task.name)}.jsonl"
+            predict(state, index, task, path)
+            context.barrier()
+            if context.rank == 0:
+                join_shards(path, task.test)
+                scores[task.name] = score(task.test, path).to_dict()
+    return scores

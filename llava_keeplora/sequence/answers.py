@@ -1,0 +1,48 @@
+"""Answers of the model to the tasks' test splits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_keeplora.run_folder import PREDICTIONS, file_name
+from llava_keeplora.sequence.method_state import MethodState
+from llava_keeplora.start import Task
+from llava_keeplora_eval import predict_to_file
+from llava_keeplora_eval.predictors import Predictor
+
+
+def predictions_path(state: MethodState, index: int, task: Task) -> Path:
+    """Return the file of the answers to a task's test split, as given after `index` tasks."""
+    return state.path(index, PREDICTIONS) / f"{file_name(task.name)}.jsonl"
+
+
+def predict(state: MethodState, index: int, task: Task, path: Path) -> None:
+    """Answer this process's share of a task's test split; processes wait for each other only afterwards.
+
+    Args:
+        state: the method's state; the model has the weights to be scored.
+        index: number of tasks learned.
+        task: the task to answer.
+        path: the file of the answers, continued if it exists.
+    """
+    context = state.context
+    cost = context.family.eval_cost * context.world
+    predict_to_file(
+        task_predictor(state, index, task),
+        task.test,
+        path,
+        batch_size=context.config.evaluation.batch_size,
+        advance=lambda count: context.progress.advance(cost * count),
+        shard=(context.rank, context.world),
+        # With ZeRO-3 every prediction gathers the weights from all processes, so all make equally many.
+        rounds=context.most if context.zero.partitions else None,
+    )
+
+
+def task_predictor(state: MethodState, index: int, task: Task, tokens: int | None = None) -> Predictor:
+    """Return the predictor of a task's test examples after `index` tasks; the model's own for index 0."""
+    context = state.context
+    predictor = context.family.predictor(task.recipe, context.cache.split(task.test), tokens)
+    if state.averaged:
+        predictor = predictor.with_test_prompts()  # type: ignore[attr-defined]  # CLIP's, see `check_rows`
+    return state.method.predictor(predictor, task.name) if index else predictor
