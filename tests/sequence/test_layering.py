@@ -79,6 +79,7 @@ ABOVE = {
     "methods": ["analysis", "export", "plan", "start", "models", "sequence", "report", "config", "cli"],
     "analysis": ["doctor", "plan", "sequence", "methods", "capture", "cli"],
     "export": ["analysis", "doctor", "plan", "sequence", "capture", "cli"],
+    "adopt": ["analysis", "compare", "doctor", "plan", "sequence", "report", "cli"],
     "plan": ["analysis", "doctor", "sequence", "export", "report", "cli"],
     "start": ["analysis", "doctor", "plan", "sequence", "export", "report", "cli"],
     "doctor": ["analysis", "sequence", "export", "report", "cli"],
