@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 #: Public name → its module, imported when the name is first used, so that `import llava_keeplora` is quick.
 _MODULES = {
     "KeepLora": "memory",
+    "MatrixCallback": "memory.matrix_callback",
     "Run": "run",
     "freeze_A": "memory",
     "load_config": "config",
@@ -14,6 +15,7 @@ _MODULES = {
 
 __all__ = [
     "KeepLora",
+    "MatrixCallback",
     "Run",
     "freeze_A",
     "load_config",

@@ -111,7 +111,7 @@ ABOVE = {
         "saved_run",
     ],
     "sequence": ["compare", "cli", "memory"],
-    "memory": ["analysis", "doctor", "plan", "start", "sequence", "report", "compare", "cli"],
+    "memory": ["analysis", "doctor", "plan", "start", "sequence", "compare", "cli"],
 }
 
 
