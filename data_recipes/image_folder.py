@@ -77,7 +77,7 @@ def files_under(top: Path, folder: Path) -> tuple[list[Path], dict[str, list[str
 
     for place, folders, files in os.walk(top, followlinks=True, onerror=refuse):
         real = os.path.realpath(place)
-        below = []
+        below: list[str] = []
         for name in folders:
             path = os.path.join(place, name)
             back = os.path.islink(path) and os.path.commonpath(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import RecipeError
 from .records import Spans
@@ -125,7 +125,9 @@ def place_videos(
             )
     ahead = MARKER * len(images) * (not marked) + VIDEO_MARKER * len(videos) * (not clips)
     first, *later = [_lone_first(text.strip(), VIDEO_MARKER) for text in questions]
-    rest, following, shown, spans = iter(images), iter(videos), [], []
+    rest, following = iter(images), iter(videos)
+    shown: list[Any] = []
+    spans: list[tuple[int, int]] = []
 
     def take(match: re.Match[str]) -> str:
         taken = [next(rest)] if match[0] == MARKER else next(following)

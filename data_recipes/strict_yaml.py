@@ -43,7 +43,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def __init__(self, text: str):
         super().__init__(text)
-        self._depth, self._values = 0, {}
+        self._depth = 0
+        self._values: dict[Any, Any] = {}
 
     def compose_node(self, parent, index):
         """Compose a node, counting its level and, with every alias expanded, the values in it."""

@@ -136,7 +136,7 @@ def _check_to_the_letter(record: MetricRecord, references: Any, inputs: dict[str
 
 
 def _check_refusals(record: MetricRecord, references: Any, predictions: Any, inputs: dict[str, Any]) -> None:
-    nothing = {key: [] for key in inputs}
+    nothing: dict[str, list[Any]] = {key: [] for key in inputs}
     _check_refused(f"'{record.name}' without predictions", lambda: record.compute([], [], **nothing))
     _check_refused(
         f"'{record.name}' with fewer references",

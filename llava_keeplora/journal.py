@@ -84,7 +84,7 @@ def stages_of(task: int) -> tuple[str, ...]:
     return STAGES if task else BASE_STAGES
 
 
-def open_stages(entries: Sequence[Entry], tasks: int, learns: bool = True) -> list[tuple[int, str]]:
+def open_stages(entries: Sequence[Entry], tasks: int, learns: bool = True) -> list[tuple[int, Stage]]:
     """Return the stages that are still to run, in order, from the journal alone.
 
     A run with more tasks than it was planned for has been extended: it is planned again, and every task is
@@ -122,7 +122,7 @@ def planned(plan: Entry) -> int:
     return len(plan.info.get("tasks", ()))
 
 
-def next_stage(entries: Sequence[Entry], tasks: int, learns: bool = True) -> tuple[int, str] | None:
+def next_stage(entries: Sequence[Entry], tasks: int, learns: bool = True) -> tuple[int, Stage] | None:
     """Return the stage to run next as (task, stage); None when every task is closed; see `open_stages`."""
     return next(iter(open_stages(entries, tasks, learns)), None)
 

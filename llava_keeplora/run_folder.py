@@ -40,6 +40,8 @@ REPORT, TABLE, LATEX_TABLE, SUMMARY_TABLE, SCORES_TABLE, EXPORTS = (
     "scores.csv",
     "export",
 )
+#: Of a table of `compare`, one row per order and run.
+COMPARISON_TABLE = "table.csv"
 #: Of a method: its finished stages, and the accuracy matrix.
 JOURNAL, MATRIX = "journal.jsonl", "matrix.json"
 #: Of a task, records: initial adapters, log of training, protected subspace after the task, scores, and the
@@ -68,8 +70,8 @@ TRAINING_TENSORS = "training-*.safetensors"
 CACHE_ENTRY, CACHED_PREDICTIONS = "entry.json", "predictions.jsonl"
 #: Key in IDENTITY of the base model's content.
 BASE = "base"
-#: Key in CONSOLIDATED of every layer's `Capacity`.
-CAPACITY = "capacity"
+#: Keys in CONSOLIDATED: every layer's `Capacity`, and for how many more tasks it is estimated to suffice.
+CAPACITY, FORECAST = "capacity", "forecast"
 #: All files and folders of a run except those of its methods.
 RUN_FILES = (
     CONFIG,
@@ -155,7 +157,7 @@ SCHEMAS: dict[str, Any] = {
     },
     CONSOLIDATED: {
         f"{CAPACITY}?": Each({"in": Number(1, whole=True), "k": COUNT, "part": str}),
-        "forecast?": Each({"tasks": (NUMBER, None), "left": NUMBER, "growth": NUMBER}),
+        f"{FORECAST}?": Each({"tasks": (NUMBER, None), "left": NUMBER, "growth": NUMBER}),
         "energy_weight?": Each({"energy": NUMBER}),
     },
     TRAINING: {"tensors": str, "sha256": Each(str), "values": dict, "record_sha256": str},
@@ -209,8 +211,8 @@ def _missing_pairs(name: str, content: Mapping[str, Any]) -> Iterator[tuple[str,
     The record already follows its schema.
     """
     if name == CONSOLIDATED:
-        for layer in content.get("forecast", {}).keys() - content.get(CAPACITY, {}).keys():
-            yield f"{CAPACITY}.{layer[:80]}", "missing, and forecast has it"
+        for layer in content.get(FORECAST, {}).keys() - content.get(CAPACITY, {}).keys():
+            yield f"{CAPACITY}.{layer[:80]}", f"missing, and {FORECAST} has it"
     if name == TRAIN:
         for index, record in enumerate(content["history"]):
             if "loss" in record and "step" not in record:
@@ -303,6 +305,16 @@ def task_folder(index: int, task: str) -> str:
 def task_files(method: Path, name: str) -> list[Path]:
     """Return the files of one name, such as SCORES, of all tasks in a method's folder, the base's first."""
     return sorted(method.glob(f"task-*/{name}"))
+
+
+def journal_files(run: Path) -> list[Path]:
+    """Return the journals of all methods in a run's folder, by label."""
+    return sorted(run.glob(f"*/{JOURNAL}"))
+
+
+def result_files(method: Path) -> list[Path]:
+    """Return all tensors and answers of the tasks in a method's folder."""
+    return sorted([*method.glob("task-*/*.safetensors"), *method.glob(f"task-*/{PREDICTIONS}/*.jsonl")])
 
 
 def training_tensors(step: int, rank: int | None = None) -> str:

@@ -160,7 +160,7 @@ def _added_directions(learned: LearnedRun) -> list[dict[str, Tensor]]:
 
 def _chosen_energies(learned: Iterable[LearnedRun]) -> dict[str, float]:
     """Return part → the ε_w that a method of the run has chosen from the data, where it is `auto`."""
-    energies = {}
+    energies: dict[str, float] = {}
     for method in learned:
         base = next(entry for entry in method.entries if entry.stage == Stage.CONSOLIDATED)
         name = base.file(CONSOLIDATED)

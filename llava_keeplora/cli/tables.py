@@ -158,10 +158,12 @@ def run_ablate(args: argparse.Namespace) -> int:
 
 def _print_table(table: Table, outcome: TableResult, text: str) -> int:
     """Print a table, its paths and the runs that failed; return the exit code."""
+    from llava_keeplora.run_folder import REPORT, TABLE
+
     if text:
         sys.stdout.write(
-            f"{text}\nfolder: {table.output_dir}\ntable: {table.output_dir / 'table.md'}\npage: "
-            f"{table.output_dir / 'report.html'}\n"
+            f"{text}\nfolder: {table.output_dir}\ntable: {table.output_dir / TABLE}\nHTML report: "
+            f"{table.output_dir / REPORT}\n"
         )
         sys.stdout.flush()
     for failure in outcome.failures:

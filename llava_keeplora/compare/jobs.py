@@ -182,13 +182,14 @@ def run_jobs(jobs: Sequence[Job], workers: int, labels: Collection[str]) -> list
     Raises:
         RunError: a file of a run that was finished before is damaged.
     """
-    waiting = deque()
+    waiting: deque[Job] = deque()
     for job in jobs:
         if job.finished():
             job.verify()
         elif job.label in labels:
             waiting.append(job)
-    free_slots, running, failures, done, count = deque(range(workers)), {}, [], 0, len(waiting)
+    running: dict[Any, Any] = {}
+    free_slots, failures, done, count = deque(range(workers)), [], 0, len(waiting)
     try:
         while waiting or running:
             while waiting and free_slots:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from llava_keeplora.compare.run_table import TableResult
 from llava_keeplora.compare.table import CHOSEN_BY, Order, Table, dotted
@@ -25,7 +26,7 @@ from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
 from llava_keeplora.report.results import Results, matrices
 from llava_keeplora.report.tables import markdown_table, summary_header, summary_rows
 from llava_keeplora.report.write_report import write_report
-from llava_keeplora.run_folder import LATEX_TABLE, REPORT, TABLE
+from llava_keeplora.run_folder import COMPARISON_TABLE, LATEX_TABLE, REPORT, TABLE
 from llava_keeplora_eval.files import write_atomic
 from llava_keeplora_eval.matrix import MISSING, format_number
 
@@ -69,7 +70,7 @@ def _write_files(table: Table, outcome: TableResult, images: Mapping[str, PlotIm
         + "\n".join(f"## {s.title}\n\n{s.text}\n\n{markdown_table(s.header, s.rows)}" for s in sections),
         LATEX_TABLE: "% Needs \\usepackage{booktabs}.\n"
         + "\n".join(f"% {s.title}: {s.text}\n{latex_table(s.header, s.rows)}\n" for s in sections),
-        "table.csv": _csv(outcome),
+        COMPARISON_TABLE: _csv(outcome),
         REPORT: _page(title, sections, outcome, images),
     }
     for name, text in texts.items():
@@ -167,7 +168,8 @@ def _format_settings(settings: Mapping) -> str:
 
 def _csv(outcome: TableResult) -> str:
     """Return one row per order and run as CSV, unrounded."""
-    header, rows = [], []
+    header: list[str] = []
+    rows: list[list[Any]] = []
     for order, results in outcome.results.items():
         header, order_rows = summary_numbers(results)
         rows += [[order, *row] for row in order_rows]

@@ -23,7 +23,7 @@ from llava_keeplora.files import whole_folder, write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.records import read_object
 from llava_keeplora.registries import list_plugins, localize_plugins
-from llava_keeplora.run_folder import CONFIG, IDENTITY, JOURNAL, read_record, rename_parts
+from llava_keeplora.run_folder import CONFIG, IDENTITY, JOURNAL, RECIPES, read_record, rename_parts
 from llava_keeplora.saved_run import check_base, load_run, read_identity
 from llava_keeplora_eval.plugins import named_plugins
 from llava_keeplora_recipes.strict_yaml import is_file_name
@@ -264,7 +264,7 @@ def _check_recipes(tmp_dir: Path, home: Path, tasks: list[str]) -> None:
     """Refuse tasks whose recipe is outside the state, and recipes whose data are outside the data folder."""
     recipes = {
         str(home / path.relative_to(tmp_dir)): read_object(path, AGAIN)
-        for path in tmp_dir.glob("recipes/*.yaml")
+        for path in (tmp_dir / RECIPES).glob("*.yaml")
     }
     for task in tasks:
         if is_file_name(task) and task not in recipes:

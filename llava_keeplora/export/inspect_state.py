@@ -214,7 +214,8 @@ class _MethodState:
             0,
             model=self.model,
         )
-        declared, lengths = self.method.holds(context, tensors.keys()), {}
+        declared = self.method.holds(context, tensors.keys())
+        lengths: dict[str, int] = {}
         for name, (path, value) in tensors.items():
             if name not in declared:
                 raise RunError(

@@ -64,8 +64,8 @@ def check_routing(routing: str) -> None:
         )
 
 
-def encoder_layers(model: Any) -> dict[str, nn.ModuleList]:
-    """Return part → the layers of its encoder, for CLIP."""
+def encoder_layers(model: Any) -> dict[str, Any]:
+    """Return part → the layers of its encoder, for CLIP; an `nn.ModuleList` each."""
     return {"vision": model.vision_model.encoder.layers, "text": model.text_model.encoder.layers}
 
 

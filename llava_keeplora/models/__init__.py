@@ -10,7 +10,7 @@ import torch
 
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.models.base import Family, Images, Inputs, Prepared
+from llava_keeplora.models.base import Crops, Family, Images, Inputs, Prepared
 from llava_keeplora.models.clip import ClipFamily, ClipTask
 from llava_keeplora.models.crops import RandomCrops
 from llava_keeplora.models.llava import LlavaFamily, LlavaTask
@@ -32,6 +32,7 @@ __all__ = [
     "MODEL_FAMILIES",
     "ClipFamily",
     "ClipTask",
+    "Crops",
     "Family",
     "Images",
     "Inputs",

@@ -60,6 +60,16 @@ class Inputs(Protocol):
         """Return some examples as a batch."""
 
 
+class Crops(Protocol):
+    """A split's images, cropped at random for each step of training."""
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return some examples as a batch without images."""
+
+    def filled(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Return a batch of `collate` with the images as an optimiser step, counted from 0, sees them."""
+
+
 class Family(Protocol):
     """A model with its processor.
 
@@ -115,6 +125,18 @@ class Family(Protocol):
 
     def inputs(self, data: TaskData, images: Images) -> Inputs:
         """Return a split as the model trains on it."""
+
+    def crops(self, data: TaskData, scale: tuple[float, float], seed: int) -> Crops:
+        """Return a split as random crops for training, see `MethodConfig.random_resized_crop`.
+
+        Only called if `unsupported` does not have `random_resized_crop`.
+        """
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the text encoder's inputs for texts, each (texts, tokens); refuse texts that are too long.
+
+        Only called if `unsupported` does not have `test_prompts`.
+        """
 
     def check(self, data: TaskData) -> None:
         """Refuse a split that the model cannot learn from."""

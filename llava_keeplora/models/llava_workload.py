@@ -101,7 +101,8 @@ class LlavaWorkload:
 
         These are the first token of every answer, and the last one, when the key-value cache is longest.
         """
-        model, config = self.model, self.config.get_text_config()
+        model: Any = self.model
+        config = self.config.get_text_config()
         size *= (self.generation or {}).get("num_beams", 1)
         batch = to_dtype(repeated(work.question, size), model.dtype)
         settings = transformers.GenerationConfig(

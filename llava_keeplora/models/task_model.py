@@ -20,6 +20,8 @@ class TaskModel(nn.Module):
         model: plain or with adapters.
     """
 
+    model: Any  # torch types the attributes of a module as Tensor | Module
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model

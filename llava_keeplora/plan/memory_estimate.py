@@ -259,7 +259,8 @@ class MemoryEstimate(Rehearsal):
                 name: torch.zeros(layer.module.in_features, self.columns(layer, tasks))
                 for name, layer in layers.items()
             }
-            before, statistics_bytes, collected = meter.live, 0, {}
+            before, statistics_bytes = meter.live, 0
+            collected: dict[str, Any] = {}
 
             def statistics(groups: list[list[str]]) -> Mapping[str, Any]:
                 nonlocal statistics_bytes

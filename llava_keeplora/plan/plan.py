@@ -147,7 +147,8 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu_memory_gb: float |
     if len(left_out) == len(config.methods):
         label, why = next(iter(left_out.items()))
         raise ConfigError(f"'{label}' {why}", "run it without a plan")
-    estimates, changes, methods = scenarios.at({}), {}, []
+    estimates, methods = scenarios.at({}), []
+    changes: Mapping[str, Any] | None = {}
     for label, estimate in estimates.items():
         stages = []
         for stage in estimate.stages:

@@ -92,7 +92,7 @@ def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
     height = 0.8 / len(means)
     for row, (name, points) in enumerate(means.items()):
         draw_line(over, points, name, order.index(name))
-        last = points[-1][0] - 1
+        last = int(points[-1][0]) - 1
         ends = [[rows[last][i] for rows in drops[name]] for i in range(last)]
         spreads = [deviation(values) for values in ends] if len(drops[name]) > 1 else None
         centres = [i + (row - (len(means) - 1) / 2) * height for i in range(last)]

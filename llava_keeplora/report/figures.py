@@ -129,8 +129,9 @@ def _with_few_colours(png: io.BytesIO) -> bytes:
     image = Image.open(png).convert("RGB")
     quantized = image.quantize(PNG_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     # Quantization may shift the background's colour a little, but it must be exactly the page's.
-    palette, corner = quantized.getpalette(), 3 * quantized.getpixel((0, 0))
-    palette[corner : corner + 3] = list(image.getpixel((0, 0)))
+    palette, number, colour = quantized.getpalette(), quantized.getpixel((0, 0)), image.getpixel((0, 0))
+    assert isinstance(number, int) and isinstance(colour, tuple)
+    palette[3 * number : 3 * number + 3] = colour
     quantized.putpalette(palette)
     smaller = io.BytesIO()
     quantized.save(smaller, "PNG", optimize=True)

@@ -24,6 +24,7 @@ from llava_keeplora.run_folder import (
     CONFIG,
     CONSOLIDATED,
     DELTA,
+    FORECAST,
     JOURNAL,
     MATRIX,
     PREPARED,
@@ -31,6 +32,7 @@ from llava_keeplora.run_folder import (
     TRAIN,
     Capacity,
     Stage,
+    journal_files,
     read_dumped,
     read_record,
     task_files,
@@ -89,7 +91,7 @@ def report_is_current(run: Path) -> bool:
 
 def _stamp(run: Path) -> bytes:
     """Return the content of `STAMP` for the present stages of a run."""
-    files = [run / CONFIG, *sorted(run.glob("*/journal.jsonl"))]
+    files = [run / CONFIG, *journal_files(run)]
     return "\n".join(
         [version("llava-keeplora"), *(f"{path.relative_to(run)} {file_hash(path)}" for path in files)]
     ).encode()
@@ -230,7 +232,7 @@ def settings_of(folders: Sequence[Path]) -> dict[str, Any]:
             label: {"method": METHODS.portable_name(m["method"]), **m["options"]}
             for label, m in config["methods"].items()
         }
-    settings = {}
+    settings: dict[str, Any] = {}
     for key in (*SECTIONS, "methods"):
         values = {name: config.get(key) for name, config in configs.items()}
         equal = all(value == next(iter(values.values())) for value in values.values())
@@ -303,17 +305,17 @@ def room_line(name: str, folder: Path) -> str | None:
     """Return a sentence on how many more tasks a method has capacity for; None without a forecast."""
     paths = task_files(folder, CONSOLIDATED)
     last = read_record(paths[-1]) if paths else {}
-    if "forecast" not in last:
+    if FORECAST not in last:
         return None
     finite = [
         (forecast["tasks"], forecast["left"], layer)
-        for layer, forecast in last["forecast"].items()
+        for layer, forecast in last[FORECAST].items()
         if forecast["tasks"] is not None
     ]
     if not finite:
         return f"room of {name}: no layer's protected subspace grows"
     tasks, left, layer = min(finite)
-    growth, width = last["forecast"][layer]["growth"], Capacity.from_dict(last[CAPACITY][layer]).width
+    growth, width = last[FORECAST][layer]["growth"], Capacity.from_dict(last[CAPACITY][layer]).width
     return (
         f"room of {name}: {tasks} more task{'' if tasks == 1 else 's'} at full rank, if each adds as many "
         "directions as those so far; "

@@ -66,7 +66,7 @@ def choose_energy_weight(context: RunContext, layers: Mapping[str, Layer], part:
 
 def _zero_shot(context: RunContext) -> float:
     """Return the mean score in percent of the model as it is, over the training splits of all tasks."""
-    scores = []
+    scores: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         for task in context.tasks:
             count = min(EXAMPLES, len(task.train))

@@ -131,7 +131,8 @@ class BaseCache:
             what: what the rows depend on, in addition to `common`.
             pieces: the rows in chunks, one file each; a row is name → tensor.
         """
-        folder, rows, hashes, counts = self._folder(what), [], {}, []
+        folder, rows, hashes = self._folder(what), [], {}
+        counts: list[int] = []
         for piece in pieces:
             if folder is not None:
                 try:

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -57,14 +58,18 @@ class MethodRun(MethodState):
         self._check_history()
 
     def go(self) -> None:
-        """Run stage after stage until every task is closed."""
+        """Run stage after stage, and enter each into the journal, until every task is closed."""
         self.context.progress.watch(self.config.label, self.matrix)
         while (todo := self._next()) is not None:
             index, stage = todo
             with self.context.progress.stage(
                 f"{self.config.label} {self._where(index)}: {ACTIVITY[stage]}", self._cost(index, stage)
             ):
-                self._run_stage(index, stage)
+                set_seed(stage_seed(self.context.config.seed, index, stage))
+                start = time.perf_counter()
+                with peak_memory(self.context.device) as peak:
+                    files, info = STAGES[stage](self, index)
+                self._record(index, stage, time.perf_counter() - start, files, info, peak)
             if stage == Stage.CLOSED and (index or self.config.label == ZERO_SHOT):
                 self.context.progress.note(self._closing_line(index))
 
@@ -77,12 +82,16 @@ class MethodRun(MethodState):
             self.method.check_weights(self.layers)
         check_sources(self)
 
-    def _run_stage(self, index: int, stage: Stage) -> None:
-        set_seed(stage_seed(self.context.config.seed, index, stage))
-        start = time.perf_counter()
-        with peak_memory(self.context.device) as peak:
-            files, info = STAGES[stage](self, index)
-        seconds = time.perf_counter() - start
+    def _record(
+        self,
+        index: int,
+        stage: Stage,
+        seconds: float,
+        files: Sequence[Path],
+        info: dict[str, Any],
+        peak: dict[str, Any],
+    ) -> None:
+        """Enter a stage that is done into the journal, with the hashes of what it wrote."""
         peak["peak_bytes"] = self.context.most(peak["peak_bytes"])
         self.context.barrier()
         hashes = {str(path.relative_to(self.folder)): file_hash(path) for path in files}
@@ -93,7 +102,7 @@ class MethodRun(MethodState):
             self.journal.entries.append(entry)
         logger.debug("%s: %s of %s done in %.1f s", self.config.label, stage, self._where(index), seconds)
 
-    def _next(self) -> tuple[int, str] | None:
+    def _next(self) -> tuple[int, Stage] | None:
         return next_stage(self.journal.entries, len(self.tasks), self.trainable)
 
     # --- estimates and lines for people --------------------------------------------------------------

@@ -18,6 +18,7 @@ from llava_keeplora.run_folder import (
     CACHED_PREDICTIONS,
     CAPACITY,
     CONSOLIDATED,
+    FORECAST,
     PREPARED,
     SCORES,
     STATE,
@@ -121,7 +122,7 @@ def _consolidate(state: MethodState, index: int) -> list[Path]:
     ctx = task_context(state, index, Stage.CONSOLIDATED)
     state.method.after_task(ctx)
     if index and CAPACITY in ctx.report:
-        ctx.report["forecast"] = _forecast(state, index, ctx.report[CAPACITY])
+        ctx.report[FORECAST] = _forecast(state, index, ctx.report[CAPACITY])
     added = state.method.state_dict()
     tensors, record = state.path(index, STATE), state.path(index, CONSOLIDATED)
     if state.context.rank == 0:

@@ -101,8 +101,7 @@ def _train(
     context, index = state.context, ctx.index
     arguments = _training_arguments(state, index)
     model, scale = context.family.task(task.recipe), state.config.random_resized_crop
-    # `check_rows` accepts random crops for CLIP alone.
-    crops = context.family.crops(task.train, scale, arguments.seed) if scale else None  # type: ignore[attr-defined]
+    crops = context.family.crops(task.train, scale, arguments.seed) if scale else None
     cost = GRADIENT_COST * arguments.train_batch_size * arguments.gradient_accumulation_steps * context.world
     trainer = TaskTrainer(
         method=state.method,
@@ -119,7 +118,8 @@ def _train(
     )
     give_own_place(trainer, context.workspace.root, state.tag(index))
     context.progress.advance(cost * trainer.steps_before)
-    result = trainer.train()
+    with trainer.resumed_state() as folder:
+        result = trainer.train(resume_from_checkpoint=folder)
     end_own_place(trainer)
     history = {
         "steps": trainer.state.global_step,

@@ -7,6 +7,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
 
 from llava_keeplora.deepspeed_zero import is_partitioned
 from llava_keeplora.distributed import all_gather_object, sum_over_processes
 from llava_keeplora.errors import ConfigError, MethodError, TrainingError
 from llava_keeplora.methods import Method, TaskContext
-from llava_keeplora.models import RandomCrops
+from llava_keeplora.models import Crops
 from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
 from llava_keeplora.sequence.deepspeed_state import DeepSpeedShard
 
@@ -81,7 +81,7 @@ class TaskTrainer(Trainer):
         on_step: Callable[[], None],
         rates: Mapping[int, float],
         checkpoint: StepCheckpoint,
-        crops: RandomCrops | None = None,
+        crops: Crops | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
         **kwargs,
     ):
@@ -101,14 +101,16 @@ class TaskTrainer(Trainer):
         """Number of steps that a killed run has taken already."""
         return self._resumed.values["trainer"]["global_step"] if self._resumed else 0
 
-    def train(self) -> TrainOutput:  # type: ignore[override]
-        """Train, from the last checkpoint on if a killed run left one."""
+    @contextmanager
+    def resumed_state(self) -> Iterator[str | None]:
+        """Provide `train` with the folder of the state that a killed run left; None if it left none."""
         if self._resumed is None:
-            return super().train()
+            yield None
+            return
         # The Trainer reads its state from a folder; everything else is restored below.
         with TemporaryDirectory() as folder:
             Path(folder, TRAINER_STATE_NAME).write_text(json.dumps(self._resumed.values["trainer"]))
-            return super().train(resume_from_checkpoint=folder)
+            yield folder
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

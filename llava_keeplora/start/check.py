@@ -132,7 +132,7 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
     for recipe in recipes:
         # Without classes if they are read from data that a plan does not have.
         for template in recipe.test_prompts if recipe.classes else ():
-            family.tokens(recipe.class_prompts(template))  # type: ignore[attr-defined]  # CLIP's alone, see above
+            family.tokens(recipe.class_prompts(template))
 
 
 def check_images(tasks: Sequence[Task]) -> None:

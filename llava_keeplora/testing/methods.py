@@ -25,6 +25,7 @@ from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.export.verify import probe
 from llava_keeplora.methods import METHODS, Method, MethodInfo, find_changed
 from llava_keeplora.models import load_model
+from llava_keeplora.run_folder import result_files
 from llava_keeplora.saved_run import load_run, run_identity
 from llava_keeplora.sequence import method_run, run_context, runner, trainer
 from llava_keeplora.testing.small import registered_name, small_run
@@ -152,8 +153,7 @@ def _watch(config: RunConfig) -> _WatchedRun:
 def _results(folder: Path) -> dict[str, bytes]:
     """Return the files of tensors and predictions that a run of the method wrote, by relative path."""
     root = folder / LABEL
-    files = [*root.rglob("task-*/*.safetensors"), *root.rglob("predictions/*.jsonl")]
-    return {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(files)}
+    return {file.relative_to(root).as_posix(): file.read_bytes() for file in result_files(root)}
 
 
 def _check_same_results(trial: _Trial, folder: str, when: str) -> None:

@@ -137,7 +137,7 @@ def test_the_command_starts_its_runs_as_a_user_would_and_prints_the_table(comman
     assert code == 0 and errors == []
     assert (
         said.startswith("# Table out\n\n## Order I\n\nTasks: colours.")
-        and f"\npage: {out / 'report.html'}\n" in said
+        and f"\nHTML report: {out / 'report.html'}\n" in said
     )
     assert {"table.md", "table.tex", "table.csv", "report.html", table.CACHE, "I"} == {
         path.name for path in out.iterdir()

@@ -57,15 +57,15 @@ class Moments:
 
         setattr(owner, name, outer)
 
-    def stages(self, cls) -> None:
-        """Remember which stage runs."""
-        inner = cls._run_stage
+    def stages(self, table: dict) -> None:
+        """Remember which stage runs; the table has a function for each."""
+        for stage, inner in table.items():
 
-        def outer(run, index, stage):
-            self.stage = stage
-            return inner(run, index, stage)
+            def outer(run, index, stage=stage, inner=inner):
+                self.stage = stage
+                return inner(run, index)
 
-        cls._run_stage = outer
+            table[stage] = outer
 
     def writes(self, module, kind: str) -> None:
         """Every write to a file that a module opens is a moment, when half of it is on disk."""
@@ -112,7 +112,7 @@ def live(tree: dict, fatal: int | None, log: str, counted) -> None:
 
     torch.set_num_threads(1)
     moments = Moments(fatal, Path(log))
-    moments.stages(method_run.MethodRun)
+    moments.stages(method_run.STAGES)
     moments.calls(LlavaForConditionalGeneration, "forward", "generation")
     moments.calls(CLIPModel, "get_image_features", "images")
     moments.calls(trainer.TaskTrainer, "training_step", "batch")

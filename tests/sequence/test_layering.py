@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_keeplora import run_folder
+
 ROOT = Path(__file__).parents[2]
 #: Lower layers know nothing of the ones above them.
 ABOVE = {
@@ -223,3 +225,17 @@ def test_files_and_functions_fit_a_screen_or_few():
                 if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
             ]
     assert not long
+
+
+def test_names_of_a_runs_files_stand_in_run_folder_alone():
+    names = {v for name, v in vars(run_folder).items() if name.isupper() and isinstance(v, str) and "." in v}
+    assert {"journal.jsonl", "table.csv", "training-*.safetensors"} <= names
+    spelled = {
+        (str(path.relative_to(ROOT)), node.value)
+        for path in (ROOT / "llava_keeplora").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names | {"forecast"}
+    }
+    # the configuration of a checkpoint, which transformers names
+    allowed = {("llava_keeplora/models/__init__.py", "config.json")}
+    assert {pair for pair in spelled if pair[0] != "llava_keeplora/run_folder.py"} == allowed
