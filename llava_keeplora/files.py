@@ -108,7 +108,7 @@ def whole_folder(folder: Path | str, replace: bool = True) -> Iterator[Path]:
 
     Until then its name is `.NAME.PROCESS.part`. It is removed after an error; what a killed process has left
     is removed by the next command that writes the same folder. It is locked while it is filled, by which it
-    is told from a left-over one.
+    is distinguished from a left-over one.
 
     Args:
         folder: the final path.

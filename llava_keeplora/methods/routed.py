@@ -85,7 +85,7 @@ class RoutedMethod(Method):
         self.load_state_dicts([])
 
     def learn_route(self, ctx: TaskContext, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return tensors by which the task's images are told from others.
+        """Return tensors by which the task's images are distinguished from others.
 
         Args:
             ctx: the task's context.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 #: Characters of an answer, and tokens of one, where there are no data to ask.
 ANSWER = 32
-#: Bytes of a line of predictions beside the answer: JSON keys, an id, the recipe's name, version and
+#: Bytes of a line of predictions in addition to the answer: JSON keys, an id, the recipe's name, version and
 #: fingerprint.
 LINE = 160
 
