@@ -22,7 +22,7 @@ QUESTION = 96
 
 
 class LlavaWorkload:
-    """What `LlavaFamily`, its only subclass, reports for a plan; see `Family.workload` and `Family.answer`."""
+    """What `LlavaFamily`, its only subclass, reports for a plan; see `Family.workload`, `Family.answer`."""
 
     model: nn.Module
     config: Any
