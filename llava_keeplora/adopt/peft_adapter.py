@@ -55,7 +55,7 @@ HARMLESS = {
 #: Initialisations that leave the base as it is; the others subtract something from it.
 INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 #: Values that switch a key off.
-OFF = (None, False, "none", {}, [])
+OFF: tuple[Any, ...] = (None, False, "none", {}, [])
 
 
 def read_adapter(folder: Path, layers: Mapping[str, nn.Linear]) -> dict[str, Delta]:

@@ -23,9 +23,8 @@ from llava_keeplora.methods import METHODS, Changed
 from llava_keeplora.models.layouts import part_of
 from llava_keeplora.run_folder import ADOPTED, DELTA, PREPARED, TRAIN, Stage, file_name, read_record
 from llava_keeplora.sequence.answers import predict
-from llava_keeplora.sequence.method_state import MethodState
+from llava_keeplora.sequence.method_state import MethodState, Outcome
 from llava_keeplora.sequence.passes import task_context
-from llava_keeplora.sequence.train_stage import Outcome
 from llava_keeplora_eval import score
 from llava_keeplora_eval.predictions import join_shards
 

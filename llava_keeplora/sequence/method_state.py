@@ -23,6 +23,9 @@ from llava_keeplora_eval import Matrix
 
 logger = logging.getLogger(__name__)
 
+#: Of a stage: the files that it wrote, and the `info` of its journal entry.
+Outcome = tuple[list[Path], dict[str, Any]]
+
 
 class MethodState:
     """A method of the run with its folder, its layers and its scores so far.

@@ -29,9 +29,9 @@ from llava_keeplora.sequence import adoption
 from llava_keeplora.sequence.answers import predict, predictions_path, task_predictor
 from llava_keeplora.sequence.forecast import forecast, shortage
 from llava_keeplora.sequence.inference_latency import EXAMPLES, TOKENS, seconds_per_example
-from llava_keeplora.sequence.method_state import MethodState, write_if_any
+from llava_keeplora.sequence.method_state import MethodState, Outcome, write_if_any
 from llava_keeplora.sequence.passes import task_context
-from llava_keeplora.sequence.train_stage import Outcome, train
+from llava_keeplora.sequence.train_stage import train
 from llava_keeplora.start import Task
 from llava_keeplora_eval import score
 from llava_keeplora_eval.predictions import join_shards
@@ -86,11 +86,6 @@ def prepare(state: MethodState, index: int) -> Outcome:
         "unreachable": len(state.unreachable),
     }
     return [path] + [tensors] * bool(starts), counts
-
-
-def learn(state: MethodState, index: int) -> Outcome:
-    """Train the task, or take its update over, and write the update of the weights."""
-    return (adoption.take_over if state.source(index) else train)(state, index)
 
 
 def consolidate(state: MethodState, index: int) -> Outcome:
@@ -238,7 +233,7 @@ def _reused(seconds: float) -> dict[str, float]:
 STAGES: dict[Stage, Callable[[MethodState, int], Outcome]] = {
     Stage.PLANNED: plan,
     Stage.PREPARED: prepare,
-    Stage.TRAINED: learn,
+    Stage.TRAINED: train,
     Stage.CONSOLIDATED: consolidate,
     Stage.EVALUATED: evaluate,
     Stage.CLOSED: close,

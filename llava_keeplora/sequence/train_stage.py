@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,24 +32,25 @@ from llava_keeplora.run_folder import (
     TRAINER,
     Stage,
 )
+from llava_keeplora.sequence import adoption
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import stage_seed
-from llava_keeplora.sequence.method_state import MethodState, write_if_any
+from llava_keeplora.sequence.method_state import MethodState, Outcome, write_if_any
 from llava_keeplora.sequence.passes import GRADIENT_COST, task_context
 from llava_keeplora.sequence.reporters import end_own_place, give_own_place
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_timings
 from llava_keeplora.start import Task
 from llava_keeplora.start.training_args import training_arguments
 
-Outcome = tuple[list[Path], dict[str, Any]]
-
 
 def train(state: MethodState, index: int) -> Outcome:
-    """Train the task's adapters, and write their update and the log.
+    """Train the task's adapters, or take over an update from elsewhere, and write the update and the log.
 
     Raises:
         TrainingError: if a trained value is not finite.
     """
+    if state.source(index):
+        return adoption.take_over(state, index)
     context, task, inits = state.context, state.tasks[index - 1], state.inits(index)
     ctx = task_context(state, index, Stage.TRAINED)
     state.rebuild(index - 1, offset=state.method.weight_offset(inits))
