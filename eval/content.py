@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,12 @@ PROCESSOR = (
 
 #: Keys of a configuration that depend on how it was written, not on the model.
 WRITTEN_BY = ("_name_or_path", "transformers_version")
+
+#: Of a tokenizer's files, what its last use leaves there (padding, truncation) or names a folder.
+USED = (*WRITTEN_BY, "padding", "truncation", "name_or_path")
+
+#: Prefix of the keys of a record of a model in memory.
+OBJECT = "object_"
 
 #: Key of a record that holds a checkpoint's `tensors_hash`.
 TENSORS = "tensors"
@@ -165,10 +172,60 @@ def tensors_hash(folder: Path) -> str:
     return cached_hash
 
 
+def object_content(model: Any, processor: Any) -> dict[str, Any]:
+    """Return a record of the content of a model and a processor in memory; see `model_content`.
+
+    Such records are comparable with one another, not with those of files.
+
+    Args:
+        model: of transformers.
+        processor: with a `tokenizer` and an `image_processor`.
+    """
+    tensors = [
+        (name, str(value.dtype), list(value.shape), _bytes_hash(value))
+        for name, value in model.state_dict().items()
+    ]
+    config = {key: value for key, value in model.config.to_dict().items() if key not in WRITTEN_BY}
+    with tempfile.TemporaryDirectory() as folder:
+        save_processor(processor, Path(folder))
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        settings = {path.relative_to(folder).as_posix(): _settings(path) for path in files}
+    generation = getattr(model, "generation_config", None)
+    return {
+        f"{OBJECT}weights": _digest(sorted(tensors)),
+        f"{OBJECT}config": _digest(json.loads(json.dumps(config, default=str))),
+        f"{OBJECT}processor": _digest(settings),
+        f"{OBJECT}stops": getattr(generation, "eos_token_id", None),
+    }
+
+
+def is_object(record: Mapping[str, Any]) -> bool:
+    """Return whether a record is of a model in memory; see `object_content`."""
+    return any(key.startswith(OBJECT) for key in record)
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Write a processor's files, or those of its image processor and tokenizer."""
+    for part in (
+        (processor,)
+        if hasattr(processor, "save_pretrained")
+        else (processor.image_processor, processor.tokenizer)
+    ):
+        part.save_pretrained(folder)
+
+
+def _settings(path: Path) -> Any:
+    """Return the content of a processor's file without what changes when it is used or written again."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
+    if not isinstance(content, dict):
+        return file_hash(path)
+    return {key: value for key, value in content.items() if key not in USED}
+
+
 def _bytes_hash(tensor: Any) -> str:
     import torch
 
-    numbers = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(numbers.data).hexdigest()
 
 

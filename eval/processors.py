@@ -7,6 +7,7 @@ processor of another type that wants one does without, and frames of a video are
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -72,24 +73,49 @@ def load_chat_processor(path: str, revision: str | None = None):
             key: value for key, value in settings.items() if key in known and value is not None
         }
         chosen = {key: value for key, value in chosen.items() if key not in PARTS}
-        chosen["chat_template"] = (
-            chosen.get("chat_template")
-            or getattr(tokenizer, "chat_template", None)
-            or TEMPLATES.get(config.model_type)
-        )
+        chosen["chat_template"] = chosen.get("chat_template") or getattr(tokenizer, "chat_template", None)
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **source)
         if config.model_type == "paligemma" and not hasattr(image_processor, "image_seq_length"):
             image_processor.image_seq_length = config.vision_config.num_image_tokens
+<<<<<<< HEAD
         videos = pillow_videos(config.model_type, _video_settings(path, revision))
         processor = _with_videos(cls, videos)(image_processor=image_processor, tokenizer=tokenizer, **chosen)
     if processor.chat_template is None:
+=======
+        processor = _without_videos(cls)(image_processor=image_processor, tokenizer=tokenizer, **chosen)
+    processor = with_template(processor, config, path)
+    check_vocabulary(tokenizer, path)
+    check_image_tokens(processor, config, path)
+    return processor
+
+
+def with_template(processor, config, path: str):
+    """Return a processor with a chat template: its own, its tokenizer's, or that of the model's type.
+
+    Args:
+        processor: left as it is.
+        config: the model's.
+        path: of the checkpoint, for the error.
+
+    Raises:
+        EvalError: there is none.
+    """
+    template = (
+        processor.chat_template
+        or getattr(processor.tokenizer, "chat_template", None)
+        or TEMPLATES.get(config.model_type)
+    )
+    if template is None:
+>>>>>>> f055475 (Run takes a model and a processor of transformers: its identity is a hash of weights, configuration and processor, and it gets its own weights back)
         raise EvalError(
             f"'{path}' has no chat template, so how a '{config.model_type}' model is asked is unknown",
             "add its chat_template.jinja, or the chat_template of its tokenizer_config.json",
         )
-    check_vocabulary(tokenizer, path)
-    _check_image_tokens(processor, config, path)
-    return processor
+    if template == processor.chat_template:
+        return processor
+    changed = copy.copy(processor)
+    changed.chat_template = template
+    return changed
 
 
 #: What a processor is put together of.
@@ -209,7 +235,7 @@ def check_vocabulary(tokenizer, path: str) -> None:
         )
 
 
-def _check_image_tokens(processor, config, path: str) -> None:
+def check_image_tokens(processor, config, path: str) -> None:
     """Refuse a processor that makes other image tokens than its model takes.
 
     Raises:

@@ -6,12 +6,15 @@ import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora.files import write_bytes
 from llava_keeplora.run_folder import file_name
 from llava_keeplora_recipes import Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    from llava_keeplora.models import GivenModel
 
 #: Task → split → its `datasets.Dataset`.
 Tables = Mapping[str, Mapping[str, Any]]
@@ -24,10 +27,12 @@ class Objects:
     Args:
         tables: task → split → its `datasets.Dataset`.
         callbacks: of transformers' Trainer, instances or classes, for the training of every task.
+        given: a model with its processor.
     """
 
     tables: Tables = field(default_factory=dict)
     callbacks: tuple[Any, ...] = ()
+    given: GivenModel | None = None
 
     def with_tables(self, recipe: Recipe) -> Recipe:
         """Return a recipe with the tables of its task."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from llava_keeplora.config import RunConfig, load_config, parse_config
+from llava_keeplora.config import ModelConfig, RunConfig, deepspeed_config, finish_config, read_config
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.models import GivenModel, open_model
 from llava_keeplora.objects import (
     DatasetRecipes,
     Objects,
@@ -19,7 +23,7 @@ from llava_keeplora.objects import (
     checked_callbacks,
 )
 from llava_keeplora.report.run_matrix import RunMatrix
-from llava_keeplora.saved_run import followed_by, load_run
+from llava_keeplora.saved_run import check_base, followed_by, load_run
 from llava_keeplora.sequence import run
 from llava_keeplora.sequence.launch import processes
 from llava_keeplora.start.tasks import load_splits
@@ -42,6 +46,9 @@ class Run:
         datasets: task → its data: a `datasets.Dataset` (the split `train`), a `DatasetDict`, or a mapping of
             splits that may also have keys of a recipe, such as `prompt`. Without `tasks` or `sequence` in the
             configuration, these are the tasks, in this order.
+        model: a model of transformers, in the place of the checkpoint that a configuration names. A run puts
+            it on its device and trains on it; after every call it has its own weights again.
+        processor: the model's.
         callbacks: callbacks of transformers' Trainer, instances or classes, for the training of every task.
             They may watch, log and stop the program, and must change neither weights nor settings: results
             would no longer follow from the configuration. The journal lists their classes.
@@ -55,14 +62,18 @@ class Run:
         config: RunConfig | Mapping[str, Any] | str | Path,
         *,
         datasets: Mapping[str, Any] | None = None,
+        model: Any = None,
+        processor: Any = None,
         callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
     ):
-        datasets = datasets or {}
-        config = _parsed(config, list(datasets))
+        datasets, given = datasets or {}, _given(model, processor)
+        config = _parsed(config, list(datasets), given)
         self._recipes = DatasetRecipes(["train"] if config.data.holdout else ["train", "test"])
         tasks, tables = self._dataset_tasks(config.tasks, datasets)
         self.config = dataclasses.replace(config, tasks=tasks)
-        self.objects = Objects(tables, checked_callbacks(callbacks))
+        self.objects = Objects(tables, checked_callbacks(callbacks), given)
+        if given is not None:
+            _check_given(self.config, given)
         #: Whether this process is the one that writes and reports, where a launcher started several.
         self.is_main_process = True
 
@@ -72,6 +83,8 @@ class Run:
         folder: str | Path,
         *,
         datasets: Mapping[str, Any] | None = None,
+        model: Any = None,
+        processor: Any = None,
         callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
         overrides: Sequence[str] = (),
         data_root: str | None = None,
@@ -80,14 +93,16 @@ class Run:
 
         Args:
             folder: the run folder; it may have been moved.
-            datasets, callbacks: see `Run`; needed to go on, not to look at results.
+            datasets, model, processor, callbacks: see `Run`; those that the run was begun with are needed to
+                go on, not to look at results.
             overrides: `a.b.c=value` strings, for settings that depend on the machine.
             data_root: the folder with the data sets; as in the run's configuration when None.
 
         Raises:
             UserError: it is no run folder, its configuration is damaged, or an object is not the run's.
         """
-        opened = cls(load_run(folder, overrides, data_root), callbacks=callbacks)
+        config = load_run(folder, overrides, data_root)
+        opened = cls(config, callbacks=callbacks, model=model, processor=processor)
         recipes = {recipe.name: recipe for recipe in load_recipes(opened.config.tasks)}
         check_names(datasets or (), recipes)
         tables = {
@@ -178,7 +193,13 @@ class Run:
         """
         from llava_keeplora.export import export_run  # a start needs none of it
 
-        return export_run(self.folder, form, into, objects=self.objects, **options)
+        if self.objects.given is not None and options.get("base_id") is None:
+            raise ConfigError(
+                f"the base of this run is a {self.config.model.object} in memory, which nobody else can load",
+                "give the id on the Hub of the same weights with base_id='user/name'",
+            )
+        with self._base_files() as base:
+            return export_run(self.folder, form, into, objects=self.objects, base_folder=base, **options)
 
     def predictor(self, task: str, *, label: str | None = None, at_task: int | None = None) -> Predictor:
         """Return the model after some of its tasks, ready to answer a task's examples.
@@ -196,7 +217,8 @@ class Run:
         recipe = self._recipe(task)
         if recipe.kind == "classification" and recipe.classes is None:
             recipe = self.data(task).recipe  # Its classes are read from its data.
-        return load_run_predictor(self.folder, recipe, label, at_task)
+        with self._base_files() as base:
+            return load_run_predictor(self.folder, recipe, label, at_task, base)
 
     # --- what a run has --------------------------------------------------------------------------------
 
@@ -237,6 +259,24 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, tasks={self.tasks}, methods={list(self.config.methods)})"
 
+    @contextmanager
+    def _base_files(self) -> Iterator[str | None]:
+        """Yield the folder of a copy of the given model while the block runs; None where there is none.
+
+        Raises:
+            ConfigError: the run was begun with a model that is not given.
+            RunError: the model is not the one that the run was begun with.
+        """
+        given = self.objects.given
+        if given is None:
+            self.config.model.check_place()
+            yield None
+            return
+        check_base(self.folder, self.config.model, given.content())
+        with tempfile.TemporaryDirectory(prefix="llava-keeplora-") as folder:
+            given.save(Path(folder))
+            yield folder
+
     def _recipe(self, task: str) -> Recipe:
         recipes = {recipe.name: recipe for recipe in load_recipes(self.config.tasks)}
         return self.objects.with_tables(recipes[task] if task in recipes else load_recipe(task))
@@ -253,11 +293,59 @@ class Run:
         return paths, {name: tables for name, (_, tables) in added.items()}
 
 
-def _parsed(config: RunConfig | Mapping[str, Any] | str | Path, datasets: Sequence[str]) -> RunConfig:
-    """Return a configuration as a `RunConfig`; given datasets are its tasks where it names none."""
+def _given(model: Any, processor: Any) -> GivenModel | None:
+    """Return a given model with its processor; None without.
+
+    Raises:
+        ConfigError: one is given without the other.
+    """
+    if (model is None) != (processor is None):
+        missing = "processor" if processor is None else "model"
+        raise ConfigError(
+            f"a model and its processor belong together, and no {missing} is given",
+            f"pass {missing}=...; AutoProcessor.from_pretrained loads a processor",
+        )
+    return None if model is None else GivenModel(model, processor)
+
+
+def _check_given(config: RunConfig, given: GivenModel) -> None:
+    """Check that a given model and its processor can be trained as the configuration says.
+
+    Raises:
+        ConfigError: they do not fit one another, are of no supported type, or would have to be sharded.
+    """
+    open_model(config.model, config.evaluation, given)
+    if (deepspeed_config(config) or {}).get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError(
+            "training.deepspeed asks for ZeRO-3, which loads a checkpoint in shards, and a whole model is "
+            "given",
+            "use ZeRO-2, or name the checkpoint under model.name_or_path",
+        )
+
+
+def _parsed(
+    config: RunConfig | Mapping[str, Any] | str | Path, datasets: Sequence[str], given: GivenModel | None
+) -> RunConfig:
+    """Return a configuration as a `RunConfig`, with a given model, and datasets as tasks where it names none.
+
+    Raises:
+        ConfigError: it names a model, and another is given.
+    """
+    named, recorded = None, None
     if isinstance(config, RunConfig):
-        return config
-    if isinstance(config, Mapping):
-        named = any(config.get(key) for key in ("tasks", "sequence"))
-        return parse_config(config if named or not datasets else {**config, "tasks": list(datasets)})
-    return load_config(str(config))
+        parsed, recorded = config, config.model.object
+        named = config.model.name_or_path if config.model.name_or_path != ModelConfig().name_or_path else None
+    else:
+        tree = dict(config) if isinstance(config, Mapping) else read_config(str(config))
+        if datasets and not any(tree.get(key) for key in ("tasks", "sequence")):
+            tree["tasks"] = list(datasets)
+        parsed, section = finish_config(tree), tree.get("model")
+        named = section.get("name_or_path") if isinstance(section, Mapping) else None
+    if given is None:
+        return parsed
+    if named and not recorded:
+        raise ConfigError(
+            f"the configuration names the model '{named}', and a model object is given",
+            "leave one of them out",
+        )
+    return dataclasses.replace(parsed, model=given.describe(parsed.model))

@@ -35,7 +35,7 @@ from llava_keeplora.run_folder import (
     read_record,
     rename_parts,
 )
-from llava_keeplora_eval.content import TENSORS, changes_at, model_content, tensors_hash
+from llava_keeplora_eval.content import TENSORS, changes_at, is_object, model_content, tensors_hash
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.models import resolve_model
 from llava_keeplora_recipes import load_recipe, load_recipes
@@ -80,7 +80,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         section.pop("test_prompts") if section["test_prompts"] == ONE else None
     for method in tree["methods"].values():
         method.pop("random_resized_crop") if method["random_resized_crop"] is None else None
-    for key in ("family", "parts"):
+    for key in ("family", "parts", "object"):
         tree["model"].pop(key) if tree["model"][key] is None else None
     plugin_identity(tree)
     tree["tasks"] = [recipe.name for recipe in load_recipes(config.tasks)]
@@ -248,17 +248,20 @@ def base_content(model: ModelConfig) -> dict[str, Any]:
     Raises:
         UserError: if its folder is missing, or a file in it cannot be read.
     """
+    model.check_place()
     return model_content(*_place(model))
 
 
 def base_record(model: ModelConfig, content: dict[str, Any]) -> dict[str, Any]:
     """Return what a run records of its base model: its content, and of a folder the hash of its tensors."""
+    if model.object:
+        return content
     place = Path(_place(model)[0])
     return content | ({TENSORS: tensors_hash(place)} if place.is_dir() else {})
 
 
 def _place(model: ModelConfig) -> tuple[str, str | None]:
-    return resolve_model(model.name_or_path), model.revision
+    return (model.name_or_path if model.object else resolve_model(model.name_or_path)), model.revision
 
 
 def recorded_base(run: Path) -> dict[str, Any] | None:
@@ -282,6 +285,8 @@ def base_changes(run: Path, model: ModelConfig, content: Mapping[str, Any] | Non
         UserError: if the model is missing.
     """
     recorded = recorded_base(run)
+    if model.object and content is None:
+        return None
     return None if recorded is None else changes_at(recorded, *_place(model), content)
 
 
@@ -306,6 +311,8 @@ def check_base(run: str | Path, model: ModelConfig, content: Mapping[str, Any] |
             model.name_or_path,
         )
         return
+    if is_object(recorded) and not model.object:
+        return  # A copy of the object as files, which `Run` has compared.
     changed = changes_at(recorded, *_place(model), content)
     if changed is None:
         logger.warning(

@@ -5,6 +5,7 @@ Legend: in / out features of a layer, R the ranks of all deltas together.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -41,6 +42,16 @@ class BaseWeights:
         deltas = list(deltas)
         for name, layer in self._layers.items():
             layer.carry([task[name] for task in deltas if name in task])
+
+    @torch.no_grad()
+    def copy_of(self, model: nn.Module) -> nn.Module:
+        """Return a frozen copy of the model with the base's weights, whatever it carries now."""
+        base = copy.deepcopy(model).eval().requires_grad_(False)
+        changed = [(name, layer) for name, layer in self._layers.items() if isinstance(layer, _Summed)]
+        for name, layer in changed:  # Weights that are stacked are never written.
+            for parameter, value in layer.base.items():
+                base.get_submodule(name).get_parameter(parameter).copy_(value)
+        return base
 
 
 def is_stacked(layer: nn.Module) -> bool:

@@ -61,6 +61,8 @@ class ModelConfig:
             `model_type` when None.
         parts: part → dotted prefix of its layers, for a checkpoint of an unknown type; those of the type when
             None.
+        object: the class of a model that a Python program gives in the place of a checkpoint
+            (docs/library.md); `Run` sets it.
     """
 
     name_or_path: str = "tiny-clip"
@@ -70,6 +72,7 @@ class ModelConfig:
     quantization: str | None = None
     family: str | None = None
     parts: Mapping[str, str] | None = None
+    object: str | None = None
 
     def __post_init__(self) -> None:
         if self.quantization not in (None, "nf4", "int8"):
@@ -90,6 +93,18 @@ class ModelConfig:
             raise ConfigError(
                 f"max_length must be at least 1 (got {self.max_length})",
                 "leave it out for the model's own limit",
+            )
+
+    def check_place(self) -> None:
+        """Check that the model is a checkpoint, which can be loaded again.
+
+        Raises:
+            ConfigError: it is a model of a Python program.
+        """
+        if self.object:
+            raise ConfigError(
+                f"the run's model is an object of a Python program, a {self.object}, which is not given here",
+                "go on in Python, with Run.open(FOLDER, model=model, processor=processor)",
             )
 
 

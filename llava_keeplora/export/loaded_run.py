@@ -17,10 +17,17 @@ from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
 from llava_keeplora.models.layouts import part_of
 from llava_keeplora.objects import Objects
 from llava_keeplora.run_folder import DELTA, JOURNAL, MATRIX, Stage, read_dumped
-from llava_keeplora.saved_run import check_base, locate_recipe, read_identity
+from llava_keeplora.saved_run import (
+    base_content,
+    base_record,
+    check_base,
+    locate_recipe,
+    read_identity,
+    recorded_base,
+)
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.checkpoints import loading
-from llava_keeplora_eval.content import hub_commit
+from llava_keeplora_eval.content import TENSORS, hub_commit, is_object
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes import Recipe, load_recipe
 
@@ -65,6 +72,17 @@ class LearnedRun:
         matrix = Matrix.from_json(self.run / self.label / MATRIX)
         return Matrix(matrix.tasks, matrix.zero_shot, matrix.rows[: len(self.deltas)])
 
+    def base_record(self) -> dict[str, Any] | None:
+        """Return the content of the base with which the run began; None if it is not recorded.
+
+        Of a model of a program these are its tensors alone: other files may hold them.
+        """
+        recorded = recorded_base(self.run)
+        if recorded is None or not is_object(recorded):
+            return recorded
+        record = base_record(self.model, base_content(self.model))
+        return {key: record[key] for key in ("weights", TENSORS)}
+
     def load(
         self, dtype: str | None = None, deltas: Sequence[Mapping[str, Delta | FullDelta]] | None = None
     ) -> Family:
@@ -90,7 +108,11 @@ class LearnedRun:
 
 
 def load_learned_run(
-    run: str | Path, label: str | None = None, at_task: int | None = None, objects: Objects = Objects()
+    run: str | Path,
+    label: str | None = None,
+    at_task: int | None = None,
+    objects: Objects = Objects(),
+    base: str | None = None,
 ) -> LearnedRun:
     """Load what a method of a run learned; every file of deltas is checked by its hash.
 
@@ -99,6 +121,7 @@ def load_learned_run(
         label: the method's label; None if the run has one method.
         at_task: the last task, counted from 1; the last finished one when None.
         objects: what the calling program gives instead of files.
+        base: the folder of a copy of the run's base, where that is a model of a program.
 
     Raises:
         RunError: the folder is no run, it doesn't have the method, the task is not finished, or a file is
@@ -106,6 +129,8 @@ def load_learned_run(
     """
     run = Path(run)
     config = read_dumped(run)
+    if base is not None:
+        config["model"] |= {"name_or_path": base, "object": None}
     label = _chosen(config, run, label)
     journal = Journal(run / label / JOURNAL)
     finished = max((entry.task for entry in journal.entries if entry.stage == Stage.CLOSED), default=0)

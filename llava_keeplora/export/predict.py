@@ -16,7 +16,11 @@ from llava_keeplora_recipes import Recipe
 
 
 def load_run_predictor(
-    run: str | Path, recipe: Recipe, label: str | None = None, at_task: int | None = None
+    run: str | Path,
+    recipe: Recipe,
+    label: str | None = None,
+    at_task: int | None = None,
+    base: str | None = None,
 ) -> Predictor:
     """Load a run's model with what it learned, and return what answers a task with it.
 
@@ -25,12 +29,13 @@ def load_run_predictor(
         recipe: the task, with its classes.
         label: the method's label; None if the run has one method.
         at_task: the last learned task, counted from 1; the last finished one when None.
+        base: see `load_learned_run`.
 
     Raises:
         RunError: no task is finished, or a file is damaged.
         ConfigError: what the method learned does not merge into the weights.
     """
-    learned = load_learned_run(run, label, at_task)
+    learned = load_learned_run(run, label, at_task, base=base)
     method = learned.config["methods"][learned.label]
     if not METHODS[method["method"]].info.mergeable:
         raise ConfigError(

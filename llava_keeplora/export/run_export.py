@@ -30,7 +30,6 @@ from llava_keeplora.methods import METHODS
 from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.objects import Objects
 from llava_keeplora.run_folder import BASE, EXPORTS, RENAMED_PARTS
-from llava_keeplora.saved_run import recorded_base
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_recipes import TaskData, load_split
 
@@ -51,6 +50,7 @@ def export_run(
     examples: int = EXPORT_EXAMPLES,
     data_root: str | None = None,
     objects: Objects = Objects(),
+    base_folder: str | None = None,
 ) -> Exported:
     """Export what a run learned, compare its logits, and write a model card.
 
@@ -69,14 +69,14 @@ def export_run(
         examples: number of examples of the last task's test split to compare logits on.
         data_root: the folder with the data sets; the run's own when None.
         objects: what the calling program gives instead of files.
+        base_folder: `base` of `load_learned_run`.
 
     Raises:
-        RunError: a folder is no run, a task is not finished, a file is damaged, or the export gives other
-            logits after loading.
+        RunError: a task is not finished, a file is damaged, or the export gives other logits after loading.
         ConfigError: the form cannot hold what was learned, the target is in use, or options don't match.
     """
     into = Path(into) if into is not None else Path(run) / EXPORTS / form
-    learned = load_learned_run(run, label, at_task, objects)
+    learned = load_learned_run(run, label, at_task, objects, base_folder)
     _check_options(form, into, parts, rank, dtype, examples)
     _check_mergeable(learned, form)
     model = open_model(learned.model)
@@ -88,7 +88,6 @@ def export_run(
     data = _load_examples(learned, examples, data_root)
     _, run_logits = probe(learned.load(), data)
     gc.collect()
-
     job = _Job(
         learned, base, form, into, deltas, combined, rank, with_state, name or into.name, dtype, parts, data
     )
@@ -198,7 +197,7 @@ def _record(learned: LearnedRun, exported: Exported, folder: Path) -> dict[str, 
         "files": files,
     }
     # By content, so that `predict` with the adapter can refuse another base.
-    if content := recorded_base(learned.run):
+    if content := learned.base_record():
         record[BASE] = content
     if exported.rounding:
         record["rounding"] = asdict(exported.rounding)

@@ -24,6 +24,7 @@ from llava_keeplora.registries import without_places
 from llava_keeplora.run_folder import (
     ADAPTERS,
     ADOPTED,
+    BASE,
     CONFIG,
     IDENTITY,
     JOURNAL,
@@ -132,6 +133,9 @@ def _portable(tree: dict[str, Any], learned: LearnedRun, base: Base) -> dict[str
     ]
     if find_local(learned.model.name_or_path) and learned.model.name_or_path not in embedded_models():
         tree["model"]["name_or_path"] = base.id
+    tree["model"].pop("object", None)
+    if BASE in tree:
+        tree[BASE] = learned.base_record()
     for section in (tree, *tree["methods"].values()):
         section["training"] = public(section["training"])
     tree["methods"][learned.label]["options"] = placeless(tree["methods"][learned.label]["options"])

@@ -13,6 +13,7 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Crops, Family, Images, Inputs, Prepared
 from llava_keeplora.models.clip import ClipFamily, ClipTask
 from llava_keeplora.models.crops import RandomCrops
+from llava_keeplora.models.given import GivenModel
 from llava_keeplora.models.llava import LlavaFamily, LlavaTask
 from llava_keeplora.models.task_model import TaskModel, recomputes
 from llava_keeplora.models.usage import Usage
@@ -34,6 +35,7 @@ __all__ = [
     "ClipTask",
     "Crops",
     "Family",
+    "GivenModel",
     "Images",
     "Inputs",
     "LlavaFamily",
@@ -63,22 +65,46 @@ def load_model(model: ModelConfig, evaluation: EvaluationConfig = EvaluationConf
     return family
 
 
-def open_model(model: ModelConfig, evaluation: EvaluationConfig = EvaluationConfig()) -> Family:
+def open_model(
+    model: ModelConfig, evaluation: EvaluationConfig = EvaluationConfig(), given: GivenModel | None = None
+) -> Family:
     """Return the model that a configuration names, without its weights yet.
 
     Args:
         model: which one.
         evaluation: how a LLaVA model answers.
+        given: the model in memory that the configuration describes.
 
     Raises:
         ConfigError: for a model that is not there, or of a family that is not supported.
     """
     if model.dtype not in DTYPES:
         raise ConfigError(f"model.dtype is '{model.dtype}'", f"set it to one of {', '.join(DTYPES)}")
+    if given is not None:
+        return _open_given(model, evaluation, given)
+    model.check_place()
     with _as_config_error():
         path = resolve_model(model.name_or_path)
         name = model.family or model_family(model.name_or_path, model.revision)
         return MODEL_FAMILIES[name].from_config(path, model, evaluation)
+
+
+def _open_given(model: ModelConfig, evaluation: EvaluationConfig, given: GivenModel) -> Family:
+    kind = getattr(given.model.config, "model_type", None)
+    name = model.family or FAMILIES.get(kind)
+    if name is None:
+        raise ConfigError(
+            f"the given model is a '{kind}', and supported are the types {', '.join(FAMILIES)}",
+            "give a model of one of these, or name the family that it is like by model.family",
+        )
+    family = MODEL_FAMILIES[name]
+    if not issubclass(family, (ClipFamily, LlavaFamily)):
+        raise ConfigError(
+            f"model.family is '{name}', which loads checkpoints itself, and a model object is given",
+            "name the checkpoint under model.name_or_path",
+        )
+    with _as_config_error():
+        return family.from_config(model.name_or_path, model, evaluation, given)
 
 
 @contextmanager

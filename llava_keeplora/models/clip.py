@@ -22,6 +22,7 @@ from llava_keeplora.deepspeed_zero import loaded_whole
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
 from llava_keeplora.models.crops import RandomCrops
+from llava_keeplora.models.given import GivenModel
 from llava_keeplora.models.linear_layers import find_linear_layers
 from llava_keeplora.models.meta_model import build_meta_model
 from llava_keeplora.models.quantization import keep_form, leave_checkpoint, quantization_kwargs
@@ -60,6 +61,7 @@ class ClipFamily:
         quantization: see `ModelConfig`.
         parts: part → dotted prefix of its layers, for a type of model without a record; all linear layers of
             a part are adapted unless a configuration names targets.
+        given: a model in memory, in the place of the checkpoint.
     """
 
     name = "clip"
@@ -73,12 +75,17 @@ class ClipFamily:
         revision: str | None = None,
         quantization: str | None = None,
         parts: Mapping[str, str] | None = None,
+        given: GivenModel | None = None,
     ):
         self.path, self.revision, self.quantization = path, revision, quantization
-        self._own_parts = parts
+        self._own_parts, self._given = parts, given
+        if given is not None:
+            self.config, self.processor = given.model.config, given.clip_processor()
 
     @classmethod
-    def from_config(cls, path: str, model: ModelConfig, evaluation: EvaluationConfig) -> Self:
+    def from_config(
+        cls, path: str, model: ModelConfig, evaluation: EvaluationConfig, given: GivenModel | None = None
+    ) -> Self:
         """Open the model that a configuration names; see `llava_keeplora.models.Family`.
 
         Raises:
@@ -97,7 +104,7 @@ class ClipFamily:
                 "such a model can be quantised is not known",
                 "remove model.quantization, or give a family of your own (docs/extending.md)",
             )
-        family = cls(path, model.revision, model.quantization, model.parts)
+        family = cls(path, model.revision, model.quantization, model.parts, given)
         _ = family.encoders  # Refuses a type without a record before any data are read.
         return family
 
@@ -190,6 +197,8 @@ class ClipFamily:
 
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights; see `load_checked`."""
+        if self._given is not None:
+            return self._given.load_into(self, dtype)
         # DeepSpeed can't load CLIP's temperature, a scalar, in shards; the whole of a CLIP fits into any
         # process.
         with loaded_whole():

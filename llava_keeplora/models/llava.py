@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
+from llava_keeplora.models.given import GivenModel
 from llava_keeplora.models.layouts import find_parts
 from llava_keeplora.models.linear_layers import find_linear_layers
 from llava_keeplora.models.llava_workload import LlavaWorkload
@@ -55,6 +56,7 @@ class LlavaFamily(LlavaWorkload):
         quantization: see `ModelConfig`.
         generation: of an answer; see `EvaluationConfig`.
         parts: part → dotted prefix, for a type of model that is not known; see `find_parts`.
+        given: a model in memory, in the place of the checkpoint.
     """
 
     name = "llava"
@@ -75,6 +77,7 @@ class LlavaFamily(LlavaWorkload):
         quantization: str | None = None,
         generation: Mapping[str, Any] | None = None,
         parts: Mapping[str, str] | None = None,
+        given: GivenModel | None = None,
     ):
         self.path, self.revision, self.max_new_tokens, self.quantization = (
             path,
@@ -82,10 +85,13 @@ class LlavaFamily(LlavaWorkload):
             max_new_tokens,
             quantization,
         )
-        self.generation = generation
-        self.config = transformers.AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=False
-        )
+        self.generation, self._given = generation, given
+        if given is not None:
+            self.config, self.processor = given.model.config, given.chat_processor()
+        else:
+            self.config = transformers.AutoConfig.from_pretrained(
+                path, revision=revision, trust_remote_code=False
+            )
         layout = find_parts(self.config, path, parts)
         self.parts, self.targets = layout.prefixes, layout.targets
         self.skip_quantization = ("lm_head", *layout.unquantized)
@@ -98,7 +104,9 @@ class LlavaFamily(LlavaWorkload):
         self.max_length = max_length or positions
 
     @classmethod
-    def from_config(cls, path: str, model: ModelConfig, evaluation: EvaluationConfig) -> Self:
+    def from_config(
+        cls, path: str, model: ModelConfig, evaluation: EvaluationConfig, given: GivenModel | None = None
+    ) -> Self:
         """Open the model that a configuration names; see `llava_keeplora.models.Family`."""
         return cls(
             path,
@@ -108,6 +116,7 @@ class LlavaFamily(LlavaWorkload):
             model.quantization,
             evaluation.generation,
             model.parts,
+            given,
         )
 
     # Read when first asked for: a plan can do with the configuration alone.
@@ -133,6 +142,8 @@ class LlavaFamily(LlavaWorkload):
 
     def load(self, dtype: torch.dtype) -> None:
         """Load the weights; see `load_checked`."""
+        if self._given is not None:
+            return self._given.load_into(self, dtype)
         form = quantization_kwargs(self.quantization, dtype, self.skip_quantization)
         model = load_checked(
             transformers.AutoModelForImageTextToText,

@@ -154,6 +154,8 @@ def _cure(config: RunConfig, gpu: bool, memory: int, sharing: int) -> str:
         memory: bytes for one process.
         sharing: number of processes that share the device.
     """
+    if config.model.object:
+        return "take a smaller model or more memory"
     models = {
         "model.dtype=bfloat16": {"dtype": "bfloat16"},
         "model.quantization=nf4": {"quantization": "nf4"},

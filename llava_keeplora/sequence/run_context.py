@@ -56,7 +56,9 @@ class RunContext:
         model = dataclasses.asdict(config.model)
         # Without `family` if it is not set, so that cache entries of earlier versions still match.
         model |= {"family": MODEL_FAMILIES.source_hash(model["family"])} if model["family"] else {}
-        model = {key: value for key, value in model.items() if key not in ("family", "parts") or value}
+        model = {
+            key: value for key, value in model.items() if key not in ("family", "parts", "object") or value
+        }
         common = {"model": model, "versions": installed_versions(), "device": self.device.type}
         common |= {"base": workspace.base} if config.base_cache else {}
         self.base_cache = BaseCache(config.base_cache, common)
@@ -99,6 +101,8 @@ class RunContext:
 
     def pretrained(self) -> nn.Module:
         """Load the model a second time, frozen and without any change that a method made."""
+        if self.objects.given is not None:
+            return self.base.copy_of(self.family.model)
         return load_model(self.config.model).model.to(self.device)
 
     def find_source(self, index: int) -> Source:

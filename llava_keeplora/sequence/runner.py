@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import ZERO_SHOT, MethodConfig, RunConfig
@@ -42,8 +42,13 @@ def run(config: RunConfig, objects: Objects = Objects()) -> dict[str, Matrix]:
     Raises:
         UserError: for anything that a user can repair; finished stages are kept.
     """
-    workspace = Workspace(config)
-    with translate_errors(workspace.root), _opened(workspace, objects) as context:
+    given = objects.given
+    workspace = Workspace(config, content=given.content if given else None)
+    with (
+        translate_errors(workspace.root),
+        given.lent() if given else nullcontext(),
+        _opened(workspace, objects) as context,
+    ):
         methods = {
             ZERO_SHOT: MethodConfig(
                 ZERO_SHOT, ZERO_SHOT, {}, config.parts, config.training, config.evaluation.test_prompts
@@ -60,7 +65,12 @@ def run(config: RunConfig, objects: Objects = Objects()) -> dict[str, Matrix]:
                 workspace.claim()
         # Copied once, before any method changes a weight: every method starts from the same base.
         context.base = BaseWeights({name: module for r in runs for name, module in r.modules().items()})
-        with Progress(sum(r.cost_left() for r in runs), show=is_main_process()) as context.progress:
+        with ExitStack() as ending:
+            if given:  # The caller's model gets its own weights back.
+                ending.callback(context.base.apply, [])
+            context.progress = ending.enter_context(
+                Progress(sum(r.cost_left() for r in runs), show=is_main_process())
+            )
             for method_run in runs:
                 method_run.go()
         results = {r.config.label: r.matrix for r in runs}
@@ -81,7 +91,10 @@ def _opened(workspace: Workspace, objects: Objects) -> Iterator[RunContext]:
             if is_main_process():
                 lock.enter_context(workspace.locked())
                 workspace.check()
-            tasks, family = load_tasks(config, objects), open_model(config.model, config.evaluation)
+            tasks, family = (
+                load_tasks(config, objects),
+                open_model(config.model, config.evaluation, objects.given),
+            )
             changed = check_start(config, family, processes=processes)
             context = RunContext(config, workspace, tasks, family, objects)
             check_run(

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -61,16 +61,23 @@ class Workspace:
     Args:
         config: the run's configuration; `output_dir` is the folder.
         root: a temporary folder that becomes `output_dir` when it is complete; `output_dir` itself when None.
+        content: returns the content of a base model that the calling program holds; read from its files when
+            None.
     """
 
-    def __init__(self, config: RunConfig, root: Path | None = None):
-        self.config = config
+    def __init__(
+        self,
+        config: RunConfig,
+        root: Path | None = None,
+        content: Callable[[], dict[str, Any]] | None = None,
+    ):
+        self.config, self._content = config, content
         self.root = Path(config.output_dir) if root is None else root
 
     @cached_property
     def base(self) -> dict[str, Any]:
         """The base model's content, computed once per start; see `base_content`."""
-        return base_content(self.config.model)
+        return self._content() if self._content else base_content(self.config.model)
 
     def label(self, label: str) -> Path:
         """Return the folder of one method of the run."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llava_keeplora.export import verify, verify_worker
+from llava_keeplora.models import ASSETS
 
 PAGE = (Path(__file__).parents[2] / "docs/library.md").read_text()
 
@@ -25,7 +26,7 @@ def names(tmp_path_factory):
         patch.setattr(verify, "verify_in_fresh_process", reload_here)
         patch.setattr("llava_keeplora.sequence.runner.write_run_report", lambda root: None)
         for block in re.findall(r"^```python\n(.*?)^```", section, flags=re.M | re.S):
-            exec(block, names)
+            exec(block.replace("openai/clip-vit-base-patch16", str(ASSETS / "tiny-clip")), names)
         yield names
 
 
