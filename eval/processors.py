@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from llava_keeplora_eval.chat_text import VICUNA_V1
 from llava_keeplora_eval.checkpoints import AGAIN, loading
@@ -77,12 +77,8 @@ def load_chat_processor(path: str, revision: str | None = None):
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **source)
         if config.model_type == "paligemma" and not hasattr(image_processor, "image_seq_length"):
             image_processor.image_seq_length = config.vision_config.num_image_tokens
-<<<<<<< HEAD
         videos = pillow_videos(config.model_type, _video_settings(path, revision))
         processor = _with_videos(cls, videos)(image_processor=image_processor, tokenizer=tokenizer, **chosen)
-    if processor.chat_template is None:
-=======
-        processor = _without_videos(cls)(image_processor=image_processor, tokenizer=tokenizer, **chosen)
     processor = with_template(processor, config, path)
     check_vocabulary(tokenizer, path)
     check_image_tokens(processor, config, path)
@@ -106,7 +102,6 @@ def with_template(processor, config, path: str):
         or TEMPLATES.get(config.model_type)
     )
     if template is None:
->>>>>>> f055475 (Run takes a model and a processor of transformers: its identity is a hash of weights, configuration and processor, and it gets its own weights back)
         raise EvalError(
             f"'{path}' has no chat template, so how a '{config.model_type}' model is asked is unknown",
             "add its chat_template.jinja, or the chat_template of its tokenizer_config.json",
@@ -162,6 +157,7 @@ class NoVideoProcessor:
     num_frames: None = None
     fps: None = None
     model_input_names: tuple[str, ...] = ()
+    _auto_class: ClassVar[None] = None
 
 
 def _video_settings(path: str, revision: str | None) -> dict[str, Any]:
@@ -184,8 +180,18 @@ def _with_videos(cls: type, videos: PillowVideos | None) -> Any:
             return cls.check_argument_for_proper_class(self, argument_name, argument)
         return None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the processor's settings, those of videos too; `save_pretrained` writes them."""
+        stand_in = vars(self).pop("video_processor")
+        try:
+            content = cls.to_dict(self)
+        finally:
+            self.video_processor = stand_in
+        return content | ({"video_processor": dict(stand_in.settings)} if videos else {})
+
     members = {
         "check_argument_for_proper_class": check_argument_for_proper_class,
+        "to_dict": to_dict,
         "__module__": cls.__module__,
     }
     return partial(type(cls.__name__, (cls,), members), video_processor=videos or NoVideoProcessor())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava_keeplora_eval.image_inputs import blank_image, shape_only
 
@@ -64,6 +64,7 @@ class PillowVideos:
     num_frames: None = None
     fps: None = None
     model_input_names: tuple[str, ...] = ()
+    _auto_class: ClassVar[None] = None  # asked for when the processor is saved
     _by_size: dict[tuple[int, int, int], dict[str, Any]] = field(default_factory=dict)
 
     @property

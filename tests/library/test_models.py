@@ -212,3 +212,18 @@ def test_a_model_whose_copy_a_method_needs_is_copied_with_its_own_weights(clip):
     base = BaseWeights({layer: model.get_submodule(layer)})
     base.apply([{layer: FullDelta({"weight": torch.ones_like(model.visual_projection.weight)})}])
     assert same(base.copy_of(model), weights(clip["model"])) and not same(model, weights(clip["model"]))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_a_given_model_of_another_type_is_opened_and_saved_whole(small_vlm, name, tmp_path):
+    from llava_keeplora.config import ModelConfig
+    from llava_keeplora.models import GivenModel, load_model, open_model
+
+    source = small_vlm(name)
+    model, processor = AutoModelForImageTextToText.from_pretrained(source), load_chat_processor(str(source))
+    given = GivenModel(model, processor)
+    open_model(given.describe(ModelConfig()), given=given).load(torch.float32)
+    given.save(tmp_path)
+    saved = load_model(ModelConfig(str(tmp_path)))
+    assert same(saved.model, weights(model)) and saved.processor.chat_template == processor.chat_template
+    assert saved.processor.video_processor.settings == processor.video_processor.settings
