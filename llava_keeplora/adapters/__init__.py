@@ -13,7 +13,7 @@ from llava_keeplora.adapters.lora import (
     read_adapters,
     since_start,
 )
-from llava_keeplora.adapters.project import project_deltas, project_off, squared_distance, squared_norm
+from llava_keeplora.adapters.project import project_deltas, project_off, removed_energy
 from llava_keeplora.adapters.weights import dense_weight, is_quantised
 
 __all__ = [
@@ -37,8 +37,7 @@ __all__ = [
     "project_deltas",
     "project_off",
     "read_adapters",
+    "removed_energy",
     "save_deltas",
     "since_start",
-    "squared_distance",
-    "squared_norm",
 ]

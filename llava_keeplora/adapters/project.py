@@ -6,7 +6,7 @@ protected subspace, orthonormal columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -84,3 +84,34 @@ def squared_distance(first: Delta | FullDelta, second: Delta | FullDelta | None)
     A = torch.cat([first.A.double(), second.A.double()])
     B = torch.cat([first.scale * first.B.double(), -second.scale * second.B.double()], dim=1)
     return squared_norm(Delta(A, B, 1.0))
+
+
+def removed_energy(
+    given: Deltas, taken: Deltas, part_of: Callable[[str], str]
+) -> dict[str, float | dict[str, float]]:
+    """Return the share of an update's energy, ‖ΔW − ΔW'‖² / ‖ΔW‖², that a projection took away.
+
+    Args:
+        given: layer name → ΔW.
+        taken: layer name → ΔW'; a layer that is missing has none.
+        part_of: returns the part of the model that a layer belongs to.
+
+    Returns:
+        the share over all layers as `removed`, of each part as `parts`, of each layer as `layers`.
+    """
+    lost = {name: squared_distance(delta, taken.get(name)) for name, delta in given.items()}
+    energy = {name: squared_norm(delta) for name, delta in given.items()}
+    parts: dict[str, list[str]] = {}
+    for name in given:
+        parts.setdefault(part_of(name), []).append(name)
+
+    def share(names: Iterable[str]) -> float:
+        names = list(names)
+        total = sum(energy[name] for name in names)
+        return sum(lost[name] for name in names) / total if total else 0.0
+
+    return {
+        "removed": share(given),
+        "parts": {part: share(names) for part, names in parts.items()},
+        "layers": {name: share([name]) for name in given},
+    }

@@ -27,7 +27,11 @@ from llava_keeplora.adapters import (
     attach,
     detach,
     lora_layers,
+    removed_energy,
 )
+from llava_keeplora.adopt.peft_adapter import read_adapter
+from llava_keeplora.adopt.source import ADAPTER as ADAPTER_SOURCE
+from llava_keeplora.adopt.source import find_source
 from llava_keeplora.deepspeed_zero import forget_engine
 from llava_keeplora.errors import ConfigError, MethodError, nearest
 from llava_keeplora.memory import passes, store
@@ -51,7 +55,7 @@ class _Open:
 
     name: str
     loss: Loss | None
-    wrapper: PeftModel
+    wrapper: PeftModel | None
     inits: dict[str, AdapterInit]
     frozen: dict[str, str]
     #: The model's parameters that were trainable before the task, and are again after it.
@@ -165,10 +169,7 @@ class KeepLora:
             MethodError: if a task has begun already, or the data give no gradient.
         """
         self._require_closed()
-        index = len(self.tasks) + 1
-        name = f"task-{index}" if name is None else str(name)
-        if name in {task.name for task in self.tasks}:
-            raise MethodError(f"there is a task '{name}' already", "give another name")
+        index, name = len(self.tasks) + 1, self._new_name(name)
         report: dict[str, Any] = {}
         task = BatchTask(self.model, batches, loss)
         scale = task.scale()
@@ -206,26 +207,88 @@ class KeepLora:
             task.deltas = read_update(self.model, task.name, task.inits, task.frozen)
             self._remove_adapters(task)
             self._apply(task.deltas)
+        return self._protect(task, task.deltas, batches)
+
+    def adopt_task(
+        self,
+        adapter: Path | str,
+        batches: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        name: str | None = None,
+    ) -> nn.Module:
+        """Take over a task that a PEFT adapter of the base, or of the model as it is now, has learned.
+
+        Its update is projected off the protected subspaces, ΔW (I − M' M'ᵀ), merged, and protected in turn.
+        The share of its energy that the projection takes away is in the task's report, as `adopted`.
+
+        Args:
+            adapter: a folder with a LoRA adapter of linear layers, or `user/name` on the Hub.
+            batches, loss: the task's data, as in `begin_task` and `end_task`; without data the directions
+                that the update reads are protected.
+            name: of the task; `task-N` when None.
+
+        Returns:
+            the plain model, merged.
+
+        Raises:
+            RunError: if the adapter is damaged, is more than LoRA on linear layers, or does not fit the model.
+            MethodError: if it changes layers that the memory does not protect, or nothing of it is left.
+        """
+        self._require_closed()
+        name = self._new_name(name)
+        source = find_source(str(adapter))
+        if source.form != ADAPTER_SOURCE:
+            raise MethodError(
+                f"{adapter} is a merged checkpoint, and a memory adopts adapters",
+                "adopt it into a run with `llava-keeplora adopt`",
+            )
+        linear = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        given = read_adapter(source.folder, linear)
+        if beyond := [layer for layer in given if layer not in self.layers]:
+            raise MethodError(
+                f"{adapter} changes {len(beyond)} layers that this memory does not protect, first "
+                f"{beyond[0]}",
+                "make a memory whose targets name them",
+            )
+        ctx = self._context(len(self.tasks) + 1, name, {})
+        taken = {n: d for n, d in self.method.project(ctx, given).items() if isinstance(d, Delta)}
+        if not taken:
+            raise MethodError(
+                f"nothing of {adapter} is outside of what is protected",
+                "adopt it into a memory with a lower energy_weight or energy_feature",
+            )
+        removed = removed_energy(given, taken, lambda layer: self.layers[layer].part)
+        ctx.report["adopted"] = source.record() | removed
+        logger.info("%s: the projection takes away %s of its energy", name, removed["removed"])
+        self._open = _Open(name, loss, None, {}, {}, [], ctx.report, taken)
+        try:
+            self._apply(taken)
+            return self._protect(self._open, taken, batches)
+        except BaseException:
+            self.cancel_task()
+            raise
+
+    def _protect(self, task: _Open, deltas: dict[str, Delta], batches: Iterable[Any] | None) -> nn.Module:
+        """Extend the subspaces by what the merged task uses, and close it."""
         features: Callable[..., Any]
         if batches is None:
-            features = functools.partial(passes.update_features, task.deltas)
+            features = functools.partial(passes.update_features, deltas)
         else:
             data = BatchTask(self.model, batches, task.loss)
             features = functools.partial(passes.run_feature_pass, data, self.layers)
-        index = len(self.tasks) + 1
         with passes.evaluation_mode(self.model):
-            self._after_task(index, task.name, task.report, features)
+            self._after_task(len(self.tasks) + 1, task.name, task.report, features)
         task.report["features_of"] = "update" if batches is None else "data"
         self.states.append(self.method.state_dict())
-        self.tasks.append(Task(task.name, task.deltas, task.report))
+        self.tasks.append(Task(task.name, deltas, task.report))
         self._open = None
         return self.model
 
     def cancel_task(self) -> nn.Module:
-        """Remove the adapters of the task that has begun, and go back to the model before it.
+        """Drop the task that has begun, and go back to the model before it.
 
         Raises:
-            MethodError: if no task has begun, or its update has been merged.
+            MethodError: if no task has begun.
         """
         task = self._require_open("cancel")
         if task.deltas is None:
@@ -301,6 +364,12 @@ class KeepLora:
         if self._open is None:
             raise MethodError(f"no task has begun, so there is none to {verb}", "call begin_task first")
         return self._open
+
+    def _new_name(self, name: str | None) -> str:
+        name = f"task-{len(self.tasks) + 1}" if name is None else str(name)
+        if name in {task.name for task in self.tasks}:
+            raise MethodError(f"there is a task '{name}' already", "give another name")
+        return name
 
     def _require_closed(self) -> None:
         if self._open is not None:

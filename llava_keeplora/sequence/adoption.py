@@ -12,9 +12,8 @@ from typing import Any
 from llava_keeplora.adapters import (
     Deltas,
     load_deltas,
+    removed_energy,
     save_deltas,
-    squared_distance,
-    squared_norm,
 )
 from llava_keeplora.adopt import Update, check_layers
 from llava_keeplora.errors import ConfigError, RunError, UserError
@@ -115,7 +114,8 @@ def take_over(state: MethodState, index: int) -> Outcome:
     source = read_record(state.path(index, PREPARED))["report"]["adopted"]
     given = load_deltas(state.path(index, ADOPTED))
     taken = _project(state, index, given)
-    record = source | _removed(state, given, taken)
+    parts = state.context.family.parts
+    record = source | removed_energy(given, taken, lambda name: part_of(name, parts) or "the rest")
     if record["removed"] > NOTHING:
         record["before"] = _scores_before(state, index, given)
     delta_path, log_path = state.path(index, DELTA), state.path(index, TRAIN)
@@ -125,28 +125,6 @@ def take_over(state: MethodState, index: int) -> Outcome:
         shutil.rmtree(state.path(index, ANSWERS), ignore_errors=True)
     state.context.barrier()
     return [delta_path, log_path], {"steps": 0}
-
-
-def _removed(state: MethodState, given: Deltas, taken: Deltas) -> dict[str, Any]:
-    """Return the share of the update's energy, ‖ΔW − ΔW'‖² / ‖ΔW‖², that is not taken over.
-
-    It is given over all layers, for each part, and for each layer.
-    """
-    lost = {name: squared_distance(delta, taken.get(name)) for name, delta in given.items()}
-    energy = {name: squared_norm(delta) for name, delta in given.items()}
-    parts: dict[str, list[str]] = {}
-    for name in given:
-        parts.setdefault(part_of(name, state.context.family.parts) or "the rest", []).append(name)
-
-    def share(names: list[str]) -> float:
-        total = sum(energy[name] for name in names)
-        return sum(lost[name] for name in names) / total if total else 0.0
-
-    return {
-        "removed": share(list(given)),
-        "parts": {part: share(names) for part, names in parts.items()},
-        "layers": {name: share([name]) for name in given},
-    }
 
 
 def _scores_before(state: MethodState, index: int, given: Deltas) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def feature_directions(
     check_finite(second_moment, "second moment of the features")
     moment, tall = second_moment.detach().double(), basis.detach().double()
     total = float(moment.trace())
-    captured = float((tall * (moment @ tall)).sum())
+    # Features that are orthogonal to the basis have a captured energy of rounding errors of either sign.
+    captured = max(0.0, float((tall * (moment @ tall)).sum()))
     if total <= 0.0 or energy_rank(moment.diagonal()[:1], energy, total=total, captured=captured) == 0:
         fraction = captured / total if total > 0.0 else 1.0
         return FeatureDirections(basis.new_zeros(dim, 0, dtype=torch.float32), fraction, fraction, 0)

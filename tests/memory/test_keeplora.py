@@ -343,3 +343,74 @@ def test_other_files_are_not_overwritten(learned_classifier, tmp_path):
     with pytest.raises(RunError, match="no memory"):
         learned_classifier[0].save(tmp_path)
     assert (tmp_path / "mine.txt").exists()
+
+
+def plain_adapter(folder, seed: int = 1, targets=("0", "3"), rank: int = 3):
+    """A LoRA adapter that plain PEFT trained on the base."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make_classifier(), LoraConfig(r=rank, lora_alpha=6, target_modules=list(targets)))
+    train(model, vector_batches(seed), vector_loss)
+    model.save_pretrained(folder)
+    update = {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default").detach().double()
+        for name, layer in lora_layers(model).items()
+    }
+    return update
+
+
+@pytest.mark.parametrize("with_data", [True, False], ids=["data", "no-data"])
+def test_an_adapter_of_plain_peft_is_projected_off_the_subspace_and_then_protected(tmp_path, with_data):
+    update = plain_adapter(tmp_path)
+    model, batches = make_classifier(), vector_batches(1)
+    memory = KeepLora(model, targets=["0", "3"], rank=2, energy_weight=0.5, energy_feature=0.99)
+    before = {
+        n: (layer.module.weight.detach().double(), memory.method.bases[n].double())
+        for n, layer in memory.layers.items()
+    }
+    memory.adopt_task(tmp_path, batches if with_data else None, vector_loss, name="theirs")
+    kept = lost = 0.0
+    for name, (weight, basis) in before.items():
+        expected = update[name] - update[name] @ basis @ basis.T
+        taken = model.get_submodule(name).weight.double() - weight
+        assert torch.allclose(taken, expected, atol=1e-5)
+        kept, lost = kept + update[name].norm() ** 2, lost + (update[name] - expected).norm() ** 2
+        after = memory.method.bases[name].double()
+        assert after.shape[1] > basis.shape[1]
+        if not with_data:
+            assert (taken - taken @ after @ after.T).norm() ** 2 < 0.011 * taken.norm() ** 2
+    report = memory.tasks[0].report
+    assert report["adopted"]["removed"] == pytest.approx(float(lost / kept), rel=1e-4)
+    assert report["adopted"]["form"] == "adapter" and report["features_of"] == (
+        "data" if with_data else "update"
+    )
+
+
+def test_what_a_memory_began_and_another_loop_trained_is_adopted_exactly(tmp_path):
+    memory, wrapper, batches = begun()
+    train(wrapper, batches, vector_loss)
+    wrapper.save_pretrained(tmp_path)
+    memory.end_task(batches)
+    again = KeepLora(make_classifier(), targets=["0", "3"], rank=2, energy_weight=0.5)
+    again.adopt_task(tmp_path, batches, vector_loss)
+    assert again.tasks[0].report["adopted"]["removed"] < 1e-10
+    for name, delta in memory.tasks[0].deltas.items():
+        assert torch.allclose(delta.dense(), again.tasks[0].deltas[name].dense(), atol=1e-6)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_memory_stays(tmp_path):
+    plain_adapter(tmp_path / "wide", targets=("0", "head"))
+    plain_adapter(tmp_path / "fits")
+    memory = KeepLora(make_classifier(), targets=["0", "3"], rank=2, energy_weight=0.5)
+    weight = memory.model.body[0].weight.detach().clone()
+    with pytest.raises(MethodError, match="1 layers that this memory does not protect, first head"):
+        memory.adopt_task(tmp_path / "wide")
+    with pytest.raises(RunError, match="no linear layer"):
+        KeepLora(make_text_model(), targets=["q_proj"], rank=2, energy_weight=0.5).adopt_task(
+            tmp_path / "fits"
+        )
+    with pytest.raises(RuntimeError):
+        memory.adopt_task(tmp_path / "fits", [(torch.zeros(2, 3), torch.zeros(2).long())], vector_loss)
+    assert torch.equal(memory.model.body[0].weight, weight) and not memory.tasks
+    memory.adopt_task(tmp_path / "fits")
+    assert len(memory.tasks) == 1
