@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from llava_keeplora.adapters import load_deltas
 from llava_keeplora.config import ModelConfig, parse_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import open_model
@@ -23,7 +25,7 @@ KINDS = (
 
 @pytest.fixture
 def vlm_config(small_vlm, mixed_tasks):
-    def build(kind, folder, tasks=2, **model):
+    def build(kind, folder, tasks=2, training=(), **model):
         model = {"name_or_path": str(small_vlm(kind))} | model
         config = ModelConfig(**model)
         return parse_config(
@@ -33,7 +35,12 @@ def vlm_config(small_vlm, mixed_tasks):
                 "model": model,
                 "parts": {part: dict(PART) for part in model.get("parts", open_model(config).targets)},
                 "methods": {"keeplora": {}},
-                "training": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "use_cpu": True},
+                "training": {
+                    "num_train_epochs": 1,
+                    "per_device_train_batch_size": 8,
+                    "use_cpu": True,
+                    **dict(training),
+                },
                 "evaluation": {"batch_size": 8, "max_new_tokens": 4},
             }
         )
@@ -55,6 +62,29 @@ def test_a_stopped_run_and_an_extended_one_end_as_an_undisturbed_one(
         name: sha for name, sha in outcome(tmp_path / "whole").items() if name.endswith(".safetensors")
     }
     assert tensors and tensors.items() <= outcome(tmp_path / "extended").items()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_vl", "gemma3", "internvl", "paligemma"])
+def test_it_trains_with_less_memory(kind, vlm_config, drive, tmp_path):
+    """Recomputing activations changes nothing; half precision and four bits train the same layers."""
+    forms = {
+        "whole": ({}, {}),
+        "recomputed": ({"gradient_checkpointing": True}, {}),
+        "bf16": ({"bf16": True}, {"dtype": "bfloat16"}),
+        "nf4": ({}, {"quantization": "nf4"}),
+    }
+    deltas = {}
+    for name, (training, model) in forms.items():
+        config = vlm_config(kind, tmp_path / name, tasks=1, training=training, **model)
+        drive(config)
+        deltas[name] = load_deltas(next((tmp_path / name).glob("keeplora/task-01*/delta.safetensors")))
+    for name, found in deltas.items():
+        assert found.keys() == deltas["whole"].keys(), name
+        assert all(delta.dense().isfinite().all() for delta in found.values()), name
+        assert sum(bool(delta.dense().any()) for delta in found.values()) > len(found) / 2, name
+    for name, delta in deltas["recomputed"].items():
+        torch.testing.assert_close(delta.dense(), deltas["whole"][name].dense(), atol=1e-6, rtol=1e-4)
 
 
 def test_parts_of_a_type_that_is_not_known_are_named_in_the_configuration(

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import yaml
 
-from llava_keeplora.config import parse_config
+from llava_keeplora.config import ModelConfig, parse_config
+from llava_keeplora.models import open_model
 from tiny_encoders import write_encoders
 from tiny_models import TASKS
 from zero_runs import BATCH, STEADY, ZERO, distances, halved
@@ -53,15 +55,16 @@ def trees(run_tree, llava_tree, small_vlm, tmp_path_factory):
         model = {"name_or_path": str(siglip2)}
         return run_tree("unset", methods={"keeplora": {}}, training=STEADY, model=model, **changes)
 
-    def of_qwen(**changes):
-        model = {"name_or_path": str(small_vlm("qwen2_5_vl"))}
+    def of_chat(kind, **changes):
+        model = {"name_or_path": str(small_vlm(kind))}
         part = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
         tree = llava_tree("unset", training=STEADY, model=model, **changes)
-        return tree | {"parts": {name: dict(part) for name in ("vision", "connector", "language")}}
+        return tree | {"parts": {name: dict(part) for name in open_model(ModelConfig(**model)).targets}}
 
+    chat = ("qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "paligemma")
     return {
         "siglip2": of_siglip2,
-        "qwen2_5_vl": of_qwen,
+        **{kind: partial(of_chat, kind) for kind in chat},
         "clip": lambda **changes: run_tree("unset", methods={"keeplora": {}}, training=STEADY, **changes),
         "llava": lambda **changes: llava_tree(
             "unset", training=STEADY, parts={"connector": {"learning_rate": None}}, **changes

@@ -19,6 +19,8 @@ EVERY = [(family, stage) for family in ("clip", "llava") for stage in (None, *ZE
 EVERY += [("siglip2", "zero-3")]
 # Packed patches: rows of images are no examples.
 EVERY += [("qwen2_5_vl", stage) for stage in (None, "zero-2", "zero-3")]
+EVERY += [(kind, "zero-2") for kind in ("internvl", "paligemma")]
+EVERY += [(kind, "zero-3") for kind in ("qwen3_vl", "gemma3")]
 QUICK = [("clip", "zero-2"), ("llava", "zero-3")]
 
 
