@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,21 +135,30 @@ def _readable(
     # An image of several examples is reported with the first of them.
     owners = {p: r.id for r in reversed(rows) for p in r.images}
     counted = f"{len(bad)} of {len(images)} images of {where} cannot be read"
+    named = _once_per_video(sorted(bad), images)
     if problems is not None:
         problems += [
             RecipeError(
-                f"an image of '{owners[p]}' in {where} cannot be read ({bad[p]})",
+                f"{'a video' if images.frame(p) else 'an image'} of '{owners[p]}' in {where} cannot be read "
+                f"({bad[p]})",
                 "replace it, or correct its path",
             )
-            for p in sorted(bad)
+            for p in named
             if p in owners
         ]
     elif on_bad_image == "refuse":
-        first = ", ".join(f"{owners[p]}: {bad[p]}" for p in sorted(bad)[:3])
+        first = ", ".join(f"{owners[p]}: {bad[p]}" for p in named[:3])
         raise RecipeError(f"{counted} ({first})", "replace them, or leave them out with on_bad_image: drop")
     else:
         log.warning("%s: %d of %d examples are left out", counted, len(dropped), len(rows))
     return good, dropped
+
+
+def _once_per_video(rows: Sequence[int], images: EncodedImages) -> list[int]:
+    """Return the rows of images without those that are further frames of one video file."""
+    frames = {row: images.frame(row) for row in rows}
+    first = {frame.path: row for row, frame in reversed(frames.items()) if frame}
+    return [row for row, frame in frames.items() if frame is None or first[frame.path] == row]
 
 
 def _refuse_duplicates(

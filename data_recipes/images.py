@@ -14,7 +14,7 @@ from .file_bytes import Listings, read_file
 from .records import Frame, SourceImages
 from .rendered import RENDERED, render
 from .rendered_scenes import SCENES, draw
-from .videos import read_frame
+from .videos import frame_time, read_frame
 
 #: Bytes of decoded images that are kept: checking a data set decodes every image, and a small set then needs
 #: no second decoding, while a large one doesn't fill the memory.
@@ -33,6 +33,7 @@ class Images:
         self.notes: dict[int, str] = {}
         self._digests: dict[int, str] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
+        self._times: dict[int, tuple[float, float] | None] = {}
         self._kept: dict[int, Image.Image] = {}
         self._kept_bytes = 0
 
@@ -58,8 +59,15 @@ class Images:
             self.image(row)
         return self._sizes[row]
 
+    def time(self, row: int) -> tuple[float, float] | None:
+        """Return the time of a row's image in its video, and the video's length; see `videos.frame_time`."""
+        if row not in self._times:
+            self.image(row)
+        return self._times[row]
+
     def _keep(self, row: int, image: Image.Image) -> None:
         self._sizes[row] = (image.height, image.width)
+        self._times[row] = frame_time(image)
         size = image.width * image.height * 3
         if self._kept_bytes + size <= KEEP_BYTES:
             self._kept[row] = image
@@ -120,7 +128,7 @@ class EncodedImages(Images):
 
     def _examine(self, row: int) -> tuple[str, Decoded] | str:
         try:
-            if frame := self._frame(row):
+            if frame := self.frame(row):
                 digest, image = read_frame(frame, self._listings)
                 return digest, Decoded(image, "")
             data = self._bytes(row)
@@ -132,7 +140,7 @@ class EncodedImages(Images):
         except Exception as error:
             return " ".join(str(error).split()) or type(error).__name__
 
-    def _frame(self, row: int) -> Frame | None:
+    def frame(self, row: int) -> Frame | None:
         """Return which frame of a video an image is; None where it is none."""
         if "frame" not in self._dataset.column_names:
             return None
@@ -151,7 +159,7 @@ class EncodedImages(Images):
         return read_file(os.path.join(self._folder, cell["path"]), self._listings)
 
     def _decode(self, row: int) -> Image.Image:
-        if frame := self._frame(row):
+        if frame := self.frame(row):
             return read_frame(frame, self._listings)[1].copy()
         return decode(self._bytes(row), self._background).image
 

@@ -199,6 +199,14 @@ class TaskData:
         return [[self._images.size(p) for p in r.images] for r in self._rows]
 
     @property
+    def image_times(self) -> list[list[tuple[float, float] | None]]:
+        """Time of each example's images in their videos, and the videos' lengths, in seconds.
+
+        None where they are not known, and nothing for examples without a video.
+        """
+        return [[self._images.time(p) for p in r.images] if r.videos else [] for r in self._rows]
+
+    @property
     def digests(self) -> list[str]:
         """SHA-256 of each image, example by example; see `Images.digest`."""
         return [digest for digests in self.image_digests for digest in digests]

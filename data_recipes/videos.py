@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 from PIL import Image
 
@@ -16,6 +17,8 @@ from .errors import RecipeError
 from .file_bytes import Listings, read_file
 from .records import Frame
 
+#: Key of a frame's `info` as an image: its time in the video and the video's length, in seconds.
+FRAME_TIME = "frame_time"
 #: A file is decoded once for all its frames, by one thread at a time; PyAV's own threads share the work.
 _DECODING = threading.Lock()
 
@@ -84,7 +87,7 @@ def _decoded(path: str, count: int, _size: int, _changed: int) -> tuple[str, lis
 
 
 def decode_frames(data: bytes, count: int) -> list[Image.Image]:
-    """Return `count` frames of a video, as `sample` chooses them.
+    """Return `count` frames of a video, as `sample` chooses them, with their times; see `frame_time`.
 
     The number of frames is first taken as the number of packets; if decoding gives another number, the file
     is decoded once more with that.
@@ -98,16 +101,43 @@ def decode_frames(data: bytes, count: int) -> list[Image.Image]:
     """
     total = sum(1 for _ in _packets(data))
     for _ in range(2):
-        wanted, images, seen = set(sample(total, count)), {}, 0
-        for seen, frame in enumerate(_frames(data), start=1):
-            if seen - 1 in wanted:
-                images[seen - 1] = _upright(frame)
+        wanted, images, times = set(sample(total, count)), {}, []
+        for position, frame in enumerate(_frames(data)):
+            times.append(frame.time)
+            if position in wanted:
+                images[position] = _upright(frame)
+        seen = len(times)
         if seen and seen == total:
+            _note_times(images, times)
             return [images[position] for position in sample(total, count)]
         total = seen
     raise ValueError(
         "decoding gives another number of frames each time" if total else "no frame of it can be decoded"
     )
+
+
+def frame_time(image: Image.Image) -> tuple[float, float] | None:
+    """Return a frame's time in its video and the video's length, in seconds; None where they are not known.
+
+    They are known of the frames of a video file, by the times that it shows them at.
+    """
+    return image.info.get(FRAME_TIME)
+
+
+def _note_times(images: dict[int, Image.Image], times: list[float | None]) -> None:
+    """Note the times of frames on their images, counted from the first frame on.
+
+    Args:
+        images: position among the video's frames → image.
+        times: when each frame is shown, in seconds; nothing is noted if one is missing, or they don't rise.
+    """
+    known = [time for time in times if time is not None]
+    if len(known) < len(times) or len(times) < 2 or known[-1] <= known[0]:
+        return
+    # The last frame is shown as long as the others on average.
+    length = (known[-1] - known[0]) * len(known) / (len(known) - 1)
+    for position, image in images.items():
+        image.info[FRAME_TIME] = (known[position] - known[0], length)
 
 
 def _packets(data: bytes) -> Iterator[object]:
@@ -119,7 +149,7 @@ def _packets(data: bytes) -> Iterator[object]:
         yield from (packet for packet in container.demux(video=0) if packet.size)
 
 
-def _frames(data: bytes) -> Iterator[object]:
+def _frames(data: bytes) -> Iterator[Any]:
     import av
 
     with av.open(io.BytesIO(data)) as container:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from llava_keeplora_eval.chat_text import PROBE, given_videos, render, takes_suffix, takes_videos
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.image_inputs import TOKEN_KEYS, ImageShapes, blank_image
-from llava_keeplora_eval.video_inputs import VideoShapes, blank_video
+from llava_keeplora_eval.video_inputs import Times, VideoShapes, blank_video, metadata
 from llava_keeplora_recipes import Recipe
 from llava_keeplora_recipes.placeholders import MARKER
 from llava_keeplora_recipes.records import Message, Spans
+from llava_keeplora_recipes.videos import frame_time
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +93,8 @@ def image_inputs(processor, images: Sequence, videos: Spans = ()) -> dict[str, T
     videos = given_videos(processor, len(images), videos)
     text = render(processor, "", len(images), videos=videos)
     try:
-        made = processor(text=[text], **_separate(images, videos), return_tensors="pt")
+        media = _separate(images, videos, [frame_time(image) for image in images])
+        made = processor(text=[text], **media, return_tensors="pt")
     except (ValueError, TypeError, IndexError) as error:
         raise EvalError(
             f"the model's processor refuses the images of an example ({str(error).splitlines()[0][:200]})",
@@ -101,13 +103,16 @@ def image_inputs(processor, images: Sequence, videos: Spans = ()) -> dict[str, T
     return {key: value for key, value in made.items() if key not in (*TOKEN_KEYS, "labels")}
 
 
-def _separate(images: Sequence, videos: Spans) -> dict[str, Any]:
-    """Return the arguments of a processor for an example's images and videos."""
+def _separate(images: Sequence, videos: Spans, times: Times) -> dict[str, Any]:
+    """Return the arguments of a processor for an example's images and videos; see `Chat.prompt`."""
     frames = {i for start, end in videos for i in range(start, end)}
     alone = [image for i, image in enumerate(images) if i not in frames]
     # Nested where the number of images makes a difference.
-    given = {"videos": [list(images[start:end]) for start, end in videos]} if videos else {}
-    return {"images": [alone] if alone else None, **given}
+    media: dict[str, Any] = {"images": [alone] if alone else None}
+    if videos:
+        media["videos"] = [list(images[start:end]) for start, end in videos]
+        media["video_metadata"] = [metadata(end - start, list(times[start:end])) for start, end in videos]
+    return media
 
 
 class Chat:
@@ -173,6 +178,7 @@ class Chat:
         sizes: Sequence[tuple[int, int]],
         history: Sequence[Message] = (),
         videos: Spans = (),
+        times: Times = (),
     ) -> Encoding:
         """Encode a question, with as many placeholders per image as the model has features for it.
 
@@ -181,6 +187,7 @@ class Chat:
             sizes: (height, width) of each image, frames of videos included.
             history: the turns before it.
             videos: spans of the frames of each video among the images; see `given_videos`.
+            times: of each image, its time in its video and the video's length, or None; see `frame_time`.
 
         Raises:
             EvalError: a text holds a special token of the tokenizer or marks another number of images, or the
@@ -189,7 +196,7 @@ class Chat:
         self._refuse_special(question, history)
         videos = given_videos(self.processor, len(sizes), videos)
         text = render(self.processor, question, len(sizes), history, videos=videos)
-        tokens = self._encode(text, sizes, videos)
+        tokens = self._encode(text, sizes, videos, times)
         return Encoding(prompt=tokens.pop("input_ids"), extra=tokens)
 
     def turn(
@@ -199,11 +206,12 @@ class Chat:
         answer: str,
         history: Sequence[Message] = (),
         videos: Spans = (),
+        times: Times = (),
     ) -> Encoding:
         """Encode a question and its answer with the end of the turn, and find the earlier answers.
 
         Args:
-            question, sizes, history, videos: see `prompt`.
+            question, sizes, history, videos, times: see `prompt`.
             answer: the text to learn.
 
         Raises:
@@ -213,19 +221,19 @@ class Chat:
         self._refuse_special(question, history, answer)
         videos = given_videos(self.processor, len(sizes), videos)
         text = render(self.processor, question, len(sizes), history, videos=videos)
-        prompt = self._encode(text, sizes, videos)["input_ids"]
+        prompt = self._encode(text, sizes, videos, times)["input_ids"]
         if takes_suffix(self.processor):
-            tokens = self._encode(text, sizes, videos, suffix=[answer])
+            tokens = self._encode(text, sizes, videos, times, suffix=[answer])
         else:
             lead, end = self.answer_frame
-            tokens = self._encode(text + lead + answer + end, sizes, videos)
+            tokens = self._encode(text + lead + answer + end, sizes, videos, times)
         whole = tokens.pop("input_ids")
         if whole[: len(prompt)] != prompt:
             raise EvalError(
                 f"the tokenizer joins the end of the chat template with the answer '{answer}'",
                 "end the chat template's generation prompt with a colon or a line break",
             )
-        earlier = self._earlier(text, prompt, sizes, history, videos) if history else ()
+        earlier = self._earlier(text, prompt, sizes, history, videos, times) if history else ()
         return Encoding(prompt=prompt, reply=whole[len(prompt) :], earlier=earlier, extra=tokens)
 
     def _earlier(
@@ -235,6 +243,7 @@ class Chat:
         sizes: Sequence[tuple[int, int]],
         history: Sequence[Message],
         videos: Spans,
+        times: Times,
     ) -> tuple[tuple[int, int], ...]:
         """Find the earlier answers of a chat text among its ids, by the lengths of its beginnings.
 
@@ -254,7 +263,8 @@ class Chat:
             start = render(self.processor, question, image_count, before, videos=shown)
             stop = start + lead + turn.text
             stop += end if text.startswith(stop + end) else ""
-            bounds = [self._encode(part, sizes[:image_count], shown)["input_ids"] for part in (start, stop)]
+            seen = (sizes[:image_count], shown, times)
+            bounds = [self._encode(part, *seen)["input_ids"] for part in (start, stop)]
             if not text.startswith(stop) or any(ids[: len(part)] != part for part in bounds):
                 raise EvalError(
                     f"the model's chat template writes the earlier answer '{shorten(turn.text, 80)}' "
@@ -276,13 +286,13 @@ class Chat:
                 )
 
     def _encode(
-        self, text: str, sizes: Sequence[tuple[int, int]], videos: Spans, **options: Any
+        self, text: str, sizes: Sequence[tuple[int, int]], videos: Spans, times: Times, **options: Any
     ) -> dict[str, list[int]]:
         """Return the processor's inputs for each token of a chat text, but for the attention mask."""
         # Some chat templates write the begin-of-text token that the tokenizer puts before every text too; it
         # goes there once.
         begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        media = _separate(sizes, videos)
+        media = _separate(sizes, videos, times)
         alone, given = (media["images"] or [[]])[0], media.get("videos", [])
         self._check_marks(text, "image", len(alone))
         if given:

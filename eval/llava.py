@@ -17,6 +17,7 @@ from llava_keeplora_eval.image_inputs import joined
 from llava_keeplora_eval.predictors import no_numbers, to_dtype
 from llava_keeplora_eval.preparation import ChatPreparation
 from llava_keeplora_recipes import Example, Recipe
+from llava_keeplora_recipes.videos import frame_time
 
 
 class LlavaPredictor:
@@ -110,6 +111,7 @@ class LlavaPredictor:
                 [(image.height, image.width) for image in example.images],
                 example.history,
                 example.videos,
+                [frame_time(image) for image in example.images],
             )
             for example in examples
         ]

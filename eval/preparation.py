@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from llava_keeplora_eval.chat import Chat, Encoding, question_text, training_answers
+from llava_keeplora_eval.chat_text import given_videos
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_recipes import TaskData
 from llava_keeplora_recipes.texts import is_blank
@@ -144,10 +145,22 @@ class ChatPreparation:
         answers = f", longest answer {max(len(turn.reply) for turn in turns)}" if learns else ""
         note = "" if learns else self.short_answers(turns)
         return Report(
-            f"tokens: longest {len(longest)} of {self.limit}, {images} of them of images{answers}",
+            f"tokens: longest {len(longest)} of {self.limit}, {images} of them of images{answers}"
+            + self._videos(data),
             errors,
             note,
         )
+
+    def _videos(self, data: TaskData) -> str:
+        """Say how many videos of a split the model gets as videos, and how many as images."""
+        given = [
+            given_videos(self.chat.processor, count, videos)
+            for count, videos in zip(data.image_counts, data.videos, strict=True)
+        ]
+        whole, total = sum(map(len, given)), sum(map(len, data.videos))
+        parts = [f"{whole} videos as videos"] * bool(whole)
+        parts += [f"{total - whole} videos as images"] * bool(total - whole)
+        return "".join(f", {part}" for part in parts)
 
     def short_answers(self, questions: Sequence[Turn]) -> str:
         """Say how many questions leave less room than `max_new_tokens`; nothing where all leave enough."""
@@ -175,6 +188,7 @@ class ChatPreparation:
             answer,
             data.histories[row],
             data.videos[row],
+            data.image_times[row],
         )
         ids = encoding.prompt + encoding.reply
         bounds = [place for span in encoding.learned_spans for place in span]
@@ -200,10 +214,9 @@ class ChatPreparation:
 
     def _turns(self, data: TaskData, learns: bool) -> Iterator[Turn | EvalError]:
         """Of each example its turns, or why the model cannot take it."""
-        columns = zip(
-            data.questions, data.image_sizes, data.answers, data.histories, data.videos, strict=True
-        )
-        for row, (question, sizes, answers, history, videos) in enumerate(columns):
+        asked = (data.image_sizes, data.histories, data.videos, data.image_times)
+        columns = zip(data.questions, data.answers, *asked, strict=True)
+        for row, (question, answers, sizes, *context) in enumerate(columns):
             text = question_text(data.recipe, question)
             try:
                 if learns:
@@ -211,12 +224,11 @@ class ChatPreparation:
                     texts = training_answers(data.recipe, answers)
                     with _named(data, row):
                         turns = [
-                            _turn(row, self.chat.turn(text, sizes, answer, history, videos))
-                            for answer in texts
+                            _turn(row, self.chat.turn(text, sizes, answer, *context)) for answer in texts
                         ]
                 else:
                     with _named(data, row):
-                        turns = [_turn(row, self.chat.prompt(text, sizes, history, videos))]
+                        turns = [_turn(row, self.chat.prompt(text, sizes, *context))]
                 self._check_length(data, max(turns, key=len), learns)
             except EvalError as error:
                 yield error

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+#: Of each image, its time in its video and the video's length in seconds; None where they are not known.
+Times = Sequence["tuple[float, float] | None"]
 #: Frames of one video, in order.
 Frames = Sequence["Image.Image"]
 
@@ -88,7 +90,7 @@ class PillowVideos:
                 None.
         """
         made = [self.layout.make(self.settings, frames) for frames in videos]
-        return self._joined(made, video_metadata or [_metadata(len(frames)) for frames in videos])
+        return self._joined(made, video_metadata or [metadata(len(frames)) for frames in videos])
 
     def _joined(self, made: Sequence[Mapping[str, Any]], metadata: Sequence[Any]) -> Mapping[str, Any]:
         import torch
@@ -117,7 +119,7 @@ class VideoShapes(PillowVideos):
             video_metadata: see `PillowVideos`.
         """
         made = [self._shapes(*video.shape[:3]) for video in videos]
-        return self._joined(made, video_metadata or [_metadata(len(video)) for video in videos])
+        return self._joined(made, video_metadata or [metadata(len(video)) for video in videos])
 
     def _shapes(self, count: int, height: int, width: int) -> dict[str, Any]:
         key = (count, height, width)
@@ -127,11 +129,23 @@ class VideoShapes(PillowVideos):
         return self._by_size[key]
 
 
-def _metadata(count: int):
-    """Return what transformers assumes of a video of which the frames are known and not their times."""
+def metadata(count: int, times: Times = ()):
+    """Return what is known of a video, as a `VideoMetadata` of transformers.
+
+    Args:
+        count: its frames.
+        times: theirs; where one is not known, it is what transformers assumes of frames alone: that they are
+            all frames of a video, 24 a second.
+    """
     from transformers.video_utils import VideoMetadata
 
-    return VideoMetadata(total_num_frames=count, frames_indices=list(range(count)))
+    known = [time for time in times if time is not None]
+    if len(known) < count:
+        return VideoMetadata(total_num_frames=count, frames_indices=list(range(count)))
+    # Counted in frames of a second each, which need not be whole.
+    length = known[0][1]
+    seconds: Any = [time for time, _ in known]
+    return VideoMetadata(total_num_frames=length, fps=1.0, duration=length, frames_indices=seconds)  # type: ignore[arg-type]
 
 
 def blank_video(frames: int, height: int, width: int):

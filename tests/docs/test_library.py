@@ -31,7 +31,10 @@ def names(tmp_path_factory):
 
 
 def test_the_examples_give_what_the_page_says(names):
-    assert list(names["frame"].index.names) == ["method", "after"] and list(names["frame"]) == ["warm", "cold"]
+    assert list(names["frame"].index.names) == ["method", "after"] and list(names["frame"]) == [
+        "warm",
+        "cold",
+    ]
     assert "transfer" in names["totals"].columns and names["figure"].axes
     assert names["exported"].form == "merged" and names["exported"].tasks == 3
     assert set(names["answers"]) <= {"red", "orange", "pink"} and len(names["answers"]) == 12

@@ -107,7 +107,7 @@ def test_a_class_prompt_that_ends_early_is_refused():
 def test_a_record_with_a_special_token_is_named(embedded):
     data = SimpleNamespace(
         recipe=SimpleNamespace(name="pets", kind="vqa", splits={"train": "train.json"}), split="train",
-        ids=["a", "b"], questions=["q", "a </s> b"], image_sizes=[[], []], videos=[(), ()], answers=[["x"], ["x"]], histories=[(), ()], __len__=lambda: 2,
+        ids=["a", "b"], questions=["q", "a </s> b"], image_sizes=[[], []], videos=[(), ()], image_times=[[], []], image_counts=[0, 0], answers=[["x"], ["x"]], histories=[(), ()], __len__=lambda: 2,
     )  # fmt: skip
     errors = ChatPreparation(embedded, 100, 10).report(data, learns=True).errors
     assert (

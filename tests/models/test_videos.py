@@ -8,15 +8,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.video_utils import VideoMetadata
 
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.models import Prepared, load_model
 from llava_keeplora_eval.chat import Chat, image_inputs
+from llava_keeplora_eval.chat_text import render
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.image_inputs import TOKEN_KEYS, joined
+from llava_keeplora_eval.predictors import to_dtype
+from llava_keeplora_eval.preparation import ChatPreparation
 from llava_keeplora_eval.processors import load_chat_processor
 from llava_keeplora_eval.video_inputs import LAYOUTS
 from llava_keeplora_recipes import load_recipe, load_split
+from llava_keeplora_recipes.records import Message
+from llava_keeplora_recipes.videos import frame_time
 
 KINDS = [kind for kind in LAYOUTS if kind != "qwen2_vl"]  # as qwen2_5_vl, without the times of frames
 FRAMES = 3
@@ -168,6 +174,42 @@ def test_the_order_of_frames_is_seen(family, data):
     assert any(not torch.equal(made[key], turned[key]) for key in made)
 
 
+def test_earlier_answers_about_a_video_are_learned(kind, family):
+    history = (Message("user", "What is it?"), Message("assistant", "a cat"))
+    chat = Chat(family.processor)
+    turn = chat.turn("red?", [(30, 44)] * FRAMES, "no", history, ((0, FRAMES),))
+    ((start, end),) = turn.earlier
+    assert chat.tokenizer.decode(turn.prompt[start:end], skip_special_tokens=True).strip() == "a cat"
+
+
+#: Types that read the times of frames, and what else they make of them.
+TIMED = {"qwen2_5_vl": "second_per_grid_ts", "qwen3_vl": None, "smolvlm": None}
+
+
+@pytest.mark.parametrize("timed", TIMED)
+def test_the_times_of_frames_are_those_of_the_file(timed, small_vlm):
+    processor = load_chat_processor(str(small_vlm(timed)))
+    images = [picture(seed) for seed in range(4)]
+    # Frames 0, 29, 59 and 89 of 90, 10 a second.
+    for image, place in zip(images, places := [0, 29, 59, 89], strict=True):
+        image.info["frame_time"] = (place / 10, 9.0)
+    sizes, times = [(30, 44)] * 4, [frame_time(image) for image in images]
+    encoding = Chat(processor).prompt("Who is it?", sizes, (), ((0, 4),), times)
+    text = render(processor, "Who is it?", 4, videos=((0, 4),))
+    known = VideoMetadata(total_num_frames=90, fps=10.0, duration=9.0, frames_indices=places)
+    expected = processor(text=[text], videos=[images], video_metadata=[known], return_tensors="pt")
+    assert encoding.prompt == expected["input_ids"][0].tolist()
+    assert (
+        encoding.prompt != Chat(processor).prompt("Who is it?", sizes, (), ((0, 4),)).prompt or TIMED[timed]
+    )
+    made = image_inputs(processor, images, ((0, 4),))
+    if key := TIMED[timed]:
+        torch.testing.assert_close(made[key], torch.tensor([2 / (4 / 9.0)]))
+        torch.testing.assert_close(made[key], torch.as_tensor(expected[key]))
+        kept = to_dtype(made, torch.bfloat16)
+        assert kept[key].dtype == torch.float32 and kept["pixel_values_videos"].dtype == torch.bfloat16
+
+
 def test_frames_are_images_where_a_type_takes_no_videos_or_the_template_writes_none(small_vlm, data):
     example = data[0]
     for kind in ("llava", "qwen2_5_vl"):
@@ -179,6 +221,11 @@ def test_frames_are_images_where_a_type_takes_no_videos_or_the_template_writes_n
         )
         chat, sizes = Chat(processor), [(30, 44)] * FRAMES
         assert chat.prompt("What?", sizes, (), example.videos) == chat.prompt("What?", sizes)
+        assert "2 videos as images" in ChatPreparation(processor, 1024).report(data, learns=True).sizes
+
+
+def test_data_check_says_how_many_videos_are_given_as_such(family, data):
+    assert family.preparation.report(data, learns=False).sizes.endswith("2 videos as videos")
 
 
 def test_smolvlm_is_shown_frames_as_images_next_to_a_picture(small_vlm, data):

@@ -14,7 +14,7 @@ from PIL import Image
 from llava_keeplora_recipes import RecipeError, inspect_split, load_recipe, load_split, videos
 from llava_keeplora_recipes.media import video_names
 from llava_keeplora_recipes.placeholders import place_videos
-from llava_keeplora_recipes.videos import decode_frames, sample
+from llava_keeplora_recipes.videos import decode_frames, frame_time, sample
 
 NAMES = [f"{i}.png" for i in range(5)]
 
@@ -230,7 +230,8 @@ def test_a_video_that_is_not_there_or_broken_is_named_by_record(task, decoder, t
     rows = [chat("q", "x", video=name, id=name[0]) for name in ("a.mp4", "b.mp4", "A.mp4")]
     data, problems = inspect_split(task(rows, frames=2), "train")
     assert data.ids == ["a"] and data.dropped == ["b", "A"]
-    first, second = {str(problem).split("'")[1]: str(problem) for problem in problems}.values()
+    first, second = map(str, problems)  # once for each video, not for each of its frames
+    assert first.startswith("a video of 'b'") and second.startswith("a video of 'A'")
     assert "b.mp4': Invalid data found" in first
     assert "no such file" in second and "a.mp4' is there, in another letter case" in second
     with pytest.raises(RecipeError, match="leads out of its data folder"):
@@ -353,6 +354,9 @@ def test_pyav_gives_the_frames_of_a_file(codec, form):
     assert [frame.size for frame in frames] == [(32, 16)] * 4
     for frame, position in zip(frames, sample(11, 4), strict=True):
         assert abs(np.asarray(frame, float).mean() - 20 * position) < 6
+        # Ten frames a second; a file counts them by its own clock, Matroska's in milliseconds.
+        assert frame_time(frame) == pytest.approx((position / 10, 1.1), abs=2e-3)
+    assert frame_time(decode_frames(encoded_video(1, codec, form), 1)[0]) is None, "a length needs two"
 
 
 @pytest.mark.parametrize("counted", [0, 7, 20])
@@ -388,3 +392,17 @@ def test_a_file_without_a_video_is_refused_by_pyav():
         pytest.importorskip("av") and decode_frames(b"no video at all", 2)
     with pytest.raises(Exception, match="(?i)invalid|no video"):
         decode_frames(encoded_video(3)[:200], 2)
+
+
+def test_the_times_of_frames_are_known_without_decoding_them_again(task, tmp_path):
+    (tmp_path / "q" / "c.mp4").write_bytes(encoded_video(11))
+    data = load_split(
+        task([chat("q", "x", video="c.mp4"), chat("r", "y", video=NAMES[:2])], frames=2), "train"
+    )
+    assert data.image_times == [[pytest.approx((0, 1.1)), pytest.approx((1.0, 1.1))], [None, None]]
+    assert [frame_time(image) for image in data[0].images] == data.image_times[0]
+    kept = pickle.loads(pickle.dumps(data))
+    assert (
+        kept.image_times == data.image_times
+        and [frame_time(i) for i in kept[0].images] == data.image_times[0]
+    )
