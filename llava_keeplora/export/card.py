@@ -153,11 +153,19 @@ def _loading(name: str, base: Base, done: Exported, usage: Usage) -> Iterable[st
         )
         if limit:
             yield f"With vLLM, by its documented rules:\n\n```\n{command}\n```"
+            if beyond:
+                yield (
+                    "Adapters of the vision encoder and the connector are experimental in vLLM, and other "
+                    "servers leave them out; the safe forms are exports with `--parts language` or `--as "
+                    "merged`."
+                )
         else:
             yield (
                 f"Rank {done.adapter.rank} is more than vLLM loads (512); export with `--rank 512`, or "
                 "`--as merged`."
             )
+    elif done.form == "adapter" and usage.pipeline_tag == "image-text-to-text":
+        yield "vLLM's list of models has no adapters of this type: to serve it, export with `--as merged`."
     if done.form == "state" or done.with_state:
         where = "" if done.form == "state" else f" (what that needs lies in `{FOLDER}`)"
         command = f"llava-keeplora import {name} --into runs/continued"

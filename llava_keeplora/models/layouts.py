@@ -6,7 +6,7 @@ Module names are those of transformers 5, which has no `vision_model` level insi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llava_keeplora.errors import ConfigError
 
@@ -40,6 +40,7 @@ class Layout:
         language: dotted prefix of the language model's blocks.
         unquantized: dotted names of what stays unquantised, as LLaVA's own recipes leave the connector; the
             connector's prefix where none is given.
+        served: whether vLLM loads adapters of the type, by the column LoRA of its list of supported models.
     """
 
     vision: str
@@ -47,6 +48,7 @@ class Layout:
     targets: tuple[str, ...]
     language: str = "model.language_model.layers"
     unquantized: tuple[str, ...] = ()
+    served: bool = True
 
 
 #: Type of a vision encoder's configuration → its blocks.
@@ -63,15 +65,16 @@ TOWERS: Mapping[str, Tower] = {
 }
 
 _LLAVA = Layout("model.vision_tower", "model.multi_modal_projector", ("linear_1", "linear_2"))
+_UNSERVED = replace(_LLAVA, served=False)
 # The connector is all of the encoder but its blocks, which are the vision part's: the longer prefix wins.
 _QWEN2 = Layout("model.visual", "model.visual", ("0", "2"), unquantized=("model.visual.merger",))
 
 #: Type of a model's configuration → its parts.
 LAYOUTS: Mapping[str, Layout] = {
     "llava": _LLAVA,
-    "llava_next": _LLAVA,
-    "llava_onevision": _LLAVA,
-    "vipllava": _LLAVA,
+    "llava_next": _UNSERVED,
+    "llava_onevision": _UNSERVED,
+    "vipllava": _UNSERVED,
     "qwen2_vl": _QWEN2,
     "qwen2_5_vl": _QWEN2,
     "qwen3_vl": Layout(

@@ -21,8 +21,9 @@ from torch.nn.functional import cross_entropy
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images
+from llava_keeplora.models.chat_batch import IGNORE, collate_turns
 from llava_keeplora.models.given import GivenModel
-from llava_keeplora.models.layouts import find_parts
+from llava_keeplora.models.layouts import LAYOUTS, find_parts
 from llava_keeplora.models.linear_layers import find_linear_layers
 from llava_keeplora.models.llava_workload import LlavaWorkload
 from llava_keeplora.models.meta_model import build_meta_model
@@ -33,14 +34,13 @@ from llava_keeplora.models.workload import Work
 from llava_keeplora_eval.chat import image_inputs, question_text
 from llava_keeplora_eval.chat_text import given_videos, render
 from llava_keeplora_eval.checkpoints import load_checked
-from llava_keeplora_eval.image_inputs import TOKEN_KEYS, joined
-from llava_keeplora_eval.llava import LlavaPredictor, batched_tokens
+from llava_keeplora_eval.image_inputs import TOKEN_KEYS
+from llava_keeplora_eval.llava import LlavaPredictor
 from llava_keeplora_eval.predictors import to_dtype
 from llava_keeplora_eval.preparation import ChatPreparation, check_questions
 from llava_keeplora_eval.processors import feature_layers, load_chat_processor
 from llava_keeplora_recipes import Example, Recipe, TaskData
 
-IGNORE = -100  # the label of a token that is not learned, as everywhere in transformers
 LAYER_NUMBER = re.compile(r"\.(?:layers?|blocks)\.(\d+)\.")
 
 
@@ -241,7 +241,9 @@ class LlavaFamily(LlavaWorkload):
         begun = bool(begin) and prompt.startswith(begin)
         frames = [end - start for start, end in videos]
         images -= sum(frames)
-        return generation_usage(self.config.model_type, self.auto_class, prompt, images, begun, frames)
+        kind = self.config.model_type
+        served = kind in LAYOUTS and LAYOUTS[kind].served
+        return generation_usage(kind, self.auto_class, prompt, images, begun, served, frames)
 
 
 class LlavaInputs:
@@ -269,21 +271,9 @@ class LlavaInputs:
         return len(self.turns)
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return a batch, padded on the right.
-
-        `input_ids`, `attention_mask`, `labels` and the other inputs of tokens (batch, tokens), and those of
-        the images. `labels` are the ids of the answers' tokens and `IGNORE` elsewhere. `image_rows` (batch,
-        keys of the images in alphabetical order) says how many rows of each key belong to each example.
-        """
+        """Return a batch, padded on the right; see `collate_turns`."""
         turns = [self.turns[i] for i in indices]
-        inputs = self.images.take([turn.row for turn in turns])
-        tokens, images = batched_tokens(turns, self.pad_id), joined(inputs)
-        labels = torch.full_like(tokens["input_ids"], IGNORE)
-        for row, turn in enumerate(turns):
-            for start, end in turn.learned_spans:
-                labels[row, start:end] = tokens["input_ids"][row, start:end]
-        rows = [[len(p[key]) if key in p else 0 for key in sorted(images)] for p in inputs]
-        return {**tokens, "labels": labels, "image_rows": torch.tensor(rows, dtype=torch.long), **images}
+        return collate_turns(turns, self.images.take([turn.row for turn in turns]), self.pad_id)
 
 
 class LlavaTask(TaskModel):
@@ -315,7 +305,7 @@ class LlavaTask(TaskModel):
 
         Args:
             labels: (batch, tokens), `IGNORE` wherever nothing is learned.
-            image_rows: (batch, keys); see `LlavaInputs.collate`.
+            image_rows: (batch, keys); see `collate_turns`.
             inputs: `input_ids`, `attention_mask`, and what else the model takes for tokens and images.
         """
         inputs = to_dtype(inputs, self.model.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.models.base import Images, Prepared
+from llava_keeplora.models.chat_batch import collate_turns
 from llava_keeplora.models.workload import ANSWER, Work, on_meta, repeated
+from llava_keeplora_eval.chat import image_inputs
+from llava_keeplora_eval.image_inputs import blank_image
 from llava_keeplora_eval.llava import batched_tokens, without_defaults
 from llava_keeplora_eval.predictors import to_dtype
 from llava_keeplora_eval.preparation import ChatPreparation, check_questions
@@ -19,6 +23,8 @@ from llava_keeplora_recipes import Example, Recipe, TaskData
 
 #: Tokens of a question with its frame, where there are no data to ask.
 QUESTION = 96
+#: A word of about one token, and the size of an image (height, width) that is usual in COCO, for the same.
+WORD, IMAGE = "what", (480, 640)
 
 
 class LlavaWorkload:
@@ -63,12 +69,8 @@ class LlavaWorkload:
     def _assumed(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return an example of one image, a question of `QUESTION` tokens and an answer of `ANSWER`."""
         config = self.config
-        if config.model_type != "llava":
-            raise ConfigError(
-                f"how many tokens an image takes in a '{config.model_type}' model depends on its size, and "
-                "the data are not there",
-                "give the folder that holds them with --data-root",
-            )
+        if (config.model_type, config.vision_config.model_type) != ("llava", "clip_vision_model"):
+            return self._assumed_by_the_processor()
         vision = config.vision_config
         image = (vision.image_size // vision.patch_size) ** 2 + (
             config.vision_feature_select_strategy == "full"
@@ -95,6 +97,21 @@ class LlavaWorkload:
             "attention_mask": mask[:, :-answer],
             "pixel_values": pixels,
         }
+
+    def _assumed_by_the_processor(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the same for an image of the size `IMAGE`, as the processor makes it."""
+        chat = self.preparation.chat
+        turn = chat.turn(" ".join([WORD] * QUESTION), [IMAGE], " ".join([WORD] * ANSWER))
+        if len(turn) > self.max_length:
+            raise ConfigError(
+                f"an image of {IMAGE[1]} × {IMAGE[0]} pixels with a question takes {len(turn)} tokens, the "
+                f"model takes {self.max_length}, and the data are not there",
+                "give the folder that holds them with --data-root",
+            )
+        images = image_inputs(self.preparation.chat.processor, [blank_image(*IMAGE)])
+        prompt = replace(turn, reply=[], extra={k: v[: len(turn.prompt)] for k, v in turn.extra.items()})
+        question = batched_tokens([prompt], chat.pad_id) | images
+        return on_meta(collate_turns([turn], [images], chat.pad_id)), on_meta(question)
 
     def answer(self, work: Work, size: int) -> None:
         """Run the two most expensive steps of `LlavaPredictor` on one batch; see `Family.answer`.

@@ -40,7 +40,13 @@ def classification_usage(
 
 
 def generation_usage(
-    family: str, auto_class: str, prompt: str, images: int, begun: bool, videos: Sequence[int] = ()
+    family: str,
+    auto_class: str,
+    prompt: str,
+    images: int,
+    begun: bool,
+    served: bool,
+    videos: Sequence[int] = (),
 ) -> Usage:
     """Return the usage of a model that writes an answer to a prompt.
 
@@ -48,6 +54,7 @@ def generation_usage(
         family, auto_class: see `Usage`.
         prompt: the chat text of a question.
         images: how many images it has places for.
+        served: whether vLLM serves adapters of the model.
         videos: how many frames each of its videos has.
         begun: whether it begins with the begin-of-text token, which the processor must not add again.
     """
@@ -64,4 +71,4 @@ def generation_usage(
         'answer = tokens[0, inputs["input_ids"].shape[1] :]',
         "print(processor.decode(answer, skip_special_tokens=True))",
     )
-    return Usage(family, auto_class, "image-text-to-text", True, example)
+    return Usage(family, auto_class, "image-text-to-text", served, example)
