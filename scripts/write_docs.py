@@ -1,6 +1,7 @@
 """Write the lists in docs/ that the code knows best.
 
-Methods, metrics, tasks, sequences, configurations, commands, the keys of recipes and of their sources.
+Methods, metrics, tasks, sequences, configurations, commands, the keys of recipes and of their sources, and
+the API reference.
 
     python scripts/write_docs.py            writes them
     python scripts/write_docs.py --check    names the pages that are out of date, and ends with exit code 1 if
@@ -20,6 +21,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+
+from api_reference import api_reference
 
 from llava_keeplora.cli import build_parser
 from llava_keeplora.compare.table import Order, Tuning
@@ -374,6 +377,7 @@ def _sentence(text: str) -> str:
 
 
 GENERATED: dict[str, Callable[[], str]] = {
+    "api": api_reference,
     "methods": methods,
     "method-options": method_options,
     "metrics": metrics,

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def write_docs():
+    sys.path.insert(0, str(ROOT / "scripts"))  # As if the script were started.
     spec = importlib.util.spec_from_file_location("write_docs", ROOT / "scripts/write_docs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(ROOT / "scripts"))
 
 
 def test_no_page_is_out_of_date(write_docs):
@@ -98,3 +101,31 @@ def test_the_index_names_every_page():
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"} == set(
         re.findall(r"\]\(([\w-]+\.md)\)", index)
     )
+
+
+def test_the_reference_has_every_public_name_with_its_arguments(write_docs):
+    page = write_docs.api_reference()
+    headings = re.findall(r"^### `(\w+)`$", page, flags=re.M)
+    names = [
+        name
+        for module in write_docs.api_reference.__globals__["MODULES"]
+        for name in importlib.import_module(module).__all__
+    ]
+    assert headings[: len(names)] == [name for name in names if name in headings]
+    assert {"KeepLora", "Run", "freeze_A", "check_method", "check_family"} <= set(headings)
+    section = page.split("#### `KeepLora.begin_task`\n")[1].split("\n### ")[0].split("\n#### ")[0]
+    assert (
+        "    loss: Loss | None = None,\n" in section
+        and ") -> PeftModel\n" in section
+        and "self" not in section
+    )
+    for argument in ("batches", "loss", "name"):
+        assert f"\n- `{argument}`: " in section
+    assert "update reads are protected instead" in page  # Entries of several lines are whole.
+    assert "#### `Run.open`" in page and "#### `Run.matrix`" in page and "._" not in page
+
+
+def test_a_public_name_without_a_docstring_stops_the_page(write_docs, monkeypatch):
+    monkeypatch.setattr("llava_keeplora.memory.KeepLora.begin_task.__doc__", None)
+    with pytest.raises(ValueError, match="KeepLora.begin_task"):
+        write_docs.api_reference()
