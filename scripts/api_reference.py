@@ -78,7 +78,7 @@ def _signature(name: str, function: object, bound: bool = False) -> str:
         signature = inspect.signature(function)  # type: ignore[arg-type]
     except ValueError:  # A class that inherits Exception's own arguments.
         return ""
-    parameters = list(signature.parameters.values())[bound:]
+    parameters = [_readable(parameter) for parameter in list(signature.parameters.values())[bound:]]
     signature = signature.replace(parameters=parameters)
     text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", f"{name}{signature}")
     if len(text) > LINE:
@@ -91,6 +91,16 @@ def _signature(name: str, function: object, bound: bool = False) -> str:
         returned = text[text.rindex(")") :] if " -> " in text else ")"
         text = f"{name}(\n{lines}{returned}"
     return f"```python\n{text}\n```\n"
+
+
+class _Omitted:
+    def __repr__(self) -> str:
+        return "..."
+
+
+def _readable(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter whose default is `...` where Python shows objects with their addresses."""
+    return parameter.replace(default=_Omitted()) if " at 0x" in repr(parameter.default) else parameter
 
 
 def _document(docstring: str | None, name: str) -> str:
