@@ -2,22 +2,16 @@
 
 import json
 import shutil
-from contextlib import chdir
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-import forked
 from llava_keeplora.cli import main
-from llava_keeplora.compare import jobs
 from llava_keeplora.config import load_config
-from llava_keeplora.export import verify, verify_worker
 from llava_keeplora.export.run_export import export_run
-from llava_keeplora.journal import Journal
 from llava_keeplora.saved_run import extended, read_identity
 from llava_keeplora_eval.cli import main as evaluate
 
@@ -53,40 +47,14 @@ def finished(home, driven):
     return driven(load_config(str(home / "run.yaml")))
 
 
-@pytest.fixture
-def quick_reload(monkeypatch):
-    """Exports are loaded again in this process; tests/export does it in a fresh one."""
-
-    def reload(folder):
-        with chdir(folder):
-            verify_worker.main()
-
-    monkeypatch.setattr(verify, "verify_in_fresh_process", reload)
-
-
 def weights(run: Path) -> dict[Path, bytes]:
     return {path.relative_to(run): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
 
 
 def test_a_run_that_is_killed_after_every_stage_ends_with_the_same_weights(
-    home, finished, driven, tmp_path, monkeypatch
+    home, finished, stopped_run, tmp_path
 ):
-    append, done = Journal.append, set()
-
-    def stop(self, entry):
-        if (key := (self.path, entry.task, entry.stage)) not in done and self.path.parent.name == LABEL:
-            done.add(key)
-            raise InterruptedError
-        append(self, entry)
-
-    monkeypatch.setattr(Journal, "append", stop)
-    for _ in range(40):
-        try:
-            driven(load_config(str(home / "run.yaml"), output_dir=str(tmp_path / "run")))
-            break
-        except InterruptedError:
-            continue
-    assert len(done) > 8 and weights(tmp_path / "run") == weights(finished)
+    assert weights(stopped_run(home / "run.yaml", tmp_path / "run", LABEL)) == weights(finished)
 
 
 def test_its_checkpoint_is_the_base_but_for_the_layers_that_the_family_adapts(
@@ -153,22 +121,10 @@ def test_it_is_planned(home, finished, capsys, monkeypatch, tmp_path):
     assert method["trainable"] == sum(tensor.numel() for tensor in load_file(first).values())
 
 
-class Child(forked.Forked):
-    """A child of a table, forked instead of started; its log is written when it has ended."""
-
-    def __init__(self, command, env, stdout, **options):
-        super().__init__(command, env=env)
-        self.log = Path(stdout.name)
-
-    def poll(self):
-        if self.returncode is not None:
-            self.log.write_text(self.output(1))
-        return self.returncode
-
-
 @pytest.mark.slow
-def test_the_children_of_a_table_find_both_from_another_folder(home, finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=Child, DEVNULL=None))
+def test_the_children_of_a_table_find_both_from_another_folder(
+    home, finished, forked_children, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     compare = ["compare", "--config", str(home / "table.yaml")]
     assert main(compare) == 0

@@ -1,4 +1,4 @@
-"""A method of one's own, from a file beside the configuration: run, killed and resumed, extended, reported, exported, imported."""
+"""A method of one's own, from a file next to the configuration: run, killed and resumed, extended, reported, exported, imported."""
 
 import re
 import shutil
@@ -13,7 +13,6 @@ from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import ConfigError, RunError, UserError
 from llava_keeplora.export import import_state
 from llava_keeplora.export.run_export import export_run
-from llava_keeplora.journal import Journal
 from llava_keeplora.report.run_report import write_run_report
 from llava_keeplora.run_folder import read_dumped
 from llava_keeplora.saved_run import extended, load_run, read_identity
@@ -81,24 +80,9 @@ def test_it_learns_something_else_than_lora_without_a_penalty(home, finished, dr
 
 
 def test_a_run_that_is_killed_after_every_stage_ends_with_the_same_weights(
-    home, finished, monkeypatch, driven, tmp_path
+    home, finished, stopped_run, tmp_path
 ):
-    append, done = Journal.append, set()
-
-    def stop(self, entry):
-        if (key := (self.path, entry.task, entry.stage)) not in done and self.path.parent.name == LABEL:
-            done.add(key)
-            raise InterruptedError
-        append(self, entry)
-
-    monkeypatch.setattr(Journal, "append", stop)
-    for _ in range(40):
-        try:
-            driven(load_config(str(home / "run.yaml"), output_dir=str(tmp_path / "run")))
-            break
-        except InterruptedError:
-            continue
-    assert len(done) > 8 and weights(tmp_path / "run") == weights(finished)
+    assert weights(stopped_run(home / "run.yaml", tmp_path / "run", LABEL)) == weights(finished)
 
 
 def test_it_is_extended_from_anywhere_and_forked(finished, copied, driven, tiny_tasks, tmp_path):
