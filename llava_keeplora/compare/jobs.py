@@ -18,6 +18,7 @@ from llava_keeplora.compare.table import CACHE, TUNING, Order, Table, merged
 from llava_keeplora.config import ZERO_SHOT, parse_config
 from llava_keeplora.files import write_bytes
 from llava_keeplora.journal import Journal
+from llava_keeplora.planned_recipes import planned_tasks, recipe_changes
 from llava_keeplora.records import read_object
 from llava_keeplora.run_folder import JOURNAL, MATRIX, RESULTS, differences
 from llava_keeplora.saved_run import check_base_if_here, read_identity, run_identity
@@ -77,14 +78,19 @@ class Job:
         )
 
     def verify(self) -> None:
-        """Check every file that the run wrote, and that its base model is still the same.
+        """Check every file that the run wrote, and that its base model, recipes and plug-ins are unchanged.
 
         Raises:
-            RunError: a file was damaged, or the base changed.
+            RunError: a file was damaged, or the base, a recipe, a metric or a reader has changed.
         """
-        check_base_if_here(self.folder, parse_config(self.tree).model)
+        config = parse_config(self.tree)
+        check_base_if_here(self.folder, config.model)
         for label in (ZERO_SHOT, self.label):
-            Journal(self.folder / label / JOURNAL).verify()
+            journal = Journal(self.folder / label / JOURNAL)
+            journal.verify()
+            for task, record in zip(config.tasks, planned_tasks(journal)):
+                for change in recipe_changes(task, record, journal.path.parent):
+                    raise change
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from llava_keeplora.config import ZERO_SHOT, RunConfig
 from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.files import left_behind
 from llava_keeplora.journal import Journal, open_stages
+from llava_keeplora.planned_recipes import planned_tasks, recipe_changes
 from llava_keeplora.registries import list_plugins
 from llava_keeplora.run_folder import (
     CONFIG,
     JOURNAL,
     MATRIX,
-    PLAN,
     SCHEMAS,
     SCORES,
     TRAINING,
@@ -31,8 +31,6 @@ from llava_keeplora.saved_run import base_changes, load_run, read_identity, run_
 from llava_keeplora.versions import version_changes
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
-from llava_keeplora_eval.plugins import task_plugins
-from llava_keeplora_recipes import load_recipe
 from llava_keeplora_recipes.registry import PluginError
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
@@ -222,35 +220,12 @@ def _matrix(journal: Journal) -> Iterator[UserError]:
 
 
 def _recipes(run: Path, config: RunConfig, journal: Journal) -> Iterator[UserError]:
-    """Check that the recipes are those that the run was planned with.
-
-    Recipes that take their classes from the data are not compared, as this would read the data.
-    """
-    plans = [entry for entry in journal.entries if (entry.task, entry.stage) == PLAN]
-    for task, record in zip(config.tasks, plans[-1].info.get("tasks", ()) if plans else ()):
+    """Check that the recipes, and the run's copies of them, are those that the run was planned with."""
+    for task, record in zip(config.tasks, planned_tasks(journal)):
         copy = kept_recipe(run, str(record.get("task")))
         if is_file_name(task) and not copy.is_file():
             yield RunError(
                 f"{copy}, the run's own copy of the recipe {task}, is missing", "copy the recipe there"
             )
         for source in dict.fromkeys((task, str(copy)) if copy.exists() else (task,)):
-            try:
-                recipe = load_recipe(source)
-                plugins = task_plugins(recipe)
-            except UserError as error:
-                yield error
-                continue
-            if recipe.classes is not None and recipe.fingerprint != record.get("recipe_fingerprint"):
-                yield RunError(
-                    f"{source} is not the recipe of '{recipe.name}' that {journal.path.parent} was planned "
-                    "with",
-                    "restore it",
-                )
-            changed = [
-                role for role, source in plugins.items() if source != record.get("plugins", {}).get(role)
-            ]
-            if changed:
-                yield RunError(
-                    f"the {changed[0]} of '{recipe.name}' is not what {journal.path.parent} was planned with",
-                    "restore its files",
-                )
+            yield from recipe_changes(source, record, journal.path.parent)

@@ -153,8 +153,8 @@ def test_the_children_of_a_table_find_both_from_another_folder(
         assert str(home) not in (home / "table" / page).read_text()
     (home / "same_end.py").write_text(METRIC + "\n# changed\n")
     try:
-        assert main(compare) == 1
-        assert "plugins.metric" in capsys.readouterr().err
+        assert main(compare) == 2
+        assert "the metric of 'colours' is not what" in capsys.readouterr().err
     finally:
         (home / "same_end.py").write_text(METRIC)
 
