@@ -231,7 +231,7 @@ class KeepLora:
             the plain model, merged.
 
         Raises:
-            RunError: if the adapter is damaged, is more than LoRA on linear layers, or does not fit the model.
+            RunError: if the adapter is damaged, is more than LoRA on linear layers, or doesn't fit the model.
             MethodError: if it changes layers that the memory does not protect, or nothing of it is left.
         """
         self._require_closed()
