@@ -41,6 +41,7 @@ from llava_keeplora.memory.store import Task
 from llava_keeplora.memory.targets import SETTINGS, Targets, find_target_layers, part_settings
 from llava_keeplora.memory.update import read_update
 from llava_keeplora.methods import METHODS, TaskContext
+from llava_keeplora.models.quantization import keep_form
 from llava_keeplora.run_folder import Capacity
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class KeepLora:
                 "the model has LoRA layers, and the memory protects the weights below them",
                 "merge them (merge_and_unload) or remove them (unload) first",
             )
+        keep_form(model)
         cls = METHODS["keeplora"]
         if unknown := set(options) - {option.name for option in dataclasses.fields(cls.Options)}:
             names = [option.name for option in dataclasses.fields(cls.Options)]

@@ -55,10 +55,12 @@ def keep_form(model: nn.Module) -> None:
     """Let quantised weights stay in the form that they were loaded in.
 
     On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in place in its first evaluation, after
-    which it can neither be trained through nor expanded.
+    which it can neither be trained through nor expanded. A weight that has been is unpacked, with scales that
+    the packing has rounded.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.state_dict()  # Unpacks.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
