@@ -32,7 +32,7 @@ from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_recipes, 
 from llava_keeplora_recipes.strict_yaml import is_file_name
 
 if TYPE_CHECKING:
-    from llava_keeplora.export import Exported
+    from llava_keeplora.export import AdapterSet, Exported
 
 
 class Run:
@@ -179,19 +179,19 @@ class Run:
         self.objects = dataclasses.replace(self.objects, tables=tables)
         return self.train()
 
-    def export(self, form: str, into: str | Path | None = None, **options: Any) -> Exported:
-        """Write what the run learned as an `adapter`, a `merged` checkpoint or a `state`, verified.
+    def export(self, form: str, into: str | Path | None = None, **options: Any) -> Exported | AdapterSet:
+        """Write what the run learned as an `adapter`, a `set`, a `merged` checkpoint or a `state`, verified.
 
         Args:
             form: one of these.
             into: a new folder; FOLDER/export/FORM when None.
             options: `label`, `at_task`, `parts`, `rank`, `base_id`, ...; see
-                `llava_keeplora.export.export_run`.
+                `llava_keeplora.export.export_run` and, for a set, `export_set`.
 
         Raises:
             UserError: there is nothing to export, or options do not fit; nothing is written.
         """
-        from llava_keeplora.export import export_run  # a start needs none of it
+        from llava_keeplora.export import export_run, export_set  # a start needs none of it
 
         if self.objects.given is not None and options.get("base_id") is None:
             raise ConfigError(
@@ -199,7 +199,10 @@ class Run:
                 "give the id on the Hub of the same weights with base_id='user/name'",
             )
         with self._base_files() as base:
-            return export_run(self.folder, form, into, objects=self.objects, base_folder=base, **options)
+            options |= {"objects": self.objects, "base_folder": base}
+            if form == "set":
+                return export_set(self.folder, into, **options)
+            return export_run(self.folder, form, into, **options)
 
     def predictor(self, task: str, *, label: str | None = None, at_task: int | None = None) -> Predictor:
         """Return the model after some of its tasks, ready to answer a task's examples.

@@ -1,7 +1,7 @@
 """PEFT LoRA on named linear layers, and the deltas, low-rank or full, that a task's training results in."""
 
 from llava_keeplora.adapters.base import BaseWeights
-from llava_keeplora.adapters.combine import compress, concatenate, pad
+from llava_keeplora.adapters.combine import compress, concatenate, pad, relative_error, singular_values
 from llava_keeplora.adapters.deltas import Delta, Deltas, FullDelta, full_deltas, load_deltas, save_deltas
 from llava_keeplora.adapters.lora import (
     ADAPTER,
@@ -37,7 +37,9 @@ __all__ = [
     "project_deltas",
     "project_off",
     "read_adapters",
+    "relative_error",
     "removed_energy",
     "save_deltas",
     "since_start",
+    "singular_values",
 ]

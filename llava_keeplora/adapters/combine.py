@@ -30,6 +30,31 @@ def concatenate(tasks: Sequence[Deltas]) -> dict[str, Delta]:
     return combined
 
 
+def singular_values(delta: Delta) -> Tensor:
+    """Return a delta's singular values in fp64, descending, without the dense product.
+
+    Args:
+        delta: a delta of rank R.
+    """
+    # B A = Q_b (R_b R_aᵀ) Q_aᵀ with orthonormal Q_b and Q_a.
+    R_b = torch.linalg.qr(delta.scale * delta.B.double(), mode="r").R
+    R_a = torch.linalg.qr(delta.A.double().T, mode="r").R
+    return torch.linalg.svdvals(R_b @ R_a.T)
+
+
+def relative_error(S: Tensor, rank: int) -> float:
+    """Return ‖ΔW − ΔW_k‖ / ‖ΔW‖, the relative Frobenius error of the nearest delta of a lower rank.
+
+    Source: Eckart and Young, 1936.
+
+    Args:
+        S: all singular values of ΔW, descending.
+        rank: k.
+    """
+    whole = S.square().sum()
+    return float((S[rank:].square().sum() / whole.clamp(min=torch.finfo(S.dtype).tiny)).sqrt())
+
+
 def compress(delta: Delta, rank: int) -> tuple[Delta, Tensor]:
     """Return the nearest delta of a lower rank in the Frobenius norm, without the dense product.
 

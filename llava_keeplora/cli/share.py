@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from llava_keeplora.cli.arguments import add_command
+
+if TYPE_CHECKING:
+    from llava_keeplora.export import AdapterSet, Exported
 
 
 def add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -20,10 +24,10 @@ def add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--as",
         dest="form",
-        choices=("adapter", "merged", "state"),
+        choices=("adapter", "set", "merged", "state"),
         required=True,
-        help="adapter: a PEFT LoRA of the base; merged: base and updates in one checkpoint; state: what "
-        "`import` needs to go on",
+        help="adapter: a PEFT LoRA of the base; set: one for every task, to switch between; merged: base and "
+        "updates in one checkpoint; state: what `import` needs to go on",
     )
     parser.add_argument(
         "--into", metavar="DIR", help="a new folder, or an earlier export's (default: RUN/export/FORM)"
@@ -32,20 +36,7 @@ def add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--at-task", type=int, metavar="T", help="the model after task T (default: the last finished one)"
     )
-    parser.add_argument(
-        "--parts",
-        metavar="PART,...",
-        help="parts of the model in an adapter, for instance language (default: all trained ones)",
-    )
-    parser.add_argument(
-        "--rank",
-        type=int,
-        metavar="R",
-        help="compress an adapter to rank R (default: exact, the sum of the tasks' ranks)",
-    )
-    parser.add_argument(
-        "--no-state", action="store_true", help="write an adapter without the state that `import` needs"
-    )
+    _add_shapes(parser)
     parser.add_argument(
         "--base-id",
         metavar="USER/NAME[@REVISION]",
@@ -61,6 +52,37 @@ def add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("--yes", action="store_true", help="push for real")
     return parser
+
+
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that shape an adapter or a set."""
+    parser.add_argument(
+        "--parts",
+        metavar="PART,...",
+        help="parts of the model in an adapter, for instance language (default: all trained ones)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="compress an adapter to rank R (default: exact, the sum of the tasks' ranks)",
+    )
+    parser.add_argument(
+        "--each",
+        choices=("stage", "task"),
+        help="adapters of a set: the model after each task, or each task's own update (default: stage)",
+    )
+    parser.add_argument(
+        "--loss",
+        type=float,
+        metavar="E",
+        help="the largest relative Frobenius error of a layer in a set (default: 0, exact)",
+    )
+    parser.add_argument(
+        "--no-state",
+        action="store_true",
+        help="write an adapter or a set without the state that `import` needs",
+    )
 
 
 def add_import(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -91,25 +113,11 @@ def run_export(args: argparse.Namespace) -> None:
     import transformers
 
     from llava_keeplora.export.hub import check_repo_id, contents, push
-    from llava_keeplora.run import Run
 
     transformers.utils.logging.disable_progress_bar()
     if args.push:
         check_repo_id(args.push)
-    export = Run.open(args.run_folder).export(
-        args.form,
-        args.into,
-        label=args.method,
-        at_task=args.at_task,
-        parts=args.parts and args.parts.split(","),
-        rank=args.rank,
-        with_state=not args.no_state,
-        base_id=args.base_id,
-        name=args.push,
-        dtype=args.dtype,
-        examples=args.examples,
-        data_root=args.data_root,
-    )
+    export = _exported(args)
     sys.stdout.write(export.describe())
     if args.push and args.yes:
         sys.stdout.write(f"pushed to {push(export.folder, args.push)}\n")
@@ -120,6 +128,35 @@ def run_export(args: argparse.Namespace) -> None:
             f"{args.push} would get {len(sizes)} files, {sum(sizes.values()) / 1e6:.3f} MB; nothing is "
             f"pushed without --yes\n{listed}"
         )
+
+
+def _exported(args: argparse.Namespace) -> AdapterSet | Exported:
+    """Write the export that the arguments ask for; options of another form are refused."""
+    from llava_keeplora.errors import ConfigError
+    from llava_keeplora.run import Run
+
+    shapes = {"set": ("each", "loss"), "adapter": ("rank",), "merged": ("dtype",)}
+    for form, options in shapes.items():
+        for option in options:
+            if form != args.form and getattr(args, option) is not None:
+                raise ConfigError(
+                    f"--{option} shapes the form {form}, and the form is {args.form}",
+                    f"leave it out, or export --as {form}",
+                )
+    shaped = {option: getattr(args, option) for options in shapes.values() for option in options}
+    return Run.open(args.run_folder).export(
+        args.form,
+        args.into,
+        label=args.method,
+        at_task=args.at_task,
+        parts=args.parts and args.parts.split(","),
+        with_state=not args.no_state,
+        base_id=args.base_id,
+        name=args.push,
+        examples=args.examples,
+        data_root=args.data_root,
+        **{option: value for option, value in shaped.items() if value is not None},
+    )
 
 
 def run_import(args: argparse.Namespace) -> None:

@@ -7,17 +7,25 @@ multiplied into B.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import peft
-import torch
 from safetensors import safe_open
 from torch import nn
 
-from llava_keeplora.adapters import Delta, FullDelta, compress, concatenate, pad
+from llava_keeplora.adapters import (
+    Delta,
+    FullDelta,
+    compress,
+    concatenate,
+    pad,
+    relative_error,
+    singular_values,
+)
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export.loaded_run import Base
 from llava_keeplora.files import write_json, write_tensors
@@ -25,6 +33,8 @@ from llava_keeplora.files import write_json, write_tensors
 WEIGHTS = "adapter_model.safetensors"
 #: The values that vLLM's `--max-lora-rank` accepts.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: Relative error of an update up to which it counts as held exactly; rounding A and B to fp32 gives 1e-7.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -35,25 +45,75 @@ class Combined:
         layers: layer's name → delta of scale 1.
         rank: rank of each delta, padding included.
         error: relative error ‖ΔW − ΔW_k‖ / ‖ΔW‖ over all layers; 0 if nothing was compressed.
-        worst: the same for the layer where it is largest.
+        losses: the same for every layer that was compressed.
     """
 
     layers: dict[str, Delta]
     rank: int
     error: float = 0.0
-    worst: float = 0.0
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        """The relative error of the layer where it is largest."""
+        return max(self.losses.values(), default=0.0)
 
 
-def combine(tasks: Sequence[Mapping[str, Delta | FullDelta]], rank: int | None = None) -> Combined:
+def combine(
+    tasks: Sequence[Mapping[str, Delta | FullDelta]], rank: int | None = None, width: int | None = None
+) -> Combined:
     """Sum the tasks' deltas into one adapter, exactly unless a rank is given.
 
     Args:
         tasks: each task's deltas, by the layers' names.
-        rank: the rank to compress to (truncated SVD of every layer's sum); exact when None.
+        rank: the rank to compress to (truncated SVD of every layer's sum of a higher one); exact when None.
+        width: the rank that every delta is padded to; the largest that is needed when None.
 
     Raises:
         ConfigError: a layer was trained in full, the rank is below 1, or there is nothing to combine.
     """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank is {rank}, but an adapter has at least one direction", "give 1 or more")
+    layers, losses = _summed(tasks), {}
+    lost = whole = 0.0
+    for name, delta in layers.items():
+        if rank is not None and len(delta.A) > rank:
+            layers[name], S = compress(delta, rank)
+            losses[name] = relative_error(S, rank)
+            lost += float(S[rank:].square().sum())
+            whole += float(S.square().sum())
+        elif rank is not None:
+            whole += float(singular_values(delta).square().sum())
+    width = width or max(len(delta.A) for delta in layers.values())
+    padded = {name: pad(delta, width) for name, delta in layers.items()}
+    return Combined(padded, width, math.sqrt(lost / whole) if lost else 0.0, losses)
+
+
+def smallest_rank(tasks: Sequence[Mapping[str, Delta | FullDelta]], loss: float = 0.0) -> int:
+    """Return the smallest rank of `VLLM_RANKS` at which no layer loses more than a share of its update.
+
+    Args:
+        tasks: each task's deltas, by the layers' names.
+        loss: the largest ‖ΔW − ΔW_k‖ / ‖ΔW‖ of a layer; 0 allows what rounding A and B to fp32 loses.
+
+    Raises:
+        ConfigError: a layer was trained in full, there is nothing to combine, or no rank is large enough.
+    """
+    values = {name: singular_values(delta) for name, delta in _summed(tasks).items()}
+    worst = math.inf
+    for rank in VLLM_RANKS:
+        worst = max(relative_error(S, rank) for S in values.values())
+        if worst <= max(loss, ROUNDING):
+            return rank
+    raise ConfigError(
+        f"rank {VLLM_RANKS[-1]}, the largest that vLLM loads, loses {worst:.2g} of a layer's update, and "
+        f"--loss allows {loss:g}",
+        f"allow more with --loss {math.ceil(worst * 1e4) / 1e4:g}, or export fewer tasks with --at-task",
+    )
+
+
+def _summed(tasks: Sequence[Mapping[str, Delta | FullDelta]]) -> dict[str, Delta]:
+    """Return every layer's exact sum of deltas; refuse what no LoRA represents, and an empty sum."""
     full = sorted({name for task in tasks for name, delta in task.items() if isinstance(delta, FullDelta)})
     if full:
         # PEFT's `modules_to_save` could hold these layers, but vLLM refuses an adapter that has any.
@@ -62,24 +122,10 @@ def combine(tasks: Sequence[Mapping[str, Delta | FullDelta]], rank: int | None =
             f"{len(full)} layers were trained in full, which no LoRA adapter holds exactly (first {full[0]})",
             "leave their part out with --parts, or export --as merged" if adapted else "export --as merged",
         )
-    if rank is not None and rank < 1:
-        raise ConfigError(f"--rank is {rank}, but an adapter has at least one direction", "give 1 or more")
     layers = concatenate(tasks)
     if not layers:
         raise ConfigError("the chosen parts hold no trained layer", "choose others with --parts")
-    if rank is None:
-        widest = max(len(delta.A) for delta in layers.values())
-        return Combined({name: pad(delta, widest) for name, delta in layers.items()}, widest)
-    compressed = {name: compress(delta, rank) for name, delta in layers.items()}
-    lost = torch.stack([S[rank:].square().sum() for _, S in compressed.values()])
-    whole = torch.stack([S.square().sum() for _, S in compressed.values()])
-    widest = max(len(delta.A) for delta, _ in compressed.values())
-    return Combined(
-        {name: pad(delta, widest) for name, (delta, _) in compressed.items()},
-        widest,
-        float((lost.sum() / whole.sum().clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()),
-        float((lost / whole.clamp(min=torch.finfo(whole.dtype).tiny)).max().sqrt()),
-    )
+    return layers
 
 
 def write_adapter(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCardData
 from llava_keeplora.export.adapter import vllm_rank
 from llava_keeplora.export.exported import Exported
 from llava_keeplora.export.loaded_run import Base, LearnedRun
+from llava_keeplora.export.serving import unserved_parts, vllm_command
 from llava_keeplora.export.state import FOLDER, placeless, public
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import Usage
@@ -25,16 +27,18 @@ from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_recipes import Recipe
 
 PLOT = "matrix.png"
+UNSERVED = "vLLM's list of models has no adapters of this type: to serve it, export with `--as merged`."
 LIBRARIES = ("llava-keeplora", "torch", "transformers", "peft")
 
 
-def snippet(usage: Usage, name: str, base: Base | None) -> str:
+def snippet(usage: Usage, name: str, base: Base | None, adapters: Sequence[str] = ()) -> str:
     """Return Python code that loads an export and runs it on an image.
 
     Args:
         usage: how a model of this family is loaded and called.
         name: the export's folder or Hub id.
         base: the base of an adapter; None for a merged checkpoint.
+        adapters: names of a set's adapters, the last of which is used.
     """
     auto = usage.auto_class
     path = json.dumps(base.id if base else name)
@@ -45,7 +49,7 @@ def snippet(usage: Usage, name: str, base: Base | None) -> str:
         f"from transformers import {auto}, AutoProcessor",
         "",
         f"model = {auto}.from_pretrained({path}{revision})",
-        *([f"model = PeftModel.from_pretrained(model, {json.dumps(name)})"] if base else []),
+        *(_adapting(name, adapters) if base else []),
         f"processor = AutoProcessor.from_pretrained({path}{revision})",
         'image = Image.open("image.png").convert("RGB")',
         *usage.example,
@@ -53,10 +57,21 @@ def snippet(usage: Usage, name: str, base: Base | None) -> str:
     return "\n".join(lines)
 
 
+def _adapting(name: str, adapters: Sequence[str]) -> Iterable[str]:
+    """Yield the lines that put an adapter, or all of a set, on `model`."""
+    if not adapters:
+        yield f"model = PeftModel.from_pretrained(model, {json.dumps(name)})"
+        return
+    place, (first, *others) = json.dumps(name), map(json.dumps, adapters)
+    yield f"model = PeftModel.from_pretrained(model, {place}, adapter_name={first}, subfolder={first})"
+    yield from (f"model.load_adapter({place}, {other}, subfolder={other})" for other in others)
+    yield f"model.set_adapter({json.dumps(adapters[-1])})"
+
+
 def write_card(
     folder: Path, name: str, learned: LearnedRun, base: Base, done: Exported, usage: Usage
 ) -> None:
-    """Write README.md and a heat map of the accuracy matrix.
+    """Write README.md and a heat map of the accuracy matrix for an export of one model.
 
     Args:
         folder: the export's folder.
@@ -66,20 +81,49 @@ def write_card(
         done: a description of the export.
         usage: how a model of this family is loaded and called.
     """
+    own = OwnWords(_what(done), list(_loading(name, base, done, usage)), _exactness(done))
+    write_page(folder, name, learned, base, done.form, usage, own)
+
+
+@dataclass(frozen=True)
+class OwnWords:
+    """What a card says of its export alone.
+
+    Args:
+        what: sentences on what the export is.
+        loading: paragraphs on how to load it.
+        exactness: sentences on how exact it is.
+    """
+
+    what: str
+    loading: Sequence[str]
+    exactness: str
+
+
+def write_page(
+    folder: Path, name: str, learned: LearnedRun, base: Base, form: str, usage: Usage, own: OwnWords
+) -> None:
+    """Write README.md and a heat map of the accuracy matrix.
+
+    Args:
+        folder, name, learned, base, usage: as for `write_card`.
+        form: the export's form.
+        own: what is said of this export alone.
+    """
     for drawing in heatmap(learned.matrix, folder / PLOT, f"{learned.label}: score in % after each task")[1:]:
         drawing.unlink()  # The Hub's cards show PNG alone.
     count, record = len(learned.deltas), METHODS[learned.config["methods"][learned.label]["method"]].info
     names = ", ".join(recipe.name for recipe in learned.recipes[:count])
     at = f" at revision `{base.revision}`" if base.revision else ""
     blocks = [
-        f"---\n{_metadata(learned, base, done, usage).to_yaml()}\n---",
+        f"---\n{_metadata(learned, base, form, usage).to_yaml()}\n---",
         f"# {markdown_text(name.split('/')[-1])}",
         f"[{markdown_text(base.id)}](https://huggingface.co/{quote(base.id)}){at}, taught "
-        f"{_counted(count, 'task')} one after another: {names}.\n"
+        f"{counted(count, 'task')} one after another: {names}.\n"
         f"The method is `{record.name}` ([{record.title}]({record.url})), run by llava-keeplora "
-        f"{importlib.metadata.version('llava-keeplora')}. " + _what(done),
+        f"{importlib.metadata.version('llava-keeplora')}. " + own.what,
         "## How to load it",
-        *_loading(name, base, done, usage),
+        *own.loading,
         "## Scores",
         "Each row is the model after one more task, each column a task's test score in percent; Transfer is "
         "the mean before a task is learned, "
@@ -97,12 +141,13 @@ def write_card(
         "## Settings",
         _settings(learned),
         "## How exact it is",
-        _exactness(done),
+        own.exactness,
     ]
     (folder / "README.md").write_text("\n\n".join(block.strip() for block in blocks) + "\n", encoding="utf-8")
 
 
-def _metadata(learned: LearnedRun, base: Base, done: Exported, usage: Usage) -> ModelCardData:
+def _metadata(learned: LearnedRun, base: Base, form: str, usage: Usage) -> ModelCardData:
+    library = {"merged": "transformers", "state": "llava-keeplora"}.get(form, "peft")
     recipes = learned.recipes[: len(learned.deltas)]
     tags = [
         learned.config["methods"][learned.label]["method"],
@@ -112,13 +157,11 @@ def _metadata(learned: LearnedRun, base: Base, done: Exported, usage: Usage) -> 
     ]
     return ModelCardData(
         base_model=base.id,
-        base_model_relation="adapter" if done.form == "adapter" else "finetune",
-        library_name={"adapter": "peft", "merged": "transformers", "state": "llava-keeplora"}[done.form],
+        base_model_relation="adapter" if library == "peft" else "finetune",
+        library_name=library,
         pipeline_tag=usage.pipeline_tag,
         tags=list(
-            dict.fromkeys(
-                [*tags, *([f"base_model:adapter:{base.id}", "lora"] if done.form == "adapter" else [])]
-            )
+            dict.fromkeys([*tags, *([f"base_model:adapter:{base.id}", "lora"] if library == "peft" else [])])
         ),
         datasets=list(
             dict.fromkeys(recipe.source["path"] for recipe in recipes if recipe.source["format"] == "hub")
@@ -135,7 +178,7 @@ def _what(done: Exported) -> str:
         return (
             "This is what the run needs to learn further tasks elsewhere; it is no adapter and no checkpoint."
         )
-    shape = f"one LoRA of rank {done.adapter.rank} on {_counted(len(done.adapter.layers), 'layer')}"
+    shape = f"one LoRA of rank {done.adapter.rank} on {counted(len(done.adapter.layers), 'layer')}"
     return f"This is {shape}, the sum of the tasks' updates" + (
         f", compressed with a relative error of {done.adapter.error:.2%}." if done.compressed else "."
     )
@@ -146,30 +189,26 @@ def _loading(name: str, base: Base, done: Exported, usage: Usage) -> Iterable[st
         yield f"```python\n{snippet(usage, name, base if done.form == 'adapter' else None)}\n```"
     if done.form == "adapter" and usage.served_by_vllm:
         limit = vllm_rank(done.adapter.rank)
-        beyond = "" if done.language_only else " --enable-tower-connector-lora"
-        command = (
-            f"vllm serve {base.id} --enable-lora --max-lora-rank {limit}{beyond} "
-            f"--lora-modules learned={name}"
-        )
         if limit:
+            command = vllm_command(base, limit, {"learned": name}, done.language_only)
             yield f"With vLLM, by its documented rules:\n\n```\n{command}\n```"
-            if beyond:
-                yield (
-                    "Adapters of the vision encoder and the connector are experimental in vLLM, and other "
-                    "servers leave them out; the safe forms are exports with `--parts language` or `--as "
-                    "merged`."
-                )
+            yield from unserved_parts(done.language_only)
         else:
             yield (
                 f"Rank {done.adapter.rank} is more than vLLM loads (512); export with `--rank 512`, or "
                 "`--as merged`."
             )
     elif done.form == "adapter" and usage.pipeline_tag == "image-text-to-text":
-        yield "vLLM's list of models has no adapters of this type: to serve it, export with `--as merged`."
+        yield UNSERVED
     if done.form == "state" or done.with_state:
-        where = "" if done.form == "state" else f" (what that needs lies in `{FOLDER}`)"
-        command = f"llava-keeplora import {name} --into runs/continued"
-        yield f"To teach it further tasks{where}:\n\n```\n{command}\n```"
+        yield continuing(name, done.form)
+
+
+def continuing(name: str, form: str) -> str:
+    """Return the paragraph on teaching an export further tasks."""
+    where = "" if form == "state" else f" (what that needs lies in `{FOLDER}`)"
+    command = f"llava-keeplora import {name} --into runs/continued"
+    return f"To teach it further tasks{where}:\n\n```\n{command}\n```"
 
 
 def _stages(learned: LearnedRun) -> list[dict[str, Any]]:
@@ -221,7 +260,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 def _exactness(done: Exported) -> str:
     lines = [
-        f"Loaded again in a fresh process and compared on {_counted(done.examples, 'real example')}: logits "
+        f"Loaded again in a fresh process and compared on {counted(done.examples, 'real example')}: logits "
         "in fp32 are "
         f"{done.reloaded.largest:.1g} off what was meant at most. Against the model that the run trained and "
         "scored, the relative deviation "
@@ -244,5 +283,6 @@ def _exactness(done: Exported) -> str:
     return " ".join(lines)
 
 
-def _counted(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun."""
     return f"{count} {what}{'' if count == 1 else 's'}"

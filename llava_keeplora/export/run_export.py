@@ -78,14 +78,14 @@ def export_run(
     into = Path(into) if into is not None else Path(run) / EXPORTS / form
     learned = load_learned_run(run, label, at_task, objects, base_folder)
     _check_options(form, into, parts, rank, dtype, examples)
-    _check_mergeable(learned, form)
+    check_mergeable(learned, form)
     model = open_model(learned.model)
     base = published_base(learned.model, base_id, model.auto_class)
     parts = parts and [RENAMED_PARTS.get(part, part) for part in parts]
     deltas = filter_parts(learned, parts, model.parts)
     combined = combine(deltas, rank) if form == "adapter" else None
     # Missing data are noticed before any weight is loaded.
-    data = _load_examples(learned, examples, data_root)
+    data = load_examples(learned, examples, data_root)
     _, run_logits = probe(learned.load(), data)
     gc.collect()
     job = _Job(
@@ -142,7 +142,7 @@ def _write_export(job: _Job, run_logits: Tensor, tmp_dir: Path) -> Exported:
         own=Deviation.between(float32, run_logits),
         bfloat16=Deviation.between(bfloat16, run_logits),
         rounding=rounding,
-        **_parts(learned, job.parts),
+        **part_choice(learned, job.parts),
     )
     write_json(tmp_dir / RECORD, _record(learned, exported, tmp_dir))
     write_card(tmp_dir, job.name, learned, job.base, exported, usage)
@@ -159,15 +159,20 @@ def _write_updates(job: _Job, folder: Path) -> Family:
     return family
 
 
-def _parts(learned: LearnedRun, parts: Sequence[str] | None) -> dict[str, Any]:
-    """Return which trained parts an export leaves out, and whether it holds the language model alone."""
+def part_choice(learned: LearnedRun, parts: Sequence[str] | None) -> dict[str, Any]:
+    """Return the trained parts that an export leaves out, and whether it holds the language model alone."""
     trained = list(learned.config["methods"][learned.label]["parts"])
     exported = list(parts or trained)
     left_out = [part for part in trained if part not in exported]
     return {"left_out": left_out, "language_only": exported == ["language"]}
 
 
-def _check_mergeable(learned: LearnedRun, form: str) -> None:
+def check_mergeable(learned: LearnedRun, form: str) -> None:
+    """Refuse a form that needs a sum of weights, for a method that has none.
+
+    Raises:
+        ConfigError: what the method learned does not merge into the base.
+    """
     method = METHODS[learned.config["methods"][learned.label]["method"]]
     if form != "state" and not method.info.mergeable:
         raise ConfigError(
@@ -175,7 +180,7 @@ def _check_mergeable(learned: LearnedRun, form: str) -> None:
         )
 
 
-def _load_examples(learned: LearnedRun, examples: int, data_root: str | None) -> TaskData:
+def load_examples(learned: LearnedRun, examples: int, data_root: str | None) -> TaskData:
     """Load the first examples of the last task's test split."""
     recipe, settings = learned.recipes[len(learned.deltas) - 1], learned.config["data"]
     data = load_split(recipe, "test", data_root or settings["root"], settings["on_bad_image"])
@@ -184,24 +189,29 @@ def _load_examples(learned: LearnedRun, examples: int, data_root: str | None) ->
 
 def _record(learned: LearnedRun, exported: Exported, folder: Path) -> dict[str, Any]:
     """Return what `export.json` says of the files in a folder."""
-    files = {
-        path.name: file_hash(path)
-        for path in sorted(folder.glob("*"))
-        if path.suffix in SUFFIXES and exported.form != "state"  # A state has a list of its own.
-    }
-    record: dict[str, Any] = {
-        "form": exported.form,
-        "label": learned.label,
-        "tasks": exported.tasks,
-        "version": llava_keeplora.__version__,
-        "files": files,
-    }
+    # A state has a list of its own.
+    files = {} if exported.form == "state" else hashes(folder)
+    rounding = {"rounding": asdict(exported.rounding)} if exported.rounding else {}
+    return record_of(learned, exported.form, exported.tasks) | {"files": files} | rounding
+
+
+def record_of(learned: LearnedRun, form: str, tasks: int) -> dict[str, Any]:
+    """Return what `export.json` says of every form: the run's label, its base by content, and this version.
+
+    Args:
+        learned: the run up to the exported task.
+        form: the export's form.
+        tasks: number of tasks that it has learned.
+    """
+    record = {"form": form, "label": learned.label, "tasks": tasks, "version": llava_keeplora.__version__}
     # By content, so that `predict` with the adapter can refuse another base.
-    if content := learned.base_record():
-        record[BASE] = content
-    if exported.rounding:
-        record["rounding"] = asdict(exported.rounding)
-    return record
+    content = learned.base_record()
+    return record | ({BASE: content} if content else {})
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of tensors or records directly in a folder, by name."""
+    return {path.name: file_hash(path) for path in sorted(folder.glob("*")) if path.suffix in SUFFIXES}
 
 
 def _check_options(
@@ -216,6 +226,15 @@ def _check_options(
         )
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"the dtype is '{dtype}'", f"choose one of {', '.join(DTYPES)}")
+    check_target(into, examples)
+
+
+def check_target(into: Path, examples: int) -> None:
+    """Refuse a folder in use, and a comparison on nothing.
+
+    Raises:
+        ConfigError: the folder has files and is no export, or there are no examples.
+    """
     if examples < 1:
         raise ConfigError(f"--examples is {examples}, but logits are compared on something", "give 1 or more")
     if into.exists() and (not into.is_dir() or (any(into.iterdir()) and not (into / RECORD).is_file())):

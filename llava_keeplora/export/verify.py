@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,48 @@ def verify_export(
     Raises:
         RunError: it cannot be loaded, has another number of adapted layers, or gives other logits.
     """
+    loaded, counts = _reload(folder, form, base, batch)
+    for count in counts.values():
+        _check_layers(count, layers)
+    for way, logits in loaded.items():
+        if way != "bfloat16":
+            _check_logits(f"the {form}", way, logits, expected)
+    return loaded["float32"], loaded["bfloat16"]
+
+
+def verify_set(
+    folder: Path,
+    base: Base,
+    batch: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    layers: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Load the base once in a fresh process, switch between a set's adapters, and compare the logits of each.
+
+    Args:
+        folder: the set; every adapter has a folder of its name.
+        base: the adapters' base.
+        batch: inputs, see `probe`.
+        expected: adapter's name → fp32 logits of the model that it was to give.
+        layers: adapter's name → how many layers it must have.
+
+    Returns:
+        adapter's name → its logits in fp32.
+
+    Raises:
+        RunError: one cannot be loaded, has another number of adapted layers, or gives other logits.
+    """
+    loaded, counts = _reload(folder, "set", base, batch, list(expected))
+    for name, logits in expected.items():
+        _check_layers(counts[name], layers[name])
+        _check_logits("the set", f"adapter '{name}'", loaded[name], logits)
+    return loaded
+
+
+def _reload(
+    folder: Path, form: str, base: Base, batch: Mapping[str, Tensor], adapters: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return logits and number of adapted layers by way of loading, as a fresh process finds them."""
     with _where_base_is_named(base) as tmp_dir:
         write_tensors(tmp_dir / "batch.safetensors", batch)
         job: dict[str, Any] = {
@@ -98,32 +140,33 @@ def verify_export(
             "form": form,
             "base": base.id,
             "revision": base.revision,
+            "adapters": list(adapters),
         }
         job |= {"auto_class": base.auto_class, "opened_by": base.opened_by}
         write_json(tmp_dir / "job.json", job)
         reason = verify_in_fresh_process(tmp_dir)
         if reason:
             raise RunError(f"the {form} cannot be loaded again ({reason})", "mend that and export again")
-        loaded = load_file(tmp_dir / "logits.safetensors")
-        counts = json.loads((tmp_dir / "layers.json").read_text())
-    for count in counts.values():
-        if layers is not None and count != layers:
-            raise RunError(
-                f"{count} layers are adapted after loading, where {layers} were written",
-                "check the names of the base's layers; nothing was exported",
-            )
-    for way, logits in loaded.items():
-        limit, largest = (
-            TOLERANCE * max(1.0, float(expected.abs().max())),
-            Deviation.between(logits, expected).largest,
+        return load_file(tmp_dir / "logits.safetensors"), json.loads((tmp_dir / "layers.json").read_text())
+
+
+def _check_layers(count: int, expected: int | None) -> None:
+    if expected is not None and count != expected:
+        raise RunError(
+            f"{count} layers are adapted after loading, where {expected} were written",
+            "check the names of the base's layers; nothing was exported",
         )
-        if way != "bfloat16" and not largest <= limit:
-            raise RunError(
-                f"the {form} gives other logits after loading ({way}: {largest:.2g} off, where {limit:.2g} "
-                "is rounding)",
-                "check that the base is the one that the run was trained on; nothing was exported",
-            )
-    return loaded["float32"], loaded["bfloat16"]
+
+
+def _check_logits(what: str, way: str, logits: Tensor, expected: Tensor) -> None:
+    limit = TOLERANCE * max(1.0, float(expected.abs().max()))
+    largest = Deviation.between(logits, expected).largest
+    if not largest <= limit:
+        raise RunError(
+            f"{what} gives other logits after loading ({way}: {largest:.2g} off, where {limit:.2g} "
+            "is rounding)",
+            "check that the base is the one that the run was trained on; nothing was exported",
+        )
 
 
 def verify_in_fresh_process(tmp_dir: Path) -> str | None:

@@ -45,7 +45,10 @@ def main() -> None:
 
 
 def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (way of loading, model in fp32); the logits of `float32` are those that the card reports."""
+    """Yield (way of loading, model in fp32); the logits of `float32` are those that the card reports.
+
+    A set's ways are the names of its adapters.
+    """
     folder, auto = job["folder"], getattr(transformers, job["auto_class"])
     if job["form"] == "state":
         learned = load_learned_run(folder)
@@ -55,6 +58,8 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     elif job["form"] == "merged":
         _ = open_model(ModelConfig(folder, **job["opened_by"])).processor  # type: ignore[attr-defined]  # Read when asked for.
         yield "float32", auto.from_pretrained(folder, dtype=torch.float32).eval()
+    elif job["form"] == "set":
+        yield from _switched(job)
     else:
         # The base is not bound to a name, so that it is freed before the next model is loaded.
         yield (
@@ -66,8 +71,24 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
         yield "by the folder alone", auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def _switched(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (adapter's name, base with that adapter alone); the one before is removed from memory."""
+    base = getattr(transformers, job["auto_class"]).from_pretrained(
+        job["base"], revision=job["revision"], dtype=torch.float32
+    )
+    first, *others = job["adapters"]
+    model = PeftModel.from_pretrained(base, job["folder"], adapter_name=first, subfolder=first).eval()
+    yield first, model
+    for before, name in zip(job["adapters"], others):
+        model.load_adapter(job["folder"], name, subfolder=name)
+        model.set_adapter(name)
+        model.delete_adapter(before)
+        yield name, model.eval()
+
+
 def _adapted_layers(model: nn.Module) -> int:
-    return sum(isinstance(module, LoraLayer) for module in model.modules())
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return sum(any(name in layer.lora_A for name in layer.active_adapters) for layer in layers)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from llava_keeplora.config import parse_config
-from llava_keeplora.export import export_run, verify, verify_worker
+from llava_keeplora.export import export_run, export_set, verify, verify_worker
 from llava_keeplora.sequence import runner
 
 BASE_ID = "you/tiny-base@abc123"
@@ -64,6 +64,27 @@ def exported(finished, tmp_path_factory):
                     export_run(finished(run), "adapter", folder, base_id=BASE_ID, name=f"you/{run}-adapter"),
                 )
         return done[run]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def adapter_sets(finished, tmp_path_factory):
+    """Function (`clip` or `llava`, options) → (folder, what `export_set` says of it), each written once."""
+    done = {}
+
+    def export(run, **options):
+        key = run, repr(sorted(options.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp(run) / "you" / f"{run}-set"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(verify, "verify_in_fresh_process", reload_here)
+                name = f"you/{run}-set"
+                done[key] = (
+                    folder,
+                    export_set(finished(run), folder, base_id=BASE_ID, name=name, **options),
+                )
+        return done[key]
 
     return export
 

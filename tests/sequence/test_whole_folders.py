@@ -19,7 +19,7 @@ from llava_keeplora.analysis import writers as analysis_folder
 from llava_keeplora.compare import writers as tables
 from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import UserError
-from llava_keeplora.export import export_run, import_state, run_export
+from llava_keeplora.export import adapter_set, export_run, export_set, import_state, run_export
 from llava_keeplora.files import left_behind, whole_folder
 from llava_keeplora.report import run_report
 from llava_keeplora.sequence.fork import fork
@@ -214,6 +214,26 @@ def test_a_killed_export_is_whole_or_not_there_and_the_same_command_goes_on(
         )
         > 5
     )
+
+
+def test_a_killed_export_of_a_set_is_whole_or_not_there_and_the_same_command_goes_on(
+    deadly, two_tasks_run, tmp_path, monkeypatch, stride
+):
+    monkeypatch.setattr(adapter_set, "verify_set", lambda folder, base, batch, expected, layers: expected)
+    logits = adapter_set._stage_logits
+    known = []
+
+    def once(learned, data):
+        known[:] = known or logits(learned, data)
+        return known
+
+    monkeypatch.setattr(adapter_set, "_stage_logits", once)
+
+    def command(into):
+        return export_set(two_tasks_run, into, label="keeplora", base_id="you/tiny-base", examples=1)
+
+    pictures = lambda name: name.endswith(".png")  # noqa: E731
+    assert kill_everywhere(deadly, command, tmp_path / "set", pictures, stride=stride(29)) > 3
 
 
 def test_a_killed_report_is_whole_or_not_there_and_the_same_command_goes_on(
