@@ -33,9 +33,12 @@ types: $(READY)
 	ln -sfn ../../data_recipes build/typed/llava_keeplora_recipes
 	$(BIN)/python -m mypy
 
-# A process per core, up to four; in the files' order, so that the long ones (docs, cli) don't come last.
+# A process more than there are cores, as tests that wait for others leave theirs idle, but at most four; in the files'
+# order, so that the long ones (docs, cli) don't come last.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
+
 test: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=10
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slow: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow

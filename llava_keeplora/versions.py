@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -31,9 +32,13 @@ DECODERS = ("pillow", "torchvision")
 WORKERS = ("threads", "processes")
 
 
+#: A library's version, read once per process: every reading parses the library's metadata.
+_version = cache(metadata.version)
+
+
 def installed_versions() -> dict[str, str]:
     """Return library → version, including Python's."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
 
 
 def decoder_versions() -> dict[str, str]:

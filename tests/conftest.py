@@ -268,7 +268,15 @@ def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def run_tree(tiny_clip, tiny_tasks):
+def shorter_runs() -> None:
+    """Runs of this process that leave out what shows nothing; see `shorten_runs`."""
+    from shorter_runs import shorten_runs
+
+    shorten_runs()
+
+
+@pytest.fixture(scope="session")
+def run_tree(tiny_clip, tiny_tasks, shorter_runs):
     """Function (output_dir, **changes) → a run as plain data: sequential LoRA and KeepLoRA on the tiny tasks."""
 
     def build(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
@@ -312,7 +320,7 @@ def small_vlm(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def llava_tree(tiny_llava, mixed_tasks):
+def llava_tree(tiny_llava, mixed_tasks, shorter_runs):
     """Function (output_dir, **changes) → a LLaVA run as plain data: three kinds of tasks, the projector trained in full."""
 
     def build(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
@@ -354,7 +362,7 @@ def run_config(run_tree):
 
 
 @pytest.fixture(scope="session")
-def driven():
+def driven(shorter_runs):
     """Function (config) → its folder, run without the report."""
     from llava_keeplora.sequence import runner
 

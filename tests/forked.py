@@ -154,7 +154,7 @@ def run(
             if code:
                 [rank.send_signal(signal.SIGTERM) for rank in ranks]
                 # One that waits for the dead in a collective hears no signal but the last, as under DeepSpeed's launcher.
-                until = time.monotonic() + patience() / 50
+                until = time.monotonic() + patience() / 100
                 while any(rank.returncode is None for rank in ranks) and time.monotonic() < until:
                     time.sleep(0.01)
                 [rank.kill() for rank in ranks]

@@ -8,8 +8,15 @@ import matplotlib.backends.backend_svg  # noqa: F401
 import scipy.io  # noqa: F401
 import torch.utils.cpp_extension  # noqa: F401
 
+from llava_keeplora.export import verify
+from shorter_runs import reload_here, shorten_runs
+
 with suppress(ImportError):
     # Most of a second of regular expressions at the first load of a model, kept for the next ones.
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     get_checkpoint_conversion_mapping("clip")
+
+shorten_runs()
+# Tests of exports load some of them again in a fresh process.
+verify.verify_in_fresh_process = reload_here

@@ -42,6 +42,10 @@ def halved(tree):
     return tree
 
 
+def first_tasks(tree, count):
+    return tree | {"tasks": tree["tasks"][:count]}
+
+
 def distances(one, two, label="keeplora", worst=1e-4):
     """Relative distances of two runs, (task, delta or state) → ‖x − y‖ / ‖x‖ over all layers: of ΔW, and of the projectors onto the bases as
     they are after the task, of which a state has the columns that it added.

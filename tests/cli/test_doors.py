@@ -153,12 +153,17 @@ def projector(basis):
     return columns @ columns.T
 
 
+@pytest.mark.parametrize(
+    "real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ranks", "deepspeed"]
+)
 def test_a_first_process_that_fails_at_the_start_takes_the_others_with_it(
-    config_file, launch, launcher, script, tmp_path
+    config_file, launch, launcher, script, tmp_path, real
 ):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
-    code, _, err = launch([*launcher(2), script], "--config", config_file(), "--output-dir", tmp_path / "run")
+    command, count = ([*launcher(2), script], 1) if real else ([sys.executable, script], 2)
+    arguments = ["--config", config_file(), "--output-dir", tmp_path / "run"]
+    code, _, err = launch(command, *arguments, processes=count)
     assert code != 0
     assert (
         err.count("error: ") == 1

@@ -87,7 +87,8 @@ def test_launchers_are_known_by_their_command_and_their_end_is_noticed(
 
 
 def test_a_plain_start_has_no_launcher():
-    code = "from llava_keeplora.sequence.launcher import launchers_above; print(launchers_above())"
+    # The module by itself: with its package it would bring all libraries of a run in.
+    code = f'import runpy; print(runpy.run_path("{watched.__file__}")["launchers_above"]())'
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -c '{code}' deepspeed; true"],
         capture_output=True,

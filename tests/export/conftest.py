@@ -1,12 +1,11 @@
 """Finished runs, and exports of them that several tests look at."""
 
-import contextlib
-
 import pytest
 
 from llava_keeplora.config import parse_config
-from llava_keeplora.export import export_run, export_set, verify, verify_worker
+from llava_keeplora.export import export_run, export_set, verify
 from llava_keeplora.sequence import runner
+from shorter_runs import reload_here
 
 BASE_ID = "you/tiny-base@abc123"
 WHOLE_PROJECTOR = {"parts": {"connector": {"train": "full", "learning_rate": 1e-3}}}
@@ -33,12 +32,6 @@ def finished(run_tree, llava_tree, tmp_path_factory):
         return done[form]
 
     return run
-
-
-def reload_here(room):
-    """Load an export again in this process: a start of Python with all libraries takes seconds."""
-    with contextlib.chdir(room):
-        verify_worker.main()
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ from llava_keeplora.cli import main
 from llava_keeplora.config import load_config, parse_config
 from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import ConfigError, RunError, UserError
-from llava_keeplora.export import import_state
+from llava_keeplora.export import import_state, verify
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.report.run_report import write_run_report
 from llava_keeplora.run_folder import read_dumped
 from llava_keeplora.saved_run import extended, load_run, read_identity
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora_recipes.registry import PluginError
+from shorter_runs import reload_here
 
 EXAMPLE = Path(__file__).parents[2] / "docs/examples/ewc_lora.py"
 LABEL = "ewc_lora-EwcLora"
@@ -134,6 +135,7 @@ def test_doctor_and_report_execute_nothing_of_it(copied):
 def test_a_state_that_names_it_is_imported_only_if_that_is_allowed(
     home, finished, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
     export_run(finished, "state", tmp_path / "state", base_id="user/base", examples=2)
     text = (tmp_path / "state/config.json").read_text()
     assert str(home) not in text and "ewc_lora:EwcLora" in text

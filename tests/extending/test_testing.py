@@ -116,7 +116,10 @@ def test_the_example_of_a_method_passes():
     ("method", "check", "sentence"),
     [
         (UpdatesOnlyWhenLoaded, "resuming_stages", "ends otherwise when it is stopped.*load_state_dicts"),
-        (ResumesOtherwise, "resuming_stages", "ends otherwise when it is stopped.*load_state_dicts"),
+        pytest.param(
+            *(ResumesOtherwise, "resuming_stages", "ends otherwise when it is stopped.*load_state_dicts"),
+            marks=pytest.mark.slow,
+        ),
         (IsNotReproducible, "resuming_stages", "ends otherwise when it is stopped"),
         (UsesTheNumberOfTasks, "extending", "when a run of one task is extended"),
         (BreaksTheBase, "base_restored", "changes the base: logit_scale"),

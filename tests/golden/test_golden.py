@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 
 from llava_keeplora import cli
 from llava_keeplora.config import load_config
+from llava_keeplora.export import verify
 from llava_keeplora.saved_run import extended, load_run
 from llava_keeplora.sequence import runner
+from shorter_runs import reload_here
 
 ARCHIVE = Path(__file__).with_name("release-0.1.0.tar.gz")
 #: Where the release's runs lay when they were recorded.
@@ -126,7 +128,7 @@ def test_a_run_that_the_release_began_ends_with_its_numbers(release, old, drive_
     assert_same_numbers(release / "run-clip", run, "keeplora")
 
 
-@pytest.mark.parametrize("family", RUNS)
+@pytest.mark.parametrize("family", ["clip", pytest.param("llava", marks=pytest.mark.slow)])
 def test_the_release_s_run_is_whole_extends_and_reports(old, drive_quietly, family, capfd):
     run = old(family)
     assert cli.main(["doctor", str(run)]) == 0, capfd.readouterr()
@@ -140,8 +142,9 @@ def test_the_release_s_run_is_whole_extends_and_reports(old, drive_quietly, fami
     )
 
 
-@pytest.mark.parametrize("form", ["adapter", "state"])
-def test_the_release_s_run_is_exported_and_its_state_imported(old, form, tmp_path, capfd):
+@pytest.mark.parametrize("form", [pytest.param("adapter", marks=pytest.mark.slow), "state"])
+def test_the_release_s_run_is_exported_and_its_state_imported(old, form, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
     run = old("clip")
     words = [
         "export",

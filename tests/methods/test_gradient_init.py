@@ -75,7 +75,11 @@ def directions(run, layers, bases, seed):
 
 # The ranks are the demos'.
 @pytest.mark.parametrize(
-    ("model", "recipe", "rank"), [("tiny-clip", "textures", 16), ("tiny-llava", "scene-captions", 8)]
+    ("model", "recipe", "rank"),
+    [
+        ("tiny-clip", "textures", 16),
+        pytest.param("tiny-llava", "scene-captions", 8, marks=pytest.mark.slow),
+    ],
 )
 def test_every_layers_A_from_a_sketch_holds_99_percent_of_the_best_subspaces_energy(
     monkeypatch, model, recipe, rank

@@ -42,6 +42,13 @@ NEEDED = {
 }
 
 
+#: What costs most is checked of these in every suite, of the others behind the slow marker.
+QUICK = ("qwen3_vl", "idefics3", "gemma3", "pixtral", "paligemma")
+of_quick_kinds = pytest.mark.parametrize(
+    "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in SMALL_VLMS], indirect=True
+)
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A folder with images of four shapes."""
@@ -134,6 +141,7 @@ def test_the_loss_is_the_models_own_on_the_same_labels(family, data):
         assert learned.endswith(end.strip()) and (answer in learned or data.recipe.name != "mixed")
 
 
+@of_quick_kinds
 def test_the_contract_of_a_family_holds(family, data):
     check_inputs(family, data)
     check_layer_gradients(family, data)
@@ -141,6 +149,7 @@ def test_the_contract_of_a_family_holds(family, data):
     check_skeleton(family, data)
 
 
+@of_quick_kinds
 def test_the_first_of_a_batch_is_a_batch_of_the_first(family, data):
     inputs, task = family.inputs(data, Prepared(family, data)), family.task(data.recipe)
     for count in range(1, len(data) + 1):
@@ -170,6 +179,7 @@ def test_a_text_alone_gives_every_part_a_gradient(kind, family, pictures):
     assert all(layer.weight.grad is not None for layer in layers)
 
 
+@of_quick_kinds
 def test_a_batch_is_answered_as_one_by_one_and_as_plain_generate(family, data):
     predictor = family.predictor(data.recipe, Prepared(family, data))
     examples = [data[i] for i in range(len(data))]

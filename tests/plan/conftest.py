@@ -51,7 +51,7 @@ def wide_llava(tmp_path_factory, tiny_llava, enlarge) -> Path:
     text = dict(
         hidden_size=512,
         intermediate_size=1376,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=8,
         head_dim=64,
@@ -87,9 +87,14 @@ def peaks():
     from llava_keeplora.config import parse_config
     from llava_keeplora.plan import make_plan
 
+    planned: dict[str, dict[str, int]] = {}
+
     def of(tree, gpus: int = 1) -> dict[str, int]:
-        plan = make_plan(parse_config(tree), gpus, 1000.0)
-        return {stage.stage: stage.device for stage in plan.methods[0].stages}
+        key = json.dumps([tree, gpus], sort_keys=True)
+        if key not in planned:
+            plan = make_plan(parse_config(tree), gpus, 1000.0)
+            planned[key] = {stage.stage: stage.device for stage in plan.methods[0].stages}
+        return dict(planned[key])
 
     return of
 

@@ -83,7 +83,16 @@ def test_answers_that_are_too_many_at_once_are_asked_for_in_smaller_batches(on_t
     assert changes_text(at(tree, found["evaluate"] - 1000).changes) == "evaluation.batch_size=4"
 
 
-def test_a_model_that_is_too_large_fits_in_half_precision_or_quantised(on_train, peaks):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.dtype": "bfloat16"},
+        # A start that names the quantised base is among the quick tests below.
+        pytest.param({"model.dtype": "bfloat16", "model.quantization": "nf4"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda change: "-".join(change.values()),
+)
+def test_a_model_that_is_too_large_fits_in_half_precision_or_quantised(on_train, peaks, change):
     tree, _ = on_train
     # No smaller batch is there to be tried.
     tree = {
@@ -91,15 +100,9 @@ def test_a_model_that_is_too_large_fits_in_half_precision_or_quantised(on_train,
         "training": {**tree["training"], "per_device_train_batch_size": 1, "gradient_checkpointing": True},
         "evaluation": {"batch_size": 1, "max_new_tokens": 2},
     }
-    half, quantised = (
-        peaks({**tree, "model": {**tree["model"], "dtype": "bfloat16", **more}})["load"]
-        for more in ({}, {"quantization": "nf4"})
-    )
-    assert at(tree, half + 1000).changes["model.dtype"] == "bfloat16"
-    assert stage_of(at(tree, quantised + 1000), "load").changes == {
-        "model.dtype": "bfloat16",
-        "model.quantization": "nf4",
-    }
+    model = {key.partition(".")[2]: value for key, value in change.items()}
+    enough = peaks({**tree, "model": {**tree["model"], **model}})["load"] + 1000
+    assert stage_of(at(tree, enough), "load").changes == change
 
 
 def test_where_nothing_fits_the_plan_says_so(on_train):

@@ -38,12 +38,15 @@ def runs_on(family, methods=LEARNING):
     return [name for name in methods if family in METHODS[name].info.families]
 
 
-def for_every(methods, slow=()):
-    """A test for each method on each family that it runs on."""
+def for_every(methods, slow=(), quick=()):
+    """A test for each method on each family that it runs on; on the slow families behind the marker, but for the quick methods."""
     pairs = [(family, name) for family in FAMILIES for name in runs_on(family, methods)]
     return pytest.mark.parametrize(
         ("family", "method"),
-        [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[0] in slow)) for pair in pairs],
+        [
+            pytest.param(*pair, marks=[pytest.mark.slow] * (pair[0] in slow and pair[1] not in quick))
+            for pair in pairs
+        ],
     )
 
 
@@ -257,7 +260,7 @@ def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, metho
     assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
 
 
-@for_every(LEARNING)
+@for_every(LEARNING, slow=("llava",), quick=("sd-lora",))
 def test_a_method_passes_the_checks_of_third_parties(trees, family, method):
     """Resuming is checked of those that test_resume.py does not stop everywhere, after stages on CLIP alone."""
     slow = [

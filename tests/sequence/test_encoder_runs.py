@@ -1,6 +1,5 @@
 """KeepLoRA on two tasks with each type of two-encoder model: what it promises holds, and exports are plain models."""
 
-import contextlib
 import json
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from llava_keeplora.adapters import load_deltas
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.export import export_run, verify, verify_worker
+from llava_keeplora.export import export_run, verify
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import make_plan
@@ -21,11 +20,12 @@ from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.models import load_predictor
 from llava_keeplora_eval.predictions import read_predictions
 from llava_keeplora_recipes import load_recipe, load_split
+from shorter_runs import reload_here
 from tiny_encoders import IMAGES, KINDS, PADDING, write_clipseg, write_encoders
 from tiny_models import TASKS
 
 #: Run whole in every suite; the others behind the slow marker.
-QUICK = ("siglip", "siglip2", "chinese_clip")
+QUICK = ("siglip2", "chinese_clip")
 
 
 @pytest.fixture(
@@ -71,12 +71,6 @@ def last(run, tiny_tasks):
     (file,) = run.glob(f"keeplora/task-02*/predictions/{data.recipe.name}.jsonl")
     answers = read_predictions(file, data)
     return data, [answers[key] for key in data.ids]
-
-
-def reload_here(folder):
-    """Load an export again in this process."""
-    with contextlib.chdir(folder):
-        verify_worker.main()
 
 
 def plain_answers(kind, model, place, data):

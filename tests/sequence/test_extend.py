@@ -62,7 +62,7 @@ def test_a_task_appended_in_the_configuration_extends_the_run_too(
     assert outcome(copied) == outcome(three_tasks_run)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_an_extension_stopped_at_every_stage_ends_with_the_same_files(
     copied, three_tasks_run, drive, outcome, stopped, tiny_tasks, monkeypatch, when
 ):

@@ -52,7 +52,7 @@ def killed_until_it_ends(tree, moments, seed, log) -> int:
     raise AssertionError("the run does not end")
 
 
-@pytest.mark.parametrize("family", ["clip", "llava"])
+@pytest.mark.parametrize("family", ["clip", pytest.param("llava", marks=pytest.mark.slow)])
 def test_a_run_killed_anywhere_ends_with_the_same_files(undisturbed, left_behind, tmp_path, family):
     build, whole, moments = undisturbed(family)
     assert killed_until_it_ends(build(tmp_path / "run"), moments, 0, tmp_path / "log") > 1

@@ -1,4 +1,4 @@
-"""Runs of three tasks, as configurations, in one process, and in two."""
+"""Runs of two and three tasks, as configurations, in one process, and in two."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from llava_keeplora.config import ModelConfig, parse_config
 from llava_keeplora.models import open_model
 from tiny_encoders import write_encoders
 from tiny_models import TASKS
-from zero_runs import BATCH, STEADY, ZERO, distances, halved
+from zero_runs import BATCH, STEADY, ZERO, distances, first_tasks, halved
 
 UNDRAWN = """
 import runpy
@@ -74,14 +74,15 @@ def trees(run_tree, llava_tree, small_vlm, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def references(trees, driven, tmp_path_factory):
-    """Family → the same run in one process, without DeepSpeed."""
+    """Family and number of tasks → the same run in one process, without DeepSpeed."""
     done = {}
 
-    def reference(family):
-        if family not in done:
+    def reference(family, count):
+        if (family, count) not in done:
             folder = tmp_path_factory.mktemp(family) / "run"
-            done[family] = driven(parse_config(trees[family]() | {"output_dir": str(folder)}))
-        return done[family]
+            tree = first_tasks(trees[family](), count)
+            done[family, count] = driven(parse_config(tree | {"output_dir": str(folder)}))
+        return done[family, count]
 
     return reference
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from zero_runs import ZERO, distances, halved
+from zero_runs import ZERO, distances, first_tasks, halved
 
 WOUNDED = """
 import os, runpy, signal
@@ -64,7 +64,7 @@ def test_a_process_that_dies_takes_the_others_along_and_the_run_goes_on_with_any
     code, _, err = launch(
         [sys.executable, wounded(stage, wound, rank)],
         "--config",
-        written(halved(trees["clip"]()), zero),
+        written(halved(first_tasks(trees["clip"](), 2)), zero),
         "--output-dir",
         tmp_path / "run",
         processes=2,
@@ -78,10 +78,14 @@ def test_a_process_that_dies_takes_the_others_along_and_the_run_goes_on_with_any
     assert (1, "CLOSED") in done and (2, stage.upper()) not in done
     # One process alone, at the same number of examples per step.
     code, _, err = launch(
-        [sys.executable, script], "--config", written(trees["clip"](), zero), "--output-dir", tmp_path / "run"
+        [sys.executable, script],
+        "--config",
+        written(first_tasks(trees["clip"](), 2), zero),
+        "--output-dir",
+        tmp_path / "run",
     )
     assert code == 0, err
-    apart = distances(references("clip"), tmp_path / "run")
+    apart = distances(references("clip", 2), tmp_path / "run")
     assert max(apart.values()) < 1e-5, apart
 
 
