@@ -170,7 +170,7 @@ def _video_settings(path: str, revision: str | None) -> dict[str, Any]:
     return named or get_image_processor_config(path, revision=revision)
 
 
-def _with_videos(cls: type, videos: PillowVideos | None) -> Any:
+def _with_videos(cls: Any, videos: PillowVideos | None) -> Any:
     """Return a processor's class with a video processor, or with a stand-in for one where there is none."""
     if "video_processor" not in inspect.signature(cls.__init__).parameters:
         return cls

@@ -40,6 +40,12 @@ def read_checkpoint(folder: Path, base: ModelConfig) -> dict[str, Delta | FullDe
         RunError: it is of another architecture, or equals the base.
         EvalError: one of the two cannot be loaded.
     """
+    if base.object:
+        raise RunError(
+            f"{folder} is a whole checkpoint, whose change is taken against the base's files, and the run's "
+            f"base is a {base.object} in memory",
+            "adopt an adapter, or start a run that names the checkpoint of its base",
+        )
     before = load_model(replace(base, dtype="float32", quantization=None))
     # The weights alone: what was trained elsewhere may have been saved without its processor.
     after = load_checked(getattr(transformers, before.auto_class), str(folder), dtype=torch.float32)

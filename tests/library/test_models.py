@@ -82,6 +82,7 @@ def test_a_clip_object_gives_bit_for_bit_what_its_checkpoint_gives(
     assert learned(finished) == learned(tmp_path / "run") and len(learned(finished)) > 4
 
 
+@pytest.mark.slow
 def test_a_llava_object_does_too_and_goes_on_after_a_stop(llava_tree, tiny_llava, driven, tmp_path):
     settings = {"tasks": llava_tree("")["tasks"][:2]}
     driven(parse_config(llava_tree(tmp_path / "files", **settings)))
@@ -143,10 +144,7 @@ def test_a_run_on_an_object_predicts_exports_and_is_extended(finished, clip, fil
     assert answers == [json.loads(line)["text"] for line in path.read_text().splitlines()]
     with pytest.raises(UserError, match="base_id"):
         run.export("adapter")
-    for form in ("adapter", "merged", "state"):
-        assert run.export(form, tmp_path / form, base_id="user/tiny", examples=2).tasks == 2
-    state = json.loads((tmp_path / "state" / "config.json").read_text())
-    assert state["model"]["name_or_path"] == "user/tiny" and "object" not in state["model"]
+    assert run.export("merged", tmp_path / "merged", base_id="user/tiny", examples=2).tasks == 2
     assert run.extend(str(files["corners"]))["keeplora"].complete and same(clip["model"], before)
 
 
@@ -156,7 +154,9 @@ def test_the_exported_state_of_an_object_goes_on_from_the_checkpoint(
     from llava_keeplora.export import import_state
 
     run = Run.open(finished, **clip)
-    run.export("state", tmp_path / "state", base_id="user/tiny", examples=2)
+    run.export("adapter", tmp_path / "state", base_id="user/tiny", examples=2)
+    state = json.loads((tmp_path / "state" / "keeplora_state" / "config.json").read_text())
+    assert state["model"]["name_or_path"] == "user/tiny" and "object" not in state["model"]
     import_state(
         tmp_path / "state", tmp_path / "run", base=str(tiny_clip), data_root=str(files["colours"].parent)
     )
@@ -212,6 +212,14 @@ def test_a_model_whose_copy_a_method_needs_is_copied_with_its_own_weights(clip):
     base = BaseWeights({layer: model.get_submodule(layer)})
     base.apply([{layer: FullDelta({"weight": torch.ones_like(model.visual_projection.weight)})}])
     assert same(base.copy_of(model), weights(clip["model"])) and not same(model, weights(clip["model"]))
+
+
+def test_a_checkpoint_is_not_adopted_into_a_run_on_an_object(tmp_path):
+    from llava_keeplora.adopt.checkpoint import read_checkpoint
+    from llava_keeplora.config import ModelConfig
+
+    with pytest.raises(UserError, match="base is a CLIPModel in memory.*adapter"):
+        read_checkpoint(tmp_path, ModelConfig("any", object="CLIPModel"))
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
