@@ -38,8 +38,8 @@ PROCESSOR = (
 #: Keys of a configuration that depend on how it was written, not on the model.
 WRITTEN_BY = ("_name_or_path", "transformers_version")
 
-#: Of a tokenizer's files, what its last use leaves there (padding, truncation) or names a folder.
-USED = (*WRITTEN_BY, "padding", "truncation", "name_or_path")
+#: The same of a processor's files.
+PROCESSOR_WRITTEN_BY = (*WRITTEN_BY, "name_or_path")
 
 #: Prefix of the keys of a record of a model in memory.
 OBJECT = "object_"
@@ -205,21 +205,29 @@ def is_object(record: Mapping[str, Any]) -> bool:
 
 
 def save_processor(processor: Any, folder: Path) -> None:
-    """Write a processor's files, or those of its image processor and tokenizer."""
+    """Write a processor's files, or those of its image processor and tokenizer.
+
+    Padding and truncation of the last texts, which transformers leaves in `tokenizer.json`
+    (github.com/huggingface/transformers/issues/24441), are taken out.
+    """
     for part in (
         (processor,)
         if hasattr(processor, "save_pretrained")
         else (processor.image_processor, processor.tokenizer)
     ):
         part.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8")) | {"padding": None, "truncation": None}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _settings(path: Path) -> Any:
-    """Return the content of a processor's file without what changes when it is used or written again."""
+    """Return the content of a processor's file without what changes when it is written again."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
     if not isinstance(content, dict):
         return file_hash(path)
-    return {key: value for key, value in content.items() if key not in USED}
+    return {key: value for key, value in content.items() if key not in PROCESSOR_WRITTEN_BY}
 
 
 def _bytes_hash(tensor: Any) -> str:

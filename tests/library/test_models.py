@@ -13,6 +13,7 @@ from llava_keeplora import Run
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import UserError
 from llava_keeplora.models import ASSETS
+from llava_keeplora_eval.content import object_content, save_processor
 from llava_keeplora_eval.models import load_clip_processor
 from llava_keeplora_eval.processors import load_chat_processor
 
@@ -69,9 +70,10 @@ def finished(tree, clip, tmp_path_factory):
     """A run on the tiny CLIP as an object."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llava_keeplora.sequence.runner.write_run_report", lambda root: None)
-        folder, before = tmp_path_factory.mktemp("given") / "run", weights(clip["model"])
+        folder, before = tmp_path_factory.mktemp("given") / "run", object_content(**clip)
         Run(tree(folder), **clip).train()
-        assert same(clip["model"], before), "the caller's model has its own weights again"
+        assert object_content(**clip) == before, "the caller's model has its own weights and settings again"
+        assert all(p.requires_grad for p in clip["model"].parameters())
     return folder
 
 
@@ -113,12 +115,13 @@ def test_another_model_or_none_is_refused_and_nothing_is_lost(finished, clip):
     assert learned(finished) == before
 
 
-def test_the_processor_is_the_same_after_it_was_used(clip):
-    from llava_keeplora_eval.content import object_content
-
+def test_the_processor_is_the_same_after_it_was_used(clip, tmp_path):
     before = object_content(**clip)
     clip["processor"].tokenizer(["a", "a photo of"], padding=True, truncation=True, return_tensors="pt")
     assert object_content(**clip) == before
+    save_processor(clip["processor"], tmp_path)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert written["padding"] is written["truncation"] is None and written["model"]["vocab"]
 
 
 def test_what_needs_no_model_works_without_it(finished, capsys):
