@@ -75,6 +75,36 @@ def test_the_readme_names_the_files_that_it_shows(folder):
     assert {"birds.yaml", "receipts.yaml", "run.yaml"} <= {p.name for p in folder.iterdir()}
 
 
+def test_the_loop_of_the_readme_trains_and_protects(tmp_path):
+    """Its four lines, around a small text model."""
+    from tests.memory.conftest import make_text_model, text_batches
+    from transformers import Trainer, TrainingArguments
+
+    from llava_keeplora import KeepLora
+
+    (block,) = blocks("python")
+    model, batches = make_text_model(), text_batches(1)
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    names = {
+        "KeepLora": KeepLora,
+        "Trainer": Trainer,
+        "model": model,
+        "batches": batches,
+        "dataset": [{key: value[i] for key, value in batches[0].items()} for i in range(4)],
+        "args": TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+    }
+    exec(block.replace("rank=16", "rank=2"), names)
+    assert [task.name for task in names["memory"].tasks] == ["task-1"]
+    assert not before.equal(model.model.layers[0].self_attn.q_proj.weight)
+
+
 def test_the_run_of_the_readme_is_a_valid_configuration(folder, monkeypatch):
     from llava_keeplora.config import load_config
 
