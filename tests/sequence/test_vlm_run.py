@@ -1,6 +1,7 @@
 """Runs of models other than LLaVA: stopped and gone on with, extended, and of a type that the configuration describes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from llava_keeplora.errors import ConfigError
 from llava_keeplora.models import open_model
 from llava_keeplora.models.layouts import LAYOUTS
 from llava_keeplora.saved_run import extended
+from llava_keeplora_eval.video_inputs import LAYOUTS as VIDEO_LAYOUTS
+from llava_keeplora_recipes import load_recipe, load_split
 
 PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
 #: Packed patches with M-RoPE; crops in a second dimension with two kinds of attention.
@@ -19,13 +22,13 @@ KINDS = ("qwen2_5_vl", "idefics3", "qwen3_vl", "gemma3", "internvl", "paligemma"
 
 @pytest.fixture
 def vlm_config(small_vlm, mixed_tasks):
-    def build(kind, folder, tasks=2, training=(), **model):
+    def build(kind, folder, tasks=2, training=(), recipes=None, **model):
         model = {"name_or_path": str(small_vlm(kind))} | model
         config = ModelConfig(**model)
         return parse_config(
             {
                 "output_dir": str(folder),
-                "tasks": [str(path) for path in (mixed_tasks[0], mixed_tasks[2])][:tasks],
+                "tasks": [str(path) for path in recipes or (mixed_tasks[0], mixed_tasks[2])][:tasks],
                 "model": model,
                 "parts": {part: dict(PART) for part in model.get("parts", open_model(config).targets)},
                 "methods": {"keeplora": {}},
@@ -89,6 +92,34 @@ def test_it_trains_with_less_memory(kind, vlm_config, drive, tmp_path):
         assert sum(bool(delta.dense().any()) for delta in found.values()) > len(found) / 2, name
     for name, delta in deltas["recomputed"].items():
         torch.testing.assert_close(delta.dense(), deltas["whole"][name].dense(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.fixture
+def video_task(mixed_tasks, tmp_path):
+    """The recipe of questions on videos of two frames each, and on images."""
+    folder = shutil.copytree(mixed_tasks[0].parent, tmp_path / "videos")
+    for split in ("train", "test"):
+        path = folder / f"questions-{split}.json"
+        rows = json.loads(path.read_text())
+        for row, other in zip(rows[::2], rows[1::2], strict=False):
+            row["video"] = [row.pop("image"), other["image"]]
+            row["conversations"][0]["value"] = "What color?"
+        path.write_text(json.dumps(rows))
+    recipe = folder / mixed_tasks[0].name
+    recipe.write_text(recipe.read_text().replace("format: llava_json", "format: llava_json\n  frames: 2"))
+    return recipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in VIDEO_LAYOUTS if kind != "qwen2_vl"])
+def test_a_stopped_run_on_videos_ends_as_an_undisturbed_one(
+    kind, vlm_config, drive, run_to_the_end, stop_within_training, outcome, video_task, tmp_path
+):
+    assert sum(map(len, load_split(load_recipe(video_task), "train").videos)) > 1
+    drive(vlm_config(kind, tmp_path / "whole", recipes=[video_task]))
+    stop_within_training(1)
+    assert run_to_the_end(vlm_config(kind, tmp_path / "stopped", recipes=[video_task])) == 2
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
 def test_parts_of_a_type_that_is_not_known_are_named_in_the_configuration(
