@@ -137,6 +137,7 @@ def test_what_needs_no_model_works_without_it(finished, capsys):
     assert "Run.open(FOLDER, model=model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_on_an_object_predicts_exports_and_is_extended(finished, clip, files, tmp_path, quick_reload):
     import shutil
 

@@ -94,6 +94,7 @@ def test_a_predictor_answers_as_the_run_did(finished, given):
     assert dict(zip(run.data("colours").ids, answers, strict=True)) == recorded
 
 
+@pytest.mark.slow
 def test_a_run_is_extended_by_a_dataset(finished, given, tables, tmp_path, from_files, files):
     import shutil
 
