@@ -21,6 +21,7 @@ from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.export.verify_worker import plain_logits
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
+from llava_keeplora_eval.models import load_predictor
 from llava_keeplora_recipes import load_split
 
 #: vllm/config/lora.py, MaxLoRARanks.
@@ -97,6 +98,21 @@ def test_plain_peft_loads_all_of_them_onto_one_base_and_switching_gives_the_answ
             found, expected[index], atol=2e-5 * float(expected[index].abs().max()), rtol=0
         )
         assert (found.argmax(-1) == expected[index].argmax(-1)).all()
+
+
+def test_predict_gives_the_answers_that_the_run_gave_after_that_stage(adapter_sets, finished, tiny_llava):
+    folder, done = adapter_sets("llava")
+    learned = load_learned_run(finished("llava"))
+    tokens = learned.config["evaluation"]["max_new_tokens"]
+    recipe = learned.recipes[0]
+    data = load_split(recipe, "test", learned.config["data"]["root"])
+    answers = []
+    for member in done.members:
+        path = finished("llava") / "keeplora" / member.name / f"predictions/{recipe.name}.jsonl"
+        answers.append([json.loads(line)["text"] for line in path.read_text().splitlines()])
+        model = load_predictor(str(folder / member.name), recipe, "cpu", tokens, base=str(tiny_llava))
+        assert model.predict([data[i] for i in range(len(data))]) == answers[-1]
+    assert answers[0] != answers[2], "the stages answer differently"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
