@@ -38,7 +38,7 @@ def read_dataset(
             f"'{split}' is not given here",
             f"go on in Python, with Run.open(FOLDER, datasets={{'{recipe.name}': dataset}})",
         )
-    anywhere = Path(Path.cwd().anchor)  # Paths of pictures in a caller's own table are the caller's choice.
+    anywhere = Path(Path.cwd().anchor)  # Paths of images in a caller's own table are the caller's choice.
     return from_table(recipe, split, HubTable(recipe.tables[split]), None, (anywhere,), problems)
 
 

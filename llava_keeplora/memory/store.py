@@ -62,7 +62,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a memory consists of beside the model.
+    """All that a memory consists of in addition to the model.
 
     Args:
         record: `arguments` and `options` that it was made with, `base` with the model's class, its name and

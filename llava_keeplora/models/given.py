@@ -138,7 +138,7 @@ class GivenModel:
         made = tuple(blank["pixel_values"].shape[2:])
         if isinstance(side, int) and len(made) == 2 and made != (side, side):
             raise ConfigError(
-                f"the processor is not the model's: it makes pictures of {made[0]} × {made[1]} pixels, and "
+                f"the processor is not the model's: it makes images of {made[0]} × {made[1]} pixels, and "
                 f"the model takes {side} × {side}",
                 PROCESSOR,
             )
