@@ -79,7 +79,7 @@ def _reason(error: Exception) -> str:
     return "it is nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0][:120]
 
 
-def stages_of(task: int) -> tuple[str, ...]:
+def stages_of(task: int) -> tuple[Stage, ...]:
     """Return the stages of a task, in order."""
     return STAGES if task else BASE_STAGES
 

@@ -163,7 +163,8 @@ def _write_adapters(
 ) -> tuple[_Written, Usage]:
     """Write every adapter to a folder of its name, and take the logits that loading it must give."""
     family = learned.load("float32", [])
-    adapters, expected, batch, targets = {}, {}, {}, set()
+    adapters, expected, targets = {}, {}, set()
+    batch: dict[str, Tensor] = {}
     for index, (name, tasks) in enumerate(updates.items(), 1):
         combined = combine(tasks, ranks[name], ranks[name])
         write_adapter(folder / name, combined, family.model, family.parts, base)
