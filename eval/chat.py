@@ -130,6 +130,7 @@ class Chat:
         if takes_videos(processor):
             self._by_size.video_processor = VideoShapes.of(processor.video_processor)
         self._special = _special_tokens(processor)
+        self._asked: tuple[Any, list[int]] = (None, [])
         self.pad_id = (
             self.tokenizer.pad_token_id
             if self.tokenizer.pad_token_id is not None
@@ -221,7 +222,11 @@ class Chat:
         self._refuse_special(question, history, answer)
         videos = given_videos(self.processor, len(sizes), videos)
         text = render(self.processor, question, len(sizes), history, videos=videos)
-        prompt = self._encode(text, sizes, videos, times)["input_ids"]
+        # An image's captions follow each other, and their prompt is the same.
+        asked = (text, list(sizes), videos, list(times))
+        if self._asked[0] != asked:
+            self._asked = asked, self._encode(text, sizes, videos, times)["input_ids"]
+        prompt = self._asked[1]
         if takes_suffix(self.processor):
             tokens = self._encode(text, sizes, videos, times, suffix=[answer])
         else:
