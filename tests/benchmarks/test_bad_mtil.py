@@ -63,7 +63,7 @@ OFFICIAL = "replace it by the official file."
         ("cifar100", "cifar-100-python/train", pickle.dumps({"data": np.zeros((1, 3072)), "fine_labels": [0]}, 2), f"ROOT/cifar-100-python/train holds an array that is none of CIFAR's (ValueError: no bytes, row by row); {OFFICIAL}"),
         ("mnist", "MNIST/raw/train-images-idx3-ubyte", lambda b: b[:-1], "ROOT/MNIST/raw/train-images-idx3-ubyte is no IDX file of bytes in 3 dimensions, or is cut off; replace it by the official file, unpacked."),
         ("mnist", "MNIST/raw/train-labels-idx1-ubyte", b"\x1f\x8b", "ROOT/MNIST/raw/train-labels-idx1-ubyte is no IDX file of bytes in 1 dimension, or is cut off; replace it by the official file, unpacked."),
-        ("mnist", "MNIST/raw/train-labels-idx1-ubyte", struct.pack(">2I", 0x801, 1) + b"\0", "train-images-idx3-ubyte holds 6 pictures and train-labels-idx1-ubyte 1 labels; use the two files of one release."),
+        ("mnist", "MNIST/raw/train-labels-idx1-ubyte", struct.pack(">2I", 0x801, 1) + b"\0", "train-images-idx3-ubyte holds 6 images and train-labels-idx1-ubyte 1 labels; use the two files of one release."),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_named(refusal, task, path, content, sentence):
