@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from llava_keeplora.adapters import Delta, FullDelta, full_deltas
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import RunError
-from llava_keeplora.models import DTYPES, load_model
+from llava_keeplora.models import load_model
 from llava_keeplora_eval.checkpoints import load_checked
 
 UNIT_ROUNDOFF = 2.0**-24
+#: What a base in fp32 may have been rounded to.
+ROUNDED = (torch.bfloat16, torch.float16)
 #: The smaller side of a weight up to which its whole SVD is taken, and the directions of a truncated one.
 WHOLE, TRUNCATED = 1024, 288
 
@@ -29,8 +31,8 @@ def read_checkpoint(folder: Path, base: ModelConfig) -> dict[str, Delta | FullDe
     """Return what a checkpoint changes of its base, module by module.
 
     The difference is stored exactly (in fp32). It is stored as B A instead where that differs by less than
-    fp32 rounds, as it does for a LoRA that was merged in fp32. A tensor that is the base's in the
-    checkpoint's dtype is no change.
+    fp32 rounds, as it does for a LoRA that was merged in fp32. A tensor that is the base's, rounded to half
+    precision as a whole checkpoint may be, is no change.
 
     Args:
         folder: the checkpoint's folder.
@@ -58,13 +60,12 @@ def read_checkpoint(folder: Path, base: ModelConfig) -> dict[str, Delta | FullDe
                 f"there and {shapes[0]} here",
                 "adopt it into a run of the base that it was made from",
             )
-    dtype = DTYPES.get(str(getattr(after.config, "dtype", "")).removeprefix("torch."), torch.float32)
     with torch.no_grad():
         changes = {
             name: (new[name].double() - old[name].double()).float()
             for name in old
             if not torch.equal(new[name], old[name])
-            and not torch.equal(new[name], old[name].to(dtype).float())
+            and not any(torch.equal(new[name], old[name].to(dtype).float()) for dtype in ROUNDED)
         }
         if not changes:
             raise RunError(f"{folder} has the weights of the run's base", "adopt what was trained")

@@ -182,10 +182,10 @@ def check_layers(update: Update, label: str, changed: Changed) -> Deltas:
     deltas, name = update.deltas, update.source.folder
     beyond = [layer for layer in deltas if layer not in changed.modules]
     if beyond:
-        what = "tensors, as another base would" if update.source.form == CHECKPOINT else "layers"
+        first = ".".join(filter(None, [beyond[0], next(iter(deltas[beyond[0]].changes()))]))
         raise RunError(
-            f"{name} changes {len(beyond)} {what}, that '{label}' does not train (first '{beyond[0]}')",
-            "adopt it into a run whose `parts` name them, or " + OTHER_BASE,
+            f"{name} changes {len(beyond)} modules that '{label}' does not train (first '{first}')",
+            "adopt it into a run whose `parts` name them, if it was trained on that run's base",
         )
     for layer in changed.adapted:
         delta = deltas.get(layer)
