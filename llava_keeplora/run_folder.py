@@ -150,6 +150,7 @@ SCHEMAS: dict[str, Any] = {
             "source": str,
             "form": str,
             "removed": NUMBER,
+            "protects": str,
             "parts": Each(NUMBER),
             "layers": Each(NUMBER),
             "before?": Each({"score": NUMBER}),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.run_folder import SCORES, TRAIN, read_record, task_files
+from llava_keeplora.run_folder import CAPACITY, CONSOLIDATED, SCORES, TRAIN, read_record, task_files
 
 
 def adopted_lines(label: str, folder: Path) -> list[str]:
@@ -21,14 +21,16 @@ def adopted_lines(label: str, folder: Path) -> list[str]:
     for path in task_files(folder, TRAIN):
         record = read_record(path).get("adopted")
         if record is not None:
-            scores = path.with_name(SCORES)
-            lines.append(
-                _line(label, path.parent.name, record, read_record(scores) if scores.exists() else {})
-            )
+            scores, consolidated = path.with_name(SCORES), path.with_name(CONSOLIDATED)
+            protects = consolidated.exists() and CAPACITY in read_record(consolidated)
+            found = read_record(scores) if scores.exists() else {}
+            lines.append(_line(label, path.parent.name, record, found, protects))
     return lines
 
 
-def _line(label: str, where: str, record: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+def _line(
+    label: str, where: str, record: Mapping[str, Any], scores: Mapping[str, Any], protects: bool
+) -> str:
     task = where.split("-", 2)[2]
     parts = ", ".join(f"{part} {_percent(share)}" for part, share in record["parts"].items())
     taken = (
@@ -36,7 +38,15 @@ def _line(label: str, where: str, record: Mapping[str, Any], scores: Mapping[str
         if record["removed"]
         else "its update is taken over whole"
     )
-    return f"{label}: {task} was adopted from {record['source']}; {taken}{_scores(task, record, scores)}"
+    kept = (
+        "its features are protected from then on"
+        if record["protects"] == "features"
+        else "without training data, the row directions of its update are protected from then on"
+    )
+    return (
+        f"{label}: {task} was adopted from {record['source']}; {taken}{_scores(task, record, scores)}"
+        + f"; {kept}" * protects
+    )
 
 
 def _scores(task: str, record: Mapping[str, Any], scores: Mapping[str, Any]) -> str:

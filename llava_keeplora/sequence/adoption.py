@@ -116,6 +116,7 @@ def take_over(state: MethodState, index: int) -> Outcome:
     taken = _project(state, index, given)
     parts = state.context.family.parts
     record = source | removed_energy(given, taken, lambda name: part_of(name, parts) or "the rest")
+    record["protects"] = "features" if len(state.context.inputs[index - 1]) else "rows"
     if record["removed"] > NOTHING:
         record["before"] = _scores_before(state, index, given)
     delta_path, log_path = state.path(index, DELTA), state.path(index, TRAIN)

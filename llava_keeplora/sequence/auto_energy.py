@@ -68,7 +68,7 @@ def _zero_shot(context: RunContext) -> float:
     """Return the mean score in percent of the model as it is, over the training splits of all tasks."""
     scores: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        for task in context.tasks:
+        for task in (task for task in context.tasks if len(task.train)):
             count = min(EXAMPLES, len(task.train))
             data = task.train.take(i * len(task.train) // count for i in range(count))
             path = Path(folder) / f"{len(scores)}.jsonl"

@@ -6,8 +6,10 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from llava_keeplora.adapters import Delta
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
 from llava_keeplora.methods import TaskContext
 from llava_keeplora.run_folder import CONSOLIDATED, Stage, read_record
@@ -50,6 +52,8 @@ def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
 def run_gradient_pass(state: MethodState, index: int, fraction: float, statistics: Mapping[str, Any]) -> None:
     """Feed the first-step gradient of every layer into its statistic; see `capture.gradient_pass`.
 
+    For a task without training data the rows of its update stand in for the gradient; see `update_rows`.
+
     Args:
         state: the method's state.
         index: the task.
@@ -57,6 +61,11 @@ def run_gradient_pass(state: MethodState, index: int, fraction: float, statistic
         statistics: layer name → statistic.
     """
     context = state.context
+    if not len(context.inputs[index - 1]):
+        for name, rows in update_rows(state, index).items():
+            if name in statistics:
+                statistics[name].add(rows, torch.eye(len(rows), device=rows.device))
+        return
     batches, chosen = _batches(state, index, fraction, GRADIENT_COST)
     task, total = context.family.task(state.tasks[index - 1].recipe), chosen.weight
     if state.method.counts_examples:
@@ -78,6 +87,8 @@ def run_feature_pass(
 ) -> Mapping[str, Any]:
     """Feed every layer's input features into statistics; see `capture.feature_pass`.
 
+    For a task without training data the rows of its update stand in for features; see `update_rows`.
+
     Args:
         state: the method's state.
         index: the task.
@@ -89,12 +100,37 @@ def run_feature_pass(
         layer name → statistic.
     """
     context = state.context
+    if not len(context.inputs[index - 1]):
+        rows = update_rows(state, index)
+        of_layer = statistics([[name] for name in rows])
+        for name, statistic in of_layer.items():
+            statistic.add(rows[name][None], None)
+        return of_layer
     batches, _ = _batches(state, index, fraction, FEATURE_COST)
     task = context.family.task(state.tasks[index - 1].recipe)
     task = task.at_every_position() if state.method.every_position else task
     parts = {name: layer.part for name, layer in state.layers.items()}
     with context.zero.engaged(task), autocast(state.config.training, context.device.type):
         return feature_pass(task, state.adapted, parts, batches, statistics)
+
+
+def update_rows(state: MethodState, index: int) -> dict[str, Tensor]:
+    """Return layer name → rows X (n, in) with XᵀX = ΔWᵀ ΔW, of an adopted task's update.
+
+    ΔW answers an input only through the directions of its rows. An input that later updates cannot feel in
+    these directions is therefore answered by ΔW as before.
+    """
+    rows = {}
+    for name, delta in state.deltas(index)[-1].items():
+        if name in state.layers:
+            device = state.layers[name].module.weight.device
+            if isinstance(delta, Delta):
+                # B = Q R gives (B A)ᵀ B A = (R A)ᵀ R A, without the dense product.
+                R = torch.linalg.qr(delta.B.to(device).double()).R
+                rows[name] = (delta.scale * R @ delta.A.to(device).double()).float()
+            else:
+                rows[name] = delta.dense(device)
+    return rows
 
 
 def counted_batches(state: MethodState, index: int) -> Iterator[dict[str, Tensor]]:

@@ -63,7 +63,8 @@ def check_run(
             )
         # transformers remembers the last DeepSpeed configuration of any arguments, and loads weights by it.
         with loaded_whole():
-            for recipe, training, count in zip(recipes, config.trainings(label), counts, strict=True):
+            tasks_with_data = zip(recipes, config.trainings(label), counts, strict=True)
+            for recipe, training, count in (task for task in tasks_with_data if task[2]):
                 check_arguments(
                     lambda training=training: planned_arguments(training, world),
                     label,

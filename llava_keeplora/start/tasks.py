@@ -94,11 +94,19 @@ def load_tasks(config: RunConfig, objects: Objects = Objects()) -> list[Task]:
         RecipeError, EvalError: for mistakes in a recipe, its data or its metric.
         ConfigError: if a task is named twice.
     """
-    return [load_task(objects.with_tables(recipe), config.data) for recipe in load_recipes(config.tasks)]
+    return [
+        load_task(objects.with_tables(recipe), config.data, trained=config.source(index) is None)
+        for index, recipe in enumerate(load_recipes(config.tasks), start=1)
+    ]
 
 
-def load_task(recipe: Recipe, data: DataConfig) -> Task:
+def load_task(recipe: Recipe, data: DataConfig, trained: bool = True) -> Task:
     """Load and check one task's data.
+
+    Args:
+        recipe: the task's recipe.
+        data: how data are read.
+        trained: see `load_splits`.
 
     Raises:
         RecipeError: for mistakes in the data.
@@ -106,7 +114,7 @@ def load_task(recipe: Recipe, data: DataConfig) -> Task:
             test split can satisfy it.
     """
     metric_of(recipe).check_installed()
-    train, test = load_splits(data, recipe)
+    train, test = load_splits(data, recipe, trained)
     if warning := check_references(test):
         log.warning(warning)
     # The recipe of the loaded data: some class lists are read from the data.
@@ -116,12 +124,21 @@ def load_task(recipe: Recipe, data: DataConfig) -> Task:
     return task
 
 
-def load_splits(config: DataConfig, recipe: Recipe) -> tuple[TaskData, TaskData]:
+def load_splits(config: DataConfig, recipe: Recipe, trained: bool = True) -> tuple[TaskData, TaskData]:
     """Load a task's training and test data; with `holdout`, both are taken from the training split.
+
+    Args:
+        config: how data are read.
+        recipe: the task's recipe.
+        trained: whether the task is trained; otherwise its recipe needs no split `train`, and the training
+            data are then empty.
 
     Raises:
         RecipeError: for mistakes in the recipe's data.
     """
+    if not trained and "train" not in recipe.splits and not config.holdout:
+        test = load_split(recipe, "test", config.root, config.on_bad_image)
+        return test.take([]), test
     train = load_split(recipe, "train", config.root, config.on_bad_image)
     return (
         train.split_holdout(config.holdout, HOLDOUT_SEED)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from llava_keeplora.adapters import load_deltas
@@ -18,6 +19,7 @@ from llava_keeplora.report.run_report import summary, write_run_report
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.saved_run import extended, load_run
 from llava_keeplora.sequence.fork import fork
+from llava_keeplora_recipes.errors import RecipeError
 
 
 @pytest.fixture
@@ -89,6 +91,30 @@ def test_its_features_are_protected_from_then_on(run, peft_adapter, driven, tiny
         assert (delta.dense().double() @ M[name]).abs().max() < 1e-6
     matrix = json.loads((run / "keeplora/matrix.json").read_text())
     assert all(value is not None for row in matrix["rows"] for value in row)
+
+
+def test_without_training_data_the_row_directions_of_its_update_are_protected(
+    run, peft_adapter, driven, tiny_tasks, tmp_path
+):
+    facts = yaml.safe_load(tiny_tasks[1].read_text())
+    del facts["splits"]["train"]
+    recipe = tiny_tasks[1].with_name("only-tested.yaml")
+    recipe.write_text(yaml.safe_dump(facts))
+    with pytest.raises(RecipeError, match="has no split 'train'"):
+        driven(extended(run, str(recipe)))
+    driven(adopting(run, peft_adapter(tmp_path / "adapter"), recipe))
+    before, after = protected(run, 1), protected(run, 2)
+    for name, delta in load_deltas(run / "keeplora/task-02-stripes/delta.safetensors").items():
+        rows = delta.dense().double()
+        new = after[name][:, before[name].shape[1] :]
+        S, Vh = torch.linalg.svd(rows)[1:]
+        energies = S.square().cumsum(0) / S.square().sum()
+        count = int((energies < 0.9).sum()) + 1
+        assert new.shape[1] == count, "the energy rule at energy_feature"
+        torch.testing.assert_close(new @ new.T, Vh[:count].T @ Vh[:count], atol=1e-5, rtol=0)
+    assert record(run, "keeplora")["protects"] == "rows"
+    assert "without training data, the row directions" in summary(run, write_run_report(run))
+    driven(extended(run, str(tiny_tasks[2])))
 
 
 @pytest.mark.parametrize(
