@@ -17,6 +17,7 @@ COMMANDS = (
     inspection.add_plan,
     train.add_extend,
     train.add_adopt,
+    train.add_start_adapter,
     train.add_fork,
     inspection.add_report,
     share.add_export,

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from llava_keeplora.cli.arguments import add_command
+from llava_keeplora.cli.run_sequence import prepared_process, print_summary
 
 if TYPE_CHECKING:
     from llava_keeplora.export import AdapterSet, Exported
@@ -95,6 +96,11 @@ def add_import(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="ADAPTER", help="a folder, or an id on the Hub")
     parser.add_argument("--into", required=True, metavar="RUN", help="the run folder to create")
+    parser.add_argument(
+        "--task",
+        metavar="NAME|FILE.yaml",
+        help="what an adapter or merged checkpoint without a state learned: the run's first task",
+    )
     parser.add_argument("--revision", help="revision of the Hub's repository")
     parser.add_argument(
         "--base", metavar="DIR", help="folder of the base model (default: the base's id on the Hub)"
@@ -104,6 +110,12 @@ def add_import(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--allow-plugin",
         action="store_true",
         help="allow plug-ins that the state names, as they are installed here, to be executed",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="dotted overrides of the new run's settings, with --task",
     )
     return parser
 
@@ -161,6 +173,8 @@ def _exported(args: argparse.Namespace) -> AdapterSet | Exported:
 
 def run_import(args: argparse.Namespace) -> None:
     """Create a run folder from a published adapter or state."""
+    if args.task:
+        return _import_plain(args)
     from llava_keeplora.export import import_state
 
     config = import_state(
@@ -176,3 +190,16 @@ def run_import(args: argparse.Namespace) -> None:
         "is left of its tasks, "
         f"`llava-keeplora extend {args.into} --task NAME` another one\n"
     )
+
+
+def _import_plain(args: argparse.Namespace) -> None:
+    """Create a run whose first task is an adapter or a checkpoint that comes without a state."""
+    with prepared_process() as Run:
+        from llava_keeplora.adopt.new_run import adopting_run
+
+        source = f"{args.source}@{args.revision}" if args.revision else args.source
+        config = adopting_run(
+            source, args.task, args.into, base=args.base, overrides=args.overrides, data_root=args.data_root
+        )
+        run = Run(config)
+        print_summary(run, run.train())

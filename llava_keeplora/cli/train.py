@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 
 from llava_keeplora.cli.arguments import add_command, add_methods, add_run_arguments
 from llava_keeplora.cli.run_sequence import load_run_config, prepared_process, print_summary
@@ -29,8 +30,15 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def add_extend(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add `extend` and return its parser."""
     parser = add_command(commands, "extend", "train one more task in a run", run_extend)
-    parser.add_argument("run_folder", metavar="RUN", help="the run folder, whose tasks are all learned")
+    parser.add_argument(
+        "run_folder",
+        metavar="RUN|CHECKPOINT",
+        help="the run folder, whose tasks are all learned; with --into, a checkpoint whose knowledge is kept",
+    )
     parser.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the new task")
+    parser.add_argument(
+        "--into", metavar="RUN", help="the run folder to create, where a checkpoint is extended"
+    )
     parser.add_argument(
         "--epochs",
         dest="num_train_epochs",
@@ -101,13 +109,79 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_extend(args: argparse.Namespace) -> None:
-    """Train one more task in a run folder."""
+    """Train one more task in a run folder, or a first one on a checkpoint."""
+    if args.into:
+        return extend_checkpoint(args)
     with prepared_process() as Run:
         run = Run.open(args.run_folder, overrides=args.overrides, data_root=args.data_root)
         scores = run.extend(
             args.task, num_train_epochs=args.num_train_epochs, learning_rate=args.learning_rate
         )
         print_summary(run, scores)
+
+
+def extend_checkpoint(args: argparse.Namespace) -> None:
+    """Train a task on a checkpoint in a new run, which protects what the checkpoint's weights know."""
+    with prepared_process() as Run:
+        from llava_keeplora.adopt.new_run import new_run
+
+        given = {"num_train_epochs": args.num_train_epochs, "learning_rate": args.learning_rate}
+        training = [f"training.{key}={value}" for key, value in given.items() if value is not None]
+        config = new_run(
+            args.run_folder,
+            args.task,
+            args.into,
+            overrides=[*training, *args.overrides],
+            data_root=args.data_root,
+        )
+        run = Run(config)
+        print_summary(run, run.train())
+
+
+def add_start_adapter(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add `start-adapter` and return its parser."""
+    parser = add_command(
+        commands,
+        "start-adapter",
+        "write a PEFT adapter with KeepLoRA's A, for a trainer of your own; `adopt` takes it back",
+        run_start_adapter,
+    )
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--model", help="the model whose knowledge is kept: a folder or an id on the Hub")
+    origin.add_argument("--run", dest="run_folder", help="a run folder, whose tasks are kept as well")
+    parser.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the task to be trained")
+    parser.add_argument("--into", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--method", help="the method's label, where the run has several")
+    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="dotted overrides, for instance parts.language.rank=32",
+    )
+    return parser
+
+
+def run_start_adapter(args: argparse.Namespace) -> None:
+    """Write an adapter that another trainer begins with."""
+    with prepared_process(), tempfile.TemporaryDirectory() as folder:
+        from llava_keeplora.adopt.new_run import new_run
+        from llava_keeplora.saved_run import extended
+        from llava_keeplora.sequence.launch import processes
+        from llava_keeplora.sequence.start_adapter import write_start_adapter
+
+        settings = {"overrides": args.overrides, "data_root": args.data_root}
+        config = (
+            extended(args.run_folder, args.task, **settings)
+            if args.run_folder
+            else new_run(args.model, args.task, f"{folder}/run", **settings)
+        )
+        with processes(config):
+            started = write_start_adapter(config, args.into, args.method)
+    sys.stdout.write(
+        f"{started.folder}: a LoRA on {started.layers} layers of {started.base}; freeze every lora_A, see "
+        "its README.md\n"
+    )
 
 
 def run_adopt(args: argparse.Namespace) -> None:

@@ -116,7 +116,7 @@ def _read_manifest(state: Path, root: Path, source: str) -> list[str]:
     if not path.is_file():
         raise RunError(
             f"'{source}' holds no state to continue from (no {MANIFEST})",
-            "import an adapter that was exported with its state, or export --as state",
+            "import an adapter that was exported with its state, or say what it learned with --task",
         )
     content = read_object(path, AGAIN)
     if content.get("format") != FORMAT:

@@ -47,7 +47,7 @@ def run(config: RunConfig, objects: Objects = Objects()) -> dict[str, Matrix]:
     with (
         translate_errors(workspace.root),
         given.lent() if given else nullcontext(),
-        _opened(workspace, objects) as context,
+        opened(workspace, objects) as context,
     ):
         methods = {
             ZERO_SHOT: MethodConfig(
@@ -80,7 +80,7 @@ def run(config: RunConfig, objects: Objects = Objects()) -> dict[str, Matrix]:
 
 
 @contextmanager
-def _opened(workspace: Workspace, objects: Objects) -> Iterator[RunContext]:
+def opened(workspace: Workspace, objects: Objects = Objects()) -> Iterator[RunContext]:
     """Lock the run folder, check configuration and data, and load the model.
 
     The main process checks first, so that it alone reports an error.
