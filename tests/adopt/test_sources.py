@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llava_keeplora.adapters import Delta, FullDelta, project_off, squared_distance, squared_norm
+from llava_keeplora.adapters import Delta, FullDelta, project_off
+from llava_keeplora.adapters.project import squared_distance, squared_norm
 from llava_keeplora.adopt import find_source, read_update
 from llava_keeplora.adopt.checkpoint import low_rank
 from llava_keeplora.adopt.peft_adapter import read_adapter
