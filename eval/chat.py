@@ -15,7 +15,7 @@ from functools import cached_property
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from llava_keeplora_eval.chat_text import PROBE, given_videos, render, takes_suffix, takes_videos
+from llava_keeplora_eval.chat_text import PROBE, given_videos, mark_of, render, takes_suffix, takes_videos
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_eval.image_inputs import TOKEN_KEYS, ImageShapes, blank_image
 from llava_keeplora_eval.video_inputs import Times, VideoShapes, blank_video, metadata
@@ -324,7 +324,7 @@ class Chat:
 
     def _check_marks(self, text: str, kind: str, count: int) -> None:
         """Refuse a chat text that holds another number of tokens of images or videos than there are."""
-        token = getattr(self.processor, f"{kind}_token")
+        token = mark_of(self.processor, kind)
         if (marked := text.count(token)) != count:
             raise EvalError(
                 f"a question has {count} {kind}s and its chat text marks {marked} with {token}",

@@ -128,7 +128,12 @@ def _marked_parts(text: str, marks: Iterable[str | None]) -> list[dict[str, str]
 
 def _words(processor, parts: Sequence[Mapping[str, str]]) -> list[str]:
     """Return parts as a template writes them that marks images and videos by their tokens alone."""
-    return [part.get("text") or getattr(processor, f"{part['type']}_token") for part in parts]
+    return [part.get("text") or mark_of(processor, part["type"]) for part in parts]
+
+
+def mark_of(processor, kind: str) -> str:
+    """Return the token that marks an `image` or a `video` in a chat text."""
+    return processor.video_token if kind == "video" else processor.image_token
 
 
 def given_videos(processor, n_images: int, videos: Spans) -> Spans:
