@@ -32,12 +32,12 @@ def filled(run_config, driven, tmp_path_factory, tiny_tasks):
 def computed(monkeypatch):
     """What is computed of the untouched model, in order."""
     found = []
-    for name in ("_predict", "_consolidate"):
+    for name in ("predict", "_consolidate"):
         real = getattr(stages, name)
 
         def watched(state, index, *more, real=real, name=name):
             if index == 0:
-                found.append((state.config.label, *(task.name for task in more)))
+                found.append((state.config.label, *(task.name for task in more[:1])))
             return real(state, index, *more)
 
         monkeypatch.setattr(stages, name, watched)
