@@ -129,8 +129,8 @@ def test_an_adoption_stopped_at_its_stages_ends_with_the_same_files(
     append, seen = Journal.append, set()
 
     def stop(self, entry):
-        first = entry.task == 2 and entry.stage in stages and (self.path, entry.stage) not in seen
-        seen.add((self.path, entry.stage))
+        first = entry.task == 2 and entry.stage in stages and (self.path, entry.task, entry.stage) not in seen
+        seen.add((self.path, entry.task, entry.stage))
         if first and len(seen) % 2:
             append(self, entry)
         if first:
