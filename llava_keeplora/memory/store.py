@@ -178,7 +178,14 @@ def push(contents: Contents, model: nn.Module, repo_id: str) -> str:
     """Upload a memory to the Hub and return the repository's URL."""
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as tmp_dir:
-        return upload(save(contents, model, Path(tmp_dir) / "memory"), repo_id)
+        folder = save(contents, model, Path(tmp_dir) / "memory")
+        try:
+            return upload(folder, repo_id)
+        except RunError as error:  # Its cure names the folder, which is temporary here.
+            raise RunError(
+                error.problem,
+                f"write it with memory.save(FOLDER), and push that: `hf upload {repo_id} FOLDER`",
+            ) from error
 
 
 def _place(folder: Path, index: int, name: str) -> Path:

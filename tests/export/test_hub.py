@@ -7,8 +7,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from tests.memory.conftest import make_classifier, train, vector_batches, vector_loss
 
-from llava_keeplora import cli
+from llava_keeplora import KeepLora, cli
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export import hub, import_state
 from llava_keeplora_eval.files import file_hash
@@ -68,6 +69,22 @@ def test_what_is_pushed_is_the_export_and_import_makes_a_run_of_it_elsewhere(
     assert not [path for _, path in server.requests if path.endswith((".py", ".bin"))]
     for path in (finished("llava") / "keeplora").glob("*/delta.safetensors"):
         assert file_hash(tmp_path / "run" / path.relative_to(finished("llava"))) == file_hash(path)
+
+
+def test_a_memory_is_pushed_and_loaded_by_its_name(server, online):
+    model, batches = make_classifier(), vector_batches(1)
+    memory = KeepLora(model, targets=["0"], rank=2, energy_weight=0.5)
+    train(memory.begin_task(batches, vector_loss), batches, vector_loss)
+    memory.end_task(batches)
+    with pytest.raises(RunError, match="HF_HUB_OFFLINE.*memory.save"):
+        memory.push_to_hub("you/memory")
+    online(server.url)
+    assert memory.push_to_hub("you/memory") == f"{server.url}/you/memory"
+    assert {"keeplora.json", "adapter_model.safetensors", "README.md"} <= set(
+        server.repositories["you/memory"]
+    )
+    again = KeepLora.load(make_classifier(), "you/memory")
+    assert again.model.body[0].weight.equal(model.body[0].weight)
 
 
 def test_without_yes_a_push_lists_files_and_sizes_and_sends_nothing(
