@@ -80,7 +80,9 @@ def test_references_that_no_answer_can_meet_are_said_before_a_run_and_refused_if
         split = type("Split", (SimpleNamespace,), {"__len__": lambda self: len(self.ids)})(**vars(split))
         monkeypatch.setattr(start_tasks, "load_recipes", lambda tasks: [recipe])
         monkeypatch.setattr(start_tasks, "load_splits", lambda *arguments: (split, split))
-        return start_tasks.load_tasks(SimpleNamespace(tasks=["options"], data=None, source=lambda index: None))
+        return start_tasks.load_tasks(
+            SimpleNamespace(tasks=["options"], data=None, source=lambda index: None)
+        )
 
     assert start([["A"], ["(B)"]]) and not caplog.text
     assert start([["A"], ["2"]]) and "1 of 2 examples of options (test), 50.0 %, get 0" in caplog.text
