@@ -25,14 +25,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that change a configuration."""
+def add_settings(
+    parser: argparse.ArgumentParser,
+    overrides: str = "dotted overrides, for instance training.learning_rate=5e-4",
+) -> None:
+    """Add the arguments that change a configuration.
+
+    Args:
+        parser: the command's.
+        overrides: help of the overrides.
+    """
     parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="dotted overrides, for instance training.learning_rate=5e-4",
+        help=overrides,
     )
 
 

@@ -6,8 +6,13 @@ import argparse
 import sys
 import tempfile
 
-from llava_keeplora.cli.arguments import add_command, add_methods, add_run_arguments
+from llava_keeplora.cli.arguments import add_command, add_methods, add_run_arguments, add_settings
 from llava_keeplora.cli.run_sequence import load_run_config, prepared_process, print_summary
+
+#: Help of the overrides of a run that exists.
+OF_THE_MACHINE = (
+    "dotted overrides of settings that depend on the machine, for instance evaluation.batch_size=8"
+)
 
 
 def add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -48,13 +53,7 @@ def add_extend(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--learning-rate", type=float, help="learning rate of the new task (default: as for every other)"
     )
-    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="dotted overrides of settings that depend on the machine, for instance evaluation.batch_size=8",
-    )
+    add_settings(parser, OF_THE_MACHINE)
     return parser
 
 
@@ -74,13 +73,7 @@ def add_adopt(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("--into", required=True, metavar="RUN", help="the run folder")
     parser.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the task that it learned")
-    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="dotted overrides of settings that depend on the machine, for instance evaluation.batch_size=8",
-    )
+    add_settings(parser, OF_THE_MACHINE)
     return parser
 
 
@@ -152,13 +145,7 @@ def add_start_adapter(commands: argparse._SubParsersAction) -> argparse.Argument
     parser.add_argument("--task", required=True, metavar="NAME|FILE.yaml", help="the task to be trained")
     parser.add_argument("--into", required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--method", help="the method's label, where the run has several")
-    parser.add_argument("--data-root", help="the folder with the data sets (data.root)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="dotted overrides, for instance parts.language.rank=32",
-    )
+    add_settings(parser, "dotted overrides, for instance parts.language.rank=32")
     return parser
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,14 +91,9 @@ class BatchTask:
         Raises:
             MethodError: if a process has no batch.
         """
-        weights: list[float | None] = all_gather_object(self._first_weight())
-        total = 0.0
-        for rank, weight in enumerate(weights):
-            if weight is None:
-                where = f" in process {rank}" if len(weights) > 1 else ""
-                raise MethodError(f"there is no batch{where}", "give at least one batch of the task's data")
-            total += weight
-        return total or 1.0
+        weights = all_gather_object(self._first_weight())
+        _check_batches([weight is not None for weight in weights])
+        return sum(weights) or 1.0
 
     def _first_weight(self) -> float | None:
         for batch in self._batches:
@@ -113,11 +108,17 @@ class BatchTask:
 
         A process that has fewer batches than others repeats its last one, which does not count: shards of
         ZeRO-3 are gathered by all processes together.
+
+        Raises:
+            MethodError: if a process has no batch.
         """
         batches, batch = iter(self._batches), None
         while True:
             more = next(batches, None)
-            if not any(all_gather_object(more is not None)):
+            going_on = all_gather_object(more is not None)
+            if batch is None:
+                _check_batches(going_on)
+            if not any(going_on):
                 return
             batch = batch if more is None else send_to_device(more, self._device)
             yield {"batch": batch}, more is not None
@@ -134,6 +135,20 @@ class BatchTask:
     def constants(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Yield nothing: a loss of any kind has no part that is known to be the same in every batch."""
         yield []
+
+
+def _check_batches(by_rank: Sequence[bool]) -> None:
+    """Check that every process has a batch.
+
+    Args:
+        by_rank: whether each process has one.
+
+    Raises:
+        MethodError: naming the first that has none.
+    """
+    if not all(by_rank):
+        where = f" in process {by_rank.index(False)}" if len(by_rank) > 1 else ""
+        raise MethodError(f"there is no batch{where}", "give at least one batch of the task's data")
 
 
 class MaskedStatistic:

@@ -175,7 +175,7 @@ class KeepLora:
         report: dict[str, Any] = {}
         task = BatchTask(self.model, batches, loss)
         scale = task.scale()
-        with passes.evaluation_mode(self.model):
+        with passes.frozen(self.model):
             ctx = self._context(index, name, report)
             ctx.gradients = functools.partial(passes.run_gradient_pass, task, self.layers, scale)
             inits = self.method.init_adapters(ctx)
@@ -278,7 +278,7 @@ class KeepLora:
         else:
             data = BatchTask(self.model, batches, task.loss)
             features = functools.partial(passes.run_feature_pass, data, self.layers)
-        with passes.evaluation_mode(self.model):
+        with passes.frozen(self.model):
             self._after_task(len(self.tasks) + 1, task.name, task.report, features)
         task.report["features_of"] = "update" if batches is None else "data"
         self.states.append(self.method.state_dict())

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from llava_keeplora.distributed import is_main_process
 from llava_keeplora.errors import ConfigError, RunError, nearest
 from llava_keeplora.files import writable_folder
+from llava_keeplora.memory.passes import evaluating
 from llava_keeplora.report import Trial, write_report
 from llava_keeplora.report.run_matrix import RunMatrix
 from llava_keeplora.run_folder import MATRIX
@@ -95,15 +96,9 @@ class MatrixCallback(TrainerCallback):
             write_report(self.folder, self.folder.resolve().name, results)
 
     def _score(self, matrix: Matrix, after: str | None, model: nn.Module) -> None:
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad():
-                for task, score in self.scores.items():
-                    matrix.set_cell(after, task, score(model))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(model), torch.no_grad():
+            for task, score in self.scores.items():
+                matrix.set_cell(after, task, score(model))
         if is_main_process():
             writable_folder(self.folder / self.label)
             matrix.to_json(self.folder / self.label / MATRIX)

@@ -52,7 +52,6 @@ def run_feature_pass(
     Raises:
         MethodError: if there is no batch.
     """
-    task.scale()  # Refuses data without a batch.
 
     def masked(groups: list[list[str]]) -> dict[str, MaskedStatistic]:
         statistics = make(groups)
@@ -83,19 +82,29 @@ def update_features(deltas: Mapping[str, Delta], make: Make, fraction: float = 1
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Freeze a model in evaluation mode while a pass runs, and give it back as it was."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation mode, and give every module its own mode back."""
     modes = {module: module.training for module in model.modules()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    model.eval()
     try:
-        with blocks_recomputing(model):
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for p in trainable:
-            p.requires_grad_(True)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze a model in evaluation mode while a pass runs, and give it back as it was."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with evaluating(model):
+        model.requires_grad_(False)
+        try:
+            with blocks_recomputing(model):
+                yield
+        finally:
+            for p in trainable:
+                p.requires_grad_(True)
 
 
 def _evenly(batches: Iterator[Any], fraction: float) -> Iterator[Any]:
