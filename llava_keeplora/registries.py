@@ -57,6 +57,7 @@ METHODS = Registry(
         "zscl": "llava_keeplora.methods.zscl:Zscl",
         "moe-adapters": "llava_keeplora.methods.moe_adapters:MoeAdapters",
         "iap": "llava_keeplora.methods.iap:Iap",
+        "merge": "llava_keeplora.methods.merge:Merge",
     },
     _method_mistake,
 )

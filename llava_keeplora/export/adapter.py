@@ -119,7 +119,8 @@ def _summed(tasks: Sequence[Mapping[str, Delta | FullDelta]]) -> dict[str, Delta
         # PEFT's `modules_to_save` could hold these layers, but vLLM refuses an adapter that has any.
         adapted = any(isinstance(delta, Delta) for task in tasks for delta in task.values())
         raise ConfigError(
-            f"{len(full)} layers were trained in full, which no LoRA adapter holds exactly (first {full[0]})",
+            f"{len(full)} layers have updates of full rank, which no LoRA adapter holds exactly "
+            f"(first {full[0]})",
             "leave their part out with --parts, or export --as merged" if adapted else "export --as merged",
         )
     layers = concatenate(tasks)

@@ -111,13 +111,16 @@ def _check_options(learned: LearnedRun, into: Path, each: str, loss: float, exam
     if not 0 <= loss < 1:
         raise ConfigError(f"--loss is {loss:g}, but it is a share of an update's norm", "give 0 to below 1")
     check_target(into, examples)
-    check_mergeable(learned, SET)
+    if each == "stage" or not learned.method.separate_tasks:
+        check_mergeable(learned, SET)
 
 
 def _updates(learned: LearnedRun, deltas: Sequence[Deltas], each: str) -> dict[str, Sequence[Deltas]]:
     """Return adapter's name → the deltas that it sums."""
     return {
-        _adapter_name(index, recipe.name): deltas[:index] if each == "stage" else deltas[index - 1 : index]
+        _adapter_name(index, recipe.name): learned.method.combine(deltas[:index])
+        if each == "stage"
+        else deltas[index - 1 : index]
         for index, recipe in enumerate(learned.recipes[: len(deltas)], 1)
     }
 

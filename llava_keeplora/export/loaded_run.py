@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llava_keeplora.adapters import BaseWeights, Delta, FullDelta, load_deltas
+from llava_keeplora.adapters import BaseWeights, Delta, Deltas, FullDelta, load_deltas
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError, RunError, nearest
 from llava_keeplora.journal import Entry, Journal
+from llava_keeplora.methods import METHODS, Method
 from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
 from llava_keeplora.models.layouts import part_of
 from llava_keeplora.objects import Objects
@@ -60,6 +61,13 @@ class LearnedRun:
         return ModelConfig(**self.config["model"])
 
     @cached_property
+    def method(self) -> Method:
+        """The method with its settings, without a state."""
+        settings = self.config["methods"][self.label]
+        cls = METHODS[settings["method"]]
+        return cls(cls.Options(**settings["options"]))
+
+    @cached_property
     def recipes(self) -> list[Recipe]:
         """All tasks of the run, the learned ones first."""
         names = read_identity(self.run)["tasks"]
@@ -90,7 +98,7 @@ class LearnedRun:
 
         Args:
             dtype: a key of `DTYPES`, for an unquantised base; the run's dtype and quantization when None.
-            deltas: what to add to the layers; the tasks' deltas when None.
+            deltas: what to add to the layers; what the method makes of the tasks' deltas when None.
 
         Raises:
             RunError: the base model is not what it was when the run began.
@@ -98,7 +106,7 @@ class LearnedRun:
         check_base(self.run, self.model)
         source = self.model if dtype is None else replace(self.model, dtype=dtype, quantization=None)
         family = load_model(source, EvaluationConfig(**self.config["evaluation"]))
-        deltas = self.deltas if deltas is None else deltas
+        deltas = self.method.combine(self.deltas) if deltas is None else deltas
         for name in dict.fromkeys(name for task in deltas for name in task):
             # Layer by layer, because `BaseWeights` keeps a copy of what it changes.
             BaseWeights({name: family.model.get_submodule(name)}).apply(
@@ -186,7 +194,7 @@ def checked(path: Path, expected: str, writer: str) -> Path:
 
 def filter_parts(
     learned: LearnedRun, parts: Sequence[str] | None, prefixes: Mapping[str, str]
-) -> list[dict[str, Delta | FullDelta]]:
+) -> list[Deltas]:
     """Return each task's deltas on some parts of the model.
 
     Args:

@@ -95,12 +95,13 @@ def merge(learned: LearnedRun, dtype: str | None) -> tuple[Family, Rounding]:
     base = own_dtype(family, learned.model.dtype)
     dtype = dtype or base
     sums: dict[str, list[float]] = {part: [0.0, 0.0] for part in family.parts}
-    for name in dict.fromkeys(name for task in learned.deltas for name in task):
+    updates = learned.method.combine(learned.deltas)
+    for name in dict.fromkeys(name for task in updates for name in task):
         part = part_of(name, family.parts) or "the rest"
         for index, square in enumerate(
             _merge_layer(
                 family.model.get_submodule(name),
-                [task[name] for task in learned.deltas if name in task],
+                [task[name] for task in updates if name in task],
                 DTYPES[dtype],
             )
         ):

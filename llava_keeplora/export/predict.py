@@ -9,7 +9,6 @@ import torch
 from llava_keeplora.config import AVERAGED
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export.loaded_run import load_learned_run
-from llava_keeplora.methods import METHODS
 from llava_keeplora.models import Prepared
 from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_recipes import Recipe
@@ -36,8 +35,7 @@ def load_run_predictor(
         ConfigError: what the method learned does not merge into the weights.
     """
     learned = load_learned_run(run, label, at_task, base=base)
-    method = learned.config["methods"][learned.label]
-    if not METHODS[method["method"]].info.mergeable:
+    if not learned.method.mergeable:
         raise ConfigError(
             f"what '{learned.label}' learned does not merge into the base's weights, so it answers within a "
             "run alone",
@@ -47,5 +45,6 @@ def load_run_predictor(
     if not family.quantization:  # Quantised weights were loaded onto their device.
         family.model.to("cuda" if torch.cuda.is_available() else "cpu")
     predictor = family.predictor(recipe, Prepared(family))
-    averaged = recipe.kind == "classification" and method.get("test_prompts") == AVERAGED
+    settings = learned.config["methods"][learned.label]
+    averaged = recipe.kind == "classification" and settings.get("test_prompts") == AVERAGED
     return predictor.with_test_prompts() if averaged else predictor  # type: ignore[attr-defined]  # CLIP's

@@ -26,7 +26,6 @@ from llava_keeplora.export.merged import merge, write_merged
 from llava_keeplora.export.state import FOLDER, RECORD, SUFFIXES, write_state
 from llava_keeplora.export.verify import Deviation, probe, verify_export
 from llava_keeplora.files import whole_folder, write_json
-from llava_keeplora.methods import METHODS
 from llava_keeplora.models import DTYPES, Family, open_model
 from llava_keeplora.objects import Objects
 from llava_keeplora.run_folder import BASE, EXPORTS, RENAMED_PARTS
@@ -82,7 +81,7 @@ def export_run(
     model = open_model(learned.model)
     base = published_base(learned.model, base_id, model.auto_class)
     parts = parts and [RENAMED_PARTS.get(part, part) for part in parts]
-    deltas = filter_parts(learned, parts, model.parts)
+    deltas = learned.method.combine(filter_parts(learned, parts, model.parts))
     combined = combine(deltas, rank) if form == "adapter" else None
     # Missing data are noticed before any weight is loaded.
     data = load_examples(learned, examples, data_root)
@@ -173,10 +172,13 @@ def check_mergeable(learned: LearnedRun, form: str) -> None:
     Raises:
         ConfigError: what the method learned does not merge into the base.
     """
-    method = METHODS[learned.config["methods"][learned.label]["method"]]
-    if form != "state" and not method.info.mergeable:
+    if form != "state" and not learned.method.mergeable:
+        alone = (
+            "--as set --each task, one adapter for every task, or " if learned.method.separate_tasks else ""
+        )
         raise ConfigError(
-            f"what '{learned.label}' learned does not merge into the base's weights", "export --as state"
+            f"what '{learned.label}' learned does not merge into the base's weights",
+            f"export {alone}--as state",
         )
 
 

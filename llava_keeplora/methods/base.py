@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -209,6 +209,12 @@ class Method:
     #: Whether it trains the whole model instead, every parameter but those of the root module; see
     #: `find_changed`.
     full_finetuning = False
+    #: Whether a task is trained on the model after the earlier ones; False if each is trained from the
+    #: untouched base.
+    cumulative = True
+    #: Whether every task's update on the base is a model of its own, so that `export --as set --each task`
+    #: holds all that was learned, although nothing merges.
+    separate_tasks = False
     #: Whether a task's update may have been trained elsewhere (`llava-keeplora adopt`); False if later tasks
     #: or answers need more of a task than its deltas and what `after_task` computes.
     adopts = False
@@ -221,6 +227,11 @@ class Method:
 
     def __init__(self, options: Any):
         self.options = options
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the result merges into the base's weights, with the method's settings."""
+        return self.info.mergeable
 
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Check the layers' settings before anything is computed; do nothing by default.
@@ -288,6 +299,14 @@ class Method:
         Called instead of any training, on the model before the task, if the method `adopts`.
         """
         return deltas
+
+    def combine(self, deltas: Sequence[Deltas]) -> list[Deltas]:
+        """Return what is added to the base's weights after some tasks; the sum of their deltas by default.
+
+        Args:
+            deltas: the deltas of each task, in order, on all layers or on some.
+        """
+        return list(deltas)
 
     def extra_state(self) -> dict[str, Tensor]:
         """Return what training learned in addition to the deltas; called in `training_context`."""

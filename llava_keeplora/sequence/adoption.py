@@ -110,7 +110,7 @@ def _project(state: MethodState, index: int, given: Deltas) -> Deltas:
 
 def take_over(state: MethodState, index: int) -> Outcome:
     """Write what the method takes over of a task's update, and what became of the rest."""
-    state.rebuild(index - 1)
+    state.begin(index)
     source = read_record(state.path(index, PREPARED))["report"]["adopted"]
     given = load_deltas(state.path(index, ADOPTED))
     taken = _project(state, index, given)
@@ -131,7 +131,7 @@ def take_over(state: MethodState, index: int) -> Outcome:
 def _scores_before(state: MethodState, index: int, given: Deltas) -> dict[str, Any]:
     """Return task → its score on the model with the update as it came."""
     context, scores = state.context, {}
-    context.base.apply([*state.deltas(index - 1), given])
+    state.begin(index, given)
     with context.zero.engaged(context.family.model):
         for task in state.tasks:
             path = state.path(index, ANSWERS) / f"{file_name(task.name)}.jsonl"

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava_keeplora.adapters import AdapterInit, Delta, Deltas, load_deltas
+from llava_keeplora.adapters import AdapterInit, Deltas, load_deltas
 from llava_keeplora.config import ALL_LINEAR, AVERAGED, MethodConfig
 from llava_keeplora.files import read_tensors, write_tensors
 from llava_keeplora.journal import Journal
@@ -113,18 +113,26 @@ class MethodState:
 
     # --- the model and the method after a number of tasks --------------------------------------------
 
-    def rebuild(
-        self, deltas: int, states: int | None = None, offset: Mapping[str, Delta] | None = None
-    ) -> None:
+    def rebuild(self, deltas: int, states: int | None = None) -> None:
         """Put the model and the method into the state after a number of tasks, from the files alone.
 
         Args:
             deltas: number of tasks whose deltas are added to the base weights.
             states: number of method states to load, the base's included; deltas + 1 by default.
-            offset: layer name → what is added to the weights in addition to the tasks' deltas.
         """
-        self.context.base.apply([*self.deltas(deltas), offset or {}])
+        self.context.base.apply(self.method.combine(self.deltas(deltas)))
         self.load_method(deltas, deltas + 1 if states is None else states)
+
+    def begin(self, index: int, added: Deltas | None = None) -> None:
+        """Put the model and the method into the state in which a task begins, from the files alone.
+
+        Args:
+            index: the task.
+            added: layer name → what is added to the weights in addition.
+        """
+        learned = self.deltas(index - 1) if self.method.cumulative else []
+        self.context.base.apply([*self.method.combine(learned), added or {}])
+        self.load_method(index - 1, index)
 
     def load_method(self, deltas: int, states: int) -> None:
         """Put the method alone into the state after a number of tasks; see `rebuild`."""

@@ -60,7 +60,7 @@ def prepare(state: MethodState, index: int) -> Outcome:
     """Let the method initialise the task's adapters, and write them; of an adopted task, write its update."""
     if state.source(index):
         return adoption.prepare(state, index)
-    state.rebuild(index - 1)
+    state.begin(index)
     ctx = task_context(state, index, Stage.PREPARED)
     inits = state.method.init_adapters(ctx)
     for name, why in ctx.report.get("left_out", {}).items():

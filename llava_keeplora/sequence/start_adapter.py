@@ -94,7 +94,7 @@ def _inits(state: MethodRun, index: int) -> dict[str, AdapterInit]:
         )
     seed = stage_seed(state.context.config.seed, index, Stage.PREPARED)
     set_seed(seed)
-    state.rebuild(index - 1)
+    state.begin(index)
     inits = state.method.init_adapters(task_context(state, index, Stage.PREPARED))
     if not inits or any(init.A is None or init.train_A for init in inits.values()):
         raise ConfigError(

@@ -53,7 +53,7 @@ def train(state: MethodState, index: int) -> Outcome:
         return adoption.take_over(state, index)
     context, task, inits = state.context, state.tasks[index - 1], state.inits(index)
     ctx = task_context(state, index, Stage.TRAINED)
-    state.rebuild(index - 1, offset=state.method.weight_offset(inits))
+    state.begin(index, state.method.weight_offset(inits))
     set_seed(ctx.seed)
     wrapper = attach(context.family.model, inits, state.method.dropout, master_copies=context.zero.used)
     before = {name: _copied(module) for name, module in state.full.items()}

@@ -235,7 +235,7 @@ def test_what_an_adapter_cannot_hold_exactly_is_refused_with_the_cure(finished, 
         return str(error.value)
 
     assert refused() == (
-        "2 layers were trained in full, which no LoRA adapter holds exactly (first model.multi_modal_projector.linear_1); "
+        "2 layers have updates of full rank, which no LoRA adapter holds exactly (first model.multi_modal_projector.linear_1); "
         "leave their part out with --parts, or export --as merged."
     )
     assert (

@@ -260,7 +260,9 @@ def test_what_no_rank_of_vllm_holds_is_refused_with_the_loss_that_would_do():
 
 def test_layers_that_were_trained_in_full_are_refused():
     full = {"b": FullDelta({"weight": torch.ones(3, 3)})}
-    with pytest.raises(ConfigError, match="1 layers were trained in full, which no LoRA.*first b.; leave"):
+    with pytest.raises(
+        ConfigError, match="1 layers have updates of full rank, which no LoRA.*first b.; leave"
+    ):
         smallest_rank([random_tasks([2], {"a": (4, 4)})[0] | full])
 
 

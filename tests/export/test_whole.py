@@ -58,7 +58,7 @@ def test_a_merged_model_is_the_base_and_the_sum_of_all_changes(run, tiny_clip, t
 def test_an_adapter_is_refused_in_a_sentence(run, tmp_path, parts):
     with pytest.raises(
         ConfigError,
-        match="layers were trained in full, which no LoRA adapter holds exactly .first .*; export --as merged.$",
+        match="layers have updates of full rank, which no LoRA adapter holds exactly .first .*; export --as merged.$",
     ):
         export_run(run, "adapter", tmp_path / "adapter", base_id="you/base", parts=parts)
 

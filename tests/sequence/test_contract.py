@@ -170,10 +170,11 @@ def test_exactly_the_declared_tensors_change(seen, method):
 
 
 @for_every([name for name in LEARNING if name not in STARTING_ANEW])
-def test_a_task_begins_with_the_model_that_the_last_one_left(seen, method):
+def test_a_task_begins_with_the_model_that_the_last_one_left_or_with_the_base(seen, method):
     learned = load_learned_run(seen.folder, method, at_task=1)
     batch, loss = seen.first[method, 2]
-    expected = float(learned.load().task(learned.recipes[1])(**batch)["loss"])
+    start = learned.load(deltas=None if learned.method.cumulative else [])
+    expected = float(start.task(learned.recipes[1])(**batch)["loss"])
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -195,14 +196,11 @@ def test_what_is_read_back_from_the_files_answers_as_the_run_did(seen, method):
 @for_every(MERGEABLE)
 def test_merged_and_unmerged_agree(seen, method):
     learned = load_learned_run(seen.folder, method)
-    family = base_family(learned)
-    full = [
-        {name: delta for name, delta in task.items() if isinstance(delta, FullDelta)}
-        for task in learned.deltas
-    ]
+    family, updates = base_family(learned), learned.method.combine(learned.deltas)
+    full = [{name: delta for name, delta in task.items() if isinstance(delta, FullDelta)} for task in updates]
     BaseWeights({name: family.model.get_submodule(name) for name in full[0]}).apply(full)
     stacked = concatenate(
-        [{name: delta for name, delta in task.items() if isinstance(delta, Delta)} for task in learned.deltas]
+        [{name: delta for name, delta in task.items() if isinstance(delta, Delta)} for task in updates]
     )
     attach(
         family.model,

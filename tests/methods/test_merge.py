@@ -1,0 +1,174 @@
+"""The identities of merged task vectors."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from llava_keeplora.adapters import Delta, FullDelta, load_deltas
+from llava_keeplora.adapters.task_vectors import ties
+from llava_keeplora.errors import ConfigError, MethodError
+from llava_keeplora.export.adapter import combine
+from llava_keeplora.export.loaded_run import load_learned_run
+from llava_keeplora.export.run_export import export_run
+from llava_keeplora.methods import METHODS
+
+Merge = METHODS["merge"]
+#: Label → its options; all are trained in one run.
+METHODS_RUN = {
+    "seq-lora": {},
+    "mean": {"method": "merge"},
+    "start": {"method": "merge", "rule": "wise-ft", "alpha": 0.0},
+    "end": {"method": "merge", "rule": "wise-ft", "alpha": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, run_config, driven, tiny_tasks):
+    tasks = [str(path) for path in tiny_tasks[:2]]
+    return driven(run_config(tmp_path_factory.mktemp("merge") / "run", methods=METHODS_RUN, tasks=tasks))
+
+
+def delta_bytes(finished, label):
+    """Of each task's update."""
+    return [path.read_bytes() for path in sorted((finished / label).glob("task-*/delta.safetensors"))]
+
+
+def answers(finished, label, task):
+    return [
+        path.read_bytes() for path in sorted((finished / label).glob(f"task-{task:02}-*/predictions/*.jsonl"))
+    ]
+
+
+@pytest.fixture
+def tasks():
+    """Deltas of three tasks on a layer, whose update is of low rank, and on a norm trained in full."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return [{"a": Delta(draw(2, 6), draw(5, 2), 0.5), "b": FullDelta({"bias": draw(4)})} for _ in range(3)]
+
+
+def method(**options):
+    return Merge(Merge.Options(**options))
+
+
+def total(combined, name, key="weight"):
+    """A module's merged change in float64."""
+    return sum(task[name].changes()[key].double() for task in combined if name in task)
+
+
+def test_the_mean_is_the_mean_of_the_updates(tasks):
+    combined = method().combine(tasks)
+    dense = torch.stack([0.5 * task["a"].B.double() @ task["a"].A.double() for task in tasks])
+    torch.testing.assert_close(total(combined, "a"), dense.mean(dim=0), atol=1e-6, rtol=1e-5)
+    biases = torch.stack([task["b"].parameters["bias"].double() for task in tasks])
+    torch.testing.assert_close(total(combined, "b", "bias"), biases.mean(dim=0), atol=1e-6, rtol=1e-5)
+    assert method().combine([]) == []
+
+
+def ties_by_definition(changes, density):
+    """Entry by entry; the paper's algorithm 1."""
+    kept = []
+    for change in changes:
+        magnitudes = sorted((abs(float(value)) for value in change.flatten()), reverse=True)
+        least = magnitudes[max(round(density * len(magnitudes)), 1) - 1]
+        kept.append([float(v) if abs(float(v)) >= least else 0.0 for v in change.flatten()])
+    merged = []
+    for entries in zip(*kept):
+        mass = sum(entries)
+        agreeing = [v for v in entries if v * mass > 0]
+        merged.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    return torch.tensor(merged, dtype=torch.float64).reshape(changes[0].shape)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])
+def test_ties_is_what_its_definition_says_entry_by_entry(density):
+    changes = list(torch.randn(4, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(ties(changes, density), ties_by_definition(changes, density))
+
+
+def test_ties_of_one_whole_update_and_of_opposite_ones():
+    change = torch.tensor([[0.3, -2.0], [0.0, 1.0]], dtype=torch.float64)
+    assert torch.equal(ties([change], 1.0), change)
+    assert torch.equal(ties([change, -change], 1.0), torch.zeros_like(change)), "no sign is elected"
+    assert torch.equal(ties([change, change], 0.25), torch.tensor([[0.0, -2.0], [0.0, 0.0]]).double())
+
+
+def test_ties_merges_every_module_as_its_definition_says(tasks):
+    (combined,) = method(rule="ties", density=0.4).combine(tasks)
+    assert set(combined) == {"a", "b"} and "c" not in combined and len(combined) == 2
+    dense = [task["a"].dense().double() for task in tasks]
+    torch.testing.assert_close(total([combined], "a"), ties_by_definition(dense, 0.4), atol=1e-6, rtol=1e-5)
+    del tasks[0]["b"]
+    biases = [task["b"].parameters["bias"].double() for task in tasks[1:]]
+    torch.testing.assert_close(
+        total([combined], "b", "bias"), ties_by_definition(biases, 0.4).float().double()
+    )
+
+
+def test_wise_ft_at_1_is_sequential_lora_bit_for_bit(finished):
+    assert delta_bytes(finished, "end") == delta_bytes(finished, "seq-lora")
+    assert answers(finished, "end", 2) == answers(finished, "seq-lora", 2)
+
+
+def test_wise_ft_at_0_stays_the_base(finished):
+    learned = load_learned_run(finished, "start")
+    base, after = learned.load(deltas=[]).model.state_dict(), learned.load().model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in base.items())
+
+
+def test_every_task_is_trained_from_the_untouched_base(finished):
+    """As under `wise-ft` with a weight of 0, where every task begins at the base too."""
+    assert delta_bytes(finished, "mean") == delta_bytes(finished, "start")
+    assert delta_bytes(finished, "mean")[0] == delta_bytes(finished, "seq-lora")[0]
+    assert delta_bytes(finished, "mean")[1] != delta_bytes(finished, "seq-lora")[1]
+
+
+def test_a_run_loads_and_combines_to_the_mean(finished):
+    learned = load_learned_run(finished, "mean")
+    updates = [load_deltas(path) for path in sorted((finished / "mean").glob("task-*/delta.safetensors"))]
+    base, merged = learned.load(deltas=[]).model, learned.load().model
+    for name in updates[0]:
+        mean = sum(update[name].dense().double() for update in updates) / 2
+        change = merged.get_submodule(name).weight.double() - base.get_submodule(name).weight.double()
+        torch.testing.assert_close(change, mean, atol=1e-6, rtol=1e-4)
+    adapter = combine(learned.method.combine(learned.deltas))
+    assert adapter.rank == 2 * len(updates[0][name].A)
+    torch.testing.assert_close(adapter.layers[name].dense().double(), mean, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("label", "form"), [("mean", "adapter"), ("ties", "merged"), ("ties", "state")])
+def test_a_merge_exports(run_config, driven, tiny_tasks, tmp_path, label, form):
+    methods = {"mean": {"method": "merge"}, "ties": {"method": "merge", "rule": "ties"}}
+    run = driven(
+        run_config(tmp_path / "run", methods={label: methods[label]}, tasks=[str(t) for t in tiny_tasks[:2]])
+    )
+    exported = export_run(run, form, tmp_path / form, base_id="user/name")
+    assert exported.own.largest < 1e-4
+    assert exported.rounding is None or exported.rounding.lost < 1e-3
+
+
+def test_an_update_of_full_rank_is_refused_as_an_adapter(finished, monkeypatch, tmp_path):
+    learned = load_learned_run(finished, "mean")
+    settings = {**learned.config["methods"]["mean"], "options": {"rule": "ties"}}
+    config = {**learned.config, "methods": {"mean": settings}}
+    monkeypatch.setattr(
+        "llava_keeplora.export.run_export.load_learned_run",
+        lambda *args: dataclasses.replace(learned, config=config),
+    )
+    with pytest.raises(ConfigError, match="updates of full rank.*export --as merged"):
+        export_run(finished, "adapter", tmp_path / "adapter", label="mean", base_id="user/name")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"rule": "average"}, "one of mean, ties.*got 'average'"),
+        ({"density": 0.0}, "density must be above 0.*got 0.0"),
+        ({"alpha": 1.5}, "alpha must be from 0 to 1.*got 1.5"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(options, problem):
+    with pytest.raises(MethodError, match=problem):
+        method(**options)
