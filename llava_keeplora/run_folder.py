@@ -141,7 +141,7 @@ SCHEMAS: dict[str, Any] = {
     VERSIONS: Each(str),
     SCORES: Each({"score": NUMBER}),
     PREPARED: {
-        "layers": Each({"rank": COUNT, "alpha": NUMBER, "train_A": bool}),
+        "layers": Each({"rank": COUNT, "alpha": NUMBER, "train_A": bool, "train_B?": bool}),
         "report": {"gradient?": Each({"captured?": ANY_NUMBER}), "left_out?": Each(str)},
     },
     TRAIN: {

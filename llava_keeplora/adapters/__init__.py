@@ -1,6 +1,6 @@
 """PEFT LoRA on named linear layers, and the deltas, low-rank or full, that a task's training results in."""
 
-from llava_keeplora.adapters.base import BaseWeights
+from llava_keeplora.adapters.base import BaseWeights, merged_weight
 from llava_keeplora.adapters.combine import compress, concatenate, pad, relative_error, singular_values
 from llava_keeplora.adapters.deltas import Delta, Deltas, FullDelta, full_deltas, load_deltas, save_deltas
 from llava_keeplora.adapters.lora import (
@@ -9,6 +9,7 @@ from llava_keeplora.adapters.lora import (
     attach,
     detach,
     freeze_A,
+    insert_between,
     lora_layers,
     read_adapters,
     since_start,
@@ -30,9 +31,11 @@ __all__ = [
     "detach",
     "freeze_A",
     "full_deltas",
+    "insert_between",
     "is_quantised",
     "load_deltas",
     "lora_layers",
+    "merged_weight",
     "pad",
     "project_deltas",
     "project_off",

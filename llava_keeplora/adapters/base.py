@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from llava_keeplora.adapters.deltas import Delta, Deltas, FullDelta
-from llava_keeplora.adapters.weights import is_quantised
+from llava_keeplora.adapters.weights import dense_weight, is_quantised
 from llava_keeplora.deepspeed_zero import is_partitioned
 
 
@@ -60,6 +60,22 @@ def is_stacked(layer: nn.Module) -> bool:
     This is so for quantised weights, which would round the deltas away, and for shards of ZeRO-3.
     """
     return is_quantised(layer) or any(map(is_partitioned, layer.parameters(recurse=False)))
+
+
+def merged_weight(name: str, layer: nn.Linear, deltas: Iterable[Deltas]) -> Tensor:
+    """Return the weight (out, in) in fp32 with which a layer computes, its deltas included.
+
+    Args:
+        name: full name of the layer.
+        layer: the layer; every process must call this if its weight is sharded.
+        deltas: the deltas that it carries, which are added where they are not part of the weight.
+    """
+    weight = dense_weight(layer).detach().float()
+    if is_stacked(layer):
+        for task in deltas:
+            if name in task:
+                weight = weight + task[name].dense(weight.device)
+    return weight
 
 
 class _Summed:

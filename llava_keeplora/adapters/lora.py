@@ -5,7 +5,8 @@ Legend: in / out features of a layer, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
+#: Name of the module that `insert_between` puts into A.
+BETWEEN = "between"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class AdapterInit:
         alpha: the scale s is alpha / rank.
         A: (r, in), or None for PEFT's Kaiming-uniform initialisation.
         B: (out, r), or None for zeros.
-        train_A: whether A is trained as well as B.
+        train_A: whether A is trained.
+        train_B: whether B is trained; a method that freezes both trains a module in between, see
+            `insert_between`.
     """
 
     rank: int
@@ -39,6 +44,7 @@ class AdapterInit:
     A: Tensor | None = None
     B: Tensor | None = None
     train_A: bool = False
+    train_B: bool = True
 
     @property
     def scale(self) -> float:
@@ -94,6 +100,7 @@ def attach(
             if init.B is not None:
                 layer.lora_B[ADAPTER].weight.copy_(init.B)
     freeze_A(model, [name for name, init in inits.items() if not init.train_A])
+    _freeze(model, "lora_B", [name for name, init in inits.items() if not init.train_B], ADAPTER)
     return wrapper
 
 
@@ -110,15 +117,41 @@ def freeze_A(model: nn.Module, names: Collection[str] | None = None, adapter: st
     Returns:
         the number of layers with a frozen A.
     """
+    return _freeze(model, "lora_A", names, adapter)
+
+
+def _freeze(model: nn.Module, factor: str, names: Collection[str] | None, adapter: str) -> int:
+    """Freeze `lora_A` or `lora_B` of the named layers; see `freeze_A`."""
     count = 0
     for name, layer in lora_layers(model).items():
         if adapter not in layer.lora_A or (names is not None and name not in names):
             continue
         if hasattr(layer, "frozen_peft_weight_names"):
-            layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: ("lora_A",)}
-        layer.lora_A[adapter].weight.requires_grad_(False)
+            frozen = (*layer.frozen_peft_weight_names.get(adapter, ()), factor)
+            layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter: frozen}
+        getattr(layer, factor)[adapter].weight.requires_grad_(False)
         count += 1
     return count
+
+
+@contextmanager
+def insert_between(layer: LoraLayer, module: nn.Module) -> Iterator[None]:
+    """Put a module between A and B of a LoRA layer, whose update becomes scale · B module(A x).
+
+    The module is a submodule of A, so that checkpoints, ZeRO and the optimiser know its parameters.
+
+    Args:
+        layer: the layer.
+        module: maps (..., r) to (..., r), on the layer's device.
+    """
+    A = layer.lora_A[ADAPTER]
+    A.add_module(BETWEEN, module)
+    hook = A.register_forward_hook(lambda _, args, output: module(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+        delattr(A, BETWEEN)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -131,24 +164,33 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def read_adapters(model: nn.Module, inits: Mapping[str, AdapterInit] = {}) -> dict[str, Delta]:
     """Return layer name → copies of the adapters' current A and B in fp32.
 
-    A frozen A is taken from its initial values: a bf16 engine has rounded it, so that it is no longer exactly
-    orthogonal to the protected subspace.
+    Frozen factors are taken from their initial values: a bf16 engine has rounded them, so that A is no longer
+    exactly orthogonal to the protected subspace.
 
     Args:
         model: the model with adapters, while the engine that trained it still exists.
         inits: as given to `attach`; without them, A is read from the model like B.
     """
-    frozen = {name: init.A for name, init in inits.items() if init.A is not None and not init.train_A}
     deltas = {}
     for name, layer in lora_layers(model).items():
-        A = frozen[name].float().clone() if name in frozen else trained_values(layer.lora_A[ADAPTER].weight)
-        deltas[name] = Delta(A, trained_values(layer.lora_B[ADAPTER].weight), float(layer.scaling[ADAPTER]))
+        init = inits.get(name)
+        frozen = (
+            (None, None)
+            if init is None
+            else (None if init.train_A else init.A, None if init.train_B else init.B)
+        )
+        A, B = (
+            trained_values(factor[ADAPTER].weight) if value is None else value.float().clone()
+            for factor, value in zip((layer.lora_A, layer.lora_B), frozen, strict=True)
+        )
+        deltas[name] = Delta(A, B, float(layer.scaling[ADAPTER]))
     return deltas
 
 
 def since_start(delta: Delta, init: AdapterInit) -> Delta:
-    """Return an adapter's update minus its initial value, on the host."""
-    return Delta(delta.A.cpu(), delta.B.cpu() - (init.B if init.B is not None else 0), delta.scale)
+    """Return an adapter's update minus its initial value, on the host; a frozen B is kept whole."""
+    start = init.B if init.B is not None and init.train_B else 0
+    return Delta(delta.A.cpu(), delta.B.cpu() - start, delta.scale)
 
 
 def detach(wrapper: PeftModel | None) -> None:

@@ -109,7 +109,8 @@ class TaskContext:
         model: the model in its state at this stage.
         task: returns the model with the task's loss, a `llava_keeplora.models.TaskModel`.
         pretrained: returns a frozen copy of the model from before the first task.
-        deltas: returns the deltas of the earlier tasks, in order.
+        deltas: returns the deltas that the model carries at this stage, in order: those of the earlier tasks,
+            and in `after_task` the finished task's.
         report: the method's own numbers, which are written into the run folder.
         base: the report of the base; empty for the base itself.
         tasks: number of tasks of the run.
@@ -255,6 +256,15 @@ class Method:
 
     def subspace_plan(self) -> SubspacePlan | None:
         """Return what the memory estimate needs to know; None for methods without protected subspaces."""
+        return None
+
+    def planned_adapters(self, layers: Mapping[str, Layer]) -> dict[str, AdapterInit] | None:
+        """Return adapters of the shapes that a task will have, for the memory estimate.
+
+        The estimate then also enters `training_context`, on a model without weights. None, the default, if
+        `init_adapters` itself reads neither weights nor data, or if there is a `subspace_plan` and
+        `training_context` adds nothing.
+        """
         return None
 
     def reference_data_spec(self) -> tuple[str, str | None] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -77,15 +77,20 @@ class Rehearsal:
     def _adapters(self) -> Iterator[None]:
         """Attach the adapters that training uses to the skeleton, for the length of a block."""
         model, layers = self.family.model, self.layers
-        if self.subspaces:
+        ctx = TaskContext(1, self.largest.name, layers, _refuse_pass, _refuse_pass, 0, 0)
+        planned = self.method.planned_adapters(layers)
+        if planned is not None:
+            inits = planned
+        elif self.subspaces:
             inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
         else:
-            inits = self.method.init_adapters(
-                TaskContext(1, self.largest.name, layers, _refuse_pass, _refuse_pass, 0, 0)
-            )
+            inits = self.method.init_adapters(ctx)
         with torch.device("meta"):
             wrapper = attach(model, inits, self.method.dropout)
+        stack = ExitStack()
         try:
+            if planned is not None:
+                stack.enter_context(self.method.training_context(ctx, model))
             for module in self.changed.full.values():
                 module.requires_grad_(True)
             if self.sharding.stage is not None:
@@ -98,6 +103,7 @@ class Rehearsal:
         finally:
             if getattr(model, "is_activation_checkpointing", False):
                 model.activation_checkpointing_disable()
+            stack.close()
             detach(wrapper)
             model.eval().requires_grad_(False)
 

@@ -76,6 +76,7 @@ def prepare(state: MethodState, index: int) -> Outcome:
         write_if_any(tensors, starts)
         layers = {
             name: {"rank": init.rank, "alpha": init.alpha, "train_A": init.train_A}
+            | ({} if init.train_B else {"train_B": False})
             for name, init in inits.items()
         }
         write_json(path, {"layers": layers, "unreachable": state.unreachable, "report": ctx.report})

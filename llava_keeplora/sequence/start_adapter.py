@@ -96,9 +96,9 @@ def _inits(state: MethodRun, index: int) -> dict[str, AdapterInit]:
     set_seed(seed)
     state.begin(index)
     inits = state.method.init_adapters(task_context(state, index, Stage.PREPARED))
-    if not inits or any(init.A is None or init.train_A for init in inits.values()):
+    if not inits or any(init.A is None or init.train_A or not init.train_B for init in inits.values()):
         raise ConfigError(
-            f"'{state.config.label}' trains A too, so that there is nothing to start from",
+            f"'{state.config.label}' does not train B alone, so that there is nothing to start from",
             "choose keeplora with --method",
         )
     return inits

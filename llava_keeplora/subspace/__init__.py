@@ -33,6 +33,7 @@ from llava_keeplora.subspace.released import (
     released_llava_extend,
     released_llava_weight_basis,
 )
+from llava_keeplora.subspace.tail import SpectralTail, spectral_tail
 
 __all__ = [
     "WIDTH_PER_RANK",
@@ -52,6 +53,7 @@ __all__ = [
     "SketchedDirections",
     "SketchedFeatureDirections",
     "SketchedMoment",
+    "SpectralTail",
     "SubspaceError",
     "append_directions",
     "empty_basis",
@@ -73,5 +75,6 @@ __all__ = [
     "residual_gradient_directions",
     "room_left",
     "sketch_width",
+    "spectral_tail",
     "sufficient_width",
 ]

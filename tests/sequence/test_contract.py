@@ -27,8 +27,13 @@ from llava_keeplora_recipes import load_split
 FAMILIES = ("clip", "llava")
 LEARNING = [name for name, method in METHODS.items() if method.trainable]
 MERGEABLE = [name for name in LEARNING if METHODS[name].info.mergeable]
-#: The others are stopped everywhere in test_resume.py.
-NEW = ["keeplora+", "keeplora++", "o-lora", "inflora", "sd-lora", "zscl", "moe-adapters", "iap"]
+#: These are stopped everywhere in test_resume.py.
+STOPPED_ELSEWHERE = ["seq-lora", "keeplora"]
+#: The runs of later methods are behind the marker, on every family; each has quick tests of its own.
+FIRST = [
+    *STOPPED_ELSEWHERE,
+    *("keeplora+", "keeplora++", "o-lora", "inflora", "sd-lora", "zscl", "moe-adapters", "iap"),
+]
 #: A router starts anew with every task, over experts that have learned already.
 STARTING_ANEW = ["moe-adapters"]
 
@@ -41,11 +46,15 @@ def runs_on(family, methods=LEARNING):
 def for_every(methods, slow=(), quick=()):
     """A test for each method on each family that it runs on; on the slow families behind the marker, but for the quick methods."""
     pairs = [(family, name) for family in FAMILIES for name in runs_on(family, methods)]
+
+    def is_slow(family, name):
+        return name not in FIRST or (family in slow and name not in quick)
+
     return pytest.mark.parametrize(
         ("family", "method"),
         [
-            pytest.param(*pair, marks=[pytest.mark.slow] * (pair[0] in slow and pair[1] not in quick))
-            for pair in pairs
+            pytest.param(family, name, marks=[pytest.mark.slow] * is_slow(family, name))
+            for family, name in pairs
         ],
     )
 
@@ -98,20 +107,22 @@ def trees(family, run_tree, llava_tree, tiny_tasks, mixed_tasks, tmp_path):
 
 @pytest.fixture(scope="module")
 def watched():
-    """Family → a run of every method on it, watched."""
+    """Family, and whether methods are later ones → a run of these on it, watched."""
     return {}
 
 
 @pytest.fixture
-def seen(family, config, driven, watched, tmp_path_factory):
-    """A run of every method, watched; one for all tests."""
-    if family not in watched:
-        watched[family] = watch(tmp_path_factory.mktemp("contract") / "run", config, driven)
-    return watched[family]
+def seen(family, method, config, driven, watched, tmp_path_factory):
+    """A run of every first or every later method, watched; one for all tests."""
+    key = family, method in FIRST
+    if key not in watched:
+        methods = [name for name in LEARNING if (name in FIRST) == key[1]]
+        watched[key] = watch(tmp_path_factory.mktemp("contract") / "run", config, driven, methods)
+    return watched[key]
 
 
-def watch(folder, config, driven):
-    """Run every method."""
+def watch(folder, config, driven, methods):
+    """Run methods."""
     found = Seen(folder, {})
     load, go, loss_of = (
         run_context.RunContext.load,
@@ -138,7 +149,7 @@ def watch(folder, config, driven):
         patch.setattr(trainer.TaskTrainer, "compute_loss", watched_loss)
         patch.setattr(run_context.RunContext, "load", watched_load)
         patch.setattr(method_run.MethodRun, "go", watched_go)
-        driven(config(folder, LEARNING))
+        driven(config(folder, methods))
     return found
 
 
@@ -253,6 +264,7 @@ def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, metho
             layer["rank"] * (shapes[name][0] + shapes[name][1] * layer["train_A"])
             for name, layer in layers.items()
         )
+        own = sum(layer["rank"] ** 2 for layer in layers.values()) if method == "nusa-cl" else own
         own += sum(value.numel() for value in beside.values() if value.is_floating_point())
         assert count == own + full + (task if method == "sd-lora" else 0)
     assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
@@ -265,7 +277,9 @@ def test_a_method_passes_the_checks_of_third_parties(trees, family, method):
         check for check in METHOD_CHECKS if check.__name__ in ("check_resuming_stages", "check_extending")
     ]
     training = [check for check in METHOD_CHECKS if check.__name__ == "check_resuming_training"]
-    left_out = (slow if family == "llava" else []) + ([] if method in NEW else [*slow, *training])
+    left_out = (slow if family == "llava" else []) + (
+        [] if method not in STOPPED_ELSEWHERE else [*slow, *training]
+    )
     tree, options = trees
     checks = [check for check in METHOD_CHECKS if check not in left_out]
     check_method(method, options.get(method), tree, checks)

@@ -102,6 +102,8 @@ CERTAIN = {
     "sd-lora": {},
     "zscl": {},
 }
+#: Later methods with what they need to draw nothing, and the stages that they run with; behind the marker alone.
+LATER = {"nusa-cl": ({"dropout": 0.0}, ("zero-2", "zero-3"))}
 DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
 
 
@@ -151,6 +153,24 @@ def test_every_other_method_ends_in_two_processes_as_in_one(
             and len(kept) == 2
             and all(torch.isfinite(value).all() for tensors in kept for value in tensors.values())
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("label", "stage"), [(label, stage) for label, (_, stages) in LATER.items() for stage in (None, *stages)]
+)
+def test_every_later_method_ends_in_two_processes_as_in_one(
+    label, stage, run_tree, tiny_tasks, written, driven, launch, script, tmp_path
+):
+    methods, tasks = {label: LATER[label][0]}, [str(path) for path in tiny_tasks[:2]]
+    tree = run_tree(tmp_path / "one", methods=methods, tasks=tasks, training=STEADY)
+    driven(parse_config(tree))
+    path = written(halved(tree), ZERO.get(stage))
+    command = [sys.executable, script, "--config", path, "--output-dir", tmp_path / "two"]
+    code, _, err = launch(command, processes=2)
+    assert code == 0, err
+    apart = distances(tmp_path / "one", tmp_path / "two", label)
+    assert len(apart) >= 2 and max(apart.values()) < 1e-5, apart
 
 
 def test_a_second_task_starts_from_the_weights_and_not_from_the_engine_of_the_first(
