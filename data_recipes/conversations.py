@@ -24,7 +24,7 @@ from .media import UNREAD, VIDEO_ENDINGS, image_names, is_empty, refuse_unread_m
 from .paths import data_root_of, images_folder, inside, split_file, within
 from .placeholders import MARKER
 from .recipe import Recipe
-from .records import Frame, Records, Spans, image_files
+from .records import Frame, ListedFrame, Records, Spans, image_files
 from .references import read_references
 from .texts import identifier, only_answer
 from .videos import refuse_without_decoder, sample
@@ -32,7 +32,7 @@ from .videos import refuse_without_decoder, sample
 #: (record, whether it must have its answer, the record's name in errors) → its question and answers
 TurnOf = Callable[[dict[str, Any], bool, str], Turn]
 #: A record's id, its image files and frames, its texts, its meta, and the spans of its videos' frames.
-Found = tuple[str, list[Path | Frame], Turn, dict[str, Any], Spans]
+Found = tuple[str, list[Path | Frame | ListedFrame], Turn, dict[str, Any], Spans]
 
 
 def read_llava(
@@ -156,8 +156,8 @@ def read_turn_records(
         images, videos = image_names(row, what), video_names(row, what)
         answers = turn.answers if references is None else references(index, what)
         answers = [only_answer(answers, what)] if classify else answers
-        files: list[Path | Frame] = [inside(folder, i, what, root) for i in images]
-        frames = [_frames(video, recipe.source["frames"], folder, what, root) for video in videos]
+        files: list[Path | Frame | ListedFrame] = [inside(folder, i, what, root) for i in images]
+        frames = [_frames(video, recipe, folder, what, root) for video in videos]
         turn, files_in_order, spans = show_turn(
             Turn(turn.question, answers, turn.history), files, frames, what
         )
@@ -175,11 +175,14 @@ def _given_id(row: dict[str, Any]) -> Any:
     return next((row[key] for key in ("id", "question_id") if row.get(key) is not None), None)
 
 
-def _frames(video: str | list[str], count: int, folder: Path, what: str, root: Path) -> list[Path | Frame]:
-    """Return `count` frames of a video file, or `count` files of a list of frames.
+def _frames(
+    video: str | list[str], recipe: Recipe, folder: Path, what: str, root: Path
+) -> list[Path | Frame | ListedFrame]:
+    """Return `source.frames` frames of a video file, or so many files of a list of frames.
 
-    A file may be named without its ending.
+    A file may be named without its ending. Listed frames have times where the recipe has `source.fps`.
     """
+    count, fps = recipe.source["frames"], recipe.source.get("fps")
     if isinstance(video, str):
         refuse_without_decoder(video, what)
         path = inside(folder, video, what, root).absolute()
@@ -187,7 +190,11 @@ def _frames(video: str | list[str], count: int, folder: Path, what: str, root: P
             named = (Path(f"{path}{ending}") for ending in VIDEO_ENDINGS)
             path = within(next(filter(os.path.isfile, named), path), what, root)
         return [Frame(str(path), index, count) for index in range(count)]
-    return [inside(folder, video[position], what, root) for position in sample(len(video), count)]
+    places = sample(len(video), count)
+    files = [inside(folder, video[place], what, root) for place in places]
+    if fps is None:
+        return [*files]
+    return [ListedFrame(file, place / fps, len(video) / fps) for place, file in zip(places, files)]
 
 
 def _as_records(records: list[Found], classify: bool) -> Records:

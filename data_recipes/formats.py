@@ -6,6 +6,7 @@ The tables in docs/data.md are generated from these fields and their docstrings.
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -135,6 +136,8 @@ class Messages(_BuiltIn):
             have.
         meta: fields of a record that are handed to the metric, such as the kind of question.
         frames: how many frames are shown of each video.
+        fps: how many of a video's listed frames are one second of it; their times are not known without.
+            Video files have times of their own.
     """
 
     function = "conversations:read_messages"
@@ -143,6 +146,7 @@ class Messages(_BuiltIn):
     positional_ids: list[str] = _list("a list of splits")
     meta: list[str] = _list("a list of fields")
     frames: int = 8
+    fps: float | None = None
 
     def check(self, kind: str, path: Path) -> None:
         """See `Reader.check`."""
@@ -150,6 +154,11 @@ class Messages(_BuiltIn):
             raise RecipeError(
                 f"{path.name} has {self.frames} under 'source.frames', and a video has at least one frame",
                 f"correct it in {path}",
+            )
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise RecipeError(
+                f"{path.name} has {self.fps} under 'source.fps', and frames of a second are more than 0",
+                f"correct it in {path}, or leave it out",
             )
 
 

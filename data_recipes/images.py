@@ -14,7 +14,7 @@ from .file_bytes import Listings, read_file
 from .records import Frame, SourceImages
 from .rendered import RENDERED, render
 from .rendered_scenes import SCENES, draw
-from .videos import frame_time, read_frame
+from .videos import FRAME_TIME, frame_time, read_frame
 
 #: Bytes of decoded images that are kept: checking a data set decodes every image, and a small set then needs
 #: no second decoding, while a large one doesn't fill the memory.
@@ -132,10 +132,14 @@ class EncodedImages(Images):
                 digest, image = read_frame(frame, self._listings)
                 return digest, Decoded(image, "")
             data = self._bytes(row)
-            decoded = decode(data, self._background)
+            decoded, time = decode(data, self._background), self._listed_time(row)
             # Without a note this is the hash of earlier versions, whose fingerprints and caches stay valid;
             # with one, earlier versions decoded to other pixels.
-            return hashlib.sha256(data + decoded.note.encode()).hexdigest(), decoded
+            digest = hashlib.sha256(data + decoded.note.encode()).hexdigest()
+            if time is not None:
+                decoded.image.info[FRAME_TIME] = time
+                digest = hashlib.sha256(f"{digest} at {time[0]} of {time[1]}".encode()).hexdigest()
+            return digest, decoded
         # Pillow's readers raise nearly every kind of error on damaged bytes; each is reported.
         except Exception as error:
             return " ".join(str(error).split()) or type(error).__name__
@@ -146,6 +150,13 @@ class EncodedImages(Images):
             return None
         cells = self._dataset[self._cells[row][0]]
         return Frame(cells["image"]["path"], **cells["frame"]) if cells["frame"] else None
+
+    def _listed_time(self, row: int) -> tuple[float, float] | None:
+        """Return the time that a recipe gives a frame of a list, and the video's length, in seconds."""
+        if "time" not in self._dataset.column_names:
+            return None
+        time = self._dataset[self._cells[row][0]]["time"]
+        return (time["time"], time["length"]) if time else None
 
     def _bytes(self, row: int) -> bytes:
         place, position = self._cells[row]
@@ -161,7 +172,10 @@ class EncodedImages(Images):
     def _decode(self, row: int) -> Image.Image:
         if frame := self.frame(row):
             return read_frame(frame, self._listings)[1].copy()
-        return decode(self._bytes(row), self._background).image
+        image = decode(self._bytes(row), self._background).image
+        if (time := self._listed_time(row)) is not None:
+            image.info[FRAME_TIME] = time
+        return image
 
 
 class RenderedImages(Images):

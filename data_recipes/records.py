@@ -60,6 +60,21 @@ class Frame:
     count: int
 
 
+@dataclass(frozen=True)
+class ListedFrame:
+    """A frame of a video that is given as the list of its frames' files.
+
+    Attributes:
+        path: the file.
+        time: the frame's time in the video, in seconds.
+        length: the video's length, in seconds.
+    """
+
+    path: Path
+    time: float
+    length: float
+
+
 @dataclass
 class SourceImages:
     """The images of a source, and which of them each record has.
@@ -67,7 +82,8 @@ class SourceImages:
     Attributes:
         dataset: a dataset whose column `image` has bytes or paths, undecoded: one image per row, or a list of
             them. In a row with a value in the optional column `frame`, the path is that of a video, and the
-            value has the `index` and `count` of a `Frame`.
+            value has the `index` and `count` of a `Frame`; the optional column `time` has the `time` and
+            `length` of a `ListedFrame`.
         cells: position of each image: its row, and its position in the row's list (None without lists).
         shown: images of each record, as indices into `cells`; none, one or several.
         folder: folder to which relative paths in the dataset refer.
@@ -115,19 +131,20 @@ class Records:
         self.videos = self.videos or [() for _ in self.ids]
 
 
-def image_files(paths: list[list[Path | Frame]]) -> SourceImages:
+def image_files(paths: list[list[Path | Frame | ListedFrame]]) -> SourceImages:
     """Return image files and frames as `SourceImages`, which are read on access.
 
     An image that several records have is one image of the result.
 
     Args:
-        paths: each record's image files, or frames of video files, in order.
+        paths: each record's image files, or frames of videos, in order.
     """
-    rows: dict[Path | Frame, int] = {}
+    rows: dict[Path | Frame | ListedFrame, int] = {}
     indices = [tuple(rows.setdefault(p, len(rows)) for p in record_paths) for record_paths in paths]
-    files = [Path(p.path) if isinstance(p, Frame) else p for p in rows]
+    files = [p if isinstance(p, Path) else Path(p.path) for p in rows]
     frames = [{"index": p.index, "count": p.count} if isinstance(p, Frame) else None for p in rows]
-    return _source_images([{"path": str(p.absolute()), "bytes": None} for p in files], indices, frames)
+    times = [{"time": p.time, "length": p.length} if isinstance(p, ListedFrame) else None for p in rows]
+    return _source_images([{"path": str(p.absolute()), "bytes": None} for p in files], indices, frames, times)
 
 
 def image_bytes(encoded: Iterable[bytes]) -> SourceImages:
@@ -153,6 +170,7 @@ def _source_images(
     cells: list[dict[str, Any]],
     shown: list[tuple[int, ...]],
     frames: Sequence[dict[str, int] | None] = (),
+    times: Sequence[dict[str, float] | None] = (),
 ) -> SourceImages:
     import datasets  # takes over a second to import, and rendered tasks don't need it
 
@@ -161,5 +179,8 @@ def _source_images(
     if any(frames):
         columns["frame"] = {"index": datasets.Value("int32"), "count": datasets.Value("int32")}
         content["frame"] = frames
+    if any(times):
+        columns["time"] = {"time": datasets.Value("float64"), "length": datasets.Value("float64")}
+        content["time"] = times
     dataset = datasets.Dataset.from_dict(content, features=datasets.Features(columns))
     return SourceImages(dataset, [(row, None) for row in range(len(cells))], shown)

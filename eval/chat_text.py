@@ -139,8 +139,9 @@ def mark_of(processor, kind: str) -> str:
 def given_videos(processor, n_images: int, videos: Spans) -> Spans:
     """Return the spans of frames that a processor gets as videos; the others are images to it.
 
-    All of an example's videos are, if the processor takes videos, the chat template writes them, and, where
-    images and videos have the same keys among the model's inputs (SmolVLM), the example has no image.
+    All of an example's videos are, if the processor takes videos of so few frames (Qwen3-VL's: two at the
+    least), the chat template writes them, and, where images and videos have the same keys among the model's
+    inputs (SmolVLM), the example has no image.
 
     Args:
         processor: of a vision-language model.
@@ -149,7 +150,10 @@ def given_videos(processor, n_images: int, videos: Spans) -> Spans:
     """
     if not videos or not takes_videos(processor):
         return ()
-    alone = n_images == sum(end - start for start, end in videos)
+    counts = [end - start for start, end in videos]
+    if min(counts) < processor.video_processor.fewest_frames:
+        return ()
+    alone = n_images == sum(counts)
     return videos if alone or not processor.video_processor.layout.replaces_images else ()
 
 

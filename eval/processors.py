@@ -113,6 +113,27 @@ def with_template(processor, config, path: str):
     return changed
 
 
+def with_pillow_videos(processor, config):
+    """Return a processor that takes videos by Pillow, with the settings of its own video processor.
+
+    It is returned as it is where it has none of its own, or settings that are not done here; frames of a
+    video are then images to it.
+
+    Args:
+        processor: left as it is.
+        config: the model's.
+    """
+    own = getattr(processor, "video_processor", None)
+    if own is None or isinstance(own, (PillowVideos, NoVideoProcessor)):
+        return processor
+    videos = pillow_videos(config.model_type, own.to_dict())
+    if videos is None:
+        return processor
+    changed = copy.copy(processor)
+    changed.video_processor = videos
+    return changed
+
+
 #: What a processor is put together of.
 PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor", "audio_processor")
 

@@ -42,12 +42,15 @@ class VideoLayout:
         stacked: whether the processor wants each key as one value for each video, instead of all in one.
         replaces_images: whether the model takes videos by the keys of images, so that it takes one or the
             other.
+        fills_patches: whether a video has as many frames as a patch spans at the least; where it may have
+            fewer, its last frame is repeated.
     """
 
     make: Callable[[Mapping[str, Any], Frames], dict[str, Tensor]]
     defaults: Mapping[str, Any]
     stacked: bool = False
     replaces_images: bool = False
+    fills_patches: bool = False
 
 
 @dataclass
@@ -78,6 +81,11 @@ class PillowVideos:
     def temporal_patch_size(self) -> int:
         """Frames that a patch spans."""
         return self.settings["temporal_patch_size"]
+
+    @property
+    def fewest_frames(self) -> int:
+        """Frames that a video has at the least."""
+        return self.temporal_patch_size if self.layout.fills_patches else 1
 
     def __call__(
         self, videos: Sequence[Frames], video_metadata: Sequence[Any] | None = None, **_: Any
@@ -237,8 +245,6 @@ def _patches(settings: Mapping[str, Any], frames: Frames, whole_video: bool = Fa
     width, height = frames[0].size
     count = len(frames) if whole_video else 1
     filled = round(count / depth) * depth if whole_video else 1
-    if whole_video and len(frames) < depth:
-        raise ValueError(f"a video of {len(frames)} frames; the model takes {depth} at the least")
     height, width = _within(height, width, patch * merge, settings["size"], count, filled, whole_video)
     video = _scaled(settings, frames, height, width)
     video = torch.cat([video, video[-1:].expand(-len(video) % depth, -1, -1, -1)])
@@ -315,6 +321,7 @@ LAYOUTS: Mapping[str, VideoLayout] = {
             **_PATCHES,
             **_HALF,
         },
+        fills_patches=True,
     ),
     "llava_onevision": VideoLayout(_fixed, _SQUARE, stacked=True),
     "internvl": VideoLayout(_fixed, _SQUARE, stacked=True),

@@ -16,7 +16,12 @@ from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError, UserError
 from llava_keeplora.models.base import Family
 from llava_keeplora_eval.content import object_content, save_processor
-from llava_keeplora_eval.processors import check_image_tokens, check_vocabulary, with_template
+from llava_keeplora_eval.processors import (
+    check_image_tokens,
+    check_vocabulary,
+    with_pillow_videos,
+    with_template,
+)
 
 PROCESSOR = "give AutoProcessor.from_pretrained of the checkpoint that the model comes from"
 #: dtype of a model object → its name in a configuration.
@@ -145,7 +150,9 @@ class GivenModel:
         return self.processor
 
     def chat_processor(self) -> Any:
-        """Return the processor of a model that writes text, with its type's template where it has none.
+        """Return the processor of a model that writes text, as a run of its checkpoint would have it.
+
+        It gets its type's template where it has none, and takes videos by Pillow, as on every machine.
 
         Raises:
             ConfigError: it makes other inputs than the model takes.
@@ -156,7 +163,7 @@ class GivenModel:
             check_image_tokens(processor, self.model.config, "the given model")
         except UserError as error:
             raise ConfigError(f"the processor is not the model's: {error.problem}", PROCESSOR) from error
-        return processor
+        return with_pillow_videos(processor, self.model.config)
 
     def _check_parts(self) -> None:
         kind, tokenizer = type(self.processor).__name__, getattr(self.processor, "tokenizer", None)

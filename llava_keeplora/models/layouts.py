@@ -40,7 +40,7 @@ class Layout:
         language: dotted prefix of the language model's blocks.
         unquantized: dotted names of what stays unquantised, as LLaVA's own recipes leave the connector; the
             connector's prefix where none is given.
-        served: whether vLLM loads adapters of the type, by the column LoRA of its list of supported models.
+        served: whether vLLM loads adapters of the type: its class for it supports LoRA, as of 0.33.
     """
 
     vision: str
@@ -72,9 +72,9 @@ _QWEN2 = Layout("model.visual", "model.visual", ("0", "2"), unquantized=("model.
 #: Type of a model's configuration → its parts.
 LAYOUTS: Mapping[str, Layout] = {
     "llava": _LLAVA,
-    "llava_next": _UNSERVED,
+    "llava_next": _LLAVA,
     "llava_onevision": _UNSERVED,
-    "vipllava": _UNSERVED,
+    "vipllava": _UNSERVED,  # vLLM has no class for it
     "qwen2_vl": _QWEN2,
     "qwen2_5_vl": _QWEN2,
     "qwen3_vl": Layout(

@@ -2,7 +2,8 @@
 
 Of vllm/lora/utils.py: `base_model.model.` is cut off, then the prefix is replaced by the model's `hf_to_vllm_mapper`, and the
 last component must be a linear layer of the model, those of fused layers by their own names (`packed_modules_mapping`). Facts from
-vllm/model_executor/models/{llava,qwen2_vl,qwen2_5_vl,qwen3_vl,interns1,paligemma,gemma3_mm,idefics3}.py; SmolVLM is Idefics3's.
+vllm/model_executor/models/{llava,llava_next,qwen2_vl,qwen2_5_vl,qwen3_vl,interns1,paligemma,gemma3_mm,idefics3}.py of 0.33, whose
+registry gives InternVL the class of InternS1; SmolVLM's is Idefics3's. LlavaOnevision's does not support LoRA, VipLlava has none.
 """
 
 import pytest
@@ -22,6 +23,7 @@ _VISUAL = {"model.language_model.": "language_model.model.", "model.visual.": "v
 _SAME = {"model.text_model.": "model.text_model."}
 MAPPERS = {
     "llava": _TOWER,
+    "llava_next": _TOWER,
     "qwen2_vl": _VISUAL,
     "qwen2_5_vl": _VISUAL,
     "qwen3_vl": _VISUAL,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import SizeDict
 from transformers.video_utils import VideoMetadata
 
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.models import Prepared, load_model
+from llava_keeplora.models.given import GivenModel
 from llava_keeplora_eval.chat import Chat, image_inputs
 from llava_keeplora_eval.chat_text import render
 from llava_keeplora_eval.errors import EvalError
@@ -20,7 +24,7 @@ from llava_keeplora_eval.predictors import to_dtype
 from llava_keeplora_eval.preparation import ChatPreparation
 from llava_keeplora_eval.processors import load_chat_processor
 from llava_keeplora_eval.video_inputs import LAYOUTS
-from llava_keeplora_recipes import load_recipe, load_split
+from llava_keeplora_recipes import RecipeError, load_recipe, load_split
 from llava_keeplora_recipes.records import Message
 from llava_keeplora_recipes.videos import frame_time
 
@@ -222,6 +226,66 @@ def test_frames_are_images_where_a_type_takes_no_videos_or_the_template_writes_n
         chat, sizes = Chat(processor), [(30, 44)] * FRAMES
         assert chat.prompt("What?", sizes, (), example.videos) == chat.prompt("What?", sizes)
         assert "2 videos as images" in ChatPreparation(processor, 1024).report(data, learns=True).sizes
+
+
+def test_a_video_of_fewer_frames_than_the_processor_takes_is_an_image_to_it(kind, family, data):
+    """Qwen3-VL's own processor refuses a video of one frame; the others take it."""
+    image, sizes, chat = picture(1), [(30, 44)], Chat(family.processor)
+    asked = chat.prompt("What?", sizes, (), ((0, 1),))
+    made = image_inputs(family.processor, [image], ((0, 1),))
+    if kind == "qwen3_vl":
+        assert asked == chat.prompt("What?", sizes)
+        assert torch.equal(made["pixel_values"], image_inputs(family.processor, [image])["pixel_values"])
+        return
+    assert asked.prompt != chat.prompt("What?", sizes).prompt
+    text = render(family.processor, "What?", 1, videos=((0, 1),))
+    own = family.processor(text=[text], videos=[[image]], return_tensors="pt")
+    assert own["input_ids"][0].tolist() == asked.prompt
+
+
+class TorchvisionVideos:
+    """Stands for a video processor of transformers, which needs torchvision."""
+
+    num_frames = fps = None
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def to_dict(self):
+        return {**self.settings, "size": SizeDict(**self.settings["size"]), "do_resize": True, "fps": None}
+
+
+def test_a_given_processor_takes_videos_by_pillow_with_its_own_settings(family, data):
+    given = copy.copy(family.processor)
+    given.video_processor = TorchvisionVideos(family.processor.video_processor.settings)
+    processor = GivenModel(family.model, given).chat_processor()
+    assert isinstance(given.video_processor, TorchvisionVideos)
+    example = data[0]
+    made = image_inputs(processor, example.images, example.videos)
+    expected = image_inputs(family.processor, example.images, example.videos)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[key], expected[key]) for key in made)
+    given.video_processor.settings = {**given.video_processor.settings, "do_center_crop": True}
+    odd = GivenModel(family.model, given).chat_processor()
+    images = image_inputs(odd, example.images)
+    assert image_inputs(odd, example.images, example.videos).keys() == images.keys()
+
+
+def test_listed_frames_have_the_times_of_the_recipe(small_vlm, data):
+    root = Path(data.recipe.folder)
+    text = (root / "v.yaml").read_text()
+    (root / "timed.yaml").write_text(
+        text.replace("frames: 3", "frames: 3, fps: 2").replace("name: v", "name: w")
+    )
+    timed = load_split(load_recipe(root / "timed.yaml"), "test")
+    assert timed.image_times[0] == [(0.0, 1.5), (0.5, 1.5), (1.0, 1.5)] and timed.image_times[2] == []
+    assert timed.image_digests[0] != data.image_digests[0] and timed.image_digests[3] == data.image_digests[3]
+    assert [frame_time(image) for image in timed[0].images] == timed.image_times[0]
+    made = image_inputs(load_chat_processor(str(small_vlm("qwen2_5_vl"))), timed[0].images, timed[0].videos)
+    torch.testing.assert_close(made["second_per_grid_ts"], torch.tensor([1.0]))  # two frames to a patch
+    (root / "timed.yaml").write_text(text.replace("frames: 3", "fps: 0"))
+    with pytest.raises(RecipeError, match="0.* under 'source.fps', and frames of a second are more than 0"):
+        load_recipe(root / "timed.yaml")
 
 
 def test_data_check_says_how_many_videos_are_given_as_such(family, data):

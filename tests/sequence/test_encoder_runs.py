@@ -16,6 +16,7 @@ from llava_keeplora.export import export_run, verify
 from llava_keeplora.methods import METHODS
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import make_plan
+from llava_keeplora.saved_run import extended
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.models import load_predictor
 from llava_keeplora_eval.predictions import read_predictions
@@ -137,14 +138,26 @@ def test_an_exported_adapter_on_plain_transformers_and_a_merged_checkpoint_answe
     assert plain_answers(kind, merged, tmp_path / "merged", data) == answers
 
 
-@pytest.mark.parametrize("kind", ["chinese_clip"], indirect=True)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind == "chinese_clip" else pytest.mark.slow) for kind in KINDS],
+    indirect=True,
+)
 def test_a_run_stopped_within_training_ends_with_the_same_files(
     config, run, run_to_the_end, stop_within_training, left_behind, tmp_path, kind
 ):
-    """Its text encoder trains with dropout, so the same numbers are drawn again."""
+    """The text encoder of `chinese_clip` trains with dropout, so the same numbers are drawn again."""
     stopped = stop_within_training(2)
     assert run_to_the_end(config(tmp_path / "run")) == 3 and len(stopped) == 2
     assert left_behind(tmp_path / "run") == left_behind(run)
+
+
+@pytest.mark.slow
+def test_a_run_extended_ends_as_one_of_all_its_tasks(config, run, drive, outcome, tiny_tasks, tmp_path):
+    drive(config(tmp_path / "run", tasks=[str(tiny_tasks[0])]))
+    drive(extended(tmp_path / "run", str(tiny_tasks[1])))
+    tensors = {name: sha for name, sha in outcome(run).items() if name.endswith(".safetensors")}
+    assert tensors and tensors.items() <= outcome(tmp_path / "run").items()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +202,6 @@ def test_what_a_type_cannot_follow_is_refused_with_its_name(config, tmp_path, dr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["siglip2"], indirect=True)
 @pytest.mark.parametrize(
     ("training", "model"),
     [

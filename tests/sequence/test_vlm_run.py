@@ -14,10 +14,9 @@ from llava_keeplora.models.layouts import LAYOUTS
 from llava_keeplora.saved_run import extended
 from llava_keeplora_eval.video_inputs import LAYOUTS as VIDEO_LAYOUTS
 from llava_keeplora_recipes import load_recipe, load_split
+from small_vlms import SMALL_VLMS
 
 PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
-#: Packed patches with M-RoPE; crops in a second dimension with two kinds of attention.
-KINDS = ("qwen2_5_vl", "idefics3", "qwen3_vl", "gemma3", "internvl", "paligemma")
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_a_run_stopped_within_training_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SMALL_VLMS)
 def test_a_stopped_run_and_an_extended_one_end_as_an_undisturbed_one(
     kind, vlm_config, drive, run_to_the_end, stop_within_training, outcome, mixed_tasks, tmp_path
 ):
@@ -72,7 +71,7 @@ def test_a_stopped_run_and_an_extended_one_end_as_an_undisturbed_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_vl", "gemma3", "internvl", "paligemma"])
+@pytest.mark.parametrize("kind", SMALL_VLMS)
 def test_it_trains_with_less_memory(kind, vlm_config, drive, tmp_path):
     """Recomputing activations changes nothing; half precision and four bits train the same layers."""
     forms = {
@@ -111,7 +110,7 @@ def video_task(mixed_tasks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in VIDEO_LAYOUTS if kind != "qwen2_vl"])
+@pytest.mark.parametrize("kind", VIDEO_LAYOUTS)
 def test_a_stopped_run_on_videos_ends_as_an_undisturbed_one(
     kind, vlm_config, drive, run_to_the_end, stop_within_training, outcome, video_task, tmp_path
 ):
