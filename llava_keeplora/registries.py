@@ -58,6 +58,7 @@ METHODS = Registry(
         "moe-adapters": "llava_keeplora.methods.moe_adapters:MoeAdapters",
         "iap": "llava_keeplora.methods.iap:Iap",
         "merge": "llava_keeplora.methods.merge:Merge",
+        "task-lora": "llava_keeplora.methods.task_lora:TaskLora",
         "nusa-cl": "llava_keeplora.methods.nusa_cl:NusaCl",
     },
     _method_mistake,

@@ -29,12 +29,15 @@ class BaseWeights:
     Args:
         layers: name → module, with the base's weights at construction; modules that are not linear layers
             accept full deltas only.
+        stacked: whether deltas are added to the output of every linear layer, so that they are quick to
+            change and their weights are never copied.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]):
-        self._layers = {
-            name: (_Stacked if is_stacked(layer) else _Summed)(layer) for name, layer in layers.items()
-        }
+    def __init__(self, layers: Mapping[str, nn.Module], stacked: bool = False):
+        self._layers: dict[str, _Summed | _Stacked] = {}
+        for name, layer in layers.items():
+            on_output = is_stacked(layer) or (stacked and isinstance(layer, nn.Linear))
+            self._layers[name] = _Stacked(layer) if on_output else _Summed(layer)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def apply(self, deltas: Iterable[Deltas]) -> None:

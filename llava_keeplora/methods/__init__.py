@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, TaskContext
+from llava_keeplora.methods.base import AnswerContext, Holding, Layer, Method, MethodInfo, TaskContext
 from llava_keeplora.methods.layers import Changed, check_method, find_changed, find_layers, model_type
 from llava_keeplora.methods.reference import Reference
 from llava_keeplora.registries import METHODS
 
 __all__ = [
     "METHODS",
+    "AnswerContext",
     "Changed",
     "Holding",
     "Layer",

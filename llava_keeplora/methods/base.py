@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava_keeplora.adapters import AdapterInit, Delta, Deltas
+from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, Deltas
 from llava_keeplora.methods.reference import Reference
 from llava_keeplora.run_folder import Capacity
 from llava_keeplora_eval.predictors import Predictor
@@ -133,6 +133,25 @@ class TaskContext:
     base: Mapping[str, Any] = field(default_factory=dict)
     tasks: int = 0
     choose: Callable[[str], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class AnswerContext:
+    """Everything that a method can use to answer a task's examples, after some tasks.
+
+    Args:
+        task: name of the task whose examples are answered.
+        learned: names of the tasks learned, in order.
+        deltas: returns the deltas of these tasks, in order.
+        model: the model, with what `Method.combine` adds to it.
+        weights: the weights of every layer that the run changes; `apply` puts other deltas on them.
+    """
+
+    task: str
+    learned: Sequence[str]
+    deltas: Callable[[], list[Deltas]]
+    model: nn.Module
+    weights: BaseWeights
 
 
 @dataclass(frozen=True)
@@ -367,6 +386,10 @@ class Method:
             task: the task's name.
         """
         return predictor
+
+    def predictor_of(self, predictor: Predictor, ctx: AnswerContext) -> Predictor:
+        """Return the predictor for the examples of a task, for methods that need more than its name."""
+        return self.predictor(predictor, ctx.task)
 
     def capacity(self) -> dict[str, int]:
         """Return layer name → dimension of its protected subspace; empty for methods without one."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
+from llava_keeplora.methods import AnswerContext
 from llava_keeplora.run_folder import PREDICTIONS, file_name
 from llava_keeplora.sequence.method_state import MethodState
 from llava_keeplora.start import Task
@@ -45,4 +47,10 @@ def task_predictor(state: MethodState, index: int, task: Task, tokens: int | Non
     predictor = context.family.predictor(task.recipe, context.cache.split(task.test), tokens)
     if state.averaged:
         predictor = predictor.with_test_prompts()  # type: ignore[attr-defined]  # CLIP's, see `check_rows`
-    return state.method.predictor(predictor, task.name) if index else predictor
+    if not index:
+        return predictor
+    learned = [task.name for task in state.tasks[:index]]
+    ctx = AnswerContext(
+        task.name, learned, functools.partial(state.deltas, index), context.family.model, context.base
+    )
+    return state.method.predictor_of(predictor, ctx)
