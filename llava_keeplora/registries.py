@@ -59,6 +59,7 @@ METHODS = Registry(
         "iap": "llava_keeplora.methods.iap:Iap",
         "merge": "llava_keeplora.methods.merge:Merge",
         "task-lora": "llava_keeplora.methods.task_lora:TaskLora",
+        "splitlora": "llava_keeplora.methods.splitlora:SplitLora",
         "nusa-cl": "llava_keeplora.methods.nusa_cl:NusaCl",
     },
     _method_mistake,

@@ -46,7 +46,7 @@ def first_tasks(tree, count):
     return tree | {"tasks": tree["tasks"][:count]}
 
 
-def distances(one, two, label="keeplora", worst=1e-4):
+def distances(one, two, label="keeplora", worst=1e-4, names=("delta", "state")):
     """Relative distances of two runs, (task, delta or state) → ‖x − y‖ / ‖x‖ over all layers: of ΔW, and of the projectors onto the bases as
     they are after the task, of which a state has the columns that it added.
 
@@ -55,7 +55,7 @@ def distances(one, two, label="keeplora", worst=1e-4):
     """
     found, grown = {}, ({}, {})
     for folder in sorted(p.name for p in (one / label).glob("task-*")):
-        for name in ("delta", "state"):
+        for name in names:
             paths = [run / label / folder / f"{name}.safetensors" for run in (one, two)]
             assert paths[0].exists() == paths[1].exists(), (folder, name)
             if paths[0].exists():

@@ -187,6 +187,8 @@ class SubspacePlan:
         features_from_gradient: whether a task's directions are taken from a gradient pass.
         every_position: whether the feature pass takes the prompts at every position of the text encoder.
         statistics: (groups of layers, bases, bytes, seed) → layer name → statistic of its features.
+        first_gradient: whether a gradient pass comes before every task.
+        kept_bytes: (layers by name, number of finished tasks) → bytes that are kept besides the subspaces.
     """
 
     protects_weights: bool
@@ -196,6 +198,8 @@ class SubspacePlan:
     features_from_gradient: bool
     every_position: bool
     statistics: Callable[[list[list[Layer]], Mapping[str, Tensor], int, int], Mapping[str, Any]]
+    first_gradient: bool = True
+    kept_bytes: Callable[[Mapping[str, Layer], int], int] = lambda layers, tasks: 0
 
 
 class Method:

@@ -37,18 +37,14 @@ from torch import Tensor
 from llava_keeplora.adapters import AdapterInit
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, TaskContext
+from llava_keeplora.methods.input_moments import AND, input_moments, least_moments
 from llava_keeplora.run_folder import CAPACITY, Stage
 from llava_keeplora.subspace import (
-    SecondMoment,
     append_directions,
     empty_basis,
     feature_directions,
     leading_directions,
 )
-
-#: Separator of the names of layers that read the same tensor, in a state's keys.
-AND = "|"
-F32, F64 = 4, 8
 
 
 class InfLora(Method):
@@ -86,12 +82,8 @@ class InfLora(Method):
         self._added: dict[str, Tensor] = {}
 
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
-        """Return the bytes of Φ in fp32, counted once for layers of the same module and width.
-
-        This is a lower bound: layers of the same module may still read different tensors.
-        """
-        distinct = {(name.rpartition(".")[0], layer.module.in_features) for name, layer in layers.items()}
-        return F32 * sum(width**2 for _, width in distinct)
+        """Return the bytes of Φ in fp32; see `least_moments`."""
+        return least_moments(layers)
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Return adapters with A from the task's inputs outside M; layers without such inputs are left out.
@@ -157,26 +149,8 @@ class InfLora(Method):
         Raises:
             MethodError: if Φ of all layers exceeds `memory.statistics_gb`.
         """
-        moments: dict[tuple[str, ...], SecondMoment] = {}
-
-        def make(groups: list[list[str]]) -> dict[str, SecondMoment]:
-            numbers = sum(ctx.layers[names[0]].module.in_features ** 2 for names in groups)
-            if F32 * numbers > ctx.statistics_bytes:
-                raise MethodError(
-                    f"the inputs' second moments for task '{ctx.name}' take {F32 * numbers / 1e9:.2g} GB, "
-                    f"but memory.statistics_gb is {ctx.statistics_bytes / 1e9:.2g}",
-                    "raise memory.statistics_gb, or adapt k_proj and v_proj alone as the paper does",
-                )
-            dtype = torch.float64 if F64 * numbers <= ctx.statistics_bytes else torch.float32
-            for names in groups:
-                module = ctx.layers[names[0]].module
-                moments[tuple(names)] = SecondMoment(module.in_features, dtype, module.weight.device)
-            return {name: moment for names, moment in moments.items() for name in names}
-
-        reached = set(ctx.features(make))
-        moments = {names: moment for names, moment in moments.items() if names[0] in reached}
-        for names in list(moments):
-            moment = moments.pop(names).matrix.double()
+        for names, total in input_moments(ctx):
+            moment = total.matrix.double()
             yield names, moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -257,7 +257,7 @@ def gradient_bytes(config: RunConfig, label: str, changed: Changed) -> int:
     For every layer this is a sketch where that is smaller, else the whole gradient.
     """
     subspaces, total = make_method(config.methods[label]).subspace_plan(), 0
-    if subspaces is None:
+    if subspaces is None or not subspaces.first_gradient:
         return 0
     for layer in changed.adapted.values():
         out_dim, in_dim = layer.module.out_features, layer.module.in_features

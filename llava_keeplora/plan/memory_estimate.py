@@ -60,7 +60,11 @@ class MemoryEstimate(Rehearsal):
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of the stages that the method goes through, in their order."""
-        return tuple(s for s in STAGES if self.subspaces or s not in ("basis", "gradient", "features"))
+        if not self.subspaces:
+            return tuple(s for s in STAGES if s not in ("basis", "gradient", "features"))
+        none = (not self.subspaces.protects_weights) * ["basis"]
+        none += (not self.subspaces.first_gradient) * ["gradient"]
+        return tuple(s for s in STAGES if s not in none)
 
     def peak(self, stage: str) -> Peak:
         """Return the peak of a stage; it is computed at the first call."""
@@ -104,9 +108,10 @@ class MemoryEstimate(Rehearsal):
         return packed + sum(p.numel() for p in self.family.model.parameters())
 
     def bases(self, tasks: int) -> int:
-        """Return the bytes of the protected subspaces after `tasks` tasks; they are kept on the host."""
+        """Return the bytes of a method's state after `tasks` tasks; it is kept on the host."""
         return (
             sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.layers.values())
+            + self.subspaces.kept_bytes(self.layers, tasks)
             if self.subspaces
             else 0
         )

@@ -10,7 +10,7 @@ from llava_keeplora.subspace.basis import (
     residual,
 )
 from llava_keeplora.subspace.capacity import Room, room_left
-from llava_keeplora.subspace.energy import energy_rank, guaranteed_room
+from llava_keeplora.subspace.energy import energy_rank, guaranteed_room, least_share
 from llava_keeplora.subspace.errors import EnergyError, NonFiniteError, RankError, ShapeError, SubspaceError
 from llava_keeplora.subspace.feature_sketch import SketchedFeatureDirections, SketchedMoment
 from llava_keeplora.subspace.features import FeatureDirections, feature_directions, leading_directions
@@ -61,6 +61,7 @@ __all__ = [
     "feature_directions",
     "guaranteed_room",
     "leading_directions",
+    "least_share",
     "orthonormality_error",
     "orthonormalized",
     "overlap",

@@ -75,6 +75,23 @@ def energy_rank(
     return min(max(below, 1) if strict else below + 1, len(values))
 
 
+def least_share(tasks: int, weight: float, dim: int) -> float:
+    """Return the share of the energy above which SplitLoRA protects a direction.
+
+    Its rank minimises tasks (1 - sum of the first n shares) - weight (dim - n) / dim over n. One more
+    direction changes this by weight / dim - tasks share, and the shares descend, so that n is the number of
+    shares above weight / (tasks dim).
+
+    Source: SplitLoRA (arXiv 2505.22370), the balance of stability and plasticity.
+
+    Args:
+        tasks: number of finished tasks, at least 1.
+        weight: alpha, what a free direction is worth; 20 as published.
+        dim: number of all directions.
+    """
+    return weight / (tasks * dim)
+
+
 def guaranteed_room(out_dim: int, in_dim: int, energy: float) -> int:
     """Return how many input directions an energy leaves free, whatever the weight (out_dim, in_dim) is.
 
