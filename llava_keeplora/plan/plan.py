@@ -182,11 +182,7 @@ def _method_plan(
     label: str, estimate: MemoryEstimate, stages: tuple[StagePlan, ...], world: int
 ) -> MethodPlan:
     config, work = estimate.config, estimate.work
-    adapters = (
-        sum(F32 * layer.rank * layer.module.in_features for layer in estimate.layers.values())
-        if estimate.subspaces
-        else 0
-    )
+    adapters = _initial_adapters(estimate)
     growth = (estimate.bases(len(work)) - estimate.bases(0)) // len(work)
     answers = sum(w.predictions for w in work)
     return MethodPlan(
@@ -201,6 +197,16 @@ def _method_plan(
             for w, training in zip(work, config.trainings(label), strict=True)
         ),
         _unsure_rank(estimate.layers.values()) if estimate.protects_weights else "",
+    )
+
+
+def _initial_adapters(estimate: MemoryEstimate) -> int:
+    """Return the bytes of the initial adapters that a run keeps per task: A alone, or A and B."""
+    if not estimate.subspaces and estimate.planned is None:
+        return 0
+    return sum(
+        F32 * layer.rank * (layer.module.in_features + (layer.module.out_features if estimate.planned else 0))
+        for layer in estimate.layers.values()
     )
 
 

@@ -48,6 +48,7 @@ class Rehearsal:
         self.changed = find_layers(method.parts, family)
         self.layers = self.changed.adapted
         self.subspaces = self.method.subspace_plan()
+        self.planned = self.method.planned_adapters(self.layers)
         self.dtype = DTYPES[config.model.dtype]
         self.largest = max(
             self.work, key=lambda w: w.tokens * (len(w.prompts["input_ids"]) if w.prompts else 1)
@@ -78,9 +79,8 @@ class Rehearsal:
         """Attach the adapters that training uses to the skeleton, for the length of a block."""
         model, layers = self.family.model, self.layers
         ctx = TaskContext(1, self.largest.name, layers, _refuse_pass, _refuse_pass, 0, 0)
-        planned = self.method.planned_adapters(layers)
-        if planned is not None:
-            inits = planned
+        if self.planned is not None:
+            inits = self.planned
         elif self.subspaces:
             inits = {name: AdapterInit(_rank(layer), layer.alpha) for name, layer in layers.items()}
         else:
@@ -89,7 +89,7 @@ class Rehearsal:
             wrapper = attach(model, inits, self.method.dropout)
         stack = ExitStack()
         try:
-            if planned is not None:
+            if self.planned is not None:
                 stack.enter_context(self.method.training_context(ctx, model))
             for module in self.changed.full.values():
                 module.requires_grad_(True)
