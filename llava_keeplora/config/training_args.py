@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_keeplora.bitsandbytes_import import import_bitsandbytes
 from llava_keeplora.config.coerce import as_mapping, coerce_value
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora_recipes.strict_json import decode_text, parse_json
@@ -67,6 +68,7 @@ WITHOUT = {
 
 def _argument_types() -> dict[str, Any]:
     """Return name → type of the arguments of `transformers.TrainingArguments`."""
+    import_bitsandbytes()
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)
