@@ -36,6 +36,9 @@ COUNTS = {"train": 6, "test": 2}
 def pytest_configure(config) -> None:
     import torch
 
+    from llava_keeplora.bitsandbytes_import import import_bitsandbytes
+
+    import_bitsandbytes()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 #: One server for all test files of a worker.
 SERVER = multiprocessing.get_context("forkserver")
+HERE = str(Path(__file__).parent)
 SERVER.set_forkserver_preload(
     [
         "forked",
@@ -71,6 +73,7 @@ class Forked:
             target=_run, args=(list(map(str, command)), str(cwd or os.getcwd()), env, names), daemon=True
         )
         begun = time.monotonic()
+        ensure_server()
         self._process.start()
         STARTS.append(time.monotonic() - begun)
         self.pid = self._process.pid
@@ -111,6 +114,19 @@ class Forked:
     def kill(self) -> None:
         """Kill it, unless it has ended."""
         self.send_signal(signal.SIGKILL)
+
+
+def ensure_server() -> None:
+    """Start the server unless it runs, with this folder on its path: what it can't import it passes over in silence."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([HERE, *([path] if path else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
 
 
 def patience() -> float:
@@ -185,6 +201,7 @@ def _run(command: list[str], cwd: str, env: dict[str, str], outputs: list[str]) 
     os.environ.update(env)
     os.chdir(cwd)
     os.fsync = lambda descriptor: None  # See conftest.py.
+    assert "warm" in sys.modules, "the server has not imported what its children share"
     program, *words = command
     sys.path[0:0] = [""] if words[:1] in (["-c"], ["-m"]) else []
     if program == sys.executable or Path(program).name.startswith("python"):
@@ -204,6 +221,6 @@ def _run(command: list[str], cwd: str, env: dict[str, str], outputs: list[str]) 
         sys.exit(script.load()())
 
 
-if str(Path(__file__).parent) not in sys.path:
+if HERE not in sys.path:
     # The server imports this module by its name.
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, HERE)

@@ -1,11 +1,19 @@
 """What the fork server imports and looks up once for every forked process; see forked.py."""
 
+# ruff: noqa: E402
+
+import gc
 from contextlib import suppress
+
+from llava_keeplora.bitsandbytes_import import import_bitsandbytes
+
+import_bitsandbytes()
 
 import deepspeed.runtime.engine  # noqa: F401
 import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg  # noqa: F401
 import scipy.io  # noqa: F401
+import sklearn.utils  # noqa: F401
 import torch.utils.cpp_extension  # noqa: F401
 
 from llava_keeplora.export import verify
@@ -20,3 +28,5 @@ with suppress(ImportError):
 shorten_runs()
 # Tests of exports load some of them again in a fresh process.
 verify.verify_in_fresh_process = reload_here
+# A collection in a forked process would touch, and so copy, every object that the server holds.
+gc.freeze()

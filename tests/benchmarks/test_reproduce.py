@@ -71,6 +71,7 @@ def count_compared(printed: str) -> int:
     return printed.count("| no |") + printed.count("| yes |")
 
 
+@pytest.mark.slow
 def test_every_row_of_mtil_learns_its_first_tasks_and_is_compared(
     reproduce, mtil, mtil_recipes, imagenet, narrow_clip
 ):
@@ -151,7 +152,7 @@ def test_mtil_runs_in_its_order_and_is_compared(
     ("name", "rows"),
     [
         ("ucit", ["keeplora-released", "inflora"]),
-        ("mllm-dcl", ["keeplora", "sd-lora"]),
+        pytest.param("mllm-dcl", ["keeplora", "sd-lora"], marks=pytest.mark.slow),
         pytest.param("ucit", None, marks=pytest.mark.slow),
         pytest.param("mllm-dcl", None, marks=pytest.mark.slow),
     ],

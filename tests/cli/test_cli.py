@@ -156,6 +156,7 @@ print(held(range(1, 46)), held(range(46, 91)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="resident memory is read from Linux's /proc"
 )

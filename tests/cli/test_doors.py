@@ -42,6 +42,7 @@ def reference(run_config, tiny_tasks, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_launcher_gives_the_same_numbers_and_a_quiet_terminal(
     config_file, launch, launcher, script, numbers, reference, tmp_path
 ):

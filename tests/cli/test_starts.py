@@ -66,8 +66,8 @@ def imported(tmp_path_factory):
         "score": [EVAL, "score", "--task", "shapes", "--predictions", str(folder / "answers.jsonl")],
         "list": [TRAIN, "list"],
         "doctor": [TRAIN, "doctor", "run-clip"],
-        "train": ["llava_keeplora.sequence"],
         "plan": [TRAIN, "plan", "--config", "demo", "sequence=null", "tasks=[shapes]"],
+        "train": ["llava_keeplora.sequence"],
     }
     words = [json.dumps(HEAVY), json.dumps(list(commands.values()))]
     done = subprocess.run(

@@ -155,6 +155,7 @@ def test_no_jar_is_found_without_java_or_without_pycocoevalcap(monkeypatch, tmp_
     assert java.find_jar(java.METEOR) is None
 
 
+@pytest.mark.slow
 def test_the_real_java_is_asked_for_with_switches_that_it_knows():
     if not java.shutil.which("java"):
         pytest.skip("no Java")

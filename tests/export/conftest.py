@@ -42,16 +42,15 @@ def quick_reload(monkeypatch):
 
 @pytest.fixture(scope="session")
 def exported(finished, tmp_path_factory):
-    """Function (`clip` or `llava`) → (folder, what `export_run` says of it) of an adapter with everything at its default; LLaVA's is
-    loaded again by a fresh process."""
+    """Function (`clip` or `llava`) → (folder, what `export_run` says of it) of an adapter with everything at its default,
+    loaded again in this process; test_adapter.py does it in a fresh one."""
     done = {}
 
     def export(run):
         if run not in done:
             folder = tmp_path_factory.mktemp(run) / "you" / f"{run}-adapter"
             with pytest.MonkeyPatch.context() as patch:
-                if run == "clip":
-                    patch.setattr(verify, "verify_in_fresh_process", reload_here)
+                patch.setattr(verify, "verify_in_fresh_process", reload_here)
                 done[run] = (
                     folder,
                     export_run(finished(run), "adapter", folder, base_id=BASE_ID, name=f"you/{run}-adapter"),

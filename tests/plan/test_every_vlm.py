@@ -17,7 +17,7 @@ PART = {"rank": 2, "alpha": 2, "energy_weight": 0.5, "energy_feature": 0.9}
 
 
 #: Planned in every suite; the others behind the slow marker.
-QUICK = ("qwen3_vl",)
+QUICK = ("idefics3",)
 
 
 @pytest.mark.parametrize(

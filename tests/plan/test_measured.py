@@ -77,6 +77,7 @@ def within(ratios, more=EXPORT):
     assert all(1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()), ratios
 
 
+@pytest.mark.slow
 def test_a_small_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks, tmp_path, enlarge):
     large = enlarge(tiny_clip, tmp_path / "clip", vision(512, 4), {**vision(512, 3)}, weights=True)
     tree = run_tree(

@@ -62,7 +62,13 @@ def test_mtil_tasks_read_the_labels_that_their_sources_use(tmp_path, make, task,
     }[task]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REAL + ASKED)
+#: One of each kind; the others behind the slow marker.
+LOADED = ("trashnet", "flags-captions", "emoji-names")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in LOADED else pytest.param(name, marks=pytest.mark.slow) for name in REAL + ASKED]
+)
 def test_real_sets_load_with_the_promised_sizes(name, real_data):
     recipe = load_recipe(name)
     for split, size in recipe.expected_sizes.items():

@@ -8,22 +8,12 @@ from __future__ import annotations
 
 import builtins
 import functools
-import multiprocessing
 import os
 import signal
 import sys
 from pathlib import Path
 
-#: Imported once, in a process that forks the others off before it has computed anything.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "faults",
-        "llava_keeplora.sequence.runner",
-        "transformers.models.clip.modeling_clip",
-        "transformers.models.llava.modeling_llava",
-    ]
-)
+from forked import SERVER, ensure_server
 
 
 class Moments:
@@ -134,6 +124,7 @@ def start(tree: dict, fatal: int | None, log: Path) -> int | None:
     Returns:
         how many moments there were, or None if it was killed.
     """
+    ensure_server()
     counted = SERVER.SimpleQueue()
     process = SERVER.Process(target=live, args=(tree, fatal, str(log), counted))
     process.start()

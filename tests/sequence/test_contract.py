@@ -43,12 +43,13 @@ def runs_on(family, methods=LEARNING):
     return [name for name in methods if family in METHODS[name].info.families]
 
 
-def for_every(methods, slow=(), quick=()):
-    """A test for each method on each family that it runs on; on the slow families behind the marker, but for the quick methods."""
+def for_every(methods, quick=None):
+    """A test for each method on each family that it runs on; behind the slow marker but for the first methods' and, where given, the
+    quick pairs'."""
     pairs = [(family, name) for family in FAMILIES for name in runs_on(family, methods)]
 
     def is_slow(family, name):
-        return name not in FIRST or (family in slow and name not in quick)
+        return name not in FIRST or (quick is not None and (family, name) not in quick)
 
     return pytest.mark.parametrize(
         ("family", "method"),
@@ -273,7 +274,7 @@ def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, metho
     assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
 
 
-@for_every(LEARNING, slow=("llava",), quick=("sd-lora",))
+@for_every(LEARNING, quick=[("clip", "keeplora++"), ("clip", "moe-adapters"), ("llava", "sd-lora")])
 def test_a_method_passes_the_checks_of_third_parties(trees, family, method):
     """Resuming is checked of those that test_resume.py does not stop everywhere, after stages on CLIP alone."""
     slow = [

@@ -98,7 +98,7 @@ def deepspeed(stage=2, **content):
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, str) else "",
 )
-def test_plan_and_train_say_the_same_of_a_wrong_configuration_and_let_the_mended_one_into_the_same_folder(
+def test_plan_and_train_say_the_same_of_a_wrong_configuration(
     changes, rule, run_tree, tiny_tasks, tmp_path, ends_where_it_begins
 ):
     def tree(**changes):
@@ -110,6 +110,17 @@ def test_plan_and_train_say_the_same_of_a_wrong_configuration_and_let_the_mended
     assert told["make_plan"] == told["run"]
     assert told["run"] is not None and re.search(rule, told["run"])
     assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_refused_configuration_leaves_the_folder_to_the_mended_one(
+    run_tree, tiny_tasks, tmp_path, ends_where_it_begins
+):
+    def tree(**changes):
+        return run_tree(
+            tmp_path / "run", **{"tasks": [str(tiny_tasks[0])], "methods": {"keeplora": {}}} | changes
+        )
+
+    assert refused(run, tree(parts={"vision": {"rank": 32}})) is not None
     assert refused(run, tree()) is None and refused(make_plan, tree()) is None
 
 
@@ -137,7 +148,6 @@ def test_so_they_do_of_a_llava(changes, rule, llava_tree, mixed_tasks, tmp_path,
     tree = lambda **changes: llava_tree(tmp_path / "run", **{"tasks": [str(mixed_tasks[0])]} | changes)  # noqa: E731
     told = {refused(door, tree(**changes)) for door in (make_plan, run)}
     assert len(told) == 1 and re.search(rule, told.pop()) and not (tmp_path / "run/config.json").exists()
-    assert refused(run, tree()) is None and refused(make_plan, tree()) is None
 
 
 def test_what_a_plan_proposes_is_let_in_by_a_start(run_tree, tiny_tasks):

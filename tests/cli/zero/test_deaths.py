@@ -115,12 +115,7 @@ WITHIN = [
 
 @pytest.mark.parametrize(
     ("family", "stage", "training"),
-    [
-        pytest.param(
-            *one, id="-".join((*one[:2], *one[2])), marks=() if one == WITHIN[0] else pytest.mark.slow
-        )
-        for one in WITHIN
-    ],
+    [pytest.param(*one, id="-".join((*one[:2], *one[2])), marks=pytest.mark.slow) for one in WITHIN],
 )
 def test_a_process_killed_between_steps_goes_on_from_the_last_checkpoint(
     family, stage, training, trees, written, launch, script, tmp_path
