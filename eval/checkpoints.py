@@ -409,13 +409,14 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as progress
 
     logger = logging.getLogger("transformers.modeling_utils")
-    level, bar = logger.level, progress.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    disabled, bar = logger.disabled, progress.is_progress_bar_enabled()
+    # Disabled, as with a level of its own it warns that a model in one process is not split between several.
+    logger.disabled = True
     progress.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.disabled = disabled
         if bar:
             progress.enable_progress_bar()
 

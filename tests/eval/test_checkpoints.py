@@ -1,6 +1,7 @@
 """Checkpoints by content: damaged, incomplete and foreign ones are refused by name, and what changes an answer changes the record."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import UserError
-from llava_keeplora.models import open_model
+from llava_keeplora.models import load_model, open_model
 from llava_keeplora_eval import EvalError
 from llava_keeplora_eval.checkpoints import check_values, load_checked
 from llava_keeplora_eval.content import content_changes, content_hash, model_content
@@ -216,6 +217,20 @@ def test_memory_that_runs_out_while_weights_are_read_is_one_sentence_with_the_cu
 def test_loading_shows_no_bar_of_the_library(tiny_clip, capfd):
     load(tiny_clip)
     assert "Loading weights" not in capfd.readouterr().err
+
+
+def test_loading_a_model_that_could_be_split_between_processes_warns_of_nothing(small_vlm):
+    """A level of its own on the library's logger makes it check the layers of such a plan."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    library = logging.getLogger("transformers")
+    library.addHandler(handler)
+    try:
+        load_model(ModelConfig(str(small_vlm("qwen3_vl"))))
+    finally:
+        library.removeHandler(handler)
+    assert not said
 
 
 def test_a_shard_that_holds_nan_is_named(copied):
@@ -425,7 +440,7 @@ def test_a_quantised_base_with_nan_is_refused_before_it_is_loaded(copied, kind):
 def test_a_checkpoint_that_says_it_is_quantised_is_refused_by_both_programs(copied, quantization):
     from llava_keeplora.config import ModelConfig
     from llava_keeplora.errors import ConfigError
-    from llava_keeplora.models import open_model
+    from llava_keeplora.models import load_model, open_model
     from llava_keeplora_eval.models import load_clip
 
     config = json.loads((copied / "config.json").read_text())
@@ -439,7 +454,7 @@ def test_a_checkpoint_that_says_it_is_quantised_is_refused_by_both_programs(copi
 @pytest.mark.parametrize("names", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
 def test_a_tokenizer_without_words_is_refused_by_every_door(copied, names):
     from llava_keeplora.config import ModelConfig
-    from llava_keeplora.models import open_model
+    from llava_keeplora.models import load_model, open_model
     from llava_keeplora_eval.models import load_clip, load_preparation
 
     for name in names:
