@@ -6,19 +6,19 @@ whatever the model.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from llava_keeplora_eval.chat_text import PROBE, given_videos, mark_of, render, takes_suffix, takes_videos
+from llava_keeplora_eval.chat_text import PROBE, given_videos, render, takes_suffix, takes_videos
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.image_inputs import TOKEN_KEYS, ImageShapes, blank_image
-from llava_keeplora_eval.video_inputs import Times, VideoShapes, blank_video, metadata
+from llava_keeplora_eval.image_inputs import TOKEN_KEYS
+from llava_keeplora_eval.processor_calls import ChatText, TokenCalls, Tokens, separate
+from llava_keeplora_eval.video_inputs import Times
 from llava_keeplora_recipes import Recipe
 from llava_keeplora_recipes.placeholders import MARKER
 from llava_keeplora_recipes.records import Message, Spans
@@ -93,7 +93,7 @@ def image_inputs(processor, images: Sequence, videos: Spans = ()) -> dict[str, T
     videos = given_videos(processor, len(images), videos)
     text = render(processor, "", len(images), videos=videos)
     try:
-        media = _separate(images, videos, [frame_time(image) for image in images])
+        media = separate(images, videos, [frame_time(image) for image in images])
         made = processor(text=[text], **media, return_tensors="pt")
     except (ValueError, TypeError, IndexError) as error:
         raise EvalError(
@@ -103,16 +103,46 @@ def image_inputs(processor, images: Sequence, videos: Spans = ()) -> dict[str, T
     return {key: value for key, value in made.items() if key not in (*TOKEN_KEYS, "labels")}
 
 
-def _separate(images: Sequence, videos: Spans, times: Times) -> dict[str, Any]:
-    """Return the arguments of a processor for an example's images and videos; see `Chat.prompt`."""
-    frames = {i for start, end in videos for i in range(start, end)}
-    alone = [image for i, image in enumerate(images) if i not in frames]
-    # Nested where the number of images makes a difference.
-    media: dict[str, Any] = {"images": [alone] if alone else None}
-    if videos:
-        media["videos"] = [list(images[start:end]) for start, end in videos]
-        media["video_metadata"] = [metadata(end - start, list(times[start:end])) for start, end in videos]
-    return media
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question to a generative model.
+
+    Args:
+        question: what is asked.
+        sizes: (height, width) of each image, frames of videos included.
+        answer: the text to learn; None where the question is only asked.
+        history: the turns before it.
+        videos: spans of the frames of each video among the images; see `given_videos`.
+        times: of each image, its time in its video and the video's length, or None; see `frame_time`.
+    """
+
+    question: str
+    sizes: Sequence[tuple[int, int]]
+    answer: str | None = None
+    history: Sequence[Message] = ()
+    videos: Spans = ()
+    times: Times = ()
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The chat texts of a question.
+
+    Args:
+        prompt: up to where the answer begins.
+        whole: with the answer and the end of the turn, if it is learned.
+        answer: this answer.
+        earlier: of each earlier answer its text, the text before it and the text with it.
+    """
+
+    prompt: ChatText
+    whole: ChatText | None = None
+    answer: str = ""
+    earlier: Sequence[tuple[str, ChatText, ChatText]] = ()
+
+    def __iter__(self) -> Iterator[ChatText]:
+        yield from (text for text in (self.prompt, self.whole) if text)
+        yield from (text for _, *pair in self.earlier for text in pair)
 
 
 class Chat:
@@ -125,12 +155,8 @@ class Chat:
     def __init__(self, processor):
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self._by_size = copy.copy(processor)
-        self._by_size.image_processor = ImageShapes(processor.image_processor)
-        if takes_videos(processor):
-            self._by_size.video_processor = VideoShapes.of(processor.video_processor)
+        self._calls = TokenCalls(processor)
         self._special = _special_tokens(processor)
-        self._asked: tuple[Any, list[int]] = (None, [])
         self.pad_id = (
             self.tokenizer.pad_token_id
             if self.tokenizer.pad_token_id is not None
@@ -184,21 +210,13 @@ class Chat:
         """Encode a question, with as many placeholders per image as the model has features for it.
 
         Args:
-            question: what is asked.
-            sizes: (height, width) of each image, frames of videos included.
-            history: the turns before it.
-            videos: spans of the frames of each video among the images; see `given_videos`.
-            times: of each image, its time in its video and the video's length, or None; see `frame_time`.
+            question, sizes, history, videos, times: see `Asked`.
 
         Raises:
-            EvalError: a text holds a special token of the tokenizer or marks another number of images, or the
-                processor refuses them.
+            EvalError: see `encode`.
         """
-        self._refuse_special(question, history)
-        videos = given_videos(self.processor, len(sizes), videos)
-        text = render(self.processor, question, len(sizes), history, videos=videos)
-        tokens = self._encode(text, sizes, videos, times)
-        return Encoding(prompt=tokens.pop("input_ids"), extra=tokens)
+        asked = Asked(question=question, sizes=sizes, history=history, videos=videos, times=times)
+        return self._one(asked)
 
     def turn(
         self,
@@ -212,72 +230,111 @@ class Chat:
         """Encode a question and its answer with the end of the turn, and find the earlier answers.
 
         Args:
-            question, sizes, history, videos, times: see `prompt`.
-            answer: the text to learn.
+            question, sizes, answer, history, videos, times: see `Asked`.
 
         Raises:
-            EvalError: as `prompt`, and if the tokenizer does not keep the prompt apart from the answer, so
-                that training would show the model another prompt than generation does.
+            EvalError: see `encode`.
         """
-        self._refuse_special(question, history, answer)
-        videos = given_videos(self.processor, len(sizes), videos)
-        text = render(self.processor, question, len(sizes), history, videos=videos)
-        # An image's captions follow each other, and their prompt is the same.
-        asked = (text, list(sizes), videos, list(times))
-        if self._asked[0] != asked:
-            self._asked = asked, self._encode(text, sizes, videos, times)["input_ids"]
-        prompt = self._asked[1]
+        return self._one(
+            Asked(question=question, sizes=sizes, answer=answer, history=history, videos=videos, times=times)
+        )
+
+    def _one(self, asked: Asked) -> Encoding:
+        (encoding,) = self.encode([asked])
+        if isinstance(encoding, EvalError):
+            raise encoding
+        return encoding
+
+    def encode(self, questions: Sequence[Asked]) -> list[Encoding | EvalError]:
+        """Encode questions, and answers that are learned with the end of their turns.
+
+        Returns:
+            of each its encoding, or an error: a text holds a special token of the tokenizer or marks another
+            number of images; the processor refuses it; the tokenizer does not keep the prompt apart from the
+            answer, so that training would show the model another prompt than generation does; the template
+            writes an earlier turn otherwise than the last one, so that the place of its answer is unknown.
+        """
+        written = [_result(self._texts, asked) for asked in questions]
+        tokens = self._calls.encode(
+            text for texts in written if not isinstance(texts, EvalError) for text in texts
+        )
+        return [
+            texts if isinstance(texts, EvalError) else _result(self._encoding, texts, tokens)
+            for texts in written
+        ]
+
+    def _texts(self, asked: Asked) -> _Texts:
+        """Write the chat texts of a question.
+
+        Raises:
+            EvalError: see `encode`.
+        """
+        self._refuse_special(asked.question, asked.history, asked.answer or "")
+        sizes, times = tuple(asked.sizes), tuple(asked.times)
+        videos = given_videos(self.processor, len(sizes), asked.videos)
+        text = render(self.processor, asked.question, len(sizes), asked.history, videos=videos)
+        prompt = ChatText(text, sizes, videos, times)
+        if asked.answer is None:
+            return _Texts(prompt)
         if takes_suffix(self.processor):
-            tokens = self._encode(text, sizes, videos, times, suffix=[answer])
+            whole = replace(prompt, suffix=asked.answer)
         else:
             lead, end = self.answer_frame
-            tokens = self._encode(text + lead + answer + end, sizes, videos, times)
-        whole = tokens.pop("input_ids")
-        if whole[: len(prompt)] != prompt:
-            raise EvalError(
-                f"the tokenizer joins the end of the chat template with the answer '{answer}'",
-                "end the chat template's generation prompt with a colon or a line break",
-            )
-        earlier = self._earlier(text, prompt, sizes, history, videos, times) if history else ()
-        return Encoding(prompt=prompt, reply=whole[len(prompt) :], earlier=earlier, extra=tokens)
+            whole = replace(prompt, text=text + lead + asked.answer + end)
+        return _Texts(prompt, whole, asked.answer, list(self._earlier(prompt, asked.history)))
 
     def _earlier(
-        self,
-        text: str,
-        ids: list[int],
-        sizes: Sequence[tuple[int, int]],
-        history: Sequence[Message],
-        videos: Spans,
-        times: Times,
-    ) -> tuple[tuple[int, int], ...]:
-        """Find the earlier answers of a chat text among its ids, by the lengths of its beginnings.
+        self, whole: ChatText, history: Sequence[Message]
+    ) -> Iterator[tuple[str, ChatText, ChatText]]:
+        """Yield the earlier answers of a chat text, each with its beginnings before and with it.
 
         Raises:
-            EvalError: the template writes an earlier turn otherwise than the last one, so that the place of
-                its answer is unknown.
+            EvalError: the template writes an earlier turn otherwise than the last one.
         """
         lead, end = self.answer_frame
         marks = any(MARKER in turn.text for turn in history)
-        spans = []
         for i, turn in enumerate(history):
             if turn.role != "assistant":
                 continue
             before, question = history[: i - 1], history[i - 1].text
-            image_count = sum(t.text.count(MARKER) for t in history[:i]) if marks else len(sizes)
-            shown = tuple(span for span in videos if span[1] <= image_count)
+            image_count = sum(t.text.count(MARKER) for t in history[:i]) if marks else len(whole.sizes)
+            shown = tuple(span for span in whole.videos if span[1] <= image_count)
             start = render(self.processor, question, image_count, before, videos=shown)
             stop = start + lead + turn.text
-            stop += end if text.startswith(stop + end) else ""
-            seen = (sizes[:image_count], shown, times)
-            bounds = [self._encode(part, *seen)["input_ids"] for part in (start, stop)]
-            if not text.startswith(stop) or any(ids[: len(part)] != part for part in bounds):
-                raise EvalError(
-                    f"the model's chat template writes the earlier answer '{shorten(turn.text, 80)}' "
-                    "otherwise than a last one",
-                    "train on single turns, or give a chat template that repeats turns as they were",
-                )
+            stop += end if whole.text.startswith(stop + end) else ""
+            if not whole.text.startswith(stop):
+                raise _rewritten(turn.text)
+            beginning = replace(whole, sizes=whole.sizes[:image_count], videos=shown)
+            yield turn.text, replace(beginning, text=start), replace(beginning, text=stop)
+
+    def _encoding(self, texts: _Texts, tokens: Mapping[ChatText, Tokens | EvalError]) -> Encoding:
+        """Join the tokens of a question's chat texts.
+
+        Raises:
+            EvalError: see `encode`.
+        """
+
+        def ids(text: ChatText) -> list[int]:
+            if isinstance(made := tokens[text], EvalError):
+                raise made
+            return made["input_ids"]
+
+        prompt, whole = ids(texts.prompt), ids(texts.whole or texts.prompt)
+        if texts.whole and whole[: len(prompt)] != prompt:
+            raise EvalError(
+                f"the tokenizer joins the end of the chat template with the answer '{texts.answer}'",
+                "end the chat template's generation prompt with a colon or a line break",
+            )
+        spans = []
+        for answer, *pair in texts.earlier:
+            bounds = [ids(text) for text in pair]
+            if any(prompt[: len(part)] != part for part in bounds):
+                raise _rewritten(answer)
             spans.append((len(bounds[0]), len(bounds[1])))
-        return tuple(spans)
+        made = tokens[texts.whole or texts.prompt]
+        assert not isinstance(made, EvalError)
+        extra = {key: value for key, value in made.items() if key != "input_ids"}
+        return Encoding(prompt=prompt, reply=whole[len(prompt) :], earlier=tuple(spans), extra=extra)
 
     def _refuse_special(self, question: str, history: Sequence[Message] = (), answer: str = "") -> None:
         """Refuse what the tokenizer would read as a token of its own, such as the end of the text."""
@@ -290,46 +347,21 @@ class Chat:
                     "take it out of the text, or write it with spaces in it",
                 )
 
-    def _encode(
-        self, text: str, sizes: Sequence[tuple[int, int]], videos: Spans, times: Times, **options: Any
-    ) -> dict[str, list[int]]:
-        """Return the processor's inputs for each token of a chat text, but for the attention mask."""
-        # Some chat templates write the begin-of-text token that the tokenizer puts before every text too; it
-        # goes there once.
-        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        media = _separate(sizes, videos, times)
-        alone, given = (media["images"] or [[]])[0], media.get("videos", [])
-        self._check_marks(text, "image", len(alone))
-        if given:
-            self._check_marks(text, "video", len(given))
-        if any(len(set(frames)) > 1 for frames in given):
-            raise EvalError(
-                "the frames of a video have different sizes, and the model takes videos whole",
-                "make the frames of each video of one size",
-            )
-        media["images"] = [[blank_image(*size) for size in alone]] if alone else None
-        if given:
-            media["videos"] = [blank_video(len(frames), *frames[0]) for frames in given]
-        try:
-            made = self._by_size(text=[text], **media, add_special_tokens=not begun, **options)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise EvalError(
-                f"the model's processor refuses a question with {len(sizes)} images "
-                f"({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
-                "check that the processor's files and the model's config.json are of one checkpoint",
-            ) from error
-        return {
-            key: list(map(int, made[key][0])) for key in TOKEN_KEYS if key in made and key != "attention_mask"
-        }
 
-    def _check_marks(self, text: str, kind: str, count: int) -> None:
-        """Refuse a chat text that holds another number of tokens of images or videos than there are."""
-        token = mark_of(self.processor, kind)
-        if (marked := text.count(token)) != count:
-            raise EvalError(
-                f"a question has {count} {kind}s and its chat text marks {marked} with {token}",
-                "remove the mark from the text of the question, the prompt or the chat template",
-            )
+def _result(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns, or the EvalError that it raises."""
+    try:
+        return function(*arguments)
+    except EvalError as error:
+        return error
+
+
+def _rewritten(answer: str) -> EvalError:
+    return EvalError(
+        f"the model's chat template writes the earlier answer '{shorten(answer, 80)}' otherwise than a last "
+        "one",
+        "train on single turns, or give a chat template that repeats turns as they were",
+    )
 
 
 def _special_tokens(processor) -> re.Pattern[str]:

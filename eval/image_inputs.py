@@ -53,13 +53,42 @@ class ImageShapes:
         return getattr(self._image_processor, name)
 
     def __call__(self, images, **kwargs):
-        """Return the image processor's outputs with floating-point values left out, but for their shapes."""
+        """Return the image processor's outputs with floating-point values left out, but for their shapes.
+
+        Args:
+            images: flat or nested; of several lists of equal sizes, one is looked at and the outputs repeat.
+        """
         from transformers import BatchFeature
 
-        key = repr((_sizes(images), sorted(kwargs.items(), key=str)))
+        lists = _sizes(images)
+        count = len(images) if len(images) > 1 and _are_equal_lists(lists) else 1
+        images, lists = (images[:1], lists[:1]) if count > 1 else (images, lists)
+        key = repr((lists, sorted(kwargs.items(), key=str)))
         if key not in self._made:
             self._made[key] = {k: shape_only(v) for k, v in self._image_processor(images, **kwargs).items()}
-        return BatchFeature(dict(self._made[key]))
+        return BatchFeature({k: _repeated(v, count) for k, v in self._made[key].items()})
+
+
+def _are_equal_lists(sizes) -> bool:
+    return isinstance(sizes[0], list) and all(other == sizes[0] for other in sizes)
+
+
+def _repeated(value: Any, count: int) -> Any:
+    """Return a value of `ImageShapes` of several times as many images."""
+    import numpy
+    import torch
+
+    if count == 1:
+        return value
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            return value.new_zeros(()).expand(count * len(value), *value.shape[1:])
+        return torch.cat([value] * count)
+    if isinstance(value, numpy.ndarray):
+        if value.dtype.kind == "f":
+            return numpy.broadcast_to(numpy.zeros((), value.dtype), (count * len(value), *value.shape[1:]))
+        return numpy.concatenate([value] * count)
+    return list(value) * count
 
 
 def _sizes(images) -> Any:

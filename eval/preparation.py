@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from typing import Any, Protocol
 
-from llava_keeplora_eval.chat import Chat, Encoding, question_text, training_answers
+from llava_keeplora_eval.chat import Asked, Chat, Encoding, question_text, training_answers
 from llava_keeplora_eval.chat_text import given_videos
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_recipes import TaskData
 from llava_keeplora_recipes.texts import is_blank
 
 log = logging.getLogger(__name__)
+
+#: Examples whose texts are encoded together.
+ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,26 +217,45 @@ class ChatPreparation:
 
     def _turns(self, data: TaskData, learns: bool) -> Iterator[Turn | EvalError]:
         """Of each example its turns, or why the model cannot take it."""
-        asked = (data.image_sizes, data.histories, data.videos, data.image_times)
-        columns = zip(data.questions, data.answers, *asked, strict=True)
-        for row, (question, answers, sizes, *context) in enumerate(columns):
-            text = question_text(data.recipe, question)
+        examples = self._asked(data, learns)
+        while rows := dict(islice(examples, ROWS)):
+            wanted = [one for asked in rows.values() if isinstance(asked, list) for one in asked]
+            encodings = iter(self.chat.encode(wanted))
+            for row, asked in rows.items():
+                if isinstance(asked, EvalError):
+                    yield asked
+                    continue
+                made = list(islice(encodings, len(asked)))
+                try:
+                    with _named(data, row):
+                        turns = [_turn(row, encoding) for encoding in made]
+                    self._check_length(data, max(turns, key=len), learns)
+                except EvalError as error:
+                    yield error
+                else:
+                    yield from turns
+
+    def _asked(self, data: TaskData, learns: bool) -> Iterator[tuple[int, list[Asked] | EvalError]]:
+        """Yield each example's questions, one for each answer that is learned, or what is wrong with it."""
+        shown = (data.image_sizes, data.histories, data.videos, data.image_times)
+        columns = zip(data.questions, data.answers, *shown, strict=True)
+        for row, (question, answers, sizes, history, videos, times) in enumerate(columns):
+            learned: list[str | None] = [None]
             try:
                 if learns:
                     check_answers(data, row, answers)
-                    texts = training_answers(data.recipe, answers)
-                    with _named(data, row):
-                        turns = [
-                            _turn(row, self.chat.turn(text, sizes, answer, *context)) for answer in texts
-                        ]
-                else:
-                    with _named(data, row):
-                        turns = [_turn(row, self.chat.prompt(text, sizes, *context))]
-                self._check_length(data, max(turns, key=len), learns)
+                    learned = [*training_answers(data.recipe, answers)]
             except EvalError as error:
-                yield error
-            else:
-                yield from turns
+                yield row, error
+                continue
+            asked = Asked(
+                question=question_text(data.recipe, question),
+                sizes=sizes,
+                history=history,
+                videos=videos,
+                times=times,
+            )
+            yield row, [replace(asked, answer=answer) for answer in learned]
 
     def _check_length(self, data: TaskData, turn: Turn, learns: bool) -> None:
         needed = len(turn) + (not learns)
@@ -252,7 +274,9 @@ def runs_of(ids: Iterable[int]) -> str:
     return " ".join(f"{i} × {count}" if count > 1 else str(i) for i, count in runs)
 
 
-def _turn(row: int, encoding: Encoding) -> Turn:
+def _turn(row: int, encoding: Encoding | EvalError) -> Turn:
+    if isinstance(encoding, EvalError):
+        raise encoding
     return Turn(row=row, **vars(encoding))
 
 

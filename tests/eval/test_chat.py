@@ -113,12 +113,3 @@ def test_a_record_with_a_special_token_is_named(embedded):
     assert (
         len(errors) == 1 and "record 'b' of pets (train.json)" in str(errors[0]) and "</s>" in str(errors[0])
     )
-
-
-def test_the_prompt_of_several_captions_is_encoded_once(embedded, monkeypatch):
-    chat, texts = Chat(embedded), ["a cat", "a dog", "red"]
-    expected = [Chat(embedded).turn("What?", [SIZE], text) for text in texts]
-    calls, encode = [], chat._encode
-    monkeypatch.setattr(chat, "_encode", lambda *args, **more: calls.append(args) or encode(*args, **more))
-    assert [chat.turn("What?", [SIZE], text) for text in texts] == expected and len(calls) == 1 + len(texts)
-    assert chat.turn("Who?", [SIZE], "a cat") == Chat(embedded).turn("Who?", [SIZE], "a cat")

@@ -440,7 +440,7 @@ def test_a_quantised_base_with_nan_is_refused_before_it_is_loaded(copied, kind):
 def test_a_checkpoint_that_says_it_is_quantised_is_refused_by_both_programs(copied, quantization):
     from llava_keeplora.config import ModelConfig
     from llava_keeplora.errors import ConfigError
-    from llava_keeplora.models import load_model, open_model
+    from llava_keeplora.models import open_model
     from llava_keeplora_eval.models import load_clip
 
     config = json.loads((copied / "config.json").read_text())
@@ -454,7 +454,7 @@ def test_a_checkpoint_that_says_it_is_quantised_is_refused_by_both_programs(copi
 @pytest.mark.parametrize("names", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
 def test_a_tokenizer_without_words_is_refused_by_every_door(copied, names):
     from llava_keeplora.config import ModelConfig
-    from llava_keeplora.models import load_model, open_model
+    from llava_keeplora.models import open_model
     from llava_keeplora_eval.models import load_clip, load_preparation
 
     for name in names:

@@ -46,12 +46,13 @@ def base(kind, tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(base, run_config, tiny_tasks):
     """Function (folder, **changes) → a run of KeepLoRA on two tasks with every part's usual targets."""
-    parts = {part: {"targets": None} for part in ("vision", "text")}
-    tasks = [str(path) for path in tiny_tasks[:2]]
-    model = {"name_or_path": str(base)}
-    return lambda folder, **changes: run_config(
-        folder, tasks=tasks, model=model, parts=parts, **{"methods": {"keeplora": {}}, **changes}
-    )
+    usual = {
+        "tasks": [str(path) for path in tiny_tasks[:2]],
+        "model": {"name_or_path": str(base)},
+        "parts": {part: {"targets": None} for part in ("vision", "text")},
+        "methods": {"keeplora": {}},
+    }
+    return lambda folder, **changes: run_config(folder, **usual | changes)
 
 
 @pytest.fixture(scope="module")
@@ -210,17 +211,14 @@ def test_what_a_type_cannot_follow_is_refused_with_its_name(config, tmp_path, dr
         ({}, {"quantization": "nf4"}),
     ],
 )
-def test_it_trains_with_less_memory(
-    run_config, driven, base, run, tiny_tasks, tmp_path, training, model, kind
-):
+def test_it_trains_with_less_memory(config, driven, base, run, tiny_tasks, tmp_path, training, model, kind):
     """Recomputing activations changes nothing; half precision and four bits train the same layers."""
     folder = driven(
-        run_config(
+        config(
             tmp_path / "run",
             tasks=[str(tiny_tasks[0])],
             model={"name_or_path": str(base), **model},
             training=training,
-            methods={"keeplora": {}},
         )
     )
     deltas, plain = (
