@@ -17,6 +17,8 @@ from llava_keeplora_recipes.errors import nearest
 
 FORMAT = 1
 ZERO_SHOT = "zero-shot"
+#: Name of the only row of a bound.
+BOUND = "bound"
 NOT_AVAILABLE = "n/a"
 MISSING = "-"
 #: Largest score in percent; sums of a few larger ones would not be finite.
@@ -122,6 +124,13 @@ class Matrix:
         """Whether any cell of the T x T rows has a score (the zero-shot row doesn't count)."""
         return any(value is not None for row in self.rows for value in row)
 
+    @property
+    def bound(self) -> bool:
+        """Whether the last row is the only one with scores, as of a bound: models that learn in no order."""
+        *earlier, last = self.rows
+        scores = (value for row in earlier for value in row)
+        return bool(earlier) and any(value is not None for value in last) and all(v is None for v in scores)
+
     def metrics(self) -> dict[str, float | None]:
         """Return every aggregate, unrounded, in percent; see ``aggregates`` for formulas and sources.
 
@@ -155,9 +164,9 @@ class Matrix:
         return Matrix(self.tasks, self.zero_shot, [self.zero_shot] * len(self.tasks))
 
     def labelled_rows(self) -> list[tuple[str, list[float | None]]]:
-        """Return (name, cells) of every row, the zero-shot row first if there is one."""
+        """Return (name, cells) of every row, the zero-shot row first if measured; a bound has one more."""
         first = [] if self.zero_shot is None else [(ZERO_SHOT, self.zero_shot)]
-        return first + list(zip(self.tasks, self.rows))
+        return first + ([(BOUND, self.rows[-1])] if self.bound else list(zip(self.tasks, self.rows)))
 
     def markdown(self, precision: int = 1) -> str:
         """Return a Markdown table: zero-shot row, a row per stage, then Transfer, Average and Last per task.

@@ -239,6 +239,9 @@ class Method:
     #: Whether every task's update on the base is a model of its own, so that `export --as set --each task`
     #: holds all that was learned, although nothing merges.
     separate_tasks = False
+    #: Whether it is a bound to read other methods against, and not one model that learns task after task: its
+    #: scores, taken as `scored` says, are the last row of the matrix, and a line in plots.
+    bound = False
     #: Whether a task's update may have been trained elsewhere (`llava-keeplora adopt`); False if later tasks
     #: or answers need more of a task than its deltas and what `after_task` computes.
     adopts = False
@@ -340,6 +343,10 @@ class Method:
             deltas: the deltas of each task, in order, on all layers or on some.
         """
         return list(deltas)
+
+    def scored(self, index: int, tasks: int) -> Sequence[int]:
+        """Return the tasks, counted from 1, that are scored after task `index` of a run; all by default."""
+        return range(1, tasks + 1)
 
     def extra_state(self) -> dict[str, Tensor]:
         """Return what training learned in addition to the deltas; called in `training_context`."""

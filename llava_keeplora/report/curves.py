@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llava_keeplora.report.figures import Palette, bare, fill, legend_above, new_figure, style
+from llava_keeplora.report.figures import (
+    BOUND_LINE,
+    Palette,
+    bare,
+    fill,
+    legend_above,
+    new_figure,
+    style,
+)
 from llava_keeplora.report.heatmap import colour_limits
-from llava_keeplora.report.results import Results, Trial, deviation, mean
+from llava_keeplora.report.results import Results, Trial, deviation, is_bound, mean
 from llava_keeplora_eval import Matrix
 
 if TYPE_CHECKING:
@@ -25,16 +33,13 @@ Points = Sequence[tuple[float, Sequence[float]]]
 def draw_curves(results: Results, palette: Palette) -> Figure:
     """Plot every task's score over the stages, one panel per task.
 
-    A dashed line marks the stage that learned the task.
+    A dashed line marks the stage that learned the task; a model that never changes, and a bound, are level
+    lines.
     """
     tasks = _tasks(results)
 
     def points(trials: Sequence[Trial], i: int) -> Points:
-        # A model that never changes is a level line.
-        matrices = [
-            trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix
-            for trial in trials
-        ]
+        matrices = [_level(trial.matrix) for trial in trials]
         rows = [[matrix.zero_shot or [None] * len(tasks), *matrix.rows] for matrix in matrices]
         return _measured((stage, [stages[stage][i] for stages in rows]) for stage in range(len(tasks) + 1))
 
@@ -119,6 +124,13 @@ def draw_forgetting(results: Results, palette: Palette) -> Figure | None:
     return figure
 
 
+def _level(matrix: Matrix) -> Matrix:
+    """Return the matrix of a model that never changes where the scores are the base's or a bound's."""
+    if matrix.bound:
+        return Matrix(matrix.tasks, matrix.rows[-1], [matrix.rows[-1]] * len(matrix.tasks))
+    return matrix if matrix.started else matrix.constant_zero_shot() or matrix
+
+
 def _tasks(results: Results) -> list[str]:
     return next(iter(results.values()))[0].matrix.tasks
 
@@ -155,7 +167,7 @@ def _per_task(
         axes = figure.add_subplot(rows, columns, i + 1)
         for position, (name, trials) in enumerate(results.items()):
             if drawn := points(trials, i):
-                draw_line(axes, drawn, name, position)
+                draw_line(axes, drawn, name, position, level=is_bound([trial.matrix for trial in trials]))
         axes.set_title(
             _shorten(f"{i + 1} {task}"), color=palette.ink, loc="left", fontsize=9, fontweight="bold"
         )
@@ -168,8 +180,16 @@ def _per_task(
     return figure, panels
 
 
-def draw_line(axes, points: Points, name: str, position: int) -> None:
-    """Draw a line of means, with a band of one standard deviation where there are several trials."""
+def draw_line(axes, points: Points, name: str, position: int, level: bool = False) -> None:
+    """Draw a line of means, with a band of one standard deviation where there are several trials.
+
+    Args:
+        axes: where to draw it.
+        points: the values.
+        name: its name in the legend.
+        position: the method's, which decides the colour; see `style`.
+        level: whether it is a bound, which is drawn dash-dotted and without points.
+    """
     xs = [x for x, _ in points]
     means = np.array([mean(values) for _, values in points])
     axes.plot(
@@ -177,9 +197,9 @@ def draw_line(axes, points: Points, name: str, position: int) -> None:
         means,
         label=name,
         marker="o",
-        markersize=3 if len(xs) < 40 else 0,
-        linewidth=1.6,
-        **style(position),
+        markersize=3 if len(xs) < 40 and not level else 0,
+        linewidth=1.2 if level else 1.6,
+        **style(position) | ({"linestyle": BOUND_LINE} if level else {}),
     )
     deviations = np.array([deviation(values) or 0.0 for _, values in points])
     if deviations.any():

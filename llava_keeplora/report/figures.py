@@ -24,6 +24,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 LEGEND_MARK, LEGEND_LETTER = 0.6, 0.085
 #: Line styles, used once the colours have run out: with three, 18 lines can be distinguished.
 STYLES = ("-", "--", ":")
+#: Line style of bounds.
+BOUND_LINE = "-."
 #: The same for bars.
 HATCHES = ("", "////", "....")
 

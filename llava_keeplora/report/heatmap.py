@@ -55,16 +55,16 @@ def draw_heatmap(
             matrix when None.
     """
     top = 0 if matrix.zero_shot is None else 1 + GAP
-    rows = [(top + t, row) for t, row in enumerate(matrix.rows)]
-    labels = {top + t: name for t, name in enumerate(matrix.tasks)}
-    if matrix.zero_shot is not None:
-        rows, labels = [(0, matrix.zero_shot), *rows], {0: ZERO_SHOT} | labels
+    named = matrix.labelled_rows()
+    tops = [t + GAP * (top > 0 and t > 0) for t in range(len(named))]
+    rows = [(y, row) for y, (_, row) in zip(tops, named, strict=True)]
+    labels = {y: name for y, (name, _) in zip(tops, named, strict=True)}
     figure, axes = draw_cells(
         matrix.tasks, rows, title, "score (%)", limits or colour_limits([matrix]), palette
     )
     from matplotlib.patches import Rectangle  # see figures.new_figure
 
-    for t in range(len(matrix.tasks)):
+    for t in range(0 if matrix.bound else len(matrix.tasks)):
         box = Rectangle(
             (t, top + t), 1, 1, fill=False, edgecolor=palette.ink, linewidth=2.2, zorder=3, clip_on=False
         )

@@ -11,7 +11,7 @@ from html import escape
 from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
 from llava_keeplora.report.figures import DPI
 from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
-from llava_keeplora.report.results import Results, Trial, matrices, mean_matrix, mean_scores
+from llava_keeplora.report.results import Results, Trial, is_bound, matrices, mean_matrix, mean_scores
 from llava_keeplora.report.tables import (
     SCORE_COLUMNS,
     matrix_rows,
@@ -63,6 +63,10 @@ LEGEND = (
     "end. "
     "Forgetting: mean drop from the score right after learning; BWT: the same with the other sign. "
     "The zero-shot row is a model that never changes."
+)
+BOUNDS = (
+    " Bounds, dash-dotted in plots, are learned in no order and have Last alone: individual has a model for "
+    "every task, joint learns all tasks at once."
 )
 SPREAD = " Mean ± sample standard deviation (n − 1) over n seeds; plots and matrices show means."
 CSS_PIXELS_PER_INCH = 96
@@ -119,7 +123,8 @@ def _summary(results: Results) -> str:
     spread = SPREAD if any(len(trials) > 1 for trials in results.values()) else ""
     needs = needs_rows(results)
     resources = html_table(NEEDS_COLUMNS, html_rows(needs)) if needs else ""
-    return f"<p>{LEGEND}{spread}</p>\n{html_table(summary_header(by_name), body)}{resources}"
+    bounds = BOUNDS if any(map(is_bound, by_name.values())) else ""
+    return f"<p>{LEGEND}{bounds}{spread}</p>\n{html_table(summary_header(by_name), body)}{resources}"
 
 
 def _run_section(label: str, trials: Sequence[Trial], images: Mapping[str, PlotImage]) -> str:
@@ -134,11 +139,13 @@ def _numbers(trials: Sequence[Trial]) -> str:
     """Return a method's tables in a collapsed element."""
     per_seed = [trial.matrix for trial in trials]
     matrix = mean_matrix(per_seed)
-    stages, count = len(matrix.labelled_rows()), len(matrix.tasks)
+    stages = len(matrix.labelled_rows())
+    count = 0 if matrix.bound else len(matrix.tasks)
     body = ""
     for position, cells in enumerate(matrix_rows(matrix)):
         task = position - (stages - count)
-        body += _row(cells, highlight=task < 0 or task >= count, learned=task if 0 <= task < count else None)
+        learned = task if 0 <= task < count else None
+        body += _row(cells, highlight=learned is None, learned=learned)
     tables = html_table(["after", *matrix.tasks], body) + html_table(
         ["metric", "percent"], html_rows(metric_rows(per_seed, 2))
     )

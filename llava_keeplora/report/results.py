@@ -113,6 +113,11 @@ def mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
     return Matrix(matrices[0].tasks, zero_shot, mean_cells([matrix.rows for matrix in matrices]))
 
 
+def is_bound(matrices: Sequence[Matrix]) -> bool:
+    """Return whether trials are of a bound; see `Matrix.bound`."""
+    return all(matrix.bound for matrix in matrices)
+
+
 def mean_lines(lines: Sequence[LayerLines]) -> LayerLines:
     """Return the means over trials, of the layers and stages that all of them have."""
     first, *others = lines

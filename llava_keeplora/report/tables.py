@@ -124,7 +124,10 @@ def score_rows(
     """
     rows = []
     for position, task in enumerate(tasks, start=1):
-        then, now = stages[min(position, len(stages) - 1)][task], stages[-1][task]
+        # Of a bound, a stage has the scores of some tasks alone.
+        having = [stage[task] for stage in stages if task in stage]
+        then = next((stage[task] for stage in stages[position:] if task in stage), having[-1])
+        now = having[-1]
         shares = [
             format_number(score.get(key), precision)
             for key in ("score", "lenient", "compliance")

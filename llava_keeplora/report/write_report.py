@@ -99,7 +99,8 @@ def _overlap(selected: Results, results: Results, palette: Palette) -> Figure | 
 OF_ALL = (
     Plot(
         "curves",
-        "Score of every task after every stage; at the dashed line it was learned, left of it not yet.",
+        "Score of every task after every stage; at the dashed line it was learned, left of it not yet. "
+        "Dash-dotted: bounds.",
         lambda selected, results, palette: draw_curves(selected, palette),
     ),
     Plot(

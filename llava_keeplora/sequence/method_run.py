@@ -135,7 +135,7 @@ class MethodRun(MethodState):
         answered = self.journal.files()
         open_tasks = [
             task
-            for task in self.tasks
+            for task in self.scored(index)
             if str(predictions_path(self, index, task).relative_to(self.folder)) not in answered
         ]
         return self.context.family.eval_cost * sum(len(task.test) for task in open_tasks)
@@ -156,6 +156,10 @@ class MethodRun(MethodState):
         if index == 0:
             return f"{ZERO_SHOT}: {_mean(self.matrix.zero_shot):.1f} % on average over all tasks"
         row, seconds = self.matrix.rows[index - 1], self.journal.entries[-1].info["seconds"]
+        if self.method.bound:
+            scores = [self.matrix.rows[-1][self.tasks.index(task)] for task in self.scored(index)]
+            mean = f": {_mean(scores):.1f} % on average over the tasks that it scores" if scores else ""
+            return f"{self.config.label} {self._where(index)}{mean}, in {duration(seconds)}"
         return (
             f"{self.config.label} {self._where(index)}: {row[index - 1]:.1f} % on it, "
             f"{_mean(row[:index]):.1f} % on average over the tasks so far, {_mean(row):.1f} % over all, "

@@ -19,6 +19,7 @@ from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, find_changed
 from llava_keeplora.run_folder import ADAPTERS, DELTA, JOURNAL, KEPT, MATRIX, PREPARED, STATE, read_record
 from llava_keeplora.sequence.run_context import RunContext
+from llava_keeplora.start import Task
 from llava_keeplora_eval import Matrix
 
 logger = logging.getLogger(__name__)
@@ -166,10 +167,18 @@ class MethodState:
 
     # --- scores ------------------------------------------------------------------------------------
 
+    def scored(self, index: int) -> list[Task]:
+        """Return the tasks that are scored after a task, or for index 0 on the base."""
+        count = len(self.tasks)
+        return [self.tasks[i - 1] for i in self.method.scored(index, count)] if index else self.tasks
+
     def fill_matrix(self, index: int, scores: Mapping[str, Any]) -> None:
         """Enter the scores (task → result) that were measured after a task into the matrix."""
-        for name, result in scores.items():
-            self.matrix.set_cell(index - 1 if index else None, name, result["score"])
+        row = index - 1 if index else None
+        if index and self.method.bound:
+            row = len(self.tasks) - 1
+        for name in (task.name for task in self.scored(index) if task.name in scores):
+            self.matrix.set_cell(row, name, scores[name]["score"])
 
     def write_matrix(self) -> None:
         """Write the matrix with the cells filled so far."""

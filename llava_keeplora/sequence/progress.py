@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_keeplora_eval import Matrix
-from llava_keeplora_eval.matrix import ZERO_SHOT, format_number
+from llava_keeplora_eval.matrix import BOUND, ZERO_SHOT, format_number
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,8 @@ def matrix_view(matrix: Matrix) -> Table:
         (f"{number} {name}", row)
         for number, (name, row) in enumerate(zip(matrix.tasks, matrix.rows), start=1)
     ]
+    if matrix.bound:
+        rows[1:] = [(BOUND, matrix.rows[-1])]
     for learned, (name, row) in enumerate(rows):
         table.add_row(
             Text(name),

@@ -143,16 +143,17 @@ def _forecast(
 
 
 def evaluate(state: MethodState, index: int) -> Outcome:
-    """Answer every task's test split and score the answers."""
+    """Answer every task's test split and score the answers; of a bound, those that `scored` names."""
     path, context = state.path(index, SCORES), state.context
     if index == 0 and state.config.label != state.first_alike:
         predictions, seconds = [], 0.0
         scores = read_record(context.workspace.task(state.first_alike, 0, "base") / SCORES)
     else:
-        predictions, seconds, scores = [predictions_path(state, index, task) for task in state.tasks], 0.0, {}
+        tasks = state.scored(index)
+        predictions, seconds, scores = [predictions_path(state, index, task) for task in tasks], 0.0, {}
         state.rebuild(index)
         with context.zero.engaged(context.family.model):
-            for task in state.tasks:
+            for task in tasks:
                 seconds += _answer(state, index, task)
                 if context.rank == 0:
                     scores[task.name] = score_task(state, index, task)

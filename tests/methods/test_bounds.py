@@ -1,0 +1,64 @@
+"""The bounds: every task alone, and all tasks at once."""
+
+import pytest
+
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.export.run_export import export_run
+from llava_keeplora.report.run_report import write_run_report
+from llava_keeplora_eval import Matrix
+
+#: Label → its options; all are trained in one run.
+METHODS_RUN = {"seq-lora": {}, "mean": {"method": "merge"}, "individual": {}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, run_config, driven, tiny_tasks):
+    tasks = [str(path) for path in tiny_tasks[:2]]
+    return driven(run_config(tmp_path_factory.mktemp("bounds") / "run", methods=METHODS_RUN, tasks=tasks))
+
+
+def matrix(folder, label):
+    return Matrix.from_json(folder / label / "matrix.json")
+
+
+def files(folder, label, pattern):
+    return [path.read_bytes() for path in sorted((folder / label).glob(pattern))]
+
+
+def test_individual_trains_each_task_from_the_base_and_scores_it_alone(finished):
+    updates = files(finished, "individual", "task-*/delta.safetensors")
+    assert updates == files(finished, "mean", "task-*/delta.safetensors")
+    assert updates[0] == files(finished, "seq-lora", "task-01-*/delta.safetensors")[0]
+    assert updates[1] != files(finished, "seq-lora", "task-02-*/delta.safetensors")[0]
+    answers = sorted((finished / "individual").glob("task-0[12]*/predictions/*"))
+    assert [path.parts[-3].partition("-")[2] for path in answers] == [
+        f"0{i}-{answers[i - 1].stem}" for i in (1, 2)
+    ]
+
+
+def test_individual_has_one_row_whose_mean_is_last_and_no_other_aggregate(finished):
+    row, first = matrix(finished, "individual"), matrix(finished, "seq-lora").rows[0][0]
+    assert row.bound and row.rows[0] == [None, None] and row.rows[1][0] == first
+    metrics = row.metrics()
+    assert metrics["last"] == sum(row.rows[1]) / 2
+    assert all(metrics[name] is None for name in ("transfer", "average", "forgetting", "bwt"))
+    assert not matrix(finished, "seq-lora").bound
+
+
+def test_individual_exports_as_a_set_with_an_adapter_per_task_alone(finished):
+    for form in ("merged", "adapter"):
+        with pytest.raises(ConfigError, match="individual.* does not merge.*--as set --each task"):
+            export_run(finished, form, label="individual")
+
+
+def test_a_report_draws_a_bound_as_a_row_of_its_own_and_a_level_line(finished):
+    write_run_report(finished)
+    page, table = (finished / "report.html").read_text(), (finished / "table.md").read_text()
+    assert "Bounds, dash-dotted in plots" in page
+    section = table.partition("## individual")[2]
+    assert section.count("\n| bound |") == 1 and "| **Last** |" in section
+    scores = (finished / "scores.csv").read_text()
+    assert sum(line.startswith("individual,") and ",bound," in line for line in scores.splitlines()) == 2
+    svg = (finished / "curves.svg").read_text()
+    assert svg.count("individual") == 1 and "stroke-dasharray" in svg
+    assert (finished / "heatmap-individual.svg").exists()
