@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers  # its models, which take seconds to import, are looked up where they are used
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from llava_keeplora_eval.chat import Encoding, image_inputs, question_text
 from llava_keeplora_eval.errors import EvalError
@@ -105,25 +106,16 @@ class LlavaPredictor:
         """
         if not examples:
             return []
-        prompts = [
-            self.chat.prompt(
-                question_text(self.recipe, example.question),
-                [(image.height, image.width) for image in example.images],
-                example.history,
-                example.videos,
-                [frame_time(image) for image in example.images],
-            )
-            for example in examples
-        ]
+        prompts = self._prompts(examples)
         rooms = [self._room(example, len(prompt)) for example, prompt in zip(examples, prompts)]
-        inputs = batched_tokens(prompts, self.chat.pad_id, left=True) | joined(self.images(examples))
+        inputs = self._inputs(prompts, examples, left=True)
         width = inputs["input_ids"].shape[1]
         was_training = self.model.training
         self.model.eval()
         try:
             with without_defaults(self.model):
                 out = self.model.generate(
-                    **to_dtype({k: v.to(self.device) for k, v in inputs.items()}, self.model.dtype),
+                    **inputs,
                     generation_config=self.generation,
                     logits_processor=[_refuse_nan(examples, self.model.dtype)],
                 )
@@ -137,6 +129,47 @@ class LlavaPredictor:
             self.model.train(was_training)
         answers = [ids[:room] for ids, room in zip(out[:, width:].tolist(), rooms)]
         return [text.strip() for text in self.chat.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def features(self, examples: Sequence[Example]) -> Tensor:
+        """Return unit-length features of the examples' questions (examples, 2 hidden), in fp32.
+
+        They are the mean last hidden state over a question's image tokens and that over its other tokens,
+        each of unit length; zeros for images where it has none.
+        """
+        inputs = self._inputs(self._prompts(examples), examples)
+        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state.float()
+        asked = inputs["attention_mask"].bool()
+        image = asked & torch.isin(
+            inputs["input_ids"], torch.tensor([*self.chat.image_ids]).to(hidden.device)
+        )
+        means = [
+            (hidden * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True).clamp(min=1)
+            for kept in (image, asked & ~image)
+        ]
+        return normalize(torch.cat([normalize(mean, dim=1) for mean in means], dim=1), dim=1)
+
+    def class_features(self) -> None:
+        """Return None: classes are answers in words, and none is a question."""
+
+    def _prompts(self, examples: Sequence[Example]) -> list[Encoding]:
+        return [
+            self.chat.prompt(
+                question_text(self.recipe, example.question),
+                [(image.height, image.width) for image in example.images],
+                example.history,
+                example.videos,
+                [frame_time(image) for image in example.images],
+            )
+            for example in examples
+        ]
+
+    def _inputs(
+        self, prompts: Sequence[Encoding], examples: Sequence[Example], left: bool = False
+    ) -> dict[str, Tensor]:
+        """Return questions as a batch on the predictor's device and in the model's dtype."""
+        inputs = batched_tokens(prompts, self.chat.pad_id, left) | joined(self.images(examples))
+        return to_dtype({key: value.to(self.device) for key, value in inputs.items()}, self.model.dtype)
 
     def _room(self, example: Example, tokens: int) -> int:
         """How many tokens the model takes after those of a question."""

@@ -221,6 +221,16 @@ class ClipPredictor:
         stacked = stack_images(self.images(examples))
         return to_dtype({key: value.to(self.device) for key, value in stacked.items()}, self.dtype)
 
+    @torch.no_grad()
+    def features(self, examples: Sequence[Example]) -> Tensor:
+        """Return unit-length features of the examples' images (examples, projection), in fp32."""
+        return image_features(self.model, **self.inputs(examples)).float()
+
+    @torch.no_grad()
+    def class_features(self) -> Tensor:
+        """Return unit-length features of the class prompts (classes, projection), in fp32."""
+        return self.prompt_features().float()
+
     def _processed(self, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
         images = [example.image for example in examples]
         image_processor = getattr(self.processor, "image_processor", self.processor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,6 +13,9 @@ from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, Deltas
 from llava_keeplora.methods.reference import Reference
 from llava_keeplora.run_folder import Capacity
 from llava_keeplora_eval.predictors import Predictor
+
+if TYPE_CHECKING:
+    from llava_keeplora_recipes import Example
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class TaskContext:
         batches: returns an iterator over this process's share of the task's training data, in order, as the
             model takes it.
         model: the model in its state at this stage.
+        examples: returns an iterator over this process's share of the task's training examples, in batches.
+        predictor: returns the model's own predictor of the task's training examples.
         task: returns the model with the task's loss, a `llava_keeplora.models.TaskModel`.
         pretrained: returns a frozen copy of the model from before the first task.
         deltas: returns the deltas that the model carries at this stage, in order: those of the earlier tasks,
@@ -126,6 +131,8 @@ class TaskContext:
     statistics_bytes: int
     batches: Callable[[], Iterator[dict[str, Tensor]]] = lambda: iter(())
     model: nn.Module | None = None
+    examples: Callable[[], Iterator[list[Example]]] = lambda: iter(())
+    predictor: Callable[[], Predictor] | None = None
     task: Callable[[], Any] | None = None
     pretrained: Callable[[], nn.Module] | None = None
     deltas: Callable[[], list[Deltas]] = list

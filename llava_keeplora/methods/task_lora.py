@@ -5,6 +5,12 @@ Source: Zhao et al. 2025, arXiv 2506.05453 (MR-LoRA).
 Every task trains a new LoRA on the untouched base, and nothing is merged, so a task that is routed right is
 answered as well as if it had been learned alone. `routing` says what picks the task of an example at test:
 
+- `prototypes`: the task with the nearest prototype. Where the model has class prompts (CLIP), a task has one
+  prototype per class, the mean of the base's features of the class's training images and the feature of its
+  prompt, of unit length; elsewhere one, the mean over its training examples of the base's features of image
+  and question: the last hidden states' means over the image tokens and over the other tokens, of unit length
+  each. The nearest has the largest cosine. An example of a task that is not learned yet gets the adapter of
+  the nearest one too.
 - `oracle`: the task is given, and one that is not learned yet is answered by the base: the bound of all
   routers.
 
@@ -16,22 +22,31 @@ Differences from the official code (bjzhb666/MLLM-CL):
 - There every adapter answers all test sets beforehand, and the router picks one of the answers; here the
   chosen adapter alone answers.
 - There the adapters are of rank 128 on all linear layers of the language model; here, of the run's parts.
+- There the model itself is the router, with a LoRA of its own. Prototypes are those of other methods: one per
+  class as in ConDU (arXiv 2503.10705), and means of image and text features as in DISCO (arXiv 2503.12897, as
+  released in Ghy0501/MCITlib). DISCO's features are those of a second CLIP, its released code compares the
+  text alone, and its adapters are all used at once, weighted by a softmax of the cosines at temperature 0.05;
+  here one is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from llava_keeplora.adapters import BaseWeights, Deltas
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import AnswerContext, MethodInfo
+from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
+from llava_keeplora.methods.prototypes import Prototypes
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.switching import BASE, SwitchingPredictor, carrying
+from llava_keeplora.run_folder import Stage
 from llava_keeplora_eval.predictors import Predictor
 
-(ORACLE,) = ROUTINGS = ("oracle",)
+(PROTOTYPES, ORACLE) = ROUTINGS = ("prototypes", "oracle")
 
 
 class TaskLora(SequentialLora):
@@ -41,11 +56,10 @@ class TaskLora(SequentialLora):
         "task-lora",
         "MLLM-CL: Continual Learning for Multimodal Large Language Models",
         "https://arxiv.org/abs/2506.05453",
-        task_id_at_test=True,
-        inference_cost="A and B of the chosen task",
-        extra_parameters="A and B of every task",
+        inference_cost="a pass of the base for the router, A and B of the chosen task",
+        extra_parameters="A and B of every task, and its prototypes",
         mergeable=False,
-        kept="nothing (A and B of every task are its delta)",
+        kept="prototypes: a feature per class, or one",
     )
     cumulative, separate_tasks, adopts = False, True, False
     # Processes that answer with different tasks' adapters would wait for each other's weights.
@@ -56,10 +70,10 @@ class TaskLora(SequentialLora):
         """Settings of the router.
 
         Args:
-            routing: what picks the task of an example: `oracle`, the given task.
+            routing: what picks the task of an example: `prototypes`, or `oracle` for the given task.
         """
 
-        routing: str = ORACLE
+        routing: str = PROTOTYPES
 
         def __post_init__(self) -> None:
             if self.routing not in ROUTINGS:
@@ -67,6 +81,28 @@ class TaskLora(SequentialLora):
                     f"routing must be one of {', '.join(ROUTINGS)} (got '{self.routing}')",
                     f"set it to '{ROUTINGS[0]}'",
                 )
+
+    def __init__(self, options: TaskLora.Options):
+        super().__init__(options)
+        self.prototypes = Prototypes()
+        self.stage_cost = {Stage.CONSOLIDATED: 1.0} if options.routing == PROTOTYPES else {}
+
+    def after_task(self, ctx: TaskContext) -> None:
+        """Compute the task's prototypes, if they route."""
+        if ctx.index and self.options.routing == PROTOTYPES:
+            self.prototypes.learn(ctx)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the last task's prototypes."""
+        return self.prototypes.state_dict()
+
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
+        """Load the prototypes of every task."""
+        self.prototypes = Prototypes.of(states)
+
+    def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
+        """Return the prototypes of a task, if they route."""
+        return self.prototypes.holds() if ctx.index and self.options.routing == PROTOTYPES else {}
 
     def combine(self, deltas: Sequence[Deltas]) -> list[Deltas]:
         """Return nothing: the model stays the base, and adapters are on it while it answers alone."""
@@ -77,10 +113,14 @@ class TaskLora(SequentialLora):
         deltas = ctx.deltas()
         layers = {name: ctx.model.get_submodule(name) for task in deltas for name in task}
         weights = BaseWeights(layers, stacked=True)
-        return SwitchingPredictor(predictor, self._router(ctx), lambda task: carrying(weights, deltas[task]))
+        return SwitchingPredictor(
+            predictor, self._router(predictor, ctx), lambda task: carrying(weights, deltas[task])
+        )
 
-    def _router(self, ctx: AnswerContext) -> Callable[[Sequence[Any]], list[int]]:
+    def _router(self, predictor: Predictor, ctx: AnswerContext) -> Callable[[Sequence[Any]], list[int]]:
         """Return a function from examples to the task of each, `BASE` for none."""
+        if self.options.routing == PROTOTYPES:
+            return self.prototypes.router(predictor)
         learned = list(ctx.learned)
         given = learned.index(ctx.task) if ctx.task in learned else BASE
         return lambda examples: [given] * len(examples)

@@ -16,6 +16,8 @@ from llava_keeplora.run_folder import CONSOLIDATED, Stage, read_record
 from llava_keeplora.sequence import auto_energy
 from llava_keeplora.sequence.data import Batches, stage_seed
 from llava_keeplora.sequence.method_state import MethodState
+from llava_keeplora_eval.predictors import Predictor
+from llava_keeplora_recipes import Example
 
 #: Cost of one image, in forward passes: forward and backward, and forward alone.
 GRADIENT_COST, FEATURE_COST = 3, 1
@@ -40,6 +42,8 @@ def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
         statistics_bytes=int(context.config.memory.statistics_gb * 1e9),
         batches=functools.partial(counted_batches, state, index),
         model=context.family.model,
+        examples=functools.partial(training_examples, state, index),
+        predictor=lambda: training_predictor(state, index),
         task=lambda: context.family.task(state.tasks[index - 1].recipe),
         pretrained=context.pretrained,
         deltas=functools.partial(state.deltas, index - (stage != Stage.CONSOLIDATED)),
@@ -136,6 +140,22 @@ def update_rows(state: MethodState, index: int) -> dict[str, Tensor]:
 def counted_batches(state: MethodState, index: int) -> Iterator[dict[str, Tensor]]:
     """Yield this process's batches of a task's training data, in order, without padding batches."""
     return (batch for batch, counts in _batches(state, index, 1.0, FEATURE_COST)[0] if counts)
+
+
+def training_predictor(state: MethodState, index: int) -> Predictor:
+    """Return the model's own predictor of a task's training examples."""
+    task, context = state.tasks[index - 1], state.context
+    return context.family.predictor(task.recipe, context.cache.split(task.train))
+
+
+def training_examples(state: MethodState, index: int) -> Iterator[list[Example]]:
+    """Yield this process's training examples of a task, in batches as large as those of the evaluation."""
+    context, data = state.context, state.tasks[index - 1].train
+    share, size = range(context.rank, len(data), context.world), context.config.evaluation.batch_size
+    for start in range(0, len(share), size):
+        rows = share[start : start + size]
+        yield [data[row] for row in rows]
+        context.progress.advance(FEATURE_COST * len(rows) * context.world)
 
 
 def _batches(

@@ -12,6 +12,7 @@ from llava_keeplora.export.adapter import combine
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.methods import METHODS
+from llava_keeplora.testing import check_method
 
 Merge = METHODS["merge"]
 #: Label → its options; all are trained in one run.
@@ -172,3 +173,14 @@ def test_an_update_of_full_rank_is_refused_as_an_adapter(finished, monkeypatch, 
 def test_settings_outside_their_range_are_refused(options, problem):
     with pytest.raises(MethodError, match=problem):
         method(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["clip", "llava"])
+@pytest.mark.parametrize("rule", ["mean", "ties", "wise-ft"])
+def test_a_killed_and_an_extended_run_end_as_one_in_one_go(
+    request, tiny_tasks, mixed_tasks, tmp_path, family, rule
+):
+    tree = request.getfixturevalue("run_tree" if family == "clip" else "llava_tree")
+    tasks = [str(path) for path in (tiny_tasks if family == "clip" else mixed_tasks)[:2]]
+    check_method("merge", {"rule": rule}, tree(tmp_path / "run", tasks=tasks))

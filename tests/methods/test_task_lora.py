@@ -1,27 +1,32 @@
 """The identities of task LoRAs: what is routed to a task is answered by its own adapter on the base."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from llava_keeplora.adapters import BaseWeights, Delta
+from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.export.adapter_set import export_set
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.export.run_export import export_run
-from llava_keeplora.methods import METHODS
+from llava_keeplora.methods import METHODS, TaskContext
+from llava_keeplora.methods.prototypes import prototypes
 from llava_keeplora.methods.switching import BASE, SwitchingPredictor, carrying
-from llava_keeplora.models import Prepared
+from llava_keeplora.models import Prepared, load_model
+from llava_keeplora.testing import check_method
 from llava_keeplora_eval.predictions import read_predictions
-from llava_keeplora_recipes import load_split
+from llava_keeplora_recipes import load_recipe, load_split
 
 TaskLora = METHODS["task-lora"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, run_config, driven, tiny_tasks):
-    folder, methods = tmp_path_factory.mktemp("task-lora") / "run", {"oracle": {"method": "task-lora"}}
-    methods["oracle"]["routing"] = "oracle"
+    folder, methods = tmp_path_factory.mktemp("task-lora") / "run", {"nearest": {"method": "task-lora"}}
+    methods["oracle"] = {"method": "task-lora", "routing": "oracle"}
     return driven(run_config(folder, methods=methods, tasks=[str(path) for path in tiny_tasks[:2]]))
 
 
@@ -39,6 +44,69 @@ def test_the_oracle_answers_each_task_with_its_own_adapter_and_a_new_one_with_th
             family = learned.load(deltas=[learned.deltas[task]] if task < after else [])
             expected = family.predictor(recipe, Prepared(family, data)).predict(list(data))
             assert answers(finished, "oracle", after, recipe, data) == expected
+
+
+def test_prototypes_answer_each_example_with_the_adapter_of_the_nearest_task(finished):
+    learned = load_learned_run(finished, "nearest")
+    base, adapted = learned.load(deltas=[]), [learned.load(deltas=[task]) for task in learned.deltas]
+    directions = []
+    for recipe in learned.recipes:  # Class by class.
+        train = load_split(recipe, "train")
+        predictor = base.predictor(recipe, Prepared(base, train))
+        for label, prompt in enumerate(predictor.class_features().double()):
+            images = predictor.features([train[i] for i in range(len(train)) if train[i].label == label])
+            mean = (images.double().mean(dim=0) + prompt) / 2
+            directions.append(mean / mean.norm())
+    classes = [len(recipe.classes) for recipe in learned.recipes]
+    data = load_split(learned.recipes[0], "test")
+    features = base.predictor(learned.recipes[0], Prepared(base, data)).features(list(data)).double()
+    best = (features @ torch.stack(directions).T).argmax(dim=1)
+    tasks = [0 if index < classes[0] else 1 for index in best.tolist()]
+    by_task = [m.predictor(data.recipe, Prepared(m, data)).predict(list(data)) for m in adapted]
+    expected = [by_task[task][row] for row, task in enumerate(tasks)]
+    assert answers(finished, "nearest", 2, data.recipe, data) == expected
+    assert answers(finished, "nearest", 1, data.recipe, data) == by_task[0], "there is one task to choose"
+    paths = [sorted((finished / label).glob("task-*/delta.safetensors")) for label in ("nearest", "oracle")]
+    assert [p.read_bytes() for p in paths[0]] == [p.read_bytes() for p in paths[1]]
+
+
+def test_prototypes_are_unit_means_of_groups_and_of_prompts():
+    features = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    features, groups = features / features.norm(dim=1, keepdim=True), torch.tensor([0, 2, 0, 2, 2])
+    prompts = torch.eye(3)
+    found = prototypes(features, groups, prompts)
+    first = (features[[0, 2]].mean(dim=0) + prompts[0]) / 2
+    torch.testing.assert_close(found[0], first / first.norm())
+    assert torch.equal(found[1], prompts[1]), "a class without an image"
+    mean = features.mean(dim=0)
+    torch.testing.assert_close(prototypes(features, 0 * groups, None), (mean / mean.norm())[None])
+
+
+def test_features_of_a_question_are_its_own_in_any_batch(tiny_llava, mixed_tasks):
+    family = load_model(ModelConfig(str(tiny_llava)))
+    data = load_split(load_recipe(str(mixed_tasks[0])), "test")
+    longer = dataclasses.replace(
+        data[1], question="<image>\nWhat color is it, and which shape is it, at all?"
+    )
+    predictor = family.predictor(data.recipe, Prepared(family, data))
+    together, model = predictor.features([data[0], longer]), family.model
+    for row, example in enumerate([data[0], longer]):
+        torch.testing.assert_close(together[row], predictor.features([example])[0], atol=1e-5, rtol=1e-4)
+    batch = family.inputs(data, Prepared(family, data)).collate([0])
+    asked = int((batch["labels"][0] != -100).nonzero()[0])  # The answer's first token.
+    with torch.no_grad():
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "image_rows")}
+        hidden = model.model(**inputs).last_hidden_state[0, :asked].double()
+    image = batch["input_ids"][0, :asked] == family.processor.image_token_id
+    means = [hidden[image].mean(dim=0), hidden[~image].mean(dim=0)]
+    expected = torch.cat([mean / mean.norm() for mean in means]) / 2**0.5
+    torch.testing.assert_close(together[0].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_without_features_is_refused_with_the_oracle_as_the_cure():
+    ctx = TaskContext(1, "t", {}, None, None, 0, 0, predictor=object)
+    with pytest.raises(MethodError, match="no `features`.*routing to 'oracle'"):
+        TaskLora(TaskLora.Options()).after_task(ctx)
 
 
 def test_an_adapter_on_the_base_is_the_sum_of_the_weights_in_float64_and_leaves_nothing_behind():
@@ -83,18 +151,29 @@ def test_a_batch_is_answered_in_order_with_what_each_task_s_predictor_caches_for
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_a_single_model_is_refused_with_the_set_as_the_cure(finished, form):
     with pytest.raises(ConfigError, match="does not merge.*export --as set --each task"):
-        export_run(finished, form, base_id="user/name")
+        export_run(finished, form, base_id="user/name", label="nearest")
     with pytest.raises(ConfigError, match="does not merge.*export --as set --each task"):
-        export_set(finished, base_id="user/name", each="stage")
+        export_set(finished, base_id="user/name", each="stage", label="nearest")
 
 
 @pytest.mark.slow
 def test_its_export_is_the_set_of_the_tasks_adapters(finished, tmp_path):
-    exported = export_set(finished, tmp_path / "set", base_id="user/name", each="task")
+    exported = export_set(finished, tmp_path / "set", base_id="user/name", each="task", label="nearest")
     assert len(exported.members) == 2
     assert all(member.error == 0.0 and member.reloaded.largest < 1e-4 for member in exported.members)
 
 
 def test_an_unknown_router_is_refused():
-    with pytest.raises(MethodError, match="one of oracle.*got 'guess'"):
+    with pytest.raises(MethodError, match="one of prototypes, oracle.*got 'guess'"):
         TaskLora(TaskLora.Options(routing="guess"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["clip", "llava"])
+@pytest.mark.parametrize("routing", ["prototypes", "oracle"])
+def test_a_killed_and_an_extended_run_end_as_one_in_one_go(
+    request, tiny_tasks, mixed_tasks, tmp_path, family, routing
+):
+    tree = request.getfixturevalue("run_tree" if family == "clip" else "llava_tree")
+    tasks = [str(path) for path in (tiny_tasks if family == "clip" else mixed_tasks)[:2]]
+    check_method("task-lora", {"routing": routing}, tree(tmp_path / "run", tasks=tasks))

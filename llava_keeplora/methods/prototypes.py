@@ -1,0 +1,116 @@
+"""Prototypes of tasks: features of the untouched base by which the task of an example is recognised.
+
+Legend: n examples, p width of the features, k prototypes of a task.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from llava_keeplora.distributed import all_gather_object
+from llava_keeplora.errors import MethodError
+from llava_keeplora.methods.base import Holding, TaskContext
+
+#: Key of a task's prototypes in its state.
+KEY = "prototypes"
+
+
+class Prototypes:
+    """The prototypes of the tasks learned so far.
+
+    Args:
+        tasks: prototypes of each task (k, p), of unit length.
+    """
+
+    def __init__(self, tasks: Sequence[Tensor] = ()):
+        self.tasks = list(tasks)
+        self._added: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, states: Sequence[dict[str, Tensor]]) -> Prototypes:
+        """Return the prototypes in the states of the base and of every task."""
+        return cls([state[KEY] for state in states if KEY in state])
+
+    def learn(self, ctx: TaskContext) -> None:
+        """Add the prototypes of a task; the model must be the untouched base.
+
+        The share of the training examples that get this task, among those learned so far, is reported.
+
+        Raises:
+            MethodError: the model's family gives no features.
+        """
+        assert ctx.predictor is not None
+        predictor: Any = ctx.predictor()
+        if not hasattr(predictor, "features"):
+            raise MethodError(
+                "the model's predictor has no `features`, by which prototypes recognise a task",
+                "set routing to 'oracle'",
+            )
+        features, groups, classes = [], [], predictor.class_features()
+        for examples in ctx.examples():
+            features.append(predictor.features(examples).cpu())
+            groups += [0 if classes is None else example.label for example in examples]
+        shares = all_gather_object((torch.cat(features) if features else None, groups))
+        rows = torch.cat([share for share, _ in shares if share is not None])
+        labels = torch.tensor([label for _, labels in shares for label in labels])
+        added = prototypes(rows, labels, None if classes is None else classes.cpu())
+        self.tasks.append(added)
+        self._added = {KEY: added}
+        ctx.report["routed_right"] = float((self.nearest(rows) == len(self.tasks) - 1).float().mean())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the prototypes that the last `learn` added."""
+        return dict(self._added)
+
+    def holds(self) -> dict[str, Holding]:
+        """Return what a task's state holds of them."""
+        return {KEY: Holding((None, "features"))}
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """Return the largest cosine of each example with a task's prototypes (n, tasks).
+
+        Args:
+            features: (n, p), of unit length.
+        """
+        return torch.stack([(features @ task.to(features).T).amax(dim=1) for task in self.tasks], dim=1)
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """Return the task of each example (n,), 0 for the first; of equal ones the first."""
+        return self.cosines(features).argmax(dim=1)
+
+    def router(self, predictor: Any) -> Callable[[Sequence[Any]], list[int]]:
+        """Return a function from examples to the nearest task of each.
+
+        Args:
+            predictor: the model's own; the model must be the untouched base when the function is called.
+        """
+        base = copy.copy(predictor)
+        return lambda examples: self.nearest(base.features(examples)).tolist() if examples else []
+
+
+def prototypes(features: Tensor, groups: Tensor, prompts: Tensor | None) -> Tensor:
+    """Return prototypes of unit length, one per group of examples.
+
+    With prompts, a prototype is the mean of the group's mean feature and its prompt's, and the prompt's alone
+    where the group has no example.
+
+    Source: Gao et al. 2025, arXiv 2503.10705, for those with prompts.
+
+    Args:
+        features: of the examples (n, p), of unit length.
+        groups: number of each example's group (n,).
+        prompts: of each group (k, p), of unit length; None for groups without prompts.
+    """
+    count = int(groups.max()) + 1 if prompts is None else len(prompts)
+    sums = torch.zeros(count, features.shape[1], dtype=torch.float64).index_add_(0, groups, features.double())
+    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, torch.ones(len(groups)).double())
+    means = sums / sizes.clamp(min=1)[:, None]
+    if prompts is not None:
+        means = torch.where(sizes[:, None] > 0, (means + prompts.double()) / 2, prompts.double())
+    return normalize(means, dim=1).float()
