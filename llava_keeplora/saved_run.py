@@ -43,6 +43,10 @@ from llava_keeplora_recipes.strict_yaml import is_file_name
 
 logger = logging.getLogger(__name__)
 
+#: Settings of methods that older versions did not have → their default, with which a run has the identity of
+#: one without them.
+LATER_OPTIONS: dict[str, Any] = {"feature_rule": "energy", "plasticity": 20.0}
+
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
     """Return a run's identity: the part of its configuration on which results depend.
@@ -72,7 +76,9 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         tree["evaluation"].pop("generation")  # Older runs, from before it could be set, do not have it.
     for method in tree["methods"].values():
         method["options"] = {
-            key: value for key, value in method["options"].items() if key not in REFERENCE_PLACES
+            key: value
+            for key, value in method["options"].items()
+            if key not in REFERENCE_PLACES and (key not in LATER_OPTIONS or value != LATER_OPTIONS[key])
         }
     # Defaults of settings that older versions did not have are left out, so that older runs keep their
     # identity.

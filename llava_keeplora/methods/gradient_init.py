@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llava_keeplora.methods.base import Layer, TaskContext
@@ -25,6 +26,7 @@ from llava_keeplora.subspace import (
     ResidualDirections,
     SecondPass,
     SketchedDirections,
+    residual,
     sketch_width,
 )
 
@@ -141,3 +143,10 @@ class _DirectionsReader:
             for name, directions in self.directions.items()
             if isinstance(directions, SketchedDirections) and not directions.suffices()
         ]
+
+
+def random_directions(rank: int, basis: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random orthonormal directions (rank, in) outside the basis (in, k)."""
+    width = basis.shape[0]
+    draw = residual(torch.randn(rank, width, generator=generator, dtype=torch.float64), basis.double())
+    return torch.linalg.qr(residual(draw, basis.double()).T).Q.T.float()

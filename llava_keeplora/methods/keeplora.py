@@ -42,7 +42,12 @@ from torch import Tensor
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas, dense_weight, project_deltas
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, SubspacePlan, TaskContext
-from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
+from llava_keeplora.methods.feature_budget import BUDGET, budget_left, feature_budgets
+from llava_keeplora.methods.gradient_init import (
+    first_step_directions,
+    gradient_statistic,
+    random_directions,
+)
 from llava_keeplora.methods.keeplora_log import (
     feature_record,
     gradient_record,
@@ -51,13 +56,13 @@ from llava_keeplora.methods.keeplora_log import (
 )
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
-from llava_keeplora.run_folder import CAPACITY, Capacity, Stage
+from llava_keeplora.run_folder import CAPACITY, Stage
 from llava_keeplora.subspace import (
     FeatureDirections,
     ShapeError,
     append_directions,
     empty_basis,
-    residual,
+    least_share,
 )
 
 CHOICES = {
@@ -65,6 +70,7 @@ CHOICES = {
     "form": ("delta", "literal"),
     "init": ("gradient", "random"),
     "gradient": ("sketch", "dense"),
+    "feature_rule": ("energy", "splitlora"),
 }
 
 
@@ -97,6 +103,9 @@ class KeepLora(Method):
                 input and output, or `dense`, in full (small layers always are); the preset's when None.
             gradient_fraction: fraction of the task's data for the first-step gradient, evenly spaced.
             feature_fraction: fraction of the task's data for the features of M_t, evenly spaced.
+            feature_rule: how many directions M_t gains: `energy`, as many as ε_f (or its budget, if it is
+                `auto`) asks for, or of these only those that `splitlora`'s rank rule takes.
+            plasticity: α of the rule `splitlora`; more leaves more directions free.
         """
 
         preset: str = "paper"
@@ -107,6 +116,8 @@ class KeepLora(Method):
         gradient: str | None = None
         gradient_fraction: float = 1.0
         feature_fraction: float = 1.0
+        feature_rule: str = "energy"
+        plasticity: float = 20.0
 
         def __post_init__(self) -> None:
             for name, valid in CHOICES.items():
@@ -127,6 +138,16 @@ class KeepLora(Method):
                     f"feature_fraction is {self.feature_fraction}, but the preset '{self.preset}' reads "
                     "gradients instead of features",
                     "set gradient_fraction",
+                )
+            if self.feature_rule != "energy" and self.preset != "paper":
+                raise MethodError(
+                    f"feature_rule is '{self.feature_rule}', but the preset '{self.preset}' follows released "
+                    "code, which has ε_f alone",
+                    "use the preset 'paper'",
+                )
+            if not self.plasticity >= 0.0:
+                raise MethodError(
+                    f"plasticity must not be negative (got {self.plasticity})", "set it to 20, as published"
                 )
             if self.gradient == "sketch" and RULES[self.preset].gradient == "dense":
                 raise MethodError(
@@ -220,8 +241,9 @@ class KeepLora(Method):
         ctx.report[CAPACITY] = {
             name: layer.capacity(self.bases[name].shape[1]).to_dict() for name, layer in ctx.layers.items()
         }
-        if ctx.index == 0:
-            self._give_budgets(ctx)
+        budgets = {} if ctx.index else feature_budgets(ctx.layers, self.bases, ctx.tasks)
+        if budgets and self.options.protect_features:
+            ctx.report[BUDGET] = budgets
 
     def _evidence(self, ctx: TaskContext) -> Mapping[str, Any]:
         """Return layer name → the statistic that M_t is taken from: of its features, or its gradient.
@@ -267,30 +289,11 @@ class KeepLora(Method):
             part: chosen["energy"] for part, chosen in ctx.report.get("energy_weight", {}).items()
         }
 
-    def _give_budgets(self, ctx: TaskContext) -> None:
-        """Report for layers whose ε_f is `auto` how many directions a task may add.
-
-        Every task but the last gets an equal budget, so that r directions are left for the last one.
-        """
-        free = {
-            name: layer.module.in_features - self.bases[name].shape[1] - layer.rank
-            for name, layer in ctx.layers.items()
-            if "energy_feature" in layer.auto
-        }
-        if free and self.options.protect_features:
-            tasks = max(1, ctx.tasks - 1)
-            ctx.report["feature_budget"] = {name: count // tasks for name, count in free.items()}
-
-    def _limit(self, name: str, ctx: TaskContext) -> int | None:
-        """Return how many directions a task may add to a layer at most; None for no limit.
-
-        That is the task's budget and what earlier tasks left of theirs.
-        """
-        if name not in ctx.base.get("feature_budget", {}):
-            return None
-        protected = Capacity.from_dict(ctx.base[CAPACITY][name]).protected
-        allowed = protected + ctx.index * ctx.base["feature_budget"][name]
-        return max(0, allowed - self.bases[name].shape[1])
+    def _least(self, layer: Layer, ctx: TaskContext) -> float:
+        """Return the share of the features' energy that a direction must exceed to be added."""
+        if self.options.feature_rule == "energy":
+            return 0.0
+        return least_share(ctx.index, self.options.plasticity, layer.module.in_features)
 
     def _weight_basis(self, layer: Layer, energy: float) -> Tensor:
         width = layer.module.in_features
@@ -319,7 +322,11 @@ class KeepLora(Method):
                 layer = ctx.layers[name]
                 with in_layer(layer):
                     directions[name] = self.rules.extend(
-                        self.bases[name], statistic, layer.energy_feature, self._limit(name, ctx)
+                        self.bases[name],
+                        statistic,
+                        layer.energy_feature,
+                        budget_left(ctx, name, self.bases[name].shape[1]),
+                        self._least(layer, ctx),
                     )
 
         evidence = dict(self._evidence(ctx))
@@ -377,7 +384,7 @@ class KeepLora(Method):
             leading = directions[name]
             A, B = leading.A.T.cpu(), (leading.right * leading.singular_values).cpu()
             if self.options.init == "random":
-                A, B = _random_directions(A.shape[0], self.bases[name], generator), torch.zeros_like(B)
+                A, B = random_directions(A.shape[0], self.bases[name], generator), torch.zeros_like(B)
             # A task of few classes, or a nearly full layer, has fewer than r directions; alpha shrinks with
             # the rank, so that the scale s = alpha / rank stays the same.
             rank = A.shape[0]
@@ -427,10 +434,3 @@ class KeepLora(Method):
     def capacity(self) -> dict[str, int]:
         """Return layer name → k."""
         return {name: basis.shape[1] for name, basis in self.bases.items()}
-
-
-def _random_directions(rank: int, basis: Tensor, generator: torch.Generator) -> Tensor:
-    """Return random orthonormal directions (rank, in) outside the basis (in, k)."""
-    width = basis.shape[0]
-    draw = residual(torch.randn(rank, width, generator=generator, dtype=torch.float64), basis.double())
-    return torch.linalg.qr(residual(draw, basis.double()).T).Q.T.float()

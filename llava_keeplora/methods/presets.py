@@ -103,10 +103,17 @@ class PaperRules:
 
     @staticmethod
     def extend(
-        basis: Tensor, statistic: SecondMoment | SketchedMoment, energy: float, limit: int | None = None
+        basis: Tensor,
+        statistic: SecondMoment | SketchedMoment,
+        energy: float,
+        limit: int | None = None,
+        least: float = 0.0,
     ) -> FeatureDirections:
-        """Return new directions by the GPM rule on the residual features, at most `limit`."""
-        return statistic.directions(basis, energy, limit)
+        """Return new directions by the GPM rule on the residual features.
+
+        They are at most `limit`, each with more than the share `least` of the features' energy.
+        """
+        return statistic.directions(basis, energy, limit, least)
 
     @staticmethod
     def directions(
@@ -149,7 +156,7 @@ class ReleasedClipRules(PaperRules):
 
     @staticmethod
     def extend(
-        basis: Tensor, statistic: "_RunningMean", energy: float, limit: None = None
+        basis: Tensor, statistic: "_RunningMean", energy: float, limit: None = None, least: float = 0.0
     ) -> FeatureDirections:
         """Return new directions by the GPM rule on that mean; the released code has no limit."""
         return released_clip_extend(basis, statistic.mean.matrix.cpu(), energy)
@@ -212,7 +219,7 @@ class ReleasedLlavaRules(PaperRules):
 
     @staticmethod
     def extend(
-        basis: Tensor, statistic: DenseGradient, energy: float, limit: None = None
+        basis: Tensor, statistic: DenseGradient, energy: float, limit: None = None, least: float = 0.0
     ) -> FeatureDirections:
         """Return new directions by the GPM rule on the merged model's gradient (out, in), without limit."""
         return released_llava_extend(basis, statistic.matrix.cpu(), energy)

@@ -25,7 +25,7 @@ from torch import Tensor
 from llava_keeplora.subspace.basis import check_basis, check_finite, like, orthonormalize_against, residual
 from llava_keeplora.subspace.energy import check_energy, energy_rank
 from llava_keeplora.subspace.errors import ShapeError
-from llava_keeplora.subspace.features import FeatureDirections, limited
+from llava_keeplora.subspace.features import FeatureDirections, above, limited
 from llava_keeplora.subspace.moments import counted_rows
 
 # Eigenvalues of T^T C T below this fraction of the largest are rounding of the float32 products.
@@ -226,7 +226,7 @@ class SketchedMoment:
         )
 
     def directions(
-        self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None
+        self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None, least: float = 0.0
     ) -> SketchedFeatureDirections:
         """Return the fewest sketched directions that certainly reach the energy together with the basis.
 
@@ -237,6 +237,7 @@ class SketchedMoment:
             basis: U, (in, k), the basis of the sketch, on any device.
             energy: epsilon_f, in (0, 1].
             limit: the most directions, of which the strongest are taken; no limit when None.
+            least: fraction of the energy of all features that a direction must certainly exceed to be taken.
 
         Raises:
             EnergyError: if the energy is outside (0, 1].
@@ -260,6 +261,8 @@ class SketchedMoment:
         squared, directions = self._nystrom(tall)
         missed = max(0.0, total - inside - float(squared.sum()))
         rank = energy_rank(squared, energy, total=total, captured=inside)
+        if least:
+            limit = limited(above(squared, least * total), limit)
         rank = limited(min(rank, int((squared > 0.0).sum())), limit)
         held = inside + float(squared[:rank].sum())
         return SketchedFeatureDirections(

@@ -41,6 +41,7 @@ def feature_directions(
     basis: Float[Tensor, "in k"],
     energy: float,
     limit: int | None = None,
+    least: float = 0.0,
 ) -> FeatureDirections:
     """Return the fewest residual feature directions with which the basis reaches the energy of the features.
 
@@ -56,6 +57,7 @@ def feature_directions(
         basis: U, (in, k), orthonormal columns; k may be 0.
         energy: epsilon_f, in (0, 1].
         limit: the most directions, of which the strongest are taken; no limit when None.
+        least: fraction of the energy of all features that a direction must exceed to be taken.
 
     Raises:
         EnergyError: if the energy is outside (0, 1].
@@ -77,6 +79,7 @@ def feature_directions(
         return FeatureDirections(basis.new_zeros(dim, 0, dtype=torch.float32), fraction, fraction, 0)
     squared, directions = _leading_outside(moment, tall, energy * total - captured)
     rank = limited(energy_rank(squared, energy, total=total, captured=captured), limit)
+    rank = min(rank, above(squared, least * total))
     new = orthonormalize_against(basis, directions[:, :rank]).float()
     after = min(1.0, (captured + float(squared[:rank].sum())) / total)
     return FeatureDirections(new.contiguous(), captured / total, after, rank)
@@ -116,6 +119,11 @@ def leading_directions(
 def limited(rank: int, limit: int | None) -> int:
     """Return the smaller of a rank and a limit, if there is one."""
     return rank if limit is None else min(rank, limit)
+
+
+def above(squared: Float[Tensor, " n"], threshold: float) -> int:
+    """Return how many squared singular values exceed a threshold; all for a threshold of 0."""
+    return int((squared > threshold).sum()) if threshold else len(squared)
 
 
 def _leading_outside(

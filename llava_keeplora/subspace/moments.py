@@ -57,10 +57,10 @@ class SecondMoment:
         return [self._sum]
 
     def directions(
-        self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None
+        self, basis: Float[Tensor, "in k"], energy: float, limit: int | None = None, least: float = 0.0
     ) -> FeatureDirections:
         """Return what the features add to a basis, which may be on any device; see `feature_directions`."""
-        return feature_directions(self.matrix, basis.to(self.matrix.device), energy, limit)
+        return feature_directions(self.matrix, basis.to(self.matrix.device), energy, limit, least)
 
     def merge(self, other: "SecondMoment") -> None:
         """Add the sum and count of another stream, for instance of another process.
