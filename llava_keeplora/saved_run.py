@@ -19,6 +19,7 @@ from llava_keeplora.config import (
     ROW_KEYS,
     ModelConfig,
     RunConfig,
+    check_adopting,
     parse_config,
     with_settings,
 )
@@ -184,12 +185,18 @@ def extended(
 def followed_by(
     config: RunConfig, task: str, arguments: Mapping[str, float] | None = None, source: str | None = None
 ) -> RunConfig:
-    """Return a run's configuration with one more task; see `extended`."""
+    """Return a run's configuration with one more task; see `extended`.
+
+    Raises:
+        ConfigError: also if a method cannot take an update over.
+    """
     folder = Path(source or "").expanduser()
     source = str(folder.absolute()) if source and folder.exists() else source
     name = load_recipe(task).name
     if load_recipe(config.tasks[-1]).name != name:
-        return config.followed_by(task, arguments, source)
+        longer = config.followed_by(task, arguments, source)
+        check_adopting(longer)
+        return longer
     recorded_source = config.source(len(config.tasks))
     if source not in (None, recorded_source):
         raise RunError(

@@ -7,18 +7,16 @@ the unit roundoff of fp32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from llava_keeplora.adapters import Delta, FullDelta, full_deltas
-from llava_keeplora.config import ModelConfig
 from llava_keeplora.errors import RunError
-from llava_keeplora.models import load_model
-from llava_keeplora_eval.checkpoints import load_checked
+from llava_keeplora_eval.checkpoints import load_checked, weight_files
 
 UNIT_ROUNDOFF = 2.0**-24
 #: What a base in fp32 may have been rounded to.
@@ -27,31 +25,26 @@ ROUNDED = (torch.bfloat16, torch.float16)
 WHOLE, TRUNCATED = 1024, 288
 
 
-def read_checkpoint(folder: Path, base: ModelConfig) -> dict[str, Delta | FullDelta]:
+def read_checkpoint(folder: Path, base: nn.Module, auto_class: str) -> dict[str, Delta | FullDelta]:
     """Return what a checkpoint changes of its base, module by module.
 
     The difference is stored exactly (in fp32). It is stored as B A instead where that differs by less than
     fp32 rounds, as it does for a LoRA that was merged in fp32. A tensor that is the base's, rounded to half
-    precision as a whole checkpoint may be, is no change.
+    precision as a whole checkpoint may be, is no change. The checkpoint is held as it is stored, and what was
+    compared is let go.
 
     Args:
         folder: the checkpoint's folder.
-        base: the configuration of the run's base.
+        base: the run's base with the weights of its files.
+        auto_class: the class of transformers that loads it.
 
     Raises:
         RunError: it is of another architecture, or equals the base.
-        EvalError: one of the two cannot be loaded.
+        EvalError: it cannot be loaded.
     """
-    if base.object:
-        raise RunError(
-            f"{folder} is a whole checkpoint, whose change is taken against the base's files, and the run's "
-            f"base is a {base.object} in memory",
-            "adopt an adapter, or start a run that names the checkpoint of its base",
-        )
-    before = load_model(replace(base, dtype="float32", quantization=None))
     # The weights alone: what was trained elsewhere may have been saved without its processor.
-    after = load_checked(getattr(transformers, before.auto_class), str(folder), dtype=torch.float32)
-    old, new = dict(before.model.named_parameters()), dict(after.named_parameters())
+    after = load_checked(getattr(transformers, auto_class), str(folder), dtype=stored_dtype(folder))
+    old, new = dict(base.named_parameters()), dict(after.named_parameters())
     for name in [*old, *new]:
         shapes = [tuple(p[name].shape) if name in p else None for p in (old, new)]
         if shapes[0] != shapes[1]:
@@ -60,18 +53,43 @@ def read_checkpoint(folder: Path, base: ModelConfig) -> dict[str, Delta | FullDe
                 f"there and {shapes[0]} here",
                 "adopt it into a run of the base that it was made from",
             )
+    deltas = {}
     with torch.no_grad():
-        changes = {
-            name: (new[name].double() - old[name].double()).float()
-            for name in old
-            if not torch.equal(new[name], old[name])
-            and not any(torch.equal(new[name], old[name].to(dtype).float()) for dtype in ROUNDED)
-        }
-        if not changes:
-            raise RunError(f"{folder} has the weights of the run's base", "adopt what was trained")
-        return {
-            name: _smallest(delta, after.get_submodule(name)) for name, delta in full_deltas(changes).items()
-        }
+        for name, module in after.named_modules():
+            keys = [f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)]
+            # A weight that two modules share is a parameter of the first.
+            changes = {key: _change(old[key], new.pop(key)) for key in keys if key in new}
+            if changes := {key: change for key, change in changes.items() if change is not None}:
+                deltas[name] = _smallest(full_deltas(changes)[name], module)
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.new_empty(0)
+    if not deltas:
+        raise RunError(f"{folder} has the weights of the run's base", "adopt what was trained")
+    return deltas
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype in which a checkpoint's tensors can be held without rounding.
+
+    That is half precision where a folder's safetensors hold nothing else, and fp32 otherwise.
+    """
+    files, held = weight_files(folder), set()
+    for path in files:
+        if path.suffix != ".safetensors":
+            return torch.float32
+        with safe_open(path, "pt") as tensors:
+            held |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(
+        held.pop() if len(held) == 1 else "", torch.float32
+    )
+
+
+def _change(old: Tensor, new: Tensor) -> Tensor | None:
+    """Return W₁ − W₀ in fp32; None if W₁ is W₀, or W₀ rounded to half precision."""
+    old, new = old.cpu().float(), new.float()
+    if any(torch.equal(new, old.to(dtype).float()) for dtype in (torch.float32, *ROUNDED)):
+        return None
+    return (new.double() - old.double()).float()
 
 
 def _smallest(delta: FullDelta, module: nn.Module) -> Delta | FullDelta:

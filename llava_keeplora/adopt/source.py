@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from llava_keeplora.adapters import Delta, Deltas, FullDelta
 from llava_keeplora.adopt.checkpoint import fill_modules, read_checkpoint
 from llava_keeplora.adopt.peft_adapter import CONFIG, WEIGHTS, read_adapter, read_config
 from llava_keeplora.config import ModelConfig
-from llava_keeplora.errors import RunError
+from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.export.hub import download
 from llava_keeplora.methods import Changed
+from llava_keeplora.models import Family, load_model
 from llava_keeplora.records import read_object
 from llava_keeplora.run_folder import BASE, IDENTITY
 from llava_keeplora.run_folder import CONFIG as RUN_CONFIG
@@ -100,8 +101,35 @@ def find_source(place: str) -> Source:
     )
 
 
+def check_unchanged(place: str, recorded: Mapping[str, Any], task: str, run: Path) -> None:
+    """Check that a source is the one that a run has read; one that is gone is not needed.
+
+    Args:
+        place: see `find_source`.
+        recorded: what the run recorded of it; see `Source.record`.
+        task: the task's name, for the error.
+        run: the run's or the method's folder, for the error.
+
+    Raises:
+        RunError: it has changed.
+    """
+    try:
+        now = find_source(place)
+    except UserError:
+        return
+    if now.sha256 != recorded["sha256"]:
+        raise RunError(
+            f"{now.folder} has changed since {run} took it over as task '{task}'",
+            "restore it to go on, or fork the run before that task",
+        )
+
+
 def read_update(
-    source: Source, model: ModelConfig, base: Mapping[str, Any] | None, layers: Mapping[str, nn.Linear]
+    source: Source,
+    model: ModelConfig,
+    base: Mapping[str, Any] | None,
+    family: Family,
+    loaded: nn.Module | None = None,
 ) -> Update:
     """Read an update of a run's base.
 
@@ -109,14 +137,20 @@ def read_update(
         source: where it comes from.
         model: the configuration of the run's base.
         base: the record of its content, if there is one; see `base_record`.
-        layers: full name → linear layer of the base.
+        family: the base's family; the names and shapes of its layers are read.
+        loaded: the base with the weights of its files, if it is in memory; they are loaded for a checkpoint
+            when None.
 
     Raises:
         RunError: it is of another base, damaged, or of a kind that cannot be read exactly.
+        EvalError: a checkpoint or its base cannot be loaded.
     """
     if source.form == CHECKPOINT:
-        return Update(source, read_checkpoint(source.folder, model))
+        if loaded is None:
+            loaded = load_model(replace(model, dtype="float32", quantization=None)).model
+        return Update(source, read_checkpoint(source.folder, loaded, family.auto_class))
     _check_base(source.folder, model, base)
+    layers = {name: m for name, m in family.model.named_modules() if isinstance(m, nn.Linear)}
     return Update(source, read_adapter(source.folder, layers))
 
 

@@ -20,7 +20,7 @@ from llava_keeplora.files import write_bytes
 from llava_keeplora.journal import Journal
 from llava_keeplora.planned_recipes import planned_tasks, recipe_changes
 from llava_keeplora.records import read_object
-from llava_keeplora.run_folder import JOURNAL, MATRIX, RESULTS, differences
+from llava_keeplora.run_folder import JOURNAL, MATRIX, PREPARED, RESULTS, differences, read_record, task_files
 from llava_keeplora.saved_run import check_base_if_here, read_identity, run_identity
 from llava_keeplora_recipes.strict_yaml import dump_yaml
 
@@ -78,13 +78,21 @@ class Job:
         )
 
     def verify(self) -> None:
-        """Check every file that the run wrote, and that its base model, recipes and plug-ins are unchanged.
+        """Check every file that the run wrote, and that what it was made from is unchanged.
 
         Raises:
-            RunError: a file was damaged, or the base, a recipe, a metric or a reader has changed.
+            RunError: a file was damaged, or the base, a recipe, a metric, a reader or what a task was adopted
+                from has changed.
         """
         config = parse_config(self.tree)
         check_base_if_here(self.folder, config.model)
+        if config.adopted:
+            from llava_keeplora.adopt import check_unchanged  # imports torch, which other tables do not need
+
+            for source, path in zip(config.adopted, task_files(self.folder / self.label, PREPARED)):
+                if source:
+                    recorded = read_record(path)["report"]["adopted"]
+                    check_unchanged(source, recorded, path.parent.name.split("-", 2)[2], self.folder)
         for label in (ZERO_SHOT, self.label):
             journal = Journal(self.folder / label / JOURNAL)
             journal.verify()

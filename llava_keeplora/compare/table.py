@@ -45,17 +45,20 @@ class Order:
         tasks: the key `sequence` or `tasks` of its runs, with its value.
         seeds: seeds of its runs, by default the table's; none where the order serves the tuning alone.
         epochs: epochs of each task; the methods' settings when empty.
+        adopted: for each task, what its update is adopted from, or null; the table's `adopted` when empty.
     """
 
     name: str
     tasks: dict[str, Any]
     seeds: tuple[int, ...]
     epochs: tuple[float, ...] = ()
+    adopted: tuple[str | None, ...] = ()
 
     def changed(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a run's configuration with this order's tasks and epochs."""
+        """Return a run's configuration with this order's tasks, epochs and adopted updates."""
         training = {"training": {"num_train_epochs": list(self.epochs)}} if self.epochs else {}
-        return merged(run, {**self.tasks, **training})
+        adopted = {"adopted": list(self.adopted)} if self.adopted else {}
+        return merged(run, {**self.tasks, **training, **adopted})
 
 
 @dataclass(frozen=True)
@@ -234,11 +237,17 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
                 f"{where}.epochs is {epochs!r}, but it takes a positive number for each task",
                 "write, for instance, [1, 3, 0.5]",
             )
+        adopted = settings.pop("adopted", [])
+        if not isinstance(adopted, list) or not all(isinstance(source, str | None) for source in adopted):
+            raise ConfigError(
+                f"{where}.adopted is {adopted!r}, but it takes a list with an adapter or null for each task",
+                "write, for instance, [my-adapter, null]",
+            )
         unknown = set(settings) - {"tasks", "sequence"}
         if unknown:
             raise ConfigError(
                 f"unknown key '{where}.{min(map(str, unknown))}'",
-                nearest(min(map(str, unknown)), ("tasks", "sequence", "seeds", "epochs")),
+                nearest(min(map(str, unknown)), ("tasks", "sequence", "seeds", "epochs", "adopted")),
             )
         given = [tasks for tasks in settings.values() if tasks]
         if len(given) != 1 or not isinstance(given[0], (str, list)):
@@ -247,7 +256,7 @@ def _parse_orders(tree: Any, seeds: tuple[int, ...]) -> tuple[Order, ...]:
             )
         # A run has two keys, `sequence` and `tasks`; an order takes either value under any of them.
         tasks = {"sequence" if isinstance(given[0], str) else "tasks": given[0]}
-        orders.append(Order(name, tasks, order_seeds, tuple(epochs)))
+        orders.append(Order(name, tasks, order_seeds, tuple(epochs), tuple(adopted)))
     return tuple(orders)
 
 
@@ -295,6 +304,11 @@ def _parse_tuning(tree: dict[str, Any], table: Table) -> Tuning:
 
 def _check_lists(table: Table) -> None:
     """Raise ConfigError where one list of values per task is used in several orders."""
+    if table.run.get("adopted") and len(table.orders) > 1 and not all(o.adopted for o in table.orders):
+        raise ConfigError(
+            f"adopted lists a source for each task, and the table has {len(table.orders)} orders of them",
+            "give each order its own `adopted`",
+        )
     tried = [
         tree for settings in (table.tuning.settings.values() if table.tuning else ()) for tree in settings
     ]

@@ -1,6 +1,6 @@
 """The configuration of a run: YAML is read into frozen records, and every unknown key is an error."""
 
-from llava_keeplora.config.checks import check_full_finetuning, deepspeed_config
+from llava_keeplora.config.checks import check_adopting, check_full_finetuning, deepspeed_config
 from llava_keeplora.config.coerce import SWITCHES, as_mapping, build
 from llava_keeplora.config.load import (
     DEFAULT_METHODS,
@@ -70,6 +70,7 @@ __all__ = [
     "RunConfig",
     "as_mapping",
     "build",
+    "check_adopting",
     "check_full_finetuning",
     "check_training",
     "deepspeed_config",

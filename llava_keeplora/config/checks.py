@@ -11,6 +11,7 @@ from llava_keeplora.config.schema import RunConfig
 from llava_keeplora.config.training_args import read_deepspeed
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.registries import METHODS
+from llava_keeplora_recipes import load_recipe
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
@@ -94,6 +95,22 @@ def check_full_finetuning(config: RunConfig) -> None:
                 f"'{label}' trains the whole model, but model.dtype is {config.model.dtype}, in which small "
                 "updates are rounded away",
                 "set model.dtype to float32; training.bf16 computes in bfloat16 all the same",
+            )
+
+
+def check_adopting(config: RunConfig) -> None:
+    """Check that every method can take over the tasks that the run adopts.
+
+    Raises:
+        ConfigError: naming the method, the task and the methods that can.
+    """
+    task = next((task for task, source in zip(config.tasks, config.adopted) if source), None)
+    for label, method in config.methods.items() if task else ():
+        if not METHODS[method.method].adopts:
+            takers = ", ".join(name for name, cls in METHODS.items() if cls.adopts)
+            raise ConfigError(
+                f"'{label}' cannot take over task '{load_recipe(task).name}', which was trained elsewhere",
+                f"adopt it into a run of {takers} alone",
             )
 
 

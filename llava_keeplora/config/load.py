@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from llava_keeplora.config.checks import check_full_finetuning, deepspeed_config
+from llava_keeplora.config.checks import check_adopting, check_full_finetuning, deepspeed_config
 from llava_keeplora.config.coerce import as_mapping, build, check_keys, coerce_value
 from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.schema import (
@@ -151,6 +151,7 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     if run_plugins:
         deepspeed_config(config)
         check_full_finetuning(config)
+        check_adopting(config)
     return config
 
 

@@ -15,10 +15,10 @@ from llava_keeplora.adapters import (
     removed_energy,
     save_deltas,
 )
-from llava_keeplora.adopt import Update, check_layers
-from llava_keeplora.errors import ConfigError, RunError, UserError
+from llava_keeplora.adopt import Update, check_layers, check_unchanged
+from llava_keeplora.errors import RunError
 from llava_keeplora.files import write_json
-from llava_keeplora.methods import METHODS, Changed
+from llava_keeplora.methods import Changed
 from llava_keeplora.models.layouts import part_of
 from llava_keeplora.run_folder import ADOPTED, DELTA, PREPARED, TRAIN, Stage, file_name, read_record
 from llava_keeplora.sequence.answers import predict
@@ -37,20 +37,12 @@ def check_sources(state: MethodState) -> None:
     """Read the updates that are still to be taken over, so that a start is refused at once.
 
     Raises:
-        ConfigError: if the method takes no update over.
         RunError: if an update is damaged, of another base, or changes what the method does not train; or if
             it is no longer what a killed start has read.
     """
     for index in range(1, state.count + 1):
         if not state.source(index):
             continue
-        if not state.method.adopts:
-            takers = ", ".join(name for name, cls in METHODS.items() if cls.adopts)
-            raise ConfigError(
-                f"'{state.config.label}' cannot take over task '{state.name(index)}', which was trained "
-                "elsewhere",
-                f"adopt it into a run of {takers} alone",
-            )
         done = {entry.stage for entry in state.journal.entries if entry.task == index}
         if Stage.PREPARED not in done:
             _, given = _read(state, index)
@@ -58,27 +50,14 @@ def check_sources(state: MethodState) -> None:
                 state.load_method(index - 1, index)
                 _project(state, index, given)
         elif Stage.TRAINED not in done:
-            _check_unchanged(state, index)
+            recorded = read_record(state.path(index, PREPARED))["report"]["adopted"]
+            check_unchanged(str(state.source(index)), recorded, state.name(index), state.folder)
 
 
 def _read(state: MethodState, index: int) -> tuple[Update, Deltas]:
     """Return a task's update, and its deltas as the method takes them."""
     update = state.context.update(index)
     return update, check_layers(update, state.config.label, Changed(state.layers, state.full))
-
-
-def _check_unchanged(state: MethodState, index: int) -> None:
-    """Refuse a source that has changed since a killed start has read it; one that is gone is not needed."""
-    recorded = read_record(state.path(index, PREPARED))["report"]["adopted"]
-    try:
-        now = state.context.find_source(index)
-    except UserError:
-        return
-    if now.sha256 != recorded["sha256"]:
-        raise RunError(
-            f"{now.folder} has changed since {state.folder} took it over as task '{state.name(index)}'",
-            "restore it to go on, or fork the run before that task",
-        )
 
 
 def prepare(state: MethodState, index: int) -> Outcome:

@@ -110,13 +110,13 @@ class RunContext:
         return find_source(str(self.config.source(index)))
 
     def update(self, index: int) -> Update:
-        """Return the update that a task adopts; it is read once for all methods."""
+        """Return the update that a task adopts; it is read once for all methods, on the untouched model."""
         if index not in self._updates:
+            model = self.config.model
+            as_in_files = model.object or (model.dtype == "float32" and not model.quantization)
+            loaded = self.family.model if as_in_files and not self.zero.partitions else None
             self._updates[index] = read_update(
-                self.find_source(index),
-                self.config.model,
-                self.workspace.base,
-                {n: m for n, m in self.family.model.named_modules() if isinstance(m, nn.Linear)},
+                self.find_source(index), model, self.workspace.base, self.family, loaded
             )
         return self._updates[index]
 

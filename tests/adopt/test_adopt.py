@@ -133,6 +133,8 @@ def test_an_adoption_stopped_at_its_stages_ends_with_the_same_files(
         seen.add((self.path, entry.task, entry.stage))
         if first and len(seen) % 2:
             append(self, entry)
+        elif first:
+            spoil(self.path.parent / "task-02-stripes", entry.files)
         if first:
             raise KeyboardInterrupt
         append(self, entry)
@@ -146,6 +148,14 @@ def test_an_adoption_stopped_at_its_stages_ends_with_the_same_files(
             continue
     assert starts == 1 + len(stages), "every stage of the adoption was a stop"
     assert files(run) == files(whole)
+
+
+def spoil(task, files):
+    """Leave what a kill may leave within a stage's writes: half of each file, and half of an answer's line."""
+    for path in (task.parent / name for name in files):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (task / "as-it-came").mkdir(exist_ok=True)
+    (task / "as-it-came/colours.jsonl").write_text('{"id": "0", "te')
 
 
 def files(run):

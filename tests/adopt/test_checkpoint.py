@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_keeplora.adapters import Delta, FullDelta, load_deltas
+from llava_keeplora.adopt.checkpoint import stored_dtype
 from llava_keeplora.errors import ConfigError, RunError
 from llava_keeplora.export import import_state, run_export
 from llava_keeplora.saved_run import extended
@@ -84,7 +85,7 @@ def test_any_other_difference_is_taken_exactly_and_everything_later_knows_it(
     options = {"base_id": "you/base"}
     state = run_export.export_run(run, "state", tmp_path / "state", **options).folder
     import_state(str(state), tmp_path / "again", base=str(tiny_clip), data_root=str(tiny_tasks[0].parent))
-    with pytest.raises(ConfigError, match="4 layers were trained in full.*export --as merged"):
+    with pytest.raises(ConfigError, match="4 layers have updates of full rank.*export --as merged"):
         run_export.export_run(run, "adapter", tmp_path / "adapter", **options)
     run_export.export_run(run, "merged", tmp_path / "merged", **options)
 
@@ -92,6 +93,7 @@ def test_any_other_difference_is_taken_exactly_and_everything_later_knows_it(
 def test_rounding_of_what_did_not_change_is_no_change(run, changed_clip, driven, tiny_tasks, tmp_path):
     checkpoint = changed_clip(tmp_path / "half", add_noise, torch.bfloat16)
     driven(extended(run, str(tiny_tasks[1]), source=str(checkpoint)))
+    assert stored_dtype(checkpoint) is torch.bfloat16, "held as it is stored"
     taken = load_deltas(run / "keeplora/task-02-stripes/delta.safetensors")
     assert sorted(taken) == sorted(name for name in taken if name.endswith("q_proj")) and len(taken) == 4
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def test_names_of_another_version_of_transformers_are_the_same_layers(tmp_path):
 def test_an_adapter_of_another_base_is_refused_and_one_of_a_copy_is_not(adapter, layers, tiny_clip, tmp_path):
     model = ModelConfig(name_or_path=str(tiny_clip))
     base = base_record(model, base_content(model))
-    read = lambda: read_update(find_source(str(adapter)), model, base, layers)  # noqa: E731
+    family = SimpleNamespace(model=SimpleNamespace(named_modules=layers.items))
+    read = lambda: read_update(find_source(str(adapter)), model, base, family)  # noqa: E731
     copy = Path(shutil.copytree(tiny_clip, tmp_path / "copy"))
     change_config(adapter, base_model_name_or_path=str(copy))
     assert len(read().deltas) == 16
@@ -156,7 +158,7 @@ def test_an_adapter_of_another_base_is_refused_and_one_of_a_copy_is_not(adapter,
     change_config(adapter, base_model_name_or_path="somebody/model")
     assert len(read().deltas) == 16, "a name on the Hub against a folder cannot be compared"
     with pytest.raises(RunError, match="'somebody/model', and the run's base is 'other/model'"):
-        read_update(find_source(str(adapter)), ModelConfig(name_or_path="other/model"), base, layers)
+        read_update(find_source(str(adapter)), ModelConfig(name_or_path="other/model"), base, family)
 
 
 def test_a_refused_adapter_leaves_the_run_as_it_was(one_task_run, tiny_tasks, adapter, driven, tmp_path):
@@ -189,10 +191,10 @@ def test_a_refused_adapter_leaves_the_run_as_it_was(one_task_run, tiny_tasks, ad
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 
-def test_a_method_that_needs_more_than_an_update_refuses(run_config, driven, tiny_tasks, adapter, tmp_path):
+def test_a_method_that_needs_more_than_an_update_refuses(run_config, tiny_tasks, adapter, tmp_path):
     changes = {"tasks": [str(tiny_tasks[0])], "adopted": [str(adapter)], "methods": {"keeplora+": {}}}
     with pytest.raises(ConfigError, match=r"'keeplora\+' cannot take over task 'colours'.*seq-lora"):
-        driven(run_config(tmp_path / "run", **changes))
+        run_config(tmp_path / "run", **changes)
     with pytest.raises(ConfigError, match="adopted lists 1 sources for 3 tasks"):
         run_config(tmp_path / "run", adopted=[str(adapter)])
 

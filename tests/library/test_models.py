@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,8 +140,6 @@ def test_what_needs_no_model_works_without_it(finished, capsys):
 
 @pytest.mark.slow
 def test_a_run_on_an_object_predicts_exports_and_is_extended(finished, clip, files, tmp_path, quick_reload):
-    import shutil
-
     shutil.copytree(finished, tmp_path / "run")
     run, before = Run.open(tmp_path / "run", **clip), weights(clip["model"])
     answers = run.predictor("colours", at_task=2).predict(list(run.data("colours")))
@@ -218,12 +217,21 @@ def test_a_model_whose_copy_a_method_needs_is_copied_with_its_own_weights(clip):
     assert same(base.copy_of(model), weights(clip["model"])) and not same(model, weights(clip["model"]))
 
 
-def test_a_checkpoint_is_not_adopted_into_a_run_on_an_object(tmp_path):
-    from llava_keeplora.adopt.checkpoint import read_checkpoint
-    from llava_keeplora.config import ModelConfig
-
-    with pytest.raises(UserError, match="base is a CLIPModel in memory.*adapter"):
-        read_checkpoint(tmp_path, ModelConfig("any", object="CLIPModel"))
+@pytest.mark.slow
+def test_a_checkpoint_is_adopted_into_a_run_on_an_object_as_into_one_on_files(
+    finished, tree, clip, tiny_clip, files, driven, tmp_path
+):
+    tuned, before = copy.deepcopy(clip["model"]), weights(clip["model"])
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if name.endswith("q_proj.weight"):
+                p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    tuned.save_pretrained(tmp_path / "tuned")
+    shutil.copytree(finished, tmp_path / "object")
+    Run.open(tmp_path / "object", **clip).adopt(tmp_path / "tuned", str(files["corners"]))
+    driven(parse_config(tree(tmp_path / "files", model={"name_or_path": str(tiny_clip)})))
+    Run.open(tmp_path / "files").adopt(tmp_path / "tuned", str(files["corners"]))
+    assert learned(tmp_path / "object") == learned(tmp_path / "files") and same(clip["model"], before)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
