@@ -116,9 +116,10 @@ def check_adopting(config: RunConfig) -> None:
 
 def _check_zero3(config: RunConfig) -> None:
     for label, method in config.methods.items():
-        if not METHODS[method.method].supports_zero3:
+        cls = METHODS[method.method]
+        if not (instance := cls(cls.Options(**method.options))).supports_zero3:
             raise ConfigError(
                 f"the DeepSpeed configuration has zero_optimization.stage 3, but '{label}' ({method.method}) "
-                "reads trained parameters outside of their layers, where they are sharded",
+                f"{instance.zero3_conflict}",
                 "use stage 2",
             )

@@ -229,6 +229,8 @@ class Method:
     #: Whether trained parameters may be sharded by ZeRO-3; False if the method reads them outside of their
     #: layers' forward pass.
     supports_zero3 = True
+    #: Why not, as the predicate of a sentence.
+    zero3_conflict = "reads trained parameters outside of their layers, where they are sharded"
     #: Whether it runs in one process only.
     one_process = False
     #: Whether the gradient pass weighs all examples equally, instead of as the loss does.

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 BASE = -1
 
 
+#: See `Method.zero3_conflict`.
+ZERO3_CONFLICT = "answers with another task's update in every process, where shards need all to answer alike"
+
+
 class SwitchingPredictor:
     """Answers with the update of the task that each example is routed to.
 

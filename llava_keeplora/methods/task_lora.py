@@ -31,22 +31,17 @@ Differences from the official code (bjzhb666/MLLM-CL):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from llava_keeplora.adapters import BaseWeights, Deltas
-from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
-from llava_keeplora.methods.prototypes import Prototypes
 from llava_keeplora.methods.seq_lora import SequentialLora
-from llava_keeplora.methods.switching import BASE, SwitchingPredictor, carrying
-from llava_keeplora.run_folder import Stage
+from llava_keeplora.methods.switching import ZERO3_CONFLICT, SwitchingPredictor, carrying
+from llava_keeplora.methods.task_router import PROTOTYPES, TaskRouter, check_routing
 from llava_keeplora_eval.predictors import Predictor
-
-(PROTOTYPES, ORACLE) = ROUTINGS = ("prototypes", "oracle")
 
 
 class TaskLora(SequentialLora):
@@ -62,8 +57,7 @@ class TaskLora(SequentialLora):
         kept="prototypes: a feature per class, or one",
     )
     cumulative, separate_tasks, adopts = False, True, False
-    # Processes that answer with different tasks' adapters would wait for each other's weights.
-    supports_zero3 = False
+    supports_zero3, zero3_conflict = False, ZERO3_CONFLICT
 
     @dataclass(frozen=True)
     class Options:
@@ -76,33 +70,28 @@ class TaskLora(SequentialLora):
         routing: str = PROTOTYPES
 
         def __post_init__(self) -> None:
-            if self.routing not in ROUTINGS:
-                raise MethodError(
-                    f"routing must be one of {', '.join(ROUTINGS)} (got '{self.routing}')",
-                    f"set it to '{ROUTINGS[0]}'",
-                )
+            check_routing(self.routing)
 
     def __init__(self, options: TaskLora.Options):
         super().__init__(options)
-        self.prototypes = Prototypes()
-        self.stage_cost = {Stage.CONSOLIDATED: 1.0} if options.routing == PROTOTYPES else {}
+        self.router = TaskRouter(options.routing)
+        self.stage_cost = self.router.stage_cost
 
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, if they route."""
-        if ctx.index and self.options.routing == PROTOTYPES:
-            self.prototypes.learn(ctx)
+        self.router.after_task(ctx)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the last task's prototypes."""
-        return self.prototypes.state_dict()
+        return self.router.state_dict()
 
     def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
         """Load the prototypes of every task."""
-        self.prototypes = Prototypes.of(states)
+        self.router.load_state_dicts(states)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return the prototypes of a task, if they route."""
-        return self.prototypes.holds() if ctx.index and self.options.routing == PROTOTYPES else {}
+        return self.router.holds(ctx)
 
     def combine(self, deltas: Sequence[Deltas]) -> list[Deltas]:
         """Return nothing: the model stays the base, and adapters are on it while it answers alone."""
@@ -114,13 +103,5 @@ class TaskLora(SequentialLora):
         layers = {name: ctx.model.get_submodule(name) for task in deltas for name in task}
         weights = BaseWeights(layers, stacked=True)
         return SwitchingPredictor(
-            predictor, self._router(predictor, ctx), lambda task: carrying(weights, deltas[task])
+            predictor, self.router.choose(predictor, ctx), lambda task: carrying(weights, deltas[task])
         )
-
-    def _router(self, predictor: Predictor, ctx: AnswerContext) -> Callable[[Sequence[Any]], list[int]]:
-        """Return a function from examples to the task of each, `BASE` for none."""
-        if self.options.routing == PROTOTYPES:
-            return self.prototypes.router(predictor)
-        learned = list(ctx.learned)
-        given = learned.index(ctx.task) if ctx.task in learned else BASE
-        return lambda examples: [given] * len(examples)

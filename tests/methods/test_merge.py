@@ -12,7 +12,11 @@ from llava_keeplora.export.adapter import combine
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.methods import METHODS
+from llava_keeplora.methods.condu import Unified, unify
+from llava_keeplora.models import Prepared
 from llava_keeplora.testing import check_method
+from llava_keeplora_eval.predictions import read_predictions
+from llava_keeplora_recipes import load_split
 
 Merge = METHODS["merge"]
 #: Label → its options; all are trained in one run.
@@ -20,6 +24,7 @@ METHODS_RUN = {
     "seq-lora": {},
     "mean": {"method": "merge"},
     "start": {"method": "merge", "rule": "wise-ft", "alpha": 0.0},
+    "condu": {"method": "merge", "rule": "condu", "routing": "oracle"},
     "end": {"method": "merge", "rule": "wise-ft", "alpha": 1.0},
 }
 
@@ -33,6 +38,11 @@ def finished(tmp_path_factory, run_config, driven, tiny_tasks):
 def delta_bytes(finished, label):
     """Of each task's update."""
     return [path.read_bytes() for path in sorted((finished / label).glob("task-*/delta.safetensors"))]
+
+
+def predictions(finished, label, after, recipe):
+    (folder,) = (finished / label).glob(f"task-{after:02}-*")
+    return folder / f"predictions/{recipe.name}.jsonl"
 
 
 def answers(finished, label, task):
@@ -162,10 +172,101 @@ def test_an_update_of_full_rank_is_refused_as_an_adapter(finished, monkeypatch, 
         export_run(finished, "adapter", tmp_path / "adapter", label="mean", base_id="user/name")
 
 
+def draws(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def unified(*updates):
+    found = Unified()
+    for change in updates:
+        found.add({"a": FullDelta({"weight": change.float()})})
+    return found
+
+
+def decoupled(found, task):
+    return found.decoupled(task)["a"].changes()["weight"]
+
+
+def test_condu_unifies_by_the_majority_s_sign_and_the_largest_magnitude_entry_by_entry():
+    changes = draws(3, 4, 5)
+    found, masks = unify(changes)
+    for row in range(4):
+        for column in range(5):
+            values = changes[:, row, column].tolist()
+            sign = 1 if sum(values) / 3 > 0 else -1
+            assert found[row, column] == sign * max(abs(v) for v in values if v * sign > 0)
+            assert masks[:, row, column].tolist() == [v * sign > 0 for v in values]
+
+
+def test_condu_decouples_exactly_where_updates_do_not_meet_or_agree():
+    first, second = draws(4, 6).float(), draws(4, 6, seed=1).float()
+    assert torch.equal(decoupled(unified(first), 0), first), "of one task"
+    first[:, :3], second[:, 3:] = 0, 0
+    found = unified(first, second)
+    assert torch.equal(decoupled(found, 0), first) and torch.equal(decoupled(found, 1), second)
+    same = unified(first, first, first)
+    assert all(torch.equal(decoupled(same, task), first) for task in range(3))
+
+
+def test_condu_keeps_every_update_s_mean_magnitude_and_goes_from_session_to_session():
+    """Session by session as published: earlier tasks enter as they were decoupled before."""
+    updates = [draws(4, 6, seed=seed).float().double() for seed in range(3)]
+    held = []
+    for update in updates:
+        held.append(update)
+        stacked = torch.stack(held)
+        sign = torch.where(stacked.mean(dim=0) > 0, 1.0, -1.0)
+        largest = torch.where(stacked * sign > 0, stacked.abs(), torch.zeros(())).amax(dim=0) * sign
+        kept = [largest * (h * sign > 0) for h in held]
+        held = [h.abs().mean() / k.abs().mean() * k for h, k in zip(held, kept)]
+    found = unified(*updates)
+    for task, expected in enumerate(held):
+        torch.testing.assert_close(decoupled(found, task).double(), expected, atol=1e-6, rtol=1e-5)
+    last = decoupled(found, 2).double().abs().mean()
+    torch.testing.assert_close(last, updates[2].abs().mean(), atol=1e-6, rtol=1e-5)
+
+
+def test_condu_takes_a_module_that_a_task_left_out_as_unchanged(tasks):
+    found, first = Unified(), {"a": tasks[0]["a"]}
+    found.add(first)
+    found.add(tasks[1])
+    assert set(found.decoupled(0)) == {"a", "b"} and len(found.decoupled(1)) == 2
+    assert not found.decoupled(0)["b"].parameters["bias"].any()
+
+
+def test_condu_answers_with_the_given_task_s_decoupled_update_and_else_with_the_base(finished):
+    learned = load_learned_run(finished, "condu")
+    found = Unified()
+    for task in learned.deltas:
+        found.add(task)
+    for index, recipe in enumerate(learned.recipes):
+        data = load_split(recipe, "test")
+        family = learned.load(deltas=[found.decoupled(index)])
+        told = read_predictions(predictions(finished, "condu", 2, recipe), data)
+        expected = family.predictor(recipe, Prepared(family, data)).predict(list(data))
+        assert [told[key] for key in data.ids] == expected
+    data = load_split(learned.recipes[1], "test")
+    base = learned.load()
+    told = read_predictions(predictions(finished, "condu", 1, learned.recipes[1]), data)
+    expected = base.predictor(data.recipe, Prepared(base, data)).predict(list(data))
+    assert [told[key] for key in data.ids] == expected
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_condu_does_not_merge_and_needs_whole_weights(finished, run_config, tmp_path, form):
+    with pytest.raises(ConfigError, match="does not merge into the base's weights; export --as state"):
+        export_run(finished, form, label="condu")
+    zero3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    with pytest.raises(ConfigError, match="'condu' .merge. answers with another task's update.*use stage 2"):
+        run_config(tmp_path / "run", methods={"condu": METHODS_RUN["condu"]}, training=zero3)
+    run_config(tmp_path / "run", methods={"mean": METHODS_RUN["mean"]}, training=zero3)
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         ({"rule": "average"}, "one of mean, ties.*got 'average'"),
+        ({"rule": "condu", "routing": "guess"}, "routing must be one of prototypes, oracle.*got 'guess'"),
         ({"density": 0.0}, "density must be above 0.*got 0.0"),
         ({"alpha": 1.5}, "alpha must be from 0 to 1.*got 1.5"),
     ],
@@ -177,7 +278,7 @@ def test_settings_outside_their_range_are_refused(options, problem):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["clip", "llava"])
-@pytest.mark.parametrize("rule", ["mean", "ties", "wise-ft"])
+@pytest.mark.parametrize("rule", ["mean", "ties", "wise-ft", "condu"])
 def test_a_killed_and_an_extended_run_end_as_one_in_one_go(
     request, tiny_tasks, mixed_tasks, tmp_path, family, rule
 ):

@@ -1,0 +1,75 @@
+"""The router of methods that keep the tasks' updates apart: what picks the task of an example at test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from llava_keeplora.errors import MethodError
+from llava_keeplora.methods.base import AnswerContext, Holding, TaskContext
+from llava_keeplora.methods.prototypes import Prototypes
+from llava_keeplora.methods.switching import BASE
+from llava_keeplora.run_folder import Stage
+from llava_keeplora_eval.predictors import Predictor
+
+(PROTOTYPES, ORACLE) = ROUTINGS = ("prototypes", "oracle")
+
+
+class TaskRouter:
+    """Picks the task of an example, by prototypes or by the oracle.
+
+    With `prototypes` every example gets the nearest of the tasks learned; with `oracle` the task is given,
+    and examples of a task that is not learned get the untouched base.
+
+    Args:
+        routing: one of `ROUTINGS`.
+    """
+
+    def __init__(self, routing: str):
+        self.routing, self.prototypes = routing, Prototypes()
+        #: See `Method.stage_cost`.
+        self.stage_cost = {Stage.CONSOLIDATED.value: 1.0} if routing == PROTOTYPES else {}
+
+    def after_task(self, ctx: TaskContext) -> None:
+        """Compute the task's prototypes, if they route; the model must be the untouched base."""
+        if ctx.index and self.routing == PROTOTYPES:
+            self.prototypes.learn(ctx)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the last `after_task` added."""
+        return self.prototypes.state_dict()
+
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
+        """Load what was kept of the base and every task."""
+        self.prototypes = Prototypes.of(states)
+
+    def holds(self, ctx: TaskContext) -> dict[str, Holding]:
+        """Return what a task's state holds of the router."""
+        return self.prototypes.holds() if ctx.index and self.routing == PROTOTYPES else {}
+
+    def choose(self, predictor: Predictor, ctx: AnswerContext) -> Callable[[Sequence[Any]], list[int]]:
+        """Return a function from examples to the task of each, 0 for the first; `BASE` for none.
+
+        Args:
+            predictor: the untouched base's own.
+            ctx: names the task and those learned.
+        """
+        if self.routing == PROTOTYPES:
+            return self.prototypes.router(predictor)
+        learned = list(ctx.learned)
+        given = learned.index(ctx.task) if ctx.task in learned else BASE
+        return lambda examples: [given] * len(examples)
+
+
+def check_routing(routing: str) -> None:
+    """Check the option `routing`.
+
+    Raises:
+        MethodError: if it is not one of `ROUTINGS`.
+    """
+    if routing not in ROUTINGS:
+        raise MethodError(
+            f"routing must be one of {', '.join(ROUTINGS)} (got '{routing}')", f"set it to '{ROUTINGS[0]}'"
+        )
