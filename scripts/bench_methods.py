@@ -20,7 +20,7 @@ from llava_keeplora.sequence import run
 
 PLAIN = "seq-lora"
 #: A row that comes first and decodes the images for all others.
-FIRST = ("opens-the-pictures", "{method: seq-lora}")
+FIRST = ("opens-the-images", "{method: seq-lora}")
 #: Label and settings of KeepLoRA with its two passes over a part of the data.
 IN_PART = ("keeplora-in-part", "{method: keeplora, gradient_fraction: 0.1, feature_fraction: 0.25}")
 STAGES = ("PREPARED", "TRAINED", "CONSOLIDATED")

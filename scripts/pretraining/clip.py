@@ -1,4 +1,4 @@
-"""Pre-train the tiny CLIP: pictures and the captions of their classes, every batch from all sets."""
+"""Pre-train the tiny CLIP: images and the captions of their classes, every batch from all sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
-from pretraining.pictures import MIRRORED, REAL, SIDE, augment, image_processor, small_pictures, versions
+from pretraining.images import MIRRORED, REAL, SIDE, augment, image_processor, small_images, versions
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -54,7 +54,7 @@ def load_set(root: Path, name: str, split: str) -> ImageSet:
             [p, f"{c}.", f"a small picture: {c}.", f"this shows {c}."]
             for p, c in zip(data.recipe.prompts, words)
         ]
-    return ImageSet(name, small_pictures(data)[0], torch.tensor(data.labels), texts)
+    return ImageSet(name, small_images(data)[0], torch.tensor(data.labels), texts)
 
 
 def vocabulary_texts(root: Path, sets: list[ImageSet]) -> Iterator[str]:
@@ -141,15 +141,15 @@ def text_embeddings(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]
 
 
 def contrastive_loss(logits: torch.Tensor, targets: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-    """Return CLIP's loss where many pictures share one caption.
+    """Return CLIP's loss where many images share one caption.
 
     Args:
-        logits: scaled similarities, pictures x captions (one caption per class of every set).
-        targets: the caption of each picture.
+        logits: scaled similarities, images x captions (one caption per class of every set).
+        targets: the caption of each image.
         owner: the set that each caption belongs to.
 
     Picture to caption: cross-entropy against the captions of its own set, and against all of them.
-    Caption to picture: for captions with pictures in the batch, all of them are equally right.
+    Caption to image: for captions with images in the batch, all of them are equally right.
     """
     foreign = owner[targets][:, None] != owner[None, :]
     own = F.cross_entropy(logits.masked_fill(foreign, -1e4), targets)
@@ -178,7 +178,7 @@ def train(sets: list[ImageSet], tokenizer: CLIPTokenizer, args: argparse.Namespa
     texts = [options for s in sets for options in s.captions]
     owner = torch.cat([torch.full((len(s.captions),), i) for i, s in enumerate(sets)])
     mirrored = torch.cat([torch.full((len(s.labels),), s.name in MIRRORED) for s in sets])
-    # Large sets are seen less often per picture, rendered ones (easier) less often still.
+    # Large sets are seen less often per image, rendered ones (easier) less often still.
     chance = torch.cat(
         [
             torch.full(
@@ -258,7 +258,7 @@ def pretrain(args: argparse.Namespace) -> None:
     started = time.time()
     torch.manual_seed(args.seed)
     sets = [load_set(args.data_root, name, "pretrain") for name in NAMES]
-    print(f"{sum(len(s.labels) for s in sets)} pictures read in {time.time() - started:.0f}s", flush=True)
+    print(f"{sum(len(s.labels) for s in sets)} images read in {time.time() - started:.0f}s", flush=True)
     tokenizer = train_tokenizer(vocabulary_texts(args.data_root, sets), args.vocabulary)
     model = train(sets, tokenizer, args)
     model.save_pretrained(args.out)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pretraining.images import SIDE, augment
 from pretraining.lessons import Lessons
-from pretraining.pictures import SIDE, augment
 from torch import nn
 from transformers import CLIPModel, Qwen2_5_VLForConditionalGeneration
 
@@ -50,7 +50,7 @@ class Distillation:
         )
 
     def seen_by_clip(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return a CLIP's features in Qwen's order: pictures x patches x width, mean 0, variance 1."""
+        """Return a CLIP's features in Qwen's order: images x patches x width, mean 0, variance 1."""
         with torch.no_grad():
             states = self.teacher(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
         return F.layer_norm(states[:, 1:][:, self.order], states.shape[-1:])
@@ -59,7 +59,7 @@ class Distillation:
         """Train one step and return the mean squared error, which is 1 for a constant answer.
 
         Args:
-            pixels: pictures as the CLIP takes them.
+            pixels: images as the CLIP takes them.
             cut: the same as the encoder's patches.
             bf16: whether to compute in bfloat16.
         """
@@ -86,8 +86,8 @@ def distil(
 
     Args:
         model: a Qwen-VL.
-        lessons: with all pictures, each of which is shown equally often.
-        patches: cuts pictures as the encoder takes them.
+        lessons: with all images, each of which is shown equally often.
+        patches: cuts images as the encoder takes them.
         args: the arguments of the script.
     """
     saved = args.work / "encoder.pt" if args.work else None

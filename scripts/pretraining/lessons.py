@@ -1,7 +1,7 @@
-"""Batches for models that answer questions: every picture with as many questions about it as fit.
+"""Batches for models that answer questions: every image with as many questions about it as fit.
 
-The questions share one sequence, so that the picture's tokens are paid for once. Each of them sees
-the picture and itself only, at the positions that it has when it is asked alone: the loss is that of
+The questions share one sequence, so that the image's tokens are paid for once. Each of them sees
+the image and itself only, at the positions that it has when it is asked alone: the loss is that of
 single questions.
 """
 
@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from pretraining.pictures import MIRRORED, REAL, SIDE, augment
+from pretraining.images import MIRRORED, REAL, SIDE, augment
 from pretraining.turns import TaughtSet
 from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +32,7 @@ SHARES = (
 
 
 class Lessons:
-    """Batches of pictures, each with as many of its turns as fit; a batch follows from (seed, step).
+    """Batches of images, each with as many of its turns as fit; a batch follows from (seed, step).
 
     Written for a LLaVA; what another model does otherwise, a subclass overrides.
     """
@@ -54,24 +54,24 @@ class Lessons:
             [torch.full((len(s.turns),), s.name in REAL + ["digits", "emoji-names"]) for s in sets]
         )
 
-    def prefix(self, picture: int) -> tuple[list[int], torch.Tensor, int]:
-        """Return the tokens up to a picture's end, their positions (axes x tokens), and the next position."""
+    def prefix(self, index: int) -> tuple[list[int], torch.Tensor, int]:
+        """Return the tokens up to an image's end, their positions (axes x tokens), and the next position."""
         image = self.tokenizer.convert_tokens_to_ids(IMAGE)
         ids = self.tokenizer("USER: ").input_ids + [image] * (SIDE // PATCH) ** 2
         return ids, torch.arange(len(ids))[None], len(ids)
 
     def images(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return pictures, changed at random where that keeps what is true of them, as the model's inputs."""
+        """Return images, changed at random where that keeps what is true of them, as the model's inputs."""
         return {"pixel_values": augment(self.pixels[rows], self.mirrored[rows], self.moved[rows])}
 
     def turn(self, question: str, answer: str) -> tuple[list[int], int]:
-        """Return the tokens of a turn after the picture, and how many of them are the question."""
+        """Return the tokens of a turn after the image, and how many of them are the question."""
         asked = self.tokenizer(f"\n{question} ASSISTANT:").input_ids
         said = [*self.tokenizer(f" {answer}").input_ids, self.tokenizer.eos_token_id]
         return asked + said[:LONGEST_ANSWER], len(asked)
 
     def __call__(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Return the parts of a step's batch, each of pictures with about the same number of tokens."""
+        """Return the parts of a step's batch, each of images with about the same number of tokens."""
         torch.manual_seed(self.seed * 1_000_003 + step)
         rng = np.random.default_rng([self.seed, step])
         chosen = torch.from_numpy(
@@ -93,9 +93,9 @@ class Lessons:
                 used += len(turns[i][0])
         return plan
 
-    def pack(self, pictures: list[int], plans: list) -> dict[str, torch.Tensor]:
+    def pack(self, indices: list[int], plans: list) -> dict[str, torch.Tensor]:
         """Token ids, positions, who sees whom, and labels (-100 where nothing is learned)."""
-        prefixes = [self.prefix(picture) for picture in pictures]
+        prefixes = [self.prefix(index) for index in indices]
         width = max(
             len(ids) + sum(len(tokens) for tokens, _ in plan)
             for (ids, _, _), plan in zip(prefixes, plans, strict=True)

@@ -1,4 +1,4 @@
-"""Pre-train the tiny LLaVA: tiny-clip's image encoder, a small Llama, and questions about pictures."""
+"""Pre-train the tiny LLaVA: tiny-clip's image encoder, a small Llama, and questions about images."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import torch
+from pretraining.images import SIDE, image_processor
 from pretraining.lessons import IMAGE, PATCH, Lessons
-from pretraining.pictures import SIDE, image_processor
 from pretraining.training import make_record, train
 from pretraining.turns import TaughtSet, taught_sets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,7 +24,7 @@ from transformers import (
 
 MAX_TOKENS = 512
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-# LLaVA-1.5's layout: the pictures of a message first, then its text.
+# LLaVA-1.5's layout: the images of a message first, then its text.
 CHAT = (
     "{% for message in messages %}{{ message['role'] | upper + ': ' }}"
     "{% if message['content'] is string %}{% set parts = [{'type': 'text', 'text': message['content']}] %}"
@@ -125,7 +125,7 @@ def pretrain(args: argparse.Namespace) -> None:
     started = time.time()
     torch.manual_seed(args.seed)
     sets = taught_sets(args.data_root)
-    print(f"{sum(len(s.turns) for s in sets)} pictures read in {time.time() - started:.0f}s", flush=True)
+    print(f"{sum(len(s.turns) for s in sets)} images read in {time.time() - started:.0f}s", flush=True)
     tokenizer = train_tokenizer(sets, args.vocabulary)
     model = build_model(tokenizer, args.clip)
     seconds = train(model, Lessons(sets, tokenizer, args.batch, args.seed), args)

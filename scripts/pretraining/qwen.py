@@ -1,4 +1,4 @@
-"""Pre-train the tiny Qwen-VL: Qwen2.5-VL's architecture at its smallest, and questions about pictures."""
+"""Pre-train the tiny Qwen-VL: Qwen2.5-VL's architecture at its smallest, and questions about images."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 from pretraining.distil import distil
+from pretraining.images import augment
 from pretraining.lessons import LONGEST_ANSWER, Lessons
-from pretraining.pictures import augment
 from pretraining.training import make_record, train
 from pretraining.turns import TaughtSet, taught_sets
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 PATCH, MERGE, FRAMES = 8, 2, 2
-#: Pixels of a picture, at least and at most: squares become 48 x 48, and 4:3 becomes 64 x 48.
+#: Pixels of an image, at least and at most: squares become 48 x 48, and 4:3 becomes 64 x 48.
 PIXELS = {"shortest_edge": 48 * 48, "longest_edge": 48 * 64}
 MAX_TOKENS = 512
 END, PAD = "<|im_end|>", "<|endoftext|>"
@@ -173,9 +173,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
 
 
 def patches(pixels: torch.Tensor) -> torch.Tensor:
-    """Cut pictures (N x 3 x height x width) into patches, in the order of the image processor.
+    """Cut images (N x 3 x height x width) into patches, in the order of the image processor.
 
-    The patches of a square of merged ones follow each other; a picture stands in for every frame.
+    The patches of a square of merged ones follow each other; an image stands in for every frame.
     """
     n, channels, height, width = pixels.shape
     side = PATCH * MERGE
@@ -185,15 +185,15 @@ def patches(pixels: torch.Tensor) -> torch.Tensor:
 
 
 class QwenLessons(Lessons):
-    """Batches for a Qwen-VL: pictures of their own aspect ratio, packed patches, positions of three axes."""
+    """Batches for a Qwen-VL: images of their own aspect ratio, packed patches, positions of three axes."""
 
-    def size(self, picture: int) -> tuple[int, int]:
-        """Return the height and width in which the image processor shows a picture."""
+    def size(self, index: int) -> tuple[int, int]:
+        """Return the height and width in which the image processor shows an image."""
         low, high = PIXELS["shortest_edge"], PIXELS["longest_edge"]
-        return smart_resize(*self.shapes[picture], PATCH * MERGE, low, high)
+        return smart_resize(*self.shapes[index], PATCH * MERGE, low, high)
 
-    def prefix(self, picture: int) -> tuple[list[int], torch.Tensor, int]:
-        height, width = (side // (PATCH * MERGE) for side in self.size(picture))
+    def prefix(self, index: int) -> tuple[list[int], torch.Tensor, int]:
+        height, width = (side // (PATCH * MERGE) for side in self.size(index))
         begin, image, end = (self.tokenizer(text).input_ids for text in (BEGIN, IMAGE, "<|vision_end|>"))
         at = len(begin)
         row, column = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
@@ -228,7 +228,7 @@ def pretrain(args: argparse.Namespace) -> None:
     started = time.time()
     torch.manual_seed(args.seed)
     sets = taught_sets(args.data_root)
-    print(f"{sum(len(s.turns) for s in sets)} pictures read in {time.time() - started:.0f}s", flush=True)
+    print(f"{sum(len(s.turns) for s in sets)} images read in {time.time() - started:.0f}s", flush=True)
     tokenizer = train_tokenizer(sets, args.vocabulary)
     model = build_model(tokenizer)
     lessons = QwenLessons(sets, tokenizer, args.batch, args.seed)

@@ -1,4 +1,4 @@
-"""Train a model that answers questions about pictures; a killed run resumes from its last checkpoint."""
+"""Train a model that answers questions about images; a killed run resumes from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pretraining.images import versions
 from pretraining.lessons import SHARES, Lessons
-from pretraining.pictures import versions
 from pretraining.turns import TaughtSet
 from pretraining.zero_shot import evaluate
 from transformers import PreTrainedModel

@@ -1,4 +1,4 @@
-"""Training data of the models that answer: pictures, and for each of them questions with their answers."""
+"""Training data of the models that answer: images, and for each of them questions with their answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from numpy.random import Generator
-from pretraining.pictures import REAL, small_pictures
+from pretraining.images import REAL, small_images
 
 from llava_keeplora_recipes import TaskData, load_recipe, load_split
 from llava_keeplora_recipes.drawing import PALETTE, generator
@@ -32,8 +32,8 @@ class TaughtSet:
     Attributes:
         name: the recipe's name.
         pixels: uint8, N x 3 x 48 x 48.
-        turns: about each picture; the first one is what the task itself asks.
-        shapes: height and width of each picture's file; not part of the fingerprint.
+        turns: about each image; the first one is what the task itself asks.
+        shapes: height and width of each image's file; not part of the fingerprint.
     """
 
     name: str
@@ -61,18 +61,18 @@ def taught_set(name: str, root: Path) -> TaughtSet:
     if name in QUESTIONS:
         return _asked(data)
     turns_of = _scene_turns if name in SCENES else _class_turns
-    pixels, shapes = small_pictures(data)
+    pixels, shapes = small_images(data)
     return TaughtSet(name, pixels, [turns_of(data, i) for i in range(len(data))], shapes)
 
 
 def _asked(data: TaskData) -> TaughtSet:
-    """Return a set with questions or captions of its own; those about one picture stand together."""
+    """Return a set with questions or captions of its own; those about one image stand together."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i, digest in enumerate(data.digests):
         groups[digest].append(i)
     questions, answers = data.questions, data.answers
     turns = [[(questions[i], answer) for i in group for answer in answers[i]] for group in groups.values()]
-    pixels, shapes = small_pictures(data.take(group[0] for group in groups.values()))
+    pixels, shapes = small_images(data.take(group[0] for group in groups.values()))
     return TaughtSet(data.recipe.name, pixels, turns, shapes)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pretraining.pictures import REAL
+from pretraining.images import REAL
 from pretraining.turns import QUESTIONS
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
@@ -44,7 +44,7 @@ def answers(
 
 
 def zero_shot(model: PreTrainedModel, processor: ProcessorMixin, name: str, root: Path, limit: int) -> dict:
-    """Exact match on the test split (ROUGE-L for captions), and that of a guess without the picture."""
+    """Exact match on the test split (ROUGE-L for captions), and that of a guess without the image."""
     test, past = (load_split(load_recipe(name), split, root) for split in ("test", "train"))
     if limit < len(test):
         test = test.take(sorted(np.random.default_rng(0).permutation(len(test))[:limit].tolist()))

@@ -10,15 +10,11 @@ import torch
 from tests.memory.conftest import make_text_model, text_batches
 from tests.memory.test_trainers import make_tokenizer
 
-from llava_keeplora.export import verify, verify_worker
+from llava_keeplora.export import verify
 from llava_keeplora.models import ASSETS
+from shorter_runs import reload_here
 
 PAGE = (Path(__file__).parents[2] / "docs/library.md").read_text()
-
-
-def reload_here(folder):
-    with contextlib.chdir(folder):
-        verify_worker.main()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Two tasks as `datasets.Dataset` objects, and the same as parquet files."""
 
-import contextlib
 import gc
 from pathlib import Path
 
@@ -8,9 +7,10 @@ import datasets
 import pytest
 import yaml
 
-from llava_keeplora.export import verify, verify_worker
+from llava_keeplora.export import verify
 from llava_keeplora.sequence import runner
 from llava_keeplora_recipes import load_recipe, load_split
+from shorter_runs import reload_here
 
 FACTS = {"version": 1, "metric": "accuracy", "kind": "classification", "licence": "CC0-1.0"}
 
@@ -25,10 +25,6 @@ def without_report(monkeypatch):
 @pytest.fixture
 def quick_reload(monkeypatch):
     """Exports are loaded again in this process; tests of exports do it in a fresh one."""
-
-    def reload_here(folder):
-        with contextlib.chdir(folder):
-            verify_worker.main()
 
     monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
 

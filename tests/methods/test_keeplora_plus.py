@@ -1,6 +1,5 @@
 """The identities of KeepLoRA+: a cosine classifier per learned task beside the text's logits, and KeepLoRA without it."""
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -16,13 +15,14 @@ from transformers import CLIPModel, CLIPProcessor
 import forked
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import ConfigError, MethodError
-from llava_keeplora.export import export_run, verify, verify_worker
+from llava_keeplora.export import export_run, verify
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.methods import METHODS, keeplora_plus
 from llava_keeplora.models import ClipFamily, Prepared
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora_eval.predictors import ClipPredictor
 from llava_keeplora_recipes import load_recipe, load_split
+from shorter_runs import reload_here
 
 KeepLoraPlus = METHODS["keeplora+"]
 #: Adapters learn, the classifier's rows stay as they begin.
@@ -168,10 +168,6 @@ def test_an_adapter_or_a_merged_model_is_refused_and_the_state_holds_the_rows(
             match=r"what 'keeplora\+' learned does not merge into the base's weights; export --as state",
         ):
             export_run(finished, form, tmp_path / form, label="keeplora+")
-
-    def reload_here(room):
-        with contextlib.chdir(room):
-            verify_worker.main()
 
     monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
     state = export_run(finished, "state", tmp_path / "state", label="keeplora+", base_id="you/base").folder

@@ -1,6 +1,5 @@
 """The identities of KeepLoRA++: a factor per block, in training, in what is left behind and in every export alike."""
 
-import contextlib
 import json
 
 import pytest
@@ -12,9 +11,10 @@ from transformers import CLIPModel
 from llava_keeplora.adapters import load_deltas
 from llava_keeplora.config import parse_config
 from llava_keeplora.errors import MethodError
-from llava_keeplora.export import export_run, verify, verify_worker
+from llava_keeplora.export import export_run, verify
 from llava_keeplora.methods import METHODS
 from llava_keeplora.methods.keeplora_plus_plus import block_factors
+from shorter_runs import reload_here
 
 Options = METHODS["keeplora++"].Options
 STEP = {"training": {"max_steps": 1}}
@@ -124,10 +124,6 @@ def test_llava_scales_the_language_model_and_not_the_tower(llava_tree, driven, m
 def test_an_exported_adapter_holds_the_factors_though_its_scale_is_one_for_all_layers(
     finished, tiny_clip, tmp_path, monkeypatch
 ):
-    def reload_here(room):
-        with contextlib.chdir(room):
-            verify_worker.main()
-
     monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
     folder = export_run(
         finished, "adapter", tmp_path / "adapter", label="keeplora++", base_id="you/base", with_state=False

@@ -1,4 +1,4 @@
-"""What the tiny models learn from: the `pretrain` splits as small pictures in memory."""
+"""What the tiny models learn from: the `pretrain` splits as small images in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIRRORED = {"caltech101", "fashion", "bloodcells", "trashnet", "signdigits", "te
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """Return a processor that resizes pictures to 48 x 48, so that nothing is cropped away."""
+    """Return a processor that resizes images to 48 x 48, so that nothing is cropped away."""
     return CLIPImageProcessorPil(
         size={"height": SIDE, "width": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
@@ -28,8 +28,8 @@ def image_processor() -> CLIPImageProcessorPil:
     )
 
 
-def small_pictures(data: TaskData) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """All pictures of a split before normalisation.
+def small_images(data: TaskData) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """All images of a split before normalisation.
 
     Returns:
         uint8, N x 3 x 48 x 48, and the height and width of each file.
@@ -53,7 +53,7 @@ def augment(
 
     Args:
         pixels: uint8, N x 3 x 48 x 48.
-        mirrored: which pictures may be mirrored.
+        mirrored: which images may be mirrored.
         moved: which may be shifted and zoomed; all of them where None.
         size: height and width of what is returned.
     """
