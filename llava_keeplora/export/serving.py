@@ -1,7 +1,7 @@
 """Commands that serve adapters with vLLM and SGLang, for the card of an export.
 
 vLLM: `vllm/config/lora.py`, `vllm/lora/lora_model.py` and `vllm/entrypoints/serve/lora` of 0.33; SGLang:
-https://docs.sglang.io/docs/advanced_features/lora.
+https://docs.sglang.io/docs/advanced_features/lora, and `srt/lora/{lora,mem_pool,utils}.py` of 0.5.23.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def unserved_parts(language_only: bool) -> Iterator[str]:
     """Yield what vLLM does with the parts of an adapter that are no language model, if there are any."""
     if not language_only:
         yield (
-            "Adapters of the vision encoder and the connector are experimental in vLLM, and other servers "
-            "leave them out. vLLM passes over layers that it does not find under its own names, without a "
-            "word: 0.33 calls those of a CLIP or SigLIP tower in LLaVA `vision_tower.vision_model`, "
-            "transformers 5 does not. The safe forms are exports with `--parts language` or `--as merged`."
+            "Adapters of the vision encoder and the connector are experimental in vLLM. It passes over "
+            "layers that it does not find under its own names, without a word: 0.33 calls those of a CLIP or "
+            "SigLIP tower in LLaVA `vision_tower.vision_model`, transformers 5 does not. SGLang 0.5.23 tells "
+            "layers apart by their number and last name alone, so it takes those of such a tower for the "
+            "language model's. The safe forms are exports with `--parts language` or `--as merged`."
         )
 
 

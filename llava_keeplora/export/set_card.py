@@ -75,6 +75,8 @@ def _serving(base: Base, done: AdapterSet, paths: dict[str, str]) -> Iterator[st
         f"At run time, with `{UPDATING}` set for the server, of which vLLM says that it is for development "
         f"alone:\n\n```\n{run_time_commands(last, paths[last])}\n```"
     )
+    if not done.language_only:
+        return
     sglang = sglang_commands(base, done.max_rank, paths, done.targets)
     yield (
         f'With SGLang, by its documented rules; a request names `"model": "{base.id}:{last}"`:\n\n'

@@ -6,6 +6,8 @@ vllm/model_executor/models/{llava,llava_next,qwen2_vl,qwen2_5_vl,qwen3_vl,intern
 registry gives InternVL the class of InternS1; SmolVLM's is Idefics3's. LlavaOnevision's does not support LoRA, VipLlava has none.
 """
 
+import re
+
 import pytest
 
 from llava_keeplora.config import ModelConfig
@@ -54,3 +56,42 @@ def test_the_language_models_layers_have_the_names_of_vllm(kind, small_vlm):
     ]
     assert len(mapped) == len(names) > 0
     assert all(name.startswith(IN_VLLM) and name.rsplit(".", 1)[-1] in LAYERS for name in mapped), mapped
+
+
+#: The layers of SGLang's language models by the last name in an adapter; `get_normalized_target_modules` of its
+#: srt/lora/utils.py, 0.5.23.
+IN_SGLANG = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "o_proj": "o_proj",
+    "down_proj": "down_proj",
+}
+
+
+def in_sglang(name):
+    """Where SGLang puts a tensor of an adapter: by the number after `layers` and the last name, whatever stands before
+    (`get_layer_id` of srt/layers/utils, `get_target_module_name` of srt/lora/utils.py)."""
+    number = re.search(r"layers\.(\d+)\.", name)
+    return number and (int(number[1]), name.rsplit(".", 1)[-1])
+
+
+@pytest.mark.parametrize("kind", SMALL_VLMS)
+def test_sglang_tells_the_language_models_layers_apart(kind, small_vlm):
+    family = load_model(ModelConfig(str(small_vlm(kind))))
+    names = list(family.linear_layers("language", family.targets["language"]))
+    places = [in_sglang(name) for name in names]
+    assert None not in places and len(set(places)) == len(names)
+    assert {name for _, name in places} <= IN_SGLANG.keys()
+
+
+def test_sglang_takes_layers_of_a_tower_for_those_of_the_language_model(small_vlm):
+    """So the card gives its commands for adapters of the language part alone."""
+    family = load_model(ModelConfig(str(small_vlm("llava"))))
+    places = {
+        part: {in_sglang(name) for name in family.linear_layers(part, family.targets[part])}
+        for part in ("vision", "language")
+    }
+    assert places["vision"] & places["language"]

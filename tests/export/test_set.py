@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import typing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from transformers import AutoModelForImageTextToText, CLIPModel
 from llava_keeplora import cli
 from llava_keeplora.adapters import Delta, FullDelta, load_deltas
 from llava_keeplora.errors import ConfigError, RunError
-from llava_keeplora.export import adapter_set, export_set, import_state, verify
+from llava_keeplora.export import adapter_set, export_set, import_state, set_card, verify
 from llava_keeplora.export.adapter import combine, smallest_rank
-from llava_keeplora.export.loaded_run import load_learned_run
+from llava_keeplora.export.loaded_run import Base, load_learned_run
 from llava_keeplora.export.verify_worker import plain_logits
 from llava_keeplora_eval import Matrix
 from llava_keeplora_eval.files import file_hash
@@ -165,7 +166,7 @@ def test_the_manifest_has_base_ranks_losses_scores_and_hashes_of_every_stage(ada
 def test_the_card_has_the_commands_of_every_server_and_its_code_runs(
     adapter_sets, tiny_llava, tmp_path, monkeypatch, capsys
 ):
-    folder, _ = adapter_sets("llava")
+    folder, done = adapter_sets("llava")
     text = (folder / "README.md").read_text()
     assert (
         "vllm serve you/tiny-base \\\n  --revision abc123 \\\n  --enable-lora --max-lora-rank 8 \\\n"
@@ -174,18 +175,23 @@ def test_the_card_has_the_commands_of_every_server_and_its_code_runs(
         "task-03-corners=you/llava-set/task-03-corners\n"
     ) in text
     last = {"lora_name": "task-03-corners", "lora_path": "you/llava-set/task-03-corners"}
-    for place in ("8000/v1/", "30000/"):
+    # With layers of the encoder, which SGLang takes for the language model's, SGLang's are left out.
+    assert "sglang.launch_server" not in text and "SGLang 0.5.23 tells layers apart by their number" in text
+    language = replace(done, language_only=True)
+    paths = {member.name: f"you/llava-set/{member.name}" for member in done.members}
+    served = "\n".join(set_card._serving(Base("you/tiny-base", "abc123", None), language, paths))
+    for place, shown in (("8000/v1/", text), ("30000/", served)):
         assert (
             f"curl http://localhost:{place}load_lora_adapter -H 'Content-Type: application/json' "
             f"-d '{json.dumps(last)}'"
-        ) in text
-        assert f"localhost:{place}unload_lora_adapter" in text
-    assert (
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in text and '"model": "you/tiny-base:task-03-corners"' in text
-    )
-    assert "python -m sglang.launch_server --model-path you/tiny-base" in text
+        ) in shown
+        assert f"localhost:{place}unload_lora_adapter" in shown
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in text
+    assert '"model": "you/tiny-base:task-03-corners"' in served
+    assert "python -m sglang.launch_server --model-path you/tiny-base" in served
+    assert "SGLang 0.5.23" not in served and "--enable-tower-connector-lora" not in served
     leaves = {name.rsplit(".", 1)[-1] for name in products(folder / "task-03-corners")}
-    assert f"--lora-target-modules {' '.join(sorted(leaves))} \\\n" in text
+    assert f"--lora-target-modules {' '.join(sorted(leaves))} \\\n" in served
     assert "llava-keeplora import you/llava-set --into runs/continued" in text
     assert "base_model:adapter:you/tiny-base" in text and "/tmp/" not in text
     code = re.search(r"^```python\n(.*?)^```", text, flags=re.M | re.S).group(1)

@@ -4,6 +4,7 @@ transformers: what it is given, what it learns, what it answers."""
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -139,6 +140,23 @@ def test_the_loss_is_the_models_own_on_the_same_labels(family, data):
         learned = family.processor.tokenizer.decode(turn.reply, skip_special_tokens=False)
         end = Chat(family.processor).answer_frame[1]
         assert learned.endswith(end.strip()) and (answer in learned or data.recipe.name != "mixed")
+
+
+def test_data_check_shows_the_ids_that_the_model_gets(family, data):
+    inputs = family.inputs(data, Prepared(family, data))
+    for row in range(len(data)):
+        ids = family.preparation.show(data, row)[-1].removeprefix("ids: ")
+        shown, learned = [], []
+        for word in re.findall(r"⟦|⟧|\d+ × \d+|\d+", ids):
+            if word in "⟦⟧":
+                learned.append(len(shown))
+                continue
+            token, _, count = word.partition(" × ")
+            shown += [int(token)] * int(count or 1)
+        batch = inputs.collate([row])
+        assert shown == batch["input_ids"][0].tolist()
+        start, end = learned
+        assert shown[start:end] == batch["labels"][0][batch["labels"][0] >= 0].tolist()
 
 
 @of_quick_kinds

@@ -12,7 +12,8 @@ import torch
 
 from llava_keeplora.config import parse_config
 from llava_keeplora.plan import make_plan
-from tiny_encoders import write_encoders
+from small_vlms import SMALL_VLMS
+from tiny_encoders import KINDS, write_encoders
 from tiny_models import TASKS
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def test_a_clip_takes_what_was_planned(measured, run_tree, tiny_clip, tiny_tasks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["siglip", "siglip2", "chinese_clip", "altclip"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_another_model_of_two_encoders_takes_what_was_planned(
     measured, run_tree, tiny_tasks, tmp_path, enlarge, kind
 ):
@@ -154,15 +155,25 @@ def large_chat_model(kind):
         }
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [width // 48] * 3}
         write |= {"rope_parameters": rope}
+    if kind == "qwen2_vl":
+        see = {
+            "depth": 4,
+            "num_heads": 8,
+            "embed_dim": see["hidden_size"],
+            "hidden_size": width,
+            "mlp_ratio": 4,
+        }
+    if kind == "pixtral":
+        see |= {"head_dim": see["hidden_size"] // see["num_attention_heads"]}
     if kind == "paligemma":
         see, more = see | {"projection_dim": width}, {"projection_dim": width}
-    if kind in ("qwen2_5_vl", "gemma3", "internvl"):
+    if kind in ("qwen2_vl", "qwen2_5_vl", "gemma3", "internvl", "llava_interleave", "llava_onevision"):
         write |= {"layer_types": ["full_attention"] * write["num_hidden_layers"]}
     return see, write, more
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "paligemma"])
+@pytest.mark.parametrize("kind", [kind for kind in SMALL_VLMS if kind != "llava"])
 def test_another_model_that_writes_text_takes_what_was_planned(
     measured, llava_tree, small_vlm, mixed_tasks, tmp_path, enlarge, kind
 ):

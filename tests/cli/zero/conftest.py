@@ -9,7 +9,8 @@ import yaml
 
 from llava_keeplora.config import ModelConfig, parse_config
 from llava_keeplora.models import open_model
-from tiny_encoders import write_encoders
+from small_vlms import SMALL_VLMS
+from tiny_encoders import KINDS, write_encoders
 from tiny_models import TASKS
 from zero_runs import BATCH, STEADY, ZERO, distances, first_tasks, halved
 
@@ -47,13 +48,19 @@ def written(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trees(run_tree, llava_tree, small_vlm, tmp_path_factory):
     """Family, or type of model → a run of three tasks."""
-    siglip2 = tmp_path_factory.mktemp("siglip2") / "base"
+    encoders = tmp_path_factory.mktemp("encoders")
 
-    def of_siglip2(**changes):
-        if not siglip2.exists():
-            write_encoders(siglip2, "siglip2", [name for names in TASKS.values() for name in names])
-        model = {"name_or_path": str(siglip2)}
-        return run_tree("unset", methods={"keeplora": {}}, training=STEADY, model=model, **changes)
+    def of_encoders(kind, **changes):
+        if not (encoders / kind).exists():
+            write_encoders(encoders / kind, kind, [name for names in TASKS.values() for name in names])
+        tree = run_tree(
+            "unset",
+            methods={"keeplora": {}},
+            training=STEADY,
+            model={"name_or_path": str(encoders / kind)},
+            **changes,
+        )
+        return tree | {"parts": {name: part | {"targets": None} for name, part in tree["parts"].items()}}
 
     def of_chat(kind, **changes):
         model = {"name_or_path": str(small_vlm(kind))}
@@ -61,10 +68,9 @@ def trees(run_tree, llava_tree, small_vlm, tmp_path_factory):
         tree = llava_tree("unset", training=STEADY, model=model, **changes)
         return tree | {"parts": {name: dict(part) for name in open_model(ModelConfig(**model)).targets}}
 
-    chat = ("qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "paligemma")
     return {
-        "siglip2": of_siglip2,
-        **{kind: partial(of_chat, kind) for kind in chat},
+        **{kind: partial(of_encoders, kind) for kind in KINDS},
+        **{kind: partial(of_chat, kind) for kind in SMALL_VLMS},
         "clip": lambda **changes: run_tree("unset", methods={"keeplora": {}}, training=STEADY, **changes),
         "llava": lambda **changes: llava_tree(
             "unset", training=STEADY, parts={"connector": {"learning_rate": None}}, **changes
