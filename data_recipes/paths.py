@@ -43,8 +43,9 @@ def own_path(recipe: Recipe) -> Path:
     if not isinstance(path, str) or not path:
         raise RecipeError(
             f"recipe '{recipe.name}' does not say where its data is (source.path is {path!r})",
-            f"write a YAML with 'extends: {recipe.name}' and a 'source:' that names a Hub dataset id "
-            "(format: hub) or a folder of parquet files (format: parquet), and use its path as the task",
+            f"write a YAML with 'extends: {recipe.name}' and a 'source:' that names the folder of your files "
+            f"(format: {recipe.source['format']}) or a Hub dataset id (format: hub), and use its path as the "
+            "task",
         )
     return Path(path).expanduser()
 

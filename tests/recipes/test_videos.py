@@ -297,6 +297,22 @@ def test_cl_vista_loads_from_its_official_layout(name, decoder, tmp_path, make):
     assert [image.getpixel((0, 0))[0] for image in tested[1].images] == sample(20, 8)
 
 
+def test_cl_vistas_eighth_task_is_told_its_files(tmp_path, make):
+    """Where ScanNet's videos are needed, and the names of the annotation files are not published."""
+    with pytest.raises(RecipeError, match="cl_vista/space"):
+        load_split(load_recipe("cl_vista/space"), "train", tmp_path)
+    turns = [{"from": "human", "value": "<video>\nWhere?"}, {"from": "gpt", "value": "left"}]
+    make.json(tmp_path / "CL-VISTA/Space/mine.json", [{"id": 7, "video": ["a.png"], "conversations": turns}])
+    (tmp_path / "CL-VISTA" / "a.png").write_bytes(make.encoded(0))
+    (tmp_path / "space.yaml").write_text(
+        "extends: cl_vista/space\n"
+        "source: {format: llava_json, path: CL-VISTA, frames: 2, positional_ids: [train]}\n"
+        "splits: {train: Space/mine.json, test: Space/mine.json}\n"
+    )
+    data = load_split(load_recipe(tmp_path / "space.yaml"), "train", tmp_path)
+    assert data.ids == ["train-0"] and data.answers == [["left"]] and data.videos == [((0, 2),)]
+
+
 def test_a_list_of_answers_is_paired_by_question_and_named_where_it_is_not(task, tmp_path, make):
     rows = [{"question_id": 1, "question": "q"}, {"question_id": "2", "question": "r"}]
     recipe = task(rows, "llava_json", references={"train": "a.json"})
