@@ -61,6 +61,7 @@ METHODS = Registry(
         "merge": "llava_keeplora.methods.merge:Merge",
         "task-lora": "llava_keeplora.methods.task_lora:TaskLora",
         "splitlora": "llava_keeplora.methods.splitlora:SplitLora",
+        "eblora": "llava_keeplora.methods.eblora:EbLora",
         "nusa-cl": "llava_keeplora.methods.nusa_cl:NusaCl",
     },
     _method_mistake,

@@ -123,3 +123,27 @@ def _check_zero3(config: RunConfig) -> None:
                 f"{instance.zero3_conflict}",
                 "use stage 2",
             )
+
+
+def check_own_optimizer(config: RunConfig) -> None:
+    """Check that methods with an optimiser of their own get neither DeepSpeed nor another optimiser.
+
+    Raises:
+        ConfigError: naming the method and the setting.
+    """
+    for label, method in config.methods.items():
+        if not METHODS[method.method].own_optimizer:
+            continue
+        if method.training.get("deepspeed"):
+            raise ConfigError(
+                f"'{label}' ({method.method}) has an optimiser of its own, which needs whole matrices, but "
+                "training.deepspeed is set",
+                f"train without DeepSpeed, or leave '{label}' out of this run",
+            )
+        optim = str(method.training.get("optim", "adamw_torch"))
+        if not optim.startswith("adamw_torch"):
+            raise ConfigError(
+                f"'{label}' ({method.method}) has an optimiser of its own, which is AdamW with other steps, "
+                f"but training.optim is {optim}",
+                f"remove it, or set methods.{label}.training.optim to adamw_torch",
+            )

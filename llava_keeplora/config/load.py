@@ -8,7 +8,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from llava_keeplora.config.checks import check_adopting, check_full_finetuning, deepspeed_config
+from llava_keeplora.config.checks import (
+    check_adopting,
+    check_full_finetuning,
+    check_own_optimizer,
+    deepspeed_config,
+)
 from llava_keeplora.config.coerce import as_mapping, build, check_keys, coerce_value
 from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.schema import (
@@ -152,6 +157,7 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
         deepspeed_config(config)
         check_full_finetuning(config)
         check_adopting(config)
+        check_own_optimizer(config)
     return config
 
 

@@ -164,11 +164,11 @@ class _MethodState:
                 f"'{min(adapted ^ initial)[:200]}')",
                 CURE,
             )
-        modules = self.changed.modules
+        modules, dense = self.changed.modules, adopted or self.method.dense_updates
         for name, delta in deltas.items():
             low_rank = isinstance(delta, Delta)
-            # What is adopted may change all of an adapted layer's weight.
-            as_trained = (name in self.changed.adapted) == low_rank or (adopted and not low_rank)
+            # What is adopted, or trained so, may change all of an adapted layer's weight.
+            as_trained = (name in self.changed.adapted) == low_rank or (dense and not low_rank)
             if name not in modules or not as_trained:
                 raise RunError(
                     f"{path} changes '{name[:200]}', which the method does not train on this base", CURE

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, Deltas
 from llava_keeplora.methods.reference import Reference
@@ -231,6 +232,9 @@ class Method:
     supports_zero3 = True
     #: Why not, as the predicate of a sentence.
     zero3_conflict = "reads trained parameters outside of their layers, where they are sharded"
+    #: Whether `create_optimizer` returns an optimiser of the method's own, which is AdamW but for its steps;
+    #: DeepSpeed, which splits parameters, and other optimisers are then refused.
+    own_optimizer = False
     #: Whether it runs in one process only.
     one_process = False
     #: Whether the gradient pass weighs all examples equally, instead of as the loss does.
@@ -251,6 +255,8 @@ class Method:
     #: Whether it is a bound to read other methods against, and not one model that learns task after task: its
     #: scores, taken as `scored` says, are the last row of the matrix, and a line in plots.
     bound = False
+    #: Whether a task's update of an adapted layer is the change of its whole weight instead of an adapter.
+    dense_updates = False
     #: Whether a task's update may have been trained elsewhere (`llava-keeplora adopt`); False if later tasks
     #: or answers need more of a task than its deltas and what `after_task` computes.
     adopts = False
@@ -323,6 +329,18 @@ class Method:
         Parameters that it adds are trained, and are part of the checkpoints, as the adapters are.
         """
         yield
+
+    def create_optimizer(self, ctx: TaskContext, default: Optimizer) -> Optimizer:
+        """Return the optimiser of a task's training, if it is the method's `own_optimizer`.
+
+        Called in `training_context`. A retraction or projection after a step belongs into its `step`. Its
+        `state_dict` is part of the checkpoints and must have the form of torch's optimisers.
+
+        Args:
+            ctx: the task's context.
+            default: the Trainer's AdamW, with its parameter groups and their learning rates and weight decay.
+        """
+        return default
 
     def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
         """Return the training loss of one batch; the task's own by default."""

@@ -125,6 +125,8 @@ class MemoryEstimate(Rehearsal):
         module = self.changed.modules[name]
         if name in self.changed.full:
             return sum(p.numel() for p in module.parameters(recurse=False))
+        if self.method.dense_updates:
+            return int(module.in_features * module.out_features)
         return self.layers[name].rank * int(module.in_features + module.out_features)
 
     @cached_property

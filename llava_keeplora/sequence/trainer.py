@@ -266,7 +266,7 @@ class TaskTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None):
-        """Create the Trainer's optimiser, and split its parameter groups by learning rate.
+        """Create the Trainer's optimiser, split its parameter groups by learning rate, or the method's own.
 
         The schedule scales the rate of each group.
 
@@ -284,6 +284,8 @@ class TaskTrainer(Trainer):
             optimizer.param_groups = [
                 split for group in optimizer.param_groups for split in _by_rate(group, self.rates)
             ]
+        if self.method.own_optimizer:
+            self.optimizer = optimizer = self.method.create_optimizer(self.ctx, optimizer)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:

@@ -241,6 +241,11 @@ def test_what_does_not_merge_is_refused_in_a_sentence(seen, method):
             export_run(seen.folder, form, label=method)
 
 
+def layer_names(folder, method):
+    """The adapted layers, where the prepared stage has no adapters."""
+    return json.loads(next((folder / method).glob("task-01*/consolidated.json")).read_text())["capacity"]
+
+
 @for_every(LEARNING)
 def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, method):
     entries = [json.loads(line) for line in (seen.folder / method / "journal.jsonl").read_text().splitlines()]
@@ -269,6 +274,12 @@ def test_the_journal_counts_what_is_trained_and_every_task_is_scored(seen, metho
             for name, layer in layers.items()
         )
         own = sum(layer["rank"] ** 2 for layer in layers.values()) if method == "nusa-cl" else own
+        own += len(layers) if method == "eblora" else 0
+        if method == "osf":
+            weak = {
+                name: min(shapes[name]) - min(shapes[name]) // 2 for name in layer_names(seen.folder, method)
+            }
+            own = sum(rank * (sum(shapes[name]) + 1) for name, rank in weak.items())
         own += sum(value.numel() for value in beside.values() if value.is_floating_point())
         assert count == own + full + (task if method == "sd-lora" else 0)
     assert len(json.loads((seen.folder / method / "matrix.json").read_text())["rows"]) == 2
