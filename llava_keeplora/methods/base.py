@@ -153,6 +153,9 @@ class AnswerContext:
         deltas: returns the deltas of these tasks, in order.
         model: the model, with what `Method.combine` adds to it.
         weights: the weights of every layer that the run changes; `apply` puts other deltas on them.
+        recipe: the task's recipe.
+        recipes: those of the tasks learned.
+        asking: number of tokens → the model's own predictor of the examples, its answers of that length.
     """
 
     task: str
@@ -160,6 +163,9 @@ class AnswerContext:
     deltas: Callable[[], list[Deltas]]
     model: nn.Module
     weights: BaseWeights
+    recipe: Any = None
+    recipes: Sequence[Any] = ()
+    asking: Callable[[int], Predictor] | None = None
 
 
 @dataclass(frozen=True)

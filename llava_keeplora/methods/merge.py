@@ -48,7 +48,7 @@ from functools import partial
 
 from torch import Tensor
 
-from llava_keeplora.adapters import Deltas
+from llava_keeplora.adapters import AdapterInit, Deltas
 from llava_keeplora.adapters.task_vectors import MergedDeltas, scale_deltas, ties
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
@@ -80,8 +80,8 @@ class Merge(SequentialLora):
             rule: `mean`, `ties`, `wise-ft` or `condu`.
             density: the share of a task vector's entries that `ties` keeps.
             alpha: α of `wise-ft`, the weight of the trained model against its start.
-            routing: what picks the task of an example with `condu`: `prototypes`, or `oracle` for the given
-                task.
+            routing: what picks the task of an example with `condu`: `prototypes`, `model`, which is
+                asked, or `oracle` for the given task.
         """
 
         rule: str = MEAN
@@ -125,6 +125,12 @@ class Merge(SequentialLora):
             return [MergedDeltas(deltas, partial(ties, density=self.options.density))]
         factor = self.options.alpha if self.options.rule == WISE_FT else 1 / max(len(deltas), 1)
         return [scale_deltas(task, factor) for task in deltas]
+
+    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+        """Return a new adapter for every layer."""
+        if self.router:
+            self.router.check(ctx)
+        return super().init_adapters(ctx)
 
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, if they route."""

@@ -11,6 +11,9 @@ answered as well as if it had been learned alone. `routing` says what picks the 
   and question: the last hidden states' means over the image tokens and over the other tokens, of unit length
   each. The nearest has the largest cosine. An example of a task that is not learned yet gets the adapter of
   the nearest one too.
+- `model`: the untouched base is asked, with the image, the question and a list of the learned tasks by letter
+  (names and descriptions of their recipes); where its answer names none, it answers itself. For models that
+  write text.
 - `oracle`: the task is given, and one that is not learned yet is answered by the base: the bound of all
   routers.
 
@@ -22,11 +25,13 @@ Differences from the official code (bjzhb666/MLLM-CL):
 - There every adapter answers all test sets beforehand, and the router picks one of the answers; here the
   chosen adapter alone answers.
 - There the adapters are of rank 128 on all linear layers of the language model; here, of the run's parts.
-- There the model itself is the router, with a LoRA of its own. Prototypes are those of other methods: one per
-  class as in ConDU (arXiv 2503.10705), and means of image and text features as in DISCO (arXiv 2503.12897, as
-  released in Ghy0501/MCITlib). DISCO's features are those of a second CLIP, its released code compares the
-  text alone, and its adapters are all used at once, weighted by a softmax of the cosines at temperature 0.05;
-  here one is used.
+- There the model routes with a LoRA of its own, trained on 20 examples kept of every task (40 epochs), from
+  experts' descriptions written by hand, and an answer that names none picks one at random; `model` here is
+  not trained and keeps no example, so expect less of it than published.
+- Prototypes are those of other methods: one per class as in ConDU (arXiv 2503.10705), and means of image and
+  text features as in DISCO (arXiv 2503.12897, as released in Ghy0501/MCITlib). DISCO's features are those of
+  a second CLIP, its released code compares the text alone, and its adapters are all used at once, weighted by
+  a softmax of the cosines at temperature 0.05; here one is used.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llava_keeplora.adapters import BaseWeights, Deltas
+from llava_keeplora.adapters import AdapterInit, BaseWeights, Deltas
 from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.switching import ZERO3_CONFLICT, SwitchingPredictor, carrying
@@ -64,7 +69,8 @@ class TaskLora(SequentialLora):
         """Settings of the router.
 
         Args:
-            routing: what picks the task of an example: `prototypes`, or `oracle` for the given task.
+            routing: what picks the task of an example: `prototypes`, `model`, which is asked, or
+                `oracle` for the given task.
         """
 
         routing: str = PROTOTYPES
@@ -76,6 +82,11 @@ class TaskLora(SequentialLora):
         super().__init__(options)
         self.router = TaskRouter(options.routing)
         self.stage_cost = self.router.stage_cost
+
+    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+        """Return a new adapter for every layer."""
+        self.router.check(ctx)
+        return super().init_adapters(ctx)
 
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, if they route."""

@@ -9,19 +9,21 @@ from torch import Tensor
 
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import AnswerContext, Holding, TaskContext
+from llava_keeplora.methods.model_router import ModelRouter
 from llava_keeplora.methods.prototypes import Prototypes
 from llava_keeplora.methods.switching import BASE
 from llava_keeplora.run_folder import Stage
 from llava_keeplora_eval.predictors import Predictor
 
-(PROTOTYPES, ORACLE) = ROUTINGS = ("prototypes", "oracle")
+(PROTOTYPES, MODEL, ORACLE) = ROUTINGS = ("prototypes", "model", "oracle")
 
 
 class TaskRouter:
-    """Picks the task of an example, by prototypes or by the oracle.
+    """Picks the task of an example, by prototypes, the model or the oracle.
 
-    With `prototypes` every example gets the nearest of the tasks learned; with `oracle` the task is given,
-    and examples of a task that is not learned get the untouched base.
+    With `prototypes` every example gets the nearest of the tasks learned, with `model` the one that the
+    untouched base names, and the base where it names none; with `oracle` the task is given, and examples of a
+    task that is not learned get the base.
 
     Args:
         routing: one of `ROUTINGS`.
@@ -31,6 +33,18 @@ class TaskRouter:
         self.routing, self.prototypes = routing, Prototypes()
         #: See `Method.stage_cost`.
         self.stage_cost = {Stage.CONSOLIDATED.value: 1.0} if routing == PROTOTYPES else {}
+
+    def check(self, ctx: TaskContext) -> None:
+        """Check before the first training that the model can route.
+
+        Raises:
+            MethodError: if it is asked and writes no text.
+        """
+        if self.routing == MODEL and not hasattr(ctx.model, "generate"):
+            raise MethodError(
+                "routing is 'model', but a model that writes no text cannot be asked for a task",
+                "set routing to 'prototypes'",
+            )
 
     def after_task(self, ctx: TaskContext) -> None:
         """Compute the task's prototypes, if they route; the model must be the untouched base."""
@@ -58,6 +72,8 @@ class TaskRouter:
         """
         if self.routing == PROTOTYPES:
             return self.prototypes.router(predictor)
+        if self.routing == MODEL:
+            return ModelRouter(ctx)
         learned = list(ctx.learned)
         given = learned.index(ctx.task) if ctx.task in learned else BASE
         return lambda examples: [given] * len(examples)

@@ -49,8 +49,18 @@ def task_predictor(state: MethodState, index: int, task: Task, tokens: int | Non
         predictor = predictor.with_test_prompts()  # type: ignore[attr-defined]  # CLIP's, see `check_rows`
     if not index:
         return predictor
-    learned = [task.name for task in state.tasks[:index]]
-    ctx = AnswerContext(
-        task.name, learned, functools.partial(state.deltas, index), context.family.model, context.base
+    return state.method.predictor_of(predictor, _answer_context(state, index, task))
+
+
+def _answer_context(state: MethodState, index: int, task: Task) -> AnswerContext:
+    context, learned = state.context, state.tasks[:index]
+    return AnswerContext(
+        task.name,
+        [other.name for other in learned],
+        functools.partial(state.deltas, index),
+        context.family.model,
+        context.base,
+        task.recipe,
+        [other.recipe for other in learned],
+        lambda tokens: context.family.predictor(task.recipe, context.cache.split(task.test), tokens),
     )
-    return state.method.predictor_of(predictor, ctx)

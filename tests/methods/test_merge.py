@@ -266,7 +266,10 @@ def test_condu_does_not_merge_and_needs_whole_weights(finished, run_config, tmp_
     ("options", "problem"),
     [
         ({"rule": "average"}, "one of mean, ties.*got 'average'"),
-        ({"rule": "condu", "routing": "guess"}, "routing must be one of prototypes, oracle.*got 'guess'"),
+        (
+            {"rule": "condu", "routing": "guess"},
+            "routing must be one of prototypes, model, oracle.*got 'guess'",
+        ),
         ({"density": 0.0}, "density must be above 0.*got 0.0"),
         ({"alpha": 1.5}, "alpha must be from 0 to 1.*got 1.5"),
     ],

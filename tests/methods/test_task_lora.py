@@ -1,6 +1,7 @@
 """The identities of task LoRAs: what is routed to a task is answered by its own adapter on the base."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from llava_keeplora.errors import ConfigError, MethodError
 from llava_keeplora.export.adapter_set import export_set
 from llava_keeplora.export.loaded_run import load_learned_run
 from llava_keeplora.export.run_export import export_run
-from llava_keeplora.methods import METHODS, TaskContext
+from llava_keeplora.methods import METHODS, AnswerContext, TaskContext
+from llava_keeplora.methods.model_router import read_letter
 from llava_keeplora.methods.prototypes import prototypes
 from llava_keeplora.methods.switching import BASE, SwitchingPredictor, carrying
+from llava_keeplora.methods.task_router import TaskRouter
 from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.testing import check_method
 from llava_keeplora_eval.predictions import read_predictions
@@ -164,16 +167,53 @@ def test_its_export_is_the_set_of_the_tasks_adapters(finished, tmp_path):
 
 
 def test_an_unknown_router_is_refused():
-    with pytest.raises(MethodError, match="one of prototypes, oracle.*got 'guess'"):
+    with pytest.raises(MethodError, match="one of prototypes, model, oracle.*got 'guess'"):
         TaskLora(TaskLora.Options(routing="guess"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["clip", "llava"])
-@pytest.mark.parametrize("routing", ["prototypes", "oracle"])
+@pytest.mark.parametrize(
+    ("family", "routing"),
+    [("clip", "prototypes"), ("clip", "oracle"), ("llava", "prototypes"), ("llava", "model")],
+)
 def test_a_killed_and_an_extended_run_end_as_one_in_one_go(
     request, tiny_tasks, mixed_tasks, tmp_path, family, routing
 ):
     tree = request.getfixturevalue("run_tree" if family == "clip" else "llava_tree")
     tasks = [str(path) for path in (tiny_tasks if family == "clip" else mixed_tasks)[:2]]
     check_method("task-lora", {"routing": routing}, tree(tmp_path / "run", tasks=tasks))
+
+
+@pytest.mark.parametrize(
+    ("answer", "task"),
+    [("B", 1), ("The expert is C.", 2), ("A) or B", 0), ("D", BASE), ("", BASE), ("Blue", BASE), ("b", BASE)],
+)
+def test_the_first_letter_that_stands_alone_names_the_task(answer, task):
+    assert read_letter(answer, 3) == task
+
+
+def test_the_model_is_asked_with_every_task_that_is_learned(mixed_tasks):
+    recipes = [load_recipe(str(path)) for path in mixed_tasks]
+    data, asked = load_split(recipes[0], "test"), []
+
+    def asking(tokens):
+        def predict(examples):
+            asked.extend(examples)
+            return ["B", "none"]
+
+        return SimpleNamespace(predict=predict)
+
+    ctx = AnswerContext("t", [], list, None, None, recipes[0], recipes[:2], asking)
+    router = TaskRouter("model")
+    assert router.choose(object(), ctx)([data[0], data[1]]) == [1, BASE]
+    assert f"\nA: {recipes[0].name}." in asked[0].question and f"\nB: {recipes[1].name}." in asked[0].question
+    assert "What color?" in asked[0].question and asked[0].images == data[0].images
+    assert router.choose(object(), dataclasses.replace(ctx, recipes=recipes[:1]))([data[0]]) == [0]
+    with pytest.raises(MethodError, match="27 tasks are learned.*26 letters.*'prototypes'"):
+        router.choose(object(), dataclasses.replace(ctx, recipes=recipes[:1] * 27))([data[0]])
+
+
+def test_a_model_that_writes_no_text_is_not_asked():
+    ctx = TaskContext(1, "t", {}, None, None, 0, 0, model=nn.Identity())
+    with pytest.raises(MethodError, match="writes no text.*set routing to 'prototypes'"):
+        TaskLora(TaskLora.Options(routing="model")).init_adapters(ctx)
