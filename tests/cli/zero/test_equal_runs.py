@@ -103,7 +103,12 @@ CERTAIN = {
     "zscl": {},
 }
 #: Later methods with what they need to draw nothing, and the stages that they run with; behind the marker alone.
-LATER = {"nusa-cl": ({"dropout": 0.0}, ("zero-2", "zero-3")), "splitlora": ({}, ("zero-2", "zero-3"))}
+LATER = {
+    "nusa-cl": ({"dropout": 0.0}, ("zero-2", "zero-3")),
+    "splitlora": ({}, ("zero-2", "zero-3")),
+    "merge": ({}, ("zero-2", "zero-3")),
+    "task-lora": ({}, ("zero-2",)),
+}
 DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
 
 
