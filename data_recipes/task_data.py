@@ -6,7 +6,7 @@ import hashlib
 import json
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -277,6 +277,11 @@ class TaskData:
             IndexError: a position is out of range.
         """
         rows = [self._rows[operator.index(i)] for i in indices]
+        return TaskData(self.recipe, self.split, rows, self._images, self.dropped, self.left_out)
+
+    def with_answers(self, answers: Sequence[str]) -> TaskData:
+        """Return the same examples with one other answer each, in order; images and hashes are shared."""
+        rows = [replace(row, answers=(text,)) for row, text in zip(self._rows, answers, strict=True)]
         return TaskData(self.recipe, self.split, rows, self._images, self.dropped, self.left_out)
 
     def split_holdout(self, fraction: float, seed: int) -> tuple[TaskData, TaskData]:

@@ -63,6 +63,10 @@ METHODS = Registry(
         "splitlora": "llava_keeplora.methods.splitlora:SplitLora",
         "eblora": "llava_keeplora.methods.eblora:EbLora",
         "nusa-cl": "llava_keeplora.methods.nusa_cl:NusaCl",
+        "ewc": "llava_keeplora.methods.ewc:Ewc",
+        "reglora": "llava_keeplora.methods.reglora:RegLora",
+        "lwf": "llava_keeplora.methods.lwf:Lwf",
+        "self-distillation": "llava_keeplora.methods.self_distillation:SelfDistillation",
     },
     _method_mistake,
 )

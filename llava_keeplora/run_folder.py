@@ -53,6 +53,8 @@ PREPARED, TRAIN, CONSOLIDATED, SCORES, TRAINING = (
     "scores.json",
     "training.json",
 )
+#: Of a task: what the model itself answered to its training questions before it.
+OWN_ANSWERS = "own_answers.jsonl"
 #: Of a task, tensors: initial adapters, update of the weights, the method's `extra_state` and `state_dict`.
 #: An adopted task also has its update as it came.
 ADAPTERS, ADOPTED, DELTA, KEPT, STATE = (
@@ -315,7 +317,8 @@ def journal_files(run: Path) -> list[Path]:
 
 def result_files(method: Path) -> list[Path]:
     """Return all tensors and answers of the tasks in a method's folder."""
-    return sorted([*method.glob("task-*/*.safetensors"), *method.glob(f"task-*/{PREDICTIONS}/*.jsonl")])
+    patterns = ("*.safetensors", OWN_ANSWERS, f"{PREDICTIONS}/*.jsonl")
+    return sorted(path for pattern in patterns for path in method.glob(f"task-*/{pattern}"))
 
 
 def training_tensors(step: int, rank: int | None = None) -> str:

@@ -46,6 +46,7 @@ def gradient_pass(
     batches: Iterable[Batch],
     total: int,
     statistics: Mapping[str, GradientStatistic],
+    per_example: bool = False,
 ) -> None:
     """Feed G = ∇_W of the mean loss over the data to a statistic per layer (KeepLoRA, step 2 of one task).
 
@@ -64,6 +65,8 @@ def gradient_pass(
         batches: the batches; with several processes, this process's share, equally many in each.
         total: weight of all batches of all processes.
         statistics: layer name → the statistic of its gradient; summed over processes at the end.
+        per_example: whether every batch is one example and keeps its own gradient: nothing is shared between
+            batches, so that a statistic gets the whole gradient of each, prompts included.
     """
     batches = iter(batches)
     first = next(batches)
@@ -75,7 +78,8 @@ def gradient_pass(
     def callback(name: str, x: Tensor, dy: Tensor) -> None:
         statistics[name].add(x, dy.float() / scale if in_fp16 else dy)
 
-    with gradient_hooks({name: layers[name] for name in statistics}, callback), task.constants() as constants:
+    shared = nullcontext(()) if per_example else task.constants()
+    with gradient_hooks({name: layers[name] for name in statistics}, callback), shared as constants:
         for batch, counts in itertools.chain([first], batches):
             loss = task(**batch)["loss"]
             (loss * (scale * task.weight(batch) / total if counts else 0.0)).backward()

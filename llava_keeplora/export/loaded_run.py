@@ -230,6 +230,7 @@ class Base:
         local: the folder that the run loaded it from; None if that was the Hub.
         auto_class: name of the transformers class that loads it.
         opened_by: the keys `family` and `parts` of `ModelConfig`, where the run sets them.
+        method: the method that learned on it, with the place of a plug-in; the state's when None.
     """
 
     id: str
@@ -237,6 +238,7 @@ class Base:
     local: Path | None
     auto_class: str = "AutoModel"
     opened_by: Mapping[str, Any] = field(default_factory=dict)
+    method: str | None = None
 
 
 def published_base(model: ModelConfig, base_id: str | None, auto_class: str = "AutoModel") -> Base:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def export_run(
     _check_options(form, into, parts, rank, dtype, examples)
     check_mergeable(learned, form)
     model = open_model(learned.model)
-    base = published_base(learned.model, base_id, model.auto_class)
+    method = learned.config["methods"][learned.label]["method"]
+    base = replace(published_base(learned.model, base_id, model.auto_class), method=method)
     parts = parts and [RENAMED_PARTS.get(part, part) for part in parts]
     deltas = learned.method.combine(filter_parts(learned, parts, model.parts))
     combined = combine(deltas, rank) if form == "adapter" else None

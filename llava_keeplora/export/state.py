@@ -29,6 +29,7 @@ from llava_keeplora.run_folder import (
     IDENTITY,
     JOURNAL,
     MATRIX,
+    OWN_ANSWERS,
     PREDICTIONS,
     kept_recipe,
     read_record,
@@ -49,7 +50,7 @@ RECORD = EXPORT
 SUFFIXES = (".safetensors", ".json", ".jsonl", ".yaml")
 #: Files that are left out, as none is read again once a task is closed: answers may be personal data, and
 #: initial adapters, and adopted updates as they came, are as large as deltas.
-LEFT_OUT = (PREDICTIONS, ADAPTERS, ADOPTED)
+LEFT_OUT = (PREDICTIONS, OWN_ANSWERS, ADAPTERS, ADOPTED)
 #: Prefixes of training arguments that belong to one person or one machine: tokens, accounts, paths.
 PRIVATE = (
     "accelerator_config",

@@ -142,7 +142,7 @@ def _reload(
             "revision": base.revision,
             "adapters": list(adapters),
         }
-        job |= {"auto_class": base.auto_class, "opened_by": base.opened_by}
+        job |= {"auto_class": base.auto_class, "opened_by": base.opened_by, "method": base.method}
         write_json(tmp_dir / "job.json", job)
         reason = verify_in_fresh_process(tmp_dir)
         if reason:

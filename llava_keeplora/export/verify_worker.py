@@ -52,9 +52,14 @@ def _loaded(job: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     folder, auto = job["folder"], getattr(transformers, job["auto_class"])
     if job["form"] == "state":
         learned = load_learned_run(folder)
-        # A state names a plug-in without its place, which is known here.
-        base = {**learned.config["model"], **job["opened_by"]}
-        yield "float32", replace(learned, config={**learned.config, "model": base}).load("float32").model
+        # A state names plug-ins without their places, which are known here.
+        settings = dict(learned.config["methods"][learned.label])
+        settings["method"] = job["method"] or settings["method"]
+        named = {
+            "model": {**learned.config["model"], **job["opened_by"]},
+            "methods": {**learned.config["methods"], learned.label: settings},
+        }
+        yield "float32", replace(learned, config={**learned.config, **named}).load("float32").model
     elif job["form"] == "merged":
         _ = open_model(ModelConfig(folder, **job["opened_by"])).processor  # type: ignore[attr-defined]  # Read when asked for.
         yield "float32", auto.from_pretrained(folder, dtype=torch.float32).eval()

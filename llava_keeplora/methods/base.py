@@ -101,15 +101,14 @@ class TaskContext:
         index: 1 for the first task; 0 for the base before any task.
         name: the task's name.
         layers: name → adapted layer.
-        gradients: `gradients(fraction, statistics)` runs the gradient pass over a fraction of the data and
-            feeds a statistic per layer.
+        gradients: `gradients(fraction, statistics, per_example=False)` runs the gradient pass over a fraction
+            of the data, for a statistic per layer, of the mean loss or of each example's; returns their number.
         features: `features(make, fraction=1.0)` runs the feature pass over a fraction of the data and returns
             layer name → statistic; `make` is called with the layers' names, grouped by the tensor that they
             read, and returns the statistics.
         seed: seed of this task and stage, the same in every process.
         statistics_bytes: memory limit for the statistics of one pass, in bytes of device memory.
-        batches: returns an iterator over this process's share of the task's training data, in order, as the
-            model takes it.
+        batches: returns an iterator over this process's batches of the task's training data, in order.
         model: the model in its state at this stage.
         examples: returns an iterator over this process's share of the task's training examples, in batches.
         predictor: returns the model's own predictor of the task's training examples.
@@ -121,12 +120,14 @@ class TaskContext:
         base: the report of the base; empty for the base itself.
         tasks: number of tasks of the run.
         choose: part → the choice of its ε_w from the data, with the key `energy`.
+        forward: the model that is being trained, with training's precision, on a batch; only inside `loss`.
+        own_answers: returns the task's training questions with the model's answers from before it, `Inputs`.
     """
 
     index: int
     name: str
     layers: dict[str, Layer]
-    gradients: Callable[[float, Mapping[str, Any]], None]
+    gradients: Callable[..., int]
     features: Callable[..., Mapping[str, Any]]
     seed: int
     statistics_bytes: int
@@ -141,6 +142,8 @@ class TaskContext:
     base: Mapping[str, Any] = field(default_factory=dict)
     tasks: int = 0
     choose: Callable[[str], dict[str, Any]] | None = None
+    forward: Callable[..., Any] | None = None
+    own_answers: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -289,9 +292,7 @@ class Method:
         """
 
     def check_weights(self, layers: Mapping[str, Layer]) -> None:
-        """Check the loaded weights of the base before any stage; do nothing by default.
-
-        Called in every process.
+        """Check the loaded weights of the base before any stage, in every process; do nothing by default.
 
         Raises:
             MethodError: for weights that the method cannot work on with the layers' settings.
@@ -313,6 +314,14 @@ class Method:
         `training_context` adds nothing.
         """
         return None
+
+    def planned_state(self, layers: Mapping[str, Layer], tasks: int) -> dict[str, Tensor] | None:
+        """Return what the state holds after some tasks, to estimate `loss` with; None, the default, for none."""
+        return None
+
+    def gradient_statistics(self, layers: Mapping[str, Layer]) -> Mapping[str, Any]:
+        """Return the statistics of a `per_example` pass after a task, for the memory estimate."""
+        return {}
 
     def reference_data_spec(self) -> tuple[str, str | None] | None:
         """Return a recipe of images, and a file of texts or None for the recipe's own texts.

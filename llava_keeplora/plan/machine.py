@@ -205,17 +205,19 @@ def _fits(config: RunConfig, gpu: bool, memory: int) -> bool:
 def _least(config: RunConfig, family: Family, changed: Mapping[str, Changed], gpu: bool) -> dict[str, int]:
     """Return what is in the device's memory at the same time in every run: description → bytes."""
     statistics = max(
-        (
-            max(
-                gradient_bytes(config, label, layers),
-                make_method(config.methods[label]).least_statistics(layers.adapted),
-            )
-            for label, layers in changed.items()
-        ),
-        default=0,
+        (_statistics_bytes(config, label, layers) for label, layers in changed.items()), default=0
     )
     copies = {} if gpu else {"copies of the layers that change": kept_bytes(changed.values())}
     return {"the model": model_bytes(family.model), **copies, "statistics of a pass": statistics}
+
+
+def _statistics_bytes(config: RunConfig, label: str, changed: Changed) -> int:
+    """Return the bytes of the largest statistics of a method's passes, in their smallest form."""
+    method = make_method(config.methods[label])
+    per_example = sum(
+        t.nbytes for s in method.gradient_statistics(changed.adapted).values() for t in s.tensors
+    )
+    return max(gradient_bytes(config, label, changed), method.least_statistics(changed.adapted), per_example)
 
 
 def model_bytes(model: torch.nn.Module) -> int:

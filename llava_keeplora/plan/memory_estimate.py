@@ -33,7 +33,7 @@ from llava_keeplora.plan.rehearsal import Rehearsal
 from llava_keeplora.start.check import enough_gb
 from llava_keeplora.subspace import SecondMoment, ShapeError, SketchedMoment, sketch_width
 
-STAGES = ("load", "basis", "gradient", "train", "features", "evaluate", "export")
+STAGES = ("load", "basis", "gradient", "train", "features", "statistics", "evaluate", "export")
 F32, F16 = 4, 2
 #: Copies of all tensors while safetensors writes them: the bytes of each, then one string of all.
 SERIALISED = 2
@@ -60,11 +60,13 @@ class MemoryEstimate(Rehearsal):
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of the stages that the method goes through, in their order."""
+        absent = [] if self.method.gradient_statistics(self.layers) else ["statistics"]
         if not self.subspaces:
-            return tuple(s for s in STAGES if s not in ("basis", "gradient", "features"))
-        none = (not self.subspaces.protects_weights) * ["basis"]
-        none += (not self.subspaces.first_gradient) * ["gradient"]
-        return tuple(s for s in STAGES if s not in none)
+            absent += ["basis", "gradient", "features"]
+        else:
+            absent += (not self.subspaces.protects_weights) * ["basis"]
+            absent += (not self.subspaces.first_gradient) * ["gradient"]
+        return tuple(stage for stage in STAGES if stage not in absent)
 
     def peak(self, stage: str) -> Peak:
         """Return the peak of a stage; it is computed at the first call."""
@@ -116,6 +118,12 @@ class MemoryEstimate(Rehearsal):
             else 0
         )
 
+    def state_bytes(self, tasks: int) -> int:
+        """Return the bytes of a state without subspaces after `tasks` tasks; it is kept on the host."""
+        with torch.device("meta"):
+            state = self.method.planned_state(self.layers, tasks) if tasks else None
+        return sum(tensor.nbytes for tensor in (state or {}).values())
+
     @cached_property
     def delta_numbers(self) -> int:
         """Numbers of one task's delta."""
@@ -152,14 +160,14 @@ class MemoryEstimate(Rehearsal):
 
         Args:
             device: bytes that the stage takes on the device.
-            tasks: number of tasks whose subspaces are kept.
+            tasks: number of tasks whose subspaces, or other state, are kept.
             host: bytes that the stage takes on the host.
         """
         whole, shards = self.sharding.parameters(self.model_bytes, self.dtype.itemsize)
         # Stacked deltas are kept in fp32 and used in the model's precision.
         size = F32 + (self.dtype.itemsize if self.dtype != torch.float32 else 0)
         device += whole + size * len(self.work) * sum(map(self._numbers, self.stacked))
-        host += shards + self.base_copies + self.bases(tasks) + self._images
+        host += shards + self.base_copies + self.bases(tasks) + self.state_bytes(tasks) + self._images
         return Peak(device + host) if self.cpu else Peak(device, host)
 
     # --- stages ----------------------------------------------------------------------------------
@@ -328,6 +336,23 @@ class MemoryEstimate(Rehearsal):
         )
 
     @cached_property
+    def _statistics(self) -> Peak:
+        """Peak of a gradient pass of single examples after a task, and of writing what is kept of it."""
+        with self._fake_model() as meter:
+            before = meter.live
+            statistics = self.method.gradient_statistics(self.layers)
+            summed = meter.live - before
+            meter.peak = meter.live
+            task, batch = self._task(), repeated(self.largest.example, 1)
+            with autocast(self.training, "cpu"), task.recomputing(self.training):
+                gradient_pass(task, self._modules(), [(batch, True)], 1, statistics, per_example=True)
+            passing = meter.peak - before
+        added, tasks = self.state_bytes(1), len(self.work) - 1
+        if self.cpu:
+            return self._sum(max(passing, summed + added, added * (1 + SERIALISED)), tasks=tasks)
+        return self._sum(passing, tasks=tasks, host=added * (1 + SERIALISED))
+
+    @cached_property
     def _train(self) -> Peak:
         """Peak of one optimiser step with Adam's states, and with gradients where these are accumulated."""
         split, accumulated = (
@@ -354,11 +379,14 @@ class MemoryEstimate(Rehearsal):
                 for p in parameters:
                     p.grad = torch.zeros_like(p)
             meter.peak = meter.live
-            task, batch = self._task(), self._batch()
-            with autocast(self.training, "cpu"):
-                loss = task.train()(**batch)["loss"]
-            loss.backward()
+            task = self._task()
+            with self._loss_of(task) as loss_of:
+                with autocast(self.training, "cpu"):
+                    loss = loss_of(self._batch())
+                loss.backward()
             training = meter.peak - self.model_bytes
+            if self.cpu:  # What is kept of earlier tasks is counted with the host's memory.
+                training -= self.state_bytes(len(self.work) - 1)
             numbers, size = sum(p.numel() for p in parameters), max(p.itemsize for p in parameters)
             task.eval()
             del held, loss
@@ -385,7 +413,7 @@ class MemoryEstimate(Rehearsal):
     @cached_property
     def _evaluate(self) -> Peak:
         work, size = self.largest, min(self.config.evaluation.batch_size, max(w.test for w in self.work))
-        tasks = len(self.work) if self.subspaces else 0
+        tasks = len(self.work)
         with self._fake_model() as meter, torch.no_grad():
             self.family.answer(work, size)
             answering = meter.peak - self.model_bytes

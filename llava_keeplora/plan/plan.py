@@ -173,7 +173,8 @@ def _unplanned(method: Method) -> str | None:
     """Return why a plan cannot estimate a method (the predicate of a sentence); None where it can."""
     if not method.uses_lora:
         return "does not train LoRA adapters, and a plan estimates nothing else"
-    if Stage.PREPARED in method.stage_cost and method.subspace_plan() is None:
+    reads = Stage.PREPARED in method.stage_cost and method.planned_state({}, 0) is None
+    if reads and method.subspace_plan() is None:
         return "initializes its adapters from data, which a plan does not read"
     return None
 
@@ -190,7 +191,7 @@ def _method_plan(
         stages,
         estimate.trainable,
         estimate.delta_numbers,
-        F32 * estimate.delta_numbers + adapters + growth + answers,
+        F32 * estimate.delta_numbers + adapters + growth + estimate.state_bytes(1) + answers,
         estimate.bases(0) + answers,
         tuple(
             optimiser_steps(training, w.train, world)
@@ -287,6 +288,8 @@ class _Scenarios:
     def _light(self, config: RunConfig, label: str, stage: str) -> list[Changes]:
         """Return changes to how a step is computed, from the smallest to the one that saves most."""
         batches = list(_smaller_batches(config.methods[label].training))
+        if stage == "statistics":  # one example at a time already
+            return [{CHECKPOINTING: True}]
         if stage in ("gradient", "train"):
             more = {CHECKPOINTING: True}
             lights = batches + [more, *({**more, **batch} for batch in batches)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -74,11 +74,38 @@ class Rehearsal:
     def _task(self) -> nn.Module:
         return self.family.workload_task(self.largest)
 
+    def _context(self, index: int) -> TaskContext:
+        """Return the context of a task, of which nothing can be asked that needs weights or data."""
+        answers = _Repeated(self.largest)
+        ctx = TaskContext(index, self.largest.name, self.layers, _refuse_pass, _refuse_pass, 0, 0)
+        ctx.own_answers = lambda: answers
+        return ctx
+
+    @contextmanager
+    def _loss_of(self, task: nn.Module) -> Iterator[Callable[[dict[str, Tensor]], Tensor]]:
+        """Provide the loss of a batch in the last task; inside `_adapters` and `_fake_model`.
+
+        The method's own if it says what it holds then (`planned_state`), else the task's.
+        """
+        tasks = len(self.work) - 1
+        state = self.method.planned_state(self.layers, tasks)
+        task.train()
+        if state is None:
+            yield lambda batch: task(**batch)["loss"]
+            return
+        self.method.load_state_dicts([state])
+        model = self.family.model
+        ctx = self._context(tasks + 1)
+        ctx.model, ctx.forward = model, task
+        with self.method.training_context(ctx, model):
+            yield lambda batch: self.method.loss(ctx, batch, task(**batch))
+        self.method.load_state_dicts([])
+
     @contextmanager
     def _adapters(self) -> Iterator[None]:
         """Attach the adapters that training uses to the skeleton, for the length of a block."""
         model, layers = self.family.model, self.layers
-        ctx = TaskContext(1, self.largest.name, layers, _refuse_pass, _refuse_pass, 0, 0)
+        ctx = self._context(1)
         if self.planned is not None:
             inits = self.planned
         elif self.subspaces:
@@ -108,11 +135,24 @@ class Rehearsal:
             model.eval().requires_grad_(False)
 
 
+class _Repeated:
+    """Copies of a task's largest example, in the place of its questions with the model's own answers."""
+
+    def __init__(self, work: Work):
+        self._work = work
+
+    def __len__(self) -> int:
+        return self._work.train
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return repeated(self._work.example, len(indices))
+
+
 def _rank(layer: Layer) -> int:
     return min(layer.rank, layer.module.in_features, layer.module.out_features)
 
 
-def _refuse_pass(*args: Any) -> None:
+def _refuse_pass(*args: Any, **kwargs: Any) -> Any:
     """Refuse a method that calls for a pass over data.
 
     Raises:

@@ -16,6 +16,7 @@ from llava_keeplora.run_folder import CONSOLIDATED, Stage, read_record
 from llava_keeplora.sequence import auto_energy
 from llava_keeplora.sequence.data import Batches, stage_seed
 from llava_keeplora.sequence.method_state import MethodState
+from llava_keeplora.sequence.own_answers import own_answers
 from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_recipes import Example
 
@@ -50,10 +51,17 @@ def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
         base=read_record(state.path(0, CONSOLIDATED)) if index else {},
         tasks=len(state.tasks),
         choose=functools.partial(auto_energy.choose_energy_weight, context, state.layers),
+        own_answers=functools.partial(own_answers, state, index),
     )
 
 
-def run_gradient_pass(state: MethodState, index: int, fraction: float, statistics: Mapping[str, Any]) -> None:
+def run_gradient_pass(
+    state: MethodState,
+    index: int,
+    fraction: float,
+    statistics: Mapping[str, Any],
+    per_example: bool = False,
+) -> int:
     """Feed the first-step gradient of every layer into its statistic; see `capture.gradient_pass`.
 
     For a task without training data the rows of its update stand in for the gradient; see `update_rows`.
@@ -63,16 +71,23 @@ def run_gradient_pass(state: MethodState, index: int, fraction: float, statistic
         index: the task.
         fraction: fraction of its training data.
         statistics: layer name → statistic.
+        per_example: whether the statistic gets the gradient of each example's negative log-likelihood instead
+            of those of the batches' shares of the mean loss.
+
+    Returns:
+        the number of examples of all processes.
     """
     context = state.context
     if not len(context.inputs[index - 1]):
         for name, rows in update_rows(state, index).items():
             if name in statistics:
                 statistics[name].add(rows, torch.eye(len(rows), device=rows.device))
-        return
-    batches, chosen = _batches(state, index, fraction, GRADIENT_COST)
+        return 1
+    batches, chosen = _batches(state, index, fraction, GRADIENT_COST, 1 if per_example else None)
     task, total = context.family.task(state.tasks[index - 1].recipe), chosen.weight
-    if state.method.counts_examples:
+    if per_example:
+        total = 1
+    elif state.method.counts_examples:
         task, total = task.counting_examples(), len(chosen.chosen)
     training = state.config.training
     with (
@@ -80,7 +95,8 @@ def run_gradient_pass(state: MethodState, index: int, fraction: float, statistic
         autocast(training, context.device.type),
         task.recomputing(training),
     ):
-        gradient_pass(task, state.adapted, batches, total, statistics)
+        gradient_pass(task, state.adapted, batches, total, statistics, per_example)
+    return len(chosen.chosen)
 
 
 def run_feature_pass(
@@ -159,11 +175,17 @@ def training_examples(state: MethodState, index: int) -> Iterator[list[Example]]
 
 
 def _batches(
-    state: MethodState, index: int, fraction: float, cost: float
+    state: MethodState, index: int, fraction: float, cost: float, size: int | None = None
 ) -> tuple[Iterator[tuple[dict[str, Tensor], bool]], Batches]:
-    """Return (an iterator over the batches that reports progress, the batches themselves)."""
+    """Return (an iterator over the batches that reports progress, the batches themselves).
+
+    Args:
+        state, index, fraction: see `run_gradient_pass`.
+        cost: of one example.
+        size: examples per batch; training's when None.
+    """
     context = state.context
-    size = int(state.config.training.get("per_device_train_batch_size", 8))
+    size = size or int(state.config.training.get("per_device_train_batch_size", 8))
     batches = Batches(context.inputs[index - 1], size, fraction, context.rank, context.world, context.device)
 
     def with_progress() -> Iterator[tuple[dict[str, Tensor], bool]]:

@@ -19,6 +19,7 @@ from llava_keeplora.run_folder import (
     CAPACITY,
     CONSOLIDATED,
     FORECAST,
+    OWN_ANSWERS,
     PREPARED,
     SCORES,
     STATE,
@@ -86,7 +87,8 @@ def prepare(state: MethodState, index: int) -> Outcome:
         "left_out": len(ctx.report.get("left_out", {})),
         "unreachable": len(state.unreachable),
     }
-    return [path] + [tensors] * bool(starts), counts
+    answers = state.path(index, OWN_ANSWERS)
+    return [path] + [tensors] * bool(starts) + [answers] * answers.exists(), counts
 
 
 def consolidate(state: MethodState, index: int) -> Outcome:

@@ -251,6 +251,7 @@ class TaskTrainer(Trainer):
         if self.crops:
             inputs = self.crops.filled(inputs, self.state.global_step)
         out = model(**inputs)
+        self.ctx.forward = self.accelerator.unwrap_model(model)
         loss = self.method.loss(self.ctx, inputs, out)
         if not torch.isfinite(loss):
             raise TrainingError(

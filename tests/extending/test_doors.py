@@ -16,18 +16,18 @@ from llava_keeplora.saved_run import extended, read_identity
 from llava_keeplora_eval.cli import main as evaluate
 
 EXAMPLES = Path(__file__).parents[2] / "docs/examples"
-LABEL = "ewc_lora-EwcLora"
+LABEL = "quiet_lora-QuietLora"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, run_tree, tiny_tasks):
     """A folder with both plug-ins, and a configuration and a table that name them."""
     folder = tmp_path_factory.mktemp("doors")
-    for name in ("ewc_lora.py", "half_clip.py"):
+    for name in ("quiet_lora.py", "half_clip.py"):
         shutil.copyfile(EXAMPLES / name, folder / name)
     tree = run_tree(
         folder / "run",
-        methods={"ewc_lora:EwcLora": {"strength": 10.0}},
+        methods={"quiet_lora:QuietLora": {"strength": 10.0}},
         tasks=[str(task) for task in tiny_tasks[:2]],
         model={"family": "half_clip.py:HalfClip"},
     )
@@ -131,11 +131,11 @@ def test_the_children_of_a_table_find_both_from_another_folder(
     (identity,) = (home / "table").glob("*/seed-0/*/identity.json")
     recorded = read_identity(identity.parent)
     assert recorded["model"]["family"] == "half_clip:HalfClip"
-    assert list(recorded["methods"][LABEL]["source"]) == ["ewc_lora.py"]
+    assert list(recorded["methods"][LABEL]["source"]) == ["quiet_lora.py"]
     assert weights(identity.parent) == weights(finished)
     for page in ("table.md", "table.tex", "report.html"):
         assert str(home) not in (home / "table" / page).read_text()
-    with open(home / "ewc_lora.py", "a") as file:
+    with open(home / "quiet_lora.py", "a") as file:
         file.write("\n# changed\n")
     assert main(compare) == 1
-    assert "the file ewc_lora.py of the plug-in" in capsys.readouterr().err
+    assert "the file quiet_lora.py of the plug-in" in capsys.readouterr().err

@@ -20,17 +20,17 @@ from llava_keeplora.sequence.fork import fork
 from llava_keeplora_recipes.registry import PluginError
 from shorter_runs import reload_here
 
-EXAMPLE = Path(__file__).parents[2] / "docs/examples/ewc_lora.py"
-LABEL = "ewc_lora-EwcLora"
+EXAMPLE = Path(__file__).parents[2] / "docs/examples/quiet_lora.py"
+LABEL = "quiet_lora-QuietLora"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, run_tree, tiny_tasks):
     """A folder with the example, and a configuration that names it."""
     folder = tmp_path_factory.mktemp("own")
-    shutil.copyfile(EXAMPLE, folder / "ewc_lora.py")
+    shutil.copyfile(EXAMPLE, folder / "quiet_lora.py")
     tasks = [str(task) for task in tiny_tasks[:2]]
-    tree = run_tree(folder / "run", methods={"ewc_lora:EwcLora": {"strength": 10.0}}, tasks=tasks)
+    tree = run_tree(folder / "run", methods={"quiet_lora:QuietLora": {"strength": 10.0}}, tasks=tasks)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     return folder
 
@@ -61,12 +61,12 @@ def test_the_example_has_at_most_forty_lines():
 
 def test_the_label_is_a_folder_and_the_identity_has_no_path_but_the_source(home, finished):
     identity = read_identity(finished)["methods"][LABEL]
-    assert (finished / LABEL / "journal.jsonl").is_file() and identity["method"] == "ewc_lora:EwcLora"
+    assert (finished / LABEL / "journal.jsonl").is_file() and identity["method"] == "quiet_lora:QuietLora"
     assert (
-        list(identity["source"]) == ["ewc_lora.py"]
+        list(identity["source"]) == ["quiet_lora.py"]
         and str(home) not in (finished / "identity.json").read_text()
     )
-    assert read_dumped(finished)["methods"][LABEL]["method"] == f"{home / 'ewc_lora.py'}:EwcLora"
+    assert read_dumped(finished)["methods"][LABEL]["method"] == f"{home / 'quiet_lora.py'}:QuietLora"
 
 
 def test_it_learns_something_else_than_lora_without_a_penalty(home, finished, driven, tmp_path):
@@ -94,25 +94,25 @@ def test_it_is_extended_from_anywhere_and_forked(finished, copied, driven, tiny_
 
 
 def test_a_changed_source_is_refused_with_the_file_and_doctor_says_so(copied, driven):
-    (copied / "ewc_lora.py").write_text(EXAMPLE.read_text() + "\n# changed\n")
+    (copied / "quiet_lora.py").write_text(EXAMPLE.read_text() + "\n# changed\n")
     config = load_config(str(copied / "run.yaml"), output_dir=str(copied / "run"))
     with pytest.raises(
-        RunError, match=rf"the file ewc_lora\.py of the plug-in at methods\.{re.escape(LABEL)} has changed"
+        RunError, match=rf"the file quiet_lora\.py of the plug-in at methods\.{re.escape(LABEL)} has changed"
     ):
         driven(config)
     wrong = [str(line) for line in examine_run(copied / "run") if isinstance(line, UserError)]
     assert len(wrong) == 1 and re.search(
-        r"ewc_lora\.py of the plug-in 'ewc_lora:EwcLora' is not what", wrong[0]
+        r"quiet_lora\.py of the plug-in 'quiet_lora:QuietLora' is not what", wrong[0]
     )
 
 
 def test_without_the_plug_in_a_run_is_reported_and_examined_and_the_rest_says_what_is_missing(
     copied, tiny_tasks
 ):
-    (copied / "ewc_lora.py").unlink()
+    (copied / "quiet_lora.py").unlink()
     write_run_report(copied / "run")
     lines = [str(line) for line in examine_run(copied / "run")]
-    assert sum("ewc_lora" in line and "is not installed" in line for line in lines) == 1
+    assert sum("quiet_lora" in line and "is not installed" in line for line in lines) == 1
     assert any(f"{LABEL}: " in line and "finished" in line for line in lines)
     for refused in (
         lambda: load_run(copied / "run"),
@@ -121,13 +121,13 @@ def test_without_the_plug_in_a_run_is_reported_and_examined_and_the_rest_says_wh
         lambda: export_run(copied / "run", "adapter"),
     ):
         with pytest.raises(
-            (ConfigError, RunError, PluginError), match="ewc_lora.*is not installed.*PYTHONPATH"
+            (ConfigError, RunError, PluginError), match="quiet_lora.*is not installed.*PYTHONPATH"
         ):
             refused()
 
 
 def test_doctor_and_report_execute_nothing_of_it(copied):
-    (copied / "ewc_lora.py").write_text("raise SystemExit('executed')\n")
+    (copied / "quiet_lora.py").write_text("raise SystemExit('executed')\n")
     assert [line for line in examine_run(copied / "run") if isinstance(line, UserError)]
     write_run_report(copied / "run")
 
@@ -138,11 +138,12 @@ def test_a_state_that_names_it_is_imported_only_if_that_is_allowed(
     monkeypatch.setattr(verify, "verify_in_fresh_process", reload_here)
     export_run(finished, "state", tmp_path / "state", base_id="user/base", examples=2)
     text = (tmp_path / "state/config.json").read_text()
-    assert str(home) not in text and "ewc_lora:EwcLora" in text
+    assert str(home) not in text and "quiet_lora:QuietLora" in text
     base = read_dumped(finished)["model"]["name_or_path"]
     monkeypatch.chdir(home)
     with pytest.raises(
-        RunError, match="'ewc_lora:EwcLora', which is not built in and would be executed; add --allow-plugin"
+        RunError,
+        match="'quiet_lora:QuietLora', which is not built in and would be executed; add --allow-plugin",
     ):
         import_state(str(tmp_path / "state"), tmp_path / "refused", base=base)
     arguments = ["import", str(tmp_path / "state"), "--base", base, "--allow-plugin", "--into"]
@@ -150,7 +151,7 @@ def test_a_state_that_names_it_is_imported_only_if_that_is_allowed(
     assert list(load_run(tmp_path / "taken").methods) == [LABEL]
     other = tmp_path / "other"
     other.mkdir()
-    (other / "ewc_lora.py").write_text(EXAMPLE.read_text() + "\n# another\n")
+    (other / "quiet_lora.py").write_text(EXAMPLE.read_text() + "\n# another\n")
     monkeypatch.chdir(other)
     with pytest.raises(RunError, match="another source than the state was made with"):
         import_state(str(tmp_path / "state"), tmp_path / "refused", base=base, allow_plugin=True)

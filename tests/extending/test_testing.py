@@ -109,7 +109,7 @@ def test_a_method_that_keeps_the_contract_passes(small):
 
 
 def test_the_example_of_a_method_passes():
-    check_method(f"{EXAMPLES / 'ewc_lora.py'}:EwcLora", {"strength": 10.0})
+    check_method(f"{EXAMPLES / 'quiet_lora.py'}:QuietLora", {"strength": 10.0})
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,9 @@ LATER = {
     "splitlora": ({}, ("zero-2", "zero-3")),
     "merge": ({}, ("zero-2", "zero-3")),
     "task-lora": ({}, ("zero-2",)),
+    "ewc": ({"strength": 1000.0}, ("zero-2",)),
+    "reglora": ({"strength": 1.0}, ("zero-2",)),
+    "lwf": ({}, ("zero-2", "zero-3")),
 }
 DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
 
