@@ -102,7 +102,7 @@ class TaskContext:
         name: the task's name.
         layers: name → adapted layer.
         gradients: `gradients(fraction, statistics, per_example=False)` runs the gradient pass over a fraction
-            of the data, for a statistic per layer, of the mean loss or of each example's; returns their number.
+            of the data, of the mean loss or of each example's, and returns their number.
         features: `features(make, fraction=1.0)` runs the feature pass over a fraction of the data and returns
             layer name → statistic; `make` is called with the layers' names, grouped by the tensor that they
             read, and returns the statistics.
@@ -316,7 +316,7 @@ class Method:
         return None
 
     def planned_state(self, layers: Mapping[str, Layer], tasks: int) -> dict[str, Tensor] | None:
-        """Return what the state holds after some tasks, to estimate `loss` with; None, the default, for none."""
+        """Return what the state holds after some tasks, for the estimate of `loss`; None for none."""
         return None
 
     def gradient_statistics(self, layers: Mapping[str, Layer]) -> Mapping[str, Any]:
