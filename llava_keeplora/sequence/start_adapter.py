@@ -17,8 +17,13 @@ from transformers import set_seed
 from llava_keeplora.adapters import AdapterInit, BaseWeights
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import ConfigError, RunError
-from llava_keeplora.files import whole_folder, write_bytes, write_tensors
+from llava_keeplora.export.loaded_run import load_learned_run
+from llava_keeplora.export.merged import merge, write_merged
+from llava_keeplora.export.run_export import check_mergeable, record_of
+from llava_keeplora.export.state import RECORD
+from llava_keeplora.files import whole_folder, write_bytes, write_json, write_tensors
 from llava_keeplora.journal import open_stages
+from llava_keeplora.records import read_object
 from llava_keeplora.run_folder import EXPORTS, Stage
 from llava_keeplora.sequence.data import stage_seed
 from llava_keeplora.sequence.method_run import MethodRun
@@ -73,13 +78,32 @@ def write_start_adapter(config: RunConfig, into: str | Path, label: str | None =
         context.base = BaseWeights(state.modules())
         with Progress(state.cost_left(), show=True) as context.progress:
             inits = _inits(state, index)
-    merged = Path(config.output_dir).absolute() / EXPORTS / "merged"
-    base = config.model.name_or_path if index == 1 else str(merged)
+    merged = _merged(config, state.config.label, index - 1, into) if index > 1 else None
     with whole_folder(into) as folder:
+        base = str(merged) if merged else config.model.name_or_path
+        if merged == into.absolute() / BASE_FOLDER:
+            _write_base(folder / BASE_FOLDER, config, state.config.label, index - 1)
         _write(folder, state, inits, base)
-        note = _note(config, state.name(index), base, state.config.label, into, len(inits))
+        note = _note(config, state.name(index), base, into, len(inits))
         write_bytes(folder / "README.md", note.encode())
     return StartAdapter(into, base, len(inits))
+
+
+def _merged(config: RunConfig, label: str, tasks: int, into: Path) -> Path:
+    """Return the folder of the checkpoint with what a run knows: the run's export of it, or a new one."""
+    exported = Path(config.output_dir).absolute() / EXPORTS / MERGED
+    record = read_object(exported / RECORD) if (exported / RECORD).is_file() else {}
+    same = all(record.get(key) == value for key, value in {"label": label, "tasks": tasks}.items())
+    return exported if same else into.absolute() / BASE_FOLDER
+
+
+def _write_base(folder: Path, config: RunConfig, label: str, tasks: int) -> None:
+    """Write the base with a run's updates, and the record by which `adopt` recognises the base."""
+    learned = load_learned_run(config.output_dir, label, tasks)
+    check_mergeable(learned, MERGED)
+    family, _ = merge(learned, None)
+    write_merged(folder, family)
+    write_json(folder / RECORD, record_of(learned, MERGED, tasks))
 
 
 def _inits(state: MethodRun, index: int) -> dict[str, AdapterInit]:
@@ -129,6 +153,9 @@ def _write(folder: Path, state: MethodRun, inits: Mapping[str, AdapterInit], bas
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
+#: Form of an export, and folder in a start adapter's, of the checkpoint that it is trained on.
+MERGED, BASE_FOLDER = "merged", "base"
+
 NOTE = """# An adapter to train task `{task}` from
 
 A plain PEFT LoRA on {layers} layers of `{base}`. Its A is KeepLoRA's: directions of the task's first-step
@@ -155,15 +182,12 @@ afterwards, and how much it is is printed.
 """
 
 
-def _note(config: RunConfig, task: str, base: str, label: str, folder: Path, layers: int) -> str:
+def _note(config: RunConfig, task: str, base: str, folder: Path, layers: int) -> str:
     """Return the README of a start adapter: what to freeze, on which model, and how to take it back."""
     run, name = shlex.quote(config.output_dir), shlex.quote(config.tasks[-1])
     if len(config.tasks) == 1:
         begin, end = "", f"llava-keeplora import TRAINED --task {name} --into RUN"
     else:
-        begin = (
-            "It is trained on what the run knows, which this command writes there:\n\n```bash\n"
-            f"llava-keeplora export {run} --as merged --method {label} --base-id USER/BASE\n```\n\n"
-        )
+        begin = f"It is trained on `{base}`, which holds what the run knows.\n\n"
         end = f"llava-keeplora adopt TRAINED --task {name} --into {run}"
     return NOTE.format(task=task, layers=layers, base=base, folder=folder, begin=begin, end=end)

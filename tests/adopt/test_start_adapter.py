@@ -79,7 +79,7 @@ def test_plain_peft_trains_from_it_what_the_driver_trains_and_adopt_takes_it_bac
 
 
 def test_from_a_run_it_is_outside_of_what_the_run_protects_and_writes_nothing_there(
-    one_task_run, tiny_tasks, tmp_path
+    one_task_run, tiny_clip, tiny_tasks, tmp_path
 ):
     run = Path(shutil.copytree(one_task_run, tmp_path / "run"))
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
@@ -94,11 +94,21 @@ def test_from_a_run_it_is_outside_of_what_the_run_protects_and_writes_nothing_th
             M = torch.cat(bases[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")], dim=1)
             assert (value @ M).abs().max() < 1e-5
             torch.testing.assert_close(value @ value.T, torch.eye(len(value)), atol=1e-5, rtol=0)
-    assert started.base == str(run / "export/merged")
+    base = tmp_path / "start/base"
+    assert started.base == str(base)
     readme = (tmp_path / "start/README.md").read_text()
-    assert (
-        "export" in readme and f"llava-keeplora adopt TRAINED --task {tiny_tasks[1]} --into {run}" in readme
+    assert f"`{base}`, which holds what the run knows" in readme
+    assert f"llava-keeplora adopt TRAINED --task {tiny_tasks[1]} --into {run}" in readme
+    merged, deltas = (
+        load_file(base / "model.safetensors"),
+        load_deltas(run / "keeplora/task-01-colours/delta.safetensors"),
     )
+    for name, before in load_file(tiny_clip / "model.safetensors").items():
+        delta = deltas.get(name.removesuffix(".weight"))
+        change = (
+            delta.scale * delta.B.double() @ delta.A.double() if delta and name.endswith(".weight") else 0
+        )
+        torch.testing.assert_close(merged[name].double(), before.double() + change, atol=1e-6, rtol=0)
     with pytest.raises(ConfigError, match="start exists already"):
         write_start_adapter(extended(run, str(tiny_tasks[1])), tmp_path / "start")
 

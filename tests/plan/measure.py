@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from llava_keeplora.config import parse_config
-from llava_keeplora.export import FORMS, export_run, verify
+from llava_keeplora.export import FORMS, export_run, export_set, verify
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.sequence import runner
 from llava_keeplora.sequence.method_run import MethodRun
@@ -95,12 +95,15 @@ def exported(tree: dict, form: str, workers: dict[str, int]) -> int:
     restart()
     parts = (
         [part for part, own in tree["parts"].items() if (own or {}).get("train") != "full"]
-        if form == "adapter"
+        if form in ("adapter", "set")
         else None
     )
     verify.verify_in_fresh_process = lambda tmp_dir: workers.update({form: checked(tmp_dir)})
     without_model = workers.get(form, 0)
-    export_run(tree["output_dir"], form, label=next(iter(tree["methods"])), parts=parts, base_id="user/base")
+    options = {"label": next(iter(tree["methods"])), "parts": parts, "base_id": "user/base"}
+    export_set(tree["output_dir"], **options) if form == "set" else export_run(
+        tree["output_dir"], form, **options
+    )
     return max(status("VmHWM") - before, workers[form] - without_model)
 
 
@@ -124,7 +127,7 @@ if __name__ == "__main__":
     staged(STAGES, Stage.CONSOLIDATED, lambda args: "features" if args[1] else "basis")
     staged(STAGES, Stage.EVALUATED, lambda args: "evaluate")
     warm_up, measured = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
-    forms = FORMS if "export" in sys.argv[3:] else ()
+    forms = (*FORMS, "set") if "export" in sys.argv[3:] else ()
     workers: dict[str, int] = {}
     run(warm_up, forms, workers)
     sys.stdout.write(json.dumps(run(measured, forms, workers)) + "\n")
