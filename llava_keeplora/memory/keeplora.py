@@ -122,6 +122,11 @@ class KeepLora:
 
     def _prepare(self, model: nn.Module, *, options: Mapping[str, Any], **arguments: Any) -> None:
         """Find and check the layers, before any subspace is computed or read."""
+        if not isinstance(model, nn.Module):
+            raise MethodError(
+                f"model is a {type(model).__name__}, and a memory is of a torch.nn.Module",
+                "give what from_pretrained returns",
+            )
         if lora_layers(model):
             raise MethodError(
                 "the model has LoRA layers, and the memory protects the weights below them",

@@ -36,6 +36,7 @@ def processes(config: RunConfig) -> Iterator[bool]:
         RunError: if a killed process left the lock of a build of DeepSpeed's operators.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    leave = dist.destroy_process_group
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -53,6 +54,8 @@ def processes(config: RunConfig) -> Iterator[bool]:
             "MASTER_PORT": str(_free_port()),
         }.items():
             os.environ.setdefault(key, value)
+        # It also forgets the groups that DeepSpeed made, so that another run of this process makes new ones.
+        leave = deepspeed.comm.destroy_process_group
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=PATIENCE)
     elif world > 1:
         dist.init_process_group(backend, timeout=PATIENCE)
@@ -64,7 +67,7 @@ def processes(config: RunConfig) -> Iterator[bool]:
     # launcher stops the other processes, and a barrier would wait for them for ever.
     if has_group():
         dist.barrier()
-        dist.destroy_process_group()
+        leave()
 
 
 def _free_port() -> int:

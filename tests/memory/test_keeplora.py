@@ -315,6 +315,11 @@ def test_another_base_is_refused(learned_classifier, tmp_path):
         KeepLora.load(nn.Sequential(nn.Linear(3, 3)), tmp_path / "memory")
 
 
+def test_the_name_of_a_model_is_refused():
+    with pytest.raises(MethodError, match="model is a str.*from_pretrained"):
+        KeepLora("some/model", targets=["q_proj"])
+
+
 def test_a_model_with_adapters_is_refused():
     memory, _, _ = begun()
     with pytest.raises(MethodError, match="has LoRA layers"):
