@@ -59,7 +59,7 @@ def write_start_adapter(config: RunConfig, into: str | Path, label: str | None =
 
     Raises:
         RunError: an earlier task is not finished.
-        ConfigError: the method has no A of its own, or the folder is in use.
+        ConfigError: the method has no A of its own, the run has that task, or the folder is in use.
     """
     into = Path(into)
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
@@ -75,6 +75,11 @@ def write_start_adapter(config: RunConfig, into: str | Path, label: str | None =
     index = len(config.tasks)
     with opened(Workspace(config)) as context:
         state = MethodRun(context, config.methods[label or labels[0]])
+        if index in {entry.task for entry in state.journal.entries}:
+            raise ConfigError(
+                f"{state.folder} has begun or learned the task '{state.name(index)}' already",
+                "name the next task with --task, or fork the run before that one",
+            )
         context.base = BaseWeights(state.modules())
         with Progress(state.cost_left(), show=True) as context.progress:
             inits = _inits(state, index)

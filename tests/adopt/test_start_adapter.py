@@ -109,6 +109,8 @@ def test_from_a_run_it_is_outside_of_what_the_run_protects_and_writes_nothing_th
             delta.scale * delta.B.double() @ delta.A.double() if delta and name.endswith(".weight") else 0
         )
         torch.testing.assert_close(merged[name].double(), before.double() + change, atol=1e-6, rtol=0)
+    with pytest.raises(ConfigError, match="learned the task 'colours' already"):
+        write_start_adapter(extended(run, str(tiny_tasks[0])), tmp_path / "other")
     with pytest.raises(ConfigError, match="start exists already"):
         write_start_adapter(extended(run, str(tiny_tasks[1])), tmp_path / "start")
 
