@@ -62,6 +62,7 @@ METHODS = Registry(
         "task-lora": "llava_keeplora.methods.task_lora:TaskLora",
         "splitlora": "llava_keeplora.methods.splitlora:SplitLora",
         "eblora": "llava_keeplora.methods.eblora:EbLora",
+        "osf": "llava_keeplora.methods.osf:Osf",
         "nusa-cl": "llava_keeplora.methods.nusa_cl:NusaCl",
         "ewc": "llava_keeplora.methods.ewc:Ewc",
         "reglora": "llava_keeplora.methods.reglora:RegLora",

@@ -170,6 +170,14 @@ PRIVATE_NAMES = (
         ("llava_keeplora.adapters.lora",),
         "keeps A frozen when an adapter is set active again",
     ),
+    *(
+        PrivateName(
+            f"peft.tuners.osf.OSFLayer.{name}",
+            ("llava_keeplora.methods.osf",),
+            "the directions off which OSF projects its steps",
+        )
+        for name in ("_osf_U_high", "_osf_V_high", "_osf_U_low_init", "_osf_V_low_init")
+    ),
     PrivateName("accelerate.Accelerator.scaler", (_TRAINER,), "fp16's loss scale without DeepSpeed"),
     # bitsandbytes
     PrivateName(
