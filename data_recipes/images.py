@@ -65,6 +65,11 @@ class Images:
             self.image(row)
         return self._times[row]
 
+    def stored_bytes(self, row: int) -> int:
+        """Return how many bytes the image takes as it is stored; its pixels' where it is not stored alone."""
+        height, width = self.size(row)
+        return 3 * height * width
+
     def _keep(self, row: int, image: Image.Image) -> None:
         self._sizes[row] = (image.height, image.width)
         self._times[row] = frame_time(image)
@@ -168,6 +173,10 @@ class EncodedImages(Images):
         if cell["bytes"] is not None:
             return cell["bytes"]
         return read_file(os.path.join(self._folder, cell["path"]), self._listings)
+
+    def stored_bytes(self, row: int) -> int:
+        """Return the length of the encoded image; of a video's frame, the bytes of its pixels."""
+        return super().stored_bytes(row) if self.frame(row) else len(self._bytes(row))
 
     def _decode(self, row: int) -> Image.Image:
         if frame := self.frame(row):

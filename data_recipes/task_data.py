@@ -198,6 +198,14 @@ class TaskData:
         """(height, width) of each example's images, in order, without decoding an image again."""
         return [[self._images.size(p) for p in r.images] for r in self._rows]
 
+    def stored_bytes(self, indices: Iterable[int]) -> int:
+        """Return how many bytes some examples take: their images as they are stored, each once, and texts."""
+        rows = [self._rows[operator.index(i)] for i in indices]
+        images = {p for r in rows for p in r.images}
+        return sum(map(self._images.stored_bytes, images)) + sum(
+            len(text.encode()) for r in rows for text in r.texts
+        )
+
     @property
     def image_times(self) -> list[list[tuple[float, float] | None]]:
         """Time of each example's images in their videos, and the videos' lengths, in seconds.

@@ -49,6 +49,8 @@ METHODS = Registry(
         "zero-shot": "llava_keeplora.methods.zero_shot:ZeroShot",
         "seq-lora": "llava_keeplora.methods.seq_lora:SequentialLora",
         "individual": "llava_keeplora.methods.individual:Individual",
+        "joint": "llava_keeplora.methods.joint:Joint",
+        "replay": "llava_keeplora.methods.replay:Replay",
         "keeplora": "llava_keeplora.methods.keeplora:KeepLora",
         "keeplora+": "llava_keeplora.methods.keeplora_plus:KeepLoraPlus",
         "keeplora++": "llava_keeplora.methods.keeplora_plus_plus:KeepLoraPlusPlus",

@@ -74,6 +74,8 @@ CACHE_ENTRY, CACHED_PREDICTIONS = "entry.json", "predictions.jsonl"
 BASE = "base"
 #: Keys in CONSOLIDATED: every layer's `Capacity`, and for how many more tasks it is estimated to suffice.
 CAPACITY, FORECAST = "capacity", "forecast"
+#: Key in CONSOLIDATED: the examples that a method keeps, by `ids`, and the `bytes` that they take.
+EXAMPLES = "examples"
 #: All files and folders of a run except those of its methods.
 RUN_FILES = (
     CONFIG,
@@ -111,6 +113,7 @@ PLAN = (0, Stage.PLANNED)
 INFO = {
     "tasks?": [{"task?": str}],
     "reference?": dict,
+    "general?": dict,
     "seconds?": NUMBER,
     "taken_seconds?": NUMBER,
     "peak_bytes?": COUNT,
@@ -162,6 +165,7 @@ SCHEMAS: dict[str, Any] = {
         f"{CAPACITY}?": Each({"in": Number(1, whole=True), "k": COUNT, "part": str}),
         f"{FORECAST}?": Each({"tasks": (NUMBER, None), "left": NUMBER, "growth": NUMBER}),
         "energy_weight?": Each({"energy": NUMBER}),
+        f"{EXAMPLES}?": {"ids": [str], "bytes": COUNT},
     },
     TRAINING: {"tensors": str, "sha256": Each(str), "values": dict, "record_sha256": str},
 }

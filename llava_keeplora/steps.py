@@ -1,9 +1,10 @@
-"""The number of optimiser steps of a task, computed as `transformers.Trainer` does."""
+"""The optimiser steps of a task, computed as `transformers.Trainer` does, and the examples that they see."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -23,3 +24,38 @@ def optimiser_steps(training: Mapping[str, Any], examples: int, world: int) -> i
         training["num_train_epochs"]
         * math.ceil(batches / int(training.get("gradient_accumulation_steps", 1)))
     )
+
+
+def step_size(training: Mapping[str, Any], world: int) -> int:
+    """Return the number of examples of one optimiser step over all processes."""
+    size = int(training.get("per_device_train_batch_size", 8))
+    return size * int(training.get("gradient_accumulation_steps", 1)) * world
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the training of a task takes.
+
+    Args:
+        examples: number of its training examples.
+        batch: examples of one optimiser step over all processes.
+        steps: number of optimiser steps.
+    """
+
+    examples: int
+    batch: int
+    steps: int
+
+    @classmethod
+    def of(cls, training: Mapping[str, Any], examples: int, world: int) -> Budget:
+        """Return the budget of a task that is trained on its own examples; arguments as `optimiser_steps`."""
+        return cls(examples, step_size(training, world), optimiser_steps(training, examples, world))
+
+    @property
+    def seen(self) -> int:
+        """Number of examples that the steps see, each counted as often as it is seen.
+
+        The last step of a pass over the data has what is left of them.
+        """
+        passes, steps = divmod(self.steps, -(-self.examples // self.batch) or 1)
+        return passes * self.examples + min(steps * self.batch, self.examples)

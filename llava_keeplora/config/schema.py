@@ -40,9 +40,9 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 #: Keys that make a configuration one of several runs; see `llava_keeplora.compare`.
 TABLE_KEYS = ("base", "seeds", "orders", "tuning")
 
-#: Options of methods that say where reference data are; the data themselves are identified by their
-#: fingerprints in the journal.
-REFERENCE_PLACES = ("reference", "reference_texts")
+#: Options of methods that say where reference or general data are; the data themselves are identified by
+#: their fingerprints in the journal.
+REFERENCE_PLACES = ("reference", "reference_texts", "general")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llava_keeplora.methods.base import AnswerContext, Holding, Layer, Method, MethodInfo, TaskContext
 from llava_keeplora.methods.layers import Changed, check_method, find_changed, find_layers, model_type
+from llava_keeplora.methods.mixture import Mixture
 from llava_keeplora.methods.reference import Reference
 from llava_keeplora.registries import METHODS
 
@@ -15,6 +16,7 @@ __all__ = [
     "Layer",
     "Method",
     "MethodInfo",
+    "Mixture",
     "Reference",
     "TaskContext",
     "check_method",

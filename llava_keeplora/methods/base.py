@@ -11,59 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, Deltas
+from llava_keeplora.methods.info import MethodInfo
+from llava_keeplora.methods.mixture import Mixture
 from llava_keeplora.methods.reference import Reference
 from llava_keeplora.run_folder import Capacity
+from llava_keeplora.steps import Budget
 from llava_keeplora_eval.predictors import Predictor
+from llava_keeplora_recipes import TaskData
 
 if TYPE_CHECKING:
     from llava_keeplora_recipes import Example
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """Description of a method for lists and tables.
-
-    Args:
-        name: its name in a configuration.
-        title: title of the paper or idea.
-        url: address of the paper.
-        reference_data: whether it needs data other than the tasks'.
-        task_id_at_test: whether it needs to know the task at test time.
-        inference_cost: extra computation at inference.
-        extra_parameters: what the model has at inference in addition to the base's parameters.
-        mergeable: whether its result merges into the base's weights.
-        kept: what is stored for later tasks in addition to the finished tasks' deltas.
-        trained: what a task trains.
-        families: the model families that it runs on.
-        model_types: the types of models among them, by transformers' names, that it runs on; all when empty.
-    """
-
-    name: str
-    title: str
-    url: str = ""
-    reference_data: bool = False
-    task_id_at_test: bool = False
-    inference_cost: str = "none"
-    extra_parameters: str = "none"
-    mergeable: bool = True
-    kept: str = "nothing"
-    trained: str = "A and B"
-    families: tuple[str, ...] = ("clip", "llava")
-    model_types: tuple[str, ...] = ()
-
-    @property
-    def needs(self) -> str:
-        """A sentence on the families that it runs on, what it needs, and its cost at inference."""
-        inputs = ["reference data"] * self.reference_data + ["the task at test time"] * self.task_id_at_test
-        cost = [] if self.inference_cost == "none" else [f"extra at test: {self.inference_cost}"]
-        return "; ".join(
-            [
-                " and ".join(self.model_types or self.families),
-                *(f"needs {extra}" for extra in inputs),
-                *cost,
-                "merges" if self.mergeable else "does not merge",
-            ]
-        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +79,9 @@ class TaskContext:
         choose: part → the choice of its ε_w from the data, with the key `energy`.
         forward: the model that is being trained, with training's precision, on a batch; only inside `loss`.
         own_answers: returns the task's training questions with the model's answers from before it, `Inputs`.
+        data: returns the training data of a task of the run, counted from 1; for 0 those of
+            `general_data_spec`.
+        budgets: what each task's training takes.
     """
 
     index: int
@@ -144,6 +104,8 @@ class TaskContext:
     choose: Callable[[str], dict[str, Any]] | None = None
     forward: Callable[..., Any] | None = None
     own_answers: Callable[[], Any] | None = None
+    data: Callable[[int], TaskData] | None = None
+    budgets: Sequence[Budget] = ()
 
 
 @dataclass(frozen=True)
@@ -266,6 +228,8 @@ class Method:
     bound = False
     #: Whether a task's update of an adapted layer is the change of its whole weight instead of an adapter.
     dense_updates = False
+    #: Whether a task may train on other data than its own; see `mixture`.
+    mixes = False
     #: Whether a task's update may have been trained elsewhere (`llava-keeplora adopt`); False if later tasks
     #: or answers need more of a task than its deltas and what `after_task` computes.
     adopts = False
@@ -327,6 +291,23 @@ class Method:
         """Return a recipe of images, and a file of texts or None for the recipe's own texts.
 
         They are read into `reference` before anything is computed. None, the default, for no reference data.
+        """
+
+    def general_data_spec(self) -> str | None:
+        """Return a recipe of a kind that the model learns, whose training split a `mixture` may name as 0.
+
+        None, the default, for no such data.
+        """
+
+    def budget(self, index: int, budgets: Sequence[Budget]) -> Budget:
+        """Return what the training of task `index` takes, given every task's alone; its own by default."""
+        return budgets[index - 1]
+
+    def mixture(self, ctx: TaskContext) -> Mixture | None:
+        """Return the examples of each step of a task's training, of any tasks of the run.
+
+        None, the default, for the task's own data alone. Only called if the method `mixes`, and for tasks
+        whose `budget` has steps; the others train nothing. Every process must return the same.
         """
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:

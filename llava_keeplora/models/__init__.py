@@ -15,7 +15,7 @@ from llava_keeplora.models.clip import ClipFamily, ClipTask
 from llava_keeplora.models.crops import RandomCrops
 from llava_keeplora.models.given import GivenModel
 from llava_keeplora.models.llava import LlavaFamily, LlavaTask
-from llava_keeplora.models.task_model import TaskModel, recomputes
+from llava_keeplora.models.task_model import MixedTask, TaskModel, recomputes
 from llava_keeplora.models.usage import Usage
 from llava_keeplora.models.workload import Work, repeated
 from llava_keeplora.registries import MODEL_FAMILIES
@@ -40,6 +40,7 @@ __all__ = [
     "Inputs",
     "LlavaFamily",
     "LlavaTask",
+    "MixedTask",
     "Prepared",
     "RandomCrops",
     "TaskModel",

@@ -110,6 +110,26 @@ class TaskModel(nn.Module):
             self.activation_checkpointing_disable()
 
 
+class MixedTask(TaskModel):
+    """The model on several tasks, each with its own loss: a batch's key `task` says which.
+
+    Args:
+        tasks: task → the model on it; all have the same model inside.
+    """
+
+    #: A step's batches are weighted as they are made.
+    accepts_loss_kwargs = False
+
+    def __init__(self, tasks: Mapping[int, TaskModel]):
+        super().__init__(next(iter(tasks.values())).model)
+        # No ModuleList: the model inside would be found once more in every task.
+        self.tasks = dict(tasks)
+
+    def forward(self, task: int, **batch: Tensor) -> dict[str, Tensor]:
+        """Return what the model on the task returns for a batch."""
+        return self.tasks[task](**batch)
+
+
 @contextmanager
 def blocks_recomputing(model: nn.Module) -> Iterator[None]:
     """Let blocks whose activations are checkpointed recompute them in evaluation mode as well.

@@ -357,7 +357,8 @@ class MemoryEstimate(Rehearsal):
         """Peak of one optimiser step with Adam's states, and with gradients where these are accumulated."""
         split, accumulated = (
             self.sharding.stage is not None,
-            int(self.training.get("gradient_accumulation_steps", 1)) > 1,
+            # A step on several tasks' data is one of several batches.
+            int(self.training.get("gradient_accumulation_steps", 1)) > 1 or self.method.mixes,
         )
         with self._adapters(), self._fake_model() as meter:
             parameters = self._trained_parameters()

@@ -26,7 +26,7 @@ from llava_keeplora.plan.memory_estimate import F32, MemoryEstimate
 from llava_keeplora.plan.sharding import read_sharding
 from llava_keeplora.plan.workload import read_work
 from llava_keeplora.run_folder import Stage
-from llava_keeplora.steps import optimiser_steps
+from llava_keeplora.steps import Budget
 from llava_keeplora.subspace import guaranteed_room
 
 #: Dotted key of a setting → value; the key `gpus` is the machine's number of GPUs.
@@ -184,6 +184,9 @@ def _method_plan(
 ) -> MethodPlan:
     config, work = estimate.config, estimate.work
     adapters = _initial_adapters(estimate)
+    budgets = [
+        Budget.of(training, w.train, world) for w, training in zip(work, config.trainings(label), strict=True)
+    ]
     growth = (estimate.bases(len(work)) - estimate.bases(0)) // len(work)
     answers = sum(w.predictions for w in work)
     return MethodPlan(
@@ -193,10 +196,7 @@ def _method_plan(
         estimate.delta_numbers,
         F32 * estimate.delta_numbers + adapters + growth + estimate.state_bytes(1) + answers,
         estimate.bases(0) + answers,
-        tuple(
-            optimiser_steps(training, w.train, world)
-            for w, training in zip(work, config.trainings(label), strict=True)
-        ),
+        tuple(estimate.method.budget(index, budgets).steps for index in range(1, len(work) + 1)),
         _unsure_rank(estimate.layers.values()) if estimate.protects_weights else "",
     )
 

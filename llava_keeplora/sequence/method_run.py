@@ -125,9 +125,8 @@ class MethodRun(MethodState):
         if self.source(index) and stage != Stage.CONSOLIDATED:
             scored = sum(len(task.test) for task in self.tasks) if stage == Stage.TRAINED else 0
             return self.context.family.eval_cost * scored
-        count = len(self.context.inputs[index - 1])
-        training = GRADIENT_COST * self._trained_images(index, count) if stage == Stage.TRAINED else 0
-        return training + count * self.method.stage_cost.get(stage, 0.0)
+        training = GRADIENT_COST * self._trained_images(index) if stage == Stage.TRAINED else 0
+        return training + len(self.context.inputs[index - 1]) * self.method.stage_cost.get(stage, 0.0)
 
     def _evaluation_cost(self, index: int) -> float:
         if index == 0 and self.config.label != self.first_alike:
@@ -140,14 +139,10 @@ class MethodRun(MethodState):
         ]
         return self.context.family.eval_cost * sum(len(task.test) for task in open_tasks)
 
-    def _trained_images(self, index: int, count: int) -> float:
+    def _trained_images(self, index: int) -> float:
         """Return how many images a task's training sees, each counted as often as it is seen."""
-        training = self.trainings[index - 1]
-        steps = int(training.get("max_steps", -1))
-        if steps <= 0:
-            return count * training["num_train_epochs"]
-        size = int(training.get("per_device_train_batch_size", 8))
-        return steps * size * int(training.get("gradient_accumulation_steps", 1)) * self.context.world
+        budget = self.method.budget(index, self.budgets())
+        return budget.steps * budget.batch
 
     def _where(self, index: int) -> str:
         return f"task {index}/{self.count} {self.name(index)}" if index else "before any task"
@@ -188,8 +183,10 @@ class MethodRun(MethodState):
             (f"task '{new['task']}'", old, new)
             for old, new in zip(entry.info.get("tasks", ()), now["tasks"], strict=False)
         ]
-        if "reference" in now:
-            pairs.append(("the reference data", entry.info["reference"], now["reference"]))
+        for key in ("reference", "general"):
+            # A finished method has not read them.
+            if key in now or (key in entry.info and not self.context.finished(self.config.label)):
+                pairs.append((f"the {key} data", entry.info.get(key, {}), now.get(key, {})))
         for what, old, new in pairs:
             for key, before, after in differences(old, new):
                 raise RunError(

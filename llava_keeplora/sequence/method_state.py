@@ -17,10 +17,13 @@ from llava_keeplora.config import ALL_LINEAR, AVERAGED, MethodConfig
 from llava_keeplora.files import read_tensors, write_tensors
 from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, find_changed
+from llava_keeplora.models import Inputs
 from llava_keeplora.run_folder import ADAPTERS, DELTA, JOURNAL, KEPT, MATRIX, PREPARED, STATE, read_record
 from llava_keeplora.sequence.run_context import RunContext
 from llava_keeplora.start import Task
+from llava_keeplora.steps import Budget
 from llava_keeplora_eval import Matrix
+from llava_keeplora_recipes import TaskData
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,23 @@ class MethodState:
     def path(self, index: int, name: str = "") -> Path:
         """Return the path of a file in a task's folder."""
         return self.context.workspace.task(self.config.label, index, self.name(index)) / name
+
+    # --- training data -----------------------------------------------------------------------------
+
+    def training_data(self, index: int) -> TaskData:
+        """Return the training data of a task, or for index 0 the method's general data."""
+        return self.tasks[index - 1].train if index else self.context.general[self.config.label].data
+
+    def training_inputs(self, index: int) -> Inputs:
+        """Return the same as the model takes them."""
+        return self.context.inputs[index - 1] if index else self.context.general[self.config.label].inputs
+
+    def budgets(self) -> list[Budget]:
+        """Return what each task's training takes, if it is trained on its own data."""
+        return [
+            Budget.of(training, len(inputs), self.context.world)
+            for training, inputs in zip(self.trainings, self.context.inputs, strict=self.trainable)
+        ]
 
     # --- layers ------------------------------------------------------------------------------------
 

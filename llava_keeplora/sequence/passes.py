@@ -52,6 +52,8 @@ def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
         tasks=len(state.tasks),
         choose=functools.partial(auto_energy.choose_energy_weight, context, state.layers),
         own_answers=functools.partial(own_answers, state, index),
+        data=state.training_data,
+        budgets=state.budgets(),
     )
 
 

@@ -27,7 +27,7 @@ from llava_keeplora.sequence.data import ImageCache
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora.start import Task
-from llava_keeplora.start.reference_data import read_reference
+from llava_keeplora.start.reference_data import GeneralData, read_general, read_reference
 from llava_keeplora.versions import installed_versions
 
 
@@ -69,10 +69,14 @@ class RunContext:
         for task in tasks:
             family.check(task.test)
         self.references: dict[str, Reference] = {}
+        self.general: dict[str, GeneralData] = {}
         for label, method in config.methods.items():
             cls = METHODS[method.method]
+            general = cls(cls.Options(**method.options)).general_data_spec()
+            if general and not self.finished(label):
+                self.general[label] = read_general(label, general, config.data, family, self.cache.split)
             # Reference data may be large, and a finished method doesn't need them.
-            if (spec := cls(cls.Options(**method.options)).reference_data_spec()) and not self._finished(
+            if (spec := cls(cls.Options(**method.options)).reference_data_spec()) and not self.finished(
                 label
             ):
                 recipe, file = spec
@@ -87,7 +91,7 @@ class RunContext:
         self.base: BaseWeights
         self.progress: Progress
 
-    def _finished(self, label: str) -> bool:
+    def finished(self, label: str) -> bool:
         """Return whether a method of the run has learned every task."""
         entries = Journal(self.workspace.label(label) / JOURNAL).entries
         return any((entry.task, entry.stage) == (len(self.tasks), Stage.CLOSED) for entry in entries)

@@ -49,6 +49,8 @@ def plan_record(state: MethodState, index: int) -> dict[str, Any]:
     """Return the journal's record of a task's data, with which a later start compares them."""
     tasks = state.tasks if index == 0 else state.tasks[index - 1 : index]
     reference = {"reference": state.method.reference.record} if state.method.reference else {}
+    general = state.context.general.get(state.config.label)
+    reference |= {"general": general.record} if general else {}
     prompts = [{"test_prompts": list(task.recipe.test_prompts)} if state.averaged else {} for task in tasks]
     return {
         "seed": state.context.config.seed,

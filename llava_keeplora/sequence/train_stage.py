@@ -23,7 +23,8 @@ from llava_keeplora.adapters import (
 from llava_keeplora.deepspeed_zero import forget_engine, gathered, number_count, trained_values
 from llava_keeplora.errors import TrainingError
 from llava_keeplora.files import write_json
-from llava_keeplora.methods import TaskContext
+from llava_keeplora.methods import Mixture, TaskContext
+from llava_keeplora.models import MixedTask
 from llava_keeplora.models.layouts import part_of
 from llava_keeplora.run_folder import (
     DELTA,
@@ -36,6 +37,7 @@ from llava_keeplora.sequence import adoption
 from llava_keeplora.sequence.checkpoint import StepCheckpoint
 from llava_keeplora.sequence.data import stage_seed
 from llava_keeplora.sequence.method_state import MethodState, Outcome, write_if_any
+from llava_keeplora.sequence.mixed_data import MixedData
 from llava_keeplora.sequence.passes import GRADIENT_COST, task_context
 from llava_keeplora.sequence.reporters import end_own_place, give_own_place
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_timings
@@ -53,6 +55,8 @@ def train(state: MethodState, index: int) -> Outcome:
         return adoption.take_over(state, index)
     context, task, inits = state.context, state.tasks[index - 1], state.inits(index)
     ctx = task_context(state, index, Stage.TRAINED)
+    if state.method.mixes and not state.method.budget(index, ctx.budgets).steps:
+        return _untrained(state, index)
     state.begin(index, state.method.weight_offset(inits))
     set_seed(ctx.seed)
     wrapper = attach(context.family.model, inits, state.method.dropout, master_copies=context.zero.used)
@@ -90,6 +94,16 @@ def train(state: MethodState, index: int) -> Outcome:
     return files, info | context.objects.callback_names()
 
 
+def _untrained(state: MethodState, index: int) -> Outcome:
+    """Write the update and the log of a task that trains nothing."""
+    delta_path, log_path = state.path(index, DELTA), state.path(index, TRAIN)
+    if state.context.rank == 0:
+        save_deltas(delta_path, {})
+        write_json(log_path, {"steps": 0, "history": [], "report": {}})
+    state.context.barrier()
+    return [delta_path, log_path], {"steps": 0, "trained_parameters": 0}
+
+
 def _train(
     state: MethodState, ctx: TaskContext, task: Task, read_deltas: Callable[[], dict[str, Delta | FullDelta]]
 ) -> tuple[dict[str, Any], dict[str, Delta | FullDelta], dict[str, Tensor]]:
@@ -99,22 +113,16 @@ def _train(
         (the Trainer's log, the deltas, the method's `extra_state`).
     """
     context, index = state.context, ctx.index
-    arguments = _training_arguments(state, index)
-    model, scale = context.family.task(task.recipe), state.config.random_resized_crop
-    crops = context.family.crops(task.train, scale, arguments.seed) if scale else None
-    cost = GRADIENT_COST * arguments.train_batch_size * arguments.gradient_accumulation_steps * context.world
+    cost = GRADIENT_COST * state.method.budget(index, ctx.budgets).batch
+    mixture = state.method.mixture(ctx) if state.method.mixes else None
     trainer = TaskTrainer(
         method=state.method,
         ctx=ctx,
         on_step=functools.partial(context.progress.advance, cost),
-        model=model,
-        args=arguments,
         rates=_part_learning_rates(state),
         checkpoint=StepCheckpoint(state.path(index)),
-        train_dataset=Indices(len(context.inputs[index - 1])),
-        crops=crops,
         callbacks=context.objects.callbacks,
-        data_collator=(crops or context.inputs[index - 1]).collate,
+        **(_mixed_data(state, ctx, mixture) if mixture else _own_data(state, task, index)),
     )
     give_own_place(trainer, context.workspace.root, state.tag(index))
     context.progress.advance(cost * trainer.steps_before)
@@ -133,6 +141,47 @@ def _train(
     del trainer
     gc.collect()
     return history, deltas, extra_state
+
+
+def _own_data(state: MethodState, task: Task, index: int) -> dict[str, Any]:
+    """Return the model, the arguments and the data of a task's training, as `TaskTrainer` takes them."""
+    family, inputs, scale = (
+        state.context.family,
+        state.context.inputs[index - 1],
+        state.config.random_resized_crop,
+    )
+    arguments = _training_arguments(state, index)
+    crops = family.crops(task.train, scale, arguments.seed) if scale else None
+    return {
+        "model": family.task(task.recipe),
+        "args": arguments,
+        "train_dataset": Indices(len(inputs)),
+        "crops": crops,
+        "data_collator": (crops or inputs).collate,
+    }
+
+
+def _mixed_data(state: MethodState, ctx: TaskContext, mixture: Mixture) -> dict[str, Any]:
+    """Return the same for a training on the data of several tasks."""
+    family, seed, scale = state.context.family, ctx.seed, state.config.random_resized_crop
+    sources = sorted(set(mixture.sources.tolist()))
+    splits = {source: state.training_data(source) for source in sources}
+    training = state.trainings[ctx.index - 1]
+    size = int(training.get("per_device_train_batch_size", 8))
+    data = MixedData(
+        mixture,
+        {source: state.training_inputs(source) for source in sources},
+        {source: family.crops(split, scale, seed) for source, split in splits.items()} if scale else {},
+        size,
+        state.context.world,
+    )
+    return {
+        "model": MixedTask({source: family.task(split.recipe) for source, split in splits.items()}),
+        "args": _training_arguments(state, ctx.index, data.arguments(training)),
+        "train_dataset": data,
+        "crops": data if scale else None,
+        "data_collator": data.collate,
+    }
 
 
 def _check_finite(
@@ -163,10 +212,12 @@ def _part_learning_rates(state: MethodState) -> dict[int, float]:
     return rates
 
 
-def _training_arguments(state: MethodState, index: int) -> TrainingArguments:
+def _training_arguments(
+    state: MethodState, index: int, training: Mapping[str, Any] | None = None
+) -> TrainingArguments:
     root = state.context.workspace.root.resolve().name
     return training_arguments(
-        state.trainings[index - 1],
+        training or state.trainings[index - 1],
         output_dir=str(state.path(index, TRAINER)),
         run_name=f"{state.config.training.get('run_name') or root}/{state.tag(index)}",
         seed=stage_seed(state.context.config.seed, index, Stage.TRAINED),

@@ -24,6 +24,7 @@ from llava_keeplora.methods import Method, TaskContext
 from llava_keeplora.models import Crops
 from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
 from llava_keeplora.sequence.deepspeed_state import DeepSpeedShard
+from llava_keeplora.sequence.mixed_data import SHARE
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,8 @@ class TaskTrainer(Trainer):
         does not count.
         """
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._shares = deque([1.0] * len(batches))
+        # A mixture's batches are weighted as they are made.
+        self._shares = deque(batch.pop(SHARE, 1.0) for batch in batches)
         size, world = self.args.train_batch_size, self.accelerator.num_processes
         last = len(self.train_dataset) % (size * world)
         if (

@@ -42,6 +42,7 @@ def check_run(
     sharded = deepspeed.get("zero_optimization", {}).get("stage") == 3
     if sharded and world > 1:
         check_images(tasks)
+        _check_alike(config, tasks)
     for label, method in config.methods.items():
         cls = METHODS[method.method]
         instance = cls(cls.Options(**method.options))
@@ -134,6 +135,23 @@ def check_rows(config: RunConfig, recipes: Sequence[Recipe], family: Family) -> 
         # Without classes if they are read from data that a plan does not have.
         for template in recipe.test_prompts if recipe.classes else ():
             family.tokens(recipe.class_prompts(template))
+
+
+def _check_alike(config: RunConfig, tasks: Sequence[Task]) -> None:
+    """Check that a step on several tasks' data goes through the same layers in every process.
+
+    Raises:
+        ConfigError: if some tasks have images and others have none.
+    """
+    mixing = [label for label, method in config.methods.items() if METHODS[method.method].mixes]
+    with_images = [task.name for task in tasks if any(task.train.image_counts)]
+    without = [task.name for task in tasks if task.name not in with_images]
+    if mixing and with_images and without:
+        raise ConfigError(
+            f"'{without[0]}' has no images and '{with_images[0]}' has, but with ZeRO-3 in several processes "
+            f"every batch must go through the same layers, and a step of '{mixing[0]}' has both",
+            f"use ZeRO-2 or one process, or leave '{mixing[0]}' out",
+        )
 
 
 def check_images(tasks: Sequence[Task]) -> None:

@@ -1,17 +1,23 @@
-"""Reading of a method's reference data, images and texts; see `llava_keeplora.methods.Reference`."""
+"""Reading of data other than the tasks' that methods use: reference data and general data.
+
+Reference data are images and texts without labels, see `llava_keeplora.methods.Reference`; on general data a
+method trains as on a task's.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from llava_keeplora.config import DataConfig
 from llava_keeplora.errors import ConfigError, UserError
 from llava_keeplora.methods import Reference
-from llava_keeplora.models import ClipFamily, Images
+from llava_keeplora.models import ClipFamily, Family, Images, Inputs
 from llava_keeplora_recipes import TaskData, load_recipe, load_split
 from llava_keeplora_recipes.json_files import read_text
 
@@ -56,6 +62,50 @@ def read_reference(
         "texts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
     }
     return Reference(images(data).take, len(data), tokens, record)
+
+
+@dataclass(frozen=True)
+class GeneralData:
+    """Training data of a recipe that is no task of the run.
+
+    Args:
+        data: the split.
+        inputs: the same as the model takes them.
+        record: what identifies the data, for the journal.
+    """
+
+    data: TaskData
+    inputs: Inputs
+    record: dict[str, Any]
+
+
+def read_general(
+    label: str, recipe: str, config: DataConfig, family: Family, images: Callable[[TaskData], Images]
+) -> GeneralData:
+    """Read the training data of a recipe, on which a method trains as on a task's.
+
+    Args:
+        label: the method's label, for error messages.
+        recipe: name or file of the recipe.
+        config: its root is where relative paths start.
+        family: the model; its weights are not needed.
+        images: a split → its preprocessed images.
+
+    Raises:
+        ConfigError: if the data are missing, or the model cannot learn from them; names the option.
+    """
+    try:
+        data = load_split(load_recipe(recipe), SPLIT, config.root, config.on_bad_image)
+        if data.recipe.kind not in family.kinds:
+            raise ConfigError(
+                f"{data.recipe.name} is {data.recipe.kind}, and this model learns {', '.join(family.kinds)}",
+                "name a recipe of another kind",
+            )
+        inputs = family.inputs(data, images(data))
+    except UserError as error:
+        raise ConfigError(f"methods.{label}.general: {error.problem}", error.cure) from None
+    record = {"recipe": data.recipe.name, "n": len(data), "fingerprint": data.fingerprint}
+    return GeneralData(data, inputs, record)
 
 
 def _recipe_texts(data: TaskData) -> list[str]:

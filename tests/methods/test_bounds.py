@@ -1,20 +1,29 @@
 """The bounds: every task alone, and all tasks at once."""
 
+import json
+
 import pytest
 
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export.run_export import export_run
+from llava_keeplora.methods.mixture import mix_tasks
+from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.report.run_report import write_run_report
+from llava_keeplora.saved_run import load_run
+from llava_keeplora.sequence.data import stage_seed
+from llava_keeplora.start import load_tasks
+from llava_keeplora.steps import Budget
 from llava_keeplora_eval import Matrix
 
 #: Label → its options; all are trained in one run.
-METHODS_RUN = {"seq-lora": {}, "mean": {"method": "merge"}, "individual": {}}
+METHODS_RUN = {"seq-lora": {}, "mean": {"method": "merge"}, "individual": {}, "joint": {}}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, run_config, driven, tiny_tasks):
     tasks = [str(path) for path in tiny_tasks[:2]]
-    return driven(run_config(tmp_path_factory.mktemp("bounds") / "run", methods=METHODS_RUN, tasks=tasks))
+    folder = tmp_path_factory.mktemp("bounds") / "run"
+    return driven(run_config(folder, methods=METHODS_RUN, tasks=tasks, training={"logging_steps": 1}))
 
 
 def matrix(folder, label):
@@ -56,9 +65,40 @@ def test_a_report_draws_a_bound_as_a_row_of_its_own_and_a_level_line(finished):
     page, table = (finished / "report.html").read_text(), (finished / "table.md").read_text()
     assert "Bounds, dash-dotted in plots" in page
     section = table.partition("## individual")[2]
-    assert section.count("\n| bound |") == 1 and "| **Last** |" in section
+    assert section.count("\n| bound |") == 2 and "| **Last** |" in section
     scores = (finished / "scores.csv").read_text()
     assert sum(line.startswith("individual,") and ",bound," in line for line in scores.splitlines()) == 2
     svg = (finished / "curves.svg").read_text()
     assert svg.count("individual") == 1 and "stroke-dasharray" in svg
     assert (finished / "heatmap-individual.svg").exists()
+
+
+def test_joint_trains_once_on_all_tasks_from_the_base_and_scores_them_once(finished):
+    trained = [
+        json.loads(path.read_text()) for path in sorted((finished / "joint").glob("task-*/train.json"))
+    ]
+    alone = [
+        json.loads(path.read_text()) for path in sorted((finished / "seq-lora").glob("task-*/train.json"))
+    ]
+    assert [task["steps"] for task in trained] == [0, sum(task["steps"] for task in alone)]
+    row = matrix(finished, "joint")
+    assert row.bound and None not in row.rows[1] and row.rows[0] == [None, None]
+    answers = [path.parts[-3][:7] for path in sorted((finished / "joint").glob("task-0[12]*/predictions/*"))]
+    assert answers == ["task-02", "task-02"]
+
+
+def test_joints_first_loss_is_the_mean_over_a_steps_examples_each_with_its_tasks_classes(finished):
+    config = load_run(finished)
+    tasks, family = load_tasks(config), load_model(config.model)
+    trainings = config.trainings("joint")
+    budgets = [Budget.of(t, len(task.train), 1) for t, task in zip(trainings, tasks, strict=True)]
+    mixture = mix_tasks(budgets, stage_seed(config.seed, 2, "TRAINED"))
+    losses = []
+    for source, row in zip(mixture.sources[:8].tolist(), mixture.rows[:8].tolist(), strict=True):
+        data = tasks[source - 1].train
+        # B starts at 0: the first step sees the untouched model.
+        batch = family.inputs(data, Prepared(family, data)).collate([row])
+        losses.append(float(family.task(data.recipe)(**batch)["loss"].detach()))
+    assert int(mixture.sizes[0]) == 8 and len(set(mixture.sources[:8].tolist())) == 2
+    logged = json.loads(next((finished / "joint").glob("task-02-*/train.json")).read_text())["history"][0]
+    assert logged["loss"] == pytest.approx(sum(losses) / 8, abs=1e-4)

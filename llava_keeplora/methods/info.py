@@ -1,0 +1,52 @@
+"""Description of a method for lists and tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """Description of a method for lists and tables.
+
+    Args:
+        name: its name in a configuration.
+        title: title of the paper or idea.
+        url: address of the paper.
+        reference_data: whether it needs data other than the tasks'.
+        task_id_at_test: whether it needs to know the task at test time.
+        inference_cost: extra computation at inference.
+        extra_parameters: what the model has at inference in addition to the base's parameters.
+        mergeable: whether its result merges into the base's weights.
+        kept: what is stored for later tasks in addition to the finished tasks' deltas.
+        trained: what a task trains.
+        families: the model families that it runs on.
+        model_types: the types of models among them, by transformers' names, that it runs on; all when empty.
+    """
+
+    name: str
+    title: str
+    url: str = ""
+    reference_data: bool = False
+    task_id_at_test: bool = False
+    inference_cost: str = "none"
+    extra_parameters: str = "none"
+    mergeable: bool = True
+    kept: str = "nothing"
+    trained: str = "A and B"
+    families: tuple[str, ...] = ("clip", "llava")
+    model_types: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> str:
+        """A sentence on the families that it runs on, what it needs, and its cost at inference."""
+        inputs = ["reference data"] * self.reference_data + ["the task at test time"] * self.task_id_at_test
+        cost = [] if self.inference_cost == "none" else [f"extra at test: {self.inference_cost}"]
+        return "; ".join(
+            [
+                " and ".join(self.model_types or self.families),
+                *(f"needs {extra}" for extra in inputs),
+                *cost,
+                "merges" if self.mergeable else "does not merge",
+            ]
+        )
