@@ -146,6 +146,11 @@ class KeepLora:
         self.method: Any = cls(cls.Options(**options))
         self.method.check(self.layers)
         self._base_weights = {name: fingerprint(layer.module.weight) for name, layer in self.layers.items()}
+        self._other_weights = {
+            name: fingerprint(parameter)
+            for name, parameter in model.named_parameters()
+            if name.removesuffix(".weight") not in self.layers
+        }
         self._base = BaseWeights({name: layer.module for name, layer in self.layers.items()})
         #: The finished tasks, in order.
         self.tasks: list[Task] = []
@@ -335,7 +340,8 @@ class KeepLora:
         contents = store.load(folder)
         memory = cls.__new__(cls)
         memory._prepare(model, **contents.record["arguments"], options=contents.record["options"])
-        store.check_base(contents, {name: layer.module for name, layer in memory.layers.items()})
+        modules = {name: layer.module for name, layer in memory.layers.items()}
+        store.check_base(contents, modules, memory._other_weights)
         memory._base_report = contents.record["base_report"]
         memory.states, memory.tasks = contents.states, contents.tasks
         memory.method.load_state_dicts(memory.states)
@@ -356,6 +362,7 @@ class KeepLora:
             "model": type(self.model).__name__,
             "name_or_path": getattr(getattr(self.model, "config", None), "name_or_path", None) or None,
             "weights": self._base_weights,
+            "other_weights": self._other_weights,
         }
         record = {
             "arguments": self._arguments,

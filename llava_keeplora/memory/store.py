@@ -37,7 +37,7 @@ SCHEMA = {
         "seed": COUNT,
     },
     "options": dict,
-    "base": {"model": str, "name_or_path": (str, None), "weights": Each(str)},
+    "base": {"model": str, "name_or_path": (str, None), "weights": Each(str), "other_weights?": Each(str)},
     "tasks": [{"name": str, "report": dict}],
     "base_report": dict,
     "files": Each(str),
@@ -148,15 +148,16 @@ def _task(folder: Path, index: int, record: Mapping[str, Any], facts: Mapping[st
     return Task(facts["name"], deltas, facts["report"])
 
 
-def check_base(contents: Contents, layers: Mapping[str, nn.Module]) -> None:
+def check_base(contents: Contents, layers: Mapping[str, nn.Module], others: Mapping[str, str]) -> None:
     """Check that a model has the weights that a memory was made from.
 
     Args:
         contents: the memory's.
         layers: full name → the model's layer, of those that the memory's targets name.
+        others: name → fingerprint of every other parameter of the model.
 
     Raises:
-        MethodError: naming a layer that differs.
+        MethodError: naming a layer or parameter that differs.
     """
     expected, base = contents.record["base"]["weights"], contents.record["base"]
     if different := sorted(set(expected) ^ set(layers)):
@@ -165,8 +166,10 @@ def check_base(contents: Contents, layers: Mapping[str, nn.Module]) -> None:
             f"{len(different)} differ, first {different[0]}",
             "load the model that the memory was made from",
         )
-    for name, layer in layers.items():
-        if fingerprint(layer.weight) != expected[name]:
+    now = {name: fingerprint(layer.weight) for name, layer in layers.items()} | dict(others)
+    # Memories of earlier versions recorded the weights of the layers alone.
+    for name, value in {**expected, **base.get("other_weights", {})}.items():
+        if now.get(name) != value:
             raise MethodError(
                 f"the weights of {name} are not those of the base that this memory was made from "
                 f"({contents.base_name or base['model']})",

@@ -311,6 +311,11 @@ def test_another_base_is_refused(learned_classifier, tmp_path):
         KeepLora.load(make_classifier(seed=1), tmp_path / "memory")
     with pytest.raises(MethodError, match="weights of body.0 .*merged into"):
         KeepLora.load(memory.model, tmp_path / "memory")
+    other = make_classifier()
+    name, parameter = list(other.named_parameters())[-1]
+    parameter.data.add_(1)
+    with pytest.raises(MethodError, match=f"weights of {name} are not those"):
+        KeepLora.load(other, tmp_path / "memory")
     with pytest.raises(ConfigError, match="matches no module"):
         KeepLora.load(nn.Sequential(nn.Linear(3, 3)), tmp_path / "memory")
 
