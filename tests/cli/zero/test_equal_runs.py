@@ -16,7 +16,7 @@ from zero_runs import STEADY, ZERO, answers, distances, first_tasks, halved, rou
 
 EVERY = [(family, stage) for family in ("clip", "llava") for stage in (None, *ZERO)]
 # Its scale and bias are vectors of one number, and its pooling head reads a weight without calling the layer.
-EVERY += [("siglip2", "zero-3"), ("siglip", "zero-2"), ("siglip", "zero-3")]
+EVERY += [("siglip2", "zero-3")]
 # Packed patches: rows of images are no examples.
 EVERY += [("qwen2_5_vl", stage) for stage in (None, "zero-2", "zero-3")]
 EVERY += [(kind, "zero-2") for kind in ("internvl", "paligemma")]
