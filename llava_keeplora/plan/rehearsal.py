@@ -75,9 +75,11 @@ class Rehearsal:
         return self.family.workload_task(self.largest)
 
     def _context(self, index: int) -> TaskContext:
-        """Return the context of a task, of which nothing can be asked that needs weights or data."""
+        """Return the context of a run's last task, which offers nothing that needs weights or data."""
         answers = _Repeated(self.largest)
-        ctx = TaskContext(index, self.largest.name, self.layers, _refuse_pass, _refuse_pass, 0, 0)
+        ctx = TaskContext(
+            index, self.largest.name, self.layers, _refuse_pass, _refuse_pass, 0, 0, tasks=index
+        )
         ctx.own_answers = lambda: answers
         return ctx
 

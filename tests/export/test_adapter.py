@@ -254,7 +254,7 @@ def test_parts_are_listed_with_commas_on_the_command_line(finished, capsys):
     assert cli.main([*arguments, "language,text"]) == 2
     assert "error: --parts names 'text', which 'keeplora' did not change; " in capsys.readouterr().err
     assert cli.main([*arguments, "language,connector"]) == 2
-    assert "error: 2 layers were trained in full" in capsys.readouterr().err
+    assert "error: 2 layers have updates of full rank" in capsys.readouterr().err
 
 
 def test_a_task_that_is_not_finished_is_refused(finished, tmp_path):
@@ -269,7 +269,9 @@ def test_a_task_that_is_not_finished_is_refused(finished, tmp_path):
 def test_a_method_that_does_not_merge_is_exported_as_a_state_alone(finished, tmp_path, monkeypatch):
     import dataclasses
 
-    method = run_export.METHODS["keeplora"]
+    from llava_keeplora.methods import METHODS
+
+    method = METHODS["keeplora"]
     monkeypatch.setattr(method, "info", dataclasses.replace(method.info, mergeable=False))
     with pytest.raises(ConfigError, match="does not merge into the base's weights; export --as state"):
         export_run(finished("clip"), "adapter", tmp_path / "new", base_id="you/base")

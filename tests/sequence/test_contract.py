@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from first_methods import FIRST
 from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, FullDelta, attach, concatenate
 from llava_keeplora.config import EvaluationConfig, parse_config
 from llava_keeplora.errors import ConfigError
@@ -29,11 +30,6 @@ LEARNING = [name for name, method in METHODS.items() if method.trainable]
 MERGEABLE = [name for name in LEARNING if METHODS[name].info.mergeable]
 #: These are stopped everywhere in test_resume.py.
 STOPPED_ELSEWHERE = ["seq-lora", "keeplora"]
-#: The runs of later methods are behind the marker, on every family; each has quick tests of its own.
-FIRST = [
-    *STOPPED_ELSEWHERE,
-    *("keeplora+", "keeplora++", "o-lora", "inflora", "sd-lora", "zscl", "moe-adapters", "iap"),
-]
 #: A router starts anew with every task, over experts that have learned already.
 STARTING_ANEW = ["moe-adapters"]
 
