@@ -57,6 +57,7 @@ def test_the_launcher_gives_the_same_numbers_and_a_quiet_terminal(
     ], err
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_training_and_gone_on_with_through_another_door_gives_the_same_numbers(
     config_file, start, launch, script, numbers, reference, tmp_path
 ):

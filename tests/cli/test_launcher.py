@@ -26,6 +26,7 @@ def processes_of(folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_deepspeed_takes_its_ranks_along(config_file, start, launcher, script, tmp_path):
     # Long enough that a rank which nobody stops would still be at work after the interval between two looks.
     longer = "training.num_train_epochs=500"

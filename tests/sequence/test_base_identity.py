@@ -161,6 +161,7 @@ def test_a_base_that_lies_elsewhere_with_the_same_content_is_the_same(place, cap
     assert cli.main(words) == 2 and "model.name_or_path: " in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_imported_state_is_refused_on_another_base(place, capfd):
     assert (
         cli.main(

@@ -340,7 +340,7 @@ def test_a_plan_leaves_out_and_names_what_it_cannot_rehearse_and_refuses_where_n
     why = "initializes its adapters from data"
     with pytest.raises(ConfigError, match=f"'inflora' {why}.*run it without a plan"):
         make_plan(parse_config(run_tree(tmp_path / "run", methods={"inflora": {}})))
-    names = runs_on("clip")
+    names = runs_on("clip", FIRST)
     plan = make_plan(parse_config(run_tree(tmp_path / "run", methods={name: {} for name in names})))
     assert [method.label for method in plan.methods] == [name for name in names if name not in plan.left_out]
     assert list(plan.left_out) == ["inflora", "zscl", "moe-adapters", "iap"]
