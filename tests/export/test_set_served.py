@@ -43,7 +43,7 @@ def test_in_a_fresh_process_with_plain_peft_every_stage_is_the_base_with_its_sum
     names = [member.name for member in done.members]
     generator = torch.Generator().manual_seed(0)
     inputs = {
-        "pixel_values": torch.randn(4, 3, 32, 32, generator=generator),
+        "pixel_values": torch.randn(4, 3, 16, 16, generator=generator),
         "input_ids": torch.randint(1, 20, (3, 6), generator=generator),
     }
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
