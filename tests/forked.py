@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 #: One server for all test files of a worker.
 SERVER = multiprocessing.get_context("forkserver")
@@ -119,14 +120,8 @@ class Forked:
 def ensure_server() -> None:
     """Start the server unless it runs, with this folder on its path: what it can't import it passes over in silence."""
     path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([HERE, *([path] if path else [])])
-    try:
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([HERE, *([path] if path else [])])):
         forkserver.ensure_running()
-    finally:
-        if path is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = path
 
 
 def patience() -> float:

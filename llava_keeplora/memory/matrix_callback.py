@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from llava_keeplora.capture import evaluating
 from llava_keeplora.distributed import is_main_process
 from llava_keeplora.errors import ConfigError, RunError, nearest
 from llava_keeplora.files import writable_folder
-from llava_keeplora.memory.passes import evaluating
 from llava_keeplora.report import Trial, write_report
 from llava_keeplora.report.run_matrix import RunMatrix
 from llava_keeplora.run_folder import MATRIX

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llava_keeplora.adapters import Delta
-from llava_keeplora.capture import feature_pass, gradient_pass
+from llava_keeplora.capture import evaluating, feature_pass, gradient_pass
 from llava_keeplora.memory.batch_task import BatchTask, MaskedStatistic
 from llava_keeplora.methods import Layer
 from llava_keeplora.models.task_model import blocks_recomputing
@@ -79,18 +79,6 @@ def update_features(deltas: Mapping[str, Delta], make: Make, fraction: float = 1
         r = torch.linalg.qr(delta.B.double()).R
         statistic.add((delta.scale * r @ delta.A.double()).float(), None)
     return statistics
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a model to evaluation mode, and give every module its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -45,6 +45,21 @@ class Layer:
     energy_feature: float
     auto: tuple[str, ...] = ()
 
+    @property
+    def largest_rank(self) -> int:
+        """The rank of the largest adapter that the layer may get."""
+        return min(self.rank, self.module.in_features, self.module.out_features)
+
+    def adapter(
+        self, rank: int, A: Tensor | None = None, B: Tensor | None = None, **trained: bool
+    ) -> AdapterInit:
+        """Return an adapter of some rank for the layer, with the same scale alpha / rank.
+
+        Args:
+            rank, A, B, trained: see `AdapterInit`.
+        """
+        return AdapterInit(rank, self.alpha / self.rank * rank, A, B, **trained)
+
     def capacity(self, protected: int) -> Capacity:
         """Return the layer's capacity with a number of protected directions."""
         return Capacity(self.module.in_features, protected, self.part)

@@ -49,13 +49,14 @@ from llava_keeplora.adapters import (
 )
 from llava_keeplora.deepspeed_zero import trained_values
 from llava_keeplora.errors import MethodError, nearest
-from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, SubspacePlan, TaskContext
+from llava_keeplora.methods.base import Holding, Layer, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.gradient_init import first_step_directions, gradient_statistic
 from llava_keeplora.methods.keeplora_plus_plus import block_factors
 from llava_keeplora.methods.layers import in_layer
+from llava_keeplora.methods.protecting import ProtectingMethod
 from llava_keeplora.methods.stiefel import Frame, StiefelAdamW
-from llava_keeplora.run_folder import CAPACITY, Stage
-from llava_keeplora.subspace import append_directions, empty_basis, feature_directions
+from llava_keeplora.run_folder import Stage
+from llava_keeplora.subspace import append_directions, feature_directions
 
 #: The width, or rank, at which a step is as long as AdamW's; LLaVA-1.5-7B's width.
 REFERENCE = 4096.0
@@ -74,7 +75,7 @@ class Scale(nn.Module):
         return self.weight * x
 
 
-class EbLora(Method):
+class EbLora(ProtectingMethod):
     """EBLoRA as `methods/eblora.py` describes it."""
 
     info = MethodInfo(
@@ -126,8 +127,6 @@ class EbLora(Method):
     def __init__(self, options: "EbLora.Options"):
         super().__init__(options)
         self.dropout = options.dropout
-        self.bases: dict[str, Tensor] = {}
-        self._added: dict[str, Tensor] = {}
         self._model: nn.Module | None = None
 
     def check(self, layers: Mapping[str, Layer]) -> None:
@@ -158,14 +157,7 @@ class EbLora(Method):
 
     def planned_adapters(self, layers: Mapping[str, Layer]) -> dict[str, AdapterInit]:
         """Return adapters of the largest rank that a layer may get."""
-        ranks = {
-            name: min(layer.rank, layer.module.in_features, layer.module.out_features)
-            for name, layer in layers.items()
-        }
-        return {
-            name: AdapterInit(rank, layers[name].alpha / layers[name].rank * rank, train_A=True)
-            for name, rank in ranks.items()
-        }
+        return {name: layer.adapter(layer.largest_rank, train_A=True) for name, layer in layers.items()}
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Return adapters with A = Vᵀ and B = U of the residual gradient; layers without one are left out.
@@ -173,7 +165,7 @@ class EbLora(Method):
         Raises:
             MethodError: if no layer has a direction left.
         """
-        bases = {name: self._basis(layer) for name, layer in ctx.layers.items()}
+        bases = {name: self.basis(layer) for name, layer in ctx.layers.items()}
         free = {name: layer.module.in_features - bases[name].shape[1] for name, layer in ctx.layers.items()}
         ranks = {
             name: min(layer.rank, free[name], layer.module.out_features)
@@ -198,11 +190,8 @@ class EbLora(Method):
         ctx.report["left_out"] = left_out
         inits = {}
         for name, leading in directions.items():
-            layer, rank = ctx.layers[name], leading.A.shape[1]
-            # alpha shrinks with the rank, so that the scale alpha / rank stays the same.
-            inits[name] = AdapterInit(
-                rank,
-                layer.alpha / layer.rank * rank,
+            inits[name] = ctx.layers[name].adapter(
+                leading.A.shape[1],
                 leading.A.T.cpu().contiguous(),
                 leading.right.cpu().contiguous(),
                 train_A=True,
@@ -242,7 +231,7 @@ class EbLora(Method):
             B: Any = layer.lora_B[ADAPTER].weight
             rank = layer.r[ADAPTER]
             widths = (rank, rank) if self.options.step_scale == "rank" else (A.shape[1], B.shape[0])
-            frames[A] = Frame(True, self._basis(ctx.layers[name]).to(A.device), widths[0])
+            frames[A] = Frame(True, self.basis(ctx.layers[name]).to(A.device), widths[0])
             frames[B] = Frame(False, None, widths[1])
         return StiefelAdamW(default.param_groups, frames, REFERENCE)
 
@@ -261,7 +250,7 @@ class EbLora(Method):
         self._added, energies = {}, ctx.report.setdefault("gradient_energy", {})
         if ctx.index:
             gradients = {
-                name: gradient_statistic(layer, self._basis(layer), None, ctx.seed)
+                name: gradient_statistic(layer, self.basis(layer), None, ctx.seed)
                 for name, layer in ctx.layers.items()
             }
             ctx.gradients(self.options.gradient_fraction, gradients)
@@ -271,9 +260,9 @@ class EbLora(Method):
                     continue
                 with in_layer(layer):
                     found = feature_directions(
-                        rows.T @ rows, self._basis(layer).to(rows.device), layer.energy_feature
+                        rows.T @ rows, self.basis(layer).to(rows.device), layer.energy_feature
                     )
-                grown = append_directions(self._basis(layer), found.new.cpu())
+                grown = append_directions(self.basis(layer), found.new.cpu())
                 self._added[name] = grown[:, grown.shape[1] - found.rank :].clone()
                 self.bases[name] = grown
                 energies[name] = {
@@ -281,17 +270,7 @@ class EbLora(Method):
                     "after": found.energy_after,
                     "new": found.rank,
                 }
-        ctx.report[CAPACITY] = {
-            name: layer.capacity(self._basis(layer).shape[1]).to_dict() for name, layer in ctx.layers.items()
-        }
-
-    def _basis(self, layer: Layer) -> Tensor:
-        """Return F (in, k)."""
-        return self.bases.get(layer.name, empty_basis(layer.module.in_features))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the columns that the last task added to each layer's F."""
-        return dict(self._added)
+        self.report_capacity(ctx)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return the columns of F in a task's state; the base has none."""
@@ -306,8 +285,4 @@ class EbLora(Method):
         self.bases = {}
         for state in states:
             for name, new in state.items():
-                self.bases[name] = torch.cat([self.bases[name], new], dim=1) if name in self.bases else new
-
-    def capacity(self) -> dict[str, int]:
-        """Return layer name → k."""
-        return {name: basis.shape[1] for name, basis in self.bases.items()}
+                self.append_columns(name, new)

@@ -36,18 +36,18 @@ from torch import Tensor
 
 from llava_keeplora.adapters import AdapterInit
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, TaskContext
+from llava_keeplora.methods.base import Holding, Layer, MethodInfo, TaskContext
 from llava_keeplora.methods.input_moments import AND, input_moments, least_moments
-from llava_keeplora.run_folder import CAPACITY, Stage
+from llava_keeplora.methods.protecting import ProtectingMethod
+from llava_keeplora.run_folder import Stage
 from llava_keeplora.subspace import (
     append_directions,
-    empty_basis,
     feature_directions,
     leading_directions,
 )
 
 
-class InfLora(Method):
+class InfLora(ProtectingMethod):
     """InfLoRA as `methods/inflora.py` describes it."""
 
     info = MethodInfo(
@@ -76,11 +76,6 @@ class InfLora(Method):
                     "set it to 0 for the same energy_feature in all tasks",
                 )
 
-    def __init__(self, options: "InfLora.Options"):
-        super().__init__(options)
-        self.bases: dict[str, Tensor] = {}
-        self._added: dict[str, Tensor] = {}
-
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
         """Return the bytes of Φ in fp32; see `least_moments`."""
         return least_moments(layers)
@@ -95,15 +90,13 @@ class InfLora(Method):
         for names, moment in self._moments(ctx):
             rank = max(ctx.layers[name].rank for name in names)
             A = leading_directions(
-                moment, self._basis(ctx.layers[names[0]]).to(moment.device), rank
+                moment, self.basis(ctx.layers[names[0]]).to(moment.device), rank
             ).T.cpu() / math.sqrt(3)
             for name in names:
                 layer, layer_rank = ctx.layers[name], min(len(A), ctx.layers[name].rank)
                 left_out[name] = "no input outside the protected subspace"
                 if layer_rank:
-                    # alpha shrinks with the rank, so that the scale s = alpha / rank stays the same.
-                    alpha = layer.alpha / layer.rank * layer_rank
-                    inits[name] = AdapterInit(layer_rank, alpha, A[:layer_rank].clone())
+                    inits[name] = layer.adapter(layer_rank, A[:layer_rank].clone())
                     del left_out[name]
         if not inits:
             raise MethodError(
@@ -119,7 +112,7 @@ class InfLora(Method):
         for names, moment in self._moments(ctx) if ctx.index else ():
             layer = ctx.layers[names[0]]
             basis, energy = (
-                self._basis(layer),
+                self.basis(layer),
                 min(1.0, layer.energy_feature + (ctx.index - 1) * self.options.energy_step),
             )
             # The eigenvalues of Φ² are the energies of Φ.
@@ -135,13 +128,7 @@ class InfLora(Method):
                     "new": directions.rank,
                 },
             )
-        ctx.report[CAPACITY] = {
-            name: layer.capacity(self._basis(layer).shape[1]).to_dict() for name, layer in ctx.layers.items()
-        }
-
-    def _basis(self, layer: Layer) -> Tensor:
-        """Return M (in, k)."""
-        return self.bases.get(layer.name, empty_basis(layer.module.in_features))
+        self.report_capacity(ctx)
 
     def _moments(self, ctx: TaskContext) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """Yield (names of layers that read the same tensor, its Φ (in, in) scaled to trace 1).
@@ -152,10 +139,6 @@ class InfLora(Method):
         for names, total in input_moments(ctx):
             moment = total.matrix.double()
             yield names, moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the columns that the last task added to M, once for layers that read the same tensor."""
-        return dict(self._added)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return the columns of M in a task's state, one tensor for layers that read the same tensor."""
@@ -173,10 +156,4 @@ class InfLora(Method):
         for state in states:
             for key, new in state.items():
                 for name in key.split(AND):
-                    self.bases[name] = (
-                        torch.cat([self.bases[name], new], dim=1) if name in self.bases else new
-                    )
-
-    def capacity(self) -> dict[str, int]:
-        """Return layer name → k."""
-        return {name: basis.shape[1] for name, basis in self.bases.items()}
+                    self.append_columns(name, new)

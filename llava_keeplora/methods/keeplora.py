@@ -41,7 +41,7 @@ from torch import Tensor
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas, dense_weight, project_deltas
 from llava_keeplora.errors import MethodError, nearest
-from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, SubspacePlan, TaskContext
+from llava_keeplora.methods.base import Holding, Layer, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.feature_budget import BUDGET, budget_left, feature_budgets
 from llava_keeplora.methods.gradient_init import (
     first_step_directions,
@@ -56,7 +56,8 @@ from llava_keeplora.methods.keeplora_log import (
 )
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
-from llava_keeplora.run_folder import CAPACITY, Stage
+from llava_keeplora.methods.protecting import ProtectingMethod
+from llava_keeplora.run_folder import Stage
 from llava_keeplora.subspace import (
     FeatureDirections,
     ShapeError,
@@ -74,7 +75,7 @@ CHOICES = {
 }
 
 
-class KeepLora(Method):
+class KeepLora(ProtectingMethod):
     """KeepLoRA as `methods/keeplora.py` describes it."""
 
     info = MethodInfo(
@@ -167,8 +168,6 @@ class KeepLora(Method):
         self.form = options.form or self.rules.form
         self.one_process = self.rules.one_process and options.protect_features
         self.sketched = (options.gradient or self.rules.gradient) == "sketch"
-        self.bases: dict[str, Tensor] = {}
-        self._added: dict[str, Tensor] = {}
 
     def check(self, layers: Mapping[str, Layer]) -> None:
         """Check that the preset has a rule for every layer, and that every layer has room for its rank.
@@ -238,9 +237,7 @@ class KeepLora(Method):
             name: self.bases[name][:, -new.shape[1] or self.bases[name].shape[1] :]
             for name, new in self._added.items()
         }
-        ctx.report[CAPACITY] = {
-            name: layer.capacity(self.bases[name].shape[1]).to_dict() for name, layer in ctx.layers.items()
-        }
+        self.report_capacity(ctx)
         budgets = {} if ctx.index else feature_budgets(ctx.layers, self.bases, ctx.tasks)
         if budgets and self.options.protect_features:
             ctx.report[BUDGET] = budgets
@@ -385,12 +382,8 @@ class KeepLora(Method):
             A, B = leading.A.T.cpu(), (leading.right * leading.singular_values).cpu()
             if self.options.init == "random":
                 A, B = random_directions(A.shape[0], self.bases[name], generator), torch.zeros_like(B)
-            # A task of few classes, or a nearly full layer, has fewer than r directions; alpha shrinks with
-            # the rank, so that the scale s = alpha / rank stays the same.
-            rank = A.shape[0]
-            inits[name] = AdapterInit(
-                rank, layer.alpha / layer.rank * rank, A, B if self.form == "literal" else None
-            )
+            # A task of few classes, or a nearly full layer, has fewer than r directions.
+            inits[name] = layer.adapter(A.shape[0], A, B if self.form == "literal" else None)
             records[name] = gradient_record(leading)
         if not inits:
             raise MethodError(
@@ -413,10 +406,6 @@ class KeepLora(Method):
         """Return ΔW (I − M' M'ᵀ) of every adapted layer; layers of which nothing is left are missing."""
         return project_deltas(deltas, self.bases)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the columns that the last `after_task` added to each layer's basis."""
-        return dict(self._added)
-
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return the columns of M' in a task's state; on the base, every layer has some."""
         return {
@@ -429,8 +418,4 @@ class KeepLora(Method):
         self.bases = {}
         for state in states:
             for name, new in state.items():
-                self.bases[name] = torch.cat([self.bases[name], new], dim=1) if name in self.bases else new
-
-    def capacity(self) -> dict[str, int]:
-        """Return layer name → k."""
-        return {name: basis.shape[1] for name, basis in self.bases.items()}
+                self.append_columns(name, new)

@@ -95,14 +95,7 @@ class NusaCl(Method):
 
     def planned_adapters(self, layers: Mapping[str, Layer]) -> dict[str, AdapterInit]:
         """Return adapters of the largest rank that a layer may get."""
-        ranks = {
-            name: min(layer.rank, layer.module.in_features, layer.module.out_features)
-            for name, layer in layers.items()
-        }
-        return {
-            name: AdapterInit(rank, layers[name].alpha / layers[name].rank * rank, train_B=False)
-            for name, rank in ranks.items()
-        }
+        return {name: layer.adapter(layer.largest_rank, train_B=False) for name, layer in layers.items()}
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Return adapters with V_nᵀ as A and U_n as B, both frozen.
@@ -117,9 +110,8 @@ class NusaCl(Method):
             if not rank:
                 left_out[name] = f"its {tail.principal} directions are all needed for energy_weight"
                 continue
-            alpha = layer.alpha / layer.rank * rank
-            inits[name] = AdapterInit(
-                rank, alpha, tail.right.T.float().cpu(), tail.left.float().cpu(), train_B=False
+            inits[name] = layer.adapter(
+                rank, tail.right.T.float().cpu(), tail.left.float().cpu(), train_B=False
             )
         if not inits:
             raise MethodError(

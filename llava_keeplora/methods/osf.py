@@ -33,12 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_keeplora.adapters import AdapterInit, Delta, Deltas, FullDelta, is_quantised
+from llava_keeplora.adapters import ADAPTER, AdapterInit, Delta, Deltas, FullDelta, is_quantised
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods.base import Layer, Method, MethodInfo, TaskContext
 from llava_keeplora.run_folder import CAPACITY
-
-ADAPTER = "default"
 
 
 class Osf(Method):

@@ -38,15 +38,16 @@ from torch import Tensor
 
 from llava_keeplora.adapters import AdapterInit
 from llava_keeplora.errors import MethodError
-from llava_keeplora.methods.base import Holding, Layer, Method, MethodInfo, SubspacePlan, TaskContext
+from llava_keeplora.methods.base import Holding, Layer, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.input_moments import AND, input_moments, least_moments, second_moments
-from llava_keeplora.run_folder import CAPACITY, Stage
-from llava_keeplora.subspace import empty_basis, least_share, residual
+from llava_keeplora.methods.protecting import ProtectingMethod
+from llava_keeplora.run_folder import Stage
+from llava_keeplora.subspace import least_share, residual
 
 MOMENT, BASIS = "moment", "basis"
 
 
-class SplitLora(Method):
+class SplitLora(ProtectingMethod):
     """SplitLoRA as `methods/splitlora.py` describes it."""
 
     info = MethodInfo(
@@ -77,9 +78,7 @@ class SplitLora(Method):
 
     def __init__(self, options: "SplitLora.Options"):
         super().__init__(options)
-        self.bases: dict[str, Tensor] = {}
         self._moments: dict[str, Tensor] = {}
-        self._added: dict[str, Tensor] = {}
 
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
         """Return the bytes of Φ in fp32; see `least_moments`."""
@@ -116,14 +115,13 @@ class SplitLora(Method):
         # Sorted, so that the order of a configuration's parts does not change what is drawn.
         for name, layer in sorted(ctx.layers.items()):
             width = layer.module.in_features
-            basis = self._basis(layer)
+            basis = self.basis(layer)
             rank = min(layer.rank, width - basis.shape[1])
             if not rank:
                 left_out[name] = "no room outside the protected directions"
                 continue
             A = random_rows(rank, basis, ctx.index, generator)
-            # alpha shrinks with the rank, so that the scale s = alpha / rank stays the same.
-            inits[name] = AdapterInit(rank, layer.alpha / layer.rank * rank, A)
+            inits[name] = layer.adapter(rank, A)
         if not inits:
             raise MethodError(
                 f"no adapted layer has a direction left for task '{ctx.name}'", "raise plasticity"
@@ -144,17 +142,7 @@ class SplitLora(Method):
             self._added |= {f"{MOMENT}.{key}": new, f"{BASIS}.{key}": basis}
             self.bases |= dict.fromkeys(names, basis)
             energies |= dict.fromkeys(names, {"after": share, "protected": basis.shape[1]})
-        ctx.report[CAPACITY] = {
-            name: layer.capacity(self._basis(layer).shape[1]).to_dict() for name, layer in ctx.layers.items()
-        }
-
-    def _basis(self, layer: Layer) -> Tensor:
-        """Return the protected directions (in, n)."""
-        return self.bases.get(layer.name, empty_basis(layer.module.in_features))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the last task's mean x xᵀ, and the directions chosen after it, once per distinct input."""
-        return dict(self._added)
+        self.report_capacity(ctx)
 
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return the tensors of a task's state: a moment and a basis for every distinct input."""
@@ -177,10 +165,6 @@ class SplitLora(Method):
                     self._moments[key] = self._moments.get(key, torch.zeros_like(value)) + value
                 else:
                     self.bases |= dict.fromkeys(key.split(AND), value)
-
-    def capacity(self) -> dict[str, int]:
-        """Return layer name → n."""
-        return {name: basis.shape[1] for name, basis in self.bases.items()}
 
 
 def protected_directions(moment: Tensor, tasks: int, plasticity: float) -> tuple[Tensor, float]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from llava_keeplora.adapters import ADAPTER, lora_layers
+from llava_keeplora.capture import evaluating
 from llava_keeplora.deepspeed_zero import gathered
 
 
@@ -35,19 +36,14 @@ class TaskStart:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Put the model into evaluation mode and that state for a forward pass, without gradients."""
-        training = [module for module in self._model.modules() if module.training]
         scales = {name: layer.scaling[ADAPTER] for name, layer in self._adapters.items()}
         now = self._exchange(self._values)
         for layer in self._adapters.values():
             layer.scaling[ADAPTER] = 0.0
-        for module in training:
-            module.training = False
         try:
-            with torch.no_grad():
+            with evaluating(self._model), torch.no_grad():
                 yield
         finally:
-            for module in training:
-                module.training = True
             for name, layer in self._adapters.items():
                 layer.scaling[ADAPTER] = scales[name]
             self._exchange(now)
