@@ -120,6 +120,9 @@ INFO = {
     "peak_of?": str,
     "steps?": COUNT,
     "trained_parameters?": COUNT,
+    "examples?": Each(COUNT),
+    "passes?": Each(COUNT),
+    "task_id_at_test?": bool,
     "callbacks?": [str],
     "test_seconds?": {"untouched": NUMBER, "learned": NUMBER},
 }

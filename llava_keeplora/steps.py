@@ -40,16 +40,25 @@ class Budget:
         examples: number of its training examples.
         batch: examples of one optimiser step over all processes.
         steps: number of optimiser steps.
+        total: number of examples that all steps see together; None for passes over `examples`.
     """
 
     examples: int
     batch: int
     steps: int
+    total: int | None = None
 
     @classmethod
     def of(cls, training: Mapping[str, Any], examples: int, world: int) -> Budget:
         """Return the budget of a task that is trained on its own examples; arguments as `optimiser_steps`."""
         return cls(examples, step_size(training, world), optimiser_steps(training, examples, world))
+
+    @classmethod
+    def taken(cls, training: Mapping[str, Any], examples: int, world: int, steps: int) -> Budget:
+        """Return the budget of a training that took some steps; arguments as `optimiser_steps`."""
+        batch = int(training.get("per_device_train_batch_size", 8)) * world
+        kept = examples // batch * batch if training.get("dataloader_drop_last") else examples
+        return cls(kept, step_size(training, world), steps)
 
     @property
     def seen(self) -> int:
@@ -57,5 +66,7 @@ class Budget:
 
         The last step of a pass over the data has what is left of them.
         """
+        if self.total is not None:
+            return self.total
         passes, steps = divmod(self.steps, -(-self.examples // self.batch) or 1)
         return passes * self.examples + min(steps * self.batch, self.examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,6 +98,8 @@ class TaskContext:
         data: returns the training data of a task of the run, counted from 1; for 0 those of
             `general_data_spec`.
         budgets: what each task's training takes.
+        passes: kind → examples that went through the model in this stage besides the training's own batches;
+            what goes around these hooks is added by the method.
     """
 
     index: int
@@ -121,6 +124,7 @@ class TaskContext:
     own_answers: Callable[[], Any] | None = None
     data: Callable[[int], TaskData] | None = None
     budgets: Sequence[Budget] = ()
+    passes: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)

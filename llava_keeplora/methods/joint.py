@@ -4,9 +4,10 @@ Source: multitask learning (Caruana 1997, https://doi.org/10.1023/A:100737960673
 tables of continual learning.
 
 One LoRA adapter is trained on the training data of all tasks, shuffled together, from the untouched base, in
-as many optimiser steps as the tasks take one by one. Every example is seen as often as it is alone, and the
-loss of a step is the mean over all its examples (over their answers' tokens, for models that write answers),
-each with the class prompts and the prompt of its own task. All tasks are scored once.
+as many optimiser steps as the tasks take one by one. Every example is seen as often as it is alone, so that
+the row trains on exactly as many examples as sequential LoRA over the whole sequence. The loss of a step is
+the mean over all its examples (over their answers' tokens, for models that write answers), each with the
+class prompts and the prompt of its own task. All tasks are scored once.
 
 The training takes the place of the last task's; the tasks before it train nothing. A run that is extended
 trains on all its tasks again.
@@ -48,6 +49,7 @@ class Joint(SequentialLora):
             sum(task.examples for task in budgets) if last else 0,
             max(task.batch for task in budgets),
             sum(task.steps for task in budgets) if last else 0,
+            sum(task.seen for task in budgets) if last else 0,
         )
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:

@@ -43,7 +43,7 @@ Differences:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -55,7 +55,7 @@ from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, Task
 from llava_keeplora.methods.condu import Unified
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.switching import ZERO3_CONFLICT, SwitchingPredictor, carrying
-from llava_keeplora.methods.task_router import PROTOTYPES, TaskRouter, check_routing
+from llava_keeplora.methods.task_router import ORACLE, PROTOTYPES, TaskRouter, check_routing
 from llava_keeplora_eval.predictors import Predictor
 
 MEAN, TIES, WISE_FT, CONDU = RULES = ("mean", "ties", "wise-ft", "condu")
@@ -110,6 +110,8 @@ class Merge(SequentialLora):
         self.cumulative, self.supports_zero3 = options.rule == WISE_FT, options.rule != CONDU
         self.router = TaskRouter(options.routing) if options.rule == CONDU else None
         self.stage_cost = self.router.stage_cost if self.router else {}
+        given = self.router is not None and options.routing == ORACLE
+        self.info = replace(self.info, task_id_at_test=given)
         self._unified = Unified()
 
     @property

@@ -107,7 +107,7 @@ class Replay(SequentialLora):
         """Return the task's own steps, with the examples that are added to each."""
         own, options = budgets[index - 1], self.options
         added = options.ratio * (index > 1) + options.general_ratio * (options.general is not None)
-        return replace(own, batch=round(own.batch * (1 + added)))
+        return replace(own, batch=round(own.batch * (1 + added)), total=round(own.seen * (1 + added)))
 
     def mixture(self, ctx: TaskContext) -> Mixture | None:
         """Return the task's examples with those that each step adds; None where none are added."""

@@ -37,7 +37,7 @@ Differences from the official code (bjzhb666/MLLM-CL):
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ from llava_keeplora.adapters import AdapterInit, BaseWeights, Deltas
 from llava_keeplora.methods.base import AnswerContext, Holding, MethodInfo, TaskContext
 from llava_keeplora.methods.seq_lora import SequentialLora
 from llava_keeplora.methods.switching import ZERO3_CONFLICT, SwitchingPredictor, carrying
-from llava_keeplora.methods.task_router import PROTOTYPES, TaskRouter, check_routing
+from llava_keeplora.methods.task_router import ORACLE, PROTOTYPES, TaskRouter, check_routing
 from llava_keeplora_eval.predictors import Predictor
 
 
@@ -82,6 +82,7 @@ class TaskLora(SequentialLora):
         super().__init__(options)
         self.router = TaskRouter(options.routing)
         self.stage_cost = self.router.stage_cost
+        self.info = replace(self.info, task_id_at_test=options.routing == ORACLE)
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
         """Return a new adapter for every layer."""

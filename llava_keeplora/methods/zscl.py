@@ -176,6 +176,7 @@ class Zscl(Method):
         stacked = stack_images(self.reference.images(chosen))
         images = {key: value.to(self._texts.device) for key, value in stacked.items()}
         images = to_dtype(images, self._texts.dtype)
+        ctx.passes["reference"] += 2 * len(chosen)  # Through the teacher and the student.
         with torch.no_grad():
             teacher = class_logits(self._teacher, image_features(self._teacher, **images), self._texts)
         student = class_logits(ctx.model, image_features(ctx.model, **images), self._texts)

@@ -10,7 +10,7 @@ from html import escape
 
 from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
 from llava_keeplora.report.figures import DPI
-from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
+from llava_keeplora.report.resources import NEEDS_COLUMNS, budget_note, needs_rows
 from llava_keeplora.report.results import Results, Trial, is_bound, matrices, mean_matrix, mean_scores
 from llava_keeplora.report.tables import (
     SCORE_COLUMNS,
@@ -123,6 +123,7 @@ def _summary(results: Results) -> str:
     spread = SPREAD if any(len(trials) > 1 for trials in results.values()) else ""
     needs = needs_rows(results)
     resources = html_table(NEEDS_COLUMNS, html_rows(needs)) if needs else ""
+    resources += f"<p>{escape(note)}</p>\n" if (note := budget_note(results)) else ""
     bounds = BOUNDS if any(map(is_bound, by_name.values())) else ""
     return f"<p>{LEGEND}{bounds}{spread}</p>\n{html_table(summary_header(by_name), body)}{resources}"
 

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from llava_keeplora.report.resources import NEEDS_COLUMNS, NUMBER_COLUMNS, needs_numbers, needs_rows
 from llava_keeplora.report.results import Results, deviation, matrices, mean, mean_matrix
 from llava_keeplora.report.tables import (
     is_baseline,
@@ -31,16 +32,19 @@ LATEX = {
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
     "…": r"\ldots{}",
+    "×": r"$\times$",
 }
 
 
 def latex_tables(title: str, results: Results, precision: int = 1) -> str:
-    """Return the summary and every matrix as `tabular` environments with the booktabs package's rules."""
+    """Return the summary, the resources and every matrix as `tabular`s with the booktabs package's rules."""
     parts = [
         f"% {' '.join(title.split())}: scores in percent, mean and sample standard deviation. Needs "
         f"\\usepackage{{booktabs}}."
     ]
     parts.append(latex_table(summary_header(matrices(results)), summary_rows(matrices(results), precision)))
+    needs = needs_rows(results)
+    parts += ["% Resources of the methods.", latex_table(NEEDS_COLUMNS, needs)] if needs else []
     for name, trials in results.items():
         if is_baseline(name, [trial.matrix for trial in trials]):
             continue
@@ -86,9 +90,10 @@ def summary_csv(results: Results) -> str:
 def summary_numbers(results: Results) -> tuple[list[str], list[list]]:
     """Return a header, and one row per run, unrounded.
 
-    The columns are n, then mean and sample standard deviation of every aggregate; None where undefined.
+    The columns are n, mean and sample standard deviation of every aggregate, and the means of the method's
+    resources; None where undefined.
     """
-    by_name = matrices(results)
+    by_name, needs = matrices(results), needs_numbers(results)
     runs = {name: trials for name, trials in by_name.items() if not is_baseline(name, trials)}
     rows = []
     for name, trials in {**zero_shot_constants(by_name), **runs}.items():
@@ -96,8 +101,9 @@ def summary_numbers(results: Results) -> tuple[list[str], list[list]]:
         cells = [
             number(values[key] for values in metrics) for key in AGGREGATES for number in (mean, deviation)
         ]
-        rows.append([name, len(trials), *cells])
-    return ["run", "n", *(f"{key}_{number}" for key in AGGREGATES for number in ("mean", "sd"))], rows
+        rows.append([name, len(trials), *cells, *needs.get(name, [None] * len(NUMBER_COLUMNS))])
+    aggregates = [f"{key}_{number}" for key in AGGREGATES for number in ("mean", "sd")]
+    return ["run", "n", *aggregates, *NUMBER_COLUMNS], rows
 
 
 def scores_csv(results: Results) -> str:

@@ -37,13 +37,22 @@ class Needs:
 
     Args:
         trained: number of parameters that a task trains.
-        kept_bytes: bytes of a task's files that later tasks or the final model need.
+        kept_bytes: bytes of a task's files that later tasks or the final model need, kept examples included.
         test_seconds: extra time to answer an example, compared with the base model.
+        examples: number of examples that all training steps saw, each as often as it was seen.
+        training_passes: the same per training example of the tasks.
+        other_passes: kind (`gradient`, `feature`, `forward`, `answer`, `reference`) → examples that went
+            through the model besides, per training example of the tasks.
+        inputs: what it needs beyond the task's own data; None before its last task is closed.
     """
 
     trained: float | None
     kept_bytes: float | None
     test_seconds: float | None
+    examples: int | None = None
+    training_passes: float | None = None
+    other_passes: Mapping[str, float] | None = None
+    inputs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llava_keeplora.report.cost import COST_COLUMNS, cost_rows
-from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
+from llava_keeplora.report.resources import NEEDS_COLUMNS, budget_note, needs_rows
 from llava_keeplora.report.results import Results, Trial, matrices, mean_matrix, mean_scores, spread
 from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_eval.matrix import MISSING, ZERO_SHOT, Matrix, format_number
@@ -155,6 +155,7 @@ def markdown_tables(title: str, results: Results, precision: int = 1) -> str:
     parts = [f"# {title}\n\n{summary_table(matrices(results), precision)}"]
     needs = needs_rows(results)
     parts += [markdown_table(NEEDS_COLUMNS, needs)] if needs else []
+    parts += [f"{note}\n"] if (note := budget_note(results)) else []
     for name, trials in results.items():
         per_seed = [trial.matrix for trial in trials]
         parts.append(f"## {name}{of_seeds(trials)}\n\n{mean_matrix(per_seed).markdown(precision)}")

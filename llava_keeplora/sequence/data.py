@@ -131,6 +131,11 @@ class Batches:
         return [i * len(self.inputs) // count for i in range(count)]
 
     @property
+    def share(self) -> int:
+        """Number of the chosen examples that this process takes."""
+        return len(self.chosen[self.rank :: self.world])
+
+    @property
     def weight(self) -> int:
         """The weight of all chosen examples together in the mean loss."""
         return sum(self.inputs.weights[i] for i in self.chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import set_seed
 
 from llava_keeplora.config import ZERO_SHOT, MethodConfig
+from llava_keeplora.distributed import all_gather_object
 from llava_keeplora.errors import RunError
 from llava_keeplora.journal import Entry, next_stage, open_stages
 from llava_keeplora.run_folder import SCORES, Stage, differences, read_record
@@ -66,6 +68,7 @@ class MethodRun(MethodState):
                 f"{self.config.label} {self._where(index)}: {ACTIVITY[stage]}", self._cost(index, stage)
             ):
                 set_seed(stage_seed(self.context.config.seed, index, stage))
+                self.passes.clear()
                 start = time.perf_counter()
                 with peak_memory(self.context.device) as peak:
                     files, info = STAGES[stage](self, index)
@@ -93,6 +96,8 @@ class MethodRun(MethodState):
     ) -> None:
         """Enter a stage that is done into the journal, with the hashes of what it wrote."""
         peak["peak_bytes"] = self.context.most(peak["peak_bytes"])
+        passes: Counter[str] = sum(all_gather_object(self.passes), Counter())
+        info |= {"passes": dict(sorted(passes.items()))} if passes else {}
         self.context.barrier()
         hashes = {str(path.relative_to(self.folder)): file_hash(path) for path in files}
         entry = Entry(index, stage, round(seconds, 3), hashes, info | peak | worker_counts())

@@ -6,6 +6,7 @@ It holds the method, the layers that it changes, and its scores, and rebuilds th
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class MethodState:
         self.layers, self.full, self.unreachable = self._find_layers()
         self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
         self.method.reference = context.references.get(config.label)
+        #: Kind → examples that went through the model in the present stage; see `TaskContext.passes`.
+        self.passes: Counter[str] = Counter()
 
     # --- names and files ---------------------------------------------------------------------------
 

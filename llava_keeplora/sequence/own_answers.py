@@ -50,7 +50,7 @@ def own_answers(state: MethodState, index: int) -> Inputs:
     context, data, path = state.context, state.tasks[index - 1].train, state.path(index, OWN_ANSWERS)
     images = context.cache.split(data)
     # The main process alone leaves the joined file behind, so that all of them see the same.
-    if len(read_predictions(path, data)) < len(data):
+    if missing := len(data) - len(read_predictions(path, data)):
         with context.zero.engaged(context.family.model):
             predict_to_file(
                 context.family.predictor(data.recipe, images),
@@ -66,6 +66,7 @@ def own_answers(state: MethodState, index: int) -> Inputs:
         context.barrier()
         if context.rank == 0:
             join_shards(path, data)
+            state.passes["answer"] += missing
         context.barrier()
     texts = read_predictions(path, data)
     rows = [row for row, example in enumerate(data.ids) if texts[example].strip()]

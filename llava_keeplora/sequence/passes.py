@@ -54,6 +54,7 @@ def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
         own_answers=functools.partial(own_answers, state, index),
         data=state.training_data,
         budgets=state.budgets(),
+        passes=state.passes,
     )
 
 
@@ -98,6 +99,7 @@ def run_gradient_pass(
         task.recomputing(training),
     ):
         gradient_pass(task, state.adapted, batches, total, statistics, per_example)
+    state.passes["gradient"] += chosen.share
     return len(chosen.chosen)
 
 
@@ -128,7 +130,8 @@ def run_feature_pass(
         for name, statistic in of_layer.items():
             statistic.add(rows[name][None], None)
         return of_layer
-    batches, _ = _batches(state, index, fraction, FEATURE_COST)
+    batches, chosen = _batches(state, index, fraction, FEATURE_COST)
+    state.passes["feature"] += chosen.share
     task = context.family.task(state.tasks[index - 1].recipe)
     task = task.at_every_position() if state.method.every_position else task
     parts = {name: layer.part for name, layer in state.layers.items()}
@@ -157,7 +160,9 @@ def update_rows(state: MethodState, index: int) -> dict[str, Tensor]:
 
 def counted_batches(state: MethodState, index: int) -> Iterator[dict[str, Tensor]]:
     """Yield this process's batches of a task's training data, in order, without padding batches."""
-    return (batch for batch, counts in _batches(state, index, 1.0, FEATURE_COST)[0] if counts)
+    batches, chosen = _batches(state, index, 1.0, FEATURE_COST)
+    state.passes["forward"] += chosen.share
+    return (batch for batch, counts in batches if counts)
 
 
 def training_predictor(state: MethodState, index: int) -> Predictor:
@@ -173,6 +178,7 @@ def training_examples(state: MethodState, index: int) -> Iterator[list[Example]]
     for start in range(0, len(share), size):
         rows = share[start : start + size]
         yield [data[row] for row in rows]
+        state.passes["forward"] += len(rows)
         context.progress.advance(FEATURE_COST * len(rows) * context.world)
 
 

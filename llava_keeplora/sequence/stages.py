@@ -211,8 +211,9 @@ def _answer(state: MethodState, index: int, task: Task) -> float:
 def close(state: MethodState, index: int) -> Outcome:
     """Sum up the time of a task's stages; after the last task, also measure the latency of answers."""
     seconds = sum(entry.seconds for entry in state.journal.entries if entry.task == index)
+    needs = {"task_id_at_test": state.method.info.task_id_at_test} if index else {}
     latency = {"test_seconds": _latency(state, index)} if index and index == state.count else {}
-    return [], {"seconds": round(seconds, 1), **latency}
+    return [], {"seconds": round(seconds, 1), **needs, **latency}
 
 
 def _latency(state: MethodState, index: int) -> dict[str, float]:

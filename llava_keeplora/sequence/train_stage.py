@@ -43,6 +43,7 @@ from llava_keeplora.sequence.reporters import end_own_place, give_own_place
 from llava_keeplora.sequence.trainer import CURE, Indices, TaskTrainer, without_timings
 from llava_keeplora.start import Task
 from llava_keeplora.start.training_args import training_arguments
+from llava_keeplora.steps import Budget
 
 
 def train(state: MethodState, index: int) -> Outcome:
@@ -78,7 +79,7 @@ def train(state: MethodState, index: int) -> Outcome:
             trained_parameters = sum(
                 number_count(p) for p in context.family.model.parameters() if p.requires_grad
             )
-            history, deltas, extra_state = _train(state, ctx, task, read_deltas)
+            history, examples, deltas, extra_state = _train(state, ctx, task, read_deltas)
     finally:
         detach(wrapper)
     _check_finite(task, history["steps"], deltas, extra_state)
@@ -90,7 +91,11 @@ def train(state: MethodState, index: int) -> Outcome:
         StepCheckpoint(state.path(index)).remove()
     context.barrier()
     files = [delta_path, log_path] + [extra_path] * bool(extra_state)
-    info = {"steps": history["steps"], "trained_parameters": trained_parameters}
+    info = {
+        "steps": history["steps"],
+        "trained_parameters": trained_parameters,
+        "examples": {str(source): count for source, count in sorted(examples.items())},
+    }
     return files, info | context.objects.callback_names()
 
 
@@ -101,16 +106,16 @@ def _untrained(state: MethodState, index: int) -> Outcome:
         save_deltas(delta_path, {})
         write_json(log_path, {"steps": 0, "history": [], "report": {}})
     state.context.barrier()
-    return [delta_path, log_path], {"steps": 0, "trained_parameters": 0}
+    return [delta_path, log_path], {"steps": 0, "trained_parameters": 0, "examples": {}}
 
 
 def _train(
     state: MethodState, ctx: TaskContext, task: Task, read_deltas: Callable[[], dict[str, Delta | FullDelta]]
-) -> tuple[dict[str, Any], dict[str, Delta | FullDelta], dict[str, Tensor]]:
+) -> tuple[dict[str, Any], dict[int, int], dict[str, Delta | FullDelta], dict[str, Tensor]]:
     """Run the Trainer; `read_deltas` is called while a DeepSpeed engine still holds its fp32 copies.
 
     Returns:
-        (the Trainer's log, the deltas, the method's `extra_state`).
+        (the Trainer's log, `_examples`, the deltas, the method's `extra_state`).
     """
     context, index = state.context, ctx.index
     cost = GRADIENT_COST * state.method.budget(index, ctx.budgets).batch
@@ -134,13 +139,23 @@ def _train(
         "loss": result.training_loss,
         "history": without_timings(trainer.state.log_history),
     }
+    examples = _examples(state, index, mixture, history["steps"])
     deltas, extra_state = read_deltas(), state.method.extra_state()
     trainer.accelerator.free_memory()
     forget_engine(context.family.model.parameters())
     context.family.model.eval().requires_grad_(False)
     del trainer
     gc.collect()
-    return history, deltas, extra_state
+    return history, examples, deltas, extra_state
+
+
+def _examples(state: MethodState, index: int, mixture: Mixture | None, steps: int) -> dict[int, int]:
+    """Return task → examples of it that the steps of a task's training saw, each as often as it was seen."""
+    if mixture:
+        seen = mixture.sources[: int(mixture.sizes[:steps].sum())]
+        return {int(source): int((seen == source).sum()) for source in seen.unique()}
+    inputs, world = state.context.inputs[index - 1], state.context.world
+    return {index: Budget.taken(state.trainings[index - 1], len(inputs), world, steps).seen}
 
 
 def _own_data(state: MethodState, task: Task, index: int) -> dict[str, Any]:

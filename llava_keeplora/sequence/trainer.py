@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections import deque
@@ -128,6 +129,7 @@ class TaskTrainer(Trainer):
             )
             return
         local = {"cpu": torch.get_rng_state(), "loss": self._tr_loss}
+        local |= {f"passes.{kind}": torch.tensor(count) for kind, count in self.ctx.passes.items()}
         local |= {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
         tensors = {
             f"process.{rank}.{name}": value
@@ -193,6 +195,9 @@ class TaskTrainer(Trainer):
         if local:
             torch.set_rng_state(local["cpu"])
             self._tr_loss = local["loss"].to(self.args.device)
+            passes = {name: int(count) for name, count in local.items() if name.startswith("passes.")}
+            self.ctx.passes.clear()
+            self.ctx.passes.update({name.removeprefix("passes."): n for name, n in passes.items()})
         if "cuda" in local and torch.cuda.is_available():
             torch.cuda.set_rng_state(local["cuda"])
         for key, value in self._resumed.values["losses"].items():
@@ -253,7 +258,7 @@ class TaskTrainer(Trainer):
         if self.crops:
             inputs = self.crops.filled(inputs, self.state.global_step)
         out = model(**inputs)
-        self.ctx.forward = self.accelerator.unwrap_model(model)
+        self.ctx.forward = functools.partial(self._forward, self.accelerator.unwrap_model(model))
         loss = self.method.loss(self.ctx, inputs, out)
         if not torch.isfinite(loss):
             raise TrainingError(
@@ -267,6 +272,11 @@ class TaskTrainer(Trainer):
             share = tokens / num_items_in_batch * averaged
         loss = loss * share
         return (loss, out) if return_outputs else loss
+
+    def _forward(self, model: nn.Module, **batch: Tensor) -> Any:
+        """Return what the model gives for a batch that the method's loss asks it about."""
+        self.ctx.passes["forward"] += len(batch["labels"])
+        return model(**batch)
 
     def create_optimizer(self, model: nn.Module | None = None):
         """Create the Trainer's optimiser, split its parameter groups by learning rate, or the method's own.

@@ -152,9 +152,11 @@ def test_the_table_says_mean_and_deviation_needs_and_what_was_tried(tuned, start
         f" ± {statistics.stdev(averages):.1f}" if len(set(averages)) > 1 else ""
     )
     assert first.splitlines()[4].endswith(
-        "| trained per task | kept per task (kB) | extra time per image at test (ms) |"
+        "| trained per task | kept per task (kB) | extra time per image at test (ms) "
+        "| examples trained on | training passes per task | other passes per task | needs |"
     )
-    assert len(row) == 10 and re.fullmatch(r"\d+", row[7]) and "n/a" not in row[9]
+    assert len(row) == 14 and re.fullmatch(r"\d+", row[7]) and "n/a" not in row[9]
+    assert row[10:] == ["48", "1.00", "2.00", "nothing |"]
     assert (
         "Settings tried for each method: 2, on order I with seed 5, scored on 50 % of the training data"
         in settings

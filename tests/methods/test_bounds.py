@@ -6,8 +6,10 @@ import pytest
 
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.export.run_export import export_run
+from llava_keeplora.methods import METHODS
 from llava_keeplora.methods.mixture import mix_tasks
 from llava_keeplora.models import Prepared, load_model
+from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.run_report import write_run_report
 from llava_keeplora.saved_run import load_run
 from llava_keeplora.sequence.data import stage_seed
@@ -52,6 +54,20 @@ def test_individual_has_one_row_whose_mean_is_last_and_no_other_aggregate(finish
     assert metrics["last"] == sum(row.rows[1]) / 2
     assert all(metrics[name] is None for name in ("transfer", "average", "forgetting", "bwt"))
     assert not matrix(finished, "seq-lora").bound
+
+
+def test_both_bounds_train_on_as_many_examples_as_sequential_lora_and_say_what_they_need(finished):
+    needs = {label: read_needs(finished / label) for label in METHODS_RUN}
+    assert {need.examples for need in needs.values()} == {48}
+    assert {label: need.inputs for label, need in needs.items()} == {
+        "seq-lora": (),
+        "mean": (),
+        "individual": ("task at test",),
+        "joint": ("old examples",),
+    }
+    budgets = [Budget.of({"num_train_epochs": 1, "per_device_train_batch_size": 8}, 24, 1)] * 2
+    joint = METHODS["joint"](METHODS["joint"].Options())
+    assert [joint.budget(index, budgets).seen for index in (1, 2)] == [0, 48]
 
 
 def test_individual_exports_as_a_set_with_an_adapter_per_task_alone(finished):

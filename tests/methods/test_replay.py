@@ -6,9 +6,12 @@ import pytest
 from safetensors.torch import load_file
 
 from llava_keeplora.errors import MethodError
+from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS
 from llava_keeplora.report.resources import read_needs
+from llava_keeplora.run_folder import JOURNAL
 from llava_keeplora.sequence import mixed_data
+from llava_keeplora.steps import Budget
 from llava_keeplora_recipes import load_recipe, load_split
 
 Replay = METHODS["replay"]
@@ -50,6 +53,38 @@ def finished(config, driven, seen):
 def kept(folder, label, task):
     (path,) = (folder / label).glob(f"task-{task:02}-*/consolidated.json")
     return json.loads(path.read_text()).get("examples")
+
+
+def test_the_examples_that_training_saw_are_recorded_by_task_and_are_those_of_the_budget(
+    finished, seen, tiny_tasks
+):
+    sizes = [len(load_split(load_recipe(str(task)), "train")) for task in tiny_tasks[:2]]
+    trained = {
+        label: [
+            e.info["examples"] for e in Journal(finished / label / JOURNAL).entries if e.stage == "TRAINED"
+        ]
+        for label in METHODS_RUN
+    }
+    epochs = 1
+    own = [epochs * size for size in sizes]
+    assert trained["seq-lora"] == trained["nothing"] == [{"1": own[0]}, {"2": own[1]}]
+    assert trained["replay"] == [{"1": own[0]}, {"1": round(0.5 * own[1]), "2": own[1]}]
+    assert trained["general"] == [{"0": own[0], "1": own[0]}, {"0": own[1], "1": own[1], "2": own[1]}]
+    assert sorted(int(mixture.sizes.sum()) for mixture in seen) == sorted(
+        sum(counts.values())
+        for label in ("replay", "general")
+        for counts in trained[label]
+        if len(counts) > 1
+    )
+    budgets = [Budget.of({"num_train_epochs": epochs, "per_device_train_batch_size": 8}, n, 1) for n in sizes]
+    for label, options in METHODS_RUN.items():
+        named = {"general": "it"} if label == "general" else {}
+        values = {key: value for key, value in options.items() if key != "method"} | named
+        cls = METHODS["seq-lora" if label == "seq-lora" else "replay"]
+        method = cls(cls.Options(**values))
+        assert [method.budget(index, budgets).seen for index in (1, 2)] == [
+            sum(counts.values()) for counts in trained[label]
+        ]
 
 
 def test_what_is_kept_is_a_share_of_the_task_by_id_with_its_bytes(finished, tiny_tasks):

@@ -130,7 +130,10 @@ def test_the_report_says_what_every_method_asked_for(seeds, one):
     assert [row[0] for row in rows] == ["seq-lora", "keeplora"] and lines[start + 4] == "", (
         "the untouched model asks for nothing"
     )
-    for label, trained, kept, extra in rows:
+    for label, trained, kept, extra, seen, passes, others, needed in rows:
+        # One epoch of 24 examples a task; KeepLoRA takes the first gradient and the features of all of them.
+        assert (seen, passes, needed) == ("72", "1.00", "nothing")
+        assert others == ("0.00" if label == "seq-lora" else "2.00")
         folders = sorted((seeds[0] / label).glob("task-0[1-3]-*"))
         numbers = [
             value.numel()
@@ -210,6 +213,8 @@ def test_the_csv_files_hold_unrounded_numbers(seeds, several):
     summary = {row["run"]: row for row in csv.DictReader(open(folder / "summary.csv"))}
     lasts = [Matrix.from_json(run / "seq-lora/matrix.json").metrics()["last"] for run in seeds]
     assert float(summary["seq-lora"]["last_mean"]) == pytest.approx(statistics.mean(lasts), rel=1e-12)
+    assert summary["keeplora (seed0)"]["examples"] == "72.0" and summary["zero-shot"]["examples"] == ""
+    assert float(summary["keeplora (seed0)"]["other_passes"]) == 2 and summary["seq-lora"]["needs"] == ""
     assert float(summary["seq-lora"]["last_sd"]) == pytest.approx(statistics.stdev(lasts), abs=1e-9)
     assert summary["zero-shot"]["last_sd"] == "" and summary["keeplora (rank3)"]["n"] == "1"
     scores = list(csv.DictReader(open(folder / "scores.csv")))
@@ -227,7 +232,7 @@ def test_the_latex_tables_say_what_the_markdown_says_and_escape_what_latex_reads
 
     folder, _ = several
     latex = (folder / "table.tex").read_text()
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 1 + 3
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2 + 3
     row = next(
         line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| seq-lora |")
     )
