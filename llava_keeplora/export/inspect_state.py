@@ -36,7 +36,8 @@ from llava_keeplora.run_folder import (
 from llava_keeplora_eval import Matrix
 
 CURE = "do not use this state"
-#: Largest allowed absolute value. No weight, update or statistic of a trained model comes near it.
+#: Largest allowed absolute value but for whole numbers, which may be positions or hashes. No weight, update or
+#: statistic of a trained model comes near it.
 LARGEST = 1e6
 #: How far a basis may be from orthonormal (what a run writes is within 1e-5), and the number of random
 #: vectors that test it.
@@ -271,7 +272,9 @@ def _check_tensor(path: Path, name: str, value: Tensor, declared: Holding, lengt
         )
     if not torch.isfinite(value).all():
         raise RunError(f"{path} has numbers in '{name}' that are not finite", CURE)
-    if value.numel() and float(value.double().abs().max()) > LARGEST:
+    if declared.below is not None and not ((value >= 0) & (value < declared.below)).all():
+        raise RunError(f"{path} has numbers in '{name}' that are not from 0 to {declared.below - 1}", CURE)
+    if not declared.integer and value.numel() and float(value.double().abs().max()) > LARGEST:
         raise RunError(f"{path} has numbers in '{name}' above {LARGEST:g}, as no training leaves them", CURE)
 
 

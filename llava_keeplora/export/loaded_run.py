@@ -132,8 +132,8 @@ def load_learned_run(
         base: the folder of a copy of the run's base, where that is a model of a program.
 
     Raises:
-        RunError: the folder is no run, it doesn't have the method, the task is not finished, or a file is
-            damaged.
+        RunError: the folder is no run, it doesn't have the method, the task is not finished, the method has
+            trained nothing yet, or a file is damaged.
     """
     run = Path(run)
     config = read_dumped(run)
@@ -151,14 +151,14 @@ def load_learned_run(
             f"choose 1 to {finished} with --at-task",
         )
     entries = [entry for entry in journal.entries if entry.task <= last]
-    return LearnedRun(
-        run,
-        config,
-        label,
-        entries,
-        [_deltas(run / label, entry) for entry in entries if entry.stage == Stage.TRAINED],
-        objects,
-    )
+    deltas = [_deltas(run / label, entry) for entry in entries if entry.stage == Stage.TRAINED]
+    learned = LearnedRun(run, config, label, entries, deltas, objects)
+    if learned.method.bound and deltas and not deltas[-1]:
+        raise RunError(
+            f"'{label}' has learned nothing by task {last}, since it trains on all tasks at once with the last",
+            "let the run go on to its end" if last == finished else "leave --at-task out",
+        )
+    return learned
 
 
 def _chosen(config: Mapping[str, Any], run: Path, label: str | None) -> str:

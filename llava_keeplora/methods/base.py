@@ -163,12 +163,14 @@ class Holding:
             are orthonormal.
         required: whether every finished task has it.
         integer: whether it holds whole numbers.
+        below: whole numbers are from 0 to below this; any when None.
     """
 
     shape: tuple[int | str | None, ...]
     basis: tuple[str, ...] = ()
     required: bool = True
     integer: bool = False
+    below: int | None = None
 
 
 @dataclass(frozen=True)

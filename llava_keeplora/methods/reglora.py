@@ -102,7 +102,8 @@ class RegLora(PenalisedLora):
 
     def holding(self, layer: Layer) -> Holding:
         """Return a vector of positions."""
-        return Holding((self._count(layer),), required=self._count(layer) > 0, integer=True)
+        count, entries = self._count(layer), layer.module.out_features * layer.module.in_features
+        return Holding((count,), required=count > 0, integer=True, below=entries)
 
 
 def key_elements(update: Tensor, count: int) -> Tensor:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.export import import_state
+from llava_keeplora.export.inspect_state import _check_tensor
+from llava_keeplora.methods import Holding
 from llava_keeplora_eval.files import file_hash
 
 LAYER = "vision_model.encoder.layers.0.self_attn.q_proj"
@@ -109,6 +111,15 @@ def spoilt(number):
         return other
 
     return change
+
+
+def test_whole_numbers_may_be_large_but_positions_lie_within_their_tensor():
+    path, positions = Path("state.safetensors"), Holding((2,), integer=True, below=45_088_768)
+    _check_tensor(path, "last", torch.tensor([0, 45_088_767], dtype=torch.int32), positions, {})
+    _check_tensor(path, "hashes", torch.tensor([-(2**63), 2**63 - 1]), Holding((None,), integer=True), {})
+    for wrong in (-1, 45_088_768):
+        with pytest.raises(RunError, match="'last' that are not from 0 to 45088767"):
+            _check_tensor(path, "last", torch.tensor([0, wrong]), positions, {})
 
 
 def test_the_state_as_it_is_is_imported(hostile, tiny_clip, tmp_path):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from llava_keeplora.errors import ConfigError
+from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.export.predict import load_run_predictor
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.methods import METHODS
 from llava_keeplora.methods.mixture import mix_tasks
@@ -16,6 +17,7 @@ from llava_keeplora.sequence.data import stage_seed
 from llava_keeplora.start import load_tasks
 from llava_keeplora.steps import Budget
 from llava_keeplora_eval import Matrix
+from llava_keeplora_recipes import load_recipe
 
 #: Label → its options; all are trained in one run.
 METHODS_RUN = {"seq-lora": {}, "mean": {"method": "merge"}, "individual": {}, "joint": {}}
@@ -68,6 +70,14 @@ def test_both_bounds_train_on_as_many_examples_as_sequential_lora_and_say_what_t
     budgets = [Budget.of({"num_train_epochs": 1, "per_device_train_batch_size": 8}, 24, 1)] * 2
     joint = METHODS["joint"](METHODS["joint"].Options())
     assert [joint.budget(index, budgets).seen for index in (1, 2)] == [0, 48]
+
+
+def test_joint_exports_nothing_before_its_last_task(finished, tmp_path):
+    for form in ("adapter", "merged", "state"):
+        with pytest.raises(RunError, match="'joint' has learned nothing by task 1.*leave --at-task out"):
+            export_run(finished, form, tmp_path / form, label="joint", at_task=1)
+    with pytest.raises(RunError, match="'joint' has learned nothing by task 1"):
+        load_run_predictor(finished, load_recipe(load_run(finished).tasks[0]), "joint", at_task=1)
 
 
 def test_individual_exports_as_a_set_with_an_adapter_per_task_alone(finished):

@@ -6,10 +6,12 @@ import pytest
 from safetensors.torch import load_file
 
 from llava_keeplora.errors import MethodError
+from llava_keeplora.export.inspect_state import inspect_state
 from llava_keeplora.journal import Journal
 from llava_keeplora.methods import METHODS
 from llava_keeplora.report.resources import read_needs
 from llava_keeplora.run_folder import JOURNAL
+from llava_keeplora.saved_run import load_run, run_identity
 from llava_keeplora.sequence import mixed_data
 from llava_keeplora.steps import Budget
 from llava_keeplora_recipes import load_recipe, load_split
@@ -139,6 +141,11 @@ def test_while_nothing_is_added_it_is_sequential_lora_and_always_takes_as_many_s
     assert steps("nothing") == steps("seq-lora") == steps("replay")
     assert updates("nothing", 2) == updates("seq-lora", 2) != updates("replay", 2)
     assert updates("replay", 1) == updates("seq-lora", 1)
+
+
+def test_its_state_is_one_that_an_import_takes(finished):
+    config = load_run(finished)
+    inspect_state(finished, config, run_identity(config)["tasks"])
 
 
 @pytest.mark.parametrize(
