@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llava_keeplora.adapters import AdapterInit, BaseWeights, Delta, Deltas
+from llava_keeplora.methods.holding import Holding
 from llava_keeplora.methods.info import MethodInfo
 from llava_keeplora.methods.mixture import Mixture
 from llava_keeplora.methods.reference import Reference
@@ -150,27 +151,6 @@ class AnswerContext:
     recipe: Any = None
     recipes: Sequence[Any] = ()
     asking: Callable[[int], Predictor] | None = None
-
-
-@dataclass(frozen=True)
-class Holding:
-    """Description of a tensor in a task's state, against which a state from elsewhere is checked.
-
-    Args:
-        shape: its dimensions: a number, None for any, or a text for any number that is the same wherever the
-            text occurs.
-        basis: layers whose protected subspace its columns (in, m) extend; the columns of all tasks together
-            are orthonormal.
-        required: whether every finished task has it.
-        integer: whether it holds whole numbers.
-        below: whole numbers are from 0 to below this; any when None.
-    """
-
-    shape: tuple[int | str | None, ...]
-    basis: tuple[str, ...] = ()
-    required: bool = True
-    integer: bool = False
-    below: int | None = None
 
 
 @dataclass(frozen=True)
