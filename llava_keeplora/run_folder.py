@@ -41,7 +41,7 @@ REPORT, TABLE, LATEX_TABLE, SUMMARY_TABLE, SCORES_TABLE, EXPORTS = (
     "export",
 )
 #: Of a table of `compare`, one row per order and run.
-COMPARISON_TABLE = "table.csv"
+COMPARISON_TABLE, COMPARISON_JSON = "table.csv", "table.json"
 #: Of a method: its finished stages, and the accuracy matrix.
 JOURNAL, MATRIX = "journal.jsonl", "matrix.json"
 #: Of a task, records: initial adapters, log of training, protected subspace after the task, scores, and the

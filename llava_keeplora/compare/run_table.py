@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_keeplora.compare.budget import check_budgets
 from llava_keeplora.compare.jobs import Failure, Job, run_jobs, table_jobs, tuning_jobs
 from llava_keeplora.compare.table import Table, merged
 from llava_keeplora.config import only_methods
@@ -97,9 +98,10 @@ def _check(table: Table, selected: Collection[str]) -> None:
         *table_jobs(table, {label: table.methods[label] for label in selected}).values()
     ):
         job.identity  # noqa: B018  Reading it checks the configuration.
+    tuning = tuning_jobs(table)
     lengths = [
         len(_tried_identity(job, number)["tasks"])
-        for label, jobs in tuning_jobs(table).items()
+        for label, jobs in tuning.items()
         if label in selected
         for number, job in enumerate(jobs, start=1)
     ]
@@ -108,6 +110,7 @@ def _check(table: Table, selected: Collection[str]) -> None:
             f"tuning.metric is '{table.tuning.metric}', and one task alone has no transfer",
             "choose by `last`, or give more tasks",
         )
+    check_budgets(table, {label: table.methods[label] for label in selected}, tuning)
     try:
         writable_folder(table.output_dir)
     except OSError as error:

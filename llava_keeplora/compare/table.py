@@ -1,7 +1,7 @@
 """Configuration of a table of runs: the settings of one run, and the seeds, orders and tuning on top.
 
-A table's file is a run's file with four optional keys more (`base`, `seeds`, `orders`, `tuning`), so any
-run's configuration is a table of one order and one seed.
+A table's file is a run's file with five optional keys more (`base`, `seeds`, `orders`, `tuning`,
+`other_budget`), so any run's configuration is a table of one order and one seed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llava_keeplora.config import (
 )
 from llava_keeplora.errors import ConfigError, nearest
 from llava_keeplora.registries import localize_plugins
-from llava_keeplora.run_folder import COMPARISON_TABLE, RUN_FILES
+from llava_keeplora.run_folder import COMPARISON_JSON, COMPARISON_TABLE, RUN_FILES
 from llava_keeplora_eval.matrix import ZERO_SHOT
 
 #: Metrics by which settings may be chosen: one of them, or a sum such as `transfer+last`.
@@ -33,7 +33,7 @@ CHOSEN_BY = ("transfer", "average", "last")
 #: Folders in a table's folder, next to those of its orders.
 TUNING, CACHE = "tuning", "base-cache"
 #: Names in a table's folder that no order may take.
-TABLE_FILES = (TUNING, CACHE, COMPARISON_TABLE, *RUN_FILES)
+TABLE_FILES = (TUNING, CACHE, COMPARISON_TABLE, COMPARISON_JSON, *RUN_FILES)
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Table:
         methods: label → its settings, as under the key `methods` of a run.
         orders: the orders of tasks, in the order of the table.
         tuning: how settings are chosen; None leaves the methods as they are.
+        other_budget: labels of the methods that may train on another number of examples than the others.
     """
 
     output_dir: Path
@@ -117,6 +118,7 @@ class Table:
     methods: dict[str, dict[str, Any]]
     orders: tuple[Order, ...]
     tuning: Tuning | None = None
+    other_budget: tuple[str, ...] = ()
 
     def order(self, name: str) -> Order:
         """Return one of the orders by its name."""
@@ -176,6 +178,7 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
     single_order = {key: tree.pop(key) for key in ("sequence", "tasks") if key in tree}
     tree.pop("expected", None)  # It belongs to one run's settings, not to a table.
     output_dir, orders = tree.pop("output_dir", RunConfig.output_dir), tree.pop("orders", None)
+    other_budget = _parse_labels(tree.pop("other_budget", None) or [], "other_budget", labels)
     if not isinstance(output_dir, str) or not output_dir:
         raise ConfigError(
             f"output_dir is {output_dir!r}, which is no folder", "write, for instance, runs/table"
@@ -184,7 +187,7 @@ def parse_table(tree: Mapping[str, Any]) -> Table:
         {"I": single_order} if orders is None else orders,
         _parse_seeds([single_seed] if seeds is None else seeds, "seeds"),
     )
-    table = Table(Path(output_dir), tree, labels, orders)
+    table = Table(Path(output_dir), tree, labels, orders, None, other_budget)
     table = (
         dataclasses.replace(table, tuning=_parse_tuning(as_mapping(tuning, "tuning"), table))
         if tuning
@@ -207,6 +210,19 @@ def _parse_seeds(value: Any, where: str, least: int = 1) -> tuple[int, ...]:
             f"{where} is {value!r}, but it takes a list of different whole numbers",
             "write, for instance, [0, 1, 2]",
         )
+    return tuple(value)
+
+
+def _parse_labels(value: Any, where: str, labels: Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
+        raise ConfigError(
+            f"{where} is {value!r}, but it takes a list of methods", "write, for instance, [replay]"
+        )
+    for label in value:
+        if label not in labels:
+            raise ConfigError(
+                f"{where} names '{label}', which the table does not have", nearest(label, labels)
+            )
     return tuple(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -21,12 +22,12 @@ from llava_keeplora.report.html import (
     html_rows,
     html_table,
 )
-from llava_keeplora.report.latex_csv import csv_table, latex_table, summary_numbers
-from llava_keeplora.report.resources import NEEDS_COLUMNS, needs_rows
+from llava_keeplora.report.latex_csv import csv_table, latex_table, summary_numbers, summary_records
+from llava_keeplora.report.resources import NEEDS_COLUMNS, budget_note, needs_rows
 from llava_keeplora.report.results import Results, matrices
 from llava_keeplora.report.tables import markdown_table, summary_header, summary_rows
 from llava_keeplora.report.write_report import write_report
-from llava_keeplora.run_folder import COMPARISON_TABLE, LATEX_TABLE, REPORT, TABLE
+from llava_keeplora.run_folder import COMPARISON_JSON, COMPARISON_TABLE, LATEX_TABLE, REPORT, TABLE
 from llava_keeplora_eval.files import write_atomic
 from llava_keeplora_eval.matrix import MISSING, format_number
 
@@ -42,7 +43,7 @@ class Section:
 
 
 def write_table(table: Table, outcome: TableResult, images: Mapping[str, PlotImage] | None = None) -> str:
-    """Write `table.md`, `table.tex`, `table.csv`, `report.html`, and each order's own report into its folder.
+    """Write `table.md`, `.tex`, `.csv` and `.json`, `report.html`, and each order's report into its folder.
 
     Args:
         table: the table.
@@ -71,6 +72,10 @@ def _write_files(table: Table, outcome: TableResult, images: Mapping[str, PlotIm
         LATEX_TABLE: "% Needs \\usepackage{booktabs}.\n"
         + "\n".join(f"% {s.title}: {s.text}\n{latex_table(s.header, s.rows)}\n" for s in sections),
         COMPARISON_TABLE: _csv(outcome),
+        COMPARISON_JSON: json.dumps(
+            {order: summary_records(results) for order, results in outcome.results.items()}, indent=1
+        )
+        + "\n",
         REPORT: _page(title, sections, outcome, images),
     }
     for name, text in texts.items():
@@ -98,7 +103,7 @@ def _order_section(table: Table, order: str, results: Results) -> Section:
     text = (
         f"Tasks: {', '.join(trials[0].matrix.tasks)}. Scores in percent, mean ± sample standard deviation; "
         f"seeds {seeds}.{_unfinished(table, order, results)}"
-    )
+    ) + (f" {note}" if (note := budget_note(results)) else "")
     return Section(f"Order {order}", text, header, rows)
 
 

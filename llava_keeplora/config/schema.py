@@ -38,7 +38,7 @@ HOLDOUT_SEED = 0
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 #: Keys that make a configuration one of several runs; see `llava_keeplora.compare`.
-TABLE_KEYS = ("base", "seeds", "orders", "tuning")
+TABLE_KEYS = ("base", "seeds", "orders", "tuning", "other_budget")
 
 #: Options of methods that say where reference or general data are; the data themselves are identified by
 #: their fingerprints in the journal.

@@ -5,8 +5,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from typing import Any
 
-from llava_keeplora.report.resources import NEEDS_COLUMNS, NUMBER_COLUMNS, needs_numbers, needs_rows
+from llava_keeplora.report.resources import (
+    NEEDS_COLUMNS,
+    NUMBER_COLUMNS,
+    needs_numbers,
+    needs_rows,
+    passes_by_kind,
+)
 from llava_keeplora.report.results import Results, deviation, matrices, mean, mean_matrix
 from llava_keeplora.report.tables import (
     is_baseline,
@@ -104,6 +111,16 @@ def summary_numbers(results: Results) -> tuple[list[str], list[list]]:
         rows.append([name, len(trials), *cells, *needs.get(name, [None] * len(NUMBER_COLUMNS))])
     aggregates = [f"{key}_{number}" for key in AGGREGATES for number in ("mean", "sd")]
     return ["run", "n", *aggregates, *NUMBER_COLUMNS], rows
+
+
+def summary_records(results: Results) -> dict[str, dict[str, Any]]:
+    """Return run → the numbers of `summary_numbers` by their names, and the other passes by kind."""
+    header, rows = summary_numbers(results)
+    passes = passes_by_kind(results)
+    return {
+        row[0]: dict(zip(header[1:], row[1:], strict=True)) | {"other_passes_of": passes.get(row[0])}
+        for row in rows
+    }
 
 
 def scores_csv(results: Results) -> str:

@@ -202,3 +202,20 @@ def needs_numbers(results: Results) -> dict[str, list[Any]]:
         rows[name] = [mean(map(number, needs)) for number in NUMBERS.values()]
         rows[name].append(None if inputs is None else ", ".join(inputs))
     return rows
+
+
+def passes_by_kind(results: Results) -> dict[str, dict[str, float] | None]:
+    """Return name → kind → other passes per task, means over its seeds; None where they are missing."""
+    kinds: dict[str, dict[str, float] | None] = {}
+    for name, needs in _measured(results).items():
+        passes = [run.other_passes for run in needs if run.other_passes is not None]
+        complete = len(passes) == len(needs)
+        kinds[name] = (
+            {
+                kind: sum(run.get(kind, 0.0) for run in passes) / len(passes)
+                for kind in sorted({kind for run in passes for kind in run})
+            }
+            if complete
+            else None
+        )
+    return kinds

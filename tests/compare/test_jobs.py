@@ -139,7 +139,7 @@ def test_the_command_starts_its_runs_as_a_user_would_and_prints_the_table(comman
         said.startswith("# Table out\n\n## Order I\n\nTasks: colours.")
         and f"\nHTML report: {out / 'report.html'}\n" in said
     )
-    assert {"table.md", "table.tex", "table.csv", "report.html", table.CACHE, "I"} == {
+    assert {"table.md", "table.tex", "table.csv", "table.json", "report.html", table.CACHE, "I"} == {
         path.name for path in out.iterdir()
     }
     assert "| seq-lora |" in (out / "I/seed-0/seq-lora.log").read_text()
