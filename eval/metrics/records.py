@@ -140,6 +140,12 @@ class MetricRecord:
     ) -> dict:
         raise NotImplementedError
 
+    def example_scores(
+        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
+    ) -> list[float] | None:
+        """Return every example's score in percent, whose mean is the task's; None if that is no such mean."""
+        return None
+
     def unmeetable(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> list[int]:
         """Find the examples that get 0 even for their accepted texts.
 
@@ -267,6 +273,16 @@ class AnswerMetric(MetricRecord):
             "compliance": complying / count,
         }
         return result if self.soft else result | {"correct": int(sum(strict))}
+
+    def example_scores(
+        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
+    ) -> list[float]:
+        """See ``MetricRecord.example_scores``."""
+        pairs = enumerate(zip(predictions, references, strict=True))
+        return [
+            self.score(text, answers, **_of_example(inputs, i)) * self.to_percent
+            for i, (text, answers) in pairs
+        ]
 
     def unmeetable(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> list[int]:
         """See ``MetricRecord.unmeetable``."""

@@ -51,13 +51,13 @@ def test_the_bounds_are_quantiles_of_the_exact_bootstrap_distribution(level):
 
 def test_scores_between_0_and_100_have_the_interval_of_normal_theory():
     draw = random.Random(1)
-    before = [draw.uniform(0, 80) for _ in range(2000)]
+    before = [draw.uniform(0, 80) for _ in range(300)]
     after = [score + draw.gauss(1, 10) for score in before]
     change = mean_change(before, after, 0.975)
     differences = [b - a for a, b in zip(before, after)]
-    error = math.sqrt((pstdev(differences) ** 2 * 2000 + 2 * 100**2) / 2002 / 2002)
-    assert change.error == pytest.approx(error, rel=0.03)
-    assert change.high == pytest.approx(fmean(differences) + 1.96 * error, abs=0.06)
+    error = math.sqrt((pstdev(differences) ** 2 * 300 + 2 * 100**2) / 302 / 302)
+    assert change.error == pytest.approx(error, rel=0.05)
+    assert change.high == pytest.approx(fmean(differences) + 1.96 * error, abs=0.15)
 
 
 def test_few_examples_without_a_flip_prove_nothing_and_many_do():
@@ -120,9 +120,7 @@ def test_a_score_that_is_no_mean_is_computed_on_every_sample():
     assert change.points == pytest.approx(f1(range(400), second) - f1(range(400), first))
     # Standard error of F1's difference by the jackknife.
     leave = [
-        f1(rest, second) - f1(rest, first)
-        for k in range(400)
-        for rest in [[i for i in range(400) if i != k]]
+        f1(rest, second) - f1(rest, first) for k in range(400) for rest in [[i for i in range(400) if i != k]]
     ]
     jackknife = math.sqrt(399 * pstdev(leave) ** 2)
     assert change.error == pytest.approx(jackknife, rel=0.2)
