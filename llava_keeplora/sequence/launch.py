@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from llava_keeplora.config import RunConfig
 from llava_keeplora.deepspeed_ops import check_builds, skip_shared_memory_op
@@ -17,6 +20,8 @@ from llava_keeplora.distributed import has_group, is_main_process
 
 #: Time-out of collective operations: the others wait while the main process scores and writes.
 PATIENCE = timedelta(days=1)
+#: Numbers of this process's groups; every process joins as many.
+_GROUPS = itertools.count()
 
 
 @contextmanager
@@ -56,9 +61,10 @@ def processes(config: RunConfig) -> Iterator[bool]:
             os.environ.setdefault(key, value)
         # It also forgets the groups that DeepSpeed made, so that another run of this process makes new ones.
         leave = deepspeed.comm.destroy_process_group
+        _join(backend)
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=PATIENCE)
     elif world > 1:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        _join(backend)
     else:
         for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(key, None)
@@ -68,6 +74,30 @@ def processes(config: RunConfig) -> Iterator[bool]:
     if has_group():
         dist.barrier()
         leave()
+
+
+def _join(backend: str) -> None:
+    """Join the launcher's processes under keys that no earlier group of this process used.
+
+    The processes find each other by addresses in a store. The one of `torchrun` outlives a group, so the next
+    group would read the addresses of the last and wait for ever; the one that rank 0 opens for a group closes
+    with it, perhaps while another process already asks it for the next.
+    """
+    addresses = _store(tuple(os.environ[key] for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"run-{next(_GROUPS)}", addresses),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=PATIENCE,
+    )
+
+
+@cache
+def _store(_address: tuple[str, ...]) -> dist.Store:
+    """Return the launcher's store, open for as long as the process lives."""
+    store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+    return store
 
 
 def _free_port() -> int:
