@@ -26,7 +26,7 @@ from llava_keeplora.report.run_matrix import RunMatrix
 from llava_keeplora.saved_run import check_base, followed_by, load_run
 from llava_keeplora.sequence import run
 from llava_keeplora.sequence.launch import processes
-from llava_keeplora.start.tasks import load_splits
+from llava_keeplora.start.tasks import limit_examples, load_splits
 from llava_keeplora_eval.predictors import Predictor
 from llava_keeplora_recipes import Recipe, TaskData, load_recipe, load_recipes, load_split
 from llava_keeplora_recipes.strict_yaml import is_file_name
@@ -249,7 +249,7 @@ class Run:
 
         Args:
             task: a task of the run, or the name or YAML file of any other.
-            split: `train` or `test`; with `data.holdout`, both are parts of the training data.
+            split: `train` or `test`; as configured by `data.holdout` and `data.train_examples`.
 
         Raises:
             RecipeError: for mistakes in the data.
@@ -257,7 +257,8 @@ class Run:
         recipe, data = self._recipe(task), self.config.data
         if data.holdout and split in ("train", "test"):
             return load_splits(data, recipe)[split == "test"]
-        return load_split(recipe, split, data.root, data.on_bad_image)
+        examples = load_split(recipe, split, data.root, data.on_bad_image)
+        return limit_examples(examples, data.train_examples) if split == "train" else examples
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, tasks={self.tasks}, methods={list(self.config.methods)})"

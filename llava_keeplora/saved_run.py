@@ -75,6 +75,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         section.pop(key)
     if not tree["evaluation"]["generation"]:
         tree["evaluation"].pop("generation")  # Older runs, from before it could be set, do not have it.
+    if not tree["data"]["train_examples"]:
+        tree["data"].pop("train_examples")
     for method in tree["methods"].values():
         method["options"] = {
             key: value

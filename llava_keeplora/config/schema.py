@@ -116,12 +116,15 @@ class DataConfig:
         root: the folder that relative recipe paths start from (`--data-root`).
         on_bad_image: for unreadable images, `refuse` the run, or `drop` and record them.
         holdout: fraction of each task's training split that is held out and scored instead of the test split.
+        train_examples: about how many training examples of a task are used, with the same share of every
+            class; 0 for all of them.
         cache_gb: memory for preprocessed images, in gigabytes; sets that do not fit are decoded when needed.
     """
 
     root: str | None = None
     on_bad_image: str = "refuse"
     holdout: float = 0.0
+    train_examples: int = 0
     cache_gb: float = 4.0
 
     def __post_init__(self) -> None:
@@ -132,6 +135,11 @@ class DataConfig:
             )
         if not 0.0 <= self.holdout < 1.0:
             raise ConfigError(f"holdout must be in [0, 1) (got {self.holdout})", "set it to 0 or, say, 0.1")
+        if self.train_examples < 0:
+            raise ConfigError(
+                f"train_examples must not be negative (got {self.train_examples})",
+                "leave it out for all examples",
+            )
         if not 0.0 <= self.cache_gb < math.inf:
             raise ConfigError(
                 f"cache_gb must be finite and not negative (got {self.cache_gb})", "leave it out for 4.0"

@@ -243,9 +243,10 @@ def _settings(learned: LearnedRun) -> str:
         for part, settings in method["parts"].items()
     ]
     rows += [["adopted", line] for line in adopted_lines(learned.label, learned.run / learned.label)]
-    held_out = config["data"]["holdout"]
+    held_out, limit = config["data"]["holdout"], config["data"].get("train_examples")
     rows += [
         ["training", _listed(public(method["training"]))],
+        ["training examples of a task", f"about {limit}" if limit else "all"],
         ["scored on", f"{held_out:.0%} of train, held out" if held_out else "test"],
     ]
     rows += [["versions", _listed({name: importlib.metadata.version(name) for name in LIBRARIES})]]

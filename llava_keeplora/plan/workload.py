@@ -68,6 +68,7 @@ def _read(recipe: Recipe, task: Task | None, config: RunConfig, family: Family) 
     train, test = sizes["train"], sizes["test"]
     if config.data.holdout:
         train, test = train - round(config.data.holdout * train), round(config.data.holdout * train)
+    train = min(train, config.data.train_examples or train)
     return dataclasses.replace(work, train=train, test=test, images=train + test)
 
 

@@ -127,6 +127,8 @@ def load_task(recipe: Recipe, data: DataConfig, trained: bool = True) -> Task:
 def load_splits(config: DataConfig, recipe: Recipe, trained: bool = True) -> tuple[TaskData, TaskData]:
     """Load a task's training and test data; with `holdout`, both are taken from the training split.
 
+    What is held out does not depend on `train_examples`, which limits the rest.
+
     Args:
         config: how data are read.
         recipe: the task's recipe.
@@ -140,8 +142,14 @@ def load_splits(config: DataConfig, recipe: Recipe, trained: bool = True) -> tup
         test = load_split(recipe, "test", config.root, config.on_bad_image)
         return test.take([]), test
     train = load_split(recipe, "train", config.root, config.on_bad_image)
-    return (
+    train, test = (
         train.split_holdout(config.holdout, HOLDOUT_SEED)
         if config.holdout
         else (train, load_split(recipe, "test", config.root, config.on_bad_image))
     )
+    return limit_examples(train, config.train_examples), test
+
+
+def limit_examples(train: TaskData, limit: int) -> TaskData:
+    """Return about `limit` examples (0: all), the same share and at least one of every class."""
+    return train.split_holdout(limit / len(train), HOLDOUT_SEED)[1] if 0 < limit < len(train) else train
