@@ -231,6 +231,8 @@ def _score(arguments: argparse.Namespace) -> None:
         print(f"warning: {warning}.", file=sys.stderr)
     result = score(data, arguments.predictions, arguments.metric, arguments.form)
     print(json.dumps(result.to_dict()) if arguments.json else result)
+    if result.errors_line and not arguments.json:
+        print(result.errors_line)
 
 
 def _matrix(arguments: argparse.Namespace) -> None:

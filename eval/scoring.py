@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_keeplora_eval.answer_files import read_answers
+from llava_keeplora_eval.error_classes import top_confusions
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.metrics import METRICS, MetricRecord, metric_source
+from llava_keeplora_eval.metrics import METRICS, AnswerMetric, MetricRecord, metric_source
 from llava_keeplora_eval.references import accepted_texts, check_references, metric_inputs, metric_of
 from llava_keeplora_recipes import TaskData
+from llava_keeplora_recipes.texts import is_blank
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Score:
         details: further numbers, in percent, and notes, for metrics that have them.
         unmeetable: how many examples get 0 even for their accepted texts.
         metric_source: SHA-256 of the sources of a plug-in metric.
+        errors: class → number of predictions without points, for metrics of answers; see ``error_classes``.
+        confusions: the most frequent (class, prediction, number) of wrong predictions, for classification.
     """
 
     task: str
@@ -51,13 +56,19 @@ class Score:
     details: dict[str, float | str | None] | None = None
     unmeetable: int = 0
     metric_source: str | None = None
+    errors: dict[str, int] | None = None
+    confusions: list[list[str | int]] | None = None
 
     def to_dict(self) -> dict:
-        """Return the score as plain JSON values; ``metric_source`` only where there is one."""
-        values = asdict(self)
-        if self.metric_source is None:
-            del values["metric_source"]
-        return values
+        """Return the score as plain JSON values; the last three only where there is one."""
+        optional = ("metric_source", "errors", "confusions")
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in optional}
+
+    @property
+    def errors_line(self) -> str:
+        """The errors by class, as a line; empty where there are none."""
+        listed = ", ".join(f"{count} {name}" for name, count in (self.errors or {}).items())
+        return f"errors: {listed}" if listed else ""
 
     def __str__(self) -> str:
         line = (
@@ -129,7 +140,27 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
         details=details and {key: _percent(value, record) for key, value in details.items()},
         unmeetable=len(unmet),
         metric_source=metric_source(name),
+        errors=result.get("errors"),
+        confusions=_confusions(data, record, list(texts.values()), references, inputs),
     )
+
+
+def _confusions(
+    data: TaskData,
+    record: MetricRecord,
+    texts: Sequence[str],
+    references: Sequence[Sequence[str]],
+    inputs: Mapping[str, Sequence[Any]],
+) -> list[list[str | int]] | None:
+    """Return the most frequent confusions; None for other tasks than classification."""
+    if data.recipe.kind != "classification" or not isinstance(record, AnswerMetric):
+        return None
+    wrong = []
+    for i, text in enumerate(texts):
+        given = {key.removesuffix("s"): values[i] for key, values in inputs.items()}
+        if not is_blank(text) and not record.score(text, references[i], **given):
+            wrong.append((references[i][0], text))
+    return top_confusions(wrong)
 
 
 def _percent(value: Any, record: MetricRecord) -> Any:

@@ -31,9 +31,11 @@ CONFIG, IDENTITY, VERSIONS, RESULTS, RECIPES, LOCK = (
     "recipes",
     ".lock",
 )
-#: Of the run, for people: the report, the tables as Markdown, LaTeX and CSV, and the folder of exports.
-REPORT, TABLE, LATEX_TABLE, SUMMARY_TABLE, SCORES_TABLE, EXPORTS = (
+#: Of the run, for people: the report, its numbers as JSON, the tables as Markdown, LaTeX and CSV, and the
+#: folder of exports.
+REPORT, REPORT_JSON, TABLE, LATEX_TABLE, SUMMARY_TABLE, SCORES_TABLE, EXPORTS = (
     "report.html",
+    "report.json",
     "table.md",
     "table.tex",
     "summary.csv",
@@ -84,6 +86,7 @@ RUN_FILES = (
     RECIPES,
     RESULTS,
     REPORT,
+    REPORT_JSON,
     TABLE,
     LATEX_TABLE,
     SUMMARY_TABLE,
@@ -147,7 +150,7 @@ SCHEMAS: dict[str, Any] = {
         "training": dict,
     },
     VERSIONS: Each(str),
-    SCORES: Each({"score": NUMBER}),
+    SCORES: Each({"score": NUMBER, "errors?": Each(COUNT), "confusions?": [list]}),
     PREPARED: {
         "layers": Each({"rank": COUNT, "alpha": NUMBER, "train_A": bool, "train_B?": bool}),
         "report": {"gradient?": Each({"captured?": ANY_NUMBER}), "left_out?": Each(str)},

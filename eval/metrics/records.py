@@ -19,6 +19,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from llava_keeplora_eval.answer_forms import finds, short_form, words_only
+from llava_keeplora_eval.error_classes import count_classes, error_class
 from llava_keeplora_eval.errors import EvalError
 from llava_keeplora_recipes.readers import KINDS
 from llava_keeplora_recipes.texts import is_blank
@@ -258,19 +259,25 @@ class AnswerMetric(MetricRecord):
     def _compute(
         self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
     ) -> dict:
-        """Return the mean score, ``lenient``, ``compliance`` and, unless the metric is soft, ``correct``."""
+        """Return the mean score, ``lenient``, ``compliance``, ``errors`` and, unless it is soft, ``correct``.
+
+        The errors are the predictions with the score 0, counted by class; see ``error_classes``.
+        """
         known = {words_only(answer) for answers in references for answer in answers} - {""}
-        strict, lenient, complying = [], [], 0
+        strict, lenient, complying, errors = [], [], 0, []
         for i, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
             text, accepted, given = prediction.strip(), self.accepted(answers), _of_example(inputs, i)
             strict.append(self._score(self.function, text, accepted, accepted, given))
             lenient.append(max(strict[-1], self._score(self.lenient, text, accepted, answers, given)))
             complying += bool(text) and self.complies(text, answers, known)
+            if not strict[-1]:
+                errors.append(error_class(text, answers, accepted, known, lenient[-1] > 0))
         count = len(predictions)
         result = {
             self.name: sum(strict) / count,
             "lenient": sum(lenient) / count,
             "compliance": complying / count,
+            "errors": count_classes(errors),
         }
         return result if self.soft else result | {"correct": int(sum(strict))}
 

@@ -22,6 +22,12 @@ from llava_keeplora.report.tables import (
     summary_rows,
     zero_shot_constants,
 )
+from llava_keeplora.report.wrong_answers import (
+    CONFUSION_COLUMNS,
+    ERROR_COLUMNS,
+    confusion_rows,
+    error_rows,
+)
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2024; --dim: #5c646d; --line: #dfe3e7;
@@ -154,7 +160,12 @@ def _numbers(trials: Sequence[Trial]) -> str:
     tables += (
         html_table(["task", *SCORE_COLUMNS], html_rows(score_rows(matrix.tasks, scores))) if scores else ""
     )
-    tables += html_table(COST_COLUMNS, html_rows(costs)) if costs else ""
+    for header, rows in (
+        (ERROR_COLUMNS, error_rows(trials)),
+        (CONFUSION_COLUMNS, confusion_rows(trials)),
+        (COST_COLUMNS, costs),
+    ):
+        tables += html_table(header, html_rows(rows)) if rows else ""
     return f"<details><summary>The numbers</summary>\n{tables}</details>\n"
 
 

@@ -1,9 +1,10 @@
-"""The report's tables as LaTeX, to include in a paper, and as CSV, to compute with."""
+"""The report's tables as LaTeX, to include in a paper, and as CSV and JSON, to compute with."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from llava_keeplora.report.tables import (
     summary_rows,
     zero_shot_constants,
 )
+from llava_keeplora.report.wrong_answers import answer_records
 from llava_keeplora_eval.aggregates import AGGREGATES
 from llava_keeplora_eval.guard import printable
 
@@ -121,6 +123,12 @@ def summary_records(results: Results) -> dict[str, dict[str, Any]]:
         row[0]: dict(zip(header[1:], row[1:], strict=True)) | {"other_passes_of": passes.get(row[0])}
         for row in rows
     }
+
+
+def report_json(results: Results) -> str:
+    """Return the summary's numbers, and the wrong answers by class per run, seed, task and stage, as JSON."""
+    content = {"summary": summary_records(results), "answers": answer_records(results)}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def scores_csv(results: Results) -> str:

@@ -15,12 +15,12 @@ from llava_keeplora.report.errors import ReportError
 from llava_keeplora.report.figures import LIGHT, Palette, encode, save
 from llava_keeplora.report.heatmap import colour_limits, draw_heatmap
 from llava_keeplora.report.html import PlotImage, render_page
-from llava_keeplora.report.latex_csv import latex_tables, scores_csv, summary_csv
+from llava_keeplora.report.latex_csv import latex_tables, report_json, scores_csv, summary_csv
 from llava_keeplora.report.lines import draw_layer_lines
 from llava_keeplora.report.overlap import draw_overlap
 from llava_keeplora.report.results import Results, Trial, mean_cells, mean_lines, mean_matrix
 from llava_keeplora.report.tables import is_baseline, markdown_tables, of_seeds
-from llava_keeplora.run_folder import LATEX_TABLE, REPORT, SCORES_TABLE, SUMMARY_TABLE, TABLE
+from llava_keeplora.run_folder import LATEX_TABLE, REPORT, REPORT_JSON, SCORES_TABLE, SUMMARY_TABLE, TABLE
 from llava_keeplora_eval.files import write_atomic
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ DOCUMENTS = {
     "latex": LATEX_TABLE,
     "summary": SUMMARY_TABLE,
     "scores": SCORES_TABLE,
+    "json": REPORT_JSON,
     "html": REPORT,
 }
 
@@ -147,7 +148,7 @@ OF_ONE = (
 def write_report(
     out_dir: str | Path, title: str, results: Results, settings: Mapping | None = None
 ) -> dict[str, Path]:
-    """Write ``report.html`` (self-contained), tables as Markdown, LaTeX and CSV, and plots as PNG and SVG.
+    """Write ``report.html`` (self-contained), tables as Markdown, LaTeX, CSV and JSON, plots as PNG and SVG.
 
     Args:
         out_dir: the folder, created when missing; files of an earlier report are replaced.
@@ -158,8 +159,8 @@ def write_report(
         settings: the run's settings, which the page lists.
 
     Returns:
-        Every written path: ``html``, ``table``, ``latex``, ``summary``, ``scores``, and the PNGs as ``KIND``
-        or ``KIND/LABEL``.
+        Every written path: ``html``, ``table``, ``latex``, ``summary``, ``scores``, ``json``, and the PNGs as
+        ``KIND`` or ``KIND/LABEL``.
 
     Raises:
         ReportError: no results, different tasks, or a capacity that is not valid.
@@ -183,6 +184,7 @@ def write_report(
         "latex": latex_tables(title, results),
         "summary": summary_csv(results),
         "scores": scores_csv(results),
+        "json": report_json(results),
         "html": render_page(title, results, images, settings or {}),
     }
     for key, name in DOCUMENTS.items():

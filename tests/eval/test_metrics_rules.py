@@ -276,7 +276,9 @@ def test_lenient_is_never_below_strict_and_every_share_lies_between_0_and_1():
 
 def test_shares_are_means_over_all_examples_and_soft_rules_count_nothing():
     result = METRICS["exact_match"].compute(["dog", "a cat", "", "x"], [["dog"], ["cat"], ["y"], ["y"]])
-    assert result == {"exact_match": 0.25, "lenient": 0.5, "compliance": 0.75, "correct": 1}
+    assert result == {"exact_match": 0.25, "lenient": 0.5, "compliance": 0.75, "correct": 1} | {
+        "errors": {"empty": 1, "format": 1, "other": 1}
+    }
     assert "correct" not in METRICS["vqa_accuracy"].compute(["dog"], [["dog"]])
 
 
@@ -284,7 +286,9 @@ def test_the_classes_that_accuracy_knows_are_those_of_the_references():
     result = METRICS["accuracy"].compute(
         ["Red_bird", "dog", "tree", ""], [["cat"], ["red bird"], ["cat"], ["dog"]]
     )
-    assert result == {"accuracy": 0, "lenient": 0, "compliance": 0.5, "correct": 0}
+    assert result == {"accuracy": 0, "lenient": 0, "compliance": 0.5, "correct": 0} | {
+        "errors": {"empty": 1, "other": 3}
+    }
 
 
 READ = [

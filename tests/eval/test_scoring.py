@@ -39,6 +39,8 @@ def test_the_score_carries_what_is_needed_to_know_what_it_means(tmp_path, data, 
         "compliance": 100.0,
         "details": None,
         "unmeetable": 0,
+        "errors": {},
+        "confusions": [],
     }
     assert str(result) == (
         "pets v1 (test): accuracy v1 100.00 %, lenient 100.00 %, compliance 100.00 % (10/10, 1 dropped)"
@@ -55,6 +57,9 @@ def test_empty_and_wrong_texts_stay_in_the_denominator(tmp_path, data):
     assert (result.correct, result.n, result.score) == (5, 10, 50.0)
     # DOG counts for a lenient reader; "", " " and "red" are no class.
     assert (result.lenient, result.compliance) == (60.0, 70.0)
+    assert sum(result.errors.values()) == result.n - result.correct and result.errors["empty"] == 2
+    assert result.errors_line.startswith("errors: 2 empty, ")
+    assert sum(count for _, _, count in result.confusions) == 3
 
 
 def test_an_empty_text_is_wrong_even_where_it_is_accepted():

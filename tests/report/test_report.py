@@ -13,7 +13,7 @@ from llava_keeplora.report.figures import PNG_COLOURS
 from llava_keeplora.report.heatmap import colour_limits, draw_heatmap
 from llava_keeplora_eval import Matrix
 
-DOCUMENTS = {"html", "table", "latex", "summary", "scores"}
+DOCUMENTS = {"html", "json", "table", "latex", "summary", "scores"}
 
 
 @pytest.fixture

@@ -92,6 +92,7 @@ def test_one_run_gets_every_image_as_png_and_svg_and_every_table(one):
     pictures |= {"heatmap-seq-lora", "overlap-seq-lora"}
     assert names == {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} | {
         "report.html",
+        "report.json",
         "table.md",
         "table.tex",
         "summary.csv",
@@ -206,6 +207,20 @@ def test_seeds_are_one_row_and_another_configuration_has_its_own(seeds, other_ra
         cells[1] == "2" and cells[3] == f"{statistics.mean(averages):.1f} ± {statistics.stdev(averages):.1f}"
     )
     assert "| keeplora (rank3) | 1 |" in (folder / "table.md").read_text()
+
+
+def test_the_wrong_answers_of_every_task_and_stage_add_up(seeds, one):
+    record = json.loads((one / "report.json").read_text())
+    ((answers,), summary) = record["answers"]["keeplora"], record["summary"]["keeplora"]
+    assert summary["examples"] == 72 and summary["other_passes_of"] == {"feature": 1.0, "gradient": 1.0}
+    stages = ["zero-shot", *TASKS]
+    for stage, path in zip(stages, sorted((seeds[0] / "keeplora").glob("task-*/scores.json")), strict=True):
+        for task, score in json.loads(path.read_text()).items():
+            assert sum(answers["errors"][task][stage].values()) == score["n"] - score["correct"]
+            pairs = answers["confusions"][task][stage]
+            assert sum(count for *_, count in pairs) <= score["n"] - score["correct"]
+            assert pairs == sorted(pairs, key=lambda pair: (-pair[2], pair[:2]))
+    assert "most frequent confusions at the end" in (one / "report.html").read_text()
 
 
 def test_the_csv_files_hold_unrounded_numbers(seeds, several):
