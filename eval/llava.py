@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,24 @@ from llava_keeplora_eval.predictors import no_numbers, to_dtype
 from llava_keeplora_eval.preparation import ChatPreparation
 from llava_keeplora_recipes import Example, Recipe
 from llava_keeplora_recipes.videos import frame_time
+
+
+def question_features(model, inputs: Mapping[str, Tensor], image_ids: Collection[int]) -> Tensor:
+    """Return `LlavaPredictor.features` of questions as the model takes them.
+
+    Args:
+        model: a LLaVA-family model.
+        inputs: a batch of questions, padded on the right.
+        image_ids: the tokens that stand for images.
+    """
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state.float()
+    asked = inputs["attention_mask"].bool()
+    image = asked & torch.isin(inputs["input_ids"], torch.tensor([*image_ids]).to(hidden.device))
+    means = [
+        (hidden * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True).clamp(min=1)
+        for kept in (image, asked & ~image)
+    ]
+    return normalize(torch.cat([normalize(mean, dim=1) for mean in means], dim=1), dim=1)
 
 
 class LlavaPredictor:
@@ -138,16 +156,7 @@ class LlavaPredictor:
         each of unit length; zeros for images where it has none.
         """
         inputs = self._inputs(self._prompts(examples), examples)
-        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state.float()
-        asked = inputs["attention_mask"].bool()
-        image = asked & torch.isin(
-            inputs["input_ids"], torch.tensor([*self.chat.image_ids]).to(hidden.device)
-        )
-        means = [
-            (hidden * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True).clamp(min=1)
-            for kept in (image, asked & ~image)
-        ]
-        return normalize(torch.cat([normalize(mean, dim=1) for mean in means], dim=1), dim=1)
+        return question_features(self.model, inputs, self.chat.image_ids)
 
     def class_features(self) -> None:
         """Return None: classes are answers in words, and none is a question."""

@@ -36,8 +36,8 @@ from llava_keeplora.run_folder import (
 from llava_keeplora_eval import Matrix
 
 CURE = "do not use this state"
-#: Largest allowed absolute value but for whole numbers, which may be positions or hashes. No weight, update or
-#: statistic of a trained model comes near it.
+#: Largest allowed absolute value; no weight, update or statistic of a trained model comes near it. Whole
+#: numbers may be positions or hashes and have no such limit.
 LARGEST = 1e6
 #: How far a basis may be from orthonormal (what a run writes is within 1e-5), and the number of random
 #: vectors that test it.

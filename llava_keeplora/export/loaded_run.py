@@ -155,7 +155,7 @@ def load_learned_run(
     learned = LearnedRun(run, config, label, entries, deltas, objects)
     if learned.method.bound and deltas and not deltas[-1]:
         raise RunError(
-            f"'{label}' has learned nothing by task {last}, since it trains on all tasks at once with the last",
+            f"'{label}' has learned nothing by task {last}, since it trains on all tasks with the last one",
             "let the run go on to its end" if last == finished else "leave --at-task out",
         )
     return learned

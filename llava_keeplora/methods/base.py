@@ -229,6 +229,8 @@ class Method:
     bound = False
     #: Whether a task's update of an adapted layer is the change of its whole weight instead of an adapter.
     dense_updates = False
+    #: Whether `after_task` takes features of all of a task's examples, and keeps one per class, or one.
+    keeps_prototypes = False
     #: Whether a task may train on other data than its own; see `mixture`.
     mixes = False
     #: Whether a task's update may have been trained elsewhere (`llava-keeplora adopt`); False if later tasks
@@ -299,6 +301,20 @@ class Method:
 
         None, the default, for no such data.
         """
+
+    def general_examples(self, available: int) -> int:
+        """Return how many of the general data's examples are used; all by default."""
+        return available
+
+    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> int:
+        """Return what `predictor_of` holds in host memory after some tasks, for the memory estimate; 0.
+
+        Args:
+            dense: module → bytes of the change of its whole weight.
+            delta: bytes of one task's deltas.
+            tasks: number of tasks learned.
+        """
+        return 0
 
     def budget(self, index: int, budgets: Sequence[Budget]) -> Budget:
         """Return what the training of task `index` takes, given every task's alone; its own by default."""

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from llava_keeplora.adapters import Deltas, FullDelta
 
+#: Bytes of a number of τ.
+F32 = 4
+
 
 class Unified:
     """The unified change of the tasks so far, and each task's mask and factor.
@@ -31,6 +34,13 @@ class Unified:
 
     def __len__(self) -> int:
         return len(self.factors)
+
+    @staticmethod
+    def bytes(dense: Mapping[str, int], tasks: int) -> int:
+        """Return the bytes after some tasks, and while the last one is added; see `Method.answer_bytes`."""
+        masks = tasks * sum(dense.values()) // F32
+        # Of one module: the tasks' changes, once more stacked, and their magnitudes without and with masks.
+        return sum(dense.values()) + masks + 4 * tasks * max(dense.values(), default=0)
 
     def add(self, deltas: Deltas) -> None:
         """Unify the update of another task with those so far."""

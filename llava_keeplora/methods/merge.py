@@ -42,7 +42,7 @@ Differences:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -110,6 +110,7 @@ class Merge(SequentialLora):
         self.cumulative, self.supports_zero3 = options.rule == WISE_FT, options.rule != CONDU
         self.router = TaskRouter(options.routing) if options.rule == CONDU else None
         self.stage_cost = self.router.stage_cost if self.router else {}
+        self.keeps_prototypes = self.router is not None and self.router.keeps_prototypes
         given = self.router is not None and options.routing == ORACLE
         self.info = replace(self.info, task_id_at_test=given)
         self._unified = Unified()
@@ -151,6 +152,10 @@ class Merge(SequentialLora):
     def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
         """Return the prototypes of a task, if they route."""
         return self.router.holds(ctx) if self.router else {}
+
+    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> int:
+        """Return the bytes of ConDU's unified change, and those of every task's update; 0 for other rules."""
+        return Unified.bytes(dense, tasks) + tasks * delta if self.router else 0
 
     def predictor_of(self, predictor: Predictor, ctx: AnswerContext) -> Predictor:
         """Return the model's own predictor; with `condu` one that answers with the picked task's update."""

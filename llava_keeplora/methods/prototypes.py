@@ -19,6 +19,8 @@ from llava_keeplora.methods.base import Holding, TaskContext
 
 #: Key of a task's prototypes in its state.
 KEY = "prototypes"
+#: Features that are summed at once.
+CHUNK = 1024
 
 
 class Prototypes:
@@ -56,7 +58,9 @@ class Prototypes:
         for examples in ctx.examples():
             features.append(predictor.features(examples).cpu())
             groups += [0 if classes is None else example.label for example in examples]
-        shares = all_gather_object((torch.cat(features) if features else None, groups))
+        own = torch.cat(features) if features else None
+        del features
+        shares = all_gather_object((own, groups))
         rows = torch.cat([share for share, _ in shares if share is not None])
         labels = torch.tensor([label for _, labels in shares for label in labels])
         added = prototypes(rows, labels, None if classes is None else classes.cpu())
@@ -108,7 +112,10 @@ def prototypes(features: Tensor, groups: Tensor, prompts: Tensor | None) -> Tens
         prompts: of each group (k, p), of unit length; None for groups without prompts.
     """
     count = int(groups.max()) + 1 if prompts is None else len(prompts)
-    sums = torch.zeros(count, features.shape[1], dtype=torch.float64).index_add_(0, groups, features.double())
+    sums = torch.zeros(count, features.shape[1], dtype=torch.float64)
+    # Chunk by chunk, since all features in fp64 would be twice as large again.
+    for rows, members in zip(features.split(CHUNK), groups.split(CHUNK), strict=True):
+        sums.index_add_(0, members, rows.double())
     sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, torch.ones(len(groups)).double())
     means = sums / sizes.clamp(min=1)[:, None]
     if prompts is not None:

@@ -103,6 +103,10 @@ class Replay(SequentialLora):
         """Return the recipe of the general data."""
         return self.options.general
 
+    def general_examples(self, available: int) -> int:
+        """Return at most `general_examples` of the options."""
+        return min(available, self.options.general_examples or available)
+
     def budget(self, index: int, budgets: Sequence[Budget]) -> Budget:
         """Return the task's own steps, with the examples that are added to each."""
         own, options = budgets[index - 1], self.options
@@ -133,15 +137,18 @@ class Replay(SequentialLora):
             return
         assert ctx.data is not None
         data = ctx.data(ctx.index)
-        share = self.options.share if ctx.index else 1.0
-        number = self.options.examples if ctx.index else self.options.general_examples
-        count = min(max(1, round(share * len(data))) if number is None else number, len(data))
+        count = self._count(len(data)) if ctx.index else self.general_examples(len(data))
         # By id, so that the order of the files does not matter.
         rows = {name: row for row, name in enumerate(data.ids)}
         ids = sorted(random.Random(ctx.seed).sample(sorted(rows), count))
         numbers = torch.tensor([_number(name) for name in ids], dtype=torch.long)
         self._kept = [*self._kept[: ctx.index], numbers]
         ctx.report[EXAMPLES] = {"ids": ids, "bytes": data.stored_bytes(rows[name] for name in ids)}
+
+    def _count(self, available: int) -> int:
+        """Return how many of a task's examples are kept."""
+        share, number = self.options.share, self.options.examples
+        return min(max(1, round(share * available)) if number is None else number, available)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the numbers of the examples that are kept of the last task; see `_number`."""

@@ -36,7 +36,7 @@ Differences from the official code (bjzhb666/MLLM-CL):
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -81,7 +81,7 @@ class TaskLora(SequentialLora):
     def __init__(self, options: TaskLora.Options):
         super().__init__(options)
         self.router = TaskRouter(options.routing)
-        self.stage_cost = self.router.stage_cost
+        self.stage_cost, self.keeps_prototypes = self.router.stage_cost, self.router.keeps_prototypes
         self.info = replace(self.info, task_id_at_test=options.routing == ORACLE)
 
     def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
@@ -108,6 +108,10 @@ class TaskLora(SequentialLora):
     def combine(self, deltas: Sequence[Deltas]) -> list[Deltas]:
         """Return nothing: the model stays the base, and adapters are on it while it answers alone."""
         return []
+
+    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> int:
+        """Return the bytes of every task's adapter."""
+        return tasks * delta
 
     def predictor_of(self, predictor: Predictor, ctx: AnswerContext) -> Predictor:
         """Return a predictor that answers with the adapter of the task that each example is routed to."""

@@ -33,6 +33,8 @@ class TaskRouter:
         self.routing, self.prototypes = routing, Prototypes()
         #: See `Method.stage_cost`.
         self.stage_cost = {Stage.CONSOLIDATED.value: 1.0} if routing == PROTOTYPES else {}
+        #: See `Method.keeps_prototypes`.
+        self.keeps_prototypes = routing == PROTOTYPES
 
     def check(self, ctx: TaskContext) -> None:
         """Check before the first training that the model can route.

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers  # its models, which take seconds to import, are looked up where they are used
-from torch import nn
 
 from llava_keeplora.adapters import is_quantised
 from llava_keeplora.capture import autocast, autocast_dtype, feature_pass, gradient_pass
@@ -28,13 +27,12 @@ from llava_keeplora.methods.gradient_init import gradient_statistic
 from llava_keeplora.methods.presets import least_statistics
 from llava_keeplora.models import repeated
 from llava_keeplora.plan import linear_algebra
-from llava_keeplora.plan.machine import model_bytes
-from llava_keeplora.plan.rehearsal import Rehearsal
+from llava_keeplora.plan.sizes import F32, Sizes
 from llava_keeplora.start.check import enough_gb
 from llava_keeplora.subspace import SecondMoment, ShapeError, SketchedMoment, sketch_width
 
 STAGES = ("load", "basis", "gradient", "train", "features", "statistics", "evaluate", "export")
-F32, F16 = 4, 2
+F16 = 2
 #: Copies of all tensors while safetensors writes them: the bytes of each, then one string of all.
 SERIALISED = 2
 
@@ -52,17 +50,15 @@ class Peak:
     host: int = 0
 
 
-class MemoryEstimate(Rehearsal):
+class MemoryEstimate(Sizes):
     """Peak memory of every stage of one method; see `Rehearsal` for its arguments."""
-
-    # --- sizes -----------------------------------------------------------------------------------
 
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of the stages that the method goes through, in their order."""
         absent = [] if self.method.gradient_statistics(self.layers) else ["statistics"]
         if not self.subspaces:
-            absent += ["basis", "gradient", "features"]
+            absent += ["basis", "gradient", *(["features"] if not self.method.keeps_prototypes else [])]
         else:
             absent += (not self.subspaces.protects_weights) * ["basis"]
             absent += (not self.subspaces.first_gradient) * ["gradient"]
@@ -71,89 +67,6 @@ class MemoryEstimate(Rehearsal):
     def peak(self, stage: str) -> Peak:
         """Return the peak of a stage; it is computed at the first call."""
         return getattr(self, f"_{stage}")
-
-    def columns(self, layer: Layer, tasks: int) -> int:
-        """Return an estimate of the number of a layer's protected directions after `tasks` tasks.
-
-        The weight counts as a random one (see `linear_algebra.random_rank`), and every task adds the share
-        `linear_algebra.GROWTH` of the input width.
-        """
-        out_dim, in_dim = layer.module.out_features, layer.module.in_features
-        weight = (
-            linear_algebra.random_rank(out_dim, in_dim, layer.energy_weight)
-            if self.subspaces.protects_weights
-            else 0
-        )
-        features = round(linear_algebra.GROWTH * in_dim) * tasks if self.subspaces.protects_features else 0
-        return min(weight + features, in_dim - 1)
-
-    @property
-    def protects_weights(self) -> bool:
-        """Whether the method protects principal directions of the weights."""
-        return self.subspaces is not None and self.subspaces.protects_weights
-
-    @cached_property
-    def model_bytes(self) -> int:
-        """Bytes of the model's parameters and buffers."""
-        return model_bytes(self.family.model)
-
-    @property
-    def _linear(self) -> list[nn.Linear]:
-        return [module for module in self.family.model.modules() if isinstance(module, nn.Linear)]
-
-    @cached_property
-    def _dense_numbers(self) -> int:
-        """Numbers of the model's parameters, with quantised weights expanded."""
-        packed = sum(
-            m.in_features * m.out_features - m.weight.numel() for m in self._linear if is_quantised(m)
-        )
-        return packed + sum(p.numel() for p in self.family.model.parameters())
-
-    def bases(self, tasks: int) -> int:
-        """Return the bytes of a method's state after `tasks` tasks; it is kept on the host."""
-        return (
-            sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.layers.values())
-            + self.subspaces.kept_bytes(self.layers, tasks)
-            if self.subspaces
-            else 0
-        )
-
-    def state_bytes(self, tasks: int) -> int:
-        """Return the bytes of a state without subspaces after `tasks` tasks; it is kept on the host."""
-        with torch.device("meta"):
-            state = self.method.planned_state(self.layers, tasks) if tasks else None
-        return sum(tensor.nbytes for tensor in (state or {}).values())
-
-    @cached_property
-    def delta_numbers(self) -> int:
-        """Numbers of one task's delta."""
-        return sum(map(self._numbers, self.changed.modules))
-
-    def _numbers(self, name: str) -> int:
-        module = self.changed.modules[name]
-        if name in self.changed.full:
-            return sum(p.numel() for p in module.parameters(recurse=False))
-        if self.method.dense_updates:
-            return int(module.in_features * module.out_features)
-        return self.layers[name].rank * int(module.in_features + module.out_features)
-
-    @cached_property
-    def stacked(self) -> set[str]:
-        """Names of the layers whose deltas are stored separately instead of being summed into the weights."""
-        return {
-            name
-            for name, module in self.changed.modules.items()
-            if self.sharding.partitions or is_quantised(module)
-        }
-
-    @cached_property
-    def _images(self) -> int:
-        """Bytes of the image cache once every split has been seen."""
-        left = capacity = int(self.config.data.cache_gb * 1e9)
-        for work in self.work:
-            size = work.images * work.image_bytes
-            left -= size if size <= left else 0
-        return capacity - left
 
     def _sum(self, device: int, *, tasks: int, host: int = 0) -> Peak:
         """Return a stage's peak: what it takes itself, plus the model and what a run keeps to rebuild it.
@@ -264,6 +177,8 @@ class MemoryEstimate(Rehearsal):
 
     @cached_property
     def _features(self) -> Peak:
+        if not self.subspaces:
+            return self._prototypes
         if not self.subspaces.protects_features:
             return self._sum(0, tasks=0)
         if self.subspaces.features_from_gradient:
@@ -334,6 +249,18 @@ class MemoryEstimate(Rehearsal):
             if isinstance(statistic, SketchedMoment)
             else 0
         )
+
+    @cached_property
+    def _prototypes(self) -> Peak:
+        """Peak of taking the features of a task's examples, and of these once more as one matrix."""
+        rows = F32 * self._feature_width * max(work.train for work in self.work)
+        with self._fake_model() as meter, torch.no_grad():
+            self._question_features(min(self.config.evaluation.batch_size, self.largest.train))
+            computing = meter.peak - self.model_bytes
+        tasks = len(self.work) - 1
+        if self.cpu:
+            return self._sum(max(computing + rows, 2 * rows), tasks=tasks)
+        return self._sum(computing, tasks=tasks, host=2 * rows)
 
     @cached_property
     def _statistics(self) -> Peak:
@@ -418,7 +345,11 @@ class MemoryEstimate(Rehearsal):
         with self._fake_model() as meter, torch.no_grad():
             self.family.answer(work, size)
             answering = meter.peak - self.model_bytes
-        return self._sum(answering, tasks=tasks)
+        return self._sum(
+            answering,
+            tasks=tasks,
+            host=self.method.answer_bytes(self._dense, F32 * self.delta_numbers, tasks),
+        )
 
     @cached_property
     def _export(self) -> Peak:
@@ -429,7 +360,8 @@ class MemoryEstimate(Rehearsal):
         loads it again converts it to bf16.
         """
         with self._fake_model() as meter, torch.no_grad():
-            self._task()(**repeated(self.largest.example, min(EXPORT_EXAMPLES, self.largest.test)))
+            size = min(EXPORT_EXAMPLES, self.largest.test)
+            self.family.workload_task(self.largest)(**repeated(self.largest.example, size))
             computing = (meter.peak - self.model_bytes) * F32 // self.dtype.itemsize
         numbers = self._dense_numbers
         host = max(

@@ -12,7 +12,7 @@ from llava_keeplora.config import RunConfig, deepspeed_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer, Method
 from llava_keeplora.methods.layers import unsure_layers
-from llava_keeplora.models import Work, open_model
+from llava_keeplora.models import Family, Work, open_model
 from llava_keeplora.plan.machine import (
     Machine,
     changed_layers,
@@ -24,7 +24,7 @@ from llava_keeplora.plan.machine import (
 )
 from llava_keeplora.plan.memory_estimate import F32, MemoryEstimate
 from llava_keeplora.plan.sharding import read_sharding
-from llava_keeplora.plan.workload import read_work
+from llava_keeplora.plan.workload import read_general_work, read_work
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.steps import Budget
 from llava_keeplora.subspace import guaranteed_room
@@ -237,6 +237,7 @@ class _Scenarios:
         self.config, self.machine = config, machine
         self._estimates: dict[str, dict[str, MemoryEstimate]] = {}
         self.work: list[Work] = []
+        self._generals: dict[str, Work | None] = {}
         self.at({})
 
     def at(self, changes: Changes) -> dict[str, MemoryEstimate]:
@@ -258,10 +259,19 @@ class _Scenarios:
         planned = {
             label: method for label, method in config.methods.items() if not _unplanned(make_method(method))
         }
+        general = {label: self._general(config, label, family) for label in planned}
         return {
-            label: MemoryEstimate(config, method, family, self.work, sharding, gpus == 0, base_copies)
+            label: MemoryEstimate(
+                config, method, family, self.work, sharding, gpus == 0, base_copies, general[label]
+            )
             for label, method in planned.items()
         }
+
+    def _general(self, config: RunConfig, label: str, family: Family) -> Work | None:
+        """Return what a method's general data ask of the machine; they are read once."""
+        if label not in self._generals:
+            self._generals[label] = read_general_work(config, label, family)
+        return self._generals[label]
 
     def fits(self, changes: Changes, label: str, stage: str) -> bool:
         """Return whether a stage fits under some changes."""

@@ -17,6 +17,8 @@ from llava_keeplora.models import DTYPES, Family, Work, recomputes, repeated
 from llava_keeplora.plan.allocation_tracker import faked, metered
 from llava_keeplora.plan.machine import make_method
 from llava_keeplora.plan.sharding import Sharding
+from llava_keeplora_eval.llava import question_features
+from llava_keeplora_eval.predictors import image_features, prompt_features, to_dtype
 
 
 class Rehearsal:
@@ -30,6 +32,7 @@ class Rehearsal:
         sharding: how training is distributed.
         cpu: whether the run has no GPU.
         base_copies: bytes of the base's weights that a run copies, of all layers that any method changes.
+        general: the method's general data, see `Method.general_data_spec`; None for none.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Rehearsal:
         sharding: Sharding,
         cpu: bool,
         base_copies: int,
+        general: Work | None = None,
     ):
         self.config, self.family, self.work = config, family, work
         self.sharding, self.cpu, self.base_copies = sharding, cpu, base_copies
@@ -50,8 +54,11 @@ class Rehearsal:
         self.subspaces = self.method.subspace_plan()
         self.planned = self.method.planned_adapters(self.layers)
         self.dtype = DTYPES[config.model.dtype]
-        self.largest = max(
-            self.work, key=lambda w: w.tokens * (len(w.prompts["input_ids"]) if w.prompts else 1)
+        self.general = general
+        self.largest = max(self.work, key=_numbers)
+        #: That with the largest batch.
+        self.trained = max(
+            [self.largest, *([general] if general else [])], key=lambda w: self._batch_size(w) * _numbers(w)
         )
 
     def _trained_parameters(self) -> list[nn.Parameter]:
@@ -67,12 +74,23 @@ class Rehearsal:
     def _modules(self) -> dict[str, nn.Linear]:
         return {name: layer.module for name, layer in self.layers.items()}
 
+    def _batch_size(self, work: Work) -> int:
+        return min(int(self.training.get("per_device_train_batch_size", 8)), work.train)
+
     def _batch(self) -> dict[str, Tensor]:
-        size = min(int(self.training.get("per_device_train_batch_size", 8)), self.largest.train)
-        return repeated(self.largest.example, size)
+        return repeated(self.trained.example, self._batch_size(self.trained))
 
     def _task(self) -> nn.Module:
-        return self.family.workload_task(self.largest)
+        return self.family.workload_task(self.trained)
+
+    def _question_features(self, size: int) -> Tensor:
+        """Return features of copies of the longest question as the model's own predictor takes them."""
+        model: Any = self.family.model
+        batch = to_dtype(repeated(self.largest.question, size), model.dtype)
+        if self.largest.prompts:
+            prompt_features(model, self.largest.prompts)
+            return image_features(model, **batch).float()
+        return question_features(model, batch, [0])
 
     def _context(self, index: int) -> TaskContext:
         """Return the context of a run's last task, which offers nothing that needs weights or data."""
@@ -135,6 +153,11 @@ class Rehearsal:
             stack.close()
             detach(wrapper)
             model.eval().requires_grad_(False)
+
+
+def _numbers(work: Work) -> int:
+    """Return the tokens of a task's largest example, or of all class prompts."""
+    return work.tokens * (len(work.prompts["input_ids"]) if work.prompts else 1)
 
 
 class _Repeated:

@@ -14,7 +14,7 @@ from llava_keeplora.methods import Changed
 from llava_keeplora.models import Family, Prepared, Work
 from llava_keeplora.plan.machine import make_method
 from llava_keeplora.start import Task, check_run, load_task
-from llava_keeplora.start.reference_data import read_reference
+from llava_keeplora.start.reference_data import read_general, read_reference
 from llava_keeplora_eval.references import metric_of
 from llava_keeplora_recipes import Recipe, load_recipe, load_recipes
 from llava_keeplora_recipes.errors import RecipeError
@@ -47,6 +47,26 @@ def read_work(config: RunConfig, family: Family, changed: Mapping[str, Changed],
             read_reference(label, *wanted, config.data, family, lambda data: Prepared(family, data))
     check_run(config, family, changed, list(tasks.values()), recipes, [one.train for one in work], world)
     return work
+
+
+def read_general_work(config: RunConfig, label: str, family: Family) -> Work | None:
+    """Return what a method's general data ask of the machine, `test` and answers aside; None for none.
+
+    Raises:
+        RecipeError: for a recipe that is wrong.
+        ConfigError: if the data are wrong, or absent and the recipe doesn't say how many there are.
+    """
+    method = make_method(config.methods[label])
+    name, root = method.general_data_spec(), config.data.root
+    if name is None:
+        return None
+    if _is_absent(name, root):
+        work = _read(load_recipe(name), None, config, family)
+    else:
+        train = read_general(label, name, config.data, family, lambda data: Prepared(family, data)).data
+        work = family.workload(train.recipe, train, train)
+    used = method.general_examples(work.train)
+    return dataclasses.replace(work, train=used, test=0, images=used)
 
 
 def _read(recipe: Recipe, task: Task | None, config: RunConfig, family: Family) -> Work:

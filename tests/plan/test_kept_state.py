@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from llava_keeplora.adapters import FullDelta
 from llava_keeplora.config import parse_config
 from llava_keeplora.methods import METHODS, find_layers
+from llava_keeplora.methods.condu import Unified
 from llava_keeplora.models import open_model
 from llava_keeplora.plan import describe, make_plan
+from llava_keeplora.plan.machine import Machine
+from llava_keeplora.plan.plan import _Scenarios
 
 LABELS = ("seq-lora", "ewc", "reglora")
 
@@ -68,3 +72,75 @@ def test_a_task_takes_what_is_kept_on_disk(planned, weights):
 
 def test_methods_without_a_state_say_nothing_of_it():
     assert METHODS["seq-lora"](METHODS["seq-lora"].Options()).planned_state({}, 2) is None
+
+
+# --- routers, ConDU and general data -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def estimates(llava_tree, mixed_tasks):
+    """Label → the estimate of a method; each stage is computed when it is asked for."""
+    methods = {
+        "mean": {"method": "merge"},
+        "condu": {"method": "merge", "rule": "condu"},
+        "nearest": {"method": "task-lora"},
+        "given": {"method": "task-lora", "routing": "oracle"},
+        "few": {"method": "replay", "general": str(mixed_tasks[2]), "general_examples": 3},
+        "all": {"method": "replay", "general": str(mixed_tasks[2])},
+    }
+    tree = llava_tree("unset", methods=methods, tasks=[str(mixed_tasks[i]) for i in (0, 1)])
+    return _Scenarios(parse_config(tree), Machine(1, 10**12)).at({})
+
+
+def host(estimate, stage):
+    return estimate.peak(stage).host
+
+
+def test_prototypes_are_a_pass_of_features_and_a_row_of_every_task(estimates):
+    nearest, given = estimates["nearest"], estimates["given"]
+    width = 2 * nearest.family.model.config.text_config.hidden_size  # Means over image and question.
+    assert [("features" in e.stages) for e in estimates.values()] == [False, True, True, False, False, False]
+    examples = max(work.train for work in nearest.work)
+    # The examples' features once more as one matrix, beside the first task's prototype.
+    assert host(nearest, "features") == host(given, "load") - 4 * 2 * given.delta_numbers + 4 * width * (
+        2 * examples + 1
+    )
+    assert [e.state_bytes(2) for e in (nearest, given)] == [2 * 4 * width, 0]
+    answers = given.peak("evaluate").device
+    assert 0.5 * answers <= nearest.peak("features").device <= 2 * answers
+
+
+def test_answers_of_updates_kept_apart_hold_all_of_them_and_condu_its_unified_change(estimates):
+    mean, condu, given = (host(estimates[label], "evaluate") for label in ("mean", "condu", "given"))
+    updates = 2 * 4 * estimates["condu"].delta_numbers
+    assert given - mean == updates
+    modules = estimates["condu"].changed.modules
+    numbers = [
+        sum(p.numel() for p in modules[n].parameters(recurse=False)) for n in estimates["condu"].changed.full
+    ]
+    numbers += [modules[n].weight.numel() for n in estimates["condu"].changed.adapted]
+    # τ, two masks, and copies of both changes of the largest module.
+    unified = (4 + 2) * sum(numbers) + 4 * 2 * 4 * max(numbers)
+    assert condu - mean - updates - unified == estimates["condu"].state_bytes(2)
+
+
+def test_what_condu_is_planned_to_hold_is_what_it_holds():
+    unified, generator = Unified(), torch.Generator().manual_seed(0)
+    shapes = {"first": (6, 4), "second": (8, 6)}
+    for _ in range(3):
+        unified.add(
+            {n: FullDelta({"weight": torch.randn(*s, generator=generator)}) for n, s in shapes.items()}
+        )
+    held = sum(t.nbytes for change in unified._changes.values() for pair in change.values() for t in pair)
+    dense = {name: 4 * rows * columns for name, (rows, columns) in shapes.items()}
+    assert Unified.bytes(dense, 3) == held + 4 * 3 * dense["second"]
+
+
+def test_general_data_count_as_images_and_as_examples_that_a_step_may_have(estimates):
+    few, every, mean = (estimates[label] for label in ("few", "all", "mean"))
+    image = few.general.image_bytes
+    assert few.general.train == 3 < every.general.train and image > 0
+    assert few._images - mean._images == 3 * image
+    assert every._images - mean._images == every.general.train * image
+    assert every.trained is every.general and every._batch()["input_ids"].shape[1] == every.general.tokens
+    assert few.trained is few.largest, "three of them are less than a whole batch of the tasks'"

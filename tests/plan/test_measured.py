@@ -123,6 +123,35 @@ def test_another_model_of_two_encoders_takes_what_was_planned(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{"method": "task-lora"}, {"method": "merge", "rule": "condu"}])
+@pytest.mark.parametrize("family", ["clip", "llava"])
+def test_updates_kept_apart_take_what_was_planned(
+    request, measured, mixed_tasks, tiny_tasks, tmp_path, enlarge, family, options
+):
+    small, tree = (
+        request.getfixturevalue(name)
+        for name in (f"tiny_{family}", f"{'run' if family == 'clip' else family}_tree")
+    )
+    language, tasks = ("text", tiny_tasks) if family == "clip" else ("language", mixed_tasks)
+    large = enlarge(
+        small,
+        tmp_path / "large",
+        vision(768, 4),
+        text(512, 4) if family == "llava" else vision(512, 4),
+        weights=True,
+    )
+    tree = tree(
+        "unset",
+        parts={"vision": PART, language: copy.deepcopy(PART)},
+        tasks=[str(task) for task in tasks[:2]],
+        methods={"apart": options},
+    )
+    stages = ("load", "train", "features", "evaluate")
+    ratios = compare(measured, tree, small, large, more=())
+    assert ratios.keys() == set(stages) and all(1 / 1.2 <= ratio <= 1.2 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

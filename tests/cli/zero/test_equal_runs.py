@@ -111,7 +111,16 @@ LATER = {
     "ewc": ({"strength": 1000.0}, ("zero-2",)),
     "reglora": ({"strength": 1.0}, ("zero-2",)),
     "lwf": ({}, ("zero-2", "zero-3")),
+    "individual": ({}, ("zero-2", "zero-3")),
+    "joint": ({}, ("zero-2", "zero-3")),
+    "replay": ({"share": 0.3}, ("zero-2", "zero-3")),
+    # DeepSpeed takes no optimiser of a method's own.
+    "eblora": ({"dropout": 0.0}, ()),
+    "osf": ({}, ()),
 }
+#: A decomposition turns where singular values of a small random weight lie near each other, and AdamW takes other steps in a turned basis: noise of 1e-7
+#: in the first task's update becomes 1e-4 in the second's, in one process too.
+TURNING = {"osf": 1e-3}
 DRAWING = {"moe-adapters": {"experts": 4}, "iap": {}}
 
 
@@ -178,8 +187,33 @@ def test_every_later_method_ends_in_two_processes_as_in_one(
     assert code == 0, err
     # ZeRO-3's hooks copy what layers read together, so that each has a state of its own.
     names = ("delta",) if stage == "zero-3" else ("delta", "state")
-    apart = distances(tmp_path / "one", tmp_path / "two", label, names=names)
-    assert len(apart) >= 2 and max(apart.values()) < 1e-5, apart
+    turned = TURNING.get(label, 0.0)
+    apart = distances(tmp_path / "one", tmp_path / "two", label, worst=max(1e-4, turned), names=names)
+    first, *later = apart.values()
+    assert (
+        len(later) >= (label != "joint") and first < 1e-5 and max(later, default=0.0) < max(1e-5, turned)
+    ), apart
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero-2", "zero-3"])
+def test_self_distillation_ends_under_zero_as_in_two_processes_without(
+    stage, llava_tree, mixed_tasks, written, launch, script, tmp_path
+):
+    # The questions of its own depend on the number of processes, so one process is no reference.
+    tree = llava_tree(
+        tmp_path / "unset",
+        methods={"self-distillation": {}},
+        tasks=[str(path) for path in mixed_tasks[:2]],
+        training=STEADY,
+    )
+    tree = halved(tree)
+    for folder, zero in (("plain", None), ("zero", ZERO[stage])):
+        command = [sys.executable, script, "--config", written(tree, zero), "--output-dir", tmp_path / folder]
+        code, _, err = launch(command, processes=2)
+        assert code == 0, err
+    apart = distances(tmp_path / "plain", tmp_path / "zero", "self-distillation")
+    assert len(apart) == 2 and max(apart.values()) < 1e-5, apart
 
 
 def test_a_second_task_starts_from_the_weights_and_not_from_the_engine_of_the_first(

@@ -1,0 +1,122 @@
+"""Sizes of what a method holds and keeps: subspaces and other state, updates, the model, the image cache."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from llava_keeplora.adapters import is_quantised
+from llava_keeplora.methods import Layer
+from llava_keeplora.plan import linear_algebra
+from llava_keeplora.plan.machine import model_bytes
+from llava_keeplora.plan.rehearsal import Rehearsal
+
+F32 = 4
+
+
+class Sizes(Rehearsal):
+    """Sizes of one method's tensors; see `Rehearsal` for its arguments."""
+
+    def columns(self, layer: Layer, tasks: int) -> int:
+        """Return an estimate of the number of a layer's protected directions after `tasks` tasks.
+
+        The weight counts as a random one (see `linear_algebra.random_rank`), and every task adds the share
+        `linear_algebra.GROWTH` of the input width.
+        """
+        out_dim, in_dim = layer.module.out_features, layer.module.in_features
+        weight = (
+            linear_algebra.random_rank(out_dim, in_dim, layer.energy_weight)
+            if self.subspaces.protects_weights
+            else 0
+        )
+        features = round(linear_algebra.GROWTH * in_dim) * tasks if self.subspaces.protects_features else 0
+        return min(weight + features, in_dim - 1)
+
+    @property
+    def protects_weights(self) -> bool:
+        """Whether the method protects principal directions of the weights."""
+        return self.subspaces is not None and self.subspaces.protects_weights
+
+    @cached_property
+    def model_bytes(self) -> int:
+        """Bytes of the model's parameters and buffers."""
+        return model_bytes(self.family.model)
+
+    @property
+    def _dense(self) -> dict[str, int]:
+        """Bytes of the change of every changed module's whole weight."""
+        return {name: F32 * self._whole_numbers(name) for name in self.changed.modules}
+
+    @property
+    def _linear(self) -> list[nn.Linear]:
+        return [module for module in self.family.model.modules() if isinstance(module, nn.Linear)]
+
+    @cached_property
+    def _dense_numbers(self) -> int:
+        """Numbers of the model's parameters, with quantised weights expanded."""
+        packed = sum(
+            m.in_features * m.out_features - m.weight.numel() for m in self._linear if is_quantised(m)
+        )
+        return packed + sum(p.numel() for p in self.family.model.parameters())
+
+    def bases(self, tasks: int) -> int:
+        """Return the bytes of a method's state after `tasks` tasks; it is kept on the host."""
+        return (
+            sum(F32 * layer.module.in_features * self.columns(layer, tasks) for layer in self.layers.values())
+            + self.subspaces.kept_bytes(self.layers, tasks)
+            if self.subspaces
+            else 0
+        )
+
+    def state_bytes(self, tasks: int) -> int:
+        """Return the bytes of a state without subspaces after `tasks` tasks; it is kept on the host."""
+        with torch.device("meta"):
+            state = self.method.planned_state(self.layers, tasks) if tasks else None
+        return sum(tensor.nbytes for tensor in (state or {}).values()) + sum(
+            F32 * self._feature_width * (len(work.prompts["input_ids"]) if work.prompts else 1)
+            for work in self.work[:tasks]
+            if self.method.keeps_prototypes
+        )
+
+    @cached_property
+    def _feature_width(self) -> int:
+        """Width of the features of which prototypes are made."""
+        with self._fake_model(), torch.no_grad():
+            return self._question_features(1).shape[1]
+
+    @cached_property
+    def delta_numbers(self) -> int:
+        """Numbers of one task's delta."""
+        return sum(map(self._numbers, self.changed.modules))
+
+    def _whole_numbers(self, name: str) -> int:
+        module = self.changed.modules[name]
+        if name in self.changed.full:
+            return sum(p.numel() for p in module.parameters(recurse=False))
+        return int(module.in_features * module.out_features)
+
+    def _numbers(self, name: str) -> int:
+        module = self.changed.modules[name]
+        if name in self.changed.full or self.method.dense_updates:
+            return self._whole_numbers(name)
+        return self.layers[name].rank * int(module.in_features + module.out_features)
+
+    @cached_property
+    def stacked(self) -> set[str]:
+        """Names of the layers whose deltas are stored separately instead of being summed into the weights."""
+        return {
+            name
+            for name, module in self.changed.modules.items()
+            if self.sharding.partitions or is_quantised(module)
+        }
+
+    @cached_property
+    def _images(self) -> int:
+        """Bytes of the image cache once every split has been seen."""
+        left = capacity = int(self.config.data.cache_gb * 1e9)
+        for work in [*self.work, *([self.general] if self.general else [])]:
+            size = work.images * work.image_bytes
+            left -= size if size <= left else 0
+        return capacity - left
