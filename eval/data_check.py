@@ -183,7 +183,7 @@ def split_reports(
 
 def _check_references(data: TaskData, warnings: list[str], errors: list[UserError]) -> None:
     learned_only = data.split == TRAIN
-    if learned_only and metric_record(data.recipe.metric).inputs:
+    if learned_only and metric_record(data.recipe.metric).required:
         return
     try:
         warnings += filter(None, [check_references(data)])

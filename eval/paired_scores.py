@@ -58,7 +58,7 @@ def check_comparable(data: TaskData) -> None:
 
 
 def _is_mean(record: MetricRecord) -> bool:
-    return type(record).example_scores is not MetricRecord.example_scores
+    return type(record).unit_scores is not MetricRecord.unit_scores
 
 
 def paired_change(
@@ -68,7 +68,8 @@ def paired_change(
 
     Args:
         data: the task and split.
-        before, after: id → answer, of every example.
+        before, after: id → answer, of every example; those that the metric scores together are drawn
+            together, see `MetricRecord.units`.
         level: of each bound of the interval; the resampling's seed is taken from the task's name.
 
     Raises:
@@ -79,7 +80,8 @@ def paired_change(
     references, inputs = accepted_texts(data), metric_inputs(data, record)
     texts = [_in_order(data, answers) for answers in (before, after)]
     if _is_mean(record):
-        first, second = (record.example_scores(side, references, **inputs) or [] for side in texts)
+        units = (record.unit_scores(side, references, **inputs) for side in texts)
+        first, second = ([part * record.to_percent for part in side.contributions] for side in units if side)
         return mean_change(first, second, level, seed)
 
     def scores(rows: Sequence[int]) -> tuple[float, float]:

@@ -38,12 +38,18 @@ def accepted_texts(data: TaskData) -> list[list[str]]:
 def metric_inputs(data: TaskData, record: MetricRecord) -> dict[str, list[str]]:
     """Return the inputs of a metric besides texts, by the plural of their names; see ``MetricRecord.inputs``.
 
+    Optional inputs that no example has are left out; one that has none has the value None.
+
     Raises:
-        EvalError: an example lacks one of them.
+        EvalError: an example lacks a required input.
     """
     result = {}
-    for name in record.inputs:
+    for name in (*record.required, *record.optional):
         values = data.questions if name == "question" else [row.get(name) for row in data.meta]
+        if name in record.optional:
+            if any(value is not None for value in values):
+                result[f"{name}s"] = values
+            continue
         result[f"{name}s"] = values
         lacking = [key for key, value in zip(data.ids, values) if value is None]
         if lacking:

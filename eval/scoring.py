@@ -39,6 +39,7 @@ class Score:
         metric_source: SHA-256 of the sources of a plug-in metric.
         errors: class → number of predictions without points, for metrics of answers; see ``error_classes``.
         confusions: the most frequent (class, prediction, number) of wrong predictions, for classification.
+        units: number of units of which the score is a mean, where these are groups of examples.
     """
 
     task: str
@@ -58,10 +59,11 @@ class Score:
     metric_source: str | None = None
     errors: dict[str, int] | None = None
     confusions: list[list[str | int]] | None = None
+    units: int | None = None
 
     def to_dict(self) -> dict:
-        """Return the score as plain JSON values; the last three only where there is one."""
-        optional = ("metric_source", "errors", "confusions")
+        """Return the score as plain JSON values; the last four only where there is one."""
+        optional = ("metric_source", "errors", "confusions", "units")
         return {key: value for key, value in asdict(self).items() if value is not None or key not in optional}
 
     @property
@@ -79,6 +81,7 @@ class Score:
             if (share := getattr(self, name)) is not None:
                 line += f", {name} {share:.2f} %"
         notes = [f"{self.correct}/{self.n}" if self.correct is not None else f"n={self.n}"]
+        notes += [f"{self.units} units"] * (self.units is not None)
         notes += [f"{name} {_format(value)}" for name, value in (self.details or {}).items()]
         notes += [f"{self.dropped} dropped"] * bool(self.dropped)
         notes += [f"{self.unmeetable} that no answer can meet"] * bool(self.unmeetable)
@@ -124,6 +127,7 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
     result = record.compute(list(texts.values()), references, **inputs)
     percent = {key: _percent(result.get(key), record) for key in (record.name, "lenient", "compliance")}
     details = result.get("details")
+    units = len(record.units(len(data), **inputs))
     return Score(
         task=data.recipe.name,
         version=data.recipe.version,
@@ -142,6 +146,7 @@ def score(data: TaskData, path: str | Path, metric: str | None = None, form: str
         metric_source=metric_source(name),
         errors=result.get("errors"),
         confusions=_confusions(data, record, list(texts.values()), references, inputs),
+        units=units if units != len(data) else None,
     )
 
 

@@ -63,7 +63,7 @@ def _check_record(record: MetricRecord) -> None:
         f"the version of {what} must be at least 1"
     )
     assert record.summary.strip() and "\n" not in record.summary, f"the summary of {what} must be one line"
-    assert all(name.isidentifier() for name in record.inputs), (
+    assert all(name.isidentifier() for name in (*record.required, *record.optional)), (
         f"the inputs of {what} must be a tuple of names"
     )
     assert record.kinds and set(record.kinds) <= set(KINDS), f"the kinds of {what} must be some of {KINDS}"
@@ -93,18 +93,35 @@ def _check_result(record: MetricRecord, references: Any, predictions: Any, input
         assert results[0]["lenient"] >= results[0][record.name], (
             f"'{record.name}' is stricter when read leniently"
         )
-        singles = [
-            record.compute([text], [answers], **{key: [values[i]] for key, values in inputs.items()})[
-                record.name
-            ]
-            for i, (text, answers) in enumerate(zip(predictions, references, strict=True))
-        ]
-        assert math.isclose(sum(singles) / len(singles), results[0][record.name], abs_tol=1e-9), (
-            f"'{record.name}' scores an answer otherwise among others than alone"
-        )
-        assert record.soft or set(singles) <= {0.0, 1.0}, (
-            f"'{record.name}' gives parts of a point: it needs soft=True"
-        )
+        _check_units(record, references, predictions, inputs, results[0][record.name])
+
+
+def _check_units(
+    record: AnswerMetric, references: Any, predictions: Any, inputs: dict[str, Any], score: float
+) -> None:
+    """Check that the score is the weighted mean of its units, each of which scores alike when it is alone."""
+    units = record.unit_scores(predictions, references, **inputs)
+    assert sorted(i for unit in units.members for i in unit) == list(range(len(references))), (
+        f"the units of '{record.name}' do not have every example once"
+    )
+    assert math.isclose(sum(units.weights), 1, abs_tol=1e-9), (
+        f"the weights of the units of '{record.name}' don't sum to 1"
+    )
+    alone = [
+        record.compute(
+            [predictions[i] for i in unit],
+            [references[i] for i in unit],
+            **{key: [values[i] for i in unit] for key, values in inputs.items()},
+        )[record.name]
+        for unit in units.members
+    ]
+    mean = sum(weight * single for weight, single in zip(units.weights, alone, strict=True))
+    assert math.isclose(mean, score, abs_tol=1e-9) and math.isclose(units.mean, score, abs_tol=1e-9), (
+        f"'{record.name}' scores an answer otherwise among others than alone"
+    )
+    assert record.soft or set(alone) <= {0.0, 1.0}, (
+        f"'{record.name}' gives parts of a point: it needs soft=True"
+    )
 
 
 def _check_order(record: MetricRecord, references: Any, predictions: Any, inputs: dict[str, Any]) -> None:
@@ -147,7 +164,7 @@ def _check_refusals(record: MetricRecord, references: Any, predictions: Any, inp
         f"'{record.name}' with an unknown input",
         lambda: record.compute(predictions, references, **inputs, **unknown),
     )
-    for key in inputs:
+    for key in (f"{name}s" for name in record.required):
         fewer = {name: values for name, values in inputs.items() if name != key}
         _check_refused(
             f"'{record.name}' without {key}",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING
 
+from llava_keeplora_eval.metrics.corpus import CorpusMetric
 from llava_keeplora_eval.metrics.lookup import METRICS, as_record, metric_record, metric_source
-from llava_keeplora_eval.metrics.records import AnswerMetric, CorpusMetric, MetricRecord
+from llava_keeplora_eval.metrics.records import AnswerMetric, MetricRecord
+from llava_keeplora_eval.metrics.units import Grouping, UnitScores
 
 if TYPE_CHECKING:
     import evaluate
@@ -15,7 +17,9 @@ __all__ = [
     "METRICS",
     "AnswerMetric",
     "CorpusMetric",
+    "Grouping",
     "MetricRecord",
+    "UnitScores",
     "as_record",
     "check_metric",
     "load_metric",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_keeplora_eval import caption_scores, ptb
-from llava_keeplora_eval.metrics.records import Answers, CorpusMetric
+from llava_keeplora_eval.metrics.corpus import CorpusMetric
+from llava_keeplora_eval.metrics.records import Answers
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class EvaluateMetric(evaluate.Metric):
         self.record = metric_record(self.config_name)
         # evaluate creates a folder of this name, and the name of a metric from a file is a path.
         self.config_name = re.sub(r"[^\w.-]+", "_", self.config_name)
-        inputs = " ".join(f"{key}s: one per example." for key in self.record.inputs)
+        inputs = " ".join(f"{key}s: one per example." for key in self.record.required)
         return evaluate.MetricInfo(
             description=self.record.description,
             citation=self.record.citation,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_keeplora_eval.errors import EvalError
-from llava_keeplora_eval.metrics import answers, captions, coin, mllm_acl, mllm_dcl, ucit, vqa
+from llava_keeplora_eval.metrics import answers, captions, coin, general, mllm_acl, mllm_dcl, ucit, vqa
 from llava_keeplora_eval.metrics.records import AnswerMetric, MetricRecord
 from llava_keeplora_recipes.registry import PluginError, Registry
 
@@ -19,7 +19,7 @@ def _is_metric(value: Any) -> str | None:
 
 #: Name → record; a plug-in may be a function instead of a record, see ``metric_record``.
 METRICS = Registry("metric", "llava_keeplora.metrics", {}, _is_metric)
-for _group in (answers, vqa, captions, ucit, mllm_dcl, mllm_acl, coin):
+for _group in (answers, vqa, captions, ucit, mllm_dcl, mllm_acl, coin, general):
     METRICS.update({record.name: record for record in _group.METRICS})
 
 

@@ -12,7 +12,7 @@ to nothing ("A", "the", ".") is scored as the script does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import combinations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 from llava_keeplora_eval.answer_forms import finds, short_form, words_only
 from llava_keeplora_eval.error_classes import count_classes, error_class
 from llava_keeplora_eval.errors import EvalError
+from llava_keeplora_eval.metrics.units import Answered, Grouping, UnitScores
 from llava_keeplora_recipes.readers import KINDS
 from llava_keeplora_recipes.texts import is_blank
 
@@ -65,6 +66,16 @@ class MetricRecord:
     kinds: tuple[str, ...] = KINDS
 
     @property
+    def required(self) -> tuple[str, ...]:
+        """Names of the inputs that ``compute`` needs for every example."""
+        return self.inputs
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Names of the inputs that ``compute`` uses where the examples have them."""
+        return ()
+
+    @property
     def description(self) -> str:
         """The rule in full, the function's docstring."""
         return self.function.__doc__ or self.summary
@@ -107,7 +118,7 @@ class MetricRecord:
         Args:
             predictions: one text per example; an empty one is wrong.
             references: the accepted texts of each example.
-            inputs: see ``MetricRecord.inputs``.
+            inputs: those of ``required`` and ``optional``, by the plural of their names.
 
         Returns:
             The score under the metric's name, and the metric's other results.
@@ -116,6 +127,15 @@ class MetricRecord:
             EvalError: there are no predictions, or different numbers of predictions, references and inputs;
                 or a reference has not the form that the metric compares.
         """
+        self._check_given(predictions, references, inputs)
+        return self._compute(predictions, references, **inputs)
+
+    def _check_given(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Answers],
+        inputs: Mapping[str, Sequence[Any]],
+    ) -> None:
         if not len(predictions):
             raise EvalError(
                 f"the metric '{self.name}' has no predictions to score", "check the split and the data"
@@ -127,14 +147,15 @@ class MetricRecord:
                     f"the metric '{self.name}' has {len(predictions)} predictions and {length} {key}",
                     "give one of each per example",
                 )
-        if wrong := set(inputs) ^ {f"{name}s" for name in self.inputs}:
+        needed = {f"{name}s" for name in self.required}
+        known = needed | {f"{name}s" for name in self.optional}
+        if wrong := (set(inputs) - known) | (needed - set(inputs)):
             verb = "takes no" if wrong <= set(inputs) else "needs the"
             raise EvalError(
                 f"the metric '{self.name}' {verb} {', '.join(sorted(wrong))} of the examples",
                 "give exactly "
-                + ", ".join(["predictions", "references", *(f"{name}s" for name in self.inputs)]),
+                + ", ".join(["predictions", "references", *(f"{name}s" for name in self.required)]),
             )
-        return self._compute(predictions, references, **inputs)
 
     def _compute(
         self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
@@ -144,7 +165,36 @@ class MetricRecord:
     def example_scores(
         self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
     ) -> list[float] | None:
-        """Return every example's score in percent, whose mean is the task's; None if that is no such mean."""
+        """Return the score of every single answer in percent; None if answers have none.
+
+        Their mean is the task's score where each answer is a unit, see ``unit_scores``.
+        """
+        return None
+
+    def units(self, count: int, **inputs: Sequence[Any]) -> list[list[int]]:
+        """Return the examples that are scored together, without their predictions.
+
+        Args:
+            count: the number of examples.
+            inputs: as for ``compute``.
+
+        Returns:
+            The positions of the examples of each unit; one unit per example unless the metric groups them.
+
+        Raises:
+            EvalError: see ``Grouping.members``.
+        """
+        return [[i] for i in range(count)]
+
+    def unit_scores(
+        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
+    ) -> UnitScores | None:
+        """Score each unit; see ``compute`` for the arguments.
+
+        Returns:
+            The units' scores, of which the metric's score is the weighted mean; None if it is no such mean,
+            as that of a ``CorpusMetric``, which has to be computed anew for any other set of examples.
+        """
         return None
 
     def unmeetable(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> list[int]:
@@ -218,12 +268,30 @@ class AnswerMetric(MetricRecord):
         soft: whether scores can be between 0 and 1, so that there is no number of correct answers.
         compares: the accepted texts that are compared: any of them, the first (for official files with one
             answer), or all of them as votes.
+        grouping: how answers are scored together; None if every example is scored by itself. The score is
+            then the mean over units, and there is no number of correct answers.
+        by: names of inputs that examples may have, such as a category, by which ``details`` are split.
+        details: function of ``Answered`` that returns a dict of further numbers and notes.
     """
 
     lenient: Callable[..., float] = finds_any
     complies: Callable[..., bool] = short_form
     soft: bool = False
     compares: Literal["any", "first", "votes"] = "any"
+    grouping: Grouping | None = None
+    by: tuple[str, ...] = ()
+    details: Callable[[Answered], dict[str, Any]] | None = None
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """See ``MetricRecord.required``."""
+        grouped = self.grouping.inputs if self.grouping else ()
+        return tuple(dict.fromkeys((*self.inputs, *grouped)))
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """See ``MetricRecord.optional``."""
+        return tuple(name for name in self.by if name not in self.required)
 
     def accepted(self, answers: Answers) -> Answers:
         """Return the accepted texts that are compared; empty if all of them are blank."""
@@ -259,27 +327,57 @@ class AnswerMetric(MetricRecord):
     def _compute(
         self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
     ) -> dict:
-        """Return the mean score, ``lenient``, ``compliance``, ``errors`` and, unless it is soft, ``correct``.
+        """Return the score, ``lenient``, ``compliance``, ``errors`` and ``details``; see ``AnswerMetric``.
 
-        The errors are the predictions with the score 0, counted by class; see ``error_classes``.
+        The errors are the answers with the score 0, counted by class; see ``error_classes``. The number of
+        ``correct`` answers comes with metrics that are neither soft nor grouped.
         """
         known = {words_only(answer) for answers in references for answer in answers} - {""}
         strict, lenient, complying, errors = [], [], 0, []
         for i, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
-            text, accepted, given = prediction.strip(), self.accepted(answers), _of_example(inputs, i)
+            text, accepted, given = prediction.strip(), self.accepted(answers), self._of_example(inputs, i)
             strict.append(self._score(self.function, text, accepted, accepted, given))
             lenient.append(max(strict[-1], self._score(self.lenient, text, accepted, answers, given)))
             complying += bool(text) and self.complies(text, answers, known)
             if not strict[-1]:
                 errors.append(error_class(text, answers, accepted, known, lenient[-1] > 0))
-        count = len(predictions)
-        result = {
-            self.name: sum(strict) / count,
-            "lenient": sum(lenient) / count,
-            "compliance": complying / count,
+        units = self._in_units(strict, inputs)
+        result: dict[str, Any] = {
+            self.name: units.mean,
+            "lenient": self._in_units(lenient, inputs).mean,
+            "compliance": complying / len(predictions),
             "errors": count_classes(errors),
         }
-        return result if self.soft else result | {"correct": int(sum(strict))}
+        if not self.soft and self.grouping is None:
+            result["correct"] = int(sum(strict))
+        if self.details is not None:
+            answered = Answered([text.strip() for text in predictions], references, inputs, strict, units)
+            result["details"] = self._call(self.details, f"{len(predictions)} predictions", answered)
+        return result
+
+    def units(self, count: int, **inputs: Sequence[Any]) -> list[list[int]]:
+        """See ``MetricRecord.units``."""
+        return self.grouping.members(inputs, self.name) if self.grouping else super().units(count, **inputs)
+
+    def unit_scores(
+        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
+    ) -> UnitScores:
+        """See ``MetricRecord.unit_scores``."""
+        self._check_given(predictions, references, inputs)
+        pairs = enumerate(zip(predictions, references, strict=True))
+        scores = [self.score(text, answers, **self._of_example(inputs, i)) for i, (text, answers) in pairs]
+        return self._in_units(scores, inputs)
+
+    def _in_units(self, scores: list[float], inputs: Mapping[str, Sequence[Any]]) -> UnitScores:
+        members = self.units(len(scores), **inputs)
+        if self.grouping is None:
+            return UnitScores(members, scores, [1 / len(scores)] * len(scores))
+        combined = [self.grouping.combine([scores[i] for i in unit]) for unit in members]
+        return UnitScores(members, combined, self.grouping.weights(members, inputs))
+
+    def _of_example(self, inputs: Mapping[str, Sequence[Any]], index: int) -> dict[str, Any]:
+        """Return one example's inputs of the function, by name."""
+        return {name: inputs[f"{name}s"][index] for name in self.inputs}
 
     def example_scores(
         self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
@@ -287,16 +385,17 @@ class AnswerMetric(MetricRecord):
         """See ``MetricRecord.example_scores``."""
         pairs = enumerate(zip(predictions, references, strict=True))
         return [
-            self.score(text, answers, **_of_example(inputs, i)) * self.to_percent
+            self.score(text, answers, **self._of_example(inputs, i)) * self.to_percent
             for i, (text, answers) in pairs
         ]
 
     def unmeetable(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> list[int]:
         """See ``MetricRecord.unmeetable``."""
         self.check_installed()
+        self.units(len(references), **inputs)  # refuses units that lack examples before a long run
 
         def is_met(i: int) -> bool:
-            given = _of_example(inputs, i)
+            given = self._of_example(inputs, i)
             try:
                 return any(self.score(text, references[i], **given) for text in self.accepted(references[i]))
             except EvalError:  # not in the form that the metric compares, as words where it compares boxes
@@ -309,7 +408,7 @@ class AnswerMetric(MetricRecord):
 
         A lenient score counts only if it accepts each name for the other, so "dog" and "hot dog" are no pair.
         """
-        if self.inputs:
+        if self.required:
             return []
 
         def meets(rule: Callable[..., float], text: str, name: str) -> bool:
@@ -332,33 +431,6 @@ class AnswerMetric(MetricRecord):
 
     def refuses(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> bool:
         """See ``MetricRecord.refuses``."""
-        self.compute(["?"] * len(references), references, **inputs)
+        for i, answers in enumerate(references):
+            self.score("?", answers, **self._of_example(inputs, i))
         return False
-
-
-@dataclass(frozen=True)
-class CorpusMetric(MetricRecord):
-    """A metric whose function scores all predictions together.
-
-    The function takes the predictions, the references and, by name in the plural, the ``inputs``; it returns
-    the score, at least 0, and a dict of further numbers and notes, which may be empty.
-    """
-
-    def _compute(
-        self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
-    ) -> dict:
-        what = f"{len(predictions)} predictions"
-        result = self._call(self.function, what, predictions, references, **inputs)
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-            raise EvalError(
-                f"the metric '{self.name}' gave {str(result)[:60]!r}, which is no score with a dict of "
-                "details",
-                "return (score, {}) from its function",
-            )
-        score, details = result
-        return {self.name: self._number(score, what, highest=math.inf), "details": details}
-
-
-def _of_example(inputs: dict[str, Sequence[Any]], index: int) -> dict[str, Any]:
-    """Return one example's inputs, by the singular of their names."""
-    return {key.removesuffix("s"): values[index] for key, values in inputs.items()}

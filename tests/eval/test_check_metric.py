@@ -12,9 +12,15 @@ INPUTS = {
     "image": "AI2D_1.png",
     "answer_type": "Doc-oriented VQA",
     "size": [640, 480],
+    "option_set": {"A": "a dog", "B": "a cat"},
 }
+#: Inputs that tell units apart, for six examples.
+GROUPS = {"category": list("xxxxyy"), "question_id": list("aabbaa"), "index": [1, 1000001, 2, 1000002, 3, 4]}
+YES_NO = {"references": [["yes"], ["No"]] * 3, "predictions": ["Yes", "no.", "", " ", "so", "not yes"]}
+LETTERS = {"references": [["A"], ["B"]] * 3, "predictions": ["A", "B", "", " ", "(A)", "a cat"]}
 #: Metrics that compare nothing but letters, numbers, ...
 OWN = {"coin_grounding": {"references": [[BOX]] * 6, "predictions": [BOX, "left", "", " ", "[1,2]", BOX]}}
+OWN |= {"pope": YES_NO, "mme": YES_NO, "mmbench": LETTERS, "seed_bench": LETTERS}
 installed = pytest.importorskip("pycocoevalcap", reason="captions are scored by pycocoevalcap")
 
 
@@ -25,7 +31,8 @@ def test_every_metric_of_the_package_keeps_the_promises(name, monkeypatch):
         monkeypatch.setattr(caption_scores, "require", lambda with_meteor=False: None)
         monkeypatch.setattr(caption_scores.java, "find_jar", lambda pattern: None)
         monkeypatch.setattr(caption_scores.java, "meteor", meteor_without_java)
-    check_metric(name, **OWN.get(name, {}), inputs={f"{key}s": [INPUTS[key]] * 6 for key in record.inputs})
+    inputs = {f"{key}s": GROUPS.get(key) or [INPUTS[key]] * 6 for key in record.required}
+    check_metric(name, **OWN.get(name, {}), inputs=inputs)
 
 
 def meteor_without_java(jar, captions, references):

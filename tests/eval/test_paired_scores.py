@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava_keeplora_eval import EvalError, paired_scores
-from llava_keeplora_eval.metrics import CorpusMetric, metric_record
+from llava_keeplora_eval.metrics import AnswerMetric, CorpusMetric, Grouping, metric_record
 from llava_keeplora_eval.paired_scores import check_comparable, flips, paired_change
 
 
@@ -48,6 +48,17 @@ def test_example_scores_average_to_the_score_of_every_metric_of_answers():
     texts, answers = ["a", "b", "", "C"], [["a"], ["a"], ["a"], ["c", "d"]]
     assert record.example_scores(texts, answers) == [100, 0, 0, 100]
     assert record.compute(texts, answers)["exact_match"] == 0.5
+
+
+def test_the_unit_of_a_grouped_metric_is_the_group(monkeypatch):
+    metric = AnswerMetric(
+        "pairs", 1, lambda text, answers: text in answers, "pairs", grouping=Grouping(("page",))
+    )
+    monkeypatch.setattr(paired_scores, "metric_of", lambda recipe: metric)
+    monkeypatch.setattr(paired_scores, "metric_inputs", lambda *_: {"pages": [i // 2 for i in range(40)]})
+    right = {f"q{i}": Questions.answers[i][0] for i in range(40)}
+    change = paired_change(Questions(), right, right | {"q0": "x", "q1": "y", "q2": "z"}, 0.95)
+    assert (change.before, change.after, change.n, change.worse) == (100, 90, 20, 2)
 
 
 def test_a_missing_answer_is_refused():
