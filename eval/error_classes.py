@@ -8,9 +8,10 @@ for the example and that the metric doesn't compare is `near`:
   sentence around it, a number word for digits), or its words are part of the answer, unless the answer is
   word for word the accepted answer of another example ("hot dog" for "dog").
 - `off by one`: the only number in it differs by one from an accepted whole number.
-- `near`: close to an accepted text in its words: singular for plural, the same words in another order, or one is the end of the other
-  ("dog" for "brown dog"). That says nothing about meanings: synonyms with other words, "sofa" for "couch",
-  need a model to be seen and are `other`, and "hot dog" for "dog" is `near`.
+- `near`: close to an accepted text in its words: singular for plural, the same words in another order, or one
+  is the end of the other ("dog" for "brown dog"). That says nothing about meanings: synonyms with other
+  words, "sofa" for "couch", need a model to be seen and are `other`, and "hot dog" for "dog" is `near` where
+  it is the answer of another example.
 - `other`: everything else.
 """
 

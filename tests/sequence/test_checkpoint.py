@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from llava_keeplora.journal import Journal
 from llava_keeplora.saved_run import run_identity
 from llava_keeplora.sequence import train_stage, trainer
 from llava_keeplora.sequence.checkpoint import StepCheckpoint, TrainingState, load_optimizer, optimizer_state
@@ -80,6 +81,19 @@ def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(
     assert len(steps) == len(whole) + repeated, "no other step is made twice"
     assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "undisturbed")
     assert not list((tmp_path / "killed").rglob("training*")), "a trained task keeps no checkpoint"
+
+
+def test_what_a_loss_asks_of_the_model_is_counted_once_however_often_a_training_is_stopped(
+    run_config, run_to_the_end, stop_within_training, tmp_path, tiny_tasks, one_label
+):
+    stop_within_training(2)
+    config = one_task(
+        lambda *a, **k: run_config(*a, **k, **one_label("lwf")), tiny_tasks, tmp_path, "killed", {}
+    )
+    assert run_to_the_end(config) == 2
+    (info,) = [e.info for e in Journal(tmp_path / "killed/lwf/journal.jsonl").entries if e.stage == "TRAINED"]
+    # The teacher answers every example of the training once.
+    assert info["passes"] == {"forward": info["examples"]["1"]} and info["examples"]["1"] % 24 == 0
 
 
 def test_a_llava_with_dropout_and_rates_of_its_parts_goes_on_bit_for_bit(
