@@ -130,13 +130,14 @@ def run_reproduce(args: argparse.Namespace) -> None:
 
 def run_compare(args: argparse.Namespace) -> int:
     """Run a table, or resume it, and write it; return the exit code."""
-    from llava_keeplora.compare import compare, load_table, write_table
+    from llava_keeplora.compare import compare, draw_tradeoff, load_table, write_table
 
     table = load_table(args.config, args.overrides, args.data_root, args.output_dir)
     outcome = compare(table, args.workers, args.methods)
-    return _print_table(
-        table, outcome, write_table(table, outcome) if outcome.results or outcome.tried else ""
-    )
+    text = ""
+    if outcome.results or outcome.tried:
+        text = write_table(table, outcome, draw_tradeoff(table, outcome))
+    return _print_table(table, outcome, text)
 
 
 def run_ablate(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from llava_keeplora.compare.run_table import TableResult
 from llava_keeplora.compare.table import CHOSEN_BY, Order, Table, dotted
+from llava_keeplora.compare.tradeoff import TRADEOFF, extremes
 from llava_keeplora.files import whole_folder
 from llava_keeplora.registries import METHODS
 from llava_keeplora.report.html import (
@@ -88,6 +89,7 @@ def sections_of(table: Table, outcome: TableResult) -> list[Section]:
     return [
         *(_order_section(table, order, results) for order, results in outcome.results.items()),
         _settings_section(table, outcome),
+        *_learning_cost_section(table, outcome),
     ]
 
 
@@ -153,6 +155,29 @@ def _settings_section(table: Table, outcome: TableResult) -> Section:
             what = "taken as it is, none tried" if label in outcome.settings else "not chosen yet"
             rows.append([f"{label}: {what}", *[MISSING] * len(CHOSEN_BY), ""])
     return Section("Settings", text, ["method: setting", *CHOSEN_BY, "chosen"], rows)
+
+
+def _learning_cost_section(table: Table, outcome: TableResult) -> list[Section]:
+    """Return what each tuned method reaches when it is tuned for Transfer alone, and for Last alone."""
+    rows = []
+    for label in table.methods:
+        if best := extremes(outcome.tried, label):
+            chosen = [best["transfer"], best["last"]]
+            rows.append(
+                [label]
+                + [format_number(trial.metrics[name]) for trial in chosen for name in ("transfer", "last")]
+            )
+    if not rows:
+        return []
+    return [
+        Section(
+            "What learning costs",
+            "Of the settings tried: the one with the largest Transfer, and the one with the largest Last, on "
+            f"the held-out part. {TRADEOFF}.png shows all settings.",
+            ["method", "for Transfer: Transfer", "Last", "for Last: Transfer", "Last"],
+            rows,
+        )
+    ]
 
 
 def _describe_order(order: Order) -> str:

@@ -139,7 +139,8 @@ def test_the_table_says_mean_and_deviation_needs_and_what_was_tried(tuned, start
     assert text == (out / "table.md").read_text() and {"table.tex", "table.csv", "report.html"} <= {
         path.name for path in out.iterdir()
     }
-    first, second, settings = text.split("## ")[1:]
+    first, second, settings, learning = re.split(r"^## ", text, flags=re.M)[1:]
+    assert learning.startswith("What learning costs") and "| keeplora |" in learning
     assert first.startswith("Order I\n\nTasks: colours, stripes. ") and second.startswith(
         "Order II\n\nTasks: stripes, colours. "
     )
@@ -179,7 +180,7 @@ def test_the_table_says_mean_and_deviation_needs_and_what_was_tried(tuned, start
         ("II", "keeplora", "1"),
     ]
     assert float(rows[2]["average_mean"]) == statistics.mean(averages)
-    assert (out / "table.tex").read_text().count(r"\begin{tabular}") == 3
+    assert (out / "table.tex").read_text().count(r"\begin{tabular}") == 4
     page = (out / "report.html").read_text()
     assert page.count("<table>") == 3 and 'href="II/report.html"' in page
 
@@ -210,7 +211,7 @@ def test_a_table_that_only_tries_settings_says_what_they_gave(make_table, tmp_pa
     text = write_table(table, outcome)
     assert (
         outcome.results == {}
-        and text.count("## ") == 1
+        and text.count("## ") == 2
         and text.count("| yes |") == 1
         and "| seq-lora: training.learning_rate=0.02 |" in text
     )
