@@ -182,7 +182,7 @@ def test_the_table_says_mean_and_deviation_needs_and_what_was_tried(tuned, start
     assert float(rows[2]["average_mean"]) == statistics.mean(averages)
     assert (out / "table.tex").read_text().count(r"\begin{tabular}") == 4
     page = (out / "report.html").read_text()
-    assert page.count("<table>") == 3 and 'href="II/report.html"' in page
+    assert page.count("<table>") == 4 and 'href="II/report.html"' in page
 
 
 def test_of_some_methods_only_theirs_are_run_and_the_table_keeps_what_the_others_have(
