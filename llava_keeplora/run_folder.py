@@ -123,6 +123,7 @@ INFO = {
     "peak_of?": str,
     "steps?": COUNT,
     "trained_parameters?": COUNT,
+    "training_examples?": COUNT,
     "examples?": Each(COUNT),
     "passes?": Each(COUNT),
     "task_id_at_test?": bool,

@@ -128,6 +128,9 @@ def _sizes(config: RunConfig, sizes: dict[Any, int]) -> list[int]:
         trained = config.source(index) is None
         key = (recipe.name, recipe.fingerprint, config.data, trained)
         if key not in sizes:
-            sizes[key] = len(load_splits(config.data, recipe, trained)[0])
+            data = load_splits(config.data, recipe, trained)[0]
+            # Every caption of an image is learned, and one answer to a question.
+            captions = data.recipe.kind == "captioning"
+            sizes[key] = sum(map(len, data.answers)) if captions else len(data)
         result.append(sizes[key])
     return result

@@ -84,7 +84,8 @@ def _read_passes(
     if not trained or not all("examples" in entry.info for entry in trained):
         return None, None, None
     examples = sum(sum(entry.info["examples"].values()) for entry in trained)
-    own = sum(sizes[entry.task - 1] for entry in trained)
+    # Of an image with several captions, each is one to learn.
+    own = sum(entry.info.get("training_examples", sizes[entry.task - 1]) for entry in trained)
     if not own:
         return examples, None, None
     others: Counter[str] = Counter()

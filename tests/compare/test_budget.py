@@ -65,6 +65,15 @@ def test_what_a_run_will_see_is_counted_from_its_settings(run_config, tmp_path):
     }
 
 
+def test_every_caption_of_an_image_is_an_example(llava_tree, tmp_path):
+    # 24 questions, 24 images with two captions each, 24 classes.
+    config = parse_config(llava_tree(tmp_path / "run", methods={"joint": {}, "keeplora": {}}))
+    assert {label: trained_examples(config, label) for label in ("joint", "keeplora")} == {
+        "joint": 96,
+        "keeplora": 96,
+    }
+
+
 def test_settings_that_are_tried_have_the_same_budget(make_table, tmp_path):
     settings = {
         "seq-lora": [{}, {"training": {"num_train_epochs": 2}}],

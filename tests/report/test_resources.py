@@ -9,7 +9,7 @@ from llava_keeplora.report.results import Trial
 from llava_keeplora_eval import Matrix
 
 
-def write_journal(folder, trained, *, passes=(), plan=(), task_id=False, closed=True):
+def write_journal(folder, trained, *, passes=(), plan=(), task_id=False, closed=True, learned=None):
     """Write the journal of two tasks of 10 and 30 examples.
 
     Args:
@@ -18,6 +18,7 @@ def write_journal(folder, trained, *, passes=(), plan=(), task_id=False, closed=
         plan: keys that the plan has.
         task_id: whether the task is needed at test.
         closed: whether the last task is.
+        learned: what there is to learn of each task, where it isn't an example each.
     """
     sizes = [{"task": f"t{n}", "train": {"n": n}} for n in (10, 30)]
     entries = [(0, "PLANNED", {"tasks": sizes} | {key: {"images": 1} for key in plan})]
@@ -25,6 +26,7 @@ def write_journal(folder, trained, *, passes=(), plan=(), task_id=False, closed=
         (folder / f"task-0{task}-t").mkdir(parents=True)
         (folder / f"task-0{task}-t/delta.safetensors").write_bytes(b"x" * 1000)
         info = {"steps": 5, "trained_parameters": 7} | ({} if examples is None else {"examples": examples})
+        info |= {"training_examples": learned[task - 1]} if learned else {}
         entries += [(task, "PREPARED", {}), (task, "TRAINED", info), (task, "CONSOLIDATED", {})]
         times = {"test_seconds": {"untouched": 1.0, "learned": 1.5}} if task == len(trained) else {}
         if closed or task < len(trained):
@@ -67,6 +69,11 @@ def test_passes_are_counted_per_training_example_of_the_tasks(tmp_path):
 )
 def test_what_a_method_needs_is_read_from_what_it_did(settings, inputs, tmp_path):
     assert write_journal(tmp_path, **settings).inputs == inputs
+
+
+def test_passes_are_over_what_there_is_to_learn_where_images_have_several_captions(tmp_path):
+    needs = write_journal(tmp_path, [{"1": 40}, {"2": 60}], learned=[20, 30])
+    assert (needs.examples, needs.training_passes) == (100, 2.0)
 
 
 def test_of_a_run_that_did_not_record_examples_nothing_is_said(tmp_path):
