@@ -2,23 +2,54 @@
 
 Source: the row of the same name in MCITlib (Guo et al. 2025, arXiv 2508.07307).
 
-Task t trains a new LoRA adapter on the base, as sequential LoRA trains its first one, and only task t is
-scored with it. So the row has one score per task, and no forgetting. The first task's update is that of
-sequential LoRA, number for number; every task's is that of `merge` with the rule `mean`.
+Task t is trained on the base as the first task of the method `of`, with its `settings`, and only task t is
+scored with the update. So the row has one score per task, and no forgetting. The first task's update is that
+of the method, number for number. `of` is sequential LoRA by default, with which every task's update is that
+of `merge` with the rule `mean`; with `keeplora`, for instance, the row says what protecting the base costs.
 
-Differences from MCITlib: those of `methods/seq_lora.py`, whose settings it has.
+Differences from MCITlib: those of `methods/seq_lora.py`, whose settings its row has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from llava_keeplora.adapters import Deltas
-from llava_keeplora.methods.base import MethodInfo
-from llava_keeplora.methods.seq_lora import SequentialLora
+from torch import Tensor, nn
+
+from llava_keeplora.adapters import AdapterInit, Delta, Deltas
+from llava_keeplora.errors import MethodError, nearest
+from llava_keeplora.methods.base import Holding, Method, MethodInfo, SubspacePlan, TaskContext
+from llava_keeplora.registries import METHODS
+from llava_keeplora.run_folder import CAPACITY
+
+#: Attributes of a method that this row takes over, and hooks that need no task's number.
+ATTRIBUTES = (
+    "stage_cost",
+    "dropout",
+    "base_is_cacheable",
+    "supports_zero3",
+    "zero3_conflict",
+    "one_process",
+    "counts_examples",
+    "every_position",
+    "check",
+    "check_weights",
+    "least_statistics",
+    "planned_adapters",
+    "planned_state",
+    "weight_offset",
+    "progress",
+    "capacity",
+)
+#: Hooks with which a method is more than an update of adapters, or more than one task's.
+WHOLE = ("extra_state", "combine", "predictor", "predictor_of", "mixture", "create_optimizer", "scored")
 
 
-class Individual(SequentialLora):
+class Individual(Method):
     """Training of every task alone as `methods/individual.py` describes it."""
 
     info = MethodInfo(
@@ -32,7 +63,75 @@ class Individual(SequentialLora):
     cumulative = False
     separate_tasks = True
     bound = True
-    adopts = False
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of the row; rank, alpha and thresholds are the parts'.
+
+        Args:
+            of: the method that learns each task as its first one: one whose tasks are updates of adapters.
+            settings: that method's own settings.
+        """
+
+        of: str = "seq-lora"
+        settings: dict[str, Any] = field(default_factory=dict)
+
+        def __post_init__(self) -> None:
+            make_inner(self.of, self.settings)
+
+    def __init__(self, options: Individual.Options):
+        super().__init__(options)
+        self.inner = make_inner(options.of, options.settings)
+        self._on_base = False
+        for name in ATTRIBUTES:
+            setattr(self, name, getattr(self.inner, name))
+
+    def subspace_plan(self) -> SubspacePlan | None:
+        """Return the method's own, without the features of finished tasks."""
+        plan = self.inner.subspace_plan()
+        return plan and replace(plan, protects_features=False)
+
+    def init_adapters(self, ctx: TaskContext) -> dict[str, AdapterInit]:
+        """Return the adapters of the method's first task."""
+        return self.inner.init_adapters(_first(ctx))
+
+    @contextmanager
+    def training_context(self, ctx: TaskContext, model: nn.Module) -> Iterator[None]:
+        """Enter that of the method's first task."""
+        with self.inner.training_context(_first(ctx), model):
+            yield
+
+    def loss(self, ctx: TaskContext, batch: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of the method's first task."""
+        return self.inner.loss(_first(ctx), batch, out)
+
+    def after_step(self, ctx: TaskContext, optimizer_step: int) -> None:
+        """Do what the method does in its first task."""
+        self.inner.after_step(_first(ctx), optimizer_step)
+
+    def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
+        """Return the deltas of the method's first task."""
+        return self.inner.finalize_deltas(_first(ctx), deltas)
+
+    def after_task(self, ctx: TaskContext) -> None:
+        """Let the method see the base; nothing is kept of a task."""
+        self._on_base = ctx.index == 0
+        if self._on_base:
+            self.inner.after_task(ctx)
+        elif CAPACITY in ctx.base:
+            ctx.report[CAPACITY] = ctx.base[CAPACITY]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the method's state on the base, and nothing after a task."""
+        return self.inner.state_dict() if self._on_base else {}
+
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
+        """Load the method's state on the base."""
+        self.inner.load_state_dicts(states[:1])
+
+    def holds(self, ctx: TaskContext, names: Collection[str]) -> dict[str, Holding]:
+        """Return what the method keeps of the base."""
+        return {} if ctx.index else self.inner.holds(ctx, names)
 
     def combine(self, deltas: Sequence[Deltas]) -> list[Deltas]:
         """Return the last task's update alone."""
@@ -41,3 +140,34 @@ class Individual(SequentialLora):
     def scored(self, index: int, tasks: int) -> list[int]:
         """Return the task that was just learned."""
         return [index]
+
+
+def _first(ctx: TaskContext) -> TaskContext:
+    """Return a task's context as that of a first task; the report stays the same."""
+    return replace(ctx, index=1)
+
+
+def make_inner(name: str, settings: Mapping[str, Any]) -> Method:
+    """Return the method that learns each task.
+
+    Raises:
+        MethodError: it is not built in, not one of updates of adapters, or does not have the settings.
+    """
+    if METHODS.is_plugin(name):  # A state from elsewhere must not bring code along in a setting.
+        raise MethodError(f"of is '{name}', which is no built-in method", nearest(name, list(METHODS)))
+    cls = METHODS[name]
+    info, own = cls.info, Method
+    if (
+        not (cls.trainable and cls.uses_lora and cls.cumulative and info.mergeable)
+        or any((cls.mixes, cls.own_optimizer, cls.dense_updates, info.reference_data, info.model_types))
+        or info.families != MethodInfo.families
+        or any(getattr(cls, hook) is not getattr(own, hook) for hook in WHOLE)
+    ):
+        raise MethodError(
+            f"of is '{name}', whose tasks are not updates of adapters alone, trained on their own data",
+            "set it to seq-lora, keeplora or another such method",
+        )
+    known = {option.name for option in dataclasses.fields(cls.Options)}
+    if unknown := next((key for key in settings if key not in known), None):
+        raise MethodError(f"settings has '{unknown}', which '{name}' does not have", nearest(unknown, known))
+    return cls(cls.Options(**settings))

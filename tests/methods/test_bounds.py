@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 
-from llava_keeplora.errors import ConfigError, RunError
+from llava_keeplora.errors import ConfigError, MethodError, RunError
+from llava_keeplora.export.inspect_state import inspect_state
 from llava_keeplora.export.predict import load_run_predictor
 from llava_keeplora.export.run_export import export_run
 from llava_keeplora.methods import METHODS
@@ -12,15 +14,23 @@ from llava_keeplora.methods.mixture import mix_tasks
 from llava_keeplora.models import Prepared, load_model
 from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.run_report import write_run_report
-from llava_keeplora.saved_run import load_run
+from llava_keeplora.saved_run import load_run, run_identity
 from llava_keeplora.sequence.data import stage_seed
 from llava_keeplora.start import load_tasks
 from llava_keeplora.steps import Budget
+from llava_keeplora.testing import check_method
 from llava_keeplora_eval import Matrix
 from llava_keeplora_recipes import load_recipe
 
 #: Label → its options; all are trained in one run.
-METHODS_RUN = {"seq-lora": {}, "mean": {"method": "merge"}, "individual": {}, "joint": {}}
+METHODS_RUN = {
+    "seq-lora": {},
+    "mean": {"method": "merge"},
+    "individual": {},
+    "joint": {},
+    "keeplora": {"gradient": "dense"},
+    "protected": {"method": "individual", "of": "keeplora", "settings": {"gradient": "dense"}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +59,52 @@ def test_individual_trains_each_task_from_the_base_and_scores_it_alone(finished)
     ]
 
 
+def test_individual_of_another_method_learns_every_task_as_that_ones_first(finished):
+    for pattern in (
+        "task-00*/state.safetensors",
+        "task-01-*/adapters.safetensors",
+        "task-01-*/delta.safetensors",
+    ):
+        assert files(finished, "protected", pattern) == files(finished, "keeplora", pattern) != []
+    first, second = (
+        files(finished, label, "task-02-*/delta.safetensors") for label in ("protected", "keeplora")
+    )
+    assert first != second and not files(finished, "protected", "task-0[12]-*/state.safetensors")
+    bases = load_file(next((finished / "protected").glob("task-00*/state.safetensors")))
+    starts = load_file(next((finished / "protected").glob("task-02-*/adapters.safetensors")))
+    for name, basis in bases.items():
+        assert float((starts[f"{name}.A"] @ basis).abs().max()) < 1e-5, "the base alone is protected"
+    config = load_run(finished)
+    inspect_state(finished, config, run_identity(config)["tasks"])
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"of": "kepler"}, "of is 'kepler', which is no built-in method"),
+        ({"of": "os:system"}, "of is 'os:system', which is no built-in method"),
+        ({"of": "individual"}, "of is 'individual', whose tasks are not updates of adapters alone"),
+        ({"of": "replay"}, "of is 'replay', whose tasks are not"),
+        ({"of": "osf"}, "of is 'osf', whose tasks are not"),
+        ({"of": "zscl"}, "of is 'zscl', whose tasks are not"),
+        (
+            {"of": "keeplora", "settings": {"gradients": "dense"}},
+            "'gradients', which 'keeplora' does not have",
+        ),
+        ({"of": "lwf", "settings": {"temperature": 0.0}}, "temperature must be above 0"),
+    ],
+)
+def test_a_method_of_which_no_task_stands_alone_and_unknown_settings_are_refused(options, why):
+    with pytest.raises(MethodError, match=why):
+        METHODS["individual"].Options(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["keeplora", "splitlora", "nusa-cl", "o-lora"])
+def test_individual_of_another_method_keeps_the_contract(run_tree, tiny_tasks, tmp_path, of):
+    check_method("individual", {"of": of}, run_tree(tmp_path / "run", tasks=[str(t) for t in tiny_tasks[:2]]))
+
+
 def test_individual_has_one_row_whose_mean_is_last_and_no_other_aggregate(finished):
     row, first = matrix(finished, "individual"), matrix(finished, "seq-lora").rows[0][0]
     assert row.bound and row.rows[0] == [None, None] and row.rows[1][0] == first
@@ -66,6 +122,8 @@ def test_both_bounds_train_on_as_many_examples_as_sequential_lora_and_say_what_t
         "mean": (),
         "individual": ("task at test",),
         "joint": ("old examples",),
+        "keeplora": (),
+        "protected": ("task at test",),
     }
     budgets = [Budget.of({"num_train_epochs": 1, "per_device_train_batch_size": 8}, 24, 1)] * 2
     joint = METHODS["joint"](METHODS["joint"].Options())
@@ -91,7 +149,7 @@ def test_a_report_draws_a_bound_as_a_row_of_its_own_and_a_level_line(finished):
     page, table = (finished / "report.html").read_text(), (finished / "table.md").read_text()
     assert "Bounds, dash-dotted in plots" in page
     section = table.partition("## individual")[2]
-    assert section.count("\n| bound |") == 2 and "| **Last** |" in section
+    assert section.count("\n| bound |") == 3 and "| **Last** |" in section
     scores = (finished / "scores.csv").read_text()
     assert sum(line.startswith("individual,") and ",bound," in line for line in scores.splitlines()) == 2
     svg = (finished / "curves.svg").read_text()
