@@ -306,15 +306,15 @@ class Method:
         """Return how many of the general data's examples are used; all by default."""
         return available
 
-    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> int:
-        """Return what `predictor_of` holds in host memory after some tasks, for the memory estimate; 0.
+    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> tuple[int, int]:
+        """Return the host memory, in bytes, of `predictor_of` after some tasks: (kept on, in answers alone).
 
         Args:
             dense: module → bytes of the change of its whole weight.
             delta: bytes of one task's deltas.
             tasks: number of tasks learned.
         """
-        return 0
+        return 0, 0
 
     def budget(self, index: int, budgets: Sequence[Budget]) -> Budget:
         """Return what the training of task `index` takes, given every task's alone; its own by default."""

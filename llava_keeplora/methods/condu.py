@@ -36,11 +36,11 @@ class Unified:
         return len(self.factors)
 
     @staticmethod
-    def bytes(dense: Mapping[str, int], tasks: int) -> int:
-        """Return the bytes after some tasks, and while the last one is added; see `Method.answer_bytes`."""
+    def bytes(dense: Mapping[str, int], tasks: int) -> tuple[int, int]:
+        """Return (the bytes after some tasks, more of them while one is added); see `Method.answer_bytes`."""
         masks = tasks * sum(dense.values()) // F32
         # Of one module: the tasks' changes, once more stacked, and their magnitudes without and with masks.
-        return sum(dense.values()) + masks + 4 * tasks * max(dense.values(), default=0)
+        return sum(dense.values()) + masks, 4 * tasks * max(dense.values(), default=0)
 
     def add(self, deltas: Deltas) -> None:
         """Unify the update of another task with those so far."""

@@ -153,9 +153,12 @@ class Merge(SequentialLora):
         """Return the prototypes of a task, if they route."""
         return self.router.holds(ctx) if self.router else {}
 
-    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> int:
-        """Return the bytes of ConDU's unified change, and those of every task's update; 0 for other rules."""
-        return Unified.bytes(dense, tasks) + tasks * delta if self.router else 0
+    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> tuple[int, int]:
+        """Return the bytes of ConDU's unified change, which is kept, and those of every task's update."""
+        if self.router is None:
+            return 0, 0
+        kept, adding = Unified.bytes(dense, tasks)
+        return kept, adding + tasks * delta
 
     def predictor_of(self, predictor: Predictor, ctx: AnswerContext) -> Predictor:
         """Return the model's own predictor; with `condu` one that answers with the picked task's update."""

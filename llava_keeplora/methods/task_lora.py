@@ -109,9 +109,9 @@ class TaskLora(SequentialLora):
         """Return nothing: the model stays the base, and adapters are on it while it answers alone."""
         return []
 
-    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> int:
-        """Return the bytes of every task's adapter."""
-        return tasks * delta
+    def answer_bytes(self, dense: Mapping[str, int], delta: int, tasks: int) -> tuple[int, int]:
+        """Return the bytes of every task's adapter, for answers."""
+        return 0, tasks * delta
 
     def predictor_of(self, predictor: Predictor, ctx: AnswerContext) -> Predictor:
         """Return a predictor that answers with the adapter of the task that each example is routed to."""

@@ -80,7 +80,8 @@ class MemoryEstimate(Sizes):
         # Stacked deltas are kept in fp32 and used in the model's precision.
         size = F32 + (self.dtype.itemsize if self.dtype != torch.float32 else 0)
         device += whole + size * len(self.work) * sum(map(self._numbers, self.stacked))
-        host += shards + self.base_copies + self.bases(tasks) + self.state_bytes(tasks) + self._images
+        kept = self.bases(tasks) + self.state_bytes(tasks) + self._answer_bytes(tasks)[0]
+        host += shards + self.base_copies + kept + self._images
         return Peak(device + host) if self.cpu else Peak(device, host)
 
     # --- stages ----------------------------------------------------------------------------------
@@ -345,11 +346,7 @@ class MemoryEstimate(Sizes):
         with self._fake_model() as meter, torch.no_grad():
             self.family.answer(work, size)
             answering = meter.peak - self.model_bytes
-        return self._sum(
-            answering,
-            tasks=tasks,
-            host=self.method.answer_bytes(self._dense, F32 * self.delta_numbers, tasks),
-        )
+        return self._sum(answering, tasks=tasks, host=self._answer_bytes(tasks)[1])
 
     @cached_property
     def _export(self) -> Peak:

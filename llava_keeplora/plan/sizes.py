@@ -44,10 +44,12 @@ class Sizes(Rehearsal):
         """Bytes of the model's parameters and buffers."""
         return model_bytes(self.family.model)
 
-    @property
-    def _dense(self) -> dict[str, int]:
-        """Bytes of the change of every changed module's whole weight."""
-        return {name: F32 * self._whole_numbers(name) for name in self.changed.modules}
+    def _answer_bytes(self, tasks: int) -> tuple[int, int]:
+        """Return `Method.answer_bytes` after `tasks` tasks."""
+        if not tasks:
+            return 0, 0
+        dense = {name: F32 * self._whole_numbers(name) for name in self.changed.modules}
+        return self.method.answer_bytes(dense, F32 * self.delta_numbers, tasks)
 
     @property
     def _linear(self) -> list[nn.Linear]:

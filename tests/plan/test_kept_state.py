@@ -133,7 +133,7 @@ def test_what_condu_is_planned_to_hold_is_what_it_holds():
         )
     held = sum(t.nbytes for change in unified._changes.values() for pair in change.values() for t in pair)
     dense = {name: 4 * rows * columns for name, (rows, columns) in shapes.items()}
-    assert Unified.bytes(dense, 3) == held + 4 * 3 * dense["second"]
+    assert Unified.bytes(dense, 3) == (held, 4 * 3 * dense["second"])
 
 
 def test_general_data_count_as_images_and_as_examples_that_a_step_may_have(estimates):
