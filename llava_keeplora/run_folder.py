@@ -42,6 +42,8 @@ REPORT, REPORT_JSON, TABLE, LATEX_TABLE, SUMMARY_TABLE, SCORES_TABLE, EXPORTS = 
     "scores.csv",
     "export",
 )
+#: Of a run that was compared with published figures.
+REPRODUCTION = "reproduction.json"
 #: Of a table of `compare`, one row per order and run.
 COMPARISON_TABLE, COMPARISON_JSON = "table.csv", "table.json"
 #: Of a method: its finished stages, and the accuracy matrix.
@@ -91,6 +93,7 @@ RUN_FILES = (
     LATEX_TABLE,
     SUMMARY_TABLE,
     SCORES_TABLE,
+    REPRODUCTION,
     EXPORTS,
 )
 

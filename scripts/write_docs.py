@@ -23,15 +23,16 @@ from importlib.resources import files
 from pathlib import Path
 
 from api_reference import api_reference
+from published_figures import BENCHMARKS, published_figures
 
 from llava_keeplora.cli import build_parser
 from llava_keeplora.compare.table import Order, Tuning
 from llava_keeplora.config import RunConfig, list_configs, list_tables
+from llava_keeplora.config.expected import ExpectedConfig
 from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.schema import (
     DataConfig,
     EvaluationConfig,
-    ExpectedConfig,
     MemoryConfig,
     MethodConfig,
     ModelConfig,
@@ -393,6 +394,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "vision-encoders": vision_encoders,
     **{f"keys-{name}": partial(configuration_keys, *section) for name, section in SECTIONS.items()},
     **{f"source-{name}": partial(source_keys, name) for name in READERS},
+    **{f"figures-{name}": partial(published_figures, name) for name in BENCHMARKS},
 }
 
 

@@ -1,4 +1,4 @@
-"""The methods of the published benchmarks and tables; the later ones have no row there yet."""
+"""The methods of the real tables; the later ones have no row there yet, but in every published benchmark."""
 
 from llava_keeplora.methods import METHODS
 

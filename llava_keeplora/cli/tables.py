@@ -19,6 +19,7 @@ from llava_keeplora.cli.run_sequence import load_run_config, prepared_process, p
 
 if TYPE_CHECKING:
     from llava_keeplora.compare import Table, TableResult
+    from llava_keeplora.config import RunConfig
 
 
 def add_reproduce(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -104,10 +105,19 @@ def run_reproduce(args: argparse.Namespace) -> None:
     """Run a configuration and compare its scores with the published ones.
 
     Raises:
-        RunError: a score differs from the published one by more than the tolerance.
+        RunError: a score that compares with the published one differs by more than the tolerance.
     """
     from llava_keeplora.errors import RunError
-    from llava_keeplora.reproduce import check_expected, compare, comparison
+    from llava_keeplora.reproduce import (
+        NOT_REPRODUCED,
+        check_expected,
+        compare,
+        comparison,
+        differences,
+        read_measured,
+        write_comparison,
+    )
+    from llava_keeplora.run_folder import REPRODUCTION
 
     config = load_run_config(args, output_dir=args.output_dir)
     check_expected(config)
@@ -115,10 +125,13 @@ def run_reproduce(args: argparse.Namespace) -> None:
         run = Run(config)
         scores = run.train()
         print_summary(run, scores)
-    figures = compare(scores, config.expected)
-    sys.stdout.write(f"\npublished and measured, in %\n{comparison(figures, config.expected)}")
-    sys.stdout.flush()
-    missed = [figure for figure in figures if not figure.met]
+    reasons = differences(config, read_measured(run.folder), _as_written(args))
+    figures = compare(scores, config.expected, reasons)
+    if run.is_main_process:
+        write_comparison(run.folder / REPRODUCTION, args.config, figures, config.expected)
+        sys.stdout.write(f"\npublished and measured, in %\n{comparison(figures, config.expected)}")
+        sys.stdout.flush()
+    missed = [figure for figure in figures if figure.verdict == NOT_REPRODUCED]
     if missed:
         raise RunError(
             f"{config.output_dir} misses {len(missed)} of {len(figures)} published figures by more than the "
@@ -126,6 +139,17 @@ def run_reproduce(args: argparse.Namespace) -> None:
             f"check the data with `llava-keeplora-eval data check {config.sequence or config.tasks[0]}`, and "
             "what differs from the published settings",
         )
+
+
+def _as_written(args: argparse.Namespace) -> RunConfig | None:
+    """Return the configuration without the command line's settings; None if it is not whole without them."""
+    from llava_keeplora.config import load_config
+    from llava_keeplora.errors import ConfigError
+
+    try:
+        return load_config(args.config, methods=args.methods)
+    except ConfigError:
+        return None
 
 
 def run_compare(args: argparse.Namespace) -> int:

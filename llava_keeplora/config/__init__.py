@@ -2,6 +2,7 @@
 
 from llava_keeplora.config.checks import check_adopting, check_full_finetuning, deepspeed_config
 from llava_keeplora.config.coerce import SWITCHES, as_mapping, build
+from llava_keeplora.config.expected import ExpectedConfig
 from llava_keeplora.config.load import (
     DEFAULT_METHODS,
     finish_config,
@@ -24,7 +25,6 @@ from llava_keeplora.config.schema import (
     ZERO_SHOT,
     DataConfig,
     EvaluationConfig,
-    ExpectedConfig,
     MemoryConfig,
     MethodConfig,
     ModelConfig,

@@ -15,6 +15,7 @@ from llava_keeplora.config.checks import (
     deepspeed_config,
 )
 from llava_keeplora.config.coerce import as_mapping, build, check_keys, coerce_value
+from llava_keeplora.config.expected import ExpectedConfig
 from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.schema import (
     LABEL,
@@ -22,7 +23,6 @@ from llava_keeplora.config.schema import (
     TABLE_KEYS,
     ZERO_SHOT,
     EvaluationConfig,
-    ExpectedConfig,
     MethodConfig,
     RunConfig,
 )
@@ -284,14 +284,15 @@ def _parse_expected(label: str, tree: Any, methods: Mapping[str, MethodConfig]) 
     """Build the record of the published figures of one row.
 
     Raises:
-        ConfigError: if the run does not have the row, or a key or value is invalid.
+        ConfigError: if the run does not have the row, and its figures may be comparable; or for an invalid
+            key or value.
     """
-    rows = (ZERO_SHOT, *methods)
-    if label not in rows:
+    rows, facts = (ZERO_SHOT, *methods), as_mapping(tree, f"expected.{label}")
+    if label not in rows and not facts.get("not_comparable"):
         raise ConfigError(
             f"expected names the row '{label}', which the run does not have", nearest(str(label), rows)
         )
-    return build(ExpectedConfig, as_mapping(tree, f"expected.{label}"), f"expected.{label}")
+    return build(ExpectedConfig, facts, f"expected.{label}")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava_keeplora.config.expected import ExpectedConfig
 from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.training_args import PER_TASK, per_task
-from llava_keeplora.errors import ConfigError, nearest
-from llava_keeplora_eval.aggregates import AGGREGATES
+from llava_keeplora.errors import ConfigError
 from llava_keeplora_eval.generation import MAX_NEW_TOKENS, check_generation
 
 ZERO_SHOT = "zero-shot"
@@ -237,47 +237,6 @@ class MethodConfig:
                 f"(got {list(scale)})",
                 "set it to, say, [0.9, 1.0]",
             )
-
-
-@dataclass(frozen=True)
-class ExpectedConfig:
-    """Configuration of the published figures of one row of the table, in percent.
-
-    `llava-keeplora reproduce` compares a run with them; training ignores them.
-
-    Args:
-        source: where they were published, and known differences.
-        tolerance: the largest accepted difference of a reproduction, in percentage points.
-        figures: aggregate → figure, for instance `transfer`; see `llava_keeplora_eval.aggregates`.
-        last: task → its score after the last task.
-    """
-
-    source: str = ""
-    tolerance: float = 1.0
-    figures: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.source:
-            raise ConfigError(
-                "source is missing, but expected figures must have one", "name the paper and the table"
-            )
-        if not self.tolerance > 0:
-            raise ConfigError(
-                f"tolerance must be above 0, as published figures are rounded (got {self.tolerance})",
-                "set it to, say, 1.0",
-            )
-        for name in self.figures:
-            if name not in AGGREGATES:
-                raise ConfigError(
-                    f"figures names '{name}', which is not an aggregate", nearest(str(name), AGGREGATES)
-                )
-        for name, value in {**self.figures, **self.last}.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ConfigError(
-                    f"figures and last must hold finite numbers (got {value!r} for '{name}')",
-                    "write percents",
-                )
 
 
 @dataclass(frozen=True)

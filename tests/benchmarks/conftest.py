@@ -263,40 +263,50 @@ def imagenet(mtil) -> Path:
     return path
 
 
+#: What a record of a test asks in addition, or instead, by task.
+ASKED = {
+    "coin/grounding": {"answer_bbox": "[0.1, 0.2, 0.6, 0.7]", "size": [16, 16]},
+    "coin/scienceqa": {"answer": "A"},
+    "mllm_acl/ocr": {"answer_type": "Regular Text Recognition"},
+}
+
+
 def write_conversations(root: Path, task: str, count: int = 3) -> None:
     """A few records of each split where a recipe of LLaVA's JSON says that they lie."""
     recipe = load_recipe(task)
-    top = root / recipe.source["path"]
+    top, source = root / recipe.source["path"], recipe.source
     for side, split in recipe.splits.items():
-        images = top / recipe.source.get("images", ".") / "images"
+        within = source.get("images", ".")
+        images = top / (within[side] if isinstance(within, dict) else within) / "images"
         images.mkdir(parents=True, exist_ok=True)
         for i in range(count):
             Image.new("RGB", (16, 16), (60 * i, 90, 30)).save(images / f"AI2D_{side}{i}.png")
         shown = [f"images/AI2D_{side}{i}.png" for i in range(count)]
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Yes"}]
-        asked = {"text": "What?", "answer": "Yes"}
+        asked = {"text": "What?", "answer": "Yes"} | ASKED.get(task, {})
         file = top / split
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = {
             "train": [
                 {"id": str(i), "image": image, "conversations": turns} for i, image in enumerate(shown)
             ],
-            "test": [{"question_id": f"q{i}", "image": image} | asked for i, image in enumerate(shown)],
+            "test": [{"question_id": i, "image": image} | asked for i, image in enumerate(shown)],
         }
         file.write_text(json.dumps(rows[side]))
-        if side in recipe.source.get("references", {}):
+        if side in source.get("references", {}):
             numbered = [{"id": i + 1, "file_name": Path(image).name} for i, image in enumerate(shown)]
             notes = [{"id": i, "image_id": i + 1, "caption": f"a picture of {i}"} for i in range(count)]
-            (top / recipe.source["references"][side]).write_text(
-                json.dumps({"images": numbered, "annotations": notes})
-            )
+            ten = [{"question_id": i, "answers": ["Yes"] * 10} for i in range(count)]
+            answers = {"data": ten} if task == "coin/textvqa" else {"images": numbered, "annotations": notes}
+            (top / source["references"][side]).parent.mkdir(parents=True, exist_ok=True)
+            (top / source["references"][side]).write_text(json.dumps(answers))
 
 
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory) -> Path:
-    """UCIT and MLLM-DCL in their official layouts, three records per split."""
+    """UCIT, MLLM-DCL, CoIN and MLLM-ACL in their official layouts, three records per split."""
     root = tmp_path_factory.mktemp("conversations")
-    for sequence in ("ucit", "mllm-dcl"):
+    for sequence in ("ucit", "mllm-dcl", "coin", "mllm-acl"):
         for task in load_sequence(sequence).tasks:
             write_conversations(root, task)
     return root
@@ -362,9 +372,10 @@ def reproduce(tmp_path, monkeypatch, capfd):
 
     def run(name: str, *arguments: object) -> SimpleNamespace:
         code = cli.main(
-            ["reproduce", name, "--output-dir", str(tmp_path / name), *small, *map(str, arguments)]
+            ["reproduce", str(name), "--output-dir", str(tmp_path / name), *small, *map(str, arguments)]
         )
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err, folder=tmp_path / name)
 
+    run.small = small
     return run

@@ -9,7 +9,19 @@ import pytest
 
 from llava_keeplora.config import list_configs, load_config, parse_config
 from llava_keeplora.errors import ConfigError
-from llava_keeplora.reproduce import check_expected, compare, comparison
+from llava_keeplora.reproduce import (
+    NOT_COMPARABLE,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    Measured,
+    check_expected,
+    compare,
+    comparison,
+    count_verdicts,
+    differences,
+    read_measured,
+    write_comparison,
+)
 from llava_keeplora.run_folder import dump_config
 from llava_keeplora.saved_run import run_identity
 from llava_keeplora_eval import EvalError, Matrix
@@ -33,15 +45,15 @@ def results():
     }
 
 
-def test_a_figure_is_met_within_its_tolerance_and_missed_beyond():
+def test_a_figure_is_reproduced_within_its_tolerance_and_not_beyond():
     figures = compare(
         results(),
         expected(seq_lora={"figures": {"transfer": 29.1, "average": 46.1, "last": 51.0}, "tolerance": 1.0}),
     )
-    assert [(f.name, f.measured, f.met) for f in figures] == [
-        ("transfer", 30.0, True),
-        ("average", 45.0, False),
-        ("last", 50.0, True),
+    assert [(f.name, f.measured, f.verdict) for f in figures] == [
+        ("transfer", 30.0, REPRODUCED),
+        ("average", 45.0, NOT_REPRODUCED),
+        ("last", 50.0, REPRODUCED),
     ]
     assert str(figures[1]) == "seq-lora, average: 45.0 instead of 46.1 ± 1.0"
 
@@ -51,21 +63,22 @@ def test_the_untouched_model_is_compared_as_one_that_never_changes():
         results(),
         expected(zero_shot={"figures": {"transfer": 20.0, "average": 15.0}, "last": {"digits": 10.0}}),
     )
-    assert [(f.name, f.measured, f.met) for f in figures] == [
-        ("transfer", 20.0, True),
-        ("average", 15.0, True),
-        ("digits", 10.0, True),
+    assert [(f.name, f.measured, f.verdict) for f in figures] == [
+        ("transfer", 20.0, REPRODUCED),
+        ("average", 15.0, REPRODUCED),
+        ("digits", 10.0, REPRODUCED),
     ]
 
 
-def test_a_number_that_the_run_does_not_have_is_not_met():
+def test_a_number_that_the_run_does_not_have_is_not_comparable():
     figure = compare(
         {"seq-lora": Matrix(["digits", "shapes"], None, [[50.0]])},
         expected(seq_lora={"figures": {"last": 50.0}}),
     )[0]
     assert (
         figure.measured is None
-        and not figure.met
+        and figure.verdict == NOT_COMPARABLE
+        and figure.reasons == ("the run has no such figure",)
         and str(figure) == "seq-lora, last: n/a instead of 50.0 ± 1.0"
     )
 
@@ -73,8 +86,10 @@ def test_a_number_that_the_run_does_not_have_is_not_met():
 def test_the_comparison_is_a_table_with_its_sources():
     published = expected(seq_lora={"figures": {"transfer": 29.0}})
     assert comparison(compare(results(), published), published) == (
-        "| row | figure | published | measured | difference | tolerance | met |\n| --- | --- | ---: | ---: | ---: | ---: | --- |\n"
-        "| seq-lora | transfer | 29.0 | 30.0 | 1.0 | 1.0 | yes |\n\nseq-lora: a paper\n"
+        "| row | figure | published | measured | difference | tolerance | verdict |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |\n"
+        "| seq-lora | transfer | 29.0 | 30.0 | 1.0 | 1.0 | reproduced |\n\nseq-lora: a paper\n\n"
+        "1 reproduced, 0 not reproduced, 0 not comparable\n"
     )
     assert "nothing to compare with" in comparison([], {})
 
@@ -94,18 +109,159 @@ def test_the_published_tables_of_zscl_are_met_by_its_published_matrices():
             row = parse_config(
                 TREE | {"expected": {"seq-lora": SOURCE | {"figures": said[name], "tolerance": 0.0501}}}
             ).expected
-            assert all(f.met for f in compare({"seq-lora": matrix}, row)), name
+            assert all(f.verdict == REPRODUCED for f in compare({"seq-lora": matrix}, row)), name
+
+
+# --- what does not compare ---------------------------------------------------------------------------
+
+PUBLISHED = SOURCE | {"model": "tiny-clip", "sequence": "demo", "figures": {"last": 50.0}}
+DEMO = {"sequence": "demo", "model": {"name_or_path": "tiny-clip"}, "methods": {"seq-lora": {}}}
+
+
+def clauses(tree=(), measured=None, **published):
+    """Why a run of other settings than `DEMO` does not compare with figures of it."""
+    written = parse_config(DEMO | {"expected": {"seq-lora": PUBLISHED | published}})
+    config = parse_config(DEMO | {"expected": {"seq-lora": PUBLISHED | published}} | dict(tree))
+    return differences(config, measured or Measured(), written)["seq-lora"]
+
+
+def test_a_run_as_it_was_published_compares():
+    assert clauses() == clauses(seeds=1) == clauses(test_prompts="one") == []
+
+
+@pytest.mark.parametrize(
+    ("tree", "clause"),
+    [
+        ({"model": {"name_or_path": "other"}}, "other base model (other instead of tiny-clip)"),
+        ({"data": {"holdout": 0.1}}, "other data (scored on 0.1 of the training data)"),
+        (
+            {"evaluation": {"test_prompts": "averaged"}},
+            "other protocol (test_prompts averaged instead of one)",
+        ),
+        ({"evaluation": {"max_new_tokens": 3}}, "other protocol (another evaluation.max_new_tokens)"),
+        ({"training": {"max_steps": 3}}, "other settings (training.max_steps)"),
+        (
+            {"training": {"per_device_train_batch_size": 4}},
+            "other settings (4 examples per step instead of 8)",
+        ),
+    ],
+)
+def test_a_run_with_another_setting_does_not_compare_and_says_which(tree, clause):
+    assert clauses(tree, test_prompts="one")[-1] == clause
+
+
+@pytest.mark.parametrize(
+    ("tasks", "clause"),
+    [
+        (["shapes", "digits", "textures", "glyphs"], "missing tasks (counting, typefaces, relations)"),
+        (
+            ["digits", "shapes", "textures", "glyphs", "counting", "typefaces", "relations"],
+            "another order of tasks",
+        ),
+        (
+            ["shapes", "digits", "textures", "glyphs", "counting", "typefaces", "relations", "fashion"],
+            "other tasks (fashion)",
+        ),
+    ],
+)
+def test_a_run_of_other_tasks_does_not_compare(tasks, clause):
+    assert clause in clauses({"sequence": None, "tasks": tasks})
+
+
+def test_a_benchmark_that_is_not_scored_in_full_has_missing_tasks():
+    row = SOURCE | {"sequence": "mllm-acl", "figures": {"last": 50.0}}
+    config = parse_config(DEMO | {"sequence": "mllm-acl", "expected": {"seq-lora": row}})
+    assert differences(config, Measured()) == {"seq-lora": ["missing tasks (Math, APP)"]}
+
+
+def test_other_data_under_a_shipped_name_do_not_compare(tmp_path):
+    path = tmp_path / "sat.yaml"
+    path.write_text(
+        '{"extends": "mtil/eurosat", "prompt": "a {c}", "source": {"format": "imagefolder", "path": "x"}}'
+    )
+    tree = {"sequence": None, "tasks": [str(path), "mtil/mnist"], "methods": {"seq-lora": {}}}
+    row = SOURCE | {"sequence": "mtil-order1", "figures": {"last": 50.0}}
+    config = parse_config(tree | {"expected": {"seq-lora": row}})
+    found = differences(config, Measured({"mtil/mnist": 30}))["seq-lora"]
+    assert found[1:] == ["other data (mtil/eurosat has another prompt, and 1 more of the tasks)"]
+    config = parse_config(tree | {"tasks": ["mtil/mnist"], "expected": {"seq-lora": row}})
+    found = differences(config, Measured({"mtil/mnist": 30}))["seq-lora"]
+    assert found[1:] == ["other data (mtil/mnist has 30 test examples instead of 10000)"]
+    own = parse_config(tree | {"expected": {"seq-lora": SOURCE | {"figures": {"last": 50.0}}}})
+    assert differences(own, Measured({"mtil/mnist": 30})) == {"seq-lora": []}
+
+
+def test_figures_of_several_seeds_or_of_another_experiment_do_not_compare():
+    assert clauses(seeds=3) == ["other number of seeds (1 instead of 3)"]
+    assert clauses({"training": {"max_steps": 3}}, not_comparable="trained in full there") == [
+        "trained in full there"
+    ]
+
+
+def test_several_processes_may_share_a_step_and_precision_is_free():
+    tree = {"training": {"per_device_train_batch_size": 2, "bf16": True, "use_cpu": True}}
+    assert clauses(tree, Measured(processes=4)) == []
+    assert clauses(tree, Measured(processes=8)) == ["other settings (16 examples per step instead of 8)"]
+
+
+def test_every_verdict_is_counted_told_and_written(tmp_path):
+    tree = TREE | {
+        "expected": {
+            "seq-lora": SOURCE
+            | {"figures": {"transfer": 30.1, "last": 40.0}, "tolerance_from": "three seeds"}
+            | {"last": {"digits": 44.0}, "tolerances": {"digits": 5}},
+            "full": SOURCE | {"figures": {"last": 90.0}, "not_comparable": "trained in full there"},
+        }
+    }
+    config = parse_config(tree)
+    figures = compare(results(), config.expected, differences(config, Measured()))
+    assert count_verdicts(figures) == {REPRODUCED: 2, NOT_REPRODUCED: 1, NOT_COMPARABLE: 1}
+    text = comparison(figures, config.expected)
+    assert "| seq-lora | digits | 44.0 | 40.0 | -4.0 | 5.0 | reproduced |" in text
+    assert "| seq-lora | last | 40.0 | 50.0 | 10.0 | 1.0 | not reproduced |" in text
+    assert "| full | last | 90.0 | n/a | n/a | 1.0 | not comparable |" in text
+    assert "seq-lora: a paper; tolerance: three seeds\n" in text
+    assert "full: a paper; not comparable: trained in full there\n" in text
+    assert text.endswith("2 reproduced, 1 not reproduced, 1 not comparable\n")
+    write_comparison(tmp_path / "reproduction.json", "own.yaml", figures, config.expected)
+    written = json.loads((tmp_path / "reproduction.json").read_text())
+    assert written["verdicts"] == count_verdicts(figures) and len(written["figures"]) == 4
+    assert written["figures"][-1] == {
+        **{"row": "full", "figure": "last", "published": 90.0, "measured": None, "difference": None},
+        **{"tolerance": 1.0, "tolerance_from": "", "source": "a paper", "verdict": NOT_COMPARABLE},
+        "reasons": ["trained in full there"],
+    }
+
+
+def test_what_a_run_was_measured_on_is_read_from_its_folder(tmp_path):
+    folder = tmp_path / "zero-shot/task-00-base"
+    folder.mkdir(parents=True)
+    (folder / "scores.json").write_text('{"digits": {"score": 1.0, "n": 9}, "shapes": {"score": 2.0}}')
+    (tmp_path / "versions.json").write_text('{"processes": "4"}')
+    assert read_measured(tmp_path) == Measured({"digits": 9}, 4)
+    assert read_measured(tmp_path / "old") == Measured()
 
 
 # --- the shipped configurations ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list_configs())
-def test_what_a_shipped_configuration_expects_is_of_its_own_tasks(name):
+def test_what_a_shipped_configuration_expects_is_of_its_own_tasks_and_says_its_tolerance(name):
     config = load_config(name)
+    check_expected(config)
     tasks = {load_recipe(task).name for task in config.tasks}
     for row in config.expected.values():
         assert set(row.last) <= tasks and row.figures
+        # What may be compared says with which model, tasks and prompts, and where its tolerance is from.
+        comparable = not row.not_comparable
+        assert comparable == bool(row.tolerance_from) == bool(row.model) == bool(row.sequence)
+        assert bool(row.test_prompts) == (comparable and name.startswith("mtil"))
+    # Run as it is, a configuration compares with the figures that its settings are for.
+    reasons = differences(config, Measured())
+    compared = {"mtil-order1": 12, "mtil-order2": 2, "ucit": 3}
+    assert sum(not why for why in reasons.values()) == compared.get(name, 0)
+    if name == "coin":
+        assert "lmsys/vicuna-7b-v1.5" in reasons["seq-lora"][0]
 
 
 @pytest.mark.parametrize("name", ["mtil-order1", "mtil-order2"])
@@ -161,7 +317,7 @@ def test_what_was_published_is_no_part_of_a_run():
         ),
         (
             {"seq-lora": SOURCE | {"figures": {"last": "high"}}},
-            "expected.seq-lora.figures and last must hold finite numbers (got 'high' for 'last'); write percents",
+            "expected.seq-lora.figures, last and tolerances must hold finite numbers (got 'high' for 'last'); write percents",
         ),
         (
             {"seq-lora": SOURCE | {"tolerance": 0}},
@@ -170,6 +326,14 @@ def test_what_was_published_is_no_part_of_a_run():
         (
             {"seq-lora": SOURCE | {"figure": {}}},
             "unknown key 'expected.seq-lora.figure'; did you mean 'figures'",
+        ),
+        (
+            {"seq-lora": SOURCE | {"figures": {"last": 9}, "tolerances": {"average": 1}}},
+            "expected.seq-lora.tolerances names 'average', of which there is no figure; ",
+        ),
+        (
+            {"seq-lora": SOURCE | {"seeds": 0}},
+            "expected.seq-lora.seeds must be at least 1 (got 0)",
         ),
         ({"seq-lora": 3}, "expected.seq-lora is 3, but it takes `key: value` pairs"),
     ],
