@@ -135,6 +135,10 @@ def test_a_run_as_it_was_published_compares():
         ({"model": {"name_or_path": "other"}}, "other base model (other instead of tiny-clip)"),
         ({"data": {"holdout": 0.1}}, "other data (scored on 0.1 of the training data)"),
         (
+            {"data": {"train_examples": 9}},
+            "other data (at most 9 training examples of each task)",
+        ),
+        (
             {"evaluation": {"test_prompts": "averaged"}},
             "other protocol (test_prompts averaged instead of one)",
         ),
