@@ -130,8 +130,8 @@ def _tasks(names: list[str], published: ExpectedConfig) -> Iterator[str]:
 def _data(config: RunConfig, published: ExpectedConfig, changed: Mapping[str, str]) -> Iterator[str]:
     if config.data.holdout:
         yield f"other data (scored on {config.data.holdout:g} of the training data)"
-    if config.data.train_examples is not None:
-        yield f"other data (at most {config.data.train_examples} training examples of each task)"
+    if config.data.train_examples:
+        yield f"other data (about {config.data.train_examples} training examples of each task)"
     if published.sequence and changed:
         more = f", and {len(changed) - 1} more of the tasks" if len(changed) > 1 else ""
         yield f"other data ({next(iter(changed.values()))}{more})"

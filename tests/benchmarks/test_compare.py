@@ -136,7 +136,7 @@ def test_a_run_as_it_was_published_compares():
         ({"data": {"holdout": 0.1}}, "other data (scored on 0.1 of the training data)"),
         (
             {"data": {"train_examples": 9}},
-            "other data (at most 9 training examples of each task)",
+            "other data (about 9 training examples of each task)",
         ),
         (
             {"evaluation": {"test_prompts": "averaged"}},
