@@ -25,9 +25,12 @@ Differences from the official code (bjzhb666/MLLM-CL):
 - There every adapter answers all test sets beforehand, and the router picks one of the answers; here the
   chosen adapter alone answers.
 - There the adapters are of rank 128 on all linear layers of the language model; here, of the run's parts.
-- There the model routes with a LoRA of its own, trained on 20 examples kept of every task (40 epochs), from
-  experts' descriptions written by hand, and an answer that names none picks one at random; `model` here is
-  not trained and keeps no example, so expect less of it than published.
+- There the model routes with a LoRA of its own (rank 128, alpha 256, all linear layers of the language model,
+  and the connector; learning rate 5e-6, cosine, warm-up 0.03, batch 32), trained anew on 20 examples kept of
+  every task for 40 epochs (35 for abilities) to answer with the expert's letter, from descriptions written by
+  hand; for domains it starts from the base with the tasks' LoRAs merged, for abilities from the base. Its
+  training files are not in the repository. An answer that names none picks an expert at random. `model` here
+  is not trained and keeps no example, so expect less of it than published.
 - Prototypes are those of other methods: one per class as in ConDU (arXiv 2503.10705), and means of image and
   text features as in DISCO (arXiv 2503.12897, as released in Ghy0501/MCITlib). DISCO's features are those of
   a second CLIP, its released code compares the text alone, and its adapters are all used at once, weighted by
