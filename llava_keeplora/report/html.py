@@ -49,7 +49,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
-thead th { color: var(--dim); font-weight: 600; }
+thead th { color: var(--dim); font-weight: 600; white-space: normal; vertical-align: bottom; }
 tr.own td, tr.own th { background: var(--band); }
 td.learned { background: var(--learned); font-weight: 600; }
 figure { margin: 1rem 0; }

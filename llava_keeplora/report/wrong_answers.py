@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_keeplora.report.results import Results, Trial, mean
 from llava_keeplora_eval.error_classes import ERROR_CLASSES, OTHER
+from llava_keeplora_eval.guard import printable
 from llava_keeplora_eval.matrix import ZERO_SHOT, format_number
 
 ERROR_COLUMNS = ("task", "after", "n", "wrong", *ERROR_CLASSES)
@@ -59,7 +60,10 @@ def confusion_rows(trials: Sequence[Trial]) -> list[list[str]]:
         return []
     last = {task: score for _, scores in _stages(trials[0]) for task, score in scores.items()}
     return [
-        [task, "; ".join(f"{name} → {text} ({count})" for name, text, count in score["confusions"])]
+        [
+            task,
+            "; ".join(f"{name} → {printable(text)} ({count})" for name, text, count in score["confusions"]),
+        ]
         for task, score in last.items()
         if score.get("confusions")
     ]

@@ -37,6 +37,10 @@ def test_several_seeds_have_means_and_the_columns_add_up():
 
 
 def test_confusions_are_those_at_the_end_of_one_run():
+    noise = {"names": {"n": 4, "errors": {"other": 4}, "confusions": [["cat", "\x10", 4]]}}
+    assert confusion_rows([Trial(Matrix(["names"], None, []), scores=[noise])]) == [
+        ["names", "cat → \\x10 (4)"]
+    ]
     assert confusion_rows([FIRST]) == [["names", "cat → dog (1)"]] and confusion_rows([FIRST, SECOND]) == []
 
 
