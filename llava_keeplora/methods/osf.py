@@ -50,7 +50,6 @@ class Osf(Method):
     )
     own_optimizer = True
     dense_updates = True
-    supports_zero3 = False
 
     @dataclass(frozen=True)
     class Options:

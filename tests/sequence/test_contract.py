@@ -334,6 +334,23 @@ def test_a_method_that_needs_whole_adapters_refuses_shards_in_a_sentence(run_tre
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("ewc", "reads trained parameters outside of their layers.*; use stage 2"),
+        ("reglora", "reads trained parameters outside of their layers.*; use stage 2"),
+        ("task-lora", "answers with another task's update.*; use stage 2"),
+        # No stage would do for these.
+        ("eblora", "has an optimiser of its own.*; train without DeepSpeed"),
+        ("osf", "has an optimiser of its own.*; train without DeepSpeed"),
+    ],
+)
+def test_a_later_method_refuses_shards_with_a_cure_that_helps(run_tree, tmp_path, method, why):
+    training = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    with pytest.raises(ConfigError, match=why):
+        parse_config(run_tree(tmp_path / "run", methods={method: {}}, training=training))
+
+
 def test_a_plan_leaves_out_and_names_what_it_cannot_rehearse_and_refuses_where_nothing_is_left(
     run_tree, tmp_path
 ):
