@@ -25,6 +25,7 @@ COLUMNS = {
     "label": "the class, by its name or its position counted from 0",
     "question": "what is asked; captioning can do without, by the recipe's `prompt`",
     "answers": "the accepted answer, or a list of them; captions",
+    "hint": "a text before the question; for `options`",
     "messages": "a chat, in the place of `question`, `answers` and `label`; read only where it is named here",
 }
 
@@ -72,7 +73,19 @@ class ImageFolder(_BuiltIn):
 
 @dataclass
 class _Table(_BuiltIn):
+    """A table.
+
+    Args:
+        options: the columns with the options of a multiple-choice question, in the order of A, B, C, ...;
+            they are asked as `A. text`, a line each, after the question. Empty ones are left out.
+        meta: columns that are handed to the metric; hyphens in their names become underscores.
+        where: column → the text that it must hold; other rows are no part of the task.
+    """
+
     columns: dict[str, str] = _mapping("a mapping from roles to columns")
+    options: list[str] = _list("a list of columns")
+    meta: list[str] = _list("a list of columns")
+    where: dict[str, str] = _mapping("a mapping from columns to texts")
 
     def check(self, kind: str, path: Path) -> None:
         """See `Reader.check`."""
@@ -111,6 +124,29 @@ class Hub(_Table):
 
     config: str | None = None
     revision: str | None = None
+
+
+@dataclass
+class TableFile(_Table):
+    """TSV, or JSON with a list of records, as a table; see `table_files.read_table_file`.
+
+    Args:
+        columns: role → column or field, if it has another name than the role; see the roles above.
+        images: folder in which the paths of images start, within `path`; by default `path` itself.
+    """
+
+    function = "table_files:read_table_file"
+    kinds = ("vqa", "captioning")
+
+    images: str | dict[str, str] = _folders("")
+
+
+@dataclass
+class Mme(_BuiltIn):
+    """MME's folders; see `mme.read_mme`."""
+
+    function = "mme:read_mme"
+    kinds = ("vqa",)
 
 
 @dataclass

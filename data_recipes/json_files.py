@@ -15,22 +15,32 @@ def read_rows(path: Path, problems: list[RecipeError] | None = None) -> list[Any
     """Read the records of a JSON file with a list, or of a JSONL file with one record per line.
 
     Args:
-        path: the file; its suffix decides which of the two it is.
+        path: the file; it is JSONL by its suffix, or if its first line is a whole object and others follow.
         problems: list that collects the errors of lines; they are raised when None.
 
     Raises:
         RecipeError: the file cannot be read, is no JSON, or has no list.
     """
-    if path.suffix.lower() == ".jsonl":
-        lines = enumerate(read_text(path).split("\n"), start=1)
+    text = read_text(path)
+    if path.suffix.lower() == ".jsonl" or _is_lines(text):
+        lines = enumerate(text.split("\n"), start=1)
         return collect_errors(
             lambda item: _line(path, *item), [(n, line) for n, line in lines if line.strip()], problems
         )
-    text = read_text(path)
     rows = _parsed(path, text, list)
     if not may_hold_constants(text):
         return rows
     return collect_errors(lambda item: _finite(*item, path), enumerate(rows), problems)
+
+
+def _is_lines(text: str) -> bool:
+    first, _, rest = text.strip().partition("\n")
+    if not first.startswith("{") or not rest.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(parse_json(first), dict)
+    except ValueError:
+        return False
 
 
 def read_json(path: Path, kind: type | UnionType) -> Any:

@@ -100,6 +100,7 @@ READERS = Registry(
             "imagefolder": "ImageFolder",
             "parquet": "Parquet",
             "hub": "Hub",
+            "table": "TableFile",
             "dataset": "DatasetObject",
             "llava_json": "LlavaJson",
             "messages": "Messages",
@@ -111,6 +112,7 @@ READERS = Registry(
             "idx": "Idx",
             "flowers_mat": "FlowersMat",
             "cars_mat": "CarsMat",
+            "mme": "Mme",
             "rendered": "Rendered",
         }.items()
     },

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyarrow
 import pyarrow.compute
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from .choices import ask_choice, option_set
 from .conversation_turn import Turn, from_turns, place_turn, with_system
 from .errors import RecipeError, collect_errors, nearest
 from .hub_layout import HubTable, load_hub_dataset
@@ -26,6 +28,8 @@ from .records import Records
 from .strict_json import parse_json
 from .table_images import arrow_column, read_images
 from .texts import answer_texts, described, identifier, only_answer
+
+log = logging.getLogger(__name__)
 
 
 def read_parquet(
@@ -144,7 +148,7 @@ def from_table(
         folder: folder to which paths in the table are relative; None for a table from the Hub.
         roots: folders outside of which a path of an image is refused.
     """
-    table = loaded.table
+    table = _rows_of_task(recipe, split, loaded.table)
     columns = _columns(recipe, split, table)
     count, classify = len(table), recipe.kind == "classification"
     chats = "messages" in columns
@@ -152,10 +156,11 @@ def from_table(
     cells = {role: _values(table, columns[role]) if role in columns else [None] * count for role in roles}
     media = [c for c in (*VIDEOS, *UNREAD) if c in table.column_names and c not in columns.values()]
     unread = {c: _held(table, c) for c in media}
+    finish = _choices_and_meta(recipe, split, table, columns)
     chat_columns = {c: _values(table, c) for c in ("system", "tools") if chats and c in table.column_names}
     source_images, faults = read_images(recipe, split, table, columns, folder, roots)
 
-    def record(row: int) -> tuple[str, Turn, Any, tuple[int, ...]]:
+    def record(row: int) -> tuple[str, Turn, Any, tuple[int, ...], dict[str, Any]]:
         what = f"row {row} of {recipe.name}/{split}"
         name = identifier(cells["id"][row], what) if "id" in columns else f"{split}-{row}"
         what, images = f"record '{name}' in {recipe.name}/{split}", source_images.shown[row]
@@ -165,27 +170,78 @@ def from_table(
             raise RecipeError(f"{what} has no 'file_name'", "name its image's file, or remove the record")
         refuse_unread_media({column: values[row] for column, values in unread.items()}, what)
         if classify and not chats:
-            return name, Turn("", []), cells["label"][row], images
+            return name, Turn("", []), cells["label"][row], images, {}
         if chats:
             system = system_text({column: values[row] for column, values in chat_columns.items()}, what)
             turn = with_system(from_turns(cells["messages"][row], what), system, what)
         else:
             turn = _turn(cells["question"][row], cells["answers"][row], what)
+        turn, meta = finish(row, turn, what)
         turn = place_turn(turn, len(images), what)
-        return name, turn, only_answer(turn.answers, what) if classify else None, images
+        return name, turn, only_answer(turn.answers, what) if classify else None, images, meta
 
     records = collect_errors(record, range(count), problems)
     feature = table.features[columns["label"]] if classify and not chats else None
     return Records(
-        ids=[name for name, _, _, _ in records],
-        images=replace(source_images, shown=[images for _, _, _, images in records]),
-        labels=[label for _, _, label, _ in records],
+        ids=[name for name, *_ in records],
+        images=replace(source_images, shown=[images for *_, images, _ in records]),
+        labels=[label for _, _, label, *_ in records],
         label_names=list(feature.names) if isinstance(feature, datasets.ClassLabel) else None,
-        questions=[None if classify else turn.question for _, turn, _, _ in records],
-        answers=[[] if classify else turn.answers for _, turn, _, _ in records],
-        histories=[turn.history for _, turn, _, _ in records],
+        questions=[None if classify else turn.question for _, turn, *_ in records],
+        answers=[[] if classify else turn.answers for _, turn, *_ in records],
+        meta=[meta for *_, meta in records],
+        histories=[turn.history for _, turn, *_ in records],
         left_out=loaded.left_out,
     )
+
+
+def _choices_and_meta(
+    recipe: Recipe, split: str, table: datasets.Dataset, columns: dict[str, str]
+) -> Callable[[int, Turn, str], tuple[Turn, dict[str, Any]]]:
+    """Return a function of (row, turn, record) that puts the options below a question, and adds its meta."""
+    choices = [_values(table, column) for column in _named(recipe, split, table, "options")]
+    metas = {c.replace("-", "_"): _values(table, c) for c in _named(recipe, split, table, "meta")}
+    hints = _values(table, columns["hint"]) if "hint" in columns else [None] * len(table)
+
+    def finish(row: int, turn: Turn, what: str) -> tuple[Turn, dict[str, Any]]:
+        meta = {name: values[row] for name, values in metas.items()}
+        if not choices:
+            return turn, meta
+        options = option_set([values[row] for values in choices], what)
+        question = ask_choice(turn.question, hints[row], options)
+        return replace(turn, question=question), meta | {"option_set": options}
+
+    return finish
+
+
+def _named(recipe: Recipe, split: str, table: datasets.Dataset, key: str) -> list[str]:
+    """Return the columns that the recipe lists under a key of its source.
+
+    Raises:
+        RecipeError: the table lacks one of them.
+    """
+    names = list(recipe.source.get(key) or ())
+    for name in names:
+        if name not in table.column_names:
+            raise RecipeError(
+                f"the {split} split of '{recipe.name}' has no column '{name}', which 'source.{key}' names",
+                nearest(name, table.column_names),
+            )
+    return names
+
+
+def _rows_of_task(recipe: Recipe, split: str, table: datasets.Dataset) -> datasets.Dataset:
+    """Return the rows that have the values of `source.where`; the number of others is logged."""
+    where = recipe.source.get("where") or {}
+    cells = {name: _values(table, name) for name in _named(recipe, split, table, "where")}
+    rows = [i for i in range(len(table)) if all(str(cells[name][i]) == where[name] for name in where)]
+    if len(rows) == len(table):
+        return table
+    log.info(
+        "%d of %d rows of %s/%s have other values than %s and are no part of the task",
+        *(len(table) - len(rows), len(table), recipe.name, split, where),
+    )
+    return table.select(rows)
 
 
 def _turn(question: Any, answers: Any, what: str) -> Turn:
@@ -264,7 +320,7 @@ def _columns(recipe: Recipe, split: str, table: datasets.Dataset) -> dict[str, s
     else:
         needed = ["image", "answers"] + ["question"] * (recipe.kind == "vqa")
     columns = {
-        role: named.get(role, role) for role in ("id", "image", "label", "question", "answers")
+        role: named.get(role, role) for role in ("id", "image", "label", "question", "answers", "hint")
     } | named
     if "image" not in named and "image" not in table.column_names and "images" in table.column_names:
         columns["image"] = "images"

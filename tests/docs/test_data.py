@@ -18,7 +18,13 @@ COLOURS = ("black", "blue", "lime", "red", "white")
 #: Keys of which only a dataset on the Hub can have an example.
 ONLINE = {"config", "revision"}
 #: Keys that several formats have and one of them shows.
-SHOWN_ONCE = {"llava_json": {"frames"}, "llama_factory": {"frames"}}
+CHOICES = {"options", "meta", "where"}
+SHOWN_ONCE = {
+    "llava_json": {"frames"},
+    "llama_factory": {"frames"},
+    "parquet": CHOICES,
+    "hub": CHOICES,
+}
 
 
 def blocks(language: str, text: str) -> list[str]:
