@@ -265,8 +265,9 @@ def imagenet(mtil) -> Path:
 
 #: What a record of a test asks in addition, or instead, by task.
 ASKED = {
-    "coin/grounding": {"answer_bbox": "[0.1, 0.2, 0.6, 0.7]", "size": [16, 16]},
+    "coin/grounding": {"answer_bbox": "[0.10, 0.2, 0.6, 0.71]", "size": [16, 16]},
     "coin/scienceqa": {"answer": "A"},
+    "coin/gqa": {"answer": "yes"},
     "mllm_acl/ocr": {"answer_type": "Regular Text Recognition"},
 }
 

@@ -32,7 +32,7 @@ def shorter(name: str) -> list[str]:
 def narrower(name: str) -> list[str]:
     """What a random LLaVA of width 32 needs of a configuration."""
     wide = [
-        label for label, method in load_config(name).methods.items() if method.parts["language"].rank > 32
+        label for label, method in load_config(name).methods.items() if method.parts["language"].rank > 16
     ]
     return [
         *("model.max_length=null", "parts.language.rank=2", "evaluation.max_new_tokens=4"),
