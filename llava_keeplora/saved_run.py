@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 #: Settings of methods that older versions did not have → their default, with which a run has the identity of
 #: one without them.
 LATER_OPTIONS: dict[str, Any] = {"feature_rule": "energy", "plasticity": 20.0}
+#: Settings of methods whose default was another one in older versions → the default now.
+CHANGED_DEFAULTS: dict[str, Any] = {"gradient_fraction": "auto", "feature_fraction": "auto"}
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
@@ -102,6 +104,31 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
             k: values if len(set(values)) > 1 else values[0] for k, values in lists.items()
         }
     return tree
+
+
+def with_recorded_defaults(config: RunConfig) -> RunConfig:
+    """Return a configuration whose folder's run goes on as it was begun, where a default has changed since.
+
+    A setting that has its present default gets the value that the folder's run has recorded, if there is one.
+
+    Raises:
+        RunError: if the folder's identity is damaged.
+    """
+    folder = Path(config.output_dir)
+    if not ((folder / CONFIG).is_file() and (folder / IDENTITY).is_file()):
+        return config
+    recorded = read_identity(folder).get("methods")
+    methods = {}
+    for label, method in config.methods.items():
+        section = recorded.get(label) if isinstance(recorded, dict) else None
+        options = section.get("options") if isinstance(section, dict) else None
+        kept = {
+            key: options[key]
+            for key, default in CHANGED_DEFAULTS.items()
+            if isinstance(options, dict) and key in options and method.options.get(key) == default
+        }
+        methods[label] = dataclasses.replace(method, options={**method.options, **kept})
+    return dataclasses.replace(config, methods=methods)
 
 
 def _machine_independent(training: Mapping[str, Any]) -> dict[str, Any]:

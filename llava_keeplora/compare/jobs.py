@@ -21,7 +21,7 @@ from llava_keeplora.journal import Journal
 from llava_keeplora.planned_recipes import planned_tasks, recipe_changes
 from llava_keeplora.records import read_object
 from llava_keeplora.run_folder import JOURNAL, MATRIX, PREPARED, RESULTS, differences, read_record, task_files
-from llava_keeplora.saved_run import check_base_if_here, read_identity, run_identity
+from llava_keeplora.saved_run import check_base_if_here, read_identity, run_identity, with_recorded_defaults
 from llava_keeplora_recipes.strict_yaml import dump_yaml
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Job:
         Raises:
             UserError: the configuration or a recipe is not valid.
         """
-        return run_identity(parse_config(self.tree))
+        return run_identity(with_recorded_defaults(parse_config(self.tree)))
 
     def finished(self) -> bool:
         """Return whether the folder holds this run, finished and with unchanged results."""

@@ -76,7 +76,8 @@ class TaskContext:
         name: the task's name.
         layers: name → adapted layer.
         gradients: `gradients(fraction, statistics, per_example=False)` runs the gradient pass over a fraction
-            of the data, of the mean loss or of each example's, and returns their number.
+            of the data (or a `shares.Stretch`), of the mean loss or of each example's, and returns their
+            number.
         features: `features(make, fraction=1.0)` runs the feature pass over a fraction of the data and returns
             layer name → statistic; `make` is called with the layers' names, grouped by the tensor that they
             read, and returns the statistics.

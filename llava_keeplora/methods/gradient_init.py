@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llava_keeplora.methods.base import Layer, TaskContext
+from llava_keeplora.methods.shares import read_gradients
 from llava_keeplora.subspace import (
     DenseGradient,
     GradientSketch,
@@ -58,7 +59,7 @@ def first_step_directions(
     ctx: TaskContext,
     ranks: Mapping[str, int],
     bases: Mapping[str, Tensor],
-    fraction: float,
+    fraction: float | str,
     sketched: bool,
     directions: Callable[..., ResidualDirections],
     naming: Callable[[Layer], AbstractContextManager],
@@ -69,7 +70,7 @@ def first_step_directions(
         ctx: the task's context.
         ranks: layer name → r.
         bases: layer name → (in, k), the protected subspace.
-        fraction: fraction of the task's data.
+        fraction: fraction of the task's data, or `auto`, see `shares`.
         sketched: whether gradients are sketched where that saves memory.
         directions: (statistic, basis, rank and, if there was one, second pass) → the layer's directions.
         naming: returns a context that adds the layer's name to errors raised inside it.
@@ -84,7 +85,7 @@ def first_step_directions(
         )
         for name, rank in ranks.items()
     }
-    ctx.gradients(fraction, statistics)
+    share = read_gradients(ctx, statistics, ranks, fraction, naming)
     reader.read(statistics)
     second: dict[str, SecondPass] = {}
     for round_ in range(ROUNDS):
@@ -93,11 +94,11 @@ def first_step_directions(
             break
         if round_:
             statistics = {name: statistic.refined(second.pop(name)) for name, statistic in statistics.items()}
-            ctx.gradients(fraction, statistics)
+            ctx.gradients(share, statistics)
         second = {name: statistic.second_pass() for name, statistic in statistics.items()}
         for statistic in statistics.values():
             statistic.forget_range()
-        ctx.gradients(fraction, second)
+        ctx.gradients(share, second)
         reader.read(statistics, second)
     return reader.directions, reader.left_out
 

@@ -32,7 +32,7 @@ Legend: in / out features of a layer, r rank, k protected dimensions. A here is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ from llava_keeplora.methods.keeplora_log import (
 from llava_keeplora.methods.layers import in_layer, unsure_layers
 from llava_keeplora.methods.presets import RULES, least_statistics
 from llava_keeplora.methods.protecting import ProtectingMethod
+from llava_keeplora.methods.shares import AUTO, Share, check_fraction, read_features
 from llava_keeplora.run_folder import Stage
 from llava_keeplora.subspace import (
     FeatureDirections,
@@ -102,8 +103,9 @@ class KeepLora(ProtectingMethod):
             protect_features: whether M' holds M_t (False is an ablation).
             gradient: how the first-step gradient is summed: `sketch`, in a small multiple of r numbers per
                 input and output, or `dense`, in full (small layers always are); the preset's when None.
-            gradient_fraction: fraction of the task's data for the first-step gradient, evenly spaced.
-            feature_fraction: fraction of the task's data for the features of M_t, evenly spaced.
+            gradient_fraction: fraction of the task's data for the first-step gradient, evenly spaced; or
+                `auto`, as much of them as it takes (all with a preset for released code).
+            feature_fraction: the same for the features of M_t.
             feature_rule: how many directions M_t gains: `energy`, as many as ε_f (or its budget, if it is
                 `auto`) asks for, or of these only those that `splitlora`'s rank rule takes.
             plasticity: α of the rule `splitlora`; more leaves more directions free.
@@ -115,8 +117,8 @@ class KeepLora(ProtectingMethod):
         protect_weights: bool = True
         protect_features: bool = True
         gradient: str | None = None
-        gradient_fraction: float = 1.0
-        feature_fraction: float = 1.0
+        gradient_fraction: float | str = AUTO
+        feature_fraction: float | str = AUTO
         feature_rule: str = "energy"
         plasticity: float = 20.0
 
@@ -129,12 +131,8 @@ class KeepLora(ProtectingMethod):
                         nearest(str(value), valid),
                     )
             for name in ("gradient_fraction", "feature_fraction"):
-                if not 0.0 < getattr(self, name) <= 1.0:
-                    raise MethodError(
-                        f"{name} must be in (0, 1] (got {getattr(self, name)})",
-                        "set it to 1.0 for all of the data",
-                    )
-            if self.feature_fraction < 1.0 and RULES[self.preset].evidence == "gradient":
+                check_fraction(name, getattr(self, name))
+            if self.feature_fraction not in (AUTO, 1.0) and RULES[self.preset].evidence == "gradient":
                 raise MethodError(
                     f"feature_fraction is {self.feature_fraction}, but the preset '{self.preset}' reads "
                     "gradients instead of features",
@@ -167,6 +165,10 @@ class KeepLora(ProtectingMethod):
         )
         self.form = options.form or self.rules.form
         self.one_process = self.rules.one_process and options.protect_features
+        self.gradient_fraction, self.feature_fraction = (
+            1.0 if share == AUTO and options.preset != "paper" else share
+            for share in (options.gradient_fraction, options.feature_fraction)
+        )
         self.sketched = (options.gradient or self.rules.gradient) == "sketch"
 
     def check(self, layers: Mapping[str, Layer]) -> None:
@@ -242,8 +244,12 @@ class KeepLora(ProtectingMethod):
         if budgets and self.options.protect_features:
             ctx.report[BUDGET] = budgets
 
-    def _evidence(self, ctx: TaskContext) -> Mapping[str, Any]:
-        """Return layer name → the statistic that M_t is taken from: of its features, or its gradient.
+    def _evidence(
+        self, ctx: TaskContext, extend: Callable[[str, Any], FeatureDirections]
+    ) -> tuple[Mapping[str, Any], Share]:
+        """Return the statistics that M_t is taken from, and what share of the data they have read.
+
+        They are of the layers' features, or their gradients. `extend` gives a layer's new directions.
 
         Raises:
             MethodError: if the statistics exceed `memory.statistics_gb`.
@@ -253,8 +259,9 @@ class KeepLora(ProtectingMethod):
                 name: gradient_statistic(layer, self.bases[name], None, ctx.seed)
                 for name, layer in ctx.layers.items()
             }
-            ctx.gradients(self.options.gradient_fraction, gradients)
-            return {name: gradient for name, gradient in gradients.items() if bool(gradient.matrix.any())}
+            ctx.gradients(self.gradient_fraction, gradients)
+            used = {name: gradient for name, gradient in gradients.items() if bool(gradient.matrix.any())}
+            return used, 1.0
 
         def statistics(groups: list[list[str]]) -> dict[str, Any]:
             try:
@@ -270,7 +277,7 @@ class KeepLora(ProtectingMethod):
                     "raise memory.statistics_gb",
                 ) from error
 
-        return ctx.features(statistics, self.options.feature_fraction)
+        return read_features(ctx, statistics, extend, self.bases, self.feature_fraction)
 
     def _energies(self, ctx: TaskContext) -> dict[str, float]:
         """Return part → ε_w, chosen from the data if it is `auto`."""
@@ -314,26 +321,26 @@ class KeepLora(ProtectingMethod):
         """
         directions: dict[str, FeatureDirections] = {}
 
-        def read(evidence: Mapping[str, Any]) -> None:
-            for name, statistic in evidence.items():
-                layer = ctx.layers[name]
-                with in_layer(layer):
-                    directions[name] = self.rules.extend(
-                        self.bases[name],
-                        statistic,
-                        layer.energy_feature,
-                        budget_left(ctx, name, self.bases[name].shape[1]),
-                        self._least(layer, ctx),
-                    )
+        def extend(name: str, statistic: Any) -> FeatureDirections:
+            layer = ctx.layers[name]
+            with in_layer(layer):
+                return self.rules.extend(
+                    self.bases[name],
+                    statistic,
+                    layer.energy_feature,
+                    budget_left(ctx, name, self.bases[name].shape[1]),
+                    self._least(layer, ctx),
+                )
 
-        evidence = dict(self._evidence(ctx))
-        read(evidence)
+        evidence, share = self._evidence(ctx, extend)
+        directions |= {name: extend(name, statistic) for name, statistic in evidence.items()}
         short = [name for name, of_layer in directions.items() if not getattr(of_layer, "reached", True)]
         # The second pass's sketches take the whole budget again, so the first's are released one by one.
         evidence = {name: evidence[name] for name in short}
         again = {name: evidence.pop(name).refined() for name in short}
         if again:
-            read(ctx.features(lambda groups: again, self.options.feature_fraction))
+            second = ctx.features(lambda groups: again, share)
+            directions |= {name: extend(name, statistic) for name, statistic in second.items()}
             warn_unreached_energy(
                 ctx,
                 {
@@ -365,7 +372,7 @@ class KeepLora(ProtectingMethod):
             ctx,
             ranks,
             self.bases,
-            self.options.gradient_fraction,
+            self.gradient_fraction,
             self.sketched,
             self.rules.directions,
             in_layer,

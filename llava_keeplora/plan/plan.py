@@ -12,6 +12,7 @@ from llava_keeplora.config import RunConfig, deepspeed_config
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.methods import Layer, Method
 from llava_keeplora.methods.layers import unsure_layers
+from llava_keeplora.methods.shares import most_read
 from llava_keeplora.models import Family, Work, open_model
 from llava_keeplora.plan.machine import (
     Machine,
@@ -80,6 +81,7 @@ class MethodPlan:
         steps: optimiser steps of every task.
         unsure: a sentence on a rank that a start may refuse after loading the weights; empty if every rank is
             certain to fit.
+        reading: a sentence on how much of the data the passes read at most; empty if settings fix it.
     """
 
     label: str
@@ -90,6 +92,7 @@ class MethodPlan:
     disk_base: int
     steps: tuple[int, ...]
     unsure: str = ""
+    reading: str = ""
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ def _method_plan(
         estimate.bases(0) + answers,
         tuple(estimate.method.budget(index, budgets).steps for index in range(1, len(work) + 1)),
         _unsure_rank(estimate.layers.values()) if estimate.protects_weights else "",
+        most_read(estimate.method, budgets),
     )
 
 

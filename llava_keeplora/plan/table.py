@@ -42,7 +42,12 @@ def describe(plan: Plan) -> str:
             )
     lines += _aligned(rows)
     lines += [f"not planned: '{label}' {why}" for label, why in plan.left_out.items()]
-    lines += [f"note: '{method.label}': {method.unsure}" for method in plan.methods if method.unsure]
+    lines += [
+        f"note: '{method.label}': {note}"
+        for method in plan.methods
+        for note in (method.unsure, method.reading)
+        if note
+    ]
     lines.append("")
     rows = [
         ["method", "trained", "stored per task", "MB on disk per task", "MB before the first task", "steps"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llava_keeplora.methods.shares import Share, Stretch
 from llava_keeplora.models import Inputs
 from llava_keeplora.sequence.base_cache import BaseCache
 from llava_keeplora.versions import decoder_versions
@@ -112,14 +113,15 @@ class Batches:
     Args:
         inputs: the split as the model trains on it.
         batch_size: examples per batch and process.
-        fraction: fraction of the examples, evenly spaced (0.2 is the released LLaVA setting).
+        fraction: fraction of the examples, evenly spaced (0.2 is the released LLaVA setting), or a stretch of
+            their random order.
         rank, world: this process's rank and the number of processes; each takes every world-th example.
         device: where batches are moved to.
     """
 
     inputs: Inputs
     batch_size: int
-    fraction: float = 1.0
+    fraction: Share = 1.0
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
@@ -127,6 +129,8 @@ class Batches:
     @property
     def chosen(self) -> list[int]:
         """Indices of the chosen examples, over all processes."""
+        if isinstance(self.fraction, Stretch):
+            return self.fraction.of(len(self.inputs))
         count = max(1, round(len(self.inputs) * self.fraction))
         return [i * len(self.inputs) // count for i in range(count)]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from llava_keeplora.adapters import Delta
 from llava_keeplora.capture import autocast, feature_pass, gradient_pass
 from llava_keeplora.methods import TaskContext
+from llava_keeplora.methods.shares import Share, Stretch
 from llava_keeplora.run_folder import CONSOLIDATED, Stage, read_record
 from llava_keeplora.sequence import auto_energy
 from llava_keeplora.sequence.data import Batches, stage_seed
@@ -61,7 +63,7 @@ def task_context(state: MethodState, index: int, stage: Stage) -> TaskContext:
 def run_gradient_pass(
     state: MethodState,
     index: int,
-    fraction: float,
+    fraction: Share,
     statistics: Mapping[str, Any],
     per_example: bool = False,
 ) -> int:
@@ -72,7 +74,8 @@ def run_gradient_pass(
     Args:
         state: the method's state.
         index: the task.
-        fraction: fraction of its training data.
+        fraction: fraction of its training data, or a stretch of them; see `shares`. A stretch that does not
+            start at the beginning continues the statistics of what comes before it.
         statistics: layer name → statistic.
         per_example: whether the statistic gets the gradient of each example's negative log-likelihood instead
             of those of the batches' shares of the mean loss.
@@ -92,6 +95,12 @@ def run_gradient_pass(
         total = 1
     elif state.method.counts_examples:
         task, total = task.counting_examples(), len(chosen.chosen)
+    if isinstance(fraction, Stretch) and fraction.start:
+        # The mean over what has been read, in which the earlier stretches weigh less than before.
+        before = replace(chosen, fraction=replace(fraction, start=0, stop=fraction.start))
+        earlier = len(before.chosen) if state.method.counts_examples else before.weight
+        total += earlier
+        _carry_on(statistics.values(), earlier / total, context.rank)
     training = state.config.training
     with (
         context.zero.engaged(task),
@@ -107,7 +116,7 @@ def run_feature_pass(
     state: MethodState,
     index: int,
     statistics: Callable[[list[list[str]]], Mapping[str, Any]],
-    fraction: float = 1.0,
+    fraction: Share = 1.0,
 ) -> Mapping[str, Any]:
     """Feed every layer's input features into statistics; see `capture.feature_pass`.
 
@@ -118,7 +127,7 @@ def run_feature_pass(
         index: the task.
         statistics: called with the layers' names, grouped by the tensor that they read; returns layer name →
             statistic.
-        fraction: fraction of the task's training data.
+        fraction: see `run_gradient_pass`.
 
     Returns:
         layer name → statistic.
@@ -135,8 +144,22 @@ def run_feature_pass(
     task = context.family.task(state.tasks[index - 1].recipe)
     task = task.at_every_position() if state.method.every_position else task
     parts = {name: layer.part for name, layer in state.layers.items()}
+
+    def continuing(groups: list[list[str]]) -> Mapping[str, Any]:
+        of_layer = statistics(groups)
+        if isinstance(fraction, Stretch) and fraction.start:
+            _carry_on(of_layer.values(), 1.0, context.rank)
+        return of_layer
+
     with context.zero.engaged(task), autocast(state.config.training, context.device.type):
-        return feature_pass(task, state.adapted, parts, batches, statistics)
+        return feature_pass(task, state.adapted, parts, batches, continuing)
+
+
+def _carry_on(statistics: Iterable[Any], factor: float, rank: int) -> None:
+    """Scale statistics that are summed over processes once more; the first process has what they hold."""
+    for statistic in {id(statistic): statistic for statistic in statistics}.values():
+        for tensor in statistic.tensors:
+            tensor.mul_(factor if rank == 0 else 0.0)
 
 
 def update_rows(state: MethodState, index: int) -> dict[str, Tensor]:
@@ -183,7 +206,7 @@ def training_examples(state: MethodState, index: int) -> Iterator[list[Example]]
 
 
 def _batches(
-    state: MethodState, index: int, fraction: float, cost: float, size: int | None = None
+    state: MethodState, index: int, fraction: Share, cost: float, size: int | None = None
 ) -> tuple[Iterator[tuple[dict[str, Tensor], bool]], Batches]:
     """Return (an iterator over the batches that reports progress, the batches themselves).
 

@@ -19,6 +19,7 @@ from llava_keeplora.objects import Objects
 from llava_keeplora.plan import check_start
 from llava_keeplora.report.run_report import report_is_current, write_run_report
 from llava_keeplora.run_folder import RESULTS
+from llava_keeplora.saved_run import with_recorded_defaults
 from llava_keeplora.sequence.method_run import MethodRun
 from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.run_context import RunContext
@@ -43,6 +44,7 @@ def run(config: RunConfig, objects: Objects = Objects()) -> dict[str, Matrix]:
         UserError: for anything that a user can repair; finished stages are kept.
     """
     given = objects.given
+    config = with_recorded_defaults(config)
     workspace = Workspace(config, content=given.content if given else None)
     with (
         translate_errors(workspace.root),

@@ -22,7 +22,12 @@ from llava_keeplora.subspace.gradient_sketch import (
     sketch_width,
     sufficient_width,
 )
-from llava_keeplora.subspace.gradients import DenseGradient, ResidualDirections, residual_gradient_directions
+from llava_keeplora.subspace.gradients import (
+    DenseGradient,
+    HeldOut,
+    ResidualDirections,
+    residual_gradient_directions,
+)
 from llava_keeplora.subspace.moments import SecondMoment
 from llava_keeplora.subspace.principal import PrincipalBasis, principal_basis
 from llava_keeplora.subspace.released import (
@@ -41,6 +46,7 @@ __all__ = [
     "EnergyError",
     "FeatureDirections",
     "GradientSketch",
+    "HeldOut",
     "NonFiniteError",
     "PrincipalBasis",
     "RankError",

@@ -276,6 +276,19 @@ class SketchedMoment:
             reached=held >= (energy - ROUNDING) * total or rank == limit,
         )
 
+    def held(self, basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) -> float:
+        """Return a lower bound of the energy's fraction inside the sketch's basis and new directions.
+
+        Of the new directions' energy that part is counted which the sketch can place; the basis's has the
+        standard error of `inside`.
+        """
+        total, (fraction, _) = float(self.totals[1]), self.inside
+        if total <= 0.0:
+            return 1.0
+        squared, directions = self._nystrom(like(basis, self.image))
+        placed = (directions.T @ new.to(directions)).square().sum(1)
+        return fraction + float((squared * placed).sum()) / total
+
     def _nystrom(self, basis: Float[Tensor, "in k"]) -> tuple[Float[Tensor, " s"], Float[Tensor, "in s"]]:
         """Return the eigenvalues (descending) and eigenvectors of N, in float64."""
         test, image = self.test.double(), residual(self.image.T, basis).T

@@ -31,6 +31,7 @@ from torch import Tensor
 from llava_keeplora.subspace.basis import check_basis, check_finite, like, project, residual
 from llava_keeplora.subspace.errors import RankError, ShapeError
 from llava_keeplora.subspace.gradients import (
+    HeldOut,
     ResidualDirections,
     above_rounding,
     flatten_rows,
@@ -242,6 +243,28 @@ class GradientSketch:
         This sketch must be complete and summed over processes.
         """
         return SecondPass(orthonormal_range(self.range).float(), self.shape[1])
+
+    #: Whether `directions` may fall short, so that further passes over the data are needed.
+    further_passes = True
+
+    def held_out(self, rank: int) -> HeldOut:
+        """Return directions from three quarters of the rows, and the others, which had no part in them.
+
+        The energy of Psi G_hat on rows of Psi is, divided by their number, that of G_hat on average. The
+        directions are less good than those of `directions`, so they only serve to compare sketches of the
+        same stream.
+
+        Args:
+            rank: r, at most the width.
+        """
+        check_finite(self.rows, "gradient")
+        rows = residual(self.rows.double(), like(self.basis, self.rows.double()))
+        fitted = len(rows) * 3 // 4
+        seen = (self._psi.double() @ orthonormal_range(self.range))[:, : min(rank, self.width)]
+        factor = torch.linalg.lstsq(seen[:fitted], rows[:fitted]).solution
+        held_out = rows[fitted:]
+        A = torch.linalg.svd(factor, full_matrices=False).Vh[:rank].T
+        return HeldOut(A, held_out / len(held_out) ** 0.5)
 
     def forget_range(self) -> None:
         """Free the buffers of `add`, `merge` and `second_pass`; a second pass then needs no further memory.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_keeplora.subspace.basis import check_basis, check_finite, residual
+from llava_keeplora.subspace.basis import check_basis, check_finite, like, residual
 from llava_keeplora.subspace.errors import RankError, ShapeError
 from llava_keeplora.subspace.truncated import gram_matrix
 
@@ -39,6 +39,23 @@ class ResidualDirections:
     right: Tensor
     captured: float
     residual_energy: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Directions of a gradient, and rows on which they are measured.
+
+    Args:
+        A: (in, r), orthonormal, outside the basis.
+        rows: (l, in), a matrix with the energy of the residual gradient, exactly or on average.
+    """
+
+    A: Tensor
+    rows: Tensor
+
+    def energy(self, A: Float[Tensor, "in r"]) -> float:
+        """Return the energy that directions hold of the residual gradient."""
+        return float((self.rows @ A).square().sum())
 
 
 class DenseGradient:
@@ -77,6 +94,15 @@ class DenseGradient:
         """
         x2, dy2 = flatten_rows(x, dy, self.matrix.shape[1], self.matrix.shape[0])
         self.matrix.addmm_(dy2.T, x2)
+
+    #: Whether `directions` may fall short, so that further passes over the data are needed.
+    further_passes = False
+
+    def held_out(self, rank: int) -> HeldOut:
+        """Return the top r directions, and the residual gradient, on which others can be measured."""
+        check_finite(self.matrix, "gradient")
+        rows = residual(self.matrix.double(), like(self.basis, self.matrix.double()))
+        return HeldOut(torch.linalg.svd(rows, full_matrices=False).Vh[:rank].T, rows)
 
     def directions(self, rank: int, *, allow_fewer: bool = False) -> ResidualDirections:
         """Return the top r directions of the residual gradient; see `residual_gradient_directions`."""

@@ -62,6 +62,13 @@ class SecondMoment:
         """Return what the features add to a basis, which may be on any device; see `feature_directions`."""
         return feature_directions(self.matrix, basis.to(self.matrix.device), energy, limit, least)
 
+    def held(self, basis: Float[Tensor, "in k"], new: Float[Tensor, "in m"]) -> float:
+        """Return the fraction of the features' energy inside a basis and new directions; 1 without energy."""
+        moment = self.matrix.double()
+        columns = torch.cat([basis.to(moment), new.to(moment)], 1)
+        total = float(moment.trace())
+        return float((columns * (moment @ columns)).sum()) / total if total > 0.0 else 1.0
+
     def merge(self, other: "SecondMoment") -> None:
         """Add the sum and count of another stream, for instance of another process.
 

@@ -61,7 +61,13 @@ def fresh(release, driven, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(release)
                 folder = tmp_path_factory.mktemp(family) / "run"
-                folders[family] = driven(load_config(f"{family}.yaml", output_dir=str(folder)))
+                # The release read all data in every pass; the default is `auto` since.
+                all_data = [
+                    f"methods.{label}.{key}=1.0"
+                    for label in ("keeplora", "keeplora++")
+                    for key in ("gradient_fraction", "feature_fraction")
+                ]
+                folders[family] = driven(load_config(f"{family}.yaml", all_data, output_dir=str(folder)))
         return folders[family]
 
     return run
