@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 #: Settings of methods that older versions did not have → their default, with which a run has the identity of
 #: one without them.
 LATER_OPTIONS: dict[str, Any] = {"feature_rule": "energy", "plasticity": 20.0}
-#: Settings of methods whose default was another one in older versions → the default now.
-CHANGED_DEFAULTS: dict[str, Any] = {"gradient_fraction": "auto", "feature_fraction": "auto"}
+#: Settings of methods whose default was another one in older versions → the default then and now.
+CHANGED_DEFAULTS: dict[str, Any] = {"gradient_fraction": (1.0, "auto"), "feature_fraction": (1.0, "auto")}
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 def with_recorded_defaults(config: RunConfig) -> RunConfig:
     """Return a configuration whose folder's run goes on as it was begun, where a default has changed since.
 
-    A setting that has its present default gets the value that the folder's run has recorded, if there is one.
+    A setting that has its present default keeps the earlier one if the folder's run has recorded that.
 
     Raises:
         RunError: if the folder's identity is damaged.
@@ -123,9 +123,9 @@ def with_recorded_defaults(config: RunConfig) -> RunConfig:
         section = recorded.get(label) if isinstance(recorded, dict) else None
         options = section.get("options") if isinstance(section, dict) else None
         kept = {
-            key: options[key]
-            for key, default in CHANGED_DEFAULTS.items()
-            if isinstance(options, dict) and key in options and method.options.get(key) == default
+            key: old
+            for key, (old, new) in CHANGED_DEFAULTS.items()
+            if isinstance(options, dict) and options.get(key) == old and method.options.get(key) == new
         }
         methods[label] = dataclasses.replace(method, options={**method.options, **kept})
     return dataclasses.replace(config, methods=methods)

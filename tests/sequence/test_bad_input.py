@@ -62,7 +62,7 @@ def test_a_folder_of_another_configuration_is_refused_with_the_difference(short,
 
 def test_a_change_of_one_method_is_reported_of_that_method(short, drive, tmp_path):
     drive(short(tmp_path / "run"))
-    with pytest.raises(RunError, match="methods.keeplora.options.gradient_fraction: auto → 0.5"):
+    with pytest.raises(RunError, match="methods.keeplora.options.gradient_fraction: 'auto' → 0.5"):
         drive(short(tmp_path / "run", methods={"keeplora": {"gradient_fraction": 0.5}}))
 
 

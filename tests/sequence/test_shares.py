@@ -1,7 +1,12 @@
 """How much of a task's data the two passes of KeepLoRA read."""
 
+import json
+
 import pytest
 
+from llava_keeplora.config import dump_config
+from llava_keeplora.run_folder import CONFIG, IDENTITY
+from llava_keeplora.saved_run import run_identity, with_recorded_defaults
 from llava_keeplora.sequence import passes
 
 IMAGES = 24
@@ -40,3 +45,17 @@ def test_all_of_it_unless_the_user_says_otherwise(read):
 
 def test_the_shares_that_the_user_asks_for(read):
     assert read(gradient_fraction=0.5, feature_fraction=0.25) == (IMAGES // 2, IMAGES // 4)
+
+
+def test_a_run_that_was_begun_with_all_data_as_the_default_goes_on_with_all_data(run_config, tmp_path):
+    all_data = {"gradient_fraction": 1.0, "feature_fraction": 1.0}
+    old = run_config(tmp_path / "run", methods={"keeplora": all_data})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CONFIG).write_text(dump_config(old))
+    (tmp_path / "run" / IDENTITY).write_text(json.dumps(run_identity(old)))
+    now = run_config(tmp_path / "run", methods={"keeplora": {}})
+    kept = with_recorded_defaults(now)
+    assert now.methods["keeplora"].options["gradient_fraction"] == "auto"
+    assert run_identity(kept) == run_identity(old)
+    half = run_config(tmp_path / "run", methods={"keeplora": {"gradient_fraction": 0.5}})
+    assert with_recorded_defaults(half).methods["keeplora"].options["gradient_fraction"] == 0.5
