@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from llava_keeplora.config import dump_config
-from llava_keeplora.run_folder import CONFIG, IDENTITY
+from llava_keeplora.run_folder import CONFIG, IDENTITY, dump_config
 from llava_keeplora.saved_run import run_identity, with_recorded_defaults
 from llava_keeplora.sequence import passes
 
