@@ -12,7 +12,17 @@ from typing import Any
 
 from llava_keeplora.errors import RunError
 from llava_keeplora.records import mismatches
-from llava_keeplora.run_folder import BASE_STAGES, CONSOLIDATED, INFO, PLAN, SCORES, STAGES, Stage
+from llava_keeplora.run_folder import (
+    BASE_STAGES,
+    CONSOLIDATED,
+    INFO,
+    PLAN,
+    ROLLED_BACK,
+    SCORES,
+    STAGES,
+    THEN,
+    Stage,
+)
 from llava_keeplora_eval.files import file_hash
 from llava_keeplora_eval.interruption import finishing
 
@@ -65,6 +75,8 @@ def _entry(values: Any) -> Entry:
         isinstance(getattr(entry, key), kind) for key, kind in types.items()
     ):
         raise ValueError("a value is of another type")
+    if (entry.stage == Stage.ROLLED_BACK) != (ROLLED_BACK in entry.info):
+        raise ValueError("a task's rollback and its record belong together")
     for name, expected in entry.files.items():
         path = PurePosixPath(name)
         # A journal from elsewhere could name any path; only files in the method's folder are read and copied.
@@ -79,12 +91,27 @@ def _reason(error: Exception) -> str:
     return "it is nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0][:120]
 
 
-def stages_of(task: int) -> tuple[Stage, ...]:
+def _with(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
+    """Return entries with one more; one of ROLLED_BACK takes its task's stages back."""
+    if entry.stage == Stage.ROLLED_BACK:
+        entries = [old for old in entries if old.task != entry.task or old.stage == Stage.ROLLED_BACK]
+    return [*entries, entry]
+
+
+def rolled_back(entries: Sequence[Entry]) -> list[str]:
+    """Return the names of the tasks that a method has rolled back, in order."""
+    return [entry.info[ROLLED_BACK]["task"] for entry in entries if entry.stage == Stage.ROLLED_BACK]
+
+
+def stages_of(task: int, guarded: bool = False) -> tuple[Stage, ...]:
     """Return the stages of a task, in order."""
-    return STAGES if task else BASE_STAGES
+    stages = STAGES if task else BASE_STAGES
+    return (*stages[:-1], Stage.GUARDED, stages[-1]) if guarded else stages
 
 
-def open_stages(entries: Sequence[Entry], tasks: int, learns: bool = True) -> list[tuple[int, Stage]]:
+def open_stages(
+    entries: Sequence[Entry], tasks: int, learns: bool = True, guarded: bool = False
+) -> list[tuple[int, Stage]]:
     """Return the stages that are still to run, in order, from the journal alone.
 
     A run with more tasks than it was planned for has been extended: it is planned again, and every task is
@@ -94,14 +121,17 @@ def open_stages(entries: Sequence[Entry], tasks: int, learns: bool = True) -> li
         entries: the journal's entries, oldest first.
         tasks: number of tasks of the run, not counting the base.
         learns: whether the method is trained; otherwise it is only scored, as the base.
+        guarded: whether the run has a guard.
 
     Raises:
         RunError: if the entries are not in the order of a run's stages.
     """
-    order = [(task, stage) for task in range(tasks * learns + 1) for stage in stages_of(task)]
+    order = [(task, stage) for task in range(tasks * learns + 1) for stage in stages_of(task, guarded)]
     done: dict[tuple[int, str], Entry] = {}
     for entry in entries:
         key = (entry.task, entry.stage)
+        if entry.stage == Stage.ROLLED_BACK:
+            continue  # The stages that it took back are gone; see `Journal.entries`.
         if key == PLAN and key in done and planned(entry) > planned(done[key]):
             done = _without_scores(done)
         elif key != next((step for step in order if step not in done), None):
@@ -110,7 +140,14 @@ def open_stages(entries: Sequence[Entry], tasks: int, learns: bool = True) -> li
     if done and planned(done[PLAN]) < tasks:
         done = _without_scores(done)
         del done[PLAN]
-    return [key for key in order if key not in done]
+    count = tasks * learns - len(rolled_back(entries))
+    return [_closing(key, done) for key in order if key not in done and key[0] <= count]
+
+
+def _closing(key: tuple[int, Stage], done: Mapping[tuple[int, str], Entry]) -> tuple[int, Stage]:
+    """Return a stage, or ROLLED_BACK in the place of CLOSED if the task's verdict says so."""
+    verdict = done.get((key[0], Stage.GUARDED)) if key[1] == Stage.CLOSED else None
+    return (key[0], Stage.ROLLED_BACK) if verdict and verdict.info.get(THEN) == "rollback" else key
 
 
 def _without_scores(done: Mapping[tuple[int, str], Entry]) -> dict[tuple[int, str], Entry]:
@@ -122,9 +159,11 @@ def planned(plan: Entry) -> int:
     return len(plan.info.get("tasks", ()))
 
 
-def next_stage(entries: Sequence[Entry], tasks: int, learns: bool = True) -> tuple[int, Stage] | None:
+def next_stage(
+    entries: Sequence[Entry], tasks: int, learns: bool = True, guarded: bool = False
+) -> tuple[int, Stage] | None:
     """Return the stage to run next as (task, stage); None when every task is closed; see `open_stages`."""
-    return next(iter(open_stages(entries, tasks, learns)), None)
+    return next(iter(open_stages(entries, tasks, learns, guarded)), None)
 
 
 class Journal:
@@ -143,12 +182,13 @@ class Journal:
         self.path = Path(path)
         self._complete_bytes = 0
         self.torn = False
+        #: The finished stages, oldest first; of a task that was rolled back, its ROLLED_BACK alone.
         self.entries: list[Entry] = self._read()
 
     def _read(self) -> list[Entry]:
         if not self.path.exists():
             return []
-        entries = []
+        entries: list[Entry] = []
         lines = self.path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             try:
@@ -164,7 +204,7 @@ class Journal:
                 logger.warning("%s: the last line is torn (a killed run); its stage runs again", self.path)
                 self.torn = True
                 break
-            entries.append(entry)
+            entries = _with(entries, entry)
             self._complete_bytes += len(line)
         return entries
 
@@ -189,7 +229,11 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self._complete_bytes += len(line)
-        self.entries.append(entry)
+        self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry that another process has appended to the file."""
+        self.entries = _with(self.entries, entry)
 
     def verify(self, kinds: Container[str] | None = None) -> None:
         """Check the hash of every file that a finished stage wrote.

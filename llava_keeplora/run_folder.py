@@ -59,6 +59,10 @@ PREPARED, TRAIN, CONSOLIDATED, SCORES, TRAINING = (
 )
 #: Of a task: what the model itself answered to its training questions before it.
 OWN_ANSWERS = "own_answers.jsonl"
+#: Of a task, and of the run: the guard's verdict; of the base, the noise that it was measured against.
+GUARD = "guard.json"
+#: Of a task, a folder: its answers to the recipes that the guard watches; of a method: tasks rolled back.
+WATCHED, ASIDE = "watched", "aside"
 #: Of a task, tensors: initial adapters, update of the weights, the method's `extra_state` and `state_dict`.
 #: An adopted task also has its update as it came.
 ADAPTERS, ADOPTED, DELTA, KEPT, STATE = (
@@ -95,6 +99,7 @@ RUN_FILES = (
     SCORES_TABLE,
     REPRODUCTION,
     EXPORTS,
+    GUARD,
 )
 
 
@@ -106,15 +111,21 @@ class Stage(StrEnum):
     TRAINED = "TRAINED"
     CONSOLIDATED = "CONSOLIDATED"
     EVALUATED = "EVALUATED"
+    GUARDED = "GUARDED"
     CLOSED = "CLOSED"
+    #: In the place of CLOSED: the task leaves the method's sequence, with all its stages.
+    ROLLED_BACK = "ROLLED_BACK"
 
 
-STAGES = tuple(Stage)
+#: The stages of a task of a run without a guard; see `llava_keeplora.journal.stages_of`.
+STAGES = tuple(stage for stage in Stage if stage not in (Stage.GUARDED, Stage.ROLLED_BACK))
 #: Task 0 is the base before any task: nothing is trained, its weights are analysed and its zero-shot scores
 #: measured.
 BASE_STAGES = (Stage.PLANNED, Stage.CONSOLIDATED, Stage.EVALUATED, Stage.CLOSED)
 #: The plan of the whole run; the journal has one more entry of it for every time that the run was extended.
 PLAN = (0, Stage.PLANNED)
+#: Keys of an entry's `info`: what follows from the verdict, and where a task that was rolled back is.
+THEN, ROLLED_BACK = "then", "rolled_back"
 #: Schema of a journal entry's `info`, as far as it is read; see `llava_keeplora.records.mismatches`.
 INFO = {
     "tasks?": [{"task?": str}],
@@ -132,6 +143,9 @@ INFO = {
     "task_id_at_test?": bool,
     "callbacks?": [str],
     "test_seconds?": {"untouched": NUMBER, "learned": NUMBER},
+    "ship?": bool,
+    f"{THEN}?": str,
+    f"{ROLLED_BACK}?": {"task": str, "folder": str, "aside": str},
 }
 _METHOD = {"method": str, "options": dict, "parts": (Each(dict), None), "training": dict}
 #: File name → schema. A key with `?` is optional, and keys that are not listed are allowed.
@@ -176,6 +190,12 @@ SCHEMAS: dict[str, Any] = {
         f"{FORECAST}?": Each({"tasks": (NUMBER, None), "left": NUMBER, "growth": NUMBER}),
         "energy_weight?": Each({"energy": NUMBER}),
         f"{EXAMPLES}?": {"ids": [str], "bytes": COUNT},
+    },
+    GUARD: {
+        "ship?": bool,
+        "limits?": [{"of": str, "task": str, "outcome": str, "limit": NUMBER, "change": NUMBER}],
+        "noise?": Each({"points": NUMBER, "flips": COUNT}),
+        "methods?": Each([dict]),
     },
     TRAINING: {"tensors": str, "sha256": Each(str), "values": dict, "record_sha256": str},
 }
@@ -270,6 +290,12 @@ def dump_config(config: Any) -> str:
         for source in config.adopted
     ]
     del tree["expected"], tree["base_cache"]
+    if config.guard is None:
+        del tree["guard"]  # Runs without one have the file that they always had.
+    else:
+        for entry in tree["guard"]["watch"]:
+            if is_file_name(entry["task"]):
+                entry["task"] = str(Path(entry["task"]).expanduser().absolute())
     # In the order given: methods appear in tables as the user listed them.
     return json.dumps(tree, indent=2) + "\n"
 
@@ -331,7 +357,7 @@ def journal_files(run: Path) -> list[Path]:
 
 def result_files(method: Path) -> list[Path]:
     """Return all tensors and answers of the tasks in a method's folder."""
-    patterns = ("*.safetensors", OWN_ANSWERS, f"{PREDICTIONS}/*.jsonl")
+    patterns = ("*.safetensors", OWN_ANSWERS, f"{PREDICTIONS}/*.jsonl", f"{WATCHED}/*.jsonl")
     return sorted(path for pattern in patterns for path in method.glob(f"task-*/{pattern}"))
 
 

@@ -31,6 +31,7 @@ from llava_keeplora.run_folder import (
     BASE,
     CONFIG,
     IDENTITY,
+    RECIPES,
     kept_recipe,
     read_dumped,
     read_record,
@@ -93,6 +94,13 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         method.pop("random_resized_crop") if method["random_resized_crop"] is None else None
     for key in ("family", "parts", "object"):
         tree["model"].pop(key) if tree["model"][key] is None else None
+    if config.guard is None:
+        tree.pop("guard")
+    else:
+        # What happens after a broken limit may change while a run goes on: the journal says what did.
+        tree["guard"].pop("on_failure")
+        for entry in tree["guard"]["watch"]:
+            entry["task"] = load_recipe(entry["task"]).name
     plugin_identity(tree)
     tree["tasks"] = [recipe.name for recipe in load_recipes(config.tasks)]
     # Sources are places, and an update that was taken over is in the run; older runs have no such key.
@@ -171,6 +179,10 @@ def load_run(
             locate_recipe(run, task, name)
             for task, name in zip(tree["tasks"], [*names, *tree["tasks"][len(names) :]])
         ]
+        for entry in (tree.get("guard") or {}).get("watch", ()):
+            if is_file_name(entry["task"]) and not Path(entry["task"]).is_file():
+                copies = {str(copy.stem): copy for copy in (run / RECIPES).glob("*.yaml")}
+                entry["task"] = str(copies.get(Path(entry["task"]).stem, entry["task"]))
         return parse_config(
             with_settings(tree, overrides, data_root=data_root, output_dir=str(run)), run_plugins
         )

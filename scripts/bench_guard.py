@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 
-from llava_keeplora_eval.paired_bootstrap import Outcome, level_of, mean_change
+from llava_keeplora_eval.paired_bootstrap import Change, Outcome, level_of, mean_change
 
 LIMITS, CONFIDENCE = 7, 0.95
 EXAMPLES, CHURNS = (500, 2000), (0.005, 0.02, 0.05, 0.1)
@@ -40,6 +41,18 @@ def answers(
     return before, before + step * better - step * worse
 
 
+def outcome(before: np.ndarray, after: np.ndarray, level: float, limit: float) -> Outcome:
+    """Return the verdict on one limit; equal counts of equal changes are resampled once."""
+    values, counts = np.unique(after - before, return_counts=True)
+    return _change(tuple(values.tolist()), tuple(counts.tolist()), level).outcome(limit)
+
+
+@cache
+def _change(values: tuple[float, ...], counts: tuple[int, ...], level: float) -> Change:
+    differences = np.repeat(values, counts)
+    return mean_change(np.zeros(len(differences)), differences, level, seed=1)
+
+
 def false_alarms(n: int, churn: float, limit: float, soft: bool, trials: int) -> float:
     """Return the share of verdicts on an unchanged model that have a broken limit."""
     level = level_of(CONFIDENCE, LIMITS)
@@ -47,9 +60,7 @@ def false_alarms(n: int, churn: float, limit: float, soft: bool, trials: int) ->
     for trial in range(trials):
         rng = np.random.default_rng([n, int(churn * 1000), soft, trial])
         alarms += any(
-            mean_change(*answers(rng, n, churn, 0.0, soft), level, seed=trial).outcome(limit)
-            is Outcome.BROKEN
-            for _ in range(LIMITS)
+            outcome(*answers(rng, n, churn, 0.0, soft), level, limit) is Outcome.BROKEN for _ in range(LIMITS)
         )
     return 100 * alarms / trials
 
@@ -60,8 +71,7 @@ def power(n: int, churn: float, limit: float, limits: int, trials: int) -> float
     broken = 0
     for trial in range(trials):
         rng = np.random.default_rng([n, int(churn * 1000), 7, trial])
-        change = mean_change(*answers(rng, n, churn, 0.02, False), level, seed=trial)
-        broken += change.outcome(limit) is Outcome.BROKEN
+        broken += outcome(*answers(rng, n, churn, 0.02, False), level, limit) is Outcome.BROKEN
     return 100 * broken / trials
 
 

@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; those of this process when None.
 
     Returns:
-        0; 1 if runs of a table failed; 2 for an error that the user can repair; 130 after Ctrl-C, 143 after
+        0; 1 if runs of a table failed; 2 for an error that the user can repair; 3 after a task that broke a
+        limit of the run's guard; 130 after Ctrl-C, 143 after
         SIGTERM.
     """
     with standard_streams():

@@ -50,12 +50,20 @@ def prepared_process() -> Iterator[type[Run]]:
         yield Run
 
 
-def print_summary(run: Run, scores: RunMatrix) -> None:
-    """Print a run's summary, once where it has several processes."""
+def print_summary(run: Run, scores: RunMatrix, task: str | None = None) -> int:
+    """Print a run's summary, once where it has several processes, and return the guard's exit code.
+
+    Args:
+        run: the run.
+        scores: its scores.
+        task: the task whose verdict counts; those of all when None.
+    """
+    from llava_keeplora.guard import exit_code
     from llava_keeplora.report.run_report import summary
 
     if run.is_main_process:
         sys.stdout.write(summary(run.folder, {label: [matrix] for label, matrix in scores.items()}))
+    return exit_code(run.folder, task)
 
 
 @contextmanager

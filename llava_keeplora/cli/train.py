@@ -93,15 +93,15 @@ def add_fork(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return parser
 
 
-def run_train(args: argparse.Namespace) -> None:
+def run_train(args: argparse.Namespace) -> int:
     """Run or resume the sequence of a configuration."""
     config = load_run_config(args, output_dir=args.output_dir)
     with prepared_process() as Run:
         run = Run(config)
-        print_summary(run, run.train())
+        return print_summary(run, run.train())
 
 
-def run_extend(args: argparse.Namespace) -> None:
+def run_extend(args: argparse.Namespace) -> int:
     """Train one more task in a run folder, or a first one on a checkpoint."""
     if args.into:
         return extend_checkpoint(args)
@@ -110,10 +110,10 @@ def run_extend(args: argparse.Namespace) -> None:
         scores = run.extend(
             args.task, num_train_epochs=args.num_train_epochs, learning_rate=args.learning_rate
         )
-        print_summary(run, scores)
+        return print_summary(run, scores, run.tasks[-1])
 
 
-def extend_checkpoint(args: argparse.Namespace) -> None:
+def extend_checkpoint(args: argparse.Namespace) -> int:
     """Train a task on a checkpoint in a new run, which protects what the checkpoint's weights know."""
     with prepared_process() as Run:
         from llava_keeplora.adopt.new_run import new_run
@@ -128,7 +128,7 @@ def extend_checkpoint(args: argparse.Namespace) -> None:
             data_root=args.data_root,
         )
         run = Run(config)
-        print_summary(run, run.train())
+        return print_summary(run, run.train())
 
 
 def add_start_adapter(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -171,11 +171,12 @@ def run_start_adapter(args: argparse.Namespace) -> None:
     )
 
 
-def run_adopt(args: argparse.Namespace) -> None:
+def run_adopt(args: argparse.Namespace) -> int:
     """Make an update that was trained elsewhere a task of a run."""
     with prepared_process() as Run:
         run = Run.open(args.into, overrides=args.overrides, data_root=args.data_root)
-        print_summary(run, run.adopt(args.source, args.task))
+        scores = run.adopt(args.source, args.task)
+        return print_summary(run, scores, run.tasks[-1])
 
 
 def run_fork(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from llava_keeplora.config.checks import check_adopting, check_full_finetuning, deepspeed_config
 from llava_keeplora.config.coerce import SWITCHES, as_mapping, build
 from llava_keeplora.config.expected import ExpectedConfig
+from llava_keeplora.config.guard import ROLLBACK, STOP, GuardConfig, WatchConfig
 from llava_keeplora.config.load import (
     DEFAULT_METHODS,
     finish_config,
@@ -54,8 +55,10 @@ __all__ = [
     "ONE",
     "PER_TASK",
     "REFERENCE_PLACES",
+    "ROLLBACK",
     "ROW_KEYS",
     "SHIPPED",
+    "STOP",
     "SWITCHES",
     "TABLE_KEYS",
     "WITHOUT",
@@ -63,11 +66,13 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "ExpectedConfig",
+    "GuardConfig",
     "MemoryConfig",
     "MethodConfig",
     "ModelConfig",
     "PartConfig",
     "RunConfig",
+    "WatchConfig",
     "as_mapping",
     "build",
     "check_adopting",

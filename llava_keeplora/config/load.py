@@ -16,6 +16,7 @@ from llava_keeplora.config.checks import (
 )
 from llava_keeplora.config.coerce import as_mapping, build, check_keys, coerce_value
 from llava_keeplora.config.expected import ExpectedConfig
+from llava_keeplora.config.guard import GuardConfig
 from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.schema import (
     LABEL,
@@ -131,6 +132,7 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     training = as_mapping(tree.pop("training", {}), "training")
     methods = as_mapping(tree.pop("methods", DEFAULT_METHODS), "methods")
     expected = as_mapping(tree.pop("expected", {}), "expected")
+    guard = tree.pop("guard", None)
     _read_tasks(tree, training)
     if methods.get(ZERO_SHOT) in (None, {}):
         methods.pop(ZERO_SHOT, None)  # It always comes first, named or not.
@@ -149,7 +151,12 @@ def parse_config(tree: Mapping[str, Any], run_plugins: bool = True) -> RunConfig
     config = build(RunConfig, tree, "")
     published = {label: _parse_expected(label, value, parsed) for label, value in expected.items()}
     config = dataclasses.replace(
-        config, parts=run_parts, methods=parsed, training=run_training, expected=published
+        config,
+        parts=run_parts,
+        methods=parsed,
+        training=run_training,
+        expected=published,
+        guard=None if guard is None else build(GuardConfig, as_mapping(guard, "guard"), "guard"),
     )
     for label in parsed:
         config.trainings(label)

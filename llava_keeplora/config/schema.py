@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_keeplora.config.expected import ExpectedConfig
+from llava_keeplora.config.guard import GuardConfig
 from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.training_args import PER_TASK, per_task
 from llava_keeplora.errors import ConfigError
@@ -262,6 +263,7 @@ class RunConfig:
         evaluation: how predictions are made.
         memory: limit of the memory of a method's statistics.
         expected: label → published figures, with which `llava-keeplora reproduce` compares.
+        guard: limits that every task is judged by; none when None.
     """
 
     output_dir: str = "runs/run"
@@ -278,6 +280,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     expected: dict[str, ExpectedConfig] = field(default_factory=dict)
+    guard: GuardConfig | None = None
 
     def __post_init__(self) -> None:
         if self.adopted and len(self.adopted) != len(self.tasks):
@@ -332,11 +335,16 @@ class RunConfig:
 
     def first(self, count: int) -> RunConfig:
         """Return the configuration of a run of the first `count` tasks."""
-        return self._with_tasks(
-            self.tasks[:count],
-            lambda training, key: per_task(training, key, len(self.tasks))[:count],
-            adopted=self.adopted[:count],
-        )
+        return self.of_tasks(range(count))
+
+    def of_tasks(self, places: typing.Sequence[int]) -> RunConfig:
+        """Return the configuration of a run of some of the tasks, by their places, counted from 0."""
+
+        def values(training: Mapping[str, Any], key: str) -> list[float]:
+            return [per_task(training, key, len(self.tasks))[i] for i in places]
+
+        adopted = tuple(self.adopted[i] for i in places if self.adopted)
+        return self._with_tasks(tuple(self.tasks[i] for i in places), values, adopted=adopted)
 
     def followed_by(
         self, task: str, arguments: Mapping[str, float] | None = None, source: str | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_keeplora.config import ZERO_SHOT, RunConfig
 from llava_keeplora.errors import RunError, UserError
 from llava_keeplora.files import left_behind
-from llava_keeplora.journal import Journal, open_stages
+from llava_keeplora.journal import Journal, open_stages, rolled_back
 from llava_keeplora.planned_recipes import planned_tasks, recipe_changes
 from llava_keeplora.registries import list_plugins
 from llava_keeplora.run_folder import (
@@ -139,7 +139,8 @@ def _base(run: Path, config: RunConfig) -> Iterator[str | UserError]:
 
 
 def _progress(label: str, journal: Journal, config: RunConfig, learns: bool) -> str:
-    remaining = open_stages(journal.entries, len(config.tasks), learns)
+    guarded = config.guard is not None and any(entry.stage == Stage.GUARDED for entry in journal.entries)
+    remaining = open_stages(journal.entries, len(config.tasks), learns, guarded)
     where = f"next is {remaining[0][1]} of task {remaining[0][0]}" if remaining else "finished"
     return f"{label}: {len(journal.entries)} stages in its journal, {where}"
 
@@ -208,8 +209,10 @@ def _matrix(journal: Journal) -> Iterator[UserError]:
         return
     try:
         matrix = Matrix.from_json(folder / MATRIX)
+        gone = rolled_back(journal.entries)
+        kept = [place for place, name in enumerate(matrix.tasks) if name not in gone]
         for task, path in scores:
-            row = dict(zip(matrix.tasks, matrix.rows[task - 1] if task else matrix.zero_shot or ()))
+            row = dict(zip(matrix.tasks, matrix.rows[kept[task - 1]] if task else matrix.zero_shot or ()))
             wrong = [name for name, score in read_record(path).items() if row.get(name) != score["score"]]
             if wrong:
                 yield RunError(

@@ -12,7 +12,7 @@ from typing import Any
 from llava_keeplora.adapters import BaseWeights, Delta, Deltas, FullDelta, load_deltas
 from llava_keeplora.config import EvaluationConfig, ModelConfig
 from llava_keeplora.errors import ConfigError, RunError, nearest
-from llava_keeplora.journal import Entry, Journal
+from llava_keeplora.journal import Entry, Journal, rolled_back
 from llava_keeplora.methods import METHODS, Method
 from llava_keeplora.models import ASSETS, Family, embedded_models, load_model
 from llava_keeplora.models.layouts import part_of
@@ -72,13 +72,27 @@ class LearnedRun:
         """All tasks of the run, the learned ones first."""
         names = read_identity(self.run)["tasks"]
         tasks = [locate_recipe(self.run, *pair) for pair in zip(self.config["tasks"], names, strict=False)]
-        return [self.objects.with_tables(load_recipe(task)) for task in tasks]
+        return [self.objects.with_tables(load_recipe(tasks[place])) for place in self.places]
+
+    @cached_property
+    def places(self) -> list[int]:
+        """The places in the configuration of the tasks that the method has not rolled back."""
+        gone = rolled_back(Journal(self.run / self.label / JOURNAL).entries)
+        names = read_identity(self.run)["tasks"]
+        return [place for place, name in enumerate(names) if name not in gone]
 
     @cached_property
     def matrix(self) -> Matrix:
         """Accuracy matrix up to the last of these tasks."""
         matrix = Matrix.from_json(self.run / self.label / MATRIX)
-        return Matrix(matrix.tasks, matrix.zero_shot, matrix.rows[: len(self.deltas)])
+        if len(self.places) == len(matrix.tasks):
+            return Matrix(matrix.tasks, matrix.zero_shot, matrix.rows[: len(self.deltas)])
+        zero_shot, *rows = (
+            row and [row[place] for place in self.places]
+            for row in (matrix.zero_shot, *(matrix.rows[place] for place in self.places))
+        )
+        names = [matrix.tasks[place] for place in self.places]
+        return Matrix(names, zero_shot, [row for row in rows if row][: len(self.deltas)])
 
     def base_record(self) -> dict[str, Any] | None:
         """Return the content of the base with which the run began; None if it is not recorded.
@@ -150,7 +164,7 @@ def load_learned_run(
             f"{run / label} has finished {finished} tasks, and task {last} is asked for",
             f"choose 1 to {finished} with --at-task",
         )
-    entries = [entry for entry in journal.entries if entry.task <= last]
+    entries = [e for e in journal.entries if e.task <= last and e.stage != Stage.ROLLED_BACK]
     deltas = [_deltas(run / label, entry) for entry in entries if entry.stage == Stage.TRAINED]
     learned = LearnedRun(run, config, label, entries, deltas, objects)
     if learned.method.bound and deltas and not deltas[-1]:

@@ -31,6 +31,7 @@ from llava_keeplora.run_folder import (
     MATRIX,
     OWN_ANSWERS,
     PREDICTIONS,
+    Stage,
     kept_recipe,
     read_record,
 )
@@ -77,10 +78,17 @@ def write_state(learned: LearnedRun, base: Base, folder: Path) -> None:
     Raises:
         RunError: a file of the run is missing or changed.
     """
+    if len(learned.places) < len(learned.config["tasks"]):
+        raise RunError(
+            f"{learned.run} has rolled tasks of '{learned.label}' back, which a state would hold",
+            "fork the run, which leaves them out, and export the fork's state",
+        )
     for label in (ZERO_SHOT, learned.label):
         entries = (
             learned.entries if label == learned.label else Journal(learned.run / ZERO_SHOT / JOURNAL).entries
         )
+        # A run that goes on from a state has no guard, unless its configuration sets one.
+        entries = [entry for entry in entries if entry.stage != Stage.GUARDED]
         _copy_history(learned.run / label, entries, folder / label)
     learned.matrix.to_json(folder / learned.label / MATRIX)
     shutil.copyfile(learned.run / ZERO_SHOT / MATRIX, folder / ZERO_SHOT / MATRIX)
@@ -122,6 +130,7 @@ def _portable(tree: dict[str, Any], learned: LearnedRun, base: Base) -> dict[str
         raise RunError(f"{learned.run / IDENTITY} knows no method '{learned.label}'", "restore it")
     tree["methods"] = {learned.label: tree["methods"][learned.label]}
     without_places(tree)
+    tree.pop("guard", None)
     if "sequence" in tree:
         tree["sequence"] = None  # Its tasks are listed.
     names = {

@@ -87,7 +87,9 @@ class PlotImage:
     caption: str
 
 
-def render_page(title: str, results: Results, images: Mapping[str, PlotImage], settings: Mapping) -> str:
+def render_page(
+    title: str, results: Results, images: Mapping[str, PlotImage], settings: Mapping, head: str = ""
+) -> str:
     """Return the whole page as HTML.
 
     Args:
@@ -96,6 +98,7 @@ def render_page(title: str, results: Results, images: Mapping[str, PlotImage], s
         images: the plots in display order: ``KIND`` for those of all methods together, ``KIND/LABEL`` for
             those of one method.
         settings: the run's settings; values other than strings are shown as JSON.
+        head: HTML that comes first.
     """
     joint = "".join(html_figure(name, image) for name, image in images.items() if "/" not in name)
     joint = f"<section>\n<h2>Side by side</h2>\n{joint}</section>\n" if joint else ""
@@ -104,7 +107,7 @@ def render_page(title: str, results: Results, images: Mapping[str, PlotImage], s
         for label, trials in results.items()
         if f"heatmap/{label}" in images
     )
-    return html_page(title, f"{_summary(results)}{joint}{sections}{_settings(settings)}")
+    return html_page(title, f"{head}{_summary(results)}{joint}{sections}{_settings(settings)}")
 
 
 def html_page(title: str, body: str) -> str:

@@ -72,6 +72,7 @@ class Trial:
         needs: the resources that the method took; None where it learns nothing.
         scores: one mapping per stage, the base's first: task -> score as
             `llava_keeplora_eval.scoring.Score.to_dict` gives it.
+        rolled_back: names of the tasks that the guard took back.
     """
 
     matrix: Matrix
@@ -84,6 +85,12 @@ class Trial:
     costs: Mapping[str, Cost] = field(default_factory=dict)
     scores: Sequence[Mapping[str, Mapping]] = ()
     needs: Needs | None = None
+    rolled_back: Sequence[str] = ()
+
+    @property
+    def learned(self) -> list[str]:
+        """Names of the tasks that the method learned and kept, in order."""
+        return [task for task in self.matrix.tasks if task not in self.rolled_back]
 
 
 #: Name (a method, a method of one of several runs) -> its trials, one per seed.

@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import whole_folder, write_bytes
-from llava_keeplora.journal import Journal
+from llava_keeplora.journal import Journal, rolled_back
 from llava_keeplora.registries import METHODS
 from llava_keeplora.report.adopted import adopted_lines
 from llava_keeplora.report.capacity import layer_lines
@@ -18,8 +18,10 @@ from llava_keeplora.report.overlap import overlap
 from llava_keeplora.report.resources import read_needs
 from llava_keeplora.report.results import CapacityStages, Cost, LayerLines, Trial
 from llava_keeplora.report.tables import summary_table
+from llava_keeplora.report.verdict import verdict_html
 from llava_keeplora.report.write_report import DOCUMENTS, write_report
 from llava_keeplora.run_folder import (
+    ASIDE,
     CAPACITY,
     CONFIG,
     CONSOLIDATED,
@@ -76,8 +78,9 @@ def write_run_report(*runs: str | Path, into: str | Path | None = None) -> dict[
     results = read_side_by_side(folders)
     title = f"Run {folders[0].resolve().name}" if len(folders) == 1 else f"{len(folders)} runs side by side"
     adopted = adopted_by(folders)
+    head = verdict_html(folders[0]) if len(folders) == 1 else ""
     with whole_folder(folders[0] if into is None else into, replace=False) as tmp_dir:
-        write_report(tmp_dir, title, results, rows_of(results) | settings_of(folders) | adopted)
+        write_report(tmp_dir, title, results, rows_of(results) | settings_of(folders) | adopted, head)
     if into is None:
         write_bytes(folders[0] / STAMP, _stamp(folders[0]))
     return {name: [trial.matrix for trial in trials] for name, trials in results.items()}
@@ -268,7 +271,7 @@ def read_results(run: Path) -> dict[str, Matrix]:
 
 def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
     """Read all results from a method's folder."""
-    tasks = {index: folder / task_folder(index, name) for index, name in enumerate(["base", *matrix.tasks])}
+    tasks = _folders(folder, matrix)
     capacity = read_capacity(folder)
     return Trial(
         matrix=matrix,
@@ -276,16 +279,21 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         run=run,
         capacity=capacity,
         captured=read_captured(folder, capacity),
-        overlap=overlap([path / DELTA for index, path in tasks.items() if index]),
-        losses={
-            matrix.tasks[index - 1]: losses
-            for index, path in tasks.items()
-            if index and (losses := read_losses(path / TRAIN))
-        },
+        overlap=overlap([path / DELTA for path in tasks.values()]),
+        losses={name: losses for name, path in tasks.items() if (losses := read_losses(path / TRAIN))},
         costs=read_costs(folder),
         needs=read_needs(folder),
         scores=[read_record(path) for path in task_files(folder, SCORES)],
+        rolled_back=rolled_back(Journal(folder / JOURNAL).entries),
     )
+
+
+def _folders(folder: Path, matrix: Matrix) -> dict[str, Path]:
+    """Return task → its folder; of one that was rolled back, a path where nothing is."""
+    gone = rolled_back(Journal(folder / JOURNAL).entries)
+    learned = [name for name in matrix.tasks if name not in gone]
+    places = {name: task_folder(index, name) for index, name in enumerate(learned, start=1)}
+    return {name: folder / places.get(name, ASIDE) for name in matrix.tasks}
 
 
 def read_capacity(folder: Path) -> CapacityStages:

@@ -67,7 +67,7 @@ def _capacity(selected: Results, results: Results, palette: Palette) -> Figure |
     (trials,) = selected.values()
     if not all(len(trial.capacity) for trial in trials):
         return None
-    stages = ["weights", *trials[0].matrix.tasks][: min(len(trial.capacity) for trial in trials)]
+    stages = ["weights", *trials[0].learned][: min(len(trial.capacity) for trial in trials)]
     return draw_layer_lines(
         mean_lines([fractions(trial.capacity) for trial in trials]), stages, YLABEL, palette
     )
@@ -80,7 +80,7 @@ def _captured(selected: Results, results: Results, palette: Palette) -> Figure |
     lines = mean_lines([trial.captured for trial in trials])
     learned = max(len(line) for layers in lines.values() for line in layers.values())
     return draw_layer_lines(
-        lines, trials[0].matrix.tasks[:learned], "share of the residual gradient's energy", palette
+        lines, trials[0].learned[:learned], "share of the residual gradient's energy", palette
     )
 
 
@@ -146,7 +146,11 @@ OF_ONE = (
 
 
 def write_report(
-    out_dir: str | Path, title: str, results: Results, settings: Mapping | None = None
+    out_dir: str | Path,
+    title: str,
+    results: Results,
+    settings: Mapping | None = None,
+    head: str = "",
 ) -> dict[str, Path]:
     """Write ``report.html`` (self-contained), tables as Markdown, LaTeX, CSV and JSON, plots as PNG and SVG.
 
@@ -157,6 +161,7 @@ def write_report(
             ``zero-shot`` without any stage are the baseline, which is listed in the summary and, unless it is
             the only result, gets no section.
         settings: the run's settings, which the page lists.
+        head: HTML that the page begins with.
 
     Returns:
         Every written path: ``html``, ``table``, ``latex``, ``summary``, ``scores``, ``json``, and the PNGs as
@@ -185,7 +190,7 @@ def write_report(
         "summary": summary_csv(results),
         "scores": scores_csv(results),
         "json": report_json(results),
-        "html": render_page(title, results, images, settings or {}),
+        "html": render_page(title, results, images, settings or {}, head),
     }
     for key, name in DOCUMENTS.items():
         paths[key] = out_dir / name

@@ -56,7 +56,7 @@ def check_sources(state: MethodState) -> None:
 
 def _read(state: MethodState, index: int) -> tuple[Update, Deltas]:
     """Return a task's update, and its deltas as the method takes them."""
-    update = state.context.update(index)
+    update = state.context.update(state.places[index - 1])
     return update, check_layers(update, state.config.label, Changed(state.layers, state.full))
 
 
@@ -95,7 +95,7 @@ def take_over(state: MethodState, index: int) -> Outcome:
     taken = _project(state, index, given)
     parts = state.context.family.parts
     record = source | removed_energy(given, taken, lambda name: part_of(name, parts) or "the rest")
-    record["protects"] = "features" if len(state.context.inputs[index - 1]) else "rows"
+    record["protects"] = "features" if len(state.inputs[index - 1]) else "rows"
     if record["removed"] > NOTHING:
         record["before"] = _scores_before(state, index, given)
     delta_path, log_path = state.path(index, DELTA), state.path(index, TRAIN)
@@ -112,7 +112,7 @@ def _scores_before(state: MethodState, index: int, given: Deltas) -> dict[str, A
     context, scores = state.context, {}
     state.begin(index, given)
     with context.zero.engaged(context.family.model):
-        for task in state.tasks:
+        for task in context.tasks:
             path = state.path(index, ANSWERS) / f"{file_name(task.name)}.jsonl"
             predict(state, index, task, path)
             context.barrier()

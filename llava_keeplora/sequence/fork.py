@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_keeplora.config import RunConfig
 from llava_keeplora.errors import RunError
 from llava_keeplora.files import translate_errors, whole_folder, write_bytes, write_json
-from llava_keeplora.journal import Entry, Journal, open_stages
+from llava_keeplora.journal import Entry, Journal, open_stages, rolled_back
 from llava_keeplora.run_folder import (
     BASE,
     JOURNAL,
@@ -44,20 +44,22 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
         RunError: if the run has fewer finished tasks, one of their files is damaged, or `into` is not empty.
     """
     source, into = load_run(run), Path(into)
-    if not 1 <= at_task <= len(source.tasks):
+    old, labels = Workspace(source), (ZERO_SHOT, *source.methods)
+    kept = _kept_places(source, old)
+    if not 1 <= at_task <= len(kept):
         raise RunError(
-            f"--at-task must be from 1 to {len(source.tasks)}, the tasks of {run} (got {at_task})",
-            f"choose one from 1 to {len(source.tasks)} with --at-task",
+            f"--at-task must be from 1 to {len(kept)}, the tasks of {run} (got {at_task})",
+            f"choose one from 1 to {len(kept)} with --at-task",
         )
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise RunError(f"{into} exists already and is not an empty folder", "choose another one with --into")
     # A base that is not on this machine is checked when the new run goes on.
     check_base_if_here(run, source.model)
-    config = dataclasses.replace(source.first(at_task), output_dir=str(into))
-    old, names = Workspace(source), run_identity(config)["tasks"]
-    labels = (ZERO_SHOT, *source.methods)
+    config = dataclasses.replace(source.of_tasks(kept[:at_task]), output_dir=str(into))
+    names, guarded = run_identity(config)["tasks"], source.guard is not None
     journals = {
-        label: _finished(old.label(label), at_task, len(source.tasks), label != ZERO_SHOT) for label in labels
+        label: _finished(old.label(label), at_task, len(kept), label != ZERO_SHOT, guarded)
+        for label in labels
     }
     with translate_errors(into), whole_folder(into) as tmp_dir:
         new = Workspace(config, tmp_dir)
@@ -71,22 +73,38 @@ def fork(run: str | Path, at_task: int, into: str | Path) -> RunConfig:
     return config
 
 
-def _finished(folder: Path, at_task: int, tasks: int, learns: bool) -> list[Entry]:
+def _kept_places(source: RunConfig, old: Workspace) -> list[int]:
+    """Return the places of the tasks that the run's methods have not rolled back, counted from 0.
+
+    Raises:
+        RunError: the methods have rolled different tasks back.
+    """
+    names = run_identity(source)["tasks"]
+    gone = {label: rolled_back(Journal(old.label(label) / JOURNAL).entries) for label in source.methods}
+    if len({frozenset(tasks) for tasks in gone.values()}) > 1:
+        raise RunError(
+            f"the methods of {source.output_dir} have rolled different tasks back",
+            "fork runs of one method each",
+        )
+    return [i for i, name in enumerate(names) if not any(name in tasks for tasks in gone.values())]
+
+
+def _finished(folder: Path, at_task: int, tasks: int, learns: bool, guarded: bool) -> list[Entry]:
     """Return the last journal entry of every stage of a method's first tasks, in order.
 
     Raises:
         RunError: if one of these stages has not finished.
     """
-    journal = Journal(folder / JOURNAL)
-    missing = [
-        (task, stage) for task, stage in open_stages(journal.entries, tasks, learns) if task <= at_task
-    ]
+    entries = [e for e in Journal(folder / JOURNAL).entries if e.stage != Stage.ROLLED_BACK]
+    guarded = guarded and any(e.stage == Stage.GUARDED for e in entries)  # Bounds are not.
+    stages = open_stages(entries, tasks, learns, guarded)
+    missing = [(task, stage) for task, stage in stages if task <= at_task]
     if missing:
         raise RunError(
             f"{folder} has not finished stage {missing[0][1]} of task {missing[0][0]}",
             "let the run go on to its end first, or choose an earlier --at-task",
         )
-    last = {(entry.task, entry.stage): entry for entry in journal.entries}
+    last = {(entry.task, entry.stage): entry for entry in entries}
     return [entry for (task, _), entry in last.items() if task <= at_task]
 
 
@@ -107,7 +125,7 @@ def _copy(source: Path, target: Path, entries: Sequence[Entry], names: Sequence[
             for task, score in scores.items():
                 matrix.set_cell(entry.task - 1 if entry.task else None, task, score["score"])
         info = (
-            entry.info | {"tasks": entry.info["tasks"][: len(names)]}
+            entry.info | {"tasks": [task for task in entry.info["tasks"] if task["task"] in names]}
             if (entry.task, entry.stage) == PLAN
             else entry.info
         )

@@ -12,15 +12,16 @@ from typing import Any
 
 from transformers import set_seed
 
-from llava_keeplora.config import ZERO_SHOT, MethodConfig
+from llava_keeplora.config import STOP, ZERO_SHOT, MethodConfig
 from llava_keeplora.distributed import all_gather_object
 from llava_keeplora.errors import RunError
-from llava_keeplora.journal import Entry, next_stage, open_stages
+from llava_keeplora.journal import Entry, open_stages
 from llava_keeplora.run_folder import SCORES, Stage, differences, read_record
 from llava_keeplora.sequence import auto_energy
 from llava_keeplora.sequence.adoption import check_sources
 from llava_keeplora.sequence.answers import predictions_path
 from llava_keeplora.sequence.data import stage_seed
+from llava_keeplora.sequence.guarding import cost_of_guarding, set_aside
 from llava_keeplora.sequence.memory import peak_memory
 from llava_keeplora.sequence.method_state import MethodState
 from llava_keeplora.sequence.passes import GRADIENT_COST
@@ -39,6 +40,8 @@ ACTIVITY = {
     Stage.TRAINED: "training",
     Stage.CONSOLIDATED: "protecting what it knows",
     Stage.EVALUATED: "scoring every task",
+    Stage.GUARDED: "judging it",
+    Stage.ROLLED_BACK: "rolling it back",
     Stage.CLOSED: "closing",
 }
 
@@ -62,7 +65,7 @@ class MethodRun(MethodState):
     def go(self) -> None:
         """Run stage after stage, and enter each into the journal, until every task is closed."""
         self.context.progress.watch(self.config.label, self.matrix)
-        while (todo := self._next()) is not None:
+        while (todo := self._next()) is not None and not self._stopped():
             index, stage = todo
             with self.context.progress.stage(
                 f"{self.config.label} {self._where(index)}: {ACTIVITY[stage]}", self._cost(index, stage)
@@ -73,6 +76,8 @@ class MethodRun(MethodState):
                 with peak_memory(self.context.device) as peak:
                     files, info = STAGES[stage](self, index)
                 self._record(index, stage, time.perf_counter() - start, files, info, peak)
+            if stage == Stage.ROLLED_BACK:
+                self._go_back(index)
             if stage == Stage.CLOSED and (index or self.config.label == ZERO_SHOT):
                 self.context.progress.note(self._closing_line(index))
 
@@ -104,11 +109,37 @@ class MethodRun(MethodState):
         if self.context.rank == 0:
             self.journal.append(entry)
         else:
-            self.journal.entries.append(entry)
+            self.journal.add(entry)
         logger.debug("%s: %s of %s done in %.1f s", self.config.label, stage, self._where(index), seconds)
 
     def _next(self) -> tuple[int, Stage] | None:
-        return next_stage(self.journal.entries, len(self.tasks), self.trainable)
+        return next(iter(self._open_stages()), None)
+
+    def _open_stages(self) -> list[tuple[int, Stage]]:
+        """Return the stages that are still to run."""
+        return open_stages(self.journal.entries, len(self.context.tasks), self.trainable, self.guarded)
+
+    def _stopped(self) -> bool:
+        """Return whether a task broke a limit and is closed, and the guard stops the method there."""
+        guard = self.context.config.guard
+        entries = {(entry.task, entry.stage): entry for entry in self.journal.entries}
+        return (
+            guard is not None
+            and guard.on_failure == STOP
+            and any(
+                entry.info.get("then") == STOP and (task, Stage.CLOSED) in entries
+                for (task, stage), entry in entries.items()
+                if stage == Stage.GUARDED
+            )
+        )
+
+    def _go_back(self, index: int) -> None:
+        """Go on from the task before one that was rolled back."""
+        set_aside(self)
+        self.learn_sequence()
+        self.fill_matrix(index - 1, read_record(self.path(index - 1, SCORES)))
+        if self.context.rank == 0:
+            self.write_matrix()
 
     # --- estimates and lines for people --------------------------------------------------------------
 
@@ -117,21 +148,22 @@ class MethodRun(MethodState):
 
         A training step on one image counts as three.
         """
-        stages = open_stages(self.journal.entries, len(self.tasks), self.trainable)
-        return sum(self._cost(task, stage) for task, stage in stages)
+        return sum(self._cost(task, stage) for task, stage in self._open_stages())
 
     def _cost(self, index: int, stage: Stage) -> float:
         if stage == Stage.EVALUATED:
             return self._evaluation_cost(index)
+        if stage == Stage.GUARDED:
+            return cost_of_guarding(self, index)
         if index == 0 and stage == Stage.CONSOLIDATED and stage in self.method.stage_cost:
             return auto_energy.cost(self.context, self.layers)
-        if index == 0 or stage in (Stage.PLANNED, Stage.CLOSED):
+        if index == 0 or stage in (Stage.PLANNED, Stage.CLOSED, Stage.ROLLED_BACK):
             return 0
         if self.source(index) and stage != Stage.CONSOLIDATED:
-            scored = sum(len(task.test) for task in self.tasks) if stage == Stage.TRAINED else 0
+            scored = sum(len(task.test) for task in self.context.tasks) if stage == Stage.TRAINED else 0
             return self.context.family.eval_cost * scored
         training = GRADIENT_COST * self._trained_images(index) if stage == Stage.TRAINED else 0
-        return training + len(self.context.inputs[index - 1]) * self.method.stage_cost.get(stage, 0.0)
+        return training + len(self.inputs[index - 1]) * self.method.stage_cost.get(stage, 0.0)
 
     def _evaluation_cost(self, index: int) -> float:
         if index == 0 and self.config.label != self.first_alike:
@@ -155,15 +187,16 @@ class MethodRun(MethodState):
     def _closing_line(self, index: int) -> str:
         if index == 0:
             return f"{ZERO_SHOT}: {_mean(self.matrix.zero_shot):.1f} % on average over all tasks"
-        row, seconds = self.matrix.rows[index - 1], self.journal.entries[-1].info["seconds"]
+        place, seconds = self.places[index - 1], self.journal.entries[-1].info["seconds"]
+        row = self.matrix.rows[place - 1]
         if self.method.bound:
             scores = [self.matrix.rows[-1][self.tasks.index(task)] for task in self.scored(index)]
             mean = f": {_mean(scores):.1f} % on average over the tasks that it scores" if scores else ""
             return f"{self.config.label} {self._where(index)}{mean}, in {duration(seconds)}"
+        so_far = _mean([row[learned - 1] for learned in self.places[:index]])
         return (
-            f"{self.config.label} {self._where(index)}: {row[index - 1]:.1f} % on it, "
-            f"{_mean(row[:index]):.1f} % on average over the tasks so far, {_mean(row):.1f} % over all, "
-            f"in {duration(seconds)}"
+            f"{self.config.label} {self._where(index)}: {row[place - 1]:.1f} % on it, {so_far:.1f} % on "
+            f"average over the tasks so far, {_mean(row):.1f} % over all, in {duration(seconds)}"
         )
 
     # --- history -------------------------------------------------------------------------------------
@@ -174,6 +207,9 @@ class MethodRun(MethodState):
             self._next()
         except RunError as error:
             raise RunError(f"{self.journal.path}: {error.problem}", error.cure) from None
+        if self.context.rank == 0:
+            set_aside(self)
+        self.context.barrier()
         self.journal.verify()
         for entry in self.journal.entries:
             if entry.stage == Stage.PLANNED:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llava_keeplora.adapters import AdapterInit, Deltas, load_deltas
 from llava_keeplora.config import ALL_LINEAR, AVERAGED, MethodConfig
 from llava_keeplora.files import read_tensors, write_tensors
-from llava_keeplora.journal import Journal
+from llava_keeplora.journal import Journal, rolled_back
 from llava_keeplora.methods import METHODS, Changed, Layer, Method, find_changed
 from llava_keeplora.models import Inputs
 from llava_keeplora.run_folder import ADAPTERS, DELTA, JOURNAL, KEPT, MATRIX, PREPARED, STATE, read_record
@@ -41,7 +41,7 @@ class MethodState:
     """
 
     def __init__(self, context: RunContext, config: MethodConfig):
-        self.context, self.config, self.tasks = context, config, context.tasks
+        self.context, self.config = context, config
         self.folder = context.workspace.label(config.label)
         cls = METHODS[config.method]
         self.method: Method = cls(cls.Options(**config.options))
@@ -49,18 +49,35 @@ class MethodState:
         if config.label in context.workspace.begun_anew():
             self.journal.forget()
         self.trainable = cls.trainable
-        self.count = len(self.tasks) if cls.trainable else 0
+        self.learn_sequence()
+        #: Whether its tasks are judged; a bound's are not.
+        self.guarded = context.config.guard is not None and not cls.bound
         self.averaged = config.test_prompts == AVERAGED
         # The zero-shot score depends on the prompts alone, so the first method with these prompts takes it.
         self.first_alike = context.config.first_alike(config.label)
-        self.trainings = context.config.trainings(config.label) if cls.trainable else []
-        #: How many deltas and states the method has loaded; None if it must load them again.
-        self.loaded: tuple[int, int] | None = None
         self.layers, self.full, self.unreachable = self._find_layers()
-        self.matrix = Matrix([task.name for task in self.tasks], [None] * len(self.tasks), [])
+        self.matrix = Matrix([task.name for task in context.tasks], [None] * len(context.tasks), [])
         self.method.reference = context.references.get(config.label)
         #: Kind → examples that went through the model in the present stage; see `TaskContext.passes`.
         self.passes: Counter[str] = Counter()
+
+    def learn_sequence(self) -> None:
+        """Set the tasks that the method learns: those of the run without those that it has rolled back.
+
+        A task after one that was rolled back has the place, the files and the seed that it would have had
+        without it.
+        """
+        self.rolled_back = rolled_back(self.journal.entries)
+        trainings = self.context.config.trainings(self.config.label) if self.trainable else []
+        kept = [i for i, task in enumerate(self.context.tasks) if task.name not in self.rolled_back]
+        self.tasks = [self.context.tasks[i] for i in kept]
+        self.inputs = [self.context.inputs[i] for i in kept]
+        self.trainings = [trainings[i] for i in kept] if self.trainable else []
+        self.count = len(self.tasks) if self.trainable else 0
+        #: Each of these tasks' place in the run's configuration, counted from 1.
+        self.places = [i + 1 for i in kept]
+        #: How many deltas and states the method has loaded; None if it must load them again.
+        self.loaded: tuple[int, int] | None = None
 
     # --- names and files ---------------------------------------------------------------------------
 
@@ -74,7 +91,7 @@ class MethodState:
 
     def source(self, index: int) -> str | None:
         """Return what a task's update is adopted from; None for a task that is trained, and the base."""
-        return self.context.config.source(index)
+        return self.context.config.source(self.places[index - 1]) if index else None
 
     def path(self, index: int, name: str = "") -> Path:
         """Return the path of a file in a task's folder."""
@@ -88,13 +105,13 @@ class MethodState:
 
     def training_inputs(self, index: int) -> Inputs:
         """Return the same as the model takes them."""
-        return self.context.inputs[index - 1] if index else self.context.general[self.config.label].inputs
+        return self.inputs[index - 1] if index else self.context.general[self.config.label].inputs
 
     def budgets(self) -> list[Budget]:
         """Return what each task's training takes, if it is trained on its own data."""
         return [
             Budget.of(training, len(inputs), self.context.world)
-            for training, inputs in zip(self.trainings, self.context.inputs, strict=self.trainable)
+            for training, inputs in zip(self.trainings, self.inputs, strict=self.trainable)
         ]
 
     # --- layers ------------------------------------------------------------------------------------
@@ -103,7 +120,7 @@ class MethodState:
         """Return the layers to adapt, the modules to train in full, and layers that the loss cannot reach."""
         changed = (
             find_changed(type(self.method), self.config.parts, self.context.family)
-            if self.count
+            if self.trainable
             else Changed()
         )
         if changed.unreachable:
@@ -192,16 +209,27 @@ class MethodState:
 
     def scored(self, index: int) -> list[Task]:
         """Return the tasks that are scored after a task, or for index 0 on the base."""
-        count = len(self.tasks)
-        return [self.tasks[i - 1] for i in self.method.scored(index, count)] if index else self.tasks
+        if not index or not self.method.bound:
+            return self.context.tasks
+        return [self.tasks[i - 1] for i in self.method.scored(index, len(self.tasks))]
 
     def fill_matrix(self, index: int, scores: Mapping[str, Any]) -> None:
         """Enter the scores (task → result) that were measured after a task into the matrix."""
-        row = index - 1 if index else None
-        if index and self.method.bound:
-            row = len(self.tasks) - 1
         for name in (task.name for task in self.scored(index) if task.name in scores):
-            self.matrix.set_cell(row, name, scores[name]["score"])
+            for row in self._rows(index):
+                self.matrix.set_cell(row, name, scores[name]["score"])
+
+    def _rows(self, index: int) -> list[int | None]:
+        """Return the matrix's rows of the model after a task: its own, and those of next ones rolled back."""
+        if index and self.method.bound:
+            return [len(self.tasks) - 1]
+        place = self.places[index - 1] if index else 0
+        rows: list[int | None] = [place - 1 if index else None]
+        for task in self.context.tasks[place:]:
+            if task.name not in self.rolled_back:
+                break
+            rows.append(self.matrix.index(task.name))
+        return rows
 
     def write_matrix(self) -> None:
         """Write the matrix with the cells filled so far."""

@@ -84,7 +84,7 @@ def run_gradient_pass(
         the number of examples of all processes.
     """
     context = state.context
-    if not len(context.inputs[index - 1]):
+    if not len(state.inputs[index - 1]):
         for name, rows in update_rows(state, index).items():
             if name in statistics:
                 statistics[name].add(rows, torch.eye(len(rows), device=rows.device))
@@ -133,7 +133,7 @@ def run_feature_pass(
         layer name → statistic.
     """
     context = state.context
-    if not len(context.inputs[index - 1]):
+    if not len(state.inputs[index - 1]):
         rows = update_rows(state, index)
         of_layer = statistics([[name] for name in rows])
         for name, statistic in of_layer.items():
@@ -217,7 +217,7 @@ def _batches(
     """
     context = state.context
     size = size or int(state.config.training.get("per_device_train_batch_size", 8))
-    batches = Batches(context.inputs[index - 1], size, fraction, context.rank, context.world, context.device)
+    batches = Batches(state.inputs[index - 1], size, fraction, context.rank, context.world, context.device)
 
     def with_progress() -> Iterator[tuple[dict[str, Tensor], bool]]:
         for batch, counts in batches:

@@ -17,7 +17,7 @@ from llava_keeplora.adopt import Source, Update, find_source, read_update
 from llava_keeplora.config import RunConfig, deepspeed_config
 from llava_keeplora.deepspeed_zero import Zero
 from llava_keeplora.distributed import get_rank, get_world_size, has_group
-from llava_keeplora.journal import Journal
+from llava_keeplora.journal import Journal, rolled_back
 from llava_keeplora.methods import METHODS, Reference
 from llava_keeplora.models import DTYPES, MODEL_FAMILIES, Family, Inputs, load_model
 from llava_keeplora.objects import Objects
@@ -28,6 +28,7 @@ from llava_keeplora.sequence.progress import Progress
 from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora.start import Task
 from llava_keeplora.start.reference_data import GeneralData, read_general, read_reference
+from llava_keeplora.start.watched import load_watched
 from llava_keeplora.versions import installed_versions
 
 
@@ -66,7 +67,9 @@ class RunContext:
         self.inputs: list[Inputs] = [
             family.inputs(task.train, self.cache.split(task.train)) for task in tasks
         ]
-        for task in tasks:
+        #: The recipes that the guard watches.
+        self.watched = load_watched(config, tasks, objects)
+        for task in (*tasks, *self.watched):
             family.check(task.test)
         self.references: dict[str, Reference] = {}
         self.general: dict[str, GeneralData] = {}
@@ -94,7 +97,8 @@ class RunContext:
     def finished(self, label: str) -> bool:
         """Return whether a method of the run has learned every task."""
         entries = Journal(self.workspace.label(label) / JOURNAL).entries
-        return any((entry.task, entry.stage) == (len(self.tasks), Stage.CLOSED) for entry in entries)
+        last = len(self.tasks) - len(rolled_back(entries))
+        return any((entry.task, entry.stage) == (last, Stage.CLOSED) for entry in entries)
 
     def load(self) -> None:
         """Load the model's weights; with ZeRO-3, shard them over the processes."""

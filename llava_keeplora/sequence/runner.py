@@ -14,11 +14,12 @@ from llava_keeplora.adapters import BaseWeights
 from llava_keeplora.config import ZERO_SHOT, MethodConfig, RunConfig
 from llava_keeplora.distributed import is_main_process, main_process_first, processes_here
 from llava_keeplora.files import translate_errors, write_json
+from llava_keeplora.guard import run_record
 from llava_keeplora.models import open_model
 from llava_keeplora.objects import Objects
 from llava_keeplora.plan import check_start
 from llava_keeplora.report.run_report import report_is_current, write_run_report
-from llava_keeplora.run_folder import RESULTS
+from llava_keeplora.run_folder import GUARD, RESULTS
 from llava_keeplora.saved_run import with_recorded_defaults
 from llava_keeplora.sequence.method_run import MethodRun
 from llava_keeplora.sequence.progress import Progress
@@ -117,6 +118,9 @@ def _write_results(workspace: Workspace, runs: list[MethodRun], tasks: list[Task
     """Write the run's numbers into one file, and its tables and plots."""
     methods = {r.config.label: {"matrix": r.matrix.to_dict(), "metrics": r.matrix.metrics()} for r in runs}
     write_json(workspace.root / RESULTS, {"methods": methods, "tasks": [_with_notes(task) for task in tasks]})
+    if workspace.config.guard is not None:
+        names, labels = [task.name for task in tasks], [r.config.label for r in runs]
+        write_json(workspace.root / GUARD, run_record(workspace.root, labels, names))
     for method_run in runs:
         method_run.write_matrix()
     if not report_is_current(workspace.root):

@@ -1,4 +1,4 @@
-"""The six stages of a task.
+"""The stages of a task.
 
 Each reads what earlier stages wrote and returns (the files that it wrote, the `info` of its journal entry).
 """
@@ -29,6 +29,7 @@ from llava_keeplora.run_folder import (
 from llava_keeplora.sequence import adoption
 from llava_keeplora.sequence.answers import predict, predictions_path, task_predictor
 from llava_keeplora.sequence.forecast import forecast, shortage
+from llava_keeplora.sequence.guarding import guard, roll_back
 from llava_keeplora.sequence.inference_latency import EXAMPLES, TOKENS, seconds_per_example
 from llava_keeplora.sequence.method_state import MethodState, Outcome, write_if_any
 from llava_keeplora.sequence.passes import task_context
@@ -47,7 +48,7 @@ def plan(state: MethodState, index: int) -> Outcome:
 
 def plan_record(state: MethodState, index: int) -> dict[str, Any]:
     """Return the journal's record of a task's data, with which a later start compares them."""
-    tasks = state.tasks if index == 0 else state.tasks[index - 1 : index]
+    tasks = state.context.tasks if index == 0 else state.tasks[index - 1 : index]
     reference = {"reference": state.method.reference.record} if state.method.reference else {}
     general = state.context.general.get(state.config.label)
     reference |= {"general": general.record} if general else {}
@@ -107,7 +108,7 @@ def _base_cache_key(state: MethodState) -> dict[str, Any]:
     name = state.config.method
     return {
         "stage": Stage.CONSOLIDATED,
-        "tasks": {task.name: task.record()["train"] for task in state.tasks},
+        "tasks": {task.name: task.record()["train"] for task in state.context.tasks},
         "statistics_gb": state.context.config.memory.statistics_gb,
         "method": METHODS.portable_name(name),
         **({"source": METHODS.source_files(name)} if METHODS.is_plugin(name) else {}),
@@ -243,5 +244,7 @@ STAGES: dict[Stage, Callable[[MethodState, int], Outcome]] = {
     Stage.TRAINED: train,
     Stage.CONSOLIDATED: consolidate,
     Stage.EVALUATED: evaluate,
+    Stage.GUARDED: guard,
+    Stage.ROLLED_BACK: roll_back,
     Stage.CLOSED: close,
 }

@@ -72,9 +72,9 @@ def write_start_adapter(config: RunConfig, into: str | Path, label: str | None =
             f"there is no method '{label}'" if label else f"the run has {len(labels)} methods",
             f"choose one with --method: {', '.join(labels)}",
         )
-    index = len(config.tasks)
     with opened(Workspace(config)) as context:
         state = MethodRun(context, config.methods[label or labels[0]])
+        index = state.count
         if index in {entry.task for entry in state.journal.entries}:
             raise ConfigError(
                 f"{state.folder} has begun or learned the task '{state.name(index)}' already",
@@ -115,7 +115,8 @@ def _inits(state: MethodRun, index: int) -> dict[str, AdapterInit]:
     """Return what the driver's stage PREPARED would give the task's adapters."""
     if index == 1:
         STAGES[Stage.CONSOLIDATED](state, 0)
-    missing = [key for key in open_stages(state.journal.entries, index - 1) if index > 1]
+    earlier = open_stages(state.journal.entries, len(state.context.tasks) - 1, guarded=state.guarded)
+    missing = [key for key in earlier if index > 1]
     if missing:
         raise RunError(
             f"{state.folder} has not finished stage {missing[0][1]} of task {missing[0][0]}",

@@ -156,7 +156,7 @@ def _examples(state: MethodState, index: int, mixture: Mixture | None, steps: in
     if mixture:
         seen = mixture.sources[: int(mixture.sizes[:steps].sum())]
         return {int(source): int((seen == source).sum()) for source in seen.unique()}
-    inputs, world = state.context.inputs[index - 1], state.context.world
+    inputs, world = state.inputs[index - 1], state.context.world
     return {index: Budget.taken(state.trainings[index - 1], len(inputs), world, steps).seen}
 
 
@@ -164,7 +164,7 @@ def _own_data(state: MethodState, task: Task, index: int) -> dict[str, Any]:
     """Return the model, the arguments and the data of a task's training, as `TaskTrainer` takes them."""
     family, inputs, scale = (
         state.context.family,
-        state.context.inputs[index - 1],
+        state.inputs[index - 1],
         state.config.random_resized_crop,
     )
     arguments = _training_arguments(state, index)

@@ -226,6 +226,10 @@ class Workspace:
             # The recipe of a given dataset has no other place that lasts.
             lasting = load_recipe(task).source["format"] != "dataset"
             tasks.append(task if lasting else str(kept_recipe(Path(self.config.output_dir), name)))
+        for entry in self.config.guard.watch if self.config.guard else ():
+            recipe = kept_recipe(self.root, load_recipe(entry.task).name)
+            if is_file_name(entry.task) and (anew or not recipe.exists()):
+                write_bytes(recipe, flat_recipe(entry.task).encode())
         base = base or {BASE: recorded or base_record(self.config.model, self.base)}
         # config.json comes last: its presence means that the folder is claimed.
         write_json(self.root / IDENTITY, identity | base)

@@ -100,6 +100,7 @@ ABOVE = {
     ],
     "config": ["analysis", "doctor", "plan", "export", "models", "sequence", "report", "cli", "saved_run"],
     "run_folder": ["analysis", "doctor", "plan", "export", "models", "sequence", "report", "cli"],
+    "guard": ["analysis", "doctor", "plan", "start", "models", "methods", "sequence", "report", "cli"],
     "reproduce": [
         "analysis",
         "doctor",

@@ -1,0 +1,51 @@
+"""A verdict as lines for a terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llava_keeplora_eval.paired_bootstrap import Outcome
+
+
+def headline(verdict: Mapping[str, Any]) -> str:
+    """Return the verdict in one sentence: ship or don't, and how many limits are what."""
+    count = {
+        outcome: sum(record["outcome"] == outcome for record in verdict["limits"]) for outcome in Outcome
+    }
+    parts = [f"{number} {outcome}" for outcome, number in count.items() if number]
+    then = {"rollback": "rolled back", "stop": "stopped here", "warn": "kept all the same"}
+    what = "ship" if verdict["ship"] else "don't ship"
+    after = then.get(verdict.get("then") or "", "")
+    limits = "limit" if len(verdict["limits"]) == 1 else "limits"
+    return (
+        f"{verdict['task']}: {what}{f' ({after})' if after else ''}; of {len(verdict['limits'])} {limits}, "
+        f"{', '.join(parts)}, at {100 * verdict['confidence']:g} % confidence together"
+    )
+
+
+def limit_line(record: Mapping[str, Any]) -> str:
+    """Return one limit as a line: its outcome, the change with its interval, and the noise."""
+    gains = record["of"] == "new task"
+    allowed = f"at least {record['limit']:+g}" if gains else f"at most {-record['limit']:g} down"
+    line = (
+        f"{record['outcome']}: {record['of']} {record['task']} {record['change']:+.1f} points "
+        f"({record['before']:.1f} → {record['after']:.1f}, between {record['low']:+.1f} and "
+        f"{record['high']:+.1f}; {allowed}; {record['n']} examples"
+    )
+    if record.get("worse") is not None:
+        line += f", {record['worse']} worse, {record['better']} better"
+    if record.get("noise") is not None:
+        line += f"; noise {record['noise']:.1f}"
+    line += ")"
+    if record["outcome"] == Outcome.UNDECIDED:
+        needed = record["examples"]
+        line += f"; about {needed} examples would tell" if needed else "; the change is too near to the limit"
+    return line
+
+
+def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
+    """Return a verdict as its headline and a line for each limit, the broken ones first."""
+    order = [Outcome.BROKEN, Outcome.UNDECIDED, Outcome.HELD]
+    records = sorted(verdict["limits"], key=lambda record: order.index(record["outcome"]))
+    return [headline(verdict), *(f"  {limit_line(record)}" for record in records)]

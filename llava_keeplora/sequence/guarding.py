@@ -1,0 +1,227 @@
+"""The stages GUARDED and ROLLED_BACK: a task is judged, and leaves the sequence if it must."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_keeplora.files import write_json
+from llava_keeplora.guard import NEW, OLD, WATCH, Limit, judge, verdict_lines
+from llava_keeplora.run_folder import (
+    ASIDE,
+    GUARD,
+    PREDICTIONS,
+    ROLLED_BACK,
+    WATCHED,
+    Stage,
+    file_name,
+    read_record,
+)
+from llava_keeplora.sequence.answers import predict, task_predictor
+from llava_keeplora.sequence.method_state import MethodState, Outcome
+from llava_keeplora.start import Task
+from llava_keeplora.start.watched import chosen
+from llava_keeplora_eval import predict_to_file
+from llava_keeplora_eval.paired_scores import paired_change
+from llava_keeplora_eval.predictions import join_shards, read_predictions
+
+#: Most examples of a recipe on which the noise is measured.
+NOISE_EXAMPLES = 200
+
+
+def guard(state: MethodState, index: int) -> Outcome:
+    """Answer the watched recipes and judge the task; for index 0, measure the noise on the base."""
+    if index == 0 and state.config.label != state.first_alike:
+        return [], {}
+    paths = _answer_watched(state, index)
+    record = state.path(index, GUARD)
+    if index == 0:
+        paths += _write_noise(state, record)
+        return [record, *paths], {}
+    if state.context.rank == 0:
+        verdict = _verdict(state, index)
+        write_json(record, verdict)
+        lines = verdict_lines(verdict)
+        state.context.progress.note("\n".join([f"{state.config.label} {lines[0]}", *lines[1:]]))
+    state.context.barrier()
+    verdict = read_record(record)
+    then = {"then": verdict["then"]} if verdict["then"] else {}
+    return [record, *paths], {"ship": verdict["ship"], **then}
+
+
+def cost_of_guarding(state: MethodState, index: int) -> float:
+    """Return the cost of the stage GUARDED, in forward passes."""
+    if index == 0 and state.config.label != state.first_alike:
+        return 0.0
+    watched = sum(len(task.test) for task in state.context.watched)
+    noise = 2 * sum(min(NOISE_EXAMPLES, len(task.test)) for task in _judged(state)) if index == 0 else 0
+    return state.context.family.eval_cost * (watched + noise)
+
+
+# --- answers -------------------------------------------------------------------------------------------
+
+
+def _judged(state: MethodState) -> list[Task]:
+    """Return the tasks that have limits, and the watched recipes."""
+    settings, context = state.context.config.guard, state.context
+    return [*(context.tasks if settings and settings.judges_tasks else ()), *context.watched]
+
+
+def _answer_watched(state: MethodState, index: int) -> list[Path]:
+    """Write the model's answers to the watched recipes and return their files."""
+    context, paths = state.context, []
+    if not context.watched:
+        return []
+    state.rebuild(index)
+    with context.zero.engaged(context.family.model):
+        for task in context.watched:
+            paths.append(state.path(index, WATCHED) / f"{file_name(task.name)}.jsonl")
+            predict(state, index, task, paths[-1])
+            _join(state, task, paths[-1])
+    return paths
+
+
+def _join(state: MethodState, task: Task, path: Path) -> None:
+    state.context.barrier()
+    if state.context.rank == 0:
+        join_shards(path, task.test)
+    state.context.barrier()
+
+
+def _answers(state: MethodState, index: int, task: Task, folder: str) -> dict[str, str]:
+    """Return id → the answer to a recipe's examples after `index` tasks."""
+    place = state.path(index)
+    if index == 0:  # The first row with the same prompts has answered for all.
+        place = state.context.workspace.task(state.first_alike, 0, "base")
+    return read_predictions(place / folder / f"{file_name(task.name)}.jsonl", task.test)
+
+
+# --- the verdict ---------------------------------------------------------------------------------------
+
+
+def _verdict(state: MethodState, index: int) -> dict[str, Any]:
+    """Return the verdict on a task, with what follows from it."""
+    settings = state.context.config.guard
+    assert settings is not None, "the stage is of runs with a guard"
+    verdict = judge(state.name(index), list(_limits(state, index)), settings.confidence)
+    return verdict | {"then": None if verdict["ship"] else settings.on_failure}
+
+
+def _limits(state: MethodState, index: int) -> Iterator[Limit]:
+    """Yield the limits of a task: of the new one, of each old one, and of each watched recipe."""
+    settings, noise = state.context.config.guard, _noise(state)
+    assert settings is not None, "the stage is of runs with a guard"
+
+    def limit(of: str, task: Task, folder: str, least: float) -> Limit:
+        before, after = (_answers(state, stage, task, folder) for stage in (index - 1, index))
+        return Limit(of, task.test, before, after, least, noise.get(task.name))
+
+    if (gain := settings.new_task.min_gain) is not None:
+        yield limit(NEW, state.tasks[index - 1], PREDICTIONS, gain)
+    if (drop := settings.old_tasks.max_drop) is not None:
+        for task in state.tasks[: index - 1]:
+            yield limit(OLD, task, PREDICTIONS, -drop)
+    if (drop := settings.watch_tasks.max_drop) is not None:
+        for task in state.context.watched:
+            yield limit(WATCH, task, WATCHED, -drop)
+
+
+# --- the noise -----------------------------------------------------------------------------------------
+
+
+def _noise(state: MethodState) -> dict[str, float]:
+    """Return recipe → the largest change of the base's score with other batches or another precision."""
+    record = read_record(state.context.workspace.task(state.first_alike, 0, "base") / GUARD)
+    return {name: values["points"] for name, values in record["noise"].items()}
+
+
+def _write_noise(state: MethodState, record: Path) -> list[Path]:
+    """Score the base again with other batches and another precision, and write by how much that differs."""
+    context, paths, noise = state.context, [], {}
+    points: dict[str, float]
+    size = context.config.evaluation.batch_size
+    batch, dtype = size // 2 if size > 1 else 2, _other_dtype(state)
+    variants = {"batches": (batch, None), "precision": (size, dtype)}
+    for task in _judged(state):
+        before = _answers(state, 0, task, WATCHED if task in context.watched else PREDICTIONS)
+        few = Task(task.recipe, task.train, chosen(task.test, NOISE_EXAMPLES))
+        points, flipped = {}, []
+        for name, variant in variants.items():
+            paths.append(state.path(0, WATCHED) / f"{file_name(task.name)}.{name}.jsonl")
+            _answer_otherwise(state, few, paths[-1], *variant)
+            after = read_predictions(paths[-1], few.test)
+            points[name] = abs(paired_change(few.test, before, after, 0.95).points)
+            flipped.append(sum(before[key] != after[key] for key in after))
+        noise[task.name] = {
+            "points": max(points.values()),
+            "flips": max(flipped),
+            "n": len(few.test),
+            "by": points,
+        }
+    if context.rank == 0:
+        dtype_name = str(dtype).removeprefix("torch.")
+        write_json(record, {"noise": noise, "batch_size": batch, "dtype": dtype_name})
+        worst = max(noise, key=lambda name: float(noise[name]["points"]))
+        context.progress.note(
+            f"noise of the untouched model, with batches of {batch} and with {dtype_name}: at most "
+            f"{noise[worst]['points']:.1f} points ({worst}, {noise[worst]['flips']} of "
+            f"{noise[worst]['n']} answers)"
+        )
+    context.barrier()
+    return paths
+
+
+def _other_dtype(state: MethodState) -> torch.dtype:
+    """Return a precision of products other than the model's."""
+    return torch.float16 if state.context.config.model.dtype == "bfloat16" else torch.bfloat16
+
+
+def _answer_otherwise(
+    state: MethodState, task: Task, path: Path, batch: int, dtype: torch.dtype | None
+) -> None:
+    """Write the base's answers with another size of batches or, unless None, another precision."""
+    context = state.context
+    state.rebuild(0)
+    with (
+        context.zero.engaged(context.family.model),
+        torch.autocast(context.device.type, dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
+        predict_to_file(
+            task_predictor(state, 0, task),
+            task.test,
+            path,
+            batch_size=batch,
+            advance=lambda count: context.progress.advance(context.family.eval_cost * context.world * count),
+            shard=(context.rank, context.world),
+            rounds=context.most if context.zero.partitions else None,
+        )
+    _join(state, task, path)
+
+
+# --- the rollback --------------------------------------------------------------------------------------
+
+
+def roll_back(state: MethodState, index: int) -> Outcome:
+    """Take a task out of the method's sequence; its folder is moved when the journal says so.
+
+    The journal's entry comes first, and `set_aside` moves the folder then, or at the next start after a kill.
+    """
+    folder = state.path(index).name
+    aside = f"{ASIDE}/{len(state.rolled_back) + 1:02d}-{file_name(state.name(index))}"
+    return [], {ROLLED_BACK: {"task": state.name(index), "folder": folder, "aside": aside}}
+
+
+def set_aside(state: MethodState) -> None:
+    """Move the folders of tasks that were rolled back, unless that is done."""
+    for entry in state.journal.entries:
+        if entry.stage == Stage.ROLLED_BACK and state.context.rank == 0:
+            record = entry.info[ROLLED_BACK]
+            source, target = state.folder / record["folder"], state.folder / record["aside"]
+            if not target.exists() and source.exists():
+                target.parent.mkdir(exist_ok=True)
+                os.rename(source, target)
+    state.context.barrier()

@@ -1,0 +1,65 @@
+"""The recipes that a run's guard watches: loaded and checked before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+
+from llava_keeplora.config import RunConfig, WatchConfig
+from llava_keeplora.errors import ConfigError, UserError
+from llava_keeplora.objects import Objects
+from llava_keeplora.start.tasks import Task
+from llava_keeplora_eval.paired_scores import check_comparable
+from llava_keeplora_eval.references import check_references, metric_of
+from llava_keeplora_recipes import TaskData, load_recipe, load_split
+from llava_keeplora_recipes.repeats import shared_images
+
+log = logging.getLogger(__name__)
+
+
+def load_watched(config: RunConfig, tasks: Sequence[Task], objects: Objects = Objects()) -> list[Task]:
+    """Return the watched recipes with their examples, and no training data; none without a guard.
+
+    Raises:
+        ConfigError: the guard can't be evaluated: a recipe is a task of the run or named twice, its data are
+            missing, or the change of a score would have no interval.
+    """
+    if config.guard is None:
+        return []
+    try:
+        watched = [_load(entry, config, objects) for entry in config.guard.watch]
+        for task in (*watched, *(tasks if config.guard.judges_tasks else ())):
+            check_comparable(task.test)
+    except UserError as error:
+        raise ConfigError(f"the guard can't be evaluated: {error.problem}", error.cure) from error
+    names = [task.name for task in (*tasks, *watched)]
+    for task in watched:
+        if names.count(task.name) > 1:
+            raise ConfigError(
+                f"the guard watches '{task.name}', which is a task of the run or watched twice; a watched "
+                "recipe is never trained on and has a name of its own",
+                "give the recipe another name, or remove it from guard.watch",
+            )
+        for other in tasks:
+            if shared := shared_images(task.test, other.train):
+                log.warning("the guard's %s and the training data of %s: %s", task.name, other.name, shared)
+    return watched
+
+
+def _load(entry: WatchConfig, config: RunConfig, objects: Objects) -> Task:
+    recipe = objects.with_tables(load_recipe(entry.task))
+    metric_of(recipe).check_installed()
+    data = load_split(recipe, "test", config.data.root, config.data.on_bad_image)
+    if entry.examples is not None and entry.examples < len(data):
+        data = chosen(data, entry.examples)
+    if warning := check_references(data):
+        log.warning(warning)
+    return Task(data.recipe, data.take([]), data)
+
+
+def chosen(data: TaskData, count: int) -> TaskData:
+    """Return a number of examples, chosen by a hash of their ids, in the order of the data."""
+    ids = data.ids
+    rows = sorted(range(len(ids)), key=lambda row: hashlib.sha256(ids[row].encode()).digest())
+    return data.take(sorted(rows[:count]))

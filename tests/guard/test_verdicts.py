@@ -1,0 +1,94 @@
+"""Verdicts: what is broken, what ships, and what a person reads of it."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_keeplora.guard import NEW, OLD, WATCH, Limit, exit_code, judge, run_record, verdict_lines
+from llava_keeplora.report.verdict import verdict_html
+from llava_keeplora_recipes import load_recipe, load_split
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return load_split(load_recipe("shapes"), "test")
+
+
+@pytest.fixture(scope="module")
+def answers(shapes):
+    """Function (number of wrong ones) → id → answer."""
+    names = [shapes.recipe.classes[label] for label in shapes.labels]
+
+    def give(wrong: int) -> dict[str, str]:
+        return {key: "nothing" if i < wrong else name for i, (key, name) in enumerate(zip(shapes.ids, names))}
+
+    return give
+
+
+@pytest.fixture(scope="module")
+def verdict(shapes, answers):
+    """A task that gained, with an old task far down and a watched one as before."""
+    half = len(shapes) // 2
+    limits = [
+        Limit(NEW, shapes, answers(half), answers(0), 3.0, noise=0.5),
+        Limit(OLD, shapes, answers(0), answers(half), -2.0),
+        Limit(WATCH, shapes, answers(5), answers(5), -20.0),
+    ]
+    return judge("shapes", limits, 0.95) | {"then": "rollback"}
+
+
+def test_one_broken_limit_is_a_reason_not_to_ship(verdict):
+    outcomes = [(record["of"], record["outcome"]) for record in verdict["limits"]]
+    assert outcomes == [("new task", "held"), ("old task", "broken"), ("watch task", "held")]
+    assert not verdict["ship"] and verdict["level"] == pytest.approx(1 - 0.05 / 3)
+
+
+def test_a_model_that_did_not_change_ships(shapes, answers):
+    record = judge("shapes", [Limit(OLD, shapes, answers(9), answers(9), 0.0)], 0.95)
+    assert record["ship"]
+
+
+def test_a_broken_limit_has_ten_flipped_examples_with_their_pictures(verdict, shapes):
+    flips = verdict["limits"][1]["flips"]
+    assert len(flips) == 10 and {f["after"] for f in flips} == {"nothing"}
+    assert flips[0]["before"] == shapes.recipe.classes[shapes.labels[0]] and flips[0]["id"] == shapes.ids[0]
+    with Image.open(io.BytesIO(base64.b64decode(flips[0]["picture"]))) as picture:
+        assert picture.format == "JPEG" and max(picture.size) <= 160
+    assert "flips" not in verdict["limits"][0]
+
+
+def test_the_terminal_reads_the_verdict_first_and_then_what_broke(verdict):
+    first, second, *_ = verdict_lines(verdict)
+    assert re.match(r"shapes: don't ship \(rolled back\); of 3 limits, 2 held, 1 broken, at 95 %", first)
+    assert re.match(r"  broken: old task shapes -5\d?\.\d points \(100.0 → .*at most 2 down", second)
+    assert "noise 0.5" in "\n".join(verdict_lines(verdict)) and "at least +3" in "\n".join(
+        verdict_lines(verdict)
+    )
+
+
+def test_too_few_examples_say_how_many_would_tell(shapes, answers):
+    few = shapes.take(range(20))
+    before, after = ({k: v for k, v in answers(w).items() if k in few.ids} for w in (0, 1))
+    verdict = judge("few", [Limit(OLD, few, before, after, -2.0)], 0.95)
+    assert verdict["ship"] and verdict["limits"][0]["outcome"] == "can't be told"
+    line = verdict_lines(verdict)[1]
+    assert re.search(r"about \d+ examples would tell$", line), line
+
+
+def test_the_page_begins_with_the_verdict_and_the_code_is_3(verdict, tmp_path):
+    assert exit_code(tmp_path) == 0 and verdict_html(tmp_path) == ""
+    folder = tmp_path / "keeplora/aside/01-shapes"
+    folder.mkdir(parents=True)
+    (folder / "guard.json").write_text(json.dumps(verdict))
+    record = run_record(tmp_path, ["zero-shot", "keeplora"], ["digits", "shapes"])
+    Path(tmp_path / "guard.json").write_text(json.dumps(record))
+    assert not record["ship"] and list(record["methods"]) == ["keeplora"]
+    assert exit_code(tmp_path) == 3 and exit_code(tmp_path, "digits") == 0
+    page = verdict_html(tmp_path)
+    assert page.count('<img src="data:image/jpeg;base64,') == 10
+    assert page.index("don&#x27;t ship") < page.index("<table>") and "≥ -2" in page
