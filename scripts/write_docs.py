@@ -27,7 +27,7 @@ from published_figures import BENCHMARKS, published_figures
 
 from llava_keeplora.cli import build_parser
 from llava_keeplora.compare.table import Order, Tuning
-from llava_keeplora.config import RunConfig, list_configs, list_tables
+from llava_keeplora.config import GuardConfig, RunConfig, WatchConfig, list_configs, list_tables
 from llava_keeplora.config.expected import ExpectedConfig
 from llava_keeplora.config.parts import PartConfig
 from llava_keeplora.config.schema import (
@@ -62,6 +62,8 @@ SECTIONS: dict[str, tuple[type, Collection[str]]] = {
     "evaluation": (EvaluationConfig, ()),
     "memory": (MemoryConfig, ()),
     "expected": (ExpectedConfig, ()),
+    "guard": (GuardConfig, ()),
+    "watch": (WatchConfig, ()),
     "order": (Order, ("name", "tasks")),
     "tuning": (Tuning, ()),
 }

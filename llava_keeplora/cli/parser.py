@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llava_keeplora.cli import analyze, inspection, share, tables, train
+from llava_keeplora.cli import analyze, guard, inspection, share, tables, train
 from llava_keeplora_eval.guard import check_words, guarded, standard_streams
 
 #: Functions that each add one command and return its parser, in the order of `--help`.
@@ -19,6 +19,7 @@ COMMANDS = (
     train.add_adopt,
     train.add_start_adapter,
     train.add_fork,
+    guard.add_guard,
     inspection.add_report,
     share.add_export,
     share.add_import,

@@ -49,3 +49,39 @@ def verdict_lines(verdict: Mapping[str, Any]) -> list[str]:
     order = [Outcome.BROKEN, Outcome.UNDECIDED, Outcome.HELD]
     records = sorted(verdict["limits"], key=lambda record: order.index(record["outcome"]))
     return [headline(verdict), *(f"  {limit_line(record)}" for record in records)]
+
+
+def verdict_markdown(verdict: Mapping[str, Any]) -> str:
+    """Return a verdict as Markdown: its headline, a table of the limits, and the answers that flipped."""
+    lines = [
+        f"## {_cell(headline(verdict))}",
+        "",
+        "| limit of | verdict | change | interval | accepted | noise |",
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for record in verdict["limits"]:
+        needed = f" (about {record['examples']} examples would tell)" if record["examples"] else ""
+        noise = "" if record["noise"] is None else f"{record['noise']:.1f}"
+        lines.append(
+            f"| {_cell(record['task'])} | {record['outcome']}{needed} | {record['change']:+.1f} | "
+            f"{record['low']:+.1f} to {record['high']:+.1f} | at least {record['limit']:+g} | {noise} |"
+        )
+    for record in verdict["limits"]:
+        if record.get("flips"):
+            lines += [
+                "",
+                f"Got worse in {_cell(record['task'])}:",
+                "",
+                "| example | question | before | after |",
+            ]
+            lines += ["|---|---|---|---|"]
+        for flip in record.get("flips", ()):
+            cells = (flip["id"], flip["question"] or "", flip["before"], flip["after"])
+            lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Return text for a cell of a Markdown table, at most 200 characters, with its markup escaped."""
+    short = " ".join(text.split())[:200]
+    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>#|!" else sign for sign in short)

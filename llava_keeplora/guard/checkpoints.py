@@ -1,0 +1,115 @@
+"""The verdict on two checkpoints or adapters that were made elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_keeplora.errors import ConfigError, UserError
+from llava_keeplora.files import write_json
+from llava_keeplora.guard.judge import WATCH, Limit, judge
+from llava_keeplora.run_folder import GUARD, file_name
+from llava_keeplora_eval import predict_to_file
+from llava_keeplora_eval.models import ADAPTER, load_predictor, made_by
+from llava_keeplora_eval.paired_scores import check_comparable, paired_change
+from llava_keeplora_eval.predictions import read_predictions
+from llava_keeplora_eval.predictors import default_device
+from llava_keeplora_eval.preparation import check_questions
+from llava_keeplora_eval.references import metric_of
+from llava_keeplora_recipes import TaskData, load_recipe, load_split
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how it is answered.
+
+    Args:
+        base, tuned: the two models: folders with a checkpoint or an adapter, or ids on the Hub.
+        max_drop: largest accepted drop of each recipe's score, in points.
+        confidence: of all limits together.
+        into: the folder of answers and verdict; answers that are there already are kept.
+        data_root: the folder that relative paths of recipes start from.
+        batch_size: examples per forward pass.
+        max_new_tokens: most tokens of an answer.
+    """
+
+    base: str
+    tuned: str
+    max_drop: float
+    confidence: float
+    into: Path
+    data_root: str | None = None
+    batch_size: int = 64
+    max_new_tokens: int = 128
+
+
+def compare_checkpoints(given: Comparison, watch: Sequence[str]) -> dict[str, Any]:
+    """Answer the recipes with both models, write `guard.json`, and return the verdict.
+
+    Args:
+        given: the models and the limits.
+        watch: the recipes, by name or file.
+
+    Raises:
+        ConfigError: the guard can't be evaluated.
+    """
+    try:
+        splits = [load_split(load_recipe(task), "test", given.data_root) for task in watch]
+        for data in splits:
+            metric_of(data.recipe).check_installed()
+            check_comparable(data)
+        limits = [_limit(given, data) for data in splits]
+    except UserError as error:
+        raise ConfigError(f"the guard can't be evaluated: {error.problem}", error.cure) from error
+    verdict = judge(given.tuned, limits, given.confidence) | {"then": None}
+    write_json(given.into / GUARD, verdict)
+    return verdict
+
+
+def _limit(given: Comparison, data: TaskData) -> Limit:
+    before = _answers(given, given.base, "base", data)
+    after = _answers(given, given.tuned, "tuned", data)
+    again = _answers(given, given.base, "noise", data, otherwise=True)
+    noise = abs(paired_change(data, before, again, 0.95).points)
+    return Limit(WATCH, data, before, after, -given.max_drop, noise)
+
+
+def _answers(
+    given: Comparison, model: str, folder: str, data: TaskData, otherwise: bool = False
+) -> dict[str, str]:
+    """Return a model's answers, from its file as far as they are there.
+
+    Args:
+        given, data: what is compared, and the examples.
+        model: the model.
+        folder: where its answers are kept.
+        otherwise: whether to answer with other batches, in another precision.
+    """
+    path = given.into / folder / f"{file_name(data.recipe.name)}.jsonl"
+    base = given.base if folder == "tuned" and _is_adapter_of(given) else None
+    device = default_device()
+    predictor = load_predictor(model, data.recipe, device, given.max_new_tokens, base)
+    check_questions(predictor.preparation, data)
+    size = max(1, given.batch_size // 2) if otherwise else given.batch_size
+    maker = made_by(model, predictor, base) | ({"noise": f"batches of {size}, bfloat16"} if otherwise else {})
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=otherwise):
+        predict_to_file(predictor, data, path, size, made_by=maker)
+    return read_predictions(path, data)
+
+
+def _is_adapter_of(given: Comparison) -> bool:
+    """Return whether the tuned model is an adapter and the base a whole model, which it is put on."""
+    tuned, base = ((Path(name) / ADAPTER).is_file() for name in (given.tuned, given.base))
+    return tuned and not base
+
+
+def append_step_summary(text: str) -> None:
+    """Append Markdown to the summary of a GitHub Actions step, where this is one."""
+    if path := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
