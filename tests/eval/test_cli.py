@@ -34,10 +34,13 @@ def test_predict_then_score_gives_a_line_and_the_same_number_as_json(run, tiny_c
     predict = ("predict", "--model", tiny_clip, "--task", "digits", "--output", output, "--device", "cpu")
     assert run(*predict)[:2] == (0, f"{output}: 30 predicted now, 30 in all\n")
     assert run(*predict)[1] == f"{output}: 0 predicted now, 30 in all\n"
-    code, line, _ = run("score", "--task", "digits", "--predictions", output)
+    code, text, _ = run("score", "--task", "digits", "--predictions", output)
+    line, errors = text.splitlines()
     record = json.loads(run("score", "--task", "digits", "--predictions", output, "--json")[1])
-    assert code == 0 and line.startswith("digits v1 (test): accuracy v1 ") and line.endswith("/30)\n")
+    assert code == 0 and line.startswith("digits v1 (test): accuracy v1 ") and line.endswith("/30)")
     assert record["score"] == 100 * record["correct"] / 30
+    assert errors.startswith("errors: ")
+    assert sum(int(word) for word in errors.split() if word.isdigit()) == 30 - record["correct"]
 
 
 @pytest.fixture
