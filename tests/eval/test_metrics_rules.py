@@ -6,9 +6,11 @@ import random
 import pytest
 
 from llava_keeplora_eval import EvalError, load_metric
-from llava_keeplora_eval.metrics import METRICS, AnswerMetric
+from llava_keeplora_eval.metrics import METRICS, AnswerMetric, general
 
-RULES = [name for name, record in METRICS.items() if isinstance(record, AnswerMetric)]
+#: Rules of benchmarks of general ability: their references must be labels, and they have tests of their own.
+GENERAL = {record.name for record in general.METRICS}
+RULES = [name for name, record in METRICS.items() if isinstance(record, AnswerMetric) and name not in GENERAL]
 GIVEN = {
     "question": "What is it?",
     "image": "images/map_1.png",
