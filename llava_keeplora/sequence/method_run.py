@@ -207,9 +207,7 @@ class MethodRun(MethodState):
             self._next()
         except RunError as error:
             raise RunError(f"{self.journal.path}: {error.problem}", error.cure) from None
-        if self.context.rank == 0:
-            set_aside(self)
-        self.context.barrier()
+        set_aside(self)
         self.journal.verify()
         for entry in self.journal.entries:
             if entry.stage == Stage.PLANNED:
