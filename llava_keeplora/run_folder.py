@@ -168,7 +168,7 @@ SCHEMAS: dict[str, Any] = {
         "training": dict,
     },
     VERSIONS: Each(str),
-    SCORES: Each({"score": NUMBER, "errors?": Each(COUNT), "confusions?": [list]}),
+    SCORES: Each({"score": NUMBER, "n?": COUNT, "errors?": Each(COUNT), "confusions?": [[(str, COUNT)]]}),
     PREPARED: {
         "layers": Each({"rank": COUNT, "alpha": NUMBER, "train_A": bool, "train_B?": bool}),
         "report": {"gradient?": Each({"captured?": ANY_NUMBER}), "left_out?": Each(str)},
@@ -254,6 +254,13 @@ def _missing_pairs(name: str, content: Mapping[str, Any]) -> Iterator[tuple[str,
         for index, record in enumerate(content["history"]):
             if "loss" in record and "step" not in record:
                 yield f"history[{index}].step", "missing, and loss has it"
+    if name == SCORES:
+        for task, score in content.items():
+            if "errors" in score and "n" not in score:
+                yield f"{task[:80]}.n", "missing, and errors has it"
+            for index, confusion in enumerate(score.get("confusions", ())):
+                if list(map(type, confusion)) != [str, str, int]:
+                    yield f"{task[:80]}.confusions[{index}]", "no class, prediction and number"
 
 
 def record_digest(record: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from llava_keeplora.export.loaded_run import Base, load_learned_run
 from llava_keeplora.export.state import write_state
 from llava_keeplora.records import MOST_DEEP, read_object
 from llava_keeplora.report import run_report
-from llava_keeplora.run_folder import SCHEMAS, read_record
+from llava_keeplora.run_folder import GUARD, SCHEMAS, read_record
 from llava_keeplora.saved_run import extended
 from llava_keeplora.sequence.fork import fork
 from llava_keeplora_eval.files import file_hash
@@ -225,6 +225,12 @@ def test_a_record_says_where_it_is_wrong(tmp_path):
             r"history\[1\].step is missing",
         ),
         ("train.json", {"history": 3}, "history is 3 instead of a list"),
+        (
+            "scores.json",
+            {"a": {"score": 1, "n": 2, "confusions": [["x", "y"]]}},
+            r"a.confusions\[0\] is no class, prediction and number",
+        ),
+        ("scores.json", {"a": {"score": 1, "errors": {"other": 1}}}, "a.n is missing, and errors has it"),
     ],
 )
 def test_a_record_holds_what_goes_together(tmp_path, name, content, place):
@@ -244,6 +250,9 @@ def test_a_record_nested_as_deep_as_the_limit_is_read_and_one_level_more_is_refu
 
 def test_every_record_of_a_run_has_a_schema_that_it_follows(whole_run):
     read = [path for path in whole_run.rglob("*.json") if path.name in SCHEMAS]
-    assert {path.name for path in read} == SCHEMAS.keys() - {"training.json"}
+    assert {path.name for path in read} == SCHEMAS.keys() - {
+        "training.json",
+        GUARD,
+    }  # of runs with a guard alone
     for path in read:
         read_record(path)
