@@ -39,6 +39,8 @@ from llava_keeplora.subspace import FeatureDirections, HeldOut
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+#: Kind of a pass → the setting of the share that it reads.
+FRACTIONS = {"gradient": "gradient_fraction", "feature": "feature_fraction"}
 #: The part of the energy that A of all data holds, over all layers, that A may be expected to lose.
 GRADIENT_LOSS = 0.01
 #: The most that a layer's M_t may be expected to hold less than ε_f of the energy of all features.
@@ -116,7 +118,7 @@ def most_read(method: Any, budgets: Sequence[Budget]) -> str:
     most = {
         kind: sum(reading_sizes(b.examples, limit * b.seen)[-1] for b in budgets if b.examples)
         for kind, limit in limits.items()
-        if getattr(method, f"{kind}_fraction", None) == AUTO
+        if getattr(method, FRACTIONS[kind], None) == AUTO
     }
     if not most:
         return ""
@@ -202,7 +204,7 @@ class Reader:
             record["share"],
             record["ended_by"],
             "an unknown part" if loss is None else f"at most {loss:.4f}",
-            f" (`{self.kind}_fraction: 1.0` reads all of them)" * (record["ended_by"] == "cost"),
+            f" (`{FRACTIONS[self.kind]}: 1.0` reads all of them)" * (record["ended_by"] == "cost"),
         )
 
 
