@@ -215,7 +215,7 @@ def test_a_run_of_images_that_were_decoded_otherwise_is_refused_with_the_reason(
     )
     old = tasks[0].record()
     old["train"] = old["train"] | {"fingerprint": "of the bytes alone"}
-    context = SimpleNamespace(config=SimpleNamespace(seed=0), general={})
+    context = SimpleNamespace(config=SimpleNamespace(seed=0), general={}, tasks=tasks)
     run = SimpleNamespace(
         tasks=tasks,
         folder="run",
