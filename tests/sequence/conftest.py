@@ -10,6 +10,7 @@ from PIL import Image
 
 from doors import Begun
 from llava_keeplora.config import parse_config
+from llava_keeplora.run_folder import REPORT_JSON
 from llava_keeplora.sequence import runner, trainer
 from llava_keeplora.sequence.workspace import Workspace
 from llava_keeplora_eval import predictions
@@ -92,7 +93,7 @@ def left_behind():
         files = sorted(
             p
             for p in Path(root).rglob("*")
-            if p.is_file() and p.name not in VOLATILE and p.suffix not in REPORT
+            if p.is_file() and p.name not in (*VOLATILE, REPORT_JSON) and p.suffix not in REPORT
         )
         return {
             str(p.relative_to(root)): journal_of(p.parent) if p.name == "journal.jsonl" else file_hash(p)
