@@ -94,7 +94,7 @@ def train(state: MethodState, index: int) -> Outcome:
     info = {
         "steps": history["steps"],
         "trained_parameters": trained_parameters,
-        "training_examples": len(context.inputs[index - 1]),
+        "training_examples": len(state.inputs[index - 1]),
         "examples": {str(source): count for source, count in sorted(examples.items())},
     }
     return files, info | context.objects.callback_names()
@@ -107,7 +107,7 @@ def _untrained(state: MethodState, index: int) -> Outcome:
         save_deltas(delta_path, {})
         write_json(log_path, {"steps": 0, "history": [], "report": {}})
     state.context.barrier()
-    examples = {"training_examples": len(state.context.inputs[index - 1]), "examples": {}}
+    examples = {"training_examples": len(state.inputs[index - 1]), "examples": {}}
     return [delta_path, log_path], {"steps": 0, "trained_parameters": 0} | examples
 
 
