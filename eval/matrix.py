@@ -163,6 +163,10 @@ class Matrix:
             return None
         return Matrix(self.tasks, self.zero_shot, [self.zero_shot] * len(self.tasks))
 
+    def or_constant(self) -> Matrix:
+        """Return the matrix itself, or `constant_zero_shot` if the model was only scored untouched."""
+        return self if self.started else self.constant_zero_shot() or self
+
     def labelled_rows(self) -> list[tuple[str, list[float | None]]]:
         """Return (name, cells) of every row, the zero-shot row first if measured; a bound has one more."""
         first = [] if self.zero_shot is None else [(ZERO_SHOT, self.zero_shot)]

@@ -160,12 +160,11 @@ def _confusions(
     """Return the most frequent confusions; None for other tasks than classification."""
     if data.recipe.kind != "classification" or not isinstance(record, AnswerMetric):
         return None
-    wrong = []
-    for i, text in enumerate(texts):
-        given = {key.removesuffix("s"): values[i] for key, values in inputs.items()}
-        if not is_blank(text) and not record.score(text, references[i], **given):
-            wrong.append((references[i][0], text))
-    return top_confusions(wrong)
+    scores = record.example_scores(texts, references, **inputs)
+    rows = zip(texts, references, scores, strict=True)
+    return top_confusions(
+        (accepted[0], text) for text, accepted, got in rows if not got and not is_blank(text)
+    )
 
 
 def _percent(value: Any, record: MetricRecord) -> Any:

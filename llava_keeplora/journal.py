@@ -17,6 +17,7 @@ from llava_keeplora.run_folder import (
     CONSOLIDATED,
     INFO,
     PLAN,
+    ROLLBACK,
     ROLLED_BACK,
     SCORES,
     STAGES,
@@ -147,7 +148,7 @@ def open_stages(
 def _closing(key: tuple[int, Stage], done: Mapping[tuple[int, str], Entry]) -> tuple[int, Stage]:
     """Return a stage, or ROLLED_BACK in the place of CLOSED if the task's verdict says so."""
     verdict = done.get((key[0], Stage.GUARDED)) if key[1] == Stage.CLOSED else None
-    return (key[0], Stage.ROLLED_BACK) if verdict and verdict.info.get(THEN) == "rollback" else key
+    return (key[0], Stage.ROLLED_BACK) if verdict and verdict.info.get(THEN) == ROLLBACK else key
 
 
 def _without_scores(done: Mapping[tuple[int, str], Entry]) -> dict[tuple[int, str], Entry]:
@@ -157,13 +158,6 @@ def _without_scores(done: Mapping[tuple[int, str], Entry]) -> dict[tuple[int, st
 def planned(plan: Entry) -> int:
     """Return how many tasks a run had when it was planned."""
     return len(plan.info.get("tasks", ()))
-
-
-def next_stage(
-    entries: Sequence[Entry], tasks: int, learns: bool = True, guarded: bool = False
-) -> tuple[int, Stage] | None:
-    """Return the stage to run next as (task, stage); None when every task is closed; see `open_stages`."""
-    return next(iter(open_stages(entries, tasks, learns, guarded)), None)
 
 
 class Journal:

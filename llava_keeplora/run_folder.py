@@ -126,6 +126,8 @@ BASE_STAGES = (Stage.PLANNED, Stage.CONSOLIDATED, Stage.EVALUATED, Stage.CLOSED)
 PLAN = (0, Stage.PLANNED)
 #: Keys of an entry's `info`: what follows from the verdict, and where a task that was rolled back is.
 THEN, ROLLED_BACK = "then", "rolled_back"
+#: What happens after a task that breaks a limit of the guard, the value of THEN.
+ROLLBACK, STOP, WARN = "rollback", "stop", "warn"
 #: Schema of a journal entry's `info`, as far as it is read; see `llava_keeplora.records.mismatches`.
 INFO = {
     "tasks?": [{"task?": str}],

@@ -364,9 +364,17 @@ class AnswerMetric(MetricRecord):
     ) -> UnitScores:
         """See ``MetricRecord.unit_scores``."""
         self._check_given(predictions, references, inputs)
+        return self._in_units(self._scores(predictions, references, inputs), inputs)
+
+    def _scores(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Answers],
+        inputs: Mapping[str, Sequence[Any]],
+    ) -> list[float]:
+        """Return the score of every answer, 0 to 1."""
         pairs = enumerate(zip(predictions, references, strict=True))
-        scores = [self.score(text, answers, **self._of_example(inputs, i)) for i, (text, answers) in pairs]
-        return self._in_units(scores, inputs)
+        return [self.score(text, answers, **self._of_example(inputs, i)) for i, (text, answers) in pairs]
 
     def _in_units(self, scores: list[float], inputs: Mapping[str, Sequence[Any]]) -> UnitScores:
         members = self.units(len(scores), **inputs)
@@ -383,11 +391,7 @@ class AnswerMetric(MetricRecord):
         self, predictions: Sequence[str], references: Sequence[Answers], **inputs: Sequence[Any]
     ) -> list[float]:
         """See ``MetricRecord.example_scores``."""
-        pairs = enumerate(zip(predictions, references, strict=True))
-        return [
-            self.score(text, answers, **self._of_example(inputs, i)) * self.to_percent
-            for i, (text, answers) in pairs
-        ]
+        return [score * self.to_percent for score in self._scores(predictions, references, inputs)]
 
     def unmeetable(self, references: Sequence[Answers], **inputs: Sequence[Any]) -> list[int]:
         """See ``MetricRecord.unmeetable``."""

@@ -150,11 +150,7 @@ def _rows(results: Results) -> dict[str, tuple[list[float], list[float]]]:
     """Return label → Last and Transfer of its trials; bounds, which have no Transfer, are left out."""
     rows = {}
     for label, trials in results.items():
-        matrices = [
-            trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix
-            for trial in trials
-        ]
-        points = [point for matrix in matrices if (point := _point(matrix.metrics()))]
-        if len(points) == len(matrices):
+        points = [point for trial in trials if (point := _point(trial.matrix.or_constant().metrics()))]
+        if len(points) == len(trials):
             rows[label] = ([last for last, _ in points], [transfer for _, transfer in points])
     return rows

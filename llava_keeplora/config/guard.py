@@ -9,9 +9,8 @@ from typing import Any
 
 from llava_keeplora.config.coerce import build
 from llava_keeplora.errors import ConfigError, nearest
+from llava_keeplora.run_folder import ROLLBACK, STOP, WARN
 
-#: What happens after a task that breaks a limit.
-ROLLBACK, STOP, WARN = "rollback", "stop", "warn"
 ON_FAILURE = (ROLLBACK, STOP, WARN)
 
 

@@ -13,7 +13,7 @@ import torch
 from llava_keeplora.errors import ConfigError, UserError
 from llava_keeplora.files import write_json
 from llava_keeplora.guard.judge import WATCH, Limit, judge
-from llava_keeplora.run_folder import GUARD, file_name
+from llava_keeplora.run_folder import GUARD, THEN, file_name
 from llava_keeplora_eval import predict_to_file
 from llava_keeplora_eval.models import ADAPTER, load_predictor, made_by
 from llava_keeplora_eval.paired_scores import check_comparable, paired_change
@@ -66,7 +66,7 @@ def compare_checkpoints(given: Comparison, watch: Sequence[str]) -> dict[str, An
         limits = [_limit(given, data) for data in splits]
     except UserError as error:
         raise ConfigError(f"the guard can't be evaluated: {error.problem}", error.cure) from error
-    verdict = judge(given.tuned, limits, given.confidence) | {"then": None}
+    verdict = judge(given.tuned, limits, given.confidence) | {THEN: None}
     write_json(given.into / GUARD, verdict)
     return verdict
 

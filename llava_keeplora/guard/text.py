@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llava_keeplora.run_folder import ROLLBACK, STOP, THEN, WARN
 from llava_keeplora_eval.paired_bootstrap import Outcome
 
 
@@ -14,9 +15,9 @@ def headline(verdict: Mapping[str, Any]) -> str:
         outcome: sum(record["outcome"] == outcome for record in verdict["limits"]) for outcome in Outcome
     }
     parts = [f"{number} {outcome}" for outcome, number in count.items() if number]
-    then = {"rollback": "rolled back", "stop": "stopped here", "warn": "kept all the same"}
+    then = {ROLLBACK: "rolled back", STOP: "stopped here", WARN: "kept all the same"}
     what = "ship" if verdict["ship"] else "don't ship"
-    after = then.get(verdict.get("then") or "", "")
+    after = then.get(verdict.get(THEN) or "", "")
     limits = "limit" if len(verdict["limits"]) == 1 else "limits"
     return (
         f"{verdict['task']}: {what}{f' ({after})' if after else ''}; of {len(verdict['limits'])} {limits}, "

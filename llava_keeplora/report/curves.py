@@ -128,7 +128,7 @@ def _level(matrix: Matrix) -> Matrix:
     """Return the matrix of a model that never changes where the scores are the base's or a bound's."""
     if matrix.bound:
         return Matrix(matrix.tasks, matrix.rows[-1], [matrix.rows[-1]] * len(matrix.tasks))
-    return matrix if matrix.started else matrix.constant_zero_shot() or matrix
+    return matrix.or_constant()
 
 
 def _tasks(results: Results) -> list[str]:

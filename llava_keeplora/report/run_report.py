@@ -271,7 +271,8 @@ def read_results(run: Path) -> dict[str, Matrix]:
 
 def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
     """Read all results from a method's folder."""
-    tasks = _folders(folder, matrix)
+    gone = rolled_back(Journal(folder / JOURNAL).entries)
+    tasks = _folders(folder, matrix, gone)
     capacity = read_capacity(folder)
     return Trial(
         matrix=matrix,
@@ -284,13 +285,12 @@ def read_trial(folder: Path, matrix: Matrix, seed: int, run: str) -> Trial:
         costs=read_costs(folder),
         needs=read_needs(folder),
         scores=[read_record(path) for path in task_files(folder, SCORES)],
-        rolled_back=rolled_back(Journal(folder / JOURNAL).entries),
+        rolled_back=gone,
     )
 
 
-def _folders(folder: Path, matrix: Matrix) -> dict[str, Path]:
-    """Return task → its folder; of one that was rolled back, a path where nothing is."""
-    gone = rolled_back(Journal(folder / JOURNAL).entries)
+def _folders(folder: Path, matrix: Matrix, gone: Sequence[str]) -> dict[str, Path]:
+    """Return task → its folder; of one that was rolled back (`gone`), a path where nothing is."""
     learned = [name for name in matrix.tasks if name not in gone]
     places = {name: task_folder(index, name) for index, name in enumerate(learned, start=1)}
     return {name: folder / places.get(name, ASIDE) for name in matrix.tasks}

@@ -58,8 +58,4 @@ def draw_sweep(
 
 def _numbers(trials: Sequence[Trial], title: str) -> list[float | None]:
     """Return one aggregate of every trial; for a model that never changes, that of its constant matrix."""
-    matrices = [
-        trial.matrix if trial.matrix.started else trial.matrix.constant_zero_shot() or trial.matrix
-        for trial in trials
-    ]
-    return [matrix.metrics()[COLUMNS[title]] for matrix in matrices]
+    return [trial.matrix.or_constant().metrics()[COLUMNS[title]] for trial in trials]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_keeplora.guard import headline
+from llava_keeplora.report.html import html_rows, html_table
 from llava_keeplora.run_folder import GUARD, read_record
 
 #: Columns of the table of limits.
@@ -33,14 +34,9 @@ def _verdict(verdict: Mapping[str, Any]) -> str:
 
 def _limits(verdict: Mapping[str, Any]) -> str:
     """Return a verdict's limits as a table, and the flipped examples of broken ones."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(record)) + "</tr>"
-        for record in sorted(verdict["limits"], key=lambda record: record["change"])
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    flips = "".join(map(_flips, verdict["limits"]))
-    return f'<div class="wide" tabindex="0">{table}</div>\n{flips}'
+    records = sorted(verdict["limits"], key=lambda record: record["change"])
+    table = html_table(COLUMNS, html_rows([_cells(record) for record in records]))
+    return table + "".join(map(_flips, verdict["limits"]))
 
 
 def _cells(record: Mapping[str, Any]) -> list[str]:
@@ -62,7 +58,6 @@ def _flips(record: Mapping[str, Any]) -> str:
     """Return the examples of a broken limit whose answers were better before."""
     if not record.get("flips"):
         return ""
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("picture", "question", "before", "after"))
     rows = ""
     for flip in record["flips"]:
         picture = flip.get("picture")
@@ -71,5 +66,4 @@ def _flips(record: Mapping[str, Any]) -> str:
         cells = "".join(f"<td>{escape(text)}</td>" for text in (asked, flip["before"], flip["after"]))
         rows += f"<tr><th scope=row>{image}<br>{escape(flip['id'])}</th>{cells}</tr>"
     title = f"Got worse in {record['task']}: {len(record['flips'])} of {record['worse'] or 'the'} examples"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'<h4>{escape(title)}</h4>\n<div class="wide" tabindex="0">{table}</div>\n'
+    return f"<h4>{escape(title)}</h4>\n{html_table(('picture', 'question', 'before', 'after'), rows)}"

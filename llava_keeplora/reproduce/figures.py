@@ -80,8 +80,7 @@ def compare(
 
 def _measured(matrix: Matrix, published: ExpectedConfig, why: Sequence[str]) -> dict[str, float | None]:
     """Return aggregate or task → the run's figure, of those that were published."""
-    # The untouched model's matrix has only a zero-shot row.
-    matrix = matrix if matrix.started else matrix.constant_zero_shot()
+    matrix = matrix.or_constant()
     metrics, last = matrix.metrics(), matrix.per_task()["last"]
     tasks = [task for task in published.last if task in matrix.tasks or not why]
     return {name: metrics[name] for name in published.figures} | {

@@ -18,7 +18,7 @@ def predictions_path(state: MethodState, index: int, task: Task) -> Path:
     return state.path(index, PREDICTIONS) / f"{file_name(task.name)}.jsonl"
 
 
-def predict(state: MethodState, index: int, task: Task, path: Path) -> None:
+def predict(state: MethodState, index: int, task: Task, path: Path, batch_size: int | None = None) -> None:
     """Answer this process's share of a task's test split; processes wait for each other only afterwards.
 
     Args:
@@ -26,6 +26,7 @@ def predict(state: MethodState, index: int, task: Task, path: Path) -> None:
         index: number of tasks learned.
         task: the task to answer.
         path: the file of the answers, continued if it exists.
+        batch_size: examples per forward pass; the configuration's when None.
     """
     context = state.context
     cost = context.family.eval_cost * context.world
@@ -33,7 +34,7 @@ def predict(state: MethodState, index: int, task: Task, path: Path) -> None:
         task_predictor(state, index, task),
         task.test,
         path,
-        batch_size=context.config.evaluation.batch_size,
+        batch_size=batch_size or context.config.evaluation.batch_size,
         advance=lambda count: context.progress.advance(cost * count),
         shard=(context.rank, context.world),
         # With ZeRO-3 every prediction gathers the weights from all processes, so all make equally many.

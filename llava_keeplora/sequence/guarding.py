@@ -16,16 +16,16 @@ from llava_keeplora.run_folder import (
     GUARD,
     PREDICTIONS,
     ROLLED_BACK,
+    THEN,
     WATCHED,
     Stage,
     file_name,
     read_record,
 )
-from llava_keeplora.sequence.answers import predict, task_predictor
+from llava_keeplora.sequence.answers import predict
 from llava_keeplora.sequence.method_state import MethodState, Outcome
 from llava_keeplora.start import Task
 from llava_keeplora.start.watched import chosen
-from llava_keeplora_eval import predict_to_file
 from llava_keeplora_eval.paired_scores import paired_change
 from llava_keeplora_eval.predictions import join_shards, read_predictions
 
@@ -49,7 +49,7 @@ def guard(state: MethodState, index: int) -> Outcome:
         state.context.progress.note("\n".join([f"{state.config.label} {lines[0]}", *lines[1:]]))
     state.context.barrier()
     verdict = read_record(record)
-    then = {"then": verdict["then"]} if verdict["then"] else {}
+    then = {THEN: verdict[THEN]} if verdict[THEN] else {}
     return [record, *paths], {"ship": verdict["ship"], **then}
 
 
@@ -108,7 +108,7 @@ def _verdict(state: MethodState, index: int) -> dict[str, Any]:
     settings = state.context.config.guard
     assert settings is not None, "the stage is of runs with a guard"
     verdict = judge(state.name(index), list(_limits(state, index)), settings.confidence)
-    return verdict | {"then": None if verdict["ship"] else settings.on_failure}
+    return verdict | {THEN: None if verdict["ship"] else settings.on_failure}
 
 
 def _limits(state: MethodState, index: int) -> Iterator[Limit]:
@@ -190,15 +190,7 @@ def _answer_otherwise(
         context.zero.engaged(context.family.model),
         torch.autocast(context.device.type, dtype or torch.bfloat16, enabled=dtype is not None),
     ):
-        predict_to_file(
-            task_predictor(state, 0, task),
-            task.test,
-            path,
-            batch_size=batch,
-            advance=lambda count: context.progress.advance(context.family.eval_cost * context.world * count),
-            shard=(context.rank, context.world),
-            rounds=context.most if context.zero.partitions else None,
-        )
+        predict(state, 0, task, path, batch)
     _join(state, task, path)
 
 

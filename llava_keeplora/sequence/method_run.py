@@ -12,11 +12,11 @@ from typing import Any
 
 from transformers import set_seed
 
-from llava_keeplora.config import STOP, ZERO_SHOT, MethodConfig
+from llava_keeplora.config import ZERO_SHOT, MethodConfig
 from llava_keeplora.distributed import all_gather_object
 from llava_keeplora.errors import RunError
 from llava_keeplora.journal import Entry, open_stages
-from llava_keeplora.run_folder import SCORES, Stage, differences, read_record
+from llava_keeplora.run_folder import SCORES, STOP, THEN, Stage, differences, read_record
 from llava_keeplora.sequence import auto_energy
 from llava_keeplora.sequence.adoption import check_sources
 from llava_keeplora.sequence.answers import predictions_path
@@ -127,7 +127,7 @@ class MethodRun(MethodState):
             guard is not None
             and guard.on_failure == STOP
             and any(
-                entry.info.get("then") == STOP and (task, Stage.CLOSED) in entries
+                entry.info.get(THEN) == STOP and (task, Stage.CLOSED) in entries
                 for (task, stage), entry in entries.items()
                 if stage == Stage.GUARDED
             )

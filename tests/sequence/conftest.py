@@ -10,6 +10,7 @@ from PIL import Image
 
 from doors import Begun
 from llava_keeplora.config import parse_config
+from llava_keeplora.journal import Journal
 from llava_keeplora.run_folder import REPORT_JSON
 from llava_keeplora.sequence import runner, trainer
 from llava_keeplora.sequence.workspace import Workspace
@@ -38,6 +39,28 @@ class Stopped(Exception):
 def stopped():
     """What to raise for a kill."""
     return Stopped
+
+
+@pytest.fixture
+def stop_at_every_stage(monkeypatch):
+    """Function (when) → every journal entry stops the run once, before or after it is written."""
+
+    def begin(when: str) -> None:
+        append, seen = Journal.append, set()
+
+        def stop(self, entry):
+            key = (self.path, len(self.entries), entry.stage)
+            first = key not in seen
+            seen.add(key)
+            if when == "after":
+                append(self, entry)
+            if first:
+                raise Stopped
+            append(self, entry)
+
+        monkeypatch.setattr(Journal, "append", stop)
+
+    return begin
 
 
 @pytest.fixture

@@ -64,20 +64,9 @@ def test_a_task_appended_in_the_configuration_extends_the_run_too(
 
 @pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_an_extension_stopped_at_every_stage_ends_with_the_same_files(
-    copied, three_tasks_run, drive, outcome, stopped, tiny_tasks, monkeypatch, when
+    copied, three_tasks_run, drive, outcome, stopped, stop_at_every_stage, tiny_tasks, when
 ):
-    append, seen = Journal.append, set()
-
-    def stop(self, entry):
-        first = (self.path, len(self.entries)) not in seen
-        seen.add((self.path, len(self.entries)))
-        if when == "after":
-            append(self, entry)
-        if first:
-            raise stopped
-        append(self, entry)
-
-    monkeypatch.setattr(Journal, "append", stop)
+    stop_at_every_stage(when)
     for starts in range(1, 100):
         try:
             drive(extended(copied, str(tiny_tasks[2])))

@@ -9,7 +9,6 @@ from llava_keeplora.config import parse_config
 from llava_keeplora.doctor import examine_run
 from llava_keeplora.errors import ConfigError
 from llava_keeplora.guard import exit_code
-from llava_keeplora.journal import Journal
 from llava_keeplora.saved_run import extended
 from llava_keeplora.sequence import guarding
 from llava_keeplora.sequence.fork import fork
@@ -84,28 +83,12 @@ def test_a_task_that_is_rolled_back_leaves_no_trace_in_the_next(guarded, driven,
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_kill_at_every_stage_of_a_guarded_run_ends_with_the_same_files(
-    guarded, drive, driven, breaks, stopped, left_behind, monkeypatch, tmp_path, when
+    guarded, run_to_the_end, driven, breaks, stop_at_every_stage, left_behind, tmp_path, when
 ):
     breaks("stripes")
     whole = left_behind(driven(guarded(tmp_path / "whole", [0, 1, 2], on_failure="rollback")))
-    append, seen = Journal.append, set()
-
-    def stop(self, entry):
-        first = (self.path, len(self.entries), entry.stage) not in seen
-        seen.add((self.path, len(self.entries), entry.stage))
-        if when == "after":
-            append(self, entry)
-        if first:
-            raise stopped
-        append(self, entry)
-
-    monkeypatch.setattr(Journal, "append", stop)
-    for _ in range(60):
-        try:
-            drive(guarded(tmp_path / "run", [0, 1, 2], on_failure="rollback"))
-            break
-        except stopped:
-            continue
+    stop_at_every_stage(when)
+    run_to_the_end(guarded(tmp_path / "run", [0, 1, 2], on_failure="rollback"))
     assert left_behind(tmp_path / "run") == whole
 
 

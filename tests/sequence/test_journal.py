@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llava_keeplora.errors import RunError
-from llava_keeplora.journal import Entry, Journal, next_stage, open_stages
+from llava_keeplora.journal import Entry, Journal, open_stages
 from llava_keeplora.run_folder import BASE_STAGES, STAGES
 from llava_keeplora_eval.files import file_hash
 
@@ -21,6 +21,10 @@ def entries(order, tasks=2):
         plans = sum((e.task, e.stage) == (0, "PLANNED") for e in found)
         found.append(Entry(*pair, info={"tasks": [{}] * (tasks + plans)} if pair == (0, "PLANNED") else {}))
     return found
+
+
+def next_stage(done, **run):
+    return next(iter(open_stages(done, **run)), None)
 
 
 @pytest.mark.parametrize("done", range(len(ORDER)))
