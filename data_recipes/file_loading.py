@@ -127,14 +127,15 @@ def _readable(
     problems: list[RecipeError] | None,
 ) -> tuple[list[Row], list[str]]:
     """Return the rows whose images can all be read, and the ids of the others."""
-    bad = images.check(where)
+    # An image of several examples is reported with the first of them; one that no example shows (the same
+    # picture in a second column) is no matter.
+    owners = {p: r.id for r in reversed(rows) for p in r.images}
+    bad = {p: why for p, why in images.check(where).items() if p in owners}
     if not bad:
         return rows, []
     good = [r for r in rows if not any(p in bad for p in r.images)]
     dropped = [r.id for r in rows if any(p in bad for p in r.images)]
-    # An image of several examples is reported with the first of them.
-    owners = {p: r.id for r in reversed(rows) for p in r.images}
-    counted = f"{len(bad)} of {len(images)} images of {where} cannot be read"
+    counted = f"{len(bad)} of {len(owners)} images of {where} cannot be read"
     named = _once_per_video(sorted(bad), images)
     if problems is not None:
         problems += [
@@ -144,7 +145,6 @@ def _readable(
                 "replace it, or correct its path",
             )
             for p in named
-            if p in owners
         ]
     elif on_bad_image == "refuse":
         first = ", ".join(f"{owners[p]}: {bad[p]}" for p in named[:3])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_keeplora.run_folder import ROLLBACK, STOP, THEN, WARN
+from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_eval.paired_bootstrap import Outcome
 
 
@@ -84,5 +85,4 @@ def verdict_markdown(verdict: Mapping[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     """Return text for a cell of a Markdown table, at most 200 characters, with its markup escaped."""
-    short = " ".join(text.split())[:200]
-    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>#|!" else sign for sign in short)
+    return markdown_text(" ".join(text.split())[:200])

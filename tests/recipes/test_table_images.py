@@ -91,6 +91,15 @@ def test_one_image_in_two_columns_is_one_in_bytes_and_by_its_path(task, make, tm
     assert data.image_counts == [1, 1, 1] and len(set(data.digests)) == 2
 
 
+def test_a_broken_image_in_two_columns_is_one_broken_image(task, make, tmp_path):
+    broken = pa.array([{"bytes": b"broken", "path": None}, *held(make, 0)], STRUCT)
+    recipe = task({"a.parquet": {"image": broken, "images": pa.array([[c] for c in broken.to_pylist()])}})
+    with pytest.raises(RecipeError, match=r"1 of 2 images of pets/train cannot be read \(train-0: [^,]*\)"):
+        load_split(recipe, "train", tmp_path)
+    data, problems = inspect_split(recipe, "train", tmp_path)
+    assert data.ids == ["train-1"] and len(problems) == 1
+
+
 EMPTY, FULL = {"image": pa.array([], pa.string())}, {"image": ["pictures/0.png"]}
 HUB = {"source": {"format": "hub", "path": "set"}, "splits": {"train": "train"}}
 
