@@ -1,8 +1,9 @@
-"""The command `guard`: the verdict on two checkpoints or adapters that were made elsewhere."""
+"""The command `guard`: the verdict on two checkpoints or adapters, and files that ask for it."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,13 @@ def add_guard(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "judge a tuned checkpoint or adapter against its base on recipes that it must not get worse at",
         run_guard,
         resumes=True,
+    )
+    parser.add_argument(
+        "init",
+        nargs="?",
+        choices=["init"],
+        metavar="init",
+        help="instead of judging now, write a GitHub workflow and a pre-commit hook that do so",
     )
     model = "a folder with a checkpoint or an adapter, or an id on the Hub"
     parser.add_argument("--base", required=True, help=f"the model before: {model}")
@@ -48,14 +56,17 @@ def add_guard(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run_guard(args: argparse.Namespace) -> int:
-    """Print the verdict on two models and return its exit code."""
+    """Print the verdict on two models and return its exit code; or write the files that ask for it."""
     with without_collection():
         from llava_keeplora.config.guard import DropLimit
+        from llava_keeplora.errors import UserError
         from llava_keeplora.guard import DONT_SHIP, verdict_lines
         from llava_keeplora.guard.checkpoints import Comparison, append_step_summary, compare_checkpoints
-        from llava_keeplora.guard.text import verdict_markdown
+        from llava_keeplora.guard.text import error_markdown, verdict_markdown
 
     DropLimit(args.max_drop)
+    if args.init:
+        return _write_ci(args)
     given = Comparison(
         args.base,
         args.tuned,
@@ -66,10 +77,46 @@ def run_guard(args: argparse.Namespace) -> int:
         args.batch_size,
         args.max_new_tokens,
     )
-    verdict = compare_checkpoints(given, args.watch)
+    try:
+        verdict = compare_checkpoints(given, args.watch)
+    except UserError as error:
+        append_step_summary(error_markdown(error))
+        raise
     text = verdict_markdown(verdict)
     append_step_summary(text)
     if args.summary:
         Path(args.summary).write_text(text, encoding="utf-8")
     sys.stdout.write("\n".join(verdict_lines(verdict)) + "\n")
     return 0 if verdict["ship"] else DONT_SHIP
+
+
+#: Options that a written command line has where they differ from their default.
+OPTIONAL = ("confidence", "data_root", "batch_size", "max_new_tokens", "summary")
+
+
+def _write_ci(args: argparse.Namespace) -> int:
+    """Write the workflow and the hook into this folder, and say what is left to do."""
+    from llava_keeplora.guard.ci import write_ci
+    from llava_keeplora_recipes import load_recipe
+
+    for task in args.watch:
+        load_recipe(task)  # A name that is no recipe is refused now, not in the first pull request.
+    words = ["llava-keeplora", "guard", "--base", args.base, "--tuned", args.tuned, "--watch", *args.watch]
+    words += ["--max-drop", f"{args.max_drop:g}", "--into", args.into]
+    defaults = add_guard(argparse.ArgumentParser().add_subparsers())
+    for name in OPTIONAL:
+        if (value := getattr(args, name)) != defaults.get_default(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    named = [args.base, args.tuned, *args.watch]
+    places = [place for place in named if os.path.exists(place)]
+    inside = [os.path.relpath(place) for place in places if not os.path.relpath(place).startswith(os.pardir)]
+    written = write_ci(Path(), words, args.into, inside)
+    lines = [f"written: {path}" for path in written]
+    lines += [
+        f"note: {place} is another place on every machine; name it by a path inside of the repository"
+        for place in places
+        if os.path.isabs(place) or os.path.relpath(place) not in inside
+    ]
+    lines.append(f"next: add {args.into}/ to .gitignore, commit both files, and run pre-commit install")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0

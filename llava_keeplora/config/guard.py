@@ -20,8 +20,8 @@ class WatchConfig:
 
     Args:
         task: a shipped recipe or a YAML file; its split `test` is answered.
-        examples: how many of its examples are answered at most, chosen by their ids, those that the metric scores
-            together as a whole; all when None.
+        examples: how many of its examples are answered at most, chosen by their ids, those that the metric
+            scores together as a whole; all when None.
     """
 
     task: str = ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,22 +86,31 @@ def _answers(
 ) -> dict[str, str]:
     """Return a model's answers, from its file as far as they are there.
 
+    The file is named after the model's content and the data's, so that a changed model, or a changed recipe,
+    is answered anew, and the base is not.
+
     Args:
         given, data: what is compared, and the examples.
         model: the model.
         folder: where its answers are kept.
         otherwise: whether to answer with other batches, in another precision.
     """
-    path = given.into / folder / f"{file_name(data.recipe.name)}.jsonl"
     base = given.base if folder == "tuned" and _is_adapter_of(given) else None
     device = default_device()
     predictor = load_predictor(model, data.recipe, device, given.max_new_tokens, base)
     check_questions(predictor.preparation, data)
     size = max(1, given.batch_size // 2) if otherwise else given.batch_size
     maker = made_by(model, predictor, base) | ({"noise": f"batches of {size}, bfloat16"} if otherwise else {})
+    path = given.into / folder / f"{file_name(data.recipe.name)}-{_key(maker, data)}.jsonl"
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=otherwise):
         predict_to_file(predictor, data, path, size, made_by=maker)
     return read_predictions(path, data)
+
+
+def _key(maker: Mapping[str, Any], data: TaskData) -> str:
+    """Return a name for what answers depend on."""
+    content = [maker, data.recipe.name, data.recipe.version, data.fingerprint]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _is_adapter_of(given: Comparison) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llava_keeplora.errors import UserError
 from llava_keeplora.run_folder import ROLLBACK, STOP, THEN, WARN
 from llava_keeplora_eval.markup import markdown_text
 from llava_keeplora_eval.paired_bootstrap import Outcome
@@ -81,6 +82,11 @@ def verdict_markdown(verdict: Mapping[str, Any]) -> str:
             cells = (flip["id"], flip["question"] or "", flip["before"], flip["after"])
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def error_markdown(error: UserError) -> str:
+    """Return an error that left no verdict as Markdown."""
+    return f"## No verdict\n\n{markdown_text(str(error))}\n"
 
 
 def _cell(text: str) -> str:

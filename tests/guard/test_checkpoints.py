@@ -1,14 +1,24 @@
 """`llava-keeplora guard` on two checkpoints: the verdict, its exit code, and what a pull request shows."""
 
 import json
+import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from llava_keeplora.cli import main
 from llava_keeplora.guard.text import verdict_markdown
+from llava_keeplora_eval.models import resolve_model
+
+TINY = Path(resolve_model("tiny-clip"))
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +42,32 @@ def test_a_model_that_did_not_change_ships_and_its_answers_are_kept(
     assert "ship; of 1 limit" in out and "noise" in out
     assert (tmp_path / "step.md").read_text() == (tmp_path / "same.md").read_text()
     assert {p.parent.name for p in (tmp_path / "same").rglob("*.jsonl")} == {"base", "tuned", "noise"}
-    # Answers of another model are not taken for this one's.
-    other = Path(shutil.copytree(tiny_clip, tmp_path / "other"))
-    weights = load_file(other / "model.safetensors")
+    # Answers of another model are not taken for this one's; the base's are kept.
+    broken = other_model(tiny_clip, tmp_path / "broken")
+    judged(tmp_path / "same", tiny_clip, broken, watched)
+    assert "4 worse, 2 better" in capsys.readouterr().out
+    count = Counter(p.parent.name for p in (tmp_path / "same").rglob("*.jsonl"))
+    assert count == {"base": 1, "tuned": 2, "noise": 1}
+
+
+def other_model(source: Path, path: Path) -> Path:
+    """Copy a model and turn its text features around, so that it answers wrong."""
+    shutil.copytree(source, path)
+    weights = load_file(path / "model.safetensors")
     weights["text_projection.weight"] *= -1
-    save_file(weights, other / "model.safetensors", {"format": "pt"})
-    assert judged(tmp_path / "same", tiny_clip, other, watched) == 2
-    assert "that were made otherwise (model differ)" in capsys.readouterr().err
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
 
 
-def test_a_recipe_that_is_gone_is_code_2_and_one_sentence(tiny_clip, tmp_path, capsys):
+def test_a_recipe_that_is_gone_is_code_2_and_one_sentence(tiny_clip, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "step.md"))
     assert judged(tmp_path / "none", tiny_clip, tiny_clip, str(tmp_path / "gone.yaml")) == 2
     error = capsys.readouterr().err
     assert (
         error.startswith("error: the guard can't be evaluated: there is no recipe file")
         and error.count("\n") == 1
     )
+    assert (tmp_path / "step.md").read_text().startswith("## No verdict\n\nthe guard can't be evaluated")
 
 
 def test_text_of_a_model_is_no_markup_of_the_summary():
@@ -69,3 +89,76 @@ def test_text_of_a_model_is_no_markup_of_the_summary():
         text.startswith("## t: don't ship") and r"a\|b" in text and r"&lt;img src=x&gt; # !\[\](y) |" in text
     )
     assert json.dumps(text).count("\\n") == text.count("\n")
+
+
+# --- guard init --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A folder with two models and a recipe on rendered data, and the command that writes the files."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, "base model")
+    other_model(TINY, tmp_path / "tuned")
+    Path("faq.yaml").write_text("extends: shapes\nname: faq\n")
+    words = ["guard", "init", "--base", "base model", "--tuned", "tuned", "--watch", "faq.yaml", "digits"]
+    return lambda *more: main([*words, *more])
+
+
+def written() -> tuple[str, dict]:
+    """The script of the workflow's step, and the hook."""
+    workflow = yaml.safe_load(Path(".github/workflows/guard.yml").read_text())
+    assert workflow[True] == {"pull_request": None, "workflow_dispatch": None}  # YAML 1.1 reads `on` as true.
+    (job,) = workflow["jobs"].values()
+    (script,) = [step["run"] for step in job["steps"] if step.get("name") == "Judge the checkpoint"]
+    hooks = yaml.safe_load(Path(".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    return script, hooks[0]
+
+
+def test_init_writes_a_workflow_and_a_hook_that_run_the_command(repository, capsys):
+    assert repository("--max-drop", "2.5", "--batch-size", "8", "--into", "judged") == 0
+    script, hook = written()
+    expected = ["llava-keeplora", "guard", "--base", "base model", "--tuned", "tuned", "--watch", "faq.yaml"]
+    expected += ["digits", "--max-drop", "2.5", "--into", "judged", "--batch-size", "8"]
+    assert shlex.split(script.replace("\\\n", " ")) == expected == shlex.split(hook["entry"])
+    started = re.compile(hook["files"])
+    assert all(
+        started.search(name) for name in ("tuned/model.safetensors", "faq.yaml", "base model/config.json")
+    )
+    assert not any(started.search(name) for name in ("tuned.md", "docs/faq.yaml", "faq_yaml"))
+    out = capsys.readouterr().out
+    assert "written: .github/workflows/guard.yml" in out and "add judged/ to .gitignore" in out
+
+
+def test_init_overwrites_nothing_and_writes_nothing_then(repository, capsys):
+    Path(".pre-commit-config.yaml").write_text("repos: []\n")
+    assert repository() == 2
+    assert re.search(r"\.pre-commit-config\.yaml exists already.*by hand", capsys.readouterr().err)
+    assert Path(".pre-commit-config.yaml").read_text() == "repos: []\n" and not Path(".github").exists()
+
+
+def test_init_refuses_a_recipe_that_is_none_and_notes_a_place_outside(repository, capsys, tmp_path):
+    assert repository("--watch", "gone.yaml") == 2 and "gone.yaml" in capsys.readouterr().err
+    assert repository("--tuned", str(tmp_path / "tuned")) == 0
+    assert "note: " + str(tmp_path / "tuned") in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_workflow_and_the_hook_do_what_they_say(repository, tmp_path):
+    """The step's script in GitHub's shell, and the hook's entry as pre-commit calls it."""
+    assert repository() == 0
+    script, hook = written()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
+    Path("step.sh").write_text(script)
+    step = ["bash", "-e", "step.sh"]
+    done = subprocess.run(step, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 3 and "don't ship" in done.stdout
+    summary = Path("summary.md").read_text()
+    assert summary.startswith("## tuned: don't ship") and "Got worse in faq:" in summary
+    shutil.rmtree("tuned")
+    shutil.copytree(TINY, "tuned")
+    done = subprocess.run(
+        shlex.split(hook["entry"]), env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0 and "tuned: ship" in done.stdout

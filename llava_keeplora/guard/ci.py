@@ -1,0 +1,119 @@
+"""Files that run the guard on a checkpoint by themselves: a GitHub workflow and a pre-commit hook."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from llava_keeplora.errors import ConfigError
+from llava_keeplora.files import write_bytes
+
+#: Where GitHub and pre-commit look for their files, from the root of a repository.
+WORKFLOW, HOOK = Path(".github/workflows/guard.yml"), Path(".pre-commit-config.yaml")
+
+_WORKFLOW = """\
+# Written by `llava-keeplora guard init`. Judges a checkpoint against its base on every pull request: the
+# verdict is the step's summary, and the job fails if a limit is broken (3) or can't be evaluated (2).
+name: guard
+on:
+  pull_request:
+  workflow_dispatch:
+permissions:
+  contents: read
+jobs:
+  guard:
+    runs-on: ubuntu-latest
+    steps:
+      - uses: actions/checkout@v4
+        with:
+          lfs: true
+      - uses: actions/setup-python@v5
+        with:
+          python-version: "3.12"
+      - name: Install
+        run: pip install "llava-keeplora>={version}"
+      - name: Judge the checkpoint
+        env:
+          HF_TOKEN: ${{{{ secrets.HF_TOKEN }}}}  # for private models and data on the Hub
+        run: |
+{command}
+      - name: Keep the answers and the verdict
+        if: always()
+        uses: actions/upload-artifact@v4
+        with:
+          name: guard
+          path: {into}
+          if-no-files-found: ignore
+"""
+
+_HOOK = """\
+# Written by `llava-keeplora guard init`. `pre-commit install` makes it part of every commit.
+"""
+
+
+def workflow_text(words: Sequence[str], into: str) -> str:
+    """Return a GitHub workflow that runs a command line.
+
+    Args:
+        words: the words of the command.
+        into: the folder with the command's files, which are kept with the run.
+    """
+    lines = f" \\\n{' ' * 12}--".join(shlex.join(words).split(" --"))
+    return _WORKFLOW.format(
+        version=version("llava-keeplora"), command=f"{' ' * 10}{lines}", into=yaml_text(into)
+    )
+
+
+def hook_text(words: Sequence[str], watched: Sequence[str]) -> str:
+    """Return a pre-commit configuration that runs a command line.
+
+    Args:
+        words: the words of the command.
+        watched: files and folders of the repository whose change starts it; every commit does without any.
+    """
+    patterns = [re.escape(Path(path).as_posix()) for path in watched]
+    when = {"files": f"^({'|'.join(patterns)})(/|$)"} if patterns else {"always_run": True}
+    hook = {
+        "id": "guard",
+        "name": "the checkpoint is not worse than its base",
+        "entry": shlex.join(words),
+        "language": "system",
+        "pass_filenames": False,
+        "verbose": True,
+        **when,
+    }
+    content = {"repos": [{"repo": "local", "hooks": [hook]}]}
+    return _HOOK + yaml.safe_dump(content, sort_keys=False, width=1000, allow_unicode=True)
+
+
+def yaml_text(text: str) -> str:
+    """Return a text as a YAML value on one line."""
+    return yaml.safe_dump(text, width=1000, allow_unicode=True).splitlines()[0]
+
+
+def write_ci(root: Path, words: Sequence[str], into: str, watched: Sequence[str]) -> list[Path]:
+    """Write the workflow and the hook, and return their paths.
+
+    Args:
+        root: the repository's root.
+        words, into, watched: see `workflow_text` and `hook_text`.
+
+    Raises:
+        ConfigError: one of the files exists, in which case none is written; or a word has a line break.
+    """
+    if broken := [word for word in words if "\n" in word or "\r" in word]:
+        raise ConfigError(f"{broken[0]!r} has a line break, and a command is one line", "rename it")
+    if there := [str(path) for path in (WORKFLOW, HOOK) if (root / path).exists()]:
+        raise ConfigError(
+            f"{' and '.join(there)} exists already, and `guard init` overwrites nothing",
+            "move it away, or run this in an empty folder and join the files by hand",
+        )
+    texts = {WORKFLOW: workflow_text(words, into), HOOK: hook_text(words, watched)}
+    for path, text in texts.items():
+        write_bytes(root / path, text.encode())
+    return list(texts)
