@@ -8,6 +8,10 @@ Because A is frozen, training D = B − B₀ on the untouched weight equals trai
 W' = W − s(A B₀)ᵀ, except under weight decay: decay of D pulls towards the model at the task's start, decay of
 B towards W'. `form: delta` is the former and the default, `form: literal` the latter and the paper's.
 
+`interpolation: λ` merges λ ΔW instead of ΔW, as WiSE-FT does with a whole model's change (Wortsman et al.,
+CVPR 2022, arXiv 2109.01903): less is learned of a task, and disproportionately less is lost of everything
+else. The features of M_t are those of the interpolated model. It is no part of the paper.
+
 Differences from the paper:
 
 - The default `form` differs under weight decay.
@@ -40,6 +44,7 @@ import torch
 from torch import Tensor
 
 from llava_keeplora.adapters import AdapterInit, Delta, Deltas, dense_weight, project_deltas
+from llava_keeplora.adapters.task_vectors import scale_deltas
 from llava_keeplora.errors import MethodError, nearest
 from llava_keeplora.methods.base import Holding, Layer, MethodInfo, SubspacePlan, TaskContext
 from llava_keeplora.methods.feature_budget import BUDGET, budget_left, feature_budgets
@@ -109,6 +114,8 @@ class KeepLora(ProtectingMethod):
             feature_rule: how many directions M_t gains: `energy`, as many as ε_f (or its budget, if it is
                 `auto`) asks for, or of these only those that `splitlora`'s rank rule takes.
             plasticity: α of the rule `splitlora`; more leaves more directions free.
+            interpolation: λ, the share of a task's update that is merged; 1 is the whole of it. The preset's
+                when None.
         """
 
         preset: str = "paper"
@@ -121,6 +128,7 @@ class KeepLora(ProtectingMethod):
         feature_fraction: float | str = AUTO
         feature_rule: str = "energy"
         plasticity: float = 20.0
+        interpolation: float | None = None
 
         def __post_init__(self) -> None:
             for name, valid in CHOICES.items():
@@ -138,7 +146,7 @@ class KeepLora(ProtectingMethod):
                     "gradients instead of features",
                     "set gradient_fraction",
                 )
-            if self.feature_rule != "energy" and self.preset != "paper":
+            if self.feature_rule != "energy" and RULES[self.preset].released:
                 raise MethodError(
                     f"feature_rule is '{self.feature_rule}', but the preset '{self.preset}' follows released "
                     "code, which has ε_f alone",
@@ -147,6 +155,11 @@ class KeepLora(ProtectingMethod):
             if not self.plasticity >= 0.0:
                 raise MethodError(
                     f"plasticity must not be negative (got {self.plasticity})", "set it to 20, as published"
+                )
+            if self.interpolation is not None and not 0.0 < self.interpolation <= 1.0:
+                raise MethodError(
+                    f"interpolation must be in (0, 1] (got {self.interpolation})",
+                    "set it to 1 to merge the whole of a task's update",
                 )
             if self.gradient == "sketch" and RULES[self.preset].gradient == "dense":
                 raise MethodError(
@@ -164,9 +177,10 @@ class KeepLora(ProtectingMethod):
             self.rules.every_position,
         )
         self.form = options.form or self.rules.form
+        self.interpolation = options.interpolation or self.rules.interpolation
         self.one_process = self.rules.one_process and options.protect_features
         self.gradient_fraction, self.feature_fraction = (
-            1.0 if share == AUTO and options.preset != "paper" else share
+            1.0 if share == AUTO and self.rules.released else share
             for share in (options.gradient_fraction, options.feature_fraction)
         )
         self.sketched = (options.gradient or self.rules.gradient) == "sketch"
@@ -193,7 +207,7 @@ class KeepLora(ProtectingMethod):
                     f"is {layer.module.out_features} × {width}",
                     f"name square layers under parts.{layer.part}.targets, or use the preset 'paper'",
                 )
-            if layer.auto and self.options.preset != "paper":
+            if layer.auto and self.rules.released:
                 raise MethodError(
                     f"parts.{layer.part}.{layer.auto[0]} is 'auto', but the preset '{self.options.preset}' "
                     "follows released code, which has fixed numbers",
@@ -207,7 +221,7 @@ class KeepLora(ProtectingMethod):
 
     def least_statistics(self, layers: Mapping[str, Layer]) -> int:
         """Return the bytes that suffice for the features in some form; 0 for presets that cannot sketch."""
-        sketches = self.options.protect_features and self.options.preset == "paper"
+        sketches = self.options.protect_features and not self.rules.released
         return least_statistics(list(layers.values())) if sketches else 0
 
     def subspace_plan(self) -> SubspacePlan:
@@ -408,6 +422,10 @@ class KeepLora(ProtectingMethod):
             if self.form == "literal"
             else {}
         )
+
+    def finalize_deltas(self, ctx: TaskContext, deltas: Mapping[str, Delta]) -> Deltas:
+        """Return λ ΔW of every adapted layer: the model between the task's start and its end."""
+        return deltas if self.interpolation == 1.0 else scale_deltas(deltas, self.interpolation)
 
     def project(self, ctx: TaskContext, deltas: Deltas) -> Deltas:
         """Return ΔW (I − M' M'ᵀ) of every adapted layer; layers of which nothing is left are missing."""

@@ -55,6 +55,10 @@ class PaperRules:
     one_process = False
     #: Whether its weight basis requires square layers.
     square = False
+    #: Whether it follows released code, where numbers are fixed that the paper's rules may take from the data.
+    released = False
+    #: What share of a task's update is merged.
+    interpolation = 1.0
 
     @staticmethod
     def weight_basis(weight: Tensor, energy: float) -> PrincipalBasis:
@@ -138,6 +142,7 @@ class ReleasedClipRules(PaperRules):
 
     form = "literal"
     gradient = "dense"
+    released = True
     every_position = True
     one_process = True
     square = True
@@ -211,6 +216,7 @@ class ReleasedLlavaRules(PaperRules):
     """
 
     gradient = "dense"
+    released = True
     evidence = "gradient"
     dropout = 0.05
     counts_examples = True

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel
 
-from llava_keeplora.adapters import AdapterInit, attach, load_deltas, read_adapters
+from llava_keeplora.adapters import AdapterInit, Delta, attach, load_deltas, read_adapters
 from llava_keeplora.errors import MethodError
 from llava_keeplora.methods import METHODS, Layer, TaskContext
 from llava_keeplora.sequence import run
@@ -273,6 +273,20 @@ def test_the_random_ablation_is_random_orthonormal_and_still_outside_the_protect
     torch.testing.assert_close(init.A @ init.A.T, torch.eye(3), atol=1e-5, rtol=0)
     assert float((init.A @ method.bases["layer"]).abs().max()) < 1e-5
     assert float((project(init.A, guided.A.T) - init.A).norm()) > 0.1
+
+
+def test_an_interpolated_update_is_that_share_of_what_training_learned():
+    A, B = torch.randn(2, 10), torch.randn(6, 2)
+    (merged,) = started({"interpolation": 0.25}).finalize_deltas(None, {"layer": Delta(A, B, 2.0)}).values()
+    torch.testing.assert_close(merged.dense(), 0.25 * 2.0 * B @ A)
+    (whole,) = started().finalize_deltas(None, {"layer": Delta(A, B, 2.0)}).values()
+    assert torch.equal(whole.dense(), Delta(A, B, 2.0).dense())
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
+def test_an_interpolation_outside_of_0_and_1_is_refused(share):
+    with pytest.raises(MethodError, match=r"interpolation must be in \(0, 1\]"):
+        KeepLora.Options(interpolation=share)
 
 
 def test_the_state_of_all_tasks_rebuilds_the_bases_bit_for_bit():
